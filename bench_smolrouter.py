@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Measure smolrouter.py beside a bare asyncio relay, on this machine, in one run.
+
+    python bench_smolrouter.py [--rounds 3] [--json]
+
+Three ways to the same upstream are asked in turn, round by round: directly, through the
+floor (a relay on asyncio streams that looks at nothing, part of this file) and through
+SmolRouter with routing rules, a model map and think stripping on. The load comes from
+this process, upstream and relays are processes of their own, all on 127.0.0.1. Standard
+library only; about a minute. Quote the ratios: absolute figures are the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+PACE = 0.05  # seconds between two events of a paced stream
+STREAMS, PACED_EVENTS, BURST_EVENTS = 200, 60, 256
+SECONDS = 2.0  # of one measurement
+END = b"0\r\n\r\n"
+STAMP = re.compile(rb"@@([0-9]{18})")
+ANSWER = json.dumps({
+    "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "bench",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {
+        "role": "assistant", "content": "The first sentence of a real answer. " * 3}}],
+    "usage": {"prompt_tokens": 12, "completion_tokens": 24, "total_tokens": 36},
+}).encode()  # fmt: skip
+ROUTES = {
+    "aliases": {"coding-assistant": {"instances": ["UPSTREAM/bench"]}},
+    "routes": [
+        {"match": {"model": "/.*-1.5b/"}, "route": {"model": "other"}},
+        {"match": {"source_host": "10.0.1.100"}, "route": {"model": "other"}},
+        {"match": {"model": "gpt-4"}, "route": {"model": "other"}},
+    ],
+}
+
+# ======================================================================================
+# The two ends and the floor, each run as a process: `bench_smolrouter.py --run NAME`
+# ======================================================================================
+
+
+def event(number: int) -> bytes:
+    """Return one event as a chunk; it carries its send time in ns."""
+    delta = {"content": f" @@{time.monotonic_ns():018d}"}
+    doc = {
+        "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1,
+        "model": "bench",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+    }  # fmt: skip
+    data = b"data: " + json.dumps(doc, separators=(",", ":")).encode() + b"\n\n"
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Return a request's head and content."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: *([0-9]+)", head, re.IGNORECASE)
+    return head, await reader.readexactly(int(length[1]) if length else 0)
+
+
+async def serve_upstream(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Answer a chat: whole, a burst of events, or paced ones."""
+    try:
+        while True:
+            _, content = await read_request(reader)
+            asked = json.loads(content or b"{}")
+            if not asked.get("stream"):
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                length = b"Content-Length: %d\r\n\r\n" % len(ANSWER)
+                writer.write(head + length + ANSWER)
+                continue
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+            writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n")
+            count = asked["max_tokens"]
+            if asked.get("user") == "paced":
+                for number in range(count):
+                    await asyncio.sleep(PACE)
+                    writer.write(event(number))
+            else:
+                writer.write(b"".join(map(event, range(count))))
+            writer.write(b"e\r\ndata: [DONE]\n\n\r\n" + END)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+async def serve_floor(
+    upstream: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """Relay bytes both ways, on one upstream connection for each client's."""
+    up_reader, up_writer = await asyncio.open_connection("127.0.0.1", upstream)
+
+    async def copy(
+        source: asyncio.StreamReader, target: asyncio.StreamWriter
+    ) -> None:
+        while data := await source.read(65536):
+            target.write(data)
+            await target.drain()
+        target.close()
+
+    tasks = [copy(reader, up_writer), copy(up_reader, writer)]
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def run_end(name: str, upstream: int) -> None:
+    """Serve until killed; print the port."""
+
+    async def serve(reader: Any, writer: Any) -> None:
+        if name == "upstream":
+            await serve_upstream(reader, writer)
+        else:
+            await serve_floor(upstream, reader, writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+# ======================================================================================
+# The load
+# ======================================================================================
+
+
+def request(stream: bool, count: int, paced: bool = False) -> bytes:
+    """Return the bytes of one chat request."""
+    doc = {
+        "model": "bench", "stream": stream, "max_tokens": count,
+        "user": "paced" if paced else "burst",
+        "messages": [{"role": "user", "content": "Say hello, please. " * 4}],
+    }  # fmt: skip
+    content = json.dumps(doc).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\n"
+        "Authorization: Bearer sk-bench\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+async def ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes,
+    delays: list[int],
+) -> None:  # fmt: skip
+    """Send a request and read its answer to the end."""
+    writer.write(data)
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), head[:80]
+    length = re.search(rb"\r\ncontent-length: *([0-9]+)", head, re.IGNORECASE)
+    if length:
+        await reader.readexactly(int(length[1]))
+        return
+    tail = b""
+    while not tail.endswith(END):
+        piece = await reader.read(65536)
+        assert piece, "the stream was cut"
+        now, searched = time.monotonic_ns(), tail[-20:] + piece
+        delays.extend(now - int(stamp) for stamp in STAMP.findall(searched))
+        tail = searched[-20:]
+        if match := list(STAMP.finditer(searched)):
+            tail = searched[max(match[-1].end(), len(searched) - 20) :]
+
+
+async def load(
+    port: int, connections: int, seconds: float, data: bytes
+) -> tuple[list[float], list[int], float]:
+    """Ask on some connections for a while: latencies in s, delays in ns, time taken."""
+    latencies: list[float] = []
+    delays: list[int] = []
+    start = time.monotonic()
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while True:
+            begun = time.monotonic()
+            await ask(reader, writer, data, delays)
+            latencies.append(time.monotonic() - begun)
+            if time.monotonic() - start >= seconds:
+                break
+        writer.close()
+
+    await asyncio.gather(*(client() for _ in range(connections)))
+    return latencies, delays, time.monotonic() - start
+
+
+# ======================================================================================
+# The measurements
+# ======================================================================================
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process so far."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int, key: str) -> float:
+    """Return resident memory in MB: VmRSS now, VmHWM at its peak."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1024
+
+
+def percentile(values: list[Any], share: float) -> float:
+    """Return the value below which `share` of the values lie."""
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+async def measure(port: int, pid: int | None) -> dict[str, float]:
+    """Measure one way to the upstream."""
+    figures = {}
+    latencies, _, _ = await load(port, 1, SECONDS / 2, request(False, 0))
+    figures["latency p50, us"] = percentile(latencies, 0.5) * 1e6
+    figures["latency p99, us"] = percentile(latencies, 0.99) * 1e6
+    latencies, _, took = await load(port, 32, SECONDS, request(False, 0))
+    figures["requests/s, 32 connections"] = len(latencies) / took
+    _, delays, took = await load(port, 8, SECONDS, request(True, BURST_EVENTS))
+    figures["events/s, 8 streams unpaced"] = len(delays) / took
+    before = cpu_seconds(pid) if pid else 0.0
+    data = request(True, PACED_EVENTS, paced=True)
+    _, delays, _ = await load(port, STREAMS, 0, data)
+    figures[f"event delay p50, {STREAMS} paced streams, us"] = percentile(delays, 0.5) / 1e3
+    figures[f"event delay p99, {STREAMS} paced streams, us"] = percentile(delays, 0.99) / 1e3
+    if pid:
+        spent = cpu_seconds(pid) - before
+        figures["CPU per paced event, us"] = spent * 1e6 / len(delays)
+    return figures
+
+
+async def wait_for_answer(port: int, process: subprocess.Popen[Any]) -> None:
+    """Return when the router answers its first request."""
+    while True:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            if process.poll() is not None:
+                sys.exit("smolrouter.py did not start")
+            await asyncio.sleep(0.005)
+            continue
+        await ask(reader, writer, request(False, 0), [])
+        writer.close()
+        return
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
+    """Start a Python process."""
+    return subprocess.Popen([sys.executable, *arguments], **options)
+
+
+def start_end(name: str, upstream: int = 0) -> tuple[subprocess.Popen[Any], int]:
+    """Start an upstream or a floor; return it and its port."""
+    process = start(
+        __file__, "--run", name, "--upstream", str(upstream), stdout=subprocess.PIPE
+    )
+    return process, int(process.stdout.readline())
+
+
+async def start_router(
+    folder: pathlib.Path, upstream: int
+) -> tuple[subprocess.Popen[Any], int, dict[str, float]]:
+    """Start SmolRouter with everything on; return it, its port and what that took."""
+    listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    listener.close()
+    await listener.wait_closed()
+    url = f"http://127.0.0.1:{upstream}"
+    (folder / "routes.json").write_text(
+        json.dumps({"servers": {"UPSTREAM": url}, **ROUTES})
+    )
+    settings = {
+        "DEFAULT_UPSTREAM": url, "LISTEN_PORT": str(port), "ROUTES_CONFIG": "routes.json",
+        "MODEL_MAP": '{"gpt-3.5-turbo":"bench","/gpt-4-(.*)/":"bench-\\\\1"}',
+    }  # fmt: skip
+    environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    begun = time.monotonic()
+    process = start(
+        str(HERE / "smolrouter.py"), cwd=folder, env={**environ, **settings},
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    await wait_for_answer(port, process)
+    took = time.monotonic() - begun
+    return process, port, {"first answer, s": took, "memory, MB": memory(process.pid, "VmRSS")}
+
+
+async def compare(rounds: int) -> dict[str, dict[str, float]]:
+    """Measure the three ways in turn; return medians by way and figure."""
+    processes: list[subprocess.Popen[Any]] = []
+    seen: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            upstream, upstream_port = start_end("upstream")
+            processes.append(upstream)
+            floor, floor_port = start_end("floor", upstream_port)
+            processes.append(floor)
+            router, port, once = await start_router(pathlib.Path(folder), upstream_port)
+            processes.append(router)
+            ways = {
+                "direct": (upstream_port, None), "floor": (floor_port, floor.pid),
+                "smolrouter": (port, router.pid),
+            }  # fmt: skip
+            for _ in range(rounds):
+                for way, (at, pid) in ways.items():
+                    for name, value in (await measure(at, pid)).items():
+                        seen.setdefault(way, {}).setdefault(name, []).append(value)
+            once["peak memory, MB"] = memory(router.pid, "VmHWM")
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait(20)
+                if process.stdout:
+                    process.stdout.close()
+    figures = {
+        way: {name: statistics.median(values) for name, values in columns.items()}
+        for way, columns in seen.items()
+    }
+    figures["smolrouter"].update(once)
+    return figures
+
+
+def show(figures: dict[str, dict[str, float]]) -> None:
+    """Print a table; the last column is SmolRouter against the floor."""
+    ways = ("direct", "floor", "smolrouter")
+    print(f"{'figure':40}" + "".join(f"{way:>12}" for way in ways) + f"{'ratio':>8}")
+    for name, value in figures["smolrouter"].items():
+        cells = [figures[way].get(name) for way in ways]
+        texts = [f"{cell:12.2f}" if cell is not None else f"{'':12}" for cell in cells]
+        ratio = f"{value / cells[1]:8.2f}" if cells[1] else ""
+        print(f"{name:40}" + "".join(texts) + ratio)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument("--run", choices=("upstream", "floor"), help=argparse.SUPPRESS)
+    parser.add_argument("--upstream", type=int, default=0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(run_end(arguments.run, arguments.upstream))
+        return 0
+    figures = asyncio.run(compare(arguments.rounds))
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        show(figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5877 @@
+"""Every test of SmolRouter; `python -m pytest` runs them.
+
+Nothing that speaks HTTP is mocked: upstreams are scripted on real sockets, clients are
+`http.client`, raw sockets and the official SDKs. In the order of the module's sections:
+
+    Harness    scripted upstreams, a router in a process of its own, raw clients
+    Module     the shape of smolrouter.py, its table of contents, README's tables
+    Pure       sections 1 to 8 on values: tables of cases, every split of every stream
+    Sockets    HTTP, limits, failover, leaving and dying, settings, the command line
+    SDKs       the official `openai` and `ollama` packages in front of scripted servers
+
+A test that needs a package which is not there is skipped, or fails when the environment
+variable SMOLROUTER_TEST_ALL is 1.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import atexit
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import email
+import functools
+import gzip
+import hashlib
+import hmac
+import http.client
+import importlib
+import itertools
+import json
+import operator
+import os
+import pathlib
+import re
+import selectors
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+import smolrouter
+
+# ======================================================================================
+# Harness
+# ======================================================================================
+
+SMOLROUTER = pathlib.Path(__file__).resolve().parent / "smolrouter.py"
+PATIENCE = 10.0  # seconds that a test waits before it calls something lost
+
+Pairs = Sequence[tuple[str, str]]
+
+
+def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Wait for `holds()` to become true and return it; the last value if never."""
+    deadline = time.monotonic() + seconds
+    while not (value := holds()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return value
+
+
+def dumps(document: Any) -> bytes:
+    """Encode as compact JSON, as the OpenAI SDK does."""
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+# -- what an upstream says ---------------------------------------------------------
+
+
+class Mark:
+    """A step of a script that is neither bytes nor a pause."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+DROP = Mark("DROP")  # reset the connection (RST)
+CLOSE = Mark("CLOSE")  # end the connection (FIN)
+HANG = Mark("HANG")  # say nothing until the peer closes, at most PATIENCE
+
+Step = bytes | float | Mark
+
+
+def head(status: int = 200, fields: Pairs = (), reason: str = "Fine") -> bytes:
+    """A response head with exactly these fields."""
+    lines = [f"HTTP/1.1 {status} {reason}", *(f"{n}: {v}" for n, v in fields)]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def answer(
+    content: bytes, status: int = 200, fields: Pairs = (), kind: str = "text/plain"
+) -> list[Step]:
+    """A whole answer with a length, in one send."""
+    own = [("Content-Type", kind), ("Content-Length", str(len(content)))]
+    return [head(status, [*own, *fields]) + content]
+
+
+def json_answer(document: Any, status: int = 200, fields: Pairs = ()) -> list[Step]:
+    """A whole JSON answer with a length, in one send."""
+    return answer(dumps(document), status, fields, "application/json")
+
+
+def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> list[bytes]:
+    """Each piece as one chunk in its own send, then the last chunk."""
+    return [b"%x\r\n%s\r\n" % (len(p), p) for p in pieces if p] + [end] * bool(end)
+
+
+def cut(data: bytes, *positions: int) -> list[bytes]:
+    """The data in pieces, split at these positions."""
+    edges = [0, *sorted(positions), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def event(data: Any) -> bytes:
+    """One SSE event: a document becomes JSON, a str stays, bytes are all of it."""
+    if isinstance(data, bytes):
+        return data
+    return (
+        b"data: " + (data.encode() if isinstance(data, str) else dumps(data)) + b"\n\n"
+    )
+
+
+def stream_answer(
+    pieces: Iterable[Step],
+    fields: Pairs = (),
+    kind: str = "text/event-stream",
+    *,
+    whole: bool = True,
+    framed: bool = True,
+) -> list[Step]:
+    """A streamed answer: bytes become chunks (or plain bytes up to the close).
+
+    Pauses and marks among the pieces stay where they are. Without `whole` the end is
+    missing, so that more steps can follow.
+    """
+    framing = ("Transfer-Encoding", "chunked") if framed else ("Connection", "close")
+    steps: list[Step] = [head(200, [("Content-Type", kind), framing, *fields])]
+    for piece in pieces:
+        send = framed and isinstance(piece, bytes)
+        steps += chunked(piece, end=b"") if send else [piece]
+    if whole:
+        steps.append(b"0\r\n\r\n" if framed else CLOSE)
+    return steps
+
+
+def sse_answer(
+    events: Iterable[Any],
+    split: int | Sequence[int] | None = None,
+    chunked: bool = True,
+    fields: Pairs = (),
+    pause: float = 0.0,
+) -> list[Step]:
+    """A stream of events, each in its own send and chunk, or cut where `split` says."""
+    pieces: list[Step] = [event(e) for e in events]
+    if split is not None:
+        at = [split] if isinstance(split, int) else split
+        pieces = [*cut(b"".join(pieces), *at)]  # type: ignore[arg-type]
+    if pause:
+        pieces = [step for piece in pieces for step in (piece, pause)]
+    return stream_answer(pieces, fields, framed=chunked)
+
+
+# -- what an upstream hears --------------------------------------------------------
+
+
+@dataclass
+class Received:
+    """One request as it arrived at an upstream."""
+
+    method: str
+    target: str
+    fields: list[tuple[str, str]]
+    content: bytes
+    raw_head: bytes
+    connection: int  # the number of the connection, from 0
+    arrived: float  # time.monotonic(), when the content was complete
+    framing: str = ""  # "", "length" or "chunked"
+
+    def get(self, name: str) -> str | None:
+        """Return the last value of a field."""
+        values = self.get_all(name)
+        return values[-1] if values else None
+
+    def get_all(self, name: str) -> list[str]:
+        """Return every value of a field."""
+        return [v for n, v in self.fields if n.lower() == name.lower()]
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+    @property
+    def json(self) -> Any:
+        """The content as a document, None when it is none."""
+        try:
+            return json.loads(self.content)
+        except ValueError:
+            return None
+
+    @property
+    def model(self) -> str:
+        document = self.json
+        return str(document.get("model", "")) if isinstance(document, dict) else ""
+
+
+Script = Callable[[Received], Iterable[Step]]
+
+
+@dataclass
+class Connection:
+    """One connection to an upstream; `closed` is the time when its end was seen."""
+
+    number: int
+    opened: float
+    closed: float | None = None
+    requests: int = 0
+
+
+class Upstream:
+    """A server that says exactly what its scripts say.
+
+    The script of a request is the one registered in `scripts` for its model, else for
+    its path, else `script`. Use as a context manager or call `close()`.
+    """
+
+    def __init__(
+        self,
+        script: Script | None = None,
+        *,
+        models: Sequence[str] = ("tiny",),
+        tls: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.script: Script = script or well_behaved
+        self.scripts: dict[str, Script] = {}
+        self.models = list(models)
+        self.requests: list[Received] = []
+        self.connections: list[Connection] = []
+        self._names = itertools.count()
+        self._tls = tls
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=1024)
+        self.port: int = self._listener.getsockname()[1]
+        self.authority = (
+            f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        )
+        self.url = f"http{'s' if tls else ''}://{self.authority}"
+        self._open = True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Upstream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening; running connections play to their end."""
+        self._open = False
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def plays(self, script: Script | Iterable[Step]) -> str:
+        """Register a script, or the same steps for every request.
+
+        Returns the name of the model that it plays for; `/v1/{name}` plays it too.
+        """
+        steps = script if callable(script) else list(script)
+        play: Script = steps if callable(steps) else lambda received: steps
+        name = f"scripted-{next(self._names)}"
+        self.scripts[name] = self.scripts[f"/v1/{name}"] = play
+        return name
+
+    def heard(self, key: str) -> list[Received]:
+        """The requests whose model, path, target or content holds `key`."""
+        found = list(self.requests)
+        return [
+            r
+            for r in found
+            if r.model == key or key in r.target or key.encode() in r.content
+        ]
+
+    def connection_of(self, key: str) -> Connection:
+        """The connection on which the first request for `key` arrived."""
+        until(lambda: self.heard(key))
+        return self.connections[self.heard(key)[0].connection]
+
+    def _accept(self) -> None:
+        while self._open:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            seen = Connection(len(self.connections), time.monotonic())
+            self.connections.append(seen)
+            threading.Thread(target=self._serve, args=(sock, seen), daemon=True).start()
+
+    def _serve(self, sock: socket.socket, seen: Connection) -> None:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls:
+                sock = self._tls.wrap_socket(sock, server_side=True)
+            reader = sock.makefile("rb")
+            while received := receive(sock, reader, seen.number):
+                seen.requests += 1
+                self.requests.append(received)
+                if not self._play(sock, self._steps(received)):
+                    break
+        except (OSError, ValueError):
+            pass
+        finally:
+            seen.closed = seen.closed or time.monotonic()
+            sock.close()
+
+    def _steps(self, received: Received) -> Iterable[Step]:
+        for key in (received.model, received.path):
+            if key in self.scripts:
+                return self.scripts[key](received)
+        if self.script is well_behaved:
+            return well_behaved(received, self.models)
+        return self.script(received)
+
+    def _play(self, sock: socket.socket, steps: Iterable[Step]) -> bool:
+        for step in steps:
+            if isinstance(step, bytes):
+                sock.sendall(step)
+            elif step is HANG:
+                linger(sock, PATIENCE)
+                return False
+            elif isinstance(step, Mark):
+                if step is DROP:
+                    reset = struct.pack("ii", 1, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                else:
+                    sock.shutdown(socket.SHUT_WR)
+                    linger(sock, 1.0)
+                return False
+            elif not linger(sock, step):
+                return False
+        return True
+
+
+def linger(sock: socket.socket, seconds: float) -> bool:
+    """Pause; False as soon as the peer has closed."""
+    deadline = time.monotonic() + seconds
+    flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_PEEK
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if not selector.select(left):
+                continue
+            if not sock.recv(1, flags):
+                return False
+            time.sleep(min(left, 0.01))  # a pipelined request, kept for later
+    return True
+
+
+def receive(sock: socket.socket, reader: Any, number: int) -> Received | None:
+    """Read one request, chunked or not; None at the end of the connection."""
+    raw_head = b""
+    while (line := reader.readline()) not in (b"\r\n", b""):
+        raw_head += line
+    if not line:
+        return None
+    first, *lines = raw_head.decode("latin-1").split("\r\n")[:-1]
+    method, target, _ = first.split(" ")
+    pairs = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
+    named = {name.lower(): value for name, value in pairs}
+    if named.get("expect", "").lower() == "100-continue":
+        sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    framing, content = "", b""
+    if "transfer-encoding" in named:
+        framing, content = "chunked", b"".join(read_chunks(reader))
+    elif "content-length" in named:
+        framing, size = "length", int(named["content-length"])
+        content = reader.read(size)
+        if len(content) < size:
+            return None
+    now = time.monotonic()
+    return Received(method, target, pairs, content, raw_head, number, now, framing)
+
+
+def read_chunks(reader: Any) -> Iterator[bytes]:
+    """Yield the data of each chunk and read the trailer section."""
+    while True:
+        line = reader.readline()
+        if not line.endswith(b"\r\n"):
+            raise ConnectionError("the request ended inside its chunks")
+        size = int(line.split(b";")[0], 16)
+        if not size:
+            break
+        data = reader.read(size + 2)
+        if len(data) < size + 2 or not data.endswith(b"\r\n"):
+            raise ConnectionError("the request ended inside a chunk")
+        yield data[:-2]
+    while reader.readline() not in (b"\r\n", b""):
+        pass
+
+
+# -- a small OpenAI-compatible server ----------------------------------------------
+
+
+def last_words(document: Mapping[str, Any]) -> str:
+    """The text of the last message, or the prompt."""
+    messages = document.get("messages") or [{"content": document.get("prompt", "")}]
+    content = messages[-1].get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+def usage_of(text: str) -> dict[str, int]:
+    """A made-up but stable account."""
+    return {
+        "prompt_tokens": 7,
+        "completion_tokens": len(text.split()),
+        "total_tokens": 7 + len(text.split()),
+    }
+
+
+def well_behaved(
+    received: Received, models: Sequence[str] = ("tiny",)
+) -> Iterable[Step]:
+    """Answer as a good server would: `You said: ...`, streamed when asked."""
+    document = received.json if isinstance(received.json, dict) else {}
+    path = received.path
+    if path == "/v1/models":
+        return json_answer({"object": "list", "data": [model_entry(m) for m in models]})
+    if path == "/v1/embeddings":
+        return json_answer(embeddings(document))
+    if path in ("/v1/chat/completions", "/v1/completions"):
+        text = f"You said: {last_words(document)}"
+        kind = "chat" if "chat" in path else "text"
+        if document.get("stream"):
+            return sse_answer(completion_events(document, text, kind))
+        return json_answer(completion(document, text, kind))
+    if path.startswith("/v1/"):
+        said = {
+            "method": received.method,
+            "target": received.target,
+            "content": received.content.decode("latin-1"),
+        }
+        return (
+            head_only(json_answer(said))
+            if received.method == "HEAD"
+            else (json_answer(said))
+        )
+    return json_answer({"error": {"message": f"no path {path}"}}, 404)
+
+
+def head_only(steps: list[Step]) -> list[Step]:
+    """The same answer to HEAD."""
+    whole = b"".join(s for s in steps if isinstance(s, bytes))
+    return [whole[: whole.index(b"\r\n\r\n") + 4]]
+
+
+def model_entry(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 1700000000, "owned_by": "us"}
+
+
+def embeddings(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Vectors that tell the inputs apart."""
+    given = document.get("input", "")
+    texts = given if isinstance(given, list) else [given]
+    data = [
+        {"object": "embedding", "index": i, "embedding": [float(len(str(t))), float(i)]}
+        for i, t in enumerate(texts)
+    ]
+    used = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
+    return {
+        "object": "list",
+        "data": data,
+        "model": document.get("model"),
+        "usage": used,
+    }
+
+
+def completion(document: Mapping[str, Any], text: str, kind: str = "chat") -> dict:
+    """A whole chat (`chat`) or legacy (`text`) completion."""
+    said = (
+        {"message": {"role": "assistant", "content": text}}
+        if kind == "chat"
+        else {"text": text, "logprobs": None}
+    )
+    return {
+        "id": "cmpl-1",
+        "created": 1700000000,
+        "model": document.get("model"),
+        "object": "chat.completion" if kind == "chat" else "text_completion",
+        "choices": [{"index": 0, **said, "finish_reason": "stop"}],
+        "usage": usage_of(text),
+    }
+
+
+def completion_events(
+    document: Mapping[str, Any], text: str, kind: str = "chat"
+) -> list[Any]:
+    """The events of a streamed completion, a word each, usage only when asked."""
+
+    def piece(delta: dict, finish: str | None = None, **more: Any) -> dict[str, Any]:
+        said = (
+            {"delta": delta} if kind == "chat" else {"text": delta.get("content", "")}
+        )
+        return {
+            "id": "cmpl-1",
+            "created": 1700000000,
+            "model": document.get("model"),
+            "object": "chat.completion.chunk" if kind == "chat" else "text_completion",
+            "choices": [{"index": 0, **said, "finish_reason": finish}],
+            **more,
+        }
+
+    words = re.findall(r"\S+\s*", text)
+    opening = [piece({"role": "assistant", "content": ""})] if kind == "chat" else []
+    events: list[Any] = opening + [piece({"content": word}) for word in words]
+    events.append(piece({}, "stop"))
+    if (document.get("stream_options") or {}).get("include_usage"):
+        events.append({**piece({}), "choices": [], "usage": usage_of(text)})
+    return [*events, "[DONE]"]
+
+
+@functools.lru_cache
+def certificate() -> tuple[str, ssl.SSLContext] | None:
+    """A self-signed certificate for loopback: its file and a server's context."""
+    if not shutil.which("openssl"):
+        return None
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-tls-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    key, cert = str(folder / "key.pem"), str(folder / "cert.pem")
+    made = subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-keyout",
+            key,
+            "-out",
+            cert,
+            "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ],
+        capture_output=True,
+        timeout=30,
+    )
+    if made.returncode:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return cert, context
+
+
+# -- the router --------------------------------------------------------------------
+
+
+def bare_environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The little that a process needs, and these settings."""
+    kept = {n: os.environ[n] for n in ("PATH", "HOME", "LANG") if n in os.environ}
+    return kept | {name: str(value) for name, value in settings.items()}
+
+
+class Router:
+    """A router in its own process, on a port of its own, in an empty directory."""
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        routes: Any = None,
+        args: Sequence[str] = (),
+        python: Sequence[str] = (sys.executable,),
+        program: pathlib.Path | None = None,
+    ) -> None:
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
+        named = {"LISTEN_PORT": 0, **(settings or {})}
+        if routes is not None:
+            self.routes = self.folder / "table.conf"
+            text = routes if isinstance(routes, str) else json.dumps(routes)
+            self.routes.write_text(text)
+            named["ROUTES_CONFIG"] = self.routes
+        self.process = subprocess.Popen(
+            [*python, str(program or SMOLROUTER), *args],
+            cwd=self.folder,
+            env=bare_environment(named),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        self._said: list[bytes] = []
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+        pattern = re.compile(r"listens on (https?://\S+:(\d+))")
+        line = until(lambda: pattern.search(self.stderr) or self.process.poll())
+        if not isinstance(line, re.Match):
+            self.kill()
+            raise RuntimeError(f"the router did not start:\n{self.stderr}")
+        self.url, self.port = line[1], int(line[2])
+
+    def __enter__(self) -> Router:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _listen(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self._said.append(line)
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return b"".join(list(self._said)).decode("utf-8", "replace")
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if it still runs."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def wait(self, seconds: float = 20.0) -> int:
+        """Wait for its end and return the exit status."""
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.kill()
+
+    def stop(self) -> int:
+        """End it with SIGTERM and return the exit status."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """Make sure that it is gone, and its directory with it."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(5)
+        if self.process.stderr:
+            self.process.stderr.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run(*args: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Any:
+    """Run a command to its end: returncode, stdout and stderr as text."""
+    folder = more.pop("cwd", None) or tempfile.mkdtemp(prefix="smol-")
+    try:
+        return subprocess.run(
+            [sys.executable, str(SMOLROUTER), *args],
+            cwd=folder,
+            text=True,
+            timeout=30,
+            env=bare_environment(settings or {}),
+            capture_output=True,
+            **more,
+        )
+    finally:
+        if str(folder).startswith(tempfile.gettempdir() + "/smol-"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+STARTING = threading.Lock()  # one at a time, so that each is started once
+
+
+@functools.cache
+def _cached_router(settings: str, routes: str, args: tuple[str, ...]) -> Router:
+    router = Router(json.loads(settings), json.loads(routes), args)
+    atexit.register(router.stop)
+    return router
+
+
+def router_for(
+    settings: Mapping[str, Any] | None = None,
+    routes: Any = None,
+    args: Sequence[str] = (),
+) -> Router:
+    """The router with these settings, started once and shared; never stop it."""
+    with STARTING:
+        return _cached_router(
+            json.dumps(settings or {}), json.dumps(routes), tuple(args)
+        )
+
+
+@functools.lru_cache
+def stage() -> Upstream:
+    """The upstream of the shared router; scripts are registered by `plays`."""
+    return Upstream()
+
+
+def shared() -> Router:
+    """The router that most tests use: DEFAULT_UPSTREAM is `stage()`."""
+    return router_for({"DEFAULT_UPSTREAM": stage().url})
+
+
+# -- clients -----------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """One response as a client saw it."""
+
+    status: int
+    fields: list[tuple[str, str]]
+    content: bytes
+    whole: bool = True  # False when it ended before its framing said so
+    rest: bytes = b""  # what followed it
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)
+
+    def get(self, name: str) -> str | None:
+        """Return the last value of a field."""
+        values = self.get_all(name)
+        return values[-1] if values else None
+
+    def get_all(self, name: str) -> list[str]:
+        """Return every value of a field."""
+        return [v for n, v in self.fields if n.lower() == name.lower()]
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+    @property
+    def events(self) -> list[bytes]:
+        """The data of each SSE event; the lines of NDJSON."""
+        if "ndjson" in (self.get("Content-Type") or ""):
+            return [line for line in self.content.split(b"\n") if line]
+        blocks = self.content.split(b"\n\n")
+        return [b[6:] for b in blocks if b.startswith(b"data: ")]
+
+    @property
+    def documents(self) -> list[Any]:
+        """The events that are JSON."""
+        return [json.loads(e) for e in self.events if e != b"[DONE]"]
+
+    @property
+    def text(self) -> str:
+        """What the model said, whichever dialect it said it in."""
+        kind = self.get("Content-Type") or ""
+        streamed = "event-stream" in kind or "ndjson" in kind
+        return "".join(map(said, self.documents if streamed else [self.json]))
+
+
+def said(document: Mapping[str, Any]) -> str:
+    """The visible text of one document of either dialect."""
+    choices = document.get("choices") or [document]
+    parts = [c.get("delta") or c.get("message") or c for c in choices]
+    return "".join(
+        p.get("content") or p.get("text") or p.get("response") or "" for p in parts
+    )
+
+
+def connect(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """A connection with PATIENCE and without Nagle."""
+    sock = socket.create_connection((host, port), PATIENCE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def encode_request(
+    method: str, path: str, body: Any = None, fields: Pairs = (), version: str = "1.1"
+) -> bytes:
+    """A request as bytes; a document becomes JSON with its length."""
+    content = body if isinstance(body, bytes) else b"" if body is None else dumps(body)
+    own = [("Host", "router")]
+    if body is not None:
+        own += [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(content))),
+        ]
+    lines = [
+        f"{method} {path} HTTP/{version}",
+        *(f"{n}: {v}" for n, v in [*own, *fields]),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + content
+
+
+def raw(
+    port: int,
+    *steps: bytes | float,
+    answers: int = 1,
+    host: str = "127.0.0.1",
+    to_head: bool = False,
+    patience: float = PATIENCE,
+) -> bytes:
+    """Send exact bytes (pauses between them), read until the close or N answers."""
+    with connect(port, host) as sock:
+        sock.settimeout(patience)
+        return exchange(sock, *steps, answers=answers, to_head=to_head)
+
+
+def exchange(
+    sock: socket.socket, *steps: bytes | float, answers: int = 1, to_head: bool = False
+) -> bytes:
+    """The same on an open connection; `answers=0` reads until the close."""
+    try:
+        for step in steps:
+            if isinstance(step, bytes):
+                sock.sendall(step)
+            else:
+                time.sleep(step)
+    except ConnectionError:
+        pass  # it has refused to read on; the answer tells why
+    data = b""
+    while not answers or len(split_answers(data, to_head)[0]) < answers:
+        try:
+            more = sock.recv(1 << 20)
+        except ConnectionError:
+            break
+        if not more:
+            break
+        data += more
+    return data
+
+
+def split_answers(data: bytes, to_head: bool = False) -> tuple[list[Answer], bytes]:
+    """The complete final answers in these bytes, and what is left over."""
+    found: list[Answer] = []
+    while b"\r\n\r\n" in data:
+        top, _, rest = data.partition(b"\r\n\r\n")
+        first, *lines = top.decode("latin-1").split("\r\n")
+        status = int(first.split(" ")[1])
+        pairs = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
+        named = {name.lower(): value for name, value in pairs}
+        content, rest_after = take_content(status, named, rest, to_head)
+        if content is None:
+            break
+        data = rest_after
+        if status >= 200:
+            found.append(Answer(status, pairs, content))
+    return found, data
+
+
+def take_content(
+    status: int, named: Mapping[str, str], rest: bytes, to_head: bool
+) -> tuple[bytes | None, bytes]:
+    """The content of an answer and what follows; None when it is not all there."""
+    if to_head or status < 200 or status in (204, 304):
+        return b"", rest
+    if "transfer-encoding" in named:
+        return take_chunks(rest)
+    if "content-length" not in named:
+        return None, rest  # up to the close
+    size = int(named["content-length"])
+    return (rest[:size], rest[size:]) if len(rest) >= size else (None, rest)
+
+
+def take_chunks(data: bytes) -> tuple[bytes | None, bytes]:
+    """The content of complete chunks without trailers, and what follows."""
+    content = b""
+    while b"\r\n" in data:
+        line, _, data = data.partition(b"\r\n")
+        size = int(line, 16)
+        if len(data) < size + 2:
+            break
+        if not size:
+            return (content, data[2:]) if data[:2] == b"\r\n" else (None, data)
+        content, data = content + data[:size], data[size + 2 :]
+    return None, data
+
+
+def parse(data: bytes, to_head: bool = False) -> Answer:
+    """The last answer in these bytes; `whole` is False when it was cut off.
+
+    One without framing, which ends with the connection, counts as whole.
+    """
+    found, rest = split_answers(data, to_head)
+    if not rest and found:
+        return found[-1]
+    if found and b"\r\n\r\n" not in rest:
+        return Answer(found[-1].status, found[-1].fields, found[-1].content, rest=rest)
+    top, _, content = rest.partition(b"\r\n\r\n")
+    assert top.startswith(b"HTTP/1."), f"no answer: {data[:200]!r}"
+    first, *lines = top.decode("latin-1").split("\r\n")
+    pairs = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
+    framed = {n.lower() for n, _ in pairs} & {"content-length", "transfer-encoding"}
+    return Answer(int(first.split(" ")[1]), pairs, content, whole=not framed)
+
+
+def request(
+    port: int,
+    method: str,
+    path: str,
+    body: Any = None,
+    fields: Pairs = (),
+    host: str = "127.0.0.1",
+    patience: float = PATIENCE * 3,
+) -> Answer:
+    """One exchange through http.client; the pieces carry their times of arrival."""
+    caller = http.client.HTTPConnection(host, port, timeout=patience)
+    try:
+        content = body if isinstance(body, bytes) or body is None else dumps(body)
+        caller.putrequest(method, path, skip_accept_encoding=True)
+        if content is not None:
+            if "content-type" not in {n.lower() for n, _ in fields}:
+                caller.putheader("Content-Type", "application/json")
+            caller.putheader("Content-Length", str(len(content)))
+        for name, value in fields:
+            caller.putheader(name, value)
+        caller.endheaders(content)
+        response = caller.getresponse()
+        got = Answer(response.status, response.getheaders(), b"")
+        try:
+            while piece := response.read1(1 << 20):
+                got.pieces.append((time.monotonic(), piece))
+            got.whole = not response.length
+        except (http.client.IncompleteRead, ConnectionError):
+            got.whole = False
+        got.content = b"".join(piece for _, piece in got.pieces)
+        return got
+    finally:
+        caller.close()
+
+
+def sse(
+    port: int, path: str, body: Any, fields: Pairs = ()
+) -> list[tuple[float, bytes]]:
+    """The events of a streamed answer, each with the time when it was complete."""
+    got = request(port, "POST", path, body, fields)
+    mark = b"\n" if "ndjson" in (got.get("Content-Type") or "") else b"\n\n"
+    events, held = [], b""
+    for moment, piece in got.pieces:
+        *done, held = (held + piece).split(mark)
+        events += [(moment, block) for block in done if block]
+    return events
+
+
+def chat(model: str, text: str = "hi", **more: Any) -> dict[str, Any]:
+    """The document of a chat request."""
+    return {"model": model, "messages": [{"role": "user", "content": text}], **more}
+
+
+def ask(router: Router, model: str, text: str = "hi", **more: Any) -> Answer:
+    """One chat completion through a router."""
+    return request(
+        router.port, "POST", "/v1/chat/completions", chat(model, text, **more)
+    )
+
+# ======================================================================================
+# Module: the shape of smolrouter.py
+# ======================================================================================
+
+HERE = pathlib.Path(__file__).resolve().parent
+SOURCE = SMOLROUTER.read_text("utf-8")
+PROGRAM = SOURCE.partition("\nDASHBOARD_HTML = ")[0] + "\n"
+TREE = ast.parse(PROGRAM)
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
+BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
+MAX_LINES = 3400  # of code: blank lines, comments and docstrings are not counted
+
+
+def functions() -> list[Any]:
+    return [node for node in ast.walk(TREE) if isinstance(node, FUNCTION)]
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """Return the deepest control flow in a function; an elif chain counts once."""
+    deepest = depth
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST):
+                continue
+            if isinstance(child, (*FUNCTION, ast.ClassDef, ast.Lambda)):
+                continue
+            is_elif = isinstance(node, ast.If) and isinstance(child, ast.If)
+            is_elif = is_elif and name == "orelse" and len(value) == 1
+            more = isinstance(child, BLOCKS) and not is_elif
+            deepest = max(deepest, nesting(child, depth + more))
+    return deepest
+
+
+def sections() -> dict[str, tuple[str, str, str]]:
+    """Return title, prose and code of each section by its number."""
+    found = list(BANNER.finditer(SOURCE))
+    ends = [match.start() for match in found[1:]] + [len(SOURCE)]
+    return {
+        match[1]: (match[2], match[3], SOURCE[match.end() : end])
+        for match, end in zip(found, ends, strict=True)
+    }
+
+
+def test_program_is_short_enough() -> None:
+    code = [line for line in PROGRAM.splitlines() if line.strip()]
+    code = [line for line in code if not line.lstrip().startswith("#")]
+    bodies = [getattr(node, "body", None) for node in ast.walk(TREE)]
+    first = [body[0] for body in bodies if isinstance(body, list) and body]
+    texts = [n for n in first if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    docstrings = sum(n.end_lineno - n.lineno + 1 for n in texts)
+    assert len(code) - docstrings <= MAX_LINES
+
+
+def test_functions_are_short_and_flat() -> None:
+    for node in functions():
+        doc = ast.get_docstring(node, clean=False)
+        lines = node.end_lineno - node.lineno + 1 - (doc.count("\n") + 1 if doc else 0)
+        assert lines <= 50, node.name
+        assert nesting(node) <= 4, node.name
+
+
+def test_nothing_refers_to_what_stands_below() -> None:
+    where = {node.name: node.lineno for node in TREE.body if hasattr(node, "name")}
+    for block in TREE.body:
+        for node in ast.walk(block):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                assert where.get(node.id, 0) <= block.lineno, (node.id, block.lineno)
+
+
+def test_every_signature_is_typed_and_documented() -> None:
+    for node in ast.walk(TREE):
+        if isinstance(node, FUNCTION):
+            assert node.returns is not None, node.name
+        if isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+    for node in TREE.body:
+        if isinstance(node, FUNCTION):
+            assert ast.get_docstring(node), node.name
+
+
+def test_no_state_hides_in_the_module() -> None:
+    assert not [node for node in ast.walk(TREE) if isinstance(node, ast.Global)]
+    assert len(re.findall(r"except (?:Base)?Exception\b|except:", PROGRAM)) <= 4
+    assert len(re.findall(r"os\.environ|os\.getenv", PROGRAM)) == 1
+    assert not re.findall(r"\b(?:TODO|FIXME|XXX)\b", PROGRAM)
+
+
+def test_table_of_contents_is_true() -> None:
+    docstring = ast.get_docstring(TREE)
+    listed = re.findall(r"^ +(?:[A-Z][a-z ]+ )? *(\d+)  (.+?)  +\S.*$", docstring, re.M)
+    real = [(number, title) for number, (title, _, _) in sections().items()]
+    real = [(n, t.removesuffix(" (pure)")) for n, t in real if n != "A"]
+    assert [(n, t) for n, t in listed] == real
+    assert [n for n, _ in real] == [str(n) for n in range(1, 17)]
+
+
+@pytest.mark.parametrize("number", [str(n) for n in range(1, 17)])
+def test_section(number: str) -> None:
+    title, prose, code = sections()[number]
+    assert 1 <= prose.count("\n") <= 8
+    assert title.endswith(" (pure)") == (int(number) <= 8)
+    if title.endswith("(pure)"):
+        tree = ast.parse(code)
+        assert not [n for n in ast.walk(tree) if isinstance(n, (ast.Await, ast.AsyncFor))]
+        assert not re.findall(r"\bopen\(|\bsqlite3\.|\btime\.|\basyncio\.", code)
+
+
+def test_one_protocol_at_the_edge_only() -> None:
+    """The word stands in sections 6, 7 (a server's `api`) and 14, nowhere else."""
+    for number, (_, prose, code) in sections().items():
+        if number not in ("6", "7", "14", "16", "A"):
+            assert "ollama" not in (prose + code).lower(), number
+
+
+def test_embedded_page_is_the_page() -> None:
+    page = (HERE / "dashboard.html").read_text("utf-8")
+    assert smolrouter.DASHBOARD_HTML == page, "run: python test_smolrouter.py --embed"
+    assert page.count("\n") <= 1100
+
+
+def test_page_comes_with_its_own_hashes() -> None:
+    got = request(shared().port, "GET", "/")
+    page = (HERE / "dashboard.html").read_bytes()
+    assert (got.status, got.content) == (200, page)
+    policy = got.get("Content-Security-Policy")
+    for tag in (b"style", b"script"):
+        text = page.partition(b"<" + tag + b">")[2].partition(b"</" + tag + b">")[0]
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        assert f"{tag.decode()}-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy
+
+
+def test_page_of_a_file_is_read_each_time(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.html"
+    with Router({}, args=("serve", "--dashboard", str(page))) as router:
+        assert request(router.port, "GET", "/").status == 404
+        for text in ("<p>one</p>", "<p>two</p>"):
+            page.write_text(text)
+            assert request(router.port, "GET", "/").content == text.encode()
+
+
+def test_readme_lists_every_setting() -> None:
+    readme = (HERE / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([A-Z_]+) \| (.*?) \| (.*?) \|$", readme.replace("`", ""), re.M)
+    wanted = [
+        (f.name.upper(), str(f.metadata["default"] or "unset"), f.metadata["help"])
+        for f in dataclasses.fields(smolrouter.Settings)
+    ]
+    assert rows == [(n, d, h.replace("`", "")) for n, d, h in wanted]
+
+
+# ======================================================================================
+# Pure: sections 3 to 8 on values
+# ======================================================================================
+
+
+def every_split(data: Any) -> Iterator[list[Any]]:
+    """Yield `data` whole, in two pieces at every place, and in single pieces."""
+    yield [data]
+    yield from ([data[:at], data[at:]] for at in range(1, len(data)))
+    yield [data[at : at + 1] for at in range(len(data))]
+
+
+# -- 3 HTTP messages ---------------------------------------------------------------
+
+CHUNKS = [
+    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"5;a=b\r\nhello\r\n0;last\r\n\r\n", b"hello"),
+    (b"5 ;a\r\nhello\r\n6\r\n\r\n\r\n\r\n\r\n0\r\n\r\n", b"hello\r\n\r\n\r\n"),
+    (b"A\r\n0123456789\r\na\r\n0123456789\r\n000\r\n\r\n", b"0123456789" * 2),
+    (b"1\r\nx\r\n0\r\nTrailer: gone\r\nX: y\r\n\r\n", b"x"),
+    (b"0\r\n\r\n", b""),
+]
+
+
+@pytest.mark.parametrize("data, content", CHUNKS)
+def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
+    for pieces in every_split(data):
+        decoder = smolrouter.ChunkDecoder()
+        assert b"".join(map(decoder.feed, pieces)) == content
+        assert decoder.done and decoder.rest == b""
+
+
+def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
+    random = __import__("random").Random(7)
+    for _ in range(200):
+        contents = [
+            bytes(random.choices(b"ab\r\n0", k=random.choice([1, 7, 300])))
+            for _ in range(random.randrange(1, 40))
+        ]
+        data = b"".join(map(smolrouter.encode_chunk, contents)) + b"0\r\n\r\nNEXT"
+        cut = random.randrange(len(data))
+        decoder = smolrouter.ChunkDecoder()
+        got = decoder.feed(data[:cut])
+        got += decoder.feed(data[cut:])
+        assert (got, decoder.done, decoder.rest) == (b"".join(contents), True, b"NEXT")
+
+
+BAD_CHUNKS = {
+    "no size": b"\r\nhello",
+    "sign": b"+5\r\nhello\r\n",
+    "prefix": b"0x5\r\nhello\r\n",
+    "underscore": b"1_0\r\nhello",
+    "space before": b" 5\r\nhello\r\n",
+    "space after": b"5 \r\nhello\r\n",
+    "sixteen digits": b"0000000000000005\r\nhello\r\n",
+    "bare LF after the size": b"5\nhello\r\n",
+    "bare LF in an extension": b"5;a\nb\r\nhello\r\n",
+    "NUL in an extension": b"5;\0\r\nhello\r\n",
+    "content longer than its size": b"4\r\nhello\r\n",
+    "bare LF after the content": b"5\r\nhello\n0\r\n\r\n",
+    "long extension": b"5;" + b"x" * 2000 + b"\r\nhello\r\n",
+    "many extensions": (b"1;" + b"x" * 900 + b"\r\ny\r\n") * 20,
+    "bad trailer": b"0\r\nno colon\r\n\r\n",
+    "long trailers": b"0\r\n" + b"a: b\r\n" * 2000,
+}
+
+
+@pytest.mark.parametrize("data", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
+def test_bad_chunks_are_refused_at_every_split(data: bytes) -> None:
+    step = max(1, len(data) // 50)
+    for cut in range(0, len(data), step):
+        decoder = smolrouter.ChunkDecoder()
+        with pytest.raises(smolrouter.RouterError):
+            [decoder.feed(data[:cut]), decoder.feed(data[cut:])]
+
+
+PATHS = [
+    ("/v1/models", "/v1/models"),
+    ("//api/logs", "/api/logs"),
+    ("/api/./logs", "/api/logs"),
+    ("/%61pi/logs", "/api/logs"),
+    ("/api/logs/", "/api/logs"),
+    ("/api/x/../logs", "/api/logs"),
+    ("/../../api/logs", "/api/logs"),
+    ("/%2e%2e/api/logs", "/api/logs"),
+    ("/v1/models/org%2fname", "/v1/models/org%2Fname"),
+    ("/v1/caf%c3%a9", "/v1/caf%C3%A9"),
+    ("/", "/"),
+    ("/.", "/"),
+]
+
+
+@pytest.mark.parametrize("path, normal", PATHS)
+def test_path_has_one_spelling(path: str, normal: str) -> None:
+    assert smolrouter.normalise_path(path) == normal
+    assert smolrouter.normalise_path(normal) == normal
+
+
+# -- 4 Event streams and 5 Text filters --------------------------------------------
+
+ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_events_at_every_split(end: bytes) -> None:
+    line_end = end[: len(end) // 2]
+    data = b"data: a" + end + b": note" + end + b"event: x" + line_end + b"data: b" + end
+    for pieces in every_split(data):
+        splitter = smolrouter.EventSplitter(smolrouter.SSE)
+        blocks = [splitter.feed(piece) for piece in pieces]
+        rest = splitter.take()
+        assert b"".join(blocks) + rest == data
+        for block in blocks:
+            assert not block or block.endswith(end[-1:])
+
+
+THOUGHTS = [
+    # what the model says, what is seen, what was thought
+    ("<think>a</think>b", "b", "a"),
+    ("<think>a</think>\n\n  b", "b", "a"),
+    ("\n<think>a</think>\n\nb", "\nb", "a"),
+    ("b <think>a</think> c", "b  c", "a"),
+    ("b\n<think>a</think>\n\nc\n", "b\n\n\nc\n", "a"),
+    ("<think>a</think>\n<think>b</think>\nc", "c", "ab"),
+    ("<think>never closed", "", "never closed"),
+    ("<thinking_hard>a</thinking_hard>", "<thinking_hard>a</thinking_hard>", ""),
+    ("a < b <thin", "a < b <thin", ""),
+    ("<think>a < b </thin </think>c", "c", "a < b </thin "),
+    ("<<think>a</think>b", "<b", "a"),
+    ("<think><think>a</think>b", "b", "<think>a"),
+    ("code:\n  if a:\n\tb\n", "code:\n  if a:\n\tb\n", ""),
+    ("", "", ""),
+]
+
+
+@pytest.mark.parametrize("text, visible, thought", THOUGHTS)
+def test_think_filter_at_every_split(text: str, visible: str, thought: str) -> None:
+    rules = smolrouter.FilterRules(think=True)
+    for pieces in every_split(text) if text else [[""]]:
+        text_filter = smolrouter.TextFilter(rules)
+        parts = [text_filter.feed(piece) for piece in pieces]
+        parts.append(text_filter.feed("", last=True))
+        assert "".join(part[0] for part in parts) == visible
+        assert "".join(part[1] for part in parts) == thought
+    assert smolrouter.filter_text(text, rules) == (visible, thought)
+
+
+def test_bare_close_ends_a_block_from_the_prompt() -> None:
+    rules = smolrouter.FilterRules(think=True)
+    assert smolrouter.filter_text("hm</think>\n\nyes", rules) == ("yes", "hm")
+    late = "yes <think>a</think> b </think> c"
+    assert smolrouter.filter_text(late, rules) == ("yes  b </think> c", "a")
+
+
+FENCES = [
+    ('```json\n{"a": 1}\n```', '{"a": 1}\n'),
+    ('Here:\n```json\n{"a":\n  1}\n```\nDone.', 'Here:\n{"a":\n  1}\nDone.'),
+    ("  ```JSON \r\n[]\r\n  ``` \r\nx", "[]\r\nx"),
+    ("```python\nx = 1\n```\n", "```python\nx = 1\n```\n"),
+    ("```\nplain\n```\n", "```\nplain\n```\n"),
+    ("```python\n```json\n```\n[]", "```python\n```json\n```\n[]"),
+    ("inline ```json\n[]\n```", "inline ```json\n[]\n```"),
+    ("```json\n[1,\n", "[1,\n"),
+    ("a ` b `` c ``` d", "a ` b `` c ``` d"),
+]
+
+
+@pytest.mark.parametrize("text, visible", FENCES)
+def test_fence_filter_at_every_split(text: str, visible: str) -> None:
+    rules = smolrouter.FilterRules(fences=True)
+    for pieces in every_split(text):
+        text_filter = smolrouter.TextFilter(rules)
+        parts = [text_filter.feed(piece)[0] for piece in pieces]
+        assert "".join([*parts, text_filter.feed("", last=True)[0]]) == visible
+
+
+def test_a_hundred_thousand_tags_take_linear_time() -> None:
+    rules = smolrouter.FilterRules(think=True)
+    for text in ("<think>" * 100_000, "<think" * 100_000, "<" * 500_000):
+        smolrouter.filter_text(text, rules)
+
+
+# -- 6 Dialects --------------------------------------------------------------------
+
+SPLICES = [
+    ('{"model":"a","x":1.0}', {("model",): "b"}, '{"model":"b","x":1.0}'),
+    ('{ "x" : 1e3 , "model" : "a" }', {("model",): "b"}, '{ "x" : 1e3 , "model" : "b" }'),
+    ('{"model":"a","model":"c"}', {("model",): "b"}, '{"model":"b","model":"b"}'),
+    ('{"a":[1,{"b":"\\u00e9"}]}', {("a", 1, "b"): "x"}, '{"a":[1,{"b":"x"}]}'),
+    ('{"a":1}', {("z",): {"y": True}}, '{"a":1,"z":{"y":true}}'),
+    ("{}", {("z",): 1}, '{"z":1}'),
+]
+
+
+@pytest.mark.parametrize("text, edits, wanted", SPLICES)
+def test_splice_changes_the_value_alone(text: str, edits: Any, wanted: str) -> None:
+    assert smolrouter.splice_json(text, edits).decode() == wanted
+
+
+# -- 7 Routing ---------------------------------------------------------------------
+
+TABLE = """
+{"servers": {"one": "http://one:1", "two": {"url": "http://two:2/v1", "api": "ollama"}},
+ "aliases": {"pair": {"instances": ["one/a", {"server": "two", "model": "b"}]},
+             "turns": {"strategy": "round_robin", "instances": ["one/a/b"]}},
+ "routes": [
+  {"match": {"model": "/^(.*)-1.5b$/"}, "route": {"upstream": "one", "model": "\\\\1-tiny"}},
+  {"match": {"source_host": ["10.0.1.0/24", "10.0.2.5-10.0.2.9"], "model": "gpt-4"},
+   "route": {"upstream": "two", "model": "claude"}},
+  {"match": {"source_host": "fd00::/8"}, "route": {"alias": "pair"}},
+  {"match": {"model": "old"}, "route": {"model": "new"}}]}
+"""
+HOME = "127.0.0.1"
+DECISIONS = [
+    # asked, source host, route, what is sent where
+    ("pair", HOME, "alias pair", ["one/a", "two/b"]),
+    ("mapped-pair", HOME, "alias pair", ["one/a", "two/b"]),
+    ("turns", HOME, "alias turns", ["one/a/b"]),
+    ("qwen-1.5b", HOME, "routes[0]", ["one/qwen-tiny"]),
+    ("gpt-4", "10.0.1.77", "routes[1]", ["two/claude"]),
+    ("gpt-4", "::ffff:10.0.2.5", "routes[1]", ["two/claude"]),
+    ("gpt-4", "10.0.2.10", "default", ["default/gpt-4"]),
+    ("any", "fd00::7", "routes[2]", ["one/a", "two/b"]),
+    ("old", HOME, "routes[3]", ["default/new"]),
+    ("gpt-3", HOME, "default", ["default/llama"]),
+    ("gpt-9-x", HOME, "default", ["default/lab-x"]),
+    ("m [two]", HOME, "pin two", ["two/m"]),
+    ("m [nobody]", HOME, "default", ["default/m [nobody]"]),
+    ("x" * 300 + "-1.5b", HOME, "default", ["default/" + "x" * 300 + "-1.5b"]),
+]
+
+
+def routing(text: str = TABLE, **settings: str) -> Any:
+    mapping = '{"/gpt-9-(.*)/": "lab-\\\\1", "gpt-3": "llama", "mapped-pair": "pair"}'
+    chosen = smolrouter.Settings.from_mapping({"MODEL_MAP": mapping, **settings})
+    return smolrouter.parse_routes(text, "routes.yaml", {"KEY": "k"}, chosen)
+
+
+@pytest.mark.parametrize("asked, host, route, instances", DECISIONS)
+def test_decision(asked: str, host: str, route: str, instances: list[str]) -> None:
+    decision = smolrouter.resolve(routing(), asked, host)
+    assert decision.route == route
+    assert [str(instance) for instance in decision.instances] == instances
+    assert decision.trail and decision.trail[-1].matched
+
+
+def route(match: Any, target: Any) -> str:
+    """Return a routing file of one route."""
+    return json.dumps({"routes": [{"match": match, "route": target}]})
+
+
+X = {"model": "x"}
+BAD_TABLES = {
+    "unknown key": ('{"servers": {}, "extra": 1}', "extra"),
+    "not a mapping": ("[]", "the file"),
+    "bad regex": (route({"model": "/(/"}, X), "routes[0].match.model"),
+    "bad group": (route({"model": "/a/"}, {"model": "\\1"}), "routes[0].route.model"),
+    "empty alias": ('{"aliases": {"a": {"instances": []}}}', "aliases.a.instances"),
+    "unknown server": ('{"aliases": {"a": {"instances": ["nobody/m"]}}}', "nobody"),
+    "unknown alias": (route({}, {"alias": "x"}), "routes[0].route.alias"),
+    "bad strategy": ('{"aliases": {"a": {"strategy": "luck", "instances": ["b/c"]}}}', "luck"),
+    "bad address": (route({"source_host": "10.0.0.256"}, X), "source_host"),
+    "backward range": (route({"source_host": "10.0.0.9-10.0.0.1"}, X), "source_host"),
+    "empty route": (route({}, {}), "routes[0].route"),
+    "unset variable": ('{"servers": {"a": "http://${NOBODY}"}}', "NOBODY"),
+    "duplicate": ('{"servers": {"a": "http://a", "a": "http://b"}}', "twice"),
+    "bad URL": ('{"servers": {"a": "ftp://a"}}', "servers.a.url"),
+    "bad api": ('{"servers": {"a": {"url": "http://a", "api": "x"}}}', "servers.a.api"),
+    "number for text": (route({"model": 7}, X), "routes[0].match.model"),
+    "broken JSON": ('{"servers": ', "JSON"),
+}
+
+
+@pytest.mark.parametrize("text, named", BAD_TABLES.values(), ids=BAD_TABLES.keys())
+def test_bad_table_is_refused_with_its_place(text: str, named: str) -> None:
+    with pytest.raises(smolrouter.ConfigError) as caught:
+        routing(text)
+    assert named in str(caught.value) and "routes.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_says_the_line() -> None:
+    pytest.importorskip("yaml")
+    text = "servers:\n  a: http://a\nroutes:\n  - match: {}\n    route: {upstrem: a}\n"
+    with pytest.raises(smolrouter.ConfigError, match=r"routes\.yaml:5: routes\[0\]"):
+        routing(text)
+    with pytest.raises(smolrouter.ConfigError, match=r"routes\.yaml:3: .*twice"):
+        routing("servers:\n  a: http://a\n  a: http://b\n")
+
+
+# -- 8 Access ----------------------------------------------------------------------
+
+SECRET_KEY = "k9$Lm2#Qx7!Vb4@Zt6^Wp1&Rd8*Ns3%Ge5"
+
+
+def jwt(head: dict, claims: dict, key: str = SECRET_KEY) -> str:
+    """Make a token by other means than the module's own."""
+    parts = [base64.urlsafe_b64encode(dumps(p)).rstrip(b"=") for p in (head, claims)]
+    signed = b".".join(parts)
+    mac = hmac.new(key.encode(), signed, hashlib.sha256).digest()
+    return (signed + b"." + base64.urlsafe_b64encode(mac).rstrip(b"=")).decode()
+
+
+HS256 = {"alg": "HS256", "typ": "JWT"}
+TOKENS = {
+    "good": (jwt(HS256, {"exp": 2000}), True),
+    "good with nbf": (jwt(HS256, {"exp": 2000, "nbf": 900}), True),
+    "expired": (jwt(HS256, {"exp": 1000}), False),
+    "not yet": (jwt(HS256, {"exp": 2000, "nbf": 1001}), False),
+    "no exp": (jwt(HS256, {"sub": "x"}), False),
+    "exp a string": (jwt(HS256, {"exp": "2000"}), False),
+    "exp true": (jwt(HS256, {"exp": True}), False),
+    "alg none": (jwt({"alg": "none"}, {"exp": 2000}), False),
+    "alg HS512": (jwt({"alg": "HS512"}, {"exp": 2000}), False),
+    "crit": (jwt({**HS256, "crit": ["x"]}, {"exp": 2000}), False),
+    "other key": (jwt(HS256, {"exp": 2000}, "x" * 40), False),
+    "no signature": (jwt(HS256, {"exp": 2000}).rpartition(".")[0] + ".", False),
+    "two parts": ("a.b", False),
+    "not base64": ("!.!.!", False),
+    "empty": ("", False),
+}
+
+
+@pytest.mark.parametrize("token, valid", TOKENS.values(), ids=TOKENS.keys())
+def test_token(token: str, valid: bool) -> None:
+    assert (smolrouter.check_token(token, SECRET_KEY, 1000.0) is None) == valid
+
+
+def test_minted_token_is_valid_until_it_expires() -> None:
+    token = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
+    assert smolrouter.check_token(token, SECRET_KEY, 1000.0) is None
+    assert smolrouter.check_token(token, SECRET_KEY, 1000.0 + 86401)
+
+
+HOSTS = [
+    ("localhost:1234", True), ("127.0.0.1", True), ("[::1]:1234", True), ("box", True),
+    ("box.lan:80", True), ("router.home.arpa", True), ("extra.example", True),
+    ("evil.example", False), ("127.0.0.1.evil.example", False), ("", False),
+    ("localhost.evil.example:1234", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host, good", HOSTS)
+def test_web_host(host: str, good: bool) -> None:
+    try:
+        smolrouter.check_web_host(host, ("extra.example",), "machine")
+    except smolrouter.MisdirectedRequest:
+        assert not good
+    else:
+        assert good
+
+
+FORWARDED = [
+    # peer, X-Forwarded-For, trusted, who asks
+    ("10.0.0.1", "1.2.3.4", "none", "10.0.0.1"),
+    ("10.0.0.1", "1.2.3.4", "10.0.0.1", "1.2.3.4"),
+    ("10.0.0.1", "6.6.6.6, 1.2.3.4", "10.0.0.0/8", "1.2.3.4"),
+    ("10.0.0.1", "1.2.3.4, 10.0.0.7", "10.0.0.0/8", "1.2.3.4"),
+    ("10.0.0.1", "junk", "10.0.0.0/8", "10.0.0.1"),
+    ("10.0.0.1", "", "10.0.0.0/8", "10.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("peer, field, trusted, source", FORWARDED)
+def test_source_host(peer: str, field: str, trusted: str, source: str) -> None:
+    fields = smolrouter.Fields([("x-forwarded-for", "X-Forwarded-For", field)])
+    networks = smolrouter.parse_networks(trusted)
+    assert smolrouter.client_address(peer, fields, networks) == source
+
+# ======================================================================================
+# Sockets
+# ======================================================================================
+
+CHAT = "/v1/chat/completions"
+FINE: list[Step] = json_answer({"fine": True})
+ASKS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/embeddings": {"input": "hi"},
+    "/api/chat": {"messages": [{"role": "user", "content": "hi"}]},
+    "/api/generate": {"prompt": "hi"},
+    "/api/embed": {"input": "hi"},
+    "/v1/rerank": {"query": "hi"},
+}
+
+
+def get(path: str, fields: Pairs = (), version: str = "1.1") -> bytes:
+    """A GET as bytes."""
+    return encode_request("GET", path, None, fields, version)
+
+
+def post(path: str, document: Any, fields: Pairs = (), version: str = "1.1") -> bytes:
+    """A POST of a JSON document as bytes."""
+    return encode_request("POST", path, document, fields, version)
+
+
+def post_chunks(path: str, *pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    """A POST of JSON in chunks, as bytes."""
+    fields = [("Transfer-Encoding", "chunked"), ("Content-Type", "application/json")]
+    top = encode_request("POST", path, None, fields)
+    return top + b"".join(chunked(*pieces, end=end))
+
+
+def at_once(task: Callable[..., Any], *inputs: Iterable[Any], workers: int = 8) -> list:
+    """The results of a task for every input, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(task, *inputs))
+
+
+def receive_until(sock: socket.socket, *marks: bytes) -> bytes:
+    """Read until all of these have come, one after the other."""
+    data, at = b"", 0
+    for mark in marks:
+        while (found := data.find(mark, at)) < 0:
+            more = sock.recv(1 << 16)
+            assert more, f"closed before {mark!r}: {data!r}"
+            data += more
+        at = found + len(mark)
+    return data
+
+
+# == 1. HTTP/1.1, as a client sees it ==============================================
+
+
+def test_one_connection_serves_many_requests() -> None:
+    with connect(shared().port) as sock:
+        for turn in range(3):
+            got = parse(exchange(sock, get(f"/v1/turn-{turn}")))
+            assert (got.status, got.json["target"]) == (200, f"/v1/turn-{turn}")
+
+
+def test_connection_close_is_obeyed() -> None:
+    data = raw(shared().port, get("/v1/last", [("Connection", "close")]), answers=0)
+    assert parse(data).status == 200
+    assert parse(data).get("Connection") == "close"
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    slow = stage().plays([0.2, *json_answer({"target": "the slow one"})])
+    document = dumps(chat("tiny", "the third"))
+    requests = [
+        get(f"/v1/{slow}"),
+        get("/v1/second"),
+        post(CHAT, chat("tiny", "the third")),
+        post_chunks(CHAT, document[:9], document[9:]),
+        post("/api/chat", chat("tiny", "the fifth", stream=False)),
+        *(get(f"/v1/number-{n}") for n in range(20)),
+    ]
+    data = raw(shared().port, b"".join(requests), answers=len(requests))
+    answers, rest = split_answers(data)
+    assert [a.status for a in answers] == [200] * 25
+    assert not rest
+    assert answers[0].json["target"] == "the slow one"
+    assert answers[1].json["target"] == "/v1/second"
+    assert answers[2].text == answers[3].text == "You said: the third"
+    assert answers[4].text == "You said: the fifth"
+    assert [a.json["target"] for a in answers[5:]] == [
+        f"/v1/number-{n}" for n in range(20)
+    ]
+
+
+def test_a_request_pipelined_behind_a_stream_is_kept() -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event({"n": 1})], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(event("[DONE]"))
+
+    model = stage().plays(script)
+    with connect(shared().port) as sock:
+        sock.sendall(post(CHAT, chat(model, stream=True)))
+        assert receive_until(sock, b'{"n":1}')
+        sock.sendall(get("/v1/behind"))
+        gate.set()
+        data = receive_until(sock, b"/v1/behind", b"}")
+    assert data.index(b"[DONE]") < data.index(b"0\r\n\r\n") < data.index(b"/v1/behind")
+
+
+DOCUMENT = dumps(chat("tiny", "in pieces"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "one chunk": post_chunks(CHAT, DOCUMENT),
+        "a byte each": post_chunks(CHAT, *(bytes([b]) for b in DOCUMENT)),
+        "upper-case sizes": post_chunks(CHAT, DOCUMENT, end=b"").replace(
+            b"\r\n%x\r\n" % len(DOCUMENT), b"\r\n%X\r\n" % len(DOCUMENT)
+        )
+        + b"000\r\n\r\n",
+        "leading zeros": post_chunks(CHAT, DOCUMENT).replace(
+            b"\r\n\r\n", b"\r\n\r\n00", 1
+        ),
+        "extensions": post_chunks(CHAT).removesuffix(b"0\r\n\r\n")
+        + b'%x;a;b=c;d="e f"\r\n%s\r\n0;last=1\r\n\r\n' % (len(DOCUMENT), DOCUMENT),
+        "trailers": post_chunks(
+            CHAT, DOCUMENT, end=b"0\r\nX-Late: secret\r\nB: c\r\n\r\n"
+        ),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_chunked_request(data: tuple[str, bytes]) -> None:
+    with connect(shared().port) as sock:
+        assert parse(exchange(sock, data[1])).text == "You said: in pieces"
+        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+
+
+def test_trailers_of_a_request_stop_here() -> None:
+    model = stage().plays(FINE)
+    end = b"0\r\nX-Late: secret\r\nAuthorization: Bearer late\r\n\r\n"
+    raw(shared().port, post_chunks(CHAT, dumps(chat(model)), end=end))
+    (heard,) = stage().heard(model)
+    assert heard.json["model"] == model
+    assert b"late" not in heard.raw_head.lower()
+
+
+def test_request_split_at_every_position() -> None:
+    data = post_chunks(CHAT, DOCUMENT[:30], DOCUMENT[30:])
+
+    def split(at: int) -> str:
+        return parse(raw(shared().port, data[:at], 0.003, data[at:])).text
+
+    assert set(at_once(split, range(1, len(data)))) == {"You said: in pieces"}
+
+
+def test_request_byte_by_byte() -> None:
+    steps: list[bytes | float] = []
+    for byte in post(CHAT, chat("tiny", "slowly")):
+        steps += [bytes([byte]), 0.001]
+    assert parse(raw(shared().port, *steps)).text == "You said: slowly"
+
+
+def test_chunked_answer() -> None:
+    pieces = [b"{", b'"a"', b": ", b"[1, 2]", b"}"]
+    name = stage().plays(stream_answer(pieces, kind="application/json"))
+    got = request(shared().port, "GET", f"/v1/{name}")
+    assert (got.content, got.whole) == (b'{"a": [1, 2]}', True)
+
+
+def test_trailers_of_an_answer_stop_here() -> None:
+    end = b"0\r\nX-Late: secret\r\n\r\n"
+    steps = [*stream_answer([b"{}"], kind="application/json", whole=False), end]
+    name = stage().plays(steps)
+    for data in (get(f"/v1/{name}"), post(CHAT, chat(name))):
+        with connect(shared().port) as sock:
+            assert b"secret" not in exchange(sock, data)
+            assert parse(exchange(sock, get("/v1/after"))).status == 200
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_answer_that_ends_with_the_connection(version: str) -> None:
+    steps = [head(200, [("Content-Type", "text/plain")]), b"all ", b"of it", CLOSE]
+    name = stage().plays(steps)
+    data = raw(
+        shared().port, get(f"/v1/{name}", [("Connection", "close")], version), answers=0
+    )
+    assert parse(data).content == b"all of it"
+
+
+def test_head_has_the_fields_and_no_content() -> None:
+    name = stage().plays(lambda r: [head(200, [("Content-Length", "12345")])])
+    with connect(shared().port) as sock:
+        ask_head = encode_request("HEAD", f"/v1/{name}")
+        got = parse(exchange(sock, ask_head, to_head=True), to_head=True)
+        assert (got.status, got.get("Content-Length")) == (200, "12345")
+        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+
+
+def test_head_of_the_root_says_that_it_runs() -> None:
+    data = raw(shared().port, encode_request("HEAD", "/"), to_head=True)
+    assert parse(data, to_head=True).status == 200
+    assert data.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_statuses_without_content(status: int) -> None:
+    name = stage().plays([head(status, [("ETag", '"x"'), ("Content-Length", "7")])])
+    with connect(shared().port) as sock:
+        for _ in range(2):  # on the same upstream connection too
+            got = parse(exchange(sock, get(f"/v1/{name}")))
+            assert (got.status, got.content, got.get("ETag")) == (status, b"", '"x"')
+        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+
+
+def test_expect_100_continue() -> None:
+    whole = post(CHAT, chat("tiny", "go on"), [("Expect", "100-continue")])
+    top, _, content = whole.partition(b"\r\n\r\n")
+    with connect(shared().port) as sock:
+        sock.sendall(top + b"\r\n\r\n")
+        interim = receive_until(sock, b"\r\n\r\n")
+        assert interim.startswith(b"HTTP/1.1 100 ")
+        assert parse(exchange(sock, content)).text == "You said: go on"
+
+
+def test_expect_of_a_content_too_large_is_refused_at_once() -> None:
+    fields = [("Expect", "100-continue"), ("Content-Length", "9" * 12)]
+    data = raw(shared().port, encode_request("POST", CHAT, None, fields), answers=0)
+    assert data.startswith(b"HTTP/1.1 413 ")
+
+
+def test_http_1_0_never_gets_an_interim_answer() -> None:
+    name = stage().plays([b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", *FINE])
+    fields = [("Expect", "100-continue")]
+    data = raw(shared().port, post(CHAT, chat(name), fields, "1.0"), answers=0)
+    assert parse(data).json == {"fine": True}
+    assert b" 100 " not in data and b" 103 " not in data
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_http_1_0_gets_no_chunks_and_a_close(path: str) -> None:
+    data = raw(
+        shared().port, post(path, chat("tiny", stream=True), version="1.0"), answers=0
+    )
+    assert b"transfer-encoding" not in data.lower()
+    assert parse(data).text == "You said: hi"
+
+
+def test_http_1_0_without_keep_alive_is_closed() -> None:
+    data = raw(shared().port, b"GET /v1/old HTTP/1.0\r\n\r\n" * 2, answers=0)
+    answers, rest = split_answers(data)
+    assert [a.status for a in answers] == [200]
+    assert not rest
+
+
+def test_http_1_0_with_keep_alive_stays() -> None:
+    with connect(shared().port) as sock:
+        for turn in range(2):
+            asked = get(f"/v1/old-{turn}", [("Connection", "keep-alive")], "1.0")
+            got = parse(exchange(sock, asked))
+            assert (got.status, got.json["target"]) == (200, f"/v1/old-{turn}")
+            assert (got.get("Connection") or "").lower() == "keep-alive"
+
+
+def test_ipv6_on_both_sides() -> None:
+    try:
+        upstream = Upstream(host="::1")
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    settings = {"LISTEN_HOST": "::1", "DEFAULT_UPSTREAM": upstream.url}
+    with upstream, Router(settings) as router:
+        assert router.url.startswith("http://[::1]:")
+        got = request(router.port, "POST", CHAT, chat("tiny"), host="::1")
+        assert got.text == "You said: hi"
+        assert upstream.heard("tiny")[0].get("Host") == upstream.authority
+
+
+def test_absolute_form_never_chooses_the_upstream() -> None:
+    name = stage().plays(FINE)
+    data = b"GET http://elsewhere.example:81/v1/%s?q=1 HTTP/1.1\r\nHost: b\r\n\r\n"
+    assert parse(raw(shared().port, data % name.encode())).status == 200
+    (heard,) = stage().heard(name)
+    assert heard.target == f"/v1/{name}?q=1"
+    assert heard.get_all("Host") == [stage().authority]
+
+
+# -- upstreams: TLS, the pool ------------------------------------------------------
+
+
+def secure() -> tuple[str, Upstream]:
+    """The file of a certificate that nobody trusts, and an upstream that shows it."""
+    made = certificate()
+    if made is None:
+        pytest.skip("no openssl here to make a certificate")
+    return made[0], Upstream(tls=made[1])
+
+
+def test_tls_upstream_with_a_trusted_certificate() -> None:
+    trusted, upstream = secure()
+    settings = {"DEFAULT_UPSTREAM": upstream.url, "SSL_CERT_FILE": trusted}
+    with upstream, Router(settings) as router:
+        assert ask(router, "tiny").text == "You said: hi"
+        assert ask(router, "tiny", stream=True).text == "You said: hi"
+
+
+def test_tls_upstream_with_an_unknown_certificate_is_refused() -> None:
+    _, upstream = secure()
+    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        got = ask(router, "tiny")
+        assert got.status == 502
+        assert "certificate" in got.json["error"]["message"].lower()
+        assert not upstream.requests
+
+
+def test_tls_upstream_with_verify_false() -> None:
+    _, upstream = secure()
+    routes = {
+        "servers": {"self-signed": {"url": upstream.url, "verify": False}},
+        "routes": [{"match": {"model": "tiny"}, "route": {"upstream": "self-signed"}}],
+    }
+    settings = {"DEFAULT_UPSTREAM": upstream.url}
+    with upstream, Router(settings, routes) as router:
+        assert ask(router, "tiny").text == "You said: hi"
+
+
+@contextlib.contextmanager
+def pair(script: Script | None = None, **settings: Any) -> Iterator[tuple]:
+    """A router with an upstream of its own."""
+    with (
+        Upstream(script) as upstream,
+        Router({"DEFAULT_UPSTREAM": upstream.url, **settings}) as router,
+    ):
+        yield router, upstream
+
+
+def test_upstream_connections_are_reused() -> None:
+    with pair() as (router, upstream):
+        for _ in range(5):
+            assert ask(router, "tiny").status == 200
+            assert ask(router, "tiny", stream=True).whole
+        assert len({r.connection for r in upstream.heard("tiny")}) == 1
+
+
+def test_a_pooled_connection_that_was_closed_is_not_used() -> None:
+    with pair(lambda r: [*FINE, CLOSE]) as (router, upstream):
+        for turn in range(1, 4):
+            assert ask(router, "tiny").json == {"fine": True}
+            assert len(upstream.heard("tiny")) == turn
+            last = upstream.connections[upstream.heard("tiny")[-1].connection]
+            assert until(functools.partial(getattr, last, "closed"))
+
+
+POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\npoisoned"
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+@pytest.mark.parametrize("junk", [POISON, b"\r\n", b"x"])
+def test_an_answer_that_nobody_asked_for_is_given_to_nobody(
+    junk: bytes, pause: float
+) -> None:
+    said: set[int] = set()
+
+    def script(received: Received) -> Iterator[Step]:
+        whole = json_answer({"to": received.json["n"]})[0]
+        if pause:
+            yield from (whole, pause, junk)
+        else:
+            yield whole + junk
+        said.add(received.json["n"])
+
+    model = stage().plays(script)
+    for turn in range(4):
+        assert ask(shared(), model, n=turn).json == {"to": turn}
+        assert until(functools.partial(said.issuperset, {turn}))
+        time.sleep(pause)
+
+
+def dies_when_reused(upstream: Upstream, end: Iterable[Step]) -> Script:
+    """Answer the first request of a connection and play `end` to the second."""
+
+    def script(received: Received) -> Iterable[Step]:
+        return FINE if upstream.connections[received.connection].requests < 2 else end
+
+    return script
+
+
+@pytest.mark.parametrize("end", [DROP, CLOSE], ids=repr)
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_silent_retry_when_a_reused_connection_dies(
+    end: Step, stream: bool
+) -> None:
+    with pair() as (router, upstream):
+        upstream.script = dies_when_reused(upstream, [end])
+        for _ in range(2):
+            assert ask(router, "tiny", stream=stream).json == {"fine": True}
+        first, reused, fresh = (r.connection for r in upstream.heard("tiny"))
+        assert first == reused != fresh
+
+
+def test_no_retry_after_the_first_byte() -> None:
+    with pair() as (router, upstream):
+        upstream.script = dies_when_reused(
+            upstream, [b"HTTP/1.1 200 OK\r\nConte", DROP]
+        )
+        assert ask(router, "tiny").status == 200
+        assert ask(router, "tiny").status == 502
+        assert len(upstream.heard("tiny")) == 2
+
+
+def test_no_retry_on_a_fresh_connection() -> None:
+    with pair(lambda r: [DROP]) as (router, upstream):
+        assert ask(router, "tiny").status == 502
+        assert len(upstream.heard("tiny")) == 1
+
+
+# -- content that nobody wanted ----------------------------------------------------
+
+SECRET = "Kp3-vD9xQ2mT7rLw8ZyB4nHs6JcF1gAe"
+SMUGGLED = b"GET /v1/smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "method, path, status, fields",
+    [
+        ("POST", "/nowhere", 404, []),
+        ("PUT", "/api/chat", 405, []),
+        ("GET", "/api/chat", 405, []),
+        ("POST", CHAT, 400, []),  # it is not JSON
+        ("POST", CHAT, 403, [("Origin", "https://evil.example")]),
+        ("GET", "/v1/content-with-get", 200, []),
+    ],
+)
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_leftover_content_is_not_a_request(
+    method: str, path: str, status: int, fields: Pairs, framing: str
+) -> None:
+    check_leftovers(shared(), stage(), method, path, status, fields, framing)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_leftover_content_after_401_is_not_a_request(framing: str) -> None:
+    settings = {"API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
+    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    check_leftovers(router, stage(), "POST", CHAT, 401, [], framing)
+
+
+def check_leftovers(
+    router: Router,
+    upstream: Upstream,
+    method: str,
+    path: str,
+    status: int,
+    fields: Pairs,
+    framing: str,
+) -> None:
+    """The content is read, or the connection is closed; never taken for a request."""
+    length = ("Content-Length", str(len(SMUGGLED)))
+    own = length if framing == "length" else ("Transfer-Encoding", "chunked")
+    content = SMUGGLED if framing == "length" else b"".join(chunked(SMUGGLED))
+    first = encode_request(method, path, None, [own, *fields]) + content
+    last = get("/v1/good", [("Connection", "close")])
+    answers, _ = split_answers(raw(router.port, first + last, answers=0))
+    assert answers[0].status == status
+    assert len(answers) <= 2
+    assert not [r for r in upstream.requests if r.target == "/v1/smuggled"]
+
+
+def test_wrong_method_says_what_is_allowed() -> None:
+    got = request(shared().port, "GET", "/api/chat")
+    assert got.status == 405
+    assert "POST" in (got.get("Allow") or "")
+    assert "error" in got.json
+
+
+ODD: dict[str, bytes] = {
+    "nothing": b"",
+    "half a document": b'{"model": "EVIL"',
+    "two documents": b'{"model": "EVIL"} {}',
+    "an array": b'["EVIL"]',
+    "null": b"null",
+    "no model": b'{"messages": [], "x": "EVIL"}',
+    "null for a model": b'{"model": null, "x": "EVIL"}',
+    "a number for a model": b'{"model": 7, "x": "EVIL"}',
+    "a list for a model": b'{"model": ["EVIL"]}',
+    "not a number": b'{"model": "EVIL", "x": NaN}',
+    "5,000 digits": b'{"model": "EVIL", "x": ' + b"1" * 5000 + b"}",
+    "201 levels": b'{"model": "EVIL", "x": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "100,000 levels": b'{"model": "EVIL", "x": ' + b"[" * 100_000,
+    "no UTF-8": b'{"model": "EVIL", "x": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_document_is_answered_400(name: str, path: str) -> None:
+    mark = stage().plays(FINE)
+    content = ODD[name].replace(b"EVIL", mark.encode())
+    got = request(shared().port, "POST", path, content)
+    assert (got.status, bool(got.json["error"])) == (400, True)
+    assert not stage().heard(mark)
+
+
+NAMES = [
+    "a\r\nEvil: 1", "a\nEvil: 2", "a\0b", "\u6a21\u578b", "\xe9", "\ud800", "x" * 9999,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("model", NAMES, ids=lambda name: ascii(name[:9]))
+def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -> None:
+    name = f"{model}{path}"
+    got = request(shared().port, "POST", path, {**ASKS[path], "model": name})
+    assert (got.status, got.get("Evil")) == (200, None)
+    assert len([r for r in stage().requests if r.model == name]) == 1
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+    assert "\nEvil" not in shared().stderr.replace("\r", "\n")
+
+
+# -- many clients, and nobody who reads the log -----------------------------------
+
+
+def test_two_hundred_clients_at_once() -> None:
+    def one(number: int) -> str:
+        return request(shared().port, "GET", f"/v1/client-{number}").json["target"]
+
+    targets = at_once(one, range(400), workers=200)
+    assert targets == [f"/v1/client-{n}" for n in range(400)]
+
+
+def test_more_connections_wait_for_their_turn() -> None:
+    with pair(MAX_CONNECTIONS=2) as (router, _):
+        first, second = connect(router.port), connect(router.port)
+        for sock in (first, second):
+            assert parse(exchange(sock, get("/v1/x"))).status == 200
+        with second, connect(router.port) as third:
+            third.sendall(get("/v1/third"))
+            third.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                third.recv(1)
+            first.close()
+            third.settimeout(PATIENCE)
+            assert receive_until(third, b"/v1/third")
+
+
+def test_a_log_that_nobody_reads_stops_nothing() -> None:
+    settings = {"LISTEN_PORT": 0, "DEFAULT_UPSTREAM": stage().url}
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, str(SMOLROUTER)],
+            cwd=folder, env=bare_environment(settings), stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert process.stderr
+            port = int(process.stderr.readline().rpartition(b":")[2])
+            with connect(port) as sock:
+                for _ in range(1200):  # more lines than a pipe holds
+                    exchange(sock, get("/v1/" + "x" * 100))
+                process.stderr.close()
+                for _ in range(3):
+                    assert parse(exchange(sock, get("/v1/x"))).status == 200
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+
+
+def test_an_answer_before_the_end_of_the_request() -> None:
+    refusal = head(413, [("Content-Length", "5"), ("Connection", "close")]) + b"large"
+
+    def refuse(listener: socket.socket) -> None:
+        while True:
+            with contextlib.suppress(ConnectionError), listener.accept()[0] as sock:
+                sock.recv(1000)
+                sock.sendall(refusal)
+                time.sleep(0.2)  # and nothing more is read
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=refuse, args=(listener,), daemon=True).start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with Router({"DEFAULT_UPSTREAM": url}) as router:
+        got = ask(router, "tiny", "x" * 8_000_000)
+        assert (got.status, got.content) == (413, b"large")
+
+
+# -- fields ------------------------------------------------------------------------
+
+
+def test_fields_that_travel_to_the_upstream() -> None:
+    name = stage().plays(FINE)
+    travels = [
+        ("Authorization", "Bearer sk-123"),
+        ("OpenAI-Organization", "org-1"),
+        ("Cookie", "a=b; c=d"),
+        ("traceparent", "00-1-2-01"),
+        ("X-Multi", "one"),
+        ("User-Agent", "test/1"),
+        ("X-Multi", "two"),
+        ("X-Empty", ""),
+        ("X-Latin", "caf\xe9"),
+    ]
+    request(shared().port, "POST", CHAT, chat(name), travels)
+    (heard,) = stage().heard(name)
+    for key, _ in travels:
+        assert heard.get_all(key) == [v for n, v in travels if n == key], key
+    assert heard.get_all("Host") == [stage().authority]
+    assert heard.get("Content-Type") == "application/json"
+
+
+def test_hop_by_hop_fields_stop_here_on_the_way_up() -> None:
+    name = stage().plays(FINE)
+    stops = [
+        ("Connection", ", X-Private ,,keep-alive"),
+        ("Connection", "X-SECOND"),
+        ("X-Private", "1"),
+        ("X-Second", "2"),
+        ("Keep-Alive", "timeout=5"),
+        ("TE", "trailers"),
+        ("Trailer", "X-Late"),
+        ("Upgrade", "h2c"),
+        ("Proxy-Connection", "keep-alive"),
+    ]
+    request(shared().port, "POST", CHAT, chat(name), stops)
+    (heard,) = stage().heard(name)
+    for key, _ in stops[2:]:
+        assert heard.get(key) is None, key
+    assert "x-private" not in (heard.get("Connection") or "").lower()
+
+
+@pytest.mark.parametrize("named", ["Content-Length", "Host", "Content-Type", "Via"])
+def test_connection_cannot_break_the_framing(named: str) -> None:
+    name = stage().plays(FINE)
+    got = request(shared().port, "POST", CHAT, chat(name), [("Connection", named)])
+    assert got.status == 200
+    (heard,) = stage().heard(name)
+    assert heard.json["model"] == name
+    assert heard.get_all("Host") == [stage().authority]
+    assert "smolrouter" in (heard.get("Via") or "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_of_an_answer(stream: bool) -> None:
+    fields = [
+        ("Set-Cookie", "a=1"),
+        ("Set-Cookie", "b=2"),
+        ("X-RateLimit-Remaining", "9"),
+        ("Connection", "X-Private, ,"),
+        ("X-Private", "1"),
+        ("Keep-Alive", "timeout=9"),
+        ("Proxy-Connection", "close"),
+        ("Upgrade", "h2c"),
+        ("Server", "test"),
+    ]
+    steps = (
+        sse_answer([{"n": 1}, "[DONE]"], fields=fields)
+        if stream
+        else (json_answer({"n": 1}, fields=fields))
+    )
+    got = ask(shared(), stage().plays(steps), stream=stream)
+    assert got.get_all("Set-Cookie") == ["a=1", "b=2"]
+    assert got.get("X-RateLimit-Remaining") == "9"
+    for key in ("X-Private", "Keep-Alive", "Proxy-Connection", "Upgrade"):
+        assert got.get(key) is None, key
+    for key in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
+        assert got.get(f"X-SmolRouter-{key}"), key
+    if stream:
+        assert got.get("Cache-Control") == "no-cache, no-transform"
+        assert got.get("X-Accel-Buffering") == "no"
+
+
+def test_via_is_added_to_the_others() -> None:
+    name = stage().plays(FINE)
+    request(shared().port, "POST", CHAT, chat(name), [("Via", "1.0 fred")])
+    (heard,) = stage().heard(name)
+    assert re.fullmatch(
+        r"1\.0 fred, 1\.1 smolrouter\S*.*", ", ".join(heard.get_all("Via"))
+    )
+
+
+def test_a_request_that_comes_round_again_is_answered_508() -> None:
+    def round_again(received: Received) -> Iterable[Step]:
+        kept = [(n, v) for n, v in received.fields if n in ("Via", "Content-Type")]
+        port = shared().port
+        got = request(port, "POST", received.target, received.content, kept)
+        return answer(got.content, got.status)
+
+    name = stage().plays(round_again)
+    got = ask(shared(), name)
+    assert got.status == 508
+    assert "error" in got.json
+    assert len(stage().heard(name)) == 1
+
+
+def test_via_of_another_smolrouter_is_no_loop() -> None:
+    name = stage().plays(FINE)
+    via = [("Via", "1.1 smolrouter, 1.1 smolrouter-0000, 1.1 other")]
+    assert request(shared().port, "POST", CHAT, chat(name), via).status == 200
+
+
+def test_accept_encoding_is_identity_where_content_may_change() -> None:
+    name = stage().plays(FINE)
+    fields = [("Accept-Encoding", "gzip, deflate, br")]
+    request(shared().port, "POST", CHAT, chat(name), fields)
+    assert stage().heard(name)[0].get_all("Accept-Encoding") == ["identity"]
+
+
+CODINGS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_compressed_answer_is_decoded(coding: str) -> None:
+    content = dumps(completion({}, "<think>no</think>yes"))
+    packed = answer(
+        CODINGS[coding](content),
+        200,
+        [("Content-Encoding", coding)],
+        "application/json",
+    )
+    got = ask(shared(), stage().plays(packed))
+    assert got.text == "yes"
+    assert got.get("Content-Encoding") is None
+
+
+def test_compressed_stream_is_decoded_event_by_event() -> None:
+    gate = threading.Event()
+    packer = zlib.compressobj(wbits=31)
+
+    def pack(data: bytes) -> bytes:
+        return packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
+
+    def script(received: Received) -> Iterator[Step]:
+        fields = [("Content-Encoding", "gzip")]
+        yield from stream_answer([pack(event({"n": 1}))], fields, whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(pack(event({"n": 2})) + packer.flush())
+
+    with connect(shared().port) as sock:
+        sock.sendall(post(CHAT, chat(stage().plays(script), stream=True)))
+        assert receive_until(sock, b'{"n":1}')
+        gate.set()
+        assert receive_until(sock, b'{"n":2}', b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 9])
+def test_damaged_gzip_never_ends_clean(damage: bytes) -> None:
+    packed = gzip.compress(dumps(completion({}, "word " * 999)))[:-20] + damage
+    fields = [("Content-Encoding", "gzip")]
+    got = ask(shared(), stage().plays(answer(packed, 200, fields, "application/json")))
+    assert ended_badly(got)
+
+
+TARGETS = [
+    "/v1/files?limit=2&after=x",
+    "/v1/q?a=b%20c&d=%2F..%2f&e",
+    "/v1/files/a%20b",
+    "/v1/a;b=c?x=?y/../z",
+    "/v1/x?http://a/b",
+    "/v1/caf%C3%A9?%ff",
+    "/v1/a+b?a+b",
+    "/v1/files/file-1/content",
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_survives(target: str) -> None:
+    assert request(shared().port, "GET", target).json["target"] == target
+
+
+def test_query_of_a_post_survives() -> None:
+    name = stage().plays(FINE)
+    request(shared().port, "POST", f"{CHAT}?api-version=1&x=%20", chat(name))
+    assert stage().heard(name)[0].target == f"{CHAT}?api-version=1&x=%20"
+
+
+def test_spellings_of_an_upstream_url() -> None:
+    spellings = [
+        f"{prefix}{suffix}"
+        for prefix in ("", "/some/prefix")
+        for suffix in ("", "/", "/v1", "/v1/")
+    ]
+    with Upstream(lambda r: json_answer({"target": r.target})) as upstream:
+        servers = {f"s{n}": upstream.url + end for n, end in enumerate(spellings)}
+        routes = [{"match": {"model": s}, "route": {"upstream": s}} for s in servers]
+        with Router({}, {"servers": servers, "routes": routes}) as router:
+            for name, end in zip(servers, spellings, strict=True):
+                prefix = "/some/prefix" if "prefix" in end else ""
+                assert ask(router, name).json["target"] == f"{prefix}{CHAT}", end
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/../OUT", "/v1/%2e%2e/OUT", "/v1/.%2E/OUT", "/v1/x/../../OUT", "//OUT",
+        "/v1/./../OUT", "/v1//../OUT", "/../OUT", "/v1/../../../OUT",
+    ],
+)  # fmt: skip
+def test_no_path_leads_outside(path: str) -> None:
+    mark = stage().plays(FINE)
+    target = path.replace("OUT", mark)
+    data = raw(shared().port, get(target, [("Connection", "close")]), answers=0)
+    assert data.startswith(b"HTTP/1.1 404 ")
+    assert not stage().heard(mark)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/logs",
+        "//api/logs",
+        "/api/./logs",
+        "/%61pi/logs",
+        "/api/logs/",
+        "/api/x/../logs",
+        "/api//logs",
+        "/api/%6cogs",
+        "/v1/../api/logs",
+        "/API/logs",
+        "/api/logs?x=/v1/",
+        "/api/logs%00",
+        "/;/api/logs",
+        "http://router/api/logs",
+    ],
+)
+def test_no_spelling_of_a_path_opens_the_log(path: str) -> None:
+    settings = {"WEBUI_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
+    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    data = raw(router.port, get(path, [("Connection", "close")]), answers=0)
+    assert int(data.split(b" ")[1]) >= 400
+
+
+def test_router_answers_unknown_paths_itself() -> None:
+    got = request(shared().port, "GET", "/unknown/path")
+    assert got.status == 404
+    assert got.json["error"]
+    assert not stage().heard("/unknown/path")
+
+
+# == 2. Requests that are not HTTP =================================================
+
+EVIL = b"POST /v1/EVIL HTTP/1.1\r\nHost: router\r\n"
+NEXT = b"GET /v1/EVIL-smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
+HELLO = b'{"model":"EVIL"}'
+
+
+def sized(value: bytes, content: bytes = HELLO + NEXT) -> bytes:
+    """A request with this Content-Length and another one behind it."""
+    return EVIL + b"Content-Length: " + value + b"\r\n\r\n" + content
+
+
+def coded(line: bytes, more: bytes = b"") -> bytes:
+    """A request with this field line, its chunks and another request behind it."""
+    size = b"%x\r\n%s\r\n0\r\n\r\n" % (len(HELLO), HELLO)
+    return EVIL + line + b"\r\n" + more + b"\r\n" + size + NEXT
+
+
+def chunks(body: bytes) -> bytes:
+    """A request whose chunked content is exactly this."""
+    return EVIL + b"Transfer-Encoding: chunked\r\n\r\n" + body + b"\r\n\r\n"
+
+
+def fielded(lines: bytes, host: bytes = b"Host: router\r\n") -> bytes:
+    """A request with these field lines."""
+    return b"GET /v1/EVIL HTTP/1.1\r\n" + host + lines + b"\r\n"
+
+
+def started(first: bytes) -> bytes:
+    """A request with this first line."""
+    return first + b"\r\nHost: router\r\n\r\n"
+
+
+CODED = b"Transfer-Encoding: chunked"
+HEX = b"%x" % len(HELLO)
+ONE = HEX + b"\r\n" + HELLO + b"\r\n"
+
+MALFORMED: dict[str, tuple[bytes, set[int]]] = {
+    name: (data, {400})
+    for name, data in {
+        # lengths
+        "length and coding": coded(CODED, b"Content-Length: 4\r\n"),
+        "coding and length": coded(b"Content-Length: 4", CODED + b"\r\n"),
+        "length of zero and coding": coded(CODED, b"Content-Length: 0\r\n"),
+        "two lengths": sized(b"16\r\nContent-Length: 20"),
+        "one length twice": sized(b"16\r\nContent-Length: 16"),
+        "list of lengths": sized(b"16, 16"),
+        "list of different lengths": sized(b"16, 20"),
+        "signed length": sized(b"+16"),
+        "negative length": sized(b"-16"),
+        "negative zero": sized(b"-0"),
+        "hexadecimal length": sized(b"0x10"),
+        "length with underscore": sized(b"1_6"),
+        "length with a space inside": sized(b"1 6"),
+        "length behind a no-break space": sized(b"\xa016"),
+        "length before a no-break space": sized(b"16\xa0"),
+        "length behind a vertical tab": sized(b"\x0b16"),
+        "length behind a form feed": sized(b"\x0c16"),
+        "length in Arabic digits": sized("١٦".encode()),
+        "length in Latin-1 superscripts": sized(b"\xb2"),
+        "no length in the field": sized(b""),
+        "length with a fraction": sized(b"16.0"),
+        "length with an exponent": sized(b"1e1"),
+        "length with a semicolon": sized(b"16;"),
+        "quoted length": sized(b'"16"'),
+        "length of 19 digits": sized(b"1" * 19),
+        "length padded with zeros": sized(b"0" * 20 + b"16"),
+        "length of 5,000 digits": sized(b"1" * 5000),
+        # transfer codings
+        "identity coding": coded(b"Transfer-Encoding: identity"),
+        "gzip": coded(b"Transfer-Encoding: gzip"),
+        "gzip, chunked": coded(b"Transfer-Encoding: gzip, chunked"),
+        "chunked, gzip": coded(b"Transfer-Encoding: chunked, gzip"),
+        "chunked twice in one field": coded(b"Transfer-Encoding: chunked, chunked"),
+        "chunked twice in two fields": coded(CODED, CODED + b"\r\n"),
+        "chunked and identity": coded(CODED, b"Transfer-Encoding: identity\r\n"),
+        "identity and chunked": coded(b"Transfer-Encoding: identity", CODED + b"\r\n"),
+        "xchunked": coded(b"Transfer-Encoding: xchunked"),
+        "chunked with a parameter": coded(b"Transfer-Encoding: chunked;q=1"),
+        "chunked with a comma": coded(b"Transfer-Encoding: chunked,"),
+        "chunked behind a comma": coded(b"Transfer-Encoding: ,chunked"),
+        "quoted chunked": coded(b'Transfer-Encoding: "chunked"'),
+        "chunked behind NUL": coded(b"Transfer-Encoding: \0chunked"),
+        "chunked before a vertical tab": coded(b"Transfer-Encoding: chunked\x0b"),
+        "chunked before a no-break space": coded(b"Transfer-Encoding: chunked\xa0"),
+        "empty coding": coded(b"Transfer-Encoding:"),
+        "coding with a Kelvin sign": coded("Transfer-Encoding: chun\u212aed".encode()),
+        "coding in HTTP/1.0": coded(CODED).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+        "coding with a space before the colon": coded(b"Transfer-Encoding : chunked"),
+        "coding with a tab before the colon": coded(b"Transfer-Encoding\t: chunked"),
+        "coding behind a space": coded(b" Transfer-Encoding: chunked"),
+        "coding behind a vertical tab": coded(b"\x0bTransfer-Encoding: chunked"),
+        "folded coding": coded(b"Transfer-Encoding:\r\n chunked"),
+        "coding behind a bare LF": coded(b"Transfer-Encoding:\n chunked"),
+        "coding hidden by a bare CR": coded(b"X: a\rTransfer-Encoding: chunked"),
+        "coding hidden by a bare LF": coded(b"X: a\nTransfer-Encoding: chunked"),
+        # chunks
+        "no chunk-size": chunks(b"\r\n"),
+        "chunk-size of letters": chunks(b"zz\r\n"),
+        "signed chunk-size": chunks(b"+" + ONE + b"0"),
+        "negative chunk-size": chunks(b"-" + ONE + b"0"),
+        "chunk-size with 0x": chunks(b"0x" + ONE + b"0"),
+        "chunk-size with underscore": chunks(b"1_0\r\n" + HELLO + b"\r\n0"),
+        "chunk-size behind a space": chunks(b" " + ONE + b"0"),
+        "chunk-size before a vertical tab": chunks(HEX + b"\x0b" + ONE[2:] + b"0"),
+        "chunk-size before a no-break space": chunks(HEX + b"\xa0" + ONE[2:] + b"0"),
+        "chunk-size in Arabic digits": chunks("١٠\r\n".encode() + HELLO + b"\r\n0"),
+        "chunk-size of 16 digits": chunks(b"0" * 14 + ONE + b"0"),
+        "chunk-size beyond 64 bits": chunks(b"1" + b"0" * 16 + b"\r\n"),
+        "chunk line with a bare LF": chunks(HEX + b"\n" + HELLO + b"\r\n0"),
+        "chunk line with a bare CR": chunks(HEX + b"\r" + HELLO + b"\r\n0"),
+        "bare LF in an extension": chunks(HEX + b";a\nb\r\n" + HELLO + b"\r\n0"),
+        "bare CR in an extension": chunks(HEX + b";a\rb\r\n" + HELLO + b"\r\n0"),
+        "NUL in an extension": chunks(HEX + b";a\0b\r\n" + HELLO + b"\r\n0"),
+        "chunk data without an end": chunks(HEX + b"\r\n" + HELLO + b"0"),
+        "chunk data that ends with LF": chunks(HEX + b"\r\n" + HELLO + b"\n0"),
+        "chunk data that ends with CR": chunks(HEX + b"\r\n" + HELLO + b"\r0"),
+        "chunk data with other bytes at its end": chunks(
+            HEX + b"\r\n" + HELLO + b"XX0"),
+        "chunk data longer than its size": chunks(b"1\r\n" + HELLO + b"\r\n0"),
+        "signed last chunk": chunks(ONE + b"-0"),
+        "last chunk with 0x": chunks(ONE + b"0x0"),
+        "last chunk of 17 zeros": chunks(ONE + b"0" * 17),
+        "folded trailer": chunks(ONE + b"0\r\nA: b\r\n c"),
+        "trailer without a colon": chunks(ONE + b"0\r\nnonsense"),
+        "trailer with a space before the colon": chunks(ONE + b"0\r\nA : b"),
+        "trailer with a bare LF": chunks(ONE + b"0\r\nA: b\nC: d"),
+        # fields
+        "bare LF ends every line": (
+            fielded(b"A: b\r\n").replace(b"\r\n", b"\n") + b"\r\n\r\n"),
+        "bare LF ends one line": fielded(b"A: b\nC: d\r\n"),
+        "bare CR ends one line": fielded(b"A: b\rC: d\r\n"),
+        "bare CR at the end of a value": fielded(b"A: b\r\r\n"),
+        "bare LF before the content": fielded(b"A: b\n\n"),
+        "folded field": fielded(b"A: b\r\n c\r\n"),
+        "folded field with a tab": fielded(b"A: b\r\n\tc\r\n"),
+        "folded first field": fielded(b"A: b\r\n", b" Host: router\r\n"),
+        "space before the colon": fielded(b"A : b\r\n"),
+        "no colon": fielded(b"nonsense\r\n"),
+        "no name": fielded(b": b\r\n"),
+        "space in a name": fielded(b"A B: c\r\n"),
+        "bracket in a name": fielded(b"A(b): c\r\n"),
+        "letter beyond ASCII in a name": fielded(b"\xc4: c\r\n"),
+        "NUL in a name": fielded(b"A\0: b\r\n"),
+        "NUL in a value": fielded(b"A: b\0c\r\n"),
+        "escape in a value": fielded(b"A: \x1b[2J\r\n"),
+        "bell in a value": fielded(b"A: \x07\r\n"),
+        "delete in a value": fielded(b"A: \x7f\r\n"),
+        "two Hosts": fielded(b"Host: other\r\n"),
+        "the same Host twice": fielded(b"Host: router\r\n"),
+        "no Host": fielded(b"A: b\r\n", b""),
+        "Host with a space": fielded(b"", b"Host: a b\r\n"),
+        "Host with a comma": fielded(b"", b"Host: a, b\r\n"),
+        "Host with a path": fielded(b"", b"Host: router/x\r\n"),
+        # request lines
+        "no method": started(b"/v1/EVIL HTTP/1.1"),
+        "bracket in the method": started(b"G(T /v1/EVIL HTTP/1.1"),
+        "NUL in the method": started(b"G\0T /v1/EVIL HTTP/1.1"),
+        "letter beyond ASCII in the method": started(b"G\xc9T /v1/EVIL HTTP/1.1"),
+        "two spaces": started(b"GET  /v1/EVIL HTTP/1.1"),
+        "tab for a space": started(b"GET\t/v1/EVIL HTTP/1.1"),
+        "space before the method": started(b" GET /v1/EVIL HTTP/1.1"),
+        "space after the version": started(b"GET /v1/EVIL HTTP/1.1 "),
+        "space in the target": started(b"GET /v1/EVIL x HTTP/1.1"),
+        "NUL in the target": started(b"GET /v1/EVIL\0 HTTP/1.1"),
+        "delete in the target": started(b"GET /v1/EVIL\x7f HTTP/1.1"),
+        "bare CR in the target": started(b"GET /v1/EVIL\r HTTP/1.1"),
+        "bare CR before the version": started(b"GET /v1/EVIL\rHTTP/1.1"),
+        "relative target": started(b"GET v1/EVIL HTTP/1.1"),
+        "no target": started(b"GET HTTP/1.1"),
+        "TLS": b"\x16\x03\x01\x00\xee\x01\x00\x00\xea\x03\x03EVIL\r\n\r\n",
+        "noise": b"\xff\xfe\xfd EVIL\r\n\r\n",
+    }.items()
+} | {
+    # versions
+    "HTTP/0.9": (b"GET /v1/EVIL\r\n\r\n", {400, 505}),
+    "named HTTP/0.9": (started(b"GET /v1/EVIL HTTP/0.9"), {400, 505}),
+    "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 505}),
+    "HTTP/2.0": (started(b"GET /v1/EVIL HTTP/2.0"), {505}),
+    "HTTP/3.0": (started(b"GET /v1/EVIL HTTP/3.0"), {505}),
+    "version in lower case": (started(b"GET /v1/EVIL http/1.1"), {400, 505}),
+    "version without a minor": (started(b"GET /v1/EVIL HTTP/1"), {400, 505}),
+    "version with a third part": (started(b"GET /v1/EVIL HTTP/1.1.1"), {400, 505}),
+    "version with more digits": (started(b"GET /v1/EVIL HTTP/1.10"), {400, 505}),
+    "version in Arabic digits": (started("GET /v1/EVIL HTTP/١.١".encode()), {400, 505}),
+    "another protocol": (started(b"GET /v1/EVIL ICY/1.1"), {400, 505}),
+    # sizes
+    "endless target": (started(b"GET /v1/EVIL" + b"a" * 20_000 + b" HTTP/1.1"), {414}),
+    "very endless target": (started(b"GET /v1/EVIL" + b"a" * 200_000), {414}),
+    "endless method": (started(b"G" * 20_000 + b" /v1/EVIL HTTP/1.1"), {400, 414, 501}),
+    "one large field": (fielded(b"A: " + b"b" * 17_000 + b"\r\n"), {431}),
+    "one very large field": (fielded(b"A: " + b"b" * 200_000 + b"\r\n"), {431}),
+    "one large name": (fielded(b"A" * 17_000 + b": b\r\n"), {400, 431}),
+    "large fields together": (fielded((b"A: " + b"b" * 8000 + b"\r\n") * 9), {431}),
+    "many small fields": (fielded(b"A: b\r\n" * 129), {431}),
+    "very many small fields": (fielded(b"A:\r\n" * 30_000), {431}),
+    "long chunk extension": (chunks(HEX + b";" + b"a" * 2000 + b"\r\n"), {400, 431}),
+    "endless chunk extension": (chunks(HEX + b";" + b"a" * 200_000), {400, 431}),
+    "many chunk extensions": (
+        chunks((b"1;" + b"a" * 900 + b"\r\n \r\n") * 40 + b"0"), {400, 431}),
+    "long trailers": (
+        chunks(ONE + b"0\r\n" + (b"A: " + b"b" * 900 + b"\r\n") * 12), {400, 431}),
+    "content too large": (sized(b"9" * 18), {413}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_request(name: str) -> None:
+    data, statuses = MALFORMED[name]
+    mark = f"~{list(MALFORMED).index(name):03}"  # as long as EVIL
+    got = raw(shared().port, data.replace(b"EVIL", mark.encode()), answers=0)
+    answers, rest = split_answers(got)
+    assert [a.status for a in answers if a.status not in statuses] == []
+    assert (len(answers), rest) == (1, b"")  # and the connection was closed
+    assert answers[0].get("Connection") == "close"
+    assert not stage().heard(mark)
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "in the request line": b"POST /v1/EV",
+        "in the fields": EVIL + b"Content-Le",
+        "before the content": EVIL + b"Content-Length: 16\r\n\r\n",
+        "in the content": EVIL + b"Content-Length: 16\r\n\r\n" + HELLO[:-1],
+        "in a chunk-size": EVIL + CODED + b"\r\n\r\n1",
+        "in a chunk": EVIL + CODED + b"\r\n\r\n" + ONE[:9],
+        "before the last chunk": EVIL + CODED + b"\r\n\r\n" + ONE,
+        "in the trailers": EVIL + CODED + b"\r\n\r\n" + ONE + b"0\r\n",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_truncated_request(data: tuple[str, bytes]) -> None:
+    mark = f"~{len(data[1]):03}"
+    with connect(shared().port) as sock:
+        sock.sendall(data[1].replace(b"EVIL", mark.encode()))
+        sock.shutdown(socket.SHUT_WR)
+        answers, _ = split_answers(exchange(sock, answers=0))
+    assert [a.status for a in answers] in ([], [400])
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+    assert not stage().heard(mark)
+
+
+def test_limits_that_must_work() -> None:
+    target = "/v1/" + "a" * (8000 - len("GET /v1/ HTTP/1.1"))
+    many = [(f"X-{n}", str(n)) for n in range(88)]  # 90 with Host and Connection
+    for fields in ([], many, [("X-Large", "b" * 8000)]):
+        asked = get(target, [*fields, ("Connection", "close")])
+        got = parse(raw(shared().port, asked, answers=0))
+        assert got.json["target"] == target
+    heard = stage().heard(target)
+    assert [heard[1].get(name) for name, _ in many] == [value for _, value in many]
+
+
+def test_content_up_to_the_limit() -> None:
+    limit = 2000
+    router = router_for({"DEFAULT_UPSTREAM": stage().url, "MAX_REQUEST_SIZE": limit})
+    padding = limit - len(dumps(chat("tiny", "")))
+    fits, over = (dumps(chat("tiny", "z" * (padding + more))) for more in (0, 1))
+    assert request(router.port, "POST", CHAT, fits).status == 200
+    assert parse(raw(router.port, post_chunks(CHAT, fits))).status == 200
+    for data in (
+        post(CHAT, over),
+        post_chunks(CHAT, over),
+        post_chunks(CHAT, *[b" " * 99] * 40),
+    ):
+        got = parse(raw(router.port, data, answers=0))
+        assert (got.status, got.get("Connection")) == (413, "close")
+        assert "2000" in got.json["error"]["message"]
+    assert len(stage().heard("z" * padding)) == 2
+
+
+LATE: dict[str, tuple[bytes, float]] = {
+    "half a request line": (b"GET /v1/dawdler", 0),
+    "half a head": (b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-", 0),
+    "a head drop by drop": (
+        b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-" + b"a" * 40, 1),
+    "half a content": (post("/v1/dawdler", chat("dawdler"))[:-5], 0),
+    "half a chunk": (post_chunks("/v1/dawdler", dumps(chat("dawdler")))[:-12], 0),
+}  # fmt: skip
+
+
+def dawdle(port: int, data: bytes, pause: float) -> bytes:
+    """Send a request that never ends, all but its last bytes at once."""
+    body = len(data) - 40 if pause else len(data)
+    steps: list[bytes | float] = [data[:body]]
+    for byte in data[body:]:
+        steps += [pause, bytes([byte])]
+    return raw(port, *steps, answers=0, patience=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dawdlers() -> Iterator[dict[str, concurrent.futures.Future[bytes]]]:
+    """Clients that are slow from the first test on; the last test looks at them."""
+    pool = concurrent.futures.ThreadPoolExecutor(len(LATE))
+    port = shared().port
+    yield {name: pool.submit(dawdle, port, *late) for name, late in LATE.items()}
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+# == 3. Upstreams that are not HTTP ================================================
+
+
+def ended_badly(got: Answer) -> bool:
+    """A 502, a visible cut or an error event; never a clean end."""
+    last = got.events[-1] if got.events else b""
+    return got.status == 502 or not got.whole or b'"error"' in last
+
+
+def upstream_head(lines: bytes, content: bytes = b"{}") -> list[Step]:
+    """An answer with these field lines, then the end of the connection."""
+    return [b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n" + content, CLOSE]
+
+
+def broken_stream(*tail: Step) -> list[Step]:
+    """A stream that begins well."""
+    first = event(completion_events({}, "Hello")[1])
+    return [*stream_answer([first], whole=False), 0.02, *tail]
+
+
+HOSTILE: dict[str, list[Step]] = {
+    "two lengths": upstream_head(b"Content-Length: 2\r\nContent-Length: 3"),
+    "one length twice": upstream_head(b"Content-Length: 2\r\nContent-Length: 2"),
+    "list of lengths": upstream_head(b"Content-Length: 2, 2"),
+    "signed length": upstream_head(b"Content-Length: +2"),
+    "length with underscore": upstream_head(b"Content-Length: 0_2"),
+    "length and coding": upstream_head(b"Content-Length: 2\r\n" + CODED),
+    "gzip as a transfer coding": upstream_head(b"Transfer-Encoding: gzip, chunked"),
+    "bad chunk-size": upstream_head(CODED, b"zz\r\n{}\r\n0\r\n\r\n"),
+    "signed chunk-size": upstream_head(CODED, b"+2\r\n{}\r\n0\r\n\r\n"),
+    "bad end of a chunk": upstream_head(CODED, b"2\r\n{}XX0\r\n\r\n"),
+    "bare LF in a chunk line": upstream_head(CODED, b"2\n{}\r\n0\r\n\r\n"),
+    "no last chunk": upstream_head(CODED, b"2\r\n{}\r\n"),
+    "no end of the trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n"),
+    "endless trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 9999),
+    "content cut short": upstream_head(b"Content-Length: 9"),
+    "content reset": [*upstream_head(b"Content-Length: 9")[:1], DROP],
+    "no content": upstream_head(b"Content-Length: 9", b""),
+    "no answer": [CLOSE],
+    "reset": [DROP],
+    "half a status line": [b"HTTP/1.", CLOSE],
+    "half a head": [b"HTTP/1.1 200 OK\r\nContent-Le", CLOSE],
+    "head without its end": [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n", CLOSE],
+    "unasked 101": [
+        b"HTTP/1.1 101 Fine\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", CLOSE],
+    "flood of 1xx": [b"HTTP/1.1 100 Continue\r\n\r\n" * 51, *FINE],
+    "endless 1xx": [b"HTTP/1.1 103 Hints\r\n\r\n" * 5000, *FINE],
+    "endless field": [b"HTTP/1.1 200 OK\r\nA: " + b"b" * 200_000, CLOSE],
+    "endless fields": [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, CLOSE],
+    "too many fields": upstream_head(b"A: b\r\n" * 129 + b"Content-Length: 2"),
+    "endless status line": [b"HTTP/1.1 200 " + b"O" * 200_000, CLOSE],
+    "HTTP/0.9": [b"<html>it works</html>\n", CLOSE],
+    "noise": [bytes(range(256)) * 9, CLOSE],
+    "noise with an end": [b"noise\r\n\r\n", CLOSE],
+    "TLS alert": [b"\x15\x03\x03\x00\x02\x02\x28", CLOSE],
+    "status of two digits": [b"HTTP/1.1 20 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "status of four digits": [
+        b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "status of letters": [b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "signed status": [b"HTTP/1.1 +20 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "another protocol": [b"ICY 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "HTTP/2": [b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "bare LF": [b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}", CLOSE],
+    "NUL in a field": upstream_head(b"A: \0\r\nContent-Length: 2"),
+    "bare CR in a field": upstream_head(b"A: b\rC: d\r\nContent-Length: 2"),
+    "space before the colon": upstream_head(b"Content-Length : 2"),
+    "line without a colon": upstream_head(b"nonsense\r\nContent-Length: 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answer(name: str, path: str, stream: bool) -> None:
+    model = stage().plays(HOSTILE[name])
+    got = request(shared().port, "POST", path, chat(model, stream=stream))
+    assert ended_badly(got), got
+    assert b"[DONE]" not in got.content and b'"done":true' not in got.content
+    if got.status == 502:
+        assert got.json["error"]
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+
+
+BROKEN_STREAMS: dict[str, list[Step]] = {
+    "bad chunk-size": broken_stream(b"zz\r\n"),
+    "bad end of a chunk": broken_stream(b"2\r\n: XX", CLOSE),
+    "closed": broken_stream(CLOSE),
+    "reset": broken_stream(DROP),
+    "closed in a chunk": broken_stream(b"ff\r\ndata: {", CLOSE),
+    "closed in the last chunk": broken_stream(b"0\r\n", CLOSE),
+    "bytes fewer than the length": [
+        head(200, [("Content-Type", "text/event-stream"), ("Content-Length", "9999")]),
+        event(completion_events({}, "Hello")[1]), CLOSE],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"]
+)
+@pytest.mark.parametrize("name", BROKEN_STREAMS)
+def test_broken_stream_ends_in_an_error_of_its_dialect(name: str, path: str) -> None:
+    model = stage().plays(BROKEN_STREAMS[name])
+    got = request(
+        shared().port, "POST", path, {**ASKS[path], "model": model, "stream": True}
+    )
+    assert got.status == 200
+    assert b"Hello" in got.content
+    assert b"[DONE]" not in got.content and b'"done":true' not in got.content
+    last = got.documents[-1]
+    if path.startswith("/v1"):
+        assert last["error"]["message"]
+    else:
+        assert isinstance(last["error"], str)
+
+
+def test_a_few_interim_answers_are_fine() -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    model = stage().plays([b"HTTP/1.1 100 Continue\r\n\r\n" + hints * 3, *FINE])
+    assert ask(shared(), model).json == {"fine": True}
+
+
+def test_head_of_an_answer_in_pieces() -> None:
+    whole = json_answer({"fine": True})[0]
+    model = stage().plays([s for b in whole for s in (bytes([b]), 0.001)])
+    assert ask(shared(), model).json == {"fine": True}
+
+
+def test_folded_field_of_an_answer_does_not_travel() -> None:
+    steps = [b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\nContent-Length: 2\r\n\r\n{}", CLOSE]
+    data = raw(shared().port, post(CHAT, chat(stage().plays(steps))))
+    assert b"\r\n " not in data.partition(b"\r\n\r\n")[0]
+
+
+def test_junk_after_the_end_reaches_nobody() -> None:
+    model = stage().plays([json_answer({"n": 1})[0] + POISON, 0.05, POISON])
+    for _ in range(3):
+        data = raw(shared().port, post(CHAT, chat(model)))
+        assert parse(data).json == {"n": 1}
+        assert b"poisoned" not in data
+
+
+# == 4. Failover ===================================================================
+
+ALL_WAYS = [
+    (path, stream)
+    for path in ASKS
+    for stream in ([False] if "embed" in path or "rerank" in path else [False, True])
+]
+
+
+def asking(path: str, model: str, stream: bool) -> dict[str, Any]:
+    """The document of a request to this endpoint."""
+    told = {"stream": stream} if (path, True) in ALL_WAYS else {}
+    return {**ASKS[path], "model": model, **told}
+
+
+HELD: list[socket.socket] = []  # ports that stay taken
+
+
+def refusing() -> str:
+    """The URL of a port where nobody listens."""
+    HELD.append(socket.socket())
+    HELD[-1].bind(("127.0.0.1", 0))
+    return f"http://127.0.0.1:{HELD[-1].getsockname()[1]}"
+
+
+def unreachable() -> str:
+    """The URL of a port that does not answer, as of a box that is switched off."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    HELD.append(listener)
+    for _ in range(4):  # fill its queue
+        HELD.append(socket.socket())
+        HELD[-1].setblocking(False)
+        HELD[-1].connect_ex(listener.getsockname())
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def playing(*steps: Step) -> Callable[[], str]:
+    """The URL of a new upstream that always says this."""
+    return lambda: Upstream(lambda received: steps).url
+
+
+def busy(status: int, *fields: tuple[str, str]) -> Callable[[], str]:
+    """The URL of a new upstream that always answers this status."""
+    return playing(
+        *json_answer({"error": {"message": f"no: {status}"}}, status, fields)
+    )
+
+
+FAILURES: dict[str, Callable[[], str]] = {
+    "refused": refusing,
+    "connect timeout": unreachable,
+    "no TLS": lambda: Upstream().url.replace("http:", "https:"),
+    "400": busy(400),
+    "404": busy(404),
+    "429": busy(429, ("Retry-After", "1")),
+    "500": busy(500),
+    "503": busy(503),
+    "late head": playing(HANG),
+    "reset": playing(DROP),
+    "closed": playing(CLOSE),
+    "half a head": playing(b"HTTP/1.1 200 OK\r\nContent-", CLOSE),
+    "noise": playing(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", CLOSE),
+    "two lengths": playing(*upstream_head(b"Content-Length: 2\r\nContent-Length: 3")),
+    "head and no content": playing(*upstream_head(b"Content-Length: 9", b"")),
+    "head and no chunk": playing(*upstream_head(CODED, b"")),
+    "bad first chunk": playing(*upstream_head(CODED, b"zz\r\n")),
+    "empty content": playing(*answer(b"")),
+    "empty stream": playing(*stream_answer([])),
+}
+OTHERS: dict[str, Callable[[], str]] = {
+    "sound": lambda: Upstream().url,
+    "half a stream": playing(*broken_stream(DROP)),
+    "half a content": playing(*upstream_head(b"Content-Length: 99", b'{"Hello": "')),
+}
+
+NOBODY: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "refused once": (("refused",), 502, "refused"),
+    "late": (("late head",), 504, "2 s (REQUEST_TIMEOUT)"),
+    "unreachable": (("connect timeout",), 504, "0.5 s (CONNECT_TIMEOUT)"),
+    "refused twice": (("refused", "refused"), 502, "refused"),
+    "late, refused": (("late head", "refused"), 502, "2 s (REQUEST_TIMEOUT)"),
+    "refused, late": (("refused", "late head"), 504, "2 s (REQUEST_TIMEOUT)"),
+    "refused, unreachable": (
+        ("refused", "connect timeout"), 504, "0.5 s (CONNECT_TIMEOUT)"),
+    "refused, reset": (("refused", "reset"), 502, "refused"),
+    "refused, noise": (("refused", "noise"), 502, "refused"),
+}  # fmt: skip
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    **{failure: (failure, "sound") for failure in FAILURES},
+    **{nobody: failures for nobody, (failures, _, _) in NOBODY.items()},
+    "half a stream": ("half a stream", "sound"),
+    "half a content": ("half a content", "sound"),
+}
+
+
+@functools.lru_cache
+def troubled() -> Router:
+    """A router with an alias `{name} {way}` for each of ALIASES and of ALL_WAYS.
+
+    Each has servers of its own, which are paths of the same ports: none is cooling
+    for what happened in another test.
+    """
+    urls = {kind: make() for kind, make in {**FAILURES, **OTHERS}.items()}
+    servers = {"sound": urls["sound"]}
+    aliases = {}
+    for name, way in itertools.product(ALIASES, range(len(ALL_WAYS))):
+        instances = []
+        for turn, kind in enumerate(ALIASES[name]):
+            server = "sound" if kind == "sound" else f"{name} {way} {turn}"
+            servers.setdefault(server, f"{urls[kind]}/{len(servers)}")
+            instances.append({"server": server, "model": kind})
+        aliases[f"{name} {way}"] = {"instances": instances}
+    settings = {"CONNECT_TIMEOUT": 0.5, "REQUEST_TIMEOUT": 2}
+    return router_for(settings, {"servers": servers, "aliases": aliases})
+
+
+def ask_troubled(name: str, way: int) -> Answer:
+    """Ask one of the aliases of `troubled()` in one of the ways."""
+    path, stream = ALL_WAYS[way]
+    document = asking(path, f"{name} {way}", stream)
+    return request(troubled().port, "POST", path, document)
+
+
+def in_all_ways(name: str) -> list[tuple[str, bool, Answer]]:
+    """Each way, and what was answered to it; asked all at once."""
+    assert troubled().port  # started before the threads are
+    ways = range(len(ALL_WAYS))
+    answers = at_once(ask_troubled, [name] * len(ways), ways, workers=len(ways))
+    return [(*way, got) for way, got in zip(ALL_WAYS, answers, strict=True)]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failover(failure: str) -> None:
+    for path, stream, got in in_all_ways(failure):
+        assert (got.status, got.whole) == (200, True), (path, stream, got)
+        assert got.get("X-SmolRouter-Attempts") == "2", (path, stream, got)
+        assert got.get("X-SmolRouter-Model") == "sound"
+        if (path, True) in ALL_WAYS:
+            assert got.text == "You said: hi", (path, stream, got)
+
+
+def test_nobody_answered() -> None:
+    assert troubled().port
+    ways = [ALL_WAYS.index((CHAT, True)), ALL_WAYS.index(("/api/chat", False))]
+    asked = list(itertools.product(NOBODY, ways))
+    answers = at_once(ask_troubled, *zip(*asked, strict=True), workers=len(asked))
+    for (name, way), got in zip(asked, answers, strict=True):
+        failures, status, reason = NOBODY[name]
+        assert (name, got.status) == (name, status), got
+        error = got.json["error"]
+        if way == ways[0]:
+            assert set(error) == {"message", "type", "code", "param"}
+            error = error["message"]
+        assert reason in error
+        for turn, kind in enumerate(failures):  # each attempt is named
+            assert f"{name} {way} {turn}/{kind}" in error
+
+
+def test_never_a_second_answer_after_a_first_byte() -> None:
+    for path, stream, got in in_all_ways("half a stream"):
+        if stream:
+            assert b"Hello" in got.content and b"You said" not in got.content, path
+            assert got.documents[-1]["error"]
+            assert b"[DONE]" not in got.content and b'"done":true' not in got.content
+
+
+def test_never_half_an_answer_and_a_whole_one() -> None:
+    for path, stream, got in in_all_ways("half a content"):
+        assert not (b"Hello" in got.content and b"You said" in got.content), path
+        assert ended_badly(got) or (got.status, got.whole) == (200, True), (
+            path,
+            stream,
+        )
+
+
+def both(first: str, second: str, **settings: Any) -> Router:
+    """A router whose alias `pair` has two instances."""
+    aliases = {"pair": {"instances": ["one/m", "two/m"]}}
+    return Router(
+        settings, {"servers": {"one": first, "two": second}, "aliases": aliases}
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_last_answer_passes_through_byte_for_byte(stream: bool) -> None:
+    content = '{ "error" : {"message":"später", "code" : 4.290 } }\n'.encode()
+    fields = [("Retry-After", "17"), ("X-Odd", "a;b")]
+    last = playing(*answer(content, 429, fields, "application/json; charset=utf-8"))
+    with both(busy(503)(), last()) as router:
+        got = ask(router, "pair", stream=stream)
+    assert (got.status, got.content) == (429, content)
+    assert (got.get("Retry-After"), got.get("X-Odd")) == ("17", "a;b")
+    assert got.get("Content-Type") == "application/json; charset=utf-8"
+
+
+def test_last_answer_is_the_last_one_that_was_http() -> None:
+    with both(busy(418, ("Retry-After", "5"))(), refusing()) as router:
+        got = ask(router, "pair")
+        assert (got.status, got.get("Retry-After")) == (418, "5")
+        assert got.json == {"error": {"message": "no: 418"}}
+        document = asking("/api/chat", "pair", True)
+        got = request(router.port, "POST", "/api/chat", document)
+        assert (got.status, got.get("Retry-After")) == (418, "5")
+        assert got.json["error"]
+
+
+@pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 429, 500, 503])
+@pytest.mark.parametrize("stream", [False, True])
+def test_single_candidate_passes_through_untouched(status: int, stream: bool) -> None:
+    content = b'{"detail" :  "<think>what it said</think>"}\n'
+    fields = [("Retry-After", "3"), ("Location", "/elsewhere")]
+    model = stage().plays(answer(content, status, fields, "application/json"))
+    for turn in (1, 2):  # and it is never excluded
+        got = ask(shared(), model, stream=stream)
+        assert (got.status, got.content) == (status, content)
+        assert got.get("Retry-After") == "3"
+        assert len(stage().heard(model)) == turn
+
+
+class Moody(Upstream):
+    """An upstream that answers as its `mood` says."""
+
+    def __init__(self) -> None:
+        self.mood: Iterable[Step] = FINE
+        super().__init__(lambda received: self.mood)
+
+    @property
+    def asked(self) -> int:
+        return len(self.heard('"m"'))
+
+
+@contextlib.contextmanager
+def moody_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
+    """Two upstreams of changing moods, behind the alias `pair`."""
+    with Moody() as one, Moody() as two:
+        routes = {
+            "servers": {"one": one.url, "two": two.url},
+            "aliases": {
+                "pair": {"strategy": strategy, "instances": ["one/m", "two/m"]}
+            },
+        }
+        with Router(settings, routes) as router:
+            yield router, one, two
+
+
+@pytest.mark.parametrize("status, cools", [(429, 1), (503, 1), (500, 0), (404, 0)])
+def test_cool_down_after_429_and_503_only(status: int, cools: int) -> None:
+    with moody_pair() as (router, one, two):
+        one.mood = json_answer({}, status)
+        assert ask(router, "pair").status == 200
+        one.mood = FINE
+        assert ask(router, "pair").status == 200
+        assert (one.asked, two.asked) == ((1, 2) if cools else (2, 1))
+
+
+def test_a_cooling_instance_is_the_last_hope() -> None:
+    with moody_pair() as (router, one, two):
+        one.mood = [DROP]
+        assert ask(router, "pair").status == 200
+        one.mood, two.mood = FINE, json_answer({}, 500)
+        assert ask(router, "pair").status == 200
+        assert (one.asked, two.asked) == (2, 2)
+        two.mood = FINE
+        assert ask(router, "pair").status == 200  # its success has cleared it
+        assert (one.asked, two.asked) == (3, 2)
+
+
+def test_retry_after_sets_the_cool_down() -> None:
+    with moody_pair() as (router, one, _):
+        one.mood = json_answer({}, 429, [("Retry-After", "1")])
+        assert ask(router, "pair").status == 200
+        one.mood = FINE
+        assert until(lambda: ask(router, "pair").status == 200 and one.asked > 1)
+
+
+def test_round_robin_takes_turns() -> None:
+    with moody_pair("round_robin") as (router, one, two):
+        for _ in range(6):
+            assert ask(router, "pair").status == 200
+            assert abs(one.asked - two.asked) <= 1
+        assert (one.asked, two.asked) == (3, 3)
+        one.mood = json_answer({}, 500)
+        for _ in range(4):
+            assert ask(router, "pair").status == 200
+
+
+def test_least_busy_takes_the_idle_one() -> None:
+    gate = threading.Event()
+
+    def slow() -> Iterator[Step]:
+        gate.wait(PATIENCE)
+        yield from FINE
+
+    with (
+        moody_pair("least_busy") as (router, one, two),
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        one.script = two.script = lambda received: slow()
+        asked = []
+        for _ in range(4):
+            asked.append(pool.submit(ask, router, "pair"))
+            assert until(lambda: one.asked + two.asked == len(asked))
+            assert abs(one.asked - two.asked) <= 1
+        gate.set()
+        assert [a.result().status for a in asked] == [200] * 4
+
+
+# == 5. Leaving and dying ==========================================================
+
+
+def endless(received: Received) -> Iterator[Step]:
+    """Events for as long as somebody listens."""
+    yield from stream_answer([], whole=False)
+    for _ in range(int(PATIENCE / 0.01)):
+        yield from chunked(event(completion_events({}, "word ")[1]), end=b"")
+        yield 0.01
+
+
+LEAVING: dict[str, tuple[str, dict[str, Any], Script | list[Step]]] = {
+    "chat, waiting": (CHAT, ASKS[CHAT], [HANG]),
+    "chat, waiting for a stream": (CHAT, {**ASKS[CHAT], "stream": True}, [HANG]),
+    "chat, in a stream": (CHAT, {**ASKS[CHAT], "stream": True}, endless),
+    "chat, in a silent stream": (
+        CHAT, {**ASKS[CHAT], "stream": True}, broken_stream(HANG)),
+    "chat, in a content": (
+        CHAT, ASKS[CHAT], [head(200, [("Content-Length", "99")]) + b"{", HANG]),
+    "completion, waiting": ("/v1/completions", {"prompt": "hi"}, [HANG]),
+    "embeddings, waiting": ("/v1/embeddings", {"input": "hi"}, [HANG]),
+    "Ollama chat, waiting": ("/api/chat", ASKS["/api/chat"], [HANG]),
+    "Ollama chat, not streamed": (
+        "/api/chat", {**ASKS["/api/chat"], "stream": False}, [HANG]),
+    "Ollama chat, in a stream": ("/api/chat", ASKS["/api/chat"], endless),
+    "Ollama generate, in a silent stream": (
+        "/api/generate", {"prompt": "hi"}, broken_stream(HANG)),
+    "anything else, waiting": ("/v1/rerank", {"query": "hi"}, [HANG]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("name", LEAVING)
+def test_client_leaves(name: str, pipelined: bool) -> None:
+    path, document, script = LEAVING[name]
+    model = stage().plays(script)
+    with connect(shared().port) as sock:
+        sock.sendall(post(path, {**document, "model": model}))
+        seen = stage().connection_of(model)
+        if script is endless:
+            receive_until(sock, b"word")
+        if pipelined:
+            sock.sendall(get("/v1/never"))
+        time.sleep(0.02)
+        left = time.monotonic()
+    assert until(lambda: seen.closed)
+    print(f"{name}: closed after {(seen.closed - left) * 1000:.1f} ms")
+    assert seen.closed - left < 1.0
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+
+
+def test_client_leaves_with_a_reset() -> None:
+    model = stage().plays([HANG])
+    sock = connect(shared().port)
+    sock.sendall(post(CHAT, chat(model)))
+    seen = stage().connection_of(model)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+    left = time.monotonic()
+    assert until(lambda: seen.closed)
+    assert seen.closed - left < 1.0
+
+
+def test_client_leaves_and_nobody_else_is_asked() -> None:
+    with (
+        Upstream(lambda r: [HANG]) as one,
+        Upstream() as two,
+        both(one.url, two.url) as router,
+    ):
+        with connect(router.port) as sock:
+            sock.sendall(post(CHAT, chat("pair")))
+            seen = one.connection_of("m")
+        assert until(lambda: seen.closed)
+        time.sleep(0.1)
+        assert not two.heard("m")
+
+
+def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
+    sent: list[int] = []
+    block = event({"choices": [{"index": 0, "delta": {"content": "x" * 65_000}}]})
+
+    def flood(received: Received) -> Iterator[Step]:
+        yield from stream_answer([], whole=False)
+        for number in range(4000):  # 260 MB
+            yield from chunked(block, end=b"")
+            sent.append(number)
+
+    model = stage().plays(flood)
+    with connect(shared().port) as sock:
+        sock.sendall(post(CHAT, chat(model, stream=True)))
+        assert until(lambda: len(sent) > 9)
+        count = -1
+        while count != len(sent):  # until it stands still
+            count = len(sent)
+            time.sleep(0.3)
+        print(f"stands still after {count * len(block) / 1e6:.0f} MB")
+        assert count < 1000
+        assert ask(shared(), "tiny").text == "You said: hi"
+        seen = stage().connection_of(model)
+        assert not seen.closed
+    assert until(lambda: seen.closed)
+
+
+def refuses(port: int) -> bool:
+    """Whether new connections are refused."""
+    try:
+        connect(port).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_running_answers_end(number: int) -> None:
+    gate = threading.Event()
+    events = [event(e) for e in completion_events({}, "to the end")]
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer(events[:2], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(*events[2:])
+
+    with pair(script, SHUTDOWN_GRACE=60) as (router, _):
+        with connect(router.port) as sock, connect(router.port) as idle:
+            assert parse(exchange(idle, get("/healthz"))).status == 200
+            sock.sendall(post(CHAT, chat("tiny", stream=True)))
+            data = receive_until(sock, b"to ")
+            router.signal(number)
+            assert until(lambda: refuses(router.port))
+            gate.set()
+            got = parse(data + exchange(sock, answers=0))  # they are not waited for
+            assert idle.recv(1) == b""
+        assert (got.text, got.events[-1]) == ("to the end", b"[DONE]")
+        assert router.wait() == 0
+
+
+def test_sigterm_without_work_exits_at_once() -> None:
+    with pair(SHUTDOWN_GRACE=60) as (router, _):
+        assert ask(router, "tiny").status == 200
+        assert router.stop() == 0
+
+
+def test_grace_ends() -> None:
+    with (
+        pair(lambda r: [HANG], SHUTDOWN_GRACE=0.3) as (router, upstream),
+        connect(router.port) as sock,
+    ):
+        sock.sendall(post(CHAT, chat("tiny")))
+        seen = upstream.connection_of("tiny")
+        assert router.stop() == 0
+        assert until(lambda: seen.closed)
+
+
+def test_second_signal_ends_at_once() -> None:
+    with (
+        pair(lambda r: [HANG], SHUTDOWN_GRACE=60) as (router, upstream),
+        connect(router.port) as sock,
+    ):
+        sock.sendall(post(CHAT, chat("tiny")))
+        upstream.connection_of("tiny")
+        router.signal(signal.SIGTERM)
+        assert until(lambda: refuses(router.port))
+        assert router.process.poll() is None
+        router.signal(signal.SIGTERM)
+        router.wait()
+
+
+def test_upstream_leaves_between_two_requests_of_one_client() -> None:
+    with pair() as (router, upstream), connect(router.port) as sock:
+        assert parse(exchange(sock, get("/v1/one"))).status == 200
+        upstream.close()
+        upstream.script = lambda r: [DROP]
+        assert parse(exchange(sock, get("/v1/two"))).status == 502
+
+
+# == 6. Filters, end to end ========================================================
+
+
+def deltas(*texts: str, key: str = "content", index: int = 0) -> list[dict[str, Any]]:
+    """Stream events that carry these texts."""
+    return [
+        {"id": "c", "choices": [{"index": index, "delta": {key: t}}]} for t in texts
+    ]
+
+
+def stream_of(*texts: str, escape: bool = False) -> list[bytes]:
+    """A whole chat stream with these texts as encoded events."""
+    role = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant"}}]}
+    finish = {"index": 0, "delta": {}, "finish_reason": "stop"}
+    events = [role, *deltas(*texts), {"id": "c", "choices": [finish]}, "[DONE]"]
+    encoded = [event(e) for e in events]
+    if escape:
+        encoded = [
+            e.replace(b"<", rb"\u003c").replace(b">", rb"\u003e") for e in encoded
+        ]
+    return encoded
+
+
+THINKING = ("<think>", "hidden\n", "</thi", "nk>", "\n\n", "Hé", " a < b <", "b> c")
+VISIBLE = "Hé a < b <b> c"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("escape", [False, True])
+def test_thinking_at_every_split_of_the_stream(path: str, escape: bool) -> None:
+    data = b"".join(stream_of(*THINKING, escape=escape))
+    document = {**ASKS[path], "stream": True}
+
+    def split(at: int) -> tuple[str, bytes]:
+        pieces = [s for piece in cut(data, at) for s in (piece, 0.002)]
+        model = stage().plays(stream_answer(pieces))
+        got = request(shared().port, "POST", path, {**document, "model": model})
+        return got.text, got.content if path == CHAT else b""
+
+    seen = at_once(split, range(1, len(data), 1 if path == CHAT else 7))
+    assert {text for text, _ in seen} == {VISIBLE}
+    assert len({content for _, content in seen}) == 1
+
+
+def test_thinking_at_every_split_of_the_bytes_on_the_wire() -> None:
+    data = b"".join(s for s in sse_answer(stream_of(*THINKING)) if isinstance(s, bytes))
+
+    def split(at: int) -> str:
+        model = stage().plays([data[:at], 0.002, data[at:]])
+        return ask(shared(), model, stream=True).text
+
+    assert set(at_once(split, range(1, len(data), 2))) == {VISIBLE}
+
+
+def test_thinking_split_into_deltas_at_every_place() -> None:
+    text = "<think>hidden</think>\nshown </think_> <thinking_hard> <b>"
+    shown = "shown </think_> <thinking_hard> <b>"
+
+    def split(*at: int) -> str:
+        model = stage().plays(
+            sse_answer(stream_of(*(p.decode() for p in cut(text.encode(), *at))))
+        )
+        return ask(shared(), model, stream=True).text
+
+    twice = [(a, b) for a in range(1, 24) for b in range(a, 26, 3)]
+    assert set(at_once(split, range(1, len(text)))) == {shown}
+    assert set(at_once(split, *zip(*twice, strict=True))) == {shown}
+    assert split(*range(1, len(text))) == shown
+
+
+def test_events_that_the_filter_does_not_change_are_not_changed() -> None:
+    odd = [
+        b": a comment\n\n",
+        b'event: x\nid: 7\nretry: 10\ndata: {"a":  1.0e0}\n\n',
+        b'data:{"choices":[{"delta":{"content":"\\u0048i \\/ \xc3"},"index":0}]}\n\n',
+        b'data: {"choices" : [ {"index":0, "delta":{ "content":"a < b" } } ] }\n\n',
+        b'data: not JSON\n\n', b'data: [1, 2]\ndata: null\n\n', b'data: [DONE]\n\n',
+    ]  # fmt: skip
+    model = stage().plays(sse_answer(odd))
+    assert ask(shared(), model, stream=True).content == b"".join(odd)
+    thought = stream_of("<think>", "hidden", "</think>")[:4]
+    model = stage().plays(sse_answer([*thought, *odd]))
+    got = ask(shared(), model, stream=True).content
+    assert got.endswith(b"".join(odd))
+    assert b"hidden" not in got and got.startswith(thought[0])
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+def test_stream_without_thinking_is_identical(newline: bytes) -> None:
+    data = b"".join(stream_of("Hello", " <b>wor", "ld</b> \\u003c")).replace(
+        b"\n", newline
+    )
+    model = stage().plays(stream_answer(cut(data, 9, 99)))
+    assert ask(shared(), model, stream=True).content == data
+
+
+@pytest.mark.parametrize("content", [
+    b'{"choices":[{"index":0,"message":{"content":"a < b  \\u00e9 \\u003cb>"}}] }\n',
+    b'{ "choices" : [], "n": 1.0, "big": 123456789012345678901234567890 }',
+    b'not JSON at all <b>', b'[1,2,3]', b'null', b'\xff\xfe<',
+])  # fmt: skip
+def test_answer_without_thinking_is_identical(content: bytes) -> None:
+    model = stage().plays(answer(content, kind="application/json"))
+    got = ask(shared(), model)
+    assert (got.status, got.content) == (200, content)
+
+
+WHOLE = {
+    "<think>hidden</think>\n\nshown": "shown",
+    "shown <think>hidden</think> too": "shown  too",
+    "hidden</think>\nshown": "shown",
+    "shown <think>hidden": "shown ",
+    "<think>a</think>shown<think>b</think>": "shown",
+    "  keep   the\n\n  white\tspace  ": "  keep   the\n\n  white\tspace  ",
+    "<think>a</think>```\n  code\n\n    more\n```\n": "```\n  code\n\n    more\n```\n",
+    "<thinking_hard>shown</thinking_hard>": "<thinking_hard>shown</thinking_hard>",
+}
+
+
+@pytest.mark.parametrize("said", WHOLE)
+def test_thinking_in_a_whole_answer(said: str) -> None:
+    for path, kind in ((CHAT, "chat"), ("/v1/completions", "text")):
+        model = stage().plays(json_answer(completion({}, said, kind)))
+        got = request(shared().port, "POST", path, {**ASKS[path], "model": model})
+        assert got.text == WHOLE[said]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/api/generate"])
+def test_thinking_in_streamed_text(path: str) -> None:
+    texts = [{"choices": [{"index": 0, "text": t}]} for t in THINKING]
+    model = stage().plays(sse_answer([*texts, "[DONE]"]))
+    got = request(
+        shared().port, "POST", path, {"model": model, "prompt": "hi", "stream": True}
+    )
+    assert got.text == VISIBLE
+
+
+def test_thinking_in_very_long_events() -> None:
+    long = "x" * 1_000_000
+    texts = ("<think>" + long, long + "</think>", "\n" + long, long + "<thi", "ng>")
+    model = stage().plays(sse_answer(stream_of(*texts)))
+    assert ask(shared(), model, stream=True).text == long + long + "<thing>"
+    unclosed = "<think>" * 100_000 + "<" * 100_000
+    for said in (unclosed, "shown" + unclosed):
+        model = stage().plays(sse_answer(stream_of(said)))
+        assert ask(shared(), model, stream=True).text == said.partition("<")[0]
+        model = stage().plays(json_answer(completion({}, said)))
+        assert ask(shared(), model).text == said.partition("<")[0]
+
+
+def test_many_choices_in_one_document() -> None:
+    message = {"message": {"content": "<think>no</think>yes"}}
+    delta = {"delta": {"content": "<think>no</think>yes"}}
+    choices = [{"index": n, **message} for n in range(5000)]
+    events = [{"choices": [{"index": n, **delta} for n in range(5000)]}, "[DONE]"]
+    with Router({"DEFAULT_UPSTREAM": stage().url}) as router:  # it may freeze
+        model = stage().plays(json_answer({"choices": choices}))
+        assert ask(router, model).text == "yes" * 5000
+        model = stage().plays(sse_answer(events))
+        assert ask(router, model, stream=True).text == "yes" * 5000
+
+
+def test_many_model_names_in_one_request() -> None:
+    name = stage().plays(FINE)
+    names = b'"model":"old-%s",' % name.encode() * 200_000
+    settings = {
+        "DEFAULT_UPSTREAM": stage().url,
+        "MODEL_MAP": '{"/^old-(.*)/": "\\\\1"}',
+    }
+    with Router(settings) as router:  # it may freeze
+        got = request(router.port, "POST", CHAT, b'{%s"n": 1}' % names)
+        assert (got.status, router.stop()) in ((200, 0), (400, 0))
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_last_event_without_its_end_is_not_lost(end: bytes) -> None:
+    data = b"".join(stream_of("Hello", " <b>"))[:-2] + end
+    model = stage().plays(stream_answer([data]))
+    assert ask(shared(), model, stream=True).content.rstrip() == data.rstrip()
+
+
+def test_thinking_elsewhere_stays() -> None:
+    said = "<think>kept</think>"
+    call = {"name": "f", "arguments": dumps({"a": said}).decode()}
+    delta = {"tool_calls": [{"index": 0, "function": call}], "reasoning_content": said}
+    events = [event({"choices": [{"index": 0, "delta": delta}]}), event("[DONE]")]
+    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
+    assert got.content == b"".join(events)
+    name = stage().plays(answer(said.encode(), kind="text/html"))
+    assert request(shared().port, "GET", f"/v1/{name}").content == said.encode()
+
+
+def test_each_choice_has_its_own_state() -> None:
+    first = deltas("<think>", "no", "</think>", "one", " more")
+    second = deltas("two", " <th", "ink>no", "</think>", "!", index=1)
+    both = [event(e) for pair in zip(first, second, strict=True) for e in pair]
+    got = ask(shared(), stage().plays(sse_answer([*both, "[DONE]"])), stream=True)
+    texts = {0: "", 1: ""}
+    for document in got.documents:
+        for choice in document["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: "one more", 1: "two !"}
+
+
+def test_an_emptied_event_that_carries_more_stays() -> None:
+    carrier = {"index": 0, "delta": {"content": "<think>no"}, "finish_reason": "length"}
+    call = {"content": "</think>", "tool_calls": [{"index": 0, "id": "call-1"}]}
+    events = [
+        {"choices": [carrier], "usage": {"total_tokens": 3}},
+        {"choices": [{"index": 0, "delta": call}]},
+        "[DONE]",
+    ]
+    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
+    assert got.text == ""
+    first, second = got.documents
+    assert first["choices"][0]["finish_reason"] == "length"
+    assert first["usage"] == {"total_tokens": 3}
+    assert second["choices"][0]["delta"]["tool_calls"] == call["tool_calls"]
+
+
+def filtering(**settings: Any) -> Router:
+    """A router with these filters; it shares the upstream."""
+    return router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+
+
+FENCED = 'Here:\n```json\n{"a": "```",\n  "b": 1}\n```\nand\n```python\nx\n```\n'
+UNFENCED = 'Here:\n{"a": "```",\n  "b": 1}\nand\n```python\nx\n```\n'
+
+
+def test_fences_at_every_split() -> None:
+    router = filtering(STRIP_JSON_MARKDOWN=1)
+
+    def split(*at: int) -> str:
+        texts = [p.decode() for p in cut(FENCED.encode(), *at)]
+        model = stage().plays(sse_answer(stream_of(*texts)))
+        return ask(router, model, stream=True).text
+
+    assert set(at_once(split, range(1, len(FENCED)))) == {UNFENCED}
+    assert split(*range(1, len(FENCED))) == UNFENCED
+    whole = stage().plays(json_answer(completion({}, FENCED)))
+    assert ask(router, whole).text == UNFENCED
+    assert ask(shared(), whole).text == FENCED
+
+
+def test_think_stripping_can_be_off() -> None:
+    router = filtering(STRIP_THINKING="no")
+    data = b"".join(stream_of(*THINKING))
+    model = stage().plays(stream_answer([data]))
+    assert ask(router, model, stream=True).content == data
+
+
+def test_no_think_is_appended_to_the_last_user_message() -> None:
+    router = filtering(DISABLE_THINKING="true")
+    user = {"role": "user", "content": "one"}
+    parts = [{"type": "text", "text": "two"}, {"type": "image_url", "image_url": {}}]
+    ends = {"role": "assistant", "content": "three"}
+    name = stage().plays(FINE)
+    for messages in ([user, ends, {"role": "user", "content": parts}, ends], [user]):
+        request(router.port, "POST", CHAT, {"model": name, "messages": messages})
+    request(router.port, "POST", "/v1/completions", {"model": name, "prompt": "four"})
+    first, second, third = (received.json for received in stage().heard(name))
+    told = [{**parts[0], "text": "two /no_think"}, parts[1]]
+    assert first["messages"] == [user, ends, {"role": "user", "content": told}, ends]
+    assert second["messages"] == [{"role": "user", "content": "one /no_think"}]
+    assert third["prompt"] == "four /no_think"
+
+
+def test_fifty_streams_at_once_stay_apart() -> None:
+    def one(number: int) -> tuple[str, float]:
+        texts = [f"{number}.{n} " for n in range(20)]
+        sent: dict[str, float] = {}
+
+        def script(received: Received) -> Iterator[Step]:
+            yield from stream_answer(
+                [event(e) for e in deltas("<think>", "no", "</think>")], whole=False
+            )
+            for text in texts:
+                yield from chunked(event(deltas(text)[0]), end=b"")
+                sent[text] = time.monotonic()
+                yield 0.02
+            yield from chunked(event("[DONE]"))
+
+        body = chat(stage().plays(script), stream=True)
+        events = sse(shared().port, CHAT, body)
+        came = {
+            json.loads(e[6:])["choices"][0]["delta"]["content"]: at
+            for at, e in events
+            if b'"content"' in e
+        }
+        assert [t for t in came if t] == texts
+        assert events[-1][1] == b"data: [DONE]"
+        return str(number), max(came[t] - sent[t] for t in texts)
+
+    results = at_once(one, range(50), workers=50)
+    slowest = sorted(delay for _, delay in results)
+    print(
+        f"slowest event of a stream: {slowest[25] * 1e3:.1f} ms in the middle, "
+        f"{slowest[-1] * 1e3:.1f} ms at worst"
+    )
+    assert slowest[25] < 1.0
+
+
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"]
+)
+def test_each_event_leaves_before_the_next_one_comes(path: str) -> None:
+    gates = [threading.Event() for _ in range(4)]
+    key = "text" if "chat" not in path else "delta"
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([], whole=False)
+        for number, gate in enumerate(gates):
+            text = f"number-{number} "
+            said = text if key == "text" else {"content": text}
+            yield from chunked(event({"choices": [{"index": 0, key: said}]}), end=b"")
+            gate.wait(PATIENCE)
+        yield from chunked(event("[DONE]"))
+
+    model = stage().plays(script)
+    with connect(shared().port) as sock:
+        sock.sendall(post(path, {**ASKS[path], "model": model, "stream": True}))
+        for number, gate in enumerate(gates):
+            receive_until(sock, b"number-%d " % number)
+            gate.set()
+        receive_until(sock, b"0\r\n\r\n")
+
+
+# == 7. Settings and commands ======================================================
+
+SETTINGS: dict[str, tuple[list[str], list[str]]] = {
+    "DEFAULT_UPSTREAM": (
+        ["http://box:8000", "https://box/v1/", "box:8000", "http://[::1]:80/a/b"],
+        ["http://", "ftp://box", "http://box:port", "http://box:99999", "http://a b"]),
+    "DEFAULT_ROUTE": (["http://box:8000"], []),
+    "LISTEN_HOST": (["127.0.0.1", "::1", "0.0.0.0", "localhost"], []),
+    "LISTEN_PORT": (["0", "1234", "65535"], ["x", "-1", "65536"]),
+    "MODEL_MAP": (
+        ["{}", '{"a": "b"}', r'{"/^(a|b)-x$/": "\\1-y"}', r'{"/(?P<n>a)/": "\\g<n>"}'],
+        ["[]", "{", '{"a": 1}', '{"/(/": "x"}', '{"/a/": "\\\\1"}', "gpt-4=llama"]),
+    "STRIP_THINKING": (["1", "TRUE", "Yes", "on"], ["2"]),
+    "STRIP_JSON_MARKDOWN": (["0", "False", "NO", "off"], ["ja"]),
+    "DISABLE_THINKING": (["true", "false"], ["enabled"]),
+    "ENABLE_LOGGING": (["true", "false"], ["-1"]),
+    "REQUEST_TIMEOUT": (["3000.0", "1", "0.5"], ["soon", "-1", "nan"]),
+    "CONNECT_TIMEOUT": (["5", "0.25"], ["soon"]),
+    "MAX_LOG_AGE_DAYS": (["7", "1"], ["week"]),
+    "BLOB_STORAGE_TYPE": (["filesystem", "memory"], ["s3"]),
+    "MAX_BLOB_SIZE": (["1000"], ["-1"]),
+    "MAX_TOTAL_STORAGE_SIZE": (["1000"], ["-1"]),
+    "MAX_REQUEST_SIZE": (["1000"], ["much", "1.5"]),
+    "MAX_CONNECTIONS": (["10"], ["many"]),
+    "JWT_SECRET": ([SECRET, f"  {SECRET} "], ["short", "ab" * 20, " " * 40]),
+    "WEBUI_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
+    "API_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
+    "TRUSTED_PROXIES": (["10.0.0.0/8, ::1", "10.0.0.1"], ["10.0.0.0/33", "proxy"]),
+    "ALLOWED_HOSTS": (["router.example", "a.example,b.example"], []),
+    "ALLOWED_ORIGINS": (["*", "https://a.example, https://b.example"], []),
+    "SHUTDOWN_GRACE": (["8", "0.5", "0"], ["soon", "-1"]),
+    "LOG_LEVEL": (["DEBUG", "INFO", "WARNING", "ERROR"], ["LOUD"]),
+    "ROUTES_CONFIG": ([], ["nowhere.yaml"]),
+}  # fmt: skip
+
+
+def test_good_settings() -> None:
+    good = {name: values for name, (values, _) in SETTINGS.items() if values}
+    for turn in range(max(map(len, good.values()))):
+        settings = {name: values[turn % len(values)] for name, values in good.items()}
+        done = run("check", settings=settings)
+        assert done.returncode == 0, done.stderr
+
+
+def test_bad_settings_stop_with_one_line() -> None:
+    bad = [(name, value) for name in SETTINGS for value in SETTINGS[name][1]]
+    checked = at_once(lambda one: run("check", settings=dict([one])), bad, workers=4)
+    for (name, value), done in zip(bad, checked, strict=True):
+        assert (name, value, done.returncode) == (name, value, 2), done.stderr
+        (line,) = done.stderr.strip().splitlines()
+        assert name in line or "JWT_SECRET" in line
+        assert value in line or name in ("JWT_SECRET", "MODEL_MAP")
+
+
+def test_every_setting_may_be_missing() -> None:
+    done = run("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "http://localhost:8000" in done.stdout
+
+
+def test_serving_with_a_bad_setting_stops_with_status_2() -> None:
+    for args in ((), ("serve",)):
+        done = run(*args, settings={"LISTEN_PORT": "eighty"})
+        assert done.returncode == 2
+        (line,) = done.stderr.strip().splitlines()
+        assert "LISTEN_PORT" in line and "eighty" in line
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    settings = {"DEFAULT_UPSTREAM": "http://127.0.0.1:9", "STRIP_THINKING": "no"}
+    flags = ["--default-upstream", stage().url, "--strip-thinking", "yes"]
+    model = stage().plays(json_answer(completion({}, "<think>no</think>yes")))
+    for args in (flags, ["serve", *flags]):
+        with Router(settings, args=args) as router:
+            assert ask(router, model).text == "yes"
+
+
+def test_a_bad_flag_stops_with_status_2() -> None:
+    for args in (["--listen-port", "eighty"], ["--no-such-flag"], ["no-such-command"]):
+        done = run(*args)
+        assert done.returncode == 2
+        assert args[-1] in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_stops_with_one_line() -> None:
+    done = run(settings={"LISTEN_PORT": stage().port})
+    assert done.returncode
+    assert str(stage().port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+TABLE: dict[str, Any] = {
+    "servers": {"fast-box": "http://127.0.0.1:9"},
+    "aliases": {"assistant": {"instances": ["fast-box/llama3-8b"]}},
+    "routes": [{"match": {"model": "/-1.5b$/", "source_host": "10.0.0.0/8"},
+                "route": {"upstream": "fast-box", "model": "small"}}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder() -> Iterator[pathlib.Path]:
+    """An empty directory with the program in it, alone."""
+    with tempfile.TemporaryDirectory(prefix="smol-") as name:
+        shutil.copy(SMOLROUTER, pathlib.Path(name) / "smolrouter.py")
+        yield pathlib.Path(name)
+
+
+ALONE = [sys.executable, "-I", "-S", "smolrouter.py"]  # -S: no PyYAML either
+
+
+def alone(folder: pathlib.Path, *args: str, **settings: Any) -> Any:
+    """Run a command of the lone program without any package."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = kept | {name: str(value) for name, value in settings.items()}
+    return subprocess.run(
+        [*ALONE, *args],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=30,
+    )
+
+
+def test_alone_it_relays(folder: pathlib.Path) -> None:
+    python = (sys.executable, "-I", "-S")
+    settings = {"DEFAULT_UPSTREAM": stage().url}
+    routes = {
+        "aliases": {"friend": {"instances": [{"url": stage().url, "model": "m"}]}}
+    }
+    with Router(
+        settings, routes, python=python, program=folder / "smolrouter.py"
+    ) as it:
+        assert ask(it, "tiny").text == "You said: hi"
+        assert ask(it, "friend", stream=True).text == "You said: hi"
+        assert it.stop() == 0
+        assert "Traceback" not in it.stderr
+
+
+def test_alone_it_checks_json(folder: pathlib.Path) -> None:
+    (folder / "routes.yaml").write_text(json.dumps(TABLE, indent=1))
+    done = alone(folder, "check")
+    assert (done.returncode, done.stderr) == (0, "")
+    (folder / "routes.yaml").write_text(json.dumps({**TABLE, "rotues": []}))
+    done = alone(folder, "check")
+    assert done.returncode == 2
+    assert "rotues" in done.stderr and "routes.yaml" in done.stderr
+
+
+def test_alone_it_says_what_yaml_needs(folder: pathlib.Path) -> None:
+    (folder / "routes.yaml").write_text("servers:\n  fast-box: http://127.0.0.1:9\n")
+    done = alone(folder, "check")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "pyyaml" in line.lower() and "JSON" in line
+
+
+def test_check_prints_the_table(folder: pathlib.Path) -> None:
+    (folder / "table.json").write_text(json.dumps(TABLE))
+    done = alone(folder, "check", ROUTES_CONFIG=folder / "table.json")
+    assert done.returncode == 0
+    for word in ("fast-box", "http://127.0.0.1:9", "assistant", "llama3-8b", "small"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["assistant"], ["assistant", "fast-box", "llama3-8b", "http://127.0.0.1:9"]),
+        (["x-1.5b", "--source-host", "10.9.8.7"], ["routes[0]", "small"]),
+        (
+            ["x-1.5b", "--source-host", "11.9.8.7"],
+            ["routes[0]", "http://localhost:8000"],
+        ),
+        (["other"], ["DEFAULT_UPSTREAM", "http://localhost:8000"]),
+    ],
+)
+def test_explain(folder: pathlib.Path, args: list[str], words: list[str]) -> None:
+    (folder / "routes.yaml").write_text(json.dumps(TABLE))
+    done = alone(folder, "explain", *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in words:
+        assert word in done.stdout
+
+
+def test_health() -> None:
+    port = shared().port
+    assert run("health", settings={"LISTEN_PORT": port}).returncode == 0
+    assert run("health", "--listen-port", str(port)).returncode == 0
+    wildcard = {"LISTEN_PORT": port, "LISTEN_HOST": "0.0.0.0"}
+    assert run("health", settings=wildcard).returncode == 0
+    nobody = refusing().rpartition(":")[2]
+    done = run("health", settings={"LISTEN_PORT": nobody})
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_healthz() -> None:
+    got = request(shared().port, "GET", "/healthz")
+    assert (got.status, got.json["status"]) == (200, "ok")
+
+
+def test_unit(folder: pathlib.Path) -> None:
+    done = alone(folder, "unit", LISTEN_PORT=4321)
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in (
+        "[Unit]",
+        "[Service]",
+        "[Install]",
+        "ExecStart=",
+        "4321",
+        str(folder / "smolrouter.py"),
+        "NoNewPrivileges=",
+    ):
+        assert word in done.stdout
+    if shutil.which("systemd-analyze"):
+        (folder / "smolrouter.service").write_text(done.stdout)
+        subprocess.run(
+            ["systemd-analyze", "verify", folder / "smolrouter.service"],
+            check=True,
+            timeout=30,
+        )
+
+
+def test_version_and_help() -> None:
+    assert re.search(r"\b\d+\.\d+\.\d+\b", run("--version").stdout)
+    done = run("--help")
+    assert done.returncode == 0
+    for word in (
+        "serve",
+        "check",
+        "explain",
+        "token",
+        "health",
+        "unit",
+        "demo",
+        "--listen-port",
+        "--routes-config",
+    ):
+        assert word in done.stdout
+
+
+def test_stdout_that_is_closed_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(SMOLROUTER), "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    os.close(writer)
+    assert b"Traceback" not in done.stderr
+
+
+def table(upstream: str) -> str:
+    """A routing file that sends `moving` to this upstream."""
+    return json.dumps(
+        {"aliases": {"moving": {"instances": [{"url": upstream, "model": "m"}]}}}
+    )
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_reload(by_signal: bool) -> None:
+    def says(word: str) -> Upstream:
+        return Upstream(lambda r: json_answer({"by": word}))
+
+    with says("old") as old, says("new") as new, Router({}, table(old.url)) as router:
+
+        def written(text: str) -> None:
+            fresh = router.folder / "fresh"
+            fresh.write_text(text)
+            os.replace(fresh, router.routes)
+            if by_signal:
+                router.signal(signal.SIGHUP)
+
+        assert ask(router, "moving").json == {"by": "old"}
+        quiet = len(router.stderr)
+        written('{"aliases": {"moving": {"instances": []}}}')
+        assert until(lambda: "moving" in router.stderr[quiet:])
+        assert ask(router, "moving").json == {"by": "old"}
+        written(table(new.url))
+        assert until(lambda: ask(router, "moving").json == {"by": "new"})
+        written("{nonsense")
+        quiet = len(router.stderr)
+        assert until(lambda: "table.conf" in router.stderr[quiet:])
+        assert ask(router, "moving").json == {"by": "new"}
+        assert router.process.poll() is None
+
+
+# == the clients that have been slow since the first test ==========================
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_dawdler_is_answered_408(
+    name: str, dawdlers: dict[str, concurrent.futures.Future[bytes]]
+) -> None:
+    answers, rest = split_answers(dawdlers[name].result(timeout=90))
+    assert ([a.status for a in answers], rest) == ([408], b"")
+    assert answers[0].get("Connection") == "close"
+    assert not stage().heard("dawdler")
+
+# ======================================================================================
+# SDKs
+# ======================================================================================
+
+# -- the official clients ----------------------------------------------------------
+
+
+def need(module: str) -> Any:
+    """Import a test extra. Without it the test is skipped, or fails if all must run."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        if os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+            pytest.fail(f"SMOLROUTER_TEST_ALL=1, but {module} is not installed")
+        pytest.skip(f"{module} is not installed")
+
+
+KEY = "sk-a-client-s-own-key"
+
+
+async def finish(calling: Callable, streamed: bool, parts: list) -> Any:
+    """Await an answer, or collect the parts of a stream."""
+    result = await calling()
+    if not streamed:
+        return result
+    async for part in result:
+        parts.append(part)
+    return parts
+
+
+@functools.cache
+def client_of(package: str, asynchronous: bool, timeout: float, url: str) -> Any:
+    """The client that talks to the router at this address and never retries."""
+    with contextlib.suppress(ImportError):  # while no stream is left to be collected
+        importlib.import_module("ollama")
+    prefix = "Async" if asynchronous else ""
+    if package == "ollama":
+        return getattr(need(package), f"{prefix}Client")(host=url, timeout=timeout)
+    return getattr(need(package), f"{prefix}OpenAI")(
+        base_url=f"{url}/v1", api_key=KEY, organization="homelab", max_retries=0,
+        timeout=timeout,
+    )
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all asynchronous clients, which keep their connections."""
+    loop = asyncio.new_event_loop()
+    atexit.register(loop.close)
+    atexit.register(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
+    return loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Sdk:
+    """An official client, sync or async, used in the way its documentation shows."""
+
+    package: str
+    asynchronous: bool
+    timeout: float = PATIENCE
+
+    def __str__(self) -> str:
+        return f"{self.package}-{'async' if self.asynchronous else 'sync'}"
+
+    def client(self, url: str) -> Any:
+        return client_of(self.package, self.asynchronous, self.timeout, url)
+
+    def call(
+        self, url: str, method: str, *values: Any, parts: list | None = None,
+        **named: Any,
+    ) -> Any:
+        """Call a method by its dotted name; the answer, or all parts of a stream.
+
+        `parts` collects what came, also when the stream ends with an exception.
+        """
+        bound = operator.attrgetter(method)(self.client(url))
+        parts = [] if parts is None else parts
+        streamed = named.get("stream", False)
+        if self.asynchronous:
+            calling = functools.partial(bound, *values, **named)
+            return event_loop().run_until_complete(finish(calling, streamed, parts))
+        result = bound(*values, **named)
+        if not streamed:
+            return result
+        for part in result:
+            parts.append(part)
+        return parts
+
+
+OPENAI = (Sdk("openai", False), Sdk("openai", True))
+OLLAMA = (Sdk("ollama", False), Sdk("ollama", True))
+WAYS = ("rule", "alias", "map")  # how a name asked for becomes the name of a script
+
+each_openai = pytest.mark.parametrize("sdk", OPENAI, ids=str)
+each_ollama = pytest.mark.parametrize("sdk", OLLAMA, ids=str)
+each_way = pytest.mark.parametrize("way", WAYS)
+either = functools.partial(pytest.mark.parametrize, "stream", (False, True))
+whole_or_streamed = either(ids=("whole", "sse"))
+whole_or_lines = either(ids=("whole", "ndjson"))
+
+# -- what the servers say ----------------------------------------------------------
+
+ASKED = [{"role": "user", "content": "hello"}]
+ANSWER = "You said: hello"
+PICTURES = {
+    "png": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+    "jpeg": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\xfb\xef\xbe",
+    "gif": b"GIF89a\x01\x00\x01\x00",
+    "webp": b"RIFF\x1a\x00\x00\x00WEBPVP8L",
+}
+SOUND = bytes(range(256)) * 40 + b"<think>\r\n\r\n0\r\n\r\ndata: [DONE]\n\n</think>"
+VECTOR = [0.5, -1.25, 3.0]
+CITY = {"city": "Paris", "people": 2100000}
+Cases = tuple[tuple[Any, ...], ...]
+CALLS: Cases = (("weather", {"city": "Paris \u2728", "days": [1, 2]}), ("clock", {}))
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"the {name}",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "where"}},
+                "required": ["city"],
+            },
+        },
+    }
+    for name, _ in CALLS
+]
+
+
+def delta(document: Any, said: Mapping[str, Any], finish: str | None = None) -> dict:
+    """One event of a streamed chat."""
+    choice = {"index": 0, "delta": said, "finish_reason": finish}
+    return {
+        "id": "cmpl-1", "object": "chat.completion.chunk", "created": 1700000000,
+        "model": document.get("model"), "choices": [choice],
+    }
+
+
+def says(text: str, finish: str = "stop") -> Script:
+    """A script that says this text, whole or streamed."""
+
+    def script(received: Received) -> Iterable[Step]:
+        document = received.json
+        kind = "chat" if "chat" in received.path else "text"
+        if not document.get("stream"):
+            whole = completion(document, text, kind)
+            whole["choices"][0]["finish_reason"] = finish
+            return json_answer(whole)
+        events = completion_events(document, text, kind)
+        for choice in (c for e in events[:-1] for c in e["choices"]):
+            choice["finish_reason"] = choice["finish_reason"] and finish
+        return sse_answer(events)
+
+    return script
+
+
+def tool_call(number: int, name: str, arguments: str, **more: Any) -> dict:
+    """A call as OpenAI servers write it."""
+    call = {"id": f"call_{number}", "type": "function"}
+    return {**more, **call, "function": {"name": name, "arguments": arguments}}
+
+
+def call_tools(received: Received) -> Iterable[Step]:
+    """Call both tools, streamed in fragments of four characters that alternate."""
+    document = received.json
+    if not document.get("stream"):
+        calls = [tool_call(i, n, json.dumps(a)) for i, (n, a) in enumerate(CALLS)]
+        whole = completion(document, "")
+        message = {"role": "assistant", "content": None, "tool_calls": calls}
+        whole["choices"][0] |= {"message": message, "finish_reason": "tool_calls"}
+        return json_answer(whole)
+    opening = [{"role": "assistant", "content": None}] + [
+        {"tool_calls": [tool_call(i, name, "", index=i)]}
+        for i, (name, _) in enumerate(CALLS)
+    ]
+    texts = [re.findall(".{1,4}", json.dumps(arguments)) for _, arguments in CALLS]
+    fragments = [
+        {"tool_calls": [{"index": i, "function": {"arguments": fragment}}]}
+        for turn in itertools.zip_longest(*texts)
+        for i, fragment in enumerate(turn) if fragment
+    ]
+    events = [delta(document, said) for said in [*opening, *fragments]]
+    return sse_answer([*events, delta(document, {}, "tool_calls"), "[DONE]"])
+
+
+def reason(received: Received) -> Iterable[Step]:
+    """Think in a field of its own, as llama.cpp and vLLM do."""
+    document = received.json
+    if not document.get("stream"):
+        whole = completion(document, "Forty-two.")
+        whole["choices"][0]["message"]["reasoning_content"] = "Six times seven."
+        return json_answer(whole)
+    said = [{"reasoning_content": "Six "}, {"reasoning_content": "times seven."},
+            {"content": "Forty"}, {"content": "-two."}]
+    events = [delta(document, piece) for piece in said]
+    return sse_answer([*events, delta(document, {}, "stop"), "[DONE]"])
+
+
+def embed(received: Received) -> Iterable[Step]:
+    """A vector for each input, as numbers or in base64."""
+    given = received.json["input"]
+    vector: Any = VECTOR
+    if received.json.get("encoding_format") == "base64":
+        vector = base64.b64encode(struct.pack(f"<{len(VECTOR)}f", *VECTOR)).decode()
+    data = [
+        {"object": "embedding", "index": i, "embedding": vector}
+        for i, _ in enumerate(given if isinstance(given, list) else [given])
+    ]
+    used = {"prompt_tokens": 5, "total_tokens": 5}
+    return json_answer({"object": "list", "data": data, "model": "v", "usage": used})
+
+
+def named_events(documents: Iterable[dict]) -> list[bytes]:
+    """Events that carry their type in a field of their own."""
+    return [b"event: %s\n" % d["type"].encode() + event(d) for d in documents]
+
+
+def respond(received: Received) -> Iterable[Step]:
+    """Answer as /v1/responses does."""
+    text = {"type": "output_text", "text": ANSWER, "annotations": []}
+    message = {"id": "msg_1", "type": "message", "role": "assistant",
+               "status": "completed", "content": [text]}
+    whole = {
+        "id": "resp_1", "object": "response", "created_at": 1700000000,
+        "status": "completed", "model": received.model, "output": [message],
+        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+        "usage": {"input_tokens": 3, "output_tokens": 3, "total_tokens": 6},
+    }
+    if not received.json.get("stream"):
+        return json_answer(whole)
+    place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    started = {**whole, "status": "in_progress", "output": []}
+    events: list[dict] = [
+        {"type": "response.created", "response": started},
+        {"type": "response.output_text.delta", **place, "delta": "You said: "},
+        {"type": "response.output_text.delta", **place, "delta": "hello"},
+        {"type": "response.completed", "response": whole},
+    ]
+    return sse_answer(named_events(events))
+
+
+CLAUDE_EVENTS = named_events([
+    {"type": "message_start", "message": {
+        "id": "msg_1", "type": "message", "role": "assistant", "content": [],
+        "usage": {"input_tokens": 9, "output_tokens": 1}}},
+    {"type": "content_block_start", "index": 0,
+     "content_block": {"type": "text", "text": ""}},
+    {"type": "ping"},
+    {"type": "content_block_delta", "index": 0,
+     "delta": {"type": "text_delta", "text": "Hello"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+     "usage": {"output_tokens": 4}},
+    {"type": "message_stop"},
+])
+CLAUDE_MESSAGE = (
+    b'{ "id":"msg_1", "type":"message","role":"assistant",\n'
+    b'  "content":[{"type":"text","text":"Hello \\u00e9"}],\n'
+    b'  "usage":{"input_tokens":9,"output_tokens":4.0} }\n'
+)
+
+
+def claude(received: Received) -> Iterable[Step]:
+    """Answer as /v1/messages does."""
+    if received.json.get("stream"):
+        return sse_answer(CLAUDE_EVENTS)
+    return answer(CLAUDE_MESSAGE, kind="application/json")
+
+
+def speak(received: Received) -> Iterable[Step]:
+    """Sound, with a length or in chunks."""
+    if received.json["response_format"] == "mp3":
+        return answer(SOUND, kind="audio/mpeg")
+    return stream_answer([SOUND[:5000], SOUND[5000:]], kind="audio/wav")
+
+
+def own_error(status: int) -> dict:
+    message = f"the server's own {status}"
+    return {"error": {"message": message, "type": "own", "code": "own", "param": None}}
+
+
+def fail(status: int) -> Script:
+    """An error of the server's own."""
+    fields = [("Retry-After", "7")] if status == 429 else []
+    return lambda received: json_answer(own_error(status), status, fields)
+
+
+def break_off(*ending: Step) -> Script:
+    """A script that says two words in one send and then ends in this way."""
+
+    def script(received: Received) -> Iterable[Step]:
+        said = [event(delta(received.json, {"content": w})) for w in ("One ", "two ")]
+        head, *words = stream_answer(said, whole=False)
+        return [b"".join((head, *words)), *ending]  # type: ignore[arg-type]
+
+    return script
+
+
+TROUBLE = dumps({"error": {"message": "out of memory", "code": 500}})  # as vLLM says it
+BROKEN: dict[str, Script] = {
+    "reset": break_off(0.2, DROP),
+    "half": break_off(b"20\r\ndata: {", CLOSE),
+    "trouble": break_off(*chunked(b"data: " + TROUBLE + b"\n\n")),
+    "stall": break_off(HANG),
+}
+
+
+def squeeze(received: Received) -> Iterable[Step]:
+    """Answer in gzip although nobody asked for it."""
+    content = gzip.compress(dumps(completion(received.json, ANSWER)))
+    return answer(content, 200, [("Content-Encoding", "gzip")], "application/json")
+
+
+ERRORS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+}
+SCRIPTS: dict[str, Script] = {
+    "talk": well_behaved,
+    "tools": call_tools,
+    "json": says(json.dumps(CITY)),
+    "think": says("<think>Six times seven.</think>\n\nForty-two."),
+    "reason": reason,
+    "long": says("and so on and so", finish="length"),
+    "vectors": embed,
+    "respond": respond,
+    "claude": claude,
+    "speak": speak,
+    "squeeze": squeeze,
+    **BROKEN,
+    "mute": lambda received: [HANG],
+    **{f"error-{status}": fail(status) for status in ERRORS},
+}
+
+# -- routers in front of them ------------------------------------------------------
+
+
+@functools.cache
+def bound_only(name: str) -> socket.socket:
+    """A port that is taken but refuses every connection."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+def switched_off(name: str) -> str:
+    """The address of a box that is switched off."""
+    return f"http://127.0.0.1:{bound_only(name).getsockname()[1]}"
+
+
+def repeat(document: Any, received: Received) -> Iterable[Step]:
+    """Say the same to everybody."""
+    return json_answer(document)
+
+
+@functools.cache
+def bench() -> Upstream:
+    """The server of all these scripts."""
+    upstream = Upstream(models=["talk", "tiny", "org/some-model"])
+    upstream.scripts.update(SCRIPTS)
+    paths = {"/v1/audio/transcriptions": {"text": "heard"},
+             "/v1/images/edits": {"created": 1, "data": [{"b64_json": "UE5H"}]}}
+    for path, document in paths.items():
+        upstream.scripts[path] = functools.partial(repeat, document)
+    return upstream
+
+
+def ways(**settings: Any) -> Router:
+    """A router that leads to each script by a rule, an alias and MODEL_MAP.
+
+    "rule-X", "alias-X" (its first instance is dead) and "map-X" ask for "X", and so
+    does "X" itself; nobody is there for the model "nobody".
+    """
+    servers = {name: switched_off(name) for name in ("dead", "gone")}
+    servers["bench"] = bench().url
+    aliases = {
+        f"alias-{name}": {"instances": [f"dead/{name}", f"bench/{name}"]}
+        for name in SCRIPTS
+    }
+    aliases["alias-nobody"] = {"instances": ["dead/nobody", "gone/nobody"]}
+    routes = [
+        {"match": {"model": "/^(rule-)?nobody$/"}, "route": {"upstream": "dead"}},
+        {"match": {"model": "/^rule-(.+)$/"},
+         "route": {"upstream": "bench", "model": r"\1"}},
+    ]
+    renamed = {"old-name": "talk", "/^map-(.+)$/": r"\1"}
+    own = {"DEFAULT_UPSTREAM": bench().url, "MODEL_MAP": json.dumps(renamed)}
+    table = {"servers": servers, "aliases": aliases, "routes": routes}
+    return router_for({**own, **settings}, table)
+
+
+def hasty() -> Router:
+    """The same with little patience for its upstreams."""
+    return ways(REQUEST_TIMEOUT=0.75)
+
+
+def catalog() -> Router:
+    """The same without the errors of other tests, which hide servers for a while."""
+    return ways(LOG_LEVEL="WARNING")
+
+
+def tell(path: str, body: Any, router: Router | None = None, **fields: str) -> Answer:
+    """One POST; an underscore in the name of a field stands for a hyphen."""
+    pairs = [(name.replace("_", "-"), value) for name, value in fields.items()]
+    return request((router or ways()).port, "POST", path, body, pairs)
+
+
+def latest(upstream: Upstream | None = None, method: str = "POST") -> Received:
+    """The request that a server heard last; what the router asks for itself is GET."""
+    return [r for r in (upstream or bench()).requests if r.method == method][-1]
+
+
+@contextlib.contextmanager
+def unheard(upstream: Upstream | None = None) -> Iterator[None]:
+    """What happens inside must not reach the server."""
+    upstream = upstream or bench()
+    before = [r for r in upstream.requests if r.method == "POST"]
+    yield
+    after = [r for r in upstream.requests if r.method == "POST"]
+    assert after[len(before):] == []
+
+
+def check_openai_error(document: Any) -> None:
+    """The shape of every error that the router itself makes."""
+    error = document["error"]
+    assert set(error) == {"message", "type", "code", "param"}
+    assert isinstance(error["message"], str) and error["message"]
+    assert isinstance(error["type"], str) and error["param"] is None
+
+
+# -- OpenAI: the official client ---------------------------------------------------
+
+
+@each_way
+@each_openai
+def test_openai_chat(sdk: Sdk, way: str) -> None:
+    model = f"{way}-talk"
+    got = sdk.call(ways().url, "chat.completions.create", model=model, messages=ASKED)
+    assert got.choices[0].message.content == ANSWER
+    assert got.choices[0].finish_reason == "stop"
+    assert got.usage.model_dump(exclude_none=True) == usage_of(ANSWER)
+    heard = latest()
+    assert heard.json == {"model": "talk", "messages": ASKED}
+    assert heard.get("Authorization") == f"Bearer {KEY}"
+    assert heard.get("OpenAI-Organization") == "homelab"
+    assert "OpenAI" in (heard.get("User-Agent") or "")
+
+
+@each_way
+@each_openai
+@pytest.mark.parametrize("wanted", (False, True), ids=("no-usage", "usage"))
+def test_openai_streamed_chat(sdk: Sdk, way: str, wanted: bool) -> None:
+    asked: Any = {"stream_options": {"include_usage": True}} if wanted else {}
+    parts = sdk.call(
+        ways().url, "chat.completions.create", model=f"{way}-talk", messages=ASKED,
+        stream=True, **asked,
+    )
+    choices = [p.choices[0] for p in parts if p.choices]
+    assert "".join(c.delta.content or "" for c in choices) == ANSWER
+    assert [c.finish_reason for c in choices][-1] == "stop"
+    assert latest().json["stream_options"] == {"include_usage": True}
+    usages = [p.usage.model_dump(exclude_none=True) for p in parts if p.usage]
+    assert usages == ([usage_of(ANSWER)] if wanted else [])
+    assert len(parts) == len(choices) + wanted
+
+
+@each_way
+@each_openai
+@whole_or_streamed
+def test_openai_legacy_completions(sdk: Sdk, way: str, stream: bool) -> None:
+    got = sdk.call(
+        ways().url, "completions.create", model=f"{way}-talk", prompt="hello",
+        stream=stream, suffix="!", logit_bias={"50256": -100},
+    )
+    parts = got if stream else [got]
+    assert "".join(c.text for p in parts for c in p.choices) == ANSWER
+    heard = latest()
+    assert heard.path == "/v1/completions"
+    expected = {"model": "talk", "prompt": "hello", "suffix": "!", "stream": stream,
+                "logit_bias": {"50256": -100}}
+    assert {k: v for k, v in heard.json.items() if k != "stream_options"} == expected
+
+
+@each_way
+@each_openai
+@pytest.mark.parametrize("form", (None, "float", "base64"))
+def test_openai_embeddings(sdk: Sdk, way: str, form: str | None) -> None:
+    asked: Any = {"encoding_format": form} if form else {}
+    got = sdk.call(
+        ways().url, "embeddings.create", model=f"{way}-vectors", input=["a", "b"],
+        dimensions=3, **asked,
+    )
+    packed = base64.b64encode(struct.pack("<3f", *VECTOR)).decode()
+    expected = packed if form == "base64" else VECTOR
+    assert [d.embedding for d in got.data] == [expected, expected]
+    heard = latest().json
+    assert (heard["model"], heard["input"], heard["dimensions"]) == (
+        "vectors", ["a", "b"], 3)
+
+
+@each_openai
+def test_openai_model_list(sdk: Sdk) -> None:
+    names = [model.id for model in sdk.call(catalog().url, "models.list").data]
+    first = {f"alias-{name}" for name in [*SCRIPTS, "nobody"]} | {"old-name"}
+    assert set(names[: len(first)]) == first
+    assert {"talk", "tiny", "org/some-model"} <= set(names[len(first):])
+    assert len(set(names)) == len(names)
+
+
+@each_openai
+@pytest.mark.parametrize("name", ("tiny", "alias-talk", "old-name", "org/some-model"))
+def test_openai_model_retrieve(sdk: Sdk, name: str) -> None:
+    got = sdk.call(catalog().url, "models.retrieve", name)
+    assert (got.id, got.object) == (name, "model")
+
+
+@each_openai
+def test_openai_unknown_model_retrieve(sdk: Sdk) -> None:
+    with pytest.raises(need("openai").NotFoundError) as caught:
+        sdk.call(catalog().url, "models.retrieve", "no-such-model")
+    assert "no-such-model" in caught.value.message
+
+
+@each_way
+@each_openai
+def test_openai_tool_calls(sdk: Sdk, way: str) -> None:
+    got = sdk.call(
+        ways().url, "chat.completions.create", model=f"{way}-tools", messages=ASKED,
+        tools=TOOLS, tool_choice="auto",
+    )
+    calls = got.choices[0].message.tool_calls
+    functions = [call.function for call in calls]
+    assert [(f.name, json.loads(f.arguments)) for f in functions] == [*CALLS]
+    assert [call.id for call in calls] == ["call_0", "call_1"]
+    assert got.choices[0].finish_reason == "tool_calls"
+    assert latest().json["tools"] == TOOLS
+
+
+@each_way
+@each_openai
+def test_openai_streamed_tool_calls(sdk: Sdk, way: str) -> None:
+    parts = sdk.call(
+        ways().url, "chat.completions.create", model=f"{way}-tools", messages=ASKED,
+        tools=TOOLS, stream=True,
+    )
+    gathered: dict[int, list[str]] = {}
+    for fragment in (t for p in parts for t in p.choices[0].delta.tool_calls or ()):
+        seen = gathered.setdefault(fragment.index, ["", "", ""])
+        function = fragment.function
+        for i, text in enumerate((fragment.id, function.name, function.arguments)):
+            seen[i] += text or ""
+    assert [(name, json.loads(text)) for _, name, text in gathered.values()] == [*CALLS]
+    assert [call_id for call_id, _, _ in gathered.values()] == ["call_0", "call_1"]
+    assert parts[-1].choices[0].finish_reason == "tool_calls"
+
+
+@each_way
+@each_openai
+def test_openai_structured_output(sdk: Sdk, way: str) -> None:
+    shape = need("pydantic").create_model("City", city=(str, ...), people=(int, ...))
+    got = sdk.call(
+        ways().url, "chat.completions.parse", model=f"{way}-json", messages=ASKED,
+        response_format=shape,
+    )
+    assert got.choices[0].message.parsed.model_dump() == CITY
+    asked = latest().json["response_format"]
+    assert asked["type"] == "json_schema"
+    assert set(asked["json_schema"]["schema"]["properties"]) == set(CITY)
+
+
+def image_part(kind: str) -> dict:
+    """A picture as a part of an OpenAI message."""
+    url = f"data:image/{kind};base64,{base64.b64encode(PICTURES[kind]).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+@each_way
+@each_openai
+def test_openai_vision(sdk: Sdk, way: str) -> None:
+    parts = [{"type": "text", "text": "hello"}, *map(image_part, PICTURES)]
+    messages = [{"role": "user", "content": parts}]
+    got = sdk.call(
+        ways().url, "chat.completions.create", model=f"{way}-talk", messages=messages
+    )
+    assert got.choices[0].message.content == ANSWER
+    assert latest().json["messages"] == messages
+
+
+@each_way
+@each_openai
+@whole_or_streamed
+def test_openai_responses(sdk: Sdk, way: str, stream: bool) -> None:
+    got = sdk.call(
+        ways().url, "responses.create", model=f"{way}-respond", input="hello",
+        instructions="be kind", stream=stream,
+    )
+    if stream:
+        assert [p.type for p in got][1:3] == ["response.output_text.delta"] * 2
+        assert "".join(p.delta for p in got[1:3]) == ANSWER
+    assert (got[-1].response if stream else got).output_text == ANSWER
+    heard = latest()
+    assert heard.path == "/v1/responses"
+    assert heard.json == {"model": "respond", "input": "hello", "stream": stream,
+                          "instructions": "be kind"}
+
+
+@each_openai
+def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
+    got = sdk.call(
+        ways().url, "chat.completions.with_raw_response.create", model="alias-talk",
+        messages=ASKED,
+    )
+    for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
+        assert got.headers.get(f"X-SmolRouter-{name}"), name
+    assert got.parse().choices[0].message.content == ANSWER
+
+
+@each_openai
+def test_openai_gzip_that_nobody_asked_for(sdk: Sdk) -> None:
+    got = sdk.call(
+        ways().url, "chat.completions.create", model="squeeze", messages=ASKED
+    )
+    assert got.choices[0].message.content == ANSWER
+
+
+def test_openai_parallel_streams_are_not_mixed() -> None:
+    create = OPENAI[1].client(ways().url).chat.completions.create
+    said = [" ".join([f"n{number}"] * 20) for number in range(20)]
+
+    async def one(text: str) -> str:
+        stream = await create(**chat("map-talk", text, stream=True))
+        return "".join([p.choices[0].delta.content or "" async for p in stream])
+
+    async def everyone() -> list[str]:
+        return await asyncio.gather(*map(one, said))
+
+    texts = event_loop().run_until_complete(everyone())
+    assert texts == [f"You said: {text}" for text in said]
+
+
+# -- OpenAI: errors ----------------------------------------------------------------
+
+
+@each_way
+@each_openai
+@whole_or_streamed
+@pytest.mark.parametrize("status", ERRORS)
+def test_openai_errors_of_the_server(
+    sdk: Sdk, way: str, stream: bool, status: int
+) -> None:
+    with pytest.raises(getattr(need("openai"), ERRORS[status])) as caught:
+        sdk.call(
+            ways().url, "chat.completions.create", model=f"{way}-error-{status}",
+            messages=ASKED, stream=stream,
+        )
+    error = caught.value
+    assert error.status_code == status
+    assert (error.type, error.code) == ("own", "own")
+    assert error.response.content == dumps(own_error(status))
+    assert error.response.headers.get("Retry-After") == ("7" if status == 429 else None)
+
+
+@each_way
+@each_openai
+@whole_or_streamed
+@pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
+def test_openai_late_or_nobody(
+    sdk: Sdk, way: str, stream: bool, name: str, status: int
+) -> None:
+    with pytest.raises(need("openai").InternalServerError) as caught:
+        sdk.call(
+            hasty().url, "chat.completions.create", model=f"{way}-{name}",
+            messages=ASKED, stream=stream,
+        )
+    assert caught.value.status_code == status
+    check_openai_error(caught.value.response.json())
+    if status == 504:
+        assert "REQUEST_TIMEOUT" in caught.value.message
+        assert "0.75" in caught.value.message
+    elif way == "alias":
+        assert "dead" in caught.value.message and "gone" in caught.value.message
+
+
+@each_way
+@each_openai
+def test_openai_client_loses_its_patience(sdk: Sdk, way: str) -> None:
+    hurried = dataclasses.replace(sdk, timeout=0.3)
+    with pytest.raises(need("openai").APITimeoutError):
+        hurried.call(
+            ways().url, "chat.completions.create", model=f"{way}-mute", messages=ASKED
+        )
+    connection = bench().connections[latest().connection]
+    assert until(lambda: connection.closed), "the upstream still works for nobody"
+
+
+@each_way
+@each_openai
+@pytest.mark.parametrize("name", BROKEN)
+def test_openai_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
+    parts: list[Any] = []
+    with pytest.raises(need("openai").APIError) as caught:
+        sdk.call(
+            hasty().url, "chat.completions.create", model=f"{way}-{name}",
+            messages=ASKED, stream=True, parts=parts,
+        )
+    assert "".join(p.choices[0].delta.content or "" for p in parts) == "One two "
+    assert caught.value.body, "the error must arrive as an event"
+    if name == "trouble":
+        assert caught.value.message == "out of memory"
+
+
+# -- OpenAI: forms, sound, other paths ---------------------------------------------
+
+
+def parse_form(heard: Received) -> dict[str, bytes]:
+    """The parts of a form; the last one of a name counts."""
+    top = f"Content-Type: {heard.get('Content-Type')}\r\n\r\n".encode()
+    parts: Any = email.message_from_bytes(top + heard.content).get_payload()
+    names = [part.get_param("name", header="Content-Disposition") for part in parts]
+    contents = [part.get_payload(decode=True) for part in parts]
+    return dict(zip(names, contents, strict=True))
+
+
+@each_way
+@each_openai
+def test_openai_transcription(sdk: Sdk, way: str) -> None:
+    got = sdk.call(
+        ways().url, "audio.transcriptions.create", model=f"{way}-talk",
+        file=("voice.wav", SOUND), language="en",
+    )
+    assert got.text == "heard"
+    form = parse_form(latest())
+    assert (form["model"], form["language"]) == (b"talk", b"en")
+    assert form["file"] == SOUND
+
+
+@each_way
+@each_openai
+def test_openai_image_edit(sdk: Sdk, way: str) -> None:
+    got = sdk.call(
+        ways().url, "images.edit", model=f"{way}-talk", prompt="a hat \u2728",
+        image=[(f"{kind}.{kind}", data) for kind, data in PICTURES.items()],
+    )
+    assert got.data[0].b64_json == "UE5H"
+    form = parse_form(latest())
+    assert (form["model"], form["prompt"]) == (b"talk", "a hat \u2728".encode())
+    assert form["image[]"] == PICTURES["webp"]
+
+
+def encode_form(*parts: tuple[str, bytes]) -> bytes:
+    """A form with these Content-Disposition parameters and contents."""
+    top = b"--XX\r\nContent-Disposition: form-data; "
+    pieces = [top + b"%s\r\n\r\n%s\r\n" % (d.encode(), content) for d, content in parts]
+    return b"".join(pieces) + b"--XX--\r\n"
+
+
+MODEL_PART = ('name="model"', b"rule-talk")
+FILE_PART = ('name="file"; filename="a.wav"\r\nContent-Type: audio/wav', SOUND)
+FORMS = {
+    "model first": encode_form(MODEL_PART, FILE_PART),
+    "model last": encode_form(FILE_PART, MODEL_PART),
+    "model with a type": encode_form(
+        ('name="model"\r\nContent-Type: text/plain', b"rule-talk"), FILE_PART),
+    "a file that names a model": encode_form(
+        ('name="file"; filename="model"', b'name="model"\r\n\r\nrule-talk\r\n--X'),
+        MODEL_PART),
+    "a file that talks of boundaries": encode_form(
+        ('name="file"; filename="f"', b"\r\n--XY\r\n--X\r\nXX--"), MODEL_PART),
+    "an empty file": encode_form(('name="file"; filename=""', b""), MODEL_PART),
+    "odd case": encode_form(MODEL_PART).replace(
+        b"Content-Disposition: form-data", b"content-DISPOSITION:form-data"),
+}
+
+
+@pytest.mark.parametrize("content", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("boundary", ("XX", '"XX"'))
+def test_form_differs_by_its_model_only(content: bytes, boundary: str) -> None:
+    kind = f"multipart/form-data; boundary={boundary}"
+    got = tell("/v1/audio/transcriptions", content, Content_Type=kind)
+    assert (got.status, got.json) == (200, {"text": "heard"})
+    at = content.rindex(b"rule-talk")
+    assert latest().content == content[:at] + b"talk" + content[at + 9:]
+
+
+def test_form_without_change_is_not_changed() -> None:
+    content = encode_form(('name="model"', b"talk"), FILE_PART)
+    kind = "multipart/form-data; boundary=XX"
+    assert tell("/v1/audio/transcriptions", content, Content_Type=kind).status == 200
+    assert latest().content == content
+    assert latest().get("Content-Type") == kind
+
+
+@each_way
+@each_openai
+@pytest.mark.parametrize("form", ("mp3", "wav"), ids=("length", "chunks"))
+def test_openai_speech_is_exact(sdk: Sdk, way: str, form: str) -> None:
+    got = sdk.call(
+        ways().url, "audio.speech.create", model=f"{way}-speak", voice="echo",
+        input="hello", response_format=form,
+    )
+    assert got.content == SOUND
+    assert got.response.headers["Content-Type"].startswith("audio/")
+
+
+@each_way
+@whole_or_streamed
+def test_anthropic_messages(way: str, stream: bool) -> None:
+    body = {"model": f"{way}-claude", "max_tokens": 9, "messages": ASKED,
+            "stream": stream}
+    got = tell("/v1/messages", body, X_Api_Key=KEY, Anthropic_Version="2023-06-01")
+    assert got.status == 200
+    assert got.content == (b"".join(CLAUDE_EVENTS) if stream else CLAUDE_MESSAGE)
+    heard = latest()
+    assert heard.content == dumps(body | {"model": "claude"})
+    assert heard.get("X-Api-Key") == KEY
+    assert heard.get("Anthropic-Version") == "2023-06-01"
+
+
+OTHER_PATHS = (
+    ("POST", "/v1/rerank", {"model": "rule-tiny", "query": "q", "documents": ["a"]}),
+    ("POST", "/v1/not/yet/invented", {"zeta": 1, "model": "rule-tiny"}),
+    ("POST", "/v1/rerank?api-version=2024-02-01&x=%2F%20", {"model": "rule-tiny"}),
+    ("GET", "/v1/files?limit=3&after=a%26b", None),
+    ("GET", "/v1/files/file-abc/content", None),
+    ("DELETE", "/v1/files/file-abc", None),
+    ("PUT", "/v1/thing", b"not JSON \x00\xff"),
+)
+
+
+@pytest.mark.parametrize("method, target, body", OTHER_PATHS)
+def test_other_paths_reach_the_server(method: str, target: str, body: Any) -> None:
+    got = request(ways().port, method, target, body)
+    assert got.status == 200
+    sent = dumps(body | {"model": "tiny"}) if isinstance(body, dict) else body or b""
+    assert got.json["method"] == method
+    assert got.json["target"] == target
+    assert got.json["content"] == sent.decode("latin-1")
+
+
+@pytest.mark.parametrize("path", ("/v1/chat/completions", "/v1/completions"))
+def test_query_string_survives(path: str) -> None:
+    target = f"{path}?api-version=2024-02-01&empty=&sign=%2B+%c3%a9"
+    assert tell(target, {**chat("rule-talk"), "prompt": "hi"}).status == 200
+    assert latest().target == target
+
+
+# -- OpenAI: to the byte -----------------------------------------------------------
+
+HI = b'"messages":[{"role":"user","content":"hi"}]'
+BODIES = {
+    "compact": b'{"model":"%s",' + HI + b"}",
+    "spaces": b'\n { "model"\t:  "%s" ,\r\n' + HI + b' , "n" : 1 } \n',
+    "model last": b"{" + HI + b',"zeta":0,"alpha":1,"model":"%s"}',
+    "floats": b'{"model":"%s","a":1.0,"b":1e0,"c":1E+3,"d":0.10,"e":-0.0,' + HI + b"}",
+    "big numbers": b'{"model":"%s","seed":12345678901234567890123,"y":1e400,'
+    b'"pi":3.14159265358979323846264338327950288,' + HI + b"}",
+    "escapes": b'{"model":"%s","user":"\\u00e9\\uD83D\\ude00\\/\\u003cb>",' + HI + b"}",
+    "lone surrogate": b'{"model":"%s","user":"\\ud800",' + HI + b"}",
+    "utf-8": '{"model":"%s","user":"\xe9\U0001f600\u2028",'.encode() + HI + b"}",
+    "other models": b'{"metadata":{"model":"x","m":["model"]},"model":"%s",'
+    b'"tools":[{"model":"rule-talk"}],"u":"\\"model\\":\\"rule-talk\\"",' + HI + b"}",
+    "unknown fields": b'{"model":"%s","":null,"\\u0000":[],"deep":'
+    + b"[" * 90 + b"]" * 90 + b"," + HI + b"}",
+    "not streamed": b'{"stream" : false, "model":"%s",' + HI + b"}",
+    "usage asked": b'{"stream":true,"model":"%s",'
+    b'"stream_options" : {"include_usage":true},' + HI + b"}",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_request_that_needs_no_change(body: bytes) -> None:
+    assert tell("/v1/chat/completions", body % b"talk").status == 200
+    assert latest().content == body % b"talk"
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize("way", (*WAYS, "as it is in JSON"))
+def test_changed_model_is_the_only_difference(body: bytes, way: str) -> None:
+    asked = rb"rule\u002dt\u0061lk" if " " in way else f"{way}-talk".encode()
+    assert tell("/v1/chat/completions", body % asked).status == 200
+    assert latest().content == body % b"talk"
+
+
+@pytest.mark.parametrize("name", set(BODIES) - {"not streamed", "usage asked"})
+def test_wish_for_usage_changes_nothing_else(name: str) -> None:
+    asked = re.sub(rb"\{", rb'{"stream":true,', BODIES[name] % b"rule-talk", count=1)
+    assert tell("/v1/chat/completions", asked).status == 200
+    sent = latest().content
+    document = json.loads(sent)
+    assert document.pop("stream_options") == {"include_usage": True}
+    expected = json.loads(asked) | {"model": "talk"}
+    assert list(document.items()) == list(expected.items())
+    numbers = re.compile(rb":\s*(-?[0-9][0-9.eE+-]*)")
+    assert numbers.findall(asked) == numbers.findall(sent)
+
+
+ANSWERS = {
+    "odd spacing": b'{ "id" : "x",\n"choices":[ {"index":0,"message":{"role":'
+    b'"assistant","content":"a\\u00e9 1 \\/ 2"},"x":1.50} ],"usage":null} \n',
+    "numbers": b'{"choices":[],"created":1.70e9,"big":123456789012345678901234567}',
+    "less than": b'{"choices":[{"index":0,"message":'
+    b'{"content":"a < b \\u003c c <b> <thin> <think"}}]}',
+    "not JSON": b"It works!",
+}
+
+
+@pytest.mark.parametrize("content", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("prefix", ("", "rule-", "map-"))
+def test_answer_is_not_changed(prefix: str, content: bytes) -> None:
+    model = bench().plays(answer(content, kind="application/json"))
+    got = tell("/v1/chat/completions", chat(prefix + model))
+    assert (got.status, got.content) == (200, content)
+
+
+# -- OpenAI: usage -----------------------------------------------------------------
+
+TOP = b'data: {"id":"x","choices":[{"index":0,"delta":'
+WORD = TOP + b'{"content":"hi"},"finish_reason":null}]}\n\n'
+STOP = TOP + b'{},"finish_reason":"stop"}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+USAGE = b'{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}'
+EXTRA = b'data: {"id":"x","choices":[],"usage":' + USAGE + b"}\n\n"
+SPACED = b'data:{ "usage" : ' + USAGE + b', "choices" : [ ] }\n\n'
+BESIDE = STOP.replace(b"]}", b'],"usage":' + USAGE + b"}")
+QUOTED = WORD.replace(b"hi", b'\\"choices\\":[],\\"usage\\":{}')
+PING = b": ping\n\n"
+SWALLOWED = {  # what the server says, what a client sees that did not ask
+    "plain": ([WORD, STOP, EXTRA, DONE], [WORD, STOP, DONE]),
+    "spaced": ([WORD, STOP, SPACED, DONE], [WORD, STOP, DONE]),
+    "without the extra event": ([WORD, STOP, DONE], [WORD, STOP, DONE]),
+    "usage beside a choice": ([WORD, BESIDE, DONE], [WORD, BESIDE, DONE]),
+    "comments": ([PING, WORD, STOP, EXTRA, DONE], [PING, WORD, STOP, DONE]),
+    "the words in the text": ([QUOTED, STOP, EXTRA, DONE], [QUOTED, STOP, DONE]),
+    "crlf": (
+        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, EXTRA, DONE)],
+        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, DONE)],
+    ),
+}
+
+
+@pytest.mark.parametrize("said, seen", SWALLOWED.values(), ids=SWALLOWED)
+@pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
+def test_extra_usage_is_swallowed(
+    said: list[bytes], seen: list[bytes], joined: bool
+) -> None:
+    model = bench().plays(sse_answer([b"".join(said)] if joined else said))
+    got = tell("/v1/chat/completions", chat(model, stream=True))
+    assert latest().json["stream_options"] == {"include_usage": True}
+    assert got.content == b"".join(seen)
+
+
+@pytest.mark.parametrize("said", [s for s, _ in SWALLOWED.values()], ids=SWALLOWED)
+def test_usage_that_was_asked_for_arrives(said: list[bytes]) -> None:
+    model = bench().plays(sse_answer(said))
+    options = {"include_usage": True}
+    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
+    assert got.content == b"".join(said)
+
+
+@pytest.mark.parametrize("options", ({}, {"include_usage": False}, None), ids=repr)
+def test_stream_options_without_usage_are_no_wish(options: Any) -> None:
+    model = bench().plays(sse_answer([WORD, STOP, EXTRA, DONE]))
+    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
+    assert got.content == WORD + STOP + DONE
+
+
+def test_whole_answers_are_not_asked_for_usage() -> None:
+    assert tell("/v1/chat/completions", chat("talk", stream=False)).status == 200
+    assert "stream_options" not in latest().json
+
+
+def old_server(received: Received) -> Iterable[Step]:
+    """A server from before stream_options."""
+    if "stream_options" in received.json:
+        message = "Unrecognized request argument supplied: stream_options"
+        return json_answer({"error": {"message": message}}, 400)
+    return well_behaved(received)
+
+
+def test_server_that_refuses_stream_options_is_remembered() -> None:
+    upstream = Upstream(old_server)
+    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        for _ in range(3):
+            body = chat("m", "hello", stream=True)
+            got = tell("/v1/chat/completions", body, router)
+            assert (got.status, got.text) == (200, ANSWER)
+        asked = ["stream_options" in r.json for r in upstream.requests if r.content]
+    assert asked == [True, False, False, False]
+
+
+@whole_or_streamed
+def test_other_bad_requests_are_not_asked_again(stream: bool) -> None:
+    text = "an error that comes once"
+    got = tell("/v1/chat/completions", chat("error-400", text, stream=stream))
+    assert (got.status, got.content) == (400, dumps(own_error(400)))
+    assert len([r for r in bench().heard(text) if r.json["stream"] == stream]) == 1
+
+
+# -- OpenAI: the model list --------------------------------------------------------
+
+
+def model_names(router: Router, key: str = KEY) -> list[str]:
+    fields = [("Authorization", f"Bearer {key}")]
+    got = request(router.port, "GET", "/v1/models", fields=fields)
+    assert got.status == 200
+    assert got.json["object"] == "list"
+    assert all(model["object"] == "model" for model in got.json["data"])
+    return [model["id"] for model in got.json["data"]]
+
+
+def asked_for_models(upstream: Upstream) -> list[str | None]:
+    """The Authorization of each time that a server was asked for its models."""
+    paths = ("/v1/models", "/api/tags")
+    return [r.get("Authorization") for r in upstream.requests if r.path in paths]
+
+
+def test_model_list_is_the_union_and_cached() -> None:
+    here, there = Upstream(models=["one", "twin"]), Upstream(models=["two", "twin"])
+    servers = {"here": {"url": here.url, "api_key": "sk-of-here"}, "there": there.url}
+    aliases = {"friend": {"instances": ["here/one"]}}
+    table = {"servers": servers, "aliases": aliases}
+    settings = {"DEFAULT_UPSTREAM": there.url, "MODEL_MAP": '{"exact":"one","/r/":"x"}'}
+    with here, there, Router(settings, table) as router:
+        names = model_names(router)
+        assert set(names[:2]) == {"friend", "exact"}
+        assert {"one", "two", "twin [here]", "twin [there]"} <= set(names)
+        assert "/r/" not in names and len(set(names)) == len(names)
+        assert model_names(router) == names
+        assert asked_for_models(there).count(f"Bearer {KEY}") == 1
+        assert model_names(router, "sk-of-another") == names
+        assert asked_for_models(there).count("Bearer sk-of-another") == 1
+        assert set(asked_for_models(here)) == {"Bearer sk-of-here"}
+        for name, upstream in (("here", here), ("there", there)):
+            got = tell("/v1/chat/completions", chat(f"twin [{name}]"), router)
+            assert got.status == 200
+            assert latest(upstream).model == "twin"
+
+
+def test_model_list_does_not_wait_for_the_slow() -> None:
+    slow, good = Upstream(lambda received: [HANG]), Upstream(models=["quick"])
+    table = {"servers": {"slow": slow.url, "good": good.url}}
+    with slow, good, Router({"DEFAULT_UPSTREAM": good.url}, table) as router:
+        began = time.monotonic()
+        assert model_names(router) == ["quick"]
+        assert time.monotonic() - began < 4  # the limit is 2 s
+
+
+def test_model_list_of_nobody_is_an_error() -> None:
+    settings = {"DEFAULT_UPSTREAM": switched_off("dead")}
+    with Router(settings, {"servers": {"gone": switched_off("gone")}}) as router:
+        got = request(router.port, "GET", "/v1/models")
+        assert got.status == 502
+        check_openai_error(got.json)
+
+
+# -- OpenAI: what is refused -------------------------------------------------------
+
+MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
+BAD_JSON = {
+    "nothing": b"",
+    "half": b'{"model":"talk",',
+    "two documents": b'{"model":"talk"}{"model":"talk"}',
+    "array": b"[]",
+    "string": b'"talk"',
+    "null": b"null",
+    "number": b"7",
+    "single quotes": b"{'model':'talk'}",
+    "trailing comma": b'{"model":"talk",}',
+    "comment": b'{"model":"talk"/* */}',
+    "nan": b'{"model":"talk","temperature":NaN}',
+    "infinity": b'{"model":"talk","temperature":Infinity}',
+    "minus infinity": b'{"model":"talk","temperature":-Infinity}',
+    "integer of 5,000 digits": b'{"model":"talk","seed":' + b"7" * 5000 + b"}",
+    "arrays 210 deep": b'{"model":"talk","x":' + b"[" * 209 + b"]" * 209 + b"}",
+    "objects 210 deep": b'{"model":"talk","x":' + b'{"x":' * 208 + b"{}" + b"}" * 209,
+    "arrays 100,000 deep": b'{"model":"talk","x":' + b"[" * 100_000,
+    "invalid utf-8": b'{"model":"talk","user":"\xff\xfe"}',
+    "model null": b'{"model":null,' + MESSAGES + b"}",
+    "model number": b'{"model":5,' + MESSAGES + b"}",
+    "model array": b'{"model":["talk"],' + MESSAGES + b"}",
+    "model object": b'{"model":{},' + MESSAGES + b"}",
+    "model true": b'{"model":true,' + MESSAGES + b"}",
+    "model empty": b'{"model":"",' + MESSAGES + b"}",
+    "model missing": b"{" + MESSAGES + b"}",
+}
+OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+OLLAMA_PATHS = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
+
+
+def check_error(path: str, got: Answer) -> None:
+    """An error in the dialect of its path."""
+    assert (got.get("Content-Type") or "").startswith("application/json")
+    if path.startswith("/v1/"):
+        return check_openai_error(got.json)
+    assert set(got.json) == {"error"}
+    assert isinstance(got.json["error"], str) and got.json["error"]
+
+
+@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
+@pytest.mark.parametrize("path", (*OPENAI_PATHS, *OLLAMA_PATHS))
+def test_bad_json(path: str, content: bytes) -> None:
+    with unheard():
+        got = tell(path, content)
+    assert got.status == 400
+    check_error(path, got)
+    assert tell("/v1/chat/completions", chat("talk")).status == 200
+
+
+WELL_FORMED = {
+    "arrays 190 deep": b"[" * 189 + b"]" * 189,
+    "objects 190 deep": b'{"x":' * 188 + b"{}" + b"}" * 188,
+    "brackets in a string": b'"' + b'[{\\"' * 500 + b'"',
+    "a wide array": b"[" + b"[]," * 5000 + b"0]",
+    "4,000 digits": b"7" * 4000,
+    "NaN in a string": b'"NaN, Infinity"',
+}
+
+
+@pytest.mark.parametrize("value", WELL_FORMED.values(), ids=WELL_FORMED)
+def test_unusual_but_good_request(value: bytes) -> None:
+    content = b'{"model":"talk",' + MESSAGES + b',"x":' + value + b"}"
+    assert tell("/v1/chat/completions", content).status == 200
+    assert latest().content == content
+
+
+@pytest.mark.parametrize("method", ("GET", "POST", "DELETE"))
+@pytest.mark.parametrize("path", ("/nope", "/api/nope", "/v2/chat/completions", "/v1x"))
+def test_unknown_path(method: str, path: str) -> None:
+    body = chat("talk") if method == "POST" else None
+    with unheard():
+        got = request(ways().port, method, path, body)
+    assert got.status == 404
+    assert got.json["error"]
+
+
+WRONG_METHODS = (
+    ("GET", "/api/chat", "POST"),
+    ("GET", "/api/generate", "POST"),
+    ("DELETE", "/api/embed", "POST"),
+    ("POST", "/api/tags", "GET"),
+    ("POST", "/api/version", "GET"),
+    ("GET", "/api/delete", "DELETE"),
+)
+
+
+@pytest.mark.parametrize("method, path, right", WRONG_METHODS)
+def test_wrong_method(method: str, path: str, right: str) -> None:
+    with unheard():
+        got = request(ways().port, method, path, {} if method == "POST" else None)
+    assert got.status == 405
+    assert right in re.split(r"\s*,\s*", got.get("Allow") or "")
+    check_error(path, got)
+
+
+# -- Ollama: the official client ---------------------------------------------------
+
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
+DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
+
+
+def check_ollama(parts: list[Any], model: str, reason: str = "stop") -> None:
+    """What every answer has, whole (one part) or streamed."""
+    for part in parts:
+        assert part["model"] == model
+        assert RFC_3339.fullmatch(part["created_at"])
+    assert [bool(part["done"]) for part in parts] == [False] * (len(parts) - 1) + [True]
+    last = parts[-1]
+    assert last["done_reason"] == reason
+    assert all(isinstance(last[name], int) and last[name] >= 0 for name in DURATIONS)
+    assert 0 < last["total_duration"] < 60e9
+
+
+def check_counts(last: Any, text: str) -> None:
+    """The upstream's own account."""
+    used = usage_of(text)
+    assert last["prompt_eval_count"] == used["prompt_tokens"]
+    assert last["eval_count"] == used["completion_tokens"]
+
+
+@each_way
+@each_ollama
+@whole_or_lines
+def test_ollama_chat(sdk: Sdk, way: str, stream: bool) -> None:
+    model = f"{way}-talk"
+    got = sdk.call(ways().url, "chat", model=model, messages=ASKED, stream=stream)
+    parts = got if stream else [got]
+    assert "".join(p.message.content or "" for p in parts) == ANSWER
+    assert {p.message.role for p in parts} == {"assistant"}
+    check_ollama(parts, model)
+    check_counts(parts[-1], ANSWER)
+    heard = latest()
+    assert heard.path == "/v1/chat/completions"
+    assert (heard.json["model"], heard.json["messages"]) == ("talk", ASKED)
+    assert bool(heard.json.get("stream")) == stream
+
+
+@each_way
+@each_ollama
+@whole_or_lines
+def test_ollama_generate(sdk: Sdk, way: str, stream: bool) -> None:
+    model = f"{way}-talk"
+    got = sdk.call(
+        ways().url, "generate", model=model, prompt="hello", system="be kind",
+        stream=stream,
+    )
+    parts = got if stream else [got]
+    assert "".join(p.response or "" for p in parts) == ANSWER
+    check_ollama(parts, model)
+    check_counts(parts[-1], ANSWER)
+    system = {"role": "system", "content": "be kind"}
+    assert latest().json["messages"] == [system, *ASKED]
+
+
+@each_way
+@each_ollama
+@pytest.mark.parametrize("given", ("a", ["a", "b"]), ids=("one", "two"))
+def test_ollama_embed(sdk: Sdk, way: str, given: str | list[str]) -> None:
+    got = sdk.call(ways().url, "embed", model=f"{way}-vectors", input=given)
+    assert [list(v) for v in got.embeddings] == [VECTOR] * len(given)
+    assert got.model == f"{way}-vectors"
+    assert got.prompt_eval_count == 5
+    assert got.total_duration > 0
+    heard = latest()
+    assert heard.path == "/v1/embeddings"
+    assert heard.model == "vectors"
+    assert heard.json["input"] in (given, [given])
+
+
+@each_way
+@each_ollama
+def test_ollama_old_embeddings(sdk: Sdk, way: str) -> None:
+    got = sdk.call(ways().url, "embeddings", model=f"{way}-vectors", prompt="a")
+    assert list(got.embedding) == VECTOR
+    assert latest().json["input"] in ("a", ["a"])
+
+
+@each_ollama
+def test_ollama_list(sdk: Sdk) -> None:
+    models = sdk.call(catalog().url, "list").models
+    names = {(m.model or "").removesuffix(":latest") for m in models}
+    assert {"talk", "org/some-model", "alias-talk", "old-name"} <= names
+    assert all(m.modified_at and m.details for m in models)
+
+
+@each_ollama
+@pytest.mark.parametrize("name", ("tiny", "tiny:latest", "alias-talk", "old-name"))
+def test_ollama_show(sdk: Sdk, name: str) -> None:
+    got = sdk.call(catalog().url, "show", name)
+    assert got.details is not None
+    assert got.modelinfo is not None
+    assert "completion" in got.capabilities
+
+
+@each_ollama
+def test_ollama_ps(sdk: Sdk) -> None:
+    assert isinstance(sdk.call(catalog().url, "ps").models, list)
+
+
+@each_way
+@each_ollama
+@whole_or_lines
+def test_ollama_tool_calls(sdk: Sdk, way: str, stream: bool) -> None:
+    model = f"{way}-tools"
+    got = sdk.call(
+        ways().url, "chat", model=model, messages=ASKED, tools=TOOLS, stream=stream
+    )
+    parts = got if stream else [got]
+    calls = [c.function for p in parts for c in p.message.tool_calls or ()]
+    assert [(c.name, dict(c.arguments)) for c in calls] == [*CALLS]
+    assert parts[-1].done and parts[-1].done_reason in ("stop", "tool_calls")
+    assert latest().json["tools"] == TOOLS
+
+
+def check_format(asked: dict, schema: dict | None) -> None:
+    """The `response_format` for JSON as such or for a schema."""
+    if schema is None:
+        assert asked == {"type": "json_object"}
+    else:
+        assert asked["type"] == "json_schema"
+        assert asked["json_schema"]["schema"] == schema
+        assert asked["json_schema"]["name"]
+
+
+@each_way
+@each_ollama
+@pytest.mark.parametrize("form", ("json", "schema"))
+def test_ollama_structured_output(sdk: Sdk, way: str, form: str) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    got = sdk.call(
+        ways().url, "chat", model=f"{way}-json", messages=ASKED,
+        format="json" if form == "json" else schema,
+    )
+    assert json.loads(got.message.content) == CITY
+    check_format(latest().json["response_format"], None if form == "json" else schema)
+
+
+@each_way
+@each_ollama
+@pytest.mark.parametrize("method", ("chat", "generate"))
+def test_ollama_vision(sdk: Sdk, way: str, method: str) -> None:
+    images = [*PICTURES.values()]
+    asked: dict[str, Any] = {"prompt": "hello", "images": images}
+    if method == "chat":
+        asked = {"messages": [{**ASKED[0], "images": images}]}
+    sdk.call(ways().url, method, model=f"{way}-talk", **asked)
+    message = latest().json["messages"][-1]
+    assert message["role"] == "user"
+    texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+    urls = [part for part in message["content"] if part["type"] == "image_url"]
+    assert texts == ["hello"]
+    assert [u["image_url"]["url"] for u in urls] == [
+        image_part(kind)["image_url"]["url"] for kind in PICTURES
+    ]
+
+
+# -- Ollama: errors ----------------------------------------------------------------
+
+
+@each_way
+@each_ollama
+@whole_or_lines
+@pytest.mark.parametrize("status", ERRORS)
+def test_ollama_errors_of_the_server(
+    sdk: Sdk, way: str, stream: bool, status: int
+) -> None:
+    with pytest.raises(need("ollama").ResponseError) as caught:
+        sdk.call(
+            ways().url, "chat", model=f"{way}-error-{status}", messages=ASKED,
+            stream=stream,
+        )
+    assert caught.value.status_code == status
+    assert f"the server's own {status}" in caught.value.error
+    assert not caught.value.error.startswith("{"), "the text alone, not the document"
+
+
+@each_way
+@each_ollama
+@whole_or_lines
+@pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
+def test_ollama_late_or_nobody(
+    sdk: Sdk, way: str, stream: bool, name: str, status: int
+) -> None:
+    with pytest.raises(need("ollama").ResponseError) as caught:
+        sdk.call(
+            hasty().url, "generate", model=f"{way}-{name}", prompt="x", stream=stream
+        )
+    assert caught.value.status_code == status
+    if status == 504:
+        assert "REQUEST_TIMEOUT" in caught.value.error and "0.75" in caught.value.error
+
+
+@each_way
+@each_ollama
+@pytest.mark.parametrize("name", BROKEN)
+def test_ollama_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
+    parts: list[Any] = []
+    with pytest.raises(need("ollama").ResponseError) as caught:
+        sdk.call(
+            hasty().url, "chat", model=f"{way}-{name}", messages=ASKED, stream=True,
+            parts=parts,
+        )
+    assert "".join(p.message.content or "" for p in parts) == "One two "
+    assert not any(p.done for p in parts)
+    if name == "trouble":
+        assert "out of memory" in caught.value.error
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_ollama_last_line_is_the_error(name: str) -> None:
+    got = tell("/api/generate", {"model": name, "prompt": "x"}, hasty())
+    assert got.status == 200
+    *words, last = got.documents
+    assert "".join(w["response"] for w in words) == "One two "
+    assert set(last) == {"error"} and isinstance(last["error"], str)
+
+
+def test_ollama_error_keeps_retry_after() -> None:
+    got = tell("/api/chat", chat("error-429"))
+    assert (got.status, got.get("Retry-After")) == (429, "7")
+    assert got.json == {"error": "the server's own 429"}
+
+
+# -- Ollama: in front of OpenAI servers --------------------------------------------
+
+
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+@pytest.mark.parametrize("asked", ({}, {"stream": True}, {"stream": False}), ids=repr)
+def test_ollama_streams_unless_told_not_to(path: str, asked: dict) -> None:
+    got = tell(path, {"model": "talk", "prompt": "hello", "messages": ASKED, **asked})
+    streamed = asked.get("stream", True)
+    assert bool(latest().json.get("stream")) == streamed
+    kind = "application/x-ndjson" if streamed else "application/json"
+    assert (got.get("Content-Type") or "").split(";")[0] == kind
+    parts = got.documents if streamed else [got.json]
+    assert (len(parts) > 3) == streamed
+    assert not streamed or got.content.endswith(b"}\n")
+    check_ollama(parts, "talk")
+    if path == "/api/chat":
+        assert "".join(p["message"]["content"] for p in parts) == ANSWER
+    else:
+        assert "".join(p["response"] for p in parts) == ANSWER
+
+
+OPTIONS: Cases = (
+    ({"temperature": 0.25}, {"temperature": 0.25}),
+    ({"temperature": 0}, {"temperature": 0}),
+    ({"top_p": 0.5}, {"top_p": 0.5}),
+    ({"top_k": 40}, {"top_k": 40}),
+    ({"min_p": 0.05}, {"min_p": 0.05}),
+    ({"seed": 7}, {"seed": 7}),
+    ({"seed": 0}, {"seed": 0}),
+    ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
+    ({"num_predict": 9}, {"max_tokens": 9}),
+    ({"num_predict": -1}, {}),
+    ({"num_predict": -2}, {}),
+    ({"num_predict": 0}, {}),
+    ({"presence_penalty": 0.5}, {"presence_penalty": 0.5}),
+    ({"frequency_penalty": -0.5}, {"frequency_penalty": -0.5}),
+    ({"repeat_penalty": 1.1}, {"repeat_penalty": 1.1}),
+    ({}, {}),
+    (None, {}),
+)
+SAMPLING = {name for _, sent in OPTIONS for name in sent}
+
+
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+@pytest.mark.parametrize("options, sent", OPTIONS, ids=lambda value: repr(value))
+def test_ollama_options(path: str, options: Any, sent: dict) -> None:
+    body = {"model": "talk", "prompt": "hello", "messages": ASKED, "stream": False}
+    got = tell(path, {**body, "options": options, "keep_alive": "5m"})
+    assert got.status == 200
+    heard = latest().json
+    assert {name: heard[name] for name in SAMPLING if name in heard} == sent
+    assert not {"options", "keep_alive", "num_predict", "prompt"} & set(heard)
+
+
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+@pytest.mark.parametrize("form", ("json", {"type": "object"}, "", None), ids=repr)
+def test_ollama_format(path: str, form: Any) -> None:
+    body = {"model": "talk", "prompt": "hello", "messages": ASKED, "format": form}
+    assert tell(path, body).status == 200
+    if form:
+        schema = form if isinstance(form, dict) else None
+        check_format(latest().json["response_format"], schema)
+    else:
+        assert "response_format" not in latest().json
+
+
+def test_ollama_suffix() -> None:
+    body = {"model": "talk", "prompt": "def f(", "suffix": "return 1", "stream": False}
+    got = tell("/api/generate", body)
+    assert got.json["response"].startswith("You said: ")
+    assert latest().json["suffix"] == "return 1"
+
+
+@pytest.mark.parametrize("prefix", ("", "data:image/png;base64,"), ids=("bare", "url"))
+def test_ollama_images_alone(prefix: str) -> None:
+    data = base64.b64encode(PICTURES["png"]).decode()
+    message = {"role": "user", "content": "", "images": [prefix + data]}
+    assert tell("/api/chat", {"model": "talk", "messages": [message]}).status == 200
+    content = latest().json["messages"][0]["content"]
+    assert [p for p in content if p["type"] == "image_url"] == [image_part("png")]
+
+
+def ollama_calls(*calls: tuple[str, dict]) -> dict:
+    """An assistant's message as Ollama keeps it."""
+    said = [{"function": {"name": n, "arguments": a}} for n, a in calls]
+    return {"role": "assistant", "content": "", "tool_calls": said}
+
+
+def tool_result(name: str, text: str) -> dict:
+    return {"role": "tool", "tool_name": name, "content": text}
+
+
+TOOL_TALKS = {
+    "two tools": [ollama_calls(*CALLS), tool_result("weather", "sunny"),
+                  tool_result("clock", "noon")],
+    "other order": [ollama_calls(*CALLS), tool_result("clock", "noon"),
+                    tool_result("weather", "sunny")],
+    "one tool twice": [ollama_calls(("clock", {"at": 1}), ("clock", {"at": 2})),
+                       tool_result("clock", "one"), tool_result("clock", "two")],
+    "two turns": [ollama_calls(CALLS[0]), tool_result("weather", "sunny"),
+                  ollama_calls(CALLS[0]), tool_result("weather", "rainy")],
+}
+
+
+@pytest.mark.parametrize("talk", TOOL_TALKS.values(), ids=TOOL_TALKS)
+def test_ollama_tool_results_find_their_calls(talk: list[dict]) -> None:
+    body = {"model": "talk", "messages": [*ASKED, *talk], "tools": TOOLS}
+    assert tell("/api/chat", body).status == 200
+    sent = latest().json["messages"][1:]
+    assert [m["role"] for m in sent] == [m["role"] for m in talk]
+    names: dict[str, str] = {}
+    answered = []
+    for message, given in zip(sent, talk, strict=True):
+        if given["role"] == "tool":
+            assert names[message["tool_call_id"]] == given["tool_name"]
+            assert message["content"] == given["content"]
+            answered.append(message["tool_call_id"])
+            continue
+        for call, asked in zip(message["tool_calls"], given["tool_calls"], strict=True):
+            function = call["function"] | {}
+            function["arguments"] = json.loads(function["arguments"])
+            assert (call["type"], function) == ("function", asked["function"])
+            assert call["id"] and call["id"] not in names
+            names[call["id"]] = function["name"]
+    assert sorted(answered) == sorted(names)
+
+
+THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that come back
+    ("think", {}, None, "Forty-two."),
+    ("think", {"think": True}, "Six times seven.", "Forty-two."),
+    ("think", {"think": False}, None, "Forty-two."),
+    ("reason", {}, None, "Forty-two."),
+    ("reason", {"think": True}, "Six times seven.", "Forty-two."),
+    ("talk", {"think": True}, "", ANSWER),
+)
+
+
+@pytest.mark.parametrize("model, asked, thoughts, words", THOUGHTS)
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+@whole_or_lines
+def test_ollama_thinking(
+    path: str, stream: bool, model: str, asked: dict, thoughts: str | None, words: str
+) -> None:
+    body = {"model": model, "prompt": "hello", "messages": ASKED, "stream": stream}
+    got = tell(path, {**body, **asked})
+    assert got.status == 200
+    parts = got.documents if stream else [got.json]
+    spoken = [p["message"] if path == "/api/chat" else p for p in parts]
+    key = "content" if path == "/api/chat" else "response"
+    assert "".join(p.get(key) or "" for p in spoken) == words
+    if thoughts is not None:
+        assert "".join(p.get("thinking") or "" for p in spoken).strip() == thoughts
+    told = latest().json["messages"][-1]["content"]
+    assert told == ("hello /no_think" if asked.get("think") is False else "hello")
+
+
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+@pytest.mark.parametrize("model, reason", (("talk", "stop"), ("long", "length")))
+@whole_or_lines
+def test_ollama_done_reason(path: str, stream: bool, model: str, reason: str) -> None:
+    body = {"model": model, "prompt": "hello", "messages": ASKED, "stream": stream}
+    got = tell(path, body)
+    parts = got.documents if stream else [got.json]
+    check_ollama(parts, model, reason)
+
+
+@pytest.mark.parametrize("path, body", (
+    ("/api/generate", {}),
+    ("/api/generate", {"prompt": ""}),
+    ("/api/generate", {"prompt": "", "stream": False}),
+    ("/api/generate", {"keep_alive": -1}),
+    ("/api/chat", {}),
+    ("/api/chat", {"messages": []}),
+    ("/api/chat", {"messages": [], "stream": False}),
+))
+def test_ollama_nothing_to_say_is_a_load(path: str, body: dict) -> None:
+    with unheard():
+        got = tell(path, {"model": "talk:latest", **body})
+    assert got.status == 200
+    (document,) = [json.loads(line) for line in got.content.splitlines()]
+    assert document["model"] == "talk:latest"
+    assert document["done"] is True
+    assert document["done_reason"] == "load"
+    assert RFC_3339.fullmatch(document["created_at"])
+    if path == "/api/chat":
+        assert document["message"]["role"] == "assistant"
+        assert document["message"]["content"] == ""
+    else:
+        assert document["response"] == ""
+
+
+@pytest.mark.parametrize("asked", ("talk:latest", *(f"{w}-talk:latest" for w in WAYS)))
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+def test_ollama_latest_is_no_part_of_the_name(path: str, asked: str) -> None:
+    got = tell(path, {"model": asked, "prompt": "hello", "messages": ASKED})
+    assert got.status == 200
+    assert latest().model == "talk"
+    check_ollama(got.documents, asked)
+
+
+def test_ollama_tags_and_models_say_the_same() -> None:
+    tags = request(catalog().port, "GET", "/api/tags").json["models"]
+    names = [model["name"].removesuffix(":latest") for model in tags]
+    assert set(names) == set(model_names(catalog()))
+    for model in tags:
+        assert model["model"] == model["name"]
+        assert RFC_3339.fullmatch(model["modified_at"])
+        assert isinstance(model["size"], int)
+        assert isinstance(model["digest"], str)
+        assert isinstance(model["details"], dict)
+
+
+def test_ollama_version() -> None:
+    got = request(ways().port, "GET", "/api/version")
+    assert (got.status, [*got.json]) == (200, ["version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", got.json["version"])
+
+
+def test_ollama_head_of_root() -> None:
+    got = request(ways().port, "HEAD", "/")
+    assert (got.status, got.content) == (200, b"")
+
+
+MANAGEMENT = (
+    ("POST", "/api/pull", {"model": "llama3"}),
+    ("POST", "/api/push", {"model": "me/llama3", "stream": False}),
+    ("POST", "/api/create", {"model": "mine", "from": "llama3", "system": "Be brief."}),
+    ("POST", "/api/copy", {"source": "llama3", "destination": "mine"}),
+    ("DELETE", "/api/delete", {"model": "mine"}),
+    ("HEAD", "/api/blobs/sha256:29fdb92e57cf", None),
+    ("POST", "/api/blobs/sha256:29fdb92e57cf", SOUND),
+)
+
+
+@pytest.mark.parametrize("method, path, body", MANAGEMENT)
+def test_ollama_management_needs_a_server(method: str, path: str, body: Any) -> None:
+    with unheard():
+        got = request(ways().port, method, path, body)
+    assert got.status == 501
+    if method != "HEAD":
+        check_error(path, got)
+
+
+BAD_REQUESTS: dict[str, dict] = {
+    "messages": {"messages": "hello"},
+    "a message": {"messages": ["hello"]},
+    "options": {"messages": ASKED, "options": "cold"},
+    "format": {"messages": ASKED, "format": 5},
+    "an image": {"messages": [{**ASKED[0], "images": ["no base64!"]}]},
+    "a tool call": {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+}
+
+
+@pytest.mark.parametrize("body", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_ollama_bad_request(body: dict) -> None:
+    with unheard():
+        got = tell("/api/chat", {"model": "talk", **body})
+    assert got.status == 400
+    check_error("/api/chat", got)
+
+
+@pytest.mark.parametrize("path", ("/api/embed", "/api/embeddings"))
+def test_ollama_vectors_are_no_stream(path: str) -> None:
+    got = tell(path, {"model": "vectors", "input": "a", "prompt": "a"})
+    assert (got.get("Content-Type") or "").startswith("application/json")
+    assert "stream" not in latest().json
+
+
+# -- Ollama: servers that do it their own way --------------------------------------
+
+ERROR_CONTENTS = {
+    "openai": b'{"error":{"message":"no such layer","type":"x","code":7}}',
+    "text in error": b'{"error":"no such layer"}',
+    "message": b'{"object":"error","message":"no such layer","code":400}',
+    "detail": b'{"detail":"no such layer"}',
+    "list of details": b'{"detail":[{"loc":["body"],"msg":"no such layer"}]}',
+    "plain text": b"no such layer",
+    "html": b"<html><body>no such layer</body></html>",
+}
+
+
+@pytest.mark.parametrize("content", ERROR_CONTENTS.values(), ids=ERROR_CONTENTS)
+@pytest.mark.parametrize("path", ("/api/chat", "/api/embed"))
+def test_ollama_error_is_always_text(path: str, content: bytes) -> None:
+    kind = "application/json" if content.startswith(b"{") else "text/html"
+    model = bench().plays(answer(content, 422, kind=kind))
+    got = tell(path, {"model": model, "messages": ASKED, "input": "a"})
+    assert got.status == 422
+    check_error(path, got)
+    assert "no such layer" in got.json["error"]
+
+
+def test_ollama_error_without_content() -> None:
+    got = tell("/api/chat", chat(bench().plays(answer(b"", 503))))
+    assert got.status == 503
+    check_error("/api/chat", got)
+
+
+ARGUMENTS: Cases = (  # what a server says, what a client gets; None: some object
+    ('{"a": 1}', {"a": 1}),
+    ('{"a": 1.50, "b": "\\u00e9"}', {"a": 1.5, "b": "\xe9"}),
+    ({"a": 1}, {"a": 1}),
+    ("{}", {}),
+    ("", {}),
+    (None, {}),
+    ('{"a": "cut o', None),
+    ("[1]", None),
+)
+
+
+@pytest.mark.parametrize("arguments, expected", ARGUMENTS)
+@whole_or_lines
+def test_ollama_arguments_are_objects(
+    arguments: Any, expected: dict | None, stream: bool
+) -> None:
+    call = {"id": "c", "type": "function", "index": 0,
+            "function": {"name": "f", "arguments": arguments}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    whole = {"choices": [{"index": 0, "message": said, "finish_reason": "tool_calls"}]}
+    events = [delta({}, said), delta({}, {}, "tool_calls"), "[DONE]"]
+    model = bench().plays(sse_answer(events) if stream else json_answer(whole))
+    got = tell("/api/chat", {**chat(model), "stream": stream})
+    parts = got.documents if stream else [got.json]
+    (called,) = [c for p in parts for c in p["message"].get("tool_calls") or ()]
+    assert called["function"]["name"] == "f"
+    assert isinstance(called["function"]["arguments"], dict)
+    assert expected is None or called["function"]["arguments"] == expected
+
+
+SAID = {
+    "usage is missing": [WORD, STOP, DONE],
+    "no finish reason": [WORD, DONE],
+    "no end mark": [WORD, STOP],
+    "no space after data": [WORD.replace(b"data: ", b"data:"), STOP, DONE],
+    "comments": [PING, WORD, PING, STOP, DONE],
+    "crlf": [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, EXTRA, DONE)],
+    "named events": [b"event: message\nid: 1\n" + WORD, STOP, DONE],
+    "role in each": [WORD.replace(b"{", b'{"role":"assistant",', 2), STOP, DONE],
+    "nulls": [TOP + b'{"content":"hi","tool_calls":null}}],"usage":null}\n\n', DONE],
+}
+
+
+@pytest.mark.parametrize("events", SAID.values(), ids=SAID)
+@pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
+def test_ollama_of_odd_streams(events: list[bytes], joined: bool) -> None:
+    model = bench().plays(sse_answer([b"".join(events)] if joined else events))
+    got = tell("/api/chat", chat(model))
+    assert got.text == "hi"
+    check_ollama(got.documents, model)
+    assert isinstance(got.documents[-1]["eval_count"], int)
+    assert isinstance(got.documents[-1]["prompt_eval_count"], int)
+
+
+def test_ollama_stream_of_a_server_that_does_not_stream() -> None:
+    model = bench().plays(json_answer(completion({}, ANSWER)))
+    got = tell("/api/chat", chat(model))
+    assert got.get("Content-Type") == "application/x-ndjson"
+    assert got.text == ANSWER
+    check_ollama(got.documents, model)
+    check_counts(got.documents[-1], ANSWER)
+
+
+def test_ollama_thinking_by_degrees() -> None:
+    got = tell("/api/chat", {**chat("think"), "think": "high", "stream": False})
+    assert got.json["message"]["thinking"] == "Six times seven."
+    assert got.json["message"]["content"] == "Forty-two."
+
+
+# -- Ollama: natively --------------------------------------------------------------
+
+NATIVE_LINES = [
+    b'{"model":"llama3","created_at":"2026-01-02T03:04:05.123456789Z", '
+    b'"message":{"role":"assistant","content":"na\\u003dtive "},"done":false}\n',
+    b'{"model":"llama3","created_at":"2026-01-02T03:04:05.2Z",'
+    b'"message":{"role":"assistant","content":"words","thinking":"hm"},"done":false}\n',
+    b'{"model":"llama3","created_at":"2026-01-02T03:04:05.3Z","done":true,'
+    b'"message":{"role":"assistant","content":""},"done_reason":"stop","x":1.0,'
+    b'"total_duration":1,"prompt_eval_count":11,"eval_count":12}\n',
+]
+NATIVE_WHOLE = NATIVE_LINES[2].replace(b'"content":""', b'"content" : "native words"')
+NATIVE_TAGS = {"models": [
+    {"name": "llama3:latest", "model": "llama3:latest", "size": 42, "digest": "abc",
+     "modified_at": "2026-01-02T03:04:05Z", "details": {"family": "llama"}}]}
+NATIVE_SHOW = {"details": {"family": "llama"}, "model_info": {"llama.layers": 7},
+               "template": "{{ .Prompt }}", "capabilities": ["completion", "insert"]}
+NATIVE_DOCUMENTS = {
+    "/api/tags": NATIVE_TAGS,
+    "/api/show": NATIVE_SHOW,
+    "/api/ps": {"models": [{"name": "llama3:latest", "model": "llama3:latest"}]},
+    "/api/embed": {"model": "llama3", "embeddings": [VECTOR], "prompt_eval_count": 3},
+    "/api/embeddings": {"embedding": VECTOR},
+    "/v1/models": {"object": "list", "data": [model_entry("llama3:latest")]},
+}
+PROGRESS = [
+    {"status": "pulling manifest"},
+    {"status": "pulling", "digest": "sha256:1", "total": 9, "completed": 3},
+    {"status": "success"},
+]
+
+
+def ollama_server(received: Received) -> Iterable[Step]:
+    """A server that speaks Ollama."""
+    document = received.json if isinstance(received.json, dict) else {}
+    streamed = document.get("stream", True)
+    if received.model == "broken":
+        return json_answer({"error": "own trouble"}, 500)
+    if received.path in ("/api/chat", "/api/generate"):
+        if streamed:
+            return stream_answer(NATIVE_LINES, kind="application/x-ndjson")
+        return answer(NATIVE_WHOLE, kind="application/json")
+    if received.path in ("/api/pull", "/api/push", "/api/create"):
+        lines = [dumps(p) + b"\n" for p in PROGRESS]
+        if streamed:
+            return stream_answer(lines, kind="application/x-ndjson")
+        return json_answer(PROGRESS[-1])
+    if received.path in ("/api/copy", "/api/delete"):
+        return answer(b"")
+    if received.path.startswith("/api/blobs/"):
+        return answer(b"", 201 if received.method == "POST" else 200)
+    if received.path in NATIVE_DOCUMENTS:
+        return json_answer(NATIVE_DOCUMENTS[received.path])
+    return well_behaved(received)
+
+
+@functools.cache
+def gpu() -> Upstream:
+    return Upstream(ollama_server)
+
+
+def native() -> Router:
+    """A router with one server of each kind."""
+    servers = {"gpu": {"url": gpu().url, "api": "ollama"}, "bench": bench().url,
+               "dead": {"url": switched_off("dead"), "api": "ollama"}}
+    aliases = {
+        "alias-llama3": {"instances": ["dead/llama3", "gpu/llama3"]},
+        "mixed": {"instances": ["gpu/broken", "bench/talk"]},
+    }
+    routes = [
+        {"match": {"model": "/^rule-(.+)$/"},
+         "route": {"upstream": "gpu", "model": r"\1"}},
+        {"match": {"model": "/^(llama3|broken)/"}, "route": {"upstream": "gpu"}},
+    ]
+    settings = {"DEFAULT_UPSTREAM": bench().url,
+                "MODEL_MAP": json.dumps({"/^map-(.+)$/": r"\1"})}
+    table = {"servers": servers, "aliases": aliases, "routes": routes}
+    return router_for(settings, table)
+
+
+NATIVE_BODY = (
+    b' { "messages":[{"role":"user","content":"\\u0068i"}] , "model" : "%s",\n'
+    b'"stream":%s,'
+    b'"options":{"num_ctx":8192,"temperature":1.0,"seed":123456789012345678901},'
+    b'"keep_alive":"30m","unknown":[1e3] }\n'
+)
+NATIVE_NAMES = ("llama3", "rule-llama3", "alias-llama3", "map-llama3")
+
+
+@pytest.mark.parametrize("asked", NATIVE_NAMES)
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+@whole_or_lines
+def test_native_request_goes_as_it_is(path: str, asked: str, stream: bool) -> None:
+    flag = b"true" if stream else b"false"
+    got = tell(path, NATIVE_BODY % (asked.encode(), flag), native())
+    assert got.status == 200
+    heard = latest(gpu())
+    assert heard.path == path
+    assert heard.content == NATIVE_BODY % (b"llama3", flag)
+    if asked == "llama3":
+        assert got.content == (b"".join(NATIVE_LINES) if stream else NATIVE_WHOLE)
+    parts = got.documents if stream else [got.json]
+    words = "na=tive words" if stream else "native words"
+    assert "".join(p["message"]["content"] for p in parts) == words
+    assert {p["model"] for p in parts} == {asked}
+    assert parts[-1]["eval_count"] == 12
+
+
+def test_native_thinking_is_stripped_too() -> None:
+    said = [{"message": {"role": "assistant", "content": c}, "done": False}
+            for c in ("<thi", "nk>Hm.</th", "ink>\n\nna=tive ")]
+    lines = [dumps({"model": "llama3-x", **line}) + b"\n" for line in said]
+    gpu().scripts["llama3-x"] = lambda received: stream_answer(
+        [*lines, NATIVE_LINES[1].replace(b"llama3", b"llama3-x"), NATIVE_LINES[2]],
+        kind="application/x-ndjson",
+    )
+    assert tell("/api/chat", chat("llama3-x"), native()).text == "na=tive words"
+
+
+def test_native_stream_that_breaks() -> None:
+    opening, *lines = stream_answer(NATIVE_LINES[:2], kind="application/x-ndjson")
+    steps: list[Step] = [b"".join((opening, *lines[:2])), 0.2, DROP]  # type: ignore
+    gpu().scripts["llama3-y"] = lambda received: steps
+    got = tell("/api/chat", chat("llama3-y"), native())
+    assert b"".join(NATIVE_LINES[:2]) == got.content[: -len(got.events[-1]) - 1]
+    assert set(got.documents[-1]) == {"error"}
+
+
+@each_ollama
+@whole_or_lines
+def test_native_chat_by_the_official_client(sdk: Sdk, stream: bool) -> None:
+    got = sdk.call(
+        native().url, "chat", model="llama3", messages=ASKED, stream=stream,
+        options={"num_ctx": 4096}, keep_alive=-1, think=True,
+    )
+    parts = got if stream else [got]
+    assert parts[-1].eval_count == 12
+    heard = latest(gpu())
+    assert heard.path == "/api/chat"
+    assert heard.json["options"] == {"num_ctx": 4096}
+    assert (heard.json["keep_alive"], heard.json["think"]) == (-1, True)
+
+
+@each_ollama
+def test_native_embeddings(sdk: Sdk) -> None:
+    got = sdk.call(native().url, "embed", model="llama3", input="a", truncate=False)
+    assert [list(v) for v in got.embeddings] == [VECTOR]
+    assert latest(gpu()).path == "/api/embed"
+    assert latest(gpu()).json["truncate"] is False
+    old = sdk.call(native().url, "embeddings", model="llama3", prompt="a")
+    assert list(old.embedding) == VECTOR
+    assert latest(gpu()).path == "/api/embeddings"
+
+
+@each_ollama
+def test_native_list_and_show(sdk: Sdk) -> None:
+    models = {m.model: m for m in sdk.call(native().url, "list").models}
+    assert {"llama3:latest"} <= set(models)
+    got = sdk.call(native().url, "show", "llama3")
+    assert got.template == NATIVE_SHOW["template"]
+    assert got.capabilities == NATIVE_SHOW["capabilities"]
+
+
+@each_openai
+@whole_or_streamed
+def test_openai_client_of_an_ollama_server(sdk: Sdk, stream: bool) -> None:
+    got = sdk.call(
+        native().url, "chat.completions.create", model="rule-llama3", messages=ASKED,
+        stream=stream,
+    )
+    choices = [p.choices[0] for p in (got if stream else [got])]
+    said = [(c.delta if stream else c.message).content or "" for c in choices]
+    assert "".join(said) == ANSWER
+    assert latest(gpu()).path == "/v1/chat/completions"
+    assert latest(gpu()).model == "llama3"
+
+
+@each_ollama
+@whole_or_lines
+def test_native_server_fails_over_to_another_kind(sdk: Sdk, stream: bool) -> None:
+    got = sdk.call(native().url, "chat", model="mixed", messages=ASKED, stream=stream)
+    parts = got if stream else [got]
+    assert "".join(p.message.content or "" for p in parts) == ANSWER
+    check_ollama(parts, "mixed")
+    assert latest().path == "/v1/chat/completions"
+
+
+@each_ollama
+def test_native_error_passes_through(sdk: Sdk) -> None:
+    with pytest.raises(need("ollama").ResponseError) as caught:
+        sdk.call(native().url, "chat", model="broken", messages=ASKED)
+    assert (caught.value.status_code, caught.value.error) == (500, "own trouble")
+
+
+@each_ollama
+@pytest.mark.parametrize("method", ("pull", "push", "create"))
+@whole_or_lines
+def test_native_management_with_progress(sdk: Sdk, method: str, stream: bool) -> None:
+    more: Any = {"from_": "llama3"} if method == "create" else {}
+    got = sdk.call(native().url, method, model="mine", stream=stream, **more)
+    parts = got if stream else [got]
+    expected = PROGRESS if stream else PROGRESS[-1:]
+    assert [p.model_dump(exclude_none=True) for p in parts] == expected
+    assert latest(gpu()).path == f"/api/{method}"
+    assert latest(gpu()).model == "mine"
+
+
+@each_ollama
+def test_native_copy_delete_and_blobs(sdk: Sdk, tmp_path: Any) -> None:
+    url = native().url
+    assert sdk.call(url, "copy", "llama3", "mine").status == "success"
+    assert latest(gpu()).json == {"source": "llama3", "destination": "mine"}
+    assert sdk.call(url, "delete", "mine").status == "success"
+    assert latest(gpu(), "DELETE").json["model"] == "mine"
+    (tmp_path / "weights").write_bytes(SOUND)
+    digest = sdk.call(url, "create_blob", tmp_path / "weights")
+    assert digest == f"sha256:{hashlib.sha256(SOUND).hexdigest()}"
+    assert latest(gpu()).path == f"/api/blobs/{digest}"
+    assert latest(gpu()).content == SOUND
+
+
+@pytest.mark.parametrize("method, path, body", MANAGEMENT)
+def test_native_management_to_the_byte(method: str, path: str, body: Any) -> None:
+    content = json.dumps(body).encode() if isinstance(body, dict) else body
+    got = request(native().port, method, path, content)
+    heard = latest(gpu(), method)
+    assert got.status == (201 if "blobs" in path and method == "POST" else 200)
+    assert (heard.target, heard.content) == (path, content or b"")
+
+
+# ======================================================================================
+# Tooling
+# ======================================================================================
+
+
+def embed() -> None:
+    """Write dashboard.html into smolrouter.py as DASHBOARD_HTML."""
+    page = (HERE / "dashboard.html").read_text("utf-8")
+    assert '"""' not in page and not page.endswith("\\")
+    start = SOURCE.index("\nDASHBOARD_HTML = ")
+    end = SOURCE.index('\nif __name__ == "__main__":', start)
+    literal = f'\nDASHBOARD_HTML = r"""{page}"""  # noqa: E501\n'
+    SMOLROUTER.write_text(SOURCE[:start] + literal + SOURCE[end:], "utf-8")
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--embed"]:
+    embed()
