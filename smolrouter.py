@@ -969,28 +969,37 @@ def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]
             at = JSON_SPACE.match(text, at + 1).end()
         index += 1
 
-def json_spans(text: str, path: Path, start: int = 0, end: int = 0) -> list[tuple[int, int]]:
+def edit_places(text: str, at: int, edits: Mapping[Path, Any],
+                prefix: Path = ()) -> Iterator[tuple[int, int, Path]]:
+    """Yield where the values at the paths of `edits` stand, in order; a repeated member twice."""
+    inner: dict[str | int, dict[Path, Any]] = {}
+    for path, value in edits.items():
+        inner.setdefault(path[0], {})[path[1:]] = value
+    for key, start, end in json_members(text, at):
+        if key in inner and () in inner[key]:
+            yield start, end, (*prefix, key)
+        elif key in inner:
+            yield from edit_places(text, start, inner[key], (*prefix, key))
+
+def json_spans(text: str, path: Path) -> list[tuple[int, int]]:
     """Return where the value at `path` stands; a repeated member has several places."""
-    if not path:
-        return [(start, end)]
-    found = (item[1:] for item in json_members(text, start) if item[0] == path[0])
-    return [span for place in found for span in json_spans(text, path[1:], *place)]
+    return [(start, end) for start, end, _ in edit_places(text, 0, {path: None})]
 
 def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
     """Return a JSON object with some values replaced (a new member: at its end), no more."""
-    members, places = list(json_members(text)), []
+    pieces, done, found = [], 0, set()
+    for start, end, path in edit_places(text, 0, edits):
+        pieces += [text[done:start], encode_json(edits[path]).decode()]
+        done = end
+        found.add(path)
+    rest = text[done:]
     for path, value in edits.items():
-        literal = encode_json(value).decode()
-        found = (item[1:] for item in members if item[0] == path[0])
-        spans = [span for place in found for span in json_spans(text, path[1:], *place)]
-        if not spans:
-            end = text.rindex("}")
-            comma = "," if members else ""
-            spans, literal = [(end, end)], f"{comma}{json.dumps(path[0])}:{literal}"
-        places += [(*span, literal) for span in spans]
-    for start, end, literal in sorted(places, reverse=True):
-        text = text[:start] + literal + text[end:]
-    return text.encode()
+        if len(path) == 1 and path not in found:
+            end = rest.rindex("}")
+            comma = "" if "".join([*pieces, rest[:end]]).rstrip().endswith("{") else ","
+            literal = f"{comma}{json.dumps(path[0])}:{encode_json(value).decode()}"
+            rest = rest[:end] + literal + rest[end:]
+    return "".join([*pieces, rest]).encode()
 
 # --- what is asked --------------------------------------------------------------------
 
@@ -1242,7 +1251,7 @@ class AnswerPlan(NamedTuple):
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
     rules = plan.rules
-    marked = rules.fences or (rules.think and b"<" in content or b"\\u003" in content)
+    marked = rules.fences or (rules.think and (b"<" in content or b"\\u003" in content))
     doc = parse_event_json(content) if marked or plan.renames else None
     if doc is None:
         return content
@@ -3814,7 +3823,7 @@ class HTTPServer:
         responder = request.responder
         try:
             await self.application.serve(request)
-        except Exception:  # a fault of ours must cost one request, not the connection loop
+        except Exception:  # noqa: BLE001 - a fault of ours must cost one request, not the connection loop
             self.services.log.console.line(traceback.format_exc())
             if not responder.started:
                 responder.keep = False
@@ -4441,7 +4450,7 @@ refresh();
 </script>
 </body>
 </html>
-"""  # noqa: E501
+"""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1050,7 +1050,7 @@ def test_table_of_contents_is_true() -> None:
     listed = re.findall(r"^ +(?:[A-Z][a-z ]+ )? *(\d+)  (.+?)  +\S.*$", docstring, re.M)
     real = [(number, title) for number, (title, _, _) in sections().items()]
     real = [(n, t.removesuffix(" (pure)")) for n, t in real if n != "A"]
-    assert [(n, t) for n, t in listed] == real
+    assert listed == real
     assert [n for n, _ in real] == [str(n) for n in range(1, 17)]
 
 
@@ -1074,7 +1074,7 @@ def test_one_protocol_at_the_edge_only() -> None:
 
 def test_embedded_page_is_the_page() -> None:
     page = (HERE / "dashboard.html").read_text("utf-8")
-    assert smolrouter.DASHBOARD_HTML == page, "run: python test_smolrouter.py --embed"
+    assert page == smolrouter.DASHBOARD_HTML, "run: python test_smolrouter.py --embed"
     assert page.count("\n") <= 1100
 
 
@@ -5869,7 +5869,7 @@ def embed() -> None:
     assert '"""' not in page and not page.endswith("\\")
     start = SOURCE.index("\nDASHBOARD_HTML = ")
     end = SOURCE.index('\nif __name__ == "__main__":', start)
-    literal = f'\nDASHBOARD_HTML = r"""{page}"""  # noqa: E501\n'
+    literal = f'\nDASHBOARD_HTML = r"""{page}"""\n'
     SMOLROUTER.write_text(SOURCE[:start] + literal + SOURCE[end:], "utf-8")
 
 
