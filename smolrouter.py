@@ -434,21 +434,20 @@ HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-a
 
 class Fields:
     """Field lines in their order, names as they came; look-ups take lower-case names."""
-    __slots__ = ("lines",)
 
     def __init__(self, lines: Iterable[tuple[str, str, str]]) -> None:
         self.lines = list(lines)  # lower-case name, name, value
+        self.values: dict[str, list[str]] = {}  # of all lines of a name
+        for lower, _, value in self.lines:
+            self.values.setdefault(lower, []).append(value)
 
     def get(self, name: str) -> str | None:
         """Return the value of the first line of that name."""
-        for lower, _, value in self.lines:
-            if lower == name:
-                return value
-        return None
+        return self.values[name][0] if name in self.values else None
 
-    def get_all(self, name: str) -> list[str]:
+    def get_all(self, name: str) -> Sequence[str]:
         """Return the values of all lines of that name."""
-        return [value for lower, _, value in self.lines if lower == name]
+        return self.values.get(name, ())
 
     def tokens(self, name: str) -> list[str]:
         """Return the elements of a comma-separated list over all its lines, lower case."""
@@ -901,7 +900,7 @@ MAX_JSON_DEPTH = 200
 MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed as it is
 JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-NULL_USAGE = re.compile(rb',\s*"usage"\s*:\s*null')
+NULL_USAGES = (b',"usage":null', b', "usage": null', b',"usage": null')
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
 Path = tuple[str | int, ...]
@@ -1326,8 +1325,8 @@ class EventFilter:
     def change_block(self, block: bytes) -> bytes:
         """Return whole events; only those that could need a change are parsed."""
         self.events += block.count(self.sign)
-        if self.plan.hide_usage and b'"usage"' in block:
-            block = NULL_USAGE.sub(b"", block)
+        for null_usage in NULL_USAGES if self.plan.hide_usage else ():
+            block = block.replace(null_usage, b"")
         self.complete = self.complete or DONE_MARK in block
         parts: list[bytes] = []
         at, found = 0, dict.fromkeys(self.words, -1)
@@ -2232,7 +2231,7 @@ def check_token(token: str, secret: str, now: float) -> str | None:
 
 def find_tokens(fields: Fields, cookie: bool) -> list[str]:
     """Return the tokens a request carries: its own field, bearer, and a cookie."""
-    tokens = fields.get_all("x-smolrouter-token")
+    tokens = list(fields.get_all("x-smolrouter-token"))
     for value in fields.get_all("authorization"):
         scheme, _, token = value.partition(" ")
         if scheme.lower() == "bearer":
@@ -3148,7 +3147,7 @@ class Exchange:
         self.transform: Transform | None = None
         self.hide_usage = False
         self.record = Record(
-            0, secrets.token_hex(8), time.time(), time.monotonic(), request.source_host,
+            0, os.urandom(8).hex(), time.time(), time.monotonic(), request.source_host,
             request.head.method, request.path + request.query, dialect.service,
             original_model=decision.asked, mapped_model=decision.mapped, route=decision.route,
             trail=decision.trail, stream=ask.stream, request_size=len(request.content),
