@@ -4285,30 +4285,39 @@ def build_parser() -> argparse.ArgumentParser:
         subs[name].add_argument("--dashboard", metavar="FILE", help="serve this page instead")
     return parser
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 1 (failed) or 2 (bad settings)."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # stdin, stdout or stderr was closed: no socket may take its number
-    os.close(spare)
-    environ = dict(os.environ)
+def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
+    """Parse the command line and run its command. Raises ConfigError."""
     args = build_parser().parse_args(argv)
     args.program, args.dashboard = pathlib.Path(__file__).resolve(), getattr(args, "dashboard", "")
     names = [item.name for item in dataclasses.fields(Settings)]
     flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
     found = {name: find_setting(name, environ, flags) for name in names}
     args.given = {name: text for name, (_, text) in found.items() if text is not None}
+    settings = Settings.from_mapping(environ, flags)
+    source, text = found["default_upstream"]
+    warning = url_warning(source, text) if text else None
+    args.warnings = [f"warning: {warning}"] if warning else []
+    routes = RoutesFile(settings, environ, "routes_config" in args.given)
+    status = args.run(args, settings, routes)
+    sys.stdout.flush()
+    return status
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 (failed) or 2 (bad settings)."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # stdin, stdout or stderr was closed: no socket may take its number
     try:
-        settings = Settings.from_mapping(environ, flags)
-        source, text = found["default_upstream"]
-        warning = url_warning(source, text) if text else None
-        args.warnings = [f"warning: {warning}"] if warning else []
-        routes = RoutesFile(settings, environ, "routes_config" in args.given)
-        return args.run(args, settings, routes)
+        return run_command(argv, dict(os.environ))
     except ConfigError as error:
         print(f"smolrouter: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         return 0
+    except BrokenPipeError:  # nobody reads on; the interpreter's own last flush must not fail
+        os.dup2(spare, 1)
+        return 0
+    finally:
+        os.close(spare)
 
 # ======================================================================================
 # A  The page

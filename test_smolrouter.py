@@ -4542,7 +4542,7 @@ def test_openai_errors_of_the_server(
 
 @each_way
 @each_openai
-@whole_or_streamed
+@pytest.mark.parametrize("stream", (False,), ids=("whole",))
 @pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
 def test_openai_late_or_nobody(
     sdk: Sdk, way: str, stream: bool, name: str, status: int
@@ -4573,7 +4573,7 @@ def test_openai_client_loses_its_patience(sdk: Sdk, way: str) -> None:
     assert until(lambda: connection.closed), "the upstream still works for nobody"
 
 
-@each_way
+@pytest.mark.parametrize("way", ("alias",))
 @each_openai
 @pytest.mark.parametrize("name", BROKEN)
 def test_openai_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
@@ -5215,7 +5215,7 @@ def test_ollama_errors_of_the_server(
 
 @each_way
 @each_ollama
-@whole_or_lines
+@pytest.mark.parametrize("stream", (False,), ids=("whole",))
 @pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
 def test_ollama_late_or_nobody(
     sdk: Sdk, way: str, stream: bool, name: str, status: int
@@ -5229,7 +5229,7 @@ def test_ollama_late_or_nobody(
         assert "REQUEST_TIMEOUT" in caught.value.error and "0.75" in caught.value.error
 
 
-@each_way
+@pytest.mark.parametrize("way", ("alias",))
 @each_ollama
 @pytest.mark.parametrize("name", BROKEN)
 def test_ollama_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
