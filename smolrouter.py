@@ -903,6 +903,10 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 NULL_USAGES = (b',"usage":null', b', "usage": null', b',"usage": null')
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
+NO_THINK_MEMBERS = {  # where the words of the user stand, by path
+    "/v1/chat/completions": "messages", "/v1/messages": "messages", "/api/chat": "messages",
+    "/v1/completions": "prompt", "/api/generate": "prompt", "/v1/responses": "input",
+}
 Path = tuple[str | int, ...]
 
 def refuse_constant(name: str) -> None:
@@ -1079,23 +1083,21 @@ def append_text(path: Path, content: Any, suffix: str) -> dict[Path, str]:
             return {(*path, index, "text"): part["text"] + suffix}
     return {}
 
-def no_think_edit(doc: Mapping[str, Any]) -> dict[Path, Any]:
+def no_think_edit(path: str, doc: Mapping[str, Any]) -> dict[Path, Any]:
     """Return the edit that appends /no_think to the last user message or the prompt."""
-    for member in ("messages", "input"):
-        messages = doc.get(member)
-        for index in reversed(range(len(messages) if isinstance(messages, list) else 0)):
-            message = messages[index]
-            if isinstance(message, dict) and message.get("role") == "user":
-                path = (member, index, "content")
-                return append_text(path, message.get("content"), " /no_think")
-    member = "input" if isinstance(doc.get("input"), str) else "prompt"
-    if member == "input" and "messages" not in doc and "instructions" not in doc:
-        return {}  # the input of an embedding
-    return append_text((member,), doc.get(member), " /no_think")
+    member = NO_THINK_MEMBERS.get(path, "")
+    value = doc.get(member)
+    if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
+        return append_text((member,), value, " /no_think")
+    for index in reversed(range(len(value))):
+        if isinstance(value[index], dict) and value[index].get("role") == "user":
+            content = value[index].get("content")
+            return append_text((member, index, "content"), content, " /no_think")
+    return {}
 
 def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return the client's own bytes with what must change changed."""
-    edits = no_think_edit(ask.doc) if rewrite.no_think else {}
+    edits = no_think_edit(ask.path, ask.doc) if rewrite.no_think else {}
     if rewrite.model != ask.model and ask.model:
         edits["model" if "model" in ask.doc else "name",] = rewrite.model
     if rewrite.include_usage:
@@ -1104,25 +1106,32 @@ def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
         edits["stream_options",] = {**options, "include_usage": True}
     return splice_json(ask.text, edits) if edits else ask.content
 
-FORM_MODEL = re.compile(
-    rb'content-disposition:[^\r\n]*[; \t]name="?model"?[ \t]*(?:;[^\r\n]*)?\r\n'
-    rb"(?:[^\r\n]+\r\n)*\r\n", re.IGNORECASE,
-)
+MAX_PART_HEAD = 16 * KiB
+BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
+DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.IGNORECASE)
+PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;\s"]*))')
 
-def read_form(path: str, query: str, content: bytes) -> Ask:
+def is_model_part(head: bytes) -> bool:
+    """Tell whether the head of a form's part names it `model` (RFC 7578 4.2)."""
+    line = DISPOSITION.search(head)
+    found = PARAMETER.findall(line[1]) if line else []
+    return any(name.lower() == b"name" and b"model" in values for name, *values in found)
+
+def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
     """Read the `model` part of a multipart form (RFC 7578); without one it is ""."""
-    at = content.find(b"--")  # the form's own first line is its delimiter (RFC 2046 5.1.1)
-    delimiter = content[at : content.find(b"\r\n", at)].rstrip(b" \t")
-    if at < 0 or not 3 <= len(delimiter) <= 200:
-        raise MalformedContent("the form does not begin with its boundary")
-    while (at := content.find(delimiter, at)) >= 0:
-        at += len(delimiter)
-        match = FORM_MODEL.match(content, content.find(b"\r\n", at) + 2)
-        end = content.find(b"\r\n" + delimiter, at)
-        if match and end >= match.end():
-            span = (match.end(), end)
+    boundary = BOUNDARY.search(media_type)
+    delimiter = f"--{boundary[1] or boundary[2]}".encode() if boundary else b""
+    at = 0 if content.startswith(delimiter) else content.find(b"\r\n" + delimiter) + 2
+    if not boundary or not content.startswith(delimiter, at):
+        raise MalformedContent("the form has no boundary, or its Content-Type another one")
+    while (end := content.find(b"\r\n" + delimiter, at)) >= 0:
+        start = content.find(b"\r\n", at + len(delimiter))
+        head_end = content.find(b"\r\n\r\n", start, min(start + MAX_PART_HEAD, end))
+        if head_end >= 0 and is_model_part(content[start:head_end]):
+            span = (head_end + 4, end)
             model = content[slice(*span)].decode("utf-8", "replace")
             return Ask(path, query, content, model=model, span=span)
+        at = end + 2
     return Ask(path, query, content)
 
 def encode_span(ask: Ask, rewrite: Rewrite) -> bytes:
@@ -1138,8 +1147,7 @@ def encode_openai_error(error: RouterError) -> bytes:
     return encode_json({"error": doc})
 
 OPENAI = Dialect("openai", SSE, read_object, encode_openai_error, encode_object)
-OPENAI_FORM = OPENAI._replace(read=read_form, encode=encode_span)
-OPENAI_OPAQUE = OPENAI_FORM._replace(read=Ask)  # nobody looks inside
+OPENAI_OPAQUE = OPENAI._replace(read=Ask, encode=encode_span)  # nobody looks inside
 
 # --- what is answered -----------------------------------------------------------------
 
@@ -1439,7 +1447,7 @@ def message_content(text: Any, images: Any) -> Any:
     """Return a message's content: a string, or parts when there are images in base64."""
     parts = [{"type": "text", "text": text}] if text else []
     for image in images if isinstance(images, list) else ():
-        url = str(image)
+        url = "".join(str(image).split())  # base64 may come in lines
         if not url.startswith(("data:", "http://", "https://")):
             try:
                 start = base64.b64decode(url[:16], validate=True)
@@ -1457,7 +1465,7 @@ def encode_tool_calls(calls: Any, message: int) -> list[dict[str, Any]]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise MalformedContent(f"tool_calls[{index}] has no function")
-        arguments = function.get("arguments", {})
+        arguments = function.get("arguments") or {}
         if not isinstance(arguments, str):
             arguments = encode_json(arguments).decode()
         function = {"name": str(function.get("name", "")), "arguments": arguments}
@@ -1474,8 +1482,8 @@ def openai_messages(messages: Any) -> list[dict[str, Any]]:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise MalformedContent(f"messages[{index}] is not an object")
-        content = message_content(message.get("content", ""), message.get("images"))
-        entry: dict[str, Any] = {"role": message.get("role", "user"), "content": content}
+        content = message_content(message.get("content") or "", message.get("images"))
+        entry: dict[str, Any] = {"role": message.get("role") or "user", "content": content}
         if message.get("tool_calls"):
             entry["tool_calls"] = encode_tool_calls(message["tool_calls"], index)
             waiting += entry["tool_calls"]
@@ -1495,10 +1503,10 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
     options, form = doc.get("options") or {}, doc.get("format")
     if not isinstance(options, dict):
         raise MalformedContent("`options` is not an object")
-    result = {name: options[name] for name in SAME_OPTIONS if name in options}
+    result = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
     limit = options.get("num_predict")
-    if isinstance(limit, int) and limit > 0:
-        result["max_tokens"] = limit
+    if isinstance(limit, (int, float)) and limit is not True and limit >= 1:
+        result["max_tokens"] = int(limit)
     if form == "json":
         result["response_format"] = {"type": "json_object"}
     elif isinstance(form, dict):
@@ -1511,25 +1519,26 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
 def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
     doc, out = ask.doc, {"model": rewrite.model}
-    if "messages" in doc:
-        out["messages"] = openai_messages(doc["messages"])
+    if ask.path == "/api/chat":
+        out["messages"] = openai_messages(doc.get("messages"))
     elif doc.get("raw"):
-        out["prompt"] = doc.get("prompt", "")
+        out["prompt"] = doc.get("prompt") or ""
     else:
         system = [{"role": "system", "content": doc["system"]}] if doc.get("system") else []
-        content = message_content(doc.get("prompt", ""), doc.get("images"))
+        content = message_content(doc.get("prompt") or "", doc.get("images"))
         out["messages"] = [*system, {"role": "user", "content": content}]
     out |= {"stream": ask.stream, **openai_options(doc)}
     if ask.stream and rewrite.include_usage:
         out["stream_options"] = {"include_usage": True}
     content = encode_json(out)
     if rewrite.no_think or doc.get("think") is False:
-        content = splice_json(content.decode(), no_think_edit(out))
+        content = splice_json(content.decode(), no_think_edit(ollama_path(ask), out))
     return content
 
 def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
-    source = ask.doc.get("input", ask.doc.get("prompt", ""))
+    source = ask.doc.get("input")
+    source = (ask.doc.get("prompt") or "") if source is None else source
     out = {"model": rewrite.model, "input": source, "encoding_format": "float"}
     if ask.doc.get("dimensions"):
         out["dimensions"] = ask.doc["dimensions"]
@@ -1539,7 +1548,8 @@ def ollama_path(ask: Ask) -> str:
     """Return the OpenAI path that serves an Ollama request."""
     if "embed" in ask.path:
         return "/v1/embeddings"
-    return "/v1/completions" if ask.doc.get("raw") else "/v1/chat/completions"
+    raw = ask.path == "/api/generate" and ask.doc.get("raw")
+    return "/v1/completions" if raw else "/v1/chat/completions"
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
@@ -3477,11 +3487,11 @@ def is_object(content: bytes) -> bool:
 
 async def relay_post(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
-    kind = (request.head.fields.get("content-type") or "").lower()
+    kind = request.head.fields.get("content-type") or ""
     coding = request.head.fields.get("content-encoding")
-    if kind.startswith("multipart/form-data"):
-        dialect = OPENAI_FORM
-    elif not (request.path in MODEL_PATHS or "json" in kind or is_object(request.content)):
+    if kind.lower().startswith("multipart/form-data"):
+        dialect = OPENAI_OPAQUE._replace(read=functools.partial(read_form, kind))
+    elif not (request.path in MODEL_PATHS or "json" in kind.lower() or is_object(request.content)):
         dialect = OPENAI_OPAQUE
     if coding and dialect is not OPENAI_OPAQUE:
         raise UnsupportedContent(f"Content-Encoding {coding!r} of a request; send it plain")

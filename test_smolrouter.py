@@ -1308,6 +1308,66 @@ def test_splice_changes_the_value_alone(text: str, edits: Any, wanted: str) -> N
     assert smolrouter.splice_json(text, edits).decode() == wanted
 
 
+NAMED = b'Content-Disposition: form-data; name="model"\r\n\r\n'
+FILE = b'Content-Disposition: form-data; name="file"; filename="%s"\r\n\r\n'
+FORMS = {
+    "plain": (b"--XX\r\n" + NAMED + b"m\r\n--XX--\r\n", "m"),
+    "type first": (b"--XX\r\nContent-Type: text/plain\r\n" + NAMED + b"m\r\n--XX--", "m"),
+    "after a file": (b"--XX\r\n" + FILE % b"a" + b"x\r\n--XX\r\n" + NAMED + b"m\r\n--XX--", "m"),
+    "file's name": (b"--XX\r\n" + FILE % b"a; name=model" + b"x\r\n--XX--", ""),
+    "preamble": (b"a -- b\r\n--XX\r\n" + NAMED + b"m\r\n--XX--", "m"),
+    "boundary inside a line": (
+        b"--XX\r\n" + FILE % b"a" + b"say --XX\r\n" + NAMED + b"evil\r\n--XX--", ""),
+    "unquoted, folded case": (
+        b"--XX\r\nCONTENT-DISPOSITION: form-data; NAME=model\r\n\r\nm\r\n--XX--", "m"),
+    "nothing": (b"--XX--\r\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content, model", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("boundary", ["boundary=XX", 'charset=x; boundary="XX"'])
+def test_form_names_its_model(content: bytes, model: str, boundary: str) -> None:
+    ask = smolrouter.read_form(f"multipart/form-data; {boundary}", "/v1/x", "", content)
+    assert (ask.model, ask.content) == (model, content)
+    renamed = smolrouter.encode_span(ask, smolrouter.Rewrite("new"))
+    assert renamed == content.replace(b"\r\n\r\nm\r\n", b"\r\n\r\nnew\r\n")
+
+
+NO_THINK = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}, {"role": "x"}]},
+     {("messages", 0, "content"): "a /no_think"}),
+    ("/v1/chat/completions",
+     {"messages": [{"role": "user", "content": [{"text": "a"}, {"image_url": {}}]}]},
+     {("messages", 0, "content", 0, "text"): "a /no_think"}),
+    ("/v1/completions", {"prompt": "a"}, {("prompt",): "a /no_think"}),
+    ("/v1/responses", {"input": "a"}, {("input",): "a /no_think"}),
+    ("/v1/responses", {"input": [{"role": "user", "content": "a"}]},
+     {("input", 0, "content"): "a /no_think"}),
+    ("/v1/images/generations", {"prompt": "a cat"}, {}),
+    ("/v1/audio/speech", {"input": "a", "instructions": "calm"}, {}),
+    ("/v1/embeddings", {"input": "a"}, {}),
+    ("/v1/chat/completions", {"messages": [{"role": "system", "content": "a"}]}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, doc, edits", NO_THINK)
+def test_no_think_goes_to_the_user_s_words(path: str, doc: Any, edits: Any) -> None:
+    assert smolrouter.no_think_edit(path, doc) == edits
+
+
+OPTIONS = [
+    ({"num_predict": 128.0}, {"max_tokens": 128}),
+    ({"num_predict": True}, {}),
+    ({"num_predict": -1}, {}),
+    ({"temperature": None, "top_k": 3, "num_ctx": 4096}, {"top_k": 3}),
+]
+
+
+@pytest.mark.parametrize("options, wanted", OPTIONS)
+def test_options_of_the_other_protocol(options: Any, wanted: Any) -> None:
+    assert smolrouter.openai_options({"options": options, "format": None}) == wanted
+
+
 # -- 7 Routing ---------------------------------------------------------------------
 
 TABLE = """
