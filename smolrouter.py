@@ -40,6 +40,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -48,8 +49,6 @@ import functools
 import hashlib
 import hmac
 import http
-import http.client
-import http.server
 import ipaddress
 import itertools
 import json
@@ -706,6 +705,8 @@ def encode_field_value(text: str) -> str:
 MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
 DONE_MARK = b"[DONE]"
 
+MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
+
 class EventFormat(NamedTuple):
     """How a stream's events are told apart, and where in one its data stands."""
     mark: bytes  # ends an event in the plain case
@@ -723,12 +724,13 @@ class EventFormat(NamedTuple):
         return self.prefix + data + self.mark
 
     def replace(self, event: bytes, data: bytes) -> bytes:
-        """Return the event with other data; beside a single line of it all else stays."""
-        matches = list(self.data.finditer(event))
-        if len(matches) != 1:
+        """Return the event with other data on one line; all else in it stays."""
+        match = self.data.search(event)
+        if match is None:
             return self.encode(data)
-        start, end = matches[0].span(1)
-        return event[:start] + data + event[end:]
+        start, end = match.span(1)
+        rest = MORE_DATA.sub(b"", event[end:]) if self.prefix else event[end:]
+        return event[:start] + data.replace(b"\n", b" ") + rest
 
 SSE_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2}")
 SSE_DATA = re.compile(rb"(?<![^\r\n])data: ?([^\r\n]*)")
@@ -903,6 +905,9 @@ JSON_SPACE = re.compile(r"[ \t\n\r]*")
 NULL_USAGES = (b',"usage":null', b', "usage": null', b',"usage": null')
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
+BOM = b"\xef\xbb\xbf"
+END_WORDS = (DONE_MARK, b'"finish_reason":"', b'"finish_reason": "', b'"done":true',
+             b'"done": true', b'_stop"', b'.completed"', b'"error"')  # of a whole stream
 NO_THINK_MEMBERS = {  # where the words of the user stand, by path
     "/v1/chat/completions": "messages", "/v1/messages": "messages", "/api/chat": "messages",
     "/v1/completions": "prompt", "/api/generate": "prompt", "/v1/responses": "input",
@@ -937,10 +942,10 @@ def parse_json(content: bytes) -> tuple[str, Any]:
         check_depth(text)
     return text, value
 
-def parse_event_json(data: bytes) -> dict[str, Any] | None:
+def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
     """Return the object that an upstream's event holds, None when it holds none."""
     try:
-        value = SERVER_JSON.decode(data.decode("utf-8"))
+        value = SERVER_JSON.decode(data if isinstance(data, str) else data.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -1181,7 +1186,7 @@ def read_choices(doc: Mapping[str, Any]) -> list[tuple[int, Any, dict[str, Any]]
     """Return the choices of an answer or event, each with its place and its index."""
     choices = doc.get("choices")
     return [
-        (at, choice.get("index", at), choice)
+        (at, choice["index"] if isinstance(choice.get("index"), int) else at, choice)
         for at, choice in enumerate(choices if isinstance(choices, list) else ())
         if isinstance(choice, dict)
     ]
@@ -1189,8 +1194,8 @@ def read_choices(doc: Mapping[str, Any]) -> list[tuple[int, Any, dict[str, Any]]
 def text_slots(doc: Mapping[str, Any]) -> list[Slot]:
     """Return where the visible text of an answer or of one event stands."""
     if doc.get("type") == TEXT_DELTA:
-        return list(slots_at(doc, (), [("delta",)], doc.get("item_id")))
-    slots = list(slots_at(doc, (), OTHER_TEXTS, doc.get("index", 0)))
+        return list(slots_at(doc, (), [("delta",)], str(doc.get("item_id"))))
+    slots = list(slots_at(doc, (), OTHER_TEXTS, str(doc.get("index"))))
     for at, index, choice in read_choices(doc):
         slots += slots_at(choice, ("choices", at), CHOICE_TEXTS, index)
     return slots
@@ -1220,19 +1225,18 @@ def carries_more(doc: Mapping[str, Any]) -> bool:
         said += [choice.get("finish_reason"), *(delta[key] for key in delta if key != "content")]
     return bool(doc.get("usage") or doc.get("done") or any(said))
 
-def tail_document(doc: Mapping[str, Any], slot: Slot, text: str) -> dict[str, Any]:
-    """Return an event like `doc` that says nothing but `text` at the slot."""
-    copy = json.loads(json.dumps(doc))
-    copy.pop("usage", None)
+def tail_document(doc: dict[str, Any], slot: Slot, text: str) -> dict[str, Any]:
+    """Turn an event into one that says nothing but `text` at the slot."""
+    doc.pop("usage", None)
     if slot.path[0] == "choices":
-        choice = copy["choices"][slot.path[1]]
+        choice = doc["choices"][slot.path[1]]
         said = {"delta": {"content": text}} if "delta" in choice else {"text": text}
-        return {**copy, "choices": [{**choice, "finish_reason": None, **said}]}
-    holder = copy
+        return {**doc, "choices": [{**choice, "finish_reason": None, **said}]}
+    holder: Any = doc
     for key in slot.path[:-1]:
         holder = holder[key]
     holder[slot.path[-1]] = text
-    return copy
+    return doc
 
 class AnswerPlan(NamedTuple):
     """What is known of an answer when its head has come."""
@@ -1290,8 +1294,13 @@ class WholeAnswer:
         self.whole = False
         return bytes(self.held)
 
-    def finish(self) -> bytes:
-        """Return the changed answer."""
+    def finish(self, closed: bool = False) -> bytes:
+        """Return the changed answer. Raises BadGateway when a close has cut it (`closed`)."""
+        if closed and self.whole:
+            try:
+                json.loads(self.held)
+            except (ValueError, RecursionError):
+                raise BadGateway("the connection was closed inside the answer") from None
         self.complete = True
         return self.change(bytes(self.held)) if self.whole else b""
 
@@ -1306,7 +1315,7 @@ class EventFilter:
         self.filtering, self.single = any(plan.rules), plan.ask.choices == 1
         suspects = (b"<", b"\\u003") if self.filtering else ()
         self.words = (b'"usage"', b'"timings"', b'"done"', *suspects)
-        self.texts: dict[Any, tuple[TextFilter, dict[str, Any], Slot]] = {}  # as last seen
+        self.texts: dict[Any, tuple[TextFilter, bytes, Slot]] = {}  # with the last event of each
         self.usage: dict[str, Any] = {}
         self.events = 0
         self.complete = self.raw = False  # the answer said that it is at its end; too long
@@ -1315,8 +1324,11 @@ class EventFilter:
         """Return the events that are whole now, filtered."""
         if self.raw:
             return data
+        if not self.events:  # one byte order mark at the start is nothing
+            data = data.removeprefix(BOM)
         block = self.splitter.feed(data)
         if block:
+            self.complete = self.complete or any(word in block for word in END_WORDS)
             return self.change_block(block)
         if len(self.splitter.held) <= MAX_HELD_EVENT:
             return b""
@@ -1325,9 +1337,19 @@ class EventFilter:
         self.raw = True
         return self.splitter.take()
 
-    def finish(self) -> bytes:
-        """Return the last event, if it lacks its end, and what was held back."""
+    def finish(self, closed: bool = False) -> bytes:
+        """Return the last event, if it lacks its end, and what was held back.
+
+        Raises BadGateway when the stream ends inside an event, or when nothing but a close
+        (`closed`) says that it was all.
+        """
         rest = self.splitter.take()
+        data = self.form.read(rest)
+        if data.startswith(b"{") and parse_event_json(data) is None:
+            raise BadGateway("the stream ended inside an event")
+        self.complete = self.complete or any(word in rest for word in END_WORDS)
+        if closed and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
+            raise BadGateway("the connection was closed before the answer was complete")
         return (self.change_block(rest) if rest else b"") + self.close(self.texts)
 
     def change_block(self, block: bytes) -> bytes:
@@ -1335,7 +1357,6 @@ class EventFilter:
         self.events += block.count(self.sign)
         for null_usage in NULL_USAGES if self.plan.hide_usage else ():
             block = block.replace(null_usage, b"")
-        self.complete = self.complete or DONE_MARK in block
         parts: list[bytes] = []
         at, found = 0, dict.fromkeys(self.words, -1)
         while at < len(block):
@@ -1383,7 +1404,7 @@ class EventFilter:
         self.note_usage(doc)
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
             return b""
-        tails, edits, empty = self.filter(doc) if self.filtering else (b"", {}, False)
+        tails, edits, empty = self.filter(doc, event) if self.filtering else (b"", {}, False)
         if empty and not carries_more(doc):
             return tails
         edits |= self.plan.model_edit(doc)
@@ -1400,14 +1421,14 @@ class EventFilter:
         if isinstance(doc.get("usage"), dict):
             self.usage = {**self.usage, **doc["usage"]}
 
-    def filter(self, doc: dict[str, Any]) -> tuple[bytes, dict[Path, Any], bool]:
+    def filter(self, doc: dict[str, Any], event: bytes) -> tuple[bytes, dict[Path, Any], bool]:
         """Return events to go before this one, its edits, and whether it lost all text."""
         slots, whole, closed = text_slots(doc), list(output_slots(doc)), closed_indexes(doc)
         visible: dict[Path, str] = {}
         for slot in slots:
             known = self.texts.get(slot.index)
             text_filter = known[0] if known else TextFilter(self.rules)
-            self.texts[slot.index] = text_filter, doc, slot
+            self.texts[slot.index] = text_filter, event, slot
             last = closed is None or slot.index in closed
             visible[slot.path], _ = text_filter.feed(slot.text, last)
         here = {slot.index for slot in slots}
@@ -1421,10 +1442,11 @@ class EventFilter:
     def close(self, indexes: Iterable[Any]) -> bytes:
         """Return what the filters of some texts hold, as events of their own."""
         tails = b""
-        for text_filter, doc, slot in [self.texts[i] for i in indexes if i in self.texts]:
+        for text_filter, event, slot in [self.texts[i] for i in indexes if i in self.texts]:
             text, _ = text_filter.feed("", last=True)
             if text:
-                tails += self.form.encode(encode_json(tail_document(doc, slot, text)))
+                doc = tail_document(json.loads(self.form.read(event)), slot, text)
+                tails += self.form.replace(event, encode_json(doc))
         return tails
 
 # --- Ollama: what is asked ------------------------------------------------------------
@@ -1516,6 +1538,13 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
         raise MalformedContent(f'`format` is {form!r} instead of "json" or a schema')
     return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
 
+def ollama_path(ask: Ask) -> str:
+    """Return the OpenAI path that serves an Ollama request."""
+    if "embed" in ask.path:
+        return "/v1/embeddings"
+    raw = ask.path == "/api/generate" and ask.doc.get("raw")
+    return "/v1/completions" if raw else "/v1/chat/completions"
+
 def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
     doc, out = ask.doc, {"model": rewrite.model}
@@ -1544,13 +1573,6 @@ def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
         out["dimensions"] = ask.doc["dimensions"]
     return encode_json(out)
 
-def ollama_path(ask: Ask) -> str:
-    """Return the OpenAI path that serves an Ollama request."""
-    if "embed" in ask.path:
-        return "/v1/embeddings"
-    raw = ask.path == "/api/generate" and ask.doc.get("raw")
-    return "/v1/completions" if raw else "/v1/chat/completions"
-
 # --- Ollama: what is answered ---------------------------------------------------------
 
 def encode_ollama_error(error: RouterError) -> bytes:
@@ -1575,13 +1597,14 @@ def ollama_document(ask: Ask, created_at: str, message: Mapping[str, Any],
 
 def ollama_end(reason: Any, usage: Mapping[str, Any], timing: Timing) -> dict[str, Any]:
     """Return what ends an answer: why, the counts, and durations in ns."""
-    prompt, total = usage.get("prompt_tokens"), max(timing.total, 1)
+    counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    prompt, said = (count if isinstance(count, int) else 0 for count in counts)
+    total = max(timing.total, 1)
     first = min(timing.first, total)
     return {
         "done": True, "done_reason": "length" if reason == "length" else "stop",
         "total_duration": total, "load_duration": 0,
-        "prompt_eval_count": prompt if isinstance(prompt, int) else 0,
-        "prompt_eval_duration": first, "eval_count": usage.get("completion_tokens") or 0,
+        "prompt_eval_count": prompt, "prompt_eval_duration": first, "eval_count": said,
         "eval_duration": max(total - first, 1),
     }
 
@@ -1591,7 +1614,7 @@ def decode_tool_calls(calls: Any) -> list[dict[str, Any]]:
     for call in calls if isinstance(calls, list) else []:
         function = call.get("function") or {}
         text = function.get("arguments") or "{}"
-        arguments = parse_event_json(text.encode()) if isinstance(text, str) else text
+        arguments = parse_event_json(text) if isinstance(text, str) else text
         arguments = {"_raw": text} if arguments is None else arguments
         result.append({"function": {"name": function.get("name"), "arguments": arguments}})
     return result
@@ -1686,7 +1709,7 @@ class OllamaStream(EventFilter):
     def __init__(self, plan: AnswerPlan) -> None:
         super().__init__(plan, SSE)
         self.text = TextFilter(think_rules(plan.ask, plan.rules))
-        self.calls: dict[Any, dict[str, Any]] = {}  # gathered from their fragments
+        self.calls: list[dict[str, Any]] = []  # gathered from their fragments
         self.reason: Any = None
         self.failed = False
 
@@ -1715,11 +1738,14 @@ class OllamaStream(EventFilter):
         return line + self.close_texts()
 
     def gather(self, call: dict[str, Any]) -> None:
-        """Add a fragment of a tool call."""
-        known = self.calls.setdefault(call.get("index", len(self.calls)), {"arguments": ""})
-        function = call.get("function") or {}
-        known["name"] = function.get("name") or known.get("name")
-        arguments = function.get("arguments") or ""
+        """Add a fragment of a tool call; another index or id begins another call."""
+        index, call_id, function = call.get("index"), call.get("id"), call.get("function") or {}
+        open_calls = [known for known in self.calls if known["index"] == index]
+        if not open_calls or (call_id and open_calls[-1]["id"] not in (None, call_id)):
+            self.calls.append({"index": index, "id": call_id, "name": None, "arguments": ""})
+            open_calls = self.calls
+        known, arguments = open_calls[-1], function.get("arguments") or ""
+        known["name"] = function.get("name") or known["name"]
         if not isinstance(arguments, str):
             arguments = encode_json(arguments).decode()
         known["arguments"] += arguments
@@ -1734,8 +1760,8 @@ class OllamaStream(EventFilter):
 
     def close_texts(self) -> bytes:
         """Return what was held back: text, and the gathered tool calls."""
-        calls = decode_tool_calls([{"function": call} for call in self.calls.values()])
-        self.calls = {}
+        calls = decode_tool_calls([{"function": call} for call in self.calls])
+        self.calls = []
         text = ollama_message(self.plan.ask, {}, *self.text.feed("", last=True))
         return self.say(text) + self.say({"tool_calls": calls} if calls else {})
 
@@ -1847,7 +1873,9 @@ class RoutingTable:
         targets = [*(rule.target for rule in self.rules), *self.aliases.values()]
         groups = [t.instances if isinstance(t, Alias) else (t,) for t in targets]
         inner = [instance.server for group in groups for instance in group]
-        return list({s.url: s for s in (self.default, *inner, *self.servers.values())}.values())
+        named = {server.url for server in self.servers.values()}
+        others = {s.url: s for s in (self.default, *inner) if s.url not in named}
+        return [*others.values(), *self.servers.values()]
 
 class Step(NamedTuple):
     """One line of the trail: a rule that was tried, and what came of it."""
@@ -2162,7 +2190,7 @@ def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[
 def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
     """Return where a request for a model from a host goes, and every rule tried."""
     mapped, trail = map_model(table, asked)
-    names = [asked] if mapped == asked else [asked, mapped]
+    names = list(dict.fromkeys([asked, mapped])) if asked else []
 
     def decide(route: str, target: Alias | Instance, model: str | None = None) -> Decision:
         alias = target if isinstance(target, Alias) else Alias("", "failover", (target,))
@@ -2592,6 +2620,7 @@ class Request:
     query: str
     content: bytes = b""
     unread: Content | None = None
+    recorded: bool = False  # an exchange keeps a record of it
 
     async def read_content(self, limit: int) -> None:
         """Read all of the content, at most `limit` octets: 20 s, then 500 octets/s."""
@@ -2622,6 +2651,7 @@ class Request:
 
 IDLE_UPSTREAM = 30.0  # s that an idle connection to an upstream is kept
 MAX_IDLE = 512  # idle connections a server
+MAX_HEALTH = 1000  # instances that are known; clients choose names
 MAX_INTERIM = 50  # 1xx answers before the real one
 COOL_DOWN, MAX_COOL_DOWN, MAX_RETRY_AFTER = 5.0, 60.0, 300.0  # s
 MODELS_TIMEOUT, MODELS_FRESH, MODELS_KEPT = 2.0, 60.0, 600.0  # s
@@ -2721,8 +2751,10 @@ class Upstreams:
     def state(self, instance: Instance) -> Health:
         """Return the health record of an instance; the table is bounded."""
         key = instance.server.url, instance.model
-        if key not in self.health and len(self.health) > 1000:
-            self.health = {k: h for k, h in self.health.items() if h.busy or h.failures}
+        if key not in self.health and len(self.health) >= MAX_HEALTH:
+            for old in list(itertools.islice(self.health, MAX_HEALTH // 10)):
+                if not self.health[old].busy:
+                    del self.health[old]
         return self.health.setdefault(key, Health())
 
     def known(self, server: Server) -> list[Health]:
@@ -2806,7 +2838,8 @@ class Upstreams:
     def keep(self, server: Server, stream: Stream) -> None:
         """Keep a connection for the next request."""
         streams = self.idle.setdefault((server.url, server.verify), [])
-        if len(streams) >= MAX_IDLE or not stream.reader.quiet:
+        unsent = stream.transport.get_write_buffer_size()
+        if len(streams) >= MAX_IDLE or unsent or not stream.reader.quiet:
             stream.close()
             return
 
@@ -2871,25 +2904,19 @@ class Upstreams:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
         raise MalformedMessage(f"more than {MAX_INTERIM} interim responses")
 
-def fetch_models(server: Server, authorization: str | None,
-                 context: ssl.SSLContext | None) -> list[dict[str, Any]]:
+def fetch_models(connection: Any, server: Server, authorization: str | None) -> list[Any]:
     """Ask a server for its models (blocking). Raises OSError or ValueError."""
-    import http.client  # 12 ms and 2 MB, which the start can do without
+    import http.client
 
-    url = server.url
-    connection = http.client.HTTPConnection(url.host, url.port, timeout=MODELS_TIMEOUT)
-    if context:
-        connection = http.client.HTTPSConnection(
-            url.host, url.port, timeout=MODELS_TIMEOUT, context=context)
     fields = {"Accept": "application/json", **dict(server.headers)}
     key = f"Bearer {server.api_key}" if server.api_key else authorization
     if key:
         fields["Authorization"] = key
     try:
-        connection.request("GET", f"{url.prefix}/v1/models", headers=fields)
+        connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
         response = connection.getresponse()
         doc = parse_event_json(response.read(MAX_MODELS_SIZE))
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, AttributeError) as error:  # or it was shut down
         raise OSError(describe(error)) from None
     finally:
         connection.close()
@@ -2897,6 +2924,27 @@ def fetch_models(server: Server, authorization: str | None,
         raise ValueError(f"/v1/models answered {response.status}")
     models = doc.get("data") if isinstance(doc.get("data"), list) else []
     return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
+
+def start_fetch(*asked: Any) -> asyncio.Future[list[Any]]:
+    """Run fetch_models in a thread of its own, which never delays others or the exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[list[Any]] = loop.create_future()
+
+    def settle(models: list[Any], error: Exception | None) -> None:
+        if not future.done():
+            future.set_exception(error) if error else future.set_result(models)
+
+    def run() -> None:
+        models, failure = [], None
+        try:
+            models = fetch_models(*asked)
+        except (OSError, ValueError) as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, models, failure)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 class ModelLists:
     """The models of every server, asked for at most once a minute."""
@@ -2908,7 +2956,7 @@ class ModelLists:
 
     async def get(self, server: Server, authorization: str | None) -> list[Any] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
-        secret = "" if server.api_key else authorization or ""
+        secret = server.api_key or authorization or ""
         key = str(server.url), hashlib.sha256(secret.encode()).hexdigest()
         asked, models = self.known.get(key, (-MODELS_KEPT, None))
         age = time.monotonic() - asked
@@ -2925,10 +2973,16 @@ class ModelLists:
     async def refresh(self, key: tuple[str, str], server: Server,
                       authorization: str | None) -> None:
         """Ask a server and keep its answer; a failure leaves the last one."""
-        instance = Instance(server)
+        import http.client  # 12 ms and 2 MB, which the start can do without
+
+        instance, context = Instance(server), self.upstreams.context(server)
+        place = server.url.host, server.url.port
+        connection = http.client.HTTPConnection(*place, timeout=MODELS_TIMEOUT)
+        if context:
+            connection = http.client.HTTPSConnection(
+                *place, timeout=MODELS_TIMEOUT, context=context)
         try:
-            context = self.upstreams.context(server)
-            asking = asyncio.to_thread(fetch_models, server, authorization, context)
+            asking = start_fetch(connection, server, authorization)
             models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
         except (OSError, asyncio.TimeoutError) as error:
             self.upstreams.failed(instance, describe(error))
@@ -2941,6 +2995,9 @@ class ModelLists:
             self.known[key] = time.monotonic(), models
         finally:
             del self.asking[key]
+            with contextlib.suppress(OSError):
+                if connection.sock:  # a thread that still reads must end
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
 def model_entry(name: str) -> dict[str, Any]:
     """Return a name of the router's own as an entry of the model list."""
@@ -3071,19 +3128,23 @@ class RequestLog:
         record.finished = time.monotonic()
         self.inflight.pop(record.id, None)
         self.counts[record.service, record.status] += 1
-        if self.quiet:
-            return
         model = record.original_model
         if record.sent_model not in ("", model):
             model = f"{model} -> {record.sent_model}"
+        *failed, _ = record.attempts or [None]
         tokens = record.usage.get("completion_tokens")
-        words = [
-            record.source_ip, record.method, record.path, model, record.route,
+        self.note(
+            record.source_ip, record.method, record.path.partition("?")[0], model, record.route,
+            *(f"({a.instance}: {a.error or a.status})" for a in failed),
             record.upstream_url, str(record.status), record.error,
             f"{record.finished - record.clock:.3f} s",
             f"{tokens} tokens" if tokens is not None else "",
-        ]
-        self.console.line(" ".join(word for word in words if word))
+        )
+
+    def note(self, *words: str) -> None:
+        """Print a line about a request."""
+        if not self.quiet:
+            self.console.line(" ".join(word for word in words if word))
 
 # ======================================================================================
 # 12  Relay
@@ -3092,7 +3153,7 @@ class RequestLog:
 # one gives an answer, and that answer goes out as it comes in. After its first octet has
 # left there is no second answer: a failure ends the stream with an error.
 
-CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's window bits
+CODINGS = ("gzip", "x-gzip", "deflate")
 MAX_DECODED = 32 * MiB
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
@@ -3116,23 +3177,43 @@ def pass_on(fields: Fields, dropped: frozenset[str], added: Pairs) -> Pairs:
     stopped = dropped.union(fields.tokens("connection"), [name.lower() for name, _ in added])
     return [(name, value) for lower, name, value in fields.lines if lower not in stopped]
 
-class Inflater:
-    """Takes gzip or deflate off an answer, up to MAX_DECODED bytes."""
+@contextlib.contextmanager
+def odd_answers() -> Iterator[None]:
+    """Turn what an answer of no known shape does to its readers into BadGateway."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
+        raise BadGateway(f"the answer has a shape that cannot be read: {error}") from error
 
-    def __init__(self, coding: str) -> None:
-        self.decoder = zlib.decompressobj(CODINGS[coding])
-        self.left = MAX_DECODED
+class DecodedTooLong(BadGateway, status=502, code="bad_gateway"):
+    """A coded answer is too long to be changed."""
+
+class Inflater:
+    """Takes gzip or deflate off an answer: RFC 1952 members, RFC 1950 or bare RFC 1951."""
+
+    def __init__(self, coding: str, limit: float) -> None:
+        self.coding, self.left = coding, limit
+        self.decoder: Any = None
 
     def feed(self, data: bytes) -> bytes:
         """Return the decoded bytes. Raises BadGateway."""
-        try:
-            plain = self.decoder.decompress(data, self.left + 1)
-        except zlib.error as error:
-            raise BadGateway(f"the answer's content coding is broken: {error}") from None
-        self.left -= len(plain)
-        if self.left < 0:
-            raise BadGateway(f"the answer decodes to more than {MAX_DECODED} bytes")
-        return plain
+        plain = []
+        while data:
+            if self.decoder is None:
+                bare = self.coding == "deflate" and data[0] & 15 != 8
+                self.decoder = zlib.decompressobj(-15 if bare else 47)
+            try:
+                plain.append(self.decoder.decompress(data, MAX_DECODED + 1))
+            except zlib.error as error:
+                raise BadGateway(f"the answer's content coding is broken: {error}") from None
+            self.left -= len(plain[-1])
+            if self.left < 0 or len(plain[-1]) > MAX_DECODED:
+                raise DecodedTooLong(f"the answer decodes to more than {MAX_DECODED} bytes")
+            data = self.decoder.unused_data
+            if not data.startswith(b"\x1f\x8b"):
+                break
+            self.decoder = None  # another member follows
+        return b"".join(plain)
 
 @dataclasses.dataclass
 class Relay:
@@ -3155,6 +3236,7 @@ class Exchange:
         self.health: Health | None = None  # of the instance, once it is asked
         self.answer: Answer | None = None  # the last one that came; it is closed in the end
         self.transform: Transform | None = None
+        self.inflater: Inflater | None = None
         self.hide_usage = False
         self.record = Record(
             0, os.urandom(8).hex(), time.time(), time.monotonic(), request.source_host,
@@ -3167,6 +3249,7 @@ class Exchange:
         """Serve the request, whatever happens; its record is finished once."""
         record, responder = self.record, self.responder
         self.relay.log.begin(record)
+        self.request.recorded = True
         self.request.stream.watch()
         try:
             if not self.answer_empty():
@@ -3181,7 +3264,7 @@ class Exchange:
                 self.answer.close()
             if self.health:
                 self.health.busy -= 1
-            record.status = record.status or responder.status
+            record.status = record.status or responder.status or 500
             record.response_size = responder.size
             if self.transform:
                 record.usage, record.events = self.transform.usage, self.transform.events
@@ -3283,8 +3366,10 @@ class Exchange:
             return
         kind = (answer.head.fields.get("content-type") or "").partition(";")[0].lower()
         end = EVENT_ENDS.get(kind)
+        size, tail = 0, b""
         while await answer.peek():
-            if end is None or end.search(b"".join(answer.held)):
+            size, tail = size + len(answer.held[-1]), tail[-3:] + answer.held[-1]
+            if end is None or end.search(tail) or size > MAX_HELD_EVENT:
                 return
         raise BadGateway("it ended before its first event or byte")
 
@@ -3346,7 +3431,9 @@ class Exchange:
         )
         kind = (head.fields.get("content-type") or "").partition(";")[0]
         transform = choose_transform(plan, head.status, kind.strip(" \t").lower())
-        return transform, Inflater(coding) if transform and coding in CODINGS else None
+        if not transform or coding == "identity":
+            return transform, None
+        return transform, Inflater(coding, MAX_DECODED if transform.whole else float("inf"))
 
     def timing(self) -> Timing:
         """Return when an answer is made and how long it took, in ns."""
@@ -3354,25 +3441,45 @@ class Exchange:
         first = self.record.first_token or now
         return Timing(time.time(), int((now - begun) * 1e9), int((first - begun) * 1e9))
 
+    def change(self, data: bytes, coded: list[bytes]) -> bytes:
+        """Return what a piece lets out; `coded` keeps pieces that may have to go as they are."""
+        assert self.transform is not None
+        if self.inflater and self.transform.whole:
+            coded.append(data)
+        with odd_answers():
+            data = self.transform.feed(self.inflater.feed(data) if self.inflater else data)
+        self.record.events = self.transform.events
+        return data
+
     async def relay_answer(self, answer: Answer) -> None:
         """Send an answer as it comes in, through its transform."""
         record, responder = self.record, self.responder
-        transform, inflater = self.choose_transform(answer.head)
-        self.transform = transform
+        transform, self.inflater = self.choose_transform(answer.head)
+        self.transform, coded = transform, []
         while data := await answer.read():
             if record.first_token is None:
                 record.first_token, record.phase = time.monotonic(), "streaming"
             if transform:
-                data = transform.feed(inflater.feed(data) if inflater else data)
-                if transform.whole:
+                try:
+                    data = self.change(data, coded)
+                except DecodedTooLong:
+                    if not self.native:
+                        raise
+                    self.transform = self.inflater = transform = None
+                    data = b"".join(coded)
+                if transform and transform.whole:
                     continue
             if not responder.started:
                 self.begin(answer.head, None)
             responder.write(data)
+            record.response_size = responder.size
             await responder.stream.drain()
-        if inflater and not inflater.decoder.eof:
+        inflater = self.inflater
+        if inflater and not (inflater.decoder and inflater.decoder.eof):
             raise BadGateway("the answer's content coding broke off")
-        tail = transform.finish() if transform else b""
+        with odd_answers():
+            closed = answer.content.framing is UNTIL_CLOSE
+            tail = transform.finish(closed) if transform else b""
         if not responder.started:
             self.begin(answer.head, len(tail) if transform and transform.whole else None)
         responder.finish(tail)
@@ -3458,8 +3565,6 @@ class Services:
 
     def decide(self, model: str, source_host: str) -> Decision:
         """Return where a request goes, from a bounded table of earlier decisions."""
-        if not model:
-            return Decision("", "", "default", "failover", (Instance(self.table.default),), ())
         key = model, source_host
         decision = self.decisions.get(key)
         if decision is None:
@@ -3479,6 +3584,8 @@ async def relay_model(services: Services, request: Request, dialect: Dialect) ->
     """Relay a request by its model; without one it goes to the default server."""
     ask = dialect.read(request.path, request.query, request.content)
     decision = services.decide(ask.model, request.source_host)
+    if not (ask.text or ask.model):  # nothing that a rule could look at
+        decision = resolve(RoutingTable(services.table.default), "", request.source_host)
     await Exchange(services.relay, request, dialect, ask, decision).run()
 
 def is_object(content: bytes) -> bool:
@@ -3644,22 +3751,36 @@ class Application:
         found, known = find_endpoint(request.head.method, request.path)
         unknown = OLLAMA if request.path.startswith("/api/") else OPENAI
         dialect = (found or known[0]).dialect if known else unknown
+        words = ""
         try:
-            self.check_browser(request, found)
-            if request.head.method == "OPTIONS" and (known or request.path == "*"):
-                self.answer_options(request, known)
-                return
-            if self.services.relay.via in ", ".join(request.head.fields.get_all("via")):
-                raise LoopDetected("this request has been through this router before")
-            self.check_policy(request, found.guard if found else API)
-            if found is None:
-                raise self.missing(request, known)
-            if found.guard == WEBUI and not self.settings.enable_logging:
-                raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
-            await request.read_content(self.settings.max_request_size)
-            await found.serve(self.services, request, dialect)
+            await self.answer(request, found, known, dialect)
         except RouterError as error:
+            words = str(error)
             refuse(request.responder, error, dialect)
+        except Exception:  # noqa: BLE001 - a fault of ours must cost one request alone
+            self.services.log.console.line(traceback.format_exc())
+            if not request.responder.started:
+                refuse(request.responder, RouterError("internal error; see the log"), dialect)
+        if not request.recorded:
+            status, method = str(request.responder.status), request.head.method
+            self.services.log.note(request.source_host, method, request.path, status, words)
+
+    async def answer(self, request: Request, found: Endpoint | None,
+                     known: Sequence[Endpoint], dialect: Dialect) -> None:
+        """Check what a request may do and let its endpoint serve it. Raises RouterError."""
+        self.check_browser(request, found)
+        if request.head.method == "OPTIONS" and (known or request.path == "*"):
+            self.answer_options(request, known)
+            return
+        if self.services.relay.via in ", ".join(request.head.fields.get_all("via")):
+            raise LoopDetected("this request has been through this router before")
+        self.check_policy(request, found.guard if found else API)
+        if found is None:
+            raise self.missing(request, known)
+        if found.guard == WEBUI and not self.settings.enable_logging:
+            raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
+        await request.read_content(self.settings.max_request_size)
+        await found.serve(self.services, request, dialect)
 
     def missing(self, request: Request, known: Sequence[Endpoint]) -> RouterError:
         """Return the error for a path or method that nobody serves."""
@@ -3667,7 +3788,7 @@ class Application:
             what = f"{request.head.method} is not allowed for {request.path}; {allow(known)} are"
             return MethodNotAllowed(what, ("Allow", allow(known)))
         other = f"/v1{request.path}"
-        hint = f"; did you mean {other}?" if find_endpoint(request.head.method, other)[0] else ""
+        hint = f"; did you mean {other}?" if other in (*POST_PATHS, "/v1/models") else ""
         return NotFound(f"unknown path {request.path[:200]}{hint}")
 
     def check_browser(self, request: Request, found: Endpoint | None) -> None:
@@ -3776,7 +3897,8 @@ class HTTPServer:
             except OSError as error:
                 await asyncio.sleep(0.2 if error.errno in SHORT_OF_FILES else 0.01)
                 continue
-            task = asyncio.create_task(self.serve_connection(client, str(address[0])))
+            peer = str(address[0]).removeprefix("::ffff:")  # IPv4 in IPv6 is IPv4
+            task = asyncio.create_task(self.serve_connection(client, peer))
             self.connections[task] = None
             task.add_done_callback(self.forget)
             if len(self.connections) >= self.places:
@@ -3826,19 +3948,13 @@ class HTTPServer:
             request = self.read_request(stream, peer, parse_request_head(data))
         except RouterError as error:
             refuse(Responder(stream, None), error, OPENAI)
+            self.services.log.note(peer, str(error.status), str(error))
             await stream.linger()
             return False
         stream.deadline = float("inf")
-        responder = request.responder
-        try:
-            await self.application.serve(request)
-        except Exception:  # noqa: BLE001 - a fault of ours must cost one request, not the connection loop
-            self.services.log.console.line(traceback.format_exc())
-            if not responder.started:
-                responder.keep = False
-                refuse(responder, RouterError("internal error; see the log"), OPENAI)
+        await self.application.serve(request)
         stream.reader.on_close = None
-        return responder.finished and await self.settle(request)
+        return request.responder.finished and await self.settle(request)
 
     def read_request(self, stream: Stream, peer: str, head: RequestHead) -> Request:
         """Put together what a head says. Raises MalformedMessage."""
@@ -4019,9 +4135,10 @@ class Router:
         try:
             port = self.server.listen()
         except OSError as error:
-            self.console.line(
-                f"cannot listen on {settings.listen_host}:{settings.listen_port}: "
-                f"{describe(error)}; choose another LISTEN_PORT (LM Studio uses 1234 too)")
+            place, hint = f"{settings.listen_host}:{settings.listen_port}", ""
+            if error.errno == errno.EADDRINUSE:
+                hint = "; choose another LISTEN_PORT (LM Studio uses 1234 too)"
+            self.console.line(f"smolrouter: cannot listen on {place}: {describe(error)}{hint}")
             self.console.close()
             return 1
         self.announce(port)
@@ -4038,8 +4155,11 @@ class Router:
 def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop has its own
-    status = asyncio.run(Router(settings, routes, args.warnings, args.dashboard).run())
-    os._exit(status)  # the interpreter would wait for a full stderr, and change the status
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(32))  # looks names up
+    router = Router(settings, routes, args.warnings, args.dashboard)
+    status = loop.run_until_complete(router.run())
+    os._exit(status)  # the interpreter would wait for a full stderr, or for a dead name server
 
 def run_check(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Validate settings and routing file, print the table."""
@@ -4060,6 +4180,8 @@ def run_check(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
 
 def run_explain(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print every rule tried for a model, and where the request would go."""
+    if not is_address(args.source_host):
+        raise ConfigError(f"--source-host {args.source_host!r}: no IP address")
     decision = resolve(routes.load(), args.model, args.source_host)
     print(f"{args.model!r} from {args.source_host}")
     for step in decision.trail:
@@ -4135,6 +4257,12 @@ def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     def quote(text: object) -> str:  # systemd reads the escapes of JSON, and % as its own
         return json.dumps(str(text), ensure_ascii=False).replace("%", "%%")
 
+    hidden = ("/root/", "/home/", "/tmp/")  # from a unit's own user, and by PrivateTmp
+    warnings = [f"the unit cannot reach {path}; use a copy and a Python under /usr or /opt"
+                for path in (sys.executable, str(args.program)) if path.startswith(hidden)]
+    if 0 < settings.listen_port < 1024:
+        warnings.append(f"the unit may not open port {settings.listen_port}; use one above 1023")
+    print(*(f"warning: {warning}\n" for warning in warnings), sep="", end="", file=sys.stderr)
     given = {name: text for name, text in sorted(args.given.items()) if name != "jwt_secret"}
     if "routes_config" in given:
         given["routes_config"] = str(pathlib.Path(settings.routes_config).absolute())
@@ -4232,10 +4360,11 @@ async def send_demo_requests(settings: Settings, port: int, seconds: float) -> N
 
 async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) -> int:
     """Run the router in front of three upstreams of its own."""
-    urls = {}
+    urls, servers = {}, []
     for name, kind in DEMO_SERVERS.items():
         serve = functools.partial(serve_demo, *kind)
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        servers.append(server)
         urls[name] = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
     (folder / "routes.json").write_bytes(encode_json({"servers": urls, **DEMO_ROUTES}))
     with socket.socket() as probe:
@@ -4249,9 +4378,14 @@ async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) 
     traffic: list[asyncio.Task[None]] = []
 
     def begin(port: int) -> None:
+        print(f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three pretended "
+              "servers answer: one is slow, one thinks aloud, one fails.", flush=True)
         traffic.append(asyncio.create_task(send_demo_requests(settings, port, seconds)))
 
-    return await Router(settings, RoutesFile(settings, {}, True), ()).run(begin)
+    status = await Router(settings, RoutesFile(settings, {}, True), ()).run(begin)
+    for server in servers:
+        server.close()
+    return status
 
 def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Show the router at work with three upstreams of its own."""
