@@ -1322,8 +1322,12 @@ class EventFilter:
 
     def feed(self, data: bytes) -> bytes:
         """Return the events that are whole now, filtered."""
-        if self.raw:
-            return data
+        if self.raw:  # the rest of an event that was too long
+            match = self.form.end.search(data)
+            if match is None:
+                return data
+            self.raw = False
+            return data[: match.end()] + self.feed(data[match.end() :])
         if not self.events:  # one byte order mark at the start is nothing
             data = data.removeprefix(BOM)
         block = self.splitter.feed(data)
@@ -2005,6 +2009,8 @@ class RoutingFile:
             self.check_field("Authorization", key, (*path, "api_key"))
         for field, text in headers.items():
             self.check_field(field, text, (*path, "headers", field))
+            if field.lower() in (*HOP_BY_HOP, "content-length", "expect", "via"):
+                raise self.error((*path, "headers", field), "the router sets this field itself")
         return Server(name, url, api, key, tuple(headers.items()), verify)
 
     def check_field(self, name: str, value: Any, path: Path) -> None:
@@ -2147,8 +2153,17 @@ def parse_yaml_routes(text: str, name: str) -> RoutingFile:
 def parse_routes(text: str, name: str, environ: Mapping[str, str],
                  settings: Settings) -> RoutingTable:
     """Return the table of a routing file, JSON or YAML by content. Raises ConfigError."""
+    text = text.removeprefix("\ufeff") if text.strip() else "{}"
     looks_json = text.lstrip().startswith(("{", "["))
-    file = (parse_json_routes if looks_json else parse_yaml_routes)(text, name)
+    try:
+        file = (parse_json_routes if looks_json else parse_yaml_routes)(text, name)
+    except ConfigError as error:
+        if not looks_json:
+            raise
+        try:
+            file = parse_yaml_routes(text, name)  # YAML in flow style begins like JSON
+        except ConfigError:
+            raise error from None
     return file.read(environ, Server("default", settings.default_upstream), settings.model_map)
 
 def match_model(wanted: str | re.Pattern[str], names: Sequence[str]) -> re.Match[str] | bool:
@@ -3247,10 +3262,10 @@ class Exchange:
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
-        record, responder = self.record, self.responder
+        record, responder, request = self.record, self.responder, self.request
         self.relay.log.begin(record)
-        self.request.recorded = True
-        self.request.stream.watch()
+        request.recorded = True
+        request.stream.watch()
         try:
             if not self.answer_empty():
                 await self.relay_answer(await self.first_answer())
@@ -3268,6 +3283,7 @@ class Exchange:
             record.response_size = responder.size
             if self.transform:
                 record.usage, record.events = self.transform.usage, self.transform.events
+            self.transform, request.content = None, b""  # a cycle would keep megabytes
             self.relay.log.finish(record)
 
     def answer_empty(self) -> bool:
@@ -3407,7 +3423,9 @@ class Exchange:
         """Return the fields for the server: its own, and the client's less what stops here."""
         server, request, relay = self.instance.server, self.request, self.relay
         fields = request.head.fields
-        added = [("Host", server.url.authority), *server.headers]
+        added = [*server.headers]
+        if "host" not in (name.lower() for name, _ in added):
+            added.append(("Host", server.url.authority))
         if server.api_key:
             added.append(("Authorization", f"Bearer {server.api_key}"))
         if self.ask.text:
