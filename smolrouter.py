@@ -1729,7 +1729,7 @@ class OllamaStream(EventFilter):
         self.events += 1
         if isinstance(doc.get("usage"), dict):
             self.usage = doc["usage"]
-        if doc.get("error") and not doc.get("choices"):
+        if (doc.get("error") or doc.get("object") == "error") and not doc.get("choices"):
             self.failed = True
             return LINES.encode(encode_ollama_error(BadGateway(error_text(doc))))
         text, said, reason = read_said(doc)
@@ -2742,6 +2742,11 @@ class Answer:
             self.open = False
             self.stream.close(abort=True)
 
+def drop_connection(opening: asyncio.Future[Any]) -> None:
+    """Close a connection that was made when nobody waited for it any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[0].abort()
+
 @dataclasses.dataclass
 class Health:
     """What is known of one instance."""
@@ -2827,14 +2832,19 @@ class Upstreams:
         loop, url, context = asyncio.get_running_loop(), server.url, self.context(server)
         reader = Reader(limit=READ_SIZE)
         seconds = self.settings.connect_timeout
-        opening = loop.create_connection(
+        opening = asyncio.ensure_future(loop.create_connection(
             lambda: asyncio.StreamReaderProtocol(reader), url.host, url.port, ssl=context,
             happy_eyeballs_delay=0.25, server_hostname=url.host if context else None,
-        )
-        try:
-            transport, protocol = await asyncio.wait_for(opening, seconds)
-        except (asyncio.TimeoutError, TimeoutError):
-            raise GatewayTimeout(f"no connection within {seconds:g} s (CONNECT_TIMEOUT)") from None
+        ))
+        try:  # not wait_for: up to Python 3.11 it may lose a cancellation, or the connection
+            await asyncio.wait([opening], timeout=seconds)
+            if not opening.done():
+                raise GatewayTimeout(f"no connection within {seconds:g} s (CONNECT_TIMEOUT)")
+            transport, protocol = opening.result()
+        except (asyncio.CancelledError, GatewayTimeout):
+            opening.cancel()
+            opening.add_done_callback(drop_connection)
+            raise
         except (OSError, ValueError) as error:
             raise BadGateway(describe(error)) from None
         return Stream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
@@ -3779,7 +3789,7 @@ class Application:
             self.services.log.console.line(traceback.format_exc())
             if not request.responder.started:
                 refuse(request.responder, RouterError("internal error; see the log"), dialect)
-        if not request.recorded:
+        if not request.recorded and (words or (found and found.guard == API)):  # no polls
             status, method = str(request.responder.status), request.head.method
             self.services.log.note(request.source_host, method, request.path, status, words)
 
@@ -3893,13 +3903,20 @@ class HTTPServer:
         """Open the listening sockets and accept; return the port. Raises OSError."""
         host, port = self.settings.listen_host.strip("[]"), self.settings.listen_port
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            listener = socket.socket(family, kind, protocol)
-            self.listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address[0] != "::")
-            listener.bind((address[0], port, *address[2:]))
+        for family, kind, protocol, _, address in (found := list(dict.fromkeys(found))):
+            try:
+                listener = socket.socket(family, kind, protocol)
+                self.listeners.append(listener)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    dual = address[0] == "::"
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
+                listener.bind((address[0], port, *address[2:]))
+            except OSError as error:  # a name may have an address of a family that is off
+                last = address == found[-1][4] and not self.accepting
+                if last or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                continue
             port = listener.getsockname()[1]
             listener.listen(BACKLOG)
             listener.setblocking(False)
