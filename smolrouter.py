@@ -3868,7 +3868,7 @@ class Application:
 # there is room; more wait in the listen queue.
 
 BACKLOG = 4096  # the default of 100 makes the 101st client of a burst wait for 1 to 3 s
-MAX_REQUESTS = 10_000  # on one connection
+MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s that it may idle then
 MAX_DISCARDED = 64 * KiB  # unread content that is read past after an early answer
 SPARE_FILES = 64  # files that are neither a client nor its upstream
 SHORT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -3956,9 +3956,10 @@ class HTTPServer:
         stream = Stream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
         self.connections[asyncio.current_task()] = stream
         try:
-            for _ in range(MAX_REQUESTS):
-                if not await self.serve_request(stream, peer):
-                    break
+            idle = itertools.chain(itertools.repeat(IDLE_TIMEOUT, MAX_REQUESTS),
+                                   itertools.repeat(WORN_IDLE))
+            while await self.serve_request(stream, peer, next(idle)):
+                pass
         except (OSError, RouterError):
             pass  # the client went away between two messages, or was idle for too long
         except asyncio.CancelledError:
@@ -3967,10 +3968,10 @@ class HTTPServer:
         finally:
             stream.close(abort=isinstance(stream.cause, ClientClosed))
 
-    async def serve_request(self, stream: Stream, peer: str) -> bool:
+    async def serve_request(self, stream: Stream, peer: str, idle: float) -> bool:
         """Serve one request; return whether another may follow."""
         stream.busy = False
-        stream.expect(IDLE_TIMEOUT, RequestTimeout("idle"))
+        stream.expect(idle, RequestTimeout("idle"))
         stream.rest = stream.rest or await stream.read()
         if not stream.rest:
             return False
