@@ -66,7 +66,7 @@ import traceback
 import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 __version__ = "1.0.0"
 
@@ -410,10 +410,11 @@ MAX_FIELDS_SIZE = 64 * KiB  # all field lines of a head
 MAX_FIELD_COUNT = 128
 MAX_REQUEST_HEAD = MAX_START_LINE + MAX_FIELDS_SIZE
 MAX_RESPONSE_HEAD = 64 * KiB
+MAX_CACHED_HEAD = 2 * KiB  # remembered with what was read from it
 MAX_CHUNK_LINE = 1 * KiB  # chunk-size with extensions
 MAX_CHUNK_EXTENSIONS = 16 * KiB  # all of one content: CVE-2023-39326
 MAX_TRAILERS = 8 * KiB
-MIN_BULK = 2 * KiB  # from here on splitting chunks in bulk is the faster way
+MIN_BULK = KiB  # from here on splitting chunks in bulk is the faster way
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
@@ -422,7 +423,7 @@ FIELD_LINE = re.compile(rf"({TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
 BARE_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
-CHUNK_SIZES = re.compile(rb"(?:[0-9A-Fa-f]{1,15} )*")
+CHUNK_EDGE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")  # after a chunk, before the next
 LAST_CHUNK = b"0\r\n\r\n"
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
@@ -454,20 +455,6 @@ class Fields:
         parts = ",".join(values).lower().split(",") if values else []
         return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
-class RequestHead(NamedTuple):
-    """A request line and its fields."""
-    method: str
-    target: str
-    minor: int  # HTTP/1.minor
-    fields: Fields
-
-class ResponseHead(NamedTuple):
-    """A status line and its fields."""
-    status: int
-    reason: str
-    minor: int
-    fields: Fields
-
 class Framing(NamedTuple):
     """How long a content is: `length` octets, "chunked" or "until-close"."""
     kind: str
@@ -491,37 +478,6 @@ def parse_fields(lines: list[str]) -> Fields:
         fields.append((name.lower(), name, value.strip(" \t")))
     return Fields(fields)
 
-def parse_request_head(data: bytes) -> RequestHead:
-    """Read a request head without its final empty line (RFC 9112 2.1, 3, 5)."""
-    start, *lines = data.decode("latin-1").split("\r\n")
-    if len(start) > MAX_START_LINE:
-        seen = f"the request line has {len(start)} octets"
-        raise TargetTooLong(f"{seen}; {MAX_START_LINE} are allowed")
-    match = REQUEST_LINE.fullmatch(start)
-    if match is None:
-        raise MalformedMessage(f"request line {start[:80]!r} is not `METHOD target HTTP/1.1`")
-    method, target, major, minor = match.groups()
-    if major != "1":
-        raise VersionNotSupported(f"HTTP/{major}.{minor} instead of HTTP/1.1")
-    if len(data) - len(start) > MAX_FIELDS_SIZE:
-        raise FieldsTooLarge(f"all fields have more than {MAX_FIELDS_SIZE} octets")
-    head = RequestHead(method, target, min(int(minor), 1), parse_fields(lines))
-    hosts = head.fields.get_all("host")  # RFC 9112 3.2
-    if len(hosts) > 1 or (not hosts and head.minor):
-        raise MalformedMessage(f"{len(hosts)} Host fields instead of one")
-    if hosts and not HOST.fullmatch(hosts[0]):
-        raise MalformedMessage(f"Host {hosts[0][:80]!r} is not a host and port")
-    return head
-
-def parse_response_head(data: bytes) -> ResponseHead:
-    """Read a response head without its final empty line (RFC 9112 4)."""
-    start, *lines = data.decode("latin-1").split("\r\n")
-    match = STATUS_LINE.fullmatch(start)
-    if match is None:
-        raise MalformedMessage(f"status line {start[:80]!r} is not `HTTP/1.1 200 OK`")
-    minor, status, reason = match.groups()
-    return ResponseHead(int(status), reason or "", int(minor), parse_fields(lines))
-
 def read_framing(fields: Fields, minor: int) -> Framing | None:
     """Return what the fields alone say (RFC 9112 6.3), None when they say nothing.
 
@@ -542,39 +498,143 @@ def read_framing(fields: Fields, minor: int) -> Framing | None:
         return Framing("length", int(lengths[0]))
     return CHUNKED if codings else None
 
-def request_framing(head: RequestHead) -> Framing:
-    """Return a request's framing; without fields it has no content."""
-    return read_framing(head.fields, head.minor) or NO_CONTENT
-
-def response_framing(head: ResponseHead, method: str) -> Framing:
-    """Return a response's framing; without fields it lasts until the close."""
-    framing = read_framing(head.fields, head.minor) or UNTIL_CLOSE
-    return NO_CONTENT if method == "HEAD" or head.status in (204, 304) else framing
-
 def keeps_alive(fields: Fields, minor: int) -> bool:
     """Tell whether the sender wants the connection to persist (RFC 9112 9.3)."""
     options = fields.tokens("connection")
     return "close" not in options and (minor == 1 or "keep-alive" in options)
 
+def decode_unreserved(match: re.Match[str]) -> str:
+    """Decode an octet that needs no percent-encoding; others get upper-case digits."""
+    character = chr(int(match[1], 16))
+    return character if character in UNRESERVED else match[0].upper()
+
+def normalise_path(path: str) -> str:
+    """Return the one spelling of a path: RFC 3986 6.2.2, no empty or dot segments.
+
+    It is matched, guarded and sent upstream, so that no second spelling opens a door.
+    """
+    if "%" in path:
+        path = PERCENT_OCTET.sub(decode_unreserved, path)
+    if "//" not in path and "/." not in path and not path.endswith("/"):
+        return path
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            segments[-1:] = []
+        elif segment not in ("", "."):
+            segments.append(segment)
+    return "/" + "/".join(segments)
+
+def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
+    """Return authority (None unless absolute-form), path and `?query` (RFC 9112 3.2)."""
+    authority = None
+    if method == "OPTIONS" and target == "*":
+        return None, "*", ""
+    absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
+    if absolute:
+        authority, target = absolute.groups()
+        if not authority or not HOST.fullmatch(authority):
+            raise MalformedMessage(f"authority {authority[:80]!r} in the target")
+        target = target if target.startswith("/") else f"/{target}"
+    if not target.startswith("/") or "#" in target:
+        raise MalformedMessage(f"target {target[:80]!r} is not a path")
+    path, mark, query = target.partition("?")
+    return authority, normalise_path(path), mark + query
+
+class RequestHead:
+    """A request line and its fields, and what follows from them. Raises MalformedMessage."""
+
+    def __init__(self, method: str, target: str, minor: int, fields: Fields) -> None:
+        self.method, self.minor, self.fields = method, minor, fields  # HTTP/1.minor
+        hosts = fields.get_all("host")  # RFC 9112 3.2
+        if len(hosts) > 1 or (not hosts and minor):
+            raise MalformedMessage(f"{len(hosts)} Host fields instead of one")
+        if hosts and not HOST.fullmatch(hosts[0]):
+            raise MalformedMessage(f"Host {hosts[0][:80]!r} is not a host and port")
+        authority, self.path, self.query = parse_target(method, target)
+        self.host = authority or (hosts[0] if hosts else "")
+        self.framing = read_framing(fields, minor) or NO_CONTENT
+        self.keeps_alive = keeps_alive(fields, minor)
+        self.expects_continue = minor == 1 and "100-continue" in fields.tokens("expect")
+        self.onward: dict[Any, str] = {}  # its lines as each server gets them
+
+class ResponseHead:
+    """A status line and its fields, and what follows from them."""
+
+    def __init__(self, status: int, reason: str, minor: int, fields: Fields) -> None:
+        self.status, self.reason, self.minor, self.fields = status, reason, minor, fields
+        self.keeps_alive = keeps_alive(fields, minor)
+        kind = fields.get("content-type") or ""
+        self.media_type = kind.partition(";")[0].strip(" \t").lower()
+        self.onward: dict[Any, str] = {}  # its lines as clients get them
+
+    def framing(self, method: str) -> Framing:
+        """Return the answer's framing; without fields it lasts until the close."""
+        framing = read_framing(self.fields, self.minor) or UNTIL_CLOSE
+        return NO_CONTENT if method == "HEAD" or self.status in (204, 304) else framing
+
+Parsed = TypeVar("Parsed")
+
+def cache_short(parse: Callable[[bytes], Parsed]) -> Callable[[bytes], Parsed]:
+    """Let `parse` remember short heads: clients and servers repeat theirs to the letter."""
+    cached = functools.lru_cache(maxsize=512)(parse)
+
+    @functools.wraps(parse)
+    def parse_again(data: bytes) -> Parsed:
+        return cached(data) if len(data) <= MAX_CACHED_HEAD else parse(data)
+    return parse_again
+
+@cache_short
+def parse_request_head(data: bytes) -> RequestHead:
+    """Read a request head without its final empty line (RFC 9112 2.1, 3, 5)."""
+    start, *lines = data.decode("latin-1").split("\r\n")
+    if len(start) > MAX_START_LINE:
+        seen = f"the request line has {len(start)} octets"
+        raise TargetTooLong(f"{seen}; {MAX_START_LINE} are allowed")
+    match = REQUEST_LINE.fullmatch(start)
+    if match is None:
+        raise MalformedMessage(f"request line {start[:80]!r} is not `METHOD target HTTP/1.1`")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise VersionNotSupported(f"HTTP/{major}.{minor} instead of HTTP/1.1")
+    if len(data) - len(start) > MAX_FIELDS_SIZE:
+        raise FieldsTooLarge(f"all fields have more than {MAX_FIELDS_SIZE} octets")
+    return RequestHead(method, target, min(int(minor), 1), parse_fields(lines))
+
+@cache_short
+def parse_response_head(data: bytes) -> ResponseHead:
+    """Read a response head without its final empty line (RFC 9112 4)."""
+    start, *lines = data.decode("latin-1").split("\r\n")
+    match = STATUS_LINE.fullmatch(start)
+    if match is None:
+        raise MalformedMessage(f"status line {start[:80]!r} is not `HTTP/1.1 200 OK`")
+    minor, status, reason = match.groups()
+    return ResponseHead(int(status), reason or "", int(minor), parse_fields(lines))
+
+def encode_lines(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return fields as field lines."""
+    return "".join([f"{name}: {value}\r\n" for name, value in pairs])
+
 def split_whole_chunks(data: bytes) -> tuple[list[bytes], int]:
     """Return the contents of the whole chunks that `data` begins with, and their size.
 
-    The fast way, in bulk, for chunks without extensions whose contents hold no CRLF, as in event
-    streams; it returns nothing when it meets others: `ChunkDecoder` then goes step by step.
+    The fast way, in bulk, for chunks without extensions, as event streams come in. It returns
+    nothing when it meets anything else: `ChunkDecoder` then goes step by step.
     """
-    parts = data.split(b"\r\n")
-    count = (len(parts) - 1) // 2
-    sizes, contents = parts[0 : 2 * count : 2], parts[1 : 2 * count : 2]
-    lengths = list(map(len, contents))
-    if 0 in lengths:
-        count = lengths.index(0)
-        sizes, contents, lengths = sizes[:count], contents[:count], lengths[:count]
-    head = b" ".join(sizes) + b" "
-    if not count or not CHUNK_SIZES.fullmatch(head):
+    before, *parts = CHUNK_EDGE.split(b"\r\n" + data)
+    sizes, contents = parts[0::2], parts[1::2]
+    if before or not contents:
         return [], 0
-    if list(map(int, sizes, itertools.repeat(16))) != lengths:
+    lengths = list(map(int, sizes, itertools.repeat(16)))
+    rest = len(contents[-1]) - 2 - lengths[-1]
+    if rest or not contents[-1].endswith(b"\r\n") or not lengths[-1]:  # leave the last one
+        rest = len(sizes.pop()) + 2 + len(contents.pop())
+        lengths.pop()
+    else:
+        contents[-1] = contents[-1][:-2]
+    if 0 in lengths or list(map(len, contents)) != lengths:
         return [], 0
-    return contents, len(head) + 3 * count + sum(lengths)
+    return contents, len(data) - rest
 
 @dataclasses.dataclass(slots=True)
 class ChunkDecoder:
@@ -591,9 +651,7 @@ class ChunkDecoder:
         """Return the content in `data`. Raises MalformedMessage."""
         data = self.rest + data if self.rest else data
         contents: list[bytes] = []
-        at = 0
-        if len(data) > MIN_BULK and not (self.left or self.between or self.in_trailers):
-            contents, at = split_whole_chunks(data)
+        at, bulk = 0, True
         while at < len(data) and not self.done:
             if self.left:
                 contents.append(data[at : at + self.left])
@@ -608,6 +666,11 @@ class ChunkDecoder:
                     break
                 self.between = False
                 at += 2
+            elif bulk and len(data) - at > MIN_BULK and not self.in_trailers:
+                whole, size = split_whole_chunks(data[at:])
+                contents += whole
+                at += size
+                bulk = False
             else:
                 line = self.find_line(data, at)
                 if line is None:
@@ -653,46 +716,9 @@ def encode_chunk(content: bytes) -> bytes:
     """Return `content` as one chunk; it must not be empty."""
     return b"%x\r\n%b\r\n" % (len(content), content)
 
-def decode_unreserved(match: re.Match[str]) -> str:
-    """Decode an octet that needs no percent-encoding; others get upper-case digits."""
-    character = chr(int(match[1], 16))
-    return character if character in UNRESERVED else match[0].upper()
-
-def normalise_path(path: str) -> str:
-    """Return the one spelling of a path: RFC 3986 6.2.2, no empty or dot segments.
-
-    It is matched, guarded and sent upstream, so that no second spelling opens a door.
-    """
-    if "%" in path:
-        path = PERCENT_OCTET.sub(decode_unreserved, path)
-    if "//" not in path and "/." not in path and not path.endswith("/"):
-        return path
-    segments: list[str] = []
-    for segment in path.split("/"):
-        if segment == "..":
-            segments[-1:] = []
-        elif segment not in ("", "."):
-            segments.append(segment)
-    return "/" + "/".join(segments)
-
-def parse_target(head: RequestHead) -> tuple[str | None, str, str]:
-    """Return authority (None unless absolute-form), path and `?query` (RFC 9112 3.2)."""
-    target, authority = head.target, None
-    if head.method == "OPTIONS" and target == "*":
-        return None, "*", ""
-    absolute = ABSOLUTE_FORM.fullmatch(target)
-    if absolute:
-        authority, target = absolute.groups()
-        if not authority or not HOST.fullmatch(authority):
-            raise MalformedMessage(f"authority {authority[:80]!r} in the target")
-        target = target if target.startswith("/") else f"/{target}"
-    if not target.startswith("/") or "#" in target:
-        raise MalformedMessage(f"target {target[:80]!r} is not a path")
-    path, mark, query = target.partition("?")
-    return authority, normalise_path(path), mark + query
-
+@functools.lru_cache(maxsize=1024)
 def encode_field_value(text: str) -> str:
-    """Return `text` as a field value that cannot end its line: visible ASCII."""
+    """Return a short text as a field value that cannot end its line: visible ASCII."""
     ascii_text = text.encode("ascii", "backslashreplace").decode("ascii")
     return re.sub(r"[^\x20-\x7e]", "?", ascii_text)[:256]
 
@@ -703,6 +729,7 @@ def encode_field_value(text: str) -> str:
 # Whole events leave as the bytes they came in; nobody looks inside here.
 
 MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
+MAX_LAST_EVENTS = 8 * KiB  # of a stream, where the word stands that it is complete
 DONE_MARK = b"[DONE]"
 
 MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
@@ -902,7 +929,8 @@ MAX_JSON_DEPTH = 200
 MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed as it is
 JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-NULL_USAGES = (b',"usage":null', b', "usage": null', b',"usage": null')
+NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
+USAGE_WORDS = (b'"usage"', b'"timings"', b'"done"')
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
 BOM = b"\xef\xbb\xbf"
@@ -1275,7 +1303,7 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
 
 class WholeAnswer:
     """Holds an answer until all of it can be changed; a huge one goes as it is."""
-    whole, complete, events = True, False, 0  # `whole`: nothing leaves before finish()
+    whole, complete = True, False  # `whole`: nothing leaves before finish()
 
     def __init__(self, change: Callable[[bytes], bytes], required: bool = False) -> None:
         self.change, self.required = change, required
@@ -1304,21 +1332,32 @@ class WholeAnswer:
         self.complete = True
         return self.change(bytes(self.held)) if self.whole else b""
 
+def event_usage(doc: dict[str, Any]) -> dict[str, Any]:
+    """Return what an event says of the answer's cost."""
+    usage = dict(doc) if doc.get("done") is True else {}
+    if isinstance(doc.get("timings"), dict):
+        usage["timings"] = doc["timings"]
+    return usage | doc["usage"] if isinstance(doc.get("usage"), dict) else usage
+
 class EventFilter:
-    """Filters the events of a stream that stays in its own format."""
+    """Filters the events of a stream that stays in its own format.
+
+    Whole events leave as the bytes they came in, unless one holds a word that may make a change
+    necessary, or a filter waits for more text (`plain` is false).
+    """
     whole = required = False  # `required`: the client could not read the events as they are
 
     def __init__(self, plan: AnswerPlan, form: EventFormat) -> None:
         self.plan, self.form, self.rules, self.renames = plan, form, plan.rules, plan.renames
         self.splitter = EventSplitter(form)
-        self.sign = form.prefix.rstrip() or form.mark  # counts the events of a block
         self.filtering, self.single = any(plan.rules), plan.ask.choices == 1
-        suspects = (b"<", b"\\u003") if self.filtering else ()
-        self.words = (b'"usage"', b'"timings"', b'"done"', *suspects)
+        self.words = (b'"usage"',) if plan.hide_usage else ()
+        self.words += (b"<", b"\\u003") if self.filtering else ()
+        self.plain = not (self.filtering or self.renames)
         self.texts: dict[Any, tuple[TextFilter, bytes, Slot]] = {}  # with the last event of each
-        self.usage: dict[str, Any] = {}
-        self.events = 0
-        self.complete = self.raw = False  # the answer said that it is at its end; too long
+        self.noted: dict[str, Any] = {}  # usage of the events that were parsed
+        self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
+        self.raw = False  # inside an event that was too long
 
     def feed(self, data: bytes) -> bytes:
         """Return the events that are whole now, filtered."""
@@ -1328,18 +1367,41 @@ class EventFilter:
                 return data
             self.raw = False
             return data[: match.end()] + self.feed(data[match.end() :])
-        if not self.events:  # one byte order mark at the start is nothing
+        if not self.tail:  # one byte order mark at the start is nothing
             data = data.removeprefix(BOM)
         block = self.splitter.feed(data)
         if block:
-            self.complete = self.complete or any(word in block for word in END_WORDS)
-            return self.change_block(block)
+            self.tail.append(block)
+            return block if self.plain and not self.suspicious(block) else self.change_block(block)
         if len(self.splitter.held) <= MAX_HELD_EVENT:
             return b""
         if self.required:
             raise BadGateway(f"an event is longer than {MAX_HELD_EVENT} bytes")
         self.raw = True
         return self.splitter.take()
+
+    def suspicious(self, block: bytes) -> bool:
+        """Tell whether a block may hold an event that needs a change."""
+        if self.filtering and (b"<" in block or (b"\\" in block and b"\\u003" in block)):
+            return True
+        return self.plan.hide_usage and b'"usage"' in block
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has said that it is at its end."""
+        last = b"".join(self.tail)[-MAX_LAST_EVENTS:]
+        return any(word in last for word in END_WORDS)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """What the answer has said of its own cost."""
+        usage, last = dict(self.noted), b"".join(self.tail)
+        for at in map(last.rfind, USAGE_WORDS):
+            if at >= 0:
+                end = last.find(b"\n", at)
+                line = last[last.rfind(b"\n", 0, at) + 1 : end if end >= 0 else len(last)]
+                usage |= event_usage(parse_event_json(self.form.read(line)) or {})
+        return usage
 
     def finish(self, closed: bool = False) -> bytes:
         """Return the last event, if it lacks its end, and what was held back.
@@ -1351,16 +1413,16 @@ class EventFilter:
         data = self.form.read(rest)
         if data.startswith(b"{") and parse_event_json(data) is None:
             raise BadGateway("the stream ended inside an event")
-        self.complete = self.complete or any(word in rest for word in END_WORDS)
+        self.tail.append(rest)
         if closed and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
             raise BadGateway("the connection was closed before the answer was complete")
         return (self.change_block(rest) if rest else b"") + self.close(self.texts)
 
     def change_block(self, block: bytes) -> bytes:
         """Return whole events; only those that could need a change are parsed."""
-        self.events += block.count(self.sign)
-        for null_usage in NULL_USAGES if self.plan.hide_usage else ():
-            block = block.replace(null_usage, b"")
+        if self.plan.hide_usage:
+            at = block.find(b'"usage"')
+            block = block[:at] + NULL_USAGE.sub(b"", block[at:]) if at >= 0 else block
         parts: list[bytes] = []
         at, found = 0, dict.fromkeys(self.words, -1)
         while at < len(block):
@@ -1371,12 +1433,13 @@ class EventFilter:
                 match = self.form.end.search(block, at)
                 end = match.end() if match else len(block)
                 parts.append(self.change(block[at:end]))
+                self.plain = self.settled()
             at = end
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def plain_until(self, block: bytes, at: int, found: dict[bytes, int]) -> int:
         """Return how far events may leave as they are; `found`: where each word comes next."""
-        if self.renames or not self.settled():
+        if not self.plain:
             return at
         nearest = len(block)
         for word, place in found.items():
@@ -1390,9 +1453,9 @@ class EventFilter:
         return start + len(self.form.mark) if start >= 0 else at
 
     def settled(self) -> bool:
-        """Tell whether text without `<` would pass every filter unchanged."""
-        if not self.filtering:
-            return True
+        """Tell whether events without `words` would pass unchanged."""
+        if self.renames or not self.filtering:
+            return not self.renames
         if not self.single or not self.texts:
             return False
         return False not in [text_filter.settled for text_filter, _, _ in self.texts.values()]
@@ -1405,7 +1468,7 @@ class EventFilter:
         doc = parse_event_json(data)
         if doc is None:
             return event
-        self.note_usage(doc)
+        self.noted |= event_usage(doc)
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
             return b""
         tails, edits, empty = self.filter(doc, event) if self.filtering else (b"", {}, False)
@@ -1415,15 +1478,6 @@ class EventFilter:
         if edits:
             event = self.form.replace(event, splice_json(data.decode(), edits))
         return tails + event
-
-    def note_usage(self, doc: dict[str, Any]) -> None:
-        """Keep what the answer says of its own cost, and that it is done."""
-        if doc.get("done") is True:
-            self.complete, self.usage = True, doc
-        if isinstance(doc.get("timings"), dict):
-            self.usage = {**self.usage, "timings": doc["timings"]}
-        if isinstance(doc.get("usage"), dict):
-            self.usage = {**self.usage, **doc["usage"]}
 
     def filter(self, doc: dict[str, Any], event: bytes) -> tuple[bytes, dict[Path, Any], bool]:
         """Return events to go before this one, its edits, and whether it lost all text."""
@@ -1726,9 +1780,7 @@ class OllamaStream(EventFilter):
         doc = parse_event_json(self.form.read(event))
         if doc is None:
             return b""
-        self.events += 1
-        if isinstance(doc.get("usage"), dict):
-            self.usage = doc["usage"]
+        self.noted |= event_usage(doc)
         if (doc.get("error") or doc.get("object") == "error") and not doc.get("choices"):
             self.failed = True
             return LINES.encode(encode_ollama_error(BadGateway(error_text(doc))))
@@ -1773,9 +1825,8 @@ class OllamaStream(EventFilter):
         """Return the last lines, with the counts."""
         if self.failed:
             return b""
-        self.complete = True
         lines = self.close_texts()
-        return lines + self.say({}, ollama_end(self.reason, self.usage, self.plan.clock()))
+        return lines + self.say({}, ollama_end(self.reason, self.noted, self.plan.clock()))
 
 # --- which transform ------------------------------------------------------------------
 
@@ -1838,6 +1889,9 @@ class Server:
     api_key: str | None = dataclasses.field(default=None, repr=False)
     headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
     verify: bool = True
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 class Instance(NamedTuple):
     """A server and the model it is asked for; None keeps the request's name."""
@@ -2378,96 +2432,176 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
 # heads and contents and keeps the deadline; a `Responder` writes one answer. Whoever
 # reads a content to its end leaves the connection at the next message.
 
-READ_SIZE = 64 * KiB
+TICK = 0.25  # s between two looks at the deadlines
+READ_AHEAD = 128 * KiB  # read, but not used yet; above, the other side waits
 WRITE_BUFFER = 256 * KiB  # of a client; above, its upstream waits
+WRITE_STALL = 300.0  # s that a client may read nothing of a running answer
 HEAD_TIMEOUT = 10.0  # s for a request head, from its first octet
 IDLE_TIMEOUT = 75.0  # s that a connection may wait for its next request
 CONTENT_GRACE, CONTENT_RATE = 20.0, 500  # s, then octets/s a request's content must keep
 LINGER = 2.0  # s to read on after an error, so that the answer is not lost
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
-class Reader(asyncio.StreamReader):
-    """asyncio's reader, which tells at once that the other side has gone."""
+Late = Callable[[], RouterError]  # makes the error of a deadline that has passed
+NEVER = float("inf")
 
-    on_close: Callable[[], None] | None = None
+class Clock:
+    """Looks at the deadlines of all open streams, a few times a second while there are any."""
 
-    def feed_eof(self) -> None:
-        """Note the end, as asyncio calls it."""
-        super().feed_eof()
-        if self.on_close:
-            self.on_close()
-
-    def set_exception(self, exc: BaseException) -> None:
-        """Note a failure, as asyncio calls it, or a deadline."""
-        super().set_exception(exc)
-        if self.on_close:
-            self.on_close()
-
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing has come and nothing has ended."""
-        return not (self._buffer or self.at_eof() or self.exception())
-
-class Stream:
-    """One connection: reads heads and contents, keeps the deadline of the next read."""
-
-    def __init__(self, reader: Reader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer, self.transport = reader, writer, writer.transport
-        self.transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        self.write = self.transport.write
-        self.loop = asyncio.get_running_loop()
-        self.rest = b""  # read, but not yet used
-        self.patience = 0.0  # s for each read; 0 keeps `deadline`
-        self.deadline = float("inf")
-        self.late: Exception = RequestTimeout("late")
-        self.waiting = self.busy = False
-        self.touched = False  # something was read since it was set
-        self.cause: RouterError | None = None  # why the task was ended from outside
+    def __init__(self) -> None:
+        self.streams: set[Any] = set()
         self.timer: asyncio.TimerHandle | None = None
 
-    def expect(self, seconds: float, late: Exception) -> None:
-        """Fail the read that still waits after `seconds` with `late`."""
+    def add(self, stream: Any) -> None:
+        """Look at a stream, which is a `Stream`, from now on."""
+        self.streams.add(stream)
+        self.timer = self.timer or stream.loop.call_later(TICK, self.tick)
+
+    def tick(self) -> None:
+        """Look at every stream once."""
+        self.timer = None
+        for stream in list(self.streams):
+            stream.check_deadline()
+        for stream in self.streams:
+            self.timer = stream.loop.call_later(TICK, self.tick)
+            return
+
+class Stream(asyncio.Protocol):
+    """One connection, either way: what has come, what may be written, and a deadline.
+
+    One task at a time awaits it. While `sink` is set, what comes goes there at once, without a
+    task being woken for it: that is how answers are relayed.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.loop = clock, asyncio.get_running_loop()
+        self.rest = b""  # has come, is not used yet
+        self.sink: Callable[[bytes], None] | None = None
+        self.ended = False  # nothing more will come
+        self.failure: Exception | None = None  # of the connection, or a deadline
+        self.waiter: asyncio.Future[None] | None = None
+        self.choked = self.paused = False  # the other side reads too slowly; this one does
+        self.deadline, self.silence = NEVER, 0.0  # silence: s that each octet moves it on by
+        self.late: Late = RouterError
+        self.octets = self.seen = 0  # how many have come; and had at the last look
+        self.busy = False  # a request runs
+        self.cause: RouterError | None = None  # why the task was ended from outside
+        self.on_close: Callable[[], None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, as asyncio calls it."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport, self.write = transport, transport.write
+        transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        self.clock.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come; above READ_AHEAD, the other side waits."""
+        self.octets += len(data)
+        if self.sink:
+            self.sink(data)
+            return
+        self.rest = self.rest + data if self.rest else data
+        if len(self.rest) > READ_AHEAD:
+            self.pause()
+        self.wake()
+
+    def eof_received(self) -> bool:
+        """Note that nothing more comes; what is written may still be read."""
+        self.ended = True
+        self.closed()
+        return self.transport.get_extra_info("sslcontext") is None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note the end of the connection."""
+        self.clock.streams.discard(self)
+        self.failure, self.ended = self.failure or exc, True
+        self.closed()
+
+    def closed(self) -> None:
+        """Tell who waits, and who wants to know, that the other side has gone."""
+        if self.on_close:
+            self.on_close()
+        self.wake()
+
+    def pause_writing(self) -> None:
+        """Note that the other side reads slowly."""
+        self.choked = True
+
+    def resume_writing(self) -> None:
+        """Note that there is room again."""
+        self.choked = False
+        self.wake()
+
+    def pause(self) -> None:
+        """Let the other side wait."""
+        if not (self.paused or self.ended):
+            self.paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Let the other side go on."""
+        if self.paused:
+            self.paused = False
+            self.transport.resume_reading()
+
+    def fail(self, error: Exception) -> None:
+        """Let the next read raise `error`."""
+        self.failure = self.failure or error
+        self.closed()
+
+    def expect(self, seconds: float, late: Late, silence: bool = False) -> None:
+        """Fail after `seconds`; with `silence`, after so many without an octet."""
         self.late, self.deadline = late, self.loop.time() + seconds
-        if self.timer is None or self.timer.when() > self.deadline:
-            if self.timer:
-                self.timer.cancel()
-            self.timer = self.loop.call_at(self.deadline, self.check_deadline)
+        self.silence, self.seen = seconds if silence else 0.0, self.octets
 
     def check_deadline(self) -> None:
-        """Fail the reader when the deadline has passed, else look again then."""
-        self.timer = None
+        """Fail when the deadline has passed."""
         now = self.loop.time()
-        if self.patience and not self.waiting:  # nobody reads: the other side is slow
-            self.deadline = now + self.patience
-        if self.deadline <= now:
-            self.reader.set_exception(self.late)
-        elif self.deadline < float("inf"):
-            self.timer = self.loop.call_at(self.deadline, self.check_deadline)
+        if self.silence and (self.octets != self.seen or self.paused):  # or this side is slow
+            self.seen, self.deadline = self.octets, now + self.silence
+        elif now >= self.deadline:
+            self.deadline = NEVER
+            self.fail(self.late())
 
     def watch(self) -> None:
         """Cancel this task as soon as the other side goes away."""
         task = asyncio.current_task()
 
         def gone() -> None:
-            self.cause = ClientClosed("client_closed")
+            self.cause = self.cause or ClientClosed("client_closed")
             task.cancel()
 
-        self.reader.on_close = gone
+        self.on_close = gone
+
+    def wake(self) -> None:
+        """Wake the task that waits."""
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Wait for the next news: octets, the end, a failure, or room to write."""
+        self.waiter = self.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+    def take(self) -> bytes:
+        """Return what has come."""
+        data, self.rest = self.rest, b""
+        self.resume()
+        return data
 
     async def read(self) -> bytes:
-        """Return the next octets, b"" at the end."""
-        if self.rest:
-            data, self.rest = self.rest, b""
-            return data
-        if self.patience:
-            self.deadline = self.loop.time() + self.patience
-        self.waiting = True
-        try:
-            data = await self.reader.read(READ_SIZE)
-            self.touched = self.touched or bool(data)
-            return data
-        finally:
-            self.waiting = False
+        """Return the next octets, b"" at the end. Raises what ended the connection."""
+        while not self.rest:
+            if self.failure:
+                raise self.failure
+            if self.ended:
+                return b""
+            await self.wait()
+        return self.take()
 
     async def read_head(self, limit: int) -> bytes | None:
         """Return a head without its empty line, None at the end; refuse a bad one early."""
@@ -2493,15 +2627,18 @@ class Stream:
         return None
 
     async def drain(self) -> None:
-        """Wait while the other side is slow."""
-        if self.transport.get_write_buffer_size() > WRITE_BUFFER:
-            await self.writer.drain()
+        """Wait while the other side reads too slowly. Raises ConnectionResetError."""
+        if self.choked and not self.failure:
+            self.expect(WRITE_STALL, READS_NOTHING)
+            while self.choked and not self.failure:
+                await self.wait()
+            self.deadline = NEVER
+        if self.failure or self.transport.is_closing():
+            raise ConnectionResetError("the other side is gone")
 
     def close(self, abort: bool = False) -> None:
         """End the connection; `abort` throws away what was not sent."""
-        if self.timer:
-            self.timer.cancel()
-        self.timer = self.reader.on_close = None
+        self.on_close = None
         if abort:
             self.transport.abort()
         else:
@@ -2512,43 +2649,55 @@ class Stream:
         with contextlib.suppress(OSError, RouterError):
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            self.patience = 0.0
-            self.expect(LINGER, RequestTimeout("late"))
+            self.expect(LINGER, TOO_LATE)
             while await self.read():
                 pass
         self.close()
 
+TOO_LATE: Late = functools.partial(RequestTimeout, "late")
+READS_NOTHING: Late = functools.partial(ClientClosed, f"nothing read for {WRITE_STALL:.0f} s")
+
 class Content:
     """Reads one content of a stream, piece by piece, up to a limit."""
 
-    def __init__(self, stream: Stream, framing: Framing, limit: float = float("inf")) -> None:
+    def __init__(self, stream: Stream, framing: Framing, limit: float = NEVER) -> None:
         self.stream, self.framing, self.limit = stream, framing, limit
         self.left, self.size = framing.length, 0
         self.decoder = ChunkDecoder() if framing is CHUNKED else None
         self.done = framing == NO_CONTENT
 
+    def decode(self, data: bytes) -> bytes:
+        """Return the content in `data`, leave what follows it. Raises MalformedMessage."""
+        if self.decoder:
+            piece = self.decoder.feed(data)
+            self.left, self.done = self.decoder.left, self.decoder.done
+            if self.done:
+                self.stream.rest = self.decoder.rest
+        elif self.framing is UNTIL_CLOSE:
+            piece = data
+        else:
+            piece, self.stream.rest = data[: self.left], data[self.left :]
+            self.left -= len(piece)
+            self.done = not self.left
+        self.size += len(piece)
+        if self.size + self.left > self.limit:
+            raise ContentTooLarge(f"over {self.limit} bytes, which is MAX_REQUEST_SIZE")
+        return piece
+
+    def end(self) -> None:
+        """Note that the connection has ended. Raises MalformedMessage when that cuts it."""
+        self.done = self.done or self.framing is UNTIL_CLOSE
+        if not self.done:
+            raise MalformedMessage("the connection ended inside the content")
+
     async def read(self) -> bytes:
         """Return the next piece, b"" at the end. Raises MalformedMessage when cut."""
         while not self.done:
             data = await self.stream.read()
-            if self.decoder:
-                piece = self.decoder.feed(data)
-                self.left, self.done = self.decoder.left, self.decoder.done
-                if self.done:
-                    self.stream.rest = self.decoder.rest
-            elif self.framing is UNTIL_CLOSE:
-                piece, self.done = data, not data
-            else:
-                piece, self.stream.rest = data[: self.left], data[self.left :]
-                self.left -= len(piece)
-                self.done = not self.left
-            self.size += len(piece)
-            if self.size + self.left > self.limit:
-                raise ContentTooLarge(f"over {self.limit} bytes, which is MAX_REQUEST_SIZE")
-            if piece:
+            if not data:
+                self.end()
+            elif piece := self.decode(data):
                 return piece
-            if not data and not self.done:
-                raise MalformedMessage("the connection ended inside the content")
         return b""
 
 @functools.lru_cache(maxsize=2)
@@ -2564,57 +2713,64 @@ class Responder:
         self.stream = stream
         self.minor = head.minor if head else 1
         self.method = head.method if head else "GET"
-        self.keep = head is not None and keeps_alive(head.fields, head.minor)
+        self.keep = head is not None and head.keeps_alive
         self.extra: list[tuple[str, str]] = []  # for every answer, such as CORS
         self.started = self.finished = False
         self.status = self.size = 0
-        self.pending = b""  # the head, until the first content
+        self.pending: list[bytes] = []  # not sent yet
         self.chunked = self.silent = False
 
-    def begin(self, status: int, fields: Iterable[tuple[str, str]],
-              length: int | None, reason: str = "") -> None:
-        """Make the head; it leaves with the first content. None: length unknown."""
+    def begin(self, status: int, lines: str, length: int | None, reason: str = "") -> None:
+        """Make the head, with these field lines; None: the length is not known."""
         self.started, self.status = True, status
         self.silent = self.method == "HEAD" or status in (204, 304)
         self.chunked = length is None and self.minor == 1 and not self.silent
         self.keep = self.keep and (length is not None or self.chunked or self.silent)
-        lines = [f"HTTP/1.1 {status} {reason or REASONS.get(status, '')}"]
-        lines += [f"{name}: {value}" for name, value in (*fields, *self.extra)]
+        if self.extra:
+            lines += encode_lines(self.extra)
         if self.chunked:
-            lines.append("Transfer-Encoding: chunked")
+            lines += "Transfer-Encoding: chunked\r\n"
         elif length is not None and status not in (204, 304):
-            lines.append(f"Content-Length: {length}")
+            lines += f"Content-Length: {length}\r\n"
         if not self.keep:
-            lines.append("Connection: close")
+            lines += "Connection: close\r\n"
         elif self.minor == 0:
-            lines.append("Connection: keep-alive")
-        self.pending = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+            lines += "Connection: keep-alive\r\n"
+        reason = reason or REASONS.get(status, "")
+        head = f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n"
+        self.pending.append(head.encode("latin-1", "replace"))
 
-    def write(self, content: bytes, end: bytes = b"") -> None:
-        """Send content, with the head when it has not left yet, and then `end` as it is."""
+    def write(self, content: bytes) -> None:
+        """Add content; it leaves with the next `flush`, and the head with it."""
         self.size += len(content)
-        if self.silent:
-            content = b""
-        elif content and self.chunked:
-            content = encode_chunk(content)
-        data, self.pending = self.pending + content + end, b""
-        if data:
-            self.stream.write(data)
+        if content and not self.silent:
+            self.pending.append(encode_chunk(content) if self.chunked else content)
+
+    def flush(self) -> None:
+        """Send what was added."""
+        if self.pending:
+            pending, self.pending = self.pending, []
+            self.stream.write(pending[0] if len(pending) == 1 else b"".join(pending))
 
     def finish(self, content: bytes = b"") -> None:
         """Send the last content and the clean end."""
         self.finished = True
-        self.stream.reader.on_close = None  # all is said; the client may go
-        self.write(content, LAST_CHUNK if self.chunked else b"")
+        self.stream.on_close = None  # all is said; the client may go
+        self.write(content)
+        if self.chunked:
+            self.pending.append(LAST_CHUNK)
+        self.flush()
 
     def cut(self, content: bytes) -> None:
         """Send a last content and no clean end: what follows is lost."""
         self.keep = False
         self.write(content)
+        self.flush()
 
     def send(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
         """Send a whole answer of the router's own."""
-        self.begin(status, [("Date", http_date(int(time.time()))), *fields], len(content))
+        fields = [("Date", http_date(int(time.time()))), *fields]
+        self.begin(status, encode_lines(fields), len(content))
         self.finish(content)
 
     def send_json(self, value: Any, status: int = 200) -> None:
@@ -2630,33 +2786,44 @@ class Request:
     stream: Stream
     responder: Responder
     source_host: str
-    host: str
-    path: str
-    query: str
     content: bytes = b""
     unread: Content | None = None
     recorded: bool = False  # an exchange keeps a record of it
 
+    @property
+    def host(self) -> str:
+        """Who was asked: the authority of the target, or Host."""
+        return self.head.host
+
+    @property
+    def path(self) -> str:
+        """The path, in its one spelling."""
+        return self.head.path
+
+    @property
+    def query(self) -> str:
+        """The query with its question mark, or nothing."""
+        return self.head.query
+
     async def read_content(self, limit: int) -> None:
         """Read all of the content, at most `limit` octets: 20 s, then 500 octets/s."""
-        framing = request_framing(self.head)
-        self.unread = reader = Content(self.stream, framing, limit)
+        framing, stream = self.head.framing, self.stream
+        self.unread = reader = Content(stream, framing, limit)
         if framing.length > limit:
             raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
-        if reader.done:
-            return
-        expects = "100-continue" in self.head.fields.tokens("expect")
-        if expects and self.head.minor and not self.stream.rest:
-            self.stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        slow = RequestTimeout(f"the content came slower than {CONTENT_RATE} bytes/s")
-        self.stream.expect(CONTENT_GRACE, slow)
-        grace_ends = self.stream.deadline
+        if self.head.expects_continue and not (reader.done or stream.rest):
+            stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces: list[bytes] = []
-        while piece := await reader.read():
-            pieces.append(piece)
-            self.stream.deadline = grace_ends + reader.size / CONTENT_RATE
-        self.stream.deadline = float("inf")
-        self.content = b"".join(pieces)
+        stream.expect(CONTENT_GRACE, CONTENT_SLOW)
+        grace_ends = stream.deadline
+        while not reader.done:
+            pieces.append(await reader.read())
+            stream.deadline = grace_ends + reader.size / CONTENT_RATE
+        stream.deadline = NEVER
+        self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+CONTENT_SLOW: Late = functools.partial(
+    RequestTimeout, f"the content came slower than {CONTENT_RATE} bytes/s")
 
 # ======================================================================================
 # 10  Upstreams
@@ -2686,55 +2853,98 @@ def describe(error: BaseException) -> str:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
 
+@contextlib.contextmanager
+def broken_answers() -> Iterator[None]:
+    """Turn what ends an answer too early into BadGateway."""
+    try:
+        yield
+    except (BadGateway, ClientClosed):
+        raise
+    except (OSError, RouterError) as error:
+        raise BadGateway(f"the answer broke off: {describe(error)}") from None
+
 class Answer:
     """A response whose head has come; its content is read to the end or it is closed."""
 
     def __init__(self, head: ResponseHead, stream: Stream, method: str,
                  release: Callable[[Stream], None]) -> None:
         self.head, self.stream, self.release = head, stream, release
-        self.content = Content(stream, response_framing(head, method))
-        self.held: collections.deque[bytes] = collections.deque()
+        self.content = Content(stream, head.framing(method))
+        self.held: list[bytes] = []  # read ahead
         self.open = True
 
-    async def read(self) -> bytes:
-        """Return the next piece of content, b"" at the end. Raises BadGateway."""
-        return self.held.popleft() if self.held else await self.fetch()
+    def settle(self) -> None:
+        """Let the connection be used again, or close it; all was read."""
+        self.open = False
+        clean = self.content.framing is not UNTIL_CLOSE and not self.stream.rest
+        if clean and self.head.keeps_alive and not self.stream.ended:
+            self.release(self.stream)
+        else:
+            self.stream.close()
 
-    async def fetch(self) -> bytes:
-        """Read a piece; after the last one the connection is used again, or closed."""
+    async def peek(self) -> bytes:
+        """Read ahead; return the next piece, b"" at the end. Raises BadGateway."""
         if not self.open:
             return b""
-        try:
+        with broken_answers():
             piece = await self.content.read()
-        except BadGateway:
-            raise
-        except (OSError, RouterError) as error:
-            raise BadGateway(f"the answer broke off: {describe(error)}") from None
-        if not piece:
-            self.open = False
-            clean = self.content.framing is not UNTIL_CLOSE and not self.stream.rest
-            if clean and keeps_alive(self.head.fields, self.head.minor):
-                self.release(self.stream)
-            else:
-                self.stream.close()
-        return piece
-
-    async def peek(self) -> bool:
-        """Read ahead; return whether there is any content."""
-        piece = await self.fetch()
         if piece:
             self.held.append(piece)
-        return bool(piece)
+        else:
+            self.settle()
+        return piece
 
     async def hold(self) -> bytes:
         """Read all of an error answer, so that it can be sent later."""
         size = sum(map(len, self.held))
-        while piece := await self.fetch():
-            self.held.append(piece)
+        while piece := await self.peek():
             size += len(piece)
             if size > MAX_HELD_ERROR:
                 raise BadGateway(f"an error answer over {MAX_HELD_ERROR} bytes")
         return b"".join(self.held)
+
+    async def pump(self, consume: Callable[[bytes], None], responder: Responder) -> None:
+        """Give the content to `consume` as it comes; what it writes leaves at once.
+
+        While the client is slow the upstream waits. Raises BadGateway when the answer is cut,
+        and what `consume` raises.
+        """
+        stream, content, client = self.stream, self.content, responder.stream
+
+        def take(data: bytes) -> None:
+            try:
+                if piece := content.decode(data):
+                    consume(piece)
+            except RouterError as error:
+                stream.fail(error)
+            if content.done or client.choked:
+                stream.wake()
+            else:
+                responder.flush()
+
+        for piece in self.held:
+            consume(piece)
+        if not self.open:
+            return
+        stream.sink = take
+        try:
+            with broken_answers():
+                if stream.rest:
+                    take(stream.take())
+                while not (content.done or stream.failure):
+                    if client.choked:
+                        stream.pause()
+                        await client.drain()
+                        stream.resume()
+                    elif stream.ended:
+                        content.end()
+                    else:
+                        await stream.wait()
+                if stream.failure:
+                    raise stream.failure
+        finally:
+            stream.sink = None
+        self.settle()
 
     def close(self) -> None:
         """End the connection unless all of it was read."""
@@ -2757,11 +2967,27 @@ class Health:
     error: str = ""
     reached: bool = True  # the server answered, even if it said no
 
+    def fail(self, error: str, retry_after: str | None = None, reached: bool = False) -> None:
+        """Begin a cool-down: 5 s, doubling, or as the server asked for."""
+        seconds = min(COOL_DOWN * 2 ** min(self.failures, 10), MAX_COOL_DOWN)
+        if retry_after and re.fullmatch(r"[0-9]{1,6}", retry_after):
+            seconds = min(float(retry_after), MAX_RETRY_AFTER)
+        self.failures += 1
+        self.error, self.reached = error, reached
+        self.cool_until = time.monotonic() + seconds
+
+    def succeed(self) -> None:
+        """End the cool-down."""
+        self.failures, self.cool_until, self.error, self.reached = 0, 0.0, "", True
+
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self.settings, self.clock = settings, clock
+        seconds = settings.request_timeout
+        self.late: Late = functools.partial(
+            GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)")
         self.idle: dict[tuple[UpstreamURL, bool], list[Stream]] = {}
         self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
         self.turns: collections.Counter[str] = collections.Counter()  # of round_robin
@@ -2800,22 +3026,6 @@ class Upstreams:
         now = time.monotonic()
         return any(h.cool_until > now and not h.reached for h in self.known(server))
 
-    def failed(self, instance: Instance, error: str, retry_after: str | None = None,
-               reached: bool = False) -> None:
-        """Put an instance into cool-down: 5 s, doubling, or as it asked for."""
-        health = self.state(instance)
-        seconds = min(COOL_DOWN * 2 ** min(health.failures, 10), MAX_COOL_DOWN)
-        if retry_after and re.fullmatch(r"[0-9]{1,6}", retry_after):
-            seconds = min(float(retry_after), MAX_RETRY_AFTER)
-        health.failures += 1
-        health.error, health.reached = error, reached
-        health.cool_until = time.monotonic() + seconds
-
-    def succeeded(self, instance: Instance) -> None:
-        """End an instance's cool-down."""
-        health = self.state(instance)
-        health.failures, health.cool_until, health.error, health.reached = 0, 0.0, "", True
-
     def context(self, server: Server) -> ssl.SSLContext | None:
         """Return how to speak TLS with a server, None for plain http."""
         if server.url.scheme != "https":
@@ -2830,32 +3040,30 @@ class Upstreams:
     async def connect(self, server: Server) -> Stream:
         """Open a connection. Raises BadGateway or GatewayTimeout."""
         loop, url, context = asyncio.get_running_loop(), server.url, self.context(server)
-        reader = Reader(limit=READ_SIZE)
         seconds = self.settings.connect_timeout
         opening = asyncio.ensure_future(loop.create_connection(
-            lambda: asyncio.StreamReaderProtocol(reader), url.host, url.port, ssl=context,
+            lambda: Stream(self.clock), url.host, url.port, ssl=context,
             happy_eyeballs_delay=0.25, server_hostname=url.host if context else None,
         ))
         try:  # not wait_for: up to Python 3.11 it may lose a cancellation, or the connection
             await asyncio.wait([opening], timeout=seconds)
             if not opening.done():
                 raise GatewayTimeout(f"no connection within {seconds:g} s (CONNECT_TIMEOUT)")
-            transport, protocol = opening.result()
+            return opening.result()[1]
         except (asyncio.CancelledError, GatewayTimeout):
             opening.cancel()
             opening.add_done_callback(drop_connection)
             raise
         except (OSError, ValueError) as error:
             raise BadGateway(describe(error)) from None
-        return Stream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     def take(self, server: Server) -> Stream | None:
         """Return an idle connection that is still good, None without one."""
         streams = self.idle.get((server.url, server.verify), [])
         while streams:
             stream = streams.pop()
-            if stream.reader.quiet and not stream.transport.is_closing():
-                stream.reader.on_close = None
+            stream.on_close = None
+            if not (stream.rest or stream.ended or stream.failure):
                 return stream
             stream.close(abort=True)
         return None
@@ -2863,8 +3071,7 @@ class Upstreams:
     def keep(self, server: Server, stream: Stream) -> None:
         """Keep a connection for the next request."""
         streams = self.idle.setdefault((server.url, server.verify), [])
-        unsent = stream.transport.get_write_buffer_size()
-        if len(streams) >= MAX_IDLE or unsent or not stream.reader.quiet:
+        if len(streams) >= MAX_IDLE or stream.transport.get_write_buffer_size():
             stream.close()
             return
 
@@ -2873,9 +3080,8 @@ class Upstreams:
                 streams.remove(stream)
             stream.close(abort=True)
 
-        stream.patience = 0.0
-        stream.expect(IDLE_UPSTREAM, BadGateway("idle"))
-        stream.reader.on_close = gone
+        stream.expect(IDLE_UPSTREAM, TOO_LATE)
+        stream.on_close = gone
         streams.append(stream)
 
     def close(self) -> None:
@@ -2896,9 +3102,8 @@ class Upstreams:
     async def converse(self, stream: Stream, server: Server, method: str, data: bytes,
                        reused: bool) -> Answer:
         """Write a request, read the head of its answer; close the stream on failure."""
-        seconds, answer = self.settings.request_timeout, None
-        stream.patience, stream.touched = seconds, False
-        stream.expect(seconds, GatewayTimeout(f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"))
+        answer, octets = None, stream.octets
+        stream.expect(self.settings.request_timeout, self.late, silence=True)
         stream.write(data)
         try:
             head = await self.read_head(stream)
@@ -2907,7 +3112,7 @@ class Upstreams:
         except GatewayTimeout:
             raise
         except (OSError, RouterError) as error:
-            if reused and not stream.touched:
+            if reused and stream.octets == octets:
                 raise ConnectionAbortedError from None
             if isinstance(error, BadGateway):
                 raise
@@ -3000,7 +3205,8 @@ class ModelLists:
         """Ask a server and keep its answer; a failure leaves the last one."""
         import http.client  # 12 ms and 2 MB, which the start can do without
 
-        instance, context = Instance(server), self.upstreams.context(server)
+        health = self.upstreams.state(Instance(server))
+        context = self.upstreams.context(server)
         place = server.url.host, server.url.port
         connection = http.client.HTTPConnection(*place, timeout=MODELS_TIMEOUT)
         if context:
@@ -3010,11 +3216,11 @@ class ModelLists:
             asking = start_fetch(connection, server, authorization)
             models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
         except (OSError, asyncio.TimeoutError) as error:
-            self.upstreams.failed(instance, describe(error))
+            health.fail(describe(error))
         except ValueError:
-            self.upstreams.succeeded(instance)  # it can be reached, but has no list for us
+            health.succeed()  # it can be reached, but has no list for us
         else:
-            self.upstreams.succeeded(instance)
+            health.succeed()
             if len(self.known) > 200:
                 self.known.clear()
             self.known[key] = time.monotonic(), models
@@ -3095,7 +3301,13 @@ class Record:
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_token: float | None = None
     finished: float | None = None
-    events: int = 0
+    pieces: list[bytes] = dataclasses.field(default_factory=list)  # of the answer, as it came
+
+    @property
+    def events(self) -> int:
+        """How many events of a stream have come so far."""
+        mark = b"data:" if any(b"data:" in piece for piece in self.pieces[:2]) else b"\n"
+        return sum(piece.count(mark) for piece in self.pieces) if self.stream else 0
 
 class Console:
     """Writes lines to stderr from a thread; drops them when nobody reads."""
@@ -3182,7 +3394,11 @@ CODINGS = ("gzip", "x-gzip", "deflate")
 MAX_DECODED = 32 * MiB
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
-NOT_TRUE_ANY_MORE = NOT_RETURNED.union(("content-encoding", "etag", "content-md5"))
+NOT_TRUE_ANY_MORE = NOT_RETURNED.union(
+    ("content-encoding", "etag", "content-md5", "content-type"))
+OWN_NAMES = ("Request-Id", "Upstream", "Model", "Route", "Attempts")  # after X-SmolRouter-
+OWN_FIELDS = frozenset(f"x-smolrouter-{name.lower()}" for name in OWN_NAMES)
+ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError)  # of documents
 EVENT_ENDS = {"text/event-stream": SSE.end, "application/x-ndjson": LINES.end}
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
 FATAL_TO_CONNECTION = (MalformedMessage, RequestTimeout, ContentTooLarge, FieldsTooLarge,
@@ -3197,18 +3413,14 @@ def refuse(responder: Responder, error: RouterError, dialect: Dialect,
     fields = [("Content-Type", "application/json"), *fields, *error.fields]
     responder.send(error.status, fields, dialect.encode_error(error))
 
-def pass_on(fields: Fields, dropped: frozenset[str], added: Pairs) -> Pairs:
-    """Return the fields that go on: not `dropped`, not those that `added` replaces."""
-    stopped = dropped.union(fields.tokens("connection"), [name.lower() for name, _ in added])
+def pass_on(fields: Fields, *dropped: Iterable[str]) -> Pairs:
+    """Return the fields that go on: not `dropped`, and not what Connection names."""
+    stopped = set(fields.tokens("connection")).union(*dropped)
     return [(name, value) for lower, name, value in fields.lines if lower not in stopped]
 
-@contextlib.contextmanager
-def odd_answers() -> Iterator[None]:
-    """Turn what an answer of no known shape does to its readers into BadGateway."""
-    try:
-        yield
-    except (TypeError, AttributeError, LookupError, ValueError) as error:
-        raise BadGateway(f"the answer has a shape that cannot be read: {error}") from error
+def odd_answer(error: Exception) -> BadGateway:
+    """Return what an answer of no known shape is, after what it did to its reader."""
+    return BadGateway(f"the answer has a shape that cannot be read: {error}")
 
 class DecodedTooLong(BadGateway, status=502, code="bad_gateway"):
     """A coded answer is too long to be changed."""
@@ -3248,6 +3460,12 @@ class Relay:
     upstreams: Upstreams
     log: RequestLog
     via: str  # this instance's entry in Via
+    ids: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
+
+    def next_id(self) -> str:
+        """Return an id for a request that no other one has."""
+        return f"{self.prefix}{next(self.ids):08x}"
 
 class Exchange:
     """One request on its way through the router."""
@@ -3262,9 +3480,10 @@ class Exchange:
         self.answer: Answer | None = None  # the last one that came; it is closed in the end
         self.transform: Transform | None = None
         self.inflater: Inflater | None = None
+        self.coded: list[bytes] = []  # what may yet have to go as it came
         self.hide_usage = False
         self.record = Record(
-            0, os.urandom(8).hex(), time.time(), time.monotonic(), request.source_host,
+            0, relay.next_id(), time.time(), time.monotonic(), request.source_host,
             request.head.method, request.path + request.query, dialect.service,
             original_model=decision.asked, mapped_model=decision.mapped, route=decision.route,
             trail=decision.trail, stream=ask.stream, request_size=len(request.content),
@@ -3292,7 +3511,7 @@ class Exchange:
             record.status = record.status or responder.status or 500
             record.response_size = responder.size
             if self.transform:
-                record.usage, record.events = self.transform.usage, self.transform.events
+                record.usage = self.transform.usage
             self.transform, request.content = None, b""  # a cycle would keep megabytes
             self.relay.log.finish(record)
 
@@ -3323,10 +3542,12 @@ class Exchange:
     def own_fields(self) -> Pairs:
         """Return the fields that tell what the router did."""
         record = self.record
-        model, route = encode_field_value(record.sent_model), encode_field_value(record.route)
-        pairs = (("Request-Id", record.request_id), ("Upstream", record.upstream_url),
-                 ("Model", model), ("Route", route), ("Attempts", str(len(record.attempts))))
-        return [(f"X-SmolRouter-{name}", value) for name, value in pairs if value]
+        model = encode_field_value(record.sent_model[:256])
+        route = encode_field_value(record.route[:256])
+        values = (record.request_id, record.upstream_url, model, route,
+                  str(len(record.attempts)))
+        return [(f"X-SmolRouter-{name}", value)
+                for name, value in zip(OWN_NAMES, values, strict=True) if value]
 
     async def first_answer(self) -> Answer:
         """Return the first good answer, or the last one that was HTTP at all."""
@@ -3368,20 +3589,19 @@ class Exchange:
 
     def note(self, begun: float, outcome: ResponseHead | BadGateway) -> None:
         """Put an attempt into the record, and begin or end a cool-down."""
-        upstreams, instance = self.relay.upstreams, self.instance
         milliseconds = (time.monotonic() - begun) * 1000
-        status, error = None, None
+        status, error, health = None, None, self.health
         if isinstance(outcome, BadGateway):
             error = str(outcome)
-            upstreams.failed(instance, error)
+            health.fail(error)
         else:
             status = outcome.status
             if status in COOLING_STATUSES:
-                after = outcome.fields.get("retry-after")
-                upstreams.failed(instance, f"status {status}", after, reached=True)
+                health.fail(f"status {status}", outcome.fields.get("retry-after"), reached=True)
             else:
-                upstreams.succeeded(instance)
-        attempt = Attempt(str(instance), self.record.upstream_url, status, error, milliseconds)
+                health.succeed()
+        upstream_url = self.record.upstream_url
+        attempt = Attempt(str(self.instance), upstream_url, status, error, milliseconds)
         self.record.attempts.append(attempt)
 
     async def inspect(self, answer: Answer) -> None:
@@ -3390,11 +3610,10 @@ class Exchange:
             await answer.hold()
         if answer.head.status != 200 or self.request.head.method == "HEAD":
             return
-        kind = (answer.head.fields.get("content-type") or "").partition(";")[0].lower()
-        end = EVENT_ENDS.get(kind)
+        end = EVENT_ENDS.get(answer.head.media_type)
         size, tail = 0, b""
-        while await answer.peek():
-            size, tail = size + len(answer.held[-1]), tail[-3:] + answer.held[-1]
+        while piece := await answer.peek():
+            size, tail = size + len(piece), tail[-3:] + piece
             if end is None or end.search(tail) or size > MAX_HELD_EVENT:
                 return
         raise BadGateway("it ended before its first event or byte")
@@ -3423,16 +3642,24 @@ class Exchange:
         no_think = self.relay.settings.disable_thinking
         rewrite = Rewrite(self.instance.model or ask.model, no_think, self.hide_usage)
         content = encode(ask, rewrite)
-        lines = [f"{name}: {value}\r\n" for name, value in self.request_fields(len(content))]
+        length = ""
+        if content or method in ("POST", "PUT", "PATCH"):
+            length = f"Content-Length: {len(content)}\r\n"
         start = f"{method} {server.url.prefix}{path}{ask.query} HTTP/1.1\r\n"
-        head = f"{start}{''.join(lines)}\r\n".encode("latin-1", "replace")
+        head = f"{start}{self.request_lines()}{length}\r\n".encode("latin-1", "replace")
         self.answer = await self.relay.upstreams.send(server, method, head + content)
         return self.answer
 
-    def request_fields(self, length: int) -> Pairs:
+    def request_lines(self) -> str:
+        """Return the field lines for the server, worked out once for each head."""
+        known, key = self.request.head.onward, (self.instance.server, bool(self.ask.text))
+        if key not in known:
+            known[key] = encode_lines(self.request_fields())
+        return known[key]
+
+    def request_fields(self) -> Pairs:
         """Return the fields for the server: its own, and the client's less what stops here."""
-        server, request, relay = self.instance.server, self.request, self.relay
-        fields = request.head.fields
+        server, relay, fields = self.instance.server, self.relay, self.request.head.fields
         added = [*server.headers]
         if "host" not in (name.lower() for name, _ in added):
             added.append(("Host", server.url.authority))
@@ -3441,10 +3668,8 @@ class Exchange:
         if self.ask.text:
             added.append(("Accept-Encoding", "identity"))
         added.append(("Via", ", ".join([*fields.get_all("via"), relay.via])))
-        if length or request.head.method in ("POST", "PUT", "PATCH"):
-            added.append(("Content-Length", str(length)))
-        fields = without_tokens(fields, relay.settings.jwt_secret, time.time())
-        return added + pass_on(fields, NOT_FORWARDED, added)
+        fields = without_tokens(fields, relay.settings.jwt_secret, NEVER)
+        return added + pass_on(fields, NOT_FORWARDED, [name.lower() for name, _ in added])
 
     def choose_transform(self, head: ResponseHead) -> tuple[Transform | None, Inflater | None]:
         """Return what the answer must go through; one that cannot be read goes as it is."""
@@ -3457,11 +3682,10 @@ class Exchange:
             FilterRules(settings.strip_thinking, settings.strip_json_markdown),
             self.hide_usage, self.instance.model != ask.model, self.timing,
         )
-        kind = (head.fields.get("content-type") or "").partition(";")[0]
-        transform = choose_transform(plan, head.status, kind.strip(" \t").lower())
+        transform = choose_transform(plan, head.status, head.media_type)
         if not transform or coding == "identity":
             return transform, None
-        return transform, Inflater(coding, MAX_DECODED if transform.whole else float("inf"))
+        return transform, Inflater(coding, MAX_DECODED if transform.whole else NEVER)
 
     def timing(self) -> Timing:
         """Return when an answer is made and how long it took, in ns."""
@@ -3469,70 +3693,83 @@ class Exchange:
         first = self.record.first_token or now
         return Timing(time.time(), int((now - begun) * 1e9), int((first - begun) * 1e9))
 
-    def change(self, data: bytes, coded: list[bytes]) -> bytes:
-        """Return what a piece lets out; `coded` keeps pieces that may have to go as they are."""
-        assert self.transform is not None
-        if self.inflater and self.transform.whole:
-            coded.append(data)
-        with odd_answers():
-            data = self.transform.feed(self.inflater.feed(data) if self.inflater else data)
-        self.record.events = self.transform.events
-        return data
-
     async def relay_answer(self, answer: Answer) -> None:
         """Send an answer as it comes in, through its transform."""
-        record, responder = self.record, self.responder
-        transform, self.inflater = self.choose_transform(answer.head)
-        self.transform, coded = transform, []
-        while data := await answer.read():
-            if record.first_token is None:
-                record.first_token, record.phase = time.monotonic(), "streaming"
-            if transform:
-                try:
-                    data = self.change(data, coded)
-                except DecodedTooLong:
-                    if not self.native:
-                        raise
-                    self.transform = self.inflater = transform = None
-                    data = b"".join(coded)
-                if transform and transform.whole:
-                    continue
-            if not responder.started:
-                self.begin(answer.head, None)
-            responder.write(data)
-            record.response_size = responder.size
-            await responder.stream.drain()
-        inflater = self.inflater
+        self.transform, self.inflater = self.choose_transform(answer.head)
+        await answer.pump(self.forward, self.responder)
+        transform, inflater, tail = self.transform, self.inflater, b""
         if inflater and not (inflater.decoder and inflater.decoder.eof):
             raise BadGateway("the answer's content coding broke off")
-        with odd_answers():
-            closed = answer.content.framing is UNTIL_CLOSE
-            tail = transform.finish(closed) if transform else b""
-        if not responder.started:
+        if transform:
+            try:
+                tail = transform.finish(answer.content.framing is UNTIL_CLOSE)
+            except ODD_SHAPES as error:
+                raise odd_answer(error) from error
+        if not self.responder.started:
             self.begin(answer.head, len(tail) if transform and transform.whole else None)
-        responder.finish(tail)
+        self.responder.finish(tail)
+
+    def forward(self, data: bytes) -> None:
+        """Pass a piece of the answer on, or hold it, as its transform says."""
+        record, responder = self.record, self.responder
+        if record.first_token is None:
+            record.first_token, record.phase = time.monotonic(), "streaming"
+        record.pieces.append(data)
+        if self.transform:
+            data = self.change(data)
+            if self.transform and self.transform.whole:
+                return
+        if not responder.started:
+            self.begin(self.answer.head, None)
+        responder.write(data)
+        record.response_size = responder.size
+
+    def change(self, data: bytes) -> bytes:
+        """Return what a piece lets out of the transform."""
+        try:
+            if self.inflater is None:
+                return self.transform.feed(data)
+            if self.transform.whole:
+                self.coded.append(data)
+            return self.transform.feed(self.inflater.feed(data))
+        except DecodedTooLong:
+            if not self.native:
+                raise
+            self.transform = self.inflater = None
+            return b"".join(self.coded)
+        except ODD_SHAPES as error:
+            raise odd_answer(error) from error
 
     def begin(self, head: ResponseHead, length: int | None) -> None:
-        """Send the head of an answer; its content is `length` octets, if that is known."""
-        own, dropped, fields = self.own_fields(), NOT_RETURNED, head.fields
-        kind = fields.get("content-type") or "application/octet-stream"
+        """Make the head of an answer; its content is `length` octets, if that is known."""
+        if not self.transform and (declared := head.fields.get("content-length")):
+            length = int(declared)  # valid, or there would be no answer
+        shape = self.native, self.transform is None, self.ask.stream, bool(self.responder.extra)
+        if shape not in head.onward:
+            head.onward[shape] = encode_lines(self.answer_fields(head))
+        lines = head.onward[shape] + encode_lines(self.own_fields())
+        if head.fields.get("date") is None:  # RFC 9110 6.6.1
+            lines += f"Date: {http_date(int(time.time()))}\r\n"
+        self.responder.begin(head.status, lines, length, head.reason)
+
+    def answer_fields(self, head: ResponseHead) -> Pairs:
+        """Return the fields of an answer as its client gets them."""
+        own, dropped, kind = [], NOT_RETURNED, head.media_type
         if self.transform:
             dropped = NOT_TRUE_ANY_MORE
+            declared = head.fields.get("content-type") or "application/octet-stream"
             if not self.native:
                 streams = self.ask.stream and head.status < 400
-                kind = "application/x-ndjson" if streams else "application/json; charset=utf-8"
-            own.append(("Content-Type", kind))
-        elif declared := fields.get("content-length"):  # valid, see response_framing
-            length = int(declared)
-        if kind.partition(";")[0].lower() in EVENT_ENDS:
+                kind = "application/x-ndjson" if streams else "application/json"
+                declared = kind if streams else f"{kind}; charset=utf-8"
+            own.append(("Content-Type", declared))
+        if kind in EVENT_ENDS:
             own += STREAM_FIELDS
+            dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
+        theirs = [line[0] for line in head.fields.lines if line[0].startswith("access-control-")]
         if self.responder.extra:  # ours decide which origins may read
-            theirs = [line[0] for line in fields.lines if line[0].startswith("access-control-")]
             dropped = dropped.union(theirs)
-        if fields.get("date") is None:  # RFC 9110 6.6.1
-            own.append(("Date", http_date(int(time.time()))))
-        kept = pass_on(fields, dropped, own)
-        self.responder.begin(head.status, kept + own, length, head.reason)
+        return pass_on(head.fields, dropped, OWN_FIELDS) + own
 
 # ======================================================================================
 # 13  Dashboard and API
@@ -3871,6 +4108,7 @@ BACKLOG = 4096  # the default of 100 makes the 101st client of a burst wait for 
 MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s that it may idle then
 MAX_DISCARDED = 64 * KiB  # unread content that is read past after an early answer
 SPARE_FILES = 64  # files that are neither a client nor its upstream
+NO_HEAD: Late = functools.partial(RequestTimeout, f"no head within {HEAD_TIMEOUT:.0f} s")
 SHORT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 def count_places(wanted: int) -> int:
@@ -3946,14 +4184,12 @@ class HTTPServer:
 
     async def serve_connection(self, client: socket.socket, peer: str) -> None:
         """Serve one request after another on an accepted socket."""
-        loop, reader = asyncio.get_running_loop(), Reader(limit=READ_SIZE)
-        protocol = asyncio.StreamReaderProtocol(reader)
+        loop, stream = asyncio.get_running_loop(), Stream(self.services.upstreams.clock)
         try:
-            transport, _ = await loop.connect_accepted_socket(lambda: protocol, client)
+            await loop.connect_accepted_socket(lambda: stream, client)
         except OSError:
             client.close()
             return
-        stream = Stream(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
         self.connections[asyncio.current_task()] = stream
         try:
             idle = itertools.chain(itertools.repeat(IDLE_TIMEOUT, MAX_REQUESTS),
@@ -3971,12 +4207,13 @@ class HTTPServer:
     async def serve_request(self, stream: Stream, peer: str, idle: float) -> bool:
         """Serve one request; return whether another may follow."""
         stream.busy = False
-        stream.expect(idle, RequestTimeout("idle"))
-        stream.rest = stream.rest or await stream.read()
         if not stream.rest:
-            return False
+            stream.expect(idle, TOO_LATE)
+            stream.rest = await stream.read()
+            if not stream.rest:
+                return False
         stream.busy = True
-        stream.expect(HEAD_TIMEOUT, RequestTimeout(f"no head within {HEAD_TIMEOUT:.0f} s"))
+        stream.expect(HEAD_TIMEOUT, NO_HEAD)
         try:
             data = await stream.read_head(MAX_REQUEST_HEAD)
             if data is None:
@@ -3987,31 +4224,28 @@ class HTTPServer:
             self.services.log.note(peer, str(error.status), str(error))
             await stream.linger()
             return False
-        stream.deadline = float("inf")
+        stream.deadline = NEVER
         await self.application.serve(request)
-        stream.reader.on_close = None
+        stream.on_close = None
         return request.responder.finished and await self.settle(request)
 
     def read_request(self, stream: Stream, peer: str, head: RequestHead) -> Request:
-        """Put together what a head says. Raises MalformedMessage."""
-        authority, path, query = parse_target(head)
-        request_framing(head)
+        """Put together what a head says and whom it came from."""
         responder = Responder(stream, head)
         responder.keep = responder.keep and not self.services.draining
-        host = authority or head.fields.get("host") or ""
         source = client_address(peer, head.fields, self.settings.trusted_proxies)
-        return Request(head, stream, responder, source, host, path, query)
+        return Request(head, stream, responder, source)
 
     async def settle(self, request: Request) -> bool:
         """Read past content that nobody wanted, or close; return whether to go on."""
         stream, keep = request.stream, request.responder.keep
-        framing = request_framing(request.head)
+        framing = request.head.framing
         unread = request.unread or Content(stream, framing)
         if unread.done:
             return keep and not self.services.draining
         expects = request.head.fields.get("expect") is not None
         if keep and request.unread is None and not expects and framing.length <= MAX_DISCARDED:
-            stream.expect(LINGER, RequestTimeout("late"))
+            stream.expect(LINGER, TOO_LATE)
             while unread.size <= MAX_DISCARDED and await unread.read():
                 pass
             if unread.done:
@@ -4110,7 +4344,7 @@ class Router:
         self.settings, self.routes, self.warnings = settings, routes, warnings
         self.console = Console()
         self.hurry, self.ended = asyncio.Event(), asyncio.Event()
-        upstreams = Upstreams(settings)
+        upstreams = Upstreams(settings, Clock())
         log = RequestLog(settings, self.console)
         relay = Relay(settings, upstreams, log, f"1.1 smolrouter-{secrets.token_hex(6)}")
         table = routes.load()
