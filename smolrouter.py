@@ -66,9 +66,12 @@ import traceback
 import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 __version__ = "1.0.0"
+
+if sys.version_info < (3, 10):  # noqa: UP036 - the file may be run by any Python
+    sys.exit("SmolRouter needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 KiB, MiB = 1024, 1024 * 1024
 
@@ -2732,6 +2735,18 @@ def describe(error: BaseException) -> str:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
 
+def parse_retry_after(text: str, now: float) -> float | None:
+    """Return the seconds that a Retry-After asks for, by number or date (RFC 9110 10.2.3)."""
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        return float(text)
+    import email.utils  # seldom needed
+
+    try:
+        moment = email.utils.parsedate_tz(text)
+        return max(email.utils.mktime_tz(moment) - now, 0.0) if moment else None
+    except (ValueError, OverflowError, IndexError):
+        return None
+
 class Answer:
     """A response whose head has come; its content is read to the end or it is closed."""
 
@@ -2851,8 +2866,9 @@ class Upstreams:
         """Put an instance into cool-down: 5 s, doubling, or as it asked for."""
         health = self.state(instance)
         seconds = min(COOL_DOWN * 2 ** min(health.failures, 10), MAX_COOL_DOWN)
-        if retry_after and re.fullmatch(r"[0-9]{1,6}", retry_after):
-            seconds = min(float(retry_after), MAX_RETRY_AFTER)
+        asked = parse_retry_after(retry_after, time.time()) if retry_after else None
+        if asked is not None:
+            seconds = min(asked, MAX_RETRY_AFTER)
         health.failures += 1
         health.error, health.reached = error, reached
         health.cool_until = time.monotonic() + seconds
@@ -4517,6 +4533,22 @@ def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
 
 COMMANDS = (run_serve, run_check, run_explain, run_token, run_health, run_unit, run_demo)
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line, as argparse calls it. Raises ConfigError."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+def flag_number(low: float, high: float) -> Callable[[str], float]:
+    """Make a reader of numbers that tells argparse what is allowed."""
+    def parse(text: str) -> float:
+        try:
+            return parse_number(low, high, False)(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return parse
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: commands, and a flag for every setting."""
     flags = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -4526,7 +4558,7 @@ def build_parser() -> argparse.ArgumentParser:
         words = f"{item.metadata['help']} ({item.metadata['default'] or 'unset'})"
         flag = f"--{item.name.replace('_', '-')}"
         group.add_argument(flag, metavar="VALUE", help=words.replace("%", "%%"), **switch)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="smolrouter", parents=[flags], epilog=EPILOG, allow_abbrev=False,
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -4543,8 +4575,8 @@ def build_parser() -> argparse.ArgumentParser:
     subs["explain"].add_argument("model", help="the name that a client would ask for")
     subs["explain"].add_argument("--source-host", default="127.0.0.1", help="the client's address")
     subs["token"].add_argument("--subject", required=True, help="whose token it is")
-    subs["token"].add_argument("--days", type=parse_number(0.001, 36500, False), default=30.0)
-    subs["demo"].add_argument("--seconds", type=parse_number(0, 3600, False), default=30.0)
+    subs["token"].add_argument("--days", type=flag_number(0.001, 36500), default=30.0)
+    subs["demo"].add_argument("--seconds", type=flag_number(0, 3600), default=30.0)
     for name in ("serve", "demo"):
         subs[name].add_argument("--dashboard", metavar="FILE", help="serve this page instead")
     return parser
