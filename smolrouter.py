@@ -334,16 +334,6 @@ def setting(default: Any, parse: Callable[[str], Any], help_line: str) -> Any:
     value = parse(default) if isinstance(default, str) else default
     return dataclasses.field(default=value, metadata=metadata)
 
-def find_setting(name: str, environ: Mapping[str, str],
-                 flags: Mapping[str, str]) -> tuple[str, str | None]:
-    """Return where a setting's text comes from and the text: flag, variable, nothing."""
-    variable = name.upper()
-    if flags.get(name) is not None:
-        return f"--{name.replace('_', '-')}", flags[name]
-    if variable == "DEFAULT_UPSTREAM" and variable not in environ:
-        variable = "DEFAULT_ROUTE"  # its older name
-    return variable, environ.get(variable)
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the environment and the flags say; valid once it exists."""
@@ -378,17 +368,28 @@ class Settings:
     # ruff: enable[E501]
 
     @classmethod
+    def find(cls, environ: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is set, by field name: the variable or the flag, and its text."""
+        found: dict[str, Any] = {}
+        if "DEFAULT_ROUTE" in environ:  # its older name
+            found["default_upstream"] = "DEFAULT_ROUTE", environ["DEFAULT_ROUTE"]
+        for name in cls.__dataclass_fields__:
+            if name in flags:
+                found[name] = f"--{name.replace('_', '-')}", flags[name]
+            elif name.upper() in environ:
+                found[name] = name.upper(), environ[name.upper()]
+        return found
+
+    @classmethod
     def from_mapping(cls, environ: Mapping[str, str],
                      flags: Mapping[str, str] | None = None) -> Settings:
         """Build from variables and flags (by field name). Raises ConfigError."""
         values: dict[str, Any] = {}
-        for item in dataclasses.fields(cls):
-            source, text = find_setting(item.name, environ, flags or {})
+        for name, (source, text) in cls.find(environ, flags or {}).items():
             try:
-                if text is not None:
-                    values[item.name] = item.metadata["parse"](text)
+                values[name] = cls.__dataclass_fields__[name].metadata["parse"](text)
             except ValueError as error:
-                seen = "<hidden>" if item.name == "jwt_secret" else repr(text)
+                seen = "<hidden>" if name == "jwt_secret" else repr(text)
                 raise ConfigError(f"{source}={seen}: {error}") from None
         settings = cls(**values)
         for name in ("webui_security", "api_security"):
@@ -1019,10 +1020,6 @@ def edit_places(text: str, at: int, edits: Mapping[Path, Any],
             yield start, end, (*prefix, key)
         elif key in inner:
             yield from edit_places(text, start, inner[key], (*prefix, key))
-
-def json_spans(text: str, path: Path) -> list[tuple[int, int]]:
-    """Return where the value at `path` stands; a repeated member has several places."""
-    return [(start, end) for start, end, _ in edit_places(text, 0, {path: None})]
 
 def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
     """Return a JSON object with some values replaced (a new member: at its end), no more."""
@@ -1881,6 +1878,7 @@ STRATEGIES = ("failover", "round_robin", "least_busy")
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 PINNED = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
 NO_YAML = "needs PyYAML: install it (pip install pyyaml) or write the file as JSON"
+ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
 AddressRange = tuple[int, int, int]  # version of IP, lowest and highest address as numbers
 
 @dataclasses.dataclass(frozen=True)
@@ -1892,6 +1890,7 @@ class Server:
     api_key: str | None = dataclasses.field(default=None, repr=False)
     headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
     verify: bool = True
+    warning: str | None = None  # about its URL
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -1927,7 +1926,6 @@ class RoutingTable:
     rules: tuple[Rule, ...] = ()
     model_map: ModelMap = ()
     source: str = ""
-    warnings: tuple[str, ...] = ()
 
     def all_servers(self) -> list[Server]:
         """Return every server that can be asked, each once, the default one first."""
@@ -1973,213 +1971,191 @@ def parse_address_range(text: str) -> AddressRange:
         raise ValueError(f"{text!r} is not a range from low to high")
     return version, low, high
 
-class RoutingFile:
-    """Reads a routing file's document into a table; every error names its place."""
+class Node(NamedTuple):
+    """A value in the routing file's document, with its place; null is as good as nothing."""
+    value: Any
+    path: Path
+    place: Callable[[Path], str]  # file and line
 
-    def __init__(self, name: str, doc: Any, line_of: Callable[[Path], int | None]) -> None:
-        self.name, self.doc, self.line_of = name, doc, line_of
-        self.servers: dict[str, Server] = {}
-        self.aliases: dict[str, Alias] = {}
-        self.warnings: list[str | None] = []
+    def error(self, message: str) -> ConfigError:
+        """Return the error about this value."""
+        words = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in self.path)
+        where = words.removeprefix(".") or "the file"
+        return ConfigError(f"{self.place(self.path)}: {where}: {message}")
 
-    def error(self, path: Path, message: str) -> ConfigError:
-        """Return the error about the value at `path`."""
-        line = self.line_of(path)
-        place = f"{self.name}:{line}" if line else self.name
-        words = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)
-        return ConfigError(f"{place}: {words.removeprefix('.') or 'the file'}: {message}")
+    def check(self, right: object, message: str) -> None:
+        """Refuse this value unless it is `right`."""
+        if not right:
+            raise self.error(message)
 
-    def expand(self, value: Any, environ: Mapping[str, str], path: Path = ()) -> Any:
-        """Return the document with `${NAME}` replaced in every string."""
-        if isinstance(value, dict):
-            return {k: self.expand(v, environ, (*path, k)) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self.expand(v, environ, (*path, i)) for i, v in enumerate(value)]
-        if not isinstance(value, str):
-            return value
-        for name in ENV_REFERENCE.findall(value):
-            if name not in environ:
-                raise self.error(path, f"${{{name}}} is not set; set it or write the value")
-        return ENV_REFERENCE.sub(lambda match: environ[match[1]], value)
+    def at(self, key: Any) -> Node:
+        """Return what stands inside at a key or an index; its value may be None."""
+        value = self.value.get(key) if isinstance(self.value, dict) else self.value[key]
+        return Node(value, (*self.path, key), self.place)
 
-    def record(self, value: Any, path: Path, *allowed: str) -> dict[str, Any]:
-        """Return a mapping that has only allowed keys."""
-        if not isinstance(value, dict):
-            raise self.error(path, f"{value!r} instead of a mapping of {', '.join(allowed)}")
-        for key in value:
-            if key not in allowed:
-                raise self.error((*path, key), f"unknown key; known are {', '.join(allowed)}")
-        return value
+    def expand(self, environ: Mapping[str, str]) -> Any:
+        """Return the value with `${NAME}` replaced in every string inside."""
+        if isinstance(self.value, dict):
+            return {key: self.at(key).expand(environ) for key in self.value}
+        if isinstance(self.value, list):
+            return [self.at(index).expand(environ) for index in range(len(self.value))]
+        if not isinstance(self.value, str):
+            return self.value
+        for name in ENV_REFERENCE.findall(self.value):
+            self.check(name in environ, f"${{{name}}} is not set; set it or write the value")
+        return ENV_REFERENCE.sub(lambda match: environ[match[1]], self.value)
 
-    def names(self, record: dict[str, Any], path: Path, member: str) -> dict[str, Any]:
-        """Return a member that maps names to anything, empty without it."""
-        names = record.get(member) or {}
-        if not isinstance(names, dict):
-            raise self.error((*path, member), "not a mapping of names")
-        for name in names:
-            self.text(name, (*path, member, name))
-        return names
+    def members(self, *known: str) -> list[Node]:
+        """Return the `known` members of a mapping, which has no others; without any, all."""
+        node, words = self._replace(value=self.or_else({})), ", ".join(known)
+        self.check(isinstance(node.value, dict),
+                   f"{self.value!r} instead of a mapping of {words or 'names'}")
+        for key in node.value:
+            node.at(key).check(not known or key in known, f"unknown key; known are {words}")
+            node.at(key)._replace(value=key).read()
+        return [node.at(key) for key in known or node.value]
 
-    def text(self, value: Any, path: Path) -> str:
-        """Return a name that is not empty."""
-        if not isinstance(value, str) or not value:
-            raise self.error(path, f"{value!r} instead of a text; put it in quotes")
-        return value
+    def elements(self, wanted: str) -> list[Node]:
+        """Return the elements of a list that has some; `wanted` says what it should be."""
+        self.check(isinstance(self.value, list) and self.value, wanted)
+        return [self.at(index) for index in range(len(self.value))]
 
-    def checked(self, parse: Callable[[str], Any], value: Any, path: Path) -> Any:
-        """Return what `parse` makes of a text, its ValueError with the place."""
+    def or_else(self, default: Any) -> Any:
+        """Return the value, `default` without one."""
+        return default if self.value is None else self.value
+
+    def read(self, parse: Callable[[str], Any] = str) -> Any:
+        """Return what `parse` makes of a text, which may not be empty."""
+        self.check(isinstance(self.value, str) and self.value,
+                   f"{self.value!r} instead of a text; put it in quotes")
         try:
-            return parse(self.text(value, path))
+            return parse(self.value)
         except ValueError as error:
-            raise self.error(path, str(error)) from None
+            raise self.error(str(error)) from None
 
-    def read(self, environ: Mapping[str, str], default: Server,
-             model_map: ModelMap) -> RoutingTable:
-        """Return the table that the document describes."""
-        doc = self.expand({} if self.doc is None else self.doc, environ)
-        self.record(doc, (), "servers", "aliases", "routes")
-        for name, value in self.names(doc, (), "servers").items():
-            self.servers[name] = self.server(name, value, ("servers", name))
-        for name, value in self.names(doc, (), "aliases").items():
-            self.aliases[name] = self.alias(name, value, ("aliases", name))
-        routes = doc.get("routes") or []
-        if not isinstance(routes, list):
-            raise self.error(("routes",), "not a list; begin each route with `- match:`")
-        default = next((s for s in self.servers.values() if s.url == default.url), default)
-        rules = tuple(self.rule(v, ("routes", i), default) for i, v in enumerate(routes))
-        return RoutingTable(default, self.servers, self.aliases, rules, model_map, self.name,
-                            tuple(filter(None, self.warnings)))
+    def choose(self, *choices: Any) -> Any:
+        """Return which of `choices` stands here; the first one when nothing does."""
+        value, words = self.or_else(choices[0]), " or ".join(map(str, choices))
+        self.check(value in choices, f"{value!r} instead of {words.lower()}")
+        return value
 
-    def server(self, name: str, value: Any, path: Path) -> Server:
+    def read_field(self) -> str:
+        """Return a field value; what is none, often a secret, stays out of the message."""
+        name = self.path[-1]
+        line = FIELD_LINE.fullmatch(f"{name}:{self.value}")
+        self.check(isinstance(self.value, str) and line and line[1] == name,
+                   "no field name or value; put one line in quotes")
+        self.check(name.lower() not in ROUTER_FIELDS, "the router sets this field itself")
+        return self.value
+
+def read_hosts(node: Node) -> tuple[AddressRange, ...] | None:
+    """Read source hosts: an address, CIDR or range, or a list of them; None for anybody."""
+    if node.value is None:
+        return None
+    if not isinstance(node.value, list):
+        return (node.read(parse_address_range),)
+    items = node.elements("an empty list matches nobody; leave it out")
+    return tuple(item.read(parse_address_range) for item in items)
+
+class TableReader:
+    """Reads a routing file's document; every error names its place."""
+
+    def __init__(self, root: Node, default: Server) -> None:
+        servers, aliases, routes = root.members("servers", "aliases", "routes")
+        self.servers = {node.path[-1]: self.server(node) for node in servers.members()}
+        self.default = next((s for s in self.servers.values() if s.url == default.url), default)
+        self.aliases = {node.path[-1]: self.alias(node) for node in aliases.members()}
+        listed = routes.value and routes.elements("not a list; begin each route with `- match:`")
+        self.rules = tuple(self.rule(node) for node in listed or ())
+
+    def server(self, node: Node) -> Server:
         """Read a server: a URL, or a record with one."""
-        value = {"url": value} if isinstance(value, str) else value
-        record = self.record(value, path, "url", "api", "api_key", "headers", "verify")
-        url = self.checked(parse_upstream_url, record.get("url"), (*path, "url"))
-        self.warnings.append(url_warning(f"servers.{name}", record["url"]))
-        api, verify = record.get("api", "openai"), record.get("verify", True)
-        if api not in ("openai", "ollama"):
-            raise self.error((*path, "api"), f"{api!r} instead of openai or ollama")
-        if not isinstance(verify, bool):
-            raise self.error((*path, "verify"), f"{verify!r} instead of true or false")
-        key, headers = record.get("api_key"), self.names(record, path, "headers")
-        if key is not None:
-            self.check_field("Authorization", key, (*path, "api_key"))
-        for field, text in headers.items():
-            self.check_field(field, text, (*path, "headers", field))
-            if field.lower() in (*HOP_BY_HOP, "content-length", "expect", "via"):
-                raise self.error((*path, "headers", field), "the router sets this field itself")
-        return Server(name, url, api, key, tuple(headers.items()), verify)
+        node = node._replace(value={"url": node.value}) if isinstance(node.value, str) else node
+        url, api, key, headers, verify = node.members("url", "api", "api_key", "headers", "verify")
+        return Server(
+            node.path[-1], url.read(parse_upstream_url), api.choose("openai", "ollama"),
+            None if key.value is None else key.read_field(),
+            tuple((field.path[-1], field.read_field()) for field in headers.members()),
+            verify.choose(True, False), url_warning(f"servers.{node.path[-1]}", url.value),
+        )
 
-    def check_field(self, name: str, value: Any, path: Path) -> None:
-        """Refuse what is no field; the value, often a secret, stays out of the message."""
-        line = FIELD_LINE.fullmatch(f"{name}:{value}")
-        if not isinstance(value, str) or line is None or line[1] != name:
-            raise self.error(path, "no field name or value; put one line in quotes")
-
-    def upstream(self, value: Any, path: Path) -> Server:
+    def upstream(self, node: Node) -> Server:
         """Read a server's name or a URL."""
-        if self.text(value, path) in self.servers:
-            return self.servers[value]
-        if not ABSOLUTE_SCHEME.match(value):
-            known = ", ".join(self.servers) or "none"
-            raise self.error(path, f"unknown server {value!r}; known are {known}, or a URL")
-        url = self.checked(parse_upstream_url, value, path)
+        if node.read() in self.servers:
+            return self.servers[node.value]
+        known = ", ".join(self.servers) or "none"
+        node.check(ABSOLUTE_SCHEME.match(node.value),
+                   f"unknown server {node.value!r}; known are {known}, or a URL")
+        url = node.read(parse_upstream_url)
         return Server(f"{url.authority}{url.prefix}", url)
 
-    def instance(self, value: Any, path: Path) -> Instance:
+    def instance(self, node: Node) -> Instance:
         """Read `server/model`, or a record of server (or url) and model."""
-        if isinstance(value, str):
-            name, _, model = value.partition("/")
-            return Instance(self.upstream(name, path), model or None)
-        record = self.record(value, path, "server", "url", "model")
-        if ("server" in record) == ("url" in record):
-            raise self.error(path, "name one of `server` and `url`")
-        member = "server" if "server" in record else "url"
-        server = self.upstream(record[member], (*path, member))
-        model = record.get("model")
-        return Instance(server, model and self.text(model, (*path, "model")))
+        if isinstance(node.value, str):
+            name, _, model = node.value.partition("/")
+            return Instance(self.upstream(node._replace(value=name)), model or None)
+        *places, model = node.members("server", "url", "model")
+        named = [place for place in places if place.value is not None]
+        node.check(len(named) == 1, "name one of `server` and `url`")
+        return Instance(self.upstream(named[0]), model.value and model.read())
 
-    def alias(self, name: str, value: Any, path: Path) -> Alias:
+    def alias(self, node: Node) -> Alias:
         """Read an alias."""
-        record = self.record(value, path, "strategy", "instances")
-        strategy, items = record.get("strategy", "failover"), record.get("instances")
-        if strategy not in STRATEGIES:
-            message = f"{strategy!r} instead of {', '.join(STRATEGIES)}"
-            raise self.error((*path, "strategy"), message)
-        path = (*path, "instances")
-        if not isinstance(items, list) or not items:
-            raise self.error(path, "an alias needs a list of at least one `server/model`")
-        instances = [self.instance(item, (*path, i)) for i, item in enumerate(items)]
-        for at, instance in enumerate(instances):
-            if instance in instances[:at]:
-                raise self.error((*path, at), f"{instance} stands here twice")
-        return Alias(name, strategy, tuple(instances))
+        strategy, listed = node.members("strategy", "instances")
+        chosen, instances = strategy.choose(*STRATEGIES), []
+        for item in listed.elements("an alias needs a list of at least one `server/model`"):
+            instance = self.instance(item)
+            item.check(instance not in instances, f"{instance} stands here twice")
+            instances.append(instance)
+        return Alias(node.path[-1], chosen, tuple(instances))
 
-    def rule(self, value: Any, path: Path, default: Server) -> Rule:
+    def rule(self, node: Node) -> Rule:
         """Read a route: its match and its target."""
-        record = self.record(value, path, "match", "route")
-        inner = (*path, "match")
-        match = self.record(record.get("match") or {}, inner, "model", "source_host")
-        model, hosts = match.get("model"), match.get("source_host")
-        if model is not None:
-            model = self.checked(parse_pattern, model, (*inner, "model"))
-        if hosts is not None:
-            inner = (*inner, "source_host")
-            listed = hosts if isinstance(hosts, list) else [hosts]
-            if not listed:
-                raise self.error(inner, "an empty list matches nobody; leave it out")
-            hosts = tuple(self.checked(parse_address_range, h, inner) for h in listed)
-        target = self.target(record.get("route"), (*path, "route"), default, model)
-        words = ", ".join(f"{k} {v}" for k, v in match.items()) or "everything"
-        return Rule(f"routes[{path[1]}]", model, hosts, target, words)
+        match, route = node.members("match", "route")
+        model, hosts = match.members("model", "source_host")
+        pattern = None if model.value is None else model.read(parse_pattern)
+        words = ", ".join(f"{k} {v}" for k, v in match.or_else({}).items()) or "everything"
+        target = self.target(route, pattern)
+        return Rule(f"routes[{node.path[-1]}]", pattern, read_hosts(hosts), target, words)
 
-    def target(self, value: Any, path: Path, default: Server,
-               pattern: str | re.Pattern[str] | None) -> Alias | Instance:
+    def target(self, node: Node, pattern: str | re.Pattern[str] | None) -> Alias | Instance:
         """Read where a route leads: an alias, or an upstream and a model."""
-        route = self.record(value, path, "upstream", "model", "alias")
-        if not route:
-            raise self.error(path, "name an `upstream`, a `model` or an `alias`")
-        if "alias" in route:
-            if len(route) > 1:
-                raise self.error(path, "`alias` stands alone; leave the rest out")
-            name = self.text(route["alias"], (*path, "alias"))
-            if name not in self.aliases:
-                known = ", ".join(self.aliases) or "none"
-                raise self.error((*path, "alias"), f"unknown {name!r}; known are {known}")
-            return self.aliases[name]
-        model, server = route.get("model"), default
-        if model is not None:
-            self.checked(lambda text: check_template(text, pattern), model, (*path, "model"))
-        if "upstream" in route:
-            server = self.upstream(route["upstream"], (*path, "upstream"))
-        return Instance(server, model)
+        upstream, model, alias = members = node.members("upstream", "model", "alias")
+        given = [member for member in members if member.value is not None]
+        node.check(given, "name an `upstream`, a `model` or an `alias`")
+        if alias in given:
+            node.check(len(given) == 1, "`alias` stands alone; leave the rest out")
+            known = ", ".join(self.aliases) or "none"
+            alias.check(alias.read() in self.aliases, f"unknown {alias.value!r}; known are {known}")
+            return self.aliases[alias.value]
+        if model in given:
+            model.read(lambda text: check_template(text, pattern))
+        return Instance(self.upstream(upstream) if upstream in given else self.default, model.value)
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; a repeated name is an error."""
-    members: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in members:
-            raise ConfigError(f"{name!r} stands there twice; keep one of them")
-        members[name] = value
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in members if names.count(name) > 1)
+        raise ValueError(f"{repeated!r} stands there twice; keep one of them")
     return members
 
-def parse_json_routes(text: str, name: str) -> RoutingFile:
-    """Read the document of a JSON routing file."""
+def parse_json_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
+    """Return the document of a JSON routing file, and where its lines are."""
     try:
         doc = json.loads(text, object_pairs_hook=unique_object)
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ConfigError(f"{name}{line}: no valid JSON: {error}") from None
 
     def line_of(path: Path) -> int | None:
-        spans = json_spans(text, path) if path else []
-        return text.count("\n", 0, spans[0][0]) + 1 if spans else None
-    return RoutingFile(name, doc, line_of)
+        starts = [start for start, _, _ in edit_places(text, 0, {path: None})]
+        return text.count("\n", 0, starts[0]) + 1 if starts else None
+    return doc, line_of
 
-def parse_yaml_routes(text: str, name: str) -> RoutingFile:
-    """Read the document of a YAML routing file; PyYAML is imported here only."""
+def parse_yaml_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
+    """Return the document of a YAML routing file; PyYAML is imported here only."""
     try:
         import yaml
     except ImportError:
@@ -2200,28 +2176,38 @@ def parse_yaml_routes(text: str, name: str) -> RoutingFile:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None:
             note(node, ())
-        return RoutingFile(name, yaml.safe_load(text), lines.get)
+        return yaml.safe_load(text), lines.get
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{name}{line}: no valid YAML: {problem}") from None
 
+def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
+    """Return the document of a routing file, JSON or YAML by content."""
+    if not text.startswith(("{", "[")):
+        return parse_yaml_routes(text, name)
+    try:
+        return parse_json_routes(text, name)
+    except ConfigError:
+        with contextlib.suppress(ConfigError):  # YAML in flow style begins like JSON
+            return parse_yaml_routes(text, name)
+        raise
+
 def parse_routes(text: str, name: str, environ: Mapping[str, str],
                  settings: Settings) -> RoutingTable:
-    """Return the table of a routing file, JSON or YAML by content. Raises ConfigError."""
-    text = text.removeprefix("\ufeff") if text.strip() else "{}"
-    looks_json = text.lstrip().startswith(("{", "["))
-    try:
-        file = (parse_json_routes if looks_json else parse_yaml_routes)(text, name)
-    except ConfigError as error:
-        if not looks_json:
-            raise
-        try:
-            file = parse_yaml_routes(text, name)  # YAML in flow style begins like JSON
-        except ConfigError:
-            raise error from None
-    return file.read(environ, Server("default", settings.default_upstream), settings.model_map)
+    """Return the table of a routing file. Raises ConfigError."""
+    doc, line_of = parse_either(text, name)
+
+    def place(path: Path) -> str:
+        known = (line_of(path[:size]) for size in range(len(path), 0, -1))
+        line = next(filter(None, known), None)  # of the value, or of what it should stand in
+        return f"{name}:{line}" if line else name
+    root = Node(doc, (), place)
+    file = TableReader(root._replace(value=root.expand(environ)),
+                       Server("default", settings.default_upstream))
+    return RoutingTable(file.default, file.servers, file.aliases, file.rules,
+                        settings.model_map, name)
 
 def match_model(wanted: str | re.Pattern[str], names: Sequence[str]) -> re.Match[str] | bool:
     """Match one of a request's names, exactly or by search."""
@@ -4428,12 +4414,13 @@ class RoutesFile:
 
 def describe_table(table: RoutingTable) -> list[str]:
     """Return what a routing table holds, where the rest goes, and its warnings."""
+    counted = ((table.servers, "server", "servers"), (table.aliases, "alias", "aliases"),
+               (table.rules, "route", "routes"), (table.model_map, "mapped name", "mapped names"))
+    held = [f"{len(things)} {one if len(things) == 1 else more}" for things, one, more in counted]
     return [
-        f"routes: {table.source or 'no routing file'}: {len(table.servers)} servers, "
-        f"{len(table.aliases)} aliases, {len(table.rules)} routes, "
-        f"{len(table.model_map)} mapped names",
+        f"routes: {table.source or 'no routing file'}: {', '.join(held)}",
         f"the rest goes to {table.default.url}",
-        *(f"warning: {warning}" for warning in table.warnings),
+        *(f"warning: {s.warning}" for s in table.servers.values() if s.warning),
     ]
 
 class Router:
@@ -4633,7 +4620,7 @@ def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     if 0 < settings.listen_port < 1024:
         warnings.append(f"the unit may not open port {settings.listen_port}; use one above 1023")
     print(*(f"warning: {warning}\n" for warning in warnings), sep="", end="", file=sys.stderr)
-    given = {name: text for name, text in sorted(args.given.items()) if name != "jwt_secret"}
+    given = {name: text for name, (_, text) in sorted(args.given.items()) if name != "jwt_secret"}
     if "routes_config" in given:
         given["routes_config"] = str(pathlib.Path(settings.routes_config).absolute())
     program = (quote(path).replace("$", "$$") for path in (sys.executable, args.program))
@@ -4674,46 +4661,42 @@ def demo_answer(asked: dict[str, Any], thinks: bool) -> list[bytes]:
     said = [DEMO_THOUGHT, *said] if thinks else said
     usage = {"prompt_tokens": 12, "completion_tokens": len(said), "total_tokens": 12 + len(said)}
     head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
+
+    def answer(reason: str | None, **said: Any) -> dict[str, Any]:
+        return {**head, "choices": [{"index": 0, "finish_reason": reason, **said}]}
+
     if not asked.get("stream"):
         message = {"role": "assistant", "content": "".join(said)}
-        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-        return [encode_json({**head, "choices": choices, "usage": usage})]
-    steps = [({"content": piece}, None) for piece in said] + [({}, "stop")]
-    docs = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-            for delta, reason in steps]
-    docs.append({**head, "choices": [], "usage": usage})
-    return [b"data: %b\n\n" % data for data in (*map(encode_json, docs), b"[DONE]")]
+        return [encode_json({**answer("stop", message=message), "usage": usage})]
+    docs = [answer(None, delta={"content": piece}) for piece in said]
+    docs += [answer("stop", delta={}), {**head, "choices": [], "usage": usage}]
+    return [SSE.encode(data) for data in (*map(encode_json, docs), DONE_MARK)]
 
 async def serve_demo(delay: float, behaviour: str, model: str, reader: asyncio.StreamReader,
                      writer: asyncio.StreamWriter) -> None:
     """Answer one request as a model server does, and end the connection."""
-    stream = Stream(reader, writer)
-    with contextlib.suppress(OSError, RouterError, asyncio.CancelledError):
-        head = parse_request_head(await stream.read_head(MAX_REQUEST_HEAD) or b"")
-        responder = Responder(stream, None)
-        request = Request(head, stream, responder, "", "", "", "")
-        await request.read_content(MiB)
-        asked = json.loads(request.content or b"{}")
+    with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        head = parse_request_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
+        asked = json.loads(await reader.readexactly(request_framing(head).length) or "{}")
+        status, kind = "200 OK", "text/event-stream" if asked.get("stream") else "application/json"
         if head.method == "GET":
-            responder.send_json({"data": [{"id": model}]})
+            pieces = [encode_json({"data": [{"id": model}]})]
         elif behaviour == "fails":
-            error = {"message": "the model is being loaded", "type": "server_error"}
-            responder.send_json({"error": error}, 503)
+            status, kind = "503 Service Unavailable", "application/json"
+            pieces = [encode_openai_error(Unavailable("the model is being loaded"))]
         else:
-            kind = "text/event-stream" if asked.get("stream") else "application/json"
-            responder.begin(200, [("Content-Type", kind)], None)
-            for piece in demo_answer(asked, behaviour == "thinks"):
-                await asyncio.sleep(delay)
-                responder.write(piece)
-            responder.finish()
-    stream.close()
+            pieces = demo_answer(asked, behaviour == "thinks")
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n"
+                     "Connection: close\r\n\r\n".encode())
+        for piece in pieces:
+            await asyncio.sleep(delay)
+            writer.write(piece)
 
 async def send_demo_requests(settings: Settings, port: int, seconds: float) -> None:
     """Send requests of all kinds through the router and print what came back."""
-    upstreams = Upstreams(settings)
+    upstreams, end = Upstreams(settings), time.monotonic() + seconds
     router = Server("router", UpstreamURL("http", "127.0.0.1", port, ""))
     messages = [{"role": "user", "content": "Tell me about the fox."}]
-    end = time.monotonic() + seconds
     with contextlib.suppress(OSError, BadGateway):  # the router has ended, or nobody reads
         for path, model, stream, words in itertools.cycle(DEMO_REQUESTS):
             if time.monotonic() > end:
@@ -4730,12 +4713,11 @@ async def send_demo_requests(settings: Settings, port: int, seconds: float) -> N
 
 async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) -> int:
     """Run the router in front of three upstreams of its own."""
-    urls, servers = {}, []
+    servers, urls = {}, {}
     for name, kind in DEMO_SERVERS.items():
         serve = functools.partial(serve_demo, *kind)
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        servers.append(server)
-        urls[name] = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+        servers[name] = await asyncio.start_server(serve, "127.0.0.1", 0)
+        urls[name] = "http://127.0.0.1:{1}".format(*servers[name].sockets[0].getsockname())
     (folder / "routes.json").write_bytes(encode_json({"servers": urls, **DEMO_ROUTES}))
     with socket.socket() as probe:
         taken = settings.listen_port and not probe.connect_ex(("127.0.0.1", settings.listen_port))
@@ -4752,10 +4734,7 @@ async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) 
               "servers answer: one is slow, one thinks aloud, one fails.", flush=True)
         traffic.append(asyncio.create_task(send_demo_requests(settings, port, seconds)))
 
-    status = await Router(settings, RoutesFile(settings, {}, True), ()).run(begin)
-    for server in servers:
-        server.close()
-    return status
+    return await Router(settings, RoutesFile(settings, {}, True), ()).run(begin)
 
 def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Show the router at work with three upstreams of its own."""
@@ -4798,7 +4777,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"SmolRouter {__version__}")
-    parser.set_defaults(run=run_serve)
+    parser.set_defaults(run=run_serve, dashboard="")
     commands = parser.add_subparsers(metavar="command")
     subs = {}
     for run in COMMANDS:
@@ -4818,14 +4797,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
     """Parse the command line and run its command. Raises ConfigError."""
     args = build_parser().parse_args(argv)
-    args.program, args.dashboard = pathlib.Path(__file__).resolve(), getattr(args, "dashboard", "")
-    names = [item.name for item in dataclasses.fields(Settings)]
-    flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    found = {name: find_setting(name, environ, flags) for name in names}
-    args.given = {name: text for name, (_, text) in found.items() if text is not None}
-    settings = Settings.from_mapping(environ, flags)
-    source, text = found["default_upstream"]
-    warning = url_warning(source, text) if text else None
+    args.program = pathlib.Path(__file__).resolve()
+    args.given = Settings.find(environ, vars(args))
+    settings = Settings.from_mapping(environ, vars(args))
+    warning = url_warning(*args.given.get("default_upstream", ("", "http://")))
     args.warnings = [f"warning: {warning}"] if warning else []
     routes = RoutesFile(settings, environ, "routes_config" in args.given)
     status = args.run(args, settings, routes)

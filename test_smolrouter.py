@@ -3921,6 +3921,31 @@ def test_check_prints_the_table(folder: pathlib.Path) -> None:
         assert word in done.stdout
 
 
+def test_one_is_not_many(folder: pathlib.Path) -> None:
+    (folder / "routes.yaml").write_text(json.dumps(TABLE))
+    done = alone(folder, "check", MODEL_MAP='{"a": "b", "c": "d"}')
+    counts = "1 server, 1 alias, 1 route, 2 mapped names"
+    assert done.stdout.splitlines()[0] == f"routes: routes.yaml: {counts}"
+
+
+def test_demo(folder: pathlib.Path) -> None:
+    """Its requests are answered, by the second server where the first one fails."""
+    command = [sys.executable, "smolrouter.py", "demo", "--seconds", "30"]
+    with subprocess.Popen(
+        [*command, "--listen-port", "0"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={},
+    ) as demo:  # fmt: skip
+        try:
+            lines = [demo.stdout.readline() for _ in range(3)]
+        finally:
+            demo.send_signal(signal.SIGTERM)
+            demo.communicate(timeout=20)
+    assert lines[0].startswith("Open http://127.0.0.1:")
+    for line, model in zip(lines[1:], ("gpt-4", "coding-assistant"), strict=True):
+        assert f" {model} -> qwen3-8b: 200, " in line
+    assert demo.returncode == 0
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
