@@ -1372,19 +1372,13 @@ class EventFilter:
         block = self.splitter.feed(data)
         if block:
             self.tail.append(block)
-            return block if self.plain and not self.suspicious(block) else self.change_block(block)
+            return self.change_block(block)
         if len(self.splitter.held) <= MAX_HELD_EVENT:
             return b""
         if self.required:
             raise BadGateway(f"an event is longer than {MAX_HELD_EVENT} bytes")
         self.raw = True
         return self.splitter.take()
-
-    def suspicious(self, block: bytes) -> bool:
-        """Tell whether a block may hold an event that needs a change."""
-        if self.filtering and (b"<" in block or (b"\\" in block and b"\\u003" in block)):
-            return True
-        return self.plan.hide_usage and b'"usage"' in block
 
     @property
     def complete(self) -> bool:
@@ -1396,7 +1390,8 @@ class EventFilter:
     def usage(self) -> dict[str, Any]:
         """What the answer has said of its own cost."""
         usage, last = dict(self.noted), b"".join(self.tail)
-        for at in map(last.rfind, USAGE_WORDS):
+        for word in USAGE_WORDS:
+            at = last.rfind(word, max(0, len(last) - MAX_LAST_EVENTS))
             if at >= 0:
                 end = last.find(b"\n", at)
                 line = last[last.rfind(b"\n", 0, at) + 1 : end if end >= 0 else len(last)]
@@ -1420,22 +1415,19 @@ class EventFilter:
 
     def change_block(self, block: bytes) -> bytes:
         """Return whole events; only those that could need a change are parsed."""
-        if self.plan.hide_usage:
-            at = block.find(b'"usage"')
-            block = block[:at] + NULL_USAGE.sub(b"", block[at:]) if at >= 0 else block
-        parts: list[bytes] = []
-        at, found = 0, dict.fromkeys(self.words, -1)
+        found = dict.fromkeys(self.words, -1)
+        at = self.plain_until(block, 0, found)
+        if at == len(block):
+            return block
+        parts = [block[:at]]
         while at < len(block):
-            end = self.plain_until(block, at, found)
-            if end > at:
-                parts.append(block[at:end])
-            else:
-                match = self.form.end.search(block, at)
-                end = match.end() if match else len(block)
-                parts.append(self.change(block[at:end]))
-                self.plain = self.settled()
-            at = end
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            match = self.form.end.search(block, at)
+            end = match.end() if match else len(block)
+            parts.append(self.change(block[at:end]))
+            self.plain = self.settled()
+            at = self.plain_until(block, end, found)
+            parts.append(block[end:at])
+        return b"".join(parts)
 
     def plain_until(self, block: bytes, at: int, found: dict[bytes, int]) -> int:
         """Return how far events may leave as they are; `found`: where each word comes next."""
@@ -1465,6 +1457,9 @@ class EventFilter:
         data = self.form.read(event)
         if data == DONE_MARK:
             return self.close(self.texts) + event
+        if self.plan.hide_usage and NULL_USAGE.search(data):
+            data = NULL_USAGE.sub(b"", data)
+            event = self.form.replace(event, data)
         doc = parse_event_json(data)
         if doc is None:
             return event
@@ -1481,7 +1476,8 @@ class EventFilter:
 
     def filter(self, doc: dict[str, Any], event: bytes) -> tuple[bytes, dict[Path, Any], bool]:
         """Return events to go before this one, its edits, and whether it lost all text."""
-        slots, whole, closed = text_slots(doc), list(output_slots(doc)), closed_indexes(doc)
+        slots, closed = text_slots(doc), closed_indexes(doc)
+        whole = [] if "choices" in doc else list(output_slots(doc))
         visible: dict[Path, str] = {}
         for slot in slots:
             known = self.texts.get(slot.index)
@@ -4677,7 +4673,7 @@ async def serve_demo(delay: float, behaviour: str, model: str, reader: asyncio.S
     """Answer one request as a model server does, and end the connection."""
     with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
         head = parse_request_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
-        asked = json.loads(await reader.readexactly(request_framing(head).length) or "{}")
+        asked = json.loads(await reader.readexactly(head.framing.length) or "{}")
         status, kind = "200 OK", "text/event-stream" if asked.get("stream") else "application/json"
         if head.method == "GET":
             pieces = [encode_json({"data": [{"id": model}]})]
@@ -4694,7 +4690,7 @@ async def serve_demo(delay: float, behaviour: str, model: str, reader: asyncio.S
 
 async def send_demo_requests(settings: Settings, port: int, seconds: float) -> None:
     """Send requests of all kinds through the router and print what came back."""
-    upstreams, end = Upstreams(settings), time.monotonic() + seconds
+    upstreams, end = Upstreams(settings, Clock()), time.monotonic() + seconds
     router = Server("router", UpstreamURL("http", "127.0.0.1", port, ""))
     messages = [{"role": "user", "content": "Tell me about the fox."}]
     with contextlib.suppress(OSError, BadGateway):  # the router has ended, or nobody reads
