@@ -43,6 +43,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime
 import errno
@@ -51,6 +52,7 @@ import functools
 import hashlib
 import hmac
 import http
+import io
 import ipaddress
 import itertools
 import json
@@ -156,6 +158,9 @@ class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_err
 
 class Unavailable(RouterError, status=503, code="shutting_down"):
     """The router is shutting down."""
+
+class LogUnavailable(RouterError, status=503, code="log_unavailable"):
+    """The request log cannot be read now."""
 
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
     """An upstream did not answer in time; the message names the setting."""
@@ -1921,21 +1926,23 @@ def add_call(message: dict[str, Any], call: Mapping[str, Any]) -> None:
     more = function.get("arguments") or ""
     known["arguments"] += more if isinstance(more, str) else encode_json(more).decode()
 
-def add_part(message: dict[str, Any], part: Mapping[str, Any]) -> None:
-    """Add one part of a content to a message: text, thought, picture, call or result."""
-    image = part.get("image_url") or part.get("source")
-    if isinstance(image, dict):
-        data = f"data:{image.get('media_type')};base64,{image.get('data')}"
-        image = image.get("url") or data
-    message["images"] += [image] if image else []
-    message["content"] += part.get("text") or ""
-    message["thinking"] += part.get("thinking") or ""
-    if part.get("type") in ("tool_use", "input_json_delta"):
-        arguments = part.get("partial_json") or part.get("input")
-        add_call(message, {**part, "function": {"name": part.get("name"), "arguments": arguments}})
-    if part.get("type") == "tool_result":
-        add_said(message, {"role": "tool", "tool_call_id": part.get("tool_use_id"),
-                           "content": part.get("content")})
+def add_content(message: dict[str, Any], content: Any) -> None:
+    """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
+    for part in content if isinstance(content, list) else [content or ""]:
+        part = {"text": part} if isinstance(part, str) else part
+        kind, image = part.get("type"), part.get("image_url") or part.get("source")
+        if isinstance(image, dict):
+            data = f"data:{image.get('media_type')};base64,{image.get('data')}"
+            image = image.get("url") or data
+        message["images"] += [image] if image else []
+        message["content"] += part.get("text") or ""
+        message["thinking"] += part.get("thinking") or ""
+        if kind in ("tool_use", "input_json_delta"):
+            function = {**part, "arguments": part.get("partial_json") or part.get("input")}
+            add_call(message, {**part, "function": function})
+        if kind == "tool_result":
+            message["role"], message["tool_call_id"] = "tool", part.get("tool_use_id")
+            add_content(message, part.get("content"))
 
 def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     """Add a message of any protocol, or a piece of one: texts are joined, calls gathered."""
@@ -1944,10 +1951,10 @@ def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     message["name"] = said.get("tool_name") or message["name"]
     for name in ("thinking", "reasoning_content", "reasoning"):
         message["thinking"] += said.get(name) or ""
-    content = said.get("content") or ""
-    content = message_content(content, said.get("images")) if said.get("images") else content
-    for part in content if isinstance(content, list) else [content]:
-        add_part(message, {"text": part} if isinstance(part, str) else part)
+    content = said.get("content")
+    if said.get("images"):
+        content = message_content(content, said["images"])
+    add_content(message, content)
     for call in said.get("tool_calls") or ():
         add_call(message, call)
 
@@ -3611,6 +3618,8 @@ class Detail(NamedTuple):
     request: bytes
     response: bytes
 
+NO_DETAIL = Detail({}, b"", b"")
+
 class Entry(NamedTuple):
     """A row and its packed detail, ready to be written."""
     row: Row
@@ -3703,9 +3712,10 @@ def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
     usage, path = read_usage(said), record.path.partition("?")[0]
     if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
         return usage, False
-    texts = [m["content"] + m["thinking"] for m in read_transcript(path, b"", said)]
-    prompt = usage.prompt or -(-len(record.content) // 4)
-    return Usage(prompt, max(record.events, -(-sum(map(len, texts)) // 4)), usage.cached), True
+    letters = [sum(len(m["content"]) + len(m["thinking"]) for m in talk) for talk in (
+        read_transcript(path, record.content, b""), read_transcript(path, b"", said))]
+    prompt, completion = (-(-count // 4) for count in letters)
+    return Usage(usage.prompt or prompt, completion, usage.cached), True
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
@@ -4010,6 +4020,13 @@ class Store:
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
 
+    def detail(self, db: sqlite3.Connection, number: int) -> Detail | None:
+        """Return the detail of a request, None when it was forgotten. Raises sqlite3.Error."""
+        sql = "SELECT data, request_blob, response_blob FROM details WHERE id = ?"
+        for data, *digests in db.execute(sql, (number,)):
+            return read_detail(data, map(self.blobs.get, digests))
+        return None
+
     def move_aside(self) -> str:
         """Give a file that is no database of ours another name; return it, "" for no file."""
         self.close()
@@ -4170,14 +4187,14 @@ class RequestLog:
         if self.store is None:
             return False
         running = [record for record in list(self.inflight.values()) if not record.written]
-        now, nothing = time.monotonic(), Detail({}, b"", b"")
+        now = time.monotonic()
         try:
             if self.suspect:
                 self.suspect = False
                 self.store.check()
             self.store.open()
             if running or self.backlog or self.tallies:
-                rows = [make_row(record, nothing, now) for record in running]
+                rows = [make_row(record, NO_DETAIL, now) for record in running]
                 self.store.write(rows, self.backlog, self.tallies)
                 self.shorten(0)
                 self.tallies = {}
@@ -4202,6 +4219,27 @@ class RequestLog:
         if text != self.error:
             self.console.line(f"log: {text}; requests go on, rows wait")
         self.error = text
+
+    async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
+        """Return what a question makes of the database. Raises LogUnavailable."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.readers, self.answer, question, args)
+
+    def answer(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Ask the database, in a reader thread."""
+        self.opened.wait(5 * BUSY)
+        try:
+            with reading(self.store.path) as db:
+                return question(self, db, *args)
+        except sqlite3.Error as error:
+            self.suspect = self.suspect or bool(CORRUPT.search(str(error)))
+            self.wake.set()
+            raise LogUnavailable(f"the log cannot be read: {error}") from None
+
+    def refresh(self, row: Row) -> Row:
+        """Return the row of a running request as it stands now."""
+        record = self.inflight.get(row.id) if row.failed is None else None
+        return make_row(record, NO_DETAIL, time.monotonic()) if record else row
 
     def state(self) -> dict[str, Any]:
         """Return how the log is, for /healthz and the page."""
@@ -4339,7 +4377,7 @@ class Exchange:
         self.relay.log.begin(record)
         request.recorded = True
         request.stream.watch()
-        record.stop = functools.partial(self.stop, asyncio.current_task())
+        record.stop = self.stop
         try:
             if not self.answer_empty():
                 await self.relay_answer(await self.first_answer())
@@ -4359,10 +4397,10 @@ class Exchange:
             record.stop = None
             self.relay.log.finish(record)
 
-    def stop(self, task: asyncio.Task[None]) -> None:
-        """End the request from outside."""
+    def stop(self) -> None:
+        """End the request, as somebody wants who is not its client."""
         self.request.stream.cause = Cancelled("cancelled")
-        task.cancel()
+        self.request.stream.closed()
 
     def answer_empty(self) -> bool:
         """Answer a request that asks for nothing but to load a model."""
@@ -4624,8 +4662,9 @@ class Exchange:
 # ======================================================================================
 # 13  Dashboard and API
 # ======================================================================================
-# What the owner looks at: the page, and the requests that run now. The page is one
-# document, allowed by hash; what it shows it fetches as JSON.
+# What the owner looks at: the page, one document that is allowed by hash, and the JSON
+# that it fetches. A question is a function that a reader thread runs on the database; an
+# endpoint is a `serve_` function here and a line in section 14.
 
 @functools.lru_cache(maxsize=2)
 def page_fields(page: str) -> list[tuple[str, str]]:
@@ -4640,25 +4679,6 @@ def page_fields(page: str) -> list[tuple[str, str]]:
               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)]
 
-def inflight_row(record: Record, now: float) -> dict[str, Any]:
-    """Return a running request as /api/inflight shows it."""
-    return {
-        "id": record.id, "request_id": record.request_id, "timestamp": rfc3339(record.started),
-        "source_ip": record.source_ip, "path": record.path, "service_type": record.service,
-        "original_model": record.original_model, "mapped_model": record.mapped_model,
-        "upstream_url": record.upstream_url, "phase": record.phase,
-        "elapsed_ms": round((now - record.clock) * 1000), "tokens": record.events,
-        "bytes": record.response_size,
-    }
-
-# ======================================================================================
-# 14  Application
-# ======================================================================================
-# Which path means what: one table. It dispatches and it guards, on the same normalised
-# path. To add an endpoint: a function `serve_...` and a line in ENDPOINTS.
-
-OLLAMA_VERSION = "0.12.0"  # the version of Ollama's API that is spoken here
-RUNNING_FOR = 300.0  # s that /api/ps says a model stays
 MAX_DECISIONS = 4096
 
 class Gate:
@@ -4722,6 +4742,532 @@ class Services:
         """Return the union of the models that this client may see."""
         fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
         return await list_models(self.models, self.table, fields.get("authorization"))
+
+def inflight_row(record: Record, now: float) -> dict[str, Any]:
+    """Return a running request as /api/inflight shows it."""
+    return {
+        "id": record.id, "request_id": record.request_id, "timestamp": rfc3339(record.started),
+        "source_ip": record.source_ip, "path": record.path, "service_type": record.service,
+        "original_model": record.original_model, "mapped_model": record.mapped_model,
+        "upstream_url": record.upstream_url, "phase": record.phase,
+        "elapsed_ms": round((now - record.clock) * 1000), "tokens": record.events,
+        "bytes": record.response_size,
+    }
+
+# --- questions to the log -------------------------------------------------------------
+# Asked in a reader thread; each gets the log and the parameters. Lists are paged by key,
+# sums come from the hourly ones, and a sample stands for many rows: nothing walks the log.
+
+MAX_SEARCHED = 50_000  # newest rows that a search for text looks at
+SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
+HOURS = parse_number(1, 24 * 366)
+COLUMNS = ", ".join(Row._fields)
+SEARCHED = " || ' ' || ".join(("original_model", "sent_model", "path", "upstream_url", "route",
+                               "ifnull(error_message, '')", "source_ip", "request_id"))
+LISTED = ("id", "request_id", "timestamp", "source_ip", "method", "path", "service_type",
+          "original_model", "mapped_model", "upstream_url", "route", "duration_ms", "ttft_ms",
+          "request_size", "response_size", "status_code", "error_message", "prompt_tokens",
+          "completion_tokens", "total_tokens", "tokens_estimated", "attempts", "stream",
+          "completed_at", "is_inflight")
+POINT = ("id", "timestamp", "service_type", "upstream_url", "prompt_tokens",
+         "completion_tokens", "total_tokens", "duration_ms", "ttft_ms", "status_code")
+
+def parse_status(text: str) -> tuple[str, tuple[Any, ...]]:
+    """Read a status, a class of them or `error` as a condition on rows."""
+    if text == "error":
+        return "failed = 1", ()
+    if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
+        raise ValueError("allowed are a status such as 404, a class such as 4xx, and error")
+    low, high = int(text.replace("x", "0")), int(text.replace("x", "9"))
+    return "failed = ? AND status_code BETWEEN ? AND ?", (int(low >= 400), low, high)
+
+def parse_age(text: str) -> float:
+    """Read how long ago something was: 30m, 24h, 7d; return s."""
+    if not re.fullmatch(r"[0-9]{1,6}[mhd]", text):
+        raise ValueError("allowed is an age such as 30m, 24h or 7d")
+    return int(text[:-1]) * {"m": 60, "h": 3600, "d": 86_400}[text[-1]]
+
+Parameters = Mapping[str, Callable[[str], Any]]
+LOG_PARAMETERS: Parameters = {
+    "limit": parse_number(1, 1000), "before": parse_number(0, 2**63 - 1),
+    "service_type": parse_choice(*SERVICES), "model": parse_text, "upstream": parse_text,
+    "status": parse_status, "source": parse_text, "q": parse_text}
+STATS_PARAMETERS: Parameters = {"hours": HOURS}
+POINT_PARAMETERS: Parameters = {
+    "hours": HOURS, "limit": parse_number(1, 20_000), "model": parse_text,
+    "service_type": parse_choice(*SERVICES)}
+EXPORT_PARAMETERS: Parameters = {
+    "since": parse_age, "model": parse_text, "format": parse_choice("jsonl", "csv", "openai")}
+
+def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
+    """Return the parameters of a query; one without a value is none. Raises BadRequest."""
+    found = {}
+    for name, text in urllib.parse.parse_qsl(query.removeprefix("?")):
+        if name not in known:
+            raise BadRequest(f"unknown parameter {name[:80]!r}; known are {', '.join(known)}")
+        try:
+            found[name] = known[name](text)
+        except ValueError as error:
+            raise BadRequest(f"{name}={text[:80]!r}: {error}") from None
+    return found
+
+def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Return the statement for a page of rows, newest first, and its values."""
+    tests = {"id < ?": asked.get("before"), "id >= ?": asked.get("after"),
+             "service_type = ?": asked.get("service_type"), "source_ip = ?": asked.get("source"),
+             "upstream_url = ?": asked.get("upstream")}
+    tests = {test: (value,) for test, value in tests.items() if value is not None}
+    if "status" in asked:
+        tests[asked["status"][0]] = asked["status"][1]
+    arms = [tests]
+    if "model" in asked:
+        names = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
+        arms = [{**tests, name: (asked["model"],)} for name in names]
+    limit, text = asked.get("limit", 100), asked.get("q")
+    chosen = [f"SELECT id FROM requests WHERE {' AND '.join(arm) or 1}" for arm in arms]
+    values = [value for arm in arms for given in arm.values() for value in given]
+    sql = (f"SELECT {COLUMNS} FROM requests WHERE id IN "
+           f"({' UNION '.join(chosen)} ORDER BY id DESC LIMIT ?)")
+    if text is None:
+        return f"{sql} ORDER BY id DESC", [*values, limit]
+    pattern = re.sub(r"([\\%_])", r"\\\1", text)
+    sql += f" AND {SEARCHED} LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?"
+    return sql, [*values, MAX_SEARCHED, f"%{pattern}%", limit]
+
+def row_document(row: Row) -> dict[str, Any]:
+    """Return a row as JSON shows it: moments, truth values, attempts."""
+    counts = [n for n in (row.prompt_tokens, row.completion_tokens) if n is not None]
+    done = row.completed_at
+    return {
+        **row._asdict(), "timestamp": rfc3339(row.timestamp / 1000),
+        "completed_at": None if done is None else rfc3339(done / 1000),
+        "total_tokens": sum(counts) if counts else None,
+        "tokens_estimated": bool(row.tokens_estimated), "stream": bool(row.stream),
+        "attempts": [dict(zip(Attempt._fields, attempt, strict=True))
+                     for attempt in json.loads(row.attempts)],
+        "is_inflight": row.failed is None,
+        "tokens_per_second": token_rate(row.completion_tokens, row.duration_ms, row.ttft_ms),
+    }
+
+def token_rate(said: float | None, taken: float | None, first: float | None) -> float | None:
+    """Return tokens per second while the answer was spoken."""
+    speaking = (taken or 0) - (first or 0)
+    return round(said * 1000 / speaking, 2) if said and speaking > 0 else None
+
+def list_document(row: Row) -> dict[str, Any]:
+    """Return a row as /api/logs shows it."""
+    doc = row_document(row)
+    return {name: doc[name] for name in LISTED}
+
+def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+    """Answer /api/logs."""
+    rows = map(Row._make, db.execute(*select_rows(asked)))
+    return [list_document(log.refresh(row)) for row in rows]
+
+def quantiles(counts: Sequence[float]) -> dict[str, float | None]:
+    """Return the percentiles of a histogram that the page shows."""
+    return {f"p{share}": percentile(counts, share / 100) for share in (50, 95, 99)}
+
+def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+    """Answer /api/stats."""
+    hours, now = asked.get("hours", 24), int(time.time() // 3600)
+    first = now - hours + 1
+    services = dict(db.execute(
+        "SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type"))
+    by_hour = dict(db.execute(
+        "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)))
+    sums = ", ".join(f"TOTAL({name})" for name in COUNTED)
+    tally = db.execute(f"SELECT {sums} FROM rollups WHERE hour >= ?", (first,)).fetchone()
+    found = dict(zip(SUMS, tally, strict=False))
+    return {
+        "total_requests": sum(services.values()),
+        **{f"{name}_requests": services.get(name, 0) for name in SERVICES},
+        "recent_requests": int(found["requests"]), "inflight_requests": len(log.inflight),
+        "error_rate": found["errors"] / max(found["requests"], 1),
+        "latency_ms": quantiles(tally[DURATIONS]), "ttft_ms": quantiles(tally[TTFTS]),
+        "prompt_tokens": int(found["prompt_tokens"]),
+        "completion_tokens": int(found["completion_tokens"]),
+        "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first, now + 1)],
+        "log": log.state(),
+    }
+
+def model_document(model: str, tally: Sequence[float]) -> dict[str, Any]:
+    """Return what /api/performance says of one model."""
+    found = dict(zip(SUMS, tally, strict=False))
+    return {
+        "model": model, "requests": int(found["requests"]), "errors": int(found["errors"]),
+        "p50_ms": percentile(tally[DURATIONS], 0.5), "p95_ms": percentile(tally[DURATIONS], 0.95),
+        "ttft_p50_ms": percentile(tally[TTFTS], 0.5),
+        "tokens_per_second": token_rate(found["spoken_tokens"], found["spoken_ms"], 0),
+        "prompt_tokens": int(found["prompt_tokens"]),
+        "completion_tokens": int(found["completion_tokens"]),
+    }
+
+def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+    """Answer /api/performance: an even sample of the rows, and sums by model."""
+    hours, limit, now = asked.get("hours", 24), asked.get("limit", 2000), time.time()
+    given = {name: asked[name] for name in ("model", "service_type") if name in asked}
+    where = "".join(f" AND {name} = ?" for name in given)
+    sums = ", ".join(f"TOTAL({name})" for name in COUNTED)
+    tallies = {model: tally for model, *tally in db.execute(
+        f"SELECT model, {sums} FROM rollups WHERE hour > ?{where} GROUP BY model",
+        (int(now // 3600) - hours, *given.values()))}
+    total = int(sum(tally[0] for tally in tallies.values()))
+    first, level = int((now - hours * 3600) * 1000) * 1024, (total // limit).bit_length() - 1
+    rows = read_sample(db, first, max(level, 0), given)
+    if level < 1 and len(rows) <= limit:  # all of them: the sums can be exact
+        total, tallies = len(rows), {}
+        for row in rows:
+            add_row(tallies, rollup_key(row)[2], row)
+    points = [rows[at * len(rows) // limit] for at in range(limit)] if len(rows) > limit else rows
+    docs = [(rollup_key(row)[2], row_document(row)) for row in points]
+    return {
+        "data_points": [{**{name: doc[name] for name in POINT}, "model": model,
+                         "tokens_per_second": doc["tokens_per_second"]} for model, doc in docs],
+        "models": [model_document(*item) for item in sorted(tallies.items())],
+        "meta": {"total_points": total, "hours_back": hours,
+                 "sampled": len(points) < total, "filters": given},
+    }
+
+def read_sample(db: sqlite3.Connection, first: int, level: int,
+                given: Mapping[str, Any]) -> list[Row]:
+    """Return the finished rows from the id `first` on that have a level, or a higher one."""
+    names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
+    tests = ["id >= ?", "failed IS NOT NULL", *(names[name] for name in given)]
+    tests += [f"level >= {level}"] if level else []
+    small = level >= SAMPLE_LEVEL and not given
+    source = f"INDEXED BY sample WHERE level >= {SAMPLE_LEVEL} AND" if small else "WHERE"
+    sql = f"SELECT {COLUMNS} FROM requests {source} {' AND '.join(tests)} ORDER BY id"
+    return [*map(Row._make, db.execute(sql, (first, *given.values())))]
+
+def body_text(body: bytes, coding: str | None) -> tuple[str | None, str]:
+    """Return a kept body as text, and how: utf-8 or base64; None when none is kept."""
+    plain = inflate(body, coding)
+    try:
+        return plain.decode() if body else None, "utf-8"
+    except UnicodeDecodeError:
+        return base64.b64encode(plain).decode(), "base64"
+
+def detail_document(row: Row, detail: Detail | None, phase: str = "done") -> dict[str, Any]:
+    """Return everything about one request; `detail` may have been forgotten."""
+    meta, content, said = detail or Detail({}, b"", b"")
+    headers = {name.lower(): value for name, value in meta.get("response_headers", ())}
+    coding, cut = headers.get("content-encoding"), meta.get("cut", (False, False))
+    talk, path = [], row.path.partition("?")[0]
+    if path in NO_THINK_MEMBERS:
+        talk = read_transcript(path, content, inflate(said, coding))
+    answer = next((m for m in talk[::-1] if said and m["role"] == "assistant"), {})
+    doc = {**row_document(row), "phase": phase,
+           "trail": [dict(zip(Step._fields, step, strict=True)) for step in meta.get("trail", ())],
+           "request_headers": meta.get("request_headers", []),
+           "response_headers": meta.get("response_headers", [])}
+    doc["request_body"], doc["request_body_encoding"] = body_text(content, None)
+    doc["response_body"], doc["response_body_encoding"] = body_text(said, coding)
+    doc["request_body_cut"], doc["response_body_cut"] = cut
+    doc["transcript"] = talk
+    doc["response_text"], doc["response_thinking"] = answer.get("content"), answer.get("thinking")
+    return {name: value for name, value in doc.items() if name not in ("failed", "level")}
+
+def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
+    """Return everything about a request that ended, None when it is not known."""
+    rows = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchall()
+    return detail_document(Row._make(rows[0]), log.store.detail(db, number)) if rows else None
+
+def recall_request(log: RequestLog, number: int) -> dict[str, Any] | None:
+    """Return everything about a request that runs, or that has not been written yet."""
+    for record in [*log.inflight.values(), *log.ended]:
+        if record.id == number:
+            detail = make_detail(record, log.body_limit)
+            phase = "done" if record.finished else record.phase
+            return detail_document(make_row(record, detail, time.monotonic()), detail, phase)
+    for entry in list(log.backlog):
+        if entry.row.id == number:
+            blobs = [blob and blob[1] for blob in entry.blobs]
+            return detail_document(entry.row, read_detail(entry.data, blobs))
+    return None
+
+async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
+    """Return the request that a path names. Raises NotFound."""
+    number = re.search(r"/([0-9]{1,18})(?:/|$)", path)
+    loop, found = asyncio.get_running_loop(), None
+    if number:
+        found = await loop.run_in_executor(log.readers, recall_request, log, int(number[1]))
+        found = found or await log.ask(read_request, int(number[1]))
+    if found is None:
+        raise NotFound("no such request; it may have been older than MAX_LOG_AGE_DAYS")
+    return found
+
+# --- export ---------------------------------------------------------------------------
+
+EXPORT_PAGE = 200  # rows that are in memory at once
+
+def export_row(row: Row, detail: Detail | None, form: str) -> str:
+    """Return a request in a form of export; "" when it has nothing to say there."""
+    if form == "csv":
+        line, doc = io.StringIO(), list_document(row)
+        doc["attempts"] = row.attempts
+        csv.writer(line, lineterminator="\n").writerow(doc.values())
+        return line.getvalue()
+    doc = detail_document(row, detail)
+    if form == "jsonl":
+        return encode_json(doc).decode() + "\n"
+    answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
+    talk = [chat_message(message) for message in doc["transcript"]]
+    return encode_json({"messages": talk}).decode() + "\n" if answered else ""
+
+def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message of a transcript as fine-tuning takes it."""
+    doc = {"role": message["role"], "content": message["content"]}
+    if message["images"]:
+        images = [{"type": "image_url", "image_url": {"url": url}} for url in message["images"]]
+        doc["content"] = [{"type": "text", "text": message["content"]}, *images]
+    if message["tool_calls"]:
+        doc["tool_calls"] = [
+            {"id": call["id"], "type": "function",
+             "function": {"name": call["name"], "arguments": call["arguments"]}}
+            for call in message["tool_calls"]]
+    if message["tool_call_id"]:
+        doc["tool_call_id"] = message["tool_call_id"]
+    return doc
+
+def export_rows(store: Store, asked: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the requests, newest first, a page at a time. Raises sqlite3.Error."""
+    form, since = asked.get("format", "jsonl"), asked.get("since")
+    wanted = {name: asked[name] for name in ("model",) if name in asked}
+    if since is not None:
+        wanted["after"] = int((time.time() - since) * 1000) * 1024
+    if form == "csv":
+        yield (",".join(LISTED) + "\n").encode()
+    rows: list[Row] = []
+    while not rows or len(rows) == EXPORT_PAGE:
+        with reading(store.path) as db:
+            asked = {**wanted, "limit": EXPORT_PAGE, "before": rows[-1].id if rows else 2**62}
+            rows = [*map(Row._make, db.execute(*select_rows(asked)))]
+            if not rows:
+                return
+            yield "".join(export_row(row, None if form == "csv" else store.detail(db, row.id), form)
+                          for row in rows if row.failed is not None).encode()
+
+# --- metrics --------------------------------------------------------------------------
+
+METRIC_EDGES = range(0, len(EDGES), 4)  # of the buckets that Prometheus gets
+COUNTERS = {"requests": "Requests that ended", "errors": "Requests that failed",
+            "prompt_tokens": "Tokens read", "completion_tokens": "Tokens said",
+            "cached_tokens": "Tokens read from a cache"}
+HISTOGRAMS = {"duration": ("Time from a request to the end of its answer", DURATIONS),
+              "ttft": ("Time to the first token of a stream", TTFTS)}
+
+def metric_labels(**labels: str) -> str:
+    """Return labels as the text format of Prometheus has them."""
+    texts = (re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n") for text in labels.values())
+    return ",".join(f'{name}="{text}"' for name, text in zip(labels, texts, strict=True))
+
+def metric_lines(series: Mapping[tuple[str, str, str], Sequence[float]],
+                 gauges: Mapping[str, tuple[str, float]]) -> Iterator[str]:
+    """Yield the lines of /metrics: gauges, counters and histograms."""
+    rows = [(metric_labels(service=service, model=model, upstream=upstream), tally)
+            for (service, model, upstream), tally in series.items()]
+    for name, (words, value) in gauges.items():
+        yield f"# HELP smolrouter_{name} {words}."
+        yield f"# TYPE smolrouter_{name} gauge"
+        yield f"smolrouter_{name} {value}"
+    for name, words in COUNTERS.items():
+        yield f"# HELP smolrouter_{name}_total {words}."
+        yield f"# TYPE smolrouter_{name}_total counter"
+        for labels, tally in rows:
+            yield f"smolrouter_{name}_total{{{labels}}} {tally[SUMS.index(name)]}"
+    for name, (words, part) in HISTOGRAMS.items():
+        yield f"# HELP smolrouter_{name}_seconds {words}."
+        yield f"# TYPE smolrouter_{name}_seconds histogram"
+        for labels, tally in rows:
+            sums, total = [*itertools.accumulate(tally[part])], sum(tally[part])
+            for at in METRIC_EDGES:
+                edge = f'{labels},le="{EDGES[at] / 1000:g}"'
+                yield f"smolrouter_{name}_seconds_bucket{{{edge}}} {sums[at]}"
+            yield f'smolrouter_{name}_seconds_bucket{{{labels},le="+Inf"}} {total}'
+            spent = tally[SUMS.index(f"{name}_ms")] / 1000
+            yield f"smolrouter_{name}_seconds_sum{{{labels}}} {spent:.6f}"
+            yield f"smolrouter_{name}_seconds_count{{{labels}}} {total}"
+
+# --- servers and routes ---------------------------------------------------------------
+
+def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
+    """Return how a server did in the last hour."""
+    rows = db.execute("SELECT failed, duration_ms FROM requests WHERE upstream_url = ? "
+                      "AND id >= ?", (url, int((time.time() - 3600) * 1000) * 1024)).fetchall()
+    times = sorted(taken for failed, taken in rows if failed == 0)
+    return {"p50_ms": times[len(times) // 2] if times else None,
+            "requests": len(rows), "errors": sum(failed or 0 for failed, _ in rows)}
+
+def server_document(server: Server, known: Sequence[Health], now: float) -> dict[str, Any]:
+    """Return what the router knows of a server: up, cooling, down or unknown."""
+    failing = [health for health in known if health.failures]
+    unreached = [health for health in failing if not health.reached]
+    cooling = any(health.cool_until > now for health in failing)
+    state = "unknown" if not known else "down" if unreached else "cooling" if cooling else "up"
+    error = max(failing, key=lambda health: health.cool_until).error if failing else None
+    return {"name": server.name, "url": str(server.url), "api": server.api, "state": state,
+            "last_error": error, "inflight": sum(health.busy for health in known)}
+
+def instance_document(instance: Instance) -> dict[str, Any]:
+    """Return an instance as JSON."""
+    return {"server": instance.server.name, "url": str(instance.server.url),
+            "model": instance.model}
+
+def table_document(table: RoutingTable) -> dict[str, Any]:
+    """Return a routing table as JSON."""
+
+    def target(goal: Alias | Instance) -> dict[str, Any]:
+        return {"alias": goal.name} if isinstance(goal, Alias) else instance_document(goal)
+
+    return {
+        "source": table.source, "default_upstream": str(table.default.url),
+        "servers": [{"name": s.name, "url": str(s.url), "api": s.api}
+                    for s in table.servers.values()],
+        "aliases": [{"name": a.name, "strategy": a.strategy,
+                     "instances": [*map(instance_document, a.instances)]}
+                    for a in table.aliases.values()],
+        "routes": [{"rule": r.name, "match": r.match_text, "route": target(r.target)}
+                   for r in table.rules],
+        "model_map": [{"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
+                      for key, to in table.model_map],
+    }
+
+# --- endpoints ------------------------------------------------------------------------
+
+EVENTS_EVERY, KEEP_ALIVE, MAX_NEWS = 0.25, 15.0, 100  # s between messages; rows of one
+QUESTIONS = {
+    "/api/logs": (read_logs, LOG_PARAMETERS), "/api/stats": (read_stats, STATS_PARAMETERS),
+    "/api/performance": (read_performance, POINT_PARAMETERS),
+}
+
+async def serve_question(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/logs, /api/stats and /api/performance."""
+    question, known = QUESTIONS[request.path]
+    doc = await services.log.ask(question, read_parameters(request.query, known))
+    if isinstance(doc, dict):
+        doc["routes_error"] = services.routes_error
+    request.responder.send_json(doc)
+
+async def serve_request(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/request/{id}."""
+    request.responder.send_json(await find_request(services.log, request.path))
+
+async def serve_inflight(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/inflight."""
+    now, records = time.monotonic(), services.log.inflight.values()
+    request.responder.send_json([inflight_row(record, now) for record in records])
+
+async def serve_cancel(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/inflight/{id}/cancel."""
+    number = request.path.split("/")[3]
+    record = services.log.inflight.get(int(number) if re.fullmatch("[0-9]{1,18}", number) else 0)
+    if record is None or record.stop is None:
+        raise NotFound("no such request is running")
+    record.stop()
+    request.responder.send_json({"cancelled": True})
+
+async def serve_upstreams(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/upstreams."""
+    servers, docs = services.table.all_servers(), []
+    models = await asyncio.gather(*(services.models.get(server, None) for server in servers))
+    for server, names in zip(servers, models, strict=True):
+        known = services.upstreams.known(server)
+        doc = server_document(server, known, time.monotonic())
+        doc["models"] = [model["id"] for model in names or ()]
+        docs.append(doc | await services.log.ask(read_last_hour, doc["url"]))
+    request.responder.send_json(docs)
+
+async def serve_routes(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/routes: the table, and what it makes of a model."""
+    asked = read_parameters(request.query, {"model": str, "source_host": parse_text})
+    doc = {**table_document(services.table), "error": services.routes_error}
+    if "model" in asked:
+        source = asked.get("source_host", request.source_host)
+        decision = resolve(services.table, asked["model"], source)
+        doc["decision"] = {
+            "model": decision.asked, "source_host": source, "mapped_model": decision.mapped,
+            "route": decision.route, "strategy": decision.strategy,
+            "instances": [*map(instance_document, decision.instances)],
+            "trail": [step._asdict() for step in decision.trail]}
+    request.responder.send_json(doc)
+
+async def serve_metrics(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /metrics."""
+    log = services.log
+    lines = metric_lines(dict(log.series), {
+        "inflight_requests": ("Requests that run now", len(log.inflight)),
+        "log_backlog_rows": ("Rows that wait for the database", len(log.backlog)),
+        "log_lost_rows": ("Rows that the database never took", log.lost),
+        "log_up": ("Whether the log can be written", int(not log.error))})
+    kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
+    request.responder.send(200, kind, "".join(f"{line}\n" for line in lines).encode())
+
+def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
+    """Begin an answer of unknown length that ends when its client goes."""
+    fields = (("Content-Type", kind), *STREAM_FIELDS, *fields)
+    request.responder.begin(200, encode_lines(fields), None)
+    request.stream.watch()
+
+async def serve_events(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/events: what began, spoke and ended, at most four times a second."""
+    log, responder = services.log, request.responder
+    ended: collections.deque[Row] = collections.deque(maxlen=MAX_NEWS)
+    known: dict[int, bool] = {}  # running requests: whether they speak
+    log.listeners.append(ended)
+    begin_stream(request, "text/event-stream")
+    responder.write(b": hello\n\n")
+    silent = 0.0
+    try:
+        while not services.draining:
+            news, known = read_news(log, ended, known)
+            silent = 0.0 if news or silent >= KEEP_ALIVE else silent + EVENTS_EVERY
+            if news:
+                responder.write(b"event: requests\ndata: " + encode_json(news) + b"\n\n")
+            elif not silent:
+                responder.write(b": quiet\n\n")
+            responder.flush()
+            await request.stream.drain()
+            await asyncio.sleep(EVENTS_EVERY)
+    finally:
+        log.listeners.remove(ended)
+    responder.finish()
+
+def read_news(log: RequestLog, ended: collections.deque[Row], known: Mapping[int, bool],
+              ) -> tuple[dict[str, Any] | None, dict[int, bool]]:
+    """Return what has happened since the running requests were `known`, and those of now."""
+    running = dict(log.inflight)
+    speaking = {number: record.first_token is not None for number, record in running.items()}
+    fresh = [inflight_row(running[n], time.monotonic()) for n in running if n not in known]
+    spoke = [n for n, speaks in speaking.items() if speaks and not known.get(n)]
+    rows = [list_document(ended.popleft()) for _ in range(len(ended))]
+    news = {"started": fresh[:MAX_NEWS], "first_token": spoke[:MAX_NEWS], "finished": rows}
+    return news if any(news.values()) else None, speaking
+
+async def serve_export(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/export: all of it, as slowly as its reader reads."""
+    log, asked = services.log, read_parameters(request.query, EXPORT_PARAMETERS)
+    loop, pages = asyncio.get_running_loop(), export_rows(log.store, asked)
+    form = asked.get("format", "jsonl")
+    name = f"attachment; filename=smolrouter.{'csv' if form == 'csv' else 'jsonl'}"
+    kind = "text/csv; charset=utf-8" if form == "csv" else "application/x-ndjson"
+    page = await loop.run_in_executor(log.readers, next, pages, None)
+    begin_stream(request, kind, ("Content-Disposition", name))
+    while page is not None:
+        request.responder.write(page)
+        request.responder.flush()
+        await request.stream.drain()
+        page = await loop.run_in_executor(log.readers, next, pages, None)
+    request.responder.finish()
+
+# ======================================================================================
+# 14  Application
+# ======================================================================================
+# Which path means what: one table. It dispatches and it guards, on the same normalised
+# path. To add an endpoint: a function `serve_...` and a line in ENDPOINTS.
+
+OLLAMA_VERSION = "0.12.0"  # the version of Ollama's API that is spoken here
+RUNNING_FOR = 300.0  # s that /api/ps says a model stays
 
 async def relay_model(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a request by its model; without one it goes to the default server."""
@@ -4809,15 +5355,10 @@ async def serve_version(services: Services, request: Request, dialect: Dialect) 
     """Answer /api/version."""
     request.responder.send_json({"version": OLLAMA_VERSION})
 
-async def serve_inflight(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/inflight."""
-    now, records = time.monotonic(), services.log.inflight.values()
-    request.responder.send_json([inflight_row(record, now) for record in records])
-
 async def serve_healthz(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /healthz: 503 while draining."""
     status, word = (503, "draining") if services.draining else (200, "ok")
-    request.responder.send_json({"status": word}, status)
+    request.responder.send_json({"status": word, "log": services.log.state()}, status)
 
 def read_page(file: str) -> str:
     """Return the page: the copy in here, or a file's text for work on the page."""
@@ -4826,15 +5367,27 @@ def read_page(file: str) -> str:
     except (OSError, ValueError) as error:
         raise NotFound(f"--dashboard {file}: {describe(error)}") from None
 
+NO_DATA = '<script type="application/json" id="request-data"></script>'
+
 def send_page(services: Services, request: Request, status: int = 200,
-              fields: Sequence[tuple[str, str]] = ()) -> None:
-    """Send the page; its script asks /api/session whether to sign in first."""
+              fields: Sequence[tuple[str, str]] = (), data: Any = None) -> None:
+    """Send the page, with `data` in it; its script asks /api/session whether to sign in."""
     page = read_page(services.dashboard)
-    request.responder.send(status, [*page_fields(page), *fields], page.encode())
+    fields = [*page_fields(page), *fields]
+    if data is not None:
+        text = encode_json(data).decode().replace("<", "\\u003c")
+        page = page.replace(NO_DATA, NO_DATA.replace("><", f">{text}<"), 1)
+    request.responder.send(status, fields, page.encode())
 
 async def serve_page(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer `/`: the page; HEAD tells Ollama's clients that somebody is there."""
-    send_page(services, request)
+    status, data = 200, None
+    if request.path.startswith("/request/"):
+        try:
+            data = await find_request(services.log, request.path)
+        except RouterError as error:
+            status = error.status
+    send_page(services, request, status, data=data)
 
 async def serve_session(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/session: whether the Web UI wants a token, and has a valid one."""
@@ -4898,9 +5451,18 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),
+    Endpoint("GET HEAD", "/api/logs /api/stats /api/performance", WEBUI, serve_question),
+    Endpoint("GET HEAD", "/api/request/*", WEBUI, serve_request),
     Endpoint("GET HEAD", "/api/inflight", WEBUI, serve_inflight),
+    Endpoint("POST", "/api/inflight/*/cancel", WEBUI, serve_cancel),
+    Endpoint("GET HEAD", "/api/upstreams", WEBUI, serve_upstreams),
+    Endpoint("GET HEAD", "/api/routes", WEBUI, serve_routes),
+    Endpoint("GET", "/api/events", WEBUI, serve_events),
+    Endpoint("GET", "/api/export", WEBUI, serve_export),
+    Endpoint("GET HEAD", "/metrics", WEBUI, serve_metrics),
     Endpoint("HEAD", "/", "", serve_page, OLLAMA),
     Endpoint("GET", "/", WEBUI, serve_page),
+    Endpoint("GET HEAD", "/performance /request/*", WEBUI, serve_page),
 )
 
 @functools.lru_cache(maxsize=256)
@@ -4962,7 +5524,7 @@ class Application:
             self.services.gate.check(find_tokens(fields, cookie), request.source_host)
         if found is None:
             raise self.missing(request, known)
-        if webui and not settings.enable_logging:
+        if webui and not (settings.enable_logging or found.serve is serve_metrics):
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
         await request.read_content(settings.max_request_size)
         await found.serve(self.services, request, dialect)
