@@ -39,25 +39,31 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime
 import errno
+import fcntl
 import functools
 import hashlib
 import hmac
 import http
+import io
 import ipaddress
 import itertools
 import json
+import operator
 import os
 import pathlib
 import re
 import secrets
 import signal
 import socket
+import sqlite3
 import ssl
 import sys
 import threading
@@ -141,6 +147,9 @@ class FieldsTooLarge(BadRequest, status=431, code="fields_too_large"):
 class ClientClosed(RouterError, status=499, code="client_closed", kind="client_error"):
     """The client went away before its answer was complete; only the log sees it."""
 
+class Cancelled(RouterError, status=499, code="cancelled", kind="client_error"):
+    """Somebody stopped the request from the page."""
+
 class NotSupported(BadRequest, status=501, code="not_supported"):
     """No configured server can do what was asked."""
 
@@ -149,6 +158,9 @@ class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_err
 
 class Unavailable(RouterError, status=503, code="shutting_down"):
     """The router is shutting down."""
+
+class LogUnavailable(RouterError, status=503, code="log_unavailable"):
+    """The request log cannot be read now."""
 
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
     """An upstream did not answer in time; the message names the setting."""
@@ -1862,6 +1874,163 @@ def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transfor
         return None
     return WholeAnswer(functools.partial(filter_document, plan))
 
+# --- what was said, for the log -------------------------------------------------------
+# The log keeps bodies as they came; what they cost and say is read when somebody looks.
+
+USAGE_WINDOW = 8 * KiB  # counts stand at the ends of an answer, or after its last `"usage"`
+TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
+PROMPT_COUNTS = ("prompt_tokens", "prompt_eval_count")
+SAID_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
+CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
+APART_COUNTS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+SERVICES = ("openai", "ollama")
+
+class Usage(NamedTuple):
+    """What an answer cost in tokens; None is unknown."""
+    prompt: int | None = None
+    completion: int | None = None
+    cached: int | None = None
+
+def read_usage(said: bytes) -> Usage:
+    """Return the counts of an answer, whole or streamed, however its server spells them."""
+    start = max(0, len(said) - USAGE_WINDOW)
+    start = min(start, max(0, said.rfind(b'"usage"', 0, start)) or start)
+    window = said[start:] if start <= USAGE_WINDOW else said[:USAGE_WINDOW] + said[start:]
+    found = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
+
+    def first(names: Sequence[str]) -> int | None:
+        return next((found[name] for name in names if name in found), None)
+
+    prompt, completion = first(PROMPT_COUNTS), first(SAID_COUNTS)
+    if prompt is None and "input_tokens" in found:  # /v1/messages counts apart what was cached
+        prompt = sum(found.get(name, 0) for name in APART_COUNTS)
+    elif prompt is None and "prompt_n" in found:  # so do the `timings` of llama.cpp
+        prompt = found["prompt_n"] + found.get("cache_n", 0)
+    elif prompt is None and completion is None:
+        prompt = found.get("total_tokens")
+    return Usage(prompt, completion, first(CACHED_COUNTS))
+
+def add_call(message: dict[str, Any], call: Mapping[str, Any]) -> None:
+    """Add a tool call, or a fragment of one, to a message."""
+    calls, index, function = message["tool_calls"], call.get("index"), call.get("function") or {}
+    known = next((c for c in calls if index is not None and c["index"] == index), None)
+    if known is None:
+        known = {"index": index, "id": None, "name": None, "arguments": ""}
+        calls.append(known)
+    known["id"] = call.get("id") or known["id"]
+    known["name"] = function.get("name") or known["name"]
+    more = function.get("arguments") or ""
+    known["arguments"] += more if isinstance(more, str) else encode_json(more).decode()
+
+def add_content(message: dict[str, Any], content: Any) -> None:
+    """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
+    for part in content if isinstance(content, list) else [content or ""]:
+        part = {"text": part} if isinstance(part, str) else part
+        kind, image = part.get("type"), part.get("image_url") or part.get("source")
+        if isinstance(image, dict):
+            data = f"data:{image.get('media_type')};base64,{image.get('data')}"
+            image = image.get("url") or data
+        message["images"] += [image] if image else []
+        message["content"] += part.get("text") or ""
+        message["thinking"] += part.get("thinking") or ""
+        if kind in ("tool_use", "input_json_delta"):
+            function = {**part, "arguments": part.get("partial_json") or part.get("input")}
+            add_call(message, {**part, "function": function})
+        if kind == "tool_result":
+            message["role"], message["tool_call_id"] = "tool", part.get("tool_use_id")
+            add_content(message, part.get("content"))
+
+def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
+    """Add a message of any protocol, or a piece of one: texts are joined, calls gathered."""
+    for name in ("role", "name", "tool_call_id"):
+        message[name] = said.get(name) or message[name]
+    message["name"] = said.get("tool_name") or message["name"]
+    for name in ("thinking", "reasoning_content", "reasoning"):
+        message["thinking"] += said.get(name) or ""
+    content = said.get("content")
+    if said.get("images"):
+        content = message_content(content, said["images"])
+    add_content(message, content)
+    for call in said.get("tool_calls") or ():
+        add_call(message, call)
+
+def read_item(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an item of /v1/responses, asked or answered, as a message."""
+    kind, call_id = item.get("type"), item.get("call_id")
+    if kind == "function_call":
+        return {"role": "assistant", "tool_calls": [{"id": call_id, "function": item}]}
+    if kind == "function_call_output":
+        return {"role": "tool", "tool_call_id": call_id, "content": item.get("output")}
+    if kind == "reasoning":
+        return {"role": "assistant", "thinking": "".join(s["text"] for s in item["summary"])}
+    return item
+
+def read_deltas(doc: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Yield what a document or event of any protocol says, each with its choice's index."""
+    kind, message, response = doc.get("type"), doc.get("message"), doc.get("response")
+    for _, index, choice in read_choices(doc):
+        said = choice.get("delta") or choice.get("message") or {}
+        yield index, {"content": choice.get("text"), **said}
+    if isinstance(response, str):  # /api/generate
+        yield 0, {"content": response, "thinking": doc.get("thinking")}
+    elif kind in ("content_block_start", "content_block_delta"):
+        part = doc.get("content_block") or doc.get("delta") or {}
+        yield 0, {"content": [{"index": doc.get("index"), **part}]}
+    elif kind in ("message", TEXT_DELTA):  # /v1/messages, /v1/responses
+        yield 0, {"content": doc.get("content") or doc.get("delta")}
+    elif kind is None and isinstance(message, dict):  # /api/chat
+        yield 0, message
+    for item in doc.get("output") or ():
+        yield 0, read_item(item)
+
+def read_documents(said: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the objects of an answer: the one it is, or those of its events."""
+    whole = parse_event_json(said)
+    lines = said.splitlines() if whole is None else ()
+    events = (parse_event_json(line.removeprefix(b"data:").strip()) for line in lines)
+    yield from [whole] if whole is not None else filter(None, events)
+
+def read_asked(path: str, doc: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the messages of a request: the system's, then the others or the prompts."""
+    if system := doc.get("system") or doc.get("instructions"):
+        yield {"role": "system", "content": system}
+    asked = doc.get(NO_THINK_MEMBERS[path]) or ""
+    for item in asked if isinstance(asked, list) else [asked]:
+        if isinstance(item, dict):
+            yield read_item(item)
+        elif isinstance(item, str):
+            yield {"role": "user", "content": item, "images": doc.get("images")}
+
+def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, Any]]:
+    """Return a conversation: the request's messages, then each choice of the answer."""
+    talk: list[dict[str, Any]] = []
+    choices: dict[Any, dict[str, Any]] = {}
+
+    def fresh(role: str) -> dict[str, Any]:
+        return {"role": role, "content": "", "thinking": "", "tool_calls": [],
+                "tool_call_id": None, "name": None, "images": []}
+
+    odd = contextlib.suppress(TypeError, AttributeError, LookupError, MalformedContent)
+    with odd:
+        for message in read_asked(path, parse_event_json(content) or {}):
+            talk.append(fresh("user"))
+            add_said(talk[-1], message)
+    with odd:
+        for doc in read_documents(said):
+            if doc.get("type") == "response.completed":  # says all of it again
+                choices.clear()
+                doc = doc["response"]
+            for index, delta in read_deltas(doc):
+                add_said(choices.setdefault(index, fresh("assistant")), delta)
+    for message in choices.values():
+        message["content"], thought = filter_text(message["content"], FilterRules(think=True))
+        message["thinking"] += thought
+    talk += choices.values()
+    for message in talk:
+        message["tool_calls"] = [{k: c[k] for k in ("id", "name", "arguments")}
+                                 for c in message["tool_calls"]]
+    return talk
+
 # ======================================================================================
 # 7  Routing (pure)
 # ======================================================================================
@@ -3302,25 +3471,67 @@ async def list_models(lists: ModelLists, table: RoutingTable,
 # ======================================================================================
 # 11  Request log
 # ======================================================================================
-# What happened to every request. A record begins when its request is accepted and is
-# finished exactly once. The console line is written by a thread of its own, so that a
-# full pipe never stops a request.
+# What happened to every request. The event loop hands records over; one thread makes rows
+# of them, hides secrets, packs bodies, counts, prints a line each and writes all of it to
+# SQLite in batches. Whatever is wrong with the database, requests go on: rows wait, and
+# the reason shows. To add a column: a field of `Row`, and a migration at the list's end.
 
+MAX_INLINE = 16 * KiB  # longer bodies are blobs
+MAX_HELD = 64 * MiB  # bodies of running requests and of waiting rows; above, they are cut
+MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
+MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
+USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
+BATCH, RETRY, BUSY = 0.1, 1.0, 1.0  # s from news to their transaction; after trouble; locked
+PRUNE_EVERY, PRUNE_STEP, VACUUM_STEP = 3600.0, 500, 256  # s, rows and pages at a time
+MIN_ECHO = 16  # octets of a secret that is looked for in answers
+LANES = 64  # routers that can share a database: the lowest bits of their ids tell them apart
+APPLICATION_ID = 0x536D6F6C  # in the head of the database: it is ours
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+SECRET = re.compile(r"(?:authorization|cookie2?|key|token|secret|password|sig|signature)$")
+QUERY_VALUE = re.compile(r"([?&])([^=&]*)=([^&]*)")
+SUMS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_tokens",
+        "spoken_tokens", "spoken_ms", "duration_ms", "ttft_ms")
+EDGES = [2 ** (step / 2) for step in range(44)]  # ms that end a bucket: 1 ms to 50 min
+COUNTED = (*SUMS, *(f"{kind}{at}" for kind in "dt" for at in range(len(EDGES))))
+DURATIONS = slice(len(SUMS), len(SUMS) + len(EDGES))
+TTFTS = slice(len(SUMS) + len(EDGES), len(COUNTED))
+ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(COUNTED))})
+    ON CONFLICT (hour, service_type, model, upstream_url)
+    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)}"""
+CORRUPT = re.compile(r"malformed|not a database")
+MIGRATIONS = (f"""
+CREATE TABLE requests (id INTEGER PRIMARY KEY, request_id, timestamp, source_ip, method, path,
+    service_type, original_model, mapped_model, sent_model, upstream_url, route, stream,
+    request_size, response_size, status_code, failed, error_message, attempts, prompt_tokens,
+    completion_tokens, cached_tokens, tokens_estimated, ttft_ms, duration_ms, completed_at,
+    user_agent, client_key, level);
+CREATE INDEX by_sent ON requests (sent_model, id, level);
+CREATE INDEX by_asked ON requests (original_model, id) WHERE original_model <> sent_model;
+CREATE INDEX by_service ON requests (service_type, id, level);
+CREATE INDEX by_upstream ON requests (upstream_url, id, failed, duration_ms);
+CREATE INDEX by_source ON requests (source_ip, id);
+CREATE INDEX by_outcome ON requests (failed, id, status_code);
+CREATE INDEX sample ON requests (level, id) WHERE level > 2;
+CREATE TABLE details (id INTEGER PRIMARY KEY, size, request_blob, response_blob, data);
+CREATE TABLE blobs (digest TEXT PRIMARY KEY, size, uses) WITHOUT ROWID;
+CREATE TABLE storage (bytes);
+INSERT INTO storage VALUES (0);
+CREATE TABLE rollups (hour, service_type, model, upstream_url, {", ".join(COUNTED)},
+    PRIMARY KEY (hour, service_type, model, upstream_url)) WITHOUT ROWID""",)
+
+NO_FIELDS = Fields(())
 
 class Attempt(NamedTuple):
     """One instance that was asked, and how it answered."""
-
     instance: str
     upstream_url: str
     status: int | None
     error: str | None
     duration_ms: float
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Record:
     """The life of one request; moments of `clock` are monotonic, `started` is UTC."""
-
     id: int
     request_id: str
     started: float
@@ -3342,16 +3553,487 @@ class Record:
     error: str = ""
     request_size: int = 0
     response_size: int = 0
-    usage: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_token: float | None = None
     finished: float | None = None
+    fields: Fields = NO_FIELDS  # of the request
+    answer_fields: Fields = NO_FIELDS  # of the upstream
+    content: bytes = b""  # of the request
     pieces: list[bytes] = dataclasses.field(default_factory=list)  # of the answer, as it came
+    heard: int = 0  # octets of them
+    held: int = 0  # octets of both that are counted against MAX_HELD
+    tail: bytes = b""  # the end of what is not kept
+    request_cut: bool = False
+    response_cut: bool = False
+    stop: Callable[[], None] | None = None  # ends it from outside
+    written: bool = False  # the database has a row for it
 
     @property
     def events(self) -> int:
         """How many events of a stream have come so far."""
         mark = b"data:" if any(b"data:" in piece for piece in self.pieces[:2]) else b"\n"
         return sum(piece.count(mark) for piece in self.pieces) if self.stream else 0
+
+class Row(NamedTuple):
+    """A row of the log, in the order of its columns."""
+    id: int
+    request_id: str
+    timestamp: int  # ms UTC, as completed_at
+    source_ip: str
+    method: str
+    path: str
+    service_type: str
+    original_model: str
+    mapped_model: str
+    sent_model: str
+    upstream_url: str
+    route: str
+    stream: int
+    request_size: int
+    response_size: int
+    status_code: int | None
+    failed: int | None  # None: it runs
+    error_message: str | None
+    attempts: str  # JSON: a list of lists
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    tokens_estimated: int
+    ttft_ms: float | None
+    duration_ms: float | None
+    completed_at: int | None
+    user_agent: str
+    client_key: str
+    level: int  # half of all rows have 0, a quarter 1, ...: an even sample of any size
+
+Tally = list[float]  # numbers in the order of COUNTED
+Tallies = dict[tuple[int, str, str, str], Tally]  # by hour, service, model, upstream
+
+class Detail(NamedTuple):
+    """What is kept of a request beside its row."""
+    meta: dict[str, Any]  # trail, fields of both heads, what was cut
+    request: bytes
+    response: bytes
+
+NO_DETAIL = Detail({}, b"", b"")
+
+class Entry(NamedTuple):
+    """A row and its packed detail, ready to be written."""
+    row: Row
+    data: bytes
+    blobs: tuple[tuple[str, bytes] | None, ...]  # digest and packed body, of long ones
+
+    @property
+    def size(self) -> int:
+        """How many octets are kept beside the row."""
+        return len(self.data) + sum(len(blob[1]) for blob in self.blobs if blob)
+
+@functools.lru_cache(maxsize=1024)
+def is_secret(name: str) -> bool:
+    """Tell whether a field or parameter of this name carries a secret."""
+    return SECRET.search(name.lower().replace("_", "-")) is not None
+
+def hide(secret: str) -> str:
+    """Return a fingerprint in a secret's place; a scheme before it stays."""
+    scheme, space, rest = secret.partition(" ")
+    if scheme.lower() not in ("bearer", "basic"):
+        scheme, space, rest = "", "", secret
+    digest = hashlib.sha256(rest.encode("utf-8", "replace")).hexdigest()
+    return f"{scheme}{space}***{digest[:8]}" if rest else secret
+
+def hide_parameter(match: re.Match[str]) -> str:
+    """Return a parameter of a query, its value hidden when it is a secret."""
+    mark, name, value = match.groups()
+    return f"{mark}{name}={hide(value) if is_secret(name) else value}"
+
+def redact(fields: Fields) -> list[tuple[str, str]]:
+    """Return names and values of field lines, secrets hidden."""
+    return [(name, hide(value) if is_secret(lower) else value)
+            for lower, name, value in fields.lines]
+
+def clean(text: str) -> str:
+    """Return text that SQLite takes: a lone surrogate becomes `?`."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+def compress(data: bytes) -> bytes:
+    """Return data as zlib packs it: fast, and with little to set up."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 5)
+    return packer.compress(data) + packer.flush()
+
+def inflate(data: bytes, coding: str | None) -> bytes:
+    """Return a body without its content coding, as far as it can be read."""
+    if coding in ("gzip", "x-gzip", "deflate"):
+        with contextlib.suppress(zlib.error):
+            return zlib.decompressobj(47).decompress(data, MAX_HELD)
+    return data
+
+def make_detail(record: Record, limit: int) -> Detail:
+    """Return what is kept of a record; `limit` octets of each body."""
+    content, said = record.content[:limit], b"".join(record.pieces)[:limit]
+    for lower, _, value in record.fields.lines:
+        secret = value.rpartition(" ")[2].encode("latin-1", "replace")
+        if len(secret) >= MIN_ECHO and is_secret(lower):  # servers tell which key was wrong
+            said = said.replace(secret, hide(value).encode())
+    cut = [record.request_cut or len(content) < len(record.content), record.response_cut]
+    return Detail({"trail": record.trail, "request_headers": redact(record.fields),
+                   "response_headers": redact(record.answer_fields), "cut": cut}, content, said)
+
+def make_row(record: Record, detail: Detail, now: float) -> Row:
+    """Return the row of a record as it stands; `now` is monotonic."""
+    fields, done, failed = record.fields, record.finished is not None, None
+    if done:
+        failed = int(record.status >= 400 or bool(record.error))
+    taken = round(((record.finished or now) - record.clock) * 1000, 1)
+    first = record.first_token if record.stream else None
+    usage, estimated = read_cost(record, detail)
+    key = fields.get("authorization") or fields.get("x-api-key") or fields.get("api-key") or ""
+    chance = hash(record.request_id)  # the same for nobody else
+    return Row(
+        record.id, record.request_id, int(record.started * 1000), record.source_ip,
+        record.method, QUERY_VALUE.sub(hide_parameter, record.path), record.service,
+        clean(record.original_model), clean(record.mapped_model), clean(record.sent_model),
+        record.upstream_url, clean(record.route), int(record.stream), record.request_size,
+        record.response_size, record.status or None, failed, clean(record.error) or None,
+        encode_json(record.attempts).decode(), *usage, int(estimated),
+        None if first is None else round((first - record.clock) * 1000, 1),
+        taken if done else None, int(record.started * 1000 + taken) if done else None,
+        fields.get("user-agent") or "", hide(key).rpartition("***")[2],
+        (chance & -chance).bit_length() - 1,
+    )
+
+def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
+    """Return the tokens of a request, and whether they are estimates: four letters each."""
+    if record.status >= 400 and record.status != ClientClosed.status:
+        return Usage(), False
+    said = inflate(detail.response, record.answer_fields.get("content-encoding")) + record.tail
+    usage, path = read_usage(said), record.path.partition("?")[0]
+    if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
+        return usage, False
+    letters = [sum(len(m["content"]) + len(m["thinking"]) for m in talk) for talk in (
+        read_transcript(path, record.content, b""), read_transcript(path, b"", said))]
+    prompt, completion = (-(-count // 4) for count in letters)
+    return Usage(usage.prompt or prompt, completion, usage.cached), True
+
+def make_entry(row: Row, detail: Detail) -> Entry:
+    """Pack a detail: one compression for all of it, but for long bodies."""
+    inline, blobs, sizes = [], [], []
+    for body in detail[1:]:
+        long = len(body) > MAX_INLINE
+        inline.append(b"" if long else body)
+        blobs.append((hashlib.sha256(body).hexdigest(), compress(body)) if long else None)
+        sizes.append(len(inline[-1]))
+    meta = encode_json({**detail.meta, "sizes": sizes})
+    return Entry(row, compress(b"\n".join((meta, b"".join(inline)))), tuple(blobs))
+
+def read_detail(data: bytes, blobs: Iterable[bytes | None]) -> Detail:
+    """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
+    line, _, rest = zlib.decompress(data).partition(b"\n")
+    meta = json.loads(line)
+    size = meta["sizes"][0]
+    inline = rest[:size], rest[size:]
+    return Detail(meta, *(zlib.decompress(blob) if blob else body
+                          for body, blob in zip(inline, blobs, strict=True)))
+
+def rollup_key(row: Row) -> tuple[int, str, str, str]:
+    """Return under what a request is counted: hour, service, model and upstream."""
+    model = row.sent_model or row.mapped_model
+    return row.timestamp // 3_600_000, row.service_type, model, row.upstream_url
+
+def add_row(tallies: dict[Any, Tally], key: Any, row: Row) -> None:
+    """Add a request to the sums and histograms of a key."""
+    tally = tallies.setdefault(key, [0] * len(COUNTED))
+    said, taken, first = row.completion_tokens or 0, row.duration_ms or 0, row.ttft_ms or 0
+    speaking = taken - first if said else 0
+    numbers = (1, row.failed or 0, row.prompt_tokens or 0, said, row.cached_tokens or 0,
+               said if speaking > 0 else 0, max(speaking, 0), taken, first)
+    for at, number in enumerate(numbers):
+        tally[at] += number
+    for value, part in ((row.duration_ms, DURATIONS), (row.ttft_ms, TTFTS)):
+        if value is not None:
+            tally[part.start + min(bisect.bisect_left(EDGES, value), len(EDGES) - 1)] += 1
+
+def add_tallies(tallies: dict[Any, Tally], more: Mapping[Any, Tally]) -> None:
+    """Add sums to those of the same keys."""
+    for key, tally in more.items():
+        known = tallies.get(key)
+        tallies[key] = [*map(operator.add, known, tally)] if known else [*tally]
+
+def percentile(counts: Sequence[float], share: float) -> float | None:
+    """Return about the value in ms below which `share` of a histogram lies."""
+    rank, low = share * sum(counts), 0.0
+    for count, edge in zip(counts, EDGES, strict=True):
+        if count and rank <= count:
+            return round(low + (edge - low) * rank / count, 1)
+        rank, low = rank - count, edge
+    return None
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Write all of it or nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.rollback()
+
+def insert(db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Insert or replace rows, many in one statement: each costs a hand-over between threads."""
+    for at in range(0, len(rows), 32):
+        some = rows[at : at + 32]
+        marks = f"({', '.join('?' * len(some[0]))})"
+        sql = f"INSERT OR REPLACE INTO {table} VALUES {', '.join([marks] * len(some))}"
+        db.execute(sql, [*itertools.chain.from_iterable(some)])
+
+def open_database(path: str) -> sqlite3.Connection:
+    """Open the log's database, made or migrated when need be. Raises sqlite3.Error, OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file alone
+        (tables,), = db.execute("SELECT count(*) FROM sqlite_master")
+        (mark,), = db.execute("PRAGMA application_id")
+        if tables and mark != APPLICATION_ID:
+            raise OSError(f"{path} is another program's database; set DB_PATH to another file")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        with transaction(db):
+            (version,), = db.execute("PRAGMA user_version")
+            if version > len(MIGRATIONS):
+                raise OSError(f"{path} was made by a newer SmolRouter (version {version})")
+            for script in MIGRATIONS[version:]:
+                for statement in script.split(";"):
+                    db.execute(statement)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[sqlite3.Connection]:
+    """Open the log's database for some questions. Raises sqlite3.Error."""
+    name = urllib.parse.quote(os.path.abspath(path))
+    with contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as db:
+        yield db
+
+class Blobs:
+    """Long bodies by the digest of their content: files in a folder, or memory."""
+
+    def __init__(self, settings: Settings) -> None:
+        filed = settings.blob_storage_type == "filesystem"
+        self.folder = pathlib.Path(settings.blob_storage_path) if filed else None
+        self.memory: dict[str, bytes] = {}
+
+    def place(self, digest: str) -> pathlib.Path:
+        """Return where the file of a body is."""
+        return self.folder / digest[:2] / f"{digest}.z"
+
+    def put(self, digest: str, data: bytes) -> None:
+        """Keep a packed body; a file is there whole or not at all. Raises OSError."""
+        if self.folder is None:
+            self.memory[digest] = data
+            return
+        place = self.place(digest)
+        part = place.with_suffix(f".{os.getpid()}")
+        for folder in (self.folder, place.parent):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(data)
+        part.replace(place)
+
+    def get(self, digest: str | None) -> bytes | None:
+        """Return a packed body, None when it is not there."""
+        if digest is None or self.folder is None:
+            return self.memory.get(digest or "")
+        with contextlib.suppress(OSError):
+            return self.place(digest).read_bytes()
+        return None
+
+    def drop(self, digest: str) -> None:
+        """Forget a body."""
+        self.memory.pop(digest, None)
+        if self.folder:
+            with contextlib.suppress(OSError):
+                self.place(digest).unlink()
+
+    def old(self, before: float) -> Iterator[str]:
+        """Yield the digests of files that are older than a moment, s since the epoch."""
+        for place in self.folder.glob("??/*.z") if self.folder else ():
+            with contextlib.suppress(OSError):
+                if place.stat().st_mtime < before:
+                    yield place.stem
+
+class Store:
+    """The database and the long bodies, as the log's thread uses them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.path, self.limit = settings.db_path, settings.max_total_storage_size
+        self.age = settings.max_log_age_days * 86_400
+        self.blobs = Blobs(settings)
+        self.db: sqlite3.Connection | None = None
+        self.lane, self.lock = os.getpid() % LANES, -1  # the lock's file says who is alive
+        self.stored = 0
+        self.prune_at = 0.0
+        self.file: tuple[int, int] | None = None
+
+    def identity(self) -> tuple[int, int] | None:
+        """Return which file stands at the path now."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            return status.st_dev, status.st_ino
+        return None
+
+    def open(self) -> sqlite3.Connection:
+        """Return the database, opened again when another file, or none, is in its place."""
+        if self.db and self.identity() != self.file:
+            self.close()
+        if self.db is None:
+            self.db = open_database(self.path)
+            self.file = self.identity()
+            if self.lock < 0:
+                self.interrupt(self.claim())
+        return self.db
+
+    def close(self) -> None:
+        """Close the database."""
+        if self.db:
+            self.db.close()
+        self.db = None
+
+    def claim(self) -> list[int]:
+        """Take the first free lane; return all lanes in which nobody is alive."""
+        self.lock = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600)
+        free = []
+        for lane in range(LANES):
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lane)
+                free.append(lane)
+                if len(free) > 1:
+                    fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, lane)
+        self.lane = free[0] if free else self.lane
+        return free
+
+    def interrupt(self, lanes: list[int]) -> None:
+        """Finish the rows that routers left open which are no more."""
+        open_rows = f"failed IS NULL AND id % {LANES} IN ({', '.join(map(str, lanes))})"
+        with transaction(self.db):
+            rows = self.db.execute(f"SELECT * FROM requests WHERE {open_rows}").fetchall()
+            self.db.execute("UPDATE requests SET failed = 1, error_message = 'interrupted' "
+                            f"WHERE {open_rows}")
+            tallies: Tallies = {}
+            for row in map(Row._make, rows):
+                add_row(tallies, rollup_key(row), row._replace(failed=1))
+            self.add(tallies)
+
+    def add(self, tallies: Tallies) -> None:
+        """Add to the hourly sums."""
+        self.db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
+
+    def write(self, rows: Sequence[Row], entries: Sequence[Entry], tallies: Tallies) -> None:
+        """Write a batch: rows of requests that run, whole entries, sums. Raises sqlite3.Error."""
+        db = self.open()
+        with transaction(db):
+            (self.stored,), = db.execute("SELECT bytes FROM storage")
+            room, kept = self.limit, []
+            for entry in reversed(entries):
+                room -= entry.size
+                kept += [entry] if room >= 0 else []
+            self.make_room(sum(entry.size for entry in kept))
+            insert(db, "requests", [*rows, *(entry.row for entry in entries)])
+            insert(db, "details", [self.keep(entry) for entry in reversed(kept)])
+            self.add(tallies)
+            db.execute("UPDATE storage SET bytes = ?", (self.stored,))
+
+    def keep(self, entry: Entry) -> tuple[Any, ...]:
+        """Keep an entry's long bodies, each once; return its row of `details`."""
+        self.stored += len(entry.data)
+        for digest, data in filter(None, entry.blobs):
+            known = self.db.execute("UPDATE blobs SET uses = uses + 1 WHERE digest = ?", (digest,))
+            if not known.rowcount:
+                self.blobs.put(digest, data)
+                self.db.execute("INSERT INTO blobs VALUES (?, ?, 1)", (digest, len(data)))
+                self.stored += len(data)
+        digests = [blob and blob[0] for blob in entry.blobs]
+        return entry.row.id, entry.size, *digests, entry.data
+
+    def make_room(self, size: int) -> None:
+        """Forget the oldest details until `size` more octets fit, or none is left."""
+        while (needed := self.stored + size - self.limit) > 0:
+            sql = "SELECT id, size, request_blob, response_blob FROM details ORDER BY id LIMIT 100"
+            oldest, chosen = self.db.execute(sql).fetchall(), []
+            while oldest and needed > 0:
+                chosen.append(oldest.pop(0))
+                needed -= chosen[-1][1]
+            if not chosen:
+                return
+            self.forget(chosen)
+
+    def forget(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Delete rows of `details`, and the long bodies that nobody uses any more."""
+        db = self.db
+        for number, *digests in [(row[0], *row[2:]) for row in rows]:
+            (size,), = db.execute("SELECT length(data) FROM details WHERE id = ?", (number,))
+            db.execute("DELETE FROM details WHERE id = ?", (number,))
+            self.stored -= size
+            for digest in filter(None, digests):
+                db.execute("UPDATE blobs SET uses = uses - 1 WHERE digest = ?", (digest,))
+                unused = "FROM blobs WHERE digest = ? AND uses < 1"
+                for (size,) in db.execute(f"SELECT size {unused}", (digest,)).fetchall():
+                    db.execute(f"DELETE {unused}", (digest,))
+                    self.blobs.drop(digest)
+                    self.stored -= size
+
+    def prune(self, now: float) -> bool:
+        """Delete a little of what is too old and give its space back; tell whether more is."""
+        if now < self.prune_at:
+            return False
+        db, before = self.open(), (int((now - self.age) * 1000) * 1024, PRUNE_STEP)
+        with transaction(db):
+            (self.stored,), = db.execute("SELECT bytes FROM storage")
+            sql = "SELECT id, size, request_blob, response_blob FROM details WHERE id < ? LIMIT ?"
+            self.forget(details := db.execute(sql, before).fetchall())
+            sql = "SELECT id FROM requests WHERE id < ? ORDER BY id LIMIT ?"
+            rows = db.execute(f"DELETE FROM requests WHERE id IN ({sql})", before).rowcount
+            db.execute("DELETE FROM rollups WHERE hour < ?", (int((now - self.age) // 3600),))
+            db.execute("UPDATE storage SET bytes = ?", (self.stored,))
+        db.execute(f"PRAGMA incremental_vacuum({VACUUM_STEP})").fetchall()
+        (unused,), = db.execute("PRAGMA freelist_count")
+        if details or rows or unused:
+            return True
+        for digest in self.blobs.old(now - self.age):  # a crash left it
+            if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
+                self.blobs.drop(digest)
+        self.prune_at = now + PRUNE_EVERY
+        return False
+
+    def check(self) -> None:
+        """Look whether the database is sound. Raises sqlite3.DatabaseError."""
+        (found,), = self.open().execute("PRAGMA quick_check(1)")
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"malformed: {found}")
+
+    def detail(self, db: sqlite3.Connection, number: int) -> Detail | None:
+        """Return the detail of a request, None when it was forgotten. Raises sqlite3.Error."""
+        sql = "SELECT data, request_blob, response_blob FROM details WHERE id = ?"
+        for data, *digests in db.execute(sql, (number,)):
+            return read_detail(data, map(self.blobs.get, digests))
+        return None
+
+    def move_aside(self) -> str:
+        """Give a file that is no database of ours another name; return it, "" for no file."""
+        self.close()
+        if not os.path.isfile(self.path):
+            return ""
+        moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        aside = f"{self.path}.corrupt-{moment}"
+        for suffix in ("-wal", "-shm", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path + suffix, aside + suffix)
+        return aside
 
 class Console:
     """Writes lines to stderr from a thread; drops them when nobody reads."""
@@ -3390,35 +4072,186 @@ class Console:
         self.thread.join(1.0)
 
 class RequestLog:
-    """Keeps the running requests and prints a line for each that ended."""
+    """Knows the running requests; its thread prints, counts and writes those that ended."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
-        self.console = console
+        self.console, self.settings = console, settings
         self.quiet = settings.log_level not in ("DEBUG", "INFO")
+        self.store = Store(settings) if settings.enable_logging else None
+        self.body_limit = settings.max_blob_size if self.store else 0
         self.inflight: dict[int, Record] = {}
-        self.counts: collections.Counter[tuple[str, int]] = collections.Counter()
-        self.last_id = 0
+        self.ended: collections.deque[Record] = collections.deque()
+        self.backlog: collections.deque[Entry] = collections.deque()
+        self.tallies: Tallies = {}  # not written yet
+        self.series: dict[tuple[str, str, str], Tally] = {}  # since the start, for /metrics
+        self.listeners: list[collections.deque[Row]] = []
+        self.last_id = self.lost = self.taken = self.released = 0
+        self.error = self.notice = ""
+        self.suspect = False  # a reader found the database odd
+        self.wake, self.closing, self.opened = (threading.Event() for _ in range(3))
+        self.readers = concurrent.futures.ThreadPoolExecutor(2, "log-reader")
+        self.thread = threading.Thread(target=self.run, name="log", daemon=True)
+        self.thread.start()
 
     def begin(self, record: Record) -> None:
         """Note that a request was accepted."""
-        self.last_id = record.id = max(self.last_id + 1, int(record.started * 1e6))
+        lane = self.store.lane if self.store else 0
+        place = int(record.started * 16_000) * LANES + lane  # ms * 1024, below 2**53
+        self.last_id = record.id = max(self.last_id + LANES, place)
         self.inflight[record.id] = record
+        record.held = len(record.content)
+        if not self.body_limit or self.taken - self.released + record.held > MAX_HELD:
+            record.content, record.held, record.request_cut = b"", 0, True
+        self.taken += record.held
+        if not self.wake.is_set():
+            self.wake.set()
+
+    def hear(self, record: Record, data: bytes) -> None:
+        """Keep a piece of what the upstream says while there is room, then only its end."""
+        if record.response_cut:
+            record.tail = (record.tail + data)[-USAGE_TAIL:]
+            return
+        record.pieces.append(data)
+        size = len(data)
+        record.heard += size
+        record.held += size
+        self.taken += size
+        if record.heard > self.body_limit or self.taken - self.released > MAX_HELD:
+            record.response_cut, record.tail = True, data[-USAGE_TAIL:]
 
     def finish(self, record: Record) -> None:
         """Note how it ended."""
         record.finished = time.monotonic()
         self.inflight.pop(record.id, None)
-        self.counts[record.service, record.status] += 1
-        model = record.original_model
-        if record.sent_model not in ("", model):
-            model = f"{model} -> {record.sent_model}"
+        self.ended.append(record)
+        if not self.wake.is_set():
+            self.wake.set()
+
+    def run(self) -> None:
+        """Write what has happened, batch by batch; at the end, the rest."""
+        while True:
+            last, pruning = self.closing.is_set(), False
+            self.wake.clear()
+            try:
+                self.take()
+                pruning = self.write()
+            except Exception:  # noqa: BLE001 - a fault of ours must not end the log
+                self.console.line(traceback.format_exc())
+            self.opened.set()
+            if last:
+                return
+            waiting = self.store.prune_at - time.time() if self.store else None
+            self.wake.wait(RETRY if self.error else BATCH if pruning else waiting)
+            self.closing.wait(RETRY if self.error else BATCH)
+
+    def close(self) -> None:
+        """Write what is left and end the thread; a database in trouble cannot stop that."""
+        self.closing.set()
+        self.wake.set()
+        self.thread.join(3 * BUSY)
+
+    def take(self) -> None:
+        """Make entries of the requests that ended; count them, print a line for each."""
+        fresh: Tallies = {}
+        while self.ended:
+            record = self.ended.popleft()
+            detail = make_detail(record, self.body_limit)
+            row = make_row(record, detail, time.monotonic())
+            self.print(record, row)
+            add_row(fresh, rollup_key(row), row)
+            self.released += record.held
+            if self.store:
+                self.backlog.append(make_entry(row, detail))
+                self.released -= self.backlog[-1].size
+            for listener in list(self.listeners):
+                listener.append(row)
+        if self.store:
+            add_tallies(self.tallies, fresh)
+        for (_, *key), tally in fresh.items():
+            full = len(self.series) >= MAX_SERIES and tuple(key) not in self.series
+            add_tallies(self.series, {(key[0], "other", "other") if full else tuple(key): tally})
+        self.lost += self.shorten(MAX_BACKLOG)
+
+    def shorten(self, most: int) -> int:
+        """Let the oldest rows that wait go until `most` are left; return how many went."""
+        gone = [self.backlog.popleft() for _ in range(len(self.backlog) - most)]
+        self.released += sum(entry.size for entry in gone)
+        return len(gone)
+
+    def write(self) -> bool:
+        """Write what waits, prune a little; tell whether there is more to prune."""
+        if self.store is None:
+            return False
+        running = [record for record in list(self.inflight.values()) if not record.written]
+        now = time.monotonic()
+        try:
+            if self.suspect:
+                self.suspect = False
+                self.store.check()
+            self.store.open()
+            if running or self.backlog or self.tallies:
+                rows = [make_row(record, NO_DETAIL, now) for record in running]
+                self.store.write(rows, self.backlog, self.tallies)
+                self.shorten(0)
+                self.tallies = {}
+            for record in running:
+                record.written = True
+            if self.error:
+                self.console.line("log: works again")
+            self.error = ""
+            return self.store.prune(time.time())
+        except (sqlite3.Error, OSError) as error:
+            self.fail(error)
+            return False
+
+    def fail(self, error: Exception) -> None:
+        """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""
+        text = describe(error)
+        self.store.close()
+        if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
+            with contextlib.suppress(OSError):
+                if aside := self.store.move_aside():
+                    self.notice = text = f"{text}; the file is now {aside}"
+        if text != self.error:
+            self.console.line(f"log: {text}; requests go on, rows wait")
+        self.error = text
+
+    async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
+        """Return what a question makes of the database. Raises LogUnavailable."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.readers, self.answer, question, args)
+
+    def answer(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Ask the database, in a reader thread."""
+        self.opened.wait(5 * BUSY)
+        try:
+            with reading(self.store.path) as db:
+                return question(self, db, *args)
+        except sqlite3.Error as error:
+            self.suspect = self.suspect or bool(CORRUPT.search(str(error)))
+            self.wake.set()
+            raise LogUnavailable(f"the log cannot be read: {error}") from None
+
+    def refresh(self, row: Row) -> Row:
+        """Return the row of a running request as it stands now."""
+        record = self.inflight.get(row.id) if row.failed is None else None
+        return make_row(record, NO_DETAIL, time.monotonic()) if record else row
+
+    def state(self) -> dict[str, Any]:
+        """Return how the log is, for /healthz and the page."""
+        return {"enabled": self.store is not None, "error": self.error or None,
+                "notice": self.notice or None, "backlog": len(self.backlog), "lost": self.lost}
+
+    def print(self, record: Record, row: Row) -> None:
+        """Print the line of a request that ended."""
+        model, tokens = row.original_model, row.completion_tokens
+        if row.sent_model not in ("", model):
+            model = f"{model} -> {row.sent_model}"
         *failed, _ = record.attempts or [None]
-        tokens = record.usage.get("completion_tokens")
         self.note(
-            record.source_ip, record.method, record.path.partition("?")[0], model, record.route,
+            row.source_ip, row.method, row.path.partition("?")[0], model, row.route,
             *(f"({a.instance}: {a.error or a.status})" for a in failed),
-            record.upstream_url, str(record.status), record.error,
-            f"{record.finished - record.clock:.3f} s",
+            row.upstream_url, str(record.status), record.error, f"{row.duration_ms / 1000:.3f} s",
             f"{tokens} tokens" if tokens is not None else "",
         )
 
@@ -3531,6 +4364,7 @@ class Exchange:
             request.head.method, request.path + request.query, dialect.service,
             original_model=decision.asked, mapped_model=decision.mapped, route=decision.route,
             trail=decision.trail, stream=ask.stream, request_size=len(request.content),
+            fields=request.head.fields, content=request.content,
         )
 
     async def run(self) -> None:
@@ -3539,6 +4373,7 @@ class Exchange:
         self.relay.log.begin(record)
         request.recorded = True
         request.stream.watch()
+        record.stop = self.stop
         try:
             if not self.answer_empty():
                 await self.relay_answer(await self.first_answer())
@@ -3554,10 +4389,14 @@ class Exchange:
                 self.health.busy -= 1
             record.status = record.status or responder.status or 500
             record.response_size = responder.size
-            if self.transform:
-                record.usage = self.transform.usage
             self.transform, request.content = None, b""  # a cycle would keep megabytes
+            record.stop = None
             self.relay.log.finish(record)
+
+    def stop(self) -> None:
+        """End the request, as somebody wants who is not its client."""
+        self.request.stream.cause = Cancelled("cancelled")
+        self.request.stream.closed()
 
     def answer_empty(self) -> bool:
         """Answer a request that asks for nothing but to load a model."""
@@ -3633,7 +4472,7 @@ class Exchange:
 
     def note(self, begun: float, outcome: ResponseHead | BadGateway) -> None:
         """Put an attempt into the record, and begin or end a cool-down."""
-        milliseconds = (time.monotonic() - begun) * 1000
+        milliseconds = round((time.monotonic() - begun) * 1000, 1)
         status, error, health = None, None, self.health
         if isinstance(outcome, BadGateway):
             error = str(outcome)
@@ -3739,6 +4578,7 @@ class Exchange:
 
     async def relay_answer(self, answer: Answer) -> None:
         """Send an answer as it comes in, through its transform."""
+        self.record.answer_fields = answer.head.fields
         self.transform, self.inflater = self.choose_transform(answer.head)
         await answer.pump(self.forward, self.responder)
         transform, inflater, tail = self.transform, self.inflater, b""
@@ -3758,7 +4598,7 @@ class Exchange:
         record, responder = self.record, self.responder
         if record.first_token is None:
             record.first_token, record.phase = time.monotonic(), "streaming"
-        record.pieces.append(data)
+        self.relay.log.hear(record, data)
         if self.transform:
             data = self.change(data)
             if self.transform and self.transform.whole:
@@ -3818,8 +4658,9 @@ class Exchange:
 # ======================================================================================
 # 13  Dashboard and API
 # ======================================================================================
-# What the owner looks at: the page, and the requests that run now. The page is one
-# document, allowed by hash; what it shows it fetches as JSON.
+# What the owner looks at: the page, one document that is allowed by hash, and the JSON
+# that it fetches. A question is a function that a reader thread runs on the database; an
+# endpoint is a `serve_` function here and a line in section 14.
 
 @functools.lru_cache(maxsize=2)
 def page_fields(page: str) -> list[tuple[str, str]]:
@@ -3834,25 +4675,6 @@ def page_fields(page: str) -> list[tuple[str, str]]:
               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)]
 
-def inflight_row(record: Record, now: float) -> dict[str, Any]:
-    """Return a running request as /api/inflight shows it."""
-    return {
-        "id": record.id, "request_id": record.request_id, "timestamp": rfc3339(record.started),
-        "source_ip": record.source_ip, "path": record.path, "service_type": record.service,
-        "original_model": record.original_model, "mapped_model": record.mapped_model,
-        "upstream_url": record.upstream_url, "phase": record.phase,
-        "elapsed_ms": round((now - record.clock) * 1000), "tokens": record.events,
-        "bytes": record.response_size,
-    }
-
-# ======================================================================================
-# 14  Application
-# ======================================================================================
-# Which path means what: one table. It dispatches and it guards, on the same normalised
-# path. To add an endpoint: a function `serve_...` and a line in ENDPOINTS.
-
-OLLAMA_VERSION = "0.12.0"  # the version of Ollama's API that is spoken here
-RUNNING_FOR = 300.0  # s that /api/ps says a model stays
 MAX_DECISIONS = 4096
 
 class Gate:
@@ -3916,6 +4738,532 @@ class Services:
         """Return the union of the models that this client may see."""
         fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
         return await list_models(self.models, self.table, fields.get("authorization"))
+
+def inflight_row(record: Record, now: float) -> dict[str, Any]:
+    """Return a running request as /api/inflight shows it."""
+    return {
+        "id": record.id, "request_id": record.request_id, "timestamp": rfc3339(record.started),
+        "source_ip": record.source_ip, "path": record.path, "service_type": record.service,
+        "original_model": record.original_model, "mapped_model": record.mapped_model,
+        "upstream_url": record.upstream_url, "phase": record.phase,
+        "elapsed_ms": round((now - record.clock) * 1000), "tokens": record.events,
+        "bytes": record.response_size,
+    }
+
+# --- questions to the log -------------------------------------------------------------
+# Asked in a reader thread; each gets the log and the parameters. Lists are paged by key,
+# sums come from the hourly ones, and a sample stands for many rows: nothing walks the log.
+
+MAX_SEARCHED = 50_000  # newest rows that a search for text looks at
+SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
+HOURS = parse_number(1, 24 * 366)
+COLUMNS = ", ".join(Row._fields)
+SEARCHED = " || ' ' || ".join(("original_model", "sent_model", "path", "upstream_url", "route",
+                               "ifnull(error_message, '')", "source_ip", "request_id"))
+LISTED = ("id", "request_id", "timestamp", "source_ip", "method", "path", "service_type",
+          "original_model", "mapped_model", "upstream_url", "route", "duration_ms", "ttft_ms",
+          "request_size", "response_size", "status_code", "error_message", "prompt_tokens",
+          "completion_tokens", "total_tokens", "tokens_estimated", "attempts", "stream",
+          "completed_at", "is_inflight")
+POINT = ("id", "timestamp", "service_type", "upstream_url", "prompt_tokens",
+         "completion_tokens", "total_tokens", "duration_ms", "ttft_ms", "status_code")
+
+def parse_status(text: str) -> tuple[str, tuple[Any, ...]]:
+    """Read a status, a class of them or `error` as a condition on rows."""
+    if text == "error":
+        return "failed = 1", ()
+    if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
+        raise ValueError("allowed are a status such as 404, a class such as 4xx, and error")
+    low, high = int(text.replace("x", "0")), int(text.replace("x", "9"))
+    return "failed = ? AND status_code BETWEEN ? AND ?", (int(low >= 400), low, high)
+
+def parse_age(text: str) -> float:
+    """Read how long ago something was: 30m, 24h, 7d; return s."""
+    if not re.fullmatch(r"[0-9]{1,6}[mhd]", text):
+        raise ValueError("allowed is an age such as 30m, 24h or 7d")
+    return int(text[:-1]) * {"m": 60, "h": 3600, "d": 86_400}[text[-1]]
+
+Parameters = Mapping[str, Callable[[str], Any]]
+LOG_PARAMETERS: Parameters = {
+    "limit": parse_number(1, 1000), "before": parse_number(0, 2**63 - 1),
+    "service_type": parse_choice(*SERVICES), "model": parse_text, "upstream": parse_text,
+    "status": parse_status, "source": parse_text, "q": parse_text}
+STATS_PARAMETERS: Parameters = {"hours": HOURS}
+POINT_PARAMETERS: Parameters = {
+    "hours": HOURS, "limit": parse_number(1, 20_000), "model": parse_text,
+    "service_type": parse_choice(*SERVICES)}
+EXPORT_PARAMETERS: Parameters = {
+    "since": parse_age, "model": parse_text, "format": parse_choice("jsonl", "csv", "openai")}
+
+def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
+    """Return the parameters of a query; one without a value is none. Raises BadRequest."""
+    found = {}
+    for name, text in urllib.parse.parse_qsl(query.removeprefix("?")):
+        if name not in known:
+            raise BadRequest(f"unknown parameter {name[:80]!r}; known are {', '.join(known)}")
+        try:
+            found[name] = known[name](text)
+        except ValueError as error:
+            raise BadRequest(f"{name}={text[:80]!r}: {error}") from None
+    return found
+
+def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Return the statement for a page of rows, newest first, and its values."""
+    tests = {"id < ?": asked.get("before"), "id >= ?": asked.get("after"),
+             "service_type = ?": asked.get("service_type"), "source_ip = ?": asked.get("source"),
+             "upstream_url = ?": asked.get("upstream")}
+    tests = {test: (value,) for test, value in tests.items() if value is not None}
+    if "status" in asked:
+        tests[asked["status"][0]] = asked["status"][1]
+    arms = [tests]
+    if "model" in asked:
+        names = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
+        arms = [{**tests, name: (asked["model"],)} for name in names]
+    limit, text = asked.get("limit", 100), asked.get("q")
+    chosen = [f"SELECT id FROM requests WHERE {' AND '.join(arm) or 1}" for arm in arms]
+    values = [value for arm in arms for given in arm.values() for value in given]
+    sql = (f"SELECT {COLUMNS} FROM requests WHERE id IN "
+           f"({' UNION '.join(chosen)} ORDER BY id DESC LIMIT ?)")
+    if text is None:
+        return f"{sql} ORDER BY id DESC", [*values, limit]
+    pattern = re.sub(r"([\\%_])", r"\\\1", text)
+    sql += f" AND {SEARCHED} LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?"
+    return sql, [*values, MAX_SEARCHED, f"%{pattern}%", limit]
+
+def row_document(row: Row) -> dict[str, Any]:
+    """Return a row as JSON shows it: moments, truth values, attempts."""
+    counts = [n for n in (row.prompt_tokens, row.completion_tokens) if n is not None]
+    done = row.completed_at
+    return {
+        **row._asdict(), "timestamp": rfc3339(row.timestamp / 1000),
+        "completed_at": None if done is None else rfc3339(done / 1000),
+        "total_tokens": sum(counts) if counts else None,
+        "tokens_estimated": bool(row.tokens_estimated), "stream": bool(row.stream),
+        "attempts": [dict(zip(Attempt._fields, attempt, strict=True))
+                     for attempt in json.loads(row.attempts)],
+        "is_inflight": row.failed is None,
+        "tokens_per_second": token_rate(row.completion_tokens, row.duration_ms, row.ttft_ms),
+    }
+
+def token_rate(said: float | None, taken: float | None, first: float | None) -> float | None:
+    """Return tokens per second while the answer was spoken."""
+    speaking = (taken or 0) - (first or 0)
+    return round(said * 1000 / speaking, 2) if said and speaking > 0 else None
+
+def list_document(row: Row) -> dict[str, Any]:
+    """Return a row as /api/logs shows it."""
+    doc = row_document(row)
+    return {name: doc[name] for name in LISTED}
+
+def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+    """Answer /api/logs."""
+    rows = map(Row._make, db.execute(*select_rows(asked)))
+    return [list_document(log.refresh(row)) for row in rows]
+
+def quantiles(counts: Sequence[float]) -> dict[str, float | None]:
+    """Return the percentiles of a histogram that the page shows."""
+    return {f"p{share}": percentile(counts, share / 100) for share in (50, 95, 99)}
+
+def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+    """Answer /api/stats."""
+    hours, now = asked.get("hours", 24), int(time.time() // 3600)
+    first = now - hours + 1
+    services = dict(db.execute(
+        "SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type"))
+    by_hour = dict(db.execute(
+        "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)))
+    sums = ", ".join(f"TOTAL({name})" for name in COUNTED)
+    tally = db.execute(f"SELECT {sums} FROM rollups WHERE hour >= ?", (first,)).fetchone()
+    found = dict(zip(SUMS, tally, strict=False))
+    return {
+        "total_requests": sum(services.values()),
+        **{f"{name}_requests": services.get(name, 0) for name in SERVICES},
+        "recent_requests": int(found["requests"]), "inflight_requests": len(log.inflight),
+        "error_rate": found["errors"] / max(found["requests"], 1),
+        "latency_ms": quantiles(tally[DURATIONS]), "ttft_ms": quantiles(tally[TTFTS]),
+        "prompt_tokens": int(found["prompt_tokens"]),
+        "completion_tokens": int(found["completion_tokens"]),
+        "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first, now + 1)],
+        "log": log.state(),
+    }
+
+def model_document(model: str, tally: Sequence[float]) -> dict[str, Any]:
+    """Return what /api/performance says of one model."""
+    found = dict(zip(SUMS, tally, strict=False))
+    return {
+        "model": model, "requests": int(found["requests"]), "errors": int(found["errors"]),
+        "p50_ms": percentile(tally[DURATIONS], 0.5), "p95_ms": percentile(tally[DURATIONS], 0.95),
+        "ttft_p50_ms": percentile(tally[TTFTS], 0.5),
+        "tokens_per_second": token_rate(found["spoken_tokens"], found["spoken_ms"], 0),
+        "prompt_tokens": int(found["prompt_tokens"]),
+        "completion_tokens": int(found["completion_tokens"]),
+    }
+
+def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+    """Answer /api/performance: an even sample of the rows, and sums by model."""
+    hours, limit, now = asked.get("hours", 24), asked.get("limit", 2000), time.time()
+    given = {name: asked[name] for name in ("model", "service_type") if name in asked}
+    where = "".join(f" AND {name} = ?" for name in given)
+    sums = ", ".join(f"TOTAL({name})" for name in COUNTED)
+    tallies = {model: tally for model, *tally in db.execute(
+        f"SELECT model, {sums} FROM rollups WHERE hour > ?{where} GROUP BY model",
+        (int(now // 3600) - hours, *given.values()))}
+    total = int(sum(tally[0] for tally in tallies.values()))
+    first, level = int((now - hours * 3600) * 1000) * 1024, (total // limit).bit_length() - 1
+    rows = read_sample(db, first, max(level, 0), given)
+    if level < 1 and len(rows) <= limit:  # all of them: the sums can be exact
+        total, tallies = len(rows), {}
+        for row in rows:
+            add_row(tallies, rollup_key(row)[2], row)
+    points = [rows[at * len(rows) // limit] for at in range(limit)] if len(rows) > limit else rows
+    docs = [(rollup_key(row)[2], row_document(row)) for row in points]
+    return {
+        "data_points": [{**{name: doc[name] for name in POINT}, "model": model,
+                         "tokens_per_second": doc["tokens_per_second"]} for model, doc in docs],
+        "models": [model_document(*item) for item in sorted(tallies.items())],
+        "meta": {"total_points": total, "hours_back": hours,
+                 "sampled": len(points) < total, "filters": given},
+    }
+
+def read_sample(db: sqlite3.Connection, first: int, level: int,
+                given: Mapping[str, Any]) -> list[Row]:
+    """Return the finished rows from the id `first` on that have a level, or a higher one."""
+    names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
+    tests = ["id >= ?", "failed IS NOT NULL", *(names[name] for name in given)]
+    tests += [f"level >= {level}"] if level else []
+    small = level >= SAMPLE_LEVEL and not given
+    source = f"INDEXED BY sample WHERE level >= {SAMPLE_LEVEL} AND" if small else "WHERE"
+    sql = f"SELECT {COLUMNS} FROM requests {source} {' AND '.join(tests)} ORDER BY id"
+    return [*map(Row._make, db.execute(sql, (first, *given.values())))]
+
+def body_text(body: bytes, coding: str | None) -> tuple[str | None, str]:
+    """Return a kept body as text, and how: utf-8 or base64; None when none is kept."""
+    plain = inflate(body, coding)
+    try:
+        return plain.decode() if body else None, "utf-8"
+    except UnicodeDecodeError:
+        return base64.b64encode(plain).decode(), "base64"
+
+def detail_document(row: Row, detail: Detail | None, phase: str = "done") -> dict[str, Any]:
+    """Return everything about one request; `detail` may have been forgotten."""
+    meta, content, said = detail or Detail({}, b"", b"")
+    headers = {name.lower(): value for name, value in meta.get("response_headers", ())}
+    coding, cut = headers.get("content-encoding"), meta.get("cut", (False, False))
+    talk, path = [], row.path.partition("?")[0]
+    if path in NO_THINK_MEMBERS:
+        talk = read_transcript(path, content, inflate(said, coding))
+    answer = next((m for m in talk[::-1] if said and m["role"] == "assistant"), {})
+    doc = {**row_document(row), "phase": phase,
+           "trail": [dict(zip(Step._fields, step, strict=True)) for step in meta.get("trail", ())],
+           "request_headers": meta.get("request_headers", []),
+           "response_headers": meta.get("response_headers", [])}
+    doc["request_body"], doc["request_body_encoding"] = body_text(content, None)
+    doc["response_body"], doc["response_body_encoding"] = body_text(said, coding)
+    doc["request_body_cut"], doc["response_body_cut"] = cut
+    doc["transcript"] = talk
+    doc["response_text"], doc["response_thinking"] = answer.get("content"), answer.get("thinking")
+    return {name: value for name, value in doc.items() if name not in ("failed", "level")}
+
+def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
+    """Return everything about a request that ended, None when it is not known."""
+    rows = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchall()
+    return detail_document(Row._make(rows[0]), log.store.detail(db, number)) if rows else None
+
+def recall_request(log: RequestLog, number: int) -> dict[str, Any] | None:
+    """Return everything about a request that runs, or that has not been written yet."""
+    for record in [*log.inflight.values(), *log.ended]:
+        if record.id == number:
+            detail = make_detail(record, log.body_limit)
+            phase = "done" if record.finished else record.phase
+            return detail_document(make_row(record, detail, time.monotonic()), detail, phase)
+    for entry in list(log.backlog):
+        if entry.row.id == number:
+            blobs = [blob and blob[1] for blob in entry.blobs]
+            return detail_document(entry.row, read_detail(entry.data, blobs))
+    return None
+
+async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
+    """Return the request that a path names. Raises NotFound."""
+    number = re.search(r"/([0-9]{1,18})(?:/|$)", path)
+    loop, found = asyncio.get_running_loop(), None
+    if number:
+        found = await loop.run_in_executor(log.readers, recall_request, log, int(number[1]))
+        found = found or await log.ask(read_request, int(number[1]))
+    if found is None:
+        raise NotFound("no such request; it may have been older than MAX_LOG_AGE_DAYS")
+    return found
+
+# --- export ---------------------------------------------------------------------------
+
+EXPORT_PAGE = 200  # rows that are in memory at once
+
+def export_row(row: Row, detail: Detail | None, form: str) -> str:
+    """Return a request in a form of export; "" when it has nothing to say there."""
+    if form == "csv":
+        line, doc = io.StringIO(), list_document(row)
+        doc["attempts"] = row.attempts
+        csv.writer(line, lineterminator="\n").writerow(doc.values())
+        return line.getvalue()
+    doc = detail_document(row, detail)
+    if form == "jsonl":
+        return encode_json(doc).decode() + "\n"
+    answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
+    talk = [chat_message(message) for message in doc["transcript"]]
+    return encode_json({"messages": talk}).decode() + "\n" if answered else ""
+
+def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message of a transcript as fine-tuning takes it."""
+    doc = {"role": message["role"], "content": message["content"]}
+    if message["images"]:
+        images = [{"type": "image_url", "image_url": {"url": url}} for url in message["images"]]
+        doc["content"] = [{"type": "text", "text": message["content"]}, *images]
+    if message["tool_calls"]:
+        doc["tool_calls"] = [
+            {"id": call["id"], "type": "function",
+             "function": {"name": call["name"], "arguments": call["arguments"]}}
+            for call in message["tool_calls"]]
+    if message["tool_call_id"]:
+        doc["tool_call_id"] = message["tool_call_id"]
+    return doc
+
+def export_rows(store: Store, asked: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the requests, newest first, a page at a time. Raises sqlite3.Error."""
+    form, since = asked.get("format", "jsonl"), asked.get("since")
+    wanted = {name: asked[name] for name in ("model",) if name in asked}
+    if since is not None:
+        wanted["after"] = int((time.time() - since) * 1000) * 1024
+    if form == "csv":
+        yield (",".join(LISTED) + "\n").encode()
+    rows: list[Row] = []
+    while not rows or len(rows) == EXPORT_PAGE:
+        with reading(store.path) as db:
+            asked = {**wanted, "limit": EXPORT_PAGE, "before": rows[-1].id if rows else 2**62}
+            rows = [*map(Row._make, db.execute(*select_rows(asked)))]
+            if not rows:
+                return
+            yield "".join(export_row(row, None if form == "csv" else store.detail(db, row.id), form)
+                          for row in rows if row.failed is not None).encode()
+
+# --- metrics --------------------------------------------------------------------------
+
+METRIC_EDGES = range(0, len(EDGES), 4)  # of the buckets that Prometheus gets
+COUNTERS = {"requests": "Requests that ended", "errors": "Requests that failed",
+            "prompt_tokens": "Tokens read", "completion_tokens": "Tokens said",
+            "cached_tokens": "Tokens read from a cache"}
+HISTOGRAMS = {"duration": ("Time from a request to the end of its answer", DURATIONS),
+              "ttft": ("Time to the first token of a stream", TTFTS)}
+
+def metric_labels(**labels: str) -> str:
+    """Return labels as the text format of Prometheus has them."""
+    texts = (re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n") for text in labels.values())
+    return ",".join(f'{name}="{text}"' for name, text in zip(labels, texts, strict=True))
+
+def metric_lines(series: Mapping[tuple[str, str, str], Sequence[float]],
+                 gauges: Mapping[str, tuple[str, float]]) -> Iterator[str]:
+    """Yield the lines of /metrics: gauges, counters and histograms."""
+    rows = [(metric_labels(service=service, model=model, upstream=upstream), tally)
+            for (service, model, upstream), tally in series.items()]
+    for name, (words, value) in gauges.items():
+        yield f"# HELP smolrouter_{name} {words}."
+        yield f"# TYPE smolrouter_{name} gauge"
+        yield f"smolrouter_{name} {value}"
+    for name, words in COUNTERS.items():
+        yield f"# HELP smolrouter_{name}_total {words}."
+        yield f"# TYPE smolrouter_{name}_total counter"
+        for labels, tally in rows:
+            yield f"smolrouter_{name}_total{{{labels}}} {tally[SUMS.index(name)]}"
+    for name, (words, part) in HISTOGRAMS.items():
+        yield f"# HELP smolrouter_{name}_seconds {words}."
+        yield f"# TYPE smolrouter_{name}_seconds histogram"
+        for labels, tally in rows:
+            sums, total = [*itertools.accumulate(tally[part])], sum(tally[part])
+            for at in METRIC_EDGES:
+                edge = f'{labels},le="{EDGES[at] / 1000:g}"'
+                yield f"smolrouter_{name}_seconds_bucket{{{edge}}} {sums[at]}"
+            yield f'smolrouter_{name}_seconds_bucket{{{labels},le="+Inf"}} {total}'
+            spent = tally[SUMS.index(f"{name}_ms")] / 1000
+            yield f"smolrouter_{name}_seconds_sum{{{labels}}} {spent:.6f}"
+            yield f"smolrouter_{name}_seconds_count{{{labels}}} {total}"
+
+# --- servers and routes ---------------------------------------------------------------
+
+def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
+    """Return how a server did in the last hour."""
+    rows = db.execute("SELECT failed, duration_ms FROM requests WHERE upstream_url = ? "
+                      "AND id >= ?", (url, int((time.time() - 3600) * 1000) * 1024)).fetchall()
+    times = sorted(taken for failed, taken in rows if failed == 0)
+    return {"p50_ms": times[len(times) // 2] if times else None,
+            "requests": len(rows), "errors": sum(failed or 0 for failed, _ in rows)}
+
+def server_document(server: Server, known: Sequence[Health], now: float) -> dict[str, Any]:
+    """Return what the router knows of a server: up, cooling, down or unknown."""
+    failing = [health for health in known if health.failures]
+    unreached = [health for health in failing if not health.reached]
+    cooling = any(health.cool_until > now for health in failing)
+    state = "unknown" if not known else "down" if unreached else "cooling" if cooling else "up"
+    error = max(failing, key=lambda health: health.cool_until).error if failing else None
+    return {"name": server.name, "url": str(server.url), "api": server.api, "state": state,
+            "last_error": error, "inflight": sum(health.busy for health in known)}
+
+def instance_document(instance: Instance) -> dict[str, Any]:
+    """Return an instance as JSON."""
+    return {"server": instance.server.name, "url": str(instance.server.url),
+            "model": instance.model}
+
+def table_document(table: RoutingTable) -> dict[str, Any]:
+    """Return a routing table as JSON."""
+
+    def target(goal: Alias | Instance) -> dict[str, Any]:
+        return {"alias": goal.name} if isinstance(goal, Alias) else instance_document(goal)
+
+    return {
+        "source": table.source, "default_upstream": str(table.default.url),
+        "servers": [{"name": s.name, "url": str(s.url), "api": s.api}
+                    for s in table.servers.values()],
+        "aliases": [{"name": a.name, "strategy": a.strategy,
+                     "instances": [*map(instance_document, a.instances)]}
+                    for a in table.aliases.values()],
+        "routes": [{"rule": r.name, "match": r.match_text, "route": target(r.target)}
+                   for r in table.rules],
+        "model_map": [{"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
+                      for key, to in table.model_map],
+    }
+
+# --- endpoints ------------------------------------------------------------------------
+
+EVENTS_EVERY, KEEP_ALIVE, MAX_NEWS = 0.25, 15.0, 100  # s between messages; rows of one
+QUESTIONS = {
+    "/api/logs": (read_logs, LOG_PARAMETERS), "/api/stats": (read_stats, STATS_PARAMETERS),
+    "/api/performance": (read_performance, POINT_PARAMETERS),
+}
+
+async def serve_question(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/logs, /api/stats and /api/performance."""
+    question, known = QUESTIONS[request.path]
+    doc = await services.log.ask(question, read_parameters(request.query, known))
+    if isinstance(doc, dict):
+        doc["routes_error"] = services.routes_error
+    request.responder.send_json(doc)
+
+async def serve_request(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/request/{id}."""
+    request.responder.send_json(await find_request(services.log, request.path))
+
+async def serve_inflight(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/inflight."""
+    now, records = time.monotonic(), services.log.inflight.values()
+    request.responder.send_json([inflight_row(record, now) for record in records])
+
+async def serve_cancel(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/inflight/{id}/cancel."""
+    number = request.path.split("/")[3]
+    record = services.log.inflight.get(int(number) if re.fullmatch("[0-9]{1,18}", number) else 0)
+    if record is None or record.stop is None:
+        raise NotFound("no such request is running")
+    record.stop()
+    request.responder.send_json({"cancelled": True})
+
+async def serve_upstreams(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/upstreams."""
+    servers, docs = services.table.all_servers(), []
+    models = await asyncio.gather(*(services.models.get(server, None) for server in servers))
+    for server, names in zip(servers, models, strict=True):
+        known = services.upstreams.known(server)
+        doc = server_document(server, known, time.monotonic())
+        doc["models"] = [model["id"] for model in names or ()]
+        docs.append(doc | await services.log.ask(read_last_hour, doc["url"]))
+    request.responder.send_json(docs)
+
+async def serve_routes(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/routes: the table, and what it makes of a model."""
+    asked = read_parameters(request.query, {"model": str, "source_host": parse_text})
+    doc = {**table_document(services.table), "error": services.routes_error}
+    if "model" in asked:
+        source = asked.get("source_host", request.source_host)
+        decision = resolve(services.table, asked["model"], source)
+        doc["decision"] = {
+            "model": decision.asked, "source_host": source, "mapped_model": decision.mapped,
+            "route": decision.route, "strategy": decision.strategy,
+            "instances": [*map(instance_document, decision.instances)],
+            "trail": [step._asdict() for step in decision.trail]}
+    request.responder.send_json(doc)
+
+async def serve_metrics(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /metrics."""
+    log = services.log
+    lines = metric_lines(dict(log.series), {
+        "inflight_requests": ("Requests that run now", len(log.inflight)),
+        "log_backlog_rows": ("Rows that wait for the database", len(log.backlog)),
+        "log_lost_rows": ("Rows that the database never took", log.lost),
+        "log_up": ("Whether the log can be written", int(not log.error))})
+    kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
+    request.responder.send(200, kind, "".join(f"{line}\n" for line in lines).encode())
+
+def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
+    """Begin an answer of unknown length that ends when its client goes."""
+    fields = (("Content-Type", kind), *STREAM_FIELDS, *fields)
+    request.responder.begin(200, encode_lines(fields), None)
+    request.stream.watch()
+
+async def serve_events(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/events: what began, spoke and ended, at most four times a second."""
+    log, responder = services.log, request.responder
+    ended: collections.deque[Row] = collections.deque(maxlen=MAX_NEWS)
+    known: dict[int, bool] = {}  # running requests: whether they speak
+    log.listeners.append(ended)
+    begin_stream(request, "text/event-stream")
+    responder.write(b": hello\n\n")
+    silent = 0.0
+    try:
+        while not services.draining:
+            news, known = read_news(log, ended, known)
+            silent = 0.0 if news or silent >= KEEP_ALIVE else silent + EVENTS_EVERY
+            if news:
+                responder.write(b"event: requests\ndata: " + encode_json(news) + b"\n\n")
+            elif not silent:
+                responder.write(b": quiet\n\n")
+            responder.flush()
+            await request.stream.drain()
+            await asyncio.sleep(EVENTS_EVERY)
+    finally:
+        log.listeners.remove(ended)
+    responder.finish()
+
+def read_news(log: RequestLog, ended: collections.deque[Row], known: Mapping[int, bool],
+              ) -> tuple[dict[str, Any] | None, dict[int, bool]]:
+    """Return what has happened since the running requests were `known`, and those of now."""
+    running = dict(log.inflight)
+    speaking = {number: record.first_token is not None for number, record in running.items()}
+    fresh = [inflight_row(running[n], time.monotonic()) for n in running if n not in known]
+    spoke = [n for n, speaks in speaking.items() if speaks and not known.get(n)]
+    rows = [list_document(ended.popleft()) for _ in range(len(ended))]
+    news = {"started": fresh[:MAX_NEWS], "first_token": spoke[:MAX_NEWS], "finished": rows}
+    return news if any(news.values()) else None, speaking
+
+async def serve_export(services: Services, request: Request, dialect: Dialect) -> None:
+    """Answer /api/export: all of it, as slowly as its reader reads."""
+    log, asked = services.log, read_parameters(request.query, EXPORT_PARAMETERS)
+    loop, pages = asyncio.get_running_loop(), export_rows(log.store, asked)
+    form = asked.get("format", "jsonl")
+    name = f"attachment; filename=smolrouter.{'csv' if form == 'csv' else 'jsonl'}"
+    kind = "text/csv; charset=utf-8" if form == "csv" else "application/x-ndjson"
+    page = await loop.run_in_executor(log.readers, next, pages, None)
+    begin_stream(request, kind, ("Content-Disposition", name))
+    while page is not None:
+        request.responder.write(page)
+        request.responder.flush()
+        await request.stream.drain()
+        page = await loop.run_in_executor(log.readers, next, pages, None)
+    request.responder.finish()
+
+# ======================================================================================
+# 14  Application
+# ======================================================================================
+# Which path means what: one table. It dispatches and it guards, on the same normalised
+# path. To add an endpoint: a function `serve_...` and a line in ENDPOINTS.
+
+OLLAMA_VERSION = "0.12.0"  # the version of Ollama's API that is spoken here
+RUNNING_FOR = 300.0  # s that /api/ps says a model stays
 
 async def relay_model(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a request by its model; without one it goes to the default server."""
@@ -4003,15 +5351,10 @@ async def serve_version(services: Services, request: Request, dialect: Dialect) 
     """Answer /api/version."""
     request.responder.send_json({"version": OLLAMA_VERSION})
 
-async def serve_inflight(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/inflight."""
-    now, records = time.monotonic(), services.log.inflight.values()
-    request.responder.send_json([inflight_row(record, now) for record in records])
-
 async def serve_healthz(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /healthz: 503 while draining."""
     status, word = (503, "draining") if services.draining else (200, "ok")
-    request.responder.send_json({"status": word}, status)
+    request.responder.send_json({"status": word, "log": services.log.state()}, status)
 
 def read_page(file: str) -> str:
     """Return the page: the copy in here, or a file's text for work on the page."""
@@ -4020,15 +5363,27 @@ def read_page(file: str) -> str:
     except (OSError, ValueError) as error:
         raise NotFound(f"--dashboard {file}: {describe(error)}") from None
 
+NO_DATA = '<script type="application/json" id="request-data"></script>'
+
 def send_page(services: Services, request: Request, status: int = 200,
-              fields: Sequence[tuple[str, str]] = ()) -> None:
-    """Send the page; its script asks /api/session whether to sign in first."""
+              fields: Sequence[tuple[str, str]] = (), data: Any = None) -> None:
+    """Send the page, with `data` in it; its script asks /api/session whether to sign in."""
     page = read_page(services.dashboard)
-    request.responder.send(status, [*page_fields(page), *fields], page.encode())
+    fields = [*page_fields(page), *fields]
+    if data is not None:
+        text = encode_json(data).decode().replace("<", "\\u003c")
+        page = page.replace(NO_DATA, NO_DATA.replace("><", f">{text}<"), 1)
+    request.responder.send(status, fields, page.encode())
 
 async def serve_page(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer `/`: the page; HEAD tells Ollama's clients that somebody is there."""
-    send_page(services, request)
+    status, data = 200, None
+    if request.path.startswith("/request/"):
+        try:
+            data = await find_request(services.log, request.path)
+        except RouterError as error:
+            status = error.status
+    send_page(services, request, status, data=data)
 
 async def serve_session(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/session: whether the Web UI wants a token, and has a valid one."""
@@ -4092,9 +5447,18 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),
+    Endpoint("GET HEAD", "/api/logs /api/stats /api/performance", WEBUI, serve_question),
+    Endpoint("GET HEAD", "/api/request/*", WEBUI, serve_request),
     Endpoint("GET HEAD", "/api/inflight", WEBUI, serve_inflight),
+    Endpoint("POST", "/api/inflight/*/cancel", WEBUI, serve_cancel),
+    Endpoint("GET HEAD", "/api/upstreams", WEBUI, serve_upstreams),
+    Endpoint("GET HEAD", "/api/routes", WEBUI, serve_routes),
+    Endpoint("GET", "/api/events", WEBUI, serve_events),
+    Endpoint("GET", "/api/export", WEBUI, serve_export),
+    Endpoint("GET HEAD", "/metrics", WEBUI, serve_metrics),
     Endpoint("HEAD", "/", "", serve_page, OLLAMA),
     Endpoint("GET", "/", WEBUI, serve_page),
+    Endpoint("GET HEAD", "/performance /request/*", WEBUI, serve_page),
 )
 
 @functools.lru_cache(maxsize=256)
@@ -4156,7 +5520,7 @@ class Application:
             self.services.gate.check(find_tokens(fields, cookie), request.source_host)
         if found is None:
             raise self.missing(request, known)
-        if webui and not settings.enable_logging:
+        if webui and not (settings.enable_logging or found.serve is serve_metrics):
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
         await request.read_content(settings.max_request_size)
         await found.serve(self.services, request, dialect)
@@ -4470,10 +5834,12 @@ class Router:
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         secret = "JWT_SECRET is set" if settings.jwt_secret else "no JWT_SECRET"
         printed = "not printed" if self.services.log.quiet else "printed to stderr"
+        kept = f"kept in {settings.db_path} for {settings.max_log_age_days:g} days"
+        stored = kept if settings.enable_logging else "not stored"
         routes, rest, *warnings = describe_table(self.services.table)
         for line in (
             f"SmolRouter {__version__} listens on http://{place}", routes, rest,
-            f"log: requests are {printed} and not stored",
+            f"log: requests are {printed} and {stored}",
             f"Web UI: {settings.webui_security}; API: {settings.api_security}; tokens: {secret}",
             *self.warnings, *warnings,
         ):
@@ -4502,6 +5868,7 @@ class Router:
         watcher.cancel()
         await self.server.stop(settings.shutdown_grace, self.hurry)
         self.services.upstreams.close()
+        self.services.log.close()
         self.console.close()
         return 0
 
