@@ -3933,13 +3933,17 @@ def test_demo(folder: pathlib.Path) -> None:
     command = [sys.executable, "smolrouter.py", "demo", "--seconds", "30"]
     with subprocess.Popen(
         [*command, "--listen-port", "0"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={"SHUTDOWN_GRACE": "0"},
     ) as demo:  # fmt: skip
+        ending = threading.Timer(20, demo.kill)
+        ending.start()
         try:
             lines = [demo.stdout.readline() for _ in range(3)]
         finally:
             demo.send_signal(signal.SIGTERM)
             demo.communicate(timeout=20)
+            ending.cancel()
     assert lines[0].startswith("Open http://127.0.0.1:")
     for line, model in zip(lines[1:], ("gpt-4", "coding-assistant"), strict=True):
         assert f" {model} -> qwen3-8b: 200, " in line
