@@ -1311,6 +1311,14 @@ def event_usage(doc: dict[str, Any]) -> dict[str, Any]:
         usage["timings"] = doc["timings"]
     return usage | doc["usage"] if isinstance(doc.get("usage"), dict) else usage
 
+def timings_event(doc: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return llama.cpp's timings out of a usage event, as any client reads them."""
+    if "timings" not in doc:
+        return None
+    said = {"text": ""} if doc.get("object") == "text_completion" else {"delta": {}}
+    choices = [{"index": 0, **said, "finish_reason": None}]  # none at all breaks clients
+    return {name: value for name, value in doc.items() if name != "usage"} | {"choices": choices}
+
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
 
@@ -1442,7 +1450,8 @@ class EventFilter:
             return event
         self.noted |= event_usage(doc)
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
-            return b""
+            kept = timings_event(doc)
+            return self.form.replace(event, encode_json(kept)) if kept else b""
         tails, edits, empty = self.filter(doc, event) if self.filtering else (b"", {}, False)
         if empty and not carries_more(doc):
             return tails
