@@ -188,6 +188,7 @@ ABSOLUTE_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
 ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 ModelMap = tuple[tuple["str | re.Pattern[str]", str], ...]
 
@@ -202,11 +203,15 @@ class UpstreamURL(NamedTuple):
     def authority(self) -> str:
         """What goes into Host: the port only when it is not the scheme's own."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        default = 443 if self.scheme == "https" else 80
-        return host if self.port == default else f"{host}:{self.port}"
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}{self.prefix}"
+
+def check(right: object, message: str) -> None:
+    """Raise ValueError unless something is `right`; the message says what would be."""
+    if not right:
+        raise ValueError(message)
 
 def is_address(name: str) -> bool:
     """Tell whether a name is an IP address."""
@@ -217,24 +222,16 @@ def is_address(name: str) -> bool:
 
 def parse_upstream_url(text: str) -> UpstreamURL:
     """Read a URL, with or without scheme, prefix, `/` or `/v1` at its end. Raises ValueError."""
-    try:
-        parts = urllib.parse.urlsplit(text if ABSOLUTE_SCHEME.match(text) else f"http://{text}")
-        host, port = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ValueError(f"no URL: {error}") from None
-    scheme, more = parts.scheme, parts.username is not None or parts.query or parts.fragment
-    faults = (
-        (scheme not in ("http", "https"), f"scheme {scheme!r} instead of http or https"),
-        (more, "a user, query or fragment is not allowed in it"),
-        (not (HOST_NAME.fullmatch(host) or is_address(host)), f"no valid host in it: {host!r}"),
-        (port == 0, "port 0"),
-        (not URL_PATH.fullmatch(parts.path), "its path has an octet to be percent-encoded"),
-    )
-    for wrong, message in faults:
-        if wrong:
-            raise ValueError(message)
+    parts = urllib.parse.urlsplit(text if ABSOLUTE_SCHEME.match(text) else f"http://{text}")
+    scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+    more = parts.username is not None or parts.query or parts.fragment
+    check(scheme in DEFAULT_PORTS, f"scheme {scheme!r} instead of http or https")
+    check(not more, "a user, query or fragment is not allowed in it")
+    check(HOST_NAME.fullmatch(host) or is_address(host), f"no valid host in it: {host!r}")
+    check(port != 0, "port 0")
+    check(URL_PATH.fullmatch(parts.path), "its path has an octet to be percent-encoded")
     prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-    return UpstreamURL(scheme, host, port or (443 if scheme == "https" else 80), prefix)
+    return UpstreamURL(scheme, host, port or DEFAULT_PORTS[scheme], prefix)
 
 def url_warning(name: str, text: str) -> str | None:
     """Return what to say about a URL without a scheme, None when it has one."""
@@ -245,33 +242,31 @@ def url_warning(name: str, text: str) -> str | None:
 def parse_bool(text: str) -> bool:
     """Read 1 true yes on / 0 false no off in any case."""
     word = text.strip().lower()
-    if word not in TRUE_WORDS + FALSE_WORDS:
-        raise ValueError(f"allowed are {' '.join(TRUE_WORDS)}, {' '.join(FALSE_WORDS)}")
+    words = f"{' '.join(TRUE_WORDS)}, {' '.join(FALSE_WORDS)}"
+    check(word in TRUE_WORDS + FALSE_WORDS, f"allowed are {words}")
     return word in TRUE_WORDS
 
 def parse_number(low: float, high: float, whole: bool = True) -> Callable[[str], float]:
     """Make a reader of ASCII numbers from `low` to `high`."""
     pattern = re.compile(r"[0-9]{1,18}" if whole else r"[0-9]{1,12}(\.[0-9]{0,9})?")
+    kind = "a whole number" if whole else "a number"
+    allowed = f"allowed is {kind} from {low:g} to {high:g}"
     def parse(text: str) -> float:
-        if pattern.fullmatch(text.strip()) and low <= float(text) <= high:
-            return int(text) if whole else float(text)
-        kind = "a whole number" if whole else "a number"
-        raise ValueError(f"allowed is {kind} from {low:g} to {high:g}")
+        check(pattern.fullmatch(text.strip()) and low <= float(text) <= high, allowed)
+        return int(text) if whole else float(text)
     return parse
 
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Make a reader of one of `choices`, in any case; returns it as it stands here."""
     def parse(text: str) -> str:
-        for choice in choices:
-            if text.strip().lower() == choice.lower():
-                return choice
-        raise ValueError(f"allowed are {', '.join(choices)}")
+        found = [choice for choice in choices if choice.lower() == text.strip().lower()]
+        check(found, f"allowed are {', '.join(choices)}")
+        return found[0]
     return parse
 
 def parse_text(text: str) -> str:
     """Read a name that may not be empty."""
-    if not text.strip() or "\0" in text:
-        raise ValueError("allowed is a name that is not empty")
+    check(text.strip() and "\0" not in text, "allowed is a name that is not empty")
     return text
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -280,10 +275,9 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 def parse_origins(text: str) -> tuple[str, ...]:
     """Read browser origins, `*` or `loopback`."""
+    allowed = "allowed are https://host:port, loopback and *"
     for name in parse_names(text):
-        if not ORIGIN.fullmatch(name):
-            remedy = "allowed are https://host:port, loopback and *"
-            raise ValueError(f"{name!r} is no origin; {remedy}")
+        check(ORIGIN.fullmatch(name), f"{name!r} is no origin; {allowed}")
     return parse_names(text)
 
 def parse_networks(text: str) -> tuple[IPNetwork, ...]:
@@ -317,27 +311,26 @@ def parse_model_map(text: str) -> ModelMap:
     """Read a JSON object of names and `/regex/` keys to names; exact keys come first."""
     try:
         pairs = json.loads(text or "{}", object_pairs_hook=tuple)
-        if not isinstance(pairs, tuple):
-            raise ValueError("no object")
+        check(isinstance(pairs, tuple), "no object")
     except (ValueError, RecursionError) as error:
         example = '{"gpt-4": "llama3"}'
         raise ValueError(f"no JSON ({error}); allowed is an object such as {example}") from None
     compiled: list[tuple[str | re.Pattern[str], str]] = []
     for key, target in pairs:
-        if not (isinstance(target, str) and target and key):
-            raise ValueError(f"{key!r} must map to a name, not to {target!r}")
+        named = isinstance(target, str) and target and key
+        check(named, f"{key!r} must map to a name, not to {target!r}")
         compiled.append((parse_pattern(key), target))
         check_template(target, compiled[-1][0])
     return tuple(sorted(compiled, key=lambda pair: isinstance(pair[0], re.Pattern)))
 
 def parse_secret(text: str) -> str:
     """Read a JWT secret; a weak one is refused. The value never enters the message."""
-    secret = text.strip()
-    if len(secret) < MIN_SECRET_LENGTH or len(set(secret)) < MIN_SECRET_VARIETY:
-        raise ValueError(f"too weak: allowed are at least {MIN_SECRET_LENGTH} characters, at "
-                         f"least {MIN_SECRET_VARIETY} different; try: openssl rand -hex 32")
-    if any(known in secret.lower() for known in WELL_KNOWN_SECRETS):
-        raise ValueError("a well-known default; try: openssl rand -hex 32")
+    secret, remedy = text.strip(), "try: openssl rand -hex 32"
+    check(len(secret) >= MIN_SECRET_LENGTH and len(set(secret)) >= MIN_SECRET_VARIETY,
+          f"too weak: allowed are at least {MIN_SECRET_LENGTH} characters, at least "
+          f"{MIN_SECRET_VARIETY} different; {remedy}")
+    known = any(known in secret.lower() for known in WELL_KNOWN_SECRETS)
+    check(not known, f"a well-known default; {remedy}")
     return secret
 
 def setting(default: Any, parse: Callable[[str], Any], help_line: str) -> Any:
@@ -404,11 +397,11 @@ class Settings:
                 seen = "<hidden>" if name == "jwt_secret" else repr(text)
                 raise ConfigError(f"{source}={seen}: {error}") from None
         settings = cls(**values)
-        for name in ("webui_security", "api_security"):
-            if getattr(settings, name) == "ALWAYS_AUTH" and settings.jwt_secret is None:
-                remedy = f"at least {MIN_SECRET_LENGTH} random characters (openssl rand -hex 32)"
-                raise ConfigError(f"{name.upper()}='ALWAYS_AUTH': JWT_SECRET is not set; "
-                                  f"set it to {remedy}")
+        strict = [n for n in ("webui_security", "api_security") if values.get(n) == "ALWAYS_AUTH"]
+        if strict and settings.jwt_secret is None:
+            remedy = f"at least {MIN_SECRET_LENGTH} random characters (openssl rand -hex 32)"
+            raise ConfigError(f"{strict[0].upper()}='ALWAYS_AUTH': JWT_SECRET is not set; "
+                              f"set it to {remedy}")
         return settings
 
 # ======================================================================================
@@ -436,10 +429,12 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 FIELD_LINE = re.compile(rf"({TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
+FIELD_LINES = re.compile(rf"^{FIELD_LINE.pattern}\r$", re.MULTILINE)
 BARE_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 CHUNK_EDGE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})\r\n")  # after a chunk, before the next
+CHUNK_LINES = {"chunk-size": MAX_CHUNK_LINE, "chunk-end": 0, "trailer": MAX_TRAILERS}  # octets
 LAST_CHUNK = b"0\r\n\r\n"
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
@@ -451,24 +446,20 @@ HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-a
 class Fields:
     """Field lines in their order, names as they came; look-ups take lower-case names."""
 
-    def __init__(self, lines: Iterable[tuple[str, str, str]]) -> None:
-        self.lines = list(lines)  # lower-case name, name, value
-        self.values: dict[str, list[str]] = {}  # of all lines of a name
-        for lower, _, value in self.lines:
-            self.values.setdefault(lower, []).append(value)
+    def __init__(self, lines: list[tuple[str, str, str]]) -> None:
+        self.lines = lines  # lower-case name, name, value
+        self.first = {lower: value for lower, _, value in reversed(self.lines)}
+        self.get = self.first.get  # the value of the first line of a name, or None
 
-    def get(self, name: str) -> str | None:
-        """Return the value of the first line of that name."""
-        return self.values[name][0] if name in self.values else None
-
-    def get_all(self, name: str) -> Sequence[str]:
+    def get_all(self, name: str) -> list[str]:
         """Return the values of all lines of that name."""
-        return self.values.get(name, ())
+        if len(self.first) == len(self.lines):
+            return [self.first[name]] if name in self.first else []
+        return [value for lower, _, value in self.lines if lower == name]
 
     def tokens(self, name: str) -> list[str]:
         """Return the elements of a comma-separated list over all its lines, lower case."""
-        values = self.get_all(name)
-        parts = ",".join(values).lower().split(",") if values else []
+        parts = ",".join(self.get_all(name)).lower().split(",") if name in self.first else ()
         return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
 class Framing(NamedTuple):
@@ -478,21 +469,20 @@ class Framing(NamedTuple):
 
 NO_CONTENT, CHUNKED, UNTIL_CLOSE = Framing("length"), Framing("chunked"), Framing("until-close")
 
-def parse_fields(lines: list[str]) -> Fields:
-    """Read field lines (RFC 9112 5). Raises MalformedMessage or FieldsTooLarge."""
-    if len(lines) > MAX_FIELD_COUNT:
-        raise FieldsTooLarge(f"{len(lines)} field lines; {MAX_FIELD_COUNT} are allowed")
-    fields = []
-    for line in lines:
-        match = FIELD_LINE.fullmatch(line)
-        if match is None:
-            raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
-        name, value = match.groups()
+def parse_fields(text: str) -> Fields:
+    """Read field lines with their CRLFs (RFC 9112 5). Raises MalformedMessage or FieldsTooLarge."""
+    found = FIELD_LINES.findall(text)
+    if len(found) != text.count("\n"):
+        line = next(line for line in text.split("\r\n") if not FIELD_LINE.fullmatch(line))
+        raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
+    if len(found) > MAX_FIELD_COUNT:
+        raise FieldsTooLarge(f"{len(found)} field lines; {MAX_FIELD_COUNT} are allowed")
+    if len(text) > MAX_FIELD_LINE:
+        line = max(text.split("\r\n"), key=len)
         if len(line) > MAX_FIELD_LINE:
-            seen = f"field {name[:80]!r} has {len(line)} octets"
+            seen = f"field {line.partition(':')[0][:80]!r} has {len(line)} octets"
             raise FieldsTooLarge(f"{seen}; {MAX_FIELD_LINE} are allowed")
-        fields.append((name.lower(), name, value.strip(" \t")))
-    return Fields(fields)
+    return Fields([(name.lower(), name, value.strip(" \t")) for name, value in found])
 
 def read_framing(fields: Fields, minor: int) -> Framing | None:
     """Return what the fields alone say (RFC 9112 6.3), None when they say nothing.
@@ -603,7 +593,7 @@ def cache_short(parse: Callable[[bytes], Parsed]) -> Callable[[bytes], Parsed]:
 @cache_short
 def parse_request_head(data: bytes) -> RequestHead:
     """Read a request head without its final empty line (RFC 9112 2.1, 3, 5)."""
-    start, *lines = data.decode("latin-1").split("\r\n")
+    start, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     if len(start) > MAX_START_LINE:
         seen = f"the request line has {len(start)} octets"
         raise TargetTooLong(f"{seen}; {MAX_START_LINE} are allowed")
@@ -613,14 +603,14 @@ def parse_request_head(data: bytes) -> RequestHead:
     method, target, major, minor = match.groups()
     if major != "1":
         raise VersionNotSupported(f"HTTP/{major}.{minor} instead of HTTP/1.1")
-    if len(data) - len(start) > MAX_FIELDS_SIZE:
+    if len(lines) > MAX_FIELDS_SIZE:
         raise FieldsTooLarge(f"all fields have more than {MAX_FIELDS_SIZE} octets")
     return RequestHead(method, target, min(int(minor), 1), parse_fields(lines))
 
 @cache_short
 def parse_response_head(data: bytes) -> ResponseHead:
     """Read a response head without its final empty line (RFC 9112 4)."""
-    start, *lines = data.decode("latin-1").split("\r\n")
+    start, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     match = STATUS_LINE.fullmatch(start)
     if match is None:
         raise MalformedMessage(f"status line {start[:80]!r} is not `HTTP/1.1 200 OK`")
@@ -657,8 +647,7 @@ class ChunkDecoder:
     """Reads chunked content (RFC 9112 7.1); after `done`, `rest` holds what follows."""
     rest: bytes = b""  # not read yet
     left: int = 0  # octets of the current chunk still to come
-    between: bool = False  # the CRLF after a chunk is still to come
-    in_trailers: bool = False
+    part: str = "chunk-size"  # which line comes next, after those octets
     done: bool = False
     extensions: int = 0  # octets of all of them
     trailers: int = 0
@@ -668,65 +657,55 @@ class ChunkDecoder:
         data = self.rest + data if self.rest else data
         contents: list[bytes] = []
         at, bulk = 0, True
-        while at < len(data) and not self.done:
+        while not self.done:
+            if bulk and self.part == "chunk-size" and len(data) - at > MIN_BULK:
+                whole, size = split_whole_chunks(data[at:])
+                contents += whole
+                at, bulk = at + size, False
             if self.left:
                 contents.append(data[at : at + self.left])
                 at += len(contents[-1])
                 self.left -= len(contents[-1])
-                self.between = not self.left
-            elif self.between:
-                end = data[at : at + 2]
-                if not b"\r\n".startswith(end):
-                    raise MalformedMessage(f"{end!r} instead of CRLF after a chunk")
-                if len(end) < 2:
-                    break
-                self.between = False
-                at += 2
-            elif bulk and len(data) - at > MIN_BULK and not self.in_trailers:
-                whole, size = split_whole_chunks(data[at:])
-                contents += whole
-                at += size
-                bulk = False
-            else:
-                line = self.find_line(data, at)
-                if line is None:
-                    break
-                self.read_line(line)
-                at += len(line) + 2
+            line = None if self.left else self.find_line(data, at)
+            if line is None:
+                break
+            self.read_line(line)
+            at += len(line) + 2
         self.rest = data[at:]
         return contents[0] if len(contents) == 1 else b"".join(contents)
 
     def find_line(self, data: bytes, at: int) -> bytes | None:
         """Return the line at `at` without its CRLF, None while it is incomplete."""
-        limit = MAX_TRAILERS if self.in_trailers else MAX_CHUNK_LINE
+        limit = CHUNK_LINES[self.part]
         end = data.find(b"\r\n", at, at + limit + 2)
         if end >= 0:
             return data[at:end]
         line = data[at : at + limit + 2]
-        if BARE_LF.search(line):
-            raise MalformedMessage(f"a bare CR or LF in chunk line {line[:80]!r}")
-        if len(line) > limit + 1:  # without a CR that may end it
-            raise MalformedMessage(f"a chunk or trailer line over {limit} octets")
+        if len(line) > limit + 1 or BARE_LF.search(line):  # a CR at its end may be the CRLF's
+            seen = f"{line[:80]!r} is no {self.part} line"
+            raise MalformedMessage(f"{seen} of at most {limit} octets before its CRLF")
         return None
 
     def read_line(self, line: bytes) -> None:
-        """Read a chunk-size line, or a trailer line, which nobody sees; an empty one ends."""
-        if self.in_trailers:
+        """Read a line; nobody sees trailers, and an empty line ends them."""
+        if self.part == "chunk-end":
+            self.part = "chunk-size"
+        elif self.part == "trailer":
             self.trailers += len(line) + 2
             if self.trailers > MAX_TRAILERS:
                 raise FieldsTooLarge(f"trailers over {MAX_TRAILERS} octets")
             if line and not FIELD_LINE.fullmatch(line.decode("latin-1")):
                 raise MalformedMessage(f"trailer line {line[:80]!r} is not `name: value`")
             self.done = not line
-            return
-        match = CHUNK_SIZE.fullmatch(line)
-        if match is None:
-            raise MalformedMessage(f"chunk-size {line[:80]!r} is not hexadecimal")
-        self.extensions += len(line) - len(match[1])
-        if self.extensions > MAX_CHUNK_EXTENSIONS:
-            raise MalformedMessage(f"chunk extensions over {MAX_CHUNK_EXTENSIONS} octets")
-        self.left = int(match[1], 16)
-        self.in_trailers = not self.left
+        else:
+            match = CHUNK_SIZE.fullmatch(line)
+            if match is None:
+                raise MalformedMessage(f"chunk-size {line[:80]!r} is not hexadecimal")
+            self.extensions += len(line) - len(match[1])
+            if self.extensions > MAX_CHUNK_EXTENSIONS:
+                raise MalformedMessage(f"chunk extensions over {MAX_CHUNK_EXTENSIONS} octets")
+            self.left = int(match[1], 16)
+            self.part = "chunk-end" if self.left else "trailer"
 
 def encode_chunk(content: bytes) -> bytes:
     """Return `content` as one chunk; it must not be empty."""
@@ -926,11 +905,14 @@ class TextFilter:
         visible, thought = self.think.feed(text, last) if self.think else (text, "")
         return self.fences.feed(visible, last) if self.fences else visible, thought
 
+def opens_inside(text: str) -> bool:
+    """Tell whether a whole text begins with thinking: its template gave the opening tag."""
+    close, opening = text.find(THINK_CLOSE), text.find(THINK_OPEN)
+    return close >= 0 and not 0 <= opening < close
+
 def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
     """Return the visible and the thought part of a whole text."""
-    # chat templates put the opening tag into the prompt: a bare `</think>` closes that block
-    close, opening = text.find(THINK_CLOSE), text.find(THINK_OPEN)
-    return TextFilter(rules, inside=close >= 0 and not 0 <= opening < close).feed(text, last=True)
+    return TextFilter(rules, opens_inside(text)).feed(text, last=True)
 
 # ======================================================================================
 # 6  Dialects (pure)
@@ -944,14 +926,16 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 MAX_JSON_DEPTH = 200
 MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed as it is
 JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
+JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
+JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
 USAGE_WORDS = (b'"usage"', b'"timings"', b'"done"')
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
 BOM = b"\xef\xbb\xbf"
 END_WORDS = (DONE_MARK, b'"finish_reason":"', b'"finish_reason": "', b'"done":true',
-             b'"done": true', b'_stop"', b'.completed"', b'"error"')  # of a whole stream
+             b'"done": true', b'_stop"', b'.completed"', b'"error"', b"event: error",
+             b"event:error", b'error: {"', b'error:{"')  # of a whole stream
 NO_THINK_MEMBERS = {  # where the words of the user stand, by path
     "/v1/chat/completions": "messages", "/v1/messages": "messages", "/api/chat": "messages",
     "/v1/completions": "prompt", "/api/generate": "prompt", "/v1/responses": "input",
@@ -1003,22 +987,16 @@ def encode_json(value: Any) -> bytes:
 
 def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]:
     """Yield key or index, start and end of each value of the container at `at`."""
-    at = JSON_SPACE.match(text, at).end()
-    if text[at] not in "{[":
-        return
-    keyed, index = text[at] == "{", 0
-    at = JSON_SPACE.match(text, at + 1).end()
-    while text[at] not in "}]":
+    opening, index = JSON_OPEN.match(text, at), 0
+    at = opening.end() if opening else at
+    while opening and text[at] not in "}]":
         key: str | int = index
-        if keyed:
+        if opening[1] == "{":
             key, at = SERVER_JSON.raw_decode(text, at)
-            at = JSON_SPACE.match(text, at).end() + 1  # the colon
-            at = JSON_SPACE.match(text, at).end()
+            at = JSON_NEXT.match(text, at).end()
         _, end = SERVER_JSON.raw_decode(text, at)
         yield key, at, end
-        at = JSON_SPACE.match(text, end).end()
-        if text[at] == ",":
-            at = JSON_SPACE.match(text, at + 1).end()
+        at = JSON_NEXT.match(text, end).end()
         index += 1
 
 def edit_places(text: str, at: int, edits: Mapping[Path, Any],
@@ -1040,14 +1018,11 @@ def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
         pieces += [text[done:start], encode_json(edits[path]).decode()]
         done = end
         found.add(path)
-    rest = text[done:]
-    for path, value in edits.items():
-        if len(path) == 1 and path not in found:
-            end = rest.rindex("}")
-            comma = "" if "".join([*pieces, rest[:end]]).rstrip().endswith("{") else ","
-            literal = f"{comma}{json.dumps(path[0])}:{encode_json(value).decode()}"
-            rest = rest[:end] + literal + rest[end:]
-    return "".join([*pieces, rest]).encode()
+    new = [f"{json.dumps(path[0])}:{encode_json(value).decode()}"
+           for path, value in edits.items() if path not in found and len(path) == 1]
+    rest, _, end = text[done:].rpartition("}")
+    comma = "," if new and '"' in text else ""
+    return "".join([*pieces, rest, comma, ",".join(new), "}", end]).encode()
 
 # --- what is asked --------------------------------------------------------------------
 
@@ -1097,7 +1072,7 @@ class Dialect(NamedTuple):
     encode: Callable[[Ask, Rewrite], bytes]  # for a server that speaks it too
     encode_openai: Callable[[Ask, Rewrite], bytes] | None = None  # for one that does not
     openai_path: Callable[[Ask], str] | None = None
-    answer: Callable[[Ask, dict[str, Any], Timing, FilterRules], Any] | None = None
+    answer: Callable[..., bytes] | None = None  # of an AnswerPlan and a whole answer
     empty: Callable[[Ask, str], dict[str, Any] | None] | None = None  # nothing to do
 
     def encode_event_error(self, error: RouterError) -> bytes:
@@ -1151,8 +1126,8 @@ def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
         edits["stream_options",] = {**options, "include_usage": True}
     return splice_json(ask.text, edits) if edits else ask.content
 
-MAX_PART_HEAD = 16 * KiB
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
+PART_HEAD = rb"((?:\r\n[^\r\n]+)+)\r\n\r\n"
 DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.IGNORECASE)
 PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;\s"]*))')
 
@@ -1165,18 +1140,15 @@ def is_model_part(head: bytes) -> bool:
 def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
     """Read the `model` part of a multipart form (RFC 7578); without one it is ""."""
     boundary = BOUNDARY.search(media_type)
-    delimiter = f"--{boundary[1] or boundary[2]}".encode() if boundary else b""
-    at = 0 if content.startswith(delimiter) else content.find(b"\r\n" + delimiter) + 2
-    if not boundary or not content.startswith(delimiter, at):
+    mark = f"--{boundary[1] or boundary[2]}".encode() if boundary else b""
+    if not boundary or mark not in content:
         raise MalformedContent("the form has no boundary, or its Content-Type another one")
-    while (end := content.find(b"\r\n" + delimiter, at)) >= 0:
-        start = content.find(b"\r\n", at + len(delimiter))
-        head_end = content.find(b"\r\n\r\n", start, min(start + MAX_PART_HEAD, end))
-        if head_end >= 0 and is_model_part(content[start:head_end]):
-            span = (head_end + 4, end)
-            model = content[slice(*span)].decode("utf-8", "replace")
-            return Ask(path, query, content, model=model, span=span)
-        at = end + 2
+    for part in re.finditer(re.escape(mark) + PART_HEAD, content):
+        begins_line = content[max(0, part.start() - 2) : part.start()] in (b"", b"\r\n")
+        end = content.find(b"\r\n" + mark, part.end())
+        if begins_line and end >= 0 and is_model_part(part[1]):
+            model = content[part.end() : end].decode("utf-8", "replace")
+            return Ask(path, query, content, model=model, span=(part.end(), end))
     return Ask(path, query, content)
 
 def encode_span(ask: Ask, rewrite: Rewrite) -> bytes:
@@ -1351,6 +1323,14 @@ def event_usage(doc: dict[str, Any]) -> dict[str, Any]:
         usage["timings"] = doc["timings"]
     return usage | doc["usage"] if isinstance(doc.get("usage"), dict) else usage
 
+def timings_event(doc: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return llama.cpp's timings out of a usage event, as any client reads them."""
+    if "timings" not in doc:
+        return None
+    said = {"text": ""} if doc.get("object") == "text_completion" else {"delta": {}}
+    choices = [{"index": 0, **said, "finish_reason": None}]  # none at all breaks clients
+    return {name: value for name, value in doc.items() if name != "usage"} | {"choices": choices}
+
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
 
@@ -1477,7 +1457,8 @@ class EventFilter:
             return event
         self.noted |= event_usage(doc)
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
-            return b""
+            kept = timings_event(doc)
+            return self.form.replace(event, encode_json(kept)) if kept else b""
         tails, edits, empty = self.filter(doc, event) if self.filtering else (b"", {}, False)
         if empty and not carries_more(doc):
             return tails
@@ -1519,8 +1500,8 @@ class EventFilter:
 
 SAME_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop",
                 "presence_penalty", "frequency_penalty", "repeat_penalty")
-IMAGE_MAGIC = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"),
-               (b"RIFF", "webp"), (b"BM", "bmp"))
+BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+IMAGE_STARTS = {"iVBOR": "png", "/9": "jpeg", "R0lGO": "gif", "UklGR": "webp", "Qk": "bmp"}
 
 def read_ollama(path: str, query: str, content: bytes) -> Ask:
     """Read an Ollama request: text streams unless told not to, `:latest` is nothing."""
@@ -1531,31 +1512,36 @@ def read_ollama(path: str, query: str, content: bytes) -> Ask:
     stream = "/embed" not in path and ask.doc.get("stream") is not False
     return dataclasses.replace(ask, model=model.removesuffix(":latest") or model, stream=stream)
 
+def expect(right: object, message: str) -> None:
+    """Refuse a request's content unless something is `right`."""
+    if not right:
+        raise MalformedContent(message)
+
 def message_content(text: Any, images: Any) -> Any:
     """Return a message's content: a string, or parts when there are images in base64."""
-    parts = [{"type": "text", "text": text}] if text else []
-    for image in images if isinstance(images, list) else ():
+    if not isinstance(images, list) or not images:
+        return text
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
+    for image in images:
         url = "".join(str(image).split())  # base64 may come in lines
         if not url.startswith(("data:", "http://", "https://")):
-            try:
-                start = base64.b64decode(url[:16], validate=True)
-            except ValueError:
-                raise MalformedContent("an image is not base64") from None
-            kinds = (kind for magic, kind in IMAGE_MAGIC if start.startswith(magic))
-            url = f"data:image/{next(kinds, 'png')};base64,{url}"
+            expect(BASE64.fullmatch(url), "an image is not base64")
+            kinds = [kind for start, kind in IMAGE_STARTS.items() if url.startswith(start)]
+            url = f"data:image/{kinds[0] if kinds else 'png'};base64,{url}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
-    return parts if images and isinstance(images, list) else text
+    return parts
+
+def argument_text(arguments: Any) -> str:
+    """Return the arguments of a call as the string that OpenAI gives."""
+    return arguments if isinstance(arguments, str) else encode_json(arguments).decode()
 
 def encode_tool_calls(calls: Any, message: int) -> list[dict[str, Any]]:
     """Return tool calls with the ids and the string arguments that OpenAI wants."""
     result = []
     for index, call in enumerate(calls if isinstance(calls, list) else [None]):
         function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict):
-            raise MalformedContent(f"tool_calls[{index}] has no function")
-        arguments = function.get("arguments") or {}
-        if not isinstance(arguments, str):
-            arguments = encode_json(arguments).decode()
+        expect(isinstance(function, dict), f"tool_calls[{index}] has no function")
+        arguments = argument_text(function.get("arguments") or {})
         function = {"name": str(function.get("name", "")), "arguments": arguments}
         call_id = call.get("id") or f"call_{message}_{index}"
         result.append({"id": call_id, "type": "function", "function": function})
@@ -1563,13 +1549,11 @@ def encode_tool_calls(calls: Any, message: int) -> list[dict[str, Any]]:
 
 def openai_messages(messages: Any) -> list[dict[str, Any]]:
     """Return Ollama's messages as OpenAI's; a tool's result gets its call's id."""
-    if not isinstance(messages, list):
-        raise MalformedContent("`messages` is not a list")
+    expect(isinstance(messages, list), "`messages` is not a list")
     result: list[dict[str, Any]] = []
     waiting: list[dict[str, Any]] = []  # calls still without a result
     for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise MalformedContent(f"messages[{index}] is not an object")
+        expect(isinstance(message, dict), f"messages[{index}] is not an object")
         content = message_content(message.get("content") or "", message.get("images"))
         entry: dict[str, Any] = {"role": message.get("role") or "user", "content": content}
         if message.get("tool_calls"):
@@ -1589,8 +1573,7 @@ def openai_messages(messages: Any) -> list[dict[str, Any]]:
 def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
     """Return Ollama's options, format and tools in OpenAI's names."""
     options, form = doc.get("options") or {}, doc.get("format")
-    if not isinstance(options, dict):
-        raise MalformedContent("`options` is not an object")
+    expect(isinstance(options, dict), "`options` is not an object")
     result = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
     limit = options.get("num_predict")
     if isinstance(limit, (int, float)) and limit is not True and limit >= 1:
@@ -1600,8 +1583,8 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
     elif isinstance(form, dict):
         schema = {"name": "response", "strict": True, "schema": form}
         result["response_format"] = {"type": "json_schema", "json_schema": schema}
-    elif form:
-        raise MalformedContent(f'`format` is {form!r} instead of "json" or a schema')
+    else:
+        expect(not form, f'`format` is {form!r} instead of "json" or a schema')
     return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
 
 def ollama_path(ask: Ask) -> str:
@@ -1613,17 +1596,16 @@ def ollama_path(ask: Ask) -> str:
 
 def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
-    doc, out = ask.doc, {"model": rewrite.model}
-    if ask.path == "/api/chat":
-        out["messages"] = openai_messages(doc.get("messages"))
-    elif doc.get("raw"):
+    doc, messages, out = ask.doc, ask.doc.get("messages"), {"model": rewrite.model}
+    if ask.path == "/api/generate":
+        system = [{"role": "system", "content": doc["system"]}] if doc.get("system") else []
+        messages = [*system, {"content": doc.get("prompt"), "images": doc.get("images")}]
+    if ollama_path(ask) == USAGE_PATHS[1]:
         out["prompt"] = doc.get("prompt") or ""
     else:
-        system = [{"role": "system", "content": doc["system"]}] if doc.get("system") else []
-        content = message_content(doc.get("prompt") or "", doc.get("images"))
-        out["messages"] = [*system, {"role": "user", "content": content}]
+        out["messages"] = openai_messages(messages)
     out |= {"stream": ask.stream, **openai_options(doc)}
-    if ask.stream and rewrite.include_usage:
+    if rewrite.include_usage:
         out["stream_options"] = {"include_usage": True}
     content = encode_json(out)
     if rewrite.no_think or doc.get("think") is False:
@@ -1641,6 +1623,10 @@ def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
+ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
+MODEL_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [],
+                 "parameter_size": "", "quantization_level": ""}
+
 def encode_ollama_error(error: RouterError) -> bytes:
     """Return an error as Ollama's clients read it."""
     return encode_json({"error": str(error)})
@@ -1653,13 +1639,12 @@ def rfc3339(seconds: float) -> str:
 def ollama_document(ask: Ask, created_at: str, message: Mapping[str, Any],
                     more: Mapping[str, Any]) -> dict[str, Any]:
     """Return an answer, its text where chat and generate clients look for it."""
+    said: dict[str, Any] = {"content": "", **message}
     if ask.path.endswith("/chat"):
-        text = {"message": {"role": "assistant", "content": "", **message}}
+        said = {"message": {"role": "assistant", **said}}
     else:
-        text = {"response": "", **message}
-        text["response"] = text.pop("content", "")
-    model = ask.doc.get("model", ask.model)
-    return {"model": model, "created_at": created_at, **text, **more}
+        said = {"response": said.pop("content"), **said}
+    return {"model": ask.doc.get("model", ask.model), "created_at": created_at, **said, **more}
 
 def ollama_end(reason: Any, usage: Mapping[str, Any], timing: Timing) -> dict[str, Any]:
     """Return what ends an answer: why, the counts, and durations in ns."""
@@ -1674,60 +1659,124 @@ def ollama_end(reason: Any, usage: Mapping[str, Any], timing: Timing) -> dict[st
         "eval_duration": max(total - first, 1),
     }
 
-def decode_tool_calls(calls: Any) -> list[dict[str, Any]]:
-    """Return OpenAI's tool calls with the object arguments that Ollama gives."""
-    result = []
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function") or {}
-        text = function.get("arguments") or "{}"
-        arguments = parse_event_json(text) if isinstance(text, str) else text
-        arguments = {"_raw": text} if arguments is None else arguments
-        result.append({"function": {"name": function.get("name"), "arguments": arguments}})
-    return result
-
-def think_rules(ask: Ask, rules: FilterRules) -> FilterRules:
-    """Return the filters for an answer: a client that asks for thinking gets it apart."""
-    return rules._replace(think=rules.think or ask.doc.get("think") not in (None, False))
+def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a gathered tool call with the object arguments that Ollama gives."""
+    arguments = parse_event_json(call["arguments"] or "{}")
+    arguments = {"_raw": call["arguments"]} if arguments is None else arguments
+    return {"function": {"name": call["name"], "arguments": arguments}}
 
 def read_said(doc: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
     """Return the text of an answer's or event's first choice, its message, why it ended."""
-    choices = read_choices(doc)
-    choice = choices[0][2] if choices else {}
+    choice = next((choice for _, _, choice in read_choices(doc)), {})
     said = choice.get("delta") or choice.get("message") or {}
     text = said.get("content") or choice.get("text") or ""
     if not isinstance(text, str):
         text = "".join(slot.text for slot in slots_at(choice, (), CHOICE_TEXTS, 0))
     return text, said, choice.get("finish_reason")
 
-def ollama_message(ask: Ask, said: Mapping[str, Any], visible: str, thought: str,
-                   calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Return what is said as a message; thoughts in tags are for clients that asked."""
-    wants = ask.doc.get("think")
-    apart = said.get("reasoning_content") or said.get("reasoning")
-    apart = apart if isinstance(apart, str) and wants is not False else ""
-    thinking = apart + thought if wants else apart
-    message = {"content": visible, "thinking": thinking, "tool_calls": calls}
-    return {name: value for name, value in message.items() if value}
+def error_text(doc: Mapping[str, Any]) -> str:
+    """Return the sentence in an upstream's error document, or else the document."""
+    error = doc.get("error", doc.get("detail", doc.get("message")))
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    return error if isinstance(error, str) else json.dumps(error)
 
-def answer_ollama_chat(ask: Ask, doc: dict[str, Any], timing: Timing,
-                       rules: FilterRules) -> dict[str, Any]:
+def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
+    """Return what an answer or event says went wrong, None when it says nothing of the kind."""
+    wrong = doc.get("error") or doc.get("object") == "error"
+    return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
+
+def read_event(event: bytes) -> dict[str, Any] | None:
+    """Return the object that an event holds; what its fields call an error is one."""
+    failed = ERROR_EVENT.search(event)
+    data = SSE.read(event) or (failed and failed[1]) or b""
+    doc = parse_event_json(data)
+    if not failed or (doc and "error" in doc):
+        return doc
+    return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
+
+class OllamaStream(EventFilter):
+    """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
+    required = True
+
+    def __init__(self, plan: AnswerPlan, inside: bool = False) -> None:
+        super().__init__(plan, SSE)
+        self.plain, self.whole = False, not plan.ask.stream
+        self.wants = plan.ask.doc.get("think")  # a client that asks for thinking gets it apart
+        think = plan.rules.think or self.wants not in (None, False)
+        self.text = TextFilter(plan.rules._replace(think=think), inside)
+        self.calls: list[dict[str, Any]] = []  # gathered from their fragments
+        self.said: dict[str, Any] = {}  # all of it, for the one document
+        self.reason: Any = None
+        self.failed = False
+
+    def change_block(self, block: bytes) -> bytes:
+        """Return the lines that some events make."""
+        events = map(read_event, filter(None, self.form.end.split(block)))
+        return b"".join([self.translate(doc) for doc in events if doc])
+
+    def translate(self, doc: dict[str, Any]) -> bytes:
+        """Return the line for an event or an answer, sometimes none."""
+        self.noted |= event_usage(doc)
+        if failure := find_failure(doc):
+            if self.whole:
+                raise failure
+            self.failed = True
+            return self.plan.dialect.encode_event_error(failure)
+        text, said, reason = read_said(doc)
+        for at, call in enumerate(said.get("tool_calls") or ()):
+            self.gather(call.get("index", at), call.get("id"), call.get("function") or {})
+        self.reason = reason or self.reason
+        apart = said.get("reasoning_content") or said.get("reasoning")
+        return self.say(text, apart if isinstance(apart, str) else "", last=bool(reason))
+
+    def gather(self, index: Any, call_id: Any, function: Mapping[str, Any]) -> None:
+        """Add a fragment of a tool call; another index or id begins another call."""
+        known = [call for call in self.calls if call["index"] == index]
+        if not known or (call_id and known[-1]["id"] not in (None, call_id)):
+            known = [{"index": index, "id": call_id, "name": None, "arguments": ""}]
+            self.calls += known
+        known[-1]["name"] = function.get("name") or known[-1]["name"]
+        known[-1]["arguments"] += argument_text(function.get("arguments") or "")
+
+    def say(self, text: str, apart: str = "", last: bool = False,
+            end: Mapping[str, Any] | None = None) -> bytes:
+        """Return the line that says something; b"" for nothing, or while all is held."""
+        visible, thought = self.text.feed(text, last)
+        thinking = (apart if self.wants is not False else "") + (thought if self.wants else "")
+        calls = [decode_call(call) for call in self.calls] if last else []
+        self.calls = [] if last else self.calls
+        for name, value in (("content", visible), ("thinking", thinking), ("tool_calls", calls)):
+            if value:
+                self.said[name] = self.said[name] + value if name in self.said else value
+        if not end and (self.whole or not self.said):
+            return b""
+        message, self.said = self.said, {}
+        now = rfc3339(self.plan.clock().now)
+        doc = ollama_document(self.plan.ask, now, message, end or {"done": False})
+        return LINES.encode(encode_json(doc))
+
+    def close(self, indexes: Iterable[Any]) -> bytes:
+        """Return the last lines, with the counts."""
+        if self.failed:
+            return b""
+        end = ollama_end(self.reason, self.noted, self.plan.clock())
+        return self.say("", last=True) + self.say("", end=end)
+
+def answer_ollama_chat(plan: AnswerPlan, doc: dict[str, Any]) -> bytes:
     """Return a whole OpenAI answer as Ollama's."""
-    text, said, reason = read_said(doc)
-    calls = decode_tool_calls(said.get("tool_calls"))
-    message = ollama_message(ask, said, *filter_text(text, think_rules(ask, rules)), calls)
-    end = ollama_end(reason, doc.get("usage") or {}, timing)
-    return ollama_document(ask, rfc3339(timing.now), message, end)
+    stream = OllamaStream(plan, opens_inside(read_said(doc)[0]))
+    return stream.translate(doc) + stream.close(())
 
-def answer_ollama_embed(ask: Ask, doc: dict[str, Any], timing: Timing,
-                        rules: FilterRules) -> dict[str, Any]:
+def answer_ollama_embed(plan: AnswerPlan, doc: dict[str, Any]) -> bytes:
     """Return OpenAI's embeddings as Ollama's."""
     vectors = [item.get("embedding") for item in doc.get("data") or []]
-    if ask.path == "/api/embeddings":
-        return {"embedding": vectors[0] if vectors else []}
-    counts = ollama_end("", doc.get("usage") or {}, timing)
+    if plan.ask.path == "/api/embeddings":
+        return encode_json({"embedding": vectors[0] if vectors else []})
+    counts = ollama_end("", doc.get("usage") or {}, plan.clock())
     kept = ("total_duration", "load_duration", "prompt_eval_count")
-    model = {"model": ask.doc.get("model", ask.model), "embeddings": vectors}
-    return model | {name: counts[name] for name in kept}
+    answer = {"model": plan.ask.doc.get("model", plan.ask.model), "embeddings": vectors}
+    return encode_json(answer | {name: counts[name] for name in kept})
 
 def ollama_loaded(ask: Ask, created_at: str) -> dict[str, Any] | None:
     """Return the answer to an empty prompt or message list, None when there is work."""
@@ -1744,8 +1793,6 @@ OLLAMA_EMBED = OLLAMA._replace(
 )
 OLLAMA_NATIVE = OLLAMA._replace(encode_openai=None, empty=None)
 OLLAMA_OPAQUE = OLLAMA_NATIVE._replace(read=Ask, encode=encode_span)
-MODEL_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [],
-                 "parameter_size": "", "quantization_level": ""}
 
 def ollama_model(name: str, created_at: str) -> dict[str, Any]:
     """Return one entry of /api/tags."""
@@ -1760,81 +1807,6 @@ def ollama_show(name: str, created_at: str) -> dict[str, Any]:
         "details": MODEL_DETAILS, "model_info": {"general.basename": name},
         "capabilities": ["completion", "tools"], "modified_at": created_at,
     }
-
-def error_text(doc: Mapping[str, Any]) -> str:
-    """Return the sentence in an upstream's error document, or else the document."""
-    error = doc.get("error", doc.get("detail", doc.get("message")))
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return error if isinstance(error, str) else json.dumps(error)
-
-class OllamaStream(EventFilter):
-    """Turns the events of an OpenAI stream into Ollama's lines."""
-    required = True
-
-    def __init__(self, plan: AnswerPlan) -> None:
-        super().__init__(plan, SSE)
-        self.text = TextFilter(think_rules(plan.ask, plan.rules))
-        self.calls: list[dict[str, Any]] = []  # gathered from their fragments
-        self.reason: Any = None
-        self.failed = False
-
-    def change_block(self, block: bytes) -> bytes:
-        """Return the lines that some events make."""
-        return b"".join([self.change(event) for event in self.form.end.split(block) if event])
-
-    def change(self, event: bytes) -> bytes:
-        """Return the lines for one event, often one, sometimes none."""
-        doc = parse_event_json(self.form.read(event))
-        if doc is None:
-            return b""
-        self.noted |= event_usage(doc)
-        if (doc.get("error") or doc.get("object") == "error") and not doc.get("choices"):
-            self.failed = True
-            return LINES.encode(encode_ollama_error(BadGateway(error_text(doc))))
-        text, said, reason = read_said(doc)
-        for call in said.get("tool_calls") or ():
-            self.gather(call)
-        line = self.say(ollama_message(self.plan.ask, said, *self.text.feed(text)))
-        if not reason:
-            return line
-        self.reason = reason
-        return line + self.close_texts()
-
-    def gather(self, call: dict[str, Any]) -> None:
-        """Add a fragment of a tool call; another index or id begins another call."""
-        index, call_id, function = call.get("index"), call.get("id"), call.get("function") or {}
-        open_calls = [known for known in self.calls if known["index"] == index]
-        if not open_calls or (call_id and open_calls[-1]["id"] not in (None, call_id)):
-            self.calls.append({"index": index, "id": call_id, "name": None, "arguments": ""})
-            open_calls = self.calls
-        known, arguments = open_calls[-1], function.get("arguments") or ""
-        known["name"] = function.get("name") or known["name"]
-        if not isinstance(arguments, str):
-            arguments = encode_json(arguments).decode()
-        known["arguments"] += arguments
-
-    def say(self, message: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> bytes:
-        """Return the line that says something, b"" for nothing."""
-        if not message and not more:
-            return b""
-        now = rfc3339(self.plan.clock().now)
-        doc = ollama_document(self.plan.ask, now, message, more or {"done": False})
-        return LINES.encode(encode_json(doc))
-
-    def close_texts(self) -> bytes:
-        """Return what was held back: text, and the gathered tool calls."""
-        calls = decode_tool_calls([{"function": call} for call in self.calls])
-        self.calls = []
-        text = ollama_message(self.plan.ask, {}, *self.text.feed("", last=True))
-        return self.say(text) + self.say({"tool_calls": calls} if calls else {})
-
-    def close(self, indexes: Iterable[Any]) -> bytes:
-        """Return the last lines, with the counts."""
-        if self.failed:
-            return b""
-        lines = self.close_texts()
-        return lines + self.say({}, ollama_end(self.reason, self.noted, self.plan.clock()))
 
 # --- which transform ------------------------------------------------------------------
 
@@ -1852,10 +1824,9 @@ def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
     doc = parse_event_json(content)
     if doc is None or plan.dialect.answer is None:
         raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
-    if doc.get("error") and not doc.get("choices"):
-        return translate_error(content)
-    answer = plan.dialect.answer(plan.ask, doc, plan.clock(), plan.rules)
-    return encode_json(answer) + (b"\n" if plan.ask.stream else b"")
+    if failure := find_failure(doc):
+        raise failure
+    return plan.dialect.answer(plan, doc)
 
 def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transform | None:
     """Return what an answer must go through; None when its bytes go as they are."""
@@ -2132,8 +2103,7 @@ def parse_address_range(text: str) -> AddressRange:
     except ValueError as error:
         raise ValueError(f"{error}; write 10.0.0.1, 10.0.0.0/24 or 10.0.0.1-10.0.0.9") from None
     (version, low), (last_version, high) = map(number_address, ends)
-    if version != last_version or low > high:
-        raise ValueError(f"{text!r} is not a range from low to high")
+    check(version == last_version and low <= high, f"{text!r} is not a range from low to high")
     return version, low, high
 
 class Node(NamedTuple):
@@ -2299,11 +2269,10 @@ class TableReader:
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; a repeated name is an error."""
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in members if names.count(name) > 1)
-        raise ValueError(f"{repeated!r} stands there twice; keep one of them")
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        check(name not in members, f"{name!r} stands there twice; keep one of them")
+        members[name] = value
     return members
 
 def parse_json_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
@@ -5952,24 +5921,18 @@ StateDirectoryMode=0700
 WorkingDirectory=%S/smolrouter
 UMask=0077
 {locks}
-CapabilityBoundingSet=
-AmbientCapabilities=
-ProtectHome=read-only
-ProtectProc=invisible
-ProtectSystem=strict
-ProcSubset=pid
-RestrictAddressFamilies=AF_INET AF_INET6
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
 
 [Install]
 WantedBy=multi-user.target
 """
-LOCKS = """DynamicUser LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices
-PrivateTmp PrivateUsers ProtectClock ProtectControlGroups ProtectHostname ProtectKernelLogs
-ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces RestrictRealtime
-RestrictSUIDSGID"""  # each of them is switched on
+LOCKS = """DynamicUser=yes LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
+PrivateDevices=yes PrivateTmp=yes PrivateUsers=yes ProtectClock=yes ProtectControlGroups=yes
+ProtectHome=read-only ProtectHostname=yes ProtectKernelLogs=yes ProtectKernelModules=yes
+ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict ProcSubset=pid
+RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
+CapabilityBoundingSet= AmbientCapabilities= RestrictAddressFamilies=AF_INET
+RestrictAddressFamilies=AF_INET6 SystemCallArchitectures=native
+SystemCallFilter=@system-service SystemCallFilter=~@privileged SystemCallFilter=~@resources"""
 
 def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print a systemd unit for this file and these settings."""
@@ -5991,7 +5954,7 @@ def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     print(UNIT.format(
         command=" ".join([*program, "serve"]), environment="\n".join(lines),
         stop=int(settings.shutdown_grace) + 4,
-        locks="\n".join(f"{name}=yes" for name in LOCKS.split()),
+        locks="\n".join(LOCKS.split()),
     ), end="")
     return 0
 
@@ -6055,24 +6018,26 @@ async def serve_demo(delay: float, behaviour: str, model: str, reader: asyncio.S
             await asyncio.sleep(delay)
             writer.write(piece)
 
-async def send_demo_requests(settings: Settings, port: int, seconds: float) -> None:
+def send_demo_requests(port: int, seconds: float) -> None:
     """Send requests of all kinds through the router and print what came back."""
-    upstreams, end = Upstreams(settings, Clock()), time.monotonic() + seconds
-    router = Server("router", UpstreamURL("http", "127.0.0.1", port, ""))
+    import http.client
+
     messages = [{"role": "user", "content": "Tell me about the fox."}]
-    with contextlib.suppress(OSError, BadGateway):  # the router has ended, or nobody reads
+    end = time.monotonic() + seconds
+    with contextlib.suppress(OSError, http.client.HTTPException):  # the router has ended
         for path, model, stream, words in itertools.cycle(DEMO_REQUESTS):
             if time.monotonic() > end:
                 break
             content = encode_json({"model": model, "messages": messages, "stream": stream})
-            head = (f"POST {path} HTTP/1.1\r\nHost: demo\r\nContent-Length: {len(content)}\r\n"
-                    "Content-Type: application/json\r\n\r\n").encode()
-            answer = await upstreams.send(router, "POST", head + content)
-            size, served = len(await answer.hold()), answer.head.fields.get("x-smolrouter-model")
-            print(f"{path} {model} -> {served}: {answer.head.status}, {size} bytes ({words})",
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as router:
+                router.request("POST", path, content, {"Content-Type": "application/json"})
+                answer = router.getresponse()
+                served, size = answer.getheader("X-SmolRouter-Model"), len(answer.read())
+            print(f"{path} {model} -> {served}: {answer.status}, {size} bytes ({words})",
                   flush=True)
-            await asyncio.sleep(0.5)
-        print(f"That was the demo. The router stays at {router.url}/ ; Ctrl-C ends it.", flush=True)
+            time.sleep(0.5)
+        print(f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
+              flush=True)
 
 async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) -> int:
     """Run the router in front of three upstreams of its own."""
@@ -6090,12 +6055,11 @@ async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) 
         routes_config=str(folder / "routes.json"), db_path=str(folder / "requests.db"),
         blob_storage_path=str(folder / "blobs"),
     )
-    traffic: list[asyncio.Task[None]] = []
 
     def begin(port: int) -> None:
         print(f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three pretended "
               "servers answer: one is slow, one thinks aloud, one fails.", flush=True)
-        traffic.append(asyncio.create_task(send_demo_requests(settings, port, seconds)))
+        asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, seconds)
 
     return await Router(settings, RoutesFile(settings, {}, True), ()).run(begin)
 

@@ -3933,13 +3933,17 @@ def test_demo(folder: pathlib.Path) -> None:
     command = [sys.executable, "smolrouter.py", "demo", "--seconds", "30"]
     with subprocess.Popen(
         [*command, "--listen-port", "0"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={"SHUTDOWN_GRACE": "0"},
     ) as demo:  # fmt: skip
+        ending = threading.Timer(20, demo.kill)
+        ending.start()
         try:
             lines = [demo.stdout.readline() for _ in range(3)]
         finally:
             demo.send_signal(signal.SIGTERM)
             demo.communicate(timeout=20)
+            ending.cancel()
     assert lines[0].startswith("Open http://127.0.0.1:")
     for line, model in zip(lines[1:], ("gpt-4", "coding-assistant"), strict=True):
         assert f" {model} -> qwen3-8b: 200, " in line
@@ -5626,6 +5630,46 @@ def test_extra_usage_is_swallowed(
     assert got.content == b"".join(seen)
 
 
+@pytest.mark.parametrize("path", ("/v1/chat/completions", "/v1/completions"))
+def test_timings_beside_swallowed_usage_arrive(path: str) -> None:
+    kind = "text_completion" if path == "/v1/completions" else "chat.completion.chunk"
+    timings = b'"object":"%s","timings":{"predicted_n":1},"usage"' % kind.encode()
+    extra = EXTRA.replace(b'"usage"', timings)
+    model = bench().plays(sse_answer([WORD, STOP, extra, DONE]))
+    got = tell(path, {**chat(model, stream=True), "prompt": "hi"})
+    before, last, end = got.content.partition(STOP)[0], got.events[-2], got.content[-len(DONE) :]
+    assert (before, end) == (WORD, DONE) and len(got.events) == 4
+    said = {"text": ""} if path == "/v1/completions" else {"delta": {}}
+    assert json.loads(last) == {
+        "id": "x", "object": kind, "timings": {"predicted_n": 1},
+        "choices": [{"index": 0, **said, "finish_reason": None}],
+    }  # fmt: skip
+
+
+ERROR_EVENTS = {
+    "named": b'event: error\ndata: {"message":"no memory","code":500}\n\n',
+    "field": b'error: {"code":500,"message":"no memory"}\n\n',
+    "words": b"error: no memory\n\n",
+    "both": b'event:error\ndata: {"error":{"message":"no memory"}}\n\n',
+}
+
+
+@pytest.mark.parametrize("error", ERROR_EVENTS.values(), ids=ERROR_EVENTS)
+@pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
+def test_ollama_reads_error_events(error: bytes, stream: bool) -> None:
+    model = bench().plays(sse_answer([WORD, error]))
+    got = tell("/api/chat", {**chat(model), "stream": stream})
+    assert (got.documents[-1] if stream else got.json) == {"error": "no memory"}
+    assert got.status == (200 if stream else 502)
+
+
+@pytest.mark.parametrize("error", list(ERROR_EVENTS.values())[:2], ids=list(ERROR_EVENTS)[:2])
+def test_error_event_ends_a_stream(error: bytes) -> None:
+    model = bench().plays(sse_answer([WORD, error], chunked=False))
+    got = tell("/v1/chat/completions", chat(model, stream=True))
+    assert got.content == WORD + error
+
+
 @pytest.mark.parametrize("said", [s for s, _ in SWALLOWED.values()], ids=SWALLOWED)
 def test_usage_that_was_asked_for_arrives(said: list[bytes]) -> None:
     model = bench().plays(sse_answer(said))
@@ -6417,6 +6461,32 @@ def test_ollama_stream_of_a_server_that_does_not_stream() -> None:
     assert got.text == ANSWER
     check_ollama(got.documents, model)
     check_counts(got.documents[-1], ANSWER)
+
+
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+def test_ollama_document_of_a_server_that_always_streams(path: str) -> None:
+    call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": '{"a":'}}
+    rest = {"index": 0, "function": {"arguments": "1}"}}
+    said = [{"reasoning_content": "Hm"}, {"reasoning_content": "m."}, {"content": "Forty-"},
+            {"content": "two."}, {"tool_calls": [call]}, {"tool_calls": [rest]}]  # fmt: skip
+    events = [delta({}, part) for part in said] + [delta({}, {}, "stop")]
+    model = bench().plays(sse_answer([*events, EXTRA, "[DONE]"]))
+    got = tell(path, {**chat(model), "prompt": "hi", "stream": False})
+    assert got.get("Content-Type").startswith("application/json")
+    check_ollama([got.json], model)
+    message = got.json["message"] if path == "/api/chat" else got.json
+    assert message["content" if path == "/api/chat" else "response"] == "Forty-two."
+    assert message["thinking"] == "Hmm."
+    assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    assert (got.json["prompt_eval_count"], got.json["eval_count"]) == (3, 1)
+
+
+def test_ollama_lines_without_any_filter() -> None:
+    router = router_for({"DEFAULT_UPSTREAM": bench().url, "STRIP_THINKING": "false"})
+    model = bench().plays(sse_answer([WORD, STOP, DONE]))
+    got = tell("/api/chat", chat(model), router)
+    assert got.text == "hi"
+    check_ollama(got.documents, model)
 
 
 def test_ollama_thinking_by_degrees() -> None:
