@@ -562,7 +562,7 @@ class RequestHead:
         self.framing = read_framing(fields, minor) or NO_CONTENT
         self.keeps_alive = keeps_alive(fields, minor)
         self.expects_continue = minor == 1 and "100-continue" in fields.tokens("expect")
-        self.onward: dict[Any, str] = {}  # its lines as each server gets them
+        self.memo: dict[Any, Any] = {}  # what else was worked out from it, by question
 
 class ResponseHead:
     """A status line and its fields, and what follows from them."""
@@ -572,7 +572,7 @@ class ResponseHead:
         self.keeps_alive = keeps_alive(fields, minor)
         kind = fields.get("content-type") or ""
         self.media_type = kind.partition(";")[0].strip(" \t").lower()
-        self.onward: dict[Any, str] = {}  # its lines as clients get them
+        self.memo: dict[Any, Any] = {}  # what else was worked out from it, by question
 
     def framing(self, method: str) -> Framing:
         """Return the answer's framing; without fields it lasts until the close."""
@@ -4504,7 +4504,7 @@ class Exchange:
 
     def request_lines(self) -> str:
         """Return the field lines for the server, worked out once for each head."""
-        known, key = self.request.head.onward, (self.instance.server, bool(self.ask.text))
+        known, key = self.request.head.memo, (self.instance.server, bool(self.ask.text))
         if key not in known:
             known[key] = encode_lines(self.request_fields())
         return known[key]
@@ -4598,9 +4598,9 @@ class Exchange:
         if not self.transform and (declared := head.fields.get("content-length")):
             length = int(declared)  # valid, or there would be no answer
         shape = self.native, self.transform is None, self.ask.stream, bool(self.responder.extra)
-        if shape not in head.onward:
-            head.onward[shape] = encode_lines(self.answer_fields(head))
-        lines = head.onward[shape] + encode_lines(self.own_fields())
+        if shape not in head.memo:
+            head.memo[shape] = encode_lines(self.answer_fields(head))
+        lines = head.memo[shape] + encode_lines(self.own_fields())
         if head.fields.get("date") is None:  # RFC 9110 6.6.1
             lines += f"Date: {http_date(int(time.time()))}\r\n"
         self.responder.begin(head.status, lines, length, head.reason)
@@ -5477,13 +5477,10 @@ class Application:
         guard = (found or known[0]).guard if known else API
         fields, webui, settings = request.head.fields, guard in (WEBUI, SIGNIN), self.settings
         request.responder.extra += GUARDED_FIELDS if webui else []
-        request.responder.extra += check_browser(
-            fields, request.host, webui, settings, self.machine)
+        request.responder.extra += self.check_head(request.head, webui)
         if request.head.method == "OPTIONS" and (known or request.path == "*"):
             self.answer_options(request, known)
             return
-        if self.services.relay.via in ", ".join(fields.get_all("via")):
-            raise LoopDetected("this request has been through this router before")
         if needs_token(getattr(settings, guard, "NONE"), fields):
             cookie = webui or is_own_page(fields, request.host)
             self.services.gate.check(find_tokens(fields, cookie), request.source_host)
@@ -5493,6 +5490,15 @@ class Application:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
         await request.read_content(settings.max_request_size)
         await found.serve(self.services, request, dialect)
+
+    def check_head(self, head: RequestHead, webui: bool) -> list[tuple[str, str]]:
+        """Refuse a page from elsewhere and a circle; return what its answer must have."""
+        if webui not in head.memo:
+            if self.services.relay.via in ", ".join(head.fields.get_all("via")):
+                raise LoopDetected("this request has been through this router before")
+            head.memo[webui] = check_browser(
+                head.fields, head.host, webui, self.settings, self.machine)
+        return head.memo[webui]
 
     def missing(self, request: Request, known: Sequence[Endpoint]) -> RouterError:
         """Return the error for a path or method that nobody serves."""
