@@ -2179,18 +2179,27 @@ def test_two_hundred_clients_at_once() -> None:
 
 
 def test_more_connections_wait_for_their_turn() -> None:
-    with pair(MAX_CONNECTIONS=2) as (router, _):
-        first, second = connect(router.port), connect(router.port)
-        for sock in (first, second):
-            assert parse(exchange(sock, get("/v1/x"))).status == 200
-        with second, connect(router.port) as third:
-            third.sendall(get("/v1/third"))
-            third.settimeout(0.3)
-            with pytest.raises(TimeoutError):
-                third.recv(1)
-            first.close()
-            third.settimeout(PATIENCE)
-            assert receive_until(third, b"/v1/third")
+    with pair(MAX_CONNECTIONS=2) as (router, upstream):
+        slow = upstream.plays([0.3, *FINE])
+        with connect(router.port) as first, connect(router.port) as second:
+            for sock in (first, second):
+                sock.sendall(post(CHAT, chat(slow)))
+            until(lambda: len(upstream.heard(slow)) == 2)
+            with connect(router.port) as third:
+                third.sendall(get("/v1/third"))
+                assert receive_until(first, b"fine")
+                assert not upstream.heard("/v1/third")
+                assert receive_until(third, b"/v1/third")
+
+
+@pytest.mark.parametrize("begin", [b"", get("/v1/x")])
+def test_idle_connections_make_room(begin: bytes) -> None:
+    with pair(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
+        for _ in range(9):
+            sock = stack.enter_context(connect(router.port))
+            if begin:
+                assert parse(exchange(sock, begin)).status == 200
+        assert request(router.port, "GET", "/v1/y").status == 200
 
 
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
