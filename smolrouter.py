@@ -5574,7 +5574,7 @@ class Application:
 # there is room; more wait in the listen queue.
 
 BACKLOG = 4096  # the default of 100 makes the 101st client of a burst wait for 1 to 3 s
-MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s that it may idle then
+MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s it may idle then, or when full
 MAX_DISCARDED = 64 * KiB  # unread content that is read past after an early answer
 SPARE_FILES = 64  # files that are neither a client nor its upstream
 NO_HEAD: Late = functools.partial(RequestTimeout, f"no head within {HEAD_TIMEOUT:.0f} s")
@@ -5645,9 +5645,9 @@ class HTTPServer:
             task.add_done_callback(self.forget)
             if len(self.connections) >= self.places:
                 self.room.clear()
-                idle = (task for task, s in self.connections.items() if s and not s.busy)
-                for oldest in itertools.islice(idle, 1):
-                    oldest.cancel()
+                for stream in filter(None, self.connections.values()):
+                    if not stream.busy:  # it has a second to say something
+                        stream.deadline = min(stream.deadline, loop.time() + WORN_IDLE)
 
     def forget(self, task: asyncio.Task[None]) -> None:
         """Make room for another connection."""
