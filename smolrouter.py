@@ -189,6 +189,9 @@ class Unavailable(RouterError, status=503, code="shutting_down"):
 class LogUnavailable(RouterError, status=503, code="log_unavailable"):
     """The request log cannot be read now."""
 
+class Overloaded(RouterError, status=503, code="overloaded"):
+    """The router holds as much as it may; the same request will do later."""
+
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
     """An upstream did not answer in time; the message names the setting."""
 
@@ -951,8 +954,11 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 # To add a protocol: its functions, its `Dialect` constants, its lines in section 14.
 
 MAX_JSON_DEPTH = 200
+MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arrays: each of
+MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
+NO_BACKSLASH = re.compile(r"[^\\]")
+BRACKET = re.compile(r"[\[{\]}]")
 MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed as it is
-JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
@@ -976,32 +982,53 @@ def refuse_constant(name: str) -> None:
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
 
-def check_depth(text: str) -> None:
-    """Refuse JSON, known to be well-formed, that is nested too deeply."""
-    depth = 0
-    for bracket in re.findall(r"[\[{\]}]", JSON_STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        if depth > MAX_JSON_DEPTH:
-            raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels")
+def json_gaps(text: str) -> Iterator[str]:
+    """Yield what stands between the strings of JSON, slice by slice."""
+    at, inside = 0, False
+    while at < len(text):
+        stop = NO_BACKSLASH.search(text, at + MIN_LONG_JSON)  # no escape is cut
+        end = stop.end() if stop else len(text)
+        parts = text[at:end].replace("\\\\", "").replace('\\"', "").split('"')
+        yield "".join(parts[inside::2])
+        inside ^= len(parts) % 2 == 0
+        at = end
+
+def check_size(text: str, values: float = MAX_JSON_VALUES) -> None:
+    """Refuse JSON that is too deep or has too many parts, before anybody reads it."""
+    nodes = text.count("[") + text.count("{")
+    if nodes <= MAX_JSON_DEPTH and text.count(",") <= values:
+        return
+    depth = nodes = 0
+    for gap in json_gaps(text):
+        values -= gap.count(",")
+        for bracket in BRACKET.findall(gap):
+            depth += 1 if bracket in "[{" else -1
+            nodes += bracket in "[{"
+            if depth > MAX_JSON_DEPTH:
+                raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels")
+        if nodes > MAX_JSON_NODES or values < 0:
+            limits = f"{MAX_JSON_NODES} objects and arrays, {MAX_JSON_VALUES} values"
+            raise ContentTooLarge(f"the JSON has too many parts; allowed are {limits}")
 
 def parse_json(content: bytes) -> tuple[str, Any]:
     """Return the text and the value of a JSON document. Raises MalformedContent."""
     try:
         text = content.decode("utf-8")
-        value = CLIENT_JSON.decode(text)
+        check_size(text)
+        return text, CLIENT_JSON.decode(text)
     except RecursionError:
         raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
         raise MalformedContent(f"the content is not JSON: {error}") from None
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
-        check_depth(text)
-    return text, value
 
 def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
     """Return the object that an upstream's event holds, None when it holds none."""
     try:
-        value = SERVER_JSON.decode(data if isinstance(data, str) else data.decode("utf-8"))
-    except (ValueError, RecursionError):
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        if len(text) > MIN_LONG_JSON:
+            check_size(text, float("inf"))  # vectors are long
+        value = SERVER_JSON.decode(text)
+    except (ValueError, RecursionError, RouterError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -2985,6 +3012,7 @@ class Request:
     content: bytes = b""
     unread: Content | None = None
     recorded: bool = False  # an exchange keeps a record of it
+    held: int = 0  # octets of content that were counted
 
     @property
     def host(self) -> str:
@@ -3001,7 +3029,8 @@ class Request:
         """The query with its question mark, or nothing."""
         return self.head.query
 
-    async def read_content(self, limit: int) -> None:
+    async def read_content(self, limit: int,
+                           count: Callable[[Request, int], None] | None = None) -> None:
         """Read all of the content, at most `limit` octets: 20 s, then 500 octets/s."""
         framing, stream = self.head.framing, self.stream
         self.unread = reader = Content(stream, framing, limit)
@@ -3014,6 +3043,8 @@ class Request:
         grace_ends = stream.deadline
         while not reader.done:
             pieces.append(await reader.read())
+            if count:
+                count(self, len(pieces[-1]))
             stream.deadline = grace_ends + reader.size / CONTENT_RATE
         stream.deadline = NEVER
         self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -4275,7 +4306,7 @@ ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError)  # of document
 EVENT_ENDS = {"text/event-stream": SSE.end, "application/x-ndjson": LINES.end}
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
 FATAL_TO_CONNECTION = (MalformedMessage, RequestTimeout, ContentTooLarge, FieldsTooLarge,
-                       TargetTooLong)
+                       TargetTooLong, Overloaded)
 Pairs = list[tuple[str, str]]
 
 def refuse(responder: Responder, error: RouterError, dialect: Dialect,
@@ -4333,12 +4364,20 @@ class Relay:
     upstreams: Upstreams
     log: RequestLog
     via: str  # this instance's entry in Via
+    worker: concurrent.futures.Executor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1))
     ids: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
 
     def next_id(self) -> str:
         """Return an id for a request that no other one has."""
         return f"{self.prefix}{next(self.ids):08x}"
+
+    async def work(self, size: int, task: Callable[..., Any], *args: Any) -> Any:
+        """Do pure work on a content; on a long one in a thread, so that it stalls nobody."""
+        if size < MIN_LONG_JSON:
+            return task(*args)
+        return await asyncio.get_running_loop().run_in_executor(self.worker, task, *args)
 
 class Exchange:
     """One request on its way through the router."""
@@ -4520,7 +4559,7 @@ class Exchange:
         encode = (not self.native and self.dialect.encode_openai) or self.dialect.encode
         no_think = self.relay.settings.disable_thinking
         rewrite = Rewrite(self.instance.model or ask.model, no_think, self.hide_usage)
-        content = encode(ask, rewrite)
+        content = await self.relay.work(len(ask.content), encode, ask, rewrite)
         length = ""
         if content or method in ("POST", "PUT", "PATCH"):
             length = f"Content-Length: {len(content)}\r\n"
@@ -4613,7 +4652,7 @@ class Exchange:
                 self.coded.append(data)
             return self.transform.feed(self.inflater.feed(data))
         except DecodedTooLong:
-            if not self.native:
+            if not (self.native and self.transform.whole):
                 raise
             self.transform = self.inflater = None
             return b"".join(self.coded)
@@ -4672,6 +4711,7 @@ def page_fields(page: str) -> list[tuple[str, str]]:
     return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)]
 
 MAX_DECISIONS = 4096
+MAX_HELD_CONTENT = 256 * MiB  # of all running requests; reading it takes four times as much
 
 class Gate:
     """Checks tokens; after ten failures a minute an address gets 429 for the next one.
@@ -5263,7 +5303,9 @@ RUNNING_FOR = 300.0  # s that /api/ps says a model stays
 
 async def relay_model(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a request by its model; without one it goes to the default server."""
-    ask = dialect.read(request.path, request.query, request.content)
+    content = request.content
+    ask = await services.relay.work(
+        len(content), dialect.read, request.path, request.query, content)
     decision = services.decide(ask.model, request.source_host)
     if not (ask.text or ask.model):  # nothing that a rule could look at
         decision = resolve(RoutingTable(services.table.default), "", request.source_host)
@@ -5271,7 +5313,7 @@ async def relay_model(services: Services, request: Request, dialect: Dialect) ->
 
 def is_object(content: bytes) -> bool:
     """Tell whether content looks like a JSON object."""
-    return content.lstrip()[:1] == b"{"
+    return content[:64].lstrip()[:1] == b"{"
 
 async def relay_post(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
@@ -5474,7 +5516,7 @@ class Application:
 
     def __init__(self, services: Services) -> None:
         self.services, self.settings = services, services.settings
-        self.machine = socket.gethostname()
+        self.machine, self.held = socket.gethostname(), 0
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
@@ -5490,10 +5532,14 @@ class Application:
                 send_page(self.services, request, error.status, error.fields)  # to sign in
             else:
                 refuse(request.responder, error, dialect)
-        except Exception:  # noqa: BLE001 - a fault of ours must cost one request alone
+        except Exception:  # a fault of ours must cost one request alone
+            if request.stream.failure:  # no fault: the client has gone
+                raise
             self.services.log.console.line(traceback.format_exc())
             if not request.responder.started:
                 refuse(request.responder, RouterError("internal error; see the log"), dialect)
+        finally:
+            self.held -= request.held
         if not request.recorded and (words or (found and found.guard == API)):  # no polls
             status, method = str(request.responder.status), request.head.method
             self.services.log.note(request.source_host, method, request.path, status, words)
@@ -5515,7 +5561,7 @@ class Application:
             raise self.missing(request, known)
         if webui and not (settings.enable_logging or found.serve is serve_metrics):
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
-        await request.read_content(settings.max_request_size)
+        await request.read_content(settings.max_request_size, self.hold)
         await found.serve(self.services, request, dialect)
 
     def check_head(self, head: RequestHead, webui: bool) -> list[tuple[str, str]]:
@@ -5526,6 +5572,14 @@ class Application:
             head.memo[webui] = check_browser(
                 head.fields, head.host, webui, self.settings, self.machine)
         return head.memo[webui]
+
+    def hold(self, request: Request, size: int) -> None:
+        """Count content that was read. Raises Overloaded when all requests hold too much."""
+        request.held += size
+        self.held += size
+        if self.held > max(MAX_HELD_CONTENT, self.settings.max_request_size):
+            raise Overloaded(f"running requests hold {self.held} bytes; try again later",
+                             ("Retry-After", "5"))
 
     def missing(self, request: Request, known: Sequence[Endpoint]) -> RouterError:
         """Return the error for a path or method that nobody serves."""
@@ -5553,7 +5607,7 @@ class Application:
 # there is room; more wait in the listen queue.
 
 BACKLOG = 4096  # the default of 100 makes the 101st client of a burst wait for 1 to 3 s
-MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s that it may idle then
+MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s it may idle then, or when full
 MAX_DISCARDED = 64 * KiB  # unread content that is read past after an early answer
 SPARE_FILES = 64  # files that are neither a client nor its upstream
 NO_HEAD: Late = functools.partial(RequestTimeout, f"no head within {HEAD_TIMEOUT:.0f} s")
@@ -5624,6 +5678,9 @@ class HTTPServer:
             task.add_done_callback(self.forget)
             if len(self.connections) >= self.places:
                 self.room.clear()
+                for stream in filter(None, self.connections.values()):
+                    if not stream.busy:  # it has a second to say something
+                        stream.deadline = min(stream.deadline, loop.time() + WORN_IDLE)
 
     def forget(self, task: asyncio.Task[None]) -> None:
         """Make room for another connection."""
@@ -5656,7 +5713,7 @@ class HTTPServer:
         """Serve one request; return whether another may follow."""
         stream.busy = False
         if not stream.rest:
-            stream.expect(idle, TOO_LATE)
+            stream.expect(idle if self.room.is_set() else WORN_IDLE, TOO_LATE)
             stream.rest = await stream.read()
             if not stream.rest:
                 return False

@@ -2179,18 +2179,27 @@ def test_two_hundred_clients_at_once() -> None:
 
 
 def test_more_connections_wait_for_their_turn() -> None:
-    with pair(MAX_CONNECTIONS=2) as (router, _):
-        first, second = connect(router.port), connect(router.port)
-        for sock in (first, second):
-            assert parse(exchange(sock, get("/v1/x"))).status == 200
-        with second, connect(router.port) as third:
-            third.sendall(get("/v1/third"))
-            third.settimeout(0.3)
-            with pytest.raises(TimeoutError):
-                third.recv(1)
-            first.close()
-            third.settimeout(PATIENCE)
-            assert receive_until(third, b"/v1/third")
+    with pair(MAX_CONNECTIONS=2) as (router, upstream):
+        slow = upstream.plays([0.3, *FINE])
+        with connect(router.port) as first, connect(router.port) as second:
+            for sock in (first, second):
+                sock.sendall(post(CHAT, chat(slow)))
+            until(lambda: len(upstream.heard(slow)) == 2)
+            with connect(router.port) as third:
+                third.sendall(get("/v1/third"))
+                assert receive_until(first, b"fine")
+                assert not upstream.heard("/v1/third")
+                assert receive_until(third, b"/v1/third")
+
+
+@pytest.mark.parametrize("begin", [b"", get("/v1/x")])
+def test_idle_connections_make_room(begin: bytes) -> None:
+    with pair(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
+        for _ in range(9):
+            sock = stack.enter_context(connect(router.port))
+            if begin:
+                assert parse(exchange(sock, begin)).status == 200
+        assert request(router.port, "GET", "/v1/y").status == 200
 
 
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
@@ -4114,19 +4123,28 @@ def another_address() -> str:
     return "127.77.{}.{}".format(*divmod(next(NUMBERS), 250))
 
 
-def statuses(router: Router, *asked: tuple[str, str, Pairs], host: str = "router") -> list[int]:
+def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
     """The statuses of requests on one connection, from an address of its own."""
-    with socket.create_connection(
-        ("127.0.0.1", router.port), PATIENCE, (another_address(), 0)
-    ) as sock:
-        found = []
+    found, source = [], another_address()
+    with contextlib.ExitStack() as stack:
+        sock = None
         for method, path, fields in asked:
+            sock = sock or stack.enter_context(socket.create_connection(
+                ("127.0.0.1", router.port), PATIENCE, (source, 0)))
             sized = [("Content-Length", "2")] if method == "POST" else []
-            lines = [f"{n}: {v}\r\n" for n, v in (("Host", host), *sized, *fields)]
+            lines = [f"{n}: {v}\r\n" for n, v in (("Host", "router"), *sized, *fields)]
             top = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
-            data = exchange(sock, top + b"{}" * bool(sized), to_head=method == "HEAD")
-            found.append(parse(data, method == "HEAD").status)
-        return found
+            sock.sendall(top + b"{}" * bool(sized))
+            data = receive_until(sock, b"\r\n\r\n")
+            found.append(int(data.split()[1]))
+            if b"\r\nTransfer-Encoding: chunked\r\n" in data:
+                sock = None  # it may have no end
+                continue
+            rest = 0 if method == "HEAD" else parse(data, True).get("Content-Length") or 0
+            rest = int(rest) - len(data.partition(b"\r\n\r\n")[2])
+            while rest > 0:
+                rest -= len(sock.recv(rest))
+    return found
 
 
 def wanted_status(guard: str, policy: str, secret: str, token: str, proxied: bool) -> int:
