@@ -59,6 +59,7 @@ import json
 import operator
 import os
 import pathlib
+import posixpath
 import re
 import secrets
 import signal
@@ -523,13 +524,7 @@ def normalise_path(path: str) -> str:
         path = PERCENT_OCTET.sub(decode_unreserved, path)
     if "//" not in path and "/." not in path and not path.endswith("/"):
         return path
-    segments: list[str] = []
-    for segment in path.split("/"):
-        if segment == "..":
-            segments[-1:] = []
-        elif segment not in ("", "."):
-            segments.append(segment)
-    return "/" + "/".join(segments)
+    return "/" + posixpath.normpath(path).lstrip("/")
 
 def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
     """Return authority (None unless absolute-form), path and `?query` (RFC 9112 3.2)."""
@@ -802,10 +797,8 @@ MAYBE_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
 def held_prefix(text: str, tag: str) -> int:
     """Return how many characters at the end of `text` could begin `tag`."""
-    for size in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:size]):
-            return size
-    return 0
+    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(tag[:size])), 0)
 
 class ThinkFilter:
     """Parts a text into what is visible and what was thought."""
@@ -949,25 +942,23 @@ def refuse_constant(name: str) -> None:
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
 
-def check_depth(text: str) -> None:
-    """Refuse JSON, known to be well-formed, that is nested too deeply."""
-    depth = 0
-    for bracket in re.findall(r"[\[{\]}]", JSON_STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
-        if depth > MAX_JSON_DEPTH:
-            raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels")
+def json_depth(text: str) -> int:
+    """Return how deeply JSON, known to be well-formed, is nested."""
+    brackets = re.findall(r"[\[{\]}]", JSON_STRING.sub("", text))
+    return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets))
 
 def parse_json(content: bytes) -> tuple[str, Any]:
     """Return the text and the value of a JSON document. Raises MalformedContent."""
     try:
         text = content.decode("utf-8")
         value = CLIENT_JSON.decode(text)
+        many = text.count("[") + text.count("{") > MAX_JSON_DEPTH
+        if many and json_depth(text) > MAX_JSON_DEPTH:
+            raise RecursionError
     except RecursionError:
         raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
         raise MalformedContent(f"the content is not JSON: {error}") from None
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
-        check_depth(text)
     return text, value
 
 def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
@@ -1091,29 +1082,21 @@ def read_object(path: str, query: str, content: bytes) -> Ask:
         raise MalformedContent('no model was named; add `"model": "name"`')
     return Ask(path, query, content, text, doc, model or "", doc.get("stream") is True)
 
-def append_text(path: Path, content: Any, suffix: str) -> dict[Path, str]:
-    """Return the edit that appends to a string, or to the last text part of a list."""
-    if isinstance(content, str):
-        return {path: content + suffix}
-    for index in reversed(range(len(content) if isinstance(content, list) else 0)):
-        part = content[index]
-        if isinstance(part, str):
-            return {(*path, index): part + suffix}
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            return {(*path, index, "text"): part["text"] + suffix}
-    return {}
+def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
+    """Return the edit that appends to a text, or to the user's last one inside a list."""
+    if isinstance(value, str):
+        return {path: value + suffix}
+    if isinstance(value, dict):  # a message, or a part of one
+        key = "content" if value.get("role") == "user" else "text"
+        return append_text((*path, key), value.get(key), suffix)
+    count = len(value) if isinstance(value, list) else 0
+    edits = (append_text((*path, at), value[at], suffix) for at in reversed(range(count)))
+    return next(filter(None, edits), {})
 
 def no_think_edit(path: str, doc: Mapping[str, Any]) -> dict[Path, Any]:
     """Return the edit that appends /no_think to the last user message or the prompt."""
     member = NO_THINK_MEMBERS.get(path, "")
-    value = doc.get(member)
-    if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
-        return append_text((member,), value, " /no_think")
-    for index in reversed(range(len(value))):
-        if isinstance(value[index], dict) and value[index].get("role") == "user":
-            content = value[index].get("content")
-            return append_text((member, index, "content"), content, " /no_think")
-    return {}
+    return append_text((member,), doc.get(member), " /no_think")
 
 def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return the client's own bytes with what must change changed."""
@@ -1127,7 +1110,7 @@ def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
     return splice_json(ask.text, edits) if edits else ask.content
 
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
-PART_HEAD = rb"((?:\r\n[^\r\n]+)+)\r\n\r\n"
+MAX_PART_HEAD = 16 * KiB
 DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.IGNORECASE)
 PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;\s"]*))')
 
@@ -1139,16 +1122,17 @@ def is_model_part(head: bytes) -> bool:
 
 def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
     """Read the `model` part of a multipart form (RFC 7578); without one it is ""."""
-    boundary = BOUNDARY.search(media_type)
-    mark = f"--{boundary[1] or boundary[2]}".encode() if boundary else b""
-    if not boundary or mark not in content:
+    found = BOUNDARY.search(media_type)
+    mark = f"\r\n--{found[1] or found[2]}".encode() if found else b""
+    at = -2 if content.startswith(mark[2:]) else content.find(mark)  # it may lack its CRLF
+    if not found or not content.startswith(mark[2:], at + 2):
         raise MalformedContent("the form has no boundary, or its Content-Type another one")
-    for part in re.finditer(re.escape(mark) + PART_HEAD, content):
-        begins_line = content[max(0, part.start() - 2) : part.start()] in (b"", b"\r\n")
-        end = content.find(b"\r\n" + mark, part.end())
-        if begins_line and end >= 0 and is_model_part(part[1]):
-            model = content[part.end() : end].decode("utf-8", "replace")
-            return Ask(path, query, content, model=model, span=(part.end(), end))
+    while (end := content.find(mark, at + 2)) >= 0:
+        head_end = content.find(b"\r\n\r\n", at + len(mark), min(at + MAX_PART_HEAD, end))
+        if head_end >= 0 and is_model_part(content[at + len(mark) : head_end]):
+            model = content[head_end + 4 : end].decode("utf-8", "replace")
+            return Ask(path, query, content, model=model, span=(head_end + 4, end))
+        at = end
     return Ask(path, query, content)
 
 def encode_span(ask: Ask, rewrite: Rewrite) -> bytes:
@@ -2015,7 +1999,7 @@ ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 PINNED = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
 NO_YAML = "needs PyYAML: install it (pip install pyyaml) or write the file as JSON"
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
-AddressRange = tuple[int, int, int]  # version of IP, lowest and highest address as numbers
+Address = tuple[int, int]  # version of IP, number
 
 @dataclasses.dataclass(frozen=True)
 class Server:
@@ -2049,7 +2033,7 @@ class Rule(NamedTuple):
     """One entry of `routes`: what must match, and where it leads."""
     name: str
     model: str | re.Pattern[str] | None
-    hosts: tuple[AddressRange, ...] | None
+    hosts: tuple[tuple[Address, Address], ...] | None
     target: Alias | Instance
     match_text: str
 
@@ -2087,24 +2071,24 @@ class Decision(NamedTuple):
     instances: tuple[Instance, ...]  # every model is set
     trail: tuple[Step, ...]
 
-def number_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[int, int]:
-    """Return version and number of an address; IPv4 inside IPv6 is IPv4."""
+def parse_address(text: str) -> Address:
+    """Read one address; IPv4 inside IPv6 is IPv4. Raises ValueError."""
+    address = ipaddress.ip_address(text.strip().partition("%")[0])
     plain = getattr(address, "ipv4_mapped", None) or address
     return plain.version, int(plain)
 
-def parse_address_range(text: str) -> AddressRange:
-    """Read one address, a CIDR or a range `a-b`. Raises ValueError."""
+def parse_address_range(text: str) -> tuple[Address, Address]:
+    """Read one address, a CIDR or a range `a-b` as its two ends. Raises ValueError."""
+    ends = text.split("-", 1)
     try:
-        if "-" in text:
-            ends = [ipaddress.ip_address(part.strip()) for part in text.split("-", 1)]
-        else:
+        if len(ends) == 1:
             network = ipaddress.ip_network(text.strip(), strict=False)
-            ends = [network[0], network[-1]]
+            ends = [str(network[0]), str(network[-1])]
+        low, high = map(parse_address, ends)
     except ValueError as error:
         raise ValueError(f"{error}; write 10.0.0.1, 10.0.0.0/24 or 10.0.0.1-10.0.0.9") from None
-    (version, low), (last_version, high) = map(number_address, ends)
-    check(version == last_version and low <= high, f"{text!r} is not a range from low to high")
-    return version, low, high
+    check(low[0] == high[0] and low <= high, f"{text!r} is not a range from low to high")
+    return low, high
 
 class Node(NamedTuple):
     """A value in the routing file's document, with its place; null is as good as nothing."""
@@ -2183,7 +2167,7 @@ class Node(NamedTuple):
         self.check(name.lower() not in ROUTER_FIELDS, "the router sets this field itself")
         return self.value
 
-def read_hosts(node: Node) -> tuple[AddressRange, ...] | None:
+def read_hosts(node: Node) -> tuple[tuple[Address, Address], ...] | None:
     """Read source hosts: an address, CIDR or range, or a list of them; None for anybody."""
     if node.value is None:
         return None
@@ -2360,13 +2344,12 @@ def map_model(table: RoutingTable, asked: str) -> tuple[str, list[Step]]:
             return mapped, [Step("MODEL_MAP", True, f"{words} makes it {mapped!r}")]
     return asked, []
 
-def host_matches(hosts: Sequence[AddressRange], source: str) -> bool:
+def host_matches(ranges: Sequence[tuple[Address, Address]], source: str) -> bool:
     """Tell whether an address is in one of the ranges."""
-    try:
-        version, number = number_address(ipaddress.ip_address(source.partition("%")[0]))
-    except ValueError:
-        return False
-    return any(version == v and low <= number <= high for v, low, high in hosts)
+    with contextlib.suppress(ValueError):
+        address = parse_address(source)
+        return any(low <= address <= high for low, high in ranges)
+    return False
 
 def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[str] | bool, str]:
     """Tell whether all that a rule states matches, and why or why not."""
