@@ -2029,6 +2029,9 @@ class Alias(NamedTuple):
     strategy: str
     instances: tuple[Instance, ...]
 
+    def __str__(self) -> str:
+        return f"alias {self.name}"
+
 class Rule(NamedTuple):
     """One entry of `routes`: what must match, and where it leads."""
     name: str
@@ -2303,7 +2306,7 @@ def parse_yaml_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int |
 
 def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
     """Return the document of a routing file, JSON or YAML by content."""
-    if not text.startswith(("{", "[")):
+    if not text.lstrip().startswith(("{", "[")):
         return parse_yaml_routes(text, name)
     try:
         return parse_json_routes(text, name)
@@ -2315,7 +2318,7 @@ def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None
 def parse_routes(text: str, name: str, environ: Mapping[str, str],
                  settings: Settings) -> RoutingTable:
     """Return the table of a routing file. Raises ConfigError."""
-    doc, line_of = parse_either(text, name)
+    doc, line_of = parse_either(text.removeprefix("\ufeff") if text.strip() else "{}", name)
 
     def place(path: Path) -> str:
         known = (line_of(path[:size]) for size in range(len(path), 0, -1))
@@ -2373,10 +2376,10 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
         return Decision(asked, mapped, route, alias.strategy, instances, tuple(trail))
 
     pin = PINNED.fullmatch(asked)
-    servers = {server.name: server for server in table.all_servers()} if pin else {}
-    if pin and pin[2] in servers and asked not in table.aliases:
+    pinned = {server.name: server for server in table.all_servers()}.get(pin[2]) if pin else None
+    if pinned and asked not in table.aliases:
         trail.append(Step("pin", True, f"the name pins server {pin[2]!r}"))
-        return decide(f"pin {pin[2]}", Instance(servers[pin[2]]), pin[1])
+        return decide(f"pin {pin[2]}", Instance(pinned), pin[1])
     for name in names:
         if name in table.aliases:
             trail.append(Step(f"aliases.{name}", True, f"{name!r} is an alias"))
@@ -2386,9 +2389,8 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
         trail.append(Step(rule.name, bool(found), why))
         if found:
             model = rule.target.model if isinstance(rule.target, Instance) else None
-            if model and isinstance(found, re.Match):
-                model = found.expand(model)
-            return decide(rule.name, rule.target, model)
+            expand = found.expand if isinstance(found, re.Match) else str
+            return decide(rule.name, rule.target, model and expand(model))
     trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {table.default.url}"))
     return decide("default", Instance(table.default))
 
@@ -5717,18 +5719,15 @@ class RoutesFile:
 
     def load(self) -> RoutingTable:
         """Read the table. Raises ConfigError."""
-        name, settings = str(self.path), self.settings
+        name = str(self.path)
+        if not self.named and not self.path.exists():
+            return parse_routes("", "", self.environ, self.settings)
         try:
             text = self.path.read_text("utf-8")
-        except FileNotFoundError:
-            if self.named:
-                raise ConfigError(
-                    f"ROUTES_CONFIG={name!r}: no such file; create it or unset it") from None
-            default = Server("default", settings.default_upstream)
-            return RoutingTable(default, model_map=settings.model_map)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"ROUTES_CONFIG={name!r}: {describe(error)}") from None
-        return parse_routes(text, name, self.environ, settings)
+            remedy = "mend it, or unset the variable"
+            raise ConfigError(f"ROUTES_CONFIG={name!r}: {describe(error)}; {remedy}") from None
+        return parse_routes(text, name, self.environ, self.settings)
 
 def describe_table(table: RoutingTable) -> list[str]:
     """Return what a routing table holds, where the rest goes, and its warnings."""
@@ -5844,15 +5843,11 @@ def run_check(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     table = routes.load()
     lines = [*describe_table(table), *args.warnings]
     lines += [f"  server {s.name}: {s.url} ({s.api})" for s in table.all_servers()]
-    for alias in table.aliases.values():
-        instances = ", ".join(map(str, alias.instances))
-        lines.append(f"  alias {alias.name} ({alias.strategy}): {instances}")
-    for rule in table.rules:
-        target = f"alias {rule.target.name}" if isinstance(rule.target, Alias) else rule.target
-        lines.append(f"  {rule.name}: {rule.match_text} -> {target}")
-    for key, name in table.model_map:
-        words = f"/{key.pattern}/" if isinstance(key, re.Pattern) else key
-        lines.append(f"  map {words} -> {name}")
+    lines += [f"  {alias} ({alias.strategy}): {', '.join(map(str, alias.instances))}"
+              for alias in table.aliases.values()]
+    lines += [f"  {rule.name}: {rule.match_text} -> {rule.target}" for rule in table.rules]
+    lines += [f"  map {key if isinstance(key, str) else f'/{key.pattern}/'} -> {name}"
+              for key, name in table.model_map]
     print(*lines, "ok", sep="\n")
     return 0
 
@@ -5861,12 +5856,11 @@ def run_explain(args: argparse.Namespace, settings: Settings, routes: RoutesFile
     if not is_address(args.source_host):
         raise ConfigError(f"--source-host {args.source_host!r}: no IP address")
     decision = resolve(routes.load(), args.model, args.source_host)
-    print(f"{args.model!r} from {args.source_host}")
-    for step in decision.trail:
-        print(f"  {'+' if step.matched else '-'} {step.rule}: {step.why}")
-    print(f"route: {decision.route} ({decision.strategy})")
-    for instance in decision.instances:
-        print(f"  send {instance.model!r} to {instance.server.name} ({instance.server.url})")
+    tried = [f"  {'+' if step.matched else '-'} {step.rule}: {step.why}" for step in decision.trail]
+    sent = [f"  send {instance.model!r} to {instance.server.name} ({instance.server.url})"
+            for instance in decision.instances]
+    print(f"{args.model!r} from {args.source_host}", *tried,
+          f"route: {decision.route} ({decision.strategy})", *sent, sep="\n")
     return 0
 
 def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
