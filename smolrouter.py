@@ -478,11 +478,10 @@ def parse_fields(text: str) -> Fields:
         raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
     if len(found) > MAX_FIELD_COUNT:
         raise FieldsTooLarge(f"{len(found)} field lines; {MAX_FIELD_COUNT} are allowed")
-    if len(text) > MAX_FIELD_LINE:
-        line = max(text.split("\r\n"), key=len)
-        if len(line) > MAX_FIELD_LINE:
-            seen = f"field {line.partition(':')[0][:80]!r} has {len(line)} octets"
-            raise FieldsTooLarge(f"{seen}; {MAX_FIELD_LINE} are allowed")
+    line = max(text.split("\r\n"), key=len) if len(text) > MAX_FIELD_LINE else ""
+    if len(line) > MAX_FIELD_LINE:
+        name = line.partition(":")[0][:80]
+        raise FieldsTooLarge(f"field {name!r} has {len(line)} octets, over {MAX_FIELD_LINE}")
     return Fields([(name.lower(), name, value.strip(" \t")) for name, value in found])
 
 def read_framing(fields: Fields, minor: int) -> Framing | None:
@@ -590,8 +589,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     """Read a request head without its final empty line (RFC 9112 2.1, 3, 5)."""
     start, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     if len(start) > MAX_START_LINE:
-        seen = f"the request line has {len(start)} octets"
-        raise TargetTooLong(f"{seen}; {MAX_START_LINE} are allowed")
+        raise TargetTooLong(f"the request line has {len(start)} octets, over {MAX_START_LINE}")
     match = REQUEST_LINE.fullmatch(start)
     if match is None:
         raise MalformedMessage(f"request line {start[:80]!r} is not `METHOD target HTTP/1.1`")
@@ -1598,12 +1596,11 @@ def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
 
 def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
-    source = ask.doc.get("input")
-    source = (ask.doc.get("prompt") or "") if source is None else source
-    out = {"model": rewrite.model, "input": source, "encoding_format": "float"}
-    if ask.doc.get("dimensions"):
-        out["dimensions"] = ask.doc["dimensions"]
-    return encode_json(out)
+    text = ask.doc.get("input")
+    text = (ask.doc.get("prompt") or "") if text is None else text
+    out = {"model": rewrite.model, "input": text, "encoding_format": "float"}
+    size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
+    return encode_json(out | size)
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
@@ -2174,9 +2171,8 @@ def read_hosts(node: Node) -> tuple[tuple[Address, Address], ...] | None:
     """Read source hosts: an address, CIDR or range, or a list of them; None for anybody."""
     if node.value is None:
         return None
-    if not isinstance(node.value, list):
-        return (node.read(parse_address_range),)
-    items = node.elements("an empty list matches nobody; leave it out")
+    some = "an empty list matches nobody; leave it out"
+    items = node.elements(some) if isinstance(node.value, list) else [node]
     return tuple(item.read(parse_address_range) for item in items)
 
 class TableReader:
@@ -5936,8 +5932,7 @@ def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     lines = [f"Environment={quote(f'{name.upper()}={text}')}" for name, text in given.items()]
     print(UNIT.format(
         command=" ".join([*program, "serve"]), environment="\n".join(lines),
-        stop=int(settings.shutdown_grace) + 4,
-        locks="\n".join(LOCKS.split()),
+        stop=int(settings.shutdown_grace) + 4, locks="\n".join(LOCKS.split()),
     ), end="")
     return 0
 
