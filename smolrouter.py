@@ -90,6 +90,7 @@ import itertools
 import json
 import operator
 import pathlib
+import posixpath
 import re
 import secrets
 import signal
@@ -507,11 +508,10 @@ def parse_fields(text: str) -> Fields:
         raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
     if len(found) > MAX_FIELD_COUNT:
         raise FieldsTooLarge(f"{len(found)} field lines; {MAX_FIELD_COUNT} are allowed")
-    if len(text) > MAX_FIELD_LINE:
-        line = max(text.split("\r\n"), key=len)
-        if len(line) > MAX_FIELD_LINE:
-            seen = f"field {line.partition(':')[0][:80]!r} has {len(line)} octets"
-            raise FieldsTooLarge(f"{seen}; {MAX_FIELD_LINE} are allowed")
+    line = max(text.split("\r\n"), key=len) if len(text) > MAX_FIELD_LINE else ""
+    if len(line) > MAX_FIELD_LINE:
+        name = line.partition(":")[0][:80]
+        raise FieldsTooLarge(f"field {name!r} has {len(line)} octets, over {MAX_FIELD_LINE}")
     return Fields([(name.lower(), name, value.strip(" \t")) for name, value in found])
 
 def read_framing(fields: Fields, minor: int) -> Framing | None:
@@ -553,13 +553,7 @@ def normalise_path(path: str) -> str:
         path = PERCENT_OCTET.sub(decode_unreserved, path)
     if "//" not in path and "/." not in path and not path.endswith("/"):
         return path
-    segments: list[str] = []
-    for segment in path.split("/"):
-        if segment == "..":
-            segments[-1:] = []
-        elif segment not in ("", "."):
-            segments.append(segment)
-    return "/" + "/".join(segments)
+    return "/" + posixpath.normpath(path).lstrip("/")
 
 def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
     """Return authority (None unless absolute-form), path and `?query` (RFC 9112 3.2)."""
@@ -625,8 +619,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     """Read a request head without its final empty line (RFC 9112 2.1, 3, 5)."""
     start, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     if len(start) > MAX_START_LINE:
-        seen = f"the request line has {len(start)} octets"
-        raise TargetTooLong(f"{seen}; {MAX_START_LINE} are allowed")
+        raise TargetTooLong(f"the request line has {len(start)} octets, over {MAX_START_LINE}")
     match = REQUEST_LINE.fullmatch(start)
     if match is None:
         raise MalformedMessage(f"request line {start[:80]!r} is not `METHOD target HTTP/1.1`")
@@ -832,10 +825,8 @@ MAYBE_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
 def held_prefix(text: str, tag: str) -> int:
     """Return how many characters at the end of `text` could begin `tag`."""
-    for size in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:size]):
-            return size
-    return 0
+    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(tag[:size])), 0)
 
 class ThinkFilter:
     """Parts a text into what is visible and what was thought."""
@@ -1145,29 +1136,21 @@ def read_object(path: str, query: str, content: bytes) -> Ask:
         raise MalformedContent('no model was named; add `"model": "name"`')
     return Ask(path, query, content, text, doc, model or "", doc.get("stream") is True)
 
-def append_text(path: Path, content: Any, suffix: str) -> dict[Path, str]:
-    """Return the edit that appends to a string, or to the last text part of a list."""
-    if isinstance(content, str):
-        return {path: content + suffix}
-    for index in reversed(range(len(content) if isinstance(content, list) else 0)):
-        part = content[index]
-        if isinstance(part, str):
-            return {(*path, index): part + suffix}
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            return {(*path, index, "text"): part["text"] + suffix}
-    return {}
+def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
+    """Return the edit that appends to a text, or to the user's last one inside a list."""
+    if isinstance(value, str):
+        return {path: value + suffix}
+    if isinstance(value, dict):  # a message, or a part of one
+        key = "content" if value.get("role") == "user" else "text"
+        return append_text((*path, key), value.get(key), suffix)
+    count = len(value) if isinstance(value, list) else 0
+    edits = (append_text((*path, at), value[at], suffix) for at in reversed(range(count)))
+    return next(filter(None, edits), {})
 
 def no_think_edit(path: str, doc: Mapping[str, Any]) -> dict[Path, Any]:
     """Return the edit that appends /no_think to the last user message or the prompt."""
     member = NO_THINK_MEMBERS.get(path, "")
-    value = doc.get(member)
-    if not isinstance(value, list) or not any(isinstance(item, dict) for item in value):
-        return append_text((member,), value, " /no_think")
-    for index in reversed(range(len(value))):
-        if isinstance(value[index], dict) and value[index].get("role") == "user":
-            content = value[index].get("content")
-            return append_text((member, index, "content"), content, " /no_think")
-    return {}
+    return append_text((member,), doc.get(member), " /no_think")
 
 def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return the client's own bytes with what must change changed."""
@@ -1181,7 +1164,7 @@ def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
     return splice_json(ask.text, edits) if edits else ask.content
 
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
-PART_HEAD = rb"((?:\r\n[^\r\n]+)+)\r\n\r\n"
+MAX_PART_HEAD = 16 * KiB
 DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.IGNORECASE)
 PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;\s"]*))')
 
@@ -1193,16 +1176,17 @@ def is_model_part(head: bytes) -> bool:
 
 def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
     """Read the `model` part of a multipart form (RFC 7578); without one it is ""."""
-    boundary = BOUNDARY.search(media_type)
-    mark = f"--{boundary[1] or boundary[2]}".encode() if boundary else b""
-    if not boundary or mark not in content:
+    found = BOUNDARY.search(media_type)
+    mark = f"\r\n--{found[1] or found[2]}".encode() if found else b""
+    at = -2 if content.startswith(mark[2:]) else content.find(mark)  # it may lack its CRLF
+    if not found or not content.startswith(mark[2:], at + 2):
         raise MalformedContent("the form has no boundary, or its Content-Type another one")
-    for part in re.finditer(re.escape(mark) + PART_HEAD, content):
-        begins_line = content[max(0, part.start() - 2) : part.start()] in (b"", b"\r\n")
-        end = content.find(b"\r\n" + mark, part.end())
-        if begins_line and end >= 0 and is_model_part(part[1]):
-            model = content[part.end() : end].decode("utf-8", "replace")
-            return Ask(path, query, content, model=model, span=(part.end(), end))
+    while (end := content.find(mark, at + 2)) >= 0:
+        head_end = content.find(b"\r\n\r\n", at + len(mark), min(at + MAX_PART_HEAD, end))
+        if head_end >= 0 and is_model_part(content[at + len(mark) : head_end]):
+            model = content[head_end + 4 : end].decode("utf-8", "replace")
+            return Ask(path, query, content, model=model, span=(head_end + 4, end))
+        at = end
     return Ask(path, query, content)
 
 def encode_span(ask: Ask, rewrite: Rewrite) -> bytes:
@@ -1668,12 +1652,11 @@ def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
 
 def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
-    source = ask.doc.get("input")
-    source = (ask.doc.get("prompt") or "") if source is None else source
-    out = {"model": rewrite.model, "input": source, "encoding_format": "float"}
-    if ask.doc.get("dimensions"):
-        out["dimensions"] = ask.doc["dimensions"]
-    return encode_json(out)
+    text = ask.doc.get("input")
+    text = (ask.doc.get("prompt") or "") if text is None else text
+    out = {"model": rewrite.model, "input": text, "encoding_format": "float"}
+    size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
+    return encode_json(out | size)
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
@@ -2069,7 +2052,7 @@ ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 PINNED = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
 NO_YAML = "needs PyYAML: install it (pip install pyyaml) or write the file as JSON"
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
-AddressRange = tuple[int, int, int]  # version of IP, lowest and highest address as numbers
+Address = tuple[int, int]  # version of IP, number
 
 @dataclasses.dataclass(frozen=True)
 class Server:
@@ -2099,11 +2082,14 @@ class Alias(NamedTuple):
     strategy: str
     instances: tuple[Instance, ...]
 
+    def __str__(self) -> str:
+        return f"alias {self.name}"
+
 class Rule(NamedTuple):
     """One entry of `routes`: what must match, and where it leads."""
     name: str
     model: str | re.Pattern[str] | None
-    hosts: tuple[AddressRange, ...] | None
+    hosts: tuple[tuple[Address, Address], ...] | None
     target: Alias | Instance
     match_text: str
 
@@ -2141,24 +2127,24 @@ class Decision(NamedTuple):
     instances: tuple[Instance, ...]  # every model is set
     trail: tuple[Step, ...]
 
-def number_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> tuple[int, int]:
-    """Return version and number of an address; IPv4 inside IPv6 is IPv4."""
+def parse_address(text: str) -> Address:
+    """Read one address; IPv4 inside IPv6 is IPv4. Raises ValueError."""
+    address = ipaddress.ip_address(text.strip().partition("%")[0])
     plain = getattr(address, "ipv4_mapped", None) or address
     return plain.version, int(plain)
 
-def parse_address_range(text: str) -> AddressRange:
-    """Read one address, a CIDR or a range `a-b`. Raises ValueError."""
+def parse_address_range(text: str) -> tuple[Address, Address]:
+    """Read one address, a CIDR or a range `a-b` as its two ends. Raises ValueError."""
+    ends = text.split("-", 1)
     try:
-        if "-" in text:
-            ends = [ipaddress.ip_address(part.strip()) for part in text.split("-", 1)]
-        else:
+        if len(ends) == 1:
             network = ipaddress.ip_network(text.strip(), strict=False)
-            ends = [network[0], network[-1]]
+            ends = [str(network[0]), str(network[-1])]
+        low, high = map(parse_address, ends)
     except ValueError as error:
         raise ValueError(f"{error}; write 10.0.0.1, 10.0.0.0/24 or 10.0.0.1-10.0.0.9") from None
-    (version, low), (last_version, high) = map(number_address, ends)
-    check(version == last_version and low <= high, f"{text!r} is not a range from low to high")
-    return version, low, high
+    check(low[0] == high[0] and low <= high, f"{text!r} is not a range from low to high")
+    return low, high
 
 class Node(NamedTuple):
     """A value in the routing file's document, with its place; null is as good as nothing."""
@@ -2237,13 +2223,12 @@ class Node(NamedTuple):
         self.check(name.lower() not in ROUTER_FIELDS, "the router sets this field itself")
         return self.value
 
-def read_hosts(node: Node) -> tuple[AddressRange, ...] | None:
+def read_hosts(node: Node) -> tuple[tuple[Address, Address], ...] | None:
     """Read source hosts: an address, CIDR or range, or a list of them; None for anybody."""
     if node.value is None:
         return None
-    if not isinstance(node.value, list):
-        return (node.read(parse_address_range),)
-    items = node.elements("an empty list matches nobody; leave it out")
+    some = "an empty list matches nobody; leave it out"
+    items = node.elements(some) if isinstance(node.value, list) else [node]
     return tuple(item.read(parse_address_range) for item in items)
 
 class TableReader:
@@ -2373,7 +2358,7 @@ def parse_yaml_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int |
 
 def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
     """Return the document of a routing file, JSON or YAML by content."""
-    if not text.startswith(("{", "[")):
+    if not text.lstrip().startswith(("{", "[")):
         return parse_yaml_routes(text, name)
     try:
         return parse_json_routes(text, name)
@@ -2385,7 +2370,7 @@ def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None
 def parse_routes(text: str, name: str, environ: Mapping[str, str],
                  settings: Settings) -> RoutingTable:
     """Return the table of a routing file. Raises ConfigError."""
-    doc, line_of = parse_either(text, name)
+    doc, line_of = parse_either(text.removeprefix("\ufeff") if text.strip() else "{}", name)
 
     def place(path: Path) -> str:
         known = (line_of(path[:size]) for size in range(len(path), 0, -1))
@@ -2414,13 +2399,12 @@ def map_model(table: RoutingTable, asked: str) -> tuple[str, list[Step]]:
             return mapped, [Step("MODEL_MAP", True, f"{words} makes it {mapped!r}")]
     return asked, []
 
-def host_matches(hosts: Sequence[AddressRange], source: str) -> bool:
+def host_matches(ranges: Sequence[tuple[Address, Address]], source: str) -> bool:
     """Tell whether an address is in one of the ranges."""
-    try:
-        version, number = number_address(ipaddress.ip_address(source.partition("%")[0]))
-    except ValueError:
-        return False
-    return any(version == v and low <= number <= high for v, low, high in hosts)
+    with contextlib.suppress(ValueError):
+        address = parse_address(source)
+        return any(low <= address <= high for low, high in ranges)
+    return False
 
 def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[str] | bool, str]:
     """Tell whether all that a rule states matches, and why or why not."""
@@ -2444,10 +2428,10 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
         return Decision(asked, mapped, route, alias.strategy, instances, tuple(trail))
 
     pin = PINNED.fullmatch(asked)
-    servers = {server.name: server for server in table.all_servers()} if pin else {}
-    if pin and pin[2] in servers and asked not in table.aliases:
+    pinned = {server.name: server for server in table.all_servers()}.get(pin[2]) if pin else None
+    if pinned and asked not in table.aliases:
         trail.append(Step("pin", True, f"the name pins server {pin[2]!r}"))
-        return decide(f"pin {pin[2]}", Instance(servers[pin[2]]), pin[1])
+        return decide(f"pin {pin[2]}", Instance(pinned), pin[1])
     for name in names:
         if name in table.aliases:
             trail.append(Step(f"aliases.{name}", True, f"{name!r} is an alias"))
@@ -2457,9 +2441,8 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
         trail.append(Step(rule.name, bool(found), why))
         if found:
             model = rule.target.model if isinstance(rule.target, Instance) else None
-            if model and isinstance(found, re.Match):
-                model = found.expand(model)
-            return decide(rule.name, rule.target, model)
+            expand = found.expand if isinstance(found, re.Match) else str
+            return decide(rule.name, rule.target, model and expand(model))
     trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {table.default.url}"))
     return decide("default", Instance(table.default))
 
@@ -5818,18 +5801,15 @@ class RoutesFile:
 
     def load(self) -> RoutingTable:
         """Read the table. Raises ConfigError."""
-        name, settings = str(self.path), self.settings
+        name = str(self.path)
+        if not self.named and not self.path.exists():
+            return parse_routes("", "", self.environ, self.settings)
         try:
             text = self.path.read_text("utf-8")
-        except FileNotFoundError:
-            if self.named:
-                raise ConfigError(
-                    f"ROUTES_CONFIG={name!r}: no such file; create it or unset it") from None
-            default = Server("default", settings.default_upstream)
-            return RoutingTable(default, model_map=settings.model_map)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"ROUTES_CONFIG={name!r}: {describe(error)}") from None
-        return parse_routes(text, name, self.environ, settings)
+            remedy = "mend it, or unset the variable"
+            raise ConfigError(f"ROUTES_CONFIG={name!r}: {describe(error)}; {remedy}") from None
+        return parse_routes(text, name, self.environ, self.settings)
 
 def describe_table(table: RoutingTable) -> list[str]:
     """Return what a routing table holds, where the rest goes, and its warnings."""
@@ -5955,15 +5935,11 @@ def run_check(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     table = routes.load()
     lines = [*describe_table(table), *args.warnings]
     lines += [f"  server {s.name}: {s.url} ({s.api})" for s in table.all_servers()]
-    for alias in table.aliases.values():
-        instances = ", ".join(map(str, alias.instances))
-        lines.append(f"  alias {alias.name} ({alias.strategy}): {instances}")
-    for rule in table.rules:
-        target = f"alias {rule.target.name}" if isinstance(rule.target, Alias) else rule.target
-        lines.append(f"  {rule.name}: {rule.match_text} -> {target}")
-    for key, name in table.model_map:
-        words = f"/{key.pattern}/" if isinstance(key, re.Pattern) else key
-        lines.append(f"  map {words} -> {name}")
+    lines += [f"  {alias} ({alias.strategy}): {', '.join(map(str, alias.instances))}"
+              for alias in table.aliases.values()]
+    lines += [f"  {rule.name}: {rule.match_text} -> {rule.target}" for rule in table.rules]
+    lines += [f"  map {key if isinstance(key, str) else f'/{key.pattern}/'} -> {name}"
+              for key, name in table.model_map]
     print(*lines, "ok", sep="\n")
     return 0
 
@@ -5972,12 +5948,11 @@ def run_explain(args: argparse.Namespace, settings: Settings, routes: RoutesFile
     if not is_address(args.source_host):
         raise ConfigError(f"--source-host {args.source_host!r}: no IP address")
     decision = resolve(routes.load(), args.model, args.source_host)
-    print(f"{args.model!r} from {args.source_host}")
-    for step in decision.trail:
-        print(f"  {'+' if step.matched else '-'} {step.rule}: {step.why}")
-    print(f"route: {decision.route} ({decision.strategy})")
-    for instance in decision.instances:
-        print(f"  send {instance.model!r} to {instance.server.name} ({instance.server.url})")
+    tried = [f"  {'+' if step.matched else '-'} {step.rule}: {step.why}" for step in decision.trail]
+    sent = [f"  send {instance.model!r} to {instance.server.name} ({instance.server.url})"
+            for instance in decision.instances]
+    print(f"{args.model!r} from {args.source_host}", *tried,
+          f"route: {decision.route} ({decision.strategy})", *sent, sep="\n")
     return 0
 
 def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
@@ -6053,8 +6028,7 @@ def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     lines = [f"Environment={quote(f'{name.upper()}={text}')}" for name, text in given.items()]
     print(UNIT.format(
         command=" ".join([*program, "serve"]), environment="\n".join(lines),
-        stop=int(settings.shutdown_grace) + 4,
-        locks="\n".join(LOCKS.split()),
+        stop=int(settings.shutdown_grace) + 4, locks="\n".join(LOCKS.split()),
     ), end="")
     return 0
 

@@ -3914,6 +3914,13 @@ def test_alone_it_checks_json(folder: pathlib.Path) -> None:
     assert "rotues" in done.stderr and "routes.yaml" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["", " \n", "\ufeff{}", "\n {}\n"], ids=ascii)
+def test_alone_it_reads_json_with_a_margin(folder: pathlib.Path, text: str) -> None:
+    (folder / "routes.yaml").write_text(text, "utf-8")
+    done = alone(folder, "check")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_alone_it_says_what_yaml_needs(folder: pathlib.Path) -> None:
     (folder / "routes.yaml").write_text("servers:\n  fast-box: http://127.0.0.1:9\n")
     done = alone(folder, "check")
