@@ -3660,7 +3660,7 @@ def redact(fields: Fields) -> list[tuple[str, str]]:
     return [(name, hide(value) if is_secret(lower) else value)
             for lower, name, value in fields.lines]
 
-def clean(text: str) -> str:
+def storable(text: str) -> str:
     """Return text that SQLite takes: a lone surrogate becomes `?`."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
@@ -3687,6 +3687,19 @@ def make_detail(record: Record, limit: int) -> Detail:
     return Detail({"trail": record.trail, "request_headers": redact(record.fields),
                    "response_headers": redact(record.answer_fields), "cut": cut}, content, said)
 
+def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
+    """Return the tokens of a request, and whether they are estimates: four letters each."""
+    if record.status >= 400 and record.status != ClientClosed.status:
+        return Usage(), False
+    said = inflate(detail.response, record.answer_fields.get("content-encoding")) + record.tail
+    usage, path = read_usage(said), record.path.partition("?")[0]
+    if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
+        return usage, False
+    letters = [sum(len(m["content"]) + len(m["thinking"]) for m in talk) for talk in (
+        read_transcript(path, record.content, b""), read_transcript(path, b"", said))]
+    prompt, completion = (-(-count // 4) for count in letters)
+    return Usage(usage.prompt or prompt, completion, usage.cached), True
+
 def make_row(record: Record, detail: Detail, now: float) -> Row:
     """Return the row of a record as it stands; `now` is monotonic."""
     fields, done, failed = record.fields, record.finished is not None, None
@@ -3700,28 +3713,15 @@ def make_row(record: Record, detail: Detail, now: float) -> Row:
     return Row(
         record.id, record.request_id, int(record.started * 1000), record.source_ip,
         record.method, QUERY_VALUE.sub(hide_parameter, record.path), record.service,
-        clean(record.original_model), clean(record.mapped_model), clean(record.sent_model),
-        record.upstream_url, clean(record.route), int(record.stream), record.request_size,
-        record.response_size, record.status or None, failed, clean(record.error) or None,
+        storable(record.original_model), storable(record.mapped_model), storable(record.sent_model),
+        record.upstream_url, storable(record.route), int(record.stream), record.request_size,
+        record.response_size, record.status or None, failed, storable(record.error) or None,
         encode_json(record.attempts).decode(), *usage, int(estimated),
         None if first is None else round((first - record.clock) * 1000, 1),
         taken if done else None, int(record.started * 1000 + taken) if done else None,
         fields.get("user-agent") or "", hide(key).rpartition("***")[2],
         (chance & -chance).bit_length() - 1,
     )
-
-def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
-    """Return the tokens of a request, and whether they are estimates: four letters each."""
-    if record.status >= 400 and record.status != ClientClosed.status:
-        return Usage(), False
-    said = inflate(detail.response, record.answer_fields.get("content-encoding")) + record.tail
-    usage, path = read_usage(said), record.path.partition("?")[0]
-    if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
-        return usage, False
-    letters = [sum(len(m["content"]) + len(m["thinking"]) for m in talk) for talk in (
-        read_transcript(path, record.content, b""), read_transcript(path, b"", said))]
-    prompt, completion = (-(-count // 4) for count in letters)
-    return Usage(usage.prompt or prompt, completion, usage.cached), True
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
@@ -4849,6 +4849,11 @@ def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
     sql += f" AND {SEARCHED} LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?"
     return sql, [*values, MAX_SEARCHED, f"%{pattern}%", limit]
 
+def token_rate(said: float | None, taken: float | None, first: float | None) -> float | None:
+    """Return tokens per second while the answer was spoken."""
+    speaking = (taken or 0) - (first or 0)
+    return round(said * 1000 / speaking, 2) if said and speaking > 0 else None
+
 def row_document(row: Row) -> dict[str, Any]:
     """Return a row as JSON shows it: moments, truth values, attempts."""
     counts = [n for n in (row.prompt_tokens, row.completion_tokens) if n is not None]
@@ -4863,11 +4868,6 @@ def row_document(row: Row) -> dict[str, Any]:
         "is_inflight": row.failed is None,
         "tokens_per_second": token_rate(row.completion_tokens, row.duration_ms, row.ttft_ms),
     }
-
-def token_rate(said: float | None, taken: float | None, first: float | None) -> float | None:
-    """Return tokens per second while the answer was spoken."""
-    speaking = (taken or 0) - (first or 0)
-    return round(said * 1000 / speaking, 2) if said and speaking > 0 else None
 
 def list_document(row: Row) -> dict[str, Any]:
     """Return a row as /api/logs shows it."""
@@ -4918,6 +4918,17 @@ def model_document(model: str, tally: Sequence[float]) -> dict[str, Any]:
         "completion_tokens": int(found["completion_tokens"]),
     }
 
+def read_sample(db: sqlite3.Connection, first: int, level: int,
+                given: Mapping[str, Any]) -> list[Row]:
+    """Return the finished rows from the id `first` on that have a level, or a higher one."""
+    names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
+    tests = ["id >= ?", "failed IS NOT NULL", *(names[name] for name in given)]
+    tests += [f"level >= {level}"] if level else []
+    small = level >= SAMPLE_LEVEL and not given
+    source = f"INDEXED BY sample WHERE level >= {SAMPLE_LEVEL} AND" if small else "WHERE"
+    sql = f"SELECT {COLUMNS} FROM requests {source} {' AND '.join(tests)} ORDER BY id"
+    return [*map(Row._make, db.execute(sql, (first, *given.values())))]
+
 def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
     hours, limit, now = asked.get("hours", 24), asked.get("limit", 2000), time.time()
@@ -4943,17 +4954,6 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str
         "meta": {"total_points": total, "hours_back": hours,
                  "sampled": len(points) < total, "filters": given},
     }
-
-def read_sample(db: sqlite3.Connection, first: int, level: int,
-                given: Mapping[str, Any]) -> list[Row]:
-    """Return the finished rows from the id `first` on that have a level, or a higher one."""
-    names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
-    tests = ["id >= ?", "failed IS NOT NULL", *(names[name] for name in given)]
-    tests += [f"level >= {level}"] if level else []
-    small = level >= SAMPLE_LEVEL and not given
-    source = f"INDEXED BY sample WHERE level >= {SAMPLE_LEVEL} AND" if small else "WHERE"
-    sql = f"SELECT {COLUMNS} FROM requests {source} {' AND '.join(tests)} ORDER BY id"
-    return [*map(Row._make, db.execute(sql, (first, *given.values())))]
 
 def body_text(body: bytes, coding: str | None) -> tuple[str | None, str]:
     """Return a kept body as text, and how: utf-8 or base64; None when none is kept."""
@@ -5016,20 +5016,6 @@ async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
 
 EXPORT_PAGE = 200  # rows that are in memory at once
 
-def export_row(row: Row, detail: Detail | None, form: str) -> str:
-    """Return a request in a form of export; "" when it has nothing to say there."""
-    if form == "csv":
-        line, doc = io.StringIO(), list_document(row)
-        doc["attempts"] = row.attempts
-        csv.writer(line, lineterminator="\n").writerow(doc.values())
-        return line.getvalue()
-    doc = detail_document(row, detail)
-    if form == "jsonl":
-        return encode_json(doc).decode() + "\n"
-    answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
-    talk = [chat_message(message) for message in doc["transcript"]]
-    return encode_json({"messages": talk}).decode() + "\n" if answered else ""
-
 def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message of a transcript as fine-tuning takes it."""
     doc = {"role": message["role"], "content": message["content"]}
@@ -5044,6 +5030,20 @@ def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if message["tool_call_id"]:
         doc["tool_call_id"] = message["tool_call_id"]
     return doc
+
+def export_row(row: Row, detail: Detail | None, form: str) -> str:
+    """Return a request in a form of export; "" when it has nothing to say there."""
+    if form == "csv":
+        line, doc = io.StringIO(), list_document(row)
+        doc["attempts"] = row.attempts
+        csv.writer(line, lineterminator="\n").writerow(doc.values())
+        return line.getvalue()
+    doc = detail_document(row, detail)
+    if form == "jsonl":
+        return encode_json(doc).decode() + "\n"
+    answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
+    talk = [chat_message(message) for message in doc["transcript"]]
+    return encode_json({"messages": talk}).decode() + "\n" if answered else ""
 
 def export_rows(store: Store, asked: Mapping[str, Any]) -> Iterator[bytes]:
     """Yield the requests, newest first, a page at a time. Raises sqlite3.Error."""
@@ -5224,6 +5224,17 @@ def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
     request.responder.begin(200, encode_lines(fields), None)
     request.stream.watch()
 
+def read_news(log: RequestLog, ended: collections.deque[Row], known: Mapping[int, bool],
+              ) -> tuple[dict[str, Any] | None, dict[int, bool]]:
+    """Return what has happened since the running requests were `known`, and those of now."""
+    running = dict(log.inflight)
+    speaking = {number: record.first_token is not None for number, record in running.items()}
+    fresh = [inflight_row(running[n], time.monotonic()) for n in running if n not in known]
+    spoke = [n for n, speaks in speaking.items() if speaks and not known.get(n)]
+    rows = [list_document(ended.popleft()) for _ in range(len(ended))]
+    news = {"started": fresh[:MAX_NEWS], "first_token": spoke[:MAX_NEWS], "finished": rows}
+    return news if any(news.values()) else None, speaking
+
 async def serve_events(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/events: what began, spoke and ended, at most four times a second."""
     log, responder = services.log, request.responder
@@ -5247,17 +5258,6 @@ async def serve_events(services: Services, request: Request, dialect: Dialect) -
     finally:
         log.listeners.remove(ended)
     responder.finish()
-
-def read_news(log: RequestLog, ended: collections.deque[Row], known: Mapping[int, bool],
-              ) -> tuple[dict[str, Any] | None, dict[int, bool]]:
-    """Return what has happened since the running requests were `known`, and those of now."""
-    running = dict(log.inflight)
-    speaking = {number: record.first_token is not None for number, record in running.items()}
-    fresh = [inflight_row(running[n], time.monotonic()) for n in running if n not in known]
-    spoke = [n for n, speaks in speaking.items() if speaks and not known.get(n)]
-    rows = [list_document(ended.popleft()) for _ in range(len(ended))]
-    news = {"started": fresh[:MAX_NEWS], "first_token": spoke[:MAX_NEWS], "finished": rows}
-    return news if any(news.values()) else None, speaking
 
 async def serve_export(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/export: all of it, as slowly as its reader reads."""
