@@ -971,6 +971,7 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
 
 def json_gaps(text: str) -> Iterator[str]:
@@ -1026,7 +1027,7 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
 def encode_json(value: Any) -> bytes:
     """Return compact JSON; a lone surrogate stays an escape."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return COMPACT_JSON(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 
@@ -1902,8 +1903,10 @@ class Usage(NamedTuple):
 def read_usage(said: bytes) -> Usage:
     """Return the counts of an answer, whole or streamed, however its server spells them."""
     start = max(0, len(said) - USAGE_WINDOW)
-    start = min(start, max(0, said.rfind(b'"usage"', 0, start)) or start)
-    window = said[start:] if start <= USAGE_WINDOW else said[:USAGE_WINDOW] + said[start:]
+    at = said.rfind(b'"usage"', min(start, said.rfind(b'"usage"')) if start else 0)
+    window = said[at if at >= 0 else start :][: 2 * USAGE_WINDOW]
+    if start and said.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:  # of /v1/messages
+        window = said[:USAGE_WINDOW] + window
     found = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
 
     def first(names: Sequence[str]) -> int | None:
@@ -3488,6 +3491,7 @@ async def list_models(lists: ModelLists, table: RoutingTable,
 
 MAX_INLINE = 16 * KiB  # longer bodies are blobs
 MAX_HELD = 64 * MiB  # bodies of running requests and of waiting rows; above, they are cut
+MAX_BATCH = 2000  # rows of one transaction
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -3529,7 +3533,12 @@ INSERT INTO storage VALUES (0);
 CREATE TABLE rollups (hour, service_type, model, upstream_url, {", ".join(COUNTED)},
     PRIMARY KEY (hour, service_type, model, upstream_url)) WITHOUT ROWID""",)
 
-NO_FIELDS = Fields(())
+class Lines(NamedTuple):
+    """What is kept of a head: field lines, secrets hidden, and who says so."""
+    text: str = "[]"  # JSON: names and values
+    user_agent: str = ""
+    client_key: str = ""  # a fingerprint
+    secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
 
 class Attempt(NamedTuple):
     """One instance that was asked, and how it answered."""
@@ -3565,8 +3574,8 @@ class Record:
     response_size: int = 0
     first_token: float | None = None
     finished: float | None = None
-    fields: Fields = NO_FIELDS  # of the request
-    answer_fields: Fields = NO_FIELDS  # of the upstream
+    head: RequestHead | None = None
+    answer_head: ResponseHead | None = None  # of the upstream
     content: bytes = b""  # of the request
     pieces: list[bytes] = dataclasses.field(default_factory=list)  # of the answer, as it came
     heard: int = 0  # octets of them
@@ -3620,11 +3629,11 @@ Tallies = dict[tuple[int, str, str, str], Tally]  # by hour, service, model, ups
 
 class Detail(NamedTuple):
     """What is kept of a request beside its row."""
-    meta: dict[str, Any]  # trail, fields of both heads, what was cut
+    meta: str  # members of a JSON object: trail, fields of both heads, what was cut
     request: bytes
     response: bytes
 
-NO_DETAIL = Detail({}, b"", b"")
+NO_DETAIL = Detail("", b"", b"")
 
 class Entry(NamedTuple):
     """A row and its packed detail, ready to be written."""
@@ -3655,10 +3664,22 @@ def hide_parameter(match: re.Match[str]) -> str:
     mark, name, value = match.groups()
     return f"{mark}{name}={hide(value) if is_secret(name) else value}"
 
-def redact(fields: Fields) -> list[tuple[str, str]]:
-    """Return names and values of field lines, secrets hidden."""
-    return [(name, hide(value) if is_secret(lower) else value)
-            for lower, name, value in fields.lines]
+def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
+    """Return what is kept of a head, worked out once."""
+    if head is None:
+        return Lines()
+    if "lines" not in head.memo:
+        get, shown, secrets = head.fields.get, [], []
+        for lower, name, value in head.fields.lines:
+            if is_secret(lower):
+                secret, value = value.rpartition(" ")[2].encode("latin-1", "replace"), hide(value)
+                secrets.append((secret, value.encode("latin-1", "replace")))
+            shown.append((name, value))
+        key = get("authorization") or get("x-api-key") or get("api-key") or ""
+        long = tuple(pair for pair in secrets if len(pair[0]) >= MIN_ECHO)
+        head.memo["lines"] = Lines(COMPACT_JSON(shown), get("user-agent") or "",
+                                   hide(key).rpartition("***")[2], long)
+    return head.memo["lines"]
 
 def storable(text: str) -> str:
     """Return text that SQLite takes: a lone surrogate becomes `?`."""
@@ -3676,22 +3697,28 @@ def inflate(data: bytes, coding: str | None) -> bytes:
             return zlib.decompressobj(47).decompress(data, MAX_HELD)
     return data
 
+@functools.lru_cache(maxsize=1024)
+def encode_trail(trail: tuple[Step, ...]) -> str:
+    """Return a routing trail as JSON: a list of lists."""
+    return COMPACT_JSON(trail)
+
 def make_detail(record: Record, limit: int) -> Detail:
     """Return what is kept of a record; `limit` octets of each body."""
     content, said = record.content[:limit], b"".join(record.pieces)[:limit]
-    for lower, _, value in record.fields.lines:
-        secret = value.rpartition(" ")[2].encode("latin-1", "replace")
-        if len(secret) >= MIN_ECHO and is_secret(lower):  # servers tell which key was wrong
-            said = said.replace(secret, hide(value).encode())
+    asked, answered = read_lines(record.head), read_lines(record.answer_head)
+    for secret, mark in asked.secrets:  # servers tell which key was wrong
+        said = said.replace(secret, mark)
     cut = [record.request_cut or len(content) < len(record.content), record.response_cut]
-    return Detail({"trail": record.trail, "request_headers": redact(record.fields),
-                   "response_headers": redact(record.answer_fields), "cut": cut}, content, said)
+    meta = (f'"trail":{encode_trail(record.trail)},"request_headers":{asked.text},'
+            f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}')
+    return Detail(meta, content, said)
 
 def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
     """Return the tokens of a request, and whether they are estimates: four letters each."""
     if record.status >= 400 and record.status != ClientClosed.status:
         return Usage(), False
-    said = inflate(detail.response, record.answer_fields.get("content-encoding")) + record.tail
+    coding = record.answer_head.fields.get("content-encoding") if record.answer_head else None
+    said = inflate(detail.response, coding) + record.tail
     usage, path = read_usage(said), record.path.partition("?")[0]
     if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
         return usage, False
@@ -3702,13 +3729,12 @@ def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
 
 def make_row(record: Record, detail: Detail, now: float) -> Row:
     """Return the row of a record as it stands; `now` is monotonic."""
-    fields, done, failed = record.fields, record.finished is not None, None
+    lines, done, failed = read_lines(record.head), record.finished is not None, None
     if done:
         failed = int(record.status >= 400 or bool(record.error))
     taken = round(((record.finished or now) - record.clock) * 1000, 1)
     first = record.first_token if record.stream else None
     usage, estimated = read_cost(record, detail)
-    key = fields.get("authorization") or fields.get("x-api-key") or fields.get("api-key") or ""
     chance = hash(record.request_id)  # the same for nobody else
     return Row(
         record.id, record.request_id, int(record.started * 1000), record.source_ip,
@@ -3716,10 +3742,10 @@ def make_row(record: Record, detail: Detail, now: float) -> Row:
         storable(record.original_model), storable(record.mapped_model), storable(record.sent_model),
         record.upstream_url, storable(record.route), int(record.stream), record.request_size,
         record.response_size, record.status or None, failed, storable(record.error) or None,
-        encode_json(record.attempts).decode(), *usage, int(estimated),
+        COMPACT_JSON(record.attempts), *usage, int(estimated),
         None if first is None else round((first - record.clock) * 1000, 1),
         taken if done else None, int(record.started * 1000 + taken) if done else None,
-        fields.get("user-agent") or "", hide(key).rpartition("***")[2],
+        lines.user_agent, lines.client_key,
         (chance & -chance).bit_length() - 1,
     )
 
@@ -3731,16 +3757,15 @@ def make_entry(row: Row, detail: Detail) -> Entry:
         inline.append(b"" if long else body)
         blobs.append((hashlib.sha256(body).hexdigest(), compress(body)) if long else None)
         sizes.append(len(inline[-1]))
-    meta = encode_json({**detail.meta, "sizes": sizes})
-    return Entry(row, compress(b"\n".join((meta, b"".join(inline)))), tuple(blobs))
+    meta = f'{{"sizes":{sizes},{detail.meta}}}\n'.encode("utf-8", "replace")
+    return Entry(row, compress(b"".join((meta, *inline))), tuple(blobs))
 
 def read_detail(data: bytes, blobs: Iterable[bytes | None]) -> Detail:
     """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
     line, _, rest = zlib.decompress(data).partition(b"\n")
-    meta = json.loads(line)
-    size = meta["sizes"][0]
+    size = json.loads(line)["sizes"][0]
     inline = rest[:size], rest[size:]
-    return Detail(meta, *(zlib.decompress(blob) if blob else body
+    return Detail(line.decode()[1:-1], *(zlib.decompress(blob) if blob else body
                           for body, blob in zip(inline, blobs, strict=True)))
 
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
@@ -3834,33 +3859,34 @@ class Blobs:
 
     def __init__(self, settings: Settings) -> None:
         filed = settings.blob_storage_type == "filesystem"
-        self.folder = pathlib.Path(settings.blob_storage_path) if filed else None
+        self.folder = settings.blob_storage_path if filed else None
         self.memory: dict[str, bytes] = {}
 
-    def place(self, digest: str) -> pathlib.Path:
+    def place(self, digest: str) -> str:
         """Return where the file of a body is."""
-        return self.folder / digest[:2] / f"{digest}.z"
+        return f"{self.folder}/{digest[:2]}/{digest}.z"
 
     def put(self, digest: str, data: bytes) -> None:
-        """Keep a packed body; a file is there whole or not at all. Raises OSError."""
+        """Keep a packed body; a row speaks of it only when it is there. Raises OSError."""
         if self.folder is None:
             self.memory[digest] = data
             return
-        place = self.place(digest)
-        part = place.with_suffix(f".{os.getpid()}")
-        for folder in (self.folder, place.parent):
-            folder.mkdir(0o700, parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(data)
-        part.replace(place)
+        place, flags = self.place(digest), os.O_CREAT | os.O_TRUNC | os.O_WRONLY
+        try:
+            file = os.open(place, flags, 0o600)
+        except FileNotFoundError:
+            for folder in (self.folder, os.path.dirname(place)):
+                pathlib.Path(folder).mkdir(0o700, parents=True, exist_ok=True)
+            file = os.open(place, flags, 0o600)
+        with open(file, "wb", 0) as out:
+            out.write(data)
 
     def get(self, digest: str | None) -> bytes | None:
         """Return a packed body, None when it is not there."""
         if digest is None or self.folder is None:
             return self.memory.get(digest or "")
         with contextlib.suppress(OSError):
-            return self.place(digest).read_bytes()
+            return pathlib.Path(self.place(digest)).read_bytes()
         return None
 
     def drop(self, digest: str) -> None:
@@ -3868,11 +3894,11 @@ class Blobs:
         self.memory.pop(digest, None)
         if self.folder:
             with contextlib.suppress(OSError):
-                self.place(digest).unlink()
+                os.unlink(self.place(digest))
 
     def old(self, before: float) -> Iterator[str]:
         """Yield the digests of files that are older than a moment, s since the epoch."""
-        for place in self.folder.glob("??/*.z") if self.folder else ():
+        for place in pathlib.Path(self.folder).glob("??/*.z") if self.folder else ():
             with contextlib.suppress(OSError):
                 if place.stat().st_mtime < before:
                     yield place.stem
@@ -4045,6 +4071,13 @@ class Store:
                 os.replace(self.path + suffix, aside + suffix)
         return aside
 
+def return_memory() -> None:
+    """Return what was freed to the system, where the C library has to be told."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+
 class Console:
     """Writes lines to stderr from a thread; drops them when nobody reads."""
 
@@ -4095,7 +4128,7 @@ class RequestLog:
         self.tallies: Tallies = {}  # not written yet
         self.series: dict[tuple[str, str, str], Tally] = {}  # since the start, for /metrics
         self.listeners: list[collections.deque[Row]] = []
-        self.last_id = self.lost = self.taken = self.released = 0
+        self.last_id = self.lost = self.taken = self.released = self.trimmed = 0
         self.error = self.notice = ""
         self.suspect = False  # a reader found the database odd
         self.wake, self.closing, self.opened = (threading.Event() for _ in range(3))
@@ -4140,7 +4173,7 @@ class RequestLog:
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""
         while True:
-            last, pruning = self.closing.is_set(), False
+            last, pruning, begun = self.closing.is_set(), False, time.monotonic()
             self.wake.clear()
             try:
                 self.take()
@@ -4148,11 +4181,22 @@ class RequestLog:
             except Exception:  # noqa: BLE001 - a fault of ours must not end the log
                 self.console.line(traceback.format_exc())
             self.opened.set()
-            if last:
+            if last and not self.ended:
                 return
+            if last or len(self.ended) > MAX_BATCH:
+                continue
+            self.trim()
+            spent = time.monotonic() - begun
             waiting = self.store.prune_at - time.time() if self.store else None
             self.wake.wait(RETRY if self.error else BATCH if pruning else waiting)
-            self.closing.wait(RETRY if self.error else BATCH)
+            # half of its time the thread leaves to the relay, unless rows pile up
+            self.closing.wait(RETRY if self.error else max(BATCH, spent))
+
+    def trim(self) -> None:
+        """Return the memory of bodies that went by, now and then."""
+        if self.released - self.trimmed > MAX_HELD:
+            self.trimmed = self.released
+            return_memory()
 
     def close(self) -> None:
         """Write what is left and end the thread; a database in trouble cannot stop that."""
@@ -4163,7 +4207,7 @@ class RequestLog:
     def take(self) -> None:
         """Make entries of the requests that ended; count them, print a line for each."""
         fresh: Tallies = {}
-        while self.ended:
+        for _ in range(min(len(self.ended), MAX_BATCH)):
             record = self.ended.popleft()
             detail = make_detail(record, self.body_limit)
             row = make_row(record, detail, time.monotonic())
@@ -4382,7 +4426,7 @@ class Exchange:
             request.head.method, request.path + request.query, dialect.service,
             original_model=decision.asked, mapped_model=decision.mapped, route=decision.route,
             trail=decision.trail, stream=ask.stream, request_size=len(request.content),
-            fields=request.head.fields, content=request.content,
+            head=request.head, content=request.content,
         )
 
     async def run(self) -> None:
@@ -4596,7 +4640,7 @@ class Exchange:
 
     async def relay_answer(self, answer: Answer) -> None:
         """Send an answer as it comes in, through its transform."""
-        self.record.answer_fields = answer.head.fields
+        self.record.answer_head = answer.head
         self.transform, self.inflater = self.choose_transform(answer.head)
         await answer.pump(self.forward, self.responder)
         transform, inflater, tail = self.transform, self.inflater, b""
@@ -4965,7 +5009,8 @@ def body_text(body: bytes, coding: str | None) -> tuple[str | None, str]:
 
 def detail_document(row: Row, detail: Detail | None, phase: str = "done") -> dict[str, Any]:
     """Return everything about one request; `detail` may have been forgotten."""
-    meta, content, said = detail or Detail({}, b"", b"")
+    text, content, said = detail or NO_DETAIL
+    meta = json.loads(f"{{{text}}}")
     headers = {name.lower(): value for name, value in meta.get("response_headers", ())}
     coding, cut = headers.get("content-encoding"), meta.get("cut", (False, False))
     talk, path = [], row.path.partition("?")[0]
@@ -5822,15 +5867,6 @@ def describe_table(table: RoutingTable) -> list[str]:
         *(f"warning: {s.warning}" for s in table.servers.values() if s.warning),
     ]
 
-def give_memory_back() -> None:
-    """Return what reading this file took to the system, where the C library can: 13 MB."""
-    gc.collect()
-    gc.freeze()  # what is there now stays; the collector need not look at it again
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-
 class Router:
     """The whole program, running: started and stopped by the command line."""
 
@@ -5908,7 +5944,9 @@ class Router:
             self.console.line(f"smolrouter: cannot listen on {place}: {describe(error)}{hint}")
             self.console.close()
             return 1
-        give_memory_back()
+        gc.collect()
+        gc.freeze()  # what is there now stays; the collector need not look at it again
+        return_memory()
         self.announce(port)
         ready(port)
         watcher = asyncio.create_task(self.watch())
@@ -6230,6 +6268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ======================================================================================
 # A verbatim copy of dashboard.html; `python test_smolrouter.py --embed` writes it.
 
+# ruff: disable[E501]
 DASHBOARD_HTML = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -7667,6 +7706,7 @@ start();
 </body>
 </html>
 """
+# ruff: enable[E501]
 
 if __name__ == "__main__":
     sys.exit(main())
