@@ -5290,7 +5290,7 @@ async def serve_events(services: Services, request: Request, dialect: Dialect) -
     responder.write(b": hello\n\n")
     silent = 0.0
     try:
-        while not services.draining:
+        while not (services.draining or responder.silent):
             news, known = read_news(log, ended, known)
             silent = 0.0 if news or silent >= KEEP_ALIVE else silent + EVENTS_EVERY
             if news:
@@ -5519,8 +5519,8 @@ ENDPOINTS = (
     Endpoint("POST", "/api/inflight/*/cancel", WEBUI, serve_cancel),
     Endpoint("GET HEAD", "/api/upstreams", WEBUI, serve_upstreams),
     Endpoint("GET HEAD", "/api/routes", WEBUI, serve_routes),
-    Endpoint("GET", "/api/events", WEBUI, serve_events),
-    Endpoint("GET", "/api/export", WEBUI, serve_export),
+    Endpoint("GET HEAD", "/api/events", WEBUI, serve_events),
+    Endpoint("GET HEAD", "/api/export", WEBUI, serve_export),
     Endpoint("GET HEAD", "/metrics", WEBUI, serve_metrics),
     Endpoint("HEAD", "/", "", serve_page, OLLAMA),
     Endpoint("GET", "/", WEBUI, serve_page),
