@@ -2156,6 +2156,61 @@ NAMES = [
 ]  # fmt: skip
 
 
+SPLITS = {  # one request each, however somebody may want to read it
+    "h2c upgrade": [("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
+                    ("Connection", "Upgrade, HTTP2-Settings")],
+    "web socket": [("Upgrade", "websocket"), ("Connection", "Upgrade")],
+    "Expect of something else": [("Expect", "the-unexpected")],
+    "method override": [("X-HTTP-Method-Override", "DELETE")],
+    "path override": [("X-Original-URL", "/v1/EVIL"), ("X-Rewrite-URL", "/v1/EVIL")],
+    "Connection hides the length": [("Connection", "Content-Length")],
+    "Connection hides the coding": [("Connection", "Transfer-Encoding")],
+    "Connection hides Host": [("Connection", "Host")],
+    "Keep-Alive with a close": [("Connection", "close, keep-alive")],
+    "lengths of other names": [("Content_Length", "99"), ("X-Content-Length", "99")],
+    "codings of other names": [("X-Transfer-Encoding", "chunked"), ("TE", "chunked")],
+    "Trailer": [("Trailer", "Content-Length, Transfer-Encoding")],
+    "chain of proxies": [("Via", "1.1 a, 1.0 b"), ("Forwarded", "for=1.2.3.4;host=evil")],
+    "another Host behind": [("X-Forwarded-Host", "evil.example")],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_one_request_stays_one(name: str) -> None:
+    """The content itself is a request; nobody may take it for one."""
+    mark = stage().plays(FINE)
+    content = mark.encode() + b"\r\n\r\n" + get(f"/v1/{mark}-inner")
+    top = encode_request("POST", "/v1/other", content, SPLITS[name])
+    top = top.replace(b"application/json", b"text/plain")
+    with connect(shared().port) as sock:
+        assert parse(exchange(sock, top)).status == 200
+    (heard,) = stage().heard(mark)
+    assert (heard.target, heard.content, heard.framing) == ("/v1/other", content, "length")
+    assert heard.get("Upgrade") is None and heard.get_all("Host") == [stage().authority]
+    assert not stage().heard("/v1/EVIL")
+
+
+def test_names_of_the_routing_file_break_no_head() -> None:
+    odd = "two\r\nEvil: 1\nlines \u00e9\0"
+    routes = {"servers": {odd: stage().url}, "aliases": {odd: {"instances": [
+        {"server": odd, "model": "tiny\r\nEvil: 1"}]}}}
+    got = ask(router_for({"DEFAULT_UPSTREAM": stage().url}, routes), odd)
+    assert (got.status, got.get("Evil")) == (200, None)
+    assert "Evil: 1" in got.get("X-SmolRouter-Model")
+
+
+@pytest.mark.parametrize("server", [
+    {"headers": {"X-A": "b\r\nEvil: 1"}}, {"headers": {"X-A\r\nEvil": "1"}},
+    {"headers": {"X A": "1"}}, {"headers": {"": "1"}}, {"headers": {"X-A": "b\0"}},
+    {"headers": {"Content-Length": "1"}}, {"headers": {"transfer-encoding": "chunked"}},
+    {"headers": {"Connection": "close"}}, {"api_key": "a\r\nEvil: 1"}, {"api_key": "a\n"},
+])  # fmt: skip
+def test_the_routing_file_cannot_break_a_head(server: dict[str, Any]) -> None:
+    text = json.dumps({"servers": {"a": {"url": "http://a", **server}}})
+    with pytest.raises(smolrouter.ConfigError, match=r"servers\.a"):
+        routing(text)
+
+
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 @pytest.mark.parametrize("model", NAMES, ids=lambda name: ascii(name[:9]))
 def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -> None:
@@ -2650,6 +2705,20 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "Host with a space": fielded(b"", b"Host: a b\r\n"),
         "Host with a comma": fielded(b"", b"Host: a, b\r\n"),
         "Host with a path": fielded(b"", b"Host: router/x\r\n"),
+        "Host with a user": fielded(b"", b"Host: user@router\r\n"),
+        "Host with a signed port": fielded(b"", b"Host: router:+80\r\n"),
+        "Host with a port of letters": fielded(b"", b"Host: router:http\r\n"),
+        "Host with a port of six digits": fielded(b"", b"Host: router:123456\r\n"),
+        "Host with two ports": fielded(b"", b"Host: router:80:80\r\n"),
+        "Host with an open bracket": fielded(b"", b"Host: [::1\r\n"),
+        "Host with a bracket behind a name": fielded(b"", b"Host: router[::1]\r\n"),
+        "Host with a zone": fielded(b"", b"Host: [fe80::1%eth0]\r\n"),
+        "Host with a backslash": fielded(b"", b"Host: router\\evil\r\n"),
+        "Host with a query": fielded(b"", b"Host: router?x\r\n"),
+        "Host beyond ASCII": fielded(b"", b"Host: r\xc3\xb6uter\r\n"),
+        "Host with NUL": fielded(b"", b"Host: router\0.evil\r\n"),
+        "Host behind a space before the colon": fielded(b"", b"Host : router\r\n"),
+        "folded Host": fielded(b"", b"Host:\r\n router\r\n"),
         # request lines
         "no method": started(b"/v1/EVIL HTTP/1.1"),
         "bracket in the method": started(b"G(T /v1/EVIL HTTP/1.1"),
@@ -2665,6 +2734,26 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "bare CR in the target": started(b"GET /v1/EVIL\r HTTP/1.1"),
         "bare CR before the version": started(b"GET /v1/EVIL\rHTTP/1.1"),
         "relative target": started(b"GET v1/EVIL HTTP/1.1"),
+        "user in the authority": started(b"GET http://user@router/v1/EVIL HTTP/1.1"),
+        "no authority": started(b"GET http:///v1/EVIL HTTP/1.1"),
+        "another scheme": started(b"GET ftp://router/v1/EVIL HTTP/1.1"),
+        "a file's scheme": started(b"GET file:///v1/EVIL HTTP/1.1"),
+        "script's scheme": started(b"GET javascript://router/v1/EVIL HTTP/1.1"),
+        "authority alone": started(b"GET router:80 HTTP/1.1"),
+        "CONNECT": started(b"CONNECT router:443 HTTP/1.1"),
+        "asterisk without OPTIONS": started(b"GET * HTTP/1.1"),
+        "fragment in the target": started(b"GET /v1/EVIL#x HTTP/1.1"),
+        "query alone": started(b"GET ?/v1/EVIL HTTP/1.1"),
+        "letters beyond ASCII in the target": started(b"GET /v1/\xc3\xa9EVIL HTTP/1.1"),
+        "tab in the target": started(b"GET /v1/EVIL\tx HTTP/1.1"),
+        "two requests on one line": started(b"GET /v1/EVIL HTTP/1.1 GET /v1/EVIL HTTP/1.1"),
+        "no CR behind the version": b"GET /v1/EVIL HTTP/1.1\nHost: router\r\n\r\n",
+        "an answer for a request": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: EVIL\r\n\r\n",
+        "Redis": b"*1\r\n$4\r\nEVIL\r\n\r\n",
+        "SSH": b"SSH-2.0-EVIL\r\n\r\n",
+        "PROXY protocol": b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + started(
+            b"GET /v1/EVIL HTTP/1.1"),
+        "binary PROXY protocol": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0cEVIL",
         "no target": started(b"GET HTTP/1.1"),
         "TLS": b"\x16\x03\x01\x00\xee\x01\x00\x00\xea\x03\x03EVIL\r\n\r\n",
         "noise": b"\xff\xfe\xfd EVIL\r\n\r\n",
