@@ -4616,6 +4616,138 @@ def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
     assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
 
 
+# == 9. Exhaustion =================================================================
+
+
+def memory(router: Router, name: str = "VmRSS") -> int:
+    """MiB that a router has, or has had at most (VmHWM)."""
+    status = pathlib.Path(f"/proc/{router.process.pid}/status")
+    if not status.exists():
+        pytest.skip("there is no /proc here")
+    return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) // 1024
+
+
+@functools.cache
+def bomb() -> bytes:
+    """256 MiB of zeros, which gzip makes small."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    piece = bytes(1 << 20)
+    return b"".join(packer.compress(piece) for _ in range(256)) + packer.flush()
+
+
+@pytest.mark.parametrize("kind, path, stream", [
+    ("application/json", CHAT, False), ("application/json", "/api/chat", False),
+    ("text/event-stream", CHAT, True), ("text/event-stream", "/api/chat", True),
+])  # fmt: skip
+def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
+    fields = [("Content-Encoding", "gzip")]
+    with pair() as (router, upstream):
+        model = upstream.plays(answer(bomb(), fields=fields, kind=kind))
+        got = request(router.port, "POST", path, chat(model, stream=stream))
+        as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
+        assert as_it_is or ended_badly(got)
+        assert ask(router, "tiny").status == 200
+        assert memory(router, "VmHWM") < 200
+
+
+MANY = {
+    "objects": b'{"a":1},', "empty objects": b"{},", "arrays": b"[],", "numbers": b"1,",
+    "strings": b'"",', "nulls": b"null,", "fractions": b"1.5,",
+}  # fmt: skip
+
+
+def test_enormous_json_is_refused_before_it_is_read() -> None:
+    with pair() as (router, upstream):
+        for name, unit in MANY.items():
+            model = upstream.plays(FINE)
+            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (20_000_000 // len(unit)))
+            got = request(router.port, "POST", CHAT, data)
+            assert (got.status, upstream.heard(model)) == (413, []), name
+            assert ask(router, "tiny").status == 200
+        assert memory(router, "VmHWM") < 200
+
+
+LONG = [
+    '"' + "a" * (2 << 20) + '"', '"' + "\\\\" * (1 << 20) + '"', '"' + '\\"' * (1 << 20) + '"',
+    '"' + "[{,}]" * 400_000 + '"', '"\\\\",' * 99_999 + '"\\\\\\""', "[1,2]," * 9_999 + "3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", LONG, ids=range(len(LONG)))
+def test_long_json_is_read_as_others_read_it(inner: str) -> None:
+    text = f'{{"model": "x", "x": [{inner}]}}'
+    for shift in range(3):  # no cut between two slices may fall into an escape
+        padded = " " * shift + text
+        assert smolrouter.parse_json(padded.encode()) == (padded, json.loads(text))
+    gaps = "".join(smolrouter.json_gaps(text))
+    assert gaps == re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text)
+
+
+def test_deep_json_behind_a_long_text_is_refused() -> None:
+    deep = '{"a": "' + "\\\\[" * (1 << 20) + '", "b": ' + "[" * 200 + "]" * 200 + "}"
+    with pytest.raises(smolrouter.MalformedContent, match="deeper"):
+        smolrouter.parse_json(deep.encode())
+
+
+def test_long_requests_together_are_bounded() -> None:
+    """Five clients send 63 MiB each and never end: one is refused, short ones are served."""
+    with pair() as (router, upstream), contextlib.ExitStack() as stack:
+        top = encode_request("POST", CHAT, b"")
+        top = top.replace(b"Length: 0", b"Length: %d" % (64 << 20))
+        clients = [stack.enter_context(connect(router.port)) for _ in range(5)]
+
+        def send(sock: socket.socket) -> bytes:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(top)
+                for _ in range(63):
+                    sock.sendall(b" " * (1 << 20))
+                return b""
+            return sock.recv(1 << 16)
+
+        answers = at_once(send, clients)
+        refused = [a for a in answers if a]
+        if not refused:  # the answer came after the last octet
+            ready = selectors.DefaultSelector()
+            for sock in clients:
+                ready.register(sock, selectors.EVENT_READ)
+            refused = [key.fileobj.recv(1 << 16) for key, _ in ready.select(PATIENCE)]
+            ready.close()
+        assert refused and all(b" 503 " in a and b"Retry-After" in a for a in refused)
+        assert memory(router) < 400
+        assert ask(router, "tiny").status == 200
+        stack.close()
+        big = chat("tiny", "a" * (60 << 20))
+        assert until(lambda: request(router.port, "POST", CHAT, big).status == 200)
+        assert len(upstream.requests) == 2
+
+
+def test_few_files_are_enough() -> None:
+    """With 100 descriptors and 60 clients, others are served, before and after."""
+    shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
+    with Upstream() as upstream, contextlib.ExitStack() as stack:
+        router = stack.enter_context(Router({"DEFAULT_UPSTREAM": upstream.url}, python=shell))
+        with contextlib.ExitStack() as crowd:
+            for _ in range(60):
+                sock = crowd.enter_context(connect(router.port))
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(get("/v1/crowd"))
+            assert ask(router, "tiny").status == 200
+        results = at_once(lambda n: ask(router, "tiny").status, range(40), workers=20)
+        assert results == [200] * 40
+        assert "Traceback" not in router.stderr
+
+
+def test_client_that_resets_its_upload_leaves_no_traceback() -> None:
+    for data in (post(CHAT, chat("tiny"))[:-5], get("/v1/x")[:-3]):
+        with connect(shared().port) as sock:
+            sock.sendall(data)
+            time.sleep(0.05)
+            reset = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    assert ask(shared(), "tiny").status == 200
+    assert "Traceback" not in shared().stderr
+
+
 # == the clients that have been slow since the first test ==========================
 
 
