@@ -1648,6 +1648,311 @@ RETRY_AFTER = [
 def test_retry_after(text: str, seconds: float | None) -> None:
     assert smolrouter.parse_retry_after(text, 1000.0) == seconds
 
+# -- what hypothesis makes up ------------------------------------------------------
+
+EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
+
+
+def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Callable]:
+    """Turn a property into a test; `make` says what its arguments are made of."""
+
+    def decorate(holds: Callable[..., None]) -> Callable[[], None]:
+        def test() -> None:
+            made_up = need("hypothesis")
+            checks = list(made_up.HealthCheck)
+            settings = made_up.settings(
+                max_examples=EXAMPLES or 40, derandomize=not EXAMPLES, database=None,
+                deadline=None, suppress_health_check=checks)
+            settings(made_up.given(**make(made_up.strategies))(holds))()
+
+        return test
+
+    return decorate
+
+
+HTTP_BITS = [
+    b"GET", b"POST", b" ", b"/v1/x", b"http://a", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\r", b"\n",
+    b":", b"Host: a", b"Content-Length: 5", b"Content-Length", b"Transfer-Encoding: chunked", b"0",
+    b"5", b"ff", b"chunked", b",", b";", b"\t", b"\0", b"\x80", b"\xff", b"a", b"Connection: close",
+    b"HTTP/1.1 200 OK", b"%41", b"..", b"//", b"?", b"#", b"*", b"[::1]", b"@",
+]  # fmt: skip
+CHUNK_BITS = [b"0", b"1", b"5", b"a", b"F", b"00", b"\r\n", b"\r", b"\n", b";x", b"x=1", b" ",
+              b"hello", b"A: b", b"\0", b"0\r\n\r\n", b"5\r\nhello\r\n"]
+EVENT_BITS = [b"data: ", b"data:", b"{}", b"[DONE]", b"\n\n", b"\n", b"\r\n", b"\r", b"event: x",
+              b": note", b'"<think>"', b'{"choices":[{"delta":{"content":"a"}}]}', b"\xff"]
+TEXT_BITS = ["<think>", "</think>", "<", "</", "think>", "<thin", "k>", "a", " ", "\n", "```json",
+             "```", "`", "{}", "\ud83d\ude00"]
+
+
+def pieces_of(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
+    """Lists of bits, which stand for what was joined and for how it was split."""
+    some = st.binary(max_size=4) if isinstance(bits[0], bytes) else st.text(max_size=3)
+    return st.lists(st.one_of(st.sampled_from(bits), some), max_size=most)
+
+
+STARTS = [b"", b"GET /v1/x HTTP/1.1\r\nHost: a\r\n", b"GET http://b/ HTTP/1.0\r\n",
+          b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 204 \r\nA:\r\n"]
+
+
+@fuzz(lambda st: {"start": st.sampled_from(STARTS), "bits": pieces_of(st, HTTP_BITS)})
+def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
+    """A head is refused, or it reads the same when it is written down again."""
+    bits = [start, *bits]
+    for parse_head in (smolrouter.parse_request_head, smolrouter.parse_response_head):
+        try:
+            read = parse_head(b"".join(bits))
+        except smolrouter.BadRequest:
+            continue
+        lines = [f"{name}: {value}" for _, name, value in read.fields.lines]
+        if isinstance(read, smolrouter.RequestHead):
+            target = read.path + read.query
+            first = f"{read.method} {target} HTTP/1.{read.minor}"
+            if read.host and not read.fields.get("host"):
+                lines.append(f"Host: {read.host}")
+        else:
+            with contextlib.suppress(smolrouter.BadRequest):
+                read.framing("GET")
+            first = f"HTTP/1.{read.minor} {read.status} {read.reason}"
+        again = parse_head("\r\n".join([first, *lines]).encode("latin-1"))
+        assert again.fields.lines[: len(read.fields.lines)] == read.fields.lines
+        if isinstance(read, smolrouter.RequestHead):
+            assert (again.path, again.query, again.framing) == (
+                read.path, read.query, read.framing)
+
+
+@fuzz(lambda st: {"path": st.text("/.%2eEfF41a;\\~", max_size=12)})
+def test_fuzz_paths(path: str) -> None:
+    """A normal path has no other spelling, and leads nowhere above its root."""
+    normal = smolrouter.normalise_path(f"/{path}")
+    assert smolrouter.normalise_path(normal) == normal
+    assert normal.startswith("/") and not {"", ".", ".."} & {*normal[1:].split("/")} - {""}
+    assert "//" not in normal
+
+
+def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
+    """Read chunked content in one go by other means: content and rest, None when bad."""
+    content, trailers = b"", False
+    while True:
+        line, end, rest = data.partition(b"\r\n")
+        if not end:
+            return None
+        if trailers:
+            if not line:
+                return content, rest
+            name = line.partition(b":")[0]
+            if b":" not in line or not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                return None
+            if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+                return None
+            data = rest
+            continue
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?", line)
+        if not match:
+            return None
+        size = int(match[1], 16)
+        trailers, data = not size, rest
+        if size:
+            if rest[size : size + 2] != b"\r\n":
+                return None
+            content, data = content + rest[:size], rest[size + 2 :]
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, CHUNK_BITS, 16)})
+def test_fuzz_chunks(bits: list[bytes]) -> None:
+    """However the octets come, the content is the same, and an oracle's."""
+    outcomes = set()
+    for pieces in (bits, [b"".join(bits)], [bytes([n]) for n in b"".join(bits)]):
+        decoder, content = smolrouter.ChunkDecoder(), b""
+        try:
+            for at, piece in enumerate(pieces):
+                content += decoder.feed(piece)
+                if decoder.done:
+                    outcomes.add((content, decoder.rest + b"".join(pieces[at + 1 :])))
+                    break
+            else:
+                outcomes.add(None)
+        except smolrouter.BadRequest:
+            outcomes.add(None)
+    assert outcomes == {take_any_chunks(b"".join(bits))}
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, EVENT_BITS, 20), "lines": st.booleans()})
+def test_fuzz_events(bits: list[bytes], lines: bool) -> None:
+    """Nothing is lost or changed, and blocks end where events do."""
+    form = smolrouter.LINES if lines else smolrouter.SSE
+    splitter = smolrouter.EventSplitter(form)
+    blocks = [splitter.feed(piece) for piece in bits]
+    assert b"".join(blocks) + splitter.take() == b"".join(bits)
+    for block in filter(None, blocks):
+        assert block.endswith((b"\n", b"\r"))
+        form.read(block)
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, TEXT_BITS, 16), "fences": st.booleans()})
+def test_fuzz_filters(bits: list[str], fences: bool) -> None:
+    """However a text is split, what is seen and what was thought are the same."""
+    text, rules = "".join(bits), smolrouter.FilterRules(think=True, fences=fences)
+    seen = set()
+    for pieces in (bits, [text], list(text)):
+        feed = smolrouter.TextFilter(rules).feed
+        said = [*(feed(piece) for piece in pieces), feed("", last=True)]
+        seen.add(("".join(a for a, _ in said), "".join(b for _, b in said)))
+    assert len(seen) == 1
+    ((visible, thought),) = seen
+    assert len(visible) + len(thought) <= len(text)
+    assert fences or "<think>" in text or (visible, thought) == (text, "")
+
+
+def json_values(st: Any) -> Any:
+    """JSON documents, odd keys and all."""
+    numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+    leaves = st.none() | st.booleans() | numbers | st.text(max_size=8)
+    keys = st.sampled_from(["model", "messages", "a", "", '"', "\\"]) | st.text(max_size=3)
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=4)
+        | st.dictionaries(keys, inner, max_size=4), max_leaves=12)
+
+
+@fuzz(lambda st: {
+    "doc": st.dictionaries(st.sampled_from(["model", "a", "é", '"']), json_values(st), max_size=4),
+    "model": json_values(st), "indent": st.sampled_from([None, 0, 2]), "ascii_only": st.booleans(),
+})
+def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bool) -> None:
+    """A spliced document is the same one with other values, as `json` reads it."""
+    text = json.dumps(doc, indent=indent, ensure_ascii=ascii_only)
+    assert smolrouter.parse_json(text.encode("utf-8", "surrogatepass"))[1] == doc
+    edits = {("model",): model}
+    inner = dict.fromkeys([("a", 0), ("a", "model"), ("a", 1, "a")], "x")
+    spliced = json.loads(smolrouter.splice_json(text, edits | inner))
+    wanted = {**doc, "model": model}
+    for (_, *rest), value in inner.items():
+        place = wanted.get("a")
+        for key in rest[:-1]:
+            fits = isinstance(place, list) and isinstance(key, int) and len(place) > key
+            place = place[key] if fits else None
+        last = rest[-1]
+        if (isinstance(place, list) and isinstance(last, int) and len(place) > last) or (
+            isinstance(place, dict) and last in place
+        ):
+            place[last] = value
+    assert spliced == wanted
+
+
+@fuzz(lambda st: {"text": st.text('{}[],:"\\ntruefalsn0123.eE+- \t\n', max_size=30)})
+def test_fuzz_json(text: str) -> None:
+    """What is read is what `json` reads, and nothing else is raised."""
+    def strict(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        wanted = json.loads(text, parse_constant=strict)
+    except ValueError:
+        with pytest.raises(smolrouter.BadRequest):
+            smolrouter.parse_json(text.encode())
+    else:
+        assert smolrouter.parse_json(text.encode()) == (text, wanted)
+
+
+@fuzz(lambda st: {"at": st.integers(0, 400), "by": st.binary(max_size=3),
+                  "size": st.integers(0, 3)})
+def test_fuzz_tokens(at: int, by: bytes, size: int) -> None:
+    """Whatever is changed in a token, it is not valid any more."""
+    good = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
+    bad = good[:at] + by.decode("latin-1") + good[at + size :]
+    assert (smolrouter.check_token(bad, SECRET_KEY, 1000.0) is None) == (bad == good)
+
+
+@fuzz(lambda st: {"doc": json_values(st), "claims": json_values(st)})
+def test_fuzz_claims(doc: Any, claims: Any) -> None:
+    """Signed nonsense is no token."""
+    for head, body in ((doc, claims), (HS256, claims), (HS256, {"exp": claims, "nbf": doc})):
+        with contextlib.suppress(UnicodeEncodeError):
+            assert smolrouter.check_token(jwt(head, body), SECRET_KEY, 1e300)
+
+
+@fuzz(lambda st: {"table": st.fixed_dictionaries({}, optional={
+    key: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+        name: json_values(st) for name in ("match", "route")}), max_size=2)
+    | st.dictionaries(st.text(max_size=3), st.fixed_dictionaries({}, optional={
+        name: json_values(st) for name in ("url", "instances", "strategy", "api")}), max_size=2)
+    for key in ("servers", "aliases", "routes")})})
+def test_fuzz_routing_file(table: dict) -> None:
+    """A routing file is a table, or its error says where."""
+    with contextlib.suppress(smolrouter.ConfigError):
+        found = routing(json.dumps(table))
+        assert smolrouter.resolve(found, "a", "10.0.0.1").instances
+
+
+@fuzz(lambda st: {"text": st.text(max_size=60)})
+def test_fuzz_routing_text(text: str) -> None:
+    for given in (text, "{" + text, "servers:\n  " + text):
+        with contextlib.suppress(smolrouter.ConfigError):
+            routing(given)
+
+
+@fuzz(lambda st: {"text": st.text(max_size=30)})
+def test_fuzz_small_readers(text: str) -> None:
+    """Each reader of one value returns it or raises its own error."""
+    for item in dataclasses.fields(smolrouter.Settings):
+        with contextlib.suppress(ValueError):
+            item.metadata["parse"](text)
+    latin = text.encode("utf-8", "replace").decode("latin-1")
+    lines = [(n, n, latin) for n in (
+        "origin", "cookie", "authorization", "x-forwarded-for", "host", "connection")]
+    fields = smolrouter.Fields(lines)
+    smolrouter.parse_retry_after(text, 0.0)
+    smolrouter.find_tokens(fields, True)
+    smolrouter.without_tokens(fields, SECRET_KEY, 0.0)
+    networks = smolrouter.parse_networks("0.0.0.0/0 ::/0")
+    assert smolrouter.is_address(smolrouter.client_address("10.0.0.1", fields, networks))
+    with contextlib.suppress(smolrouter.RouterError):
+        smolrouter.check_browser(fields, latin, True, smolrouter.Settings(), "machine")
+    value = smolrouter.encode_field_value(text)
+    assert value.isascii() and value.isprintable()
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, [
+    b"--b", b"\r\n", b"--", b'Content-Disposition: form-data; name="model"', b"\r\n\r\n",
+    b"tiny", b'; filename="', b"\"", b"name=model", b"\\", b"content-disposition:"], 20),
+    "kind": st.sampled_from(["multipart/form-data; boundary=b", 'x; boundary="b"', "x", ";"])})
+def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
+    """A form that needs no change is not changed; its model is where it says."""
+    content = b"--b" + b"".join(bits)
+    with contextlib.suppress(smolrouter.MalformedContent):
+        ask_ = smolrouter.read_form(kind, "/v1/x", "", content)
+        same = smolrouter.encode_span(ask_, smolrouter.Rewrite(ask_.model))
+        assert same == content
+        assert content[slice(*ask_.span)].decode("utf-8", "replace") == ask_.model
+
+
+@fuzz(lambda st: {"docs": st.lists(json_values(st) | st.fixed_dictionaries({}, optional={
+    "choices": json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+        "delta": json_values(st) | st.fixed_dictionaries({}, optional={
+            "content": json_values(st) | st.sampled_from(TEXT_BITS),
+            "tool_calls": json_values(st), "reasoning_content": json_values(st)}),
+        "index": json_values(st), "text": json_values(st), "finish_reason": json_values(st)}),
+        max_size=2),
+    "usage": json_values(st), "timings": json_values(st), "error": json_values(st)}), max_size=4),
+    "ollama": st.booleans(), "stream": st.booleans()})
+def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
+    """An answer of any shape is relayed or is a BadGateway, never a fault of ours."""
+    dialect = smolrouter.OLLAMA if ollama else smolrouter.OPENAI
+    path = "/api/chat" if ollama else CHAT
+    body = dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream})
+    asked = dialect.read(path, "", body)
+    timing = smolrouter.Timing(0.0, 1, 1)
+    plan = smolrouter.AnswerPlan(
+        asked, dialect, not ollama, smolrouter.FilterRules(True, True), True, True, lambda: timing)
+    kind = "text/event-stream" if stream else "application/json"
+    transform = smolrouter.choose_transform(plan, 200, kind)
+    allowed = (smolrouter.BadGateway, *smolrouter.ODD_SHAPES)
+    with contextlib.suppress(*allowed):
+        for doc in docs or [{}]:
+            data = json.dumps(doc).encode()
+            transform.feed(b"data: " + data + b"\n\n" if stream else data)
+        transform.finish()
+
+
 # ======================================================================================
 # Sockets
 # ======================================================================================
@@ -4614,6 +4919,113 @@ def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
             assert until(lambda: stage().heard(f"{name}-{kind}")), (name, kind)
     assert got["own"]["running"].startswith("basic 200")
     assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
+
+
+# -- behind the proxies of README --------------------------------------------------
+
+NGINX = """daemon off; pid {folder}/pid; error_log {folder}/log; events {{}}
+{user} http {{ access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b;
+fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+{server} }}"""
+CADDY = "{{ admin off\n auto_https disable_redirects\n skip_install_trust\n storage file_system "
+CADDY += "{folder}\n}}\n{server}"
+
+
+@contextlib.contextmanager
+def proxied(program: str, router: Router) -> Iterator[int]:
+    """The proxy, as README sets it up, in front of a router; yields its port."""
+    found, tls = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"), certificate()
+    if not found and program == "nginx" and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no nginx")
+    if not found or not tls:
+        pytest.skip(f"there is no {program}, or no openssl")
+    readme = (HERE / "README.md").read_text("utf-8")
+    server = readme.partition(f"```{program}\n")[2].partition("```")[0]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for old, new in (
+        ("127.0.0.1:1234", f"127.0.0.1:{router.port}"), ("listen 443", f"listen 127.0.0.1:{port}"),
+        ("/etc/ssl/models.crt", tls[0]), ("/etc/ssl/models.key", tls[0].replace("cert.", "key.")),
+        ("models.example.com {", f"https://models.example.com:{port} {{\n"
+         f"bind 127.0.0.1\ntls {tls[0]} {tls[0].replace('cert.', 'key.')}"),
+    ):  # fmt: skip
+        server = server.replace(old, new)
+    with tempfile.TemporaryDirectory(prefix="smol-") as folder:
+        user = "user root;" if os.getuid() == 0 else ""
+        form = NGINX if program == "nginx" else CADDY
+        config = pathlib.Path(folder) / "config"
+        config.write_text(form.format(folder=folder, server=server, user=user))
+        args = {"nginx": ["-c", str(config), "-p", folder, "-e", f"{folder}/log"],
+                "caddy": ["run", "--adapter", "caddyfile", "--config", str(config)]}
+        environment = {**bare_environment({}), "HOME": folder}
+        process = subprocess.Popen(
+            [found, *args[program]], env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            def listens() -> bool:
+                with contextlib.suppress(OSError), connect(port):
+                    return True
+                return False
+
+            assert until(listens) and process.poll() is None
+            yield port
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
+    """One exchange with a proxy over TLS: status, fields and the pieces of content."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    caller = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=context)
+    caller.sock = context.wrap_socket(connect(port), server_hostname="models.example.com")
+    method, path, body, fields = asked
+    caller.request(method, path, body and dumps(body), {
+        "Host": f"models.example.com:{port}", "Content-Type": "application/json", **fields})
+    response = caller.getresponse()
+
+    def pieces() -> Iterator[bytes]:
+        with contextlib.closing(caller):
+            while piece := response.read1(1 << 20):
+                yield piece
+
+    streams = "event-stream" in response.headers.get("Content-Type", "")
+    return response.status, response.headers, pieces() if streams else iter([*pieces()])
+
+
+@pytest.mark.parametrize("program", ["nginx", "caddy"])
+def test_proxy_of_the_readme(program: str) -> None:
+    more = {"TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_HOSTS": "models.example.com"}
+    router = guarded_by("AUTH_WHEN_PROXIED", **more)
+    token = {"Authorization": f"Bearer {GOOD}"}
+    step = threading.Event()
+
+    def paced(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event({"n": 1})], whole=False)
+        assert step.wait(PATIENCE)
+        yield from chunked(event({"n": 2}))
+
+    name = stage().plays(paced)
+    with proxied(program, router) as port:
+        own = {"Origin": f"https://models.example.com:{port}"}
+        for path in ("/v1/models", "/api/logs"):
+            assert through(port, "GET", path, None, {})[0] == 401
+            assert through(port, "GET", path, None, token)[0] == 200
+        assert statuses(router, ("GET", "/v1/models", [])) == [200]  # direct
+        status, fields, _ = through(port, "POST", "/api/signin", {"token": GOOD}, own)
+        assert status == 204 and "; Secure" in fields["Set-Cookie"]
+        cookie = {"Cookie": fields["Set-Cookie"].partition(";")[0]}
+        assert through(port, "GET", "/", None, {})[0] == 401
+        assert through(port, "GET", "/", None, cookie)[0] == 200
+        tried = {**own, **cookie}
+        assert through(port, "POST", CHAT, chat("tiny"), tried)[0] == 200
+        evil = {**cookie, "Origin": "https://evil.example"}
+        assert through(port, "POST", CHAT, chat("tiny"), evil)[0] == 403
+        status, fields, pieces = through(port, "POST", CHAT, chat(name, stream=True), token)
+        assert status == 200 and b'{"n":1}' in next(pieces)  # at once, before the second
+        step.set()
+        assert b'{"n":2}' in b"".join(pieces)
 
 
 # == 9. Exhaustion =================================================================
