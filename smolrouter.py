@@ -5602,10 +5602,11 @@ class Application:
         return head.memo[webui]
 
     def hold(self, request: Request, size: int) -> None:
-        """Count content that was read. Raises Overloaded when all requests hold too much."""
+        """Count content that was read. Raises Overloaded for a long one among too many."""
         request.held += size
         self.held += size
-        if self.held > max(MAX_HELD_CONTENT, self.settings.max_request_size):
+        most = max(MAX_HELD_CONTENT, self.settings.max_request_size)
+        if self.held > most and request.held > MiB:
             raise Overloaded(f"running requests hold {self.held} bytes; try again later",
                              ("Retry-After", "5"))
 

@@ -1648,6 +1648,311 @@ RETRY_AFTER = [
 def test_retry_after(text: str, seconds: float | None) -> None:
     assert smolrouter.parse_retry_after(text, 1000.0) == seconds
 
+# -- what hypothesis makes up ------------------------------------------------------
+
+EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
+
+
+def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Callable]:
+    """Turn a property into a test; `make` says what its arguments are made of."""
+
+    def decorate(holds: Callable[..., None]) -> Callable[[], None]:
+        def test() -> None:
+            made_up = need("hypothesis")
+            checks = list(made_up.HealthCheck)
+            settings = made_up.settings(
+                max_examples=EXAMPLES or 40, derandomize=not EXAMPLES, database=None,
+                deadline=None, suppress_health_check=checks)
+            settings(made_up.given(**make(made_up.strategies))(holds))()
+
+        return test
+
+    return decorate
+
+
+HTTP_BITS = [
+    b"GET", b"POST", b" ", b"/v1/x", b"http://a", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\r", b"\n",
+    b":", b"Host: a", b"Content-Length: 5", b"Content-Length", b"Transfer-Encoding: chunked", b"0",
+    b"5", b"ff", b"chunked", b",", b";", b"\t", b"\0", b"\x80", b"\xff", b"a", b"Connection: close",
+    b"HTTP/1.1 200 OK", b"%41", b"..", b"//", b"?", b"#", b"*", b"[::1]", b"@",
+]  # fmt: skip
+CHUNK_BITS = [b"0", b"1", b"5", b"a", b"F", b"00", b"\r\n", b"\r", b"\n", b";x", b"x=1", b" ",
+              b"hello", b"A: b", b"\0", b"0\r\n\r\n", b"5\r\nhello\r\n"]
+EVENT_BITS = [b"data: ", b"data:", b"{}", b"[DONE]", b"\n\n", b"\n", b"\r\n", b"\r", b"event: x",
+              b": note", b'"<think>"', b'{"choices":[{"delta":{"content":"a"}}]}', b"\xff"]
+TEXT_BITS = ["<think>", "</think>", "<", "</", "think>", "<thin", "k>", "a", " ", "\n", "```json",
+             "```", "`", "{}", "\ud83d\ude00"]
+
+
+def pieces_of(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
+    """Lists of bits, which stand for what was joined and for how it was split."""
+    some = st.binary(max_size=4) if isinstance(bits[0], bytes) else st.text(max_size=3)
+    return st.lists(st.one_of(st.sampled_from(bits), some), max_size=most)
+
+
+STARTS = [b"", b"GET /v1/x HTTP/1.1\r\nHost: a\r\n", b"GET http://b/ HTTP/1.0\r\n",
+          b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 204 \r\nA:\r\n"]
+
+
+@fuzz(lambda st: {"start": st.sampled_from(STARTS), "bits": pieces_of(st, HTTP_BITS)})
+def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
+    """A head is refused, or it reads the same when it is written down again."""
+    bits = [start, *bits]
+    for parse_head in (smolrouter.parse_request_head, smolrouter.parse_response_head):
+        try:
+            read = parse_head(b"".join(bits))
+        except smolrouter.BadRequest:
+            continue
+        lines = [f"{name}: {value}" for _, name, value in read.fields.lines]
+        if isinstance(read, smolrouter.RequestHead):
+            target = read.path + read.query
+            first = f"{read.method} {target} HTTP/1.{read.minor}"
+            if read.host and not read.fields.get("host"):
+                lines.append(f"Host: {read.host}")
+        else:
+            with contextlib.suppress(smolrouter.BadRequest):
+                read.framing("GET")
+            first = f"HTTP/1.{read.minor} {read.status} {read.reason}"
+        again = parse_head("\r\n".join([first, *lines]).encode("latin-1"))
+        assert again.fields.lines[: len(read.fields.lines)] == read.fields.lines
+        if isinstance(read, smolrouter.RequestHead):
+            assert (again.path, again.query, again.framing) == (
+                read.path, read.query, read.framing)
+
+
+@fuzz(lambda st: {"path": st.text("/.%2eEfF41a;\\~", max_size=12)})
+def test_fuzz_paths(path: str) -> None:
+    """A normal path has no other spelling, and leads nowhere above its root."""
+    normal = smolrouter.normalise_path(f"/{path}")
+    assert smolrouter.normalise_path(normal) == normal
+    assert normal.startswith("/") and not {"", ".", ".."} & {*normal[1:].split("/")} - {""}
+    assert "//" not in normal
+
+
+def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
+    """Read chunked content in one go by other means: content and rest, None when bad."""
+    content, trailers = b"", False
+    while True:
+        line, end, rest = data.partition(b"\r\n")
+        if not end:
+            return None
+        if trailers:
+            if not line:
+                return content, rest
+            name = line.partition(b":")[0]
+            if b":" not in line or not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                return None
+            if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+                return None
+            data = rest
+            continue
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?", line)
+        if not match:
+            return None
+        size = int(match[1], 16)
+        trailers, data = not size, rest
+        if size:
+            if rest[size : size + 2] != b"\r\n":
+                return None
+            content, data = content + rest[:size], rest[size + 2 :]
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, CHUNK_BITS, 16)})
+def test_fuzz_chunks(bits: list[bytes]) -> None:
+    """However the octets come, the content is the same, and an oracle's."""
+    outcomes = set()
+    for pieces in (bits, [b"".join(bits)], [bytes([n]) for n in b"".join(bits)]):
+        decoder, content = smolrouter.ChunkDecoder(), b""
+        try:
+            for at, piece in enumerate(pieces):
+                content += decoder.feed(piece)
+                if decoder.done:
+                    outcomes.add((content, decoder.rest + b"".join(pieces[at + 1 :])))
+                    break
+            else:
+                outcomes.add(None)
+        except smolrouter.BadRequest:
+            outcomes.add(None)
+    assert outcomes == {take_any_chunks(b"".join(bits))}
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, EVENT_BITS, 20), "lines": st.booleans()})
+def test_fuzz_events(bits: list[bytes], lines: bool) -> None:
+    """Nothing is lost or changed, and blocks end where events do."""
+    form = smolrouter.LINES if lines else smolrouter.SSE
+    splitter = smolrouter.EventSplitter(form)
+    blocks = [splitter.feed(piece) for piece in bits]
+    assert b"".join(blocks) + splitter.take() == b"".join(bits)
+    for block in filter(None, blocks):
+        assert block.endswith((b"\n", b"\r"))
+        form.read(block)
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, TEXT_BITS, 16), "fences": st.booleans()})
+def test_fuzz_filters(bits: list[str], fences: bool) -> None:
+    """However a text is split, what is seen and what was thought are the same."""
+    text, rules = "".join(bits), smolrouter.FilterRules(think=True, fences=fences)
+    seen = set()
+    for pieces in (bits, [text], list(text)):
+        feed = smolrouter.TextFilter(rules).feed
+        said = [*(feed(piece) for piece in pieces), feed("", last=True)]
+        seen.add(("".join(a for a, _ in said), "".join(b for _, b in said)))
+    assert len(seen) == 1
+    ((visible, thought),) = seen
+    assert len(visible) + len(thought) <= len(text)
+    assert fences or "<think>" in text or (visible, thought) == (text, "")
+
+
+def json_values(st: Any) -> Any:
+    """JSON documents, odd keys and all."""
+    numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+    leaves = st.none() | st.booleans() | numbers | st.text(max_size=8)
+    keys = st.sampled_from(["model", "messages", "a", "", '"', "\\"]) | st.text(max_size=3)
+    return st.recursive(
+        leaves, lambda inner: st.lists(inner, max_size=4)
+        | st.dictionaries(keys, inner, max_size=4), max_leaves=12)
+
+
+@fuzz(lambda st: {
+    "doc": st.dictionaries(st.sampled_from(["model", "a", "é", '"']), json_values(st), max_size=4),
+    "model": json_values(st), "indent": st.sampled_from([None, 0, 2]), "ascii_only": st.booleans(),
+})
+def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bool) -> None:
+    """A spliced document is the same one with other values, as `json` reads it."""
+    text = json.dumps(doc, indent=indent, ensure_ascii=ascii_only)
+    assert smolrouter.parse_json(text.encode("utf-8", "surrogatepass"))[1] == doc
+    edits = {("model",): model}
+    inner = dict.fromkeys([("a", 0), ("a", "model"), ("a", 1, "a")], "x")
+    spliced = json.loads(smolrouter.splice_json(text, edits | inner))
+    wanted = {**doc, "model": model}
+    for (_, *rest), value in inner.items():
+        place = wanted.get("a")
+        for key in rest[:-1]:
+            fits = isinstance(place, list) and isinstance(key, int) and len(place) > key
+            place = place[key] if fits else None
+        last = rest[-1]
+        if (isinstance(place, list) and isinstance(last, int) and len(place) > last) or (
+            isinstance(place, dict) and last in place
+        ):
+            place[last] = value
+    assert spliced == wanted
+
+
+@fuzz(lambda st: {"text": st.text('{}[],:"\\ntruefalsn0123.eE+- \t\n', max_size=30)})
+def test_fuzz_json(text: str) -> None:
+    """What is read is what `json` reads, and nothing else is raised."""
+    def strict(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        wanted = json.loads(text, parse_constant=strict)
+    except ValueError:
+        with pytest.raises(smolrouter.BadRequest):
+            smolrouter.parse_json(text.encode())
+    else:
+        assert smolrouter.parse_json(text.encode()) == (text, wanted)
+
+
+@fuzz(lambda st: {"at": st.integers(0, 400), "by": st.binary(max_size=3),
+                  "size": st.integers(0, 3)})
+def test_fuzz_tokens(at: int, by: bytes, size: int) -> None:
+    """Whatever is changed in a token, it is not valid any more."""
+    good = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
+    bad = good[:at] + by.decode("latin-1") + good[at + size :]
+    assert (smolrouter.check_token(bad, SECRET_KEY, 1000.0) is None) == (bad == good)
+
+
+@fuzz(lambda st: {"doc": json_values(st), "claims": json_values(st)})
+def test_fuzz_claims(doc: Any, claims: Any) -> None:
+    """Signed nonsense is no token."""
+    for head, body in ((doc, claims), (HS256, claims), (HS256, {"exp": claims, "nbf": doc})):
+        with contextlib.suppress(UnicodeEncodeError):
+            assert smolrouter.check_token(jwt(head, body), SECRET_KEY, 1e300)
+
+
+@fuzz(lambda st: {"table": st.fixed_dictionaries({}, optional={
+    key: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+        name: json_values(st) for name in ("match", "route")}), max_size=2)
+    | st.dictionaries(st.text(max_size=3), st.fixed_dictionaries({}, optional={
+        name: json_values(st) for name in ("url", "instances", "strategy", "api")}), max_size=2)
+    for key in ("servers", "aliases", "routes")})})
+def test_fuzz_routing_file(table: dict) -> None:
+    """A routing file is a table, or its error says where."""
+    with contextlib.suppress(smolrouter.ConfigError):
+        found = routing(json.dumps(table))
+        assert smolrouter.resolve(found, "a", "10.0.0.1").instances
+
+
+@fuzz(lambda st: {"text": st.text(max_size=60)})
+def test_fuzz_routing_text(text: str) -> None:
+    for given in (text, "{" + text, "servers:\n  " + text):
+        with contextlib.suppress(smolrouter.ConfigError):
+            routing(given)
+
+
+@fuzz(lambda st: {"text": st.text(max_size=30)})
+def test_fuzz_small_readers(text: str) -> None:
+    """Each reader of one value returns it or raises its own error."""
+    for item in dataclasses.fields(smolrouter.Settings):
+        with contextlib.suppress(ValueError):
+            item.metadata["parse"](text)
+    latin = text.encode("utf-8", "replace").decode("latin-1")
+    lines = [(n, n, latin) for n in (
+        "origin", "cookie", "authorization", "x-forwarded-for", "host", "connection")]
+    fields = smolrouter.Fields(lines)
+    smolrouter.parse_retry_after(text, 0.0)
+    smolrouter.find_tokens(fields, True)
+    smolrouter.without_tokens(fields, SECRET_KEY, 0.0)
+    networks = smolrouter.parse_networks("0.0.0.0/0 ::/0")
+    assert smolrouter.is_address(smolrouter.client_address("10.0.0.1", fields, networks))
+    with contextlib.suppress(smolrouter.RouterError):
+        smolrouter.check_browser(fields, latin, True, smolrouter.Settings(), "machine")
+    value = smolrouter.encode_field_value(text)
+    assert value.isascii() and value.isprintable()
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, [
+    b"--b", b"\r\n", b"--", b'Content-Disposition: form-data; name="model"', b"\r\n\r\n",
+    b"tiny", b'; filename="', b"\"", b"name=model", b"\\", b"content-disposition:"], 20),
+    "kind": st.sampled_from(["multipart/form-data; boundary=b", 'x; boundary="b"', "x", ";"])})
+def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
+    """A form that needs no change is not changed; its model is where it says."""
+    content = b"--b" + b"".join(bits)
+    with contextlib.suppress(smolrouter.MalformedContent):
+        ask_ = smolrouter.read_form(kind, "/v1/x", "", content)
+        same = smolrouter.encode_span(ask_, smolrouter.Rewrite(ask_.model))
+        assert same == content
+        assert content[slice(*ask_.span)].decode("utf-8", "replace") == ask_.model
+
+
+@fuzz(lambda st: {"docs": st.lists(json_values(st) | st.fixed_dictionaries({}, optional={
+    "choices": json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+        "delta": json_values(st) | st.fixed_dictionaries({}, optional={
+            "content": json_values(st) | st.sampled_from(TEXT_BITS),
+            "tool_calls": json_values(st), "reasoning_content": json_values(st)}),
+        "index": json_values(st), "text": json_values(st), "finish_reason": json_values(st)}),
+        max_size=2),
+    "usage": json_values(st), "timings": json_values(st), "error": json_values(st)}), max_size=4),
+    "ollama": st.booleans(), "stream": st.booleans()})
+def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
+    """An answer of any shape is relayed or is a BadGateway, never a fault of ours."""
+    dialect = smolrouter.OLLAMA if ollama else smolrouter.OPENAI
+    path = "/api/chat" if ollama else CHAT
+    body = dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream})
+    asked = dialect.read(path, "", body)
+    timing = smolrouter.Timing(0.0, 1, 1)
+    plan = smolrouter.AnswerPlan(
+        asked, dialect, not ollama, smolrouter.FilterRules(True, True), True, True, lambda: timing)
+    kind = "text/event-stream" if stream else "application/json"
+    transform = smolrouter.choose_transform(plan, 200, kind)
+    allowed = (smolrouter.BadGateway, *smolrouter.ODD_SHAPES)
+    with contextlib.suppress(*allowed):
+        for doc in docs or [{}]:
+            data = json.dumps(doc).encode()
+            transform.feed(b"data: " + data + b"\n\n" if stream else data)
+        transform.finish()
+
+
 # ======================================================================================
 # Sockets
 # ======================================================================================
@@ -2156,6 +2461,61 @@ NAMES = [
 ]  # fmt: skip
 
 
+SPLITS = {  # one request each, however somebody may want to read it
+    "h2c upgrade": [("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
+                    ("Connection", "Upgrade, HTTP2-Settings")],
+    "web socket": [("Upgrade", "websocket"), ("Connection", "Upgrade")],
+    "Expect of something else": [("Expect", "the-unexpected")],
+    "method override": [("X-HTTP-Method-Override", "DELETE")],
+    "path override": [("X-Original-URL", "/v1/EVIL"), ("X-Rewrite-URL", "/v1/EVIL")],
+    "Connection hides the length": [("Connection", "Content-Length")],
+    "Connection hides the coding": [("Connection", "Transfer-Encoding")],
+    "Connection hides Host": [("Connection", "Host")],
+    "Keep-Alive with a close": [("Connection", "close, keep-alive")],
+    "lengths of other names": [("Content_Length", "99"), ("X-Content-Length", "99")],
+    "codings of other names": [("X-Transfer-Encoding", "chunked"), ("TE", "chunked")],
+    "Trailer": [("Trailer", "Content-Length, Transfer-Encoding")],
+    "chain of proxies": [("Via", "1.1 a, 1.0 b"), ("Forwarded", "for=1.2.3.4;host=evil")],
+    "another Host behind": [("X-Forwarded-Host", "evil.example")],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_one_request_stays_one(name: str) -> None:
+    """The content itself is a request; nobody may take it for one."""
+    mark = stage().plays(FINE)
+    content = mark.encode() + b"\r\n\r\n" + get(f"/v1/{mark}-inner")
+    top = encode_request("POST", "/v1/other", content, SPLITS[name])
+    top = top.replace(b"application/json", b"text/plain")
+    with connect(shared().port) as sock:
+        assert parse(exchange(sock, top)).status == 200
+    (heard,) = stage().heard(mark)
+    assert (heard.target, heard.content, heard.framing) == ("/v1/other", content, "length")
+    assert heard.get("Upgrade") is None and heard.get_all("Host") == [stage().authority]
+    assert not stage().heard("/v1/EVIL")
+
+
+def test_names_of_the_routing_file_break_no_head() -> None:
+    odd = "two\r\nEvil: 1\nlines \u00e9\0"
+    routes = {"servers": {odd: stage().url}, "aliases": {odd: {"instances": [
+        {"server": odd, "model": "tiny\r\nEvil: 1"}]}}}
+    got = ask(router_for({"DEFAULT_UPSTREAM": stage().url}, routes), odd)
+    assert (got.status, got.get("Evil")) == (200, None)
+    assert "Evil: 1" in got.get("X-SmolRouter-Model")
+
+
+@pytest.mark.parametrize("server", [
+    {"headers": {"X-A": "b\r\nEvil: 1"}}, {"headers": {"X-A\r\nEvil": "1"}},
+    {"headers": {"X A": "1"}}, {"headers": {"": "1"}}, {"headers": {"X-A": "b\0"}},
+    {"headers": {"Content-Length": "1"}}, {"headers": {"transfer-encoding": "chunked"}},
+    {"headers": {"Connection": "close"}}, {"api_key": "a\r\nEvil: 1"}, {"api_key": "a\n"},
+])  # fmt: skip
+def test_the_routing_file_cannot_break_a_head(server: dict[str, Any]) -> None:
+    text = json.dumps({"servers": {"a": {"url": "http://a", **server}}})
+    with pytest.raises(smolrouter.ConfigError, match=r"servers\.a"):
+        routing(text)
+
+
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 @pytest.mark.parametrize("model", NAMES, ids=lambda name: ascii(name[:9]))
 def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -> None:
@@ -2650,6 +3010,20 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "Host with a space": fielded(b"", b"Host: a b\r\n"),
         "Host with a comma": fielded(b"", b"Host: a, b\r\n"),
         "Host with a path": fielded(b"", b"Host: router/x\r\n"),
+        "Host with a user": fielded(b"", b"Host: user@router\r\n"),
+        "Host with a signed port": fielded(b"", b"Host: router:+80\r\n"),
+        "Host with a port of letters": fielded(b"", b"Host: router:http\r\n"),
+        "Host with a port of six digits": fielded(b"", b"Host: router:123456\r\n"),
+        "Host with two ports": fielded(b"", b"Host: router:80:80\r\n"),
+        "Host with an open bracket": fielded(b"", b"Host: [::1\r\n"),
+        "Host with a bracket behind a name": fielded(b"", b"Host: router[::1]\r\n"),
+        "Host with a zone": fielded(b"", b"Host: [fe80::1%eth0]\r\n"),
+        "Host with a backslash": fielded(b"", b"Host: router\\evil\r\n"),
+        "Host with a query": fielded(b"", b"Host: router?x\r\n"),
+        "Host beyond ASCII": fielded(b"", b"Host: r\xc3\xb6uter\r\n"),
+        "Host with NUL": fielded(b"", b"Host: router\0.evil\r\n"),
+        "Host behind a space before the colon": fielded(b"", b"Host : router\r\n"),
+        "folded Host": fielded(b"", b"Host:\r\n router\r\n"),
         # request lines
         "no method": started(b"/v1/EVIL HTTP/1.1"),
         "bracket in the method": started(b"G(T /v1/EVIL HTTP/1.1"),
@@ -2665,6 +3039,26 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "bare CR in the target": started(b"GET /v1/EVIL\r HTTP/1.1"),
         "bare CR before the version": started(b"GET /v1/EVIL\rHTTP/1.1"),
         "relative target": started(b"GET v1/EVIL HTTP/1.1"),
+        "user in the authority": started(b"GET http://user@router/v1/EVIL HTTP/1.1"),
+        "no authority": started(b"GET http:///v1/EVIL HTTP/1.1"),
+        "another scheme": started(b"GET ftp://router/v1/EVIL HTTP/1.1"),
+        "a file's scheme": started(b"GET file:///v1/EVIL HTTP/1.1"),
+        "script's scheme": started(b"GET javascript://router/v1/EVIL HTTP/1.1"),
+        "authority alone": started(b"GET router:80 HTTP/1.1"),
+        "CONNECT": started(b"CONNECT router:443 HTTP/1.1"),
+        "asterisk without OPTIONS": started(b"GET * HTTP/1.1"),
+        "fragment in the target": started(b"GET /v1/EVIL#x HTTP/1.1"),
+        "query alone": started(b"GET ?/v1/EVIL HTTP/1.1"),
+        "letters beyond ASCII in the target": started(b"GET /v1/\xc3\xa9EVIL HTTP/1.1"),
+        "tab in the target": started(b"GET /v1/EVIL\tx HTTP/1.1"),
+        "two requests on one line": started(b"GET /v1/EVIL HTTP/1.1 GET /v1/EVIL HTTP/1.1"),
+        "no CR behind the version": b"GET /v1/EVIL HTTP/1.1\nHost: router\r\n\r\n",
+        "an answer for a request": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: EVIL\r\n\r\n",
+        "Redis": b"*1\r\n$4\r\nEVIL\r\n\r\n",
+        "SSH": b"SSH-2.0-EVIL\r\n\r\n",
+        "PROXY protocol": b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + started(
+            b"GET /v1/EVIL HTTP/1.1"),
+        "binary PROXY protocol": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0cEVIL",
         "no target": started(b"GET HTTP/1.1"),
         "TLS": b"\x16\x03\x01\x00\xee\x01\x00\x00\xea\x03\x03EVIL\r\n\r\n",
         "noise": b"\xff\xfe\xfd EVIL\r\n\r\n",
@@ -4526,6 +4920,245 @@ def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
             assert until(lambda: stage().heard(f"{name}-{kind}")), (name, kind)
     assert got["own"]["running"].startswith("basic 200")
     assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
+
+
+# -- behind the proxies of README --------------------------------------------------
+
+NGINX = """daemon off; pid {folder}/pid; error_log {folder}/log; events {{}}
+{user} http {{ access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b;
+fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+{server} }}"""
+CADDY = "{{ admin off\n auto_https disable_redirects\n skip_install_trust\n storage file_system "
+CADDY += "{folder}\n}}\n{server}"
+
+
+@contextlib.contextmanager
+def proxied(program: str, router: Router) -> Iterator[int]:
+    """The proxy, as README sets it up, in front of a router; yields its port."""
+    found, tls = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"), certificate()
+    if not found and program == "nginx" and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no nginx")
+    if not found or not tls:
+        pytest.skip(f"there is no {program}, or no openssl")
+    readme = (HERE / "README.md").read_text("utf-8")
+    server = readme.partition(f"```{program}\n")[2].partition("```")[0]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for old, new in (
+        ("127.0.0.1:1234", f"127.0.0.1:{router.port}"), ("listen 443", f"listen 127.0.0.1:{port}"),
+        ("/etc/ssl/models.crt", tls[0]), ("/etc/ssl/models.key", tls[0].replace("cert.", "key.")),
+        ("models.example.com {", f"https://models.example.com:{port} {{\n"
+         f"bind 127.0.0.1\ntls {tls[0]} {tls[0].replace('cert.', 'key.')}"),
+    ):  # fmt: skip
+        server = server.replace(old, new)
+    with tempfile.TemporaryDirectory(prefix="smol-") as folder:
+        user = "user root;" if os.getuid() == 0 else ""
+        form = NGINX if program == "nginx" else CADDY
+        config = pathlib.Path(folder) / "config"
+        config.write_text(form.format(folder=folder, server=server, user=user))
+        args = {"nginx": ["-c", str(config), "-p", folder, "-e", f"{folder}/log"],
+                "caddy": ["run", "--adapter", "caddyfile", "--config", str(config)]}
+        environment = {**bare_environment({}), "HOME": folder}
+        process = subprocess.Popen(
+            [found, *args[program]], env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            def listens() -> bool:
+                with contextlib.suppress(OSError), connect(port):
+                    return True
+                return False
+
+            assert until(listens) and process.poll() is None
+            yield port
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
+    """One exchange with a proxy over TLS: status, fields and the pieces of content."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    caller = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=context)
+    caller.sock = context.wrap_socket(connect(port), server_hostname="models.example.com")
+    method, path, body, fields = asked
+    caller.request(method, path, body and dumps(body), {
+        "Host": f"models.example.com:{port}", "Content-Type": "application/json", **fields})
+    response = caller.getresponse()
+
+    def pieces() -> Iterator[bytes]:
+        with contextlib.closing(caller):
+            while piece := response.read1(1 << 20):
+                yield piece
+
+    streams = "event-stream" in response.headers.get("Content-Type", "")
+    return response.status, response.headers, pieces() if streams else iter([*pieces()])
+
+
+@pytest.mark.parametrize("program", ["nginx", "caddy"])
+def test_proxy_of_the_readme(program: str) -> None:
+    more = {"TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_HOSTS": "models.example.com"}
+    router = guarded_by("AUTH_WHEN_PROXIED", **more)
+    token = {"Authorization": f"Bearer {GOOD}"}
+    step = threading.Event()
+
+    def paced(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event({"n": 1})], whole=False)
+        assert step.wait(PATIENCE)
+        yield from chunked(event({"n": 2}))
+
+    name = stage().plays(paced)
+    with proxied(program, router) as port:
+        own = {"Origin": f"https://models.example.com:{port}"}
+        for path in ("/v1/models", "/api/logs"):
+            assert through(port, "GET", path, None, {})[0] == 401
+            assert through(port, "GET", path, None, token)[0] == 200
+        assert statuses(router, ("GET", "/v1/models", [])) == [200]  # direct
+        status, fields, _ = through(port, "POST", "/api/signin", {"token": GOOD}, own)
+        assert status == 204 and "; Secure" in fields["Set-Cookie"]
+        cookie = {"Cookie": fields["Set-Cookie"].partition(";")[0]}
+        assert through(port, "GET", "/", None, {})[0] == 401
+        assert through(port, "GET", "/", None, cookie)[0] == 200
+        tried = {**own, **cookie}
+        assert through(port, "POST", CHAT, chat("tiny"), tried)[0] == 200
+        evil = {**cookie, "Origin": "https://evil.example"}
+        assert through(port, "POST", CHAT, chat("tiny"), evil)[0] == 403
+        status, fields, pieces = through(port, "POST", CHAT, chat(name, stream=True), token)
+        assert status == 200 and b'{"n":1}' in next(pieces)  # at once, before the second
+        step.set()
+        assert b'{"n":2}' in b"".join(pieces)
+
+
+# == 9. Exhaustion =================================================================
+
+
+def memory(router: Router, name: str = "VmRSS") -> int:
+    """MiB that a router has, or has had at most (VmHWM)."""
+    status = pathlib.Path(f"/proc/{router.process.pid}/status")
+    if not status.exists():
+        pytest.skip("there is no /proc here")
+    return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) // 1024
+
+
+@functools.cache
+def bomb() -> bytes:
+    """256 MiB of zeros, which gzip makes small."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    piece = bytes(1 << 20)
+    return b"".join(packer.compress(piece) for _ in range(256)) + packer.flush()
+
+
+@pytest.mark.parametrize("kind, path, stream", [
+    ("application/json", CHAT, False), ("application/json", "/api/chat", False),
+    ("text/event-stream", CHAT, True), ("text/event-stream", "/api/chat", True),
+])  # fmt: skip
+def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
+    fields = [("Content-Encoding", "gzip")]
+    with pair() as (router, upstream):
+        model = upstream.plays(answer(bomb(), fields=fields, kind=kind))
+        got = request(router.port, "POST", path, chat(model, stream=stream))
+        as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
+        assert as_it_is or ended_badly(got)
+        assert ask(router, "tiny").status == 200
+        assert memory(router, "VmHWM") < 200
+
+
+MANY = {
+    "objects": b'{"a":1},', "empty objects": b"{},", "arrays": b"[],", "numbers": b"1,",
+    "strings": b'"",', "nulls": b"null,", "fractions": b"1.5,",
+}  # fmt: skip
+
+
+def test_enormous_json_is_refused_before_it_is_read() -> None:
+    with pair() as (router, upstream):
+        for name, unit in MANY.items():
+            model = upstream.plays(FINE)
+            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (20_000_000 // len(unit)))
+            got = request(router.port, "POST", CHAT, data)
+            assert (got.status, upstream.heard(model)) == (413, []), name
+            assert ask(router, "tiny").status == 200
+        assert memory(router, "VmHWM") < 200
+
+
+LONG = [
+    '"' + "a" * (2 << 20) + '"', '"' + "\\\\" * (1 << 20) + '"', '"' + '\\"' * (1 << 20) + '"',
+    '"' + "[{,}]" * 400_000 + '"', '"\\\\",' * 99_999 + '"\\\\\\""', "[1,2]," * 9_999 + "3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", LONG, ids=range(len(LONG)))
+def test_long_json_is_read_as_others_read_it(inner: str) -> None:
+    text = f'{{"model": "x", "x": [{inner}]}}'
+    for shift in range(3):  # no cut between two slices may fall into an escape
+        padded = " " * shift + text
+        assert smolrouter.parse_json(padded.encode()) == (padded, json.loads(text))
+    gaps = "".join(smolrouter.json_gaps(text))
+    assert gaps == re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text)
+
+
+def test_deep_json_behind_a_long_text_is_refused() -> None:
+    deep = '{"a": "' + "\\\\[" * (1 << 20) + '", "b": ' + "[" * 200 + "]" * 200 + "}"
+    with pytest.raises(smolrouter.MalformedContent, match="deeper"):
+        smolrouter.parse_json(deep.encode())
+
+
+def test_long_requests_together_are_bounded() -> None:
+    """Five clients send 63 MiB each and never end: one is refused, short ones are served."""
+    with pair() as (router, upstream), contextlib.ExitStack() as stack:
+        top = encode_request("POST", CHAT, b"")
+        top = top.replace(b"Length: 0", b"Length: %d" % (64 << 20))
+        clients = [stack.enter_context(connect(router.port)) for _ in range(5)]
+
+        def send(sock: socket.socket) -> bytes:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(top)
+                for _ in range(63):
+                    sock.sendall(b" " * (1 << 20))
+                return b""
+            return sock.recv(1 << 16)
+
+        answers = at_once(send, clients)
+        refused = [a for a in answers if a]
+        if not refused:  # the answer came after the last octet
+            ready = selectors.DefaultSelector()
+            for sock in clients:
+                ready.register(sock, selectors.EVENT_READ)
+            refused = [key.fileobj.recv(1 << 16) for key, _ in ready.select(PATIENCE)]
+            ready.close()
+        assert refused and all(b" 503 " in a and b"Retry-After" in a for a in refused)
+        assert memory(router) < 400
+        assert ask(router, "tiny").status == 200
+        stack.close()
+        big = chat("tiny", "a" * (60 << 20))
+        assert until(lambda: request(router.port, "POST", CHAT, big).status == 200)
+        assert len(upstream.requests) == 2
+
+
+def test_few_files_are_enough() -> None:
+    """With 100 descriptors and 60 clients, others are served, before and after."""
+    shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
+    with Upstream() as upstream, contextlib.ExitStack() as stack:
+        router = stack.enter_context(Router({"DEFAULT_UPSTREAM": upstream.url}, python=shell))
+        with contextlib.ExitStack() as crowd:
+            for _ in range(60):
+                sock = crowd.enter_context(connect(router.port))
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(get("/v1/crowd"))
+            assert ask(router, "tiny").status == 200
+        results = at_once(lambda n: ask(router, "tiny").status, range(40), workers=20)
+        assert results == [200] * 40
+        assert "Traceback" not in router.stderr
+
+
+def test_client_that_resets_its_upload_leaves_no_traceback() -> None:
+    for data in (post(CHAT, chat("tiny"))[:-5], get("/v1/x")[:-3]):
+        with connect(shared().port) as sock:
+            sock.sendall(data)
+            time.sleep(0.05)
+            reset = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    assert ask(shared(), "tiny").status == 200
+    assert "Traceback" not in shared().stderr
 
 
 # == the clients that have been slow since the first test ==========================
