@@ -2039,37 +2039,35 @@ class Instance(NamedTuple):
         return f"{self.server.name}/{self.model}" if self.model else self.server.name
 
 class Alias(NamedTuple):
-    """A friendly name and who serves it."""
-    name: str
-    strategy: str
+    """Who serves a friendly name; without one, the only instance of a rule."""
     instances: tuple[Instance, ...]
+    name: str = ""
+    strategy: str = "failover"
 
     def __str__(self) -> str:
-        return f"alias {self.name}"
+        return f"alias {self.name}" if self.name else str(self.instances[0])
 
 class Rule(NamedTuple):
     """One entry of `routes`: what must match, and where it leads."""
     name: str
     model: str | re.Pattern[str] | None
     hosts: tuple[tuple[Address, Address], ...] | None
-    target: Alias | Instance
+    target: Alias
     match_text: str
 
-@dataclasses.dataclass(frozen=True)
-class RoutingTable:
+class RoutingTable(NamedTuple):
     """Everything that decides where a request goes."""
     default: Server
-    servers: Mapping[str, Server] = dataclasses.field(default_factory=dict)
-    aliases: Mapping[str, Alias] = dataclasses.field(default_factory=dict)
-    rules: tuple[Rule, ...] = ()
-    model_map: ModelMap = ()
-    source: str = ""
+    servers: Mapping[str, Server]
+    aliases: Mapping[str, Alias]
+    rules: tuple[Rule, ...]
+    model_map: ModelMap
+    source: str
 
     def all_servers(self) -> list[Server]:
         """Return every server that can be asked, each once, the default one first."""
         targets = [*(rule.target for rule in self.rules), *self.aliases.values()]
-        groups = [t.instances if isinstance(t, Alias) else (t,) for t in targets]
-        inner = [instance.server for group in groups for instance in group]
+        inner = [instance.server for target in targets for instance in target.instances]
         named = {server.url for server in self.servers.values()}
         others = {s.url: s for s in (self.default, *inner) if s.url not in named}
         return [*others.values(), *self.servers.values()]
@@ -2243,7 +2241,7 @@ class TableReader:
             instance = self.instance(item)
             item.check(instance not in instances, f"{instance} stands here twice")
             instances.append(instance)
-        return Alias(node.path[-1], chosen, tuple(instances))
+        return Alias(tuple(instances), node.path[-1], chosen)
 
     def rule(self, node: Node) -> Rule:
         """Read a route: its match and its target."""
@@ -2254,7 +2252,7 @@ class TableReader:
         target = self.target(route, pattern)
         return Rule(f"routes[{node.path[-1]}]", pattern, read_hosts(hosts), target, words)
 
-    def target(self, node: Node, pattern: str | re.Pattern[str] | None) -> Alias | Instance:
+    def target(self, node: Node, pattern: str | re.Pattern[str] | None) -> Alias:
         """Read where a route leads: an alias, or an upstream and a model."""
         upstream, model, alias = members = node.members("upstream", "model", "alias")
         given = [member for member in members if member.value is not None]
@@ -2266,7 +2264,8 @@ class TableReader:
             return self.aliases[alias.value]
         if model in given:
             model.read(lambda text: check_template(text, pattern))
-        return Instance(self.upstream(upstream) if upstream in given else self.default, model.value)
+        server = self.upstream(upstream) if upstream in given else self.default
+        return Alias((Instance(server, model.value),))
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; a repeated name is an error."""
@@ -2384,16 +2383,16 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
     mapped, trail = map_model(table, asked)
     names = list(dict.fromkeys([asked, mapped])) if asked else []
 
-    def decide(route: str, target: Alias | Instance, model: str | None = None) -> Decision:
-        alias = target if isinstance(target, Alias) else Alias("", "failover", (target,))
-        instances = tuple(i._replace(model=model or i.model or mapped) for i in alias.instances)
-        return Decision(asked, mapped, route, alias.strategy, instances, tuple(trail))
+    def decide(route: str, target: Alias, expand: Callable[[str], str] = str) -> Decision:
+        instances = tuple(instance._replace(model=expand(instance.model or "") or mapped)
+                          for instance in target.instances)
+        return Decision(asked, mapped, route, target.strategy, instances, tuple(trail))
 
     pin = PINNED.fullmatch(asked)
     pinned = {server.name: server for server in table.all_servers()}.get(pin[2]) if pin else None
     if pinned and asked not in table.aliases:
         trail.append(Step("pin", True, f"the name pins server {pin[2]!r}"))
-        return decide(f"pin {pin[2]}", Instance(pinned), pin[1])
+        return decide(f"pin {pin[2]}", Alias((Instance(pinned, pin[1]),)))
     for name in names:
         if name in table.aliases:
             trail.append(Step(f"aliases.{name}", True, f"{name!r} is an alias"))
@@ -2402,11 +2401,10 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
         found, why = match_rule(rule, names, source_host)
         trail.append(Step(rule.name, bool(found), why))
         if found:
-            model = rule.target.model if isinstance(rule.target, Instance) else None
-            expand = found.expand if isinstance(found, re.Match) else str
-            return decide(rule.name, rule.target, model and expand(model))
+            fill = isinstance(found, re.Match) and not rule.target.name
+            return decide(rule.name, rule.target, found.expand if fill else str)
     trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {table.default.url}"))
-    return decide("default", Instance(table.default))
+    return decide("default", Alias((Instance(table.default),)))
 
 # ======================================================================================
 # 8  Access (pure)
@@ -5094,8 +5092,8 @@ def instance_document(instance: Instance) -> dict[str, Any]:
 def table_document(table: RoutingTable) -> dict[str, Any]:
     """Return a routing table as JSON."""
 
-    def target(goal: Alias | Instance) -> dict[str, Any]:
-        return {"alias": goal.name} if isinstance(goal, Alias) else instance_document(goal)
+    def target(goal: Alias) -> dict[str, Any]:
+        return {"alias": goal.name} if goal.name else instance_document(goal.instances[0])
 
     return {
         "source": table.source, "default_upstream": str(table.default.url),
@@ -5253,7 +5251,8 @@ async def relay_model(services: Services, request: Request, dialect: Dialect) ->
         len(content), dialect.read, request.path, request.query, content)
     decision = services.decide(ask.model, request.source_host)
     if not (ask.text or ask.model):  # nothing that a rule could look at
-        decision = resolve(RoutingTable(services.table.default), "", request.source_host)
+        table = services.table._replace(rules=(), model_map=())
+        decision = resolve(table, "", request.source_host)
     await Exchange(services.relay, request, dialect, ask, decision).run()
 
 def is_object(content: bytes) -> bool:
