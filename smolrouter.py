@@ -1640,10 +1640,11 @@ def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
 
 USAGE_WINDOW = 8 * KiB  # counts stand at the ends of an answer, or after its last `"usage"`
 TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
-PROMPT_COUNTS = ("prompt_tokens", "prompt_eval_count")
+PROMPT_COUNTS = ("prompt_tokens", "prompt_eval_count",  # others count apart what was cached
+                 "input_tokens+cache_read_input_tokens+cache_creation_input_tokens",
+                 "prompt_n+cache_n", "total_tokens")
 SAID_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
 CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-APART_COUNTS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 SERVICES = ("openai", "ollama")
 
 class Usage(NamedTuple):
@@ -1659,17 +1660,10 @@ def read_usage(said: bytes) -> Usage:
     window = said[start:] if start <= USAGE_WINDOW else said[:USAGE_WINDOW] + said[start:]
     found = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
 
-    def first(names: Sequence[str]) -> int | None:
-        return next((found[name] for name in names if name in found), None)
-
-    prompt, completion = first(PROMPT_COUNTS), first(SAID_COUNTS)
-    if prompt is None and "input_tokens" in found:  # /v1/messages counts apart what was cached
-        prompt = sum(found.get(name, 0) for name in APART_COUNTS)
-    elif prompt is None and "prompt_n" in found:  # so do the `timings` of llama.cpp
-        prompt = found["prompt_n"] + found.get("cache_n", 0)
-    elif prompt is None and completion is None:
-        prompt = found.get("total_tokens")
-    return Usage(prompt, completion, first(CACHED_COUNTS))
+    def first(ways: Sequence[str]) -> int | None:
+        names = next((way.split("+") for way in ways if way.split("+")[0] in found), ())
+        return sum(found.get(name, 0) for name in names) if names else None
+    return Usage(first(PROMPT_COUNTS), first(SAID_COUNTS), first(CACHED_COUNTS))
 
 def new_message(role: str) -> dict[str, Any]:
     """Return a message of which nothing is known yet."""
