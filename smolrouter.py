@@ -816,6 +816,7 @@ class EventSplitter:
 # the tag or line it looks for, at most a few characters, and runs in linear time.
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+THINK_TAG = re.compile(f"({THINK_OPEN}|{THINK_CLOSE})")
 WHITE_SPACE = " \t\r\n"
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 JSON_FENCE = re.compile(r"[ \t]{0,8}```json[ \t]{0,8}\r?\n?", re.IGNORECASE)
@@ -840,28 +841,24 @@ class ThinkFilter:
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
         """Return what `text` adds to the visible and to the thought text; the last frees all."""
-        text, self.held = self.held + text, ""
-        visible, thought, at = [], [], 0
-        while True:
-            tag = THINK_CLOSE if self.inside else THINK_OPEN
-            found = text.find(tag, at)
-            end = found if found >= 0 else len(text)
-            if found < 0 and not last:
-                end -= held_prefix(text[at:], tag)
-            piece = text[at:end]
-            if self.inside:
-                thought.append(piece)
-            elif piece:
-                visible.append(self.show(piece))
-            if found < 0:
-                self.held = text[end:]
-                return "".join(visible), "".join(thought)
-            at = found + len(tag)
-            self.swallow = self.inside and self.opening
-            self.inside = not self.inside
+        said: tuple[list[str], list[str]] = [], []  # visible, thought
+        *pieces, rest = THINK_TAG.split(self.held + text)
+        for piece in pieces:
+            if piece == (THINK_CLOSE if self.inside else THINK_OPEN):
+                self.swallow = self.inside and self.opening
+                self.inside = not self.inside
+            else:
+                said[self.inside].append(self.show(piece))
+        tag = THINK_CLOSE if self.inside else THINK_OPEN
+        cut = len(rest) - (0 if last else held_prefix(rest, tag))
+        said[self.inside].append(self.show(rest[:cut]))
+        self.held = rest[cut:]
+        return "".join(said[0]), "".join(said[1])
 
     def show(self, piece: str) -> str:
-        """Return a visible piece, without the white space that a block left behind."""
+        """Return a piece; a visible one without the white space that a block left behind."""
+        if self.inside:
+            return piece
         if self.swallow:
             piece = piece.lstrip(WHITE_SPACE)
             self.swallow = not piece
