@@ -816,6 +816,7 @@ class EventSplitter:
 # the tag or line it looks for, at most a few characters, and runs in linear time.
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+THINK_TAG = re.compile(f"({THINK_OPEN}|{THINK_CLOSE})")
 WHITE_SPACE = " \t\r\n"
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 JSON_FENCE = re.compile(r"[ \t]{0,8}```json[ \t]{0,8}\r?\n?", re.IGNORECASE)
@@ -840,28 +841,24 @@ class ThinkFilter:
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
         """Return what `text` adds to the visible and to the thought text; the last frees all."""
-        text, self.held = self.held + text, ""
-        visible, thought, at = [], [], 0
-        while True:
-            tag = THINK_CLOSE if self.inside else THINK_OPEN
-            found = text.find(tag, at)
-            end = found if found >= 0 else len(text)
-            if found < 0 and not last:
-                end -= held_prefix(text[at:], tag)
-            piece = text[at:end]
-            if self.inside:
-                thought.append(piece)
-            elif piece:
-                visible.append(self.show(piece))
-            if found < 0:
-                self.held = text[end:]
-                return "".join(visible), "".join(thought)
-            at = found + len(tag)
-            self.swallow = self.inside and self.opening
-            self.inside = not self.inside
+        said: tuple[list[str], list[str]] = [], []  # visible, thought
+        *pieces, rest = THINK_TAG.split(self.held + text)
+        for piece in pieces:
+            if piece == (THINK_CLOSE if self.inside else THINK_OPEN):
+                self.swallow = self.inside and self.opening
+                self.inside = not self.inside
+            else:
+                said[self.inside].append(self.show(piece))
+        tag = THINK_CLOSE if self.inside else THINK_OPEN
+        cut = len(rest) - (0 if last else held_prefix(rest, tag))
+        said[self.inside].append(self.show(rest[:cut]))
+        self.held = rest[cut:]
+        return "".join(said[0]), "".join(said[1])
 
     def show(self, piece: str) -> str:
-        """Return a visible piece, without the white space that a block left behind."""
+        """Return a piece; a visible one without the white space that a block left behind."""
+        if self.inside:
+            return piece
         if self.swallow:
             piece = piece.lstrip(WHITE_SPACE)
             self.swallow = not piece
@@ -953,7 +950,6 @@ MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
-USAGE_WORDS = (b'"usage"', b'"timings"', b'"done"')
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
 BOM = b"\xef\xbb\xbf"
@@ -1118,7 +1114,7 @@ class Dialect(NamedTuple):
     encode: Callable[[Ask, Rewrite], bytes]  # for a server that speaks it too
     encode_openai: Callable[[Ask, Rewrite], bytes] | None = None  # for one that does not
     openai_path: Callable[[Ask], str] | None = None
-    answer: Callable[..., bytes] | None = None  # of an AnswerPlan and a whole answer
+    answer: Callable[..., bytes] | None = None  # of plan, document, content
     empty: Callable[[Ask, str], dict[str, Any] | None] | None = None  # nothing to do
 
     def encode_event_error(self, error: RouterError) -> bytes:
@@ -1331,7 +1327,6 @@ class WholeAnswer:
     def __init__(self, change: Callable[[bytes], bytes], required: bool = False) -> None:
         self.change, self.required = change, required
         self.held = bytearray()
-        self.usage: dict[str, Any] = {}
 
     def feed(self, data: bytes) -> bytes:
         """Hold `data`; give up above MAX_HELD_ANSWER."""
@@ -1354,13 +1349,6 @@ class WholeAnswer:
                 raise BadGateway("the connection was closed inside the answer") from None
         self.complete = True
         return self.change(bytes(self.held)) if self.whole else b""
-
-def event_usage(doc: dict[str, Any]) -> dict[str, Any]:
-    """Return what an event says of the answer's cost."""
-    usage = dict(doc) if doc.get("done") is True else {}
-    if isinstance(doc.get("timings"), dict):
-        usage["timings"] = doc["timings"]
-    return usage | doc["usage"] if isinstance(doc.get("usage"), dict) else usage
 
 def timings_event(doc: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return llama.cpp's timings out of a usage event, as any client reads them."""
@@ -1386,7 +1374,6 @@ class EventFilter:
         self.words += (b"<", b"\\u003") if self.filtering else ()
         self.plain = not (self.filtering or self.renames)
         self.texts: dict[Any, tuple[TextFilter, bytes, Slot]] = {}  # with the last event of each
-        self.noted: dict[str, Any] = {}  # usage of the events that were parsed
         self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
         self.raw = False  # inside an event that was too long
 
@@ -1416,18 +1403,6 @@ class EventFilter:
         """Whether the answer has said that it is at its end."""
         last = b"".join(self.tail)[-MAX_LAST_EVENTS:]
         return any(word in last for word in END_WORDS)
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        """What the answer has said of its own cost."""
-        usage, last = dict(self.noted), b"".join(self.tail)
-        for word in USAGE_WORDS:
-            at = last.rfind(word, max(0, len(last) - MAX_LAST_EVENTS))
-            if at >= 0:
-                end = last.find(b"\n", at)
-                line = last[last.rfind(b"\n", 0, at) + 1 : end if end >= 0 else len(last)]
-                usage |= event_usage(parse_event_json(self.form.read(line)) or {})
-        return usage
 
     def finish(self, closed: bool = False) -> bytes:
         """Return the last event, if it lacks its end, and what was held back.
@@ -1494,7 +1469,6 @@ class EventFilter:
         doc = parse_event_json(data)
         if doc is None:
             return event
-        self.noted |= event_usage(doc)
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
             kept = timings_event(doc)
             return self.form.replace(event, encode_json(kept)) if kept else b""
@@ -1659,239 +1633,16 @@ def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
     size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
     return encode_json(out | size)
 
-# --- Ollama: what is answered ---------------------------------------------------------
-
-ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
-MODEL_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [],
-                 "parameter_size": "", "quantization_level": ""}
-
-def encode_ollama_error(error: RouterError) -> bytes:
-    """Return an error as Ollama's clients read it."""
-    return encode_json({"error": str(error)})
-
-def rfc3339(seconds: float) -> str:
-    """Return a moment in UTC with milliseconds, as RFC 3339 writes it."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
-
-def ollama_document(ask: Ask, created_at: str, message: Mapping[str, Any],
-                    more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an answer, its text where chat and generate clients look for it."""
-    said: dict[str, Any] = {"content": "", **message}
-    if ask.path.endswith("/chat"):
-        said = {"message": {"role": "assistant", **said}}
-    else:
-        said = {"response": said.pop("content"), **said}
-    return {"model": ask.doc.get("model", ask.model), "created_at": created_at, **said, **more}
-
-def ollama_end(reason: Any, usage: Mapping[str, Any], timing: Timing) -> dict[str, Any]:
-    """Return what ends an answer: why, the counts, and durations in ns."""
-    counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-    prompt, said = (count if isinstance(count, int) else 0 for count in counts)
-    total = max(timing.total, 1)
-    first = min(timing.first, total)
-    return {
-        "done": True, "done_reason": "length" if reason == "length" else "stop",
-        "total_duration": total, "load_duration": 0,
-        "prompt_eval_count": prompt, "prompt_eval_duration": first, "eval_count": said,
-        "eval_duration": max(total - first, 1),
-    }
-
-def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a gathered tool call with the object arguments that Ollama gives."""
-    arguments = parse_event_json(call["arguments"] or "{}")
-    arguments = {"_raw": call["arguments"]} if arguments is None else arguments
-    return {"function": {"name": call["name"], "arguments": arguments}}
-
-def read_said(doc: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
-    """Return the text of an answer's or event's first choice, its message, why it ended."""
-    choice = next((choice for _, _, choice in read_choices(doc)), {})
-    said = choice.get("delta") or choice.get("message") or {}
-    text = said.get("content") or choice.get("text") or ""
-    if not isinstance(text, str):
-        text = "".join(slot.text for slot in slots_at(choice, (), CHOICE_TEXTS, 0))
-    return text, said, choice.get("finish_reason")
-
-def error_text(doc: Mapping[str, Any]) -> str:
-    """Return the sentence in an upstream's error document, or else the document."""
-    error = doc.get("error", doc.get("detail", doc.get("message")))
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return error if isinstance(error, str) else json.dumps(error)
-
-def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
-    """Return what an answer or event says went wrong, None when it says nothing of the kind."""
-    wrong = doc.get("error") or doc.get("object") == "error"
-    return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
-
-def read_event(event: bytes) -> dict[str, Any] | None:
-    """Return the object that an event holds; what its fields call an error is one."""
-    failed = ERROR_EVENT.search(event)
-    data = SSE.read(event) or (failed and failed[1]) or b""
-    doc = parse_event_json(data)
-    if not failed or (doc and "error" in doc):
-        return doc
-    return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
-
-class OllamaStream(EventFilter):
-    """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
-    required = True
-
-    def __init__(self, plan: AnswerPlan, inside: bool = False) -> None:
-        super().__init__(plan, SSE)
-        self.plain, self.whole = False, not plan.ask.stream
-        self.wants = plan.ask.doc.get("think")  # a client that asks for thinking gets it apart
-        think = plan.rules.think or self.wants not in (None, False)
-        self.text = TextFilter(plan.rules._replace(think=think), inside)
-        self.calls: list[dict[str, Any]] = []  # gathered from their fragments
-        self.said: dict[str, Any] = {}  # all of it, for the one document
-        self.reason: Any = None
-        self.failed = False
-
-    def change_block(self, block: bytes) -> bytes:
-        """Return the lines that some events make."""
-        events = map(read_event, filter(None, self.form.end.split(block)))
-        return b"".join([self.translate(doc) for doc in events if doc])
-
-    def translate(self, doc: dict[str, Any]) -> bytes:
-        """Return the line for an event or an answer, sometimes none."""
-        self.noted |= event_usage(doc)
-        if failure := find_failure(doc):
-            if self.whole:
-                raise failure
-            self.failed = True
-            return self.plan.dialect.encode_event_error(failure)
-        text, said, reason = read_said(doc)
-        for at, call in enumerate(said.get("tool_calls") or ()):
-            self.gather(call.get("index", at), call.get("id"), call.get("function") or {})
-        self.reason = reason or self.reason
-        apart = said.get("reasoning_content") or said.get("reasoning")
-        return self.say(text, apart if isinstance(apart, str) else "", last=bool(reason))
-
-    def gather(self, index: Any, call_id: Any, function: Mapping[str, Any]) -> None:
-        """Add a fragment of a tool call; another index or id begins another call."""
-        known = [call for call in self.calls if call["index"] == index]
-        if not known or (call_id and known[-1]["id"] not in (None, call_id)):
-            known = [{"index": index, "id": call_id, "name": None, "arguments": ""}]
-            self.calls += known
-        known[-1]["name"] = function.get("name") or known[-1]["name"]
-        known[-1]["arguments"] += argument_text(function.get("arguments") or "")
-
-    def say(self, text: str, apart: str = "", last: bool = False,
-            end: Mapping[str, Any] | None = None) -> bytes:
-        """Return the line that says something; b"" for nothing, or while all is held."""
-        visible, thought = self.text.feed(text, last)
-        thinking = (apart if self.wants is not False else "") + (thought if self.wants else "")
-        calls = [decode_call(call) for call in self.calls] if last else []
-        self.calls = [] if last else self.calls
-        for name, value in (("content", visible), ("thinking", thinking), ("tool_calls", calls)):
-            if value:
-                self.said[name] = self.said[name] + value if name in self.said else value
-        if not end and (self.whole or not self.said):
-            return b""
-        message, self.said = self.said, {}
-        now = rfc3339(self.plan.clock().now)
-        doc = ollama_document(self.plan.ask, now, message, end or {"done": False})
-        return LINES.encode(encode_json(doc))
-
-    def close(self, indexes: Iterable[Any]) -> bytes:
-        """Return the last lines, with the counts."""
-        if self.failed:
-            return b""
-        end = ollama_end(self.reason, self.noted, self.plan.clock())
-        return self.say("", last=True) + self.say("", end=end)
-
-def answer_ollama_chat(plan: AnswerPlan, doc: dict[str, Any]) -> bytes:
-    """Return a whole OpenAI answer as Ollama's."""
-    stream = OllamaStream(plan, opens_inside(read_said(doc)[0]))
-    return stream.translate(doc) + stream.close(())
-
-def answer_ollama_embed(plan: AnswerPlan, doc: dict[str, Any]) -> bytes:
-    """Return OpenAI's embeddings as Ollama's."""
-    vectors = [item.get("embedding") for item in doc.get("data") or []]
-    if plan.ask.path == "/api/embeddings":
-        return encode_json({"embedding": vectors[0] if vectors else []})
-    counts = ollama_end("", doc.get("usage") or {}, plan.clock())
-    kept = ("total_duration", "load_duration", "prompt_eval_count")
-    answer = {"model": plan.ask.doc.get("model", plan.ask.model), "embeddings": vectors}
-    return encode_json(answer | {name: counts[name] for name in kept})
-
-def ollama_loaded(ask: Ask, created_at: str) -> dict[str, Any] | None:
-    """Return the answer to an empty prompt or message list, None when there is work."""
-    work = ask.doc.get("messages" if ask.path.endswith("/chat") else "prompt")
-    if work or ask.doc.get("images"):
-        return None
-    reason = "unload" if ask.doc.get("keep_alive") in (0, "0", "0s") else "load"
-    return ollama_document(ask, created_at, {}, {"done": True, "done_reason": reason})
-
-OLLAMA = Dialect("ollama", LINES, read_ollama, encode_ollama_error, encode_object,
-                 encode_ollama_chat, ollama_path, answer_ollama_chat, ollama_loaded)
-OLLAMA_EMBED = OLLAMA._replace(
-    encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
-)
-OLLAMA_NATIVE = OLLAMA._replace(encode_openai=None, empty=None)
-OLLAMA_OPAQUE = OLLAMA_NATIVE._replace(read=Ask, encode=encode_span)
-
-def ollama_model(name: str, created_at: str) -> dict[str, Any]:
-    """Return one entry of /api/tags."""
-    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-    return {"name": name, "model": name, "modified_at": created_at, "size": 0,
-            "digest": digest, "details": MODEL_DETAILS}
-
-def ollama_show(name: str, created_at: str) -> dict[str, Any]:
-    """Return what is known of a model of a server that does not speak Ollama."""
-    return {
-        "modelfile": "", "parameters": "", "template": "", "license": "",
-        "details": MODEL_DETAILS, "model_info": {"general.basename": name},
-        "capabilities": ["completion", "tools"], "modified_at": created_at,
-    }
-
-# --- which transform ------------------------------------------------------------------
-
-Transform = WholeAnswer | EventFilter
-EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
-
-def translate_error(content: bytes) -> bytes:
-    """Return an OpenAI server's error as Ollama's clients read it."""
-    doc = parse_event_json(content)
-    text = content.decode("utf-8", "replace").strip() if doc is None else error_text(doc)
-    return encode_json({"error": text or "the upstream gave no reason"})
-
-def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
-    """Return a whole answer in the client's dialect."""
-    doc = parse_event_json(content)
-    if doc is None or plan.dialect.answer is None:
-        raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
-    if failure := find_failure(doc):
-        raise failure
-    return plan.dialect.answer(plan, doc)
-
-def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transform | None:
-    """Return what an answer must go through; None when its bytes go as they are."""
-    form = EVENT_FORMATS.get(media_type)
-    if not plan.native:
-        if status >= 400:
-            return WholeAnswer(translate_error, required=True)
-        if form is SSE:
-            return OllamaStream(plan)
-        return WholeAnswer(functools.partial(translate_document, plan), required=True)
-    if status >= 400 or not plan.ask.text:
-        return None
-    if form:
-        return EventFilter(plan, form)
-    if media_type != "application/json" or not (any(plan.rules) or plan.renames):
-        return None
-    return WholeAnswer(functools.partial(filter_document, plan))
-
 # --- what was said, for the log -------------------------------------------------------
 # The log keeps bodies as they came; what they cost and say is read when somebody looks.
 
 USAGE_WINDOW = 8 * KiB  # counts stand at the ends of an answer, or after its last `"usage"`
 TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
-PROMPT_COUNTS = ("prompt_tokens", "prompt_eval_count")
+PROMPT_COUNTS = ("prompt_tokens", "prompt_eval_count",  # others count apart what was cached
+                 "input_tokens+cache_read_input_tokens+cache_creation_input_tokens",
+                 "prompt_n+cache_n", "total_tokens")
 SAID_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
 CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-APART_COUNTS = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 SERVICES = ("openai", "ollama")
 
 class Usage(NamedTuple):
@@ -1909,29 +1660,27 @@ def read_usage(said: bytes) -> Usage:
         window = said[:USAGE_WINDOW] + window
     found = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
 
-    def first(names: Sequence[str]) -> int | None:
-        return next((found[name] for name in names if name in found), None)
+    def first(ways: Sequence[str]) -> int | None:
+        names = next((way.split("+") for way in ways if way.split("+")[0] in found), ())
+        return sum(found.get(name, 0) for name in names) if names else None
+    return Usage(first(PROMPT_COUNTS), first(SAID_COUNTS), first(CACHED_COUNTS))
 
-    prompt, completion = first(PROMPT_COUNTS), first(SAID_COUNTS)
-    if prompt is None and "input_tokens" in found:  # /v1/messages counts apart what was cached
-        prompt = sum(found.get(name, 0) for name in APART_COUNTS)
-    elif prompt is None and "prompt_n" in found:  # so do the `timings` of llama.cpp
-        prompt = found["prompt_n"] + found.get("cache_n", 0)
-    elif prompt is None and completion is None:
-        prompt = found.get("total_tokens")
-    return Usage(prompt, completion, first(CACHED_COUNTS))
+def new_message(role: str) -> dict[str, Any]:
+    """Return a message of which nothing is known yet."""
+    return {"role": role, "content": "", "thinking": "", "tool_calls": [],
+            "tool_call_id": None, "name": None, "images": []}
 
-def add_call(message: dict[str, Any], call: Mapping[str, Any]) -> None:
-    """Add a tool call, or a fragment of one, to a message."""
-    calls, index, function = message["tool_calls"], call.get("index"), call.get("function") or {}
-    known = next((c for c in calls if index is not None and c["index"] == index), None)
-    if known is None:
-        known = {"index": index, "id": None, "name": None, "arguments": ""}
-        calls.append(known)
-    known["id"] = call.get("id") or known["id"]
-    known["name"] = function.get("name") or known["name"]
-    more = function.get("arguments") or ""
-    known["arguments"] += more if isinstance(more, str) else encode_json(more).decode()
+def add_call(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> None:
+    """Add a tool call or a fragment of one, which continues a call with its index and id."""
+    index, call_id, function = call.get("index"), call.get("id"), call.get("function") or {}
+    same = [c for c in calls if c["index"] == index]
+    known = [c for c in same if not call_id or c["id"] in (None, call_id)]
+    if not known or (index is None and function.get("name")):
+        known = [{"index": index, "id": None, "name": None, "arguments": ""}]
+        calls += known
+    last = known[-1]
+    last["id"], last["name"] = call_id or last["id"], function.get("name") or last["name"]
+    last["arguments"] += argument_text(function.get("arguments") or "")
 
 def add_content(message: dict[str, Any], content: Any) -> None:
     """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
@@ -1946,7 +1695,7 @@ def add_content(message: dict[str, Any], content: Any) -> None:
         message["thinking"] += part.get("thinking") or ""
         if kind in ("tool_use", "input_json_delta"):
             function = {**part, "arguments": part.get("partial_json") or part.get("input")}
-            add_call(message, {**part, "function": function})
+            add_call(message["tool_calls"], {**part, "function": function})
         if kind == "tool_result":
             message["role"], message["tool_call_id"] = "tool", part.get("tool_use_id")
             add_content(message, part.get("content"))
@@ -1956,14 +1705,14 @@ def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     for name in ("role", "name", "tool_call_id"):
         message[name] = said.get(name) or message[name]
     message["name"] = said.get("tool_name") or message["name"]
-    for name in ("thinking", "reasoning_content", "reasoning"):
-        message["thinking"] += said.get(name) or ""
+    thought = said.get("thinking") or said.get("reasoning_content") or said.get("reasoning")
+    message["thinking"] += thought if isinstance(thought, str) else ""
     content = said.get("content")
     if said.get("images"):
         content = message_content(content, said["images"])
     add_content(message, content)
     for call in said.get("tool_calls") or ():
-        add_call(message, call)
+        add_call(message["tool_calls"], call)
 
 def read_item(item: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return an item of /v1/responses, asked or answered, as a message."""
@@ -2017,14 +1766,10 @@ def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, An
     talk: list[dict[str, Any]] = []
     choices: dict[Any, dict[str, Any]] = {}
 
-    def fresh(role: str) -> dict[str, Any]:
-        return {"role": role, "content": "", "thinking": "", "tool_calls": [],
-                "tool_call_id": None, "name": None, "images": []}
-
     odd = contextlib.suppress(TypeError, AttributeError, LookupError, MalformedContent)
     with odd:
         for message in read_asked(path, parse_event_json(content) or {}):
-            talk.append(fresh("user"))
+            talk.append(new_message("user"))
             add_said(talk[-1], message)
     with odd:
         for doc in read_documents(said):
@@ -2032,7 +1777,7 @@ def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, An
                 choices.clear()
                 doc = doc["response"]
             for index, delta in read_deltas(doc):
-                add_said(choices.setdefault(index, fresh("assistant")), delta)
+                add_said(choices.setdefault(index, new_message("assistant")), delta)
     for message in choices.values():
         message["content"], thought = filter_text(message["content"], FilterRules(think=True))
         message["thinking"] += thought
@@ -2041,6 +1786,214 @@ def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, An
         message["tool_calls"] = [{k: c[k] for k in ("id", "name", "arguments")}
                                  for c in message["tool_calls"]]
     return talk
+
+# --- Ollama: what is answered ---------------------------------------------------------
+
+ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
+MODEL_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [],
+                 "parameter_size": "", "quantization_level": ""}
+
+def encode_ollama_error(error: RouterError) -> bytes:
+    """Return an error as Ollama's clients read it."""
+    return encode_json({"error": str(error)})
+
+def rfc3339(seconds: float) -> str:
+    """Return a moment in UTC with milliseconds, as RFC 3339 writes it."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+
+def ollama_document(ask: Ask, created_at: str, message: Mapping[str, Any],
+                    more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer, its text where chat and generate clients look for it."""
+    said: dict[str, Any] = {"content": "", **message}
+    if ask.path.endswith("/chat"):
+        said = {"message": {"role": "assistant", **said}}
+    else:
+        said = {"response": said.pop("content"), **said}
+    return {"model": ask.doc.get("model", ask.model), "created_at": created_at, **said, **more}
+
+def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
+    """Return what ends an answer: why, the counts, and durations in ns."""
+    total = max(timing.total, 1)
+    first = min(timing.first, total)
+    return {
+        "done": True, "done_reason": "length" if reason == "length" else "stop",
+        "total_duration": total, "load_duration": 0,
+        "prompt_eval_count": usage.prompt or 0, "prompt_eval_duration": first,
+        "eval_count": usage.completion or 0, "eval_duration": max(total - first, 1),
+    }
+
+def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a gathered tool call with the object arguments that Ollama gives."""
+    arguments = parse_event_json(call["arguments"] or "{}")
+    arguments = {"_raw": call["arguments"]} if arguments is None else arguments
+    return {"function": {"name": call["name"], "arguments": arguments}}
+
+def error_text(doc: Mapping[str, Any]) -> str:
+    """Return the sentence in an upstream's error document, or else the document."""
+    error = doc.get("error", doc.get("detail", doc.get("message")))
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    return error if isinstance(error, str) else json.dumps(error)
+
+def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
+    """Return what an answer or event says went wrong, None when it says nothing of the kind."""
+    wrong = doc.get("error") or doc.get("object") == "error"
+    return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
+
+def read_event(event: bytes) -> dict[str, Any] | None:
+    """Return the object that an event holds; what its fields call an error is one."""
+    failed = ERROR_EVENT.search(event)
+    data = SSE.read(event) or (failed and failed[1]) or b""
+    doc = parse_event_json(data)
+    if not failed or (doc and "error" in doc):
+        return doc
+    return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
+
+class OllamaStream(EventFilter):
+    """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
+    required = True
+
+    def __init__(self, plan: AnswerPlan) -> None:
+        super().__init__(plan, SSE)
+        self.plain, self.whole = False, not plan.ask.stream
+        self.wants = plan.ask.doc.get("think")  # a client that asks for thinking gets it apart
+        think = plan.rules.think or self.wants not in (None, False)
+        self.rules = plan.rules._replace(think=think)
+        self.text = TextFilter(self.rules)
+        self.calls: list[dict[str, Any]] = []  # gathered from their fragments
+        self.said: dict[str, Any] = {}  # all of it, for the one document
+        self.reason: Any = None
+        self.failed = False
+
+    def change_block(self, block: bytes) -> bytes:
+        """Return the lines that some events make."""
+        events = map(read_event, filter(None, self.form.end.split(block)))
+        return b"".join([self.translate(doc) for doc in events if doc])
+
+    def translate(self, doc: dict[str, Any], whole: bool = False) -> bytes:
+        """Return the line for an event or a whole answer, sometimes none."""
+        if failure := find_failure(doc):
+            if self.whole:
+                raise failure
+            self.failed = True
+            return self.plan.dialect.encode_event_error(failure)
+        choice = next((choice for _, _, choice in read_choices(doc)), {})
+        piece = {**new_message("assistant"), "tool_calls": self.calls}
+        said = choice.get("delta") or choice.get("message") or {}
+        add_said(piece, {"content": choice.get("text"), **said})
+        if whole:
+            self.text = TextFilter(self.rules, opens_inside(piece["content"]))
+        self.reason = choice.get("finish_reason") or self.reason
+        return self.say(piece["content"], piece["thinking"], bool(choice.get("finish_reason")))
+
+    def say(self, text: str, apart: str = "", last: bool = False,
+            end: Mapping[str, Any] | None = None) -> bytes:
+        """Return the line that says something; b"" for nothing, or while all is held."""
+        visible, thought = self.text.feed(text, last)
+        thinking = (apart if self.wants is not False else "") + (thought if self.wants else "")
+        calls = [decode_call(call) for call in self.calls] if last else []
+        self.calls = [] if last else self.calls
+        for name, value in (("content", visible), ("thinking", thinking), ("tool_calls", calls)):
+            if value:
+                self.said[name] = self.said[name] + value if name in self.said else value
+        if not end and (self.whole or not self.said):
+            return b""
+        message, self.said = self.said, {}
+        now = rfc3339(self.plan.clock().now)
+        doc = ollama_document(self.plan.ask, now, message, end or {"done": False})
+        return LINES.encode(encode_json(doc))
+
+    def close(self, indexes: Iterable[Any]) -> bytes:
+        """Return the last lines, with the counts."""
+        if self.failed:
+            return b""
+        usage = read_usage(b"".join(self.tail))
+        end = ollama_end(self.reason, usage, self.plan.clock())
+        return self.say("", last=True) + self.say("", end=end)
+
+def answer_ollama_chat(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -> bytes:
+    """Return a whole OpenAI answer as Ollama's."""
+    stream = OllamaStream(plan)
+    stream.tail.append(content)
+    return stream.translate(doc, whole=True) + stream.close(())
+
+def answer_ollama_embed(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -> bytes:
+    """Return OpenAI's embeddings as Ollama's."""
+    vectors = [item.get("embedding") for item in doc.get("data") or []]
+    if plan.ask.path == "/api/embeddings":
+        return encode_json({"embedding": vectors[0] if vectors else []})
+    counts = ollama_end("", read_usage(content), plan.clock())
+    kept = ("total_duration", "load_duration", "prompt_eval_count")
+    answer = {"model": plan.ask.doc.get("model", plan.ask.model), "embeddings": vectors}
+    return encode_json(answer | {name: counts[name] for name in kept})
+
+def ollama_loaded(ask: Ask, created_at: str) -> dict[str, Any] | None:
+    """Return the answer to an empty prompt or message list, None when there is work."""
+    work = ask.doc.get("messages" if ask.path.endswith("/chat") else "prompt")
+    if work or ask.doc.get("images"):
+        return None
+    reason = "unload" if ask.doc.get("keep_alive") in (0, "0", "0s") else "load"
+    return ollama_document(ask, created_at, {}, {"done": True, "done_reason": reason})
+
+OLLAMA = Dialect("ollama", LINES, read_ollama, encode_ollama_error, encode_object,
+                 encode_ollama_chat, ollama_path, answer_ollama_chat, ollama_loaded)
+OLLAMA_EMBED = OLLAMA._replace(
+    encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
+)
+OLLAMA_NATIVE = OLLAMA._replace(encode_openai=None, empty=None)
+OLLAMA_OPAQUE = OLLAMA_NATIVE._replace(read=Ask, encode=encode_span)
+
+def ollama_model(name: str, created_at: str) -> dict[str, Any]:
+    """Return one entry of /api/tags."""
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+    return {"name": name, "model": name, "modified_at": created_at, "size": 0,
+            "digest": digest, "details": MODEL_DETAILS}
+
+def ollama_show(name: str, created_at: str) -> dict[str, Any]:
+    """Return what is known of a model of a server that does not speak Ollama."""
+    return {
+        "modelfile": "", "parameters": "", "template": "", "license": "",
+        "details": MODEL_DETAILS, "model_info": {"general.basename": name},
+        "capabilities": ["completion", "tools"], "modified_at": created_at,
+    }
+
+# --- which transform ------------------------------------------------------------------
+
+Transform = WholeAnswer | EventFilter
+EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
+
+def translate_error(content: bytes) -> bytes:
+    """Return an OpenAI server's error as Ollama's clients read it."""
+    doc = parse_event_json(content)
+    text = content.decode("utf-8", "replace").strip() if doc is None else error_text(doc)
+    return encode_json({"error": text or "the upstream gave no reason"})
+
+def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
+    """Return a whole answer in the client's dialect."""
+    doc = parse_event_json(content)
+    if doc is None or plan.dialect.answer is None:
+        raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
+    if failure := find_failure(doc):
+        raise failure
+    return plan.dialect.answer(plan, doc, content)
+
+def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transform | None:
+    """Return what an answer must go through; None when its bytes go as they are."""
+    form = EVENT_FORMATS.get(media_type)
+    if not plan.native:
+        if status >= 400:
+            return WholeAnswer(translate_error, required=True)
+        if form is SSE:
+            return OllamaStream(plan)
+        return WholeAnswer(functools.partial(translate_document, plan), required=True)
+    if status >= 400 or not plan.ask.text:
+        return None
+    if form:
+        return EventFilter(plan, form)
+    if media_type != "application/json" or not (any(plan.rules) or plan.renames):
+        return None
+    return WholeAnswer(functools.partial(filter_document, plan))
 
 # ======================================================================================
 # 7  Routing (pure)
@@ -2080,37 +2033,35 @@ class Instance(NamedTuple):
         return f"{self.server.name}/{self.model}" if self.model else self.server.name
 
 class Alias(NamedTuple):
-    """A friendly name and who serves it."""
-    name: str
-    strategy: str
+    """Who serves a friendly name; without one, the only instance of a rule."""
     instances: tuple[Instance, ...]
+    name: str = ""
+    strategy: str = "failover"
 
     def __str__(self) -> str:
-        return f"alias {self.name}"
+        return f"alias {self.name}" if self.name else str(self.instances[0])
 
 class Rule(NamedTuple):
     """One entry of `routes`: what must match, and where it leads."""
     name: str
     model: str | re.Pattern[str] | None
     hosts: tuple[tuple[Address, Address], ...] | None
-    target: Alias | Instance
+    target: Alias
     match_text: str
 
-@dataclasses.dataclass(frozen=True)
-class RoutingTable:
+class RoutingTable(NamedTuple):
     """Everything that decides where a request goes."""
     default: Server
-    servers: Mapping[str, Server] = dataclasses.field(default_factory=dict)
-    aliases: Mapping[str, Alias] = dataclasses.field(default_factory=dict)
-    rules: tuple[Rule, ...] = ()
-    model_map: ModelMap = ()
-    source: str = ""
+    servers: Mapping[str, Server]
+    aliases: Mapping[str, Alias]
+    rules: tuple[Rule, ...]
+    model_map: ModelMap
+    source: str
 
     def all_servers(self) -> list[Server]:
         """Return every server that can be asked, each once, the default one first."""
         targets = [*(rule.target for rule in self.rules), *self.aliases.values()]
-        groups = [t.instances if isinstance(t, Alias) else (t,) for t in targets]
-        inner = [instance.server for group in groups for instance in group]
+        inner = [instance.server for target in targets for instance in target.instances]
         named = {server.url for server in self.servers.values()}
         others = {s.url: s for s in (self.default, *inner) if s.url not in named}
         return [*others.values(), *self.servers.values()]
@@ -2284,7 +2235,7 @@ class TableReader:
             instance = self.instance(item)
             item.check(instance not in instances, f"{instance} stands here twice")
             instances.append(instance)
-        return Alias(node.path[-1], chosen, tuple(instances))
+        return Alias(tuple(instances), node.path[-1], chosen)
 
     def rule(self, node: Node) -> Rule:
         """Read a route: its match and its target."""
@@ -2295,7 +2246,7 @@ class TableReader:
         target = self.target(route, pattern)
         return Rule(f"routes[{node.path[-1]}]", pattern, read_hosts(hosts), target, words)
 
-    def target(self, node: Node, pattern: str | re.Pattern[str] | None) -> Alias | Instance:
+    def target(self, node: Node, pattern: str | re.Pattern[str] | None) -> Alias:
         """Read where a route leads: an alias, or an upstream and a model."""
         upstream, model, alias = members = node.members("upstream", "model", "alias")
         given = [member for member in members if member.value is not None]
@@ -2307,7 +2258,8 @@ class TableReader:
             return self.aliases[alias.value]
         if model in given:
             model.read(lambda text: check_template(text, pattern))
-        return Instance(self.upstream(upstream) if upstream in given else self.default, model.value)
+        server = self.upstream(upstream) if upstream in given else self.default
+        return Alias((Instance(server, model.value),))
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; a repeated name is an error."""
@@ -2425,16 +2377,16 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
     mapped, trail = map_model(table, asked)
     names = list(dict.fromkeys([asked, mapped])) if asked else []
 
-    def decide(route: str, target: Alias | Instance, model: str | None = None) -> Decision:
-        alias = target if isinstance(target, Alias) else Alias("", "failover", (target,))
-        instances = tuple(i._replace(model=model or i.model or mapped) for i in alias.instances)
-        return Decision(asked, mapped, route, alias.strategy, instances, tuple(trail))
+    def decide(route: str, target: Alias, expand: Callable[[str], str] = str) -> Decision:
+        instances = tuple(instance._replace(model=expand(instance.model or "") or mapped)
+                          for instance in target.instances)
+        return Decision(asked, mapped, route, target.strategy, instances, tuple(trail))
 
     pin = PINNED.fullmatch(asked)
     pinned = {server.name: server for server in table.all_servers()}.get(pin[2]) if pin else None
     if pinned and asked not in table.aliases:
         trail.append(Step("pin", True, f"the name pins server {pin[2]!r}"))
-        return decide(f"pin {pin[2]}", Instance(pinned), pin[1])
+        return decide(f"pin {pin[2]}", Alias((Instance(pinned, pin[1]),)))
     for name in names:
         if name in table.aliases:
             trail.append(Step(f"aliases.{name}", True, f"{name!r} is an alias"))
@@ -2443,11 +2395,10 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
         found, why = match_rule(rule, names, source_host)
         trail.append(Step(rule.name, bool(found), why))
         if found:
-            model = rule.target.model if isinstance(rule.target, Instance) else None
-            expand = found.expand if isinstance(found, re.Match) else str
-            return decide(rule.name, rule.target, model and expand(model))
+            fill = isinstance(found, re.Match) and not rule.target.name
+            return decide(rule.name, rule.target, found.expand if fill else str)
     trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {table.default.url}"))
-    return decide("default", Instance(table.default))
+    return decide("default", Alias((Instance(table.default),)))
 
 # ======================================================================================
 # 8  Access (pure)
@@ -5177,8 +5128,8 @@ def instance_document(instance: Instance) -> dict[str, Any]:
 def table_document(table: RoutingTable) -> dict[str, Any]:
     """Return a routing table as JSON."""
 
-    def target(goal: Alias | Instance) -> dict[str, Any]:
-        return {"alias": goal.name} if isinstance(goal, Alias) else instance_document(goal)
+    def target(goal: Alias) -> dict[str, Any]:
+        return {"alias": goal.name} if goal.name else instance_document(goal.instances[0])
 
     return {
         "source": table.source, "default_upstream": str(table.default.url),
@@ -5336,7 +5287,8 @@ async def relay_model(services: Services, request: Request, dialect: Dialect) ->
         len(content), dialect.read, request.path, request.query, content)
     decision = services.decide(ask.model, request.source_host)
     if not (ask.text or ask.model):  # nothing that a rule could look at
-        decision = resolve(RoutingTable(services.table.default), "", request.source_host)
+        table = services.table._replace(rules=(), model_map=())
+        decision = resolve(table, "", request.source_host)
     await Exchange(services.relay, request, dialect, ask, decision).run()
 
 def is_object(content: bytes) -> bool:
