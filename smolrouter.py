@@ -5915,6 +5915,7 @@ class Router:
 def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop has its own
+    sys.setswitchinterval(0.001)  # s that the relay may have to wait for the log's thread
     loop = asyncio.new_event_loop()
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(32))  # looks names up
     router = Router(settings, routes, args.warnings, args.dashboard)
