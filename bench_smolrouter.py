@@ -2,6 +2,7 @@
 """Measure smolrouter.py beside a bare asyncio relay, on this machine, in one run.
 
     python bench_smolrouter.py [--rounds 3] [--json]
+    python bench_smolrouter.py --make-rows 1000000 FILE; python bench_smolrouter.py --log FILE
 
 Three ways to the same upstream are asked in turn, round by round: directly, through the
 floor (a relay on asyncio streams that looks at nothing, part of this file) and through
@@ -18,13 +19,17 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from typing import Any
+
+import smolrouter
 
 HERE = pathlib.Path(__file__).resolve().parent
 PACE = 0.05  # seconds between two events of a paced stream
@@ -268,7 +273,7 @@ def start_end(name: str, upstream: int = 0) -> tuple[subprocess.Popen[Any], int]
 
 
 async def start_router(
-    folder: pathlib.Path, upstream: int
+    folder: pathlib.Path, upstream: int, more: dict[str, str] | None = None
 ) -> tuple[subprocess.Popen[Any], int, dict[str, float]]:
     """Start SmolRouter with everything on; return it, its port and what that took."""
     listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
@@ -286,7 +291,8 @@ async def start_router(
     environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
     begun = time.monotonic()
     process = start(
-        str(HERE / "smolrouter.py"), cwd=folder, env={**environ, **settings},
+        str(HERE / "smolrouter.py"), cwd=folder,
+        env={**environ, **settings, **(more or {})},
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     await wait_for_answer(port, process)
@@ -340,6 +346,86 @@ def show(figures: dict[str, dict[str, float]]) -> None:
         print(f"{name:40}" + "".join(texts) + ratio)
 
 
+# ======================================================================================
+# The log
+# ======================================================================================
+
+MODELS = ("llama3-8b", "qwen2.5-coder", "mistral-nemo", "phi-4", "gemma3-27b", "tiny")
+QUESTIONS = ("/api/logs", "/api/logs?model=phi-4&status=error", "/api/logs?q=phi-4",
+             "/api/stats", "/api/stats?hours=168", "/api/performance",
+             "/api/performance?hours=168", "/api/performance?hours=168&model=phi-4",
+             "/api/upstreams")  # fmt: skip
+
+
+def made_row(number: int, moment: float, chance: random.Random) -> smolrouter.Row:
+    """Return a row as a week of mixed traffic would leave it."""
+    model, stream = chance.choices(MODELS, (40, 25, 15, 10, 9, 1))[0], chance.random() < 0.6
+    failed, ollama = chance.random() < 0.03, chance.random() < 0.3
+    status = chance.choice((404, 429, 500, 502)) if failed else 200
+    taken = round(chance.lognormvariate(8, 1), 1)
+    first, ended = int(moment * 1000), int(moment * 1000 + taken)
+    url = f"http://192.168.1.{100 + MODELS.index(model) % 3}:8000"
+    return smolrouter.Row(
+        first * 1024, f"{number:020x}", first, f"10.0.0.{chance.randrange(1, 30)}", "POST",
+        "/api/chat" if ollama else "/v1/chat/completions", "ollama" if ollama else "openai",
+        model, model, model, url, "default", int(stream), chance.randrange(200, 9000),
+        chance.randrange(200, 90_000), status, int(failed), "made up" if failed else None,
+        json.dumps([[f"box/{model}", url, status, None, taken]]),
+        None if failed else chance.randrange(10, 4000), None if failed else int(taken / 20) + 1,
+        None, 0, round(taken / 9, 1) if stream and not failed else None, taken, ended,
+        "OpenAI/Python 1.50.0", "0badcafe", (number & -number).bit_length() - 1,
+    )  # fmt: skip
+
+
+def make_rows(count: int, file: str) -> None:
+    """Write a log of `count` rows, evenly over the last week, to a new database."""
+    store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": file}))
+    chance, now, week = random.Random(1), time.time(), 7 * 86_400
+    meta = {"trail": [], "request_headers": [], "response_headers": [], "cut": [False] * 2}
+    detail = smolrouter.Detail(meta, b'{"model":"made-up"}', ANSWER)
+    for start_at in range(0, count, 10_000):
+        tallies: smolrouter.Tallies = {}
+        entries = []
+        for number in range(start_at, min(start_at + 10_000, count)):
+            moment = now - 60 - (count - number) * (week - 3600) / count
+            row = made_row(number + 1, moment, chance)
+            smolrouter.add_row(tallies, smolrouter.rollup_key(row), row)
+            entries.append(smolrouter.make_entry(row, detail))
+        store.write([], entries, tallies)
+    store.close()
+
+
+def ask_log(port: int) -> dict[str, float]:
+    """Return the median time of each question to the log, in ms."""
+    figures = {}
+    for path in QUESTIONS:
+        times = []
+        for _ in range(21):
+            begun = time.perf_counter()
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+                answer.read()
+            times.append((time.perf_counter() - begun) * 1000)
+        figures[f"{path}, ms"] = statistics.median(times)
+    return figures
+
+
+async def measure_log(file: str) -> dict[str, float]:
+    """Start a router on a database and ask it."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes: list[subprocess.Popen[Any]] = []
+        try:
+            upstream, port = start_end("upstream")
+            processes.append(upstream)
+            settings = {"DB_PATH": str(pathlib.Path(file).resolve())}
+            router, at, _ = await start_router(pathlib.Path(folder), port, settings)
+            processes.append(router)
+            return await asyncio.to_thread(ask_log, at)
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait(20)
+
+
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -347,7 +433,18 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.add_argument("--run", choices=("upstream", "floor"), help=argparse.SUPPRESS)
     parser.add_argument("--upstream", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--make-rows", nargs=2, metavar=("N", "FILE"),
+                        help="write a log of N made-up rows to a new database, then end")
+    parser.add_argument("--log", metavar="FILE",
+                        help="time what the page asks of a router with this database")
     arguments = parser.parse_args()
+    if arguments.make_rows:
+        make_rows(int(arguments.make_rows[0]), arguments.make_rows[1])
+        return 0
+    if arguments.log:
+        for name, value in asyncio.run(measure_log(arguments.log)).items():
+            print(f"{name:50}{value:10.2f}")
+        return 0
     if arguments.run:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(run_end(arguments.run, arguments.upstream))

@@ -3476,7 +3476,9 @@ CREATE INDEX by_service ON requests (service_type, id, level);
 CREATE INDEX by_upstream ON requests (upstream_url, id, failed, duration_ms);
 CREATE INDEX by_source ON requests (source_ip, id);
 CREATE INDEX by_outcome ON requests (failed, id, status_code);
-CREATE INDEX sample ON requests (level, id) WHERE level > 2;
+CREATE INDEX sample ON requests (level, id, timestamp, sent_model, mapped_model, service_type,
+    upstream_url, prompt_tokens, completion_tokens, duration_ms, ttft_ms, status_code, failed)
+    WHERE level >= 3;
 CREATE TABLE details (id INTEGER PRIMARY KEY, size, request_blob, response_blob, data);
 CREATE TABLE blobs (digest TEXT PRIMARY KEY, size, uses) WITHOUT ROWID;
 CREATE TABLE storage (bytes);
@@ -4768,10 +4770,12 @@ def inflight_row(record: Record, now: float) -> dict[str, Any]:
 # Asked in a reader thread; each gets the log and the parameters. Lists are paged by key,
 # sums come from the hourly ones, and a sample stands for many rows: nothing walks the log.
 
-MAX_SEARCHED = 50_000  # newest rows that a search for text looks at
+MAX_SEARCHED = 20_000  # newest rows that a search for text looks at
+MODEL_ARMS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
 SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
 HOURS = parse_number(1, 24 * 366)
 COLUMNS = ", ".join(Row._fields)
+TALLY = ", ".join(f"TOTAL({name})" for name in COUNTED)
 SEARCHED = " || ' ' || ".join(("original_model", "sent_model", "path", "upstream_url", "route",
                                "ifnull(error_message, '')", "source_ip", "request_id"))
 LISTED = ("id", "request_id", "timestamp", "source_ip", "method", "path", "service_type",
@@ -4779,13 +4783,19 @@ LISTED = ("id", "request_id", "timestamp", "source_ip", "method", "path", "servi
           "request_size", "response_size", "status_code", "error_message", "prompt_tokens",
           "completion_tokens", "total_tokens", "tokens_estimated", "attempts", "stream",
           "completed_at", "is_inflight")
-POINT = ("id", "timestamp", "service_type", "upstream_url", "prompt_tokens",
-         "completion_tokens", "total_tokens", "duration_ms", "ttft_ms", "status_code")
+POINT_NAMES = ("id", "timestamp", "model", "service_type", "upstream_url", "prompt_tokens",
+               "completion_tokens", "total_tokens", "duration_ms", "ttft_ms",
+               "tokens_per_second", "status_code")
+POINT_COLUMNS = """id, strftime('%Y-%m-%dT%H:%M:%fZ', timestamp / 1000.0, 'unixepoch'),
+    ifnull(nullif(sent_model, ''), mapped_model), service_type, upstream_url, prompt_tokens,
+    completion_tokens, ifnull(prompt_tokens + completion_tokens, prompt_tokens), duration_ms,
+    ttft_ms, round(completion_tokens * 1000 / nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2),
+    status_code"""
 
 def parse_status(text: str) -> tuple[str, tuple[Any, ...]]:
     """Read a status, a class of them or `error` as a condition on rows."""
     if text == "error":
-        return "failed = 1", ()
+        return "failed = ?", (1,)
     if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
         raise ValueError("allowed are a status such as 404, a class such as 4xx, and error")
     low, high = int(text.replace("x", "0")), int(text.replace("x", "9"))
@@ -4822,25 +4832,28 @@ def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
     return found
 
 def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """Return the statement for a page of rows, newest first, and its values."""
-    tests = {"id < ?": asked.get("before"), "id >= ?": asked.get("after"),
-             "service_type = ?": asked.get("service_type"), "source_ip = ?": asked.get("source"),
-             "upstream_url = ?": asked.get("upstream")}
-    tests = {test: (value,) for test, value in tests.items() if value is not None}
-    if "status" in asked:
-        tests[asked["status"][0]] = asked["status"][1]
-    arms = [tests]
-    if "model" in asked:
-        names = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
-        arms = [{**tests, name: (asked["model"],)} for name in names]
-    limit, text = asked.get("limit", 100), asked.get("q")
-    chosen = [f"SELECT id FROM requests WHERE {' AND '.join(arm) or 1}" for arm in arms]
-    values = [value for arm in arms for given in arm.values() for value in given]
+    """Return the statement for a page of rows, newest first, and its values.
+
+    One condition is looked up in its index, the one that few rows fulfil as a rule; `+` keeps
+    SQLite from taking another.
+    """
+    state, model = asked.get("status", ("", (None,))), ("? IN (sent_model, original_model)",
+                                                        (asked.get("model"),))
+    given = [("source_ip = ?", (asked.get("source"),)), *[state] * (state[1][0] == 1), model,
+             ("upstream_url = ?", (asked.get("upstream"),)),
+             ("service_type = ?", (asked.get("service_type"),)), *[state] * (state[1][0] == 0)]
+    first, *rest = [test for test in given if test[1][0] is not None] or [("1", ())]
+    arms = MODEL_ARMS if first is model else (first[0],)
+    tests = ["id < ?", "id >= ?", *(f"+{text}" for text, _ in rest)]
+    values = [asked.get("before", 2**62), asked.get("after", 0)]
+    values += [value for _, some in (*rest, first) for value in some]
+    chosen = [f"SELECT id FROM requests WHERE {' AND '.join([*tests, arm])}" for arm in arms]
     sql = (f"SELECT {COLUMNS} FROM requests WHERE id IN "
            f"({' UNION '.join(chosen)} ORDER BY id DESC LIMIT ?)")
-    if text is None:
+    limit, values = asked.get("limit", 100), values * len(arms)
+    if "q" not in asked:
         return f"{sql} ORDER BY id DESC", [*values, limit]
-    pattern = re.sub(r"([\\%_])", r"\\\1", text)
+    pattern = re.sub(r"([\\%_])", r"\\\1", asked["q"])
     sql += f" AND {SEARCHED} LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?"
     return sql, [*values, MAX_SEARCHED, f"%{pattern}%", limit]
 
@@ -4886,8 +4899,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]
         "SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type"))
     by_hour = dict(db.execute(
         "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)))
-    sums = ", ".join(f"TOTAL({name})" for name in COUNTED)
-    tally = db.execute(f"SELECT {sums} FROM rollups WHERE hour >= ?", (first,)).fetchone()
+    tally = db.execute(f"SELECT {TALLY} FROM rollups WHERE hour >= ?", (first,)).fetchone()
     found = dict(zip(SUMS, tally, strict=False))
     return {
         "total_requests": sum(services.values()),
@@ -4913,39 +4925,35 @@ def model_document(model: str, tally: Sequence[float]) -> dict[str, Any]:
         "completion_tokens": int(found["completion_tokens"]),
     }
 
-def read_sample(db: sqlite3.Connection, first: int, level: int,
-                given: Mapping[str, Any]) -> list[Row]:
+def read_points(db: sqlite3.Connection, first: int, level: int,
+                given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the finished rows from the id `first` on that have a level, or a higher one."""
     names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
-    tests = ["id >= ?", "failed IS NOT NULL", *(names[name] for name in given)]
-    tests += [f"level >= {level}"] if level else []
-    small = level >= SAMPLE_LEVEL and not given
-    source = f"INDEXED BY sample WHERE level >= {SAMPLE_LEVEL} AND" if small else "WHERE"
-    sql = f"SELECT {COLUMNS} FROM requests {source} {' AND '.join(tests)} ORDER BY id"
-    return [*map(Row._make, db.execute(sql, (first, *given.values())))]
+    tests = ["id >= ?", "+failed IS NOT NULL", *(names[name] for name in given)]
+    few = f"INDEXED BY sample WHERE level >= {level} AND level >= {SAMPLE_LEVEL} AND"
+    some = few if level >= SAMPLE_LEVEL else f"WHERE level >= {level} AND" if level else "WHERE"
+    sql = f"SELECT {POINT_COLUMNS} FROM requests {some} {' AND '.join(tests)} ORDER BY id"
+    return [dict(zip(POINT_NAMES, row, strict=True))
+            for row in db.execute(sql, (first, *given.values()))]
 
 def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
-    hours, limit, now = asked.get("hours", 24), asked.get("limit", 2000), time.time()
+    hours, limit, begun = asked.get("hours", 24), asked.get("limit", 2000), time.time()
+    begun -= hours * 3600
     given = {name: asked[name] for name in ("model", "service_type") if name in asked}
     where = "".join(f" AND {name} = ?" for name in given)
-    sums = ", ".join(f"TOTAL({name})" for name in COUNTED)
-    tallies = {model: tally for model, *tally in db.execute(
-        f"SELECT model, {sums} FROM rollups WHERE hour > ?{where} GROUP BY model",
-        (int(now // 3600) - hours, *given.values()))}
-    total = int(sum(tally[0] for tally in tallies.values()))
-    first, level = int((now - hours * 3600) * 1000) * 1024, (total // limit).bit_length() - 1
-    rows = read_sample(db, first, max(level, 0), given)
-    if level < 1 and len(rows) <= limit:  # all of them: the sums can be exact
-        total, tallies = len(rows), {}
-        for row in rows:
-            add_row(tallies, rollup_key(row)[2], row)
-    points = [rows[at * len(rows) // limit] for at in range(limit)] if len(rows) > limit else rows
-    docs = [(rollup_key(row)[2], row_document(row)) for row in points]
+    tallies = db.execute(
+        f"SELECT model, {TALLY} FROM rollups WHERE hour >= ?{where} GROUP BY model",
+        (int(begun // 3600), *given.values())).fetchall()
+    total = int(sum(tally[1] for tally in tallies))
+    level = max((total // limit).bit_length() - 1, 0)
+    points = read_points(db, int(begun * 1000) * 1024, level, given)
+    total = total if level else len(points)
+    step = max(len(points) / limit, 1)
+    points = [points[int(at * step)] for at in range(min(limit, len(points)))]
     return {
-        "data_points": [{**{name: doc[name] for name in POINT}, "model": model,
-                         "tokens_per_second": doc["tokens_per_second"]} for model, doc in docs],
-        "models": [model_document(*item) for item in sorted(tallies.items())],
+        "data_points": points,
+        "models": [model_document(model, tally) for model, *tally in tallies],
         "meta": {"total_points": total, "hours_back": hours,
                  "sampled": len(points) < total, "filters": given},
     }
