@@ -31,6 +31,7 @@ import http.client
 import importlib
 import itertools
 import json
+import math
 import operator
 import os
 import pathlib
@@ -46,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7382,6 +7384,427 @@ def test_native_management_to_the_byte(method: str, path: str, body: Any) -> Non
     heard = latest(gpu(), method)
     assert got.status == (201 if "blobs" in path and method == "POST" else 200)
     assert (heard.target, heard.content) == (path, content or b"")
+
+
+# ======================================================================================
+# Page
+# ======================================================================================
+# dashboard.html in a real browser, with a real router and real upstreams. Whatever a test
+# does, no request may leave the machine and the console stays free of errors.
+
+EVIL = "<script>window.pwned=1</script>\u202e\"'&\u2028<img src=x onerror=window.pwned=1>"
+TOOL_TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [
+        {"type": "text", "text": "How is the weather?"},
+        {"type": "image_url", "image_url": {"url": "data:image/gif;base64,R0lGODlhAQABAAAAACw="}},
+        {"type": "image_url", "image_url": {"url": "http://192.0.2.1/cat.png"}},
+        {"type": "image_url", "image_url": {"url": "javascript:alert(1)"}}]},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "call_1", "type": "function",
+         "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'}}]},
+    {"role": "tool", "tool_call_id": "call_1", "content": '{"sky": "fog"}'},
+]
+
+
+def page_router(name: str = "", **settings: Any) -> Router:
+    """A router that serves dashboard.html itself; each name has one of its own."""
+    routes = {
+        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "aliases": {"coder": {"instances": ["off/tiny", "box/tiny"]}, f"own-{name}": {
+            "instances": ["box/tiny"]}},
+        "routes": [{"match": {"model": "gpt-4"}, "route": {"upstream": "box", "model": "small"}}]}
+    settings = {"DEFAULT_UPSTREAM": stage().url, "LOG_LEVEL": "ERROR", **settings}
+    return router_for(settings, routes, ("serve", "--dashboard", str(HERE / "dashboard.html")))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """One browser for all tests of the page."""
+    playwright = need("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Any]:
+    """A page in a fresh profile; `tab.wrong` gathers what its console complains about."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    page, asked = context.new_page(), set()
+    page.set_default_timeout(PATIENCE * 1000)
+    page.wrong = []
+    page.on("console", lambda said: said.type in ("error", "warning")
+            and page.wrong.append(said.text))
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("request", lambda made: asked.add(urllib.parse.urlsplit(made.url).hostname))
+    yield page
+    context.close()
+    assert not page.wrong
+    assert asked <= {"127.0.0.1", None}  # None: data:
+
+
+def newest(router: Router, model: str) -> dict[str, Any]:
+    """The newest row of a model that has ended and is written."""
+    path = "/api/logs?limit=1&model=" + urllib.parse.quote(model)
+
+    def ended() -> Any:
+        rows = json.loads(request(router.port, "GET", path).content)
+        return rows and not rows[0]["is_inflight"] and rows[0]
+
+    return until(ended)
+
+
+def wait_text(tab: Any, selector: str, text: str) -> str:
+    """Wait until an element holds a text, and return all of its text."""
+    place = tab.locator(selector)
+    assert until(lambda: text in (place.text_content() or "")), (text, place.text_content())
+    return place.text_content()
+
+
+def wait_rows(tab: Any, number: int) -> list[str]:
+    """Wait until the table of requests has so many rows, and return their texts."""
+    rows = tab.locator("#rows tbody tr")
+    assert until(lambda: rows.count() == number), rows.count()
+    return rows.all_text_contents()
+
+
+def test_page_filters_are_in_its_address(tab: Any) -> None:
+    router = page_router("filters")
+    for model in ("tiny", "gpt-4", "coder"):
+        ask(router, model)
+    request(router.port, "POST", "/api/chat", chat("own-filters", stream=False))
+    broken = stage().plays(json_answer({"error": {"message": "so sorry"}}, 503))
+    ask(router, broken)
+    tab.goto(router.url)
+    rows = wait_rows(tab, 5)
+    assert "✕ 503" in rows[0] and "own-filters → tiny" in rows[1]
+    assert "coder → tiny" in rows[2] and "after off/tiny: connection refused" in rows[2]
+    assert "gpt-4 → small" in rows[3] and "7 → 3" in rows[4]
+    tab.select_option("#filters [name=status]", "error")
+    assert broken in wait_rows(tab, 1)[0]
+    assert tab.url.endswith("/?status=error")
+    tab.click("#filters [type=reset]")
+    wait_rows(tab, 5)
+    assert tab.url.endswith("/")
+    tab.select_option("#filters [name=service_type]", "ollama")
+    wait_rows(tab, 1)
+    tab.select_option("#filters [name=service_type]", "")
+    tab.fill("#filters [name=model]", "gpt-4")
+    wait_rows(tab, 1)
+    tab.fill("#filters [name=q]", "no such thing")
+    wait_text(tab, "#rows-empty", "No request matches")
+    tab.fill("#filters [name=q]", "small")
+    assert until(lambda: tab.evaluate("location.search") == "?q=small&model=gpt-4")
+    tab.reload()
+    assert "gpt-4 → small" in wait_rows(tab, 1)[0]
+    assert tab.input_value("#filters [name=model]") == "gpt-4"
+
+
+def test_page_is_used_with_the_keyboard(tab: Any) -> None:
+    router = page_router("keys")
+    for word in ("one", "two", "three"):
+        ask(router, "own-keys", word)
+    tab.goto(router.url)
+    wait_rows(tab, 3)
+    for key in "jjjjk":
+        tab.keyboard.press(key)
+    tab.keyboard.press("Enter")
+    wait_text(tab, "#turns", "You said: two")
+    tab.keyboard.press("Escape")
+    wait_rows(tab, 3)
+    tab.keyboard.press("/")
+    tab.keyboard.type("jk")
+    assert tab.input_value("#filters [name=q]") == "jk"
+    wait_rows(tab, 0)
+    tab.keyboard.press("Escape")
+    assert tab.evaluate("document.activeElement === document.body")
+
+
+CHART = """() => {
+    const place = dot => dot.getAttribute("transform").match(/[-\\d.]+/g).slice(0, 2).map(Number);
+    return [...document.querySelectorAll(".dot")].map(dot => [Number(dot.dataset.id), ...place(dot)]);
+}"""
+
+
+def in_line(pairs: list[tuple[float, float]]) -> bool:
+    """Whether pixels are a linear function of values, to a pixel."""
+    (low, start), (high, end) = min(pairs), max(pairs)
+    return all(abs(start + (end - start) * (v - low) / (high - low) - at) < 1 for v, at in pairs)
+
+
+def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
+    router = page_router("chart")
+    for number in range(1, 8):
+        ask(router, ("tiny", "gpt-4", "coder")[number % 3], "word " * number, stream=True)
+    newest(router, "gpt-4")
+    tab.goto(f"{router.url}/performance?scale=none&x=total_tokens")
+    points = {p["id"]: p for p in json.loads(
+        request(router.port, "GET", "/api/performance").content)["data_points"]}
+    assert until(lambda: len(tab.evaluate(CHART)) == len(points) == 7)
+    dots = tab.evaluate(CHART)
+    assert {dot[0] for dot in dots} == set(points)
+    assert in_line([(points[id]["total_tokens"], x) for id, x, _ in dots])
+    assert in_line([(-points[id]["duration_ms"], y) for id, _, y in dots])
+    tab.select_option("#lens [name=scale]", "xy")
+    assert until(lambda: tab.evaluate(CHART) != dots) and "scale" not in tab.url
+    dots = tab.evaluate(CHART)
+    assert in_line([(math.log(points[id]["total_tokens"]), x) for id, x, _ in dots])
+    # The arrow keys read the points from left to right; Enter opens one.
+    tab.focus("#chart svg")
+    for key in ("Home", "ArrowRight", "End"):
+        tab.keyboard.press(key)
+    last = points[max(dots, key=lambda dot: dot[1])[0]]
+    said = wait_text(tab, "#chart-says", f"7 → {last['completion_tokens']} tokens")
+    assert last["model"] in said and "status 200" in said
+    # The legend hides a model, and the address keeps that.
+    tab.click("#legend button:has-text('small')")
+    small = [p for p in points.values() if p["model"] == "small"]
+    assert until(lambda: len(tab.evaluate(CHART)) == 7 - len(small))
+    assert "hide=small" in tab.url
+    table = tab.locator("#speeds tbody tr").all_text_contents()
+    assert sorted(row.split("4")[0][:5] for row in table) == ["small", "tiny5"] or len(table) == 2
+    tab.locator("#chart svg").first.focus()
+    tab.keyboard.press("End")
+    tab.keyboard.press("Enter")
+    wait_text(tab, "#turns", "You said: word")
+    exported = request(router.port, "GET", "/api/export?since=24h&format=csv").content
+    assert exported.count(b"\n") == 8
+
+
+def test_running_requests_grow_and_stop(tab: Any) -> None:
+    router, gates = page_router("live"), [threading.Event() for _ in range(2)]
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event(WORDS[0])], whole=False)
+        for gate, more in zip(gates, (WORDS[1], ENDED)):
+            gate.wait(PATIENCE)
+            yield from chunked(event(more), end=b"")
+        yield HANG
+
+    name = stage().plays(script)
+    tab.goto(router.url)
+    wait_text(tab, "#rows-empty", "No request yet")
+    assert f"curl {router.url}/v1/chat/completions" in tab.locator("#rows-empty").text_content()
+    assert "Nothing is running" in tab.locator("#flights").text_content()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, router, name, stream=True)
+        wait_text(tab, ".flight", "streaming")  # it appears without a reload
+        assert name in wait_rows(tab, 1)[0]
+        tab.click(".flight button:has-text('Text')")
+        assert wait_text(tab, ".flight pre", "one ") == "one "
+        gates[0].set()
+        assert wait_text(tab, ".flight pre", "two") == "one two"
+        tab.click(".flight button:has-text('Stop')")
+        wait_text(tab, "#flights", "Nothing is running")
+        assert b"cancelled" in asked.result().content
+        gates[1].set()
+    assert "⚠ 499" in wait_text(tab, "#rows tbody tr", "499")
+    assert until(lambda: stage().connection_of(name).closed)
+
+
+def test_request_that_runs_is_updated(tab: Any) -> None:
+    router, gate = page_router("runs"), threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event(WORDS[0])], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(event(WORDS[1]), event(ENDED), event("[DONE]"))
+
+    name = stage().plays(script)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(ask, router, name, stream=True)
+        running = until(lambda: json.loads(request(router.port, "GET", "/api/inflight").content))
+        tab.goto(f"{router.url}/request/{running[0]['id']}")
+        wait_text(tab, "#head", "… running")
+        wait_text(tab, "#turns", "one ")
+        tab.evaluate("window.kept = document.querySelector('.turn')")
+        gate.set()
+    wait_text(tab, "#head", "✓ 200")
+    assert wait_text(tab, ".turn.assistant", "two").endswith("one two")
+    assert tab.evaluate("kept === document.querySelector('.turn')")  # not made anew
+
+
+def test_request_reads_as_a_conversation(tab: Any) -> None:
+    router = page_router("talk")
+    thinking = {"choices": [{"index": 0, "delta": {"reasoning_content": "Fog, then."}}]}
+    name = stage().plays(sse_answer([thinking, *WORDS, ENDED, "[DONE]"]))
+    stage().scripts["tiny-talk"] = stage().scripts[name]
+    document = {"model": name, "messages": TOOL_TALK, "stream": True, "seed": 12345678901234567890}
+    request(router.port, "POST", "/v1/chat/completions", document,
+            [("Authorization", "Bearer sk-very-secret-0123"), ("X-Api-Key", "sk-very-secret-0123")])
+    row = newest(router, name)
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.goto(f"{router.url}/request/{row['id']}")
+    turns = tab.locator(".turn")
+    assert until(lambda: turns.count() == 5)
+    system, user, call, result, answered = (turn.inner_text() for turn in turns.all())
+    assert system.split() == ["System", "Be", "brief."]
+    assert user.startswith("User") and "How is the weather?" in user
+    assert 'calls get_weather\n{\n  "city": "Zürich"\n}' in re.sub(r"\n+", "\n", call)
+    assert result.startswith("Tool result") and '"sky": "fog"' in result
+    assert answered.startswith("Answer") and answered.endswith("one two")
+    assert "Fog" not in answered  # it is folded
+    tab.click(".thought summary")
+    assert "Fog, then." in turns.last.inner_text()
+    assert tab.evaluate("[...document.images].map(i => i.src.slice(0, 15))") == ["data:image/gif;"]
+    links = tab.locator(".turn a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    assert links == ["http://192.0.2.1/cat.png", None]
+    # Raw: fields and contents of both directions, no secret anywhere.
+    for side in ("request", "response"):
+        tab.click(f"[data-side={side}] > summary")
+    assert '"seed"' in tab.locator("[data-side=request] pre").text_content()
+    assert '"content":"two"' in tab.locator("[data-side=response] pre").text_content()
+    assert "content-type" in tab.locator("[data-side=response] dl").text_content().lower()
+    assert "very-secret" not in tab.content()
+    # The command that is copied sends the same content again.
+    tab.click("text=Copy as curl")
+    command = until(lambda: tab.evaluate("navigator.clipboard.readText()"))
+    assert command.startswith("curl ") and "very-secret" not in command
+    assert "Authorization: Bearer $API_KEY" in command
+    if shutil.which("curl"):
+        before = len(stage().heard(name))
+        subprocess.run(["sh", "-c", command], capture_output=True, timeout=PATIENCE, check=True)
+        again = until(lambda: stage().heard(name)[before:])
+        assert again[0].content == stage().heard(name)[0].content
+
+
+def test_request_shows_how_it_was_routed(tab: Any) -> None:
+    router = page_router("trail")
+    ask(router, "coder")
+    tab.goto(f"{router.url}/request/{newest(router, 'coder')['id']}")
+    trail = wait_text(tab, ".trail", "answered")
+    for text in ("Asked forcoder", "By rulealias coder", "Sent astiny", "Attempt 1 failed",
+                 "✕ off/tiny: connection refused", "Attempt 2 answered", "✓ box/tiny: 200"):
+        assert text in trail, (text, trail)
+    assert "failed attempts" in tab.locator(".key").text_content()
+    tab.click("#rules > summary")
+    assert "aliases.coder" in tab.locator("#rules").inner_text()
+    tab.goto(f"{router.url}/request/7")
+    wait_text(tab, "#request", "no such request")
+    assert all("404" in wrong for wrong in tab.wrong)
+    tab.wrong.clear()
+
+
+def test_sign_in_and_out(tab: Any) -> None:
+    secret = {"JWT_SECRET": SECRET_KEY, "WEBUI_SECURITY": "ALWAYS_AUTH"}
+    router = page_router("door", **secret)
+    token = smolrouter.encode_token(SECRET_KEY, "me", time.time(), 1)
+    tab.goto(f"{router.url}/performance")
+    assert tab.locator("#sign-in").is_visible() or tab.wait_for_selector("#sign-in")
+    tab.fill("[name=token]", "wrong")
+    tab.keyboard.press("Enter")
+    assert until(lambda: tab.locator("#sign-in-error").text_content())
+    assert all("401" in wrong for wrong in tab.wrong)
+    tab.wrong.clear()
+    tab.fill("[name=token]", f" {token} ")
+    tab.click("#sign-in button")
+    tab.wait_for_selector("#performance", state="visible")
+    wait_text(tab, "#live", "Live")
+    tab.click("#sign-out")
+    tab.wait_for_selector("#sign-in", state="visible")
+    assert not tab.locator("#overview").is_visible()
+    tab.wrong.clear()
+
+
+def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
+    router = page_router("try")
+    tab.goto(router.url)
+    wait_text(tab, "#rows-empty", "No request yet")
+    tab.click("#try > summary")
+    assert until(lambda: tab.locator("#models option[value=coder]").count())
+    tab.fill("#try-form [name=model]", "coder")
+    tab.fill("#try-form [name=message]", "Hello there")
+    tab.click("#try-form button")
+    assert wait_text(tab, "#try-answer", "there") == "You said: Hello there"
+    wait_text(tab, "#try-note", "Done after")
+    assert "coder → tiny" in wait_rows(tab, 1)[0]
+    tab.click("#explain > summary")
+    tab.fill("[name=explain]", "gpt-4")
+    said = wait_text(tab, "#explained", "goes by routes[0]")
+    assert "small on" in said and "✓ routes[0]" in said
+    tab.reload()
+    wait_text(tab, "#explained", "goes by routes[0]")  # it is in the address
+
+
+def test_hidden_tab_is_quiet(tab: Any) -> None:
+    router, asked = page_router("quiet"), []
+    tab.clock.install()
+    tab.goto(router.url)
+    wait_text(tab, "#live", "Live")
+    tab.evaluate("""hide = hidden => {
+        Object.defineProperty(document, 'hidden', {get: () => hidden, configurable: true});
+        document.dispatchEvent(new Event('visibilitychange'));
+    }; hide(true)""")
+    tab.clock.run_for(5000)  # what was begun ends
+    tab.on("request", lambda made: asked.append(made.url))
+    tab.clock.run_for(600_000)
+    assert not asked
+    tab.evaluate("hide(false)")
+    tab.clock.run_for(1000)
+    assert until(lambda: any("/api/logs" in url for url in asked))
+    assert until(lambda: any("/api/events" in url for url in asked))
+
+
+CONTRAST = """() => {
+    const parse = text => text.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= .03928 ? c / 12.92
+        : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, at) => sum + c * [.2126, .7152, .0722][at], 0);
+    const ground = node => {
+        for (; node; node = node.parentElement) {
+            const colour = parse(getComputedStyle(node).backgroundColor);
+            if (colour.length < 4 || colour[3] === 1) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const poor = [];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    let seen = 0;
+    while (walker.nextNode()) {
+        const node = walker.currentNode.parentElement, style = getComputedStyle(node);
+        if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("option")) continue;
+        const colour = node.namespaceURI.endsWith("svg") ? style.fill : style.color;
+        const [a, b] = [light(parse(colour)), light(ground(node))].sort((x, y) => y - x);
+        seen += 1;
+        if ((a + .05) / (b + .05) < 4.5) poor.push([walker.currentNode.data, colour, ground(node).join()]);
+    }
+    return [seen, poor];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
+    """In both schemes, at 380 pixels, and with hostile text in every field."""
+    router = page_router("evil")
+    name = EVIL + "x" * 10_000
+    long = json_answer(completion({}, EVIL + "y" * 10_000))
+    stage().scripts[name] = lambda received: long
+    fields = [("User-Agent", "<b>" + "z" * 3000)]
+    if not stage().heard("<script>window.pwned=1"):
+        talk = {"model": name, "messages": [
+            {"role": EVIL, "content": EVIL, "name": EVIL},
+            {"role": "user", "content": "a " + EVIL * 200}]}
+        request(router.port, "POST", "/v1/chat/completions", talk, fields)
+        request(router.port, "POST", "/v1/%3Cscript%3E" + "w" * 900, {"model": EVIL}, fields)
+        ask(router, "coder", stream=True)
+    newest(router, "coder")
+    rows = json.loads(request(router.port, "GET", "/api/logs").content)
+    tab.emulate_media(color_scheme=scheme)
+    tab.set_viewport_size({"width": 380, "height": 800})
+    paths = ["/", "/performance", *(f"/request/{row['id']}" for row in rows)]
+    for path in paths:
+        tab.goto(router.url + path)
+        wait_text(tab, "#live", "Live")
+        tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        ready = {"/": "#rows tr", "/performance": ".dot"}.get(path, ".phases")
+        assert until(lambda: tab.locator(ready).count())
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+        seen, poor = tab.evaluate(CONTRAST)
+        assert seen > 20 and not poor, (path, poor[:5])
+        assert tab.evaluate("window.pwned") is None
+        assert tab.locator("main script, main img").count() == 0
+    assert "<script>window.pwned=1</script>" in tab.locator("body").inner_text() or len(rows) > 1
 
 
 # ======================================================================================
