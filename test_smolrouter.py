@@ -4415,11 +4415,12 @@ def test_unit(folder: pathlib.Path) -> None:
         assert word in done.stdout
     if shutil.which("systemd-analyze"):
         (folder / "smolrouter.service").write_text(done.stdout)
-        subprocess.run(
-            ["systemd-analyze", "verify", folder / "smolrouter.service"],
-            check=True,
-            timeout=30,
-        )
+        unit = folder / "smolrouter.service"
+        subprocess.run(["systemd-analyze", "verify", unit], check=True, timeout=30)
+        judged = subprocess.run(
+            ["systemd-analyze", "security", "--offline=true", "--threshold=15", unit],
+            text=True, capture_output=True, timeout=30)  # 1.5 of 10; an unconfined one has 9.6
+        assert "unrecognized option" in judged.stderr or judged.returncode == 0, judged.stdout
 
 
 def test_version_and_help() -> None:
@@ -5150,6 +5151,26 @@ def test_few_files_are_enough() -> None:
         results = at_once(lambda n: ask(router, "tiny").status, range(40), workers=20)
         assert results == [200] * 40
         assert "Traceback" not in router.stderr
+
+
+def test_nobody_else_can_read_what_is_kept() -> None:
+    shell = ("/bin/sh", "-c", 'umask 022; exec "$0" "$@"', sys.executable)
+    with Router({"DEFAULT_UPSTREAM": stage().url}, python=shell) as router:
+        assert ask(router, "tiny", "a" * 100_000).status == 200
+        stored = [router.folder / "requests.db", router.folder / "blob_storage"]
+        assert until(lambda: all(path.exists() for path in stored))
+        assert until(lambda: [p for p in stored[1].rglob("*") if p.is_file()])
+        for path in router.folder.rglob("*"):
+            assert not path.stat().st_mode & 0o077, path
+
+
+def test_image_runs_as_nobody_and_writes_to_data_alone() -> None:
+    lines = (HERE / "Dockerfile").read_text("utf-8").splitlines()
+    user, folder = (lines.index(line) for line in ("USER 10001:10001", "WORKDIR /data"))
+    entry = lines.index('ENTRYPOINT ["python", "/app/smolrouter.py"]')
+    assert user < folder < entry and "VOLUME /data" in lines
+    assert not [line for line in lines[user + 1 :] if line.startswith(("USER", "RUN", "COPY"))]
+    assert "chmod 0644 /app/smolrouter.py" in "\n".join(lines)
 
 
 def test_client_that_resets_its_upload_leaves_no_traceback() -> None:
