@@ -1509,132 +1509,8 @@ class EventFilter:
                 tails += self.form.replace(event, encode_json(doc))
         return tails
 
-# --- Ollama: what is asked ------------------------------------------------------------
-
-SAME_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop",
-                "presence_penalty", "frequency_penalty", "repeat_penalty")
-BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
-IMAGE_STARTS = {"iVBOR": "png", "/9": "jpeg", "R0lGO": "gif", "UklGR": "webp", "Qk": "bmp"}
-
-def read_ollama(path: str, query: str, content: bytes) -> Ask:
-    """Read an Ollama request: text streams unless told not to, `:latest` is nothing."""
-    ask = read_object(path, query, content)
-    model = ask.model or ask.doc.get("name")
-    if not isinstance(model, str) or not model:
-        raise MalformedContent('no model was named; add `"model": "name"`')
-    stream = "/embed" not in path and ask.doc.get("stream") is not False
-    return dataclasses.replace(ask, model=model.removesuffix(":latest") or model, stream=stream)
-
-def expect(right: object, message: str) -> None:
-    """Refuse a request's content unless something is `right`."""
-    if not right:
-        raise MalformedContent(message)
-
-def message_content(text: Any, images: Any) -> Any:
-    """Return a message's content: a string, or parts when there are images in base64."""
-    if not isinstance(images, list) or not images:
-        return text
-    parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
-    for image in images:
-        url = "".join(str(image).split())  # base64 may come in lines
-        if not url.startswith(("data:", "http://", "https://")):
-            expect(BASE64.fullmatch(url), "an image is not base64")
-            kinds = [kind for start, kind in IMAGE_STARTS.items() if url.startswith(start)]
-            url = f"data:image/{kinds[0] if kinds else 'png'};base64,{url}"
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    return parts
-
-def argument_text(arguments: Any) -> str:
-    """Return the arguments of a call as the string that OpenAI gives."""
-    return arguments if isinstance(arguments, str) else encode_json(arguments).decode()
-
-def encode_tool_calls(calls: Any, message: int) -> list[dict[str, Any]]:
-    """Return tool calls with the ids and the string arguments that OpenAI wants."""
-    result = []
-    for index, call in enumerate(calls if isinstance(calls, list) else [None]):
-        function = call.get("function") if isinstance(call, dict) else None
-        expect(isinstance(function, dict), f"tool_calls[{index}] has no function")
-        arguments = argument_text(function.get("arguments") or {})
-        function = {"name": str(function.get("name", "")), "arguments": arguments}
-        call_id = call.get("id") or f"call_{message}_{index}"
-        result.append({"id": call_id, "type": "function", "function": function})
-    return result
-
-def openai_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return Ollama's messages as OpenAI's; a tool's result gets its call's id."""
-    expect(isinstance(messages, list), "`messages` is not a list")
-    result: list[dict[str, Any]] = []
-    waiting: list[dict[str, Any]] = []  # calls still without a result
-    for index, message in enumerate(messages):
-        expect(isinstance(message, dict), f"messages[{index}] is not an object")
-        content = message_content(message.get("content") or "", message.get("images"))
-        entry: dict[str, Any] = {"role": message.get("role") or "user", "content": content}
-        if message.get("tool_calls"):
-            entry["tool_calls"] = encode_tool_calls(message["tool_calls"], index)
-            waiting += entry["tool_calls"]
-        if message.get("thinking"):
-            entry["reasoning_content"] = message["thinking"]
-        if entry["role"] == "tool":
-            name = message.get("tool_name") or message.get("name")
-            calls = (c for c in waiting if name in (None, c["function"]["name"]))
-            call = next(calls, {"id": f"call_{index}"})
-            waiting = [other for other in waiting if other is not call]
-            entry["tool_call_id"] = message.get("tool_call_id") or call["id"]
-        result.append(entry)
-    return result
-
-def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Ollama's options, format and tools in OpenAI's names."""
-    options, form = doc.get("options") or {}, doc.get("format")
-    expect(isinstance(options, dict), "`options` is not an object")
-    result = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
-    limit = options.get("num_predict")
-    if isinstance(limit, (int, float)) and limit is not True and limit >= 1:
-        result["max_tokens"] = int(limit)
-    if form == "json":
-        result["response_format"] = {"type": "json_object"}
-    elif isinstance(form, dict):
-        schema = {"name": "response", "strict": True, "schema": form}
-        result["response_format"] = {"type": "json_schema", "json_schema": schema}
-    else:
-        expect(not form, f'`format` is {form!r} instead of "json" or a schema')
-    return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
-
-def ollama_path(ask: Ask) -> str:
-    """Return the OpenAI path that serves an Ollama request."""
-    if "embed" in ask.path:
-        return "/v1/embeddings"
-    raw = ask.path == "/api/generate" and ask.doc.get("raw")
-    return "/v1/completions" if raw else "/v1/chat/completions"
-
-def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
-    """Return an Ollama chat or generate request as OpenAI's chat or completion."""
-    doc, messages, out = ask.doc, ask.doc.get("messages"), {"model": rewrite.model}
-    if ask.path == "/api/generate":
-        system = [{"role": "system", "content": doc["system"]}] if doc.get("system") else []
-        messages = [*system, {"content": doc.get("prompt"), "images": doc.get("images")}]
-    if ollama_path(ask) == USAGE_PATHS[1]:
-        out["prompt"] = doc.get("prompt") or ""
-    else:
-        out["messages"] = openai_messages(messages)
-    out |= {"stream": ask.stream, **openai_options(doc)}
-    if rewrite.include_usage:
-        out["stream_options"] = {"include_usage": True}
-    content = encode_json(out)
-    if rewrite.no_think or doc.get("think") is False:
-        content = splice_json(content.decode(), no_think_edit(ollama_path(ask), out))
-    return content
-
-def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
-    """Return an Ollama embedding request as OpenAI's."""
-    text = ask.doc.get("input")
-    text = (ask.doc.get("prompt") or "") if text is None else text
-    out = {"model": rewrite.model, "input": text, "encoding_format": "float"}
-    size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
-    return encode_json(out | size)
-
-# --- what was said, for the log -------------------------------------------------------
-# The log keeps bodies as they came; what they cost and say is read when somebody looks.
+# --- what was said and what it cost ----------------------------------------------------
+# Messages of every protocol as one kind of record; the counts of every server.
 
 USAGE_WINDOW = 8 * KiB  # counts stand at the ends of an answer, or after its last `"usage"`
 TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
@@ -1643,6 +1519,8 @@ PROMPT_COUNTS = ("prompt_tokens", "prompt_eval_count",  # others count apart wha
                  "prompt_n+cache_n", "total_tokens")
 SAID_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
 CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
+BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+IMAGE_STARTS = {"iVBOR": "png", "/9": "jpeg", "R0lGO": "gif", "UklGR": "webp", "Qk": "bmp"}
 SERVICES = ("openai", "ollama")
 
 class Usage(NamedTuple):
@@ -1664,6 +1542,24 @@ def read_usage(said: bytes) -> Usage:
         names = next((way.split("+") for way in ways if way.split("+")[0] in found), ())
         return sum(found.get(name, 0) for name in names) if names else None
     return Usage(first(PROMPT_COUNTS), first(SAID_COUNTS), first(CACHED_COUNTS))
+
+def expect(right: object, message: str) -> None:
+    """Refuse a request's content unless something is `right`."""
+    if not right:
+        raise MalformedContent(message)
+
+def image_url(image: Any) -> str:
+    """Return a URL for an image: what is no URL is base64, its kind by magic number."""
+    url = "".join(str(image).split())  # base64 may come in lines
+    if url.startswith(("data:", "http://", "https://")):
+        return url
+    expect(BASE64.fullmatch(url), "an image is not base64")
+    kinds = [kind for start, kind in IMAGE_STARTS.items() if url.startswith(start)]
+    return f"data:image/{kinds[0] if kinds else 'png'};base64,{url}"
+
+def argument_text(arguments: Any) -> str:
+    """Return the arguments of a call as the string that OpenAI gives."""
+    return arguments if isinstance(arguments, str) else encode_json(arguments).decode()
 
 def new_message(role: str) -> dict[str, Any]:
     """Return a message of which nothing is known yet."""
@@ -1707,10 +1603,9 @@ def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     message["name"] = said.get("tool_name") or message["name"]
     thought = said.get("thinking") or said.get("reasoning_content") or said.get("reasoning")
     message["thinking"] += thought if isinstance(thought, str) else ""
-    content = said.get("content")
-    if said.get("images"):
-        content = message_content(content, said["images"])
-    add_content(message, content)
+    add_content(message, said.get("content"))
+    images = said.get("images")
+    message["images"] += map(image_url, images if isinstance(images, list) else ())
     for call in said.get("tool_calls") or ():
         add_call(message["tool_calls"], call)
 
@@ -1786,6 +1681,101 @@ def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, An
         message["tool_calls"] = [{k: c[k] for k in ("id", "name", "arguments")}
                                  for c in message["tool_calls"]]
     return talk
+
+# --- Ollama: what is asked ------------------------------------------------------------
+
+SAME_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop",
+                "presence_penalty", "frequency_penalty", "repeat_penalty")
+
+def read_ollama(path: str, query: str, content: bytes) -> Ask:
+    """Read an Ollama request: text streams unless told not to, `:latest` is nothing."""
+    ask = read_object(path, query, content)
+    model = ask.model or ask.doc.get("name")
+    if not isinstance(model, str) or not model:
+        raise MalformedContent('no model was named; add `"model": "name"`')
+    stream = "/embed" not in path and ask.doc.get("stream") is not False
+    return dataclasses.replace(ask, model=model.removesuffix(":latest") or model, stream=stream)
+
+def openai_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return a message as OpenAI's; calls without an id get one."""
+    content, calls = message["content"], []
+    if message["images"]:
+        content = [{"type": "text", "text": content}] if content else []
+        content += [{"type": "image_url", "image_url": {"url": u}} for u in message["images"]]
+    for at, call in enumerate(message["tool_calls"]):
+        expect(call["name"], f"messages[{index}] has a tool call without a function's name")
+        function = {"name": call["name"], "arguments": call["arguments"] or "{}"}
+        call_id = call["id"] or f"call_{index}_{at}"
+        calls.append({"id": call_id, "type": "function", "function": function})
+    more = {"tool_calls": calls, "reasoning_content": message["thinking"]}
+    more = {name: value for name, value in more.items() if value}
+    return {"role": message["role"], "content": content, **more}
+
+def openai_messages(messages: Any) -> Iterator[dict[str, Any]]:
+    """Yield Ollama's messages as OpenAI's; a tool's result gets its call's id."""
+    waiting: list[dict[str, Any]] = []  # calls still without a result
+    for index, said in enumerate(messages):
+        message = new_message("user")
+        add_said(message, said)
+        entry = openai_message(message, index)
+        waiting += entry.get("tool_calls", ())
+        if entry["role"] == "tool":
+            calls = (c for c in waiting if message["name"] in (None, c["function"]["name"]))
+            call = next(calls, {"id": f"call_{index}"})
+            waiting = [other for other in waiting if other is not call]
+            entry["tool_call_id"] = message["tool_call_id"] or call["id"]
+        yield entry
+
+def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Ollama's options, format and tools in OpenAI's names."""
+    options, form = doc.get("options") or {}, doc.get("format")
+    expect(isinstance(options, dict), "`options` is not an object")
+    result = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
+    limit = options.get("num_predict")
+    if isinstance(limit, (int, float)) and limit is not True and limit >= 1:
+        result["max_tokens"] = int(limit)
+    if form == "json":
+        result["response_format"] = {"type": "json_object"}
+    elif isinstance(form, dict):
+        schema = {"name": "response", "strict": True, "schema": form}
+        result["response_format"] = {"type": "json_schema", "json_schema": schema}
+    else:
+        expect(not form, f'`format` is {form!r} instead of "json" or a schema')
+    return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
+
+def ollama_path(ask: Ask) -> str:
+    """Return the OpenAI path that serves an Ollama request."""
+    if "embed" in ask.path:
+        return "/v1/embeddings"
+    raw = ask.path == "/api/generate" and ask.doc.get("raw")
+    return "/v1/completions" if raw else "/v1/chat/completions"
+
+def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
+    """Return an Ollama chat or generate request as OpenAI's chat or completion."""
+    doc, out = ask.doc, {"model": rewrite.model}
+    messages = doc.get("messages") if ask.path == "/api/chat" else read_asked(ask.path, doc)
+    if ollama_path(ask) == USAGE_PATHS[1]:
+        out["prompt"] = doc.get("prompt") or ""
+    else:
+        try:
+            out["messages"] = [*openai_messages(messages)]
+        except (TypeError, AttributeError, LookupError) as error:
+            raise MalformedContent(f"the messages have no known shape: {error}") from None
+    out |= {"stream": ask.stream, **openai_options(doc)}
+    if rewrite.include_usage:
+        out["stream_options"] = {"include_usage": True}
+    content = encode_json(out)
+    if rewrite.no_think or doc.get("think") is False:
+        content = splice_json(content.decode(), no_think_edit(ollama_path(ask), out))
+    return content
+
+def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
+    """Return an Ollama embedding request as OpenAI's."""
+    text = ask.doc.get("input")
+    text = (ask.doc.get("prompt") or "") if text is None else text
+    out = {"model": rewrite.model, "input": text, "encoding_format": "float"}
+    size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
+    return encode_json(out | size)
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
