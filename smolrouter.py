@@ -3092,6 +3092,7 @@ class Answer:
             consume(piece)
         if not self.open:
             return
+        responder.flush()
         stream.sink = take
         try:
             with broken_answers():
@@ -3101,6 +3102,7 @@ class Answer:
                     if client.choked:
                         stream.pause()
                         await client.drain()
+                        responder.flush()
                         stream.resume()
                     elif stream.ended:
                         content.end()
@@ -3433,6 +3435,7 @@ async def list_models(lists: ModelLists, table: RoutingTable,
 MAX_INLINE = 16 * KiB  # longer bodies are blobs
 MAX_HELD = 64 * MiB  # bodies of running requests and of waiting rows; above, they are cut
 MAX_BATCH = 2000  # rows of one transaction
+SLICE, SLICE_REST = 8, 0.001  # rows made at a time, s for the relay in between: it goes first
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -4116,7 +4119,7 @@ class RequestLog:
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""
         while True:
-            last, pruning, begun = self.closing.is_set(), False, time.monotonic()
+            last, pruning = self.closing.is_set(), False
             self.wake.clear()
             try:
                 self.take()
@@ -4129,11 +4132,9 @@ class RequestLog:
             if last or len(self.ended) > MAX_BATCH:
                 continue
             self.trim()
-            spent = time.monotonic() - begun
             waiting = self.store.prune_at - time.time() if self.store else None
             self.wake.wait(RETRY if self.error else BATCH if pruning else waiting)
-            # half of its time the thread leaves to the relay, unless rows pile up
-            self.closing.wait(RETRY if self.error else max(BATCH, spent))
+            self.closing.wait(RETRY if self.error else BATCH)
 
     def trim(self) -> None:
         """Return the memory of bodies that went by, now and then."""
@@ -4150,7 +4151,9 @@ class RequestLog:
     def take(self) -> None:
         """Make entries of the requests that ended; count them, print a line for each."""
         fresh: Tallies = {}
-        for _ in range(min(len(self.ended), MAX_BATCH)):
+        for at in range(1, min(len(self.ended), MAX_BATCH) + 1):
+            if at % SLICE == 0 and len(self.ended) < MAX_BATCH:
+                time.sleep(SLICE_REST)
             record = self.ended.popleft()
             detail = make_detail(record, self.body_limit)
             row = make_row(record, detail, time.monotonic())

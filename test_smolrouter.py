@@ -3719,6 +3719,26 @@ def test_client_leaves_and_nobody_else_is_asked() -> None:
         assert not two.heard("m")
 
 
+def test_the_first_event_of_an_alias_does_not_wait_for_the_second() -> None:
+    """Failover looks at the first event; what it has seen must leave at once."""
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event(WORDS[0])], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(event(WORDS[1]), event(ENDED))
+
+    with Upstream(script) as upstream:
+        instances = ["box/tiny", "box/spare"]
+        routes = {"servers": {"box": upstream.url}, "aliases": {"both": {"instances": instances}}}
+        with Router(routes=routes) as router, connect(router.port) as sock:
+            sock.sendall(post(CHAT, chat("both", stream=True)))
+            first = receive_until(sock, b"one")
+            gate.set()
+            rest = receive_until(sock, b"0\r\n\r\n")
+    assert b"two" not in first and b"two" in rest
+
+
 def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
     sent: list[int] = []
     block = event({"choices": [{"index": 0, "delta": {"content": "x" * 65_000}}]})
