@@ -1020,7 +1020,7 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
         return None
     return value if isinstance(value, dict) else None
 
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 def encode_json(value: Any) -> bytes:
     """Return compact JSON; a lone surrogate stays an escape."""
