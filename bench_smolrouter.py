@@ -381,8 +381,7 @@ def make_rows(count: int, file: str) -> None:
     """Write a log of `count` rows, evenly over the last week, to a new database."""
     store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": file}))
     chance, now, week = random.Random(1), time.time(), 7 * 86_400
-    meta = {"trail": [], "request_headers": [], "response_headers": [], "cut": [False] * 2}
-    detail = smolrouter.Detail(meta, b'{"model":"made-up"}', ANSWER)
+    detail = smolrouter.Detail('{"cut":[0,0]}', b'{"model":"made-up"}', ANSWER)
     for start_at in range(0, count, 10_000):
         tallies: smolrouter.Tallies = {}
         entries = []

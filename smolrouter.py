@@ -1020,6 +1020,8 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
         return None
     return value if isinstance(value, dict) else None
 
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 def encode_json(value: Any) -> bytes:
     """Return compact JSON; a lone surrogate stays an escape."""
     try:
@@ -3510,7 +3512,7 @@ class Record:
     sent_model: str = ""
     upstream_url: str = ""
     route: str = ""
-    trail: Sequence[Step] = ()
+    trail: tuple[Step, ...] = ()
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
     stream: bool = False
     phase: str = "waiting"
@@ -3575,11 +3577,11 @@ Tallies = dict[tuple[int, str, str, str], Tally]  # by hour, service, model, ups
 
 class Detail(NamedTuple):
     """What is kept of a request beside its row."""
-    meta: str  # members of a JSON object: trail, fields of both heads, what was cut
+    meta: str  # JSON: trail, fields of both heads, what was cut
     request: bytes
     response: bytes
 
-NO_DETAIL = Detail("", b"", b"")
+NO_DETAIL = Detail("{}", b"", b"")
 
 class Entry(NamedTuple):
     """A row and its packed detail, ready to be written."""
@@ -3655,8 +3657,8 @@ def make_detail(record: Record, limit: int) -> Detail:
     for secret, mark in asked.secrets:  # servers tell which key was wrong
         said = said.replace(secret, mark)
     cut = [record.request_cut or len(content) < len(record.content), record.response_cut]
-    meta = (f'"trail":{encode_trail(record.trail)},"request_headers":{asked.text},'
-            f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}')
+    meta = (f'{{"trail":{encode_trail(record.trail)},"request_headers":{asked.text},'
+            f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}}}')
     return Detail(meta, content, said)
 
 def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
@@ -3697,22 +3699,20 @@ def make_row(record: Record, detail: Detail, now: float) -> Row:
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
-    inline, blobs, sizes = [], [], []
+    inline, blobs = [], []
     for body in detail[1:]:
         long = len(body) > MAX_INLINE
         inline.append(b"" if long else body)
         blobs.append((hashlib.sha256(body).hexdigest(), compress(body)) if long else None)
-        sizes.append(len(inline[-1]))
-    meta = f'{{"sizes":{sizes},{detail.meta}}}\n'.encode("utf-8", "replace")
-    return Entry(row, compress(b"".join((meta, *inline))), tuple(blobs))
+    head = f"{len(inline[0])}\n{detail.meta}\n".encode("utf-8", "replace")
+    return Entry(row, compress(b"".join((head, *inline))), tuple(blobs))
 
 def read_detail(data: bytes, blobs: Iterable[bytes | None]) -> Detail:
     """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
-    line, _, rest = zlib.decompress(data).partition(b"\n")
-    size = json.loads(line)["sizes"][0]
-    inline = rest[:size], rest[size:]
-    return Detail(line.decode()[1:-1], *(zlib.decompress(blob) if blob else body
-                          for body, blob in zip(inline, blobs, strict=True)))
+    size, meta, rest = zlib.decompress(data).split(b"\n", 2)
+    inline = rest[: int(size)], rest[int(size) :]
+    return Detail(meta.decode(), *(zlib.decompress(blob) if blob else body
+                                   for body, blob in zip(inline, blobs, strict=True)))
 
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
     """Return under what a request is counted: hour, service, model and upstream."""
@@ -4962,7 +4962,7 @@ def body_text(body: bytes, coding: str | None) -> tuple[str | None, str]:
 def detail_document(row: Row, detail: Detail | None, phase: str = "done") -> dict[str, Any]:
     """Return everything about one request; `detail` may have been forgotten."""
     text, content, said = detail or NO_DETAIL
-    meta = json.loads(f"{{{text}}}")
+    meta = json.loads(text)
     headers = {name.lower(): value for name, value in meta.get("response_headers", ())}
     coding, cut = headers.get("content-encoding"), meta.get("cut", (False, False))
     talk, path = [], row.path.partition("?")[0]
@@ -4975,7 +4975,7 @@ def detail_document(row: Row, detail: Detail | None, phase: str = "done") -> dic
            "response_headers": meta.get("response_headers", [])}
     doc["request_body"], doc["request_body_encoding"] = body_text(content, None)
     doc["response_body"], doc["response_body_encoding"] = body_text(said, coding)
-    doc["request_body_cut"], doc["response_body_cut"] = cut
+    doc["request_body_cut"], doc["response_body_cut"] = map(bool, cut)
     doc["transcript"] = talk
     doc["response_text"], doc["response_thinking"] = answer.get("content"), answer.get("thinking")
     return {name: value for name, value in doc.items() if name not in ("failed", "level")}
@@ -5052,13 +5052,14 @@ def export_rows(store: Store, asked: Mapping[str, Any]) -> Iterator[bytes]:
         yield (",".join(LISTED) + "\n").encode()
     rows: list[Row] = []
     while not rows or len(rows) == EXPORT_PAGE:
+        wanted |= {"limit": EXPORT_PAGE, "before": rows[-1].id if rows else 2**62}
         with reading(store.path) as db:
-            asked = {**wanted, "limit": EXPORT_PAGE, "before": rows[-1].id if rows else 2**62}
-            rows = [*map(Row._make, db.execute(*select_rows(asked)))]
-            if not rows:
-                return
-            yield "".join(export_row(row, None if form == "csv" else store.detail(db, row.id), form)
-                          for row in rows if row.failed is not None).encode()
+            rows = [*map(Row._make, db.execute(*select_rows(wanted)))]
+            page = [export_row(row, None if form == "csv" else store.detail(db, row.id), form)
+                    for row in rows if row.failed is not None]
+        if not rows:
+            return
+        yield "".join(page).encode()
 
 # --- metrics --------------------------------------------------------------------------
 
