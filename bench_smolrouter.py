@@ -3,12 +3,17 @@
 
     python bench_smolrouter.py [--rounds 3] [--json]
     python bench_smolrouter.py --make-rows 1000000 FILE; python bench_smolrouter.py --log FILE
+    python bench_smolrouter.py --soak MINUTES
 
 Three ways to the same upstream are asked in turn, round by round: directly, through the
 floor (a relay on asyncio streams that looks at nothing, part of this file) and through
 SmolRouter with routing rules, a model map and think stripping on. The load comes from
 this process, upstream and relays are processes of their own, all on 127.0.0.1. Standard
 library only; about a minute. Quote the ratios: absolute figures are the machine's.
+
+The soak sends good traffic and every kind of bad one at the same time, and fails unless
+every good answer is exact to the byte, every good request has its row in the log, and
+memory and descriptors end where they were.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import random
@@ -27,6 +33,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+import zlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import smolrouter
@@ -50,6 +58,21 @@ ROUTES = {
         {"match": {"source_host": "10.0.1.100"}, "route": {"model": "other"}},
         {"match": {"model": "gpt-4"}, "route": {"model": "other"}},
     ],
+}
+
+WORDS = ("The", "quick", "naïve", "狐", "jumps", "<b>", "\\", '"', "\n", "over", "🦊", "</p>")
+FINE = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = FINE + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+BAD_ANSWERS = {
+    "closes": b"", "noise": bytes(range(256)), "half-head": FINE + b"Content-",
+    "two-lengths": FINE + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    "cut": FINE + b"Content-Length: 99\r\n\r\n{}", "hints": b"HTTP/1.1 103 A\r\n\r\n" * 99,
+    "cut-stream": CHUNKED + b"9\r\ndata: {}\n\r\n", "bad-chunk": CHUNKED + b"zz\r\n",
+    "endless-head": FINE + b"A: b\r\n" * 20_000,
+    "junk": FINE + b"Content-Length: 2\r\n\r\n{}" + FINE + b"\r\n",
+    "bomb": FINE + b"Content-Type: application/json\r\nContent-Encoding: deflate\r\n\r\n"
+            + zlib.compress(bytes(64 << 20), 1),
+    "busy": b"HTTP/1.1 429 Busy\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{}",
 }
 
 # ======================================================================================
@@ -103,6 +126,53 @@ async def serve_upstream(
         writer.close()
 
 
+def said_to(content: bytes) -> list[str]:
+    """Return what the soak's model says to a request: words that depend on all of it."""
+    seed = random.Random(zlib.crc32(content))
+    return [f"{seed.choice(WORDS)}{seed.randrange(1000)} " for _ in range(seed.randrange(1, 60))]
+
+
+def encode_said(content: bytes, stream: bool) -> bytes:
+    """Return the exact content of the soak's answer to a request."""
+    words = said_to(content)
+    if not stream:
+        message = {"role": "assistant", "content": "".join(words)}
+        usage = {"prompt_tokens": 1, "completion_tokens": len(words)}
+        return json.dumps({"choices": [{"index": 0, "message": message}], "usage": usage}).encode()
+    docs = [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in words]
+    events = [*map(json.dumps, docs), "[DONE]"]
+    return "".join(f"data: {data}\n\n" for data in events).encode()
+
+
+async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer well, or as badly as the model's name says."""
+    try:
+        while True:
+            _, content = await read_request(reader)
+            asked = json.loads(content or b"{}")
+            bad = BAD_ANSWERS.get(asked.get("model", ""))
+            if bad is not None:
+                writer.write(bad)
+                await writer.drain()
+                await asyncio.sleep(0.05)
+                break
+            said = encode_said(content, asked.get("stream", False))
+            kind = b"text/event-stream" if asked.get("stream") else b"application/json"
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind)
+            if not asked.get("stream"):
+                writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(said), said))
+                continue
+            writer.write(b"Transfer-Encoding: chunked\r\n\r\n")
+            for at in range(0, len(said), 300):  # events are cut anywhere
+                piece = said[at : at + 300]
+                writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                await asyncio.sleep(0.002)
+            writer.write(END)
+    except (asyncio.IncompleteReadError, ConnectionError, ValueError):
+        pass
+    writer.close()
+
+
 async def serve_floor(
     upstream: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
@@ -127,6 +197,8 @@ async def run_end(name: str, upstream: int) -> None:
     async def serve(reader: Any, writer: Any) -> None:
         if name == "upstream":
             await serve_upstream(reader, writer)
+        elif name == "soak":
+            await serve_soak(reader, writer)
         else:
             await serve_floor(upstream, reader, writer)
 
@@ -335,6 +407,215 @@ async def compare(rounds: int) -> dict[str, dict[str, float]]:
     return figures
 
 
+# ======================================================================================
+# The soak
+# ======================================================================================
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
+    """Read one answer: status, request id and content."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    number = re.search(rb"\r\nx-smolrouter-request-id: *(\S+)", head, re.IGNORECASE)
+    length = re.search(rb"\r\ncontent-length: *([0-9]+)", head, re.IGNORECASE)
+    content = b""
+    if length:
+        content = await reader.readexactly(int(length[1]))
+    else:
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            content += (await reader.readexactly(size + 2))[:-2]
+        await reader.readexactly(2)
+    return int(head.split()[1]), number[1].decode() if number else "", content
+
+
+def encode_post(path: str, content: bytes, more: str = "") -> bytes:
+    """Return a POST of JSON."""
+    return (f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n{more}"
+            f"Content-Length: {len(content)}\r\n\r\n").encode() + content
+
+
+def chat_content(text: str, stream: bool, model: str = "good") -> bytes:
+    """Return the content of a chat request that needs no change on its way."""
+    doc: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
+    if stream:
+        doc |= {"stream": True, "stream_options": {"include_usage": True}}
+    return json.dumps(doc).encode()
+
+
+class Soak:
+    """Good and bad clients of one router, and what they have seen."""
+
+    def __init__(self, port: int, end: float) -> None:
+        self.port, self.end = port, end
+        self.good: set[str] = set()  # ids of the good requests
+        self.faults: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    async def repeat(self, act: Callable[[random.Random], Awaitable[None]], seed: int) -> None:
+        """Do something again and again until the end; what a bad client meets is its own."""
+        chance = random.Random(seed)
+        while time.monotonic() < self.end:
+            try:
+                await asyncio.wait_for(act(chance), 60)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                if act == self.ask_well:
+                    self.faults.append(f"a good client met {error!r}")
+            except asyncio.TimeoutError:
+                self.faults.append(f"{act.__name__} took longer than 60 s")
+            self.counts[act.__name__] = self.counts.get(act.__name__, 0) + 1
+
+    async def ask_well(self, chance: random.Random) -> None:
+        """Send some good requests on one connection and check every byte."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        for _ in range(chance.randrange(1, 20)):
+            stream = chance.random() < 0.5
+            size = 3_000_000 if chance.random() < 0.005 else chance.randrange(2000)
+            content = chat_content(chance.choice(WORDS) * size, stream)
+            writer.write(encode_post("/v1/chat/completions", content))
+            status, number, said = await read_answer(reader)
+            if status != 200 or said != encode_said(content, stream):
+                self.faults.append(f"{status} {said[:200]!r} instead of an exact answer")
+            self.good.add(number)
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    async def ask_badly(self, chance: random.Random) -> None:
+        """Ask for a server's bad answer, in either dialect."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        content = chat_content("x", chance.random() < 0.5, chance.choice([*BAD_ANSWERS]))
+        path = chance.choice(("/v1/chat/completions", "/api/chat"))
+        writer.write(encode_post(path, content, "Connection: close\r\n"))
+        while await reader.read(65536) and chance.random() < 0.9:
+            await asyncio.sleep(0.01)
+            if chance.random() < 0.3:
+                break
+        writer.transport.abort()
+
+    async def speak_badly(self, chance: random.Random) -> None:
+        """Send a request with some octets changed, cut or doubled, whole or drop by drop."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        data = bytearray(encode_post("/v1/chat/completions", chat_content("x", True)))
+        for _ in range(chance.randrange(1, 6)):
+            at = chance.randrange(len(data))
+            odd = (b"\r\n", b"\n", b"\0", b" ", b"\r\n\r\n", b"Content-Length: 1\r\n", b"[" * 300)
+            data[at : at + chance.randrange(3)] = chance.choice(odd)
+        for at in range(0, len(data), size := chance.choice((7, 50, 10_000))):
+            writer.write(data[at : at + size])
+            await asyncio.sleep(0)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(reader.read(65536), 0.2)
+        writer.transport.abort()
+
+    async def leave_early(self, chance: random.Random) -> None:
+        """Go away: before the head's end, in the content, while waiting or in the stream."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        data = encode_post("/v1/chat/completions", chat_content("x" * 5000, True))
+        cut = chance.choice((0, 30, len(data) - 99, len(data)))
+        writer.write(data[:cut])
+        await asyncio.sleep(chance.choice((0, 0.01, 0.05)))
+        if cut == len(data):
+            await reader.read(chance.choice((1, 500)))
+        writer.transport.abort()
+
+    async def weigh_heavily(self, chance: random.Random) -> None:
+        """Send what is too deep, has too many parts, or is announced as too long."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        content = chance.choice((
+            b'{"model":"x","x":%b' % (b"[" * 100_000),
+            b'{"model":"x","x":[%b0]}' % (b"{}," * 300_000),
+            b'{"model":"x","x":"%b"}' % (b"a" * 5_000_000)))
+        data = encode_post("/v1/embeddings", content)
+        if chance.random() < 0.3:
+            data = data.replace(b"Length: ", b"Length: 999", 1)
+        writer.write(data)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(reader.read(65536), 5)
+        writer.transport.abort()
+        await asyncio.sleep(0.5)
+
+    async def idle(self, chance: random.Random) -> None:
+        """Hold a connection and say little."""
+        _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        for octet in b"GET /v1/mod":
+            writer.write(bytes([octet]))
+            await asyncio.sleep(min(0.3, max(0.0, self.end - time.monotonic())))
+        writer.transport.abort()
+
+    async def get_json(self, path: str) -> Any:
+        """Ask the router itself."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        status, _, content = await read_answer(reader)
+        writer.close()
+        return json.loads(content) if status == 200 else []
+
+    async def check_rows(self) -> None:
+        """See that every good request has its row, and that nothing runs any more."""
+        missing, before, wrong = set(self.good), "", 0
+        for _ in range(100):
+            if not await self.get_json("/api/inflight"):
+                break
+            await asyncio.sleep(0.1)
+        else:
+            self.faults.append("requests run on after their clients have gone")
+        await asyncio.sleep(1.0)  # the log is written in batches
+        while rows := await self.get_json(f"/api/logs?limit=1000{before}"):
+            wrong += sum(r["request_id"] in missing and r["status_code"] != 200 for r in rows)
+            missing -= {row["request_id"] for row in rows}
+            before = f"&before={rows[-1]['id']}"
+        if missing or wrong:
+            self.faults.append(f"{len(missing)} good requests without a row, {wrong} wrong ones")
+
+
+def footprint(pid: int) -> tuple[float, int, int]:
+    """Return memory in MB, descriptors and threads of a process."""
+    threads = pathlib.Path(f"/proc/{pid}/task")
+    return memory(pid, "VmRSS"), len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(threads))
+
+
+async def watch(pid: int, seconds: float) -> list[tuple[float, int, int]]:
+    """Look at the process, print what it takes; return it."""
+    seen, begun = [], time.monotonic()
+    while (passed := time.monotonic() - begun) < seconds:
+        seen.append(footprint(pid))
+        words = "{:6.0f} s {:8.1f} MB {:5} descriptors {:4} threads"
+        print(words.format(passed, *seen[-1]), flush=True)
+        await asyncio.sleep(min(10.0, seconds / 12))
+    return seen
+
+
+async def soak(minutes: float) -> int:
+    """Mix good and bad traffic; return 0 when the router stood it."""
+    upstream, upstream_port = start_end("soak")
+    with tempfile.TemporaryDirectory() as folder:
+        router, port, _ = await start_router(pathlib.Path(folder), upstream_port)
+        try:
+            seconds = minutes * 60
+            run = Soak(port, time.monotonic() + seconds)
+            crew = [(run.ask_well, 6), (run.ask_badly, 2), (run.speak_badly, 3),
+                    (run.leave_early, 3), (run.weigh_heavily, 1), (run.idle, 20)]
+            acts = [act for act, number in crew for _ in range(number)]
+            seen, *_ = await asyncio.gather(
+                watch(router.pid, seconds), *(run.repeat(act, n) for n, act in enumerate(acts)))
+            await run.check_rows()
+            last = footprint(router.pid)
+            early = seen[len(seen) // 4 : len(seen) // 2] or seen
+            if last[0] > max(s[0] for s in early) * 1.15 + 8:
+                run.faults.append(f"memory grew to {last[0]:.1f} MB")
+            if last[1] > min(s[1] for s in seen) + 16 or last[2] > max(s[2] for s in early) + 4:
+                run.faults.append(f"{last[1]} descriptors and {last[2]} threads are left")
+            if router.poll() is not None:
+                run.faults.append(f"the router ended with {router.returncode}")
+        finally:
+            for process in (router, upstream):
+                process.terminate()
+                process.wait(20)
+            upstream.stdout.close()
+    print(f"{len(run.good)} good answers, exact; times: {run.counts}")
+    print("at the end {:.1f} MB, {} descriptors, {} threads".format(*last))
+    print(*(f"FAULT: {fault}" for fault in run.faults[:20]), sep="\n")
+    return 1 if run.faults or not run.good else 0
+
+
 def show(figures: dict[str, dict[str, float]]) -> None:
     """Print a table; the last column is SmolRouter against the floor."""
     ways = ("direct", "floor", "smolrouter")
@@ -427,10 +708,12 @@ async def measure_log(file: str) -> dict[str, float]:
 
 def main() -> int:
     """Run the command line."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # not that a peer has gone
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
-    parser.add_argument("--run", choices=("upstream", "floor"), help=argparse.SUPPRESS)
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="good and bad traffic")
+    parser.add_argument("--run", choices=("upstream", "floor", "soak"), help=argparse.SUPPRESS)
     parser.add_argument("--upstream", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--make-rows", nargs=2, metavar=("N", "FILE"),
                         help="write a log of N made-up rows to a new database, then end")
@@ -448,6 +731,8 @@ def main() -> int:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(run_end(arguments.run, arguments.upstream))
         return 0
+    if arguments.soak:
+        return asyncio.run(soak(arguments.soak))
     figures = asyncio.run(compare(arguments.rounds))
     if arguments.json:
         print(json.dumps(figures))
