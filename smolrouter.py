@@ -2357,7 +2357,7 @@ def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[
     """Tell whether all that a rule states matches, and why or why not."""
     found = True if rule.model is None else match_model(rule.model, names)
     if not found:
-        too_long = all(len(name) > MAX_PATTERN_NAME for name in names)
+        too_long = names and all(len(name) > MAX_PATTERN_NAME for name in names)
         reason = ": longer than 256 characters" if too_long else ""
         return False, f"{rule.match_text}: the model does not match{reason}"
     if rule.hosts is not None and not host_matches(rule.hosts, source):

@@ -1471,6 +1471,7 @@ def test_two_servers_may_have_one_url() -> None:
 def test_request_without_a_model_follows_rules_on_its_source() -> None:
     decision = smolrouter.resolve(routing(), "", "fd00::7")
     assert decision.route == "routes[2]"
+    assert not any("longer" in step.why for step in decision.trail)
     assert smolrouter.resolve(routing(), "", HOME).route == "default"
 
 
