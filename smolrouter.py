@@ -6242,36 +6242,28 @@ DASHBOARD_HTML = r"""<!doctype html>
   --text: #1b1e28; --quiet: #565c6e; --edge: #8b91a5; --accent: #4150c0; --on-accent: #fff;
   --tint: #e3e6fa; --on-tint: #2a3690; --good: #146c3f; --good-tint: #dcf3e5;
   --warn: #7a4b00; --warn-tint: #fbeccb; --bad: #b3261e; --bad-tint: #fce2df;
-  --lift: 0 1px 2px rgb(25 30 60 / .08), 0 2px 8px rgb(25 30 60 / .05);
   --m0: #2563c9; --m1: #c2570c; --m2: #17824a; --m3: #8b3fc4; --m4: #0a7c8c;
   --m5: #c42a78; --m6: #80591c; --m7: #56657a; --m8: #6f7010; --m9: #c4312f;
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #101218; --card: #191c24; --sunken: #12151c; --hover: #20242e; --line: #2c313d;
-    --text: #e7e9f1; --quiet: #a3aabb; --edge: #70788c; --accent: #a8b4ff; --on-accent: #141a4a;
-    --tint: #2b3263; --on-tint: #d8ddff; --good: #7fd8a4; --good-tint: #173525;
-    --warn: #f2c46d; --warn-tint: #3b2e12; --bad: #ff9d94; --bad-tint: #45201d;
-    --lift: 0 1px 2px rgb(0 0 0 / .4);
-    --m0: #7aa7ff; --m1: #ff9d5c; --m2: #5fd08e; --m3: #c99bff; --m4: #4fc9d8;
-    --m5: #ff86bd; --m6: #d8a870; --m7: #a3b3c7; --m8: #cfcf55; --m9: #ff8b85;
-  }
-}
-
+@media (prefers-color-scheme: dark) { :root {
+  --page: #101218; --card: #191c24; --sunken: #12151c; --hover: #20242e; --line: #2c313d;
+  --text: #e7e9f1; --quiet: #a3aabb; --edge: #70788c; --accent: #a8b4ff; --on-accent: #141a4a;
+  --tint: #2b3263; --on-tint: #d8ddff; --good: #7fd8a4; --good-tint: #173525;
+  --warn: #f2c46d; --warn-tint: #3b2e12; --bad: #ff9d94; --bad-tint: #45201d;
+  --m0: #7aa7ff; --m1: #ff9d5c; --m2: #5fd08e; --m3: #c99bff; --m4: #4fc9d8;
+  --m5: #ff86bd; --m6: #d8a870; --m7: #a3b3c7; --m8: #cfcf55; --m9: #ff8b85;
+} }
 /* -- Ground ---------------------------------------------------------------------------------- */
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html { scrollbar-gutter: stable; }
-body {
-  margin: 0; background: var(--page); color: var(--text); font-variant-numeric: tabular-nums;
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif;
-}
+body { margin: 0; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums; }
 h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin: 0; padding: 0; list-style: none; }
 h1, h2, h3 { font-weight: 600; font-size: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; }
 h3, .small { font-size: .8125rem; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 code, pre, .mono { font: .8125rem/1.55 ui-monospace, "Cascadia Mono", Menlo, monospace; }
 pre, .said { white-space: pre-wrap; }
 bdi, td, dd, pre, p, .said { unicode-bidi: isolate; overflow-wrap: anywhere; }
@@ -6279,190 +6271,135 @@ bdi, td, dd, pre, p, .said { unicode-bidi: isolate; overflow-wrap: anywhere; }
 .quiet, .small, dt { color: var(--quiet); }
 .number { text-align: right; white-space: nowrap; }
 .unseen, .skip:not(:focus) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; }
-
 /* -- Frame: bar, views, cards ---------------------------------------------------------------- */
-.bar, main { max-width: 82rem; margin: 0 auto; padding: 0 1.5rem; }
+.bar, main { max-width: 82rem; margin: 0 auto; padding: 0 1.5rem; } main { padding-bottom: 4rem; }
 .bar { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1.5rem; min-height: 4rem; }
-.brand { display: flex; align-items: center; gap: .5rem; font-size: 1.125rem; font-weight: 650; }
-.bar .brand { color: var(--text); text-decoration: none; }
-.brand svg { color: var(--accent); }
+.brand { display: flex; gap: .5rem; font-size: 1.125rem; font-weight: 650; }
+.bar .brand { color: var(--text); } .brand svg { color: var(--accent); }
 nav { display: flex; gap: .25rem; margin-right: auto; }
 nav a { padding: .3rem .9rem; border-radius: 99px; color: var(--quiet); font-weight: 550; }
 nav a:hover { background: var(--line); text-decoration: none; }
 nav a[aria-current] { background: var(--tint); color: var(--on-tint); }
-#live::before { content: "○ "; }
-#live.on::before { content: "● "; color: var(--good); }
-main { padding-bottom: 4rem; outline: none; }
+#live::before { content: "○ "; } #live.on::before { content: "● "; color: var(--good); }
 .view, .pair, .stack { display: grid; gap: 1.25rem; grid-template-columns: minmax(0, 1fr); }
 .pair { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); }
-.pair.even { grid-template-columns: repeat(2, minmax(0, 1fr)); align-items: start; }
-.card {
-  background: var(--card); border-radius: 16px; box-shadow: var(--lift); padding: 1.25rem 1.5rem;
-}
+.even { grid-template-columns: repeat(2, minmax(0, 1fr)); align-items: start; }
+.card { background: var(--card); border-radius: 16px; padding: 1.25rem 1.5rem;
+  box-shadow: 0 1px 2px rgb(25 30 60 / .08), 0 2px 8px rgb(25 30 60 / .05); }
 .heading { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; }
 .heading, .controls, details[open] > summary { margin-bottom: .75rem; }
-.push { margin-left: auto; }
 .line { display: flex; flex-wrap: wrap; align-items: center; gap: .15rem .75rem; min-width: 0; }
-.grow { flex: 1 1 10rem; min-width: 0; }
-.trouble { background: var(--bad-tint); color: var(--bad); border-radius: 12px; }
-.trouble { padding: .75rem 1.25rem; margin-bottom: 1.25rem; }
+.push { margin-left: auto; } .grow { flex: 1 1 10rem; min-width: 0; }
+.trouble { padding: .75rem 1.25rem; margin-bottom: 1.25rem; border-radius: 12px; }
 .empty { padding: 1rem 0 .5rem; color: var(--quiet); }
 .empty strong { display: block; color: var(--text); }
-.code { background: var(--sunken); color: var(--text); border-radius: 10px; margin: .5rem 0; }
-.code { padding: .75rem 1rem; max-height: 34rem; overflow: auto; }
+.code { background: var(--sunken); color: var(--text); border-radius: 10px; margin: .5rem 0;
+  padding: .75rem 1rem; max-height: 34rem; overflow: auto; } .flight .code { max-height: 14rem; }
 .sign-in { max-width: 26rem; margin: 12vh auto 0; }
-
 /* -- Controls -------------------------------------------------------------------------------- */
 button, .button, input, select, textarea { font: inherit; font-size: .875rem; color: inherit; }
-button, .button {
-  background: none; border: 1px solid var(--edge); border-radius: 99px; padding: .1rem .85rem;
-  color: var(--accent); font-weight: 550; cursor: pointer; white-space: nowrap;
-}
+button, .button { background: none; border: 1px solid var(--edge); border-radius: 99px;
+  padding: .1rem .85rem; color: var(--accent); font-weight: 550; white-space: nowrap; }
 button:hover, .button:hover { background: var(--hover); text-decoration: none; }
-button:disabled { color: var(--quiet); cursor: default; }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button:not(:disabled) { cursor: pointer; } button:disabled { color: var(--quiet); }
 button.stop { color: var(--bad); }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 .controls { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-.controls button, .controls .button { padding: .3rem .9rem; }
-label { display: grid; gap: .2rem; flex: 1 1 7rem; min-width: 0; }
+.controls button, .controls .button { padding: .35rem .9rem; }
+label { display: grid; gap: .2rem; flex: 1 1 7rem; min-width: 0; } .wide { flex: 3 1 14rem; }
 label, .facts dt { font-size: .75rem; color: var(--quiet); }
-label.wide { flex: 3 1 14rem; }
-input:not([type=radio]), select, textarea {
-  width: 100%; height: 2.25rem; background: var(--sunken); border: 1px solid var(--edge);
-  border-radius: 8px; padding: .3rem .6rem; color: var(--text);
-}
+input, select, textarea { width: 100%; height: 2.25rem; padding: .3rem .6rem; color: var(--text);
+  background: var(--sunken); border: 1px solid var(--edge); border-radius: 8px; }
 textarea { resize: vertical; height: 4.5rem; }
 ::placeholder { color: var(--quiet); opacity: 1; }
-.choice { border: 0; margin: 0; padding: 0; display: flex; }
-.choice label { flex: none; position: relative; }
-.choice input { position: absolute; opacity: 0; }
-.choice span { padding: .35rem .8rem; border: 1px solid var(--edge); font-size: .875rem; }
-.choice label + label span { margin-left: -1px; }
-.choice label:first-of-type span { border-radius: 99px 0 0 99px; }
-.choice label:last-of-type span { border-radius: 0 99px 99px 0; }
-.choice :checked + span { background: var(--tint); color: var(--on-tint); font-weight: 600; }
-.choice :checked + span::before { content: "✓ "; }
-.choice :focus-visible + span { outline: 2px solid var(--accent); outline-offset: 2px; }
-summary { cursor: pointer; }
-summary > * { display: inline; }
-
+summary { cursor: pointer; } summary > * { display: inline; }
 /* -- Small things: badges, marks, tiles ------------------------------------------------------ */
-.badge { display: inline-block; padding: .05rem .55rem; border-radius: 99px; font-weight: 600; }
-.badge { font-size: .8125rem; white-space: nowrap; }
-.badge, .step { background: var(--sunken); color: var(--quiet); }
+.badge { display: inline-block; padding: .05rem .55rem; border-radius: 99px; font-weight: 600;
+  font-size: .8125rem; white-space: nowrap; }
+.idle { background: var(--sunken); color: var(--quiet); }
+.busy { background: var(--tint); color: var(--on-tint); }
 .good { background: var(--good-tint); color: var(--good); }
 .warn { background: var(--warn-tint); color: var(--warn); }
-.bad { background: var(--bad-tint); color: var(--bad); }
-.busy { background: var(--tint); color: var(--on-tint); }
+.bad, .trouble { background: var(--bad-tint); color: var(--bad); }
 .mark { width: .8em; height: .8em; margin-right: .45em; overflow: visible; }
 .m0 { color: var(--m0); } .m1 { color: var(--m1); } .m2 { color: var(--m2); }
 .m3 { color: var(--m3); } .m4 { color: var(--m4); } .m5 { color: var(--m5); }
 .m6 { color: var(--m6); } .m7 { color: var(--m7); } .m8 { color: var(--m8); }
-.m9 { color: var(--m9); }
+.m9 { color: var(--m9); } .soft { opacity: .45; }
 .tiles { display: grid; gap: .75rem; grid-template-columns: repeat(8, minmax(0, 1fr)); }
 .tile { padding: .9rem 1rem .75rem; font-size: .8125rem; }
 .tile dd { font-size: 1.5rem; font-weight: 600; letter-spacing: -.02em; white-space: nowrap; }
 .spark { display: block; width: 100%; height: 1.75rem; margin-top: .35rem; fill: var(--accent); }
-.spark .soft { opacity: .5; }
-.spark .fail { fill: var(--bad); }
-
 /* -- Tables; on a narrow screen every row is a card ------------------------------------------ */
 table { width: 100%; border-collapse: collapse; font-size: .875rem; }
-th, th button { color: var(--quiet); font-size: .8125rem; font-weight: 550; text-align: left; }
 th, td { padding: .5rem; border-top: 1px solid var(--line); vertical-align: top; }
-th { border: 0; white-space: nowrap; }
-th button { border: 0; padding: 0; }
-th:first-child, td:first-child { padding-left: 0; }
-th:last-child, td:last-child { padding-right: 0; }
-th[aria-sort=ascending] button::after { content: " ↑"; }
+tr > :first-child { padding-left: 0; } tr > :last-child { padding-right: 0; }
+th, th button { color: var(--quiet); font-size: .8125rem; font-weight: 550; border: 0; }
+th { text-align: left; white-space: nowrap; } th.number { text-align: right; }
+th button { padding: 0; } th[aria-sort=ascending] button::after { content: " ↑"; }
 th[aria-sort=descending] button::after { content: " ↓"; }
 .rows tbody tr { cursor: pointer; }
+@media (min-width: 70rem) { .rows td:nth-child(-n+4) { white-space: nowrap; } }
 .rows tbody tr:hover, .rows tr:focus-within { background: var(--hover); }
-.rows td:nth-child(-n+3) { white-space: nowrap; }
-.fresh { animation: fresh 2.5s ease-out; }
-@keyframes fresh { from { background: var(--tint); } }
+.fresh { animation: fresh 2.5s ease-out; } @keyframes fresh { from { background: var(--tint); } }
 .meter { display: flex; height: 4px; width: 5rem; margin: .2rem 0 0 auto; }
 .meter i { background: var(--accent); border-radius: 2px; }
-.meter .soft { opacity: .4; }
 .under td { border: 0; padding-top: 0; color: var(--quiet); }
 .under td:first-child { padding-left: 1.3rem; }
-
-/* -- Overview: running requests, servers, rules ---------------------------------------------- */
-.list { max-height: 24rem; overflow: auto; }
-.list > li { padding: .6rem 0; }
-.list > li + li, .turn + .turn { border-top: 1px solid var(--line); }
+/* -- Overview and performance ---------------------------------------------------------------- */
+.list { max-height: 24rem; overflow: auto; } .list li { padding: .6rem 0; }
+.list li + li, .turn + .turn { border-top: 1px solid var(--line); }
 .flight .number { min-width: 4.2rem; }
-.growing { max-height: 14rem; }
-.steps { display: grid; gap: .35rem; font-size: .875rem; }
-.steps li { display: grid; grid-template-columns: 1.25rem minmax(0, 1fr); }
-.steps .hit { font-weight: 600; }
-
-/* -- Performance ----------------------------------------------------------------------------- */
+.steps { display: grid; gap: .35rem; font-size: .875rem; } .hit { font-weight: 600; }
 .chart { position: relative; height: 26rem; }
-.chart svg:not(.mark) { position: absolute; width: 100%; height: 100%; cursor: crosshair; }
-.chart text { fill: var(--quiet); font-size: 12px; }
-.grid { stroke: var(--line); }
+.chart > svg { position: absolute; width: 100%; height: 100%; cursor: crosshair; }
+.chart text { fill: var(--quiet); font-size: 12px; } .grid { stroke: var(--line); }
 .guide { fill: none; stroke: var(--edge); stroke-dasharray: 2 5; }
 .dot { fill: currentColor; fill-opacity: .55; stroke: currentColor; }
 .dot.failed { fill: none; stroke-dasharray: 2 1.5; }
 .ring { fill: none; stroke: var(--text); stroke-width: 2; }
-.hint { position: absolute; left: 0; top: 0; pointer-events: none; max-width: 17rem; }
-.hint { background: var(--text); color: var(--page); border-radius: 10px; font-size: .8125rem; }
-.hint { padding: .5rem .75rem; }
+.hint { position: absolute; left: 0; top: 0; pointer-events: none; max-width: 17rem;
+  padding: .5rem .75rem; background: var(--text); color: var(--page); border-radius: 10px; }
 .legend { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .75rem; }
 .legend button { color: var(--text); border-color: var(--line); white-space: normal; }
 .legend [aria-pressed=false] { text-decoration: line-through; color: var(--quiet); }
-
 /* -- Request --------------------------------------------------------------------------------- */
-.trail { display: flex; flex-wrap: wrap; gap: .5rem 0; }
+.trail { display: flex; flex-wrap: wrap; gap: .5rem 0; font-size: .8125rem; }
 .trail li { display: flex; align-items: center; max-width: 100%; }
 .trail li + li::before { content: "→"; padding: 0 .6rem; color: var(--quiet); }
 .step { border-radius: 12px; padding: .4rem .85rem; min-width: 0; }
-.step b { display: block; font-weight: 600; color: var(--text); }
+.step b { display: block; font-weight: 600; font-size: .9375rem; color: var(--text); }
 .phases { display: flex; gap: 2px; height: 1.25rem; border-radius: 8px; overflow: hidden; }
-.phases i { min-width: 3px; }
-.key { margin-top: .6rem; gap: .35rem 1.5rem; }
+.phases i { min-width: 3px; } .key { margin-top: .6rem; gap: .35rem 1.5rem; }
 .key i { display: inline-block; width: .75rem; height: .75rem; border-radius: 3px; }
 .p-fail { background: repeating-linear-gradient(45deg, var(--bad) 0 4px, var(--bad-tint) 4px 7px); }
 .p-wait { background: repeating-linear-gradient(90deg, var(--edge) 0 2px, var(--line) 2px 6px); }
 .p-flow { background: var(--accent); }
 .facts { display: grid; gap: .9rem 1.5rem; }
 .facts { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-.turn { display: grid; grid-template-columns: 6rem minmax(0, 1fr); gap: .25rem 1rem; }
-.turn { padding: 1rem 0; }
-.turn h3 { color: var(--quiet); }
+.turn { padding: 1rem 0; } .turn h3 { color: var(--quiet); }
 .turn.assistant h3 { color: var(--accent); }
-.said { unicode-bidi: plaintext; }
-.said.cut { max-height: 12rem; overflow: hidden; mask-image: linear-gradient(#000 70%, #0000); }
-.thought { color: var(--quiet); font-size: .875rem; border-left: 3px solid var(--line); }
-.thought { padding-left: .9rem; margin-bottom: .5rem; }
+.turn a:not([href]) { color: inherit; text-decoration: none; }
 .turn img { display: block; max-width: min(100%, 24rem); border-radius: 10px; }
-.j-key { color: var(--accent); }
-.j-text { color: var(--good); }
-.j-word { color: var(--warn); }
+.said { unicode-bidi: plaintext; max-width: 56rem; max-height: 40rem; overflow: auto; }
+.thought { padding-left: .9rem; margin-bottom: .75rem; color: var(--quiet); font-size: .875rem;
+  border-left: 3px solid var(--line); }
 .fields { display: grid; grid-template-columns: fit-content(35%) minmax(0, 1fr); gap: .2rem 1rem; }
-
 /* -- Narrow, and calm ------------------------------------------------------------------------ */
 @media (max-width: 70rem) {
   .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }
-  .pair, .pair.even { grid-template-columns: minmax(0, 1fr); }
+  .pair { grid-template-columns: minmax(0, 1fr); }
 }
 @media (max-width: 46rem) {
-  .bar, main { padding: .5rem 1rem; }
-  .card { padding: 1rem; }
+  .bar, main { padding: .5rem 1rem; } .card { padding: 1rem; } .chart { height: 20rem; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .chart { height: 20rem; }
-  thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
-  table, tbody, tr { display: block; }
+  thead { display: none; } table, tbody, tr { display: block; }
   tr { border-top: 1px solid var(--line); padding: .6rem 0; }
-  td, .under td:first-child {
-    display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0;
-  }
+  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; }
+  td, .under td:first-child { padding: .1rem 0; } td > * { min-width: 0; text-align: right; }
   td::before { content: attr(data-label); color: var(--quiet); flex: none; }
-  td > * { min-width: 0; text-align: right; }
-  .turn { grid-template-columns: minmax(0, 1fr); }
-  .trail { flex-direction: column; }
-  .trail li + li::before { content: "↓"; }
+  .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .trail { flex-direction: column; } .trail li + li::before { content: "↓"; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 </style>
@@ -6473,21 +6410,18 @@ th[aria-sort=descending] button::after { content: " ↓"; }
   <a class="brand" href="/"><svg width="24" height="24" viewBox="0 0 24 24" fill="none"
     stroke="currentColor" stroke-width="2.25" stroke-linecap="round" aria-hidden="true"><path
     d="M3 12h6M9 12c5 0 4-7 11-7M9 12h11M9 12c5 0 4 7 11 7"/></svg>SmolRouter</a>
-  <nav aria-label="Views"><a href="/" data-view="overview">Overview</a>
-    <a href="/performance" data-view="performance">Performance</a></nav>
+  <nav aria-label="Views"><a href="/">Overview</a><a href="/performance">Performance</a></nav>
   <span class="small" id="live" role="status">Starting</span>
   <button id="sign-out" hidden>Sign out</button>
 </header>
-<main id="main" tabindex="-1">
+<main id="main">
 <noscript><p class="trouble">This page needs JavaScript; curl /api/logs does not.</p></noscript>
 <div id="troubles" role="alert"></div>
-
 <form class="card stack sign-in" id="sign-in" hidden>
   <h1>Sign in</h1>
   <p class="quiet">This router asks for a token. On its machine,
     <code>smolrouter.py token --subject you</code> prints one.</p>
-  <input class="unseen" autocomplete="username" value="SmolRouter" aria-label="User" tabindex="-1">
-  <label>Token<input name="token" type="password" autocomplete="current-password" required></label>
+  <label>Token<input name="token" type="password" autocomplete="off" required></label>
   <p class="bad" id="sign-in-error" role="alert"></p>
   <button class="main">Sign in</button>
 </form>
@@ -6497,13 +6431,10 @@ th[aria-sort=descending] button::after { content: " ↓"; }
   <dl class="tiles" id="tiles"></dl>
   <div class="pair">
     <section class="card" aria-labelledby="flights-title">
-      <div class="heading"><h2 id="flights-title">In flight</h2></div>
-      <ul class="list" id="flights"></ul>
+      <h2 class="heading" id="flights-title">In flight</h2><ul class="list" id="flights"></ul>
     </section>
     <section class="card" aria-labelledby="servers-title">
-      <div class="heading"><h2 id="servers-title">Servers</h2>
-        <span class="small push">the last hour</span></div>
-      <ul class="list" id="servers"></ul>
+      <h2 class="heading" id="servers-title">Servers</h2><ul class="list" id="servers"></ul>
     </section>
   </div>
   <div class="pair even">
@@ -6513,17 +6444,15 @@ th[aria-sort=descending] button::after { content: " ↓"; }
         <label>Model or alias<input name="model" list="models" required></label>
         <label>Message<textarea name="message">Say hello in one sentence.</textarea></label>
         <p class="line"><button class="main">Send</button>
-          <button type="button" id="try-stop" hidden>Stop</button>
           <span class="small" id="try-note" role="status"></span></p>
+        <div class="said" id="try-answer" aria-live="polite"></div>
       </form>
-      <div class="said" id="try-answer" aria-live="polite"></div>
     </details>
     <details class="card" id="explain">
       <summary><h2>Explain</h2> <span class="small">where would it go, and why</span></summary>
       <form class="controls" id="explain-form">
-        <label>Model<input name="explain" list="models" required></label>
+        <label>Model<input name="explain" list="models"></label>
         <label>Source host<input name="from" placeholder="127.0.0.1"></label>
-        <button class="main">Explain</button>
       </form>
       <div id="explained" aria-live="polite"></div>
     </details>
@@ -6534,199 +6463,172 @@ th[aria-sort=descending] button::after { content: " ↓"; }
     <form class="controls" id="filters" role="search" aria-label="Filter the requests">
       <label class="wide">Search<input name="q" type="search"
         placeholder="model, path, error, address"></label>
-      <label>Service<select name="service_type"><option value="">Any</option>
-        <option value="openai">OpenAI</option><option value="ollama">Ollama</option></select></label>
-      <label>Status<select name="status"><option value="">Any</option><option
-        value="error">Errors</option><option>2xx</option><option>4xx</option><option>5xx</option>
-        <option>429</option><option value="499">499 client left</option></select></label>
+      <label>Service<select name="service_type"><option value="">Any<option
+        value="openai">OpenAI<option value="ollama">Ollama</select></label>
+      <label>Status<select name="status"><option value="">Any<option value="error">Errors<option
+        >2xx<option>4xx<option>5xx<option>429<option value="499">499 client left</select></label>
       <label>Model<input name="model" list="models"></label>
       <label>Server<input name="upstream" list="upstreams"></label>
       <label>Source<input name="source" list="sources"></label>
       <button type="reset">Clear</button>
     </form>
     <table class="rows" id="rows"><thead></thead><tbody></tbody></table>
-    <div class="empty" id="rows-empty"></div>
-    <p class="line"><a class="button" id="newest" href="/">Newest</a>
-      <a class="button push" id="older" href="/">Older</a></p>
+    <div id="rows-empty"></div>
+    <p class="line"><a class="button" id="newest">Newest</a>
+      <a class="button push" id="older">Older</a></p>
   </section>
 </div>
 
 <div class="view" id="performance" hidden>
-  <h1 class="unseen">Performance</h1>
   <section class="card" aria-labelledby="chart-title">
-    <div class="heading"><h2 id="chart-title"></h2><span class="small push" id="chart-note"></span></div>
+    <div class="heading"><h1 id="chart-title"></h1><span class="small" id="chart-note"></span></div>
     <form class="controls" id="lens" aria-label="What the chart shows">
-      <fieldset class="choice"><legend class="unseen">Time range</legend>
-        <label><input type="radio" name="hours" value="1"><span>1 h</span></label>
-        <label><input type="radio" name="hours" value="6"><span>6 h</span></label>
-        <label><input type="radio" name="hours" value="24" checked><span>24 h</span></label>
-        <label><input type="radio" name="hours" value="168"><span>7 d</span></label></fieldset>
+      <label>Time<select name="hours"><option value="1">1 hour<option value="6">6 hours<option
+        value="24" selected>24 hours<option value="168">7 days</select></label>
       <label>Model<input name="model" list="models" placeholder="Any"></label>
-      <label>Service<select name="service_type"><option value="">Any</option>
-        <option value="openai">OpenAI</option><option value="ollama">Ollama</option></select></label>
+      <label>Service<select name="service_type"><option value="">Any<option
+        value="openai">OpenAI<option value="ollama">Ollama</select></label>
       <label>Across<select name="x"></select></label>
       <label>Up<select name="y"></select></label>
-      <label>Scale<select name="scale"><option value="xy">Logarithmic</option><option
-        value="none">Linear</option><option value="x">Log across</option><option
-        value="y">Log up</option></select></label>
+      <label>Scale<select name="scale"><option value="xy">Logarithmic<option value="none">Linear
+        <option value="x">Log across<option value="y">Log up</select></label>
       <a class="button" id="export" download>Export CSV</a>
     </form>
     <figure class="chart" id="chart"></figure>
     <p class="unseen" id="chart-says" role="status"></p>
     <div class="legend" id="legend" role="group" aria-label="Models shown"></div>
-    <div class="empty" id="chart-empty"></div>
+    <div id="chart-empty"></div>
   </section>
   <section class="card" aria-labelledby="speeds-title">
     <div class="heading"><h2 id="speeds-title">Models side by side</h2>
-      <span class="small push">below each model: the servers it ran on</span></div>
+      <span class="small">and the servers they ran on</span></div>
     <table id="speeds"><thead></thead><tbody></tbody></table>
   </section>
 </div>
 
-<div class="view" id="request" hidden></div>
+<div class="view" id="request" hidden>
+  <header class="heading" id="head"></header>
+  <section class="card stack" id="story" aria-label="What happened"></section>
+  <section class="card" id="talk" hidden><h2>Conversation</h2><div id="turns"></div></section>
+  <div class="view" id="raw"></div>
+</div>
 </main>
-<datalist id="models"></datalist><datalist id="upstreams"></datalist><datalist id="sources"></datalist>
+<datalist id="models"></datalist><datalist id="upstreams"></datalist>
+<datalist id="sources"></datalist>
 <script type="application/json" id="request-data"></script>
 <script>
 "use strict";
 
 // -- Nodes: a view is a function from data to nodes ------------------------------------------
 // Whatever comes from outside becomes a text node or an attribute's value, never markup.
-
 const byId = id => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
-
-function build(element, attributes, children) {
-  for (const [name, value] of Object.entries(attributes ?? {})) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "style") Object.assign(element.style, value);  // what the CSP allows
-    else if (value || value === 0) element.setAttribute(name, value === true ? "" : value);
+/** Make an element from `name.class`, maybe a record of attributes, and children. */
+function build(space, tag, children) {
+  const [name, ...kinds] = tag.split("."), element = document.createElementNS(space, name);
+  if (kinds.length) element.setAttribute("class", kinds.join(" "));
+  const more = children[0]?.constructor === Object ? children.shift() : {};
+  for (const [key, value] of Object.entries(more)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (key === "style") Object.assign(element.style, value);  // what the CSP allows
+    else if (value || value === 0) element.setAttribute(key, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter(child => child || child === 0));
+  element.append(...children.flat(9).filter(child => child || child === 0));
   return element;
 }
-
-const node = (tag, more, ...children) => build(document.createElement(tag), more, children);
-const drawn = (tag, more, ...children) => build(document.createElementNS(SVG, tag), more, children);
+const node = (tag, ...children) => build("http://www.w3.org/1999/xhtml", tag, children);
+const drawn = (tag, ...children) => build("http://www.w3.org/2000/svg", tag, children);
 const named = (text, length = 60) => node("bdi", {title: clip(text, 500)}, clip(text, length));
-
+const empty = (title, ...more) => node("div.empty", node("strong", title), more);
 /** Give a parent these children; what is there already stays in place and keeps its focus. */
 function arrange(parent, children) {
-  const wanted = new Set(children);
-  for (const child of [...parent.childNodes]) if (!wanted.has(child)) child.remove();
-  children.forEach((child, at) => {
-    if (parent.childNodes[at] !== child) parent.insertBefore(child, parent.childNodes[at] ?? null);
-  });
+  for (const old of [...parent.childNodes]) if (!children.includes(old)) old.remove();
+  children.forEach((child, at) => parent.childNodes[at] === child ||
+    parent.insertBefore(child, parent.childNodes[at] ?? null));
 }
-
 /** Set a text only when it changes, so that a screen reader hears it once. */
 function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
 // -- Figures ---------------------------------------------------------------------------------
-
-const NONE = "–";
 const known = value => value !== null && value !== undefined;
-const count = value => known(value) ? Math.round(value).toLocaleString("en-US") : NONE;
-const rate = value => known(value) ? value.toFixed(value < 100 ? 1 : 0) : NONE;
-const short = url => clip((url ?? "").replace(/^https?:\/\//, ""), 40);
-
-function clip(text, length) {
-  const whole = String(text ?? "");
-  return whole.length > length ? `${whole.slice(0, length)}…` : whole;
-}
-
-function brief(value) {
-  if (!known(value) || value < 1e4) return count(value);
-  return value < 1e6 ? `${(value / 1e3).toFixed(1)} k` : `${(value / 1e6).toFixed(2)} M`;
-}
-
-function bytes(value) {
-  if (!known(value) || value < 1000) return known(value) ? `${value} B` : NONE;
-  const power = Math.min(3, Math.floor(Math.log10(value) / 3));
-  return `${(value / 1000 ** power).toPrecision(3)} ${"kMG"[power - 1]}B`;
-}
-
-function span(ms) {
-  if (!known(ms) || ms < 999.5) return known(ms) ? `${Math.round(ms)} ms` : NONE;
+const given = format => value => known(value) ? format(value) : "–";
+const count = given(value => Math.round(value).toLocaleString("en-US"));
+const plain = given(value => String(+value.toPrecision(3)));
+const clip = (text, most) => text?.length > most ? `${text.slice(0, most)}…` : String(text ?? "");
+const short = url => clip(url, 60).replace(/^https?:\/\//, "");
+const scaled = (units, from) => given(value => {
+  const power = value < from ? 0 : Math.min(3, Math.floor(Math.log10(value) / 3));
+  return (power ? (value / 1000 ** power).toPrecision(3) : count(value)) + units[power];
+});
+const brief = scaled(["", " k", " M", " G"], 1e4), bytes = scaled([" B", " kB", " MB", " GB"], 1e3);
+const span = given(ms => {
+  const minutes = Math.floor(ms / 60e3), rest = Math.floor(ms / 1000) % 60;
+  if (ms < 999.5) return `${count(ms)} ms`;
   if (ms < 59950) return `${(ms / 1000).toFixed(ms < 9995 ? 2 : 1)} s`;
-  const minutes = Math.floor(ms / 60e3);
-  if (minutes < 60) return `${minutes} min ${Math.floor(ms / 1000) % 60} s`;
+  if (minutes < 60) return `${minutes} min ${rest} s`;
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
-}
-
+});
 /** Local time; the day too when it is not today. */
 function moment(timestamp) {
-  const local = date => date.toLocaleString("sv");  // its form is 2026-01-31 23:59:59
-  const text = local(new Date(timestamp));
-  return text.slice(0, 10) === local(new Date()).slice(0, 10) ? text.slice(11) : text.slice(0, 16);
+  const [then, now] = [new Date(timestamp), new Date()].map(date => date.toLocaleString("sv"));
+  return then.slice(0, 10) === now.slice(0, 10) ? then.slice(11) : then.slice(0, 16);
 }
-
 /** The value below which a share of the known ones lies. */
 function quantile(values, share) {
   const sorted = values.filter(known).sort((a, b) => a - b);
   return sorted[Math.max(0, Math.ceil(sorted.length * share) - 1)];
 }
 
-// -- A model's mark: a colour and a shape, from its name -------------------------------------
-// The same in every view and on every visit: the name's hash, or the next free mark. The
-// shape tells models apart without the colour.
-
+// -- A model's mark: a colour and a shape ----------------------------------------------------
+// The same in every view and on every visit: from the hash of the name, or the next mark that
+// is free. The shape tells models apart without the colour.
 const SHAPES = [
-  "M0-5a5 5 0 1 0 .01 0z", "M-4.5-4.5h9v9h-9z", "M0-6.2 6 4.6H-6z", "M0-6.5 6.5 0 0 6.5-6.5 0z",
-  "M-1.8-6h3.6v4.2H6v3.6H1.8V6h-3.6V1.8H-6v-3.6h4.2z", "M0 6.2-6-4.6H6z",
-  "M-3-5.5h6L6.2 0 3 5.5h-6L-6.2 0z",
-  "M0-6.8 1.7-2.2 6.6-2 2.7 1 4.1 5.7 0 3-4.1 5.7-2.7 1-6.6-2-1.7-2.2z",
-];
-const MARKS = 40, COLOURS = 10, marks = new Map(storedMarks());  // 40 pairs of 10 and 8
-
-function storedMarks() {
-  try { return JSON.parse(localStorage.getItem("marks")) ?? []; } catch { return []; }
-}
-
+  "M0-5a5 5 0 1 0 .01 0z", "M-4.5-4.5h9v9h-9z", "M0-6.2 6 4.6H-6z", "M0 6.2-6-4.6H6z",
+  "M-3-5.5h6L6.2 0 3 5.5h-6L-6.2 0z", "M-1.8-6h3.6v4.2H6v3.6H1.8V6h-3.6V1.8H-6v-3.6h4.2z",
+  "M0-6.5 6.5 0 0 6.5-6.5 0z", "M0-6.8 2-2h4.6L3 1l1.2 4.8L0 3l-4.2 2.8L-3 1l-3.6-3H-2z"];
+const MARKS = 40, COLOURS = 10, marks = new Map();  // 10 colours and 8 shapes give 40 pairs
+try { for (const mark of JSON.parse(localStorage.marks)) marks.set(...mark); } catch { /* none */ }
 function markOf(model) {
   if (marks.has(model)) return marks.get(model);
   if (marks.size >= MARKS) marks.clear();
-  const hash = [...model.slice(0, 256)].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) >>> 0, 7);
-  const used = [...marks.values()];
+  const hash = [...clip(model, 256)].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) >>> 0, 7);
   const order = Array.from({length: MARKS}, (_, step) => (hash + step) % MARKS);
-  const mark = order.find(one => used.every(other => other % COLOURS !== one % COLOURS))
-    ?? order.find(one => !used.includes(one));
-  marks.set(model, mark);
-  try { localStorage.setItem("marks", JSON.stringify([...marks])); } catch { /* then not */ }
-  return mark;
+  const used = [...marks.values()], free = order.filter(one => !used.includes(one));
+  const fresh = free.filter(one => used.every(other => (other - one) % COLOURS));
+  const unlike = fresh.find(one => used.every(other => (other - one) % SHAPES.length));
+  marks.set(model, unlike ?? fresh[0] ?? free[0]);
+  try { localStorage.marks = JSON.stringify([...marks]); } catch { /* then for this page */ }
+  return marks.get(model);
 }
-
 const markPath = (model, kind, more) => drawn("path", {
   class: `${kind} m${markOf(model) % COLOURS}`, d: SHAPES[markOf(model) % SHAPES.length], ...more});
-const markNode = model => drawn("svg", {class: "mark", viewBox: "-7 -7 14 14", "aria-hidden": "true"},
+const markNode = model => drawn("svg.mark", {viewBox: "-7 -7 14 14", "aria-hidden": "true"},
   markPath(model, "", {fill: "currentColor"}));
-
-/** A model as it was asked for, and what it became. */
-function modelNode(asked, became) {
-  const name = became || asked;
-  if (!name) return node("span", {class: "quiet"}, "no model");
-  return node("span", {}, markNode(name), named(asked || name),
-    asked && asked !== name && node("span", {class: "quiet"}, " → ", named(name)));
+/** A model as it was asked for, and what it became: an instance is `server/model`. */
+function modelNode({original_model: asked, mapped_model: mapped, attempts}) {
+  const {instance, upstream_url: url} = attempts?.at(-1) ?? {instance: ""};
+  const name = /\/(.+)/s.exec(instance.replace(url, "server"))?.[1] || mapped || asked;
+  return node("span", name ? [markNode(name), named(asked || name)] : "no model",
+    asked && asked !== name && node("span.quiet", " → ", named(name)));
 }
-
 /** How a request ended: a sign, a word and a colour. */
-function badgeNode(status, running) {
-  const [kind, sign] = running ? ["busy", "…"] : status === 499 ? ["warn", "↩"]
-    : status === 429 ? ["warn", "⚠"] : status >= 400 || !status ? ["bad", "✕"] : ["good", "✓"];
-  return node("span", {class: `badge ${kind}`}, `${sign} ${running ? "running" : status || "none"}`);
+function badgeNode({status_code: status, is_inflight: runs}) {
+  const [kind, sign] = runs ? ["busy", "…"] : [429, 499].includes(status) ? ["warn", "⚠"]
+    : status && status < 400 ? ["good", "✓"] : ["bad", "✕"];
+  return node(`span.badge.${kind}`, `${sign} ${runs ? "running" : status || "none"}`);
 }
 
 // -- The router ------------------------------------------------------------------------------
-
-const app = {view: null, id: null, came: null, session: {}, source: null, troubles: new Map(),
-  turns: {}, flights: new Map(), slowest: 1, points: [], models: [], meta: {}, request: null};
-
+const app = {
+  view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(), rows: new Map(),
+  stats: null, hours: [], points: [], models: [], meta: {}, request: null,
+};
+const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
 /** Ask the router. Throws an Error that says why not; a 401 shows the sign-in form. */
 async function ask(path, options) {
-  const answer = await fetch(path, {cache: "no-store", ...options}).catch(error => {
-    throw error.name === "AbortError" ? error : new Error("The router does not answer.");
+  const answer = await fetch(path, {cache: "no-store", ...options}).catch(() => {
+    throw new Error("The router does not answer.");
   });
   if (answer.ok) return answer;
   let why = clip(await answer.text(), 500);
@@ -6734,33 +6636,29 @@ async function ask(path, options) {
   if (answer.status === 401 && path.startsWith("/api/")) showSignIn();
   throw Object.assign(new Error(why || `HTTP ${answer.status}`), {status: answer.status});
 }
-
-const askJson = async path => (await ask(path)).json();
-const post = (path, value, more) => ask(path, {method: "POST", body: JSON.stringify(value ?? {}),
-  headers: {"Content-Type": "application/json"}, ...more});
-
+const askJson = async (path, query) =>
+  (await ask(`${path}?${new URLSearchParams(present(query))}`)).json();
+const post = (path, value) => ask(path, {method: "POST", body: JSON.stringify(value ?? {}),
+  headers: {"Content-Type": "application/json"}});
 /** Show what is wrong until it is right again (no text), each text once. */
 function trouble(name, text) {
   app.troubles.delete(name);
   if (text) app.troubles.set(name, `⚠ ${clip(text, 500)}`);
-  const there = new Map([...byId("troubles").children].map(one => [one.textContent, one]));
-  arrange(byId("troubles"), [...new Set(app.troubles.values())].map(one =>
-    there.get(one) ?? node("p", {class: "trouble"}, one)));
+  const texts = [...new Set(app.troubles.values())], there = byId("troubles");
+  if (there.innerText !== texts.join("\n"))
+    there.replaceChildren(...texts.map(one => node("p.trouble", one)));
 }
-
 /** Load something and show it; the newest call wins, a failure is shown as trouble. */
-async function load(name, path, show) {
+async function load(name, query, show) {
   const turn = app.turns[name] = (app.turns[name] ?? 0) + 1;
+  const isNewest = () => turn === app.turns[name];
   try {
-    const value = await askJson(path);
-    if (turn !== app.turns[name]) return;
-    trouble(name, null);
-    show(value);
+    const value = await askJson(`/api/${name}`, query);
+    if (isNewest()) { trouble(name, null); show(value); }
   } catch (error) {
-    if (turn === app.turns[name] && error.status !== 401) trouble(name, error.message);
+    if (isNewest() && error.status !== 401) trouble(name, error.message);
   }
 }
-
 /** Do work at once, and then at most once in `pause` ms, however often it is asked for. */
 function paced(work, pause) {
   let busy = false, again = false;
@@ -6774,9 +6672,9 @@ function paced(work, pause) {
 }
 
 // -- The address holds the state: a link reproduces the view ---------------------------------
-
 const params = () => new URLSearchParams(location.search);
-
+const valuesOf = form => Object.fromEntries(new FormData(form));
+const amend = changes => history.replaceState(null, "", address(changes));
 function address(changes) {
   const query = params();
   for (const [name, value] of Object.entries(changes)) {
@@ -6785,115 +6683,78 @@ function address(changes) {
   }
   return location.pathname + (String(query) && `?${query}`);
 }
-
-const amend = changes => history.replaceState(history.state, "", address(changes));
-const valuesOf = form => Object.fromEntries(new FormData(form));
-
 /** Let a form and the address say the same; what is at its default is not in the address. */
 function bindForm(form, changed) {
-  form.initial = valuesOf(form);
-  let timer = 0;
-  const soon = wait => {
-    clearTimeout(timer);
-    timer = setTimeout(() => {
-      amend({...Object.fromEntries(Object.entries(valuesOf(form)).map(([name, value]) =>
-        [name, value === form.initial[name] ? null : value])), before: null});
-      changed();
-    }, wait);
+  const initial = valuesOf(form), soon = paced(changed, 200);
+  for (const name in initial) form.elements[name].value = params().get(name) ?? initial[name];
+  const update = () => {
+    const values = valuesOf(form);
+    for (const name in values) if (values[name] === initial[name]) values[name] = null;
+    amend({...values, before: null});
+    soon();
   };
-  form.addEventListener("input", event => soon(event.target.list || event.target.name === "q" ? 250 : 0));
-  form.addEventListener("reset", () => soon(0));
-  form.addEventListener("submit", event => { event.preventDefault(); soon(0); });
+  form.addEventListener("input", update);
+  form.addEventListener("reset", () => setTimeout(update));
+  form.addEventListener("submit", event => event.preventDefault());
 }
-
-function fillForm(form) {
-  for (const [name, value] of Object.entries(form.initial))
-    form.elements[name].value = params().get(name) ?? value;
-}
-
-/** The query of an endpoint, without what is empty. */
-const queryOf = values => new URLSearchParams(Object.entries(values).filter(([, value]) => value));
-
+/** Offer values for the fields of a kind, together with those offered before. */
 function suggest(id, values) {
   const old = [...byId(id).children].map(option => option.value);
   const all = [...new Set([...old, ...values.filter(Boolean)])].slice(0, 300);
-  if (all.length > old.length) byId(id).replaceChildren(...all.map(value => node("option", {value})));
+  const options = all.map(value => node("option", {value}));
+  if (all.length > old.length) byId(id).replaceChildren(...options);
 }
 
-// -- Charts: scales, sparklines, the scatter -------------------------------------------------
-
-const plain = value => String(+value.toPrecision(3));
+// -- Charts: sparklines, scales, the scatter -------------------------------------------------
 const seconds = ms => ms < 1000 ? `${plain(ms)} ms` : `${plain(ms / 1000)} s`;
 const AXES = {
   completion_tokens: ["Completion tokens", brief], prompt_tokens: ["Prompt tokens", brief],
   total_tokens: ["Total tokens", brief], duration_ms: ["Response time", seconds],
   ttft_ms: ["Time to first token", seconds], tokens_per_second: ["Tokens per second", plain],
-  timestamp: ["Time of day", value => moment(value).slice(-11).replace(/^(..:..):..$/, "$1")],
 };
-const MINUTE = 60e3, TIME_STEPS = [1, 5, 10, 30, 60, 180, 360, 720, 1440];
-const valueOf = (point, axis) => axis === "timestamp" ? Date.parse(point[axis]) : point[axis];
-
-/** Where ticks go: at 1, 2, 5 and their tens, or at whole minutes and hours. */
-function ticksOf(low, high, log, time, most) {
-  if (log) {
-    const digits = Math.log10(high / low) > most / 3 ? [1] : [1, 2, 5], first = Math.floor(Math.log10(low));
-    const tens = Array.from({length: 16}, (_, power) => 10 ** (first + power));
-    return tens.flatMap(ten => digits.map(digit => digit * ten)).filter(n => n >= low && n <= high);
-  }
-  const rough = (high - low) / most, ten = 10 ** Math.floor(Math.log10(rough));
-  const steps = time ? TIME_STEPS.map(n => n * MINUTE) : [1, 2, 5, 10].map(digit => digit * ten);
-  const step = steps.find(one => one >= rough) ?? steps.at(-1);
-  const shift = time ? new Date(low).getTimezoneOffset() * MINUTE : 0;
-  const first = Math.ceil((low - shift) / step);
-  return Array.from({length: 40}, (_, n) => (first + n) * step + shift).filter(n => n <= high);
+/** Bars by the hour; the last one still grows. */
+function sparkline(values, label) {
+  const high = Math.max(...values), step = 100 / values.length;
+  return drawn("svg.spark", {viewBox: "0 0 100 28", preserveAspectRatio: "none", role: "img",
+    "aria-label": `${label}, by the hour`}, values.map((value, at) => {
+    const height = value > 0 ? Math.max(1.5, value / high * 28) : 0;
+    const kind = at < values.length - 1 ? "rect.soft" : "rect";
+    return drawn(kind, {x: at * step, width: step * .72, y: 28 - height, height});
+  }));
 }
-
-/** Map values to pixels; on a logarithmic axis zero lies on the edge. */
-function scaleOf(values, axis, wanted, from, to) {
-  const time = axis === "timestamp", log = wanted && !time;
-  let high = Math.max(...values), low = log || time ? Math.min(...values.filter(n => n > 0)) : 0;
-  if (log) [low, high] = high > 0 ? [low / 1.2, high * 1.2] : [1, 10];
-  else [low, high] = time ? [low - MINUTE, high + MINUTE] : [0, high * 1.04 || 1];
-  const bend = log ? Math.log : value => value, room = Math.abs(to - from);
+/** Map values to pixels; on a logarithmic axis zero lies on the edge. Ticks: 1, 2, 5, tens. */
+function scaleOf(values, log, from, to) {
+  const most = Math.max(...values), least = Math.min(...values.filter(value => value > 0), most);
+  const [low, high] = !log ? [0, most * 1.04 || 1] : most > 0 ? [least / 1.2, most * 1.2] : [1, 10];
+  const bend = log ? Math.log : value => value, room = Math.max(2, Math.abs(to - from) / 80);
   const at = value => from + (to - from) *
     (bend(Math.max(value, low)) - bend(low)) / (bend(high) - bend(low));
-  const share = part => log ? low * (high / low) ** part : low + (high - low) * part;
-  return {at, low, high, share, ticks: ticksOf(low, high, log, time, Math.max(2, room / 80))};
+  const share = part => log ? low * (high / low) ** part : high * part;
+  const ten = 10 ** Math.floor(Math.log10(log ? low : high / room));
+  const digits = Math.log10(high / low) > room / 3 ? [1] : [1, 2, 5];
+  const step = ten * [1, 2, 5, 10].find(digit => ten * digit >= high / room);
+  const ticks = Array.from({length: 40}, (_, n) =>
+    log ? digits.map(digit => digit * ten * 10 ** n) : n * step).flat();
+  return {at, low, high, share, ticks: ticks.filter(tick => tick >= low && tick <= high)};
 }
-
-/** Bars by the hour, the last one still growing; `fails` are drawn over them. */
-function sparkline(values, fails, label) {
-  const high = Math.max(...values), step = 100 / values.length;
-  const bars = (list, kind) => list.map((value, at) => value > 0 && drawn("rect", {
-    class: kind ?? (at < values.length - 1 && "soft"), x: at * step, width: step * .72,
-    y: 28 - Math.max(1.5, value / high * 28), height: Math.max(1.5, value / high * 28)}));
-  return drawn("svg", {class: "spark", viewBox: "0 0 100 28", preserveAspectRatio: "none",
-    role: "img", "aria-label": label}, bars(values), bars(fails, "fail"));
-}
-
 /** Axes and grid; where tokens meet time, also lines of equal speed. */
-function frameNodes(x, y, xAxis, yAxis, {left, right, top, bottom}) {
-  const text = (across, down, anchor, words) =>
-    drawn("text", {x: across, y: down, "text-anchor": anchor}, words);
-  const line = (x1, y1, x2, y2) => drawn("line", {class: "grid", x1, y1, x2, y2});
-  const speeds = /_tokens$/.test(xAxis) && yAxis === "duration_ms" ? [1, 10, 100, 1000] : [];
-  return [
+function frameNodes(x, y, [across, formatX], [up, formatY], speeds, {left, right, top, bottom}) {
+  const text = (x, y, anchor, words) => drawn("text", {x, y, "text-anchor": anchor}, words);
+  const line = (x1, y1, x2, y2) => drawn("line.grid", {x1, y1, x2, y2});
+  return [text(0, 12, "start", `↑ ${up}`), text(right, bottom + 38, "end", `${across} →`),
     y.ticks.map(tick => [line(left, y.at(tick), right, y.at(tick)),
-      text(left - 8, y.at(tick) + 4, "end", AXES[yAxis][1](tick))]),
+      text(left - 8, y.at(tick) + 4, "end", formatY(tick))]),
     x.ticks.map(tick => [line(x.at(tick), top, x.at(tick), bottom),
-      text(x.at(tick), bottom + 18, "middle", AXES[xAxis][1](tick))]),
-    text(0, 12, "start", `↑ ${AXES[yAxis][0]}`), text(right, bottom + 38, "end", `${AXES[xAxis][0]} →`),
+      text(x.at(tick), bottom + 18, "middle", formatX(tick))]),
     speeds.map(speed => {
-      const steps = Array.from({length: 41}, (_, n) => x.share(n / 40))
+      const places = Array.from({length: 41}, (_, n) => x.share(n / 40))
         .map(tokens => [x.at(tokens), tokens / speed * 1000])
-        .filter(([, ms]) => ms >= y.low && ms <= y.high).map(([a, ms]) => [a, y.at(ms)]);
-      if (steps.length < 8) return null;
-      const [endX, endY] = steps.at(-1), path = steps.map(place => place.map(Math.round).join(" "));
-      return [drawn("path", {class: "guide", d: `M${path.join("L")}`}),
+        .filter(([, ms]) => ms >= y.low && ms <= y.high).map(([at, ms]) => [at, y.at(ms)]);
+      const [endX, endY] = places.at(-1) ?? [];
+      return places.length > 8 && [drawn("polyline.guide", {points: places.join(" ")}),
         text(endX - 4, Math.max(endY - 5, top + 10), "end", `${speed} tok/s`)];
     })];
 }
-
 /** Let the mouse and the arrow keys walk over the points; Enter or a click opens one. */
 function followPoints(svg, ring, hint, places) {
   const sorted = [...places].sort((a, b) => a[0] - b[0] || a[1] - b[1]), last = sorted.length - 1;
@@ -6916,323 +6777,281 @@ function followPoints(svg, ring, hint, places) {
     const best = places.reduce((a, b) => away(b) < away(a) ? b : a);
     return away(best) < 24 ? best : null;
   };
-  const on = (name, work) => svg.addEventListener(name, work);
-  on("pointermove", event => point(near(event)));
-  on("pointerleave", () => point(null));
-  on("blur", () => point(null));
-  on("click", event => { point(near(event)); if (now) go(`/request/${now[2].id}`); });
-  on("keydown", event => {
-    const at = sorted.indexOf(now), to = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last};
-    if (event.key === "Enter" && now) go(`/request/${now[2].id}`);
-    if (!(event.key in to)) return;
+  const open = () => now && location.assign(`/request/${now[2].id}`);
+  svg.addEventListener("pointermove", event => point(near(event)));
+  svg.addEventListener("click", event => { point(near(event)); open(); });
+  for (const name of ["pointerleave", "blur"]) svg.addEventListener(name, () => point(null));
+  svg.addEventListener("keydown", event => {
+    const at = sorted.indexOf(now);
+    const to = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last}[event.key];
+    if (event.key === "Enter") open();
+    if (to === undefined) return;
     event.preventDefault();
-    point(sorted[Math.max(0, Math.min(to[event.key], last))]);
+    point(sorted[Math.max(0, Math.min(to, last))]);
   });
 }
-
 const hintNodes = one => [[markNode(one.model), named(one.model)],
-  `${short(one.upstream_url)}, ${moment(one.timestamp)}`,
-  `${count(one.prompt_tokens)} → ${count(one.completion_tokens)} tokens, ` +
-    `${rate(one.tokens_per_second)} tok/s`,
-  `${span(one.duration_ms)}, first token ${span(one.ttft_ms)}, status ${one.status_code}`,
-].map(line => node("div", {}, line));
+  `${short(one.upstream_url)}, ${moment(one.timestamp)}, status ${one.status_code}`,
+  `${count(one.prompt_tokens)} → ${count(one.completion_tokens)} tokens`,
+  `${span(one.duration_ms)}, first token ${span(one.ttft_ms)}`,
+  `${plain(one.tokens_per_second)} tokens per second`].map(line => node("div", line));
 
 // -- Overview --------------------------------------------------------------------------------
-
 function showStats(stats) {
-  const hours = stats.requests_per_hour ?? [], share = stats.error_rate;
-  const of = name => hours.map(hour => hour[name]);
+  const share = stats.error_rate, {p50, p95} = (app.stats = stats).latency_ms;
+  const byHour = test => app.hours.map(here => here.filter(test).length);
+  const timesOf = share => app.hours.map(here => quantile(here.map(one => one.duration_ms), share));
   const tiles = [
     ["All requests", brief(stats.total_requests)],
-    ["Last 24 hours", brief(stats.recent_requests), "requests", "errors"],
-    ["OpenAI", brief(stats.openai_requests), "openai"],
-    ["Ollama", brief(stats.ollama_requests), "ollama"],
+    ["Last 24 hours", brief(stats.recent_requests), stats.requests_per_hour],
+    ["OpenAI", brief(stats.openai_requests), byHour(one => one.service_type === "openai")],
+    ["Ollama", brief(stats.ollama_requests), byHour(one => one.service_type === "ollama")],
     ["In flight", brief(stats.inflight_requests)],
-    ["Error rate", known(share) ? `${plain(share * 100)} %` : NONE, "errors"],
-    ["Latency p50", span(stats.latency_ms?.p50), "p50_ms"],
-    ["Latency p95", span(stats.latency_ms?.p95), "p95_ms"],
+    ["Error rate", `${plain(share * 100)} %`, byHour(one => one.status_code >= 400)],
+    ["Latency p50", span(p50), timesOf(.5)], ["Latency p95", span(p95), timesOf(.95)],
   ];
-  byId("tiles").replaceChildren(...tiles.map(([name, value, line, fails]) =>
-    node("div", {class: "card tile"}, node("dt", {}, name), node("dd", {}, value),
-      of(line).some(Boolean) && sparkline(of(line), fails ? of(fails) : [], `${name}, by the hour`))));
-  trouble("log", stats.log?.error && `The request log is in trouble: ${stats.log.error}. ` +
-    "Requests are relayed all the same.");
-  trouble("routes", stats.routes_error && "The routing file has an error; the table before it " +
-    `stays in force: ${stats.routes_error}`);
+  byId("tiles").replaceChildren(...tiles.map(([name, value, line]) => node("div.card.tile",
+    node("dt", name), node("dd", value), line?.some(Boolean) && sparkline(line, name))));
+  trouble("log", stats.log.error &&
+    `The request log is in trouble, requests are relayed all the same: ${stats.log.error}`);
+  trouble("table", stats.routes_error &&
+    `The routing file has an error, the table before it stays in force: ${stats.routes_error}`);
 }
-
+/** Sort a sample of the last day into its hours, for the sparklines. */
+function showHours({data_points: points}) {
+  app.hours = Array.from({length: 24}, () => []);
+  for (const one of points)
+    app.hours[23 - Math.floor((Date.now() - Date.parse(one.timestamp)) / 3600e3)]?.push(one);
+  if (app.stats) showStats(app.stats);
+}
 /** Show the running requests; the nodes of those that still run stay. */
 function showFlights(rows) {
   const old = app.flights;
   app.flights = new Map(rows.map(row => [row.id, Object.assign(old.get(row.id) ?? flightNode(row),
     {row, since: performance.now() - row.elapsed_ms})]));
   arrange(byId("flights"), rows.length ? [...app.flights.values()].map(flight => flight.element)
-    : [node("li", {class: "quiet"}, "Nothing is running now.")]);
+    : [node("li.quiet", "Nothing is running now.")]);
   tick();
 }
-
 function flightNode(row) {
-  const text = node("pre", {class: "code growing", hidden: true, tabindex: 0, "aria-label": "Text"});
-  const phase = node("span", {class: "badge busy"}), time = node("span", {class: "number"});
-  const tokens = node("span", {class: "number small"});
+  const text = node("pre.code", {hidden: true, tabindex: 0, "aria-label": "Text"});
+  const phase = node("span.badge.busy"), time = node("span.number"), tokens = node("span.small");
   const toggle = node("button", {"aria-expanded": "false", onclick() {
     text.hidden = !text.hidden;
     toggle.setAttribute("aria-expanded", String(!text.hidden));
     watchText(row.id, text);
   }}, "Text");
-  const link = node("a", {class: "grow", href: `/request/${row.id}`},
-    modelNode(row.original_model, row.mapped_model));
-  return {phase, time, tokens, element: node("li", {class: "flight", "data-id": row.id},
-    node("div", {class: "line"}, link, tokens, phase, time, toggle, stopNode(row.id)),
-    node("div", {class: "small"}, named(row.source_ip), " · ", named(row.path),
-      row.upstream_url && [" · ", named(short(row.upstream_url))]), text)};
+  return {phase, time, tokens, element: node("li.flight", {"data-id": row.id},
+    node("div.line", node("a.grow", {href: `/request/${row.id}`}, modelNode(row)),
+      tokens, phase, time, toggle, stopNode(row.id)),
+    node("div.small", named(row.source_ip), " · ", named(row.path), row.upstream_url && " · ",
+      named(short(row.upstream_url))), text)};
 }
-
-const stopNode = id => node("button", {class: "stop", async onclick(event) {
-  event.target.disabled = true;
-  event.target.textContent = "Stopping";
-  try { await post(`/api/inflight/${id}/cancel`); } catch (error) {
-    if (error.status !== 404) trouble("stop", error.message);  // 404: it has just ended
-  }
+const stopNode = id => node("button.stop", {async onclick({target: button}) {
+  button.disabled = true;
+  say(button, "Stopping");
+  await post(`/api/inflight/${id}/cancel`).catch(() => flightsSoon());  // it has just ended
 }}, "Stop");
-
 /** Show the text of a running request as it grows, once a second while it is open. */
 async function watchText(id, element) {
   while (!element.hidden && element.isConnected) {
-    if (!document.hidden) try {
-      const {response_text: text, response_thinking: thinking} = await askJson(`/api/request/${id}`);
-      say(element, text || thinking || "No text yet.");
-      element.scrollTop = element.scrollHeight;
-    } catch { return; }
+    const doc = document.hidden ? null : await askJson(`/api/request/${id}`).catch(() => null);
+    if (doc) say(element, doc.response_text || doc.response_thinking || "No text yet.");
+    element.scrollTop = element.scrollHeight;
     await new Promise(done => setTimeout(done, 1000));
   }
 }
-
 function tick() {
   for (const {row, since, phase, time, tokens} of app.flights.values()) {
-    say(phase, row.phase === "streaming" ? "▸ streaming" : "◌ waiting");
     const passed = performance.now() - since;
+    say(phase, row.phase === "streaming" ? "▸ streaming" : "◌ waiting");
     say(time, passed < 59950 ? `${(passed / 1000).toFixed(1)} s` : span(passed));
     say(tokens, row.tokens ? `${count(row.tokens)} tokens` : "");
   }
 }
-
 const STATES = {up: ["good", "✓ up"], cooling: ["warn", "◔ cooling"], down: ["bad", "✕ down"]};
-
 function showServers(servers) {
   suggest("upstreams", servers.map(server => server.url));
   byId("servers").replaceChildren(...servers.map(server => {
-    const [kind, word] = STATES[server.state] ?? ["", "? not asked yet"], models = server.models ?? [];
-    const facts = [server.name && short(server.url), models.length && `models: ${models.length}`,
-      server.requests && `requests: ${count(server.requests)}`,
-      server.errors && `failed: ${count(server.errors)}`, server.p50_ms && `p50 ${span(server.p50_ms)}`];
-    return node("li", {},
-      node("div", {class: "line"}, node("span", {class: "grow"}, named(server.name || short(server.url))),
-        server.in_flight > 0 && node("span", {class: "badge busy"}, `… ${server.in_flight} running`),
-        node("span", {class: `badge ${kind}`}, word)),
-      node("div", {class: "small", title: clip(models.join(", "), 500)}, facts.filter(Boolean).join(" · ")),
-      server.last_error && node("div", {class: "small"}, named(server.last_error, 200)));
+    const [kind, word] = STATES[server.state] ?? ["idle", "? not asked yet"];
+    const facts = present({at: server.name && short(server.url), models: server.models.length,
+      requests: server.requests, failed: server.errors, p50: server.p50_ms && span(server.p50_ms)});
+    return node("li",
+      node("div.line", node("span.grow", named(server.name || short(server.url))),
+        server.inflight > 0 && node("span.badge.busy", `… ${server.inflight} running`),
+        node(`span.badge.${kind}`, word)),
+      node("div.small", facts.map(([name, value]) => `${name} ${value}`).join(" · ")),
+      server.last_error && node("div.small", named(server.last_error, 200)));
   }));
 }
-
+const PAGE_LENGTH = 100;
 const COLUMNS = [
-  ["Time", row => node("a", {href: `/request/${row.id}`, title: row.timestamp}, moment(row.timestamp))],
-  ["Source", row => named(row.source_ip, 45)],
-  ["Service", row => ({openai: "OpenAI", ollama: "Ollama"})[row.service_type] ?? row.service_type],
+  ["Time", row => node("a", {href: `/request/${row.id}`}, moment(row.timestamp))],
+  ["Source", row => named(row.source_ip, 45)], ["Service", row => row.service_type],
   ["Path", row => named(row.path, 40)],
-  ["Model", row => node("div", {}, modelNode(row.original_model, row.mapped_model), storyNode(row))],
-  ["Tokens", tokensNode],
-  ["Size", row => `${bytes(row.request_size)} → ${bytes(row.response_size)}`],
-  ["Duration", durationNode],
-  ["Status", row => badgeNode(row.status_code, row.is_inflight)],
+  ["Model", row => node("div", modelNode(row), storyNode(row))], ["Tokens", tokensNode, "number"],
+  ["Size", sizesOf, "number"], ["Duration", durationNode, "number"], ["Status", badgeNode],
 ];
-const NUMBERS = new Set(["Tokens", "Size", "Duration"]);
 const hasFailed = attempt => attempt.error || attempt.status >= 400;
-
+function sizesOf(row) {
+  return `${bytes(row.request_size)} → ${bytes(row.response_size)}`;
+}
 /** What went wrong, or round whom it went, in one quiet line. */
 function storyNode(row) {
-  const failed = (row.attempts ?? []).filter(hasFailed);
-  const story = row.error_message || row.status_code < 400 && failed.length &&
+  const failed = row.attempts.filter(hasFailed);
+  const story = row.error_message || failed.length > 0 &&
     `after ${failed.map(one => `${one.instance}: ${one.error ?? one.status}`).join("; ")}`;
-  return story && node("div", {class: "small"}, named(story, 110));
+  return story && node("div.small", named(story, 110));
 }
-
 function tokensNode(row) {
-  if (!known(row.prompt_tokens) && !known(row.completion_tokens)) return NONE;
-  const title = row.tokens_estimated ? "estimated: the server sent no usage" : "prompt → completion";
-  return node("span", {title}, row.tokens_estimated && "≈ ",
-    `${brief(row.prompt_tokens)} → ${brief(row.completion_tokens)}`);
+  const both = [row.prompt_tokens, row.completion_tokens], guess = row.tokens_estimated;
+  return node("span", {title: guess && "estimated: the server sent no usage"}, guess && "≈ ",
+    both.some(known) ? both.map(brief).join(" → ") : "–");
 }
-
-/** The duration and a bar of it: waiting in the light part, the answer in the dark one. */
-function durationNode(row) {
-  const part = ms => ({width: `${Math.min(1, (ms ?? 0) / app.slowest) * 100}%`});
-  return node("div", {title: `first token after ${span(row.ttft_ms)}`}, span(row.duration_ms),
-    node("div", {class: "meter", "aria-hidden": "true"},
-      node("i", {class: "soft", style: part(row.ttft_ms)}),
-      node("i", {style: part(row.duration_ms - (row.ttft_ms ?? 0))})));
+/** The duration and a bar of it, a minute is full: waiting is its light part. */
+function durationNode({duration_ms: whole, ttft_ms: first}) {
+  const length = Math.sqrt(Math.min(1, (whole ?? 0) / 60e3)), part = first && whole ? first / whole : 0;
+  const bar = (kind, share) => node(`i.${kind}`, {style: {width: `${100 * length * share}%`}});
+  return node("div", {title: `first token after ${span(first)}`}, span(whole),
+    node("div.meter", {"aria-hidden": "true"}, bar("soft", part), bar("hard", 1 - part)));
 }
-
-const cellNode = (label, number, content) =>
-  node("td", {"data-label": label, class: number && "number"}, content);
+const cellNode = (label, kind, content) => node("td", {"data-label": label, class: kind}, content);
 const rowNode = (row, fresh) => node("tr", {class: fresh && "fresh", onclick(event) {
-  if (!event.target.closest("a") && !String(getSelection())) go(`/request/${row.id}`);
-}}, COLUMNS.map(([label, view]) => cellNode(label, NUMBERS.has(label), view(row))));
-
+  if (!event.target.closest("a") && !String(getSelection())) this.querySelector("a").click();
+}}, COLUMNS.map(([label, view, kind]) => cellNode(label, kind, view(row))));
 function showRows(rows) {
-  const body = byId("rows").tBodies[0], query = params(), old = app.rows ?? new Map();
-  app.slowest = Math.max(1, ...rows.map(row => row.duration_ms ?? 0));
-  app.rows = new Map(rows.map(row => [`${row.id} ${row.completed_at}`, row]));
-  for (const [key, row] of app.rows) app.rows.set(key, old.get(key) ?? rowNode(row, old.size));
-  arrange(body, [...app.rows.values()]);
+  const old = app.rows, keyOf = row => `${row.id} ${row.completed_at}`;
+  app.rows = new Map(rows.map(row =>
+    [keyOf(row), old.get(keyOf(row)) ?? rowNode(row, old.size > 0)]));
+  arrange(byId("rows").tBodies[0], [...app.rows.values()]);
   suggest("models", rows.flatMap(row => [row.original_model, row.mapped_model]));
   suggest("sources", rows.map(row => row.source_ip));
   byId("rows").hidden = !rows.length;
-  byId("newest").hidden = !query.has("before");
+  byId("newest").hidden = !params().has("before");
   byId("newest").href = address({before: null});
   byId("older").hidden = rows.length < PAGE_LENGTH;
   byId("older").href = address({before: rows.at(-1)?.id});
-  const filtered = ["before", ...Object.keys(byId("filters").initial)].some(name => query.has(name));
-  byId("rows-empty").replaceChildren(...(rows.length ? [] : filtered
-    ? [node("strong", {}, "No request matches."), "Clear a filter, or look at the newest."]
-    : [node("strong", {}, "No request yet."), "Point a client at this router, for example:",
-      exampleNode(), "or send a first chat with “Try it” above; it appears here by itself."]));
+  byId("rows-empty").replaceChildren(rows.length ? ""
+    : location.search ? empty("No request matches.", "Clear a filter, or look at the newest.")
+      : empty("No request yet.", "Point a client at this router, for example:", exampleNode(),
+        "or send a first chat with “Try it” above; it appears here by itself."));
 }
-
-const exampleNode = () => node("pre", {class: "code"},
+const exampleNode = () => node("pre.code",
   `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json' \\\n` +
   `  -d '{"model": "NAME", "messages": [{"role": "user", "content": "Hello"}]}'\n\n` +
   `OPENAI_BASE_URL=${location.origin}/v1\nOLLAMA_HOST=${location.origin}`);
-
-const PAGE_LENGTH = 100;
-const loadRows = () => load("rows", `/api/logs?${queryOf({...valuesOf(byId("filters")),
-  limit: PAGE_LENGTH, before: params().get("before")})}`, showRows);
+const loadRows = () => load("logs", {...valuesOf(byId("filters")), limit: PAGE_LENGTH,
+  before: params().get("before")}, showRows);
 const rowsSoon = paced(loadRows, 1000);
-const statsSoon = paced(() => load("stats", "/api/stats?hours=24", showStats), 3000);
-const flightsSoon = paced(() => load("flights", "/api/inflight", showFlights), 500);
-const serversSoon = paced(() => load("servers", "/api/upstreams", showServers), 5000);
-
+const statsSoon = paced(() => load("stats", {hours: 24}, showStats), 3000);
+const flightsSoon = paced(() => load("inflight", null, showFlights), 500);
+const serversSoon = paced(() => load("upstreams", null, showServers), 5000);
+const hoursSoon = paced(() => load("performance", {hours: 24, limit: 500}, showHours), 25_000);
 function openOverview() {
-  fillForm(byId("filters"));
-  for (const name of ["explain", "from"])
-    byId("explain-form").elements[name].value = params().get(name) ?? "";
+  bindForm(byId("filters"), loadRows);
+  bindForm(byId("explain-form"), explain);
+  byId("rows").tHead.append(node("tr",
+    COLUMNS.map(([label, , kind]) => node("th", {scope: "col", class: kind}, label))));
   if (params().has("explain")) explain();
+  setInterval(() => document.hidden || tick(), 100);
+  setInterval(() => app.flights.size && flightsSoon(), 1000);
 }
-
 function refreshOverview() {
-  for (const soon of [rowsSoon, statsSoon, flightsSoon, serversSoon]) soon();
+  for (const soon of [rowsSoon, statsSoon, flightsSoon, serversSoon, hoursSoon]) soon();
 }
 
 // -- Try it, Explain -------------------------------------------------------------------------
-
 /** Yield the JSON documents of an event stream. */
 async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = ""; ;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const lines = (text + value).split("\n");
+  for (let text = "", part = {}; !part.done;) {
+    part = await reader.read();
+    const lines = (text + (part.value ?? "")).split("\n");
     text = lines.pop();
     for (const line of lines) if (/^data: *\{/.test(line)) yield JSON.parse(line.slice(5));
   }
 }
-
 async function tryIt(event) {
   event.preventDefault();
-  const {model, message} = valuesOf(byId("try-form")), answer = byId("try-answer");
-  const stop = new AbortController(), began = performance.now(), send = event.submitter;
+  const {model, message} = valuesOf(event.target), messages = [{role: "user", content: message}];
+  const answer = byId("try-answer"), send = event.submitter, began = performance.now();
   const note = words => say(byId("try-note"), words.replace("$", span(performance.now() - began)));
-  const messages = [{role: "user", content: message}];
-  byId("try-stop").onclick = () => stop.abort();
-  send.disabled = !(byId("try-stop").hidden = false);
+  send.disabled = true;
   answer.textContent = "";
   note("Waiting for the first token");
   try {
-    const {body} = await post("/v1/chat/completions", {model, stream: true, messages}, stop);
-    for await (const doc of eventsOf(body)) {
-      if (doc.error) throw new Error(doc.error.message);
-      const text = doc.choices?.[0]?.delta?.content;
+    const {body} = await post("/v1/chat/completions", {model, stream: true, messages});
+    for await (const {error, choices} of eventsOf(body)) {
+      if (error) throw new Error(error.message);
+      const text = choices?.[0]?.delta?.content ?? "";
       if (text && !answer.textContent) note("First token after $");
-      if (text) answer.append(text);
+      answer.append(text);
     }
     note("Done after $; it is in the list below");
   } catch (error) {
-    note(error.name === "AbortError" ? "Stopped after $" : error.message);
+    note(error.message);
   }
-  send.disabled = !(byId("try-stop").hidden = true);
-  refreshOverview();
+  send.disabled = false;
 }
-
+const suggestModels = () => askJson("/v1/models").then(
+  ({data}) => suggest("models", data.map(model => model.id)),
+  error => say(byId("try-note"), error.message));
 async function explain() {
-  const {explain: model, from} = valuesOf(byId("explain-form")), target = byId("explained");
+  const {explain: model, from} = valuesOf(byId("explain-form"));
   byId("explain").open = true;
-  try {
-    const {decision} = await askJson(`/api/routes?${queryOf({model, source_host: from || "127.0.0.1"})}`);
-    target.replaceChildren(node("p", {class: "empty"},
-      node("strong", {}, named(decision.asked), " goes by ", named(decision.route), " to"),
-      decision.instances.map((one, at) =>
-        [at > 0 && ", else ", named(one.model), " on ", named(short(one.url))])),
-    stepsNode(decision.trail));
-  } catch (error) {
-    target.replaceChildren(node("p", {class: "empty"}, error.message));
-  }
+  const query = {model, source_host: from || "127.0.0.1"};
+  const {decision: goes, message} = await askJson("/api/routes", query).catch(error => error);
+  byId("explained").replaceChildren(goes ? node("div",
+    empty([named(goes.model), " goes by ", named(goes.route), " to"],
+      goes.instances.map((one, at) =>
+        [at > 0 && ", else ", named(one.model), " on ", named(one.url)])),
+    stepsNode(goes.trail)) : message ?? "");
 }
-
-const stepsNode = steps => node("ol", {class: "steps"}, steps.map(step =>
-  node("li", {class: step.matched ? "hit" : "quiet"}, node("span", {}, step.matched ? "✓" : "·"),
-    node("span", {}, named(step.rule, 80), " ", node("span", {class: "quiet"}, named(step.why, 300))))));
-
-async function suggestModels() {
-  try { suggest("models", (await askJson("/v1/models")).data.map(model => model.id)); } catch (error) {
-    say(byId("try-note"), error.message);
-  }
-}
+const stepsNode = steps => node("ol.steps", steps.map(({rule, matched, why}) =>
+  node(matched ? "li.hit" : "li.quiet", matched ? "✓ " : "· ", named(rule, 80), " ",
+    node("span.quiet", named(why, 300)))));
 
 // -- Performance -----------------------------------------------------------------------------
-
 function showPerformance({data_points: points, models, meta}) {
   Object.assign(app, {points, models, meta});
   suggest("models", models.map(one => one.model));
   showChart();
   showSpeeds();
 }
-
 function showChart() {
   const figure = byId("chart"), {x: xAxis, y: yAxis, scale} = valuesOf(byId("lens"));
-  const hidden = new Set(params().getAll("hide"));
-  const points = app.points.filter(point => !hidden.has(point.model) &&
-    known(valueOf(point, xAxis)) && known(valueOf(point, yAxis)));
-  const left = app.points.length - points.length, noun = AXES[yAxis][0].toLowerCase();
-  say(byId("chart-title"), `${AXES[xAxis][0]} against ${noun}`);
-  say(byId("chart-note"), [`${count(points.length)} requests`, app.meta.sampled &&
-    `an even sample of ${count(app.meta.total_points)}`, left > 0 &&
-    `${count(left)} hidden or without these figures`].filter(Boolean).join(", "));
+  const hidden = new Set(params().getAll("hide")), all = app.points;
+  const points = all.filter(one =>
+    !hidden.has(one.model) && known(one[xAxis]) && known(one[yAxis]));
+  const left = all.length - points.length;
+  say(byId("chart-title"), `${AXES[xAxis][0]} against ${AXES[yAxis][0].toLowerCase()}`);
+  say(byId("chart-note"), `${count(points.length)} requests` +
+    (app.meta.sampled ? `, an even sample of ${count(app.meta.total_points)}` : "") +
+    (left ? `, ${count(left)} hidden or without these figures` : ""));
   showLegend(hidden);
-  byId("chart-empty").replaceChildren(...(app.points.length ? []
-    : [node("strong", {}, "No request in this range."), "Choose a longer one, or send one:", exampleNode()]));
+  byId("chart-empty").replaceChildren(all.length ? ""
+    : empty("No request in this range.", "Choose a longer one, or send one:", exampleNode()));
   figure.hidden = !points.length;
   const {width, height} = figure.getBoundingClientRect();
   if (width > 0) figure.replaceChildren(...chartNodes(points, xAxis, yAxis, scale, width, height));
 }
-
 function chartNodes(points, xAxis, yAxis, scale, width, height) {
   const box = {left: 64, right: width - 12, top: 24, bottom: height - 44};
-  const of = axis => points.map(point => valueOf(point, axis)), wants = axis => scale.includes(axis);
-  const x = scaleOf(of(xAxis), xAxis, wants("x"), box.left, box.right);
-  const y = scaleOf(of(yAxis), yAxis, wants("y"), box.bottom, box.top);
-  const places = points.map(point => [x.at(valueOf(point, xAxis)), y.at(valueOf(point, yAxis)), point]);
+  const x = scaleOf(points.map(one => one[xAxis]), /x/.test(scale), box.left, box.right);
+  const y = scaleOf(points.map(one => one[yAxis]), /y/.test(scale), box.bottom, box.top);
+  const places = points.map(one => [x.at(one[xAxis]), y.at(one[yAxis]), one]);
   const dots = places.map(([across, up, {id, model, status_code: status}]) =>
-    markPath(model, status >= 400 ? "dot failed" : "dot", {"data-id": id,
+    markPath(model, status < 400 ? "dot" : "dot failed", {"data-id": id,
       transform: `translate(${across.toFixed(1)} ${up.toFixed(1)}) scale(.8)`}));
-  const ring = drawn("circle", {class: "ring", r: 9, visibility: "hidden"});
-  const hint = node("div", {class: "hint", hidden: true});
-  const svg = drawn("svg", {role: "application", tabindex: 0, "aria-label":
-    `${points.length} requests. Arrow keys go from one to the next, Enter opens one.`},
-  frameNodes(x, y, xAxis, yAxis, box), dots, ring);
+  const ring = drawn("circle.ring", {r: 9, visibility: "hidden"});
+  const hint = node("div.hint", {hidden: true});
+  const label = `${points.length} requests. Arrow keys go from one to the next, Enter opens one.`;
+  const speeds = xAxis.endsWith("tokens") && yAxis === "duration_ms" ? [1, 10, 100, 1000] : [];
+  const svg = drawn("svg", {role: "application", tabindex: 0, "aria-label": label},
+    frameNodes(x, y, AXES[xAxis], AXES[yAxis], speeds, box), dots, ring);
   followPoints(svg, ring, hint, places);
   return [svg, hint];
 }
-
 function showLegend(hidden) {
   const counts = new Map();
   for (const {model} of app.points) counts.set(model, (counts.get(model) ?? 0) + 1);
@@ -7243,125 +7062,103 @@ function showLegend(hidden) {
       showChart();
     }}, markNode(model), named(model), ` ${count(number)}`)));
 }
-
 const SPEEDS = [
   ["Model", "model"], ["Requests", "requests", count], ["Errors", "errors", count],
   ["p50", "p50_ms", span], ["p95", "p95_ms", span], ["First token p50", "ttft_p50_ms", span],
-  ["Tokens/s", "tokens_per_second", rate], ["Prompt tokens", "prompt_tokens", brief],
+  ["Tokens/s", "tokens_per_second", plain], ["Prompt tokens", "prompt_tokens", brief],
   ["Completion tokens", "completion_tokens", brief],
 ];
-
 /** A model on each of its servers, from the points: which box is fast for it. */
 function speedsByServer(model) {
   const points = app.points.filter(point => point.model === model);
   const servers = [...new Set(points.map(point => point.upstream_url))].sort();
   return servers.length < 2 ? [] : servers.map(server => {
     const here = points.filter(point => point.upstream_url === server);
-    const of = name => here.map(point => point[name]);
-    const sum = name => of(name).reduce((total, value) => total + (value ?? 0), 0);
-    return {server, requests: here.length, errors: of("status_code").filter(s => s >= 400).length,
-      p50_ms: quantile(of("duration_ms"), .5), p95_ms: quantile(of("duration_ms"), .95),
-      ttft_p50_ms: quantile(of("ttft_ms"), .5),
-      tokens_per_second: quantile(of("tokens_per_second"), .5),
+    const of = (name, share) => quantile(here.map(point => point[name]), share);
+    const sum = name => here.reduce((total, point) => total + (point[name] ?? 0), 0);
+    return {server, requests: here.length,
+      errors: here.filter(one => one.status_code >= 400).length, p50_ms: of("duration_ms", .5),
+      p95_ms: of("duration_ms", .95), ttft_p50_ms: of("ttft_ms", .5),
+      tokens_per_second: of("tokens_per_second", .5),
       prompt_tokens: sum("prompt_tokens"), completion_tokens: sum("completion_tokens")};
   });
 }
-
 function showSpeeds() {
   const table = byId("speeds"), sort = params().get("sort") ?? "-requests";
-  const down = sort.startsWith("-"), by = sort.replace("-", "");
-  const order = (a, b) => by === "model" ? a.model.localeCompare(b.model) : (a[by] ?? -1) - (b[by] ?? -1);
-  const sorted = [...app.models].sort((a, b) => down ? order(b, a) : order(a, b));
-  const head = ([label, name, format]) => node("th", {scope: "col", class: format && "number",
-    "aria-sort": name === by && (down ? "descending" : "ascending")}, node("button", {onclick() {
-    amend({sort: name === by && down ? name : `-${name}`});
+  const by = sort.replace("-", ""), down = sort !== by, order = (a, b) => (a > b) - (a < b);
+  const sorted = [...app.models].sort((a, b) => order(a[by] ?? -1, b[by] ?? -1) * (down ? -1 : 1));
+  const head = ([label, key, format]) => node("th", {scope: "col", class: format && "number",
+    "aria-sort": key === by && (down ? "descending" : "ascending")}, node("button", {onclick() {
+    amend({sort: key === by && down ? key : `-${key}`});
     showSpeeds();
   }}, label));
-  const line = row => node("tr", {class: row.server && "under"}, SPEEDS.map(([label, name, format]) =>
-    cellNode(label, format, format ? format(row[name]) : row.server ? named(`on ${short(row.server)}`)
-      : node("span", {}, markNode(row.model), named(row.model)))));
-  table.tHead.replaceChildren(node("tr", {}, SPEEDS.map(head)));
-  table.tBodies[0].replaceChildren(...sorted.flatMap(row => [row, ...speedsByServer(row.model)]).map(line));
+  const name = row => row.server ? named(`on ${short(row.server)}`)
+    : node("span", markNode(row.model), named(row.model));
+  const line = row => node(row.server ? "tr.under" : "tr", SPEEDS.map(([label, key, format]) =>
+    cellNode(label, format && "number", format ? format(row[key]) : name(row))));
+  const rows = sorted.flatMap(row => [row, ...speedsByServer(row.model)]);
+  table.tHead.replaceChildren(node("tr", SPEEDS.map(head)));
+  table.tBodies[0].replaceChildren(...rows.map(line));
 }
-
-function openPerformance() {
-  fillForm(byId("lens"));
-  const {hours, model} = valuesOf(byId("lens"));
-  byId("export").href = `/api/export?${queryOf({since: `${hours}h`, model, format: "csv"})}`;
-}
-
 function loadPerformance() {
   const {hours, model, service_type} = valuesOf(byId("lens"));
-  return load("performance", `/api/performance?${queryOf({hours, model, service_type, limit: 2000})}`,
-    showPerformance);
+  const query = new URLSearchParams(present({since: `${hours}h`, model, format: "csv"}));
+  byId("export").href = `/api/export?${query}`;
+  return load("performance", {hours, model, service_type, limit: 2000}, showPerformance);
 }
-
 const performanceSoon = paced(loadPerformance, 5000);
+function openPerformance() {
+  for (const [name, chosen] of [["x", "completion_tokens"], ["y", "duration_ms"]])
+    byId("lens").elements[name].append(...Object.entries(AXES).map(([value, [label]]) =>
+      node("option", {value, selected: value === chosen}, label)));
+  bindForm(byId("lens"), loadPerformance);
+  new ResizeObserver(showChart).observe(byId("chart").parentNode);
+}
 
 // -- Request ---------------------------------------------------------------------------------
-
-function openRequest(id) {
+function openRequest() {
   const inline = byId("request-data").textContent;
-  byId("request-data").textContent = "";
-  app.request = null;
-  byId("request").replaceChildren(node("p", {class: "empty"}, "Asking the router…"));
-  try { showRequest(JSON.parse(inline)); } catch { /* not a page of the server's, or not this */ }
-  if (String(app.request?.id) !== id) loadRequest(id);
+  if (inline) showRequest(JSON.parse(inline));
 }
-
-async function loadRequest(id) {
+async function loadRequest() {
   try {
-    const doc = await askJson(`/api/request/${id}`);
-    if (app.view.name === "request" && app.id === id) showRequest(doc);
+    showRequest(await askJson(`/api/request/${location.pathname.split("/")[2]}`));
     trouble("request", null);
   } catch (error) {
     if (error.status !== 404) return trouble("request", error.message);
-    byId("request").replaceChildren(node("section", {class: "card empty"},
-      node("strong", {}, "There is no such request."), "It may be older than MAX_LOG_AGE_DAYS. ",
-      node("a", {href: "/"}, "Look at the newest.")));
+    byId("request").replaceChildren(node("section.card", empty("There is no such request.",
+      "It may be older than MAX_LOG_AGE_DAYS. ", node("a", {href: "/"}, "Look at the newest."))));
   }
 }
-
 /** Show a request; while it runs, only what changes is made anew, once a second. */
 function showRequest(doc) {
-  const before = app.request, old = byId("turns")?.children ?? [];
-  app.request = doc;
+  const old = [...byId("turns").children];
   document.title = `${clip(doc.original_model || doc.path, 40)} · SmolRouter`;
-  const there = new Map([...old].map(turn => [turn.key, turn]));
-  if (before?.id !== doc.id || before.is_inflight !== doc.is_inflight)
-    byId("request").replaceChildren(node("header", {class: "heading", id: "head"}),
-      node("section", {class: "card stack", id: "story"}), node("section", {class: "card", id: "talk"},
-        node("h2", {class: "heading"}, "Conversation"), node("div", {id: "turns"})),
-      rawNode("Request", doc, "request"), rawNode("Response", doc, "response"));
+  if (app.request?.is_inflight !== doc.is_inflight) byId("raw").replaceChildren(
+    rawNode("Request", doc, "request"), rawNode("Response", doc, "response"));
+  app.request = doc;
   byId("head").replaceChildren(...headNodes(doc));
   byId("story").replaceChildren(trailNode(doc), phasesNode(doc), factsNode(doc),
     node("details", {open: byId("rules")?.open, id: "rules"},
-      node("summary", {}, node("h3", {}, `Rules tried: ${doc.trail.length}`)), stepsNode(doc.trail)));
+      node("summary", node("h3", `Rules tried: ${doc.trail.length}`)), stepsNode(doc.trail)));
   byId("talk").hidden = !doc.transcript.length;
   arrange(byId("turns"), doc.transcript.map((turn, at) => {
-    const key = `${at} ${JSON.stringify(turn)}`;
-    return there.get(key) ?? Object.assign(turnNode(turn), {key});
+    const key = JSON.stringify(turn);
+    return old[at]?.key === key ? old[at] : Object.assign(turnNode(turn), {key});
   }));
-  if (doc.is_inflight) setTimeout(() => {
-    if (app.request === doc && !document.hidden) loadRequest(String(doc.id));
-  }, 1000);
+  if (doc.is_inflight) setTimeout(refresh, 1000);
 }
-
-const headNodes = doc => [
-  node("h1", {}, modelNode(doc.original_model, doc.mapped_model)),
-  badgeNode(doc.status_code, doc.is_inflight), node("span", {class: "quiet", title: doc.timestamp},
-    `${doc.method} `, named(doc.path, 80), " from ", named(doc.source_ip), `, ${moment(doc.timestamp)}`),
-  node("span", {class: "push line"}, doc.is_inflight && stopNode(doc.id),
-    copyNode("Copy as curl", () => curlOf(doc), doc.request_body_cut || doc.request_body_encoding !== "utf-8"),
-    node("a", {class: "button", href: "/", onclick: back}, "Back")),
-];
-
+const headNodes = doc => [node("h1", modelNode(doc)), badgeNode(doc),
+  node("span.quiet", `${doc.method} `, named(doc.path, 80),
+    ` from ${doc.source_ip}, ${moment(doc.timestamp)}`),
+  node("span.push.line", doc.is_inflight && stopNode(doc.id), copyNode("Copy as curl",
+    () => curlOf(doc), doc.request_body_cut || doc.request_body_encoding === "base64"))];
 /** Asked for -> mapped -> rule -> attempt 1 failed -> attempt 2 answered. */
 function trailNode(doc) {
-  const step = (title, text, kind) => text && node("li", {}, node("div", {class: `step ${kind ?? ""}`},
-    title, node("b", {}, named(text, 120))));
+  const step = (title, text, kind = "idle") => text && node("li",
+    node(`div.step.${kind}`, title, node("b", named(text, 120))));
   const changed = (to, from) => to !== from && to, asked = doc.original_model;
-  return node("ol", {class: "trail", "aria-label": "How it was routed"},
+  return node("ol.trail", {"aria-label": "How it was routed"},
     step("Asked for", asked || "no model"), step("Mapped to", changed(doc.mapped_model, asked)),
     step("By rule", doc.route), step("Sent as", changed(doc.sent_model, doc.mapped_model || asked)),
     doc.attempts.map((one, at) => {
@@ -7371,298 +7168,162 @@ function trailNode(doc) {
         `${sign} ${one.instance}: ${one.error ?? one.status ?? doc.phase}`, kind);
     }), step("Ended", doc.error_message, doc.status_code === 499 ? "warn" : "bad"));
 }
-
 /** Where the time went: failed attempts, waiting for the first token, streaming. */
 function phasesNode(doc) {
   const whole = doc.duration_ms ?? 0, first = doc.ttft_ms ?? whole;
   const lost = doc.attempts.filter(hasFailed).reduce((sum, one) => sum + one.duration_ms, 0);
-  const phases = [["p-fail", "failed attempts", Math.min(lost, first)],
-    ["p-wait", "waiting", first - lost], ["p-flow", "streaming", whole - first]].filter(one => one[2] > 0);
-  return node("div", {},
-    node("div", {class: "phases", "aria-hidden": "true"},
-      phases.map(([kind, , ms]) => node("i", {class: kind, style: {flex: `${ms} 1 0`}}))),
-    node("p", {class: "line key"}, phases.map(([kind, name, ms]) =>
-      node("span", {}, node("i", {class: kind}), ` ${name} `, node("b", {}, span(ms)))),
-    node("span", {class: "push"}, "in all ", node("b", {}, span(whole)))));
+  const bars = [["p-fail", "failed attempts", Math.min(lost, first)], ["p-wait", "waiting",
+    first - lost], ["p-flow", "streaming", whole - first]].filter(([, , ms]) => ms > 0);
+  return node("div", node("div.phases", {"aria-hidden": "true"},
+    bars.map(([kind, , ms]) => node(`i.${kind}`, {style: {flex: `${ms} 1 0`}}))),
+  node("p.line.key", bars.map(([kind, name, ms]) =>
+    node("span", node(`i.${kind}`), ` ${name} `, node("b", span(ms)))),
+  node("span.push", "in all ", node("b", span(whole)))));
 }
-
 function factsNode(doc) {
   const facts = {
-    "Tokens": tokensNode(doc), "Cached of the prompt": known(doc.cached_tokens) && count(doc.cached_tokens),
-    "Tokens per second": known(doc.tokens_per_second) && rate(doc.tokens_per_second),
-    "Size": `${bytes(doc.request_size)} → ${bytes(doc.response_size)}`, "Server": doc.upstream_url,
-    "Stream": doc.stream ? "yes" : "no", "Client": doc.user_agent, "Key": doc.client_key,
-    "Request id": doc.request_id, "Started": doc.timestamp, "Ended": doc.completed_at,
-  };
-  return node("dl", {class: "facts"}, Object.entries(facts).filter(([, value]) => value).map(
-    ([name, value]) => node("div", {}, node("dt", {}, name),
-      node("dd", {}, typeof value === "string" ? clip(value, 200) : value))));
+    "Tokens": tokensNode(doc), "Cached prompt": doc.cached_tokens && count(doc.cached_tokens),
+    "Tokens per second": doc.tokens_per_second && plain(doc.tokens_per_second),
+    "Size": sizesOf(doc), "Server": doc.upstream_url, "Stream": doc.stream ? "yes" : "no",
+    "Client": doc.user_agent, "Key's fingerprint": doc.client_key, "Request id": doc.request_id,
+    "Started": doc.timestamp, "Ended": doc.completed_at};
+  return node("dl.facts", present(facts).map(([name, value]) => node("div",
+    node("dt", name), node("dd", value.nodeType ? value : named(value, 200)))));
 }
-
 const ROLES = {system: "System", user: "User", assistant: "Answer", tool: "Tool result"};
-const LONG_TEXT = 6000, LONG_JSON = 200_000;  // characters; more is cut, or not coloured
-
-function turnNode(turn) {
-  const isResult = turn.role === "tool" && /^\s*[[{]/.test(turn.content);
-  return node("article", {class: `turn ${turn.role === "assistant" ? "assistant" : ""}`},
-    node("h3", {}, ROLES[turn.role] ?? clip(turn.role, 30), turn.name && node("div", {}, named(turn.name))),
-    node("div", {},
-      turn.thinking && node("details", {class: "thought"},
-        node("summary", {}, `Thinking, ${count(turn.thinking.length)} characters`), saidNode(turn.thinking)),
-      (turn.images ?? []).map(imageNode),
-      turn.content && (isResult ? jsonNode(turn.content) : saidNode(turn.content)),
-      (turn.tool_calls ?? []).map(call =>
-        [node("p", {class: "small"}, "calls ", node("b", {}, named(call.name))), jsonNode(call.arguments)])));
+/** A message of the conversation; it can be folded, a long one scrolls. */
+function turnNode({role, name, content, thinking, images, tool_calls: calls}) {
+  const isJson = role === "tool" && /^\s*[[{]/.test(content);
+  return node(`details.turn.${ROLES[role] ? role : "other"}`, {open: true},
+    node("summary", node("h3", ROLES[role] ?? named(role, 30), name && [" ", named(name)])),
+    thinking && node("details.thought",
+      node("summary", `Thinking, ${count(thinking.length)} characters`), saidNode(thinking)),
+    (images ?? []).map(imageNode), content && (isJson ? jsonNode(content) : saidNode(content)),
+    (calls ?? []).map(call =>
+      [node("div.small", "calls ", node("b", named(call.name))), jsonNode(call.arguments)]));
 }
-
-/** Text with its fenced code set off; a long one is cut until it is asked for. */
-function saidNode(text) {
-  const said = node("div", {class: "said"}, text.split(/^```/m).map((part, at) => at % 2
-    ? node("pre", {class: "code"}, part.slice(part.indexOf("\n") + 1).trimEnd())
-    : at ? part.trimStart() : part));
-  if (text.length < LONG_TEXT) return said;
-  said.classList.add("cut");
-  return [said, node("button", {onclick(event) {
-    said.classList.remove("cut");
-    event.target.remove();
-  }}, `Show all ${count(text.length)} characters`)];
-}
-
+/** Text with its fenced code set off. */
+const saidNode = text => node("div.said", text.split(/^```/m).map((part, at) => at % 2
+  ? node("pre.code", part.slice(part.indexOf("\n") + 1).trimEnd())
+  : at ? part.trimStart() : part));
 /** Only data: images are loaded; an address elsewhere is a link, anything else not even that. */
 function imageNode(url) {
   if (/^data:image\/[\w.+-]+[;,]/i.test(url)) return node("img", {src: url, alt: "Image"});
-  const more = {href: url, rel: "noreferrer noopener", target: "_blank"};
-  return node("p", {}, "Image: ", /^https?:\/\//i.test(url) ? node("a", more, clip(url, 120)) : clip(url, 120));
+  const href = /^https?:\/\//i.test(url) && url;
+  const more = {href, rel: "noreferrer", target: "_blank"};
+  return node("p", "Image: ", node("a", more, named(url, 120)));
 }
-
-const JSON_TOKEN = /("(?:[^"\\]|\\.)*")(\s*:)?|\b(?:true|false|null)\b|-?\d[\d.eE+-]*/g;
-
-/** JSON indented and coloured; what is none is shown as it is. */
+/** JSON indented; what is none is shown as it is. */
 function jsonNode(text) {
-  let pretty = String(text ?? ""), end = 0;
-  const pre = node("pre", {class: "code", tabindex: 0});
-  try { pretty = JSON.stringify(JSON.parse(pretty), null, 2); } catch { end = pretty.length; }
-  const tokens = end || pretty.length > LONG_JSON ? [] : pretty.matchAll(JSON_TOKEN);
-  end = 0;
-  for (const found of tokens) {
-    const kind = found[2] ? "j-key" : found[1] ? "j-text" : "j-word", word = found[1] ?? found[0];
-    pre.append(pretty.slice(end, found.index), node("span", {class: kind}, word));
-    end = found.index + word.length;
-  }
-  pre.append(pretty.slice(end));
-  return pre;
+  let pretty = String(text);
+  try { pretty = JSON.stringify(JSON.parse(text), null, 2); } catch { /* no JSON */ }
+  return node("pre.code", {tabindex: 0}, pretty);
 }
-
 /** One direction of the exchange as it went over the wire; made when it is opened. */
 function rawNode(title, doc, side) {
   const [body, fields, size, cut, coding] = ["body", "headers", "size", "body_cut", "body_encoding"]
     .map(name => doc[`${side}_${name}`]);
-  const notes = [coding === "base64" && "no text, in base64", cut && "cut: it was longer than is kept"];
-  const content = () => [node("h3", {}, "Fields"),
-    node("dl", {class: "fields mono"}, (fields ?? []).map(([name, value]) =>
-      [node("dt", {}, named(name)), node("dd", {}, value)])),
-    node("div", {class: "line"}, node("h3", {}, "Content"),
-      node("span", {class: "small grow"}, notes.filter(Boolean).join(", ")),
-      body && copyNode("Copy", () => body)),
-    body ? jsonNode(body) : node("p", {class: "quiet"}, doc.is_inflight ? "It runs." : "None was kept.")];
-  const details = node("details", {class: "card", "data-side": side, ontoggle() {
-    if (details.children.length < 2) details.append(node("div", {class: "stack"}, content()));
-  }}, node("summary", {}, node("h2", {}, title), node("span", {class: "small"}, ` raw, ${bytes(size)}`)));
-  return details;
+  const note = (coding === "base64" ? "no text, in base64 " : "") + (cut ? "cut, as too long" : "");
+  const content = () => node("div.stack", node("h3", "Fields"),
+    node("dl.fields.mono", fields.map(([name, value]) => [node("dt", name), node("dd", value)])),
+    node("div.line", node("h3", "Content"), node("span.small.grow", note),
+      body && copyNode("Copy", () => body)), jsonNode(body || "None is kept."));
+  return node("details.card", {"data-side": side, ontoggle() {
+    if (this.children.length < 2) this.append(content());
+  }}, node("summary", node("h2", title), node("span.small", ` raw, ${bytes(size)}`)));
 }
-
-const SECRETS = /^(authorization|cookie|x-api-key|api-key|proxy-authorization|x-smolrouter-token)$/i;
-const OF_CURL = /^(host|content-length|transfer-encoding|connection|accept-encoding|te|expect)$/i;
-
-/** The request as a command for a POSIX shell, without its secrets. */
+/** The request as a command for a POSIX shell; no secrets, but a place for the key. */
 function curlOf(doc) {
   const quoted = text => `'${text.replaceAll("'", "'\\''")}'`;
+  const fields = doc.request_headers.filter(([name]) => /^(accept|content-type)$/i.test(name));
   return [`curl -X ${quoted(doc.method)} ${quoted(location.origin + doc.path)}`,
-    ...doc.request_headers.filter(([name]) => !SECRETS.test(name) && !OF_CURL.test(name))
-      .map(([name, value]) => `-H ${quoted(`${name}: ${value}`)}`),
+    ...fields.map(field => `-H ${quoted(field.join(": "))}`),
     doc.client_key && '-H "Authorization: Bearer $API_KEY"',
     doc.request_body && `--data-raw ${quoted(doc.request_body)}`].filter(Boolean).join(" \\\n  ");
 }
-
-/** A button that copies; navigator.clipboard is missing on plain http, a selection is not. */
-function copyNode(label, text, impossible) {
-  const title = impossible && "the content is cut or no text";
-  return node("button", {disabled: impossible, title, async onclick({target: button}) {
-    const area = node("textarea", {class: "unseen"}, text());
+/** A button that copies by a selection: navigator.clipboard is missing on plain http. */
+const copyNode = (label, text, impossible) => node("button", {disabled: impossible,
+  onclick({target: button}) {
+    const area = node("textarea.unseen", text());
     button.after(area);
     area.select();
-    const copied = await navigator.clipboard?.writeText(text()).then(() => true, () => false)
-      ?? document.execCommand("copy");
+    say(button, document.execCommand("copy") ? "Copied" : "Not allowed");
     area.remove();
-    button.textContent = copied ? "Copied" : "Not allowed";
-    setTimeout(() => { button.textContent = label; }, 1500);
+    setTimeout(() => say(button, label), 1500);
   }}, label);
-}
 
 // -- Live: events, else polling; nothing while the tab is hidden -----------------------------
-
-const POLL_MS = 30_000, RETRY_MS = 5000;
-
+const POLL_MS = 30_000;
 function listen() {
-  if (document.hidden || app.source || !byId("sign-in").hidden) return;
+  if (app.source?.readyState < EventSource.CLOSED) return;
   app.source = new EventSource("/api/events");
-  app.source.onopen = () => showLive(true);
-  app.source.addEventListener("requests", event => heard(JSON.parse(event.data)));
-  app.source.onerror = () => {
-    hush();
-    showLive(false);
-    setTimeout(listen, RETRY_MS);
+  app.source.addEventListener("requests", () => app.view.refresh());
+  app.source.onopen = app.source.onerror = ({type}) => {
+    byId("live").classList.toggle("on", type === "open");
+    if (byId("live").textContent !== "Starting") app.view.refresh();
+    say(byId("live"), type === "open" ? "Live" : "Not live");
   };
 }
-
-function hush() {
-  app.source?.close();
-  app.source = null;
-}
-
-function showLive(live) {
-  byId("live").classList.toggle("on", live);
-  say(byId("live"), live ? "Live" : "Every 30 s");
-}
-
-function heard({started, finished}) {
-  const {name} = app.view;
-  if (name === "overview") flightsSoon();
-  if (name === "overview" && started.length + finished.length) rowsSoon();
-  if (name === "overview" && finished.length) { statsSoon(); serversSoon(); }
-  if (name === "performance" && finished.length) performanceSoon();
-}
-
-// -- Sign in ---------------------------------------------------------------------------------
-
-function showSignIn() {
-  hush();
-  for (const view of VIEWS) byId(view.name).hidden = true;
-  byId("sign-in").hidden = false;
-  byId("sign-in").elements.token.focus();
-}
-
-async function signIn(event) {
-  event.preventDefault();
-  const {token} = byId("sign-in").elements;
-  try {
-    await post("/api/signin", {token: token.value.trim()});
-    token.value = "";
-    say(byId("sign-in-error"), "");
-    start();
-  } catch (error) {
-    say(byId("sign-in-error"), error.message);
-  }
-}
-
-async function signOut() {
-  await post("/api/signout").catch(() => null);
-  location.assign("/");
-}
-
-// -- Where we are: the path is the view ------------------------------------------------------
-
-const VIEWS = [
-  {name: "overview", path: /^\/$/, title: "SmolRouter", open: openOverview, refresh: refreshOverview},
-  {name: "performance", path: /^\/performance$/, title: "Performance · SmolRouter",
-    open: openPerformance, refresh: loadPerformance},
-  {name: "request", path: /^\/request\/(\d+)$/, title: "Request · SmolRouter",
-    open: openRequest, refresh: () => app.request?.is_inflight && loadRequest(app.id)},
-];
-
-function show() {
-  app.view = VIEWS.find(one => one.path.test(location.pathname)) ?? VIEWS[0];
-  app.id = app.view.path.exec(location.pathname)?.[1];
-  document.title = app.view.title;
-  byId("sign-in").hidden = true;
-  for (const one of VIEWS) byId(one.name).hidden = one !== app.view;
-  for (const link of document.querySelectorAll("nav a"))
-    link.toggleAttribute("aria-current", link.dataset.view === app.view.name);
-  app.view.open(app.id);
-  refresh();
-}
-
 function refresh() {
-  if (document.hidden || !app.view || !byId("sign-in").hidden) return;
+  if (document.hidden || !byId("sign-in").hidden) return;
   app.view.refresh();
   listen();
 }
 
-function go(path) {
-  app.came = document.activeElement;
-  history.pushState({inside: true}, "", path);
-  show();
-  scrollTo(0, 0);
+// -- Which view: the path says ---------------------------------------------------------------
+const VIEWS = [
+  {name: "performance", path: /^\/performance/, open: openPerformance, refresh: performanceSoon},
+  {name: "request", path: /^\/request\//, open: openRequest,
+    refresh: () => app.request?.is_inflight !== false && loadRequest()},
+  {name: "overview", path: /^/, open: openOverview, refresh: refreshOverview},
+];
+function showSignIn() {
+  app.source?.close();
+  byId(app.view.name).hidden = true;
+  byId("sign-in").hidden = false;
+  byId("sign-in").elements.token.focus();
 }
-
-function back(event) {
+function signIn(event) {
   event.preventDefault();
-  if (history.state?.inside) history.back(); else go("/");
+  post("/api/signin", {token: event.target.elements.token.value.trim()})
+    .then(() => location.reload(), error => say(byId("sign-in-error"), error.message));
 }
-
-/** Follow a link of ours without loading the document again. */
-function follow(event) {
-  const link = event.target.closest?.("a[href]"), {button, ctrlKey, metaKey, shiftKey} = event;
-  if (!link || event.defaultPrevented || button || ctrlKey || metaKey || shiftKey) return;
-  if (link.origin !== location.origin || link.target || link.hash || link.id === "export") return;
-  event.preventDefault();
-  go(link.href);
-}
-
 function keys(event) {
-  const typing = event.target.matches?.("input, select, textarea");
+  const typing = event.target.matches?.("input, select, textarea"), {key} = event;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Escape" && typing) event.target.blur();
-  else if (event.key === "Escape" && app.view?.name === "request") back(event);
-  if (typing || app.view?.name !== "overview") return;
-  if (event.key === "/") {
-    event.preventDefault();
-    byId("filters").elements.q.focus();
-  } else if (event.key === "j" || event.key === "k") {
-    const links = [...byId("rows").querySelectorAll("td:first-child a")];
-    const at = links.indexOf(document.activeElement) + (event.key === "j" ? 1 : -1);
-    links[Math.max(0, Math.min(at, links.length - 1))]?.focus();
-  }
-}
-
-// -- Start -----------------------------------------------------------------------------------
-
-async function start() {
-  try { app.session = await askJson("/api/session"); } catch (error) { trouble("start", error.message); }
-  byId("sign-out").hidden = !app.session.authenticated;
-  if (app.session.needs_token && !app.session.authenticated) showSignIn(); else show();
-}
-
-for (const [name, chosen] of [["x", "completion_tokens"], ["y", "duration_ms"]])
-  byId("lens").elements[name].append(...Object.entries(AXES).map(([value, [label]]) =>
-    node("option", {value, selected: value === chosen}, label)));
-byId("rows").tHead.append(node("tr", {}, COLUMNS.map(([label]) =>
-  node("th", {scope: "col", class: NUMBERS.has(label) && "number"}, label))));
-bindForm(byId("filters"), loadRows);
-bindForm(byId("lens"), () => { openPerformance(); loadPerformance(); });
-byId("explain-form").addEventListener("submit", event => {
+  if (key === "Escape" && typing) event.target.blur();
+  else if (key === "Escape" && app.view.name === "request") history.back();
+  if (typing || app.view.name !== "overview" || !"/jk".includes(key)) return;
   event.preventDefault();
-  amend(valuesOf(event.target));
-  explain();
-});
+  const links = [...byId("rows").querySelectorAll("td:first-child a")];
+  const at = links.indexOf(document.activeElement) + (key === "j" ? 1 : -1);
+  if (key === "/") byId("filters").elements.q.focus();
+  else links[Math.max(0, Math.min(at, links.length - 1))]?.focus();
+}
+async function start() {
+  app.view = VIEWS.find(view => view.path.test(location.pathname));
+  for (const link of document.querySelectorAll("nav a"))
+    if (link.textContent.toLowerCase() === app.view.name) link.setAttribute("aria-current", "page");
+  const session = await askJson("/api/session").catch(() => ({}));  // what loads next says why
+  byId("sign-out").hidden = !session.authenticated;
+  if (session.needs_token && !session.authenticated) return showSignIn();
+  byId(app.view.name).hidden = false;
+  app.view.open();
+  refresh();
+}
+document.addEventListener("keydown", keys);
+document.addEventListener("visibilitychange", () =>
+  document.hidden ? app.source?.close() : refresh());
 byId("try").addEventListener("toggle", suggestModels);
 byId("try-form").addEventListener("submit", tryIt);
 byId("sign-in").addEventListener("submit", signIn);
-byId("sign-out").addEventListener("click", signOut);
-document.addEventListener("click", follow);
-document.addEventListener("keydown", keys);
-document.addEventListener("visibilitychange", () => document.hidden ? hush() : refresh());
-addEventListener("popstate", () => { show(); app.came?.focus(); });
-new ResizeObserver(() => app.view?.name === "performance" && showChart()).observe(byId("chart"));
-setInterval(() => { if (!document.hidden && app.view?.name === "overview") tick(); }, 100);
-setInterval(() => { if (app.flights.size && app.view?.name === "overview") flightsSoon(); }, 1000);
+byId("sign-out").onclick = () => post("/api/signout").finally(() => location.assign("/"));
 setInterval(refresh, POLL_MS);
 start();
 </script>
 </body>
 </html>
 """
-# ruff: enable[E501]
 
 if __name__ == "__main__":
     sys.exit(main())
