@@ -1058,7 +1058,9 @@ def edit_places(text: str, at: int, edits: Mapping[Path, Any],
 def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
     """Return a JSON object with some values replaced (a new member: at its end), no more."""
     pieces, done, found = [], 0, set()
-    for start, end, path in edit_places(text, 0, edits):
+    escapes = "\\u" in text  # they can spell a name in other ways
+    there = {path: value for path, value in edits.items() if escapes or f'"{path[0]}"' in text}
+    for start, end, path in edit_places(text, 0, there) if there else ():
         pieces += [text[done:start], encode_json(edits[path]).decode()]
         done = end
         found.add(path)
@@ -1244,7 +1246,9 @@ def text_slots(doc: Mapping[str, Any]) -> list[Slot]:
     """Return where the visible text of an answer or of one event stands."""
     if doc.get("type") == TEXT_DELTA:
         return list(slots_at(doc, (), [("delta",)], str(doc.get("item_id"))))
-    slots = list(slots_at(doc, (), OTHER_TEXTS, str(doc.get("index"))))
+    if "choices" not in doc:
+        return list(slots_at(doc, (), OTHER_TEXTS, str(doc.get("index"))))
+    slots: list[Slot] = []
     for at, index, choice in read_choices(doc):
         slots += slots_at(choice, ("choices", at), CHOICE_TEXTS, index)
     return slots
@@ -1360,6 +1364,13 @@ def timings_event(doc: Mapping[str, Any]) -> dict[str, Any] | None:
     choices = [{"index": 0, **said, "finish_reason": None}]  # none at all breaks clients
     return {name: value for name, value in doc.items() if name != "usage"} | {"choices": choices}
 
+def find_word(block: bytes, word: bytes, at: int) -> int:
+    """Return where a word comes next, else the end; one octet is found much faster than more."""
+    if word[0] == ord(b"\\"):
+        at = block.find(b"\\", at)
+    place = block.find(word, at) if at >= 0 else -1
+    return place if place >= 0 else len(block)
+
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
 
@@ -1444,8 +1455,8 @@ class EventFilter:
         nearest = len(block)
         for word, place in found.items():
             if place < at:
-                place = block.find(word, at)
-                found[word] = place = place if place >= 0 else len(block)
+                place = find_word(block, word, at)
+                found[word] = place
             nearest = min(nearest, place)
         if nearest == len(block):
             return nearest
