@@ -1020,8 +1020,6 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
         return None
     return value if isinstance(value, dict) else None
 
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
 def encode_json(value: Any) -> bytes:
     """Return compact JSON; a lone surrogate stays an escape."""
     try:
@@ -3998,8 +3996,9 @@ class Store:
     def detail(self, db: sqlite3.Connection, number: int) -> Detail | None:
         """Return the detail of a request, None when it was forgotten. Raises sqlite3.Error."""
         sql = "SELECT data, request_blob, response_blob FROM details WHERE id = ?"
-        for data, *digests in db.execute(sql, (number,)):
-            return read_detail(data, map(self.blobs.get, digests))
+        with contextlib.suppress(ValueError, zlib.error):  # damaged
+            for data, *digests in db.execute(sql, (number,)):
+                return read_detail(data, map(self.blobs.get, digests))
         return None
 
     def move_aside(self) -> str:
@@ -5261,7 +5260,10 @@ async def serve_export(services: Services, request: Request, dialect: Dialect) -
     form = asked.get("format", "jsonl")
     name = f"attachment; filename=smolrouter.{'csv' if form == 'csv' else 'jsonl'}"
     kind = "text/csv; charset=utf-8" if form == "csv" else "application/x-ndjson"
-    page = await loop.run_in_executor(log.readers, next, pages, None)
+    try:
+        page = await loop.run_in_executor(log.readers, next, pages, None)
+    except sqlite3.Error as error:
+        raise LogUnavailable(f"the log cannot be read: {error}") from None
     begin_stream(request, kind, ("Content-Disposition", name))
     while page is not None:
         request.responder.write(page)
@@ -5776,6 +5778,7 @@ EPILOG = """examples:
   smolrouter.py --default-upstream http://gpu:8000 --listen-port 8080
   smolrouter.py check                            validate settings and routing file
   smolrouter.py explain gpt-4 --source-host 10.0.1.7
+  smolrouter.py export --since 7d --format csv   print what was logged
   smolrouter.py demo                             see it work; needs nothing else
 """
 
@@ -5951,6 +5954,18 @@ def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     if settings.jwt_secret is None:
         raise ConfigError("JWT_SECRET is not set; set it to what the router has")
     print(encode_token(settings.jwt_secret, args.subject, time.time(), args.days))
+    return 0
+
+def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+    """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
+    asked = {name: getattr(args, name) for name in EXPORT_PARAMETERS}
+    try:
+        asked = read_parameters(urllib.parse.urlencode(
+            {name: text for name, text in asked.items() if text}), EXPORT_PARAMETERS)
+        for page in export_rows(Store(settings), asked):
+            sys.stdout.buffer.write(page)
+    except (BadRequest, sqlite3.Error) as error:
+        raise ConfigError(f"export: {error} (DB_PATH={settings.db_path!r})") from None
     return 0
 
 def run_health(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
@@ -6136,7 +6151,8 @@ def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     with tempfile.TemporaryDirectory(prefix="smolrouter-demo-") as folder:
         return asyncio.run(serve_demos(settings, pathlib.Path(folder), args.seconds))
 
-COMMANDS = (run_serve, run_check, run_explain, run_token, run_health, run_unit, run_demo)
+COMMANDS = (run_serve, run_check, run_explain, run_export, run_token, run_health, run_unit,
+            run_demo)
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line."""
@@ -6179,6 +6195,9 @@ def build_parser() -> argparse.ArgumentParser:
         subs[name].set_defaults(run=run)
     subs["explain"].add_argument("model", help="the name that a client would ask for")
     subs["explain"].add_argument("--source-host", default="127.0.0.1", help="the client's address")
+    for name, words in (("since", "no older than 30m, 24h, 7d"), ("model", "of this model alone"),
+                        ("format", "jsonl (default), csv or openai")):
+        subs["export"].add_argument(f"--{name}", help=words)
     subs["token"].add_argument("--subject", required=True, help="whose token it is")
     subs["token"].add_argument("--days", type=flag_number(0.001, 36500), default=30.0)
     subs["demo"].add_argument("--seconds", type=flag_number(0, 3600), default=30.0)
