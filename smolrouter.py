@@ -1649,7 +1649,7 @@ def read_asked(path: str, doc: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]
     """Yield the messages of a request: the system's, then the others or the prompts."""
     if system := doc.get("system") or doc.get("instructions"):
         yield {"role": "system", "content": system}
-    asked = doc.get(NO_THINK_MEMBERS[path]) or ""
+    asked = doc.get(NO_THINK_MEMBERS[path]) or []
     for item in asked if isinstance(asked, list) else [asked]:
         if isinstance(item, dict):
             yield read_item(item)
@@ -3988,7 +3988,8 @@ class Store:
         return False
 
     def check(self) -> None:
-        """Look whether the database is sound. Raises sqlite3.DatabaseError."""
+        """Look whether the file is sound, not what is remembered of it. Raises sqlite3.Error."""
+        self.close()
         (found,), = self.open().execute("PRAGMA quick_check(1)")
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
@@ -4202,15 +4203,17 @@ class RequestLog:
 
     def fail(self, error: Exception) -> None:
         """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""
-        text = describe(error)
+        text, aside = describe(error), ""
         self.store.close()
         if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
             with contextlib.suppress(OSError):
-                if aside := self.store.move_aside():
-                    self.notice = text = f"{text}; the file is now {aside}"
-        if text != self.error:
+                aside = self.store.move_aside()
+        if aside:
+            self.notice = f"{text}; the file is now {aside}, and a new one begins"
+            self.console.line(f"log: {self.notice}")
+        elif text != self.error:
             self.console.line(f"log: {text}; requests go on, rows wait")
-        self.error = text
+        self.error = "" if aside else text
 
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """Return what a question makes of the database. Raises LogUnavailable."""
