@@ -1020,8 +1020,6 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
         return None
     return value if isinstance(value, dict) else None
 
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
 def encode_json(value: Any) -> bytes:
     """Return compact JSON; a lone surrogate stays an escape."""
     try:
@@ -1662,7 +1660,7 @@ def read_asked(path: str, doc: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]
     """Yield the messages of a request: the system's, then the others or the prompts."""
     if system := doc.get("system") or doc.get("instructions"):
         yield {"role": "system", "content": system}
-    asked = doc.get(NO_THINK_MEMBERS[path]) or ""
+    asked = doc.get(NO_THINK_MEMBERS[path]) or []
     for item in asked if isinstance(asked, list) else [asked]:
         if isinstance(item, dict):
             yield read_item(item)
@@ -4004,7 +4002,8 @@ class Store:
         return False
 
     def check(self) -> None:
-        """Look whether the database is sound. Raises sqlite3.DatabaseError."""
+        """Look whether the file is sound, not what is remembered of it. Raises sqlite3.Error."""
+        self.close()
         (found,), = self.open().execute("PRAGMA quick_check(1)")
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
@@ -4012,8 +4011,9 @@ class Store:
     def detail(self, db: sqlite3.Connection, number: int) -> Detail | None:
         """Return the detail of a request, None when it was forgotten. Raises sqlite3.Error."""
         sql = "SELECT data, request_blob, response_blob FROM details WHERE id = ?"
-        for data, *digests in db.execute(sql, (number,)):
-            return read_detail(data, map(self.blobs.get, digests))
+        with contextlib.suppress(ValueError, zlib.error):  # damaged
+            for data, *digests in db.execute(sql, (number,)):
+                return read_detail(data, map(self.blobs.get, digests))
         return None
 
     def move_aside(self) -> str:
@@ -4217,15 +4217,17 @@ class RequestLog:
 
     def fail(self, error: Exception) -> None:
         """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""
-        text = describe(error)
+        text, aside = describe(error), ""
         self.store.close()
         if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
             with contextlib.suppress(OSError):
-                if aside := self.store.move_aside():
-                    self.notice = text = f"{text}; the file is now {aside}"
-        if text != self.error:
+                aside = self.store.move_aside()
+        if aside:
+            self.notice = f"{text}; the file is now {aside}, and a new one begins"
+            self.console.line(f"log: {self.notice}")
+        elif text != self.error:
             self.console.line(f"log: {text}; requests go on, rows wait")
-        self.error = text
+        self.error = "" if aside else text
 
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """Return what a question makes of the database. Raises LogUnavailable."""
@@ -5275,7 +5277,10 @@ async def serve_export(services: Services, request: Request, dialect: Dialect) -
     form = asked.get("format", "jsonl")
     name = f"attachment; filename=smolrouter.{'csv' if form == 'csv' else 'jsonl'}"
     kind = "text/csv; charset=utf-8" if form == "csv" else "application/x-ndjson"
-    page = await loop.run_in_executor(log.readers, next, pages, None)
+    try:
+        page = await loop.run_in_executor(log.readers, next, pages, None)
+    except sqlite3.Error as error:
+        raise LogUnavailable(f"the log cannot be read: {error}") from None
     begin_stream(request, kind, ("Content-Disposition", name))
     while page is not None:
         request.responder.write(page)
@@ -5790,6 +5795,7 @@ EPILOG = """examples:
   smolrouter.py --default-upstream http://gpu:8000 --listen-port 8080
   smolrouter.py check                            validate settings and routing file
   smolrouter.py explain gpt-4 --source-host 10.0.1.7
+  smolrouter.py export --since 7d --format csv   print what was logged
   smolrouter.py demo                             see it work; needs nothing else
 """
 
@@ -5965,6 +5971,18 @@ def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     if settings.jwt_secret is None:
         raise ConfigError("JWT_SECRET is not set; set it to what the router has")
     print(encode_token(settings.jwt_secret, args.subject, time.time(), args.days))
+    return 0
+
+def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+    """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
+    asked = {name: getattr(args, name) for name in EXPORT_PARAMETERS}
+    try:
+        asked = read_parameters(urllib.parse.urlencode(
+            {name: text for name, text in asked.items() if text}), EXPORT_PARAMETERS)
+        for page in export_rows(Store(settings), asked):
+            sys.stdout.buffer.write(page)
+    except (BadRequest, sqlite3.Error) as error:
+        raise ConfigError(f"export: {error} (DB_PATH={settings.db_path!r})") from None
     return 0
 
 def run_health(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
@@ -6150,7 +6168,8 @@ def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     with tempfile.TemporaryDirectory(prefix="smolrouter-demo-") as folder:
         return asyncio.run(serve_demos(settings, pathlib.Path(folder), args.seconds))
 
-COMMANDS = (run_serve, run_check, run_explain, run_token, run_health, run_unit, run_demo)
+COMMANDS = (run_serve, run_check, run_explain, run_export, run_token, run_health, run_unit,
+            run_demo)
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line."""
@@ -6193,6 +6212,9 @@ def build_parser() -> argparse.ArgumentParser:
         subs[name].set_defaults(run=run)
     subs["explain"].add_argument("model", help="the name that a client would ask for")
     subs["explain"].add_argument("--source-host", default="127.0.0.1", help="the client's address")
+    for name, words in (("since", "no older than 30m, 24h, 7d"), ("model", "of this model alone"),
+                        ("format", "jsonl (default), csv or openai")):
+        subs["export"].add_argument(f"--{name}", help=words)
     subs["token"].add_argument("--subject", required=True, help="whose token it is")
     subs["token"].add_argument("--days", type=flag_number(0.001, 36500), default=30.0)
     subs["demo"].add_argument("--seconds", type=flag_number(0, 3600), default=30.0)

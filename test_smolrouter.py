@@ -8,6 +8,7 @@ Nothing that speaks HTTP is mocked: upstreams are scripted on real sockets, clie
     Pure       sections 1 to 8 on values: tables of cases, every split of every stream
     Sockets    HTTP, limits, failover, leaving and dying, settings, the command line
     SDKs       the official `openai` and `ollama` packages in front of scripted servers
+    Log        rows, bodies, questions and export; everything that can happen to a database
 
 A test that needs a package which is not there is skipped, or fails when the environment
 variable SMOLROUTER_TEST_ALL is 1.
@@ -19,8 +20,10 @@ import ast
 import asyncio
 import atexit
 import base64
+import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import email
 import functools
@@ -40,6 +43,7 @@ import selectors
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -7426,6 +7430,1089 @@ def test_native_management_to_the_byte(method: str, path: str, body: Any) -> Non
     heard = latest(gpu(), method)
     assert got.status == (201 if "blobs" in path and method == "POST" else 200)
     assert (heard.target, heard.content) == (path, content or b"")
+
+
+# ======================================================================================
+# Log
+# ======================================================================================
+# What is kept of each request and what is said about it; then everything that can happen to
+# a database. Each router has a folder of its own that outlives it.
+
+
+class Kept:
+    """A folder with a log, and the routers that one after another write it."""
+
+    def __init__(self, folder: pathlib.Path, **settings: Any) -> None:
+        self.file = folder / "log.db"
+        self.blobs = folder / "blobs"
+        self.settings = {
+            "DEFAULT_UPSTREAM": stage().url, "DB_PATH": self.file,
+            "BLOB_STORAGE_PATH": self.blobs, "WEBUI_SECURITY": "NONE", **settings,
+        }  # fmt: skip
+
+    def router(self, **more: Any) -> Router:
+        return Router({**self.settings, **more})
+
+    def ask(self, sql: str, *values: Any) -> list[Any]:
+        """Rows of the database; none while there is no such table."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as db:
+            return db.execute(sql, values).fetchall()
+
+    def written(self, count: int) -> int:
+        """How many finished rows there are, once there are `count`."""
+        def look() -> int:
+            with contextlib.suppress(sqlite3.Error):
+                return self.ask("SELECT count(*) FROM requests WHERE failed IS NOT NULL")[0][0]
+            return 0
+
+        return until(lambda: (n := look()) >= count and n) or look()
+
+    def octets(self) -> bytes:
+        """Everything that is on the disk, and what its packed parts hold."""
+        data = b"".join(f.read_bytes() for f in self.file.parent.rglob("*") if f.is_file())
+        packed = [blob.read_bytes() for blob in self.blobs.rglob("*.z")]
+        packed += [row[0] for row in self.ask("SELECT data FROM details")]
+        return data + b"".join(map(zlib.decompress, packed))
+
+
+@pytest.fixture
+def kept(tmp_path: pathlib.Path) -> Kept:
+    return Kept(tmp_path)
+
+
+def document(router: Router, path: str) -> Any:
+    """The document that a path answers."""
+    got = request(router.port, "GET", path)
+    assert got.status == 200, got.content
+    return json.loads(got.content)
+
+
+def row_of(router: Router, key: str) -> dict[str, Any]:
+    """The row of the newest finished request for a model, once it is written."""
+    def look() -> Any:
+        rows = document(router, f"/api/logs?model={key}&limit=1")
+        return [row for row in rows if not row["is_inflight"]]
+
+    return until(look)[0]
+
+
+def detail_of(router: Router, key: str) -> dict[str, Any]:
+    """Everything about the newest finished request for a model."""
+    return document(router, f"/api/request/{row_of(router, key)['id']}")
+
+
+@functools.cache
+def logging() -> Router:
+    """A router with a log that many tests share; models are told apart by their names."""
+    routes = {
+        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
+        "routes": [
+            {"match": {"model": "asked-for"}, "route": {"upstream": "box", "model": "sent"}}],
+    }  # fmt: skip
+    return router_for({"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}, routes)
+
+
+ROW_NAMES = re.findall(r"\w+", """id request_id timestamp source_ip method path service_type
+    original_model mapped_model upstream_url route duration_ms ttft_ms request_size response_size
+    status_code error_message prompt_tokens completion_tokens total_tokens tokens_estimated
+    attempts stream completed_at is_inflight""")
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+def test_columns_are_the_fields_of_a_row(tmp_path: pathlib.Path) -> None:
+    with contextlib.closing(smolrouter.open_database(str(tmp_path / "log.db"))) as db:
+        names = [row[1] for row in db.execute("PRAGMA table_info(requests)")]
+        assert names == list(smolrouter.Row._fields)
+        names = [row[1] for row in db.execute("PRAGMA table_info(rollups)")]
+        assert names[4:] == list(smolrouter.COUNTED)
+
+
+@pytest.mark.parametrize("path, stream", [
+    ("/v1/chat/completions", False), ("/v1/chat/completions", True), ("/api/chat", True),
+    ("/api/chat", False), ("/v1/completions", False), ("/v1/embeddings", False),
+])  # fmt: skip
+def test_every_request_is_a_row(path: str, stream: bool) -> None:
+    model = f"row-{path.strip('/').replace('/', '-')}-{stream}"
+    body = {**chat(model, "hi"), "prompt": "hi", "input": "hi", "stream": stream}
+    sent = dumps(body)
+    got = request(logging().port, "POST", path, sent, [("User-Agent", "tester/1")])
+    row = row_of(logging(), model)
+    assert list(row) == ROW_NAMES
+    assert MOMENT.fullmatch(row["timestamp"]) and MOMENT.fullmatch(row["completed_at"])
+    assert row["timestamp"] <= row["completed_at"]
+    assert 0 < row["id"] < 2**53 and row["request_id"] == got.get("X-SmolRouter-Request-Id")
+    service = "ollama" if path.startswith("/api") else "openai"
+    assert [row[n] for n in ("source_ip", "method", "path", "service_type", "original_model")] == [
+        "127.0.0.1", "POST", path, service, model]
+    assert (row["status_code"], row["error_message"], row["stream"]) == (200, None, stream)
+    assert (row["request_size"], row["response_size"]) == (len(sent), len(got.content))
+    if "embeddings" in path:
+        assert (row["prompt_tokens"], row["completion_tokens"], row["total_tokens"]) == (1, None, 1)
+    else:
+        assert (row["prompt_tokens"], row["completion_tokens"], row["total_tokens"]) == (7, 3, 10)
+    assert row["tokens_estimated"] is False and row["duration_ms"] > 0
+    assert (row["ttft_ms"] is not None) == stream
+    assert row["attempts"] == [{
+        "instance": f"box/{model}", "upstream_url": stage().url, "status": 200, "error": None,
+        "duration_ms": row["attempts"][0]["duration_ms"]}]
+    detail = document(logging(), f"/api/request/{row['id']}")
+    assert detail["user_agent"] == "tester/1" and detail["phase"] == "done"
+    assert detail["request_body"].encode() == sent
+    heard = stage().heard(model)[-1]
+    assert ("include_usage" in heard.content.decode()) == (stream)
+    assert {name: detail[name] for name in ROW_NAMES} == row
+
+
+def test_a_stream_is_kept_as_the_upstream_said_it() -> None:
+    events = [piece("<think>hm</think>\n\nYes"), ending(), "[DONE]"]
+    model = stage().plays(sse_answer(events))
+    got = ask(logging(), model, stream=True)
+    assert b"think" not in got.content
+    detail = detail_of(logging(), model)
+    assert detail["response_body"].encode() == b"".join(map(event, events))
+    assert (detail["response_text"], detail["response_thinking"]) == ("Yes", "hm")
+
+
+def piece(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+
+
+def ending(reason: str = "stop") -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+
+
+def test_route_attempts_and_trail() -> None:
+    assert ask(logging(), "either").status == 200
+    detail = detail_of(logging(), "either")
+    assert [detail[n] for n in ("original_model", "sent_model", "route", "upstream_url")] == [
+        "either", "other", "alias either", stage().url]
+    failed, good = detail["attempts"]
+    assert (failed["instance"], failed["status"]) == ("off/tiny", None) and failed["error"]
+    assert (good["instance"], good["status"], good["error"]) == ("box/other", 200, None)
+    assert detail["trail"][-1] == {
+        "rule": "aliases.either", "matched": True, "why": "'either' is an alias"}
+    ask(logging(), "asked-for")
+    for name in ("asked-for", "sent"):  # found by either name
+        row = row_of(logging(), name)
+        assert (row["original_model"], row["route"]) == ("asked-for", "routes[0]")
+
+
+@pytest.mark.parametrize("status", [400, 404, 429, 500])
+def test_an_error_is_a_row(status: int) -> None:
+    model = stage().plays(json_answer({"error": {"message": "no", "code": status}}, status))
+    assert ask(logging(), model).status == status
+    row = row_of(logging(), model)
+    assert (row["status_code"], row["prompt_tokens"], row["tokens_estimated"]) == (
+        status, None, False)
+    assert json.loads(detail_of(logging(), model)["response_body"])["error"]["message"] == "no"
+    for wanted in (str(status), f"{status // 100}xx", "error"):
+        found = document(logging(), f"/api/logs?model={model}&status={wanted}")
+        assert [one["id"] for one in found] == [row["id"]]
+    assert document(logging(), f"/api/logs?model={model}&status=2xx") == []
+
+
+def test_nobody_there_is_a_row() -> None:
+    with Router({"DEFAULT_UPSTREAM": "http://127.0.0.1:9", "WEBUI_SECURITY": "NONE"}) as router:
+        assert ask(router, "tiny").status == 502
+        row = row_of(router, "tiny")
+        assert row["status_code"] == 502 and "no upstream answered" in row["error_message"]
+        assert row["attempts"][0]["status"] is None
+        assert detail_of(router, "tiny")["response_body"] is None
+
+
+def test_a_client_that_leaves_is_a_row() -> None:
+    model = stage().plays(stream_answer([event(piece("one ")), HANG], whole=False))
+    with connect(logging().port) as sock:
+        body = dumps(chat(model, stream=True))
+        sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
+        until(lambda: b"one" in sock.recv(4096))
+    row = row_of(logging(), model)
+    assert (row["status_code"], row["error_message"]) == (499, "client_closed")
+    assert row["tokens_estimated"] and row["completion_tokens"] == 1
+
+
+def test_cancel_ends_a_request() -> None:
+    for stream in (False, True):
+        begin = [event(piece("one "))] if stream else []
+        model = stage().plays([*stream_answer(begin, whole=False), HANG] if stream else [HANG])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(ask, logging(), model, stream=stream)
+            running = until(lambda: [r for r in document(logging(), "/api/inflight")
+                                     if r["original_model"] == model])
+            detail = document(logging(), f"/api/request/{running[0]['id']}")
+            assert detail["is_inflight"] and detail["completed_at"] is None
+            path = f"/api/inflight/{running[0]['id']}/cancel"
+            got = request(logging().port, "POST", path)
+            assert (got.status, got.content) == (200, b'{"cancelled":true}')
+            answered = asking.result(PATIENCE)
+            assert b'"code":"cancelled"' in answered.content
+            assert answered.status == (200 if stream else 499)
+        row = row_of(logging(), model)
+        assert (row["status_code"], row["error_message"]) == (499, "cancelled")
+        assert request(logging().port, "POST", path).status == 404
+        until(lambda: stage().connection_of(model).closed)
+        assert stage().connection_of(model).closed
+    for path in ("/api/inflight/x/cancel", "/api/inflight/1/cancel"):
+        assert request(logging().port, "POST", path).status == 404
+
+
+USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
+    # what an upstream said; prompt, completion, cached
+    (b"", (None, None, None)),
+    ({"usage": None}, (None, None, None)),
+    ({"usage": {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}}, (9, 12, None)),
+    ({"usage": {"prompt_tokens": 9, "completion_tokens": 12,
+                "prompt_tokens_details": {"cached_tokens": 4}}}, (9, 12, 4)),
+    ({"usage": {"prompt_tokens": 9, "total_tokens": 9}}, (9, None, None)),
+    ({"usage": {"total_tokens": 9}}, (9, None, None)),
+    ({"usage": {"prompt_tokens": 5, "completion_tokens": 6}, "more": "x" * 40_000}, (5, 6, None)),
+    ({"data": [{"embedding": [0.25] * 9000}], "usage": {"prompt_tokens": 5}}, (5, None, None)),
+    ({"done": True, "context": [1] * 9000, "prompt_eval_count": 26, "eval_count": 298,
+      "prompt_eval_duration": 130079000}, (26, 298, None)),
+    ({"choices": [], "timings": {"cache_n": 10, "prompt_n": 1, "predicted_n": 7,
+                                 "predicted_ms": 3.5}}, (11, 7, 10)),
+    ({"timings": {"prompt_n": 1, "predicted_n": 7},
+      "usage": {"prompt_tokens": 12, "completion_tokens": 7}}, (12, 7, None)),
+    ({"object": "response", "usage": {
+        "input_tokens": 30, "input_tokens_details": {"cached_tokens": 20}, "output_tokens": 5}},
+     (30, 5, 20)),
+    ({"type": "message", "usage": {"input_tokens": 25, "cache_read_input_tokens": 5,
+                                   "cache_creation_input_tokens": 2, "output_tokens": 15}},
+     (32, 15, 5)),
+    (b"".join(map(event, [
+        {"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 1}}},
+        *[{"type": "content_block_delta", "delta": {"text": "word " * 20}}] * 300,
+        {"type": "message_delta", "usage": {"output_tokens": 15}}, {"type": "message_stop"}])),
+     (25, 15, None)),
+    (b"".join(map(event, [
+        *[{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(5)],
+        "[DONE]"])), (7, 4, None)),
+    (b"".join(map(event, [*[{**piece("x"), "usage": None}] * 400, ending(), "[DONE]"])),
+     (None, None, None)),
+    ({"choices": [{"message": {"content": '{"prompt_tokens": 5, "usage": {"x": 1}}'}}]},
+     (None, None, None)),
+    ({"usage": {"prompt_tokens": 10**40, "completion_tokens": 1.5}}, (None, None, None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said, wanted", USAGE_CASES)
+def test_usage_of_every_server(said: Any, wanted: Any) -> None:
+    assert smolrouter.read_usage(said if isinstance(said, bytes) else dumps(said)) == wanted
+    if isinstance(said, dict):
+        assert smolrouter.read_usage(json.dumps(said, indent=1).encode()) == wanted
+
+
+def test_tokens_without_usage_are_estimates() -> None:
+    events = [piece("Four letters each. "), ending(), "[DONE]"]
+    model = stage().plays(sse_answer(events))
+    ask(logging(), model, "a question of this length", stream=True)
+    row = row_of(logging(), model)
+    assert (row["prompt_tokens"], row["completion_tokens"], row["tokens_estimated"]) == (7, 5, True)
+
+
+def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None) -> list[Any]:
+    """The transcript's messages as role, content, thinking, calls."""
+    said = document if isinstance(document, bytes) else dumps(document)
+    talk = smolrouter.read_transcript(path, dumps(asked or {}), said)
+    return [(m["role"], m["content"], m["thinking"],
+             [(c["id"], c["name"], c["arguments"]) for c in m["tool_calls"]]) for m in talk]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
+    # what, path, request, answer, transcript
+    ("whole", "/v1/chat/completions", chat("m", "hi"), completion({}, "Hello"),
+     [("user", "hi", "", []), ("assistant", "Hello", "", [])]),
+    ("streamed", "/v1/chat/completions", {}, [
+        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+        piece("<thi"), piece("nk>hm</think>a"), piece("b"),
+        {"choices": [{"index": 0, "delta": {"reasoning_content": "more"}}]}, ending(), "[DONE]"],
+     [("assistant", "ab", "morehm", [])]),
+    ("two choices", "/v1/chat/completions", {}, [
+        {"choices": [{"index": i, "delta": {"content": t}}]} for i, t in ((1, "x"), (0, "a"),
+                                                                          (1, "y"), (0, "b"))],
+     [("assistant", "ab", "", []), ("assistant", "xy", "", [])]),
+    ("calls in pieces", "/v1/chat/completions", {}, [
+        {"choices": [{"index": 0, "delta": {"tool_calls": [
+            {"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a'}},
+            {"index": 1, "id": "c2", "function": {"name": "g", "arguments": ""}}]}}]},
+        {"choices": [{"index": 0, "delta": {"tool_calls": [
+            {"index": 0, "function": {"arguments": '":1}'}}]}}]}],
+     [("assistant", "", "", [("c1", "f", '{"a":1}'), ("c2", "g", "")])]),
+    ("a tool's result", "/v1/chat/completions", {"messages": [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "42"}]}, b"",
+     [("assistant", "", "", [("c1", "f", '{"a":1}')]), ("tool", "42", "", [])]),
+    ("completions", "/v1/completions", {"prompt": ["one", "two"]}, completion({}, "text", "text"),
+     [("user", "one", "", []), ("user", "two", "", []), ("assistant", "text", "", [])]),
+    ("chat lines", "/api/chat", {"messages": [{"role": "user", "content": "q"}]}, b"".join(
+        dumps(line) + b"\n" for line in (
+            {"message": {"role": "assistant", "content": "a", "thinking": "t"}},
+            {"message": {"content": "b", "tool_calls": [
+                {"function": {"name": "f", "arguments": {"x": 1}}}]}}, {"done": True})),
+     [("user", "q", "", []), ("assistant", "ab", "t", [(None, "f", '{"x":1}')])]),
+    ("generate", "/api/generate", {"system": "s", "prompt": "p"},
+     {"response": "r", "thinking": "t", "done": True},
+     [("system", "s", "", []), ("user", "p", "", []), ("assistant", "r", "t", [])]),
+    ("messages", "/v1/messages", {"system": [{"type": "text", "text": "s"}], "messages": [
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "t1",
+             "content": [{"type": "text", "text": "9"}]}]}]},
+     {"type": "message", "role": "assistant", "content": [
+         {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "x"},
+         {"type": "tool_use", "id": "t2", "name": "g", "input": {"y": 2}}]},
+     [("system", "s", "", []), ("tool", "9", "", []),
+      ("assistant", "x", "t", [("t2", "g", '{"y":2}')])]),
+    ("streamed messages", "/v1/messages", {}, [
+        {"type": "message_start", "message": {"role": "assistant", "content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "ab"}},
+        {"type": "content_block_start", "index": 1,
+         "content_block": {"type": "tool_use", "id": "t1", "name": "g", "input": {}}},
+        {"type": "content_block_delta", "index": 1,
+         "delta": {"type": "input_json_delta", "partial_json": '{"y":'}},
+        {"type": "content_block_delta", "index": 1,
+         "delta": {"type": "input_json_delta", "partial_json": "2}"}}],
+     [("assistant", "ab", "", [("t1", "g", '{"y":2}')])]),
+    ("responses", "/v1/responses", {"instructions": "i", "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "q"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"}]},
+     {"object": "response", "output": [
+         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}]},
+         {"type": "message", "role": "assistant", "content": [
+             {"type": "output_text", "text": "x"}]}]},
+     [("system", "i", "", []), ("user", "q", "", []), ("assistant", "", "", [("c", "f", "{}")]),
+      ("tool", "1", "", []), ("assistant", "x", "t", [])]),
+    ("streamed responses", "/v1/responses", {"input": "q"}, [
+        {"type": "response.created", "response": {"output": []}},
+        {"type": "response.output_text.delta", "delta": "x"},
+        {"type": "response.completed", "response": {"output": [
+            {"type": "message", "content": [{"type": "output_text", "text": "xy"}]}]}}],
+     [("user", "q", "", []), ("assistant", "xy", "", [])]),
+    ("no conversation", "/v1/chat/completions", {}, b"\xff\x00", []),
+    ("odd shapes", "/v1/chat/completions", {"messages": [5, {"role": "user", "content": 7}]},
+     {"choices": [{"index": 0, "message": {"content": {"a": 1}}}]}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
+def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any) -> None:
+    said = b"".join(map(event, answer)) if isinstance(answer, list) else answer
+    found = said_in(said, path, asked)
+    if what == "two choices":  # in the order in which they began
+        found.sort()
+    assert wanted is None or found == wanted
+
+
+def test_pictures_of_a_transcript() -> None:
+    url = "data:image/png;base64,iVBORw0KGgo="
+    parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]
+    asked = [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "look",
+                                     "images": ["iVBORw0KGgo="]}]}),
+        ("/api/generate", {"prompt": "look", "images": ["iVBORw0KGgo="]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "look"}, {"type": "image", "source": {
+                "type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [
+            {"type": "input_text", "text": "look"}, {"type": "input_image", "image_url": url}]}]}),
+    ]  # fmt: skip
+    for path, document in asked:
+        message, = smolrouter.read_transcript(path, dumps(document), b"")
+        assert (message["content"], message["images"]) == ("look", [url]), path
+
+
+# -- secrets and bodies ------------------------------------------------------------
+
+
+def test_no_secret_is_kept_or_shown(kept: Kept) -> None:
+    secrets = {name: f"{name.lower()}-0123456789-private" for name in (
+        "Authorization", "X-Api-Key", "Api-Key", "Proxy-Authorization", "X-Goog-Api-Key",
+        "X-SmolRouter-Token", "X-Auth-Token", "Ocp-Apim-Subscription-Key")}  # fmt: skip
+    fields = [(n, f"Bearer {s}" if "Auth" in n else s) for n, s in secrets.items()]
+    fields += [("Cookie", "session=cookie-private; a=b")]
+    hidden = [*secrets.values(), "cookie-private", "query-private", "set-private"]
+
+    def echo(received: Received) -> list[Step]:
+        said = {"error": {"message": f"wrong key: {received.get('authorization')}"}}
+        return json_answer(said, 401, [("Set-Cookie", "id=set-private")])
+
+    model = stage().plays(echo)
+    with kept.router(LOG_LEVEL="DEBUG") as router:
+        for path in ("/v1/chat/completions", "/api/chat"):
+            target = f"{path}?key=query-private&api_key=query-private&a=b"
+            got = request(router.port, "POST", target, chat(model, "x" * 20_000), fields)
+            assert (got.status, got.get("Set-Cookie")) == (401, "id=set-private")
+        kept.written(2)
+        ids = [row["id"] for row in document(router, "/api/logs")]
+        paths = [f"/api/request/{number}" for number in ids] + [f"/request/{ids[0]}"]
+        paths += ["/api/logs", "/api/export", "/api/export?format=csv", "/api/upstreams"]
+        paths += ["/metrics", "/api/stats", "/api/performance", "/api/inflight", "/api/routes"]
+        shown = b"".join(request(router.port, "GET", path).content for path in paths)
+        everything = shown + kept.octets() + router.stderr.encode()
+        detail = document(router, f"/api/request/{ids[0]}")
+    assert [word for word in hidden if word.encode() in everything] == []
+    headers = dict(detail["request_headers"])
+    assert re.fullmatch(r"Bearer \*\*\*[0-9a-f]{8}", headers["Authorization"])
+    assert headers["Authorization"].endswith(detail["client_key"]) and detail["client_key"]
+    assert detail["path"].endswith("&a=b")
+
+
+def test_long_bodies_are_files_that_requests_share(kept: Kept) -> None:
+    text = "long " * 10_000
+    model = stage().plays(json_answer(completion({}, text)))
+    with kept.router(MAX_LOG_AGE_DAYS=1) as router:
+        for _ in range(3):
+            ask(router, model, text)
+        ask(router, "tiny", "short")
+        kept.written(4)
+        detail = detail_of(router, model)
+        assert json.loads(detail["response_body"])["choices"][0]["message"]["content"] == text
+        assert json.loads(detail["request_body"])["messages"][0]["content"] == text
+    files = sorted(f.stem for f in kept.blobs.rglob("*.z"))
+    rows = kept.ask("SELECT digest, uses FROM blobs ORDER BY digest")
+    assert rows == [(name, 3) for name in files] and len(files) == 2
+    (stored,), = kept.ask("SELECT bytes FROM storage")
+    inline = kept.ask("SELECT sum(length(data)) FROM details")[0][0]
+    assert stored == inline + sum(f.stat().st_size for f in kept.blobs.rglob("*.z"))
+    day = 86_400 * 1024_000
+    with contextlib.closing(sqlite3.connect(kept.file)) as db:  # a day goes by for all but one
+        newest = db.execute("SELECT max(id) FROM requests WHERE sent_model = ?",
+                            (model,)).fetchone()
+        for table in ("requests", "details"):
+            db.execute(f"UPDATE {table} SET id = id - {day} WHERE id <> ?", newest)
+        db.execute("UPDATE rollups SET hour = hour - 25")
+        db.commit()
+    with kept.router(MAX_LOG_AGE_DAYS=1) as router:
+        until(lambda: len(kept.ask("SELECT id FROM requests")) == 1)
+        assert len(document(router, "/api/logs")) == 1
+        assert document(router, "/api/stats")["total_requests"] == 0
+        assert kept.ask("SELECT uses FROM blobs") == [(1,), (1,)]
+        assert len(detail_of(router, model)["response_body"]) > 40_000
+    with contextlib.closing(sqlite3.connect(kept.file)) as db:
+        for table in ("requests", "details"):
+            db.execute(f"UPDATE {table} SET id = id - {day}")
+        db.commit()
+    with kept.router(MAX_LOG_AGE_DAYS=1):
+        until(lambda: not kept.ask("SELECT id FROM requests"))
+        until(lambda: not list(kept.blobs.rglob("*.z")))
+    assert kept.ask("SELECT bytes FROM storage") == [(0,)]
+    assert list(kept.blobs.rglob("*.z")) == []
+
+
+def test_bodies_in_memory(kept: Kept) -> None:
+    with kept.router(BLOB_STORAGE_TYPE="memory") as router:
+        ask(router, "tiny", "long " * 10_000)
+        assert "long long" in detail_of(router, "tiny")["request_body"]
+        assert not kept.blobs.exists()
+    with kept.router(BLOB_STORAGE_TYPE="memory") as router:
+        assert detail_of(router, "tiny")["request_body"] is None
+
+
+@pytest.mark.parametrize("limit", [0, 100, 20_000])
+def test_a_body_over_the_limit_is_cut(kept: Kept, limit: int) -> None:
+    text = "".join(map(str, range(9000)))
+    model = stage().plays(json_answer(completion({}, text)))
+    with kept.router(MAX_BLOB_SIZE=limit) as router:
+        whole = ask(router, model, text).content
+        detail = detail_of(router, model)
+        assert detail["request_body_cut"] and detail["response_body_cut"]
+        assert (detail["response_body"] or "") == whole.decode()[:limit]
+        assert len(detail["request_body"] or "") == limit
+        assert (detail["prompt_tokens"], detail["completion_tokens"]) == (7, 1)
+
+
+def test_the_oldest_bodies_make_room(kept: Kept) -> None:
+    limit, noise = 60_000, [os.urandom(15_000).hex() for _ in range(8)]
+    with kept.router(MAX_TOTAL_STORAGE_SIZE=limit) as router:
+        for number, text in enumerate(noise):
+            ask(router, f"noise-{number}", text)
+            kept.written(number + 1)
+            files = sum(f.stat().st_size for f in kept.blobs.rglob("*.z"))
+            assert files + kept.ask("SELECT total(length(data)) FROM details")[0][0] <= limit
+        assert noise[7] in detail_of(router, "noise-7")["request_body"]
+        assert detail_of(router, "noise-0")["request_body"] is None
+        assert len(document(router, "/api/logs")) == 8  # rows stay
+
+
+def test_space_is_given_back(kept: Kept) -> None:
+    store = smolrouter.Store(smolrouter.Settings.from_mapping(
+        {name: str(value) for name, value in kept.settings.items()}))
+    entries = [made_entry(number, days=8) for number in range(1500)]
+    store.write([], entries, {})
+    store.open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    size = kept.file.stat().st_size
+    steps = 1
+    while store.prune(time.time()):
+        steps += 1
+    store.open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    store.close()
+    assert steps > 3 and kept.file.stat().st_size < size / 10
+    assert kept.ask("SELECT count(*) FROM requests")[0][0] == 0
+
+
+def made_row(number: int, days: float = 0.0, **more: Any) -> Any:
+    """A row as it was written some days ago."""
+    moment = int((time.time() - days * 86_400) * 1000)
+    row = smolrouter.Row(
+        moment * 1024 + number, f"{number:020x}", moment, "10.0.0.1", "POST",
+        "/v1/chat/completions", "openai", "made", "made", "made", "http://box:1", "default", 0,
+        10, 20, 200, 0, None, "[]", 5, 6, None, 0, None, 100.0, moment + 100, "", "", 0,
+    )  # fmt: skip
+    return row._replace(**more)
+
+
+def made_entry(number: int, days: float = 0.0, **more: Any) -> Any:
+    """An entry that was written some days ago."""
+    detail = smolrouter.Detail('{"cut":[0,0]}', b"asked" * 50, os.urandom(300))
+    return smolrouter.make_entry(made_row(number, days, **more), detail)
+
+
+# -- what the page asks ------------------------------------------------------------
+
+
+@functools.cache
+def made_log() -> Router:
+    """A router whose log was made: 4,000 rows over three days."""
+    kept = Kept(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
+    atexit.register(shutil.rmtree, kept.file.parent, True)
+    store = smolrouter.Store(smolrouter.Settings.from_mapping(
+        {name: str(value) for name, value in kept.settings.items()}))
+    tallies: Any = {}
+    rows = []
+    for number in range(4000):
+        chance = zlib.crc32(b"%d" % number) | 1 << 20
+        more = {"sent_model": f"model-{number % 4}", "source_ip": f"10.0.0.{number % 5}",
+                "original_model": "nick" if number % 40 == 0 else f"model-{number % 4}",
+                "duration_ms": 10.0 + number % 100, "level": (chance & -chance).bit_length() - 1}
+        if number % 10 == 3:
+            more |= {"status_code": 404 if number % 20 == 3 else 502, "failed": 1}
+        if number % 3 == 0:
+            more |= {"service_type": "ollama", "stream": 1, "ttft_ms": 5.0}
+        row = made_row(number, 3 * (1 - number / 4000), **more)
+        smolrouter.add_row(tallies, smolrouter.rollup_key(row), row)
+        rows.append(row)
+    store.write(rows, [], tallies)
+    store.close()
+    router = Router(kept.settings)
+    atexit.register(router.stop)
+    return router
+
+
+def test_lists_are_paged_by_key() -> None:
+    seen: list[int] = []
+    while page := document(made_log(), f"/api/logs?limit=700&before={seen[-1] if seen else ''}"):
+        seen += [row["id"] for row in page]
+    assert len(seen) == 4000 and seen == sorted(set(seen), reverse=True)
+    assert len(document(made_log(), "/api/logs")) == 100
+
+
+FILTERS = [
+    # query, rows of 4,000
+    ("model=model-1", 1000), ("model=nick", 100), ("model=nobody", 0),
+    ("service_type=ollama", 1334),
+    ("service_type=OLLAMA", 1334), ("status=error", 400), ("status=404", 200), ("status=4xx", 200),
+    ("status=502", 200), ("status=5xx", 200), ("status=200", 3600), ("status=2xx", 3600),
+    ("source=10.0.0.2", 800), ("upstream=http%3A%2F%2Fbox%3A1", 4000), ("upstream=http://no", 0),
+    ("model=model-3&status=error", 200), ("model=model-3&source=10.0.0.3&status=404", 200),
+    ("model=nick&service_type=ollama", 34), ("source=10.0.0.0&model=nick", 100),
+    ("q=NICK", 100), ("q=model-2&status=error", 0), ("q=%25", 0), ("q=_", 0), ("q=10.0.0.4", 800),
+    ("model=&status=&q=", 4000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query, count", FILTERS)
+def test_filters(query: str, count: int) -> None:
+    page = document(made_log(), f"/api/logs?limit=1000&{query}")
+    assert len(page) == min(count, 1000)
+    ids = [row["id"] for row in page]
+    assert ids == sorted(ids, reverse=True)
+
+
+@pytest.mark.parametrize("path, word", [
+    ("/api/logs?limit=0", "limit"), ("/api/logs?limit=1e9", "whole number"),
+    ("/api/logs?limit=1001", "1000"), ("/api/logs?before=x", "before"),
+    ("/api/logs?before=99999999999999999999", "before"), ("/api/logs?status=6xx", "4xx"),
+    ("/api/logs?status=%D9%A4%D9%A0%D9%A4", "4xx"), ("/api/logs?service_type=bing", "openai"),
+    ("/api/logs?color=red", "color"), ("/api/stats?hours=0", "hours"),
+    ("/api/stats?hours=1.5", "whole number"), ("/api/performance?limit=-1", "limit"),
+    ("/api/performance?hours=99999", "hours"), ("/api/export?since=1y", "7d"),
+    ("/api/export?format=xml", "jsonl"), ("/api/logs?model=%00", "model"),
+])  # fmt: skip
+def test_bad_parameters(path: str, word: str) -> None:
+    got = request(made_log().port, "GET", path)
+    assert got.status == 400 and word in json.loads(got.content)["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["1", "0", "-1", "x", "99999999999999999999", "1/2", "%31"])
+def test_unknown_requests(number: str) -> None:
+    for prefix in ("/api/request", "/request"):
+        assert request(made_log().port, "GET", f"{prefix}/{number}").status == 404
+
+
+def test_stats_add_up() -> None:
+    stats = document(made_log(), "/api/stats?hours=24")
+    assert stats["total_requests"] == 4000
+    assert (stats["openai_requests"], stats["ollama_requests"]) == (2666, 1334)
+    assert len(stats["requests_per_hour"]) == 24
+    assert sum(stats["requests_per_hour"]) == stats["recent_requests"]
+    assert 1250 < stats["recent_requests"] < 1400 and stats["inflight_requests"] == 0
+    assert stats["error_rate"] == pytest.approx(0.1, abs=0.01)
+    assert 50 < stats["latency_ms"]["p50"] < 75 and 95 < stats["latency_ms"]["p95"] < 128
+    assert stats["latency_ms"]["p50"] <= stats["latency_ms"]["p95"] <= stats["latency_ms"]["p99"]
+    assert 4 <= stats["ttft_ms"]["p50"] <= 5.7
+    assert stats["prompt_tokens"] == 5 * stats["recent_requests"]
+    assert stats["log"] == {"enabled": True, "error": None, "notice": None, "backlog": 0, "lost": 0}
+    week = document(made_log(), "/api/stats?hours=168")
+    assert week["recent_requests"] == 4000 and len(week["requests_per_hour"]) == 168
+
+
+@pytest.mark.parametrize("query, total", [
+    ("hours=168&limit=5000", 4000), ("hours=168&limit=2000", 4000), ("hours=168&limit=100", 4000),
+    ("hours=168&limit=100&model=model-1", 1000), ("hours=168&limit=100&service_type=ollama", 1334),
+    ("hours=168&limit=3000&service_type=ollama", 1334), ("hours=168&limit=7", 4000),
+    ("hours=168&model=nobody", 0),
+])  # fmt: skip
+def test_performance_is_sampled_evenly(query: str, total: int) -> None:
+    doc = document(made_log(), f"/api/performance?{query}")
+    limit = int(dict(urllib.parse.parse_qsl(query)).get("limit", 2000))
+    points, meta = doc["data_points"], doc["meta"]
+    assert meta["sampled"] == (total > limit) and meta["total_points"] == total
+    assert min(total, limit) * 0.5 <= len(points) <= limit
+    if total <= limit:
+        assert len(points) == total
+    moments = [point["timestamp"] for point in points]
+    assert moments == sorted(moments) and all(map(MOMENT.fullmatch, moments))
+    if total > limit >= 100:  # no end is cut: each third of the time has its share
+        thirds = [0, 0, 0]
+        ids = [point["id"] for point in points]
+        low = (int(time.time() * 1000) - 3 * 86_400_000) * 1024
+        for number in ids:
+            thirds[min(2, (number - low) * 3 // (3 * 86_400_000 * 1024))] += 1
+        assert min(thirds) > len(points) / 6
+    assert sum(model["requests"] for model in doc["models"]) == total
+    for model in doc["models"]:
+        assert model["prompt_tokens"] == 5 * model["requests"]
+        assert model["p50_ms"] <= model["p95_ms"]
+    for point in points[:20]:
+        assert point["total_tokens"] == 11 and point["tokens_per_second"] > 0
+
+
+def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
+    with contextlib.closing(smolrouter.open_database(str(tmp_path / "log.db"))) as db:
+        def plan(sql: str, values: Any) -> list[str]:
+            return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+
+        whole = {"model": "m", "source": "s", "upstream": "u", "service_type": "openai"}
+        asked = [{}, {"before": 5}, {"q": "x"}, whole, *({name: whole[name]} for name in whole)]
+        asked += [{**one, "status": smolrouter.parse_status(text)}
+                  for one in asked for text in ("404", "4xx", "200", "error")]  # fmt: skip
+        for one in asked:
+            for step in plan(*smolrouter.select_rows(one)):
+                assert not step.startswith("SCAN requests"), (one, step)
+                assert "TEMP B-TREE" not in step, (one, step)
+        for level in range(12):
+            for given in ({}, {"model": "m"}, {"service_type": "openai"}):
+                seen: list[str] = []
+                db.set_trace_callback(seen.append)
+                smolrouter.read_points(db, 1, level, given)
+                db.set_trace_callback(None)
+                assert not [s for s in plan(seen[0], ()) if s.startswith("SCAN")], seen[0]
+
+
+def test_events_tell_what_happens() -> None:
+    model = stage().plays([*stream_answer([event(piece("a ")), 0.4, event(piece("b "))]), ])
+    with connect(logging().port) as sock:
+        sock.sendall(encode_request("GET", "/api/events"))
+        heard = b""
+        while b"hello" not in heard:
+            heard += sock.recv(65536)
+        ask(logging(), model, stream=True)
+        number = row_of(logging(), model)["id"]
+
+        def news() -> dict[str, list[Any]]:
+            nonlocal heard
+            heard += sock.recv(65536)
+            found: dict[str, list[Any]] = {"started": [], "first_token": [], "finished": []}
+            for text in re.findall(rb"event: requests\ndata: (\{.*\})\n\n", heard):
+                for name, rows in json.loads(text).items():
+                    found[name] += rows
+            return found
+
+        sock.settimeout(PATIENCE)
+        found = news()
+        while number not in [row["id"] for row in found["finished"]]:
+            found = news()
+        assert b"text/event-stream" in heard
+        started = [row for row in found["started"] if row["id"] == number]
+        assert len(started) == 1 and started[0]["original_model"] == model
+        assert list(started[0]) == [
+            "id", "request_id", "timestamp", "source_ip", "path", "service_type", "original_model",
+            "mapped_model", "upstream_url", "phase", "elapsed_ms", "tokens", "bytes"]
+        assert number in found["first_token"]
+        done = [row for row in found["finished"] if row["id"] == number]
+        assert len(done) == 1 and list(done[0]) == ROW_NAMES
+
+
+def test_draining_ends_the_events(kept: Kept) -> None:
+    with kept.router() as router, connect(router.port) as sock:
+        sock.sendall(encode_request("GET", "/api/events"))
+        until(lambda: b"hello" in sock.recv(65536))
+        begun = time.monotonic()
+        assert router.stop() == 0 and time.monotonic() - begun < 5
+
+
+def test_request_page_carries_its_data() -> None:
+    text = "</script><!-- <script> \u2028"
+    ask(logging(), "inline", text)
+    number = row_of(logging(), "inline")["id"]
+    got = request(logging().port, "GET", f"/request/{number}")
+    assert (got.status, got.get("Content-Type")) == (200, "text/html; charset=utf-8")
+    match = re.search(rb'<script type="application/json" id="request-data">(.*?)</script>',
+                      got.content, re.S)
+    assert match and b"<" not in match[1]
+    assert json.loads(match[1]) == document(logging(), f"/api/request/{number}")
+    assert json.loads(match[1])["transcript"][0]["content"] == text
+
+
+def test_upstreams_say_how_they_are() -> None:
+    ask(logging(), "up")
+    ask(logging(), "either")
+    row_of(logging(), "either")
+    found = {doc["name"]: doc for doc in document(logging(), "/api/upstreams")}
+    assert found["box"]["state"] == "up" and found["off"]["state"] == "down"
+    assert "refused" in found["off"]["last_error"]
+    assert found["box"]["requests"] >= 2 and found["box"]["p50_ms"] > 0
+    assert "tiny" in found["box"]["models"] and found["off"]["models"] == []
+    assert (found["box"]["url"], found["box"]["api"]) == (stage().url, "openai")
+
+
+def test_routes_explain_themselves() -> None:
+    doc = document(logging(), "/api/routes?model=asked-for&source_host=10.1.2.3")
+    assert [server["name"] for server in doc["servers"]] == ["off", "box"]
+    assert doc["aliases"][0]["name"] == "either" and doc["routes"][0]["rule"] == "routes[0]"
+    decision = doc["decision"]
+    assert decision["trail"][-1]["matched"] and decision["route"] == "routes[0]"
+    assert decision["instances"] == [{"server": "box", "url": stage().url, "model": "sent"}]
+    assert decision["source_host"] == "10.1.2.3"
+    assert "decision" not in document(logging(), "/api/routes")
+
+
+def test_metrics_are_well_formed() -> None:
+    ask(logging(), 'quo"te\\')
+    ask(logging(), "measured", stream=True)
+    row_of(logging(), "measured")
+    got = request(logging().port, "GET", "/metrics")
+    assert got.get("Content-Type").startswith("text/plain; version=0.0.4")
+    text, kinds, samples = got.content.decode(), {}, {}
+    label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in kinds and f"# HELP {name} " in text
+            kinds[name] = kind
+        elif not line.startswith("# HELP "):
+            match = re.fullmatch(rf"([a-z_]+)(?:\{{({label}(?:,{label})*)\}})? ([0-9.e+]+)", line)
+            assert match, line
+            family = next(n for n in kinds if re.fullmatch(rf"{n}(_bucket|_sum|_count)?", match[1]))
+            assert (kinds[family] == "counter") == match[1].endswith("_total")
+            assert (match[1], match[2]) not in samples
+            samples[match[1], match[2]] = float(match[3])
+    wanted = f'service="openai",model="measured",upstream="{stage().url}"'
+    assert samples["smolrouter_requests_total", wanted] == 1
+    assert samples["smolrouter_completion_tokens_total", wanted] == 3
+    counts = [value for (name, labels), value in samples.items()
+              if name == "smolrouter_duration_seconds_bucket" and labels.startswith(wanted)]
+    assert counts == sorted(counts) and counts[-1] == 1
+    assert samples["smolrouter_ttft_seconds_count", wanted] == 1
+    promtool = shutil.which("promtool")
+    if promtool:
+        subprocess.run([promtool, "check", "metrics"], input=got.content, check=True)
+
+
+# -- export ------------------------------------------------------------------------
+
+
+def test_export_in_every_form(kept: Kept) -> None:
+    model = stage().plays(sse_answer([piece("<think>hm</think>Yes"), ending(), "[DONE]"]))
+    failing = stage().plays(json_answer({"error": "no"}, 500))
+    with kept.router() as router:
+        ask(router, model, "one, \"two\"", stream=True)
+        ask(router, failing)
+        request(router.port, "POST", "/v1/embeddings", {"model": "vectors", "input": "x"})
+        kept.written(3)
+        settings = {name: str(value) for name, value in kept.settings.items()}
+        for form in ("jsonl", "csv", "openai"):
+            got = request(router.port, "GET", f"/api/export?format={form}&since=1h")
+            assert got.status == 200 and "attachment" in got.get("Content-Disposition")
+            done = run("export", "--format", form, "--since", "1h", settings=settings)
+            assert (done.returncode, done.stdout) == (0, got.content.decode())
+            lines = done.stdout.splitlines()
+            if form == "csv":
+                rows = list(csv.DictReader(lines))
+                assert list(rows[0]) == ROW_NAMES and len(rows) == 3
+                assert rows[-1]["original_model"] == model and rows[-1]["is_inflight"] == "False"
+            elif form == "jsonl":
+                assert [json.loads(line)["original_model"] for line in lines] == [
+                    "vectors", failing, model]
+                assert json.loads(lines[-1]) == detail_of(router, model)
+            else:
+                assert [json.loads(line) for line in lines] == [{"messages": [
+                    {"role": "user", "content": 'one, "two"'},
+                    {"role": "assistant", "content": "Yes"}]}]
+        got = request(router.port, "GET", f"/api/export?model={failing}")
+        assert len(got.content.splitlines()) == 1
+    bad = run("export", "--format", "xml", settings=settings)
+    assert bad.returncode == 2 and "jsonl" in bad.stderr and bad.stderr.count("\n") == 1
+    bad = run("export", settings={"DB_PATH": str(kept.file.parent / "none.db")})
+    assert bad.returncode == 2 and "none.db" in bad.stderr
+
+
+def test_export_is_streamed() -> None:
+    got = request(made_log().port, "GET", "/api/export?format=csv")
+    assert got.content.count(b"\n") == 4001 and len(got.pieces) > 5
+
+
+# -- faults ------------------------------------------------------------------------
+
+
+def log_state(router: Router) -> dict[str, Any]:
+    return document(router, "/healthz")["log"]
+
+
+def test_stateless_means_nothing_on_disk(tmp_path: pathlib.Path) -> None:
+    with Router({"DEFAULT_UPSTREAM": stage().url, "ENABLE_LOGGING": "false"}) as router:
+        ask(router, "tiny", "x" * 30_000)
+        ask(router, "tiny", stream=True)
+        for path in ("/", "/performance", "/request/1", "/api/logs", "/api/stats", "/api/inflight",
+                     "/api/performance", "/api/request/1", "/api/events", "/api/export",
+                     "/api/upstreams", "/api/routes"):  # fmt: skip
+            got = request(router.port, "GET", path)
+            assert got.status == 404 and b"ENABLE_LOGGING" in got.content, path
+        assert log_state(router) == {
+            "enabled": False, "error": None, "notice": None, "backlog": 0, "lost": 0}
+        counted = re.compile(rb'smolrouter_completion_tokens_total\{service="openai",'
+                             rb'model="tiny",upstream="[^"]*"\} 6\n')
+        assert until(lambda: counted.search(request(router.port, "GET", "/metrics").content))
+        assert list(router.folder.iterdir()) == []
+
+
+def test_shutdown_finishes_rows(kept: Kept) -> None:
+    slow = stage().plays(stream_answer([event(piece("a ")), HANG], whole=False))
+    with kept.router(SHUTDOWN_GRACE=0.2) as router, connect(router.port) as sock:
+        body = dumps(chat(slow, stream=True))
+        sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
+        until(lambda: b"a " in sock.recv(4096))
+        ask(router, "tiny")
+        router.stop()
+    rows = dict(kept.ask("SELECT sent_model, status_code FROM requests"))
+    assert rows == {slow: 503, "tiny": 200}
+
+
+KILLS = int(os.environ.get("SMOLROUTER_TEST_KILLS", "3"))
+
+
+def test_killed_at_any_moment_nothing_is_lost(kept: Kept) -> None:
+    """Under load: no corrupt file, no finished row lost, none left open."""
+    hanging = stage().plays([HANG])
+    finished: set[str] = set()
+    for number in range(KILLS):
+        router = kept.router(LOG_LEVEL="ERROR")
+        ended: list[tuple[float, str]] = []
+        stop = threading.Event()
+
+        def client(router: Router = router, ended: Any = ended, stop: Any = stop) -> None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                while not stop.wait(0.01):
+                    got = ask(router, "tiny", "x" * 20_000, stream=len(ended) % 2 == 0)
+                    ended.append((time.monotonic(), got.get("X-SmolRouter-Request-Id")))
+
+        clients = [threading.Thread(target=client) for _ in range(2)]
+        with connect(router.port) as sock:
+            body = dumps(chat(hanging))
+            sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
+            for thread in clients:
+                thread.start()
+            time.sleep(1.1 + number % 5 * 0.03)
+            killed = time.monotonic()
+            router.process.kill()
+            stop.set()
+        for thread in clients:
+            thread.join(PATIENCE)
+        router.kill()
+        finished |= {name for moment, name in ended if moment < killed - 1.0}
+    with kept.router():
+        until(lambda: not kept.ask("SELECT id FROM requests WHERE failed IS NULL"))
+    assert kept.ask("PRAGMA integrity_check") == [("ok",)]
+    rows = kept.ask("SELECT request_id, failed, status_code, error_message FROM requests")
+    assert finished and finished <= {name for name, failed, _, _ in rows if failed == 0}
+    assert not [row for row in rows if row[1] is None]
+    assert ("interrupted", 1, None) in {(why, failed, status) for _, failed, status, why in rows}
+    counted, = kept.ask("SELECT sum(requests) FROM rollups")[0]
+    assert counted == len(rows)
+
+
+def test_a_row_of_a_crash_is_interrupted(kept: Kept) -> None:
+    with kept.router() as router, connect(router.port) as sock:
+        body = dumps(chat(stage().plays([HANG])))
+        sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
+        assert until(lambda: kept.file.exists() and kept.ask("SELECT id FROM requests"))
+        with kept.router() as other:  # a second one leaves it alone
+            ask(other, "tiny")
+            kept.written(1)
+            assert len(kept.ask("SELECT id FROM requests WHERE failed IS NULL")) == 1
+        router.process.kill()
+        router.process.wait()
+        with kept.router() as again:
+            rows = until(lambda: document(again, "/api/logs?status=error"))
+            assert (rows[0]["error_message"], rows[0]["status_code"]) == ("interrupted", None)
+            assert not rows[0]["is_inflight"] and rows[0]["completed_at"] is None
+            stats = document(again, "/api/stats")
+            assert (stats["total_requests"], stats["error_rate"]) == (2, 0.5)
+
+
+def test_two_routers_share_a_log(kept: Kept) -> None:
+    with kept.router() as one, kept.router() as two:
+        def client(router: Router) -> None:
+            for _ in range(30):
+                ask(router, "tiny", "y" * 20_000)
+
+        threads = [threading.Thread(target=client, args=(r,)) for r in (one, two, one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE * 3)
+        assert kept.written(120) == 120
+        assert document(one, "/api/stats")["total_requests"] == 120
+        assert len({row["id"] for row in document(two, "/api/logs?limit=1000")}) == 120
+    assert {uses for uses, in kept.ask("SELECT uses FROM blobs")} == {120}
+
+
+def test_a_locked_database_delays_rows_only(kept: Kept) -> None:
+    with kept.router() as router:
+        ask(router, "before")
+        kept.written(1)
+        with contextlib.closing(sqlite3.connect(kept.file, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            for _ in range(5):
+                assert ask(router, "during").status == 200
+            assert until(lambda: log_state(router)["error"])
+            assert "locked" in log_state(router)["error"] and "locked" in router.stderr
+            assert log_state(router)["backlog"] >= 5
+            assert document(router, "/api/stats")["log"]["error"]
+            assert len(document(router, "/api/logs")) == 1  # readers go on
+            db.execute("ROLLBACK")
+        assert kept.written(6) == 6
+        assert until(lambda: log_state(router)["error"] is None)
+        assert log_state(router)["backlog"] == 0
+        assert until(lambda: "works again" in router.stderr)
+
+
+@pytest.mark.parametrize("content", [b"this is no database\n" * 500, b"\0" * 5000])
+def test_a_file_that_is_no_database_is_moved_aside(kept: Kept, content: bytes) -> None:
+    kept.file.write_bytes(content)
+    with kept.router() as router:
+        assert ask(router, "tiny").status == 200
+        assert kept.written(1) == 1
+        assert until(lambda: log_state(router)["error"] is None)
+        assert "corrupt" in log_state(router)["notice"]
+    aside, = kept.file.parent.glob("log.db.corrupt-*")
+    assert aside.read_bytes() == content
+
+
+def test_another_program_s_database_is_left_alone(kept: Kept) -> None:
+    with contextlib.closing(sqlite3.connect(kept.file)) as db:
+        db.execute("CREATE TABLE requests (precious)")
+        db.commit()
+    before = kept.file.read_bytes()
+    with kept.router() as router:
+        assert ask(router, "tiny").status == 200
+        assert until(lambda: "another program" in (log_state(router)["error"] or ""))
+        assert request(router.port, "GET", "/api/logs").status == 503
+    assert kept.file.read_bytes() == before
+
+
+def test_a_newer_database_is_left_alone(kept: Kept) -> None:
+    smolrouter.open_database(str(kept.file)).close()
+    with contextlib.closing(sqlite3.connect(kept.file)) as db:
+        db.execute("PRAGMA user_version = 99")
+    with kept.router() as router:
+        assert ask(router, "tiny").status == 200
+        assert until(lambda: "newer SmolRouter" in (log_state(router)["error"] or ""))
+    assert kept.ask("SELECT count(*) FROM requests") == [(0,)]
+
+
+def test_a_deleted_database_is_made_again(kept: Kept) -> None:
+    with kept.router() as router:
+        ask(router, "one", "x" * 20_000)
+        kept.written(1)
+        for file in kept.file.parent.glob("log.db*"):
+            file.unlink()
+        shutil.rmtree(kept.blobs)
+        assert ask(router, "two", "y" * 20_000).status == 200
+        assert kept.written(1) == 1
+        assert "yyy" in detail_of(router, "two")["request_body"]
+        assert log_state(router)["error"] is None
+
+
+def test_an_overwritten_database_is_replaced(kept: Kept) -> None:
+    with kept.router() as router:
+        for _ in range(3):
+            ask(router, "one")
+        kept.written(3)
+        for file in (kept.file, kept.file.with_name("log.db-wal")):
+            with open(file, "r+b") as raw:
+                raw.write(os.urandom(max(file.stat().st_size, 8192)))
+        with contextlib.suppress(AssertionError):
+            document(router, "/api/logs")  # whoever looks first notices
+
+        def again() -> Any:
+            ask(router, "two")
+            got = request(router.port, "GET", "/api/logs?model=two")
+            return got.status == 200 and json.loads(got.content)
+
+        assert until(again, 20)
+        assert until(lambda: log_state(router)["error"] is None)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
+    kept = Kept(tmp_path / "missing")
+    with kept.router() as router:
+        assert ask(router, "tiny").status == 200
+        assert until(lambda: "unable to open" in (log_state(router)["error"] or "")
+                     or "no such file" in (log_state(router)["error"] or ""))
+        assert request(router.port, "GET", "/api/logs").status == 503
+        kept.file.parent.mkdir()
+        assert kept.written(1) == 1
+        assert document(router, "/api/logs")[0]["original_model"] == "tiny"
+
+
+def test_a_full_disk_stops_nothing(kept: Kept) -> None:
+    """The files of the router may not grow beyond 300 kB."""
+    limit = "import resource, runpy, sys; " \
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); " \
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    with Router(kept.settings, python=(sys.executable, "-c", limit)) as router:
+        noise = os.urandom(400_000).hex()
+        for number in range(4):
+            assert ask(router, "tiny", f"{number}{noise}").status == 200
+        assert until(lambda: log_state(router)["error"])
+        assert ask(router, "tiny").status == 200
+        assert log_state(router)["backlog"] > 0
+
+
+def test_the_backlog_is_bounded() -> None:
+    """Rows and bodies that no database takes: the oldest go, and the memory is bounded."""
+    settings = smolrouter.Settings.from_mapping({"DB_PATH": "/nonexistent/log.db"})
+    log = object.__new__(smolrouter.RequestLog)
+    log.backlog = collections.deque(made_entry(n) for n in range(50))
+    log.released = log.lost = 0
+    first = log.backlog[0].size
+    assert log.shorten(49) == 1 and log.released == first
+    assert (len(log.backlog), settings.db_path) == (49, "/nonexistent/log.db")
 
 
 # ======================================================================================
