@@ -7604,9 +7604,12 @@ def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
     tab.click("#legend button:has-text('small')")
     small = [p for p in points.values() if p["model"] == "small"]
     assert until(lambda: len(tab.evaluate(CHART)) == 7 - len(small))
-    assert "hide=small" in tab.url
-    table = tab.locator("#speeds tbody tr").all_text_contents()
-    assert sorted(row.split("4")[0][:5] for row in table) == ["small", "tiny5"] or len(table) == 2
+    assert "hide=small" in tab.evaluate("location.search")
+    assert tab.locator("#speeds tbody td:first-child").all_text_contents() == ["tiny", "small"]
+    tab.click("#speeds th:has-text('Model')")
+    tab.click("#speeds th:has-text('Model')")
+    assert tab.locator("#speeds tbody td:first-child").all_text_contents() == ["small", "tiny"]
+    assert "sort=model" in tab.evaluate("location.search")
     tab.locator("#chart svg").first.focus()
     tab.keyboard.press("End")
     tab.keyboard.press("Enter")
@@ -7634,7 +7637,7 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
         asked = pool.submit(ask, router, name, stream=True)
         wait_text(tab, ".flight", "streaming")  # it appears without a reload
         assert name in wait_rows(tab, 1)[0]
-        tab.click(".flight button:has-text('Text')")
+        tab.click(".flight summary")
         assert wait_text(tab, ".flight pre", "one ") == "one "
         gates[0].set()
         assert wait_text(tab, ".flight pre", "two") == "one two"
@@ -7846,7 +7849,12 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
         assert seen > 20 and not poor, (path, poor[:5])
         assert tab.evaluate("window.pwned") is None
         assert tab.locator("main script, main img").count() == 0
-    assert "<script>window.pwned=1</script>" in tab.locator("body").inner_text() or len(rows) > 1
+        if path.endswith(str(rows[-1]["id"])):  # a browser shows U+2028 as it likes
+            said = tab.locator("#turns").text_content()
+            assert EVIL * 200 in said and EVIL + "y" * 10_000 in said
+            assert EVIL + "x" * 300 in tab.locator("#head bdi").first.get_attribute("title")
+        elif path == "/":
+            assert EVIL[:40] in tab.locator("#rows").text_content()
 
 
 # ======================================================================================
