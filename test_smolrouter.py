@@ -7565,8 +7565,9 @@ def test_page_is_used_with_the_keyboard(tab: Any) -> None:
 
 
 CHART = """() => {
-    const place = dot => dot.getAttribute("transform").match(/[-\\d.]+/g).slice(0, 2).map(Number);
-    return [...document.querySelectorAll(".dot")].map(dot => [Number(dot.dataset.id), ...place(dot)]);
+    const place = dot => dot.getAttribute("transform").match(/[-\\d.]+/g).slice(0, 2);
+    return [...document.querySelectorAll(".dot")]
+        .map(dot => [dot.dataset.id, ...place(dot)].map(Number));
 }"""
 
 
@@ -7678,7 +7679,7 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
     stage().scripts["tiny-talk"] = stage().scripts[name]
     document = {"model": name, "messages": TOOL_TALK, "stream": True, "seed": 12345678901234567890}
     request(router.port, "POST", "/v1/chat/completions", document,
-            [("Authorization", "Bearer sk-very-secret-0123"), ("X-Api-Key", "sk-very-secret-0123")])
+            [(name, "Bearer sk-very-secret-0123") for name in ("Authorization", "X-Api-Key")])
     row = newest(router, name)
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.goto(f"{router.url}/request/{row['id']}")
@@ -7794,8 +7795,9 @@ def test_hidden_tab_is_quiet(tab: Any) -> None:
 
 CONTRAST = """() => {
     const parse = text => text.match(/[\\d.]+/g).map(Number);
-    const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= .03928 ? c / 12.92
-        : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, at) => sum + c * [.2126, .7152, .0722][at], 0);
+    const linear = c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+    const light = rgb => [.2126, .7152, .0722].reduce((sum, share, at) =>
+        sum + share * linear(rgb[at] / 255), 0);
     const ground = node => {
         for (; node; node = node.parentElement) {
             const colour = parse(getComputedStyle(node).backgroundColor);
@@ -7808,11 +7810,12 @@ CONTRAST = """() => {
     let seen = 0;
     while (walker.nextNode()) {
         const node = walker.currentNode.parentElement, style = getComputedStyle(node);
-        if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("option")) continue;
+        if (!walker.currentNode.data.trim() || !node.checkVisibility()) continue;
+        if (node.closest("option")) continue;
         const colour = node.namespaceURI.endsWith("svg") ? style.fill : style.color;
         const [a, b] = [light(parse(colour)), light(ground(node))].sort((x, y) => y - x);
         seen += 1;
-        if ((a + .05) / (b + .05) < 4.5) poor.push([walker.currentNode.data, colour, ground(node).join()]);
+        if ((a + .05) / (b + .05) < 4.5) poor.push([node.outerHTML.slice(0, 99), colour]);
     }
     return [seen, poor];
 }"""
