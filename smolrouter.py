@@ -4769,7 +4769,7 @@ def inflight_row(record: Record, now: float) -> dict[str, Any]:
         "original_model": record.original_model, "mapped_model": record.mapped_model,
         "upstream_url": record.upstream_url, "phase": record.phase,
         "elapsed_ms": round((now - record.clock) * 1000), "tokens": record.events,
-        "bytes": record.response_size,
+        "bytes": record.response_size, "sent_model": record.sent_model,
     }
 
 # --- questions to the log -------------------------------------------------------------

@@ -8652,8 +8652,9 @@ def test_page_is_used_with_the_keyboard(tab: Any) -> None:
 
 
 CHART = """() => {
-    const place = dot => dot.getAttribute("transform").match(/[-\\d.]+/g).slice(0, 2).map(Number);
-    return [...document.querySelectorAll(".dot")].map(dot => [Number(dot.dataset.id), ...place(dot)]);
+    const place = dot => dot.getAttribute("transform").match(/[-\\d.]+/g).slice(0, 2);
+    return [...document.querySelectorAll(".dot")]
+        .map(dot => [dot.dataset.id, ...place(dot)].map(Number));
 }"""
 
 
@@ -8691,9 +8692,12 @@ def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
     tab.click("#legend button:has-text('small')")
     small = [p for p in points.values() if p["model"] == "small"]
     assert until(lambda: len(tab.evaluate(CHART)) == 7 - len(small))
-    assert "hide=small" in tab.url
-    table = tab.locator("#speeds tbody tr").all_text_contents()
-    assert sorted(row.split("4")[0][:5] for row in table) == ["small", "tiny5"] or len(table) == 2
+    assert "hide=small" in tab.evaluate("location.search")
+    assert tab.locator("#speeds tbody td:first-child").all_text_contents() == ["tiny", "small"]
+    tab.click("#speeds th:has-text('Model')")
+    tab.click("#speeds th:has-text('Model')")
+    assert tab.locator("#speeds tbody td:first-child").all_text_contents() == ["small", "tiny"]
+    assert "sort=model" in tab.evaluate("location.search")
     tab.locator("#chart svg").first.focus()
     tab.keyboard.press("End")
     tab.keyboard.press("Enter")
@@ -8721,7 +8725,7 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
         asked = pool.submit(ask, router, name, stream=True)
         wait_text(tab, ".flight", "streaming")  # it appears without a reload
         assert name in wait_rows(tab, 1)[0]
-        tab.click(".flight button:has-text('Text')")
+        tab.click(".flight summary")
         assert wait_text(tab, ".flight pre", "one ") == "one "
         gates[0].set()
         assert wait_text(tab, ".flight pre", "two") == "one two"
@@ -8762,7 +8766,7 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
     stage().scripts["tiny-talk"] = stage().scripts[name]
     document = {"model": name, "messages": TOOL_TALK, "stream": True, "seed": 12345678901234567890}
     request(router.port, "POST", "/v1/chat/completions", document,
-            [("Authorization", "Bearer sk-very-secret-0123"), ("X-Api-Key", "sk-very-secret-0123")])
+            [(name, "Bearer sk-very-secret-0123") for name in ("Authorization", "X-Api-Key")])
     row = newest(router, name)
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.goto(f"{router.url}/request/{row['id']}")
@@ -8878,8 +8882,9 @@ def test_hidden_tab_is_quiet(tab: Any) -> None:
 
 CONTRAST = """() => {
     const parse = text => text.match(/[\\d.]+/g).map(Number);
-    const light = ([r, g, b]) => [r, g, b].map(c => (c /= 255) <= .03928 ? c / 12.92
-        : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, at) => sum + c * [.2126, .7152, .0722][at], 0);
+    const linear = c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+    const light = rgb => [.2126, .7152, .0722].reduce((sum, share, at) =>
+        sum + share * linear(rgb[at] / 255), 0);
     const ground = node => {
         for (; node; node = node.parentElement) {
             const colour = parse(getComputedStyle(node).backgroundColor);
@@ -8892,11 +8897,12 @@ CONTRAST = """() => {
     let seen = 0;
     while (walker.nextNode()) {
         const node = walker.currentNode.parentElement, style = getComputedStyle(node);
-        if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("option")) continue;
+        if (!walker.currentNode.data.trim() || !node.checkVisibility()) continue;
+        if (node.closest("option")) continue;
         const colour = node.namespaceURI.endsWith("svg") ? style.fill : style.color;
         const [a, b] = [light(parse(colour)), light(ground(node))].sort((x, y) => y - x);
         seen += 1;
-        if ((a + .05) / (b + .05) < 4.5) poor.push([walker.currentNode.data, colour, ground(node).join()]);
+        if ((a + .05) / (b + .05) < 4.5) poor.push([node.outerHTML.slice(0, 99), colour]);
     }
     return [seen, poor];
 }"""
@@ -8933,7 +8939,12 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
         assert seen > 20 and not poor, (path, poor[:5])
         assert tab.evaluate("window.pwned") is None
         assert tab.locator("main script, main img").count() == 0
-    assert "<script>window.pwned=1</script>" in tab.locator("body").inner_text() or len(rows) > 1
+        if path.endswith(str(rows[-1]["id"])):  # a browser shows U+2028 as it likes
+            said = tab.locator("#turns").text_content()
+            assert EVIL * 200 in said and EVIL + "y" * 10_000 in said
+            assert EVIL + "x" * 300 in tab.locator("#head bdi").first.get_attribute("title")
+        elif path == "/":
+            assert EVIL[:40] in tab.locator("#rows").text_content()
 
 
 # ======================================================================================
