@@ -4033,7 +4033,9 @@ def return_memory() -> None:
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.mallopt(-3, MiB)  # M_MMAP_THRESHOLD: what is longer leaves no hole
+        library.malloc_trim(0)
 
 class Console:
     """Writes lines to stderr from a thread; drops them when nobody reads."""
