@@ -469,7 +469,7 @@ CHUNK_LINES = {"chunk-size": MAX_CHUNK_LINE, "chunk-end": 0, "trailer": MAX_TRAI
 LAST_CHUNK = b"0\r\n\r\n"
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
-PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})")
+PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})?")
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
                         "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"))
@@ -540,7 +540,12 @@ def keeps_alive(fields: Fields, minor: int) -> bool:
     return "close" not in options and (minor == 1 or "keep-alive" in options)
 
 def decode_unreserved(match: re.Match[str]) -> str:
-    """Decode an octet that needs no percent-encoding; others get upper-case digits."""
+    """Decode an octet that needs no percent-encoding; others get upper-case digits.
+
+    An incomplete one could be completed by what follows, and read otherwise upstream: refused.
+    """
+    if match[1] is None:
+        raise MalformedMessage(f"% without two hexadecimal digits in {match.string[:80]!r}")
     character = chr(int(match[1], 16))
     return character if character in UNRESERVED else match[0].upper()
 

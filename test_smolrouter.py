@@ -1726,7 +1726,11 @@ def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
 @fuzz(lambda st: {"path": st.text("/.%2eEfF41a;\\~", max_size=12)})
 def test_fuzz_paths(path: str) -> None:
     """A normal path has no other spelling, and leads nowhere above its root."""
-    normal = smolrouter.normalise_path(f"/{path}")
+    try:
+        normal = smolrouter.normalise_path(f"/{path}")
+    except smolrouter.BadRequest:
+        assert re.search("%(?![0-9A-Fa-f]{2})", path)
+        return
     assert smolrouter.normalise_path(normal) == normal
     assert normal.startswith("/") and not {"", ".", ".."} & {*normal[1:].split("/")} - {""}
     assert "//" not in normal
@@ -1870,7 +1874,7 @@ def test_fuzz_claims(doc: Any, claims: Any) -> None:
     """Signed nonsense is no token."""
     for head, body in ((doc, claims), (HS256, claims), (HS256, {"exp": claims, "nbf": doc})):
         with contextlib.suppress(UnicodeEncodeError):
-            assert smolrouter.check_token(jwt(head, body), SECRET_KEY, 1e300)
+            assert smolrouter.check_token(jwt(head, body), SECRET_KEY, float("inf"))
 
 
 @fuzz(lambda st: {"table": st.fixed_dictionaries({}, optional={
@@ -3046,6 +3050,10 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "no authority": started(b"GET http:///v1/EVIL HTTP/1.1"),
         "another scheme": started(b"GET ftp://router/v1/EVIL HTTP/1.1"),
         "a file's scheme": started(b"GET file:///v1/EVIL HTTP/1.1"),
+        "incomplete percent-encoding": started(b"GET /v1/EVIL%2 HTTP/1.1"),
+        "percent-encoding completed by another": started(b"GET /v1/EVIL/%2%65%2%65/x HTTP/1.1"),
+        "percent-encoding of letters": started(b"GET /v1/EVIL%zz HTTP/1.1"),
+        "percent-encoding of UTF-16": started(b"GET /v1/EVIL%u002e HTTP/1.1"),
         "script's scheme": started(b"GET javascript://router/v1/EVIL HTTP/1.1"),
         "authority alone": started(b"GET router:80 HTTP/1.1"),
         "CONNECT": started(b"CONNECT router:443 HTTP/1.1"),
