@@ -2542,8 +2542,8 @@ def is_web_host(host: str, allowed: Sequence[str], machine: str) -> bool:
 
 def is_own_page(fields: Fields, host: str) -> bool:
     """Tell whether a browser says that the router's own page asks."""
-    origin = (fields.get("origin") or "").lower()
-    own = origin in (f"http://{host.lower()}", f"https://{host.lower()}")
+    origin, host = (fields.get("origin") or "").lower(), host.lower()
+    own = origin in (f"http://{host.removesuffix(':80')}", f"https://{host.removesuffix(':443')}")
     return own or (not origin and fields.get("sec-fetch-site") == "same-origin")
 
 def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
@@ -5438,7 +5438,8 @@ async def serve_signin(services: Services, request: Request, dialect: Dialect) -
     """Answer /api/signin and /api/signout: a valid token becomes a cookie, or it goes."""
     fields, token = request.head.fields, ""
     if request.path == "/api/signin":
-        doc = parse_json(request.content)[1]
+        short = len(request.content) <= 2 * MAX_TOKEN_LENGTH  # anybody may send it
+        doc = parse_json(request.content)[1] if short else None
         token = doc.get("token") if isinstance(doc, dict) else None
         if not isinstance(token, str):
             raise MalformedContent('the content is not {"token": "..."}')

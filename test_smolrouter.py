@@ -1461,6 +1461,12 @@ def test_yaml_in_flow_style_and_marks() -> None:
     assert routing("{servers: {a: 'http://a:1'}}").servers
 
 
+def test_long_names_stall_no_pattern() -> None:
+    table_ = routing(route({"model": "/.*-1.5b/"}, {"upstream": "http://x"}))
+    for name in ("a" * 200_000, "-1.5" * 50_000, "a" * 200_000 + "-1.5b"):
+        assert smolrouter.resolve(table_, name, "10.0.0.1").route == "default"
+
+
 def test_two_servers_may_have_one_url() -> None:
     text = '{"servers": {"a": "http://h:1", "b": {"url": "http://h:1", "api_key": "k"}}}'
     names = [server.name for server in routing(text).all_servers()]
@@ -1552,6 +1558,9 @@ PAGES = [
     (BOX.upper(), {"Origin": f"http://{BOX}"}, "loopback", 200, 200),
     ("extra.example", {"Origin": "https://extra.example"}, "loopback", 200, 200),
     ("[::1]:1234", {"Origin": "http://[::1]:1234"}, "", 200, 200),
+    ("mybox.lan:443", {"Origin": "https://mybox.lan"}, "loopback", 200, 200),
+    ("mybox.lan:80", {"Origin": "http://mybox.lan"}, "loopback", 200, 200),
+    ("mybox.lan:443", {"Origin": "http://mybox.lan"}, "loopback", 403, 403),
     (BOX, {"Origin": "http://mybox.lan"}, "loopback", 403, 403),  # another port
     (BOX, {"Origin": "ftp://mybox.lan:1234"}, "loopback", 403, 403),
     (BOX, {"Origin": f"http://{BOX}.evil.example"}, "loopback", 403, 403),
@@ -4197,7 +4206,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "MAX_TOTAL_STORAGE_SIZE": (["1000"], ["-1"]),
     "MAX_REQUEST_SIZE": (["1000"], ["much", "1.5"]),
     "MAX_CONNECTIONS": (["10"], ["many"]),
-    "JWT_SECRET": ([SECRET, f"  {SECRET} "], ["short", "ab" * 20, " " * 40]),
+    "JWT_SECRET": ([SECRET, f"  {SECRET} "], ["", "short", "ab" * 20, " " * 40]),
     "WEBUI_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
     "API_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
     "TRUSTED_PROXIES": (["10.0.0.0/8, ::1", "10.0.0.1"], ["10.0.0.0/33", "proxy"]),
@@ -4715,7 +4724,7 @@ def test_signing_in_and_out() -> None:
 
 
 @pytest.mark.parametrize("content, status", [
-    (b"", 400), (b"{}", 400), (b"[]", 400), (b'{"token": 7}', 400), (b'{"token": null}', 400),
+    (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400), (b'{"token": 7}', 400), (b'{"token": null}', 400),
     (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
     (dumps({"token": GOOD + "\r\nA: b"}), 401), (dumps({"token": GOOD + "=; x=y"}), 401),
     (dumps({"token": CARRIED["bad"]}), 401), (dumps({"token": CARRIED["wrong alg"]}), 401),
