@@ -469,7 +469,7 @@ CHUNK_LINES = {"chunk-size": MAX_CHUNK_LINE, "chunk-end": 0, "trailer": MAX_TRAI
 LAST_CHUNK = b"0\r\n\r\n"
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
-PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})")
+PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})?")
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
                         "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"))
@@ -540,7 +540,12 @@ def keeps_alive(fields: Fields, minor: int) -> bool:
     return "close" not in options and (minor == 1 or "keep-alive" in options)
 
 def decode_unreserved(match: re.Match[str]) -> str:
-    """Decode an octet that needs no percent-encoding; others get upper-case digits."""
+    """Decode an octet that needs no percent-encoding; others get upper-case digits.
+
+    An incomplete one could be completed by what follows, and read otherwise upstream: refused.
+    """
+    if match[1] is None:
+        raise MalformedMessage(f"% without two hexadecimal digits in {match.string[:80]!r}")
     character = chr(int(match[1], 16))
     return character if character in UNRESERVED else match[0].upper()
 
@@ -2535,8 +2540,8 @@ def is_web_host(host: str, allowed: Sequence[str], machine: str) -> bool:
 
 def is_own_page(fields: Fields, host: str) -> bool:
     """Tell whether a browser says that the router's own page asks."""
-    origin = (fields.get("origin") or "").lower()
-    own = origin in (f"http://{host.lower()}", f"https://{host.lower()}")
+    origin, host = (fields.get("origin") or "").lower(), host.lower()
+    own = origin in (f"http://{host.removesuffix(':80')}", f"https://{host.removesuffix(':443')}")
     return own or (not origin and fields.get("sec-fetch-site") == "same-origin")
 
 def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
@@ -4033,7 +4038,9 @@ def return_memory() -> None:
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.mallopt(-3, MiB)  # M_MMAP_THRESHOLD: what is longer leaves no hole
+        library.malloc_trim(0)
 
 class Console:
     """Writes lines to stderr from a thread; drops them when nobody reads."""
@@ -5436,7 +5443,8 @@ async def serve_signin(services: Services, request: Request, dialect: Dialect) -
     """Answer /api/signin and /api/signout: a valid token becomes a cookie, or it goes."""
     fields, token = request.head.fields, ""
     if request.path == "/api/signin":
-        doc = parse_json(request.content)[1]
+        short = len(request.content) <= 2 * MAX_TOKEN_LENGTH  # anybody may send it
+        doc = parse_json(request.content)[1] if short else None
         token = doc.get("token") if isinstance(doc, dict) else None
         if not isinstance(token, str):
             raise MalformedContent('the content is not {"token": "..."}')
