@@ -825,9 +825,9 @@ ANY_FENCE = re.compile(r"[ \t]{0,8}```")
 MAYBE_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
 def held_prefix(text: str, tag: str) -> int:
-    """Return how many characters at the end of `text` could begin `tag`."""
-    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(tag[:size])), 0)
+    """Return how many characters at the end of `text` could begin `tag`, which has one `<`."""
+    at = text.rfind("<", max(0, len(text) - len(tag) + 1))
+    return len(text) - at if at >= 0 and tag.startswith(text[at:]) else 0
 
 class ThinkFilter:
     """Parts a text into what is visible and what was thought."""
@@ -1593,7 +1593,10 @@ def add_call(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> None:
 
 def add_content(message: dict[str, Any], content: Any) -> None:
     """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
-    for part in content if isinstance(content, list) else [content or ""]:
+    if not isinstance(content, list):
+        message["content"] += content or ""
+        return
+    for part in content:
         part = {"text": part} if isinstance(part, str) else part
         kind, image = part.get("type"), part.get("image_url") or part.get("source")
         if isinstance(image, dict):
@@ -1846,7 +1849,7 @@ def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
 
 def read_event(event: bytes) -> dict[str, Any] | None:
     """Return the object that an event holds; what its fields call an error is one."""
-    failed = ERROR_EVENT.search(event)
+    failed = ERROR_EVENT.search(event) if b"error" in event else None
     data = SSE.read(event) or (failed and failed[1]) or b""
     doc = parse_event_json(data)
     if not failed or (doc and "error" in doc):
