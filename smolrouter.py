@@ -1620,8 +1620,11 @@ def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     thought = said.get("thinking") or said.get("reasoning_content") or said.get("reasoning")
     message["thinking"] += thought if isinstance(thought, str) else ""
     add_content(message, said.get("content"))
-    images = said.get("images")
-    message["images"] += map(image_url, images if isinstance(images, list) else ())
+    for image in said["images"] if isinstance(said.get("images"), list) else ():
+        if isinstance(image, dict):  # a part, as some servers answer
+            add_content(message, [image])
+        else:
+            message["images"].append(image_url(image))
     for call in said.get("tool_calls") or ():
         add_call(message["tool_calls"], call)
 
@@ -1868,7 +1871,7 @@ class OllamaStream(EventFilter):
         self.rules = plan.rules._replace(think=think)
         self.text = TextFilter(self.rules)
         self.calls: list[dict[str, Any]] = []  # gathered from their fragments
-        self.said: dict[str, Any] = {}  # all of it, for the one document
+        self.said: dict[str, Any] = {}  # since the last line, or all for the one document
         self.reason: Any = None
         self.failed = False
 
