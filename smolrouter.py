@@ -5860,7 +5860,7 @@ class Router:
         self.routes.changed()
         try:
             if self.routes.seen is None and self.services.table.source:
-                raise ConfigError(f"{self.routes.path} is gone; the old table stays in force")
+                raise ConfigError(f"{self.routes.path} is gone")
             self.services.table = self.routes.load()
         except ConfigError as error:
             self.services.routes_error = str(error)
