@@ -830,9 +830,9 @@ ANY_FENCE = re.compile(r"[ \t]{0,8}```")
 MAYBE_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
 def held_prefix(text: str, tag: str) -> int:
-    """Return how many characters at the end of `text` could begin `tag`."""
-    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(tag[:size])), 0)
+    """Return how many characters at the end of `text` could begin `tag`, which has one `<`."""
+    at = text.rfind("<", max(0, len(text) - len(tag) + 1))
+    return len(text) - at if at >= 0 and tag.startswith(text[at:]) else 0
 
 class ThinkFilter:
     """Parts a text into what is visible and what was thought."""
@@ -1596,7 +1596,10 @@ def add_call(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> None:
 
 def add_content(message: dict[str, Any], content: Any) -> None:
     """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
-    for part in content if isinstance(content, list) else [content or ""]:
+    if not isinstance(content, list):
+        message["content"] += content or ""
+        return
+    for part in content:
         part = {"text": part} if isinstance(part, str) else part
         kind, image = part.get("type"), part.get("image_url") or part.get("source")
         if isinstance(image, dict):
@@ -1620,8 +1623,11 @@ def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     thought = said.get("thinking") or said.get("reasoning_content") or said.get("reasoning")
     message["thinking"] += thought if isinstance(thought, str) else ""
     add_content(message, said.get("content"))
-    images = said.get("images")
-    message["images"] += map(image_url, images if isinstance(images, list) else ())
+    for image in said["images"] if isinstance(said.get("images"), list) else ():
+        if isinstance(image, dict):  # a part, as some servers answer
+            add_content(message, [image])
+        else:
+            message["images"].append(image_url(image))
     for call in said.get("tool_calls") or ():
         add_call(message["tool_calls"], call)
 
@@ -1849,7 +1855,7 @@ def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
 
 def read_event(event: bytes) -> dict[str, Any] | None:
     """Return the object that an event holds; what its fields call an error is one."""
-    failed = ERROR_EVENT.search(event)
+    failed = ERROR_EVENT.search(event) if b"error" in event else None
     data = SSE.read(event) or (failed and failed[1]) or b""
     doc = parse_event_json(data)
     if not failed or (doc and "error" in doc):
@@ -1868,7 +1874,7 @@ class OllamaStream(EventFilter):
         self.rules = plan.rules._replace(think=think)
         self.text = TextFilter(self.rules)
         self.calls: list[dict[str, Any]] = []  # gathered from their fragments
-        self.said: dict[str, Any] = {}  # all of it, for the one document
+        self.said: dict[str, Any] = {}  # since the last line, or all for the one document
         self.reason: Any = None
         self.failed = False
 
@@ -5868,7 +5874,7 @@ class Router:
         self.routes.changed()
         try:
             if self.routes.seen is None and self.services.table.source:
-                raise ConfigError(f"{self.routes.path} is gone; the old table stays in force")
+                raise ConfigError(f"{self.routes.path} is gone")
             self.services.table = self.routes.load()
         except ConfigError as error:
             self.services.routes_error = str(error)

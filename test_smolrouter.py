@@ -7192,7 +7192,8 @@ def test_ollama_document_of_a_server_that_always_streams(path: str) -> None:
     call = {"index": 0, "id": "c", "function": {"name": "f", "arguments": '{"a":'}}
     rest = {"index": 0, "function": {"arguments": "1}"}}
     said = [{"reasoning_content": "Hm"}, {"reasoning_content": "m."}, {"content": "Forty-"},
-            {"content": "two."}, {"tool_calls": [call]}, {"tool_calls": [rest]}]  # fmt: skip
+            {"content": "two.", "images": [{"image_url": {"url": "data:,"}}]},
+            {"tool_calls": [call]}, {"tool_calls": [rest]}]  # fmt: skip
     events = [delta({}, part) for part in said] + [delta({}, {}, "stop")]
     model = bench().plays(sse_answer([*events, EXTRA, "[DONE]"]))
     got = tell(path, {**chat(model), "prompt": "hi", "stream": False})
