@@ -6271,7 +6271,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ======================================================================================
 # A verbatim copy of dashboard.html; `python test_smolrouter.py --embed` writes it.
 
-# ruff: disable[E501]
 DASHBOARD_HTML = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -6301,8 +6300,7 @@ DASHBOARD_HTML = r"""<!doctype html>
   --m5: #ff86bd; --m6: #d8a870; --m7: #a3b3c7; --m8: #cfcf55; --m9: #ff8b85;
 } }
 /* -- Ground ---------------------------------------------------------------------------------- */
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
 html { scrollbar-gutter: stable; }
 body { margin: 0; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums; }
@@ -6315,8 +6313,7 @@ code, pre, .mono { font: .8125rem/1.55 ui-monospace, "Cascadia Mono", Menlo, mon
 pre, .said { white-space: pre-wrap; }
 bdi, td, dd, pre, p, .said { unicode-bidi: isolate; overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
-.quiet, .small, dt { color: var(--quiet); }
-.number { text-align: right; white-space: nowrap; }
+.quiet, .small, dt { color: var(--quiet); } .number { text-align: right; white-space: nowrap; }
 .unseen, .skip:not(:focus) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; }
 /* -- Frame: bar, views, cards ---------------------------------------------------------------- */
 .bar, main { max-width: 82rem; margin: 0 auto; padding: 0 1.5rem; } main { padding-bottom: 4rem; }
@@ -6357,8 +6354,7 @@ label { display: grid; gap: .2rem; flex: 1 1 7rem; min-width: 0; } .wide { flex:
 label, .facts dt { font-size: .75rem; color: var(--quiet); }
 input, select, textarea { width: 100%; height: 2.25rem; padding: .3rem .6rem; color: var(--text);
   background: var(--sunken); border: 1px solid var(--edge); border-radius: 8px; }
-textarea { resize: vertical; height: 4.5rem; }
-::placeholder { color: var(--quiet); opacity: 1; }
+textarea { resize: vertical; height: 4.5rem; } ::placeholder { color: var(--quiet); opacity: 1; }
 summary { cursor: pointer; } summary > * { display: inline; }
 /* -- Small things: badges, marks, tiles ------------------------------------------------------ */
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 99px; font-weight: 600;
@@ -6369,22 +6365,20 @@ summary { cursor: pointer; } summary > * { display: inline; }
 .warn { background: var(--warn-tint); color: var(--warn); }
 .bad, .trouble { background: var(--bad-tint); color: var(--bad); }
 .mark { width: .8em; height: .8em; margin-right: .45em; overflow: visible; }
-.m0 { color: var(--m0); } .m1 { color: var(--m1); } .m2 { color: var(--m2); }
-.m3 { color: var(--m3); } .m4 { color: var(--m4); } .m5 { color: var(--m5); }
-.m6 { color: var(--m6); } .m7 { color: var(--m7); } .m8 { color: var(--m8); }
-.m9 { color: var(--m9); } .soft { opacity: .45; }
 .tiles { display: grid; gap: .75rem; grid-template-columns: repeat(8, minmax(0, 1fr)); }
 .tile { padding: .9rem 1rem .75rem; font-size: .8125rem; }
 .tile dd { font-size: 1.5rem; font-weight: 600; letter-spacing: -.02em; white-space: nowrap; }
 .spark { display: block; width: 100%; height: 1.75rem; margin-top: .35rem; fill: var(--accent); }
+.soft { opacity: .45; }
 /* -- Tables; on a narrow screen every row is a card ------------------------------------------ */
 table { width: 100%; border-collapse: collapse; font-size: .875rem; }
 th, td { padding: .5rem; border-top: 1px solid var(--line); vertical-align: top; }
 tr > :first-child { padding-left: 0; } tr > :last-child { padding-right: 0; }
 th, th button { color: var(--quiet); font-size: .8125rem; font-weight: 550; border: 0; }
 th { text-align: left; white-space: nowrap; } th.number { text-align: right; }
-th button { padding: 0; } th[aria-sort=ascending] button::after { content: " ↑"; }
-th[aria-sort=descending] button::after { content: " ↓"; }
+th button { padding: 0; width: 100%; text-align: inherit; }
+[aria-sort=ascending] button::after { content: " ↑"; }
+[aria-sort=descending] button::after { content: " ↓"; }
 .rows tbody tr { cursor: pointer; }
 @media (min-width: 70rem) { .rows td:nth-child(-n+4) { white-space: nowrap; } }
 .rows tbody tr:hover, .rows tr:focus-within { background: var(--hover); }
@@ -6402,7 +6396,7 @@ th[aria-sort=descending] button::after { content: " ↓"; }
 .chart > svg { position: absolute; width: 100%; height: 100%; cursor: crosshair; }
 .chart text { fill: var(--quiet); font-size: 12px; } .grid { stroke: var(--line); }
 .guide { fill: none; stroke: var(--edge); stroke-dasharray: 2 5; }
-.dot { fill: currentColor; fill-opacity: .55; stroke: currentColor; }
+.dot { fill-opacity: .55; stroke: currentColor; }
 .dot.failed { fill: none; stroke-dasharray: 2 1.5; }
 .ring { fill: none; stroke: var(--text); stroke-width: 2; }
 .hint { position: absolute; left: 0; top: 0; pointer-events: none; max-width: 17rem;
@@ -6434,12 +6428,11 @@ th[aria-sort=descending] button::after { content: " ↓"; }
 .fields { display: grid; grid-template-columns: fit-content(35%) minmax(0, 1fr); gap: .2rem 1rem; }
 /* -- Narrow, and calm ------------------------------------------------------------------------ */
 @media (max-width: 70rem) {
-  .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(max(8.5rem, 25% - .6rem), 1fr)); }
   .pair { grid-template-columns: minmax(0, 1fr); }
 }
-@media (max-width: 46rem) {
+@media (max-width: 56rem) {
   .bar, main { padding: .5rem 1rem; } .card { padding: 1rem; } .chart { height: 20rem; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   thead { display: none; } table, tbody, tr { display: block; }
   tr { border-top: 1px solid var(--line); padding: .6rem 0; }
   td { display: flex; justify-content: space-between; gap: 1rem; border: 0; }
@@ -6648,14 +6641,14 @@ function markOf(model) {
   try { localStorage.marks = JSON.stringify([...marks]); } catch { /* then for this page */ }
   return marks.get(model);
 }
-const markPath = (model, kind, more) => drawn("path", {
-  class: `${kind} m${markOf(model) % COLOURS}`, d: SHAPES[markOf(model) % SHAPES.length], ...more});
+const markPath = (model, tag, more) => drawn(tag, {d: SHAPES[markOf(model) % SHAPES.length],
+  style: {color: `var(--m${markOf(model) % COLOURS})`}, fill: "currentColor", ...more});
 const markNode = model => drawn("svg.mark", {viewBox: "-7 -7 14 14", "aria-hidden": "true"},
-  markPath(model, "", {fill: "currentColor"}));
+  markPath(model, "path"));
 /** A model as it was asked for, and what it became: an instance is `server/model`. */
-function modelNode({original_model: asked, mapped_model: mapped, attempts}) {
+function modelNode({original_model: asked, mapped_model: mapped, sent_model: sent, attempts}) {
   const {instance, upstream_url: url} = attempts?.at(-1) ?? {instance: ""};
-  const name = /\/(.+)/s.exec(instance.replace(url, "server"))?.[1] || mapped || asked;
+  const name = sent || /\/(.+)/s.exec(instance.replace(url, "server"))?.[1] || mapped || asked;
   return node("span", name ? [markNode(name), named(asked || name)] : "no model",
     asked && asked !== name && node("span.quiet", " → ", named(name)));
 }
@@ -6667,10 +6660,9 @@ function badgeNode({status_code: status, is_inflight: runs}) {
 }
 
 // -- The router ------------------------------------------------------------------------------
-const app = {
-  view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(), rows: new Map(),
-  stats: null, hours: [], points: [], models: [], meta: {}, request: null,
-};
+const app = {view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(),
+  rows: new Map(), stats: null, hours: [], points: [], models: [], meta: {}, request: null};
+const isSignedIn = () => byId("sign-in").hidden;
 const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
 /** Ask the router. Throws an Error that says why not; a 401 shows the sign-in form. */
 async function ask(path, options) {
@@ -6680,11 +6672,11 @@ async function ask(path, options) {
   if (answer.ok) return answer;
   let why = clip(await answer.text(), 500);
   try { const {error} = JSON.parse(why); why = error.message ?? error; } catch { /* no JSON */ }
-  if (answer.status === 401 && path.startsWith("/api/")) showSignIn();
+  if (answer.status === 401 && path.startsWith("/api/") && isSignedIn()) showSignIn();
   throw Object.assign(new Error(why || `HTTP ${answer.status}`), {status: answer.status});
 }
-const askJson = async (path, query) =>
-  (await ask(`${path}?${new URLSearchParams(present(query))}`)).json();
+const queryOf = values => new URLSearchParams(present(values));
+const askJson = async (path, query) => (await ask(`${path}?${queryOf(query)}`)).json();
 const post = (path, value) => ask(path, {method: "POST", body: JSON.stringify(value ?? {}),
   headers: {"Content-Type": "application/json"}});
 /** Show what is wrong until it is right again (no text), each text once. */
@@ -6692,7 +6684,7 @@ function trouble(name, text) {
   app.troubles.delete(name);
   if (text) app.troubles.set(name, `⚠ ${clip(text, 500)}`);
   const texts = [...new Set(app.troubles.values())], there = byId("troubles");
-  if (there.innerText !== texts.join("\n"))
+  if (there.textContent !== texts.join(""))
     there.replaceChildren(...texts.map(one => node("p.trouble", one)));
 }
 /** Load something and show it; the newest call wins, a failure is shown as trouble. */
@@ -6711,7 +6703,7 @@ function paced(work, pause) {
   let busy = false, again = false;
   return async function run() {
     again = busy;
-    if (busy || document.hidden) return;
+    if (busy || document.hidden || !isSignedIn()) return;
     busy = true;
     await work();
     setTimeout(() => { busy = false; if (again) run(); }, pause);
@@ -6733,7 +6725,10 @@ function address(changes) {
 /** Let a form and the address say the same; what is at its default is not in the address. */
 function bindForm(form, changed) {
   const initial = valuesOf(form), soon = paced(changed, 200);
-  for (const name in initial) form.elements[name].value = params().get(name) ?? initial[name];
+  for (const name in initial) {
+    form.elements[name].value = params().get(name) ?? initial[name];
+    form.elements[name].value ||= initial[name];  // a select has no such option
+  }
   const update = () => {
     const values = valuesOf(form);
     for (const name in values) if (values[name] === initial[name]) values[name] = null;
@@ -6747,9 +6742,8 @@ function bindForm(form, changed) {
 /** Offer values for the fields of a kind, together with those offered before. */
 function suggest(id, values) {
   const old = [...byId(id).children].map(option => option.value);
-  const all = [...new Set([...old, ...values.filter(Boolean)])].slice(0, 300);
-  const options = all.map(value => node("option", {value}));
-  if (all.length > old.length) byId(id).replaceChildren(...options);
+  const fresh = [...new Set(values)].filter(value => value && !old.includes(value));
+  byId(id).append(...fresh.slice(0, 300 - old.length).map(value => node("option", {value})));
 }
 
 // -- Charts: sparklines, scales, the scatter -------------------------------------------------
@@ -6761,7 +6755,7 @@ const AXES = {
 };
 /** Bars by the hour; the last one still grows. */
 function sparkline(values, label) {
-  const high = Math.max(...values), step = 100 / values.length;
+  const high = Math.max(...values.filter(known)), step = 100 / values.length;
   return drawn("svg.spark", {viewBox: "0 0 100 28", preserveAspectRatio: "none", role: "img",
     "aria-label": `${label}, by the hour`}, values.map((value, at) => {
     const height = value > 0 ? Math.max(1.5, value / high * 28) : 0;
@@ -6840,8 +6834,8 @@ function followPoints(svg, ring, hint, places) {
 const hintNodes = one => [[markNode(one.model), named(one.model)],
   `${short(one.upstream_url)}, ${moment(one.timestamp)}, status ${one.status_code}`,
   `${count(one.prompt_tokens)} → ${count(one.completion_tokens)} tokens`,
-  `${span(one.duration_ms)}, first token ${span(one.ttft_ms)}`,
-  `${plain(one.tokens_per_second)} tokens per second`].map(line => node("div", line));
+  `${span(one.duration_ms)}, first ${span(one.ttft_ms)}, ${plain(one.tokens_per_second)} tok/s`,
+].map(line => node("div", line));
 
 // -- Overview --------------------------------------------------------------------------------
 function showStats(stats) {
@@ -6873,24 +6867,20 @@ function showHours({data_points: points}) {
 }
 /** Show the running requests; the nodes of those that still run stay. */
 function showFlights(rows) {
-  const old = app.flights;
-  app.flights = new Map(rows.map(row => [row.id, Object.assign(old.get(row.id) ?? flightNode(row),
-    {row, since: performance.now() - row.elapsed_ms})]));
+  const old = app.flights, keyOf = row => `${row.id} ${row.sent_model}`;
+  app.flights = new Map(rows.map(row => [keyOf(row), Object.assign(
+    old.get(keyOf(row)) ?? flightNode(row), {row, since: performance.now() - row.elapsed_ms})]));
   arrange(byId("flights"), rows.length ? [...app.flights.values()].map(flight => flight.element)
     : [node("li.quiet", "Nothing is running now.")]);
   tick();
 }
 function flightNode(row) {
-  const text = node("pre.code", {hidden: true, tabindex: 0, "aria-label": "Text"});
   const phase = node("span.badge.busy"), time = node("span.number"), tokens = node("span.small");
-  const toggle = node("button", {"aria-expanded": "false", onclick() {
-    text.hidden = !text.hidden;
-    toggle.setAttribute("aria-expanded", String(!text.hidden));
-    watchText(row.id, text);
-  }}, "Text");
+  const text = node("details", {ontoggle: () => watchText(row.id, text)},
+    node("summary.small", "Text so far"), node("pre.code", {tabindex: 0}));
   return {phase, time, tokens, element: node("li.flight", {"data-id": row.id},
     node("div.line", node("a.grow", {href: `/request/${row.id}`}, modelNode(row)),
-      tokens, phase, time, toggle, stopNode(row.id)),
+      tokens, phase, time, stopNode(row.id)),
     node("div.small", named(row.source_ip), " · ", named(row.path), row.upstream_url && " · ",
       named(short(row.upstream_url))), text)};
 }
@@ -6900,11 +6890,12 @@ const stopNode = id => node("button.stop", {async onclick({target: button}) {
   await post(`/api/inflight/${id}/cancel`).catch(() => flightsSoon());  // it has just ended
 }}, "Stop");
 /** Show the text of a running request as it grows, once a second while it is open. */
-async function watchText(id, element) {
-  while (!element.hidden && element.isConnected) {
+async function watchText(id, details) {
+  while (details.open && details.isConnected) {
     const doc = document.hidden ? null : await askJson(`/api/request/${id}`).catch(() => null);
-    if (doc) say(element, doc.response_text || doc.response_thinking || "No text yet.");
-    element.scrollTop = element.scrollHeight;
+    const words = doc && (doc.response_text || doc.response_thinking || "No text yet.");
+    if (words) say(details.lastChild, words);
+    details.lastChild.scrollTop = details.lastChild.scrollHeight;
     await new Promise(done => setTimeout(done, 1000));
   }
 }
@@ -6916,7 +6907,8 @@ function tick() {
     say(tokens, row.tokens ? `${count(row.tokens)} tokens` : "");
   }
 }
-const STATES = {up: ["good", "✓ up"], cooling: ["warn", "◔ cooling"], down: ["bad", "✕ down"]};
+const STATES = {up: ["good", "✓ up"], cooling: ["warn", "◔ cooling"],
+  down: ["bad", "✕ down"]};
 function showServers(servers) {
   suggest("upstreams", servers.map(server => server.url));
   byId("servers").replaceChildren(...servers.map(server => {
@@ -6932,6 +6924,7 @@ function showServers(servers) {
   }));
 }
 const PAGE_LENGTH = 100;
+const sizesOf = row => `${bytes(row.request_size)} → ${bytes(row.response_size)}`;
 const COLUMNS = [
   ["Time", row => node("a", {href: `/request/${row.id}`}, moment(row.timestamp))],
   ["Source", row => named(row.source_ip, 45)], ["Service", row => row.service_type],
@@ -6940,9 +6933,6 @@ const COLUMNS = [
   ["Size", sizesOf, "number"], ["Duration", durationNode, "number"], ["Status", badgeNode],
 ];
 const hasFailed = attempt => attempt.error || attempt.status >= 400;
-function sizesOf(row) {
-  return `${bytes(row.request_size)} → ${bytes(row.response_size)}`;
-}
 /** What went wrong, or round whom it went, in one quiet line. */
 function storyNode(row) {
   const failed = row.attempts.filter(hasFailed);
@@ -6957,7 +6947,7 @@ function tokensNode(row) {
 }
 /** The duration and a bar of it, a minute is full: waiting is its light part. */
 function durationNode({duration_ms: whole, ttft_ms: first}) {
-  const length = Math.sqrt(Math.min(1, (whole ?? 0) / 60e3)), part = first && whole ? first / whole : 0;
+  const length = Math.sqrt(Math.min(1, whole / 60e3)), part = whole ? first / whole : 0;
   const bar = (kind, share) => node(`i.${kind}`, {style: {width: `${100 * length * share}%`}});
   return node("div", {title: `first token after ${span(first)}`}, span(whole),
     node("div.meter", {"aria-hidden": "true"}, bar("soft", part), bar("hard", 1 - part)));
@@ -6979,7 +6969,8 @@ function showRows(rows) {
   byId("older").hidden = rows.length < PAGE_LENGTH;
   byId("older").href = address({before: rows.at(-1)?.id});
   byId("rows-empty").replaceChildren(rows.length ? ""
-    : location.search ? empty("No request matches.", "Clear a filter, or look at the newest.")
+    : present(valuesOf(byId("filters"))).length || params().has("before") ? empty(
+      "No request matches.", "Clear a filter, or look at the newest.")
       : empty("No request yet.", "Point a client at this router, for example:", exampleNode(),
         "or send a first chat with “Try it” above; it appears here by itself."));
 }
@@ -6997,8 +6988,8 @@ const hoursSoon = paced(() => load("performance", {hours: 24, limit: 500}, showH
 function openOverview() {
   bindForm(byId("filters"), loadRows);
   bindForm(byId("explain-form"), explain);
-  byId("rows").tHead.append(node("tr",
-    COLUMNS.map(([label, , kind]) => node("th", {scope: "col", class: kind}, label))));
+  const head = COLUMNS.map(([label, , kind]) => node("th", {class: kind}, label));
+  byId("rows").tHead.append(node("tr", head));
   if (params().has("explain")) explain();
   setInterval(() => document.hidden || tick(), 100);
   setInterval(() => app.flights.size && flightsSoon(), 1000);
@@ -7062,7 +7053,7 @@ const stepsNode = steps => node("ol.steps", steps.map(({rule, matched, why}) =>
 function showPerformance({data_points: points, models, meta}) {
   Object.assign(app, {points, models, meta});
   suggest("models", models.map(one => one.model));
-  showChart();
+  if (!byId("chart").querySelector(".hint:not([hidden])")) showChart();  // somebody reads it
   showSpeeds();
 }
 function showChart() {
@@ -7088,7 +7079,7 @@ function chartNodes(points, xAxis, yAxis, scale, width, height) {
   const y = scaleOf(points.map(one => one[yAxis]), /y/.test(scale), box.bottom, box.top);
   const places = points.map(one => [x.at(one[xAxis]), y.at(one[yAxis]), one]);
   const dots = places.map(([across, up, {id, model, status_code: status}]) =>
-    markPath(model, status < 400 ? "dot" : "dot failed", {"data-id": id,
+    markPath(model, status < 400 ? "path.dot" : "path.dot.failed", {"data-id": id,
       transform: `translate(${across.toFixed(1)} ${up.toFixed(1)}) scale(.8)`}));
   const ring = drawn("circle.ring", {r: 9, visibility: "hidden"});
   const hint = node("div.hint", {hidden: true});
@@ -7099,15 +7090,23 @@ function chartNodes(points, xAxis, yAxis, scale, width, height) {
   followPoints(svg, ring, hint, places);
   return [svg, hint];
 }
+/** A button for each model; what is there stays, so that it keeps its focus. */
 function showLegend(hidden) {
-  const counts = new Map();
+  const counts = new Map(), old = [...byId("legend").children];
   for (const {model} of app.points) counts.set(model, (counts.get(model) ?? 0) + 1);
-  byId("legend").replaceChildren(...[...counts].sort((a, b) => b[1] - a[1]).map(([model, number]) =>
-    node("button", {"aria-pressed": String(!hidden.has(model)), onclick() {
-      if (!hidden.delete(model)) hidden.add(model);
-      amend({hide: [...hidden]});
-      showChart();
-    }}, markNode(model), named(model), ` ${count(number)}`)));
+  arrange(byId("legend"), [...counts].sort((a, b) => b[1] - a[1]).map(([model, number]) => {
+    const button = old.find(one => one.model === model) ?? Object.assign(node("button",
+      {onclick: () => toggleModel(model)}, markNode(model), named(model), node("span")), {model});
+    button.setAttribute("aria-pressed", String(!hidden.has(model)));
+    say(button.lastChild, ` ${count(number)}`);
+    return button;
+  }));
+}
+function toggleModel(model) {
+  const hidden = new Set(params().getAll("hide"));
+  if (!hidden.delete(model)) hidden.add(model);
+  amend({hide: [...hidden]});
+  showChart();
 }
 const SPEEDS = [
   ["Model", "model"], ["Requests", "requests", count], ["Errors", "errors", count],
@@ -7130,27 +7129,27 @@ function speedsByServer(model) {
       prompt_tokens: sum("prompt_tokens"), completion_tokens: sum("completion_tokens")};
   });
 }
+const sorting = () => params().get("sort") ?? "-requests";  // a minus is for descending
 function showSpeeds() {
-  const table = byId("speeds"), sort = params().get("sort") ?? "-requests";
-  const by = sort.replace("-", ""), down = sort !== by, order = (a, b) => (a > b) - (a < b);
-  const sorted = [...app.models].sort((a, b) => order(a[by] ?? -1, b[by] ?? -1) * (down ? -1 : 1));
-  const head = ([label, key, format]) => node("th", {scope: "col", class: format && "number",
-    "aria-sort": key === by && (down ? "descending" : "ascending")}, node("button", {onclick() {
-    amend({sort: key === by && down ? key : `-${key}`});
-    showSpeeds();
-  }}, label));
+  const table = byId("speeds"), by = sorting().replace("-", ""), down = sorting() !== by;
+  const compare = (a, b) => ((a[by] ?? -1) > (b[by] ?? -1)) - ((a[by] ?? -1) < (b[by] ?? -1));
+  const sorted = [...app.models].sort((a, b) => down ? compare(b, a) : compare(a, b));
+  for (const [at, [, key]] of SPEEDS.entries()) table.tHead.rows[0].cells[at]
+    .setAttribute("aria-sort", key !== by ? "none" : down ? "descending" : "ascending");
   const name = row => row.server ? named(`on ${short(row.server)}`)
     : node("span", markNode(row.model), named(row.model));
   const line = row => node(row.server ? "tr.under" : "tr", SPEEDS.map(([label, key, format]) =>
     cellNode(label, format && "number", format ? format(row[key]) : name(row))));
   const rows = sorted.flatMap(row => [row, ...speedsByServer(row.model)]);
-  table.tHead.replaceChildren(node("tr", SPEEDS.map(head)));
   table.tBodies[0].replaceChildren(...rows.map(line));
+}
+function sortBy(key) {
+  amend({sort: sorting() === `-${key}` ? key : `-${key}`});
+  showSpeeds();
 }
 function loadPerformance() {
   const {hours, model, service_type} = valuesOf(byId("lens"));
-  const query = new URLSearchParams(present({since: `${hours}h`, model, format: "csv"}));
-  byId("export").href = `/api/export?${query}`;
+  byId("export").href = `/api/export?${queryOf({since: `${hours}h`, model, format: "csv"})}`;
   return load("performance", {hours, model, service_type, limit: 2000}, showPerformance);
 }
 const performanceSoon = paced(loadPerformance, 5000);
@@ -7158,6 +7157,8 @@ function openPerformance() {
   for (const [name, chosen] of [["x", "completion_tokens"], ["y", "duration_ms"]])
     byId("lens").elements[name].append(...Object.entries(AXES).map(([value, [label]]) =>
       node("option", {value, selected: value === chosen}, label)));
+  byId("speeds").tHead.append(node("tr", SPEEDS.map(([label, key, format]) => node("th",
+    {class: format && "number"}, node("button", {onclick: () => sortBy(key)}, label)))));
   bindForm(byId("lens"), loadPerformance);
   new ResizeObserver(showChart).observe(byId("chart").parentNode);
 }
@@ -7177,6 +7178,7 @@ async function loadRequest() {
       "It may be older than MAX_LOG_AGE_DAYS. ", node("a", {href: "/"}, "Look at the newest."))));
   }
 }
+const requestSoon = paced(loadRequest, 1000);
 /** Show a request; while it runs, only what changes is made anew, once a second. */
 function showRequest(doc) {
   const old = [...byId("turns").children];
@@ -7193,7 +7195,7 @@ function showRequest(doc) {
     const key = JSON.stringify(turn);
     return old[at]?.key === key ? old[at] : Object.assign(turnNode(turn), {key});
   }));
-  if (doc.is_inflight) setTimeout(refresh, 1000);
+  if (doc.is_inflight) requestSoon();
 }
 const headNodes = doc => [node("h1", modelNode(doc)), badgeNode(doc),
   node("span.quiet", `${doc.method} `, named(doc.path, 80),
@@ -7233,7 +7235,7 @@ function factsNode(doc) {
     "Tokens per second": doc.tokens_per_second && plain(doc.tokens_per_second),
     "Size": sizesOf(doc), "Server": doc.upstream_url, "Stream": doc.stream ? "yes" : "no",
     "Client": doc.user_agent, "Key's fingerprint": doc.client_key, "Request id": doc.request_id,
-    "Started": doc.timestamp, "Ended": doc.completed_at};
+    "Started": doc.timestamp.replace("T", " "), "Ended": doc.completed_at?.replace("T", " ")};
   return node("dl.facts", present(facts).map(([name, value]) => node("div",
     node("dt", name), node("dd", value.nodeType ? value : named(value, 200)))));
 }
@@ -7274,7 +7276,7 @@ function rawNode(title, doc, side) {
   const content = () => node("div.stack", node("h3", "Fields"),
     node("dl.fields.mono", fields.map(([name, value]) => [node("dt", name), node("dd", value)])),
     node("div.line", node("h3", "Content"), node("span.small.grow", note),
-      body && copyNode("Copy", () => body)), jsonNode(body || "None is kept."));
+      body && copyNode("Copy", () => body)), jsonNode(body || "None is here."));
   return node("details.card", {"data-side": side, ontoggle() {
     if (this.children.length < 2) this.append(content());
   }}, node("summary", node("h2", title), node("span.small", ` raw, ${bytes(size)}`)));
@@ -7300,7 +7302,6 @@ const copyNode = (label, text, impossible) => node("button", {disabled: impossib
   }}, label);
 
 // -- Live: events, else polling; nothing while the tab is hidden -----------------------------
-const POLL_MS = 30_000;
 function listen() {
   if (app.source?.readyState < EventSource.CLOSED) return;
   app.source = new EventSource("/api/events");
@@ -7312,7 +7313,7 @@ function listen() {
   };
 }
 function refresh() {
-  if (document.hidden || !byId("sign-in").hidden) return;
+  if (document.hidden || !isSignedIn()) return;
   app.view.refresh();
   listen();
 }
@@ -7321,7 +7322,7 @@ function refresh() {
 const VIEWS = [
   {name: "performance", path: /^\/performance/, open: openPerformance, refresh: performanceSoon},
   {name: "request", path: /^\/request\//, open: openRequest,
-    refresh: () => app.request?.is_inflight !== false && loadRequest()},
+    refresh: () => app.request?.is_inflight !== false && requestSoon()},
   {name: "overview", path: /^/, open: openOverview, refresh: refreshOverview},
 ];
 function showSignIn() {
@@ -7365,7 +7366,7 @@ byId("try").addEventListener("toggle", suggestModels);
 byId("try-form").addEventListener("submit", tryIt);
 byId("sign-in").addEventListener("submit", signIn);
 byId("sign-out").onclick = () => post("/api/signout").finally(() => location.assign("/"));
-setInterval(refresh, POLL_MS);
+setInterval(refresh, 30_000);  // ms; for where events do not get through
 start();
 </script>
 </body>

@@ -4728,7 +4728,8 @@ def test_signing_in_and_out() -> None:
 
 
 @pytest.mark.parametrize("content, status", [
-    (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400), (b'{"token": 7}', 400), (b'{"token": null}', 400),
+    (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400),
+    (b'{"token": 7}', 400), (b'{"token": null}', 400),
     (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
     (dumps({"token": GOOD + "\r\nA: b"}), 401), (dumps({"token": GOOD + "=; x=y"}), 401),
     (dumps({"token": CARRIED["bad"]}), 401), (dumps({"token": CARRIED["wrong alg"]}), 401),
