@@ -3844,7 +3844,7 @@ class Blobs:
             for folder in (self.folder, os.path.dirname(place)):
                 pathlib.Path(folder).mkdir(0o700, parents=True, exist_ok=True)
             file = os.open(place, flags, 0o600)
-        with open(file, "wb", 0) as out:
+        with open(file, "wb") as out:  # buffered, so that a full disk is noticed
             out.write(data)
 
     def get(self, digest: str | None) -> bytes | None:
