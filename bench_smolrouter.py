@@ -649,32 +649,39 @@ def made_row(number: int, moment: float, chance: random.Random) -> smolrouter.Ro
     failed, ollama = chance.random() < 0.03, chance.random() < 0.3
     status = chance.choice((404, 429, 500, 502)) if failed else 200
     taken = round(chance.lognormvariate(8, 1), 1)
-    first, ended = int(moment * 1000), int(moment * 1000 + taken)
-    url = f"http://192.168.1.{100 + MODELS.index(model) % 3}:8000"
-    return smolrouter.Row(
-        first * 1024, f"{number:020x}", first, f"10.0.0.{chance.randrange(1, 30)}", "POST",
-        "/api/chat" if ollama else "/v1/chat/completions", "ollama" if ollama else "openai",
-        model, model, model, url, "default", int(stream), chance.randrange(200, 9000),
-        chance.randrange(200, 90_000), status, int(failed), "made up" if failed else None,
-        json.dumps([[f"box/{model}", url, status, None, taken]]),
-        None if failed else chance.randrange(10, 4000), None if failed else int(taken / 20) + 1,
-        None, 0, round(taken / 9, 1) if stream and not failed else None, taken, ended,
-        "OpenAI/Python 1.50.0", "0badcafe", (number & -number).bit_length() - 1,
-    )  # fmt: skip
+    url, attempt = f"http://192.168.1.{100 + MODELS.index(model) % 3}:8000", [f"box/{model}"]
+    values = {
+        "id": int(moment * 1000) * 1024, "request_id": f"{number:020x}",
+        "timestamp": int(moment * 1000), "completed_at": int(moment * 1000 + taken),
+        "source_ip": f"10.0.0.{chance.randrange(1, 30)}", "method": "POST",
+        "path": "/api/chat" if ollama else "/v1/chat/completions",
+        "service_type": "ollama" if ollama else "openai", "stream": int(stream),
+        "upstream_url": url, "route": "default", "request_size": chance.randrange(200, 9000),
+        "response_size": chance.randrange(200, 90_000), "status_code": status,
+        "failed": int(failed), "error_message": "made up" if failed else None,
+        "attempts": json.dumps([[*attempt, url, status, None, taken]]), "tokens_estimated": 0,
+        "prompt_tokens": None if failed else chance.randrange(10, 4000),
+        "completion_tokens": None if failed else int(taken / 20) + 1, "duration_ms": taken,
+        "ttft_ms": round(taken / 9, 1) if stream and not failed else None,
+        "user_agent": "OpenAI/Python 1.50.0", "client_key": "0badcafe",
+        "level": (number & -number).bit_length() - 1,
+        **dict.fromkeys(("original_model", "mapped_model", "sent_model"), model),
+    }  # fmt: skip
+    return smolrouter.Row(*(values.get(name) for name in smolrouter.Row._fields))
 
 
 def make_rows(count: int, file: str) -> None:
     """Write a log of `count` rows, evenly over the last week, to a new database."""
     store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": file}))
     chance, now, week = random.Random(1), time.time(), 7 * 86_400
-    detail = smolrouter.Detail('{"cut":[0,0]}', b'{"model":"made-up"}', ANSWER)
+    detail = smolrouter.Detail("{}", b'{"model":"made-up"}', ANSWER)
     for start_at in range(0, count, 10_000):
         tallies: smolrouter.Tallies = {}
         entries = []
         for number in range(start_at, min(start_at + 10_000, count)):
             moment = now - 60 - (count - number) * (week - 3600) / count
             row = made_row(number + 1, moment, chance)
-            smolrouter.add_row(tallies, smolrouter.rollup_key(row), row)
+            smolrouter.add_row(tallies, row)
             entries.append(smolrouter.make_entry(row, detail))
         store.write([], entries, tallies)
     store.close()

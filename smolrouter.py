@@ -3452,12 +3452,12 @@ async def list_models(lists: ModelLists, table: RoutingTable,
 # What happened to every request. The event loop hands records over; one thread makes rows
 # of them, hides secrets, packs bodies, counts, prints a line each and writes all of it to
 # SQLite in batches. Whatever is wrong with the database, requests go on: rows wait, and
-# the reason shows. To add a column: a field of `Row`, and a migration at the list's end.
+# the reason shows. To add a column: one in `Row`, and a migration at the list's end.
 
 MAX_INLINE = 16 * KiB  # longer bodies are blobs
 MAX_HELD = 64 * MiB  # bodies of running requests and of waiting rows; above, they are cut
 MAX_BATCH = 2000  # rows of one transaction
-SLICE, SLICE_REST = 8, 0.001  # rows made at a time, s for the relay in between: it goes first
+SLICE, SLICE_REST = 8, 0.001  # rows made in a row, and s that the relay then has to itself
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -3469,22 +3469,19 @@ APPLICATION_ID = 0x536D6F6C  # in the head of the database: it is ours
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 SECRET = re.compile(r"(?:authorization|cookie2?|key|token|secret|password|sig|signature)$")
 QUERY_VALUE = re.compile(r"([?&])([^=&]*)=([^&]*)")
+CORRUPT = re.compile(r"malformed|not a database")
+COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, original_model,
+    mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
+    status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
+    stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level"""
 SUMS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_tokens",
         "spoken_tokens", "spoken_ms", "duration_ms", "ttft_ms")
 EDGES = [2 ** (step / 2) for step in range(44)]  # ms that end a bucket: 1 ms to 50 min
 COUNTED = (*SUMS, *(f"{kind}{at}" for kind in "dt" for at in range(len(EDGES))))
 DURATIONS = slice(len(SUMS), len(SUMS) + len(EDGES))
 TTFTS = slice(len(SUMS) + len(EDGES), len(COUNTED))
-ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(COUNTED))})
-    ON CONFLICT (hour, service_type, model, upstream_url)
-    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)}"""
-CORRUPT = re.compile(r"malformed|not a database")
 MIGRATIONS = (f"""
-CREATE TABLE requests (id INTEGER PRIMARY KEY, request_id, timestamp, source_ip, method, path,
-    service_type, original_model, mapped_model, sent_model, upstream_url, route, stream,
-    request_size, response_size, status_code, failed, error_message, attempts, prompt_tokens,
-    completion_tokens, cached_tokens, tokens_estimated, ttft_ms, duration_ms, completed_at,
-    user_agent, client_key, level);
+CREATE TABLE requests (id INTEGER PRIMARY KEY{COLUMNS.removeprefix("id")});
 CREATE INDEX by_sent ON requests (sent_model, id, level);
 CREATE INDEX by_asked ON requests (original_model, id) WHERE original_model <> sent_model;
 CREATE INDEX by_service ON requests (service_type, id, level);
@@ -3494,19 +3491,34 @@ CREATE INDEX by_outcome ON requests (failed, id, status_code);
 CREATE INDEX sample ON requests (level, id, timestamp, sent_model, mapped_model, service_type,
     upstream_url, prompt_tokens, completion_tokens, duration_ms, ttft_ms, status_code, failed)
     WHERE level >= 3;
+CREATE TABLE rollups (hour, service_type, model, upstream_url, {", ".join(COUNTED)},
+    PRIMARY KEY (hour, service_type, model, upstream_url)) WITHOUT ROWID;
 CREATE TABLE details (id INTEGER PRIMARY KEY, size, request_blob, response_blob, data);
-CREATE TABLE blobs (digest TEXT PRIMARY KEY, size, uses) WITHOUT ROWID;
+CREATE TABLE blobs (digest TEXT PRIMARY KEY, size, uses DEFAULT 0) WITHOUT ROWID;
+CREATE INDEX unused ON blobs (digest) WHERE uses < 1;
 CREATE TABLE storage (bytes);
 INSERT INTO storage VALUES (0);
-CREATE TABLE rollups (hour, service_type, model, upstream_url, {", ".join(COUNTED)},
-    PRIMARY KEY (hour, service_type, model, upstream_url)) WITHOUT ROWID""",)
+CREATE TRIGGER kept AFTER INSERT ON details BEGIN
+    UPDATE storage SET bytes = bytes + length(NEW.data);
+    UPDATE blobs SET uses = uses + 1 WHERE digest = NEW.request_blob;
+    UPDATE blobs SET uses = uses + 1 WHERE digest = NEW.response_blob; END;
+CREATE TRIGGER forgotten AFTER DELETE ON details BEGIN
+    UPDATE storage SET bytes = bytes - length(OLD.data);
+    UPDATE blobs SET uses = uses - 1 WHERE digest = OLD.request_blob;
+    UPDATE blobs SET uses = uses - 1 WHERE digest = OLD.response_blob; END;
+CREATE TRIGGER filed AFTER INSERT ON blobs BEGIN
+    UPDATE storage SET bytes = bytes + NEW.size; END;
+CREATE TRIGGER dropped AFTER DELETE ON blobs BEGIN
+    UPDATE storage SET bytes = bytes - OLD.size; END""",)
+ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(COUNTED))})
+    ON CONFLICT (hour, service_type, model, upstream_url)
+    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)}"""
 
-class Lines(NamedTuple):
-    """What is kept of a head: field lines, secrets hidden, and who says so."""
-    text: str = "[]"  # JSON: names and values
-    user_agent: str = ""
-    client_key: str = ""  # a fingerprint
-    secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
+def time_id(moment: float) -> int:
+    """Return the lowest id of a moment in s UTC: ms * 1024, below 2**53 for long."""
+    return int(moment * 16_000) * LANES
+
+Row = collections.namedtuple("Row", COLUMNS)  # moments are ms UTC; `failed` None: it runs
 
 class Attempt(NamedTuple):
     """One instance that was asked, and how it answered."""
@@ -3516,43 +3528,29 @@ class Attempt(NamedTuple):
     error: str | None
     duration_ms: float
 
-@dataclasses.dataclass(eq=False)
 class Record:
     """The life of one request; moments of `clock` are monotonic, `started` is UTC."""
-    id: int
-    request_id: str
-    started: float
-    clock: float
-    source_ip: str
-    method: str
-    path: str
-    service: str = "openai"
-    original_model: str = ""
-    mapped_model: str = ""
-    sent_model: str = ""
-    upstream_url: str = ""
-    route: str = ""
-    trail: tuple[Step, ...] = ()
-    attempts: list[Attempt] = dataclasses.field(default_factory=list)
-    stream: bool = False
-    phase: str = "waiting"
-    status: int = 0
-    error: str = ""
-    request_size: int = 0
-    response_size: int = 0
-    first_token: float | None = None
-    finished: float | None = None
-    head: RequestHead | None = None
-    answer_head: ResponseHead | None = None  # of the upstream
-    content: bytes = b""  # of the request
-    pieces: list[bytes] = dataclasses.field(default_factory=list)  # of the answer, as it came
-    heard: int = 0  # octets of them
-    held: int = 0  # octets of both that are counted against MAX_HELD
-    tail: bytes = b""  # the end of what is not kept
-    request_cut: bool = False
-    response_cut: bool = False
-    stop: Callable[[], None] | None = None  # ends it from outside
-    written: bool = False  # the database has a row for it
+
+    def __init__(self, request_id: str, request: Request, service: str, stream: bool,
+                 decision: Decision) -> None:
+        self.id, self.request_id, self.service, self.stream = 0, request_id, service, stream
+        self.started, self.clock = time.time(), time.monotonic()
+        self.source_ip, self.head, self.content = request.source_host, request.head, request.content
+        self.path, self.request_size = request.path + request.query, len(request.content)
+        self.original_model, self.mapped_model = decision.asked, decision.mapped
+        self.route, self.trail = decision.route, decision.trail
+        self.sent_model = self.upstream_url = self.error = ""
+        self.attempts: list[Attempt] = []
+        self.phase, self.status, self.response_size = "waiting", 0, 0
+        self.first_token: float | None = None
+        self.finished: float | None = None
+        self.answer_head: ResponseHead | None = None  # of the upstream
+        self.pieces: list[bytes] = []  # of the answer, as it came
+        self.heard = self.held = 0  # octets of them; of all that MAX_HELD counts
+        self.tail = b""  # the end of what is not kept
+        self.request_cut = self.response_cut = False
+        self.stop: Callable[[], None] | None = None  # ends it from outside
+        self.written = False  # the database has a row for it
 
     @property
     def events(self) -> int:
@@ -3560,48 +3558,18 @@ class Record:
         mark = b"data:" if any(b"data:" in piece for piece in self.pieces[:2]) else b"\n"
         return sum(piece.count(mark) for piece in self.pieces) if self.stream else 0
 
-class Row(NamedTuple):
-    """A row of the log, in the order of its columns."""
-    id: int
-    request_id: str
-    timestamp: int  # ms UTC, as completed_at
-    source_ip: str
-    method: str
-    path: str
-    service_type: str
-    original_model: str
-    mapped_model: str
-    sent_model: str
-    upstream_url: str
-    route: str
-    stream: int
-    request_size: int
-    response_size: int
-    status_code: int | None
-    failed: int | None  # None: it runs
-    error_message: str | None
-    attempts: str  # JSON: a list of lists
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    cached_tokens: int | None
-    tokens_estimated: int
-    ttft_ms: float | None
-    duration_ms: float | None
-    completed_at: int | None
-    user_agent: str
-    client_key: str
-    level: int  # half of all rows have 0, a quarter 1, ...: an even sample of any size
-
-Tally = list[float]  # numbers in the order of COUNTED
-Tallies = dict[tuple[int, str, str, str], Tally]  # by hour, service, model, upstream
+class Lines(NamedTuple):
+    """What is kept of a head: field lines, secrets hidden, and who says so."""
+    text: str = "[]"  # JSON: names and values
+    user_agent: str = ""
+    client_key: str = ""  # a fingerprint
+    secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
 
 class Detail(NamedTuple):
     """What is kept of a request beside its row."""
-    meta: str  # JSON: trail, fields of both heads, what was cut
-    request: bytes
-    response: bytes
-
-NO_DETAIL = Detail("{}", b"", b"")
+    meta: str = "{}"  # JSON: trail, fields of both heads, what was cut
+    request: bytes = b""
+    response: bytes = b""
 
 class Entry(NamedTuple):
     """A row and its packed detail, ready to be written."""
@@ -3614,6 +3582,9 @@ class Entry(NamedTuple):
         """How many octets are kept beside the row."""
         return len(self.data) + sum(len(blob[1]) for blob in self.blobs if blob)
 
+Tally = list[float]  # numbers in the order of COUNTED
+Tallies = dict[tuple[int, str, str, str], Tally]  # by hour, service, model, upstream
+
 @functools.lru_cache(maxsize=1024)
 def is_secret(name: str) -> bool:
     """Tell whether a field or parameter of this name carries a secret."""
@@ -3621,11 +3592,9 @@ def is_secret(name: str) -> bool:
 
 def hide(secret: str) -> str:
     """Return a fingerprint in a secret's place; a scheme before it stays."""
-    scheme, space, rest = secret.partition(" ")
-    if scheme.lower() not in ("bearer", "basic"):
-        scheme, space, rest = "", "", secret
+    scheme, rest = re.fullmatch(r"(?is)((?:bearer|basic) )?(.*)", secret).groups("")
     digest = hashlib.sha256(rest.encode("utf-8", "replace")).hexdigest()
-    return f"{scheme}{space}***{digest[:8]}" if rest else secret
+    return f"{scheme}***{digest[:8]}" if rest else secret
 
 def hide_parameter(match: re.Match[str]) -> str:
     """Return a parameter of a query, its value hidden when it is a secret."""
@@ -3641,12 +3610,12 @@ def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
         for lower, name, value in head.fields.lines:
             if is_secret(lower):
                 secret, value = value.rpartition(" ")[2].encode("latin-1", "replace"), hide(value)
-                secrets.append((secret, value.encode("latin-1", "replace")))
+                if len(secret) >= MIN_ECHO:
+                    secrets.append((secret, value.encode("latin-1", "replace")))
             shown.append((name, value))
         key = get("authorization") or get("x-api-key") or get("api-key") or ""
-        long = tuple(pair for pair in secrets if len(pair[0]) >= MIN_ECHO)
         head.memo["lines"] = Lines(COMPACT_JSON(shown), get("user-agent") or "",
-                                   hide(key).rpartition("***")[2], long)
+                                   hide(key).rpartition("***")[2], tuple(secrets))
     return head.memo["lines"]
 
 def storable(text: str) -> str:
@@ -3660,15 +3629,12 @@ def compress(data: bytes) -> bytes:
 
 def inflate(data: bytes, coding: str | None) -> bytes:
     """Return a body without its content coding, as far as it can be read."""
-    if coding in ("gzip", "x-gzip", "deflate"):
-        with contextlib.suppress(zlib.error):
+    with contextlib.suppress(zlib.error):
+        if coding in ("gzip", "x-gzip", "deflate"):
             return zlib.decompressobj(47).decompress(data, MAX_HELD)
     return data
 
-@functools.lru_cache(maxsize=1024)
-def encode_trail(trail: tuple[Step, ...]) -> str:
-    """Return a routing trail as JSON: a list of lists."""
-    return COMPACT_JSON(trail)
+encode_trail = functools.lru_cache(maxsize=1024)(COMPACT_JSON)  # most requests go known ways
 
 def make_detail(record: Record, limit: int) -> Detail:
     """Return what is kept of a record; `limit` octets of each body."""
@@ -3683,49 +3649,47 @@ def make_detail(record: Record, limit: int) -> Detail:
 
 def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
     """Return the tokens of a request, and whether they are estimates: four letters each."""
-    if record.status >= 400 and record.status != ClientClosed.status:
+    failed = record.status >= 400 and record.status != ClientClosed.status
+    if failed or record.answer_head is None:
         return Usage(), False
-    coding = record.answer_head.fields.get("content-encoding") if record.answer_head else None
-    said = inflate(detail.response, coding) + record.tail
+    said = inflate(detail.response, record.answer_head.fields.get("content-encoding")) + record.tail
     usage, path = read_usage(said), record.path.partition("?")[0]
     if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
         return usage, False
-    letters = [sum(len(m["content"]) + len(m["thinking"]) for m in talk) for talk in (
-        read_transcript(path, record.content, b""), read_transcript(path, b"", said))]
-    prompt, completion = (-(-count // 4) for count in letters)
+    prompt, completion = (
+        -(-sum(len(message["content"]) + len(message["thinking"]) for message in talk) // 4)
+        for talk in (read_transcript(path, record.content, b""), read_transcript(path, b"", said)))
     return Usage(usage.prompt or prompt, completion, usage.cached), True
 
-def make_row(record: Record, detail: Detail, now: float) -> Row:
-    """Return the row of a record as it stands; `now` is monotonic."""
+def make_row(record: Record, detail: Detail) -> Row:
+    """Return the row of a record as it stands."""
     lines, done, failed = read_lines(record.head), record.finished is not None, None
+    taken = round((record.finished - record.clock) * 1000, 1) if done else None
     if done:
         failed = int(record.status >= 400 or bool(record.error))
-    taken = round(((record.finished or now) - record.clock) * 1000, 1)
     first = record.first_token if record.stream else None
-    usage, estimated = read_cost(record, detail)
-    chance = hash(record.request_id)  # the same for nobody else
+    (prompt, completion, cached), estimated = read_cost(record, detail)
+    chance, started = hash(record.request_id), int(record.started * 1000)
     return Row(
-        record.id, record.request_id, int(record.started * 1000), record.source_ip,
-        record.method, QUERY_VALUE.sub(hide_parameter, record.path), record.service,
-        storable(record.original_model), storable(record.mapped_model), storable(record.sent_model),
-        record.upstream_url, storable(record.route), int(record.stream), record.request_size,
-        record.response_size, record.status or None, failed, storable(record.error) or None,
-        COMPACT_JSON(record.attempts), *usage, int(estimated),
+        record.id, record.request_id, started, record.source_ip, record.head.method,
+        QUERY_VALUE.sub(hide_parameter, record.path), record.service,
+        storable(record.original_model), storable(record.mapped_model), record.upstream_url,
+        storable(record.route), taken,
         None if first is None else round((first - record.clock) * 1000, 1),
-        taken if done else None, int(record.started * 1000 + taken) if done else None,
-        lines.user_agent, lines.client_key,
-        (chance & -chance).bit_length() - 1,
+        record.request_size, record.response_size, record.status or None,
+        storable(record.error) or None, prompt, completion, int(estimated),
+        COMPACT_JSON(record.attempts), int(record.stream), started + int(taken) if done else None,
+        storable(record.sent_model), cached, lines.user_agent, lines.client_key, failed,
+        (chance & -chance).bit_length() - 1,  # 0 for half of all rows, 1 for a quarter, ...
     )
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
-    inline, blobs = [], []
-    for body in detail[1:]:
-        long = len(body) > MAX_INLINE
-        inline.append(b"" if long else body)
-        blobs.append((hashlib.sha256(body).hexdigest(), compress(body)) if long else None)
+    inline = [b"" if len(body) > MAX_INLINE else body for body in detail[1:]]
+    blobs = tuple((hashlib.sha256(body).hexdigest(), compress(body))
+                  if len(body) > MAX_INLINE else None for body in detail[1:])
     head = f"{len(inline[0])}\n{detail.meta}\n".encode("utf-8", "replace")
-    return Entry(row, compress(b"".join((head, *inline))), tuple(blobs))
+    return Entry(row, compress(b"".join((head, *inline))), blobs)
 
 def read_detail(data: bytes, blobs: Iterable[bytes | None]) -> Detail:
     """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
@@ -3739,14 +3703,14 @@ def rollup_key(row: Row) -> tuple[int, str, str, str]:
     model = row.sent_model or row.mapped_model
     return row.timestamp // 3_600_000, row.service_type, model, row.upstream_url
 
-def add_row(tallies: dict[Any, Tally], key: Any, row: Row) -> None:
-    """Add a request to the sums and histograms of a key."""
-    tally = tallies.setdefault(key, [0] * len(COUNTED))
+def add_row(tallies: Tallies, row: Row) -> None:
+    """Add a request to the sums and histograms of its hour, model and upstream."""
+    tally = tallies.setdefault(rollup_key(row), [0] * len(COUNTED))
     said, taken, first = row.completion_tokens or 0, row.duration_ms or 0, row.ttft_ms or 0
-    speaking = taken - first if said else 0
-    numbers = (1, row.failed or 0, row.prompt_tokens or 0, said, row.cached_tokens or 0,
-               said if speaking > 0 else 0, max(speaking, 0), taken, first)
-    for at, number in enumerate(numbers):
+    speaking = max(taken - first, 0) if said else 0
+    for at, number in enumerate((
+            1, row.failed, row.prompt_tokens or 0, said, row.cached_tokens or 0,
+            said if speaking else 0, speaking, taken, first)):
         tally[at] += number
     for value, part in ((row.duration_ms, DURATIONS), (row.ttft_ms, TTFTS)):
         if value is not None:
@@ -3758,21 +3722,12 @@ def add_tallies(tallies: dict[Any, Tally], more: Mapping[Any, Tally]) -> None:
         known = tallies.get(key)
         tallies[key] = [*map(operator.add, known, tally)] if known else [*tally]
 
-def percentile(counts: Sequence[float], share: float) -> float | None:
-    """Return about the value in ms below which `share` of a histogram lies."""
-    rank, low = share * sum(counts), 0.0
-    for count, edge in zip(counts, EDGES, strict=True):
-        if count and rank <= count:
-            return round(low + (edge - low) * rank / count, 1)
-        rank, low = rank - count, edge
-    return None
-
 @contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
+def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     """Write all of it or nothing."""
     db.execute("BEGIN IMMEDIATE")
     try:
-        yield
+        yield db
         db.execute("COMMIT")
     finally:
         if db.in_transaction:
@@ -3782,32 +3737,26 @@ def insert(db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) ->
     """Insert or replace rows, many in one statement: each costs a hand-over between threads."""
     for at in range(0, len(rows), 32):
         some = rows[at : at + 32]
-        marks = f"({', '.join('?' * len(some[0]))})"
-        sql = f"INSERT OR REPLACE INTO {table} VALUES {', '.join([marks] * len(some))}"
-        db.execute(sql, [*itertools.chain.from_iterable(some)])
+        marks = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
+        db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", [*itertools.chain(*some)])
 
 def open_database(path: str) -> sqlite3.Connection:
     """Open the log's database, made or migrated when need be. Raises sqlite3.Error, OSError."""
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file alone
-        (tables,), = db.execute("SELECT count(*) FROM sqlite_master")
-        (mark,), = db.execute("PRAGMA application_id")
+        (version, mark, tables), = db.execute(
+            "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_master) "
+            "FROM pragma_user_version, pragma_application_id")
         if tables and mark != APPLICATION_ID:
             raise OSError(f"{path} is another program's database; set DB_PATH to another file")
+        if version > len(MIGRATIONS):
+            raise OSError(f"{path} was made by a newer SmolRouter (version {version})")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        with transaction(db):
-            (version,), = db.execute("PRAGMA user_version")
-            if version > len(MIGRATIONS):
-                raise OSError(f"{path} was made by a newer SmolRouter (version {version})")
-            for script in MIGRATIONS[version:]:
-                for statement in script.split(";"):
-                    db.execute(statement)
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
+                             f"PRAGMA user_version = {number}; COMMIT")
     except BaseException:
         db.close()
         raise
@@ -3820,51 +3769,36 @@ def reading(path: str) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as db:
         yield db
 
-class Blobs:
-    """Long bodies by the digest of their content: files in a folder, or memory."""
+class Files:
+    """Long bodies as files, by digest; a dict can stand in its place."""
 
-    def __init__(self, settings: Settings) -> None:
-        filed = settings.blob_storage_type == "filesystem"
-        self.folder = settings.blob_storage_path if filed else None
-        self.memory: dict[str, bytes] = {}
+    def __init__(self, folder: str) -> None:
+        self.folder = pathlib.Path(folder)
 
-    def place(self, digest: str) -> str:
+    def place(self, digest: str) -> pathlib.Path:
         """Return where the file of a body is."""
-        return f"{self.folder}/{digest[:2]}/{digest}.z"
+        return self.folder / digest[:2] / f"{digest}.z"
 
-    def put(self, digest: str, data: bytes) -> None:
+    def __setitem__(self, digest: str, data: bytes) -> None:
         """Keep a packed body; a row speaks of it only when it is there. Raises OSError."""
-        if self.folder is None:
-            self.memory[digest] = data
-            return
-        place, flags = self.place(digest), os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-        try:
-            file = os.open(place, flags, 0o600)
-        except FileNotFoundError:
-            for folder in (self.folder, os.path.dirname(place)):
-                pathlib.Path(folder).mkdir(0o700, parents=True, exist_ok=True)
-            file = os.open(place, flags, 0o600)
-        with open(file, "wb") as out:  # buffered, so that a full disk is noticed
-            out.write(data)
+        place = self.place(digest)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
 
-    def get(self, digest: str | None) -> bytes | None:
+    def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
-        if digest is None or self.folder is None:
-            return self.memory.get(digest or "")
         with contextlib.suppress(OSError):
-            return pathlib.Path(self.place(digest)).read_bytes()
+            return self.place(digest).read_bytes()
         return None
 
-    def drop(self, digest: str) -> None:
+    def pop(self, digest: str, default: None) -> None:
         """Forget a body."""
-        self.memory.pop(digest, None)
-        if self.folder:
-            with contextlib.suppress(OSError):
-                os.unlink(self.place(digest))
+        with contextlib.suppress(OSError):
+            self.place(digest).unlink()
 
     def old(self, before: float) -> Iterator[str]:
         """Yield the digests of files that are older than a moment, s since the epoch."""
-        for place in pathlib.Path(self.folder).glob("??/*.z") if self.folder else ():
+        for place in self.folder.glob("??/*.z"):
             with contextlib.suppress(OSError):
                 if place.stat().st_mtime < before:
                     yield place.stem
@@ -3874,30 +3808,25 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self.path, self.limit = settings.db_path, settings.max_total_storage_size
-        self.age = settings.max_log_age_days * 86_400
-        self.blobs = Blobs(settings)
-        self.db: sqlite3.Connection | None = None
+        self.age, self.prune_at = settings.max_log_age_days * 86_400, 0.0
+        filed = settings.blob_storage_type == "filesystem"
+        self.blobs: Any = Files(settings.blob_storage_path) if filed else {}
         self.lane, self.lock = os.getpid() % LANES, -1  # the lock's file says who is alive
-        self.stored = 0
-        self.prune_at = 0.0
-        self.file: tuple[int, int] | None = None
-
-    def identity(self) -> tuple[int, int] | None:
-        """Return which file stands at the path now."""
-        with contextlib.suppress(OSError):
-            status = os.stat(self.path)
-            return status.st_dev, status.st_ino
-        return None
+        self.db: sqlite3.Connection | None = None
+        self.file: os.stat_result | None = None
 
     def open(self) -> sqlite3.Connection:
         """Return the database, opened again when another file, or none, is in its place."""
-        if self.db and self.identity() != self.file:
+        file = None
+        with contextlib.suppress(OSError):
+            file = os.stat(self.path)
+        if self.db and not (file and os.path.samestat(file, self.file)):
             self.close()
         if self.db is None:
             self.db = open_database(self.path)
-            self.file = self.identity()
+            self.file = os.stat(self.path)
             if self.lock < 0:
-                self.interrupt(self.claim())
+                self.claim(self.db)
         return self.db
 
     def close(self) -> None:
@@ -3906,109 +3835,71 @@ class Store:
             self.db.close()
         self.db = None
 
-    def claim(self) -> list[int]:
-        """Take the first free lane; return all lanes in which nobody is alive."""
-        self.lock = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600)
-        free = []
+    def claim(self, db: sqlite3.Connection) -> None:
+        """Take the first free lane; finish the rows that routers of free lanes left open."""
+        self.lock, lanes = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR), []
         for lane in range(LANES):
             with contextlib.suppress(OSError):
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lane)
-                free.append(lane)
-                if len(free) > 1:
+                db.execute("UPDATE requests SET failed = 1, error_message = 'interrupted' "
+                           f"WHERE failed IS NULL AND id % {LANES} = ?", (lane,))
+                lanes.append(lane)
+                if len(lanes) > 1:
                     fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, lane)
-        self.lane = free[0] if free else self.lane
-        return free
-
-    def interrupt(self, lanes: list[int]) -> None:
-        """Finish the rows that routers left open which are no more."""
-        open_rows = f"failed IS NULL AND id % {LANES} IN ({', '.join(map(str, lanes))})"
-        with transaction(self.db):
-            rows = self.db.execute(f"SELECT * FROM requests WHERE {open_rows}").fetchall()
-            self.db.execute("UPDATE requests SET failed = 1, error_message = 'interrupted' "
-                            f"WHERE {open_rows}")
-            tallies: Tallies = {}
-            for row in map(Row._make, rows):
-                add_row(tallies, rollup_key(row), row._replace(failed=1))
-            self.add(tallies)
-
-    def add(self, tallies: Tallies) -> None:
-        """Add to the hourly sums."""
-        self.db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
+        self.lane = lanes[0] if lanes else self.lane
 
     def write(self, rows: Sequence[Row], entries: Sequence[Entry], tallies: Tallies) -> None:
         """Write a batch: rows of requests that run, whole entries, sums. Raises sqlite3.Error."""
-        db = self.open()
-        with transaction(db):
-            (self.stored,), = db.execute("SELECT bytes FROM storage")
-            room, kept = self.limit, []
-            for entry in reversed(entries):
-                room -= entry.size
-                kept += [entry] if room >= 0 else []
-            self.make_room(sum(entry.size for entry in kept))
+        sizes = itertools.accumulate(entry.size for entry in reversed(entries))
+        kept = [*entries][len(entries) - sum(size <= self.limit for size in sizes) :]
+        with transaction(self.open()) as db:
+            self.make_room(db, sum(entry.size for entry in kept))
+            for digest, data in {blob for entry in kept for blob in entry.blobs if blob}:
+                if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
+                    self.blobs[digest] = data
+                    db.execute("INSERT INTO blobs VALUES (?, ?, 0)", (digest, len(data)))
             insert(db, "requests", [*rows, *(entry.row for entry in entries)])
-            insert(db, "details", [self.keep(entry) for entry in reversed(kept)])
-            self.add(tallies)
-            db.execute("UPDATE storage SET bytes = ?", (self.stored,))
+            insert(db, "details", [
+                (entry.row.id, entry.size, *(blob and blob[0] for blob in entry.blobs), entry.data)
+                for entry in kept])
+            db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
 
-    def keep(self, entry: Entry) -> tuple[Any, ...]:
-        """Keep an entry's long bodies, each once; return its row of `details`."""
-        self.stored += len(entry.data)
-        for digest, data in filter(None, entry.blobs):
-            known = self.db.execute("UPDATE blobs SET uses = uses + 1 WHERE digest = ?", (digest,))
-            if not known.rowcount:
-                self.blobs.put(digest, data)
-                self.db.execute("INSERT INTO blobs VALUES (?, ?, 1)", (digest, len(data)))
-                self.stored += len(data)
-        digests = [blob and blob[0] for blob in entry.blobs]
-        return entry.row.id, entry.size, *digests, entry.data
-
-    def make_room(self, size: int) -> None:
+    def make_room(self, db: sqlite3.Connection, size: int) -> None:
         """Forget the oldest details until `size` more octets fit, or none is left."""
-        while (needed := self.stored + size - self.limit) > 0:
-            sql = "SELECT id, size, request_blob, response_blob FROM details ORDER BY id LIMIT 100"
-            oldest, chosen = self.db.execute(sql).fetchall(), []
-            while oldest and needed > 0:
-                chosen.append(oldest.pop(0))
-                needed -= chosen[-1][1]
-            if not chosen:
+        stored, oldest = "SELECT bytes FROM storage", "SELECT id, size FROM details LIMIT 100"
+        while (needed := db.execute(stored).fetchone()[0] + size - self.limit) > 0:
+            rows = db.execute(oldest).fetchall()
+            if not rows:
                 return
-            self.forget(chosen)
+            freed = itertools.accumulate(size for _, size in rows)
+            enough = (row[0] for row, total in zip(rows, freed, strict=True) if total >= needed)
+            self.forget(db, next(enough, rows[-1][0]))
 
-    def forget(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Delete rows of `details`, and the long bodies that nobody uses any more."""
-        db = self.db
-        for number, *digests in [(row[0], *row[2:]) for row in rows]:
-            (size,), = db.execute("SELECT length(data) FROM details WHERE id = ?", (number,))
-            db.execute("DELETE FROM details WHERE id = ?", (number,))
-            self.stored -= size
-            for digest in filter(None, digests):
-                db.execute("UPDATE blobs SET uses = uses - 1 WHERE digest = ?", (digest,))
-                unused = "FROM blobs WHERE digest = ? AND uses < 1"
-                for (size,) in db.execute(f"SELECT size {unused}", (digest,)).fetchall():
-                    db.execute(f"DELETE {unused}", (digest,))
-                    self.blobs.drop(digest)
-                    self.stored -= size
+    def forget(self, db: sqlite3.Connection, last: int) -> None:
+        """Delete the details up to an id, and the long bodies that nobody uses any more."""
+        db.execute("DELETE FROM details WHERE id <= ?", (last,))
+        for (digest,) in db.execute("SELECT digest FROM blobs WHERE uses < 1").fetchall():
+            self.blobs.pop(digest, None)
+        db.execute("DELETE FROM blobs WHERE uses < 1")
 
     def prune(self, now: float) -> bool:
         """Delete a little of what is too old and give its space back; tell whether more is."""
         if now < self.prune_at:
             return False
-        db, before = self.open(), (int((now - self.age) * 1000) * 1024, PRUNE_STEP)
-        with transaction(db):
-            (self.stored,), = db.execute("SELECT bytes FROM storage")
-            sql = "SELECT id, size, request_blob, response_blob FROM details WHERE id < ? LIMIT ?"
-            self.forget(details := db.execute(sql, before).fetchall())
-            sql = "SELECT id FROM requests WHERE id < ? ORDER BY id LIMIT ?"
-            rows = db.execute(f"DELETE FROM requests WHERE id IN ({sql})", before).rowcount
+        old = f"SELECT id FROM {{}} WHERE id < {time_id(now - self.age)} LIMIT {PRUNE_STEP}"
+        with transaction(self.open()) as db:
+            (last,), = db.execute(f"SELECT max(id) FROM ({old.format('details')})")
+            self.forget(db, last or 0)
+            sql = f"DELETE FROM requests WHERE id IN ({old.format('requests')})"
+            rows = db.execute(sql).rowcount
             db.execute("DELETE FROM rollups WHERE hour < ?", (int((now - self.age) // 3600),))
-            db.execute("UPDATE storage SET bytes = ?", (self.stored,))
         db.execute(f"PRAGMA incremental_vacuum({VACUUM_STEP})").fetchall()
-        (unused,), = db.execute("PRAGMA freelist_count")
-        if details or rows or unused:
+        if last or rows or db.execute("PRAGMA freelist_count").fetchone()[0]:
             return True
-        for digest in self.blobs.old(now - self.age):  # a crash left it
+        left = self.blobs.old(now - self.age) if isinstance(self.blobs, Files) else ()  # by a crash
+        for digest in left:
             if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
-                self.blobs.drop(digest)
+                self.blobs.pop(digest, None)
         self.prune_at = now + PRUNE_EVERY
         return False
 
@@ -4019,21 +3910,19 @@ class Store:
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
 
-    def detail(self, db: sqlite3.Connection, number: int) -> Detail | None:
-        """Return the detail of a request, None when it was forgotten. Raises sqlite3.Error."""
+    def detail(self, db: sqlite3.Connection, number: int) -> Detail:
+        """Return the detail of a request, an empty one when it is forgotten or damaged."""
         sql = "SELECT data, request_blob, response_blob FROM details WHERE id = ?"
-        with contextlib.suppress(ValueError, zlib.error):  # damaged
+        with contextlib.suppress(ValueError, zlib.error):
             for data, *digests in db.execute(sql, (number,)):
-                return read_detail(data, map(self.blobs.get, digests))
-        return None
+                return read_detail(data, [digest and self.blobs.get(digest) for digest in digests])
+        return Detail()
 
     def move_aside(self) -> str:
         """Give a file that is no database of ours another name; return it, "" for no file."""
-        self.close()
+        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
         if not os.path.isfile(self.path):
             return ""
-        moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        aside = f"{self.path}.corrupt-{moment}"
         for suffix in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self.path + suffix, aside + suffix)
@@ -4088,6 +3977,7 @@ class RequestLog:
     """Knows the running requests; its thread prints, counts and writes those that ended."""
 
     def __init__(self, settings: Settings, console: Console) -> None:
+        os.umask(0o077)  # what is kept is its owner's alone
         self.console, self.settings = console, settings
         self.quiet = settings.log_level not in ("DEBUG", "INFO")
         self.store = Store(settings) if settings.enable_logging else None
@@ -4109,8 +3999,7 @@ class RequestLog:
     def begin(self, record: Record) -> None:
         """Note that a request was accepted."""
         lane = self.store.lane if self.store else 0
-        place = int(record.started * 16_000) * LANES + lane  # ms * 1024, below 2**53
-        self.last_id = record.id = max(self.last_id + LANES, place)
+        self.last_id = record.id = max(self.last_id + LANES, time_id(record.started) + lane)
         self.inflight[record.id] = record
         record.held = len(record.content)
         if not self.body_limit or self.taken - self.released + record.held > MAX_HELD:
@@ -4142,8 +4031,9 @@ class RequestLog:
 
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""
-        while True:
-            last, pruning = self.closing.is_set(), False
+        last = pruning = False
+        while not last or self.ended:
+            last = self.closing.is_set()
             self.wake.clear()
             try:
                 self.take()
@@ -4151,14 +4041,11 @@ class RequestLog:
             except Exception:  # noqa: BLE001 - a fault of ours must not end the log
                 self.console.line(traceback.format_exc())
             self.opened.set()
-            if last and not self.ended:
-                return
-            if last or len(self.ended) > MAX_BATCH:
-                continue
-            self.trim()
-            waiting = self.store.prune_at - time.time() if self.store else None
-            self.wake.wait(RETRY if self.error else BATCH if pruning else waiting)
-            self.closing.wait(RETRY if self.error else BATCH)
+            if not last and len(self.ended) <= MAX_BATCH:
+                self.trim()
+                idle = self.store.prune_at - time.time() if self.store else None
+                self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
+                self.closing.wait(RETRY if self.error else BATCH)
 
     def trim(self) -> None:
         """Return the memory of bodies that went by, now and then."""
@@ -4180,20 +4067,20 @@ class RequestLog:
                 time.sleep(SLICE_REST)
             record = self.ended.popleft()
             detail = make_detail(record, self.body_limit)
-            row = make_row(record, detail, time.monotonic())
+            row = make_row(record, detail)
             self.print(record, row)
-            add_row(fresh, rollup_key(row), row)
+            add_row(fresh, row)
             self.released += record.held
             if self.store:
                 self.backlog.append(make_entry(row, detail))
                 self.released -= self.backlog[-1].size
             for listener in list(self.listeners):
                 listener.append(row)
-        if self.store:
-            add_tallies(self.tallies, fresh)
-        for (_, *key), tally in fresh.items():
-            full = len(self.series) >= MAX_SERIES and tuple(key) not in self.series
-            add_tallies(self.series, {(key[0], "other", "other") if full else tuple(key): tally})
+        add_tallies(self.tallies, fresh if self.store else {})
+        for (_, service, *names), tally in fresh.items():
+            known = (service, *names) in self.series or len(self.series) < MAX_SERIES
+            key = (service, *(names if known else ("other", "other")))
+            add_tallies(self.series, {key: tally})
         self.lost += self.shorten(MAX_BACKLOG)
 
     def shorten(self, most: int) -> int:
@@ -4207,14 +4094,13 @@ class RequestLog:
         if self.store is None:
             return False
         running = [record for record in list(self.inflight.values()) if not record.written]
-        now = time.monotonic()
         try:
             if self.suspect:
                 self.suspect = False
                 self.store.check()
             self.store.open()
-            if running or self.backlog or self.tallies:
-                rows = [make_row(record, NO_DETAIL, now) for record in running]
+            rows = [make_row(record, Detail()) for record in running]
+            if rows or self.backlog or self.tallies:
                 self.store.write(rows, self.backlog, self.tallies)
                 self.shorten(0)
                 self.tallies = {}
@@ -4236,9 +4122,8 @@ class RequestLog:
             with contextlib.suppress(OSError):
                 aside = self.store.move_aside()
         if aside:
-            self.notice = f"{text}; the file is now {aside}, and a new one begins"
-            self.console.line(f"log: {self.notice}")
-        elif text != self.error:
+            self.notice = text = f"{text}; the file is now {aside}, and a new one begins"
+        if text != self.error:
             self.console.line(f"log: {text}; requests go on, rows wait")
         self.error = "" if aside else text
 
@@ -4258,11 +4143,6 @@ class RequestLog:
             self.wake.set()
             raise LogUnavailable(f"the log cannot be read: {error}") from None
 
-    def refresh(self, row: Row) -> Row:
-        """Return the row of a running request as it stands now."""
-        record = self.inflight.get(row.id) if row.failed is None else None
-        return make_row(record, NO_DETAIL, time.monotonic()) if record else row
-
     def state(self) -> dict[str, Any]:
         """Return how the log is, for /healthz and the page."""
         return {"enabled": self.store is not None, "error": self.error or None,
@@ -4271,15 +4151,12 @@ class RequestLog:
     def print(self, record: Record, row: Row) -> None:
         """Print the line of a request that ended."""
         model, tokens = row.original_model, row.completion_tokens
-        if row.sent_model not in ("", model):
-            model = f"{model} -> {row.sent_model}"
-        *failed, _ = record.attempts or [None]
+        model += f" -> {row.sent_model}" if row.sent_model not in ("", model) else ""
         self.note(
             row.source_ip, row.method, row.path.partition("?")[0], model, row.route,
-            *(f"({a.instance}: {a.error or a.status})" for a in failed),
+            *(f"({a.instance}: {a.error or a.status})" for a in record.attempts[:-1]),
             row.upstream_url, str(record.status), record.error, f"{row.duration_ms / 1000:.3f} s",
-            f"{tokens} tokens" if tokens is not None else "",
-        )
+            f"{tokens} tokens" if tokens is not None else "")
 
     def note(self, *words: str) -> None:
         """Print a line about a request."""
@@ -4393,13 +4270,7 @@ class Exchange:
         self.inflater: Inflater | None = None
         self.coded: list[bytes] = []  # what may yet have to go as it came
         self.hide_usage = False
-        self.record = Record(
-            0, relay.next_id(), time.time(), time.monotonic(), request.source_host,
-            request.head.method, request.path + request.query, dialect.service,
-            original_model=decision.asked, mapped_model=decision.mapped, route=decision.route,
-            trail=decision.trail, stream=ask.stream, request_size=len(request.content),
-            head=request.head, content=request.content,
-        )
+        self.record = Record(relay.next_id(), request, dialect.service, ask.stream, decision)
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
@@ -4776,43 +4647,38 @@ class Services:
 
 def inflight_row(record: Record, now: float) -> dict[str, Any]:
     """Return a running request as /api/inflight shows it."""
-    return {
-        "id": record.id, "request_id": record.request_id, "timestamp": rfc3339(record.started),
-        "source_ip": record.source_ip, "path": record.path, "service_type": record.service,
-        "original_model": record.original_model, "mapped_model": record.mapped_model,
-        "upstream_url": record.upstream_url, "phase": record.phase,
-        "elapsed_ms": round((now - record.clock) * 1000), "tokens": record.events,
-        "bytes": record.response_size, "sent_model": record.sent_model,
-    }
+    names = ("id", "request_id", "source_ip", "path", "original_model", "mapped_model",
+             "sent_model", "upstream_url", "phase")
+    return {**{name: getattr(record, name) for name in names}, "service_type": record.service,
+            "timestamp": rfc3339(record.started), "bytes": record.response_size,
+            "tokens": record.events, "elapsed_ms": round((now - record.clock) * 1000)}
 
 # --- questions to the log -------------------------------------------------------------
-# Asked in a reader thread; each gets the log and the parameters. Lists are paged by key,
-# sums come from the hourly ones, and a sample stands for many rows: nothing walks the log.
+# Asked in a reader thread; each gets the log, the database and the parameters. Lists are
+# paged by key, sums come from the hourly ones, and a sample stands for many rows.
 
 MAX_SEARCHED = 20_000  # newest rows that a search for text looks at
-MODEL_ARMS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
 SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
+MODEL_ARMS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
 HOURS = parse_number(1, 24 * 366)
-COLUMNS = ", ".join(Row._fields)
 TALLY = ", ".join(f"TOTAL({name})" for name in COUNTED)
 SEARCHED = " || ' ' || ".join(("original_model", "sent_model", "path", "upstream_url", "route",
                                "ifnull(error_message, '')", "source_ip", "request_id"))
-LISTED = ("id", "request_id", "timestamp", "source_ip", "method", "path", "service_type",
-          "original_model", "mapped_model", "upstream_url", "route", "duration_ms", "ttft_ms",
-          "request_size", "response_size", "status_code", "error_message", "prompt_tokens",
-          "completion_tokens", "total_tokens", "tokens_estimated", "attempts", "stream",
-          "completed_at", "is_inflight")
-POINT_NAMES = ("id", "timestamp", "model", "service_type", "upstream_url", "prompt_tokens",
-               "completion_tokens", "total_tokens", "duration_ms", "ttft_ms",
-               "tokens_per_second", "status_code")
-POINT_COLUMNS = """id, strftime('%Y-%m-%dT%H:%M:%fZ', timestamp / 1000.0, 'unixepoch'),
-    ifnull(nullif(sent_model, ''), mapped_model), service_type, upstream_url, prompt_tokens,
-    completion_tokens, ifnull(prompt_tokens + completion_tokens, prompt_tokens), duration_ms,
-    ttft_ms, round(completion_tokens * 1000 / nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2),
-    status_code"""
+UNLISTED = frozenset(("sent_model", "cached_tokens", "user_agent", "client_key", "failed", "level",
+                      "tokens_per_second"))
+POINT = {
+    **{name: name for name in ("id", "service_type", "upstream_url", "prompt_tokens",
+                               "completion_tokens", "duration_ms", "ttft_ms", "status_code")},
+    "timestamp": "strftime('%Y-%m-%dT%H:%M:%fZ', timestamp / 1000.0, 'unixepoch')",
+    "model": "ifnull(nullif(sent_model, ''), mapped_model)",
+    "total_tokens": "ifnull(prompt_tokens + completion_tokens, prompt_tokens)",
+    "tokens_per_second": "round(completion_tokens * 1000 / "
+                         "nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)",
+}
+POINT_COLUMNS = ", ".join(f"{value} AS {name}_" for name, value in POINT.items())
 
-def parse_status(text: str) -> tuple[str, tuple[Any, ...]]:
-    """Read a status, a class of them or `error` as a condition on rows."""
+def parse_status(text: str) -> tuple[str, tuple[int, ...]]:
+    """Read a status, a class of them or `error` as a condition on rows and its values."""
     if text == "error":
         return "failed = ?", (1,)
     if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
@@ -4828,10 +4694,9 @@ def parse_age(text: str) -> float:
 
 Parameters = Mapping[str, Callable[[str], Any]]
 LOG_PARAMETERS: Parameters = {
-    "limit": parse_number(1, 1000), "before": parse_number(0, 2**63 - 1),
+    "limit": parse_number(1, 1000), "before": parse_number(0, 2**63 - 1), "q": parse_text,
     "service_type": parse_choice(*SERVICES), "model": parse_text, "upstream": parse_text,
-    "status": parse_status, "source": parse_text, "q": parse_text}
-STATS_PARAMETERS: Parameters = {"hours": HOURS}
+    "status": parse_status, "source": parse_text}
 POINT_PARAMETERS: Parameters = {
     "hours": HOURS, "limit": parse_number(1, 20_000), "model": parse_text,
     "service_type": parse_choice(*SERVICES)}
@@ -4856,109 +4721,99 @@ def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
     One condition is looked up in its index, the one that few rows fulfil as a rule; `+` keeps
     SQLite from taking another.
     """
-    state, model = asked.get("status", ("", (None,))), ("? IN (sent_model, original_model)",
-                                                        (asked.get("model"),))
-    given = [("source_ip = ?", (asked.get("source"),)), *[state] * (state[1][0] == 1), model,
-             ("upstream_url = ?", (asked.get("upstream"),)),
-             ("service_type = ?", (asked.get("service_type"),)), *[state] * (state[1][0] == 0)]
+    state, get = asked.get("status", ("", (None,))), asked.get
+    model = "? IN (sent_model, original_model)", (get("model"),)
+    given = [("source_ip = ?", (get("source"),)), *[state] * (state[1][0] == 1), model,
+             ("upstream_url = ?", (get("upstream"),)), ("service_type = ?", (get("service_type"),)),
+             *[state] * (state[1][0] == 0)]
     first, *rest = [test for test in given if test[1][0] is not None] or [("1", ())]
     arms = MODEL_ARMS if first is model else (first[0],)
-    tests = ["id < ?", "id >= ?", *(f"+{text}" for text, _ in rest)]
-    values = [asked.get("before", 2**62), asked.get("after", 0)]
-    values += [value for _, some in (*rest, first) for value in some]
-    chosen = [f"SELECT id FROM requests WHERE {' AND '.join([*tests, arm])}" for arm in arms]
-    sql = (f"SELECT {COLUMNS} FROM requests WHERE id IN "
-           f"({' UNION '.join(chosen)} ORDER BY id DESC LIMIT ?)")
-    limit, values = asked.get("limit", 100), values * len(arms)
-    if "q" not in asked:
-        return f"{sql} ORDER BY id DESC", [*values, limit]
-    pattern = re.sub(r"([\\%_])", r"\\\1", asked["q"])
-    sql += f" AND {SEARCHED} LIKE ? ESCAPE '\\' ORDER BY id DESC LIMIT ?"
-    return sql, [*values, MAX_SEARCHED, f"%{pattern}%", limit]
+    tests = " AND ".join(["id < ?", "id >= ?", *(f"+{text}" for text, _ in rest)])
+    values = [get("before", 2**62), get("after", 0)]
+    values += itertools.chain(*(some for _, some in (*rest, first)))
+    chosen = " UNION ".join(f"SELECT id FROM requests WHERE {tests} AND {arm}" for arm in arms)
+    pattern = re.sub(r"([\\%_])", r"\\\1", get("q", ""))
+    text = f"AND {SEARCHED} LIKE ? ESCAPE '\\'" if pattern else "AND ?"
+    sql = (f"SELECT {COLUMNS} FROM requests WHERE id IN ({chosen} ORDER BY id DESC LIMIT ?) {text} "
+           "ORDER BY id DESC LIMIT ?")
+    limit = get("limit", 100)
+    return sql, [*values * len(arms), MAX_SEARCHED if pattern else limit, f"%{pattern}%" if pattern
+                 else 1, limit]
 
 def token_rate(said: float | None, taken: float | None, first: float | None) -> float | None:
     """Return tokens per second while the answer was spoken."""
     speaking = (taken or 0) - (first or 0)
     return round(said * 1000 / speaking, 2) if said and speaking > 0 else None
 
-def row_document(row: Row) -> dict[str, Any]:
-    """Return a row as JSON shows it: moments, truth values, attempts."""
+def row_document(row: Row, all_of_it: bool = False) -> dict[str, Any]:
+    """Return a row as JSON shows it, in a list or with all of it."""
     counts = [n for n in (row.prompt_tokens, row.completion_tokens) if n is not None]
-    done = row.completed_at
-    return {
+    doc = {
         **row._asdict(), "timestamp": rfc3339(row.timestamp / 1000),
-        "completed_at": None if done is None else rfc3339(done / 1000),
-        "total_tokens": sum(counts) if counts else None,
+        "completed_at": rfc3339(row.completed_at / 1000) if row.completed_at else None,
+        "total_tokens": sum(counts) if counts else None, "is_inflight": row.failed is None,
         "tokens_estimated": bool(row.tokens_estimated), "stream": bool(row.stream),
-        "attempts": [dict(zip(Attempt._fields, attempt, strict=True))
-                     for attempt in json.loads(row.attempts)],
-        "is_inflight": row.failed is None,
+        "attempts": [Attempt(*one)._asdict() for one in json.loads(row.attempts)],
         "tokens_per_second": token_rate(row.completion_tokens, row.duration_ms, row.ttft_ms),
     }
-
-def list_document(row: Row) -> dict[str, Any]:
-    """Return a row as /api/logs shows it."""
-    doc = row_document(row)
-    return {name: doc[name] for name in LISTED}
+    hidden = ("failed", "level") if all_of_it else UNLISTED
+    return {name: value for name, value in doc.items() if name not in hidden}
 
 def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
-    """Answer /api/logs."""
-    rows = map(Row._make, db.execute(*select_rows(asked)))
-    return [list_document(log.refresh(row)) for row in rows]
+    """Answer /api/logs; what runs is shown as it stands now."""
+    live = dict(log.inflight)
+    return [row_document(make_row(live[row.id], Detail()) if row.id in live else row)
+            for row in map(Row._make, db.execute(*select_rows(asked)))]
 
-def quantiles(counts: Sequence[float]) -> dict[str, float | None]:
-    """Return the percentiles of a histogram that the page shows."""
-    return {f"p{share}": percentile(counts, share / 100) for share in (50, 95, 99)}
+def percentile(counts: Sequence[float], share: float) -> float | None:
+    """Return about the value in ms below which `share` of a histogram lies."""
+    rank, low = share * sum(counts), 0.0
+    for count, edge in zip(counts, EDGES, strict=True):
+        if count and rank <= count:
+            return round(low + (edge - low) * rank / count, 1)
+        rank, low = rank - count, edge
+    return None
+
+def read_tally(tally: Sequence[float], *names: str) -> dict[str, Any]:
+    """Return some sums of a tally as whole numbers."""
+    return {name: int(tally[SUMS.index(name)]) for name in names}
 
 def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/stats."""
-    hours, now = asked.get("hours", 24), int(time.time() // 3600)
-    first = now - hours + 1
+    now = int(time.time() // 3600)
+    first = now - asked.get("hours", 24) + 1
     services = dict(db.execute(
         "SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type"))
     by_hour = dict(db.execute(
         "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)))
     tally = db.execute(f"SELECT {TALLY} FROM rollups WHERE hour >= ?", (first,)).fetchone()
-    found = dict(zip(SUMS, tally, strict=False))
+    parts = {"latency_ms": tally[DURATIONS], "ttft_ms": tally[TTFTS]}
     return {
-        "total_requests": sum(services.values()),
+        "total_requests": sum(services.values()), "recent_requests": int(tally[0]),
         **{f"{name}_requests": services.get(name, 0) for name in SERVICES},
-        "recent_requests": int(found["requests"]), "inflight_requests": len(log.inflight),
-        "error_rate": found["errors"] / max(found["requests"], 1),
-        "latency_ms": quantiles(tally[DURATIONS]), "ttft_ms": quantiles(tally[TTFTS]),
-        "prompt_tokens": int(found["prompt_tokens"]),
-        "completion_tokens": int(found["completion_tokens"]),
+        "inflight_requests": len(log.inflight), "error_rate": tally[1] / max(tally[0], 1),
+        **{name: {f"p{share}": percentile(counts, share / 100) for share in (50, 95, 99)}
+           for name, counts in parts.items()},
+        **read_tally(tally, "prompt_tokens", "completion_tokens"),
         "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first, now + 1)],
         "log": log.state(),
-    }
-
-def model_document(model: str, tally: Sequence[float]) -> dict[str, Any]:
-    """Return what /api/performance says of one model."""
-    found = dict(zip(SUMS, tally, strict=False))
-    return {
-        "model": model, "requests": int(found["requests"]), "errors": int(found["errors"]),
-        "p50_ms": percentile(tally[DURATIONS], 0.5), "p95_ms": percentile(tally[DURATIONS], 0.95),
-        "ttft_p50_ms": percentile(tally[TTFTS], 0.5),
-        "tokens_per_second": token_rate(found["spoken_tokens"], found["spoken_ms"], 0),
-        "prompt_tokens": int(found["prompt_tokens"]),
-        "completion_tokens": int(found["completion_tokens"]),
     }
 
 def read_points(db: sqlite3.Connection, first: int, level: int,
                 given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the finished rows from the id `first` on that have a level, or a higher one."""
     names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
-    tests = ["id >= ?", "+failed IS NOT NULL", *(names[name] for name in given)]
     few = f"INDEXED BY sample WHERE level >= {level} AND level >= {SAMPLE_LEVEL} AND"
     some = few if level >= SAMPLE_LEVEL else f"WHERE level >= {level} AND" if level else "WHERE"
-    sql = f"SELECT {POINT_COLUMNS} FROM requests {some} {' AND '.join(tests)} ORDER BY id"
-    return [dict(zip(POINT_NAMES, row, strict=True))
-            for row in db.execute(sql, (first, *given.values()))]
+    tests = " AND ".join(["id >= ?", "+failed IS NOT NULL", *(names[name] for name in given)])
+    rows = db.execute(f"SELECT {POINT_COLUMNS} FROM requests {some} {tests} ORDER BY id",
+                      (first, *given.values()))
+    return [dict(zip(POINT, row, strict=True)) for row in rows]
 
 def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
-    hours, limit, begun = asked.get("hours", 24), asked.get("limit", 2000), time.time()
-    begun -= hours * 3600
+    hours, limit = asked.get("hours", 24), asked.get("limit", 2000)
+    begun = time.time() - hours * 3600
     given = {name: asked[name] for name in ("model", "service_type") if name in asked}
     where = "".join(f" AND {name} = ?" for name in given)
     tallies = db.execute(
@@ -4966,74 +4821,79 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str
         (int(begun // 3600), *given.values())).fetchall()
     total = int(sum(tally[1] for tally in tallies))
     level = max((total // limit).bit_length() - 1, 0)
-    points = read_points(db, int(begun * 1000) * 1024, level, given)
-    total = total if level else len(points)
-    step = max(len(points) / limit, 1)
+    points = read_points(db, time_id(begun), level, given)
+    total, step = total if level else len(points), max(len(points) / limit, 1)
     points = [points[int(at * step)] for at in range(min(limit, len(points)))]
     return {
         "data_points": points,
-        "models": [model_document(model, tally) for model, *tally in tallies],
+        "models": [{
+            "model": model, **read_tally(tally, "requests", "errors", "prompt_tokens",
+                                         "completion_tokens"),
+            "p50_ms": percentile(tally[DURATIONS], 0.5),
+            "p95_ms": percentile(tally[DURATIONS], 0.95),
+            "ttft_p50_ms": percentile(tally[TTFTS], 0.5),
+            "tokens_per_second": token_rate(*tally[SUMS.index("spoken_tokens") :][:2], 0),
+        } for model, *tally in tallies],
         "meta": {"total_points": total, "hours_back": hours,
                  "sampled": len(points) < total, "filters": given},
     }
 
-def body_text(body: bytes, coding: str | None) -> tuple[str | None, str]:
+def body_text(body: bytes) -> tuple[str | None, str]:
     """Return a kept body as text, and how: utf-8 or base64; None when none is kept."""
-    plain = inflate(body, coding)
     try:
-        return plain.decode() if body else None, "utf-8"
+        return body.decode() or None, "utf-8"
     except UnicodeDecodeError:
-        return base64.b64encode(plain).decode(), "base64"
+        return base64.b64encode(body).decode(), "base64"
 
-def detail_document(row: Row, detail: Detail | None, phase: str = "done") -> dict[str, Any]:
-    """Return everything about one request; `detail` may have been forgotten."""
-    text, content, said = detail or NO_DETAIL
-    meta = json.loads(text)
+def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, Any]:
+    """Return everything about one request."""
+    meta, path = json.loads(detail.meta), row.path.partition("?")[0]
     headers = {name.lower(): value for name, value in meta.get("response_headers", ())}
-    coding, cut = headers.get("content-encoding"), meta.get("cut", (False, False))
-    talk, path = [], row.path.partition("?")[0]
-    if path in NO_THINK_MEMBERS:
-        talk = read_transcript(path, content, inflate(said, coding))
-    answer = next((m for m in talk[::-1] if said and m["role"] == "assistant"), {})
-    doc = {**row_document(row), "phase": phase,
-           "trail": [dict(zip(Step._fields, step, strict=True)) for step in meta.get("trail", ())],
-           "request_headers": meta.get("request_headers", []),
-           "response_headers": meta.get("response_headers", [])}
-    doc["request_body"], doc["request_body_encoding"] = body_text(content, None)
-    doc["response_body"], doc["response_body_encoding"] = body_text(said, coding)
-    doc["request_body_cut"], doc["response_body_cut"] = map(bool, cut)
-    doc["transcript"] = talk
-    doc["response_text"], doc["response_thinking"] = answer.get("content"), answer.get("thinking")
-    return {name: value for name, value in doc.items() if name not in ("failed", "level")}
+    content, said = detail.request, inflate(detail.response, headers.get("content-encoding"))
+    talk = read_transcript(path, content, said) if path in NO_THINK_MEMBERS else []
+    answers = [message for message in talk if message["role"] == "assistant"] if said else []
+    doc = {**row_document(row, True), "phase": phase, "transcript": talk,
+           "trail": [Step(*step)._asdict() for step in meta.get("trail", ())],
+           "response_text": None, "response_thinking": None}
+    if answers:  # the last ones are the choices
+        last = answers[-1]
+        doc["response_text"], doc["response_thinking"] = last["content"], last["thinking"]
+    cuts = meta.get("cut", (False, False))
+    for name, body, cut in zip(("request", "response"), (content, said), cuts, strict=True):
+        doc[f"{name}_headers"], doc[f"{name}_body_cut"] = meta.get(f"{name}_headers", []), cut
+        doc[f"{name}_body"], doc[f"{name}_body_encoding"] = body_text(body)
+    return doc
 
 def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
-    """Return everything about a request that ended, None when it is not known."""
-    rows = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchall()
-    return detail_document(Row._make(rows[0]), log.store.detail(db, number)) if rows else None
-
-def recall_request(log: RequestLog, number: int) -> dict[str, Any] | None:
-    """Return everything about a request that runs, or that has not been written yet."""
+    """Return everything about a request that runs, waits to be written, or is written."""
     for record in [*log.inflight.values(), *log.ended]:
         if record.id == number:
-            detail = make_detail(record, log.body_limit)
-            phase = "done" if record.finished else record.phase
-            return detail_document(make_row(record, detail, time.monotonic()), detail, phase)
+            detail, phase = make_detail(record, log.body_limit), record.phase
+            return detail_document(make_row(record, detail), detail,
+                                   "done" if record.finished else phase)
     for entry in list(log.backlog):
         if entry.row.id == number:
             blobs = [blob and blob[1] for blob in entry.blobs]
             return detail_document(entry.row, read_detail(entry.data, blobs))
+    for row in db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)):
+        return detail_document(Row._make(row), log.store.detail(db, number))
     return None
 
 async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
     """Return the request that a path names. Raises NotFound."""
-    number = re.search(r"/([0-9]{1,18})(?:/|$)", path)
-    loop, found = asyncio.get_running_loop(), None
-    if number:
-        found = await loop.run_in_executor(log.readers, recall_request, log, int(number[1]))
-        found = found or await log.ask(read_request, int(number[1]))
+    number = re.search(r"/([0-9]{1,18})$", path)
+    found = await log.ask(read_request, int(number[1])) if number else None
     if found is None:
         raise NotFound("no such request; it may have been older than MAX_LOG_AGE_DAYS")
     return found
+
+def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
+    """Return how a server did in the last hour."""
+    rows = db.execute("SELECT failed, duration_ms FROM requests WHERE upstream_url = ? "
+                      "AND id >= ?", (url, time_id(time.time() - 3600))).fetchall()
+    times = sorted(taken for failed, taken in rows if failed == 0)
+    return {"p50_ms": times[len(times) // 2] if times else None,
+            "requests": len(rows), "errors": sum(failed or 0 for failed, _ in rows)}
 
 # --- export ---------------------------------------------------------------------------
 
@@ -5041,51 +4901,36 @@ EXPORT_PAGE = 200  # rows that are in memory at once
 
 def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message of a transcript as fine-tuning takes it."""
-    doc = {"role": message["role"], "content": message["content"]}
-    if message["images"]:
-        images = [{"type": "image_url", "image_url": {"url": url}} for url in message["images"]]
-        doc["content"] = [{"type": "text", "text": message["content"]}, *images]
-    if message["tool_calls"]:
-        doc["tool_calls"] = [
-            {"id": call["id"], "type": "function",
-             "function": {"name": call["name"], "arguments": call["arguments"]}}
-            for call in message["tool_calls"]]
-    if message["tool_call_id"]:
-        doc["tool_call_id"] = message["tool_call_id"]
-    return doc
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in message["images"]]
+    text = message["content"]
+    calls = [{"id": call.pop("id"), "type": "function", "function": call}
+             for call in map(dict, message["tool_calls"])]
+    doc = {"role": message["role"],
+           "content": [{"type": "text", "text": text}, *images] if images else text,
+           "tool_calls": calls, "tool_call_id": message["tool_call_id"]}
+    return {name: value for name, value in doc.items() if value or name == "content"}
 
-def export_row(row: Row, detail: Detail | None, form: str) -> str:
-    """Return a request in a form of export; "" when it has nothing to say there."""
-    if form == "csv":
-        line, doc = io.StringIO(), list_document(row)
-        doc["attempts"] = row.attempts
-        csv.writer(line, lineterminator="\n").writerow(doc.values())
-        return line.getvalue()
-    doc = detail_document(row, detail)
-    if form == "jsonl":
-        return encode_json(doc).decode() + "\n"
-    answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
-    talk = [chat_message(message) for message in doc["transcript"]]
-    return encode_json({"messages": talk}).decode() + "\n" if answered else ""
-
-def export_rows(store: Store, asked: Mapping[str, Any]) -> Iterator[bytes]:
-    """Yield the requests, newest first, a page at a time. Raises sqlite3.Error."""
-    form, since = asked.get("format", "jsonl"), asked.get("since")
-    wanted = {name: asked[name] for name in ("model",) if name in asked}
-    if since is not None:
-        wanted["after"] = int((time.time() - since) * 1000) * 1024
-    if form == "csv":
-        yield (",".join(LISTED) + "\n").encode()
-    rows: list[Row] = []
-    while not rows or len(rows) == EXPORT_PAGE:
-        wanted |= {"limit": EXPORT_PAGE, "before": rows[-1].id if rows else 2**62}
-        with reading(store.path) as db:
-            rows = [*map(Row._make, db.execute(*select_rows(wanted)))]
-            page = [export_row(row, None if form == "csv" else store.detail(db, row.id), form)
-                    for row in rows if row.failed is not None]
-        if not rows:
-            return
-        yield "".join(page).encode()
+def export_page(store: Store, db: sqlite3.Connection,
+                asked: Mapping[str, Any]) -> tuple[bytes, int]:
+    """Return a page of the export, newest first, and where the next one begins; 0 at the end."""
+    form, lines, since = asked.get("format", "jsonl"), io.StringIO(), asked.get("since")
+    table = csv.writer(lines, lineterminator="\n")
+    after = 0 if since is None else time_id(time.time() - since)
+    rows = db.execute(*select_rows({**asked, "after": after, "limit": EXPORT_PAGE})).fetchall()
+    for row in map(Row._make, rows):
+        if form == "csv":
+            doc = {**row_document(row), "attempts": row.attempts}
+            if "before" not in asked and not lines.tell():
+                table.writerow(doc)
+            table.writerow(doc.values())
+            continue
+        doc = detail_document(row, store.detail(db, row.id))
+        if form == "openai":
+            answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
+            doc = {"messages": [*map(chat_message, doc["transcript"])]} if answered else {}
+        if doc and row.failed is not None:
+            lines.write(encode_json(doc).decode() + "\n")
+    return lines.getvalue().encode(), rows[-1][0] if len(rows) == EXPORT_PAGE else 0
 
 # --- metrics --------------------------------------------------------------------------
 
@@ -5096,97 +4941,45 @@ COUNTERS = {"requests": "Requests that ended", "errors": "Requests that failed",
 HISTOGRAMS = {"duration": ("Time from a request to the end of its answer", DURATIONS),
               "ttft": ("Time to the first token of a stream", TTFTS)}
 
-def metric_labels(**labels: str) -> str:
-    """Return labels as the text format of Prometheus has them."""
-    texts = (re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n") for text in labels.values())
-    return ",".join(f'{name}="{text}"' for name, text in zip(labels, texts, strict=True))
+def metric_head(name: str, kind: str, words: str) -> str:
+    """Return the two lines that go before a metric."""
+    return f"# HELP smolrouter_{name} {words}.\n# TYPE smolrouter_{name} {kind}"
 
-def metric_lines(series: Mapping[tuple[str, str, str], Sequence[float]],
+def metric_lines(series: Mapping[tuple[str, str, str], Tally],
                  gauges: Mapping[str, tuple[str, float]]) -> Iterator[str]:
     """Yield the lines of /metrics: gauges, counters and histograms."""
-    rows = [(metric_labels(service=service, model=model, upstream=upstream), tally)
-            for (service, model, upstream), tally in series.items()]
+    names, rows = ("service", "model", "upstream"), []
+    for key, tally in series.items():
+        texts = [re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n") for text in key]
+        rows.append((",".join(map('{}="{}"'.format, names, texts)), tally))
     for name, (words, value) in gauges.items():
-        yield f"# HELP smolrouter_{name} {words}."
-        yield f"# TYPE smolrouter_{name} gauge"
-        yield f"smolrouter_{name} {value}"
+        yield f"{metric_head(name, 'gauge', words)}\nsmolrouter_{name} {value}"
     for name, words in COUNTERS.items():
-        yield f"# HELP smolrouter_{name}_total {words}."
-        yield f"# TYPE smolrouter_{name}_total counter"
+        yield metric_head(f"{name}_total", "counter", words)
         for labels, tally in rows:
             yield f"smolrouter_{name}_total{{{labels}}} {tally[SUMS.index(name)]}"
     for name, (words, part) in HISTOGRAMS.items():
-        yield f"# HELP smolrouter_{name}_seconds {words}."
-        yield f"# TYPE smolrouter_{name}_seconds histogram"
+        yield metric_head(f"{name}_seconds", "histogram", words)
         for labels, tally in rows:
-            sums, total = [*itertools.accumulate(tally[part])], sum(tally[part])
-            for at in METRIC_EDGES:
-                edge = f'{labels},le="{EDGES[at] / 1000:g}"'
-                yield f"smolrouter_{name}_seconds_bucket{{{edge}}} {sums[at]}"
-            yield f'smolrouter_{name}_seconds_bucket{{{labels},le="+Inf"}} {total}'
-            spent = tally[SUMS.index(f"{name}_ms")] / 1000
-            yield f"smolrouter_{name}_seconds_sum{{{labels}}} {spent:.6f}"
-            yield f"smolrouter_{name}_seconds_count{{{labels}}} {total}"
-
-# --- servers and routes ---------------------------------------------------------------
-
-def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
-    """Return how a server did in the last hour."""
-    rows = db.execute("SELECT failed, duration_ms FROM requests WHERE upstream_url = ? "
-                      "AND id >= ?", (url, int((time.time() - 3600) * 1000) * 1024)).fetchall()
-    times = sorted(taken for failed, taken in rows if failed == 0)
-    return {"p50_ms": times[len(times) // 2] if times else None,
-            "requests": len(rows), "errors": sum(failed or 0 for failed, _ in rows)}
-
-def server_document(server: Server, known: Sequence[Health], now: float) -> dict[str, Any]:
-    """Return what the router knows of a server: up, cooling, down or unknown."""
-    failing = [health for health in known if health.failures]
-    unreached = [health for health in failing if not health.reached]
-    cooling = any(health.cool_until > now for health in failing)
-    state = "unknown" if not known else "down" if unreached else "cooling" if cooling else "up"
-    error = max(failing, key=lambda health: health.cool_until).error if failing else None
-    return {"name": server.name, "url": str(server.url), "api": server.api, "state": state,
-            "last_error": error, "inflight": sum(health.busy for health in known)}
-
-def instance_document(instance: Instance) -> dict[str, Any]:
-    """Return an instance as JSON."""
-    return {"server": instance.server.name, "url": str(instance.server.url),
-            "model": instance.model}
-
-def table_document(table: RoutingTable) -> dict[str, Any]:
-    """Return a routing table as JSON."""
-
-    def target(goal: Alias) -> dict[str, Any]:
-        return {"alias": goal.name} if goal.name else instance_document(goal.instances[0])
-
-    return {
-        "source": table.source, "default_upstream": str(table.default.url),
-        "servers": [{"name": s.name, "url": str(s.url), "api": s.api}
-                    for s in table.servers.values()],
-        "aliases": [{"name": a.name, "strategy": a.strategy,
-                     "instances": [*map(instance_document, a.instances)]}
-                    for a in table.aliases.values()],
-        "routes": [{"rule": r.name, "match": r.match_text, "route": target(r.target)}
-                   for r in table.rules],
-        "model_map": [{"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
-                      for key, to in table.model_map],
-    }
+            sums, place = [*itertools.accumulate(tally[part])], f"smolrouter_{name}_seconds"
+            edges = {f"{EDGES[at] / 1000:g}": sums[at] for at in METRIC_EDGES}
+            for edge, count in {**edges, "+Inf": sums[-1]}.items():
+                yield f'{place}_bucket{{{labels},le="{edge}"}} {count}'
+            yield f"{place}_sum{{{labels}}} {tally[SUMS.index(f'{name}_ms')] / 1000:.6f}"
+            yield f"{place}_count{{{labels}}} {sums[-1]}"
 
 # --- endpoints ------------------------------------------------------------------------
 
 EVENTS_EVERY, KEEP_ALIVE, MAX_NEWS = 0.25, 15.0, 100  # s between messages; rows of one
-QUESTIONS = {
-    "/api/logs": (read_logs, LOG_PARAMETERS), "/api/stats": (read_stats, STATS_PARAMETERS),
-    "/api/performance": (read_performance, POINT_PARAMETERS),
-}
+QUESTIONS = {"/api/logs": (read_logs, LOG_PARAMETERS), "/api/stats": (read_stats, {"hours": HOURS}),
+             "/api/performance": (read_performance, POINT_PARAMETERS)}
 
 async def serve_question(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/logs, /api/stats and /api/performance."""
     question, known = QUESTIONS[request.path]
     doc = await services.log.ask(question, read_parameters(request.query, known))
-    if isinstance(doc, dict):
-        doc["routes_error"] = services.routes_error
-    request.responder.send_json(doc)
+    more = {"routes_error": services.routes_error}
+    request.responder.send_json(doc | more if isinstance(doc, dict) else doc)
 
 async def serve_request(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/request/{id}."""
@@ -5200,35 +4993,54 @@ async def serve_inflight(services: Services, request: Request, dialect: Dialect)
 async def serve_cancel(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/inflight/{id}/cancel."""
     number = request.path.split("/")[3]
-    record = services.log.inflight.get(int(number) if re.fullmatch("[0-9]{1,18}", number) else 0)
-    if record is None or record.stop is None:
+    running = {str(record.id): record for record in services.log.inflight.values() if record.stop}
+    if number not in running:
         raise NotFound("no such request is running")
-    record.stop()
+    running[number].stop()
     request.responder.send_json({"cancelled": True})
 
 async def serve_upstreams(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/upstreams."""
-    servers, docs = services.table.all_servers(), []
+    """Answer /api/upstreams: up, cooling, down or unknown, and how the last hour was."""
+    servers, docs, now = services.table.all_servers(), [], time.monotonic()
     models = await asyncio.gather(*(services.models.get(server, None) for server in servers))
     for server, names in zip(servers, models, strict=True):
-        known = services.upstreams.known(server)
-        doc = server_document(server, known, time.monotonic())
-        doc["models"] = [model["id"] for model in names or ()]
-        docs.append(doc | await services.log.ask(read_last_hour, doc["url"]))
+        known, url = services.upstreams.known(server), str(server.url)
+        failing = [health for health in known if health.failures]
+        state = ("unknown" if not known
+                 else "down" if not all(health.reached for health in failing)
+                 else "cooling" if any(health.cool_until > now for health in failing) else "up")
+        docs.append({
+            "name": server.name, "url": url, "api": server.api, "state": state,
+            "last_error": failing[-1].error if failing else None,
+            "inflight": sum(health.busy for health in known),
+            "models": [model["id"] for model in names or ()],
+            **await services.log.ask(read_last_hour, url)})
     request.responder.send_json(docs)
 
 async def serve_routes(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/routes: the table, and what it makes of a model."""
-    asked = read_parameters(request.query, {"model": str, "source_host": parse_text})
-    doc = {**table_document(services.table), "error": services.routes_error}
+    asked = read_parameters(request.query, {"model": str, "source_host": str})
+    table = services.table
+    doc = {
+        "source": table.source, "error": services.routes_error, "default": str(table.default.url),
+        "servers": [{"name": s.name, "url": str(s.url), "api": s.api}
+                    for s in table.servers.values()],
+        "aliases": [{"name": a.name, "strategy": a.strategy, "instances": [*map(str, a.instances)]}
+                    for a in table.aliases.values()],
+        "routes": [{"rule": r.name, "match": r.match_text, "route": f"alias {r.target.name}"
+                    if isinstance(r.target, Alias) else str(r.target)} for r in table.rules],
+        "model_map": [{"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
+                      for key, to in table.model_map],
+    }
     if "model" in asked:
         source = asked.get("source_host", request.source_host)
-        decision = resolve(services.table, asked["model"], source)
+        found = resolve(table, asked["model"], source)
         doc["decision"] = {
-            "model": decision.asked, "source_host": source, "mapped_model": decision.mapped,
-            "route": decision.route, "strategy": decision.strategy,
-            "instances": [*map(instance_document, decision.instances)],
-            "trail": [step._asdict() for step in decision.trail]}
+            "model": found.asked, "source_host": source, "mapped_model": found.mapped,
+            "route": found.route, "strategy": found.strategy,
+            "instances": [{"server": i.server.name, "url": str(i.server.url), "model": i.model}
+                          for i in found.instances],
+            "trail": [step._asdict() for step in found.trail]}
     request.responder.send_json(doc)
 
 async def serve_metrics(services: Services, request: Request, dialect: Dialect) -> None:
@@ -5240,7 +5052,13 @@ async def serve_metrics(services: Services, request: Request, dialect: Dialect) 
         "log_lost_rows": ("Rows that the database never took", log.lost),
         "log_up": ("Whether the log can be written", int(not log.error))})
     kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
-    request.responder.send(200, kind, "".join(f"{line}\n" for line in lines).encode())
+    request.responder.send(200, kind, ("\n".join(lines) + "\n").encode())
+
+async def send_piece(request: Request, data: bytes) -> None:
+    """Send a piece of a long answer; wait while its reader is slow."""
+    request.responder.write(data)
+    request.responder.flush()
+    await request.stream.drain()
 
 def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
     """Begin an answer of unknown length that ends when its client goes."""
@@ -5248,58 +5066,54 @@ def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
     request.responder.begin(200, encode_lines(fields), None)
     request.stream.watch()
 
-def read_news(log: RequestLog, ended: collections.deque[Row], known: Mapping[int, bool],
-              ) -> tuple[dict[str, Any] | None, dict[int, bool]]:
-    """Return what has happened since the running requests were `known`, and those of now."""
-    running = dict(log.inflight)
-    speaking = {number: record.first_token is not None for number, record in running.items()}
-    fresh = [inflight_row(running[n], time.monotonic()) for n in running if n not in known]
-    spoke = [n for n, speaks in speaking.items() if speaks and not known.get(n)]
-    rows = [list_document(ended.popleft()) for _ in range(len(ended))]
-    news = {"started": fresh[:MAX_NEWS], "first_token": spoke[:MAX_NEWS], "finished": rows}
-    return news if any(news.values()) else None, speaking
+def read_news(log: RequestLog, ended: collections.deque[Row], known: dict[int, bool],
+              ) -> dict[str, Any]:
+    """Return what has happened since the running requests were `known`, which is renewed."""
+    running, now = dict(log.inflight), time.monotonic()
+    spoke = [n for n, r in running.items() if r.first_token is not None and not known.get(n)]
+    fresh = [inflight_row(running[n], now) for n in running if n not in known]
+    known.clear()
+    known.update((n, record.first_token is not None) for n, record in running.items())
+    return {"started": fresh[:MAX_NEWS], "first_token": spoke[:MAX_NEWS],
+            "finished": [row_document(ended.popleft()) for _ in range(len(ended))]}
 
 async def serve_events(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/events: what began, spoke and ended, at most four times a second."""
-    log, responder = services.log, request.responder
+    log, quiet = services.log, 0.0
     ended: collections.deque[Row] = collections.deque(maxlen=MAX_NEWS)
     known: dict[int, bool] = {}  # running requests: whether they speak
     log.listeners.append(ended)
-    begin_stream(request, "text/event-stream")
-    responder.write(b": hello\n\n")
-    silent = 0.0
     try:
-        while not (services.draining or responder.silent):
-            news, known = read_news(log, ended, known)
-            silent = 0.0 if news or silent >= KEEP_ALIVE else silent + EVENTS_EVERY
-            if news:
-                responder.write(b"event: requests\ndata: " + encode_json(news) + b"\n\n")
-            elif not silent:
-                responder.write(b": quiet\n\n")
-            responder.flush()
-            await request.stream.drain()
+        begin_stream(request, "text/event-stream")
+        await send_piece(request, b": hello\n\n")
+        while not (services.draining or request.responder.silent):
+            news = read_news(log, ended, known)
+            quiet += EVENTS_EVERY
+            if any(news.values()) or quiet > KEEP_ALIVE:
+                data = b"event: requests\ndata: " + encode_json(news)
+                await send_piece(request, (data if any(news.values()) else b": quiet") + b"\n\n")
+                quiet = 0.0
             await asyncio.sleep(EVENTS_EVERY)
     finally:
         log.listeners.remove(ended)
-    responder.finish()
+    request.responder.finish()
 
 async def serve_export(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/export: all of it, as slowly as its reader reads."""
-    log, asked = services.log, read_parameters(request.query, EXPORT_PARAMETERS)
-    loop, pages = asyncio.get_running_loop(), export_rows(log.store, asked)
-    form = asked.get("format", "jsonl")
-    name = f"attachment; filename=smolrouter.{'csv' if form == 'csv' else 'jsonl'}"
-    kind = "text/csv; charset=utf-8" if form == "csv" else "application/x-ndjson"
-    try:
-        page = await loop.run_in_executor(log.readers, next, pages, None)
-    except sqlite3.Error as error:
-        raise LogUnavailable(f"the log cannot be read: {error}") from None
+    asked = read_parameters(request.query, EXPORT_PARAMETERS)
+    kind, end = ("text/csv; charset=utf-8", "csv") if asked.get("format") == "csv" else (
+        "application/x-ndjson", "jsonl")
+
+    def next_page(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
+        return export_page(log.store, db, asked)
+
+    page, asked["before"] = await services.log.ask(next_page)
+    name = f"attachment; filename=smolrouter.{end}"
     begin_stream(request, kind, ("Content-Disposition", name))
-    while page is not None:
-        request.responder.write(page)
-        request.responder.flush()
-        await request.stream.drain()
-        page = await loop.run_in_executor(log.readers, next, pages, None)
+    await send_piece(request, page)
+    while asked["before"]:
+        page, asked["before"] = await services.log.ask(next_page)
+        await send_piece(request, page)
     request.responder.finish()
 
 # ======================================================================================
@@ -5989,11 +5803,13 @@ def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
 
 def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
-    asked = {name: getattr(args, name) for name in EXPORT_PARAMETERS}
+    given = {name: getattr(args, name) or "" for name in EXPORT_PARAMETERS}
     try:
-        asked = read_parameters(urllib.parse.urlencode(
-            {name: text for name, text in asked.items() if text}), EXPORT_PARAMETERS)
-        for page in export_rows(Store(settings), asked):
+        asked = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
+        store = Store(settings)
+        while asked.get("before", 1):
+            with reading(store.path) as db:
+                page, asked["before"] = export_page(store, db, asked)
             sys.stdout.buffer.write(page)
     except (BadRequest, sqlite3.Error) as error:
         raise ConfigError(f"export: {error} (DB_PATH={settings.db_path!r})") from None
