@@ -3722,45 +3722,12 @@ def add_tallies(tallies: dict[Any, Tally], more: Mapping[Any, Tally]) -> None:
         known = tallies.get(key)
         tallies[key] = [*map(operator.add, known, tally)] if known else [*tally]
 
-@contextlib.contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """Write all of it or nothing."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield db
-        db.execute("COMMIT")
-    finally:
-        if db.in_transaction:
-            db.rollback()
-
 def insert(db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) -> None:
     """Insert or replace rows, many in one statement: each costs a hand-over between threads."""
     for at in range(0, len(rows), 32):
         some = rows[at : at + 32]
         marks = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
         db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", [*itertools.chain(*some)])
-
-def open_database(path: str) -> sqlite3.Connection:
-    """Open the log's database, made or migrated when need be. Raises sqlite3.Error, OSError."""
-    db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
-    try:
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file alone
-        (version, mark, tables), = db.execute(
-            "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_master) "
-            "FROM pragma_user_version, pragma_application_id")
-        if tables and mark != APPLICATION_ID:
-            raise OSError(f"{path} is another program's database; set DB_PATH to another file")
-        if version > len(MIGRATIONS):
-            raise OSError(f"{path} was made by a newer SmolRouter (version {version})")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
-                             f"PRAGMA user_version = {number}; COMMIT")
-    except BaseException:
-        db.close()
-        raise
-    return db
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[sqlite3.Connection]:
@@ -3816,18 +3783,37 @@ class Store:
         self.file: os.stat_result | None = None
 
     def open(self) -> sqlite3.Connection:
-        """Return the database, opened again when another file, or none, is in its place."""
-        file = None
-        with contextlib.suppress(OSError):
-            file = os.stat(self.path)
+        """Return the database, opened again when another file, or none, is in its place.
+
+        Raises sqlite3.Error or OSError; then `close` is to be called.
+        """
+        file = os.stat(self.path) if os.path.exists(self.path) else None
         if self.db and not (file and os.path.samestat(file, self.file)):
             self.close()
         if self.db is None:
-            self.db = open_database(self.path)
+            self.db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None,
+                                      check_same_thread=False)
+            self.migrate(self.db)
             self.file = os.stat(self.path)
             if self.lock < 0:
                 self.claim(self.db)
         return self.db
+
+    def migrate(self, db: sqlite3.Connection) -> None:
+        """Make the tables, or bring them up to date; another's database is left alone."""
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file alone
+        (version, mark, tables), = db.execute(
+            "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_master) "
+            "FROM pragma_user_version, pragma_application_id")
+        if tables and mark != APPLICATION_ID:
+            raise OSError(f"{self.path} is another program's database; set another DB_PATH")
+        if version > len(MIGRATIONS):
+            raise OSError(f"{self.path} was made by a newer SmolRouter (version {version})")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
+                             f"PRAGMA user_version = {number}; COMMIT")
 
     def close(self) -> None:
         """Close the database."""
@@ -3852,7 +3838,8 @@ class Store:
         """Write a batch: rows of requests that run, whole entries, sums. Raises sqlite3.Error."""
         sizes = itertools.accumulate(entry.size for entry in reversed(entries))
         kept = [*entries][len(entries) - sum(size <= self.limit for size in sizes) :]
-        with transaction(self.open()) as db:
+        with self.open() as db:
+            db.execute("BEGIN IMMEDIATE")
             self.make_room(db, sum(entry.size for entry in kept))
             for digest, data in {blob for entry in kept for blob in entry.blobs if blob}:
                 if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
@@ -3887,7 +3874,8 @@ class Store:
         if now < self.prune_at:
             return False
         old = f"SELECT id FROM {{}} WHERE id < {time_id(now - self.age)} LIMIT {PRUNE_STEP}"
-        with transaction(self.open()) as db:
+        with self.open() as db:
+            db.execute("BEGIN IMMEDIATE")
             (last,), = db.execute(f"SELECT max(id) FROM ({old.format('details')})")
             self.forget(db, last or 0)
             sql = f"DELETE FROM requests WHERE id IN ({old.format('requests')})"
@@ -4005,8 +3993,7 @@ class RequestLog:
         if not self.body_limit or self.taken - self.released + record.held > MAX_HELD:
             record.content, record.held, record.request_cut = b"", 0, True
         self.taken += record.held
-        if not self.wake.is_set():
-            self.wake.set()
+        self.wake.set()
 
     def hear(self, record: Record, data: bytes) -> None:
         """Keep a piece of what the upstream says while there is room, then only its end."""
@@ -4026,8 +4013,7 @@ class RequestLog:
         record.finished = time.monotonic()
         self.inflight.pop(record.id, None)
         self.ended.append(record)
-        if not self.wake.is_set():
-            self.wake.set()
+        self.wake.set()
 
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""

@@ -7541,8 +7541,15 @@ RUNNING_NAMES = re.findall(r"\w+", """id request_id timestamp source_ip path ser
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
+def made_store(folder: pathlib.Path) -> Any:
+    """The store of a log in a folder, as the router's thread has it."""
+    settings = Kept(folder).settings
+    return smolrouter.Store(smolrouter.Settings.from_mapping(
+        {name: str(value) for name, value in settings.items()}))
+
+
 def test_columns_are_the_fields_of_a_row(tmp_path: pathlib.Path) -> None:
-    with contextlib.closing(smolrouter.open_database(str(tmp_path / "log.db"))) as db:
+    with contextlib.closing(made_store(tmp_path).open()) as db:
         names = [row[1] for row in db.execute("PRAGMA table_info(requests)")]
         assert names == list(smolrouter.Row._fields)
         names = [row[1] for row in db.execute("PRAGMA table_info(rollups)")]
@@ -7960,8 +7967,7 @@ def test_the_oldest_bodies_make_room(kept: Kept) -> None:
 
 
 def test_space_is_given_back(kept: Kept) -> None:
-    store = smolrouter.Store(smolrouter.Settings.from_mapping(
-        {name: str(value) for name, value in kept.settings.items()}))
+    store = made_store(kept.file.parent)
     entries = [made_entry(number, days=8) for number in range(1500)]
     store.write([], entries, {})
     store.open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -8004,8 +8010,7 @@ def made_log() -> Router:
     """A router whose log was made: 4,000 rows over three days."""
     kept = Kept(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
     atexit.register(shutil.rmtree, kept.file.parent, True)
-    store = smolrouter.Store(smolrouter.Settings.from_mapping(
-        {name: str(value) for name, value in kept.settings.items()}))
+    store = made_store(kept.file.parent)
     tallies: Any = {}
     rows = []
     for number in range(4000):
@@ -8127,7 +8132,7 @@ def test_performance_is_sampled_evenly(query: str, total: int) -> None:
 
 
 def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
-    with contextlib.closing(smolrouter.open_database(str(tmp_path / "log.db"))) as db:
+    with contextlib.closing(made_store(tmp_path).open()) as db:
         def plan(sql: str, values: Any) -> list[str]:
             return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
 
@@ -8457,7 +8462,7 @@ def test_another_program_s_database_is_left_alone(kept: Kept) -> None:
 
 
 def test_a_newer_database_is_left_alone(kept: Kept) -> None:
-    smolrouter.open_database(str(kept.file)).close()
+    made_store(kept.file.parent).open().close()
     with contextlib.closing(sqlite3.connect(kept.file)) as db:
         db.execute("PRAGMA user_version = 99")
     with kept.router() as router:
