@@ -8621,7 +8621,7 @@ def wait_text(tab: Any, selector: str, text: str) -> str:
 def wait_rows(tab: Any, number: int) -> list[str]:
     """Wait until the table of requests has so many rows, and return their texts."""
     rows = tab.locator("#rows tbody tr")
-    assert until(lambda: rows.count() == number), rows.count()
+    assert until(lambda: rows.count() == number), (tab.url, rows.count(), tab.wrong)
     return rows.all_text_contents()
 
 
