@@ -3710,7 +3710,7 @@ def make_row(record: Record, detail: Detail, now: float) -> Row:
         storable(record.original_model), storable(record.mapped_model), storable(record.sent_model),
         record.upstream_url, storable(record.route), int(record.stream), record.request_size,
         record.response_size, record.status or None, failed, storable(record.error) or None,
-        COMPACT_JSON(record.attempts), *usage, int(estimated),
+        storable(COMPACT_JSON(record.attempts)), *usage, int(estimated),
         None if first is None else round((first - record.clock) * 1000, 1),
         taken if done else None, int(record.started * 1000 + taken) if done else None,
         lines.user_agent, lines.client_key,
