@@ -1973,6 +1973,45 @@ def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
         transform.finish()
 
 
+@fuzz(lambda st: {
+    "path": st.sampled_from([*smolrouter.NO_THINK_MEMBERS, "/v1/embeddings", "/v1/x"]),
+    "doc": json_values(st) | st.fixed_dictionaries({}, optional={
+        name: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+            part: json_values(st) for part in (
+                "role", "content", "tool_calls", "images", "type", "text", "name")}), max_size=3)
+        for name in ("messages", "prompt", "input", "system", "instructions", "images")}),
+    "said": st.lists(json_values(st) | st.fixed_dictionaries({}, optional={
+        name: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+            part: json_values(st) for part in ("index", "delta", "message", "text", "content")}),
+            max_size=2)
+        for name in ("choices", "message", "response", "type", "delta", "output", "usage",
+                     "prompt_tokens", "eval_count")}), max_size=3),
+    "odd": st.text(max_size=5) | st.sampled_from(["\ud800", "a\0b", "x" * 300]),
+    "status": st.sampled_from([0, 200, 404, 499, 502]), "stream": st.booleans()})
+def test_fuzz_log(
+    path: str, doc: Any, said: list, odd: str, status: int, stream: bool
+) -> None:
+    """Whatever passed through can be read, packed, written to a database and shown."""
+    pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else dumps(d) for d in said]
+    record = smolrouter.Record(
+        1, "id", 1.0, 1.0, "::1", "POST", path + "?key=" + ascii(odd), original_model=odd,
+        mapped_model=odd, sent_model=odd, route=odd, error=odd, stream=stream, status=status,
+        trail=(smolrouter.Step(odd, True, odd),), finished=2.0, content=dumps(doc), pieces=pieces,
+        attempts=[smolrouter.Attempt(odd, odd, None, odd, 1.0)])
+    detail = smolrouter.make_detail(record, 1 << 20)
+    row = smolrouter.make_row(record, detail, 2.0)
+    entry = smolrouter.make_entry(row, detail)
+    with contextlib.closing(smolrouter.open_database(":memory:")) as db:
+        smolrouter.insert(db, "requests", [row])
+        (kept,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
+    blobs = [blob and blob[1] for blob in entry.blobs]
+    document = smolrouter.detail_document(
+        smolrouter.Row._make(kept), smolrouter.read_detail(entry.data, blobs))
+    assert json.loads(smolrouter.encode_json(document))["status_code"] == (status or None)
+    for form in ("csv", "jsonl", "openai"):
+        smolrouter.export_row(smolrouter.Row._make(kept), detail, form).encode()
+
+
 # ======================================================================================
 # Sockets
 # ======================================================================================
