@@ -11,7 +11,8 @@ Nothing that speaks HTTP is mocked: upstreams are scripted on real sockets, clie
     Log        rows, bodies, questions and export; everything that can happen to a database
 
 A test that needs a package which is not there is skipped, or fails when the environment
-variable SMOLROUTER_TEST_ALL is 1.
+variable SMOLROUTER_TEST_ALL is 1. SMOLROUTER_FUZZ=4000 makes hypothesis try so many new
+examples of each property, `-k fuzz` these alone: some minutes.
 """
 
 from __future__ import annotations
@@ -2614,7 +2615,7 @@ def test_more_connections_wait_for_their_turn() -> None:
 @pytest.mark.parametrize("begin", [b"", get("/v1/x")])
 def test_idle_connections_make_room(begin: bytes) -> None:
     with pair(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
-        for _ in range(9):
+        for _ in range(7):
             sock = stack.enter_context(connect(router.port))
             if begin:
                 assert parse(exchange(sock, begin)).status == 200
@@ -5128,15 +5129,15 @@ def memory(router: Router, name: str = "VmRSS") -> int:
 
 @functools.cache
 def bomb() -> bytes:
-    """256 MiB of zeros, which gzip makes small."""
+    """128 MiB of zeros, which gzip makes small."""
     packer = zlib.compressobj(1, zlib.DEFLATED, 31)
     piece = bytes(1 << 20)
-    return b"".join(packer.compress(piece) for _ in range(256)) + packer.flush()
+    return b"".join(packer.compress(piece) for _ in range(128)) + packer.flush()
 
 
 @pytest.mark.parametrize("kind, path, stream", [
     ("application/json", CHAT, False), ("application/json", "/api/chat", False),
-    ("text/event-stream", CHAT, True), ("text/event-stream", "/api/chat", True),
+    ("text/event-stream", CHAT, True),
 ])  # fmt: skip
 def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
     fields = [("Content-Encoding", "gzip")]
@@ -5146,7 +5147,7 @@ def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
         as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
         assert as_it_is or ended_badly(got)
         assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 200
+        assert memory(router, "VmHWM") < 140
 
 
 MANY = {
@@ -5159,11 +5160,11 @@ def test_enormous_json_is_refused_before_it_is_read() -> None:
     with pair() as (router, upstream):
         for name, unit in MANY.items():
             model = upstream.plays(FINE)
-            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (20_000_000 // len(unit)))
+            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (8_000_000 // len(unit)))
             got = request(router.port, "POST", CHAT, data)
             assert (got.status, upstream.heard(model)) == (413, []), name
             assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 200
+        assert memory(router, "VmHWM") < 100
 
 
 LONG = [
@@ -5221,12 +5222,12 @@ def test_long_requests_together_are_bounded() -> None:
 
 
 def test_few_files_are_enough() -> None:
-    """With 100 descriptors and 60 clients, others are served, before and after."""
+    """With 100 descriptors and 30 clients, others are served, before and after."""
     shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
     with Upstream() as upstream, contextlib.ExitStack() as stack:
         router = stack.enter_context(Router({"DEFAULT_UPSTREAM": upstream.url}, python=shell))
         with contextlib.ExitStack() as crowd:
-            for _ in range(60):
+            for _ in range(30):
                 sock = crowd.enter_context(connect(router.port))
                 with contextlib.suppress(ConnectionError):
                     sock.sendall(get("/v1/crowd"))
