@@ -3678,7 +3678,8 @@ def make_row(record: Record, detail: Detail) -> Row:
         None if first is None else round((first - record.clock) * 1000, 1),
         record.request_size, record.response_size, record.status or None,
         storable(record.error) or None, prompt, completion, int(estimated),
-        COMPACT_JSON(record.attempts), int(record.stream), started + int(taken) if done else None,
+        storable(COMPACT_JSON(record.attempts)), int(record.stream),
+        started + int(taken) if done else None,
         storable(record.sent_model), cached, lines.user_agent, lines.client_key, failed,
         (chance & -chance).bit_length() - 1,  # 0 for half of all rows, 1 for a quarter, ...
     )

@@ -11,7 +11,8 @@ Nothing that speaks HTTP is mocked: upstreams are scripted on real sockets, clie
     Log        rows, bodies, questions and export; everything that can happen to a database
 
 A test that needs a package which is not there is skipped, or fails when the environment
-variable SMOLROUTER_TEST_ALL is 1.
+variable SMOLROUTER_TEST_ALL is 1. SMOLROUTER_FUZZ=4000 makes hypothesis try so many new
+examples of each property, `-k fuzz` these alone: some minutes.
 """
 
 from __future__ import annotations
@@ -1973,6 +1974,45 @@ def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
         transform.finish()
 
 
+@fuzz(lambda st: {
+    "path": st.sampled_from([*smolrouter.NO_THINK_MEMBERS, "/v1/embeddings", "/v1/x"]),
+    "doc": json_values(st) | st.fixed_dictionaries({}, optional={
+        name: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+            part: json_values(st) for part in (
+                "role", "content", "tool_calls", "images", "type", "text", "name")}), max_size=3)
+        for name in ("messages", "prompt", "input", "system", "instructions", "images")}),
+    "said": st.lists(json_values(st) | st.fixed_dictionaries({}, optional={
+        name: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
+            part: json_values(st) for part in ("index", "delta", "message", "text", "content")}),
+            max_size=2)
+        for name in ("choices", "message", "response", "type", "delta", "output", "usage",
+                     "prompt_tokens", "eval_count")}), max_size=3),
+    "odd": st.text(max_size=5) | st.sampled_from(["\ud800", "a\0b", "x" * 300]),
+    "status": st.sampled_from([0, 200, 404, 499, 502]), "stream": st.booleans()})
+def test_fuzz_log(
+    path: str, doc: Any, said: list, odd: str, status: int, stream: bool
+) -> None:
+    """Whatever passed through can be read, packed, written to a database and shown."""
+    pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else dumps(d) for d in said]
+    record = smolrouter.Record(
+        1, "id", 1.0, 1.0, "::1", "POST", path + "?key=" + ascii(odd), original_model=odd,
+        mapped_model=odd, sent_model=odd, route=odd, error=odd, stream=stream, status=status,
+        trail=(smolrouter.Step(odd, True, odd),), finished=2.0, content=dumps(doc), pieces=pieces,
+        attempts=[smolrouter.Attempt(odd, odd, None, odd, 1.0)])
+    detail = smolrouter.make_detail(record, 1 << 20)
+    row = smolrouter.make_row(record, detail, 2.0)
+    entry = smolrouter.make_entry(row, detail)
+    with contextlib.closing(smolrouter.open_database(":memory:")) as db:
+        smolrouter.insert(db, "requests", [row])
+        (kept,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
+    blobs = [blob and blob[1] for blob in entry.blobs]
+    document = smolrouter.detail_document(
+        smolrouter.Row._make(kept), smolrouter.read_detail(entry.data, blobs))
+    assert json.loads(smolrouter.encode_json(document))["status_code"] == (status or None)
+    for form in ("csv", "jsonl", "openai"):
+        smolrouter.export_row(smolrouter.Row._make(kept), detail, form).encode()
+
+
 # ======================================================================================
 # Sockets
 # ======================================================================================
@@ -2575,7 +2615,7 @@ def test_more_connections_wait_for_their_turn() -> None:
 @pytest.mark.parametrize("begin", [b"", get("/v1/x")])
 def test_idle_connections_make_room(begin: bytes) -> None:
     with pair(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
-        for _ in range(9):
+        for _ in range(7):
             sock = stack.enter_context(connect(router.port))
             if begin:
                 assert parse(exchange(sock, begin)).status == 200
@@ -4615,13 +4655,14 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
                                 *[BY_PROXY] * proxied])
                 for text in CARRIED.values()
             ]  # fmt: skip
-            before = len(stage().heard("/v1/access"))
+            before = sum(r.target == path for r in stage().requests)
             got = statuses(router, *asked)
             got = [s if s in (401, 403) else 200 for s in got]
             rest = (endpoint.guard, policy, secret)
             assert got == [wanted_status(*rest, name, proxied) for name in CARRIED], path
             if path == "/v1/access":  # what was refused went nowhere
-                assert len(stage().heard(path)) - before == got.count(200)
+                after = sum(r.target == path for r in stage().requests)
+                assert after - before == got.count(200)
 
 
 @pytest.mark.parametrize("name", [
@@ -5088,15 +5129,15 @@ def memory(router: Router, name: str = "VmRSS") -> int:
 
 @functools.cache
 def bomb() -> bytes:
-    """256 MiB of zeros, which gzip makes small."""
+    """128 MiB of zeros, which gzip makes small."""
     packer = zlib.compressobj(1, zlib.DEFLATED, 31)
     piece = bytes(1 << 20)
-    return b"".join(packer.compress(piece) for _ in range(256)) + packer.flush()
+    return b"".join(packer.compress(piece) for _ in range(128)) + packer.flush()
 
 
 @pytest.mark.parametrize("kind, path, stream", [
     ("application/json", CHAT, False), ("application/json", "/api/chat", False),
-    ("text/event-stream", CHAT, True), ("text/event-stream", "/api/chat", True),
+    ("text/event-stream", CHAT, True),
 ])  # fmt: skip
 def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
     fields = [("Content-Encoding", "gzip")]
@@ -5106,7 +5147,7 @@ def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
         as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
         assert as_it_is or ended_badly(got)
         assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 200
+        assert memory(router, "VmHWM") < 140
 
 
 MANY = {
@@ -5119,11 +5160,11 @@ def test_enormous_json_is_refused_before_it_is_read() -> None:
     with pair() as (router, upstream):
         for name, unit in MANY.items():
             model = upstream.plays(FINE)
-            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (20_000_000 // len(unit)))
+            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (8_000_000 // len(unit)))
             got = request(router.port, "POST", CHAT, data)
             assert (got.status, upstream.heard(model)) == (413, []), name
             assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 200
+        assert memory(router, "VmHWM") < 100
 
 
 LONG = [
@@ -5181,18 +5222,31 @@ def test_long_requests_together_are_bounded() -> None:
 
 
 def test_few_files_are_enough() -> None:
-    """With 100 descriptors and 60 clients, others are served, before and after."""
+    """With 100 descriptors and 30 clients, others are served, before and after."""
     shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
     with Upstream() as upstream, contextlib.ExitStack() as stack:
         router = stack.enter_context(Router({"DEFAULT_UPSTREAM": upstream.url}, python=shell))
         with contextlib.ExitStack() as crowd:
-            for _ in range(60):
+            for _ in range(30):
                 sock = crowd.enter_context(connect(router.port))
                 with contextlib.suppress(ConnectionError):
                     sock.sendall(get("/v1/crowd"))
             assert ask(router, "tiny").status == 200
         results = at_once(lambda n: ask(router, "tiny").status, range(40), workers=20)
         assert results == [200] * 40
+        assert "Traceback" not in router.stderr
+
+
+def test_a_name_that_is_no_text_costs_nobody_a_row() -> None:
+    with pair() as (router, _):
+        for name in ("\ud800", "a\udfff [x]"):
+            request(router.port, "POST", "/api/chat", {**ASKS["/api/chat"], "model": name})
+        assert ask(router, "tiny").status == 200
+
+        def rows() -> list[str]:
+            return [r["original_model"] for r in request(router.port, "GET", "/api/logs").json]
+
+        assert until(lambda: len(rows()) == 3), rows()
         assert "Traceback" not in router.stderr
 
 
