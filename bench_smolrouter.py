@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Measure smolrouter.py beside a bare asyncio relay, on this machine, in one run.
 
-    python bench_smolrouter.py [--rounds 3] [--json]
+    python bench_smolrouter.py [--rounds 3] [--rows 100000] [--json]
+    python bench_smolrouter.py --curves [--json]
     python bench_smolrouter.py --make-rows 1000000 FILE; python bench_smolrouter.py --log FILE
     python bench_smolrouter.py --soak MINUTES
 
-Three ways to the same upstream are asked in turn, round by round: directly, through the
-floor (a relay on asyncio streams that looks at nothing, part of this file) and through
-SmolRouter with routing rules, a model map and think stripping on. The load comes from
-this process, upstream and relays are processes of their own, all on 127.0.0.1. Standard
-library only; about a minute. Quote the ratios: absolute figures are the machine's.
+Four ways to the same upstream are asked in turn, round by round: directly, through the
+floor (a relay on asyncio streams that looks at nothing, part of this file), and through
+SmolRouter with rules, a model map and think stripping on, without and with its log. Then
+a log of many rows is asked what the page asks. `--curves` tells instead how the cost of a
+request grows. Load, upstream and relays are processes of their own on 127.0.0.1. Standard
+library only, on Linux, below two minutes. Quote ratios: absolute figures are the machine's.
 
 The soak sends good traffic and every kind of bad one at the same time, and fails unless
 every good answer is exact to the byte, every good request has its row in the log, and
@@ -20,13 +22,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import os
 import pathlib
 import random
 import re
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,23 +41,15 @@ import tempfile
 import time
 import urllib.request
 import zlib
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-import smolrouter
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple
 
 HERE = pathlib.Path(__file__).resolve().parent
 PACE = 0.05  # seconds between two events of a paced stream
-STREAMS, PACED_EVENTS, BURST_EVENTS = 200, 60, 256
-SECONDS = 2.0  # of one measurement
-END = b"0\r\n\r\n"
-STAMP = re.compile(rb"@@([0-9]{18})")
-ANSWER = json.dumps({
-    "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "bench",
-    "choices": [{"index": 0, "finish_reason": "stop", "message": {
-        "role": "assistant", "content": "The first sentence of a real answer. " * 3}}],
-    "usage": {"prompt_tokens": 12, "completion_tokens": 24, "total_tokens": 36},
-}).encode()  # fmt: skip
+CONNECTIONS, STREAMS, BURST = 32, 8, 500  # that ask; at full speed; events of such a stream
+SETTLE = 0.25  # s after a load, for what it left to do: the log is written in batches
+Figures = dict[str, dict[str, float]]  # by column and row
+EACH = "events of an answer, each"  # a curve per event, not per request
 ROUTES = {
     "aliases": {"coding-assistant": {"instances": ["UPSTREAM/bench"]}},
     "routes": [
@@ -59,7 +58,14 @@ ROUTES = {
         {"match": {"model": "gpt-4"}, "route": {"model": "other"}},
     ],
 }
-
+END = b"0\r\n\r\n"
+USAGE = {"prompt_tokens": 12, "completion_tokens": 24, "total_tokens": 36}
+ANSWER = json.dumps({
+    "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "bench",
+    "choices": [{"index": 0, "finish_reason": "stop", "message": {
+        "role": "assistant", "content": "The first sentence of a real answer. " * 3}}],
+    "usage": USAGE,
+}).encode()  # fmt: skip
 WORDS = ("The", "quick", "naïve", "狐", "jumps", "<b>", "\\", '"', "\n", "over", "🦊", "</p>")
 FINE = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = FINE + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -74,23 +80,31 @@ BAD_ANSWERS = {
             + zlib.compress(bytes(64 << 20), 1),
     "busy": b"HTTP/1.1 429 Busy\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{}",
 }
+JSON = FINE + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+WHOLE = JSON % len(ANSWER) + ANSWER
 
 # ======================================================================================
-# The two ends and the floor, each run as a process: `bench_smolrouter.py --run NAME`
+# The ends and the floor, each run as a process: `bench_smolrouter.py --run NAME`
 # ======================================================================================
 
-
-def event(number: int) -> bytes:
-    """Return one event as a chunk; it carries its send time in ns."""
-    delta = {"content": f" @@{time.monotonic_ns():018d}"}
-    doc = {
-        "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1,
-        "model": "bench",
-        "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
-    }  # fmt: skip
-    data = b"data: " + json.dumps(doc, separators=(",", ":")).encode() + b"\n\n"
+def encode_event(*texts: str, **more: Any) -> bytes:
+    """Return one event as a chunk, with a choice for each text."""
+    choices = [{"index": n, "delta": {"content": text}, "finish_reason": None}
+               for n, text in enumerate(texts)]  # fmt: skip
+    doc = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1,
+           "model": "bench", "choices": choices, **more}  # fmt: skip
+    data = b"data: %b\n\n" % json.dumps(doc, separators=(",", ":")).encode()
     return b"%x\r\n%b\r\n" % (len(data), data)
 
+STREAM_END = encode_event(usage=USAGE) + b"e\r\ndata: [DONE]\n\n\r\n" + END
+STAMPED = encode_event(" @@000000000000000000").replace(b"0" * 18, b"%018d")  # takes ns
+STAMP = re.compile(rb"@@([0-9]{18})")
+TARGET = re.compile(rb"POST [^ ?]*\?events=([0-9]+)(&paced)? ")
+
+@functools.lru_cache
+def encode_burst(count: int) -> bytes:
+    """Return a stream of events that comes all at once."""
+    return CHUNKED + encode_event(" word of an answer") * count + STREAM_END
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     """Return a request's head and content."""
@@ -98,39 +112,28 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     length = re.search(rb"\r\ncontent-length: *([0-9]+)", head, re.IGNORECASE)
     return head, await reader.readexactly(int(length[1]) if length else 0)
 
-
-async def serve_upstream(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    """Answer a chat: whole, a burst of events, or paced ones."""
-    try:
+async def serve_upstream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer a chat: whole, or with the events that its target asks for, at once or paced."""
+    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
         while True:
-            _, content = await read_request(reader)
-            asked = json.loads(content or b"{}")
-            if not asked.get("stream"):
-                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-                length = b"Content-Length: %d\r\n\r\n" % len(ANSWER)
-                writer.write(head + length + ANSWER)
+            head, _ = await read_request(reader)
+            asked = TARGET.match(head)
+            if not asked or not asked[2]:
+                writer.write(encode_burst(int(asked[1])) if asked else WHOLE)
+                await writer.drain()
                 continue
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-            writer.write(head + b"Transfer-Encoding: chunked\r\n\r\n")
-            count = asked["max_tokens"]
-            if asked.get("user") == "paced":
-                for number in range(count):
-                    await asyncio.sleep(PACE)
-                    writer.write(event(number))
-            else:
-                writer.write(b"".join(map(event, range(count))))
-            writer.write(b"e\r\ndata: [DONE]\n\n\r\n" + END)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        writer.close()
-
+            writer.write(CHUNKED)
+            due = time.monotonic() + random.random() * PACE  # streams are not in step
+            for number in range(int(asked[1])):
+                await asyncio.sleep(due + number * PACE - time.monotonic())
+                writer.write(STAMPED % time.monotonic_ns())
+            writer.write(STREAM_END)
+    writer.close()
 
 def said_to(content: bytes) -> list[str]:
     """Return what the soak's model says to a request: words that depend on all of it."""
     seed = random.Random(zlib.crc32(content))
     return [f"{seed.choice(WORDS)}{seed.randrange(1000)} " for _ in range(seed.randrange(1, 60))]
-
 
 def encode_said(content: bytes, stream: bool) -> bytes:
     """Return the exact content of the soak's answer to a request."""
@@ -142,7 +145,6 @@ def encode_said(content: bytes, stream: bool) -> bytes:
     docs = [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in words]
     events = [*map(json.dumps, docs), "[DONE]"]
     return "".join(f"data: {data}\n\n" for data in events).encode()
-
 
 async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer well, or as badly as the model's name says."""
@@ -172,7 +174,6 @@ async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
         pass
     writer.close()
 
-
 async def serve_floor(
     upstream: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
@@ -190,227 +191,242 @@ async def serve_floor(
     tasks = [copy(reader, up_writer), copy(up_reader, writer)]
     await asyncio.gather(*tasks, return_exceptions=True)
 
-
 async def run_end(name: str, upstream: int) -> None:
     """Serve until killed; print the port."""
-
-    async def serve(reader: Any, writer: Any) -> None:
-        if name == "upstream":
-            await serve_upstream(reader, writer)
-        elif name == "soak":
-            await serve_soak(reader, writer)
-        else:
-            await serve_floor(upstream, reader, writer)
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096)
+    ends = {"upstream": serve_upstream, "soak": serve_soak,
+            "floor": functools.partial(serve_floor, upstream)}  # fmt: skip
+    server = await asyncio.start_server(ends[name], "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
-
 
 # ======================================================================================
 # The load
 # ======================================================================================
 
+class Way(NamedTuple):
+    """A process that one asks."""
 
-def request(stream: bool, count: int, paced: bool = False) -> bytes:
-    """Return the bytes of one chat request."""
-    doc = {
-        "model": "bench", "stream": stream, "max_tokens": count,
-        "user": "paced" if paced else "burst",
-        "messages": [{"role": "user", "content": "Say hello, please. " * 4}],
-    }  # fmt: skip
-    content = json.dumps(doc).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\n"
-        "Authorization: Bearer sk-bench\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
+    process: subprocess.Popen[Any]
+    port: int
 
+def cpu_seconds(way: Way) -> float:
+    """Return the processor time of a process so far; the number is clock_getcpuclockid's."""
+    return time.clock_gettime((~way.process.pid << 3) | 2)
 
-async def ask(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes,
-    delays: list[int],
-) -> None:  # fmt: skip
-    """Send a request and read its answer to the end."""
-    writer.write(data)
-    head = await reader.readuntil(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200"), head[:80]
-    length = re.search(rb"\r\ncontent-length: *([0-9]+)", head, re.IGNORECASE)
-    if length:
-        await reader.readexactly(int(length[1]))
-        return
-    tail = b""
-    while not tail.endswith(END):
-        piece = await reader.read(65536)
-        assert piece, "the stream was cut"
-        now, searched = time.monotonic_ns(), tail[-20:] + piece
-        delays.extend(now - int(stamp) for stamp in STAMP.findall(searched))
-        tail = searched[-20:]
-        if match := list(STAMP.finditer(searched)):
-            tail = searched[max(match[-1].end(), len(searched) - 20) :]
+def encode_post(path: str, content: bytes, more: str = "") -> bytes:
+    """Return a POST of JSON."""
+    return (f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n{more}"
+            f"Content-Length: {len(content)}\r\n\r\n").encode() + content
 
+def encode_chat(events: int = 0, size: int = 80, model: str = "bench", more: str = "") -> bytes:
+    """Return a chat with a message of `size` characters, for a whole answer or events."""
+    text = ("Say hello, please. " * (size // 19 + 1))[:size]
+    doc = {"model": model, "stream": bool(events), "temperature": 0.7,
+           "messages": [{"role": "user", "content": text}]}  # fmt: skip
+    path = "/v1/chat/completions" + (f"?events={events}{more}" if events else "")
+    return encode_post(path, json.dumps(doc).encode(), "Authorization: Bearer sk-bench\r\n")
 
-async def load(
-    port: int, connections: int, seconds: float, data: bytes
-) -> tuple[list[float], list[int], float]:
-    """Ask on some connections for a while: latencies in s, delays in ns, time taken."""
-    latencies: list[float] = []
+class Client(asyncio.Protocol):
+    """A connection that asks one request at a time."""
+
+    def __init__(self, delays: list[int] | None) -> None:
+        self.delays, self.tail = delays, b""  # in ns, of the events that say their time
+
+    def data_received(self, data: bytes) -> None:
+        """Look for the end of the answer, and at the times in it."""
+        if not self.tail and not data.startswith(FINE[:12]):
+            raise ConnectionError(data[:300])
+        if self.delays is not None:
+            now = time.monotonic_ns()
+            self.delays.extend(now - int(stamp) for stamp in STAMP.findall(data))
+        self.tail = (self.tail + data[-32:])[-32:]
+        if self.tail.endswith((END, ANSWER[-32:])):
+            self.ended.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Fail a request that runs."""
+        if not self.ended.done():
+            self.ended.set_exception(error or ConnectionError("the answer was cut"))
+
+    async def ask(self, data: bytes) -> float:
+        """Send a request; return the seconds until its answer's end."""
+        begun, self.tail = time.perf_counter(), b""
+        self.ended = asyncio.get_running_loop().create_future()
+        self.transport.write(data)
+        await self.ended
+        return time.perf_counter() - begun
+
+@contextlib.asynccontextmanager
+async def connect(port: int, count: int, delays: list[int] | None = None) -> Any:
+    """Open some connections, close them in the end."""
+    loop, clients = asyncio.get_running_loop(), [Client(delays) for _ in range(count)]
+    for client in clients:
+        client.transport, _ = await loop.create_connection(lambda: client, "127.0.0.1", port)
+    yield clients
+    for client in clients:
+        client.transport.close()
+
+async def load(way: Way, requests: list[bytes], width: int, seconds: float) -> tuple[float, float]:
+    """Ask on `width` connections for a while: answers a second, CPU of one in us."""
+    source = itertools.cycle(requests)
+
+    async def repeat(client: Client) -> int:
+        for count in itertools.count(1):
+            await client.ask(next(source))
+            if time.monotonic() - begun >= seconds:
+                return count
+
+    async with connect(way.port, width) as clients:
+        await asyncio.gather(*(client.ask(next(source)) for client in clients))  # warm up
+        await asyncio.sleep(min(SETTLE, seconds))
+        spent, begun = cpu_seconds(way), time.monotonic()
+        count = sum(await asyncio.gather(*map(repeat, clients)))
+        took = time.monotonic() - begun
+        await asyncio.sleep(min(SETTLE, seconds))
+        return count / took, (cpu_seconds(way) - spent) * 1e6 / count
+
+async def load_paced(way: Way, streams: int, seconds: float) -> tuple[list[int], float]:
+    """Read many paced streams for a while: delays in ns, CPU of one event in us."""
     delays: list[int] = []
-    start = time.monotonic()
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while True:
-            begun = time.monotonic()
-            await ask(reader, writer, data, delays)
-            latencies.append(time.monotonic() - begun)
-            if time.monotonic() - start >= seconds:
-                break
-        writer.close()
-
-    await asyncio.gather(*(client() for _ in range(connections)))
-    return latencies, delays, time.monotonic() - start
-
+    seconds = max(seconds, 4 * PACE)
+    data = encode_chat(events=int(2 * seconds / PACE), more="&paced")
+    async with connect(way.port, streams, delays) as clients:
+        asked = asyncio.gather(*(client.ask(data) for client in clients))
+        while not asked.done() and not all(client.tail for client in clients):
+            await asyncio.sleep(0.01)
+        first, spent = len(delays), cpu_seconds(way)
+        await asyncio.sleep(seconds)
+        spent, seen = cpu_seconds(way) - spent, delays[first:]
+        await asked
+    return seen, spent * 1e6 / len(seen)
 
 # ======================================================================================
-# The measurements
+# The processes
 # ======================================================================================
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the processor time of a process so far."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
 
 def memory(pid: int, key: str) -> float:
     """Return resident memory in MB: VmRSS now, VmHWM at its peak."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     return int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1024
 
-
-def percentile(values: list[Any], share: float) -> float:
-    """Return the value below which `share` of the values lie."""
-    return sorted(values)[int(share * (len(values) - 1))]
-
-
-async def measure(port: int, pid: int | None) -> dict[str, float]:
-    """Measure one way to the upstream."""
-    figures = {}
-    latencies, _, _ = await load(port, 1, SECONDS / 2, request(False, 0))
-    figures["latency p50, us"] = percentile(latencies, 0.5) * 1e6
-    figures["latency p99, us"] = percentile(latencies, 0.99) * 1e6
-    latencies, _, took = await load(port, 32, SECONDS, request(False, 0))
-    figures["requests/s, 32 connections"] = len(latencies) / took
-    _, delays, took = await load(port, 8, SECONDS, request(True, BURST_EVENTS))
-    figures["events/s, 8 streams unpaced"] = len(delays) / took
-    before = cpu_seconds(pid) if pid else 0.0
-    data = request(True, PACED_EVENTS, paced=True)
-    _, delays, _ = await load(port, STREAMS, 0, data)
-    figures[f"event delay p50, {STREAMS} paced streams, us"] = percentile(delays, 0.5) / 1e3
-    figures[f"event delay p99, {STREAMS} paced streams, us"] = percentile(delays, 0.99) / 1e3
-    if pid:
-        spent = cpu_seconds(pid) - before
-        figures["CPU per paced event, us"] = spent * 1e6 / len(delays)
-    return figures
-
-
-async def wait_for_answer(port: int, process: subprocess.Popen[Any]) -> None:
-    """Return when the router answers its first request."""
-    while True:
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            if process.poll() is not None:
-                sys.exit("smolrouter.py did not start")
-            await asyncio.sleep(0.005)
-            continue
-        await ask(reader, writer, request(False, 0), [])
-        writer.close()
-        return
-
-
 def start(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
-    """Start a Python process."""
-    return subprocess.Popen([sys.executable, *arguments], **options)
+    """Start a Python process, which ends with this one at the latest."""
+    process = subprocess.Popen([sys.executable, *arguments], **options)
+    atexit.register(process.wait, 20)
+    atexit.register(process.terminate)  # the last one registered is the first to run
+    return process
 
+def start_end(name: str, upstream: int = 0) -> Way:
+    """Start an upstream or a floor."""
+    options = ("--run", name, "--upstream", str(upstream))
+    process = start(__file__, *options, stdout=subprocess.PIPE)
+    with process.stdout as said:
+        return Way(process, int(said.readline()))
 
-def start_end(name: str, upstream: int = 0) -> tuple[subprocess.Popen[Any], int]:
-    """Start an upstream or a floor; return it and its port."""
-    process = start(
-        __file__, "--run", name, "--upstream", str(upstream), stdout=subprocess.PIPE
-    )
-    return process, int(process.stdout.readline())
+async def see_start(way: Way, begun: float) -> dict[str, float]:
+    """Ask a relay for its first answer; return what its start took."""
+    async with connect(way.port, 1) as (client,):
+        await client.ask(encode_chat(events=1))
+    took, rest = time.monotonic() - begun, memory(way.process.pid, "VmRSS")
+    return {"start to first answer, s": took, "memory at rest, MB": rest}
 
+def get(port: int, path: str) -> Any:
+    """Ask a router itself."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+        return json.load(answer)
 
 async def start_router(
-    folder: pathlib.Path, upstream: int, more: dict[str, str] | None = None
-) -> tuple[subprocess.Popen[Any], int, dict[str, float]]:
+    folder: pathlib.Path, upstream: int, settings: dict[str, str] | None = None,
+    routes: dict[str, Any] = ROUTES,
+) -> tuple[subprocess.Popen[Any], int, dict[str, float]]:  # fmt: skip
     """Start SmolRouter with everything on; return it, its port and what that took."""
-    listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    listener.close()
-    await listener.wait_closed()
+    own = pathlib.Path(tempfile.mkdtemp(dir=folder))
     url = f"http://127.0.0.1:{upstream}"
-    (folder / "routes.json").write_text(
-        json.dumps({"servers": {"UPSTREAM": url}, **ROUTES})
-    )
-    settings = {
-        "DEFAULT_UPSTREAM": url, "LISTEN_PORT": str(port), "ROUTES_CONFIG": "routes.json",
-        "MODEL_MAP": '{"gpt-3.5-turbo":"bench","/gpt-4-(.*)/":"bench-\\\\1"}',
-    }  # fmt: skip
-    environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    (own / "routes.json").write_text(json.dumps({"servers": {"UPSTREAM": url}, **routes}))
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
+    named = {"DEFAULT_UPSTREAM": url, "LISTEN_PORT": "0", "ROUTES_CONFIG": "routes.json",
+             "MODEL_MAP": '{"gpt-3.5-turbo": "bench", "/gpt-4-(.*)/": "bench-\\\\1"}'}  # fmt: skip
     begun = time.monotonic()
-    process = start(
-        str(HERE / "smolrouter.py"), cwd=folder,
-        env={**environ, **settings, **(more or {})},
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    await wait_for_answer(port, process)
-    took = time.monotonic() - begun
-    return process, port, {"first answer, s": took, "memory, MB": memory(process.pid, "VmRSS")}
+    with open(own / "said", "wb") as said:
+        process = start(str(HERE / "smolrouter.py"), cwd=own, stderr=said,
+                        env=kept | named | (settings or {}))  # fmt: skip
+    while not (line := re.search(r"listens on \S+:(\d+)", (own / "said").read_text())):
+        if process.poll() is not None:
+            sys.exit("smolrouter.py did not start")
+        await asyncio.sleep(0.002)
+    way = Way(process, int(line[1]))
+    return *way, await see_start(way, begun)
 
+# ======================================================================================
+# The table
+# ======================================================================================
 
-async def compare(rounds: int) -> dict[str, dict[str, float]]:
-    """Measure the three ways in turn; return medians by way and figure."""
-    processes: list[subprocess.Popen[Any]] = []
-    seen: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            upstream, upstream_port = start_end("upstream")
-            processes.append(upstream)
-            floor, floor_port = start_end("floor", upstream_port)
-            processes.append(floor)
-            router, port, once = await start_router(pathlib.Path(folder), upstream_port)
-            processes.append(router)
-            ways = {
-                "direct": (upstream_port, None), "floor": (floor_port, floor.pid),
-                "smolrouter": (port, router.pid),
-            }  # fmt: skip
-            for _ in range(rounds):
-                for way, (at, pid) in ways.items():
-                    for name, value in (await measure(at, pid)).items():
-                        seen.setdefault(way, {}).setdefault(name, []).append(value)
-            once["peak memory, MB"] = memory(router.pid, "VmHWM")
-        finally:
-            for process in processes:
-                process.terminate()
-                process.wait(20)
-                if process.stdout:
-                    process.stdout.close()
-    figures = {
-        way: {name: statistics.median(values) for name, values in columns.items()}
-        for way, columns in seen.items()
-    }
-    figures["smolrouter"].update(once)
+def percentiles(name: str, values: Iterable[float], unit: float) -> dict[str, float]:
+    """Return the median and what 99 of 100 stay below, in us."""
+    ordered = sorted(values)
+    return {f"{name} p{share}, us": ordered[share * (len(ordered) - 1) // 100] * unit
+            for share in (50, 99)}  # fmt: skip
+
+async def measure_latency(way: Way, direct: Way, seconds: float) -> dict[str, float]:
+    """Ask directly and this way by turns, so that both see the same machine."""
+    pairs, data, end = [], encode_chat(), time.monotonic() + seconds
+    async with connect(direct.port, 1) as (one,), connect(way.port, 1) as (other,):
+        while not pairs or time.monotonic() < end:
+            pairs.append((await one.ask(data), await other.ask(data)))
+    figures = percentiles("latency", [this for _, this in pairs], 1e6)
+    if way is not direct:
+        figures |= percentiles("added latency", [this - that for that, this in pairs], 1e6)
     return figures
 
+async def measure(way: Way, direct: Way, asked: argparse.Namespace) -> dict[str, float]:
+    """Measure one way to the upstream."""
+    figures = await measure_latency(way, direct, asked.seconds)
+    rate, spent = await load(way, [encode_chat()], CONNECTIONS, asked.seconds)
+    figures |= {f"requests/s, {CONNECTIONS} connections": rate, "CPU per request, us": spent}
+    rate, spent = await load(way, [encode_chat(BURST)], STREAMS, asked.seconds)
+    figures[f"events/s, {STREAMS} streams at full speed"] = rate * BURST
+    figures["CPU per event at full speed, us"] = spent / BURST
+    delays, spent = await load_paced(way, asked.streams, asked.seconds)
+    figures |= percentiles(f"event delay, {asked.streams} paced streams,", delays, 1e-3)
+    return figures | {"CPU per paced event, us": spent}
+
+def medians(seen: Iterable[tuple[str, Any, float]]) -> Figures:
+    """Return the median of all values of each column and row."""
+    figures: dict[str, dict[str, list[float]]] = {}
+    for column, row, value in seen:
+        figures.setdefault(column, {}).setdefault(str(row), []).append(value)
+    return {column: {row: statistics.median(values) for row, values in rows.items()}
+            for column, rows in figures.items()}  # fmt: skip
+
+async def compare(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> Figures:
+    """Measure the ways in turn; return medians by way and figure."""
+    direct, begun = start_end("upstream"), time.monotonic()
+    floor = start_end("floor", direct.port)
+    ways, once = {"direct": direct, "floor": floor}, {"floor": await see_start(floor, begun)}
+    for name, settings in {"log off": {"ENABLE_LOGGING": "false"}, "smolrouter": {}}.items():
+        *way, once[name] = await start_router(folder, direct.port, settings)
+        ways[name] = Way(*way)
+    figures = medians([
+        (name, figure, value) for _ in range(asked.rounds) for name, way in ways.items()
+        for figure, value in (await measure(way, direct, asked)).items()
+    ])  # fmt: skip
+    for name, column in once.items():
+        peak = {"memory at its peak, MB": memory(ways[name].process.pid, "VmHWM")}
+        figures[name] |= column | peak
+    figures["smolrouter"] |= await ask_log(folder, direct.port, log)
+    return figures
+
+def show(figures: Figures) -> None:
+    """Print a table; the last column is SmolRouter against the floor."""
+    print(f"{'figure':44}" + "".join(f"{way:>12}" for way in figures) + f"{'ratio':>8}")
+    for name, value in figures["smolrouter"].items():
+        cells = [column.get(name) for column in figures.values()]
+        texts = [f"{cell:12.2f}" if cell is not None else f"{'':12}" for cell in cells]
+        print(f"{name:44}" + "".join(texts) + (f"{value / cells[1]:8.2f}" if cells[1] else ""))
 
 # ======================================================================================
 # The soak
 # ======================================================================================
-
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
     """Read one answer: status, request id and content."""
@@ -426,20 +442,12 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
         await reader.readexactly(2)
     return int(head.split()[1]), number[1].decode() if number else "", content
 
-
-def encode_post(path: str, content: bytes, more: str = "") -> bytes:
-    """Return a POST of JSON."""
-    return (f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n{more}"
-            f"Content-Length: {len(content)}\r\n\r\n").encode() + content
-
-
 def chat_content(text: str, stream: bool, model: str = "good") -> bytes:
     """Return the content of a chat request that needs no change on its way."""
     doc: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
     if stream:
         doc |= {"stream": True, "stream_options": {"include_usage": True}}
     return json.dumps(doc).encode()
-
 
 class Soak:
     """Good and bad clients of one router, and what they have seen."""
@@ -570,12 +578,10 @@ class Soak:
         if missing:
             self.faults.append(f"{len(missing)} good requests without a row")
 
-
 def footprint(pid: int) -> tuple[float, int, int]:
     """Return memory in MB, descriptors and threads of a process."""
     threads = pathlib.Path(f"/proc/{pid}/task")
     return memory(pid, "VmRSS"), len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(threads))
-
 
 async def watch(pid: int, seconds: float) -> list[tuple[float, int, int]]:
     """Look at the process, print what it takes; return it."""
@@ -586,7 +592,6 @@ async def watch(pid: int, seconds: float) -> list[tuple[float, int, int]]:
         print(words.format(passed, *seen[-1]), flush=True)
         await asyncio.sleep(min(10.0, seconds / 12))
     return seen
-
 
 async def soak(minutes: float) -> int:
     """Mix good and bad traffic; return 0 when the router stood it."""
@@ -620,18 +625,6 @@ async def soak(minutes: float) -> int:
     print(*(f"FAULT: {fault}" for fault in run.faults[:20]), sep="\n")
     return 1 if run.faults or not run.good else 0
 
-
-def show(figures: dict[str, dict[str, float]]) -> None:
-    """Print a table; the last column is SmolRouter against the floor."""
-    ways = ("direct", "floor", "smolrouter")
-    print(f"{'figure':40}" + "".join(f"{way:>12}" for way in ways) + f"{'ratio':>8}")
-    for name, value in figures["smolrouter"].items():
-        cells = [figures[way].get(name) for way in ways]
-        texts = [f"{cell:12.2f}" if cell is not None else f"{'':12}" for cell in cells]
-        ratio = f"{value / cells[1]:8.2f}" if cells[1] else ""
-        print(f"{name:40}" + "".join(texts) + ratio)
-
-
 # ======================================================================================
 # The log
 # ======================================================================================
@@ -642,15 +635,14 @@ QUESTIONS = ("/api/logs", "/api/logs?model=phi-4&status=error", "/api/logs?q=phi
              "/api/performance?hours=168", "/api/performance?hours=168&model=phi-4",
              "/api/upstreams")  # fmt: skip
 
-
-def made_row(number: int, moment: float, chance: random.Random) -> smolrouter.Row:
+def made_row(number: int, moment: float, chance: random.Random) -> dict[str, Any]:
     """Return a row as a week of mixed traffic would leave it."""
     model, stream = chance.choices(MODELS, (40, 25, 15, 10, 9, 1))[0], chance.random() < 0.6
     failed, ollama = chance.random() < 0.03, chance.random() < 0.3
     status = chance.choice((404, 429, 500, 502)) if failed else 200
     taken = round(chance.lognormvariate(8, 1), 1)
     url, attempt = f"http://192.168.1.{100 + MODELS.index(model) % 3}:8000", [f"box/{model}"]
-    values = {
+    return {
         "id": int(moment * 1000) * 1024, "request_id": f"{number:020x}",
         "timestamp": int(moment * 1000), "completed_at": int(moment * 1000 + taken),
         "source_ip": f"10.0.0.{chance.randrange(1, 30)}", "method": "POST",
@@ -667,11 +659,10 @@ def made_row(number: int, moment: float, chance: random.Random) -> smolrouter.Ro
         "level": (number & -number).bit_length() - 1,
         **dict.fromkeys(("original_model", "mapped_model", "sent_model"), model),
     }  # fmt: skip
-    return smolrouter.Row(*(values.get(name) for name in smolrouter.Row._fields))
-
-
 def make_rows(count: int, file: str) -> None:
     """Write a log of `count` rows, evenly over the last week, to a new database."""
+    import smolrouter  # not where it would weigh on the floor
+
     store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": file}))
     chance, now, week = random.Random(1), time.time(), 7 * 86_400
     detail = smolrouter.Detail("{}", b'{"model":"made-up"}', ANSWER)
@@ -680,76 +671,116 @@ def make_rows(count: int, file: str) -> None:
         entries = []
         for number in range(start_at, min(start_at + 10_000, count)):
             moment = now - 60 - (count - number) * (week - 3600) / count
-            row = made_row(number + 1, moment, chance)
+            values = made_row(number + 1, moment, chance)
+            row = smolrouter.Row(*map(values.get, smolrouter.Row._fields))
             smolrouter.add_row(tallies, row)
             entries.append(smolrouter.make_entry(row, detail))
         store.write([], entries, tallies)
     store.close()
 
-
-def ask_log(port: int) -> dict[str, float]:
-    """Return the median time of each question to the log, in ms."""
-    figures = {}
+async def ask_log(folder: pathlib.Path, upstream: int, log: str) -> dict[str, float]:
+    """Ask a router with this log what the page asks; return the median times in ms."""
+    _, port, _ = await start_router(folder, upstream, {"DB_PATH": log})
+    figures = {"rows in the log": get(port, "/api/stats")["total_requests"]}
     for path in QUESTIONS:
         times = []
         for _ in range(21):
             begun = time.perf_counter()
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
-                answer.read()
+            get(port, path)
             times.append((time.perf_counter() - begun) * 1000)
         figures[f"{path}, ms"] = statistics.median(times)
     return figures
 
+# ======================================================================================
+# The curves
+# ======================================================================================
 
-async def measure_log(file: str) -> dict[str, float]:
-    """Start a router on a database and ask it."""
-    with tempfile.TemporaryDirectory() as folder:
-        processes: list[subprocess.Popen[Any]] = []
-        try:
-            upstream, port = start_end("upstream")
-            processes.append(upstream)
-            settings = {"DB_PATH": str(pathlib.Path(file).resolve())}
-            router, at, _ = await start_router(pathlib.Path(folder), port, settings)
-            processes.append(router)
-            return await asyncio.to_thread(ask_log, at)
-        finally:
-            for process in processes:
-                process.terminate()
-                process.wait(20)
+def many_rules(count: int) -> dict[str, Any]:
+    """Return a routing table whose last rule claims every request."""
+    kinds = ({"model": "/^other-%d-/"}, {"model": "gpt-%d"}, {"source_host": "10.1.%d.0/24"})
+    matches = [json.loads(json.dumps(kinds[n % 3]) % (n % 256)) for n in range(count - 1)]
+    return {"routes": [{"match": match, "route": {"upstream": "UPSTREAM"}}
+                       for match in [*matches, {"model": "/^bench/"}]]}  # fmt: skip
 
+async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> Figures:
+    """Return the CPU in us that a router spends on a request, by curve and size."""
+    upstream = start_end("upstream").port
+
+    async def router(routes: dict[str, Any] = ROUTES, **settings: str) -> Way:
+        process, port, _ = await start_router(folder, upstream, settings, routes)
+        return Way(process, port)
+
+    plain, full = await router(), await router(DB_PATH=log)
+    rules = [(count, await router(many_rules(count))) for count in (10, 100, 1000)]
+    total = get(full.port, "/api/stats")["total_requests"]
+    chat = [encode_chat()]
+    news = [encode_chat(model=f"bench-{n}") for n in range(5000)]  # more than it remembers
+    points = [
+        *(("rules, known models", count, way, chat, 8) for count, way in rules),
+        *(("rules, new models", count, way, news, 8) for count, way in rules),
+        *(("connections", count, plain, chat, count) for count in (1, 30, 1000)),
+        ("rows in the log", 0, plain, chat, 8), ("rows in the log", total, full, chat, 8),
+        *(("KB of a request", n, plain, [encode_chat(size=n << 10)], 8) for n in (1, 32, 1024)),
+        *((EACH, n, plain, [encode_chat(n)], 8) for n in (10, 300, 10_000)),
+    ]
+    return medians([
+        (name, size, (await load(*given, asked.seconds / 2))[1] / (size if name == EACH else 1))
+        for _ in range(asked.rounds) for name, size, *given in points
+    ])  # fmt: skip
+
+def show_curves(figures: Figures) -> None:
+    """Print each size with the cost there, and that against the first one's."""
+    print("CPU of the router per request, us, and its ratio to the first")
+    for name, curve in figures.items():
+        first = next(iter(curve.values()))
+        texts = [f"{n:>9}{cost:10.1f}{cost / first:8.2f}" for n, cost in curve.items()]
+        print(f"{name:32}" + "".join(texts))
+
+# ======================================================================================
+# The command line
+# ======================================================================================
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--rounds", type=int, default=3, help="rounds (default 3)")
+    add("--seconds", type=float, default=1.5, help="of one measurement (default 1.5)")
+    add("--streams", type=int, default=500, help="paced ones (default 500)")
+    add("--rows", type=int, default=100_000, help="in the log that is asked (default 100000)")
+    add("--log", metavar="FILE", help="take this database for it, which gets a few rows more")
+    add("--make-rows", nargs=2, metavar=("N", "FILE"),
+        help="write a log of N made-up rows to a new database, then end")  # fmt: skip
+    add("--curves", action="store_true", help="tell how the cost of a request grows")
+    add("--json", action="store_true", help="print JSON for machines")
+    add("--soak", type=float, metavar="MINUTES", help="good and bad traffic")
+    add("--run", choices=("upstream", "floor", "soak"), help=argparse.SUPPRESS)
+    add("--upstream", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 def main() -> int:
     """Run the command line."""
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # not that a peer has gone
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--json", action="store_true", help="print JSON for machines")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="good and bad traffic")
-    parser.add_argument("--run", choices=("upstream", "floor", "soak"), help=argparse.SUPPRESS)
-    parser.add_argument("--upstream", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--make-rows", nargs=2, metavar=("N", "FILE"),
-                        help="write a log of N made-up rows to a new database, then end")
-    parser.add_argument("--log", metavar="FILE",
-                        help="time what the page asks of a router with this database")
-    arguments = parser.parse_args()
-    if arguments.make_rows:
-        make_rows(int(arguments.make_rows[0]), arguments.make_rows[1])
-        return 0
-    if arguments.log:
-        for name, value in asyncio.run(measure_log(arguments.log)).items():
-            print(f"{name:50}{value:10.2f}")
-        return 0
-    if arguments.run:
+    asked = read_arguments()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a thousand connections
+    if asked.run:
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(run_end(arguments.run, arguments.upstream))
+            asyncio.run(run_end(asked.run, asked.upstream))
         return 0
-    if arguments.soak:
-        return asyncio.run(soak(arguments.soak))
-    figures = asyncio.run(compare(arguments.rounds))
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        show(figures)
+    if asked.soak:
+        return asyncio.run(soak(asked.soak))
+    if asked.make_rows:
+        make_rows(int(asked.make_rows[0]), asked.make_rows[1])
+        return 0
+    folder = pathlib.Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    log = str(pathlib.Path(asked.log or folder / "made.db").resolve())
+    if not asked.log:
+        make_rows(asked.rows, log)
+    run, tell = (measure_curves, show_curves) if asked.curves else (compare, show)
+    figures = asyncio.run(run(folder, log, asked))
+    print(json.dumps(figures)) if asked.json else tell(figures)
     return 0
 
 

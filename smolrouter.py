@@ -6035,8 +6035,9 @@ def build_parser() -> argparse.ArgumentParser:
     subs["token"].add_argument("--subject", required=True, help="whose token it is")
     subs["token"].add_argument("--days", type=flag_number(0.001, 36500), default=30.0)
     subs["demo"].add_argument("--seconds", type=flag_number(0, 3600), default=30.0)
-    for name in ("serve", "demo"):
-        subs[name].add_argument("--dashboard", metavar="FILE", help="serve this page instead")
+    for command in (parser, subs["serve"], subs["demo"]):
+        command.add_argument("--dashboard", metavar="FILE", help="serve this page instead",
+                             default=argparse.SUPPRESS)
     return parser
 
 def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:

@@ -5452,6 +5452,59 @@ def test_every_request_leaves_a_line() -> None:
             assert until(functools.partial(lambda w: w in router.stderr, word))
         assert "hidden" not in router.stderr
 
+# -- the measurements --------------------------------------------------------------
+
+DIRECT_FIGURES = {
+    "latency p50, us", "latency p99, us", "requests/s, 32 connections", "CPU per request, us",
+    "events/s, 8 streams at full speed", "CPU per event at full speed, us",
+    "event delay, 5 paced streams, p50, us", "event delay, 5 paced streams, p99, us",
+    "CPU per paced event, us",
+}  # fmt: skip
+RELAY_FIGURES = DIRECT_FIGURES | {
+    "added latency p50, us", "added latency p99, us", "start to first answer, s",
+    "memory at rest, MB", "memory at its peak, MB",
+}  # fmt: skip
+CURVES = {
+    "rules, known models": ["10", "100", "1000"],
+    "rules, new models": ["10", "100", "1000"],
+    "connections": ["1", "30", "1000"],
+    "rows in the log": ["0", "301"],  # one tells that the router has started
+    "KB of a request": ["1", "32", "1024"],
+    "events of an answer, each": ["10", "300", "10000"],
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the clocks of other processes")
+def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both kinds at once, each figure in a moment: none is compared with anything."""
+    bench = importlib.import_module("bench_smolrouter")
+    moment = ("--rounds", "1", "--seconds", "0.05", "--streams", "5", "--rows", "300", "--json")
+    runs = [
+        subprocess.Popen([sys.executable, bench.__file__, *moment, *more], stdout=subprocess.PIPE)
+        for more in ([], ["--curves"])
+    ]
+    try:
+        table, curves = (json.loads(run.communicate(timeout=100)[0]) for run in runs)
+    finally:
+        for run in runs:
+            run.send_signal(signal.SIGINT)  # nothing to one that has ended
+    log = {f"{path}, ms" for path in bench.QUESTIONS} | {"rows in the log"}
+    assert {way: set(figures) for way, figures in table.items()} == {
+        "direct": DIRECT_FIGURES, "floor": RELAY_FIGURES, "log off": RELAY_FIGURES,
+        "smolrouter": RELAY_FIGURES | log,
+    }  # fmt: skip
+    assert {name: list(curve) for name, curve in curves.items()} == CURVES
+    for figures in (*table.values(), *curves.values()):
+        assert all(value > 0 for value in figures.values()), figures
+    bench.show(table)
+    bench.show_curves(curves)
+    said = capsys.readouterr().out
+    for name, value in table["smolrouter"].items():
+        assert re.search(rf"^{re.escape(name)} .*\b{value:.2f}\b", said, re.M), name
+    for name, curve in curves.items():
+        assert re.search(rf"^{name} .*\b{[*curve.values()][-1]:.1f}\b", said, re.M), name
+
+
 # ======================================================================================
 # SDKs
 # ======================================================================================
