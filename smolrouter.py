@@ -5953,7 +5953,7 @@ def send_demo_requests(port: int, seconds: float) -> None:
         print(f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
               flush=True)
 
-async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) -> int:
+async def serve_demos(args: argparse.Namespace, settings: Settings, folder: pathlib.Path) -> int:
     """Run the router in front of three upstreams of its own."""
     servers, urls = {}, {}
     for name, kind in DEMO_SERVERS.items():
@@ -5973,9 +5973,10 @@ async def serve_demos(settings: Settings, folder: pathlib.Path, seconds: float) 
     def begin(port: int) -> None:
         print(f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three pretended "
               "servers answer: one is slow, one thinks aloud, one fails.", flush=True)
-        asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, seconds)
+        asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, args.seconds)
 
-    return await Router(settings, RoutesFile(settings, {}, True), ()).run(begin)
+    router = Router(settings, RoutesFile(settings, {}, True), (), args.dashboard)
+    return await router.run(begin)
 
 def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Show the router at work with three upstreams of its own."""
@@ -5983,7 +5984,7 @@ def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="smolrouter-demo-") as folder:
-        return asyncio.run(serve_demos(settings, pathlib.Path(folder), args.seconds))
+        return asyncio.run(serve_demos(args, settings, pathlib.Path(folder)))
 
 COMMANDS = (run_serve, run_check, run_explain, run_export, run_token, run_health, run_unit,
             run_demo)
@@ -6150,10 +6151,9 @@ button, .button { background: none; border: 1px solid var(--edge); border-radius
   padding: .1rem .85rem; color: var(--accent); font-weight: 550; white-space: nowrap; }
 button:hover, .button:hover { background: var(--hover); text-decoration: none; }
 button:not(:disabled) { cursor: pointer; } button:disabled { color: var(--quiet); }
-button.stop { color: var(--bad); }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 .controls { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-.controls button, .controls .button { padding: .35rem .9rem; }
+button.stop { color: var(--bad); } .controls button, .controls .button { padding: .35rem .9rem; }
 label { display: grid; gap: .2rem; flex: 1 1 7rem; min-width: 0; } .wide { flex: 3 1 14rem; }
 label, .facts dt { font-size: .75rem; color: var(--quiet); }
 input, select, textarea { width: 100%; height: 2.25rem; padding: .3rem .6rem; color: var(--text);
@@ -6173,7 +6173,6 @@ summary { cursor: pointer; } summary > * { display: inline; }
 .tile { padding: .9rem 1rem .75rem; font-size: .8125rem; }
 .tile dd { font-size: 1.5rem; font-weight: 600; letter-spacing: -.02em; white-space: nowrap; }
 .spark { display: block; width: 100%; height: 1.75rem; margin-top: .35rem; fill: var(--accent); }
-.soft { opacity: .45; }
 /* -- Tables; on a narrow screen every row is a card ------------------------------------------ */
 table { width: 100%; border-collapse: collapse; font-size: .875rem; }
 th, td { padding: .5rem; border-top: 1px solid var(--line); vertical-align: top; }
@@ -6188,7 +6187,7 @@ th button { padding: 0; width: 100%; text-align: inherit; }
 .rows tbody tr:hover, .rows tr:focus-within { background: var(--hover); }
 .fresh { animation: fresh 2.5s ease-out; } @keyframes fresh { from { background: var(--tint); } }
 .meter { display: flex; height: 4px; width: 5rem; margin: .2rem 0 0 auto; }
-.meter i { background: var(--accent); border-radius: 2px; }
+.meter i { background: var(--accent); border-radius: 2px; } .soft { opacity: .45; }
 .under td { border: 0; padding-top: 0; color: var(--quiet); }
 .under td:first-child { padding-left: 1.3rem; }
 /* -- Overview and performance ---------------------------------------------------------------- */
@@ -6222,8 +6221,7 @@ th button { padding: 0; width: 100%; text-align: inherit; }
 .p-flow { background: var(--accent); }
 .facts { display: grid; gap: .9rem 1.5rem; }
 .facts { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-.turn { padding: 1rem 0; } .turn h3 { color: var(--quiet); }
-.turn.assistant h3 { color: var(--accent); }
+.turn { padding: 1rem 0; } .turn h3 { color: var(--quiet); } .assistant h3 { color: var(--accent); }
 .turn a:not([href]) { color: inherit; text-decoration: none; }
 .turn img { display: block; max-width: min(100%, 24rem); border-radius: 10px; }
 .said { unicode-bidi: plaintext; max-width: 56rem; max-height: 40rem; overflow: auto; }
@@ -6269,7 +6267,6 @@ th button { padding: 0; width: 100%; text-align: inherit; }
   <p class="bad" id="sign-in-error" role="alert"></p>
   <button class="main">Sign in</button>
 </form>
-
 <div class="view" id="overview" hidden>
   <h1 class="unseen">Overview</h1>
   <dl class="tiles" id="tiles"></dl>
@@ -6711,8 +6708,7 @@ function tick() {
     say(tokens, row.tokens ? `${count(row.tokens)} tokens` : "");
   }
 }
-const STATES = {up: ["good", "✓ up"], cooling: ["warn", "◔ cooling"],
-  down: ["bad", "✕ down"]};
+const STATES = {up: ["good", "✓ up"], cooling: ["warn", "◔ cooling"], down: ["bad", "✕ down"]};
 function showServers(servers) {
   suggest("upstreams", servers.map(server => server.url));
   byId("servers").replaceChildren(...servers.map(server => {
@@ -7106,20 +7102,21 @@ const copyNode = (label, text, impossible) => node("button", {disabled: impossib
   }}, label);
 
 // -- Live: events, else polling; nothing while the tab is hidden -----------------------------
+const SETTLE_MS = 4500;  // what prints the page waits until all is loaded; events never are
 function listen() {
   if (app.source?.readyState < EventSource.CLOSED) return;
   app.source = new EventSource("/api/events");
   app.source.addEventListener("requests", () => app.view.refresh());
   app.source.onopen = app.source.onerror = ({type}) => {
     byId("live").classList.toggle("on", type === "open");
-    if (byId("live").textContent !== "Starting") app.view.refresh();
+    app.view.refresh();
     say(byId("live"), type === "open" ? "Live" : "Not live");
   };
 }
 function refresh() {
   if (document.hidden || !isSignedIn()) return;
   app.view.refresh();
-  listen();
+  if (performance.now() > SETTLE_MS) listen();
 }
 
 // -- Which view: the path says ---------------------------------------------------------------
@@ -7140,17 +7137,21 @@ function signIn(event) {
   post("/api/signin", {token: event.target.elements.token.value.trim()})
     .then(() => location.reload(), error => say(byId("sign-in-error"), error.message));
 }
-function keys(event) {
-  const typing = event.target.matches?.("input, select, textarea"), {key} = event;
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (key === "Escape" && typing) event.target.blur();
-  else if (key === "Escape" && app.view.name === "request") history.back();
-  if (typing || app.view.name !== "overview" || !"/jk".includes(key)) return;
-  event.preventDefault();
+const KEYS = {
+  overview: {"/": () => byId("filters").elements.q.focus(), j: () => step(1), k: () => step(-1)},
+  request: {Escape: () => history.back()}};
+function step(by) {
   const links = [...byId("rows").querySelectorAll("td:first-child a")];
-  const at = links.indexOf(document.activeElement) + (key === "j" ? 1 : -1);
-  if (key === "/") byId("filters").elements.q.focus();
-  else links[Math.max(0, Math.min(at, links.length - 1))]?.focus();
+  const at = links.indexOf(document.activeElement) + by;
+  links[Math.max(0, Math.min(at, links.length - 1))]?.focus();
+}
+function keys(event) {
+  const typing = event.target.matches?.("input, select, textarea");
+  const other = typing || event.ctrlKey || event.metaKey || event.altKey;
+  if (typing && event.key === "Escape") event.target.blur();
+  if (other || !KEYS[app.view.name]?.[event.key]) return;
+  event.preventDefault();  // an Escape would stop the way back
+  KEYS[app.view.name][event.key]();
 }
 async function start() {
   app.view = VIEWS.find(view => view.path.test(location.pathname));
@@ -7161,7 +7162,7 @@ async function start() {
   if (session.needs_token && !session.authenticated) return showSignIn();
   byId(app.view.name).hidden = false;
   app.view.open();
-  refresh();
+  for (const ms of [1500, 3000, SETTLE_MS + 500]) setTimeout(refresh, ms);
 }
 document.addEventListener("keydown", keys);
 document.addEventListener("visibilitychange", () =>
