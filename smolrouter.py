@@ -946,6 +946,7 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 # change replaces the value alone: `splice_json` never writes a whole document again.
 # To add a protocol: its functions, its `Dialect` constants, its lines in section 14.
 
+MAX_OPEN_CALLS = 64  # tool calls of an answer that fragments may still continue
 MAX_JSON_DEPTH = 200
 MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arrays: each of
 MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
@@ -1578,26 +1579,37 @@ def argument_text(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else encode_json(arguments).decode()
 
 def new_message(role: str) -> dict[str, Any]:
-    """Return a message of which nothing is known yet."""
-    return {"role": role, "content": "", "thinking": "", "tool_calls": [],
+    """Return a message of no protocol that says nothing yet; texts are gathered in pieces."""
+    return {"role": role, "content": [], "thinking": [], "tool_calls": [],
             "tool_call_id": None, "name": None, "images": []}
+
+def join_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with its texts whole."""
+    calls = [{"id": call["id"], "name": call["name"], "arguments": "".join(call["arguments"])}
+             for call in message["tool_calls"]]
+    texts = {name: "".join(message[name]) for name in ("content", "thinking")}
+    return {**message, **texts, "tool_calls": calls}
+
+def add_text(pieces: list[str], text: str) -> None:
+    """Add a piece; what is no text is refused here. Raises TypeError."""
+    pieces.append(text + "")
 
 def add_call(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> None:
     """Add a tool call or a fragment of one, which continues a call with its index and id."""
     index, call_id, function = call.get("index"), call.get("id"), call.get("function") or {}
-    same = [c for c in calls if c["index"] == index]
-    known = [c for c in same if not call_id or c["id"] in (None, call_id)]
-    if not known or (index is None and function.get("name")):
-        known = [{"index": index, "id": None, "name": None, "arguments": ""}]
-        calls += known
-    last = known[-1]
+    late = () if index is None and function.get("name") else calls[: -MAX_OPEN_CALLS - 1 : -1]
+    last = next((known for known in late if known["index"] == index
+                 and (not call_id or known["id"] in (None, call_id))), None)
+    if last is None:
+        last = {"index": index, "id": None, "name": None, "arguments": []}
+        calls.append(last)
     last["id"], last["name"] = call_id or last["id"], function.get("name") or last["name"]
-    last["arguments"] += argument_text(function.get("arguments") or "")
+    add_text(last["arguments"], argument_text(function.get("arguments") or ""))
 
 def add_content(message: dict[str, Any], content: Any) -> None:
     """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
     if not isinstance(content, list):
-        message["content"] += content or ""
+        add_text(message["content"], content or "")
         return
     for part in content:
         part = {"text": part} if isinstance(part, str) else part
@@ -1606,8 +1618,8 @@ def add_content(message: dict[str, Any], content: Any) -> None:
             data = f"data:{image.get('media_type')};base64,{image.get('data')}"
             image = image.get("url") or data
         message["images"] += [image] if image else []
-        message["content"] += part.get("text") or ""
-        message["thinking"] += part.get("thinking") or ""
+        add_text(message["content"], part.get("text") or "")
+        add_text(message["thinking"], part.get("thinking") or "")
         if kind in ("tool_use", "input_json_delta"):
             function = {**part, "arguments": part.get("partial_json") or part.get("input")}
             add_call(message["tool_calls"], {**part, "function": function})
@@ -1621,7 +1633,7 @@ def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
         message[name] = said.get(name) or message[name]
     message["name"] = said.get("tool_name") or message["name"]
     thought = said.get("thinking") or said.get("reasoning_content") or said.get("reasoning")
-    message["thinking"] += thought if isinstance(thought, str) else ""
+    add_text(message["thinking"], thought if isinstance(thought, str) else "")
     add_content(message, said.get("content"))
     for image in said["images"] if isinstance(said.get("images"), list) else ():
         if isinstance(image, dict):  # a part, as some servers answer
@@ -1696,13 +1708,10 @@ def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, An
             for index, delta in read_deltas(doc):
                 add_said(choices.setdefault(index, new_message("assistant")), delta)
     for message in choices.values():
-        message["content"], thought = filter_text(message["content"], FilterRules(think=True))
-        message["thinking"] += thought
-    talk += choices.values()
-    for message in talk:
-        message["tool_calls"] = [{k: c[k] for k in ("id", "name", "arguments")}
-                                 for c in message["tool_calls"]]
-    return talk
+        text, thought = filter_text("".join(message["content"]), FilterRules(think=True))
+        message["content"] = [text]
+        message["thinking"].append(thought)
+    return [join_message(message) for message in (*talk, *choices.values())]
 
 # --- Ollama: what is asked ------------------------------------------------------------
 
@@ -1720,7 +1729,8 @@ def read_ollama(path: str, query: str, content: bytes) -> Ask:
 
 def openai_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Return a message as OpenAI's; calls without an id get one."""
-    content, calls = message["content"], []
+    message, calls = join_message(message), []
+    content = message["content"]
     if message["images"]:
         content = [{"type": "text", "text": content}] if content else []
         content += [{"type": "image_url", "image_url": {"url": u}} for u in message["images"]]
@@ -1837,8 +1847,9 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
 
 def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return a gathered tool call with the object arguments that Ollama gives."""
-    arguments = parse_event_json(call["arguments"] or "{}")
-    arguments = {"_raw": call["arguments"]} if arguments is None else arguments
+    text = "".join(call["arguments"]) or "{}"
+    arguments = parse_event_json(text)
+    arguments = {"_raw": text} if arguments is None else arguments
     return {"function": {"name": call["name"], "arguments": arguments}}
 
 def error_text(doc: Mapping[str, Any]) -> str:
@@ -1894,10 +1905,11 @@ class OllamaStream(EventFilter):
         piece = {**new_message("assistant"), "tool_calls": self.calls}
         said = choice.get("delta") or choice.get("message") or {}
         add_said(piece, {"content": choice.get("text"), **said})
+        text, apart = "".join(piece["content"]), "".join(piece["thinking"])
         if whole:
-            self.text = TextFilter(self.rules, opens_inside(piece["content"]))
+            self.text = TextFilter(self.rules, opens_inside(text))
         self.reason = choice.get("finish_reason") or self.reason
-        return self.say(piece["content"], piece["thinking"], bool(choice.get("finish_reason")))
+        return self.say(text, apart, bool(choice.get("finish_reason")))
 
     def say(self, text: str, apart: str = "", last: bool = False,
             end: Mapping[str, Any] | None = None) -> bytes:
@@ -3008,7 +3020,7 @@ CONTENT_SLOW: Late = functools.partial(
 # instance that failed goes to the end of the order for a while; it is never excluded.
 
 IDLE_UPSTREAM = 30.0  # s that an idle connection to an upstream is kept
-MAX_IDLE = 512  # idle connections a server
+MAX_IDLE = 2048  # idle connections a server: as many as clients
 MAX_HEALTH = 1000  # instances that are known; clients choose names
 MAX_INTERIM = 50  # 1xx answers before the real one
 COOL_DOWN, MAX_COOL_DOWN, MAX_RETRY_AFTER = 5.0, 60.0, 300.0  # s
