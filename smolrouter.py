@@ -2564,11 +2564,12 @@ def check_browser(fields: Fields, host: str, webui: bool, settings: Settings,
     """Refuse a page from elsewhere; return the fields that the answer must have.
 
     A page shows itself by its Origin, by Sec-Fetch-Site (sent to loopback and https alone), or,
-    when its name was rebound to this address, by nothing but a browser's name and its Host.
+    when its name was rebound to this address, by nothing but its Host and a browser's ways.
     """
     origin, site = fields.get("origin"), fields.get("sec-fetch-site")
     known_host = is_web_host(host, settings.allowed_hosts, machine)
-    browser = site not in (None, "none") or "Mozilla/" in (fields.get("user-agent") or "")
+    browser = site not in (None, "none") or (
+        "Mozilla/" in (fields.get("user-agent") or "") and fields.get("accept-language"))
     if not known_host and (webui or (origin is None and browser)):
         raise MisdirectedRequest(f"a browser may not use the router as {host[:80]!r}; "
                                  "add it to ALLOWED_HOSTS")

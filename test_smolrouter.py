@@ -1554,7 +1554,8 @@ def test_web_host(host: str, good: bool) -> None:
 
 BOX, EVIL_PAGE, LINK = "mybox.lan:1234", "https://evil.example", {"Sec-Fetch-Dest": "document"}
 CROSS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
-BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"}
+SHELL = {"User-Agent": "Mozilla/5.0 (Windows NT 10.0) PowerShell/7.4.0"}
+BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)", "Accept-Language": "en"}
 PAGES = [
     # Host, fields, ALLOWED_ORIGINS, status at the Web UI, status at the model API
     (BOX, {}, "loopback", 200, 200),
@@ -1590,6 +1591,7 @@ PAGES = [
     # names that may have been rebound to this address
     ("evil.example:1234", {}, "loopback", 421, 200),
     ("evil.example:1234", BROWSER, "loopback", 421, 421),
+    ("models.example.com", SHELL, "loopback", 421, 200),
     ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "loopback", 421, 403),
     ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "*", 421, 200),
     ("evil.example", {"Sec-Fetch-Site": "same-origin"}, "*", 421, 421),
