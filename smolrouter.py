@@ -5547,6 +5547,8 @@ class HTTPServer:
         stream.deadline = NEVER
         await self.application.serve(request)
         stream.on_close = None
+        if stream.choked:  # answers that nobody reads must not pile up
+            await stream.drain()
         return request.responder.finished and await self.settle(request)
 
     def read_request(self, stream: Stream, peer: str, head: RequestHead) -> Request:

@@ -5223,6 +5223,17 @@ def test_long_requests_together_are_bounded() -> None:
         assert len(upstream.requests) == 2
 
 
+def test_pipelined_requests_whose_answers_nobody_reads() -> None:
+    with pair() as (router, _), connect(router.port) as sock:
+        sock.settimeout(0.5)
+        asked = get("/") * 1000  # each answer is a hundred times as long
+        with contextlib.suppress(TimeoutError):
+            for _ in range(200):
+                sock.sendall(asked)
+        assert ask(router, "tiny").status == 200
+        assert memory(router) < 60
+
+
 def test_few_files_are_enough() -> None:
     """With 100 descriptors and 30 clients, others are served, before and after."""
     shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
