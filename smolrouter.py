@@ -3015,6 +3015,7 @@ MAX_INTERIM = 50  # 1xx answers before the real one
 COOL_DOWN, MAX_COOL_DOWN, MAX_RETRY_AFTER = 5.0, 60.0, 300.0  # s
 MODELS_TIMEOUT, MODELS_FRESH, MODELS_KEPT = 2.0, 60.0, 600.0  # s
 MAX_MODELS_SIZE = 4 * MiB
+MAX_ASKED, MAX_LISTS = 32, 200  # lists asked for at once, each in a thread; lists kept
 MAX_HELD_ERROR = MiB  # of an error answer kept while the next instance is tried
 COOLING_STATUSES = (429, 503)
 
@@ -3375,6 +3376,7 @@ class ModelLists:
         self.upstreams = upstreams
         self.known: dict[tuple[str, str], tuple[float, list[dict[str, Any]]]] = {}
         self.asking: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self.turns = asyncio.Semaphore(MAX_ASKED)
 
     async def get(self, server: Server, authorization: str | None) -> list[Any] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
@@ -3405,16 +3407,17 @@ class ModelLists:
             connection = http.client.HTTPSConnection(
                 *place, timeout=MODELS_TIMEOUT, context=context)
         try:
-            asking = start_fetch(connection, server, authorization)
-            models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
+            async with self.turns:
+                asking = start_fetch(connection, server, authorization)
+                models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
         except ValueError:
             health.succeed()  # it can be reached, but has no list for us
         else:
             health.succeed()
-            if len(self.known) > 200:
-                self.known.clear()
+            if len(self.known) >= MAX_LISTS and key not in self.known:
+                del self.known[next(iter(self.known))]
             self.known[key] = time.monotonic(), models
         finally:
             del self.asking[key]

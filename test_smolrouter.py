@@ -5234,6 +5234,21 @@ def test_pipelined_requests_whose_answers_nobody_reads() -> None:
         assert memory(router) < 60
 
 
+def test_many_keys_make_few_threads() -> None:
+    """Each key may see other models, and is asked for in a thread of its own."""
+    with pair(lambda r: [0.2, *json_answer({"data": []})]) as (router, upstream):
+        threads = pathlib.Path(f"/proc/{router.process.pid}/task")
+        if not threads.exists():
+            pytest.skip("there is no /proc here")
+        with contextlib.ExitStack() as stack:
+            for number in range(100):
+                sock = stack.enter_context(connect(router.port))
+                sock.sendall(get("/v1/models", [("Authorization", f"Bearer {number}")]))
+            assert until(lambda: len(upstream.requests) >= 32)
+            assert len(list(threads.iterdir())) < 45
+            assert until(lambda: len(upstream.requests) == 100)
+
+
 def test_few_files_are_enough() -> None:
     """With 100 descriptors and 30 clients, others are served, before and after."""
     shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
