@@ -946,6 +946,7 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 # change replaces the value alone: `splice_json` never writes a whole document again.
 # To add a protocol: its functions, its `Dialect` constants, its lines in section 14.
 
+MAX_MODEL_NAME = 1024  # characters
 MAX_JSON_DEPTH = 200
 MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arrays: each of
 MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
@@ -1092,6 +1093,11 @@ class Ask:
     model: str = ""
     stream: bool = False
     span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
+
+    def __post_init__(self) -> None:
+        if len(self.model) > MAX_MODEL_NAME:  # it is kept, shown and counted by in many places
+            seen = f"the model's name has {len(self.model)} characters"
+            raise MalformedContent(f"{seen}; {MAX_MODEL_NAME} are allowed")
 
     @property
     def wants_usage(self) -> bool:
