@@ -947,6 +947,8 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 # To add a protocol: its functions, its `Dialect` constants, its lines in section 14.
 
 MAX_OPEN_CALLS = 64  # tool calls of an answer that fragments may still continue
+
+MAX_MODEL_NAME = 1024  # characters
 MAX_JSON_DEPTH = 200
 MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arrays: each of
 MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
@@ -1093,6 +1095,11 @@ class Ask:
     model: str = ""
     stream: bool = False
     span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
+
+    def __post_init__(self) -> None:
+        if len(self.model) > MAX_MODEL_NAME:  # it is kept, shown and counted by in many places
+            seen = f"the model's name has {len(self.model)} characters"
+            raise MalformedContent(f"{seen}; {MAX_MODEL_NAME} are allowed")
 
     @property
     def wants_usage(self) -> bool:
@@ -2396,6 +2403,11 @@ def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[
         return False, f"{rule.match_text}: source host {source} does not match"
     return found, f"{rule.match_text}: matches"
 
+@functools.lru_cache(maxsize=8192)
+def shared_step(rule: str, matched: bool, why: str) -> Step:
+    """Return a step that other trails share: a thousand rules would fill a cache of decisions."""
+    return Step(rule, matched, why)
+
 def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
     """Return where a request for a model from a host goes, and every rule tried."""
     mapped, trail = map_model(table, asked)
@@ -2417,7 +2429,7 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
             return decide(f"alias {name}", table.aliases[name])
     for rule in table.rules:
         found, why = match_rule(rule, names, source_host)
-        trail.append(Step(rule.name, bool(found), why))
+        trail.append(shared_step(rule.name, bool(found), why))
         if found:
             fill = isinstance(found, re.Match) and not rule.target.name
             return decide(rule.name, rule.target, found.expand if fill else str)
@@ -2576,11 +2588,12 @@ def check_browser(fields: Fields, host: str, webui: bool, settings: Settings,
     """Refuse a page from elsewhere; return the fields that the answer must have.
 
     A page shows itself by its Origin, by Sec-Fetch-Site (sent to loopback and https alone), or,
-    when its name was rebound to this address, by nothing but a browser's name and its Host.
+    when its name was rebound to this address, by nothing but its Host and a browser's ways.
     """
     origin, site = fields.get("origin"), fields.get("sec-fetch-site")
     known_host = is_web_host(host, settings.allowed_hosts, machine)
-    browser = site not in (None, "none") or "Mozilla/" in (fields.get("user-agent") or "")
+    browser = site not in (None, "none") or (
+        "Mozilla/" in (fields.get("user-agent") or "") and fields.get("accept-language"))
     if not known_host and (webui or (origin is None and browser)):
         raise MisdirectedRequest(f"a browser may not use the router as {host[:80]!r}; "
                                  "add it to ALLOWED_HOSTS")
@@ -3026,6 +3039,7 @@ MAX_INTERIM = 50  # 1xx answers before the real one
 COOL_DOWN, MAX_COOL_DOWN, MAX_RETRY_AFTER = 5.0, 60.0, 300.0  # s
 MODELS_TIMEOUT, MODELS_FRESH, MODELS_KEPT = 2.0, 60.0, 600.0  # s
 MAX_MODELS_SIZE = 4 * MiB
+MAX_ASKED, MAX_LISTS = 32, 200  # lists asked for at once, each in a thread; lists kept
 MAX_HELD_ERROR = MiB  # of an error answer kept while the next instance is tried
 COOLING_STATUSES = (429, 503)
 
@@ -3386,6 +3400,7 @@ class ModelLists:
         self.upstreams = upstreams
         self.known: dict[tuple[str, str], tuple[float, list[dict[str, Any]]]] = {}
         self.asking: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self.turns = asyncio.Semaphore(MAX_ASKED)
 
     async def get(self, server: Server, authorization: str | None) -> list[Any] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
@@ -3416,16 +3431,17 @@ class ModelLists:
             connection = http.client.HTTPSConnection(
                 *place, timeout=MODELS_TIMEOUT, context=context)
         try:
-            asking = start_fetch(connection, server, authorization)
-            models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
+            async with self.turns:
+                asking = start_fetch(connection, server, authorization)
+                models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
         except ValueError:
             health.succeed()  # it can be reached, but has no list for us
         else:
             health.succeed()
-            if len(self.known) > 200:
-                self.known.clear()
+            if len(self.known) >= MAX_LISTS and key not in self.known:
+                del self.known[next(iter(self.known))]
             self.known[key] = time.monotonic(), models
         finally:
             del self.asking[key]
@@ -5558,6 +5574,8 @@ class HTTPServer:
         stream.deadline = NEVER
         await self.application.serve(request)
         stream.on_close = None
+        if stream.choked:  # answers that nobody reads must not pile up
+            await stream.drain()
         return request.responder.finished and await self.settle(request)
 
     def read_request(self, stream: Stream, peer: str, head: RequestHead) -> Request:

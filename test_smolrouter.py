@@ -1554,7 +1554,8 @@ def test_web_host(host: str, good: bool) -> None:
 
 BOX, EVIL_PAGE, LINK = "mybox.lan:1234", "https://evil.example", {"Sec-Fetch-Dest": "document"}
 CROSS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
-BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"}
+SHELL = {"User-Agent": "Mozilla/5.0 (Windows NT 10.0) PowerShell/7.4.0"}
+BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)", "Accept-Language": "en"}
 PAGES = [
     # Host, fields, ALLOWED_ORIGINS, status at the Web UI, status at the model API
     (BOX, {}, "loopback", 200, 200),
@@ -1590,6 +1591,7 @@ PAGES = [
     # names that may have been rebound to this address
     ("evil.example:1234", {}, "loopback", 421, 200),
     ("evil.example:1234", BROWSER, "loopback", 421, 421),
+    ("models.example.com", SHELL, "loopback", 421, 200),
     ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "loopback", 421, 403),
     ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "*", 421, 200),
     ("evil.example", {"Sec-Fetch-Site": "same-origin"}, "*", 421, 421),
@@ -2517,7 +2519,7 @@ def test_odd_document_is_answered_400(name: str, path: str) -> None:
 
 
 NAMES = [
-    "a\r\nEvil: 1", "a\nEvil: 2", "a\0b", "\u6a21\u578b", "\xe9", "\ud800", "x" * 9999,
+    "a\r\nEvil: 1", "a\nEvil: 2", "a\0b", "\u6a21\u578b", "\xe9", "\ud800", "x" * 999,
 ]  # fmt: skip
 
 
@@ -5219,6 +5221,45 @@ def test_long_requests_together_are_bounded() -> None:
         big = chat("tiny", "a" * (60 << 20))
         assert until(lambda: request(router.port, "POST", CHAT, big).status == 200)
         assert len(upstream.requests) == 2
+
+
+def test_pipelined_requests_whose_answers_nobody_reads() -> None:
+    with pair() as (router, _), connect(router.port) as sock:
+        sock.settimeout(0.5)
+        asked = get("/") * 1000  # each answer is a hundred times as long
+        with contextlib.suppress(TimeoutError):
+            for _ in range(200):
+                sock.sendall(asked)
+        assert ask(router, "tiny").status == 200
+        assert memory(router) < 60
+
+
+def test_many_keys_make_few_threads() -> None:
+    """Each key may see other models, and is asked for in a thread of its own."""
+    with pair(lambda r: [0.2, *json_answer({"data": []})]) as (router, upstream):
+        threads = pathlib.Path(f"/proc/{router.process.pid}/task")
+        if not threads.exists():
+            pytest.skip("there is no /proc here")
+        with contextlib.ExitStack() as stack:
+            for number in range(100):
+                sock = stack.enter_context(connect(router.port))
+                sock.sendall(get("/v1/models", [("Authorization", f"Bearer {number}")]))
+            assert until(lambda: len(upstream.requests) >= 32)
+            assert len(list(threads.iterdir())) < 45
+            assert until(lambda: len(upstream.requests) == 100)
+
+
+def test_no_name_is_long_enough_to_fill_the_log() -> None:
+    for path, form in ((CHAT, False), ("/api/chat", False), ("/v1/audio/transcriptions", True)):
+        name = "long" * 257
+        kind, body = "application/json", dumps({**ASKS.get(path, {}), "model": name})
+        if form:
+            kind = "multipart/form-data; boundary=b"
+            body = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--'
+            body = body.encode()
+        got = request(shared().port, "POST", path, body, [("Content-Type", kind)])
+        assert got.status == 400 and b"1024 are allowed" in got.content
+        assert not stage().heard(name)
 
 
 def test_few_files_are_enough() -> None:
