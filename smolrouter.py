@@ -3483,8 +3483,9 @@ async def list_models(lists: ModelLists, table: RoutingTable,
 # the reason shows. To add a column: one in `Row`, and a migration at the list's end.
 
 MAX_INLINE = 16 * KiB  # longer bodies are blobs
-MAX_HELD = 64 * MiB  # bodies of running requests and of waiting rows; above, they are cut
-MAX_BATCH = 2000  # rows of one transaction
+MIN_PACKED = 2 * KiB  # shorter details are kept as they are: each packing hands the thread over
+MAX_HELD = 32 * MiB  # bodies of running requests and of waiting rows; above, they are cut
+MAX_BATCH = 500  # rows of one transaction
 SLICE, SLICE_REST = 8, 0.001  # rows made in a row, and s that the relay then has to itself
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
@@ -3650,11 +3651,6 @@ def storable(text: str) -> str:
     """Return text that SQLite takes: a lone surrogate becomes `?`."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
-def compress(data: bytes) -> bytes:
-    """Return data as zlib packs it: fast, and with little to set up."""
-    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 5)
-    return packer.compress(data) + packer.flush()
-
 def inflate(data: bytes, coding: str | None) -> bytes:
     """Return a body without its content coding, as far as it can be read."""
     with contextlib.suppress(zlib.error):
@@ -3715,14 +3711,16 @@ def make_row(record: Record, detail: Detail) -> Row:
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
     inline = [b"" if len(body) > MAX_INLINE else body for body in detail[1:]]
-    blobs = tuple((hashlib.sha256(body).hexdigest(), compress(body))
+    blobs = tuple((hashlib.sha256(body).hexdigest(), zlib.compress(body, 1))
                   if len(body) > MAX_INLINE else None for body in detail[1:])
     head = f"{len(inline[0])}\n{detail.meta}\n".encode("utf-8", "replace")
-    return Entry(row, compress(b"".join((head, *inline))), blobs)
+    data = b"".join((head, *inline))
+    return Entry(row, data if len(data) < MIN_PACKED else zlib.compress(data, 1), blobs)
 
 def read_detail(data: bytes, blobs: Iterable[bytes | None]) -> Detail:
     """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
-    size, meta, rest = zlib.decompress(data).split(b"\n", 2)
+    data = data if data[:1].isdigit() else zlib.decompress(data)
+    size, meta, rest = data.split(b"\n", 2)
     inline = rest[: int(size)], rest[int(size) :]
     return Detail(meta.decode(), *(zlib.decompress(blob) if blob else body
                                    for body, blob in zip(inline, blobs, strict=True)))

@@ -7639,6 +7639,7 @@ class Kept:
         data = b"".join(f.read_bytes() for f in self.file.parent.rglob("*") if f.is_file())
         packed = [blob.read_bytes() for blob in self.blobs.rglob("*.z")]
         packed += [row[0] for row in self.ask("SELECT data FROM details")]
+        packed = [part for part in packed if not part[:1].isdigit()]
         return data + b"".join(map(zlib.decompress, packed))
 
 
