@@ -7190,7 +7190,7 @@ async function start() {
   if (session.needs_token && !session.authenticated) return showSignIn();
   byId(app.view.name).hidden = false;
   app.view.open();
-  for (const ms of [1500, 3000, SETTLE_MS + 500]) setTimeout(refresh, ms);
+  for (const ms of [0, 1500, 3000, SETTLE_MS + 500]) setTimeout(refresh, ms);
 }
 document.addEventListener("keydown", keys);
 document.addEventListener("visibilitychange", () =>
