@@ -948,7 +948,7 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 
 MAX_OPEN_CALLS = 64  # tool calls of an answer that fragments may still continue
 
-MAX_MODEL_NAME = 1024  # characters
+MAX_MODEL_NAME = 16 * KiB  # characters
 MAX_JSON_DEPTH = 200
 MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arrays: each of
 MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
