@@ -1996,13 +1996,18 @@ def test_fuzz_log(
 ) -> None:
     """Whatever passed through can be read, packed, written to a database and shown."""
     pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else dumps(d) for d in said]
-    record = smolrouter.Record(
-        1, "id", 1.0, 1.0, "::1", "POST", path + "?key=" + ascii(odd), original_model=odd,
-        mapped_model=odd, sent_model=odd, route=odd, error=odd, stream=stream, status=status,
-        trail=(smolrouter.Step(odd, True, odd),), finished=2.0, content=dumps(doc), pieces=pieces,
-        attempts=[smolrouter.Attempt(odd, odd, None, odd, 1.0)])
+    target = f"{path}?key={urllib.parse.quote(odd, errors='replace')}"
+    top = smolrouter.parse_request_head(f"POST {target} HTTP/1.1\r\nHost: a".encode())
+    asked = smolrouter.Request(top, None, None, "::1", dumps(doc))
+    step = smolrouter.Step(odd, True, odd)
+    decision = smolrouter.Decision(odd, odd, odd, "failover", (), (step,))
+    record = smolrouter.Record("id", asked, "openai", stream, decision)
+    record.id, record.finished, record.status = 1, record.clock + 1.0, status
+    record.sent_model = record.error = odd
+    record.pieces = pieces
+    record.attempts = [smolrouter.Attempt(odd, odd, None, odd, 1.0)]
     detail = smolrouter.make_detail(record, 1 << 20)
-    row = smolrouter.make_row(record, detail, 2.0)
+    row = smolrouter.make_row(record, detail)
     entry = smolrouter.make_entry(row, detail)
     with contextlib.closing(smolrouter.open_database(":memory:")) as db:
         smolrouter.insert(db, "requests", [row])
@@ -9094,7 +9099,7 @@ CONTRAST = """() => {
 def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
     """In both schemes, at 380 pixels, and with hostile text in every field."""
     router = page_router("evil")
-    name = EVIL + "x" * 10_000
+    name = EVIL + "x" * (1000 - len(EVIL))
     long = json_answer(completion({}, EVIL + "y" * 10_000))
     stage().scripts[name] = lambda received: long
     fields = [("User-Agent", "<b>" + "z" * 3000)]
