@@ -2008,16 +2008,17 @@ def test_fuzz_log(
     record.attempts = [smolrouter.Attempt(odd, odd, None, odd, 1.0)]
     detail = smolrouter.make_detail(record, 1 << 20)
     row = smolrouter.make_row(record, detail)
-    entry = smolrouter.make_entry(row, detail)
-    with contextlib.closing(smolrouter.open_database(":memory:")) as db:
+    entry, store = smolrouter.make_entry(row, detail), smolrouter.Store(smolrouter.Settings())
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        store.migrate(db)
         smolrouter.insert(db, "requests", [row])
+        smolrouter.insert(db, "details", [(row.id, entry.size, None, None, entry.data)])
         (kept,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
-    blobs = [blob and blob[1] for blob in entry.blobs]
-    document = smolrouter.detail_document(
-        smolrouter.Row._make(kept), smolrouter.read_detail(entry.data, blobs))
+        assert store.detail(db, row.id)[1:] == detail[1:]
+        document = smolrouter.detail_document(smolrouter.Row._make(kept), detail)
+        for form in ("csv", "jsonl", "openai"):
+            smolrouter.export_page(store, db, {"format": form})
     assert json.loads(smolrouter.encode_json(document))["status_code"] == (status or None)
-    for form in ("csv", "jsonl", "openai"):
-        smolrouter.export_row(smolrouter.Row._make(kept), detail, form).encode()
 
 
 # ======================================================================================
