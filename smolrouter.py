@@ -735,9 +735,9 @@ class ChunkDecoder:
             self.left = int(match[1], 16)
             self.part = "chunk-end" if self.left else "trailer"
 
-def encode_chunk(content: bytes) -> bytes:
-    """Return `content` as one chunk; it must not be empty."""
-    return b"%x\r\n%b\r\n" % (len(content), content)
+def encode_chunk(content: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return `content`, which must not be empty, as one chunk in three pieces."""
+    return b"%x\r\n" % len(content), content, b"\r\n"
 
 @functools.lru_cache(maxsize=1024)
 def encode_field_value(text: str) -> str:
@@ -1446,18 +1446,18 @@ class EventFilter:
     def change_block(self, block: bytes) -> bytes:
         """Return whole events; only those that could need a change are parsed."""
         found = dict.fromkeys(self.words, -1)
-        at = self.plain_until(block, 0, found)
-        if at == len(block):
-            return block
-        parts = [block[:at]]
-        while at < len(block):
+        parts, kept, done = [], 0, 0
+        while (at := self.plain_until(block, done, found)) < len(block):
             match = self.form.end.search(block, at)
             end = match.end() if match else len(block)
-            parts.append(self.change(block[at:end]))
+            event = block[at:end]
+            changed = self.change(event)
             self.plain = self.settled()
-            at = self.plain_until(block, end, found)
-            parts.append(block[end:at])
-        return b"".join(parts)
+            if changed is not event:
+                parts += [block[kept:at], changed]
+                kept = end
+            done = end
+        return b"".join([*parts, block[kept:]]) if parts else block
 
     def plain_until(self, block: bytes, at: int, found: dict[bytes, int]) -> int:
         """Return how far events may leave as they are; `found`: where each word comes next."""
@@ -2941,7 +2941,7 @@ class Responder:
         """Add content; it leaves with the next `flush`, and the head with it."""
         self.size += len(content)
         if content and not self.silent:
-            self.pending.append(encode_chunk(content) if self.chunked else content)
+            self.pending += encode_chunk(content) if self.chunked else [content]
 
     def flush(self) -> None:
         """Send what was added."""
@@ -3260,7 +3260,8 @@ class Upstreams:
         seconds = self.settings.connect_timeout
         opening = asyncio.ensure_future(loop.create_connection(
             lambda: Stream(self.clock), url.host, url.port, ssl=context,
-            happy_eyeballs_delay=0.25, server_hostname=url.host if context else None,
+            happy_eyeballs_delay=None if is_address(url.host) else 0.25,
+            server_hostname=url.host if context else None,
         ))
         try:  # not wait_for: up to Python 3.11 it may lose a cancellation, or the connection
             await asyncio.wait([opening], timeout=seconds)
@@ -3486,7 +3487,8 @@ MAX_INLINE = 16 * KiB  # longer bodies are blobs
 MIN_PACKED = 2 * KiB  # shorter details are kept as they are: each packing hands the thread over
 MAX_HELD = 32 * MiB  # bodies of running requests and of waiting rows; above, they are cut
 MAX_BATCH = 500  # rows of one transaction
-SLICE, SLICE_REST = 8, 0.001  # rows made in a row, and s that the relay then has to itself
+MAX_LATE = 4000  # requests that ended and have no row yet; above, the thread takes no rest
+SLICE, SLICE_REST = 4, 0.001  # rows made in a row, and s that the relay then has to itself
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -4020,7 +4022,7 @@ class RequestLog:
         if not self.body_limit or self.taken - self.released + record.held > MAX_HELD:
             record.content, record.held, record.request_cut = b"", 0, True
         self.taken += record.held
-        self.wake.set()
+        self.rouse()
 
     def hear(self, record: Record, data: bytes) -> None:
         """Keep a piece of what the upstream says while there is room, then only its end."""
@@ -4040,7 +4042,12 @@ class RequestLog:
         record.finished = time.monotonic()
         self.inflight.pop(record.id, None)
         self.ended.append(record)
-        self.wake.set()
+        self.rouse()
+
+    def rouse(self) -> None:
+        """Tell the thread that there is something to do; its lock is not asked for in vain."""
+        if not self.wake.is_set():
+            self.wake.set()
 
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""
@@ -4054,7 +4061,7 @@ class RequestLog:
             except Exception:  # noqa: BLE001 - a fault of ours must not end the log
                 self.console.line(traceback.format_exc())
             self.opened.set()
-            if not last and len(self.ended) <= MAX_BATCH:
+            if not last and len(self.ended) <= MAX_LATE:
                 self.trim()
                 idle = self.store.prune_at - time.time() if self.store else None
                 self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
@@ -4075,9 +4082,7 @@ class RequestLog:
     def take(self) -> None:
         """Make entries of the requests that ended; count them, print a line for each."""
         fresh: Tallies = {}
-        for at in range(1, min(len(self.ended), MAX_BATCH) + 1):
-            if at % SLICE == 0 and len(self.ended) < MAX_BATCH:
-                time.sleep(SLICE_REST)
+        for _ in self.pace(range(min(len(self.ended), MAX_BATCH))):
             record = self.ended.popleft()
             detail = make_detail(record, self.body_limit)
             row = make_row(record, detail)
@@ -4096,6 +4101,15 @@ class RequestLog:
             add_tallies(self.series, {key: tally})
         self.lost += self.shorten(MAX_BACKLOG)
 
+    def pace(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield items; between a few of them the relay has the interpreter twice as long."""
+        begun = time.monotonic()
+        for at, item in enumerate(items, 1):
+            yield item
+            if at % SLICE == 0 and len(self.ended) < MAX_LATE:
+                time.sleep(max(SLICE_REST, 2 * (time.monotonic() - begun)))
+                begun = time.monotonic()
+
     def shorten(self, most: int) -> int:
         """Let the oldest rows that wait go until `most` are left; return how many went."""
         gone = [self.backlog.popleft() for _ in range(len(self.backlog) - most)]
@@ -4112,7 +4126,7 @@ class RequestLog:
                 self.suspect = False
                 self.store.check()
             self.store.open()
-            rows = [make_row(record, Detail()) for record in running]
+            rows = [make_row(record, Detail()) for record in self.pace(running)]
             if rows or self.backlog or self.tallies:
                 self.store.write(rows, self.backlog, self.tallies)
                 self.shorten(0)

@@ -1155,7 +1155,7 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
             bytes(random.choices(b"ab\r\n0", k=random.choice([1, 7, 300])))
             for _ in range(random.randrange(1, 40))
         ]
-        data = b"".join(map(smolrouter.encode_chunk, contents)) + b"0\r\n\r\nNEXT"
+        data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\nNEXT"
         cut = random.randrange(len(data))
         decoder = smolrouter.ChunkDecoder()
         got = decoder.feed(data[:cut])
