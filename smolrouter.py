@@ -4106,7 +4106,7 @@ class RequestLog:
         begun = time.monotonic()
         for at, item in enumerate(items, 1):
             yield item
-            if at % SLICE == 0 and len(self.ended) < MAX_LATE:
+            if at % SLICE == 0 and len(self.ended) < MAX_LATE and not self.closing.is_set():
                 time.sleep(max(SLICE_REST, 2 * (time.monotonic() - begun)))
                 begun = time.monotonic()
 
