@@ -1388,7 +1388,8 @@ class EventFilter:
     Whole events leave as the bytes they came in, unless one holds a word that may make a change
     necessary, or a filter waits for more text (`plain` is false).
     """
-    whole = required = False  # `required`: the client could not read the events as they are
+    whole = failed = False
+    required = False  # the client could not read the events as they are
 
     def __init__(self, plan: AnswerPlan, form: EventFormat) -> None:
         self.plan, self.form, self.rules, self.renames = plan, form, plan.rules, plan.renames
@@ -1439,8 +1440,9 @@ class EventFilter:
         if data.startswith(b"{") and parse_event_json(data) is None:
             raise BadGateway("the stream ended inside an event")
         self.tail.append(rest)
-        if closed and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
-            raise BadGateway("the connection was closed before the answer was complete")
+        cut = closed or (self.required and not self.failed)  # a made end looks like a good one
+        if cut and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
+            raise BadGateway("the stream ended before the answer was complete")
         return (self.change_block(rest) if rest else b"") + self.close(self.texts)
 
     def change_block(self, block: bytes) -> bytes:
@@ -1894,7 +1896,6 @@ class OllamaStream(EventFilter):
         self.calls: list[dict[str, Any]] = []  # gathered from their fragments
         self.said: dict[str, Any] = {}  # since the last line, or all for the one document
         self.reason: Any = None
-        self.failed = False
 
     def change_block(self, block: bytes) -> bytes:
         """Return the lines that some events make."""

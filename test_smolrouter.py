@@ -6557,6 +6557,17 @@ def test_ollama_reads_error_events(error: bytes, stream: bool) -> None:
     assert got.status == (200 if stream else 502)
 
 
+@pytest.mark.parametrize("said", ([], [WORD]), ids=("nothing", "a word"))
+@pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
+def test_ollama_makes_no_end_for_a_stream_without_one(said: list[bytes], stream: bool) -> None:
+    model = bench().plays(sse_answer(said))
+    got = tell("/api/chat", {**chat(model), "stream": stream})
+    *words, last = got.documents if stream and said else [got.json]
+    assert last == {"error": "the stream ended before the answer was complete"}
+    assert [word["done"] for word in words] == [False] * (stream and len(said))
+    assert got.status == (200 if words else 502)
+
+
 @pytest.mark.parametrize("error", list(ERROR_EVENTS.values())[:2], ids=list(ERROR_EVENTS)[:2])
 def test_error_event_ends_a_stream(error: bytes) -> None:
     model = bench().plays(sse_answer([WORD, error], chunked=False))
