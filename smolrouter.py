@@ -3853,7 +3853,7 @@ class Store:
 
     def claim(self, db: sqlite3.Connection) -> None:
         """Take the first free lane; finish the rows that routers of free lanes left open."""
-        self.lock, lanes = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR), []
+        self.lock, lanes = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600), []
         for lane in range(LANES):
             with contextlib.suppress(OSError):
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lane)
@@ -4067,6 +4067,8 @@ class RequestLog:
                 idle = self.store.prune_at - time.time() if self.store else None
                 self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
                 self.closing.wait(RETRY if self.error else BATCH)
+        if self.store:
+            self.store.close()  # the last one to close puts all into the one file
 
     def trim(self) -> None:
         """Return the memory of bodies that went by, now and then."""

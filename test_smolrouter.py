@@ -8518,6 +8518,8 @@ def test_shutdown_finishes_rows(kept: Kept) -> None:
         until(lambda: b"a " in sock.recv(4096))
         ask(router, "tiny")
         router.stop()
+    assert {f.name for f in kept.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
+    assert kept.file.with_name("log.db-lock").stat().st_mode & 0o777 == 0o600
     rows = dict(kept.ask("SELECT sent_model, status_code FROM requests"))
     assert rows == {slow: 503, "tiny": 200}
 
