@@ -1560,7 +1560,7 @@ def read_usage(said: bytes) -> Usage:
     start = max(0, len(said) - USAGE_WINDOW)
     at = said.rfind(b'"usage"', min(start, said.rfind(b'"usage"')) if start else 0)
     window = said[at if at >= 0 else start :][: 2 * USAGE_WINDOW]
-    if start and said.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:  # of /v1/messages
+    if said.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:  # of /v1/messages, at both ends
         window = said[:USAGE_WINDOW] + window
     found = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
 

@@ -7895,6 +7895,7 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
         *[{"type": "content_block_delta", "delta": {"text": "word " * 20}}] * 300,
         {"type": "message_delta", "usage": {"output_tokens": 15}}, {"type": "message_stop"}])),
      (25, 15, None)),
+    (b"".join(CLAUDE_EVENTS), (9, 4, None)),
     (b"".join(map(event, [
         *[{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(5)],
         "[DONE]"])), (7, 4, None)),
