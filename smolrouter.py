@@ -3674,8 +3674,16 @@ def make_detail(record: Record, limit: int) -> Detail:
             f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}}}')
     return Detail(meta, content, said)
 
+def estimate_tokens(talk: Iterable[Mapping[str, Any]]) -> int:
+    """Return about how many tokens some messages have: four letters each."""
+    letters = 0
+    for said in talk:
+        calls = (call["arguments"] for call in said["tool_calls"])
+        letters += len("".join((said["content"], said["thinking"], *calls)))
+    return -(-letters // 4)
+
 def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
-    """Return the tokens of a request, and whether they are estimates: four letters each."""
+    """Return the tokens of a request, and whether they are estimates."""
     failed = record.status >= 400 and record.status != ClientClosed.status
     if failed or record.answer_head is None:
         return Usage(), False
@@ -3683,9 +3691,8 @@ def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
     usage, path = read_usage(said), record.path.partition("?")[0]
     if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
         return usage, False
-    prompt, completion = (
-        -(-sum(len(message["content"]) + len(message["thinking"]) for message in talk) // 4)
-        for talk in (read_transcript(path, record.content, b""), read_transcript(path, b"", said)))
+    prompt = estimate_tokens(read_transcript(path, record.content, b""))
+    completion = estimate_tokens(read_transcript(path, b"", said))
     return Usage(usage.prompt or prompt, completion, usage.cached), True
 
 def make_row(record: Record, detail: Detail) -> Row:

@@ -7920,6 +7920,11 @@ def test_tokens_without_usage_are_estimates() -> None:
     ask(logging(), model, "a question of this length", stream=True)
     row = row_of(logging(), model)
     assert (row["prompt_tokens"], row["completion_tokens"], row["tokens_estimated"]) == (7, 5, True)
+    model = stage().plays(call_tools)
+    ask(logging(), model, "what?", stream=True)
+    row = row_of(logging(), model)
+    letters = sum(len(json.dumps(arguments)) for _, arguments in CALLS)
+    assert (row["completion_tokens"], row["tokens_estimated"]) == (-(-letters // 4), True)
 
 
 def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None) -> list[Any]:
