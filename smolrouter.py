@@ -6787,9 +6787,8 @@ const COLUMNS = [
 const hasFailed = attempt => attempt.error || attempt.status >= 400;
 /** What went wrong, or round whom it went, in one quiet line. */
 function storyNode(row) {
-  const failed = row.attempts.filter(hasFailed);
-  const story = row.error_message || failed.length > 0 &&
-    `after ${failed.map(one => `${one.instance}: ${one.error ?? one.status}`).join("; ")}`;
+  const lost = row.attempts.filter(hasFailed).map(a => `${a.instance}: ${a.error ?? a.status}`);
+  const story = row.error_message || lost.length > 0 && `after ${lost.join("; ")}`;
   return story && node("div.small", named(story, 110));
 }
 function tokensNode(row) {
@@ -7071,12 +7070,13 @@ function trailNode(doc) {
 }
 /** Where the time went: failed attempts, waiting for the first token, streaming. */
 function phasesNode(doc) {
-  const whole = doc.duration_ms ?? 0, first = doc.ttft_ms ?? whole;
+  const age = doc.is_inflight ? Date.now() - Date.parse(doc.timestamp) : 0;
+  const whole = doc.duration_ms ?? Math.max(age, doc.ttft_ms), first = doc.ttft_ms ?? whole;
   const lost = doc.attempts.filter(hasFailed).reduce((sum, one) => sum + one.duration_ms, 0);
   const bars = [["p-fail", "failed attempts", Math.min(lost, first)], ["p-wait", "waiting",
     first - lost], ["p-flow", "streaming", whole - first]].filter(([, , ms]) => ms > 0);
   return node("div", node("div.phases", {"aria-hidden": "true"},
-    bars.map(([kind, , ms]) => node(`i.${kind}`, {style: {flex: `${ms} 1 0`}}))),
+    bars.map(([kind, , ms]) => node(`i.${kind}`, {style: {flex: `${1e3 * ms} 1 0`}}))),
   node("p.line.key", bars.map(([kind, name, ms]) =>
     node("span", node(`i.${kind}`), ` ${name} `, node("b", span(ms)))),
   node("span.push", "in all ", node("b", span(whole)))));

@@ -8973,6 +8973,11 @@ def test_request_that_runs_is_updated(tab: Any) -> None:
         wait_text(tab, "#head", "… running")
         wait_text(tab, "#turns", "one ")
         tab.evaluate("window.kept = document.querySelector('.turn')")
+        wait_text(tab, ".key", "streaming")
+        assert "in all 0 ms" not in tab.locator(".key").text_content()
+        full = "(bars => bars.lastElementChild.getBoundingClientRect().right / " \
+               "bars.getBoundingClientRect().right)(document.querySelector('.phases'))"
+        assert tab.evaluate(full) > 0.99
         gate.set()
     wait_text(tab, "#head", "✓ 200")
     assert wait_text(tab, ".turn.assistant", "two").endswith("one two")
