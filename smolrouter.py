@@ -1388,7 +1388,8 @@ class EventFilter:
     Whole events leave as the bytes they came in, unless one holds a word that may make a change
     necessary, or a filter waits for more text (`plain` is false).
     """
-    whole = required = False  # `required`: the client could not read the events as they are
+    whole = failed = False
+    required = False  # the client could not read the events as they are
 
     def __init__(self, plan: AnswerPlan, form: EventFormat) -> None:
         self.plan, self.form, self.rules, self.renames = plan, form, plan.rules, plan.renames
@@ -1439,8 +1440,9 @@ class EventFilter:
         if data.startswith(b"{") and parse_event_json(data) is None:
             raise BadGateway("the stream ended inside an event")
         self.tail.append(rest)
-        if closed and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
-            raise BadGateway("the connection was closed before the answer was complete")
+        cut = closed or (self.required and not self.failed)  # a made end looks like a good one
+        if cut and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
+            raise BadGateway("the stream ended before the answer was complete")
         return (self.change_block(rest) if rest else b"") + self.close(self.texts)
 
     def change_block(self, block: bytes) -> bytes:
@@ -1558,7 +1560,7 @@ def read_usage(said: bytes) -> Usage:
     start = max(0, len(said) - USAGE_WINDOW)
     at = said.rfind(b'"usage"', min(start, said.rfind(b'"usage"')) if start else 0)
     window = said[at if at >= 0 else start :][: 2 * USAGE_WINDOW]
-    if start and said.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:  # of /v1/messages
+    if said.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:  # of /v1/messages, at both ends
         window = said[:USAGE_WINDOW] + window
     found = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
 
@@ -1894,7 +1896,6 @@ class OllamaStream(EventFilter):
         self.calls: list[dict[str, Any]] = []  # gathered from their fragments
         self.said: dict[str, Any] = {}  # since the last line, or all for the one document
         self.reason: Any = None
-        self.failed = False
 
     def change_block(self, block: bytes) -> bytes:
         """Return the lines that some events make."""
@@ -3673,8 +3674,16 @@ def make_detail(record: Record, limit: int) -> Detail:
             f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}}}')
     return Detail(meta, content, said)
 
+def estimate_tokens(talk: Iterable[Mapping[str, Any]]) -> int:
+    """Return about how many tokens some messages have: four letters each."""
+    letters = 0
+    for said in talk:
+        calls = (call["arguments"] for call in said["tool_calls"])
+        letters += len("".join((said["content"], said["thinking"], *calls)))
+    return -(-letters // 4)
+
 def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
-    """Return the tokens of a request, and whether they are estimates: four letters each."""
+    """Return the tokens of a request, and whether they are estimates."""
     failed = record.status >= 400 and record.status != ClientClosed.status
     if failed or record.answer_head is None:
         return Usage(), False
@@ -3682,9 +3691,8 @@ def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
     usage, path = read_usage(said), record.path.partition("?")[0]
     if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
         return usage, False
-    prompt, completion = (
-        -(-sum(len(message["content"]) + len(message["thinking"]) for message in talk) // 4)
-        for talk in (read_transcript(path, record.content, b""), read_transcript(path, b"", said)))
+    prompt = estimate_tokens(read_transcript(path, record.content, b""))
+    completion = estimate_tokens(read_transcript(path, b"", said))
     return Usage(usage.prompt or prompt, completion, usage.cached), True
 
 def make_row(record: Record, detail: Detail) -> Row:
@@ -3852,7 +3860,7 @@ class Store:
 
     def claim(self, db: sqlite3.Connection) -> None:
         """Take the first free lane; finish the rows that routers of free lanes left open."""
-        self.lock, lanes = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR), []
+        self.lock, lanes = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600), []
         for lane in range(LANES):
             with contextlib.suppress(OSError):
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lane)
@@ -4066,6 +4074,8 @@ class RequestLog:
                 idle = self.store.prune_at - time.time() if self.store else None
                 self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
                 self.closing.wait(RETRY if self.error else BATCH)
+        if self.store:
+            self.store.close()  # the last one to close puts all into the one file
 
     def trim(self) -> None:
         """Return the memory of bodies that went by, now and then."""
@@ -6777,9 +6787,8 @@ const COLUMNS = [
 const hasFailed = attempt => attempt.error || attempt.status >= 400;
 /** What went wrong, or round whom it went, in one quiet line. */
 function storyNode(row) {
-  const failed = row.attempts.filter(hasFailed);
-  const story = row.error_message || failed.length > 0 &&
-    `after ${failed.map(one => `${one.instance}: ${one.error ?? one.status}`).join("; ")}`;
+  const lost = row.attempts.filter(hasFailed).map(a => `${a.instance}: ${a.error ?? a.status}`);
+  const story = row.error_message || lost.length > 0 && `after ${lost.join("; ")}`;
   return story && node("div.small", named(story, 110));
 }
 function tokensNode(row) {
@@ -7061,12 +7070,13 @@ function trailNode(doc) {
 }
 /** Where the time went: failed attempts, waiting for the first token, streaming. */
 function phasesNode(doc) {
-  const whole = doc.duration_ms ?? 0, first = doc.ttft_ms ?? whole;
+  const age = doc.is_inflight ? Date.now() - Date.parse(doc.timestamp) : 0;
+  const whole = doc.duration_ms ?? Math.max(age, doc.ttft_ms), first = doc.ttft_ms ?? whole;
   const lost = doc.attempts.filter(hasFailed).reduce((sum, one) => sum + one.duration_ms, 0);
   const bars = [["p-fail", "failed attempts", Math.min(lost, first)], ["p-wait", "waiting",
     first - lost], ["p-flow", "streaming", whole - first]].filter(([, , ms]) => ms > 0);
   return node("div", node("div.phases", {"aria-hidden": "true"},
-    bars.map(([kind, , ms]) => node(`i.${kind}`, {style: {flex: `${ms} 1 0`}}))),
+    bars.map(([kind, , ms]) => node(`i.${kind}`, {style: {flex: `${1e3 * ms} 1 0`}}))),
   node("p.line.key", bars.map(([kind, name, ms]) =>
     node("span", node(`i.${kind}`), ` ${name} `, node("b", span(ms)))),
   node("span.push", "in all ", node("b", span(whole)))));

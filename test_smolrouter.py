@@ -6557,6 +6557,17 @@ def test_ollama_reads_error_events(error: bytes, stream: bool) -> None:
     assert got.status == (200 if stream else 502)
 
 
+@pytest.mark.parametrize("said", ([], [WORD]), ids=("nothing", "a word"))
+@pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
+def test_ollama_makes_no_end_for_a_stream_without_one(said: list[bytes], stream: bool) -> None:
+    model = bench().plays(sse_answer(said))
+    got = tell("/api/chat", {**chat(model), "stream": stream})
+    *words, last = got.documents if stream and said else [got.json]
+    assert last == {"error": "the stream ended before the answer was complete"}
+    assert [word["done"] for word in words] == [False] * (stream and len(said))
+    assert got.status == (200 if words else 502)
+
+
 @pytest.mark.parametrize("error", list(ERROR_EVENTS.values())[:2], ids=list(ERROR_EVENTS)[:2])
 def test_error_event_ends_a_stream(error: bytes) -> None:
     model = bench().plays(sse_answer([WORD, error], chunked=False))
@@ -7884,6 +7895,7 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
         *[{"type": "content_block_delta", "delta": {"text": "word " * 20}}] * 300,
         {"type": "message_delta", "usage": {"output_tokens": 15}}, {"type": "message_stop"}])),
      (25, 15, None)),
+    (b"".join(CLAUDE_EVENTS), (9, 4, None)),
     (b"".join(map(event, [
         *[{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(5)],
         "[DONE]"])), (7, 4, None)),
@@ -7908,6 +7920,11 @@ def test_tokens_without_usage_are_estimates() -> None:
     ask(logging(), model, "a question of this length", stream=True)
     row = row_of(logging(), model)
     assert (row["prompt_tokens"], row["completion_tokens"], row["tokens_estimated"]) == (7, 5, True)
+    model = stage().plays(call_tools)
+    ask(logging(), model, "what?", stream=True)
+    row = row_of(logging(), model)
+    letters = sum(len(json.dumps(arguments)) for _, arguments in CALLS)
+    assert (row["completion_tokens"], row["tokens_estimated"]) == (-(-letters // 4), True)
 
 
 def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None) -> list[Any]:
@@ -8507,6 +8524,8 @@ def test_shutdown_finishes_rows(kept: Kept) -> None:
         until(lambda: b"a " in sock.recv(4096))
         ask(router, "tiny")
         router.stop()
+    assert {f.name for f in kept.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
+    assert kept.file.with_name("log.db-lock").stat().st_mode & 0o777 == 0o600
     rows = dict(kept.ask("SELECT sent_model, status_code FROM requests"))
     assert rows == {slow: 503, "tiny": 200}
 
@@ -8954,6 +8973,11 @@ def test_request_that_runs_is_updated(tab: Any) -> None:
         wait_text(tab, "#head", "… running")
         wait_text(tab, "#turns", "one ")
         tab.evaluate("window.kept = document.querySelector('.turn')")
+        wait_text(tab, ".key", "streaming")
+        assert "in all 0 ms" not in tab.locator(".key").text_content()
+        full = "(bars => bars.lastElementChild.getBoundingClientRect().right / " \
+               "bars.getBoundingClientRect().right)(document.querySelector('.phases'))"
+        assert tab.evaluate(full) > 0.99
         gate.set()
     wait_text(tab, "#head", "✓ 200")
     assert wait_text(tab, ".turn.assistant", "two").endswith("one two")
