@@ -1851,7 +1851,8 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
         "done": True, "done_reason": "length" if reason == "length" else "stop",
         "total_duration": total, "load_duration": 0,
         "prompt_eval_count": usage.prompt or 0, "prompt_eval_duration": first,
-        "eval_count": usage.completion or 0, "eval_duration": max(total - first, 1),
+        "eval_count": usage.completion or 0,
+        "eval_duration": total - first or total,  # of a whole answer nobody knows the parts
     }
 
 def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -4515,7 +4516,7 @@ class Exchange:
     def timing(self) -> Timing:
         """Return when an answer is made and how long it took, in ns."""
         now, begun = time.monotonic(), self.record.clock
-        first = self.record.first_token or now
+        first = (self.ask.stream and self.record.first_token) or now
         return Timing(time.time(), int((now - begun) * 1e9), int((first - begun) * 1e9))
 
     async def relay_answer(self, answer: Answer) -> None:
