@@ -655,9 +655,9 @@ def split_whole_chunks(data: bytes) -> tuple[list[bytes], int]:
     The fast way, in bulk, for chunks without extensions, as event streams come in. It returns
     nothing when it meets anything else: `ChunkDecoder` then goes step by step.
     """
-    before, *parts = CHUNK_EDGE.split(b"\r\n" + data)
-    sizes, contents = parts[0::2], parts[1::2]
-    if before or not contents:
+    parts = CHUNK_EDGE.split(b"\r\n" + data)
+    sizes, contents = parts[1::2], parts[2::2]
+    if parts[0] or not contents:
         return [], 0
     lengths = list(map(int, sizes, itertools.repeat(16)))
     rest = len(contents[-1]) - 2 - lengths[-1]
