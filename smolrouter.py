@@ -6207,7 +6207,7 @@ button:not(:disabled) { cursor: pointer; } button:disabled { color: var(--quiet)
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
 .controls { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
 button.stop { color: var(--bad); } .controls button, .controls .button { padding: .35rem .9rem; }
-label { display: grid; gap: .2rem; flex: 1 1 7rem; min-width: 0; } .wide { flex: 3 1 14rem; }
+label { display: grid; gap: .2rem; flex: 1 1 8rem; min-width: 0; } .wide { flex: 3 1 14rem; }
 label, .facts dt { font-size: .75rem; color: var(--quiet); }
 input, select, textarea { width: 100%; height: 2.25rem; padding: .3rem .6rem; color: var(--text);
   background: var(--sunken); border: 1px solid var(--edge); border-radius: 8px; }
@@ -6788,8 +6788,8 @@ const COLUMNS = [
 const hasFailed = attempt => attempt.error || attempt.status >= 400;
 /** What went wrong, or round whom it went, in one quiet line. */
 function storyNode(row) {
-  const lost = row.attempts.filter(hasFailed).map(a => `${a.instance}: ${a.error ?? a.status}`);
-  const story = row.error_message || lost.length > 0 && `after ${lost.join("; ")}`;
+  const lost = row.attempts.slice(0, -1).filter(hasFailed), said = a => a.error ?? a.status;
+  const story = row.error_message || lost.map(a => `after ${a.instance}: ${said(a)}`).join("; ");
   return story && node("div.small", named(story, 110));
 }
 function tokensNode(row) {
