@@ -6212,7 +6212,7 @@ label, .facts dt { font-size: .75rem; color: var(--quiet); }
 input, select, textarea { width: 100%; height: 2.25rem; padding: .3rem .6rem; color: var(--text);
   background: var(--sunken); border: 1px solid var(--edge); border-radius: 8px; }
 textarea { resize: vertical; height: 4.5rem; } ::placeholder { color: var(--quiet); opacity: 1; }
-summary { cursor: pointer; } summary > * { display: inline; }
+summary { cursor: pointer; } summary > * { display: inline; } select { padding-right: 0; }
 /* -- Small things: badges, marks, tiles ------------------------------------------------------ */
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 99px; font-weight: 600;
   font-size: .8125rem; white-space: nowrap; }
