@@ -3490,7 +3490,7 @@ MIN_PACKED = 2 * KiB  # shorter details are kept as they are: each packing hands
 MAX_HELD = 32 * MiB  # bodies of running requests and of waiting rows; above, they are cut
 MAX_BATCH = 500  # rows of one transaction
 MAX_LATE = 4000  # requests that ended and have no row yet; above, the thread takes no rest
-SLICE, SLICE_REST = 4, 0.001  # rows made in a row, and s that the relay then has to itself
+SLICE, LEAST_REST, MOST_REST = 4, 0.001, 0.01  # rows made in a row; s left to the relay then
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -4035,15 +4035,16 @@ class RequestLog:
 
     def hear(self, record: Record, data: bytes) -> None:
         """Keep a piece of what the upstream says while there is room, then only its end."""
-        if record.response_cut:
-            record.tail = (record.tail + data)[-USAGE_TAIL:]
+        full = record.heard >= self.body_limit or self.taken - self.released > MAX_HELD
+        if full or record.response_cut:
+            record.response_cut, record.tail = True, (record.tail + data)[-USAGE_TAIL:]
             return
         record.pieces.append(data)
         size = len(data)
         record.heard += size
         record.held += size
         self.taken += size
-        if record.heard > self.body_limit or self.taken - self.released > MAX_HELD:
+        if record.heard > self.body_limit:
             record.response_cut, record.tail = True, data[-USAGE_TAIL:]
 
     def finish(self, record: Record) -> None:
@@ -4118,7 +4119,8 @@ class RequestLog:
         for at, item in enumerate(items, 1):
             yield item
             if at % SLICE == 0 and len(self.ended) < MAX_LATE and not self.closing.is_set():
-                time.sleep(max(SLICE_REST, 2 * (time.monotonic() - begun)))
+                spent = time.monotonic() - begun
+                time.sleep(min(max(LEAST_REST, 2 * spent), MOST_REST))
                 begun = time.monotonic()
 
     def shorten(self, most: int) -> int:
