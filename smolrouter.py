@@ -63,7 +63,8 @@ def run_from_code() -> None:
     except (OSError, AttributeError, ValueError):  # not Linux, or something forbids it
         return
 
-if __name__ == "__main__" and sys.argv[1:2] in ([], ["serve"], ["demo"]) and sys.argv[0] != "-c":
+if __name__ == "__main__" and sys.argv[0] != "-c" and (
+        [*sys.argv, "serve"][1].startswith(("serve", "demo", "--"))):
     run_from_code()
 
 # ruff: noqa: E402 - what is above needs no other modules
