@@ -8397,10 +8397,14 @@ def test_request_page_carries_its_data() -> None:
 
 
 def test_upstreams_say_how_they_are() -> None:
-    ask(logging(), "up")
-    ask(logging(), "either")
-    row_of(logging(), "either")
-    found = {doc["name"]: doc for doc in document(logging(), "/api/upstreams")}
+    routes = {"servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+              "aliases": {"either": {"instances": ["off/tiny", "box/other"]}}}
+    settings = {"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}
+    with Router(settings, routes) as router:
+        ask(router, "up")
+        ask(router, "either")
+        row_of(router, "either")
+        found = {doc["name"]: doc for doc in document(router, "/api/upstreams")}
     assert found["box"]["state"] == "up" and found["off"]["state"] == "down"
     assert "refused" in found["off"]["last_error"]
     assert found["box"]["requests"] >= 2 and found["box"]["p50_ms"] > 0
