@@ -2640,6 +2640,7 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
 TICK = 0.25  # s between two looks at the deadlines
 READ_AHEAD = 128 * KiB  # read, but not used yet; above, the other side waits
 WRITE_BUFFER = 256 * KiB  # of a client; above, its upstream waits
+MAX_UNSENT = 64 * KiB  # written in a round of the loop, and not sent before its end
 WRITE_STALL = 300.0  # s that a client may read nothing of a running answer
 HEAD_TIMEOUT = 10.0  # s for a request head, from its first octet
 IDLE_TIMEOUT = 75.0  # s that a connection may wait for its next request
@@ -2650,12 +2651,29 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 Late = Callable[[], RouterError]  # makes the error of a deadline that has passed
 NEVER = float("inf")
 
-class Clock:
-    """Looks at the deadlines of all open streams, a few times a second while there are any."""
+class Rounds:
+    """What streams share: looks at their deadlines, and the sending at the end of a round.
+
+    A round of the event loop takes what has come on all of them. What is written meanwhile leaves
+    together: to wake a process that sleeps costs as much as all else, and so it is woken once.
+    """
 
     def __init__(self) -> None:
         self.streams: set[Any] = set()
+        self.written: list[Any] = []  # streams with something to send
         self.timer: asyncio.TimerHandle | None = None
+
+    def send_after(self, stream: Any) -> None:
+        """Let a stream send at the end of this round."""
+        if not self.written:
+            stream.loop.call_soon(self.send)
+        self.written.append(stream)
+
+    def send(self) -> None:
+        """Let all streams send what was written."""
+        streams, self.written = self.written, []
+        for stream in streams:
+            stream.send()
 
     def add(self, stream: Any) -> None:
         """Look at a stream, which is a `Stream`, from now on."""
@@ -2678,8 +2696,10 @@ class Stream(asyncio.Protocol):
     task being woken for it: that is how answers are relayed.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.loop = clock, asyncio.get_running_loop()
+    def __init__(self, rounds: Rounds) -> None:
+        self.rounds, self.loop = rounds, asyncio.get_running_loop()
+        self.unsent: list[bytes] = []  # of this round
+        self.unsent_size = 0
         self.rest = b""  # has come, is not used yet
         self.sink: Callable[[bytes], None] | None = None
         self.ended = False  # nothing more will come
@@ -2696,9 +2716,9 @@ class Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, as asyncio calls it."""
         assert isinstance(transport, asyncio.Transport)
-        self.transport, self.write = transport, transport.write
+        self.transport = transport
         transport.set_write_buffer_limits(high=WRITE_BUFFER)
-        self.clock.add(self)
+        self.rounds.add(self)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; above READ_AHEAD, the other side waits."""
@@ -2719,7 +2739,7 @@ class Stream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note the end of the connection."""
-        self.clock.streams.discard(self)
+        self.rounds.streams.discard(self)
         self.failure, self.ended = self.failure or exc, True
         self.closed()
 
@@ -2831,6 +2851,21 @@ class Stream(asyncio.Protocol):
             raise MalformedMessage("the connection ended inside a head")
         return None
 
+    def write(self, data: bytes) -> None:
+        """Send octets at the end of this round of the event loop, many of them at once."""
+        if not self.unsent:
+            self.rounds.send_after(self)
+        self.unsent.append(data)
+        self.unsent_size += len(data)
+        if self.unsent_size > MAX_UNSENT:
+            self.send()
+
+    def send(self) -> None:
+        """Send what was written."""
+        if self.unsent:
+            unsent, self.unsent, self.unsent_size = self.unsent, [], 0
+            self.transport.write(unsent[0] if len(unsent) == 1 else b"".join(unsent))
+
     async def drain(self) -> None:
         """Wait while the other side reads too slowly. Raises ConnectionResetError."""
         if self.choked and not self.failure:
@@ -2845,13 +2880,16 @@ class Stream(asyncio.Protocol):
         """End the connection; `abort` throws away what was not sent."""
         self.on_close = None
         if abort:
+            self.unsent = []
             self.transport.abort()
         else:
+            self.send()
             self.transport.close()
 
     async def linger(self) -> None:
         """Say that nothing more comes, read on for a moment, close (RFC 9112 9.6)."""
         with contextlib.suppress(OSError, RouterError):
+            self.send()
             if self.transport.can_write_eof():
                 self.transport.write_eof()
             self.expect(LINGER, TOO_LATE)
@@ -3208,8 +3246,8 @@ class Health:
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
-        self.settings, self.clock = settings, clock
+    def __init__(self, settings: Settings, rounds: Rounds) -> None:
+        self.settings, self.rounds = settings, rounds
         seconds = settings.request_timeout
         self.late: Late = functools.partial(
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)")
@@ -3267,7 +3305,7 @@ class Upstreams:
         loop, url, context = asyncio.get_running_loop(), server.url, self.context(server)
         seconds = self.settings.connect_timeout
         opening = asyncio.ensure_future(loop.create_connection(
-            lambda: Stream(self.clock), url.host, url.port, ssl=context,
+            lambda: Stream(self.rounds), url.host, url.port, ssl=context,
             happy_eyeballs_delay=None if is_address(url.host) else 0.25,
             server_hostname=url.host if context else None,
         ))
@@ -3297,7 +3335,7 @@ class Upstreams:
     def keep(self, server: Server, stream: Stream) -> None:
         """Keep a connection for the next request."""
         streams = self.idle.setdefault((server.url, server.verify), [])
-        if len(streams) >= MAX_IDLE or stream.transport.get_write_buffer_size():
+        if len(streams) >= MAX_IDLE or stream.unsent or stream.transport.get_write_buffer_size():
             stream.close()
             return
 
@@ -5562,7 +5600,7 @@ class HTTPServer:
 
     async def serve_connection(self, client: socket.socket, peer: str) -> None:
         """Serve one request after another on an accepted socket."""
-        loop, stream = asyncio.get_running_loop(), Stream(self.services.upstreams.clock)
+        loop, stream = asyncio.get_running_loop(), Stream(self.services.upstreams.rounds)
         try:
             await loop.connect_accepted_socket(lambda: stream, client)
         except OSError:
@@ -5723,7 +5761,7 @@ class Router:
         self.settings, self.routes, self.warnings = settings, routes, warnings
         self.console = Console()
         self.hurry, self.ended = asyncio.Event(), asyncio.Event()
-        upstreams = Upstreams(settings, Clock())
+        upstreams = Upstreams(settings, Rounds())
         log = RequestLog(settings, self.console)
         relay = Relay(settings, upstreams, log, f"1.1 smolrouter-{secrets.token_hex(6)}")
         table = routes.load()
