@@ -5518,6 +5518,7 @@ class Application:
 # there is room; more wait in the listen queue.
 
 BACKLOG = 4096  # the default of 100 makes the 101st client of a burst wait for 1 to 3 s
+MAX_ACCEPTED = 8  # connections in one round of the loop: what streams wait for meanwhile
 MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s it may idle then, or when full
 MAX_DISCARDED = 64 * KiB  # unread content that is read past after an early answer
 SPARE_FILES = 64  # files that are neither a client nor its upstream
@@ -5577,7 +5578,10 @@ class HTTPServer:
     async def accept(self, listener: socket.socket) -> None:
         """Accept connections while there is room; never spin when files run short."""
         loop = asyncio.get_running_loop()
-        while await self.room.wait():
+        for turn in itertools.count():
+            if turn % MAX_ACCEPTED == 0:  # running streams go first
+                await asyncio.sleep(0)
+            await self.room.wait()
             try:
                 client, address = await loop.sock_accept(listener)
             except OSError as error:
