@@ -4005,6 +4005,7 @@ def return_memory() -> None:
 
         library = ctypes.CDLL(None)
         library.mallopt(-3, MiB)  # M_MMAP_THRESHOLD: what is longer leaves no hole
+        library.mallopt(-1, 4 * MiB)  # M_TRIM_THRESHOLD: keep that much for the next answers
         library.malloc_trim(0)
 
 class Console:
