@@ -964,6 +964,7 @@ MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
+TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
 BOM = b"\xef\xbb\xbf"
@@ -1332,7 +1333,7 @@ class AnswerPlan(NamedTuple):
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
     rules = plan.rules
-    marked = rules.fences or (rules.think and (b"<" in content or b"\\u003" in content))
+    marked = rules.fences or (rules.think and any(word in content for word in TAG_WORDS))
     doc = parse_event_json(content) if marked or plan.renames else None
     if doc is None:
         return content
@@ -1381,12 +1382,11 @@ def timings_event(doc: Mapping[str, Any]) -> dict[str, Any] | None:
     choices = [{"index": 0, **said, "finish_reason": None}]  # none at all breaks clients
     return {name: value for name, value in doc.items() if name != "usage"} | {"choices": choices}
 
-def find_word(block: bytes, word: bytes, at: int) -> int:
-    """Return where a word comes next, else the end; one octet is found much faster than more."""
-    if word[0] == ord(b"\\"):
-        at = block.find(b"\\", at)
-    place = block.find(word, at) if at >= 0 else -1
-    return place if place >= 0 else len(block)
+def find_all(block: bytes, word: bytes) -> Iterator[int]:
+    """Yield where a word stands in a block, the last place first: that way it is found faster."""
+    at = len(block) if word[:1] != b"\\" or b"\\" in block else 0  # one octet: faster still
+    while (at := block.rfind(word, 0, at)) >= 0:
+        yield at
 
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
@@ -1402,7 +1402,7 @@ class EventFilter:
         self.splitter = EventSplitter(form)
         self.filtering, self.single = any(plan.rules), plan.ask.choices == 1
         self.words = (b'"usage"',) if plan.hide_usage else ()
-        self.words += (b"<", b"\\u003") if self.filtering else ()
+        self.words += TAG_WORDS if self.filtering else ()
         self.plain = not (self.filtering or self.renames)
         self.texts: dict[Any, tuple[TextFilter, bytes, Slot]] = {}  # with the last event of each
         self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
@@ -1453,9 +1453,10 @@ class EventFilter:
 
     def change_block(self, block: bytes) -> bytes:
         """Return whole events; only those that could need a change are parsed."""
-        found = dict.fromkeys(self.words, -1)
+        places = sorted((place for word in self.words for place in find_all(block, word)),
+                        reverse=True)
         parts, kept, done = [], 0, 0
-        while (at := self.plain_until(block, done, found)) < len(block):
+        while (at := self.plain_until(block, done, places)) < len(block):
             match = self.form.end.search(block, at)
             end = match.end() if match else len(block)
             event = block[at:end]
@@ -1467,19 +1468,15 @@ class EventFilter:
             done = end
         return b"".join([*parts, block[kept:]]) if parts else block
 
-    def plain_until(self, block: bytes, at: int, found: dict[bytes, int]) -> int:
-        """Return how far events may leave as they are; `found`: where each word comes next."""
+    def plain_until(self, block: bytes, at: int, places: list[int]) -> int:
+        """Return how far events may leave as they are; `places` of words, the last one first."""
         if not self.plain:
             return at
-        nearest = len(block)
-        for word, place in found.items():
-            if place < at:
-                place = find_word(block, word, at)
-                found[word] = place
-            nearest = min(nearest, place)
-        if nearest == len(block):
-            return nearest
-        start = block.rfind(self.form.mark, at, nearest)
+        while places and places[-1] < at:
+            places.pop()
+        if not places:
+            return len(block)
+        start = block.rfind(self.form.mark, at, places[-1])
         return start + len(self.form.mark) if start >= 0 else at
 
     def settled(self) -> bool:
@@ -1504,7 +1501,10 @@ class EventFilter:
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
             kept = timings_event(doc)
             return self.form.replace(event, encode_json(kept)) if kept else b""
-        tails, edits, empty = self.filter(doc, event) if self.filtering else (b"", {}, False)
+        marked = not self.plain or any(word in event for word in TAG_WORDS)
+        tails, edits, empty = b"", dict[Path, Any](), False
+        if self.filtering and marked:
+            tails, edits, empty = self.filter(doc, event)
         if empty and not carries_more(doc):
             return tails
         edits |= self.plan.model_edit(doc)
