@@ -964,6 +964,7 @@ MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
+NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
 TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
@@ -1388,6 +1389,10 @@ def find_all(block: bytes, word: bytes) -> Iterator[int]:
     while (at := block.rfind(word, 0, at)) >= 0:
         yield at
 
+def has_choices(data: bytes) -> bool:
+    """Tell whether an event has a choice for certain, and so says more than the usage."""
+    return b'"choices"' in data and not NO_CHOICES.search(data)
+
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
 
@@ -1495,13 +1500,13 @@ class EventFilter:
         if self.plan.hide_usage and NULL_USAGE.search(data):
             data = NULL_USAGE.sub(b"", data)
             event = self.form.replace(event, data)
-        doc = parse_event_json(data)
+        marked = not self.plain or any(word in event for word in TAG_WORDS)
+        doc = parse_event_json(data) if marked or not has_choices(data) else None
         if doc is None:
             return event
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
             kept = timings_event(doc)
             return self.form.replace(event, encode_json(kept)) if kept else b""
-        marked = not self.plain or any(word in event for word in TAG_WORDS)
         tails, edits, empty = b"", dict[Path, Any](), False
         if self.filtering and marked:
             tails, edits, empty = self.filter(doc, event)
