@@ -1148,19 +1148,39 @@ def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
         assert decoder.done and decoder.rest == b""
 
 
+def read_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
+    """Return the content of some pieces, whether it is at its end and what is left, or a fault."""
+    decoder, content = smolrouter.ChunkDecoder(), b""
+    try:
+        for piece in pieces:
+            content += decoder.feed(piece)
+    except smolrouter.BadRequest as fault:
+        return type(fault).__name__
+    return content, decoder.done, decoder.rest
+
+
 def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
     random = __import__("random").Random(7)
-    for _ in range(200):
+    shapes = [b"data: %b\n\n"] * 12 + [b"%b\n", b"%b", b"a\n%b\n\n", b"\r\n%b", b"%b\n\n\r\n"]
+    faults = [(b"\r\n", b"\r"), (b"\r\n", b"\n"), (b"e\r\n", b"E\r\n"), (b"\n\n\r\n", b"\n\r\n"),
+              (b"1", b"01"), (b"\r\ndata", b";x=y\r\ndata")]
+    bad = 0
+    for turn in range(100):
         contents = [
-            bytes(random.choices(b"ab\r\n0", k=random.choice([1, 7, 300])))
-            for _ in range(random.randrange(1, 40))
+            random.choice(shapes) % bytes(random.choices(b"ab0\"{", k=random.choice([1, 40, 1100])))
+            for _ in range(random.randrange(1, 30))
         ]
-        data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\nNEXT"
+        data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\n"
+        if turn % 4 == 0:
+            start = random.randrange(len(data))
+            data = data[:start] + data[start:].replace(*random.choice(faults), 1)
         cut = random.randrange(len(data))
-        decoder = smolrouter.ChunkDecoder()
-        got = decoder.feed(data[:cut])
-        got += decoder.feed(data[cut:])
-        assert (got, decoder.done, decoder.rest) == (b"".join(contents), True, b"NEXT")
+        slowly = read_chunks(bytes([octet]) for octet in data)
+        bad += isinstance(slowly, str)
+        assert read_chunks([data]) == read_chunks([data[:cut], data[cut:]]) == slowly
+        if turn % 4:
+            assert slowly == (b"".join(contents), True, b"")
+    assert bad > 5
 
 
 BAD_CHUNKS = {
