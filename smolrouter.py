@@ -1383,11 +1383,13 @@ def timings_event(doc: Mapping[str, Any]) -> dict[str, Any] | None:
     choices = [{"index": 0, **said, "finish_reason": None}]  # none at all breaks clients
     return {name: value for name, value in doc.items() if name != "usage"} | {"choices": choices}
 
-def find_all(block: bytes, word: bytes) -> Iterator[int]:
-    """Yield where a word stands in a block, the last place first: that way it is found faster."""
+def find_all(block: bytes, word: bytes) -> list[int]:
+    """Return where a word stands in a block, the last place first: that way it is found faster."""
+    places: list[int] = []
     at = len(block) if word[:1] != b"\\" or b"\\" in block else 0  # one octet: faster still
     while (at := block.rfind(word, 0, at)) >= 0:
-        yield at
+        places.append(at)
+    return places
 
 def has_choices(data: bytes) -> bool:
     """Tell whether an event has a choice for certain, and so says more than the usage."""
@@ -1458,8 +1460,10 @@ class EventFilter:
 
     def change_block(self, block: bytes) -> bytes:
         """Return whole events; only those that could need a change are parsed."""
-        places = sorted((place for word in self.words for place in find_all(block, word)),
-                        reverse=True)
+        places: list[int] = []
+        for word in self.words:
+            places += find_all(block, word)
+        places.sort(reverse=True)
         parts, kept, done = [], 0, 0
         while (at := self.plain_until(block, done, places)) < len(block):
             match = self.form.end.search(block, at)
@@ -1507,9 +1511,8 @@ class EventFilter:
         if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
             kept = timings_event(doc)
             return self.form.replace(event, encode_json(kept)) if kept else b""
-        tails, edits, empty = b"", dict[Path, Any](), False
-        if self.filtering and marked:
-            tails, edits, empty = self.filter(doc, event)
+        nothing: tuple[bytes, dict[Path, Any], bool] = (b"", {}, False)
+        tails, edits, empty = self.filter(doc, event) if self.filtering and marked else nothing
         if empty and not carries_more(doc):
             return tails
         edits |= self.plan.model_edit(doc)
