@@ -1449,7 +1449,7 @@ class EventFilter:
         (`closed`) says that it was all.
         """
         rest = self.splitter.take()
-        data = self.form.read(rest)
+        data = self.form.read(rest) if rest else b""
         if data.startswith(b"{") and parse_event_json(data) is None:
             raise BadGateway("the stream ended inside an event")
         self.tail.append(rest)
@@ -4269,8 +4269,9 @@ NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
 NOT_TRUE_ANY_MORE = NOT_RETURNED.union(
     ("content-encoding", "etag", "content-md5", "content-type"))
-OWN_NAMES = ("Request-Id", "Upstream", "Model", "Route", "Attempts")  # after X-SmolRouter-
-OWN_FIELDS = frozenset(f"x-smolrouter-{name.lower()}" for name in OWN_NAMES)
+OWN_NAMES = tuple(f"X-SmolRouter-{name}" for name in (
+    "Request-Id", "Upstream", "Model", "Route", "Attempts"))
+OWN_FIELDS = frozenset(name.lower() for name in OWN_NAMES)
 ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError)  # of documents
 EVENT_ENDS = {"text/event-stream": SSE.end, "application/x-ndjson": LINES.end}
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
@@ -4290,6 +4291,12 @@ def pass_on(fields: Fields, *dropped: Iterable[str]) -> Pairs:
     """Return the fields that go on: not `dropped`, and not what Connection names."""
     stopped = set(fields.tokens("connection")).union(*dropped)
     return [(name, value) for lower, name, value in fields.lines if lower not in stopped]
+
+@functools.lru_cache(maxsize=1024)
+def tell_route(upstream_url: str, model: str, route: str, attempts: int) -> Pairs:
+    """Return the fields that tell which way a request went."""
+    values = upstream_url, encode_field_value(model), encode_field_value(route), str(attempts)
+    return [(name, value) for name, value in zip(OWN_NAMES[1:], values, strict=True) if value]
 
 def odd_answer(error: Exception) -> BadGateway:
     """Return what an answer of no known shape is, after what it did to its reader."""
@@ -4337,6 +4344,11 @@ class Relay:
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1))
     ids: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
+
+    @functools.cached_property
+    def rules(self) -> FilterRules:
+        """What is taken out of answers."""
+        return FilterRules(self.settings.strip_thinking, self.settings.strip_json_markdown)
 
     def next_id(self) -> str:
         """Return an id for a request that no other one has."""
@@ -4423,12 +4435,9 @@ class Exchange:
     def own_fields(self) -> Pairs:
         """Return the fields that tell what the router did."""
         record = self.record
-        model = encode_field_value(record.sent_model[:256])
-        route = encode_field_value(record.route[:256])
-        values = (record.request_id, record.upstream_url, model, route,
-                  str(len(record.attempts)))
-        return [(f"X-SmolRouter-{name}", value)
-                for name, value in zip(OWN_NAMES, values, strict=True) if value]
+        told = tell_route(record.upstream_url, record.sent_model[:256], record.route[:256],
+                          len(record.attempts))
+        return [(OWN_NAMES[0], record.request_id), *told]
 
     async def first_answer(self) -> Answer:
         """Return the first good answer, or the last one that was HTTP at all."""
@@ -4554,14 +4563,13 @@ class Exchange:
 
     def choose_transform(self, head: ResponseHead) -> tuple[Transform | None, Inflater | None]:
         """Return what the answer must go through; one that cannot be read goes as it is."""
-        settings, ask = self.relay.settings, self.ask
+        ask = self.ask
         coding = (head.fields.get("content-encoding") or "identity").lower()
         if coding != "identity" and coding not in CODINGS:
             return None, None
         plan = AnswerPlan(
-            ask, self.dialect, self.native,
-            FilterRules(settings.strip_thinking, settings.strip_json_markdown),
-            self.hide_usage, self.instance.model != ask.model, self.timing,
+            ask, self.dialect, self.native, self.relay.rules, self.hide_usage,
+            self.instance.model != ask.model, self.timing,
         )
         transform = choose_transform(plan, head.status, head.media_type)
         if not transform or coding == "identity":
