@@ -844,10 +844,10 @@ class ThinkFilter:
     """Parts a text into what is visible and what was thought."""
     __slots__ = ("held", "inside", "opening", "swallow")
 
-    def __init__(self, inside: bool = False) -> None:
+    def __init__(self, inside: bool = False, spoken: bool = False) -> None:
         self.held = ""
         self.inside = inside  # between the tags
-        self.opening = True  # nothing but white space was visible so far
+        self.opening = not spoken  # nothing but white space was visible so far
         self.swallow = False  # white space after a block that opened the answer
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
@@ -919,8 +919,8 @@ class TextFilter:
     """Both filters in a row, for one choice of one answer."""
     __slots__ = ("fences", "think")
 
-    def __init__(self, rules: FilterRules, inside: bool = False) -> None:
-        self.think = ThinkFilter(inside) if rules.think else None
+    def __init__(self, rules: FilterRules, inside: bool = False, spoken: bool = False) -> None:
+        self.think = ThinkFilter(inside, spoken) if rules.think else None
         self.fences = FenceFilter() if rules.fences else None
 
     @property
@@ -965,6 +965,7 @@ JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
 NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
+PLAIN_TEXT = re.compile(rb'"content"[ \t]*:[ \t]*" *[^ \\"]')  # more than white space
 TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
@@ -1391,9 +1392,9 @@ def find_all(block: bytes, word: bytes) -> list[int]:
         places.append(at)
     return places
 
-def has_choices(data: bytes) -> bool:
-    """Tell whether an event has a choice for certain, and so says more than the usage."""
-    return b'"choices"' in data and not NO_CHOICES.search(data)
+def may_be_usage(data: bytes) -> bool:
+    """Tell whether an event may say the usage and nothing else: it has no choice for certain."""
+    return b'"usage"' in data and (b'"choices"' not in data or NO_CHOICES.search(data) is not None)
 
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
@@ -1414,6 +1415,7 @@ class EventFilter:
         self.texts: dict[Any, tuple[TextFilter, bytes, Slot]] = {}  # with the last event of each
         self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
         self.raw = False  # inside an event that was too long
+        self.spoken = False  # text without a tag has begun, and no filter was needed so far
 
     def feed(self, data: bytes) -> bytes:
         """Return the events that are whole now, filtered."""
@@ -1488,12 +1490,18 @@ class EventFilter:
         start = block.rfind(self.form.mark, at, places[-1])
         return start + len(self.form.mark) if start >= 0 else at
 
+    def begins_plainly(self, data: bytes) -> bool:
+        """Tell whether the answer's only text begins in this event, which has no tag."""
+        if not (self.texts or self.renames or self.rules.fences) and self.single:
+            self.spoken = self.spoken or PLAIN_TEXT.search(data) is not None
+        return self.spoken
+
     def settled(self) -> bool:
         """Tell whether events without `words` would pass unchanged."""
         if self.renames or not self.filtering:
             return not self.renames
         if not self.single or not self.texts:
-            return False
+            return self.spoken
         return False not in [text_filter.settled for text_filter, _, _ in self.texts.values()]
 
     def change(self, event: bytes) -> bytes:
@@ -1504,11 +1512,13 @@ class EventFilter:
         if self.plan.hide_usage and NULL_USAGE.search(data):
             data = NULL_USAGE.sub(b"", data)
             event = self.form.replace(event, data)
-        marked = not self.plain or any(word in event for word in TAG_WORDS)
-        doc = parse_event_json(data) if marked or not has_choices(data) else None
+        tagged = any(word in event for word in TAG_WORDS)
+        marked = tagged or not (self.plain or self.begins_plainly(data))
+        usage = self.plan.hide_usage and may_be_usage(data)
+        doc = parse_event_json(data) if marked or usage else None
         if doc is None:
             return event
-        if self.plan.hide_usage and doc.get("usage") and not doc.get("choices"):
+        if usage and doc.get("usage") and not doc.get("choices"):
             kept = timings_event(doc)
             return self.form.replace(event, encode_json(kept)) if kept else b""
         nothing: tuple[bytes, dict[Path, Any], bool] = (b"", {}, False)
@@ -1527,7 +1537,7 @@ class EventFilter:
         visible: dict[Path, str] = {}
         for slot in slots:
             known = self.texts.get(slot.index)
-            text_filter = known[0] if known else TextFilter(self.rules)
+            text_filter = known[0] if known else TextFilter(self.rules, spoken=self.spoken)
             self.texts[slot.index] = text_filter, event, slot
             last = closed is None or slot.index in closed
             visible[slot.path], _ = text_filter.feed(slot.text, last)
