@@ -770,6 +770,18 @@ class EventFormat(NamedTuple):
     data: re.Pattern[bytes]  # one line of data
     prefix: bytes = b""
 
+    def find_end(self, block: bytes, at: int) -> int:
+        """Return where the event that begins at `at` ends: at last where the block does."""
+        end = block.find(self.mark, at)
+        if block.find(b"\r", at, end if end >= 0 else len(block)) < 0:
+            return end + len(self.mark) if end >= 0 else len(block)
+        match = self.end.search(block, at)
+        return match.end() if match else len(block)
+
+    def split(self, block: bytes) -> list[bytes]:
+        """Return the events of a block without their ends, and empty pieces."""
+        return self.end.split(block) if b"\r" in block else block.split(self.mark)
+
     def read(self, event: bytes) -> bytes:
         """Return the data of one event, lines joined; b"" without any."""
         lines = self.data.findall(event)
@@ -1468,8 +1480,7 @@ class EventFilter:
         places.sort(reverse=True)
         parts, kept, done = [], 0, 0
         while (at := self.plain_until(block, done, places)) < len(block):
-            match = self.form.end.search(block, at)
-            end = match.end() if match else len(block)
+            end = self.form.find_end(block, at)
             event = block[at:end]
             changed = self.change(event)
             self.plain = self.settled()
@@ -1924,7 +1935,7 @@ class OllamaStream(EventFilter):
 
     def change_block(self, block: bytes) -> bytes:
         """Return the lines that some events make."""
-        events = map(read_event, filter(None, self.form.end.split(block)))
+        events = map(read_event, filter(None, self.form.split(block)))
         return b"".join([self.translate(doc) for doc in events if doc])
 
     def translate(self, doc: dict[str, Any], whole: bool = False) -> bytes:
