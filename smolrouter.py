@@ -56,9 +56,8 @@ def run_from_code() -> None:
     try:
         memory = os.memfd_create("smolrouter", 0)
         os.write(memory, marshal.dumps(sys._getframe(1).f_code))
-        os.lseek(memory, 0, os.SEEK_SET)
-        again = (f"import marshal, sys; sys.path, __file__ = {sys.path!r}, {__file__!r}; "
-                 f"exec(marshal.load(open({memory}, 'rb')))")
+        again = (f"import marshal, os, sys; sys.path, __file__ = {sys.path!r}, {__file__!r}; "
+                 f"exec(marshal.loads(os.pread({memory}, os.fstat({memory}).st_size, 0)))")
         os.execv(sys.executable, [sys.executable, *flags, "-c", again, *sys.argv[1:]])
     except (OSError, AttributeError, ValueError):  # not Linux, or something forbids it
         return
@@ -89,6 +88,7 @@ import io
 import ipaddress
 import itertools
 import json
+import marshal
 import operator
 import pathlib
 import posixpath
@@ -98,13 +98,14 @@ import signal
 import socket
 import sqlite3
 import ssl
+import subprocess
 import threading
 import time
 import traceback
 import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
 
@@ -3561,9 +3562,14 @@ async def list_models(lists: ModelLists, table: RoutingTable,
 MAX_INLINE = 16 * KiB  # longer bodies are blobs
 MIN_PACKED = 2 * KiB  # shorter details are kept as they are: each packing hands the thread over
 MAX_HELD = 32 * MiB  # bodies of running requests and of waiting rows; above, they are cut
-MAX_BATCH = 500  # rows of one transaction
-MAX_LATE = 4000  # requests that ended and have no row yet; above, the thread takes no rest
-SLICE, LEAST_REST, MOST_REST = 4, 0.001, 0.01  # rows made in a row; s left to the relay then
+MANY, SCRIBE_STAYS = 200, 60.0  # requests that wait at once for a scribe; s that it then stays
+SHEAF, SHEAF_SIZE = 128, MiB  # requests, octets of bodies that it gets: half a ms to hand over
+SLICE, REST = 4, 0.001  # rows that the thread itself makes in a row; s left to the relay then
+MAX_LATE = 5000  # requests that ended and have no row; above, the thread works without rest
+LOG_WRITER = "log-writer"  # the command that is a scribe's
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # all of a group get them
+SCRIBE_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
+                   "max_total_storage_size", "log_level")
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -3671,6 +3677,42 @@ class Lines(NamedTuple):
     client_key: str = ""  # a fingerprint
     secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
 
+class Note(NamedTuple):
+    """What a row and its detail are made of: plain values, which another process can read."""
+    id: int
+    request_id: str
+    service: str
+    stream: bool
+    started: float
+    source_ip: str
+    path: str
+    request_size: int
+    original_model: str
+    mapped_model: str
+    route: str
+    sent_model: str
+    upstream_url: str
+    error: str
+    status: int
+    response_size: int
+    content: bytes
+    pieces: list[bytes]
+    tail: bytes
+    request_cut: bool
+    response_cut: bool
+    # the names above are a record's own
+    method: str
+    taken: float | None  # s; None: it runs
+    first_token: float | None  # s to that of a stream
+    trail: str  # JSON
+    attempts: list[tuple[Any, ...]]
+    asked: tuple[Any, ...]  # Lines
+    answered: tuple[Any, ...]
+    coding: str | None  # of the answer's content; None: there was no answer
+
+SCRIBE_SPEAKS = [__version__, *Note._fields]  # the file may be another one by now
+read_own = operator.attrgetter(*Note._fields[:Note._fields.index("method")])
+
 class Detail(NamedTuple):
     """What is kept of a request beside its row."""
     meta: str = "{}"  # JSON: trail, fields of both heads, what was cut
@@ -3724,6 +3766,14 @@ def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
                                    hide(key).rpartition("***")[2], tuple(secrets))
     return head.memo["lines"]
 
+def join_words(*words: str) -> str:
+    """Return a line of the words that are not empty; control characters become `?`."""
+    return CONTROL.sub("?", " ".join(filter(None, words)))
+
+def is_quiet(settings: Settings) -> bool:
+    """Tell whether requests are not to be printed."""
+    return settings.log_level not in ("DEBUG", "INFO")
+
 def storable(text: str) -> str:
     """Return text that SQLite takes: a lone surrogate becomes `?`."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
@@ -3737,14 +3787,25 @@ def inflate(data: bytes, coding: str | None) -> bytes:
 
 encode_trail = functools.lru_cache(maxsize=1024)(COMPACT_JSON)  # most requests go known ways
 
-def make_detail(record: Record, limit: int) -> Detail:
-    """Return what is kept of a record; `limit` octets of each body."""
-    content, said = record.content[:limit], b"".join(record.pieces)[:limit]
-    asked, answered = read_lines(record.head), read_lines(record.answer_head)
+def make_note(record: Record) -> Note:
+    """Return what is to be known of a record, as it stands."""
+    answer, first = record.answer_head, record.first_token if record.stream else None
+    return Note._make((
+        *read_own(record), record.head.method,
+        None if record.finished is None else record.finished - record.clock,
+        None if first is None else first - record.clock,
+        encode_trail(record.trail), [*map(tuple, record.attempts)],
+        tuple(read_lines(record.head)), tuple(read_lines(answer)),
+        answer and answer.fields.get("content-encoding", "")))
+
+def make_detail(note: Note, limit: int) -> Detail:
+    """Return what is kept beside the row; `limit` octets of each body."""
+    content, said = note.content[:limit], b"".join(note.pieces)[:limit]
+    asked, answered = Lines(*note.asked), Lines(*note.answered)
     for secret, mark in asked.secrets:  # servers tell which key was wrong
         said = said.replace(secret, mark)
-    cut = [record.request_cut or len(content) < len(record.content), record.response_cut]
-    meta = (f'{{"trail":{encode_trail(record.trail)},"request_headers":{asked.text},'
+    cut = [note.request_cut or len(content) < len(note.content), note.response_cut]
+    meta = (f'{{"trail":{note.trail},"request_headers":{asked.text},'
             f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}}}')
     return Detail(meta, content, said)
 
@@ -3756,41 +3817,49 @@ def estimate_tokens(talk: Iterable[Mapping[str, Any]]) -> int:
         letters += len("".join((said["content"], said["thinking"], *calls)))
     return -(-letters // 4)
 
-def read_cost(record: Record, detail: Detail) -> tuple[Usage, bool]:
+def read_cost(note: Note, detail: Detail) -> tuple[Usage, bool]:
     """Return the tokens of a request, and whether they are estimates."""
-    failed = record.status >= 400 and record.status != ClientClosed.status
-    if failed or record.answer_head is None:
+    failed = note.status >= 400 and note.status != ClientClosed.status
+    if failed or note.coding is None:
         return Usage(), False
-    said = inflate(detail.response, record.answer_head.fields.get("content-encoding")) + record.tail
-    usage, path = read_usage(said), record.path.partition("?")[0]
+    said = inflate(detail.response, note.coding) + note.tail
+    usage, path = read_usage(said), note.path.partition("?")[0]
     if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
         return usage, False
-    prompt = estimate_tokens(read_transcript(path, record.content, b""))
+    prompt = estimate_tokens(read_transcript(path, note.content, b""))
     completion = estimate_tokens(read_transcript(path, b"", said))
     return Usage(usage.prompt or prompt, completion, usage.cached), True
 
-def make_row(record: Record, detail: Detail) -> Row:
-    """Return the row of a record as it stands."""
-    lines, done, failed = read_lines(record.head), record.finished is not None, None
-    taken = round((record.finished - record.clock) * 1000, 1) if done else None
-    if done:
-        failed = int(record.status >= 400 or bool(record.error))
-    first = record.first_token if record.stream else None
-    (prompt, completion, cached), estimated = read_cost(record, detail)
-    chance, started = hash(record.request_id), int(record.started * 1000)
+def make_row(note: Note, detail: Detail) -> Row:
+    """Return the row of a request."""
+    lines, done, first = Lines(*note.asked), note.taken is not None, note.first_token
+    taken = round(note.taken * 1000, 1) if done else None
+    (prompt, completion, cached), estimated = read_cost(note, detail)
+    chance, started = hash(note.request_id), int(note.started * 1000)
     return Row(
-        record.id, record.request_id, started, record.source_ip, record.head.method,
-        QUERY_VALUE.sub(hide_parameter, record.path), record.service,
-        storable(record.original_model), storable(record.mapped_model), record.upstream_url,
-        storable(record.route), taken,
-        None if first is None else round((first - record.clock) * 1000, 1),
-        record.request_size, record.response_size, record.status or None,
-        storable(record.error) or None, prompt, completion, int(estimated),
-        storable(COMPACT_JSON(record.attempts)), int(record.stream),
+        note.id, note.request_id, started, note.source_ip, note.method,
+        QUERY_VALUE.sub(hide_parameter, note.path), note.service,
+        storable(note.original_model), storable(note.mapped_model), note.upstream_url,
+        storable(note.route), taken, None if first is None else round(first * 1000, 1),
+        note.request_size, note.response_size, note.status or None,
+        storable(note.error) or None, prompt, completion, int(estimated),
+        storable(COMPACT_JSON(note.attempts)), int(note.stream),
         started + int(taken) if done else None,
-        storable(record.sent_model), cached, lines.user_agent, lines.client_key, failed,
+        storable(note.sent_model), cached, lines.user_agent, lines.client_key,
+        int(note.status >= 400 or bool(note.error)) if done else None,
         (chance & -chance).bit_length() - 1,  # 0 for half of all rows, 1 for a quarter, ...
     )
+
+def make_line(note: Note, row: Row) -> str:
+    """Return the line that is printed of a request that ended."""
+    model, tokens = row.original_model, row.completion_tokens
+    model += f" -> {row.sent_model}" if row.sent_model not in ("", model) else ""
+    failed = (Attempt(*attempt) for attempt in note.attempts[:-1])
+    return join_words(
+        row.source_ip, row.method, row.path.partition("?")[0], model, row.route,
+        *(f"({a.instance}: {a.error or a.status})" for a in failed),
+        row.upstream_url, str(note.status), note.error, f"{row.duration_ms / 1000:.3f} s",
+        f"{tokens} tokens" if tokens is not None else "")
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
@@ -3832,6 +3901,27 @@ def add_tallies(tallies: dict[Any, Tally], more: Mapping[Any, Tally]) -> None:
     for key, tally in more.items():
         known = tallies.get(key)
         tallies[key] = [*map(operator.add, known, tally)] if known else [*tally]
+
+class Made(NamedTuple):
+    """What was made of requests that ended."""
+    lines: list[str]  # to be printed
+    rows: list[Row]
+    entries: list[Entry]  # to be written
+    tallies: Tallies
+
+def make_all(notes: Sequence[Note], settings: Settings) -> Made:
+    """Make rows, lines, entries and sums, as far as they are wanted."""
+    made, quiet = Made([], [], [], {}), is_quiet(settings)
+    for note in notes:
+        detail = make_detail(note, settings.max_blob_size if settings.enable_logging else 0)
+        row = make_row(note, detail)
+        made.rows.append(row)
+        add_row(made.tallies, row)
+        if not quiet:
+            made.lines.append(make_line(note, row))
+        if settings.enable_logging:
+            made.entries.append(make_entry(row, detail))
+    return made
 
 def insert(db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) -> None:
     """Insert or replace rows, many in one statement: each costs a hand-over between threads."""
@@ -3884,12 +3974,13 @@ class Files:
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, claims: bool = True) -> None:
         self.path, self.limit = settings.db_path, settings.max_total_storage_size
         self.age, self.prune_at = settings.max_log_age_days * 86_400, 0.0
         filed = settings.blob_storage_type == "filesystem"
         self.blobs: Any = Files(settings.blob_storage_path) if filed else {}
         self.lane, self.lock = os.getpid() % LANES, -1  # the lock's file says who is alive
+        self.claims = claims  # a lane of its own
         self.db: sqlite3.Connection | None = None
         self.file: os.stat_result | None = None
 
@@ -3906,7 +3997,7 @@ class Store:
                                       check_same_thread=False)
             self.migrate(self.db)
             self.file = os.stat(self.path)
-            if self.lock < 0:
+            if self.claims and self.lock < 0:
                 self.claim(self.db)
         return self.db
 
@@ -3961,6 +4052,11 @@ class Store:
                 (entry.row.id, entry.size, *(blob and blob[0] for blob in entry.blobs), entry.data)
                 for entry in kept])
             db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
+
+    def has(self, number: int) -> bool:
+        """Tell whether a request is written as one that ended. Raises sqlite3.Error or OSError."""
+        sql = "SELECT 1 FROM requests WHERE id = ? AND failed IS NOT NULL"
+        return self.open().execute(sql, (number,)).fetchone() is not None
 
     def make_room(self, db: sqlite3.Connection, size: int) -> None:
         """Forget the oldest details until `size` more octets fit, or none is left."""
@@ -4051,8 +4147,13 @@ class Console:
 
     def line(self, text: str) -> None:
         """Queue one line; control characters become `?`."""
-        self.lines.append(CONTROL.sub("?", text))
-        self.wake.set()
+        self.put([join_words(text)])
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Queue lines without control characters."""
+        self.lines.extend(lines)
+        if lines:
+            self.wake.set()
 
     def run(self) -> None:
         """Write what is queued, a few times a second."""
@@ -4073,17 +4174,85 @@ class Console:
         self.wake.set()
         self.thread.join(1.0)
 
+def send_message(pipe: BinaryIO, value: Any) -> None:
+    """Send plain values to another process of this program. Raises OSError."""
+    data = marshal.dumps(value, 2)  # later versions look for what is there twice: slower
+    pipe.write(len(data).to_bytes(8, "big"))
+    pipe.write(data)
+    pipe.flush()
+
+def receive_message(pipe: BinaryIO) -> Any:
+    """Return what another process sent. Raises EOFError at its end."""
+    size = int.from_bytes(pipe.read(8), "big")
+    data = pipe.read(size)
+    if not size or len(data) < size:
+        raise EOFError("it ended")
+    return marshal.loads(data)
+
+class Scribe:
+    """A process of its own that makes and writes rows, as its router's thread asks it to."""
+
+    def __init__(self, command: Sequence[str], settings: Settings) -> None:
+        """Start it: this same program, as this process was started. Raises OSError."""
+        self.process = subprocess.Popen(  # what is inherited: the memory with the code
+            [*command, LOG_WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
+        self.first = [SCRIBE_SPEAKS, {name: getattr(settings, name) for name in SCRIBE_SETTINGS}]
+
+    def write(self, notes: Sequence[Note], watched: bool) -> Made:
+        """Have requests that ended written; return what is left to do, rows if they are watched.
+
+        Raises OSError, EOFError, ValueError or TypeError when the process fails.
+        """
+        pipe = self.process.stdin
+        while self.first:
+            send_message(pipe, self.first.pop(0))
+        send_message(pipe, [[*map(tuple, notes)], watched])
+        lines, rows, entries, tallies = receive_message(self.process.stdout)
+        entries = [Entry(Row(*row), *more) for row, *more in entries]
+        return Made(lines, [*map(Row._make, rows)], entries, tallies)
+
+    def close(self) -> None:
+        """End it; all that it was asked is done."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(BUSY)
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
+    """Be the process of a Scribe, until its router closes the pipe or is no more."""
+    if receive_message(source) != SCRIBE_SPEAKS:
+        raise ConfigError("the program has changed; restart the router")
+    settings = Settings(**receive_message(source))
+    store = Store(settings, claims=False)
+    with contextlib.suppress(EOFError), contextlib.closing(store):
+        while True:
+            notes, watched = receive_message(source)
+            made = make_all([*map(Note._make, notes)], settings)
+            left: list[Any] = []
+            try:
+                store.write([], made.entries, made.tallies)
+            except (sqlite3.Error, OSError):  # the router will find out, and say it
+                store.close()
+                left = [(tuple(entry.row), entry.data, entry.blobs) for entry in made.entries]
+            rows = [*map(tuple, made.rows if watched else ())]
+            send_message(sink, [made.lines, rows, left, made.tallies])
+
 class RequestLog:
     """Knows the running requests; its thread prints, counts and writes those that ended."""
 
-    def __init__(self, settings: Settings, console: Console) -> None:
+    def __init__(self, settings: Settings, console: Console, command: Sequence[str]) -> None:
         os.umask(0o077)  # what is kept is its owner's alone
-        self.console, self.settings = console, settings
-        self.quiet = settings.log_level not in ("DEBUG", "INFO")
+        self.console, self.settings, self.command = console, settings, command
         self.store = Store(settings) if settings.enable_logging else None
         self.body_limit = settings.max_blob_size if self.store else 0
         self.inflight: dict[int, Record] = {}
         self.ended: collections.deque[Record] = collections.deque()
+        self.taken_up: list[Record] = []  # rows are made of them now
+        self.scribe: Scribe | None = None  # while many requests end
+        self.scribe_until = self.scribe_after = 0.0  # one is needed; one may be started again
         self.backlog: collections.deque[Entry] = collections.deque()
         self.tallies: Tallies = {}  # not written yet
         self.series: dict[tuple[str, str, str], Tally] = {}  # since the start, for /metrics
@@ -4135,6 +4304,7 @@ class RequestLog:
 
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # a scribe inherits that
         last = pruning = False
         while not last or self.ended:
             last = self.closing.is_set()
@@ -4148,8 +4318,11 @@ class RequestLog:
             if not last and len(self.ended) <= MAX_LATE:
                 self.trim()
                 idle = self.store.prune_at - time.time() if self.store else None
+                idle = SCRIBE_STAYS if self.scribe else idle
                 self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
                 self.closing.wait(RETRY if self.error else BATCH)
+        if self.scribe:
+            self.scribe.close()
         if self.store:
             self.store.close()  # the last one to close puts all into the one file
 
@@ -4166,36 +4339,76 @@ class RequestLog:
         self.thread.join(3 * BUSY)
 
     def take(self) -> None:
-        """Make entries of the requests that ended; count them, print a line for each."""
-        fresh: Tallies = {}
-        for _ in self.pace(range(min(len(self.ended), MAX_BATCH))):
-            record = self.ended.popleft()
-            detail = make_detail(record, self.body_limit)
-            row = make_row(record, detail)
-            self.print(record, row)
-            add_row(fresh, row)
-            self.released += record.held
-            if self.store:
-                self.backlog.append(make_entry(row, detail))
-                self.released -= self.backlog[-1].size
-            for listener in list(self.listeners):
-                listener.append(row)
-        add_tallies(self.tallies, fresh if self.store else {})
-        for (_, service, *names), tally in fresh.items():
+        """Make rows of the requests that have ended by now, or have them made; count them."""
+        due = len(self.ended)
+        self.staff(due)
+        while due > 0:
+            late = len(self.ended) > MAX_LATE  # then the relay has to wait for its log
+            scribe = None if late or self.error or self.backlog else self.scribe
+            self.take_up(SHEAF if scribe else SLICE)
+            due -= len(self.taken_up)
+            notes = [*map(make_note, self.taken_up)]
+            made = scribe and self.dictate(notes)
+            self.settle(made or make_all(notes, self.settings))
+            if not (made or late or self.closing.is_set()):
+                time.sleep(REST)
+        self.lost += self.shorten(MAX_BACKLOG)
+
+    def take_up(self, most: int) -> None:
+        """Take some of those that ended, as long as their bodies are not too long together."""
+        self.taken_up, held = [], 0
+        while self.ended and len(self.taken_up) < most and held < SHEAF_SIZE:
+            self.taken_up.append(self.ended[0])  # a reader finds it in either
+            held += self.ended.popleft().held
+
+    def settle(self, made: Made) -> None:
+        """Print and count what was made; what is not written waits."""
+        self.console.put(made.lines)
+        for listener in list(self.listeners):
+            listener.extend(made.rows)
+        for (_, service, *names), tally in made.tallies.items():
             known = (service, *names) in self.series or len(self.series) < MAX_SERIES
             key = (service, *(names if known else ("other", "other")))
             add_tallies(self.series, {key: tally})
-        self.lost += self.shorten(MAX_BACKLOG)
+        self.backlog.extend(made.entries)
+        add_tallies(self.tallies, made.tallies if made.entries else {})
+        self.released += sum(record.held for record in self.taken_up)
+        self.released -= sum(entry.size for entry in made.entries)
+        self.taken_up = []
 
-    def pace(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yield items; between a few of them the relay has the interpreter twice as long."""
-        begun = time.monotonic()
-        for at, item in enumerate(items, 1):
-            yield item
-            if at % SLICE == 0 and len(self.ended) < MAX_LATE and not self.closing.is_set():
-                spent = time.monotonic() - begun
-                time.sleep(min(max(LEAST_REST, 2 * spent), MOST_REST))
-                begun = time.monotonic()
+    def staff(self, due: int) -> None:
+        """Have a scribe while many requests end, and for a while after."""
+        now = time.monotonic()
+        if due > MANY:
+            self.scribe_until = now + SCRIBE_STAYS
+        if self.scribe and now >= self.scribe_until:
+            self.scribe.close()
+            self.scribe = None
+        able = self.command and self.store and isinstance(self.store.blobs, Files)
+        if able and not self.scribe and self.scribe_after <= now < self.scribe_until:
+            try:
+                self.scribe = Scribe(self.command, self.settings)
+            except OSError as error:
+                self.miss(error)
+
+    def miss(self, error: Exception) -> None:
+        """Say that there is no scribe, and do without it for a while."""
+        if self.scribe:
+            self.scribe.close()
+        self.scribe, self.scribe_after = None, time.monotonic() + SCRIBE_STAYS
+        self.console.line(f"log: the process that writes it failed: {describe(error)}; "
+                          "the router writes it alone")
+
+    def dictate(self, notes: Sequence[Note]) -> Made | None:
+        """Have the scribe make rows and write them; None when it failed and they are to be made."""
+        try:
+            return self.scribe.write(notes, bool(self.listeners))
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            self.miss(error)
+        with contextlib.suppress(sqlite3.Error, OSError):  # then `write` will say what it is
+            if self.store.has(notes[0].id):  # the last thing that it did
+                return make_all(notes, self.settings)._replace(entries=[])
+        return None
 
     def shorten(self, most: int) -> int:
         """Let the oldest rows that wait go until `most` are left; return how many went."""
@@ -4213,7 +4426,7 @@ class RequestLog:
                 self.suspect = False
                 self.store.check()
             self.store.open()
-            rows = [make_row(record, Detail()) for record in self.pace(running)]
+            rows = [make_row(make_note(record), Detail()) for record in running]
             if rows or self.backlog or self.tallies:
                 self.store.write(rows, self.backlog, self.tallies)
                 self.shorten(0)
@@ -4262,20 +4475,10 @@ class RequestLog:
         return {"enabled": self.store is not None, "error": self.error or None,
                 "notice": self.notice or None, "backlog": len(self.backlog), "lost": self.lost}
 
-    def print(self, record: Record, row: Row) -> None:
-        """Print the line of a request that ended."""
-        model, tokens = row.original_model, row.completion_tokens
-        model += f" -> {row.sent_model}" if row.sent_model not in ("", model) else ""
-        self.note(
-            row.source_ip, row.method, row.path.partition("?")[0], model, row.route,
-            *(f"({a.instance}: {a.error or a.status})" for a in record.attempts[:-1]),
-            row.upstream_url, str(record.status), record.error, f"{row.duration_ms / 1000:.3f} s",
-            f"{tokens} tokens" if tokens is not None else "")
-
     def note(self, *words: str) -> None:
         """Print a line about a request."""
-        if not self.quiet:
-            self.console.line(" ".join(word for word in words if word))
+        if not is_quiet(self.settings):
+            self.console.put([join_words(*words)])
 
 # ======================================================================================
 # 12  Relay
@@ -4884,7 +5087,7 @@ def row_document(row: Row, all_of_it: bool = False) -> dict[str, Any]:
 def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/logs; what runs is shown as it stands now."""
     live = dict(log.inflight)
-    return [row_document(make_row(live[row.id], Detail()) if row.id in live else row)
+    return [row_document(make_row(make_note(live[row.id]), Detail()) if row.id in live else row)
             for row in map(Row._make, db.execute(*select_rows(asked)))]
 
 def percentile(counts: Sequence[float], share: float) -> float | None:
@@ -4988,10 +5191,11 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
 
 def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     """Return everything about a request that runs, waits to be written, or is written."""
-    for record in [*log.inflight.values(), *log.ended]:
+    for record in [*log.inflight.values(), *log.taken_up, *log.ended]:
         if record.id == number:
-            detail, phase = make_detail(record, log.body_limit), record.phase
-            return detail_document(make_row(record, detail), detail,
+            note, phase = make_note(record), record.phase
+            detail = make_detail(note, log.body_limit)
+            return detail_document(make_row(note, detail), detail,
                                    "done" if record.finished else phase)
     for entry in list(log.backlog):
         if entry.row.id == number:
@@ -5799,12 +6003,12 @@ class Router:
     """The whole program, running: started and stopped by the command line."""
 
     def __init__(self, settings: Settings, routes: RoutesFile, warnings: Sequence[str],
-                 dashboard: str = "") -> None:
+                 dashboard: str = "", command: Sequence[str] = ()) -> None:
         self.settings, self.routes, self.warnings = settings, routes, warnings
         self.console = Console()
         self.hurry, self.ended = asyncio.Event(), asyncio.Event()
         upstreams = Upstreams(settings, Rounds())
-        log = RequestLog(settings, self.console)
+        log = RequestLog(settings, self.console, command)
         relay = Relay(settings, upstreams, log, f"1.1 smolrouter-{secrets.token_hex(6)}")
         table = routes.load()
         self.services = Services(settings, table, upstreams, ModelLists(upstreams), log, relay,
@@ -5845,7 +6049,7 @@ class Router:
         settings, host = self.settings, self.settings.listen_host.strip("[]")
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         secret = "JWT_SECRET is set" if settings.jwt_secret else "no JWT_SECRET"
-        printed = "not printed" if self.services.log.quiet else "printed to stderr"
+        printed = "not printed" if is_quiet(self.settings) else "printed to stderr"
         kept = f"kept in {settings.db_path} for {settings.max_log_age_days:g} days"
         stored = kept if settings.enable_logging else "not stored"
         routes, rest, *warnings = describe_table(self.services.table)
@@ -5893,7 +6097,7 @@ def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     sys.setswitchinterval(0.001)  # s that the relay may have to wait for the log's thread
     loop = asyncio.new_event_loop()
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(32))  # looks names up
-    router = Router(settings, routes, args.warnings, args.dashboard)
+    router = Router(settings, routes, args.warnings, args.dashboard, args.command)
     status = loop.run_until_complete(router.run())
     os._exit(status)  # the interpreter would wait for a full stderr, or for a dead name server
 
@@ -6116,7 +6320,8 @@ async def serve_demos(args: argparse.Namespace, settings: Settings, folder: path
               "servers answer: one is slow, one thinks aloud, one fails.", flush=True)
         asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, args.seconds)
 
-    router = Router(settings, RoutesFile(settings, {}, True), (), args.dashboard)
+    router = Router(settings, RoutesFile(settings, {}, True), (), args.dashboard,
+                    args.command)
     return await router.run(begin)
 
 def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
@@ -6185,7 +6390,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
     """Parse the command line and run its command. Raises ConfigError."""
     args = build_parser().parse_args(argv)
-    args.program = pathlib.Path(__file__).resolve()
+    args.program, own = pathlib.Path(__file__).resolve(), len(sys.argv) - 1
+    args.command = [] if argv is not None else [  # as this process was started
+        sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - own]]
     args.given = Settings.find(environ, vars(args))
     settings = Settings.from_mapping(environ, vars(args))
     warning = url_warning(*args.given.get("default_upstream", ("", "http://")))
@@ -6200,6 +6407,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # stdin, stdout or stderr was closed: no socket may take its number
     try:
+        if argv is None and sys.argv[1:] == [LOG_WRITER]:
+            serve_notes(sys.stdin.buffer, sys.stdout.buffer)
+            return 0
         return run_command(argv, dict(os.environ))
     except ConfigError as error:
         print(f"smolrouter: {error}", file=sys.stderr)
