@@ -3556,20 +3556,23 @@ async def list_models(lists: ModelLists, table: RoutingTable,
 # ======================================================================================
 # What happened to every request. The event loop hands records over; one thread makes rows
 # of them, hides secrets, packs bodies, counts, prints a line each and writes all of it to
-# SQLite in batches. Whatever is wrong with the database, requests go on: rows wait, and
-# the reason shows. To add a column: one in `Row`, and a migration at the list's end.
+# SQLite in batches. While many requests end, a process of its own does that for the thread,
+# which hands it plain values and waits: one at a time writes. Whatever is wrong with the
+# database or that process, requests go on: rows wait, and the reason shows. To add a
+# column: one in `COLUMNS` and in `make_row`, and a migration at the list's end.
 
 MAX_INLINE = 16 * KiB  # longer bodies are blobs
 MIN_PACKED = 2 * KiB  # shorter details are kept as they are: each packing hands the thread over
 MAX_HELD = 32 * MiB  # bodies of running requests and of waiting rows; above, they are cut
-MANY, SCRIBE_STAYS = 200, 60.0  # requests that wait at once for a scribe; s that it then stays
-SHEAF, SHEAF_SIZE = 128, MiB  # requests, octets of bodies that it gets: half a ms to hand over
-SLICE, REST = 4, 0.001  # rows that the thread itself makes in a row; s left to the relay then
-MAX_LATE = 5000  # requests that ended and have no row; above, the thread works without rest
-LOG_WRITER = "log-writer"  # the command that is a scribe's
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # all of a group get them
-SCRIBE_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
+SLICE, REST = 4, 0.001  # rows that the thread makes in a row; s left to the relay then
+MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and want a process of
+# their own to write them; s that it stays when fewer do, or that pass after one failed
+BATCH_ROWS, BATCH_SIZE = 128, MiB  # what it gets at a time: half a ms to hand over
+LOG_WRITER = "log-writer"  # the command that is that process
+WRITER_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
                    "max_total_storage_size", "log_level")
+MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
+MAX_ENDED = 4 * MAX_LATE  # above, the relay has to wait for its log
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -3677,41 +3680,13 @@ class Lines(NamedTuple):
     client_key: str = ""  # a fingerprint
     secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
 
-class Note(NamedTuple):
-    """What a row and its detail are made of: plain values, which another process can read."""
-    id: int
-    request_id: str
-    service: str
-    stream: bool
-    started: float
-    source_ip: str
-    path: str
-    request_size: int
-    original_model: str
-    mapped_model: str
-    route: str
-    sent_model: str
-    upstream_url: str
-    error: str
-    status: int
-    response_size: int
-    content: bytes
-    pieces: list[bytes]
-    tail: bytes
-    request_cut: bool
-    response_cut: bool
-    # the names above are a record's own
-    method: str
-    taken: float | None  # s; None: it runs
-    first_token: float | None  # s to that of a stream
-    trail: str  # JSON
-    attempts: list[tuple[Any, ...]]
-    asked: tuple[Any, ...]  # Lines
-    answered: tuple[Any, ...]
-    coding: str | None  # of the answer's content; None: there was no answer
-
-SCRIBE_SPEAKS = [__version__, *Note._fields]  # the file may be another one by now
-read_own = operator.attrgetter(*Note._fields[:Note._fields.index("method")])
+OWN = """id request_id service stream started source_ip path request_size original_model
+    mapped_model route sent_model upstream_url error status response_size content pieces tail
+    request_cut response_cut"""  # what a note has of its record as it is
+Note = collections.namedtuple(  # what a row is made of: plain values, for another process too
+    "Note", f"{OWN} method taken first_token trail attempts asked answered coding")
+LANGUAGE = (__version__, *Note._fields)  # the program's file may be another one by now
+read_own = operator.attrgetter(*OWN.split())
 
 class Detail(NamedTuple):
     """What is kept of a request beside its row."""
@@ -3766,10 +3741,6 @@ def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
                                    hide(key).rpartition("***")[2], tuple(secrets))
     return head.memo["lines"]
 
-def join_words(*words: str) -> str:
-    """Return a line of the words that are not empty; control characters become `?`."""
-    return CONTROL.sub("?", " ".join(filter(None, words)))
-
 def is_quiet(settings: Settings) -> bool:
     """Tell whether requests are not to be printed."""
     return settings.log_level not in ("DEBUG", "INFO")
@@ -3788,15 +3759,13 @@ def inflate(data: bytes, coding: str | None) -> bytes:
 encode_trail = functools.lru_cache(maxsize=1024)(COMPACT_JSON)  # most requests go known ways
 
 def make_note(record: Record) -> Note:
-    """Return what is to be known of a record, as it stands."""
-    answer, first = record.answer_head, record.first_token if record.stream else None
-    return Note._make((
-        *read_own(record), record.head.method,
-        None if record.finished is None else record.finished - record.clock,
-        None if first is None else first - record.clock,
-        encode_trail(record.trail), [*map(tuple, record.attempts)],
-        tuple(read_lines(record.head)), tuple(read_lines(answer)),
-        answer and answer.fields.get("content-encoding", "")))
+    """Return what is to be known of a record; moments as s from its start, None before."""
+    answer, spoke = record.answer_head, record.first_token if record.stream else None
+    taken, first = (at and at - record.clock for at in (record.finished, spoke))
+    return Note(
+        *read_own(record), record.head.method, taken, first, encode_trail(record.trail),
+        [*map(tuple, record.attempts)], tuple(read_lines(record.head)), tuple(read_lines(answer)),
+        answer and answer.fields.get("content-encoding", ""))
 
 def make_detail(note: Note, limit: int) -> Detail:
     """Return what is kept beside the row; `limit` octets of each body."""
@@ -3855,11 +3824,11 @@ def make_line(note: Note, row: Row) -> str:
     model, tokens = row.original_model, row.completion_tokens
     model += f" -> {row.sent_model}" if row.sent_model not in ("", model) else ""
     failed = (Attempt(*attempt) for attempt in note.attempts[:-1])
-    return join_words(
+    return " ".join(filter(None, (
         row.source_ip, row.method, row.path.partition("?")[0], model, row.route,
         *(f"({a.instance}: {a.error or a.status})" for a in failed),
         row.upstream_url, str(note.status), note.error, f"{row.duration_ms / 1000:.3f} s",
-        f"{tokens} tokens" if tokens is not None else "")
+        f"{tokens} tokens" if tokens is not None else "")))
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
@@ -3979,8 +3948,8 @@ class Store:
         self.age, self.prune_at = settings.max_log_age_days * 86_400, 0.0
         filed = settings.blob_storage_type == "filesystem"
         self.blobs: Any = Files(settings.blob_storage_path) if filed else {}
-        self.lane, self.lock = os.getpid() % LANES, -1  # the lock's file says who is alive
-        self.claims = claims  # a lane of its own
+        self.lane = os.getpid() % LANES
+        self.lock = -1 if claims else None  # the lock's file says who is alive
         self.db: sqlite3.Connection | None = None
         self.file: os.stat_result | None = None
 
@@ -3997,7 +3966,7 @@ class Store:
                                       check_same_thread=False)
             self.migrate(self.db)
             self.file = os.stat(self.path)
-            if self.claims and self.lock < 0:
+            if self.lock == -1:
                 self.claim(self.db)
         return self.db
 
@@ -4145,14 +4114,10 @@ class Console:
         self.thread = threading.Thread(target=self.run, name="console", daemon=True)
         self.thread.start()
 
-    def line(self, text: str) -> None:
-        """Queue one line; control characters become `?`."""
-        self.put([join_words(text)])
-
-    def put(self, lines: Sequence[str]) -> None:
-        """Queue lines without control characters."""
-        self.lines.extend(lines)
-        if lines:
+    def line(self, *texts: str) -> None:
+        """Queue a line or more; control characters become `?`."""
+        self.lines.extend(CONTROL.sub("?", text) for text in texts)
+        if texts:
             self.wake.set()
 
     def run(self) -> None:
@@ -4183,60 +4148,48 @@ def send_message(pipe: BinaryIO, value: Any) -> None:
 
 def receive_message(pipe: BinaryIO) -> Any:
     """Return what another process sent. Raises EOFError at its end."""
-    size = int.from_bytes(pipe.read(8), "big")
-    data = pipe.read(size)
-    if not size or len(data) < size:
-        raise EOFError("it ended")
-    return marshal.loads(data)
+    return marshal.loads(pipe.read(int.from_bytes(pipe.read(8), "big")))
 
-class Scribe:
-    """A process of its own that makes and writes rows, as its router's thread asks it to."""
+class LogWriter:
+    """A process of its own that makes and writes rows, as its router's log asks it to."""
 
     def __init__(self, command: Sequence[str], settings: Settings) -> None:
-        """Start it: this same program, as this process was started. Raises OSError."""
-        self.process = subprocess.Popen(  # what is inherited: the memory with the code
+        """Start this same program as this process was started. Raises OSError."""
+        self.process = subprocess.Popen(  # what it inherits: the memory with the code
             [*command, LOG_WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
-        self.first = [SCRIBE_SPEAKS, {name: getattr(settings, name) for name in SCRIBE_SETTINGS}]
+        known = {name: getattr(settings, name) for name in WRITER_SETTINGS}
+        send_message(self.process.stdin, [LANGUAGE, known])
 
     def write(self, notes: Sequence[Note], watched: bool) -> Made:
-        """Have requests that ended written; return what is left to do, rows if they are watched.
+        """Have rows made and written; return the rest to do, and the rows if they are watched.
 
         Raises OSError, EOFError, ValueError or TypeError when the process fails.
         """
-        pipe = self.process.stdin
-        while self.first:
-            send_message(pipe, self.first.pop(0))
-        send_message(pipe, [[*map(tuple, notes)], watched])
+        send_message(self.process.stdin, [[*map(tuple, notes)], watched])
         lines, rows, entries, tallies = receive_message(self.process.stdout)
-        entries = [Entry(Row(*row), *more) for row, *more in entries]
+        entries = [Entry(Row(*row), *packed) for row, *packed in entries]
         return Made(lines, [*map(Row._make, rows)], entries, tallies)
 
     def close(self) -> None:
-        """End it; all that it was asked is done."""
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(BUSY)
+        """End it: all that it has answered for is written, and it does nothing else."""
         self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.communicate()
 
 def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
-    """Be the process of a Scribe, until its router closes the pipe or is no more."""
-    if receive_message(source) != SCRIBE_SPEAKS:
+    """Be the process of a LogWriter, until its router closes the pipe or is no more."""
+    language, known = receive_message(source)
+    if language != LANGUAGE:
         raise ConfigError("the program has changed; restart the router")
-    settings = Settings(**receive_message(source))
-    store = Store(settings, claims=False)
-    with contextlib.suppress(EOFError), contextlib.closing(store):
-        while True:
+    settings = Settings(**known)
+    with contextlib.closing(Store(settings, claims=False)) as store:
+        while True:  # until EOFError
             notes, watched = receive_message(source)
-            made = make_all([*map(Note._make, notes)], settings)
-            left: list[Any] = []
+            made, left = make_all([*map(Note._make, notes)], settings), []
             try:
                 store.write([], made.entries, made.tallies)
-            except (sqlite3.Error, OSError):  # the router will find out, and say it
+            except (sqlite3.Error, OSError):  # the router will find out why, and say it
                 store.close()
-                left = [(tuple(entry.row), entry.data, entry.blobs) for entry in made.entries]
+                left = [(tuple(entry.row), *entry[1:]) for entry in made.entries]
             rows = [*map(tuple, made.rows if watched else ())]
             send_message(sink, [made.lines, rows, left, made.tallies])
 
@@ -4245,14 +4198,16 @@ class RequestLog:
 
     def __init__(self, settings: Settings, console: Console, command: Sequence[str]) -> None:
         os.umask(0o077)  # what is kept is its owner's alone
-        self.console, self.settings, self.command = console, settings, command
+        self.console, self.settings = console, settings
+        alone = not settings.enable_logging or settings.blob_storage_type == "memory"
+        self.command = () if alone else command
         self.store = Store(settings) if settings.enable_logging else None
         self.body_limit = settings.max_blob_size if self.store else 0
         self.inflight: dict[int, Record] = {}
         self.ended: collections.deque[Record] = collections.deque()
-        self.taken_up: list[Record] = []  # rows are made of them now
-        self.scribe: Scribe | None = None  # while many requests end
-        self.scribe_until = self.scribe_after = 0.0  # one is needed; one may be started again
+        self.in_hand: list[Record] = []  # rows are made of them now
+        self.writer: LogWriter | None = None  # while many requests end
+        self.writer_until = self.writer_after = 0.0  # one stays until then; one may be started
         self.backlog: collections.deque[Entry] = collections.deque()
         self.tallies: Tallies = {}  # not written yet
         self.series: dict[tuple[str, str, str], Tally] = {}  # since the start, for /metrics
@@ -4296,6 +4251,8 @@ class RequestLog:
         self.inflight.pop(record.id, None)
         self.ended.append(record)
         self.rouse()
+        if len(self.ended) > MAX_ENDED:
+            time.sleep(REST)
 
     def rouse(self) -> None:
         """Tell the thread that there is something to do; its lock is not asked for in vain."""
@@ -4304,7 +4261,8 @@ class RequestLog:
 
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # a scribe inherits that
+        ending = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # they come to a whole group
+        signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # a LogWriter inherits this
         last = pruning = False
         while not last or self.ended:
             last = self.closing.is_set()
@@ -4318,11 +4276,11 @@ class RequestLog:
             if not last and len(self.ended) <= MAX_LATE:
                 self.trim()
                 idle = self.store.prune_at - time.time() if self.store else None
-                idle = SCRIBE_STAYS if self.scribe else idle
+                idle = WRITER_STAYS if self.wants_writer(0) else idle
                 self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
                 self.closing.wait(RETRY if self.error else BATCH)
-        if self.scribe:
-            self.scribe.close()
+        if self.writer:
+            self.writer.close()
         if self.store:
             self.store.close()  # the last one to close puts all into the one file
 
@@ -4341,29 +4299,52 @@ class RequestLog:
     def take(self) -> None:
         """Make rows of the requests that have ended by now, or have them made; count them."""
         due = len(self.ended)
-        self.staff(due)
         while due > 0:
-            late = len(self.ended) > MAX_LATE  # then the relay has to wait for its log
-            scribe = None if late or self.error or self.backlog else self.scribe
-            self.take_up(SHEAF if scribe else SLICE)
-            due -= len(self.taken_up)
-            notes = [*map(make_note, self.taken_up)]
-            made = scribe and self.dictate(notes)
+            wanted = self.wants_writer(due) and not (self.error or self.backlog)
+            self.pick(BATCH_ROWS if wanted else SLICE)
+            due -= len(self.in_hand)
+            notes = [*map(make_note, self.in_hand)]
+            made = self.hand_over(notes) if wanted else None
             self.settle(made or make_all(notes, self.settings))
-            if not (made or late or self.closing.is_set()):
-                time.sleep(REST)
+            if not made:
+                self.rest()
         self.lost += self.shorten(MAX_BACKLOG)
 
-    def take_up(self, most: int) -> None:
-        """Take some of those that ended, as long as their bodies are not too long together."""
-        self.taken_up, held = [], 0
-        while self.ended and len(self.taken_up) < most and held < SHEAF_SIZE:
-            self.taken_up.append(self.ended[0])  # a reader finds it in either
+    def wants_writer(self, due: int) -> bool:
+        """Tell whether many requests end, or did so lately; else no process is kept for them."""
+        now = time.monotonic()
+        if due > MANY and self.command and self.writer_after <= now and not self.closing.is_set():
+            self.writer_until = now + WRITER_STAYS
+        if self.writer and self.writer_until <= now:
+            self.writer.close()
+            self.writer = None
+        return now < self.writer_until
+
+    def pick(self, most: int) -> None:
+        """Take some of the requests that ended, fewer when their bodies are long."""
+        self.in_hand, held = [], 0
+        while self.ended and len(self.in_hand) < most and held < BATCH_SIZE:
+            self.in_hand.append(self.ended[0])  # before it goes: a reader looks at both
             held += self.ended.popleft().held
 
+    def hand_over(self, notes: Sequence[Note]) -> Made | None:
+        """Have rows made and written by the process; None when it failed and did not."""
+        try:
+            self.writer = self.writer or LogWriter(self.command, self.settings)
+            return self.writer.write(notes, bool(self.listeners))
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            self.console.line(f"log: the process that writes it failed ({describe(error)}); "
+                              "the router writes it itself")
+        self.writer_until, self.writer_after = 0.0, time.monotonic() + WRITER_STAYS
+        self.wants_writer(0)  # not any more
+        with contextlib.suppress(sqlite3.Error, OSError):  # `write` will find out why, and say it
+            if self.store.has(notes[0].id):  # so they are written, but not counted here
+                return make_all(notes, self.settings)._replace(entries=[])
+        return None
+
     def settle(self, made: Made) -> None:
-        """Print and count what was made; what is not written waits."""
-        self.console.put(made.lines)
+        """Print, tell and count what was made; what is not written waits."""
+        self.console.line(*made.lines)
         for listener in list(self.listeners):
             listener.extend(made.rows)
         for (_, service, *names), tally in made.tallies.items():
@@ -4372,43 +4353,13 @@ class RequestLog:
             add_tallies(self.series, {key: tally})
         self.backlog.extend(made.entries)
         add_tallies(self.tallies, made.tallies if made.entries else {})
-        self.released += sum(record.held for record in self.taken_up)
-        self.released -= sum(entry.size for entry in made.entries)
-        self.taken_up = []
+        self.released += sum(r.held for r in self.in_hand) - sum(e.size for e in made.entries)
+        self.in_hand = []
 
-    def staff(self, due: int) -> None:
-        """Have a scribe while many requests end, and for a while after."""
-        now = time.monotonic()
-        if due > MANY:
-            self.scribe_until = now + SCRIBE_STAYS
-        if self.scribe and now >= self.scribe_until:
-            self.scribe.close()
-            self.scribe = None
-        able = self.command and self.store and isinstance(self.store.blobs, Files)
-        if able and not self.scribe and self.scribe_after <= now < self.scribe_until:
-            try:
-                self.scribe = Scribe(self.command, self.settings)
-            except OSError as error:
-                self.miss(error)
-
-    def miss(self, error: Exception) -> None:
-        """Say that there is no scribe, and do without it for a while."""
-        if self.scribe:
-            self.scribe.close()
-        self.scribe, self.scribe_after = None, time.monotonic() + SCRIBE_STAYS
-        self.console.line(f"log: the process that writes it failed: {describe(error)}; "
-                          "the router writes it alone")
-
-    def dictate(self, notes: Sequence[Note]) -> Made | None:
-        """Have the scribe make rows and write them; None when it failed and they are to be made."""
-        try:
-            return self.scribe.write(notes, bool(self.listeners))
-        except (OSError, EOFError, ValueError, TypeError) as error:
-            self.miss(error)
-        with contextlib.suppress(sqlite3.Error, OSError):  # then `write` will say what it is
-            if self.store.has(notes[0].id):  # the last thing that it did
-                return make_all(notes, self.settings)._replace(entries=[])
-        return None
+    def rest(self) -> None:
+        """Leave the interpreter to the relay for a moment."""
+        if len(self.ended) < MAX_LATE and not self.closing.is_set():
+            time.sleep(REST)
 
     def shorten(self, most: int) -> int:
         """Let the oldest rows that wait go until `most` are left; return how many went."""
@@ -4426,7 +4377,11 @@ class RequestLog:
                 self.suspect = False
                 self.store.check()
             self.store.open()
-            rows = [make_row(make_note(record), Detail()) for record in running]
+            rows = []
+            for at in range(0, len(running), SLICE):
+                notes = map(make_note, running[at : at + SLICE])
+                rows += [make_row(note, Detail()) for note in notes]
+                self.rest()
             if rows or self.backlog or self.tallies:
                 self.store.write(rows, self.backlog, self.tallies)
                 self.shorten(0)
@@ -4478,7 +4433,7 @@ class RequestLog:
     def note(self, *words: str) -> None:
         """Print a line about a request."""
         if not is_quiet(self.settings):
-            self.console.put([join_words(*words)])
+            self.console.line(" ".join(filter(None, words)))
 
 # ======================================================================================
 # 12  Relay
@@ -5191,7 +5146,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
 
 def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     """Return everything about a request that runs, waits to be written, or is written."""
-    for record in [*log.inflight.values(), *log.taken_up, *log.ended]:
+    for record in [*log.inflight.values(), *log.in_hand, *log.ended]:
         if record.id == number:
             note, phase = make_note(record), record.phase
             detail = make_detail(note, log.body_limit)
@@ -6409,12 +6364,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv is None and sys.argv[1:] == [LOG_WRITER]:
             serve_notes(sys.stdin.buffer, sys.stdout.buffer)
-            return 0
         return run_command(argv, dict(os.environ))
     except ConfigError as error:
         print(f"smolrouter: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):  # EOFError: the router of a log's process is no more
         return 0
     except BrokenPipeError:  # nobody reads on; the interpreter's own last flush must not fail
         os.dup2(spare, 1)

@@ -976,7 +976,7 @@ TREE = ast.parse(PROGRAM)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
 BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
-MAX_LINES = 4830  # of code: blank lines, comments and docstrings are not counted
+MAX_LINES = 4880  # of code: blank lines, comments and docstrings are not counted
 
 
 def functions() -> list[Any]:
@@ -8567,7 +8567,8 @@ def test_killed_at_any_moment_nothing_is_lost(kept: Kept) -> None:
     hanging = stage().plays([HANG])
     finished: set[str] = set()
     for number in range(KILLS):
-        router = kept.router(LOG_LEVEL="ERROR")
+        program = eager() if number % 2 == 0 else SMOLROUTER  # by a process of its own, or not
+        router = Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program)
         ended: list[tuple[float, str]] = []
         stop = threading.Event()
 
@@ -8747,6 +8748,271 @@ def test_a_full_disk_stops_nothing(kept: Kept) -> None:
         assert until(lambda: log_state(router)["error"])
         assert ask(router, "tiny").status == 200
         assert log_state(router)["backlog"] > 0
+
+
+# -- the process that writes while many requests end ---------------------------------
+
+
+@functools.cache
+def eager() -> pathlib.Path:
+    """The program, but one request is many and a failed process is forgotten at once."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    change = "MANY, WRITER_STAYS = 0, 0.5  #"
+    text, count = re.subn("(?m)^MANY, WRITER_STAYS = .*?  #", change, SOURCE)
+    assert count == 1
+    (folder / "smolrouter.py").write_text(text)
+    return folder / "smolrouter.py"
+
+
+def writers(router: Router) -> list[int]:
+    """The processes that a router has started."""
+    tasks = pathlib.Path(f"/proc/{router.process.pid}/task")
+    if not tasks.exists():
+        pytest.skip("needs /proc")
+    with contextlib.suppress(OSError):
+        return [int(pid) for f in tasks.glob("*/children") for pid in f.read_text().split()]
+    return []
+
+
+def gone(pids: Sequence[int]) -> bool:
+    """Whether none of these processes runs any more."""
+    return until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def counted(router: Router) -> float:
+    """How many requests /metrics tells of."""
+    text = request(router.port, "GET", "/metrics").content.decode()
+    return sum(map(float, re.findall(r"(?m)^smolrouter_requests_total\{.*\} (\S+)$", text)))
+
+
+def burst(router: Router, count: int, path: str = "/api/generate", text: str = "") -> None:
+    """Send requests that cost next to nothing, many at a time, and wait for their answers."""
+    ask_one = post(path, {"model": "tiny", "prompt": text})
+
+    def client() -> None:
+        with connect(router.port) as sock:
+            sock.settimeout(PATIENCE * 3)
+            sender = threading.Thread(target=sock.sendall, args=(ask_one * count,))
+            sender.start()
+            seen = b""
+            while seen.count(b'"done":true') < count:
+                data = sock.recv(1 << 20)
+                assert data
+                seen += data
+            sender.join(PATIENCE)
+
+    at_once(lambda _: client(), range(20), workers=20)
+
+
+def sums(kept: Kept) -> tuple[Any, ...]:
+    """Requests as the rows, the details and the hourly sums have them."""
+    return (kept.ask("SELECT count(*), sum(failed), sum(completion_tokens) FROM requests")[0],
+            kept.ask("SELECT count(*) FROM details")[0][0],
+            kept.ask("SELECT sum(requests), sum(errors), sum(completion_tokens) FROM rollups")[0])
+
+
+def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
+    sent, seen = 0, []
+    with kept.router(LOG_LEVEL="ERROR") as router:
+        while not seen and sent < 20_000:
+            burst(router, 100)
+            sent += 2000
+            seen = writers(router)
+        assert len(seen) == 1
+        assert kept.written(sent) == sent
+        assert until(lambda: counted(router) == sent)
+        assert document(router, "/api/stats")["total_requests"] == sent
+        assert log_state(router) == {
+            "enabled": True, "error": None, "notice": None, "backlog": 0, "lost": 0}
+        command = pathlib.Path(f"/proc/{seen[0]}/cmdline").read_bytes().split(b"\0")
+        assert command[-2] == b"log-writer"
+        assert router.stop() == 0 and gone(seen)
+    assert {f.name for f in kept.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
+    assert sums(kept) == ((sent, 0, None), sent, (sent, 0, 0))
+
+
+def test_both_ways_write_the_same(tmp_path: pathlib.Path) -> None:
+    """Rows, details, bodies and sums are the thread's own, whoever writes them."""
+    written, names = [], {"request_id", "id", "timestamp", "completed_at", "level"}
+    names |= {"duration_ms", "ttft_ms", "tokens_per_second", "attempts"}  # what takes time
+    names |= {"upstream_url", "response_size"}  # a port; Ollama's answers tell durations
+    for folder, program in (("own", SMOLROUTER), ("other", eager())):
+        (tmp_path / folder).mkdir()
+        kept = Kept(tmp_path / folder)
+        with Router(kept.settings, program=program) as router:
+            for number, text in enumerate(["hi", "long " * 6000, "\u00e9\x00\u2028", "x" * 3000]):
+                ask(router, f"m{number}", text)
+                ask(router, f"s{number}", text, stream=True)
+                request(router.port, "POST", f"/api/chat?key=sk-{number}", chat("tiny", text),
+                        [("Authorization", f"Bearer secret-number-{number}"), ("User-Agent", "u")])
+            request(router.port, "POST", "/v1/chat/completions", b"{")
+            request(router.port, "POST", "/v1/chat/completions", chat(stage().plays([CLOSE])))
+            assert kept.written(13) >= 13
+            assert bool(writers(router)) == (program != SMOLROUTER)
+            told = re.sub(r"\d+\.\d{3} s|:\d+|\S{24}", "", router.stderr).splitlines()
+            numbers = [n for n, in kept.ask("SELECT id FROM requests ORDER BY id")]
+            details = [document(router, f"/api/request/{number}") for number in numbers]
+        rows = [{n: v for n, v in detail.items() if n not in names} for detail in details]
+        written.append((re.sub(r":\d{4,5}|[0-9a-f]{20,}|scripted-\d+|m\d+-\d+", "", repr(rows)),
+                        sorted(line for line in told if " POST " in line), sums(kept)))
+    assert written[0] == written[1]
+
+
+def test_a_killed_process_loses_and_doubles_nothing(kept: Kept) -> None:
+    killed: set[int] = set()
+    with Router(kept.settings, program=eager()) as router:
+        def client(number: int) -> int:
+            count = 0
+            while len(killed) < 3 and count < 1000:
+                ask(router, "tiny", "x" * 20_000, stream=count % 2 == 0)
+                count += 1
+            return count
+
+        done = threading.Event()
+
+        def killer() -> None:
+            while not done.wait(0.05):
+                for pid in writers(router):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        killed.add(pid)
+
+        thread = threading.Thread(target=killer)
+        thread.start()
+        sent = sum(at_once(client, range(4), workers=4))
+        done.set()
+        thread.join(PATIENCE)
+        assert kept.written(sent) == sent
+        assert until(lambda: counted(router) == sent)
+        assert len(killed) > 2 and "the process that writes it failed" in router.stderr
+        assert until(lambda: router.stderr.count(" POST ") == sent)
+    assert sums(kept) == ((sent, 0, sent * 3), sent, (sent, 0, sent * 3))
+    assert kept.ask("SELECT uses FROM blobs WHERE uses > 9") == [(sent,)]
+
+
+class Dying:
+    """In the place of a LogWriter: writes, and dies before it has said so."""
+
+    def __init__(self, store: Any, settings: Any, writes: bool) -> None:
+        self.store, self.settings, self.writes = store, settings, writes
+
+    def write(self, notes: Any, watched: bool) -> Any:
+        made = smolrouter.make_all(notes, self.settings)
+        if self.writes:
+            self.store.write([], made.entries, made.tallies)
+        raise EOFError("it is dead")
+
+    def close(self) -> None:
+        self.store.close()
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_what_a_dead_process_has_written_counts_once(kept: Kept, writes: bool) -> None:
+    settings = smolrouter.Settings.from_mapping(
+        {name: str(value) for name, value in kept.settings.items()})
+    mask, console = os.umask(0o077), smolrouter.Console()
+    log = smolrouter.RequestLog(settings, console, ("/nonexistent",))
+    os.umask(mask)
+    log.writer_until = float("inf")
+    log.writer = Dying(smolrouter.Store(settings, claims=False), settings, writes)
+    top = smolrouter.parse_request_head(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a")
+    asked = smolrouter.Request(top, None, None, "::1", b"{}")
+    decision = smolrouter.Decision("m", "m", "m", "failover", (), ())
+    for number in range(3):
+        record = smolrouter.Record(f"id{number}", asked, "openai", False, decision)
+        record.status = 200
+        log.begin(record)
+        log.finish(record)
+    assert kept.written(3) == 3 and until(lambda: log.series)
+    assert [tally[0] for tally in log.series.values()] == [3] and log.taken == log.released
+    log.close()
+    console.close()
+    assert sums(kept) == ((3, 0, None), 3, (3, 0, 0))
+
+
+def test_a_process_that_cannot_be_is_done_without(kept: Kept) -> None:
+    limit = "import runpy, sys; sys.argv = sys.argv[1:]; sys.executable = '/nonexistent'; " \
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+    python = (sys.executable, "-c", limit)
+    with Router(kept.settings, program=eager(), python=python) as router:
+        for _ in range(3):
+            ask(router, "tiny")
+        assert kept.written(3) == 3
+        assert until(lambda: "no such file" in router.stderr) and counted(router) == 3
+        assert log_state(router)["error"] is None
+
+
+@pytest.mark.parametrize("python, settings", [
+    ((sys.executable, "-I"), {}), ((sys.executable, "-m"), {"PYTHONPATH": "here"})])
+def test_the_process_starts_as_the_router_did(
+    kept: Kept, python: Any, settings: dict[str, Any]
+) -> None:
+    """And ends when the router is killed, when all of its group gets Ctrl-C, or by itself."""
+    settings = {name: eager().parent for name in settings}
+    program = pathlib.Path("smolrouter") if settings else eager()
+    with Router({**kept.settings, **settings}, program=program, python=python) as router:
+        ask(router, "tiny")
+        assert kept.written(1) == 1
+        first = writers(router)
+        assert len(first) == 1 and gone(first)  # after half a second without work
+        ask(router, "tiny")
+        assert kept.written(2) == 2
+        second = until(lambda: writers(router))
+        assert second != first
+        for pid in (*second, router.process.pid):
+            os.kill(pid, signal.SIGINT)
+        assert router.wait() == 0 and gone(second)
+    with Router({**kept.settings, **settings}, program=program, python=python) as router:
+        ask(router, "tiny")
+        third = until(lambda: writers(router))
+        router.process.kill()
+        assert gone(third)
+    assert kept.ask("SELECT count(*) FROM requests WHERE failed = 0")[0][0] >= 2
+
+
+def test_rows_wait_for_a_locked_database_under_load(kept: Kept) -> None:
+    with Router(kept.settings, program=eager()) as router:
+        ask(router, "before")
+        kept.written(1)
+        with contextlib.closing(sqlite3.connect(kept.file, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            for _ in range(5):
+                assert ask(router, "during").status == 200
+            assert until(lambda: log_state(router)["error"])
+            assert until(lambda: log_state(router)["backlog"] == 5)
+            db.execute("ROLLBACK")
+        assert kept.written(6) == 6
+        assert until(lambda: log_state(router)["error"] is None and counted(router) == 6)
+        ask(router, "after")
+        assert kept.written(7) == 7
+    assert sums(kept) == ((7, 0, 21), 7, (7, 0, 21))
+
+
+def test_events_tell_of_all_that_the_process_writes(kept: Kept) -> None:
+    with Router(kept.settings, program=eager()) as router, connect(router.port) as sock:
+        sock.sendall(get("/api/events"))
+        said, number = sock.recv(4096), 30
+        for _ in range(number):
+            ask(router, "tiny")
+
+        def finished() -> set[str]:
+            nonlocal said
+            said += sock.recv(1 << 20)
+            return set(re.findall(rb'"request_id":"(\w+)"[^{}]*"status_code":200', said))
+
+        assert until(lambda: len(finished()) == number), said
+        assert writers(router)
+
+
+def test_a_process_of_another_version_ends() -> None:
+    start = marshal.dumps([("0.0", "id"), {}], 2)
+    start = len(start).to_bytes(8, "big") + start
+    for told, status, words in ((b"", 0, ""), (start, 2, "changed")):
+        ended = subprocess.run([sys.executable, str(SMOLROUTER), "log-writer"], input=told,
+                               capture_output=True, timeout=30, check=False)
+        assert ended.returncode == status and words in ended.stderr.decode()
+        assert ended.stdout == b"" and ended.stderr.count(b"\n") == (status > 0)
 
 
 def test_the_backlog_is_bounded() -> None:
