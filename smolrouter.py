@@ -3572,7 +3572,7 @@ LOG_WRITER = "log-writer"  # the command that is that process
 WRITER_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
                    "max_total_storage_size", "log_level")
 MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
-MAX_ENDED = 4 * MAX_LATE  # above, the relay has to wait for its log
+MAX_ENDED = 4 * MAX_LATE  # above, the process that writes stands still, or cannot keep up
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -4251,8 +4251,8 @@ class RequestLog:
         self.inflight.pop(record.id, None)
         self.ended.append(record)
         self.rouse()
-        if len(self.ended) > MAX_ENDED:
-            time.sleep(REST)
+        if len(self.ended) > MAX_ENDED and (writer := self.writer):
+            writer.process.kill()  # the thread takes over, and the relay has less time
 
     def rouse(self) -> None:
         """Tell the thread that there is something to do; its lock is not asked for in vain."""
