@@ -1149,7 +1149,7 @@ def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
         assert decoder.done and decoder.rest == b""
 
 
-def read_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
+def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
     """Return the content of some pieces, whether it is at its end and what is left, or a fault."""
     decoder, content = smolrouter.ChunkDecoder(), b""
     try:
@@ -1176,9 +1176,9 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
             start = random.randrange(len(data))
             data = data[:start] + data[start:].replace(*random.choice(faults), 1)
         cut = random.randrange(len(data))
-        slowly = read_chunks(bytes([octet]) for octet in data)
+        slowly = decode_chunks(bytes([octet]) for octet in data)
         bad += isinstance(slowly, str)
-        assert read_chunks([data]) == read_chunks([data[:cut], data[cut:]]) == slowly
+        assert decode_chunks([data]) == decode_chunks([data[:cut], data[cut:]]) == slowly
         if turn % 4:
             assert slowly == (b"".join(contents), True, b"")
     assert bad > 5
