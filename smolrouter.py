@@ -3567,12 +3567,12 @@ MAX_HELD = 32 * MiB  # bodies of running requests and of waiting rows; above, th
 SLICE, REST = 4, 0.001  # rows that the thread makes in a row; s left to the relay then
 MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and want a process of
 # their own to write them; s that it stays when fewer do, or that pass after one failed
-BATCH_ROWS, BATCH_SIZE = 128, MiB  # what it gets at a time: half a ms to hand over
+WRITER_PATIENCE = 3.0  # s for what it gets at a time; then it stands still, or has no processor
+BATCH_ROWS, BATCH_SIZE = 128, MiB // 2  # what it gets at a time: half a ms to hand over
 LOG_WRITER = "log-writer"  # the command that is that process
 WRITER_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
                    "max_total_storage_size", "log_level")
 MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
-MAX_ENDED = 4 * MAX_LATE  # above, the process that writes stands still, or cannot keep up
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
@@ -3681,10 +3681,10 @@ class Lines(NamedTuple):
     secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
 
 OWN = """id request_id service stream started source_ip path request_size original_model
-    mapped_model route sent_model upstream_url error status response_size content pieces tail
+    mapped_model route sent_model upstream_url error status response_size tail
     request_cut response_cut"""  # what a note has of its record as it is
 Note = collections.namedtuple(  # what a row is made of: plain values, for another process too
-    "Note", f"{OWN} method taken first_token trail attempts asked answered coding")
+    "Note", f"{OWN} method taken first_token trail attempts asked answered coding content pieces")
 LANGUAGE = (__version__, *Note._fields)  # the program's file may be another one by now
 read_own = operator.attrgetter(*OWN.split())
 
@@ -3765,7 +3765,7 @@ def make_note(record: Record) -> Note:
     return Note(
         *read_own(record), record.head.method, taken, first, encode_trail(record.trail),
         [*map(tuple, record.attempts)], tuple(read_lines(record.head)), tuple(read_lines(answer)),
-        answer and answer.fields.get("content-encoding", ""))
+        answer and answer.fields.get("content-encoding", ""), record.content, record.pieces)
 
 def make_detail(note: Note, limit: int) -> Detail:
     """Return what is kept beside the row; `limit` octets of each body."""
@@ -3912,26 +3912,29 @@ class Files:
     def __init__(self, folder: str) -> None:
         self.folder = pathlib.Path(folder)
 
-    def place(self, digest: str) -> pathlib.Path:
+    def place(self, digest: str) -> str:
         """Return where the file of a body is."""
-        return self.folder / digest[:2] / f"{digest}.z"
+        return f"{self.folder}/{digest[:2]}/{digest}.z"
 
     def __setitem__(self, digest: str, data: bytes) -> None:
         """Keep a packed body; a row speaks of it only when it is there. Raises OSError."""
         place = self.place(digest)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(data)
+        try:
+            pathlib.Path(place).write_bytes(data)  # its folder is nearly always there
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            pathlib.Path(place).write_bytes(data)
 
     def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
         with contextlib.suppress(OSError):
-            return self.place(digest).read_bytes()
+            return pathlib.Path(self.place(digest)).read_bytes()
         return None
 
     def pop(self, digest: str, default: None) -> None:
         """Forget a body."""
         with contextlib.suppress(OSError):
-            self.place(digest).unlink()
+            os.unlink(self.place(digest))
 
     def old(self, before: float) -> Iterator[str]:
         """Yield the digests of files that are older than a moment, s since the epoch."""
@@ -4013,9 +4016,9 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
             self.make_room(db, sum(entry.size for entry in kept))
             for digest, data in {blob for entry in kept for blob in entry.blobs if blob}:
-                if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
+                sql = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
+                if db.execute(sql, (digest, len(data))).rowcount:  # nobody has it yet
                     self.blobs[digest] = data
-                    db.execute("INSERT INTO blobs VALUES (?, ?, 0)", (digest, len(data)))
             insert(db, "requests", [*rows, *(entry.row for entry in entries)])
             insert(db, "details", [
                 (entry.row.id, entry.size, *(blob and blob[0] for blob in entry.blobs), entry.data)
@@ -4139,24 +4142,26 @@ class Console:
         self.wake.set()
         self.thread.join(1.0)
 
-def send_message(pipe: BinaryIO, value: Any) -> None:
-    """Send plain values to another process of this program. Raises OSError."""
-    data = marshal.dumps(value, 2)  # later versions look for what is there twice: slower
-    pipe.write(len(data).to_bytes(8, "big"))
-    pipe.write(data)
+def send_message(pipe: BinaryIO, value: Any, bodies: Sequence[bytes] = ()) -> None:
+    """Send plain values and some octets to another process of this program. Raises OSError."""
+    data = marshal.dumps([value, [*map(len, bodies)]], 2)  # later versions look for repetitions
+    pipe.write(b"".join([len(data).to_bytes(8, "big"), data, *bodies]))
     pipe.flush()
 
-def receive_message(pipe: BinaryIO) -> Any:
-    """Return what another process sent. Raises EOFError at its end."""
-    return marshal.loads(pipe.read(int.from_bytes(pipe.read(8), "big")))
+def receive_message(pipe: BinaryIO) -> tuple[Any, list[bytes]]:
+    """Return the values and the octets that another process sent. Raises EOFError at its end."""
+    value, sizes = marshal.loads(pipe.read(int.from_bytes(pipe.read(8), "big")))
+    return value, [*map(pipe.read, sizes)]
 
 class LogWriter:
     """A process of its own that makes and writes rows, as its router's log asks it to."""
 
     def __init__(self, command: Sequence[str], settings: Settings) -> None:
         """Start this same program as this process was started. Raises OSError."""
+        self.due = NEVER  # when what it was asked for has to be done
         self.process = subprocess.Popen(  # what it inherits: the memory with the code
-            [*command, LOG_WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False)
+            [*command, LOG_WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False,
+            pipesize=MiB)
         known = {name: getattr(settings, name) for name in WRITER_SETTINGS}
         send_message(self.process.stdin, [LANGUAGE, known])
 
@@ -4165,8 +4170,11 @@ class LogWriter:
 
         Raises OSError, EOFError, ValueError or TypeError when the process fails.
         """
-        send_message(self.process.stdin, [[*map(tuple, notes)], watched])
-        lines, rows, entries, tallies = receive_message(self.process.stdout)
+        self.due = time.monotonic() + WRITER_PATIENCE
+        bodies = [body for note in notes for body in (note.content, b"".join(note.pieces))]
+        send_message(self.process.stdin, [[note[:-2] for note in notes], watched], bodies)
+        (lines, rows, entries, tallies), _ = receive_message(self.process.stdout)
+        self.due = NEVER
         entries = [Entry(Row(*row), *packed) for row, *packed in entries]
         return Made(lines, [*map(Row._make, rows)], entries, tallies)
 
@@ -4177,14 +4185,18 @@ class LogWriter:
 
 def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
     """Be the process of a LogWriter, until its router closes the pipe or is no more."""
-    language, known = receive_message(source)
+    (language, known), _ = receive_message(source)
     if language != LANGUAGE:
         raise ConfigError("the program has changed; restart the router")
     settings = Settings(**known)
+    with contextlib.suppress(OSError, AttributeError):  # the relay goes first
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.closing(Store(settings, claims=False)) as store:
         while True:  # until EOFError
-            notes, watched = receive_message(source)
-            made, left = make_all([*map(Note._make, notes)], settings), []
+            (plain, watched), bodies = receive_message(source)
+            notes = [Note(*rest, content, [said]) for rest, content, said
+                     in zip(plain, bodies[::2], bodies[1::2], strict=True)]
+            made, left = make_all(notes, settings), []
             try:
                 store.write([], made.entries, made.tallies)
             except (sqlite3.Error, OSError):  # the router will find out why, and say it
@@ -4251,7 +4263,7 @@ class RequestLog:
         self.inflight.pop(record.id, None)
         self.ended.append(record)
         self.rouse()
-        if len(self.ended) > MAX_ENDED and (writer := self.writer):
+        if (writer := self.writer) and record.finished > writer.due:
             writer.process.kill()  # the thread takes over, and the relay has less time
 
     def rouse(self) -> None:
@@ -4295,6 +4307,9 @@ class RequestLog:
         self.closing.set()
         self.wake.set()
         self.thread.join(3 * BUSY)
+        if self.thread.is_alive() and self.writer:  # which stands still
+            self.writer.process.kill()
+            self.thread.join(3 * BUSY)
 
     def take(self) -> None:
         """Make rows of the requests that have ended by now, or have them made; count them."""
@@ -4325,9 +4340,7 @@ class RequestLog:
         self.in_hand, held = [], 0
         while self.ended and len(self.in_hand) < most and held < BATCH_SIZE:
             self.in_hand.append(self.ended[0])  # before it goes: a reader looks at both
-            record = self.ended.popleft()
-            record.pieces = [b"".join(record.pieces)]  # one is sent and read faster than many
-            held += record.held
+            held += self.ended.popleft().held
 
     def hand_over(self, notes: Sequence[Note]) -> Made | None:
         """Have rows made and written by the process; None when it failed and did not."""
@@ -6149,7 +6162,8 @@ ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict ProcSubset=
 RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
 CapabilityBoundingSet= AmbientCapabilities= RestrictAddressFamilies=AF_INET
 RestrictAddressFamilies=AF_INET6 SystemCallArchitectures=native
-SystemCallFilter=@system-service SystemCallFilter=~@privileged SystemCallFilter=~@resources"""
+SystemCallFilter=@system-service SystemCallFilter=~@privileged SystemCallFilter=~@resources
+SystemCallFilter=sched_setscheduler"""
 
 def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print a systemd unit for this file and these settings."""
