@@ -5730,7 +5730,7 @@ class Application:
 # there is room; more wait in the listen queue.
 
 BACKLOG = 4096  # the default of 100 makes the 101st client of a burst wait for 1 to 3 s
-MAX_ACCEPTED = 8  # connections in one round of the loop: what streams wait for meanwhile
+MAX_ACCEPTED = 4  # connections in one round of the loop: what streams wait for meanwhile
 MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s it may idle then, or when full
 MAX_DISCARDED = 64 * KiB  # unread content that is read past after an early answer
 SPARE_FILES = 64  # files that are neither a client nor its upstream
