@@ -466,6 +466,7 @@ FIELD_LINES = re.compile(rf"^{FIELD_LINE.pattern}\r$", re.MULTILINE)
 BARE_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 LINE_CHUNK_SIZES = {  # by the lines of a chunk up to its `\r`, and the length of its text
     period: {size: b"%x\r" % (size + period - 2) for size in range(KiB)} for period in (3, 4)}
 CHUNK_LINES = {"chunk-size": MAX_CHUNK_LINE, "chunk-end": 0, "trailer": MAX_TRAILERS}  # octets
@@ -691,12 +692,19 @@ class ChunkDecoder:
         """Return the content in `data`. Raises MalformedMessage."""
         data = self.rest + data if self.rest else data
         contents: list[bytes] = []
-        at, bulk = 0, True
-        while not self.done:
-            if bulk and self.part == "chunk-size" and len(data) - at > MIN_BULK:
+        at, bulk = 0, len(data) > MIN_BULK
+        while at < len(data) and not self.done:
+            if bulk and self.part == "chunk-size":
                 whole, size = read_line_chunks(data[at:])
                 contents.append(whole)
                 at, bulk = at + size, False
+            if self.part == "chunk-size" and (match := PLAIN_CHUNK.match(data, at)):
+                start = match.end()
+                end = start + int(match[1], 16)
+                if end > start and data[end : end + 2] == b"\r\n":  # all of it is there
+                    contents.append(data[start:end])
+                    at = end + 2
+                    continue
             if self.left:
                 contents.append(data[at : at + self.left])
                 at += len(contents[-1])
@@ -1478,6 +1486,8 @@ class EventFilter:
         places: list[int] = []
         for word in self.words:
             places += find_all(block, word)
+        if self.plain and not places:
+            return block
         places.sort(reverse=True)
         parts, kept, done = [], 0, 0
         while (at := self.plain_until(block, done, places)) < len(block):
