@@ -3578,7 +3578,7 @@ SLICE, REST = 4, 0.001  # rows that the thread makes in a row; s left to the rel
 MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and want a process of
 # their own to write them; s that it stays when fewer do, or that pass after one failed
 WRITER_PATIENCE = 3.0  # s for what it gets at a time; then it stands still, or has no processor
-BATCH_ROWS, BATCH_SIZE = 128, MiB // 2  # what it gets at a time: half a ms to hand over
+BATCH_ROWS, BATCH_SIZE = 128, 3 * MiB // 4  # what it gets at a time: half a ms to hand over
 LOG_WRITER = "log-writer"  # the command that is that process
 WRITER_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
                    "max_total_storage_size", "log_level")
@@ -3691,10 +3691,11 @@ class Lines(NamedTuple):
     secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
 
 OWN = """id request_id service stream started source_ip path request_size original_model
-    mapped_model route sent_model upstream_url error status response_size tail
+    mapped_model route sent_model upstream_url error status response_size
     request_cut response_cut"""  # what a note has of its record as it is
 Note = collections.namedtuple(  # what a row is made of: plain values, for another process too
-    "Note", f"{OWN} method taken first_token trail attempts asked answered coding content pieces")
+    "Note", f"{OWN} method taken first_token trail attempts asked answered coding "
+            "content pieces tail")  # octets last
 LANGUAGE = (__version__, *Note._fields)  # the program's file may be another one by now
 read_own = operator.attrgetter(*OWN.split())
 
@@ -3775,7 +3776,8 @@ def make_note(record: Record) -> Note:
     return Note(
         *read_own(record), record.head.method, taken, first, encode_trail(record.trail),
         [*map(tuple, record.attempts)], tuple(read_lines(record.head)), tuple(read_lines(answer)),
-        answer and answer.fields.get("content-encoding", ""), record.content, record.pieces)
+        answer and answer.fields.get("content-encoding", ""),
+        record.content, record.pieces, record.tail)
 
 def make_detail(note: Note, limit: int) -> Detail:
     """Return what is kept beside the row; `limit` octets of each body."""
@@ -4181,8 +4183,9 @@ class LogWriter:
         Raises OSError, EOFError, ValueError or TypeError when the process fails.
         """
         self.due = time.monotonic() + WRITER_PATIENCE
-        bodies = [body for note in notes for body in (note.content, b"".join(note.pieces))]
-        send_message(self.process.stdin, [[note[:-2] for note in notes], watched], bodies)
+        bodies = [body for *_, content, pieces, tail in notes
+                  for body in (content, b"".join(pieces), tail)]
+        send_message(self.process.stdin, [[note[:-3] for note in notes], watched], bodies)
         (lines, rows, entries, tallies), _ = receive_message(self.process.stdout)
         self.due = NEVER
         entries = [Entry(Row(*row), *packed) for row, *packed in entries]
@@ -4204,8 +4207,8 @@ def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
     with contextlib.closing(Store(settings, claims=False)) as store:
         while True:  # until EOFError
             (plain, watched), bodies = receive_message(source)
-            notes = [Note(*rest, content, [said]) for rest, content, said
-                     in zip(plain, bodies[::2], bodies[1::2], strict=True)]
+            notes = [Note(*rest, content, [said], tail) for rest, content, said, tail
+                     in zip(plain, bodies[::3], bodies[1::3], bodies[2::3], strict=True)]
             made, left = make_all(notes, settings), []
             try:
                 store.write([], made.entries, made.tallies)
@@ -4257,7 +4260,8 @@ class RequestLog:
         """Keep a piece of what the upstream says while there is room, then only its end."""
         full = record.heard >= self.body_limit or self.taken - self.released > MAX_HELD
         if full or record.response_cut:
-            record.response_cut, record.tail = True, (record.tail + data)[-USAGE_TAIL:]
+            record.response_cut, last = True, data[-USAGE_TAIL:]
+            record.tail = (record.tail + last)[-USAGE_TAIL:]
             return
         record.pieces.append(data)
         size = len(data)
