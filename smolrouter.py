@@ -1514,8 +1514,9 @@ class EventFilter:
 
     def begins_plainly(self, data: bytes) -> bool:
         """Tell whether the answer's only text begins in this event, which has no tag."""
-        if not (self.texts or self.renames or self.rules.fences) and self.single:
-            self.spoken = self.spoken or PLAIN_TEXT.search(data) is not None
+        if self.texts or self.renames or self.rules.fences or not self.single:
+            return False
+        self.spoken = self.spoken or PLAIN_TEXT.search(data) is not None
         return self.spoken
 
     def settled(self) -> bool:

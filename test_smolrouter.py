@@ -4010,6 +4010,18 @@ def test_thinking_split_into_deltas_at_every_place() -> None:
     assert split(*range(1, len(text))) == shown
 
 
+def test_thinking_split_into_deltas_after_plain_text() -> None:
+    text = "a <think>hidden</think> b <thin"
+
+    def split(*at: int) -> str:
+        pieces = ["Hi ", *(p.decode() for p in cut(text.encode(), *at))]
+        model = stage().plays(sse_answer(stream_of(*pieces)))
+        return ask(shared(), model, stream=True).text
+
+    everywhere = range(1, len(text))
+    assert set(at_once(split, everywhere)) == {split(*everywhere)} == {"Hi a  b <thin"}
+
+
 def test_events_that_the_filter_does_not_change_are_not_changed() -> None:
     odd = [
         b": a comment\n\n",
