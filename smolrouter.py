@@ -54,6 +54,8 @@ def run_from_code() -> None:
     if sys.orig_argv[place] != sys.argv[0] or any(f[:1] != "-" or f[1] in "mc" for f in flags):
         return
     try:
+        while os.open(os.devnull, os.O_RDWR) <= 2:
+            pass  # stdin, stdout or stderr was closed: the memory must not take its number
         memory = os.memfd_create("smolrouter", 0)
         os.write(memory, marshal.dumps(sys._getframe(1).f_code))
         again = (f"import marshal, os, sys; sys.path, __file__ = {sys.path!r}, {__file__!r}; "
@@ -4278,8 +4280,12 @@ class RequestLog:
         self.inflight.pop(record.id, None)
         self.ended.append(record)
         self.rouse()
-        if (writer := self.writer) and record.finished > writer.due:
-            writer.process.kill()  # the thread takes over, and the relay has less time
+        self.check_writer()
+
+    def check_writer(self) -> None:
+        """End a process that stands still: the thread takes over, and the relay has less time."""
+        if (writer := self.writer) and time.monotonic() > writer.due:
+            writer.process.kill()
 
     def rouse(self) -> None:
         """Tell the thread that there is something to do; its lock is not asked for in vain."""
@@ -6017,9 +6023,10 @@ class Router:
             self.console.line(line)
 
     async def watch(self) -> None:
-        """Look at the routing file every two seconds."""
+        """Look at the routing file, and at the log's process, every two seconds."""
         while True:
             await asyncio.sleep(RELOAD_EVERY)
+            self.services.log.check_writer()
             if self.routes.changed():
                 self.reload()
 

@@ -9005,6 +9005,25 @@ def test_a_process_that_stands_still_is_killed(kept: Kept) -> None:
     assert sums(kept) == ((sent, 0, 3 * sent), sent, (sent, 0, 3 * sent))
 
 
+def test_a_process_that_stands_still_is_killed_when_no_more_requests_end(kept: Kept) -> None:
+    with Router(kept.settings, program=eager(patience=0.2)) as router:
+        ask(router, "tiny")
+        pid, = until(lambda: writers(router))
+        os.kill(pid, signal.SIGSTOP)
+        ask(router, "tiny")
+        assert gone([pid]) and kept.written(2) == 2
+
+
+def test_the_process_starts_when_stdin_is_closed(kept: Kept) -> None:
+    python = ("/bin/sh", "-c", 'exec "$0" "$@" <&-', sys.executable)
+    with Router(kept.settings, program=eager(), python=python) as router:
+        ask(router, "tiny")
+        assert until(lambda: writers(router)) and kept.written(1) == 1
+        open_files = f"/proc/{router.process.pid}/fd"
+        assert [os.readlink(f"{open_files}/{n}") for n in (0, 1)] == [os.devnull] * 2
+    assert "failed" not in router.stderr
+
+
 def test_a_process_that_stands_still_cannot_stop_the_end(kept: Kept) -> None:
     with Router(kept.settings, program=eager(patience=60)) as router:
         ask(router, "tiny")
