@@ -988,7 +988,8 @@ JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
 NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
-PLAIN_TEXT = re.compile(rb'"content"[ \t]*:[ \t]*" *[^ \\"]')  # more than white space
+PLAIN_TEXT = re.compile(  # of the answer itself, and more than white space
+    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]')
 TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model

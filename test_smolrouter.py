@@ -4144,6 +4144,15 @@ def test_thinking_elsewhere_stays() -> None:
     assert request(shared().port, "GET", f"/v1/{name}").content == said.encode()
 
 
+def test_content_beside_the_answer_does_not_begin_it() -> None:
+    found = {"search_results": [{"content": "found"}]}
+    for first in ({"choices": [{"index": 0, "delta": {"content": ""}}], **found},
+                  {"choices": [{"index": 0, "delta": {"reasoning": {"content": "hm"}}}]}):
+        events = [first, *deltas("<think>", "no", "</think>", "\n\nyes"), "[DONE]"]
+        got = ask(shared(), stage().plays(sse_answer([event(e) for e in events])), stream=True)
+        assert got.text == "yes"
+
+
 def test_each_choice_has_its_own_state() -> None:
     first = deltas("<think>", "no", "</think>", "one", " more")
     second = deltas("two", " <th", "ink>no", "</think>", "!", index=1)
