@@ -8775,11 +8775,11 @@ def test_a_full_disk_stops_nothing(kept: Kept) -> None:
 
 
 @functools.cache
-def eager(patience: float = 3.0) -> pathlib.Path:
+def eager(patience: float = 3.0, stays: float = 0.5) -> pathlib.Path:
     """The program, but one request is many and a failed process is soon forgotten."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    change = "MANY, WRITER_STAYS = 0, 0.5  #"
+    change = f"MANY, WRITER_STAYS = 0, {stays}  #"
     text, count = re.subn("(?m)^MANY, WRITER_STAYS = .*?  #", change, SOURCE)
     text, more = re.subn("(?m)^WRITER_PATIENCE = 3.0", f"WRITER_PATIENCE = {patience}", text)
     assert (count, more) == (1, 1)
@@ -9062,7 +9062,7 @@ def test_rows_wait_for_a_locked_database_under_load(kept: Kept) -> None:
 
 
 def test_events_tell_of_all_that_the_process_writes(kept: Kept) -> None:
-    with Router(kept.settings, program=eager()) as router, connect(router.port) as sock:
+    with Router(kept.settings, program=eager(stays=60)) as router, connect(router.port) as sock:
         sock.sendall(get("/api/events"))
         said, number = sock.recv(4096), 30
         for _ in range(number):
