@@ -8859,7 +8859,7 @@ def test_both_ways_write_the_same(tmp_path: pathlib.Path) -> None:
     written, names = [], {"request_id", "id", "timestamp", "completed_at", "level"}
     names |= {"duration_ms", "ttft_ms", "tokens_per_second", "attempts"}  # what takes time
     names |= {"upstream_url", "response_size"}  # a port; Ollama's answers tell durations
-    for folder, program in (("own", SMOLROUTER), ("other", eager())):
+    for folder, program in (("own", SMOLROUTER), ("other", eager(stays=60))):
         (tmp_path / folder).mkdir()
         kept = Kept(tmp_path / folder)
         with Router(kept.settings, program=program) as router:
@@ -8969,9 +8969,9 @@ def test_a_process_that_cannot_be_is_done_without(kept: Kept) -> None:
 @pytest.mark.parametrize("flag", ["-I", "-m"])
 def test_the_process_starts_as_the_router_did(kept: Kept, flag: str) -> None:
     """And ends with it when all of the group gets Ctrl-C."""
-    program, settings = eager(), {}
+    program, settings = eager(stays=60), {}
     if flag == "-m":
-        program, settings = pathlib.Path("smolrouter"), {"PYTHONPATH": eager().parent}
+        program, settings = pathlib.Path("smolrouter"), {"PYTHONPATH": eager(stays=60).parent}
     python = (sys.executable, flag)
     with Router({**kept.settings, **settings}, program=program, python=python) as router:
         ask(router, "tiny")
@@ -9255,10 +9255,9 @@ def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
     router = page_router("chart")
     for number in range(1, 8):
         ask(router, ("tiny", "gpt-4", "coder")[number % 3], "word " * number, stream=True)
-    newest(router, "gpt-4")
+    assert until(lambda: len(document(router, "/api/performance")["data_points"]) == 7)
     tab.goto(f"{router.url}/performance?scale=none&x=total_tokens")
-    points = {p["id"]: p for p in json.loads(
-        request(router.port, "GET", "/api/performance").content)["data_points"]}
+    points = {p["id"]: p for p in document(router, "/api/performance")["data_points"]}
     assert until(lambda: len(tab.evaluate(CHART)) == len(points) == 7)
     dots = tab.evaluate(CHART)
     assert {dot[0] for dot in dots} == set(points)
