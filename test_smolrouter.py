@@ -666,7 +666,7 @@ class Router:
             self.process.kill()
             self.process.wait()
         self._reader.join(5)
-        if self.process.stderr:
+        if self.process.stderr and not self._reader.is_alive():  # else it would wait for it
             self.process.stderr.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -8775,25 +8775,31 @@ def test_a_full_disk_stops_nothing(kept: Kept) -> None:
 
 
 @functools.cache
-def eager(patience: float = 3.0, stays: float = 0.5) -> pathlib.Path:
-    """The program, but one request is many and a failed process is soon forgotten."""
+def eager(patience: float = 60.0, stays: float = 0.5, many: int = 0) -> pathlib.Path:
+    """The program, but one request is many, and trouble is soon looked at again."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    change = f"MANY, WRITER_STAYS = 0, {stays}  #"
-    text, count = re.subn("(?m)^MANY, WRITER_STAYS = .*?  #", change, SOURCE)
-    text, more = re.subn("(?m)^WRITER_PATIENCE = 3.0", f"WRITER_PATIENCE = {patience}", text)
-    assert (count, more) == (1, 1)
+    text = SOURCE
+    for there, instead in (
+        ("MANY, WRITER_STAYS = 200, 60.0", f"MANY, WRITER_STAYS = {many}, {stays}"),
+        ("WRITER_PATIENCE = 3.0", f"WRITER_PATIENCE = {patience}"),
+        ("BATCH, RETRY, BUSY = 0.1, 1.0, 1.0", "BATCH, RETRY, BUSY = 0.1, 0.3, 0.3"),
+    ):
+        assert text.count(f"\n{there} ") == 1
+        text = text.replace(there, instead)
     (folder / "smolrouter.py").write_text(text)
     return folder / "smolrouter.py"
 
 
 def writers(router: Router) -> list[int]:
-    """The processes that a router has started."""
+    """The log writers that a router has started, as soon as they are one."""
     tasks = pathlib.Path(f"/proc/{router.process.pid}/task")
     if not tasks.exists():
         pytest.skip("needs /proc")
     with contextlib.suppress(OSError):
-        return [int(pid) for f in tasks.glob("*/children") for pid in f.read_text().split()]
+        pids = [int(pid) for f in tasks.glob("*/children") for pid in f.read_text().split()]
+        return [pid for pid in pids
+                if b"log-writer" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
     return []
 
 
@@ -8836,7 +8842,8 @@ def sums(kept: Kept) -> tuple[Any, ...]:
 
 def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
     sent, seen = 0, []
-    with kept.router(LOG_LEVEL="ERROR") as router:
+    program = eager(stays=60, many=200)
+    with Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
         while not seen and sent < 20_000:
             burst(router, 100)
             sent += 2000
