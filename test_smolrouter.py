@@ -1166,7 +1166,7 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
     faults = [(b"\r\n", b"\r"), (b"\r\n", b"\n"), (b"e\r\n", b"E\r\n"), (b"\n\n\r\n", b"\n\r\n"),
               (b"1", b"01"), (b"\r\ndata", b";x=y\r\ndata")]
     bad = 0
-    for turn in range(100):
+    for turn in range(40):
         contents = [
             random.choice(shapes) % bytes(random.choices(b"ab0\"{", k=random.choice([1, 40, 1100])))
             for _ in range(random.randrange(1, 30))
@@ -1181,7 +1181,7 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
         assert decode_chunks([data]) == decode_chunks([data[:cut], data[cut:]]) == slowly
         if turn % 4:
             assert slowly == (b"".join(contents), True, b"")
-    assert bad > 5
+    assert bad > 2
 
 
 BAD_CHUNKS = {
