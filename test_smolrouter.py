@@ -5214,7 +5214,7 @@ def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
         as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
         assert as_it_is or ended_badly(got)
         assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 140
+        assert memory(router, "VmHWM") < 160
 
 
 MANY = {
@@ -5601,7 +5601,7 @@ def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> N
     }  # fmt: skip
     assert {name: list(curve) for name, curve in curves.items()} == CURVES
     for figures in (*table.values(), *curves.values()):
-        assert all(value > 0 for value in figures.values()), figures
+        assert all(value > 0 or "added" in name for name, value in figures.items()), figures
     bench.show(table)
     bench.show_curves(curves)
     said = capsys.readouterr().out
