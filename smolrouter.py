@@ -2924,7 +2924,7 @@ class Stream(asyncio.Protocol):
         """End the connection; `abort` throws away what was not sent."""
         self.on_close = None
         if abort:
-            self.unsent = []
+            self.unsent, self.unsent_size = [], 0
             self.transport.abort()
         else:
             self.send()
@@ -3582,7 +3582,7 @@ SLICE, REST = 4, 0.001  # rows that the thread makes in a row; s left to the rel
 MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and want a process of
 # their own to write them; s that it stays when fewer do, or that pass after one failed
 WRITER_PATIENCE = 3.0  # s for what it gets at a time; then it stands still, or has no processor
-BATCH_ROWS, BATCH_SIZE = 128, 3 * MiB // 4  # what it gets at a time: half a ms to hand over
+BATCH_ROWS, BATCH_SIZE = 128, 3 * MiB // 4  # what it gets at a time: under a ms to hand over
 LOG_WRITER = "log-writer"  # the command that is that process
 WRITER_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
                    "max_total_storage_size", "log_level")
@@ -3928,29 +3928,29 @@ class Files:
     def __init__(self, folder: str) -> None:
         self.folder = pathlib.Path(folder)
 
-    def place(self, digest: str) -> str:
+    def place(self, digest: str) -> pathlib.Path:
         """Return where the file of a body is."""
-        return f"{self.folder}/{digest[:2]}/{digest}.z"
+        return pathlib.Path(f"{self.folder}/{digest[:2]}/{digest}.z")
 
     def __setitem__(self, digest: str, data: bytes) -> None:
         """Keep a packed body; a row speaks of it only when it is there. Raises OSError."""
         place = self.place(digest)
         try:
-            pathlib.Path(place).write_bytes(data)  # its folder is nearly always there
+            place.write_bytes(data)  # its folder is nearly always there
         except FileNotFoundError:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            pathlib.Path(place).write_bytes(data)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
 
     def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
         with contextlib.suppress(OSError):
-            return pathlib.Path(self.place(digest)).read_bytes()
+            return self.place(digest).read_bytes()
         return None
 
     def pop(self, digest: str, default: None) -> None:
         """Forget a body."""
         with contextlib.suppress(OSError):
-            os.unlink(self.place(digest))
+            self.place(digest).unlink()
 
     def old(self, before: float) -> Iterator[str]:
         """Yield the digests of files that are older than a moment, s since the epoch."""
