@@ -8658,21 +8658,28 @@ def test_two_routers_share_a_log(kept: Kept) -> None:
     assert {uses for uses, in kept.ask("SELECT uses FROM blobs")} == {120}
 
 
+@contextlib.contextmanager
+def five_while_locked(kept: Kept, router: Router) -> Iterator[None]:
+    """One request, five while another program holds the database; in the end all are written."""
+    ask(router, "before")
+    kept.written(1)
+    with contextlib.closing(sqlite3.connect(kept.file, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        for _ in range(5):
+            assert ask(router, "during").status == 200
+        assert until(lambda: log_state(router)["error"])
+        yield
+        db.execute("ROLLBACK")
+    assert kept.written(6) == 6
+
+
 def test_a_locked_database_delays_rows_only(kept: Kept) -> None:
     with kept.router() as router:
-        ask(router, "before")
-        kept.written(1)
-        with contextlib.closing(sqlite3.connect(kept.file, isolation_level=None)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            for _ in range(5):
-                assert ask(router, "during").status == 200
-            assert until(lambda: log_state(router)["error"])
+        with five_while_locked(kept, router):
             assert "locked" in log_state(router)["error"] and "locked" in router.stderr
             assert log_state(router)["backlog"] >= 5
             assert document(router, "/api/stats")["log"]["error"]
             assert len(document(router, "/api/logs")) == 1  # readers go on
-            db.execute("ROLLBACK")
-        assert kept.written(6) == 6
         assert until(lambda: log_state(router)["error"] is None)
         assert log_state(router)["backlog"] == 0
         assert until(lambda: "works again" in router.stderr)
@@ -8954,8 +8961,9 @@ def test_what_a_dead_process_has_written_counts_once(kept: Kept, writes: bool) -
         record.status = 200
         log.begin(record)
         log.finish(record)
-    assert kept.written(3) == 3 and until(lambda: log.series)
-    assert [tally[0] for tally in log.series.values()] == [3] and log.taken == log.released
+    assert kept.written(3) == 3
+    assert until(lambda: [tally[0] for tally in log.series.values()] == [3])
+    assert until(lambda: log.taken == log.released)
     log.close()
     console.close()
     assert sums(kept) == ((3, 0, None), 3, (3, 0, 0))
@@ -9052,16 +9060,8 @@ def test_a_process_that_stands_still_cannot_stop_the_end(kept: Kept) -> None:
 
 def test_rows_wait_for_a_locked_database_under_load(kept: Kept) -> None:
     with Router(kept.settings, program=eager()) as router:
-        ask(router, "before")
-        kept.written(1)
-        with contextlib.closing(sqlite3.connect(kept.file, isolation_level=None)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            for _ in range(5):
-                assert ask(router, "during").status == 200
-            assert until(lambda: log_state(router)["error"])
+        with five_while_locked(kept, router):
             assert log_state(router)["backlog"] > 0
-            db.execute("ROLLBACK")
-        assert kept.written(6) == 6
         assert until(lambda: log_state(router)["error"] is None and counted(router) == 6)
         ask(router, "after")
         assert kept.written(7) == 7
