@@ -4417,7 +4417,7 @@ class RequestLog:
             rows = []
             for at in range(0, len(running), SLICE):
                 notes = map(make_note, running[at : at + SLICE])
-                rows += [make_row(note, Detail()) for note in notes]
+                rows += [make_row(note, Detail()) for note in notes if note.taken is None]
                 self.rest()
             if rows or self.backlog or self.tallies:
                 self.store.write(rows, self.backlog, self.tallies)

@@ -8624,6 +8624,26 @@ def test_killed_at_any_moment_nothing_is_lost(kept: Kept) -> None:
     assert counted == len([row for row in rows if row[3] != "interrupted"])
 
 
+def test_a_row_is_finished_only_with_all_that_belongs_to_it(kept: Kept) -> None:
+    """One that ends while rows of running requests are made is written whole, a little later."""
+    slow = altered(("SLICE, REST = 4, 0.001", "SLICE, REST = 1, 0.2"))
+    models = [stage().plays([HANG]) for _ in range(4)]
+    models.append(stage().plays([0.3, *json_answer({"choices": []})]))
+    finished = "SELECT details.id FROM requests LEFT JOIN details USING (id) WHERE failed = 0"
+
+    def look() -> Any:
+        with contextlib.suppress(sqlite3.Error):
+            return kept.ask(finished)
+
+    with Router(kept.settings, program=slow) as router, contextlib.ExitStack() as stack:
+        for model in models:  # the last one is still running when the rows are begun
+            sock = stack.enter_context(connect(router.port))
+            body = dumps(chat(model))
+            sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
+        seen = until(look)
+        assert seen and seen[0][0] is not None
+
+
 def test_a_row_of_a_crash_is_interrupted(kept: Kept) -> None:
     with kept.router() as router, connect(router.port) as sock:
         body = dumps(chat(stage().plays([HANG])))
@@ -8782,20 +8802,24 @@ def test_a_full_disk_stops_nothing(kept: Kept) -> None:
 
 
 @functools.cache
-def eager(patience: float = 60.0, stays: float = 0.5, many: int = 0) -> pathlib.Path:
-    """The program, but one request is many, and trouble is soon looked at again."""
+def altered(*changes: tuple[str, str]) -> pathlib.Path:
+    """The program with other words at the beginning of some lines."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     text = SOURCE
-    for there, instead in (
-        ("MANY, WRITER_STAYS = 200, 60.0", f"MANY, WRITER_STAYS = {many}, {stays}"),
-        ("WRITER_PATIENCE = 3.0", f"WRITER_PATIENCE = {patience}"),
-        ("BATCH, RETRY, BUSY = 0.1, 1.0, 1.0", "BATCH, RETRY, BUSY = 0.1, 0.3, 0.3"),
-    ):
+    for there, instead in changes:
         assert text.count(f"\n{there} ") == 1
         text = text.replace(there, instead)
     (folder / "smolrouter.py").write_text(text)
     return folder / "smolrouter.py"
+
+
+def eager(patience: float = 60.0, stays: float = 0.5, many: int = 0) -> pathlib.Path:
+    """The program, but one request is many, and trouble is soon looked at again."""
+    return altered(
+        ("MANY, WRITER_STAYS = 200, 60.0", f"MANY, WRITER_STAYS = {many}, {stays}"),
+        ("WRITER_PATIENCE = 3.0", f"WRITER_PATIENCE = {patience}"),
+        ("BATCH, RETRY, BUSY = 0.1, 1.0, 1.0", "BATCH, RETRY, BUSY = 0.1, 0.3, 0.3"))
 
 
 def writers(router: Router) -> list[int]:
