@@ -4161,8 +4161,10 @@ class Console:
 def send_message(pipe: BinaryIO, value: Any, bodies: Sequence[bytes] = ()) -> None:
     """Send plain values and some octets to another process of this program. Raises OSError."""
     data = marshal.dumps([value, [*map(len, bodies)]], 2)  # later versions look for repetitions
-    pipe.write(b"".join([len(data).to_bytes(8, "big"), data, *bodies]))
-    pipe.flush()
+    pieces = [len(data).to_bytes(8, "big"), data, *bodies]
+    if (sent := os.writev(pipe.fileno(), pieces)) < sum(map(len, pieces)):  # it was stopped inside
+        pipe.write(b"".join(pieces)[sent:])
+        pipe.flush()
 
 def receive_message(pipe: BinaryIO) -> tuple[Any, list[bytes]]:
     """Return the values and the octets that another process sent. Raises EOFError at its end."""

@@ -33,6 +33,7 @@ import hashlib
 import hmac
 import http.client
 import importlib
+import io
 import itertools
 import json
 import marshal
@@ -8834,6 +8835,14 @@ def writers(router: Router) -> list[int]:
     return []
 
 
+def state_of(pid: int) -> str:
+    """What a process does, in one letter: R runs, S waits, T is stopped."""
+    state = pathlib.Path(f"/proc/{pid}/stat")
+    if not state.parent.parent.joinpath("self").exists():
+        pytest.skip("needs /proc")
+    return state.read_text().rpartition(")")[2].split()[0]
+
+
 def gone(pids: Sequence[int]) -> bool:
     """Whether none of these processes runs any more."""
     return until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids))
@@ -8890,6 +8899,26 @@ def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
         assert router.stop() == 0 and gone(seen)
     assert {f.name for f in kept.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
     assert sums(kept) == ((sent, 0, None), sent, (sent, 0, 0))
+
+
+def test_a_message_to_a_process_survives_a_stop() -> None:
+    """One that is stopped while it writes has written a part, and goes on with the rest."""
+    body = os.urandom(300_000)
+    code = ("import sys, smolrouter; bodies = [sys.stdin.buffer.read()] * 5; "
+            "smolrouter.send_message(sys.stdout.buffer, ['x', None], bodies)")
+    sender = subprocess.Popen([sys.executable, "-c", code], cwd=SMOLROUTER.parent,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with sender:
+        sender.stdin.write(body)
+        sender.stdin.close()
+        head = sender.stdout.read(8)  # it has begun, and waits: a pipe is not that large
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            until(lambda: state_of(sender.pid) in "ST")
+            sender.send_signal(number)
+            until(lambda number=number: (state_of(sender.pid) == "T") == (number == signal.SIGSTOP))
+        rest = io.BytesIO(head + sender.stdout.read())
+    assert smolrouter.receive_message(rest) == (["x", None], [body] * 5)
+    assert sender.returncode == 0
 
 
 def test_both_ways_write_the_same(tmp_path: pathlib.Path) -> None:
