@@ -977,7 +977,7 @@ TREE = ast.parse(PROGRAM)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
 BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
-MAX_LINES = 4940  # of code: blank lines, comments and docstrings are not counted
+MAX_LINES = 4950  # of code: blank lines, comments and docstrings are not counted
 
 
 def functions() -> list[Any]:
@@ -1167,9 +1167,11 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
     faults = [(b"\r\n", b"\r"), (b"\r\n", b"\n"), (b"e\r\n", b"E\r\n"), (b"\n\n\r\n", b"\n\r\n"),
               (b"1", b"01"), (b"\r\ndata", b";x=y\r\ndata")]
     bad = 0
-    for turn in range(40):
+    for turn in range(80):
+        sizes = [random.choice([1, 40, 1100])] if turn % 2 else [1, 40, 1100]
+        some = [random.choice(shapes)] if turn % 2 else shapes
         contents = [
-            random.choice(shapes) % bytes(random.choices(b"ab0\"{", k=random.choice([1, 40, 1100])))
+            random.choice(some) % bytes(random.choices(b"ab0\"{", k=random.choice(sizes)))
             for _ in range(random.randrange(1, 30))
         ]
         data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\n"
@@ -1182,7 +1184,7 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
         assert decode_chunks([data]) == decode_chunks([data[:cut], data[cut:]]) == slowly
         if turn % 4:
             assert slowly == (b"".join(contents), True, b"")
-    assert bad > 2
+    assert bad > 4
 
 
 BAD_CHUNKS = {
