@@ -2836,8 +2836,8 @@ class Stream(asyncio.Protocol):
             self.transport.resume_reading()
 
     def fail(self, error: Exception) -> None:
-        """Let the next read raise `error`."""
-        self.failure = self.failure or error
+        """Let the next read raise `error`; what it left behind, it lets go."""
+        self.failure = self.failure or error.with_traceback(None)
         self.closed()
 
     def expect(self, seconds: float, late: Late, silence: bool = False) -> None:
@@ -2943,7 +2943,7 @@ class Stream(asyncio.Protocol):
 
     def close(self, abort: bool = False) -> None:
         """End the connection; `abort` throws away what was not sent."""
-        self.on_close = None
+        self.on_close = self.failure = None  # an error keeps all that it came through
         if abort:
             self.unsent, self.unsent_size = [], 0
             self.transport.abort()
@@ -4682,7 +4682,7 @@ class Exchange:
         """Return the first good answer, or the last one that was HTTP at all."""
         instances = self.relay.upstreams.order(self.decision)
         last: tuple[Answer, Instance] | None = None
-        error = BadGateway("no instance")
+        failed = BadGateway  # its class alone: an error keeps all that it came through
         for instance in instances:
             begun = time.monotonic()
             self.enter(instance)
@@ -4691,7 +4691,7 @@ class Exchange:
                 if len(instances) > 1:
                     await self.inspect(answer)
             except BadGateway as failure:
-                error = failure
+                failed = type(failure)
                 self.note(begun, failure)
                 if self.answer:
                     self.answer.close()
@@ -4704,7 +4704,7 @@ class Exchange:
             self.enter(last[1])
             return last[0]
         tried = [f"{a.instance} ({a.upstream_url}): {a.error}" for a in self.record.attempts]
-        raise type(error)(f"no upstream answered: {'; '.join(tried)}")
+        raise failed(f"no upstream answered: {'; '.join(tried)}")
 
     def enter(self, instance: Instance) -> None:
         """Make `instance` the one that is asked now."""

@@ -5220,6 +5220,26 @@ def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
         assert memory(router, "VmHWM") < 160
 
 
+def test_what_broke_off_leaves_memory_at_once(kept: Kept) -> None:
+    """No error keeps the octets it came through: the collector of cycles is not needed."""
+    program = altered(("        gc.freeze()", "        gc.freeze(), gc.disable()"))
+    chunk = b"%x\r\n%s\r\n" % (120_000, b"x" * 120_000)
+    faults = {
+        "framing": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk + b"zz\r\n"],
+        "reset": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk, 0.01, DROP],
+        "head": [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000 + b"\n\r\n"],
+    }
+    with Router({**kept.settings, "ENABLE_LOGGING": "false"}, program=program) as router:
+        for _ in range(2):
+            before = memory(router)
+            for steps in faults.values():
+                model = stage().plays(steps)
+                for _ in range(40):
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        ask(router, model)
+        assert memory(router) < before + 4
+
+
 MANY = {
     "objects": b'{"a":1},', "empty objects": b"{},", "arrays": b"[],", "numbers": b"1,",
     "strings": b'"",', "nulls": b"null,", "fractions": b"1.5,",
