@@ -6094,6 +6094,7 @@ class Router:
             return 1
         gc.collect()
         gc.freeze()  # what is there now stays; the collector need not look at it again
+        gc.set_threshold(20_000, 20, 20)  # nor so often at rows that wait
         return_memory()
         self.announce(port)
         ready(port)
