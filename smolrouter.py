@@ -611,10 +611,15 @@ class ResponseHead:
         self.media_type = kind.partition(";")[0].strip(" \t").lower()
         self.memo: dict[Any, Any] = {}  # what else was worked out from it, by question
 
+    @functools.cached_property
+    def declared(self) -> Framing:
+        """The framing that its fields say; without any it lasts until the close."""
+        return read_framing(self.fields, self.minor) or UNTIL_CLOSE
+
     def framing(self, method: str) -> Framing:
-        """Return the answer's framing; without fields it lasts until the close."""
-        framing = read_framing(self.fields, self.minor) or UNTIL_CLOSE
-        return NO_CONTENT if method == "HEAD" or self.status in (204, 304) else framing
+        """Return the answer's framing. Raises MalformedMessage."""
+        declared = self.declared
+        return NO_CONTENT if method == "HEAD" or self.status in (204, 304) else declared
 
 Parsed = TypeVar("Parsed")
 
