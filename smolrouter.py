@@ -821,6 +821,9 @@ class EventFormat(NamedTuple):
 
     def read(self, event: bytes) -> bytes:
         """Return the data of one event, lines joined; b"" without any."""
+        end = len(event) - len(self.mark)
+        if event.startswith(self.prefix) and event.find(b"\n") == end and b"\r" not in event:
+            return event[len(self.prefix) : end]  # one line, as nearly always
         lines = self.data.findall(event)
         return lines[0] if len(lines) == 1 else b"\n".join(lines)
 
