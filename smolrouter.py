@@ -1385,10 +1385,15 @@ class AnswerPlan(NamedTuple):
         """Whether answers name the model that was asked, not the one that spoke."""
         return self.renamed and self.dialect.service == "ollama"
 
+def may_hold_tag(text: bytes) -> bool:
+    """Tell whether a text could hold a tag."""
+    tag, escape = TAG_WORDS
+    return tag in text or escape in text
+
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
     rules = plan.rules
-    marked = rules.fences or (rules.think and any(word in content for word in TAG_WORDS))
+    marked = rules.fences or (rules.think and may_hold_tag(content))
     doc = parse_event_json(content) if marked or plan.renames else None
     if doc is None:
         return content
@@ -1567,8 +1572,7 @@ class EventFilter:
         if self.plan.hide_usage and NULL_USAGE.search(data):
             data = NULL_USAGE.sub(b"", data)
             event = self.form.replace(event, data)
-        tagged = any(word in event for word in TAG_WORDS)
-        marked = tagged or not (self.plain or self.begins_plainly(data))
+        marked = may_hold_tag(event) or not (self.plain or self.begins_plainly(data))
         usage = self.plan.hide_usage and may_be_usage(data)
         doc = parse_event_json(data) if marked or usage else None
         if doc is None:
