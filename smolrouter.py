@@ -3190,15 +3190,14 @@ def parse_retry_after(text: str, now: float) -> float | None:
     except (ValueError, OverflowError, IndexError):
         return None
 
-@contextlib.contextmanager
-def broken_answers() -> Iterator[None]:
-    """Turn what ends an answer too early into BadGateway."""
-    try:
-        yield
-    except (BadGateway, ClientClosed):
-        raise
-    except (OSError, RouterError) as error:
-        raise BadGateway(f"the answer broke off: {describe(error)}") from None
+class BrokenAnswers(contextlib.AbstractContextManager[None]):
+    """Turns what ends an answer too early into BadGateway."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Raise BadGateway instead of what the connection or the framing raised."""
+        ours = isinstance(error, (BadGateway, ClientClosed))
+        if isinstance(error, (OSError, RouterError)) and not ours:
+            raise BadGateway(f"the answer broke off: {describe(error)}") from None
 
 class Answer:
     """A response whose head has come; its content is read to the end or it is closed."""
@@ -3223,7 +3222,7 @@ class Answer:
         """Read ahead; return the next piece, b"" at the end. Raises BadGateway."""
         if not self.open:
             return b""
-        with broken_answers():
+        with BrokenAnswers():
             piece = await self.content.read()
         if piece:
             self.held.append(piece)
@@ -3266,7 +3265,7 @@ class Answer:
         responder.flush()
         stream.sink = take
         try:
-            with broken_answers():
+            with BrokenAnswers():
                 if stream.rest:
                     take(stream.take())
                 while not (content.done or stream.failure):
