@@ -461,6 +461,7 @@ MAX_CHUNK_EXTENSIONS = 16 * KiB  # all of one content: CVE-2023-39326
 MAX_TRAILERS = 8 * KiB
 CR, LF = b"\r\n"
 MIN_BULK = KiB  # from here on reading chunks in bulk is the faster way
+MAX_EVEN = 1024  # chunks of one size read at once
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
@@ -667,6 +668,11 @@ def first_difference(found: Sequence[Any], right: Sequence[Any]) -> int:
     pairs = enumerate(zip(found, right, strict=True))
     return next((at for at, (one, other) in pairs if one != other), len(right))
 
+@functools.lru_cache(maxsize=8)
+def even_chunks(start: int, size: int, count: int) -> struct.Struct:
+    """Return how chunks of one size stand one behind the other."""
+    return struct.Struct(f"{start}x{size}s2x" * count)
+
 def read_even_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
     """Return the contents of the chunks of one size that `data` begins with, and their size.
 
@@ -678,12 +684,11 @@ def read_even_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
     period = start + size + 2
     if not size or data[period : period + start] != match[0]:
         return (), 0
-    count = len(data) // period
+    count = min(len(data) // period, MAX_EVEN)
     for at, octet in (*enumerate(match[0]), (period - 2, CR), (period - 1, LF)):
         column = data[at : count * period : period]
         count = len(column) - len(column.lstrip(bytes([octet])))
-    form = struct.Struct(f"{start}x{size}s2x" * count)
-    return form.unpack_from(data), form.size
+    return even_chunks(start, size, count).unpack_from(data), count * period
 
 def read_line_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
     """Return the contents of the chunks of one line that `data` begins with, and their size.
