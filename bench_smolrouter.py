@@ -103,8 +103,10 @@ TARGET = re.compile(rb"POST [^ ?]*\?events=([0-9]+)(&paced)? ")
 
 @functools.lru_cache
 def encode_burst(count: int) -> bytes:
-    """Return a stream of events that comes all at once."""
-    return CHUNKED + encode_event(" word of an answer") * count + STREAM_END
+    """Return a stream of events that comes all at once; they are of many lengths."""
+    words = " Each event of an answer says one token, and hardly two are equally long.".split(" ")
+    said = (encode_event(f" {word}") for word in itertools.islice(itertools.cycle(words), count))
+    return CHUNKED + b"".join(said) + STREAM_END
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     """Return a request's head and content."""
