@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import atexit
 import base64
 import collections
 import concurrent.futures
@@ -80,6 +79,16 @@ def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     while not (value := holds()) and time.monotonic() < deadline:
         time.sleep(0.005)
     return value
+
+
+AT_END = contextlib.ExitStack()  # what tests share ends here
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_things() -> Iterator[None]:
+    """End what tests have shared before the session does: a worker is not waited for."""
+    with AT_END:
+        yield
 
 
 def dumps(document: Any) -> bytes:
@@ -552,7 +561,7 @@ def certificate() -> tuple[str, ssl.SSLContext] | None:
     if not shutil.which("openssl"):
         return None
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-tls-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
     key, cert = str(folder / "key.pem"), str(folder / "cert.pem")
     made = subprocess.run(
         [
@@ -696,7 +705,7 @@ STARTING = threading.Lock()  # one at a time, so that each is started once
 @functools.cache
 def _cached_router(settings: str, routes: str, args: tuple[str, ...]) -> Router:
     router = Router(json.loads(settings), json.loads(routes), args)
-    atexit.register(router.stop)
+    AT_END.callback(router.stop)
     return router
 
 
@@ -2004,9 +2013,9 @@ def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
 def scratch_store() -> Any:
     """A database for one row."""
     folder = tempfile.mkdtemp(prefix="smol-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
     store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": f"{folder}/log.db"}))
-    atexit.register(store.close)
+    AT_END.callback(store.close)
     return store
 
 
@@ -5682,8 +5691,8 @@ def client_of(package: str, asynchronous: bool, timeout: float, url: str) -> Any
 def event_loop() -> asyncio.AbstractEventLoop:
     """The loop of all asynchronous clients, which keep their connections."""
     loop = asyncio.new_event_loop()
-    atexit.register(loop.close)
-    atexit.register(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
+    AT_END.callback(loop.close)
+    AT_END.callback(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
     return loop
 
 
@@ -8266,7 +8275,7 @@ def made_entry(number: int, days: float = 0.0, **more: Any) -> Any:
 def made_log() -> Router:
     """A router whose log was made: 4,000 rows over three days."""
     kept = Kept(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
-    atexit.register(shutil.rmtree, kept.file.parent, True)
+    AT_END.callback(shutil.rmtree, kept.file.parent, True)
     store = made_store(kept.file.parent)
     tallies: Any = {}
     rows = []
@@ -8285,7 +8294,7 @@ def made_log() -> Router:
     store.write(rows, [], tallies)
     store.close()
     router = Router(kept.settings)
-    atexit.register(router.stop)
+    AT_END.callback(router.stop)
     return router
 
 
@@ -8828,7 +8837,7 @@ def test_a_full_disk_stops_nothing(kept: Kept) -> None:
 def altered(*changes: tuple[str, str]) -> pathlib.Path:
     """The program with other words at the beginning of some lines."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
     text = SOURCE
     for there, instead in changes:
         assert text.count(f"\n{there} ") == 1
