@@ -3937,9 +3937,16 @@ class Made(NamedTuple):
 def make_all(notes: Sequence[Note], settings: Settings) -> Made:
     """Make rows, lines, entries and sums, as far as they are wanted."""
     made, quiet = Made([], [], [], {}), is_quiet(settings)
+    limit = settings.max_blob_size if settings.enable_logging else 0
     for note in notes:
-        detail = make_detail(note, settings.max_blob_size if settings.enable_logging else 0)
-        row = make_row(note, detail)
+        try:
+            detail = make_detail(note, limit)
+            row = make_row(note, detail)
+        except Exception:  # noqa: BLE001 - a fault of ours must cost one request its bodies alone
+            made.lines.append(traceback.format_exc())
+            bare = note._replace(content=b"", pieces=[], tail=b"")
+            detail = make_detail(bare, 0)
+            row = make_row(bare, detail)
         made.rows.append(row)
         add_row(made.tallies, row)
         if not quiet:
