@@ -104,7 +104,7 @@ TARGET = re.compile(rb"POST [^ ?]*\?events=([0-9]+)(&paced)? ")
 @functools.lru_cache
 def encode_burst(count: int) -> bytes:
     """Return a stream of events that comes all at once; they are of many lengths."""
-    words = re.findall(" ?[a-z]+|[,.]", "Each event says a token, and hardly two are equally long.")
+    words = re.findall(r" ?\w+|[,.]", "Each event says a token, and hardly two are equally long.")
     said = map(encode_event, itertools.islice(itertools.cycle(words), count))
     return CHUNKED + b"".join(said) + STREAM_END
 
