@@ -3624,8 +3624,8 @@ MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and wa
 WRITER_PATIENCE = 3.0  # s for what it gets at a time; then it stands still, or has no processor
 BATCH_ROWS, BATCH_SIZE = 128, 3 * MiB // 4  # what it gets at a time: under a ms to hand over
 LOG_WRITER = "log-writer"  # the command that is that process
-WRITER_SETTINGS = ("db_path", "blob_storage_path", "max_blob_size", "max_log_age_days",
-                   "max_total_storage_size", "log_level")
+WRITER_SETTINGS = ("enable_logging", "db_path", "blob_storage_path", "max_blob_size",
+                   "max_log_age_days", "max_total_storage_size", "log_level")
 MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
@@ -4264,7 +4264,8 @@ def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
                      in zip(plain, bodies[::3], bodies[1::3], bodies[2::3], strict=True)]
             made, left = make_all(notes, settings), []
             try:
-                store.write([], made.entries, made.tallies)
+                if settings.enable_logging:
+                    store.write([], made.entries, made.tallies)
             except (sqlite3.Error, OSError):  # the router will find out why, and say it
                 store.close()
                 left = [(tuple(entry.row), *entry[1:]) for entry in made.entries]
@@ -4277,7 +4278,7 @@ class RequestLog:
     def __init__(self, settings: Settings, console: Console, command: Sequence[str]) -> None:
         os.umask(0o077)  # what is kept is its owner's alone
         self.console, self.settings = console, settings
-        alone = not settings.enable_logging or settings.blob_storage_type == "memory"
+        alone = settings.enable_logging and settings.blob_storage_type == "memory"
         self.command = () if alone else command
         self.store = Store(settings) if settings.enable_logging else None
         self.body_limit = settings.max_blob_size if self.store else 0
@@ -4424,7 +4425,7 @@ class RequestLog:
         self.writer_until, self.writer_after = 0.0, time.monotonic() + WRITER_STAYS
         self.wants_writer(0)  # not any more
         with contextlib.suppress(sqlite3.Error, OSError):  # `write` will find out why, and say it
-            if self.store.has(notes[0].id):  # so they are written, but not counted here
+            if self.store and self.store.has(notes[0].id):  # they are written, but not counted
                 return make_all(notes, self.settings)._replace(entries=[])
         return None
 

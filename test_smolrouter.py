@@ -8979,6 +8979,21 @@ def test_both_ways_write_the_same(tmp_path: pathlib.Path) -> None:
     assert written[0] == written[1]
 
 
+def test_a_burst_is_counted_without_a_log_too(kept: Kept) -> None:
+    settings = {**kept.settings, "ENABLE_LOGGING": "false"}
+    with Router(settings, program=eager(stays=60)) as router:
+        for killed in range(3):
+            for _ in range(4):
+                ask(router, "tiny")
+            assert until(lambda killed=killed: counted(router) == 4 * killed + 4)
+            assert until(lambda killed=killed: router.stderr.count(" POST ") == 4 * killed + 4)
+            seen = writers(router)
+            assert len(seen) == (killed == 0)  # one that failed is not tried again soon
+            for pid in seen:
+                os.kill(pid, signal.SIGKILL)
+    assert [f.name for f in kept.file.parent.iterdir()] == []
+
+
 @pytest.mark.parametrize("many", [0, 10_000], ids=["by a process of its own", "by the thread"])
 def test_a_body_that_cannot_be_read_costs_no_row(kept: Kept, many: int) -> None:
     faulty = altered(
