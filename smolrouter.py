@@ -4360,11 +4360,12 @@ class RequestLog:
             if not last and len(self.ended) <= MAX_LATE:
                 self.trim()
                 idle = self.store.prune_at - time.time() if self.store else None
-                idle = WRITER_STAYS if self.wants_writer(0) else idle
+                if not self.wants_writer(0):
+                    self.end_writer()
+                idle = WRITER_STAYS if self.writer else idle
                 self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
                 self.closing.wait(RETRY if self.error else BATCH)
-        if self.writer:
-            self.writer.close()
+        self.end_writer()
         if self.store:
             self.store.close()  # the last one to close puts all into the one file
 
@@ -4398,14 +4399,17 @@ class RequestLog:
         self.lost += self.shorten(MAX_BACKLOG)
 
     def wants_writer(self, due: int) -> bool:
-        """Tell whether many requests end, or did so lately; else no process is kept for them."""
+        """Tell whether many requests end, or did so lately."""
         now = time.monotonic()
         if due > MANY and self.command and self.writer_after <= now and not self.closing.is_set():
             self.writer_until = now + WRITER_STAYS
-        if self.writer and self.writer_until <= now:
+        return now < self.writer_until
+
+    def end_writer(self) -> None:
+        """End the process that made rows, if there is one."""
+        if self.writer:
             self.writer.close()
             self.writer = None
-        return now < self.writer_until
 
     def pick(self, most: int) -> None:
         """Take some of the requests that ended, fewer when their bodies are long."""
@@ -4423,7 +4427,7 @@ class RequestLog:
             self.console.line(f"log: the process that writes it failed ({describe(error)}); "
                               "the router writes it itself")
         self.writer_until, self.writer_after = 0.0, time.monotonic() + WRITER_STAYS
-        self.wants_writer(0)  # not any more
+        self.end_writer()
         with contextlib.suppress(sqlite3.Error, OSError):  # `write` will find out why, and say it
             if self.store and self.store.has(notes[0].id):  # they are written, but not counted
                 return make_all(notes, self.settings)._replace(entries=[])
