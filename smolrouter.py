@@ -2872,6 +2872,8 @@ class Stream(asyncio.Protocol):
             self.seen, self.deadline = self.octets, now + self.silence
         elif now >= self.deadline:
             self.deadline = NEVER
+            if self.transport.is_closing():
+                self.transport.abort()
             self.fail(self.late())
 
     def watch(self) -> None:
@@ -2970,6 +2972,7 @@ class Stream(asyncio.Protocol):
         else:
             self.send()
             self.transport.close()
+            self.expect(WRITE_STALL, TOO_LATE)  # to read what is left
 
     async def linger(self) -> None:
         """Say that nothing more comes, read on for a moment, close (RFC 9112 9.6)."""
