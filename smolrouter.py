@@ -1237,7 +1237,7 @@ def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
     if rewrite.model != ask.model and ask.model:
         edits["model" if "model" in ask.doc else "name",] = rewrite.model
     if rewrite.include_usage:
-        if not edits and "stream_options" not in ask.doc:  # as nearly always
+        if ask.doc and not edits and "stream_options" not in ask.doc:  # as nearly always
             rest, _, end = ask.text.rpartition("}")
             return f'{rest},"stream_options":{{"include_usage":true}}}}{end}'.encode()
         options = ask.doc.get("stream_options")

@@ -705,7 +705,7 @@ STARTING = threading.Lock()  # one at a time, so that each is started once
 @functools.cache
 def _cached_router(settings: str, routes: str, args: tuple[str, ...]) -> Router:
     router = Router(json.loads(settings), json.loads(routes), args)
-    AT_END.callback(router.stop)
+    AT_END.callback(router.kill)
     return router
 
 
@@ -1184,16 +1184,35 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
             for _ in range(random.randrange(1, 30))
         ]
         data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\n"
-        if turn % 4 == 0:
+        if turn % 4 < 2:
             start = random.randrange(len(data))
             data = data[:start] + data[start:].replace(*random.choice(faults), 1)
         cut = random.randrange(len(data))
         slowly = decode_chunks(bytes([octet]) for octet in data)
         bad += isinstance(slowly, str)
         assert decode_chunks([data]) == decode_chunks([data[:cut], data[cut:]]) == slowly
-        if turn % 4:
+        if turn % 4 > 1:
             assert slowly == (b"".join(contents), True, b"")
-    assert bad > 4
+    assert bad > 8
+
+
+@pytest.mark.parametrize("size", [5, 26, 190])
+def test_every_octet_that_frames_a_chunk_is_looked_at(size: int) -> None:
+    """Also among many chunks of one size, and of one line, which are read at once."""
+    for ending in (b"\n\n", b"x\r"):
+        chunk = b"%x\r\n%s%s\r\n" % (size, b"a" * (size - 2), ending)
+        count = 2000 // len(chunk) + 2
+        data = chunk * count + b"0\r\n\r\n"
+        assert decode_chunks([data])[:2] == ((b"a" * (size - 2) + ending) * count, True)
+        start = len(chunk) * (count // 2)
+        frame = [*range(chunk.index(b"\n") + 1), len(chunk) - 2, len(chunk) - 1]
+        for at in (start + at for at in frame):
+            for octet in (b"X", b"\r", b"\n", b"0", b"f"):
+                if data[at : at + 1] != octet:
+                    wrong = data[:at] + octet + data[at + 1 :]
+                    slowly = decode_chunks(bytes([octet]) for octet in wrong)
+                    assert decode_chunks([wrong]) == slowly
+                    assert isinstance(slowly, str) or slowly[1] is False or octet in b"0f"
 
 
 BAD_CHUNKS = {
@@ -1830,6 +1849,16 @@ def test_fuzz_chunks(bits: list[bytes]) -> None:
         except smolrouter.BadRequest:
             outcomes.add(None)
     assert outcomes == {take_any_chunks(b"".join(bits))}
+
+
+@pytest.mark.parametrize("event, data", [
+    (b"data: x\n\n", b"x"), (b"data:x\n\n", b"x"), (b"data:  x\n\n", b" x"), (b"data: x", b"x"),
+    (b"data: x\r\n\r\n", b"x"), (b"data: x\r\n\n", b"x"), (b"data: a\rdata: b\n\n", b"a\nb"),
+    (b"data: a\ndata: b\n\n", b"a\nb"), (b"event: e\ndata: x\n\n", b"x"), (b": c\n\n", b""),
+    (b"data: x\nid: 1\n\n", b"x"), (b"data\n\n", b""), (b"data: \n\n", b""), (b"\n\n", b""),
+])  # fmt: skip
+def test_data_of_an_event(event: bytes, data: bytes) -> None:
+    assert smolrouter.SSE.read(event) == data
 
 
 @fuzz(lambda st: {"bits": pieces_of(st, EVENT_BITS, 20), "lines": st.booleans()})
@@ -5237,7 +5266,8 @@ def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
         assert memory(router, "VmHWM") < 160
 
 
-def test_what_broke_off_leaves_memory_at_once(kept: Kept) -> None:
+@pytest.mark.parametrize("fault", ["framing", "reset", "head", "alias"])
+def test_what_broke_off_leaves_memory_at_once(kept: Kept, fault: str) -> None:
     """No error keeps the octets it came through: the collector of cycles is not needed."""
     program = altered(("        gc.freeze()", "        gc.freeze(), gc.disable()"))
     chunk = b"%x\r\n%s\r\n" % (120_000, b"x" * 120_000)
@@ -5246,14 +5276,17 @@ def test_what_broke_off_leaves_memory_at_once(kept: Kept) -> None:
         "reset": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk, 0.01, DROP],
         "head": [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000 + b"\n\r\n"],
     }
-    with Router({**kept.settings, "ENABLE_LOGGING": "false"}, program=program) as router:
+    faults["alias"] = faults["head"]  # of each of its instances
+    model, other = stage().plays(faults[fault]), stage().plays(faults[fault])
+    instances = [f"s/{model}", f"s/{other}"]
+    routes = {"servers": {"s": stage().url}, "aliases": {"two": {"instances": instances}}}
+    settings = {**kept.settings, "ENABLE_LOGGING": "false"}
+    with Router(settings, routes, program=program) as router:
         for _ in range(2):
             before = memory(router)
-            for steps in faults.values():
-                model = stage().plays(steps)
-                for _ in range(40):
-                    with contextlib.suppress(OSError, http.client.HTTPException):
-                        ask(router, model)
+            for _ in range(80):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    ask(router, "two" if fault == "alias" else model)
         assert memory(router) < before + 4
 
 
@@ -6688,11 +6721,13 @@ def test_usage_that_was_asked_for_arrives(said: list[bytes]) -> None:
     assert got.content == b"".join(said)
 
 
-@pytest.mark.parametrize("options", ({}, {"include_usage": False}, None), ids=repr)
+@pytest.mark.parametrize("options", ({}, {"include_usage": False}, {"other": 1}, None), ids=repr)
 def test_stream_options_without_usage_are_no_wish(options: Any) -> None:
     model = bench().plays(sse_answer([WORD, STOP, EXTRA, DONE]))
     got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
     assert got.content == WORD + STOP + DONE
+    assert latest().json["stream_options"] == {**(options or {}), "include_usage": True}
+    assert latest().content.count(b'"stream_options"') == 1
 
 
 def test_whole_answers_are_not_asked_for_usage() -> None:
@@ -8323,7 +8358,7 @@ def made_log() -> Router:
     store.write(rows, [], tallies)
     store.close()
     router = Router(kept.settings)
-    AT_END.callback(router.stop)
+    AT_END.callback(router.kill)
     return router
 
 
