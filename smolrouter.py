@@ -2856,8 +2856,8 @@ class Stream(asyncio.Protocol):
             self.transport.resume_reading()
 
     def fail(self, error: Exception) -> None:
-        """Let the next read raise `error`; what it left behind, it lets go."""
-        self.failure = self.failure or error.with_traceback(None)
+        """Let the next read raise `error`."""
+        self.failure = self.failure or error
         self.closed()
 
     def expect(self, seconds: float, late: Late, silence: bool = False) -> None:
