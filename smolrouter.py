@@ -4384,8 +4384,8 @@ class RequestLog:
         self.wake.set()
         self.thread.join(3 * BUSY)
         if self.thread.is_alive() and self.writer:  # which stands still
-            self.writer.process.kill()
-            self.thread.join(3 * BUSY)
+            self.writer.process.kill()  # and has to get a processor to end
+            self.thread.join(10 * BUSY)
 
     def take(self) -> None:
         """Make rows of the requests that have ended by now, or have them made; count them."""
