@@ -55,7 +55,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -5756,11 +5756,24 @@ def client_of(package: str, asynchronous: bool, timeout: float, url: str) -> Any
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """The loop of all asynchronous clients, which keep their connections."""
+    """The loop of all asynchronous clients, which keep their connections.
+
+    It has a thread of its own: the main thread may have a loop already, the browser's.
+    """
     loop = asyncio.new_event_loop()
-    AT_END.callback(loop.close)
-    AT_END.callback(lambda: loop.run_until_complete(loop.shutdown_asyncgens()))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    for step in (  # the last one first
+        loop.close, thread.join, lambda: loop.call_soon_threadsafe(loop.stop),
+        lambda: in_loop(loop.shutdown_asyncgens()),
+    ):
+        AT_END.callback(step)
     return loop
+
+
+def in_loop(task: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns."""
+    return asyncio.run_coroutine_threadsafe(task, event_loop()).result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5790,7 +5803,7 @@ class Sdk:
         streamed = named.get("stream", False)
         if self.asynchronous:
             calling = functools.partial(bound, *values, **named)
-            return event_loop().run_until_complete(finish(calling, streamed, parts))
+            return in_loop(finish(calling, streamed, parts))
         result = bound(*values, **named)
         if not streamed:
             return result
@@ -6352,8 +6365,7 @@ def test_openai_parallel_streams_are_not_mixed() -> None:
     async def everyone() -> list[str]:
         return await asyncio.gather(*map(one, said))
 
-    texts = event_loop().run_until_complete(everyone())
-    assert texts == [f"You said: {text}" for text in said]
+    assert in_loop(everyone()) == [f"You said: {text}" for text in said]
 
 
 # -- OpenAI: errors ----------------------------------------------------------------
