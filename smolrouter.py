@@ -3630,7 +3630,8 @@ LOG_WRITER = "log-writer"  # the command that is that process
 WRITER_SETTINGS = ("enable_logging", "db_path", "blob_storage_path", "max_blob_size",
                    "max_log_age_days", "max_total_storage_size", "log_level")
 MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
-MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
+MAX_BACKLOG = 10_000  # rows that wait for a database in trouble, where the oldest go first;
+# as many requests without a row give the process its share of the processor
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
 BATCH, RETRY, BUSY = 0.1, 1.0, 1.0  # s from news to their transaction; after trouble; locked
@@ -4224,14 +4225,15 @@ def receive_message(pipe: BinaryIO) -> tuple[Any, list[bytes]]:
 class LogWriter:
     """A process of its own that makes and writes rows, as its router's log asks it to."""
 
-    def __init__(self, command: Sequence[str], settings: Settings) -> None:
+    def __init__(self, command: Sequence[str], settings: Settings, patient: bool) -> None:
         """Start this same program as this process was started. Raises OSError."""
+        self.patient = patient  # it runs when nothing else wants the processor
         self.due = NEVER  # when what it was asked for has to be done
         self.process = subprocess.Popen(  # what it inherits: the memory with the code
             [*command, LOG_WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False,
             pipesize=MiB)
         known = {name: getattr(settings, name) for name in WRITER_SETTINGS}
-        send_message(self.process.stdin, [LANGUAGE, known])
+        send_message(self.process.stdin, [LANGUAGE, known, patient])
 
     def write(self, notes: Sequence[Note], watched: bool) -> Made:
         """Have rows made and written; return the rest to do, and the rows if they are watched.
@@ -4254,12 +4256,12 @@ class LogWriter:
 
 def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
     """Be the process of a LogWriter, until its router closes the pipe or is no more."""
-    (language, known), _ = receive_message(source)
+    (language, known, patient), _ = receive_message(source)
     if language != LANGUAGE:
         raise ConfigError("the program has changed; restart the router")
     settings = Settings(**known)
-    with contextlib.suppress(OSError, AttributeError):  # the relay goes first
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError, AttributeError):  # patient: the relay goes first
+        os.sched_setscheduler(0, patient and os.SCHED_IDLE, os.sched_param(0))
     with contextlib.closing(Store(settings, claims=False)) as store:
         while True:  # until EOFError
             (plain, watched), bodies = receive_message(source)
@@ -4423,8 +4425,12 @@ class RequestLog:
 
     def hand_over(self, notes: Sequence[Note]) -> Made | None:
         """Have rows made and written by the process; None when it failed and did not."""
+        due, hurried = len(self.ended), bool(self.writer and not self.writer.patient)
+        patient = due < MANY if hurried else due <= MAX_BACKLOG
         try:
-            self.writer = self.writer or LogWriter(self.command, self.settings)
+            if self.writer and self.writer.patient != patient:
+                self.end_writer()  # it cannot get more of the processor, another one can
+            self.writer = self.writer or LogWriter(self.command, self.settings, patient)
             return self.writer.write(notes, bool(self.listeners))
         except (OSError, EOFError, ValueError, TypeError) as error:
             self.console.line(f"log: the process that writes it failed ({describe(error)}); "
@@ -4519,10 +4525,15 @@ class RequestLog:
             self.wake.set()
             raise LogUnavailable(f"the log cannot be read: {error}") from None
 
+    @property
+    def waiting(self) -> int:
+        """How many requests have ended and are not in the database."""
+        return len(self.ended) + len(self.in_hand) + len(self.backlog)
+
     def state(self) -> dict[str, Any]:
         """Return how the log is, for /healthz and the page."""
         return {"enabled": self.store is not None, "error": self.error or None,
-                "notice": self.notice or None, "backlog": len(self.backlog), "lost": self.lost}
+                "notice": self.notice or None, "backlog": self.waiting, "lost": self.lost}
 
     def note(self, *words: str) -> None:
         """Print a line about a request."""
@@ -5423,7 +5434,7 @@ async def serve_metrics(services: Services, request: Request, dialect: Dialect) 
     log = services.log
     lines = metric_lines(dict(log.series), {
         "inflight_requests": ("Requests that run now", len(log.inflight)),
-        "log_backlog_rows": ("Rows that wait for the database", len(log.backlog)),
+        "log_backlog_rows": ("Rows that wait for the database", log.waiting),
         "log_lost_rows": ("Rows that the database never took", log.lost),
         "log_up": ("Whether the log can be written", int(not log.error))})
     kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]

@@ -9221,6 +9221,32 @@ def test_the_process_stands_back(kept: Kept) -> None:
     assert sums(kept) == ((1, 0, 3), 1, (1, 0, 3))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
+def test_the_process_has_its_share_when_rows_wait(kept: Kept) -> None:
+    program = altered(("MANY, WRITER_STAYS = 200", "MANY, WRITER_STAYS = 0"),
+                      ("MAX_BACKLOG = 10_000", "MAX_BACKLOG = 0"),
+                      ("BATCH_ROWS, BATCH_SIZE = 128", "BATCH_ROWS, BATCH_SIZE = 1"))
+    with Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
+        burst(router, 10)
+        pids = until(lambda: writers(router))
+        assert until(lambda: [os.sched_getscheduler(pid) for pid in pids] == [os.SCHED_OTHER])
+        assert router.stop() == 0 and gone(pids)
+    assert len(finished_rows(kept)) == 200
+
+
+def test_what_the_process_has_not_written_is_counted(kept: Kept) -> None:
+    with Router(kept.settings, program=eager(stays=60)) as router:
+        ask(router, "tiny")
+        pid, = until(lambda: writers(router))
+        assert kept.written(1) == 1 and until(lambda: log_state(router)["backlog"] == 0)
+        os.kill(pid, signal.SIGSTOP)
+        for _ in range(3):
+            ask(router, "tiny")
+        assert until(lambda: log_state(router)["backlog"] == 3)
+        os.kill(pid, signal.SIGCONT)
+        assert kept.written(4) == 4 and until(lambda: log_state(router)["backlog"] == 0)
+
+
 def test_the_process_goes_when_it_is_not_needed(kept: Kept) -> None:
     with Router(kept.settings, program=eager()) as router:
         ask(router, "tiny")
