@@ -1442,14 +1442,6 @@ class WholeAnswer:
         self.complete = True
         return self.change(bytes(self.held)) if self.whole else b""
 
-def timings_event(doc: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return llama.cpp's timings out of a usage event, as any client reads them."""
-    if "timings" not in doc:
-        return None
-    said = {"text": ""} if doc.get("object") == "text_completion" else {"delta": {}}
-    choices = [{"index": 0, **said, "finish_reason": None}]  # none at all breaks clients
-    return {name: value for name, value in doc.items() if name != "usage"} | {"choices": choices}
-
 def find_all(block: bytes, word: bytes) -> list[int]:
     """Return where a word stands in a block, the last place first: that way it is found faster."""
     places: list[int] = []
@@ -1469,6 +1461,7 @@ class EventFilter:
     necessary, or a filter waits for more text (`plain` is false).
     """
     whole = failed = False
+    timed = False  # llama.cpp's timings were lost with usage that was asked for
     required = False  # the client could not read the events as they are
 
     def __init__(self, plan: AnswerPlan, form: EventFormat) -> None:
@@ -1586,8 +1579,8 @@ class EventFilter:
         if doc is None:
             return event
         if usage and doc.get("usage") and not doc.get("choices"):
-            kept = timings_event(doc)
-            return self.form.replace(event, encode_json(kept)) if kept else b""
+            self.timed = "timings" in doc
+            return b""
         nothing: tuple[bytes, dict[Path, Any], bool] = (b"", {}, False)
         tails, edits, empty = self.filter(doc, event) if self.filtering and marked else nothing
         if empty and not carries_more(doc):
@@ -3242,12 +3235,10 @@ class Answer:
         return piece
 
     async def hold(self) -> bytes:
-        """Read all of an error answer, so that it can be sent later."""
+        """Read an error answer, until it is too long, so that it can be sent later."""
         size = sum(map(len, self.held))
-        while piece := await self.peek():
+        while size <= MAX_HELD_ERROR and (piece := await self.peek()):
             size += len(piece)
-            if size > MAX_HELD_ERROR:
-                raise BadGateway(f"an error answer over {MAX_HELD_ERROR} bytes")
         return b"".join(self.held)
 
     async def pump(self, consume: Callable[[bytes], None], responder: Responder) -> None:
@@ -3341,7 +3332,7 @@ class Upstreams:
         self.idle: dict[tuple[UpstreamURL, bool], list[Stream]] = {}
         self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
         self.turns: collections.Counter[str] = collections.Counter()  # of round_robin
-        self.no_stream_options: set[UpstreamURL] = set()
+        self.no_usage_asked: set[UpstreamURL] = set()  # they refuse it, or tell timings without
         self.contexts: dict[bool, ssl.SSLContext] = {}
 
     def state(self, instance: Instance) -> Health:
@@ -4768,6 +4759,7 @@ class Exchange:
         if isinstance(outcome, BadGateway):
             error = str(outcome)
             health.fail(error)
+            self.relay.upstreams.no_usage_asked.discard(self.instance.server.url)  # a new one?
         else:
             status = outcome.status
             if status in COOLING_STATUSES:
@@ -4780,11 +4772,12 @@ class Exchange:
 
     async def inspect(self, answer: Answer) -> None:
         """See that a good answer begins, and keep a bad one for later. Raises BadGateway."""
-        if answer.head.status >= 400:
-            await answer.hold()
+        if answer.head.status >= 400 and len(await answer.hold()) > MAX_HELD_ERROR:
+            raise BadGateway(f"an error answer over {MAX_HELD_ERROR} bytes")
         if answer.head.status != 200 or self.request.head.method == "HEAD":
             return
-        end = EVENT_ENDS.get(answer.head.media_type)
+        coded = answer.head.fields.get("content-encoding")  # its events cannot be seen
+        end = None if coded else EVENT_ENDS.get(answer.head.media_type)
         size, tail = 0, b""
         while piece := await answer.peek():
             size, tail = size + len(piece), tail[-3:] + piece
@@ -4797,17 +4790,20 @@ class Exchange:
         ask, url = self.ask, self.instance.server.url
         translate = None if self.native else self.dialect.openai_path
         path = translate(ask) if translate else ask.path
-        refused = self.relay.upstreams.no_stream_options
+        unasked = self.relay.upstreams.no_usage_asked
         self.hide_usage = (ask.stream and path in USAGE_PATHS and not ask.wants_usage
-                           and url not in refused)
+                           and url not in unasked)
         answer = await self.send(path)
-        if not self.hide_usage or answer.head.status != 400:
+        if not self.hide_usage or answer.head.status not in (400, 422):
             return answer
         if b"stream_options" not in await answer.hold():
             return answer
-        refused.add(url)
+        answer.close()
         self.hide_usage = False
-        return await self.send(path)
+        answer = await self.send(path)
+        if answer.head.status < 400:  # else it may have told what it was sent
+            unasked.add(url)
+        return answer
 
     async def send(self, path: str) -> Answer:
         """Send the request to the instance, in the dialect it speaks."""
@@ -4879,6 +4875,8 @@ class Exchange:
                 tail = transform.finish(answer.content.framing is UNTIL_CLOSE)
             except ODD_SHAPES as error:
                 raise odd_answer(error) from error
+            if getattr(transform, "timed", False):  # unasked, they come with the finish
+                self.relay.upstreams.no_usage_asked.add(self.instance.server.url)
         if not self.responder.started:
             self.begin(answer.head, len(tail) if transform and transform.whole else None)
         self.responder.finish(tail)

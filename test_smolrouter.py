@@ -6679,20 +6679,24 @@ def test_extra_usage_is_swallowed(
     assert got.content == b"".join(seen)
 
 
-@pytest.mark.parametrize("path", ("/v1/chat/completions", "/v1/completions"))
-def test_timings_beside_swallowed_usage_arrive(path: str) -> None:
-    kind = "text_completion" if path == "/v1/completions" else "chat.completion.chunk"
-    timings = b'"object":"%s","timings":{"predicted_n":1},"usage"' % kind.encode()
-    extra = EXTRA.replace(b'"usage"', timings)
-    model = bench().plays(sse_answer([WORD, STOP, extra, DONE]))
-    got = tell(path, {**chat(model, stream=True), "prompt": "hi"})
-    before, last, end = got.content.partition(STOP)[0], got.events[-2], got.content[-len(DONE) :]
-    assert (before, end) == (WORD, DONE) and len(got.events) == 4
-    said = {"text": ""} if path == "/v1/completions" else {"delta": {}}
-    assert json.loads(last) == {
-        "id": "x", "object": kind, "timings": {"predicted_n": 1},
-        "choices": [{"index": 0, **said, "finish_reason": None}],
-    }  # fmt: skip
+def timing_server(received: Received) -> Iterable[Step]:
+    """llama.cpp: timings stand in the finish, or in the event that was asked for."""
+    timings = b'"timings":{"prompt_n":3,"predicted_n":2},'
+    if "stream_options" in received.json:
+        return sse_answer([WORD, STOP, EXTRA.replace(b'"usage"', timings + b'"usage"'), DONE])
+    return sse_answer([WORD, STOP.replace(b'"choices"', timings + b'"choices"'), DONE])
+
+
+def test_server_that_tells_timings_is_not_asked_for_usage(kept: Kept) -> None:
+    upstream = Upstream(timing_server)
+    settings = {**kept.settings, "DEFAULT_UPSTREAM": upstream.url}
+    with upstream, Router(settings) as router:
+        got = [ask(router, "m", stream=True).content for _ in range(3)]
+        assert kept.written(3) == 3
+    assert got[0] == WORD + STOP + DONE
+    assert got[1] == got[2] != got[0] and b'"predicted_n":2' in got[1]
+    rows = kept.ask("SELECT prompt_tokens, completion_tokens, tokens_estimated FROM requests")
+    assert rows[1:] == [(3, 2, 0)] * 2
 
 
 ERROR_EVENTS = {
@@ -6769,6 +6773,23 @@ def test_server_that_refuses_stream_options_is_remembered() -> None:
             assert (got.status, got.text) == (200, ANSWER)
         asked = ["stream_options" in r.json for r in upstream.requests if r.content]
     assert asked == [True, False, False, False]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_server_that_echoes_a_bad_request_is_asked_for_usage_again(status: int) -> None:
+    def script(received: Received) -> Iterable[Step]:
+        if received.json["messages"][0]["content"] == "bad":
+            told = {"detail": "no such word in " + received.content.decode(), "x": "y" * (2 << 20)}
+            return json_answer(told, status)
+        return well_behaved(received)
+
+    with Upstream(script) as upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        for text in ("bad", "good"):
+            got = tell("/v1/chat/completions", chat("m", text, stream=True), router)
+            assert got.status == (status if text == "bad" else 200)
+            assert text == "good" or "no such word" in got.json["detail"]
+            assert "stream_options" in upstream.heard(f'"{text}"')[0].json
+    assert "stream_options" not in upstream.heard('"bad"')[1].json
 
 
 @whole_or_streamed
