@@ -3839,7 +3839,8 @@ def estimate_tokens(talk: Iterable[Mapping[str, Any]]) -> int:
 
 def read_cost(note: Note, detail: Detail) -> tuple[Usage, bool]:
     """Return the tokens of a request, and whether they are estimates."""
-    failed = note.status >= 400 and note.status != ClientClosed.status
+    answered = note.attempts and (note.attempts[-1][2] or 500) < 400  # and broke off, at most
+    failed = note.status >= 400 and note.status != ClientClosed.status and not answered
     if failed or note.coding is None:
         return Usage(), False
     said = inflate(detail.response, note.coding) + note.tail

@@ -8087,6 +8087,18 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["usage", "estimate"])
+def test_a_stream_that_breaks_off_has_its_cost(kept: Kept, told: bool) -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 200}}
+    events = [*map(event, WORDS), *[event(usage)] * told]
+    with kept.router() as router:
+        ask(router, stage().plays([*stream_answer(events, whole=False), DROP]), stream=True)
+        assert kept.written(1) == 1
+    row, = kept.ask("SELECT status_code, prompt_tokens, completion_tokens, tokens_estimated, "
+                    "failed FROM requests")
+    assert row == ((502, 10, 200, 0, 1) if told else (502, 1, 2, 1, 1))
+
+
 @pytest.mark.parametrize("said, wanted", USAGE_CASES)
 def test_usage_of_every_server(said: Any, wanted: Any) -> None:
     assert smolrouter.read_usage(said if isinstance(said, bytes) else dumps(said)) == wanted
