@@ -2878,6 +2878,8 @@ class Stream(asyncio.Protocol):
             task.cancel()
 
         self.on_close = gone
+        if self.ended:
+            gone()
 
     def wake(self) -> None:
         """Wake the task that waits."""
@@ -2967,6 +2969,12 @@ class Stream(asyncio.Protocol):
             self.transport.close()
             self.expect(WRITE_STALL, TOO_LATE)  # to read what is left
 
+    def end_by_reset(self) -> None:
+        """Let the close be seen as a failure, where a close alone would be a clean end."""
+        self.send()
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
     async def linger(self) -> None:
         """Say that nothing more comes, read on for a moment, close (RFC 9112 9.6)."""
         with contextlib.suppress(OSError, RouterError):
@@ -3042,14 +3050,15 @@ class Responder:
         self.started = self.finished = False
         self.status = self.size = 0
         self.pending: list[bytes] = []  # not sent yet
-        self.chunked = self.silent = False
+        self.chunked = self.silent = self.until_close = False
 
     def begin(self, status: int, lines: str, length: int | None, reason: str = "") -> None:
         """Make the head, with these field lines; None: the length is not known."""
         self.started, self.status = True, status
         self.silent = self.method == "HEAD" or status in (204, 304)
         self.chunked = length is None and self.minor == 1 and not self.silent
-        self.keep = self.keep and (length is not None or self.chunked or self.silent)
+        self.until_close = length is None and not (self.chunked or self.silent)
+        self.keep = self.keep and not self.until_close
         if self.extra:
             lines += encode_lines(self.extra)
         if self.chunked:
@@ -3090,6 +3099,8 @@ class Responder:
         self.keep = False
         self.write(content)
         self.flush()
+        if self.until_close and not content:
+            self.stream.end_by_reset()
 
     def send(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
         """Send a whole answer of the router's own."""
@@ -4838,6 +4849,8 @@ class Exchange:
             added.append(("Authorization", f"Bearer {server.api_key}"))
         if self.ask.text:
             added.append(("Accept-Encoding", "identity"))
+        if not self.native:  # whatever its client called it, as curl -d does
+            added.append(("Content-Type", "application/json"))
         added.append(("Via", ", ".join([*fields.get_all("via"), relay.via])))
         fields = without_tokens(fields, relay.settings.jwt_secret, NEVER)
         return added + pass_on(fields, NOT_FORWARDED, [name.lower() for name, _ in added])

@@ -2334,6 +2334,20 @@ def test_http_1_0_never_gets_an_interim_answer() -> None:
     assert b" 100 " not in data and b" 103 " not in data
 
 
+@pytest.mark.parametrize("end", [[], [DROP]], ids=["closed", "reset"])
+def test_http_1_0_can_tell_a_broken_answer(end: list[Step]) -> None:
+    """Only the close ends it, so a cut answer is reset; a whole one is not."""
+    begun = [head(200, [("Transfer-Encoding", "chunked")]), *chunked(b"hello", end=b"")]
+    name = stage().plays([*begun, b"5\r\nhe", *end, CLOSE])
+    with pytest.raises(ConnectionResetError), connect(shared().port) as sock:
+        sock.sendall(post("/v1/images/x", {"model": name}, version="1.0"))
+        while sock.recv(4096):
+            pass
+    name = stage().plays([*begun, b"0\r\n\r\n"])
+    data = raw(shared().port, post("/v1/images/x", {"model": name}, version="1.0"), answers=0)
+    assert parse(data).content == b"hello"
+
+
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 def test_http_1_0_gets_no_chunks_and_a_close(path: str) -> None:
     data = raw(
@@ -2341,6 +2355,26 @@ def test_http_1_0_gets_no_chunks_and_a_close(path: str) -> None:
     )
     assert b"transfer-encoding" not in data.lower()
     assert parse(data).text == "You said: hi"
+
+
+def test_a_client_that_leaves_while_its_content_is_read(kept: Kept) -> None:
+    name = stage().plays([HANG])
+    with Router(kept.settings) as router:
+        with connect(router.port) as sock:
+            sock.sendall(post(CHAT, {**chat(name), "x": "y" * (2 << 20)}))
+        assert kept.written(1) == 1
+    assert kept.ask("SELECT status_code, error_message FROM requests") == [(499, "client_closed")]
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
+def test_a_translated_request_is_json_whatever_it_was_called(kind: str | None) -> None:
+    for path, document in ASKS.items():
+        if path.startswith("/api/"):
+            name = stage().plays([*FINE])
+            data = encode_request("POST", path, {**document, "model": name, "stream": False})
+            called = f"Content-Type: {kind}\r\n".encode() if kind else b""
+            raw(shared().port, data.replace(b"Content-Type: application/json\r\n", called))
+            assert stage().heard(name)[0].get_all("Content-Type") == ["application/json"]
 
 
 def test_http_1_0_without_keep_alive_is_closed() -> None:
