@@ -4795,7 +4795,8 @@ class Exchange:
             size, tail = size + len(piece), tail[-3:] + piece
             if end is None or end.search(tail) or size > MAX_HELD_EVENT:
                 return
-        raise BadGateway("it ended before its first event or byte")
+        if not size or answer.content.framing is UNTIL_CLOSE:
+            raise BadGateway("it ended before its first event or byte")
 
     async def attempt(self) -> Answer:
         """Ask the instance; one that refuses `stream_options` is asked again without."""

@@ -3718,6 +3718,24 @@ def test_last_answer_is_the_last_one_that_was_http() -> None:
         assert got.json["error"]
 
 
+SHORT_STREAMS = {
+    "no empty line": chunked(b'data: {"choices":[]}\n'),
+    "CR alone": chunked(b"data: [DONE]\r\r"),
+    "gzip": chunked(gzip.compress(event({"choices": []}))),
+}
+
+
+@pytest.mark.parametrize("name", SHORT_STREAMS)
+def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
+    fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    fields += [("Content-Encoding", "gzip")] * (name == "gzip")
+    first = playing(head(200, fields), *SHORT_STREAMS[name])()
+    with both(first, refusing()) as router:
+        got = ask(router, "pair", stream=True)
+        assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "1")
+        assert got.content
+
+
 @pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 429, 500, 503])
 @pytest.mark.parametrize("stream", [False, True])
 def test_single_candidate_passes_through_untouched(status: int, stream: bool) -> None:
