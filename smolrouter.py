@@ -802,6 +802,7 @@ def encode_field_value(text: str) -> str:
 MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
 MAX_LAST_EVENTS = 8 * KiB  # of a stream, where the word stands that it is complete
 DONE_MARK = b"[DONE]"
+CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
 MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
 
@@ -812,13 +813,28 @@ class EventFormat(NamedTuple):
     data: re.Pattern[bytes]  # one line of data
     prefix: bytes = b""
 
-    def find_end(self, block: bytes, at: int) -> int:
-        """Return where the event that begins at `at` ends: at last where the block does."""
-        end = block.find(self.mark, at)
-        if block.find(b"\r", at, end if end >= 0 else len(block)) < 0:
+    def find_end(self, block: bytes, at: int, plain: bool) -> int:
+        """Return where the event that begins at `at` ends: at last where the block does.
+
+        Nothing looks further than that end, or many events would take quadratic time: the mark,
+        which is found faster, is looked for in a `plain` block alone, one without CR.
+        """
+        if plain:
+            end = block.find(self.mark, at)
             return end + len(self.mark) if end >= 0 else len(block)
         match = self.end.search(block, at)
         return match.end() if match else len(block)
+
+    def find_last_end(self, block: bytes | bytearray, start: int, stop: int) -> int:
+        """Return the last place between two where an event ends, `start` for none."""
+        at = block.rfind(self.mark, start, stop)
+        end = at + len(self.mark) if at >= 0 else start
+        if block.find(b"\r", end, stop) >= 0:
+            at = block.rfind(CRLF_MARK, end, stop)
+            end = at + len(CRLF_MARK) if at >= 0 else end
+            for match in self.end.finditer(block, end, stop):
+                end = match.end()
+        return end
 
     def split(self, block: bytes) -> list[bytes]:
         """Return the events of a block without their ends, and empty pieces."""
@@ -829,6 +845,10 @@ class EventFormat(NamedTuple):
         end = len(event) - len(self.mark)
         if event.startswith(self.prefix) and event.find(b"\n") == end and b"\r" not in event:
             return event[len(self.prefix) : end]  # one line, as nearly always
+        if self.prefix and event.startswith(self.prefix) and event.endswith(CRLF_MARK):
+            end = len(event) - len(CRLF_MARK)
+            if event.find(b"\r") == end and event.find(b"\n") == end + 1:
+                return event[len(self.prefix) : end]
         lines = self.data.findall(event)
         return lines[0] if len(lines) == 1 else b"\n".join(lines)
 
@@ -845,30 +865,27 @@ class EventFormat(NamedTuple):
         rest = MORE_DATA.sub(b"", event[end:]) if self.prefix else event[end:]
         return event[:start] + data.replace(b"\n", b" ") + rest
 
-SSE_END = re.compile(rb"(?:\r\n|\n|\r(?!\n|\Z)){2}")
+SSE_END = re.compile(rb"[\r\n](?:(?<=\n)\n|\r(?:\n|(?!\Z)))")  # two line ends; CR may become CRLF
 SSE_DATA = re.compile(rb"(?<![^\r\n])data: ?([^\r\n]*)")
 SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, b"data: ")
 LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"))
 
 class EventSplitter:
     """Gathers octets into whole events."""
-    __slots__ = ("end", "held", "mark")
+    __slots__ = ("form", "held", "marks")
 
     def __init__(self, form: EventFormat) -> None:
-        self.end, self.mark = form.end, form.mark
+        self.form, self.marks = form, (form.mark, CRLF_MARK)
         self.held = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         """Return the whole events so far, as one block; hold the rest."""
-        if not self.held and data.endswith(self.mark):
+        if not self.held and data.endswith(self.marks):
             return data
         start = max(0, len(self.held) - 3)
         self.held += data
-        cut = self.held.rfind(self.mark, start)
-        cut = cut + len(self.mark) if cut >= 0 else 0
-        if b"\r" in data or (start and b"\r" in self.held[start:]):
-            cut = max([cut, *(match.end() for match in self.end.finditer(self.held, start))])
-        return self.take(cut) if cut else b""
+        cut = self.form.find_last_end(self.held, start, len(self.held))
+        return self.take(cut) if cut > start else b""
 
     def take(self, size: int | None = None) -> bytes:
         """Return and forget the first `size` octets held, or all of them."""
@@ -1527,9 +1544,9 @@ class EventFilter:
         if self.plain and not places:
             return block
         places.sort(reverse=True)
-        parts, kept, done = [], 0, 0
+        parts, kept, done, plain = [], 0, 0, b"\r" not in block
         while (at := self.plain_until(block, done, places)) < len(block):
-            end = self.form.find_end(block, at)
+            end = self.form.find_end(block, at, plain)
             event = block[at:end]
             changed = self.change(event)
             self.plain = self.settled()
@@ -1547,8 +1564,7 @@ class EventFilter:
             places.pop()
         if not places:
             return len(block)
-        start = block.rfind(self.form.mark, at, places[-1])
-        return start + len(self.form.mark) if start >= 0 else at
+        return self.form.find_last_end(block, at, places[-1])
 
     def begins_plainly(self, data: bytes) -> bool:
         """Tell whether the answer's only text begins in this event, which has no tag."""

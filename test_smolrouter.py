@@ -1283,6 +1283,61 @@ def test_events_at_every_split(end: bytes) -> None:
             assert not block or block.endswith(end[-1:])
 
 
+def chat_filter(**rules: bool) -> Any:
+    """The filter of a streamed chat."""
+    asked = smolrouter.OPENAI.read(CHAT, "", b'{"model":"m","stream":true,"messages":[]}')
+    on = smolrouter.FilterRules(**(rules or {"think": True}))
+    plan = smolrouter.AnswerPlan(
+        asked, smolrouter.OPENAI, True, on, True, False, lambda: smolrouter.Timing(0.0, 1, 1)
+    )
+    return smolrouter.EventFilter(plan, smolrouter.SSE)
+
+
+def filtered(pieces: Iterable[bytes], **rules: bool) -> bytes:
+    """What is left of a chat stream when its filter has seen these pieces."""
+    transform = chat_filter(**rules)
+    return b"".join([transform.feed(piece) for piece in pieces]) + transform.finish()
+
+
+@pytest.mark.parametrize("end", (b"\r\n", b"\r"))
+def test_line_ends_change_nothing_of_what_is_filtered(end: bytes) -> None:
+    said = stream_of("Hi", " there", "<think>", "no", "</think>", "a<b", "c", " <thi", "s", " x")
+    usage = event({"choices": [], "usage": {"prompt_tokens": 1}})
+    data = b"".join([*said[:-1], b": note\n\n", usage, said[-1]])
+    right = filtered([data]).replace(b"\n", end)
+    assert b"think" not in right and b'"usage"' not in right and right.count(b": note") == 1
+    assert {filtered(p) for p in every_split(data.replace(b"\n", end))} == {right}
+    assert {filtered(p) for p in every_split(data)} == {right.replace(end, b"\n")}
+
+
+class Counted(bytes):
+    """Octets that count how many of them were looked at by `find` and `rfind`."""
+
+    looked = 0
+
+    def find(self, word: bytes, start: int = 0, stop: int | None = None) -> int:  # type: ignore
+        stop = len(self) if stop is None else stop
+        at = super().find(word, start, stop)
+        self.looked += (at if at >= 0 else stop) - start
+        return at
+
+    def rfind(self, word: bytes, start: int = 0, stop: int | None = None) -> int:  # type: ignore
+        stop = len(self) if stop is None else stop
+        at = super().rfind(word, start, stop)
+        self.looked += stop - (at if at >= 0 else start)
+        return at
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("text", ("x", " <b>"))
+@pytest.mark.parametrize("key", ("content", "reasoning"))
+def test_no_octet_is_looked_at_often(end: bytes, text: str, key: str) -> None:
+    events = [event(doc) for doc in deltas("Hi", *["word"] * 19, text, key=key)] * 20
+    block = Counted(b"".join(events).replace(b"\n\n", end))
+    assert chat_filter().change_block(block) == block
+    assert 0 < block.looked < 12 * len(block)
+
+
 THOUGHTS = [
     # what the model says, what is seen, what was thought
     ("<think>a</think>b", "b", "a"),
