@@ -1490,17 +1490,18 @@ class EventFilter:
         self.plain = not (self.filtering or self.renames)
         self.texts: dict[Any, tuple[TextFilter, bytes, Slot]] = {}  # with the last event of each
         self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
-        self.raw = False  # inside an event that was too long
+        self.raw = b""  # inside an event that was too long: its last octets, maybe of its end
         self.spoken = False  # text without a tag has begun, and no filter was needed so far
 
     def feed(self, data: bytes) -> bytes:
         """Return the events that are whole now, filtered."""
         if self.raw:  # the rest of an event that was too long
-            match = self.form.end.search(data)
+            match = self.form.end.search(self.raw + data)
             if match is None:
+                self.raw = (self.raw + data[-2:])[-2:]
                 return data
-            self.raw = False
-            return data[: match.end()] + self.feed(data[match.end() :])
+            end, self.raw = match.end() - len(self.raw), b""
+            return data[:end] + self.feed(data[end:])
         if not self.tail:  # one byte order mark at the start is nothing
             data = data.removeprefix(BOM)
         block = self.splitter.feed(data)
@@ -1511,8 +1512,9 @@ class EventFilter:
             return b""
         if self.required:
             raise BadGateway(f"an event is longer than {MAX_HELD_EVENT} bytes")
-        self.raw = True
-        return self.splitter.take()
+        event = self.splitter.take()
+        self.raw = event[-2:]
+        return event
 
     @property
     def complete(self) -> bool:

@@ -1310,6 +1310,17 @@ def test_line_ends_change_nothing_of_what_is_filtered(end: bytes) -> None:
     assert {filtered(p) for p in every_split(data)} == {right.replace(end, b"\n")}
 
 
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_of_a_long_event_at_every_split(end: bytes, monkeypatch: Any) -> None:
+    monkeypatch.setattr(smolrouter, "MAX_HELD_EVENT", 100)
+    long, said = event("<think>" + "x" * 200), stream_of("<think>no</think>", "yes")
+    data = b"".join([long, *said]).replace(b"\n\n", end)
+    for at in range(110, len(long) + 12):
+        for size in (1, 2, 3, len(data)):
+            got = filtered([data[:at], *(data[i : i + size] for i in range(at, len(data), size))])
+            assert got.startswith(long[:-2] + end) and b"no" not in got and b"yes" in got
+
+
 class Counted(bytes):
     """Octets that count how many of them were looked at by `find` and `rfind`."""
 
