@@ -1003,6 +1003,11 @@ class TextFilter:
         think = self.think
         return not (self.fences or (think and (think.held or think.inside or think.opening)))
 
+    @property
+    def waits(self) -> bool:
+        """Whether some text is held back that may be shown later."""
+        return bool((self.think and self.think.held) or (self.fences and self.fences.held))
+
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
         """Return what `text` adds to the visible and to the thought text."""
         visible, thought = self.think.feed(text, last) if self.think else (text, "")
@@ -1026,6 +1031,7 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 # change replaces the value alone: `splice_json` never writes a whole document again.
 # To add a protocol: its functions, its `Dialect` constants, its lines in section 14.
 
+MAX_TEXTS = 16 * KiB  # filtered apart in one stream: the most choices that vLLM can be asked for
 MAX_OPEN_CALLS = 64  # tool calls of an answer that fragments may still continue
 
 MAX_MODEL_NAME = 16 * KiB  # characters
@@ -1360,11 +1366,12 @@ def output_slots(value: Any, path: Path = ()) -> Iterator[Slot]:
         elif key == "text" and value.get("type") in ("output_text", TEXT_DONE):
             yield from slots_at(value, path, [("text",)], path)
 
-def closed_indexes(doc: Mapping[str, Any]) -> list[Any] | None:
+def closed_indexes(doc: Mapping[str, Any]) -> dict[Any, None] | None:
     """Return which texts end with this event; None means all of them."""
     if doc.get("done") is True or doc.get("type") in CLOSING_TYPES:
         return None
-    return [index for _, index, choice in read_choices(doc) if choice.get("finish_reason")]
+    ended = [index for _, index, choice in read_choices(doc) if choice.get("finish_reason")]
+    return dict.fromkeys(ended)  # in order, and found at once
 
 def carries_more(doc: Mapping[str, Any]) -> bool:
     """Tell whether an event says anything beside its text."""
@@ -1488,7 +1495,9 @@ class EventFilter:
         self.words = (b'"usage"',) if plan.hide_usage else ()
         self.words += TAG_WORDS if self.filtering else ()
         self.plain = not (self.filtering or self.renames)
-        self.texts: dict[Any, tuple[TextFilter, bytes, Slot]] = {}  # with the last event of each
+        self.texts: dict[Any, TextFilter] = {}
+        self.unsettled: set[Any] = set()  # of them, whose filters are not `settled`
+        self.waiting: dict[Any, tuple[bytes, Slot]] = {}  # of them, with the last event: `waits`
         self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
         self.raw = b""  # inside an event that was too long: its last octets, maybe of its end
         self.spoken = False  # text without a tag has begun, and no filter was needed so far
@@ -1536,7 +1545,7 @@ class EventFilter:
         cut = closed or (self.required and not self.failed)  # a made end looks like a good one
         if cut and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
             raise BadGateway("the stream ended before the answer was complete")
-        return (self.change_block(rest) if rest else b"") + self.close(self.texts)
+        return (self.change_block(rest) if rest else b"") + self.close(self.waiting)
 
     def change_block(self, block: bytes) -> bytes:
         """Return whole events; only those that could need a change are parsed."""
@@ -1581,13 +1590,13 @@ class EventFilter:
             return not self.renames
         if not self.single or not self.texts:
             return self.spoken
-        return False not in [text_filter.settled for text_filter, _, _ in self.texts.values()]
+        return not self.unsettled
 
     def change(self, event: bytes) -> bytes:
         """Return one event filtered, b"" when nothing is left of it."""
         data = self.form.read(event)
         if data == DONE_MARK:
-            return self.close(self.texts) + event
+            return self.close(self.waiting) + event
         if self.plan.hide_usage and NULL_USAGE.search(data):
             data = NULL_USAGE.sub(b"", data)
             event = self.form.replace(event, data)
@@ -1614,24 +1623,36 @@ class EventFilter:
         whole = [] if "choices" in doc else list(output_slots(doc))
         visible: dict[Path, str] = {}
         for slot in slots:
-            known = self.texts.get(slot.index)
-            text_filter = known[0] if known else TextFilter(self.rules, spoken=self.spoken)
-            self.texts[slot.index] = text_filter, event, slot
             last = closed is None or slot.index in closed
-            visible[slot.path], _ = text_filter.feed(slot.text, last)
+            visible[slot.path] = self.feed_text(slot, event, last)
         here = {slot.index for slot in slots}
-        others = self.texts if closed is None else closed
+        others = self.waiting if closed is None else closed
         tails = self.close([index for index in others if index not in here])
         empty = bool(slots) and not whole and not any(visible.values())
         visible |= {slot.path: filter_text(slot.text, self.rules)[0] for slot in whole}
         changed = [slot.path for slot in (*slots, *whole) if visible[slot.path] != slot.text]
         return tails, {path: visible[path] for path in changed}, empty and bool(changed)
 
+    def feed_text(self, slot: Slot, event: bytes, last: bool) -> str:
+        """Return what is visible of an event's text, and note what its filter waits for."""
+        index = slot.index
+        if index not in self.texts:
+            if len(self.texts) >= MAX_TEXTS:
+                raise BadGateway(f"the answer has more than {MAX_TEXTS} texts")
+            self.texts[index] = TextFilter(self.rules, spoken=self.spoken)
+        text_filter = self.texts[index]
+        visible, _ = text_filter.feed(slot.text, last)
+        (self.unsettled.discard if text_filter.settled else self.unsettled.add)(index)
+        self.waiting.pop(index, None)
+        if text_filter.waits:
+            self.waiting[index] = event, slot
+        return visible
+
     def close(self, indexes: Iterable[Any]) -> bytes:
         """Return what the filters of some texts hold, as events of their own."""
         tails = b""
-        for text_filter, event, slot in [self.texts[i] for i in indexes if i in self.texts]:
-            text, _ = text_filter.feed("", last=True)
+        for event, slot in [self.waiting[i] for i in indexes if i in self.waiting]:
+            text = self.feed_text(slot._replace(text=""), event, last=True)
             if text:
                 doc = tail_document(json.loads(self.form.read(event)), slot, text)
                 tails += self.form.replace(event, encode_json(doc))

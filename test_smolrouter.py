@@ -1321,6 +1321,23 @@ def test_the_end_of_a_long_event_at_every_split(end: bytes, monkeypatch: Any) ->
             assert got.startswith(long[:-2] + end) and b"no" not in got and b"yes" in got
 
 
+def test_texts_without_number(monkeypatch: Any) -> None:
+    monkeypatch.setattr(smolrouter, "MAX_TEXTS", 50)
+    events = [event(deltas(f"{n}<", index=n)[0]) for n in range(51)]
+    ended = [{"index": n, "delta": {"content": "b"}, "finish_reason": "stop"} for n in (3, 3, 4)]
+    transform = chat_filter()
+    held = b"".join(map(transform.feed, events[:50]))
+    assert b"<" not in held and len(transform.waiting) == len(transform.unsettled) == 50
+    assert transform.feed(event({"choices": ended})).count(b"<b") == 2
+    assert len(transform.waiting) == len(transform.unsettled) == 48
+    assert transform.feed(event("[DONE]")).count(b'"<"') == 48
+    assert not transform.waiting and not transform.unsettled and transform.settled()
+    transform.feed(event(deltas("<think>a", index=7)[0]))
+    assert transform.unsettled == {7} and not transform.waiting
+    with pytest.raises(smolrouter.BadGateway, match="more than 50 texts"):
+        transform.feed(events[50])
+
+
 class Counted(bytes):
     """Octets that count how many of them were looked at by `find` and `rfind`."""
 
