@@ -800,7 +800,7 @@ def encode_field_value(text: str) -> str:
 # Whole events leave as the bytes they came in; nobody looks inside here.
 
 MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
-MAX_LAST_EVENTS = 8 * KiB  # of a stream, where the word stands that it is complete
+LAST_EVENTS = 8  # of a stream, one of which says that it is complete
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
@@ -1051,9 +1051,6 @@ TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
 BOM = b"\xef\xbb\xbf"
-END_WORDS = (DONE_MARK, b'"finish_reason":"', b'"finish_reason": "', b'"done":true',
-             b'"done": true', b'_stop"', b'.completed"', b'"error"', b"event: error",
-             b"event:error", b'error: {"', b'error:{"')  # of a whole stream
 NO_THINK_MEMBERS = {  # where the words of the user stand, by path
     "/v1/chat/completions": "messages", "/v1/messages": "messages", "/api/chat": "messages",
     "/v1/completions": "prompt", "/api/generate": "prompt", "/v1/responses": "input",
@@ -1313,6 +1310,9 @@ OPENAI_OPAQUE = OPENAI._replace(read=Ask, encode=encode_span)  # nobody looks in
 
 TEXT_DELTA, TEXT_DONE = "response.output_text.delta", "response.output_text.done"
 CLOSING_TYPES = ("content_block_stop", "message_stop", TEXT_DONE)
+END_TYPES = ("message_stop", "response.completed", "response.failed", "response.incomplete",
+             "error")  # of the last event of a stream
+ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
 CHOICE_TEXTS: tuple[Path, ...] = (("text",), ("delta", "content"), ("message", "content"))
 OTHER_TEXTS: tuple[Path, ...] = (  # of Ollama's own answers, of /v1/messages
     ("message", "content"), ("delta", "text"), ("response",), ("content",)
@@ -1478,6 +1478,24 @@ def may_be_usage(data: bytes) -> bool:
     """Tell whether an event may say the usage and nothing else: it has no choice for certain."""
     return b'"usage"' in data and (b'"choices"' not in data or NO_CHOICES.search(data) is not None)
 
+def read_event(form: EventFormat, event: bytes) -> dict[str, Any] | None:
+    """Return the object that an event holds; what its fields call an error is one."""
+    failed = ERROR_EVENT.search(event) if b"error" in event else None
+    data = form.read(event) or (failed and failed[1]) or b""
+    doc = parse_event_json(data)
+    if not failed or (doc and "error" in doc):
+        return doc
+    return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
+
+def ends_stream(form: EventFormat, event: bytes) -> bool:
+    """Tell whether an event says that its stream is at its end, a good or a bad one."""
+    if DONE_MARK in map(bytes.strip, form.read(event).splitlines()):
+        return True
+    doc = read_event(form, event) or {}
+    ended = any(choice.get("finish_reason") for _, _, choice in read_choices(doc))
+    wrong = doc.get("error") or doc.get("object") == "error"
+    return bool(ended or wrong or doc.get("done") is True or doc.get("type") in END_TYPES)
+
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
 
@@ -1528,8 +1546,8 @@ class EventFilter:
     @property
     def complete(self) -> bool:
         """Whether the answer has said that it is at its end."""
-        last = b"".join(self.tail)[-MAX_LAST_EVENTS:]
-        return any(word in last for word in END_WORDS)
+        events = [*filter(None, self.form.split(b"".join(self.tail)))]
+        return any(ends_stream(self.form, event) for event in events[: -LAST_EVENTS - 1 : -1])
 
     def finish(self, closed: bool = False) -> bytes:
         """Return the last event, if it lacks its end, and what was held back.
@@ -1943,7 +1961,6 @@ def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
-ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
 MODEL_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [],
                  "parameter_size": "", "quantization_level": ""}
 
@@ -1997,15 +2014,6 @@ def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
     wrong = doc.get("error") or doc.get("object") == "error"
     return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
 
-def read_event(event: bytes) -> dict[str, Any] | None:
-    """Return the object that an event holds; what its fields call an error is one."""
-    failed = ERROR_EVENT.search(event) if b"error" in event else None
-    data = SSE.read(event) or (failed and failed[1]) or b""
-    doc = parse_event_json(data)
-    if not failed or (doc and "error" in doc):
-        return doc
-    return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
-
 class OllamaStream(EventFilter):
     """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
     required = True
@@ -2023,8 +2031,9 @@ class OllamaStream(EventFilter):
 
     def change_block(self, block: bytes) -> bytes:
         """Return the lines that some events make."""
-        events = map(read_event, filter(None, self.form.split(block)))
-        return b"".join([self.translate(doc) for doc in events if doc])
+        events = filter(None, self.form.split(block))
+        docs = [read_event(self.form, event) for event in events]
+        return b"".join([self.translate(doc) for doc in docs if doc])
 
     def translate(self, doc: dict[str, Any], whole: bool = False) -> bytes:
         """Return the line for an event or a whole answer, sometimes none."""

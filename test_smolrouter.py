@@ -5638,6 +5638,8 @@ def test_dawdler_is_answered_408(
 
 WORDS = [{"choices": [{"index": 0, "delta": {"content": w}}]} for w in ("one ", "two")]
 ENDED = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+END_TALK = {"error": None, "choices": [{"index": 0, "finish_reason": None, "delta": {
+    "content": 'the mark [DONE] or "finish_reason":"stop" or "error" ends it, "done":true does'}}]}
 
 
 def until_close(*pieces: bytes) -> list[Step]:
@@ -5651,6 +5653,8 @@ CUT_STREAMS = {
     "inside a chunked event": (stream_answer([event(WORDS[0]), event(WORDS[1])[:-9]]), False),
     "after the finish reason": (until_close(*map(event, [*WORDS, ENDED])), True),
     "after the mark": (until_close(*map(event, [*WORDS, "[DONE]"])), True),
+    "after words that end nothing": (until_close(*map(event, [*WORDS, END_TALK])), False),
+    "after the last of many": (until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])), True),
 }
 
 
@@ -5662,6 +5666,26 @@ def test_cut_stream_never_looks_complete(path: str, steps: list, whole: bool) ->
     assert got.text.startswith("one ")
     assert ("error" in got.documents[-1]) == (not whole)
     assert got.whole == whole
+
+
+@pytest.mark.parametrize("line, ends", [
+    ({"choices": [{"finish_reason": "stop"}]}, True), (END_TALK, False), (ENDED, True),
+    ({"choices": [{"finish_reason": ""}, {"finish_reason": None}]}, False), ("[DONE] ", True),
+    ({"message": {"content": '"done":true'}, "done": False}, False), ({"done": True}, True),
+    ({"type": "response.created", "response": {"error": None}}, False), ({"error": "x"}, True),
+    ({"type": "response.completed", "response": {"text": "x" * 9000}}, True), ("", False),
+    ({"type": "response.failed"}, True), ({"type": "response.incomplete"}, True),
+    ({"type": "content_block_stop"}, False), ({"type": "message_stop"}, True), ("[]", False),
+    ({"type": "error"}, True), ({"object": "error"}, True), ("x [DONE]", False), ("7", False),
+])  # fmt: skip
+def test_what_ends_a_stream(line: Any, ends: bool) -> None:
+    data = event(line)
+    for end in ENDS:
+        transform = chat_filter()
+        transform.feed(event(WORDS[0]) + data.replace(b"\n\n", end))
+        transform.feed(b": x\n\n")
+        assert transform.complete == ends
+    assert smolrouter.ends_stream(smolrouter.LINES, data[6:-1]) == ends
 
 
 def test_cut_document_is_no_answer() -> None:
