@@ -4307,9 +4307,10 @@ class LogWriter:
 
 def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
     """Be the process of a LogWriter, until its router closes the pipe or is no more."""
-    (language, known, patient), _ = receive_message(source)
+    (language, *started), _ = receive_message(source)
     if language != LANGUAGE:
         raise ConfigError("the program has changed; restart the router")
+    known, patient = started
     settings = Settings(**known)
     with contextlib.suppress(OSError, AttributeError):  # patient: the relay goes first
         os.sched_setscheduler(0, patient and os.SCHED_IDLE, os.sched_param(0))
@@ -4578,8 +4579,8 @@ class RequestLog:
 
     @property
     def waiting(self) -> int:
-        """How many requests have ended and are not in the database."""
-        return len(self.ended) + len(self.in_hand) + len(self.backlog)
+        """How many requests have ended and are not in the database, where there is one."""
+        return 0 if self.store is None else len(self.ended) + len(self.in_hand) + len(self.backlog)
 
     def state(self) -> dict[str, Any]:
         """Return how the log is, for /healthz and the page."""

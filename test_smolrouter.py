@@ -985,7 +985,7 @@ TREE = ast.parse(PROGRAM)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
 BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
-MAX_LINES = 4980  # of code: blank lines, comments and docstrings are not counted
+MAX_LINES = 5100  # of code: blank lines, comments and docstrings are not counted
 
 
 def functions() -> list[Any]:
@@ -9335,7 +9335,7 @@ class Dying:
 
     def __init__(self, store: Any, settings: Any, writes: bool) -> None:
         self.store, self.settings, self.writes = store, settings, writes
-        self.due = float("inf")
+        self.due, self.patient = float("inf"), True
 
     def write(self, notes: Any, watched: bool) -> Any:
         made = smolrouter.make_all(notes, self.settings)
