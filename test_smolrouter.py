@@ -5654,7 +5654,8 @@ CUT_STREAMS = {
     "after the finish reason": (until_close(*map(event, [*WORDS, ENDED])), True),
     "after the mark": (until_close(*map(event, [*WORDS, "[DONE]"])), True),
     "after words that end nothing": (until_close(*map(event, [*WORDS, END_TALK])), False),
-    "after the last of many": (until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])), True),
+    "after the last of many": (
+        until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])), True),
 }
 
 
