@@ -1036,6 +1036,7 @@ MAX_OPEN_CALLS = 64  # tool calls of an answer that fragments may still continue
 
 MAX_MODEL_NAME = 16 * KiB  # characters
 MAX_JSON_DEPTH = 200
+MAX_TEXT_PATH = 5  # members down to the text of a part; each is one more look at what is inside
 MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arrays: each of
 MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
 NO_BACKSLASH = re.compile(r"[^\\]")
@@ -1239,6 +1240,8 @@ def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
     """Return the edit that appends to a text, or to the user's last one inside a list."""
     if isinstance(value, str):
         return {path: value + suffix}
+    if len(path) >= MAX_TEXT_PATH:
+        return {}
     if isinstance(value, dict):  # a message, or a part of one
         key = "content" if value.get("role") == "user" else "text"
         return append_text((*path, key), value.get(key), suffix)
@@ -1893,19 +1896,28 @@ def openai_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     more = {name: value for name, value in more.items() if value}
     return {"role": message["role"], "content": content, **more}
 
+def take_call(queue: collections.deque[list[Any]]) -> Any:
+    """Return the id of the oldest call in a queue that no other queue has given, or None."""
+    while queue:
+        if turn := queue.popleft():
+            return turn.pop()
+    return None
+
 def openai_messages(messages: Any) -> Iterator[dict[str, Any]]:
     """Yield Ollama's messages as OpenAI's; a tool's result gets its call's id."""
-    waiting: list[dict[str, Any]] = []  # calls still without a result
+    waiting: dict[str | None, collections.deque[list[Any]]]  # calls without a result, by name;
+    waiting = collections.defaultdict(collections.deque)  # those of any name: None
     for index, said in enumerate(messages):
         message = new_message("user")
         add_said(message, said)
         entry = openai_message(message, index)
-        waiting += entry.get("tool_calls", ())
+        for call in entry.get("tool_calls", ()):
+            turn = [call["id"]]
+            for name in (call["function"]["name"], None):
+                waiting[name].append(turn)
         if entry["role"] == "tool":
-            calls = (c for c in waiting if message["name"] in (None, c["function"]["name"]))
-            call = next(calls, {"id": f"call_{index}"})
-            waiting = [other for other in waiting if other is not call]
-            entry["tool_call_id"] = message["tool_call_id"] or call["id"]
+            call_id = take_call(waiting[message["name"]]) or f"call_{index}"
+            entry["tool_call_id"] = message["tool_call_id"] or call_id
         yield entry
 
 def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:

@@ -7450,6 +7450,42 @@ TOOL_TALKS = {
 }
 
 
+NAMELESS = [{"role": "tool", "content": "x"}, tool_result("sun", "x"), tool_result("clock", "x")]
+RESULT_IDS = {  # what tools said after calls of clock, clock, weather; which calls that answers
+    "no name": ([NAMELESS[0]] * 4, ["call_0_0", "call_0_1", "call_0_2", "call_4"]),
+    "unknown name": ([NAMELESS[1], NAMELESS[0]], ["call_1", "call_0_0"]),
+    "both": ([NAMELESS[0], NAMELESS[2], NAMELESS[2]], ["call_0_0", "call_0_1", "call_3"]),
+    "name first": ([NAMELESS[2], *[NAMELESS[0]] * 2], ["call_0_0", "call_0_1", "call_0_2"]),
+}
+
+
+@pytest.mark.parametrize("results, ids", RESULT_IDS.values(), ids=RESULT_IDS)
+def test_ollama_tool_result_takes_the_oldest_call(results: list[dict], ids: list[str]) -> None:
+    called = ollama_calls(("clock", {}), ("clock", {}), ("weather", {}))
+    assert tell("/api/chat", {"model": "talk", "messages": [called, *results]}).status == 200
+    assert [m["tool_call_id"] for m in latest().json["messages"][1:]] == ids
+
+
+def test_ollama_calls_and_results_cost_their_sum() -> None:
+    """Not their product, in which nothing else would run: 6000 x 30,000 took half a minute."""
+    call = {"function": {"name": "f"}}
+    talk = [{"tool_calls": [call] * 30_000}, *[tool_result("g", "")] * 6000]
+    assert request(ways().port, "POST", "/api/chat", {"model": "talk", "messages": talk},
+                   patience=PATIENCE).status == 200
+
+
+def test_no_think_looks_at_parts_alone() -> None:
+    """What is nested deeper is no text of a message; each level would be one more reading."""
+    deep: Any = [[]] * 90_000
+    for _ in range(180):
+        deep = {"text": deep}
+    router = router_for({"DEFAULT_UPSTREAM": bench().url, "DISABLE_THINKING": "true"})
+    model = bench().plays(json_answer(completion({}, ANSWER)))
+    body = {"model": model, "messages": [*ASKED, {"role": "user", "content": deep}]}
+    assert request(router.port, "POST", CHAT, body, patience=PATIENCE).status == 200
+    assert latest().json["messages"][0]["content"].endswith(" /no_think")
+
+
 @pytest.mark.parametrize("talk", TOOL_TALKS.values(), ids=TOOL_TALKS)
 def test_ollama_tool_results_find_their_calls(talk: list[dict]) -> None:
     body = {"model": "talk", "messages": [*ASKED, *talk], "tools": TOOLS}
