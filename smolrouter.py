@@ -91,6 +91,7 @@ import ipaddress
 import itertools
 import json
 import marshal
+import math
 import operator
 import pathlib
 import posixpath
@@ -120,6 +121,8 @@ KiB, MiB = 1024, 1024 * 1024
 # Every failure a client can see is a class with a status; it is raised anywhere and
 # rendered in one place, by the dialect of the path that was asked (section 6).
 # To add one: a class with its status, its `code` and its OpenAI `type`, here `kind`.
+
+MAX_REASON = 400  # characters of an error that rows and printed lines hold
 
 class ConfigError(Exception):
     """A setting or the routing file is wrong; the program does not start with it."""
@@ -1063,7 +1066,8 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+COMPACT_JSON = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
 
 def json_gaps(text: str) -> Iterator[str]:
@@ -1109,19 +1113,30 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
     """Return the object that an upstream's event holds, None when it holds none."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        if len(text) > MIN_LONG_JSON:
-            check_size(text, float("inf"))  # vectors are long
+        check_size(text, float("inf"))  # vectors are long
         value = SERVER_JSON.decode(text)
     except (ValueError, RecursionError, RouterError):
         return None
     return value if isinstance(value, dict) else None
 
-def encode_json(value: Any) -> bytes:
-    """Return compact JSON; a lone surrogate stays an escape."""
+def encode_asked(value: Any) -> bytes:
+    """Return compact JSON; a lone surrogate stays an escape.
+
+    Raises MalformedContent for a number that no double holds: what was asked is not known.
+    """
     try:
         return COMPACT_JSON(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
+    except ValueError:
+        raise MalformedContent("a number is beyond 1.8e308, the most that a double holds") from None
+
+def encode_json(value: Any) -> bytes:
+    """Return the same; what no double holds is null: servers say such things."""
+    try:
+        return encode_asked(value)
+    except MalformedContent:
+        return encode_asked(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]:
     """Yield key or index, start and end of each value of the container at `at`."""
@@ -1155,10 +1170,10 @@ def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
     escapes = "\\u" in text  # they can spell a name in other ways
     there = {path: value for path, value in edits.items() if escapes or f'"{path[0]}"' in text}
     for start, end, path in edit_places(text, 0, there) if there else ():
-        pieces += [text[done:start], encode_json(edits[path]).decode()]
+        pieces += [text[done:start], encode_asked(edits[path]).decode()]
         done = end
         found.add(path)
-    new = [f"{json.dumps(path[0])}:{encode_json(value).decode()}"
+    new = [f"{json.dumps(path[0])}:{encode_asked(value).decode()}"
            for path, value in edits.items() if path not in found and len(path) == 1]
     rest, _, end = text[done:].rpartition("}")
     comma = "," if new and '"' in text else ""
@@ -1729,7 +1744,7 @@ def image_url(image: Any) -> str:
 
 def argument_text(arguments: Any) -> str:
     """Return the arguments of a call as the string that OpenAI gives."""
-    return arguments if isinstance(arguments, str) else encode_json(arguments).decode()
+    return arguments if isinstance(arguments, str) else encode_asked(arguments).decode()
 
 def new_message(role: str) -> dict[str, Any]:
     """Return a message of no protocol that says nothing yet; texts are gathered in pieces."""
@@ -1927,6 +1942,7 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
     result = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
     limit = options.get("num_predict")
     if isinstance(limit, (int, float)) and limit is not True and limit >= 1:
+        expect(limit < math.inf, "`num_predict` is beyond 1.8e308 instead of a number of tokens")
         result["max_tokens"] = int(limit)
     if form == "json":
         result["response_format"] = {"type": "json_object"}
@@ -1934,7 +1950,7 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
         schema = {"name": "response", "strict": True, "schema": form}
         result["response_format"] = {"type": "json_schema", "json_schema": schema}
     else:
-        expect(not form, f'`format` is {form!r} instead of "json" or a schema')
+        expect(not form, f'`format` is {repr(form)[:80]} instead of "json" or a schema')
     return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
 
 def ollama_path(ask: Ask) -> str:
@@ -1958,7 +1974,7 @@ def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
     out |= {"stream": ask.stream, **openai_options(doc)}
     if rewrite.include_usage:
         out["stream_options"] = {"include_usage": True}
-    content = encode_json(out)
+    content = encode_asked(out)
     if rewrite.no_think or doc.get("think") is False:
         content = splice_json(content.decode(), no_think_edit(ollama_path(ask), out))
     return content
@@ -1969,7 +1985,7 @@ def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
     text = (ask.doc.get("prompt") or "") if text is None else text
     out = {"model": rewrite.model, "input": text, "encoding_format": "float"}
     size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
-    return encode_json(out | size)
+    return encode_asked(out | size)
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
@@ -4620,7 +4636,7 @@ NOT_TRUE_ANY_MORE = NOT_RETURNED.union(
 OWN_NAMES = tuple(f"X-SmolRouter-{name}" for name in (
     "Request-Id", "Upstream", "Model", "Route", "Attempts"))
 OWN_FIELDS = frozenset(name.lower() for name in OWN_NAMES)
-ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError)  # of documents
+ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError, MalformedContent)  # of documents
 EVENT_ENDS = {"text/event-stream": SSE.end, "application/x-ndjson": LINES.end}
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
 FATAL_TO_CONNECTION = (MalformedMessage, RequestTimeout, ContentTooLarge, FieldsTooLarge,
@@ -4772,7 +4788,7 @@ class Exchange:
             if not (transform and transform.complete):
                 record.status, record.error = error.status, str(error)
             return
-        record.error = str(error)
+        record.error = str(error)[:MAX_REASON]
         if not self.responder.started:
             refuse(self.responder, error, self.dialect, self.own_fields())
             return
@@ -4830,7 +4846,7 @@ class Exchange:
         milliseconds = round((time.monotonic() - begun) * 1000, 1)
         status, error, health = None, None, self.health
         if isinstance(outcome, BadGateway):
-            error = str(outcome)
+            error = str(outcome)[:MAX_REASON]
             health.fail(error)
             self.relay.upstreams.no_usage_asked.discard(self.instance.server.url)  # a new one?
         else:
@@ -5642,7 +5658,7 @@ async def serve_model(services: Services, request: Request, dialect: Dialect) ->
     models = {model["id"]: model for model in await services.list_models(request)}
     decision = services.decide(name, request.source_host)
     if name not in models and (decision.route, decision.mapped) == ("default", name):
-        raise NotFound(f"no server has a model {name!r}; GET /v1/models lists them all")
+        raise NotFound(f"no server has a model {name[:80]!r}; GET /v1/models lists them all")
     request.responder.send_json(models.get(name) or model_entry(name))
 
 async def serve_tags(services: Services, request: Request, dialect: Dialect) -> None:
@@ -5659,7 +5675,7 @@ async def serve_show(services: Services, request: Request, dialect: Dialect) -> 
         return
     names = {ask.model, decision.mapped, *(i.model for i in decision.instances)}
     if names.isdisjoint([model["id"] for model in await services.list_models(request)]):
-        raise NotFound(f"model {ask.model!r} not found")
+        raise NotFound(f"model {ask.model[:80]!r} not found")
     request.responder.send_json(ollama_show(ask.model, rfc3339(time.time())))
 
 async def serve_running(services: Services, request: Request, dialect: Dialect) -> None:
@@ -5813,7 +5829,7 @@ class Application:
         try:
             await self.answer(request, found, known, dialect)
         except RouterError as error:
-            words = str(error)
+            words = str(error)[:MAX_REASON]
             if error.status in (401, 429) and found and found.serve is serve_page:
                 send_page(self.services, request, error.status, error.fields)  # to sign in
             else:
@@ -5871,7 +5887,8 @@ class Application:
     def missing(self, request: Request, known: Sequence[Endpoint]) -> RouterError:
         """Return the error for a path or method that nobody serves."""
         if known:
-            what = f"{request.head.method} is not allowed for {request.path}; {allow(known)} are"
+            method, path = request.head.method[:80], request.path[:200]
+            what = f"{method} is not allowed for {path}; {allow(known)} are"
             return MethodNotAllowed(what, ("Allow", allow(known)))
         other = f"/v1{request.path}"
         hint = f"; did you mean {other}?" if other in (*POST_PATHS, "/v1/models") else ""

@@ -7632,15 +7632,97 @@ BAD_REQUESTS: dict[str, dict] = {
     "format": {"messages": ASKED, "format": 5},
     "an image": {"messages": [{**ASKED[0], "images": ["no base64!"]}]},
     "a tool call": {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+    "a limit": {"messages": ASKED, "options": {"num_predict": 1e999}},
+    "a long format": {"messages": ASKED, "format": ["y" * 99_999]},
+    **{f"a huge number in {name}": {"messages": [{**ASKED[0], **message}], **more}
+       for name, message, more in (
+           ("options", {}, {"options": {"temperature": 1e999}}),
+           ("tools", {}, {"tools": [1e999]}), ("format", {}, {"format": {"x": -1e999}}),
+           ("a role", {"role": 1e999}, {}), ("an id", {"role": "tool", "tool_call_id": 1e999}, {}),
+           ("a call", {"tool_calls": [{"function": {"name": "f", "arguments": [1e999]}}]}, {}))},
 }
+
+
+def huge(document: Any) -> bytes:
+    """The document as JSON, its infinities as numbers that no double holds."""
+    return dumps(document).replace(b"Infinity", b"1e999")
 
 
 @pytest.mark.parametrize("body", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
 def test_ollama_bad_request(body: dict) -> None:
     with unheard():
-        got = tell("/api/chat", {"model": "talk", **body})
+        got = tell("/api/chat", huge({"model": "talk", **body}))
     assert got.status == 400
     check_error("/api/chat", got)
+    assert len(got.content) < 200
+
+
+@pytest.mark.parametrize("path, more", [
+    ("/api/generate", {"prompt": "hi", "raw": True, "suffix": 1e999}),
+    ("/api/embed", {"input": 1e999}), ("/api/embed", {"input": "a", "dimensions": 1e999}),
+    (CHAT, {"messages": [], "stream": True, "stream_options": {"x": 1e999}}),
+])  # fmt: skip
+def test_number_that_no_double_holds_is_not_written_again(path: str, more: dict) -> None:
+    with unheard():
+        got = tell(path, huge({"model": "talk", **more}))
+    assert got.status == 400
+    check_error(path, got)
+
+
+def test_number_that_no_double_holds_stays_where_nothing_is_written() -> None:
+    body = huge(chat("talk", temperature=1e999, stream=True))
+    assert tell(CHAT, body).status == 200
+    assert latest().content.startswith(body[:-1])  # `stream_options` is added at its end
+
+
+TOO_LARGE = {"function": {"name": "f", "arguments": '{"a":1e999}'}}
+HUGE_ANSWERS: Cases = (  # where it is asked, the answer, what of it a client reads
+    ("/api/embed", {"data": [{"embedding": [1e999, 1]}]}, b"[[null,1]]"),
+    ("/api/chat", {"choices": [{"message": {"tool_calls": [TOO_LARGE]}, "finish_reason": "stop"}]},
+     b'"arguments":{"a":null}'),
+    ("/api/chat", {"choices": [{"message": {"tool_calls": [
+        {"function": {"name": "f", "arguments": {"a": 1e999}}}]}}]}, b'"error":'),
+    ("/api/chat", {"choices": [{"message": {"content": "a", "images": ["?"]}}]}, b'"error":'),
+    (CHAT, {"choices": [{"message": {"content": "<think>a</think>b"}, "logprobs": -1e999}]},
+     b'"b"},"logprobs":-1e999'),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path, document, expected", HUGE_ANSWERS)
+def test_number_that_no_double_holds_in_an_answer(
+    path: str, document: dict, expected: bytes
+) -> None:
+    model = bench().plays(answer(huge(document), kind="application/json"))
+    got = tell(path, {"model": model, "input": "a", "messages": ASKED, "stream": False})
+    assert got.status == (502 if expected == b'"error":' else 200)
+    assert expected in got.content
+
+
+def test_infinite_log_probability_of_a_held_text_is_null() -> None:
+    """An event of the router's own, for a text that was held, is JSON in any case."""
+    said = {"choices": [{"index": 0, "delta": {"content": "<thi"}, "logprobs": -1e999}]}
+    model = bench().plays(sse_answer([event(said), "[DONE]"]))
+    got = tell(CHAT, chat(model, stream=True))
+    assert b'"logprobs":null' in got.content and b'"<thi"' in got.content
+
+
+def test_long_error_of_a_server_is_cut_in_row_and_line() -> None:
+    failed = {"error": {"message": "no " + "x" * 200_000}}
+    model = stage().plays(json_answer(failed))
+    got = request(logging().port, "POST", "/api/chat", chat(model, stream=False))
+    assert got.json["error"] == failed["error"]["message"]
+    assert row_of(logging(), model)["error_message"] == failed["error"]["message"][:400]
+    line = until(lambda: [li for li in logging().stderr.splitlines() if model in li])[0]
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize("method, path, more", [
+    ("GET", f"/v1/models/{'y' * 9999}", None), ("POST", "/api/show", {"model": "y" * 9999}),
+    ("y" * 9999, "/v1/models", None),
+])  # fmt: skip
+def test_long_name_is_quoted_in_part(method: str, path: str, more: Any) -> None:
+    got = request(ways().port, method, path, more)
+    assert got.status in (404, 405) and len(got.content) < 500
 
 
 @pytest.mark.parametrize("path", ("/api/embed", "/api/embeddings"))
