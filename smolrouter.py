@@ -2054,7 +2054,7 @@ class OllamaStream(EventFilter):
         self.rules = plan.rules._replace(think=think)
         self.text = TextFilter(self.rules)
         self.calls: list[dict[str, Any]] = []  # gathered from their fragments
-        self.said: dict[str, Any] = {}  # since the last line, or all for the one document
+        self.said: dict[str, list[Any]] = {}  # pieces since the last line, or of all there is
         self.reason: Any = None
 
     def change_block(self, block: bytes) -> bytes:
@@ -2087,12 +2087,14 @@ class OllamaStream(EventFilter):
         thinking = (apart if self.wants is not False else "") + (thought if self.wants else "")
         calls = [decode_call(call) for call in self.calls] if last else []
         self.calls = [] if last else self.calls
-        for name, value in (("content", visible), ("thinking", thinking), ("tool_calls", calls)):
-            if value:
-                self.said[name] = self.said[name] + value if name in self.said else value
+        for name, value in ("content", [visible]), ("thinking", [thinking]), ("tool_calls", calls):
+            if any(value):
+                self.said.setdefault(name, []).extend(value)
         if not end and (self.whole or not self.said):
             return b""
-        message, self.said = self.said, {}
+        message = {name: pieces if name == "tool_calls" else "".join(pieces)
+                   for name, pieces in self.said.items()}
+        self.said = {}
         now = rfc3339(self.plan.clock().now)
         doc = ollama_document(self.plan.ask, now, message, end or {"done": False})
         return LINES.encode(encode_json(doc))
@@ -3579,8 +3581,11 @@ def fetch_models(connection: Any, server: Server, authorization: str | None) -> 
         raise OSError(describe(error)) from None
     finally:
         connection.close()
-    if response.status >= 400 or doc is None:
+    if response.status >= 400:
         raise ValueError(f"/v1/models answered {response.status}")
+    if doc is None:
+        raise ValueError(f"/v1/models answered no JSON object of at most {MAX_MODELS_SIZE} "
+                         f"bytes and {MAX_JSON_DEPTH} levels")
     models = doc.get("data") if isinstance(doc.get("data"), list) else []
     return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
 
@@ -3648,8 +3653,9 @@ class ModelLists:
                 models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
-        except ValueError:
+        except ValueError as error:
             health.succeed()  # it can be reached, but has no list for us
+            health.error = str(error)
         else:
             health.succeed()
             if len(self.known) >= MAX_LISTS and key not in self.known:
@@ -3682,7 +3688,9 @@ async def list_models(lists: ModelLists, table: RoutingTable,
             pinned = f"{name} [{server.name}]"
             models[pinned] = {**model, "id": pinned}
     if not models and all(answer is None for answer in answers):
-        names = ", ".join(f"{server.name} ({server.url})" for server in servers)
+        reasons = [lists.upstreams.state(Instance(server)).error for server in servers]
+        names = ", ".join(f"{server.name} ({server.url}): {reason or 'no answer yet'}"
+                          for server, reason in zip(servers, reasons, strict=True))
         raise BadGateway(f"no server could be asked for its models: {names}")
     return list(models.values())
 
@@ -5487,7 +5495,7 @@ async def serve_upstreams(services: Services, request: Request, dialect: Dialect
                  else "cooling" if any(health.cool_until > now for health in failing) else "up")
         docs.append({
             "name": server.name, "url": url, "api": server.api, "state": state,
-            "last_error": failing[-1].error if failing else None,
+            "last_error": next((h.error for h in (*failing[::-1], *known) if h.error), None),
             "inflight": sum(health.busy for health in known),
             "models": [model["id"] for model in names or ()],
             **await services.log.ask(read_last_hour, url)})

@@ -7017,6 +7017,21 @@ def test_model_list_of_nobody_is_an_error() -> None:
         check_openai_error(got.json)
 
 
+@pytest.mark.parametrize("extra", [0, 1], ids=["alone", "beside a good one"])
+def test_model_list_that_is_too_deep_is_none(extra: int) -> None:
+    deep = b'{"data":[{"id":"a","x":' + b"[" * 980 + b"]" * 980 + b"}]}"
+    odd, good = Upstream(lambda r: answer(deep)), Upstream(models=["fine"])
+    table = {"servers": {"good": good.url} if extra else {}}
+    settings = {"DEFAULT_UPSTREAM": odd.url, "WEBUI_SECURITY": "NONE"}
+    with odd, good, Router(settings, table) as router:
+        got = request(router.port, "GET", "/v1/models")
+        assert got.status == (200 if extra else 502)
+        assert ("fine" if extra else "levels") in got.content.decode()
+        server = request(router.port, "GET", "/api/upstreams").json[0]
+        assert (server["state"], server["models"]) == ("up", [])
+        assert "levels" in server["last_error"]
+
+
 # -- OpenAI: what is refused -------------------------------------------------------
 
 MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
