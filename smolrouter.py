@@ -505,6 +505,13 @@ class Fields:
         parts = ",".join(self.get_all(name)).lower().split(",") if name in self.first else ()
         return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
+CODINGS = ("gzip", "x-gzip", "deflate")  # those that can be taken off
+
+def read_coding(fields: Fields) -> str:
+    """Return the content codings over all lines but `identity`, "" for none (RFC 9110 8.4)."""
+    codings = fields.tokens("content-encoding")
+    return ", ".join(coding for coding in codings if coding != "identity")
+
 class Framing(NamedTuple):
     """How long a content is: `length` octets, "chunked" or "until-close"."""
     kind: str
@@ -3894,10 +3901,10 @@ def storable(text: str) -> str:
     """Return text that SQLite takes: a lone surrogate becomes `?`."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
-def inflate(data: bytes, coding: str | None) -> bytes:
+def inflate(data: bytes, coding: str) -> bytes:
     """Return a body without its content coding, as far as it can be read."""
     with contextlib.suppress(zlib.error):
-        if coding in ("gzip", "x-gzip", "deflate"):
+        if coding in CODINGS:
             return zlib.decompressobj(47).decompress(data, MAX_HELD)
     return data
 
@@ -3910,7 +3917,7 @@ def make_note(record: Record) -> Note:
     return Note(
         *read_own(record), record.head.method, taken, first, encode_trail(record.trail),
         [*map(tuple, record.attempts)], tuple(read_lines(record.head)), tuple(read_lines(answer)),
-        answer and answer.fields.get("content-encoding", ""),
+        answer and read_coding(answer.fields),
         record.content, record.pieces, record.tail)
 
 def make_detail(note: Note, limit: int) -> Detail:
@@ -4635,8 +4642,9 @@ class RequestLog:
 # one gives an answer, and that answer goes out as it comes in. After its first octet has
 # left there is no second answer: a failure ends the stream with an error.
 
-CODINGS = ("gzip", "x-gzip", "deflate")
 MAX_DECODED = 32 * MiB
+MAX_CODED = 4 * KiB  # octets at once: after each member the rest of them is copied
+GZIP_START = b"\x1f\x8b"
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
 NOT_TRUE_ANY_MORE = NOT_RETURNED.union(
@@ -4683,25 +4691,38 @@ class Inflater:
     def __init__(self, coding: str, limit: float) -> None:
         self.coding, self.left = coding, limit
         self.decoder: Any = None
+        self.held = b""  # the first octet of what may be another member
+        self.ended = False  # no other member follows
+
+    def begin(self, start: bytes) -> bool:
+        """Begin the member that starts so; what is none is ignored, as gzip and browsers do."""
+        if self.decoder and start == GZIP_START[:1]:
+            self.held = start
+        elif self.decoder and (self.coding == "deflate" or start != GZIP_START):
+            self.ended = True
+        else:
+            bare = self.coding == "deflate" and start[0] & 15 != 8
+            self.decoder = zlib.decompressobj(-15 if bare else 47)
+        return not (self.held or self.ended)
 
     def feed(self, data: bytes) -> bytes:
         """Return the decoded bytes. Raises BadGateway."""
-        plain = []
-        while data:
-            if self.decoder is None:
-                bare = self.coding == "deflate" and data[0] & 15 != 8
-                self.decoder = zlib.decompressobj(-15 if bare else 47)
+        plain, at, room = [], 0, min(self.left, MAX_DECODED)
+        data, self.held = self.held + data, b""
+        while at < len(data) and not self.ended:
+            new = not self.decoder or self.decoder.eof
+            if new and not self.begin(data[at : at + 2]):
+                break
+            piece = data[at : at + MAX_CODED]
             try:
-                plain.append(self.decoder.decompress(data, MAX_DECODED + 1))
+                plain.append(self.decoder.decompress(piece, int(room) + 1))
             except zlib.error as error:
                 raise BadGateway(f"the answer's content coding is broken: {error}") from None
+            room -= len(plain[-1])
             self.left -= len(plain[-1])
-            if self.left < 0 or len(plain[-1]) > MAX_DECODED:
+            if room < 0:
                 raise DecodedTooLong(f"the answer decodes to more than {MAX_DECODED} bytes")
-            data = self.decoder.unused_data
-            if not data.startswith(b"\x1f\x8b"):
-                break
-            self.decoder = None  # another member follows
+            at += len(piece) - len(self.decoder.unused_data)
         return b"".join(plain)
 
 @dataclasses.dataclass
@@ -4873,7 +4894,7 @@ class Exchange:
             raise BadGateway(f"an error answer over {MAX_HELD_ERROR} bytes")
         if answer.head.status != 200 or self.request.head.method == "HEAD":
             return
-        coded = answer.head.fields.get("content-encoding")  # its events cannot be seen
+        coded = read_coding(answer.head.fields)  # its events cannot be told apart
         end = None if coded else EVENT_ENDS.get(answer.head.media_type)
         size, tail = 0, b""
         while piece := await answer.peek():
@@ -4944,16 +4965,19 @@ class Exchange:
     def choose_transform(self, head: ResponseHead) -> tuple[Transform | None, Inflater | None]:
         """Return what the answer must go through; one that cannot be read goes as it is."""
         ask = self.ask
-        coding = (head.fields.get("content-encoding") or "identity").lower()
-        if coding != "identity" and coding not in CODINGS:
+        coding = read_coding(head.fields)
+        if coding and coding not in CODINGS and self.native:
             return None, None
         plan = AnswerPlan(
             ask, self.dialect, self.native, self.relay.rules, self.hide_usage,
             self.instance.model != ask.model, self.timing,
         )
         transform = choose_transform(plan, head.status, head.media_type)
-        if not transform or coding == "identity":
+        if not transform or not coding:
             return transform, None
+        if coding not in CODINGS:
+            raise BadGateway(f"the answer (status {head.status}) has the content coding "
+                             f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone")
         return transform, Inflater(coding, MAX_DECODED if transform.whole else NEVER)
 
     def timing(self) -> Timing:
@@ -4968,7 +4992,7 @@ class Exchange:
         self.transform, self.inflater = self.choose_transform(answer.head)
         await answer.pump(self.forward, self.responder)
         transform, inflater, tail = self.transform, self.inflater, b""
-        if inflater and not (inflater.decoder and inflater.decoder.eof):
+        if inflater and inflater.decoder and not inflater.decoder.eof:  # nothing at all is whole
             raise BadGateway("the answer's content coding broke off")
         if transform:
             try:
@@ -5331,8 +5355,8 @@ def body_text(body: bytes) -> tuple[str | None, str]:
 def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, Any]:
     """Return everything about one request."""
     meta, path = json.loads(detail.meta), row.path.partition("?")[0]
-    headers = {name.lower(): value for name, value in meta.get("response_headers", ())}
-    content, said = detail.request, inflate(detail.response, headers.get("content-encoding"))
+    lines = [(name.lower(), name, value) for name, value in meta.get("response_headers", ())]
+    content, said = detail.request, inflate(detail.response, read_coding(Fields(lines)))
     talk = read_transcript(path, content, said) if path in NO_THINK_MEMBERS else []
     answers = [message for message in talk if message["role"] == "assistant"] if said else []
     doc = {**row_document(row, True), "phase": phase, "transcript": talk,
@@ -5627,13 +5651,13 @@ def is_object(content: bytes) -> bool:
 async def relay_post(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
     kind = request.head.fields.get("content-type") or ""
-    coding = request.head.fields.get("content-encoding")
+    coding = read_coding(request.head.fields)
     if kind.lower().startswith("multipart/form-data"):
         dialect = OPENAI_OPAQUE._replace(read=functools.partial(read_form, kind))
     elif not (request.path in MODEL_PATHS or "json" in kind.lower() or is_object(request.content)):
         dialect = OPENAI_OPAQUE
     if coding and dialect is not OPENAI_OPAQUE:
-        raise UnsupportedContent(f"Content-Encoding {coding!r} of a request; send it plain")
+        raise UnsupportedContent(f"Content-Encoding {coding[:80]!r} of a request; send it plain")
     await relay_model(services, request, dialect)
 
 async def relay_native(services: Services, request: Request, dialect: Dialect) -> None:

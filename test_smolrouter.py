@@ -5723,6 +5723,13 @@ CODED_ANSWERS = {
     "two members": ("gzip", gzip.compress(PLAIN[:half]) + gzip.compress(PLAIN[half:])),
     "zlib": ("deflate", zlib.compress(PLAIN)),
     "bare deflate": ("deflate", zlib.compress(PLAIN)[2:-4]),
+    "with identity": ("identity, ,GZIP", gzip.compress(PLAIN)),
+    "on a second line": ("identity\r\nContent-Encoding: gzip", gzip.compress(PLAIN)),
+    "after an empty line": ("\r\nContent-Encoding: gzip", gzip.compress(PLAIN)),
+    "zeros after it": ("gzip", gzip.compress(PLAIN) + bytes(512)),
+    "half a member's start after it": ("gzip", gzip.compress(PLAIN) + b"\x1f"),
+    "members that are empty": ("gzip", gzip.compress(PLAIN) + gzip.compress(b"") * 999),
+    "octets after zlib": ("deflate", zlib.compress(PLAIN) + gzip.compress(b"x")),
 }
 
 
@@ -5731,6 +5738,76 @@ def test_coded_answer_is_read(coding: str, content: bytes) -> None:
     steps = answer(content, 200, [("Content-Encoding", coding)], "application/json")
     got = ask(shared(), stage().plays(steps))
     assert (got.text, got.get("Content-Encoding")) == ("yes", None)
+
+
+def test_members_of_gzip_may_be_cut_anywhere() -> None:
+    members = gzip.compress(b"a") + gzip.compress(b"") + gzip.compress(b"b") + b"\x1frest"
+    for at in range(len(members)):
+        inflater = smolrouter.Inflater("gzip", 2)
+        assert inflater.feed(members[:at]) + inflater.feed(members[at:]) == b"ab"
+        assert inflater.decoder.eof
+
+
+def test_what_follows_gzip_is_not_kept() -> None:
+    gzipped = gzip.compress(event(ENDED))
+    steps = stream_answer([gzipped, *[b"x" * (1 << 20)] * 40], [("Content-Encoding", "gzip")])
+    with pair() as (router, upstream):
+        got = request(router.port, "POST", CHAT, chat(upstream.plays(steps), stream=True))
+        assert got.content == event(ENDED)
+        assert memory(router, "VmHWM") < 70
+
+
+UNKNOWN_CODINGS = ("br", "zstd", "gzip, gzip", "gzip\r\nContent-Encoding: br", "y" * 9999)
+
+
+@pytest.mark.parametrize("coding", UNKNOWN_CODINGS, ids=range(len(UNKNOWN_CODINGS)))
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [200, 429])
+def test_coding_that_nobody_takes_off(coding: str, stream: bool, status: int) -> None:
+    """A client of the same dialect gets it as it is, one of another an error that says why."""
+    kind = "text/event-stream" if stream else "application/json"
+    model = stage().plays(answer(b"coded", status, [("Content-Encoding", coding)], kind))
+    same = ask(shared(), model, stream=stream)
+    assert (same.status, same.content) == (status, b"coded")
+    assert [v for n, v in same.fields if n == "Content-Encoding"] == [
+        value.strip() for value in coding.split("\r\nContent-Encoding:")]
+    got = request(shared().port, "POST", "/api/chat", chat(model, stream=stream))
+    assert got.status == 502 and f"status {status}" in got.json["error"]
+    assert coding[:2] in got.json["error"] and len(got.content) < 300
+
+
+@pytest.mark.parametrize("status", [200, 204, 304])
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_coded_nothing_is_nothing(status: int, kind: str) -> None:
+    length = [] if status == 204 else [("Content-Length", "0")]
+    fields = [("Content-Type", kind), ("Content-Encoding", "gzip"), *length]
+    got = ask(shared(), stage().plays([head(status, fields)]), stream="event" in kind)
+    assert (got.status, got.content, got.whole) == (status, b"", True)
+
+
+def test_coded_stream_of_an_alias_does_not_wait() -> None:
+    """Its events cannot be told apart before it is decoded: its first octets are its begin."""
+    gate, packer = threading.Event(), zlib.compressobj(wbits=31)
+
+    def script(received: Received) -> Iterator[Step]:
+        data = packer.compress(event({"n": 1})) + packer.flush(zlib.Z_SYNC_FLUSH)
+        yield from stream_answer([data], [("Content-Encoding", "gzip")], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(packer.flush())
+
+    with (Upstream(script) as one, Upstream() as two, both(one.url, two.url) as router,
+          connect(router.port) as sock):
+        sock.sendall(post(CHAT, chat("pair", stream=True)))
+        assert receive_until(sock, b'{"n":1}')
+        gate.set()
+        assert receive_until(sock, b"0\r\n\r\n")
+
+
+def test_kept_answer_is_read_over_all_lines_of_its_coding() -> None:
+    fields = [("Content-Encoding", "gzip"), ("Content-Encoding", "identity")]
+    model = stage().plays(answer(gzip.compress(PLAIN), 200, fields, "application/json"))
+    assert ask(logging(), model).text == "yes"
+    assert detail_of(logging(), model)["response_body"] == PLAIN.decode()
 
 
 def test_huge_coded_answer_goes_as_it_is() -> None:
