@@ -1051,6 +1051,7 @@ MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arra
 MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
 NO_BACKSLASH = re.compile(r"[^\\]")
 BRACKET = re.compile(r"[\[{\]}]")
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}  # levels that each goes down
 MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed as it is
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
@@ -1096,11 +1097,12 @@ def check_size(text: str, values: float = MAX_JSON_VALUES) -> None:
     depth = nodes = 0
     for gap in json_gaps(text):
         values -= gap.count(",")
-        for bracket in BRACKET.findall(gap):
-            depth += 1 if bracket in "[{" else -1
-            nodes += bracket in "[{"
-            if depth > MAX_JSON_DEPTH:
-                raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels")
+        nodes += gap.count("[") + gap.count("{")
+        steps = map(BRACKETS.get, BRACKET.findall(gap))
+        depths = [*itertools.accumulate(steps, initial=depth)]
+        depth = depths[-1]
+        if max(depths) > MAX_JSON_DEPTH:
+            raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels")
         if nodes > MAX_JSON_NODES or values < 0:
             limits = f"{MAX_JSON_NODES} objects and arrays, {MAX_JSON_VALUES} values"
             raise ContentTooLarge(f"the JSON has too many parts; allowed are {limits}")
