@@ -509,6 +509,8 @@ CODINGS = ("gzip", "x-gzip", "deflate")  # those that can be taken off
 
 def read_coding(fields: Fields) -> str:
     """Return the content codings over all lines but `identity`, "" for none (RFC 9110 8.4)."""
+    if "content-encoding" not in fields.first:  # as nearly always
+        return ""
     codings = fields.tokens("content-encoding")
     return ", ".join(coding for coding in codings if coding != "identity")
 
@@ -810,7 +812,8 @@ def encode_field_value(text: str) -> str:
 # Whole events leave as the bytes they came in; nobody looks inside here.
 
 MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
-LAST_EVENTS = 8  # of a stream, one of which says that it is complete
+LAST_EVENTS = 8  # of a stream, one of which says that it is complete, or has failed
+FAR_BACK = 4 * KiB  # octets, where the last events of a block stand
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
@@ -1514,6 +1517,18 @@ def read_event(form: EventFormat, event: bytes) -> dict[str, Any] | None:
         return doc
     return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
 
+def error_text(doc: Mapping[str, Any]) -> str:
+    """Return the sentence in an upstream's error document, or else the document."""
+    error = doc.get("error", doc.get("detail", doc.get("message")))
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    return error if isinstance(error, str) else json.dumps(error)
+
+def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
+    """Return what an answer or event says went wrong, None when it says nothing of the kind."""
+    wrong = doc.get("error") or doc.get("object") == "error"
+    return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
+
 def ends_stream(form: EventFormat, event: bytes) -> bool:
     """Tell whether an event says that its stream is at its end, a good or a bad one."""
     if DONE_MARK in map(bytes.strip, form.read(event).splitlines()):
@@ -1575,6 +1590,15 @@ class EventFilter:
         """Whether the answer has said that it is at its end."""
         events = [*filter(None, self.form.split(b"".join(self.tail)))]
         return any(ends_stream(self.form, event) for event in events[: -LAST_EVENTS - 1 : -1])
+
+    @property
+    def trouble(self) -> str:
+        """What one of the last events says went wrong; "" for nothing."""
+        if not any(b"error" in block[-FAR_BACK:] for block in self.tail):
+            return ""
+        events = [*filter(None, self.form.split(b"".join(self.tail)))][-LAST_EVENTS:]
+        docs = [read_event(self.form, event) for event in events]
+        return "; ".join(str(wrong) for doc in docs if doc and (wrong := find_failure(doc)))
 
     def finish(self, closed: bool = False) -> bytes:
         """Return the last event, if it lacks its end, and what was held back.
@@ -2038,18 +2062,6 @@ def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = parse_event_json(text)
     arguments = {"_raw": text} if arguments is None else arguments
     return {"function": {"name": call["name"], "arguments": arguments}}
-
-def error_text(doc: Mapping[str, Any]) -> str:
-    """Return the sentence in an upstream's error document, or else the document."""
-    error = doc.get("error", doc.get("detail", doc.get("message")))
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return error if isinstance(error, str) else json.dumps(error)
-
-def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
-    """Return what an answer or event says went wrong, None when it says nothing of the kind."""
-    wrong = doc.get("error") or doc.get("object") == "error"
-    return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
 
 class OllamaStream(EventFilter):
     """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
@@ -5001,11 +5013,17 @@ class Exchange:
                 tail = transform.finish(answer.content.framing is UNTIL_CLOSE)
             except ODD_SHAPES as error:
                 raise odd_answer(error) from error
-            if getattr(transform, "timed", False):  # unasked, they come with the finish
-                self.relay.upstreams.no_usage_asked.add(self.instance.server.url)
+            self.conclude(transform)
         if not self.responder.started:
             self.begin(answer.head, len(tail) if transform and transform.whole else None)
         self.responder.finish(tail)
+
+    def conclude(self, transform: Transform) -> None:
+        """Note what only a whole stream has told."""
+        if isinstance(transform, EventFilter):
+            self.record.error = transform.trouble[:MAX_REASON]
+            if transform.timed:  # unasked, they come with the finish
+                self.relay.upstreams.no_usage_asked.add(self.instance.server.url)
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or hold it, as its transform says."""

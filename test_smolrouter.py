@@ -8469,6 +8469,20 @@ def test_a_stream_that_breaks_off_has_its_cost(kept: Kept, told: bool) -> None:
     assert row == ((502, 10, 200, 0, 1) if told else (502, 1, 2, 1, 1))
 
 
+def test_an_error_inside_a_stream_is_in_its_row(kept: Kept) -> None:
+    """The client got it as an event; whoever looks at the log finds it."""
+    broken = {"error": {"message": "no memory", "code": 500}}
+    talk = {"choices": [{"index": 0, "delta": {"content": 'no "error" at all'}}]}
+    with kept.router() as router:
+        for events in ([*WORDS, broken], [*WORDS, talk, ENDED, "[DONE]"]):
+            name = stage().plays(sse_answer(events))
+            for path in ("/v1/chat/completions", "/api/chat"):
+                request(router.port, "POST", path, chat(name, stream=True))
+        assert kept.written(4) == 4
+    rows = kept.ask("SELECT status_code, error_message, failed FROM requests ORDER BY id")
+    assert rows == [(200, "no memory", 1)] * 2 + [(200, None, 0)] * 2
+
+
 @pytest.mark.parametrize("said, wanted", USAGE_CASES)
 def test_usage_of_every_server(said: Any, wanted: Any) -> None:
     assert smolrouter.read_usage(said if isinstance(said, bytes) else dumps(said)) == wanted
