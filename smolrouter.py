@@ -4442,6 +4442,8 @@ class RequestLog:
     def finish(self, record: Record) -> None:
         """Note how it ended."""
         record.finished = time.monotonic()
+        if record.tail and (at := record.tail.rfind(b'"usage"')) >= 0:
+            record.tail = record.tail[at:]  # many may wait
         self.inflight.pop(record.id, None)
         self.ended.append(record)
         self.rouse()
