@@ -5557,8 +5557,8 @@ async def serve_routes(services: Services, request: Request, dialect: Dialect) -
                     for s in table.servers.values()],
         "aliases": [{"name": a.name, "strategy": a.strategy, "instances": [*map(str, a.instances)]}
                     for a in table.aliases.values()],
-        "routes": [{"rule": r.name, "match": r.match_text, "route": f"alias {r.target.name}"
-                    if isinstance(r.target, Alias) else str(r.target)} for r in table.rules],
+        "routes": [{"rule": r.name, "match": r.match_text, "route": str(r.target)}
+                   for r in table.rules],
         "model_map": [{"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
                       for key, to in table.model_map],
     }

@@ -8258,7 +8258,8 @@ def logging() -> Router:
         "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
         "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
         "routes": [
-            {"match": {"model": "asked-for"}, "route": {"upstream": "box", "model": "sent"}}],
+            {"match": {"model": "asked-for"}, "route": {"upstream": "box", "model": "sent"}},
+            {"match": {"model": "friend"}, "route": {"alias": "either"}}],
     }  # fmt: skip
     return router_for({"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}, routes)
 
@@ -8989,7 +8990,10 @@ def test_upstreams_say_how_they_are() -> None:
 def test_routes_explain_themselves() -> None:
     doc = document(logging(), "/api/routes?model=asked-for&source_host=10.1.2.3")
     assert [server["name"] for server in doc["servers"]] == ["off", "box"]
-    assert doc["aliases"][0]["name"] == "either" and doc["routes"][0]["rule"] == "routes[0]"
+    assert doc["aliases"][0]["name"] == "either"
+    assert doc["routes"] == [
+        {"rule": "routes[0]", "match": "model asked-for", "route": "box/sent"},
+        {"rule": "routes[1]", "match": "model friend", "route": "alias either"}]
     decision = doc["decision"]
     assert decision["trail"][-1]["matched"] and decision["route"] == "routes[0]"
     assert decision["instances"] == [{"server": "box", "url": stage().url, "model": "sent"}]
