@@ -5229,6 +5229,8 @@ LOG_PARAMETERS: Parameters = {
 POINT_PARAMETERS: Parameters = {
     "hours": HOURS, "limit": parse_number(1, 20_000), "model": parse_text,
     "service_type": parse_choice(*SERVICES)}
+ROUTE_PARAMETERS: Parameters = {
+    "model": str, "source_host": lambda text: str(ipaddress.ip_address(text))}
 EXPORT_PARAMETERS: Parameters = {
     "since": parse_age, "model": parse_text, "format": parse_choice("jsonl", "csv", "openai")}
 
@@ -5549,7 +5551,7 @@ async def serve_upstreams(services: Services, request: Request, dialect: Dialect
 
 async def serve_routes(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/routes: the table, and what it makes of a model."""
-    asked = read_parameters(request.query, {"model": str, "source_host": str})
+    asked = read_parameters(request.query, ROUTE_PARAMETERS)
     table = services.table
     doc = {
         "source": table.source, "error": services.routes_error, "default": str(table.default.url),

@@ -8836,6 +8836,8 @@ def test_filters(query: str, count: int) -> None:
     ("/api/stats?hours=1.5", "whole number"), ("/api/performance?limit=-1", "limit"),
     ("/api/performance?hours=99999", "hours"), ("/api/export?since=1y", "7d"),
     ("/api/export?format=xml", "jsonl"), ("/api/logs?model=%00", "model"),
+    ("/api/routes?source_host=banana", "IPv4 or IPv6 address"),
+    ("/api/routes?model=x&source_host=10.0.0.0/8", "IPv4 or IPv6 address"),
 ])  # fmt: skip
 def test_bad_parameters(path: str, word: str) -> None:
     got = request(made_log().port, "GET", path)
@@ -10131,8 +10133,12 @@ def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
     tab.fill("[name=explain]", "gpt-4")
     said = wait_text(tab, "#explained", "goes by routes[0]")
     assert "small on" in said and "✓ routes[0]" in said
+    tab.fill("[name=from]", "banana")
+    wait_text(tab, "#explained", "'banana' does not appear to be an IPv4 or IPv6 address")
+    tab.fill("[name=from]", "")
     tab.reload()
     wait_text(tab, "#explained", "goes by routes[0]")  # it is in the address
+    expect_wrong(tab, "400")
 
 
 def test_hidden_tab_is_quiet(tab: Any) -> None:
