@@ -5187,6 +5187,7 @@ def inflight_row(record: Record, now: float) -> dict[str, Any]:
 # paged by key, sums come from the hourly ones, and a sample stands for many rows.
 
 MAX_SEARCHED = 20_000  # newest rows that a search for text looks at
+FEW = 2000  # rows whose percentiles are taken from them; those of more, from a histogram
 SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
 MODEL_ARMS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
 HOURS = parse_number(1, 24 * 366)
@@ -5296,9 +5297,14 @@ def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any])
     return [row_document(make_row(make_note(live[row.id]), Detail()) if row.id in live else row)
             for row in map(Row._make, db.execute(*select_rows(asked)))]
 
-def percentile(counts: Sequence[float], share: float) -> float | None:
-    """Return about the value in ms below which `share` of a histogram lies."""
-    rank, low = share * sum(counts), 0.0
+def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> float | None:
+    """Return the smallest value in ms that `share` percent do not exceed.
+
+    It is exact when all `values` are at hand, and else read off their histogram.
+    """
+    if len(values) >= sum(counts):
+        return sorted(values)[-(-len(values) * share // 100) - 1] if values else None
+    rank, low = share * sum(counts) / 100, 0.0
     for count, edge in zip(counts, EDGES, strict=True):
         if count and rank <= count:
             return round(low + (edge - low) * rank / count, 1)
@@ -5318,13 +5324,16 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]
     by_hour = dict(db.execute(
         "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)))
     tally = db.execute(f"SELECT {TALLY} FROM rollups WHERE hour >= ?", (first,)).fetchone()
-    parts = {"latency_ms": tally[DURATIONS], "ttft_ms": tally[TTFTS]}
+    rows = db.execute("SELECT duration_ms, ttft_ms FROM requests WHERE id >= ? AND failed NOTNULL",
+                      (time_id(first * 3600),)).fetchall() if tally[0] <= FEW else ()
+    taken, waited = ([row[at] for row in rows if row[at] is not None] for at in (0, 1))
+    parts = {"latency_ms": (tally[DURATIONS], taken), "ttft_ms": (tally[TTFTS], waited)}
     return {
         "total_requests": sum(services.values()), "recent_requests": int(tally[0]),
         **{f"{name}_requests": services.get(name, 0) for name in SERVICES},
         "inflight_requests": len(log.inflight), "error_rate": tally[1] / max(tally[0], 1),
-        **{name: {f"p{share}": percentile(counts, share / 100) for share in (50, 95, 99)}
-           for name, counts in parts.items()},
+        **{name: {f"p{share}": percentile(*part, share) for share in (50, 95, 99)}
+           for name, part in parts.items()},
         **read_tally(tally, "prompt_tokens", "completion_tokens"),
         "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first, now + 1)],
         "log": log.state(),
@@ -5345,14 +5354,20 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str
     """Answer /api/performance: an even sample of the rows, and sums by model."""
     hours, limit = asked.get("hours", 24), asked.get("limit", 2000)
     begun = time.time() - hours * 3600
+    hour = int(begun // 3600)  # the sums are of whole ones
     given = {name: asked[name] for name in ("model", "service_type") if name in asked}
     where = "".join(f" AND {name} = ?" for name in given)
     tallies = db.execute(
         f"SELECT model, {TALLY} FROM rollups WHERE hour >= ?{where} GROUP BY model",
-        (int(begun // 3600), *given.values())).fetchall()
+        (hour, *given.values())).fetchall()
     total = int(sum(tally[1] for tally in tallies))
-    level = max((total // limit).bit_length() - 1, 0)
-    points = read_points(db, time_id(begun), level, given)
+    level = max((total // limit).bit_length() - 1, 0) if total > FEW else 0
+    rows = read_points(db, time_id(hour * 3600), level, given)
+    known: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for row, name in itertools.product(rows, ("duration_ms", "ttft_ms")):
+        if row[name] is not None:
+            known[row["model"], name].append(row[name])
+    points = [row for row in rows if row["id"] >= time_id(begun)]
     total, step = total if level else len(points), max(len(points) / limit, 1)
     points = [points[int(at * step)] for at in range(min(limit, len(points)))]
     return {
@@ -5360,9 +5375,9 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str
         "models": [{
             "model": model, **read_tally(tally, "requests", "errors", "prompt_tokens",
                                          "completion_tokens"),
-            "p50_ms": percentile(tally[DURATIONS], 0.5),
-            "p95_ms": percentile(tally[DURATIONS], 0.95),
-            "ttft_p50_ms": percentile(tally[TTFTS], 0.5),
+            "p50_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 50),
+            "p95_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 95),
+            "ttft_p50_ms": percentile(tally[TTFTS], known[model, "ttft_ms"], 50),
             "tokens_per_second": token_rate(*tally[SUMS.index("spoken_tokens") :][:2], 0),
         } for model, *tally in tallies],
         "meta": {"total_points": total, "hours_back": hours,
@@ -5423,8 +5438,7 @@ def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[st
     """Return how a server did in the last hour."""
     rows = db.execute("SELECT failed, duration_ms FROM requests WHERE upstream_url = ? "
                       "AND id >= ?", (url, time_id(time.time() - 3600))).fetchall()
-    times = sorted(taken for failed, taken in rows if failed == 0)
-    return {"p50_ms": times[len(times) // 2] if times else None,
+    return {"p50_ms": percentile((), [taken for failed, taken in rows if failed == 0], 50),
             "requests": len(rows), "errors": sum(failed or 0 for failed, _ in rows)}
 
 # --- export ---------------------------------------------------------------------------
