@@ -5520,10 +5520,22 @@ EVENTS_EVERY, KEEP_ALIVE, MAX_NEWS = 0.25, 15.0, 100  # s between messages; rows
 QUESTIONS = {"/api/logs": (read_logs, LOG_PARAMETERS), "/api/stats": (read_stats, {"hours": HOURS}),
              "/api/performance": (read_performance, POINT_PARAMETERS)}
 
+def find_url(table: RoutingTable, text: str) -> str:
+    """Return the URL of the server that a name, a URL or what stands behind :// means."""
+    for server in table.all_servers():
+        if text in (server.name, str(server.url).partition("://")[2]):
+            return str(server.url)
+    with contextlib.suppress(ValueError):  # it may have been in an earlier table
+        return str(parse_upstream_url(text))
+    return text
+
 async def serve_question(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/logs, /api/stats and /api/performance."""
     question, known = QUESTIONS[request.path]
-    doc = await services.log.ask(question, read_parameters(request.query, known))
+    asked = read_parameters(request.query, known)
+    if "upstream" in asked:
+        asked["upstream"] = find_url(services.table, asked["upstream"])
+    doc = await services.log.ask(question, asked)
     more = {"routes_error": services.routes_error}
     request.responder.send_json(doc | more if isinstance(doc, dict) else doc)
 
@@ -7284,7 +7296,7 @@ function tick() {
 }
 const STATES = {up: ["good", "✓ up"], cooling: ["warn", "◔ cooling"], down: ["bad", "✕ down"]};
 function showServers(servers) {
-  suggest("upstreams", servers.map(server => server.url));
+  suggest("upstreams", servers.map(server => server.name));
   byId("servers").replaceChildren(...servers.map(server => {
     const [kind, word] = STATES[server.state] ?? ["idle", "? not asked yet"];
     const facts = present({at: server.name && short(server.url), models: server.models.length,

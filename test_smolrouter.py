@@ -8812,6 +8812,7 @@ FILTERS = [
     ("service_type=OLLAMA", 1334), ("status=error", 400), ("status=404", 200), ("status=4xx", 200),
     ("status=502", 200), ("status=5xx", 200), ("status=200", 3600), ("status=2xx", 3600),
     ("source=10.0.0.2", 800), ("upstream=http%3A%2F%2Fbox%3A1", 4000), ("upstream=http://no", 0),
+    ("upstream=box:1", 4000), ("upstream=http://box:1/v1/", 4000), ("upstream=no+such+server", 0),
     ("model=model-3&status=error", 200), ("model=model-3&source=10.0.0.3&status=404", 200),
     ("model=nick&service_type=ollama", 34), ("source=10.0.0.0&model=nick", 100),
     ("q=NICK", 100), ("q=model-2&status=error", 0), ("q=%25", 0), ("q=_", 0), ("q=10.0.0.4", 800),
@@ -9029,6 +9030,14 @@ def test_upstreams_say_how_they_are() -> None:
     assert found["box"]["requests"] == 2 and found["box"]["p50_ms"] == min(times)
     assert "tiny" in found["box"]["models"] and found["off"]["models"] == []
     assert (found["box"]["url"], found["box"]["api"]) == (stage().url, "openai")
+
+
+def test_a_server_is_asked_for_by_its_name() -> None:
+    ask(logging(), "by-name")
+    number, place = row_of(logging(), "by-name")["id"], stage().url.partition("://")[2]
+    for text in ("box", stage().url, place):
+        assert number in [row["id"] for row in document(logging(), f"/api/logs?upstream={text}")]
+    assert document(logging(), "/api/logs?upstream=off") == []
 
 
 def test_routes_explain_themselves() -> None:
@@ -9945,6 +9954,11 @@ def test_page_filters_are_in_its_address(tab: Any) -> None:
     tab.reload()
     assert "gpt-4 → small" in wait_rows(tab, 1)[0]
     assert tab.input_value("#filters [name=model]") == "gpt-4"
+    tab.fill("#filters [name=q]", "")
+    for server, count in (("box", 1), ("off", 0), (stage().url.partition("://")[2], 1)):
+        tab.fill("#filters [name=upstream]", server)
+        wait_rows(tab, count)
+    assert until(lambda: tab.locator("#upstreams option[value=box]").count())
 
 
 def test_page_is_used_with_the_keyboard(tab: Any) -> None:
