@@ -4610,10 +4610,14 @@ class RequestLog:
     def fail(self, error: Exception) -> None:
         """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""
         text, aside = describe(error), ""
+        place = str(getattr(error, "filename", None) or self.store.path)
+        folder = str(pathlib.Path(self.settings.blob_storage_path))  # one text for all its files
         self.store.close()
         if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
             with contextlib.suppress(OSError):
                 aside = self.store.move_aside()
+        if place not in text:
+            text = f"{folder if place.startswith(folder) else place}: {text}"
         if aside:
             self.notice = text = f"{text}; the file is now {aside}, and a new one begins"
         if text != self.error:
@@ -6378,7 +6382,9 @@ def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile)
             with reading(store.path) as db:
                 page, asked["before"] = export_page(store, db, asked)
             sys.stdout.buffer.write(page)
-    except (BadRequest, sqlite3.Error) as error:
+    except BadRequest as error:
+        raise ConfigError(f"export: {error}") from None
+    except sqlite3.Error as error:
         raise ConfigError(f"export: {error} (DB_PATH={settings.db_path!r})") from None
     return 0
 

@@ -9121,7 +9121,10 @@ def test_export_in_every_form(kept: Kept) -> None:
     bad = run("export", "--format", "xml", settings=settings)
     assert bad.returncode == 2 and "jsonl" in bad.stderr and bad.stderr.count("\n") == 1
     bad = run("export", settings={"DB_PATH": str(kept.file.parent / "none.db")})
-    assert bad.returncode == 2 and "none.db" in bad.stderr
+    assert bad.returncode == 2 and "(DB_PATH=" in bad.stderr and "none.db" in bad.stderr
+    bad = run("export", "--since", "banana", settings=settings)
+    assert bad.returncode == 2 and "'banana': allowed is an age" in bad.stderr
+    assert "DB_PATH" not in bad.stderr
 
 
 def test_export_is_streamed() -> None:
@@ -9372,12 +9375,26 @@ def test_a_folder_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
     kept = Kept(tmp_path / "missing")
     with kept.router() as router:
         assert ask(router, "tiny").status == 200
-        assert until(lambda: "unable to open" in (log_state(router)["error"] or "")
-                     or "no such file" in (log_state(router)["error"] or ""))
+        words = f"{kept.file}: unable to open"
+        assert until(lambda: words in (log_state(router)["error"] or ""))
+        assert until(lambda: f"log: {words}" in router.stderr)
         assert request(router.port, "GET", "/api/logs").status == 503
         kept.file.parent.mkdir()
         assert kept.written(1) == 1
         assert document(router, "/api/logs")[0]["original_model"] == "tiny"
+
+
+def test_long_bodies_that_cannot_be_written_name_their_folder(kept: Kept) -> None:
+    kept.blobs.write_text("no folder")
+    with kept.router() as router:
+        for text in ("one ", "two "):
+            ask(router, "tiny", os.urandom(20_000).hex() + text)
+        assert until(lambda: (log_state(router)["error"] or "").startswith(f"{kept.blobs}: "))
+        assert until(lambda: log_state(router)["backlog"] == 2)
+        kept.blobs.unlink()
+        assert kept.written(2) == 2
+        assert until(lambda: "log: works again" in router.stderr)
+        assert router.stderr.count(f"log: {kept.blobs}: ") == 1  # once, whichever file it was
 
 
 def test_a_full_disk_stops_nothing(kept: Kept) -> None:
