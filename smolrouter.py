@@ -6593,8 +6593,8 @@ def flag_number(low: float, high: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     return parse
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser: commands, and a flag for every setting."""
+def build_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser, named "", and its commands', with a flag for every setting."""
     flags = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     group = flags.add_argument_group("settings (each is an environment variable too)")
     for item in dataclasses.fields(Settings):
@@ -6627,11 +6627,28 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (parser, subs["serve"], subs["demo"]):
         command.add_argument("--dashboard", metavar="FILE", help="serve this page instead",
                              default=argparse.SUPPRESS)
-    return parser
+    return {"": parser, **subs}
+
+def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[str]) -> None:
+    """Refuse a flag that does not exist: argparse takes what follows it for a command."""
+    import difflib  # seldom needed
+
+    usage = parsers[next((word for word in words if word in parsers), "")].format_usage()
+    known = re.findall(r"--?[a-z][a-z-]*", usage)
+    given = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
+    for flag in (flag for flag in given if flag not in known):
+        near = difflib.get_close_matches(flag.lower().replace("_", "-"), known, 1)
+        hint = f"did you mean {near[0]}?" if near else "see smolrouter --help"
+        raise ConfigError(f"unknown flag {flag}; {hint}")
 
 def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
     """Parse the command line and run its command. Raises ConfigError."""
-    args = build_parser().parse_args(argv)
+    parsers = build_parsers()
+    try:
+        args = parsers[""].parse_args(argv)
+    except ConfigError:
+        check_flags(parsers, sys.argv[1:] if argv is None else argv)
+        raise
     args.program, own = pathlib.Path(__file__).resolve(), len(sys.argv) - 1
     args.command = [] if argv is not None else [  # as this process was started
         sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - own]]
