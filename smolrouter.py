@@ -226,6 +226,8 @@ TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off"
 ABSOLUTE_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
+ENDPOINT = re.compile(r"(?:/v1)?/(?:chat/)?completions/*$|/v1/(?:embeddings|models|responses)/*$|"
+                      r"/api/(?:chat|generate|tags)/*$")
 ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -266,6 +268,8 @@ def parse_upstream_url(text: str) -> UpstreamURL:
     more = parts.username is not None or parts.query or parts.fragment
     check(scheme in DEFAULT_PORTS, f"scheme {scheme!r} instead of http or https")
     check(not more, "a user, query or fragment is not allowed in it")
+    end = ENDPOINT.search(parts.path)
+    check(not end, f"it ends in {end and end[0]}, which the router adds itself; leave that out")
     check(HOST_NAME.fullmatch(host) or is_address(host), f"no valid host in it: {host!r}")
     check(port != 0, "port 0")
     check(URL_PATH.fullmatch(parts.path), "its path has an octet to be percent-encoded")
@@ -6225,6 +6229,18 @@ class RoutesFile:
             raise ConfigError(f"ROUTES_CONFIG={name!r}: {describe(error)}; {remedy}") from None
         return parse_routes(text, name, self.environ, self.settings)
 
+def table_warnings(table: RoutingTable) -> Iterator[str]:
+    """Yield what a table says that is allowed, and hardly meant."""
+    yield from (server.warning for server in table.servers.values() if server.warning)
+    exact = [(rule.name, rule.model) for rule in table.rules] + [
+        ("MODEL_MAP", key) for key, _ in table.model_map]
+    for name, model in exact:
+        if isinstance(model, str) and "*" in model:
+            yield f"{name}: {model!r} is an exact name; a pattern is written /^gpt-/"
+    for rule in table.rules[:-1]:
+        if rule.model is None and rule.hosts is None:
+            yield f"{rule.name} matches everything: what stands behind it is never reached"
+
 def describe_table(table: RoutingTable) -> list[str]:
     """Return what a routing table holds, where the rest goes, and its warnings."""
     counted = ((table.servers, "server", "servers"), (table.aliases, "alias", "aliases"),
@@ -6233,7 +6249,7 @@ def describe_table(table: RoutingTable) -> list[str]:
     return [
         f"routes: {table.source or 'no routing file'}: {', '.join(held)}",
         f"the rest goes to {table.default.url}",
-        *(f"warning: {s.warning}" for s in table.servers.values() if s.warning),
+        *(f"warning: {words}" for words in table_warnings(table)),
     ]
 
 class Router:

@@ -1579,6 +1579,7 @@ BAD_TABLES = {
     "unset variable": ('{"servers": {"a": "http://${NOBODY}"}}', "NOBODY"),
     "duplicate": ('{"servers": {"a": "http://a", "a": "http://b"}}', "twice"),
     "bad URL": ('{"servers": {"a": "ftp://a"}}', "servers.a.url"),
+    "endpoint": ('{"servers": {"a": "http://a/x/v1/embeddings/"}}', "leave that out"),
     "bad api": ('{"servers": {"a": {"url": "http://a", "api": "x"}}}', "servers.a.api"),
     "number for text": (route({"model": 7}, X), "routes[0].match.model"),
     "broken JSON": ('{"servers": ', "JSON"),
@@ -4468,7 +4469,8 @@ def test_each_event_leaves_before_the_next_one_comes(path: str) -> None:
 SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "DEFAULT_UPSTREAM": (
         ["http://box:8000", "https://box/v1/", "box:8000", "http://[::1]:80/a/b"],
-        ["http://", "ftp://box", "http://box:port", "http://box:99999", "http://a b"]),
+        ["http://", "ftp://box", "http://box:port", "http://box:99999", "http://a b",
+         "http://box/v1/chat/completions"]),
     "DEFAULT_ROUTE": (["http://box:8000"], []),
     "LISTEN_HOST": (["127.0.0.1", "::1", "0.0.0.0", "localhost"], []),
     "LISTEN_PORT": (["0", "1234", "65535"], ["x", "-1", "65536"]),
@@ -4663,6 +4665,19 @@ def test_check_prints_the_table(folder: pathlib.Path) -> None:
     assert done.returncode == 0
     for word in ("fast-box", "http://127.0.0.1:9", "assistant", "llama3-8b", "small"):
         assert word in done.stdout
+
+
+def test_check_warns_of_what_hardly_is_meant(folder: pathlib.Path) -> None:
+    rules = [{"match": match, "route": {"model": "x"}}
+             for match in ({"model": "gpt-*"}, {"model": "/a.*/"}, {}, {"model": "b"}, {})]
+    (folder / "routes.yaml").write_text(json.dumps({"servers": {"a": "box:1"}, "routes": rules}))
+    done = alone(folder, "check", MODEL_MAP='{"claude-*": "b"}')
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == [
+        "warning: servers.a: 'box:1' has no scheme; http:// is assumed",
+        "warning: routes[0]: 'gpt-*' is an exact name; a pattern is written /^gpt-/",
+        "warning: MODEL_MAP: 'claude-*' is an exact name; a pattern is written /^gpt-/",
+        "warning: routes[2] matches everything: what stands behind it is never reached"]
 
 
 def test_one_is_not_many(folder: pathlib.Path) -> None:
@@ -8885,7 +8900,8 @@ def nearest_rank(values: Iterable[float | None], percent: int) -> float:
 def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
     store, tallies, rows = made_store(kept.file.parent), {}, []
     for number in range(60):
-        more = {"sent_model": "once" if number == 7 else "often", "duration_ms": 1.1 * number**2 + 1,
+        more = {"sent_model": "once" if number == 7 else "often",
+                "duration_ms": 1.1 * number**2 + 1,
                 "ttft_ms": number / 3 if number % 2 else None}
         rows.append(made_row(number, 0, **more))
         smolrouter.add_row(tallies, rows[-1])
@@ -8904,7 +8920,8 @@ def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
             assert stats[name] == {f"p{n}": nearest_rank(values, n) for n in (50, 95, 99)}
         for query in ("", "?limit=10", "?model=once", "?service_type=openai"):
             for doc in document(router, f"/api/performance{query}")["models"]:
-                assert not wrong(doc, [row for row in rows if row.sent_model == doc["model"]]), query
+                its = [row for row in rows if row.sent_model == doc["model"]]
+                assert not wrong(doc, its), query
         assert len(document(router, "/api/performance?limit=10")["data_points"]) == 10
         store.db.execute("DELETE FROM requests WHERE id < ?", (rows[30].id,))
         for at, known in (("/api/stats", "latency_ms"), ("/api/performance?model=often", "")):
