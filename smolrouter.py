@@ -405,7 +405,7 @@ class Settings:
     max_total_storage_size: int = setting("1073741824", parse_number(0, 10**15), "bytes kept of all bodies; the oldest go first")
     max_request_size: int = setting("67108864", parse_number(1, 10**12), "longest content of a request, bytes")
     max_connections: int = setting("2048", parse_number(1, 10**6), "connections served at once; more wait in the listen queue")
-    jwt_secret: str | None = setting(None, parse_secret, "at least 32 characters; signs the tokens")
+    jwt_secret: str | None = setting(None, parse_secret, "at least 32 characters, 10 different ones; signs the tokens")
     webui_security: str = setting("AUTH_WHEN_PROXIED", parse_choice(*POLICIES), "who may see the Web UI: NONE, AUTH_WHEN_PROXIED, ALWAYS_AUTH")
     api_security: str = setting("NONE", parse_choice(*POLICIES), "who may use the model API: the same three")
     trusted_proxies: tuple[IPNetwork, ...] = setting("none", parse_networks, "addresses or CIDRs whose X-Forwarded-For is believed")
@@ -2226,7 +2226,7 @@ MAX_PATTERN_NAME = 256  # longer names are not tried on patterns: CVE-like `/.*x
 STRATEGIES = ("failover", "round_robin", "least_busy")
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 PINNED = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
-NO_YAML = "needs PyYAML: install it (pip install pyyaml) or write the file as JSON"
+NO_YAML = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
 Address = tuple[int, int]  # version of IP, number
 

@@ -4656,7 +4656,7 @@ def test_alone_it_says_what_yaml_needs(folder: pathlib.Path) -> None:
     done = alone(folder, "check")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert "pyyaml" in line.lower() and "JSON" in line
+    assert "pip install pyyaml" in line and "python3-yaml" in line and "or write JSON" in line
 
 
 def test_check_prints_the_table(folder: pathlib.Path) -> None:
