@@ -6870,8 +6870,7 @@ th button { padding: 0; width: 100%; text-align: inherit; }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 </style>
-</head>
-<body>
+</head><body>
 <a class="skip" href="#main">Skip to the content</a>
 <header class="bar">
   <a class="brand" href="/"><svg width="24" height="24" viewBox="0 0 24 24" fill="none"
@@ -6884,16 +6883,13 @@ th button { padding: 0; width: 100%; text-align: inherit; }
 <main id="main">
 <noscript><p class="trouble">This page needs JavaScript; curl /api/logs does not.</p></noscript>
 <div id="troubles" role="alert"></div>
-<form class="card stack sign-in" id="sign-in" hidden>
-  <h1>Sign in</h1>
+<form class="card stack sign-in" id="sign-in" hidden><h1>Sign in</h1>
   <p class="quiet">This router asks for a token. On its machine,
     <code>smolrouter.py token --subject you</code> prints one.</p>
   <label>Token<input name="token" type="password" autocomplete="off" required></label>
   <p class="bad" id="sign-in-error" role="alert"></p>
-  <button class="main">Sign in</button>
-</form>
-<div class="view" id="overview" hidden>
-  <h1 class="unseen">Overview</h1>
+  <button class="main">Sign in</button></form>
+<div class="view" id="overview" hidden><h1 class="unseen">Overview</h1>
   <dl class="tiles" id="tiles"></dl>
   <div class="pair">
     <section class="card" aria-labelledby="flights-title">
@@ -6901,8 +6897,7 @@ th button { padding: 0; width: 100%; text-align: inherit; }
     </section>
     <section class="card" aria-labelledby="servers-title">
       <h2 class="heading" id="servers-title">Servers</h2><ul class="list" id="servers"></ul>
-    </section>
-  </div>
+    </section></div>
   <div class="pair even">
     <details class="card" id="try">
       <summary><h2>Try it</h2> <span class="small">send a chat through the router</span></summary>
@@ -6911,18 +6906,13 @@ th button { padding: 0; width: 100%; text-align: inherit; }
         <label>Message<textarea name="message">Say hello in one sentence.</textarea></label>
         <p class="line"><button class="main">Send</button>
           <span class="small" id="try-note" role="status"></span></p>
-        <div class="said" id="try-answer" aria-live="polite"></div>
-      </form>
-    </details>
+        <div class="said" id="try-answer" aria-live="polite"></div></form></details>
     <details class="card" id="explain">
       <summary><h2>Explain</h2> <span class="small">where would it go, and why</span></summary>
       <form class="controls" id="explain-form">
         <label>Model<input name="explain" list="models"></label>
-        <label>Source host<input name="from" placeholder="127.0.0.1"></label>
-      </form>
-      <div id="explained" aria-live="polite"></div>
-    </details>
-  </div>
+        <label>Source host<input name="from" placeholder="127.0.0.1"></label></form>
+      <div id="explained" aria-live="polite"></div></details></div>
   <section class="card" aria-labelledby="rows-title">
     <div class="heading"><h2 id="rows-title">Requests</h2><span class="small push">newest first;
       keys: <code>/</code> search, <code>j</code> <code>k</code> move, Enter opens</span></div>
@@ -6936,15 +6926,11 @@ th button { padding: 0; width: 100%; text-align: inherit; }
       <label>Model<input name="model" list="models"></label>
       <label>Server<input name="upstream" list="upstreams"></label>
       <label>Source<input name="source" list="sources"></label>
-      <button type="reset">Clear</button>
-    </form>
+      <button type="reset">Clear</button></form>
     <table class="rows" id="rows"><thead></thead><tbody></tbody></table>
     <div id="rows-empty"></div>
     <p class="line"><a class="button" id="newest">Newest</a>
-      <a class="button push" id="older">Older</a></p>
-  </section>
-</div>
-
+      <a class="button push" id="older">Older</a></p></section></div>
 <div class="view" id="performance" hidden>
   <section class="card" aria-labelledby="chart-title">
     <div class="heading"><h1 id="chart-title"></h1><span class="small" id="chart-note"></span></div>
@@ -6958,33 +6944,25 @@ th button { padding: 0; width: 100%; text-align: inherit; }
       <label>Up<select name="y"></select></label>
       <label>Scale<select name="scale"><option value="xy">Logarithmic<option value="none">Linear
         <option value="x">Log across<option value="y">Log up</select></label>
-      <a class="button" id="export" download>Export CSV</a>
-    </form>
+      <a class="button" id="export" download>Export CSV</a></form>
     <figure class="chart" id="chart"></figure>
     <p class="unseen" id="chart-says" role="status"></p>
     <div class="legend" id="legend" role="group" aria-label="Models shown"></div>
-    <div id="chart-empty"></div>
-  </section>
+    <div id="chart-empty"></div></section>
   <section class="card" aria-labelledby="speeds-title">
     <div class="heading"><h2 id="speeds-title">Models side by side</h2>
       <span class="small">and the servers they ran on</span></div>
-    <table id="speeds"><thead></thead><tbody></tbody></table>
-  </section>
-</div>
-
+    <table id="speeds"><thead></thead><tbody></tbody></table></section></div>
 <div class="view" id="request" hidden>
   <header class="heading" id="head"></header>
   <section class="card stack" id="story" aria-label="What happened"></section>
   <section class="card" id="talk" hidden><h2>Conversation</h2><div id="turns"></div></section>
-  <div class="view" id="raw"></div>
-</div>
-</main>
+  <div class="view" id="raw"></div></div></main>
 <datalist id="models"></datalist><datalist id="upstreams"></datalist>
 <datalist id="sources"></datalist>
 <script type="application/json" id="request-data"></script>
 <script>
 "use strict";
-
 // -- Nodes: a view is a function from data to nodes ------------------------------------------
 // Whatever comes from outside becomes a text node or an attribute's value, never markup.
 const byId = id => document.getElementById(id);
@@ -7015,7 +6993,6 @@ function arrange(parent, children) {
 function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
-
 // -- Figures ---------------------------------------------------------------------------------
 const known = value => value !== null && value !== undefined;
 const given = format => value => known(value) ? format(value) : "–";
@@ -7045,7 +7022,6 @@ function quantile(values, share) {
   const sorted = values.filter(known).sort((a, b) => a - b);
   return sorted[Math.max(0, Math.ceil(sorted.length * share) - 1)];
 }
-
 // -- A model's mark: a colour and a shape ----------------------------------------------------
 // The same in every view and on every visit: from the hash of the name, or the next mark that
 // is free. The shape tells models apart without the colour.
@@ -7084,7 +7060,6 @@ function badgeNode({status_code: status, is_inflight: runs}) {
     : status && status < 400 ? ["good", "✓"] : ["bad", "✕"];
   return node(`span.badge.${kind}`, `${sign} ${runs ? "running" : status || "none"}`);
 }
-
 // -- The router ------------------------------------------------------------------------------
 const app = {view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(),
   rows: new Map(), stats: null, hours: [], points: [], models: [], meta: {}, request: null};
@@ -7135,7 +7110,6 @@ function paced(work, pause) {
     setTimeout(() => { busy = false; if (again) run(); }, pause);
   };
 }
-
 // -- The address holds the state: a link reproduces the view ---------------------------------
 const params = () => new URLSearchParams(location.search);
 const valuesOf = form => Object.fromEntries(new FormData(form));
@@ -7171,7 +7145,6 @@ function suggest(id, values) {
   const fresh = [...new Set(values)].filter(value => value && !old.includes(value));
   byId(id).append(...fresh.slice(0, 300 - old.length).map(value => node("option", {value})));
 }
-
 // -- Charts: sparklines, scales, the scatter -------------------------------------------------
 const seconds = ms => ms < 1000 ? `${plain(ms)} ms` : `${plain(ms / 1000)} s`;
 const AXES = {
@@ -7262,7 +7235,6 @@ const hintNodes = one => [[markNode(one.model), named(one.model)],
   `${count(one.prompt_tokens)} → ${count(one.completion_tokens)} tokens`,
   `${span(one.duration_ms)}, first ${span(one.ttft_ms)}, ${plain(one.tokens_per_second)} tok/s`,
 ].map(line => node("div", line));
-
 // -- Overview --------------------------------------------------------------------------------
 function showStats(stats) {
   const share = stats.error_rate, {p50, p95} = (app.stats = stats).latency_ms;
@@ -7421,7 +7393,6 @@ function openOverview() {
 function refreshOverview() {
   for (const soon of [rowsSoon, statsSoon, flightsSoon, serversSoon, hoursSoon]) soon();
 }
-
 // -- Try it, Explain -------------------------------------------------------------------------
 /** Yield the JSON documents of an event stream. */
 async function* eventsOf(body) {
@@ -7472,7 +7443,6 @@ async function explain() {
 const stepsNode = steps => node("ol.steps", steps.map(({rule, matched, why}) =>
   node(matched ? "li.hit" : "li.quiet", matched ? "✓ " : "· ", named(rule, 80), " ",
     node("span.quiet", named(why, 300)))));
-
 // -- Performance -----------------------------------------------------------------------------
 function showPerformance({data_points: points, models, meta}) {
   Object.assign(app, {points, models, meta});
@@ -7586,7 +7556,6 @@ function openPerformance() {
   bindForm(byId("lens"), loadPerformance);
   new ResizeObserver(showChart).observe(byId("chart").parentNode);
 }
-
 // -- Request ---------------------------------------------------------------------------------
 function openRequest() {
   const inline = byId("request-data").textContent;
@@ -7725,7 +7694,6 @@ const copyNode = (label, text, impossible) => node("button", {disabled: impossib
     area.remove();
     setTimeout(() => say(button, label), 1500);
   }}, label);
-
 // -- Live: events, else polling; nothing while the tab is hidden -----------------------------
 const SETTLE_MS = 4500;  // what prints the page waits until all is loaded; events never are
 function listen() {
@@ -7743,7 +7711,6 @@ function refresh() {
   app.view.refresh();
   if (performance.now() > SETTLE_MS) listen();
 }
-
 // -- Which view: the path says ---------------------------------------------------------------
 const VIEWS = [
   {name: "performance", path: /^\/performance/, open: openPerformance, refresh: performanceSoon},
