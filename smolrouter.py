@@ -7012,9 +7012,10 @@ const span = given(ms => {
   if (minutes < 60) return `${minutes} min ${rest} s`;
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 });
+const local = given(time => new Date(time).toLocaleString("sv"));  // to the second
 /** Local time; the day too when it is not today. */
 function moment(timestamp) {
-  const [then, now] = [new Date(timestamp), new Date()].map(date => date.toLocaleString("sv"));
+  const [then, now] = [timestamp, Date.now()].map(local);
   return then.slice(0, 10) === now.slice(0, 10) ? then.slice(11) : then.slice(0, 16);
 }
 /** The value below which a share of the known ones lies. */
@@ -7592,7 +7593,7 @@ function showRequest(doc) {
 }
 const headNodes = doc => [node("h1", modelNode(doc)), badgeNode(doc),
   node("span.quiet", `${doc.method} `, named(doc.path, 80),
-    ` from ${doc.source_ip}, ${moment(doc.timestamp)}`),
+    ` from ${doc.source_ip}, ${local(doc.timestamp)}`),
   node("span.push.line", doc.is_inflight && stopNode(doc.id), copyNode("Copy as curl",
     () => curlOf(doc), doc.request_body_cut || doc.request_body_encoding === "base64"))];
 /** Asked for -> mapped -> rule -> attempt 1 failed -> attempt 2 answered. */
@@ -7629,7 +7630,7 @@ function factsNode(doc) {
     "Tokens per second": doc.tokens_per_second && plain(doc.tokens_per_second),
     "Size": sizesOf(doc), "Server": doc.upstream_url, "Stream": doc.stream ? "yes" : "no",
     "Client": doc.user_agent, "Key's fingerprint": doc.client_key, "Request id": doc.request_id,
-    "Started": doc.timestamp.replace("T", " "), "Ended": doc.completed_at?.replace("T", " ")};
+    "Started": local(doc.timestamp), "Ended": doc.completed_at && local(doc.completed_at)};
   return node("dl.facts", present(facts).map(([name, value]) => node("div",
     node("dt", name), node("dd", value.nodeType ? value : named(value, 200)))));
 }

@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import datetime
 import email
 import functools
 import gzip
@@ -10183,12 +10184,19 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
 def test_request_shows_how_it_was_routed(tab: Any) -> None:
     router = page_router("trail")
     ask(router, "coder")
-    tab.goto(f"{router.url}/request/{newest(router, 'coder')['id']}")
+    row, devtools = newest(router, "coder"), tab.context.new_cdp_session(tab)
+    devtools.send("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Tokyo"})
+    tab.goto(f"{router.url}/request/{row['id']}")
     trail = wait_text(tab, ".trail", "answered")
     for text in ("Asked forcoder", "By rulealias coder", "Sent astiny", "Attempt 1 failed",
                  "✕ off/tiny: connection refused", "Attempt 2 answered", "✓ box/tiny: 200"):
         assert text in trail, (text, trail)
     assert "failed attempts" in tab.locator(".key").text_content()
+    begun, ended = (str(datetime.datetime.fromisoformat(row[name][:19])
+                        + datetime.timedelta(hours=9)) for name in ("timestamp", "completed_at"))
+    assert f", {begun}" in tab.text_content("#head")  # all of it in local time
+    assert f"Started{begun}" in tab.text_content(".facts")
+    assert f"Ended{ended}" in tab.text_content(".facts")
     tab.click("#rules > summary")
     assert "aliases.coder" in tab.locator("#rules").inner_text()
     tab.goto(f"{router.url}/request/7")
