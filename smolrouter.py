@@ -7063,7 +7063,8 @@ function badgeNode({status_code: status, is_inflight: runs}) {
 }
 // -- The router ------------------------------------------------------------------------------
 const app = {view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(),
-  rows: new Map(), stats: null, hours: [], points: [], models: [], meta: {}, request: null};
+  running: null, rows: new Map(), stats: null, hours: [], points: [], models: [], meta: {},
+  request: null};
 const isSignedIn = () => byId("sign-in").hidden;
 const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
 /** Ask the router. Throws an Error that says why not; a 401 shows the sign-in form. */
@@ -7246,7 +7247,7 @@ function showStats(stats) {
     ["Last 24 hours", brief(stats.recent_requests), stats.requests_per_hour],
     ["OpenAI", brief(stats.openai_requests), byHour(one => one.service_type === "openai")],
     ["Ollama", brief(stats.ollama_requests), byHour(one => one.service_type === "ollama")],
-    ["In flight", brief(stats.inflight_requests)],
+    ["In flight", brief(app.running ?? stats.inflight_requests)],
     ["Error rate", `${plain(share * 100)} %`, byHour(one => one.status_code >= 400)],
     ["Latency p50", span(p50), timesOf(.5)], ["Latency p95", span(p95), timesOf(.95)],
   ];
@@ -7271,6 +7272,9 @@ function showFlights(rows) {
     old.get(keyOf(row)) ?? flightNode(row), {row, since: performance.now() - row.elapsed_ms})]));
   arrange(byId("flights"), rows.length ? [...app.flights.values()].map(flight => flight.element)
     : [node("li.quiet", "Nothing is running now.")]);
+  const before = app.running;
+  app.running = rows.length;
+  if (app.stats && app.running !== before) showStats(app.stats);
   tick();
 }
 function flightNode(row) {

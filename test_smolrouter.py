@@ -10094,8 +10094,12 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
     wait_text(tab, "#rows-empty", "No request yet")
     assert f"curl {router.url}/v1/chat/completions" in tab.locator("#rows-empty").text_content()
     wait_text(tab, "#flights", "Nothing is running")
+    tile = "document.querySelector('#tiles').textContent.match(/In flight([0-9]+)/)?.[1]"
+    assert until(lambda: tab.evaluate(tile) == "0")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask, router, name, stream=True)
+        assert until(lambda: tab.evaluate("document.querySelector('.flight')?.textContent"))
+        assert tab.evaluate(tile) == "1"  # as soon as the list has it
         wait_text(tab, ".flight", "streaming")  # it appears without a reload
         assert name in wait_rows(tab, 1)[0]
         tab.click(".flight summary")
