@@ -7427,7 +7427,8 @@ async function tryIt(event) {
     }
     note("Done after $; it is in the list below");
   } catch (error) {
-    note(error.message);
+    const broken = error instanceof TypeError;  // the browser's; its words help nobody
+    note(broken ? "The answer broke off after $; the list below tells why" : error.message);
   }
   send.disabled = false;
 }

@@ -10251,6 +10251,25 @@ def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
     expect_wrong(tab, "400")
 
 
+def test_chat_that_is_stopped_says_so(tab: Any) -> None:
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event(WORDS[0])], whole=False)
+        yield HANG
+
+    name, router = stage().plays(script), page_router("broken")
+    tab.goto(router.url)
+    tab.click("#try > summary")
+    tab.fill("#try-form [name=model]", name)
+    tab.click("#try-form button")
+    wait_text(tab, "#try-answer", "one ")
+    tab.click(".flight button:has-text('Stop')")
+    assert until(lambda: tab.is_enabled("#try-form button"))
+    note = tab.text_content("#try-note")  # the last words of a broken answer may get lost
+    assert re.search(r"broke off after [0-9.]+ m?s; the list below|cancelled", note)
+    assert "network" not in note
+    expect_wrong(tab, "ERR_")
+
+
 def test_hidden_tab_is_quiet(tab: Any) -> None:
     router, asked = page_router("quiet"), []
     tab.clock.install()
