@@ -7768,7 +7768,10 @@ document.addEventListener("visibilitychange", () =>
 byId("try").addEventListener("toggle", suggestModels);
 byId("try-form").addEventListener("submit", tryIt);
 byId("sign-in").addEventListener("submit", signIn);
-byId("sign-out").onclick = () => post("/api/signout").finally(() => location.assign("/"));
+const tabs = new BroadcastChannel("sign-out");  // all of this browser leave at once
+tabs.onmessage = () => location.reload();
+byId("sign-out").onclick = () => post("/api/signout")
+  .finally(() => { tabs.postMessage("out"); location.assign("/"); });
 setInterval(refresh, 30_000);  // ms; for where events do not get through
 start();
 </script>

@@ -10221,8 +10221,12 @@ def test_sign_in_and_out(tab: Any) -> None:
     tab.click("#sign-in button")
     tab.wait_for_selector("#performance", state="visible")
     wait_text(tab, "#live", "Live")
+    other = tab.context.new_page()
+    other.goto(router.url)
+    wait_text(other, "#live", "Live")
     tab.click("#sign-out")
-    tab.wait_for_selector("#sign-in", state="visible")
+    for one in (tab, other):
+        one.wait_for_selector("#sign-in", state="visible")
     assert not tab.locator("#overview").is_visible()
     expect_wrong(tab, "401")
 
