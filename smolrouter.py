@@ -7067,11 +7067,26 @@ const app = {view: null, source: null, troubles: new Map(), turns: {}, flights: 
   request: null};
 const isSignedIn = () => byId("sign-in").hidden;
 const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
+const NO_ANSWER = "The router does not answer.";
+/** Say that no answer came, and ask again soon. Throws an Error with the status 0. */
+function miss() {
+  app.source?.close();  // a box without power ends no connection
+  showLive(false);
+  clearTimeout(app.again);
+  app.again = setTimeout(refresh, 2000);
+  throw Object.assign(new Error(NO_ANSWER), {status: 0});
+}
+/** Show whether the router answers, and whether its events come. */
+function showLive(answers) {
+  const live = answers && app.source?.readyState === EventSource.OPEN;
+  trouble("router", answers ? null : NO_ANSWER);
+  byId("live").classList.toggle("on", live);
+  if (app.source || !answers) say(byId("live"), live ? "Live" : "Not live");
+}
 /** Ask the router. Throws an Error that says why not; a 401 shows the sign-in form. */
-async function ask(path, options) {
-  const answer = await fetch(path, {cache: "no-store", ...options}).catch(() => {
-    throw new Error("The router does not answer.");
-  });
+async function ask(path, options = {signal: AbortSignal.timeout(15_000)}) {
+  const answer = await fetch(path, {cache: "no-store", ...options}).catch(miss);
+  showLive(true);
   if (answer.ok) return answer;
   let why = clip(await answer.text(), 500);
   try { const {error} = JSON.parse(why); why = error.message ?? error; } catch { /* no JSON */ }
@@ -7079,7 +7094,8 @@ async function ask(path, options) {
   throw Object.assign(new Error(why || `HTTP ${answer.status}`), {status: answer.status});
 }
 const queryOf = values => new URLSearchParams(present(values));
-const askJson = async (path, query) => (await ask(`${path}?${queryOf(query)}`)).json();
+const askJson = async (path, query) =>
+  (await ask(`${path}?${queryOf(query)}`)).json().catch(miss);
 const post = (path, value) => ask(path, {method: "POST", body: JSON.stringify(value ?? {}),
   headers: {"Content-Type": "application/json"}});
 /** Show what is wrong until it is right again (no text), each text once. */
@@ -7098,7 +7114,7 @@ async function load(name, query, show) {
     const value = await askJson(`/api/${name}`, query);
     if (isNewest()) { trouble(name, null); show(value); }
   } catch (error) {
-    if (isNewest() && error.status !== 401) trouble(name, error.message);
+    if (isNewest() && ![0, 401].includes(error.status)) trouble(name, error.message);
   }
 }
 /** Do work at once, and then at most once in `pause` ms, however often it is asked for. */
@@ -7572,12 +7588,13 @@ async function loadRequest() {
     showRequest(await askJson(`/api/request/${location.pathname.split("/")[2]}`));
     trouble("request", null);
   } catch (error) {
-    if (error.status !== 404) return trouble("request", error.message);
+    if (error.status !== 404) return error.status && trouble("request", error.message);
     byId("request").replaceChildren(node("section.card", empty("There is no such request.",
       "It may be older than MAX_LOG_AGE_DAYS. ", node("a", {href: "/"}, "Look at the newest."))));
   }
 }
 const requestSoon = paced(loadRequest, 1000);
+const pingSoon = paced(() => askJson("/api/session").catch(() => {}), 10_000);
 /** Show a request; while it runs, only what changes is made anew, once a second. */
 function showRequest(doc) {
   const old = [...byId("turns").children];
@@ -7707,9 +7724,8 @@ function listen() {
   app.source = new EventSource("/api/events");
   app.source.addEventListener("requests", () => app.view.refresh());
   app.source.onopen = app.source.onerror = ({type}) => {
-    byId("live").classList.toggle("on", type === "open");
+    showLive(type === "open" || !app.troubles.has("router"));
     app.view.refresh();
-    say(byId("live"), type === "open" ? "Live" : "Not live");
   };
 }
 function refresh() {
@@ -7721,7 +7737,7 @@ function refresh() {
 const VIEWS = [
   {name: "performance", path: /^\/performance/, open: openPerformance, refresh: performanceSoon},
   {name: "request", path: /^\/request\//, open: openRequest,
-    refresh: () => app.request?.is_inflight !== false && requestSoon()},
+    refresh: () => (app.request?.is_inflight === false ? pingSoon : requestSoon)()},
   {name: "overview", path: /^/, open: openOverview, refresh: refreshOverview},
 ];
 function showSignIn() {

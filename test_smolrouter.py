@@ -10004,6 +10004,26 @@ def test_page_filters_are_in_its_address(tab: Any) -> None:
     assert until(lambda: tab.locator("#upstreams option[value=box]").count())
 
 
+def test_page_says_when_nobody_answers(tab: Any) -> None:
+    tab.add_init_script("""  // what takes 15 s takes half a second
+        const after = AbortSignal.timeout.bind(AbortSignal);
+        AbortSignal.timeout = ms => after(ms / 30);
+    """)
+    router = page_router("silent")
+    tab.goto(router.url)
+    assert until(lambda: tab.text_content("#live") == "Live")
+    router.signal(signal.SIGSTOP)  # its connections stay open
+    try:
+        tab.evaluate("refresh()")
+        wait_text(tab, "#troubles", "The router does not answer.")
+        assert tab.locator(".trouble").count() == 1
+        assert tab.text_content("#live") == "Not live"
+    finally:
+        router.signal(signal.SIGCONT)
+    assert until(lambda: tab.text_content("#live") == "Live")  # by itself
+    assert tab.locator(".trouble").count() == 0
+
+
 def test_page_is_used_with_the_keyboard(tab: Any) -> None:
     router = page_router("keys")
     for word in ("one", "two", "three"):
