@@ -7165,6 +7165,7 @@ function suggest(id, values) {
 }
 // -- Charts: sparklines, scales, the scatter -------------------------------------------------
 const seconds = ms => ms < 1000 ? `${plain(ms)} ms` : `${plain(ms / 1000)} s`;
+const requests = number => `${count(number)} request${number === 1 ? "" : "s"}`;
 const AXES = {
   completion_tokens: ["Completion tokens", brief], prompt_tokens: ["Prompt tokens", brief],
   total_tokens: ["Total tokens", brief], duration_ms: ["Response time", seconds],
@@ -7473,17 +7474,18 @@ function showPerformance({data_points: points, models, meta}) {
   showSpeeds();
 }
 function showChart() {
-  const figure = byId("chart"), {x: xAxis, y: yAxis, scale} = valuesOf(byId("lens"));
+  const figure = byId("chart"), {x: xAxis, y: yAxis, scale, model} = valuesOf(byId("lens"));
   const hidden = new Set(params().getAll("hide")), all = app.points;
   const points = all.filter(one =>
     !hidden.has(one.model) && known(one[xAxis]) && known(one[yAxis]));
   const left = all.length - points.length;
   say(byId("chart-title"), `${AXES[xAxis][0]} against ${AXES[yAxis][0].toLowerCase()}`);
-  say(byId("chart-note"), `${count(points.length)} requests` +
+  say(byId("chart-note"), requests(points.length) +
     (app.meta.sampled ? `, an even sample of ${count(app.meta.total_points)}` : "") +
     (left ? `, ${count(left)} hidden or without these figures` : ""));
   showLegend(hidden);
-  byId("chart-empty").replaceChildren(all.length ? ""
+  byId("chart-empty").replaceChildren(all.length ? "" : model
+    ? empty("No request of this model is there.", "Choose another model, or a longer time.")
     : empty("No request in this range.", "Choose a longer one, or send one:", exampleNode()));
   figure.hidden = !points.length;
   const {width, height} = figure.getBoundingClientRect();
@@ -7499,7 +7501,7 @@ function chartNodes(points, xAxis, yAxis, scale, width, height) {
       transform: `translate(${across.toFixed(1)} ${up.toFixed(1)}) scale(.8)`}));
   const ring = drawn("circle.ring", {r: 9, visibility: "hidden"});
   const hint = node("div.hint", {hidden: true});
-  const label = `${points.length} requests. Arrow keys go from one to the next, Enter opens one.`;
+  const label = `${requests(points.length)}. Arrow keys go from one to the next, Enter opens one.`;
   const speeds = xAxis.endsWith("tokens") && yAxis === "duration_ms" ? [1, 10, 100, 1000] : [];
   const svg = drawn("svg", {role: "application", tabindex: 0, "aria-label": label},
     frameNodes(x, y, AXES[xAxis], AXES[yAxis], speeds, box), dots, ring);
@@ -7769,8 +7771,9 @@ function keys(event) {
 }
 async function start() {
   app.view = VIEWS.find(view => view.path.test(location.pathname));
-  for (const link of document.querySelectorAll("nav a"))
-    if (link.textContent.toLowerCase() === app.view.name) link.setAttribute("aria-current", "page");
+  const link = document.querySelector(`nav a[href="${location.pathname}"]`);
+  link?.setAttribute("aria-current", "page");
+  if (link) document.title = `${link.textContent} · SmolRouter`;
   const session = await askJson("/api/session").catch(() => ({}));  // what loads next says why
   byId("sign-out").hidden = !session.authenticated;
   if (session.needs_token && !session.authenticated) return showSignIn();
