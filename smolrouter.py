@@ -7140,12 +7140,16 @@ function address(changes) {
   }
   return location.pathname + (String(query) && `?${query}`);
 }
+const isOurs = /^(x|y|scale)$/;  // what the router is not asked; it says what it does not know
 /** Let a form and the address say the same; what is at its default is not in the address. */
 function bindForm(form, changed) {
   const initial = valuesOf(form), soon = paced(changed, 200);
   for (const name in initial) {
-    form.elements[name].value = params().get(name) ?? initial[name];
-    form.elements[name].value ||= initial[name];  // a select has no such option
+    const field = form.elements[name], value = params().get(name) ?? initial[name];
+    field.value = value;
+    if (!field.options || field.value === value) continue;
+    if (!isOurs.test(name)) field.append(node("option", {value}, clip(value, 40)));
+    field.value = isOurs.test(name) ? initial[name] : value;
   }
   const update = () => {
     const values = valuesOf(form);

@@ -10002,6 +10002,23 @@ def test_page_filters_are_in_its_address(tab: Any) -> None:
         tab.fill("#filters [name=upstream]", server)
         wait_rows(tab, count)
     assert until(lambda: tab.locator("#upstreams option[value=box]").count())
+    assert tab.title() == "Overview · SmolRouter"
+    # A status that the list does not have is in force all the same; nonsense is refused.
+    tab.goto(f"{router.url}/?status=503")
+    assert broken in wait_rows(tab, 1)[0]
+    assert tab.input_value("#filters [name=status]") == "503"
+    tab.click("#filters [type=reset]")
+    wait_rows(tab, 5)
+    assert tab.url.endswith("/")
+    tab.goto(f"{router.url}/?status=banana")
+    wait_text(tab, "#troubles", "status='banana': allowed are a status such as 404")
+    tab.goto(f"{router.url}/performance?model=small&y=banana")
+    assert until(lambda: tab.text_content("#chart-note") == "1 request")
+    assert tab.input_value("#lens [name=y]") == "duration_ms"
+    assert tab.title() == "Performance · SmolRouter"
+    tab.fill("#lens [name=model]", "nobody")
+    wait_text(tab, "#chart-empty", "No request of this model is there.")
+    expect_wrong(tab, "400")
 
 
 def test_page_says_when_nobody_answers(tab: Any) -> None:
