@@ -817,7 +817,7 @@ def encode_field_value(text: str) -> str:
 
 MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
 LAST_EVENTS = 8  # of a stream, one of which says that it is complete, or has failed
-FAR_BACK = 4 * KiB  # octets, where the last events of a block stand
+FAR_BACK = 2 * KiB  # octets, where the last events of a block stand
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
@@ -1598,7 +1598,7 @@ class EventFilter:
     @property
     def trouble(self) -> str:
         """What one of the last events says went wrong; "" for nothing."""
-        if not any(b"error" in block[-FAR_BACK:] for block in self.tail):
+        if not any([b"error" in block[-FAR_BACK:] for block in [*self.tail][-2:]]):
             return ""
         events = [*filter(None, self.form.split(b"".join(self.tail)))][-LAST_EVENTS:]
         docs = [read_event(self.form, event) for event in events]
