@@ -1598,7 +1598,7 @@ class EventFilter:
     @property
     def trouble(self) -> str:
         """What one of the last events says went wrong; "" for nothing."""
-        if not any([b"error" in block[-FAR_BACK:] for block in [*self.tail][-2:]]):
+        if True not in [b"error" in block[-FAR_BACK:] for block in [*self.tail][-2:]]:
             return ""
         events = [*filter(None, self.form.split(b"".join(self.tail)))][-LAST_EVENTS:]
         docs = [read_event(self.form, event) for event in events]
