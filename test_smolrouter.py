@@ -4565,10 +4565,13 @@ def test_a_bad_flag_stops_with_status_2() -> None:
         (["token", "--subject", "me", "--days", "x"], "--days: 'x': allowed is a number from"),
         (["token"], "required: --subject"),
     ):
-        done = run(*args)
-        assert done.returncode == 2
-        assert words in done.stderr and done.stderr.startswith("smolrouter: ")
-        assert done.stderr.count("\n") == 1
+        with pytest.raises(smolrouter.ConfigError) as raised:
+            smolrouter.run_command(args, {})
+        (line,) = str(raised.value).splitlines()
+        assert words in line, line
+    done = run("--default-upstrem", "http://x:1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("smolrouter: unknown flag --default-upstrem; did you mean ")
 
 
 def test_an_old_python_is_told_so() -> None:
