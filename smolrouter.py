@@ -5578,6 +5578,7 @@ async def serve_upstreams(services: Services, request: Request, dialect: Dialect
         docs.append({
             "name": server.name, "url": url, "api": server.api, "state": state,
             "last_error": next((h.error for h in (*failing[::-1], *known) if h.error), None),
+            "failures": sum(health.failures for health in known),  # since one went well
             "inflight": sum(health.busy for health in known),
             "models": [model["id"] for model in names or ()],
             **await services.log.ask(read_last_hour, url)})
@@ -7337,7 +7338,8 @@ function showServers(servers) {
   byId("servers").replaceChildren(...servers.map(server => {
     const [kind, word] = STATES[server.state] ?? ["idle", "? not asked yet"];
     const facts = present({at: server.name && short(server.url), models: server.models.length,
-      requests: server.requests, failed: server.errors, p50: server.p50_ms && span(server.p50_ms)});
+      requests: server.requests, failed: server.errors, p50: server.p50_ms && span(server.p50_ms),
+      "failures in a row": server.failures});
     return node("li",
       node("div.line", node("span.grow", named(server.name || short(server.url))),
         server.inflight > 0 && node("span.badge.busy", `… ${server.inflight} running`),

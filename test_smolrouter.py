@@ -9056,6 +9056,7 @@ def test_upstreams_say_how_they_are() -> None:
         found = {doc["name"]: doc for doc in document(router, "/api/upstreams")}
     assert found["box"]["state"] == "up" and found["off"]["state"] == "down"
     assert "refused" in found["off"]["last_error"]
+    assert found["off"]["failures"] >= 1 and found["box"]["failures"] == 0
     assert found["box"]["requests"] == 2 and found["box"]["p50_ms"] == min(times)
     assert "tiny" in found["box"]["models"] and found["off"]["models"] == []
     assert (found["box"]["url"], found["box"]["api"]) == (stage().url, "openai")
