@@ -6878,7 +6878,7 @@ th button { padding: 0; width: 100%; text-align: inherit; }
     stroke="currentColor" stroke-width="2.25" stroke-linecap="round" aria-hidden="true"><path
     d="M3 12h6M9 12c5 0 4-7 11-7M9 12h11M9 12c5 0 4 7 11 7"/></svg>SmolRouter</a>
   <nav aria-label="Views"><a href="/">Overview</a><a href="/performance">Performance</a></nav>
-  <span class="small" id="live" role="status">Starting</span>
+  <span class="small" id="live" role="status">Connecting</span>
   <button id="sign-out" hidden>Sign out</button>
 </header>
 <main id="main">
