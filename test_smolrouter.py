@@ -112,7 +112,7 @@ class Mark:
 
 DROP = Mark("DROP")  # reset the connection (RST)
 CLOSE = Mark("CLOSE")  # end the connection (FIN)
-HANG = Mark("HANG")  # say nothing until the peer closes, at most PATIENCE
+HANG = Mark("HANG")  # say nothing until the peer closes, for longer than any test waits
 
 Step = bytes | float | Mark
 
@@ -362,7 +362,7 @@ class Upstream:
             if isinstance(step, bytes):
                 sock.sendall(step)
             elif step is HANG:
-                linger(sock, PATIENCE)
+                linger(sock, 12 * PATIENCE)
                 return False
             elif isinstance(step, Mark):
                 if step is DROP:
