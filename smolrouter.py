@@ -3446,7 +3446,8 @@ class Upstreams:
         self.idle: dict[tuple[UpstreamURL, bool], list[Stream]] = {}
         self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
         self.turns: collections.Counter[str] = collections.Counter()  # of round_robin
-        self.no_usage_asked: set[UpstreamURL] = set()  # they refuse it, or tell timings without
+        self.no_stream_options: set[UpstreamURL] = set()  # they refuse it
+        self.timed: set[tuple[UpstreamURL, str]] = set()  # with the models of which they tell
         self.contexts: dict[bool, ssl.SSLContext] = {}
 
     def state(self, instance: Instance) -> Health:
@@ -4901,7 +4902,7 @@ class Exchange:
         if isinstance(outcome, BadGateway):
             error = str(outcome)[:MAX_REASON]
             health.fail(error)
-            self.relay.upstreams.no_usage_asked.discard(self.instance.server.url)  # a new one?
+            self.relay.upstreams.no_stream_options.discard(self.instance.server.url)  # a new one?
         else:
             status = outcome.status
             if status in COOLING_STATUSES:
@@ -4933,9 +4934,9 @@ class Exchange:
         ask, url = self.ask, self.instance.server.url
         translate = None if self.native else self.dialect.openai_path
         path = translate(ask) if translate else ask.path
-        unasked = self.relay.upstreams.no_usage_asked
+        refused, timed = self.relay.upstreams.no_stream_options, self.relay.upstreams.timed
         self.hide_usage = (ask.stream and path in USAGE_PATHS and not ask.wants_usage
-                           and url not in unasked)
+                           and url not in refused and (url, self.record.sent_model) not in timed)
         answer = await self.send(path)
         if not self.hide_usage or answer.head.status not in (400, 422):
             return answer
@@ -4945,7 +4946,7 @@ class Exchange:
         self.hide_usage = False
         answer = await self.send(path)
         if answer.head.status < 400:  # else it may have told what it was sent
-            unasked.add(url)
+            refused.add(url)
         return answer
 
     async def send(self, path: str) -> Answer:
@@ -5032,8 +5033,14 @@ class Exchange:
         """Note what only a whole stream has told."""
         if isinstance(transform, EventFilter):
             self.record.error = transform.trouble[:MAX_REASON]
+            timed = self.relay.upstreams.timed
+            key = self.instance.server.url, self.record.sent_model
             if transform.timed:  # unasked, they come with the finish
-                self.relay.upstreams.no_usage_asked.add(self.instance.server.url)
+                timed.add(key)
+            elif key in timed and b'"timings"' not in transform.last_events:  # another server
+                timed.discard(key)
+            if len(timed) > MAX_HEALTH:  # clients choose names
+                timed.clear()
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or hold it, as its transform says."""

@@ -6963,6 +6963,18 @@ def test_server_that_tells_timings_is_not_asked_for_usage(kept: Kept) -> None:
     assert rows[1:] == [(3, 2, 0)] * 2
 
 
+def test_server_that_tells_timings_no_more_is_asked_for_usage() -> None:
+    """Another one on its port, or behind one address for several."""
+    moods = [timing_server, timing_server, well_behaved, well_behaved]
+    upstream, asked = Upstream(lambda received: moods.pop(0)(received)), []
+    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        for _ in range(4):
+            assert ask(router, "m", stream=True).status == 200
+            asked.append("stream_options" in latest(upstream).json)
+    assert asked == [True, False, False, True]
+
+
+
 ERROR_EVENTS = {
     "named": b'event: error\ndata: {"message":"no memory","code":500}\n\n',
     "field": b'error: {"code":500,"message":"no memory"}\n\n',
