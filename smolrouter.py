@@ -1542,6 +1542,11 @@ def ends_stream(form: EventFormat, event: bytes) -> bool:
     wrong = doc.get("error") or doc.get("object") == "error"
     return bool(ended or wrong or doc.get("done") is True or doc.get("type") in END_TYPES)
 
+def is_last_event(form: EventFormat, event: bytes, closed: bool) -> bool:
+    """Tell whether what stands before the end of a stream, or its close, is a whole event."""
+    ended = ends_stream(form, event)
+    return ended or (not closed and parse_event_json(form.read(event)) is not None)
+
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
 
@@ -4678,7 +4683,6 @@ OWN_NAMES = tuple(f"X-SmolRouter-{name}" for name in (
     "Request-Id", "Upstream", "Model", "Route", "Attempts"))
 OWN_FIELDS = frozenset(name.lower() for name in OWN_NAMES)
 ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError, MalformedContent)  # of documents
-EVENT_ENDS = {"text/event-stream": SSE.end, "application/x-ndjson": LINES.end}
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
 FATAL_TO_CONNECTION = (MalformedMessage, RequestTimeout, ContentTooLarge, FieldsTooLarge,
                        TargetTooLong, Overloaded)
@@ -4920,13 +4924,14 @@ class Exchange:
         if answer.head.status != 200 or self.request.head.method == "HEAD":
             return
         coded = read_coding(answer.head.fields)  # its events cannot be told apart
-        end = None if coded else EVENT_ENDS.get(answer.head.media_type)
+        form = None if coded else EVENT_FORMATS.get(answer.head.media_type)
         size, tail = 0, b""
         while piece := await answer.peek():
             size, tail = size + len(piece), tail[-3:] + piece
-            if end is None or end.search(tail) or size > MAX_HELD_EVENT:
+            if form is None or form.end.search(tail) or size > MAX_HELD_EVENT:
                 return
-        if not size or answer.content.framing is UNTIL_CLOSE:
+        held, closed = b"".join(answer.held), answer.content.framing is UNTIL_CLOSE
+        if not (form and is_last_event(form, held, closed)):
             raise BadGateway("it ended before its first event or byte")
 
     async def attempt(self) -> Answer:
@@ -5096,7 +5101,7 @@ class Exchange:
                 kind = "application/x-ndjson" if streams else "application/json"
                 declared = kind if streams else f"{kind}; charset=utf-8"
             own.append(("Content-Type", declared))
-        if kind in EVENT_ENDS:
+        if kind in EVENT_FORMATS:
             own += STREAM_FIELDS
             dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
         theirs = [line[0] for line in head.fields.lines if line[0].startswith("access-control-")]

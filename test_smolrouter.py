@@ -3805,6 +3805,7 @@ def test_last_answer_is_the_last_one_that_was_http() -> None:
 
 SHORT_STREAMS = {
     "no empty line": chunked(b'data: {"choices":[]}\n'),
+    "closed": (b"data: [DONE]\n", CLOSE),
     "CR alone": chunked(b"data: [DONE]\r\r"),
     "gzip": chunked(gzip.compress(event({"choices": []}))),
 }
@@ -3813,12 +3814,22 @@ SHORT_STREAMS = {
 @pytest.mark.parametrize("name", SHORT_STREAMS)
 def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
     fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    fields = fields[: 1 if name == "closed" else 2]
     fields += [("Content-Encoding", "gzip")] * (name == "gzip")
     first = playing(head(200, fields), *SHORT_STREAMS[name])()
     with both(first, refusing()) as router:
         got = ask(router, "pair", stream=True)
         assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "1")
         assert got.content
+
+
+@pytest.mark.parametrize("said", [b'data: {"id', b": hi\n", b"\n"])
+def test_a_part_of_an_event_is_no_answer(said: bytes) -> None:
+    fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    first = playing(head(200, fields), *chunked(said))()
+    with both(first, playing(*sse_answer([ENDED, "[DONE]"]))()) as router:
+        got = ask(router, "pair", stream=True)
+        assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "2")
 
 
 @pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 429, 500, 503])
