@@ -817,7 +817,7 @@ def encode_field_value(text: str) -> str:
 
 MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
 LAST_EVENTS = 8  # of a stream, one of which says that it is complete, or has failed
-FAR_BACK = 2 * KiB  # octets, where the last events of a block stand
+FAR_BACK = 2 * KiB  # octets, where those of a block stand
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
@@ -1528,6 +1528,13 @@ def error_text(doc: Mapping[str, Any]) -> str:
         error = error.get("message") or error
     return error if isinstance(error, str) else json.dumps(error)
 
+def find_wrong(doc: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the part of an event that says what went wrong, in any protocol."""
+    inner = doc.get("response")
+    parts = [doc, *([inner] if isinstance(inner, dict) else [])]
+    named = "error" in (doc.get("type"), doc.get("object"))
+    return next((part for part in parts if part.get("error")), doc if named else None)
+
 def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
     """Return what an answer or event says went wrong, None when it says nothing of the kind."""
     wrong = doc.get("error") or doc.get("object") == "error"
@@ -1601,13 +1608,28 @@ class EventFilter:
         return any(ends_stream(self.form, event) for event in events[: -LAST_EVENTS - 1 : -1])
 
     @property
+    def last_events(self) -> bytes:
+        """The ends of the last blocks, each with about LAST_EVENTS events."""
+        ends = []
+        for block in [*filter(None, self.tail)][-2:]:
+            at, mark = len(block), CRLF_MARK if block.endswith(CRLF_MARK) else self.form.mark
+            for _ in range(LAST_EVENTS):
+                if (at := block.rfind(mark, 0, at)) < 0:
+                    break
+            ends.append(block[max(at, 0) :])
+        return b"".join(ends)
+
+    @property
     def trouble(self) -> str:
         """What one of the last events says went wrong; "" for nothing."""
-        if True not in [b"error" in block[-FAR_BACK:] for block in [*self.tail][-2:]]:
+        ends = [block[-FAR_BACK:] for block in self.tail if block]
+        if True not in [b"error" in end or self.form.mark not in end[:-64] for end in ends[-2:]]:
+            return ""  # as nearly always, and no long event stands there
+        last = self.last_events
+        if b"error" not in last:
             return ""
-        events = [*filter(None, self.form.split(b"".join(self.tail)))][-LAST_EVENTS:]
-        docs = [read_event(self.form, event) for event in events]
-        return "; ".join(str(wrong) for doc in docs if doc and (wrong := find_failure(doc)))
+        docs = [read_event(self.form, event) for event in filter(None, self.form.split(last))]
+        return "; ".join([error_text(wrong) for doc in docs if (wrong := find_wrong(doc or {}))])
 
     def finish(self, closed: bool = False) -> bytes:
         """Return the last event, if it lacks its end, and what was held back.

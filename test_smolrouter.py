@@ -8520,18 +8520,33 @@ def test_a_stream_that_breaks_off_has_its_cost(kept: Kept, told: bool) -> None:
     assert row == ((502, 10, 200, 0, 1) if told else (502, 1, 2, 1, 1))
 
 
-def test_an_error_inside_a_stream_is_in_its_row(kept: Kept) -> None:
+TOLD_ERRORS = {
+    "error": [{"error": {"message": "no memory", "code": 500}}],
+    "text": [{"error": "no memory"}, "[DONE]"],
+    "long": [{"error": {"message": "no memory" + "y" * 9000}}, "[DONE]"],
+    "typed": [{"type": "error", "message": "no memory"}],
+    "response": [{"type": "response.failed", "response": {"error": {"message": "no memory"}}}],
+    "choice": [{"error": {"message": "no memory"}, "choices": [{"finish_reason": "error"}]}],
+    "none": [{"choices": [{"index": 0, "delta": {"content": 'no "error" at all'}}]}, ENDED,
+             "[DONE]"],
+    "long none": [{**ENDED, "error": None, "x": "y" * 9000}, "[DONE]"],
+}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_an_error_inside_a_stream_is_in_its_row(kept: Kept, joined: bool, end: str) -> None:
     """The client got it as an event; whoever looks at the log finds it."""
-    broken = {"error": {"message": "no memory", "code": 500}}
-    talk = {"choices": [{"index": 0, "delta": {"content": 'no "error" at all'}}]}
     with kept.router() as router:
-        for events in ([*WORDS, broken], [*WORDS, talk, ENDED, "[DONE]"]):
-            name = stage().plays(sse_answer(events))
-            for path in ("/v1/chat/completions", "/api/chat"):
-                request(router.port, "POST", path, chat(name, stream=True))
-        assert kept.written(4) == 4
-    rows = kept.ask("SELECT status_code, error_message, failed FROM requests ORDER BY id")
-    assert rows == [(200, "no memory", 1)] * 2 + [(200, None, 0)] * 2
+        for told in TOLD_ERRORS.values():
+            said = [event(one).replace(b"\n", end.encode()) for one in [*WORDS, *told]]
+            name = stage().plays(sse_answer([b"".join(said)] if joined else said))
+            ask(router, name, stream=True)
+        assert kept.written(len(TOLD_ERRORS)) == len(TOLD_ERRORS)
+    rows = kept.ask("SELECT status_code, substr(error_message, 1, 9), failed FROM requests "
+                    "ORDER BY id")
+    wrong = [(200, "no memory", 1)] * (len(rows) - 2)
+    assert rows == [*wrong, (200, None, 0), (200, None, 0)]
 
 
 @pytest.mark.parametrize("said, wanted", USAGE_CASES)
