@@ -1129,7 +1129,8 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
     """Return the object that an upstream's event holds, None when it holds none."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        check_size(text, float("inf"))  # vectors are long
+        if len(text) > MIN_LONG_JSON:
+            check_size(text, float("inf"))  # vectors are long
         value = SERVER_JSON.decode(text)
     except (ValueError, RecursionError, RouterError):
         return None
@@ -3629,7 +3630,11 @@ def fetch_models(connection: Any, server: Server, authorization: str | None) -> 
     try:
         connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
         response = connection.getresponse()
-        doc = parse_event_json(response.read(MAX_MODELS_SIZE))
+        content = response.read(MAX_MODELS_SIZE)
+        doc = parse_event_json(content)
+        check_size(content.decode("utf-8", "replace"), float("inf"))
+    except RouterError:  # it could not be written again
+        doc = None
     except (http.client.HTTPException, AttributeError) as error:  # or it was shut down
         raise OSError(describe(error)) from None
     finally:

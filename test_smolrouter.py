@@ -3823,6 +3823,31 @@ def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
         assert got.content
 
 
+def test_thinking_goes_however_deep_the_rest_is() -> None:
+    said = dumps(completion({}, "<think>secret</think>ok"))[:-1]
+    said += b',"x":' + b"[" * 250 + b"]" * 250 + b"}"
+    name = stage().plays(answer(said, kind="application/json"))
+    for path in (CHAT, "/api/chat"):
+        got = request(shared().port, "POST", path, {**asking(path, name, False)})
+        assert got.status == 200 and b"secret" not in got.content and b"ok" in got.content
+
+
+@pytest.mark.parametrize("number", [3, 30])
+def test_a_stream_may_end_with_comments(number: int) -> None:
+    name = stage().plays(until_close(*map(event, [*WORDS, ENDED]), b": ping\n\n" * number))
+    got = ask(shared(), name, stream=True)
+    assert (got.status, got.text) == (200, "one two") and b"error" not in got.content
+
+
+@pytest.mark.parametrize("message", [
+    {"role": "tool", "tool_name": ["x"], "content": "y"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": {"a": 1}}}]},
+], ids=["result", "call"])
+def test_a_tool_name_that_is_none_is_told(message: dict[str, Any]) -> None:
+    got = request(shared().port, "POST", "/api/chat", {"model": "tiny", "messages": [message]})
+    assert got.status == 400 and "messages[0]" in got.json["error"] and "name" in got.json["error"]
+
+
 @pytest.mark.parametrize("said", [b'data: {"id', b": hi\n", b"\n"])
 def test_a_part_of_an_event_is_no_answer(said: bytes) -> None:
     fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
