@@ -6691,7 +6691,9 @@ def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[
 
     usage = parsers[next((word for word in words if word in parsers), "")].format_usage()
     known = re.findall(r"--?[a-z][a-z-]*", usage)
-    given = [word.partition("=")[0] for word in words if re.match("--?[A-Za-z]", word)]
+    words = [*itertools.takewhile(lambda word: word != "--", words)]
+    given = [word.partition("=")[0] for before, word in itertools.pairwise(["", *words])
+             if re.match("--?[A-Za-z]", word) and before not in known]  # else it is a value
     for flag in (flag for flag in given if flag not in known):
         near = difflib.get_close_matches(flag.lower().replace("_", "-"), known, 1)
         hint = f"did you mean {near[0]}?" if near else "see smolrouter --help"

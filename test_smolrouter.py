@@ -4595,6 +4595,7 @@ def test_a_bad_flag_stops_with_status_2() -> None:
         (["serve", "--since", "7d"], "unknown flag --since; see smolrouter --help"),
         (["explain", "m", "--sorce-host=::1"], "did you mean --source-host?"),
         (["-p", "80"], "unknown flag -p; "),
+        (["--jwt-secret", "-hidden"], "--jwt-secret: expected one argument"),
         (["export", "--format", "csv", "left", "over"], "unrecognized arguments: left over"),
         (["--listen-port"], "--listen-port: expected one argument"),
         (["no-such-command"], "'no-such-command' (choose from "),
