@@ -4647,14 +4647,16 @@ class RequestLog:
     def fail(self, error: Exception) -> None:
         """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""
         text, aside = describe(error), ""
-        place = str(getattr(error, "filename", None) or self.store.path)
-        folder = str(pathlib.Path(self.settings.blob_storage_path))  # one text for all its files
+        file = pathlib.Path(getattr(error, "filename", None) or self.store.path)
+        folder = pathlib.Path(self.settings.blob_storage_path)
+        if isinstance(error, OSError) and folder in file.parents:
+            file = folder  # one text for all in it
         self.store.close()
         if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
             with contextlib.suppress(OSError):
                 aside = self.store.move_aside()
-        if place not in text:
-            text = f"{folder if place.startswith(folder) else place}: {text}"
+        if str(file) not in text:
+            text = f"{file}: {text}"
         if aside:
             self.notice = text = f"{text}; the file is now {aside}, and a new one begins"
         if text != self.error:
