@@ -226,8 +226,8 @@ TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off"
 ABSOLUTE_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
-ENDPOINT = re.compile(r"(?:/v1)?/(?:chat/)?completions/*$|/v1/(?:embeddings|models|responses)/*$|"
-                      r"/api/(?:chat|generate|tags)/*$")
+ENDPOINT = re.compile(r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
+                      r"/api/(?:chat|generate|tags))/*$")
 ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
