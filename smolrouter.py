@@ -1968,8 +1968,10 @@ def openai_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         content = [{"type": "text", "text": content}] if content else []
         content += [{"type": "image_url", "image_url": {"url": u}} for u in message["images"]]
     for at, call in enumerate(message["tool_calls"]):
-        expect(call["name"], f"messages[{index}] has a tool call without a function's name")
-        function = {"name": call["name"], "arguments": call["arguments"] or "{}"}
+        name = call["name"]
+        named = isinstance(name, str) and name
+        expect(named, f"messages[{index}] has a tool call without a function's name")
+        function = {"name": name, "arguments": call["arguments"] or "{}"}
         call_id = call["id"] or f"call_{index}_{at}"
         calls.append({"id": call_id, "type": "function", "function": function})
     more = {"tool_calls": calls, "reasoning_content": message["thinking"]}
@@ -1996,7 +1998,9 @@ def openai_messages(messages: Any) -> Iterator[dict[str, Any]]:
             for name in (call["function"]["name"], None):
                 waiting[name].append(turn)
         if entry["role"] == "tool":
-            call_id = take_call(waiting[message["name"]]) or f"call_{index}"
+            name = message["name"]
+            expect(isinstance(name, str | None), f"messages[{index}]: its tool's name is no string")
+            call_id = take_call(waiting[name]) or f"call_{index}"
             entry["tool_call_id"] = message["tool_call_id"] or call_id
         yield entry
 
