@@ -1524,7 +1524,7 @@ def read_event(form: EventFormat, event: bytes) -> dict[str, Any] | None:
 
 def error_text(doc: Mapping[str, Any]) -> str:
     """Return the sentence in an upstream's error document, or else the document."""
-    error = doc.get("error", doc.get("detail", doc.get("message")))
+    error = next((doc[name] for name in ("error", "detail", "message") if doc.get(name)), doc)
     if isinstance(error, dict):
         error = error.get("message") or error
     return error if isinstance(error, str) else json.dumps(error)
@@ -1605,7 +1605,8 @@ class EventFilter:
     @property
     def complete(self) -> bool:
         """Whether the answer has said that it is at its end."""
-        events = [*filter(None, self.form.split(b"".join(self.tail)))]
+        events = self.form.split(b"".join(self.tail))
+        events = [event for event in events if event and not event.startswith(b":")]
         return any(ends_stream(self.form, event) for event in events[: -LAST_EVENTS - 1 : -1])
 
     @property

@@ -986,7 +986,7 @@ TREE = ast.parse(PROGRAM)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
 BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
-MAX_LINES = 5160  # of code: blank lines, comments and docstrings are not counted
+MAX_LINES = 5200  # of code: blank lines, comments and docstrings are not counted
 
 
 def functions() -> list[Any]:
