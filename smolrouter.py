@@ -3779,8 +3779,8 @@ LOG_WRITER = "log-writer"  # the command that is that process
 WRITER_SETTINGS = ("enable_logging", "db_path", "blob_storage_path", "max_blob_size",
                    "max_log_age_days", "max_total_storage_size", "log_level")
 MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
-MAX_BACKLOG = 10_000  # rows that wait for a database in trouble, where the oldest go first;
-# as many requests without a row give the process its share of the processor
+MAX_HANDED = 20_000  # such requests; above, the process gets its share of the processor
+MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
 MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
 BATCH, RETRY, BUSY = 0.1, 1.0, 1.0  # s from news to their transaction; after trouble; locked
@@ -4579,7 +4579,7 @@ class RequestLog:
     def hand_over(self, notes: Sequence[Note]) -> Made | None:
         """Have rows made and written by the process; None when it failed and did not."""
         due, hurried = len(self.ended), bool(self.writer and not self.writer.patient)
-        patient = due < MANY if hurried else due <= MAX_BACKLOG
+        patient = due < MANY if hurried else due <= MAX_HANDED
         try:
             if self.writer and self.writer.patient != patient:
                 self.end_writer()  # it cannot get more of the processor, another one can

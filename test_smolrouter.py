@@ -9809,7 +9809,7 @@ def test_the_process_stands_back(kept: Kept) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
 def test_the_process_has_its_share_when_rows_wait(kept: Kept) -> None:
     program = altered(("MANY, WRITER_STAYS = 200", "MANY, WRITER_STAYS = 0"),
-                      ("MAX_BACKLOG = 10_000", "MAX_BACKLOG = 0"),
+                      ("MAX_HANDED = 20_000", "MAX_HANDED = 0"),
                       ("BATCH_ROWS, BATCH_SIZE = 128", "BATCH_ROWS, BATCH_SIZE = 1"))
     with Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
         burst(router, 10)
