@@ -5404,6 +5404,14 @@ def read_points(db: sqlite3.Connection, first: int, level: int,
                       (first, *given.values()))
     return [dict(zip(POINT, row, strict=True)) for row in rows]
 
+def gather_times(rows: Iterable[Mapping[str, Any]]) -> Mapping[tuple[str, str], list[float]]:
+    """Return the times of some points by model and name of the time."""
+    known: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for row, name in itertools.product(rows, ("duration_ms", "ttft_ms")):
+        if row[name] is not None:
+            known[row["model"], name].append(row[name])
+    return known
+
 def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
     hours, limit = asked.get("hours", 24), asked.get("limit", 2000)
@@ -5417,10 +5425,7 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str
     total = int(sum(tally[1] for tally in tallies))
     level = max((total // limit).bit_length() - 1, 0) if total > FEW else 0
     rows = read_points(db, time_id(hour * 3600), level, given)
-    known: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for row, name in itertools.product(rows, ("duration_ms", "ttft_ms")):
-        if row[name] is not None:
-            known[row["model"], name].append(row[name])
+    known = gather_times(rows)
     points = [row for row in rows if row["id"] >= time_id(begun)]
     total, step = total if level else len(points), max(len(points) / limit, 1)
     points = [points[int(at * step)] for at in range(min(limit, len(points)))]
