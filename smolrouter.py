@@ -1345,8 +1345,8 @@ OPENAI_OPAQUE = OPENAI._replace(read=Ask, encode=encode_span)  # nobody looks in
 
 TEXT_DELTA, TEXT_DONE = "response.output_text.delta", "response.output_text.done"
 CLOSING_TYPES = ("content_block_stop", "message_stop", TEXT_DONE)
-END_TYPES = ("message_stop", "response.completed", "response.failed", "response.incomplete",
-             "error")  # of the last event of a stream
+END_TYPES = (  # of the last event of a stream
+    "message_stop", "response.completed", "response.failed", "response.incomplete")
 ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
 CHOICE_TEXTS: tuple[Path, ...] = (("text",), ("delta", "content"), ("message", "content"))
 OTHER_TEXTS: tuple[Path, ...] = (  # of Ollama's own answers, of /v1/messages
@@ -1547,8 +1547,8 @@ def ends_stream(form: EventFormat, event: bytes) -> bool:
         return True
     doc = read_event(form, event) or {}
     ended = any(choice.get("finish_reason") for _, _, choice in read_choices(doc))
-    wrong = doc.get("error") or doc.get("object") == "error"
-    return bool(ended or wrong or doc.get("done") is True or doc.get("type") in END_TYPES)
+    typed = doc.get("done") is True or doc.get("type") in END_TYPES
+    return bool(ended or typed or find_wrong(doc))
 
 def is_last_event(form: EventFormat, event: bytes, closed: bool) -> bool:
     """Tell whether what stands before the end of a stream, or its close, is a whole event."""
