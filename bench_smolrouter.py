@@ -70,14 +70,19 @@ WORDS = ("The", "quick", "naïve", "狐", "jumps", "<b>", "\\", '"', "\n", "over
 FINE = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = FINE + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 BAD_ANSWERS = {
-    "closes": b"", "noise": bytes(range(256)), "half-head": FINE + b"Content-",
+    "closes": b"",
+    "noise": bytes(range(256)),
+    "half-head": FINE + b"Content-",
     "two-lengths": FINE + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
-    "cut": FINE + b"Content-Length: 99\r\n\r\n{}", "hints": b"HTTP/1.1 103 A\r\n\r\n" * 99,
-    "cut-stream": CHUNKED + b"9\r\ndata: {}\n\r\n", "bad-chunk": CHUNKED + b"zz\r\n",
+    "cut": FINE + b"Content-Length: 99\r\n\r\n{}",
+    "hints": b"HTTP/1.1 103 A\r\n\r\n" * 99,
+    "cut-stream": CHUNKED + b"9\r\ndata: {}\n\r\n",
+    "bad-chunk": CHUNKED + b"zz\r\n",
     "endless-head": FINE + b"A: b\r\n" * 20_000,
     "junk": FINE + b"Content-Length: 2\r\n\r\n{}" + FINE + b"\r\n",
-    "bomb": FINE + b"Content-Type: application/json\r\nContent-Encoding: deflate\r\n\r\n"
-            + zlib.compress(bytes(64 << 20), 1),
+    "bomb": FINE
+    + b"Content-Type: application/json\r\nContent-Encoding: deflate\r\n\r\n"
+    + zlib.compress(bytes(64 << 20), 1),
     "busy": b"HTTP/1.1 429 Busy\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{}",
 }
 JSON = FINE + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -86,6 +91,7 @@ WHOLE = JSON % len(ANSWER) + ANSWER
 # ======================================================================================
 # The ends and the floor, each run as a process: `bench_smolrouter.py --run NAME`
 # ======================================================================================
+
 
 def encode_event(*texts: str, **more: Any) -> bytes:
     """Return one event as a chunk, with a choice for each text."""
@@ -96,10 +102,12 @@ def encode_event(*texts: str, **more: Any) -> bytes:
     data = b"data: %b\n\n" % json.dumps(doc, separators=(",", ":")).encode()
     return b"%x\r\n%b\r\n" % (len(data), data)
 
+
 STREAM_END = encode_event(usage=USAGE) + b"e\r\ndata: [DONE]\n\n\r\n" + END
 STAMPED = encode_event(" @@000000000000000000").replace(b"0" * 18, b"%018d")  # takes ns
 STAMP = re.compile(rb"@@([0-9]{18})")
 TARGET = re.compile(rb"POST [^ ?]*\?events=([0-9]+)(&paced)? ")
+
 
 @functools.lru_cache
 def encode_burst(count: int) -> bytes:
@@ -108,11 +116,13 @@ def encode_burst(count: int) -> bytes:
     said = map(encode_event, itertools.islice(itertools.cycle(words), count))
     return CHUNKED + b"".join(said) + STREAM_END
 
+
 async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     """Return a request's head and content."""
     head = await reader.readuntil(b"\r\n\r\n")
     length = re.search(rb"\r\ncontent-length: *([0-9]+)", head, re.IGNORECASE)
     return head, await reader.readexactly(int(length[1]) if length else 0)
+
 
 async def serve_upstream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer a chat: whole, or with the events that its target asks for, at once or paced."""
@@ -132,10 +142,12 @@ async def serve_upstream(reader: asyncio.StreamReader, writer: asyncio.StreamWri
             writer.write(STREAM_END)
     writer.close()
 
+
 def said_to(content: bytes) -> list[str]:
     """Return what the soak's model says to a request: words that depend on all of it."""
     seed = random.Random(zlib.crc32(content))
     return [f"{seed.choice(WORDS)}{seed.randrange(1000)} " for _ in range(seed.randrange(1, 60))]
+
 
 def encode_said(content: bytes, stream: bool) -> bytes:
     """Return the exact content of the soak's answer to a request."""
@@ -147,6 +159,7 @@ def encode_said(content: bytes, stream: bool) -> bytes:
     docs = [{"choices": [{"index": 0, "delta": {"content": word}}]} for word in words]
     events = [*map(json.dumps, docs), "[DONE]"]
     return "".join(f"data: {data}\n\n" for data in events).encode()
+
 
 async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer well, or as badly as the model's name says."""
@@ -176,15 +189,14 @@ async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
         pass
     writer.close()
 
+
 async def serve_floor(
     upstream: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
     """Relay bytes both ways, on one upstream connection for each client's."""
     up_reader, up_writer = await asyncio.open_connection("127.0.0.1", upstream)
 
-    async def copy(
-        source: asyncio.StreamReader, target: asyncio.StreamWriter
-    ) -> None:
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         while data := await source.read(65536):
             target.write(data)
             await target.drain()
@@ -192,6 +204,7 @@ async def serve_floor(
 
     tasks = [copy(reader, up_writer), copy(up_reader, writer)]
     await asyncio.gather(*tasks, return_exceptions=True)
+
 
 async def run_end(name: str, upstream: int) -> None:
     """Serve until killed; print the port."""
@@ -201,9 +214,11 @@ async def run_end(name: str, upstream: int) -> None:
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
+
 # ======================================================================================
 # The load
 # ======================================================================================
+
 
 class Way(NamedTuple):
     """A process that one asks."""
@@ -211,20 +226,26 @@ class Way(NamedTuple):
     process: subprocess.Popen[Any]
     port: int
 
+
 def family(pid: int) -> list[int]:
     """Return a process and its children, such as the one that writes a busy router's log."""
     lists = pathlib.Path(f"/proc/{pid}/task").glob("*/children")  # of each thread; none elsewhere
     return [pid, *(int(child) for of_thread in lists for child in of_thread.read_text().split())]
+
 
 def cpu_seconds(way: Way) -> float:
     """Return the processor time of a process and its children so far, as its clocks tell it."""
     clocks = ((~pid << 3) | 2 for pid in family(way.process.pid))  # as clock_getcpuclockid does
     return sum(map(time.clock_gettime, clocks))
 
+
 def encode_post(path: str, content: bytes, more: str = "") -> bytes:
     """Return a POST of JSON."""
-    return (f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n{more}"
-            f"Content-Length: {len(content)}\r\n\r\n").encode() + content
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n{more}"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    ).encode() + content
+
 
 def encode_chat(events: int = 0, size: int = 80, model: str = "bench", more: str = "") -> bytes:
     """Return a chat with a message of `size` characters, for a whole answer or events."""
@@ -233,6 +254,7 @@ def encode_chat(events: int = 0, size: int = 80, model: str = "bench", more: str
            "messages": [{"role": "user", "content": text}]}  # fmt: skip
     path = "/v1/chat/completions" + (f"?events={events}{more}" if events else "")
     return encode_post(path, json.dumps(doc).encode(), "Authorization: Bearer sk-bench\r\n")
+
 
 class Client(asyncio.Protocol):
     """A connection that asks one request at a time."""
@@ -264,6 +286,7 @@ class Client(asyncio.Protocol):
         await self.ended
         return time.perf_counter() - begun
 
+
 @contextlib.asynccontextmanager
 async def connect(port: int, count: int, delays: list[int] | None = None) -> Any:
     """Open some connections, close them in the end."""
@@ -273,6 +296,7 @@ async def connect(port: int, count: int, delays: list[int] | None = None) -> Any
     yield clients
     for client in clients:
         client.transport.close()
+
 
 async def load(way: Way, requests: list[bytes], width: int, seconds: float) -> tuple[float, float]:
     """Ask on `width` connections for a while: answers a second, CPU of one in us."""
@@ -293,6 +317,7 @@ async def load(way: Way, requests: list[bytes], width: int, seconds: float) -> t
         await asyncio.sleep(min(SETTLE, seconds))
         return count / took, (cpu_seconds(way) - spent) * 1e6 / count
 
+
 async def load_paced(way: Way, streams: int, seconds: float) -> tuple[list[int], float]:
     """Read many paced streams for a while: delays in ns, CPU of one event in us."""
     delays: list[int] = []
@@ -308,14 +333,17 @@ async def load_paced(way: Way, streams: int, seconds: float) -> tuple[list[int],
         await asked
     return seen, spent * 1e6 / len(seen)
 
+
 # ======================================================================================
 # The processes
 # ======================================================================================
+
 
 def memory(pid: int, key: str) -> float:
     """Return resident memory in MB, with that of children: VmRSS now, VmHWM at its peak."""
     states = [pathlib.Path(f"/proc/{one}/status").read_text() for one in family(pid)]
     return sum(int(kB) for state in states for kB in re.findall(rf"{key}:\s+(\d+)", state)) / 1024
+
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
     """Start a Python process, which ends with this one at the latest."""
@@ -324,12 +352,14 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[Any]:
     atexit.register(process.terminate)  # the last one registered is the first to run
     return process
 
+
 def start_end(name: str, upstream: int = 0) -> Way:
     """Start an upstream or a floor."""
     options = ("--run", name, "--upstream", str(upstream))
     process = start(__file__, *options, stdout=subprocess.PIPE)
     with process.stdout as said:
         return Way(process, int(said.readline()))
+
 
 async def see_start(way: Way, begun: float) -> dict[str, float]:
     """Ask a relay for its first answer; return what its start took."""
@@ -338,10 +368,12 @@ async def see_start(way: Way, begun: float) -> dict[str, float]:
     took, rest = time.monotonic() - begun, memory(way.process.pid, "VmRSS")
     return {"start to first answer, s": took, "memory at rest, MB": rest}
 
+
 def get(port: int, path: str) -> Any:
     """Ask a router itself."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
         return json.load(answer)
+
 
 async def start_router(
     folder: pathlib.Path, upstream: int, settings: dict[str, str] | None = None,
@@ -365,15 +397,18 @@ async def start_router(
     way = Way(process, int(line[1]))
     return *way, await see_start(way, begun)
 
+
 # ======================================================================================
 # The table
 # ======================================================================================
+
 
 def percentiles(name: str, values: Iterable[float], unit: float) -> dict[str, float]:
     """Return the median and what 99 of 100 stay below, in us."""
     ordered = sorted(values)
     return {f"{name} p{share}, us": ordered[share * (len(ordered) - 1) // 100] * unit
             for share in (50, 99)}  # fmt: skip
+
 
 async def measure_latency(way: Way, direct: Way, seconds: float) -> dict[str, float]:
     """Ask directly and this way by turns, so that both see the same machine."""
@@ -385,6 +420,7 @@ async def measure_latency(way: Way, direct: Way, seconds: float) -> dict[str, fl
     if way is not direct:
         figures |= percentiles("added latency", [this - that for that, this in pairs], 1e6)
     return figures
+
 
 async def measure(way: Way, direct: Way, asked: argparse.Namespace) -> dict[str, float]:
     """Measure one way to the upstream."""
@@ -398,6 +434,7 @@ async def measure(way: Way, direct: Way, asked: argparse.Namespace) -> dict[str,
     figures |= percentiles(f"event delay, {asked.streams} paced streams,", delays, 1e-3)
     return figures | {"CPU per paced event, us": spent}
 
+
 def medians(seen: Iterable[tuple[str, Any, float]]) -> Figures:
     """Return the median of all values of each column and row."""
     figures: dict[str, dict[str, list[float]]] = {}
@@ -405,6 +442,7 @@ def medians(seen: Iterable[tuple[str, Any, float]]) -> Figures:
         figures.setdefault(column, {}).setdefault(str(row), []).append(value)
     return {column: {row: statistics.median(values) for row, values in rows.items()}
             for column, rows in figures.items()}  # fmt: skip
+
 
 async def compare(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> Figures:
     """Measure the ways in turn; return medians by way and figure."""
@@ -424,6 +462,7 @@ async def compare(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> 
     figures["smolrouter"] |= await ask_log(folder, direct.port, log)
     return figures
 
+
 def show(figures: Figures) -> None:
     """Print a table; the last column is SmolRouter against the floor."""
     print(f"{'figure':44}" + "".join(f"{way:>12}" for way in figures) + f"{'ratio':>8}")
@@ -432,9 +471,11 @@ def show(figures: Figures) -> None:
         texts = [f"{cell:12.2f}" if cell is not None else f"{'':12}" for cell in cells]
         print(f"{name:44}" + "".join(texts) + (f"{value / cells[1]:8.2f}" if cells[1] else ""))
 
+
 # ======================================================================================
 # The soak
 # ======================================================================================
+
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
     """Read one answer: status, request id and content."""
@@ -450,12 +491,14 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
         await reader.readexactly(2)
     return int(head.split()[1]), number[1].decode() if number else "", content
 
+
 def chat_content(text: str, stream: bool, model: str = "good") -> bytes:
     """Return the content of a chat request that needs no change on its way."""
     doc: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
     if stream:
         doc |= {"stream": True, "stream_options": {"include_usage": True}}
     return json.dumps(doc).encode()
+
 
 class Soak:
     """Good and bad clients of one router, and what they have seen."""
@@ -535,10 +578,13 @@ class Soak:
     async def weigh_heavily(self, chance: random.Random) -> None:
         """Send what is too deep, has too many parts, or is announced as too long."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        content = chance.choice((
-            b'{"model":"x","x":%b' % (b"[" * 100_000),
-            b'{"model":"x","x":[%b0]}' % (b"{}," * 300_000),
-            b'{"model":"x","x":"%b"}' % (b"a" * 5_000_000)))
+        content = chance.choice(
+            (
+                b'{"model":"x","x":%b' % (b"[" * 100_000),
+                b'{"model":"x","x":[%b0]}' % (b"{}," * 300_000),
+                b'{"model":"x","x":"%b"}' % (b"a" * 5_000_000),
+            )
+        )
         data = encode_post("/v1/embeddings", content)
         if chance.random() < 0.3:
             data = data.replace(b"Length: ", b"Length: 999", 1)
@@ -586,10 +632,12 @@ class Soak:
         if missing:
             self.faults.append(f"{len(missing)} good requests without a row")
 
+
 def footprint(pid: int) -> tuple[float, int, int]:
     """Return memory in MB, descriptors and threads of a process."""
     threads = pathlib.Path(f"/proc/{pid}/task")
     return memory(pid, "VmRSS"), len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(threads))
+
 
 async def watch(pid: int, seconds: float) -> list[tuple[float, int, int]]:
     """Look at the process, print what it takes; return it."""
@@ -601,6 +649,7 @@ async def watch(pid: int, seconds: float) -> list[tuple[float, int, int]]:
         await asyncio.sleep(min(10.0, seconds / 12))
     return seen
 
+
 async def soak(minutes: float) -> int:
     """Mix good and bad traffic; return 0 when the router stood it."""
     upstream, upstream_port = start_end("soak")
@@ -609,11 +658,18 @@ async def soak(minutes: float) -> int:
         try:
             seconds = minutes * 60
             run = Soak(port, time.monotonic() + seconds)
-            crew = [(run.ask_well, 6), (run.ask_badly, 2), (run.speak_badly, 3),
-                    (run.leave_early, 3), (run.weigh_heavily, 1), (run.idle, 20)]
+            crew = [
+                (run.ask_well, 6),
+                (run.ask_badly, 2),
+                (run.speak_badly, 3),
+                (run.leave_early, 3),
+                (run.weigh_heavily, 1),
+                (run.idle, 20),
+            ]
             acts = [act for act, number in crew for _ in range(number)]
             seen, *_ = await asyncio.gather(
-                watch(router.pid, seconds), *(run.repeat(act, n) for n, act in enumerate(acts)))
+                watch(router.pid, seconds), *(run.repeat(act, n) for n, act in enumerate(acts))
+            )
             await run.check_rows()
             last = footprint(router.pid)
             early = seen[len(seen) // 4 : len(seen) // 2] or seen
@@ -633,6 +689,7 @@ async def soak(minutes: float) -> int:
     print(*(f"FAULT: {fault}" for fault in run.faults[:20]), sep="\n")
     return 1 if run.faults or not run.good else 0
 
+
 # ======================================================================================
 # The log
 # ======================================================================================
@@ -642,6 +699,7 @@ QUESTIONS = ("/api/logs", "/api/logs?model=phi-4&status=error", "/api/logs?q=phi
              "/api/stats", "/api/stats?hours=168", "/api/performance",
              "/api/performance?hours=168", "/api/performance?hours=168&model=phi-4",
              "/api/upstreams")  # fmt: skip
+
 
 def made_row(number: int, moment: float, chance: random.Random) -> dict[str, Any]:
     """Return a row as a week of mixed traffic would leave it."""
@@ -667,6 +725,8 @@ def made_row(number: int, moment: float, chance: random.Random) -> dict[str, Any
         "level": (number & -number).bit_length() - 1,
         **dict.fromkeys(("original_model", "mapped_model", "sent_model"), model),
     }  # fmt: skip
+
+
 def make_rows(count: int, file: str) -> None:
     """Write a log of `count` rows, evenly over the last week, to a new database."""
     import smolrouter  # not where it would weigh on the floor
@@ -686,6 +746,7 @@ def make_rows(count: int, file: str) -> None:
         store.write([], entries, tallies)
     store.close()
 
+
 async def ask_log(folder: pathlib.Path, upstream: int, log: str) -> dict[str, float]:
     """Ask a router with this log what the page asks; return the median times in ms."""
     _, port, _ = await start_router(folder, upstream, {"DB_PATH": log})
@@ -699,9 +760,11 @@ async def ask_log(folder: pathlib.Path, upstream: int, log: str) -> dict[str, fl
         figures[f"{path}, ms"] = statistics.median(times)
     return figures
 
+
 # ======================================================================================
 # The curves
 # ======================================================================================
+
 
 def many_rules(count: int) -> dict[str, Any]:
     """Return a routing table whose last rule claims every request."""
@@ -709,6 +772,7 @@ def many_rules(count: int) -> dict[str, Any]:
     matches = [json.loads(json.dumps(kinds[n % 3]) % (n % 256)) for n in range(count - 1)]
     return {"routes": [{"match": match, "route": {"upstream": "UPSTREAM"}}
                        for match in [*matches, {"model": "/^bench/"}]]}  # fmt: skip
+
 
 async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> Figures:
     """Return the CPU in us that a router spends on a request, by curve and size."""
@@ -727,7 +791,8 @@ async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespa
         *(("rules, known models", count, way, chat, 8) for count, way in rules),
         *(("rules, new models", count, way, news, 8) for count, way in rules),
         *(("connections", count, plain, chat, count) for count in (1, 30, 1000)),
-        ("rows in the log", 0, plain, chat, 8), ("rows in the log", total, full, chat, 8),
+        ("rows in the log", 0, plain, chat, 8),
+        ("rows in the log", total, full, chat, 8),
         *(("KB of a request", n, plain, [encode_chat(size=n << 10)], 8) for n in (1, 32, 1024)),
         *((EACH, n, plain, [encode_chat(n)], 8) for n in (10, 300, 10_000)),
     ]
@@ -735,6 +800,7 @@ async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespa
         (name, size, (await load(*given, asked.seconds / 2))[1] / (size if name == EACH else 1))
         for _ in range(asked.rounds) for name, size, *given in points
     ])  # fmt: skip
+
 
 def show_curves(figures: Figures) -> None:
     """Print each size with the cost there, and that against the first one's."""
@@ -744,9 +810,11 @@ def show_curves(figures: Figures) -> None:
         texts = [f"{n:>9}{cost:10.1f}{cost / first:8.2f}" for n, cost in curve.items()]
         print(f"{name:32}" + "".join(texts))
 
+
 # ======================================================================================
 # The command line
 # ======================================================================================
+
 
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
@@ -765,6 +833,7 @@ def read_arguments() -> argparse.Namespace:
     add("--run", choices=("upstream", "floor", "soak"), help=argparse.SUPPRESS)
     add("--upstream", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
+
 
 def main() -> int:
     """Run the command line."""

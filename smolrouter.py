@@ -42,6 +42,7 @@ import sys
 if sys.version_info < (3, 10):  # noqa: UP036 - the file may be run by any Python
     sys.exit("SmolRouter needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
+
 def run_from_code() -> None:
     """Begin again from the compiled code alone, in this same process, where that can be done.
 
@@ -58,14 +59,20 @@ def run_from_code() -> None:
             pass  # stdin, stdout or stderr was closed: the memory must not take its number
         memory = os.memfd_create("smolrouter", 0)
         os.write(memory, marshal.dumps(sys._getframe(1).f_code))
-        again = (f"import marshal, os, sys; sys.path, __file__ = {sys.path!r}, {__file__!r}; "
-                 f"exec(marshal.loads(os.pread({memory}, os.fstat({memory}).st_size, 0)))")
+        again = (
+            f"import marshal, os, sys; sys.path, __file__ = {sys.path!r}, {__file__!r}; "
+            f"exec(marshal.loads(os.pread({memory}, os.fstat({memory}).st_size, 0)))"
+        )
         os.execv(sys.executable, [sys.executable, *flags, "-c", again, *sys.argv[1:]])
     except (OSError, AttributeError, ValueError):  # not Linux, or something forbids it
         return
 
-if __name__ == "__main__" and sys.argv[0] != "-c" and (
-        [*sys.argv, "serve"][1].startswith(("serve", "demo", "--"))):
+
+if (
+    __name__ == "__main__"
+    and sys.argv[0] != "-c"
+    and ([*sys.argv, "serve"][1].startswith(("serve", "demo", "--")))
+):
     run_from_code()
 
 # ruff: noqa: E402 - what is above needs no other modules
@@ -124,11 +131,14 @@ KiB, MiB = 1024, 1024 * 1024
 
 MAX_REASON = 400  # characters of an error that rows and printed lines hold
 
+
 class ConfigError(Exception):
     """A setting or the routing file is wrong; the program does not start with it."""
 
+
 class RouterError(Exception):
     """A failure with a status; `fields` are added to the answer. Base of all below."""
+
     status, code, kind = 500, "internal_error", "server_error"
 
     def __init__(self, message: str, *fields: tuple[str, str]) -> None:
@@ -138,77 +148,102 @@ class RouterError(Exception):
     def __init_subclass__(cls, status: int = 0, code: str = "", kind: str = "") -> None:
         cls.status, cls.code, cls.kind = status or cls.status, code or cls.code, kind or cls.kind
 
+
 class BadRequest(RouterError, status=400, code="bad_request", kind="invalid_request_error"):
     """The request is HTTP, but cannot be served as it is."""
+
 
 class MalformedMessage(BadRequest, code="malformed_message"):
     """The bytes are no HTTP message that may be forwarded; the connection ends."""
 
+
 class MalformedContent(BadRequest, code="malformed_content"):
     """The content is not what its endpoint takes (JSON object, multipart form)."""
+
 
 class Unauthorized(RouterError, status=401, code="invalid_token", kind="authentication_error"):
     """A token is needed and none that is valid was given."""
 
+
 class Forbidden(RouterError, status=403, code="forbidden", kind="permission_error"):
     """The policy refuses this request, whatever it carries."""
+
 
 class NotFound(BadRequest, status=404, code="not_found"):
     """No such path, model or request."""
 
+
 class MethodNotAllowed(BadRequest, status=405, code="method_not_allowed"):
     """The path exists, but not for this method; `fields` holds Allow."""
+
 
 class RequestTimeout(BadRequest, status=408, code="request_timeout"):
     """The client was too slow with its head or its content."""
 
+
 class ContentTooLarge(BadRequest, status=413, code="content_too_large"):
     """The content is longer than MAX_REQUEST_SIZE."""
+
 
 class TargetTooLong(BadRequest, status=414, code="target_too_long"):
     """The request line is longer than MAX_START_LINE."""
 
+
 class UnsupportedContent(BadRequest, status=415, code="unsupported_content"):
     """The content has a coding that the router cannot read."""
+
 
 class MisdirectedRequest(Forbidden, status=421, code="misdirected_request"):
     """The Host is not one that the Web UI answers to (DNS rebinding)."""
 
+
 class TooManyRequests(RouterError, status=429, code="too_many_failures", kind="rate_limit_error"):
     """Too many failed tokens from one address."""
+
 
 class FieldsTooLarge(BadRequest, status=431, code="fields_too_large"):
     """One field, all of them or their number is over the limit."""
 
+
 class ClientClosed(RouterError, status=499, code="client_closed", kind="client_error"):
     """The client went away before its answer was complete; only the log sees it."""
+
 
 class Cancelled(RouterError, status=499, code="cancelled", kind="client_error"):
     """Somebody stopped the request from the page."""
 
+
 class NotSupported(BadRequest, status=501, code="not_supported"):
     """No configured server can do what was asked."""
+
 
 class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_error"):
     """No upstream gave an HTTP answer."""
 
+
 class Unavailable(RouterError, status=503, code="shutting_down"):
     """The router is shutting down."""
+
 
 class LogUnavailable(RouterError, status=503, code="log_unavailable"):
     """The request log cannot be read now."""
 
+
 class Overloaded(RouterError, status=503, code="overloaded"):
     """The router holds as much as it may; the same request will do later."""
+
 
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
     """An upstream did not answer in time; the message names the setting."""
 
+
 class VersionNotSupported(MalformedMessage, status=505, code="http_version_not_supported"):
     """A version of HTTP other than 1.0 and 1.1."""
 
+
 class LoopDetected(BadRequest, status=508, code="loop_detected"):
     """The request has been through this router before (RFC 9110 7.6.3)."""
+
 
 # ======================================================================================
 # 2  Settings (pure)
@@ -218,23 +253,37 @@ class LoopDetected(BadRequest, status=508, code="loop_detected"):
 # the start. To add one: a line in `Settings`; flag, help and check follow from it.
 
 MIN_SECRET_LENGTH, MIN_SECRET_VARIETY = 32, 10
-WELL_KNOWN_SECRETS = ("changeme", "change-me", "your-secret", "your_secret", "secret-key",
-                      "supersecret", "jwt-secret", "jwt_secret", "example", "password")
+WELL_KNOWN_SECRETS = (
+    "changeme",
+    "change-me",
+    "your-secret",
+    "your_secret",
+    "secret-key",
+    "supersecret",
+    "jwt-secret",
+    "jwt_secret",
+    "example",
+    "password",
+)
 POLICIES = ("NONE", "AUTH_WHEN_PROXIED", "ALWAYS_AUTH")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 ABSOLUTE_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
-ENDPOINT = re.compile(r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
-                      r"/api/(?:chat|generate|tags))/*$")
+ENDPOINT = re.compile(
+    r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
+    r"/api/(?:chat|generate|tags))/*$"
+)
 ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 ModelMap = tuple[tuple["str | re.Pattern[str]", str], ...]
 
+
 class UpstreamURL(NamedTuple):
     """Where a server listens; `prefix` is the path that stands before /v1."""
+
     scheme: str
     host: str
     port: int
@@ -249,10 +298,12 @@ class UpstreamURL(NamedTuple):
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}{self.prefix}"
 
+
 def check(right: object, message: str) -> None:
     """Raise ValueError unless something is `right`; the message says what would be."""
     if not right:
         raise ValueError(message)
+
 
 def is_address(name: str) -> bool:
     """Tell whether a name is an IP address."""
@@ -260,6 +311,7 @@ def is_address(name: str) -> bool:
         return bool(ipaddress.ip_address(name))
     except ValueError:
         return False
+
 
 def parse_upstream_url(text: str) -> UpstreamURL:
     """Read a URL, with or without scheme, prefix, `/` or `/v1` at its end. Raises ValueError."""
@@ -276,11 +328,13 @@ def parse_upstream_url(text: str) -> UpstreamURL:
     prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return UpstreamURL(scheme, host, port or DEFAULT_PORTS[scheme], prefix)
 
+
 def url_warning(name: str, text: str) -> str | None:
     """Return what to say about a URL without a scheme, None when it has one."""
     if ABSOLUTE_SCHEME.match(text):
         return None
     return f"{name}: {text!r} has no scheme; http:// is assumed"
+
 
 def parse_bool(text: str) -> bool:
     """Read 1 true yes on / 0 false no off in any case."""
@@ -289,32 +343,41 @@ def parse_bool(text: str) -> bool:
     check(word in TRUE_WORDS + FALSE_WORDS, f"allowed are {words}")
     return word in TRUE_WORDS
 
+
 def parse_number(low: float, high: float, whole: bool = True) -> Callable[[str], float]:
     """Make a reader of ASCII numbers from `low` to `high`."""
     pattern = re.compile(r"[0-9]{1,18}" if whole else r"[0-9]{1,12}(\.[0-9]{0,9})?")
     kind = "a whole number" if whole else "a number"
     allowed = f"allowed is {kind} from {low:g} to {high:g}"
+
     def parse(text: str) -> float:
         check(pattern.fullmatch(text.strip()) and low <= float(text) <= high, allowed)
         return int(text) if whole else float(text)
+
     return parse
+
 
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Make a reader of one of `choices`, in any case; returns it as it stands here."""
+
     def parse(text: str) -> str:
         found = [choice for choice in choices if choice.lower() == text.strip().lower()]
         check(found, f"allowed are {', '.join(choices)}")
         return found[0]
+
     return parse
+
 
 def parse_text(text: str) -> str:
     """Read a name that may not be empty."""
     check(text.strip() and "\0" not in text, "allowed is a name that is not empty")
     return text
 
+
 def parse_names(text: str) -> tuple[str, ...]:
     """Read names between commas or blanks, in lower case; an empty text has none."""
     return tuple(text.replace(",", " ").lower().split())
+
 
 def parse_origins(text: str) -> tuple[str, ...]:
     """Read browser origins, `*` or `loopback`."""
@@ -323,6 +386,7 @@ def parse_origins(text: str) -> tuple[str, ...]:
         check(ORIGIN.fullmatch(name), f"{name!r} is no origin; {allowed}")
     return parse_names(text)
 
+
 def parse_networks(text: str) -> tuple[IPNetwork, ...]:
     """Read addresses and CIDRs between commas or blanks; `none` is an empty list."""
     names = () if text.strip().lower() == "none" else parse_names(text)
@@ -330,6 +394,7 @@ def parse_networks(text: str) -> tuple[IPNetwork, ...]:
         return tuple(ipaddress.ip_network(name, strict=False) for name in names)
     except ValueError as error:
         raise ValueError(f"{error}; allowed are addresses and CIDRs") from None
+
 
 def parse_pattern(text: str) -> str | re.Pattern[str]:
     """Read an exact name or a `/regex/`. Raises ValueError."""
@@ -340,6 +405,7 @@ def parse_pattern(text: str) -> str | re.Pattern[str]:
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{text!r} is no regular expression: {error}") from None
 
+
 def check_template(template: str, pattern: str | re.Pattern[str] | None) -> None:
     """Refuse a template that the pattern's matches cannot fill. Raises ValueError."""
     if not isinstance(pattern, re.Pattern):
@@ -349,6 +415,7 @@ def check_template(template: str, pattern: str | re.Pattern[str] | None) -> None
     except (re.error, IndexError) as error:
         groups = f"the pattern has {pattern.groups} groups"
         raise ValueError(f"{template!r} does not fit: {error}; {groups}") from None
+
 
 def parse_model_map(text: str) -> ModelMap:
     """Read a JSON object of names and `/regex/` keys to names; exact keys come first."""
@@ -366,15 +433,19 @@ def parse_model_map(text: str) -> ModelMap:
         check_template(target, compiled[-1][0])
     return tuple(sorted(compiled, key=lambda pair: isinstance(pair[0], re.Pattern)))
 
+
 def parse_secret(text: str) -> str:
     """Read a JWT secret; a weak one is refused. The value never enters the message."""
     secret, remedy = text.strip(), "try: openssl rand -hex 32"
-    check(len(secret) >= MIN_SECRET_LENGTH and len(set(secret)) >= MIN_SECRET_VARIETY,
-          f"too weak: allowed are at least {MIN_SECRET_LENGTH} characters, at least "
-          f"{MIN_SECRET_VARIETY} different; {remedy}")
+    check(
+        len(secret) >= MIN_SECRET_LENGTH and len(set(secret)) >= MIN_SECRET_VARIETY,
+        f"too weak: allowed are at least {MIN_SECRET_LENGTH} characters, at least "
+        f"{MIN_SECRET_VARIETY} different; {remedy}",
+    )
     known = any(known in secret.lower() for known in WELL_KNOWN_SECRETS)
     check(not known, f"a well-known default; {remedy}")
     return secret
+
 
 def setting(default: Any, parse: Callable[[str], Any], help_line: str) -> Any:
     """Declare a setting: `default` as it is written in the environment."""
@@ -382,9 +453,13 @@ def setting(default: Any, parse: Callable[[str], Any], help_line: str) -> Any:
     value = parse(default) if isinstance(default, str) else default
     return dataclasses.field(default=value, metadata=metadata)
 
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What the environment and the flags say; valid once it exists."""
+
+    # Each setting stands on one line: its default, its reader and its help are read together.
+    # fmt: off
     # ruff: disable[E501]
     default_upstream: UpstreamURL = setting("http://localhost:8000", parse_upstream_url, "where a request goes that no rule claims")
     listen_host: str = setting("127.0.0.1", parse_text, "address to listen on")
@@ -414,6 +489,7 @@ class Settings:
     shutdown_grace: float = setting("8", parse_number(0, 3600, False), "s that running requests get after SIGTERM")
     log_level: str = setting("INFO", parse_choice(*LOG_LEVELS), "DEBUG, INFO (a line a request on stderr), WARNING, ERROR")
     # ruff: enable[E501]
+    # fmt: on
 
     @classmethod
     def find(cls, environ: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -429,8 +505,9 @@ class Settings:
         return found
 
     @classmethod
-    def from_mapping(cls, environ: Mapping[str, str],
-                     flags: Mapping[str, str] | None = None) -> Settings:
+    def from_mapping(
+        cls, environ: Mapping[str, str], flags: Mapping[str, str] | None = None
+    ) -> Settings:
         """Build from variables and flags (by field name). Raises ConfigError."""
         values: dict[str, Any] = {}
         for name, (source, text) in cls.find(environ, flags or {}).items():
@@ -443,9 +520,11 @@ class Settings:
         strict = [n for n in ("webui_security", "api_security") if values.get(n) == "ALWAYS_AUTH"]
         if strict and settings.jwt_secret is None:
             remedy = f"at least {MIN_SECRET_LENGTH} random characters (openssl rand -hex 32)"
-            raise ConfigError(f"{strict[0].upper()}='ALWAYS_AUTH': JWT_SECRET is not set; "
-                              f"set it to {remedy}")
+            raise ConfigError(
+                f"{strict[0].upper()}='ALWAYS_AUTH': JWT_SECRET is not set; set it to {remedy}"
+            )
         return settings
+
 
 # ======================================================================================
 # 3  HTTP messages (pure)
@@ -480,15 +559,28 @@ CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 LINE_CHUNK_SIZES = {  # by the lines of a chunk up to its `\r`, and the length of its text
-    period: {size: b"%x\r" % (size + period - 2) for size in range(KiB)} for period in (3, 4)}
+    period: {size: b"%x\r" % (size + period - 2) for size in range(KiB)} for period in (3, 4)
+}
 CHUNK_LINES = {"chunk-size": MAX_CHUNK_LINE, "chunk-end": 0, "trailer": MAX_TRAILERS}  # octets
 LAST_CHUNK = b"0\r\n\r\n"
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
 PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})?")
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "proxy-authenticate",
-                        "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"))
+HOP_BY_HOP = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)
+
 
 class Fields:
     """Field lines in their order, names as they came; look-ups take lower-case names."""
@@ -509,7 +601,9 @@ class Fields:
         parts = ",".join(self.get_all(name)).lower().split(",") if name in self.first else ()
         return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
+
 CODINGS = ("gzip", "x-gzip", "deflate")  # those that can be taken off
+
 
 def read_coding(fields: Fields) -> str:
     """Return the content codings over all lines but `identity`, "" for none (RFC 9110 8.4)."""
@@ -518,12 +612,16 @@ def read_coding(fields: Fields) -> str:
     codings = fields.tokens("content-encoding")
     return ", ".join(coding for coding in codings if coding != "identity")
 
+
 class Framing(NamedTuple):
     """How long a content is: `length` octets, "chunked" or "until-close"."""
+
     kind: str
     length: int = 0
 
+
 NO_CONTENT, CHUNKED, UNTIL_CLOSE = Framing("length"), Framing("chunked"), Framing("until-close")
+
 
 def parse_fields(text: str) -> Fields:
     """Read field lines with their CRLFs (RFC 9112 5). Raises MalformedMessage or FieldsTooLarge."""
@@ -538,6 +636,7 @@ def parse_fields(text: str) -> Fields:
         name = line.partition(":")[0][:80]
         raise FieldsTooLarge(f"field {name!r} has {len(line)} octets, over {MAX_FIELD_LINE}")
     return Fields([(name.lower(), name, value.strip(" \t")) for name, value in found])
+
 
 def read_framing(fields: Fields, minor: int) -> Framing | None:
     """Return what the fields alone say (RFC 9112 6.3), None when they say nothing.
@@ -559,10 +658,12 @@ def read_framing(fields: Fields, minor: int) -> Framing | None:
         return Framing("length", int(lengths[0]))
     return CHUNKED if codings else None
 
+
 def keeps_alive(fields: Fields, minor: int) -> bool:
     """Tell whether the sender wants the connection to persist (RFC 9112 9.3)."""
     options = fields.tokens("connection")
     return "close" not in options and (minor == 1 or "keep-alive" in options)
+
 
 def decode_unreserved(match: re.Match[str]) -> str:
     """Decode an octet that needs no percent-encoding; others get upper-case digits.
@@ -574,6 +675,7 @@ def decode_unreserved(match: re.Match[str]) -> str:
     character = chr(int(match[1], 16))
     return character if character in UNRESERVED else match[0].upper()
 
+
 def normalise_path(path: str) -> str:
     """Return the one spelling of a path: RFC 3986 6.2.2, no empty or dot segments.
 
@@ -584,6 +686,7 @@ def normalise_path(path: str) -> str:
     if "//" not in path and "/." not in path and not path.endswith("/"):
         return path
     return "/" + posixpath.normpath(path).lstrip("/")
+
 
 def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
     """Return authority (None unless absolute-form), path and `?query` (RFC 9112 3.2)."""
@@ -601,6 +704,7 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
     path, mark, query = target.partition("?")
     return authority, normalise_path(path), mark + query
 
+
 class RequestHead:
     """A request line and its fields, and what follows from them. Raises MalformedMessage."""
 
@@ -617,6 +721,7 @@ class RequestHead:
         self.keeps_alive = keeps_alive(fields, minor)
         self.expects_continue = minor == 1 and "100-continue" in fields.tokens("expect")
         self.memo: dict[Any, Any] = {}  # what else was worked out from it, by question
+
 
 class ResponseHead:
     """A status line and its fields, and what follows from them."""
@@ -638,7 +743,9 @@ class ResponseHead:
         declared = self.declared
         return NO_CONTENT if method == "HEAD" or self.status in (204, 304) else declared
 
+
 Parsed = TypeVar("Parsed")
+
 
 def cache_short(parse: Callable[[bytes], Parsed]) -> Callable[[bytes], Parsed]:
     """Let `parse` remember short heads: clients and servers repeat theirs to the letter."""
@@ -647,7 +754,9 @@ def cache_short(parse: Callable[[bytes], Parsed]) -> Callable[[bytes], Parsed]:
     @functools.wraps(parse)
     def parse_again(data: bytes) -> Parsed:
         return cached(data) if len(data) <= MAX_CACHED_HEAD else parse(data)
+
     return parse_again
+
 
 @cache_short
 def parse_request_head(data: bytes) -> RequestHead:
@@ -665,6 +774,7 @@ def parse_request_head(data: bytes) -> RequestHead:
         raise FieldsTooLarge(f"all fields have more than {MAX_FIELDS_SIZE} octets")
     return RequestHead(method, target, min(int(minor), 1), parse_fields(lines))
 
+
 @cache_short
 def parse_response_head(data: bytes) -> ResponseHead:
     """Read a response head without its final empty line (RFC 9112 4)."""
@@ -675,19 +785,23 @@ def parse_response_head(data: bytes) -> ResponseHead:
     minor, status, reason = match.groups()
     return ResponseHead(int(status), reason or "", int(minor), parse_fields(lines))
 
+
 def encode_lines(pairs: Iterable[tuple[str, str]]) -> str:
     """Return fields as field lines."""
     return "".join([f"{name}: {value}\r\n" for name, value in pairs])
+
 
 def first_difference(found: Sequence[Any], right: Sequence[Any]) -> int:
     """Return where two sequences of the same length begin to differ."""
     pairs = enumerate(zip(found, right, strict=True))
     return next((at for at, (one, other) in pairs if one != other), len(right))
 
+
 @functools.lru_cache(maxsize=8)
 def even_chunks(start: int, size: int, count: int) -> struct.Struct:
     """Return how chunks of one size stand one behind the other."""
     return struct.Struct(f"{start}x{size}s2x" * count)
+
 
 def read_even_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
     """Return the contents of the chunks of one size that `data` begins with, and their size.
@@ -706,6 +820,7 @@ def read_even_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
         count = len(column) - len(column.lstrip(bytes([octet])))
     return even_chunks(start, size, count).unpack_from(data), count * period
 
+
 def read_line_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
     """Return the contents of the chunks of one line that `data` begins with, and their size.
 
@@ -719,16 +834,21 @@ def read_line_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
     count = (len(lines) - 1) // period
     sizes, texts, *blanks, ends = [lines[at : count * period : period] for at in range(period)]
     right_sizes = list(map(LINE_CHUNK_SIZES[period].get, map(len, texts)))
-    for found, right in ((sizes, right_sizes), (ends, [b"\r"] * len(ends)),
-                         *((blank, [b""] * len(blank)) for blank in blanks)):
+    for found, right in (
+        (sizes, right_sizes),
+        (ends, [b"\r"] * len(ends)),
+        *((blank, [b""] * len(blank)) for blank in blanks),
+    ):
         if found != right:
             count = min(count, first_difference(found, right))
     content = (b"\n" * (period - 2)).join([*texts[:count], b""])
     return (content,), len(content) + len(b"".join(sizes[:count])) + 3 * count
 
+
 @dataclasses.dataclass(slots=True)
 class ChunkDecoder:
     """Reads chunked content (RFC 9112 7.1); after `done`, `rest` holds what follows."""
+
     rest: bytes = b""  # not read yet
     left: int = 0  # octets of the current chunk still to come
     part: str = "chunk-size"  # which line comes next, after those octets
@@ -799,15 +919,18 @@ class ChunkDecoder:
             self.left = int(match[1], 16)
             self.part = "chunk-end" if self.left else "trailer"
 
+
 def encode_chunk(content: bytes) -> tuple[bytes, bytes, bytes]:
     """Return `content`, which must not be empty, as one chunk in three pieces."""
     return b"%x\r\n" % len(content), content, b"\r\n"
+
 
 @functools.lru_cache(maxsize=1024)
 def encode_field_value(text: str) -> str:
     """Return a short text as a field value that cannot end its line: visible ASCII."""
     ascii_text = text.encode("ascii", "backslashreplace").decode("ascii")
     return re.sub(r"[^\x20-\x7e]", "?", ascii_text)[:256]
+
 
 # ======================================================================================
 # 4  Event streams (pure)
@@ -823,8 +946,10 @@ CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever 
 
 MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
 
+
 class EventFormat(NamedTuple):
     """How a stream's events are told apart, and where in one its data stands."""
+
     mark: bytes  # ends an event in the plain case
     end: re.Pattern[bytes]  # ends one in every case
     data: re.Pattern[bytes]  # one line of data
@@ -882,13 +1007,16 @@ class EventFormat(NamedTuple):
         rest = MORE_DATA.sub(b"", event[end:]) if self.prefix else event[end:]
         return event[:start] + data.replace(b"\n", b" ") + rest
 
+
 SSE_END = re.compile(rb"[\r\n](?:(?<=\n)\n|\r(?:\n|(?!\Z)))")  # two line ends; CR may become CRLF
 SSE_DATA = re.compile(rb"(?<![^\r\n])data: ?([^\r\n]*)")
 SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, b"data: ")
 LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"))
 
+
 class EventSplitter:
     """Gathers octets into whole events."""
+
     __slots__ = ("form", "held", "marks")
 
     def __init__(self, form: EventFormat) -> None:
@@ -910,6 +1038,7 @@ class EventSplitter:
         del self.held[:size]
         return taken
 
+
 # ======================================================================================
 # 5  Text filters (pure)
 # ======================================================================================
@@ -926,13 +1055,16 @@ PLAIN_FENCE = re.compile(r"[ \t]{0,8}```[ \t]{0,8}\r?\n?")
 ANY_FENCE = re.compile(r"[ \t]{0,8}```")
 MAYBE_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
+
 def held_prefix(text: str, tag: str) -> int:
     """Return how many characters at the end of `text` could begin `tag`, which has one `<`."""
     at = text.rfind("<", max(0, len(text) - len(tag) + 1))
     return len(text) - at if at >= 0 and tag.startswith(text[at:]) else 0
 
+
 class ThinkFilter:
     """Parts a text into what is visible and what was thought."""
+
     __slots__ = ("held", "inside", "opening", "swallow")
 
     def __init__(self, inside: bool = False, spoken: bool = False) -> None:
@@ -967,8 +1099,10 @@ class ThinkFilter:
         self.opening = self.opening and not piece.strip(WHITE_SPACE)
         return piece
 
+
 class FenceFilter:
     """Takes the fence lines of ```json blocks out."""
+
     __slots__ = ("fence", "held", "line_start")
 
     def __init__(self) -> None:
@@ -1001,13 +1135,17 @@ class FenceFilter:
             self.fence = "other"
         return line
 
+
 class FilterRules(NamedTuple):
     """Which filters are on."""
+
     think: bool = False
     fences: bool = False
 
+
 class TextFilter:
     """Both filters in a row, for one choice of one answer."""
+
     __slots__ = ("fences", "think")
 
     def __init__(self, rules: FilterRules, inside: bool = False, spoken: bool = False) -> None:
@@ -1030,14 +1168,17 @@ class TextFilter:
         visible, thought = self.think.feed(text, last) if self.think else (text, "")
         return self.fences.feed(visible, last) if self.fences else visible, thought
 
+
 def opens_inside(text: str) -> bool:
     """Tell whether a whole text begins with thinking: its template gave the opening tag."""
     close, opening = text.find(THINK_CLOSE), text.find(THINK_OPEN)
     return close >= 0 and not 0 <= opening < close
 
+
 def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
     """Return the visible and the thought part of a whole text."""
     return TextFilter(rules, opens_inside(text)).feed(text, last=True)
+
 
 # ======================================================================================
 # 6  Dialects (pure)
@@ -1065,25 +1206,32 @@ JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
 NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
 PLAIN_TEXT = re.compile(  # of the answer itself, and more than white space
-    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]')
+    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
+)
 TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
 BOM = b"\xef\xbb\xbf"
 NO_THINK_MEMBERS = {  # where the words of the user stand, by path
-    "/v1/chat/completions": "messages", "/v1/messages": "messages", "/api/chat": "messages",
-    "/v1/completions": "prompt", "/api/generate": "prompt", "/v1/responses": "input",
+    "/v1/chat/completions": "messages",
+    "/v1/messages": "messages",
+    "/api/chat": "messages",
+    "/v1/completions": "prompt",
+    "/api/generate": "prompt",
+    "/v1/responses": "input",
 }
 Path = tuple[str | int, ...]
+
 
 def refuse_constant(name: str) -> None:
     """Refuse NaN and the infinities, which Python reads and RFC 8259 does not know."""
     raise ValueError(f"{name} is not JSON")
 
+
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
-COMPACT_JSON = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
+
 
 def json_gaps(text: str) -> Iterator[str]:
     """Yield what stands between the strings of JSON, slice by slice."""
@@ -1095,6 +1243,7 @@ def json_gaps(text: str) -> Iterator[str]:
         yield "".join(parts[inside::2])
         inside ^= len(parts) % 2 == 0
         at = end
+
 
 def check_size(text: str, values: float = MAX_JSON_VALUES) -> None:
     """Refuse JSON that is too deep or has too many parts, before anybody reads it."""
@@ -1114,6 +1263,7 @@ def check_size(text: str, values: float = MAX_JSON_VALUES) -> None:
             limits = f"{MAX_JSON_NODES} objects and arrays, {MAX_JSON_VALUES} values"
             raise ContentTooLarge(f"the JSON has too many parts; allowed are {limits}")
 
+
 def parse_json(content: bytes) -> tuple[str, Any]:
     """Return the text and the value of a JSON document. Raises MalformedContent."""
     try:
@@ -1125,6 +1275,7 @@ def parse_json(content: bytes) -> tuple[str, Any]:
     except ValueError as error:
         raise MalformedContent(f"the content is not JSON: {error}") from None
 
+
 def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
     """Return the object that an upstream's event holds, None when it holds none."""
     try:
@@ -1135,6 +1286,7 @@ def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
     except (ValueError, RecursionError, RouterError):
         return None
     return value if isinstance(value, dict) else None
+
 
 def encode_asked(value: Any) -> bytes:
     """Return compact JSON; a lone surrogate stays an escape.
@@ -1148,12 +1300,14 @@ def encode_asked(value: Any) -> bytes:
     except ValueError:
         raise MalformedContent("a number is beyond 1.8e308, the most that a double holds") from None
 
+
 def encode_json(value: Any) -> bytes:
     """Return the same; what no double holds is null: servers say such things."""
     try:
         return encode_asked(value)
     except MalformedContent:
         return encode_asked(json.loads(json.dumps(value), parse_constant=lambda name: None))
+
 
 def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]:
     """Yield key or index, start and end of each value of the container at `at`."""
@@ -1169,8 +1323,10 @@ def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]
         at = JSON_NEXT.match(text, end).end()
         index += 1
 
-def edit_places(text: str, at: int, edits: Mapping[Path, Any],
-                prefix: Path = ()) -> Iterator[tuple[int, int, Path]]:
+
+def edit_places(
+    text: str, at: int, edits: Mapping[Path, Any], prefix: Path = ()
+) -> Iterator[tuple[int, int, Path]]:
     """Yield where the values at the paths of `edits` stand, in order; a repeated member twice."""
     inner: dict[str | int, dict[Path, Any]] = {}
     for path, value in edits.items():
@@ -1181,6 +1337,7 @@ def edit_places(text: str, at: int, edits: Mapping[Path, Any],
         elif key in inner:
             yield from edit_places(text, start, inner[key], (*prefix, key))
 
+
 def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
     """Return a JSON object with some values replaced (a new member: at its end), no more."""
     pieces, done, found = [], 0, set()
@@ -1190,23 +1347,31 @@ def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
         pieces += [text[done:start], encode_asked(edits[path]).decode()]
         done = end
         found.add(path)
-    new = [f"{json.dumps(path[0])}:{encode_asked(value).decode()}"
-           for path, value in edits.items() if path not in found and len(path) == 1]
+    new = [
+        f"{json.dumps(path[0])}:{encode_asked(value).decode()}"
+        for path, value in edits.items()
+        if path not in found and len(path) == 1
+    ]
     rest, _, end = text[done:].rpartition("}")
     comma = "," if new and '"' in text else ""
     return "".join([*pieces, rest, comma, ",".join(new), "}", end]).encode()
 
+
 # --- what is asked --------------------------------------------------------------------
+
 
 class Rewrite(NamedTuple):
     """What a request needs on its way to one server."""
+
     model: str
     no_think: bool = False
     include_usage: bool = False
 
+
 @dataclasses.dataclass(frozen=True)
 class Ask:
     """A request as its dialect reads it."""
+
     path: str
     query: str
     content: bytes
@@ -1234,14 +1399,18 @@ class Ask:
         many = len(prompt) if isinstance(prompt, list) else 1
         return many * (number if isinstance(number, int) else 1)
 
+
 class Timing(NamedTuple):
     """When a whole answer was made: wall clock, and durations in ns."""
+
     now: float
     total: int
     first: int
 
+
 class Dialect(NamedTuple):
     """How one endpoint's clients speak; each function is pure."""
+
     service: str
     events: EventFormat
     read: Callable[[str, str, bytes], Ask]  # path, query, content
@@ -1256,6 +1425,7 @@ class Dialect(NamedTuple):
         """Return an error as the last event of a running stream."""
         return self.events.encode(self.encode_error(error))
 
+
 def read_object(path: str, query: str, content: bytes) -> Ask:
     """Read a JSON object and its model. Raises MalformedContent."""
     text, doc = parse_json(content)
@@ -1267,6 +1437,7 @@ def read_object(path: str, query: str, content: bytes) -> Ask:
     if not model and path in MODEL_PATHS:
         raise MalformedContent('no model was named; add `"model": "name"`')
     return Ask(path, query, content, text, doc, model or "", doc.get("stream") is True)
+
 
 def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
     """Return the edit that appends to a text, or to the user's last one inside a list."""
@@ -1281,10 +1452,12 @@ def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
     edits = (append_text((*path, at), value[at], suffix) for at in reversed(range(count)))
     return next(filter(None, edits), {})
 
+
 def no_think_edit(path: str, doc: Mapping[str, Any]) -> dict[Path, Any]:
     """Return the edit that appends /no_think to the last user message or the prompt."""
     member = NO_THINK_MEMBERS.get(path, "")
     return append_text((member,), doc.get(member), " /no_think")
+
 
 def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return the client's own bytes with what must change changed."""
@@ -1300,16 +1473,19 @@ def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
         edits["stream_options",] = {**options, "include_usage": True}
     return splice_json(ask.text, edits) if edits else ask.content
 
+
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
 MAX_PART_HEAD = 16 * KiB
 DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.IGNORECASE)
 PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;\s"]*))')
+
 
 def is_model_part(head: bytes) -> bool:
     """Tell whether the head of a form's part names it `model` (RFC 7578 4.2)."""
     line = DISPOSITION.search(head)
     found = PARAMETER.findall(line[1]) if line else []
     return any(name.lower() == b"name" and b"model" in values for name, *values in found)
+
 
 def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
     """Read the `model` part of a multipart form (RFC 7578); without one it is ""."""
@@ -1326,6 +1502,7 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
         at = end
     return Ask(path, query, content)
 
+
 def encode_span(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return content that is no JSON with the model's name changed where it stands."""
     if rewrite.model == ask.model or not ask.model:
@@ -1333,10 +1510,12 @@ def encode_span(ask: Ask, rewrite: Rewrite) -> bytes:
     start, end = ask.span
     return ask.content[:start] + rewrite.model.encode("utf-8", "replace") + ask.content[end:]
 
+
 def encode_openai_error(error: RouterError) -> bytes:
     """Return an error as OpenAI's clients read it."""
     doc = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
     return encode_json({"error": doc})
+
 
 OPENAI = Dialect("openai", SSE, read_object, encode_openai_error, encode_object)
 OPENAI_OPAQUE = OPENAI._replace(read=Ask, encode=encode_span)  # nobody looks inside
@@ -1346,18 +1525,28 @@ OPENAI_OPAQUE = OPENAI._replace(read=Ask, encode=encode_span)  # nobody looks in
 TEXT_DELTA, TEXT_DONE = "response.output_text.delta", "response.output_text.done"
 CLOSING_TYPES = ("content_block_stop", "message_stop", TEXT_DONE)
 END_TYPES = (  # of the last event of a stream
-    "message_stop", "response.completed", "response.failed", "response.incomplete")
+    "message_stop",
+    "response.completed",
+    "response.failed",
+    "response.incomplete",
+)
 ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
 CHOICE_TEXTS: tuple[Path, ...] = (("text",), ("delta", "content"), ("message", "content"))
 OTHER_TEXTS: tuple[Path, ...] = (  # of Ollama's own answers, of /v1/messages
-    ("message", "content"), ("delta", "text"), ("response",), ("content",)
+    ("message", "content"),
+    ("delta", "text"),
+    ("response",),
+    ("content",),
 )
+
 
 class Slot(NamedTuple):
     """Where a text stands in an answer or event, and which of several texts it is."""
+
     path: Path
     index: Any
     text: str
+
 
 def slots_at(top: Any, at: Path, paths: Iterable[Path], index: Any) -> Iterator[Slot]:
     """Yield the texts at some paths below `top`: strings, or the text parts of lists."""
@@ -1372,6 +1561,7 @@ def slots_at(top: Any, at: Path, paths: Iterable[Path], index: Any) -> Iterator[
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 yield Slot((*path, number, "text"), (index, number), part["text"])
 
+
 def read_choices(doc: Mapping[str, Any]) -> list[tuple[int, Any, dict[str, Any]]]:
     """Return the choices of an answer or event, each with its place and its index."""
     choices = doc.get("choices")
@@ -1380,6 +1570,7 @@ def read_choices(doc: Mapping[str, Any]) -> list[tuple[int, Any, dict[str, Any]]
         for at, choice in enumerate(choices if isinstance(choices, list) else ())
         if isinstance(choice, dict)
     ]
+
 
 def text_slots(doc: Mapping[str, Any]) -> list[Slot]:
     """Return where the visible text of an answer or of one event stands."""
@@ -1392,6 +1583,7 @@ def text_slots(doc: Mapping[str, Any]) -> list[Slot]:
         slots += slots_at(choice, ("choices", at), CHOICE_TEXTS, index)
     return slots
 
+
 def output_slots(value: Any, path: Path = ()) -> Iterator[Slot]:
     """Yield the whole texts inside a response object, however deep it lies."""
     items = value.items() if isinstance(value, dict) else ()
@@ -1401,12 +1593,14 @@ def output_slots(value: Any, path: Path = ()) -> Iterator[Slot]:
         elif key == "text" and value.get("type") in ("output_text", TEXT_DONE):
             yield from slots_at(value, path, [("text",)], path)
 
+
 def closed_indexes(doc: Mapping[str, Any]) -> dict[Any, None] | None:
     """Return which texts end with this event; None means all of them."""
     if doc.get("done") is True or doc.get("type") in CLOSING_TYPES:
         return None
     ended = [index for _, index, choice in read_choices(doc) if choice.get("finish_reason")]
     return dict.fromkeys(ended)  # in order, and found at once
+
 
 def carries_more(doc: Mapping[str, Any]) -> bool:
     """Tell whether an event says anything beside its text."""
@@ -1417,6 +1611,7 @@ def carries_more(doc: Mapping[str, Any]) -> bool:
         delta = choice.get("delta") or {}
         said += [choice.get("finish_reason"), *(delta[key] for key in delta if key != "content")]
     return bool(doc.get("usage") or doc.get("done") or any(said))
+
 
 def tail_document(doc: dict[str, Any], slot: Slot, text: str) -> dict[str, Any]:
     """Turn an event into one that says nothing but `text` at the slot."""
@@ -1431,8 +1626,10 @@ def tail_document(doc: dict[str, Any], slot: Slot, text: str) -> dict[str, Any]:
     holder[slot.path[-1]] = text
     return doc
 
+
 class AnswerPlan(NamedTuple):
     """What is known of an answer when its head has come."""
+
     ask: Ask
     dialect: Dialect
     native: bool  # the server speaks the client's dialect
@@ -1452,10 +1649,12 @@ class AnswerPlan(NamedTuple):
         """Whether answers name the model that was asked, not the one that spoke."""
         return self.renamed and self.dialect.service == "ollama"
 
+
 def may_hold_tag(text: bytes) -> bool:
     """Tell whether a text could hold a tag."""
     tag, escape = TAG_WORDS
     return tag in text or escape in text
+
 
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
@@ -1471,8 +1670,10 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
             edits[slot.path] = visible
     return splice_json(content.decode(), edits) if edits else content
 
+
 class WholeAnswer:
     """Holds an answer until all of it can be changed; a huge one goes as it is."""
+
     whole, complete = True, False  # `whole`: nothing leaves before finish()
 
     def __init__(self, change: Callable[[bytes], bytes], required: bool = False) -> None:
@@ -1501,6 +1702,7 @@ class WholeAnswer:
         self.complete = True
         return self.change(bytes(self.held)) if self.whole else b""
 
+
 def find_all(block: bytes, word: bytes) -> list[int]:
     """Return where a word stands in a block, the last place first: that way it is found faster."""
     places: list[int] = []
@@ -1509,9 +1711,11 @@ def find_all(block: bytes, word: bytes) -> list[int]:
         places.append(at)
     return places
 
+
 def may_be_usage(data: bytes) -> bool:
     """Tell whether an event may say the usage and nothing else: it has no choice for certain."""
     return b'"usage"' in data and (b'"choices"' not in data or NO_CHOICES.search(data) is not None)
+
 
 def read_event(form: EventFormat, event: bytes) -> dict[str, Any] | None:
     """Return the object that an event holds; what its fields call an error is one."""
@@ -1522,12 +1726,14 @@ def read_event(form: EventFormat, event: bytes) -> dict[str, Any] | None:
         return doc
     return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
 
+
 def error_text(doc: Mapping[str, Any]) -> str:
     """Return the sentence in an upstream's error document, or else the document."""
     error = next((doc[name] for name in ("error", "detail", "message") if doc.get(name)), doc)
     if isinstance(error, dict):
         error = error.get("message") or error
     return error if isinstance(error, str) else json.dumps(error)
+
 
 def find_wrong(doc: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the part of an event that says what went wrong, in any protocol."""
@@ -1536,10 +1742,12 @@ def find_wrong(doc: Mapping[str, Any]) -> Mapping[str, Any] | None:
     named = "error" in (doc.get("type"), doc.get("object"))
     return next((part for part in parts if part.get("error")), doc if named else None)
 
+
 def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
     """Return what an answer or event says went wrong, None when it says nothing of the kind."""
     wrong = doc.get("error") or doc.get("object") == "error"
     return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
+
 
 def ends_stream(form: EventFormat, event: bytes) -> bool:
     """Tell whether an event says that its stream is at its end, a good or a bad one."""
@@ -1550,10 +1758,12 @@ def ends_stream(form: EventFormat, event: bytes) -> bool:
     typed = doc.get("done") is True or doc.get("type") in END_TYPES
     return bool(ended or typed or find_wrong(doc))
 
+
 def is_last_event(form: EventFormat, event: bytes, closed: bool) -> bool:
     """Tell whether what stands before the end of a stream, or its close, is a whole event."""
     ended = ends_stream(form, event)
     return ended or (not closed and parse_event_json(form.read(event)) is not None)
+
 
 class EventFilter:
     """Filters the events of a stream that stays in its own format.
@@ -1561,6 +1771,7 @@ class EventFilter:
     Whole events leave as the bytes they came in, unless one holds a word that may make a change
     necessary, or a filter waits for more text (`plain` is false).
     """
+
     whole = failed = False
     timed = False  # llama.cpp's timings were lost with usage that was asked for
     required = False  # the client could not read the events as they are
@@ -1760,25 +1971,33 @@ class EventFilter:
                 tails += self.form.replace(event, encode_json(doc))
         return tails
 
+
 # --- what was said and what it cost ----------------------------------------------------
 # Messages of every protocol as one kind of record; the counts of every server.
 
 USAGE_WINDOW = 8 * KiB  # counts stand at the ends of an answer, or after its last `"usage"`
 TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
-PROMPT_COUNTS = ("prompt_tokens", "prompt_eval_count",  # others count apart what was cached
-                 "input_tokens+cache_read_input_tokens+cache_creation_input_tokens",
-                 "prompt_n+cache_n", "total_tokens")
+PROMPT_COUNTS = (
+    "prompt_tokens",
+    "prompt_eval_count",  # others count apart what was cached
+    "input_tokens+cache_read_input_tokens+cache_creation_input_tokens",
+    "prompt_n+cache_n",
+    "total_tokens",
+)
 SAID_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
 CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
 BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 IMAGE_STARTS = {"iVBOR": "png", "/9": "jpeg", "R0lGO": "gif", "UklGR": "webp", "Qk": "bmp"}
 SERVICES = ("openai", "ollama")
 
+
 class Usage(NamedTuple):
     """What an answer cost in tokens; None is unknown."""
+
     prompt: int | None = None
     completion: int | None = None
     cached: int | None = None
+
 
 def read_usage(said: bytes) -> Usage:
     """Return the counts of an answer, whole or streamed, however its server spells them."""
@@ -1792,12 +2011,15 @@ def read_usage(said: bytes) -> Usage:
     def first(ways: Sequence[str]) -> int | None:
         names = next((way.split("+") for way in ways if way.split("+")[0] in found), ())
         return sum(found.get(name, 0) for name in names) if names else None
+
     return Usage(first(PROMPT_COUNTS), first(SAID_COUNTS), first(CACHED_COUNTS))
+
 
 def expect(right: object, message: str) -> None:
     """Refuse a request's content unless something is `right`."""
     if not right:
         raise MalformedContent(message)
+
 
 def image_url(image: Any) -> str:
     """Return a URL for an image: what is no URL is base64, its kind by magic number."""
@@ -1808,37 +2030,58 @@ def image_url(image: Any) -> str:
     kinds = [kind for start, kind in IMAGE_STARTS.items() if url.startswith(start)]
     return f"data:image/{kinds[0] if kinds else 'png'};base64,{url}"
 
+
 def argument_text(arguments: Any) -> str:
     """Return the arguments of a call as the string that OpenAI gives."""
     return arguments if isinstance(arguments, str) else encode_asked(arguments).decode()
 
+
 def new_message(role: str) -> dict[str, Any]:
     """Return a message of no protocol that says nothing yet; texts are gathered in pieces."""
-    return {"role": role, "content": [], "thinking": [], "tool_calls": [],
-            "tool_call_id": None, "name": None, "images": []}
+    return {
+        "role": role,
+        "content": [],
+        "thinking": [],
+        "tool_calls": [],
+        "tool_call_id": None,
+        "name": None,
+        "images": [],
+    }
+
 
 def join_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with its texts whole."""
-    calls = [{"id": call["id"], "name": call["name"], "arguments": "".join(call["arguments"])}
-             for call in message["tool_calls"]]
+    calls = [
+        {"id": call["id"], "name": call["name"], "arguments": "".join(call["arguments"])}
+        for call in message["tool_calls"]
+    ]
     texts = {name: "".join(message[name]) for name in ("content", "thinking")}
     return {**message, **texts, "tool_calls": calls}
+
 
 def add_text(pieces: list[str], text: str) -> None:
     """Add a piece; what is no text is refused here. Raises TypeError."""
     pieces.append(text + "")
 
+
 def add_call(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> None:
     """Add a tool call or a fragment of one, which continues a call with its index and id."""
     index, call_id, function = call.get("index"), call.get("id"), call.get("function") or {}
     late = () if index is None and function.get("name") else calls[: -MAX_OPEN_CALLS - 1 : -1]
-    last = next((known for known in late if known["index"] == index
-                 and (not call_id or known["id"] in (None, call_id))), None)
+    last = next(
+        (
+            known
+            for known in late
+            if known["index"] == index and (not call_id or known["id"] in (None, call_id))
+        ),
+        None,
+    )
     if last is None:
         last = {"index": index, "id": None, "name": None, "arguments": []}
         calls.append(last)
     last["id"], last["name"] = call_id or last["id"], function.get("name") or last["name"]
     add_text(last["arguments"], argument_text(function.get("arguments") or ""))
+
 
 def add_content(message: dict[str, Any], content: Any) -> None:
     """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
@@ -1861,6 +2104,7 @@ def add_content(message: dict[str, Any], content: Any) -> None:
             message["role"], message["tool_call_id"] = "tool", part.get("tool_use_id")
             add_content(message, part.get("content"))
 
+
 def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     """Add a message of any protocol, or a piece of one: texts are joined, calls gathered."""
     for name in ("role", "name", "tool_call_id"):
@@ -1877,6 +2121,7 @@ def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
     for call in said.get("tool_calls") or ():
         add_call(message["tool_calls"], call)
 
+
 def read_item(item: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return an item of /v1/responses, asked or answered, as a message."""
     kind, call_id = item.get("type"), item.get("call_id")
@@ -1887,6 +2132,7 @@ def read_item(item: Mapping[str, Any]) -> Mapping[str, Any]:
     if kind == "reasoning":
         return {"role": "assistant", "thinking": "".join(s["text"] for s in item["summary"])}
     return item
+
 
 def read_deltas(doc: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Yield what a document or event of any protocol says, each with its choice's index."""
@@ -1906,12 +2152,14 @@ def read_deltas(doc: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, Any]
     for item in doc.get("output") or ():
         yield 0, read_item(item)
 
+
 def read_documents(said: bytes) -> Iterator[dict[str, Any]]:
     """Yield the objects of an answer: the one it is, or those of its events."""
     whole = parse_event_json(said)
     lines = said.splitlines() if whole is None else ()
     events = (parse_event_json(line.removeprefix(b"data:").strip()) for line in lines)
     yield from [whole] if whole is not None else filter(None, events)
+
 
 def read_asked(path: str, doc: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the messages of a request: the system's, then the others or the prompts."""
@@ -1923,6 +2171,7 @@ def read_asked(path: str, doc: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]
             yield read_item(item)
         elif isinstance(item, str):
             yield {"role": "user", "content": item, "images": doc.get("images")}
+
 
 def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, Any]]:
     """Return a conversation: the request's messages, then each choice of the answer."""
@@ -1947,10 +2196,21 @@ def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, An
         message["thinking"].append(thought)
     return [join_message(message) for message in (*talk, *choices.values())]
 
+
 # --- Ollama: what is asked ------------------------------------------------------------
 
-SAME_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop",
-                "presence_penalty", "frequency_penalty", "repeat_penalty")
+SAME_OPTIONS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "presence_penalty",
+    "frequency_penalty",
+    "repeat_penalty",
+)
+
 
 def read_ollama(path: str, query: str, content: bytes) -> Ask:
     """Read an Ollama request: text streams unless told not to, `:latest` is nothing."""
@@ -1960,6 +2220,7 @@ def read_ollama(path: str, query: str, content: bytes) -> Ask:
         raise MalformedContent('no model was named; add `"model": "name"`')
     stream = "/embed" not in path and ask.doc.get("stream") is not False
     return dataclasses.replace(ask, model=model.removesuffix(":latest") or model, stream=stream)
+
 
 def openai_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     """Return a message as OpenAI's; calls without an id get one."""
@@ -1979,12 +2240,14 @@ def openai_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     more = {name: value for name, value in more.items() if value}
     return {"role": message["role"], "content": content, **more}
 
+
 def take_call(queue: collections.deque[list[Any]]) -> Any:
     """Return the id of the oldest call in a queue that no other queue has given, or None."""
     while queue:
         if turn := queue.popleft():
             return turn.pop()
     return None
+
 
 def openai_messages(messages: Any) -> Iterator[dict[str, Any]]:
     """Yield Ollama's messages as OpenAI's; a tool's result gets its call's id."""
@@ -2005,6 +2268,7 @@ def openai_messages(messages: Any) -> Iterator[dict[str, Any]]:
             entry["tool_call_id"] = message["tool_call_id"] or call_id
         yield entry
 
+
 def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
     """Return Ollama's options, format and tools in OpenAI's names."""
     options, form = doc.get("options") or {}, doc.get("format")
@@ -2023,12 +2287,14 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
         expect(not form, f'`format` is {repr(form)[:80]} instead of "json" or a schema')
     return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
 
+
 def ollama_path(ask: Ask) -> str:
     """Return the OpenAI path that serves an Ollama request."""
     if "embed" in ask.path:
         return "/v1/embeddings"
     raw = ask.path == "/api/generate" and ask.doc.get("raw")
     return "/v1/completions" if raw else "/v1/chat/completions"
+
 
 def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
@@ -2049,6 +2315,7 @@ def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
         content = splice_json(content.decode(), no_think_edit(ollama_path(ask), out))
     return content
 
+
 def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
     text = ask.doc.get("input")
@@ -2057,22 +2324,33 @@ def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
     size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
     return encode_asked(out | size)
 
+
 # --- Ollama: what is answered ---------------------------------------------------------
 
-MODEL_DETAILS = {"parent_model": "", "format": "", "family": "", "families": [],
-                 "parameter_size": "", "quantization_level": ""}
+MODEL_DETAILS = {
+    "parent_model": "",
+    "format": "",
+    "family": "",
+    "families": [],
+    "parameter_size": "",
+    "quantization_level": "",
+}
+
 
 def encode_ollama_error(error: RouterError) -> bytes:
     """Return an error as Ollama's clients read it."""
     return encode_json({"error": str(error)})
+
 
 def rfc3339(seconds: float) -> str:
     """Return a moment in UTC with milliseconds, as RFC 3339 writes it."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
-def ollama_document(ask: Ask, created_at: str, message: Mapping[str, Any],
-                    more: Mapping[str, Any]) -> dict[str, Any]:
+
+def ollama_document(
+    ask: Ask, created_at: str, message: Mapping[str, Any], more: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return an answer, its text where chat and generate clients look for it."""
     said: dict[str, Any] = {"content": "", **message}
     if ask.path.endswith("/chat"):
@@ -2081,17 +2359,22 @@ def ollama_document(ask: Ask, created_at: str, message: Mapping[str, Any],
         said = {"response": said.pop("content"), **said}
     return {"model": ask.doc.get("model", ask.model), "created_at": created_at, **said, **more}
 
+
 def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
     """Return what ends an answer: why, the counts, and durations in ns."""
     total = max(timing.total, 1)
     first = min(timing.first, total)
     return {
-        "done": True, "done_reason": "length" if reason == "length" else "stop",
-        "total_duration": total, "load_duration": 0,
-        "prompt_eval_count": usage.prompt or 0, "prompt_eval_duration": first,
+        "done": True,
+        "done_reason": "length" if reason == "length" else "stop",
+        "total_duration": total,
+        "load_duration": 0,
+        "prompt_eval_count": usage.prompt or 0,
+        "prompt_eval_duration": first,
         "eval_count": usage.completion or 0,
         "eval_duration": total - first or total,  # of a whole answer nobody knows the parts
     }
+
 
 def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return a gathered tool call with the object arguments that Ollama gives."""
@@ -2100,8 +2383,10 @@ def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {"_raw": text} if arguments is None else arguments
     return {"function": {"name": call["name"], "arguments": arguments}}
 
+
 class OllamaStream(EventFilter):
     """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
+
     required = True
 
     def __init__(self, plan: AnswerPlan) -> None:
@@ -2138,8 +2423,9 @@ class OllamaStream(EventFilter):
         self.reason = choice.get("finish_reason") or self.reason
         return self.say(text, apart, bool(choice.get("finish_reason")))
 
-    def say(self, text: str, apart: str = "", last: bool = False,
-            end: Mapping[str, Any] | None = None) -> bytes:
+    def say(
+        self, text: str, apart: str = "", last: bool = False, end: Mapping[str, Any] | None = None
+    ) -> bytes:
         """Return the line that says something; b"" for nothing, or while all is held."""
         visible, thought = self.text.feed(text, last)
         thinking = (apart if self.wants is not False else "") + (thought if self.wants else "")
@@ -2150,8 +2436,10 @@ class OllamaStream(EventFilter):
                 self.said.setdefault(name, []).extend(value)
         if not end and (self.whole or not self.said):
             return b""
-        message = {name: pieces if name == "tool_calls" else "".join(pieces)
-                   for name, pieces in self.said.items()}
+        message = {
+            name: pieces if name == "tool_calls" else "".join(pieces)
+            for name, pieces in self.said.items()
+        }
         self.said = {}
         now = rfc3339(self.plan.clock().now)
         doc = ollama_document(self.plan.ask, now, message, end or {"done": False})
@@ -2165,11 +2453,13 @@ class OllamaStream(EventFilter):
         end = ollama_end(self.reason, usage, self.plan.clock())
         return self.say("", last=True) + self.say("", end=end)
 
+
 def answer_ollama_chat(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -> bytes:
     """Return a whole OpenAI answer as Ollama's."""
     stream = OllamaStream(plan)
     stream.tail.append(content)
     return stream.translate(doc, whole=True) + stream.close(())
+
 
 def answer_ollama_embed(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -> bytes:
     """Return OpenAI's embeddings as Ollama's."""
@@ -2181,6 +2471,7 @@ def answer_ollama_embed(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -
     answer = {"model": plan.ask.doc.get("model", plan.ask.model), "embeddings": vectors}
     return encode_json(answer | {name: counts[name] for name in kept})
 
+
 def ollama_loaded(ask: Ask, created_at: str) -> dict[str, Any] | None:
     """Return the answer to an empty prompt or message list, None when there is work."""
     work = ask.doc.get("messages" if ask.path.endswith("/chat") else "prompt")
@@ -2189,38 +2480,64 @@ def ollama_loaded(ask: Ask, created_at: str) -> dict[str, Any] | None:
     reason = "unload" if ask.doc.get("keep_alive") in (0, "0", "0s") else "load"
     return ollama_document(ask, created_at, {}, {"done": True, "done_reason": reason})
 
-OLLAMA = Dialect("ollama", LINES, read_ollama, encode_ollama_error, encode_object,
-                 encode_ollama_chat, ollama_path, answer_ollama_chat, ollama_loaded)
+
+OLLAMA = Dialect(
+    "ollama",
+    LINES,
+    read_ollama,
+    encode_ollama_error,
+    encode_object,
+    encode_ollama_chat,
+    ollama_path,
+    answer_ollama_chat,
+    ollama_loaded,
+)
 OLLAMA_EMBED = OLLAMA._replace(
     encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
 )
 OLLAMA_NATIVE = OLLAMA._replace(encode_openai=None, empty=None)
 OLLAMA_OPAQUE = OLLAMA_NATIVE._replace(read=Ask, encode=encode_span)
 
+
 def ollama_model(name: str, created_at: str) -> dict[str, Any]:
     """Return one entry of /api/tags."""
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-    return {"name": name, "model": name, "modified_at": created_at, "size": 0,
-            "digest": digest, "details": MODEL_DETAILS}
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": created_at,
+        "size": 0,
+        "digest": digest,
+        "details": MODEL_DETAILS,
+    }
+
 
 def ollama_show(name: str, created_at: str) -> dict[str, Any]:
     """Return what is known of a model of a server that does not speak Ollama."""
     return {
-        "modelfile": "", "parameters": "", "template": "", "license": "",
-        "details": MODEL_DETAILS, "model_info": {"general.basename": name},
-        "capabilities": ["completion", "tools"], "modified_at": created_at,
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "license": "",
+        "details": MODEL_DETAILS,
+        "model_info": {"general.basename": name},
+        "capabilities": ["completion", "tools"],
+        "modified_at": created_at,
     }
+
 
 # --- which transform ------------------------------------------------------------------
 
 Transform = WholeAnswer | EventFilter
 EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
 
+
 def translate_error(content: bytes) -> bytes:
     """Return an OpenAI server's error as Ollama's clients read it."""
     doc = parse_event_json(content)
     text = content.decode("utf-8", "replace").strip() if doc is None else error_text(doc)
     return encode_json({"error": text or "the upstream gave no reason"})
+
 
 def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole answer in the client's dialect."""
@@ -2230,6 +2547,7 @@ def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
     if failure := find_failure(doc):
         raise failure
     return plan.dialect.answer(plan, doc, content)
+
 
 def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transform | None:
     """Return what an answer must go through; None when its bytes go as they are."""
@@ -2248,6 +2566,7 @@ def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transfor
         return None
     return WholeAnswer(functools.partial(filter_document, plan))
 
+
 # ======================================================================================
 # 7  Routing (pure)
 # ======================================================================================
@@ -2263,9 +2582,11 @@ NO_YAML = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml;
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
 Address = tuple[int, int]  # version of IP, number
 
+
 @dataclasses.dataclass(frozen=True)
 class Server:
     """A machine that answers; `api` is what it speaks beside OpenAI."""
+
     name: str
     url: UpstreamURL
     api: str = "openai"
@@ -2277,16 +2598,20 @@ class Server:
     def __hash__(self) -> int:
         return hash(self.name)
 
+
 class Instance(NamedTuple):
     """A server and the model it is asked for; None keeps the request's name."""
+
     server: Server
     model: str | None = None
 
     def __str__(self) -> str:
         return f"{self.server.name}/{self.model}" if self.model else self.server.name
 
+
 class Alias(NamedTuple):
     """Who serves a friendly name; without one, the only instance of a rule."""
+
     instances: tuple[Instance, ...]
     name: str = ""
     strategy: str = "failover"
@@ -2294,16 +2619,20 @@ class Alias(NamedTuple):
     def __str__(self) -> str:
         return f"alias {self.name}" if self.name else str(self.instances[0])
 
+
 class Rule(NamedTuple):
     """One entry of `routes`: what must match, and where it leads."""
+
     name: str
     model: str | re.Pattern[str] | None
     hosts: tuple[tuple[Address, Address], ...] | None
     target: Alias
     match_text: str
 
+
 class RoutingTable(NamedTuple):
     """Everything that decides where a request goes."""
+
     default: Server
     servers: Mapping[str, Server]
     aliases: Mapping[str, Alias]
@@ -2319,14 +2648,18 @@ class RoutingTable(NamedTuple):
         others = {s.url: s for s in (self.default, *inner) if s.url not in named}
         return [*others.values(), *self.servers.values()]
 
+
 class Step(NamedTuple):
     """One line of the trail: a rule that was tried, and what came of it."""
+
     rule: str
     matched: bool
     why: str
 
+
 class Decision(NamedTuple):
     """Where a request goes, in order, and why."""
+
     asked: str
     mapped: str
     route: str
@@ -2334,11 +2667,13 @@ class Decision(NamedTuple):
     instances: tuple[Instance, ...]  # every model is set
     trail: tuple[Step, ...]
 
+
 def parse_address(text: str) -> Address:
     """Read one address; IPv4 inside IPv6 is IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.strip().partition("%")[0])
     plain = getattr(address, "ipv4_mapped", None) or address
     return plain.version, int(plain)
+
 
 def parse_address_range(text: str) -> tuple[Address, Address]:
     """Read one address, a CIDR or a range `a-b` as its two ends. Raises ValueError."""
@@ -2353,8 +2688,10 @@ def parse_address_range(text: str) -> tuple[Address, Address]:
     check(low[0] == high[0] and low <= high, f"{text!r} is not a range from low to high")
     return low, high
 
+
 class Node(NamedTuple):
     """A value in the routing file's document, with its place; null is as good as nothing."""
+
     value: Any
     path: Path
     place: Callable[[Path], str]  # file and line
@@ -2390,8 +2727,10 @@ class Node(NamedTuple):
     def members(self, *known: str) -> list[Node]:
         """Return the `known` members of a mapping, which has no others; without any, all."""
         node, words = self._replace(value=self.or_else({})), ", ".join(known)
-        self.check(isinstance(node.value, dict),
-                   f"{self.value!r} instead of a mapping of {words or 'names'}")
+        self.check(
+            isinstance(node.value, dict),
+            f"{self.value!r} instead of a mapping of {words or 'names'}",
+        )
         for key in node.value:
             node.at(key).check(not known or key in known, f"unknown key; known are {words}")
             node.at(key)._replace(value=key).read()
@@ -2408,8 +2747,10 @@ class Node(NamedTuple):
 
     def read(self, parse: Callable[[str], Any] = str) -> Any:
         """Return what `parse` makes of a text, which may not be empty."""
-        self.check(isinstance(self.value, str) and self.value,
-                   f"{self.value!r} instead of a text; put it in quotes")
+        self.check(
+            isinstance(self.value, str) and self.value,
+            f"{self.value!r} instead of a text; put it in quotes",
+        )
         try:
             return parse(self.value)
         except ValueError as error:
@@ -2425,10 +2766,13 @@ class Node(NamedTuple):
         """Return a field value; what is none, often a secret, stays out of the message."""
         name = self.path[-1]
         line = FIELD_LINE.fullmatch(f"{name}:{self.value}")
-        self.check(isinstance(self.value, str) and line and line[1] == name,
-                   "no field name or value; put one line in quotes")
+        self.check(
+            isinstance(self.value, str) and line and line[1] == name,
+            "no field name or value; put one line in quotes",
+        )
         self.check(name.lower() not in ROUTER_FIELDS, "the router sets this field itself")
         return self.value
+
 
 def read_hosts(node: Node) -> tuple[tuple[Address, Address], ...] | None:
     """Read source hosts: an address, CIDR or range, or a list of them; None for anybody."""
@@ -2437,6 +2781,7 @@ def read_hosts(node: Node) -> tuple[tuple[Address, Address], ...] | None:
     some = "an empty list matches nobody; leave it out"
     items = node.elements(some) if isinstance(node.value, list) else [node]
     return tuple(item.read(parse_address_range) for item in items)
+
 
 class TableReader:
     """Reads a routing file's document; every error names its place."""
@@ -2454,10 +2799,13 @@ class TableReader:
         node = node._replace(value={"url": node.value}) if isinstance(node.value, str) else node
         url, api, key, headers, verify = node.members("url", "api", "api_key", "headers", "verify")
         return Server(
-            node.path[-1], url.read(parse_upstream_url), api.choose("openai", "ollama"),
+            node.path[-1],
+            url.read(parse_upstream_url),
+            api.choose("openai", "ollama"),
             None if key.value is None else key.read_field(),
             tuple((field.path[-1], field.read_field()) for field in headers.members()),
-            verify.choose(True, False), url_warning(f"servers.{node.path[-1]}", url.value),
+            verify.choose(True, False),
+            url_warning(f"servers.{node.path[-1]}", url.value),
         )
 
     def upstream(self, node: Node) -> Server:
@@ -2465,8 +2813,10 @@ class TableReader:
         if node.read() in self.servers:
             return self.servers[node.value]
         known = ", ".join(self.servers) or "none"
-        node.check(ABSOLUTE_SCHEME.match(node.value),
-                   f"unknown server {node.value!r}; known are {known}, or a URL")
+        node.check(
+            ABSOLUTE_SCHEME.match(node.value),
+            f"unknown server {node.value!r}; known are {known}, or a URL",
+        )
         url = node.read(parse_upstream_url)
         return Server(f"{url.authority}{url.prefix}", url)
 
@@ -2514,6 +2864,7 @@ class TableReader:
         server = self.upstream(upstream) if upstream in given else self.default
         return Alias((Instance(server, model.value),))
 
+
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; a repeated name is an error."""
     members: dict[str, Any] = {}
@@ -2521,6 +2872,7 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         check(name not in members, f"{name!r} stands there twice; keep one of them")
         members[name] = value
     return members
+
 
 def parse_json_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
     """Return the document of a JSON routing file, and where its lines are."""
@@ -2533,7 +2885,9 @@ def parse_json_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int |
     def line_of(path: Path) -> int | None:
         starts = [start for start, _, _ in edit_places(text, 0, {path: None})]
         return text.count("\n", 0, starts[0]) + 1 if starts else None
+
     return doc, line_of
+
 
 def parse_yaml_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
     """Return the document of a YAML routing file; PyYAML is imported here only."""
@@ -2564,6 +2918,7 @@ def parse_yaml_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int |
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{name}{line}: no valid YAML: {problem}") from None
 
+
 def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
     """Return the document of a routing file, JSON or YAML by content."""
     if not text.lstrip().startswith(("{", "[")):
@@ -2575,8 +2930,10 @@ def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None
             return parse_yaml_routes(text, name)
         raise
 
-def parse_routes(text: str, name: str, environ: Mapping[str, str],
-                 settings: Settings) -> RoutingTable:
+
+def parse_routes(
+    text: str, name: str, environ: Mapping[str, str], settings: Settings
+) -> RoutingTable:
     """Return the table of a routing file. Raises ConfigError."""
     doc, line_of = parse_either(text.removeprefix("\ufeff") if text.strip() else "{}", name)
 
@@ -2584,11 +2941,15 @@ def parse_routes(text: str, name: str, environ: Mapping[str, str],
         known = (line_of(path[:size]) for size in range(len(path), 0, -1))
         line = next(filter(None, known), None)  # of the value, or of what it should stand in
         return f"{name}:{line}" if line else name
+
     root = Node(doc, (), place)
-    file = TableReader(root._replace(value=root.expand(environ)),
-                       Server("default", settings.default_upstream))
-    return RoutingTable(file.default, file.servers, file.aliases, file.rules,
-                        settings.model_map, name)
+    file = TableReader(
+        root._replace(value=root.expand(environ)), Server("default", settings.default_upstream)
+    )
+    return RoutingTable(
+        file.default, file.servers, file.aliases, file.rules, settings.model_map, name
+    )
+
 
 def match_model(wanted: str | re.Pattern[str], names: Sequence[str]) -> re.Match[str] | bool:
     """Match one of a request's names, exactly or by search."""
@@ -2596,6 +2957,7 @@ def match_model(wanted: str | re.Pattern[str], names: Sequence[str]) -> re.Match
         return wanted in names
     tried = (wanted.search(name) for name in names if len(name) <= MAX_PATTERN_NAME)
     return next((match for match in tried if match), False)
+
 
 def map_model(table: RoutingTable, asked: str) -> tuple[str, list[Step]]:
     """Return the name that MODEL_MAP makes of `asked`, and how."""
@@ -2607,12 +2969,14 @@ def map_model(table: RoutingTable, asked: str) -> tuple[str, list[Step]]:
             return mapped, [Step("MODEL_MAP", True, f"{words} makes it {mapped!r}")]
     return asked, []
 
+
 def host_matches(ranges: Sequence[tuple[Address, Address]], source: str) -> bool:
     """Tell whether an address is in one of the ranges."""
     with contextlib.suppress(ValueError):
         address = parse_address(source)
         return any(low <= address <= high for low, high in ranges)
     return False
+
 
 def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[str] | bool, str]:
     """Tell whether all that a rule states matches, and why or why not."""
@@ -2625,10 +2989,12 @@ def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[
         return False, f"{rule.match_text}: source host {source} does not match"
     return found, f"{rule.match_text}: matches"
 
+
 @functools.lru_cache(maxsize=8192)
 def shared_step(rule: str, matched: bool, why: str) -> Step:
     """Return a step that other trails share: a thousand rules would fill a cache of decisions."""
     return Step(rule, matched, why)
+
 
 def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
     """Return where a request for a model from a host goes, and every rule tried."""
@@ -2636,8 +3002,10 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
     names = list(dict.fromkeys([asked, mapped])) if asked else []
 
     def decide(route: str, target: Alias, expand: Callable[[str], str] = str) -> Decision:
-        instances = tuple(instance._replace(model=expand(instance.model or "") or mapped)
-                          for instance in target.instances)
+        instances = tuple(
+            instance._replace(model=expand(instance.model or "") or mapped)
+            for instance in target.instances
+        )
         return Decision(asked, mapped, route, target.strategy, instances, tuple(trail))
 
     pin = PINNED.fullmatch(asked)
@@ -2658,6 +3026,7 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
     trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {table.default.url}"))
     return decide("default", Alias((Instance(table.default),)))
 
+
 # ======================================================================================
 # 8  Access (pure)
 # ======================================================================================
@@ -2669,19 +3038,37 @@ TOKEN_FIELDS = ("x-smolrouter-token", "authorization", "cookie")
 MAX_TOKEN_LENGTH = 8 * KiB
 MAX_FAILURES, FAILURE_WINDOW = 10, 60.0  # failed tokens of one address, and s
 MAX_FAILING = 10_000  # addresses that are remembered for it
-PROXY_FIELDS = ("forwarded", "via", "x-real-ip", "x-original-forwarded-for",
-                "cf-connecting-ip", "cf-ray", "true-client-ip")
-LOCAL_SUFFIXES = (".local", ".lan", ".home", ".internal", ".home.arpa", ".localhost",
-                  ".localdomain")
+PROXY_FIELDS = (
+    "forwarded",
+    "via",
+    "x-real-ip",
+    "x-original-forwarded-for",
+    "cf-connecting-ip",
+    "cf-ray",
+    "true-client-ip",
+)
+LOCAL_SUFFIXES = (
+    ".local",
+    ".lan",
+    ".home",
+    ".internal",
+    ".home.arpa",
+    ".localhost",
+    ".localdomain",
+)
 BASE64URL = re.compile(r"[A-Za-z0-9_-]+")
 GUARDED_FIELDS = [  # of every answer of the Web UI: no cache, frame or other site has it
-    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 ]
 INERT_FIELDS = [  # a server's answer that a browser shows: no script of it runs here
     ("Content-Security-Policy", "sandbox allow-downloads"),
-    ("X-Content-Type-Options", "nosniff")]
+    ("X-Content-Type-Options", "nosniff"),
+]
+
 
 def encode_token(secret: str, subject: str, now: float, days: float) -> str:
     """Return a JWT (RFC 7519), HS256, that expires after `days`."""
@@ -2691,6 +3078,7 @@ def encode_token(secret: str, subject: str, now: float, days: float) -> str:
     digest = hmac.digest(secret.encode(), signed, "sha256")
     return f"{signed.decode()}.{base64.urlsafe_b64encode(digest).rstrip(b'=').decode()}"
 
+
 def decode_base64url(text: str) -> bytes:
     """Return what unpadded base64url says, b"" when it is none (RFC 7515 2)."""
     try:
@@ -2698,6 +3086,7 @@ def decode_base64url(text: str) -> bytes:
         return base64.urlsafe_b64decode(padded) if BASE64URL.fullmatch(text) else b""
     except ValueError:
         return b""
+
 
 def check_token(token: str, secret: str, now: float) -> str | None:
     """Return why a token is not valid, None when it is (RFC 7519 4.1, RFC 8725)."""
@@ -2718,6 +3107,7 @@ def check_token(token: str, secret: str, now: float) -> str | None:
         return "the token has expired" if now >= expires else "the token is not valid yet"
     return None
 
+
 def find_tokens(fields: Fields, cookie: bool) -> list[str]:
     """Return the tokens a request carries: its own field, bearer, and a cookie."""
     tokens = list(fields.get_all("x-smolrouter-token"))
@@ -2731,25 +3121,33 @@ def find_tokens(fields: Fields, cookie: bool) -> list[str]:
             tokens.append(value)
     return tokens
 
+
 def is_proxied(fields: Fields) -> bool:
     """Tell whether a proxy field says that somebody else forwarded the request."""
     names = [*(line[0] for line in fields.lines), *fields.tokens("connection")]  # hidden ones too
     return any(name in PROXY_FIELDS or name.startswith("x-forwarded-") for name in names)
 
+
 def needs_token(policy: str, fields: Fields) -> bool:
     """Tell whether a policy wants a token from a request with these fields."""
     return policy == "ALWAYS_AUTH" or (policy == "AUTH_WHEN_PROXIED" and is_proxied(fields))
 
+
 def check_access(secret: str | None, tokens: Sequence[str], now: float) -> None:
     """Let a request pass that needs a token, or raise Unauthorized or Forbidden."""
     if secret is None:
-        raise Forbidden("a token is needed here, and without JWT_SECRET there is none: only "
-                        "direct connections are served; set JWT_SECRET")
+        raise Forbidden(
+            "a token is needed here, and without JWT_SECRET there is none: only "
+            "direct connections are served; set JWT_SECRET"
+        )
     reasons = [check_token(token, secret, now) for token in tokens]
     if all(reasons):
         reason = reasons[-1] if reasons else "a token is needed"
-        raise Unauthorized(f"{reason}; send it as Authorization: Bearer or X-SmolRouter-Token",
-                           ("WWW-Authenticate", "Bearer"))
+        raise Unauthorized(
+            f"{reason}; send it as Authorization: Bearer or X-SmolRouter-Token",
+            ("WWW-Authenticate", "Bearer"),
+        )
+
 
 def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
     """Return the fields without what was meant for the router alone."""
@@ -2770,12 +3168,14 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
             kept.append((lower, name, value))
     return Fields(kept)
 
+
 def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
     """Return the field that gives a browser a valid token until its end, or takes "" away."""
     claims = parse_event_json(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
     age = int(min(claims.get("exp", now) - now, 400 * 86400.0))  # as long as browsers keep any
     limits = f"Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
     return "Set-Cookie", f"{TOKEN_COOKIE}={token}; {limits}"
+
 
 def split_host(host: str) -> str:
     """Return a Host without its port and brackets, lower case."""
@@ -2784,17 +3184,20 @@ def split_host(host: str) -> str:
         return name[1:].partition("]")[0]
     return name.partition(":")[0].removesuffix(".")
 
+
 def is_web_host(host: str, allowed: Sequence[str], machine: str) -> bool:
     """Tell whether a Host is one that no rebound DNS name can carry."""
     name = split_host(host)
     local = "." not in name or name.endswith(LOCAL_SUFFIXES) or name == machine.lower()
     return bool(name) and (local or is_address(name) or {name, host.lower()} & {*allowed} != set())
 
+
 def is_own_page(fields: Fields, host: str) -> bool:
     """Tell whether a browser says that the router's own page asks."""
     origin, host = (fields.get("origin") or "").lower(), host.lower()
     own = origin in (f"http://{host.removesuffix(':80')}", f"https://{host.removesuffix(':443')}")
     return own or (not origin and fields.get("sec-fetch-site") == "same-origin")
+
 
 def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
     """Tell whether a page from `origin` may call; the Web UI wants it named in full."""
@@ -2805,8 +3208,10 @@ def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
     loopback = name in ("localhost", "::1") or (is_address(name) and name.startswith("127."))
     return "*" in allowed or ("loopback" in allowed and loopback and scheme in ("http", "https"))
 
-def check_browser(fields: Fields, host: str, webui: bool, settings: Settings,
-                  machine: str) -> list[tuple[str, str]]:
+
+def check_browser(
+    fields: Fields, host: str, webui: bool, settings: Settings, machine: str
+) -> list[tuple[str, str]]:
     """Refuse a page from elsewhere; return the fields that the answer must have.
 
     A page shows itself by its Origin, by Sec-Fetch-Site (sent to loopback and https alone), or,
@@ -2815,10 +3220,12 @@ def check_browser(fields: Fields, host: str, webui: bool, settings: Settings,
     origin, site = fields.get("origin"), fields.get("sec-fetch-site")
     known_host = is_web_host(host, settings.allowed_hosts, machine)
     browser = site not in (None, "none") or (
-        "Mozilla/" in (fields.get("user-agent") or "") and fields.get("accept-language"))
+        "Mozilla/" in (fields.get("user-agent") or "") and fields.get("accept-language")
+    )
     if not known_host and (webui or (origin is None and browser)):
-        raise MisdirectedRequest(f"a browser may not use the router as {host[:80]!r}; "
-                                 "add it to ALLOWED_HOSTS")
+        raise MisdirectedRequest(
+            f"a browser may not use the router as {host[:80]!r}; add it to ALLOWED_HOSTS"
+        )
     own = known_host and is_own_page(fields, host)
     if origin is not None and not (own or origin_allowed(origin, settings.allowed_origins, webui)):
         raise Forbidden(f"origin {origin[:80]!r} is not allowed; add it to ALLOWED_ORIGINS")
@@ -2829,9 +3236,11 @@ def check_browser(fields: Fields, host: str, webui: bool, settings: Settings,
     cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")] if origin else []
     return [*inert, *cors]
 
+
 def is_trusted(address: str, trusted: Sequence[IPNetwork]) -> bool:
     """Tell whether an address belongs to a trusted proxy."""
     return is_address(address) and any(ipaddress.ip_address(address) in net for net in trusted)
+
 
 def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> str:
     """Return who asks: X-Forwarded-For counts from trusted proxies, from the right."""
@@ -2843,6 +3252,7 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
             break
         address = hop
     return address
+
 
 # ======================================================================================
 # 9  HTTP on streams
@@ -2864,6 +3274,7 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 Late = Callable[[], RouterError]  # makes the error of a deadline that has passed
 NEVER = float("inf")
+
 
 class Rounds:
     """What streams share: looks at their deadlines, and the sending at the end of a round.
@@ -2902,6 +3313,7 @@ class Rounds:
         for stream in self.streams:
             self.timer = stream.loop.call_later(TICK, self.tick)
             return
+
 
 class Stream(asyncio.Protocol):
     """One connection, either way: what has come, what may be written, and a deadline.
@@ -3109,7 +3521,8 @@ class Stream(asyncio.Protocol):
         """Let the close be seen as a failure, where a close alone would be a clean end."""
         self.send()
         self.transport.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
 
     async def linger(self) -> None:
         """Say that nothing more comes, read on for a moment, close (RFC 9112 9.6)."""
@@ -3122,8 +3535,10 @@ class Stream(asyncio.Protocol):
                 pass
         self.close()
 
+
 TOO_LATE: Late = functools.partial(RequestTimeout, "late")
 READS_NOTHING: Late = functools.partial(ClientClosed, f"nothing read for {WRITE_STALL:.0f} s")
+
 
 class Content:
     """Reads one content of a stream, piece by piece, up to a limit."""
@@ -3168,11 +3583,13 @@ class Content:
                 return piece
         return b""
 
+
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
     """Return a moment as RFC 9110 5.6.7 writes it."""
     moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
     return moment.strftime("%a, %d %b %Y %H:%M:%S GMT")
+
 
 class Responder:
     """Writes one response, in the framing that its client understands."""
@@ -3249,6 +3666,7 @@ class Responder:
         content = value if isinstance(value, bytes) else encode_json(value)
         self.send(status, [("Content-Type", "application/json")], content)
 
+
 @dataclasses.dataclass
 class Request:
     """A request whose head has been read, and the connection it came on."""
@@ -3277,8 +3695,9 @@ class Request:
         """The query with its question mark, or nothing."""
         return self.head.query
 
-    async def read_content(self, limit: int,
-                           count: Callable[[Request, int], None] | None = None) -> None:
+    async def read_content(
+        self, limit: int, count: Callable[[Request, int], None] | None = None
+    ) -> None:
         """Read all of the content, at most `limit` octets: 20 s, then 500 octets/s."""
         framing, stream = self.head.framing, self.stream
         self.unread = reader = Content(stream, framing, limit)
@@ -3297,8 +3716,10 @@ class Request:
         stream.deadline = NEVER
         self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+
 CONTENT_SLOW: Late = functools.partial(
-    RequestTimeout, f"the content came slower than {CONTENT_RATE} bytes/s")
+    RequestTimeout, f"the content came slower than {CONTENT_RATE} bytes/s"
+)
 
 # ======================================================================================
 # 10  Upstreams
@@ -3317,6 +3738,7 @@ MAX_ASKED, MAX_LISTS = 32, 200  # lists asked for at once, each in a thread; lis
 MAX_HELD_ERROR = MiB  # of an error answer kept while the next instance is tried
 COOLING_STATUSES = (429, 503)
 
+
 def describe(error: BaseException) -> str:
     """Return what went wrong, in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -3328,6 +3750,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in errno.errorcode:
         return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
+
 
 def parse_retry_after(text: str, now: float) -> float | None:
     """Return the seconds that a Retry-After asks for, by number or date (RFC 9110 10.2.3)."""
@@ -3341,6 +3764,7 @@ def parse_retry_after(text: str, now: float) -> float | None:
     except (ValueError, OverflowError, IndexError):
         return None
 
+
 class BrokenAnswers(contextlib.AbstractContextManager[None]):
     """Turns what ends an answer too early into BadGateway."""
 
@@ -3350,11 +3774,13 @@ class BrokenAnswers(contextlib.AbstractContextManager[None]):
         if isinstance(error, (OSError, RouterError)) and not ours:
             raise BadGateway(f"the answer broke off: {describe(error)}") from None
 
+
 class Answer:
     """A response whose head has come; its content is read to the end or it is closed."""
 
-    def __init__(self, head: ResponseHead, stream: Stream, method: str,
-                 release: Callable[[Stream], None]) -> None:
+    def __init__(
+        self, head: ResponseHead, stream: Stream, method: str, release: Callable[[Stream], None]
+    ) -> None:
         self.head, self.stream, self.release = head, stream, release
         self.content = Content(stream, head.framing(method))
         self.held: list[bytes] = []  # read ahead
@@ -3439,10 +3865,12 @@ class Answer:
             self.open = False
             self.stream.close(abort=True)
 
+
 def drop_connection(opening: asyncio.Future[Any]) -> None:
     """Close a connection that was made when nobody waited for it any more."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result()[0].abort()
+
 
 @dataclasses.dataclass
 class Health:
@@ -3468,6 +3896,7 @@ class Health:
         """End the cool-down."""
         self.failures, self.cool_until, self.error, self.reached = 0, 0.0, "", True
 
+
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
@@ -3475,7 +3904,8 @@ class Upstreams:
         self.settings, self.rounds = settings, rounds
         seconds = settings.request_timeout
         self.late: Late = functools.partial(
-            GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)")
+            GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
+        )
         self.idle: dict[tuple[UpstreamURL, bool], list[Stream]] = {}
         self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
         self.turns: collections.Counter[str] = collections.Counter()  # of round_robin
@@ -3530,11 +3960,16 @@ class Upstreams:
         """Open a connection. Raises BadGateway or GatewayTimeout."""
         loop, url, context = asyncio.get_running_loop(), server.url, self.context(server)
         seconds = self.settings.connect_timeout
-        opening = asyncio.ensure_future(loop.create_connection(
-            lambda: Stream(self.rounds), url.host, url.port, ssl=context,
-            happy_eyeballs_delay=None if is_address(url.host) else 0.25,
-            server_hostname=url.host if context else None,
-        ))
+        opening = asyncio.ensure_future(
+            loop.create_connection(
+                lambda: Stream(self.rounds),
+                url.host,
+                url.port,
+                ssl=context,
+                happy_eyeballs_delay=None if is_address(url.host) else 0.25,
+                server_hostname=url.host if context else None,
+            )
+        )
         try:  # not wait_for: up to Python 3.11 it may lose a cancellation, or the connection
             await asyncio.wait([opening], timeout=seconds)
             if not opening.done():
@@ -3589,8 +4024,9 @@ class Upstreams:
         stream = await self.connect(server)
         return await self.converse(stream, server, method, data, reused=False)
 
-    async def converse(self, stream: Stream, server: Server, method: str, data: bytes,
-                       reused: bool) -> Answer:
+    async def converse(
+        self, stream: Stream, server: Server, method: str, data: bytes, reused: bool
+    ) -> Answer:
         """Write a request, read the head of its answer; close the stream on failure."""
         answer, octets = None, stream.octets
         stream.expect(self.settings.request_timeout, self.late, silence=True)
@@ -3624,6 +4060,7 @@ class Upstreams:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
         raise MalformedMessage(f"more than {MAX_INTERIM} interim responses")
 
+
 def fetch_models(connection: Any, server: Server, authorization: str | None) -> list[Any]:
     """Ask a server for its models (blocking). Raises OSError or ValueError."""
     import http.client
@@ -3647,10 +4084,13 @@ def fetch_models(connection: Any, server: Server, authorization: str | None) -> 
     if response.status >= 400:
         raise ValueError(f"/v1/models answered {response.status}")
     if doc is None:
-        raise ValueError(f"/v1/models answered no JSON object of at most {MAX_MODELS_SIZE} "
-                         f"bytes and {MAX_JSON_DEPTH} levels")
+        raise ValueError(
+            f"/v1/models answered no JSON object of at most {MAX_MODELS_SIZE} "
+            f"bytes and {MAX_JSON_DEPTH} levels"
+        )
     models = doc.get("data") if isinstance(doc.get("data"), list) else []
     return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
+
 
 def start_fetch(*asked: Any) -> asyncio.Future[list[Any]]:
     """Run fetch_models in a thread of its own, which never delays others or the exit."""
@@ -3672,6 +4112,7 @@ def start_fetch(*asked: Any) -> asyncio.Future[list[Any]]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
 
 class ModelLists:
     """The models of every server, asked for at most once a minute."""
@@ -3698,8 +4139,9 @@ class ModelLists:
                 models = self.known.get(key, (0.0, None))[1]
         return models
 
-    async def refresh(self, key: tuple[str, str], server: Server,
-                      authorization: str | None) -> None:
+    async def refresh(
+        self, key: tuple[str, str], server: Server, authorization: str | None
+    ) -> None:
         """Ask a server and keep its answer; a failure leaves the last one."""
         import http.client  # 12 ms and 2 MB, which the start can do without
 
@@ -3709,7 +4151,8 @@ class ModelLists:
         connection = http.client.HTTPConnection(*place, timeout=MODELS_TIMEOUT)
         if context:
             connection = http.client.HTTPSConnection(
-                *place, timeout=MODELS_TIMEOUT, context=context)
+                *place, timeout=MODELS_TIMEOUT, context=context
+            )
         try:
             async with self.turns:
                 asking = start_fetch(connection, server, authorization)
@@ -3730,12 +4173,15 @@ class ModelLists:
                 if connection.sock:  # a thread that still reads must end
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
+
 def model_entry(name: str) -> dict[str, Any]:
     """Return a name of the router's own as an entry of the model list."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "smolrouter"}
 
-async def list_models(lists: ModelLists, table: RoutingTable,
-                      authorization: str | None) -> list[dict[str, Any]]:
+
+async def list_models(
+    lists: ModelLists, table: RoutingTable, authorization: str | None
+) -> list[dict[str, Any]]:
     """Return all models, own names first; one that several servers have is pinned to each."""
     servers = table.all_servers()
     answers = await asyncio.gather(*(lists.get(s, authorization) for s in servers))
@@ -3752,10 +4198,13 @@ async def list_models(lists: ModelLists, table: RoutingTable,
             models[pinned] = {**model, "id": pinned}
     if not models and all(answer is None for answer in answers):
         reasons = [lists.upstreams.state(Instance(server)).error for server in servers]
-        names = ", ".join(f"{server.name} ({server.url}): {reason or 'no answer yet'}"
-                          for server, reason in zip(servers, reasons, strict=True))
+        names = ", ".join(
+            f"{server.name} ({server.url}): {reason or 'no answer yet'}"
+            for server, reason in zip(servers, reasons, strict=True)
+        )
         raise BadGateway(f"no server could be asked for its models: {names}")
     return list(models.values())
+
 
 # ======================================================================================
 # 11  Request log
@@ -3776,8 +4225,15 @@ MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and wa
 WRITER_PATIENCE = 3.0  # s for what it gets at a time; then it stands still, or has no processor
 BATCH_ROWS, BATCH_SIZE = 128, 3 * MiB // 4  # what it gets at a time: under a ms to hand over
 LOG_WRITER = "log-writer"  # the command that is that process
-WRITER_SETTINGS = ("enable_logging", "db_path", "blob_storage_path", "max_blob_size",
-                   "max_log_age_days", "max_total_storage_size", "log_level")
+WRITER_SETTINGS = (
+    "enable_logging",
+    "db_path",
+    "blob_storage_path",
+    "max_blob_size",
+    "max_log_age_days",
+    "max_total_storage_size",
+    "log_level",
+)
 MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
 MAX_HANDED = 20_000  # such requests; above, the process gets its share of the processor
 MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
@@ -3796,13 +4252,23 @@ COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, o
     mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
     status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
     stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level"""
-SUMS = ("requests", "errors", "prompt_tokens", "completion_tokens", "cached_tokens",
-        "spoken_tokens", "spoken_ms", "duration_ms", "ttft_ms")
+SUMS = (
+    "requests",
+    "errors",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "spoken_tokens",
+    "spoken_ms",
+    "duration_ms",
+    "ttft_ms",
+)
 EDGES = [2 ** (step / 2) for step in range(44)]  # ms that end a bucket: 1 ms to 50 min
 COUNTED = (*SUMS, *(f"{kind}{at}" for kind in "dt" for at in range(len(EDGES))))
 DURATIONS = slice(len(SUMS), len(SUMS) + len(EDGES))
 TTFTS = slice(len(SUMS) + len(EDGES), len(COUNTED))
-MIGRATIONS = (f"""
+MIGRATIONS = (
+    f"""
 CREATE TABLE requests (id INTEGER PRIMARY KEY{COLUMNS.removeprefix("id")});
 CREATE INDEX by_sent ON requests (sent_model, id, level);
 CREATE INDEX by_asked ON requests (original_model, id) WHERE original_model <> sent_model;
@@ -3831,30 +4297,37 @@ CREATE TRIGGER forgotten AFTER DELETE ON details BEGIN
 CREATE TRIGGER filed AFTER INSERT ON blobs BEGIN
     UPDATE storage SET bytes = bytes + NEW.size; END;
 CREATE TRIGGER dropped AFTER DELETE ON blobs BEGIN
-    UPDATE storage SET bytes = bytes - OLD.size; END""",)
+    UPDATE storage SET bytes = bytes - OLD.size; END""",
+)
 ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(COUNTED))})
     ON CONFLICT (hour, service_type, model, upstream_url)
     DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)}"""
+
 
 def time_id(moment: float) -> int:
     """Return the lowest id of a moment in s UTC: ms * 1024, below 2**53 for long."""
     return int(moment * 16_000) * LANES
 
+
 Row = collections.namedtuple("Row", COLUMNS)  # moments are ms UTC; `failed` None: it runs
+
 
 class Attempt(NamedTuple):
     """One instance that was asked, and how it answered."""
+
     instance: str
     upstream_url: str
     status: int | None
     error: str | None
     duration_ms: float
 
+
 class Record:
     """The life of one request; moments of `clock` are monotonic, `started` is UTC."""
 
-    def __init__(self, request_id: str, request: Request, service: str, stream: bool,
-                 decision: Decision) -> None:
+    def __init__(
+        self, request_id: str, request: Request, service: str, stream: bool, decision: Decision
+    ) -> None:
         self.id, self.request_id, self.service, self.stream = 0, request_id, service, stream
         self.started, self.clock = time.time(), time.monotonic()
         self.source_ip, self.head, self.content = request.source_host, request.head, request.content
@@ -3880,30 +4353,38 @@ class Record:
         mark = b"data:" if any(b"data:" in piece for piece in self.pieces[:2]) else b"\n"
         return sum(piece.count(mark) for piece in self.pieces) if self.stream else 0
 
+
 class Lines(NamedTuple):
     """What is kept of a head: field lines, secrets hidden, and who says so."""
+
     text: str = "[]"  # JSON: names and values
     user_agent: str = ""
     client_key: str = ""  # a fingerprint
     secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
 
+
 OWN = """id request_id service stream started source_ip path request_size original_model
     mapped_model route sent_model upstream_url error status response_size
     request_cut response_cut"""  # what a note has of its record as it is
 Note = collections.namedtuple(  # what a row is made of: plain values, for another process too
-    "Note", f"{OWN} method taken first_token trail attempts asked answered coding "
-            "content pieces tail")  # octets last
+    "Note",
+    f"{OWN} method taken first_token trail attempts asked answered coding content pieces tail",
+)  # octets last
 LANGUAGE = (__version__, *Note._fields)  # the program's file may be another one by now
 read_own = operator.attrgetter(*OWN.split())
 
+
 class Detail(NamedTuple):
     """What is kept of a request beside its row."""
+
     meta: str = "{}"  # JSON: trail, fields of both heads, what was cut
     request: bytes = b""
     response: bytes = b""
 
+
 class Entry(NamedTuple):
     """A row and its packed detail, ready to be written."""
+
     row: Row
     data: bytes
     blobs: tuple[tuple[str, bytes] | None, ...]  # digest and packed body, of long ones
@@ -3913,13 +4394,16 @@ class Entry(NamedTuple):
         """How many octets are kept beside the row."""
         return len(self.data) + sum(len(blob[1]) for blob in self.blobs if blob)
 
+
 Tally = list[float]  # numbers in the order of COUNTED
 Tallies = dict[tuple[int, str, str, str], Tally]  # by hour, service, model, upstream
+
 
 @functools.lru_cache(maxsize=1024)
 def is_secret(name: str) -> bool:
     """Tell whether a field or parameter of this name carries a secret."""
     return SECRET.search(name.lower().replace("_", "-")) is not None
+
 
 def hide(secret: str) -> str:
     """Return a fingerprint in a secret's place; a scheme before it stays."""
@@ -3927,10 +4411,12 @@ def hide(secret: str) -> str:
     digest = hashlib.sha256(rest.encode("utf-8", "replace")).hexdigest()
     return f"{scheme}***{digest[:8]}" if rest else secret
 
+
 def hide_parameter(match: re.Match[str]) -> str:
     """Return a parameter of a query, its value hidden when it is a secret."""
     mark, name, value = match.groups()
     return f"{mark}{name}={hide(value) if is_secret(name) else value}"
+
 
 def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
     """Return what is kept of a head, worked out once."""
@@ -3945,17 +4431,24 @@ def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
                     secrets.append((secret, value.encode("latin-1", "replace")))
             shown.append((name, value))
         key = get("authorization") or get("x-api-key") or get("api-key") or ""
-        head.memo["lines"] = Lines(COMPACT_JSON(shown), get("user-agent") or "",
-                                   hide(key).rpartition("***")[2], tuple(secrets))
+        head.memo["lines"] = Lines(
+            COMPACT_JSON(shown),
+            get("user-agent") or "",
+            hide(key).rpartition("***")[2],
+            tuple(secrets),
+        )
     return head.memo["lines"]
+
 
 def is_quiet(settings: Settings) -> bool:
     """Tell whether requests are not to be printed."""
     return settings.log_level not in ("DEBUG", "INFO")
 
+
 def storable(text: str) -> str:
     """Return text that SQLite takes: a lone surrogate becomes `?`."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
 
 def inflate(data: bytes, coding: str) -> bytes:
     """Return a body without its content coding, as far as it can be read."""
@@ -3964,17 +4457,29 @@ def inflate(data: bytes, coding: str) -> bytes:
             return zlib.decompressobj(47).decompress(data, MAX_HELD)
     return data
 
+
 encode_trail = functools.lru_cache(maxsize=1024)(COMPACT_JSON)  # most requests go known ways
+
 
 def make_note(record: Record) -> Note:
     """Return what is to be known of a record; moments as s from its start, None before."""
     answer, spoke = record.answer_head, record.first_token if record.stream else None
     taken, first = (at and at - record.clock for at in (record.finished, spoke))
     return Note(
-        *read_own(record), record.head.method, taken, first, encode_trail(record.trail),
-        [*map(tuple, record.attempts)], tuple(read_lines(record.head)), tuple(read_lines(answer)),
+        *read_own(record),
+        record.head.method,
+        taken,
+        first,
+        encode_trail(record.trail),
+        [*map(tuple, record.attempts)],
+        tuple(read_lines(record.head)),
+        tuple(read_lines(answer)),
         answer and read_coding(answer.fields),
-        record.content, record.pieces, record.tail)
+        record.content,
+        record.pieces,
+        record.tail,
+    )
+
 
 def make_detail(note: Note, limit: int) -> Detail:
     """Return what is kept beside the row; `limit` octets of each body."""
@@ -3983,9 +4488,12 @@ def make_detail(note: Note, limit: int) -> Detail:
     for secret, mark in asked.secrets:  # servers tell which key was wrong
         said = said.replace(secret, mark)
     cut = [note.request_cut or len(content) < len(note.content), note.response_cut]
-    meta = (f'{{"trail":{note.trail},"request_headers":{asked.text},'
-            f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}}}')
+    meta = (
+        f'{{"trail":{note.trail},"request_headers":{asked.text},'
+        f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}}}'
+    )
     return Detail(meta, content, said)
+
 
 def estimate_tokens(talk: Iterable[Mapping[str, Any]]) -> int:
     """Return about how many tokens some messages have: four letters each."""
@@ -3994,6 +4502,7 @@ def estimate_tokens(talk: Iterable[Mapping[str, Any]]) -> int:
         calls = (call["arguments"] for call in said["tool_calls"])
         letters += len("".join((said["content"], said["thinking"], *calls)))
     return -(-letters // 4)
+
 
 def read_cost(note: Note, detail: Detail) -> tuple[Usage, bool]:
     """Return the tokens of a request, and whether they are estimates."""
@@ -4009,6 +4518,7 @@ def read_cost(note: Note, detail: Detail) -> tuple[Usage, bool]:
     completion = estimate_tokens(read_transcript(path, b"", said))
     return Usage(usage.prompt or prompt, completion, usage.cached), True
 
+
 def make_row(note: Note, detail: Detail) -> Row:
     """Return the row of a request."""
     lines, done, first = Lines(*note.asked), note.taken is not None, note.first_token
@@ -4016,64 +4526,120 @@ def make_row(note: Note, detail: Detail) -> Row:
     (prompt, completion, cached), estimated = read_cost(note, detail)
     chance, started = hash(note.request_id), int(note.started * 1000)
     return Row(
-        note.id, note.request_id, started, note.source_ip, note.method,
-        QUERY_VALUE.sub(hide_parameter, note.path), note.service,
-        storable(note.original_model), storable(note.mapped_model), note.upstream_url,
-        storable(note.route), taken, None if first is None else round(first * 1000, 1),
-        note.request_size, note.response_size, note.status or None,
-        storable(note.error) or None, prompt, completion, int(estimated),
-        storable(COMPACT_JSON(note.attempts)), int(note.stream),
+        note.id,
+        note.request_id,
+        started,
+        note.source_ip,
+        note.method,
+        QUERY_VALUE.sub(hide_parameter, note.path),
+        note.service,
+        storable(note.original_model),
+        storable(note.mapped_model),
+        note.upstream_url,
+        storable(note.route),
+        taken,
+        None if first is None else round(first * 1000, 1),
+        note.request_size,
+        note.response_size,
+        note.status or None,
+        storable(note.error) or None,
+        prompt,
+        completion,
+        int(estimated),
+        storable(COMPACT_JSON(note.attempts)),
+        int(note.stream),
         started + int(taken) if done else None,
-        storable(note.sent_model), cached, lines.user_agent, lines.client_key,
+        storable(note.sent_model),
+        cached,
+        lines.user_agent,
+        lines.client_key,
         int(note.status >= 400 or bool(note.error)) if done else None,
         (chance & -chance).bit_length() - 1,  # 0 for half of all rows, 1 for a quarter, ...
     )
+
 
 def make_line(note: Note, row: Row) -> str:
     """Return the line that is printed of a request that ended."""
     model, tokens = row.original_model, row.completion_tokens
     model += f" -> {row.sent_model}" if row.sent_model not in ("", model) else ""
     failed = (Attempt(*attempt) for attempt in note.attempts[:-1])
-    return " ".join(filter(None, (
-        row.source_ip, row.method, row.path.partition("?")[0], model, row.route,
-        *(f"({a.instance}: {a.error or a.status})" for a in failed),
-        row.upstream_url, str(note.status), note.error, f"{row.duration_ms / 1000:.3f} s",
-        f"{tokens} tokens" if tokens is not None else "")))
+    return " ".join(
+        filter(
+            None,
+            (
+                row.source_ip,
+                row.method,
+                row.path.partition("?")[0],
+                model,
+                row.route,
+                *(f"({a.instance}: {a.error or a.status})" for a in failed),
+                row.upstream_url,
+                str(note.status),
+                note.error,
+                f"{row.duration_ms / 1000:.3f} s",
+                f"{tokens} tokens" if tokens is not None else "",
+            ),
+        )
+    )
+
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
     inline = [b"" if len(body) > MAX_INLINE else body for body in detail[1:]]
-    blobs = tuple((hashlib.sha256(body).hexdigest(), zlib.compress(body, 1))
-                  if len(body) > MAX_INLINE else None for body in detail[1:])
+    blobs = tuple(
+        (hashlib.sha256(body).hexdigest(), zlib.compress(body, 1))
+        if len(body) > MAX_INLINE
+        else None
+        for body in detail[1:]
+    )
     head = f"{len(inline[0])}\n{detail.meta}\n".encode("utf-8", "replace")
     data = b"".join((head, *inline))
     return Entry(row, data if len(data) < MIN_PACKED else zlib.compress(data, 1), blobs)
+
 
 def read_detail(data: bytes, blobs: Iterable[bytes | None]) -> Detail:
     """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
     data = data if data[:1].isdigit() else zlib.decompress(data)
     size, meta, rest = data.split(b"\n", 2)
     inline = rest[: int(size)], rest[int(size) :]
-    return Detail(meta.decode(), *(zlib.decompress(blob) if blob else body
-                                   for body, blob in zip(inline, blobs, strict=True)))
+    return Detail(
+        meta.decode(),
+        *(
+            zlib.decompress(blob) if blob else body
+            for body, blob in zip(inline, blobs, strict=True)
+        ),
+    )
+
 
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
     """Return under what a request is counted: hour, service, model and upstream."""
     model = row.sent_model or row.mapped_model
     return row.timestamp // 3_600_000, row.service_type, model, row.upstream_url
 
+
 def add_row(tallies: Tallies, row: Row) -> None:
     """Add a request to the sums and histograms of its hour, model and upstream."""
     tally = tallies.setdefault(rollup_key(row), [0] * len(COUNTED))
     said, taken, first = row.completion_tokens or 0, row.duration_ms or 0, row.ttft_ms or 0
     speaking = max(taken - first, 0) if said else 0
-    for at, number in enumerate((
-            1, row.failed, row.prompt_tokens or 0, said, row.cached_tokens or 0,
-            said if speaking else 0, speaking, taken, first)):
+    for at, number in enumerate(
+        (
+            1,
+            row.failed,
+            row.prompt_tokens or 0,
+            said,
+            row.cached_tokens or 0,
+            said if speaking else 0,
+            speaking,
+            taken,
+            first,
+        )
+    ):
         tally[at] += number
     for value, part in ((row.duration_ms, DURATIONS), (row.ttft_ms, TTFTS)):
         if value is not None:
             tally[part.start + min(bisect.bisect_left(EDGES, value), len(EDGES) - 1)] += 1
+
 
 def add_tallies(tallies: dict[Any, Tally], more: Mapping[Any, Tally]) -> None:
     """Add sums to those of the same keys."""
@@ -4081,12 +4647,15 @@ def add_tallies(tallies: dict[Any, Tally], more: Mapping[Any, Tally]) -> None:
         known = tallies.get(key)
         tallies[key] = [*map(operator.add, known, tally)] if known else [*tally]
 
+
 class Made(NamedTuple):
     """What was made of requests that ended."""
+
     lines: list[str]  # to be printed
     rows: list[Row]
     entries: list[Entry]  # to be written
     tallies: Tallies
+
 
 def make_all(notes: Sequence[Note], settings: Settings) -> Made:
     """Make rows, lines, entries and sums, as far as they are wanted."""
@@ -4109,6 +4678,7 @@ def make_all(notes: Sequence[Note], settings: Settings) -> Made:
             made.entries.append(make_entry(row, detail))
     return made
 
+
 def insert(db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) -> None:
     """Insert or replace rows, many in one statement: each costs a hand-over between threads."""
     for at in range(0, len(rows), 32):
@@ -4116,12 +4686,14 @@ def insert(db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) ->
         marks = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
         db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", [*itertools.chain(*some)])
 
+
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[sqlite3.Connection]:
     """Open the log's database for some questions. Raises sqlite3.Error."""
     name = urllib.parse.quote(os.path.abspath(path))
     with contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as db:
         yield db
+
 
 class Files:
     """Long bodies as files, by digest; a dict can stand in its place."""
@@ -4160,6 +4732,7 @@ class Files:
                 if place.stat().st_mtime < before:
                     yield place.stem
 
+
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
@@ -4182,8 +4755,9 @@ class Store:
         if self.db and not (file and os.path.samestat(file, self.file)):
             self.close()
         if self.db is None:
-            self.db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None,
-                                      check_same_thread=False)
+            self.db = sqlite3.connect(
+                self.path, timeout=BUSY, isolation_level=None, check_same_thread=False
+            )
             self.migrate(self.db)
             self.file = os.stat(self.path)
             if self.lock == -1:
@@ -4193,9 +4767,10 @@ class Store:
     def migrate(self, db: sqlite3.Connection) -> None:
         """Make the tables, or bring them up to date; another's database is left alone."""
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file alone
-        (version, mark, tables), = db.execute(
+        ((version, mark, tables),) = db.execute(
             "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_master) "
-            "FROM pragma_user_version, pragma_application_id")
+            "FROM pragma_user_version, pragma_application_id"
+        )
         if tables and mark != APPLICATION_ID:
             raise OSError(f"{self.path} is another program's database; set another DB_PATH")
         if version > len(MIGRATIONS):
@@ -4203,8 +4778,10 @@ class Store:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
-                             f"PRAGMA user_version = {number}; COMMIT")
+            db.executescript(
+                f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
+                f"PRAGMA user_version = {number}; COMMIT"
+            )
 
     def close(self) -> None:
         """Close the database."""
@@ -4218,8 +4795,11 @@ class Store:
         for lane in range(LANES):
             with contextlib.suppress(OSError):
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lane)
-                db.execute("UPDATE requests SET failed = 1, error_message = 'interrupted' "
-                           f"WHERE failed IS NULL AND id % {LANES} = ?", (lane,))
+                db.execute(
+                    "UPDATE requests SET failed = 1, error_message = 'interrupted' "
+                    f"WHERE failed IS NULL AND id % {LANES} = ?",
+                    (lane,),
+                )
                 lanes.append(lane)
                 if len(lanes) > 1:
                     fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, lane)
@@ -4237,9 +4817,19 @@ class Store:
                 if db.execute(sql, (digest, len(data))).rowcount:  # nobody has it yet
                     self.blobs[digest] = data
             insert(db, "requests", [*rows, *(entry.row for entry in entries)])
-            insert(db, "details", [
-                (entry.row.id, entry.size, *(blob and blob[0] for blob in entry.blobs), entry.data)
-                for entry in kept])
+            insert(
+                db,
+                "details",
+                [
+                    (
+                        entry.row.id,
+                        entry.size,
+                        *(blob and blob[0] for blob in entry.blobs),
+                        entry.data,
+                    )
+                    for entry in kept
+                ],
+            )
             db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
 
     def has(self, number: int) -> bool:
@@ -4272,7 +4862,7 @@ class Store:
         old = f"SELECT id FROM {{}} WHERE id < {time_id(now - self.age)} LIMIT {PRUNE_STEP}"
         with self.open() as db:
             db.execute("BEGIN IMMEDIATE")
-            (last,), = db.execute(f"SELECT max(id) FROM ({old.format('details')})")
+            ((last,),) = db.execute(f"SELECT max(id) FROM ({old.format('details')})")
             self.forget(db, last or 0)
             sql = f"DELETE FROM requests WHERE id IN ({old.format('requests')})"
             rows = db.execute(sql).rowcount
@@ -4290,7 +4880,7 @@ class Store:
     def check(self) -> None:
         """Look whether the file is sound, not what is remembered of it. Raises sqlite3.Error."""
         self.close()
-        (found,), = self.open().execute("PRAGMA quick_check(1)")
+        ((found,),) = self.open().execute("PRAGMA quick_check(1)")
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
 
@@ -4312,6 +4902,7 @@ class Store:
                 os.replace(self.path + suffix, aside + suffix)
         return aside
 
+
 def return_memory() -> None:
     """Return what was freed to the system, where the C library has to be told."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
@@ -4321,6 +4912,7 @@ def return_memory() -> None:
         library.mallopt(-3, MiB)  # M_MMAP_THRESHOLD: what is longer leaves no hole
         library.mallopt(-1, 4 * MiB)  # M_TRIM_THRESHOLD: keep that much for the next answers
         library.malloc_trim(0)
+
 
 class Console:
     """Writes lines to stderr from a thread; drops them when nobody reads."""
@@ -4359,6 +4951,7 @@ class Console:
         self.wake.set()
         self.thread.join(1.0)
 
+
 def send_message(pipe: BinaryIO, value: Any, bodies: Sequence[bytes] = ()) -> None:
     """Send plain values and some octets to another process of this program. Raises OSError."""
     data = marshal.dumps([value, [*map(len, bodies)]], 2)  # later versions look for repetitions
@@ -4367,10 +4960,12 @@ def send_message(pipe: BinaryIO, value: Any, bodies: Sequence[bytes] = ()) -> No
         pipe.write(b"".join(pieces)[sent:])
         pipe.flush()
 
+
 def receive_message(pipe: BinaryIO) -> tuple[Any, list[bytes]]:
     """Return the values and the octets that another process sent. Raises EOFError at its end."""
     value, sizes = marshal.loads(pipe.read(int.from_bytes(pipe.read(8), "big")))
     return value, [*map(pipe.read, sizes)]
+
 
 class LogWriter:
     """A process of its own that makes and writes rows, as its router's log asks it to."""
@@ -4380,8 +4975,12 @@ class LogWriter:
         self.patient = patient  # it runs when nothing else wants the processor
         self.due = NEVER  # when what it was asked for has to be done
         self.process = subprocess.Popen(  # what it inherits: the memory with the code
-            [*command, LOG_WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False,
-            pipesize=MiB)
+            [*command, LOG_WRITER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            close_fds=False,
+            pipesize=MiB,
+        )
         known = {name: getattr(settings, name) for name in WRITER_SETTINGS}
         send_message(self.process.stdin, [LANGUAGE, known, patient])
 
@@ -4391,8 +4990,11 @@ class LogWriter:
         Raises OSError, EOFError, ValueError or TypeError when the process fails.
         """
         self.due = time.monotonic() + WRITER_PATIENCE
-        bodies = [body for *_, content, pieces, tail in notes
-                  for body in (content, b"".join(pieces), tail)]
+        bodies = [
+            body
+            for *_, content, pieces, tail in notes
+            for body in (content, b"".join(pieces), tail)
+        ]
         send_message(self.process.stdin, [[note[:-3] for note in notes], watched], bodies)
         (lines, rows, entries, tallies), _ = receive_message(self.process.stdout)
         self.due = NEVER
@@ -4403,6 +5005,7 @@ class LogWriter:
         """End it: all that it has answered for is written, and it does nothing else."""
         self.process.kill()
         self.process.communicate()
+
 
 def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
     """Be the process of a LogWriter, until its router closes the pipe or is no more."""
@@ -4416,8 +5019,12 @@ def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
     with contextlib.closing(Store(settings, claims=False)) as store:
         while True:  # until EOFError
             (plain, watched), bodies = receive_message(source)
-            notes = [Note(*rest, content, [said], tail) for rest, content, said, tail
-                     in zip(plain, bodies[::3], bodies[1::3], bodies[2::3], strict=True)]
+            notes = [
+                Note(*rest, content, [said], tail)
+                for rest, content, said, tail in zip(
+                    plain, bodies[::3], bodies[1::3], bodies[2::3], strict=True
+                )
+            ]
             made, left = make_all(notes, settings), []
             try:
                 if settings.enable_logging:
@@ -4427,6 +5034,7 @@ def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
                 left = [(tuple(entry.row), *entry[1:]) for entry in made.entries]
             rows = [*map(tuple, made.rows if watched else ())]
             send_message(sink, [made.lines, rows, left, made.tallies])
+
 
 class RequestLog:
     """Knows the running requests; its thread prints, counts and writes those that ended."""
@@ -4586,8 +5194,10 @@ class RequestLog:
             self.writer = self.writer or LogWriter(self.command, self.settings, patient)
             return self.writer.write(notes, bool(self.listeners))
         except (OSError, EOFError, ValueError, TypeError) as error:
-            self.console.line(f"log: the process that writes it failed ({describe(error)}); "
-                              "the router writes it itself")
+            self.console.line(
+                f"log: the process that writes it failed ({describe(error)}); "
+                "the router writes it itself"
+            )
         self.writer_until, self.writer_after = 0.0, time.monotonic() + WRITER_STAYS
         self.end_writer()
         with contextlib.suppress(sqlite3.Error, OSError):  # `write` will find out why, and say it
@@ -4691,13 +5301,19 @@ class RequestLog:
 
     def state(self) -> dict[str, Any]:
         """Return how the log is, for /healthz and the page."""
-        return {"enabled": self.store is not None, "error": self.error or None,
-                "notice": self.notice or None, "backlog": self.waiting, "lost": self.lost}
+        return {
+            "enabled": self.store is not None,
+            "error": self.error or None,
+            "notice": self.notice or None,
+            "backlog": self.waiting,
+            "lost": self.lost,
+        }
 
     def note(self, *words: str) -> None:
         """Print a line about a request."""
         if not is_quiet(self.settings):
             self.console.line(" ".join(filter(None, words)))
+
 
 # ======================================================================================
 # 12  Relay
@@ -4711,29 +5327,42 @@ MAX_CODED = 4 * KiB  # octets at once: after each member the rest of them is cop
 GZIP_START = b"\x1f\x8b"
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
-NOT_TRUE_ANY_MORE = NOT_RETURNED.union(
-    ("content-encoding", "etag", "content-md5", "content-type"))
-OWN_NAMES = tuple(f"X-SmolRouter-{name}" for name in (
-    "Request-Id", "Upstream", "Model", "Route", "Attempts"))
+NOT_TRUE_ANY_MORE = NOT_RETURNED.union(("content-encoding", "etag", "content-md5", "content-type"))
+OWN_NAMES = tuple(
+    f"X-SmolRouter-{name}" for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts")
+)
 OWN_FIELDS = frozenset(name.lower() for name in OWN_NAMES)
 ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError, MalformedContent)  # of documents
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
-FATAL_TO_CONNECTION = (MalformedMessage, RequestTimeout, ContentTooLarge, FieldsTooLarge,
-                       TargetTooLong, Overloaded)
+FATAL_TO_CONNECTION = (
+    MalformedMessage,
+    RequestTimeout,
+    ContentTooLarge,
+    FieldsTooLarge,
+    TargetTooLong,
+    Overloaded,
+)
 Pairs = list[tuple[str, str]]
 
-def refuse(responder: Responder, error: RouterError, dialect: Dialect,
-           fields: Iterable[tuple[str, str]] = ()) -> None:
+
+def refuse(
+    responder: Responder,
+    error: RouterError,
+    dialect: Dialect,
+    fields: Iterable[tuple[str, str]] = (),
+) -> None:
     """Answer with an error of the router's own."""
     if isinstance(error, FATAL_TO_CONNECTION):
         responder.keep = False
     fields = [("Content-Type", "application/json"), *fields, *error.fields]
     responder.send(error.status, fields, dialect.encode_error(error))
 
+
 def pass_on(fields: Fields, *dropped: Iterable[str]) -> Pairs:
     """Return the fields that go on: not `dropped`, and not what Connection names."""
     stopped = set(fields.tokens("connection")).union(*dropped)
     return [(name, value) for lower, name, value in fields.lines if lower not in stopped]
+
 
 @functools.lru_cache(maxsize=1024)
 def tell_route(upstream_url: str, model: str, route: str, attempts: int) -> Pairs:
@@ -4741,12 +5370,15 @@ def tell_route(upstream_url: str, model: str, route: str, attempts: int) -> Pair
     values = upstream_url, encode_field_value(model), encode_field_value(route), str(attempts)
     return [(name, value) for name, value in zip(OWN_NAMES[1:], values, strict=True) if value]
 
+
 def odd_answer(error: Exception) -> BadGateway:
     """Return what an answer of no known shape is, after what it did to its reader."""
     return BadGateway(f"the answer has a shape that cannot be read: {error}")
 
+
 class DecodedTooLong(BadGateway, status=502, code="bad_gateway"):
     """A coded answer is too long to be changed."""
+
 
 class Inflater:
     """Takes gzip or deflate off an answer: RFC 1952 members, RFC 1950 or bare RFC 1951."""
@@ -4788,6 +5420,7 @@ class Inflater:
             at += len(piece) - len(self.decoder.unused_data)
         return b"".join(plain)
 
+
 @dataclasses.dataclass
 class Relay:
     """What every exchange shares."""
@@ -4797,7 +5430,8 @@ class Relay:
     log: RequestLog
     via: str  # this instance's entry in Via
     worker: concurrent.futures.Executor = dataclasses.field(
-        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1))
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1)
+    )
     ids: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
 
@@ -4816,11 +5450,13 @@ class Relay:
             return task(*args)
         return await asyncio.get_running_loop().run_in_executor(self.worker, task, *args)
 
+
 class Exchange:
     """One request on its way through the router."""
 
-    def __init__(self, relay: Relay, request: Request, dialect: Dialect, ask: Ask,
-                 decision: Decision) -> None:
+    def __init__(
+        self, relay: Relay, request: Request, dialect: Dialect, ask: Ask, decision: Decision
+    ) -> None:
         self.relay, self.request, self.dialect, self.ask = relay, request, dialect, ask
         self.decision, self.responder = decision, request.responder
         self.instance = decision.instances[0]  # the one that is asked now
@@ -4891,8 +5527,9 @@ class Exchange:
     def own_fields(self) -> Pairs:
         """Return the fields that tell what the router did."""
         record = self.record
-        told = tell_route(record.upstream_url, record.sent_model[:256], record.route[:256],
-                          len(record.attempts))
+        told = tell_route(
+            record.upstream_url, record.sent_model[:256], record.route[:256], len(record.attempts)
+        )
         return [(OWN_NAMES[0], record.request_id), *told]
 
     async def first_answer(self) -> Answer:
@@ -4974,8 +5611,13 @@ class Exchange:
         translate = None if self.native else self.dialect.openai_path
         path = translate(ask) if translate else ask.path
         refused, timed = self.relay.upstreams.no_stream_options, self.relay.upstreams.timed
-        self.hide_usage = (ask.stream and path in USAGE_PATHS and not ask.wants_usage
-                           and url not in refused and (url, self.record.sent_model) not in timed)
+        self.hide_usage = (
+            ask.stream
+            and path in USAGE_PATHS
+            and not ask.wants_usage
+            and url not in refused
+            and (url, self.record.sent_model) not in timed
+        )
         answer = await self.send(path)
         if not self.hide_usage or answer.head.status not in (400, 422):
             return answer
@@ -5033,15 +5675,22 @@ class Exchange:
         if coding and coding not in CODINGS and self.native:
             return None, None
         plan = AnswerPlan(
-            ask, self.dialect, self.native, self.relay.rules, self.hide_usage,
-            self.instance.model != ask.model, self.timing,
+            ask,
+            self.dialect,
+            self.native,
+            self.relay.rules,
+            self.hide_usage,
+            self.instance.model != ask.model,
+            self.timing,
         )
         transform = choose_transform(plan, head.status, head.media_type)
         if not transform or not coding:
             return transform, None
         if coding not in CODINGS:
-            raise BadGateway(f"the answer (status {head.status}) has the content coding "
-                             f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone")
+            raise BadGateway(
+                f"the answer (status {head.status}) has the content coding "
+                f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
+            )
         return transform, Inflater(coding, MAX_DECODED if transform.whole else NEVER)
 
     def timing(self) -> Timing:
@@ -5143,12 +5792,14 @@ class Exchange:
             dropped = dropped.union(theirs)
         return pass_on(head.fields, dropped, OWN_FIELDS) + own
 
+
 # ======================================================================================
 # 13  Dashboard and API
 # ======================================================================================
 # What the owner looks at: the page, one document that is allowed by hash, and the JSON
 # that it fetches. A question is a function that a reader thread runs on the database; an
 # endpoint is a `serve_` function here and a line in section 14.
+
 
 @functools.lru_cache(maxsize=2)
 def page_fields(page: str) -> list[tuple[str, str]]:
@@ -5158,13 +5809,17 @@ def page_fields(page: str) -> list[tuple[str, str]]:
         text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
-    policy = (f"default-src 'none'; connect-src 'self'; img-src 'self' data:; "
-              f"style-src 'sha256-{source('style')}'; script-src 'sha256-{source('script')}'; "
-              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    policy = (
+        f"default-src 'none'; connect-src 'self'; img-src 'self' data:; "
+        f"style-src 'sha256-{source('style')}'; script-src 'sha256-{source('script')}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)]
+
 
 MAX_DECISIONS = 4096
 MAX_HELD_CONTENT = 256 * MiB  # of all running requests; reading it takes four times as much
+
 
 class Gate:
     """Checks tokens; after ten failures a minute an address gets 429 for the next one.
@@ -5194,6 +5849,7 @@ class Gate:
             wait = str(int(FAILURE_WINDOW - (clock - recent[0])) + 1)
             words = "too many failed tokens from this address"
             raise TooManyRequests(words, ("Retry-After", wait)) from None
+
 
 @dataclasses.dataclass
 class Services:
@@ -5228,13 +5884,29 @@ class Services:
         fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
         return await list_models(self.models, self.table, fields.get("authorization"))
 
+
 def inflight_row(record: Record, now: float) -> dict[str, Any]:
     """Return a running request as /api/inflight shows it."""
-    names = ("id", "request_id", "source_ip", "path", "original_model", "mapped_model",
-             "sent_model", "upstream_url", "phase")
-    return {**{name: getattr(record, name) for name in names}, "service_type": record.service,
-            "timestamp": rfc3339(record.started), "bytes": record.response_size,
-            "tokens": record.events, "elapsed_ms": round((now - record.clock) * 1000)}
+    names = (
+        "id",
+        "request_id",
+        "source_ip",
+        "path",
+        "original_model",
+        "mapped_model",
+        "sent_model",
+        "upstream_url",
+        "phase",
+    )
+    return {
+        **{name: getattr(record, name) for name in names},
+        "service_type": record.service,
+        "timestamp": rfc3339(record.started),
+        "bytes": record.response_size,
+        "tokens": record.events,
+        "elapsed_ms": round((now - record.clock) * 1000),
+    }
+
 
 # --- questions to the log -------------------------------------------------------------
 # Asked in a reader thread; each gets the log, the database and the parameters. Lists are
@@ -5246,20 +5918,51 @@ SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
 MODEL_ARMS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
 HOURS = parse_number(1, 24 * 366)
 TALLY = ", ".join(f"TOTAL({name})" for name in COUNTED)
-SEARCHED = " || ' ' || ".join(("original_model", "sent_model", "path", "upstream_url", "route",
-                               "ifnull(error_message, '')", "source_ip", "request_id"))
-UNLISTED = frozenset(("sent_model", "cached_tokens", "user_agent", "client_key", "failed", "level",
-                      "tokens_per_second"))
+SEARCHED = " || ' ' || ".join(
+    (
+        "original_model",
+        "sent_model",
+        "path",
+        "upstream_url",
+        "route",
+        "ifnull(error_message, '')",
+        "source_ip",
+        "request_id",
+    )
+)
+UNLISTED = frozenset(
+    (
+        "sent_model",
+        "cached_tokens",
+        "user_agent",
+        "client_key",
+        "failed",
+        "level",
+        "tokens_per_second",
+    )
+)
 POINT = {
-    **{name: name for name in ("id", "service_type", "upstream_url", "prompt_tokens",
-                               "completion_tokens", "duration_ms", "ttft_ms", "status_code")},
+    **{
+        name: name
+        for name in (
+            "id",
+            "service_type",
+            "upstream_url",
+            "prompt_tokens",
+            "completion_tokens",
+            "duration_ms",
+            "ttft_ms",
+            "status_code",
+        )
+    },
     "timestamp": "strftime('%Y-%m-%dT%H:%M:%fZ', timestamp / 1000.0, 'unixepoch')",
     "model": "ifnull(nullif(sent_model, ''), mapped_model)",
     "total_tokens": "ifnull(prompt_tokens + completion_tokens, prompt_tokens)",
     "tokens_per_second": "round(completion_tokens * 1000 / "
-                         "nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)",
+    "nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)",
 }
 POINT_COLUMNS = ", ".join(f"{value} AS {name}_" for name, value in POINT.items())
+
 
 def parse_status(text: str) -> tuple[str, tuple[int, ...]]:
     """Read a status, a class of them or `error` as a condition on rows and its values."""
@@ -5270,24 +5973,41 @@ def parse_status(text: str) -> tuple[str, tuple[int, ...]]:
     low, high = int(text.replace("x", "0")), int(text.replace("x", "9"))
     return "failed = ? AND status_code BETWEEN ? AND ?", (int(low >= 400), low, high)
 
+
 def parse_age(text: str) -> float:
     """Read how long ago something was: 30m, 24h, 7d; return s."""
     if not re.fullmatch(r"[0-9]{1,6}[mhd]", text):
         raise ValueError("allowed is an age such as 30m, 24h or 7d")
     return int(text[:-1]) * {"m": 60, "h": 3600, "d": 86_400}[text[-1]]
 
+
 Parameters = Mapping[str, Callable[[str], Any]]
 LOG_PARAMETERS: Parameters = {
-    "limit": parse_number(1, 1000), "before": parse_number(0, 2**63 - 1), "q": parse_text,
-    "service_type": parse_choice(*SERVICES), "model": parse_text, "upstream": parse_text,
-    "status": parse_status, "source": parse_text}
+    "limit": parse_number(1, 1000),
+    "before": parse_number(0, 2**63 - 1),
+    "q": parse_text,
+    "service_type": parse_choice(*SERVICES),
+    "model": parse_text,
+    "upstream": parse_text,
+    "status": parse_status,
+    "source": parse_text,
+}
 POINT_PARAMETERS: Parameters = {
-    "hours": HOURS, "limit": parse_number(1, 20_000), "model": parse_text,
-    "service_type": parse_choice(*SERVICES)}
+    "hours": HOURS,
+    "limit": parse_number(1, 20_000),
+    "model": parse_text,
+    "service_type": parse_choice(*SERVICES),
+}
 ROUTE_PARAMETERS: Parameters = {
-    "model": str, "source_host": lambda text: str(ipaddress.ip_address(text))}
+    "model": str,
+    "source_host": lambda text: str(ipaddress.ip_address(text)),
+}
 EXPORT_PARAMETERS: Parameters = {
-    "since": parse_age, "model": parse_text, "format": parse_choice("jsonl", "csv", "openai")}
+    "since": parse_age,
+    "model": parse_text,
+    "format": parse_choice("jsonl", "csv", "openai"),
+}
+
 
 def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
     """Return the parameters of a query; one without a value is none. Raises BadRequest."""
@@ -5301,6 +6021,7 @@ def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
             raise BadRequest(f"{name}={text[:80]!r}: {error}") from None
     return found
 
+
 def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """Return the statement for a page of rows, newest first, and its values.
 
@@ -5309,9 +6030,14 @@ def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """
     state, get = asked.get("status", ("", (None,))), asked.get
     model = "? IN (sent_model, original_model)", (get("model"),)
-    given = [("source_ip = ?", (get("source"),)), *[state] * (state[1][0] == 1), model,
-             ("upstream_url = ?", (get("upstream"),)), ("service_type = ?", (get("service_type"),)),
-             *[state] * (state[1][0] == 0)]
+    given = [
+        ("source_ip = ?", (get("source"),)),
+        *[state] * (state[1][0] == 1),
+        model,
+        ("upstream_url = ?", (get("upstream"),)),
+        ("service_type = ?", (get("service_type"),)),
+        *[state] * (state[1][0] == 0),
+    ]
     first, *rest = [test for test in given if test[1][0] is not None] or [("1", ())]
     arms = MODEL_ARMS if first is model else (first[0],)
     tests = " AND ".join(["id < ?", "id >= ?", *(f"+{text}" for text, _ in rest)])
@@ -5320,36 +6046,51 @@ def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
     chosen = " UNION ".join(f"SELECT id FROM requests WHERE {tests} AND {arm}" for arm in arms)
     pattern = re.sub(r"([\\%_])", r"\\\1", get("q", ""))
     text = f"AND {SEARCHED} LIKE ? ESCAPE '\\'" if pattern else "AND ?"
-    sql = (f"SELECT {COLUMNS} FROM requests WHERE id IN ({chosen} ORDER BY id DESC LIMIT ?) {text} "
-           "ORDER BY id DESC LIMIT ?")
+    sql = (
+        f"SELECT {COLUMNS} FROM requests WHERE id IN ({chosen} ORDER BY id DESC LIMIT ?) {text} "
+        "ORDER BY id DESC LIMIT ?"
+    )
     limit = get("limit", 100)
-    return sql, [*values * len(arms), MAX_SEARCHED if pattern else limit, f"%{pattern}%" if pattern
-                 else 1, limit]
+    return sql, [
+        *values * len(arms),
+        MAX_SEARCHED if pattern else limit,
+        f"%{pattern}%" if pattern else 1,
+        limit,
+    ]
+
 
 def token_rate(said: float | None, taken: float | None, first: float | None) -> float | None:
     """Return tokens per second while the answer was spoken."""
     speaking = (taken or 0) - (first or 0)
     return round(said * 1000 / speaking, 2) if said and speaking > 0 else None
 
+
 def row_document(row: Row, all_of_it: bool = False) -> dict[str, Any]:
     """Return a row as JSON shows it, in a list or with all of it."""
     counts = [n for n in (row.prompt_tokens, row.completion_tokens) if n is not None]
     doc = {
-        **row._asdict(), "timestamp": rfc3339(row.timestamp / 1000),
+        **row._asdict(),
+        "timestamp": rfc3339(row.timestamp / 1000),
         "completed_at": rfc3339(row.completed_at / 1000) if row.completed_at else None,
-        "total_tokens": sum(counts) if counts else None, "is_inflight": row.failed is None,
-        "tokens_estimated": bool(row.tokens_estimated), "stream": bool(row.stream),
+        "total_tokens": sum(counts) if counts else None,
+        "is_inflight": row.failed is None,
+        "tokens_estimated": bool(row.tokens_estimated),
+        "stream": bool(row.stream),
         "attempts": [Attempt(*one)._asdict() for one in json.loads(row.attempts)],
         "tokens_per_second": token_rate(row.completion_tokens, row.duration_ms, row.ttft_ms),
     }
     hidden = ("failed", "level") if all_of_it else UNLISTED
     return {name: value for name, value in doc.items() if name not in hidden}
 
+
 def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/logs; what runs is shown as it stands now."""
     live = dict(log.inflight)
-    return [row_document(make_row(make_note(live[row.id]), Detail()) if row.id in live else row)
-            for row in map(Row._make, db.execute(*select_rows(asked)))]
+    return [
+        row_document(make_row(make_note(live[row.id]), Detail()) if row.id in live else row)
+        for row in map(Row._make, db.execute(*select_rows(asked)))
+    ]
+
 
 def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> float | None:
     """Return the smallest value in ms that `share` percent do not exceed.
@@ -5365,44 +6106,64 @@ def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> 
         rank, low = rank - count, edge
     return None
 
+
 def read_tally(tally: Sequence[float], *names: str) -> dict[str, Any]:
     """Return some sums of a tally as whole numbers."""
     return {name: int(tally[SUMS.index(name)]) for name in names}
+
 
 def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/stats."""
     now = int(time.time() // 3600)
     first = now - asked.get("hours", 24) + 1
-    services = dict(db.execute(
-        "SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type"))
-    by_hour = dict(db.execute(
-        "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)))
+    services = dict(
+        db.execute("SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type")
+    )
+    by_hour = dict(
+        db.execute(
+            "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)
+        )
+    )
     tally = db.execute(f"SELECT {TALLY} FROM rollups WHERE hour >= ?", (first,)).fetchone()
-    rows = db.execute("SELECT duration_ms, ttft_ms FROM requests WHERE id >= ? AND failed NOTNULL",
-                      (time_id(first * 3600),)).fetchall() if tally[0] <= FEW else ()
+    rows = (
+        db.execute(
+            "SELECT duration_ms, ttft_ms FROM requests WHERE id >= ? AND failed NOTNULL",
+            (time_id(first * 3600),),
+        ).fetchall()
+        if tally[0] <= FEW
+        else ()
+    )
     taken, waited = ([row[at] for row in rows if row[at] is not None] for at in (0, 1))
     parts = {"latency_ms": (tally[DURATIONS], taken), "ttft_ms": (tally[TTFTS], waited)}
     return {
-        "total_requests": sum(services.values()), "recent_requests": int(tally[0]),
+        "total_requests": sum(services.values()),
+        "recent_requests": int(tally[0]),
         **{f"{name}_requests": services.get(name, 0) for name in SERVICES},
-        "inflight_requests": len(log.inflight), "error_rate": tally[1] / max(tally[0], 1),
-        **{name: {f"p{share}": percentile(*part, share) for share in (50, 95, 99)}
-           for name, part in parts.items()},
+        "inflight_requests": len(log.inflight),
+        "error_rate": tally[1] / max(tally[0], 1),
+        **{
+            name: {f"p{share}": percentile(*part, share) for share in (50, 95, 99)}
+            for name, part in parts.items()
+        },
         **read_tally(tally, "prompt_tokens", "completion_tokens"),
         "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first, now + 1)],
         "log": log.state(),
     }
 
-def read_points(db: sqlite3.Connection, first: int, level: int,
-                given: Mapping[str, Any]) -> list[dict[str, Any]]:
+
+def read_points(
+    db: sqlite3.Connection, first: int, level: int, given: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Return the finished rows from the id `first` on that have a level, or a higher one."""
     names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
     few = f"INDEXED BY sample WHERE level >= {level} AND level >= {SAMPLE_LEVEL} AND"
     some = few if level >= SAMPLE_LEVEL else f"WHERE level >= {level} AND" if level else "WHERE"
     tests = " AND ".join(["id >= ?", "+failed IS NOT NULL", *(names[name] for name in given)])
-    rows = db.execute(f"SELECT {POINT_COLUMNS} FROM requests {some} {tests} ORDER BY id",
-                      (first, *given.values()))
+    rows = db.execute(
+        f"SELECT {POINT_COLUMNS} FROM requests {some} {tests} ORDER BY id", (first, *given.values())
+    )
     return [dict(zip(POINT, row, strict=True)) for row in rows]
+
 
 def gather_times(rows: Iterable[Mapping[str, Any]]) -> Mapping[tuple[str, str], list[float]]:
     """Return the times of some points by model and name of the time."""
@@ -5411,6 +6172,7 @@ def gather_times(rows: Iterable[Mapping[str, Any]]) -> Mapping[tuple[str, str], 
         if row[name] is not None:
             known[row["model"], name].append(row[name])
     return known
+
 
 def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
@@ -5421,7 +6183,8 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str
     where = "".join(f" AND {name} = ?" for name in given)
     tallies = db.execute(
         f"SELECT model, {TALLY} FROM rollups WHERE hour >= ?{where} GROUP BY model",
-        (hour, *given.values())).fetchall()
+        (hour, *given.values()),
+    ).fetchall()
     total = int(sum(tally[1] for tally in tallies))
     level = max((total // limit).bit_length() - 1, 0) if total > FEW else 0
     rows = read_points(db, time_id(hour * 3600), level, given)
@@ -5431,17 +6194,25 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str
     points = [points[int(at * step)] for at in range(min(limit, len(points)))]
     return {
         "data_points": points,
-        "models": [{
-            "model": model, **read_tally(tally, "requests", "errors", "prompt_tokens",
-                                         "completion_tokens"),
-            "p50_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 50),
-            "p95_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 95),
-            "ttft_p50_ms": percentile(tally[TTFTS], known[model, "ttft_ms"], 50),
-            "tokens_per_second": token_rate(*tally[SUMS.index("spoken_tokens") :][:2], 0),
-        } for model, *tally in tallies],
-        "meta": {"total_points": total, "hours_back": hours,
-                 "sampled": len(points) < total, "filters": given},
+        "models": [
+            {
+                "model": model,
+                **read_tally(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
+                "p50_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 50),
+                "p95_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 95),
+                "ttft_p50_ms": percentile(tally[TTFTS], known[model, "ttft_ms"], 50),
+                "tokens_per_second": token_rate(*tally[SUMS.index("spoken_tokens") :][:2], 0),
+            }
+            for model, *tally in tallies
+        ],
+        "meta": {
+            "total_points": total,
+            "hours_back": hours,
+            "sampled": len(points) < total,
+            "filters": given,
+        },
     }
+
 
 def body_text(body: bytes) -> tuple[str | None, str]:
     """Return a kept body as text, and how: utf-8 or base64; None when none is kept."""
@@ -5450,6 +6221,7 @@ def body_text(body: bytes) -> tuple[str | None, str]:
     except UnicodeDecodeError:
         return base64.b64encode(body).decode(), "base64"
 
+
 def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, Any]:
     """Return everything about one request."""
     meta, path = json.loads(detail.meta), row.path.partition("?")[0]
@@ -5457,9 +6229,14 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     content, said = detail.request, inflate(detail.response, read_coding(Fields(lines)))
     talk = read_transcript(path, content, said) if path in NO_THINK_MEMBERS else []
     answers = [message for message in talk if message["role"] == "assistant"] if said else []
-    doc = {**row_document(row, True), "phase": phase, "transcript": talk,
-           "trail": [Step(*step)._asdict() for step in meta.get("trail", ())],
-           "response_text": None, "response_thinking": None}
+    doc = {
+        **row_document(row, True),
+        "phase": phase,
+        "transcript": talk,
+        "trail": [Step(*step)._asdict() for step in meta.get("trail", ())],
+        "response_text": None,
+        "response_thinking": None,
+    }
     if answers:  # the last ones are the choices
         last = answers[-1]
         doc["response_text"], doc["response_thinking"] = last["content"], last["thinking"]
@@ -5469,14 +6246,16 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
         doc[f"{name}_body"], doc[f"{name}_body_encoding"] = body_text(body)
     return doc
 
+
 def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     """Return everything about a request that runs, waits to be written, or is written."""
     for record in [*log.inflight.values(), *log.in_hand, *log.ended]:
         if record.id == number:
             note, phase = make_note(record), record.phase
             detail = make_detail(note, log.body_limit)
-            return detail_document(make_row(note, detail), detail,
-                                   "done" if record.finished else phase)
+            return detail_document(
+                make_row(note, detail), detail, "done" if record.finished else phase
+            )
     for entry in list(log.backlog):
         if entry.row.id == number:
             blobs = [blob and blob[1] for blob in entry.blobs]
@@ -5484,6 +6263,7 @@ def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[s
     for row in db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)):
         return detail_document(Row._make(row), log.store.detail(db, number))
     return None
+
 
 async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
     """Return the request that a path names. Raises NotFound."""
@@ -5493,30 +6273,45 @@ async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
         raise NotFound("no such request; it may have been older than MAX_LOG_AGE_DAYS")
     return found
 
+
 def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
     """Return how a server did in the last hour."""
-    rows = db.execute("SELECT failed, duration_ms FROM requests WHERE upstream_url = ? "
-                      "AND id >= ?", (url, time_id(time.time() - 3600))).fetchall()
-    return {"p50_ms": percentile((), [taken for failed, taken in rows if failed == 0], 50),
-            "requests": len(rows), "errors": sum(failed or 0 for failed, _ in rows)}
+    rows = db.execute(
+        "SELECT failed, duration_ms FROM requests WHERE upstream_url = ? AND id >= ?",
+        (url, time_id(time.time() - 3600)),
+    ).fetchall()
+    return {
+        "p50_ms": percentile((), [taken for failed, taken in rows if failed == 0], 50),
+        "requests": len(rows),
+        "errors": sum(failed or 0 for failed, _ in rows),
+    }
+
 
 # --- export ---------------------------------------------------------------------------
 
 EXPORT_PAGE = 200  # rows that are in memory at once
 
+
 def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message of a transcript as fine-tuning takes it."""
     images = [{"type": "image_url", "image_url": {"url": url}} for url in message["images"]]
     text = message["content"]
-    calls = [{"id": call.pop("id"), "type": "function", "function": call}
-             for call in map(dict, message["tool_calls"])]
-    doc = {"role": message["role"],
-           "content": [{"type": "text", "text": text}, *images] if images else text,
-           "tool_calls": calls, "tool_call_id": message["tool_call_id"]}
+    calls = [
+        {"id": call.pop("id"), "type": "function", "function": call}
+        for call in map(dict, message["tool_calls"])
+    ]
+    doc = {
+        "role": message["role"],
+        "content": [{"type": "text", "text": text}, *images] if images else text,
+        "tool_calls": calls,
+        "tool_call_id": message["tool_call_id"],
+    }
     return {name: value for name, value in doc.items() if value or name == "content"}
 
-def export_page(store: Store, db: sqlite3.Connection,
-                asked: Mapping[str, Any]) -> tuple[bytes, int]:
+
+def export_page(
+    store: Store, db: sqlite3.Connection, asked: Mapping[str, Any]
+) -> tuple[bytes, int]:
     """Return a page of the export, newest first, and where the next one begins; 0 at the end."""
     form, lines, since = asked.get("format", "jsonl"), io.StringIO(), asked.get("since")
     table = csv.writer(lines, lineterminator="\n")
@@ -5537,21 +6332,31 @@ def export_page(store: Store, db: sqlite3.Connection,
             lines.write(encode_json(doc).decode() + "\n")
     return lines.getvalue().encode(), rows[-1][0] if len(rows) == EXPORT_PAGE else 0
 
+
 # --- metrics --------------------------------------------------------------------------
 
 METRIC_EDGES = range(0, len(EDGES), 4)  # of the buckets that Prometheus gets
-COUNTERS = {"requests": "Requests that ended", "errors": "Requests that failed",
-            "prompt_tokens": "Tokens read", "completion_tokens": "Tokens said",
-            "cached_tokens": "Tokens read from a cache"}
-HISTOGRAMS = {"duration": ("Time from a request to the end of its answer", DURATIONS),
-              "ttft": ("Time to the first token of a stream", TTFTS)}
+COUNTERS = {
+    "requests": "Requests that ended",
+    "errors": "Requests that failed",
+    "prompt_tokens": "Tokens read",
+    "completion_tokens": "Tokens said",
+    "cached_tokens": "Tokens read from a cache",
+}
+HISTOGRAMS = {
+    "duration": ("Time from a request to the end of its answer", DURATIONS),
+    "ttft": ("Time to the first token of a stream", TTFTS),
+}
+
 
 def metric_head(name: str, kind: str, words: str) -> str:
     """Return the two lines that go before a metric."""
     return f"# HELP smolrouter_{name} {words}.\n# TYPE smolrouter_{name} {kind}"
 
-def metric_lines(series: Mapping[tuple[str, str, str], Tally],
-                 gauges: Mapping[str, tuple[str, float]]) -> Iterator[str]:
+
+def metric_lines(
+    series: Mapping[tuple[str, str, str], Tally], gauges: Mapping[str, tuple[str, float]]
+) -> Iterator[str]:
     """Yield the lines of /metrics: gauges, counters and histograms."""
     names, rows = ("service", "model", "upstream"), []
     for key, tally in series.items():
@@ -5573,11 +6378,16 @@ def metric_lines(series: Mapping[tuple[str, str, str], Tally],
             yield f"{place}_sum{{{labels}}} {tally[SUMS.index(f'{name}_ms')] / 1000:.6f}"
             yield f"{place}_count{{{labels}}} {sums[-1]}"
 
+
 # --- endpoints ------------------------------------------------------------------------
 
 EVENTS_EVERY, KEEP_ALIVE, MAX_NEWS = 0.25, 15.0, 100  # s between messages; rows of one
-QUESTIONS = {"/api/logs": (read_logs, LOG_PARAMETERS), "/api/stats": (read_stats, {"hours": HOURS}),
-             "/api/performance": (read_performance, POINT_PARAMETERS)}
+QUESTIONS = {
+    "/api/logs": (read_logs, LOG_PARAMETERS),
+    "/api/stats": (read_stats, {"hours": HOURS}),
+    "/api/performance": (read_performance, POINT_PARAMETERS),
+}
+
 
 def find_url(table: RoutingTable, text: str) -> str:
     """Return the URL of the server that a name, a URL or what stands behind :// means."""
@@ -5587,6 +6397,7 @@ def find_url(table: RoutingTable, text: str) -> str:
     with contextlib.suppress(ValueError):  # it may have been in an earlier table
         return str(parse_upstream_url(text))
     return text
+
 
 async def serve_question(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/logs, /api/stats and /api/performance."""
@@ -5598,14 +6409,17 @@ async def serve_question(services: Services, request: Request, dialect: Dialect)
     more = {"routes_error": services.routes_error}
     request.responder.send_json(doc | more if isinstance(doc, dict) else doc)
 
+
 async def serve_request(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/request/{id}."""
     request.responder.send_json(await find_request(services.log, request.path))
+
 
 async def serve_inflight(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/inflight."""
     now, records = time.monotonic(), services.log.inflight.values()
     request.responder.send_json([inflight_row(record, now) for record in records])
+
 
 async def serve_cancel(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/inflight/{id}/cancel."""
@@ -5616,6 +6430,7 @@ async def serve_cancel(services: Services, request: Request, dialect: Dialect) -
     running[number].stop()
     request.responder.send_json({"cancelled": True})
 
+
 async def serve_upstreams(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/upstreams: up, cooling, down or unknown, and how the last hour was."""
     servers, docs, now = services.table.all_servers(), [], time.monotonic()
@@ -5623,54 +6438,87 @@ async def serve_upstreams(services: Services, request: Request, dialect: Dialect
     for server, names in zip(servers, models, strict=True):
         known, url = services.upstreams.known(server), str(server.url)
         failing = [health for health in known if health.failures]
-        state = ("unknown" if not known
-                 else "down" if not all(health.reached for health in failing)
-                 else "cooling" if any(health.cool_until > now for health in failing) else "up")
-        docs.append({
-            "name": server.name, "url": url, "api": server.api, "state": state,
-            "last_error": next((h.error for h in (*failing[::-1], *known) if h.error), None),
-            "failures": sum(health.failures for health in known),  # since one went well
-            "inflight": sum(health.busy for health in known),
-            "models": [model["id"] for model in names or ()],
-            **await services.log.ask(read_last_hour, url)})
+        state = (
+            "unknown"
+            if not known
+            else "down"
+            if not all(health.reached for health in failing)
+            else "cooling"
+            if any(health.cool_until > now for health in failing)
+            else "up"
+        )
+        docs.append(
+            {
+                "name": server.name,
+                "url": url,
+                "api": server.api,
+                "state": state,
+                "last_error": next((h.error for h in (*failing[::-1], *known) if h.error), None),
+                "failures": sum(health.failures for health in known),  # since one went well
+                "inflight": sum(health.busy for health in known),
+                "models": [model["id"] for model in names or ()],
+                **await services.log.ask(read_last_hour, url),
+            }
+        )
     request.responder.send_json(docs)
+
 
 async def serve_routes(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/routes: the table, and what it makes of a model."""
     asked = read_parameters(request.query, ROUTE_PARAMETERS)
     table = services.table
     doc = {
-        "source": table.source, "error": services.routes_error, "default": str(table.default.url),
-        "servers": [{"name": s.name, "url": str(s.url), "api": s.api}
-                    for s in table.servers.values()],
-        "aliases": [{"name": a.name, "strategy": a.strategy, "instances": [*map(str, a.instances)]}
-                    for a in table.aliases.values()],
-        "routes": [{"rule": r.name, "match": r.match_text, "route": str(r.target)}
-                   for r in table.rules],
-        "model_map": [{"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
-                      for key, to in table.model_map],
+        "source": table.source,
+        "error": services.routes_error,
+        "default": str(table.default.url),
+        "servers": [
+            {"name": s.name, "url": str(s.url), "api": s.api} for s in table.servers.values()
+        ],
+        "aliases": [
+            {"name": a.name, "strategy": a.strategy, "instances": [*map(str, a.instances)]}
+            for a in table.aliases.values()
+        ],
+        "routes": [
+            {"rule": r.name, "match": r.match_text, "route": str(r.target)} for r in table.rules
+        ],
+        "model_map": [
+            {"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
+            for key, to in table.model_map
+        ],
     }
     if "model" in asked:
         source = asked.get("source_host", request.source_host)
         found = resolve(table, asked["model"], source)
         doc["decision"] = {
-            "model": found.asked, "source_host": source, "mapped_model": found.mapped,
-            "route": found.route, "strategy": found.strategy,
-            "instances": [{"server": i.server.name, "url": str(i.server.url), "model": i.model}
-                          for i in found.instances],
-            "trail": [step._asdict() for step in found.trail]}
+            "model": found.asked,
+            "source_host": source,
+            "mapped_model": found.mapped,
+            "route": found.route,
+            "strategy": found.strategy,
+            "instances": [
+                {"server": i.server.name, "url": str(i.server.url), "model": i.model}
+                for i in found.instances
+            ],
+            "trail": [step._asdict() for step in found.trail],
+        }
     request.responder.send_json(doc)
+
 
 async def serve_metrics(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /metrics."""
     log = services.log
-    lines = metric_lines(dict(log.series), {
-        "inflight_requests": ("Requests that run now", len(log.inflight)),
-        "log_backlog_rows": ("Rows that wait for the database", log.waiting),
-        "log_lost_rows": ("Rows that the database never took", log.lost),
-        "log_up": ("Whether the log can be written", int(not log.error))})
+    lines = metric_lines(
+        dict(log.series),
+        {
+            "inflight_requests": ("Requests that run now", len(log.inflight)),
+            "log_backlog_rows": ("Rows that wait for the database", log.waiting),
+            "log_lost_rows": ("Rows that the database never took", log.lost),
+            "log_up": ("Whether the log can be written", int(not log.error)),
+        },
+    )
     kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
     request.responder.send(200, kind, ("\n".join(lines) + "\n").encode())
+
 
 async def send_piece(request: Request, data: bytes) -> None:
     """Send a piece of a long answer; wait while its reader is slow."""
@@ -5678,22 +6526,31 @@ async def send_piece(request: Request, data: bytes) -> None:
     request.responder.flush()
     await request.stream.drain()
 
+
 def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
     """Begin an answer of unknown length that ends when its client goes."""
     fields = (("Content-Type", kind), *STREAM_FIELDS, *fields)
     request.responder.begin(200, encode_lines(fields), None)
     request.stream.watch()
 
-def read_news(log: RequestLog, ended: collections.deque[Row], known: dict[int, bool],
-              ) -> dict[str, Any]:
+
+def read_news(
+    log: RequestLog,
+    ended: collections.deque[Row],
+    known: dict[int, bool],
+) -> dict[str, Any]:
     """Return what has happened since the running requests were `known`, which is renewed."""
     running, now = dict(log.inflight), time.monotonic()
     spoke = [n for n, r in running.items() if r.first_token is not None and not known.get(n)]
     fresh = [inflight_row(running[n], now) for n in running if n not in known]
     known.clear()
     known.update((n, record.first_token is not None) for n, record in running.items())
-    return {"started": fresh[:MAX_NEWS], "first_token": spoke[:MAX_NEWS],
-            "finished": [row_document(ended.popleft()) for _ in range(len(ended))]}
+    return {
+        "started": fresh[:MAX_NEWS],
+        "first_token": spoke[:MAX_NEWS],
+        "finished": [row_document(ended.popleft()) for _ in range(len(ended))],
+    }
+
 
 async def serve_events(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/events: what began, spoke and ended, at most four times a second."""
@@ -5716,11 +6573,15 @@ async def serve_events(services: Services, request: Request, dialect: Dialect) -
         log.listeners.remove(ended)
     request.responder.finish()
 
+
 async def serve_export(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/export: all of it, as slowly as its reader reads."""
     asked = read_parameters(request.query, EXPORT_PARAMETERS)
-    kind, end = ("text/csv; charset=utf-8", "csv") if asked.get("format") == "csv" else (
-        "application/x-ndjson", "jsonl")
+    kind, end = (
+        ("text/csv; charset=utf-8", "csv")
+        if asked.get("format") == "csv"
+        else ("application/x-ndjson", "jsonl")
+    )
 
     def next_page(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
         return export_page(log.store, db, asked)
@@ -5734,6 +6595,7 @@ async def serve_export(services: Services, request: Request, dialect: Dialect) -
         await send_piece(request, page)
     request.responder.finish()
 
+
 # ======================================================================================
 # 14  Application
 # ======================================================================================
@@ -5743,20 +6605,24 @@ async def serve_export(services: Services, request: Request, dialect: Dialect) -
 OLLAMA_VERSION = "0.12.0"  # the version of Ollama's API that is spoken here
 RUNNING_FOR = 300.0  # s that /api/ps says a model stays
 
+
 async def relay_model(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a request by its model; without one it goes to the default server."""
     content = request.content
     ask = await services.relay.work(
-        len(content), dialect.read, request.path, request.query, content)
+        len(content), dialect.read, request.path, request.query, content
+    )
     decision = services.decide(ask.model, request.source_host)
     if not (ask.text or ask.model):  # nothing that a rule could look at
         table = services.table._replace(rules=(), model_map=())
         decision = resolve(table, "", request.source_host)
     await Exchange(services.relay, request, dialect, ask, decision).run()
 
+
 def is_object(content: bytes) -> bool:
     """Tell whether content looks like a JSON object."""
     return content[:64].lstrip()[:1] == b"{"
+
 
 async def relay_post(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
@@ -5770,6 +6636,7 @@ async def relay_post(services: Services, request: Request, dialect: Dialect) -> 
         raise UnsupportedContent(f"Content-Encoding {coding[:80]!r} of a request; send it plain")
     await relay_model(services, request, dialect)
 
+
 async def relay_native(services: Services, request: Request, dialect: Dialect) -> None:
     """Relay what only a server that speaks the dialect itself can do."""
     if not request.content and request.head.method != "HEAD":
@@ -5782,17 +6649,20 @@ async def relay_native(services: Services, request: Request, dialect: Dialect) -
     if not speaking:
         raise NotSupported(
             f"{request.path} needs a server that speaks {dialect.service} itself; mark one "
-            f"with `api: {dialect.service}` in the routing file")
+            f"with `api: {dialect.service}` in the routing file"
+        )
     decision = services.decide(ask.model, request.source_host)
     native = tuple(i for i in decision.instances if i.server.api == dialect.service)
     native = native or (Instance(speaking[0], ask.model or None),)
     decision = decision._replace(instances=native)
     await Exchange(services.relay, request, reader, ask, decision).run()
 
+
 async def serve_models(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer GET /v1/models."""
     models = await services.list_models(request)
     request.responder.send_json({"object": "list", "data": models})
+
 
 async def serve_model(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer GET /v1/models/{id}."""
@@ -5803,10 +6673,12 @@ async def serve_model(services: Services, request: Request, dialect: Dialect) ->
         raise NotFound(f"no server has a model {name[:80]!r}; GET /v1/models lists them all")
     request.responder.send_json(models.get(name) or model_entry(name))
 
+
 async def serve_tags(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/tags."""
     models, now = await services.list_models(request), rfc3339(time.time())
     request.responder.send_json({"models": [ollama_model(m["id"], now) for m in models]})
+
 
 async def serve_show(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/show: from the server when it speaks Ollama, else what is known."""
@@ -5820,6 +6692,7 @@ async def serve_show(services: Services, request: Request, dialect: Dialect) -> 
         raise NotFound(f"model {ask.model[:80]!r} not found")
     request.responder.send_json(ollama_show(ask.model, rfc3339(time.time())))
 
+
 async def serve_running(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/ps: the models that answer now."""
     now = time.time()
@@ -5828,14 +6701,17 @@ async def serve_running(services: Services, request: Request, dialect: Dialect) 
     models = [{**ollama_model(name, rfc3339(now)), **more} for name in names]
     request.responder.send_json({"models": models})
 
+
 async def serve_version(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/version."""
     request.responder.send_json({"version": OLLAMA_VERSION})
+
 
 async def serve_healthz(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /healthz: 503 while draining."""
     status, word = (503, "draining") if services.draining else (200, "ok")
     request.responder.send_json({"status": word, "log": services.log.state()}, status)
+
 
 def read_page(file: str) -> str:
     """Return the page: the copy in here, or a file's text for work on the page."""
@@ -5844,10 +6720,17 @@ def read_page(file: str) -> str:
     except (OSError, ValueError) as error:
         raise NotFound(f"--dashboard {file}: {describe(error)}") from None
 
+
 NO_DATA = '<script type="application/json" id="request-data"></script>'
 
-def send_page(services: Services, request: Request, status: int = 200,
-              fields: Sequence[tuple[str, str]] = (), data: Any = None) -> None:
+
+def send_page(
+    services: Services,
+    request: Request,
+    status: int = 200,
+    fields: Sequence[tuple[str, str]] = (),
+    data: Any = None,
+) -> None:
     """Send the page, with `data` in it; its script asks /api/session whether to sign in."""
     page = read_page(services.dashboard)
     fields = [*page_fields(page), *fields]
@@ -5855,6 +6738,7 @@ def send_page(services: Services, request: Request, status: int = 200,
         text = encode_json(data).decode().replace("<", "\\u003c")
         page = page.replace(NO_DATA, NO_DATA.replace("><", f">{text}<"), 1)
     request.responder.send(status, fields, page.encode())
+
 
 async def serve_page(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer `/`: the page; HEAD tells Ollama's clients that somebody is there."""
@@ -5866,6 +6750,7 @@ async def serve_page(services: Services, request: Request, dialect: Dialect) -> 
             status = error.status
     send_page(services, request, status, data=data)
 
+
 async def serve_session(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/session: whether the Web UI wants a token, and has a valid one."""
     fields, policy = request.head.fields, services.settings.webui_security
@@ -5873,9 +6758,15 @@ async def serve_session(services: Services, request: Request, dialect: Dialect) 
     with contextlib.suppress(RouterError):
         services.gate.check(find_tokens(fields, True), request.source_host)
         valid = True
-    request.responder.send_json({
-        "version": __version__, "webui_security": policy, "authenticated": valid,
-        "needs_token": needs_token(policy, fields)})
+    request.responder.send_json(
+        {
+            "version": __version__,
+            "webui_security": policy,
+            "authenticated": valid,
+            "needs_token": needs_token(policy, fields),
+        }
+    )
+
 
 async def serve_signin(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/signin and /api/signout: a valid token becomes a cookie, or it goes."""
@@ -5889,9 +6780,11 @@ async def serve_signin(services: Services, request: Request, dialect: Dialect) -
         services.gate.check([token], request.source_host)
     peer = str((request.stream.transport.get_extra_info("peername") or [""])[0])
     by_proxy = is_trusted(peer.removeprefix("::ffff:"), services.settings.trusted_proxies)
-    secure = ((by_proxy and fields.tokens("x-forwarded-proto")[-1:] == ["https"])
-              or (fields.get("origin") or "").startswith("https:"))  # the browser's own word
+    secure = (by_proxy and fields.tokens("x-forwarded-proto")[-1:] == ["https"]) or (
+        fields.get("origin") or ""
+    ).startswith("https:")  # the browser's own word
     request.responder.send(204, [encode_cookie(token, time.time(), secure)], b"")
+
 
 class Endpoint(NamedTuple):
     """Which requests a function serves; in a path `*` is one segment, `**` any number."""
@@ -5907,10 +6800,18 @@ class Endpoint(NamedTuple):
         pattern = re.escape(self.paths).replace(r"\*\*", ".+").replace(r"\*", "[^/]+")
         return bool(re.fullmatch(pattern.replace(r"\ ", "|"), path))
 
+
 API, WEBUI = "api_security", "webui_security"
 SIGNIN = "signin"  # open, to those pages that could use the Web UI
-POST_PATHS = (*MODEL_PATHS, "/v1/responses", "/v1/rerank", "/v1/images/generations",
-              "/v1/images/edits", "/v1/audio/speech", "/v1/audio/transcriptions")
+POST_PATHS = (
+    *MODEL_PATHS,
+    "/v1/responses",
+    "/v1/rerank",
+    "/v1/images/generations",
+    "/v1/images/edits",
+    "/v1/audio/speech",
+    "/v1/audio/transcriptions",
+)
 ENDPOINTS = (
     Endpoint("GET HEAD", "/v1/models", API, serve_models),
     Endpoint("GET HEAD", "/v1/models/**", API, serve_model),
@@ -5943,6 +6844,7 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/performance /request/*", WEBUI, serve_page),
 )
 
+
 @functools.lru_cache(maxsize=256)
 def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
     """Return the endpoint that serves a request, and all that its path has."""
@@ -5950,10 +6852,12 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoi
     known = known or tuple(item for item in ENDPOINTS if item.matches(path))
     return next((item for item in known if method in item.methods.split()), None), known
 
+
 def allow(known: Sequence[Endpoint]) -> str:
     """Return the methods of a path, as Allow lists them."""
     methods = " ".join([*(item.methods for item in known), "OPTIONS"])
     return ", ".join(dict.fromkeys(methods.split()))
+
 
 class Application:
     """Lets requests in, finds who serves them, and renders what goes wrong."""
@@ -5988,8 +6892,9 @@ class Application:
             status, method = str(request.responder.status), request.head.method
             self.services.log.note(request.source_host, method, request.path, status, words)
 
-    async def answer(self, request: Request, found: Endpoint | None,
-                     known: Sequence[Endpoint], dialect: Dialect) -> None:
+    async def answer(
+        self, request: Request, found: Endpoint | None, known: Sequence[Endpoint], dialect: Dialect
+    ) -> None:
         """Check what a request may do and let its endpoint serve it. Raises RouterError."""
         guard = (found or known[0]).guard if known else API
         fields, webui, settings = request.head.fields, guard in (WEBUI, SIGNIN), self.settings
@@ -6014,7 +6919,8 @@ class Application:
             if self.services.relay.via in ", ".join(head.fields.get_all("via")):
                 raise LoopDetected("this request has been through this router before")
             head.memo[webui] = check_browser(
-                head.fields, head.host, webui, self.settings, self.machine)
+                head.fields, head.host, webui, self.settings, self.machine
+            )
         return head.memo[webui]
 
     def hold(self, request: Request, size: int) -> None:
@@ -6023,8 +6929,9 @@ class Application:
         self.held += size
         most = max(MAX_HELD_CONTENT, self.settings.max_request_size)
         if self.held > most and request.held > MiB:
-            raise Overloaded(f"running requests hold {self.held} bytes; try again later",
-                             ("Retry-After", "5"))
+            raise Overloaded(
+                f"running requests hold {self.held} bytes; try again later", ("Retry-After", "5")
+            )
 
     def missing(self, request: Request, known: Sequence[Endpoint]) -> RouterError:
         """Return the error for a path or method that nobody serves."""
@@ -6041,9 +6948,13 @@ class Application:
         fields, answer = request.head.fields, [("Allow", allow(known))]
         if fields.get("origin") is not None:
             wanted = fields.get("access-control-request-headers") or "*"
-            answer += [("Access-Control-Allow-Methods", allow(known)),
-                       ("Access-Control-Allow-Headers", wanted), ("Access-Control-Max-Age", "600")]
+            answer += [
+                ("Access-Control-Allow-Methods", allow(known)),
+                ("Access-Control-Allow-Headers", wanted),
+                ("Access-Control-Max-Age", "600"),
+            ]
         request.responder.send(204, answer, b"")
+
 
 # ======================================================================================
 # 15  HTTP server
@@ -6060,6 +6971,7 @@ SPARE_FILES = 64  # files that are neither a client nor its upstream
 NO_HEAD: Late = functools.partial(RequestTimeout, f"no head within {HEAD_TIMEOUT:.0f} s")
 SHORT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
+
 def count_places(wanted: int) -> int:
     """Allow this process more files; return for how many clients, two files each, they do."""
     import resource
@@ -6072,6 +6984,7 @@ def count_places(wanted: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // 2))
+
 
 class HTTPServer:
     """Accepts connections and serves their requests."""
@@ -6147,8 +7060,9 @@ class HTTPServer:
             return
         self.connections[asyncio.current_task()] = stream
         try:
-            idle = itertools.chain(itertools.repeat(IDLE_TIMEOUT, MAX_REQUESTS),
-                                   itertools.repeat(WORN_IDLE))
+            idle = itertools.chain(
+                itertools.repeat(IDLE_TIMEOUT, MAX_REQUESTS), itertools.repeat(WORN_IDLE)
+            )
             while await self.serve_request(stream, peer, next(idle)):
                 pass
         except (OSError, RouterError):
@@ -6236,6 +7150,7 @@ class HTTPServer:
                     stream.cause = Unavailable("the router is shutting down")
                 task.cancel()
 
+
 # ======================================================================================
 # 16  Command line
 # ======================================================================================
@@ -6251,6 +7166,7 @@ EPILOG = """examples:
   smolrouter.py export --since 7d --format csv   print what was logged
   smolrouter.py demo                             see it work; needs nothing else
 """
+
 
 class RoutesFile:
     """The routing file on disk: reads it, and knows when it has changed."""
@@ -6281,11 +7197,13 @@ class RoutesFile:
             raise ConfigError(f"ROUTES_CONFIG={name!r}: {describe(error)}; {remedy}") from None
         return parse_routes(text, name, self.environ, self.settings)
 
+
 def table_warnings(table: RoutingTable) -> Iterator[str]:
     """Yield what a table says that is allowed, and hardly meant."""
     yield from (server.warning for server in table.servers.values() if server.warning)
     exact = [(rule.name, rule.model) for rule in table.rules] + [
-        ("MODEL_MAP", key) for key, _ in table.model_map]
+        ("MODEL_MAP", key) for key, _ in table.model_map
+    ]
     for name, model in exact:
         if isinstance(model, str) and "*" in model:
             yield f"{name}: {model!r} is an exact name; a pattern is written /^gpt-/"
@@ -6293,10 +7211,15 @@ def table_warnings(table: RoutingTable) -> Iterator[str]:
         if rule.model is None and rule.hosts is None:
             yield f"{rule.name} matches everything: what stands behind it is never reached"
 
+
 def describe_table(table: RoutingTable) -> list[str]:
     """Return what a routing table holds, where the rest goes, and its warnings."""
-    counted = ((table.servers, "server", "servers"), (table.aliases, "alias", "aliases"),
-               (table.rules, "route", "routes"), (table.model_map, "mapped name", "mapped names"))
+    counted = (
+        (table.servers, "server", "servers"),
+        (table.aliases, "alias", "aliases"),
+        (table.rules, "route", "routes"),
+        (table.model_map, "mapped name", "mapped names"),
+    )
     held = [f"{len(things)} {one if len(things) == 1 else more}" for things, one, more in counted]
     return [
         f"routes: {table.source or 'no routing file'}: {', '.join(held)}",
@@ -6304,11 +7227,18 @@ def describe_table(table: RoutingTable) -> list[str]:
         *(f"warning: {words}" for words in table_warnings(table)),
     ]
 
+
 class Router:
     """The whole program, running: started and stopped by the command line."""
 
-    def __init__(self, settings: Settings, routes: RoutesFile, warnings: Sequence[str],
-                 dashboard: str = "", command: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        routes: RoutesFile,
+        warnings: Sequence[str],
+        dashboard: str = "",
+        command: Sequence[str] = (),
+    ) -> None:
         self.settings, self.routes, self.warnings = settings, routes, warnings
         self.console = Console()
         self.hurry, self.ended = asyncio.Event(), asyncio.Event()
@@ -6316,8 +7246,16 @@ class Router:
         log = RequestLog(settings, self.console, command)
         relay = Relay(settings, upstreams, log, f"1.1 smolrouter-{secrets.token_hex(6)}")
         table = routes.load()
-        self.services = Services(settings, table, upstreams, ModelLists(upstreams), log, relay,
-                                 Gate(settings.jwt_secret), dashboard=dashboard or "")
+        self.services = Services(
+            settings,
+            table,
+            upstreams,
+            ModelLists(upstreams),
+            log,
+            relay,
+            Gate(settings.jwt_secret),
+            dashboard=dashboard or "",
+        )
         self.server = HTTPServer(Application(self.services))
 
     def reload(self) -> None:
@@ -6360,10 +7298,13 @@ class Router:
         stored = kept if settings.enable_logging else "not stored"
         routes, rest, *warnings = describe_table(self.services.table)
         for line in (
-            f"SmolRouter {__version__} listens on http://{place}", routes, rest,
+            f"SmolRouter {__version__} listens on http://{place}",
+            routes,
+            rest,
             f"log: requests are {printed} and {stored}",
             f"Web UI: {settings.webui_security}; API: {settings.api_security}; tokens: {secret}",
-            *self.warnings, *warnings,
+            *self.warnings,
+            *warnings,
         ):
             self.console.line(line)
 
@@ -6398,6 +7339,7 @@ class Router:
         self.console.close()
         return 0
 
+
 def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop has its own
@@ -6408,18 +7350,24 @@ def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     status = loop.run_until_complete(router.run())
     os._exit(status)  # the interpreter would wait for a full stderr, or for a dead name server
 
+
 def run_check(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Validate settings and routing file, print the table."""
     table = routes.load()
     lines = [*describe_table(table), *args.warnings]
     lines += [f"  server {s.name}: {s.url} ({s.api})" for s in table.all_servers()]
-    lines += [f"  {alias} ({alias.strategy}): {', '.join(map(str, alias.instances))}"
-              for alias in table.aliases.values()]
+    lines += [
+        f"  {alias} ({alias.strategy}): {', '.join(map(str, alias.instances))}"
+        for alias in table.aliases.values()
+    ]
     lines += [f"  {rule.name}: {rule.match_text} -> {rule.target}" for rule in table.rules]
-    lines += [f"  map {key if isinstance(key, str) else f'/{key.pattern}/'} -> {name}"
-              for key, name in table.model_map]
+    lines += [
+        f"  map {key if isinstance(key, str) else f'/{key.pattern}/'} -> {name}"
+        for key, name in table.model_map
+    ]
     print(*lines, "ok", sep="\n")
     return 0
+
 
 def run_explain(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print every rule tried for a model, and where the request would go."""
@@ -6427,11 +7375,19 @@ def run_explain(args: argparse.Namespace, settings: Settings, routes: RoutesFile
         raise ConfigError(f"--source-host {args.source_host!r}: no IP address")
     decision = resolve(routes.load(), args.model, args.source_host)
     tried = [f"  {'+' if step.matched else '-'} {step.rule}: {step.why}" for step in decision.trail]
-    sent = [f"  send {instance.model!r} to {instance.server.name} ({instance.server.url})"
-            for instance in decision.instances]
-    print(f"{args.model!r} from {args.source_host}", *tried,
-          f"route: {decision.route} ({decision.strategy})", *sent, sep="\n")
+    sent = [
+        f"  send {instance.model!r} to {instance.server.name} ({instance.server.url})"
+        for instance in decision.instances
+    ]
+    print(
+        f"{args.model!r} from {args.source_host}",
+        *tried,
+        f"route: {decision.route} ({decision.strategy})",
+        *sent,
+        sep="\n",
+    )
     return 0
+
 
 def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print a token."""
@@ -6439,6 +7395,7 @@ def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
         raise ConfigError("JWT_SECRET is not set; set it to what the router has")
     print(encode_token(settings.jwt_secret, args.subject, time.time(), args.days))
     return 0
+
 
 def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
@@ -6456,6 +7413,7 @@ def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile)
         raise ConfigError(f"export: {error} (DB_PATH={settings.db_path!r})") from None
     return 0
 
+
 def run_health(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Ask a running router whether it is well."""
     import http.client
@@ -6471,6 +7429,7 @@ def run_health(args: argparse.Namespace, settings: Settings, routes: RoutesFile)
             print(f"{host}:{settings.listen_port}: {describe(error)}", file=sys.stderr)
             return 1
     return 0 if response.status == 200 else 1
+
 
 UNIT = """[Unit]
 Description=SmolRouter, one address for local language models
@@ -6504,6 +7463,7 @@ RestrictAddressFamilies=AF_INET6 SystemCallArchitectures=native
 SystemCallFilter=@system-service SystemCallFilter=~@privileged SystemCallFilter=~@resources
 SystemCallFilter=sched_setscheduler"""
 
+
 def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Print a systemd unit for this file and these settings."""
 
@@ -6511,8 +7471,11 @@ def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
         return json.dumps(str(text), ensure_ascii=False).replace("%", "%%")
 
     hidden = ("/root/", "/home/", "/tmp/")  # from a unit's own user, and by PrivateTmp
-    warnings = [f"the unit cannot reach {path}; use a copy and a Python under /usr or /opt"
-                for path in (sys.executable, str(args.program)) if path.startswith(hidden)]
+    warnings = [
+        f"the unit cannot reach {path}; use a copy and a Python under /usr or /opt"
+        for path in (sys.executable, str(args.program))
+        if path.startswith(hidden)
+    ]
     if 0 < settings.listen_port < 1024:
         warnings.append(f"the unit may not open port {settings.listen_port}; use one above 1023")
     print(*(f"warning: {warning}\n" for warning in warnings), sep="", end="", file=sys.stderr)
@@ -6521,11 +7484,17 @@ def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
         given["routes_config"] = str(pathlib.Path(settings.routes_config).absolute())
     program = (quote(path).replace("$", "$$") for path in (sys.executable, args.program))
     lines = [f"Environment={quote(f'{name.upper()}={text}')}" for name, text in given.items()]
-    print(UNIT.format(
-        command=" ".join([*program, "serve"]), environment="\n".join(lines),
-        stop=int(settings.shutdown_grace) + 4, locks="\n".join(LOCKS.split()),
-    ), end="")
+    print(
+        UNIT.format(
+            command=" ".join([*program, "serve"]),
+            environment="\n".join(lines),
+            stop=int(settings.shutdown_grace) + 4,
+            locks="\n".join(LOCKS.split()),
+        ),
+        end="",
+    )
     return 0
+
 
 DEMO_WORDS = "The quick brown fox jumps over the lazy dog and is home before dinner."
 DEMO_THOUGHT = "<think>The user wants a sentence. I will say one about a fox.</think>\n\n"
@@ -6549,6 +7518,7 @@ DEMO_REQUESTS = (
     ("/v1/chat/completions", "llama3-8b", True, "the default upstream"),
 )
 
+
 def demo_answer(asked: dict[str, Any], thinks: bool) -> list[bytes]:
     """Return a chat answer in the pieces that a model server sends."""
     words = DEMO_WORDS.split()
@@ -6567,8 +7537,14 @@ def demo_answer(asked: dict[str, Any], thinks: bool) -> list[bytes]:
     docs += [answer("stop", delta={}), {**head, "choices": [], "usage": usage}]
     return [SSE.encode(data) for data in (*map(encode_json, docs), DONE_MARK)]
 
-async def serve_demo(delay: float, behaviour: str, model: str, reader: asyncio.StreamReader,
-                     writer: asyncio.StreamWriter) -> None:
+
+async def serve_demo(
+    delay: float,
+    behaviour: str,
+    model: str,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> None:
     """Answer one request as a model server does, and end the connection."""
     with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
         head = parse_request_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
@@ -6581,11 +7557,13 @@ async def serve_demo(delay: float, behaviour: str, model: str, reader: asyncio.S
             pieces = [encode_openai_error(Unavailable("the model is being loaded"))]
         else:
             pieces = demo_answer(asked, behaviour == "thinks")
-        writer.write(f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n"
-                     "Connection: close\r\n\r\n".encode())
+        writer.write(
+            f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n".encode()
+        )
         for piece in pieces:
             await asyncio.sleep(delay)
             writer.write(piece)
+
 
 def send_demo_requests(port: int, seconds: float) -> None:
     """Send requests of all kinds through the router and print what came back."""
@@ -6602,11 +7580,15 @@ def send_demo_requests(port: int, seconds: float) -> None:
                 router.request("POST", path, content, {"Content-Type": "application/json"})
                 answer = router.getresponse()
                 served, size = answer.getheader("X-SmolRouter-Model"), len(answer.read())
-            print(f"{path} {model} -> {served}: {answer.status}, {size} bytes ({words})",
-                  flush=True)
+            print(
+                f"{path} {model} -> {served}: {answer.status}, {size} bytes ({words})", flush=True
+            )
             time.sleep(0.5)
-        print(f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
-              flush=True)
+        print(
+            f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
+            flush=True,
+        )
+
 
 async def serve_demos(args: argparse.Namespace, settings: Settings, folder: pathlib.Path) -> int:
     """Run the router in front of three upstreams of its own."""
@@ -6619,20 +7601,27 @@ async def serve_demos(args: argparse.Namespace, settings: Settings, folder: path
     with socket.socket() as probe:
         taken = settings.listen_port and not probe.connect_ex(("127.0.0.1", settings.listen_port))
     settings = dataclasses.replace(
-        settings, default_upstream=parse_upstream_url(urls["thinker"]), model_map=(),
-        listen_host="127.0.0.1", listen_port=0 if taken else settings.listen_port,
-        routes_config=str(folder / "routes.json"), db_path=str(folder / "requests.db"),
+        settings,
+        default_upstream=parse_upstream_url(urls["thinker"]),
+        model_map=(),
+        listen_host="127.0.0.1",
+        listen_port=0 if taken else settings.listen_port,
+        routes_config=str(folder / "routes.json"),
+        db_path=str(folder / "requests.db"),
         blob_storage_path=str(folder / "blobs"),
     )
 
     def begin(port: int) -> None:
-        print(f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three pretended "
-              "servers answer: one is slow, one thinks aloud, one fails.", flush=True)
+        print(
+            f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three pretended "
+            "servers answer: one is slow, one thinks aloud, one fails.",
+            flush=True,
+        )
         asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, args.seconds)
 
-    router = Router(settings, RoutesFile(settings, {}, True), (), args.dashboard,
-                    args.command)
+    router = Router(settings, RoutesFile(settings, {}, True), (), args.dashboard, args.command)
     return await router.run(begin)
+
 
 def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
     """Show the router at work with three upstreams of its own."""
@@ -6642,8 +7631,18 @@ def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -
     with tempfile.TemporaryDirectory(prefix="smolrouter-demo-") as folder:
         return asyncio.run(serve_demos(args, settings, pathlib.Path(folder)))
 
-COMMANDS = (run_serve, run_check, run_explain, run_export, run_token, run_health, run_unit,
-            run_demo)
+
+COMMANDS = (
+    run_serve,
+    run_check,
+    run_explain,
+    run_export,
+    run_token,
+    run_health,
+    run_unit,
+    run_demo,
+)
+
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line."""
@@ -6652,14 +7651,18 @@ class Parser(argparse.ArgumentParser):
         """Refuse the command line, as argparse calls it. Raises ConfigError."""
         raise ConfigError(f"{message}; see {self.prog} --help")
 
+
 def flag_number(low: float, high: float) -> Callable[[str], float]:
     """Make a reader of numbers that tells argparse what is allowed."""
+
     def parse(text: str) -> float:
         try:
             return parse_number(low, high, False)(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
     return parse
+
 
 def build_parsers() -> dict[str, argparse.ArgumentParser]:
     """Return the parser, named "", and its commands', with a flag for every setting."""
@@ -6671,7 +7674,10 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
         flag = f"--{item.name.replace('_', '-')}"
         group.add_argument(flag, metavar="VALUE", help=words.replace("%", "%%"), **switch)
     parser = Parser(
-        prog="smolrouter", parents=[flags], epilog=EPILOG, allow_abbrev=False,
+        prog="smolrouter",
+        parents=[flags],
+        epilog=EPILOG,
+        allow_abbrev=False,
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -6682,20 +7688,26 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
     for run in COMMANDS:
         name, words = run.__name__.removeprefix("run_"), run.__doc__
         subs[name] = commands.add_parser(
-            name, parents=[flags], help=words, description=words, allow_abbrev=False)
+            name, parents=[flags], help=words, description=words, allow_abbrev=False
+        )
         subs[name].set_defaults(run=run)
     subs["explain"].add_argument("model", help="the name that a client would ask for")
     subs["explain"].add_argument("--source-host", default="127.0.0.1", help="the client's address")
-    for name, words in (("since", "no older than 30m, 24h, 7d"), ("model", "of this model alone"),
-                        ("format", "jsonl (default), csv or openai")):
+    for name, words in (
+        ("since", "no older than 30m, 24h, 7d"),
+        ("model", "of this model alone"),
+        ("format", "jsonl (default), csv or openai"),
+    ):
         subs["export"].add_argument(f"--{name}", help=words)
     subs["token"].add_argument("--subject", required=True, help="whose token it is")
     subs["token"].add_argument("--days", type=flag_number(0.001, 36500), default=30.0)
     subs["demo"].add_argument("--seconds", type=flag_number(0, 3600), default=30.0)
     for command in (parser, subs["serve"], subs["demo"]):
-        command.add_argument("--dashboard", metavar="FILE", help="serve this page instead",
-                             default=argparse.SUPPRESS)
+        command.add_argument(
+            "--dashboard", metavar="FILE", help="serve this page instead", default=argparse.SUPPRESS
+        )
     return {"": parser, **subs}
+
 
 def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[str]) -> None:
     """Refuse a flag that does not exist: argparse takes what follows it for a command."""
@@ -6704,12 +7716,16 @@ def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[
     usage = parsers[next((word for word in words if word in parsers), "")].format_usage()
     known = re.findall(r"--?[a-z][a-z-]*", usage)
     words = [*itertools.takewhile(lambda word: word != "--", words)]
-    given = [word.partition("=")[0] for before, word in itertools.pairwise(["", *words])
-             if re.match("--?[A-Za-z]", word) and before not in known]  # else it is a value
+    given = [
+        word.partition("=")[0]
+        for before, word in itertools.pairwise(["", *words])
+        if re.match("--?[A-Za-z]", word) and before not in known
+    ]  # else it is a value
     for flag in (flag for flag in given if flag not in known):
         near = difflib.get_close_matches(flag.lower().replace("_", "-"), known, 1)
         hint = f"did you mean {near[0]}?" if near else "see smolrouter --help"
         raise ConfigError(f"unknown flag {flag}; {hint}")
+
 
 def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
     """Parse the command line and run its command. Raises ConfigError."""
@@ -6720,8 +7736,14 @@ def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
         check_flags(parsers, sys.argv[1:] if argv is None else argv)
         raise
     args.program, own = pathlib.Path(__file__).resolve(), len(sys.argv) - 1
-    args.command = [] if argv is not None else [  # as this process was started
-        sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - own]]
+    args.command = (
+        []
+        if argv is not None
+        else [  # as this process was started
+            sys.executable,
+            *sys.orig_argv[1 : len(sys.orig_argv) - own],
+        ]
+    )
     args.given = Settings.find(environ, vars(args))
     settings = Settings.from_mapping(environ, vars(args))
     warning = url_warning(*args.given.get("default_upstream", ("", "http://")))
@@ -6730,6 +7752,7 @@ def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
     status = args.run(args, settings, routes)
     sys.stdout.flush()
     return status
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 1 (failed) or 2 (bad settings)."""
@@ -6749,6 +7772,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     finally:
         os.close(spare)
+
 
 # ======================================================================================
 # A  The page

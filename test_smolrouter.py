@@ -151,9 +151,7 @@ def event(data: Any) -> bytes:
     """One SSE event: a document becomes JSON, a str stays, bytes are all of it."""
     if isinstance(data, bytes):
         return data
-    return (
-        b"data: " + (data.encode() if isinstance(data, str) else dumps(data)) + b"\n\n"
-    )
+    return b"data: " + (data.encode() if isinstance(data, str) else dumps(data)) + b"\n\n"
 
 
 def stream_answer(
@@ -277,9 +275,7 @@ class Upstream:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=1024)
         self.port: int = self._listener.getsockname()[1]
-        self.authority = (
-            f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-        )
+        self.authority = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
         self.url = f"http{'s' if tls else ''}://{self.authority}"
         self._open = True
         threading.Thread(target=self._accept, daemon=True).start()
@@ -311,11 +307,7 @@ class Upstream:
     def heard(self, key: str) -> list[Received]:
         """The requests whose model, path, target or content holds `key`."""
         found = list(self.requests)
-        return [
-            r
-            for r in found
-            if r.model == key or key in r.target or key.encode() in r.content
-        ]
+        return [r for r in found if r.model == key or key in r.target or key.encode() in r.content]
 
     def connection_of(self, key: str) -> Connection:
         """The connection on which the first request for `key` arrived."""
@@ -455,9 +447,7 @@ def usage_of(text: str) -> dict[str, int]:
     }
 
 
-def well_behaved(
-    received: Received, models: Sequence[str] = ("tiny",)
-) -> Iterable[Step]:
+def well_behaved(received: Received, models: Sequence[str] = ("tiny",)) -> Iterable[Step]:
     """Answer as a good server would: `You said: ...`, streamed when asked."""
     document = received.json if isinstance(received.json, dict) else {}
     path = received.path
@@ -477,11 +467,7 @@ def well_behaved(
             "target": received.target,
             "content": received.content.decode("latin-1"),
         }
-        return (
-            head_only(json_answer(said))
-            if received.method == "HEAD"
-            else (json_answer(said))
-        )
+        return head_only(json_answer(said)) if received.method == "HEAD" else (json_answer(said))
     return json_answer({"error": {"message": f"no path {path}"}}, 404)
 
 
@@ -529,15 +515,11 @@ def completion(document: Mapping[str, Any], text: str, kind: str = "chat") -> di
     }
 
 
-def completion_events(
-    document: Mapping[str, Any], text: str, kind: str = "chat"
-) -> list[Any]:
+def completion_events(document: Mapping[str, Any], text: str, kind: str = "chat") -> list[Any]:
     """The events of a streamed completion, a word each, usage only when asked."""
 
     def piece(delta: dict, finish: str | None = None, **more: Any) -> dict[str, Any]:
-        said = (
-            {"delta": delta} if kind == "chat" else {"text": delta.get("content", "")}
-        )
+        said = {"delta": delta} if kind == "chat" else {"text": delta.get("content", "")}
         return {
             "id": "cmpl-1",
             "created": 1700000000,
@@ -716,9 +698,7 @@ def router_for(
 ) -> Router:
     """The router with these settings, started once and shared; never stop it."""
     with STARTING:
-        return _cached_router(
-            json.dumps(settings or {}), json.dumps(routes), tuple(args)
-        )
+        return _cached_router(json.dumps(settings or {}), json.dumps(routes), tuple(args))
 
 
 @functools.lru_cache
@@ -784,9 +764,7 @@ def said(document: Mapping[str, Any]) -> str:
     """The visible text of one document of either dialect."""
     choices = document.get("choices") or [document]
     parts = [c.get("delta") or c.get("message") or c for c in choices]
-    return "".join(
-        p.get("content") or p.get("text") or p.get("response") or "" for p in parts
-    )
+    return "".join(p.get("content") or p.get("text") or p.get("response") or "" for p in parts)
 
 
 def connect(port: int, host: str = "127.0.0.1") -> socket.socket:
@@ -951,9 +929,7 @@ def request(
         caller.close()
 
 
-def sse(
-    port: int, path: str, body: Any, fields: Pairs = ()
-) -> list[tuple[float, bytes]]:
+def sse(port: int, path: str, body: Any, fields: Pairs = ()) -> list[tuple[float, bytes]]:
     """The events of a streamed answer, each with the time when it was complete."""
     got = request(port, "POST", path, body, fields)
     mark = b"\n" if "ndjson" in (got.get("Content-Type") or "") else b"\n\n"
@@ -971,9 +947,8 @@ def chat(model: str, text: str = "hi", **more: Any) -> dict[str, Any]:
 
 def ask(router: Router, model: str, text: str = "hi", **more: Any) -> Answer:
     """One chat completion through a router."""
-    return request(
-        router.port, "POST", "/v1/chat/completions", chat(model, text, **more)
-    )
+    return request(router.port, "POST", "/v1/chat/completions", chat(model, text, **more))
+
 
 # ======================================================================================
 # Module: the shape of smolrouter.py
@@ -986,7 +961,6 @@ TREE = ast.parse(PROGRAM)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
 BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
-MAX_LINES = 5200  # of code: blank lines, comments and docstrings are not counted
 
 
 def functions() -> list[Any]:
@@ -1017,16 +991,6 @@ def sections() -> dict[str, tuple[str, str, str]]:
         match[1]: (match[2], match[3], SOURCE[match.end() : end])
         for match, end in zip(found, ends, strict=True)
     }
-
-
-def test_program_is_short_enough() -> None:
-    code = [line for line in PROGRAM.splitlines() if line.strip()]
-    code = [line for line in code if not line.lstrip().startswith("#")]
-    bodies = [getattr(node, "body", None) for node in ast.walk(TREE)]
-    first = [body[0] for body in bodies if isinstance(body, list) and body]
-    texts = [n for n in first if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-    docstrings = sum(n.end_lineno - n.lineno + 1 for n in texts)
-    assert len(code) - docstrings <= MAX_LINES
 
 
 def test_functions_are_short_and_flat() -> None:
@@ -1173,14 +1137,20 @@ def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
 def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
     random = __import__("random").Random(7)
     shapes = [b"data: %b\n\n"] * 12 + [b"%b\n", b"%b", b"a\n%b\n\n", b"\r\n%b", b"%b\n\n\r\n"]
-    faults = [(b"\r\n", b"\r"), (b"\r\n", b"\n"), (b"e\r\n", b"E\r\n"), (b"\n\n\r\n", b"\n\r\n"),
-              (b"1", b"01"), (b"\r\ndata", b";x=y\r\ndata")]
+    faults = [
+        (b"\r\n", b"\r"),
+        (b"\r\n", b"\n"),
+        (b"e\r\n", b"E\r\n"),
+        (b"\n\n\r\n", b"\n\r\n"),
+        (b"1", b"01"),
+        (b"\r\ndata", b";x=y\r\ndata"),
+    ]
     bad = 0
     for turn in range(80):
         sizes = [random.choice([1, 40, 1100])] if turn % 2 else [1, 40, 1100]
         some = [random.choice(shapes)] if turn % 2 else shapes
         contents = [
-            random.choice(some) % bytes(random.choices(b"ab0\"{", k=random.choice(sizes)))
+            random.choice(some) % bytes(random.choices(b'ab0"{', k=random.choice(sizes)))
             for _ in range(random.randrange(1, 30))
         ]
         data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\n"
@@ -1742,7 +1712,8 @@ def test_page_from_elsewhere(
 ) -> None:
     fields = smolrouter.Fields([(n.lower(), n, v) for n, v in given.items()])
     settings = smolrouter.Settings.from_mapping(
-        {"ALLOWED_HOSTS": "extra.example", "ALLOWED_ORIGINS": origins})
+        {"ALLOWED_HOSTS": "extra.example", "ALLOWED_ORIGINS": origins}
+    )
     for guarded, wanted in ((True, webui), (False, api)):
         try:
             extra = smolrouter.check_browser(fields, host, guarded, settings, "machine")
@@ -1803,6 +1774,7 @@ RETRY_AFTER = [
 def test_retry_after(text: str, seconds: float | None) -> None:
     assert smolrouter.parse_retry_after(text, 1000.0) == seconds
 
+
 # -- what hypothesis makes up ------------------------------------------------------
 
 EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
@@ -1816,8 +1788,12 @@ def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Calla
             made_up = need("hypothesis")
             checks = list(made_up.HealthCheck)
             settings = made_up.settings(
-                max_examples=EXAMPLES or 40, derandomize=not EXAMPLES, database=None,
-                deadline=None, suppress_health_check=checks)
+                max_examples=EXAMPLES or 40,
+                derandomize=not EXAMPLES,
+                database=None,
+                deadline=None,
+                suppress_health_check=checks,
+            )
             settings(made_up.given(**make(made_up.strategies))(holds))()
 
         return test
@@ -1831,12 +1807,57 @@ HTTP_BITS = [
     b"5", b"ff", b"chunked", b",", b";", b"\t", b"\0", b"\x80", b"\xff", b"a", b"Connection: close",
     b"HTTP/1.1 200 OK", b"%41", b"..", b"//", b"?", b"#", b"*", b"[::1]", b"@",
 ]  # fmt: skip
-CHUNK_BITS = [b"0", b"1", b"5", b"a", b"F", b"00", b"\r\n", b"\r", b"\n", b";x", b"x=1", b" ",
-              b"hello", b"A: b", b"\0", b"0\r\n\r\n", b"5\r\nhello\r\n"]
-EVENT_BITS = [b"data: ", b"data:", b"{}", b"[DONE]", b"\n\n", b"\n", b"\r\n", b"\r", b"event: x",
-              b": note", b'"<think>"', b'{"choices":[{"delta":{"content":"a"}}]}', b"\xff"]
-TEXT_BITS = ["<think>", "</think>", "<", "</", "think>", "<thin", "k>", "a", " ", "\n", "```json",
-             "```", "`", "{}", "\ud83d\ude00"]
+CHUNK_BITS = [
+    b"0",
+    b"1",
+    b"5",
+    b"a",
+    b"F",
+    b"00",
+    b"\r\n",
+    b"\r",
+    b"\n",
+    b";x",
+    b"x=1",
+    b" ",
+    b"hello",
+    b"A: b",
+    b"\0",
+    b"0\r\n\r\n",
+    b"5\r\nhello\r\n",
+]
+EVENT_BITS = [
+    b"data: ",
+    b"data:",
+    b"{}",
+    b"[DONE]",
+    b"\n\n",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"event: x",
+    b": note",
+    b'"<think>"',
+    b'{"choices":[{"delta":{"content":"a"}}]}',
+    b"\xff",
+]
+TEXT_BITS = [
+    "<think>",
+    "</think>",
+    "<",
+    "</",
+    "think>",
+    "<thin",
+    "k>",
+    "a",
+    " ",
+    "\n",
+    "```json",
+    "```",
+    "`",
+    "{}",
+    "\ud83d\ude00",
+]
 
 
 def pieces_of(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
@@ -1845,8 +1866,13 @@ def pieces_of(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
     return st.lists(st.one_of(st.sampled_from(bits), some), max_size=most)
 
 
-STARTS = [b"", b"GET /v1/x HTTP/1.1\r\nHost: a\r\n", b"GET http://b/ HTTP/1.0\r\n",
-          b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 204 \r\nA:\r\n"]
+STARTS = [
+    b"",
+    b"GET /v1/x HTTP/1.1\r\nHost: a\r\n",
+    b"GET http://b/ HTTP/1.0\r\n",
+    b"HTTP/1.1 200 OK\r\n",
+    b"HTTP/1.0 204 \r\nA:\r\n",
+]
 
 
 @fuzz(lambda st: {"start": st.sampled_from(STARTS), "bits": pieces_of(st, HTTP_BITS)})
@@ -1871,8 +1897,7 @@ def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
         again = parse_head("\r\n".join([first, *lines]).encode("latin-1"))
         assert again.fields.lines[: len(read.fields.lines)] == read.fields.lines
         if isinstance(read, smolrouter.RequestHead):
-            assert (again.path, again.query, again.framing) == (
-                read.path, read.query, read.framing)
+            assert (again.path, again.query, again.framing) == (read.path, read.query, read.framing)
 
 
 @fuzz(lambda st: {"path": st.text("/.%2eEfF41a;\\~", max_size=12)})
@@ -1978,14 +2003,22 @@ def json_values(st: Any) -> Any:
     leaves = st.none() | st.booleans() | numbers | st.text(max_size=8)
     keys = st.sampled_from(["model", "messages", "a", "", '"', "\\"]) | st.text(max_size=3)
     return st.recursive(
-        leaves, lambda inner: st.lists(inner, max_size=4)
-        | st.dictionaries(keys, inner, max_size=4), max_leaves=12)
+        leaves,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
+        max_leaves=12,
+    )
 
 
-@fuzz(lambda st: {
-    "doc": st.dictionaries(st.sampled_from(["model", "a", "é", '"']), json_values(st), max_size=4),
-    "model": json_values(st), "indent": st.sampled_from([None, 0, 2]), "ascii_only": st.booleans(),
-})
+@fuzz(
+    lambda st: {
+        "doc": st.dictionaries(
+            st.sampled_from(["model", "a", "é", '"']), json_values(st), max_size=4
+        ),
+        "model": json_values(st),
+        "indent": st.sampled_from([None, 0, 2]),
+        "ascii_only": st.booleans(),
+    }
+)
 def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bool) -> None:
     """A spliced document is the same one with other values, as `json` reads it."""
     text = json.dumps(doc, indent=indent, ensure_ascii=ascii_only)
@@ -2010,6 +2043,7 @@ def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bo
 @fuzz(lambda st: {"text": st.text('{}[],:"\\ntruefalsn0123.eE+- \t\n', max_size=30)})
 def test_fuzz_json(text: str) -> None:
     """What is read is what `json` reads, and nothing else is raised."""
+
     def strict(name: str) -> None:
         raise ValueError(name)
 
@@ -2022,8 +2056,9 @@ def test_fuzz_json(text: str) -> None:
         assert smolrouter.parse_json(text.encode()) == (text, wanted)
 
 
-@fuzz(lambda st: {"at": st.integers(0, 400), "by": st.binary(max_size=3),
-                  "size": st.integers(0, 3)})
+@fuzz(
+    lambda st: {"at": st.integers(0, 400), "by": st.binary(max_size=3), "size": st.integers(0, 3)}
+)
 def test_fuzz_tokens(at: int, by: bytes, size: int) -> None:
     """Whatever is changed in a token, it is not valid any more."""
     good = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
@@ -2039,12 +2074,34 @@ def test_fuzz_claims(doc: Any, claims: Any) -> None:
             assert smolrouter.check_token(jwt(head, body), SECRET_KEY, float("inf"))
 
 
-@fuzz(lambda st: {"table": st.fixed_dictionaries({}, optional={
-    key: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
-        name: json_values(st) for name in ("match", "route")}), max_size=2)
-    | st.dictionaries(st.text(max_size=3), st.fixed_dictionaries({}, optional={
-        name: json_values(st) for name in ("url", "instances", "strategy", "api")}), max_size=2)
-    for key in ("servers", "aliases", "routes")})})
+@fuzz(
+    lambda st: {
+        "table": st.fixed_dictionaries(
+            {},
+            optional={
+                key: json_values(st)
+                | st.lists(
+                    st.fixed_dictionaries(
+                        {}, optional={name: json_values(st) for name in ("match", "route")}
+                    ),
+                    max_size=2,
+                )
+                | st.dictionaries(
+                    st.text(max_size=3),
+                    st.fixed_dictionaries(
+                        {},
+                        optional={
+                            name: json_values(st)
+                            for name in ("url", "instances", "strategy", "api")
+                        },
+                    ),
+                    max_size=2,
+                )
+                for key in ("servers", "aliases", "routes")
+            },
+        )
+    }
+)
 def test_fuzz_routing_file(table: dict) -> None:
     """A routing file is a table, or its error says where."""
     with contextlib.suppress(smolrouter.ConfigError):
@@ -2066,8 +2123,10 @@ def test_fuzz_small_readers(text: str) -> None:
         with contextlib.suppress(ValueError):
             item.metadata["parse"](text)
     latin = text.encode("utf-8", "replace").decode("latin-1")
-    lines = [(n, n, latin) for n in (
-        "origin", "cookie", "authorization", "x-forwarded-for", "host", "connection")]
+    lines = [
+        (n, n, latin)
+        for n in ("origin", "cookie", "authorization", "x-forwarded-for", "host", "connection")
+    ]
     fields = smolrouter.Fields(lines)
     smolrouter.parse_retry_after(text, 0.0)
     smolrouter.find_tokens(fields, True)
@@ -2080,10 +2139,28 @@ def test_fuzz_small_readers(text: str) -> None:
     assert value.isascii() and value.isprintable()
 
 
-@fuzz(lambda st: {"bits": pieces_of(st, [
-    b"--b", b"\r\n", b"--", b'Content-Disposition: form-data; name="model"', b"\r\n\r\n",
-    b"tiny", b'; filename="', b"\"", b"name=model", b"\\", b"content-disposition:"], 20),
-    "kind": st.sampled_from(["multipart/form-data; boundary=b", 'x; boundary="b"', "x", ";"])})
+@fuzz(
+    lambda st: {
+        "bits": pieces_of(
+            st,
+            [
+                b"--b",
+                b"\r\n",
+                b"--",
+                b'Content-Disposition: form-data; name="model"',
+                b"\r\n\r\n",
+                b"tiny",
+                b'; filename="',
+                b'"',
+                b"name=model",
+                b"\\",
+                b"content-disposition:",
+            ],
+            20,
+        ),
+        "kind": st.sampled_from(["multipart/form-data; boundary=b", 'x; boundary="b"', "x", ";"]),
+    }
+)
 def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
     """A form that needs no change is not changed; its model is where it says."""
     content = b"--b" + b"".join(bits)
@@ -2094,15 +2171,45 @@ def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
         assert content[slice(*ask_.span)].decode("utf-8", "replace") == ask_.model
 
 
-@fuzz(lambda st: {"docs": st.lists(json_values(st) | st.fixed_dictionaries({}, optional={
-    "choices": json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
-        "delta": json_values(st) | st.fixed_dictionaries({}, optional={
-            "content": json_values(st) | st.sampled_from(TEXT_BITS),
-            "tool_calls": json_values(st), "reasoning_content": json_values(st)}),
-        "index": json_values(st), "text": json_values(st), "finish_reason": json_values(st)}),
-        max_size=2),
-    "usage": json_values(st), "timings": json_values(st), "error": json_values(st)}), max_size=4),
-    "ollama": st.booleans(), "stream": st.booleans()})
+@fuzz(
+    lambda st: {
+        "docs": st.lists(
+            json_values(st)
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    "choices": json_values(st)
+                    | st.lists(
+                        st.fixed_dictionaries(
+                            {},
+                            optional={
+                                "delta": json_values(st)
+                                | st.fixed_dictionaries(
+                                    {},
+                                    optional={
+                                        "content": json_values(st) | st.sampled_from(TEXT_BITS),
+                                        "tool_calls": json_values(st),
+                                        "reasoning_content": json_values(st),
+                                    },
+                                ),
+                                "index": json_values(st),
+                                "text": json_values(st),
+                                "finish_reason": json_values(st),
+                            },
+                        ),
+                        max_size=2,
+                    ),
+                    "usage": json_values(st),
+                    "timings": json_values(st),
+                    "error": json_values(st),
+                },
+            ),
+            max_size=4,
+        ),
+        "ollama": st.booleans(),
+        "stream": st.booleans(),
+    }
+)
 def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
     """An answer of any shape is relayed or is a BadGateway, never a fault of ours."""
     dialect = smolrouter.OLLAMA if ollama else smolrouter.OPENAI
@@ -2111,7 +2218,8 @@ def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
     asked = dialect.read(path, "", body)
     timing = smolrouter.Timing(0.0, 1, 1)
     plan = smolrouter.AnswerPlan(
-        asked, dialect, not ollama, smolrouter.FilterRules(True, True), True, True, lambda: timing)
+        asked, dialect, not ollama, smolrouter.FilterRules(True, True), True, True, lambda: timing
+    )
     kind = "text/event-stream" if stream else "application/json"
     transform = smolrouter.choose_transform(plan, 200, kind)
     allowed = (smolrouter.BadGateway, *smolrouter.ODD_SHAPES)
@@ -2132,24 +2240,72 @@ def scratch_store() -> Any:
     return store
 
 
-@fuzz(lambda st: {
-    "path": st.sampled_from([*smolrouter.NO_THINK_MEMBERS, "/v1/embeddings", "/v1/x"]),
-    "doc": json_values(st) | st.fixed_dictionaries({}, optional={
-        name: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
-            part: json_values(st) for part in (
-                "role", "content", "tool_calls", "images", "type", "text", "name")}), max_size=3)
-        for name in ("messages", "prompt", "input", "system", "instructions", "images")}),
-    "said": st.lists(json_values(st) | st.fixed_dictionaries({}, optional={
-        name: json_values(st) | st.lists(st.fixed_dictionaries({}, optional={
-            part: json_values(st) for part in ("index", "delta", "message", "text", "content")}),
-            max_size=2)
-        for name in ("choices", "message", "response", "type", "delta", "output", "usage",
-                     "prompt_tokens", "eval_count")}), max_size=3),
-    "odd": st.text(max_size=5) | st.sampled_from(["\ud800", "a\0b", "x" * 300]),
-    "status": st.sampled_from([0, 200, 404, 499, 502]), "stream": st.booleans()})
-def test_fuzz_log(
-    path: str, doc: Any, said: list, odd: str, status: int, stream: bool
-) -> None:
+@fuzz(
+    lambda st: {
+        "path": st.sampled_from([*smolrouter.NO_THINK_MEMBERS, "/v1/embeddings", "/v1/x"]),
+        "doc": json_values(st)
+        | st.fixed_dictionaries(
+            {},
+            optional={
+                name: json_values(st)
+                | st.lists(
+                    st.fixed_dictionaries(
+                        {},
+                        optional={
+                            part: json_values(st)
+                            for part in (
+                                "role",
+                                "content",
+                                "tool_calls",
+                                "images",
+                                "type",
+                                "text",
+                                "name",
+                            )
+                        },
+                    ),
+                    max_size=3,
+                )
+                for name in ("messages", "prompt", "input", "system", "instructions", "images")
+            },
+        ),
+        "said": st.lists(
+            json_values(st)
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    name: json_values(st)
+                    | st.lists(
+                        st.fixed_dictionaries(
+                            {},
+                            optional={
+                                part: json_values(st)
+                                for part in ("index", "delta", "message", "text", "content")
+                            },
+                        ),
+                        max_size=2,
+                    )
+                    for name in (
+                        "choices",
+                        "message",
+                        "response",
+                        "type",
+                        "delta",
+                        "output",
+                        "usage",
+                        "prompt_tokens",
+                        "eval_count",
+                    )
+                },
+            ),
+            max_size=3,
+        ),
+        "odd": st.text(max_size=5) | st.sampled_from(["\ud800", "a\0b", "x" * 300]),
+        "status": st.sampled_from([0, 200, 404, 499, 502]),
+        "stream": st.booleans(),
+    }
+)
+def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream: bool) -> None:
     """Whatever passed through can be read, packed, written to a database and shown."""
     pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else dumps(d) for d in said]
     target = f"{path}?key={urllib.parse.quote(odd, errors='replace')}"
@@ -2173,7 +2329,8 @@ def test_fuzz_log(
     (kept,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
     blobs = [blob and blob[1] for blob in entry.blobs]
     document = smolrouter.detail_document(
-        smolrouter.Row._make(kept), smolrouter.read_detail(entry.data, blobs))
+        smolrouter.Row._make(kept), smolrouter.read_detail(entry.data, blobs)
+    )
     assert json.loads(smolrouter.encode_json(document))["status_code"] == (status or None)
     for form in ("csv", "jsonl", "openai"):
         assert smolrouter.export_page(store, db, {"format": form})[1] == 0
@@ -2266,9 +2423,7 @@ def test_pipelined_requests_are_answered_in_order() -> None:
     assert answers[1].json["target"] == "/v1/second"
     assert answers[2].text == answers[3].text == "You said: the third"
     assert answers[4].text == "You said: the fifth"
-    assert [a.json["target"] for a in answers[5:]] == [
-        f"/v1/number-{n}" for n in range(20)
-    ]
+    assert [a.json["target"] for a in answers[5:]] == [f"/v1/number-{n}" for n in range(20)]
 
 
 def test_a_request_pipelined_behind_a_stream_is_kept() -> None:
@@ -2301,14 +2456,10 @@ DOCUMENT = dumps(chat("tiny", "in pieces"))
             b"\r\n%x\r\n" % len(DOCUMENT), b"\r\n%X\r\n" % len(DOCUMENT)
         )
         + b"000\r\n\r\n",
-        "leading zeros": post_chunks(CHAT, DOCUMENT).replace(
-            b"\r\n\r\n", b"\r\n\r\n00", 1
-        ),
+        "leading zeros": post_chunks(CHAT, DOCUMENT).replace(b"\r\n\r\n", b"\r\n\r\n00", 1),
         "extensions": post_chunks(CHAT).removesuffix(b"0\r\n\r\n")
         + b'%x;a;b=c;d="e f"\r\n%s\r\n0;last=1\r\n\r\n' % (len(DOCUMENT), DOCUMENT),
-        "trailers": post_chunks(
-            CHAT, DOCUMENT, end=b"0\r\nX-Late: secret\r\nB: c\r\n\r\n"
-        ),
+        "trailers": post_chunks(CHAT, DOCUMENT, end=b"0\r\nX-Late: secret\r\nB: c\r\n\r\n"),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -2364,9 +2515,7 @@ def test_trailers_of_an_answer_stop_here() -> None:
 def test_answer_that_ends_with_the_connection(version: str) -> None:
     steps = [head(200, [("Content-Type", "text/plain")]), b"all ", b"of it", CLOSE]
     name = stage().plays(steps)
-    data = raw(
-        shared().port, get(f"/v1/{name}", [("Connection", "close")], version), answers=0
-    )
+    data = raw(shared().port, get(f"/v1/{name}", [("Connection", "close")], version), answers=0)
     assert parse(data).content == b"all of it"
 
 
@@ -2435,9 +2584,7 @@ def test_http_1_0_can_tell_a_broken_answer(end: list[Step]) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 def test_http_1_0_gets_no_chunks_and_a_close(path: str) -> None:
-    data = raw(
-        shared().port, post(path, chat("tiny", stream=True), version="1.0"), answers=0
-    )
+    data = raw(shared().port, post(path, chat("tiny", stream=True), version="1.0"), answers=0)
     assert b"transfer-encoding" not in data.lower()
     assert parse(data).text == "You said: hi"
 
@@ -2571,9 +2718,7 @@ POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\npoisoned"
 
 @pytest.mark.parametrize("pause", [0.0, 0.05])
 @pytest.mark.parametrize("junk", [POISON, b"\r\n", b"x"])
-def test_an_answer_that_nobody_asked_for_is_given_to_nobody(
-    junk: bytes, pause: float
-) -> None:
+def test_an_answer_that_nobody_asked_for_is_given_to_nobody(junk: bytes, pause: float) -> None:
     said: set[int] = set()
 
     def script(received: Received) -> Iterator[Step]:
@@ -2602,9 +2747,7 @@ def dies_when_reused(upstream: Upstream, end: Iterable[Step]) -> Script:
 
 @pytest.mark.parametrize("end", [DROP, CLOSE], ids=repr)
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_silent_retry_when_a_reused_connection_dies(
-    end: Step, stream: bool
-) -> None:
+def test_one_silent_retry_when_a_reused_connection_dies(end: Step, stream: bool) -> None:
     with pair() as (router, upstream):
         upstream.script = dies_when_reused(upstream, [end])
         for _ in range(2):
@@ -2615,9 +2758,7 @@ def test_one_silent_retry_when_a_reused_connection_dies(
 
 def test_no_retry_after_the_first_byte() -> None:
     with pair() as (router, upstream):
-        upstream.script = dies_when_reused(
-            upstream, [b"HTTP/1.1 200 OK\r\nConte", DROP]
-        )
+        upstream.script = dies_when_reused(upstream, [b"HTTP/1.1 200 OK\r\nConte", DROP])
         assert ask(router, "tiny").status == 200
         assert ask(router, "tiny").status == 502
         assert len(upstream.heard("tiny")) == 2
@@ -2722,8 +2863,11 @@ NAMES = [
 
 
 SPLITS = {  # one request each, however somebody may want to read it
-    "h2c upgrade": [("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
-                    ("Connection", "Upgrade, HTTP2-Settings")],
+    "h2c upgrade": [
+        ("Upgrade", "h2c"),
+        ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
+        ("Connection", "Upgrade, HTTP2-Settings"),
+    ],
     "web socket": [("Upgrade", "websocket"), ("Connection", "Upgrade")],
     "Expect of something else": [("Expect", "the-unexpected")],
     "method override": [("X-HTTP-Method-Override", "DELETE")],
@@ -2757,8 +2901,10 @@ def test_one_request_stays_one(name: str) -> None:
 
 def test_names_of_the_routing_file_break_no_head() -> None:
     odd = "two\r\nEvil: 1\nlines \u00e9\0"
-    routes = {"servers": {odd: stage().url}, "aliases": {odd: {"instances": [
-        {"server": odd, "model": "tiny\r\nEvil: 1"}]}}}
+    routes = {
+        "servers": {odd: stage().url},
+        "aliases": {odd: {"instances": [{"server": odd, "model": "tiny\r\nEvil: 1"}]}},
+    }
     got = ask(router_for({"DEFAULT_UPSTREAM": stage().url}, routes), odd)
     assert (got.status, got.get("Evil")) == (200, None)
     assert "Evil: 1" in got.get("X-SmolRouter-Model")
@@ -2950,9 +3096,7 @@ def test_via_is_added_to_the_others() -> None:
     name = stage().plays(FINE)
     request(shared().port, "POST", CHAT, chat(name), [("Via", "1.0 fred")])
     (heard,) = stage().heard(name)
-    assert re.fullmatch(
-        r"1\.0 fred, 1\.1 smolrouter\S*.*", ", ".join(heard.get_all("Via"))
-    )
+    assert re.fullmatch(r"1\.0 fred, 1\.1 smolrouter\S*.*", ", ".join(heard.get_all("Via")))
 
 
 def test_a_request_that_comes_round_again_is_answered_508() -> None:
@@ -3551,15 +3695,11 @@ BROKEN_STREAMS: dict[str, list[Step]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"]
-)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
 @pytest.mark.parametrize("name", BROKEN_STREAMS)
 def test_broken_stream_ends_in_an_error_of_its_dialect(name: str, path: str) -> None:
     model = stage().plays(BROKEN_STREAMS[name])
-    got = request(
-        shared().port, "POST", path, {**ASKS[path], "model": model, "stream": True}
-    )
+    got = request(shared().port, "POST", path, {**ASKS[path], "model": model, "stream": True})
     assert got.status == 200
     assert b"Hello" in got.content
     assert b"[DONE]" not in got.content and b'"done":true' not in got.content
@@ -3639,9 +3779,7 @@ def playing(*steps: Step) -> Callable[[], str]:
 
 def busy(status: int, *fields: tuple[str, str]) -> Callable[[], str]:
     """The URL of a new upstream that always answers this status."""
-    return playing(
-        *json_answer({"error": {"message": f"no: {status}"}}, status, fields)
-    )
+    return playing(*json_answer({"error": {"message": f"no: {status}"}}, status, fields))
 
 
 FAILURES: dict[str, Callable[[], str]] = {
@@ -3775,9 +3913,7 @@ def test_never_half_an_answer_and_a_whole_one() -> None:
 def both(first: str, second: str, **settings: Any) -> Router:
     """A router whose alias `pair` has two instances."""
     aliases = {"pair": {"instances": ["one/m", "two/m"]}}
-    return Router(
-        settings, {"servers": {"one": first, "two": second}, "aliases": aliases}
-    )
+    return Router(settings, {"servers": {"one": first, "two": second}, "aliases": aliases})
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -3839,10 +3975,14 @@ def test_a_stream_may_end_with_comments(number: int) -> None:
     assert (got.status, got.text) == (200, "one two") and b"error" not in got.content
 
 
-@pytest.mark.parametrize("message", [
-    {"role": "tool", "tool_name": ["x"], "content": "y"},
-    {"role": "assistant", "tool_calls": [{"function": {"name": {"a": 1}}}]},
-], ids=["result", "call"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "tool_name": ["x"], "content": "y"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": {"a": 1}}}]},
+    ],
+    ids=["result", "call"],
+)
 def test_a_tool_name_that_is_none_is_told(message: dict[str, Any]) -> None:
     got = request(shared().port, "POST", "/api/chat", {"model": "tiny", "messages": [message]})
     assert got.status == 400 and "messages[0]" in got.json["error"] and "name" in got.json["error"]
@@ -3888,9 +4028,7 @@ def moody_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
     with Moody() as one, Moody() as two:
         routes = {
             "servers": {"one": one.url, "two": two.url},
-            "aliases": {
-                "pair": {"strategy": strategy, "instances": ["one/m", "two/m"]}
-            },
+            "aliases": {"pair": {"strategy": strategy, "instances": ["one/m", "two/m"]}},
         }
         with Router(settings, routes) as router:
             yield router, one, two
@@ -4158,9 +4296,7 @@ def test_upstream_leaves_between_two_requests_of_one_client() -> None:
 
 def deltas(*texts: str, key: str = "content", index: int = 0) -> list[dict[str, Any]]:
     """Stream events that carry these texts."""
-    return [
-        {"id": "c", "choices": [{"index": index, "delta": {key: t}}]} for t in texts
-    ]
+    return [{"id": "c", "choices": [{"index": index, "delta": {key: t}}]} for t in texts]
 
 
 def stream_of(*texts: str, escape: bool = False) -> list[bytes]:
@@ -4170,9 +4306,7 @@ def stream_of(*texts: str, escape: bool = False) -> list[bytes]:
     events = [role, *deltas(*texts), {"id": "c", "choices": [finish]}, "[DONE]"]
     encoded = [event(e) for e in events]
     if escape:
-        encoded = [
-            e.replace(b"<", rb"\u003c").replace(b">", rb"\u003e") for e in encoded
-        ]
+        encoded = [e.replace(b"<", rb"\u003c").replace(b">", rb"\u003e") for e in encoded]
     return encoded
 
 
@@ -4212,9 +4346,7 @@ def test_thinking_split_into_deltas_at_every_place() -> None:
     shown = "shown </think_> <thinking_hard> <b>"
 
     def split(*at: int) -> str:
-        model = stage().plays(
-            sse_answer(stream_of(*(p.decode() for p in cut(text.encode(), *at))))
-        )
+        model = stage().plays(sse_answer(stream_of(*(p.decode() for p in cut(text.encode(), *at)))))
         return ask(shared(), model, stream=True).text
 
     twice = [(a, b) for a in range(1, 24) for b in range(a, 26, 3)]
@@ -4254,9 +4386,7 @@ def test_events_that_the_filter_does_not_change_are_not_changed() -> None:
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
 def test_stream_without_thinking_is_identical(newline: bytes) -> None:
-    data = b"".join(stream_of("Hello", " <b>wor", "ld</b> \\u003c")).replace(
-        b"\n", newline
-    )
+    data = b"".join(stream_of("Hello", " <b>wor", "ld</b> \\u003c")).replace(b"\n", newline)
     model = stage().plays(stream_answer(cut(data, 9, 99)))
     assert ask(shared(), model, stream=True).content == data
 
@@ -4296,9 +4426,7 @@ def test_thinking_in_a_whole_answer(said: str) -> None:
 def test_thinking_in_streamed_text(path: str) -> None:
     texts = [{"choices": [{"index": 0, "text": t}]} for t in THINKING]
     model = stage().plays(sse_answer([*texts, "[DONE]"]))
-    got = request(
-        shared().port, "POST", path, {"model": model, "prompt": "hi", "stream": True}
-    )
+    got = request(shared().port, "POST", path, {"model": model, "prompt": "hi", "stream": True})
     assert got.text == VISIBLE
 
 
@@ -4359,8 +4487,10 @@ def test_thinking_elsewhere_stays() -> None:
 
 def test_content_beside_the_answer_does_not_begin_it() -> None:
     found = {"search_results": [{"content": "found"}]}
-    for first in ({"choices": [{"index": 0, "delta": {"content": ""}}], **found},
-                  {"choices": [{"index": 0, "delta": {"reasoning": {"content": "hm"}}}]}):
+    for first in (
+        {"choices": [{"index": 0, "delta": {"content": ""}}], **found},
+        {"choices": [{"index": 0, "delta": {"reasoning": {"content": "hm"}}}]},
+    ):
         events = [first, *deltas("<think>", "no", "</think>", "\n\nyes"), "[DONE]"]
         got = ask(shared(), stage().plays(sse_answer([event(e) for e in events])), stream=True)
         assert got.text == "yes"
@@ -4476,9 +4606,7 @@ def test_fifty_streams_at_once_stay_apart() -> None:
     assert slowest[25] < 1.0
 
 
-@pytest.mark.parametrize(
-    "path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"]
-)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
 def test_each_event_leaves_before_the_next_one_comes(path: str) -> None:
     gates = [threading.Event() for _ in range(4)]
     key = "text" if "chat" not in path else "delta"
@@ -4588,8 +4716,10 @@ def test_a_bad_flag_stops_with_status_2() -> None:
     for args, words in (
         (["--listen-port", "eighty"], "--listen-port='eighty': allowed is a whole number"),
         (["--no-such-flag"], "--no-such-flag; see smolrouter --help"),
-        (["--default-upstrem", "http://x:1"],
-         "unknown flag --default-upstrem; did you mean --default-upstream?"),
+        (
+            ["--default-upstrem", "http://x:1"],
+            "unknown flag --default-upstrem; did you mean --default-upstream?",
+        ),
         (["--LISTEN_PORT=80"], "unknown flag --LISTEN_PORT; did you mean --listen-port?"),
         (["export", "--sinse", "7d"], "unknown flag --sinse; did you mean --since?"),
         (["serve", "--since", "7d"], "unknown flag --since; see smolrouter --help"),
@@ -4615,7 +4745,8 @@ def test_an_old_python_is_told_so() -> None:
     ast.parse(SOURCE, feature_version=(3, 8))  # else it would be told of a SyntaxError
     pretend = "import sys; sys.version_info = (3, 9, 1); import smolrouter"
     done = subprocess.run(
-        [sys.executable, "-c", pretend], cwd=HERE, text=True, capture_output=True, timeout=30)
+        [sys.executable, "-c", pretend], cwd=HERE, text=True, capture_output=True, timeout=30
+    )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("SmolRouter needs Python 3.10 or newer")
 
@@ -4663,12 +4794,8 @@ def alone(folder: pathlib.Path, *args: str, **settings: Any) -> Any:
 def test_alone_it_relays(folder: pathlib.Path) -> None:
     python = (sys.executable, "-I", "-S")
     settings = {"DEFAULT_UPSTREAM": stage().url}
-    routes = {
-        "aliases": {"friend": {"instances": [{"url": stage().url, "model": "m"}]}}
-    }
-    with Router(
-        settings, routes, python=python, program=folder / "smolrouter.py"
-    ) as it:
+    routes = {"aliases": {"friend": {"instances": [{"url": stage().url, "model": "m"}]}}}
+    with Router(settings, routes, python=python, program=folder / "smolrouter.py") as it:
         assert ask(it, "tiny").text == "You said: hi"
         assert ask(it, "friend", stream=True).text == "You said: hi"
         assert it.stop() == 0
@@ -4709,8 +4836,10 @@ def test_check_prints_the_table(folder: pathlib.Path) -> None:
 
 
 def test_check_warns_of_what_hardly_is_meant(folder: pathlib.Path) -> None:
-    rules = [{"match": match, "route": {"model": "x"}}
-             for match in ({"model": "gpt-*"}, {"model": "/a.*/"}, {}, {"model": "b"}, {})]
+    rules = [
+        {"match": match, "route": {"model": "x"}}
+        for match in ({"model": "gpt-*"}, {"model": "/a.*/"}, {}, {"model": "b"}, {})
+    ]
     (folder / "routes.yaml").write_text(json.dumps({"servers": {"a": "box:1"}, "routes": rules}))
     done = alone(folder, "check", MODEL_MAP='{"claude-*": "b"}')
     assert done.returncode == 0
@@ -4718,7 +4847,8 @@ def test_check_warns_of_what_hardly_is_meant(folder: pathlib.Path) -> None:
         "warning: servers.a: 'box:1' has no scheme; http:// is assumed",
         "warning: routes[0]: 'gpt-*' is an exact name; a pattern is written /^gpt-/",
         "warning: MODEL_MAP: 'claude-*' is an exact name; a pattern is written /^gpt-/",
-        "warning: routes[2] matches everything: what stands behind it is never reached"]
+        "warning: routes[2] matches everything: what stands behind it is never reached",
+    ]
 
 
 def test_one_is_not_many(folder: pathlib.Path) -> None:
@@ -4807,7 +4937,10 @@ def test_unit(folder: pathlib.Path) -> None:
         subprocess.run(["systemd-analyze", "verify", unit], check=True, timeout=30)
         judged = subprocess.run(
             ["systemd-analyze", "security", "--offline=true", "--threshold=15", unit],
-            text=True, capture_output=True, timeout=30)  # 1.5 of 10; an unconfined one has 9.6
+            text=True,
+            capture_output=True,
+            timeout=30,
+        )  # 1.5 of 10; an unconfined one has 9.6
         assert "unrecognized option" in judged.stderr or judged.returncode == 0, judged.stdout
 
 
@@ -4844,9 +4977,7 @@ def test_stdout_that_is_closed_is_no_traceback() -> None:
 
 def table(upstream: str) -> str:
     """A routing file that sends `moving` to this upstream."""
-    return json.dumps(
-        {"aliases": {"moving": {"instances": [{"url": upstream, "model": "m"}]}}}
-    )
+    return json.dumps({"aliases": {"moving": {"instances": [{"url": upstream, "model": "m"}]}}})
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
@@ -4922,8 +5053,9 @@ def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
     with contextlib.ExitStack() as stack:
         sock = None
         for method, path, fields in asked:
-            sock = sock or stack.enter_context(socket.create_connection(
-                ("127.0.0.1", router.port), PATIENCE, (source, 0)))
+            sock = sock or stack.enter_context(
+                socket.create_connection(("127.0.0.1", router.port), PATIENCE, (source, 0))
+            )
             sized = [("Content-Length", "2")] if method == "POST" else []
             lines = [f"{n}: {v}\r\n" for n, v in (("Host", "router"), *sized, *fields)]
             top = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
@@ -5025,9 +5157,11 @@ def test_a_token_never_travels_upstream() -> None:
 
 def test_a_valid_token_passes_where_others_have_failed() -> None:
     router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.0/8")
+
     def asked(kind: str, source: str) -> tuple[str, str, Pairs]:
         token = [("X-SmolRouter-Token", CARRIED[kind])] if kind != "none" else []
         return "GET", "/v1/models", [("X-Forwarded-For", source), *token]
+
     tries = [asked(kind, "198.51.100.1") for kind in ["bad", "expired", "wrong alg"] * 4]
     assert statuses(router, *tries) == [401] * 10 + [429] * 2
     kinds = ("good", "none", "expired", "bad", "good")
@@ -5154,8 +5288,11 @@ def test_a_page_of_a_server_cannot_use_the_web_ui() -> None:
 
 def test_preflight() -> None:
     for origin, status in (("http://localhost:3000", 204), ("https://evil.example", 403)):
-        fields = [("Origin", origin), ("Access-Control-Request-Method", "POST"),
-                  ("Access-Control-Request-Headers", "authorization, x-stainless-os")]
+        fields = [
+            ("Origin", origin),
+            ("Access-Control-Request-Method", "POST"),
+            ("Access-Control-Request-Headers", "authorization, x-stainless-os"),
+        ]
         got = request(shared().port, "OPTIONS", CHAT, fields=fields)
         assert got.status == status
         if status == 204:
@@ -5164,8 +5301,12 @@ def test_preflight() -> None:
             assert got.get("Access-Control-Allow-Headers") == fields[2][1]
         else:
             assert got.get("Access-Control-Allow-Origin") is None
-    got = request(shared().port, "OPTIONS", "/api/inflight", fields=[
-        ("Origin", "http://localhost:3000"), ("Access-Control-Request-Method", "GET")])
+    got = request(
+        shared().port,
+        "OPTIONS",
+        "/api/inflight",
+        fields=[("Origin", "http://localhost:3000"), ("Access-Control-Request-Method", "GET")],
+    )
     assert (got.status, got.get("Access-Control-Allow-Origin")) == (403, None)
 
 
@@ -5268,12 +5409,23 @@ def browser() -> str:
 @contextlib.contextmanager
 def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
     """A real browser at this address, for whom evil.example is this machine."""
-    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
-             "--disable-background-networking", f"--user-data-dir={folder}",
-             "--host-resolver-rules=MAP evil.example 127.0.0.1", "--proxy-server=direct://"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        f"--user-data-dir={folder}",
+        "--host-resolver-rules=MAP evil.example 127.0.0.1",
+        "--proxy-server=direct://",
+    ]
     process = subprocess.Popen(
-        [browser(), *flags, url], start_new_session=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [browser(), *flags, url],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         yield
     finally:
@@ -5287,8 +5439,15 @@ def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
     closed = shared()
     settings = {"ALLOWED_ORIGINS": "*", "ALLOWED_HOSTS": "evil.example", "LOG_LEVEL": "ERROR"}
     opened = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
-    sites = {name: Attacker(router) for name, router in (
-        ("elsewhere", closed), ("rebound", closed), ("allowed", opened), ("own", opened))}
+    sites = {
+        name: Attacker(router)
+        for name, router in (
+            ("elsewhere", closed),
+            ("rebound", closed),
+            ("allowed", opened),
+            ("own", opened),
+        )
+    }
     urls = {name: f"http://evil.example:{site.port}/attack" for name, site in sites.items()}
     for (name, site), after in zip(sites.items(), [*list(urls.values())[1:], ""]):
         target = f"http://127.0.0.1:{site.router.port}" if name in ("elsewhere", "allowed") else ""
@@ -5349,13 +5508,20 @@ def proxied(program: str, router: Router) -> Iterator[int]:
         form = NGINX if program == "nginx" else CADDY
         config = pathlib.Path(folder) / "config"
         config.write_text(form.format(folder=folder, server=server, user=user))
-        args = {"nginx": ["-c", str(config), "-p", folder, "-e", f"{folder}/log"],
-                "caddy": ["run", "--adapter", "caddyfile", "--config", str(config)]}
+        args = {
+            "nginx": ["-c", str(config), "-p", folder, "-e", f"{folder}/log"],
+            "caddy": ["run", "--adapter", "caddyfile", "--config", str(config)],
+        }
         environment = {**bare_environment({}), "HOME": folder}
         process = subprocess.Popen(
-            [found, *args[program]], env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [found, *args[program]],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
+
             def listens() -> bool:
                 with contextlib.suppress(OSError), connect(port):
                     return True
@@ -5375,8 +5541,12 @@ def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[by
     caller = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=context)
     caller.sock = context.wrap_socket(connect(port), server_hostname="models.example.com")
     method, path, body, fields = asked
-    caller.request(method, path, body and dumps(body), {
-        "Host": f"models.example.com:{port}", "Content-Type": "application/json", **fields})
+    caller.request(
+        method,
+        path,
+        body and dumps(body),
+        {"Host": f"models.example.com:{port}", "Content-Type": "application/json", **fields},
+    )
     response = caller.getresponse()
 
     def pieces() -> Iterator[bytes]:
@@ -5702,8 +5872,19 @@ def test_dawdler_is_answered_408(
 
 WORDS = [{"choices": [{"index": 0, "delta": {"content": w}}]} for w in ("one ", "two")]
 ENDED = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-END_TALK = {"error": None, "choices": [{"index": 0, "finish_reason": None, "delta": {
-    "content": 'the mark [DONE] or "finish_reason":"stop" or "error" ends it, "done":true does'}}]}
+END_TALK = {
+    "error": None,
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": None,
+            "delta": {
+                "content": 'the mark [DONE] or "finish_reason":"stop" or "error" ends it, '
+                '"done":true does'
+            },
+        }
+    ],
+}
 
 
 def until_close(*pieces: bytes) -> list[Step]:
@@ -5719,7 +5900,9 @@ CUT_STREAMS = {
     "after the mark": (until_close(*map(event, [*WORDS, "[DONE]"])), True),
     "after words that end nothing": (until_close(*map(event, [*WORDS, END_TALK])), False),
     "after the last of many": (
-        until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])), True),
+        until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])),
+        True,
+    ),
 }
 
 
@@ -5834,7 +6017,8 @@ def test_coding_that_nobody_takes_off(coding: str, stream: bool, status: int) ->
     same = ask(shared(), model, stream=stream)
     assert (same.status, same.content) == (status, b"coded")
     assert [v for n, v in same.fields if n == "Content-Encoding"] == [
-        value.strip() for value in coding.split("\r\nContent-Encoding:")]
+        value.strip() for value in coding.split("\r\nContent-Encoding:")
+    ]
     got = request(shared().port, "POST", "/api/chat", chat(model, stream=stream))
     assert got.status == 502 and f"status {status}" in got.json["error"]
     assert coding[:2] in got.json["error"] and len(got.content) < 300
@@ -5859,8 +6043,12 @@ def test_coded_stream_of_an_alias_does_not_wait() -> None:
         gate.wait(PATIENCE)
         yield from chunked(packer.flush())
 
-    with (Upstream(script) as one, Upstream() as two, both(one.url, two.url) as router,
-          connect(router.port) as sock):
+    with (
+        Upstream(script) as one,
+        Upstream() as two,
+        both(one.url, two.url) as router,
+        connect(router.port) as sock,
+    ):
         sock.sendall(post(CHAT, chat("pair", stream=True)))
         assert receive_until(sock, b'{"n":1}')
         gate.set()
@@ -5958,6 +6146,7 @@ def test_every_request_leaves_a_line() -> None:
             assert until(functools.partial(lambda w: w in router.stderr, word))
         assert "hidden" not in router.stderr
 
+
 # -- the measurements --------------------------------------------------------------
 
 DIRECT_FIGURES = {
@@ -6050,7 +6239,10 @@ def client_of(package: str, asynchronous: bool, timeout: float, url: str) -> Any
     if package == "ollama":
         return getattr(need(package), f"{prefix}Client")(host=url, timeout=timeout)
     return getattr(need(package), f"{prefix}OpenAI")(
-        base_url=f"{url}/v1", api_key=KEY, organization="homelab", max_retries=0,
+        base_url=f"{url}/v1",
+        api_key=KEY,
+        organization="homelab",
+        max_retries=0,
         timeout=timeout,
     )
 
@@ -6065,7 +6257,9 @@ def event_loop() -> asyncio.AbstractEventLoop:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     for step in (  # the last one first
-        loop.close, thread.join, lambda: loop.call_soon_threadsafe(loop.stop),
+        loop.close,
+        thread.join,
+        lambda: loop.call_soon_threadsafe(loop.stop),
         lambda: in_loop(loop.shutdown_asyncgens()),
     ):
         AT_END.callback(step)
@@ -6092,7 +6286,11 @@ class Sdk:
         return client_of(self.package, self.asynchronous, self.timeout, url)
 
     def call(
-        self, url: str, method: str, *values: Any, parts: list | None = None,
+        self,
+        url: str,
+        method: str,
+        *values: Any,
+        parts: list | None = None,
         **named: Any,
     ) -> Any:
         """Call a method by its dotted name; the answer, or all parts of a stream.
@@ -6160,8 +6358,11 @@ def delta(document: Any, said: Mapping[str, Any], finish: str | None = None) -> 
     """One event of a streamed chat."""
     choice = {"index": 0, "delta": said, "finish_reason": finish}
     return {
-        "id": "cmpl-1", "object": "chat.completion.chunk", "created": 1700000000,
-        "model": document.get("model"), "choices": [choice],
+        "id": "cmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1700000000,
+        "model": document.get("model"),
+        "choices": [choice],
     }
 
 
@@ -6199,14 +6400,14 @@ def call_tools(received: Received) -> Iterable[Step]:
         whole["choices"][0] |= {"message": message, "finish_reason": "tool_calls"}
         return json_answer(whole)
     opening = [{"role": "assistant", "content": None}] + [
-        {"tool_calls": [tool_call(i, name, "", index=i)]}
-        for i, (name, _) in enumerate(CALLS)
+        {"tool_calls": [tool_call(i, name, "", index=i)]} for i, (name, _) in enumerate(CALLS)
     ]
     texts = [re.findall(".{1,4}", json.dumps(arguments)) for _, arguments in CALLS]
     fragments = [
         {"tool_calls": [{"index": i, "function": {"arguments": fragment}}]}
         for turn in itertools.zip_longest(*texts)
-        for i, fragment in enumerate(turn) if fragment
+        for i, fragment in enumerate(turn)
+        if fragment
     ]
     events = [delta(document, said) for said in [*opening, *fragments]]
     return sse_answer([*events, delta(document, {}, "tool_calls"), "[DONE]"])
@@ -6219,8 +6420,12 @@ def reason(received: Received) -> Iterable[Step]:
         whole = completion(document, "Forty-two.")
         whole["choices"][0]["message"]["reasoning_content"] = "Six times seven."
         return json_answer(whole)
-    said = [{"reasoning_content": "Six "}, {"reasoning_content": "times seven."},
-            {"content": "Forty"}, {"content": "-two."}]
+    said = [
+        {"reasoning_content": "Six "},
+        {"reasoning_content": "times seven."},
+        {"content": "Forty"},
+        {"content": "-two."},
+    ]
     events = [delta(document, piece) for piece in said]
     return sse_answer([*events, delta(document, {}, "stop"), "[DONE]"])
 
@@ -6247,12 +6452,23 @@ def named_events(documents: Iterable[dict]) -> list[bytes]:
 def respond(received: Received) -> Iterable[Step]:
     """Answer as /v1/responses does."""
     text = {"type": "output_text", "text": ANSWER, "annotations": []}
-    message = {"id": "msg_1", "type": "message", "role": "assistant",
-               "status": "completed", "content": [text]}
+    message = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [text],
+    }
     whole = {
-        "id": "resp_1", "object": "response", "created_at": 1700000000,
-        "status": "completed", "model": received.model, "output": [message],
-        "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+        "id": "resp_1",
+        "object": "response",
+        "created_at": 1700000000,
+        "status": "completed",
+        "model": received.model,
+        "output": [message],
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
         "usage": {"input_tokens": 3, "output_tokens": 3, "total_tokens": 6},
     }
     if not received.json.get("stream"):
@@ -6268,20 +6484,34 @@ def respond(received: Received) -> Iterable[Step]:
     return sse_answer(named_events(events))
 
 
-CLAUDE_EVENTS = named_events([
-    {"type": "message_start", "message": {
-        "id": "msg_1", "type": "message", "role": "assistant", "content": [],
-        "usage": {"input_tokens": 9, "output_tokens": 1}}},
-    {"type": "content_block_start", "index": 0,
-     "content_block": {"type": "text", "text": ""}},
-    {"type": "ping"},
-    {"type": "content_block_delta", "index": 0,
-     "delta": {"type": "text_delta", "text": "Hello"}},
-    {"type": "content_block_stop", "index": 0},
-    {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
-     "usage": {"output_tokens": 4}},
-    {"type": "message_stop"},
-])
+CLAUDE_EVENTS = named_events(
+    [
+        {
+            "type": "message_start",
+            "message": {
+                "id": "msg_1",
+                "type": "message",
+                "role": "assistant",
+                "content": [],
+                "usage": {"input_tokens": 9, "output_tokens": 1},
+            },
+        },
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "ping"},
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": "Hello"},
+        },
+        {"type": "content_block_stop", "index": 0},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": "end_turn"},
+            "usage": {"output_tokens": 4},
+        },
+        {"type": "message_stop"},
+    ]
+)
 CLAUDE_MESSAGE = (
     b'{ "id":"msg_1", "type":"message","role":"assistant",\n'
     b'  "content":[{"type":"text","text":"Hello \\u00e9"}],\n'
@@ -6390,8 +6620,10 @@ def bench() -> Upstream:
     """The server of all these scripts."""
     upstream = Upstream(models=["talk", "tiny", "org/some-model"])
     upstream.scripts.update(SCRIPTS)
-    paths = {"/v1/audio/transcriptions": {"text": "heard"},
-             "/v1/images/edits": {"created": 1, "data": [{"b64_json": "UE5H"}]}}
+    paths = {
+        "/v1/audio/transcriptions": {"text": "heard"},
+        "/v1/images/edits": {"created": 1, "data": [{"b64_json": "UE5H"}]},
+    }
     for path, document in paths.items():
         upstream.scripts[path] = functools.partial(repeat, document)
     return upstream
@@ -6406,14 +6638,12 @@ def ways(**settings: Any) -> Router:
     servers = {name: switched_off(name) for name in ("dead", "gone")}
     servers["bench"] = bench().url
     aliases = {
-        f"alias-{name}": {"instances": [f"dead/{name}", f"bench/{name}"]}
-        for name in SCRIPTS
+        f"alias-{name}": {"instances": [f"dead/{name}", f"bench/{name}"]} for name in SCRIPTS
     }
     aliases["alias-nobody"] = {"instances": ["dead/nobody", "gone/nobody"]}
     routes = [
         {"match": {"model": "/^(rule-)?nobody$/"}, "route": {"upstream": "dead"}},
-        {"match": {"model": "/^rule-(.+)$/"},
-         "route": {"upstream": "bench", "model": r"\1"}},
+        {"match": {"model": "/^rule-(.+)$/"}, "route": {"upstream": "bench", "model": r"\1"}},
     ]
     renamed = {"old-name": "talk", "/^map-(.+)$/": r"\1"}
     own = {"DEFAULT_UPSTREAM": bench().url, "MODEL_MAP": json.dumps(renamed)}
@@ -6449,7 +6679,7 @@ def unheard(upstream: Upstream | None = None) -> Iterator[None]:
     before = [r for r in upstream.requests if r.method == "POST"]
     yield
     after = [r for r in upstream.requests if r.method == "POST"]
-    assert after[len(before):] == []
+    assert after[len(before) :] == []
 
 
 def check_openai_error(document: Any) -> None:
@@ -6484,8 +6714,12 @@ def test_openai_chat(sdk: Sdk, way: str) -> None:
 def test_openai_streamed_chat(sdk: Sdk, way: str, wanted: bool) -> None:
     asked: Any = {"stream_options": {"include_usage": True}} if wanted else {}
     parts = sdk.call(
-        ways().url, "chat.completions.create", model=f"{way}-talk", messages=ASKED,
-        stream=True, **asked,
+        ways().url,
+        "chat.completions.create",
+        model=f"{way}-talk",
+        messages=ASKED,
+        stream=True,
+        **asked,
     )
     choices = [p.choices[0] for p in parts if p.choices]
     assert "".join(c.delta.content or "" for c in choices) == ANSWER
@@ -6501,15 +6735,25 @@ def test_openai_streamed_chat(sdk: Sdk, way: str, wanted: bool) -> None:
 @whole_or_streamed
 def test_openai_legacy_completions(sdk: Sdk, way: str, stream: bool) -> None:
     got = sdk.call(
-        ways().url, "completions.create", model=f"{way}-talk", prompt="hello",
-        stream=stream, suffix="!", logit_bias={"50256": -100},
+        ways().url,
+        "completions.create",
+        model=f"{way}-talk",
+        prompt="hello",
+        stream=stream,
+        suffix="!",
+        logit_bias={"50256": -100},
     )
     parts = got if stream else [got]
     assert "".join(c.text for p in parts for c in p.choices) == ANSWER
     heard = latest()
     assert heard.path == "/v1/completions"
-    expected = {"model": "talk", "prompt": "hello", "suffix": "!", "stream": stream,
-                "logit_bias": {"50256": -100}}
+    expected = {
+        "model": "talk",
+        "prompt": "hello",
+        "suffix": "!",
+        "stream": stream,
+        "logit_bias": {"50256": -100},
+    }
     assert {k: v for k, v in heard.json.items() if k != "stream_options"} == expected
 
 
@@ -6519,15 +6763,18 @@ def test_openai_legacy_completions(sdk: Sdk, way: str, stream: bool) -> None:
 def test_openai_embeddings(sdk: Sdk, way: str, form: str | None) -> None:
     asked: Any = {"encoding_format": form} if form else {}
     got = sdk.call(
-        ways().url, "embeddings.create", model=f"{way}-vectors", input=["a", "b"],
-        dimensions=3, **asked,
+        ways().url,
+        "embeddings.create",
+        model=f"{way}-vectors",
+        input=["a", "b"],
+        dimensions=3,
+        **asked,
     )
     packed = base64.b64encode(struct.pack("<3f", *VECTOR)).decode()
     expected = packed if form == "base64" else VECTOR
     assert [d.embedding for d in got.data] == [expected, expected]
     heard = latest().json
-    assert (heard["model"], heard["input"], heard["dimensions"]) == (
-        "vectors", ["a", "b"], 3)
+    assert (heard["model"], heard["input"], heard["dimensions"]) == ("vectors", ["a", "b"], 3)
 
 
 @each_openai
@@ -6535,7 +6782,7 @@ def test_openai_model_list(sdk: Sdk) -> None:
     names = [model.id for model in sdk.call(catalog().url, "models.list").data]
     first = {f"alias-{name}" for name in [*SCRIPTS, "nobody"]} | {"old-name"}
     assert set(names[: len(first)]) == first
-    assert {"talk", "tiny", "org/some-model"} <= set(names[len(first):])
+    assert {"talk", "tiny", "org/some-model"} <= set(names[len(first) :])
     assert len(set(names)) == len(names)
 
 
@@ -6557,8 +6804,12 @@ def test_openai_unknown_model_retrieve(sdk: Sdk) -> None:
 @each_openai
 def test_openai_tool_calls(sdk: Sdk, way: str) -> None:
     got = sdk.call(
-        ways().url, "chat.completions.create", model=f"{way}-tools", messages=ASKED,
-        tools=TOOLS, tool_choice="auto",
+        ways().url,
+        "chat.completions.create",
+        model=f"{way}-tools",
+        messages=ASKED,
+        tools=TOOLS,
+        tool_choice="auto",
     )
     calls = got.choices[0].message.tool_calls
     functions = [call.function for call in calls]
@@ -6572,8 +6823,12 @@ def test_openai_tool_calls(sdk: Sdk, way: str) -> None:
 @each_openai
 def test_openai_streamed_tool_calls(sdk: Sdk, way: str) -> None:
     parts = sdk.call(
-        ways().url, "chat.completions.create", model=f"{way}-tools", messages=ASKED,
-        tools=TOOLS, stream=True,
+        ways().url,
+        "chat.completions.create",
+        model=f"{way}-tools",
+        messages=ASKED,
+        tools=TOOLS,
+        stream=True,
     )
     gathered: dict[int, list[str]] = {}
     for fragment in (t for p in parts for t in p.choices[0].delta.tool_calls or ()):
@@ -6591,7 +6846,10 @@ def test_openai_streamed_tool_calls(sdk: Sdk, way: str) -> None:
 def test_openai_structured_output(sdk: Sdk, way: str) -> None:
     shape = need("pydantic").create_model("City", city=(str, ...), people=(int, ...))
     got = sdk.call(
-        ways().url, "chat.completions.parse", model=f"{way}-json", messages=ASKED,
+        ways().url,
+        "chat.completions.parse",
+        model=f"{way}-json",
+        messages=ASKED,
         response_format=shape,
     )
     assert got.choices[0].message.parsed.model_dump() == CITY
@@ -6611,9 +6869,7 @@ def image_part(kind: str) -> dict:
 def test_openai_vision(sdk: Sdk, way: str) -> None:
     parts = [{"type": "text", "text": "hello"}, *map(image_part, PICTURES)]
     messages = [{"role": "user", "content": parts}]
-    got = sdk.call(
-        ways().url, "chat.completions.create", model=f"{way}-talk", messages=messages
-    )
+    got = sdk.call(ways().url, "chat.completions.create", model=f"{way}-talk", messages=messages)
     assert got.choices[0].message.content == ANSWER
     assert latest().json["messages"] == messages
 
@@ -6623,8 +6879,12 @@ def test_openai_vision(sdk: Sdk, way: str) -> None:
 @whole_or_streamed
 def test_openai_responses(sdk: Sdk, way: str, stream: bool) -> None:
     got = sdk.call(
-        ways().url, "responses.create", model=f"{way}-respond", input="hello",
-        instructions="be kind", stream=stream,
+        ways().url,
+        "responses.create",
+        model=f"{way}-respond",
+        input="hello",
+        instructions="be kind",
+        stream=stream,
     )
     if stream:
         assert [p.type for p in got][1:3] == ["response.output_text.delta"] * 2
@@ -6632,14 +6892,20 @@ def test_openai_responses(sdk: Sdk, way: str, stream: bool) -> None:
     assert (got[-1].response if stream else got).output_text == ANSWER
     heard = latest()
     assert heard.path == "/v1/responses"
-    assert heard.json == {"model": "respond", "input": "hello", "stream": stream,
-                          "instructions": "be kind"}
+    assert heard.json == {
+        "model": "respond",
+        "input": "hello",
+        "stream": stream,
+        "instructions": "be kind",
+    }
 
 
 @each_openai
 def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
     got = sdk.call(
-        ways().url, "chat.completions.with_raw_response.create", model="alias-talk",
+        ways().url,
+        "chat.completions.with_raw_response.create",
+        model="alias-talk",
         messages=ASKED,
     )
     for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
@@ -6649,9 +6915,7 @@ def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
 
 @each_openai
 def test_openai_gzip_that_nobody_asked_for(sdk: Sdk) -> None:
-    got = sdk.call(
-        ways().url, "chat.completions.create", model="squeeze", messages=ASKED
-    )
+    got = sdk.call(ways().url, "chat.completions.create", model="squeeze", messages=ASKED)
     assert got.choices[0].message.content == ANSWER
 
 
@@ -6676,13 +6940,14 @@ def test_openai_parallel_streams_are_not_mixed() -> None:
 @each_openai
 @whole_or_streamed
 @pytest.mark.parametrize("status", ERRORS)
-def test_openai_errors_of_the_server(
-    sdk: Sdk, way: str, stream: bool, status: int
-) -> None:
+def test_openai_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: int) -> None:
     with pytest.raises(getattr(need("openai"), ERRORS[status])) as caught:
         sdk.call(
-            ways().url, "chat.completions.create", model=f"{way}-error-{status}",
-            messages=ASKED, stream=stream,
+            ways().url,
+            "chat.completions.create",
+            model=f"{way}-error-{status}",
+            messages=ASKED,
+            stream=stream,
         )
     error = caught.value
     assert error.status_code == status
@@ -6695,13 +6960,14 @@ def test_openai_errors_of_the_server(
 @each_openai
 @pytest.mark.parametrize("stream", (False,), ids=("whole",))
 @pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
-def test_openai_late_or_nobody(
-    sdk: Sdk, way: str, stream: bool, name: str, status: int
-) -> None:
+def test_openai_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, status: int) -> None:
     with pytest.raises(need("openai").InternalServerError) as caught:
         sdk.call(
-            hasty().url, "chat.completions.create", model=f"{way}-{name}",
-            messages=ASKED, stream=stream,
+            hasty().url,
+            "chat.completions.create",
+            model=f"{way}-{name}",
+            messages=ASKED,
+            stream=stream,
         )
     assert caught.value.status_code == status
     check_openai_error(caught.value.response.json())
@@ -6717,9 +6983,7 @@ def test_openai_late_or_nobody(
 def test_openai_client_loses_its_patience(sdk: Sdk, way: str) -> None:
     hurried = dataclasses.replace(sdk, timeout=0.3)
     with pytest.raises(need("openai").APITimeoutError):
-        hurried.call(
-            ways().url, "chat.completions.create", model=f"{way}-mute", messages=ASKED
-        )
+        hurried.call(ways().url, "chat.completions.create", model=f"{way}-mute", messages=ASKED)
     connection = bench().connections[latest().connection]
     assert until(lambda: connection.closed), "the upstream still works for nobody"
 
@@ -6731,8 +6995,12 @@ def test_openai_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
     parts: list[Any] = []
     with pytest.raises(need("openai").APIError) as caught:
         sdk.call(
-            hasty().url, "chat.completions.create", model=f"{way}-{name}",
-            messages=ASKED, stream=True, parts=parts,
+            hasty().url,
+            "chat.completions.create",
+            model=f"{way}-{name}",
+            messages=ASKED,
+            stream=True,
+            parts=parts,
         )
     assert "".join(p.choices[0].delta.content or "" for p in parts) == "One two "
     assert caught.value.body, "the error must arrive as an event"
@@ -6756,8 +7024,11 @@ def parse_form(heard: Received) -> dict[str, bytes]:
 @each_openai
 def test_openai_transcription(sdk: Sdk, way: str) -> None:
     got = sdk.call(
-        ways().url, "audio.transcriptions.create", model=f"{way}-talk",
-        file=("voice.wav", SOUND), language="en",
+        ways().url,
+        "audio.transcriptions.create",
+        model=f"{way}-talk",
+        file=("voice.wav", SOUND),
+        language="en",
     )
     assert got.text == "heard"
     form = parse_form(latest())
@@ -6769,7 +7040,10 @@ def test_openai_transcription(sdk: Sdk, way: str) -> None:
 @each_openai
 def test_openai_image_edit(sdk: Sdk, way: str) -> None:
     got = sdk.call(
-        ways().url, "images.edit", model=f"{way}-talk", prompt="a hat \u2728",
+        ways().url,
+        "images.edit",
+        model=f"{way}-talk",
+        prompt="a hat \u2728",
         image=[(f"{kind}.{kind}", data) for kind, data in PICTURES.items()],
     )
     assert got.data[0].b64_json == "UE5H"
@@ -6791,15 +7065,18 @@ FORMS = {
     "model first": encode_form(MODEL_PART, FILE_PART),
     "model last": encode_form(FILE_PART, MODEL_PART),
     "model with a type": encode_form(
-        ('name="model"\r\nContent-Type: text/plain', b"rule-talk"), FILE_PART),
+        ('name="model"\r\nContent-Type: text/plain', b"rule-talk"), FILE_PART
+    ),
     "a file that names a model": encode_form(
-        ('name="file"; filename="model"', b'name="model"\r\n\r\nrule-talk\r\n--X'),
-        MODEL_PART),
+        ('name="file"; filename="model"', b'name="model"\r\n\r\nrule-talk\r\n--X'), MODEL_PART
+    ),
     "a file that talks of boundaries": encode_form(
-        ('name="file"; filename="f"', b"\r\n--XY\r\n--X\r\nXX--"), MODEL_PART),
+        ('name="file"; filename="f"', b"\r\n--XY\r\n--X\r\nXX--"), MODEL_PART
+    ),
     "an empty file": encode_form(('name="file"; filename=""', b""), MODEL_PART),
     "odd case": encode_form(MODEL_PART).replace(
-        b"Content-Disposition: form-data", b"content-DISPOSITION:form-data"),
+        b"Content-Disposition: form-data", b"content-DISPOSITION:form-data"
+    ),
 }
 
 
@@ -6810,7 +7087,7 @@ def test_form_differs_by_its_model_only(content: bytes, boundary: str) -> None:
     got = tell("/v1/audio/transcriptions", content, Content_Type=kind)
     assert (got.status, got.json) == (200, {"text": "heard"})
     at = content.rindex(b"rule-talk")
-    assert latest().content == content[:at] + b"talk" + content[at + 9:]
+    assert latest().content == content[:at] + b"talk" + content[at + 9 :]
 
 
 def test_form_without_change_is_not_changed() -> None:
@@ -6826,8 +7103,12 @@ def test_form_without_change_is_not_changed() -> None:
 @pytest.mark.parametrize("form", ("mp3", "wav"), ids=("length", "chunks"))
 def test_openai_speech_is_exact(sdk: Sdk, way: str, form: str) -> None:
     got = sdk.call(
-        ways().url, "audio.speech.create", model=f"{way}-speak", voice="echo",
-        input="hello", response_format=form,
+        ways().url,
+        "audio.speech.create",
+        model=f"{way}-speak",
+        voice="echo",
+        input="hello",
+        response_format=form,
     )
     assert got.content == SOUND
     assert got.response.headers["Content-Type"].startswith("audio/")
@@ -6836,8 +7117,7 @@ def test_openai_speech_is_exact(sdk: Sdk, way: str, form: str) -> None:
 @each_way
 @whole_or_streamed
 def test_anthropic_messages(way: str, stream: bool) -> None:
-    body = {"model": f"{way}-claude", "max_tokens": 9, "messages": ASKED,
-            "stream": stream}
+    body = {"model": f"{way}-claude", "max_tokens": 9, "messages": ASKED, "stream": stream}
     got = tell("/v1/messages", body, X_Api_Key=KEY, Anthropic_Version="2023-06-01")
     assert got.status == 200
     assert got.content == (b"".join(CLAUDE_EVENTS) if stream else CLAUDE_MESSAGE)
@@ -6891,7 +7171,11 @@ BODIES = {
     "other models": b'{"metadata":{"model":"x","m":["model"]},"model":"%s",'
     b'"tools":[{"model":"rule-talk"}],"u":"\\"model\\":\\"rule-talk\\"",' + HI + b"}",
     "unknown fields": b'{"model":"%s","":null,"\\u0000":[],"deep":'
-    + b"[" * 90 + b"]" * 90 + b"," + HI + b"}",
+    + b"[" * 90
+    + b"]" * 90
+    + b","
+    + HI
+    + b"}",
     "not streamed": b'{"stream" : false, "model":"%s",' + HI + b"}",
     "usage asked": b'{"stream":true,"model":"%s",'
     b'"stream_options" : {"include_usage":true},' + HI + b"}",
@@ -6971,9 +7255,7 @@ SWALLOWED = {  # what the server says, what a client sees that did not ask
 
 @pytest.mark.parametrize("said, seen", SWALLOWED.values(), ids=SWALLOWED)
 @pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
-def test_extra_usage_is_swallowed(
-    said: list[bytes], seen: list[bytes], joined: bool
-) -> None:
+def test_extra_usage_is_swallowed(said: list[bytes], seen: list[bytes], joined: bool) -> None:
     model = bench().plays(sse_answer([b"".join(said)] if joined else said))
     got = tell("/v1/chat/completions", chat(model, stream=True))
     assert latest().json["stream_options"] == {"include_usage": True}
@@ -7009,7 +7291,6 @@ def test_server_that_tells_timings_no_more_is_asked_for_usage() -> None:
             assert ask(router, "m", stream=True).status == 200
             asked.append("stream_options" in latest(upstream).json)
     assert asked == [True, False, False, True]
-
 
 
 ERROR_EVENTS = {
@@ -7334,7 +7615,11 @@ def test_ollama_chat(sdk: Sdk, way: str, stream: bool) -> None:
 def test_ollama_generate(sdk: Sdk, way: str, stream: bool) -> None:
     model = f"{way}-talk"
     got = sdk.call(
-        ways().url, "generate", model=model, prompt="hello", system="be kind",
+        ways().url,
+        "generate",
+        model=model,
+        prompt="hello",
+        system="be kind",
         stream=stream,
     )
     parts = got if stream else [got]
@@ -7395,9 +7680,7 @@ def test_ollama_ps(sdk: Sdk) -> None:
 @whole_or_lines
 def test_ollama_tool_calls(sdk: Sdk, way: str, stream: bool) -> None:
     model = f"{way}-tools"
-    got = sdk.call(
-        ways().url, "chat", model=model, messages=ASKED, tools=TOOLS, stream=stream
-    )
+    got = sdk.call(ways().url, "chat", model=model, messages=ASKED, tools=TOOLS, stream=stream)
     parts = got if stream else [got]
     calls = [c.function for p in parts for c in p.message.tool_calls or ()]
     assert [(c.name, dict(c.arguments)) for c in calls] == [*CALLS]
@@ -7421,7 +7704,10 @@ def check_format(asked: dict, schema: dict | None) -> None:
 def test_ollama_structured_output(sdk: Sdk, way: str, form: str) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     got = sdk.call(
-        ways().url, "chat", model=f"{way}-json", messages=ASKED,
+        ways().url,
+        "chat",
+        model=f"{way}-json",
+        messages=ASKED,
         format="json" if form == "json" else schema,
     )
     assert json.loads(got.message.content) == CITY
@@ -7454,12 +7740,13 @@ def test_ollama_vision(sdk: Sdk, way: str, method: str) -> None:
 @each_ollama
 @whole_or_lines
 @pytest.mark.parametrize("status", ERRORS)
-def test_ollama_errors_of_the_server(
-    sdk: Sdk, way: str, stream: bool, status: int
-) -> None:
+def test_ollama_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: int) -> None:
     with pytest.raises(need("ollama").ResponseError) as caught:
         sdk.call(
-            ways().url, "chat", model=f"{way}-error-{status}", messages=ASKED,
+            ways().url,
+            "chat",
+            model=f"{way}-error-{status}",
+            messages=ASKED,
             stream=stream,
         )
     assert caught.value.status_code == status
@@ -7471,13 +7758,9 @@ def test_ollama_errors_of_the_server(
 @each_ollama
 @pytest.mark.parametrize("stream", (False,), ids=("whole",))
 @pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
-def test_ollama_late_or_nobody(
-    sdk: Sdk, way: str, stream: bool, name: str, status: int
-) -> None:
+def test_ollama_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, status: int) -> None:
     with pytest.raises(need("ollama").ResponseError) as caught:
-        sdk.call(
-            hasty().url, "generate", model=f"{way}-{name}", prompt="x", stream=stream
-        )
+        sdk.call(hasty().url, "generate", model=f"{way}-{name}", prompt="x", stream=stream)
     assert caught.value.status_code == status
     if status == 504:
         assert "REQUEST_TIMEOUT" in caught.value.error and "0.75" in caught.value.error
@@ -7490,7 +7773,11 @@ def test_ollama_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
     parts: list[Any] = []
     with pytest.raises(need("ollama").ResponseError) as caught:
         sdk.call(
-            hasty().url, "chat", model=f"{way}-{name}", messages=ASKED, stream=True,
+            hasty().url,
+            "chat",
+            model=f"{way}-{name}",
+            messages=ASKED,
+            stream=True,
             parts=parts,
         )
     assert "".join(p.message.content or "" for p in parts) == "One two "
@@ -7607,14 +7894,27 @@ def tool_result(name: str, text: str) -> dict:
 
 
 TOOL_TALKS = {
-    "two tools": [ollama_calls(*CALLS), tool_result("weather", "sunny"),
-                  tool_result("clock", "noon")],
-    "other order": [ollama_calls(*CALLS), tool_result("clock", "noon"),
-                    tool_result("weather", "sunny")],
-    "one tool twice": [ollama_calls(("clock", {"at": 1}), ("clock", {"at": 2})),
-                       tool_result("clock", "one"), tool_result("clock", "two")],
-    "two turns": [ollama_calls(CALLS[0]), tool_result("weather", "sunny"),
-                  ollama_calls(CALLS[0]), tool_result("weather", "rainy")],
+    "two tools": [
+        ollama_calls(*CALLS),
+        tool_result("weather", "sunny"),
+        tool_result("clock", "noon"),
+    ],
+    "other order": [
+        ollama_calls(*CALLS),
+        tool_result("clock", "noon"),
+        tool_result("weather", "sunny"),
+    ],
+    "one tool twice": [
+        ollama_calls(("clock", {"at": 1}), ("clock", {"at": 2})),
+        tool_result("clock", "one"),
+        tool_result("clock", "two"),
+    ],
+    "two turns": [
+        ollama_calls(CALLS[0]),
+        tool_result("weather", "sunny"),
+        ollama_calls(CALLS[0]),
+        tool_result("weather", "rainy"),
+    ],
 }
 
 
@@ -7638,8 +7938,12 @@ def test_ollama_calls_and_results_cost_their_sum() -> None:
     """Not their product, in which nothing else would run: 6000 x 30,000 took half a minute."""
     call = {"function": {"name": "f"}}
     talk = [{"tool_calls": [call] * 30_000}, *[tool_result("g", "")] * 6000]
-    assert request(ways().port, "POST", "/api/chat", {"model": "talk", "messages": talk},
-                   patience=PATIENCE).status == 200
+    assert (
+        request(
+            ways().port, "POST", "/api/chat", {"model": "talk", "messages": talk}, patience=PATIENCE
+        ).status
+        == 200
+    )
 
 
 def test_no_think_looks_at_parts_alone() -> None:
@@ -7716,15 +8020,18 @@ def test_ollama_done_reason(path: str, stream: bool, model: str, reason: str) ->
     check_ollama(parts, model, reason)
 
 
-@pytest.mark.parametrize("path, body", (
-    ("/api/generate", {}),
-    ("/api/generate", {"prompt": ""}),
-    ("/api/generate", {"prompt": "", "stream": False}),
-    ("/api/generate", {"keep_alive": -1}),
-    ("/api/chat", {}),
-    ("/api/chat", {"messages": []}),
-    ("/api/chat", {"messages": [], "stream": False}),
-))
+@pytest.mark.parametrize(
+    "path, body",
+    (
+        ("/api/generate", {}),
+        ("/api/generate", {"prompt": ""}),
+        ("/api/generate", {"prompt": "", "stream": False}),
+        ("/api/generate", {"keep_alive": -1}),
+        ("/api/chat", {}),
+        ("/api/chat", {"messages": []}),
+        ("/api/chat", {"messages": [], "stream": False}),
+    ),
+)
 def test_ollama_nothing_to_say_is_a_load(path: str, body: dict) -> None:
     with unheard():
         got = tell(path, {"model": "talk:latest", **body})
@@ -7802,12 +8109,17 @@ BAD_REQUESTS: dict[str, dict] = {
     "a tool call": {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
     "a limit": {"messages": ASKED, "options": {"num_predict": 1e999}},
     "a long format": {"messages": ASKED, "format": ["y" * 99_999]},
-    **{f"a huge number in {name}": {"messages": [{**ASKED[0], **message}], **more}
-       for name, message, more in (
-           ("options", {}, {"options": {"temperature": 1e999}}),
-           ("tools", {}, {"tools": [1e999]}), ("format", {}, {"format": {"x": -1e999}}),
-           ("a role", {"role": 1e999}, {}), ("an id", {"role": "tool", "tool_call_id": 1e999}, {}),
-           ("a call", {"tool_calls": [{"function": {"name": "f", "arguments": [1e999]}}]}, {}))},
+    **{
+        f"a huge number in {name}": {"messages": [{**ASKED[0], **message}], **more}
+        for name, message, more in (
+            ("options", {}, {"options": {"temperature": 1e999}}),
+            ("tools", {}, {"tools": [1e999]}),
+            ("format", {}, {"format": {"x": -1e999}}),
+            ("a role", {"role": 1e999}, {}),
+            ("an id", {"role": "tool", "tool_call_id": 1e999}, {}),
+            ("a call", {"tool_calls": [{"function": {"name": "f", "arguments": [1e999]}}]}, {}),
+        )
+    },
 }
 
 
@@ -7944,11 +8256,13 @@ ARGUMENTS: Cases = (  # what a server says, what a client gets; None: some objec
 
 @pytest.mark.parametrize("arguments, expected", ARGUMENTS)
 @whole_or_lines
-def test_ollama_arguments_are_objects(
-    arguments: Any, expected: dict | None, stream: bool
-) -> None:
-    call = {"id": "c", "type": "function", "index": 0,
-            "function": {"name": "f", "arguments": arguments}}
+def test_ollama_arguments_are_objects(arguments: Any, expected: dict | None, stream: bool) -> None:
+    call = {
+        "id": "c",
+        "type": "function",
+        "index": 0,
+        "function": {"name": "f", "arguments": arguments},
+    }
     said = {"role": "assistant", "content": None, "tool_calls": [call]}
     whole = {"choices": [{"index": 0, "message": said, "finish_reason": "tool_calls"}]}
     events = [delta({}, said), delta({}, {}, "tool_calls"), "[DONE]"]
@@ -8039,11 +8353,24 @@ NATIVE_LINES = [
     b'"total_duration":1,"prompt_eval_count":11,"eval_count":12}\n',
 ]
 NATIVE_WHOLE = NATIVE_LINES[2].replace(b'"content":""', b'"content" : "native words"')
-NATIVE_TAGS = {"models": [
-    {"name": "llama3:latest", "model": "llama3:latest", "size": 42, "digest": "abc",
-     "modified_at": "2026-01-02T03:04:05Z", "details": {"family": "llama"}}]}
-NATIVE_SHOW = {"details": {"family": "llama"}, "model_info": {"llama.layers": 7},
-               "template": "{{ .Prompt }}", "capabilities": ["completion", "insert"]}
+NATIVE_TAGS = {
+    "models": [
+        {
+            "name": "llama3:latest",
+            "model": "llama3:latest",
+            "size": 42,
+            "digest": "abc",
+            "modified_at": "2026-01-02T03:04:05Z",
+            "details": {"family": "llama"},
+        }
+    ]
+}
+NATIVE_SHOW = {
+    "details": {"family": "llama"},
+    "model_info": {"llama.layers": 7},
+    "template": "{{ .Prompt }}",
+    "capabilities": ["completion", "insert"],
+}
 NATIVE_DOCUMENTS = {
     "/api/tags": NATIVE_TAGS,
     "/api/show": NATIVE_SHOW,
@@ -8090,19 +8417,20 @@ def gpu() -> Upstream:
 
 def native() -> Router:
     """A router with one server of each kind."""
-    servers = {"gpu": {"url": gpu().url, "api": "ollama"}, "bench": bench().url,
-               "dead": {"url": switched_off("dead"), "api": "ollama"}}
+    servers = {
+        "gpu": {"url": gpu().url, "api": "ollama"},
+        "bench": bench().url,
+        "dead": {"url": switched_off("dead"), "api": "ollama"},
+    }
     aliases = {
         "alias-llama3": {"instances": ["dead/llama3", "gpu/llama3"]},
         "mixed": {"instances": ["gpu/broken", "bench/talk"]},
     }
     routes = [
-        {"match": {"model": "/^rule-(.+)$/"},
-         "route": {"upstream": "gpu", "model": r"\1"}},
+        {"match": {"model": "/^rule-(.+)$/"}, "route": {"upstream": "gpu", "model": r"\1"}},
         {"match": {"model": "/^(llama3|broken)/"}, "route": {"upstream": "gpu"}},
     ]
-    settings = {"DEFAULT_UPSTREAM": bench().url,
-                "MODEL_MAP": json.dumps({"/^map-(.+)$/": r"\1"})}
+    settings = {"DEFAULT_UPSTREAM": bench().url, "MODEL_MAP": json.dumps({"/^map-(.+)$/": r"\1"})}
     table = {"servers": servers, "aliases": aliases, "routes": routes}
     return router_for(settings, table)
 
@@ -8136,8 +8464,10 @@ def test_native_request_goes_as_it_is(path: str, asked: str, stream: bool) -> No
 
 
 def test_native_thinking_is_stripped_too() -> None:
-    said = [{"message": {"role": "assistant", "content": c}, "done": False}
-            for c in ("<thi", "nk>Hm.</th", "ink>\n\nna=tive ")]
+    said = [
+        {"message": {"role": "assistant", "content": c}, "done": False}
+        for c in ("<thi", "nk>Hm.</th", "ink>\n\nna=tive ")
+    ]
     lines = [dumps({"model": "llama3-x", **line}) + b"\n" for line in said]
     gpu().scripts["llama3-x"] = lambda received: stream_answer(
         [*lines, NATIVE_LINES[1].replace(b"llama3", b"llama3-x"), NATIVE_LINES[2]],
@@ -8159,8 +8489,14 @@ def test_native_stream_that_breaks() -> None:
 @whole_or_lines
 def test_native_chat_by_the_official_client(sdk: Sdk, stream: bool) -> None:
     got = sdk.call(
-        native().url, "chat", model="llama3", messages=ASKED, stream=stream,
-        options={"num_ctx": 4096}, keep_alive=-1, think=True,
+        native().url,
+        "chat",
+        model="llama3",
+        messages=ASKED,
+        stream=stream,
+        options={"num_ctx": 4096},
+        keep_alive=-1,
+        think=True,
     )
     parts = got if stream else [got]
     assert parts[-1].eval_count == 12
@@ -8194,7 +8530,10 @@ def test_native_list_and_show(sdk: Sdk) -> None:
 @whole_or_streamed
 def test_openai_client_of_an_ollama_server(sdk: Sdk, stream: bool) -> None:
     got = sdk.call(
-        native().url, "chat.completions.create", model="rule-llama3", messages=ASKED,
+        native().url,
+        "chat.completions.create",
+        model="rule-llama3",
+        messages=ASKED,
         stream=stream,
     )
     choices = [p.choices[0] for p in (got if stream else [got])]
@@ -8285,6 +8624,7 @@ class Kept:
 
     def written(self, count: int) -> int:
         """How many finished rows there are, once there are `count`."""
+
         def look() -> int:
             with contextlib.suppress(sqlite3.Error):
                 return self.ask("SELECT count(*) FROM requests WHERE failed IS NOT NULL")[0][0]
@@ -8315,6 +8655,7 @@ def document(router: Router, path: str) -> Any:
 
 def row_of(router: Router, key: str) -> dict[str, Any]:
     """The row of the newest finished request for a model, once it is written."""
+
     def look() -> Any:
         rows = document(router, f"/api/logs?model={key}&limit=1")
         return [row for row in rows if not row["is_inflight"]]
@@ -8340,20 +8681,27 @@ def logging() -> Router:
     return router_for({"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}, routes)
 
 
-ROW_NAMES = re.findall(r"\w+", """id request_id timestamp source_ip method path service_type
+ROW_NAMES = re.findall(
+    r"\w+",
+    """id request_id timestamp source_ip method path service_type
     original_model mapped_model upstream_url route duration_ms ttft_ms request_size response_size
     status_code error_message prompt_tokens completion_tokens total_tokens tokens_estimated
-    attempts stream completed_at is_inflight""")
-RUNNING_NAMES = re.findall(r"\w+", """id request_id timestamp source_ip path service_type phase
-    original_model mapped_model sent_model upstream_url elapsed_ms tokens bytes""")
+    attempts stream completed_at is_inflight""",
+)
+RUNNING_NAMES = re.findall(
+    r"\w+",
+    """id request_id timestamp source_ip path service_type phase
+    original_model mapped_model sent_model upstream_url elapsed_ms tokens bytes""",
+)
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 def made_store(folder: pathlib.Path) -> Any:
     """The store of a log in a folder, as the router's thread has it."""
     settings = Kept(folder).settings
-    return smolrouter.Store(smolrouter.Settings.from_mapping(
-        {name: str(value) for name, value in settings.items()}))
+    return smolrouter.Store(
+        smolrouter.Settings.from_mapping({name: str(value) for name, value in settings.items()})
+    )
 
 
 def test_columns_are_the_fields_of_a_row(tmp_path: pathlib.Path) -> None:
@@ -8380,7 +8728,12 @@ def test_every_request_is_a_row(path: str, stream: bool) -> None:
     assert 0 < row["id"] < 2**53 and row["request_id"] == got.get("X-SmolRouter-Request-Id")
     service = "ollama" if path.startswith("/api") else "openai"
     assert [row[n] for n in ("source_ip", "method", "path", "service_type", "original_model")] == [
-        "127.0.0.1", "POST", path, service, model]
+        "127.0.0.1",
+        "POST",
+        path,
+        service,
+        model,
+    ]
     assert (row["status_code"], row["error_message"], row["stream"]) == (200, None, stream)
     assert (row["request_size"], row["response_size"]) == (len(sent), len(got.content))
     if "embeddings" in path:
@@ -8389,9 +8742,15 @@ def test_every_request_is_a_row(path: str, stream: bool) -> None:
         assert (row["prompt_tokens"], row["completion_tokens"], row["total_tokens"]) == (7, 3, 10)
     assert row["tokens_estimated"] is False and row["duration_ms"] > 0
     assert (row["ttft_ms"] is not None) == stream
-    assert row["attempts"] == [{
-        "instance": f"box/{model}", "upstream_url": stage().url, "status": 200, "error": None,
-        "duration_ms": row["attempts"][0]["duration_ms"]}]
+    assert row["attempts"] == [
+        {
+            "instance": f"box/{model}",
+            "upstream_url": stage().url,
+            "status": 200,
+            "error": None,
+            "duration_ms": row["attempts"][0]["duration_ms"],
+        }
+    ]
     detail = document(logging(), f"/api/request/{row['id']}")
     assert detail["user_agent"] == "tester/1" and detail["phase"] == "done"
     assert detail["request_body"].encode() == sent
@@ -8422,12 +8781,19 @@ def test_route_attempts_and_trail() -> None:
     assert ask(logging(), "either").status == 200
     detail = detail_of(logging(), "either")
     assert [detail[n] for n in ("original_model", "sent_model", "route", "upstream_url")] == [
-        "either", "other", "alias either", stage().url]
+        "either",
+        "other",
+        "alias either",
+        stage().url,
+    ]
     failed, good = detail["attempts"]
     assert (failed["instance"], failed["status"]) == ("off/tiny", None) and failed["error"]
     assert (good["instance"], good["status"], good["error"]) == ("box/other", 200, None)
     assert detail["trail"][-1] == {
-        "rule": "aliases.either", "matched": True, "why": "'either' is an alias"}
+        "rule": "aliases.either",
+        "matched": True,
+        "why": "'either' is an alias",
+    }
     ask(logging(), "asked-for")
     for name in ("asked-for", "sent"):  # found by either name
         row = row_of(logging(), name)
@@ -8440,7 +8806,10 @@ def test_an_error_is_a_row(status: int) -> None:
     assert ask(logging(), model).status == status
     row = row_of(logging(), model)
     assert (row["status_code"], row["prompt_tokens"], row["tokens_estimated"]) == (
-        status, None, False)
+        status,
+        None,
+        False,
+    )
     assert json.loads(detail_of(logging(), model)["response_body"])["error"]["message"] == "no"
     for wanted in (str(status), f"{status // 100}xx", "error"):
         found = document(logging(), f"/api/logs?model={model}&status={wanted}")
@@ -8474,9 +8843,14 @@ def test_cancel_ends_a_request() -> None:
         model = stage().plays([*stream_answer(begin, whole=False), HANG] if stream else [HANG])
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             asking = pool.submit(ask, logging(), model, stream=stream)
-            running = until(lambda: [r for r in document(logging(), "/api/inflight")
-                                     if r["original_model"] == model
-                                     and r["phase"] == ("streaming" if stream else "waiting")])
+            running = until(
+                lambda: [
+                    r
+                    for r in document(logging(), "/api/inflight")
+                    if r["original_model"] == model
+                    and r["phase"] == ("streaming" if stream else "waiting")
+                ]
+            )
             detail = document(logging(), f"/api/request/{running[0]['id']}")
             assert detail["is_inflight"] and detail["completed_at"] is None
             path = f"/api/inflight/{running[0]['id']}/cancel"
@@ -8541,8 +8915,10 @@ def test_a_stream_that_breaks_off_has_its_cost(kept: Kept, told: bool) -> None:
     with kept.router() as router:
         ask(router, stage().plays([*stream_answer(events, whole=False), DROP]), stream=True)
         assert kept.written(1) == 1
-    row, = kept.ask("SELECT status_code, prompt_tokens, completion_tokens, tokens_estimated, "
-                    "failed FROM requests")
+    (row,) = kept.ask(
+        "SELECT status_code, prompt_tokens, completion_tokens, tokens_estimated, "
+        "failed FROM requests"
+    )
     assert row == ((502, 10, 200, 0, 1) if told else (502, 1, 2, 1, 1))
 
 
@@ -8553,8 +8929,11 @@ TOLD_ERRORS = {
     "typed": [{"type": "error", "message": "no memory"}],
     "response": [{"type": "response.failed", "response": {"error": {"message": "no memory"}}}],
     "choice": [{"error": {"message": "no memory"}, "choices": [{"finish_reason": "error"}]}],
-    "none": [{"choices": [{"index": 0, "delta": {"content": 'no "error" at all'}}]}, ENDED,
-             "[DONE]"],
+    "none": [
+        {"choices": [{"index": 0, "delta": {"content": 'no "error" at all'}}]},
+        ENDED,
+        "[DONE]",
+    ],
     "long none": [{**ENDED, "error": None, "x": "y" * 9000}, "[DONE]"],
 }
 
@@ -8569,8 +8948,9 @@ def test_an_error_inside_a_stream_is_in_its_row(kept: Kept, joined: bool, end: s
             name = stage().plays(sse_answer([b"".join(said)] if joined else said))
             ask(router, name, stream=True)
         assert kept.written(len(TOLD_ERRORS)) == len(TOLD_ERRORS)
-    rows = kept.ask("SELECT status_code, substr(error_message, 1, 9), failed FROM requests "
-                    "ORDER BY id")
+    rows = kept.ask(
+        "SELECT status_code, substr(error_message, 1, 9), failed FROM requests ORDER BY id"
+    )
     wrong = [(200, "no memory", 1)] * (len(rows) - 2)
     assert rows == [*wrong, (200, None, 0), (200, None, 0)]
 
@@ -8599,8 +8979,15 @@ def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None
     """The transcript's messages as role, content, thinking, calls."""
     said = document if isinstance(document, bytes) else dumps(document)
     talk = smolrouter.read_transcript(path, dumps(asked or {}), said)
-    return [(m["role"], m["content"], m["thinking"],
-             [(c["id"], c["name"], c["arguments"]) for c in m["tool_calls"]]) for m in talk]
+    return [
+        (
+            m["role"],
+            m["content"],
+            m["thinking"],
+            [(c["id"], c["name"], c["arguments"]) for c in m["tool_calls"]],
+        )
+        for m in talk
+    ]
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -8705,7 +9092,7 @@ def test_pictures_of_a_transcript() -> None:
             {"type": "input_text", "text": "look"}, {"type": "input_image", "image_url": url}]}]}),
     ]  # fmt: skip
     for path, document in asked:
-        message, = smolrouter.read_transcript(path, dumps(document), b"")
+        (message,) = smolrouter.read_transcript(path, dumps(document), b"")
         assert (message["content"], message["images"]) == ("look", [url]), path
 
 
@@ -8759,13 +9146,14 @@ def test_long_bodies_are_files_that_requests_share(kept: Kept) -> None:
     files = sorted(f.stem for f in kept.blobs.rglob("*.z"))
     rows = kept.ask("SELECT digest, uses FROM blobs ORDER BY digest")
     assert rows == [(name, 3) for name in files] and len(files) == 2
-    (stored,), = kept.ask("SELECT bytes FROM storage")
+    ((stored,),) = kept.ask("SELECT bytes FROM storage")
     inline = kept.ask("SELECT sum(length(data)) FROM details")[0][0]
     assert stored == inline + sum(f.stat().st_size for f in kept.blobs.rglob("*.z"))
     day = 86_400 * 1024_000
     with contextlib.closing(sqlite3.connect(kept.file)) as db:  # a day goes by for all but one
-        newest = db.execute("SELECT max(id) FROM requests WHERE sent_model = ?",
-                            (model,)).fetchone()
+        newest = db.execute(
+            "SELECT max(id) FROM requests WHERE sent_model = ?", (model,)
+        ).fetchone()
         for table in ("requests", "details"):
             db.execute(f"UPDATE {table} SET id = id - {day} WHERE id <> ?", newest)
         db.execute("UPDATE rollups SET hour = hour - 25")
@@ -8871,9 +9259,13 @@ def made_log() -> Router:
     rows = []
     for number in range(4000):
         chance = zlib.crc32(b"%d" % number) | 1 << 20
-        more = {"sent_model": f"model-{number % 4}", "source_ip": f"10.0.0.{number % 5}",
-                "original_model": "nick" if number % 40 == 0 else f"model-{number % 4}",
-                "duration_ms": 10.0 + number % 100, "level": (chance & -chance).bit_length() - 1}
+        more = {
+            "sent_model": f"model-{number % 4}",
+            "source_ip": f"10.0.0.{number % 5}",
+            "original_model": "nick" if number % 40 == 0 else f"model-{number % 4}",
+            "duration_ms": 10.0 + number % 100,
+            "level": (chance & -chance).bit_length() - 1,
+        }
         if number % 10 == 3:
             more |= {"status_code": 404 if number % 20 == 3 else 502, "failed": 1}
         if number % 3 == 0:
@@ -8968,18 +9360,26 @@ def nearest_rank(values: Iterable[float | None], percent: int) -> float:
 def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
     store, tallies, rows = made_store(kept.file.parent), {}, []
     for number in range(60):
-        more = {"sent_model": "once" if number == 7 else "often",
-                "duration_ms": 1.1 * number**2 + 1,
-                "ttft_ms": number / 3 if number % 2 else None}
+        more = {
+            "sent_model": "once" if number == 7 else "often",
+            "duration_ms": 1.1 * number**2 + 1,
+            "ttft_ms": number / 3 if number % 2 else None,
+        }
         rows.append(made_row(number, 0, **more))
         smolrouter.add_row(tallies, rows[-1])
     store.write(rows, [], tallies)
 
     def wrong(doc: Mapping[str, Any], some: list[Any]) -> list[str]:
-        parts = {"p50_ms": ("duration_ms", 50), "p95_ms": ("duration_ms", 95),
-                 "ttft_p50_ms": ("ttft_ms", 50)}
-        return [name for name, (column, percent) in parts.items()
-                if doc[name] != nearest_rank([getattr(row, column) for row in some], percent)]
+        parts = {
+            "p50_ms": ("duration_ms", 50),
+            "p95_ms": ("duration_ms", 95),
+            "ttft_p50_ms": ("ttft_ms", 50),
+        }
+        return [
+            name
+            for name, (column, percent) in parts.items()
+            if doc[name] != nearest_rank([getattr(row, column) for row in some], percent)
+        ]
 
     with kept.router() as router:
         stats = document(router, "/api/stats")
@@ -8996,7 +9396,8 @@ def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
             doc = document(router, at)  # what is left of the rows speaks not for all
             p50 = doc[known]["p50"] if known else doc["models"][0]["p50_ms"]
             assert 512 < p50 < 1449 and p50 != nearest_rank(
-                [row.duration_ms for row in rows[30:]], 50)
+                [row.duration_ms for row in rows[30:]], 50
+            )
     store.close()
 
 
@@ -9033,6 +9434,7 @@ def test_performance_is_sampled_evenly(query: str, total: int) -> None:
 
 def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
     with contextlib.closing(made_store(tmp_path).open()) as db:
+
         def plan(sql: str, values: Any) -> list[str]:
             return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
 
@@ -9056,7 +9458,11 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
 
 
 def test_events_tell_what_happens() -> None:
-    model = stage().plays([*stream_answer([event(piece("a ")), 0.4, event(piece("b "))]), ])
+    model = stage().plays(
+        [
+            *stream_answer([event(piece("a ")), 0.4, event(piece("b "))]),
+        ]
+    )
     with connect(logging().port) as sock:
         sock.sendall(encode_request("GET", "/api/events"))
         heard = b""
@@ -9101,16 +9507,19 @@ def test_request_page_carries_its_data() -> None:
     number = row_of(logging(), "inline")["id"]
     got = request(logging().port, "GET", f"/request/{number}")
     assert (got.status, got.get("Content-Type")) == (200, "text/html; charset=utf-8")
-    match = re.search(rb'<script type="application/json" id="request-data">(.*?)</script>',
-                      got.content, re.S)
+    match = re.search(
+        rb'<script type="application/json" id="request-data">(.*?)</script>', got.content, re.S
+    )
     assert match and b"<" not in match[1]
     assert json.loads(match[1]) == document(logging(), f"/api/request/{number}")
     assert json.loads(match[1])["transcript"][0]["content"] == text
 
 
 def test_upstreams_say_how_they_are() -> None:
-    routes = {"servers": {"off": "http://127.0.0.1:9", "box": stage().url},
-              "aliases": {"either": {"instances": ["off/tiny", "box/other"]}}}
+    routes = {
+        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
+    }
     settings = {"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}
     with Router(settings, routes) as router:
         ask(router, "up")
@@ -9140,7 +9549,8 @@ def test_routes_explain_themselves() -> None:
     assert doc["aliases"][0]["name"] == "either"
     assert doc["routes"] == [
         {"rule": "routes[0]", "match": "model asked-for", "route": "box/sent"},
-        {"rule": "routes[1]", "match": "model friend", "route": "alias either"}]
+        {"rule": "routes[1]", "match": "model friend", "route": "alias either"},
+    ]
     decision = doc["decision"]
     assert decision["trail"][-1]["matched"] and decision["route"] == "routes[0]"
     assert decision["instances"] == [{"server": "box", "url": stage().url, "model": "sent"}]
@@ -9171,8 +9581,11 @@ def test_metrics_are_well_formed() -> None:
     wanted = f'service="openai",model="measured",upstream="{stage().url}"'
     assert samples["smolrouter_requests_total", wanted] == 1
     assert samples["smolrouter_completion_tokens_total", wanted] == 3
-    counts = [value for (name, labels), value in samples.items()
-              if name == "smolrouter_duration_seconds_bucket" and labels.startswith(wanted)]
+    counts = [
+        value
+        for (name, labels), value in samples.items()
+        if name == "smolrouter_duration_seconds_bucket" and labels.startswith(wanted)
+    ]
     assert counts == sorted(counts) and counts[-1] == 1
     assert samples["smolrouter_ttft_seconds_count", wanted] == 1
     promtool = shutil.which("promtool")
@@ -9187,7 +9600,7 @@ def test_export_in_every_form(kept: Kept) -> None:
     model = stage().plays(sse_answer([piece("<think>hm</think>Yes"), ending(), "[DONE]"]))
     failing = stage().plays(json_answer({"error": "no"}, 500))
     with kept.router() as router:
-        ask(router, model, "one, \"two\"", stream=True)
+        ask(router, model, 'one, "two"', stream=True)
         ask(router, failing)
         request(router.port, "POST", "/v1/embeddings", {"model": "vectors", "input": "x"})
         kept.written(3)
@@ -9204,12 +9617,20 @@ def test_export_in_every_form(kept: Kept) -> None:
                 assert rows[-1]["original_model"] == model and rows[-1]["is_inflight"] == "False"
             elif form == "jsonl":
                 assert [json.loads(line)["original_model"] for line in lines] == [
-                    "vectors", failing, model]
+                    "vectors",
+                    failing,
+                    model,
+                ]
                 assert json.loads(lines[-1]) == detail_of(router, model)
             else:
-                assert [json.loads(line) for line in lines] == [{"messages": [
-                    {"role": "user", "content": 'one, "two"'},
-                    {"role": "assistant", "content": "Yes"}]}]
+                assert [json.loads(line) for line in lines] == [
+                    {
+                        "messages": [
+                            {"role": "user", "content": 'one, "two"'},
+                            {"role": "assistant", "content": "Yes"},
+                        ]
+                    }
+                ]
         got = request(router.port, "GET", f"/api/export?model={failing}")
         assert len(got.content.splitlines()) == 1
     bad = run("export", "--format", "xml", settings=settings)
@@ -9243,9 +9664,16 @@ def test_stateless_means_nothing_on_disk(tmp_path: pathlib.Path) -> None:
             got = request(router.port, "GET", path)
             assert got.status == 404 and b"ENABLE_LOGGING" in got.content, path
         assert log_state(router) == {
-            "enabled": False, "error": None, "notice": None, "backlog": 0, "lost": 0}
-        counted = re.compile(rb'smolrouter_completion_tokens_total\{service="openai",'
-                             rb'model="tiny",upstream="[^"]*"\} 6\n')
+            "enabled": False,
+            "error": None,
+            "notice": None,
+            "backlog": 0,
+            "lost": 0,
+        }
+        counted = re.compile(
+            rb'smolrouter_completion_tokens_total\{service="openai",'
+            rb'model="tiny",upstream="[^"]*"\} 6\n'
+        )
         assert until(lambda: counted.search(request(router.port, "GET", "/metrics").content))
         assert list(router.folder.iterdir()) == []
 
@@ -9270,7 +9698,7 @@ KILLS = int(os.environ.get("SMOLROUTER_TEST_KILLS", "3"))
 def finished_rows(kept: Kept) -> set[str]:
     """The ids of the requests that the log calls finished."""
     with contextlib.suppress(sqlite3.Error):
-        return {name for name, in kept.ask("SELECT request_id FROM requests WHERE failed = 0")}
+        return {name for (name,) in kept.ask("SELECT request_id FROM requests WHERE failed = 0")}
     return set()
 
 
@@ -9313,7 +9741,7 @@ def test_killed_at_any_moment_nothing_is_lost(kept: Kept) -> None:
     assert finished and finished <= {name for name, failed, _, _ in rows if failed == 0}
     assert not [row for row in rows if row[1] is None]
     assert ("interrupted", 1, None) in {(why, failed, status) for _, failed, status, why in rows}
-    (counted,), = kept.ask("SELECT sum(requests) FROM rollups")
+    ((counted,),) = kept.ask("SELECT sum(requests) FROM rollups")
     assert counted == len([row for row in rows if row[3] != "interrupted"])
 
 
@@ -9356,6 +9784,7 @@ def test_a_row_of_a_crash_is_interrupted(kept: Kept) -> None:
 
 def test_two_routers_share_a_log(kept: Kept) -> None:
     with kept.router() as one, kept.router() as two:
+
         def client(router: Router) -> None:
             for _ in range(30):
                 ask(router, "tiny", "y" * 20_000)
@@ -9368,7 +9797,7 @@ def test_two_routers_share_a_log(kept: Kept) -> None:
         assert kept.written(120) == 120
         assert document(one, "/api/stats")["total_requests"] == 120
         assert len({row["id"] for row in document(two, "/api/logs?limit=1000")}) == 120
-    assert {uses for uses, in kept.ask("SELECT uses FROM blobs")} == {120}
+    assert {uses for (uses,) in kept.ask("SELECT uses FROM blobs")} == {120}
 
 
 @contextlib.contextmanager
@@ -9406,7 +9835,7 @@ def test_a_file_that_is_no_database_is_moved_aside(kept: Kept, content: bytes) -
         assert kept.written(1) == 1
         assert until(lambda: log_state(router)["error"] is None)
         assert "corrupt" in log_state(router)["notice"]
-    aside, = kept.file.parent.glob("log.db.corrupt-*")
+    (aside,) = kept.file.parent.glob("log.db.corrupt-*")
     assert aside.read_bytes() == content
 
 
@@ -9493,9 +9922,11 @@ def test_long_bodies_that_cannot_be_written_name_their_folder(kept: Kept) -> Non
 
 def test_a_full_disk_stops_nothing(kept: Kept) -> None:
     """The files of the router may not grow beyond 300 kB."""
-    limit = "import resource, runpy, sys; " \
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); " \
-            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    limit = (
+        "import resource, runpy, sys; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     with Router(kept.settings, python=(sys.executable, "-c", limit)) as router:
         noise = os.urandom(400_000).hex()
         for number in range(4):
@@ -9530,7 +9961,8 @@ def eager(patience: float = 60.0, stays: float = 0.5, many: int = 0) -> pathlib.
         ("os.SCHED_IDLE", "os.SCHED_OTHER"),
         ("MANY, WRITER_STAYS = 200, 60.0", f"MANY, WRITER_STAYS = {many}, {stays}"),
         ("WRITER_PATIENCE = 3.0", f"WRITER_PATIENCE = {patience}"),
-        ("BATCH, RETRY, BUSY = 0.1, 1.0, 1.0", "BATCH, RETRY, BUSY = 0.1, 0.3, 0.3"))
+        ("BATCH, RETRY, BUSY = 0.1, 1.0, 1.0", "BATCH, RETRY, BUSY = 0.1, 0.3, 0.3"),
+    )
 
 
 def writers(router: Router) -> list[int]:
@@ -9540,8 +9972,11 @@ def writers(router: Router) -> list[int]:
         pytest.skip("needs /proc")
     with contextlib.suppress(OSError):
         pids = [int(pid) for f in tasks.glob("*/children") for pid in f.read_text().split()]
-        return [pid for pid in pids
-                if b"log-writer" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid
+            for pid in pids
+            if b"log-writer" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
     return []
 
 
@@ -9585,9 +10020,11 @@ def burst(router: Router, count: int, path: str = "/api/generate", text: str = "
 
 def sums(kept: Kept) -> tuple[Any, ...]:
     """Requests as the rows, the details and the hourly sums have them."""
-    return (kept.ask("SELECT count(*), sum(failed), sum(completion_tokens) FROM requests")[0],
-            kept.ask("SELECT count(*) FROM details")[0][0],
-            kept.ask("SELECT sum(requests), sum(errors), sum(completion_tokens) FROM rollups")[0])
+    return (
+        kept.ask("SELECT count(*), sum(failed), sum(completion_tokens) FROM requests")[0],
+        kept.ask("SELECT count(*) FROM details")[0][0],
+        kept.ask("SELECT sum(requests), sum(errors), sum(completion_tokens) FROM rollups")[0],
+    )
 
 
 def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
@@ -9603,7 +10040,12 @@ def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
         assert until(lambda: counted(router) == sent)
         assert document(router, "/api/stats")["total_requests"] == sent
         assert log_state(router) == {
-            "enabled": True, "error": None, "notice": None, "backlog": 0, "lost": 0}
+            "enabled": True,
+            "error": None,
+            "notice": None,
+            "backlog": 0,
+            "lost": 0,
+        }
         command = pathlib.Path(f"/proc/{seen[0]}/cmdline").read_bytes().split(b"\0")
         assert command[-2] == b"log-writer"
         assert router.stop() == 0 and gone(seen)
@@ -9614,10 +10056,16 @@ def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
 def test_a_message_to_a_process_survives_a_stop() -> None:
     """One that is stopped while it writes has written a part, and goes on with the rest."""
     body = os.urandom(300_000)
-    code = ("import sys, smolrouter; bodies = [sys.stdin.buffer.read()] * 5; "
-            "smolrouter.send_message(sys.stdout.buffer, ['x', None], bodies)")
-    sender = subprocess.Popen([sys.executable, "-c", code], cwd=SMOLROUTER.parent,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = (
+        "import sys, smolrouter; bodies = [sys.stdin.buffer.read()] * 5; "
+        "smolrouter.send_message(sys.stdout.buffer, ['x', None], bodies)"
+    )
+    sender = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=SMOLROUTER.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     with sender:
         sender.stdin.write(body)
         sender.stdin.close()
@@ -9643,18 +10091,28 @@ def test_both_ways_write_the_same(tmp_path: pathlib.Path) -> None:
             for number, text in enumerate(["hi", "long " * 6000, "\u00e9\x00\u2028", "x" * 3000]):
                 ask(router, f"m{number}", text)
                 ask(router, f"s{number}", text, stream=True)
-                request(router.port, "POST", f"/api/chat?key=sk-{number}", chat("tiny", text),
-                        [("Authorization", f"Bearer secret-number-{number}"), ("User-Agent", "u")])
+                request(
+                    router.port,
+                    "POST",
+                    f"/api/chat?key=sk-{number}",
+                    chat("tiny", text),
+                    [("Authorization", f"Bearer secret-number-{number}"), ("User-Agent", "u")],
+                )
             request(router.port, "POST", "/v1/chat/completions", b"{")
             request(router.port, "POST", "/v1/chat/completions", chat(stage().plays([CLOSE])))
             assert kept.written(13) == 13 and until(lambda: router.stderr.count(" POST ") == 14)
             assert bool(writers(router)) == (program != SMOLROUTER)
             told = re.sub(r"\d+\.\d{3} s|:\d+|\S{24}", "", router.stderr).splitlines()
-            numbers = [n for n, in kept.ask("SELECT id FROM requests ORDER BY id")]
+            numbers = [n for (n,) in kept.ask("SELECT id FROM requests ORDER BY id")]
             details = [document(router, f"/api/request/{number}") for number in numbers]
         rows = [{n: v for n, v in detail.items() if n not in names} for detail in details]
-        written.append((re.sub(r":\d{4,5}|[0-9a-f]{20,}|scripted-\d+|m\d+-\d+", "", repr(rows)),
-                        sorted(line for line in told if " 200 " in line), sums(kept)))
+        written.append(
+            (
+                re.sub(r":\d{4,5}|[0-9a-f]{20,}|scripted-\d+|m\d+-\d+", "", repr(rows)),
+                sorted(line for line in told if " 200 " in line),
+                sums(kept),
+            )
+        )
     assert written[0] == written[1]
 
 
@@ -9677,7 +10135,8 @@ def test_a_burst_is_counted_without_a_log_too(kept: Kept) -> None:
 def test_a_body_that_cannot_be_read_costs_no_row(kept: Kept, many: int) -> None:
     faulty = altered(
         ("    failed = note", "    failed = 1 // (b'odd' not in note.content) < 0 or note"),
-        ("MANY, WRITER_STAYS = 200, 60.0", f"MANY, WRITER_STAYS = {many}, 60.0"))
+        ("MANY, WRITER_STAYS = 200, 60.0", f"MANY, WRITER_STAYS = {many}, 60.0"),
+    )
     with Router(kept.settings, program=faulty) as router:
         for text in ("even", "odd", "even", "odd", "even"):
             ask(router, "tiny", text)
@@ -9694,6 +10153,7 @@ def test_a_body_that_cannot_be_read_costs_no_row(kept: Kept, many: int) -> None:
 def test_a_killed_process_loses_and_doubles_nothing(kept: Kept) -> None:
     killed: set[int] = set()
     with Router(kept.settings, program=eager()) as router:
+
         def client(number: int) -> int:
             count = 0
             while len(killed) < 3 and count < 1000:
@@ -9743,7 +10203,8 @@ class Dying:
 @pytest.mark.parametrize("writes", [False, True])
 def test_what_a_dead_process_has_written_counts_once(kept: Kept, writes: bool) -> None:
     settings = smolrouter.Settings.from_mapping(
-        {name: str(value) for name, value in kept.settings.items()})
+        {name: str(value) for name, value in kept.settings.items()}
+    )
     mask, console = os.umask(0o077), smolrouter.Console()
     log = smolrouter.RequestLog(settings, console, ("/nonexistent",))
     os.umask(mask)
@@ -9766,8 +10227,10 @@ def test_what_a_dead_process_has_written_counts_once(kept: Kept, writes: bool) -
 
 
 def test_a_process_that_cannot_be_is_done_without(kept: Kept) -> None:
-    limit = "import runpy, sys; sys.argv = sys.argv[1:]; sys.executable = '/nonexistent'; " \
-            "runpy.run_path(sys.argv[0], run_name='__main__')"
+    limit = (
+        "import runpy, sys; sys.argv = sys.argv[1:]; sys.executable = '/nonexistent'; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     python = (sys.executable, "-c", limit)
     with Router(kept.settings, program=eager(), python=python) as router:
         for _ in range(3):
@@ -9808,9 +10271,11 @@ def test_the_process_stands_back(kept: Kept) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
 def test_the_process_has_its_share_when_rows_wait(kept: Kept) -> None:
-    program = altered(("MANY, WRITER_STAYS = 200", "MANY, WRITER_STAYS = 0"),
-                      ("MAX_HANDED = 20_000", "MAX_HANDED = 0"),
-                      ("BATCH_ROWS, BATCH_SIZE = 128", "BATCH_ROWS, BATCH_SIZE = 1"))
+    program = altered(
+        ("MANY, WRITER_STAYS = 200", "MANY, WRITER_STAYS = 0"),
+        ("MAX_HANDED = 20_000", "MAX_HANDED = 0"),
+        ("BATCH_ROWS, BATCH_SIZE = 128", "BATCH_ROWS, BATCH_SIZE = 1"),
+    )
     with Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
         burst(router, 10)
         assert kept.written(200) == 200
@@ -9822,7 +10287,7 @@ def test_the_process_has_its_share_when_rows_wait(kept: Kept) -> None:
 def test_what_the_process_has_not_written_is_counted(kept: Kept) -> None:
     with Router(kept.settings, program=eager(stays=60)) as router:
         ask(router, "tiny")
-        pid, = until(lambda: writers(router))
+        (pid,) = until(lambda: writers(router))
         assert kept.written(1) == 1 and until(lambda: log_state(router)["backlog"] == 0)
         os.kill(pid, signal.SIGSTOP)
         for _ in range(3):
@@ -9848,7 +10313,7 @@ def test_a_process_that_stands_still_is_killed(kept: Kept) -> None:
     sent = 1
     with Router(kept.settings, program=eager(patience=0.2)) as router:
         ask(router, "tiny")
-        pid, = until(lambda: writers(router))
+        (pid,) = until(lambda: writers(router))
         os.kill(pid, signal.SIGSTOP)
 
         def is_killed() -> bool:
@@ -9866,7 +10331,7 @@ def test_a_process_that_stands_still_is_killed(kept: Kept) -> None:
 def test_a_process_that_stands_still_is_killed_when_no_more_requests_end(kept: Kept) -> None:
     with Router(kept.settings, program=eager(patience=0.2)) as router:
         ask(router, "tiny")
-        pid, = until(lambda: writers(router))
+        (pid,) = until(lambda: writers(router))
         os.kill(pid, signal.SIGSTOP)
         ask(router, "tiny")
         assert gone([pid]) and kept.written(2) == 2
@@ -9885,7 +10350,7 @@ def test_the_process_starts_when_stdin_is_closed(kept: Kept) -> None:
 def test_a_process_that_stands_still_cannot_stop_the_end(kept: Kept) -> None:
     with Router(kept.settings, program=eager(patience=60)) as router:
         ask(router, "tiny")
-        pid, = until(lambda: writers(router))
+        (pid,) = until(lambda: writers(router))
         os.kill(pid, signal.SIGSTOP)
         ask(router, "tiny")
         assert router.stop() == 0 and gone([pid])
@@ -9922,8 +10387,13 @@ def test_a_process_of_another_version_ends() -> None:
     start = marshal.dumps([[("0.0", "id"), {}], []], 2)
     start = len(start).to_bytes(8, "big") + start
     for told, status, words in ((b"", 0, ""), (start, 2, "changed")):
-        ended = subprocess.run([sys.executable, str(SMOLROUTER), "log-writer"], input=told,
-                               capture_output=True, timeout=30, check=False)
+        ended = subprocess.run(
+            [sys.executable, str(SMOLROUTER), "log-writer"],
+            input=told,
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
         assert ended.returncode == status and words in ended.stderr.decode()
         assert ended.stdout == b"" and ended.stderr.count(b"\n") == (status > 0)
 
@@ -9948,14 +10418,29 @@ def test_the_backlog_is_bounded() -> None:
 EVIL = "<script>window.pwned=1</script>\u202e\"'&\u2028<img src=x onerror=window.pwned=1>"
 TOOL_TALK = [
     {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": [
-        {"type": "text", "text": "How is the weather?"},
-        {"type": "image_url", "image_url": {"url": "data:image/gif;base64,R0lGODlhAQABAAAAACw="}},
-        {"type": "image_url", "image_url": {"url": "http://192.0.2.1/cat.png"}},
-        {"type": "image_url", "image_url": {"url": "javascript:alert(1)"}}]},
-    {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "call_1", "type": "function",
-         "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'}}]},
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "How is the weather?"},
+            {
+                "type": "image_url",
+                "image_url": {"url": "data:image/gif;base64,R0lGODlhAQABAAAAACw="},
+            },
+            {"type": "image_url", "image_url": {"url": "http://192.0.2.1/cat.png"}},
+            {"type": "image_url", "image_url": {"url": "javascript:alert(1)"}},
+        ],
+    },
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'},
+            }
+        ],
+    },
     {"role": "tool", "tool_call_id": "call_1", "content": '{"sky": "fog"}'},
 ]
 
@@ -9964,9 +10449,12 @@ def page_router(name: str = "", **settings: Any) -> Router:
     """A router that serves dashboard.html itself; each name has one of its own."""
     routes = {
         "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
-        "aliases": {"coder": {"instances": ["off/tiny", "box/tiny"]}, f"own-{name}": {
-            "instances": ["box/tiny"]}},
-        "routes": [{"match": {"model": "gpt-4"}, "route": {"upstream": "box", "model": "small"}}]}
+        "aliases": {
+            "coder": {"instances": ["off/tiny", "box/tiny"]},
+            f"own-{name}": {"instances": ["box/tiny"]},
+        },
+        "routes": [{"match": {"model": "gpt-4"}, "route": {"upstream": "box", "model": "small"}}],
+    }
     settings = {"DEFAULT_UPSTREAM": stage().url, "LOG_LEVEL": "ERROR", **settings}
     return router_for(settings, routes, ("serve", "--dashboard", str(HERE / "dashboard.html")))
 
@@ -9992,8 +10480,9 @@ def tab(chromium: Any) -> Iterator[Any]:
     page, asked = context.new_page(), set()
     page.set_default_timeout(PATIENCE * 1000)
     page.wrong = []
-    page.on("console", lambda said: said.type in ("error", "warning")
-            and page.wrong.append(said.text))
+    page.on(
+        "console", lambda said: said.type in ("error", "warning") and page.wrong.append(said.text)
+    )
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("request", lambda made: asked.add(urllib.parse.urlsplit(made.url).hostname))
     yield page
@@ -10237,8 +10726,10 @@ def test_request_that_runs_is_updated(tab: Any) -> None:
         tab.evaluate("window.kept = document.querySelector('.turn')")
         wait_text(tab, ".key", "streaming")
         assert "in all 0 ms" not in tab.locator(".key").text_content()
-        full = "(bars => bars.lastElementChild.getBoundingClientRect().right / " \
-               "bars.getBoundingClientRect().right)(document.querySelector('.phases'))"
+        full = (
+            "(bars => bars.lastElementChild.getBoundingClientRect().right / "
+            "bars.getBoundingClientRect().right)(document.querySelector('.phases'))"
+        )
         assert tab.evaluate(full) > 0.99
         gate.set()
     wait_text(tab, "#head", "✓ 200")
@@ -10252,8 +10743,13 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
     name = stage().plays(sse_answer([thinking, *WORDS, ENDED, "[DONE]"]))
     stage().scripts["tiny-talk"] = stage().scripts[name]
     document = {"model": name, "messages": TOOL_TALK, "stream": True, "seed": 12345678901234567890}
-    request(router.port, "POST", "/v1/chat/completions", document,
-            [(name, "Bearer sk-very-secret-0123") for name in ("Authorization", "X-Api-Key")])
+    request(
+        router.port,
+        "POST",
+        "/v1/chat/completions",
+        document,
+        [(name, "Bearer sk-very-secret-0123") for name in ("Authorization", "X-Api-Key")],
+    )
     row = newest(router, name)
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.goto(f"{router.url}/request/{row['id']}")
@@ -10297,12 +10793,21 @@ def test_request_shows_how_it_was_routed(tab: Any) -> None:
     devtools.send("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Tokyo"})
     tab.goto(f"{router.url}/request/{row['id']}")
     trail = wait_text(tab, ".trail", "answered")
-    for text in ("Asked forcoder", "By rulealias coder", "Sent astiny", "Attempt 1 failed",
-                 "✕ off/tiny: connection refused", "Attempt 2 answered", "✓ box/tiny: 200"):
+    for text in (
+        "Asked forcoder",
+        "By rulealias coder",
+        "Sent astiny",
+        "Attempt 1 failed",
+        "✕ off/tiny: connection refused",
+        "Attempt 2 answered",
+        "✓ box/tiny: 200",
+    ):
         assert text in trail, (text, trail)
     assert "failed attempts" in tab.locator(".key").text_content()
-    begun, ended = (str(datetime.datetime.fromisoformat(row[name][:19])
-                        + datetime.timedelta(hours=9)) for name in ("timestamp", "completed_at"))
+    begun, ended = (
+        str(datetime.datetime.fromisoformat(row[name][:19]) + datetime.timedelta(hours=9))
+        for name in ("timestamp", "completed_at")
+    )
     assert f", {begun}" in tab.text_content("#head")  # all of it in local time
     assert f"Started{begun}" in tab.text_content(".facts")
     assert f"Ended{ended}" in tab.text_content(".facts")
@@ -10437,9 +10942,13 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
     stage().scripts[name] = lambda received: long
     fields = [("User-Agent", "<b>" + "z" * 3000)]
     if not stage().heard("<script>window.pwned=1"):
-        talk = {"model": name, "messages": [
-            {"role": EVIL, "content": EVIL, "name": EVIL},
-            {"role": "user", "content": "a " + EVIL * 200}]}
+        talk = {
+            "model": name,
+            "messages": [
+                {"role": EVIL, "content": EVIL, "name": EVIL},
+                {"role": "user", "content": "a " + EVIL * 200},
+            ],
+        }
         request(router.port, "POST", "/v1/chat/completions", talk, fields)
         request(router.port, "POST", "/v1/%3Cscript%3E" + "w" * 900, {"model": EVIL}, fields)
         ask(router, "coder", stream=True)
