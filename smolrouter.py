@@ -12,21 +12,23 @@ as it is spoken. One file, the standard library, and PyYAML for a YAML routing f
 The file reads top to bottom; every section uses only what stands above it:
 
     Words        1  Errors             every failure a client can see
-                 2  Settings           every environment variable, once
+                 2  Settings           every environment variable, every limit, once
                  3  HTTP messages      RFC 9112 on bytes, requests and responses
-    Decisions    4  Event streams      SSE and NDJSON, incremental
-                 5  Text filters       <think> blocks and JSON fences
-                 6  Dialects           OpenAI inside, Ollama at the edge
-                 7  Routing            model and source host to instances, and why
-                 8  Access             tokens, policies, Host and Origin
-    Actions      9  HTTP on streams    the code that awaits bytes
-                10  Upstreams          connection pool, one request, health
-                11  Request log        what happened to every request
-    The router  12  Relay              one exchange, first byte to last
-                13  Dashboard and API  what the owner looks at
-                14  Application        which path means what
-                15  HTTP server        the connection loop, drain
-                16  Command line       serve, check, explain, demo, ...
+                 4  JSON               reading it, its limits, edits that keep every other byte
+    Decisions    5  Event streams      SSE and NDJSON, incremental
+                 6  Text filters       <think> blocks and JSON fences
+                 7  Protocols          for each endpoint: where its documents hold what
+                 8  Dialects           OpenAI inside, Ollama at the edge
+                 9  Routing            model and source host to instances, and why
+                10  Access             tokens, policies, Host and Origin
+    Actions     11  HTTP on streams    the code that awaits bytes
+                12  Upstreams          connection pool, one request, health
+                13  Request log        what happened to every request
+    The router  14  Relay              one exchange, first byte to last
+                15  Dashboard and API  what the owner looks at
+                16  Application        which path means what
+                17  HTTP server        the connection loop, drain
+                18  Command line       serve, check, explain, demo, ...
                  A  The page           dashboard.html, verbatim
 
 Words: RFC 9110 and 9112 for HTTP; upstream, server, alias, instance, route, match,
@@ -126,10 +128,8 @@ KiB, MiB = 1024, 1024 * 1024
 # 1  Errors (pure)
 # ======================================================================================
 # Every failure a client can see is a class with a status; it is raised anywhere and
-# rendered in one place, by the dialect of the path that was asked (section 6).
+# rendered in one place, by the dialect of the path that was asked (section 8).
 # To add one: a class with its status, its `code` and its OpenAI `type`, here `kind`.
-
-MAX_REASON = 400  # characters of an error that rows and printed lines hold
 
 
 class ConfigError(Exception):
@@ -186,7 +186,7 @@ class ContentTooLarge(BadRequest, status=413, code="content_too_large"):
 
 
 class TargetTooLong(BadRequest, status=414, code="target_too_long"):
-    """The request line is longer than MAX_START_LINE."""
+    """The request line is longer than LIMITS.request_line."""
 
 
 class UnsupportedContent(BadRequest, status=415, code="unsupported_content"):
@@ -344,7 +344,7 @@ def parse_bool(text: str) -> bool:
     return word in TRUE_WORDS
 
 
-def parse_number(low: float, high: float, whole: bool = True) -> Callable[[str], float]:
+def number_between(low: float, high: float, whole: bool = True) -> Callable[[str], float]:
     """Make a reader of ASCII numbers from `low` to `high`."""
     pattern = re.compile(r"[0-9]{1,18}" if whole else r"[0-9]{1,12}(\.[0-9]{0,9})?")
     kind = "a whole number" if whole else "a number"
@@ -463,30 +463,30 @@ class Settings:
     # ruff: disable[E501]
     default_upstream: UpstreamURL = setting("http://localhost:8000", parse_upstream_url, "where a request goes that no rule claims")
     listen_host: str = setting("127.0.0.1", parse_text, "address to listen on")
-    listen_port: int = setting("1234", parse_number(0, 65535), "port to listen on; 0 takes a free one")
+    listen_port: int = setting("1234", number_between(0, 65535), "port to listen on; 0 takes a free one")
     routes_config: str = setting("routes.yaml", parse_text, "routing file, YAML or JSON; the default one may be missing")
     model_map: ModelMap = setting("{}", parse_model_map, "JSON object: exact names and /regex/ keys to names")
     strip_thinking: bool = setting("true", parse_bool, "take <think> blocks out of answers")
     strip_json_markdown: bool = setting("false", parse_bool, "take the fence lines of ```json blocks out of answers")
     disable_thinking: bool = setting("false", parse_bool, "append /no_think to the last user message")
     enable_logging: bool = setting("true", parse_bool, "keep every request; false writes nothing to disk")
-    request_timeout: float = setting("3000.0", parse_number(0.01, 1e6, False), "longest silence from an upstream, s")
-    connect_timeout: float = setting("5.0", parse_number(0.01, 600, False), "longest wait for a connection to an upstream, s")
+    request_timeout: float = setting("3000.0", number_between(0.01, 1e6, False), "longest silence from an upstream, s")
+    connect_timeout: float = setting("5.0", number_between(0.01, 600, False), "longest wait for a connection to an upstream, s")
     db_path: str = setting("requests.db", parse_text, "the request log's database")
-    max_log_age_days: float = setting("7", parse_number(0.01, 36500, False), "days that a request is kept")
+    max_log_age_days: float = setting("7", number_between(0.01, 36500, False), "days that a request is kept")
     blob_storage_type: str = setting("filesystem", parse_choice("filesystem", "memory"), "where long bodies are kept: filesystem or memory")
     blob_storage_path: str = setting("blob_storage", parse_text, "folder of the long bodies")
-    max_blob_size: int = setting("10485760", parse_number(0, 10**12), "bytes kept of one body; a longer one is cut and marked")
-    max_total_storage_size: int = setting("1073741824", parse_number(0, 10**15), "bytes kept of all bodies; the oldest go first")
-    max_request_size: int = setting("67108864", parse_number(1, 10**12), "longest content of a request, bytes")
-    max_connections: int = setting("2048", parse_number(1, 10**6), "connections served at once; more wait in the listen queue")
+    max_blob_size: int = setting("10485760", number_between(0, 10**12), "bytes kept of one body; a longer one is cut and marked")
+    max_total_storage_size: int = setting("1073741824", number_between(0, 10**15), "bytes kept of all bodies; the oldest go first")
+    max_request_size: int = setting("67108864", number_between(1, 10**12), "longest content of a request, bytes")
+    max_connections: int = setting("2048", number_between(1, 10**6), "connections served at once; more wait in the listen queue")
     jwt_secret: str | None = setting(None, parse_secret, "at least 32 characters, 10 different ones; signs the tokens")
     webui_security: str = setting("AUTH_WHEN_PROXIED", parse_choice(*POLICIES), "who may see the Web UI: NONE, AUTH_WHEN_PROXIED, ALWAYS_AUTH")
     api_security: str = setting("NONE", parse_choice(*POLICIES), "who may use the model API: the same three")
     trusted_proxies: tuple[IPNetwork, ...] = setting("none", parse_networks, "addresses or CIDRs whose X-Forwarded-For is believed")
     allowed_hosts: tuple[str, ...] = setting("", parse_names, "extra Host names for the Web UI")
     allowed_origins: tuple[str, ...] = setting("loopback", parse_origins, "browser origins that may call the API; * for all")
-    shutdown_grace: float = setting("8", parse_number(0, 3600, False), "s that running requests get after SIGTERM")
+    shutdown_grace: float = setting("8", number_between(0, 3600, False), "s that running requests get after SIGTERM")
     log_level: str = setting("INFO", parse_choice(*LOG_LEVELS), "DEBUG, INFO (a line a request on stderr), WARNING, ERROR")
     # ruff: enable[E501]
     # fmt: on
@@ -526,6 +526,141 @@ class Settings:
         return settings
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much, how many and how long; bytes and seconds where nothing else is said.
+
+    They are no settings, because a good value does not depend on the house. They are one record,
+    and whoever needs some of them gets the record, so that a test can pass small ones.
+    """
+
+    # Heads (RFC 9112). Long enough for what real clients send (cookies, tracing, signed URLs),
+    # short enough that a connection costs little before it proves useful. RFC 9112 section 3
+    # asks for request lines of at least 8,000 octets.
+    request_line: int = 16 * KiB
+    field_line: int = 16 * KiB
+    all_field_lines: int = 64 * KiB
+    field_count: int = 128
+    response_head: int = 64 * KiB
+    # A server may send so many 1xx responses before the real one.
+    interim_responses: int = 50
+
+    # Chunked content (RFC 9112 section 7.1). The extensions of one content have a limit of their
+    # own: a server that counted each line alone was CVE-2023-39326.
+    chunk_line: int = 1 * KiB
+    chunk_extensions: int = 16 * KiB
+    trailers: int = 8 * KiB
+
+    # Connections of clients.
+    head_timeout: float = 10.0
+    keep_alive_timeout: float = 75.0
+    requests_per_connection: int = 10_000
+    # A connection that has served so many requests, or while no other fits, may idle so long.
+    worn_keep_alive_timeout: float = 1.0
+    # The content of a request gets a grace, and then has to keep a rate, in octets a second.
+    content_grace: float = 20.0
+    content_rate: int = 500
+    # An answer that nobody reads for so long ends.
+    write_timeout: float = 300.0
+    # After an error the router reads on for a moment, or the answer may be lost (RFC 9112 9.6).
+    linger_timeout: float = 2.0
+    # Unread content up to this length is read past after an early answer.
+    discarded_content: int = 64 * KiB
+    # What was read and is not used yet; above it the sender waits.
+    read_ahead: int = 128 * KiB
+    # What a slow client has not read yet; above it its upstream waits.
+    write_buffer: int = 256 * KiB
+    # What is written in one turn of the event loop before it is sent at once.
+    unsent: int = 64 * KiB
+    # All running requests together may hold so much content; reading it takes four times that.
+    held_content: int = 256 * MiB
+    # The default backlog of 100 makes the 101st client of a burst wait for one to three seconds.
+    listen_backlog: int = 4096
+    # Connections accepted in one turn of the event loop; running streams wait meanwhile.
+    accepted_per_turn: int = 4
+    # Descriptors kept back for what is neither a client nor its upstream.
+    spare_files: int = 64
+    # Deadlines are looked at so often.
+    deadline_interval: float = 0.25
+
+    # JSON. Each object, array and value costs memory, and time in which nothing else runs.
+    json_depth: int = 200
+    json_values: int = 1_000_000
+    json_nodes: int = 250_000
+    # JSON and other content from this length on is read in a thread, so that it stalls nobody.
+    long_content: int = MiB
+
+    # Answers on their way through a filter or a translation.
+    buffered_answer: int = 64 * MiB
+    decoded_answer: int = 32 * MiB
+    buffered_event: int = 4 * MiB
+    # Texts filtered apart in one stream: as many choices as vLLM can be asked for.
+    texts_per_stream: int = 16 * KiB
+    # Tool calls of one answer that fragments may still continue.
+    open_tool_calls: int = 64
+    # An error answer kept while the next instance is tried.
+    buffered_error: int = MiB
+
+    # Names that clients choose, in characters. Longer ones are not tried on patterns, because a
+    # harmless one such as `/.*-1.5b/` takes quadratic time.
+    model_name: int = 16 * KiB
+    pattern_name: int = 256
+    # Characters of an error that rows and printed lines hold.
+    error_text: int = 400
+
+    # Tokens: their length in characters, and how often one address may fail in a window.
+    token: int = 8 * KiB
+    token_failures: int = 10
+    token_failure_window: float = 60.0
+    token_failure_addresses: int = 10_000
+
+    # Upstreams. Idle connections are kept for each server, as many as there can be clients.
+    idle_connection_timeout: float = 30.0
+    idle_connections: int = 2048
+    # Instances whose health is known; clients choose the names of models.
+    known_instances: int = 1000
+    cool_down: float = 5.0
+    longest_cool_down: float = 60.0
+    longest_retry_after: float = 300.0
+    # Model lists: how long an answer may take, is fresh, and counts when its server is gone.
+    model_list_timeout: float = 2.0
+    model_list_fresh: float = 60.0
+    model_list_kept: float = 600.0
+    model_list_size: int = 4 * MiB
+    model_list_fetches: int = 32
+    model_lists: int = 200
+
+    # The log. Bodies up to the first length stand in the database, longer ones in files.
+    inline_body: int = 16 * KiB
+    # Bodies of running requests and of rows that wait; above it, new ones are cut.
+    held_bodies: int = 32 * MiB
+    # Rows that wait for a database in trouble; the oldest go first.
+    backlog_rows: int = 10_000
+    # News wait so long for company in one transaction.
+    batch_interval: float = 0.1
+    # After trouble with the database the next try comes so much later; a lock is waited for.
+    retry_interval: float = 1.0
+    database_lock_timeout: float = 1.0
+    prune_interval: float = 3600.0
+    # Different models and servers that /metrics counts apart.
+    metric_series: int = 500
+    # Octets of a secret that is looked for in answers; shorter ones would hide plain words.
+    echoed_secret: int = 16
+
+    # The page. The newest rows that a search for text looks at, and how often news are sent.
+    searched_rows: int = 20_000
+    news_interval: float = 0.25
+    news_keep_alive: float = 15.0
+    news_rows: int = 100
+    export_page: int = 200
+
+    # The routing file is looked at so often.
+    reload_interval: float = 2.0
+
+
+LIMITS = Limits()
+
+
 # ======================================================================================
 # 3  HTTP messages (pure)
 # ======================================================================================
@@ -533,18 +668,7 @@ class Settings:
 # What is forwarded must be read the same way by everybody, so that reading is strict and
 # a doubtful message is refused. Fields are an ordered list of lines, never a dict.
 
-# Every limit with its reason: long enough for what real clients send (cookies, tracing,
-# signed URLs), short enough that a connection costs little before it proves useful.
-MAX_START_LINE = 16 * KiB  # octets of a request line; 8,000 must work (RFC 9112 3)
-MAX_FIELD_LINE = 16 * KiB  # one field line
-MAX_FIELDS_SIZE = 64 * KiB  # all field lines of a head
-MAX_FIELD_COUNT = 128
-MAX_REQUEST_HEAD = MAX_START_LINE + MAX_FIELDS_SIZE
-MAX_RESPONSE_HEAD = 64 * KiB
 MAX_CACHED_HEAD = 2 * KiB  # remembered with what was read from it
-MAX_CHUNK_LINE = 1 * KiB  # chunk-size with extensions
-MAX_CHUNK_EXTENSIONS = 16 * KiB  # all of one content: CVE-2023-39326
-MAX_TRAILERS = 8 * KiB
 CR, LF = b"\r\n"
 MIN_BULK = KiB  # from here on reading chunks in bulk is the faster way
 MAX_EVEN = 1024  # chunks of one size read at once
@@ -561,7 +685,11 @@ PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 LINE_CHUNK_SIZES = {  # by the lines of a chunk up to its `\r`, and the length of its text
     period: {size: b"%x\r" % (size + period - 2) for size in range(KiB)} for period in (3, 4)
 }
-CHUNK_LINES = {"chunk-size": MAX_CHUNK_LINE, "chunk-end": 0, "trailer": MAX_TRAILERS}  # octets
+CHUNK_LINES = {
+    "chunk-size": LIMITS.chunk_line,
+    "chunk-end": 0,
+    "trailer": LIMITS.trailers,
+}  # octets
 LAST_CHUNK = b"0\r\n\r\n"
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
@@ -629,12 +757,12 @@ def parse_fields(text: str) -> Fields:
     if len(found) != text.count("\n"):
         line = next(line for line in text.split("\r\n") if not FIELD_LINE.fullmatch(line))
         raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
-    if len(found) > MAX_FIELD_COUNT:
-        raise FieldsTooLarge(f"{len(found)} field lines; {MAX_FIELD_COUNT} are allowed")
-    line = max(text.split("\r\n"), key=len) if len(text) > MAX_FIELD_LINE else ""
-    if len(line) > MAX_FIELD_LINE:
+    if len(found) > LIMITS.field_count:
+        raise FieldsTooLarge(f"{len(found)} field lines; {LIMITS.field_count} are allowed")
+    line = max(text.split("\r\n"), key=len) if len(text) > LIMITS.field_line else ""
+    if len(line) > LIMITS.field_line:
         name = line.partition(":")[0][:80]
-        raise FieldsTooLarge(f"field {name!r} has {len(line)} octets, over {MAX_FIELD_LINE}")
+        raise FieldsTooLarge(f"field {name!r} has {len(line)} octets, over {LIMITS.field_line}")
     return Fields([(name.lower(), name, value.strip(" \t")) for name, value in found])
 
 
@@ -762,16 +890,16 @@ def cache_short(parse: Callable[[bytes], Parsed]) -> Callable[[bytes], Parsed]:
 def parse_request_head(data: bytes) -> RequestHead:
     """Read a request head without its final empty line (RFC 9112 2.1, 3, 5)."""
     start, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
-    if len(start) > MAX_START_LINE:
-        raise TargetTooLong(f"the request line has {len(start)} octets, over {MAX_START_LINE}")
+    if len(start) > LIMITS.request_line:
+        raise TargetTooLong(f"the request line has {len(start)} octets, over {LIMITS.request_line}")
     match = REQUEST_LINE.fullmatch(start)
     if match is None:
         raise MalformedMessage(f"request line {start[:80]!r} is not `METHOD target HTTP/1.1`")
     method, target, major, minor = match.groups()
     if major != "1":
         raise VersionNotSupported(f"HTTP/{major}.{minor} instead of HTTP/1.1")
-    if len(lines) > MAX_FIELDS_SIZE:
-        raise FieldsTooLarge(f"all fields have more than {MAX_FIELDS_SIZE} octets")
+    if len(lines) > LIMITS.all_field_lines:
+        raise FieldsTooLarge(f"all fields have more than {LIMITS.all_field_lines} octets")
     return RequestHead(method, target, min(int(minor), 1), parse_fields(lines))
 
 
@@ -904,8 +1032,8 @@ class ChunkDecoder:
             self.part = "chunk-size"
         elif self.part == "trailer":
             self.trailers += len(line) + 2
-            if self.trailers > MAX_TRAILERS:
-                raise FieldsTooLarge(f"trailers over {MAX_TRAILERS} octets")
+            if self.trailers > LIMITS.trailers:
+                raise FieldsTooLarge(f"trailers over {LIMITS.trailers} octets")
             if line and not FIELD_LINE.fullmatch(line.decode("latin-1")):
                 raise MalformedMessage(f"trailer line {line[:80]!r} is not `name: value`")
             self.done = not line
@@ -914,8 +1042,8 @@ class ChunkDecoder:
             if match is None:
                 raise MalformedMessage(f"chunk-size {line[:80]!r} is not hexadecimal")
             self.extensions += len(line) - len(match[1])
-            if self.extensions > MAX_CHUNK_EXTENSIONS:
-                raise MalformedMessage(f"chunk extensions over {MAX_CHUNK_EXTENSIONS} octets")
+            if self.extensions > LIMITS.chunk_extensions:
+                raise MalformedMessage(f"chunk extensions over {LIMITS.chunk_extensions} octets")
             self.left = int(match[1], 16)
             self.part = "chunk-end" if self.left else "trailer"
 
@@ -933,12 +1061,161 @@ def encode_field_value(text: str) -> str:
 
 
 # ======================================================================================
-# 4  Event streams (pure)
+# 4  JSON (pure)
+# ======================================================================================
+# Reading documents of clients and servers, and editing them. A document is looked at before
+# it is parsed: one that is too deep or has too many parts is refused, whoever sent it. An
+# edit replaces values where they stand and keeps every other byte of the document.
+
+NO_BACKSLASH = re.compile(r"[^\\]")
+BRACKET = re.compile(r"[\[{\]}]")
+BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}  # levels that each goes down
+JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
+JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
+BOM = b"\xef\xbb\xbf"
+Path = tuple[str | int, ...]
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and the infinities, which Python reads and RFC 8259 does not know."""
+    raise ValueError(f"{name} is not JSON")
+
+
+CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
+
+
+def json_gaps(text: str) -> Iterator[str]:
+    """Yield what stands between the strings of JSON, slice by slice."""
+    at, inside = 0, False
+    while at < len(text):
+        stop = NO_BACKSLASH.search(text, at + LIMITS.long_content)  # no escape is cut
+        end = stop.end() if stop else len(text)
+        parts = text[at:end].replace("\\\\", "").replace('\\"', "").split('"')
+        yield "".join(parts[inside::2])
+        inside ^= len(parts) % 2 == 0
+        at = end
+
+
+def check_size(text: str, values: float = LIMITS.json_values) -> None:
+    """Refuse JSON that is too deep or has too many parts, before anybody reads it."""
+    nodes = text.count("[") + text.count("{")
+    if nodes <= LIMITS.json_depth and text.count(",") <= values:
+        return
+    depth = nodes = 0
+    for gap in json_gaps(text):
+        values -= gap.count(",")
+        nodes += gap.count("[") + gap.count("{")
+        steps = map(BRACKETS.get, BRACKET.findall(gap))
+        depths = [*itertools.accumulate(steps, initial=depth)]
+        depth = depths[-1]
+        if max(depths) > LIMITS.json_depth:
+            raise MalformedContent(f"JSON deeper than {LIMITS.json_depth} levels")
+        if nodes > LIMITS.json_nodes or values < 0:
+            limits = f"{LIMITS.json_nodes} objects and arrays, {LIMITS.json_values} values"
+            raise ContentTooLarge(f"the JSON has too many parts; allowed are {limits}")
+
+
+def parse_json(content: bytes) -> tuple[str, Any]:
+    """Return the text and the value of a JSON document. Raises MalformedContent."""
+    try:
+        text = content.decode("utf-8")
+        check_size(text)
+        return text, CLIENT_JSON.decode(text)
+    except RecursionError:
+        raise MalformedContent(f"JSON deeper than {LIMITS.json_depth} levels") from None
+    except ValueError as error:
+        raise MalformedContent(f"the content is not JSON: {error}") from None
+
+
+def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
+    """Return the object that an upstream's event holds, None when it holds none."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        if len(text) > LIMITS.long_content:
+            check_size(text, float("inf"))  # vectors are long
+        value = SERVER_JSON.decode(text)
+    except (ValueError, RecursionError, RouterError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def encode_asked(value: Any) -> bytes:
+    """Return compact JSON; a lone surrogate stays an escape.
+
+    Raises MalformedContent for a number that no double holds: what was asked is not known.
+    """
+    try:
+        return COMPACT_JSON(value).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except ValueError:
+        raise MalformedContent("a number is beyond 1.8e308, the most that a double holds") from None
+
+
+def encode_json(value: Any) -> bytes:
+    """Return the same; what no double holds is null: servers say such things."""
+    try:
+        return encode_asked(value)
+    except MalformedContent:
+        return encode_asked(json.loads(json.dumps(value), parse_constant=lambda name: None))
+
+
+def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]:
+    """Yield key or index, start and end of each value of the container at `at`."""
+    opening, index = JSON_OPEN.match(text, at), 0
+    at = opening.end() if opening else at
+    while opening and text[at] not in "}]":
+        key: str | int = index
+        if opening[1] == "{":
+            key, at = SERVER_JSON.raw_decode(text, at)
+            at = JSON_NEXT.match(text, at).end()
+        _, end = SERVER_JSON.raw_decode(text, at)
+        yield key, at, end
+        at = JSON_NEXT.match(text, end).end()
+        index += 1
+
+
+def edit_places(
+    text: str, at: int, edits: Mapping[Path, Any], prefix: Path = ()
+) -> Iterator[tuple[int, int, Path]]:
+    """Yield where the values at the paths of `edits` stand, in order; a repeated member twice."""
+    inner: dict[str | int, dict[Path, Any]] = {}
+    for path, value in edits.items():
+        inner.setdefault(path[0], {})[path[1:]] = value
+    for key, start, end in json_members(text, at):
+        if key in inner and () in inner[key]:
+            yield start, end, (*prefix, key)
+        elif key in inner:
+            yield from edit_places(text, start, inner[key], (*prefix, key))
+
+
+def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
+    """Return a JSON object with some values replaced (a new member: at its end), no more."""
+    pieces, done, found = [], 0, set()
+    escapes = "\\u" in text  # they can spell a name in other ways
+    there = {path: value for path, value in edits.items() if escapes or f'"{path[0]}"' in text}
+    for start, end, path in edit_places(text, 0, there) if there else ():
+        pieces += [text[done:start], encode_asked(edits[path]).decode()]
+        done = end
+        found.add(path)
+    new = [
+        f"{json.dumps(path[0])}:{encode_asked(value).decode()}"
+        for path, value in edits.items()
+        if path not in found and len(path) == 1
+    ]
+    rest, _, end = text[done:].rpartition("}")
+    comma = "," if new and '"' in text else ""
+    return "".join([*pieces, rest, comma, ",".join(new), "}", end]).encode()
+
+
+# ======================================================================================
+# 5  Event streams (pure)
 # ======================================================================================
 # A stream of events, server-sent events or lines of JSON, is cut only between events.
 # Whole events leave as the bytes they came in; nobody looks inside here.
 
-MAX_HELD_EVENT = 4 * MiB  # one event held for a filter; above, it is relayed as it is
 LAST_EVENTS = 8  # of a stream, one of which says that it is complete, or has failed
 FAR_BACK = 2 * KiB  # octets, where those of a block stand
 DONE_MARK = b"[DONE]"
@@ -1040,7 +1317,7 @@ class EventSplitter:
 
 
 # ======================================================================================
-# 5  Text filters (pure)
+# 6  Text filters (pure)
 # ======================================================================================
 # What a model says, with thinking and fence lines taken out and every other character
 # kept, wherever the text is split: each filter holds back only what could still become
@@ -1181,37 +1458,12 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 
 
 # ======================================================================================
-# 6  Dialects (pure)
+# 7  Protocols (pure)
 # ======================================================================================
-# Inside, every request and answer is OpenAI-shaped. A `Dialect` is a record of functions
-# that turns what a client says into an `Ask` and an answer into what that client reads;
-# each endpoint of section 14 names one. JSON that needs no change keeps its bytes, and a
-# change replaces the value alone: `splice_json` never writes a whole document again.
-# To add a protocol: its functions, its `Dialect` constants, its lines in section 14.
+# What each endpoint's documents look like.
 
-MAX_TEXTS = 16 * KiB  # filtered apart in one stream: the most choices that vLLM can be asked for
-MAX_OPEN_CALLS = 64  # tool calls of an answer that fragments may still continue
-
-MAX_MODEL_NAME = 16 * KiB  # characters
-MAX_JSON_DEPTH = 200
-MAX_TEXT_PATH = 5  # members down to the text of a part; each is one more look at what is inside
-MAX_JSON_VALUES, MAX_JSON_NODES = 1_000_000, 250_000  # commas; objects and arrays: each of
-MIN_LONG_JSON = MiB  # them costs memory, and time in which nothing else runs
-NO_BACKSLASH = re.compile(r"[^\\]")
-BRACKET = re.compile(r"[\[{\]}]")
-BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}  # levels that each goes down
-MAX_HELD_ANSWER = 64 * MiB  # an answer held to be changed; above, it is relayed as it is
-JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
-JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
-NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
-NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
-PLAIN_TEXT = re.compile(  # of the answer itself, and more than white space
-    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
-)
-TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
-BOM = b"\xef\xbb\xbf"
 NO_THINK_MEMBERS = {  # where the words of the user stand, by path
     "/v1/chat/completions": "messages",
     "/v1/messages": "messages",
@@ -1220,141 +1472,25 @@ NO_THINK_MEMBERS = {  # where the words of the user stand, by path
     "/api/generate": "prompt",
     "/v1/responses": "input",
 }
-Path = tuple[str | int, ...]
 
 
-def refuse_constant(name: str) -> None:
-    """Refuse NaN and the infinities, which Python reads and RFC 8259 does not know."""
-    raise ValueError(f"{name} is not JSON")
+# ======================================================================================
+# 8  Dialects (pure)
+# ======================================================================================
+# Inside, every request and answer is OpenAI-shaped. A `Dialect` is a record of functions
+# that turns what a client says into an `ParsedRequest` and an answer into what that client reads;
+# each endpoint of section 16 names one. JSON that needs no change keeps its bytes, and a
+# change replaces the value alone: `splice_json` never writes a whole document again.
+# To add a protocol: its functions, its `Dialect` constants, its lines in section 16.
 
 
-CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
-
-
-def json_gaps(text: str) -> Iterator[str]:
-    """Yield what stands between the strings of JSON, slice by slice."""
-    at, inside = 0, False
-    while at < len(text):
-        stop = NO_BACKSLASH.search(text, at + MIN_LONG_JSON)  # no escape is cut
-        end = stop.end() if stop else len(text)
-        parts = text[at:end].replace("\\\\", "").replace('\\"', "").split('"')
-        yield "".join(parts[inside::2])
-        inside ^= len(parts) % 2 == 0
-        at = end
-
-
-def check_size(text: str, values: float = MAX_JSON_VALUES) -> None:
-    """Refuse JSON that is too deep or has too many parts, before anybody reads it."""
-    nodes = text.count("[") + text.count("{")
-    if nodes <= MAX_JSON_DEPTH and text.count(",") <= values:
-        return
-    depth = nodes = 0
-    for gap in json_gaps(text):
-        values -= gap.count(",")
-        nodes += gap.count("[") + gap.count("{")
-        steps = map(BRACKETS.get, BRACKET.findall(gap))
-        depths = [*itertools.accumulate(steps, initial=depth)]
-        depth = depths[-1]
-        if max(depths) > MAX_JSON_DEPTH:
-            raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels")
-        if nodes > MAX_JSON_NODES or values < 0:
-            limits = f"{MAX_JSON_NODES} objects and arrays, {MAX_JSON_VALUES} values"
-            raise ContentTooLarge(f"the JSON has too many parts; allowed are {limits}")
-
-
-def parse_json(content: bytes) -> tuple[str, Any]:
-    """Return the text and the value of a JSON document. Raises MalformedContent."""
-    try:
-        text = content.decode("utf-8")
-        check_size(text)
-        return text, CLIENT_JSON.decode(text)
-    except RecursionError:
-        raise MalformedContent(f"JSON deeper than {MAX_JSON_DEPTH} levels") from None
-    except ValueError as error:
-        raise MalformedContent(f"the content is not JSON: {error}") from None
-
-
-def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
-    """Return the object that an upstream's event holds, None when it holds none."""
-    try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        if len(text) > MIN_LONG_JSON:
-            check_size(text, float("inf"))  # vectors are long
-        value = SERVER_JSON.decode(text)
-    except (ValueError, RecursionError, RouterError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def encode_asked(value: Any) -> bytes:
-    """Return compact JSON; a lone surrogate stays an escape.
-
-    Raises MalformedContent for a number that no double holds: what was asked is not known.
-    """
-    try:
-        return COMPACT_JSON(value).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except ValueError:
-        raise MalformedContent("a number is beyond 1.8e308, the most that a double holds") from None
-
-
-def encode_json(value: Any) -> bytes:
-    """Return the same; what no double holds is null: servers say such things."""
-    try:
-        return encode_asked(value)
-    except MalformedContent:
-        return encode_asked(json.loads(json.dumps(value), parse_constant=lambda name: None))
-
-
-def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]:
-    """Yield key or index, start and end of each value of the container at `at`."""
-    opening, index = JSON_OPEN.match(text, at), 0
-    at = opening.end() if opening else at
-    while opening and text[at] not in "}]":
-        key: str | int = index
-        if opening[1] == "{":
-            key, at = SERVER_JSON.raw_decode(text, at)
-            at = JSON_NEXT.match(text, at).end()
-        _, end = SERVER_JSON.raw_decode(text, at)
-        yield key, at, end
-        at = JSON_NEXT.match(text, end).end()
-        index += 1
-
-
-def edit_places(
-    text: str, at: int, edits: Mapping[Path, Any], prefix: Path = ()
-) -> Iterator[tuple[int, int, Path]]:
-    """Yield where the values at the paths of `edits` stand, in order; a repeated member twice."""
-    inner: dict[str | int, dict[Path, Any]] = {}
-    for path, value in edits.items():
-        inner.setdefault(path[0], {})[path[1:]] = value
-    for key, start, end in json_members(text, at):
-        if key in inner and () in inner[key]:
-            yield start, end, (*prefix, key)
-        elif key in inner:
-            yield from edit_places(text, start, inner[key], (*prefix, key))
-
-
-def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
-    """Return a JSON object with some values replaced (a new member: at its end), no more."""
-    pieces, done, found = [], 0, set()
-    escapes = "\\u" in text  # they can spell a name in other ways
-    there = {path: value for path, value in edits.items() if escapes or f'"{path[0]}"' in text}
-    for start, end, path in edit_places(text, 0, there) if there else ():
-        pieces += [text[done:start], encode_asked(edits[path]).decode()]
-        done = end
-        found.add(path)
-    new = [
-        f"{json.dumps(path[0])}:{encode_asked(value).decode()}"
-        for path, value in edits.items()
-        if path not in found and len(path) == 1
-    ]
-    rest, _, end = text[done:].rpartition("}")
-    comma = "," if new and '"' in text else ""
-    return "".join([*pieces, rest, comma, ",".join(new), "}", end]).encode()
+MAX_TEXT_PATH = 5  # members down to the text of a part; each is one more look at what is inside
+NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
+NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
+PLAIN_TEXT = re.compile(  # of the answer itself, and more than white space
+    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
+)
+TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
 
 
 # --- what is asked --------------------------------------------------------------------
@@ -1369,7 +1505,7 @@ class Rewrite(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class ParsedRequest:
     """A request as its dialect reads it."""
 
     path: str
@@ -1382,9 +1518,9 @@ class Ask:
     span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
 
     def __post_init__(self) -> None:
-        if len(self.model) > MAX_MODEL_NAME:  # it is kept, shown and counted by in many places
+        if len(self.model) > LIMITS.model_name:  # it is kept, shown and counted by in many places
             seen = f"the model's name has {len(self.model)} characters"
-            raise MalformedContent(f"{seen}; {MAX_MODEL_NAME} are allowed")
+            raise MalformedContent(f"{seen}; {LIMITS.model_name} are allowed")
 
     @property
     def wants_usage(self) -> bool:
@@ -1413,20 +1549,20 @@ class Dialect(NamedTuple):
 
     service: str
     events: EventFormat
-    read: Callable[[str, str, bytes], Ask]  # path, query, content
+    read: Callable[[str, str, bytes], ParsedRequest]  # path, query, content
     encode_error: Callable[[RouterError], bytes]
-    encode: Callable[[Ask, Rewrite], bytes]  # for a server that speaks it too
-    encode_openai: Callable[[Ask, Rewrite], bytes] | None = None  # for one that does not
-    openai_path: Callable[[Ask], str] | None = None
+    encode: Callable[[ParsedRequest, Rewrite], bytes]  # for a server that speaks it too
+    encode_openai: Callable[[ParsedRequest, Rewrite], bytes] | None = None  # for one that does not
+    openai_path: Callable[[ParsedRequest], str] | None = None
     answer: Callable[..., bytes] | None = None  # of plan, document, content
-    empty: Callable[[Ask, str], dict[str, Any] | None] | None = None  # nothing to do
+    empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None  # nothing to do
 
     def encode_event_error(self, error: RouterError) -> bytes:
         """Return an error as the last event of a running stream."""
         return self.events.encode(self.encode_error(error))
 
 
-def read_object(path: str, query: str, content: bytes) -> Ask:
+def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
     """Read a JSON object and its model. Raises MalformedContent."""
     text, doc = parse_json(content)
     if not isinstance(doc, dict):
@@ -1436,7 +1572,7 @@ def read_object(path: str, query: str, content: bytes) -> Ask:
         raise MalformedContent(f"`model` is {json.dumps(model)[:80]} instead of a string")
     if not model and path in MODEL_PATHS:
         raise MalformedContent('no model was named; add `"model": "name"`')
-    return Ask(path, query, content, text, doc, model or "", doc.get("stream") is True)
+    return ParsedRequest(path, query, content, text, doc, model or "", doc.get("stream") is True)
 
 
 def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
@@ -1459,7 +1595,7 @@ def no_think_edit(path: str, doc: Mapping[str, Any]) -> dict[Path, Any]:
     return append_text((member,), doc.get(member), " /no_think")
 
 
-def encode_object(ask: Ask, rewrite: Rewrite) -> bytes:
+def encode_object(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return the client's own bytes with what must change changed."""
     edits = no_think_edit(ask.path, ask.doc) if rewrite.no_think else {}
     if rewrite.model != ask.model and ask.model:
@@ -1487,7 +1623,7 @@ def is_model_part(head: bytes) -> bool:
     return any(name.lower() == b"name" and b"model" in values for name, *values in found)
 
 
-def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
+def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedRequest:
     """Read the `model` part of a multipart form (RFC 7578); without one it is ""."""
     found = BOUNDARY.search(media_type)
     mark = f"\r\n--{found[1] or found[2]}".encode() if found else b""
@@ -1498,12 +1634,12 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> Ask:
         head_end = content.find(b"\r\n\r\n", at + len(mark), min(at + MAX_PART_HEAD, end))
         if head_end >= 0 and is_model_part(content[at + len(mark) : head_end]):
             model = content[head_end + 4 : end].decode("utf-8", "replace")
-            return Ask(path, query, content, model=model, span=(head_end + 4, end))
+            return ParsedRequest(path, query, content, model=model, span=(head_end + 4, end))
         at = end
-    return Ask(path, query, content)
+    return ParsedRequest(path, query, content)
 
 
-def encode_span(ask: Ask, rewrite: Rewrite) -> bytes:
+def encode_span(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return content that is no JSON with the model's name changed where it stands."""
     if rewrite.model == ask.model or not ask.model:
         return ask.content
@@ -1518,7 +1654,7 @@ def encode_openai_error(error: RouterError) -> bytes:
 
 
 OPENAI = Dialect("openai", SSE, read_object, encode_openai_error, encode_object)
-OPENAI_OPAQUE = OPENAI._replace(read=Ask, encode=encode_span)  # nobody looks inside
+OPENAI_OPAQUE = OPENAI._replace(read=ParsedRequest, encode=encode_span)  # nobody looks inside
 
 # --- what is answered -----------------------------------------------------------------
 
@@ -1540,7 +1676,7 @@ OTHER_TEXTS: tuple[Path, ...] = (  # of Ollama's own answers, of /v1/messages
 )
 
 
-class Slot(NamedTuple):
+class TextField(NamedTuple):
     """Where a text stands in an answer or event, and which of several texts it is."""
 
     path: Path
@@ -1548,7 +1684,7 @@ class Slot(NamedTuple):
     text: str
 
 
-def slots_at(top: Any, at: Path, paths: Iterable[Path], index: Any) -> Iterator[Slot]:
+def slots_at(top: Any, at: Path, paths: Iterable[Path], index: Any) -> Iterator[TextField]:
     """Yield the texts at some paths below `top`: strings, or the text parts of lists."""
     for path in paths:
         value = top
@@ -1556,10 +1692,10 @@ def slots_at(top: Any, at: Path, paths: Iterable[Path], index: Any) -> Iterator[
             value = value.get(key) if isinstance(value, dict) else None
         path = at + path
         if isinstance(value, str):
-            yield Slot(path, index, value)
+            yield TextField(path, index, value)
         for number, part in enumerate(value if isinstance(value, list) else ()):
             if isinstance(part, dict) and isinstance(part.get("text"), str):
-                yield Slot((*path, number, "text"), (index, number), part["text"])
+                yield TextField((*path, number, "text"), (index, number), part["text"])
 
 
 def read_choices(doc: Mapping[str, Any]) -> list[tuple[int, Any, dict[str, Any]]]:
@@ -1572,19 +1708,19 @@ def read_choices(doc: Mapping[str, Any]) -> list[tuple[int, Any, dict[str, Any]]
     ]
 
 
-def text_slots(doc: Mapping[str, Any]) -> list[Slot]:
+def text_slots(doc: Mapping[str, Any]) -> list[TextField]:
     """Return where the visible text of an answer or of one event stands."""
     if doc.get("type") == TEXT_DELTA:
         return list(slots_at(doc, (), [("delta",)], str(doc.get("item_id"))))
     if "choices" not in doc:
         return list(slots_at(doc, (), OTHER_TEXTS, str(doc.get("index"))))
-    slots: list[Slot] = []
+    slots: list[TextField] = []
     for at, index, choice in read_choices(doc):
         slots += slots_at(choice, ("choices", at), CHOICE_TEXTS, index)
     return slots
 
 
-def output_slots(value: Any, path: Path = ()) -> Iterator[Slot]:
+def output_slots(value: Any, path: Path = ()) -> Iterator[TextField]:
     """Yield the whole texts inside a response object, however deep it lies."""
     items = value.items() if isinstance(value, dict) else ()
     for key, inner in enumerate(value) if isinstance(value, list) else items:
@@ -1613,7 +1749,7 @@ def carries_more(doc: Mapping[str, Any]) -> bool:
     return bool(doc.get("usage") or doc.get("done") or any(said))
 
 
-def tail_document(doc: dict[str, Any], slot: Slot, text: str) -> dict[str, Any]:
+def tail_document(doc: dict[str, Any], slot: TextField, text: str) -> dict[str, Any]:
     """Turn an event into one that says nothing but `text` at the slot."""
     doc.pop("usage", None)
     if slot.path[0] == "choices":
@@ -1630,7 +1766,7 @@ def tail_document(doc: dict[str, Any], slot: Slot, text: str) -> dict[str, Any]:
 class AnswerPlan(NamedTuple):
     """What is known of an answer when its head has come."""
 
-    ask: Ask
+    ask: ParsedRequest
     dialect: Dialect
     native: bool  # the server speaks the client's dialect
     rules: FilterRules
@@ -1671,7 +1807,7 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     return splice_json(content.decode(), edits) if edits else content
 
 
-class WholeAnswer:
+class BufferedRewrite:
     """Holds an answer until all of it can be changed; a huge one goes as it is."""
 
     whole, complete = True, False  # `whole`: nothing leaves before finish()
@@ -1681,14 +1817,14 @@ class WholeAnswer:
         self.held = bytearray()
 
     def feed(self, data: bytes) -> bytes:
-        """Hold `data`; give up above MAX_HELD_ANSWER."""
+        """Hold `data`; give up above LIMITS.buffered_answer."""
         if not self.whole:
             return data
         self.held += data
-        if len(self.held) <= MAX_HELD_ANSWER:
+        if len(self.held) <= LIMITS.buffered_answer:
             return b""
         if self.required:
-            raise BadGateway(f"the answer is longer than {MAX_HELD_ANSWER} bytes")
+            raise BadGateway(f"the answer is longer than {LIMITS.buffered_answer} bytes")
         self.whole = False
         return bytes(self.held)
 
@@ -1765,7 +1901,7 @@ def is_last_event(form: EventFormat, event: bytes, closed: bool) -> bool:
     return ended or (not closed and parse_event_json(form.read(event)) is not None)
 
 
-class EventFilter:
+class StreamRewrite:
     """Filters the events of a stream that stays in its own format.
 
     Whole events leave as the bytes they came in, unless one holds a word that may make a change
@@ -1785,7 +1921,9 @@ class EventFilter:
         self.plain = not (self.filtering or self.renames)
         self.texts: dict[Any, TextFilter] = {}
         self.unsettled: set[Any] = set()  # of them, whose filters are not `settled`
-        self.waiting: dict[Any, tuple[bytes, Slot]] = {}  # of them, with the last event: `waits`
+        self.waiting: dict[
+            Any, tuple[bytes, TextField]
+        ] = {}  # of them, with the last event: `waits`
         self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
         self.raw = b""  # inside an event that was too long: its last octets, maybe of its end
         self.spoken = False  # text without a tag has begun, and no filter was needed so far
@@ -1805,10 +1943,10 @@ class EventFilter:
         if block:
             self.tail.append(block)
             return self.change_block(block)
-        if len(self.splitter.held) <= MAX_HELD_EVENT:
+        if len(self.splitter.held) <= LIMITS.buffered_event:
             return b""
         if self.required:
-            raise BadGateway(f"an event is longer than {MAX_HELD_EVENT} bytes")
+            raise BadGateway(f"an event is longer than {LIMITS.buffered_event} bytes")
         event = self.splitter.take()
         self.raw = event[-2:]
         return event
@@ -1946,12 +2084,12 @@ class EventFilter:
         changed = [slot.path for slot in (*slots, *whole) if visible[slot.path] != slot.text]
         return tails, {path: visible[path] for path in changed}, empty and bool(changed)
 
-    def feed_text(self, slot: Slot, event: bytes, last: bool) -> str:
+    def feed_text(self, slot: TextField, event: bytes, last: bool) -> str:
         """Return what is visible of an event's text, and note what its filter waits for."""
         index = slot.index
         if index not in self.texts:
-            if len(self.texts) >= MAX_TEXTS:
-                raise BadGateway(f"the answer has more than {MAX_TEXTS} texts")
+            if len(self.texts) >= LIMITS.texts_per_stream:
+                raise BadGateway(f"the answer has more than {LIMITS.texts_per_stream} texts")
             self.texts[index] = TextFilter(self.rules, spoken=self.spoken)
         text_filter = self.texts[index]
         visible, _ = text_filter.feed(slot.text, last)
@@ -2067,7 +2205,9 @@ def add_text(pieces: list[str], text: str) -> None:
 def add_call(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> None:
     """Add a tool call or a fragment of one, which continues a call with its index and id."""
     index, call_id, function = call.get("index"), call.get("id"), call.get("function") or {}
-    late = () if index is None and function.get("name") else calls[: -MAX_OPEN_CALLS - 1 : -1]
+    late = (
+        () if index is None and function.get("name") else calls[: -LIMITS.open_tool_calls - 1 : -1]
+    )
     last = next(
         (
             known
@@ -2212,7 +2352,7 @@ SAME_OPTIONS = (
 )
 
 
-def read_ollama(path: str, query: str, content: bytes) -> Ask:
+def read_ollama(path: str, query: str, content: bytes) -> ParsedRequest:
     """Read an Ollama request: text streams unless told not to, `:latest` is nothing."""
     ask = read_object(path, query, content)
     model = ask.model or ask.doc.get("name")
@@ -2288,7 +2428,7 @@ def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
     return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
 
 
-def ollama_path(ask: Ask) -> str:
+def ollama_path(ask: ParsedRequest) -> str:
     """Return the OpenAI path that serves an Ollama request."""
     if "embed" in ask.path:
         return "/v1/embeddings"
@@ -2296,7 +2436,7 @@ def ollama_path(ask: Ask) -> str:
     return "/v1/completions" if raw else "/v1/chat/completions"
 
 
-def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
+def encode_ollama_chat(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
     doc, out = ask.doc, {"model": rewrite.model}
     messages = doc.get("messages") if ask.path == "/api/chat" else read_asked(ask.path, doc)
@@ -2316,7 +2456,7 @@ def encode_ollama_chat(ask: Ask, rewrite: Rewrite) -> bytes:
     return content
 
 
-def encode_ollama_embed(ask: Ask, rewrite: Rewrite) -> bytes:
+def encode_ollama_embed(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
     text = ask.doc.get("input")
     text = (ask.doc.get("prompt") or "") if text is None else text
@@ -2349,7 +2489,7 @@ def rfc3339(seconds: float) -> str:
 
 
 def ollama_document(
-    ask: Ask, created_at: str, message: Mapping[str, Any], more: Mapping[str, Any]
+    ask: ParsedRequest, created_at: str, message: Mapping[str, Any], more: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return an answer, its text where chat and generate clients look for it."""
     said: dict[str, Any] = {"content": "", **message}
@@ -2384,7 +2524,7 @@ def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"function": {"name": call["name"], "arguments": arguments}}
 
 
-class OllamaStream(EventFilter):
+class OllamaStream(StreamRewrite):
     """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
 
     required = True
@@ -2472,7 +2612,7 @@ def answer_ollama_embed(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -
     return encode_json(answer | {name: counts[name] for name in kept})
 
 
-def ollama_loaded(ask: Ask, created_at: str) -> dict[str, Any] | None:
+def ollama_loaded(ask: ParsedRequest, created_at: str) -> dict[str, Any] | None:
     """Return the answer to an empty prompt or message list, None when there is work."""
     work = ask.doc.get("messages" if ask.path.endswith("/chat") else "prompt")
     if work or ask.doc.get("images"):
@@ -2496,7 +2636,7 @@ OLLAMA_EMBED = OLLAMA._replace(
     encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
 )
 OLLAMA_NATIVE = OLLAMA._replace(encode_openai=None, empty=None)
-OLLAMA_OPAQUE = OLLAMA_NATIVE._replace(read=Ask, encode=encode_span)
+OLLAMA_OPAQUE = OLLAMA_NATIVE._replace(read=ParsedRequest, encode=encode_span)
 
 
 def ollama_model(name: str, created_at: str) -> dict[str, Any]:
@@ -2528,7 +2668,7 @@ def ollama_show(name: str, created_at: str) -> dict[str, Any]:
 
 # --- which transform ------------------------------------------------------------------
 
-Transform = WholeAnswer | EventFilter
+Transform = BufferedRewrite | StreamRewrite
 EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
 
 
@@ -2554,27 +2694,26 @@ def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transfor
     form = EVENT_FORMATS.get(media_type)
     if not plan.native:
         if status >= 400:
-            return WholeAnswer(translate_error, required=True)
+            return BufferedRewrite(translate_error, required=True)
         if form is SSE:
             return OllamaStream(plan)
-        return WholeAnswer(functools.partial(translate_document, plan), required=True)
+        return BufferedRewrite(functools.partial(translate_document, plan), required=True)
     if status >= 400 or not plan.ask.text:
         return None
     if form:
-        return EventFilter(plan, form)
+        return StreamRewrite(plan, form)
     if media_type != "application/json" or not (any(plan.rules) or plan.renames):
         return None
-    return WholeAnswer(functools.partial(filter_document, plan))
+    return BufferedRewrite(functools.partial(filter_document, plan))
 
 
 # ======================================================================================
-# 7  Routing (pure)
+# 9  Routing (pure)
 # ======================================================================================
 # A model name and a source host become instances in order, and the trail says why. The
 # live path, the page and `explain` ask the same `resolve`. The file is strict: what it
 # does not know is an error with file, line, path and remedy.
 
-MAX_PATTERN_NAME = 256  # longer names are not tried on patterns: CVE-like `/.*x/` stalls
 STRATEGIES = ("failover", "round_robin", "least_busy")
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 PINNED = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
@@ -2955,7 +3094,7 @@ def match_model(wanted: str | re.Pattern[str], names: Sequence[str]) -> re.Match
     """Match one of a request's names, exactly or by search."""
     if isinstance(wanted, str):
         return wanted in names
-    tried = (wanted.search(name) for name in names if len(name) <= MAX_PATTERN_NAME)
+    tried = (wanted.search(name) for name in names if len(name) <= LIMITS.pattern_name)
     return next((match for match in tried if match), False)
 
 
@@ -2982,7 +3121,7 @@ def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[
     """Tell whether all that a rule states matches, and why or why not."""
     found = True if rule.model is None else match_model(rule.model, names)
     if not found:
-        too_long = names and all(len(name) > MAX_PATTERN_NAME for name in names)
+        too_long = names and all(len(name) > LIMITS.pattern_name for name in names)
         reason = ": longer than 256 characters" if too_long else ""
         return False, f"{rule.match_text}: the model does not match{reason}"
     if rule.hosts is not None and not host_matches(rule.hosts, source):
@@ -3028,16 +3167,13 @@ def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
 
 
 # ======================================================================================
-# 8  Access (pure)
+# 10  Access (pure)
 # ======================================================================================
 # Who may do what: tokens, the two policies, Host and Origin. Nothing here fails open: a
 # policy that cannot be checked refuses. The time is an argument.
 
 TOKEN_COOKIE = "smolrouter_token"
 TOKEN_FIELDS = ("x-smolrouter-token", "authorization", "cookie")
-MAX_TOKEN_LENGTH = 8 * KiB
-MAX_FAILURES, FAILURE_WINDOW = 10, 60.0  # failed tokens of one address, and s
-MAX_FAILING = 10_000  # addresses that are remembered for it
 PROXY_FIELDS = (
     "forwarded",
     "via",
@@ -3091,7 +3227,7 @@ def decode_base64url(text: str) -> bytes:
 def check_token(token: str, secret: str, now: float) -> str | None:
     """Return why a token is not valid, None when it is (RFC 7519 4.1, RFC 8725)."""
     parts = token.split(".")
-    if len(token) > MAX_TOKEN_LENGTH or len(parts) != 3 or not token.isascii():
+    if len(token) > LIMITS.token or len(parts) != 3 or not token.isascii():
         return "the token is not a JWT"
     head, claims = (parse_event_json(decode_base64url(part)) for part in parts[:2])
     if head is None or claims is None or head.get("alg") != "HS256" or "crit" in head:
@@ -3255,74 +3391,65 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
 
 
 # ======================================================================================
-# 9  HTTP on streams
+# 11  HTTP on streams
 # ======================================================================================
-# The only code that awaits bytes. A `Stream` is one connection, either way: it finds
-# heads and contents and keeps the deadline; a `Responder` writes one answer. Whoever
+# The only code that awaits bytes. A `Connection` is one connection, either way: it finds
+# heads and contents and keeps the deadline; a `ResponseWriter` writes one answer. Whoever
 # reads a content to its end leaves the connection at the next message.
 
-TICK = 0.25  # s between two looks at the deadlines
-READ_AHEAD = 128 * KiB  # read, but not used yet; above, the other side waits
-WRITE_BUFFER = 256 * KiB  # of a client; above, its upstream waits
-MAX_UNSENT = 64 * KiB  # written in a round of the loop, and not sent before its end
-WRITE_STALL = 300.0  # s that a client may read nothing of a running answer
-HEAD_TIMEOUT = 10.0  # s for a request head, from its first octet
-IDLE_TIMEOUT = 75.0  # s that a connection may wait for its next request
-CONTENT_GRACE, CONTENT_RATE = 20.0, 500  # s, then octets/s a request's content must keep
-LINGER = 2.0  # s to read on after an error, so that the answer is not lost
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 Late = Callable[[], RouterError]  # makes the error of a deadline that has passed
 NEVER = float("inf")
 
 
-class Rounds:
-    """What streams share: looks at their deadlines, and the sending at the end of a round.
+class LoopBatch:
+    """What connections share: looks at their deadlines, and the sending at the end of a round.
 
     A round of the event loop takes what has come on all of them. What is written meanwhile leaves
     together: to wake a process that sleeps costs as much as all else, and so it is woken once.
     """
 
     def __init__(self) -> None:
-        self.streams: set[Any] = set()
-        self.written: list[Any] = []  # streams with something to send
+        self.connections: set[Any] = set()
+        self.written: list[Any] = []  # connections with something to send
         self.timer: asyncio.TimerHandle | None = None
 
-    def send_after(self, stream: Any) -> None:
-        """Let a stream send at the end of this round."""
+    def send_after(self, connection: Any) -> None:
+        """Let a connection send at the end of this round."""
         if not self.written:
-            stream.loop.call_soon(self.send)
-        self.written.append(stream)
+            connection.loop.call_soon(self.send)
+        self.written.append(connection)
 
     def send(self) -> None:
-        """Let all streams send what was written."""
-        streams, self.written = self.written, []
-        for stream in streams:
-            stream.send()
+        """Let all connections send what was written."""
+        connections, self.written = self.written, []
+        for connection in connections:
+            connection.send()
 
-    def add(self, stream: Any) -> None:
-        """Look at a stream, which is a `Stream`, from now on."""
-        self.streams.add(stream)
-        self.timer = self.timer or stream.loop.call_later(TICK, self.tick)
+    def add(self, connection: Any) -> None:
+        """Look at a connection, which is a `Connection`, from now on."""
+        self.connections.add(connection)
+        self.timer = self.timer or connection.loop.call_later(LIMITS.deadline_interval, self.tick)
 
     def tick(self) -> None:
-        """Look at every stream once."""
+        """Look at every connection once."""
         self.timer = None
-        for stream in list(self.streams):
-            stream.check_deadline()
-        for stream in self.streams:
-            self.timer = stream.loop.call_later(TICK, self.tick)
+        for connection in list(self.connections):
+            connection.check_deadline()
+        for connection in self.connections:
+            self.timer = connection.loop.call_later(LIMITS.deadline_interval, self.tick)
             return
 
 
-class Stream(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One connection, either way: what has come, what may be written, and a deadline.
 
     One task at a time awaits it. While `sink` is set, what comes goes there at once, without a
     task being woken for it: that is how answers are relayed.
     """
 
-    def __init__(self, rounds: Rounds) -> None:
+    def __init__(self, rounds: LoopBatch) -> None:
         self.rounds, self.loop = rounds, asyncio.get_running_loop()
         self.unsent: list[bytes] = []  # of this round
         self.unsent_size = 0
@@ -3331,7 +3458,7 @@ class Stream(asyncio.Protocol):
         self.ended = False  # nothing more will come
         self.failure: Exception | None = None  # of the connection, or a deadline
         self.waiter: asyncio.Future[None] | None = None
-        self.choked = self.paused = False  # the other side reads too slowly; this one does
+        self.write_paused = self.paused = False  # the other side reads too slowly; this one does
         self.deadline, self.silence = NEVER, 0.0  # silence: s that each octet moves it on by
         self.late: Late = RouterError
         self.octets = self.seen = 0  # how many have come; and had at the last look
@@ -3343,17 +3470,17 @@ class Stream(asyncio.Protocol):
         """Begin, as asyncio calls it."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.set_write_buffer_limits(high=WRITE_BUFFER)
+        transport.set_write_buffer_limits(high=LIMITS.write_buffer)
         self.rounds.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come; above READ_AHEAD, the other side waits."""
+        """Take what has come; above LIMITS.read_ahead, the other side waits."""
         self.octets += len(data)
         if self.sink:
             self.sink(data)
             return
         self.rest = self.rest + data if self.rest else data
-        if len(self.rest) > READ_AHEAD:
+        if len(self.rest) > LIMITS.read_ahead:
             self.pause()
         self.wake()
 
@@ -3365,7 +3492,7 @@ class Stream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note the end of the connection."""
-        self.rounds.streams.discard(self)
+        self.rounds.connections.discard(self)
         self.failure, self.ended = self.failure or exc, True
         self.closed()
 
@@ -3377,11 +3504,11 @@ class Stream(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Note that the other side reads slowly."""
-        self.choked = True
+        self.write_paused = True
 
     def resume_writing(self) -> None:
         """Note that there is room again."""
-        self.choked = False
+        self.write_paused = False
         self.wake()
 
     def pause(self) -> None:
@@ -3473,8 +3600,8 @@ class Stream(asyncio.Protocol):
             if data and not (data[:1].isalnum() or data[:1] in b"!#$%&'*+-.^_`|~\r"):
                 hint = "; this port speaks http, not https" if data[:1] == b"\x16" else ""
                 raise MalformedMessage(f"{data[:8]!r} begins no HTTP message{hint}")
-            if len(data) > MAX_START_LINE and b"\r\n" not in data[: MAX_START_LINE + 2]:
-                raise TargetTooLong(f"the first line is over {MAX_START_LINE} octets")
+            if len(data) > LIMITS.request_line and b"\r\n" not in data[: LIMITS.request_line + 2]:
+                raise TargetTooLong(f"the first line is over {LIMITS.request_line} octets")
             if len(data) > limit:
                 raise FieldsTooLarge(f"the head is over {limit} octets")
         if data:
@@ -3487,7 +3614,7 @@ class Stream(asyncio.Protocol):
             self.rounds.send_after(self)
         self.unsent.append(data)
         self.unsent_size += len(data)
-        if self.unsent_size > MAX_UNSENT:
+        if self.unsent_size > LIMITS.unsent:
             self.send()
 
     def send(self) -> None:
@@ -3498,9 +3625,9 @@ class Stream(asyncio.Protocol):
 
     async def drain(self) -> None:
         """Wait while the other side reads too slowly. Raises ConnectionResetError."""
-        if self.choked and not self.failure:
-            self.expect(WRITE_STALL, READS_NOTHING)
-            while self.choked and not self.failure:
+        if self.write_paused and not self.failure:
+            self.expect(LIMITS.write_timeout, READS_NOTHING)
+            while self.write_paused and not self.failure:
                 await self.wait()
             self.deadline = NEVER
         if self.failure or self.transport.is_closing():
@@ -3515,7 +3642,7 @@ class Stream(asyncio.Protocol):
         else:
             self.send()
             self.transport.close()
-            self.expect(WRITE_STALL, TOO_LATE)  # to read what is left
+            self.expect(LIMITS.write_timeout, TOO_LATE)  # to read what is left
 
     def end_by_reset(self) -> None:
         """Let the close be seen as a failure, where a close alone would be a clean end."""
@@ -3530,21 +3657,23 @@ class Stream(asyncio.Protocol):
             self.send()
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            self.expect(LINGER, TOO_LATE)
+            self.expect(LIMITS.linger_timeout, TOO_LATE)
             while await self.read():
                 pass
         self.close()
 
 
 TOO_LATE: Late = functools.partial(RequestTimeout, "late")
-READS_NOTHING: Late = functools.partial(ClientClosed, f"nothing read for {WRITE_STALL:.0f} s")
+READS_NOTHING: Late = functools.partial(
+    ClientClosed, f"nothing read for {LIMITS.write_timeout:.0f} s"
+)
 
 
 class Content:
-    """Reads one content of a stream, piece by piece, up to a limit."""
+    """Reads one content of a connection, piece by piece, up to a limit."""
 
-    def __init__(self, stream: Stream, framing: Framing, limit: float = NEVER) -> None:
-        self.stream, self.framing, self.limit = stream, framing, limit
+    def __init__(self, connection: Connection, framing: Framing, limit: float = NEVER) -> None:
+        self.connection, self.framing, self.limit = connection, framing, limit
         self.left, self.size = framing.length, 0
         self.decoder = ChunkDecoder() if framing is CHUNKED else None
         self.done = framing == NO_CONTENT
@@ -3555,11 +3684,11 @@ class Content:
             piece = self.decoder.feed(data)
             self.left, self.done = self.decoder.left, self.decoder.done
             if self.done:
-                self.stream.rest = self.decoder.rest
+                self.connection.rest = self.decoder.rest
         elif self.framing is UNTIL_CLOSE:
             piece = data
         else:
-            piece, self.stream.rest = data[: self.left], data[self.left :]
+            piece, self.connection.rest = data[: self.left], data[self.left :]
             self.left -= len(piece)
             self.done = not self.left
         self.size += len(piece)
@@ -3576,7 +3705,7 @@ class Content:
     async def read(self) -> bytes:
         """Return the next piece, b"" at the end. Raises MalformedMessage when cut."""
         while not self.done:
-            data = await self.stream.read()
+            data = await self.connection.read()
             if not data:
                 self.end()
             elif piece := self.decode(data):
@@ -3591,11 +3720,11 @@ def http_date(second: int) -> str:
     return moment.strftime("%a, %d %b %Y %H:%M:%S GMT")
 
 
-class Responder:
+class ResponseWriter:
     """Writes one response, in the framing that its client understands."""
 
-    def __init__(self, stream: Stream, head: RequestHead | None) -> None:
-        self.stream = stream
+    def __init__(self, connection: Connection, head: RequestHead | None) -> None:
+        self.connection = connection
         self.minor = head.minor if head else 1
         self.method = head.method if head else "GET"
         self.keep = head is not None and head.keeps_alive
@@ -3636,12 +3765,12 @@ class Responder:
         """Send what was added."""
         if self.pending:
             pending, self.pending = self.pending, []
-            self.stream.write(pending[0] if len(pending) == 1 else b"".join(pending))
+            self.connection.write(pending[0] if len(pending) == 1 else b"".join(pending))
 
     def finish(self, content: bytes = b"") -> None:
         """Send the last content and the clean end."""
         self.finished = True
-        self.stream.on_close = None  # all is said; the client may go
+        self.connection.on_close = None  # all is said; the client may go
         self.write(content)
         if self.chunked:
             self.pending.append(LAST_CHUNK)
@@ -3653,7 +3782,7 @@ class Responder:
         self.write(content)
         self.flush()
         if self.until_close and not content:
-            self.stream.end_by_reset()
+            self.connection.end_by_reset()
 
     def send(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
         """Send a whole answer of the router's own."""
@@ -3672,8 +3801,8 @@ class Request:
     """A request whose head has been read, and the connection it came on."""
 
     head: RequestHead
-    stream: Stream
-    responder: Responder
+    connection: Connection
+    writer: ResponseWriter
     source_host: str
     content: bytes = b""
     unread: Content | None = None
@@ -3699,43 +3828,34 @@ class Request:
         self, limit: int, count: Callable[[Request, int], None] | None = None
     ) -> None:
         """Read all of the content, at most `limit` octets: 20 s, then 500 octets/s."""
-        framing, stream = self.head.framing, self.stream
-        self.unread = reader = Content(stream, framing, limit)
+        framing, connection = self.head.framing, self.connection
+        self.unread = reader = Content(connection, framing, limit)
         if framing.length > limit:
             raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
-        if self.head.expects_continue and not (reader.done or stream.rest):
-            stream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.head.expects_continue and not (reader.done or connection.rest):
+            connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces: list[bytes] = []
-        stream.expect(CONTENT_GRACE, CONTENT_SLOW)
-        grace_ends = stream.deadline
+        connection.expect(LIMITS.content_grace, CONTENT_SLOW)
+        grace_ends = connection.deadline
         while not reader.done:
             pieces.append(await reader.read())
             if count:
                 count(self, len(pieces[-1]))
-            stream.deadline = grace_ends + reader.size / CONTENT_RATE
-        stream.deadline = NEVER
+            connection.deadline = grace_ends + reader.size / LIMITS.content_rate
+        connection.deadline = NEVER
         self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 CONTENT_SLOW: Late = functools.partial(
-    RequestTimeout, f"the content came slower than {CONTENT_RATE} bytes/s"
+    RequestTimeout, f"the content came slower than {LIMITS.content_rate} bytes/s"
 )
 
 # ======================================================================================
-# 10  Upstreams
+# 12  Upstreams
 # ======================================================================================
 # A pool of idle connections, one request to one instance, and who is in cool-down. An
 # instance that failed goes to the end of the order for a while; it is never excluded.
 
-IDLE_UPSTREAM = 30.0  # s that an idle connection to an upstream is kept
-MAX_IDLE = 2048  # idle connections a server: as many as clients
-MAX_HEALTH = 1000  # instances that are known; clients choose names
-MAX_INTERIM = 50  # 1xx answers before the real one
-COOL_DOWN, MAX_COOL_DOWN, MAX_RETRY_AFTER = 5.0, 60.0, 300.0  # s
-MODELS_TIMEOUT, MODELS_FRESH, MODELS_KEPT = 2.0, 60.0, 600.0  # s
-MAX_MODELS_SIZE = 4 * MiB
-MAX_ASKED, MAX_LISTS = 32, 200  # lists asked for at once, each in a thread; lists kept
-MAX_HELD_ERROR = MiB  # of an error answer kept while the next instance is tried
 COOLING_STATUSES = (429, 503)
 
 
@@ -3775,25 +3895,29 @@ class BrokenAnswers(contextlib.AbstractContextManager[None]):
             raise BadGateway(f"the answer broke off: {describe(error)}") from None
 
 
-class Answer:
+class UpstreamResponse:
     """A response whose head has come; its content is read to the end or it is closed."""
 
     def __init__(
-        self, head: ResponseHead, stream: Stream, method: str, release: Callable[[Stream], None]
+        self,
+        head: ResponseHead,
+        connection: Connection,
+        method: str,
+        release: Callable[[Connection], None],
     ) -> None:
-        self.head, self.stream, self.release = head, stream, release
-        self.content = Content(stream, head.framing(method))
+        self.head, self.connection, self.release = head, connection, release
+        self.content = Content(connection, head.framing(method))
         self.held: list[bytes] = []  # read ahead
         self.open = True
 
     def settle(self) -> None:
         """Let the connection be used again, or close it; all was read."""
         self.open = False
-        clean = self.content.framing is not UNTIL_CLOSE and not self.stream.rest
-        if clean and self.head.keeps_alive and not self.stream.ended:
-            self.release(self.stream)
+        clean = self.content.framing is not UNTIL_CLOSE and not self.connection.rest
+        if clean and self.head.keeps_alive and not self.connection.ended:
+            self.release(self.connection)
         else:
-            self.stream.close()
+            self.connection.close()
 
     async def peek(self) -> bytes:
         """Read ahead; return the next piece, b"" at the end. Raises BadGateway."""
@@ -3810,60 +3934,60 @@ class Answer:
     async def hold(self) -> bytes:
         """Read an error answer, until it is too long, so that it can be sent later."""
         size = sum(map(len, self.held))
-        while size <= MAX_HELD_ERROR and (piece := await self.peek()):
+        while size <= LIMITS.buffered_error and (piece := await self.peek()):
             size += len(piece)
         return b"".join(self.held)
 
-    async def pump(self, consume: Callable[[bytes], None], responder: Responder) -> None:
+    async def pump(self, consume: Callable[[bytes], None], writer: ResponseWriter) -> None:
         """Give the content to `consume` as it comes; what it writes leaves at once.
 
         While the client is slow the upstream waits. Raises BadGateway when the answer is cut,
         and what `consume` raises.
         """
-        stream, content, client = self.stream, self.content, responder.stream
+        connection, content, client = self.connection, self.content, writer.connection
 
         def take(data: bytes) -> None:
             try:
                 if piece := content.decode(data):
                     consume(piece)
             except RouterError as error:
-                stream.fail(error)
-            if content.done or client.choked:
-                stream.wake()
+                connection.fail(error)
+            if content.done or client.write_paused:
+                connection.wake()
             else:
-                responder.flush()
+                writer.flush()
 
         for piece in self.held:
             consume(piece)
         if not self.open:
             return
-        responder.flush()
-        stream.sink = take
+        writer.flush()
+        connection.sink = take
         try:
             with BrokenAnswers():
-                if stream.rest:
-                    take(stream.take())
-                while not (content.done or stream.failure):
-                    if client.choked:
-                        stream.pause()
+                if connection.rest:
+                    take(connection.take())
+                while not (content.done or connection.failure):
+                    if client.write_paused:
+                        connection.pause()
                         await client.drain()
-                        responder.flush()
-                        stream.resume()
-                    elif stream.ended:
+                        writer.flush()
+                        connection.resume()
+                    elif connection.ended:
                         content.end()
                     else:
-                        await stream.wait()
-                if stream.failure:
-                    raise stream.failure
+                        await connection.wait()
+                if connection.failure:
+                    raise connection.failure
         finally:
-            stream.sink = None
+            connection.sink = None
         self.settle()
 
     def close(self) -> None:
         """End the connection unless all of it was read."""
         if self.open:
             self.open = False
-            self.stream.close(abort=True)
+            self.connection.close(abort=True)
 
 
 def drop_connection(opening: asyncio.Future[Any]) -> None:
@@ -3884,10 +4008,10 @@ class Health:
 
     def fail(self, error: str, retry_after: str | None = None, reached: bool = False) -> None:
         """Begin a cool-down: 5 s, doubling, or as the server asked for."""
-        seconds = min(COOL_DOWN * 2 ** min(self.failures, 10), MAX_COOL_DOWN)
+        seconds = min(LIMITS.cool_down * 2 ** min(self.failures, 10), LIMITS.longest_cool_down)
         asked = parse_retry_after(retry_after, time.time()) if retry_after else None
         if asked is not None:
-            seconds = min(asked, MAX_RETRY_AFTER)
+            seconds = min(asked, LIMITS.longest_retry_after)
         self.failures += 1
         self.error, self.reached = error, reached
         self.cool_until = time.monotonic() + seconds
@@ -3900,13 +4024,13 @@ class Health:
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
-    def __init__(self, settings: Settings, rounds: Rounds) -> None:
+    def __init__(self, settings: Settings, rounds: LoopBatch) -> None:
         self.settings, self.rounds = settings, rounds
         seconds = settings.request_timeout
         self.late: Late = functools.partial(
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
         )
-        self.idle: dict[tuple[UpstreamURL, bool], list[Stream]] = {}
+        self.idle: dict[tuple[UpstreamURL, bool], list[Connection]] = {}
         self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
         self.turns: collections.Counter[str] = collections.Counter()  # of round_robin
         self.no_stream_options: set[UpstreamURL] = set()  # they refuse it
@@ -3916,8 +4040,8 @@ class Upstreams:
     def state(self, instance: Instance) -> Health:
         """Return the health record of an instance; the table is bounded."""
         key = instance.server.url, instance.model
-        if key not in self.health and len(self.health) >= MAX_HEALTH:
-            for old in list(itertools.islice(self.health, MAX_HEALTH // 10)):
+        if key not in self.health and len(self.health) >= LIMITS.known_instances:
+            for old in list(itertools.islice(self.health, LIMITS.known_instances // 10)):
                 if not self.health[old].busy:
                     del self.health[old]
         return self.health.setdefault(key, Health())
@@ -3956,13 +4080,13 @@ class Upstreams:
             self.contexts[server.verify] = context
         return self.contexts[server.verify]
 
-    async def connect(self, server: Server) -> Stream:
+    async def connect(self, server: Server) -> Connection:
         """Open a connection. Raises BadGateway or GatewayTimeout."""
         loop, url, context = asyncio.get_running_loop(), server.url, self.context(server)
         seconds = self.settings.connect_timeout
         opening = asyncio.ensure_future(
             loop.create_connection(
-                lambda: Stream(self.rounds),
+                lambda: Connection(self.rounds),
                 url.host,
                 url.port,
                 ssl=context,
@@ -3982,75 +4106,81 @@ class Upstreams:
         except (OSError, ValueError) as error:
             raise BadGateway(describe(error)) from None
 
-    def take(self, server: Server) -> Stream | None:
+    def take(self, server: Server) -> Connection | None:
         """Return an idle connection that is still good, None without one."""
-        streams = self.idle.get((server.url, server.verify), [])
-        while streams:
-            stream = streams.pop()
-            stream.on_close = None
-            if not (stream.rest or stream.ended or stream.failure):
-                return stream
-            stream.close(abort=True)
+        connections = self.idle.get((server.url, server.verify), [])
+        while connections:
+            connection = connections.pop()
+            connection.on_close = None
+            if not (connection.rest or connection.ended or connection.failure):
+                return connection
+            connection.close(abort=True)
         return None
 
-    def keep(self, server: Server, stream: Stream) -> None:
+    def keep(self, server: Server, connection: Connection) -> None:
         """Keep a connection for the next request."""
-        streams = self.idle.setdefault((server.url, server.verify), [])
-        if len(streams) >= MAX_IDLE or stream.unsent or stream.transport.get_write_buffer_size():
-            stream.close()
+        connections = self.idle.setdefault((server.url, server.verify), [])
+        if (
+            len(connections) >= LIMITS.idle_connections
+            or connection.unsent
+            or connection.transport.get_write_buffer_size()
+        ):
+            connection.close()
             return
 
         def gone() -> None:
-            if stream in streams:
-                streams.remove(stream)
-            stream.close(abort=True)
+            if connection in connections:
+                connections.remove(connection)
+            connection.close(abort=True)
 
-        stream.expect(IDLE_UPSTREAM, TOO_LATE)
-        stream.on_close = gone
-        streams.append(stream)
+        connection.expect(LIMITS.idle_connection_timeout, TOO_LATE)
+        connection.on_close = gone
+        connections.append(connection)
 
     def close(self) -> None:
         """Close every idle connection."""
-        for streams in self.idle.values():
-            while streams:
-                streams.pop().close()
+        for connections in self.idle.values():
+            while connections:
+                connections.pop().close()
 
-    async def send(self, server: Server, method: str, data: bytes) -> Answer:
+    async def send(self, server: Server, method: str, data: bytes) -> UpstreamResponse:
         """Send a request; a reused connection that is dead is replaced once, silently."""
-        stream = self.take(server)
-        if stream:
+        connection = self.take(server)
+        if connection:
             with contextlib.suppress(ConnectionAbortedError):
-                return await self.converse(stream, server, method, data, reused=True)
-        stream = await self.connect(server)
-        return await self.converse(stream, server, method, data, reused=False)
+                return await self.converse(connection, server, method, data, reused=True)
+        connection = await self.connect(server)
+        return await self.converse(connection, server, method, data, reused=False)
 
     async def converse(
-        self, stream: Stream, server: Server, method: str, data: bytes, reused: bool
-    ) -> Answer:
-        """Write a request, read the head of its answer; close the stream on failure."""
-        answer, octets = None, stream.octets
-        stream.expect(self.settings.request_timeout, self.late, silence=True)
-        stream.write(data)
+        self, connection: Connection, server: Server, method: str, data: bytes, reused: bool
+    ) -> UpstreamResponse:
+        """Write a request, read the head of its answer; close the connection on failure."""
+        answer, octets = None, connection.octets
+        connection.expect(self.settings.request_timeout, self.late, silence=True)
+        connection.write(data)
         try:
-            head = await self.read_head(stream)
-            answer = Answer(head, stream, method, functools.partial(self.keep, server))
+            head = await self.read_head(connection)
+            answer = UpstreamResponse(
+                head, connection, method, functools.partial(self.keep, server)
+            )
             return answer
         except GatewayTimeout:
             raise
         except (OSError, RouterError) as error:
-            if reused and stream.octets == octets:
+            if reused and connection.octets == octets:
                 raise ConnectionAbortedError from None
             if isinstance(error, BadGateway):
                 raise
             raise BadGateway(f"no valid answer: {describe(error)}") from None
         finally:
             if answer is None:
-                stream.close(abort=True)
+                connection.close(abort=True)
 
-    async def read_head(self, stream: Stream) -> ResponseHead:
+    async def read_head(self, connection: Connection) -> ResponseHead:
         """Return the final response's head; interim ones are passed over."""
-        for _ in range(MAX_INTERIM + 1):
-            data = await stream.read_head(MAX_RESPONSE_HEAD)
+        for _ in range(LIMITS.interim_responses + 1):
+            data = await connection.read_head(LIMITS.response_head)
             if data is None:
                 raise BadGateway("it closed the connection without an answer")
             head = parse_response_head(data)
@@ -4058,11 +4188,11 @@ class Upstreams:
                 return head
             if head.status == 101:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
-        raise MalformedMessage(f"more than {MAX_INTERIM} interim responses")
+        raise MalformedMessage(f"more than {LIMITS.interim_responses} interim responses")
 
 
 def fetch_models(connection: Any, server: Server, authorization: str | None) -> list[Any]:
-    """Ask a server for its models (blocking). Raises OSError or ValueError."""
+    """ParsedRequest a server for its models (blocking). Raises OSError or ValueError."""
     import http.client
 
     fields = {"Accept": "application/json", **dict(server.headers)}
@@ -4072,7 +4202,7 @@ def fetch_models(connection: Any, server: Server, authorization: str | None) -> 
     try:
         connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
         response = connection.getresponse()
-        content = response.read(MAX_MODELS_SIZE)
+        content = response.read(LIMITS.model_list_size)
         doc = parse_event_json(content)
         check_size(content.decode("utf-8", "replace"), float("inf"))
     except RouterError:  # it could not be written again
@@ -4085,8 +4215,8 @@ def fetch_models(connection: Any, server: Server, authorization: str | None) -> 
         raise ValueError(f"/v1/models answered {response.status}")
     if doc is None:
         raise ValueError(
-            f"/v1/models answered no JSON object of at most {MAX_MODELS_SIZE} "
-            f"bytes and {MAX_JSON_DEPTH} levels"
+            f"/v1/models answered no JSON object of at most {LIMITS.model_list_size} "
+            f"bytes and {LIMITS.json_depth} levels"
         )
     models = doc.get("data") if isinstance(doc.get("data"), list) else []
     return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
@@ -4121,42 +4251,42 @@ class ModelLists:
         self.upstreams = upstreams
         self.known: dict[tuple[str, str], tuple[float, list[dict[str, Any]]]] = {}
         self.asking: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self.turns = asyncio.Semaphore(MAX_ASKED)
+        self.turns = asyncio.Semaphore(LIMITS.model_list_fetches)
 
     async def get(self, server: Server, authorization: str | None) -> list[Any] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
         secret = server.api_key or authorization or ""
         key = str(server.url), hashlib.sha256(secret.encode()).hexdigest()
-        asked, models = self.known.get(key, (-MODELS_KEPT, None))
+        asked, models = self.known.get(key, (-LIMITS.model_list_kept, None))
         age = time.monotonic() - asked
-        if age > MODELS_KEPT:
+        if age > LIMITS.model_list_kept:
             models = None
-        if age > MODELS_FRESH and not self.upstreams.is_cooling(server):
+        if age > LIMITS.model_list_fresh and not self.upstreams.is_cooling(server):
             if key not in self.asking:
                 self.asking[key] = asyncio.create_task(self.refresh(key, server, authorization))
             if models is None:
-                await asyncio.wait([self.asking[key]], timeout=MODELS_TIMEOUT)
+                await asyncio.wait([self.asking[key]], timeout=LIMITS.model_list_timeout)
                 models = self.known.get(key, (0.0, None))[1]
         return models
 
     async def refresh(
         self, key: tuple[str, str], server: Server, authorization: str | None
     ) -> None:
-        """Ask a server and keep its answer; a failure leaves the last one."""
+        """ParsedRequest a server and keep its answer; a failure leaves the last one."""
         import http.client  # 12 ms and 2 MB, which the start can do without
 
         health = self.upstreams.state(Instance(server))
         context = self.upstreams.context(server)
         place = server.url.host, server.url.port
-        connection = http.client.HTTPConnection(*place, timeout=MODELS_TIMEOUT)
+        connection = http.client.HTTPConnection(*place, timeout=LIMITS.model_list_timeout)
         if context:
             connection = http.client.HTTPSConnection(
-                *place, timeout=MODELS_TIMEOUT, context=context
+                *place, timeout=LIMITS.model_list_timeout, context=context
             )
         try:
             async with self.turns:
                 asking = start_fetch(connection, server, authorization)
-                models = await asyncio.wait_for(asking, MODELS_TIMEOUT)
+                models = await asyncio.wait_for(asking, LIMITS.model_list_timeout)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
         except ValueError as error:
@@ -4164,7 +4294,7 @@ class ModelLists:
             health.error = str(error)
         else:
             health.succeed()
-            if len(self.known) >= MAX_LISTS and key not in self.known:
+            if len(self.known) >= LIMITS.model_lists and key not in self.known:
                 del self.known[next(iter(self.known))]
             self.known[key] = time.monotonic(), models
         finally:
@@ -4207,7 +4337,7 @@ async def list_models(
 
 
 # ======================================================================================
-# 11  Request log
+# 13  Request log
 # ======================================================================================
 # What happened to every request. The event loop hands records over; one thread makes rows
 # of them, hides secrets, packs bodies, counts, prints a line each and writes all of it to
@@ -4216,9 +4346,7 @@ async def list_models(
 # database or that process, requests go on: rows wait, and the reason shows. To add a
 # column: one in `COLUMNS` and in `make_row`, and a migration at the list's end.
 
-MAX_INLINE = 16 * KiB  # longer bodies are blobs
 MIN_PACKED = 2 * KiB  # shorter details are kept as they are: each packing hands the thread over
-MAX_HELD = 32 * MiB  # bodies of running requests and of waiting rows; above, they are cut
 SLICE, REST = 4, 0.001  # rows that the thread makes in a row; s left to the relay then
 MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and want a process of
 # their own to write them; s that it stays when fewer do, or that pass after one failed
@@ -4236,12 +4364,8 @@ WRITER_SETTINGS = (
 )
 MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
 MAX_HANDED = 20_000  # such requests; above, the process gets its share of the processor
-MAX_BACKLOG = 10_000  # rows that wait for a database in trouble; the oldest go first
-MAX_SERIES = 500  # different models and servers of /metrics; clients choose names
 USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
-BATCH, RETRY, BUSY = 0.1, 1.0, 1.0  # s from news to their transaction; after trouble; locked
-PRUNE_EVERY, PRUNE_STEP, VACUUM_STEP = 3600.0, 500, 256  # s, rows and pages at a time
-MIN_ECHO = 16  # octets of a secret that is looked for in answers
+PRUNE_STEP, VACUUM_STEP = 500, 256  # rows and pages at a time
 LANES = 64  # routers that can share a database: the lowest bits of their ids tell them apart
 APPLICATION_ID = 0x536D6F6C  # in the head of the database: it is ours
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -4341,7 +4465,7 @@ class Record:
         self.finished: float | None = None
         self.answer_head: ResponseHead | None = None  # of the upstream
         self.pieces: list[bytes] = []  # of the answer, as it came
-        self.heard = self.held = 0  # octets of them; of all that MAX_HELD counts
+        self.heard = self.held = 0  # octets of them; of all that LIMITS.held_bodies counts
         self.tail = b""  # the end of what is not kept
         self.request_cut = self.response_cut = False
         self.stop: Callable[[], None] | None = None  # ends it from outside
@@ -4427,7 +4551,7 @@ def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
         for lower, name, value in head.fields.lines:
             if is_secret(lower):
                 secret, value = value.rpartition(" ")[2].encode("latin-1", "replace"), hide(value)
-                if len(secret) >= MIN_ECHO:
+                if len(secret) >= LIMITS.echoed_secret:
                     secrets.append((secret, value.encode("latin-1", "replace")))
             shown.append((name, value))
         key = get("authorization") or get("x-api-key") or get("api-key") or ""
@@ -4454,7 +4578,7 @@ def inflate(data: bytes, coding: str) -> bytes:
     """Return a body without its content coding, as far as it can be read."""
     with contextlib.suppress(zlib.error):
         if coding in CODINGS:
-            return zlib.decompressobj(47).decompress(data, MAX_HELD)
+            return zlib.decompressobj(47).decompress(data, LIMITS.held_bodies)
     return data
 
 
@@ -4585,10 +4709,10 @@ def make_line(note: Note, row: Row) -> str:
 
 def make_entry(row: Row, detail: Detail) -> Entry:
     """Pack a detail: one compression for all of it, but for long bodies."""
-    inline = [b"" if len(body) > MAX_INLINE else body for body in detail[1:]]
+    inline = [b"" if len(body) > LIMITS.inline_body else body for body in detail[1:]]
     blobs = tuple(
         (hashlib.sha256(body).hexdigest(), zlib.compress(body, 1))
-        if len(body) > MAX_INLINE
+        if len(body) > LIMITS.inline_body
         else None
         for body in detail[1:]
     )
@@ -4756,7 +4880,10 @@ class Store:
             self.close()
         if self.db is None:
             self.db = sqlite3.connect(
-                self.path, timeout=BUSY, isolation_level=None, check_same_thread=False
+                self.path,
+                timeout=LIMITS.database_lock_timeout,
+                isolation_level=None,
+                check_same_thread=False,
             )
             self.migrate(self.db)
             self.file = os.stat(self.path)
@@ -4874,7 +5001,7 @@ class Store:
         for digest in left:
             if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
                 self.blobs.pop(digest, None)
-        self.prune_at = now + PRUNE_EVERY
+        self.prune_at = now + LIMITS.prune_interval
         return False
 
     def check(self) -> None:
@@ -5069,14 +5196,14 @@ class RequestLog:
         self.last_id = record.id = max(self.last_id + LANES, time_id(record.started) + lane)
         self.inflight[record.id] = record
         record.held = len(record.content)
-        if not self.body_limit or self.taken - self.released + record.held > MAX_HELD:
+        if not self.body_limit or self.taken - self.released + record.held > LIMITS.held_bodies:
             record.content, record.held, record.request_cut = b"", 0, True
         self.taken += record.held
         self.rouse()
 
     def hear(self, record: Record, data: bytes) -> None:
         """Keep a piece of what the upstream says while there is room, then only its end."""
-        full = record.heard >= self.body_limit or self.taken - self.released > MAX_HELD
+        full = record.heard >= self.body_limit or self.taken - self.released > LIMITS.held_bodies
         if full or record.response_cut:
             record.response_cut, last = True, data[-USAGE_TAIL:]
             record.tail = (record.tail + last)[-USAGE_TAIL:]
@@ -5129,15 +5256,21 @@ class RequestLog:
                 if not self.wants_writer(0):
                     self.end_writer()
                 idle = WRITER_STAYS if self.writer else idle
-                self.wake.wait(RETRY if self.error else BATCH if pruning else idle)
-                self.closing.wait(RETRY if self.error else BATCH)
+                self.wake.wait(
+                    LIMITS.retry_interval
+                    if self.error
+                    else LIMITS.batch_interval
+                    if pruning
+                    else idle
+                )
+                self.closing.wait(LIMITS.retry_interval if self.error else LIMITS.batch_interval)
         self.end_writer()
         if self.store:
             self.store.close()  # the last one to close puts all into the one file
 
     def trim(self) -> None:
         """Return the memory of bodies that went by, now and then."""
-        if self.released - self.trimmed > MAX_HELD:
+        if self.released - self.trimmed > LIMITS.held_bodies:
             self.trimmed = self.released
             return_memory()
 
@@ -5145,10 +5278,10 @@ class RequestLog:
         """Write what is left and end the thread; a database in trouble cannot stop that."""
         self.closing.set()
         self.wake.set()
-        self.thread.join(3 * BUSY)
+        self.thread.join(3 * LIMITS.database_lock_timeout)
         if self.thread.is_alive() and self.writer:  # which stands still
             self.writer.process.kill()  # and has to get a processor to end
-            self.thread.join(10 * BUSY)
+            self.thread.join(10 * LIMITS.database_lock_timeout)
 
     def take(self) -> None:
         """Make rows of the requests that have ended by now, or have them made; count them."""
@@ -5162,7 +5295,7 @@ class RequestLog:
             self.settle(made or make_all(notes, self.settings))
             if not made:
                 self.rest()
-        self.lost += self.shorten(MAX_BACKLOG)
+        self.lost += self.shorten(LIMITS.backlog_rows)
 
     def wants_writer(self, due: int) -> bool:
         """Tell whether many requests end, or did so lately."""
@@ -5211,7 +5344,7 @@ class RequestLog:
         for listener in list(self.listeners):
             listener.extend(made.rows)
         for (_, service, *names), tally in made.tallies.items():
-            known = (service, *names) in self.series or len(self.series) < MAX_SERIES
+            known = (service, *names) in self.series or len(self.series) < LIMITS.metric_series
             key = (service, *(names if known else ("other", "other")))
             add_tallies(self.series, {key: tally})
         self.backlog.extend(made.entries)
@@ -5284,8 +5417,8 @@ class RequestLog:
         return await loop.run_in_executor(self.readers, self.answer, question, args)
 
     def answer(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Ask the database, in a reader thread."""
-        self.opened.wait(5 * BUSY)
+        """ParsedRequest the database, in a reader thread."""
+        self.opened.wait(5 * LIMITS.database_lock_timeout)
         try:
             with reading(self.store.path) as db:
                 return question(self, db, *args)
@@ -5316,13 +5449,12 @@ class RequestLog:
 
 
 # ======================================================================================
-# 12  Relay
+# 14  Relay
 # ======================================================================================
 # One exchange, first byte to last: the instances of a decision are tried in order until
 # one gives an answer, and that answer goes out as it comes in. After its first octet has
 # left there is no second answer: a failure ends the stream with an error.
 
-MAX_DECODED = 32 * MiB
 MAX_CODED = 4 * KiB  # octets at once: after each member the rest of them is copied
 GZIP_START = b"\x1f\x8b"
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
@@ -5346,16 +5478,16 @@ Pairs = list[tuple[str, str]]
 
 
 def refuse(
-    responder: Responder,
+    writer: ResponseWriter,
     error: RouterError,
     dialect: Dialect,
     fields: Iterable[tuple[str, str]] = (),
 ) -> None:
     """Answer with an error of the router's own."""
     if isinstance(error, FATAL_TO_CONNECTION):
-        responder.keep = False
+        writer.keep = False
     fields = [("Content-Type", "application/json"), *fields, *error.fields]
-    responder.send(error.status, fields, dialect.encode_error(error))
+    writer.send(error.status, fields, dialect.encode_error(error))
 
 
 def pass_on(fields: Fields, *dropped: Iterable[str]) -> Pairs:
@@ -5402,7 +5534,7 @@ class Inflater:
 
     def feed(self, data: bytes) -> bytes:
         """Return the decoded bytes. Raises BadGateway."""
-        plain, at, room = [], 0, min(self.left, MAX_DECODED)
+        plain, at, room = [], 0, min(self.left, LIMITS.decoded_answer)
         data, self.held = self.held + data, b""
         while at < len(data) and not self.ended:
             new = not self.decoder or self.decoder.eof
@@ -5416,7 +5548,9 @@ class Inflater:
             room -= len(plain[-1])
             self.left -= len(plain[-1])
             if room < 0:
-                raise DecodedTooLong(f"the answer decodes to more than {MAX_DECODED} bytes")
+                raise DecodedTooLong(
+                    f"the answer decodes to more than {LIMITS.decoded_answer} bytes"
+                )
             at += len(piece) - len(self.decoder.unused_data)
         return b"".join(plain)
 
@@ -5446,7 +5580,7 @@ class Relay:
 
     async def work(self, size: int, task: Callable[..., Any], *args: Any) -> Any:
         """Do pure work on a content; on a long one in a thread, so that it stalls nobody."""
-        if size < MIN_LONG_JSON:
+        if size < LIMITS.long_content:
             return task(*args)
         return await asyncio.get_running_loop().run_in_executor(self.worker, task, *args)
 
@@ -5455,14 +5589,21 @@ class Exchange:
     """One request on its way through the router."""
 
     def __init__(
-        self, relay: Relay, request: Request, dialect: Dialect, ask: Ask, decision: Decision
+        self,
+        relay: Relay,
+        request: Request,
+        dialect: Dialect,
+        ask: ParsedRequest,
+        decision: Decision,
     ) -> None:
         self.relay, self.request, self.dialect, self.ask = relay, request, dialect, ask
-        self.decision, self.responder = decision, request.responder
+        self.decision, self.writer = decision, request.writer
         self.instance = decision.instances[0]  # the one that is asked now
         self.native = self.dialect.encode_openai is None  # it speaks the client's dialect
         self.health: Health | None = None  # of the instance, once it is asked
-        self.answer: Answer | None = None  # the last one that came; it is closed in the end
+        self.answer: UpstreamResponse | None = (
+            None  # the last one that came; it is closed in the end
+        )
         self.transform: Transform | None = None
         self.inflater: Inflater | None = None
         self.coded: list[bytes] = []  # what may yet have to go as it came
@@ -5471,16 +5612,16 @@ class Exchange:
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
-        record, responder, request = self.record, self.responder, self.request
+        record, writer, request = self.record, self.writer, self.request
         self.relay.log.begin(record)
         request.recorded = True
-        request.stream.watch()
+        request.connection.watch()
         record.stop = self.stop
         try:
             if not self.answer_empty():
                 await self.relay_answer(await self.first_answer())
         except asyncio.CancelledError:
-            self.fail(self.request.stream.cause or ClientClosed("client_closed"))
+            self.fail(self.request.connection.cause or ClientClosed("client_closed"))
             raise
         except RouterError as error:
             self.fail(error)
@@ -5489,16 +5630,16 @@ class Exchange:
                 self.answer.close()
             if self.health:
                 self.health.busy -= 1
-            record.status = record.status or responder.status or 500
-            record.response_size = responder.size
+            record.status = record.status or writer.status or 500
+            record.response_size = writer.size
             self.transform, request.content = None, b""  # a cycle would keep megabytes
             record.stop = None
             self.relay.log.finish(record)
 
     def stop(self) -> None:
         """End the request, as somebody wants who is not its client."""
-        self.request.stream.cause = Cancelled("cancelled")
-        self.request.stream.closed()
+        self.request.connection.cause = Cancelled("cancelled")
+        self.request.connection.closed()
 
     def answer_empty(self) -> bool:
         """Answer a request that asks for nothing but to load a model."""
@@ -5506,7 +5647,7 @@ class Exchange:
             return False
         doc = self.dialect.empty(self.ask, rfc3339(self.record.started))
         if doc is not None:
-            self.responder.send_json(doc)
+            self.writer.send_json(doc)
         return doc is not None
 
     def fail(self, error: RouterError) -> None:
@@ -5516,13 +5657,13 @@ class Exchange:
             if not (transform and transform.complete):
                 record.status, record.error = error.status, str(error)
             return
-        record.error = str(error)[:MAX_REASON]
-        if not self.responder.started:
-            refuse(self.responder, error, self.dialect, self.own_fields())
+        record.error = str(error)[: LIMITS.error_text]
+        if not self.writer.started:
+            refuse(self.writer, error, self.dialect, self.own_fields())
             return
         record.status = error.status
         streaming = transform and not transform.whole
-        self.responder.cut(self.dialect.encode_event_error(error) if streaming else b"")
+        self.writer.cut(self.dialect.encode_event_error(error) if streaming else b"")
 
     def own_fields(self) -> Pairs:
         """Return the fields that tell what the router did."""
@@ -5532,10 +5673,10 @@ class Exchange:
         )
         return [(OWN_NAMES[0], record.request_id), *told]
 
-    async def first_answer(self) -> Answer:
+    async def first_answer(self) -> UpstreamResponse:
         """Return the first good answer, or the last one that was HTTP at all."""
         instances = self.relay.upstreams.order(self.decision)
-        last: tuple[Answer, Instance] | None = None
+        last: tuple[UpstreamResponse, Instance] | None = None
         failed = BadGateway  # its class alone: an error keeps all that it came through
         for instance in instances:
             begun = time.monotonic()
@@ -5575,7 +5716,7 @@ class Exchange:
         milliseconds = round((time.monotonic() - begun) * 1000, 1)
         status, error, health = None, None, self.health
         if isinstance(outcome, BadGateway):
-            error = str(outcome)[:MAX_REASON]
+            error = str(outcome)[: LIMITS.error_text]
             health.fail(error)
             self.relay.upstreams.no_stream_options.discard(self.instance.server.url)  # a new one?
         else:
@@ -5588,10 +5729,10 @@ class Exchange:
         attempt = Attempt(str(self.instance), upstream_url, status, error, milliseconds)
         self.record.attempts.append(attempt)
 
-    async def inspect(self, answer: Answer) -> None:
+    async def inspect(self, answer: UpstreamResponse) -> None:
         """See that a good answer begins, and keep a bad one for later. Raises BadGateway."""
-        if answer.head.status >= 400 and len(await answer.hold()) > MAX_HELD_ERROR:
-            raise BadGateway(f"an error answer over {MAX_HELD_ERROR} bytes")
+        if answer.head.status >= 400 and len(await answer.hold()) > LIMITS.buffered_error:
+            raise BadGateway(f"an error answer over {LIMITS.buffered_error} bytes")
         if answer.head.status != 200 or self.request.head.method == "HEAD":
             return
         coded = read_coding(answer.head.fields)  # its events cannot be told apart
@@ -5599,14 +5740,14 @@ class Exchange:
         size, tail = 0, b""
         while piece := await answer.peek():
             size, tail = size + len(piece), tail[-3:] + piece
-            if form is None or form.end.search(tail) or size > MAX_HELD_EVENT:
+            if form is None or form.end.search(tail) or size > LIMITS.buffered_event:
                 return
         held, closed = b"".join(answer.held), answer.content.framing is UNTIL_CLOSE
         if not (form and is_last_event(form, held, closed)):
             raise BadGateway("it ended before its first event or byte")
 
-    async def attempt(self) -> Answer:
-        """Ask the instance; one that refuses `stream_options` is asked again without."""
+    async def attempt(self) -> UpstreamResponse:
+        """ParsedRequest the instance; one that refuses `stream_options` is asked again without."""
         ask, url = self.ask, self.instance.server.url
         translate = None if self.native else self.dialect.openai_path
         path = translate(ask) if translate else ask.path
@@ -5630,7 +5771,7 @@ class Exchange:
             refused.add(url)
         return answer
 
-    async def send(self, path: str) -> Answer:
+    async def send(self, path: str) -> UpstreamResponse:
         """Send the request to the instance, in the dialect it speaks."""
         ask, method, server = self.ask, self.request.head.method, self.instance.server
         encode = (not self.native and self.dialect.encode_openai) or self.dialect.encode
@@ -5691,7 +5832,7 @@ class Exchange:
                 f"the answer (status {head.status}) has the content coding "
                 f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
             )
-        return transform, Inflater(coding, MAX_DECODED if transform.whole else NEVER)
+        return transform, Inflater(coding, LIMITS.decoded_answer if transform.whole else NEVER)
 
     def timing(self) -> Timing:
         """Return when an answer is made and how long it took, in ns."""
@@ -5699,11 +5840,11 @@ class Exchange:
         first = (self.ask.stream and self.record.first_token) or now
         return Timing(time.time(), int((now - begun) * 1e9), int((first - begun) * 1e9))
 
-    async def relay_answer(self, answer: Answer) -> None:
+    async def relay_answer(self, answer: UpstreamResponse) -> None:
         """Send an answer as it comes in, through its transform."""
         self.record.answer_head = answer.head
         self.transform, self.inflater = self.choose_transform(answer.head)
-        await answer.pump(self.forward, self.responder)
+        await answer.pump(self.forward, self.writer)
         transform, inflater, tail = self.transform, self.inflater, b""
         if inflater and inflater.decoder and not inflater.decoder.eof:  # nothing at all is whole
             raise BadGateway("the answer's content coding broke off")
@@ -5713,26 +5854,26 @@ class Exchange:
             except ODD_SHAPES as error:
                 raise odd_answer(error) from error
             self.conclude(transform)
-        if not self.responder.started:
+        if not self.writer.started:
             self.begin(answer.head, len(tail) if transform and transform.whole else None)
-        self.responder.finish(tail)
+        self.writer.finish(tail)
 
     def conclude(self, transform: Transform) -> None:
         """Note what only a whole stream has told."""
-        if isinstance(transform, EventFilter):
-            self.record.error = transform.trouble[:MAX_REASON]
+        if isinstance(transform, StreamRewrite):
+            self.record.error = transform.trouble[: LIMITS.error_text]
             timed = self.relay.upstreams.timed
             key = self.instance.server.url, self.record.sent_model
             if transform.timed:  # unasked, they come with the finish
                 timed.add(key)
             elif key in timed and b'"timings"' not in transform.last_events:  # another server
                 timed.discard(key)
-            if len(timed) > MAX_HEALTH:  # clients choose names
+            if len(timed) > LIMITS.known_instances:  # clients choose names
                 timed.clear()
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or hold it, as its transform says."""
-        record, responder = self.record, self.responder
+        record, writer = self.record, self.writer
         if record.first_token is None:
             record.first_token, record.phase = time.monotonic(), "streaming"
         self.relay.log.hear(record, data)
@@ -5740,10 +5881,10 @@ class Exchange:
             data = self.change(data)
             if self.transform and self.transform.whole:
                 return
-        if not responder.started:
+        if not writer.started:
             self.begin(self.answer.head, None)
-        responder.write(data)
-        record.response_size = responder.size
+        writer.write(data)
+        record.response_size = writer.size
 
     def change(self, data: bytes) -> bytes:
         """Return what a piece lets out of the transform."""
@@ -5765,13 +5906,13 @@ class Exchange:
         """Make the head of an answer; its content is `length` octets, if that is known."""
         if not self.transform and (declared := head.fields.get("content-length")):
             length = int(declared)  # valid, or there would be no answer
-        shape = self.native, self.transform is None, self.ask.stream, bool(self.responder.extra)
+        shape = self.native, self.transform is None, self.ask.stream, bool(self.writer.extra)
         if shape not in head.memo:
             head.memo[shape] = encode_lines(self.answer_fields(head))
         lines = head.memo[shape] + encode_lines(self.own_fields())
         if head.fields.get("date") is None:  # RFC 9110 6.6.1
             lines += f"Date: {http_date(int(time.time()))}\r\n"
-        self.responder.begin(head.status, lines, length, head.reason)
+        self.writer.begin(head.status, lines, length, head.reason)
 
     def answer_fields(self, head: ResponseHead) -> Pairs:
         """Return the fields of an answer as its client gets them."""
@@ -5788,17 +5929,17 @@ class Exchange:
             own += STREAM_FIELDS
             dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
         theirs = [line[0] for line in head.fields.lines if line[0].startswith("access-control-")]
-        if self.responder.extra:  # ours decide which origins may read
+        if self.writer.extra:  # ours decide which origins may read
             dropped = dropped.union(theirs)
         return pass_on(head.fields, dropped, OWN_FIELDS) + own
 
 
 # ======================================================================================
-# 13  Dashboard and API
+# 15  Dashboard and API
 # ======================================================================================
 # What the owner looks at: the page, one document that is allowed by hash, and the JSON
 # that it fetches. A question is a function that a reader thread runs on the database; an
-# endpoint is a `serve_` function here and a line in section 14.
+# endpoint is a `serve_` function here and a line in section 16.
 
 
 @functools.lru_cache(maxsize=2)
@@ -5818,10 +5959,9 @@ def page_fields(page: str) -> list[tuple[str, str]]:
 
 
 MAX_DECISIONS = 4096
-MAX_HELD_CONTENT = 256 * MiB  # of all running requests; reading it takes four times as much
 
 
-class Gate:
+class TokenGuard:
     """Checks tokens; after ten failures a minute an address gets 429 for the next one.
 
     A valid token passes all the same: nobody can lock others out behind one address, and
@@ -5840,13 +5980,15 @@ class Gate:
             if not tokens:
                 raise
             clock = time.monotonic()
-            recent = [t for t in self.failures.pop(source, ()) if clock - t < FAILURE_WINDOW]
-            if len(self.failures) >= MAX_FAILING:
+            recent = [
+                t for t in self.failures.pop(source, ()) if clock - t < LIMITS.token_failure_window
+            ]
+            if len(self.failures) >= LIMITS.token_failure_addresses:
                 del self.failures[next(iter(self.failures))]
-            self.failures[source] = [*recent, clock][:MAX_FAILURES]
-            if len(recent) < MAX_FAILURES:
+            self.failures[source] = [*recent, clock][: LIMITS.token_failures]
+            if len(recent) < LIMITS.token_failures:
                 raise
-            wait = str(int(FAILURE_WINDOW - (clock - recent[0])) + 1)
+            wait = str(int(LIMITS.token_failure_window - (clock - recent[0])) + 1)
             words = "too many failed tokens from this address"
             raise TooManyRequests(words, ("Retry-After", wait)) from None
 
@@ -5861,7 +6003,7 @@ class Services:
     models: ModelLists
     log: RequestLog
     relay: Relay
-    gate: Gate
+    token_guard: TokenGuard
     decisions: dict[tuple[str, str], Decision] = dataclasses.field(default_factory=dict)
     draining: bool = False
     routes_error: str | None = None
@@ -5875,7 +6017,7 @@ class Services:
             if len(self.decisions) >= MAX_DECISIONS:
                 self.decisions.clear()
             decision = resolve(self.table, model, source_host)
-            if len(model) <= MAX_PATTERN_NAME:
+            if len(model) <= LIMITS.pattern_name:
                 self.decisions[key] = decision
         return decision
 
@@ -5912,11 +6054,10 @@ def inflight_row(record: Record, now: float) -> dict[str, Any]:
 # Asked in a reader thread; each gets the log, the database and the parameters. Lists are
 # paged by key, sums come from the hourly ones, and a sample stands for many rows.
 
-MAX_SEARCHED = 20_000  # newest rows that a search for text looks at
 FEW = 2000  # rows whose percentiles are taken from them; those of more, from a histogram
 SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
 MODEL_ARMS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
-HOURS = parse_number(1, 24 * 366)
+HOURS = number_between(1, 24 * 366)
 TALLY = ", ".join(f"TOTAL({name})" for name in COUNTED)
 SEARCHED = " || ' ' || ".join(
     (
@@ -5983,8 +6124,8 @@ def parse_age(text: str) -> float:
 
 Parameters = Mapping[str, Callable[[str], Any]]
 LOG_PARAMETERS: Parameters = {
-    "limit": parse_number(1, 1000),
-    "before": parse_number(0, 2**63 - 1),
+    "limit": number_between(1, 1000),
+    "before": number_between(0, 2**63 - 1),
     "q": parse_text,
     "service_type": parse_choice(*SERVICES),
     "model": parse_text,
@@ -5994,7 +6135,7 @@ LOG_PARAMETERS: Parameters = {
 }
 POINT_PARAMETERS: Parameters = {
     "hours": HOURS,
-    "limit": parse_number(1, 20_000),
+    "limit": number_between(1, 20_000),
     "model": parse_text,
     "service_type": parse_choice(*SERVICES),
 }
@@ -6053,7 +6194,7 @@ def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
     limit = get("limit", 100)
     return sql, [
         *values * len(arms),
-        MAX_SEARCHED if pattern else limit,
+        LIMITS.searched_rows if pattern else limit,
         f"%{pattern}%" if pattern else 1,
         limit,
     ]
@@ -6289,8 +6430,6 @@ def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[st
 
 # --- export ---------------------------------------------------------------------------
 
-EXPORT_PAGE = 200  # rows that are in memory at once
-
 
 def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message of a transcript as fine-tuning takes it."""
@@ -6316,7 +6455,9 @@ def export_page(
     form, lines, since = asked.get("format", "jsonl"), io.StringIO(), asked.get("since")
     table = csv.writer(lines, lineterminator="\n")
     after = 0 if since is None else time_id(time.time() - since)
-    rows = db.execute(*select_rows({**asked, "after": after, "limit": EXPORT_PAGE})).fetchall()
+    rows = db.execute(
+        *select_rows({**asked, "after": after, "limit": LIMITS.export_page})
+    ).fetchall()
     for row in map(Row._make, rows):
         if form == "csv":
             doc = {**row_document(row), "attempts": row.attempts}
@@ -6330,7 +6471,7 @@ def export_page(
             doc = {"messages": [*map(chat_message, doc["transcript"])]} if answered else {}
         if doc and row.failed is not None:
             lines.write(encode_json(doc).decode() + "\n")
-    return lines.getvalue().encode(), rows[-1][0] if len(rows) == EXPORT_PAGE else 0
+    return lines.getvalue().encode(), rows[-1][0] if len(rows) == LIMITS.export_page else 0
 
 
 # --- metrics --------------------------------------------------------------------------
@@ -6381,7 +6522,6 @@ def metric_lines(
 
 # --- endpoints ------------------------------------------------------------------------
 
-EVENTS_EVERY, KEEP_ALIVE, MAX_NEWS = 0.25, 15.0, 100  # s between messages; rows of one
 QUESTIONS = {
     "/api/logs": (read_logs, LOG_PARAMETERS),
     "/api/stats": (read_stats, {"hours": HOURS}),
@@ -6407,18 +6547,18 @@ async def serve_question(services: Services, request: Request, dialect: Dialect)
         asked["upstream"] = find_url(services.table, asked["upstream"])
     doc = await services.log.ask(question, asked)
     more = {"routes_error": services.routes_error}
-    request.responder.send_json(doc | more if isinstance(doc, dict) else doc)
+    request.writer.send_json(doc | more if isinstance(doc, dict) else doc)
 
 
 async def serve_request(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/request/{id}."""
-    request.responder.send_json(await find_request(services.log, request.path))
+    request.writer.send_json(await find_request(services.log, request.path))
 
 
 async def serve_inflight(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/inflight."""
     now, records = time.monotonic(), services.log.inflight.values()
-    request.responder.send_json([inflight_row(record, now) for record in records])
+    request.writer.send_json([inflight_row(record, now) for record in records])
 
 
 async def serve_cancel(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6428,7 +6568,7 @@ async def serve_cancel(services: Services, request: Request, dialect: Dialect) -
     if number not in running:
         raise NotFound("no such request is running")
     running[number].stop()
-    request.responder.send_json({"cancelled": True})
+    request.writer.send_json({"cancelled": True})
 
 
 async def serve_upstreams(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6460,7 +6600,7 @@ async def serve_upstreams(services: Services, request: Request, dialect: Dialect
                 **await services.log.ask(read_last_hour, url),
             }
         )
-    request.responder.send_json(docs)
+    request.writer.send_json(docs)
 
 
 async def serve_routes(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6501,7 +6641,7 @@ async def serve_routes(services: Services, request: Request, dialect: Dialect) -
             ],
             "trail": [step._asdict() for step in found.trail],
         }
-    request.responder.send_json(doc)
+    request.writer.send_json(doc)
 
 
 async def serve_metrics(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6517,21 +6657,21 @@ async def serve_metrics(services: Services, request: Request, dialect: Dialect) 
         },
     )
     kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
-    request.responder.send(200, kind, ("\n".join(lines) + "\n").encode())
+    request.writer.send(200, kind, ("\n".join(lines) + "\n").encode())
 
 
 async def send_piece(request: Request, data: bytes) -> None:
     """Send a piece of a long answer; wait while its reader is slow."""
-    request.responder.write(data)
-    request.responder.flush()
-    await request.stream.drain()
+    request.writer.write(data)
+    request.writer.flush()
+    await request.connection.drain()
 
 
 def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
     """Begin an answer of unknown length that ends when its client goes."""
     fields = (("Content-Type", kind), *STREAM_FIELDS, *fields)
-    request.responder.begin(200, encode_lines(fields), None)
-    request.stream.watch()
+    request.writer.begin(200, encode_lines(fields), None)
+    request.connection.watch()
 
 
 def read_news(
@@ -6546,8 +6686,8 @@ def read_news(
     known.clear()
     known.update((n, record.first_token is not None) for n, record in running.items())
     return {
-        "started": fresh[:MAX_NEWS],
-        "first_token": spoke[:MAX_NEWS],
+        "started": fresh[: LIMITS.news_rows],
+        "first_token": spoke[: LIMITS.news_rows],
         "finished": [row_document(ended.popleft()) for _ in range(len(ended))],
     }
 
@@ -6555,23 +6695,23 @@ def read_news(
 async def serve_events(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/events: what began, spoke and ended, at most four times a second."""
     log, quiet = services.log, 0.0
-    ended: collections.deque[Row] = collections.deque(maxlen=MAX_NEWS)
+    ended: collections.deque[Row] = collections.deque(maxlen=LIMITS.news_rows)
     known: dict[int, bool] = {}  # running requests: whether they speak
     log.listeners.append(ended)
     try:
         begin_stream(request, "text/event-stream")
         await send_piece(request, b": hello\n\n")
-        while not (services.draining or request.responder.silent):
+        while not (services.draining or request.writer.silent):
             news = read_news(log, ended, known)
-            quiet += EVENTS_EVERY
-            if any(news.values()) or quiet > KEEP_ALIVE:
+            quiet += LIMITS.news_interval
+            if any(news.values()) or quiet > LIMITS.news_keep_alive:
                 data = b"event: requests\ndata: " + encode_json(news)
                 await send_piece(request, (data if any(news.values()) else b": quiet") + b"\n\n")
                 quiet = 0.0
-            await asyncio.sleep(EVENTS_EVERY)
+            await asyncio.sleep(LIMITS.news_interval)
     finally:
         log.listeners.remove(ended)
-    request.responder.finish()
+    request.writer.finish()
 
 
 async def serve_export(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6593,11 +6733,11 @@ async def serve_export(services: Services, request: Request, dialect: Dialect) -
     while asked["before"]:
         page, asked["before"] = await services.log.ask(next_page)
         await send_piece(request, page)
-    request.responder.finish()
+    request.writer.finish()
 
 
 # ======================================================================================
-# 14  Application
+# 16  Application
 # ======================================================================================
 # Which path means what: one table. It dispatches and it guards, on the same normalised
 # path. To add an endpoint: a function `serve_...` and a line in ENDPOINTS.
@@ -6642,7 +6782,7 @@ async def relay_native(services: Services, request: Request, dialect: Dialect) -
     if not request.content and request.head.method != "HEAD":
         raise MalformedContent("the request has no content")
     reader = OLLAMA_NATIVE if is_object(request.content) else OLLAMA_OPAQUE
-    ask = Ask(request.path, request.query, request.content)
+    ask = ParsedRequest(request.path, request.query, request.content)
     with contextlib.suppress(MalformedContent):
         ask = reader.read(request.path, request.query, request.content)
     speaking = [s for s in services.table.all_servers() if s.api == dialect.service]
@@ -6661,7 +6801,7 @@ async def relay_native(services: Services, request: Request, dialect: Dialect) -
 async def serve_models(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer GET /v1/models."""
     models = await services.list_models(request)
-    request.responder.send_json({"object": "list", "data": models})
+    request.writer.send_json({"object": "list", "data": models})
 
 
 async def serve_model(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6671,13 +6811,13 @@ async def serve_model(services: Services, request: Request, dialect: Dialect) ->
     decision = services.decide(name, request.source_host)
     if name not in models and (decision.route, decision.mapped) == ("default", name):
         raise NotFound(f"no server has a model {name[:80]!r}; GET /v1/models lists them all")
-    request.responder.send_json(models.get(name) or model_entry(name))
+    request.writer.send_json(models.get(name) or model_entry(name))
 
 
 async def serve_tags(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/tags."""
     models, now = await services.list_models(request), rfc3339(time.time())
-    request.responder.send_json({"models": [ollama_model(m["id"], now) for m in models]})
+    request.writer.send_json({"models": [ollama_model(m["id"], now) for m in models]})
 
 
 async def serve_show(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6690,7 +6830,7 @@ async def serve_show(services: Services, request: Request, dialect: Dialect) -> 
     names = {ask.model, decision.mapped, *(i.model for i in decision.instances)}
     if names.isdisjoint([model["id"] for model in await services.list_models(request)]):
         raise NotFound(f"model {ask.model[:80]!r} not found")
-    request.responder.send_json(ollama_show(ask.model, rfc3339(time.time())))
+    request.writer.send_json(ollama_show(ask.model, rfc3339(time.time())))
 
 
 async def serve_running(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6699,18 +6839,18 @@ async def serve_running(services: Services, request: Request, dialect: Dialect) 
     names = {r.original_model: None for r in services.log.inflight.values() if r.original_model}
     more = {"expires_at": rfc3339(now + RUNNING_FOR), "size_vram": 0}
     models = [{**ollama_model(name, rfc3339(now)), **more} for name in names]
-    request.responder.send_json({"models": models})
+    request.writer.send_json({"models": models})
 
 
 async def serve_version(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /api/version."""
-    request.responder.send_json({"version": OLLAMA_VERSION})
+    request.writer.send_json({"version": OLLAMA_VERSION})
 
 
 async def serve_healthz(services: Services, request: Request, dialect: Dialect) -> None:
     """Answer /healthz: 503 while draining."""
     status, word = (503, "draining") if services.draining else (200, "ok")
-    request.responder.send_json({"status": word, "log": services.log.state()}, status)
+    request.writer.send_json({"status": word, "log": services.log.state()}, status)
 
 
 def read_page(file: str) -> str:
@@ -6737,7 +6877,7 @@ def send_page(
     if data is not None:
         text = encode_json(data).decode().replace("<", "\\u003c")
         page = page.replace(NO_DATA, NO_DATA.replace("><", f">{text}<"), 1)
-    request.responder.send(status, fields, page.encode())
+    request.writer.send(status, fields, page.encode())
 
 
 async def serve_page(services: Services, request: Request, dialect: Dialect) -> None:
@@ -6756,9 +6896,9 @@ async def serve_session(services: Services, request: Request, dialect: Dialect) 
     fields, policy = request.head.fields, services.settings.webui_security
     valid = False
     with contextlib.suppress(RouterError):
-        services.gate.check(find_tokens(fields, True), request.source_host)
+        services.token_guard.check(find_tokens(fields, True), request.source_host)
         valid = True
-    request.responder.send_json(
+    request.writer.send_json(
         {
             "version": __version__,
             "webui_security": policy,
@@ -6772,18 +6912,18 @@ async def serve_signin(services: Services, request: Request, dialect: Dialect) -
     """Answer /api/signin and /api/signout: a valid token becomes a cookie, or it goes."""
     fields, token = request.head.fields, ""
     if request.path == "/api/signin":
-        short = len(request.content) <= 2 * MAX_TOKEN_LENGTH  # anybody may send it
+        short = len(request.content) <= 2 * LIMITS.token  # anybody may send it
         doc = parse_json(request.content)[1] if short else None
         token = doc.get("token") if isinstance(doc, dict) else None
         if not isinstance(token, str):
             raise MalformedContent('the content is not {"token": "..."}')
-        services.gate.check([token], request.source_host)
-    peer = str((request.stream.transport.get_extra_info("peername") or [""])[0])
+        services.token_guard.check([token], request.source_host)
+    peer = str((request.connection.transport.get_extra_info("peername") or [""])[0])
     by_proxy = is_trusted(peer.removeprefix("::ffff:"), services.settings.trusted_proxies)
     secure = (by_proxy and fields.tokens("x-forwarded-proto")[-1:] == ["https"]) or (
         fields.get("origin") or ""
     ).startswith("https:")  # the browser's own word
-    request.responder.send(204, [encode_cookie(token, time.time(), secure)], b"")
+    request.writer.send(204, [encode_cookie(token, time.time(), secure)], b"")
 
 
 class Endpoint(NamedTuple):
@@ -6875,21 +7015,21 @@ class Application:
         try:
             await self.answer(request, found, known, dialect)
         except RouterError as error:
-            words = str(error)[:MAX_REASON]
+            words = str(error)[: LIMITS.error_text]
             if error.status in (401, 429) and found and found.serve is serve_page:
                 send_page(self.services, request, error.status, error.fields)  # to sign in
             else:
-                refuse(request.responder, error, dialect)
+                refuse(request.writer, error, dialect)
         except Exception:  # a fault of ours must cost one request alone
-            if request.stream.failure:  # no fault: the client has gone
+            if request.connection.failure:  # no fault: the client has gone
                 raise
             self.services.log.console.line(traceback.format_exc())
-            if not request.responder.started:
-                refuse(request.responder, RouterError("internal error; see the log"), dialect)
+            if not request.writer.started:
+                refuse(request.writer, RouterError("internal error; see the log"), dialect)
         finally:
             self.held -= request.held
         if not request.recorded and (words or (found and found.guard == API)):  # no polls
-            status, method = str(request.responder.status), request.head.method
+            status, method = str(request.writer.status), request.head.method
             self.services.log.note(request.source_host, method, request.path, status, words)
 
     async def answer(
@@ -6898,14 +7038,14 @@ class Application:
         """Check what a request may do and let its endpoint serve it. Raises RouterError."""
         guard = (found or known[0]).guard if known else API
         fields, webui, settings = request.head.fields, guard in (WEBUI, SIGNIN), self.settings
-        request.responder.extra += GUARDED_FIELDS if webui else []
-        request.responder.extra += self.check_head(request.head, webui)
+        request.writer.extra += GUARDED_FIELDS if webui else []
+        request.writer.extra += self.check_head(request.head, webui)
         if request.head.method == "OPTIONS" and (known or request.path == "*"):
             self.answer_options(request, known)
             return
         if needs_token(getattr(settings, guard, "NONE"), fields):
             cookie = webui or is_own_page(fields, request.host)
-            self.services.gate.check(find_tokens(fields, cookie), request.source_host)
+            self.services.token_guard.check(find_tokens(fields, cookie), request.source_host)
         if found is None:
             raise self.missing(request, known)
         if webui and not (settings.enable_logging or found.serve is serve_metrics):
@@ -6927,7 +7067,7 @@ class Application:
         """Count content that was read. Raises Overloaded for a long one among too many."""
         request.held += size
         self.held += size
-        most = max(MAX_HELD_CONTENT, self.settings.max_request_size)
+        most = max(LIMITS.held_content, self.settings.max_request_size)
         if self.held > most and request.held > MiB:
             raise Overloaded(
                 f"running requests hold {self.held} bytes; try again later", ("Retry-After", "5")
@@ -6953,22 +7093,17 @@ class Application:
                 ("Access-Control-Allow-Headers", wanted),
                 ("Access-Control-Max-Age", "600"),
             ]
-        request.responder.send(204, answer, b"")
+        request.writer.send(204, answer, b"")
 
 
 # ======================================================================================
-# 15  HTTP server
+# 17  HTTP server
 # ======================================================================================
 # The connection loop: one request after another on each connection, until the client
 # leaves, an error ends it or the router drains. Connections are accepted only while
 # there is room; more wait in the listen queue.
 
-BACKLOG = 4096  # the default of 100 makes the 101st client of a burst wait for 1 to 3 s
-MAX_ACCEPTED = 4  # connections in one round of the loop: what streams wait for meanwhile
-MAX_REQUESTS, WORN_IDLE = 10_000, 1.0  # on one connection; s it may idle then, or when full
-MAX_DISCARDED = 64 * KiB  # unread content that is read past after an early answer
-SPARE_FILES = 64  # files that are neither a client nor its upstream
-NO_HEAD: Late = functools.partial(RequestTimeout, f"no head within {HEAD_TIMEOUT:.0f} s")
+NO_HEAD: Late = functools.partial(RequestTimeout, f"no head within {LIMITS.head_timeout:.0f} s")
 SHORT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -6977,13 +7112,13 @@ def count_places(wanted: int) -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * wanted + SPARE_FILES
+    needed = 2 * wanted + LIMITS.spare_files
     if 0 <= soft < needed:  # no limit is -1
         soft = needed if hard < 0 else min(needed, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return wanted if soft < 0 else max(1, min(wanted, (soft - SPARE_FILES) // 2))
+    return wanted if soft < 0 else max(1, min(wanted, (soft - LIMITS.spare_files) // 2))
 
 
 class HTTPServer:
@@ -6993,7 +7128,7 @@ class HTTPServer:
         self.application, self.settings = application, application.settings
         self.services = application.services
         self.places = count_places(self.settings.max_connections)
-        self.connections: dict[asyncio.Task[None], Stream | None] = {}
+        self.connections: dict[asyncio.Task[None], Connection | None] = {}
         self.listeners: list[socket.socket] = []
         self.accepting: list[asyncio.Task[None]] = []
         self.room = asyncio.Event()
@@ -7018,7 +7153,7 @@ class HTTPServer:
                     raise
                 continue
             port = listener.getsockname()[1]
-            listener.listen(BACKLOG)
+            listener.listen(LIMITS.listen_backlog)
             listener.setblocking(False)
             self.accepting.append(asyncio.create_task(self.accept(listener)))
         return port
@@ -7027,7 +7162,7 @@ class HTTPServer:
         """Accept connections while there is room; never spin when files run short."""
         loop = asyncio.get_running_loop()
         for turn in itertools.count():
-            if turn % MAX_ACCEPTED == 0:  # running streams go first
+            if turn % LIMITS.accepted_per_turn == 0:  # running connections go first
                 await asyncio.sleep(0)
             await self.room.wait()
             try:
@@ -7041,9 +7176,11 @@ class HTTPServer:
             task.add_done_callback(self.forget)
             if len(self.connections) >= self.places:
                 self.room.clear()
-                for stream in filter(None, self.connections.values()):
-                    if not stream.busy:  # it has a second to say something
-                        stream.deadline = min(stream.deadline, loop.time() + WORN_IDLE)
+                for connection in filter(None, self.connections.values()):
+                    if not connection.busy:  # it has a second to say something
+                        connection.deadline = min(
+                            connection.deadline, loop.time() + LIMITS.worn_keep_alive_timeout
+                        )
 
     def forget(self, task: asyncio.Task[None]) -> None:
         """Make room for another connection."""
@@ -7052,76 +7189,84 @@ class HTTPServer:
 
     async def serve_connection(self, client: socket.socket, peer: str) -> None:
         """Serve one request after another on an accepted socket."""
-        loop, stream = asyncio.get_running_loop(), Stream(self.services.upstreams.rounds)
+        loop, connection = asyncio.get_running_loop(), Connection(self.services.upstreams.rounds)
         try:
-            await loop.connect_accepted_socket(lambda: stream, client)
+            await loop.connect_accepted_socket(lambda: connection, client)
         except OSError:
             client.close()
             return
-        self.connections[asyncio.current_task()] = stream
+        self.connections[asyncio.current_task()] = connection
         try:
             idle = itertools.chain(
-                itertools.repeat(IDLE_TIMEOUT, MAX_REQUESTS), itertools.repeat(WORN_IDLE)
+                itertools.repeat(LIMITS.keep_alive_timeout, LIMITS.requests_per_connection),
+                itertools.repeat(LIMITS.worn_keep_alive_timeout),
             )
-            while await self.serve_request(stream, peer, next(idle)):
+            while await self.serve_request(connection, peer, next(idle)):
                 pass
         except (OSError, RouterError):
             pass  # the client went away between two messages, or was idle for too long
         except asyncio.CancelledError:
-            if stream.cause is None:
+            if connection.cause is None:
                 raise
         finally:
-            stream.close(abort=isinstance(stream.cause, ClientClosed))
+            connection.close(abort=isinstance(connection.cause, ClientClosed))
 
-    async def serve_request(self, stream: Stream, peer: str, idle: float) -> bool:
+    async def serve_request(self, connection: Connection, peer: str, idle: float) -> bool:
         """Serve one request; return whether another may follow."""
-        stream.busy = False
-        if not stream.rest:
-            stream.expect(idle if self.room.is_set() else WORN_IDLE, TOO_LATE)
-            stream.rest = await stream.read()
-            if not stream.rest:
+        connection.busy = False
+        if not connection.rest:
+            connection.expect(
+                idle if self.room.is_set() else LIMITS.worn_keep_alive_timeout, TOO_LATE
+            )
+            connection.rest = await connection.read()
+            if not connection.rest:
                 return False
-        stream.busy = True
-        stream.expect(HEAD_TIMEOUT, NO_HEAD)
+        connection.busy = True
+        connection.expect(LIMITS.head_timeout, NO_HEAD)
         try:
-            data = await stream.read_head(MAX_REQUEST_HEAD)
+            data = await connection.read_head(LIMITS.request_line + LIMITS.all_field_lines)
             if data is None:
                 return False
-            request = self.read_request(stream, peer, parse_request_head(data))
+            request = self.read_request(connection, peer, parse_request_head(data))
         except RouterError as error:
-            refuse(Responder(stream, None), error, OPENAI)
+            refuse(ResponseWriter(connection, None), error, OPENAI)
             self.services.log.note(peer, str(error.status), str(error))
-            await stream.linger()
+            await connection.linger()
             return False
-        stream.deadline = NEVER
+        connection.deadline = NEVER
         await self.application.serve(request)
-        stream.on_close = None
-        if stream.choked:  # answers that nobody reads must not pile up
-            await stream.drain()
-        return request.responder.finished and await self.settle(request)
+        connection.on_close = None
+        if connection.write_paused:  # answers that nobody reads must not pile up
+            await connection.drain()
+        return request.writer.finished and await self.settle(request)
 
-    def read_request(self, stream: Stream, peer: str, head: RequestHead) -> Request:
+    def read_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
         """Put together what a head says and whom it came from."""
-        responder = Responder(stream, head)
-        responder.keep = responder.keep and not self.services.draining
+        writer = ResponseWriter(connection, head)
+        writer.keep = writer.keep and not self.services.draining
         source = client_address(peer, head.fields, self.settings.trusted_proxies)
-        return Request(head, stream, responder, source)
+        return Request(head, connection, writer, source)
 
     async def settle(self, request: Request) -> bool:
         """Read past content that nobody wanted, or close; return whether to go on."""
-        stream, keep = request.stream, request.responder.keep
+        connection, keep = request.connection, request.writer.keep
         framing = request.head.framing
-        unread = request.unread or Content(stream, framing)
+        unread = request.unread or Content(connection, framing)
         if unread.done:
             return keep and not self.services.draining
         expects = request.head.fields.get("expect") is not None
-        if keep and request.unread is None and not expects and framing.length <= MAX_DISCARDED:
-            stream.expect(LINGER, TOO_LATE)
-            while unread.size <= MAX_DISCARDED and await unread.read():
+        if (
+            keep
+            and request.unread is None
+            and not expects
+            and framing.length <= LIMITS.discarded_content
+        ):
+            connection.expect(LIMITS.linger_timeout, TOO_LATE)
+            while unread.size <= LIMITS.discarded_content and await unread.read():
                 pass
             if unread.done:
                 return True
-        await stream.linger()
+        await connection.linger()
         return False
 
     async def stop(self, grace: float, hurry: asyncio.Event) -> None:
@@ -7131,33 +7276,32 @@ class HTTPServer:
             task.cancel()
         for listener in self.listeners:
             listener.close()
-        self.end(lambda stream: stream is None or not stream.busy)
+        self.end(lambda connection: connection is None or not connection.busy)
         hurried = asyncio.create_task(hurry.wait())
         end = time.monotonic() + grace
         while self.connections and not hurry.is_set() and (left := end - time.monotonic()) > 0:
             running = [*self.connections, hurried]
             await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
-        self.end(lambda stream: True)
+        self.end(lambda connection: True)
         if self.connections:
             await asyncio.wait(list(self.connections), timeout=1.0)
 
-    def end(self, chosen: Callable[[Stream | None], bool]) -> None:
+    def end(self, chosen: Callable[[Connection | None], bool]) -> None:
         """End the tasks of connections, for a reason that their requests will tell."""
-        for task, stream in list(self.connections.items()):
-            if chosen(stream):
-                if stream:
-                    stream.cause = Unavailable("the router is shutting down")
+        for task, connection in list(self.connections.items()):
+            if chosen(connection):
+                if connection:
+                    connection.cause = Unavailable("the router is shutting down")
                 task.cancel()
 
 
 # ======================================================================================
-# 16  Command line
+# 18  Command line
 # ======================================================================================
 # `serve` is the router; the other commands look at a configuration, ask a running router
 # or show one off. The environment is read in `main`, and nowhere else.
 
-RELOAD_EVERY = 2.0  # s between two looks at the routing file
 EPILOG = """examples:
   smolrouter.py                                  serve with the settings of the environment
   smolrouter.py --default-upstream http://gpu:8000 --listen-port 8080
@@ -7242,7 +7386,7 @@ class Router:
         self.settings, self.routes, self.warnings = settings, routes, warnings
         self.console = Console()
         self.hurry, self.ended = asyncio.Event(), asyncio.Event()
-        upstreams = Upstreams(settings, Rounds())
+        upstreams = Upstreams(settings, LoopBatch())
         log = RequestLog(settings, self.console, command)
         relay = Relay(settings, upstreams, log, f"1.1 smolrouter-{secrets.token_hex(6)}")
         table = routes.load()
@@ -7253,7 +7397,7 @@ class Router:
             ModelLists(upstreams),
             log,
             relay,
-            Gate(settings.jwt_secret),
+            TokenGuard(settings.jwt_secret),
             dashboard=dashboard or "",
         )
         self.server = HTTPServer(Application(self.services))
@@ -7277,7 +7421,7 @@ class Router:
     async def watch(self) -> None:
         """Look at the routing file, and at the log's process, every two seconds."""
         while True:
-            await asyncio.sleep(RELOAD_EVERY)
+            await asyncio.sleep(LIMITS.reload_interval)
             self.services.log.check_writer()
             if self.routes.changed():
                 self.reload()
@@ -7415,7 +7559,7 @@ def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile)
 
 
 def run_health(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
-    """Ask a running router whether it is well."""
+    """ParsedRequest a running router whether it is well."""
     import http.client
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.listen_host, settings.listen_host)
@@ -7657,7 +7801,7 @@ def flag_number(low: float, high: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            return parse_number(low, high, False)(text)
+            return number_between(low, high, False)(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
