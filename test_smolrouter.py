@@ -1484,7 +1484,7 @@ def test_options_of_the_other_protocol(options: Any, wanted: Any) -> None:
 
 # -- 7 Routing ---------------------------------------------------------------------
 
-TABLE = """
+ROUTING_TABLE = """
 {"servers": {"one": "http://one:1", "two": {"url": "http://two:2/v1", "api": "ollama"}},
  "aliases": {"pair": {"instances": ["one/a", {"server": "two", "model": "b"}]},
              "turns": {"strategy": "round_robin", "instances": ["one/a/b"]}},
@@ -1515,7 +1515,7 @@ DECISIONS = [
 ]
 
 
-def routing(text: str = TABLE, **settings: str) -> Any:
+def routing(text: str = ROUTING_TABLE, **settings: str) -> Any:
     mapping = '{"/gpt-9-(.*)/": "lab-\\\\1", "gpt-3": "llama", "mapped-pair": "pair"}'
     chosen = smolrouter.Settings.from_mapping({"MODEL_MAP": mapping, **settings})
     return smolrouter.parse_routes(text, "routes.yaml", {"KEY": "k"}, chosen)
@@ -5482,8 +5482,10 @@ NGINX = """daemon off; pid {folder}/pid; error_log {folder}/log; events {{}}
 {user} http {{ access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b;
 fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
 {server} }}"""
-CADDY = "{{ admin off\n auto_https disable_redirects\n skip_install_trust\n storage file_system "
-CADDY += "{folder}\n}}\n{server}"
+CADDY = (
+    "{{ admin off\n auto_https disable_redirects\n skip_install_trust\n storage file_system "
+    "{folder}\n}}\n{server}"
+)
 
 
 @contextlib.contextmanager
@@ -7824,7 +7826,7 @@ def test_ollama_streams_unless_told_not_to(path: str, asked: dict) -> None:
         assert "".join(p["response"] for p in parts) == ANSWER
 
 
-OPTIONS: Cases = (
+OLLAMA_OPTIONS: Cases = (
     ({"temperature": 0.25}, {"temperature": 0.25}),
     ({"temperature": 0}, {"temperature": 0}),
     ({"top_p": 0.5}, {"top_p": 0.5}),
@@ -7843,11 +7845,11 @@ OPTIONS: Cases = (
     ({}, {}),
     (None, {}),
 )
-SAMPLING = {name for _, sent in OPTIONS for name in sent}
+SAMPLING = {name for _, sent in OLLAMA_OPTIONS for name in sent}
 
 
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
-@pytest.mark.parametrize("options, sent", OPTIONS, ids=lambda value: repr(value))
+@pytest.mark.parametrize("options, sent", OLLAMA_OPTIONS, ids=lambda value: repr(value))
 def test_ollama_options(path: str, options: Any, sent: dict) -> None:
     body = {"model": "talk", "prompt": "hello", "messages": ASKED, "stream": False}
     got = tell(path, {**body, "options": options, "keep_alive": "5m"})
@@ -7983,7 +7985,7 @@ def test_ollama_tool_results_find_their_calls(talk: list[dict]) -> None:
     assert sorted(answered) == sorted(names)
 
 
-THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that come back
+OLLAMA_THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that come back
     ("think", {}, None, "Forty-two."),
     ("think", {"think": True}, "Six times seven.", "Forty-two."),
     ("think", {"think": False}, None, "Forty-two."),
@@ -7993,7 +7995,7 @@ THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that come b
 )
 
 
-@pytest.mark.parametrize("model, asked, thoughts, words", THOUGHTS)
+@pytest.mark.parametrize("model, asked, thoughts, words", OLLAMA_THOUGHTS)
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
 @whole_or_lines
 def test_ollama_thinking(
@@ -10418,7 +10420,7 @@ def test_the_backlog_is_bounded() -> None:
 # dashboard.html in a real browser, with a real router and real upstreams. Whatever a test
 # does, no request may leave the machine and the console stays free of errors.
 
-EVIL = "<script>window.pwned=1</script>\u202e\"'&\u2028<img src=x onerror=window.pwned=1>"
+EVIL_TEXT = "<script>window.pwned=1</script>\u202e\"'&\u2028<img src=x onerror=window.pwned=1>"
 TOOL_TALK = [
     {"role": "system", "content": "Be brief."},
     {
@@ -10940,20 +10942,20 @@ CONTRAST = """() => {
 def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
     """In both schemes, at 380 pixels, and with hostile text in every field."""
     router = page_router("evil")
-    name = EVIL + "x" * (1000 - len(EVIL))
-    long = json_answer(completion({}, EVIL + "y" * 10_000))
+    name = EVIL_TEXT + "x" * (1000 - len(EVIL_TEXT))
+    long = json_answer(completion({}, EVIL_TEXT + "y" * 10_000))
     stage().scripts[name] = lambda received: long
     fields = [("User-Agent", "<b>" + "z" * 3000)]
     if not stage().heard("<script>window.pwned=1"):
         talk = {
             "model": name,
             "messages": [
-                {"role": EVIL, "content": EVIL, "name": EVIL},
-                {"role": "user", "content": "a " + EVIL * 200},
+                {"role": EVIL_TEXT, "content": EVIL_TEXT, "name": EVIL_TEXT},
+                {"role": "user", "content": "a " + EVIL_TEXT * 200},
             ],
         }
         request(router.port, "POST", "/v1/chat/completions", talk, fields)
-        request(router.port, "POST", "/v1/%3Cscript%3E" + "w" * 900, {"model": EVIL}, fields)
+        request(router.port, "POST", "/v1/%3Cscript%3E" + "w" * 900, {"model": EVIL_TEXT}, fields)
         ask(router, "coder", stream=True)
     newest(router, "coder")
     rows = json.loads(request(router.port, "GET", "/api/logs").content)
@@ -10973,10 +10975,10 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
         assert tab.locator("main script, main img").count() == 0
         if path.endswith(str(rows[-1]["id"])):  # a browser shows U+2028 as it likes
             said = tab.locator("#turns").text_content()
-            assert EVIL * 200 in said and EVIL + "y" * 10_000 in said
-            assert EVIL + "x" * 300 in tab.locator("#head bdi").first.get_attribute("title")
+            assert EVIL_TEXT * 200 in said and EVIL_TEXT + "y" * 10_000 in said
+            assert EVIL_TEXT + "x" * 300 in tab.locator("#head bdi").first.get_attribute("title")
         elif path == "/":
-            assert EVIL[:40] in tab.locator("#rows tbody").text_content()
+            assert EVIL_TEXT[:40] in tab.locator("#rows tbody").text_content()
 
 
 # ======================================================================================
@@ -10984,7 +10986,7 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
 # ======================================================================================
 
 
-def embed() -> None:
+def embed_page() -> None:
     """Write dashboard.html into smolrouter.py as DASHBOARD_HTML."""
     page = (HERE / "dashboard.html").read_text("utf-8")
     assert '"""' not in page and not page.endswith("\\")
@@ -10995,4 +10997,4 @@ def embed() -> None:
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--embed"]:
-    embed()
+    embed_page()
