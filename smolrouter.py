@@ -221,6 +221,10 @@ class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_err
     """No upstream gave an HTTP answer."""
 
 
+class DecodedTooLong(BadGateway):
+    """An upstream's answer is too long without its content coding to be changed."""
+
+
 class Unavailable(RouterError, status=503, code="shutting_down"):
     """The router is shutting down."""
 
@@ -730,17 +734,6 @@ class Fields:
         return [part.strip(" \t") for part in parts if part.strip(" \t")]
 
 
-CODINGS = ("gzip", "x-gzip", "deflate")  # those that can be taken off
-
-
-def read_coding(fields: Fields) -> str:
-    """Return the content codings over all lines but `identity`, "" for none (RFC 9110 8.4)."""
-    if "content-encoding" not in fields.first:  # as nearly always
-        return ""
-    codings = fields.tokens("content-encoding")
-    return ", ".join(coding for coding in codings if coding != "identity")
-
-
 class Framing(NamedTuple):
     """How long a content is: `length` octets, "chunked" or "until-close"."""
 
@@ -1046,6 +1039,107 @@ class ChunkDecoder:
                 raise MalformedMessage(f"chunk extensions over {LIMITS.chunk_extensions} octets")
             self.left = int(match[1], 16)
             self.part = "chunk-end" if self.left else "trailer"
+
+
+# --- content codings (RFC 9110 8.4) ---
+
+# What can be taken off; anything else is relayed as it is, or refused.
+CODINGS = ("gzip", "x-gzip", "deflate")
+GZIP_START = b"\x1f\x8b"
+# zlib finds out by itself whether data is gzip or zlib, when it is asked for this window size.
+GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+BARE_DEFLATE = -zlib.MAX_WBITS
+# Octets that are decoded at once. A member's end is known only after the call that has reached
+# it, and what follows was copied by then; with small pieces that is never much.
+CODED_PIECE = 4 * KiB
+
+
+def read_coding(fields: Fields) -> str:
+    """Return the content codings over all lines but `identity`, "" for none.
+
+    `Content-Encoding: identity, GZIP`  ->  'gzip'
+    """
+    if "content-encoding" not in fields.first:  # as nearly always
+        return ""
+    codings = fields.tokens("content-encoding")
+    return ", ".join(coding for coding in codings if coding != "identity")
+
+
+class Inflater:
+    """Takes gzip or deflate off a content, piece by piece.
+
+    `gzip` is one member after another (RFC 1952); what follows the last one and begins no other is
+    ignored, as gzip(1) and browsers do. `deflate` is zlib's format (RFC 1950), but some servers
+    send the data without its head and check sum (RFC 1951); its first octet tells which it is.
+    """
+
+    def __init__(self, coding: str, limit: float) -> None:
+        self.coding = coding
+        # Octets that may still come out, over all calls.
+        self.remaining = limit
+        # Of the current member; None before the first.
+        self.decoder: Any = None
+        # The first octet of what may be another member.
+        self.pending = b""
+        # Something stands behind the last member that is none, and nothing more is read.
+        self.ended = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the decoded octets. Raises BadGateway, and DecodedTooLong above the limit."""
+        data = self.pending + data
+        self.pending = b""
+        room = min(self.remaining, LIMITS.decoded_answer)
+        decoded = []
+        at = 0
+        while at < len(data):
+            if self.decoder is None or self.decoder.eof:
+                self.begin_member(data[at : at + 2])
+            if self.pending or self.ended:
+                break
+            piece = data[at : at + CODED_PIECE]
+            try:
+                decoded.append(self.decoder.decompress(piece, int(room) + 1))
+            except zlib.error as error:
+                raise BadGateway(f"the answer's content coding is broken: {error}") from None
+            size = len(decoded[-1])
+            room -= size
+            self.remaining -= size
+            if room < 0:
+                raise DecodedTooLong(
+                    f"the answer decodes to more than {LIMITS.decoded_answer} bytes"
+                )
+            at += len(piece) - len(self.decoder.unused_data)
+        return b"".join(decoded)
+
+    def begin_member(self, start: bytes) -> None:
+        """Begin the member that starts with these two octets, of which one may be missing."""
+        if self.decoder is None:
+            # The low four bits of zlib's first octet are 8, its compression method. A bare block
+            # cannot begin so: it would be a stored one with bits set that are zero.
+            bare = self.coding == "deflate" and start[0] & 15 != 8
+            self.decoder = zlib.decompressobj(BARE_DEFLATE if bare else GZIP_OR_ZLIB)
+        elif self.coding == "deflate":
+            self.ended = True
+        elif start == GZIP_START:
+            self.decoder = zlib.decompressobj(GZIP_OR_ZLIB)
+        elif start == GZIP_START[:1]:
+            self.pending = start
+        else:
+            self.ended = True
+
+
+def decode_content(data: bytes, coding: str, limit: int) -> bytes:
+    """Return a content without its coding, as far as it can be read.
+
+    What the log keeps may be cut anywhere. What cannot be read at all stays as it is.
+    """
+    if coding not in CODINGS:
+        return data
+    inflater, decoded = Inflater(coding, limit), []
+    with contextlib.suppress(BadGateway):
+        for at in range(0, len(data), CODED_PIECE):
+            decoded.append(inflater.feed(data[at : at + CODED_PIECE]))
+    return b"".join(decoded) or data
 
 
 def encode_chunk(content: bytes) -> tuple[bytes, bytes, bytes]:
@@ -4574,14 +4668,6 @@ def storable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def inflate(data: bytes, coding: str) -> bytes:
-    """Return a body without its content coding, as far as it can be read."""
-    with contextlib.suppress(zlib.error):
-        if coding in CODINGS:
-            return zlib.decompressobj(47).decompress(data, LIMITS.held_bodies)
-    return data
-
-
 encode_trail = functools.lru_cache(maxsize=1024)(COMPACT_JSON)  # most requests go known ways
 
 
@@ -4634,7 +4720,7 @@ def read_cost(note: Note, detail: Detail) -> tuple[Usage, bool]:
     failed = note.status >= 400 and note.status != ClientClosed.status and not answered
     if failed or note.coding is None:
         return Usage(), False
-    said = inflate(detail.response, note.coding) + note.tail
+    said = decode_content(detail.response, note.coding, LIMITS.held_bodies) + note.tail
     usage, path = read_usage(said), note.path.partition("?")[0]
     if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
         return usage, False
@@ -5455,8 +5541,6 @@ class RequestLog:
 # one gives an answer, and that answer goes out as it comes in. After its first octet has
 # left there is no second answer: a failure ends the stream with an error.
 
-MAX_CODED = 4 * KiB  # octets at once: after each member the rest of them is copied
-GZIP_START = b"\x1f\x8b"
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
 NOT_TRUE_ANY_MORE = NOT_RETURNED.union(("content-encoding", "etag", "content-md5", "content-type"))
@@ -5506,53 +5590,6 @@ def tell_route(upstream_url: str, model: str, route: str, attempts: int) -> Pair
 def odd_answer(error: Exception) -> BadGateway:
     """Return what an answer of no known shape is, after what it did to its reader."""
     return BadGateway(f"the answer has a shape that cannot be read: {error}")
-
-
-class DecodedTooLong(BadGateway, status=502, code="bad_gateway"):
-    """A coded answer is too long to be changed."""
-
-
-class Inflater:
-    """Takes gzip or deflate off an answer: RFC 1952 members, RFC 1950 or bare RFC 1951."""
-
-    def __init__(self, coding: str, limit: float) -> None:
-        self.coding, self.left = coding, limit
-        self.decoder: Any = None
-        self.held = b""  # the first octet of what may be another member
-        self.ended = False  # no other member follows
-
-    def begin(self, start: bytes) -> bool:
-        """Begin the member that starts so; what is none is ignored, as gzip and browsers do."""
-        if self.decoder and start == GZIP_START[:1]:
-            self.held = start
-        elif self.decoder and (self.coding == "deflate" or start != GZIP_START):
-            self.ended = True
-        else:
-            bare = self.coding == "deflate" and start[0] & 15 != 8
-            self.decoder = zlib.decompressobj(-15 if bare else 47)
-        return not (self.held or self.ended)
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the decoded bytes. Raises BadGateway."""
-        plain, at, room = [], 0, min(self.left, LIMITS.decoded_answer)
-        data, self.held = self.held + data, b""
-        while at < len(data) and not self.ended:
-            new = not self.decoder or self.decoder.eof
-            if new and not self.begin(data[at : at + 2]):
-                break
-            piece = data[at : at + MAX_CODED]
-            try:
-                plain.append(self.decoder.decompress(piece, int(room) + 1))
-            except zlib.error as error:
-                raise BadGateway(f"the answer's content coding is broken: {error}") from None
-            room -= len(plain[-1])
-            self.left -= len(plain[-1])
-            if room < 0:
-                raise DecodedTooLong(
-                    f"the answer decodes to more than {LIMITS.decoded_answer} bytes"
-                )
-            at += len(piece) - len(self.decoder.unused_data)
-        return b"".join(plain)
 
 
 @dataclasses.dataclass
@@ -6367,7 +6404,9 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     """Return everything about one request."""
     meta, path = json.loads(detail.meta), row.path.partition("?")[0]
     lines = [(name.lower(), name, value) for name, value in meta.get("response_headers", ())]
-    content, said = detail.request, inflate(detail.response, read_coding(Fields(lines)))
+    content = detail.request
+    coding = read_coding(Fields(lines))
+    said = decode_content(detail.response, coding, LIMITS.held_bodies)
     talk = read_transcript(path, content, said) if path in NO_THINK_MEMBERS else []
     answers = [message for message in talk if message["role"] == "assistant"] if said else []
     doc = {
