@@ -25,7 +25,7 @@ under the same number and name here; its own helpers stand at its top.
     17  HTTP server        connections, many connections, the end of the process
     18  Command line       flags and commands
      A  The page           dashboard.html in a real browser
-    The file itself        the shape of both files, README, the image, the measurements
+    The file itself        the shape of both files; README, the guide, the image, the measurements
 
 A test that needs a package which is not there is skipped, or fails when the environment
 variable SMOLROUTER_TEST_ALL is 1. SMOLROUTER_FUZZ=4000 makes hypothesis try so many new
@@ -6444,14 +6444,14 @@ CADDY = (
 
 @contextlib.contextmanager
 def proxied(program: str, router: Router) -> Iterator[int]:
-    """The proxy, as README sets it up, in front of a router; yields its port."""
+    """The proxy, as the guide sets it up, in front of a router; yields its port."""
     found, tls = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"), certificate()
     if not found and program == "nginx" and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
         pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no nginx")
     if not found or not tls:
         pytest.skip(f"there is no {program}, or no openssl")
-    readme = (HERE / "README.md").read_text("utf-8")
-    server = readme.partition(f"```{program}\n")[2].partition("```")[0]
+    guide = (HERE / "docs/guide.md").read_text("utf-8")
+    server = guide.partition(f"```{program}\n")[2].partition("```")[0]
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     for old, new in (
@@ -6517,7 +6517,7 @@ def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[by
 
 
 @pytest.mark.parametrize("program", ["nginx", "caddy"])
-def test_proxy_of_the_readme(program: str) -> None:
+def test_proxy_of_the_guide(program: str) -> None:
     more = {"TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_HOSTS": "models.example.com"}
     router = guarded_by("AUTH_WHEN_PROXIED", **more)
     token = {"Authorization": f"Bearer {GOOD}"}
@@ -11100,17 +11100,37 @@ def test_one_protocol_at_the_edge_only() -> None:
             assert "ollama" not in (prose + code).lower(), number
 
 
-# --- README, the image, the measurements ------------------------------------------------------
+# --- README and the guide, the image, the measurements ---------------------------------
 
 
-def test_readme_lists_every_setting() -> None:
-    readme = (HERE / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| ([A-Z_]+) \| (.*?) \| (.*?) \|$", readme.replace("`", ""), re.M)
+def test_guide_lists_every_setting() -> None:
+    guide = (HERE / "docs/guide.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([A-Z_]+) \| (.*?) \| (.*?) \|$", guide.replace("`", ""), re.M)
     wanted = [
         (f.name.upper(), str(f.metadata["default"] or "unset"), f.metadata["help"])
         for f in dataclasses.fields(smolrouter.Settings)
     ]
     assert rows == [(n, d, h.replace("`", "")) for n, d, h in wanted]
+
+
+def test_links_of_readme_and_guide_lead_somewhere() -> None:
+    """README stays short; what it leaves out, it links to."""
+    pages = {path: (HERE / path).read_text("utf-8") for path in ("README.md", "docs/guide.md")}
+    assert pages["README.md"].count("\n") <= 200
+    titles = {
+        path: re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^ *```.*?^ *```$", "", text), re.M)
+        for path, text in pages.items()
+    }
+    for path, text in pages.items():
+        folder = pathlib.PurePosixPath(path).parent
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+            page = os.path.normpath(folder / target) if target else path
+            assert (HERE / page).exists(), (path, target)
+            if anchor:
+                assert anchor in [t.lower().replace(" ", "-") for t in titles[page]], anchor
+    # The guide's table of contents names each of its parts, in their order.
+    listed = re.findall(r"\]\(#([^)]*)\)", pages["docs/guide.md"].partition("\n## ")[0])
+    assert listed == [t.lower().replace(" ", "-") for t in titles["docs/guide.md"][1:]]
 
 
 def test_image_runs_as_nobody_and_writes_to_data_alone() -> None:
