@@ -668,37 +668,37 @@ LIMITS = Limits()
 # ======================================================================================
 # 3  HTTP messages (pure)
 # ======================================================================================
-# RFC 9112 on bytes: heads, field lines, framing and chunks, for requests and responses.
-# What is forwarded must be read the same way by everybody, so that reading is strict and
-# a doubtful message is refused. Fields are an ordered list of lines, never a dict.
+# RFC 9112 on bytes, for requests and for responses: heads, field lines, targets, framing,
+# chunks. Nothing here waits or looks at a clock: bytes go in, values come out.
+#
+# The router forwards what it reads. If it and a server behind it found two different ends
+# of one message, a client could hide a second request inside the first (request smuggling,
+# RFC 9112 section 11.2). So reading is strict: what can be understood in two ways is refused,
+# never repaired. A new rule is a pattern with the name that the grammar gives it, used with
+# `fullmatch`, or a branch of the reader of its part with a sentence that says what it prevents.
 
-MAX_CACHED_HEAD = 2 * KiB  # remembered with what was read from it
-CR, LF = b"\r\n"
-MIN_BULK = KiB  # from here on reading chunks in bulk is the faster way
-MAX_EVEN = 1024  # chunks of one size read at once
+# --- grammar --------------------------------------------------------------------------
+# Python's own `int()`, `strip()` and `\d` take more than ASCII (`+10`, `1_0`, no-break spaces),
+# and `$` lets a line feed pass. So all classes are spelled out.
 
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-STATUS_LINE = re.compile(r"HTTP/1\.([0-9]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
-FIELD_LINE = re.compile(rf"({TOKEN}):([\t\x20-\x7e\x80-\xff]*)")
+STATUS_LINE = re.compile(rf"HTTP/1\.([0-9]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
+FIELD_LINE = re.compile(rf"({TOKEN}):({FIELD_VALUE})")
 FIELD_LINES = re.compile(rf"^{FIELD_LINE.pattern}\r$", re.MULTILINE)
+# A line feed without its carriage return, or the other way round. A CR at the very end of
+# what has come is none: its LF may be on its way.
 BARE_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
-PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
-LINE_CHUNK_SIZES = {  # by the lines of a chunk up to its `\r`, and the length of its text
-    period: {size: b"%x\r" % (size + period - 2) for size in range(KiB)} for period in (3, 4)
-}
-CHUNK_LINES = {
-    "chunk-size": LIMITS.chunk_line,
-    "chunk-end": 0,
-    "trailer": LIMITS.trailers,
-}  # octets
-LAST_CHUNK = b"0\r\n\r\n"
+PLAIN_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
 PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})?")
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+LAST_CHUNK = b"0\r\n\r\n"
+# Fields that concern one connection alone and so are never forwarded (RFC 9110 section 7.6.1).
 HOP_BY_HOP = frozenset(
     (
         "connection",
@@ -713,84 +713,174 @@ HOP_BY_HOP = frozenset(
     )
 )
 
+# --- fields ---------------------------------------------------------------------------
+
 
 class Fields:
-    """Field lines in their order, names as they came; look-ups take lower-case names."""
+    """The field lines of a head in their order, names spelled as they came.
+
+    A list and no dict: with two lines of one name the last must not silently win, because a
+    server behind the router may take the first. `lines` holds (lower-case name, name, value);
+    every look-up takes a name in lower case.
+    """
 
     def __init__(self, lines: list[tuple[str, str, str]]) -> None:
-        self.lines = lines  # lower-case name, name, value
-        self.first = {lower: value for lower, _, value in reversed(self.lines)}
-        self.get = self.first.get  # the value of the first line of a name, or None
+        self.lines = lines
+        # Backwards, so that of several lines with one name the first one stays.
+        self.first = {lower: value for lower, _, value in reversed(lines)}
+        # `get(name)` is the value of the first line with that name, or None. Look-ups are made
+        # often, and this way each is a dict's own.
+        self.get = self.first.get
 
     def get_all(self, name: str) -> list[str]:
-        """Return the values of all lines of that name."""
+        """Return the values of all lines with that name, in their order."""
+        if name not in self.first:
+            return []
+        # No name stands twice in most heads; then there is nothing to search for.
         if len(self.first) == len(self.lines):
-            return [self.first[name]] if name in self.first else []
+            return [self.first[name]]
         return [value for lower, _, value in self.lines if lower == name]
 
     def tokens(self, name: str) -> list[str]:
-        """Return the elements of a comma-separated list over all its lines, lower case."""
-        parts = ",".join(self.get_all(name)).lower().split(",") if name in self.first else ()
-        return [part.strip(" \t") for part in parts if part.strip(" \t")]
+        """Return the elements of a list over all lines with that name, in lower case.
+
+        `Connection: close, ` and `Connection: X-A`  ->  ['close', 'x-a']
+        Empty elements count for nothing (RFC 9110 section 5.6.1).
+        """
+        if name not in self.first:
+            return []
+        elements = ",".join(self.get_all(name)).lower().split(",")
+        stripped = [element.strip(" \t") for element in elements]
+        return [element for element in stripped if element]
+
+
+def parse_fields(text: str) -> Fields:
+    r"""Read field lines, each with its CRLF (RFC 9112 section 5).
+
+    'Host: a\r\nX:  b \r\n'  ->  lines [('host', 'Host', 'a'), ('x', 'X', 'b')]
+
+    A line that is not `name: value` raises MalformedMessage: one that begins with a blank (the
+    obsolete folding of section 5.2), one with a blank before its colon, with a control character
+    or with a bare CR or LF is read differently by different servers. Too many lines or a too
+    long one raise FieldsTooLarge.
+    """
+    # One search finds all lines that are right. If there are fewer of them than line ends,
+    # one is wrong, and only then is it worth the time to find out which.
+    matches = FIELD_LINES.findall(text)
+    if len(matches) != text.count("\n"):
+        for line in text.split("\r\n"):
+            if not FIELD_LINE.fullmatch(line):
+                raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
+    if len(matches) > LIMITS.field_count:
+        raise FieldsTooLarge(f"{len(matches)} field lines; {LIMITS.field_count} are allowed")
+    if len(text) > LIMITS.field_line:
+        longest = max(text.split("\r\n"), key=len)
+        if len(longest) > LIMITS.field_line:
+            name = longest.partition(":")[0][:80]
+            raise FieldsTooLarge(
+                f"field {name!r} has {len(longest)} octets, over {LIMITS.field_line}"
+            )
+    return Fields([(name.lower(), name, value.strip(" \t")) for name, value in matches])
+
+
+def encode_lines(pairs: Iterable[tuple[str, str]]) -> str:
+    r"""Return names and values as field lines.
+
+    [('A', 'b'), ('C', 'd')]  ->  'A: b\r\nC: d\r\n'
+    """
+    return "".join([f"{name}: {value}\r\n" for name, value in pairs])
+
+
+@functools.lru_cache(maxsize=1024)
+def encode_field_value(text: str) -> str:
+    """Return a text as a field value of visible ASCII, at most 256 characters.
+
+    Models and routes have names that clients choose. A line end in one of them would begin a
+    field of the client's own in the router's answer.
+    """
+    ascii_text = text.encode("ascii", "backslashreplace").decode("ascii")
+    return re.sub(r"[^\x20-\x7e]", "?", ascii_text)[:256]
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(second: int) -> str:
+    """Return a moment as Date has it (RFC 9110 section 5.6.7).
+
+    0  ->  'Thu, 01 Jan 1970 00:00:00 GMT'
+    """
+    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
+    return moment.strftime("%a, %d %b %Y %H:%M:%S GMT")
+
+
+# --- framing --------------------------------------------------------------------------
 
 
 class Framing(NamedTuple):
-    """How long a content is: `length` octets, "chunked" or "until-close"."""
+    """Where a content ends: after `length` octets, where its chunks say, or with the connection.
+
+    `kind` is "length", "chunked" or "until-close".
+    """
 
     kind: str
     length: int = 0
 
 
-NO_CONTENT, CHUNKED, UNTIL_CLOSE = Framing("length"), Framing("chunked"), Framing("until-close")
-
-
-def parse_fields(text: str) -> Fields:
-    """Read field lines with their CRLFs (RFC 9112 5). Raises MalformedMessage or FieldsTooLarge."""
-    found = FIELD_LINES.findall(text)
-    if len(found) != text.count("\n"):
-        line = next(line for line in text.split("\r\n") if not FIELD_LINE.fullmatch(line))
-        raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
-    if len(found) > LIMITS.field_count:
-        raise FieldsTooLarge(f"{len(found)} field lines; {LIMITS.field_count} are allowed")
-    line = max(text.split("\r\n"), key=len) if len(text) > LIMITS.field_line else ""
-    if len(line) > LIMITS.field_line:
-        name = line.partition(":")[0][:80]
-        raise FieldsTooLarge(f"field {name!r} has {len(line)} octets, over {LIMITS.field_line}")
-    return Fields([(name.lower(), name, value.strip(" \t")) for name, value in found])
+NO_CONTENT = Framing("length")
+CHUNKED = Framing("chunked")
+UNTIL_CLOSE = Framing("until-close")
 
 
 def read_framing(fields: Fields, minor: int) -> Framing | None:
-    """Return what the fields alone say (RFC 9112 6.3), None when they say nothing.
+    """Return the framing that fields declare, None when they say nothing (RFC 9112 section 6.3).
 
-    A repeated length, one beside a coding and any coding but `chunked` are refused.
+    `Content-Length: 5`           ->  Framing('length', 5)
+    `Transfer-Encoding: chunked`  ->  CHUNKED
+
+    All that servers are known to disagree about raises MalformedMessage. `minor` is the minor
+    version of HTTP of the message.
     """
     lengths = fields.get_all("content-length")
     codings = fields.get_all("transfer-encoding")
-    if codings and (lengths or minor == 0):
-        other = "Content-Length" if lengths else "HTTP/1.0"
-        raise MalformedMessage(f"Transfer-Encoding with {other}")
-    if codings and [coding.lower() for coding in codings] != ["chunked"]:
-        seen = ", ".join(codings)[:80]
-        raise MalformedMessage(f"Transfer-Encoding {seen!r} instead of 'chunked'")
-    if lengths and (len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0])):
-        seen = ", ".join(lengths)[:80]
-        raise MalformedMessage(f"Content-Length {seen!r} instead of one decimal number")
+    if codings:
+        # The classic way to smuggle: one side believes the length, the other one the chunks.
+        if lengths:
+            raise MalformedMessage("Transfer-Encoding with Content-Length")
+        # HTTP/1.0 has no chunks. An old proxy on the way has not looked at them.
+        if minor == 0:
+            raise MalformedMessage("Transfer-Encoding with HTTP/1.0")
+        # `gzip, chunked`, `chunked, chunked` and ` chunked` in disguise (`xchunked`) each have
+        # been taken for chunked by one server and for something else by the next.
+        if len(codings) > 1 or codings[0].lower() != "chunked":
+            seen = ", ".join(codings)[:80]
+            raise MalformedMessage(f"Transfer-Encoding {seen!r} instead of 'chunked'")
+        return CHUNKED
     if lengths:
+        # `5, 5`, `+5`, `0x5` and two lines are lengths to some readers and errors to others.
+        if len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):
+            seen = ", ".join(lengths)[:80]
+            raise MalformedMessage(f"Content-Length {seen!r} instead of one decimal number")
         return Framing("length", int(lengths[0]))
-    return CHUNKED if codings else None
+    return None
 
 
 def keeps_alive(fields: Fields, minor: int) -> bool:
-    """Tell whether the sender wants the connection to persist (RFC 9112 9.3)."""
+    """Tell whether the sender wants to go on using the connection (RFC 9112 section 9.3)."""
     options = fields.tokens("connection")
-    return "close" not in options and (minor == 1 or "keep-alive" in options)
+    if "close" in options:
+        return False
+    # It is the default since HTTP/1.1; a sender of 1.0 has to ask for it.
+    return minor == 1 or "keep-alive" in options
+
+
+# --- targets --------------------------------------------------------------------------
 
 
 def decode_unreserved(match: re.Match[str]) -> str:
-    """Decode an octet that needs no percent-encoding; others get upper-case digits.
+    """Return a percent-encoded octet in its one spelling (RFC 3986 section 6.2.2).
 
-    An incomplete one could be completed by what follows, and read otherwise upstream: refused.
+    '%61' -> 'a', because `a` needs no encoding; '%2f' -> '%2F', because a slash has a meaning.
     """
+    # `%4` at the end could be completed by what a server appends, and read otherwise there.
     if match[1] is None:
         raise MalformedMessage(f"% without two hexadecimal digits in {match.string[:80]!r}")
     character = chr(int(match[1], 16))
@@ -798,250 +888,467 @@ def decode_unreserved(match: re.Match[str]) -> str:
 
 
 def normalise_path(path: str) -> str:
-    """Return the one spelling of a path: RFC 3986 6.2.2, no empty or dot segments.
+    """Return the one spelling of a path, without empty and dot segments and a final slash.
 
-    It is matched, guarded and sent upstream, so that no second spelling opens a door.
+    '//api/./x/../logs/' -> '/api/logs'; '/%61pi/logs' -> '/api/logs'
+
+    The same spelling is looked up in the endpoint table, checked against the access policy and
+    sent upstream. With two spellings, the check could see another path than the server does.
     """
     if "%" in path:
         path = PERCENT_OCTET.sub(decode_unreserved, path)
+    # Nearly every path is right as it is. Only these can hold a segment that has to go.
     if "//" not in path and "/." not in path and not path.endswith("/"):
         return path
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
 def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
-    """Return authority (None unless absolute-form), path and `?query` (RFC 9112 3.2)."""
-    authority = None
+    """Return the authority, the path and the query of a request-target (RFC 9112 section 3.2).
+
+    '/v1/models?a=b'         ->  (None, '/v1/models', '?a=b')
+    'http://box:1234/api/ps' ->  ('box:1234', '/api/ps', '')
+    '*' (of OPTIONS alone)   ->  (None, '*', '')
+    """
     if method == "OPTIONS" and target == "*":
         return None, "*", ""
-    absolute = None if target.startswith("/") else ABSOLUTE_FORM.fullmatch(target)
-    if absolute:
+    authority = None
+    if not target.startswith("/"):
+        # The absolute-form, as a client sends it that takes the router for its proxy. Its
+        # authority counts instead of Host, but it never chooses where the request goes.
+        absolute = ABSOLUTE_FORM.fullmatch(target)
+        if absolute is None:
+            raise MalformedMessage(f"target {target[:80]!r} is not a path")
         authority, target = absolute.groups()
         if not authority or not HOST.fullmatch(authority):
             raise MalformedMessage(f"authority {authority[:80]!r} in the target")
-        target = target if target.startswith("/") else f"/{target}"
-    if not target.startswith("/") or "#" in target:
+        if not target.startswith("/"):
+            target = f"/{target}"
+    # A fragment is the browser's own matter. Servers cut it off or take it for the path.
+    if "#" in target:
         raise MalformedMessage(f"target {target[:80]!r} is not a path")
-    path, mark, query = target.partition("?")
-    return authority, normalise_path(path), mark + query
+    path, question_mark, query = target.partition("?")
+    return authority, normalise_path(path), question_mark + query
+
+
+# --- heads ----------------------------------------------------------------------------
+# A head is parsed once and then immutable. Clients repeat theirs to the letter, and so do
+# servers: the parsers remember short heads and return the same object for the same bytes. What
+# is worked out from a head is remembered beside the function that does it, under the head
+# itself (`remember_short_heads`). A long head is never remembered: a client that sends different
+# ones would fill the memory.
+
+REMEMBERED_HEAD = 2 * KiB  # octets of the longest
+REMEMBERED_HEADS = 512
 
 
 class RequestHead:
-    """A request line and its fields, and what follows from them. Raises MalformedMessage."""
+    """A request line and its fields, and what follows from them.
 
-    def __init__(self, method: str, target: str, minor: int, fields: Fields) -> None:
-        self.method, self.minor, self.fields = method, minor, fields  # HTTP/1.minor
-        hosts = fields.get_all("host")  # RFC 9112 3.2
-        if len(hosts) > 1 or (not hosts and minor):
+    `minor` is the minor version of HTTP, 0 or 1; `size` the octets that it came in. What is wrong
+    with the head raises MalformedMessage when it is made, so that nobody has to look again.
+    """
+
+    def __init__(self, method: str, target: str, minor: int, fields: Fields, size: int) -> None:
+        self.method = method
+        self.minor = minor
+        self.fields = fields
+        self.size = size
+        self.memo: dict[Any, Any] = {}
+        # Two Hosts let the router and the server behind it each believe another one. Since
+        # HTTP/1.1 there has to be one, even if it is empty (RFC 9112 section 3.2).
+        hosts = fields.get_all("host")
+        if len(hosts) > 1 or (minor == 1 and not hosts):
             raise MalformedMessage(f"{len(hosts)} Host fields instead of one")
-        if hosts and not HOST.fullmatch(hosts[0]):
-            raise MalformedMessage(f"Host {hosts[0][:80]!r} is not a host and port")
+        host = hosts[0] if hosts else ""
+        if not HOST.fullmatch(host):
+            raise MalformedMessage(f"Host {host[:80]!r} is not a host and port")
         authority, self.path, self.query = parse_target(method, target)
-        self.host = authority or (hosts[0] if hosts else "")
+        self.host = authority or host
+        # A request whose fields say nothing about a content has none (section 6.3, item 7).
         self.framing = read_framing(fields, minor) or NO_CONTENT
         self.keeps_alive = keeps_alive(fields, minor)
+        # A client of HTTP/1.0 would take the interim response for the answer.
         self.expects_continue = minor == 1 and "100-continue" in fields.tokens("expect")
-        self.memo: dict[Any, Any] = {}  # what else was worked out from it, by question
 
 
 class ResponseHead:
-    """A status line and its fields, and what follows from them."""
+    """A status line and its fields, and what follows from them; `size` as in RequestHead."""
 
-    def __init__(self, status: int, reason: str, minor: int, fields: Fields) -> None:
-        self.status, self.reason, self.minor, self.fields = status, reason, minor, fields
+    def __init__(self, status: int, reason: str, minor: int, fields: Fields, size: int) -> None:
+        self.status = status
+        self.reason = reason
+        self.minor = minor
+        self.fields = fields
+        self.size = size
+        self.memo: dict[Any, Any] = {}
         self.keeps_alive = keeps_alive(fields, minor)
-        kind = fields.get("content-type") or ""
-        self.media_type = kind.partition(";")[0].strip(" \t").lower()
-        self.memo: dict[Any, Any] = {}  # what else was worked out from it, by question
+        content_type = fields.get("content-type") or ""
+        # `Text/HTML; charset=utf-8` -> `text/html`
+        self.media_type = content_type.partition(";")[0].strip(" \t").lower()
 
     @functools.cached_property
-    def declared(self) -> Framing:
-        """The framing that its fields say; without any it lasts until the close."""
+    def declared_framing(self) -> Framing:
+        """The framing that its fields say; without any, the content lasts until the close."""
         return read_framing(self.fields, self.minor) or UNTIL_CLOSE
 
     def framing(self, method: str) -> Framing:
-        """Return the answer's framing. Raises MalformedMessage."""
-        declared = self.declared
-        return NO_CONTENT if method == "HEAD" or self.status in (204, 304) else declared
+        """Return the framing of the answer to a request. Raises MalformedMessage.
+
+        The answer to a HEAD has the fields of the one to a GET and no content; 204 and 304 have
+        none either, whatever they say (RFC 9112 section 6.3, item 1).
+        """
+        declared = self.declared_framing
+        if method == "HEAD" or self.status in (204, 304):
+            return NO_CONTENT
+        return declared
 
 
-Parsed = TypeVar("Parsed")
+Result = TypeVar("Result")
 
 
-def cache_short(parse: Callable[[bytes], Parsed]) -> Callable[[bytes], Parsed]:
-    """Let `parse` remember short heads: clients and servers repeat theirs to the letter."""
-    cached = functools.lru_cache(maxsize=512)(parse)
+def remember_short_heads(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a function of a head remember its results; all its arguments are hashable.
 
-    @functools.wraps(parse)
-    def parse_again(data: bytes) -> Parsed:
-        return cached(data) if len(data) <= MAX_CACHED_HEAD else parse(data)
+    Its first argument is a RequestHead or a ResponseHead. The parsers return the same object
+    for the same short head, so that the object itself can be the key. What a long head gives
+    is worked out each time: its key would keep it in memory.
+    """
+    cached = functools.lru_cache(maxsize=2 * REMEMBERED_HEADS)(function)
 
-    return parse_again
+    @functools.wraps(function)
+    def remembering(head: RequestHead | ResponseHead, *arguments: Any) -> Result:
+        if head.size > REMEMBERED_HEAD:
+            return function(head, *arguments)
+        return cached(head, *arguments)
+
+    return remembering
 
 
-@cache_short
-def parse_request_head(data: bytes) -> RequestHead:
-    """Read a request head without its final empty line (RFC 9112 2.1, 3, 5)."""
-    start, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
-    if len(start) > LIMITS.request_line:
-        raise TargetTooLong(f"the request line has {len(start)} octets, over {LIMITS.request_line}")
-    match = REQUEST_LINE.fullmatch(start)
+def read_request_head(data: bytes) -> RequestHead:
+    """Do what `parse_request_head` says, each time anew."""
+    # Every octet is one character of Latin-1, so that nothing can fail and positions stay.
+    start_line, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
+    if len(start_line) > LIMITS.request_line:
+        raise TargetTooLong(
+            f"the request line has {len(start_line)} octets, over {LIMITS.request_line}"
+        )
+    match = REQUEST_LINE.fullmatch(start_line)
     if match is None:
-        raise MalformedMessage(f"request line {start[:80]!r} is not `METHOD target HTTP/1.1`")
+        raise MalformedMessage(f"request line {start_line[:80]!r} is not `METHOD target HTTP/1.1`")
     method, target, major, minor = match.groups()
     if major != "1":
         raise VersionNotSupported(f"HTTP/{major}.{minor} instead of HTTP/1.1")
     if len(lines) > LIMITS.all_field_lines:
         raise FieldsTooLarge(f"all fields have more than {LIMITS.all_field_lines} octets")
-    return RequestHead(method, target, min(int(minor), 1), parse_fields(lines))
+    # A later minor version is to be read as the latest that one knows (RFC 9110 section 2.5).
+    known_minor = min(int(minor), 1)
+    return RequestHead(method, target, known_minor, parse_fields(lines), len(data))
 
 
-@cache_short
-def parse_response_head(data: bytes) -> ResponseHead:
-    """Read a response head without its final empty line (RFC 9112 4)."""
-    start, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
-    match = STATUS_LINE.fullmatch(start)
+def read_response_head(data: bytes) -> ResponseHead:
+    """Do what `parse_response_head` says, each time anew."""
+    start_line, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
+    match = STATUS_LINE.fullmatch(start_line)
     if match is None:
-        raise MalformedMessage(f"status line {start[:80]!r} is not `HTTP/1.1 200 OK`")
+        raise MalformedMessage(f"status line {start_line[:80]!r} is not `HTTP/1.1 200 OK`")
     minor, status, reason = match.groups()
-    return ResponseHead(int(status), reason or "", int(minor), parse_fields(lines))
+    return ResponseHead(int(status), reason or "", int(minor), parse_fields(lines), len(data))
 
 
-def encode_lines(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return fields as field lines."""
-    return "".join([f"{name}: {value}\r\n" for name, value in pairs])
+remembered_request_head = functools.lru_cache(maxsize=REMEMBERED_HEADS)(read_request_head)
+remembered_response_head = functools.lru_cache(maxsize=REMEMBERED_HEADS)(read_response_head)
 
 
-def first_difference(found: Sequence[Any], right: Sequence[Any]) -> int:
-    """Return where two sequences of the same length begin to differ."""
-    pairs = enumerate(zip(found, right, strict=True))
-    return next((at for at, (one, other) in pairs if one != other), len(right))
+def parse_request_head(data: bytes) -> RequestHead:
+    r"""Read a request head without its final empty line (RFC 9112 sections 2.1, 3 and 5).
 
+    b'GET /v1/models HTTP/1.1\r\nHost: a'  ->  method 'GET', path '/v1/models', host 'a'
 
-@functools.lru_cache(maxsize=8)
-def even_chunks(start: int, size: int, count: int) -> struct.Struct:
-    """Return how chunks of one size stand one behind the other."""
-    return struct.Struct(f"{start}x{size}s2x" * count)
-
-
-def read_even_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
-    """Return the contents of the chunks of one size that `data` begins with, and their size.
-
-    The fastest way, for what is cut by its size, and for lines of one length: what frames a
-    chunk stands one period after what frames the one before, and is looked at octet by octet.
+    The same short bytes give the same object again. Raises MalformedMessage (no head, or one that
+    can be read in two ways), TargetTooLong, FieldsTooLarge or VersionNotSupported.
     """
-    match = PLAIN_CHUNK.match(data)
-    start, size = (match.end(), int(match[1], 16)) if match else (0, 0)
-    period = start + size + 2
-    if not size or data[period : period + start] != match[0]:
-        return (), 0
-    count = min(len(data) // period, MAX_EVEN)
-    for at, octet in (*enumerate(match[0]), (period - 2, CR), (period - 1, LF)):
-        column = data[at : count * period : period]
-        count = len(column) - len(column.lstrip(bytes([octet])))
-    return even_chunks(start, size, count).unpack_from(data), count * period
+    if len(data) > REMEMBERED_HEAD:
+        return read_request_head(data)
+    return remembered_request_head(data)
 
 
-def read_line_chunks(data: bytes) -> tuple[Sequence[bytes], int]:
-    """Return the contents of the chunks of one line that `data` begins with, and their size.
+def parse_response_head(data: bytes) -> ResponseHead:
+    r"""Read a response head without its final empty line (RFC 9112 sections 2.1, 4 and 5).
 
-    The fast way, all at once, for chunks as event streams come in: a size, a line, one or two LF.
-    It ends before anything else: `ChunkDecoder` then goes step by step.
+    b'HTTP/1.1 200 OK\r\nContent-Length: 2'  ->  status 200, reason 'OK'
+
+    The same short bytes give the same object again. Raises MalformedMessage or FieldsTooLarge.
     """
-    lines = data.split(b"\n")
-    period = lines.index(b"\r") + 1 if b"\r" in lines else 0  # lines of a chunk
-    if period not in LINE_CHUNK_SIZES:
-        return (), 0
-    count = (len(lines) - 1) // period
-    sizes, texts, *blanks, ends = [lines[at : count * period : period] for at in range(period)]
-    right_sizes = list(map(LINE_CHUNK_SIZES[period].get, map(len, texts)))
-    for found, right in (
-        (sizes, right_sizes),
-        (ends, [b"\r"] * len(ends)),
-        *((blank, [b""] * len(blank)) for blank in blanks),
-    ):
-        if found != right:
-            count = min(count, first_difference(found, right))
-    content = (b"\n" * (period - 2)).join([*texts[:count], b""])
-    return (content,), len(content) + len(b"".join(sizes[:count])) + 3 * count
+    if len(data) > REMEMBERED_HEAD:
+        return read_response_head(data)
+    return remembered_response_head(data)
 
 
-@dataclasses.dataclass(slots=True)
-class ChunkDecoder:
-    """Reads chunked content (RFC 9112 7.1); after `done`, `rest` holds what follows."""
+# --- contents -------------------------------------------------------------------------
+# Three decoders, one for each framing, all used in the same way. `feed(data)` takes what the
+# connection has brought, however it is cut, and returns the octets of content in it. `done`
+# tells that the content has ended; then `buffered` holds what follows it, which is the beginning
+# of the next message. `remaining` is how many octets are announced and have not come, so that
+# a limit can refuse a content before it is there.
 
-    rest: bytes = b""  # not read yet
-    left: int = 0  # octets of the current chunk still to come
-    part: str = "chunk-size"  # which line comes next, after those octets
-    done: bool = False
-    extensions: int = 0  # octets of all of them
-    trailers: int = 0
+
+class LengthDecoder:
+    """Decodes a content of a declared length (RFC 9112 section 6.2)."""
+
+    def __init__(self, length: int) -> None:
+        self.remaining = length
+        self.done = length == 0
+        self.buffered = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Return the content in `data`. Raises MalformedMessage."""
-        data = self.rest + data if self.rest else data
+        """Return the octets in `data` that belong to the content."""
+        content = data[: self.remaining]
+        self.buffered = data[self.remaining :]
+        self.remaining -= len(content)
+        self.done = self.remaining == 0
+        return content
+
+
+class CloseDecoder:
+    """Decodes a content that lasts until its connection closes (RFC 9112 section 6.3, item 8)."""
+
+    remaining = 0
+    buffered = b""
+
+    def __init__(self) -> None:
+        # Whoever reads the connection sets this at its end.
+        self.done = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Return `data`: all of it belongs to the content."""
+        return data
+
+
+# From so many octets on, several chunks at once are looked for. For fewer it is not worth it.
+MANY_CHUNKS = KiB
+# The line that announces a chunk of one event, by the lines that the chunk takes and by the
+# length of the event's only text: see the picture below.
+EVENT_CHUNK_SIZES = {
+    lines: {length: b"%x\r" % (length + lines - 2) for length in range(KiB)} for lines in (3, 4)
+}
+
+
+def count_equal(column: Sequence[bytes], expected: Sequence[bytes | None]) -> int:
+    """Return how many elements two sequences of one length have in common at their beginning."""
+    # Nearly always that is all of them, and to compare the whole costs next to nothing.
+    if column == expected:
+        return len(expected)
+    for index, (element, right) in enumerate(zip(column, expected, strict=True)):
+        if element != right:
+            return index
+    return len(expected)
+
+
+def read_event_chunks(data: bytes) -> tuple[bytes, int]:
+    r"""Return the content of the many chunks that `data` begins with, and the octets they take.
+
+    b'8\r\ndata: 1\n\r\n' * 99 + b'8\r\nda'  ->  (b'data: 1\n' * 99, 1287)
+
+    This is the fast way for event streams, where each chunk holds one event: its data line, and
+    an empty line if it is a server-sent event. While a client is slow, or a model very fast, one
+    read brings hundreds of them, and the reading chunk by chunk took half of the time of an
+    event. Here is what splitting at line feeds makes of a chunk with the event `data: {...}`:
+
+        as they come     3a CR LF   data: {"id": ... LF   LF      CR LF
+        lines            b"3a\r"    b'data: {"id": ...'   b""     b"\r"
+        columns          size       text                 blank   end
+
+    So the lines are a table of four columns, or of three for NDJSON, which has no blank. In the
+    right table every blank is empty, every end is a CR and every size fits its text; each is
+    checked for a whole column at once, in C. The first row that is not right ends the table:
+    whatever is special (extensions, capital digits, more lines, an error, the last chunk) is left
+    to `ChunkDecoder`, which looks at every octet. So what this returns is what that would return.
+    """
+    lines = data.split(b"\n")
+    if b"\r" not in lines:
+        return b"", 0
+    columns = lines.index(b"\r") + 1
+    if columns not in EVENT_CHUNK_SIZES:
+        return b"", 0
+    # What follows the last line feed is no line yet.
+    rows = (len(lines) - 1) // columns
+    end = rows * columns
+    sizes = lines[0:end:columns]
+    texts = lines[1:end:columns]
+    ends = lines[columns - 1 : end : columns]
+    expected_sizes = list(map(EVENT_CHUNK_SIZES[columns].get, map(len, texts)))
+    count = min(count_equal(sizes, expected_sizes), count_equal(ends, [b"\r"] * rows))
+    if columns == 4:
+        blanks = lines[2:end:columns]
+        count = min(count, count_equal(blanks, [b""] * rows))
+    if not count:
+        return b"", 0
+    # The empty text at the end gives the last event its line feeds.
+    line_feeds = b"\n" * (columns - 2)
+    content = line_feeds.join([*texts[:count], b""])
+    # Beside its content, a chunk has a size with its CR, and then three octets: LF, CR, LF.
+    framing_octets = sum(map(len, sizes[:count])) + 3 * count
+    return content, len(content) + framing_octets
+
+
+# What a ChunkDecoder reads next; the words stand in error messages, too.
+AT_SIZE = "chunk-size"
+IN_DATA = "chunk-data"
+AT_DATA_END = "chunk-end"
+IN_TRAILERS = "trailer"
+
+
+class ChunkDecoder:
+    r"""Decodes chunked content (RFC 9112 section 7.1).
+
+    b'5\r\nhello\r\n0\r\n\r\n'  ->  b'hello', and `done`
+
+    A chunk is a line with its size in hexadecimal digits, so many octets, and a CRLF. A chunk of
+    size 0 is the last; after it come trailer lines, seldom any, and an empty line. So the decoder
+    is in one of four states, which say what the next octet belongs to:
+
+        AT_SIZE ------ size > 0 -----> IN_DATA ---- all came ----> AT_DATA_END
+           |  ^                                                         |
+           |  +--------------------------- CRLF ------------------------+
+           |
+           +---------- size 0 -------> IN_TRAILERS -- empty line --> done
+
+    Octets of data are passed on as they come. All else are lines, and a line is read when it is
+    there whole; until then it waits in `buffered`, whose length is limited by `limits`.
+
+    Two short cuts leave the states alone: many chunks of events at once (`read_event_chunks`), and
+    one chunk that has come whole, as it does when a model speaks slowly.
+    """
+
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        self.limits = limits
+        self.state = AT_SIZE
+        self.done = False
+        self.remaining = 0
+        self.buffered = b""
+        self.extension_octets = 0
+        self.trailer_octets = 0
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the content in `data`. Raises MalformedMessage or FieldsTooLarge."""
+        if self.buffered:
+            data = self.buffered + data
         contents: list[bytes] = []
-        at, bulk = 0, [read_line_chunks, read_even_chunks]  # each is tried once, the last first
-        while at < len(data) and not self.done:
-            if bulk and len(data) - at > MIN_BULK and self.part == "chunk-size":
-                some, size = bulk.pop()(data[at:])
-                contents += some
-                at += size
+        position = 0
+        look_for_many = len(data) > MANY_CHUNKS
+        while position < len(data) and not self.done:
+            if self.state is IN_DATA:
+                content = data[position : position + self.remaining]
+                contents.append(content)
+                position += len(content)
+                self.remaining -= len(content)
+                if not self.remaining:
+                    self.state = AT_DATA_END
                 continue
-            if self.part == "chunk-size" and (match := PLAIN_CHUNK.match(data, at)):
-                start = match.end()
-                end = start + int(match[1], 16)
-                if end > start and data[end : end + 2] == b"\r\n":  # all of it is there
-                    contents.append(data[start:end])
-                    at = end + 2
+            if self.state is AT_SIZE:
+                # Once for each piece of data: where the fast way ends, it would end again.
+                if look_for_many:
+                    look_for_many = False
+                    content, size = read_event_chunks(data[position:])
+                    if size:
+                        contents.append(content)
+                        position += size
                     continue
-            if self.left:
-                contents.append(data[at : at + self.left])
-                at += len(contents[-1])
-                self.left -= len(contents[-1])
-            line = None if self.left else self.find_line(data, at)
+                # The last chunk is not whole with its CRLF: trailers may follow.
+                size_line = PLAIN_CHUNK_SIZE.match(data, position)
+                if size_line:
+                    start = size_line.end()
+                    end = start + int(size_line[1], 16)
+                    if start < end and data[end : end + 2] == b"\r\n":
+                        contents.append(data[start:end])
+                        position = end + 2
+                        continue
+            line = self.find_line(data, position)
             if line is None:
                 break
             self.read_line(line)
-            at += len(line) + 2
-        self.rest = data[at:]
+            position += len(line) + 2
+        self.buffered = data[position:]
         return contents[0] if len(contents) == 1 else b"".join(contents)
 
-    def find_line(self, data: bytes, at: int) -> bytes | None:
-        """Return the line at `at` without its CRLF, None while it is incomplete."""
-        limit = CHUNK_LINES[self.part]
-        end = data.find(b"\r\n", at, at + limit + 2)
+    def find_line(self, data: bytes, start: int) -> bytes | None:
+        """Return the line that begins at `start` without its CRLF, None while it is incomplete.
+
+        Raises MalformedMessage as soon as it is too long or can be no line any more: who waits
+        for a CRLF that never comes would gather all that a client cares to send.
+        """
+        longest = self.limits.chunk_line
+        if self.state is AT_DATA_END:
+            longest = 0
+        elif self.state is IN_TRAILERS:
+            longest = self.limits.trailers
+        end = data.find(b"\r\n", start, start + longest + 2)
         if end >= 0:
-            return data[at:end]
-        line = data[at : at + limit + 2]
-        if len(line) > limit + 1 or BARE_LF.search(line):  # a CR at its end may be the CRLF's
-            seen = f"{line[:80]!r} is no {self.part} line"
-            raise MalformedMessage(f"{seen} of at most {limit} octets before its CRLF")
+            return data[start:end]
+        line = data[start : start + longest + 2]
+        # One octet more than the longest may be the CR of a line that is just as long.
+        if len(line) > longest + 1 or BARE_LF.search(line):
+            raise MalformedMessage(
+                f"{line[:80]!r} is no {self.state} line of at most {longest} octets before its CRLF"
+            )
         return None
 
     def read_line(self, line: bytes) -> None:
-        """Read a line; nobody sees trailers, and an empty line ends them."""
-        if self.part == "chunk-end":
-            self.part = "chunk-size"
-        elif self.part == "trailer":
-            self.trailers += len(line) + 2
-            if self.trailers > LIMITS.trailers:
-                raise FieldsTooLarge(f"trailers over {LIMITS.trailers} octets")
-            if line and not FIELD_LINE.fullmatch(line.decode("latin-1")):
-                raise MalformedMessage(f"trailer line {line[:80]!r} is not `name: value`")
-            self.done = not line
+        """Read a line of the framing and enter the state that follows from it."""
+        if self.state is AT_DATA_END:
+            # It is empty, because none longer than 0 octets is found here.
+            self.state = AT_SIZE
+        elif self.state is AT_SIZE:
+            self.read_size(line)
         else:
-            match = CHUNK_SIZE.fullmatch(line)
-            if match is None:
-                raise MalformedMessage(f"chunk-size {line[:80]!r} is not hexadecimal")
-            self.extensions += len(line) - len(match[1])
-            if self.extensions > LIMITS.chunk_extensions:
-                raise MalformedMessage(f"chunk extensions over {LIMITS.chunk_extensions} octets")
-            self.left = int(match[1], 16)
-            self.part = "chunk-end" if self.left else "trailer"
+            self.read_trailer(line)
+
+    def read_size(self, line: bytes) -> None:
+        """Read the line that begins a chunk: `5` or `5;name=value` (RFC 9112 section 7.1.1)."""
+        match = CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise MalformedMessage(f"chunk-size {line[:80]!r} is not hexadecimal")
+        # Extensions mean nothing here. But a client could send one octet of content and a
+        # thousand of extension with each chunk, and no limit of the content would end that.
+        self.extension_octets += len(line) - len(match[1])
+        if self.extension_octets > self.limits.chunk_extensions:
+            raise MalformedMessage(f"chunk extensions over {self.limits.chunk_extensions} octets")
+        self.remaining = int(match[1], 16)
+        self.state = IN_DATA if self.remaining else IN_TRAILERS
+
+    def read_trailer(self, line: bytes) -> None:
+        """Read a line after the last chunk: a trailer field, which is dropped, or the end."""
+        self.trailer_octets += len(line) + 2
+        if self.trailer_octets > self.limits.trailers:
+            raise FieldsTooLarge(f"trailers over {self.limits.trailers} octets")
+        if not line:
+            self.done = True
+        elif not FIELD_LINE.fullmatch(line.decode("latin-1")):
+            raise MalformedMessage(f"trailer line {line[:80]!r} is not `name: value`")
 
 
-# --- content codings (RFC 9110 8.4) ---
+ContentDecoder = LengthDecoder | CloseDecoder | ChunkDecoder
+
+
+def make_decoder(framing: Framing, limits: Limits = LIMITS) -> ContentDecoder:
+    """Return the decoder for a content with this framing."""
+    if framing is CHUNKED:
+        return ChunkDecoder(limits)
+    if framing is UNTIL_CLOSE:
+        return CloseDecoder()
+    return LengthDecoder(framing.length)
+
+
+def encode_chunk(content: bytes) -> bytes:
+    r"""Return `content` as one chunk; an empty one would be the last chunk (RFC 9112 section 7.1).
+
+    b'hello'  ->  b'5\r\nhello\r\n'
+    """
+    return b"%x\r\n%b\r\n" % (len(content), content)
+
+
+# --- content codings (RFC 9110 section 8.4) -------------------------------------------
 
 # What can be taken off; anything else is relayed as it is, or refused.
 CODINGS = ("gzip", "x-gzip", "deflate")
@@ -1140,18 +1447,6 @@ def decode_content(data: bytes, coding: str, limit: int) -> bytes:
         for at in range(0, len(data), CODED_PIECE):
             decoded.append(inflater.feed(data[at : at + CODED_PIECE]))
     return b"".join(decoded) or data
-
-
-def encode_chunk(content: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return `content`, which must not be empty, as one chunk in three pieces."""
-    return b"%x\r\n" % len(content), content, b"\r\n"
-
-
-@functools.lru_cache(maxsize=1024)
-def encode_field_value(text: str) -> str:
-    """Return a short text as a field value that cannot end its line: visible ASCII."""
-    ascii_text = text.encode("ascii", "backslashreplace").decode("ascii")
-    return re.sub(r"[^\x20-\x7e]", "?", ascii_text)[:256]
 
 
 # ======================================================================================
@@ -3776,9 +4071,9 @@ class Content:
         """Return the content in `data`, leave what follows it. Raises MalformedMessage."""
         if self.decoder:
             piece = self.decoder.feed(data)
-            self.left, self.done = self.decoder.left, self.decoder.done
+            self.left, self.done = self.decoder.remaining, self.decoder.done
             if self.done:
-                self.connection.rest = self.decoder.rest
+                self.connection.rest = self.decoder.buffered
         elif self.framing is UNTIL_CLOSE:
             piece = data
         else:
@@ -3805,13 +4100,6 @@ class Content:
             elif piece := self.decode(data):
                 return piece
         return b""
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    """Return a moment as RFC 9110 5.6.7 writes it."""
-    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
-    return moment.strftime("%a, %d %b %Y %H:%M:%S GMT")
 
 
 class ResponseWriter:
@@ -3853,7 +4141,7 @@ class ResponseWriter:
         """Add content; it leaves with the next `flush`, and the head with it."""
         self.size += len(content)
         if content and not self.silent:
-            self.pending += encode_chunk(content) if self.chunked else [content]
+            self.pending.append(encode_chunk(content) if self.chunked else content)
 
     def flush(self) -> None:
         """Send what was added."""

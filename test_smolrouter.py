@@ -1984,7 +1984,7 @@ def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
     for pieces in every_split(data):
         decoder = smolrouter.ChunkDecoder()
         assert b"".join(map(decoder.feed, pieces)) == content
-        assert decoder.done and decoder.rest == b""
+        assert decoder.done and decoder.buffered == b""
 
 
 def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
@@ -1995,7 +1995,7 @@ def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
             content += decoder.feed(piece)
     except smolrouter.BadRequest as fault:
         return type(fault).__name__
-    return content, decoder.done, decoder.rest
+    return content, decoder.done, decoder.buffered
 
 
 def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
@@ -2017,7 +2017,7 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
             random.choice(some) % bytes(random.choices(b'ab0"{', k=random.choice(sizes)))
             for _ in range(random.randrange(1, 30))
         ]
-        data = b"".join(itertools.chain(*map(smolrouter.encode_chunk, contents))) + b"0\r\n\r\n"
+        data = b"".join(map(smolrouter.encode_chunk, contents)) + b"0\r\n\r\n"
         if turn % 4 < 2:
             start = random.randrange(len(data))
             data = data[:start] + data[start:].replace(*random.choice(faults), 1)
@@ -2137,7 +2137,7 @@ def test_fuzz_chunks(bits: list[bytes]) -> None:
             for at, piece in enumerate(pieces):
                 content += decoder.feed(piece)
                 if decoder.done:
-                    outcomes.add((content, decoder.rest + b"".join(pieces[at + 1 :])))
+                    outcomes.add((content, decoder.buffered + b"".join(pieces[at + 1 :])))
                     break
             else:
                 outcomes.add(None)
