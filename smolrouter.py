@@ -1452,17 +1452,20 @@ def decode_content(data: bytes, coding: str, limit: int) -> bytes:
 # ======================================================================================
 # 4  JSON (pure)
 # ======================================================================================
-# Reading documents of clients and servers, and editing them. A document is looked at before
-# it is parsed: one that is too deep or has too many parts is refused, whoever sent it. An
-# edit replaces values where they stand and keeps every other byte of the document.
+# Reading documents of clients and servers, and editing them. `check_json_size` looks at a text
+# before it is parsed: one that is too deep or has too many parts is refused, whoever sent it.
+# `parse_json` reads what a client sent and says what is wrong with it; `parse_object` reads what
+# a server sent, and what is wrong there is no object. `edit_json` replaces values where they
+# stand and keeps every other byte: the order of members, the spaces, the spelling of numbers.
 
-NO_BACKSLASH = re.compile(r"[^\\]")
-BRACKET = re.compile(r"[\[{\]}]")
-BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}  # levels that each goes down
+Path = tuple[str | int, ...]  # the way to a value: ("messages", 0, "content")
+
+JSON_SPACE = " \t\r\n"
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
-BOM = b"\xef\xbb\xbf"
-Path = tuple[str | int, ...]
+NO_BACKSLASH = re.compile(r"[^\\]")
+BRACKET = re.compile(r"[\[{\]}]")
+BRACKET_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}  # levels that each goes down
 
 
 def refuse_constant(name: str) -> None:
@@ -1471,69 +1474,107 @@ def refuse_constant(name: str) -> None:
 
 
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+# --- size -----------------------------------------------------------------------------
 
 
-def json_gaps(text: str) -> Iterator[str]:
-    """Yield what stands between the strings of JSON, slice by slice."""
-    at, inside = 0, False
-    while at < len(text):
-        stop = NO_BACKSLASH.search(text, at + LIMITS.long_content)  # no escape is cut
-        end = stop.end() if stop else len(text)
-        parts = text[at:end].replace("\\\\", "").replace('\\"', "").split('"')
-        yield "".join(parts[inside::2])
-        inside ^= len(parts) % 2 == 0
-        at = end
+def outside_strings(text: str, slice_size: int = LIMITS.long_content) -> Iterator[str]:
+    """Yield what stands between the strings of JSON, slice by slice.
+
+    `{"a,b": [1, "}"]}`  ->  `{: [1, ]}`
+
+    Without escapes, quotes part a text into what is outside of strings and inside, by turns.
+    Slices keep the copies small.
+    """
+    start = 0
+    inside = False
+    while start < len(text):
+        # No slice ends with a backslash, which would part an escape.
+        cut = NO_BACKSLASH.search(text, start + slice_size)
+        end = cut.end() if cut else len(text)
+        unescaped = text[start:end].replace("\\\\", "").replace('\\"', "")
+        parts = unescaped.split('"')
+        first_outside = 1 if inside else 0
+        yield "".join(parts[first_outside::2])
+        quotes = len(parts) - 1
+        if quotes % 2 == 1:
+            inside = not inside
+        start = end
 
 
-def check_size(text: str, values: float = LIMITS.json_values) -> None:
-    """Refuse JSON that is too deep or has too many parts, before anybody reads it."""
-    nodes = text.count("[") + text.count("{")
-    if nodes <= LIMITS.json_depth and text.count(",") <= values:
+def check_json_size(text: str, max_values: float, limits: Limits = LIMITS) -> None:
+    """Refuse JSON that is too deep or has too many parts, before it is parsed.
+
+    Each object, array and value costs memory and time: 8 MB of `[],[],` would take a second and
+    a gigabyte. Raises MalformedContent for the depth, ContentTooLarge for the number of parts.
+    """
+    # Nearly always there are so few brackets and commas that no string needs to be told apart.
+    brackets = text.count("[") + text.count("{")
+    if brackets <= limits.json_depth and text.count(",") <= max_values:
         return
-    depth = nodes = 0
-    for gap in json_gaps(text):
-        values -= gap.count(",")
-        nodes += gap.count("[") + gap.count("{")
-        steps = map(BRACKETS.get, BRACKET.findall(gap))
-        depths = [*itertools.accumulate(steps, initial=depth)]
+    depth = 0
+    nodes = 0
+    values = 0
+    for piece in outside_strings(text, limits.long_content):
+        values += piece.count(",")
+        nodes += piece.count("[") + piece.count("{")
+        steps = map(BRACKET_STEPS.get, BRACKET.findall(piece))
+        depths = list(itertools.accumulate(steps, initial=depth))
         depth = depths[-1]
-        if max(depths) > LIMITS.json_depth:
-            raise MalformedContent(f"JSON deeper than {LIMITS.json_depth} levels")
-        if nodes > LIMITS.json_nodes or values < 0:
-            limits = f"{LIMITS.json_nodes} objects and arrays, {LIMITS.json_values} values"
-            raise ContentTooLarge(f"the JSON has too many parts; allowed are {limits}")
+        if max(depths) > limits.json_depth:
+            raise MalformedContent(f"JSON deeper than {limits.json_depth} levels")
+        if nodes > limits.json_nodes or values > max_values:
+            allowed = f"{limits.json_nodes} objects and arrays, {limits.json_values} values"
+            raise ContentTooLarge(f"the JSON has too many parts; allowed are {allowed}")
 
 
-def parse_json(content: bytes) -> tuple[str, Any]:
-    """Return the text and the value of a JSON document. Raises MalformedContent."""
+# --- reading --------------------------------------------------------------------------
+
+
+def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
+    """Return the text and the value of a JSON document that a client sent.
+
+    `b'{"n": 1.0}'`  ->  `('{"n": 1.0}', {"n": 1.0})`
+
+    The text is needed to edit it later. Raises MalformedContent or ContentTooLarge.
+    """
     try:
         text = content.decode("utf-8")
-        check_size(text)
+        check_json_size(text, limits.json_values, limits)
         return text, CLIENT_JSON.decode(text)
     except RecursionError:
-        raise MalformedContent(f"JSON deeper than {LIMITS.json_depth} levels") from None
+        raise MalformedContent(f"JSON deeper than {limits.json_depth} levels") from None
     except ValueError as error:
         raise MalformedContent(f"the content is not JSON: {error}") from None
 
 
-def parse_event_json(data: bytes | str) -> dict[str, Any] | None:
-    """Return the object that an upstream's event holds, None when it holds none."""
+def parse_object(data: bytes | str, limits: Limits = LIMITS) -> dict[str, Any] | None:
+    """Return the object that a server's data holds, None when it holds none.
+
+    `b' {"n": -Infinity}'`  ->  `{"n": -inf}`;  `b"[1]"`, `b"{"`  ->  `None`
+    """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        if len(text) > LIMITS.long_content:
-            check_size(text, float("inf"))  # vectors are long
-        value = SERVER_JSON.decode(text)
+        if len(text) > limits.long_content:
+            # Vectors are long lists of numbers: their values are not counted.
+            check_json_size(text, math.inf, limits)
+        text = text.strip(JSON_SPACE)
+        value, end = SERVER_JSON.raw_decode(text)
     except (ValueError, RecursionError, RouterError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if end == len(text) and isinstance(value, dict) else None
 
 
-def encode_asked(value: Any) -> bytes:
-    """Return compact JSON; a lone surrogate stays an escape.
+# --- writing --------------------------------------------------------------------------
 
-    Raises MalformedContent for a number that no double holds: what was asked is not known.
+
+def encode_json_exactly(value: Any) -> bytes:
+    """Return compact JSON of something that a client sent; a lone surrogate stays an escape.
+
+    Raises MalformedContent for a number that no double holds: Python reads 1e999 as an
+    infinity, so that what the client meant is lost.
     """
     try:
         return COMPACT_JSON(value).encode()
@@ -1544,18 +1585,32 @@ def encode_asked(value: Any) -> bytes:
 
 
 def encode_json(value: Any) -> bytes:
-    """Return the same; what no double holds is null: servers say such things."""
+    """Return compact JSON in any case: a number that no double holds is null.
+
+    `{"logprob": -inf}`  ->  `b'{"logprob":null}'`
+    """
     try:
-        return encode_asked(value)
-    except MalformedContent:
-        return encode_asked(json.loads(json.dumps(value), parse_constant=lambda name: None))
+        return COMPACT_JSON(value).encode()
+    except ValueError:
+        # An infinity, or a lone surrogate, which is a ValueError of `encode`.
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        return encode_json_exactly(finite)
 
 
-def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]:
-    """Yield key or index, start and end of each value of the container at `at`."""
-    opening, index = JSON_OPEN.match(text, at), 0
-    at = opening.end() if opening else at
-    while opening and text[at] not in "}]":
+# --- editing --------------------------------------------------------------------------
+
+
+def find_members(text: str, at: int) -> Iterator[tuple[str | int, int, int]]:
+    """Yield name or index, start and end of each value in the container at `at`.
+
+    `{"a": 1, "b": []}`, 0  ->  `("a", 6, 7)`, `("b", 14, 16)`
+    """
+    opening = JSON_OPEN.match(text, at)
+    if opening is None:
+        return
+    at = opening.end()
+    index = 0
+    while text[at] not in "}]":
         key: str | int = index
         if opening[1] == "{":
             key, at = SERVER_JSON.raw_decode(text, at)
@@ -1566,37 +1621,60 @@ def json_members(text: str, at: int = 0) -> Iterator[tuple[str | int, int, int]]
         index += 1
 
 
-def edit_places(
-    text: str, at: int, edits: Mapping[Path, Any], prefix: Path = ()
+def find_values(
+    text: str, at: int, paths: Iterable[Path], prefix: Path = ()
 ) -> Iterator[tuple[int, int, Path]]:
-    """Yield where the values at the paths of `edits` stand, in order; a repeated member twice."""
-    inner: dict[str | int, dict[Path, Any]] = {}
-    for path, value in edits.items():
-        inner.setdefault(path[0], {})[path[1:]] = value
-    for key, start, end in json_members(text, at):
-        if key in inner and () in inner[key]:
+    """Yield start, end and path of the values at some paths, in order of their places.
+
+    A member that stands twice in an object is yielded twice, because readers differ on which
+    of the two counts.
+    """
+    tails: dict[str | int, list[Path]] = {}
+    for path in paths:
+        tails.setdefault(path[0], []).append(path[1:])
+    for key, start, end in find_members(text, at):
+        if key not in tails:
+            continue
+        if () in tails[key]:
             yield start, end, (*prefix, key)
-        elif key in inner:
-            yield from edit_places(text, start, inner[key], (*prefix, key))
+        else:
+            yield from find_values(text, start, tails[key], (*prefix, key))
 
 
-def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
-    """Return a JSON object with some values replaced (a new member: at its end), no more."""
-    pieces, done, found = [], 0, set()
-    escapes = "\\u" in text  # they can spell a name in other ways
-    there = {path: value for path, value in edits.items() if escapes or f'"{path[0]}"' in text}
-    for start, end, path in edit_places(text, 0, there) if there else ():
-        pieces += [text[done:start], encode_asked(edits[path]).decode()]
-        done = end
-        found.add(path)
-    new = [
-        f"{json.dumps(path[0])}:{encode_asked(value).decode()}"
-        for path, value in edits.items()
-        if path not in found and len(path) == 1
-    ]
-    rest, _, end = text[done:].rpartition("}")
-    comma = "," if new and '"' in text else ""
-    return "".join([*pieces, rest, comma, ",".join(new), "}", end]).encode()
+def append_members(text: str, members: Mapping[str, Any]) -> str:
+    """Return a JSON object with new members at its end, which it must not have yet.
+
+    `{"a": 1 }`, `{"b": 2}`  ->  `{"a": 1 ,"b":2}`
+    """
+    added = [f"{json.dumps(k)}:{encode_json_exactly(v).decode()}" for k, v in members.items()]
+    before, _, after = text.rpartition("}")
+    comma = "," if '"' in before else ""
+    return f"{before}{comma}{','.join(added)}}}{after}"
+
+
+def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
+    """Return a JSON object with some values replaced, and no other character changed.
+
+    `{"model": "a", "n": 1.0}`, `{("model",): "b"}`  ->  `{"model": "b", "n": 1.0}`
+
+    A member of the object itself that is not there yet is added at its end.
+    """
+    # A name that does not occur in the text needs no search, unless an escape spells it.
+    escaped = "\\u" in text
+    likely = [path for path in edits if escaped or f'"{path[0]}"' in text]
+    pieces = []
+    kept_to = 0
+    replaced = set()
+    if likely:
+        for start, end, path in find_values(text, 0, likely):
+            pieces.append(text[kept_to:start])
+            pieces.append(encode_json_exactly(edits[path]).decode())
+            kept_to = end
+            replaced.add(path)
+    pieces.append(text[kept_to:])
+    edited = "".join(pieces)
+    new = {path[0]: edits[path] for path in edits if path not in replaced and len(path) == 1}
+    return append_members(edited, new) if new else edited
 
 
 # ======================================================================================
@@ -1605,6 +1683,7 @@ def splice_json(text: str, edits: Mapping[Path, Any]) -> bytes:
 # A stream of events, server-sent events or lines of JSON, is cut only between events.
 # Whole events leave as the bytes they came in; nobody looks inside here.
 
+BOM = b"\xef\xbb\xbf"
 LAST_EVENTS = 8  # of a stream, one of which says that it is complete, or has failed
 FAR_BACK = 2 * KiB  # octets, where those of a block stand
 DONE_MARK = b"[DONE]"
@@ -1708,98 +1787,198 @@ class EventSplitter:
 # ======================================================================================
 # 6  Text filters (pure)
 # ======================================================================================
-# What a model says, with thinking and fence lines taken out and every other character
-# kept, wherever the text is split: each filter holds back only what could still become
-# the tag or line it looks for, at most a few characters, and runs in linear time.
+# What a model says, without its thinking and without the fences around JSON; every other
+# character stays. A text comes in pieces that are cut anywhere. A filter gets one piece after
+# another and returns what is certain; it keeps back only what could still become the tag or the
+# line that it looks for, at most a few characters, and it runs in linear time.
+# To add a family of thinking tags: a line in THINK_TAGS.
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-THINK_TAG = re.compile(f"({THINK_OPEN}|{THINK_CLOSE})")
 WHITE_SPACE = " \t\r\n"
+
+# --- thinking -------------------------------------------------------------------------
+
+THINK_TAGS = {  # the tag that opens a block: the one that closes it
+    "<think>": "</think>",
+}
+
+
+def compile_start(tags: Iterable[str]) -> re.Pattern[str]:
+    r"""Return a pattern for the end of a text that may become one of some tags.
+
+    `["<b>"]`  ->  `(?:<|<b)\Z`, which finds the `<b` in `a <b`
+    """
+    starts = [re.escape(tag[:size]) for tag in tags for size in range(1, len(tag))]
+    return re.compile(f"(?:{'|'.join(starts)})\\Z")
+
+
+THINK_OPENING = re.compile("|".join(map(re.escape, THINK_TAGS)))
+OPENING_START = compile_start(THINK_TAGS)
+CLOSING_STARTS = {closing: compile_start([closing]) for closing in THINK_TAGS.values()}
+LONGEST_TAG = max(map(len, [*THINK_TAGS, *THINK_TAGS.values()]))
+
+
+class ThinkFilter:
+    r"""Parts a text into what is visible and what was thought.
+
+    It is in one of two states. Outside of a block, any opening tag of THINK_TAGS is looked for:
+    what precedes it is visible. Inside of a block, only the tag that closes it is looked for:
+    what precedes it was thought, other opening tags too. A closing tag outside is text.
+
+    `Yes <think>no</think> a < b`  ->  visible `Yes  a < b`, thought `no`
+
+    A piece may end inside of a tag. What could be its start is `pending` until the next piece:
+
+    `Yes <th`, `ink>no`  ->  visible `Yes `, then thought `no`
+    `Yes <th`, `e>`      ->  visible `Yes `, then visible `<the>`
+
+    White space that follows a block goes with it when nothing but white space stands before the
+    block, because models put empty lines between their thinking and the answer:
+
+    `<think>hm</think>\n\nYes`  ->  visible `Yes`
+    """
+
+    __slots__ = ("blank", "closing", "pending", "skips_space")
+
+    def __init__(self, inside: bool = False, begun: bool = False) -> None:
+        # The tag that closes the block, "" outside of one. A template may have opened it.
+        self.closing = next(iter(THINK_TAGS.values())) if inside else ""
+        self.pending = ""
+        # Whether nothing but white space was visible so far.
+        self.blank = not begun
+        # Whether the next visible text follows a block that opened the answer.
+        self.skips_space = False
+
+    @property
+    def passes_plain_text(self) -> bool:
+        """Whether a text without any tag would be visible as it is."""
+        return not (self.pending or self.closing or self.blank)
+
+    def feed(self, text: str, last: bool = False) -> tuple[str, str]:
+        """Return what a piece adds to the visible and to the thought text.
+
+        With the `last` one nothing is kept back.
+        """
+        text = self.pending + text
+        self.pending = ""
+        visible: list[str] = []
+        thought: list[str] = []
+        at = 0
+        while True:
+            if self.closing:
+                end = text.find(self.closing, at)
+                if end < 0:
+                    break
+                thought.append(text[at:end])
+                at = end + len(self.closing)
+                self.closing = ""
+                self.skips_space = self.blank
+            else:
+                tag = THINK_OPENING.search(text, at)
+                if tag is None:
+                    break
+                visible.append(self.show(text[at : tag.start()]))
+                at = tag.end()
+                self.closing = THINK_TAGS[tag[0]]
+        if not last:
+            start = CLOSING_STARTS[self.closing] if self.closing else OPENING_START
+            found = start.search(text, max(at, len(text) - LONGEST_TAG))
+            if found:
+                self.pending = text[found.start() :]
+                text = text[: found.start()]
+        if self.closing:
+            thought.append(text[at:])
+        else:
+            visible.append(self.show(text[at:]))
+        return "".join(visible), "".join(thought)
+
+    def show(self, text: str) -> str:
+        """Return visible text without the white space that an opening block left behind."""
+        if self.skips_space:
+            text = text.lstrip(WHITE_SPACE)
+            if text:
+                self.skips_space = False
+        if text.strip(WHITE_SPACE):
+            self.blank = False
+        return text
+
+
+def begins_inside(text: str) -> bool:
+    """Tell whether a whole text begins inside of a block, which the model's template opened.
+
+    `hm</think>yes`  ->  True;  `<think>hm</think>yes`  ->  False
+    """
+    for opening, closing in THINK_TAGS.items():
+        closing_at = text.find(closing)
+        opening_at = text.find(opening)
+        if closing_at >= 0 and not 0 <= opening_at < closing_at:
+            return True
+    return False
+
+
+# --- fences ---------------------------------------------------------------------------
+
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 JSON_FENCE = re.compile(r"[ \t]{0,8}```json[ \t]{0,8}\r?\n?", re.IGNORECASE)
 PLAIN_FENCE = re.compile(r"[ \t]{0,8}```[ \t]{0,8}\r?\n?")
 ANY_FENCE = re.compile(r"[ \t]{0,8}```")
-MAYBE_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
-
-
-def held_prefix(text: str, tag: str) -> int:
-    """Return how many characters at the end of `text` could begin `tag`, which has one `<`."""
-    at = text.rfind("<", max(0, len(text) - len(tag) + 1))
-    return len(text) - at if at >= 0 and tag.startswith(text[at:]) else 0
-
-
-class ThinkFilter:
-    """Parts a text into what is visible and what was thought."""
-
-    __slots__ = ("held", "inside", "opening", "swallow")
-
-    def __init__(self, inside: bool = False, spoken: bool = False) -> None:
-        self.held = ""
-        self.inside = inside  # between the tags
-        self.opening = not spoken  # nothing but white space was visible so far
-        self.swallow = False  # white space after a block that opened the answer
-
-    def feed(self, text: str, last: bool = False) -> tuple[str, str]:
-        """Return what `text` adds to the visible and to the thought text; the last frees all."""
-        said: tuple[list[str], list[str]] = [], []  # visible, thought
-        *pieces, rest = THINK_TAG.split(self.held + text)
-        for piece in pieces:
-            if piece == (THINK_CLOSE if self.inside else THINK_OPEN):
-                self.swallow = self.inside and self.opening
-                self.inside = not self.inside
-            else:
-                said[self.inside].append(self.show(piece))
-        tag = THINK_CLOSE if self.inside else THINK_OPEN
-        cut = len(rest) - (0 if last else held_prefix(rest, tag))
-        said[self.inside].append(self.show(rest[:cut]))
-        self.held = rest[cut:]
-        return "".join(said[0]), "".join(said[1])
-
-    def show(self, piece: str) -> str:
-        """Return a piece; a visible one without the white space that a block left behind."""
-        if self.inside:
-            return piece
-        if self.swallow:
-            piece = piece.lstrip(WHITE_SPACE)
-            self.swallow = not piece
-        self.opening = self.opening and not piece.strip(WHITE_SPACE)
-        return piece
+FENCE_START = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
 
 class FenceFilter:
-    """Takes the fence lines of ```json blocks out."""
+    r"""Takes the fence lines of JSON blocks out; what stands between them stays.
 
-    __slots__ = ("fence", "held", "line_start")
+    It goes line by line, and is in one of three states: outside of a block (`block` is ""),
+    inside of a `json` block, whose closing fence goes too, or inside of any `other` block,
+    where nothing is a fence but the line that closes it.
+
+    "Here:\n```json\n[1]\n```\n"    ->  "Here:\n[1]\n"
+    "```python\n```json\n```\n"     ->  the same, as the second line is Python
+
+    Only a line that begins like a fence and has not ended yet is `pending`: any other one is
+    certain as soon as it has begun.
+    """
+
+    __slots__ = ("at_line_start", "block", "pending")
 
     def __init__(self) -> None:
-        self.held = ""
-        self.line_start = True
-        self.fence = ""  # "json", "other" or none
+        self.block = ""
+        self.pending = ""
+        self.at_line_start = True
 
     def feed(self, text: str, last: bool = False) -> str:
-        """Return what `text` adds to the visible text; with the last, nothing is held back."""
-        lines, self.held, shown = LINE.findall(self.held + text), "", []
+        """Return what a piece adds to the text; with the `last` one nothing is kept back."""
+        lines = LINE.findall(self.pending + text)
+        self.pending = ""
+        shown = []
         for line in lines:
             ended = line.endswith("\n")
-            if self.line_start and not ended and not last and MAYBE_FENCE.fullmatch(line):
-                self.held = line
+            if not self.at_line_start:
+                shown.append(line)
+            elif ended or last or not FENCE_START.fullmatch(line):
+                shown.append(self.show(line))
             else:
-                shown.append(self.show(line) if self.line_start else line)
-                self.line_start = ended
+                self.pending = line
+                break
+            self.at_line_start = ended
         return "".join(shown)
 
     def show(self, line: str) -> str:
-        """Return a line, or the start of one, unless it is a fence to be taken out."""
-        if self.fence:
-            if PLAIN_FENCE.fullmatch(line):
-                fence, self.fence = self.fence, ""
-                return "" if fence == "json" else line
-        elif JSON_FENCE.fullmatch(line):
-            self.fence = "json"
+        """Return a line, or the start of one, unless it is the fence of a JSON block."""
+        if self.block:
+            if not PLAIN_FENCE.fullmatch(line):
+                return line
+            closed = self.block
+            self.block = ""
+            return "" if closed == "json" else line
+        if JSON_FENCE.fullmatch(line):
+            self.block = "json"
             return ""
-        elif ANY_FENCE.match(line):
-            self.fence = "other"
+        if ANY_FENCE.match(line):
+            self.block = "other"
         return line
+
+
+# --- both -----------------------------------------------------------------------------
 
 
 class FilterRules(NamedTuple):
@@ -1810,40 +1989,44 @@ class FilterRules(NamedTuple):
 
 
 class TextFilter:
-    """Both filters in a row, for one choice of one answer."""
+    """Both filters, one after the other, for one text of one answer."""
 
     __slots__ = ("fences", "think")
 
-    def __init__(self, rules: FilterRules, inside: bool = False, spoken: bool = False) -> None:
-        self.think = ThinkFilter(inside, spoken) if rules.think else None
+    def __init__(self, rules: FilterRules, inside: bool = False, begun: bool = False) -> None:
+        self.think = ThinkFilter(inside, begun) if rules.think else None
         self.fences = FenceFilter() if rules.fences else None
 
     @property
-    def settled(self) -> bool:
-        """Whether a text without `<` would pass unchanged from here on."""
-        think = self.think
-        return not (self.fences or (think and (think.held or think.inside or think.opening)))
+    def passes_plain_text(self) -> bool:
+        """Whether a text without any tag would be visible as it is."""
+        if self.fences:
+            return False
+        return self.think is None or self.think.passes_plain_text
 
     @property
-    def waits(self) -> bool:
-        """Whether some text is held back that may be shown later."""
-        return bool((self.think and self.think.held) or (self.fences and self.fences.held))
+    def pending(self) -> bool:
+        """Whether something is kept back that may yet be visible."""
+        thinking_pending = self.think is not None and self.think.pending != ""
+        fence_pending = self.fences is not None and self.fences.pending != ""
+        return thinking_pending or fence_pending
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
-        """Return what `text` adds to the visible and to the thought text."""
-        visible, thought = self.think.feed(text, last) if self.think else (text, "")
-        return self.fences.feed(visible, last) if self.fences else visible, thought
-
-
-def opens_inside(text: str) -> bool:
-    """Tell whether a whole text begins with thinking: its template gave the opening tag."""
-    close, opening = text.find(THINK_CLOSE), text.find(THINK_OPEN)
-    return close >= 0 and not 0 <= opening < close
+        """Return what a piece adds to the visible and to the thought text."""
+        thought = ""
+        if self.think:
+            text, thought = self.think.feed(text, last)
+        if self.fences:
+            text = self.fences.feed(text, last)
+        return text, thought
 
 
 def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
-    """Return the visible and the thought part of a whole text."""
-    return TextFilter(rules, opens_inside(text)).feed(text, last=True)
+    """Return the visible and the thought part of a whole text.
+
+    `hm</think>yes`  ->  `("yes", "hm")`
+    """
+    return TextFilter(rules, begins_inside(text)).feed(text, last=True)
 
 
 # ======================================================================================
@@ -1869,7 +2052,7 @@ NO_THINK_MEMBERS = {  # where the words of the user stand, by path
 # Inside, every request and answer is OpenAI-shaped. A `Dialect` is a record of functions
 # that turns what a client says into an `ParsedRequest` and an answer into what that client reads;
 # each endpoint of section 16 names one. JSON that needs no change keeps its bytes, and a
-# change replaces the value alone: `splice_json` never writes a whole document again.
+# change replaces the value alone: `edit_json` never writes a whole document again.
 # To add a protocol: its functions, its `Dialect` constants, its lines in section 16.
 
 
@@ -1996,7 +2179,7 @@ def encode_object(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
         options = ask.doc.get("stream_options")
         options = options if isinstance(options, dict) else {}
         edits["stream_options",] = {**options, "include_usage": True}
-    return splice_json(ask.text, edits) if edits else ask.content
+    return edit_json(ask.text, edits).encode() if edits else ask.content
 
 
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
@@ -2185,7 +2368,7 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
     rules = plan.rules
     marked = rules.fences or (rules.think and may_hold_tag(content))
-    doc = parse_event_json(content) if marked or plan.renames else None
+    doc = parse_object(content) if marked or plan.renames else None
     if doc is None:
         return content
     edits = plan.model_edit(doc)
@@ -2193,7 +2376,7 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
         visible, _ = filter_text(slot.text, rules)
         if visible != slot.text:
             edits[slot.path] = visible
-    return splice_json(content.decode(), edits) if edits else content
+    return edit_json(content.decode(), edits).encode() if edits else content
 
 
 class BufferedRewrite:
@@ -2246,7 +2429,7 @@ def read_event(form: EventFormat, event: bytes) -> dict[str, Any] | None:
     """Return the object that an event holds; what its fields call an error is one."""
     failed = ERROR_EVENT.search(event) if b"error" in event else None
     data = form.read(event) or (failed and failed[1]) or b""
-    doc = parse_event_json(data)
+    doc = parse_object(data)
     if not failed or (doc and "error" in doc):
         return doc
     return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
@@ -2287,7 +2470,7 @@ def ends_stream(form: EventFormat, event: bytes) -> bool:
 def is_last_event(form: EventFormat, event: bytes, closed: bool) -> bool:
     """Tell whether what stands before the end of a stream, or its close, is a whole event."""
     ended = ends_stream(form, event)
-    return ended or (not closed and parse_event_json(form.read(event)) is not None)
+    return ended or (not closed and parse_object(form.read(event)) is not None)
 
 
 class StreamRewrite:
@@ -2379,7 +2562,7 @@ class StreamRewrite:
         """
         rest = self.splitter.take()
         data = self.form.read(rest) if rest else b""
-        if data.startswith(b"{") and parse_event_json(data) is None:
+        if data.startswith(b"{") and parse_object(data) is None:
             raise BadGateway("the stream ended inside an event")
         self.tail.append(rest)
         cut = closed or (self.required and not self.failed)  # a made end looks like a good one
@@ -2442,7 +2625,7 @@ class StreamRewrite:
             event = self.form.replace(event, data)
         marked = may_hold_tag(event) or not (self.plain or self.begins_plainly(data))
         usage = self.plan.hide_usage and may_be_usage(data)
-        doc = parse_event_json(data) if marked or usage else None
+        doc = parse_object(data) if marked or usage else None
         if doc is None:
             return event
         if usage and doc.get("usage") and not doc.get("choices"):
@@ -2454,7 +2637,7 @@ class StreamRewrite:
             return tails
         edits |= self.plan.model_edit(doc)
         if edits:
-            event = self.form.replace(event, splice_json(data.decode(), edits))
+            event = self.form.replace(event, edit_json(data.decode(), edits).encode())
         return tails + event
 
     def filter(self, doc: dict[str, Any], event: bytes) -> tuple[bytes, dict[Path, Any], bool]:
@@ -2479,12 +2662,12 @@ class StreamRewrite:
         if index not in self.texts:
             if len(self.texts) >= LIMITS.texts_per_stream:
                 raise BadGateway(f"the answer has more than {LIMITS.texts_per_stream} texts")
-            self.texts[index] = TextFilter(self.rules, spoken=self.spoken)
+            self.texts[index] = TextFilter(self.rules, begun=self.spoken)
         text_filter = self.texts[index]
         visible, _ = text_filter.feed(slot.text, last)
-        (self.unsettled.discard if text_filter.settled else self.unsettled.add)(index)
+        (self.unsettled.discard if text_filter.passes_plain_text else self.unsettled.add)(index)
         self.waiting.pop(index, None)
-        if text_filter.waits:
+        if text_filter.pending:
             self.waiting[index] = event, slot
         return visible
 
@@ -2560,7 +2743,7 @@ def image_url(image: Any) -> str:
 
 def argument_text(arguments: Any) -> str:
     """Return the arguments of a call as the string that OpenAI gives."""
-    return arguments if isinstance(arguments, str) else encode_asked(arguments).decode()
+    return arguments if isinstance(arguments, str) else encode_json_exactly(arguments).decode()
 
 
 def new_message(role: str) -> dict[str, Any]:
@@ -2684,9 +2867,9 @@ def read_deltas(doc: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, Any]
 
 def read_documents(said: bytes) -> Iterator[dict[str, Any]]:
     """Yield the objects of an answer: the one it is, or those of its events."""
-    whole = parse_event_json(said)
+    whole = parse_object(said)
     lines = said.splitlines() if whole is None else ()
-    events = (parse_event_json(line.removeprefix(b"data:").strip()) for line in lines)
+    events = (parse_object(line.removeprefix(b"data:").strip()) for line in lines)
     yield from [whole] if whole is not None else filter(None, events)
 
 
@@ -2709,7 +2892,7 @@ def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, An
 
     odd = contextlib.suppress(TypeError, AttributeError, LookupError, MalformedContent)
     with odd:
-        for message in read_asked(path, parse_event_json(content) or {}):
+        for message in read_asked(path, parse_object(content) or {}):
             talk.append(new_message("user"))
             add_said(talk[-1], message)
     with odd:
@@ -2839,9 +3022,9 @@ def encode_ollama_chat(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
     out |= {"stream": ask.stream, **openai_options(doc)}
     if rewrite.include_usage:
         out["stream_options"] = {"include_usage": True}
-    content = encode_asked(out)
+    content = encode_json_exactly(out)
     if rewrite.no_think or doc.get("think") is False:
-        content = splice_json(content.decode(), no_think_edit(ollama_path(ask), out))
+        content = edit_json(content.decode(), no_think_edit(ollama_path(ask), out)).encode()
     return content
 
 
@@ -2851,7 +3034,7 @@ def encode_ollama_embed(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
     text = (ask.doc.get("prompt") or "") if text is None else text
     out = {"model": rewrite.model, "input": text, "encoding_format": "float"}
     size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
-    return encode_asked(out | size)
+    return encode_json_exactly(out | size)
 
 
 # --- Ollama: what is answered ---------------------------------------------------------
@@ -2908,7 +3091,7 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
 def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return a gathered tool call with the object arguments that Ollama gives."""
     text = "".join(call["arguments"]) or "{}"
-    arguments = parse_event_json(text)
+    arguments = parse_object(text)
     arguments = {"_raw": text} if arguments is None else arguments
     return {"function": {"name": call["name"], "arguments": arguments}}
 
@@ -2948,7 +3131,7 @@ class OllamaStream(StreamRewrite):
         add_said(piece, {"content": choice.get("text"), **said})
         text, apart = "".join(piece["content"]), "".join(piece["thinking"])
         if whole:
-            self.text = TextFilter(self.rules, opens_inside(text))
+            self.text = TextFilter(self.rules, begins_inside(text))
         self.reason = choice.get("finish_reason") or self.reason
         return self.say(text, apart, bool(choice.get("finish_reason")))
 
@@ -3063,14 +3246,14 @@ EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
 
 def translate_error(content: bytes) -> bytes:
     """Return an OpenAI server's error as Ollama's clients read it."""
-    doc = parse_event_json(content)
+    doc = parse_object(content)
     text = content.decode("utf-8", "replace").strip() if doc is None else error_text(doc)
     return encode_json({"error": text or "the upstream gave no reason"})
 
 
 def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole answer in the client's dialect."""
-    doc = parse_event_json(content)
+    doc = parse_object(content)
     if doc is None or plan.dialect.answer is None:
         raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
     if failure := find_failure(doc):
@@ -3411,7 +3594,7 @@ def parse_json_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int |
         raise ConfigError(f"{name}{line}: no valid JSON: {error}") from None
 
     def line_of(path: Path) -> int | None:
-        starts = [start for start, _, _ in edit_places(text, 0, {path: None})]
+        starts = [start for start, _, _ in find_values(text, 0, [path])]
         return text.count("\n", 0, starts[0]) + 1 if starts else None
 
     return doc, line_of
@@ -3618,7 +3801,7 @@ def check_token(token: str, secret: str, now: float) -> str | None:
     parts = token.split(".")
     if len(token) > LIMITS.token or len(parts) != 3 or not token.isascii():
         return "the token is not a JWT"
-    head, claims = (parse_event_json(decode_base64url(part)) for part in parts[:2])
+    head, claims = (parse_object(decode_base64url(part)) for part in parts[:2])
     if head is None or claims is None or head.get("alg") != "HS256" or "crit" in head:
         return "the token is not a JWT signed with HS256"
     signed = token.rpartition(".")[0].encode()
@@ -3696,7 +3879,7 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
 
 def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
     """Return the field that gives a browser a valid token until its end, or takes "" away."""
-    claims = parse_event_json(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
+    claims = parse_object(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
     age = int(min(claims.get("exp", now) - now, 400 * 86400.0))  # as long as browsers keep any
     limits = f"Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
     return "Set-Cookie", f"{TOKEN_COOKIE}={token}; {limits}"
@@ -4585,8 +4768,8 @@ def fetch_models(connection: Any, server: Server, authorization: str | None) -> 
         connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
         response = connection.getresponse()
         content = response.read(LIMITS.model_list_size)
-        doc = parse_event_json(content)
-        check_size(content.decode("utf-8", "replace"), float("inf"))
+        doc = parse_object(content)
+        check_json_size(content.decode("utf-8", "replace"), math.inf)
     except RouterError:  # it could not be written again
         doc = None
     except (http.client.HTTPException, AttributeError) as error:  # or it was shut down
