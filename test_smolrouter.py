@@ -2800,6 +2800,45 @@ def test_deep_json_behind_a_long_text_is_refused() -> None:
         smolrouter.parse_json(deep.encode())
 
 
+OBJECTS = [
+    # what a server says, the object in it
+    (b'{"a": 1}', {"a": 1}),
+    (b' {"a": -Infinity}\r\n', {"a": float("-inf")}),
+    ('{"a": "\xe9"}', {"a": "\xe9"}),
+    (b"[1]", None),
+    (b'{"a": 1} x', None),
+    (b'{"a": ', None),
+    (b'{"a": "\xff"}', None),
+    (b"", None),
+    (b'{"a":' * 5000, None),
+]
+
+
+@pytest.mark.parametrize("data, found", OBJECTS, ids=range(len(OBJECTS)))
+def test_what_is_no_object_of_a_server_is_none(data: bytes | str, found: Any) -> None:
+    assert smolrouter.parse_object(data) == found
+
+
+def test_limits_of_json_are_counted_outside_of_strings() -> None:
+    limits = smolrouter.Limits(json_depth=3, json_nodes=5, json_values=4)
+    for text in ("[[[0]]]", '["[[[[[[[[", ",,,,,,,,"]', "[1,2,3,4,5]", "[[],[],[],[]]"):
+        smolrouter.check_json_size(text, limits.json_values, limits)
+    with pytest.raises(smolrouter.MalformedContent, match="deeper than 3 levels"):
+        smolrouter.check_json_size("[[[[0]]]]", limits.json_values, limits)
+    for text in ("[1,2,3,4,5,6]", "[[],[],[],[],[]]"):
+        with pytest.raises(smolrouter.ContentTooLarge, match="too many parts"):
+            smolrouter.check_json_size(text, limits.json_values, limits)
+
+
+def test_a_number_that_no_double_holds_is_refused_or_null() -> None:
+    assert smolrouter.encode_json({"a": [float("inf"), 1]}) == b'{"a":[null,1]}'
+    with pytest.raises(smolrouter.MalformedContent, match="beyond"):
+        smolrouter.encode_json_exactly({"a": float("inf")})
+    for encode in (smolrouter.encode_json, smolrouter.encode_json_exactly):
+        assert encode({"a": "\xe9"}) == '{"a":"\xe9"}'.encode()
+        assert encode({"a": "\ud800"}) == b'{"a":"\\ud800"}'
+
+
 # --- edits ----------------------------------------------------------------------------
 
 SPLICES = [
