@@ -2311,7 +2311,8 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "chunked twice in one field": coded(b"Transfer-Encoding: chunked, chunked"),
         "chunked twice in two fields": coded(CODED, CODED + b"\r\n"),
         "chunked and identity": coded(CODED, b"Transfer-Encoding: identity\r\n"),
-        "identity and chunked": coded(b"Transfer-Encoding: identity", CODED + b"\r\n"),
+        "identity and chunked": coded(
+            b"Transfer-Encoding: identity", CODED + b"\r\n"),
         "xchunked": coded(b"Transfer-Encoding: xchunked"),
         "chunked with a parameter": coded(b"Transfer-Encoding: chunked;q=1"),
         "chunked with a comma": coded(b"Transfer-Encoding: chunked,"),
@@ -2339,8 +2340,10 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "chunk-size with 0x": chunks(b"0x" + ONE + b"0"),
         "chunk-size with underscore": chunks(b"1_0\r\n" + HELLO + b"\r\n0"),
         "chunk-size behind a space": chunks(b" " + ONE + b"0"),
-        "chunk-size before a vertical tab": chunks(HEX + b"\x0b" + ONE[2:] + b"0"),
-        "chunk-size before a no-break space": chunks(HEX + b"\xa0" + ONE[2:] + b"0"),
+        "chunk-size before a vertical tab": chunks(
+            HEX + b"\x0b" + ONE[2:] + b"0"),
+        "chunk-size before a no-break space": chunks(
+            HEX + b"\xa0" + ONE[2:] + b"0"),
         "chunk-size in Arabic digits": chunks("١٠\r\n".encode() + HELLO + b"\r\n0"),
         "chunk-size of 16 digits": chunks(b"0" * 14 + ONE + b"0"),
         "chunk-size beyond 64 bits": chunks(b"1" + b"0" * 16 + b"\r\n"),
@@ -2423,7 +2426,8 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "another scheme": started(b"GET ftp://router/v1/EVIL HTTP/1.1"),
         "a file's scheme": started(b"GET file:///v1/EVIL HTTP/1.1"),
         "incomplete percent-encoding": started(b"GET /v1/EVIL%2 HTTP/1.1"),
-        "percent-encoding completed by another": started(b"GET /v1/EVIL/%2%65%2%65/x HTTP/1.1"),
+        "percent-encoding completed by another": started(
+            b"GET /v1/EVIL/%2%65%2%65/x HTTP/1.1"),
         "percent-encoding of letters": started(b"GET /v1/EVIL%zz HTTP/1.1"),
         "percent-encoding of UTF-16": started(b"GET /v1/EVIL%u002e HTTP/1.1"),
         "script's scheme": started(b"GET javascript://router/v1/EVIL HTTP/1.1"),
@@ -3712,7 +3716,8 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
     (b"".join(map(event, [
         *[{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(5)],
         "[DONE]"])), (7, 4, None)),
-    (b"".join(map(event, [*[{**piece("x"), "usage": None}] * 400, ending(), "[DONE]"])),
+    (b"".join(map(event, [
+        *[{**piece("x"), "usage": None}] * 400, ending(), "[DONE]"])),
      (None, None, None)),
     ({"choices": [{"message": {"content": '{"prompt_tokens": 5, "usage": {"x": 1}}'}}]},
      (None, None, None)),
@@ -3753,7 +3758,8 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
     ("streamed", "/v1/chat/completions", {}, [
         {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
         piece("<thi"), piece("nk>hm</think>a"), piece("b"),
-        {"choices": [{"index": 0, "delta": {"reasoning_content": "more"}}]}, ending(), "[DONE]"],
+        {"choices": [{"index": 0, "delta": {"reasoning_content": "more"}}]},
+        ending(), "[DONE]"],
      [("assistant", "ab", "morehm", [])]),
     ("two choices", "/v1/chat/completions", {}, [
         {"choices": [{"index": i, "delta": {"content": t}}]} for i, t in ((1, "x"), (0, "a"),
@@ -6212,8 +6218,10 @@ def test_signing_in_and_out() -> None:
     (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400),
     (b'{"token": 7}', 400), (b'{"token": null}', 400),
     (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
-    (dumps({"token": GOOD + "\r\nA: b"}), 401), (dumps({"token": GOOD + "=; x=y"}), 401),
-    (dumps({"token": CARRIED["bad"]}), 401), (dumps({"token": CARRIED["wrong alg"]}), 401),
+    (dumps({"token": GOOD + "\r\nA: b"}), 401),
+    (dumps({"token": GOOD + "=; x=y"}), 401),
+    (dumps({"token": CARRIED["bad"]}), 401),
+    (dumps({"token": CARRIED["wrong alg"]}), 401),
 ])  # fmt: skip
 def test_bad_sign_in(content: bytes, status: int) -> None:
     router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1")
@@ -6901,7 +6909,8 @@ LEAVING: dict[str, tuple[str, dict[str, Any], Script | list[Step]]] = {
     "chat, in a silent stream": (
         CHAT, {**ASKS[CHAT], "stream": True}, broken_stream(HANG)),
     "chat, in a content": (
-        CHAT, ASKS[CHAT], [head(200, [("Content-Length", "99")]) + b"{", HANG]),
+        CHAT, ASKS[CHAT],
+        [head(200, [("Content-Length", "99")]) + b"{", HANG]),
     "completion, waiting": ("/v1/completions", {"prompt": "hi"}, [HANG]),
     "embeddings, waiting": ("/v1/embeddings", {"input": "hi"}, [HANG]),
     "Ollama chat, waiting": ("/api/chat", ASKS["/api/chat"], [HANG]),
@@ -9982,7 +9991,8 @@ LATE: dict[str, tuple[bytes, float]] = {
     "a head drop by drop": (
         b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-" + b"a" * 40, 1),
     "half a content": (post("/v1/dawdler", chat("dawdler"))[:-5], 0),
-    "half a chunk": (post_chunks("/v1/dawdler", dumps(chat("dawdler")))[:-12], 0),
+    "half a chunk": (
+        post_chunks("/v1/dawdler", dumps(chat("dawdler")))[:-12], 0),
 }  # fmt: skip
 
 
