@@ -96,7 +96,7 @@ Pairs = Sequence[tuple[str, str]]
 Cases = tuple[tuple[Any, ...], ...]
 
 
-def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+def wait_until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """Wait for `holds()` to become true and return it; the last value if never."""
     deadline = time.monotonic() + seconds
     while not (value := holds()) and time.monotonic() < deadline:
@@ -104,17 +104,17 @@ def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     return value
 
 
-AT_END = contextlib.ExitStack()  # what tests share ends here
+AT_SESSION_END = contextlib.ExitStack()  # what tests share ends here
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_things() -> Iterator[None]:
+def end_shared_things() -> Iterator[None]:
     """End what tests have shared before the session does: a worker is not waited for."""
-    with AT_END:
+    with AT_SESSION_END:
         yield
 
 
-def need(module: str) -> Any:
+def import_or_skip(module: str) -> Any:
     """Import a test extra. Without it the test is skipped, or fails if all must run."""
     try:
         return importlib.import_module(module)
@@ -124,23 +124,23 @@ def need(module: str) -> Any:
         pytest.skip(f"{module} is not installed")
 
 
-def at_once(task: Callable[..., Any], *inputs: Iterable[Any], workers: int = 8) -> list:
+def map_in_threads(task: Callable[..., Any], *inputs: Iterable[Any], workers: int = 8) -> list:
     """The results of a task for every input, several at a time."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         return list(pool.map(task, *inputs))
 
 
-def dumps(document: Any) -> bytes:
+def encode_json(document: Any) -> bytes:
     """Encode as compact JSON, as the OpenAI SDK does."""
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def huge(document: Any) -> bytes:
+def encode_huge_numbers(document: Any) -> bytes:
     """The document as JSON, its infinities as numbers that no double holds."""
-    return dumps(document).replace(b"Infinity", b"1e999")
+    return encode_json(document).replace(b"Infinity", b"1e999")
 
 
-def cut(data: bytes, *positions: int) -> list[bytes]:
+def split_at(data: bytes, *positions: int) -> list[bytes]:
     """The data in pieces, split at these positions."""
     edges = [0, *sorted(positions), len(data)]
     return [data[a:b] for a, b in itertools.pairwise(edges)]
@@ -172,41 +172,41 @@ HANG = Mark("HANG")  # say nothing until the peer closes, for longer than any te
 Step = bytes | float | Mark
 
 
-def head(status: int = 200, fields: Pairs = (), reason: str = "Fine") -> bytes:
+def response_head(status: int = 200, fields: Pairs = (), reason: str = "Fine") -> bytes:
     """A response head with exactly these fields."""
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{n}: {v}" for n, v in fields)]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def answer(
+def whole_response(
     content: bytes, status: int = 200, fields: Pairs = (), kind: str = "text/plain"
 ) -> list[Step]:
     """A whole answer with a length, in one send."""
     own = [("Content-Type", kind), ("Content-Length", str(len(content)))]
-    return [head(status, [*own, *fields]) + content]
+    return [response_head(status, [*own, *fields]) + content]
 
 
-def json_answer(document: Any, status: int = 200, fields: Pairs = ()) -> list[Step]:
+def json_response(document: Any, status: int = 200, fields: Pairs = ()) -> list[Step]:
     """A whole JSON answer with a length, in one send."""
-    return answer(dumps(document), status, fields, "application/json")
+    return whole_response(encode_json(document), status, fields, "application/json")
 
 
-FINE: list[Step] = json_answer({"fine": True})
+FINE_RESPONSE: list[Step] = json_response({"fine": True})
 
 
-def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> list[bytes]:
+def encode_chunks(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> list[bytes]:
     """Each piece as one chunk in its own send, then the last chunk."""
     return [b"%x\r\n%s\r\n" % (len(p), p) for p in pieces if p] + [end] * bool(end)
 
 
-def event(data: Any) -> bytes:
+def encode_event(data: Any) -> bytes:
     """One SSE event: a document becomes JSON, a str stays, bytes are all of it."""
     if isinstance(data, bytes):
         return data
-    return b"data: " + (data.encode() if isinstance(data, str) else dumps(data)) + b"\n\n"
+    return b"data: " + (data.encode() if isinstance(data, str) else encode_json(data)) + b"\n\n"
 
 
-def stream_answer(
+def stream_response(
     pieces: Iterable[Step],
     fields: Pairs = (),
     kind: str = "text/event-stream",
@@ -220,16 +220,16 @@ def stream_answer(
     missing, so that more steps can follow.
     """
     framing = ("Transfer-Encoding", "chunked") if framed else ("Connection", "close")
-    steps: list[Step] = [head(200, [("Content-Type", kind), framing, *fields])]
+    steps: list[Step] = [response_head(200, [("Content-Type", kind), framing, *fields])]
     for piece in pieces:
         send = framed and isinstance(piece, bytes)
-        steps += chunked(piece, end=b"") if send else [piece]
+        steps += encode_chunks(piece, end=b"") if send else [piece]
     if whole:
         steps.append(b"0\r\n\r\n" if framed else CLOSE)
     return steps
 
 
-def sse_answer(
+def sse_response(
     events: Iterable[Any],
     split: int | Sequence[int] | None = None,
     chunked: bool = True,
@@ -237,66 +237,66 @@ def sse_answer(
     pause: float = 0.0,
 ) -> list[Step]:
     """A stream of events, each in its own send and chunk, or cut where `split` says."""
-    pieces: list[Step] = [event(e) for e in events]
+    pieces: list[Step] = [encode_event(e) for e in events]
     if split is not None:
         at = [split] if isinstance(split, int) else split
-        pieces = [*cut(b"".join(pieces), *at)]  # type: ignore[arg-type]
+        pieces = [*split_at(b"".join(pieces), *at)]  # type: ignore[arg-type]
     if pause:
         pieces = [step for piece in pieces for step in (piece, pause)]
-    return stream_answer(pieces, fields, framed=chunked)
+    return stream_response(pieces, fields, framed=chunked)
 
 
-def upstream_head(lines: bytes, content: bytes = b"{}") -> list[Step]:
+def raw_response(lines: bytes, content: bytes = b"{}") -> list[Step]:
     """An answer with these field lines, then the end of the connection."""
     return [b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n" + content, CLOSE]
 
 
 def broken_stream(*tail: Step) -> list[Step]:
     """A stream that begins well."""
-    first = event(completion_events({}, "Hello")[1])
-    return [*stream_answer([first], whole=False), 0.02, *tail]
+    first = encode_event(completion_events({}, "Hello")[1])
+    return [*stream_response([first], whole=False), 0.02, *tail]
 
 
-CODED = b"Transfer-Encoding: chunked"
+CHUNKED_FIELD = b"Transfer-Encoding: chunked"
 
 
 # --- scripted upstreams: the events of a stream ---------------------------------------
 
-WORDS = [{"choices": [{"index": 0, "delta": {"content": w}}]} for w in ("one ", "two")]
-ENDED = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+TWO_WORDS = [{"choices": [{"index": 0, "delta": {"content": w}}]} for w in ("one ", "two")]
+FINISH = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
-def piece(text: str) -> dict[str, Any]:
+def text_delta(text: str) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
 
 
-def ending(reason: str = "stop") -> dict[str, Any]:
+def finish_delta(reason: str = "stop") -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
 
 
-def deltas(*texts: str, key: str = "content", index: int = 0) -> list[dict[str, Any]]:
+def text_deltas(*texts: str, key: str = "content", index: int = 0) -> list[dict[str, Any]]:
     """Stream events that carry these texts."""
     return [{"id": "c", "choices": [{"index": index, "delta": {key: t}}]} for t in texts]
 
 
-def stream_of(*texts: str, escape: bool = False) -> list[bytes]:
+def chat_stream(*texts: str, escape: bool = False) -> list[bytes]:
     """A whole chat stream with these texts as encoded events."""
     role = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant"}}]}
     finish = {"index": 0, "delta": {}, "finish_reason": "stop"}
-    events = [role, *deltas(*texts), {"id": "c", "choices": [finish]}, "[DONE]"]
-    encoded = [event(e) for e in events]
+    events = [role, *text_deltas(*texts), {"id": "c", "choices": [finish]}, "[DONE]"]
+    encoded = [encode_event(e) for e in events]
     if escape:
         encoded = [e.replace(b"<", rb"\u003c").replace(b">", rb"\u003e") for e in encoded]
     return encoded
 
 
-TOP = b'data: {"id":"x","choices":[{"index":0,"delta":'
-WORD = TOP + b'{"content":"hi"},"finish_reason":null}]}\n\n'
-STOP = TOP + b'{},"finish_reason":"stop"}]}\n\n'
-DONE = b"data: [DONE]\n\n"
-USAGE = b'{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}'
-EXTRA = b'data: {"id":"x","choices":[],"usage":' + USAGE + b"}\n\n"
-PING = b": ping\n\n"
+RAW_TOP = b'data: {"id":"x","choices":[{"index":0,"delta":'
+RAW_WORD = RAW_TOP + b'{"content":"hi"},"finish_reason":null}]}\n\n'
+RAW_STOP = RAW_TOP + b'{},"finish_reason":"stop"}]}\n\n'
+RAW_DONE = b"data: [DONE]\n\n"
+RAW_USAGE = b'{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}'
+RAW_USAGE_EVENT = b'data: {"id":"x","choices":[],"usage":' + RAW_USAGE + b"}\n\n"
+RAW_PING = b": ping\n\n"
 
 
 # --- scripted upstreams: the servers --------------------------------------------------
@@ -398,7 +398,7 @@ class Upstream:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def plays(self, script: Script | Iterable[Step]) -> str:
+    def add_script(self, script: Script | Iterable[Step]) -> str:
         """Register a script, or the same steps for every request.
 
         Returns the name of the model that it plays for; `/v1/{name}` plays it too.
@@ -409,15 +409,15 @@ class Upstream:
         self.scripts[name] = self.scripts[f"/v1/{name}"] = play
         return name
 
-    def heard(self, key: str) -> list[Received]:
+    def requests_for(self, key: str) -> list[Received]:
         """The requests whose model, path, target or content holds `key`."""
         found = list(self.requests)
         return [r for r in found if r.model == key or key in r.target or key.encode() in r.content]
 
     def connection_of(self, key: str) -> Connection:
         """The connection on which the first request for `key` arrived."""
-        until(lambda: self.heard(key))
-        return self.connections[self.heard(key)[0].connection]
+        wait_until(lambda: self.requests_for(key))
+        return self.connections[self.requests_for(key)[0].connection]
 
     def _accept(self) -> None:
         while self._open:
@@ -435,7 +435,7 @@ class Upstream:
             if self._tls:
                 sock = self._tls.wrap_socket(sock, server_side=True)
             reader = sock.makefile("rb")
-            while received := receive(sock, reader, seen.number):
+            while received := read_request(sock, reader, seen.number):
                 seen.requests += 1
                 self.requests.append(received)
                 if not self._play(sock, self._steps(received)):
@@ -459,7 +459,7 @@ class Upstream:
             if isinstance(step, bytes):
                 sock.sendall(step)
             elif step is HANG:
-                linger(sock, 12 * PATIENCE)
+                wait_while_open(sock, 12 * PATIENCE)
                 return False
             elif isinstance(step, Mark):
                 if step is DROP:
@@ -467,14 +467,14 @@ class Upstream:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
                 else:
                     sock.shutdown(socket.SHUT_WR)
-                    linger(sock, 1.0)
+                    wait_while_open(sock, 1.0)
                 return False
-            elif not linger(sock, step):
+            elif not wait_while_open(sock, step):
                 return False
         return True
 
 
-def linger(sock: socket.socket, seconds: float) -> bool:
+def wait_while_open(sock: socket.socket, seconds: float) -> bool:
     """Pause; False as soon as the peer has closed."""
     deadline = time.monotonic() + seconds
     flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_PEEK
@@ -489,7 +489,7 @@ def linger(sock: socket.socket, seconds: float) -> bool:
     return True
 
 
-def receive(sock: socket.socket, reader: Any, number: int) -> Received | None:
+def read_request(sock: socket.socket, reader: Any, number: int) -> Received | None:
     """Read one request, chunked or not; None at the end of the connection."""
     raw_head = b""
     while (line := reader.readline()) not in (b"\r\n", b""):
@@ -531,7 +531,7 @@ def read_chunks(reader: Any) -> Iterator[bytes]:
         pass
 
 
-def last_words(document: Mapping[str, Any]) -> str:
+def last_text(document: Mapping[str, Any]) -> str:
     """The text of the last message, or the prompt."""
     messages = document.get("messages") or [{"content": document.get("prompt", "")}]
     content = messages[-1].get("content") or ""
@@ -554,23 +554,25 @@ def well_behaved(received: Received, models: Sequence[str] = ("tiny",)) -> Itera
     document = received.json if isinstance(received.json, dict) else {}
     path = received.path
     if path == "/v1/models":
-        return json_answer({"object": "list", "data": [model_entry(m) for m in models]})
+        return json_response({"object": "list", "data": [model_entry(m) for m in models]})
     if path == "/v1/embeddings":
-        return json_answer(embeddings(document))
+        return json_response(embeddings(document))
     if path in ("/v1/chat/completions", "/v1/completions"):
-        text = f"You said: {last_words(document)}"
+        text = f"You said: {last_text(document)}"
         kind = "chat" if "chat" in path else "text"
         if document.get("stream"):
-            return sse_answer(completion_events(document, text, kind))
-        return json_answer(completion(document, text, kind))
+            return sse_response(completion_events(document, text, kind))
+        return json_response(completion(document, text, kind))
     if path.startswith("/v1/"):
         said = {
             "method": received.method,
             "target": received.target,
             "content": received.content.decode("latin-1"),
         }
-        return head_only(json_answer(said)) if received.method == "HEAD" else (json_answer(said))
-    return json_answer({"error": {"message": f"no path {path}"}}, 404)
+        return (
+            head_only(json_response(said)) if received.method == "HEAD" else (json_response(said))
+        )
+    return json_response({"error": {"message": f"no path {path}"}}, 404)
 
 
 def head_only(steps: list[Step]) -> list[Step]:
@@ -640,23 +642,23 @@ def completion_events(document: Mapping[str, Any], text: str, kind: str = "chat"
     return [*events, "[DONE]"]
 
 
-HELD: list[socket.socket] = []  # ports that stay taken
+TAKEN_PORTS: list[socket.socket] = []  # ports that stay taken
 
 
-def refusing() -> str:
+def refusing_url() -> str:
     """The URL of a port where nobody listens."""
-    HELD.append(socket.socket())
-    HELD[-1].bind(("127.0.0.1", 0))
-    return f"http://127.0.0.1:{HELD[-1].getsockname()[1]}"
+    TAKEN_PORTS.append(socket.socket())
+    TAKEN_PORTS[-1].bind(("127.0.0.1", 0))
+    return f"http://127.0.0.1:{TAKEN_PORTS[-1].getsockname()[1]}"
 
 
 @functools.lru_cache
-def certificate() -> tuple[str, ssl.SSLContext] | None:
+def self_signed_certificate() -> tuple[str, ssl.SSLContext] | None:
     """A self-signed certificate for loopback: its file and a server's context."""
     if not shutil.which("openssl"):
         return None
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-tls-"))
-    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
+    AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
     key, cert = str(folder / "key.pem"), str(folder / "cert.pem")
     made = subprocess.run(
         [
@@ -726,7 +728,7 @@ class Router:
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         pattern = re.compile(r"listens on (https?://\S+:(\d+))")
-        line = until(lambda: pattern.search(self.stderr) or self.process.poll())
+        line = wait_until(lambda: pattern.search(self.stderr) or self.process.poll())
         if not isinstance(line, re.Match):
             self.kill()
             raise RuntimeError(f"the router did not start:\n{self.stderr}")
@@ -775,7 +777,7 @@ class Router:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def run(*args: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Any:
+def run_program(*args: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Any:
     """Run a command to its end: returncode, stdout and stderr as text."""
     folder = more.pop("cwd", None) or tempfile.mkdtemp(prefix="smol-")
     try:
@@ -793,39 +795,39 @@ def run(*args: str, settings: Mapping[str, Any] | None = None, **more: Any) -> A
             shutil.rmtree(folder, ignore_errors=True)
 
 
-STARTING = threading.Lock()  # one at a time, so that each is started once
+START_LOCK = threading.Lock()  # one at a time, so that each is started once
 
 
 @functools.cache
 def _cached_router(settings: str, routes: str, args: tuple[str, ...]) -> Router:
     router = Router(json.loads(settings), json.loads(routes), args)
-    AT_END.callback(router.kill)
+    AT_SESSION_END.callback(router.kill)
     return router
 
 
-def router_for(
+def shared_router(
     settings: Mapping[str, Any] | None = None,
     routes: Any = None,
     args: Sequence[str] = (),
 ) -> Router:
     """The router with these settings, started once and shared; never stop it."""
-    with STARTING:
+    with START_LOCK:
         return _cached_router(json.dumps(settings or {}), json.dumps(routes), tuple(args))
 
 
 @functools.lru_cache
-def stage() -> Upstream:
+def default_upstream() -> Upstream:
     """The upstream of the shared router; scripts are registered by `plays`."""
     return Upstream()
 
 
-def shared() -> Router:
+def default_router() -> Router:
     """The router that most tests use: DEFAULT_UPSTREAM is `stage()`."""
-    return router_for({"DEFAULT_UPSTREAM": stage().url})
+    return shared_router({"DEFAULT_UPSTREAM": default_upstream().url})
 
 
 @contextlib.contextmanager
-def pair(script: Script | None = None, **settings: Any) -> Iterator[tuple]:
+def router_and_upstream(script: Script | None = None, **settings: Any) -> Iterator[tuple]:
     """A router with an upstream of its own."""
     with (
         Upstream(script) as upstream,
@@ -834,7 +836,7 @@ def pair(script: Script | None = None, **settings: Any) -> Iterator[tuple]:
         yield router, upstream
 
 
-def both(first: str, second: str, **settings: Any) -> Router:
+def router_of_two(first: str, second: str, **settings: Any) -> Router:
     """A router whose alias `pair` has two instances."""
     aliases = {"pair": {"instances": ["one/m", "two/m"]}}
     return Router(settings, {"servers": {"one": first, "two": second}, "aliases": aliases})
@@ -844,7 +846,7 @@ def both(first: str, second: str, **settings: Any) -> Router:
 def altered(*changes: tuple[str, str]) -> pathlib.Path:
     """The program with other words in some places."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
-    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
+    AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
     text = SOURCE
     for there, instead in changes:
         assert text.count(there) == 1, there
@@ -853,7 +855,7 @@ def altered(*changes: tuple[str, str]) -> pathlib.Path:
     return folder / "smolrouter.py"
 
 
-def memory(router: Router, name: str = "VmRSS") -> int:
+def memory_mib(router: Router, name: str = "VmRSS") -> int:
     """MiB that a router has, or has had at most (VmHWM)."""
     status = pathlib.Path(f"/proc/{router.process.pid}/status")
     if not status.exists():
@@ -865,7 +867,7 @@ def memory(router: Router, name: str = "VmRSS") -> int:
 
 
 @dataclass
-class Answer:
+class Response:
     """One response as a client saw it."""
 
     status: int
@@ -906,10 +908,10 @@ class Answer:
         """What the model said, whichever dialect it said it in."""
         kind = self.get("Content-Type") or ""
         streamed = "event-stream" in kind or "ndjson" in kind
-        return "".join(map(said, self.documents if streamed else [self.json]))
+        return "".join(map(visible_text, self.documents if streamed else [self.json]))
 
 
-def said(document: Mapping[str, Any]) -> str:
+def visible_text(document: Mapping[str, Any]) -> str:
     """The visible text of one document of either dialect."""
     choices = document.get("choices") or [document]
     parts = [c.get("delta") or c.get("message") or c for c in choices]
@@ -927,7 +929,7 @@ def encode_request(
     method: str, path: str, body: Any = None, fields: Pairs = (), version: str = "1.1"
 ) -> bytes:
     """A request as bytes; a document becomes JSON with its length."""
-    content = body if isinstance(body, bytes) else b"" if body is None else dumps(body)
+    content = body if isinstance(body, bytes) else b"" if body is None else encode_json(body)
     own = [("Host", "router")]
     if body is not None:
         own += [
@@ -941,7 +943,7 @@ def encode_request(
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + content
 
 
-def raw(
+def send_raw(
     port: int,
     *steps: bytes | float,
     answers: int = 1,
@@ -968,7 +970,7 @@ def exchange(
     except ConnectionError:
         pass  # it has refused to read on; the answer tells why
     data = b""
-    while not answers or len(split_answers(data, to_head)[0]) < answers:
+    while not answers or len(split_responses(data, to_head)[0]) < answers:
         try:
             more = sock.recv(1 << 20)
         except ConnectionError:
@@ -979,9 +981,9 @@ def exchange(
     return data
 
 
-def split_answers(data: bytes, to_head: bool = False) -> tuple[list[Answer], bytes]:
+def split_responses(data: bytes, to_head: bool = False) -> tuple[list[Response], bytes]:
     """The complete final answers in these bytes, and what is left over."""
-    found: list[Answer] = []
+    found: list[Response] = []
     while b"\r\n\r\n" in data:
         top, _, rest = data.partition(b"\r\n\r\n")
         first, *lines = top.decode("latin-1").split("\r\n")
@@ -993,7 +995,7 @@ def split_answers(data: bytes, to_head: bool = False) -> tuple[list[Answer], byt
             break
         data = rest_after
         if status >= 200:
-            found.append(Answer(status, pairs, content))
+            found.append(Response(status, pairs, content))
     return found, data
 
 
@@ -1025,22 +1027,22 @@ def take_chunks(data: bytes) -> tuple[bytes | None, bytes]:
     return None, data
 
 
-def parse(data: bytes, to_head: bool = False) -> Answer:
+def parse_response(data: bytes, to_head: bool = False) -> Response:
     """The last answer in these bytes; `whole` is False when it was cut off.
 
     One without framing, which ends with the connection, counts as whole.
     """
-    found, rest = split_answers(data, to_head)
+    found, rest = split_responses(data, to_head)
     if not rest and found:
         return found[-1]
     if found and b"\r\n\r\n" not in rest:
-        return Answer(found[-1].status, found[-1].fields, found[-1].content, rest=rest)
+        return Response(found[-1].status, found[-1].fields, found[-1].content, rest=rest)
     top, _, content = rest.partition(b"\r\n\r\n")
     assert top.startswith(b"HTTP/1."), f"no answer: {data[:200]!r}"
     first, *lines = top.decode("latin-1").split("\r\n")
     pairs = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
     framed = {n.lower() for n, _ in pairs} & {"content-length", "transfer-encoding"}
-    return Answer(int(first.split(" ")[1]), pairs, content, whole=not framed)
+    return Response(int(first.split(" ")[1]), pairs, content, whole=not framed)
 
 
 def request(
@@ -1051,11 +1053,11 @@ def request(
     fields: Pairs = (),
     host: str = "127.0.0.1",
     patience: float = PATIENCE * 3,
-) -> Answer:
+) -> Response:
     """One exchange through http.client; the pieces carry their times of arrival."""
     caller = http.client.HTTPConnection(host, port, timeout=patience)
     try:
-        content = body if isinstance(body, bytes) or body is None else dumps(body)
+        content = body if isinstance(body, bytes) or body is None else encode_json(body)
         caller.putrequest(method, path, skip_accept_encoding=True)
         if content is not None:
             if "content-type" not in {n.lower() for n, _ in fields}:
@@ -1065,7 +1067,7 @@ def request(
             caller.putheader(name, value)
         caller.endheaders(content)
         response = caller.getresponse()
-        got = Answer(response.status, response.getheaders(), b"")
+        got = Response(response.status, response.getheaders(), b"")
         try:
             while piece := response.read1(1 << 20):
                 got.pieces.append((time.monotonic(), piece))
@@ -1078,18 +1080,18 @@ def request(
         caller.close()
 
 
-def chat(model: str, text: str = "hi", **more: Any) -> dict[str, Any]:
+def chat_document(model: str, text: str = "hi", **more: Any) -> dict[str, Any]:
     """The document of a chat request."""
     return {"model": model, "messages": [{"role": "user", "content": text}], **more}
 
 
-def ask(router: Router, model: str, text: str = "hi", **more: Any) -> Answer:
+def post_chat(router: Router, model: str, text: str = "hi", **more: Any) -> Response:
     """One chat completion through a router."""
-    return request(router.port, "POST", "/v1/chat/completions", chat(model, text, **more))
+    return request(router.port, "POST", "/v1/chat/completions", chat_document(model, text, **more))
 
 
 CHAT = "/v1/chat/completions"
-ASKS: dict[str, dict[str, Any]] = {
+EXAMPLE_REQUESTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
     "/v1/embeddings": {"input": "hi"},
@@ -1100,35 +1102,35 @@ ASKS: dict[str, dict[str, Any]] = {
 }
 ALL_WAYS = [
     (path, stream)
-    for path in ASKS
+    for path in EXAMPLE_REQUESTS
     for stream in ([False] if "embed" in path or "rerank" in path else [False, True])
 ]
 
 
-def asking(path: str, model: str, stream: bool) -> dict[str, Any]:
+def example_request(path: str, model: str, stream: bool) -> dict[str, Any]:
     """The document of a request to this endpoint."""
     told = {"stream": stream} if (path, True) in ALL_WAYS else {}
-    return {**ASKS[path], "model": model, **told}
+    return {**EXAMPLE_REQUESTS[path], "model": model, **told}
 
 
-def get(path: str, fields: Pairs = (), version: str = "1.1") -> bytes:
+def encode_get(path: str, fields: Pairs = (), version: str = "1.1") -> bytes:
     """A GET as bytes."""
     return encode_request("GET", path, None, fields, version)
 
 
-def post(path: str, document: Any, fields: Pairs = (), version: str = "1.1") -> bytes:
+def encode_post(path: str, document: Any, fields: Pairs = (), version: str = "1.1") -> bytes:
     """A POST of a JSON document as bytes."""
     return encode_request("POST", path, document, fields, version)
 
 
-def post_chunks(path: str, *pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+def encode_chunked_post(path: str, *pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
     """A POST of JSON in chunks, as bytes."""
     fields = [("Transfer-Encoding", "chunked"), ("Content-Type", "application/json")]
     top = encode_request("POST", path, None, fields)
-    return top + b"".join(chunked(*pieces, end=end))
+    return top + b"".join(encode_chunks(*pieces, end=end))
 
 
-def receive_until(sock: socket.socket, *marks: bytes) -> bytes:
+def read_until(sock: socket.socket, *marks: bytes) -> bytes:
     """Read until all of these have come, one after the other."""
     data, at = b"", 0
     for mark in marks:
@@ -1140,7 +1142,7 @@ def receive_until(sock: socket.socket, *marks: bytes) -> bytes:
     return data
 
 
-def ended_badly(got: Answer) -> bool:
+def is_visibly_broken(got: Response) -> bool:
     """A 502, a visible cut or an error event; never a clean end."""
     last = got.events[-1] if got.events else b""
     return got.status == 502 or not got.whole or b'"error"' in last
@@ -1148,10 +1150,10 @@ def ended_badly(got: Answer) -> bool:
 
 # --- official clients -----------------------------------------------------------------
 
-KEY = "sk-a-client-s-own-key"
+CLIENT_KEY = "sk-a-client-s-own-key"
 
 
-async def finish(calling: Callable, streamed: bool, parts: list) -> Any:
+async def await_parts(calling: Callable, streamed: bool, parts: list) -> Any:
     """Await an answer, or collect the parts of a stream."""
     result = await calling()
     if not streamed:
@@ -1162,16 +1164,16 @@ async def finish(calling: Callable, streamed: bool, parts: list) -> Any:
 
 
 @functools.cache
-def client_of(package: str, asynchronous: bool, timeout: float, url: str) -> Any:
+def sdk_client(package: str, asynchronous: bool, timeout: float, url: str) -> Any:
     """The client that talks to the router at this address and never retries."""
     with contextlib.suppress(ImportError):  # while no stream is left to be collected
         importlib.import_module("ollama")
     prefix = "Async" if asynchronous else ""
     if package == "ollama":
-        return getattr(need(package), f"{prefix}Client")(host=url, timeout=timeout)
-    return getattr(need(package), f"{prefix}OpenAI")(
+        return getattr(import_or_skip(package), f"{prefix}Client")(host=url, timeout=timeout)
+    return getattr(import_or_skip(package), f"{prefix}OpenAI")(
         base_url=f"{url}/v1",
-        api_key=KEY,
+        api_key=CLIENT_KEY,
         organization="homelab",
         max_retries=0,
         timeout=timeout,
@@ -1191,13 +1193,13 @@ def event_loop() -> asyncio.AbstractEventLoop:
         loop.close,
         thread.join,
         lambda: loop.call_soon_threadsafe(loop.stop),
-        lambda: in_loop(loop.shutdown_asyncgens()),
+        lambda: run_in_loop(loop.shutdown_asyncgens()),
     ):
-        AT_END.callback(step)
+        AT_SESSION_END.callback(step)
     return loop
 
 
-def in_loop(task: Coroutine[Any, Any, Any]) -> Any:
+def run_in_loop(task: Coroutine[Any, Any, Any]) -> Any:
     """What a coroutine returns."""
     return asyncio.run_coroutine_threadsafe(task, event_loop()).result()
 
@@ -1214,7 +1216,7 @@ class Sdk:
         return f"{self.package}-{'async' if self.asynchronous else 'sync'}"
 
     def client(self, url: str) -> Any:
-        return client_of(self.package, self.asynchronous, self.timeout, url)
+        return sdk_client(self.package, self.asynchronous, self.timeout, url)
 
     def call(
         self,
@@ -1233,7 +1235,7 @@ class Sdk:
         streamed = named.get("stream", False)
         if self.asynchronous:
             calling = functools.partial(bound, *values, **named)
-            return in_loop(finish(calling, streamed, parts))
+            return run_in_loop(await_parts(calling, streamed, parts))
         result = bound(*values, **named)
         if not streamed:
             return result
@@ -1242,21 +1244,21 @@ class Sdk:
         return parts
 
 
-OPENAI = (Sdk("openai", False), Sdk("openai", True))
-OLLAMA = (Sdk("ollama", False), Sdk("ollama", True))
-WAYS = ("rule", "alias", "map")  # how a name asked for becomes the name of a script
-each_openai = pytest.mark.parametrize("sdk", OPENAI, ids=str)
-each_ollama = pytest.mark.parametrize("sdk", OLLAMA, ids=str)
-each_way = pytest.mark.parametrize("way", WAYS)
-either = functools.partial(pytest.mark.parametrize, "stream", (False, True))
-whole_or_streamed = either(ids=("whole", "sse"))
-whole_or_lines = either(ids=("whole", "ndjson"))
+OPENAI_SDKS = (Sdk("openai", False), Sdk("openai", True))
+OLLAMA_SDKS = (Sdk("ollama", False), Sdk("ollama", True))
+KINDS_OF_ROUTE = ("rule", "alias", "map")  # how a name asked for becomes the name of a script
+each_openai = pytest.mark.parametrize("sdk", OPENAI_SDKS, ids=str)
+each_ollama = pytest.mark.parametrize("sdk", OLLAMA_SDKS, ids=str)
+each_way = pytest.mark.parametrize("way", KINDS_OF_ROUTE)
+each_stream = functools.partial(pytest.mark.parametrize, "stream", (False, True))
+whole_or_streamed = each_stream(ids=("whole", "sse"))
+whole_or_lines = each_stream(ids=("whole", "ndjson"))
 
 
 # --- official clients: the servers behind them ----------------------------------------
 
-ASKED = [{"role": "user", "content": "hello"}]
-ANSWER = "You said: hello"
+HELLO_MESSAGES = [{"role": "user", "content": "hello"}]
+HELLO_ANSWER = "You said: hello"
 PICTURES = {
     "png": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
     "jpeg": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\xfb\xef\xbe",
@@ -1266,7 +1268,7 @@ PICTURES = {
 SOUND = bytes(range(256)) * 40 + b"<think>\r\n\r\n0\r\n\r\ndata: [DONE]\n\n</think>"
 VECTOR = [0.5, -1.25, 3.0]
 CITY = {"city": "Paris", "people": 2100000}
-CALLS: Cases = (("weather", {"city": "Paris \u2728", "days": [1, 2]}), ("clock", {}))
+TOOL_CALLS: Cases = (("weather", {"city": "Paris \u2728", "days": [1, 2]}), ("clock", {}))
 TOOLS = [
     {
         "type": "function",
@@ -1280,11 +1282,11 @@ TOOLS = [
             },
         },
     }
-    for name, _ in CALLS
+    for name, _ in TOOL_CALLS
 ]
 
 
-def delta(document: Any, said: Mapping[str, Any], finish: str | None = None) -> dict:
+def chat_chunk(document: Any, said: Mapping[str, Any], finish: str | None = None) -> dict:
     """One event of a streamed chat."""
     choice = {"index": 0, "delta": said, "finish_reason": finish}
     return {
@@ -1296,7 +1298,7 @@ def delta(document: Any, said: Mapping[str, Any], finish: str | None = None) -> 
     }
 
 
-def says(text: str, finish: str = "stop") -> Script:
+def script_saying(text: str, finish: str = "stop") -> Script:
     """A script that says this text, whole or streamed."""
 
     def script(received: Received) -> Iterable[Step]:
@@ -1305,11 +1307,11 @@ def says(text: str, finish: str = "stop") -> Script:
         if not document.get("stream"):
             whole = completion(document, text, kind)
             whole["choices"][0]["finish_reason"] = finish
-            return json_answer(whole)
+            return json_response(whole)
         events = completion_events(document, text, kind)
         for choice in (c for e in events[:-1] for c in e["choices"]):
             choice["finish_reason"] = choice["finish_reason"] and finish
-        return sse_answer(events)
+        return sse_response(events)
 
     return script
 
@@ -1320,47 +1322,47 @@ def tool_call(number: int, name: str, arguments: str, **more: Any) -> dict:
     return {**more, **call, "function": {"name": name, "arguments": arguments}}
 
 
-def call_tools(received: Received) -> Iterable[Step]:
+def serve_tool_calls(received: Received) -> Iterable[Step]:
     """Call both tools, streamed in fragments of four characters that alternate."""
     document = received.json
     if not document.get("stream"):
-        calls = [tool_call(i, n, json.dumps(a)) for i, (n, a) in enumerate(CALLS)]
+        calls = [tool_call(i, n, json.dumps(a)) for i, (n, a) in enumerate(TOOL_CALLS)]
         whole = completion(document, "")
         message = {"role": "assistant", "content": None, "tool_calls": calls}
         whole["choices"][0] |= {"message": message, "finish_reason": "tool_calls"}
-        return json_answer(whole)
+        return json_response(whole)
     opening = [{"role": "assistant", "content": None}] + [
-        {"tool_calls": [tool_call(i, name, "", index=i)]} for i, (name, _) in enumerate(CALLS)
+        {"tool_calls": [tool_call(i, name, "", index=i)]} for i, (name, _) in enumerate(TOOL_CALLS)
     ]
-    texts = [re.findall(".{1,4}", json.dumps(arguments)) for _, arguments in CALLS]
+    texts = [re.findall(".{1,4}", json.dumps(arguments)) for _, arguments in TOOL_CALLS]
     fragments = [
         {"tool_calls": [{"index": i, "function": {"arguments": fragment}}]}
         for turn in itertools.zip_longest(*texts)
         for i, fragment in enumerate(turn)
         if fragment
     ]
-    events = [delta(document, said) for said in [*opening, *fragments]]
-    return sse_answer([*events, delta(document, {}, "tool_calls"), "[DONE]"])
+    events = [chat_chunk(document, said) for said in [*opening, *fragments]]
+    return sse_response([*events, chat_chunk(document, {}, "tool_calls"), "[DONE]"])
 
 
-def reason(received: Received) -> Iterable[Step]:
+def serve_reasoning(received: Received) -> Iterable[Step]:
     """Think in a field of its own, as llama.cpp and vLLM do."""
     document = received.json
     if not document.get("stream"):
         whole = completion(document, "Forty-two.")
         whole["choices"][0]["message"]["reasoning_content"] = "Six times seven."
-        return json_answer(whole)
+        return json_response(whole)
     said = [
         {"reasoning_content": "Six "},
         {"reasoning_content": "times seven."},
         {"content": "Forty"},
         {"content": "-two."},
     ]
-    events = [delta(document, piece) for piece in said]
-    return sse_answer([*events, delta(document, {}, "stop"), "[DONE]"])
+    events = [chat_chunk(document, piece) for piece in said]
+    return sse_response([*events, chat_chunk(document, {}, "stop"), "[DONE]"])
 
 
-def embed(received: Received) -> Iterable[Step]:
+def serve_vectors(received: Received) -> Iterable[Step]:
     """A vector for each input, as numbers or in base64."""
     given = received.json["input"]
     vector: Any = VECTOR
@@ -1371,17 +1373,17 @@ def embed(received: Received) -> Iterable[Step]:
         for i, _ in enumerate(given if isinstance(given, list) else [given])
     ]
     used = {"prompt_tokens": 5, "total_tokens": 5}
-    return json_answer({"object": "list", "data": data, "model": "v", "usage": used})
+    return json_response({"object": "list", "data": data, "model": "v", "usage": used})
 
 
 def named_events(documents: Iterable[dict]) -> list[bytes]:
     """Events that carry their type in a field of their own."""
-    return [b"event: %s\n" % d["type"].encode() + event(d) for d in documents]
+    return [b"event: %s\n" % d["type"].encode() + encode_event(d) for d in documents]
 
 
-def respond(received: Received) -> Iterable[Step]:
+def serve_responses(received: Received) -> Iterable[Step]:
     """Answer as /v1/responses does."""
-    text = {"type": "output_text", "text": ANSWER, "annotations": []}
+    text = {"type": "output_text", "text": HELLO_ANSWER, "annotations": []}
     message = {
         "id": "msg_1",
         "type": "message",
@@ -1402,7 +1404,7 @@ def respond(received: Received) -> Iterable[Step]:
         "usage": {"input_tokens": 3, "output_tokens": 3, "total_tokens": 6},
     }
     if not received.json.get("stream"):
-        return json_answer(whole)
+        return json_response(whole)
     place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
     started = {**whole, "status": "in_progress", "output": []}
     events: list[dict] = [
@@ -1411,7 +1413,7 @@ def respond(received: Received) -> Iterable[Step]:
         {"type": "response.output_text.delta", **place, "delta": "hello"},
         {"type": "response.completed", "response": whole},
     ]
-    return sse_answer(named_events(events))
+    return sse_response(named_events(events))
 
 
 CLAUDE_EVENTS = named_events(
@@ -1449,18 +1451,18 @@ CLAUDE_MESSAGE = (
 )
 
 
-def claude(received: Received) -> Iterable[Step]:
+def serve_claude(received: Received) -> Iterable[Step]:
     """Answer as /v1/messages does."""
     if received.json.get("stream"):
-        return sse_answer(CLAUDE_EVENTS)
-    return answer(CLAUDE_MESSAGE, kind="application/json")
+        return sse_response(CLAUDE_EVENTS)
+    return whole_response(CLAUDE_MESSAGE, kind="application/json")
 
 
-def speak(received: Received) -> Iterable[Step]:
+def serve_sound(received: Received) -> Iterable[Step]:
     """Sound, with a length or in chunks."""
     if received.json["response_format"] == "mp3":
-        return answer(SOUND, kind="audio/mpeg")
-    return stream_answer([SOUND[:5000], SOUND[5000:]], kind="audio/wav")
+        return whole_response(SOUND, kind="audio/mpeg")
+    return stream_response([SOUND[:5000], SOUND[5000:]], kind="audio/wav")
 
 
 def own_error(status: int) -> dict:
@@ -1468,39 +1470,39 @@ def own_error(status: int) -> dict:
     return {"error": {"message": message, "type": "own", "code": "own", "param": None}}
 
 
-def fail(status: int) -> Script:
+def script_failing(status: int) -> Script:
     """An error of the server's own."""
     fields = [("Retry-After", "7")] if status == 429 else []
-    return lambda received: json_answer(own_error(status), status, fields)
+    return lambda received: json_response(own_error(status), status, fields)
 
 
-def break_off(*ending: Step) -> Script:
+def script_breaking_off(*ending: Step) -> Script:
     """A script that says two words in one send and then ends in this way."""
 
     def script(received: Received) -> Iterable[Step]:
-        said = [event(delta(received.json, {"content": w})) for w in ("One ", "two ")]
-        head, *words = stream_answer(said, whole=False)
+        said = [encode_event(chat_chunk(received.json, {"content": w})) for w in ("One ", "two ")]
+        head, *words = stream_response(said, whole=False)
         return [b"".join((head, *words)), *ending]  # type: ignore[arg-type]
 
     return script
 
 
-TROUBLE = dumps({"error": {"message": "out of memory", "code": 500}})  # as vLLM says it
-BROKEN: dict[str, Script] = {
-    "reset": break_off(0.2, DROP),
-    "half": break_off(b"20\r\ndata: {", CLOSE),
-    "trouble": break_off(*chunked(b"data: " + TROUBLE + b"\n\n")),
-    "stall": break_off(HANG),
+OUT_OF_MEMORY = encode_json({"error": {"message": "out of memory", "code": 500}})  # as vLLM says it
+BREAKING_SCRIPTS: dict[str, Script] = {
+    "reset": script_breaking_off(0.2, DROP),
+    "half": script_breaking_off(b"20\r\ndata: {", CLOSE),
+    "trouble": script_breaking_off(*encode_chunks(b"data: " + OUT_OF_MEMORY + b"\n\n")),
+    "stall": script_breaking_off(HANG),
 }
 
 
-def squeeze(received: Received) -> Iterable[Step]:
+def serve_gzip(received: Received) -> Iterable[Step]:
     """Answer in gzip although nobody asked for it."""
-    content = gzip.compress(dumps(completion(received.json, ANSWER)))
-    return answer(content, 200, [("Content-Encoding", "gzip")], "application/json")
+    content = gzip.compress(encode_json(completion(received.json, HELLO_ANSWER)))
+    return whole_response(content, 200, [("Content-Encoding", "gzip")], "application/json")
 
 
-ERRORS = {
+SDK_ERRORS = {
     400: "BadRequestError",
     401: "AuthenticationError",
     404: "NotFoundError",
@@ -1509,19 +1511,19 @@ ERRORS = {
 }
 SCRIPTS: dict[str, Script] = {
     "talk": well_behaved,
-    "tools": call_tools,
-    "json": says(json.dumps(CITY)),
-    "think": says("<think>Six times seven.</think>\n\nForty-two."),
-    "reason": reason,
-    "long": says("and so on and so", finish="length"),
-    "vectors": embed,
-    "respond": respond,
-    "claude": claude,
-    "speak": speak,
-    "squeeze": squeeze,
-    **BROKEN,
+    "tools": serve_tool_calls,
+    "json": script_saying(json.dumps(CITY)),
+    "think": script_saying("<think>Six times seven.</think>\n\nForty-two."),
+    "reason": serve_reasoning,
+    "long": script_saying("and so on and so", finish="length"),
+    "vectors": serve_vectors,
+    "respond": serve_responses,
+    "claude": serve_claude,
+    "speak": serve_sound,
+    "squeeze": serve_gzip,
+    **BREAKING_SCRIPTS,
     "mute": lambda received: [HANG],
-    **{f"error-{status}": fail(status) for status in ERRORS},
+    **{f"error-{status}": script_failing(status) for status in SDK_ERRORS},
 }
 
 
@@ -1536,18 +1538,18 @@ def bound_only(name: str) -> socket.socket:
     return sock
 
 
-def switched_off(name: str) -> str:
+def switched_off_url(name: str) -> str:
     """The address of a box that is switched off."""
     return f"http://127.0.0.1:{bound_only(name).getsockname()[1]}"
 
 
-def repeat(document: Any, received: Received) -> Iterable[Step]:
+def serve_document(document: Any, received: Received) -> Iterable[Step]:
     """Say the same to everybody."""
-    return json_answer(document)
+    return json_response(document)
 
 
 @functools.cache
-def bench() -> Upstream:
+def sdk_upstream() -> Upstream:
     """The server of all these scripts."""
     upstream = Upstream(models=["talk", "tiny", "org/some-model"])
     upstream.scripts.update(SCRIPTS)
@@ -1556,18 +1558,18 @@ def bench() -> Upstream:
         "/v1/images/edits": {"created": 1, "data": [{"b64_json": "UE5H"}]},
     }
     for path, document in paths.items():
-        upstream.scripts[path] = functools.partial(repeat, document)
+        upstream.scripts[path] = functools.partial(serve_document, document)
     return upstream
 
 
-def ways(**settings: Any) -> Router:
+def sdk_router(**settings: Any) -> Router:
     """A router that leads to each script by a rule, an alias and MODEL_MAP.
 
     "rule-X", "alias-X" (its first instance is dead) and "map-X" ask for "X", and so
     does "X" itself; nobody is there for the model "nobody".
     """
-    servers = {name: switched_off(name) for name in ("dead", "gone")}
-    servers["bench"] = bench().url
+    servers = {name: switched_off_url(name) for name in ("dead", "gone")}
+    servers["bench"] = sdk_upstream().url
     aliases = {
         f"alias-{name}": {"instances": [f"dead/{name}", f"bench/{name}"]} for name in SCRIPTS
     }
@@ -1577,36 +1579,36 @@ def ways(**settings: Any) -> Router:
         {"match": {"model": "/^rule-(.+)$/"}, "route": {"upstream": "bench", "model": r"\1"}},
     ]
     renamed = {"old-name": "talk", "/^map-(.+)$/": r"\1"}
-    own = {"DEFAULT_UPSTREAM": bench().url, "MODEL_MAP": json.dumps(renamed)}
+    own = {"DEFAULT_UPSTREAM": sdk_upstream().url, "MODEL_MAP": json.dumps(renamed)}
     table = {"servers": servers, "aliases": aliases, "routes": routes}
-    return router_for({**own, **settings}, table)
+    return shared_router({**own, **settings}, table)
 
 
-def hasty() -> Router:
+def impatient_router() -> Router:
     """The same with little patience for its upstreams."""
-    return ways(REQUEST_TIMEOUT=0.75)
+    return sdk_router(REQUEST_TIMEOUT=0.75)
 
 
-def catalog() -> Router:
+def models_router() -> Router:
     """The same without the errors of other tests, which hide servers for a while."""
-    return ways(LOG_LEVEL="WARNING")
+    return sdk_router(LOG_LEVEL="WARNING")
 
 
-def tell(path: str, body: Any, router: Router | None = None, **fields: str) -> Answer:
+def post_json(path: str, body: Any, router: Router | None = None, **fields: str) -> Response:
     """One POST; an underscore in the name of a field stands for a hyphen."""
     pairs = [(name.replace("_", "-"), value) for name, value in fields.items()]
-    return request((router or ways()).port, "POST", path, body, pairs)
+    return request((router or sdk_router()).port, "POST", path, body, pairs)
 
 
-def latest(upstream: Upstream | None = None, method: str = "POST") -> Received:
+def last_request(upstream: Upstream | None = None, method: str = "POST") -> Received:
     """The request that a server heard last; what the router asks for itself is GET."""
-    return [r for r in (upstream or bench()).requests if r.method == method][-1]
+    return [r for r in (upstream or sdk_upstream()).requests if r.method == method][-1]
 
 
 @contextlib.contextmanager
-def unheard(upstream: Upstream | None = None) -> Iterator[None]:
+def nothing_sent_upstream(upstream: Upstream | None = None) -> Iterator[None]:
     """What happens inside must not reach the server."""
-    upstream = upstream or bench()
+    upstream = upstream or sdk_upstream()
     before = [r for r in upstream.requests if r.method == "POST"]
     yield
     after = [r for r in upstream.requests if r.method == "POST"]
@@ -1621,7 +1623,7 @@ def check_openai_error(document: Any) -> None:
     assert isinstance(error["type"], str) and error["param"] is None
 
 
-def check_error(path: str, got: Answer) -> None:
+def check_error(path: str, got: Response) -> None:
     """An error in the dialect of its path."""
     assert (got.get("Content-Type") or "").startswith("application/json")
     if path.startswith("/v1/"):
@@ -1630,7 +1632,7 @@ def check_error(path: str, got: Answer) -> None:
     assert isinstance(got.json["error"], str) and got.json["error"]
 
 
-def model_names(router: Router, key: str = KEY) -> list[str]:
+def model_names(router: Router, key: str = CLIENT_KEY) -> list[str]:
     fields = [("Authorization", f"Bearer {key}")]
     got = request(router.port, "GET", "/v1/models", fields=fields)
     assert got.status == 200
@@ -1639,90 +1641,92 @@ def model_names(router: Router, key: str = KEY) -> list[str]:
     return [model["id"] for model in got.json["data"]]
 
 
-def filtering(**settings: Any) -> Router:
+def router_filtering(**settings: Any) -> Router:
     """A router with these filters; it shares the upstream."""
-    return router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    return shared_router({"DEFAULT_UPSTREAM": default_upstream().url, **settings})
 
 
 # --- the request log and its database -------------------------------------------------
 
 
-class Kept:
+class LogFolder:
     """A folder with a log, and the routers that one after another write it."""
 
     def __init__(self, folder: pathlib.Path, **settings: Any) -> None:
         self.file = folder / "log.db"
         self.blobs = folder / "blobs"
         self.settings = {
-            "DEFAULT_UPSTREAM": stage().url, "DB_PATH": self.file,
+            "DEFAULT_UPSTREAM": default_upstream().url, "DB_PATH": self.file,
             "BLOB_STORAGE_PATH": self.blobs, "WEBUI_SECURITY": "NONE", **settings,
         }  # fmt: skip
 
     def router(self, **more: Any) -> Router:
         return Router({**self.settings, **more})
 
-    def ask(self, sql: str, *values: Any) -> list[Any]:
+    def select(self, sql: str, *values: Any) -> list[Any]:
         """Rows of the database; none while there is no such table."""
         with contextlib.closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as db:
             return db.execute(sql, values).fetchall()
 
-    def written(self, count: int) -> int:
+    def wait_for_rows(self, count: int) -> int:
         """How many finished rows there are, once there are `count`."""
 
         def look() -> int:
             with contextlib.suppress(sqlite3.Error):
-                return self.ask("SELECT count(*) FROM requests WHERE failed IS NOT NULL")[0][0]
+                return self.select("SELECT count(*) FROM requests WHERE failed IS NOT NULL")[0][0]
             return 0
 
-        return until(lambda: (n := look()) >= count and n) or look()
+        return wait_until(lambda: (n := look()) >= count and n) or look()
 
-    def octets(self) -> bytes:
+    def all_bytes(self) -> bytes:
         """Everything that is on the disk, and what its packed parts hold."""
         data = b"".join(f.read_bytes() for f in self.file.parent.rglob("*") if f.is_file())
         packed = [blob.read_bytes() for blob in self.blobs.rglob("*.z")]
-        packed += [row[0] for row in self.ask("SELECT data FROM details")]
+        packed += [row[0] for row in self.select("SELECT data FROM details")]
         packed = [part for part in packed if not part[:1].isdigit()]
         return data + b"".join(map(zlib.decompress, packed))
 
 
 @pytest.fixture
-def kept(tmp_path: pathlib.Path) -> Kept:
-    return Kept(tmp_path)
+def log_folder(tmp_path: pathlib.Path) -> LogFolder:
+    return LogFolder(tmp_path)
 
 
-def document(router: Router, path: str) -> Any:
+def get_document(router: Router, path: str) -> Any:
     """The document that a path answers."""
     got = request(router.port, "GET", path)
     assert got.status == 200, got.content
     return json.loads(got.content)
 
 
-def row_of(router: Router, key: str) -> dict[str, Any]:
+def wait_for_row(router: Router, key: str) -> dict[str, Any]:
     """The row of the newest finished request for a model, once it is written."""
 
     def look() -> Any:
-        rows = document(router, f"/api/logs?model={key}&limit=1")
+        rows = get_document(router, f"/api/logs?model={key}&limit=1")
         return [row for row in rows if not row["is_inflight"]]
 
-    return until(look)[0]
+    return wait_until(look)[0]
 
 
-def detail_of(router: Router, key: str) -> dict[str, Any]:
+def wait_for_detail(router: Router, key: str) -> dict[str, Any]:
     """Everything about the newest finished request for a model."""
-    return document(router, f"/api/request/{row_of(router, key)['id']}")
+    return get_document(router, f"/api/request/{wait_for_row(router, key)['id']}")
 
 
 @functools.cache
-def logging() -> Router:
+def logging_router() -> Router:
     """A router with a log that many tests share; models are told apart by their names."""
     routes = {
-        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "servers": {"off": "http://127.0.0.1:9", "box": default_upstream().url},
         "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
         "routes": [
             {"match": {"model": "asked-for"}, "route": {"upstream": "box", "model": "sent"}},
             {"match": {"model": "friend"}, "route": {"alias": "either"}}],
     }  # fmt: skip
-    return router_for({"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}, routes)
+    return shared_router(
+        {"DEFAULT_UPSTREAM": default_upstream().url, "WEBUI_SECURITY": "NONE"}, routes
+    )
 
 
 ROW_NAMES = re.findall(
@@ -1735,15 +1739,15 @@ ROW_NAMES = re.findall(
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
-def made_store(folder: pathlib.Path) -> Any:
+def make_store(folder: pathlib.Path) -> Any:
     """The store of a log in a folder, as the router's thread has it."""
-    settings = Kept(folder).settings
+    settings = LogFolder(folder).settings
     return smolrouter.Store(
         smolrouter.Settings.from_mapping({name: str(value) for name, value in settings.items()})
     )
 
 
-def made_row(number: int, days: float = 0.0, **more: Any) -> Any:
+def make_row(number: int, days: float = 0.0, **more: Any) -> Any:
     """A row as it was written some days ago."""
     moment = int((time.time() - days * 86_400) * 1000)
     values = {
@@ -1761,7 +1765,7 @@ def made_row(number: int, days: float = 0.0, **more: Any) -> Any:
 # --- the browser ----------------------------------------------------------------------
 
 
-def browser() -> str:
+def chromium_path() -> str:
     """Find Chromium. Without it the test is skipped, or fails if all must run."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if not found and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
@@ -1771,7 +1775,7 @@ def browser() -> str:
 
 # --- values that hypothesis makes up --------------------------------------------------
 
-EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
+FUZZ_EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
 
 
 def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Callable]:
@@ -1779,11 +1783,11 @@ def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Calla
 
     def decorate(holds: Callable[..., None]) -> Callable[[], None]:
         def test() -> None:
-            made_up = need("hypothesis")
+            made_up = import_or_skip("hypothesis")
             checks = list(made_up.HealthCheck)
             settings = made_up.settings(
-                max_examples=EXAMPLES or 40,
-                derandomize=not EXAMPLES,
+                max_examples=FUZZ_EXAMPLES or 40,
+                derandomize=not FUZZ_EXAMPLES,
                 database=None,
                 deadline=None,
                 suppress_health_check=checks,
@@ -1814,7 +1818,7 @@ TEXT_BITS = [
 ]
 
 
-def pieces_of(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
+def lists_of_bits(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
     """Lists of bits, which stand for what was joined and for how it was split."""
     some = st.binary(max_size=4) if isinstance(bits[0], bytes) else st.text(max_size=3)
     return st.lists(st.one_of(st.sampled_from(bits), some), max_size=most)
@@ -1840,7 +1844,7 @@ SECRET = "Kp3-vD9xQ2mT7rLw8ZyB4nHs6JcF1gAe"
 
 # --- the filter of a stream, without sockets ------------------------------------------
 
-ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
 def chat_filter(**rules: bool) -> Any:
@@ -1861,11 +1865,13 @@ def chat_filter(**rules: bool) -> Any:
 
 def test_long_error_of_a_server_is_cut_in_row_and_line() -> None:
     failed = {"error": {"message": "no " + "x" * 200_000}}
-    model = stage().plays(json_answer(failed))
-    got = request(logging().port, "POST", "/api/chat", chat(model, stream=False))
+    model = default_upstream().add_script(json_response(failed))
+    got = request(logging_router().port, "POST", "/api/chat", chat_document(model, stream=False))
     assert got.json["error"] == failed["error"]["message"]
-    assert row_of(logging(), model)["error_message"] == failed["error"]["message"][:400]
-    line = until(lambda: [li for li in logging().stderr.splitlines() if model in li])[0]
+    assert (
+        wait_for_row(logging_router(), model)["error_message"] == failed["error"]["message"][:400]
+    )
+    line = wait_until(lambda: [li for li in logging_router().stderr.splitlines() if model in li])[0]
     assert len(line) < 1000
 
 
@@ -1874,7 +1880,7 @@ def test_long_error_of_a_server_is_cut_in_row_and_line() -> None:
     ("y" * 9999, "/v1/models", None),
 ])  # fmt: skip
 def test_long_name_is_quoted_in_part(method: str, path: str, more: Any) -> None:
-    got = request(ways().port, method, path, more)
+    got = request(sdk_router().port, method, path, more)
     assert got.status in (404, 405) and len(got.content) < 500
 
 
@@ -1922,7 +1928,7 @@ def test_good_settings() -> None:
     good = {name: values for name, (values, _) in SETTINGS.items() if values}
     for turn in range(max(map(len, good.values()))):
         settings = {name: values[turn % len(values)] for name, values in good.items()}
-        done = run("check", settings=settings)
+        done = run_program("check", settings=settings)
         assert done.returncode == 0, done.stderr
 
 
@@ -1936,13 +1942,13 @@ def test_bad_settings_stop_with_one_line(
         (line,) = str(raised.value).splitlines()
         assert name in line or "JWT_SECRET" in line, line
         assert value in line or name in ("JWT_SECRET", "MODEL_MAP"), line
-    done = run("check", settings={"LISTEN_PORT": "x"})
+    done = run_program("check", settings={"LISTEN_PORT": "x"})
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and "LISTEN_PORT" in line and "'x'" in line
 
 
 def test_every_setting_may_be_missing() -> None:
-    done = run("check")
+    done = run_program("check")
     assert (done.returncode, done.stderr) == (0, "")
     assert "http://localhost:8000" in done.stdout
 
@@ -1953,13 +1959,13 @@ def test_spellings_of_an_upstream_url() -> None:
         for prefix in ("", "/some/prefix")
         for suffix in ("", "/", "/v1", "/v1/")
     ]
-    with Upstream(lambda r: json_answer({"target": r.target})) as upstream:
+    with Upstream(lambda r: json_response({"target": r.target})) as upstream:
         servers = {f"s{n}": upstream.url + end for n, end in enumerate(spellings)}
         routes = [{"match": {"model": s}, "route": {"upstream": s}} for s in servers]
         with Router({}, {"servers": servers, "routes": routes}) as router:
             for name, end in zip(servers, spellings, strict=True):
                 prefix = "/some/prefix" if "prefix" in end else ""
-                assert ask(router, name).json["target"] == f"{prefix}{CHAT}", end
+                assert post_chat(router, name).json["target"] == f"{prefix}{CHAT}", end
 
 
 # ======================================================================================
@@ -2127,7 +2133,7 @@ def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
             content, data = content + rest[:size], rest[size + 2 :]
 
 
-@fuzz(lambda st: {"bits": pieces_of(st, CHUNK_BITS, 16)})
+@fuzz(lambda st: {"bits": lists_of_bits(st, CHUNK_BITS, 16)})
 def test_fuzz_chunks(bits: list[bytes]) -> None:
     """However the octets come, the content is the same, and an oracle's."""
     outcomes = set()
@@ -2163,7 +2169,7 @@ STARTS = [
 ]
 
 
-@fuzz(lambda st: {"start": st.sampled_from(STARTS), "bits": pieces_of(st, HTTP_BITS)})
+@fuzz(lambda st: {"start": st.sampled_from(STARTS), "bits": lists_of_bits(st, HTTP_BITS)})
 def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
     """A head is refused, or it reads the same when it is written down again."""
     bits = [start, *bits]
@@ -2239,247 +2245,247 @@ def test_retry_after(text: str, seconds: float | None) -> None:
 
 # --- requests that are not HTTP -------------------------------------------------------
 
-EVIL = b"POST /v1/EVIL HTTP/1.1\r\nHost: router\r\n"
-NEXT = b"GET /v1/EVIL-smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
-HELLO = b'{"model":"EVIL"}'
+EVIL_HEAD = b"POST /v1/EVIL HTTP/1.1\r\nHost: router\r\n"
+SMUGGLED_NEXT = b"GET /v1/EVIL-smuggled HTTP/1.1\r\nHost: router\r\n\r\n"
+EVIL_CONTENT = b'{"model":"EVIL"}'
 
 
-def sized(value: bytes, content: bytes = HELLO + NEXT) -> bytes:
+def with_length(value: bytes, content: bytes = EVIL_CONTENT + SMUGGLED_NEXT) -> bytes:
     """A request with this Content-Length and another one behind it."""
-    return EVIL + b"Content-Length: " + value + b"\r\n\r\n" + content
+    return EVIL_HEAD + b"Content-Length: " + value + b"\r\n\r\n" + content
 
 
-def coded(line: bytes, more: bytes = b"") -> bytes:
+def with_coding(line: bytes, more: bytes = b"") -> bytes:
     """A request with this field line, its chunks and another request behind it."""
-    size = b"%x\r\n%s\r\n0\r\n\r\n" % (len(HELLO), HELLO)
-    return EVIL + line + b"\r\n" + more + b"\r\n" + size + NEXT
+    size = b"%x\r\n%s\r\n0\r\n\r\n" % (len(EVIL_CONTENT), EVIL_CONTENT)
+    return EVIL_HEAD + line + b"\r\n" + more + b"\r\n" + size + SMUGGLED_NEXT
 
 
-def chunks(body: bytes) -> bytes:
+def with_chunks(body: bytes) -> bytes:
     """A request whose chunked content is exactly this."""
-    return EVIL + b"Transfer-Encoding: chunked\r\n\r\n" + body + b"\r\n\r\n"
+    return EVIL_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body + b"\r\n\r\n"
 
 
-def fielded(lines: bytes, host: bytes = b"Host: router\r\n") -> bytes:
+def with_fields(lines: bytes, host: bytes = b"Host: router\r\n") -> bytes:
     """A request with these field lines."""
     return b"GET /v1/EVIL HTTP/1.1\r\n" + host + lines + b"\r\n"
 
 
-def started(first: bytes) -> bytes:
+def with_first_line(first: bytes) -> bytes:
     """A request with this first line."""
     return first + b"\r\nHost: router\r\n\r\n"
 
 
-HEX = b"%x" % len(HELLO)
-ONE = HEX + b"\r\n" + HELLO + b"\r\n"
+EVIL_SIZE = b"%x" % len(EVIL_CONTENT)
+EVIL_CHUNK = EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"\r\n"
 MALFORMED: dict[str, tuple[bytes, set[int]]] = {
     name: (data, {400})
     for name, data in {
         # lengths
-        "length and coding": coded(CODED, b"Content-Length: 4\r\n"),
-        "coding and length": coded(b"Content-Length: 4", CODED + b"\r\n"),
-        "length of zero and coding": coded(CODED, b"Content-Length: 0\r\n"),
-        "two lengths": sized(b"16\r\nContent-Length: 20"),
-        "one length twice": sized(b"16\r\nContent-Length: 16"),
-        "list of lengths": sized(b"16, 16"),
-        "list of different lengths": sized(b"16, 20"),
-        "signed length": sized(b"+16"),
-        "negative length": sized(b"-16"),
-        "negative zero": sized(b"-0"),
-        "hexadecimal length": sized(b"0x10"),
-        "length with underscore": sized(b"1_6"),
-        "length with a space inside": sized(b"1 6"),
-        "length behind a no-break space": sized(b"\xa016"),
-        "length before a no-break space": sized(b"16\xa0"),
-        "length behind a vertical tab": sized(b"\x0b16"),
-        "length behind a form feed": sized(b"\x0c16"),
-        "length in Arabic digits": sized("١٦".encode()),
-        "length in Latin-1 superscripts": sized(b"\xb2"),
-        "no length in the field": sized(b""),
-        "length with a fraction": sized(b"16.0"),
-        "length with an exponent": sized(b"1e1"),
-        "length with a semicolon": sized(b"16;"),
-        "quoted length": sized(b'"16"'),
-        "length of 19 digits": sized(b"1" * 19),
-        "length padded with zeros": sized(b"0" * 20 + b"16"),
-        "length of 5,000 digits": sized(b"1" * 5000),
+        "length and coding": with_coding(CHUNKED_FIELD, b"Content-Length: 4\r\n"),
+        "coding and length": with_coding(b"Content-Length: 4", CHUNKED_FIELD + b"\r\n"),
+        "length of zero and coding": with_coding(CHUNKED_FIELD, b"Content-Length: 0\r\n"),
+        "two lengths": with_length(b"16\r\nContent-Length: 20"),
+        "one length twice": with_length(b"16\r\nContent-Length: 16"),
+        "list of lengths": with_length(b"16, 16"),
+        "list of different lengths": with_length(b"16, 20"),
+        "signed length": with_length(b"+16"),
+        "negative length": with_length(b"-16"),
+        "negative zero": with_length(b"-0"),
+        "hexadecimal length": with_length(b"0x10"),
+        "length with underscore": with_length(b"1_6"),
+        "length with a space inside": with_length(b"1 6"),
+        "length behind a no-break space": with_length(b"\xa016"),
+        "length before a no-break space": with_length(b"16\xa0"),
+        "length behind a vertical tab": with_length(b"\x0b16"),
+        "length behind a form feed": with_length(b"\x0c16"),
+        "length in Arabic digits": with_length("١٦".encode()),
+        "length in Latin-1 superscripts": with_length(b"\xb2"),
+        "no length in the field": with_length(b""),
+        "length with a fraction": with_length(b"16.0"),
+        "length with an exponent": with_length(b"1e1"),
+        "length with a semicolon": with_length(b"16;"),
+        "quoted length": with_length(b'"16"'),
+        "length of 19 digits": with_length(b"1" * 19),
+        "length padded with zeros": with_length(b"0" * 20 + b"16"),
+        "length of 5,000 digits": with_length(b"1" * 5000),
         # transfer codings
-        "identity coding": coded(b"Transfer-Encoding: identity"),
-        "gzip": coded(b"Transfer-Encoding: gzip"),
-        "gzip, chunked": coded(b"Transfer-Encoding: gzip, chunked"),
-        "chunked, gzip": coded(b"Transfer-Encoding: chunked, gzip"),
-        "chunked twice in one field": coded(b"Transfer-Encoding: chunked, chunked"),
-        "chunked twice in two fields": coded(CODED, CODED + b"\r\n"),
-        "chunked and identity": coded(CODED, b"Transfer-Encoding: identity\r\n"),
-        "identity and chunked": coded(
-            b"Transfer-Encoding: identity", CODED + b"\r\n"),
-        "xchunked": coded(b"Transfer-Encoding: xchunked"),
-        "chunked with a parameter": coded(b"Transfer-Encoding: chunked;q=1"),
-        "chunked with a comma": coded(b"Transfer-Encoding: chunked,"),
-        "chunked behind a comma": coded(b"Transfer-Encoding: ,chunked"),
-        "quoted chunked": coded(b'Transfer-Encoding: "chunked"'),
-        "chunked behind NUL": coded(b"Transfer-Encoding: \0chunked"),
-        "chunked before a vertical tab": coded(b"Transfer-Encoding: chunked\x0b"),
-        "chunked before a no-break space": coded(b"Transfer-Encoding: chunked\xa0"),
-        "empty coding": coded(b"Transfer-Encoding:"),
-        "coding with a Kelvin sign": coded("Transfer-Encoding: chun\u212aed".encode()),
-        "coding in HTTP/1.0": coded(CODED).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
-        "coding with a space before the colon": coded(b"Transfer-Encoding : chunked"),
-        "coding with a tab before the colon": coded(b"Transfer-Encoding\t: chunked"),
-        "coding behind a space": coded(b" Transfer-Encoding: chunked"),
-        "coding behind a vertical tab": coded(b"\x0bTransfer-Encoding: chunked"),
-        "folded coding": coded(b"Transfer-Encoding:\r\n chunked"),
-        "coding behind a bare LF": coded(b"Transfer-Encoding:\n chunked"),
-        "coding hidden by a bare CR": coded(b"X: a\rTransfer-Encoding: chunked"),
-        "coding hidden by a bare LF": coded(b"X: a\nTransfer-Encoding: chunked"),
+        "identity coding": with_coding(b"Transfer-Encoding: identity"),
+        "gzip": with_coding(b"Transfer-Encoding: gzip"),
+        "gzip, chunked": with_coding(b"Transfer-Encoding: gzip, chunked"),
+        "chunked, gzip": with_coding(b"Transfer-Encoding: chunked, gzip"),
+        "chunked twice in one field": with_coding(b"Transfer-Encoding: chunked, chunked"),
+        "chunked twice in two fields": with_coding(CHUNKED_FIELD, CHUNKED_FIELD + b"\r\n"),
+        "chunked and identity": with_coding(CHUNKED_FIELD, b"Transfer-Encoding: identity\r\n"),
+        "identity and chunked": with_coding(
+            b"Transfer-Encoding: identity", CHUNKED_FIELD + b"\r\n"),
+        "xchunked": with_coding(b"Transfer-Encoding: xchunked"),
+        "chunked with a parameter": with_coding(b"Transfer-Encoding: chunked;q=1"),
+        "chunked with a comma": with_coding(b"Transfer-Encoding: chunked,"),
+        "chunked behind a comma": with_coding(b"Transfer-Encoding: ,chunked"),
+        "quoted chunked": with_coding(b'Transfer-Encoding: "chunked"'),
+        "chunked behind NUL": with_coding(b"Transfer-Encoding: \0chunked"),
+        "chunked before a vertical tab": with_coding(b"Transfer-Encoding: chunked\x0b"),
+        "chunked before a no-break space": with_coding(b"Transfer-Encoding: chunked\xa0"),
+        "empty coding": with_coding(b"Transfer-Encoding:"),
+        "coding with a Kelvin sign": with_coding("Transfer-Encoding: chun\u212aed".encode()),
+        "coding in HTTP/1.0": with_coding(CHUNKED_FIELD).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+        "coding with a space before the colon": with_coding(b"Transfer-Encoding : chunked"),
+        "coding with a tab before the colon": with_coding(b"Transfer-Encoding\t: chunked"),
+        "coding behind a space": with_coding(b" Transfer-Encoding: chunked"),
+        "coding behind a vertical tab": with_coding(b"\x0bTransfer-Encoding: chunked"),
+        "folded coding": with_coding(b"Transfer-Encoding:\r\n chunked"),
+        "coding behind a bare LF": with_coding(b"Transfer-Encoding:\n chunked"),
+        "coding hidden by a bare CR": with_coding(b"X: a\rTransfer-Encoding: chunked"),
+        "coding hidden by a bare LF": with_coding(b"X: a\nTransfer-Encoding: chunked"),
         # chunks
-        "no chunk-size": chunks(b"\r\n"),
-        "chunk-size of letters": chunks(b"zz\r\n"),
-        "signed chunk-size": chunks(b"+" + ONE + b"0"),
-        "negative chunk-size": chunks(b"-" + ONE + b"0"),
-        "chunk-size with 0x": chunks(b"0x" + ONE + b"0"),
-        "chunk-size with underscore": chunks(b"1_0\r\n" + HELLO + b"\r\n0"),
-        "chunk-size behind a space": chunks(b" " + ONE + b"0"),
-        "chunk-size before a vertical tab": chunks(
-            HEX + b"\x0b" + ONE[2:] + b"0"),
-        "chunk-size before a no-break space": chunks(
-            HEX + b"\xa0" + ONE[2:] + b"0"),
-        "chunk-size in Arabic digits": chunks("١٠\r\n".encode() + HELLO + b"\r\n0"),
-        "chunk-size of 16 digits": chunks(b"0" * 14 + ONE + b"0"),
-        "chunk-size beyond 64 bits": chunks(b"1" + b"0" * 16 + b"\r\n"),
-        "chunk line with a bare LF": chunks(HEX + b"\n" + HELLO + b"\r\n0"),
-        "chunk line with a bare CR": chunks(HEX + b"\r" + HELLO + b"\r\n0"),
-        "bare LF in an extension": chunks(HEX + b";a\nb\r\n" + HELLO + b"\r\n0"),
-        "bare CR in an extension": chunks(HEX + b";a\rb\r\n" + HELLO + b"\r\n0"),
-        "NUL in an extension": chunks(HEX + b";a\0b\r\n" + HELLO + b"\r\n0"),
-        "chunk data without an end": chunks(HEX + b"\r\n" + HELLO + b"0"),
-        "chunk data that ends with LF": chunks(HEX + b"\r\n" + HELLO + b"\n0"),
-        "chunk data that ends with CR": chunks(HEX + b"\r\n" + HELLO + b"\r0"),
-        "chunk data with other bytes at its end": chunks(
-            HEX + b"\r\n" + HELLO + b"XX0"),
-        "chunk data longer than its size": chunks(b"1\r\n" + HELLO + b"\r\n0"),
-        "signed last chunk": chunks(ONE + b"-0"),
-        "last chunk with 0x": chunks(ONE + b"0x0"),
-        "last chunk of 17 zeros": chunks(ONE + b"0" * 17),
-        "folded trailer": chunks(ONE + b"0\r\nA: b\r\n c"),
-        "trailer without a colon": chunks(ONE + b"0\r\nnonsense"),
-        "trailer with a space before the colon": chunks(ONE + b"0\r\nA : b"),
-        "trailer with a bare LF": chunks(ONE + b"0\r\nA: b\nC: d"),
+        "no chunk-size": with_chunks(b"\r\n"),
+        "chunk-size of letters": with_chunks(b"zz\r\n"),
+        "signed chunk-size": with_chunks(b"+" + EVIL_CHUNK + b"0"),
+        "negative chunk-size": with_chunks(b"-" + EVIL_CHUNK + b"0"),
+        "chunk-size with 0x": with_chunks(b"0x" + EVIL_CHUNK + b"0"),
+        "chunk-size with underscore": with_chunks(b"1_0\r\n" + EVIL_CONTENT + b"\r\n0"),
+        "chunk-size behind a space": with_chunks(b" " + EVIL_CHUNK + b"0"),
+        "chunk-size before a vertical tab": with_chunks(
+            EVIL_SIZE + b"\x0b" + EVIL_CHUNK[2:] + b"0"),
+        "chunk-size before a no-break space": with_chunks(
+            EVIL_SIZE + b"\xa0" + EVIL_CHUNK[2:] + b"0"),
+        "chunk-size in Arabic digits": with_chunks("١٠\r\n".encode() + EVIL_CONTENT + b"\r\n0"),
+        "chunk-size of 16 digits": with_chunks(b"0" * 14 + EVIL_CHUNK + b"0"),
+        "chunk-size beyond 64 bits": with_chunks(b"1" + b"0" * 16 + b"\r\n"),
+        "chunk line with a bare LF": with_chunks(EVIL_SIZE + b"\n" + EVIL_CONTENT + b"\r\n0"),
+        "chunk line with a bare CR": with_chunks(EVIL_SIZE + b"\r" + EVIL_CONTENT + b"\r\n0"),
+        "bare LF in an extension": with_chunks(EVIL_SIZE + b";a\nb\r\n" + EVIL_CONTENT + b"\r\n0"),
+        "bare CR in an extension": with_chunks(EVIL_SIZE + b";a\rb\r\n" + EVIL_CONTENT + b"\r\n0"),
+        "NUL in an extension": with_chunks(EVIL_SIZE + b";a\0b\r\n" + EVIL_CONTENT + b"\r\n0"),
+        "chunk data without an end": with_chunks(EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"0"),
+        "chunk data that ends with LF": with_chunks(EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"\n0"),
+        "chunk data that ends with CR": with_chunks(EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"\r0"),
+        "chunk data with other bytes at its end": with_chunks(
+            EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"XX0"),
+        "chunk data longer than its size": with_chunks(b"1\r\n" + EVIL_CONTENT + b"\r\n0"),
+        "signed last chunk": with_chunks(EVIL_CHUNK + b"-0"),
+        "last chunk with 0x": with_chunks(EVIL_CHUNK + b"0x0"),
+        "last chunk of 17 zeros": with_chunks(EVIL_CHUNK + b"0" * 17),
+        "folded trailer": with_chunks(EVIL_CHUNK + b"0\r\nA: b\r\n c"),
+        "trailer without a colon": with_chunks(EVIL_CHUNK + b"0\r\nnonsense"),
+        "trailer with a space before the colon": with_chunks(EVIL_CHUNK + b"0\r\nA : b"),
+        "trailer with a bare LF": with_chunks(EVIL_CHUNK + b"0\r\nA: b\nC: d"),
         # fields
         "bare LF ends every line": (
-            fielded(b"A: b\r\n").replace(b"\r\n", b"\n") + b"\r\n\r\n"),
-        "bare LF ends one line": fielded(b"A: b\nC: d\r\n"),
-        "bare CR ends one line": fielded(b"A: b\rC: d\r\n"),
-        "bare CR at the end of a value": fielded(b"A: b\r\r\n"),
-        "bare LF before the content": fielded(b"A: b\n\n"),
-        "folded field": fielded(b"A: b\r\n c\r\n"),
-        "folded field with a tab": fielded(b"A: b\r\n\tc\r\n"),
-        "folded first field": fielded(b"A: b\r\n", b" Host: router\r\n"),
-        "space before the colon": fielded(b"A : b\r\n"),
-        "no colon": fielded(b"nonsense\r\n"),
-        "no name": fielded(b": b\r\n"),
-        "space in a name": fielded(b"A B: c\r\n"),
-        "bracket in a name": fielded(b"A(b): c\r\n"),
-        "letter beyond ASCII in a name": fielded(b"\xc4: c\r\n"),
-        "NUL in a name": fielded(b"A\0: b\r\n"),
-        "NUL in a value": fielded(b"A: b\0c\r\n"),
-        "escape in a value": fielded(b"A: \x1b[2J\r\n"),
-        "bell in a value": fielded(b"A: \x07\r\n"),
-        "delete in a value": fielded(b"A: \x7f\r\n"),
-        "two Hosts": fielded(b"Host: other\r\n"),
-        "the same Host twice": fielded(b"Host: router\r\n"),
-        "no Host": fielded(b"A: b\r\n", b""),
-        "Host with a space": fielded(b"", b"Host: a b\r\n"),
-        "Host with a comma": fielded(b"", b"Host: a, b\r\n"),
-        "Host with a path": fielded(b"", b"Host: router/x\r\n"),
-        "Host with a user": fielded(b"", b"Host: user@router\r\n"),
-        "Host with a signed port": fielded(b"", b"Host: router:+80\r\n"),
-        "Host with a port of letters": fielded(b"", b"Host: router:http\r\n"),
-        "Host with a port of six digits": fielded(b"", b"Host: router:123456\r\n"),
-        "Host with two ports": fielded(b"", b"Host: router:80:80\r\n"),
-        "Host with an open bracket": fielded(b"", b"Host: [::1\r\n"),
-        "Host with a bracket behind a name": fielded(b"", b"Host: router[::1]\r\n"),
-        "Host with a zone": fielded(b"", b"Host: [fe80::1%eth0]\r\n"),
-        "Host with a backslash": fielded(b"", b"Host: router\\evil\r\n"),
-        "Host with a query": fielded(b"", b"Host: router?x\r\n"),
-        "Host beyond ASCII": fielded(b"", b"Host: r\xc3\xb6uter\r\n"),
-        "Host with NUL": fielded(b"", b"Host: router\0.evil\r\n"),
-        "Host behind a space before the colon": fielded(b"", b"Host : router\r\n"),
-        "folded Host": fielded(b"", b"Host:\r\n router\r\n"),
+            with_fields(b"A: b\r\n").replace(b"\r\n", b"\n") + b"\r\n\r\n"),
+        "bare LF ends one line": with_fields(b"A: b\nC: d\r\n"),
+        "bare CR ends one line": with_fields(b"A: b\rC: d\r\n"),
+        "bare CR at the end of a value": with_fields(b"A: b\r\r\n"),
+        "bare LF before the content": with_fields(b"A: b\n\n"),
+        "folded field": with_fields(b"A: b\r\n c\r\n"),
+        "folded field with a tab": with_fields(b"A: b\r\n\tc\r\n"),
+        "folded first field": with_fields(b"A: b\r\n", b" Host: router\r\n"),
+        "space before the colon": with_fields(b"A : b\r\n"),
+        "no colon": with_fields(b"nonsense\r\n"),
+        "no name": with_fields(b": b\r\n"),
+        "space in a name": with_fields(b"A B: c\r\n"),
+        "bracket in a name": with_fields(b"A(b): c\r\n"),
+        "letter beyond ASCII in a name": with_fields(b"\xc4: c\r\n"),
+        "NUL in a name": with_fields(b"A\0: b\r\n"),
+        "NUL in a value": with_fields(b"A: b\0c\r\n"),
+        "escape in a value": with_fields(b"A: \x1b[2J\r\n"),
+        "bell in a value": with_fields(b"A: \x07\r\n"),
+        "delete in a value": with_fields(b"A: \x7f\r\n"),
+        "two Hosts": with_fields(b"Host: other\r\n"),
+        "the same Host twice": with_fields(b"Host: router\r\n"),
+        "no Host": with_fields(b"A: b\r\n", b""),
+        "Host with a space": with_fields(b"", b"Host: a b\r\n"),
+        "Host with a comma": with_fields(b"", b"Host: a, b\r\n"),
+        "Host with a path": with_fields(b"", b"Host: router/x\r\n"),
+        "Host with a user": with_fields(b"", b"Host: user@router\r\n"),
+        "Host with a signed port": with_fields(b"", b"Host: router:+80\r\n"),
+        "Host with a port of letters": with_fields(b"", b"Host: router:http\r\n"),
+        "Host with a port of six digits": with_fields(b"", b"Host: router:123456\r\n"),
+        "Host with two ports": with_fields(b"", b"Host: router:80:80\r\n"),
+        "Host with an open bracket": with_fields(b"", b"Host: [::1\r\n"),
+        "Host with a bracket behind a name": with_fields(b"", b"Host: router[::1]\r\n"),
+        "Host with a zone": with_fields(b"", b"Host: [fe80::1%eth0]\r\n"),
+        "Host with a backslash": with_fields(b"", b"Host: router\\evil\r\n"),
+        "Host with a query": with_fields(b"", b"Host: router?x\r\n"),
+        "Host beyond ASCII": with_fields(b"", b"Host: r\xc3\xb6uter\r\n"),
+        "Host with NUL": with_fields(b"", b"Host: router\0.evil\r\n"),
+        "Host behind a space before the colon": with_fields(b"", b"Host : router\r\n"),
+        "folded Host": with_fields(b"", b"Host:\r\n router\r\n"),
         # request lines
-        "no method": started(b"/v1/EVIL HTTP/1.1"),
-        "bracket in the method": started(b"G(T /v1/EVIL HTTP/1.1"),
-        "NUL in the method": started(b"G\0T /v1/EVIL HTTP/1.1"),
-        "letter beyond ASCII in the method": started(b"G\xc9T /v1/EVIL HTTP/1.1"),
-        "two spaces": started(b"GET  /v1/EVIL HTTP/1.1"),
-        "tab for a space": started(b"GET\t/v1/EVIL HTTP/1.1"),
-        "space before the method": started(b" GET /v1/EVIL HTTP/1.1"),
-        "space after the version": started(b"GET /v1/EVIL HTTP/1.1 "),
-        "space in the target": started(b"GET /v1/EVIL x HTTP/1.1"),
-        "NUL in the target": started(b"GET /v1/EVIL\0 HTTP/1.1"),
-        "delete in the target": started(b"GET /v1/EVIL\x7f HTTP/1.1"),
-        "bare CR in the target": started(b"GET /v1/EVIL\r HTTP/1.1"),
-        "bare CR before the version": started(b"GET /v1/EVIL\rHTTP/1.1"),
-        "relative target": started(b"GET v1/EVIL HTTP/1.1"),
-        "user in the authority": started(b"GET http://user@router/v1/EVIL HTTP/1.1"),
-        "no authority": started(b"GET http:///v1/EVIL HTTP/1.1"),
-        "another scheme": started(b"GET ftp://router/v1/EVIL HTTP/1.1"),
-        "a file's scheme": started(b"GET file:///v1/EVIL HTTP/1.1"),
-        "incomplete percent-encoding": started(b"GET /v1/EVIL%2 HTTP/1.1"),
-        "percent-encoding completed by another": started(
+        "no method": with_first_line(b"/v1/EVIL HTTP/1.1"),
+        "bracket in the method": with_first_line(b"G(T /v1/EVIL HTTP/1.1"),
+        "NUL in the method": with_first_line(b"G\0T /v1/EVIL HTTP/1.1"),
+        "letter beyond ASCII in the method": with_first_line(b"G\xc9T /v1/EVIL HTTP/1.1"),
+        "two spaces": with_first_line(b"GET  /v1/EVIL HTTP/1.1"),
+        "tab for a space": with_first_line(b"GET\t/v1/EVIL HTTP/1.1"),
+        "space before the method": with_first_line(b" GET /v1/EVIL HTTP/1.1"),
+        "space after the version": with_first_line(b"GET /v1/EVIL HTTP/1.1 "),
+        "space in the target": with_first_line(b"GET /v1/EVIL x HTTP/1.1"),
+        "NUL in the target": with_first_line(b"GET /v1/EVIL\0 HTTP/1.1"),
+        "delete in the target": with_first_line(b"GET /v1/EVIL\x7f HTTP/1.1"),
+        "bare CR in the target": with_first_line(b"GET /v1/EVIL\r HTTP/1.1"),
+        "bare CR before the version": with_first_line(b"GET /v1/EVIL\rHTTP/1.1"),
+        "relative target": with_first_line(b"GET v1/EVIL HTTP/1.1"),
+        "user in the authority": with_first_line(b"GET http://user@router/v1/EVIL HTTP/1.1"),
+        "no authority": with_first_line(b"GET http:///v1/EVIL HTTP/1.1"),
+        "another scheme": with_first_line(b"GET ftp://router/v1/EVIL HTTP/1.1"),
+        "a file's scheme": with_first_line(b"GET file:///v1/EVIL HTTP/1.1"),
+        "incomplete percent-encoding": with_first_line(b"GET /v1/EVIL%2 HTTP/1.1"),
+        "percent-encoding completed by another": with_first_line(
             b"GET /v1/EVIL/%2%65%2%65/x HTTP/1.1"),
-        "percent-encoding of letters": started(b"GET /v1/EVIL%zz HTTP/1.1"),
-        "percent-encoding of UTF-16": started(b"GET /v1/EVIL%u002e HTTP/1.1"),
-        "script's scheme": started(b"GET javascript://router/v1/EVIL HTTP/1.1"),
-        "authority alone": started(b"GET router:80 HTTP/1.1"),
-        "CONNECT": started(b"CONNECT router:443 HTTP/1.1"),
-        "asterisk without OPTIONS": started(b"GET * HTTP/1.1"),
-        "fragment in the target": started(b"GET /v1/EVIL#x HTTP/1.1"),
-        "query alone": started(b"GET ?/v1/EVIL HTTP/1.1"),
-        "letters beyond ASCII in the target": started(b"GET /v1/\xc3\xa9EVIL HTTP/1.1"),
-        "tab in the target": started(b"GET /v1/EVIL\tx HTTP/1.1"),
-        "two requests on one line": started(b"GET /v1/EVIL HTTP/1.1 GET /v1/EVIL HTTP/1.1"),
+        "percent-encoding of letters": with_first_line(b"GET /v1/EVIL%zz HTTP/1.1"),
+        "percent-encoding of UTF-16": with_first_line(b"GET /v1/EVIL%u002e HTTP/1.1"),
+        "script's scheme": with_first_line(b"GET javascript://router/v1/EVIL HTTP/1.1"),
+        "authority alone": with_first_line(b"GET router:80 HTTP/1.1"),
+        "CONNECT": with_first_line(b"CONNECT router:443 HTTP/1.1"),
+        "asterisk without OPTIONS": with_first_line(b"GET * HTTP/1.1"),
+        "fragment in the target": with_first_line(b"GET /v1/EVIL#x HTTP/1.1"),
+        "query alone": with_first_line(b"GET ?/v1/EVIL HTTP/1.1"),
+        "letters beyond ASCII in the target": with_first_line(b"GET /v1/\xc3\xa9EVIL HTTP/1.1"),
+        "tab in the target": with_first_line(b"GET /v1/EVIL\tx HTTP/1.1"),
+        "two requests on one line": with_first_line(b"GET /v1/EVIL HTTP/1.1 GET /v1/EVIL HTTP/1.1"),
         "no CR behind the version": b"GET /v1/EVIL HTTP/1.1\nHost: router\r\n\r\n",
         "an answer for a request": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX: EVIL\r\n\r\n",
         "Redis": b"*1\r\n$4\r\nEVIL\r\n\r\n",
         "SSH": b"SSH-2.0-EVIL\r\n\r\n",
-        "PROXY protocol": b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + started(
+        "PROXY protocol": b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + with_first_line(
             b"GET /v1/EVIL HTTP/1.1"),
         "binary PROXY protocol": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0cEVIL",
-        "no target": started(b"GET HTTP/1.1"),
+        "no target": with_first_line(b"GET HTTP/1.1"),
         "TLS": b"\x16\x03\x01\x00\xee\x01\x00\x00\xea\x03\x03EVIL\r\n\r\n",
         "noise": b"\xff\xfe\xfd EVIL\r\n\r\n",
     }.items()
 } | {
     # versions
     "HTTP/0.9": (b"GET /v1/EVIL\r\n\r\n", {400, 505}),
-    "named HTTP/0.9": (started(b"GET /v1/EVIL HTTP/0.9"), {400, 505}),
+    "named HTTP/0.9": (with_first_line(b"GET /v1/EVIL HTTP/0.9"), {400, 505}),
     "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 505}),
-    "HTTP/2.0": (started(b"GET /v1/EVIL HTTP/2.0"), {505}),
-    "HTTP/3.0": (started(b"GET /v1/EVIL HTTP/3.0"), {505}),
-    "version in lower case": (started(b"GET /v1/EVIL http/1.1"), {400, 505}),
-    "version without a minor": (started(b"GET /v1/EVIL HTTP/1"), {400, 505}),
-    "version with a third part": (started(b"GET /v1/EVIL HTTP/1.1.1"), {400, 505}),
-    "version with more digits": (started(b"GET /v1/EVIL HTTP/1.10"), {400, 505}),
-    "version in Arabic digits": (started("GET /v1/EVIL HTTP/١.١".encode()), {400, 505}),
-    "another protocol": (started(b"GET /v1/EVIL ICY/1.1"), {400, 505}),
+    "HTTP/2.0": (with_first_line(b"GET /v1/EVIL HTTP/2.0"), {505}),
+    "HTTP/3.0": (with_first_line(b"GET /v1/EVIL HTTP/3.0"), {505}),
+    "version in lower case": (with_first_line(b"GET /v1/EVIL http/1.1"), {400, 505}),
+    "version without a minor": (with_first_line(b"GET /v1/EVIL HTTP/1"), {400, 505}),
+    "version with a third part": (with_first_line(b"GET /v1/EVIL HTTP/1.1.1"), {400, 505}),
+    "version with more digits": (with_first_line(b"GET /v1/EVIL HTTP/1.10"), {400, 505}),
+    "version in Arabic digits": (with_first_line("GET /v1/EVIL HTTP/١.١".encode()), {400, 505}),
+    "another protocol": (with_first_line(b"GET /v1/EVIL ICY/1.1"), {400, 505}),
     # sizes
-    "endless target": (started(b"GET /v1/EVIL" + b"a" * 20_000 + b" HTTP/1.1"), {414}),
-    "very endless target": (started(b"GET /v1/EVIL" + b"a" * 200_000), {414}),
-    "endless method": (started(b"G" * 20_000 + b" /v1/EVIL HTTP/1.1"), {400, 414, 501}),
-    "one large field": (fielded(b"A: " + b"b" * 17_000 + b"\r\n"), {431}),
-    "one very large field": (fielded(b"A: " + b"b" * 200_000 + b"\r\n"), {431}),
-    "one large name": (fielded(b"A" * 17_000 + b": b\r\n"), {400, 431}),
-    "large fields together": (fielded((b"A: " + b"b" * 8000 + b"\r\n") * 9), {431}),
-    "many small fields": (fielded(b"A: b\r\n" * 129), {431}),
-    "very many small fields": (fielded(b"A:\r\n" * 30_000), {431}),
-    "long chunk extension": (chunks(HEX + b";" + b"a" * 2000 + b"\r\n"), {400, 431}),
-    "endless chunk extension": (chunks(HEX + b";" + b"a" * 200_000), {400, 431}),
+    "endless target": (with_first_line(b"GET /v1/EVIL" + b"a" * 20_000 + b" HTTP/1.1"), {414}),
+    "very endless target": (with_first_line(b"GET /v1/EVIL" + b"a" * 200_000), {414}),
+    "endless method": (with_first_line(b"G" * 20_000 + b" /v1/EVIL HTTP/1.1"), {400, 414, 501}),
+    "one large field": (with_fields(b"A: " + b"b" * 17_000 + b"\r\n"), {431}),
+    "one very large field": (with_fields(b"A: " + b"b" * 200_000 + b"\r\n"), {431}),
+    "one large name": (with_fields(b"A" * 17_000 + b": b\r\n"), {400, 431}),
+    "large fields together": (with_fields((b"A: " + b"b" * 8000 + b"\r\n") * 9), {431}),
+    "many small fields": (with_fields(b"A: b\r\n" * 129), {431}),
+    "very many small fields": (with_fields(b"A:\r\n" * 30_000), {431}),
+    "long chunk extension": (with_chunks(EVIL_SIZE + b";" + b"a" * 2000 + b"\r\n"), {400, 431}),
+    "endless chunk extension": (with_chunks(EVIL_SIZE + b";" + b"a" * 200_000), {400, 431}),
     "many chunk extensions": (
-        chunks((b"1;" + b"a" * 900 + b"\r\n \r\n") * 40 + b"0"), {400, 431}),
+        with_chunks((b"1;" + b"a" * 900 + b"\r\n \r\n") * 40 + b"0"), {400, 431}),
     "long trailers": (
-        chunks(ONE + b"0\r\n" + (b"A: " + b"b" * 900 + b"\r\n") * 12), {400, 431}),
-    "content too large": (sized(b"9" * 18), {413}),
+        with_chunks(EVIL_CHUNK + b"0\r\n" + (b"A: " + b"b" * 900 + b"\r\n") * 12), {400, 431}),
+    "content too large": (with_length(b"9" * 18), {413}),
 }  # fmt: skip
 
 
@@ -2487,48 +2493,48 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
 def test_malformed_request(name: str) -> None:
     data, statuses = MALFORMED[name]
     mark = f"~{list(MALFORMED).index(name):03}"  # as long as EVIL
-    got = raw(shared().port, data.replace(b"EVIL", mark.encode()), answers=0)
-    answers, rest = split_answers(got)
+    got = send_raw(default_router().port, data.replace(b"EVIL", mark.encode()), answers=0)
+    answers, rest = split_responses(got)
     assert [a.status for a in answers if a.status not in statuses] == []
     assert (len(answers), rest) == (1, b"")  # and the connection was closed
     assert answers[0].get("Connection") == "close"
-    assert not stage().heard(mark)
-    assert request(shared().port, "GET", "/v1/fine").status == 200
+    assert not default_upstream().requests_for(mark)
+    assert request(default_router().port, "GET", "/v1/fine").status == 200
 
 
 @pytest.mark.parametrize(
     "data",
     {
         "in the request line": b"POST /v1/EV",
-        "in the fields": EVIL + b"Content-Le",
-        "before the content": EVIL + b"Content-Length: 16\r\n\r\n",
-        "in the content": EVIL + b"Content-Length: 16\r\n\r\n" + HELLO[:-1],
-        "in a chunk-size": EVIL + CODED + b"\r\n\r\n1",
-        "in a chunk": EVIL + CODED + b"\r\n\r\n" + ONE[:9],
-        "before the last chunk": EVIL + CODED + b"\r\n\r\n" + ONE,
-        "in the trailers": EVIL + CODED + b"\r\n\r\n" + ONE + b"0\r\n",
+        "in the fields": EVIL_HEAD + b"Content-Le",
+        "before the content": EVIL_HEAD + b"Content-Length: 16\r\n\r\n",
+        "in the content": EVIL_HEAD + b"Content-Length: 16\r\n\r\n" + EVIL_CONTENT[:-1],
+        "in a chunk-size": EVIL_HEAD + CHUNKED_FIELD + b"\r\n\r\n1",
+        "in a chunk": EVIL_HEAD + CHUNKED_FIELD + b"\r\n\r\n" + EVIL_CHUNK[:9],
+        "before the last chunk": EVIL_HEAD + CHUNKED_FIELD + b"\r\n\r\n" + EVIL_CHUNK,
+        "in the trailers": EVIL_HEAD + CHUNKED_FIELD + b"\r\n\r\n" + EVIL_CHUNK + b"0\r\n",
     }.items(),
     ids=lambda item: item[0],
 )
 def test_truncated_request(data: tuple[str, bytes]) -> None:
     mark = f"~{len(data[1]):03}"
-    with connect(shared().port) as sock:
+    with connect(default_router().port) as sock:
         sock.sendall(data[1].replace(b"EVIL", mark.encode()))
         sock.shutdown(socket.SHUT_WR)
-        answers, _ = split_answers(exchange(sock, answers=0))
+        answers, _ = split_responses(exchange(sock, answers=0))
     assert [a.status for a in answers] in ([], [400])
-    assert request(shared().port, "GET", "/v1/fine").status == 200
-    assert not stage().heard(mark)
+    assert request(default_router().port, "GET", "/v1/fine").status == 200
+    assert not default_upstream().requests_for(mark)
 
 
 def test_limits_that_must_work() -> None:
     target = "/v1/" + "a" * (8000 - len("GET /v1/ HTTP/1.1"))
     many = [(f"X-{n}", str(n)) for n in range(88)]  # 90 with Host and Connection
     for fields in ([], many, [("X-Large", "b" * 8000)]):
-        asked = get(target, [*fields, ("Connection", "close")])
-        got = parse(raw(shared().port, asked, answers=0))
+        asked = encode_get(target, [*fields, ("Connection", "close")])
+        got = parse_response(send_raw(default_router().port, asked, answers=0))
         assert got.json["target"] == target
-    heard = stage().heard(target)
+    heard = default_upstream().requests_for(target)
     assert [heard[1].get(name) for name, _ in many] == [value for _, value in many]
 
 
@@ -2557,16 +2563,16 @@ SPLITS = {  # one request each, however somebody may want to read it
 @pytest.mark.parametrize("name", SPLITS)
 def test_one_request_stays_one(name: str) -> None:
     """The content itself is a request; nobody may take it for one."""
-    mark = stage().plays(FINE)
-    content = mark.encode() + b"\r\n\r\n" + get(f"/v1/{mark}-inner")
+    mark = default_upstream().add_script(FINE_RESPONSE)
+    content = mark.encode() + b"\r\n\r\n" + encode_get(f"/v1/{mark}-inner")
     top = encode_request("POST", "/v1/other", content, SPLITS[name])
     top = top.replace(b"application/json", b"text/plain")
-    with connect(shared().port) as sock:
-        assert parse(exchange(sock, top)).status == 200
-    (heard,) = stage().heard(mark)
+    with connect(default_router().port) as sock:
+        assert parse_response(exchange(sock, top)).status == 200
+    (heard,) = default_upstream().requests_for(mark)
     assert (heard.target, heard.content, heard.framing) == ("/v1/other", content, "length")
-    assert heard.get("Upgrade") is None and heard.get_all("Host") == [stage().authority]
-    assert not stage().heard("/v1/EVIL")
+    assert heard.get("Upgrade") is None and heard.get_all("Host") == [default_upstream().authority]
+    assert not default_upstream().requests_for("/v1/EVIL")
 
 
 TARGETS = [
@@ -2583,22 +2589,22 @@ TARGETS = [
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_target_survives(target: str) -> None:
-    assert request(shared().port, "GET", target).json["target"] == target
+    assert request(default_router().port, "GET", target).json["target"] == target
 
 
 def test_query_of_a_post_survives() -> None:
-    name = stage().plays(FINE)
-    request(shared().port, "POST", f"{CHAT}?api-version=1&x=%20", chat(name))
-    assert stage().heard(name)[0].target == f"{CHAT}?api-version=1&x=%20"
+    name = default_upstream().add_script(FINE_RESPONSE)
+    request(default_router().port, "POST", f"{CHAT}?api-version=1&x=%20", chat_document(name))
+    assert default_upstream().requests_for(name)[0].target == f"{CHAT}?api-version=1&x=%20"
 
 
 def test_absolute_form_never_chooses_the_upstream() -> None:
-    name = stage().plays(FINE)
+    name = default_upstream().add_script(FINE_RESPONSE)
     data = b"GET http://elsewhere.example:81/v1/%s?q=1 HTTP/1.1\r\nHost: b\r\n\r\n"
-    assert parse(raw(shared().port, data % name.encode())).status == 200
-    (heard,) = stage().heard(name)
+    assert parse_response(send_raw(default_router().port, data % name.encode())).status == 200
+    (heard,) = default_upstream().requests_for(name)
     assert heard.target == f"/v1/{name}?q=1"
-    assert heard.get_all("Host") == [stage().authority]
+    assert heard.get_all("Host") == [default_upstream().authority]
 
 
 # --- content codings ------------------------------------------------------------------
@@ -2611,14 +2617,14 @@ CODINGS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("coding", CODINGS)
 def test_compressed_answer_is_decoded(coding: str) -> None:
-    content = dumps(completion({}, "<think>no</think>yes"))
-    packed = answer(
+    content = encode_json(completion({}, "<think>no</think>yes"))
+    packed = whole_response(
         CODINGS[coding](content),
         200,
         [("Content-Encoding", coding)],
         "application/json",
     )
-    got = ask(shared(), stage().plays(packed))
+    got = post_chat(default_router(), default_upstream().add_script(packed))
     assert got.text == "yes"
     assert got.get("Content-Encoding") is None
 
@@ -2632,26 +2638,31 @@ def test_compressed_stream_is_decoded_event_by_event() -> None:
 
     def script(received: Received) -> Iterator[Step]:
         fields = [("Content-Encoding", "gzip")]
-        yield from stream_answer([pack(event({"n": 1}))], fields, whole=False)
+        yield from stream_response([pack(encode_event({"n": 1}))], fields, whole=False)
         gate.wait(PATIENCE)
-        yield from chunked(pack(event({"n": 2})) + packer.flush())
+        yield from encode_chunks(pack(encode_event({"n": 2})) + packer.flush())
 
-    with connect(shared().port) as sock:
-        sock.sendall(post(CHAT, chat(stage().plays(script), stream=True)))
-        assert receive_until(sock, b'{"n":1}')
+    with connect(default_router().port) as sock:
+        sock.sendall(
+            encode_post(CHAT, chat_document(default_upstream().add_script(script), stream=True))
+        )
+        assert read_until(sock, b'{"n":1}')
         gate.set()
-        assert receive_until(sock, b'{"n":2}', b"0\r\n\r\n")
+        assert read_until(sock, b'{"n":2}', b"0\r\n\r\n")
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 9])
 def test_damaged_gzip_never_ends_clean(damage: bytes) -> None:
-    packed = gzip.compress(dumps(completion({}, "word " * 999)))[:-20] + damage
+    packed = gzip.compress(encode_json(completion({}, "word " * 999)))[:-20] + damage
     fields = [("Content-Encoding", "gzip")]
-    got = ask(shared(), stage().plays(answer(packed, 200, fields, "application/json")))
-    assert ended_badly(got)
+    got = post_chat(
+        default_router(),
+        default_upstream().add_script(whole_response(packed, 200, fields, "application/json")),
+    )
+    assert is_visibly_broken(got)
 
 
-PLAIN = dumps(completion({}, "<think>no</think>yes"))
+PLAIN = encode_json(completion({}, "<think>no</think>yes"))
 half = len(PLAIN) // 2
 CODED_ANSWERS = {
     "gzip": ("gzip", gzip.compress(PLAIN)),
@@ -2670,8 +2681,8 @@ CODED_ANSWERS = {
 
 @pytest.mark.parametrize("coding, content", CODED_ANSWERS.values(), ids=CODED_ANSWERS.keys())
 def test_coded_answer_is_read(coding: str, content: bytes) -> None:
-    steps = answer(content, 200, [("Content-Encoding", coding)], "application/json")
-    got = ask(shared(), stage().plays(steps))
+    steps = whole_response(content, 200, [("Content-Encoding", coding)], "application/json")
+    got = post_chat(default_router(), default_upstream().add_script(steps))
     assert (got.text, got.get("Content-Encoding")) == ("yes", None)
 
 
@@ -2684,12 +2695,14 @@ def test_members_of_gzip_may_be_cut_anywhere() -> None:
 
 
 def test_what_follows_gzip_is_not_kept() -> None:
-    gzipped = gzip.compress(event(ENDED))
-    steps = stream_answer([gzipped, *[b"x" * (1 << 20)] * 40], [("Content-Encoding", "gzip")])
-    with pair() as (router, upstream):
-        got = request(router.port, "POST", CHAT, chat(upstream.plays(steps), stream=True))
-        assert got.content == event(ENDED)
-        assert memory(router, "VmHWM") < 70
+    gzipped = gzip.compress(encode_event(FINISH))
+    steps = stream_response([gzipped, *[b"x" * (1 << 20)] * 40], [("Content-Encoding", "gzip")])
+    with router_and_upstream() as (router, upstream):
+        got = request(
+            router.port, "POST", CHAT, chat_document(upstream.add_script(steps), stream=True)
+        )
+        assert got.content == encode_event(FINISH)
+        assert memory_mib(router, "VmHWM") < 70
 
 
 UNKNOWN_CODINGS = ("br", "zstd", "gzip, gzip", "gzip\r\nContent-Encoding: br", "y" * 9999)
@@ -2701,13 +2714,15 @@ UNKNOWN_CODINGS = ("br", "zstd", "gzip, gzip", "gzip\r\nContent-Encoding: br", "
 def test_coding_that_nobody_takes_off(coding: str, stream: bool, status: int) -> None:
     """A client of the same dialect gets it as it is, one of another an error that says why."""
     kind = "text/event-stream" if stream else "application/json"
-    model = stage().plays(answer(b"coded", status, [("Content-Encoding", coding)], kind))
-    same = ask(shared(), model, stream=stream)
+    model = default_upstream().add_script(
+        whole_response(b"coded", status, [("Content-Encoding", coding)], kind)
+    )
+    same = post_chat(default_router(), model, stream=stream)
     assert (same.status, same.content) == (status, b"coded")
     assert [v for n, v in same.fields if n == "Content-Encoding"] == [
         value.strip() for value in coding.split("\r\nContent-Encoding:")
     ]
-    got = request(shared().port, "POST", "/api/chat", chat(model, stream=stream))
+    got = request(default_router().port, "POST", "/api/chat", chat_document(model, stream=stream))
     assert got.status == 502 and f"status {status}" in got.json["error"]
     assert coding[:2] in got.json["error"] and len(got.content) < 300
 
@@ -2717,21 +2732,27 @@ def test_coding_that_nobody_takes_off(coding: str, stream: bool, status: int) ->
 def test_coded_nothing_is_nothing(status: int, kind: str) -> None:
     length = [] if status == 204 else [("Content-Length", "0")]
     fields = [("Content-Type", kind), ("Content-Encoding", "gzip"), *length]
-    got = ask(shared(), stage().plays([head(status, fields)]), stream="event" in kind)
+    got = post_chat(
+        default_router(),
+        default_upstream().add_script([response_head(status, fields)]),
+        stream="event" in kind,
+    )
     assert (got.status, got.content, got.whole) == (status, b"", True)
 
 
 def test_kept_answer_is_read_over_all_lines_of_its_coding() -> None:
     fields = [("Content-Encoding", "gzip"), ("Content-Encoding", "identity")]
-    model = stage().plays(answer(gzip.compress(PLAIN), 200, fields, "application/json"))
-    assert ask(logging(), model).text == "yes"
-    assert detail_of(logging(), model)["response_body"] == PLAIN.decode()
+    model = default_upstream().add_script(
+        whole_response(gzip.compress(PLAIN), 200, fields, "application/json")
+    )
+    assert post_chat(logging_router(), model).text == "yes"
+    assert wait_for_detail(logging_router(), model)["response_body"] == PLAIN.decode()
 
 
 def test_huge_coded_answer_goes_as_it_is() -> None:
     content = gzip.compress(b'{"choices":[],"x":"' + b"<" * (40 << 20) + b'"}')
-    steps = answer(content, 200, [("Content-Encoding", "gzip")], "application/json")
-    got = ask(shared(), stage().plays(steps))
+    steps = whole_response(content, 200, [("Content-Encoding", "gzip")], "application/json")
+    got = post_chat(default_router(), default_upstream().add_script(steps))
     assert (got.content, got.get("Content-Encoding")) == (content, "gzip")
 
 
@@ -2749,13 +2770,13 @@ def bomb() -> bytes:
 ])  # fmt: skip
 def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
     fields = [("Content-Encoding", "gzip")]
-    with pair() as (router, upstream):
-        model = upstream.plays(answer(bomb(), fields=fields, kind=kind))
-        got = request(router.port, "POST", path, chat(model, stream=stream))
+    with router_and_upstream() as (router, upstream):
+        model = upstream.add_script(whole_response(bomb(), fields=fields, kind=kind))
+        got = request(router.port, "POST", path, chat_document(model, stream=stream))
         as_it_is = got.get("Content-Encoding") == "gzip" and got.content == bomb()
-        assert as_it_is or ended_badly(got)
-        assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 160
+        assert as_it_is or is_visibly_broken(got)
+        assert post_chat(router, "tiny").status == 200
+        assert memory_mib(router, "VmHWM") < 160
 
 
 # ======================================================================================
@@ -2914,11 +2935,11 @@ ODD: dict[str, bytes] = {
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat"])
 @pytest.mark.parametrize("name", ODD)
 def test_odd_document_is_answered_400(name: str, path: str) -> None:
-    mark = stage().plays(FINE)
+    mark = default_upstream().add_script(FINE_RESPONSE)
     content = ODD[name].replace(b"EVIL", mark.encode())
-    got = request(shared().port, "POST", path, content)
+    got = request(default_router().port, "POST", path, content)
     assert (got.status, bool(got.json["error"])) == (400, True)
-    assert not stage().heard(mark)
+    assert not default_upstream().requests_for(mark)
 
 
 MESSAGES = b'"messages":[{"role":"user","content":"hi"}]'
@@ -2956,11 +2977,11 @@ OLLAMA_PATHS = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
 @pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
 @pytest.mark.parametrize("path", (*OPENAI_PATHS, *OLLAMA_PATHS))
 def test_bad_json(path: str, content: bytes) -> None:
-    with unheard():
-        got = tell(path, content)
+    with nothing_sent_upstream():
+        got = post_json(path, content)
     assert got.status == 400
     check_error(path, got)
-    assert tell("/v1/chat/completions", chat("talk")).status == 200
+    assert post_json("/v1/chat/completions", chat_document("talk")).status == 200
 
 
 WELL_FORMED = {
@@ -2976,8 +2997,8 @@ WELL_FORMED = {
 @pytest.mark.parametrize("value", WELL_FORMED.values(), ids=WELL_FORMED)
 def test_unusual_but_good_request(value: bytes) -> None:
     content = b'{"model":"talk",' + MESSAGES + b',"x":' + value + b"}"
-    assert tell("/v1/chat/completions", content).status == 200
-    assert latest().content == content
+    assert post_json("/v1/chat/completions", content).status == 200
+    assert last_request().content == content
 
 
 MANY = {
@@ -2987,14 +3008,14 @@ MANY = {
 
 
 def test_enormous_json_is_refused_before_it_is_read() -> None:
-    with pair() as (router, upstream):
+    with router_and_upstream() as (router, upstream):
         for name, unit in MANY.items():
-            model = upstream.plays(FINE)
+            model = upstream.add_script(FINE_RESPONSE)
             data = b'{"model":"%b","x":[%b0]}' % (model.encode(), unit * (8_000_000 // len(unit)))
             got = request(router.port, "POST", CHAT, data)
-            assert (got.status, upstream.heard(model)) == (413, []), name
-            assert ask(router, "tiny").status == 200
-        assert memory(router, "VmHWM") < 100
+            assert (got.status, upstream.requests_for(model)) == (413, []), name
+            assert post_chat(router, "tiny").status == 200
+        assert memory_mib(router, "VmHWM") < 100
 
 
 # --- requests and answers, to the byte ------------------------------------------------
@@ -3026,23 +3047,23 @@ BODIES = {
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_request_that_needs_no_change(body: bytes) -> None:
-    assert tell("/v1/chat/completions", body % b"talk").status == 200
-    assert latest().content == body % b"talk"
+    assert post_json("/v1/chat/completions", body % b"talk").status == 200
+    assert last_request().content == body % b"talk"
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-@pytest.mark.parametrize("way", (*WAYS, "as it is in JSON"))
+@pytest.mark.parametrize("way", (*KINDS_OF_ROUTE, "as it is in JSON"))
 def test_changed_model_is_the_only_difference(body: bytes, way: str) -> None:
     asked = rb"rule\u002dt\u0061lk" if " " in way else f"{way}-talk".encode()
-    assert tell("/v1/chat/completions", body % asked).status == 200
-    assert latest().content == body % b"talk"
+    assert post_json("/v1/chat/completions", body % asked).status == 200
+    assert last_request().content == body % b"talk"
 
 
 @pytest.mark.parametrize("name", sorted(set(BODIES) - {"not streamed", "usage asked"}))
 def test_wish_for_usage_changes_nothing_else(name: str) -> None:
     asked = re.sub(rb"\{", rb'{"stream":true,', BODIES[name] % b"rule-talk", count=1)
-    assert tell("/v1/chat/completions", asked).status == 200
-    sent = latest().content
+    assert post_json("/v1/chat/completions", asked).status == 200
+    sent = last_request().content
     document = json.loads(sent)
     assert document.pop("stream_options") == {"include_usage": True}
     expected = json.loads(asked) | {"model": "talk"}
@@ -3064,16 +3085,16 @@ ANSWERS = {
 @pytest.mark.parametrize("content", ANSWERS.values(), ids=ANSWERS)
 @pytest.mark.parametrize("prefix", ("", "rule-", "map-"))
 def test_answer_is_not_changed(prefix: str, content: bytes) -> None:
-    model = bench().plays(answer(content, kind="application/json"))
-    got = tell("/v1/chat/completions", chat(prefix + model))
+    model = sdk_upstream().add_script(whole_response(content, kind="application/json"))
+    got = post_json("/v1/chat/completions", chat_document(prefix + model))
     assert (got.status, got.content) == (200, content)
 
 
 def test_many_model_names_in_one_request() -> None:
-    name = stage().plays(FINE)
+    name = default_upstream().add_script(FINE_RESPONSE)
     names = b'"model":"old-%s",' % name.encode() * 200_000
     settings = {
-        "DEFAULT_UPSTREAM": stage().url,
+        "DEFAULT_UPSTREAM": default_upstream().url,
         "MODEL_MAP": '{"/^old-(.*)/": "\\\\1"}',
     }
     with Router(settings) as router:  # it may freeze
@@ -3090,16 +3111,16 @@ def test_many_model_names_in_one_request() -> None:
     (CHAT, {"messages": [], "stream": True, "stream_options": {"x": 1e999}}),
 ])  # fmt: skip
 def test_number_that_no_double_holds_is_not_written_again(path: str, more: dict) -> None:
-    with unheard():
-        got = tell(path, huge({"model": "talk", **more}))
+    with nothing_sent_upstream():
+        got = post_json(path, encode_huge_numbers({"model": "talk", **more}))
     assert got.status == 400
     check_error(path, got)
 
 
 def test_number_that_no_double_holds_stays_where_nothing_is_written() -> None:
-    body = huge(chat("talk", temperature=1e999, stream=True))
-    assert tell(CHAT, body).status == 200
-    assert latest().content.startswith(body[:-1])  # `stream_options` is added at its end
+    body = encode_huge_numbers(chat_document("talk", temperature=1e999, stream=True))
+    assert post_json(CHAT, body).status == 200
+    assert last_request().content.startswith(body[:-1])  # `stream_options` is added at its end
 
 
 TOO_LARGE = {"function": {"name": "f", "arguments": '{"a":1e999}'}}
@@ -3119,8 +3140,12 @@ HUGE_ANSWERS: Cases = (  # where it is asked, the answer, what of it a client re
 def test_number_that_no_double_holds_in_an_answer(
     path: str, document: dict, expected: bytes
 ) -> None:
-    model = bench().plays(answer(huge(document), kind="application/json"))
-    got = tell(path, {"model": model, "input": "a", "messages": ASKED, "stream": False})
+    model = sdk_upstream().add_script(
+        whole_response(encode_huge_numbers(document), kind="application/json")
+    )
+    got = post_json(
+        path, {"model": model, "input": "a", "messages": HELLO_MESSAGES, "stream": False}
+    )
     assert got.status == (502 if expected == b'"error":' else 200)
     assert expected in got.content
 
@@ -3128,8 +3153,8 @@ def test_number_that_no_double_holds_in_an_answer(
 def test_infinite_log_probability_of_a_held_text_is_null() -> None:
     """An event of the router's own, for a text that was held, is JSON in any case."""
     said = {"choices": [{"index": 0, "delta": {"content": "<thi"}, "logprobs": -1e999}]}
-    model = bench().plays(sse_answer([event(said), "[DONE]"]))
-    got = tell(CHAT, chat(model, stream=True))
+    model = sdk_upstream().add_script(sse_response([encode_event(said), "[DONE]"]))
+    got = post_json(CHAT, chat_document(model, stream=True))
     assert b'"logprobs":null' in got.content and b'"<thi"' in got.content
 
 
@@ -3139,7 +3164,7 @@ def test_infinite_log_probability_of_a_held_text_is_null() -> None:
 # Where an event ends and where a stream is complete, at every split.
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", EVENT_ENDS)
 def test_events_at_every_split(end: bytes) -> None:
     line_end = end[: len(end) // 2]
     data = b"data: a" + end + b": note" + end + b"event: x" + line_end + b"data: b" + end
@@ -3179,7 +3204,7 @@ EVENT_BITS = [
 ]
 
 
-@fuzz(lambda st: {"bits": pieces_of(st, EVENT_BITS, 20), "lines": st.booleans()})
+@fuzz(lambda st: {"bits": lists_of_bits(st, EVENT_BITS, 20), "lines": st.booleans()})
 def test_fuzz_events(bits: list[bytes], lines: bool) -> None:
     """Nothing is lost or changed, and blocks end where events do."""
     form = smolrouter.LINES if lines else smolrouter.SSE
@@ -3207,7 +3232,7 @@ END_TALK = {
 
 
 @pytest.mark.parametrize("line, ends", [
-    ({"choices": [{"finish_reason": "stop"}]}, True), (END_TALK, False), (ENDED, True),
+    ({"choices": [{"finish_reason": "stop"}]}, True), (END_TALK, False), (FINISH, True),
     ({"choices": [{"finish_reason": ""}, {"finish_reason": None}]}, False), ("[DONE] ", True),
     ({"message": {"content": '"done":true'}, "done": False}, False), ({"done": True}, True),
     ({"type": "response.created", "response": {"error": None}}, False), ({"error": "x"}, True),
@@ -3217,10 +3242,10 @@ END_TALK = {
     ({"type": "error"}, True), ({"object": "error"}, True), ("x [DONE]", False), ("7", False),
 ])  # fmt: skip
 def test_what_ends_a_stream(line: Any, ends: bool) -> None:
-    data = event(line)
-    for end in ENDS:
+    data = encode_event(line)
+    for end in EVENT_ENDS:
         transform = chat_filter()
-        transform.feed(event(WORDS[0]) + data.replace(b"\n\n", end))
+        transform.feed(encode_event(TWO_WORDS[0]) + data.replace(b"\n\n", end))
         transform.feed(b": x\n\n")
         assert transform.complete == ends
     assert smolrouter.ends_stream(smolrouter.LINES, data[6:-1]) == ends
@@ -3229,20 +3254,29 @@ def test_what_ends_a_stream(line: Any, ends: bool) -> None:
 # --- streams that end, and that are cut -----------------------------------------------
 
 
-def until_close(*pieces: bytes) -> list[Step]:
+def stream_until_close(*pieces: bytes) -> list[Step]:
     """A stream that only the close ends."""
-    return stream_answer(pieces, framed=False)
+    return stream_response(pieces, framed=False)
 
 
 CUT_STREAMS = {
-    "after an event": (until_close(*map(event, WORDS)), False),
-    "inside an event": (until_close(event(WORDS[0]), event(WORDS[1])[:-9]), False),
-    "inside a chunked event": (stream_answer([event(WORDS[0]), event(WORDS[1])[:-9]]), False),
-    "after the finish reason": (until_close(*map(event, [*WORDS, ENDED])), True),
-    "after the mark": (until_close(*map(event, [*WORDS, "[DONE]"])), True),
-    "after words that end nothing": (until_close(*map(event, [*WORDS, END_TALK])), False),
+    "after an event": (stream_until_close(*map(encode_event, TWO_WORDS)), False),
+    "inside an event": (
+        stream_until_close(encode_event(TWO_WORDS[0]), encode_event(TWO_WORDS[1])[:-9]),
+        False,
+    ),
+    "inside a chunked event": (
+        stream_response([encode_event(TWO_WORDS[0]), encode_event(TWO_WORDS[1])[:-9]]),
+        False,
+    ),
+    "after the finish reason": (stream_until_close(*map(encode_event, [*TWO_WORDS, FINISH])), True),
+    "after the mark": (stream_until_close(*map(encode_event, [*TWO_WORDS, "[DONE]"])), True),
+    "after words that end nothing": (
+        stream_until_close(*map(encode_event, [*TWO_WORDS, END_TALK])),
+        False,
+    ),
     "after the last of many": (
-        until_close(*map(event, [*WORDS * 9, ENDED, {"choices": []}])),
+        stream_until_close(*map(encode_event, [*TWO_WORDS * 9, FINISH, {"choices": []}])),
         True,
     ),
 }
@@ -3251,8 +3285,8 @@ CUT_STREAMS = {
 @pytest.mark.parametrize("steps, whole", CUT_STREAMS.values(), ids=CUT_STREAMS.keys())
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 def test_cut_stream_never_looks_complete(path: str, steps: list, whole: bool) -> None:
-    model = stage().plays(steps)
-    got = request(shared().port, "POST", path, asking(path, model, True))
+    model = default_upstream().add_script(steps)
+    got = request(default_router().port, "POST", path, example_request(path, model, True))
     assert got.text.startswith("one ")
     assert ("error" in got.documents[-1]) == (not whole)
     assert got.whole == whole
@@ -3260,16 +3294,18 @@ def test_cut_stream_never_looks_complete(path: str, steps: list, whole: bool) ->
 
 @pytest.mark.parametrize("number", [3, 30])
 def test_a_stream_may_end_with_comments(number: int) -> None:
-    name = stage().plays(until_close(*map(event, [*WORDS, ENDED]), b": ping\n\n" * number))
-    got = ask(shared(), name, stream=True)
+    name = default_upstream().add_script(
+        stream_until_close(*map(encode_event, [*TWO_WORDS, FINISH]), b": ping\n\n" * number)
+    )
+    got = post_chat(default_router(), name, stream=True)
     assert (got.status, got.text) == (200, "one two") and b"error" not in got.content
 
 
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_a_last_event_without_its_end_is_not_lost(end: bytes) -> None:
-    data = b"".join(stream_of("Hello", " <b>"))[:-2] + end
-    model = stage().plays(stream_answer([data]))
-    assert ask(shared(), model, stream=True).content.rstrip() == data.rstrip()
+    data = b"".join(chat_stream("Hello", " <b>"))[:-2] + end
+    model = default_upstream().add_script(stream_response([data]))
+    assert post_chat(default_router(), model, stream=True).content.rstrip() == data.rstrip()
 
 
 # --- long events, events of several lines ---------------------------------------------
@@ -3277,17 +3313,23 @@ def test_a_last_event_without_its_end_is_not_lost(end: bytes) -> None:
 
 def test_long_event_before_the_first_answer_freezes_nobody() -> None:
     long = b"data: " + b"x" * (6 << 20) + b"\n\n"
-    steps = stream_answer([long, event(ENDED)])
-    with Upstream(lambda r: steps) as one, Upstream() as two, both(one.url, two.url) as router:
-        got = ask(router, "pair", stream=True)
-    assert got.content == long + event(ENDED)
+    steps = stream_response([long, encode_event(FINISH)])
+    with (
+        Upstream(lambda r: steps) as one,
+        Upstream() as two,
+        router_of_two(one.url, two.url) as router,
+    ):
+        got = post_chat(router, "pair", stream=True)
+    assert got.content == long + encode_event(FINISH)
 
 
 def test_only_the_long_event_goes_unfiltered() -> None:
-    long = event({"image": "x" * (5 << 20)})
+    long = encode_event({"image": "x" * (5 << 20)})
     said = {"choices": [{"index": 0, "delta": {"content": "<think>a</think>b"}}]}
-    model = stage().plays(stream_answer([long, event(said), event(ENDED)]))
-    assert ask(shared(), model, stream=True).text == "b"
+    model = default_upstream().add_script(
+        stream_response([long, encode_event(said), encode_event(FINISH)])
+    )
+    assert post_chat(default_router(), model, stream=True).text == "b"
 
 
 def test_event_of_several_lines_stays_one() -> None:
@@ -3295,10 +3337,14 @@ def test_event_of_several_lines_stays_one() -> None:
         b'event: message\nid: 7\ndata: {"choices":[{"index":0,\n'
         b'data: "delta":{"content":"<think>a</think>b"}}]}\n\n'
     )
-    got = ask(shared(), stage().plays(stream_answer([lines, event(ENDED)])), stream=True)
+    got = post_chat(
+        default_router(),
+        default_upstream().add_script(stream_response([lines, encode_event(FINISH)])),
+        stream=True,
+    )
     start, _, rest = got.content.partition(b"\n\n")
     assert start.startswith(b"event: message\nid: 7\ndata: {") and start.count(b"\n") == 2
-    assert b'"content":"b"' in start and rest == event(ENDED)
+    assert b'"content":"b"' in start and rest == encode_event(FINISH)
 
 
 # ======================================================================================
@@ -3372,7 +3418,7 @@ def test_a_hundred_thousand_tags_take_linear_time() -> None:
         smolrouter.filter_text(text, rules)
 
 
-@fuzz(lambda st: {"bits": pieces_of(st, TEXT_BITS, 16), "fences": st.booleans()})
+@fuzz(lambda st: {"bits": lists_of_bits(st, TEXT_BITS, 16), "fences": st.booleans()})
 def test_fuzz_filters(bits: list[str], fences: bool) -> None:
     """However a text is split, what is seen and what was thought are the same."""
     text, rules = "".join(bits), smolrouter.FilterRules(think=True, fences=fences)
@@ -3389,35 +3435,35 @@ def test_fuzz_filters(bits: list[str], fences: bool) -> None:
 
 # --- thinking, end to end -------------------------------------------------------------
 
-THINKING = ("<think>", "hidden\n", "</thi", "nk>", "\n\n", "Hé", " a < b <", "b> c")
+THINKING_TEXTS = ("<think>", "hidden\n", "</thi", "nk>", "\n\n", "Hé", " a < b <", "b> c")
 VISIBLE = "Hé a < b <b> c"
 
 
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 @pytest.mark.parametrize("escape", [False, True])
 def test_thinking_at_every_split_of_the_stream(path: str, escape: bool) -> None:
-    data = b"".join(stream_of(*THINKING, escape=escape))
-    document = {**ASKS[path], "stream": True}
+    data = b"".join(chat_stream(*THINKING_TEXTS, escape=escape))
+    document = {**EXAMPLE_REQUESTS[path], "stream": True}
 
     def split(at: int) -> tuple[str, bytes]:
-        pieces = [s for piece in cut(data, at) for s in (piece, 0.002)]
-        model = stage().plays(stream_answer(pieces))
-        got = request(shared().port, "POST", path, {**document, "model": model})
+        pieces = [s for piece in split_at(data, at) for s in (piece, 0.002)]
+        model = default_upstream().add_script(stream_response(pieces))
+        got = request(default_router().port, "POST", path, {**document, "model": model})
         return got.text, got.content if path == CHAT else b""
 
-    seen = at_once(split, range(1, len(data), 1 if path == CHAT else 7))
+    seen = map_in_threads(split, range(1, len(data), 1 if path == CHAT else 7))
     assert {text for text, _ in seen} == {VISIBLE}
     assert len({content for _, content in seen}) == 1
 
 
 def test_thinking_at_every_split_of_the_bytes_on_the_wire() -> None:
-    data = b"".join(s for s in sse_answer(stream_of(*THINKING)) if isinstance(s, bytes))
+    data = b"".join(s for s in sse_response(chat_stream(*THINKING_TEXTS)) if isinstance(s, bytes))
 
     def split(at: int) -> str:
-        model = stage().plays([data[:at], 0.002, data[at:]])
-        return ask(shared(), model, stream=True).text
+        model = default_upstream().add_script([data[:at], 0.002, data[at:]])
+        return post_chat(default_router(), model, stream=True).text
 
-    assert set(at_once(split, range(1, len(data), 2))) == {VISIBLE}
+    assert set(map_in_threads(split, range(1, len(data), 2))) == {VISIBLE}
 
 
 def test_thinking_split_into_deltas_at_every_place() -> None:
@@ -3425,12 +3471,14 @@ def test_thinking_split_into_deltas_at_every_place() -> None:
     shown = "shown </think_> <thinking_hard> <b>"
 
     def split(*at: int) -> str:
-        model = stage().plays(sse_answer(stream_of(*(p.decode() for p in cut(text.encode(), *at)))))
-        return ask(shared(), model, stream=True).text
+        model = default_upstream().add_script(
+            sse_response(chat_stream(*(p.decode() for p in split_at(text.encode(), *at))))
+        )
+        return post_chat(default_router(), model, stream=True).text
 
     twice = [(a, b) for a in range(1, 24) for b in range(a, 26, 3)]
-    assert set(at_once(split, range(1, len(text)))) == {shown}
-    assert set(at_once(split, *zip(*twice, strict=True))) == {shown}
+    assert set(map_in_threads(split, range(1, len(text)))) == {shown}
+    assert set(map_in_threads(split, *zip(*twice, strict=True))) == {shown}
     assert split(*range(1, len(text))) == shown
 
 
@@ -3438,15 +3486,15 @@ def test_thinking_split_into_deltas_after_plain_text() -> None:
     text = "a <think>hidden</think> b <thin"
 
     def split(*at: int) -> str:
-        pieces = ["Hi ", *(p.decode() for p in cut(text.encode(), *at))]
-        model = stage().plays(sse_answer(stream_of(*pieces)))
-        return ask(shared(), model, stream=True).text
+        pieces = ["Hi ", *(p.decode() for p in split_at(text.encode(), *at))]
+        model = default_upstream().add_script(sse_response(chat_stream(*pieces)))
+        return post_chat(default_router(), model, stream=True).text
 
     everywhere = range(1, len(text))
-    assert set(at_once(split, everywhere)) == {split(*everywhere)} == {"Hi a  b <thin"}
+    assert set(map_in_threads(split, everywhere)) == {split(*everywhere)} == {"Hi a  b <thin"}
 
 
-WHOLE = {
+WHOLE_ANSWERS = {
     "<think>hidden</think>\n\nshown": "shown",
     "shown <think>hidden</think> too": "shown  too",
     "hidden</think>\nshown": "shown",
@@ -3458,52 +3506,58 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("said", WHOLE)
+@pytest.mark.parametrize("said", WHOLE_ANSWERS)
 def test_thinking_in_a_whole_answer(said: str) -> None:
     for path, kind in ((CHAT, "chat"), ("/v1/completions", "text")):
-        model = stage().plays(json_answer(completion({}, said, kind)))
-        got = request(shared().port, "POST", path, {**ASKS[path], "model": model})
-        assert got.text == WHOLE[said]
+        model = default_upstream().add_script(json_response(completion({}, said, kind)))
+        got = request(
+            default_router().port, "POST", path, {**EXAMPLE_REQUESTS[path], "model": model}
+        )
+        assert got.text == WHOLE_ANSWERS[said]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/api/generate"])
 def test_thinking_in_streamed_text(path: str) -> None:
-    texts = [{"choices": [{"index": 0, "text": t}]} for t in THINKING]
-    model = stage().plays(sse_answer([*texts, "[DONE]"]))
-    got = request(shared().port, "POST", path, {"model": model, "prompt": "hi", "stream": True})
+    texts = [{"choices": [{"index": 0, "text": t}]} for t in THINKING_TEXTS]
+    model = default_upstream().add_script(sse_response([*texts, "[DONE]"]))
+    got = request(
+        default_router().port, "POST", path, {"model": model, "prompt": "hi", "stream": True}
+    )
     assert got.text == VISIBLE
 
 
 def test_thinking_in_very_long_events() -> None:
     long = "x" * 1_000_000
     texts = ("<think>" + long, long + "</think>", "\n" + long, long + "<thi", "ng>")
-    model = stage().plays(sse_answer(stream_of(*texts)))
-    assert ask(shared(), model, stream=True).text == long + long + "<thing>"
+    model = default_upstream().add_script(sse_response(chat_stream(*texts)))
+    assert post_chat(default_router(), model, stream=True).text == long + long + "<thing>"
     unclosed = "<think>" * 100_000 + "<" * 100_000
     for said in (unclosed, "shown" + unclosed):
-        model = stage().plays(sse_answer(stream_of(said)))
-        assert ask(shared(), model, stream=True).text == said.partition("<")[0]
-        model = stage().plays(json_answer(completion({}, said)))
-        assert ask(shared(), model).text == said.partition("<")[0]
+        model = default_upstream().add_script(sse_response(chat_stream(said)))
+        assert post_chat(default_router(), model, stream=True).text == said.partition("<")[0]
+        model = default_upstream().add_script(json_response(completion({}, said)))
+        assert post_chat(default_router(), model).text == said.partition("<")[0]
 
 
 def test_thinking_elsewhere_stays() -> None:
     said = "<think>kept</think>"
-    call = {"name": "f", "arguments": dumps({"a": said}).decode()}
+    call = {"name": "f", "arguments": encode_json({"a": said}).decode()}
     delta = {"tool_calls": [{"index": 0, "function": call}], "reasoning_content": said}
-    events = [event({"choices": [{"index": 0, "delta": delta}]}), event("[DONE]")]
-    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
+    events = [encode_event({"choices": [{"index": 0, "delta": delta}]}), encode_event("[DONE]")]
+    got = post_chat(
+        default_router(), default_upstream().add_script(sse_response(events)), stream=True
+    )
     assert got.content == b"".join(events)
-    name = stage().plays(answer(said.encode(), kind="text/html"))
-    assert request(shared().port, "GET", f"/v1/{name}").content == said.encode()
+    name = default_upstream().add_script(whole_response(said.encode(), kind="text/html"))
+    assert request(default_router().port, "GET", f"/v1/{name}").content == said.encode()
 
 
 def test_thinking_goes_however_deep_the_rest_is() -> None:
-    said = dumps(completion({}, "<think>secret</think>ok"))[:-1]
+    said = encode_json(completion({}, "<think>secret</think>ok"))[:-1]
     said += b',"x":' + b"[" * 250 + b"]" * 250 + b"}"
-    name = stage().plays(answer(said, kind="application/json"))
+    name = default_upstream().add_script(whole_response(said, kind="application/json"))
     for path in (CHAT, "/api/chat"):
-        got = request(shared().port, "POST", path, {**asking(path, name, False)})
+        got = request(default_router().port, "POST", path, {**example_request(path, name, False)})
         assert got.status == 200 and b"secret" not in got.content and b"ok" in got.content
 
 
@@ -3513,16 +3567,24 @@ def test_content_beside_the_answer_does_not_begin_it() -> None:
         {"choices": [{"index": 0, "delta": {"content": ""}}], **found},
         {"choices": [{"index": 0, "delta": {"reasoning": {"content": "hm"}}}]},
     ):
-        events = [first, *deltas("<think>", "no", "</think>", "\n\nyes"), "[DONE]"]
-        got = ask(shared(), stage().plays(sse_answer([event(e) for e in events])), stream=True)
+        events = [first, *text_deltas("<think>", "no", "</think>", "\n\nyes"), "[DONE]"]
+        got = post_chat(
+            default_router(),
+            default_upstream().add_script(sse_response([encode_event(e) for e in events])),
+            stream=True,
+        )
         assert got.text == "yes"
 
 
 def test_each_choice_has_its_own_state() -> None:
-    first = deltas("<think>", "no", "</think>", "one", " more")
-    second = deltas("two", " <th", "ink>no", "</think>", "!", index=1)
-    both = [event(e) for pair in zip(first, second, strict=True) for e in pair]
-    got = ask(shared(), stage().plays(sse_answer([*both, "[DONE]"])), stream=True)
+    first = text_deltas("<think>", "no", "</think>", "one", " more")
+    second = text_deltas("two", " <th", "ink>no", "</think>", "!", index=1)
+    both = [encode_event(e) for pair in zip(first, second, strict=True) for e in pair]
+    got = post_chat(
+        default_router(),
+        default_upstream().add_script(sse_response([*both, "[DONE]"])),
+        stream=True,
+    )
     texts = {0: "", 1: ""}
     for document in got.documents:
         for choice in document["choices"]:
@@ -3535,11 +3597,11 @@ def test_many_choices_in_one_document() -> None:
     delta = {"delta": {"content": "<think>no</think>yes"}}
     choices = [{"index": n, **message} for n in range(5000)]
     events = [{"choices": [{"index": n, **delta} for n in range(5000)]}, "[DONE]"]
-    with Router({"DEFAULT_UPSTREAM": stage().url}) as router:  # it may freeze
-        model = stage().plays(json_answer({"choices": choices}))
-        assert ask(router, model).text == "yes" * 5000
-        model = stage().plays(sse_answer(events))
-        assert ask(router, model, stream=True).text == "yes" * 5000
+    with Router({"DEFAULT_UPSTREAM": default_upstream().url}) as router:  # it may freeze
+        model = default_upstream().add_script(json_response({"choices": choices}))
+        assert post_chat(router, model).text == "yes" * 5000
+        model = default_upstream().add_script(sse_response(events))
+        assert post_chat(router, model, stream=True).text == "yes" * 5000
 
 
 # --- what no filter changes -----------------------------------------------------------
@@ -3553,20 +3615,20 @@ def test_events_that_the_filter_does_not_change_are_not_changed() -> None:
         b'data: {"choices" : [ {"index":0, "delta":{ "content":"a < b" } } ] }\n\n',
         b'data: not JSON\n\n', b'data: [1, 2]\ndata: null\n\n', b'data: [DONE]\n\n',
     ]  # fmt: skip
-    model = stage().plays(sse_answer(odd))
-    assert ask(shared(), model, stream=True).content == b"".join(odd)
-    thought = stream_of("<think>", "hidden", "</think>")[:4]
-    model = stage().plays(sse_answer([*thought, *odd]))
-    got = ask(shared(), model, stream=True).content
+    model = default_upstream().add_script(sse_response(odd))
+    assert post_chat(default_router(), model, stream=True).content == b"".join(odd)
+    thought = chat_stream("<think>", "hidden", "</think>")[:4]
+    model = default_upstream().add_script(sse_response([*thought, *odd]))
+    got = post_chat(default_router(), model, stream=True).content
     assert got.endswith(b"".join(odd))
     assert b"hidden" not in got and got.startswith(thought[0])
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
 def test_stream_without_thinking_is_identical(newline: bytes) -> None:
-    data = b"".join(stream_of("Hello", " <b>wor", "ld</b> \\u003c")).replace(b"\n", newline)
-    model = stage().plays(stream_answer(cut(data, 9, 99)))
-    assert ask(shared(), model, stream=True).content == data
+    data = b"".join(chat_stream("Hello", " <b>wor", "ld</b> \\u003c")).replace(b"\n", newline)
+    model = default_upstream().add_script(stream_response(split_at(data, 9, 99)))
+    assert post_chat(default_router(), model, stream=True).content == data
 
 
 @pytest.mark.parametrize("content", [
@@ -3575,8 +3637,8 @@ def test_stream_without_thinking_is_identical(newline: bytes) -> None:
     b'not JSON at all <b>', b'[1,2,3]', b'null', b'\xff\xfe<',
 ])  # fmt: skip
 def test_answer_without_thinking_is_identical(content: bytes) -> None:
-    model = stage().plays(answer(content, kind="application/json"))
-    got = ask(shared(), model)
+    model = default_upstream().add_script(whole_response(content, kind="application/json"))
+    got = post_chat(default_router(), model)
     assert (got.status, got.content) == (200, content)
 
 
@@ -3588,7 +3650,9 @@ def test_an_emptied_event_that_carries_more_stays() -> None:
         {"choices": [{"index": 0, "delta": call}]},
         "[DONE]",
     ]
-    got = ask(shared(), stage().plays(sse_answer(events)), stream=True)
+    got = post_chat(
+        default_router(), default_upstream().add_script(sse_response(events)), stream=True
+    )
     assert got.text == ""
     first, second = got.documents
     assert first["choices"][0]["finish_reason"] == "length"
@@ -3603,25 +3667,25 @@ UNFENCED = 'Here:\n{"a": "```",\n  "b": 1}\nand\n```python\nx\n```\n'
 
 
 def test_fences_at_every_split() -> None:
-    router = filtering(STRIP_JSON_MARKDOWN=1)
+    router = router_filtering(STRIP_JSON_MARKDOWN=1)
 
     def split(*at: int) -> str:
-        texts = [p.decode() for p in cut(FENCED.encode(), *at)]
-        model = stage().plays(sse_answer(stream_of(*texts)))
-        return ask(router, model, stream=True).text
+        texts = [p.decode() for p in split_at(FENCED.encode(), *at)]
+        model = default_upstream().add_script(sse_response(chat_stream(*texts)))
+        return post_chat(router, model, stream=True).text
 
-    assert set(at_once(split, range(1, len(FENCED)))) == {UNFENCED}
+    assert set(map_in_threads(split, range(1, len(FENCED)))) == {UNFENCED}
     assert split(*range(1, len(FENCED))) == UNFENCED
-    whole = stage().plays(json_answer(completion({}, FENCED)))
-    assert ask(router, whole).text == UNFENCED
-    assert ask(shared(), whole).text == FENCED
+    whole = default_upstream().add_script(json_response(completion({}, FENCED)))
+    assert post_chat(router, whole).text == UNFENCED
+    assert post_chat(default_router(), whole).text == FENCED
 
 
 def test_think_stripping_can_be_off() -> None:
-    router = filtering(STRIP_THINKING="no")
-    data = b"".join(stream_of(*THINKING))
-    model = stage().plays(stream_answer([data]))
-    assert ask(router, model, stream=True).content == data
+    router = router_filtering(STRIP_THINKING="no")
+    data = b"".join(chat_stream(*THINKING_TEXTS))
+    model = default_upstream().add_script(stream_response([data]))
+    assert post_chat(router, model, stream=True).content == data
 
 
 # ======================================================================================
@@ -3655,15 +3719,15 @@ def test_no_think_goes_to_the_user_s_words(path: str, doc: Any, edits: Any) -> N
 
 
 def test_no_think_is_appended_to_the_last_user_message() -> None:
-    router = filtering(DISABLE_THINKING="true")
+    router = router_filtering(DISABLE_THINKING="true")
     user = {"role": "user", "content": "one"}
     parts = [{"type": "text", "text": "two"}, {"type": "image_url", "image_url": {}}]
     ends = {"role": "assistant", "content": "three"}
-    name = stage().plays(FINE)
+    name = default_upstream().add_script(FINE_RESPONSE)
     for messages in ([user, ends, {"role": "user", "content": parts}, ends], [user]):
         request(router.port, "POST", CHAT, {"model": name, "messages": messages})
     request(router.port, "POST", "/v1/completions", {"model": name, "prompt": "four"})
-    first, second, third = (received.json for received in stage().heard(name))
+    first, second, third = (received.json for received in default_upstream().requests_for(name))
     told = [{**parts[0], "text": "two /no_think"}, parts[1]]
     assert first["messages"] == [user, ends, {"role": "user", "content": told}, ends]
     assert second["messages"] == [{"role": "user", "content": "one /no_think"}]
@@ -3675,11 +3739,11 @@ def test_no_think_looks_at_parts_alone() -> None:
     deep: Any = [[]] * 90_000
     for _ in range(180):
         deep = {"text": deep}
-    router = router_for({"DEFAULT_UPSTREAM": bench().url, "DISABLE_THINKING": "true"})
-    model = bench().plays(json_answer(completion({}, ANSWER)))
-    body = {"model": model, "messages": [*ASKED, {"role": "user", "content": deep}]}
+    router = shared_router({"DEFAULT_UPSTREAM": sdk_upstream().url, "DISABLE_THINKING": "true"})
+    model = sdk_upstream().add_script(json_response(completion({}, HELLO_ANSWER)))
+    body = {"model": model, "messages": [*HELLO_MESSAGES, {"role": "user", "content": deep}]}
     assert request(router.port, "POST", CHAT, body, patience=PATIENCE).status == 200
-    assert latest().json["messages"][0]["content"].endswith(" /no_think")
+    assert last_request().json["messages"][0]["content"].endswith(" /no_think")
 
 
 # --- token counts ---------------------------------------------------------------------
@@ -3707,17 +3771,17 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
     ({"type": "message", "usage": {"input_tokens": 25, "cache_read_input_tokens": 5,
                                    "cache_creation_input_tokens": 2, "output_tokens": 15}},
      (32, 15, 5)),
-    (b"".join(map(event, [
+    (b"".join(map(encode_event, [
         {"type": "message_start", "message": {"usage": {"input_tokens": 25, "output_tokens": 1}}},
         *[{"type": "content_block_delta", "delta": {"text": "word " * 20}}] * 300,
         {"type": "message_delta", "usage": {"output_tokens": 15}}, {"type": "message_stop"}])),
      (25, 15, None)),
     (b"".join(CLAUDE_EVENTS), (9, 4, None)),
-    (b"".join(map(event, [
+    (b"".join(map(encode_event, [
         *[{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": n}} for n in range(5)],
         "[DONE]"])), (7, 4, None)),
-    (b"".join(map(event, [
-        *[{**piece("x"), "usage": None}] * 400, ending(), "[DONE]"])),
+    (b"".join(map(encode_event, [
+        *[{**text_delta("x"), "usage": None}] * 400, finish_delta(), "[DONE]"])),
      (None, None, None)),
     ({"choices": [{"message": {"content": '{"prompt_tokens": 5, "usage": {"x": 1}}'}}]},
      (None, None, None)),
@@ -3727,7 +3791,7 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
 
 @pytest.mark.parametrize("said, wanted", USAGE_CASES)
 def test_usage_of_every_server(said: Any, wanted: Any) -> None:
-    assert smolrouter.read_usage(said if isinstance(said, bytes) else dumps(said)) == wanted
+    assert smolrouter.read_usage(said if isinstance(said, bytes) else encode_json(said)) == wanted
     if isinstance(said, dict):
         assert smolrouter.read_usage(json.dumps(said, indent=1).encode()) == wanted
 
@@ -3737,8 +3801,8 @@ def test_usage_of_every_server(said: Any, wanted: Any) -> None:
 
 def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None) -> list[Any]:
     """The transcript's messages as role, content, thinking, calls."""
-    said = document if isinstance(document, bytes) else dumps(document)
-    talk = smolrouter.read_transcript(path, dumps(asked or {}), said)
+    said = document if isinstance(document, bytes) else encode_json(document)
+    talk = smolrouter.read_transcript(path, encode_json(asked or {}), said)
     return [
         (
             m["role"],
@@ -3753,13 +3817,13 @@ def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
 TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
     # what, path, request, answer, transcript
-    ("whole", "/v1/chat/completions", chat("m", "hi"), completion({}, "Hello"),
+    ("whole", "/v1/chat/completions", chat_document("m", "hi"), completion({}, "Hello"),
      [("user", "hi", "", []), ("assistant", "Hello", "", [])]),
     ("streamed", "/v1/chat/completions", {}, [
         {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
-        piece("<thi"), piece("nk>hm</think>a"), piece("b"),
+        text_delta("<thi"), text_delta("nk>hm</think>a"), text_delta("b"),
         {"choices": [{"index": 0, "delta": {"reasoning_content": "more"}}]},
-        ending(), "[DONE]"],
+        finish_delta(), "[DONE]"],
      [("assistant", "ab", "morehm", [])]),
     ("two choices", "/v1/chat/completions", {}, [
         {"choices": [{"index": i, "delta": {"content": t}}]} for i, t in ((1, "x"), (0, "a"),
@@ -3779,7 +3843,7 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
     ("completions", "/v1/completions", {"prompt": ["one", "two"]}, completion({}, "text", "text"),
      [("user", "one", "", []), ("user", "two", "", []), ("assistant", "text", "", [])]),
     ("chat lines", "/api/chat", {"messages": [{"role": "user", "content": "q"}]}, b"".join(
-        dumps(line) + b"\n" for line in (
+        encode_json(line) + b"\n" for line in (
             {"message": {"role": "assistant", "content": "a", "thinking": "t"}},
             {"message": {"content": "b", "tool_calls": [
                 {"function": {"name": "f", "arguments": {"x": 1}}}]}}, {"done": True})),
@@ -3831,7 +3895,7 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
 
 @pytest.mark.parametrize("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
 def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any) -> None:
-    said = b"".join(map(event, answer)) if isinstance(answer, list) else answer
+    said = b"".join(map(encode_event, answer)) if isinstance(answer, list) else answer
     found = said_in(said, path, asked)
     if what == "two choices":  # in the order in which they began
         found.sort()
@@ -3853,7 +3917,7 @@ def test_pictures_of_a_transcript() -> None:
             {"type": "input_text", "text": "look"}, {"type": "input_image", "image_url": url}]}]}),
     ]  # fmt: skip
     for path, document in asked:
-        (message,) = smolrouter.read_transcript(path, dumps(document), b"")
+        (message,) = smolrouter.read_transcript(path, encode_json(document), b"")
         assert (message["content"], message["images"]) == ("look", [url]), path
 
 
@@ -3891,7 +3955,7 @@ def test_form_names_its_model(content: bytes, model: str, boundary: str) -> None
 
 @fuzz(
     lambda st: {
-        "bits": pieces_of(
+        "bits": lists_of_bits(
             st,
             [
                 b"--b",
@@ -3962,32 +4026,32 @@ FORMS = {
 @pytest.mark.parametrize("boundary", ("XX", '"XX"'))
 def test_form_differs_by_its_model_only(content: bytes, boundary: str) -> None:
     kind = f"multipart/form-data; boundary={boundary}"
-    got = tell("/v1/audio/transcriptions", content, Content_Type=kind)
+    got = post_json("/v1/audio/transcriptions", content, Content_Type=kind)
     assert (got.status, got.json) == (200, {"text": "heard"})
     at = content.rindex(b"rule-talk")
-    assert latest().content == content[:at] + b"talk" + content[at + 9 :]
+    assert last_request().content == content[:at] + b"talk" + content[at + 9 :]
 
 
 def test_form_without_change_is_not_changed() -> None:
     content = encode_form(('name="model"', b"talk"), FILE_PART)
     kind = "multipart/form-data; boundary=XX"
-    assert tell("/v1/audio/transcriptions", content, Content_Type=kind).status == 200
-    assert latest().content == content
-    assert latest().get("Content-Type") == kind
+    assert post_json("/v1/audio/transcriptions", content, Content_Type=kind).status == 200
+    assert last_request().content == content
+    assert last_request().get("Content-Type") == kind
 
 
 @each_way
 @each_openai
 def test_openai_transcription(sdk: Sdk, way: str) -> None:
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "audio.transcriptions.create",
         model=f"{way}-talk",
         file=("voice.wav", SOUND),
         language="en",
     )
     assert got.text == "heard"
-    form = parse_form(latest())
+    form = parse_form(last_request())
     assert (form["model"], form["language"]) == (b"talk", b"en")
     assert form["file"] == SOUND
 
@@ -3996,14 +4060,14 @@ def test_openai_transcription(sdk: Sdk, way: str) -> None:
 @each_openai
 def test_openai_image_edit(sdk: Sdk, way: str) -> None:
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "images.edit",
         model=f"{way}-talk",
         prompt="a hat \u2728",
         image=[(f"{kind}.{kind}", data) for kind, data in PICTURES.items()],
     )
     assert got.data[0].b64_json == "UE5H"
-    form = parse_form(latest())
+    form = parse_form(last_request())
     assert (form["model"], form["prompt"]) == (b"talk", "a hat \u2728".encode())
     assert form["image[]"] == PICTURES["webp"]
 
@@ -4019,8 +4083,8 @@ def filtered(pieces: Iterable[bytes], **rules: bool) -> bytes:
 
 @pytest.mark.parametrize("end", (b"\r\n", b"\r"))
 def test_line_ends_change_nothing_of_what_is_filtered(end: bytes) -> None:
-    said = stream_of("Hi", " there", "<think>", "no", "</think>", "a<b", "c", " <thi", "s", " x")
-    usage = event({"choices": [], "usage": {"prompt_tokens": 1}})
+    said = chat_stream("Hi", " there", "<think>", "no", "</think>", "a<b", "c", " <thi", "s", " x")
+    usage = encode_event({"choices": [], "usage": {"prompt_tokens": 1}})
     data = b"".join([*said[:-1], b": note\n\n", usage, said[-1]])
     right = filtered([data]).replace(b"\n", end)
     assert b"think" not in right and b'"usage"' not in right and right.count(b": note") == 1
@@ -4028,11 +4092,11 @@ def test_line_ends_change_nothing_of_what_is_filtered(end: bytes) -> None:
     assert {filtered(p) for p in every_split(data)} == {right.replace(end, b"\n")}
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", EVENT_ENDS)
 def test_the_end_of_a_long_event_at_every_split(end: bytes, monkeypatch: Any) -> None:
     small = dataclasses.replace(smolrouter.LIMITS, buffered_event=100)
     monkeypatch.setattr(smolrouter, "LIMITS", small)
-    long, said = event("<think>" + "x" * 200), stream_of("<think>no</think>", "yes")
+    long, said = encode_event("<think>" + "x" * 200), chat_stream("<think>no</think>", "yes")
     data = b"".join([long, *said]).replace(b"\n\n", end)
     for at in range(110, len(long) + 12):
         for size in (1, 2, 3, len(data)):
@@ -4043,16 +4107,16 @@ def test_the_end_of_a_long_event_at_every_split(end: bytes, monkeypatch: Any) ->
 def test_texts_without_number(monkeypatch: Any) -> None:
     small = dataclasses.replace(smolrouter.LIMITS, texts_per_stream=50)
     monkeypatch.setattr(smolrouter, "LIMITS", small)
-    events = [event(deltas(f"{n}<", index=n)[0]) for n in range(51)]
+    events = [encode_event(text_deltas(f"{n}<", index=n)[0]) for n in range(51)]
     ended = [{"index": n, "delta": {"content": "b"}, "finish_reason": "stop"} for n in (3, 3, 4)]
     transform = chat_filter()
     held = b"".join(map(transform.feed, events[:50]))
     assert b"<" not in held and len(transform.waiting) == len(transform.unsettled) == 50
-    assert transform.feed(event({"choices": ended})).count(b"<b") == 2
+    assert transform.feed(encode_event({"choices": ended})).count(b"<b") == 2
     assert len(transform.waiting) == len(transform.unsettled) == 48
-    assert transform.feed(event("[DONE]")).count(b'"<"') == 48
+    assert transform.feed(encode_event("[DONE]")).count(b'"<"') == 48
     assert not transform.waiting and not transform.unsettled and transform.settled()
-    transform.feed(event(deltas("<think>a", index=7)[0]))
+    transform.feed(encode_event(text_deltas("<think>a", index=7)[0]))
     assert transform.unsettled == {7} and not transform.waiting
     with pytest.raises(smolrouter.BadGateway, match="more than 50 texts"):
         transform.feed(events[50])
@@ -4076,11 +4140,11 @@ class Counted(bytes):
         return at
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", EVENT_ENDS)
 @pytest.mark.parametrize("text", ("x", " <b>"))
 @pytest.mark.parametrize("key", ("content", "reasoning"))
 def test_no_octet_is_looked_at_often(end: bytes, text: str, key: str) -> None:
-    events = [event(doc) for doc in deltas("Hi", *["word"] * 19, text, key=key)] * 20
+    events = [encode_event(doc) for doc in text_deltas("Hi", *["word"] * 19, text, key=key)] * 20
     block = Counted(b"".join(events).replace(b"\n\n", end))
     assert chat_filter().change_block(block) == block
     assert 0 < block.looked < 12 * len(block)
@@ -4089,9 +4153,16 @@ def test_no_octet_is_looked_at_often(end: bytes, text: str, key: str) -> None:
 def test_held_text_leaves_with_its_event_s_own_lines() -> None:
     delta = {"type": "content_block_delta", "index": 0, "delta": {"text": "a <"}}
     stop = {"type": "content_block_stop", "index": 0}
-    pieces = [b"event: content_block_delta\n" + event(delta), b"event: x\n" + event(stop)]
-    content = {"model": stage().plays(stream_answer(pieces)), "messages": [], "stream": True}
-    got = request(shared().port, "POST", "/v1/messages", content)
+    pieces = [
+        b"event: content_block_delta\n" + encode_event(delta),
+        b"event: x\n" + encode_event(stop),
+    ]
+    content = {
+        "model": default_upstream().add_script(stream_response(pieces)),
+        "messages": [],
+        "stream": True,
+    }
+    got = request(default_router().port, "POST", "/v1/messages", content)
     assert got.content.count(b"event: content_block_delta\n") == 2
     assert b'"text":"<"' in got.content
 
@@ -4139,7 +4210,9 @@ def test_fuzz_answers(docs: list, ollama: bool, stream: bool) -> None:
     """An answer of any shape is relayed or is a BadGateway, never a fault of ours."""
     dialect = smolrouter.OLLAMA if ollama else smolrouter.OPENAI
     path = "/api/chat" if ollama else CHAT
-    body = dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream})
+    body = encode_json(
+        {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream}
+    )
     asked = dialect.read(path, "", body)
     timing = smolrouter.Timing(0.0, 1, 1)
     plan = smolrouter.AnswerPlan(
@@ -4168,18 +4241,20 @@ ODD_DOCUMENTS = [
 @pytest.mark.parametrize("doc", ODD_DOCUMENTS, ids=range(len(ODD_DOCUMENTS)))
 @pytest.mark.parametrize("path", [CHAT, "/api/chat", "/api/embed"])
 def test_odd_document_is_no_internal_error(path: str, doc: Any) -> None:
-    model = stage().plays(json_answer(doc))
-    asked = {"model": model, "input": "a"} if "embed" in path else asking(path, model, False)
-    got = request(shared().port, "POST", path, asked)
+    model = default_upstream().add_script(json_response(doc))
+    asked = (
+        {"model": model, "input": "a"} if "embed" in path else example_request(path, model, False)
+    )
+    got = request(default_router().port, "POST", path, asked)
     assert got.status in (200, 502)
     assert got.status == 200 or isinstance(got.json["error"], dict if path == CHAT else str)
 
 
 def test_cut_document_is_no_answer() -> None:
-    content = dumps(completion({}, "<think>a</think>x"))[:-5]
+    content = encode_json(completion({}, "<think>a</think>x"))[:-5]
     kind = [("Content-Type", "application/json"), ("Connection", "close")]
-    model = stage().plays([head(200, kind) + content, CLOSE])
-    assert ask(shared(), model).status == 502
+    model = default_upstream().add_script([response_head(200, kind) + content, CLOSE])
+    assert post_chat(default_router(), model).status == 502
 
 
 # --- OpenAI: the official client ------------------------------------------------------
@@ -4189,13 +4264,15 @@ def test_cut_document_is_no_answer() -> None:
 @each_openai
 def test_openai_chat(sdk: Sdk, way: str) -> None:
     model = f"{way}-talk"
-    got = sdk.call(ways().url, "chat.completions.create", model=model, messages=ASKED)
-    assert got.choices[0].message.content == ANSWER
+    got = sdk.call(
+        sdk_router().url, "chat.completions.create", model=model, messages=HELLO_MESSAGES
+    )
+    assert got.choices[0].message.content == HELLO_ANSWER
     assert got.choices[0].finish_reason == "stop"
-    assert got.usage.model_dump(exclude_none=True) == usage_of(ANSWER)
-    heard = latest()
-    assert heard.json == {"model": "talk", "messages": ASKED}
-    assert heard.get("Authorization") == f"Bearer {KEY}"
+    assert got.usage.model_dump(exclude_none=True) == usage_of(HELLO_ANSWER)
+    heard = last_request()
+    assert heard.json == {"model": "talk", "messages": HELLO_MESSAGES}
+    assert heard.get("Authorization") == f"Bearer {CLIENT_KEY}"
     assert heard.get("OpenAI-Organization") == "homelab"
     assert "OpenAI" in (heard.get("User-Agent") or "")
 
@@ -4206,19 +4283,19 @@ def test_openai_chat(sdk: Sdk, way: str) -> None:
 def test_openai_streamed_chat(sdk: Sdk, way: str, wanted: bool) -> None:
     asked: Any = {"stream_options": {"include_usage": True}} if wanted else {}
     parts = sdk.call(
-        ways().url,
+        sdk_router().url,
         "chat.completions.create",
         model=f"{way}-talk",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
         stream=True,
         **asked,
     )
     choices = [p.choices[0] for p in parts if p.choices]
-    assert "".join(c.delta.content or "" for c in choices) == ANSWER
+    assert "".join(c.delta.content or "" for c in choices) == HELLO_ANSWER
     assert [c.finish_reason for c in choices][-1] == "stop"
-    assert latest().json["stream_options"] == {"include_usage": True}
+    assert last_request().json["stream_options"] == {"include_usage": True}
     usages = [p.usage.model_dump(exclude_none=True) for p in parts if p.usage]
-    assert usages == ([usage_of(ANSWER)] if wanted else [])
+    assert usages == ([usage_of(HELLO_ANSWER)] if wanted else [])
     assert len(parts) == len(choices) + wanted
 
 
@@ -4227,7 +4304,7 @@ def test_openai_streamed_chat(sdk: Sdk, way: str, wanted: bool) -> None:
 @whole_or_streamed
 def test_openai_legacy_completions(sdk: Sdk, way: str, stream: bool) -> None:
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "completions.create",
         model=f"{way}-talk",
         prompt="hello",
@@ -4236,8 +4313,8 @@ def test_openai_legacy_completions(sdk: Sdk, way: str, stream: bool) -> None:
         logit_bias={"50256": -100},
     )
     parts = got if stream else [got]
-    assert "".join(c.text for p in parts for c in p.choices) == ANSWER
-    heard = latest()
+    assert "".join(c.text for p in parts for c in p.choices) == HELLO_ANSWER
+    heard = last_request()
     assert heard.path == "/v1/completions"
     expected = {
         "model": "talk",
@@ -4255,7 +4332,7 @@ def test_openai_legacy_completions(sdk: Sdk, way: str, stream: bool) -> None:
 def test_openai_embeddings(sdk: Sdk, way: str, form: str | None) -> None:
     asked: Any = {"encoding_format": form} if form else {}
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "embeddings.create",
         model=f"{way}-vectors",
         input=["a", "b"],
@@ -4265,7 +4342,7 @@ def test_openai_embeddings(sdk: Sdk, way: str, form: str | None) -> None:
     packed = base64.b64encode(struct.pack("<3f", *VECTOR)).decode()
     expected = packed if form == "base64" else VECTOR
     assert [d.embedding for d in got.data] == [expected, expected]
-    heard = latest().json
+    heard = last_request().json
     assert (heard["model"], heard["input"], heard["dimensions"]) == ("vectors", ["a", "b"], 3)
 
 
@@ -4273,29 +4350,29 @@ def test_openai_embeddings(sdk: Sdk, way: str, form: str | None) -> None:
 @each_openai
 def test_openai_tool_calls(sdk: Sdk, way: str) -> None:
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "chat.completions.create",
         model=f"{way}-tools",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
         tools=TOOLS,
         tool_choice="auto",
     )
     calls = got.choices[0].message.tool_calls
     functions = [call.function for call in calls]
-    assert [(f.name, json.loads(f.arguments)) for f in functions] == [*CALLS]
+    assert [(f.name, json.loads(f.arguments)) for f in functions] == [*TOOL_CALLS]
     assert [call.id for call in calls] == ["call_0", "call_1"]
     assert got.choices[0].finish_reason == "tool_calls"
-    assert latest().json["tools"] == TOOLS
+    assert last_request().json["tools"] == TOOLS
 
 
 @each_way
 @each_openai
 def test_openai_streamed_tool_calls(sdk: Sdk, way: str) -> None:
     parts = sdk.call(
-        ways().url,
+        sdk_router().url,
         "chat.completions.create",
         model=f"{way}-tools",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
         tools=TOOLS,
         stream=True,
     )
@@ -4305,7 +4382,7 @@ def test_openai_streamed_tool_calls(sdk: Sdk, way: str) -> None:
         function = fragment.function
         for i, text in enumerate((fragment.id, function.name, function.arguments)):
             seen[i] += text or ""
-    assert [(name, json.loads(text)) for _, name, text in gathered.values()] == [*CALLS]
+    assert [(name, json.loads(text)) for _, name, text in gathered.values()] == [*TOOL_CALLS]
     assert [call_id for call_id, _, _ in gathered.values()] == ["call_0", "call_1"]
     assert parts[-1].choices[0].finish_reason == "tool_calls"
 
@@ -4313,16 +4390,16 @@ def test_openai_streamed_tool_calls(sdk: Sdk, way: str) -> None:
 @each_way
 @each_openai
 def test_openai_structured_output(sdk: Sdk, way: str) -> None:
-    shape = need("pydantic").create_model("City", city=(str, ...), people=(int, ...))
+    shape = import_or_skip("pydantic").create_model("City", city=(str, ...), people=(int, ...))
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "chat.completions.parse",
         model=f"{way}-json",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
         response_format=shape,
     )
     assert got.choices[0].message.parsed.model_dump() == CITY
-    asked = latest().json["response_format"]
+    asked = last_request().json["response_format"]
     assert asked["type"] == "json_schema"
     assert set(asked["json_schema"]["schema"]["properties"]) == set(CITY)
 
@@ -4338,9 +4415,11 @@ def image_part(kind: str) -> dict:
 def test_openai_vision(sdk: Sdk, way: str) -> None:
     parts = [{"type": "text", "text": "hello"}, *map(image_part, PICTURES)]
     messages = [{"role": "user", "content": parts}]
-    got = sdk.call(ways().url, "chat.completions.create", model=f"{way}-talk", messages=messages)
-    assert got.choices[0].message.content == ANSWER
-    assert latest().json["messages"] == messages
+    got = sdk.call(
+        sdk_router().url, "chat.completions.create", model=f"{way}-talk", messages=messages
+    )
+    assert got.choices[0].message.content == HELLO_ANSWER
+    assert last_request().json["messages"] == messages
 
 
 @each_way
@@ -4348,7 +4427,7 @@ def test_openai_vision(sdk: Sdk, way: str) -> None:
 @whole_or_streamed
 def test_openai_responses(sdk: Sdk, way: str, stream: bool) -> None:
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "responses.create",
         model=f"{way}-respond",
         input="hello",
@@ -4357,9 +4436,9 @@ def test_openai_responses(sdk: Sdk, way: str, stream: bool) -> None:
     )
     if stream:
         assert [p.type for p in got][1:3] == ["response.output_text.delta"] * 2
-        assert "".join(p.delta for p in got[1:3]) == ANSWER
-    assert (got[-1].response if stream else got).output_text == ANSWER
-    heard = latest()
+        assert "".join(p.delta for p in got[1:3]) == HELLO_ANSWER
+    assert (got[-1].response if stream else got).output_text == HELLO_ANSWER
+    heard = last_request()
     assert heard.path == "/v1/responses"
     assert heard.json == {
         "model": "respond",
@@ -4371,22 +4450,24 @@ def test_openai_responses(sdk: Sdk, way: str, stream: bool) -> None:
 
 @each_openai
 def test_openai_gzip_that_nobody_asked_for(sdk: Sdk) -> None:
-    got = sdk.call(ways().url, "chat.completions.create", model="squeeze", messages=ASKED)
-    assert got.choices[0].message.content == ANSWER
+    got = sdk.call(
+        sdk_router().url, "chat.completions.create", model="squeeze", messages=HELLO_MESSAGES
+    )
+    assert got.choices[0].message.content == HELLO_ANSWER
 
 
 def test_openai_parallel_streams_are_not_mixed() -> None:
-    create = OPENAI[1].client(ways().url).chat.completions.create
+    create = OPENAI_SDKS[1].client(sdk_router().url).chat.completions.create
     said = [" ".join([f"n{number}"] * 20) for number in range(20)]
 
     async def one(text: str) -> str:
-        stream = await create(**chat("map-talk", text, stream=True))
+        stream = await create(**chat_document("map-talk", text, stream=True))
         return "".join([p.choices[0].delta.content or "" async for p in stream])
 
     async def everyone() -> list[str]:
         return await asyncio.gather(*map(one, said))
 
-    assert in_loop(everyone()) == [f"You said: {text}" for text in said]
+    assert run_in_loop(everyone()) == [f"You said: {text}" for text in said]
 
 
 @each_way
@@ -4394,7 +4475,7 @@ def test_openai_parallel_streams_are_not_mixed() -> None:
 @pytest.mark.parametrize("form", ("mp3", "wav"), ids=("length", "chunks"))
 def test_openai_speech_is_exact(sdk: Sdk, way: str, form: str) -> None:
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "audio.speech.create",
         model=f"{way}-speak",
         voice="echo",
@@ -4412,14 +4493,14 @@ def test_openai_client_of_an_ollama_server(sdk: Sdk, stream: bool) -> None:
         native().url,
         "chat.completions.create",
         model="rule-llama3",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
         stream=stream,
     )
     choices = [p.choices[0] for p in (got if stream else [got])]
     said = [(c.delta if stream else c.message).content or "" for c in choices]
-    assert "".join(said) == ANSWER
-    assert latest(gpu()).path == "/v1/chat/completions"
-    assert latest(gpu()).model == "llama3"
+    assert "".join(said) == HELLO_ANSWER
+    assert last_request(gpu()).path == "/v1/chat/completions"
+    assert last_request(gpu()).model == "llama3"
 
 
 # --- OpenAI: errors -------------------------------------------------------------------
@@ -4428,20 +4509,20 @@ def test_openai_client_of_an_ollama_server(sdk: Sdk, stream: bool) -> None:
 @each_way
 @each_openai
 @whole_or_streamed
-@pytest.mark.parametrize("status", ERRORS)
+@pytest.mark.parametrize("status", SDK_ERRORS)
 def test_openai_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: int) -> None:
-    with pytest.raises(getattr(need("openai"), ERRORS[status])) as caught:
+    with pytest.raises(getattr(import_or_skip("openai"), SDK_ERRORS[status])) as caught:
         sdk.call(
-            ways().url,
+            sdk_router().url,
             "chat.completions.create",
             model=f"{way}-error-{status}",
-            messages=ASKED,
+            messages=HELLO_MESSAGES,
             stream=stream,
         )
     error = caught.value
     assert error.status_code == status
     assert (error.type, error.code) == ("own", "own")
-    assert error.response.content == dumps(own_error(status))
+    assert error.response.content == encode_json(own_error(status))
     assert error.response.headers.get("Retry-After") == ("7" if status == 429 else None)
 
 
@@ -4450,12 +4531,12 @@ def test_openai_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: i
 @pytest.mark.parametrize("stream", (False,), ids=("whole",))
 @pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
 def test_openai_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, status: int) -> None:
-    with pytest.raises(need("openai").InternalServerError) as caught:
+    with pytest.raises(import_or_skip("openai").InternalServerError) as caught:
         sdk.call(
-            hasty().url,
+            impatient_router().url,
             "chat.completions.create",
             model=f"{way}-{name}",
-            messages=ASKED,
+            messages=HELLO_MESSAGES,
             stream=stream,
         )
     assert caught.value.status_code == status
@@ -4471,23 +4552,28 @@ def test_openai_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, stat
 @each_openai
 def test_openai_client_loses_its_patience(sdk: Sdk, way: str) -> None:
     hurried = dataclasses.replace(sdk, timeout=0.3)
-    with pytest.raises(need("openai").APITimeoutError):
-        hurried.call(ways().url, "chat.completions.create", model=f"{way}-mute", messages=ASKED)
-    connection = bench().connections[latest().connection]
-    assert until(lambda: connection.closed), "the upstream still works for nobody"
+    with pytest.raises(import_or_skip("openai").APITimeoutError):
+        hurried.call(
+            sdk_router().url,
+            "chat.completions.create",
+            model=f"{way}-mute",
+            messages=HELLO_MESSAGES,
+        )
+    connection = sdk_upstream().connections[last_request().connection]
+    assert wait_until(lambda: connection.closed), "the upstream still works for nobody"
 
 
 @pytest.mark.parametrize("way", ("alias",))
 @each_openai
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", BREAKING_SCRIPTS)
 def test_openai_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
     parts: list[Any] = []
-    with pytest.raises(need("openai").APIError) as caught:
+    with pytest.raises(import_or_skip("openai").APIError) as caught:
         sdk.call(
-            hasty().url,
+            impatient_router().url,
             "chat.completions.create",
             model=f"{way}-{name}",
-            messages=ASKED,
+            messages=HELLO_MESSAGES,
             stream=True,
             parts=parts,
         )
@@ -4505,16 +4591,21 @@ BROKEN_STREAMS: dict[str, list[Step]] = {
     "closed in a chunk": broken_stream(b"ff\r\ndata: {", CLOSE),
     "closed in the last chunk": broken_stream(b"0\r\n", CLOSE),
     "bytes fewer than the length": [
-        head(200, [("Content-Type", "text/event-stream"), ("Content-Length", "9999")]),
-        event(completion_events({}, "Hello")[1]), CLOSE],
+        response_head(200, [("Content-Type", "text/event-stream"), ("Content-Length", "9999")]),
+        encode_event(completion_events({}, "Hello")[1]), CLOSE],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
 @pytest.mark.parametrize("name", BROKEN_STREAMS)
 def test_broken_stream_ends_in_an_error_of_its_dialect(name: str, path: str) -> None:
-    model = stage().plays(BROKEN_STREAMS[name])
-    got = request(shared().port, "POST", path, {**ASKS[path], "model": model, "stream": True})
+    model = default_upstream().add_script(BROKEN_STREAMS[name])
+    got = request(
+        default_router().port,
+        "POST",
+        path,
+        {**EXAMPLE_REQUESTS[path], "model": model, "stream": True},
+    )
     assert got.status == 200
     assert b"Hello" in got.content
     assert b"[DONE]" not in got.content and b'"done":true' not in got.content
@@ -4531,13 +4622,13 @@ def test_broken_stream_ends_in_an_error_of_its_dialect(name: str, path: str) -> 
 @each_way
 @whole_or_streamed
 def test_anthropic_messages(way: str, stream: bool) -> None:
-    body = {"model": f"{way}-claude", "max_tokens": 9, "messages": ASKED, "stream": stream}
-    got = tell("/v1/messages", body, X_Api_Key=KEY, Anthropic_Version="2023-06-01")
+    body = {"model": f"{way}-claude", "max_tokens": 9, "messages": HELLO_MESSAGES, "stream": stream}
+    got = post_json("/v1/messages", body, X_Api_Key=CLIENT_KEY, Anthropic_Version="2023-06-01")
     assert got.status == 200
     assert got.content == (b"".join(CLAUDE_EVENTS) if stream else CLAUDE_MESSAGE)
-    heard = latest()
-    assert heard.content == dumps(body | {"model": "claude"})
-    assert heard.get("X-Api-Key") == KEY
+    heard = last_request()
+    assert heard.content == encode_json(body | {"model": "claude"})
+    assert heard.get("X-Api-Key") == CLIENT_KEY
     assert heard.get("Anthropic-Version") == "2023-06-01"
 
 
@@ -4554,9 +4645,9 @@ OTHER_PATHS = (
 
 @pytest.mark.parametrize("method, target, body", OTHER_PATHS)
 def test_other_paths_reach_the_server(method: str, target: str, body: Any) -> None:
-    got = request(ways().port, method, target, body)
+    got = request(sdk_router().port, method, target, body)
     assert got.status == 200
-    sent = dumps(body | {"model": "tiny"}) if isinstance(body, dict) else body or b""
+    sent = encode_json(body | {"model": "tiny"}) if isinstance(body, dict) else body or b""
     assert got.json["method"] == method
     assert got.json["target"] == target
     assert got.json["content"] == sent.decode("latin-1")
@@ -4565,8 +4656,8 @@ def test_other_paths_reach_the_server(method: str, target: str, body: Any) -> No
 @pytest.mark.parametrize("path", ("/v1/chat/completions", "/v1/completions"))
 def test_query_string_survives(path: str) -> None:
     target = f"{path}?api-version=2024-02-01&empty=&sign=%2B+%c3%a9"
-    assert tell(target, {**chat("rule-talk"), "prompt": "hi"}).status == 200
-    assert latest().target == target
+    assert post_json(target, {**chat_document("rule-talk"), "prompt": "hi"}).status == 200
+    assert last_request().target == target
 
 
 # --- Ollama: the official client ------------------------------------------------------
@@ -4601,15 +4692,15 @@ def check_counts(last: Any, text: str) -> None:
 @whole_or_lines
 def test_ollama_chat(sdk: Sdk, way: str, stream: bool) -> None:
     model = f"{way}-talk"
-    got = sdk.call(ways().url, "chat", model=model, messages=ASKED, stream=stream)
+    got = sdk.call(sdk_router().url, "chat", model=model, messages=HELLO_MESSAGES, stream=stream)
     parts = got if stream else [got]
-    assert "".join(p.message.content or "" for p in parts) == ANSWER
+    assert "".join(p.message.content or "" for p in parts) == HELLO_ANSWER
     assert {p.message.role for p in parts} == {"assistant"}
     check_ollama(parts, model)
-    check_counts(parts[-1], ANSWER)
-    heard = latest()
+    check_counts(parts[-1], HELLO_ANSWER)
+    heard = last_request()
     assert heard.path == "/v1/chat/completions"
-    assert (heard.json["model"], heard.json["messages"]) == ("talk", ASKED)
+    assert (heard.json["model"], heard.json["messages"]) == ("talk", HELLO_MESSAGES)
     assert bool(heard.json.get("stream")) == stream
 
 
@@ -4619,7 +4710,7 @@ def test_ollama_chat(sdk: Sdk, way: str, stream: bool) -> None:
 def test_ollama_generate(sdk: Sdk, way: str, stream: bool) -> None:
     model = f"{way}-talk"
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "generate",
         model=model,
         prompt="hello",
@@ -4627,23 +4718,23 @@ def test_ollama_generate(sdk: Sdk, way: str, stream: bool) -> None:
         stream=stream,
     )
     parts = got if stream else [got]
-    assert "".join(p.response or "" for p in parts) == ANSWER
+    assert "".join(p.response or "" for p in parts) == HELLO_ANSWER
     check_ollama(parts, model)
-    check_counts(parts[-1], ANSWER)
+    check_counts(parts[-1], HELLO_ANSWER)
     system = {"role": "system", "content": "be kind"}
-    assert latest().json["messages"] == [system, *ASKED]
+    assert last_request().json["messages"] == [system, *HELLO_MESSAGES]
 
 
 @each_way
 @each_ollama
 @pytest.mark.parametrize("given", ("a", ["a", "b"]), ids=("one", "two"))
 def test_ollama_embed(sdk: Sdk, way: str, given: str | list[str]) -> None:
-    got = sdk.call(ways().url, "embed", model=f"{way}-vectors", input=given)
+    got = sdk.call(sdk_router().url, "embed", model=f"{way}-vectors", input=given)
     assert [list(v) for v in got.embeddings] == [VECTOR] * len(given)
     assert got.model == f"{way}-vectors"
     assert got.prompt_eval_count == 5
     assert got.total_duration > 0
-    heard = latest()
+    heard = last_request()
     assert heard.path == "/v1/embeddings"
     assert heard.model == "vectors"
     assert heard.json["input"] in (given, [given])
@@ -4652,9 +4743,9 @@ def test_ollama_embed(sdk: Sdk, way: str, given: str | list[str]) -> None:
 @each_way
 @each_ollama
 def test_ollama_old_embeddings(sdk: Sdk, way: str) -> None:
-    got = sdk.call(ways().url, "embeddings", model=f"{way}-vectors", prompt="a")
+    got = sdk.call(sdk_router().url, "embeddings", model=f"{way}-vectors", prompt="a")
     assert list(got.embedding) == VECTOR
-    assert latest().json["input"] in ("a", ["a"])
+    assert last_request().json["input"] in ("a", ["a"])
 
 
 @each_way
@@ -4662,12 +4753,14 @@ def test_ollama_old_embeddings(sdk: Sdk, way: str) -> None:
 @whole_or_lines
 def test_ollama_tool_calls(sdk: Sdk, way: str, stream: bool) -> None:
     model = f"{way}-tools"
-    got = sdk.call(ways().url, "chat", model=model, messages=ASKED, tools=TOOLS, stream=stream)
+    got = sdk.call(
+        sdk_router().url, "chat", model=model, messages=HELLO_MESSAGES, tools=TOOLS, stream=stream
+    )
     parts = got if stream else [got]
     calls = [c.function for p in parts for c in p.message.tool_calls or ()]
-    assert [(c.name, dict(c.arguments)) for c in calls] == [*CALLS]
+    assert [(c.name, dict(c.arguments)) for c in calls] == [*TOOL_CALLS]
     assert parts[-1].done and parts[-1].done_reason in ("stop", "tool_calls")
-    assert latest().json["tools"] == TOOLS
+    assert last_request().json["tools"] == TOOLS
 
 
 def check_format(asked: dict, schema: dict | None) -> None:
@@ -4686,14 +4779,14 @@ def check_format(asked: dict, schema: dict | None) -> None:
 def test_ollama_structured_output(sdk: Sdk, way: str, form: str) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "chat",
         model=f"{way}-json",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
         format="json" if form == "json" else schema,
     )
     assert json.loads(got.message.content) == CITY
-    check_format(latest().json["response_format"], None if form == "json" else schema)
+    check_format(last_request().json["response_format"], None if form == "json" else schema)
 
 
 @each_way
@@ -4703,9 +4796,9 @@ def test_ollama_vision(sdk: Sdk, way: str, method: str) -> None:
     images = [*PICTURES.values()]
     asked: dict[str, Any] = {"prompt": "hello", "images": images}
     if method == "chat":
-        asked = {"messages": [{**ASKED[0], "images": images}]}
-    sdk.call(ways().url, method, model=f"{way}-talk", **asked)
-    message = latest().json["messages"][-1]
+        asked = {"messages": [{**HELLO_MESSAGES[0], "images": images}]}
+    sdk.call(sdk_router().url, method, model=f"{way}-talk", **asked)
+    message = last_request().json["messages"][-1]
     assert message["role"] == "user"
     texts = [part["text"] for part in message["content"] if part["type"] == "text"]
     urls = [part for part in message["content"] if part["type"] == "image_url"]
@@ -4721,14 +4814,14 @@ def test_ollama_vision(sdk: Sdk, way: str, method: str) -> None:
 @each_way
 @each_ollama
 @whole_or_lines
-@pytest.mark.parametrize("status", ERRORS)
+@pytest.mark.parametrize("status", SDK_ERRORS)
 def test_ollama_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: int) -> None:
-    with pytest.raises(need("ollama").ResponseError) as caught:
+    with pytest.raises(import_or_skip("ollama").ResponseError) as caught:
         sdk.call(
-            ways().url,
+            sdk_router().url,
             "chat",
             model=f"{way}-error-{status}",
-            messages=ASKED,
+            messages=HELLO_MESSAGES,
             stream=stream,
         )
     assert caught.value.status_code == status
@@ -4741,8 +4834,10 @@ def test_ollama_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: i
 @pytest.mark.parametrize("stream", (False,), ids=("whole",))
 @pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
 def test_ollama_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, status: int) -> None:
-    with pytest.raises(need("ollama").ResponseError) as caught:
-        sdk.call(hasty().url, "generate", model=f"{way}-{name}", prompt="x", stream=stream)
+    with pytest.raises(import_or_skip("ollama").ResponseError) as caught:
+        sdk.call(
+            impatient_router().url, "generate", model=f"{way}-{name}", prompt="x", stream=stream
+        )
     assert caught.value.status_code == status
     if status == 504:
         assert "REQUEST_TIMEOUT" in caught.value.error and "0.75" in caught.value.error
@@ -4750,15 +4845,15 @@ def test_ollama_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, stat
 
 @pytest.mark.parametrize("way", ("alias",))
 @each_ollama
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", BREAKING_SCRIPTS)
 def test_ollama_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
     parts: list[Any] = []
-    with pytest.raises(need("ollama").ResponseError) as caught:
+    with pytest.raises(import_or_skip("ollama").ResponseError) as caught:
         sdk.call(
-            hasty().url,
+            impatient_router().url,
             "chat",
             model=f"{way}-{name}",
-            messages=ASKED,
+            messages=HELLO_MESSAGES,
             stream=True,
             parts=parts,
         )
@@ -4768,9 +4863,9 @@ def test_ollama_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
         assert "out of memory" in caught.value.error
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", BREAKING_SCRIPTS)
 def test_ollama_last_line_is_the_error(name: str) -> None:
-    got = tell("/api/generate", {"model": name, "prompt": "x"}, hasty())
+    got = post_json("/api/generate", {"model": name, "prompt": "x"}, impatient_router())
     assert got.status == 200
     *words, last = got.documents
     assert "".join(w["response"] for w in words) == "One two "
@@ -4778,7 +4873,7 @@ def test_ollama_last_line_is_the_error(name: str) -> None:
 
 
 def test_ollama_error_keeps_retry_after() -> None:
-    got = tell("/api/chat", chat("error-429"))
+    got = post_json("/api/chat", chat_document("error-429"))
     assert (got.status, got.get("Retry-After")) == (429, "7")
     assert got.json == {"error": "the server's own 429"}
 
@@ -4794,17 +4889,17 @@ ERROR_EVENTS = {
 @pytest.mark.parametrize("error", ERROR_EVENTS.values(), ids=ERROR_EVENTS)
 @pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
 def test_ollama_reads_error_events(error: bytes, stream: bool) -> None:
-    model = bench().plays(sse_answer([WORD, error]))
-    got = tell("/api/chat", {**chat(model), "stream": stream})
+    model = sdk_upstream().add_script(sse_response([RAW_WORD, error]))
+    got = post_json("/api/chat", {**chat_document(model), "stream": stream})
     assert (got.documents[-1] if stream else got.json) == {"error": "no memory"}
     assert got.status == (200 if stream else 502)
 
 
-@pytest.mark.parametrize("said", ([], [WORD]), ids=("nothing", "a word"))
+@pytest.mark.parametrize("said", ([], [RAW_WORD]), ids=("nothing", "a word"))
 @pytest.mark.parametrize("stream", (True, False), ids=("lines", "whole"))
 def test_ollama_makes_no_end_for_a_stream_without_one(said: list[bytes], stream: bool) -> None:
-    model = bench().plays(sse_answer(said))
-    got = tell("/api/chat", {**chat(model), "stream": stream})
+    model = sdk_upstream().add_script(sse_response(said))
+    got = post_json("/api/chat", {**chat_document(model), "stream": stream})
     *words, last = got.documents if stream and said else [got.json]
     assert last == {"error": "the stream ended before the answer was complete"}
     assert [word["done"] for word in words] == [False] * (stream and len(said))
@@ -4813,9 +4908,9 @@ def test_ollama_makes_no_end_for_a_stream_without_one(said: list[bytes], stream:
 
 @pytest.mark.parametrize("error", list(ERROR_EVENTS.values())[:2], ids=list(ERROR_EVENTS)[:2])
 def test_error_event_ends_a_stream(error: bytes) -> None:
-    model = bench().plays(sse_answer([WORD, error], chunked=False))
-    got = tell("/v1/chat/completions", chat(model, stream=True))
-    assert got.content == WORD + error
+    model = sdk_upstream().add_script(sse_response([RAW_WORD, error], chunked=False))
+    got = post_json("/v1/chat/completions", chat_document(model, stream=True))
+    assert got.content == RAW_WORD + error
 
 
 ERROR_CONTENTS = {
@@ -4833,15 +4928,15 @@ ERROR_CONTENTS = {
 @pytest.mark.parametrize("path", ("/api/chat", "/api/embed"))
 def test_ollama_error_is_always_text(path: str, content: bytes) -> None:
     kind = "application/json" if content.startswith(b"{") else "text/html"
-    model = bench().plays(answer(content, 422, kind=kind))
-    got = tell(path, {"model": model, "messages": ASKED, "input": "a"})
+    model = sdk_upstream().add_script(whole_response(content, 422, kind=kind))
+    got = post_json(path, {"model": model, "messages": HELLO_MESSAGES, "input": "a"})
     assert got.status == 422
     check_error(path, got)
     assert "no such layer" in got.json["error"]
 
 
 def test_ollama_error_without_content() -> None:
-    got = tell("/api/chat", chat(bench().plays(answer(b"", 503))))
+    got = post_json("/api/chat", chat_document(sdk_upstream().add_script(whole_response(b"", 503))))
     assert got.status == 503
     check_error("/api/chat", got)
 
@@ -4849,14 +4944,14 @@ def test_ollama_error_without_content() -> None:
 BAD_REQUESTS: dict[str, dict] = {
     "messages": {"messages": "hello"},
     "a message": {"messages": ["hello"]},
-    "options": {"messages": ASKED, "options": "cold"},
-    "format": {"messages": ASKED, "format": 5},
-    "an image": {"messages": [{**ASKED[0], "images": ["no base64!"]}]},
+    "options": {"messages": HELLO_MESSAGES, "options": "cold"},
+    "format": {"messages": HELLO_MESSAGES, "format": 5},
+    "an image": {"messages": [{**HELLO_MESSAGES[0], "images": ["no base64!"]}]},
     "a tool call": {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
-    "a limit": {"messages": ASKED, "options": {"num_predict": 1e999}},
-    "a long format": {"messages": ASKED, "format": ["y" * 99_999]},
+    "a limit": {"messages": HELLO_MESSAGES, "options": {"num_predict": 1e999}},
+    "a long format": {"messages": HELLO_MESSAGES, "format": ["y" * 99_999]},
     **{
-        f"a huge number in {name}": {"messages": [{**ASKED[0], **message}], **more}
+        f"a huge number in {name}": {"messages": [{**HELLO_MESSAGES[0], **message}], **more}
         for name, message, more in (
             ("options", {}, {"options": {"temperature": 1e999}}),
             ("tools", {}, {"tools": [1e999]}),
@@ -4871,8 +4966,8 @@ BAD_REQUESTS: dict[str, dict] = {
 
 @pytest.mark.parametrize("body", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
 def test_ollama_bad_request(body: dict) -> None:
-    with unheard():
-        got = tell("/api/chat", huge({"model": "talk", **body}))
+    with nothing_sent_upstream():
+        got = post_json("/api/chat", encode_huge_numbers({"model": "talk", **body}))
     assert got.status == 400
     check_error("/api/chat", got)
     assert len(got.content) < 200
@@ -4887,7 +4982,9 @@ def test_ollama_bad_request(body: dict) -> None:
     ids=["result", "call"],
 )
 def test_a_tool_name_that_is_none_is_told(message: dict[str, Any]) -> None:
-    got = request(shared().port, "POST", "/api/chat", {"model": "tiny", "messages": [message]})
+    got = request(
+        default_router().port, "POST", "/api/chat", {"model": "tiny", "messages": [message]}
+    )
     assert got.status == 400 and "messages[0]" in got.json["error"] and "name" in got.json["error"]
 
 
@@ -4909,9 +5006,9 @@ def test_options_of_the_other_protocol(options: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
 @pytest.mark.parametrize("asked", ({}, {"stream": True}, {"stream": False}), ids=repr)
 def test_ollama_streams_unless_told_not_to(path: str, asked: dict) -> None:
-    got = tell(path, {"model": "talk", "prompt": "hello", "messages": ASKED, **asked})
+    got = post_json(path, {"model": "talk", "prompt": "hello", "messages": HELLO_MESSAGES, **asked})
     streamed = asked.get("stream", True)
-    assert bool(latest().json.get("stream")) == streamed
+    assert bool(last_request().json.get("stream")) == streamed
     kind = "application/x-ndjson" if streamed else "application/json"
     assert (got.get("Content-Type") or "").split(";")[0] == kind
     parts = got.documents if streamed else [got.json]
@@ -4919,9 +5016,9 @@ def test_ollama_streams_unless_told_not_to(path: str, asked: dict) -> None:
     assert not streamed or got.content.endswith(b"}\n")
     check_ollama(parts, "talk")
     if path == "/api/chat":
-        assert "".join(p["message"]["content"] for p in parts) == ANSWER
+        assert "".join(p["message"]["content"] for p in parts) == HELLO_ANSWER
     else:
-        assert "".join(p["response"] for p in parts) == ANSWER
+        assert "".join(p["response"] for p in parts) == HELLO_ANSWER
 
 
 OLLAMA_OPTIONS: Cases = (
@@ -4949,10 +5046,10 @@ SAMPLING = {name for _, sent in OLLAMA_OPTIONS for name in sent}
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
 @pytest.mark.parametrize("options, sent", OLLAMA_OPTIONS, ids=lambda value: repr(value))
 def test_ollama_options(path: str, options: Any, sent: dict) -> None:
-    body = {"model": "talk", "prompt": "hello", "messages": ASKED, "stream": False}
-    got = tell(path, {**body, "options": options, "keep_alive": "5m"})
+    body = {"model": "talk", "prompt": "hello", "messages": HELLO_MESSAGES, "stream": False}
+    got = post_json(path, {**body, "options": options, "keep_alive": "5m"})
     assert got.status == 200
-    heard = latest().json
+    heard = last_request().json
     assert {name: heard[name] for name in SAMPLING if name in heard} == sent
     assert not {"options", "keep_alive", "num_predict", "prompt"} & set(heard)
 
@@ -4960,40 +5057,44 @@ def test_ollama_options(path: str, options: Any, sent: dict) -> None:
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
 @pytest.mark.parametrize("form", ("json", {"type": "object"}, "", None), ids=repr)
 def test_ollama_format(path: str, form: Any) -> None:
-    body = {"model": "talk", "prompt": "hello", "messages": ASKED, "format": form}
-    assert tell(path, body).status == 200
+    body = {"model": "talk", "prompt": "hello", "messages": HELLO_MESSAGES, "format": form}
+    assert post_json(path, body).status == 200
     if form:
         schema = form if isinstance(form, dict) else None
-        check_format(latest().json["response_format"], schema)
+        check_format(last_request().json["response_format"], schema)
     else:
-        assert "response_format" not in latest().json
+        assert "response_format" not in last_request().json
 
 
 def test_ollama_suffix() -> None:
     body = {"model": "talk", "prompt": "def f(", "suffix": "return 1", "stream": False}
-    got = tell("/api/generate", body)
+    got = post_json("/api/generate", body)
     assert got.json["response"].startswith("You said: ")
-    assert latest().json["suffix"] == "return 1"
+    assert last_request().json["suffix"] == "return 1"
 
 
 @pytest.mark.parametrize("prefix", ("", "data:image/png;base64,"), ids=("bare", "url"))
 def test_ollama_images_alone(prefix: str) -> None:
     data = base64.b64encode(PICTURES["png"]).decode()
     message = {"role": "user", "content": "", "images": [prefix + data]}
-    assert tell("/api/chat", {"model": "talk", "messages": [message]}).status == 200
-    content = latest().json["messages"][0]["content"]
+    assert post_json("/api/chat", {"model": "talk", "messages": [message]}).status == 200
+    content = last_request().json["messages"][0]["content"]
     assert [p for p in content if p["type"] == "image_url"] == [image_part("png")]
 
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])
 def test_a_translated_request_is_json_whatever_it_was_called(kind: str | None) -> None:
-    for path, document in ASKS.items():
+    for path, document in EXAMPLE_REQUESTS.items():
         if path.startswith("/api/"):
-            name = stage().plays([*FINE])
+            name = default_upstream().add_script([*FINE_RESPONSE])
             data = encode_request("POST", path, {**document, "model": name, "stream": False})
             called = f"Content-Type: {kind}\r\n".encode() if kind else b""
-            raw(shared().port, data.replace(b"Content-Type: application/json\r\n", called))
-            assert stage().heard(name)[0].get_all("Content-Type") == ["application/json"]
+            send_raw(
+                default_router().port, data.replace(b"Content-Type: application/json\r\n", called)
+            )
+            assert default_upstream().requests_for(name)[0].get_all("Content-Type") == [
+                "application/json"
+            ]
 
 
 # --- Ollama in front of OpenAI servers: tools -----------------------------------------
@@ -5011,12 +5112,12 @@ def tool_result(name: str, text: str) -> dict:
 
 TOOL_TALKS = {
     "two tools": [
-        ollama_calls(*CALLS),
+        ollama_calls(*TOOL_CALLS),
         tool_result("weather", "sunny"),
         tool_result("clock", "noon"),
     ],
     "other order": [
-        ollama_calls(*CALLS),
+        ollama_calls(*TOOL_CALLS),
         tool_result("clock", "noon"),
         tool_result("weather", "sunny"),
     ],
@@ -5026,9 +5127,9 @@ TOOL_TALKS = {
         tool_result("clock", "two"),
     ],
     "two turns": [
-        ollama_calls(CALLS[0]),
+        ollama_calls(TOOL_CALLS[0]),
         tool_result("weather", "sunny"),
-        ollama_calls(CALLS[0]),
+        ollama_calls(TOOL_CALLS[0]),
         tool_result("weather", "rainy"),
     ],
 }
@@ -5044,8 +5145,8 @@ RESULT_IDS = {  # what tools said after calls of clock, clock, weather; which ca
 @pytest.mark.parametrize("results, ids", RESULT_IDS.values(), ids=RESULT_IDS)
 def test_ollama_tool_result_takes_the_oldest_call(results: list[dict], ids: list[str]) -> None:
     called = ollama_calls(("clock", {}), ("clock", {}), ("weather", {}))
-    assert tell("/api/chat", {"model": "talk", "messages": [called, *results]}).status == 200
-    assert [m["tool_call_id"] for m in latest().json["messages"][1:]] == ids
+    assert post_json("/api/chat", {"model": "talk", "messages": [called, *results]}).status == 200
+    assert [m["tool_call_id"] for m in last_request().json["messages"][1:]] == ids
 
 
 def test_ollama_calls_and_results_cost_their_sum() -> None:
@@ -5054,7 +5155,11 @@ def test_ollama_calls_and_results_cost_their_sum() -> None:
     talk = [{"tool_calls": [call] * 30_000}, *[tool_result("g", "")] * 6000]
     assert (
         request(
-            ways().port, "POST", "/api/chat", {"model": "talk", "messages": talk}, patience=PATIENCE
+            sdk_router().port,
+            "POST",
+            "/api/chat",
+            {"model": "talk", "messages": talk},
+            patience=PATIENCE,
         ).status
         == 200
     )
@@ -5062,9 +5167,9 @@ def test_ollama_calls_and_results_cost_their_sum() -> None:
 
 @pytest.mark.parametrize("talk", TOOL_TALKS.values(), ids=TOOL_TALKS)
 def test_ollama_tool_results_find_their_calls(talk: list[dict]) -> None:
-    body = {"model": "talk", "messages": [*ASKED, *talk], "tools": TOOLS}
-    assert tell("/api/chat", body).status == 200
-    sent = latest().json["messages"][1:]
+    body = {"model": "talk", "messages": [*HELLO_MESSAGES, *talk], "tools": TOOLS}
+    assert post_json("/api/chat", body).status == 200
+    sent = last_request().json["messages"][1:]
     assert [m["role"] for m in sent] == [m["role"] for m in talk]
     names: dict[str, str] = {}
     answered = []
@@ -5106,9 +5211,9 @@ def test_ollama_arguments_are_objects(arguments: Any, expected: dict | None, str
     }
     said = {"role": "assistant", "content": None, "tool_calls": [call]}
     whole = {"choices": [{"index": 0, "message": said, "finish_reason": "tool_calls"}]}
-    events = [delta({}, said), delta({}, {}, "tool_calls"), "[DONE]"]
-    model = bench().plays(sse_answer(events) if stream else json_answer(whole))
-    got = tell("/api/chat", {**chat(model), "stream": stream})
+    events = [chat_chunk({}, said), chat_chunk({}, {}, "tool_calls"), "[DONE]"]
+    model = sdk_upstream().add_script(sse_response(events) if stream else json_response(whole))
+    got = post_json("/api/chat", {**chat_document(model), "stream": stream})
     parts = got.documents if stream else [got.json]
     (called,) = [c for p in parts for c in p["message"].get("tool_calls") or ()]
     assert called["function"]["name"] == "f"
@@ -5122,8 +5227,10 @@ def test_calls_of_other_ids_are_other_calls() -> None:
         calls = [{"index": 0, "id": f"id-{name}", "function": function}]
         return {"choices": [{"index": 0, "delta": {"tool_calls": calls}}]}
 
-    model = stage().plays(sse_answer([call("f"), call("g"), ENDED, "[DONE]"]))
-    got = request(shared().port, "POST", "/api/chat", asking("/api/chat", model, True))
+    model = default_upstream().add_script(sse_response([call("f"), call("g"), FINISH, "[DONE]"]))
+    got = request(
+        default_router().port, "POST", "/api/chat", example_request("/api/chat", model, True)
+    )
     calls = [c for d in got.documents for c in d.get("message", {}).get("tool_calls", [])]
     assert [c["function"]["name"] for c in calls] == ["f", "g"]
     assert [c["function"]["arguments"] for c in calls] == [{"x": 1}] * 2
@@ -5137,7 +5244,7 @@ OLLAMA_THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that
     ("think", {"think": False}, None, "Forty-two."),
     ("reason", {}, None, "Forty-two."),
     ("reason", {"think": True}, "Six times seven.", "Forty-two."),
-    ("talk", {"think": True}, "", ANSWER),
+    ("talk", {"think": True}, "", HELLO_ANSWER),
 )
 
 
@@ -5147,8 +5254,8 @@ OLLAMA_THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that
 def test_ollama_thinking(
     path: str, stream: bool, model: str, asked: dict, thoughts: str | None, words: str
 ) -> None:
-    body = {"model": model, "prompt": "hello", "messages": ASKED, "stream": stream}
-    got = tell(path, {**body, **asked})
+    body = {"model": model, "prompt": "hello", "messages": HELLO_MESSAGES, "stream": stream}
+    got = post_json(path, {**body, **asked})
     assert got.status == 200
     parts = got.documents if stream else [got.json]
     spoken = [p["message"] if path == "/api/chat" else p for p in parts]
@@ -5156,12 +5263,12 @@ def test_ollama_thinking(
     assert "".join(p.get(key) or "" for p in spoken) == words
     if thoughts is not None:
         assert "".join(p.get("thinking") or "" for p in spoken).strip() == thoughts
-    told = latest().json["messages"][-1]["content"]
+    told = last_request().json["messages"][-1]["content"]
     assert told == ("hello /no_think" if asked.get("think") is False else "hello")
 
 
 def test_ollama_thinking_by_degrees() -> None:
-    got = tell("/api/chat", {**chat("think"), "think": "high", "stream": False})
+    got = post_json("/api/chat", {**chat_document("think"), "think": "high", "stream": False})
     assert got.json["message"]["thinking"] == "Six times seven."
     assert got.json["message"]["content"] == "Forty-two."
 
@@ -5170,8 +5277,8 @@ def test_ollama_thinking_by_degrees() -> None:
 @pytest.mark.parametrize("model, reason", (("talk", "stop"), ("long", "length")))
 @whole_or_lines
 def test_ollama_done_reason(path: str, stream: bool, model: str, reason: str) -> None:
-    body = {"model": model, "prompt": "hello", "messages": ASKED, "stream": stream}
-    got = tell(path, body)
+    body = {"model": model, "prompt": "hello", "messages": HELLO_MESSAGES, "stream": stream}
+    got = post_json(path, body)
     parts = got.documents if stream else [got.json]
     check_ollama(parts, model, reason)
 
@@ -5189,8 +5296,8 @@ def test_ollama_done_reason(path: str, stream: bool, model: str, reason: str) ->
     ),
 )
 def test_ollama_nothing_to_say_is_a_load(path: str, body: dict) -> None:
-    with unheard():
-        got = tell(path, {"model": "talk:latest", **body})
+    with nothing_sent_upstream():
+        got = post_json(path, {"model": "talk:latest", **body})
     assert got.status == 200
     (document,) = [json.loads(line) for line in got.content.splitlines()]
     assert document["model"] == "talk:latest"
@@ -5204,40 +5311,40 @@ def test_ollama_nothing_to_say_is_a_load(path: str, body: dict) -> None:
         assert document["response"] == ""
 
 
-@pytest.mark.parametrize("asked", ("talk:latest", *(f"{w}-talk:latest" for w in WAYS)))
+@pytest.mark.parametrize("asked", ("talk:latest", *(f"{w}-talk:latest" for w in KINDS_OF_ROUTE)))
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
 def test_ollama_latest_is_no_part_of_the_name(path: str, asked: str) -> None:
-    got = tell(path, {"model": asked, "prompt": "hello", "messages": ASKED})
+    got = post_json(path, {"model": asked, "prompt": "hello", "messages": HELLO_MESSAGES})
     assert got.status == 200
-    assert latest().model == "talk"
+    assert last_request().model == "talk"
     check_ollama(got.documents, asked)
 
 
 @pytest.mark.parametrize("path", ("/api/embed", "/api/embeddings"))
 def test_ollama_vectors_are_no_stream(path: str) -> None:
-    got = tell(path, {"model": "vectors", "input": "a", "prompt": "a"})
+    got = post_json(path, {"model": "vectors", "input": "a", "prompt": "a"})
     assert (got.get("Content-Type") or "").startswith("application/json")
-    assert "stream" not in latest().json
+    assert "stream" not in last_request().json
 
 
 SAID = {
-    "usage is missing": [WORD, STOP, DONE],
-    "no finish reason": [WORD, DONE],
-    "no end mark": [WORD, STOP],
-    "no space after data": [WORD.replace(b"data: ", b"data:"), STOP, DONE],
-    "comments": [PING, WORD, PING, STOP, DONE],
-    "crlf": [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, EXTRA, DONE)],
-    "named events": [b"event: message\nid: 1\n" + WORD, STOP, DONE],
-    "role in each": [WORD.replace(b"{", b'{"role":"assistant",', 2), STOP, DONE],
-    "nulls": [TOP + b'{"content":"hi","tool_calls":null}}],"usage":null}\n\n', DONE],
+    "usage is missing": [RAW_WORD, RAW_STOP, RAW_DONE],
+    "no finish reason": [RAW_WORD, RAW_DONE],
+    "no end mark": [RAW_WORD, RAW_STOP],
+    "no space after data": [RAW_WORD.replace(b"data: ", b"data:"), RAW_STOP, RAW_DONE],
+    "comments": [RAW_PING, RAW_WORD, RAW_PING, RAW_STOP, RAW_DONE],
+    "crlf": [e.replace(b"\n", b"\r\n") for e in (RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE)],
+    "named events": [b"event: message\nid: 1\n" + RAW_WORD, RAW_STOP, RAW_DONE],
+    "role in each": [RAW_WORD.replace(b"{", b'{"role":"assistant",', 2), RAW_STOP, RAW_DONE],
+    "nulls": [RAW_TOP + b'{"content":"hi","tool_calls":null}}],"usage":null}\n\n', RAW_DONE],
 }
 
 
 @pytest.mark.parametrize("events", SAID.values(), ids=SAID)
 @pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
 def test_ollama_of_odd_streams(events: list[bytes], joined: bool) -> None:
-    model = bench().plays(sse_answer([b"".join(events)] if joined else events))
-    got = tell("/api/chat", chat(model))
+    model = sdk_upstream().add_script(sse_response([b"".join(events)] if joined else events))
+    got = post_json("/api/chat", chat_document(model))
     assert got.text == "hi"
     check_ollama(got.documents, model)
     assert isinstance(got.documents[-1]["eval_count"], int)
@@ -5245,12 +5352,12 @@ def test_ollama_of_odd_streams(events: list[bytes], joined: bool) -> None:
 
 
 def test_ollama_stream_of_a_server_that_does_not_stream() -> None:
-    model = bench().plays(json_answer(completion({}, ANSWER)))
-    got = tell("/api/chat", chat(model))
+    model = sdk_upstream().add_script(json_response(completion({}, HELLO_ANSWER)))
+    got = post_json("/api/chat", chat_document(model))
     assert got.get("Content-Type") == "application/x-ndjson"
-    assert got.text == ANSWER
+    assert got.text == HELLO_ANSWER
     check_ollama(got.documents, model)
-    check_counts(got.documents[-1], ANSWER)
+    check_counts(got.documents[-1], HELLO_ANSWER)
 
 
 @pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
@@ -5260,9 +5367,9 @@ def test_ollama_document_of_a_server_that_always_streams(path: str) -> None:
     said = [{"reasoning_content": "Hm"}, {"reasoning_content": "m."}, {"content": "Forty-"},
             {"content": "two.", "images": [{"image_url": {"url": "data:,"}}]},
             {"tool_calls": [call]}, {"tool_calls": [rest]}]  # fmt: skip
-    events = [delta({}, part) for part in said] + [delta({}, {}, "stop")]
-    model = bench().plays(sse_answer([*events, EXTRA, "[DONE]"]))
-    got = tell(path, {**chat(model), "prompt": "hi", "stream": False})
+    events = [chat_chunk({}, part) for part in said] + [chat_chunk({}, {}, "stop")]
+    model = sdk_upstream().add_script(sse_response([*events, RAW_USAGE_EVENT, "[DONE]"]))
+    got = post_json(path, {**chat_document(model), "prompt": "hi", "stream": False})
     assert got.get("Content-Type").startswith("application/json")
     check_ollama([got.json], model)
     message = got.json["message"] if path == "/api/chat" else got.json
@@ -5273,9 +5380,9 @@ def test_ollama_document_of_a_server_that_always_streams(path: str) -> None:
 
 
 def test_ollama_lines_without_any_filter() -> None:
-    router = router_for({"DEFAULT_UPSTREAM": bench().url, "STRIP_THINKING": "false"})
-    model = bench().plays(sse_answer([WORD, STOP, DONE]))
-    got = tell("/api/chat", chat(model), router)
+    router = shared_router({"DEFAULT_UPSTREAM": sdk_upstream().url, "STRIP_THINKING": "false"})
+    model = sdk_upstream().add_script(sse_response([RAW_WORD, RAW_STOP, RAW_DONE]))
+    got = post_json("/api/chat", chat_document(model), router)
     assert got.text == "hi"
     check_ollama(got.documents, model)
 
@@ -5285,7 +5392,7 @@ def test_ollama_lines_without_any_filter() -> None:
 
 @each_ollama
 def test_ollama_list(sdk: Sdk) -> None:
-    models = sdk.call(catalog().url, "list").models
+    models = sdk.call(models_router().url, "list").models
     names = {(m.model or "").removesuffix(":latest") for m in models}
     assert {"talk", "org/some-model", "alias-talk", "old-name"} <= names
     assert all(m.modified_at and m.details for m in models)
@@ -5294,7 +5401,7 @@ def test_ollama_list(sdk: Sdk) -> None:
 @each_ollama
 @pytest.mark.parametrize("name", ("tiny", "tiny:latest", "alias-talk", "old-name"))
 def test_ollama_show(sdk: Sdk, name: str) -> None:
-    got = sdk.call(catalog().url, "show", name)
+    got = sdk.call(models_router().url, "show", name)
     assert got.details is not None
     assert got.modelinfo is not None
     assert "completion" in got.capabilities
@@ -5302,13 +5409,13 @@ def test_ollama_show(sdk: Sdk, name: str) -> None:
 
 @each_ollama
 def test_ollama_ps(sdk: Sdk) -> None:
-    assert isinstance(sdk.call(catalog().url, "ps").models, list)
+    assert isinstance(sdk.call(models_router().url, "ps").models, list)
 
 
 def test_ollama_tags_and_models_say_the_same() -> None:
-    tags = request(catalog().port, "GET", "/api/tags").json["models"]
+    tags = request(models_router().port, "GET", "/api/tags").json["models"]
     names = [model["name"].removesuffix(":latest") for model in tags]
-    assert set(names) == set(model_names(catalog()))
+    assert set(names) == set(model_names(models_router()))
     for model in tags:
         assert model["model"] == model["name"]
         assert RFC_3339.fullmatch(model["modified_at"])
@@ -5318,13 +5425,13 @@ def test_ollama_tags_and_models_say_the_same() -> None:
 
 
 def test_ollama_version() -> None:
-    got = request(ways().port, "GET", "/api/version")
+    got = request(sdk_router().port, "GET", "/api/version")
     assert (got.status, [*got.json]) == (200, ["version"])
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", got.json["version"])
 
 
 def test_ollama_head_of_root() -> None:
-    got = request(ways().port, "HEAD", "/")
+    got = request(sdk_router().port, "HEAD", "/")
     assert (got.status, got.content) == (200, b"")
 
 
@@ -5341,8 +5448,8 @@ MANAGEMENT = (
 
 @pytest.mark.parametrize("method, path, body", MANAGEMENT)
 def test_ollama_management_needs_a_server(method: str, path: str, body: Any) -> None:
-    with unheard():
-        got = request(ways().port, method, path, body)
+    with nothing_sent_upstream():
+        got = request(sdk_router().port, method, path, body)
     assert got.status == 501
     if method != "HEAD":
         check_error(path, got)
@@ -5398,22 +5505,22 @@ def ollama_server(received: Received) -> Iterable[Step]:
     document = received.json if isinstance(received.json, dict) else {}
     streamed = document.get("stream", True)
     if received.model == "broken":
-        return json_answer({"error": "own trouble"}, 500)
+        return json_response({"error": "own trouble"}, 500)
     if received.path in ("/api/chat", "/api/generate"):
         if streamed:
-            return stream_answer(NATIVE_LINES, kind="application/x-ndjson")
-        return answer(NATIVE_WHOLE, kind="application/json")
+            return stream_response(NATIVE_LINES, kind="application/x-ndjson")
+        return whole_response(NATIVE_WHOLE, kind="application/json")
     if received.path in ("/api/pull", "/api/push", "/api/create"):
-        lines = [dumps(p) + b"\n" for p in PROGRESS]
+        lines = [encode_json(p) + b"\n" for p in PROGRESS]
         if streamed:
-            return stream_answer(lines, kind="application/x-ndjson")
-        return json_answer(PROGRESS[-1])
+            return stream_response(lines, kind="application/x-ndjson")
+        return json_response(PROGRESS[-1])
     if received.path in ("/api/copy", "/api/delete"):
-        return answer(b"")
+        return whole_response(b"")
     if received.path.startswith("/api/blobs/"):
-        return answer(b"", 201 if received.method == "POST" else 200)
+        return whole_response(b"", 201 if received.method == "POST" else 200)
     if received.path in NATIVE_DOCUMENTS:
-        return json_answer(NATIVE_DOCUMENTS[received.path])
+        return json_response(NATIVE_DOCUMENTS[received.path])
     return well_behaved(received)
 
 
@@ -5426,8 +5533,8 @@ def native() -> Router:
     """A router with one server of each kind."""
     servers = {
         "gpu": {"url": gpu().url, "api": "ollama"},
-        "bench": bench().url,
-        "dead": {"url": switched_off("dead"), "api": "ollama"},
+        "bench": sdk_upstream().url,
+        "dead": {"url": switched_off_url("dead"), "api": "ollama"},
     }
     aliases = {
         "alias-llama3": {"instances": ["dead/llama3", "gpu/llama3"]},
@@ -5437,9 +5544,12 @@ def native() -> Router:
         {"match": {"model": "/^rule-(.+)$/"}, "route": {"upstream": "gpu", "model": r"\1"}},
         {"match": {"model": "/^(llama3|broken)/"}, "route": {"upstream": "gpu"}},
     ]
-    settings = {"DEFAULT_UPSTREAM": bench().url, "MODEL_MAP": json.dumps({"/^map-(.+)$/": r"\1"})}
+    settings = {
+        "DEFAULT_UPSTREAM": sdk_upstream().url,
+        "MODEL_MAP": json.dumps({"/^map-(.+)$/": r"\1"}),
+    }
     table = {"servers": servers, "aliases": aliases, "routes": routes}
-    return router_for(settings, table)
+    return shared_router(settings, table)
 
 
 NATIVE_BODY = (
@@ -5456,9 +5566,9 @@ NATIVE_NAMES = ("llama3", "rule-llama3", "alias-llama3", "map-llama3")
 @whole_or_lines
 def test_native_request_goes_as_it_is(path: str, asked: str, stream: bool) -> None:
     flag = b"true" if stream else b"false"
-    got = tell(path, NATIVE_BODY % (asked.encode(), flag), native())
+    got = post_json(path, NATIVE_BODY % (asked.encode(), flag), native())
     assert got.status == 200
-    heard = latest(gpu())
+    heard = last_request(gpu())
     assert heard.path == path
     assert heard.content == NATIVE_BODY % (b"llama3", flag)
     if asked == "llama3":
@@ -5475,19 +5585,19 @@ def test_native_thinking_is_stripped_too() -> None:
         {"message": {"role": "assistant", "content": c}, "done": False}
         for c in ("<thi", "nk>Hm.</th", "ink>\n\nna=tive ")
     ]
-    lines = [dumps({"model": "llama3-x", **line}) + b"\n" for line in said]
-    gpu().scripts["llama3-x"] = lambda received: stream_answer(
+    lines = [encode_json({"model": "llama3-x", **line}) + b"\n" for line in said]
+    gpu().scripts["llama3-x"] = lambda received: stream_response(
         [*lines, NATIVE_LINES[1].replace(b"llama3", b"llama3-x"), NATIVE_LINES[2]],
         kind="application/x-ndjson",
     )
-    assert tell("/api/chat", chat("llama3-x"), native()).text == "na=tive words"
+    assert post_json("/api/chat", chat_document("llama3-x"), native()).text == "na=tive words"
 
 
 def test_native_stream_that_breaks() -> None:
-    opening, *lines = stream_answer(NATIVE_LINES[:2], kind="application/x-ndjson")
+    opening, *lines = stream_response(NATIVE_LINES[:2], kind="application/x-ndjson")
     steps: list[Step] = [b"".join((opening, *lines[:2])), 0.2, DROP]  # type: ignore
     gpu().scripts["llama3-y"] = lambda received: steps
-    got = tell("/api/chat", chat("llama3-y"), native())
+    got = post_json("/api/chat", chat_document("llama3-y"), native())
     assert b"".join(NATIVE_LINES[:2]) == got.content[: -len(got.events[-1]) - 1]
     assert set(got.documents[-1]) == {"error"}
 
@@ -5499,7 +5609,7 @@ def test_native_chat_by_the_official_client(sdk: Sdk, stream: bool) -> None:
         native().url,
         "chat",
         model="llama3",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
         stream=stream,
         options={"num_ctx": 4096},
         keep_alive=-1,
@@ -5507,7 +5617,7 @@ def test_native_chat_by_the_official_client(sdk: Sdk, stream: bool) -> None:
     )
     parts = got if stream else [got]
     assert parts[-1].eval_count == 12
-    heard = latest(gpu())
+    heard = last_request(gpu())
     assert heard.path == "/api/chat"
     assert heard.json["options"] == {"num_ctx": 4096}
     assert (heard.json["keep_alive"], heard.json["think"]) == (-1, True)
@@ -5517,11 +5627,11 @@ def test_native_chat_by_the_official_client(sdk: Sdk, stream: bool) -> None:
 def test_native_embeddings(sdk: Sdk) -> None:
     got = sdk.call(native().url, "embed", model="llama3", input="a", truncate=False)
     assert [list(v) for v in got.embeddings] == [VECTOR]
-    assert latest(gpu()).path == "/api/embed"
-    assert latest(gpu()).json["truncate"] is False
+    assert last_request(gpu()).path == "/api/embed"
+    assert last_request(gpu()).json["truncate"] is False
     old = sdk.call(native().url, "embeddings", model="llama3", prompt="a")
     assert list(old.embedding) == VECTOR
-    assert latest(gpu()).path == "/api/embeddings"
+    assert last_request(gpu()).path == "/api/embeddings"
 
 
 @each_ollama
@@ -5536,17 +5646,17 @@ def test_native_list_and_show(sdk: Sdk) -> None:
 @each_ollama
 @whole_or_lines
 def test_native_server_fails_over_to_another_kind(sdk: Sdk, stream: bool) -> None:
-    got = sdk.call(native().url, "chat", model="mixed", messages=ASKED, stream=stream)
+    got = sdk.call(native().url, "chat", model="mixed", messages=HELLO_MESSAGES, stream=stream)
     parts = got if stream else [got]
-    assert "".join(p.message.content or "" for p in parts) == ANSWER
+    assert "".join(p.message.content or "" for p in parts) == HELLO_ANSWER
     check_ollama(parts, "mixed")
-    assert latest().path == "/v1/chat/completions"
+    assert last_request().path == "/v1/chat/completions"
 
 
 @each_ollama
 def test_native_error_passes_through(sdk: Sdk) -> None:
-    with pytest.raises(need("ollama").ResponseError) as caught:
-        sdk.call(native().url, "chat", model="broken", messages=ASKED)
+    with pytest.raises(import_or_skip("ollama").ResponseError) as caught:
+        sdk.call(native().url, "chat", model="broken", messages=HELLO_MESSAGES)
     assert (caught.value.status_code, caught.value.error) == (500, "own trouble")
 
 
@@ -5559,29 +5669,29 @@ def test_native_management_with_progress(sdk: Sdk, method: str, stream: bool) ->
     parts = got if stream else [got]
     expected = PROGRESS if stream else PROGRESS[-1:]
     assert [p.model_dump(exclude_none=True) for p in parts] == expected
-    assert latest(gpu()).path == f"/api/{method}"
-    assert latest(gpu()).model == "mine"
+    assert last_request(gpu()).path == f"/api/{method}"
+    assert last_request(gpu()).model == "mine"
 
 
 @each_ollama
 def test_native_copy_delete_and_blobs(sdk: Sdk, tmp_path: Any) -> None:
     url = native().url
     assert sdk.call(url, "copy", "llama3", "mine").status == "success"
-    assert latest(gpu()).json == {"source": "llama3", "destination": "mine"}
+    assert last_request(gpu()).json == {"source": "llama3", "destination": "mine"}
     assert sdk.call(url, "delete", "mine").status == "success"
-    assert latest(gpu(), "DELETE").json["model"] == "mine"
+    assert last_request(gpu(), "DELETE").json["model"] == "mine"
     (tmp_path / "weights").write_bytes(SOUND)
     digest = sdk.call(url, "create_blob", tmp_path / "weights")
     assert digest == f"sha256:{hashlib.sha256(SOUND).hexdigest()}"
-    assert latest(gpu()).path == f"/api/blobs/{digest}"
-    assert latest(gpu()).content == SOUND
+    assert last_request(gpu()).path == f"/api/blobs/{digest}"
+    assert last_request(gpu()).content == SOUND
 
 
 @pytest.mark.parametrize("method, path, body", MANAGEMENT)
 def test_native_management_to_the_byte(method: str, path: str, body: Any) -> None:
     content = json.dumps(body).encode() if isinstance(body, dict) else body
     got = request(native().port, method, path, content)
-    heard = latest(gpu(), method)
+    heard = last_request(gpu(), method)
     assert got.status == (201 if "blobs" in path and method == "POST" else 200)
     assert (heard.target, heard.content) == (path, content or b"")
 
@@ -5727,10 +5837,10 @@ def test_the_routing_file_cannot_break_a_head(server: dict[str, Any]) -> None:
 def test_names_of_the_routing_file_break_no_head() -> None:
     odd = "two\r\nEvil: 1\nlines \u00e9\0"
     routes = {
-        "servers": {odd: stage().url},
+        "servers": {odd: default_upstream().url},
         "aliases": {odd: {"instances": [{"server": odd, "model": "tiny\r\nEvil: 1"}]}},
     }
-    got = ask(router_for({"DEFAULT_UPSTREAM": stage().url}, routes), odd)
+    got = post_chat(shared_router({"DEFAULT_UPSTREAM": default_upstream().url}, routes), odd)
     assert (got.status, got.get("Evil")) == (200, None)
     assert "Evil: 1" in got.get("X-SmolRouter-Model")
 
@@ -5744,24 +5854,27 @@ NAMES = [
 @pytest.mark.parametrize("model", NAMES, ids=lambda name: ascii(name[:9]))
 def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -> None:
     name = f"{model}{path}"
-    got = request(shared().port, "POST", path, {**ASKS[path], "model": name})
+    got = request(default_router().port, "POST", path, {**EXAMPLE_REQUESTS[path], "model": name})
     assert (got.status, got.get("Evil")) == (200, None)
-    assert len([r for r in stage().requests if r.model == name]) == 1
-    assert request(shared().port, "GET", "/v1/fine").status == 200
-    assert "\nEvil" not in shared().stderr.replace("\r", "\n")
+    assert len([r for r in default_upstream().requests if r.model == name]) == 1
+    assert request(default_router().port, "GET", "/v1/fine").status == 200
+    assert "\nEvil" not in default_router().stderr.replace("\r", "\n")
 
 
 def test_no_name_is_long_enough_to_fill_the_log() -> None:
     for path, form in ((CHAT, False), ("/api/chat", False), ("/v1/audio/transcriptions", True)):
         name = "long" * 4097
-        kind, body = "application/json", dumps({**ASKS.get(path, {}), "model": name})
+        kind, body = (
+            "application/json",
+            encode_json({**EXAMPLE_REQUESTS.get(path, {}), "model": name}),
+        )
         if form:
             kind = "multipart/form-data; boundary=b"
             body = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--'
             body = body.encode()
-        got = request(shared().port, "POST", path, body, [("Content-Type", kind)])
+        got = request(default_router().port, "POST", path, body, [("Content-Type", kind)])
         assert got.status == 400 and b"16384 are allowed" in got.content
-        assert not stage().heard(name)
+        assert not default_upstream().requests_for(name)
 
 
 # --- what hypothesis finds ------------------------------------------------------------
@@ -5819,7 +5932,7 @@ def test_fuzz_routing_text(text: str) -> None:
 
 def jwt(head: dict, claims: dict, key: str = SECRET_KEY) -> str:
     """Make a token by other means than the module's own."""
-    parts = [base64.urlsafe_b64encode(dumps(p)).rstrip(b"=") for p in (head, claims)]
+    parts = [base64.urlsafe_b64encode(encode_json(p)).rstrip(b"=") for p in (head, claims)]
     signed = b".".join(parts)
     mac = hmac.new(key.encode(), signed, hashlib.sha256).digest()
     return (signed + b"." + base64.urlsafe_b64encode(mac).rstrip(b"=")).decode()
@@ -6022,17 +6135,19 @@ CARRIED: dict[str, str] = {  # what a client may send for a token, by what is wr
     "wrong alg": jwt({"alg": "none"}, {"exp": AHEAD}, SECRET),
     "good": jwt(HS256, {"exp": AHEAD}, SECRET),
 }
-GOOD = CARRIED["good"]
+GOOD_TOKEN = CARRIED["good"]
 POLICIES = [(name, secret) for name in smolrouter.POLICIES for secret in (SECRET, "")]
 POLICIES.remove(("ALWAYS_AUTH", ""))  # the router does not start
 
 
-def guarded_by(policy: str, secret: str = SECRET, **more: Any) -> Router:
+def router_with_policy(policy: str, secret: str = SECRET, **more: Any) -> Router:
     """A router with this policy for everything."""
     settings = {"WEBUI_SECURITY": policy, "API_SECURITY": policy, **more}
     if secret:
         settings["JWT_SECRET"] = secret
-    return router_for({"DEFAULT_UPSTREAM": stage().url, "LOG_LEVEL": "ERROR", **settings})
+    return shared_router(
+        {"DEFAULT_UPSTREAM": default_upstream().url, "LOG_LEVEL": "ERROR", **settings}
+    )
 
 
 def example_of(endpoint: Any) -> tuple[str, str]:
@@ -6063,12 +6178,12 @@ def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
             lines = [f"{n}: {v}\r\n" for n, v in (("Host", "router"), *sized, *fields)]
             top = f"{method} {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode()
             sock.sendall(top + b"{}" * bool(sized))
-            data = receive_until(sock, b"\r\n\r\n")
+            data = read_until(sock, b"\r\n\r\n")
             found.append(int(data.split()[1]))
             if b"\r\nTransfer-Encoding: chunked\r\n" in data:
                 sock = None  # it may have no end
                 continue
-            rest = 0 if method == "HEAD" else parse(data, True).get("Content-Length") or 0
+            rest = 0 if method == "HEAD" else parse_response(data, True).get("Content-Length") or 0
             rest = int(rest) - len(data.partition(b"\r\n\r\n")[2])
             while rest > 0:
                 rest -= len(sock.recv(rest))
@@ -6087,7 +6202,7 @@ def wanted_status(guard: str, policy: str, secret: str, token: str, proxied: boo
 
 @pytest.mark.parametrize("policy, secret", POLICIES)
 def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
-    router = guarded_by(policy, secret)
+    router = router_with_policy(policy, secret)
     for endpoint in smolrouter.ENDPOINTS:
         method, path = example_of(endpoint)
         for proxied in (False, True):
@@ -6096,13 +6211,13 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
                                 *[BY_PROXY] * proxied])
                 for text in CARRIED.values()
             ]  # fmt: skip
-            before = sum(r.target == path for r in stage().requests)
+            before = sum(r.target == path for r in default_upstream().requests)
             got = statuses(router, *asked)
             got = [s if s in (401, 403) else 200 for s in got]
             rest = (endpoint.guard, policy, secret)
             assert got == [wanted_status(*rest, name, proxied) for name in CARRIED], path
             if path == "/v1/access":  # what was refused went nowhere
-                after = sum(r.target == path for r in stage().requests)
+                after = sum(r.target == path for r in default_upstream().requests)
                 assert after - before == got.count(200)
 
 
@@ -6111,7 +6226,7 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
     "X-Real-IP", "X-Original-Forwarded-For", "CF-Connecting-IP", "CF-Ray", "True-Client-IP",
 ])  # fmt: skip
 def test_every_proxy_field_counts(name: str) -> None:
-    router = guarded_by("AUTH_WHEN_PROXIED")
+    router = router_with_policy("AUTH_WHEN_PROXIED")
     ways: list[Pairs] = [
         [(name, "1.1 a")], [(name.upper(), "")], [("Connection", f"close, {name.lower()}")],
         [("Connection", name), (name, "1.1 a")],
@@ -6123,17 +6238,21 @@ def test_every_proxy_field_counts(name: str) -> None:
 
 CARRIERS = [
     # fields, status at the Web UI, status at the model API
-    ([("X-SmolRouter-Token", GOOD)], 200, 200),
-    ([("authorization", f"bearer  {GOOD} ")], 200, 200),
-    ([("Authorization", "Bearer sk-other"), ("X-SmolRouter-Token", GOOD)], 200, 200),
-    ([("Authorization", f"Basic {GOOD}")], 401, 401),
-    ([("Authorization", GOOD)], 401, 401),
-    ([("Cookie", f"smolrouter_token={GOOD}")], 200, 401),
-    ([("Cookie", f"a=b; smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-origin")], 200, 200),
-    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://router")], 200, 200),
-    ([("Cookie", f"smolrouter_token={GOOD}"), ("Origin", "http://localhost:9")], 403, 401),
-    ([("Cookie", f"smolrouter_token={GOOD}"), ("Sec-Fetch-Site", "same-site")], 403, 403),
-    ([("Cookie", f"token={GOOD}")], 401, 401),
+    ([("X-SmolRouter-Token", GOOD_TOKEN)], 200, 200),
+    ([("authorization", f"bearer  {GOOD_TOKEN} ")], 200, 200),
+    ([("Authorization", "Bearer sk-other"), ("X-SmolRouter-Token", GOOD_TOKEN)], 200, 200),
+    ([("Authorization", f"Basic {GOOD_TOKEN}")], 401, 401),
+    ([("Authorization", GOOD_TOKEN)], 401, 401),
+    ([("Cookie", f"smolrouter_token={GOOD_TOKEN}")], 200, 401),
+    (
+        [("Cookie", f"a=b; smolrouter_token={GOOD_TOKEN}"), ("Sec-Fetch-Site", "same-origin")],
+        200,
+        200,
+    ),
+    ([("Cookie", f"smolrouter_token={GOOD_TOKEN}"), ("Origin", "http://router")], 200, 200),
+    ([("Cookie", f"smolrouter_token={GOOD_TOKEN}"), ("Origin", "http://localhost:9")], 403, 401),
+    ([("Cookie", f"smolrouter_token={GOOD_TOKEN}"), ("Sec-Fetch-Site", "same-site")], 403, 403),
+    ([("Cookie", f"token={GOOD_TOKEN}")], 401, 401),
     ([("Cookie", f"smolrouter_token={CARRIED['expired']}")], 401, 401),
 ]
 
@@ -6141,25 +6260,28 @@ CARRIERS = [
 @pytest.mark.parametrize("fields, webui, api", CARRIERS)
 def test_where_a_token_may_stand(fields: Pairs, webui: int, api: int) -> None:
     asked = [("GET", "/api/inflight", fields), ("GET", "/v1/models", fields)]
-    assert statuses(guarded_by("ALWAYS_AUTH"), *asked) == [webui, api]
+    assert statuses(router_with_policy("ALWAYS_AUTH"), *asked) == [webui, api]
 
 
 def test_a_token_never_travels_upstream() -> None:
     for fields in (
-        [("Authorization", f"Bearer {GOOD}")],
-        [("X-SmolRouter-Token", GOOD), ("Authorization", "Bearer sk-theirs")],
-        [("Authorization", f"Bearer {GOOD}"), ("Cookie", f"a=b; smolrouter_token={GOOD}")],
+        [("Authorization", f"Bearer {GOOD_TOKEN}")],
+        [("X-SmolRouter-Token", GOOD_TOKEN), ("Authorization", "Bearer sk-theirs")],
+        [
+            ("Authorization", f"Bearer {GOOD_TOKEN}"),
+            ("Cookie", f"a=b; smolrouter_token={GOOD_TOKEN}"),
+        ],
     ):
-        router = guarded_by("ALWAYS_AUTH")
+        router = router_with_policy("ALWAYS_AUTH")
         assert statuses(router, ("GET", "/v1/no-token-upstream", fields)) == [200]
-        heard = stage().heard("/v1/no-token-upstream")[-1]
-        assert GOOD.encode() not in heard.raw_head
+        heard = default_upstream().requests_for("/v1/no-token-upstream")[-1]
+        assert GOOD_TOKEN.encode() not in heard.raw_head
         theirs = [v for n, v in fields if "sk-" in v]
         assert heard.get_all("Authorization") == theirs
 
 
 def test_a_valid_token_passes_where_others_have_failed() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.0/8")
+    router = router_with_policy("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.0/8")
 
     def asked(kind: str, source: str) -> tuple[str, str, Pairs]:
         token = [("X-SmolRouter-Token", CARRIED[kind])] if kind != "none" else []
@@ -6179,7 +6301,7 @@ def test_a_valid_token_passes_where_others_have_failed() -> None:
 # --- signing in -----------------------------------------------------------------------
 
 
-def sign_in(router: Router, token: Any, *fields: tuple[str, str], **more: Any) -> Answer:
+def sign_in(router: Router, token: Any, *fields: tuple[str, str], **more: Any) -> Response:
     """One try at signing in, as the page does it."""
     host = ("Origin", f"http://127.0.0.1:{router.port}")
     fields = fields if "Origin" in dict(fields) else (host, *fields)
@@ -6187,7 +6309,7 @@ def sign_in(router: Router, token: Any, *fields: tuple[str, str], **more: Any) -
 
 
 def test_signing_in_and_out() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.3")
+    router = router_with_policy("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.3")
     asked = request(router.port, "GET", "/api/session").json
     version = smolrouter.__version__
     wanted = {"version": version, "webui_security": "ALWAYS_AUTH", "needs_token": True}
@@ -6197,10 +6319,10 @@ def test_signing_in_and_out() -> None:
     assert page.get("Content-Security-Policy") and page.get("X-Frame-Options") == "DENY"
     assert page.get("WWW-Authenticate") == "Bearer"
 
-    got = sign_in(router, GOOD)
+    got = sign_in(router, GOOD_TOKEN)
     assert (got.status, got.content) == (204, b"")
     value, *limits = (got.get("Set-Cookie") or "").split("; ")
-    assert value == f"smolrouter_token={GOOD}"
+    assert value == f"smolrouter_token={GOOD_TOKEN}"
     age = limits.pop(0)
     assert age == "Max-Age=34560000" and limits == ["Path=/", "HttpOnly", "SameSite=Strict"]
     cookie = [("Cookie", value)]
@@ -6218,26 +6340,28 @@ def test_signing_in_and_out() -> None:
     (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400),
     (b'{"token": 7}', 400), (b'{"token": null}', 400),
     (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
-    (dumps({"token": GOOD + "\r\nA: b"}), 401),
-    (dumps({"token": GOOD + "=; x=y"}), 401),
-    (dumps({"token": CARRIED["bad"]}), 401),
-    (dumps({"token": CARRIED["wrong alg"]}), 401),
+    (encode_json({"token": GOOD_TOKEN + "\r\nA: b"}), 401),
+    (encode_json({"token": GOOD_TOKEN + "=; x=y"}), 401),
+    (encode_json({"token": CARRIED["bad"]}), 401),
+    (encode_json({"token": CARRIED["wrong alg"]}), 401),
 ])  # fmt: skip
 def test_bad_sign_in(content: bytes, status: int) -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1")
+    router = router_with_policy("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1")
     fields = [("X-Forwarded-For", another_address())]
     got = request(router.port, "POST", "/api/signin", content, fields)
     assert (got.status, got.get("Set-Cookie")) == (status, None)
 
 
 def test_sign_in_without_a_secret_is_refused_with_the_reason() -> None:
-    got = sign_in(guarded_by("NONE", ""), GOOD)
+    got = sign_in(router_with_policy("NONE", ""), GOOD_TOKEN)
     assert got.status == 403 and "JWT_SECRET" in got.json["error"]["message"]
 
 
 def test_cookie_is_secure_where_the_page_was() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", ALLOWED_HOSTS="m.example")
-    plain = guarded_by("ALWAYS_AUTH")
+    router = router_with_policy(
+        "ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", ALLOWED_HOSTS="m.example"
+    )
+    plain = router_with_policy("ALWAYS_AUTH")
     secured, own = ("X-Forwarded-Proto", "https"), ("Host", "m.example")
     for way, fields, secure in (
         (router, [secured], True),
@@ -6247,28 +6371,32 @@ def test_cookie_is_secure_where_the_page_was() -> None:
         (plain, [secured], False),  # anybody could say so
         (plain, [("Origin", f"https://127.0.0.1:{plain.port}")], True),
     ):
-        got = sign_in(way, GOOD, *fields)
+        got = sign_in(way, GOOD_TOKEN, *fields)
         assert got.status == 204
         assert ("; Secure" in got.get("Set-Cookie")) == secure, fields
-    data = encode_request("POST", "/api/signin", {"token": GOOD}, [("Origin", "https://m.example")])
-    got = parse(raw(router.port, data.replace(b"Host: router", b"Host: %b" % own[1].encode())))
+    data = encode_request(
+        "POST", "/api/signin", {"token": GOOD_TOKEN}, [("Origin", "https://m.example")]
+    )
+    got = parse_response(
+        send_raw(router.port, data.replace(b"Host: router", b"Host: %b" % own[1].encode()))
+    )
     assert got.status == 204 and "; Secure" in got.get("Set-Cookie")
 
 
 def test_sign_in_from_another_page_is_refused() -> None:
     for origin in ("https://evil.example", "null", "http://localhost:1"):
-        got = sign_in(guarded_by("ALWAYS_AUTH"), GOOD, ("Origin", origin))
+        got = sign_in(router_with_policy("ALWAYS_AUTH"), GOOD_TOKEN, ("Origin", origin))
         assert (got.status, got.get("Set-Cookie")) == (403, None)
 
 
 def test_session_is_no_way_to_try_tokens() -> None:
-    router = guarded_by("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", MAX_CONNECTIONS=99)
+    router = router_with_policy("ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", MAX_CONNECTIONS=99)
     source = ("X-Forwarded-For", another_address())
     for _ in range(10):
         fields = [source, ("X-SmolRouter-Token", CARRIED["bad"])]
         assert not request(router.port, "GET", "/api/session", fields=fields).json["authenticated"]
     assert sign_in(router, CARRIED["bad"], source).status == 429
-    assert sign_in(router, GOOD, source).status == 204
+    assert sign_in(router, GOOD_TOKEN, source).status == 204
 
 
 # --- pages from elsewhere -------------------------------------------------------------
@@ -6276,10 +6404,10 @@ def test_session_is_no_way_to_try_tokens() -> None:
 
 def test_answers_of_the_web_ui_stay_where_they_are() -> None:
     for path, status in (("/", 200), ("/api/inflight", 200), ("/api/session", 200), ("/", 421)):
-        data = get(path, [("Connection", "close")])
+        data = encode_get(path, [("Connection", "close")])
         if status == 421:
             data = data.replace(b"Host: router", b"Host: evil.example")
-        got = parse(raw(shared().port, data, answers=0))
+        got = parse_response(send_raw(default_router().port, data, answers=0))
         assert got.status == status
         assert got.get("Cache-Control") == "no-store"
         assert got.get("X-Content-Type-Options") == "nosniff"
@@ -6289,12 +6417,17 @@ def test_answers_of_the_web_ui_stay_where_they_are() -> None:
 
 def test_a_page_of_a_server_cannot_use_the_web_ui() -> None:
     """A server's HTML would be of the router's origin; a browser must not run it."""
-    script = stage().plays(answer(b"<script>fetch('/api/logs')</script>", kind="text/html"))
+    script = default_upstream().add_script(
+        whole_response(b"<script>fetch('/api/logs')</script>", kind="text/html")
+    )
     shown = [("Accept", "text/html,*/*;q=0.8")]
-    got = request(shared().port, "GET", f"/v1/{script}", fields=shown)
+    got = request(default_router().port, "GET", f"/v1/{script}", fields=shown)
     assert "sandbox" in got.get("Content-Security-Policy")
     assert "allow-scripts" not in got.get("Content-Security-Policy")
-    assert request(shared().port, "GET", f"/v1/{script}").get("Content-Security-Policy") is None
+    assert (
+        request(default_router().port, "GET", f"/v1/{script}").get("Content-Security-Policy")
+        is None
+    )
 
 
 def test_preflight() -> None:
@@ -6304,7 +6437,7 @@ def test_preflight() -> None:
             ("Access-Control-Request-Method", "POST"),
             ("Access-Control-Request-Headers", "authorization, x-stainless-os"),
         ]
-        got = request(shared().port, "OPTIONS", CHAT, fields=fields)
+        got = request(default_router().port, "OPTIONS", CHAT, fields=fields)
         assert got.status == status
         if status == 204:
             assert got.get("Access-Control-Allow-Origin") == origin
@@ -6313,7 +6446,7 @@ def test_preflight() -> None:
         else:
             assert got.get("Access-Control-Allow-Origin") is None
     got = request(
-        shared().port,
+        default_router().port,
         "OPTIONS",
         "/api/inflight",
         fields=[("Origin", "http://localhost:3000"), ("Access-Control-Request-Method", "GET")],
@@ -6323,9 +6456,9 @@ def test_preflight() -> None:
 
 def test_page_from_elsewhere_reaches_no_upstream() -> None:
     fields = [("Origin", "https://evil.example"), ("Content-Type", "text/plain")]
-    body = chat("csrf-from-elsewhere")
-    assert request(shared().port, "POST", CHAT, body, fields).status == 403
-    assert not stage().heard("csrf-from-elsewhere")
+    body = chat_document("csrf-from-elsewhere")
+    assert request(default_router().port, "POST", CHAT, body, fields).status == 403
+    assert not default_upstream().requests_for("csrf-from-elsewhere")
 
 
 ATTACK = """<!doctype html><title>attack</title><form method=post enctype=text/plain
@@ -6392,17 +6525,17 @@ class Attacker:
 
     def _serve(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError), sock, sock.makefile("rb") as reader:
-            while received := receive(sock, reader, 0):
+            while received := read_request(sock, reader, 0):
                 if received.path == "/attack-report":
                     self.report = received.content.decode()
-                    sock.sendall(answer(b"")[0])
+                    sock.sendall(whole_response(b"")[0])
                 elif received.path == "/attack":
-                    sock.sendall(answer(self.page.encode(), kind="text/html")[0])
+                    sock.sendall(whole_response(self.page.encode(), kind="text/html")[0])
                 else:  # as it is, but for the connection
                     asked = received.raw_head + b"\r\n" + received.content
                     asked = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", asked, count=1)
                     asked = asked.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
-                    sock.sendall(raw(self.router.port, asked, answers=0))
+                    sock.sendall(send_raw(self.router.port, asked, answers=0))
                     return
 
     def close(self) -> None:
@@ -6410,7 +6543,7 @@ class Attacker:
 
 
 @contextlib.contextmanager
-def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
+def browsing(url: str, folder: pathlib.Path) -> Iterator[None]:
     """A real browser at this address, for whom evil.example is this machine."""
     flags = [
         "--headless=new",
@@ -6423,7 +6556,7 @@ def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
         "--proxy-server=direct://",
     ]
     process = subprocess.Popen(
-        [browser(), *flags, url],
+        [chromium_path(), *flags, url],
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -6439,9 +6572,9 @@ def surfing(url: str, folder: pathlib.Path) -> Iterator[None]:
 
 def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
     """A page of another origin, one of a rebound name, and both where all is allowed."""
-    closed = shared()
+    closed = default_router()
     settings = {"ALLOWED_ORIGINS": "*", "ALLOWED_HOSTS": "evil.example", "LOG_LEVEL": "ERROR"}
-    opened = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
+    opened = shared_router({"DEFAULT_UPSTREAM": default_upstream().url, **settings})
     sites = {
         name: Attacker(router)
         for name, router in (
@@ -6456,15 +6589,15 @@ def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
         target = f"http://127.0.0.1:{site.router.port}" if name in ("elsewhere", "allowed") else ""
         page = ATTACK.replace("TARGET", target).replace("MARK", name)
         site.page = page.replace("NEXT", after)
-    with surfing(urls["elsewhere"], tmp_path / "profile"):
-        until(lambda: sites["own"].report, 60)
+    with browsing(urls["elsewhere"], tmp_path / "profile"):
+        wait_until(lambda: sites["own"].report, 60)
     for site in sites.values():
         site.close()
     got = {name: json.loads(site.report) for name, site in sites.items()}
     for name in ("elsewhere", "rebound"):
         said = " ".join(got[name].values())
         assert "200" not in said and "SmolRouter" not in said, got[name]
-        assert not stage().heard(name), name
+        assert not default_upstream().requests_for(name), name
     # The same attacks do arrive where they are allowed, so they are real ones.
     assert got["elsewhere"]["models"] == "refused"
     assert got["rebound"]["running"].startswith("basic 421")
@@ -6472,9 +6605,14 @@ def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
     for name in ("allowed", "own"):
         assert "tiny" in got[name]["models"]
         for kind in ("simple", "preflight", "beacon", "form"):
-            assert until(lambda: stage().heard(f"{name}-{kind}")), (name, kind)
+            assert wait_until(lambda: default_upstream().requests_for(f"{name}-{kind}")), (
+                name,
+                kind,
+            )
     assert got["own"]["running"].startswith("basic 200")
-    assert stage().heard("own-blind-get") and not stage().heard("allowed-blind-get")
+    assert default_upstream().requests_for("own-blind-get") and not default_upstream().requests_for(
+        "allowed-blind-get"
+    )
 
 
 # --- behind the proxies of the guide --------------------------------------------------
@@ -6490,9 +6628,12 @@ CADDY = (
 
 
 @contextlib.contextmanager
-def proxied(program: str, router: Router) -> Iterator[int]:
+def behind_proxy(program: str, router: Router) -> Iterator[int]:
     """The proxy, as the guide sets it up, in front of a router; yields its port."""
-    found, tls = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"), certificate()
+    found, tls = (
+        shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"),
+        self_signed_certificate(),
+    )
     if not found and program == "nginx" and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
         pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no nginx")
     if not found or not tls:
@@ -6532,14 +6673,14 @@ def proxied(program: str, router: Router) -> Iterator[int]:
                     return True
                 return False
 
-            assert until(listens) and process.poll() is None
+            assert wait_until(listens) and process.poll() is None
             yield port
         finally:
             process.terminate()
             process.wait(PATIENCE)
 
 
-def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
+def request_through_proxy(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
     """One exchange with a proxy over TLS: status, fields and the pieces of content."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -6549,7 +6690,7 @@ def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[by
     caller.request(
         method,
         path,
-        body and dumps(body),
+        body and encode_json(body),
         {"Host": f"models.example.com:{port}", "Content-Type": "application/json", **fields},
     )
     response = caller.getresponse()
@@ -6566,32 +6707,36 @@ def through(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[by
 @pytest.mark.parametrize("program", ["nginx", "caddy"])
 def test_proxy_of_the_guide(program: str) -> None:
     more = {"TRUSTED_PROXIES": "127.0.0.1", "ALLOWED_HOSTS": "models.example.com"}
-    router = guarded_by("AUTH_WHEN_PROXIED", **more)
-    token = {"Authorization": f"Bearer {GOOD}"}
+    router = router_with_policy("AUTH_WHEN_PROXIED", **more)
+    token = {"Authorization": f"Bearer {GOOD_TOKEN}"}
     step = threading.Event()
 
     def paced(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event({"n": 1})], whole=False)
+        yield from stream_response([encode_event({"n": 1})], whole=False)
         assert step.wait(PATIENCE)
-        yield from chunked(event({"n": 2}))
+        yield from encode_chunks(encode_event({"n": 2}))
 
-    name = stage().plays(paced)
-    with proxied(program, router) as port:
+    name = default_upstream().add_script(paced)
+    with behind_proxy(program, router) as port:
         own = {"Origin": f"https://models.example.com:{port}"}
         for path in ("/v1/models", "/api/logs"):
-            assert through(port, "GET", path, None, {})[0] == 401
-            assert through(port, "GET", path, None, token)[0] == 200
+            assert request_through_proxy(port, "GET", path, None, {})[0] == 401
+            assert request_through_proxy(port, "GET", path, None, token)[0] == 200
         assert statuses(router, ("GET", "/v1/models", [])) == [200]  # direct
-        status, fields, _ = through(port, "POST", "/api/signin", {"token": GOOD}, own)
+        status, fields, _ = request_through_proxy(
+            port, "POST", "/api/signin", {"token": GOOD_TOKEN}, own
+        )
         assert status == 204 and "; Secure" in fields["Set-Cookie"]
         cookie = {"Cookie": fields["Set-Cookie"].partition(";")[0]}
-        assert through(port, "GET", "/", None, {})[0] == 401
-        assert through(port, "GET", "/", None, cookie)[0] == 200
+        assert request_through_proxy(port, "GET", "/", None, {})[0] == 401
+        assert request_through_proxy(port, "GET", "/", None, cookie)[0] == 200
         tried = {**own, **cookie}
-        assert through(port, "POST", CHAT, chat("tiny"), tried)[0] == 200
+        assert request_through_proxy(port, "POST", CHAT, chat_document("tiny"), tried)[0] == 200
         evil = {**cookie, "Origin": "https://evil.example"}
-        assert through(port, "POST", CHAT, chat("tiny"), evil)[0] == 403
-        status, fields, pieces = through(port, "POST", CHAT, chat(name, stream=True), token)
+        assert request_through_proxy(port, "POST", CHAT, chat_document("tiny"), evil)[0] == 403
+        status, fields, pieces = request_through_proxy(
+            port, "POST", CHAT, chat_document(name, stream=True), token
+        )
         assert status == 200 and b'{"n":1}' in next(pieces)  # at once, before the second
         step.set()
         assert b'{"n":2}' in b"".join(pieces)
@@ -6604,95 +6749,97 @@ def test_proxy_of_the_guide(program: str) -> None:
 
 # --- requests with content ------------------------------------------------------------
 
-DOCUMENT = dumps(chat("tiny", "in pieces"))
+DOCUMENT = encode_json(chat_document("tiny", "in pieces"))
 
 
 @pytest.mark.parametrize(
     "data",
     {
-        "one chunk": post_chunks(CHAT, DOCUMENT),
-        "a byte each": post_chunks(CHAT, *(bytes([b]) for b in DOCUMENT)),
-        "upper-case sizes": post_chunks(CHAT, DOCUMENT, end=b"").replace(
+        "one chunk": encode_chunked_post(CHAT, DOCUMENT),
+        "a byte each": encode_chunked_post(CHAT, *(bytes([b]) for b in DOCUMENT)),
+        "upper-case sizes": encode_chunked_post(CHAT, DOCUMENT, end=b"").replace(
             b"\r\n%x\r\n" % len(DOCUMENT), b"\r\n%X\r\n" % len(DOCUMENT)
         )
         + b"000\r\n\r\n",
-        "leading zeros": post_chunks(CHAT, DOCUMENT).replace(b"\r\n\r\n", b"\r\n\r\n00", 1),
-        "extensions": post_chunks(CHAT).removesuffix(b"0\r\n\r\n")
+        "leading zeros": encode_chunked_post(CHAT, DOCUMENT).replace(b"\r\n\r\n", b"\r\n\r\n00", 1),
+        "extensions": encode_chunked_post(CHAT).removesuffix(b"0\r\n\r\n")
         + b'%x;a;b=c;d="e f"\r\n%s\r\n0;last=1\r\n\r\n' % (len(DOCUMENT), DOCUMENT),
-        "trailers": post_chunks(CHAT, DOCUMENT, end=b"0\r\nX-Late: secret\r\nB: c\r\n\r\n"),
+        "trailers": encode_chunked_post(CHAT, DOCUMENT, end=b"0\r\nX-Late: secret\r\nB: c\r\n\r\n"),
     }.items(),
     ids=lambda item: item[0],
 )
 def test_chunked_request(data: tuple[str, bytes]) -> None:
-    with connect(shared().port) as sock:
-        assert parse(exchange(sock, data[1])).text == "You said: in pieces"
-        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+    with connect(default_router().port) as sock:
+        assert parse_response(exchange(sock, data[1])).text == "You said: in pieces"
+        assert parse_response(exchange(sock, encode_get("/v1/after"))).json["target"] == "/v1/after"
 
 
 def test_trailers_of_a_request_stop_here() -> None:
-    model = stage().plays(FINE)
+    model = default_upstream().add_script(FINE_RESPONSE)
     end = b"0\r\nX-Late: secret\r\nAuthorization: Bearer late\r\n\r\n"
-    raw(shared().port, post_chunks(CHAT, dumps(chat(model)), end=end))
-    (heard,) = stage().heard(model)
+    send_raw(
+        default_router().port, encode_chunked_post(CHAT, encode_json(chat_document(model)), end=end)
+    )
+    (heard,) = default_upstream().requests_for(model)
     assert heard.json["model"] == model
     assert b"late" not in heard.raw_head.lower()
 
 
 def test_request_split_at_every_position() -> None:
-    data = post_chunks(CHAT, DOCUMENT[:30], DOCUMENT[30:])
+    data = encode_chunked_post(CHAT, DOCUMENT[:30], DOCUMENT[30:])
 
     def split(at: int) -> str:
-        return parse(raw(shared().port, data[:at], 0.003, data[at:])).text
+        return parse_response(send_raw(default_router().port, data[:at], 0.003, data[at:])).text
 
-    assert set(at_once(split, range(1, len(data)))) == {"You said: in pieces"}
+    assert set(map_in_threads(split, range(1, len(data)))) == {"You said: in pieces"}
 
 
 def test_request_byte_by_byte() -> None:
     steps: list[bytes | float] = []
-    for byte in post(CHAT, chat("tiny", "slowly")):
+    for byte in encode_post(CHAT, chat_document("tiny", "slowly")):
         steps += [bytes([byte]), 0.001]
-    assert parse(raw(shared().port, *steps)).text == "You said: slowly"
+    assert parse_response(send_raw(default_router().port, *steps)).text == "You said: slowly"
 
 
 def test_expect_100_continue() -> None:
-    whole = post(CHAT, chat("tiny", "go on"), [("Expect", "100-continue")])
+    whole = encode_post(CHAT, chat_document("tiny", "go on"), [("Expect", "100-continue")])
     top, _, content = whole.partition(b"\r\n\r\n")
-    with connect(shared().port) as sock:
+    with connect(default_router().port) as sock:
         sock.sendall(top + b"\r\n\r\n")
-        interim = receive_until(sock, b"\r\n\r\n")
+        interim = read_until(sock, b"\r\n\r\n")
         assert interim.startswith(b"HTTP/1.1 100 ")
-        assert parse(exchange(sock, content)).text == "You said: go on"
+        assert parse_response(exchange(sock, content)).text == "You said: go on"
 
 
 def test_expect_of_a_content_too_large_is_refused_at_once() -> None:
     fields = [("Expect", "100-continue"), ("Content-Length", "9" * 12)]
-    data = raw(shared().port, encode_request("POST", CHAT, None, fields), answers=0)
+    data = send_raw(default_router().port, encode_request("POST", CHAT, None, fields), answers=0)
     assert data.startswith(b"HTTP/1.1 413 ")
 
 
 def test_content_up_to_the_limit() -> None:
     limit = 2000
-    router = router_for({"DEFAULT_UPSTREAM": stage().url, "MAX_REQUEST_SIZE": limit})
-    padding = limit - len(dumps(chat("tiny", "")))
-    fits, over = (dumps(chat("tiny", "z" * (padding + more))) for more in (0, 1))
+    router = shared_router({"DEFAULT_UPSTREAM": default_upstream().url, "MAX_REQUEST_SIZE": limit})
+    padding = limit - len(encode_json(chat_document("tiny", "")))
+    fits, over = (encode_json(chat_document("tiny", "z" * (padding + more))) for more in (0, 1))
     assert request(router.port, "POST", CHAT, fits).status == 200
-    assert parse(raw(router.port, post_chunks(CHAT, fits))).status == 200
+    assert parse_response(send_raw(router.port, encode_chunked_post(CHAT, fits))).status == 200
     for data in (
-        post(CHAT, over),
-        post_chunks(CHAT, over),
-        post_chunks(CHAT, *[b" " * 99] * 40),
+        encode_post(CHAT, over),
+        encode_chunked_post(CHAT, over),
+        encode_chunked_post(CHAT, *[b" " * 99] * 40),
     ):
-        got = parse(raw(router.port, data, answers=0))
+        got = parse_response(send_raw(router.port, data, answers=0))
         assert (got.status, got.get("Connection")) == (413, "close")
         assert "2000" in got.json["error"]["message"]
-    assert len(stage().heard("z" * padding)) == 2
+    assert len(default_upstream().requests_for("z" * padding)) == 2
 
 
 def test_long_requests_together_are_bounded() -> None:
     """Five clients send 7 MiB each and never end: one is refused, short ones are served."""
     program = altered(("held_content: int = 256 *", "held_content: int = 32 *"))
     with contextlib.ExitStack() as stack:
-        _, upstream = stack.enter_context(pair())
+        _, upstream = stack.enter_context(router_and_upstream())
         settings = {"DEFAULT_UPSTREAM": upstream.url, "MAX_REQUEST_SIZE": 16 << 20}
         router = stack.enter_context(Router(settings, program=program))
         top = encode_request("POST", CHAT, b"")
@@ -6707,7 +6854,7 @@ def test_long_requests_together_are_bounded() -> None:
                 return b""
             return sock.recv(1 << 16)
 
-        answers = at_once(send, clients)
+        answers = map_in_threads(send, clients)
         refused = [a for a in answers if a]
         if not refused:  # the answer came after the last octet
             ready = selectors.DefaultSelector()
@@ -6716,33 +6863,35 @@ def test_long_requests_together_are_bounded() -> None:
             refused = [key.fileobj.recv(1 << 16) for key, _ in ready.select(PATIENCE)]
             ready.close()
         assert refused and all(b" 503 " in a and b"Retry-After" in a for a in refused)
-        assert memory(router) < 120
-        assert ask(router, "tiny").status == 200
+        assert memory_mib(router) < 120
+        assert post_chat(router, "tiny").status == 200
         for sock in clients:
             sock.close()
-        big = chat("tiny", "a" * (7 << 20))
-        assert until(lambda: request(router.port, "POST", CHAT, big).status == 200)
+        big = chat_document("tiny", "a" * (7 << 20))
+        assert wait_until(lambda: request(router.port, "POST", CHAT, big).status == 200)
         assert len(upstream.requests) == 2
 
 
-def test_a_client_that_leaves_while_its_content_is_read(kept: Kept) -> None:
-    name = stage().plays([HANG])
-    with Router(kept.settings) as router:
+def test_a_client_that_leaves_while_its_content_is_read(log_folder: LogFolder) -> None:
+    name = default_upstream().add_script([HANG])
+    with Router(log_folder.settings) as router:
         with connect(router.port) as sock:
-            sock.sendall(post(CHAT, {**chat(name), "x": "y" * (2 << 20)}))
-        assert kept.written(1) == 1
-    assert kept.ask("SELECT status_code, error_message FROM requests") == [(499, "client_closed")]
+            sock.sendall(encode_post(CHAT, {**chat_document(name), "x": "y" * (2 << 20)}))
+        assert log_folder.wait_for_rows(1) == 1
+    assert log_folder.select("SELECT status_code, error_message FROM requests") == [
+        (499, "client_closed")
+    ]
 
 
 def test_client_that_resets_its_upload_leaves_no_traceback() -> None:
-    for data in (post(CHAT, chat("tiny"))[:-5], get("/v1/x")[:-3]):
-        with connect(shared().port) as sock:
+    for data in (encode_post(CHAT, chat_document("tiny"))[:-5], encode_get("/v1/x")[:-3]):
+        with connect(default_router().port) as sock:
             sock.sendall(data)
             time.sleep(0.05)
             reset = struct.pack("ii", 1, 0)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-    assert ask(shared(), "tiny").status == 200
-    assert "Traceback" not in shared().stderr
+    assert post_chat(default_router(), "tiny").status == 200
+    assert "Traceback" not in default_router().stderr
 
 
 # --- content that nobody wanted -------------------------------------------------------
@@ -6762,10 +6911,10 @@ def check_leftovers(
     """The content is read, or the connection is closed; never taken for a request."""
     length = ("Content-Length", str(len(SMUGGLED)))
     own = length if framing == "length" else ("Transfer-Encoding", "chunked")
-    content = SMUGGLED if framing == "length" else b"".join(chunked(SMUGGLED))
+    content = SMUGGLED if framing == "length" else b"".join(encode_chunks(SMUGGLED))
     first = encode_request(method, path, None, [own, *fields]) + content
-    last = get("/v1/good", [("Connection", "close")])
-    answers, _ = split_answers(raw(router.port, first + last, answers=0))
+    last = encode_get("/v1/good", [("Connection", "close")])
+    answers, _ = split_responses(send_raw(router.port, first + last, answers=0))
     assert answers[0].status == status
     assert len(answers) <= 2
     assert not [r for r in upstream.requests if r.target == "/v1/smuggled"]
@@ -6786,14 +6935,14 @@ def check_leftovers(
 def test_leftover_content_is_not_a_request(
     method: str, path: str, status: int, fields: Pairs, framing: str
 ) -> None:
-    check_leftovers(shared(), stage(), method, path, status, fields, framing)
+    check_leftovers(default_router(), default_upstream(), method, path, status, fields, framing)
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 def test_leftover_content_after_401_is_not_a_request(framing: str) -> None:
     settings = {"API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
-    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
-    check_leftovers(router, stage(), "POST", CHAT, 401, [], framing)
+    router = shared_router({"DEFAULT_UPSTREAM": default_upstream().url, **settings})
+    check_leftovers(router, default_upstream(), "POST", CHAT, 401, [], framing)
 
 
 # --- answers --------------------------------------------------------------------------
@@ -6801,92 +6950,115 @@ def test_leftover_content_after_401_is_not_a_request(framing: str) -> None:
 
 def test_chunked_answer() -> None:
     pieces = [b"{", b'"a"', b": ", b"[1, 2]", b"}"]
-    name = stage().plays(stream_answer(pieces, kind="application/json"))
-    got = request(shared().port, "GET", f"/v1/{name}")
+    name = default_upstream().add_script(stream_response(pieces, kind="application/json"))
+    got = request(default_router().port, "GET", f"/v1/{name}")
     assert (got.content, got.whole) == (b'{"a": [1, 2]}', True)
 
 
 def test_trailers_of_an_answer_stop_here() -> None:
     end = b"0\r\nX-Late: secret\r\n\r\n"
-    steps = [*stream_answer([b"{}"], kind="application/json", whole=False), end]
-    name = stage().plays(steps)
-    for data in (get(f"/v1/{name}"), post(CHAT, chat(name))):
-        with connect(shared().port) as sock:
+    steps = [*stream_response([b"{}"], kind="application/json", whole=False), end]
+    name = default_upstream().add_script(steps)
+    for data in (encode_get(f"/v1/{name}"), encode_post(CHAT, chat_document(name))):
+        with connect(default_router().port) as sock:
             assert b"secret" not in exchange(sock, data)
-            assert parse(exchange(sock, get("/v1/after"))).status == 200
+            assert parse_response(exchange(sock, encode_get("/v1/after"))).status == 200
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 def test_answer_that_ends_with_the_connection(version: str) -> None:
-    steps = [head(200, [("Content-Type", "text/plain")]), b"all ", b"of it", CLOSE]
-    name = stage().plays(steps)
-    data = raw(shared().port, get(f"/v1/{name}", [("Connection", "close")], version), answers=0)
-    assert parse(data).content == b"all of it"
+    steps = [response_head(200, [("Content-Type", "text/plain")]), b"all ", b"of it", CLOSE]
+    name = default_upstream().add_script(steps)
+    data = send_raw(
+        default_router().port,
+        encode_get(f"/v1/{name}", [("Connection", "close")], version),
+        answers=0,
+    )
+    assert parse_response(data).content == b"all of it"
 
 
 def test_head_has_the_fields_and_no_content() -> None:
-    name = stage().plays(lambda r: [head(200, [("Content-Length", "12345")])])
-    with connect(shared().port) as sock:
+    name = default_upstream().add_script(
+        lambda r: [response_head(200, [("Content-Length", "12345")])]
+    )
+    with connect(default_router().port) as sock:
         ask_head = encode_request("HEAD", f"/v1/{name}")
-        got = parse(exchange(sock, ask_head, to_head=True), to_head=True)
+        got = parse_response(exchange(sock, ask_head, to_head=True), to_head=True)
         assert (got.status, got.get("Content-Length")) == (200, "12345")
-        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+        assert parse_response(exchange(sock, encode_get("/v1/after"))).json["target"] == "/v1/after"
 
 
 @pytest.mark.parametrize("status", [204, 304])
 def test_statuses_without_content(status: int) -> None:
-    name = stage().plays([head(status, [("ETag", '"x"'), ("Content-Length", "7")])])
-    with connect(shared().port) as sock:
+    name = default_upstream().add_script(
+        [response_head(status, [("ETag", '"x"'), ("Content-Length", "7")])]
+    )
+    with connect(default_router().port) as sock:
         for _ in range(2):  # on the same upstream connection too
-            got = parse(exchange(sock, get(f"/v1/{name}")))
+            got = parse_response(exchange(sock, encode_get(f"/v1/{name}")))
             assert (got.status, got.content, got.get("ETag")) == (status, b"", '"x"')
-        assert parse(exchange(sock, get("/v1/after"))).json["target"] == "/v1/after"
+        assert parse_response(exchange(sock, encode_get("/v1/after"))).json["target"] == "/v1/after"
 
 
 # --- HTTP/1.0 -------------------------------------------------------------------------
 
 
 def test_http_1_0_never_gets_an_interim_answer() -> None:
-    name = stage().plays([b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", *FINE])
+    name = default_upstream().add_script(
+        [b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", *FINE_RESPONSE]
+    )
     fields = [("Expect", "100-continue")]
-    data = raw(shared().port, post(CHAT, chat(name), fields, "1.0"), answers=0)
-    assert parse(data).json == {"fine": True}
+    data = send_raw(
+        default_router().port, encode_post(CHAT, chat_document(name), fields, "1.0"), answers=0
+    )
+    assert parse_response(data).json == {"fine": True}
     assert b" 100 " not in data and b" 103 " not in data
 
 
 @pytest.mark.parametrize("end", [[], [DROP]], ids=["closed", "reset"])
 def test_http_1_0_can_tell_a_broken_answer(end: list[Step]) -> None:
     """Only the close ends it, so a cut answer is reset; a whole one is not."""
-    begun = [head(200, [("Transfer-Encoding", "chunked")]), *chunked(b"hello", end=b"")]
-    name = stage().plays([*begun, b"5\r\nhe", *end, CLOSE])
-    with pytest.raises(ConnectionResetError), connect(shared().port) as sock:
-        sock.sendall(post("/v1/images/x", {"model": name}, version="1.0"))
+    begun = [
+        response_head(200, [("Transfer-Encoding", "chunked")]),
+        *encode_chunks(b"hello", end=b""),
+    ]
+    name = default_upstream().add_script([*begun, b"5\r\nhe", *end, CLOSE])
+    with pytest.raises(ConnectionResetError), connect(default_router().port) as sock:
+        sock.sendall(encode_post("/v1/images/x", {"model": name}, version="1.0"))
         while sock.recv(4096):
             pass
-    name = stage().plays([*begun, b"0\r\n\r\n"])
-    data = raw(shared().port, post("/v1/images/x", {"model": name}, version="1.0"), answers=0)
-    assert parse(data).content == b"hello"
+    name = default_upstream().add_script([*begun, b"0\r\n\r\n"])
+    data = send_raw(
+        default_router().port,
+        encode_post("/v1/images/x", {"model": name}, version="1.0"),
+        answers=0,
+    )
+    assert parse_response(data).content == b"hello"
 
 
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 def test_http_1_0_gets_no_chunks_and_a_close(path: str) -> None:
-    data = raw(shared().port, post(path, chat("tiny", stream=True), version="1.0"), answers=0)
+    data = send_raw(
+        default_router().port,
+        encode_post(path, chat_document("tiny", stream=True), version="1.0"),
+        answers=0,
+    )
     assert b"transfer-encoding" not in data.lower()
-    assert parse(data).text == "You said: hi"
+    assert parse_response(data).text == "You said: hi"
 
 
 def test_http_1_0_without_keep_alive_is_closed() -> None:
-    data = raw(shared().port, b"GET /v1/old HTTP/1.0\r\n\r\n" * 2, answers=0)
-    answers, rest = split_answers(data)
+    data = send_raw(default_router().port, b"GET /v1/old HTTP/1.0\r\n\r\n" * 2, answers=0)
+    answers, rest = split_responses(data)
     assert [a.status for a in answers] == [200]
     assert not rest
 
 
 def test_http_1_0_with_keep_alive_stays() -> None:
-    with connect(shared().port) as sock:
+    with connect(default_router().port) as sock:
         for turn in range(2):
-            asked = get(f"/v1/old-{turn}", [("Connection", "keep-alive")], "1.0")
-            got = parse(exchange(sock, asked))
+            asked = encode_get(f"/v1/old-{turn}", [("Connection", "keep-alive")], "1.0")
+            got = parse_response(exchange(sock, asked))
             assert (got.status, got.json["target"]) == (200, f"/v1/old-{turn}")
             assert (got.get("Connection") or "").lower() == "keep-alive"
 
@@ -6896,27 +7068,27 @@ def test_http_1_0_with_keep_alive_stays() -> None:
 
 def endless(received: Received) -> Iterator[Step]:
     """Events for as long as somebody listens."""
-    yield from stream_answer([], whole=False)
+    yield from stream_response([], whole=False)
     for _ in range(int(PATIENCE / 0.01)):
-        yield from chunked(event(completion_events({}, "word ")[1]), end=b"")
+        yield from encode_chunks(encode_event(completion_events({}, "word ")[1]), end=b"")
         yield 0.01
 
 
 LEAVING: dict[str, tuple[str, dict[str, Any], Script | list[Step]]] = {
-    "chat, waiting": (CHAT, ASKS[CHAT], [HANG]),
-    "chat, waiting for a stream": (CHAT, {**ASKS[CHAT], "stream": True}, [HANG]),
-    "chat, in a stream": (CHAT, {**ASKS[CHAT], "stream": True}, endless),
+    "chat, waiting": (CHAT, EXAMPLE_REQUESTS[CHAT], [HANG]),
+    "chat, waiting for a stream": (CHAT, {**EXAMPLE_REQUESTS[CHAT], "stream": True}, [HANG]),
+    "chat, in a stream": (CHAT, {**EXAMPLE_REQUESTS[CHAT], "stream": True}, endless),
     "chat, in a silent stream": (
-        CHAT, {**ASKS[CHAT], "stream": True}, broken_stream(HANG)),
+        CHAT, {**EXAMPLE_REQUESTS[CHAT], "stream": True}, broken_stream(HANG)),
     "chat, in a content": (
-        CHAT, ASKS[CHAT],
-        [head(200, [("Content-Length", "99")]) + b"{", HANG]),
+        CHAT, EXAMPLE_REQUESTS[CHAT],
+        [response_head(200, [("Content-Length", "99")]) + b"{", HANG]),
     "completion, waiting": ("/v1/completions", {"prompt": "hi"}, [HANG]),
     "embeddings, waiting": ("/v1/embeddings", {"input": "hi"}, [HANG]),
-    "Ollama chat, waiting": ("/api/chat", ASKS["/api/chat"], [HANG]),
+    "Ollama chat, waiting": ("/api/chat", EXAMPLE_REQUESTS["/api/chat"], [HANG]),
     "Ollama chat, not streamed": (
-        "/api/chat", {**ASKS["/api/chat"], "stream": False}, [HANG]),
-    "Ollama chat, in a stream": ("/api/chat", ASKS["/api/chat"], endless),
+        "/api/chat", {**EXAMPLE_REQUESTS["/api/chat"], "stream": False}, [HANG]),
+    "Ollama chat, in a stream": ("/api/chat", EXAMPLE_REQUESTS["/api/chat"], endless),
     "Ollama generate, in a silent stream": (
         "/api/generate", {"prompt": "hi"}, broken_stream(HANG)),
     "anything else, waiting": ("/v1/rerank", {"query": "hi"}, [HANG]),
@@ -6927,61 +7099,61 @@ LEAVING: dict[str, tuple[str, dict[str, Any], Script | list[Step]]] = {
 @pytest.mark.parametrize("name", LEAVING)
 def test_client_leaves(name: str, pipelined: bool) -> None:
     path, document, script = LEAVING[name]
-    model = stage().plays(script)
-    with connect(shared().port) as sock:
-        sock.sendall(post(path, {**document, "model": model}))
-        seen = stage().connection_of(model)
+    model = default_upstream().add_script(script)
+    with connect(default_router().port) as sock:
+        sock.sendall(encode_post(path, {**document, "model": model}))
+        seen = default_upstream().connection_of(model)
         if script is endless:
-            receive_until(sock, b"word")
+            read_until(sock, b"word")
         if pipelined:
-            sock.sendall(get("/v1/never"))
+            sock.sendall(encode_get("/v1/never"))
         time.sleep(0.02)
         left = time.monotonic()
-    assert until(lambda: seen.closed)
+    assert wait_until(lambda: seen.closed)
     print(f"{name}: closed after {(seen.closed - left) * 1000:.1f} ms")
     assert seen.closed - left < 1.0
-    assert request(shared().port, "GET", "/v1/fine").status == 200
+    assert request(default_router().port, "GET", "/v1/fine").status == 200
 
 
 def test_client_leaves_with_a_reset() -> None:
-    model = stage().plays([HANG])
-    sock = connect(shared().port)
-    sock.sendall(post(CHAT, chat(model)))
-    seen = stage().connection_of(model)
+    model = default_upstream().add_script([HANG])
+    sock = connect(default_router().port)
+    sock.sendall(encode_post(CHAT, chat_document(model)))
+    seen = default_upstream().connection_of(model)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     sock.close()
     left = time.monotonic()
-    assert until(lambda: seen.closed)
+    assert wait_until(lambda: seen.closed)
     assert seen.closed - left < 1.0
 
 
 def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
     sent: list[int] = []
-    block = event({"choices": [{"index": 0, "delta": {"content": "x" * 65_000}}]})
+    block = encode_event({"choices": [{"index": 0, "delta": {"content": "x" * 65_000}}]})
 
     def flood(received: Received) -> Iterator[Step]:
-        yield from stream_answer([], whole=False)
+        yield from stream_response([], whole=False)
         for number in range(4000):  # 260 MB
-            yield from chunked(block, end=b"")
+            yield from encode_chunks(block, end=b"")
             sent.append(number)
 
-    model = stage().plays(flood)
-    with connect(shared().port) as sock:
-        sock.sendall(post(CHAT, chat(model, stream=True)))
-        assert until(lambda: len(sent) > 9)
+    model = default_upstream().add_script(flood)
+    with connect(default_router().port) as sock:
+        sock.sendall(encode_post(CHAT, chat_document(model, stream=True)))
+        assert wait_until(lambda: len(sent) > 9)
         count = -1
         while count != len(sent):  # until it stands still
             count = len(sent)
             time.sleep(0.3)
         print(f"stands still after {count * len(block) / 1e6:.0f} MB")
         assert count < 1000
-        assert ask(shared(), "tiny").text == "You said: hi"
-        seen = stage().connection_of(model)
+        assert post_chat(default_router(), "tiny").text == "You said: hi"
+        seen = default_upstream().connection_of(model)
         assert not seen.closed
-    assert until(lambda: seen.closed)
+    assert wait_until(lambda: seen.closed)
 
 
-def descriptors(router: Router) -> int:
+def open_descriptors(router: Router) -> int:
     """How many files and sockets a router has open."""
     folder = pathlib.Path(f"/proc/{router.process.pid}/fd")
     if not folder.exists():
@@ -6989,37 +7161,37 @@ def descriptors(router: Router) -> int:
     return len(list(folder.iterdir()))
 
 
-def test_a_client_that_reads_nothing_is_not_kept_for_ever(kept: Kept) -> None:
+def test_a_client_that_reads_nothing_is_not_kept_for_ever(log_folder: LogFolder) -> None:
     """What is left to send to it when its answer is over holds its connection for a while."""
     program = altered(("write_timeout: float = 300.0", "write_timeout: float = 2.0"))
     event = b"data: " + b"x" * 60_000 + b"\n\n"
-    begin = head(200, [("Content-Type", "text/event-stream")])
-    model = stage().plays([begin, *[event] * 100, HANG])
-    with Router(kept.settings, program=program) as router, contextlib.ExitStack() as stack:
-        ask(router, "tiny")
-        assert kept.written(1) == 1
-        before = descriptors(router)
+    begin = response_head(200, [("Content-Type", "text/event-stream")])
+    model = default_upstream().add_script([begin, *[event] * 100, HANG])
+    with Router(log_folder.settings, program=program) as router, contextlib.ExitStack() as stack:
+        post_chat(router, "tiny")
+        assert log_folder.wait_for_rows(1) == 1
+        before = open_descriptors(router)
         for _ in range(5):
             sock = stack.enter_context(socket.socket())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", router.port))
-            sock.sendall(encode_request("POST", CHAT, chat(model, stream=True)))
-        until(lambda: descriptors(router) >= before + 8)
-        until(lambda: len(document(router, "/api/inflight")) == 5, 1.0)
-        for row in document(router, "/api/inflight"):
+            sock.sendall(encode_request("POST", CHAT, chat_document(model, stream=True)))
+        wait_until(lambda: open_descriptors(router) >= before + 8)
+        wait_until(lambda: len(get_document(router, "/api/inflight")) == 5, 1.0)
+        for row in get_document(router, "/api/inflight"):
             request(router.port, "POST", f"/api/inflight/{row['id']}/cancel")
-        assert until(lambda: descriptors(router) <= before + 2, PATIENCE * 2)
+        assert wait_until(lambda: open_descriptors(router) <= before + 2, PATIENCE * 2)
 
 
 def test_pipelined_requests_whose_answers_nobody_reads() -> None:
-    with pair() as (router, _), connect(router.port) as sock:
+    with router_and_upstream() as (router, _), connect(router.port) as sock:
         sock.settimeout(0.5)
-        asked = get("/") * 1000  # each answer is a hundred times as long
+        asked = encode_get("/") * 1000  # each answer is a hundred times as long
         with contextlib.suppress(TimeoutError):
             for _ in range(200):
                 sock.sendall(asked)
-        assert ask(router, "tiny").status == 200
-        assert memory(router) < 60
+        assert post_chat(router, "tiny").status == 200
+        assert memory_mib(router) < 60
 
 
 # ======================================================================================
@@ -7030,40 +7202,40 @@ def test_pipelined_requests_whose_answers_nobody_reads() -> None:
 # --- TLS and addresses ----------------------------------------------------------------
 
 
-def secure() -> tuple[str, Upstream]:
+def tls_upstream() -> tuple[str, Upstream]:
     """The file of a certificate that nobody trusts, and an upstream that shows it."""
-    made = certificate()
+    made = self_signed_certificate()
     if made is None:
         pytest.skip("no openssl here to make a certificate")
     return made[0], Upstream(tls=made[1])
 
 
 def test_tls_upstream_with_a_trusted_certificate() -> None:
-    trusted, upstream = secure()
+    trusted, upstream = tls_upstream()
     settings = {"DEFAULT_UPSTREAM": upstream.url, "SSL_CERT_FILE": trusted}
     with upstream, Router(settings) as router:
-        assert ask(router, "tiny").text == "You said: hi"
-        assert ask(router, "tiny", stream=True).text == "You said: hi"
+        assert post_chat(router, "tiny").text == "You said: hi"
+        assert post_chat(router, "tiny", stream=True).text == "You said: hi"
 
 
 def test_tls_upstream_with_an_unknown_certificate_is_refused() -> None:
-    _, upstream = secure()
+    _, upstream = tls_upstream()
     with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
-        got = ask(router, "tiny")
+        got = post_chat(router, "tiny")
         assert got.status == 502
         assert "certificate" in got.json["error"]["message"].lower()
         assert not upstream.requests
 
 
 def test_tls_upstream_with_verify_false() -> None:
-    _, upstream = secure()
+    _, upstream = tls_upstream()
     routes = {
         "servers": {"self-signed": {"url": upstream.url, "verify": False}},
         "routes": [{"match": {"model": "tiny"}, "route": {"upstream": "self-signed"}}],
     }
     settings = {"DEFAULT_UPSTREAM": upstream.url}
     with upstream, Router(settings, routes) as router:
-        assert ask(router, "tiny").text == "You said: hi"
+        assert post_chat(router, "tiny").text == "You said: hi"
 
 
 def test_ipv6_on_both_sides() -> None:
@@ -7074,29 +7246,29 @@ def test_ipv6_on_both_sides() -> None:
     settings = {"LISTEN_HOST": "::1", "DEFAULT_UPSTREAM": upstream.url}
     with upstream, Router(settings) as router:
         assert router.url.startswith("http://[::1]:")
-        got = request(router.port, "POST", CHAT, chat("tiny"), host="::1")
+        got = request(router.port, "POST", CHAT, chat_document("tiny"), host="::1")
         assert got.text == "You said: hi"
-        assert upstream.heard("tiny")[0].get("Host") == upstream.authority
+        assert upstream.requests_for("tiny")[0].get("Host") == upstream.authority
 
 
 # --- the pool of connections ----------------------------------------------------------
 
 
 def test_upstream_connections_are_reused() -> None:
-    with pair() as (router, upstream):
+    with router_and_upstream() as (router, upstream):
         for _ in range(5):
-            assert ask(router, "tiny").status == 200
-            assert ask(router, "tiny", stream=True).whole
-        assert len({r.connection for r in upstream.heard("tiny")}) == 1
+            assert post_chat(router, "tiny").status == 200
+            assert post_chat(router, "tiny", stream=True).whole
+        assert len({r.connection for r in upstream.requests_for("tiny")}) == 1
 
 
 def test_a_pooled_connection_that_was_closed_is_not_used() -> None:
-    with pair(lambda r: [*FINE, CLOSE]) as (router, upstream):
+    with router_and_upstream(lambda r: [*FINE_RESPONSE, CLOSE]) as (router, upstream):
         for turn in range(1, 4):
-            assert ask(router, "tiny").json == {"fine": True}
-            assert len(upstream.heard("tiny")) == turn
-            last = upstream.connections[upstream.heard("tiny")[-1].connection]
-            assert until(functools.partial(getattr, last, "closed"))
+            assert post_chat(router, "tiny").json == {"fine": True}
+            assert len(upstream.requests_for("tiny")) == turn
+            last = upstream.connections[upstream.requests_for("tiny")[-1].connection]
+            assert wait_until(functools.partial(getattr, last, "closed"))
 
 
 POISON = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\npoisoned"
@@ -7108,17 +7280,17 @@ def test_an_answer_that_nobody_asked_for_is_given_to_nobody(junk: bytes, pause: 
     said: set[int] = set()
 
     def script(received: Received) -> Iterator[Step]:
-        whole = json_answer({"to": received.json["n"]})[0]
+        whole = json_response({"to": received.json["n"]})[0]
         if pause:
             yield from (whole, pause, junk)
         else:
             yield whole + junk
         said.add(received.json["n"])
 
-    model = stage().plays(script)
+    model = default_upstream().add_script(script)
     for turn in range(4):
-        assert ask(shared(), model, n=turn).json == {"to": turn}
-        assert until(functools.partial(said.issuperset, {turn}))
+        assert post_chat(default_router(), model, n=turn).json == {"to": turn}
+        assert wait_until(functools.partial(said.issuperset, {turn}))
         time.sleep(pause)
 
 
@@ -7126,7 +7298,7 @@ def dies_when_reused(upstream: Upstream, end: Iterable[Step]) -> Script:
     """Answer the first request of a connection and play `end` to the second."""
 
     def script(received: Received) -> Iterable[Step]:
-        return FINE if upstream.connections[received.connection].requests < 2 else end
+        return FINE_RESPONSE if upstream.connections[received.connection].requests < 2 else end
 
     return script
 
@@ -7134,56 +7306,56 @@ def dies_when_reused(upstream: Upstream, end: Iterable[Step]) -> Script:
 @pytest.mark.parametrize("end", [DROP, CLOSE], ids=repr)
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_silent_retry_when_a_reused_connection_dies(end: Step, stream: bool) -> None:
-    with pair() as (router, upstream):
+    with router_and_upstream() as (router, upstream):
         upstream.script = dies_when_reused(upstream, [end])
         for _ in range(2):
-            assert ask(router, "tiny", stream=stream).json == {"fine": True}
-        first, reused, fresh = (r.connection for r in upstream.heard("tiny"))
+            assert post_chat(router, "tiny", stream=stream).json == {"fine": True}
+        first, reused, fresh = (r.connection for r in upstream.requests_for("tiny"))
         assert first == reused != fresh
 
 
 def test_no_retry_after_the_first_byte() -> None:
-    with pair() as (router, upstream):
+    with router_and_upstream() as (router, upstream):
         upstream.script = dies_when_reused(upstream, [b"HTTP/1.1 200 OK\r\nConte", DROP])
-        assert ask(router, "tiny").status == 200
-        assert ask(router, "tiny").status == 502
-        assert len(upstream.heard("tiny")) == 2
+        assert post_chat(router, "tiny").status == 200
+        assert post_chat(router, "tiny").status == 502
+        assert len(upstream.requests_for("tiny")) == 2
 
 
 def test_no_retry_on_a_fresh_connection() -> None:
-    with pair(lambda r: [DROP]) as (router, upstream):
-        assert ask(router, "tiny").status == 502
-        assert len(upstream.heard("tiny")) == 1
+    with router_and_upstream(lambda r: [DROP]) as (router, upstream):
+        assert post_chat(router, "tiny").status == 502
+        assert len(upstream.requests_for("tiny")) == 1
 
 
 def test_upstream_leaves_between_two_requests_of_one_client() -> None:
-    with pair() as (router, upstream), connect(router.port) as sock:
-        assert parse(exchange(sock, get("/v1/one"))).status == 200
+    with router_and_upstream() as (router, upstream), connect(router.port) as sock:
+        assert parse_response(exchange(sock, encode_get("/v1/one"))).status == 200
         upstream.close()
         upstream.script = lambda r: [DROP]
-        assert parse(exchange(sock, get("/v1/two"))).status == 502
+        assert parse_response(exchange(sock, encode_get("/v1/two"))).status == 502
 
 
 # --- answers that are not HTTP --------------------------------------------------------
 
 HOSTILE: dict[str, list[Step]] = {
-    "two lengths": upstream_head(b"Content-Length: 2\r\nContent-Length: 3"),
-    "one length twice": upstream_head(b"Content-Length: 2\r\nContent-Length: 2"),
-    "list of lengths": upstream_head(b"Content-Length: 2, 2"),
-    "signed length": upstream_head(b"Content-Length: +2"),
-    "length with underscore": upstream_head(b"Content-Length: 0_2"),
-    "length and coding": upstream_head(b"Content-Length: 2\r\n" + CODED),
-    "gzip as a transfer coding": upstream_head(b"Transfer-Encoding: gzip, chunked"),
-    "bad chunk-size": upstream_head(CODED, b"zz\r\n{}\r\n0\r\n\r\n"),
-    "signed chunk-size": upstream_head(CODED, b"+2\r\n{}\r\n0\r\n\r\n"),
-    "bad end of a chunk": upstream_head(CODED, b"2\r\n{}XX0\r\n\r\n"),
-    "bare LF in a chunk line": upstream_head(CODED, b"2\n{}\r\n0\r\n\r\n"),
-    "no last chunk": upstream_head(CODED, b"2\r\n{}\r\n"),
-    "no end of the trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n"),
-    "endless trailers": upstream_head(CODED, b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 9999),
-    "content cut short": upstream_head(b"Content-Length: 9"),
-    "content reset": [*upstream_head(b"Content-Length: 9")[:1], DROP],
-    "no content": upstream_head(b"Content-Length: 9", b""),
+    "two lengths": raw_response(b"Content-Length: 2\r\nContent-Length: 3"),
+    "one length twice": raw_response(b"Content-Length: 2\r\nContent-Length: 2"),
+    "list of lengths": raw_response(b"Content-Length: 2, 2"),
+    "signed length": raw_response(b"Content-Length: +2"),
+    "length with underscore": raw_response(b"Content-Length: 0_2"),
+    "length and coding": raw_response(b"Content-Length: 2\r\n" + CHUNKED_FIELD),
+    "gzip as a transfer coding": raw_response(b"Transfer-Encoding: gzip, chunked"),
+    "bad chunk-size": raw_response(CHUNKED_FIELD, b"zz\r\n{}\r\n0\r\n\r\n"),
+    "signed chunk-size": raw_response(CHUNKED_FIELD, b"+2\r\n{}\r\n0\r\n\r\n"),
+    "bad end of a chunk": raw_response(CHUNKED_FIELD, b"2\r\n{}XX0\r\n\r\n"),
+    "bare LF in a chunk line": raw_response(CHUNKED_FIELD, b"2\n{}\r\n0\r\n\r\n"),
+    "no last chunk": raw_response(CHUNKED_FIELD, b"2\r\n{}\r\n"),
+    "no end of the trailers": raw_response(CHUNKED_FIELD, b"2\r\n{}\r\n0\r\n"),
+    "endless trailers": raw_response(CHUNKED_FIELD, b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 9999),
+    "content cut short": raw_response(b"Content-Length: 9"),
+    "content reset": [*raw_response(b"Content-Length: 9")[:1], DROP],
+    "no content": raw_response(b"Content-Length: 9", b""),
     "no answer": [CLOSE],
     "reset": [DROP],
     "half a status line": [b"HTTP/1.", CLOSE],
@@ -7191,11 +7363,11 @@ HOSTILE: dict[str, list[Step]] = {
     "head without its end": [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n", CLOSE],
     "unasked 101": [
         b"HTTP/1.1 101 Fine\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", CLOSE],
-    "flood of 1xx": [b"HTTP/1.1 100 Continue\r\n\r\n" * 51, *FINE],
-    "endless 1xx": [b"HTTP/1.1 103 Hints\r\n\r\n" * 5000, *FINE],
+    "flood of 1xx": [b"HTTP/1.1 100 Continue\r\n\r\n" * 51, *FINE_RESPONSE],
+    "endless 1xx": [b"HTTP/1.1 103 Hints\r\n\r\n" * 5000, *FINE_RESPONSE],
     "endless field": [b"HTTP/1.1 200 OK\r\nA: " + b"b" * 200_000, CLOSE],
     "endless fields": [b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000, CLOSE],
-    "too many fields": upstream_head(b"A: b\r\n" * 129 + b"Content-Length: 2"),
+    "too many fields": raw_response(b"A: b\r\n" * 129 + b"Content-Length: 2"),
     "endless status line": [b"HTTP/1.1 200 " + b"O" * 200_000, CLOSE],
     "HTTP/0.9": [b"<html>it works</html>\n", CLOSE],
     "noise": [bytes(range(256)) * 9, CLOSE],
@@ -7209,10 +7381,10 @@ HOSTILE: dict[str, list[Step]] = {
     "another protocol": [b"ICY 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
     "HTTP/2": [b"HTTP/2 200 OK\r\nContent-Length: 2\r\n\r\n{}", CLOSE],
     "bare LF": [b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}", CLOSE],
-    "NUL in a field": upstream_head(b"A: \0\r\nContent-Length: 2"),
-    "bare CR in a field": upstream_head(b"A: b\rC: d\r\nContent-Length: 2"),
-    "space before the colon": upstream_head(b"Content-Length : 2"),
-    "line without a colon": upstream_head(b"nonsense\r\nContent-Length: 2"),
+    "NUL in a field": raw_response(b"A: \0\r\nContent-Length: 2"),
+    "bare CR in a field": raw_response(b"A: b\rC: d\r\nContent-Length: 2"),
+    "space before the colon": raw_response(b"Content-Length : 2"),
+    "line without a colon": raw_response(b"nonsense\r\nContent-Length: 2"),
 }  # fmt: skip
 
 
@@ -7220,43 +7392,48 @@ HOSTILE: dict[str, list[Step]] = {
 @pytest.mark.parametrize("path", [CHAT, "/api/chat"])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_answer(name: str, path: str, stream: bool) -> None:
-    model = stage().plays(HOSTILE[name])
-    got = request(shared().port, "POST", path, chat(model, stream=stream))
-    assert ended_badly(got), got
+    model = default_upstream().add_script(HOSTILE[name])
+    got = request(default_router().port, "POST", path, chat_document(model, stream=stream))
+    assert is_visibly_broken(got), got
     assert b"[DONE]" not in got.content and b'"done":true' not in got.content
     if got.status == 502:
         assert got.json["error"]
-    assert request(shared().port, "GET", "/v1/fine").status == 200
+    assert request(default_router().port, "GET", "/v1/fine").status == 200
 
 
 def test_a_few_interim_answers_are_fine() -> None:
     hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
-    model = stage().plays([b"HTTP/1.1 100 Continue\r\n\r\n" + hints * 3, *FINE])
-    assert ask(shared(), model).json == {"fine": True}
+    model = default_upstream().add_script(
+        [b"HTTP/1.1 100 Continue\r\n\r\n" + hints * 3, *FINE_RESPONSE]
+    )
+    assert post_chat(default_router(), model).json == {"fine": True}
 
 
 def test_head_of_an_answer_in_pieces() -> None:
-    whole = json_answer({"fine": True})[0]
-    model = stage().plays([s for b in whole for s in (bytes([b]), 0.001)])
-    assert ask(shared(), model).json == {"fine": True}
+    whole = json_response({"fine": True})[0]
+    model = default_upstream().add_script([s for b in whole for s in (bytes([b]), 0.001)])
+    assert post_chat(default_router(), model).json == {"fine": True}
 
 
 def test_folded_field_of_an_answer_does_not_travel() -> None:
     steps = [b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\nContent-Length: 2\r\n\r\n{}", CLOSE]
-    data = raw(shared().port, post(CHAT, chat(stage().plays(steps))))
+    data = send_raw(
+        default_router().port,
+        encode_post(CHAT, chat_document(default_upstream().add_script(steps))),
+    )
     assert b"\r\n " not in data.partition(b"\r\n\r\n")[0]
 
 
 def test_junk_after_the_end_reaches_nobody() -> None:
-    model = stage().plays([json_answer({"n": 1})[0] + POISON, 0.05, POISON])
+    model = default_upstream().add_script([json_response({"n": 1})[0] + POISON, 0.05, POISON])
     for _ in range(3):
-        data = raw(shared().port, post(CHAT, chat(model)))
-        assert parse(data).json == {"n": 1}
+        data = send_raw(default_router().port, encode_post(CHAT, chat_document(model)))
+        assert parse_response(data).json == {"n": 1}
         assert b"poisoned" not in data
 
 
 def test_an_answer_before_the_end_of_the_request() -> None:
-    refusal = head(413, [("Content-Length", "5"), ("Connection", "close")]) + b"large"
+    refusal = response_head(413, [("Content-Length", "5"), ("Connection", "close")]) + b"large"
 
     def refuse(listener: socket.socket) -> None:
         while True:
@@ -7269,29 +7446,29 @@ def test_an_answer_before_the_end_of_the_request() -> None:
     threading.Thread(target=refuse, args=(listener,), daemon=True).start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with Router({"DEFAULT_UPSTREAM": url}) as router:
-        got = ask(router, "tiny", "x" * 8_000_000)
+        got = post_chat(router, "tiny", "x" * 8_000_000)
         assert (got.status, got.content) == (413, b"large")
 
 
 # --- cool-downs and turns -------------------------------------------------------------
 
 
-class Moody(Upstream):
+class SwitchableUpstream(Upstream):
     """An upstream that answers as its `mood` says."""
 
     def __init__(self) -> None:
-        self.mood: Iterable[Step] = FINE
+        self.mood: Iterable[Step] = FINE_RESPONSE
         super().__init__(lambda received: self.mood)
 
     @property
-    def asked(self) -> int:
-        return len(self.heard('"m"'))
+    def request_count(self) -> int:
+        return len(self.requests_for('"m"'))
 
 
 @contextlib.contextmanager
-def moody_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
+def switchable_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
     """Two upstreams of changing moods, behind the alias `pair`."""
-    with Moody() as one, Moody() as two:
+    with SwitchableUpstream() as one, SwitchableUpstream() as two:
         routes = {
             "servers": {"one": one.url, "two": two.url},
             "aliases": {"pair": {"strategy": strategy, "instances": ["one/m", "two/m"]}},
@@ -7302,43 +7479,43 @@ def moody_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
 
 @pytest.mark.parametrize("status, cools", [(429, 1), (503, 1), (500, 0), (404, 0)])
 def test_cool_down_after_429_and_503_only(status: int, cools: int) -> None:
-    with moody_pair() as (router, one, two):
-        one.mood = json_answer({}, status)
-        assert ask(router, "pair").status == 200
-        one.mood = FINE
-        assert ask(router, "pair").status == 200
-        assert (one.asked, two.asked) == ((1, 2) if cools else (2, 1))
+    with switchable_pair() as (router, one, two):
+        one.mood = json_response({}, status)
+        assert post_chat(router, "pair").status == 200
+        one.mood = FINE_RESPONSE
+        assert post_chat(router, "pair").status == 200
+        assert (one.request_count, two.request_count) == ((1, 2) if cools else (2, 1))
 
 
 def test_a_cooling_instance_is_the_last_hope() -> None:
-    with moody_pair() as (router, one, two):
+    with switchable_pair() as (router, one, two):
         one.mood = [DROP]
-        assert ask(router, "pair").status == 200
-        one.mood, two.mood = FINE, json_answer({}, 500)
-        assert ask(router, "pair").status == 200
-        assert (one.asked, two.asked) == (2, 2)
-        two.mood = FINE
-        assert ask(router, "pair").status == 200  # its success has cleared it
-        assert (one.asked, two.asked) == (3, 2)
+        assert post_chat(router, "pair").status == 200
+        one.mood, two.mood = FINE_RESPONSE, json_response({}, 500)
+        assert post_chat(router, "pair").status == 200
+        assert (one.request_count, two.request_count) == (2, 2)
+        two.mood = FINE_RESPONSE
+        assert post_chat(router, "pair").status == 200  # its success has cleared it
+        assert (one.request_count, two.request_count) == (3, 2)
 
 
 def test_retry_after_sets_the_cool_down() -> None:
-    with moody_pair() as (router, one, _):
-        one.mood = json_answer({}, 429, [("Retry-After", "1")])
-        assert ask(router, "pair").status == 200
-        one.mood = FINE
-        assert until(lambda: ask(router, "pair").status == 200 and one.asked > 1)
+    with switchable_pair() as (router, one, _):
+        one.mood = json_response({}, 429, [("Retry-After", "1")])
+        assert post_chat(router, "pair").status == 200
+        one.mood = FINE_RESPONSE
+        assert wait_until(lambda: post_chat(router, "pair").status == 200 and one.request_count > 1)
 
 
 def test_round_robin_takes_turns() -> None:
-    with moody_pair("round_robin") as (router, one, two):
+    with switchable_pair("round_robin") as (router, one, two):
         for _ in range(6):
-            assert ask(router, "pair").status == 200
-            assert abs(one.asked - two.asked) <= 1
-        assert (one.asked, two.asked) == (3, 3)
-        one.mood = json_answer({}, 500)
+            assert post_chat(router, "pair").status == 200
+            assert abs(one.request_count - two.request_count) <= 1
+        assert (one.request_count, two.request_count) == (3, 3)
+        one.mood = json_response({}, 500)
         for _ in range(4):
-            assert ask(router, "pair").status == 200
+            assert post_chat(router, "pair").status == 200
 
 
 def test_least_busy_takes_the_idle_one() -> None:
@@ -7346,18 +7523,18 @@ def test_least_busy_takes_the_idle_one() -> None:
 
     def slow() -> Iterator[Step]:
         gate.wait(PATIENCE)
-        yield from FINE
+        yield from FINE_RESPONSE
 
     with (
-        moody_pair("least_busy") as (router, one, two),
+        switchable_pair("least_busy") as (router, one, two),
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
         one.script = two.script = lambda received: slow()
         asked = []
         for _ in range(4):
-            asked.append(pool.submit(ask, router, "pair"))
-            assert until(lambda: one.asked + two.asked == len(asked))
-            assert abs(one.asked - two.asked) <= 1
+            asked.append(pool.submit(post_chat, router, "pair"))
+            assert wait_until(lambda: one.request_count + two.request_count == len(asked))
+            assert abs(one.request_count - two.request_count) <= 1
         gate.set()
         assert [a.result().status for a in asked] == [200] * 4
 
@@ -7383,14 +7560,14 @@ def test_model_list_is_the_union_and_cached() -> None:
         assert {"one", "two", "twin [here]", "twin [there]"} <= set(names)
         assert "/r/" not in names and len(set(names)) == len(names)
         assert model_names(router) == names
-        assert asked_for_models(there).count(f"Bearer {KEY}") == 1
+        assert asked_for_models(there).count(f"Bearer {CLIENT_KEY}") == 1
         assert model_names(router, "sk-of-another") == names
         assert asked_for_models(there).count("Bearer sk-of-another") == 1
         assert set(asked_for_models(here)) == {"Bearer sk-of-here"}
         for name, upstream in (("here", here), ("there", there)):
-            got = tell("/v1/chat/completions", chat(f"twin [{name}]"), router)
+            got = post_json("/v1/chat/completions", chat_document(f"twin [{name}]"), router)
             assert got.status == 200
-            assert latest(upstream).model == "twin"
+            assert last_request(upstream).model == "twin"
 
 
 def test_model_list_does_not_wait_for_the_slow() -> None:
@@ -7403,8 +7580,8 @@ def test_model_list_does_not_wait_for_the_slow() -> None:
 
 
 def test_model_list_of_nobody_is_an_error() -> None:
-    settings = {"DEFAULT_UPSTREAM": switched_off("dead")}
-    with Router(settings, {"servers": {"gone": switched_off("gone")}}) as router:
+    settings = {"DEFAULT_UPSTREAM": switched_off_url("dead")}
+    with Router(settings, {"servers": {"gone": switched_off_url("gone")}}) as router:
         got = request(router.port, "GET", "/v1/models")
         assert got.status == 502
         check_openai_error(got.json)
@@ -7413,7 +7590,7 @@ def test_model_list_of_nobody_is_an_error() -> None:
 @pytest.mark.parametrize("extra", [0, 1], ids=["alone", "beside a good one"])
 def test_model_list_that_is_too_deep_is_none(extra: int) -> None:
     deep = b'{"data":[{"id":"a","x":' + b"[" * 980 + b"]" * 980 + b"}]}"
-    odd, good = Upstream(lambda r: answer(deep)), Upstream(models=["fine"])
+    odd, good = Upstream(lambda r: whole_response(deep)), Upstream(models=["fine"])
     table = {"servers": {"good": good.url} if extra else {}}
     settings = {"DEFAULT_UPSTREAM": odd.url, "WEBUI_SECURITY": "NONE"}
     with odd, good, Router(settings, table) as router:
@@ -7427,7 +7604,7 @@ def test_model_list_that_is_too_deep_is_none(extra: int) -> None:
 
 @each_openai
 def test_openai_model_list(sdk: Sdk) -> None:
-    names = [model.id for model in sdk.call(catalog().url, "models.list").data]
+    names = [model.id for model in sdk.call(models_router().url, "models.list").data]
     first = {f"alias-{name}" for name in [*SCRIPTS, "nobody"]} | {"old-name"}
     assert set(names[: len(first)]) == first
     assert {"talk", "tiny", "org/some-model"} <= set(names[len(first) :])
@@ -7437,30 +7614,30 @@ def test_openai_model_list(sdk: Sdk) -> None:
 @each_openai
 @pytest.mark.parametrize("name", ("tiny", "alias-talk", "old-name", "org/some-model"))
 def test_openai_model_retrieve(sdk: Sdk, name: str) -> None:
-    got = sdk.call(catalog().url, "models.retrieve", name)
+    got = sdk.call(models_router().url, "models.retrieve", name)
     assert (got.id, got.object) == (name, "model")
 
 
 @each_openai
 def test_openai_unknown_model_retrieve(sdk: Sdk) -> None:
-    with pytest.raises(need("openai").NotFoundError) as caught:
-        sdk.call(catalog().url, "models.retrieve", "no-such-model")
+    with pytest.raises(import_or_skip("openai").NotFoundError) as caught:
+        sdk.call(models_router().url, "models.retrieve", "no-such-model")
     assert "no-such-model" in caught.value.message
 
 
 def test_many_keys_make_few_threads() -> None:
     """Each key may see other models, and is asked for in a thread of its own."""
-    with pair(lambda r: [0.2, *json_answer({"data": []})]) as (router, upstream):
+    with router_and_upstream(lambda r: [0.2, *json_response({"data": []})]) as (router, upstream):
         threads = pathlib.Path(f"/proc/{router.process.pid}/task")
         if not threads.exists():
             pytest.skip("there is no /proc here")
         with contextlib.ExitStack() as stack:
             for number in range(100):
                 sock = stack.enter_context(connect(router.port))
-                sock.sendall(get("/v1/models", [("Authorization", f"Bearer {number}")]))
-            assert until(lambda: len(upstream.requests) >= 32)
+                sock.sendall(encode_get("/v1/models", [("Authorization", f"Bearer {number}")]))
+            assert wait_until(lambda: len(upstream.requests) >= 32)
             assert len(list(threads.iterdir())) < 45
-            assert until(lambda: len(upstream.requests) == 100)
+            assert wait_until(lambda: len(upstream.requests) == 100)
 
 
 # ======================================================================================
@@ -7472,7 +7649,7 @@ def test_many_keys_make_few_threads() -> None:
 
 
 def test_columns_are_the_fields_of_a_row(tmp_path: pathlib.Path) -> None:
-    with contextlib.closing(made_store(tmp_path).open()) as db:
+    with contextlib.closing(make_store(tmp_path).open()) as db:
         names = [row[1] for row in db.execute("PRAGMA table_info(requests)")]
         assert names == list(smolrouter.Row._fields)
         names = [row[1] for row in db.execute("PRAGMA table_info(rollups)")]
@@ -7485,10 +7662,10 @@ def test_columns_are_the_fields_of_a_row(tmp_path: pathlib.Path) -> None:
 ])  # fmt: skip
 def test_every_request_is_a_row(path: str, stream: bool) -> None:
     model = f"row-{path.strip('/').replace('/', '-')}-{stream}"
-    body = {**chat(model, "hi"), "prompt": "hi", "input": "hi", "stream": stream}
-    sent = dumps(body)
-    got = request(logging().port, "POST", path, sent, [("User-Agent", "tester/1")])
-    row = row_of(logging(), model)
+    body = {**chat_document(model, "hi"), "prompt": "hi", "input": "hi", "stream": stream}
+    sent = encode_json(body)
+    got = request(logging_router().port, "POST", path, sent, [("User-Agent", "tester/1")])
+    row = wait_for_row(logging_router(), model)
     assert sorted(row) == sorted(ROW_NAMES)
     assert MOMENT.fullmatch(row["timestamp"]) and MOMENT.fullmatch(row["completed_at"])
     assert row["timestamp"] <= row["completed_at"]
@@ -7512,38 +7689,38 @@ def test_every_request_is_a_row(path: str, stream: bool) -> None:
     assert row["attempts"] == [
         {
             "instance": f"box/{model}",
-            "upstream_url": stage().url,
+            "upstream_url": default_upstream().url,
             "status": 200,
             "error": None,
             "duration_ms": row["attempts"][0]["duration_ms"],
         }
     ]
-    detail = document(logging(), f"/api/request/{row['id']}")
+    detail = get_document(logging_router(), f"/api/request/{row['id']}")
     assert detail["user_agent"] == "tester/1" and detail["phase"] == "done"
     assert detail["request_body"].encode() == sent
-    heard = stage().heard(model)[-1]
+    heard = default_upstream().requests_for(model)[-1]
     assert ("include_usage" in heard.content.decode()) == (stream)
     assert {name: detail[name] for name in ROW_NAMES} == row
 
 
 def test_a_stream_is_kept_as_the_upstream_said_it() -> None:
-    events = [piece("<think>hm</think>\n\nYes"), ending(), "[DONE]"]
-    model = stage().plays(sse_answer(events))
-    got = ask(logging(), model, stream=True)
+    events = [text_delta("<think>hm</think>\n\nYes"), finish_delta(), "[DONE]"]
+    model = default_upstream().add_script(sse_response(events))
+    got = post_chat(logging_router(), model, stream=True)
     assert b"think" not in got.content
-    detail = detail_of(logging(), model)
-    assert detail["response_body"].encode() == b"".join(map(event, events))
+    detail = wait_for_detail(logging_router(), model)
+    assert detail["response_body"].encode() == b"".join(map(encode_event, events))
     assert (detail["response_text"], detail["response_thinking"]) == ("Yes", "hm")
 
 
 def test_route_attempts_and_trail() -> None:
-    assert ask(logging(), "either").status == 200
-    detail = detail_of(logging(), "either")
+    assert post_chat(logging_router(), "either").status == 200
+    detail = wait_for_detail(logging_router(), "either")
     assert [detail[n] for n in ("original_model", "sent_model", "route", "upstream_url")] == [
         "either",
         "other",
         "alias either",
-        stage().url,
+        default_upstream().url,
     ]
     failed, good = detail["attempts"]
     assert (failed["instance"], failed["status"]) == ("off/tiny", None) and failed["error"]
@@ -7553,57 +7730,68 @@ def test_route_attempts_and_trail() -> None:
         "matched": True,
         "why": "'either' is an alias",
     }
-    ask(logging(), "asked-for")
+    post_chat(logging_router(), "asked-for")
     for name in ("asked-for", "sent"):  # found by either name
-        row = row_of(logging(), name)
+        row = wait_for_row(logging_router(), name)
         assert (row["original_model"], row["route"]) == ("asked-for", "routes[0]")
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500])
 def test_an_error_is_a_row(status: int) -> None:
-    model = stage().plays(json_answer({"error": {"message": "no", "code": status}}, status))
-    assert ask(logging(), model).status == status
-    row = row_of(logging(), model)
+    model = default_upstream().add_script(
+        json_response({"error": {"message": "no", "code": status}}, status)
+    )
+    assert post_chat(logging_router(), model).status == status
+    row = wait_for_row(logging_router(), model)
     assert (row["status_code"], row["prompt_tokens"], row["tokens_estimated"]) == (
         status,
         None,
         False,
     )
-    assert json.loads(detail_of(logging(), model)["response_body"])["error"]["message"] == "no"
+    assert (
+        json.loads(wait_for_detail(logging_router(), model)["response_body"])["error"]["message"]
+        == "no"
+    )
     for wanted in (str(status), f"{status // 100}xx", "error"):
-        found = document(logging(), f"/api/logs?model={model}&status={wanted}")
+        found = get_document(logging_router(), f"/api/logs?model={model}&status={wanted}")
         assert [one["id"] for one in found] == [row["id"]]
-    assert document(logging(), f"/api/logs?model={model}&status=2xx") == []
+    assert get_document(logging_router(), f"/api/logs?model={model}&status=2xx") == []
 
 
 def test_nobody_there_is_a_row() -> None:
     with Router({"DEFAULT_UPSTREAM": "http://127.0.0.1:9", "WEBUI_SECURITY": "NONE"}) as router:
-        assert ask(router, "tiny").status == 502
-        row = row_of(router, "tiny")
+        assert post_chat(router, "tiny").status == 502
+        row = wait_for_row(router, "tiny")
         assert row["status_code"] == 502 and "no upstream answered" in row["error_message"]
         assert row["attempts"][0]["status"] is None
-        assert detail_of(router, "tiny")["response_body"] is None
+        assert wait_for_detail(router, "tiny")["response_body"] is None
 
 
 def test_a_client_that_leaves_is_a_row() -> None:
-    model = stage().plays(stream_answer([event(piece("one ")), HANG], whole=False))
-    with connect(logging().port) as sock:
-        body = dumps(chat(model, stream=True))
+    model = default_upstream().add_script(
+        stream_response([encode_event(text_delta("one ")), HANG], whole=False)
+    )
+    with connect(logging_router().port) as sock:
+        body = encode_json(chat_document(model, stream=True))
         sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
-        until(lambda: b"one" in sock.recv(4096))
-    row = row_of(logging(), model)
+        wait_until(lambda: b"one" in sock.recv(4096))
+    row = wait_for_row(logging_router(), model)
     assert (row["status_code"], row["error_message"]) == (499, "client_closed")
     assert row["tokens_estimated"] and row["completion_tokens"] == 1
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["usage", "estimate"])
-def test_a_stream_that_breaks_off_has_its_cost(kept: Kept, told: bool) -> None:
+def test_a_stream_that_breaks_off_has_its_cost(log_folder: LogFolder, told: bool) -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 200}}
-    events = [*map(event, WORDS), *[event(usage)] * told]
-    with kept.router() as router:
-        ask(router, stage().plays([*stream_answer(events, whole=False), DROP]), stream=True)
-        assert kept.written(1) == 1
-    (row,) = kept.ask(
+    events = [*map(encode_event, TWO_WORDS), *[encode_event(usage)] * told]
+    with log_folder.router() as router:
+        post_chat(
+            router,
+            default_upstream().add_script([*stream_response(events, whole=False), DROP]),
+            stream=True,
+        )
+        assert log_folder.wait_for_rows(1) == 1
+    (row,) = log_folder.select(
         "SELECT status_code, prompt_tokens, completion_tokens, tokens_estimated, "
         "failed FROM requests"
     )
@@ -7619,24 +7807,26 @@ TOLD_ERRORS = {
     "choice": [{"error": {"message": "no memory"}, "choices": [{"finish_reason": "error"}]}],
     "none": [
         {"choices": [{"index": 0, "delta": {"content": 'no "error" at all'}}]},
-        ENDED,
+        FINISH,
         "[DONE]",
     ],
-    "long none": [{**ENDED, "error": None, "x": "y" * 9000}, "[DONE]"],
+    "long none": [{**FINISH, "error": None, "x": "y" * 9000}, "[DONE]"],
 }
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("joined", [False, True])
-def test_an_error_inside_a_stream_is_in_its_row(kept: Kept, joined: bool, end: str) -> None:
+def test_an_error_inside_a_stream_is_in_its_row(
+    log_folder: LogFolder, joined: bool, end: str
+) -> None:
     """The client got it as an event; whoever looks at the log finds it."""
-    with kept.router() as router:
+    with log_folder.router() as router:
         for told in TOLD_ERRORS.values():
-            said = [event(one).replace(b"\n", end.encode()) for one in [*WORDS, *told]]
-            name = stage().plays(sse_answer([b"".join(said)] if joined else said))
-            ask(router, name, stream=True)
-        assert kept.written(len(TOLD_ERRORS)) == len(TOLD_ERRORS)
-    rows = kept.ask(
+            said = [encode_event(one).replace(b"\n", end.encode()) for one in [*TWO_WORDS, *told]]
+            name = default_upstream().add_script(sse_response([b"".join(said)] if joined else said))
+            post_chat(router, name, stream=True)
+        assert log_folder.wait_for_rows(len(TOLD_ERRORS)) == len(TOLD_ERRORS)
+    rows = log_folder.select(
         "SELECT status_code, substr(error_message, 1, 9), failed FROM requests ORDER BY id"
     )
     wrong = [(200, "no memory", 1)] * (len(rows) - 2)
@@ -7644,39 +7834,41 @@ def test_an_error_inside_a_stream_is_in_its_row(kept: Kept, joined: bool, end: s
 
 
 def test_tokens_without_usage_are_estimates() -> None:
-    events = [piece("Four letters each. "), ending(), "[DONE]"]
-    model = stage().plays(sse_answer(events))
-    ask(logging(), model, "a question of this length", stream=True)
-    row = row_of(logging(), model)
+    events = [text_delta("Four letters each. "), finish_delta(), "[DONE]"]
+    model = default_upstream().add_script(sse_response(events))
+    post_chat(logging_router(), model, "a question of this length", stream=True)
+    row = wait_for_row(logging_router(), model)
     assert (row["prompt_tokens"], row["completion_tokens"], row["tokens_estimated"]) == (7, 5, True)
-    model = stage().plays(call_tools)
-    ask(logging(), model, "what?", stream=True)
-    row = row_of(logging(), model)
-    letters = sum(len(json.dumps(arguments)) for _, arguments in CALLS)
+    model = default_upstream().add_script(serve_tool_calls)
+    post_chat(logging_router(), model, "what?", stream=True)
+    row = wait_for_row(logging_router(), model)
+    letters = sum(len(json.dumps(arguments)) for _, arguments in TOOL_CALLS)
     assert (row["completion_tokens"], row["tokens_estimated"]) == (-(-letters // 4), True)
 
 
 def test_a_name_that_is_no_text_costs_nobody_a_row() -> None:
-    with pair() as (router, _):
+    with router_and_upstream() as (router, _):
         for name in ("\ud800", "a\udfff [x]"):
-            request(router.port, "POST", "/api/chat", {**ASKS["/api/chat"], "model": name})
-        assert ask(router, "tiny").status == 200
+            request(
+                router.port, "POST", "/api/chat", {**EXAMPLE_REQUESTS["/api/chat"], "model": name}
+            )
+        assert post_chat(router, "tiny").status == 200
 
         def rows() -> list[str]:
             return [r["original_model"] for r in request(router.port, "GET", "/api/logs").json]
 
-        assert until(lambda: len(rows()) == 3), rows()
+        assert wait_until(lambda: len(rows()) == 3), rows()
         assert "Traceback" not in router.stderr
 
 
 def test_every_request_leaves_a_line() -> None:
     one, two = Upstream(lambda r: [DROP]), Upstream()
-    with one, two, both(one.url, two.url) as router:
-        ask(router, "pair")
+    with one, two, router_of_two(one.url, two.url) as router:
+        post_chat(router, "pair")
         request(router.port, "GET", "/v1/nothing-there/x?key=hidden")
-        raw(router.port, b"nonsense\r\n\r\n")
+        send_raw(router.port, b"nonsense\r\n\r\n")
         for word in ("one/m: ", "/v1/nothing-there/x", "400"):
-            assert until(functools.partial(lambda w: w in router.stderr, word))
+            assert wait_until(functools.partial(lambda w: w in router.stderr, word))
         assert "hidden" not in router.stderr
 
 
@@ -7684,9 +7876,9 @@ def test_every_request_leaves_a_line() -> None:
 def scratch_store() -> Any:
     """A database for one row."""
     folder = tempfile.mkdtemp(prefix="smol-")
-    AT_END.callback(shutil.rmtree, folder, ignore_errors=True)
+    AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
     store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": f"{folder}/log.db"}))
-    AT_END.callback(store.close)
+    AT_SESSION_END.callback(store.close)
     return store
 
 
@@ -7757,10 +7949,10 @@ def scratch_store() -> Any:
 )
 def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream: bool) -> None:
     """Whatever passed through can be read, packed, written to a database and shown."""
-    pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else dumps(d) for d in said]
+    pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else encode_json(d) for d in said]
     target = f"{path}?key={urllib.parse.quote(odd, errors='replace')}"
     top = smolrouter.parse_request_head(f"POST {target} HTTP/1.1\r\nHost: a".encode())
-    asked = smolrouter.Request(top, None, None, "::1", dumps(doc))
+    asked = smolrouter.Request(top, None, None, "::1", encode_json(doc))
     step = smolrouter.Step(odd, True, odd)
     decision = smolrouter.Decision(odd, odd, odd, "failover", (), (step,))
     record = smolrouter.Record("id", asked, "openai", stream, decision)
@@ -7789,13 +7981,13 @@ def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream
 # --- secrets and bodies ---------------------------------------------------------------
 
 
-def made_entry(number: int, days: float = 0.0, **more: Any) -> Any:
+def make_entry(number: int, days: float = 0.0, **more: Any) -> Any:
     """An entry that was written some days ago."""
     detail = smolrouter.Detail("{}", b"asked" * 50, os.urandom(300))
-    return smolrouter.make_entry(made_row(number, days, **more), detail)
+    return smolrouter.make_entry(make_row(number, days, **more), detail)
 
 
-def test_no_secret_is_kept_or_shown(kept: Kept) -> None:
+def test_no_secret_is_kept_or_shown(log_folder: LogFolder) -> None:
     secrets = {name: f"{name.lower()}-0123456789-private" for name in (
         "Authorization", "X-Api-Key", "Api-Key", "Proxy-Authorization", "X-Goog-Api-Key",
         "X-SmolRouter-Token", "X-Auth-Token", "Ocp-Apim-Subscription-Key")}  # fmt: skip
@@ -7805,22 +7997,22 @@ def test_no_secret_is_kept_or_shown(kept: Kept) -> None:
 
     def echo(received: Received) -> list[Step]:
         said = {"error": {"message": f"wrong key: {received.get('authorization')}"}}
-        return json_answer(said, 401, [("Set-Cookie", "id=set-private")])
+        return json_response(said, 401, [("Set-Cookie", "id=set-private")])
 
-    model = stage().plays(echo)
-    with kept.router(LOG_LEVEL="DEBUG") as router:
+    model = default_upstream().add_script(echo)
+    with log_folder.router(LOG_LEVEL="DEBUG") as router:
         for path in ("/v1/chat/completions", "/api/chat"):
             target = f"{path}?key=query-private&api_key=query-private&a=b"
-            got = request(router.port, "POST", target, chat(model, "x" * 20_000), fields)
+            got = request(router.port, "POST", target, chat_document(model, "x" * 20_000), fields)
             assert (got.status, got.get("Set-Cookie")) == (401, "id=set-private")
-        kept.written(2)
-        ids = [row["id"] for row in document(router, "/api/logs")]
+        log_folder.wait_for_rows(2)
+        ids = [row["id"] for row in get_document(router, "/api/logs")]
         paths = [f"/api/request/{number}" for number in ids] + [f"/request/{ids[0]}"]
         paths += ["/api/logs", "/api/export", "/api/export?format=csv", "/api/upstreams"]
         paths += ["/metrics", "/api/stats", "/api/performance", "/api/inflight", "/api/routes"]
         shown = b"".join(request(router.port, "GET", path).content for path in paths)
-        everything = shown + kept.octets() + router.stderr.encode()
-        detail = document(router, f"/api/request/{ids[0]}")
+        everything = shown + log_folder.all_bytes() + router.stderr.encode()
+        detail = get_document(router, f"/api/request/{ids[0]}")
     assert [word for word in hidden if word.encode() in everything] == []
     headers = dict(detail["request_headers"])
     assert re.fullmatch(r"Bearer \*\*\*[0-9a-f]{8}", headers["Authorization"])
@@ -7828,25 +8020,27 @@ def test_no_secret_is_kept_or_shown(kept: Kept) -> None:
     assert detail["path"].endswith("&a=b")
 
 
-def test_long_bodies_are_files_that_requests_share(kept: Kept) -> None:
+def test_long_bodies_are_files_that_requests_share(log_folder: LogFolder) -> None:
     text = "long " * 10_000
-    model = stage().plays(json_answer(completion({}, text)))
-    with kept.router(MAX_LOG_AGE_DAYS=1) as router:
+    model = default_upstream().add_script(json_response(completion({}, text)))
+    with log_folder.router(MAX_LOG_AGE_DAYS=1) as router:
         for _ in range(3):
-            ask(router, model, text)
-        ask(router, "tiny", "short")
-        kept.written(4)
-        detail = detail_of(router, model)
+            post_chat(router, model, text)
+        post_chat(router, "tiny", "short")
+        log_folder.wait_for_rows(4)
+        detail = wait_for_detail(router, model)
         assert json.loads(detail["response_body"])["choices"][0]["message"]["content"] == text
         assert json.loads(detail["request_body"])["messages"][0]["content"] == text
-    files = sorted(f.stem for f in kept.blobs.rglob("*.z"))
-    rows = kept.ask("SELECT digest, uses FROM blobs ORDER BY digest")
+    files = sorted(f.stem for f in log_folder.blobs.rglob("*.z"))
+    rows = log_folder.select("SELECT digest, uses FROM blobs ORDER BY digest")
     assert rows == [(name, 3) for name in files] and len(files) == 2
-    ((stored,),) = kept.ask("SELECT bytes FROM storage")
-    inline = kept.ask("SELECT sum(length(data)) FROM details")[0][0]
-    assert stored == inline + sum(f.stat().st_size for f in kept.blobs.rglob("*.z"))
+    ((stored,),) = log_folder.select("SELECT bytes FROM storage")
+    inline = log_folder.select("SELECT sum(length(data)) FROM details")[0][0]
+    assert stored == inline + sum(f.stat().st_size for f in log_folder.blobs.rglob("*.z"))
     day = 86_400 * 1024_000
-    with contextlib.closing(sqlite3.connect(kept.file)) as db:  # a day goes by for all but one
+    with contextlib.closing(
+        sqlite3.connect(log_folder.file)
+    ) as db:  # a day goes by for all but one
         newest = db.execute(
             "SELECT max(id) FROM requests WHERE sent_model = ?", (model,)
         ).fetchone()
@@ -7854,80 +8048,82 @@ def test_long_bodies_are_files_that_requests_share(kept: Kept) -> None:
             db.execute(f"UPDATE {table} SET id = id - {day} WHERE id <> ?", newest)
         db.execute("UPDATE rollups SET hour = hour - 25")
         db.commit()
-    with kept.router(MAX_LOG_AGE_DAYS=1) as router:
-        until(lambda: len(kept.ask("SELECT id FROM requests")) == 1)
-        assert len(document(router, "/api/logs")) == 1
-        assert document(router, "/api/stats")["total_requests"] == 0
-        assert kept.ask("SELECT uses FROM blobs") == [(1,), (1,)]
-        assert len(detail_of(router, model)["response_body"]) > 40_000
-    with contextlib.closing(sqlite3.connect(kept.file)) as db:
+    with log_folder.router(MAX_LOG_AGE_DAYS=1) as router:
+        wait_until(lambda: len(log_folder.select("SELECT id FROM requests")) == 1)
+        assert len(get_document(router, "/api/logs")) == 1
+        assert get_document(router, "/api/stats")["total_requests"] == 0
+        assert log_folder.select("SELECT uses FROM blobs") == [(1,), (1,)]
+        assert len(wait_for_detail(router, model)["response_body"]) > 40_000
+    with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
         for table in ("requests", "details"):
             db.execute(f"UPDATE {table} SET id = id - {day}")
         db.commit()
-    with kept.router(MAX_LOG_AGE_DAYS=1):
-        until(lambda: not kept.ask("SELECT id FROM requests"))
-        until(lambda: not list(kept.blobs.rglob("*.z")))
-    assert kept.ask("SELECT bytes FROM storage") == [(0,)]
-    assert list(kept.blobs.rglob("*.z")) == []
+    with log_folder.router(MAX_LOG_AGE_DAYS=1):
+        wait_until(lambda: not log_folder.select("SELECT id FROM requests"))
+        wait_until(lambda: not list(log_folder.blobs.rglob("*.z")))
+    assert log_folder.select("SELECT bytes FROM storage") == [(0,)]
+    assert list(log_folder.blobs.rglob("*.z")) == []
 
 
-def test_bodies_in_memory(kept: Kept) -> None:
-    with kept.router(BLOB_STORAGE_TYPE="memory") as router:
-        ask(router, "tiny", "long " * 10_000)
-        assert "long long" in detail_of(router, "tiny")["request_body"]
-        assert not kept.blobs.exists()
-    with kept.router(BLOB_STORAGE_TYPE="memory") as router:
-        assert detail_of(router, "tiny")["request_body"] is None
+def test_bodies_in_memory(log_folder: LogFolder) -> None:
+    with log_folder.router(BLOB_STORAGE_TYPE="memory") as router:
+        post_chat(router, "tiny", "long " * 10_000)
+        assert "long long" in wait_for_detail(router, "tiny")["request_body"]
+        assert not log_folder.blobs.exists()
+    with log_folder.router(BLOB_STORAGE_TYPE="memory") as router:
+        assert wait_for_detail(router, "tiny")["request_body"] is None
 
 
 @pytest.mark.parametrize("limit", [0, 100, 20_000])
-def test_a_body_over_the_limit_is_cut(kept: Kept, limit: int) -> None:
+def test_a_body_over_the_limit_is_cut(log_folder: LogFolder, limit: int) -> None:
     text = "".join(map(str, range(9000)))
-    model = stage().plays(json_answer(completion({}, text)))
-    with kept.router(MAX_BLOB_SIZE=limit) as router:
-        whole = ask(router, model, text).content
-        detail = detail_of(router, model)
+    model = default_upstream().add_script(json_response(completion({}, text)))
+    with log_folder.router(MAX_BLOB_SIZE=limit) as router:
+        whole = post_chat(router, model, text).content
+        detail = wait_for_detail(router, model)
         assert detail["request_body_cut"] and detail["response_body_cut"]
         assert (detail["response_body"] or "") == whole.decode()[:limit]
         assert len(detail["request_body"] or "") == limit
         assert (detail["prompt_tokens"], detail["completion_tokens"]) == (7, 1)
 
 
-def test_the_oldest_bodies_make_room(kept: Kept) -> None:
+def test_the_oldest_bodies_make_room(log_folder: LogFolder) -> None:
     limit, noise = 60_000, [os.urandom(15_000).hex() for _ in range(8)]
-    with kept.router(MAX_TOTAL_STORAGE_SIZE=limit) as router:
+    with log_folder.router(MAX_TOTAL_STORAGE_SIZE=limit) as router:
         for number, text in enumerate(noise):
-            ask(router, f"noise-{number}", text)
-            kept.written(number + 1)
-            files = sum(f.stat().st_size for f in kept.blobs.rglob("*.z"))
-            assert files + kept.ask("SELECT total(length(data)) FROM details")[0][0] <= limit
-        assert noise[7] in detail_of(router, "noise-7")["request_body"]
-        assert detail_of(router, "noise-0")["request_body"] is None
-        assert len(document(router, "/api/logs")) == 8  # rows stay
+            post_chat(router, f"noise-{number}", text)
+            log_folder.wait_for_rows(number + 1)
+            files = sum(f.stat().st_size for f in log_folder.blobs.rglob("*.z"))
+            assert (
+                files + log_folder.select("SELECT total(length(data)) FROM details")[0][0] <= limit
+            )
+        assert noise[7] in wait_for_detail(router, "noise-7")["request_body"]
+        assert wait_for_detail(router, "noise-0")["request_body"] is None
+        assert len(get_document(router, "/api/logs")) == 8  # rows stay
 
 
-def test_space_is_given_back(kept: Kept) -> None:
-    store = made_store(kept.file.parent)
-    entries = [made_entry(number, days=8) for number in range(1500)]
+def test_space_is_given_back(log_folder: LogFolder) -> None:
+    store = make_store(log_folder.file.parent)
+    entries = [make_entry(number, days=8) for number in range(1500)]
     store.write([], entries, {})
     store.open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    size = kept.file.stat().st_size
+    size = log_folder.file.stat().st_size
     steps = 1
     while store.prune(time.time()):
         steps += 1
     store.open().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     store.close()
-    assert steps > 3 and kept.file.stat().st_size < size / 10
-    assert kept.ask("SELECT count(*) FROM requests")[0][0] == 0
+    assert steps > 3 and log_folder.file.stat().st_size < size / 10
+    assert log_folder.select("SELECT count(*) FROM requests")[0][0] == 0
 
 
 def test_nobody_else_can_read_what_is_kept() -> None:
     shell = ("/bin/sh", "-c", 'umask 022; exec "$0" "$@"', sys.executable)
-    with Router({"DEFAULT_UPSTREAM": stage().url}, python=shell) as router:
-        assert ask(router, "tiny", "a" * 100_000).status == 200
+    with Router({"DEFAULT_UPSTREAM": default_upstream().url}, python=shell) as router:
+        assert post_chat(router, "tiny", "a" * 100_000).status == 200
         stored = [router.folder / "requests.db", router.folder / "blob_storage"]
-        assert until(lambda: all(path.exists() for path in stored))
-        assert until(lambda: [p for p in stored[1].rglob("*") if p.is_file()])
+        assert wait_until(lambda: all(path.exists() for path in stored))
+        assert wait_until(lambda: [p for p in stored[1].rglob("*") if p.is_file()])
         for path in router.folder.rglob("*"):
             assert not path.stat().st_mode & 0o077, path
 
@@ -7936,13 +8132,13 @@ def test_nobody_else_can_read_what_is_kept() -> None:
 
 
 def log_state(router: Router) -> dict[str, Any]:
-    return document(router, "/healthz")["log"]
+    return get_document(router, "/healthz")["log"]
 
 
 def test_stateless_means_nothing_on_disk(tmp_path: pathlib.Path) -> None:
-    with Router({"DEFAULT_UPSTREAM": stage().url, "ENABLE_LOGGING": "false"}) as router:
-        ask(router, "tiny", "x" * 30_000)
-        ask(router, "tiny", stream=True)
+    with Router({"DEFAULT_UPSTREAM": default_upstream().url, "ENABLE_LOGGING": "false"}) as router:
+        post_chat(router, "tiny", "x" * 30_000)
+        post_chat(router, "tiny", stream=True)
         for path in ("/", "/performance", "/request/1", "/api/logs", "/api/stats", "/api/inflight",
                      "/api/performance", "/api/request/1", "/api/events", "/api/export",
                      "/api/upstreams", "/api/routes"):  # fmt: skip
@@ -7959,59 +8155,64 @@ def test_stateless_means_nothing_on_disk(tmp_path: pathlib.Path) -> None:
             rb'smolrouter_completion_tokens_total\{service="openai",'
             rb'model="tiny",upstream="[^"]*"\} 6\n'
         )
-        assert until(lambda: counted.search(request(router.port, "GET", "/metrics").content))
+        assert wait_until(lambda: counted.search(request(router.port, "GET", "/metrics").content))
         assert list(router.folder.iterdir()) == []
 
 
-def test_shutdown_finishes_rows(kept: Kept) -> None:
-    slow = stage().plays(stream_answer([event(piece("a ")), HANG], whole=False))
-    with kept.router(SHUTDOWN_GRACE=0.2) as router, connect(router.port) as sock:
-        body = dumps(chat(slow, stream=True))
+def test_shutdown_finishes_rows(log_folder: LogFolder) -> None:
+    slow = default_upstream().add_script(
+        stream_response([encode_event(text_delta("a ")), HANG], whole=False)
+    )
+    with log_folder.router(SHUTDOWN_GRACE=0.2) as router, connect(router.port) as sock:
+        body = encode_json(chat_document(slow, stream=True))
         sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
-        until(lambda: b"a " in sock.recv(4096))
-        ask(router, "tiny")
+        wait_until(lambda: b"a " in sock.recv(4096))
+        post_chat(router, "tiny")
         router.stop()
-    assert {f.name for f in kept.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
-    assert kept.file.with_name("log.db-lock").stat().st_mode & 0o777 == 0o600
-    rows = dict(kept.ask("SELECT sent_model, status_code FROM requests"))
+    assert {f.name for f in log_folder.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
+    assert log_folder.file.with_name("log.db-lock").stat().st_mode & 0o777 == 0o600
+    rows = dict(log_folder.select("SELECT sent_model, status_code FROM requests"))
     assert rows == {slow: 503, "tiny": 200}
 
 
 KILLS = int(os.environ.get("SMOLROUTER_TEST_KILLS", "3"))
 
 
-def finished_rows(kept: Kept) -> set[str]:
+def finished_rows(log_folder: LogFolder) -> set[str]:
     """The ids of the requests that the log calls finished."""
     with contextlib.suppress(sqlite3.Error):
-        return {name for (name,) in kept.ask("SELECT request_id FROM requests WHERE failed = 0")}
+        return {
+            name
+            for (name,) in log_folder.select("SELECT request_id FROM requests WHERE failed = 0")
+        }
     return set()
 
 
-def test_killed_at_any_moment_nothing_is_lost(kept: Kept) -> None:
+def test_killed_at_any_moment_nothing_is_lost(log_folder: LogFolder) -> None:
     """Under load: no corrupt file, no finished row lost, none left open."""
-    hanging = stage().plays([HANG])
+    hanging = default_upstream().add_script([HANG])
     finished: set[str] = set()
     for number in range(KILLS):
         program = eager() if number % 2 == 0 else SMOLROUTER  # by a process of its own, or not
-        router = Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program)
+        router = Router({**log_folder.settings, "LOG_LEVEL": "ERROR"}, program=program)
         ended: list[str] = []
         stop = threading.Event()
 
         def client(router: Router = router, ended: Any = ended, stop: Any = stop) -> None:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 while not stop.wait(0.01):
-                    got = ask(router, "tiny", "x" * 20_000, stream=len(ended) % 2 == 0)
+                    got = post_chat(router, "tiny", "x" * 20_000, stream=len(ended) % 2 == 0)
                     ended.append(got.get("X-SmolRouter-Request-Id"))
 
         clients = [threading.Thread(target=client) for _ in range(2)]
         with connect(router.port) as sock:
-            body = dumps(chat(hanging))
+            body = encode_json(chat_document(hanging))
             sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
             for thread in clients:
                 thread.start()
             time.sleep(0.7)
             safe = set(ended)  # and more follow
-            assert until(lambda safe=safe: safe <= finished_rows(kept))
+            assert wait_until(lambda safe=safe: safe <= finished_rows(log_folder))
             time.sleep(number % 5 * 0.03)
             router.process.kill()
             stop.set()
@@ -8019,210 +8220,214 @@ def test_killed_at_any_moment_nothing_is_lost(kept: Kept) -> None:
             thread.join(PATIENCE)
         router.kill()
         finished |= safe
-    with kept.router():
-        until(lambda: not kept.ask("SELECT id FROM requests WHERE failed IS NULL"))
-    assert kept.ask("PRAGMA integrity_check") == [("ok",)]
-    rows = kept.ask("SELECT request_id, failed, status_code, error_message FROM requests")
+    with log_folder.router():
+        wait_until(lambda: not log_folder.select("SELECT id FROM requests WHERE failed IS NULL"))
+    assert log_folder.select("PRAGMA integrity_check") == [("ok",)]
+    rows = log_folder.select("SELECT request_id, failed, status_code, error_message FROM requests")
     assert finished and finished <= {name for name, failed, _, _ in rows if failed == 0}
     assert not [row for row in rows if row[1] is None]
     assert ("interrupted", 1, None) in {(why, failed, status) for _, failed, status, why in rows}
-    ((counted,),) = kept.ask("SELECT sum(requests) FROM rollups")
+    ((counted,),) = log_folder.select("SELECT sum(requests) FROM rollups")
     assert counted == len([row for row in rows if row[3] != "interrupted"])
 
 
-def test_a_row_is_finished_only_with_all_that_belongs_to_it(kept: Kept) -> None:
+def test_a_row_is_finished_only_with_all_that_belongs_to_it(log_folder: LogFolder) -> None:
     """One that ends while rows of running requests are made is written whole, a little later."""
     slow = altered(("SLICE, REST = 4, 0.001", "SLICE, REST = 1, 0.2"))
-    models = [stage().plays([HANG]) for _ in range(4)]
-    models.append(stage().plays([0.3, *json_answer({"choices": []})]))
+    models = [default_upstream().add_script([HANG]) for _ in range(4)]
+    models.append(default_upstream().add_script([0.3, *json_response({"choices": []})]))
     finished = "SELECT details.id FROM requests LEFT JOIN details USING (id) WHERE failed = 0"
 
     def look() -> Any:
         with contextlib.suppress(sqlite3.Error):
-            return kept.ask(finished)
+            return log_folder.select(finished)
 
-    with Router(kept.settings, program=slow) as router, contextlib.ExitStack() as stack:
+    with Router(log_folder.settings, program=slow) as router, contextlib.ExitStack() as stack:
         for model in models:  # the last one is still running when the rows are begun
             sock = stack.enter_context(connect(router.port))
-            body = dumps(chat(model))
+            body = encode_json(chat_document(model))
             sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
-        seen = until(look)
+        seen = wait_until(look)
         assert seen and seen[0][0] is not None
 
 
-def test_a_row_of_a_crash_is_interrupted(kept: Kept) -> None:
-    with kept.router() as router, connect(router.port) as sock:
-        body = dumps(chat(stage().plays([HANG])))
+def test_a_row_of_a_crash_is_interrupted(log_folder: LogFolder) -> None:
+    with log_folder.router() as router, connect(router.port) as sock:
+        body = encode_json(chat_document(default_upstream().add_script([HANG])))
         sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
-        assert until(lambda: kept.file.exists() and kept.ask("SELECT id FROM requests"))
-        with kept.router() as other:  # a second one leaves it alone
-            ask(other, "tiny")
-            kept.written(1)
-            assert len(kept.ask("SELECT id FROM requests WHERE failed IS NULL")) == 1
+        assert wait_until(
+            lambda: log_folder.file.exists() and log_folder.select("SELECT id FROM requests")
+        )
+        with log_folder.router() as other:  # a second one leaves it alone
+            post_chat(other, "tiny")
+            log_folder.wait_for_rows(1)
+            assert len(log_folder.select("SELECT id FROM requests WHERE failed IS NULL")) == 1
         router.process.kill()
         router.process.wait()
-        with kept.router() as again:
-            rows = until(lambda: document(again, "/api/logs?status=error"))
+        with log_folder.router() as again:
+            rows = wait_until(lambda: get_document(again, "/api/logs?status=error"))
             assert (rows[0]["error_message"], rows[0]["status_code"]) == ("interrupted", None)
             assert not rows[0]["is_inflight"] and rows[0]["completed_at"] is None
 
 
-def test_two_routers_share_a_log(kept: Kept) -> None:
-    with kept.router() as one, kept.router() as two:
+def test_two_routers_share_a_log(log_folder: LogFolder) -> None:
+    with log_folder.router() as one, log_folder.router() as two:
 
         def client(router: Router) -> None:
             for _ in range(30):
-                ask(router, "tiny", "y" * 20_000)
+                post_chat(router, "tiny", "y" * 20_000)
 
         threads = [threading.Thread(target=client, args=(r,)) for r in (one, two, one, two)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE * 3)
-        assert kept.written(120) == 120
-        assert document(one, "/api/stats")["total_requests"] == 120
-        assert len({row["id"] for row in document(two, "/api/logs?limit=1000")}) == 120
-    assert {uses for (uses,) in kept.ask("SELECT uses FROM blobs")} == {120}
+        assert log_folder.wait_for_rows(120) == 120
+        assert get_document(one, "/api/stats")["total_requests"] == 120
+        assert len({row["id"] for row in get_document(two, "/api/logs?limit=1000")}) == 120
+    assert {uses for (uses,) in log_folder.select("SELECT uses FROM blobs")} == {120}
 
 
 @contextlib.contextmanager
-def five_while_locked(kept: Kept, router: Router) -> Iterator[None]:
+def five_while_locked(log_folder: LogFolder, router: Router) -> Iterator[None]:
     """One request, five while another program holds the database; in the end all are written."""
-    ask(router, "before")
-    kept.written(1)
-    with contextlib.closing(sqlite3.connect(kept.file, isolation_level=None)) as db:
+    post_chat(router, "before")
+    log_folder.wait_for_rows(1)
+    with contextlib.closing(sqlite3.connect(log_folder.file, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         for _ in range(5):
-            assert ask(router, "during").status == 200
-        assert until(lambda: log_state(router)["error"])
+            assert post_chat(router, "during").status == 200
+        assert wait_until(lambda: log_state(router)["error"])
         yield
         db.execute("ROLLBACK")
-    assert kept.written(6) == 6
+    assert log_folder.wait_for_rows(6) == 6
 
 
-def test_a_locked_database_delays_rows_only(kept: Kept) -> None:
-    with kept.router() as router:
-        with five_while_locked(kept, router):
+def test_a_locked_database_delays_rows_only(log_folder: LogFolder) -> None:
+    with log_folder.router() as router:
+        with five_while_locked(log_folder, router):
             assert "locked" in log_state(router)["error"] and "locked" in router.stderr
-            assert until(lambda: log_state(router)["backlog"] >= 5)
-            assert document(router, "/api/stats")["log"]["error"]
-            assert len(document(router, "/api/logs")) == 1  # readers go on
-        assert until(lambda: log_state(router)["error"] is None)
+            assert wait_until(lambda: log_state(router)["backlog"] >= 5)
+            assert get_document(router, "/api/stats")["log"]["error"]
+            assert len(get_document(router, "/api/logs")) == 1  # readers go on
+        assert wait_until(lambda: log_state(router)["error"] is None)
         assert log_state(router)["backlog"] == 0
-        assert until(lambda: "works again" in router.stderr)
+        assert wait_until(lambda: "works again" in router.stderr)
 
 
 @pytest.mark.parametrize("content", [b"this is no database\n" * 500, b"\0" * 5000])
-def test_a_file_that_is_no_database_is_moved_aside(kept: Kept, content: bytes) -> None:
-    kept.file.write_bytes(content)
-    with kept.router() as router:
-        assert ask(router, "tiny").status == 200
-        assert kept.written(1) == 1
-        assert until(lambda: log_state(router)["error"] is None)
+def test_a_file_that_is_no_database_is_moved_aside(log_folder: LogFolder, content: bytes) -> None:
+    log_folder.file.write_bytes(content)
+    with log_folder.router() as router:
+        assert post_chat(router, "tiny").status == 200
+        assert log_folder.wait_for_rows(1) == 1
+        assert wait_until(lambda: log_state(router)["error"] is None)
         assert "corrupt" in log_state(router)["notice"]
-    (aside,) = kept.file.parent.glob("log.db.corrupt-*")
+    (aside,) = log_folder.file.parent.glob("log.db.corrupt-*")
     assert aside.read_bytes() == content
 
 
-def test_another_program_s_database_is_left_alone(kept: Kept) -> None:
-    with contextlib.closing(sqlite3.connect(kept.file)) as db:
+def test_another_program_s_database_is_left_alone(log_folder: LogFolder) -> None:
+    with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
         db.execute("CREATE TABLE requests (precious)")
         db.commit()
-    before = kept.file.read_bytes()
-    with kept.router() as router:
-        assert ask(router, "tiny").status == 200
-        assert until(lambda: "another program" in (log_state(router)["error"] or ""))
+    before = log_folder.file.read_bytes()
+    with log_folder.router() as router:
+        assert post_chat(router, "tiny").status == 200
+        assert wait_until(lambda: "another program" in (log_state(router)["error"] or ""))
         assert request(router.port, "GET", "/api/logs").status == 503
-    assert kept.file.read_bytes() == before
+    assert log_folder.file.read_bytes() == before
 
 
-def test_a_newer_database_is_left_alone(kept: Kept) -> None:
-    made_store(kept.file.parent).open().close()
-    with contextlib.closing(sqlite3.connect(kept.file)) as db:
+def test_a_newer_database_is_left_alone(log_folder: LogFolder) -> None:
+    make_store(log_folder.file.parent).open().close()
+    with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
         db.execute("PRAGMA user_version = 99")
-    with kept.router() as router:
-        assert ask(router, "tiny").status == 200
-        assert until(lambda: "newer SmolRouter" in (log_state(router)["error"] or ""))
-    assert kept.ask("SELECT count(*) FROM requests") == [(0,)]
+    with log_folder.router() as router:
+        assert post_chat(router, "tiny").status == 200
+        assert wait_until(lambda: "newer SmolRouter" in (log_state(router)["error"] or ""))
+    assert log_folder.select("SELECT count(*) FROM requests") == [(0,)]
 
 
-def test_a_deleted_database_is_made_again(kept: Kept) -> None:
-    with kept.router() as router:
-        ask(router, "one", "x" * 20_000)
-        kept.written(1)
-        for file in kept.file.parent.glob("log.db*"):
+def test_a_deleted_database_is_made_again(log_folder: LogFolder) -> None:
+    with log_folder.router() as router:
+        post_chat(router, "one", "x" * 20_000)
+        log_folder.wait_for_rows(1)
+        for file in log_folder.file.parent.glob("log.db*"):
             file.unlink()
-        shutil.rmtree(kept.blobs)
-        assert ask(router, "two", "y" * 20_000).status == 200
-        assert kept.written(1) == 1
-        assert "yyy" in detail_of(router, "two")["request_body"]
+        shutil.rmtree(log_folder.blobs)
+        assert post_chat(router, "two", "y" * 20_000).status == 200
+        assert log_folder.wait_for_rows(1) == 1
+        assert "yyy" in wait_for_detail(router, "two")["request_body"]
         assert log_state(router)["error"] is None
 
 
-def test_an_overwritten_database_is_replaced(kept: Kept) -> None:
-    with kept.router() as router:
+def test_an_overwritten_database_is_replaced(log_folder: LogFolder) -> None:
+    with log_folder.router() as router:
         for _ in range(3):
-            ask(router, "one")
-        kept.written(3)
-        for file in (kept.file, kept.file.with_name("log.db-wal")):
+            post_chat(router, "one")
+        log_folder.wait_for_rows(3)
+        for file in (log_folder.file, log_folder.file.with_name("log.db-wal")):
             with open(file, "r+b") as raw:
                 raw.write(os.urandom(max(file.stat().st_size, 8192)))
         with contextlib.suppress(AssertionError):
-            document(router, "/api/logs")  # whoever looks first notices
+            get_document(router, "/api/logs")  # whoever looks first notices
 
         def again() -> Any:
-            ask(router, "two")
+            post_chat(router, "two")
             got = request(router.port, "GET", "/api/logs?model=two")
             return got.status == 200 and json.loads(got.content)
 
-        assert until(again, 20)
-        assert until(lambda: log_state(router)["error"] is None)
+        assert wait_until(again, 20)
+        assert wait_until(lambda: log_state(router)["error"] is None)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
-    kept = Kept(tmp_path / "missing")
-    with kept.router() as router:
-        assert ask(router, "tiny").status == 200
-        words = f"{kept.file}: unable to open"
-        assert until(lambda: words in (log_state(router)["error"] or ""))
-        assert until(lambda: f"log: {words}" in router.stderr)
+    log_folder = LogFolder(tmp_path / "missing")
+    with log_folder.router() as router:
+        assert post_chat(router, "tiny").status == 200
+        words = f"{log_folder.file}: unable to open"
+        assert wait_until(lambda: words in (log_state(router)["error"] or ""))
+        assert wait_until(lambda: f"log: {words}" in router.stderr)
         assert request(router.port, "GET", "/api/logs").status == 503
-        kept.file.parent.mkdir()
-        assert kept.written(1) == 1
-        assert document(router, "/api/logs")[0]["original_model"] == "tiny"
+        log_folder.file.parent.mkdir()
+        assert log_folder.wait_for_rows(1) == 1
+        assert get_document(router, "/api/logs")[0]["original_model"] == "tiny"
 
 
-def test_long_bodies_that_cannot_be_written_name_their_folder(kept: Kept) -> None:
-    kept.blobs.write_text("no folder")
-    with kept.router() as router:
+def test_long_bodies_that_cannot_be_written_name_their_folder(log_folder: LogFolder) -> None:
+    log_folder.blobs.write_text("no folder")
+    with log_folder.router() as router:
         for text in ("one ", "two "):
-            ask(router, "tiny", os.urandom(20_000).hex() + text)
-        assert until(lambda: (log_state(router)["error"] or "").startswith(f"{kept.blobs}: "))
-        assert until(lambda: log_state(router)["backlog"] == 2)
-        kept.blobs.unlink()
-        assert kept.written(2) == 2
-        assert until(lambda: "log: works again" in router.stderr)
-        assert router.stderr.count(f"log: {kept.blobs}: ") == 1  # once, whichever file it was
+            post_chat(router, "tiny", os.urandom(20_000).hex() + text)
+        assert wait_until(
+            lambda: (log_state(router)["error"] or "").startswith(f"{log_folder.blobs}: ")
+        )
+        assert wait_until(lambda: log_state(router)["backlog"] == 2)
+        log_folder.blobs.unlink()
+        assert log_folder.wait_for_rows(2) == 2
+        assert wait_until(lambda: "log: works again" in router.stderr)
+        assert router.stderr.count(f"log: {log_folder.blobs}: ") == 1  # once, whichever file it was
 
 
-def test_a_full_disk_stops_nothing(kept: Kept) -> None:
+def test_a_full_disk_stops_nothing(log_folder: LogFolder) -> None:
     """The files of the router may not grow beyond 300 kB."""
     limit = (
         "import resource, runpy, sys; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    with Router(kept.settings, python=(sys.executable, "-c", limit)) as router:
+    with Router(log_folder.settings, python=(sys.executable, "-c", limit)) as router:
         noise = os.urandom(400_000).hex()
         for number in range(4):
-            assert ask(router, "tiny", f"{number}{noise}").status == 200
-        assert until(lambda: log_state(router)["error"])
-        assert ask(router, "tiny").status == 200
+            assert post_chat(router, "tiny", f"{number}{noise}").status == 200
+        assert wait_until(lambda: log_state(router)["error"])
+        assert post_chat(router, "tiny").status == 200
         assert log_state(router)["backlog"] > 0
 
 
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
-    settings = {"LISTEN_PORT": 0, "DEFAULT_UPSTREAM": stage().url}
+    settings = {"LISTEN_PORT": 0, "DEFAULT_UPSTREAM": default_upstream().url}
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, str(SMOLROUTER)],
@@ -8233,10 +8438,10 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
             port = int(process.stderr.readline().rpartition(b":")[2])
             with connect(port) as sock:
                 for _ in range(1200):  # more lines than a pipe holds
-                    exchange(sock, get("/v1/" + "x" * 100))
+                    exchange(sock, encode_get("/v1/" + "x" * 100))
                 process.stderr.close()
                 for _ in range(3):
-                    assert parse(exchange(sock, get("/v1/x"))).status == 200
+                    assert parse_response(exchange(sock, encode_get("/v1/x"))).status == 200
         finally:
             process.terminate()
             assert process.wait(PATIENCE) == 0
@@ -8284,7 +8489,7 @@ def state_of(pid: int) -> str:
 
 def gone(pids: Sequence[int]) -> bool:
     """Whether none of these processes runs any more."""
-    return until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids))
+    return wait_until(lambda: not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def counted(router: Router) -> float:
@@ -8295,7 +8500,7 @@ def counted(router: Router) -> float:
 
 def burst(router: Router, count: int, path: str = "/api/generate", text: str = "") -> None:
     """Send requests that cost next to nothing, many at a time, and wait for their answers."""
-    ask_one = post(path, {"model": "tiny", "prompt": text})
+    ask_one = encode_post(path, {"model": "tiny", "prompt": text})
 
     def client() -> None:
         with connect(router.port) as sock:
@@ -8309,30 +8514,32 @@ def burst(router: Router, count: int, path: str = "/api/generate", text: str = "
                 seen += data
             sender.join(PATIENCE)
 
-    at_once(lambda _: client(), range(20), workers=20)
+    map_in_threads(lambda _: client(), range(20), workers=20)
 
 
-def sums(kept: Kept) -> tuple[Any, ...]:
+def sums(log_folder: LogFolder) -> tuple[Any, ...]:
     """Requests as the rows, the details and the hourly sums have them."""
     return (
-        kept.ask("SELECT count(*), sum(failed), sum(completion_tokens) FROM requests")[0],
-        kept.ask("SELECT count(*) FROM details")[0][0],
-        kept.ask("SELECT sum(requests), sum(errors), sum(completion_tokens) FROM rollups")[0],
+        log_folder.select("SELECT count(*), sum(failed), sum(completion_tokens) FROM requests")[0],
+        log_folder.select("SELECT count(*) FROM details")[0][0],
+        log_folder.select("SELECT sum(requests), sum(errors), sum(completion_tokens) FROM rollups")[
+            0
+        ],
     )
 
 
-def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
+def test_a_burst_is_written_by_a_process_of_its_own(log_folder: LogFolder) -> None:
     sent, seen = 0, []
     program = eager(stays=60, many=200)
-    with Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
+    with Router({**log_folder.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
         while not seen and sent < 20_000:
             burst(router, 100)
             sent += 2000
             seen = writers(router)
         assert len(seen) == 1
-        assert kept.written(sent) == sent
-        assert until(lambda: counted(router) == sent)
-        assert document(router, "/api/stats")["total_requests"] == sent
+        assert log_folder.wait_for_rows(sent) == sent
+        assert wait_until(lambda: counted(router) == sent)
+        assert get_document(router, "/api/stats")["total_requests"] == sent
         assert log_state(router) == {
             "enabled": True,
             "error": None,
@@ -8343,8 +8550,8 @@ def test_a_burst_is_written_by_a_process_of_its_own(kept: Kept) -> None:
         command = pathlib.Path(f"/proc/{seen[0]}/cmdline").read_bytes().split(b"\0")
         assert command[-2] == b"log-writer"
         assert router.stop() == 0 and gone(seen)
-    assert {f.name for f in kept.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
-    assert sums(kept) == ((sent, 0, None), sent, (sent, 0, 0))
+    assert {f.name for f in log_folder.file.parent.glob("log.db*")} == {"log.db", "log.db-lock"}
+    assert sums(log_folder) == ((sent, 0, None), sent, (sent, 0, 0))
 
 
 def test_a_message_to_a_process_survives_a_stop() -> None:
@@ -8365,9 +8572,11 @@ def test_a_message_to_a_process_survives_a_stop() -> None:
         sender.stdin.close()
         head = sender.stdout.read(8)  # it has begun, and waits: a pipe is not that large
         for number in (signal.SIGSTOP, signal.SIGCONT):
-            until(lambda: state_of(sender.pid) in "ST")
+            wait_until(lambda: state_of(sender.pid) in "ST")
             sender.send_signal(number)
-            until(lambda number=number: (state_of(sender.pid) == "T") == (number == signal.SIGSTOP))
+            wait_until(
+                lambda number=number: (state_of(sender.pid) == "T") == (number == signal.SIGSTOP)
+            )
         rest = io.BytesIO(head + sender.stdout.read())
     assert smolrouter.receive_message(rest) == (["x", None], [body] * 5)
     assert sender.returncode == 0
@@ -8380,78 +8589,85 @@ def test_both_ways_write_the_same(tmp_path: pathlib.Path) -> None:
     names |= {"upstream_url", "response_size"}  # a port; Ollama's answers tell durations
     for folder, program in (("own", SMOLROUTER), ("other", eager(stays=60))):
         (tmp_path / folder).mkdir()
-        kept = Kept(tmp_path / folder)
-        with Router(kept.settings, program=program) as router:
+        log_folder = LogFolder(tmp_path / folder)
+        with Router(log_folder.settings, program=program) as router:
             for number, text in enumerate(["hi", "long " * 6000, "\u00e9\x00\u2028", "x" * 3000]):
-                ask(router, f"m{number}", text)
-                ask(router, f"s{number}", text, stream=True)
+                post_chat(router, f"m{number}", text)
+                post_chat(router, f"s{number}", text, stream=True)
                 request(
                     router.port,
                     "POST",
                     f"/api/chat?key=sk-{number}",
-                    chat("tiny", text),
+                    chat_document("tiny", text),
                     [("Authorization", f"Bearer secret-number-{number}"), ("User-Agent", "u")],
                 )
             request(router.port, "POST", "/v1/chat/completions", b"{")
-            request(router.port, "POST", "/v1/chat/completions", chat(stage().plays([CLOSE])))
-            assert kept.written(13) == 13 and until(lambda: router.stderr.count(" POST ") == 14)
+            request(
+                router.port,
+                "POST",
+                "/v1/chat/completions",
+                chat_document(default_upstream().add_script([CLOSE])),
+            )
+            assert log_folder.wait_for_rows(13) == 13 and wait_until(
+                lambda: router.stderr.count(" POST ") == 14
+            )
             assert bool(writers(router)) == (program != SMOLROUTER)
             told = re.sub(r"\d+\.\d{3} s|:\d+|\S{24}", "", router.stderr).splitlines()
-            numbers = [n for (n,) in kept.ask("SELECT id FROM requests ORDER BY id")]
-            details = [document(router, f"/api/request/{number}") for number in numbers]
+            numbers = [n for (n,) in log_folder.select("SELECT id FROM requests ORDER BY id")]
+            details = [get_document(router, f"/api/request/{number}") for number in numbers]
         rows = [{n: v for n, v in detail.items() if n not in names} for detail in details]
         written.append(
             (
                 re.sub(r":\d{4,5}|[0-9a-f]{20,}|scripted-\d+|m\d+-\d+", "", repr(rows)),
                 sorted(line for line in told if " 200 " in line),
-                sums(kept),
+                sums(log_folder),
             )
         )
     assert written[0] == written[1]
 
 
-def test_a_burst_is_counted_without_a_log_too(kept: Kept) -> None:
-    settings = {**kept.settings, "ENABLE_LOGGING": "false"}
+def test_a_burst_is_counted_without_a_log_too(log_folder: LogFolder) -> None:
+    settings = {**log_folder.settings, "ENABLE_LOGGING": "false"}
     with Router(settings, program=eager(stays=60)) as router:
         for killed in range(3):
             for _ in range(4):
-                ask(router, "tiny")
-            assert until(lambda killed=killed: counted(router) == 4 * killed + 4)
-            assert until(lambda killed=killed: router.stderr.count(" POST ") == 4 * killed + 4)
+                post_chat(router, "tiny")
+            assert wait_until(lambda killed=killed: counted(router) == 4 * killed + 4)
+            assert wait_until(lambda killed=killed: router.stderr.count(" POST ") == 4 * killed + 4)
             seen = writers(router)
             assert len(seen) == (killed == 0)  # one that failed is not tried again soon
             for pid in seen:
                 os.kill(pid, signal.SIGKILL)
-    assert [f.name for f in kept.file.parent.iterdir()] == []
+    assert [f.name for f in log_folder.file.parent.iterdir()] == []
 
 
 @pytest.mark.parametrize("many", [0, 10_000], ids=["by a process of its own", "by the thread"])
-def test_a_body_that_cannot_be_read_costs_no_row(kept: Kept, many: int) -> None:
+def test_a_body_that_cannot_be_read_costs_no_row(log_folder: LogFolder, many: int) -> None:
     faulty = altered(
         ("    failed = note", "    failed = 1 // (b'odd' not in note.content) < 0 or note"),
         ("MANY, WRITER_STAYS = 200, 60.0", f"MANY, WRITER_STAYS = {many}, 60.0"),
     )
-    with Router(kept.settings, program=faulty) as router:
+    with Router(log_folder.settings, program=faulty) as router:
         for text in ("even", "odd", "even", "odd", "even"):
-            ask(router, "tiny", text)
-        assert kept.written(5) == 5
-        rows = document(router, "/api/logs")
+            post_chat(router, "tiny", text)
+        assert log_folder.wait_for_rows(5) == 5
+        rows = get_document(router, "/api/logs")
         assert [row["status_code"] for row in rows] == [200] * 5
-        details = [document(router, f"/api/request/{row['id']}") for row in rows]
+        details = [get_document(router, f"/api/request/{row['id']}") for row in rows]
         assert [bool(d["request_body"]) for d in details] == [True, False, True, False, True]
-        assert until(lambda: router.stderr.count("ZeroDivisionError") == 2)
-        assert until(lambda: counted(router) == 5)
+        assert wait_until(lambda: router.stderr.count("ZeroDivisionError") == 2)
+        assert wait_until(lambda: counted(router) == 5)
         assert not log_state(router)["error"]
 
 
-def test_a_killed_process_loses_and_doubles_nothing(kept: Kept) -> None:
+def test_a_killed_process_loses_and_doubles_nothing(log_folder: LogFolder) -> None:
     killed: set[int] = set()
-    with Router(kept.settings, program=eager()) as router:
+    with Router(log_folder.settings, program=eager()) as router:
 
         def client(number: int) -> int:
             count = 0
             while len(killed) < 3 and count < 1000:
-                ask(router, "tiny", "x" * 20_000, stream=count % 2 == 0)
+                post_chat(router, "tiny", "x" * 20_000, stream=count % 2 == 0)
                 count += 1
             return count
 
@@ -8466,15 +8682,15 @@ def test_a_killed_process_loses_and_doubles_nothing(kept: Kept) -> None:
 
         thread = threading.Thread(target=killer)
         thread.start()
-        sent = sum(at_once(client, range(4), workers=4))
+        sent = sum(map_in_threads(client, range(4), workers=4))
         done.set()
         thread.join(PATIENCE)
-        assert kept.written(sent) == sent
-        assert until(lambda: counted(router) == sent)
+        assert log_folder.wait_for_rows(sent) == sent
+        assert wait_until(lambda: counted(router) == sent)
         assert len(killed) > 2 and "the process that writes it failed" in router.stderr
-        assert until(lambda: router.stderr.count(" POST ") == sent)
-    assert sums(kept) == ((sent, 0, sent * 3), sent, (sent, 0, sent * 3))
-    assert kept.ask("SELECT sum(uses) FROM blobs") == [(2 * sent,)]  # both bodies are long
+        assert wait_until(lambda: router.stderr.count(" POST ") == sent)
+    assert sums(log_folder) == ((sent, 0, sent * 3), sent, (sent, 0, sent * 3))
+    assert log_folder.select("SELECT sum(uses) FROM blobs") == [(2 * sent,)]  # both bodies are long
 
 
 class Dying:
@@ -8495,9 +8711,9 @@ class Dying:
 
 
 @pytest.mark.parametrize("writes", [False, True])
-def test_what_a_dead_process_has_written_counts_once(kept: Kept, writes: bool) -> None:
+def test_what_a_dead_process_has_written_counts_once(log_folder: LogFolder, writes: bool) -> None:
     settings = smolrouter.Settings.from_mapping(
-        {name: str(value) for name, value in kept.settings.items()}
+        {name: str(value) for name, value in log_folder.settings.items()}
     )
     mask, console = os.umask(0o077), smolrouter.Console()
     log = smolrouter.RequestLog(settings, console, ("/nonexistent",))
@@ -8512,168 +8728,177 @@ def test_what_a_dead_process_has_written_counts_once(kept: Kept, writes: bool) -
         record.status = 200
         log.begin(record)
         log.finish(record)
-    assert kept.written(3) == 3
-    assert until(lambda: [tally[0] for tally in log.series.values()] == [3])
-    assert until(lambda: log.taken == log.released)
+    assert log_folder.wait_for_rows(3) == 3
+    assert wait_until(lambda: [tally[0] for tally in log.series.values()] == [3])
+    assert wait_until(lambda: log.taken == log.released)
     log.close()
     console.close()
-    assert sums(kept) == ((3, 0, None), 3, (3, 0, 0))
+    assert sums(log_folder) == ((3, 0, None), 3, (3, 0, 0))
 
 
-def test_a_process_that_cannot_be_is_done_without(kept: Kept) -> None:
+def test_a_process_that_cannot_be_is_done_without(log_folder: LogFolder) -> None:
     limit = (
         "import runpy, sys; sys.argv = sys.argv[1:]; sys.executable = '/nonexistent'; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     python = (sys.executable, "-c", limit)
-    with Router(kept.settings, program=eager(), python=python) as router:
+    with Router(log_folder.settings, program=eager(), python=python) as router:
         for _ in range(3):
-            ask(router, "tiny")
-        assert kept.written(3) == 3
-        assert until(lambda: "no such file" in router.stderr) and counted(router) == 3
+            post_chat(router, "tiny")
+        assert log_folder.wait_for_rows(3) == 3
+        assert wait_until(lambda: "no such file" in router.stderr) and counted(router) == 3
         assert log_state(router)["error"] is None
 
 
 @pytest.mark.parametrize("flag", ["-I", "-m"])
-def test_the_process_starts_as_the_router_did(kept: Kept, flag: str) -> None:
+def test_the_process_starts_as_the_router_did(log_folder: LogFolder, flag: str) -> None:
     """And ends with it when all of the group gets Ctrl-C."""
     program, settings = eager(stays=60), {}
     if flag == "-m":
         program, settings = pathlib.Path("smolrouter"), {"PYTHONPATH": eager(stays=60).parent}
     python = (sys.executable, flag)
-    with Router({**kept.settings, **settings}, program=program, python=python) as router:
-        ask(router, "tiny")
-        pids = until(lambda: writers(router))
+    with Router({**log_folder.settings, **settings}, program=program, python=python) as router:
+        post_chat(router, "tiny")
+        pids = wait_until(lambda: writers(router))
         assert len(pids) == 1
         for pid in (*pids, router.process.pid):
             os.kill(pid, signal.SIGINT)
         assert router.wait() == 0 and gone(pids)
-    assert sums(kept) == ((1, 0, 3), 1, (1, 0, 3))
+    assert sums(log_folder) == ((1, 0, 3), 1, (1, 0, 3))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
-def test_the_process_stands_back(kept: Kept) -> None:
+def test_the_process_stands_back(log_folder: LogFolder) -> None:
     """It has a processor when nobody else wants it, and is waited for at the end."""
     program = altered(("MANY, WRITER_STAYS = 200", "MANY, WRITER_STAYS = 0"))
-    with Router(kept.settings, program=program) as router:
-        ask(router, "tiny")
-        (pid,) = until(lambda: writers(router))
-        assert until(lambda: os.sched_getscheduler(pid) == os.SCHED_IDLE)
+    with Router(log_folder.settings, program=program) as router:
+        post_chat(router, "tiny")
+        (pid,) = wait_until(lambda: writers(router))
+        assert wait_until(lambda: os.sched_getscheduler(pid) == os.SCHED_IDLE)
         assert router.stop() == 0 and gone([pid])
-    assert sums(kept) == ((1, 0, 3), 1, (1, 0, 3))
+    assert sums(log_folder) == ((1, 0, 3), 1, (1, 0, 3))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
-def test_the_process_has_its_share_when_rows_wait(kept: Kept) -> None:
+def test_the_process_has_its_share_when_rows_wait(log_folder: LogFolder) -> None:
     program = altered(
         ("MANY, WRITER_STAYS = 200", "MANY, WRITER_STAYS = 0"),
         ("MAX_HANDED = 20_000", "MAX_HANDED = 0"),
         ("BATCH_ROWS, BATCH_SIZE = 128", "BATCH_ROWS, BATCH_SIZE = 1"),
     )
-    with Router({**kept.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
+    with Router({**log_folder.settings, "LOG_LEVEL": "ERROR"}, program=program) as router:
         burst(router, 10)
-        assert kept.written(200) == 200
+        assert log_folder.wait_for_rows(200) == 200
         pids = writers(router)  # it has begun long ago: what it wanted to be, it is
         assert [os.sched_getscheduler(pid) for pid in pids] == [os.SCHED_OTHER]
         assert router.stop() == 0 and gone(pids)
 
 
-def test_what_the_process_has_not_written_is_counted(kept: Kept) -> None:
-    with Router(kept.settings, program=eager(stays=60)) as router:
-        ask(router, "tiny")
-        (pid,) = until(lambda: writers(router))
-        assert kept.written(1) == 1 and until(lambda: log_state(router)["backlog"] == 0)
+def test_what_the_process_has_not_written_is_counted(log_folder: LogFolder) -> None:
+    with Router(log_folder.settings, program=eager(stays=60)) as router:
+        post_chat(router, "tiny")
+        (pid,) = wait_until(lambda: writers(router))
+        assert log_folder.wait_for_rows(1) == 1 and wait_until(
+            lambda: log_state(router)["backlog"] == 0
+        )
         os.kill(pid, signal.SIGSTOP)
         for _ in range(3):
-            ask(router, "tiny")
-        assert until(lambda: log_state(router)["backlog"] == 3)
+            post_chat(router, "tiny")
+        assert wait_until(lambda: log_state(router)["backlog"] == 3)
         os.kill(pid, signal.SIGCONT)
-        assert kept.written(4) == 4 and until(lambda: log_state(router)["backlog"] == 0)
+        assert log_folder.wait_for_rows(4) == 4 and wait_until(
+            lambda: log_state(router)["backlog"] == 0
+        )
 
 
-def test_the_process_goes_when_it_is_not_needed(kept: Kept) -> None:
-    with Router(kept.settings, program=eager()) as router:
-        ask(router, "tiny")
-        first = until(lambda: writers(router))
-        assert kept.written(1) == 1 and gone(first)
-        ask(router, "tiny")
-        second = until(lambda: writers(router))
+def test_the_process_goes_when_it_is_not_needed(log_folder: LogFolder) -> None:
+    with Router(log_folder.settings, program=eager()) as router:
+        post_chat(router, "tiny")
+        first = wait_until(lambda: writers(router))
+        assert log_folder.wait_for_rows(1) == 1 and gone(first)
+        post_chat(router, "tiny")
+        second = wait_until(lambda: writers(router))
         assert second != first
         router.process.kill()
         assert gone(second)
 
 
-def test_a_process_that_stands_still_is_killed(kept: Kept) -> None:
+def test_a_process_that_stands_still_is_killed(log_folder: LogFolder) -> None:
     sent = 1
-    with Router(kept.settings, program=eager(patience=0.2)) as router:
-        ask(router, "tiny")
-        (pid,) = until(lambda: writers(router))
+    with Router(log_folder.settings, program=eager(patience=0.2)) as router:
+        post_chat(router, "tiny")
+        (pid,) = wait_until(lambda: writers(router))
         os.kill(pid, signal.SIGSTOP)
 
         def is_killed() -> bool:
             nonlocal sent
-            ask(router, "tiny")
+            post_chat(router, "tiny")
             sent += 1
             return pid not in writers(router)
 
-        assert until(is_killed)
-        assert kept.written(sent) == sent
-        assert until(lambda: "failed" in router.stderr and counted(router) == sent)
-    assert sums(kept) == ((sent, 0, 3 * sent), sent, (sent, 0, 3 * sent))
+        assert wait_until(is_killed)
+        assert log_folder.wait_for_rows(sent) == sent
+        assert wait_until(lambda: "failed" in router.stderr and counted(router) == sent)
+    assert sums(log_folder) == ((sent, 0, 3 * sent), sent, (sent, 0, 3 * sent))
 
 
-def test_a_process_that_stands_still_is_killed_when_no_more_requests_end(kept: Kept) -> None:
-    with Router(kept.settings, program=eager(patience=0.2)) as router:
-        ask(router, "tiny")
-        (pid,) = until(lambda: writers(router))
+def test_a_process_that_stands_still_is_killed_when_no_more_requests_end(
+    log_folder: LogFolder,
+) -> None:
+    with Router(log_folder.settings, program=eager(patience=0.2)) as router:
+        post_chat(router, "tiny")
+        (pid,) = wait_until(lambda: writers(router))
         os.kill(pid, signal.SIGSTOP)
-        ask(router, "tiny")
-        assert gone([pid]) and kept.written(2) == 2
+        post_chat(router, "tiny")
+        assert gone([pid]) and log_folder.wait_for_rows(2) == 2
 
 
-def test_the_process_starts_when_stdin_is_closed(kept: Kept) -> None:
+def test_the_process_starts_when_stdin_is_closed(log_folder: LogFolder) -> None:
     python = ("/bin/sh", "-c", 'exec "$0" "$@" <&-', sys.executable)
-    with Router(kept.settings, program=eager(), python=python) as router:
-        ask(router, "tiny")
-        assert until(lambda: writers(router)) and kept.written(1) == 1
+    with Router(log_folder.settings, program=eager(), python=python) as router:
+        post_chat(router, "tiny")
+        assert wait_until(lambda: writers(router)) and log_folder.wait_for_rows(1) == 1
         open_files = f"/proc/{router.process.pid}/fd"
         assert [os.readlink(f"{open_files}/{n}") for n in (0, 1)] == [os.devnull] * 2
     assert "failed" not in router.stderr
 
 
-def test_a_process_that_stands_still_cannot_stop_the_end(kept: Kept) -> None:
-    with Router(kept.settings, program=eager(patience=60)) as router:
-        ask(router, "tiny")
-        (pid,) = until(lambda: writers(router))
+def test_a_process_that_stands_still_cannot_stop_the_end(log_folder: LogFolder) -> None:
+    with Router(log_folder.settings, program=eager(patience=60)) as router:
+        post_chat(router, "tiny")
+        (pid,) = wait_until(lambda: writers(router))
         os.kill(pid, signal.SIGSTOP)
-        ask(router, "tiny")
+        post_chat(router, "tiny")
         assert router.stop() == 0 and gone([pid])
-    assert sums(kept) == ((2, 0, 6), 2, (2, 0, 6))
+    assert sums(log_folder) == ((2, 0, 6), 2, (2, 0, 6))
 
 
-def test_rows_wait_for_a_locked_database_under_load(kept: Kept) -> None:
-    with Router(kept.settings, program=eager()) as router:
-        with five_while_locked(kept, router):
-            assert until(lambda: log_state(router)["backlog"] > 0)
-        assert until(lambda: log_state(router)["error"] is None and counted(router) == 6)
-        ask(router, "after")
-        assert kept.written(7) == 7
-    assert sums(kept) == ((7, 0, 21), 7, (7, 0, 21))
+def test_rows_wait_for_a_locked_database_under_load(log_folder: LogFolder) -> None:
+    with Router(log_folder.settings, program=eager()) as router:
+        with five_while_locked(log_folder, router):
+            assert wait_until(lambda: log_state(router)["backlog"] > 0)
+        assert wait_until(lambda: log_state(router)["error"] is None and counted(router) == 6)
+        post_chat(router, "after")
+        assert log_folder.wait_for_rows(7) == 7
+    assert sums(log_folder) == ((7, 0, 21), 7, (7, 0, 21))
 
 
-def test_events_tell_of_all_that_the_process_writes(kept: Kept) -> None:
-    with Router(kept.settings, program=eager(stays=60)) as router, connect(router.port) as sock:
-        sock.sendall(get("/api/events"))
+def test_events_tell_of_all_that_the_process_writes(log_folder: LogFolder) -> None:
+    with (
+        Router(log_folder.settings, program=eager(stays=60)) as router,
+        connect(router.port) as sock,
+    ):
+        sock.sendall(encode_get("/api/events"))
         said, number = sock.recv(4096), 30
         for _ in range(number):
-            ask(router, "tiny")
+            post_chat(router, "tiny")
 
         def finished() -> set[str]:
             nonlocal said
             said += sock.recv(1 << 20)
             return set(re.findall(rb'"request_id":"(\w+)"[^{}]*"status_code":200', said))
 
-        assert until(lambda: len(finished()) == number), said
+        assert wait_until(lambda: len(finished()) == number), said
         assert writers(router)
 
 
@@ -8696,7 +8921,7 @@ def test_the_backlog_is_bounded() -> None:
     """Rows and bodies that no database takes: the oldest go, and the memory is bounded."""
     settings = smolrouter.Settings.from_mapping({"DB_PATH": "/nonexistent/log.db"})
     log = object.__new__(smolrouter.RequestLog)
-    log.backlog = collections.deque(made_entry(n) for n in range(50))
+    log.backlog = collections.deque(make_entry(n) for n in range(50))
     log.released = log.lost = 0
     first = log.backlog[0].size
     assert log.shorten(49) == 1 and log.released == first
@@ -8711,52 +8936,52 @@ def test_the_backlog_is_bounded() -> None:
 # --- failover -------------------------------------------------------------------------
 
 
-def unreachable() -> str:
+def unreachable_url() -> str:
     """The URL of a port that does not answer, as of a box that is switched off."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=0)
-    HELD.append(listener)
+    TAKEN_PORTS.append(listener)
     for _ in range(4):  # fill its queue
-        HELD.append(socket.socket())
-        HELD[-1].setblocking(False)
-        HELD[-1].connect_ex(listener.getsockname())
+        TAKEN_PORTS.append(socket.socket())
+        TAKEN_PORTS[-1].setblocking(False)
+        TAKEN_PORTS[-1].connect_ex(listener.getsockname())
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def playing(*steps: Step) -> Callable[[], str]:
+def upstream_playing(*steps: Step) -> Callable[[], str]:
     """The URL of a new upstream that always says this."""
     return lambda: Upstream(lambda received: steps).url
 
 
-def busy(status: int, *fields: tuple[str, str]) -> Callable[[], str]:
+def upstream_failing(status: int, *fields: tuple[str, str]) -> Callable[[], str]:
     """The URL of a new upstream that always answers this status."""
-    return playing(*json_answer({"error": {"message": f"no: {status}"}}, status, fields))
+    return upstream_playing(*json_response({"error": {"message": f"no: {status}"}}, status, fields))
 
 
 FAILURES: dict[str, Callable[[], str]] = {
-    "refused": refusing,
-    "connect timeout": unreachable,
+    "refused": refusing_url,
+    "connect timeout": unreachable_url,
     "no TLS": lambda: Upstream().url.replace("http:", "https:"),
-    "400": busy(400),
-    "404": busy(404),
-    "429": busy(429, ("Retry-After", "1")),
-    "500": busy(500),
-    "503": busy(503),
-    "late head": playing(HANG),
-    "reset": playing(DROP),
-    "closed": playing(CLOSE),
-    "half a head": playing(b"HTTP/1.1 200 OK\r\nContent-", CLOSE),
-    "noise": playing(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", CLOSE),
-    "two lengths": playing(*upstream_head(b"Content-Length: 2\r\nContent-Length: 3")),
-    "head and no content": playing(*upstream_head(b"Content-Length: 9", b"")),
-    "head and no chunk": playing(*upstream_head(CODED, b"")),
-    "bad first chunk": playing(*upstream_head(CODED, b"zz\r\n")),
-    "empty content": playing(*answer(b"")),
-    "empty stream": playing(*stream_answer([])),
+    "400": upstream_failing(400),
+    "404": upstream_failing(404),
+    "429": upstream_failing(429, ("Retry-After", "1")),
+    "500": upstream_failing(500),
+    "503": upstream_failing(503),
+    "late head": upstream_playing(HANG),
+    "reset": upstream_playing(DROP),
+    "closed": upstream_playing(CLOSE),
+    "half a head": upstream_playing(b"HTTP/1.1 200 OK\r\nContent-", CLOSE),
+    "noise": upstream_playing(b"SSH-2.0-OpenSSH_9.6\r\n\r\n", CLOSE),
+    "two lengths": upstream_playing(*raw_response(b"Content-Length: 2\r\nContent-Length: 3")),
+    "head and no content": upstream_playing(*raw_response(b"Content-Length: 9", b"")),
+    "head and no chunk": upstream_playing(*raw_response(CHUNKED_FIELD, b"")),
+    "bad first chunk": upstream_playing(*raw_response(CHUNKED_FIELD, b"zz\r\n")),
+    "empty content": upstream_playing(*whole_response(b"")),
+    "empty stream": upstream_playing(*stream_response([])),
 }
 OTHERS: dict[str, Callable[[], str]] = {
     "sound": lambda: Upstream().url,
-    "half a stream": playing(*broken_stream(DROP)),
-    "half a content": playing(*upstream_head(b"Content-Length: 99", b'{"Hello": "')),
+    "half a stream": upstream_playing(*broken_stream(DROP)),
+    "half a content": upstream_playing(*raw_response(b"Content-Length: 99", b'{"Hello": "')),
 }
 NOBODY: dict[str, tuple[tuple[str, ...], int, str]] = {
     "refused once": (("refused",), 502, "refused"),
@@ -8779,7 +9004,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 @functools.lru_cache
-def troubled() -> Router:
+def router_of_failures() -> Router:
     """A router with an alias `{name} {way}` for each of ALIASES and of ALL_WAYS.
 
     Each has servers of its own, which are paths of the same ports: none is cooling
@@ -8796,21 +9021,21 @@ def troubled() -> Router:
             instances.append({"server": server, "model": kind})
         aliases[f"{name} {way}"] = {"instances": instances}
     settings = {"CONNECT_TIMEOUT": 0.5, "REQUEST_TIMEOUT": 2}
-    return router_for(settings, {"servers": servers, "aliases": aliases})
+    return shared_router(settings, {"servers": servers, "aliases": aliases})
 
 
-def ask_troubled(name: str, way: int) -> Answer:
+def ask_failing(name: str, way: int) -> Response:
     """Ask one of the aliases of `troubled()` in one of the ways."""
     path, stream = ALL_WAYS[way]
-    document = asking(path, f"{name} {way}", stream)
-    return request(troubled().port, "POST", path, document)
+    document = example_request(path, f"{name} {way}", stream)
+    return request(router_of_failures().port, "POST", path, document)
 
 
-def in_all_ways(name: str) -> list[tuple[str, bool, Answer]]:
+def in_all_ways(name: str) -> list[tuple[str, bool, Response]]:
     """Each way, and what was answered to it; asked all at once."""
-    assert troubled().port  # started before the threads are
+    assert router_of_failures().port  # started before the threads are
     ways = range(len(ALL_WAYS))
-    answers = at_once(ask_troubled, [name] * len(ways), ways, workers=len(ways))
+    answers = map_in_threads(ask_failing, [name] * len(ways), ways, workers=len(ways))
     return [(*way, got) for way, got in zip(ALL_WAYS, answers, strict=True)]
 
 
@@ -8825,10 +9050,10 @@ def test_failover(failure: str) -> None:
 
 
 def test_nobody_answered() -> None:
-    assert troubled().port
+    assert router_of_failures().port
     ways = [ALL_WAYS.index((CHAT, True)), ALL_WAYS.index(("/api/chat", False))]
     asked = list(itertools.product(NOBODY, ways))
-    answers = at_once(ask_troubled, *zip(*asked, strict=True), workers=len(asked))
+    answers = map_in_threads(ask_failing, *zip(*asked, strict=True), workers=len(asked))
     for (name, way), got in zip(asked, answers, strict=True):
         failures, status, reason = NOBODY[name]
         assert (name, got.status) == (name, status), got
@@ -8852,7 +9077,7 @@ def test_never_a_second_answer_after_a_first_byte() -> None:
 def test_never_half_an_answer_and_a_whole_one() -> None:
     for path, stream, got in in_all_ways("half a content"):
         assert not (b"Hello" in got.content and b"You said" in got.content), path
-        assert ended_badly(got) or (got.status, got.whole) == (200, True), (
+        assert is_visibly_broken(got) or (got.status, got.whole) == (200, True), (
             path,
             stream,
         )
@@ -8862,30 +9087,32 @@ def test_never_half_an_answer_and_a_whole_one() -> None:
 def test_last_answer_passes_through_byte_for_byte(stream: bool) -> None:
     content = '{ "error" : {"message":"später", "code" : 4.290 } }\n'.encode()
     fields = [("Retry-After", "17"), ("X-Odd", "a;b")]
-    last = playing(*answer(content, 429, fields, "application/json; charset=utf-8"))
-    with both(busy(503)(), last()) as router:
-        got = ask(router, "pair", stream=stream)
+    last = upstream_playing(
+        *whole_response(content, 429, fields, "application/json; charset=utf-8")
+    )
+    with router_of_two(upstream_failing(503)(), last()) as router:
+        got = post_chat(router, "pair", stream=stream)
     assert (got.status, got.content) == (429, content)
     assert (got.get("Retry-After"), got.get("X-Odd")) == ("17", "a;b")
     assert got.get("Content-Type") == "application/json; charset=utf-8"
 
 
 def test_last_answer_is_the_last_one_that_was_http() -> None:
-    with both(busy(418, ("Retry-After", "5"))(), refusing()) as router:
-        got = ask(router, "pair")
+    with router_of_two(upstream_failing(418, ("Retry-After", "5"))(), refusing_url()) as router:
+        got = post_chat(router, "pair")
         assert (got.status, got.get("Retry-After")) == (418, "5")
         assert got.json == {"error": {"message": "no: 418"}}
-        document = asking("/api/chat", "pair", True)
+        document = example_request("/api/chat", "pair", True)
         got = request(router.port, "POST", "/api/chat", document)
         assert (got.status, got.get("Retry-After")) == (418, "5")
         assert got.json["error"]
 
 
 SHORT_STREAMS = {
-    "no empty line": chunked(b'data: {"choices":[]}\n'),
+    "no empty line": encode_chunks(b'data: {"choices":[]}\n'),
     "closed": (b"data: [DONE]\n", CLOSE),
-    "CR alone": chunked(b"data: [DONE]\r\r"),
-    "gzip": chunked(gzip.compress(event({"choices": []}))),
+    "CR alone": encode_chunks(b"data: [DONE]\r\r"),
+    "gzip": encode_chunks(gzip.compress(encode_event({"choices": []}))),
 }
 
 
@@ -8894,9 +9121,9 @@ def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
     fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
     fields = fields[: 1 if name == "closed" else 2]
     fields += [("Content-Encoding", "gzip")] * (name == "gzip")
-    first = playing(head(200, fields), *SHORT_STREAMS[name])()
-    with both(first, refusing()) as router:
-        got = ask(router, "pair", stream=True)
+    first = upstream_playing(response_head(200, fields), *SHORT_STREAMS[name])()
+    with router_of_two(first, refusing_url()) as router:
+        got = post_chat(router, "pair", stream=True)
         assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "1")
         assert got.content
 
@@ -8904,9 +9131,9 @@ def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
 @pytest.mark.parametrize("said", [b'data: {"id', b": hi\n", b"\n"])
 def test_a_part_of_an_event_is_no_answer(said: bytes) -> None:
     fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
-    first = playing(head(200, fields), *chunked(said))()
-    with both(first, playing(*sse_answer([ENDED, "[DONE]"]))()) as router:
-        got = ask(router, "pair", stream=True)
+    first = upstream_playing(response_head(200, fields), *encode_chunks(said))()
+    with router_of_two(first, upstream_playing(*sse_response([FINISH, "[DONE]"]))()) as router:
+        got = post_chat(router, "pair", stream=True)
         assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "2")
 
 
@@ -8915,33 +9142,35 @@ def test_a_part_of_an_event_is_no_answer(said: bytes) -> None:
 def test_single_candidate_passes_through_untouched(status: int, stream: bool) -> None:
     content = b'{"detail" :  "<think>what it said</think>"}\n'
     fields = [("Retry-After", "3"), ("Location", "/elsewhere")]
-    model = stage().plays(answer(content, status, fields, "application/json"))
+    model = default_upstream().add_script(
+        whole_response(content, status, fields, "application/json")
+    )
     for turn in (1, 2):  # and it is never excluded
-        got = ask(shared(), model, stream=stream)
+        got = post_chat(default_router(), model, stream=stream)
         assert (got.status, got.content) == (status, content)
         assert got.get("Retry-After") == "3"
-        assert len(stage().heard(model)) == turn
+        assert len(default_upstream().requests_for(model)) == turn
 
 
 def test_client_leaves_and_nobody_else_is_asked() -> None:
     with (
         Upstream(lambda r: [HANG]) as one,
         Upstream() as two,
-        both(one.url, two.url) as router,
+        router_of_two(one.url, two.url) as router,
     ):
         with connect(router.port) as sock:
-            sock.sendall(post(CHAT, chat("pair")))
+            sock.sendall(encode_post(CHAT, chat_document("pair")))
             seen = one.connection_of("m")
-        assert until(lambda: seen.closed)
+        assert wait_until(lambda: seen.closed)
         time.sleep(0.1)
-        assert not two.heard("m")
+        assert not two.requests_for("m")
 
 
 # --- fields ---------------------------------------------------------------------------
 
 
 def test_fields_that_travel_to_the_upstream() -> None:
-    name = stage().plays(FINE)
+    name = default_upstream().add_script(FINE_RESPONSE)
     travels = [
         ("Authorization", "Bearer sk-123"),
         ("OpenAI-Organization", "org-1"),
@@ -8953,16 +9182,16 @@ def test_fields_that_travel_to_the_upstream() -> None:
         ("X-Empty", ""),
         ("X-Latin", "caf\xe9"),
     ]
-    request(shared().port, "POST", CHAT, chat(name), travels)
-    (heard,) = stage().heard(name)
+    request(default_router().port, "POST", CHAT, chat_document(name), travels)
+    (heard,) = default_upstream().requests_for(name)
     for key, _ in travels:
         assert heard.get_all(key) == [v for n, v in travels if n == key], key
-    assert heard.get_all("Host") == [stage().authority]
+    assert heard.get_all("Host") == [default_upstream().authority]
     assert heard.get("Content-Type") == "application/json"
 
 
 def test_hop_by_hop_fields_stop_here_on_the_way_up() -> None:
-    name = stage().plays(FINE)
+    name = default_upstream().add_script(FINE_RESPONSE)
     stops = [
         ("Connection", ", X-Private ,,keep-alive"),
         ("Connection", "X-SECOND"),
@@ -8974,8 +9203,8 @@ def test_hop_by_hop_fields_stop_here_on_the_way_up() -> None:
         ("Upgrade", "h2c"),
         ("Proxy-Connection", "keep-alive"),
     ]
-    request(shared().port, "POST", CHAT, chat(name), stops)
-    (heard,) = stage().heard(name)
+    request(default_router().port, "POST", CHAT, chat_document(name), stops)
+    (heard,) = default_upstream().requests_for(name)
     for key, _ in stops[2:]:
         assert heard.get(key) is None, key
     assert "x-private" not in (heard.get("Connection") or "").lower()
@@ -8983,12 +9212,12 @@ def test_hop_by_hop_fields_stop_here_on_the_way_up() -> None:
 
 @pytest.mark.parametrize("named", ["Content-Length", "Host", "Content-Type", "Via"])
 def test_connection_cannot_break_the_framing(named: str) -> None:
-    name = stage().plays(FINE)
-    got = request(shared().port, "POST", CHAT, chat(name), [("Connection", named)])
+    name = default_upstream().add_script(FINE_RESPONSE)
+    got = request(default_router().port, "POST", CHAT, chat_document(name), [("Connection", named)])
     assert got.status == 200
-    (heard,) = stage().heard(name)
+    (heard,) = default_upstream().requests_for(name)
     assert heard.json["model"] == name
-    assert heard.get_all("Host") == [stage().authority]
+    assert heard.get_all("Host") == [default_upstream().authority]
     assert "smolrouter" in (heard.get("Via") or "")
 
 
@@ -9006,11 +9235,11 @@ def test_fields_of_an_answer(stream: bool) -> None:
         ("Server", "test"),
     ]
     steps = (
-        sse_answer([{"n": 1}, "[DONE]"], fields=fields)
+        sse_response([{"n": 1}, "[DONE]"], fields=fields)
         if stream
-        else (json_answer({"n": 1}, fields=fields))
+        else (json_response({"n": 1}, fields=fields))
     )
-    got = ask(shared(), stage().plays(steps), stream=stream)
+    got = post_chat(default_router(), default_upstream().add_script(steps), stream=stream)
     assert got.get_all("Set-Cookie") == ["a=1", "b=2"]
     assert got.get("X-RateLimit-Remaining") == "9"
     for key in ("X-Private", "Keep-Alive", "Proxy-Connection", "Upgrade"):
@@ -9023,50 +9252,50 @@ def test_fields_of_an_answer(stream: bool) -> None:
 
 
 def test_via_is_added_to_the_others() -> None:
-    name = stage().plays(FINE)
-    request(shared().port, "POST", CHAT, chat(name), [("Via", "1.0 fred")])
-    (heard,) = stage().heard(name)
+    name = default_upstream().add_script(FINE_RESPONSE)
+    request(default_router().port, "POST", CHAT, chat_document(name), [("Via", "1.0 fred")])
+    (heard,) = default_upstream().requests_for(name)
     assert re.fullmatch(r"1\.0 fred, 1\.1 smolrouter\S*.*", ", ".join(heard.get_all("Via")))
 
 
 def test_a_request_that_comes_round_again_is_answered_508() -> None:
     def round_again(received: Received) -> Iterable[Step]:
         kept = [(n, v) for n, v in received.fields if n in ("Via", "Content-Type")]
-        port = shared().port
+        port = default_router().port
         got = request(port, "POST", received.target, received.content, kept)
-        return answer(got.content, got.status)
+        return whole_response(got.content, got.status)
 
-    name = stage().plays(round_again)
-    got = ask(shared(), name)
+    name = default_upstream().add_script(round_again)
+    got = post_chat(default_router(), name)
     assert got.status == 508
     assert "error" in got.json
-    assert len(stage().heard(name)) == 1
+    assert len(default_upstream().requests_for(name)) == 1
 
 
 def test_via_of_another_smolrouter_is_no_loop() -> None:
-    name = stage().plays(FINE)
+    name = default_upstream().add_script(FINE_RESPONSE)
     via = [("Via", "1.1 smolrouter, 1.1 smolrouter-0000, 1.1 other")]
-    assert request(shared().port, "POST", CHAT, chat(name), via).status == 200
+    assert request(default_router().port, "POST", CHAT, chat_document(name), via).status == 200
 
 
 def test_accept_encoding_is_identity_where_content_may_change() -> None:
-    name = stage().plays(FINE)
+    name = default_upstream().add_script(FINE_RESPONSE)
     fields = [("Accept-Encoding", "gzip, deflate, br")]
-    request(shared().port, "POST", CHAT, chat(name), fields)
-    assert stage().heard(name)[0].get_all("Accept-Encoding") == ["identity"]
+    request(default_router().port, "POST", CHAT, chat_document(name), fields)
+    assert default_upstream().requests_for(name)[0].get_all("Accept-Encoding") == ["identity"]
 
 
 @each_openai
 def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
     got = sdk.call(
-        ways().url,
+        sdk_router().url,
         "chat.completions.with_raw_response.create",
         model="alias-talk",
-        messages=ASKED,
+        messages=HELLO_MESSAGES,
     )
     for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
         assert got.headers.get(f"X-SmolRouter-{name}"), name
-    assert got.parse().choices[0].message.content == ANSWER
+    assert got.parse().choices[0].message.content == HELLO_ANSWER
 
 
 # --- events leave as they come --------------------------------------------------------
@@ -9077,18 +9306,18 @@ def test_the_first_event_of_an_alias_does_not_wait_for_the_second() -> None:
     gate = threading.Event()
 
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event(WORDS[0])], whole=False)
+        yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
         gate.wait(PATIENCE)
-        yield from chunked(event(WORDS[1]), event(ENDED))
+        yield from encode_chunks(encode_event(TWO_WORDS[1]), encode_event(FINISH))
 
     with Upstream(script) as upstream:
         instances = ["box/tiny", "box/spare"]
         routes = {"servers": {"box": upstream.url}, "aliases": {"both": {"instances": instances}}}
         with Router(routes=routes) as router, connect(router.port) as sock:
-            sock.sendall(post(CHAT, chat("both", stream=True)))
-            first = receive_until(sock, b"one")
+            sock.sendall(encode_post(CHAT, chat_document("both", stream=True)))
+            first = read_until(sock, b"one")
             gate.set()
-            rest = receive_until(sock, b"0\r\n\r\n")
+            rest = read_until(sock, b"0\r\n\r\n")
     assert b"two" not in first and b"two" in rest
 
 
@@ -9097,21 +9326,21 @@ def test_coded_stream_of_an_alias_does_not_wait() -> None:
     gate, packer = threading.Event(), zlib.compressobj(wbits=31)
 
     def script(received: Received) -> Iterator[Step]:
-        data = packer.compress(event({"n": 1})) + packer.flush(zlib.Z_SYNC_FLUSH)
-        yield from stream_answer([data], [("Content-Encoding", "gzip")], whole=False)
+        data = packer.compress(encode_event({"n": 1})) + packer.flush(zlib.Z_SYNC_FLUSH)
+        yield from stream_response([data], [("Content-Encoding", "gzip")], whole=False)
         gate.wait(PATIENCE)
-        yield from chunked(packer.flush())
+        yield from encode_chunks(packer.flush())
 
     with (
         Upstream(script) as one,
         Upstream() as two,
-        both(one.url, two.url) as router,
+        router_of_two(one.url, two.url) as router,
         connect(router.port) as sock,
     ):
-        sock.sendall(post(CHAT, chat("pair", stream=True)))
-        assert receive_until(sock, b'{"n":1}')
+        sock.sendall(encode_post(CHAT, chat_document("pair", stream=True)))
+        assert read_until(sock, b'{"n":1}')
         gate.set()
-        assert receive_until(sock, b"0\r\n\r\n")
+        assert read_until(sock, b"0\r\n\r\n")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
@@ -9120,24 +9349,24 @@ def test_each_event_leaves_before_the_next_one_comes(path: str) -> None:
     key = "text" if "chat" not in path else "delta"
 
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([], whole=False)
+        yield from stream_response([], whole=False)
         for number, gate in enumerate(gates):
             text = f"number-{number} "
             said = text if key == "text" else {"content": text}
-            yield from chunked(event({"choices": [{"index": 0, key: said}]}), end=b"")
+            yield from encode_chunks(encode_event({"choices": [{"index": 0, key: said}]}), end=b"")
             gate.wait(PATIENCE)
-        yield from chunked(event("[DONE]"))
+        yield from encode_chunks(encode_event("[DONE]"))
 
-    model = stage().plays(script)
-    with connect(shared().port) as sock:
-        sock.sendall(post(path, {**ASKS[path], "model": model, "stream": True}))
+    model = default_upstream().add_script(script)
+    with connect(default_router().port) as sock:
+        sock.sendall(encode_post(path, {**EXAMPLE_REQUESTS[path], "model": model, "stream": True}))
         for number, gate in enumerate(gates):
-            receive_until(sock, b"number-%d " % number)
+            read_until(sock, b"number-%d " % number)
             gate.set()
-        receive_until(sock, b"0\r\n\r\n")
+        read_until(sock, b"0\r\n\r\n")
 
 
-def sse(port: int, path: str, body: Any, fields: Pairs = ()) -> list[tuple[float, bytes]]:
+def timed_events(port: int, path: str, body: Any, fields: Pairs = ()) -> list[tuple[float, bytes]]:
     """The events of a streamed answer, each with the time when it was complete."""
     got = request(port, "POST", path, body, fields)
     mark = b"\n" if "ndjson" in (got.get("Content-Type") or "") else b"\n\n"
@@ -9154,17 +9383,17 @@ def test_fifty_streams_at_once_stay_apart() -> None:
         sent: dict[str, float] = {}
 
         def script(received: Received) -> Iterator[Step]:
-            yield from stream_answer(
-                [event(e) for e in deltas("<think>", "no", "</think>")], whole=False
+            yield from stream_response(
+                [encode_event(e) for e in text_deltas("<think>", "no", "</think>")], whole=False
             )
             for text in texts:
-                yield from chunked(event(deltas(text)[0]), end=b"")
+                yield from encode_chunks(encode_event(text_deltas(text)[0]), end=b"")
                 sent[text] = time.monotonic()
                 yield 0.02
-            yield from chunked(event("[DONE]"))
+            yield from encode_chunks(encode_event("[DONE]"))
 
-        body = chat(stage().plays(script), stream=True)
-        events = sse(shared().port, CHAT, body)
+        body = chat_document(default_upstream().add_script(script), stream=True)
+        events = timed_events(default_router().port, CHAT, body)
         came = {
             json.loads(e[6:])["choices"][0]["delta"]["content"]: at
             for at, e in events
@@ -9174,7 +9403,7 @@ def test_fifty_streams_at_once_stay_apart() -> None:
         assert events[-1][1] == b"data: [DONE]"
         return str(number), max(came[t] - sent[t] for t in texts)
 
-    results = at_once(one, range(50), workers=50)
+    results = map_in_threads(one, range(50), workers=50)
     slowest = sorted(delay for _, delay in results)
     print(
         f"slowest event of a stream: {slowest[25] * 1e3:.1f} ms in the middle, "
@@ -9184,44 +9413,66 @@ def test_fifty_streams_at_once_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("fault", ["framing", "reset", "head", "alias"])
-def test_what_broke_off_leaves_memory_at_once(kept: Kept, fault: str) -> None:
+def test_what_broke_off_leaves_memory_at_once(log_folder: LogFolder, fault: str) -> None:
     """No error keeps the octets it came through: the collector of cycles is not needed."""
     program = altered(("        gc.freeze()", "        gc.freeze(), gc.disable()"))
     chunk = b"%x\r\n%s\r\n" % (120_000, b"x" * 120_000)
     faults = {
-        "framing": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk + b"zz\r\n"],
-        "reset": [head(200, [("Transfer-Encoding", "chunked")]) + chunk, 0.01, chunk, 0.01, DROP],
+        "framing": [
+            response_head(200, [("Transfer-Encoding", "chunked")]) + chunk,
+            0.01,
+            chunk + b"zz\r\n",
+        ],
+        "reset": [
+            response_head(200, [("Transfer-Encoding", "chunked")]) + chunk,
+            0.01,
+            chunk,
+            0.01,
+            DROP,
+        ],
         "head": [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000 + b"\n\r\n"],
     }
     faults["alias"] = faults["head"]  # of each of its instances
-    model, other = stage().plays(faults[fault]), stage().plays(faults[fault])
+    model, other = (
+        default_upstream().add_script(faults[fault]),
+        default_upstream().add_script(faults[fault]),
+    )
     instances = [f"s/{model}", f"s/{other}"]
-    routes = {"servers": {"s": stage().url}, "aliases": {"two": {"instances": instances}}}
-    settings = {**kept.settings, "ENABLE_LOGGING": "false"}
+    routes = {
+        "servers": {"s": default_upstream().url},
+        "aliases": {"two": {"instances": instances}},
+    }
+    settings = {**log_folder.settings, "ENABLE_LOGGING": "false"}
     with Router(settings, routes, program=program) as router:
         for _ in range(2):
-            before = memory(router)
+            before = memory_mib(router)
             for _ in range(60):
                 with contextlib.suppress(OSError, http.client.HTTPException):
-                    ask(router, "two" if fault == "alias" else model)
-        assert memory(router) < before + 3
+                    post_chat(router, "two" if fault == "alias" else model)
+        assert memory_mib(router) < before + 3
 
 
 # --- usage that nobody asked for ------------------------------------------------------
 
-SPACED = b'data:{ "usage" : ' + USAGE + b', "choices" : [ ] }\n\n'
-BESIDE = STOP.replace(b"]}", b'],"usage":' + USAGE + b"}")
-QUOTED = WORD.replace(b"hi", b'\\"choices\\":[],\\"usage\\":{}')
+SPACED = b'data:{ "usage" : ' + RAW_USAGE + b', "choices" : [ ] }\n\n'
+BESIDE = RAW_STOP.replace(b"]}", b'],"usage":' + RAW_USAGE + b"}")
+QUOTED = RAW_WORD.replace(b"hi", b'\\"choices\\":[],\\"usage\\":{}')
 SWALLOWED = {  # what the server says, what a client sees that did not ask
-    "plain": ([WORD, STOP, EXTRA, DONE], [WORD, STOP, DONE]),
-    "spaced": ([WORD, STOP, SPACED, DONE], [WORD, STOP, DONE]),
-    "without the extra event": ([WORD, STOP, DONE], [WORD, STOP, DONE]),
-    "usage beside a choice": ([WORD, BESIDE, DONE], [WORD, BESIDE, DONE]),
-    "comments": ([PING, WORD, STOP, EXTRA, DONE], [PING, WORD, STOP, DONE]),
-    "the words in the text": ([QUOTED, STOP, EXTRA, DONE], [QUOTED, STOP, DONE]),
+    "plain": ([RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
+    "spaced": ([RAW_WORD, RAW_STOP, SPACED, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
+    "without the extra event": ([RAW_WORD, RAW_STOP, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
+    "usage beside a choice": ([RAW_WORD, BESIDE, RAW_DONE], [RAW_WORD, BESIDE, RAW_DONE]),
+    "comments": (
+        [RAW_PING, RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE],
+        [RAW_PING, RAW_WORD, RAW_STOP, RAW_DONE],
+    ),
+    "the words in the text": (
+        [QUOTED, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE],
+        [QUOTED, RAW_STOP, RAW_DONE],
+    ),
     "crlf": (
-        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, EXTRA, DONE)],
-        [e.replace(b"\n", b"\r\n") for e in (WORD, STOP, DONE)],
+        [e.replace(b"\n", b"\r\n") for e in (RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE)],
+        [e.replace(b"\n", b"\r\n") for e in (RAW_WORD, RAW_STOP, RAW_DONE)],
     ),
 }
 
@@ -9229,9 +9480,9 @@ SWALLOWED = {  # what the server says, what a client sees that did not ask
 @pytest.mark.parametrize("said, seen", SWALLOWED.values(), ids=SWALLOWED)
 @pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
 def test_extra_usage_is_swallowed(said: list[bytes], seen: list[bytes], joined: bool) -> None:
-    model = bench().plays(sse_answer([b"".join(said)] if joined else said))
-    got = tell("/v1/chat/completions", chat(model, stream=True))
-    assert latest().json["stream_options"] == {"include_usage": True}
+    model = sdk_upstream().add_script(sse_response([b"".join(said)] if joined else said))
+    got = post_json("/v1/chat/completions", chat_document(model, stream=True))
+    assert last_request().json["stream_options"] == {"include_usage": True}
     assert got.content == b"".join(seen)
 
 
@@ -9239,19 +9490,30 @@ def timing_server(received: Received) -> Iterable[Step]:
     """llama.cpp: timings stand in the finish, or in the event that was asked for."""
     timings = b'"timings":{"prompt_n":3,"predicted_n":2},'
     if "stream_options" in received.json:
-        return sse_answer([WORD, STOP, EXTRA.replace(b'"usage"', timings + b'"usage"'), DONE])
-    return sse_answer([WORD, STOP.replace(b'"choices"', timings + b'"choices"'), DONE])
+        return sse_response(
+            [
+                RAW_WORD,
+                RAW_STOP,
+                RAW_USAGE_EVENT.replace(b'"usage"', timings + b'"usage"'),
+                RAW_DONE,
+            ]
+        )
+    return sse_response(
+        [RAW_WORD, RAW_STOP.replace(b'"choices"', timings + b'"choices"'), RAW_DONE]
+    )
 
 
-def test_server_that_tells_timings_is_not_asked_for_usage(kept: Kept) -> None:
+def test_server_that_tells_timings_is_not_asked_for_usage(log_folder: LogFolder) -> None:
     upstream = Upstream(timing_server)
-    settings = {**kept.settings, "DEFAULT_UPSTREAM": upstream.url}
+    settings = {**log_folder.settings, "DEFAULT_UPSTREAM": upstream.url}
     with upstream, Router(settings) as router:
-        got = [ask(router, "m", stream=True).content for _ in range(3)]
-        assert kept.written(3) == 3
-    assert got[0] == WORD + STOP + DONE
+        got = [post_chat(router, "m", stream=True).content for _ in range(3)]
+        assert log_folder.wait_for_rows(3) == 3
+    assert got[0] == RAW_WORD + RAW_STOP + RAW_DONE
     assert got[1] == got[2] != got[0] and b'"predicted_n":2' in got[1]
-    rows = kept.ask("SELECT prompt_tokens, completion_tokens, tokens_estimated FROM requests")
+    rows = log_folder.select(
+        "SELECT prompt_tokens, completion_tokens, tokens_estimated FROM requests"
+    )
     assert rows[1:] == [(3, 2, 0)] * 2
 
 
@@ -9261,38 +9523,42 @@ def test_server_that_tells_timings_no_more_is_asked_for_usage() -> None:
     upstream, asked = Upstream(lambda received: moods.pop(0)(received)), []
     with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
         for _ in range(4):
-            assert ask(router, "m", stream=True).status == 200
-            asked.append("stream_options" in latest(upstream).json)
+            assert post_chat(router, "m", stream=True).status == 200
+            asked.append("stream_options" in last_request(upstream).json)
     assert asked == [True, False, False, True]
 
 
 @pytest.mark.parametrize("said", [s for s, _ in SWALLOWED.values()], ids=SWALLOWED)
 def test_usage_that_was_asked_for_arrives(said: list[bytes]) -> None:
-    model = bench().plays(sse_answer(said))
+    model = sdk_upstream().add_script(sse_response(said))
     options = {"include_usage": True}
-    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
+    got = post_json(
+        "/v1/chat/completions", chat_document(model, stream=True, stream_options=options)
+    )
     assert got.content == b"".join(said)
 
 
 @pytest.mark.parametrize("options", ({}, {"include_usage": False}, {"other": 1}, None), ids=repr)
 def test_stream_options_without_usage_are_no_wish(options: Any) -> None:
-    model = bench().plays(sse_answer([WORD, STOP, EXTRA, DONE]))
-    got = tell("/v1/chat/completions", chat(model, stream=True, stream_options=options))
-    assert got.content == WORD + STOP + DONE
-    assert latest().json["stream_options"] == {**(options or {}), "include_usage": True}
-    assert latest().content.count(b'"stream_options"') == 1
+    model = sdk_upstream().add_script(sse_response([RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE]))
+    got = post_json(
+        "/v1/chat/completions", chat_document(model, stream=True, stream_options=options)
+    )
+    assert got.content == RAW_WORD + RAW_STOP + RAW_DONE
+    assert last_request().json["stream_options"] == {**(options or {}), "include_usage": True}
+    assert last_request().content.count(b'"stream_options"') == 1
 
 
 def test_whole_answers_are_not_asked_for_usage() -> None:
-    assert tell("/v1/chat/completions", chat("talk", stream=False)).status == 200
-    assert "stream_options" not in latest().json
+    assert post_json("/v1/chat/completions", chat_document("talk", stream=False)).status == 200
+    assert "stream_options" not in last_request().json
 
 
 def old_server(received: Received) -> Iterable[Step]:
     """A server from before stream_options."""
     if "stream_options" in received.json:
         message = "Unrecognized request argument supplied: stream_options"
-        return json_answer({"error": {"message": message}}, 400)
+        return json_response({"error": {"message": message}}, 400)
     return well_behaved(received)
 
 
@@ -9300,9 +9566,9 @@ def test_server_that_refuses_stream_options_is_remembered() -> None:
     upstream = Upstream(old_server)
     with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
         for _ in range(3):
-            body = chat("m", "hello", stream=True)
-            got = tell("/v1/chat/completions", body, router)
-            assert (got.status, got.text) == (200, ANSWER)
+            body = chat_document("m", "hello", stream=True)
+            got = post_json("/v1/chat/completions", body, router)
+            assert (got.status, got.text) == (200, HELLO_ANSWER)
         asked = ["stream_options" in r.json for r in upstream.requests if r.content]
     assert asked == [True, False, False, False]
 
@@ -9312,24 +9578,24 @@ def test_server_that_echoes_a_bad_request_is_asked_for_usage_again(status: int) 
     def script(received: Received) -> Iterable[Step]:
         if received.json["messages"][0]["content"] == "bad":
             told = {"detail": "no such word in " + received.content.decode(), "x": "y" * (2 << 20)}
-            return json_answer(told, status)
+            return json_response(told, status)
         return well_behaved(received)
 
     with Upstream(script) as upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
         for text in ("bad", "good"):
-            got = tell("/v1/chat/completions", chat("m", text, stream=True), router)
+            got = post_json("/v1/chat/completions", chat_document("m", text, stream=True), router)
             assert got.status == (status if text == "bad" else 200)
             assert text == "good" or "no such word" in got.json["detail"]
-            assert "stream_options" in upstream.heard(f'"{text}"')[0].json
-    assert "stream_options" not in upstream.heard('"bad"')[1].json
+            assert "stream_options" in upstream.requests_for(f'"{text}"')[0].json
+    assert "stream_options" not in upstream.requests_for('"bad"')[1].json
 
 
 @whole_or_streamed
 def test_other_bad_requests_are_not_asked_again(stream: bool) -> None:
     text = "an error that comes once"
-    got = tell("/v1/chat/completions", chat("error-400", text, stream=stream))
-    assert (got.status, got.content) == (400, dumps(own_error(400)))
-    assert len([r for r in bench().heard(text) if r.json["stream"] == stream]) == 1
+    got = post_json("/v1/chat/completions", chat_document("error-400", text, stream=stream))
+    assert (got.status, got.content) == (400, encode_json(own_error(400)))
+    assert len([r for r in sdk_upstream().requests_for(text) if r.json["stream"] == stream]) == 1
 
 
 # ======================================================================================
@@ -9342,49 +9608,51 @@ def test_other_bad_requests_are_not_asked_again(stream: bool) -> None:
 
 def test_cancel_ends_a_request() -> None:
     for stream in (False, True):
-        begin = [event(piece("one "))] if stream else []
-        model = stage().plays([*stream_answer(begin, whole=False), HANG] if stream else [HANG])
+        begin = [encode_event(text_delta("one "))] if stream else []
+        model = default_upstream().add_script(
+            [*stream_response(begin, whole=False), HANG] if stream else [HANG]
+        )
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            asking = pool.submit(ask, logging(), model, stream=stream)
-            running = until(
+            asking = pool.submit(post_chat, logging_router(), model, stream=stream)
+            running = wait_until(
                 lambda: [
                     r
-                    for r in document(logging(), "/api/inflight")
+                    for r in get_document(logging_router(), "/api/inflight")
                     if r["original_model"] == model
                     and r["phase"] == ("streaming" if stream else "waiting")
                 ]
             )
-            detail = document(logging(), f"/api/request/{running[0]['id']}")
+            detail = get_document(logging_router(), f"/api/request/{running[0]['id']}")
             assert detail["is_inflight"] and detail["completed_at"] is None
             path = f"/api/inflight/{running[0]['id']}/cancel"
-            got = request(logging().port, "POST", path)
+            got = request(logging_router().port, "POST", path)
             assert (got.status, got.content) == (200, b'{"cancelled":true}')
             answered = asking.result(PATIENCE)
             assert b'"code":"cancelled"' in answered.content
             assert answered.status == (200 if stream else 499)
-        row = row_of(logging(), model)
+        row = wait_for_row(logging_router(), model)
         assert (row["status_code"], row["error_message"]) == (499, "cancelled")
-        assert request(logging().port, "POST", path).status == 404
-        until(lambda: stage().connection_of(model).closed)
-        assert stage().connection_of(model).closed
+        assert request(logging_router().port, "POST", path).status == 404
+        wait_until(lambda: default_upstream().connection_of(model).closed)
+        assert default_upstream().connection_of(model).closed
     for path in ("/api/inflight/x/cancel", "/api/inflight/1/cancel"):
-        assert request(logging().port, "POST", path).status == 404
+        assert request(logging_router().port, "POST", path).status == 404
 
 
 def test_running_stream_is_counted_while_it_runs() -> None:
     gate = threading.Event()
 
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer(map(event, WORDS), whole=False)
+        yield from stream_response(map(encode_event, TWO_WORDS), whole=False)
         gate.wait(PATIENCE)
-        yield from chunked(event(ENDED))
+        yield from encode_chunks(encode_event(FINISH))
 
-    with pair(script) as (router, _), connect(router.port) as sock:
-        sock.sendall(post(CHAT, chat("tiny", stream=True)))
-        receive_until(sock, b"two")
+    with router_and_upstream(script) as (router, _), connect(router.port) as sock:
+        sock.sendall(encode_post(CHAT, chat_document("tiny", stream=True)))
+        read_until(sock, b"two")
         rows = request(router.port, "GET", "/api/inflight").json
         gate.set()
-        receive_until(sock, b"0\r\n\r\n")
+        read_until(sock, b"0\r\n\r\n")
     assert [(row["phase"], row["tokens"]) for row in rows] == [("streaming", 2)]
     assert rows[0]["bytes"] > 100
 
@@ -9393,11 +9661,11 @@ def test_running_stream_is_counted_while_it_runs() -> None:
 
 
 @functools.cache
-def made_log() -> Router:
+def router_with_old_log() -> Router:
     """A router whose log was made: 4,000 rows over three days."""
-    kept = Kept(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
-    AT_END.callback(shutil.rmtree, kept.file.parent, True)
-    store = made_store(kept.file.parent)
+    log_folder = LogFolder(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
+    AT_SESSION_END.callback(shutil.rmtree, log_folder.file.parent, True)
+    store = make_store(log_folder.file.parent)
     tallies: Any = {}
     rows = []
     for number in range(4000):
@@ -9413,22 +9681,24 @@ def made_log() -> Router:
             more |= {"status_code": 404 if number % 20 == 3 else 502, "failed": 1}
         if number % 3 == 0:
             more |= {"service_type": "ollama", "stream": 1, "ttft_ms": 5.0}
-        row = made_row(number, 3 * (1 - number / 4000), **more)
+        row = make_row(number, 3 * (1 - number / 4000), **more)
         smolrouter.add_row(tallies, row)
         rows.append(row)
     store.write(rows, [], tallies)
     store.close()
-    router = Router(kept.settings)
-    AT_END.callback(router.kill)
+    router = Router(log_folder.settings)
+    AT_SESSION_END.callback(router.kill)
     return router
 
 
 def test_lists_are_paged_by_key() -> None:
     seen: list[int] = []
-    while page := document(made_log(), f"/api/logs?limit=700&before={seen[-1] if seen else ''}"):
+    while page := get_document(
+        router_with_old_log(), f"/api/logs?limit=700&before={seen[-1] if seen else ''}"
+    ):
         seen += [row["id"] for row in page]
     assert len(seen) == 4000 and seen == sorted(set(seen), reverse=True)
-    assert len(document(made_log(), "/api/logs")) == 100
+    assert len(get_document(router_with_old_log(), "/api/logs")) == 100
 
 
 FILTERS = [
@@ -9448,7 +9718,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("query, count", FILTERS)
 def test_filters(query: str, count: int) -> None:
-    page = document(made_log(), f"/api/logs?limit=1000&{query}")
+    page = get_document(router_with_old_log(), f"/api/logs?limit=1000&{query}")
     assert len(page) == min(count, 1000)
     ids = [row["id"] for row in page]
     assert ids == sorted(ids, reverse=True)
@@ -9467,18 +9737,18 @@ def test_filters(query: str, count: int) -> None:
     ("/api/routes?model=x&source_host=10.0.0.0/8", "IPv4 or IPv6 address"),
 ])  # fmt: skip
 def test_bad_parameters(path: str, word: str) -> None:
-    got = request(made_log().port, "GET", path)
+    got = request(router_with_old_log().port, "GET", path)
     assert got.status == 400 and word in json.loads(got.content)["error"]["message"]
 
 
 @pytest.mark.parametrize("number", ["1", "0", "-1", "x", "99999999999999999999", "1/2", "%31"])
 def test_unknown_requests(number: str) -> None:
     for prefix in ("/api/request", "/request"):
-        assert request(made_log().port, "GET", f"{prefix}/{number}").status == 404
+        assert request(router_with_old_log().port, "GET", f"{prefix}/{number}").status == 404
 
 
 def test_stats_add_up() -> None:
-    stats = document(made_log(), "/api/stats?hours=24")
+    stats = get_document(router_with_old_log(), "/api/stats?hours=24")
     assert stats["total_requests"] == 4000
     assert (stats["openai_requests"], stats["ollama_requests"]) == (2666, 1334)
     assert len(stats["requests_per_hour"]) == 24
@@ -9490,7 +9760,7 @@ def test_stats_add_up() -> None:
     assert 4 <= stats["ttft_ms"]["p50"] <= 5.7
     assert stats["prompt_tokens"] == 5 * stats["recent_requests"]
     assert stats["log"] == {"enabled": True, "error": None, "notice": None, "backlog": 0, "lost": 0}
-    week = document(made_log(), "/api/stats?hours=168")
+    week = get_document(router_with_old_log(), "/api/stats?hours=168")
     assert week["recent_requests"] == 4000 and len(week["requests_per_hour"]) == 168
 
 
@@ -9500,15 +9770,15 @@ def nearest_rank(values: Iterable[float | None], percent: int) -> float:
     return min(one for one in some if sum(v <= one for v in some) * 100 >= percent * len(some))
 
 
-def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
-    store, tallies, rows = made_store(kept.file.parent), {}, []
+def test_percentiles_of_few_requests_are_exact(log_folder: LogFolder) -> None:
+    store, tallies, rows = make_store(log_folder.file.parent), {}, []
     for number in range(60):
         more = {
             "sent_model": "once" if number == 7 else "often",
             "duration_ms": 1.1 * number**2 + 1,
             "ttft_ms": number / 3 if number % 2 else None,
         }
-        rows.append(made_row(number, 0, **more))
+        rows.append(make_row(number, 0, **more))
         smolrouter.add_row(tallies, rows[-1])
     store.write(rows, [], tallies)
 
@@ -9524,19 +9794,19 @@ def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
             if doc[name] != nearest_rank([getattr(row, column) for row in some], percent)
         ]
 
-    with kept.router() as router:
-        stats = document(router, "/api/stats")
+    with log_folder.router() as router:
+        stats = get_document(router, "/api/stats")
         for name, column in (("latency_ms", "duration_ms"), ("ttft_ms", "ttft_ms")):
             values = [getattr(row, column) for row in rows]
             assert stats[name] == {f"p{n}": nearest_rank(values, n) for n in (50, 95, 99)}
         for query in ("", "?limit=10", "?model=once", "?service_type=openai"):
-            for doc in document(router, f"/api/performance{query}")["models"]:
+            for doc in get_document(router, f"/api/performance{query}")["models"]:
                 its = [row for row in rows if row.sent_model == doc["model"]]
                 assert not wrong(doc, its), query
-        assert len(document(router, "/api/performance?limit=10")["data_points"]) == 10
+        assert len(get_document(router, "/api/performance?limit=10")["data_points"]) == 10
         store.db.execute("DELETE FROM requests WHERE id < ?", (rows[30].id,))
         for at, known in (("/api/stats", "latency_ms"), ("/api/performance?model=often", "")):
-            doc = document(router, at)  # what is left of the rows speaks not for all
+            doc = get_document(router, at)  # what is left of the rows speaks not for all
             p50 = doc[known]["p50"] if known else doc["models"][0]["p50_ms"]
             assert 512 < p50 < 1449 and p50 != nearest_rank(
                 [row.duration_ms for row in rows[30:]], 50
@@ -9551,7 +9821,7 @@ def test_percentiles_of_few_requests_are_exact(kept: Kept) -> None:
     ("hours=168&model=nobody", 0),
 ])  # fmt: skip
 def test_performance_is_sampled_evenly(query: str, total: int) -> None:
-    doc = document(made_log(), f"/api/performance?{query}")
+    doc = get_document(router_with_old_log(), f"/api/performance?{query}")
     limit = int(dict(urllib.parse.parse_qsl(query)).get("limit", 2000))
     points, meta = doc["data_points"], doc["meta"]
     assert meta["sampled"] == (total > limit) and meta["total_points"] == total
@@ -9576,7 +9846,7 @@ def test_performance_is_sampled_evenly(query: str, total: int) -> None:
 
 
 def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
-    with contextlib.closing(made_store(tmp_path).open()) as db:
+    with contextlib.closing(make_store(tmp_path).open()) as db:
 
         def plan(sql: str, values: Any) -> list[str]:
             return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
@@ -9610,18 +9880,18 @@ RUNNING_NAMES = re.findall(
 
 
 def test_events_tell_what_happens() -> None:
-    model = stage().plays(
+    model = default_upstream().add_script(
         [
-            *stream_answer([event(piece("a ")), 0.4, event(piece("b "))]),
+            *stream_response([encode_event(text_delta("a ")), 0.4, encode_event(text_delta("b "))]),
         ]
     )
-    with connect(logging().port) as sock:
+    with connect(logging_router().port) as sock:
         sock.sendall(encode_request("GET", "/api/events"))
         heard = b""
         while b"hello" not in heard:
             heard += sock.recv(65536)
-        ask(logging(), model, stream=True)
-        number = row_of(logging(), model)["id"]
+        post_chat(logging_router(), model, stream=True)
+        number = wait_for_row(logging_router(), model)["id"]
 
         def news() -> dict[str, list[Any]]:
             nonlocal heard
@@ -9645,58 +9915,63 @@ def test_events_tell_what_happens() -> None:
         assert len(done) == 1 and sorted(done[0]) == sorted(ROW_NAMES)
 
 
-def test_draining_ends_the_events(kept: Kept) -> None:
-    with kept.router() as router, connect(router.port) as sock:
+def test_draining_ends_the_events(log_folder: LogFolder) -> None:
+    with log_folder.router() as router, connect(router.port) as sock:
         sock.sendall(encode_request("GET", "/api/events"))
-        until(lambda: b"hello" in sock.recv(65536))
+        wait_until(lambda: b"hello" in sock.recv(65536))
         begun = time.monotonic()
         assert router.stop() == 0 and time.monotonic() - begun < 5
 
 
 def test_request_page_carries_its_data() -> None:
     text = "</script><!-- <script> \u2028"
-    ask(logging(), "inline", text)
-    number = row_of(logging(), "inline")["id"]
-    got = request(logging().port, "GET", f"/request/{number}")
+    post_chat(logging_router(), "inline", text)
+    number = wait_for_row(logging_router(), "inline")["id"]
+    got = request(logging_router().port, "GET", f"/request/{number}")
     assert (got.status, got.get("Content-Type")) == (200, "text/html; charset=utf-8")
     match = re.search(
         rb'<script type="application/json" id="request-data">(.*?)</script>', got.content, re.S
     )
     assert match and b"<" not in match[1]
-    assert json.loads(match[1]) == document(logging(), f"/api/request/{number}")
+    assert json.loads(match[1]) == get_document(logging_router(), f"/api/request/{number}")
     assert json.loads(match[1])["transcript"][0]["content"] == text
 
 
 def test_upstreams_say_how_they_are() -> None:
     routes = {
-        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "servers": {"off": "http://127.0.0.1:9", "box": default_upstream().url},
         "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
     }
-    settings = {"DEFAULT_UPSTREAM": stage().url, "WEBUI_SECURITY": "NONE"}
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url, "WEBUI_SECURITY": "NONE"}
     with Router(settings, routes) as router:
-        ask(router, "up")
-        ask(router, "either")
-        row_of(router, "either")
-        times = [row["duration_ms"] for row in document(router, "/api/logs")]
-        found = {doc["name"]: doc for doc in document(router, "/api/upstreams")}
+        post_chat(router, "up")
+        post_chat(router, "either")
+        wait_for_row(router, "either")
+        times = [row["duration_ms"] for row in get_document(router, "/api/logs")]
+        found = {doc["name"]: doc for doc in get_document(router, "/api/upstreams")}
     assert found["box"]["state"] == "up" and found["off"]["state"] == "down"
     assert "refused" in found["off"]["last_error"]
     assert found["off"]["failures"] >= 1 and found["box"]["failures"] == 0
     assert found["box"]["requests"] == 2 and found["box"]["p50_ms"] == min(times)
     assert "tiny" in found["box"]["models"] and found["off"]["models"] == []
-    assert (found["box"]["url"], found["box"]["api"]) == (stage().url, "openai")
+    assert (found["box"]["url"], found["box"]["api"]) == (default_upstream().url, "openai")
 
 
 def test_a_server_is_asked_for_by_its_name() -> None:
-    ask(logging(), "by-name")
-    number, place = row_of(logging(), "by-name")["id"], stage().url.partition("://")[2]
-    for text in ("box", stage().url, place):
-        assert number in [row["id"] for row in document(logging(), f"/api/logs?upstream={text}")]
-    assert document(logging(), "/api/logs?upstream=off") == []
+    post_chat(logging_router(), "by-name")
+    number, place = (
+        wait_for_row(logging_router(), "by-name")["id"],
+        default_upstream().url.partition("://")[2],
+    )
+    for text in ("box", default_upstream().url, place):
+        assert number in [
+            row["id"] for row in get_document(logging_router(), f"/api/logs?upstream={text}")
+        ]
+    assert get_document(logging_router(), "/api/logs?upstream=off") == []
 
 
 def test_routes_explain_themselves() -> None:
-    doc = document(logging(), "/api/routes?model=asked-for&source_host=10.1.2.3")
+    doc = get_document(logging_router(), "/api/routes?model=asked-for&source_host=10.1.2.3")
     assert [server["name"] for server in doc["servers"]] == ["off", "box"]
     assert doc["aliases"][0]["name"] == "either"
     assert doc["routes"] == [
@@ -9705,19 +9980,21 @@ def test_routes_explain_themselves() -> None:
     ]
     decision = doc["decision"]
     assert decision["trail"][-1]["matched"] and decision["route"] == "routes[0]"
-    assert decision["instances"] == [{"server": "box", "url": stage().url, "model": "sent"}]
+    assert decision["instances"] == [
+        {"server": "box", "url": default_upstream().url, "model": "sent"}
+    ]
     assert decision["source_host"] == "10.1.2.3"
-    assert "decision" not in document(logging(), "/api/routes")
+    assert "decision" not in get_document(logging_router(), "/api/routes")
 
 
 # --- metrics and export ---------------------------------------------------------------
 
 
 def test_metrics_are_well_formed() -> None:
-    ask(logging(), 'quo"te\\')
-    ask(logging(), "measured", stream=True)
-    row_of(logging(), "measured")
-    got = request(logging().port, "GET", "/metrics")
+    post_chat(logging_router(), 'quo"te\\')
+    post_chat(logging_router(), "measured", stream=True)
+    wait_for_row(logging_router(), "measured")
+    got = request(logging_router().port, "GET", "/metrics")
     assert got.get("Content-Type").startswith("text/plain; version=0.0.4")
     text, kinds, samples = got.content.decode(), {}, {}
     label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
@@ -9733,7 +10010,7 @@ def test_metrics_are_well_formed() -> None:
             assert (kinds[family] == "counter") == match[1].endswith("_total")
             assert (match[1], match[2]) not in samples
             samples[match[1], match[2]] = float(match[3])
-    wanted = f'service="openai",model="measured",upstream="{stage().url}"'
+    wanted = f'service="openai",model="measured",upstream="{default_upstream().url}"'
     assert samples["smolrouter_requests_total", wanted] == 1
     assert samples["smolrouter_completion_tokens_total", wanted] == 3
     counts = [
@@ -9748,19 +10025,21 @@ def test_metrics_are_well_formed() -> None:
         subprocess.run([promtool, "check", "metrics"], input=got.content, check=True)
 
 
-def test_export_in_every_form(kept: Kept) -> None:
-    model = stage().plays(sse_answer([piece("<think>hm</think>Yes"), ending(), "[DONE]"]))
-    failing = stage().plays(json_answer({"error": "no"}, 500))
-    with kept.router() as router:
-        ask(router, model, 'one, "two"', stream=True)
-        ask(router, failing)
+def test_export_in_every_form(log_folder: LogFolder) -> None:
+    model = default_upstream().add_script(
+        sse_response([text_delta("<think>hm</think>Yes"), finish_delta(), "[DONE]"])
+    )
+    failing = default_upstream().add_script(json_response({"error": "no"}, 500))
+    with log_folder.router() as router:
+        post_chat(router, model, 'one, "two"', stream=True)
+        post_chat(router, failing)
         request(router.port, "POST", "/v1/embeddings", {"model": "vectors", "input": "x"})
-        kept.written(3)
-        settings = {name: str(value) for name, value in kept.settings.items()}
+        log_folder.wait_for_rows(3)
+        settings = {name: str(value) for name, value in log_folder.settings.items()}
         for form in ("jsonl", "csv", "openai"):
             got = request(router.port, "GET", f"/api/export?format={form}&since=1h")
             assert got.status == 200 and "attachment" in got.get("Content-Disposition")
-            done = run("export", "--format", form, "--since", "1h", settings=settings)
+            done = run_program("export", "--format", form, "--since", "1h", settings=settings)
             assert (done.returncode, done.stdout) == (0, got.content.decode())
             lines = done.stdout.splitlines()
             if form == "csv":
@@ -9773,7 +10052,7 @@ def test_export_in_every_form(kept: Kept) -> None:
                     failing,
                     model,
                 ]
-                assert json.loads(lines[-1]) == detail_of(router, model)
+                assert json.loads(lines[-1]) == wait_for_detail(router, model)
             else:
                 assert [json.loads(line) for line in lines] == [
                     {
@@ -9785,17 +10064,17 @@ def test_export_in_every_form(kept: Kept) -> None:
                 ]
         got = request(router.port, "GET", f"/api/export?model={failing}")
         assert len(got.content.splitlines()) == 1
-    bad = run("export", "--format", "xml", settings=settings)
+    bad = run_program("export", "--format", "xml", settings=settings)
     assert bad.returncode == 2 and "jsonl" in bad.stderr and bad.stderr.count("\n") == 1
-    bad = run("export", settings={"DB_PATH": str(kept.file.parent / "none.db")})
+    bad = run_program("export", settings={"DB_PATH": str(log_folder.file.parent / "none.db")})
     assert bad.returncode == 2 and "(DB_PATH=" in bad.stderr and "none.db" in bad.stderr
-    bad = run("export", "--since", "banana", settings=settings)
+    bad = run_program("export", "--since", "banana", settings=settings)
     assert bad.returncode == 2 and "'banana': allowed is an age" in bad.stderr
     assert "DB_PATH" not in bad.stderr
 
 
 def test_export_is_streamed() -> None:
-    got = request(made_log().port, "GET", "/api/export?format=csv")
+    got = request(router_with_old_log().port, "GET", "/api/export?format=csv")
     assert got.content.count(b"\n") == 4001 and len(got.pieces) > 5
 
 
@@ -9807,24 +10086,24 @@ def test_export_is_streamed() -> None:
 
 
 def test_router_answers_unknown_paths_itself() -> None:
-    got = request(shared().port, "GET", "/unknown/path")
+    got = request(default_router().port, "GET", "/unknown/path")
     assert got.status == 404
     assert got.json["error"]
-    assert not stage().heard("/unknown/path")
+    assert not default_upstream().requests_for("/unknown/path")
 
 
 @pytest.mark.parametrize("method", ("GET", "POST", "DELETE"))
 @pytest.mark.parametrize("path", ("/nope", "/api/nope", "/v2/chat/completions", "/v1x"))
 def test_unknown_path(method: str, path: str) -> None:
-    body = chat("talk") if method == "POST" else None
-    with unheard():
-        got = request(ways().port, method, path, body)
+    body = chat_document("talk") if method == "POST" else None
+    with nothing_sent_upstream():
+        got = request(sdk_router().port, method, path, body)
     assert got.status == 404
     assert got.json["error"]
 
 
 def test_wrong_method_says_what_is_allowed() -> None:
-    got = request(shared().port, "GET", "/api/chat")
+    got = request(default_router().port, "GET", "/api/chat")
     assert got.status == 405
     assert "POST" in (got.get("Allow") or "")
     assert "error" in got.json
@@ -9842,8 +10121,8 @@ WRONG_METHODS = (
 
 @pytest.mark.parametrize("method, path, right", WRONG_METHODS)
 def test_wrong_method(method: str, path: str, right: str) -> None:
-    with unheard():
-        got = request(ways().port, method, path, {} if method == "POST" else None)
+    with nothing_sent_upstream():
+        got = request(sdk_router().port, method, path, {} if method == "POST" else None)
     assert got.status == 405
     assert right in re.split(r"\s*,\s*", got.get("Allow") or "")
     check_error(path, got)
@@ -9857,11 +10136,11 @@ def test_wrong_method(method: str, path: str, right: str) -> None:
     ],
 )  # fmt: skip
 def test_no_path_leads_outside(path: str) -> None:
-    mark = stage().plays(FINE)
+    mark = default_upstream().add_script(FINE_RESPONSE)
     target = path.replace("OUT", mark)
-    data = raw(shared().port, get(target, [("Connection", "close")]), answers=0)
+    data = send_raw(default_router().port, encode_get(target, [("Connection", "close")]), answers=0)
     assert data.startswith(b"HTTP/1.1 404 ")
-    assert not stage().heard(mark)
+    assert not default_upstream().requests_for(mark)
 
 
 @pytest.mark.parametrize(
@@ -9885,24 +10164,24 @@ def test_no_path_leads_outside(path: str) -> None:
 )
 def test_no_spelling_of_a_path_opens_the_log(path: str) -> None:
     settings = {"WEBUI_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
-    router = router_for({"DEFAULT_UPSTREAM": stage().url, **settings})
-    data = raw(router.port, get(path, [("Connection", "close")]), answers=0)
+    router = shared_router({"DEFAULT_UPSTREAM": default_upstream().url, **settings})
+    data = send_raw(router.port, encode_get(path, [("Connection", "close")]), answers=0)
     assert int(data.split(b" ")[1]) >= 400
 
 
 def test_head_of_the_root_says_that_it_runs() -> None:
-    data = raw(shared().port, encode_request("HEAD", "/"), to_head=True)
-    assert parse(data, to_head=True).status == 200
+    data = send_raw(default_router().port, encode_request("HEAD", "/"), to_head=True)
+    assert parse_response(data, to_head=True).status == 200
     assert data.endswith(b"\r\n\r\n")
 
 
 def test_healthz() -> None:
-    got = request(shared().port, "GET", "/healthz")
+    got = request(default_router().port, "GET", "/healthz")
     assert (got.status, got.json["status"]) == (200, "ok")
 
 
 def test_page_comes_with_its_own_hashes() -> None:
-    got = request(shared().port, "GET", "/")
+    got = request(default_router().port, "GET", "/")
     page = (HERE / "dashboard.html").read_bytes()
     assert (got.status, got.content) == (200, page)
     policy = got.get("Content-Security-Policy")
@@ -9931,31 +10210,33 @@ def test_page_of_a_file_is_read_each_time(tmp_path: pathlib.Path) -> None:
 
 
 def test_one_connection_serves_many_requests() -> None:
-    with connect(shared().port) as sock:
+    with connect(default_router().port) as sock:
         for turn in range(3):
-            got = parse(exchange(sock, get(f"/v1/turn-{turn}")))
+            got = parse_response(exchange(sock, encode_get(f"/v1/turn-{turn}")))
             assert (got.status, got.json["target"]) == (200, f"/v1/turn-{turn}")
 
 
 def test_connection_close_is_obeyed() -> None:
-    data = raw(shared().port, get("/v1/last", [("Connection", "close")]), answers=0)
-    assert parse(data).status == 200
-    assert parse(data).get("Connection") == "close"
+    data = send_raw(
+        default_router().port, encode_get("/v1/last", [("Connection", "close")]), answers=0
+    )
+    assert parse_response(data).status == 200
+    assert parse_response(data).get("Connection") == "close"
 
 
 def test_pipelined_requests_are_answered_in_order() -> None:
-    slow = stage().plays([0.2, *json_answer({"target": "the slow one"})])
-    document = dumps(chat("tiny", "the third"))
+    slow = default_upstream().add_script([0.2, *json_response({"target": "the slow one"})])
+    document = encode_json(chat_document("tiny", "the third"))
     requests = [
-        get(f"/v1/{slow}"),
-        get("/v1/second"),
-        post(CHAT, chat("tiny", "the third")),
-        post_chunks(CHAT, document[:9], document[9:]),
-        post("/api/chat", chat("tiny", "the fifth", stream=False)),
-        *(get(f"/v1/number-{n}") for n in range(20)),
+        encode_get(f"/v1/{slow}"),
+        encode_get("/v1/second"),
+        encode_post(CHAT, chat_document("tiny", "the third")),
+        encode_chunked_post(CHAT, document[:9], document[9:]),
+        encode_post("/api/chat", chat_document("tiny", "the fifth", stream=False)),
+        *(encode_get(f"/v1/number-{n}") for n in range(20)),
     ]
-    data = raw(shared().port, b"".join(requests), answers=len(requests))
-    answers, rest = split_answers(data)
+    data = send_raw(default_router().port, b"".join(requests), answers=len(requests))
+    answers, rest = split_responses(data)
     assert [a.status for a in answers] == [200] * 25
     assert not rest
     assert answers[0].json["target"] == "the slow one"
@@ -9969,59 +10250,59 @@ def test_a_request_pipelined_behind_a_stream_is_kept() -> None:
     gate = threading.Event()
 
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event({"n": 1})], whole=False)
+        yield from stream_response([encode_event({"n": 1})], whole=False)
         gate.wait(PATIENCE)
-        yield from chunked(event("[DONE]"))
+        yield from encode_chunks(encode_event("[DONE]"))
 
-    model = stage().plays(script)
-    with connect(shared().port) as sock:
-        sock.sendall(post(CHAT, chat(model, stream=True)))
-        assert receive_until(sock, b'{"n":1}')
-        sock.sendall(get("/v1/behind"))
+    model = default_upstream().add_script(script)
+    with connect(default_router().port) as sock:
+        sock.sendall(encode_post(CHAT, chat_document(model, stream=True)))
+        assert read_until(sock, b'{"n":1}')
+        sock.sendall(encode_get("/v1/behind"))
         gate.set()
-        data = receive_until(sock, b"/v1/behind", b"}")
+        data = read_until(sock, b"/v1/behind", b"}")
     assert data.index(b"[DONE]") < data.index(b"0\r\n\r\n") < data.index(b"/v1/behind")
 
 
 # --- clients that are slow from the first test on -------------------------------------
 
-LATE: dict[str, tuple[bytes, float]] = {
+SLOW_REQUESTS: dict[str, tuple[bytes, float]] = {
     "half a request line": (b"GET /v1/dawdler", 0),
     "half a head": (b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-", 0),
     "a head drop by drop": (
         b"GET /v1/dawdler HTTP/1.1\r\nHost: router\r\nX-" + b"a" * 40, 1),
-    "half a content": (post("/v1/dawdler", chat("dawdler"))[:-5], 0),
+    "half a content": (encode_post("/v1/dawdler", chat_document("dawdler"))[:-5], 0),
     "half a chunk": (
-        post_chunks("/v1/dawdler", dumps(chat("dawdler")))[:-12], 0),
+        encode_chunked_post("/v1/dawdler", encode_json(chat_document("dawdler")))[:-12], 0),
 }  # fmt: skip
 
 
-def dawdle(port: int, data: bytes, pause: float) -> bytes:
+def send_slowly(port: int, data: bytes, pause: float) -> bytes:
     """Send a request that never ends, all but its last bytes at once."""
     body = len(data) - 40 if pause else len(data)
     steps: list[bytes | float] = [data[:body]]
     for byte in data[body:]:
         steps += [pause, bytes([byte])]
-    return raw(port, *steps, answers=0, patience=60)
+    return send_raw(port, *steps, answers=0, patience=60)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def dawdlers() -> Iterator[dict[str, concurrent.futures.Future[bytes]]]:
+def slow_clients() -> Iterator[dict[str, concurrent.futures.Future[bytes]]]:
     """Clients that are slow from the first test on; the last test looks at them."""
-    pool = concurrent.futures.ThreadPoolExecutor(len(LATE))
-    port = shared().port
-    yield {name: pool.submit(dawdle, port, *late) for name, late in LATE.items()}
+    pool = concurrent.futures.ThreadPoolExecutor(len(SLOW_REQUESTS))
+    port = default_router().port
+    yield {name: pool.submit(send_slowly, port, *late) for name, late in SLOW_REQUESTS.items()}
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", SLOW_REQUESTS)
 def test_dawdler_is_answered_408(
-    name: str, dawdlers: dict[str, concurrent.futures.Future[bytes]]
+    name: str, slow_clients: dict[str, concurrent.futures.Future[bytes]]
 ) -> None:
-    answers, rest = split_answers(dawdlers[name].result(timeout=90))
+    answers, rest = split_responses(slow_clients[name].result(timeout=90))
     assert ([a.status for a in answers], rest) == ([408], b"")
     assert answers[0].get("Connection") == "close"
-    assert not stage().heard("dawdler")
+    assert not default_upstream().requests_for("dawdler")
 
 
 # --- many connections -----------------------------------------------------------------
@@ -10029,33 +10310,33 @@ def test_dawdler_is_answered_408(
 
 def test_two_hundred_clients_at_once() -> None:
     def one(number: int) -> str:
-        return request(shared().port, "GET", f"/v1/client-{number}").json["target"]
+        return request(default_router().port, "GET", f"/v1/client-{number}").json["target"]
 
-    targets = at_once(one, range(400), workers=200)
+    targets = map_in_threads(one, range(400), workers=200)
     assert targets == [f"/v1/client-{n}" for n in range(400)]
 
 
 def test_more_connections_wait_for_their_turn() -> None:
-    with pair(MAX_CONNECTIONS=2) as (router, upstream):
-        slow = upstream.plays([0.3, *FINE])
+    with router_and_upstream(MAX_CONNECTIONS=2) as (router, upstream):
+        slow = upstream.add_script([0.3, *FINE_RESPONSE])
         with connect(router.port) as first, connect(router.port) as second:
             for sock in (first, second):
-                sock.sendall(post(CHAT, chat(slow)))
-            until(lambda: len(upstream.heard(slow)) == 2)
+                sock.sendall(encode_post(CHAT, chat_document(slow)))
+            wait_until(lambda: len(upstream.requests_for(slow)) == 2)
             with connect(router.port) as third:
-                third.sendall(get("/v1/third"))
-                assert receive_until(first, b"fine")
-                assert not upstream.heard("/v1/third")
-                assert receive_until(third, b"/v1/third")
+                third.sendall(encode_get("/v1/third"))
+                assert read_until(first, b"fine")
+                assert not upstream.requests_for("/v1/third")
+                assert read_until(third, b"/v1/third")
 
 
-@pytest.mark.parametrize("begin", [b"", get("/v1/x")])
+@pytest.mark.parametrize("begin", [b"", encode_get("/v1/x")])
 def test_idle_connections_make_room(begin: bytes) -> None:
-    with pair(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
+    with router_and_upstream(MAX_CONNECTIONS=4) as (router, _), contextlib.ExitStack() as stack:
         for _ in range(7):
             sock = stack.enter_context(connect(router.port))
             if begin:
-                assert parse(exchange(sock, begin)).status == 200
+                assert parse_response(exchange(sock, begin)).status == 200
         assert request(router.port, "GET", "/v1/y").status == 200
 
 
@@ -10068,9 +10349,9 @@ def test_few_files_are_enough() -> None:
             for _ in range(30):
                 sock = crowd.enter_context(connect(router.port))
                 with contextlib.suppress(ConnectionError):
-                    sock.sendall(get("/v1/crowd"))
-            assert ask(router, "tiny").status == 200
-        results = at_once(lambda n: ask(router, "tiny").status, range(40), workers=20)
+                    sock.sendall(encode_get("/v1/crowd"))
+            assert post_chat(router, "tiny").status == 200
+        results = map_in_threads(lambda n: post_chat(router, "tiny").status, range(40), workers=20)
         assert results == [200] * 40
         assert "Traceback" not in router.stderr
 
@@ -10090,53 +10371,53 @@ def refuses(port: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_lets_running_answers_end(number: int) -> None:
     gate = threading.Event()
-    events = [event(e) for e in completion_events({}, "to the end")]
+    events = [encode_event(e) for e in completion_events({}, "to the end")]
 
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer(events[:2], whole=False)
+        yield from stream_response(events[:2], whole=False)
         gate.wait(PATIENCE)
-        yield from chunked(*events[2:])
+        yield from encode_chunks(*events[2:])
 
-    with pair(script, SHUTDOWN_GRACE=60) as (router, _):
+    with router_and_upstream(script, SHUTDOWN_GRACE=60) as (router, _):
         with connect(router.port) as sock, connect(router.port) as idle:
-            assert parse(exchange(idle, get("/healthz"))).status == 200
-            sock.sendall(post(CHAT, chat("tiny", stream=True)))
-            data = receive_until(sock, b"to ")
+            assert parse_response(exchange(idle, encode_get("/healthz"))).status == 200
+            sock.sendall(encode_post(CHAT, chat_document("tiny", stream=True)))
+            data = read_until(sock, b"to ")
             router.signal(number)
-            assert until(lambda: refuses(router.port))
+            assert wait_until(lambda: refuses(router.port))
             gate.set()
-            got = parse(data + exchange(sock, answers=0))  # they are not waited for
+            got = parse_response(data + exchange(sock, answers=0))  # they are not waited for
             assert idle.recv(1) == b""
         assert (got.text, got.events[-1]) == ("to the end", b"[DONE]")
         assert router.wait() == 0
 
 
 def test_sigterm_without_work_exits_at_once() -> None:
-    with pair(SHUTDOWN_GRACE=60) as (router, _):
-        assert ask(router, "tiny").status == 200
+    with router_and_upstream(SHUTDOWN_GRACE=60) as (router, _):
+        assert post_chat(router, "tiny").status == 200
         assert router.stop() == 0
 
 
 def test_grace_ends() -> None:
     with (
-        pair(lambda r: [HANG], SHUTDOWN_GRACE=0.3) as (router, upstream),
+        router_and_upstream(lambda r: [HANG], SHUTDOWN_GRACE=0.3) as (router, upstream),
         connect(router.port) as sock,
     ):
-        sock.sendall(post(CHAT, chat("tiny")))
+        sock.sendall(encode_post(CHAT, chat_document("tiny")))
         seen = upstream.connection_of("tiny")
         assert router.stop() == 0
-        assert until(lambda: seen.closed)
+        assert wait_until(lambda: seen.closed)
 
 
 def test_second_signal_ends_at_once() -> None:
     with (
-        pair(lambda r: [HANG], SHUTDOWN_GRACE=60) as (router, upstream),
+        router_and_upstream(lambda r: [HANG], SHUTDOWN_GRACE=60) as (router, upstream),
         connect(router.port) as sock,
     ):
-        sock.sendall(post(CHAT, chat("tiny")))
+        sock.sendall(encode_post(CHAT, chat_document("tiny")))
         upstream.connection_of("tiny")
         router.signal(signal.SIGTERM)
-        assert until(lambda: refuses(router.port))
+        assert wait_until(lambda: refuses(router.port))
         assert router.process.poll() is None
         router.signal(signal.SIGTERM)
         router.wait()
@@ -10152,7 +10433,7 @@ def test_second_signal_ends_at_once() -> None:
 
 def test_serving_with_a_bad_setting_stops_with_status_2() -> None:
     for args in ((), ("serve",)):
-        done = run(*args, settings={"LISTEN_PORT": "eighty"})
+        done = run_program(*args, settings={"LISTEN_PORT": "eighty"})
         assert done.returncode == 2
         (line,) = done.stderr.strip().splitlines()
         assert "LISTEN_PORT" in line and "eighty" in line
@@ -10160,11 +10441,11 @@ def test_serving_with_a_bad_setting_stops_with_status_2() -> None:
 
 def test_a_flag_wins_over_the_environment() -> None:
     settings = {"DEFAULT_UPSTREAM": "http://127.0.0.1:9", "STRIP_THINKING": "no"}
-    flags = ["--default-upstream", stage().url, "--strip-thinking", "yes"]
-    model = stage().plays(json_answer(completion({}, "<think>no</think>yes")))
+    flags = ["--default-upstream", default_upstream().url, "--strip-thinking", "yes"]
+    model = default_upstream().add_script(json_response(completion({}, "<think>no</think>yes")))
     for args in (flags, ["serve", *flags]):
         with Router(settings, args=args) as router:
-            assert ask(router, model).text == "yes"
+            assert post_chat(router, model).text == "yes"
 
 
 def test_a_bad_flag_stops_with_status_2() -> None:
@@ -10191,7 +10472,7 @@ def test_a_bad_flag_stops_with_status_2() -> None:
             smolrouter.run_command(args, {})
         (line,) = str(raised.value).splitlines()
         assert words in line, line
-    done = run("--default-upstrem", "http://x:1")
+    done = run_program("--default-upstrem", "http://x:1")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("smolrouter: unknown flag --default-upstrem; did you mean ")
 
@@ -10207,9 +10488,9 @@ def test_an_old_python_is_told_so() -> None:
 
 
 def test_a_port_that_is_taken_stops_with_one_line() -> None:
-    done = run(settings={"LISTEN_PORT": stage().port})
+    done = run_program(settings={"LISTEN_PORT": default_upstream().port})
     assert done.returncode
-    assert str(stage().port) in done.stderr
+    assert str(default_upstream().port) in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -10250,11 +10531,11 @@ def alone(folder: pathlib.Path, *args: str, **settings: Any) -> Any:
 
 def test_alone_it_relays(folder: pathlib.Path) -> None:
     python = (sys.executable, "-I", "-S")
-    settings = {"DEFAULT_UPSTREAM": stage().url}
-    routes = {"aliases": {"friend": {"instances": [{"url": stage().url, "model": "m"}]}}}
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url}
+    routes = {"aliases": {"friend": {"instances": [{"url": default_upstream().url, "model": "m"}]}}}
     with Router(settings, routes, python=python, program=folder / "smolrouter.py") as it:
-        assert ask(it, "tiny").text == "You said: hi"
-        assert ask(it, "friend", stream=True).text == "You said: hi"
+        assert post_chat(it, "tiny").text == "You said: hi"
+        assert post_chat(it, "friend", stream=True).text == "You said: hi"
         assert it.stop() == 0
         assert "Traceback" not in it.stderr
 
@@ -10361,13 +10642,13 @@ def test_explain(folder: pathlib.Path, args: list[str], words: list[str]) -> Non
 
 
 def test_health() -> None:
-    port = shared().port
-    assert run("health", settings={"LISTEN_PORT": port}).returncode == 0
-    assert run("health", "--listen-port", str(port)).returncode == 0
+    port = default_router().port
+    assert run_program("health", settings={"LISTEN_PORT": port}).returncode == 0
+    assert run_program("health", "--listen-port", str(port)).returncode == 0
     wildcard = {"LISTEN_PORT": port, "LISTEN_HOST": "0.0.0.0"}
-    assert run("health", settings=wildcard).returncode == 0
-    nobody = refusing().rpartition(":")[2]
-    done = run("health", settings={"LISTEN_PORT": nobody})
+    assert run_program("health", settings=wildcard).returncode == 0
+    nobody = refusing_url().rpartition(":")[2]
+    done = run_program("health", settings={"LISTEN_PORT": nobody})
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
 
@@ -10400,8 +10681,8 @@ def test_unit(folder: pathlib.Path) -> None:
 
 
 def test_version_and_help() -> None:
-    assert re.search(r"\b\d+\.\d+\.\d+\b", run("--version").stdout)
-    done = run("--help")
+    assert re.search(r"\b\d+\.\d+\.\d+\b", run_program("--version").stdout)
+    done = run_program("--help")
     assert done.returncode == 0
     for word in (
         "serve",
@@ -10433,7 +10714,7 @@ def test_stdout_that_is_closed_is_no_traceback() -> None:
 # --- a routing file that changes ------------------------------------------------------
 
 
-def table(upstream: str) -> str:
+def moving_table(upstream: str) -> str:
     """A routing file that sends `moving` to this upstream."""
     return json.dumps({"aliases": {"moving": {"instances": [{"url": upstream, "model": "m"}]}}})
 
@@ -10441,9 +10722,9 @@ def table(upstream: str) -> str:
 @pytest.mark.parametrize("by_signal", [True, False])
 def test_reload(by_signal: bool) -> None:
     def says(word: str) -> Upstream:
-        return Upstream(lambda r: json_answer({"by": word}))
+        return Upstream(lambda r: json_response({"by": word}))
 
-    with says("old") as old, says("new") as new, Router({}, table(old.url)) as router:
+    with says("old") as old, says("new") as new, Router({}, moving_table(old.url)) as router:
 
         def written(text: str) -> None:
             fresh = router.folder / "fresh"
@@ -10452,17 +10733,17 @@ def test_reload(by_signal: bool) -> None:
             if by_signal:
                 router.signal(signal.SIGHUP)
 
-        assert ask(router, "moving").json == {"by": "old"}
+        assert post_chat(router, "moving").json == {"by": "old"}
         quiet = len(router.stderr)
         written('{"aliases": {"moving": {"instances": []}}}')
-        assert until(lambda: "moving" in router.stderr[quiet:])
-        assert ask(router, "moving").json == {"by": "old"}
-        written(table(new.url))
-        assert until(lambda: ask(router, "moving").json == {"by": "new"})
+        assert wait_until(lambda: "moving" in router.stderr[quiet:])
+        assert post_chat(router, "moving").json == {"by": "old"}
+        written(moving_table(new.url))
+        assert wait_until(lambda: post_chat(router, "moving").json == {"by": "new"})
         written("{nonsense")
         quiet = len(router.stderr)
-        assert until(lambda: "table.conf" in router.stderr[quiet:])
-        assert ask(router, "moving").json == {"by": "new"}
+        assert wait_until(lambda: "table.conf" in router.stderr[quiet:])
+        assert post_chat(router, "moving").json == {"by": "new"}
         assert router.process.poll() is None
 
 
@@ -10505,23 +10786,23 @@ TOOL_TALK = [
 def page_router(name: str = "", **settings: Any) -> Router:
     """A router that serves dashboard.html itself; each name has one of its own."""
     routes = {
-        "servers": {"off": "http://127.0.0.1:9", "box": stage().url},
+        "servers": {"off": "http://127.0.0.1:9", "box": default_upstream().url},
         "aliases": {
             "coder": {"instances": ["off/tiny", "box/tiny"]},
             f"own-{name}": {"instances": ["box/tiny"]},
         },
         "routes": [{"match": {"model": "gpt-4"}, "route": {"upstream": "box", "model": "small"}}],
     }
-    settings = {"DEFAULT_UPSTREAM": stage().url, "LOG_LEVEL": "ERROR", **settings}
-    return router_for(settings, routes, ("serve", "--dashboard", str(HERE / "dashboard.html")))
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url, "LOG_LEVEL": "ERROR", **settings}
+    return shared_router(settings, routes, ("serve", "--dashboard", str(HERE / "dashboard.html")))
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """One browser for all tests of the page."""
-    playwright = need("playwright.sync_api")
+    playwright = import_or_skip("playwright.sync_api")
     with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        started = running.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
         yield started
         started.close()
 
@@ -10556,13 +10837,13 @@ def newest(router: Router, model: str) -> dict[str, Any]:
         rows = json.loads(request(router.port, "GET", path).content)
         return rows and not rows[0]["is_inflight"] and rows[0]
 
-    return until(ended)
+    return wait_until(ended)
 
 
 def wait_text(tab: Any, selector: str, text: str) -> str:
     """Wait until an element holds a text, and return all of its text."""
     place = tab.locator(selector)
-    assert until(lambda: text in (place.text_content() or "")), (text, place.text_content())
+    assert wait_until(lambda: text in (place.text_content() or "")), (text, place.text_content())
     return place.text_content()
 
 
@@ -10576,17 +10857,17 @@ def expect_wrong(tab: Any, status: str) -> None:
 def wait_rows(tab: Any, number: int) -> list[str]:
     """Wait until the table of requests has so many rows, and return their texts."""
     rows = tab.locator("#rows tbody tr")
-    assert until(lambda: rows.count() == number), (tab.url, rows.count(), tab.wrong)
+    assert wait_until(lambda: rows.count() == number), (tab.url, rows.count(), tab.wrong)
     return rows.all_text_contents()
 
 
 def test_page_filters_are_in_its_address(tab: Any) -> None:
     router = page_router("filters")
     for model in ("tiny", "gpt-4", "coder"):
-        ask(router, model)
-    request(router.port, "POST", "/api/chat", chat("own-filters", stream=False))
-    broken = stage().plays(json_answer({"error": {"message": "so sorry"}}, 503))
-    ask(router, broken)
+        post_chat(router, model)
+    request(router.port, "POST", "/api/chat", chat_document("own-filters", stream=False))
+    broken = default_upstream().add_script(json_response({"error": {"message": "so sorry"}}, 503))
+    post_chat(router, broken)
     newest(router, broken)
     tab.goto(router.url)
     rows = wait_rows(tab, 5)
@@ -10607,15 +10888,15 @@ def test_page_filters_are_in_its_address(tab: Any) -> None:
     tab.fill("#filters [name=q]", "no such thing")
     wait_text(tab, "#rows-empty", "No request matches")
     tab.fill("#filters [name=q]", "small")
-    assert until(lambda: tab.evaluate("location.search") == "?q=small&model=gpt-4")
+    assert wait_until(lambda: tab.evaluate("location.search") == "?q=small&model=gpt-4")
     tab.reload()
     assert "gpt-4 → small" in wait_rows(tab, 1)[0]
     assert tab.input_value("#filters [name=model]") == "gpt-4"
     tab.fill("#filters [name=q]", "")
-    for server, count in (("box", 1), ("off", 0), (stage().url.partition("://")[2], 1)):
+    for server, count in (("box", 1), ("off", 0), (default_upstream().url.partition("://")[2], 1)):
         tab.fill("#filters [name=upstream]", server)
         wait_rows(tab, count)
-    assert until(lambda: tab.locator("#upstreams option[value=box]").count())
+    assert wait_until(lambda: tab.locator("#upstreams option[value=box]").count())
     assert tab.title() == "Overview · SmolRouter"
     # A status that the list does not have is in force all the same; nonsense is refused.
     tab.goto(f"{router.url}/?status=503")
@@ -10627,7 +10908,7 @@ def test_page_filters_are_in_its_address(tab: Any) -> None:
     tab.goto(f"{router.url}/?status=banana")
     wait_text(tab, "#troubles", "status='banana': allowed are a status such as 404")
     tab.goto(f"{router.url}/performance?model=small&y=banana")
-    assert until(lambda: tab.text_content("#chart-note") == "1 request")
+    assert wait_until(lambda: tab.text_content("#chart-note") == "1 request")
     assert tab.input_value("#lens [name=y]") == "duration_ms"
     assert tab.title() == "Performance · SmolRouter"
     tab.fill("#lens [name=model]", "nobody")
@@ -10642,7 +10923,7 @@ def test_page_says_when_nobody_answers(tab: Any) -> None:
     """)
     router = page_router("silent")
     tab.goto(router.url)
-    assert until(lambda: tab.text_content("#live") == "Live")
+    assert wait_until(lambda: tab.text_content("#live") == "Live")
     router.signal(signal.SIGSTOP)  # its connections stay open
     try:
         tab.evaluate("refresh()")
@@ -10651,14 +10932,14 @@ def test_page_says_when_nobody_answers(tab: Any) -> None:
         assert tab.text_content("#live") == "Not live"
     finally:
         router.signal(signal.SIGCONT)
-    assert until(lambda: tab.text_content("#live") == "Live")  # by itself
+    assert wait_until(lambda: tab.text_content("#live") == "Live")  # by itself
     assert tab.locator(".trouble").count() == 0
 
 
 def test_page_is_used_with_the_keyboard(tab: Any) -> None:
     router = page_router("keys")
     for word in ("one", "two", "three"):
-        ask(router, "own-keys", word)
+        post_chat(router, "own-keys", word)
         newest(router, "own-keys")
     tab.goto(router.url)
     wait_rows(tab, 3)
@@ -10692,17 +10973,17 @@ def in_line(pairs: list[tuple[float, float]]) -> bool:
 def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
     router = page_router("chart")
     for number in range(1, 8):
-        ask(router, ("tiny", "gpt-4", "coder")[number % 3], "word " * number, stream=True)
-    assert until(lambda: len(document(router, "/api/performance")["data_points"]) == 7)
+        post_chat(router, ("tiny", "gpt-4", "coder")[number % 3], "word " * number, stream=True)
+    assert wait_until(lambda: len(get_document(router, "/api/performance")["data_points"]) == 7)
     tab.goto(f"{router.url}/performance?scale=none&x=total_tokens")
-    points = {p["id"]: p for p in document(router, "/api/performance")["data_points"]}
-    assert until(lambda: len(tab.evaluate(CHART)) == len(points) == 7)
+    points = {p["id"]: p for p in get_document(router, "/api/performance")["data_points"]}
+    assert wait_until(lambda: len(tab.evaluate(CHART)) == len(points) == 7)
     dots = tab.evaluate(CHART)
     assert {dot[0] for dot in dots} == set(points)
     assert in_line([(points[id]["total_tokens"], x) for id, x, _ in dots])
     assert in_line([(-points[id]["duration_ms"], y) for id, _, y in dots])
     tab.select_option("#lens [name=scale]", "xy")
-    assert until(lambda: tab.evaluate(CHART) != dots) and "scale" not in tab.url
+    assert wait_until(lambda: tab.evaluate(CHART) != dots) and "scale" not in tab.url
     dots = tab.evaluate(CHART)
     assert in_line([(math.log(points[id]["total_tokens"]), x) for id, x, _ in dots])
     # The arrow keys read the points from left to right; Enter opens one.
@@ -10715,7 +10996,7 @@ def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
     # The legend hides a model, and the address keeps that.
     tab.click("#legend button:has-text('small')")
     small = [p for p in points.values() if p["model"] == "small"]
-    assert until(lambda: len(tab.evaluate(CHART)) == 7 - len(small))
+    assert wait_until(lambda: len(tab.evaluate(CHART)) == 7 - len(small))
     assert "hide=small" in tab.evaluate("location.search")
     assert tab.locator("#speeds tbody td:first-child").all_text_contents() == ["tiny", "small"]
     tab.click("#speeds th:has-text('Model')")
@@ -10734,22 +11015,22 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
     router, gates = page_router("live"), [threading.Event() for _ in range(2)]
 
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event(WORDS[0])], whole=False)
-        for gate, more in zip(gates, (WORDS[1], ENDED)):
+        yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
+        for gate, more in zip(gates, (TWO_WORDS[1], FINISH)):
             gate.wait(PATIENCE)
-            yield from chunked(event(more), end=b"")
+            yield from encode_chunks(encode_event(more), end=b"")
         yield HANG
 
-    name = stage().plays(script)
+    name = default_upstream().add_script(script)
     tab.goto(router.url)
     wait_text(tab, "#rows-empty", "No request yet")
     assert f"curl {router.url}/v1/chat/completions" in tab.locator("#rows-empty").text_content()
     wait_text(tab, "#flights", "Nothing is running")
     tile = "document.querySelector('#tiles').textContent.match(/In flight([0-9]+)/)?.[1]"
-    assert until(lambda: tab.evaluate(tile) == "0")
+    assert wait_until(lambda: tab.evaluate(tile) == "0")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, router, name, stream=True)
-        assert until(lambda: tab.evaluate("document.querySelector('.flight')?.textContent"))
+        asked = pool.submit(post_chat, router, name, stream=True)
+        assert wait_until(lambda: tab.evaluate("document.querySelector('.flight')?.textContent"))
         assert tab.evaluate(tile) == "1"  # as soon as the list has it
         wait_text(tab, ".flight", "streaming")  # it appears without a reload
         assert name in wait_rows(tab, 1)[0]
@@ -10762,21 +11043,25 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
         assert b"cancelled" in asked.result().content
         gates[1].set()
     assert "⚠ 499" in wait_text(tab, "#rows tbody tr", "499")
-    assert until(lambda: stage().connection_of(name).closed)
+    assert wait_until(lambda: default_upstream().connection_of(name).closed)
 
 
 def test_request_that_runs_is_updated(tab: Any) -> None:
     router, gate = page_router("runs"), threading.Event()
 
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event(WORDS[0])], whole=False)
+        yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
         gate.wait(PATIENCE)
-        yield from chunked(event(WORDS[1]), event(ENDED), event("[DONE]"))
+        yield from encode_chunks(
+            encode_event(TWO_WORDS[1]), encode_event(FINISH), encode_event("[DONE]")
+        )
 
-    name = stage().plays(script)
+    name = default_upstream().add_script(script)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        pool.submit(ask, router, name, stream=True)
-        running = until(lambda: json.loads(request(router.port, "GET", "/api/inflight").content))
+        pool.submit(post_chat, router, name, stream=True)
+        running = wait_until(
+            lambda: json.loads(request(router.port, "GET", "/api/inflight").content)
+        )
         tab.goto(f"{router.url}/request/{running[0]['id']}")
         wait_text(tab, "#head", "… running")
         wait_text(tab, "#turns", "one ")
@@ -10797,8 +11082,8 @@ def test_request_that_runs_is_updated(tab: Any) -> None:
 def test_request_reads_as_a_conversation(tab: Any) -> None:
     router = page_router("talk")
     thinking = {"choices": [{"index": 0, "delta": {"reasoning_content": "Fog, then."}}]}
-    name = stage().plays(sse_answer([thinking, *WORDS, ENDED, "[DONE]"]))
-    stage().scripts["tiny-talk"] = stage().scripts[name]
+    name = default_upstream().add_script(sse_response([thinking, *TWO_WORDS, FINISH, "[DONE]"]))
+    default_upstream().scripts["tiny-talk"] = default_upstream().scripts[name]
     document = {"model": name, "messages": TOOL_TALK, "stream": True, "seed": 12345678901234567890}
     request(
         router.port,
@@ -10811,7 +11096,7 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.goto(f"{router.url}/request/{row['id']}")
     turns = tab.locator(".turn")
-    assert until(lambda: turns.count() == 5)
+    assert wait_until(lambda: turns.count() == 5)
     system, user, call, result, answered = (turn.inner_text() for turn in turns.all())
     assert system.split() == ["System", "Be", "brief."]
     assert user.startswith("User") and "How is the weather?" in user
@@ -10833,19 +11118,19 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
     assert "very-secret" not in tab.content()
     # The command that is copied sends the same content again.
     tab.click("text=Copy as curl")
-    command = until(lambda: tab.evaluate("navigator.clipboard.readText()"))
+    command = wait_until(lambda: tab.evaluate("navigator.clipboard.readText()"))
     assert command.startswith("curl ") and "very-secret" not in command
     assert "Authorization: Bearer $API_KEY" in command
     if shutil.which("curl"):
-        before = len(stage().heard(name))
+        before = len(default_upstream().requests_for(name))
         subprocess.run(["sh", "-c", command], capture_output=True, timeout=PATIENCE, check=True)
-        again = until(lambda: stage().heard(name)[before:])
-        assert again[0].content == stage().heard(name)[0].content
+        again = wait_until(lambda: default_upstream().requests_for(name)[before:])
+        assert again[0].content == default_upstream().requests_for(name)[0].content
 
 
 def test_request_shows_how_it_was_routed(tab: Any) -> None:
     router = page_router("trail")
-    ask(router, "coder")
+    post_chat(router, "coder")
     row, devtools = newest(router, "coder"), tab.context.new_cdp_session(tab)
     devtools.send("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Tokyo"})
     tab.goto(f"{router.url}/request/{row['id']}")
@@ -10883,7 +11168,7 @@ def test_sign_in_and_out(tab: Any) -> None:
     assert tab.locator("#sign-in").is_visible() or tab.wait_for_selector("#sign-in")
     tab.fill("[name=token]", "wrong")
     tab.keyboard.press("Enter")
-    assert until(lambda: tab.locator("#sign-in-error").text_content())
+    assert wait_until(lambda: tab.locator("#sign-in-error").text_content())
     tab.fill("[name=token]", f" {token} ")
     tab.click("#sign-in button")
     tab.wait_for_selector("#performance", state="visible")
@@ -10903,7 +11188,7 @@ def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
     tab.goto(router.url)
     wait_text(tab, "#rows-empty", "No request yet")
     tab.click("#try > summary")
-    assert until(lambda: tab.locator("#models option[value=coder]").count())
+    assert wait_until(lambda: tab.locator("#models option[value=coder]").count())
     tab.fill("#try-form [name=model]", "coder")
     tab.fill("#try-form [name=message]", "Hello there")
     tab.click("#try-form button")
@@ -10924,17 +11209,17 @@ def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
 
 def test_chat_that_is_stopped_says_so(tab: Any) -> None:
     def script(received: Received) -> Iterator[Step]:
-        yield from stream_answer([event(WORDS[0])], whole=False)
+        yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
         yield HANG
 
-    name, router = stage().plays(script), page_router("broken")
+    name, router = default_upstream().add_script(script), page_router("broken")
     tab.goto(router.url)
     tab.click("#try > summary")
     tab.fill("#try-form [name=model]", name)
     tab.click("#try-form button")
     wait_text(tab, "#try-answer", "one ")
     tab.click(".flight button:has-text('Stop')")
-    assert until(lambda: tab.is_enabled("#try-form button"))
+    assert wait_until(lambda: tab.is_enabled("#try-form button"))
     note = tab.text_content("#try-note")  # the last words of a broken answer may get lost
     assert re.search(r"broke off after [0-9.]+ m?s; the list below|cancelled", note)
     assert "network" not in note
@@ -10958,8 +11243,8 @@ def test_hidden_tab_is_quiet(tab: Any) -> None:
     assert not asked
     tab.evaluate("hide(false)")
     tab.clock.run_for(1000)
-    assert until(lambda: any("/api/logs" in url for url in asked))
-    assert until(lambda: any("/api/events" in url for url in asked))
+    assert wait_until(lambda: any("/api/logs" in url for url in asked))
+    assert wait_until(lambda: any("/api/events" in url for url in asked))
 
 
 CONTRAST = """() => {
@@ -10995,10 +11280,10 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
     """In both schemes, at 380 pixels, and with hostile text in every field."""
     router = page_router("evil")
     name = EVIL_TEXT + "x" * (1000 - len(EVIL_TEXT))
-    long = json_answer(completion({}, EVIL_TEXT + "y" * 10_000))
-    stage().scripts[name] = lambda received: long
+    long = json_response(completion({}, EVIL_TEXT + "y" * 10_000))
+    default_upstream().scripts[name] = lambda received: long
     fields = [("User-Agent", "<b>" + "z" * 3000)]
-    if not stage().heard("<script>window.pwned=1"):
+    if not default_upstream().requests_for("<script>window.pwned=1"):
         talk = {
             "model": name,
             "messages": [
@@ -11008,7 +11293,7 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
         }
         request(router.port, "POST", "/v1/chat/completions", talk, fields)
         request(router.port, "POST", "/v1/%3Cscript%3E" + "w" * 900, {"model": EVIL_TEXT}, fields)
-        ask(router, "coder", stream=True)
+        post_chat(router, "coder", stream=True)
     newest(router, "coder")
     rows = json.loads(request(router.port, "GET", "/api/logs").content)
     tab.emulate_media(color_scheme=scheme)
@@ -11019,7 +11304,7 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
         wait_text(tab, "#live", "Live")
         tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         ready = {"/": "#rows tbody tr", "/performance": ".dot"}.get(path, ".phases")
-        assert until(lambda: tab.locator(ready).count())
+        assert wait_until(lambda: tab.locator(ready).count())
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         seen, poor = tab.evaluate(CONTRAST)
         assert seen > 20 and not poor, (path, poor[:5])
