@@ -133,9 +133,10 @@ KiB, MiB = 1024, 1024 * 1024
 # ======================================================================================
 # 1  Errors (pure)
 # ======================================================================================
-# Every failure a client can see is a class with a status; it is raised anywhere and
-# rendered in one place, by the dialect of the path that was asked (section 8).
-# To add one: a class with its status, its `code` and its OpenAI `type`, here `kind`.
+# Every failure that a client can see is a class with a status. It is raised anywhere and
+# rendered in one place, in the dialect of the request (section 8): a client of OpenAI's
+# gets {"error": {"message": ..., "type": kind, "code": code, "param": null}}.
+# To add one: a class whose head states the status, `code` and `kind` that its base has not.
 
 
 class ConfigError(Exception):
@@ -145,14 +146,24 @@ class ConfigError(Exception):
 class RouterError(Exception):
     """A failure with a status; `fields` are added to the answer. Base of all below."""
 
-    status, code, kind = 500, "internal_error", "server_error"
+    status = 500
+    code = "internal_error"
+    kind = "server_error"
 
     def __init__(self, message: str, *fields: tuple[str, str]) -> None:
         super().__init__(message)
         self.fields = fields
 
-    def __init_subclass__(cls, status: int = 0, code: str = "", kind: str = "") -> None:
-        cls.status, cls.code, cls.kind = status or cls.status, code or cls.code, kind or cls.kind
+    def __init_subclass__(
+        cls, status: int | None = None, code: str | None = None, kind: str | None = None
+    ) -> None:
+        """Take what the head of a class states; the rest is its base's, as ever."""
+        if status is not None:
+            cls.status = status
+        if code is not None:
+            cls.code = code
+        if kind is not None:
+            cls.kind = kind
 
 
 class BadRequest(RouterError, status=400, code="bad_request", kind="invalid_request_error"):
@@ -258,11 +269,14 @@ class LoopDetected(BadRequest, status=508, code="loop_detected"):
 # ======================================================================================
 # 2  Settings (pure)
 # ======================================================================================
-# Every setting stands here once: name, type, default and its help line. A value comes
-# from the environment or from the flag of the same name, which wins. A bad value stops
-# the start. To add one: a line in `Settings`; flag, help and check follow from it.
+# Every setting stands here once, on one line: name, type, default, reader, help. A value
+# comes from the environment or from the flag of the same name, which wins. A bad value
+# stops the start with one line that names the variable, the value and what is allowed.
+# To add a setting: a line in `Settings`; its flag, its help and its check follow from it.
+# What no owner has to choose is a field of `Limits`, with its reason.
 
-MIN_SECRET_LENGTH, MIN_SECRET_VARIETY = 32, 10
+MIN_SECRET_LENGTH = 32
+MIN_SECRET_VARIETY = 10
 WELL_KNOWN_SECRETS = (
     "changeme",
     "change-me",
@@ -277,18 +291,25 @@ WELL_KNOWN_SECRETS = (
 )
 POLICIES = ("NONE", "AUTH_WHEN_PROXIED", "ALWAYS_AUTH")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-TRUE_WORDS, FALSE_WORDS = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+TRUE_WORDS = ("1", "true", "yes", "on")
+FALSE_WORDS = ("0", "false", "no", "off")
+WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
+DECIMAL_NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,9})?")
 ABSOLUTE_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
-ENDPOINT = re.compile(
+ENDPOINT_AT_END = re.compile(
     r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
     r"/api/(?:chat|generate|tags))/*$"
 )
 ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 DEFAULT_PORTS = {"http": 80, "https": 443}
+
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
-ModelMap = tuple[tuple["str | re.Pattern[str]", str], ...]
+# What the names of models are compared with: one name, or a pattern that is searched in them.
+NamePattern = str | re.Pattern[str]
+# What MODEL_MAP says: pairs of what a name must match and what it becomes, in the order to try.
+ModelMap = tuple[tuple[NamePattern, str], ...]
 
 
 class UpstreamURL(NamedTuple):
@@ -303,40 +324,55 @@ class UpstreamURL(NamedTuple):
     def authority(self) -> str:
         """What goes into Host: the port only when it is not the scheme's own."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+        if self.port == DEFAULT_PORTS[self.scheme]:
+            return host
+        return f"{host}:{self.port}"
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}{self.prefix}"
 
 
-def check(right: object, message: str) -> None:
-    """Raise ValueError unless something is `right`; the message says what would be."""
-    if not right:
+def require(condition: object, message: str) -> None:
+    """Raise ValueError unless a condition holds; the message says what would be right."""
+    if not condition:
         raise ValueError(message)
 
 
 def is_address(name: str) -> bool:
-    """Tell whether a name is an IP address."""
+    """Tell whether a name is an IP address: `10.0.0.7` and `::1` are, `gpu-box` is not."""
     try:
-        return bool(ipaddress.ip_address(name))
+        ipaddress.ip_address(name)
     except ValueError:
         return False
+    return True
+
+
+# --- readers of values ------------------------------------------------------------------
+# A reader gets the text of a variable and returns its value. It raises ValueError with
+# what is wrong and what is allowed; who calls it adds the variable's name and the text.
 
 
 def parse_upstream_url(text: str) -> UpstreamURL:
-    """Read a URL, with or without scheme, prefix, `/` or `/v1` at its end. Raises ValueError."""
-    parts = urllib.parse.urlsplit(text if ABSOLUTE_SCHEME.match(text) else f"http://{text}")
-    scheme, host, port = parts.scheme, parts.hostname or "", parts.port
-    more = parts.username is not None or parts.query or parts.fragment
-    check(scheme in DEFAULT_PORTS, f"scheme {scheme!r} instead of http or https")
-    check(not more, "a user, query or fragment is not allowed in it")
-    end = ENDPOINT.search(parts.path)
-    check(not end, f"it ends in {end and end[0]}, which the router adds itself; leave that out")
-    check(HOST_NAME.fullmatch(host) or is_address(host), f"no valid host in it: {host!r}")
-    check(port != 0, "port 0")
-    check(URL_PATH.fullmatch(parts.path), "its path has an octet to be percent-encoded")
+    """Read a server's URL. Raises ValueError.
+
+    `gpu:8000`, `http://gpu:8000/` and `http://gpu:8000/v1` all mean
+    UpstreamURL("http", "gpu", 8000, ""); `https://box/llm/v1` has the prefix `/llm`.
+    """
+    has_scheme = ABSOLUTE_SCHEME.match(text)
+    parts = urllib.parse.urlsplit(text if has_scheme else f"http://{text}")
+    host = parts.hostname or ""
+    has_more = parts.username is not None or parts.query or parts.fragment
+    endpoint = ENDPOINT_AT_END.search(parts.path)
+    require(parts.scheme in DEFAULT_PORTS, f"scheme {parts.scheme!r} instead of http or https")
+    require(not has_more, "a user, query or fragment is not allowed in it")
+    if endpoint:
+        raise ValueError(f"it ends in {endpoint[0]}, which the router adds itself; leave that out")
+    require(HOST_NAME.fullmatch(host) or is_address(host), f"no valid host in it: {host!r}")
+    require(parts.port != 0, "port 0")
+    require(URL_PATH.fullmatch(parts.path), "its path has an octet to be percent-encoded")
+    port = parts.port or DEFAULT_PORTS[parts.scheme]
     prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-    return UpstreamURL(scheme, host, port or DEFAULT_PORTS[scheme], prefix)
+    return UpstreamURL(parts.scheme, host, port, prefix)
 
 
 def url_warning(name: str, text: str) -> str | None:
@@ -347,67 +383,75 @@ def url_warning(name: str, text: str) -> str | None:
 
 
 def parse_bool(text: str) -> bool:
-    """Read 1 true yes on / 0 false no off in any case."""
+    """Read a truth value: 1 true yes on, or 0 false no off, in any case."""
     word = text.strip().lower()
-    words = f"{' '.join(TRUE_WORDS)}, {' '.join(FALSE_WORDS)}"
-    check(word in TRUE_WORDS + FALSE_WORDS, f"allowed are {words}")
+    allowed = f"{' '.join(TRUE_WORDS)}, {' '.join(FALSE_WORDS)}"
+    require(word in TRUE_WORDS or word in FALSE_WORDS, f"allowed are {allowed}")
     return word in TRUE_WORDS
 
 
 def number_between(low: float, high: float, whole: bool = True) -> Callable[[str], float]:
-    """Make a reader of ASCII numbers from `low` to `high`."""
-    pattern = re.compile(r"[0-9]{1,18}" if whole else r"[0-9]{1,12}(\.[0-9]{0,9})?")
+    """Return a reader of whole or decimal numbers from `low` to `high`: '8080' -> 8080.
+
+    `int` and `float` alone accept much that nobody means, such as `1_0`, `1e3` or `nan`.
+    """
+    grammar = WHOLE_NUMBER if whole else DECIMAL_NUMBER
     kind = "a whole number" if whole else "a number"
     allowed = f"allowed is {kind} from {low:g} to {high:g}"
 
-    def parse(text: str) -> float:
-        check(pattern.fullmatch(text.strip()) and low <= float(text) <= high, allowed)
-        return int(text) if whole else float(text)
+    def parse_number(text: str) -> float:
+        require(grammar.fullmatch(text.strip()), allowed)
+        number = int(text) if whole else float(text)
+        require(low <= number <= high, allowed)
+        return number
 
-    return parse
+    return parse_number
 
 
-def parse_choice(*choices: str) -> Callable[[str], str]:
-    """Make a reader of one of `choices`, in any case; returns it as it stands here."""
+def choice_of(*choices: str) -> Callable[[str], str]:
+    """Return a reader of one of `choices` in any case: ' none' -> 'NONE'."""
 
-    def parse(text: str) -> str:
-        found = [choice for choice in choices if choice.lower() == text.strip().lower()]
-        check(found, f"allowed are {', '.join(choices)}")
-        return found[0]
+    def parse_choice(text: str) -> str:
+        for choice in choices:
+            if choice.lower() == text.strip().lower():
+                return choice
+        raise ValueError(f"allowed are {', '.join(choices)}")
 
-    return parse
+    return parse_choice
 
 
 def parse_text(text: str) -> str:
-    """Read a name that may not be empty."""
-    check(text.strip() and "\0" not in text, "allowed is a name that is not empty")
+    """Read a name that may not be empty, and return it as it is."""
+    require(text.strip() and "\0" not in text, "allowed is a name that is not empty")
     return text
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Read names between commas or blanks, in lower case; an empty text has none."""
+    """Read names between commas or blanks: 'Box.lan, nas' -> ('box.lan', 'nas')."""
     return tuple(text.replace(",", " ").lower().split())
 
 
 def parse_origins(text: str) -> tuple[str, ...]:
-    """Read browser origins, `*` or `loopback`."""
-    allowed = "allowed are https://host:port, loopback and *"
-    for name in parse_names(text):
-        check(ORIGIN.fullmatch(name), f"{name!r} is no origin; {allowed}")
-    return parse_names(text)
+    """Read browser origins: 'https://chat.lan loopback' -> ('https://chat.lan', 'loopback')."""
+    origins = parse_names(text)
+    for origin in origins:
+        allowed = "allowed are https://host:port, loopback and *"
+        require(ORIGIN.fullmatch(origin), f"{origin!r} is no origin; {allowed}")
+    return origins
 
 
 def parse_networks(text: str) -> tuple[IPNetwork, ...]:
-    """Read addresses and CIDRs between commas or blanks; `none` is an empty list."""
-    names = () if text.strip().lower() == "none" else parse_names(text)
+    """Read addresses and CIDRs: '10.0.0.0/24, ::1' -> two networks; 'none' -> ()."""
+    if text.strip().lower() == "none":
+        return ()
     try:
-        return tuple(ipaddress.ip_network(name, strict=False) for name in names)
+        return tuple(ipaddress.ip_network(name, strict=False) for name in parse_names(text))
     except ValueError as error:
         raise ValueError(f"{error}; allowed are addresses and CIDRs") from None
 
 
-def parse_pattern(text: str) -> str | re.Pattern[str]:
-    """Read an exact name or a `/regex/`. Raises ValueError."""
+def parse_pattern(text: str) -> NamePattern:
+    """Read what a model is compared with: 'gpt-4' -> 'gpt-4', '/^gpt/' -> re.compile('^gpt')."""
     if len(text) < 3 or not (text.startswith("/") and text.endswith("/")):
         return text
     try:
@@ -416,52 +460,65 @@ def parse_pattern(text: str) -> str | re.Pattern[str]:
         raise ValueError(f"{text!r} is no regular expression: {error}") from None
 
 
-def check_template(template: str, pattern: str | re.Pattern[str] | None) -> None:
-    """Refuse a template that the pattern's matches cannot fill. Raises ValueError."""
+def check_template(template: str, pattern: NamePattern | None) -> None:
+    r"""Refuse a name such as `llama-\2` that a pattern with one group cannot fill."""
     if not isinstance(pattern, re.Pattern):
         return
     try:
-        pattern.sub(template, "")  # reads the template, whether it matches or not
+        # This reads the template whether or not the pattern is found in the empty text.
+        pattern.sub(template, "")
     except (re.error, IndexError) as error:
         groups = f"the pattern has {pattern.groups} groups"
         raise ValueError(f"{template!r} does not fit: {error}; {groups}") from None
 
 
 def parse_model_map(text: str) -> ModelMap:
-    """Read a JSON object of names and `/regex/` keys to names; exact keys come first."""
+    """Read a JSON object: '{"/^gpt/": "qwen3", "gpt-4": "llama3"}' -> pairs, exact names first."""
     try:
         pairs = json.loads(text or "{}", object_pairs_hook=tuple)
-        check(isinstance(pairs, tuple), "no object")
+        require(isinstance(pairs, tuple), "no object")
     except (ValueError, RecursionError) as error:
         example = '{"gpt-4": "llama3"}'
         raise ValueError(f"no JSON ({error}); allowed is an object such as {example}") from None
-    compiled: list[tuple[str | re.Pattern[str], str]] = []
+    exact: list[tuple[NamePattern, str]] = []
+    patterns: list[tuple[NamePattern, str]] = []
     for key, target in pairs:
         named = isinstance(target, str) and target and key
-        check(named, f"{key!r} must map to a name, not to {target!r}")
-        compiled.append((parse_pattern(key), target))
-        check_template(target, compiled[-1][0])
-    return tuple(sorted(compiled, key=lambda pair: isinstance(pair[0], re.Pattern)))
+        require(named, f"{key!r} must map to a name, not to {target!r}")
+        pattern = parse_pattern(key)
+        check_template(target, pattern)
+        group = exact if isinstance(pattern, str) else patterns
+        group.append((pattern, target))
+    return (*exact, *patterns)
 
 
 def parse_secret(text: str) -> str:
     """Read a JWT secret; a weak one is refused. The value never enters the message."""
-    secret, remedy = text.strip(), "try: openssl rand -hex 32"
-    check(
-        len(secret) >= MIN_SECRET_LENGTH and len(set(secret)) >= MIN_SECRET_VARIETY,
-        f"too weak: allowed are at least {MIN_SECRET_LENGTH} characters, at least "
-        f"{MIN_SECRET_VARIETY} different; {remedy}",
-    )
-    known = any(known in secret.lower() for known in WELL_KNOWN_SECRETS)
-    check(not known, f"a well-known default; {remedy}")
+    secret = text.strip()
+    remedy = "try: openssl rand -hex 32"
+    strong = len(secret) >= MIN_SECRET_LENGTH and len(set(secret)) >= MIN_SECRET_VARIETY
+    allowed = f"at least {MIN_SECRET_LENGTH} characters, at least {MIN_SECRET_VARIETY} different"
+    require(strong, f"too weak: allowed are {allowed}; {remedy}")
+    for well_known in WELL_KNOWN_SECRETS:
+        require(well_known not in secret.lower(), f"a well-known default; {remedy}")
     return secret
 
 
-def setting(default: Any, parse: Callable[[str], Any], help_line: str) -> Any:
-    """Declare a setting: `default` as it is written in the environment."""
+# --- the settings -----------------------------------------------------------------------
+
+
+def setting(default: str | None, parse: Callable[[str], Any], help_line: str) -> Any:
+    """Declare a setting: its default as one would write it in the environment, None for unset."""
+    value = None if default is None else parse(default)
     metadata = {"parse": parse, "help": help_line, "default": default}
-    value = parse(default) if isinstance(default, str) else default
     return dataclasses.field(default=value, metadata=metadata)
+
+
+class GivenSetting(NamedTuple):
+    """A setting that somebody has set: where (`LISTEN_PORT`, `--listen-port`), and its text."""
+
+    source: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,191 +537,258 @@ class Settings:
     strip_json_markdown: bool = setting("false", parse_bool, "take the fence lines of ```json blocks out of answers")
     disable_thinking: bool = setting("false", parse_bool, "append /no_think to the last user message")
     enable_logging: bool = setting("true", parse_bool, "keep every request; false writes nothing to disk")
-    request_timeout: float = setting("3000.0", number_between(0.01, 1e6, False), "longest silence from an upstream, s")
-    connect_timeout: float = setting("5.0", number_between(0.01, 600, False), "longest wait for a connection to an upstream, s")
+    request_timeout: float = setting("3000.0", number_between(0.01, 1e6, whole=False), "longest silence from an upstream, s")
+    connect_timeout: float = setting("5.0", number_between(0.01, 600, whole=False), "longest wait for a connection to an upstream, s")
     db_path: str = setting("requests.db", parse_text, "the request log's database")
-    max_log_age_days: float = setting("7", number_between(0.01, 36500, False), "days that a request is kept")
-    blob_storage_type: str = setting("filesystem", parse_choice("filesystem", "memory"), "where long bodies are kept: filesystem or memory")
+    max_log_age_days: float = setting("7", number_between(0.01, 36500, whole=False), "days that a request is kept")
+    blob_storage_type: str = setting("filesystem", choice_of("filesystem", "memory"), "where long bodies are kept: filesystem or memory")
     blob_storage_path: str = setting("blob_storage", parse_text, "folder of the long bodies")
     max_blob_size: int = setting("10485760", number_between(0, 10**12), "bytes kept of one body; a longer one is cut and marked")
     max_total_storage_size: int = setting("1073741824", number_between(0, 10**15), "bytes kept of all bodies; the oldest go first")
     max_request_size: int = setting("67108864", number_between(1, 10**12), "longest content of a request, bytes")
     max_connections: int = setting("2048", number_between(1, 10**6), "connections served at once; more wait in the listen queue")
     jwt_secret: str | None = setting(None, parse_secret, "at least 32 characters, 10 different ones; signs the tokens")
-    webui_security: str = setting("AUTH_WHEN_PROXIED", parse_choice(*POLICIES), "who may see the Web UI: NONE, AUTH_WHEN_PROXIED, ALWAYS_AUTH")
-    api_security: str = setting("NONE", parse_choice(*POLICIES), "who may use the model API: the same three")
+    webui_security: str = setting("AUTH_WHEN_PROXIED", choice_of(*POLICIES), "who may see the Web UI: NONE, AUTH_WHEN_PROXIED, ALWAYS_AUTH")
+    api_security: str = setting("NONE", choice_of(*POLICIES), "who may use the model API: the same three")
     trusted_proxies: tuple[IPNetwork, ...] = setting("none", parse_networks, "addresses or CIDRs whose X-Forwarded-For is believed")
     allowed_hosts: tuple[str, ...] = setting("", parse_names, "extra Host names for the Web UI")
     allowed_origins: tuple[str, ...] = setting("loopback", parse_origins, "browser origins that may call the API; * for all")
-    shutdown_grace: float = setting("8", number_between(0, 3600, False), "s that running requests get after SIGTERM")
-    log_level: str = setting("INFO", parse_choice(*LOG_LEVELS), "DEBUG, INFO (a line a request on stderr), WARNING, ERROR")
+    shutdown_grace: float = setting("8", number_between(0, 3600, whole=False), "s that running requests get after SIGTERM")
+    log_level: str = setting("INFO", choice_of(*LOG_LEVELS), "DEBUG, INFO (a line a request on stderr), WARNING, ERROR")
     # ruff: enable[E501]
     # fmt: on
 
     @classmethod
-    def find(cls, environ: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what is set, by field name: the variable or the flag, and its text."""
-        found: dict[str, Any] = {}
-        if "DEFAULT_ROUTE" in environ:  # its older name
-            found["default_upstream"] = "DEFAULT_ROUTE", environ["DEFAULT_ROUTE"]
-        for name in cls.__dataclass_fields__:
+    def find_given(
+        cls, environ: Mapping[str, str], flags: Mapping[str, Any]
+    ) -> dict[str, GivenSetting]:
+        """Return what is set, by field name; a flag wins over its variable."""
+        given: dict[str, GivenSetting] = {}
+        # The older name of DEFAULT_UPSTREAM; the new one, read after it, wins.
+        if "DEFAULT_ROUTE" in environ:
+            given["default_upstream"] = GivenSetting("DEFAULT_ROUTE", environ["DEFAULT_ROUTE"])
+        for field in dataclasses.fields(cls):
+            name, variable = field.name, field.name.upper()
             if name in flags:
-                found[name] = f"--{name.replace('_', '-')}", flags[name]
-            elif name.upper() in environ:
-                found[name] = name.upper(), environ[name.upper()]
-        return found
+                given[name] = GivenSetting(f"--{name.replace('_', '-')}", flags[name])
+            elif variable in environ:
+                given[name] = GivenSetting(variable, environ[variable])
+        return given
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, GivenSetting]) -> Settings:
+        """Read the texts of what is set. Raises ConfigError."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in given:
+                continue
+            source, text = given[field.name]
+            try:
+                values[field.name] = field.metadata["parse"](text)
+            except ValueError as error:
+                seen = "<hidden>" if field.name == "jwt_secret" else repr(text)
+                raise ConfigError(f"{source}={seen}: {error}") from None
+        settings = cls(**values)
+        settings.check_secret()
+        return settings
 
     @classmethod
     def from_mapping(
         cls, environ: Mapping[str, str], flags: Mapping[str, str] | None = None
     ) -> Settings:
         """Build from variables and flags (by field name). Raises ConfigError."""
-        values: dict[str, Any] = {}
-        for name, (source, text) in cls.find(environ, flags or {}).items():
-            try:
-                values[name] = cls.__dataclass_fields__[name].metadata["parse"](text)
-            except ValueError as error:
-                seen = "<hidden>" if name == "jwt_secret" else repr(text)
-                raise ConfigError(f"{source}={seen}: {error}") from None
-        settings = cls(**values)
-        strict = [n for n in ("webui_security", "api_security") if values.get(n) == "ALWAYS_AUTH"]
-        if strict and settings.jwt_secret is None:
-            remedy = f"at least {MIN_SECRET_LENGTH} random characters (openssl rand -hex 32)"
-            raise ConfigError(
-                f"{strict[0].upper()}='ALWAYS_AUTH': JWT_SECRET is not set; set it to {remedy}"
-            )
-        return settings
+        return cls.from_given(cls.find_given(environ, flags or {}))
+
+    def check_secret(self) -> None:
+        """Refuse a policy that nobody could satisfy. Raises ConfigError."""
+        for name in ("webui_security", "api_security"):
+            if getattr(self, name) == "ALWAYS_AUTH" and self.jwt_secret is None:
+                remedy = f"at least {MIN_SECRET_LENGTH} random characters (openssl rand -hex 32)"
+                raise ConfigError(
+                    f"{name.upper()}='ALWAYS_AUTH': JWT_SECRET is not set; set it to {remedy}"
+                )
+
+
+# --- the limits -------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """How much, how many and how long; bytes and seconds where nothing else is said.
 
-    They are no settings, because a good value does not depend on the house. They are one record,
-    and whoever needs some of them gets the record, so that a test can pass small ones.
+    These are no settings, because a good value does not depend on the house. They are one
+    record, and whoever needs some of them is given it, so that a test can pass small ones.
     """
 
-    # Heads (RFC 9112). Long enough for what real clients send (cookies, tracing, signed URLs),
-    # short enough that a connection costs little before it proves useful. RFC 9112 section 3
-    # asks for request lines of at least 8,000 octets.
+    # --- heads of messages (RFC 9112) ---
+    # Long enough for what real clients send (cookies, tracing, signed URLs), short enough that
+    # a connection costs little before it proves useful. RFC 9112 section 3 asks for request
+    # lines of at least 8,000 octets. A longer line is answered with 414, the others with 431.
     request_line: int = 16 * KiB
     field_line: int = 16 * KiB
     all_field_lines: int = 64 * KiB
     field_count: int = 128
+    # The head of an upstream's response; a longer one is no valid answer (502).
     response_head: int = 64 * KiB
-    # A server may send so many 1xx responses before the real one.
+    # A server may send a few 1xx responses before the real one. One that never stops (502)
+    # would keep its client waiting for ever.
     interim_responses: int = 50
 
-    # Chunked content (RFC 9112 section 7.1). The extensions of one content have a limit of their
-    # own: a server that counted each line alone was CVE-2023-39326.
+    # --- chunked content (RFC 9112 section 7.1) ---
+    # What is longer is malformed (400, or 502 from an upstream). The extensions of one content
+    # have a limit together: a server that counted each line alone was CVE-2023-39326.
     chunk_line: int = 1 * KiB
     chunk_extensions: int = 16 * KiB
     trailers: int = 8 * KiB
 
-    # Connections of clients.
+    # --- connections of clients ---
+    # A head that takes longer gets 408, because a slow sender (slowloris) costs a place.
     head_timeout: float = 10.0
+    # An idle connection is closed after that. It is longer than the 60 s after which most
+    # clients and proxies close theirs, so that they seldom write into a closing one.
     keep_alive_timeout: float = 75.0
+    # After so many requests, and whenever no other connection fits, a connection may idle for
+    # the second time alone, so that nobody occupies a place for ever.
     requests_per_connection: int = 10_000
-    # A connection that has served so many requests, or while no other fits, may idle so long.
     worn_keep_alive_timeout: float = 1.0
-    # The content of a request gets a grace, and then has to keep a rate, in octets a second.
+    # The content of a request has this long, and then has to keep a rate, in octets a second
+    # (as Apache's mod_reqtimeout asks for); a slower one gets 408.
     content_grace: float = 20.0
     content_rate: int = 500
-    # An answer that nobody reads for so long ends.
+    # An answer of which the client takes nothing for so long is given up.
     write_timeout: float = 300.0
-    # After an error the router reads on for a moment, or the answer may be lost (RFC 9112 9.6).
+    # After an error the router reads on for so long: octets that come after the close would
+    # reset the connection and destroy the answer on its way (RFC 9112 section 9.6).
     linger_timeout: float = 2.0
-    # Unread content up to this length is read past after an early answer.
+    # Content that nobody wanted is read past up to this length, so that the connection can be
+    # used again; above it the connection ends.
     discarded_content: int = 64 * KiB
-    # What was read and is not used yet; above it the sender waits.
+    # What has come and is not used yet; above it the sender waits.
     read_ahead: int = 128 * KiB
-    # What a slow client has not read yet; above it its upstream waits.
+    # What a slow client has not taken yet; above it its upstream waits.
     write_buffer: int = 256 * KiB
-    # What is written in one turn of the event loop before it is sent at once.
+    # What is written in one turn of the event loop is sent together at its end; above this
+    # size at once, because a larger piece gains nothing.
     unsent: int = 64 * KiB
-    # All running requests together may hold so much content; reading it takes four times that.
+    # All running requests together may hold so much content; a long one more gets 503. While
+    # it is read and edited, JSON takes about four times its length.
     held_content: int = 256 * MiB
-    # The default backlog of 100 makes the 101st client of a burst wait for one to three seconds.
+    # Python's default of 100 makes the 101st client of a burst wait for one to three seconds.
     listen_backlog: int = 4096
-    # Connections accepted in one turn of the event loop; running streams wait meanwhile.
+    # Connections accepted in one turn of the event loop: while hundreds begin at once, the
+    # events of running streams still get through in between.
     accepted_per_turn: int = 4
-    # Descriptors kept back for what is neither a client nor its upstream.
+    # File descriptors that clients and upstreams do not get: the database, bodies, look-ups.
     spare_files: int = 64
-    # Deadlines are looked at so often.
+    # Deadlines are looked at so often: all of them together cost less than a timer for each.
     deadline_interval: float = 0.25
 
-    # JSON. Each object, array and value costs memory, and time in which nothing else runs.
+    # --- JSON ---
+    # Each level, object, array and value costs memory and time in which nothing else runs: a
+    # document of 64 MiB can hold millions of them. More gets 400. Real requests have fewer than
+    # ten levels, and one value for some dozen octets of text.
     json_depth: int = 200
     json_values: int = 1_000_000
     json_nodes: int = 250_000
-    # JSON and other content from this length on is read in a thread, so that it stalls nobody.
+    # Content from this length on is read in a thread, so that nobody waits for it.
     long_content: int = MiB
 
-    # Answers on their way through a filter or a translation.
+    # --- answers on their way through a rewriter ---
+    # A whole answer up to the first length, up to the second after its coding is taken off, is
+    # kept back to be rewritten. A longer one is relayed as it is, or is 502 where its client
+    # could not read it.
     buffered_answer: int = 64 * MiB
     decoded_answer: int = 32 * MiB
+    # One event kept back until it is complete; a longer one likewise. An image in base64 fits.
     buffered_event: int = 4 * MiB
-    # Texts filtered apart in one stream: as many choices as vLLM can be asked for.
+    # Texts filtered apart in one stream; one more ends it with an error. vLLM can be asked for
+    # that many choices.
     texts_per_stream: int = 16 * KiB
-    # Tool calls of one answer that fragments may still continue.
+    # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
-    # An error answer kept while the next instance is tried.
+    # An error answer kept while the next instance is tried; a longer one counts as none.
     buffered_error: int = MiB
 
-    # Names that clients choose, in characters. Longer ones are not tried on patterns, because a
-    # harmless one such as `/.*-1.5b/` takes quadratic time.
+    # --- names that clients choose, in characters ---
+    # A longer name of a model is refused: it goes into rows, fields and pages.
     model_name: int = 16 * KiB
+    # Longer names are not tried on patterns, because a harmless one such as `/.*-1.5b/` takes
+    # quadratic time: on a name of 200 kB everybody would wait for minutes.
     pattern_name: int = 256
-    # Characters of an error that rows and printed lines hold.
+    # Decisions of the router that are remembered, by model and source host. A table of a
+    # thousand rules then takes about 20 MB.
+    decisions: int = 4096
+    # Of an error's text, so much goes into rows and printed lines.
     error_text: int = 400
 
-    # Tokens: their length in characters, and how often one address may fail in a window.
+    # --- tokens ---
+    # A longer token is refused (401) before anything is computed from it.
     token: int = 8 * KiB
+    # An address with so many failures within the window gets 429 for the next one. When
+    # addresses are too many, the one that failed first is forgotten.
     token_failures: int = 10
     token_failure_window: float = 60.0
     token_failure_addresses: int = 10_000
 
-    # Upstreams. Idle connections are kept for each server, as many as there can be clients.
+    # --- upstreams ---
+    # Idle connections to a server are kept for so long, and so many of them: as many as there
+    # can be clients. Servers close idle ones themselves, uvicorn after 5 s, Go never.
     idle_connection_timeout: float = 30.0
     idle_connections: int = 2048
-    # Instances whose health is known; clients choose the names of models.
+    # Instances whose health is remembered; clients choose the names of models. When there are
+    # more, the oldest tenth that is not busy is forgotten.
     known_instances: int = 1000
+    # A failed instance goes to the end of the order for the first time; that doubles with each
+    # failure up to the second. A Retry-After counts up to the third.
     cool_down: float = 5.0
     longest_cool_down: float = 60.0
     longest_retry_after: float = 300.0
-    # Model lists: how long an answer may take, is fresh, and counts when its server is gone.
+    # A server has so long to list its models. Its list is fresh for the second time and, when
+    # the server is gone, counts for the third: a page is quick, and a reboot loses no model.
     model_list_timeout: float = 2.0
     model_list_fresh: float = 60.0
     model_list_kept: float = 600.0
+    # A longer list counts as a failure. Cloud providers list a few hundred kB.
     model_list_size: int = 4 * MiB
+    # So many servers are asked at once, each in a thread, and so many lists are remembered:
+    # a list is kept for each server and credentials, which clients choose.
     model_list_fetches: int = 32
     model_lists: int = 200
 
-    # The log. Bodies up to the first length stand in the database, longer ones in files.
+    # --- the log ---
+    # Bodies up to this length stand in the database, where the page finds them at once; longer
+    # ones in files, because SQLite is slow with them.
     inline_body: int = 16 * KiB
-    # Bodies of running requests and of rows that wait; above it, new ones are cut.
+    # Bodies of running requests and of rows that wait; above it, new ones are cut and marked.
     held_bodies: int = 32 * MiB
-    # Rows that wait for a database in trouble; the oldest go first.
+    # Rows that wait for a database in trouble; the oldest go first, and are counted as lost.
     backlog_rows: int = 10_000
-    # News wait so long for company in one transaction.
+    # A row waits so long for company in one transaction: each transaction waits for the disk.
     batch_interval: float = 0.1
     # After trouble with the database the next try comes so much later; a lock is waited for.
     retry_interval: float = 1.0
     database_lock_timeout: float = 1.0
+    # Rows that are too old, and files above MAX_TOTAL_STORAGE_SIZE, are looked for so often.
     prune_interval: float = 3600.0
-    # Different models and servers that /metrics counts apart.
+    # Different models and servers that /metrics counts apart; clients choose the names of
+    # models, and each is a few dozen lines that a collector keeps. More count as one, "other".
     metric_series: int = 500
-    # Octets of a secret that is looked for in answers; shorter ones would hide plain words.
+    # A secret of at least so many octets is looked for in answers, and hidden there. To look
+    # for a shorter one, such as `test`, would hide plain words.
     echoed_secret: int = 16
 
-    # The page. The newest rows that a search for text looks at, and how often news are sent.
+    # --- the page ---
+    # A search for text looks at so many of the newest rows, which takes about 50 ms.
     searched_rows: int = 20_000
+    # News of requests are sent to a page at most so often, at most so many of a kind at once;
+    # a comment is sent after so long a silence, or a proxy in between would close the stream.
     news_interval: float = 0.25
-    news_keep_alive: float = 15.0
     news_rows: int = 100
+    news_keep_alive: float = 15.0
+    # An export reads so many rows at a time, so that others can read and write in between.
     export_page: int = 200
 
-    # The routing file is looked at so often.
+    # The routing file is looked at so often: a saved file counts at once, as a person sees it.
     reload_interval: float = 2.0
 
 
@@ -3341,7 +3465,7 @@ class Rule(NamedTuple):
     """One entry of `routes`: what must match, and where it leads."""
 
     name: str
-    model: str | re.Pattern[str] | None
+    model: NamePattern | None
     hosts: tuple[tuple[Address, Address], ...] | None
     target: Alias
     match_text: str
@@ -3402,7 +3526,7 @@ def parse_address_range(text: str) -> tuple[Address, Address]:
         low, high = map(parse_address, ends)
     except ValueError as error:
         raise ValueError(f"{error}; write 10.0.0.1, 10.0.0.0/24 or 10.0.0.1-10.0.0.9") from None
-    check(low[0] == high[0] and low <= high, f"{text!r} is not a range from low to high")
+    require(low[0] == high[0] and low <= high, f"{text!r} is not a range from low to high")
     return low, high
 
 
@@ -3566,7 +3690,7 @@ class TableReader:
         target = self.target(route, pattern)
         return Rule(f"routes[{node.path[-1]}]", pattern, read_hosts(hosts), target, words)
 
-    def target(self, node: Node, pattern: str | re.Pattern[str] | None) -> Alias:
+    def target(self, node: Node, pattern: NamePattern | None) -> Alias:
         """Read where a route leads: an alias, or an upstream and a model."""
         upstream, model, alias = members = node.members("upstream", "model", "alias")
         given = [member for member in members if member.value is not None]
@@ -3586,7 +3710,7 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object; a repeated name is an error."""
     members: dict[str, Any] = {}
     for name, value in pairs:
-        check(name not in members, f"{name!r} stands there twice; keep one of them")
+        require(name not in members, f"{name!r} stands there twice; keep one of them")
         members[name] = value
     return members
 
@@ -3668,7 +3792,7 @@ def parse_routes(
     )
 
 
-def match_model(wanted: str | re.Pattern[str], names: Sequence[str]) -> re.Match[str] | bool:
+def match_model(wanted: NamePattern, names: Sequence[str]) -> re.Match[str] | bool:
     """Match one of a request's names, exactly or by search."""
     if isinstance(wanted, str):
         return wanted in names
@@ -6641,7 +6765,7 @@ LOG_PARAMETERS: Parameters = {
     "limit": number_between(1, 1000),
     "before": number_between(0, 2**63 - 1),
     "q": parse_text,
-    "service_type": parse_choice(*SERVICES),
+    "service_type": choice_of(*SERVICES),
     "model": parse_text,
     "upstream": parse_text,
     "status": parse_status,
@@ -6651,7 +6775,7 @@ POINT_PARAMETERS: Parameters = {
     "hours": HOURS,
     "limit": number_between(1, 20_000),
     "model": parse_text,
-    "service_type": parse_choice(*SERVICES),
+    "service_type": choice_of(*SERVICES),
 }
 ROUTE_PARAMETERS: Parameters = {
     "model": str,
@@ -6660,7 +6784,7 @@ ROUTE_PARAMETERS: Parameters = {
 EXPORT_PARAMETERS: Parameters = {
     "since": parse_age,
     "model": parse_text,
-    "format": parse_choice("jsonl", "csv", "openai"),
+    "format": choice_of("jsonl", "csv", "openai"),
 }
 
 
@@ -8317,7 +8441,7 @@ def flag_number(low: float, high: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            return number_between(low, high, False)(text)
+            return number_between(low, high, whole=False)(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
@@ -8404,8 +8528,8 @@ def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
             *sys.orig_argv[1 : len(sys.orig_argv) - own],
         ]
     )
-    args.given = Settings.find(environ, vars(args))
-    settings = Settings.from_mapping(environ, vars(args))
+    args.given = Settings.find_given(environ, vars(args))
+    settings = Settings.from_given(args.given)
     warning = url_warning(*args.given.get("default_upstream", ("", "http://")))
     args.warnings = [f"warning: {warning}"] if warning else []
     routes = RoutesFile(settings, environ, "routes_config" in args.given)
