@@ -2258,6 +2258,11 @@ class Dialect(NamedTuple):
     openai_path: Callable[[ParsedRequest], str] | None = None
     answer: Callable[..., bytes] | None = None  # of plan, document, content
     empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None  # nothing to do
+    # How the dialect tells of models: the list, one in detail, those that run; its version.
+    encode_models: Callable[[list[dict[str, Any]], str], dict[str, Any]] | None = None
+    encode_details: Callable[[str, str], dict[str, Any]] | None = None
+    encode_running: Callable[[list[str], float], dict[str, Any]] | None = None
+    version: str = ""
 
     def encode_event_error(self, error: RouterError) -> bytes:
         """Return an error as the last event of a running stream."""
@@ -2355,8 +2360,30 @@ def encode_openai_error(error: RouterError) -> bytes:
     return encode_json({"error": doc})
 
 
-OPENAI = Dialect("openai", SSE, read_object, encode_openai_error, encode_object)
-OPENAI_OPAQUE = OPENAI._replace(read=ParsedRequest, encode=encode_span)  # nobody looks inside
+def encode_openai_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+    """Return a list of models as OpenAI's clients read it."""
+    return {"object": "list", "data": models}
+
+
+def as_opaque(dialect: Dialect) -> Dialect:
+    """Return the dialect for content that nobody looks into."""
+    return dialect._replace(read=ParsedRequest, encode=encode_span)
+
+
+def as_native(dialect: Dialect) -> Dialect:
+    """Return the dialect for requests that only a server which speaks it can serve."""
+    return dialect._replace(encode_openai=None, empty=None)
+
+
+OPENAI = Dialect(
+    "openai",
+    SSE,
+    read_object,
+    encode_openai_error,
+    encode_object,
+    encode_models=encode_openai_models,
+)
+OPENAI_OPAQUE = as_opaque(OPENAI)
 
 # --- what is answered -----------------------------------------------------------------
 
@@ -3169,6 +3196,10 @@ def encode_ollama_embed(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
 
 # --- Ollama: what is answered ---------------------------------------------------------
 
+# The version of Ollama's API that is spoken here.
+OLLAMA_VERSION = "0.12.0"
+# /api/ps says for how many seconds a model stays in memory; nobody knows, so five minutes.
+RUNNING_FOR = 300.0
 MODEL_DETAILS = {
     "parent_model": "",
     "format": "",
@@ -3323,24 +3354,6 @@ def ollama_loaded(ask: ParsedRequest, created_at: str) -> dict[str, Any] | None:
     return ollama_document(ask, created_at, {}, {"done": True, "done_reason": reason})
 
 
-OLLAMA = Dialect(
-    "ollama",
-    LINES,
-    read_ollama,
-    encode_ollama_error,
-    encode_object,
-    encode_ollama_chat,
-    ollama_path,
-    answer_ollama_chat,
-    ollama_loaded,
-)
-OLLAMA_EMBED = OLLAMA._replace(
-    encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
-)
-OLLAMA_NATIVE = OLLAMA._replace(encode_openai=None, empty=None)
-OLLAMA_OPAQUE = OLLAMA_NATIVE._replace(read=ParsedRequest, encode=encode_span)
-
-
 def ollama_model(name: str, created_at: str) -> dict[str, Any]:
     """Return one entry of /api/tags."""
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
@@ -3366,6 +3379,37 @@ def ollama_show(name: str, created_at: str) -> dict[str, Any]:
         "capabilities": ["completion", "tools"],
         "modified_at": created_at,
     }
+
+
+def encode_ollama_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+    """Return a list of models as /api/tags has it."""
+    return {"models": [ollama_model(model["id"], created_at) for model in models]}
+
+
+def encode_ollama_running(names: list[str], now: float) -> dict[str, Any]:
+    """Return the models that run as /api/ps has them; `now` is s UTC."""
+    more = {"expires_at": rfc3339(now + RUNNING_FOR), "size_vram": 0}
+    return {"models": [{**ollama_model(name, rfc3339(now)), **more} for name in names]}
+
+
+OLLAMA = Dialect(
+    "ollama",
+    LINES,
+    read_ollama,
+    encode_ollama_error,
+    encode_object,
+    encode_ollama_chat,
+    ollama_path,
+    answer_ollama_chat,
+    ollama_loaded,
+    encode_ollama_models,
+    ollama_show,
+    encode_ollama_running,
+    OLLAMA_VERSION,
+)
+OLLAMA_EMBED = OLLAMA._replace(
+    encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
+)
 
 
 # --- which transform ------------------------------------------------------------------
@@ -4092,6 +4136,48 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
     return address
 
 
+class TokenGuard:
+    """Checks tokens; after ten failures a minute an address gets 429 for the next one.
+
+    A valid token passes all the same: nobody can lock others out behind one address, and
+    a signature of 256 bits is not found by trying. All that fail then are told the same.
+    """
+
+    def __init__(self, secret: str | None, limits: Limits = LIMITS) -> None:
+        self.secret = secret
+        self.limits = limits
+        # The moments of the last failures by address; the oldest address goes first.
+        self.failures: dict[str, list[float]] = {}
+
+    def check(self, tokens: Sequence[str], source_host: str, now: float) -> None:
+        """Let a request with one of these tokens in; `now` is UTC, s.
+
+        Raises Forbidden, Unauthorized or TooManyRequests.
+        """
+        try:
+            check_access(self.secret, tokens, now)
+        except Unauthorized:
+            # Without a token nobody has guessed.
+            if not tokens or not self.is_throttled(source_host, now):
+                raise
+            wait = int(self.limits.token_failure_window - (now - self.failures[source_host][0])) + 1
+            raise TooManyRequests(
+                "too many failed tokens from this address", ("Retry-After", str(wait))
+            ) from None
+
+    def is_throttled(self, source_host: str, now: float) -> bool:
+        """Count a failure; tell whether the address had as many as it may have before it."""
+        window = self.limits.token_failure_window
+        earlier = self.failures.pop(source_host, ())
+        # A clock that was put back leaves moments of the future; they count as now.
+        recent = [moment for moment in earlier if now - moment < window]
+        if len(self.failures) >= self.limits.token_failure_addresses:
+            oldest = next(iter(self.failures))
+            del self.failures[oldest]
+        self.failures[source_host] = [*recent, now][: self.limits.token_failures]
+        return len(recent) >= self.limits.token_failures
+
+
 # ======================================================================================
 # 11  HTTP on streams
 # ======================================================================================
@@ -4499,6 +4585,8 @@ class Request:
     connection: Connection
     writer: ResponseWriter
     source_host: str
+    # The dialect of its endpoint, as soon as that is known.
+    dialect: Dialect = OPENAI
     content: bytes = b""
     unread: Content | None = None
     recorded: bool = False  # an exchange keeps a record of it
@@ -6138,19 +6226,32 @@ class RequestLog:
 # ======================================================================================
 # 14  Relay
 # ======================================================================================
-# One exchange, first byte to last: the instances of a decision are tried in order until
-# one gives an answer, and that answer goes out as it comes in. After its first octet has
-# left there is no second answer: a failure ends the stream with an error.
+# One exchange, from a request that was let in to the last octet of its answer. The
+# instances of a decision are asked in order until one gives an answer, and that answer
+# goes out as it comes in. After its first octet has left there is no second answer: a
+# failure then ends the stream with an error. Whatever happens, the record of the request
+# is finished exactly once. `Context` stands first: every exchange and every handler of
+# the sections below works with it.
 
+# Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
+# Fields of an upstream's response that stop here.
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
+# Fields that are not true any more when the content was changed.
 NOT_TRUE_ANY_MORE = NOT_RETURNED.union(("content-encoding", "etag", "content-md5", "content-type"))
-OWN_NAMES = tuple(
-    f"X-SmolRouter-{name}" for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts")
+OWN_FIELD_NAMES = (
+    "X-SmolRouter-Request-Id",
+    "X-SmolRouter-Upstream",
+    "X-SmolRouter-Model",
+    "X-SmolRouter-Route",
+    "X-SmolRouter-Attempts",
 )
-OWN_FIELDS = frozenset(name.lower() for name in OWN_NAMES)
-ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError, MalformedContent)  # of documents
+OWN_FIELDS = frozenset(name.lower() for name in OWN_FIELD_NAMES)
+# A stream must reach its client event by event: nothing in between may cache or gather it.
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
+# What reading a document raises when its members are not of the expected kind.
+ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError, MalformedContent)
+# After these errors nobody knows where the next request on the connection begins.
 FATAL_TO_CONNECTION = (
     MalformedMessage,
     RequestTimeout,
@@ -6159,307 +6260,434 @@ FATAL_TO_CONNECTION = (
     TargetTooLong,
     Overloaded,
 )
-Pairs = list[tuple[str, str]]
+FieldPairs = list[tuple[str, str]]
 
 
-def refuse(
+@dataclasses.dataclass
+class Context:
+    """What every exchange and every handler works with; there is one in a running router."""
+
+    settings: Settings
+    limits: Limits
+    # It is replaced when the routing file changes.
+    table: RoutingTable
+    upstreams: Upstreams
+    model_lists: ModelLists
+    log: RequestLog
+    token_guard: TokenGuard
+    # This router's entry in Via, by which it knows a request that comes round again.
+    via: str
+    # A file that is served instead of DASHBOARD_HTML, "" for none.
+    dashboard_file: str = ""
+    # Why the changed routing file is not in force.
+    routes_error: str | None = None
+    draining: bool = False
+    decisions: dict[tuple[str, str], Decision] = dataclasses.field(default_factory=dict)
+    worker: concurrent.futures.Executor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1)
+    )
+    request_numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    request_prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
+
+    @functools.cached_property
+    def filter_rules(self) -> FilterRules:
+        """What is taken out of answers."""
+        return FilterRules(self.settings.strip_thinking, self.settings.strip_json_markdown)
+
+    def next_request_id(self) -> str:
+        """Return an id that no other request has, in this router or another."""
+        return f"{self.request_prefix}{next(self.request_numbers):08x}"
+
+    def decide(self, model: str, source_host: str) -> Decision:
+        """Return where a request goes, from a bounded table of earlier decisions."""
+        key = model, source_host
+        decision = self.decisions.get(key)
+        if decision is None:
+            if len(self.decisions) >= MAX_DECISIONS:
+                self.decisions.clear()
+            decision = resolve(self.table, model, source_host)
+            if len(model) <= self.limits.pattern_name:
+                self.decisions[key] = decision
+        return decision
+
+    async def work(self, size: int, task: Callable[..., Any], *arguments: Any) -> Any:
+        """Do pure work on a content of `size` octets; on a long one in a thread.
+
+        Reading megabytes of JSON takes long enough to stall every other request.
+        """
+        if size < self.limits.long_content:
+            return task(*arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.worker, task, *arguments)
+
+    async def list_models(self, request: Request) -> list[dict[str, Any]]:
+        """Return the models that the client of a request may see, own names first."""
+        fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
+        return await list_models(self.model_lists, self.table, fields.get("authorization"))
+
+
+def send_error(
     writer: ResponseWriter,
     error: RouterError,
     dialect: Dialect,
     fields: Iterable[tuple[str, str]] = (),
 ) -> None:
-    """Answer with an error of the router's own."""
+    """Answer with an error of the router's own, in the client's dialect."""
     if isinstance(error, FATAL_TO_CONNECTION):
         writer.keep = False
-    fields = [("Content-Type", "application/json"), *fields, *error.fields]
-    writer.send(error.status, fields, dialect.encode_error(error))
+    all_fields = [("Content-Type", "application/json"), *fields, *error.fields]
+    writer.send(error.status, all_fields, dialect.encode_error(error))
 
 
-def pass_on(fields: Fields, *dropped: Iterable[str]) -> Pairs:
-    """Return the fields that go on: not `dropped`, and not what Connection names."""
+def passed_fields(fields: Fields, *dropped: Iterable[str]) -> FieldPairs:
+    """Return the fields that go on: not those `dropped`, and not what Connection names."""
     stopped = set(fields.tokens("connection")).union(*dropped)
     return [(name, value) for lower, name, value in fields.lines if lower not in stopped]
 
 
 @functools.lru_cache(maxsize=1024)
-def tell_route(upstream_url: str, model: str, route: str, attempts: int) -> Pairs:
-    """Return the fields that tell which way a request went."""
-    values = upstream_url, encode_field_value(model), encode_field_value(route), str(attempts)
-    return [(name, value) for name, value in zip(OWN_NAMES[1:], values, strict=True) if value]
+def encode_route_fields(upstream_url: str, model: str, route: str, attempts: int) -> FieldPairs:
+    """Return the fields that tell which way a request went; one without a value is left out."""
+    values = (upstream_url, encode_field_value(model), encode_field_value(route), str(attempts))
+    named = zip(OWN_FIELD_NAMES[1:], values, strict=True)
+    return [(name, value) for name, value in named if value]
 
 
 def odd_answer(error: Exception) -> BadGateway:
-    """Return what an answer of no known shape is, after what it did to its reader."""
+    """Return the error for an answer that made its reader fail with `error`."""
     return BadGateway(f"the answer has a shape that cannot be read: {error}")
 
 
-@dataclasses.dataclass
-class Relay:
-    """What every exchange shares."""
+class Candidate:
+    """One instance that is asked, and what came of it.
 
-    settings: Settings
-    upstreams: Upstreams
-    log: RequestLog
-    via: str  # this instance's entry in Via
-    worker: concurrent.futures.Executor = dataclasses.field(
-        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1)
-    )
-    ids: Iterator[int] = dataclasses.field(default_factory=itertools.count)
-    prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
+    All that belongs to one attempt is in here, so that the exchange can go back to an earlier
+    attempt as a whole: the head of one response and the content of another must never meet.
+    """
 
-    @functools.cached_property
-    def rules(self) -> FilterRules:
-        """What is taken out of answers."""
-        return FilterRules(self.settings.strip_thinking, self.settings.strip_json_markdown)
+    def __init__(self, instance: Instance, dialect: Dialect, health: Health) -> None:
+        self.instance = instance
+        self.health = health
+        # Whether the server speaks the client's dialect itself, so that nothing is translated.
+        self.native = dialect.encode_openai is None or instance.server.api == dialect.service
+        # Whether the usage event of the stream was asked for by the router, not by the client.
+        self.hide_usage = False
+        self.response: UpstreamResponse | None = None
+        self.started_at = time.monotonic()
 
-    def next_id(self) -> str:
-        """Return an id for a request that no other one has."""
-        return f"{self.prefix}{next(self.ids):08x}"
+    @property
+    def model(self) -> str:
+        """The name of the model that this instance is asked for."""
+        return self.instance.model or ""
 
-    async def work(self, size: int, task: Callable[..., Any], *args: Any) -> Any:
-        """Do pure work on a content; on a long one in a thread, so that it stalls nobody."""
-        if size < LIMITS.long_content:
-            return task(*args)
-        return await asyncio.get_running_loop().run_in_executor(self.worker, task, *args)
+    def close(self) -> None:
+        """End the response's connection, unless all of it was read."""
+        if self.response:
+            self.response.close()
 
 
 class Exchange:
-    """One request on its way through the router."""
+    """One request on its way through the router.
+
+    `find_response` asks one candidate after the other, `relay_response` sends what the last one
+    says. Both raise RouterError; `run` turns that into an answer, or into the end of one.
+    """
 
     def __init__(
-        self,
-        relay: Relay,
-        request: Request,
-        dialect: Dialect,
-        ask: ParsedRequest,
-        decision: Decision,
+        self, context: Context, request: Request, parsed: ParsedRequest, decision: Decision
     ) -> None:
-        self.relay, self.request, self.dialect, self.ask = relay, request, dialect, ask
-        self.decision, self.writer = decision, request.writer
-        self.instance = decision.instances[0]  # the one that is asked now
-        self.native = self.dialect.encode_openai is None  # it speaks the client's dialect
-        self.health: Health | None = None  # of the instance, once it is asked
-        self.answer: UpstreamResponse | None = (
-            None  # the last one that came; it is closed in the end
-        )
+        self.context = context
+        self.request = request
+        self.dialect = request.dialect
+        self.writer = request.writer
+        self.parsed = parsed
+        self.decision = decision
+        # The attempt that counts: the one that is running, or whose response is relayed.
+        self.candidate: Candidate | None = None
         self.transform: Transform | None = None
         self.inflater: Inflater | None = None
-        self.coded: list[bytes] = []  # what may yet have to go as it came
-        self.hide_usage = False
-        self.record = Record(relay.next_id(), request, dialect.service, ask.stream, decision)
+        # A coded content that may yet have to go as it came.
+        self.coded: list[bytes] = []
+        self.record = Record(
+            context.next_request_id(), request, self.dialect.service, parsed.stream, decision
+        )
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
-        record, writer, request = self.record, self.writer, self.request
-        self.relay.log.begin(record)
-        request.recorded = True
-        request.connection.watch()
-        record.stop = self.stop
+        self.context.log.begin(self.record)
+        self.request.recorded = True
+        self.request.connection.watch()
+        self.record.stop = self.stop
         try:
-            if not self.answer_empty():
-                await self.relay_answer(await self.first_answer())
+            if not self.send_load_answer():
+                await self.find_response()
+                await self.relay_response()
         except asyncio.CancelledError:
+            # The client has left, the router stops, or somebody ended the request from the page.
             self.fail(self.request.connection.cause or ClientClosed("client_closed"))
             raise
         except RouterError as error:
             self.fail(error)
         finally:
-            if self.answer:
-                self.answer.close()
-            if self.health:
-                self.health.busy -= 1
-            record.status = record.status or writer.status or 500
-            record.response_size = writer.size
-            self.transform, request.content = None, b""  # a cycle would keep megabytes
-            record.stop = None
-            self.relay.log.finish(record)
+            self.finish()
 
     def stop(self) -> None:
         """End the request, as somebody wants who is not its client."""
         self.request.connection.cause = Cancelled("cancelled")
         self.request.connection.closed()
 
-    def answer_empty(self) -> bool:
-        """Answer a request that asks for nothing but to load a model."""
-        if self.dialect.empty is None or self.instance.server.api == self.dialect.service:
+    def finish(self) -> None:
+        """Let go of everything, and finish the record."""
+        record = self.record
+        if self.candidate:
+            self.candidate.close()
+            self.candidate.health.busy -= 1
+        record.status = record.status or self.writer.status or 500
+        record.response_size = self.writer.size
+        # The exchange is part of a cycle of references; megabytes must not wait for the collector.
+        self.transform = None
+        self.request.content = b""
+        record.stop = None
+        self.context.log.finish(record)
+
+    def send_load_answer(self) -> bool:
+        """Answer a request that asks for nothing but to load a model; tell whether it was one."""
+        first = self.decision.instances[0]
+        if self.dialect.empty is None or first.server.api == self.dialect.service:
             return False
-        doc = self.dialect.empty(self.ask, rfc3339(self.record.started))
-        if doc is not None:
-            self.writer.send_json(doc)
-        return doc is not None
+        document = self.dialect.empty(self.parsed, rfc3339(self.record.started))
+        if document is None:
+            return False
+        self.writer.send_json(document)
+        return True
 
     def fail(self, error: RouterError) -> None:
         """Send an error in the client's dialect: as the answer, or at its broken end."""
-        record, transform = self.record, self.transform
-        if isinstance(error, ClientClosed):  # nobody listens; a complete answer stays one
-            if not (transform and transform.complete):
-                record.status, record.error = error.status, str(error)
+        record = self.record
+        if isinstance(error, ClientClosed):
+            # Nobody listens any more. An answer that was complete by then stays a good one.
+            complete = self.transform is not None and self.transform.complete
+            if not complete:
+                record.status = error.status
+                record.error = str(error)
             return
-        record.error = str(error)[: LIMITS.error_text]
+        record.error = str(error)[: self.context.limits.error_text]
         if not self.writer.started:
-            refuse(self.writer, error, self.dialect, self.own_fields())
+            send_error(self.writer, error, self.dialect, self.own_fields())
             return
         record.status = error.status
-        streaming = transform and not transform.whole
-        self.writer.cut(self.dialect.encode_event_error(error) if streaming else b"")
+        streaming = self.transform is not None and not self.transform.whole
+        if streaming:
+            self.writer.cut(self.dialect.encode_event_error(error))
+        else:
+            self.writer.cut(b"")
 
-    def own_fields(self) -> Pairs:
-        """Return the fields that tell what the router did."""
+    def own_fields(self) -> FieldPairs:
+        """Return the fields that tell what the router did with the request."""
         record = self.record
-        told = tell_route(
+        route_fields = encode_route_fields(
             record.upstream_url, record.sent_model[:256], record.route[:256], len(record.attempts)
         )
-        return [(OWN_NAMES[0], record.request_id), *told]
+        return [(OWN_FIELD_NAMES[0], record.request_id), *route_fields]
 
-    async def first_answer(self) -> UpstreamResponse:
-        """Return the first good answer, or the last one that was HTTP at all."""
-        instances = self.relay.upstreams.order(self.decision)
-        last: tuple[UpstreamResponse, Instance] | None = None
-        failed = BadGateway  # its class alone: an error keeps all that it came through
+    # Finding a response
+
+    async def find_response(self) -> None:
+        """Ask the instances in order until one answers well; its candidate is kept.
+
+        When all fail, the last one whose answer was HTTP at all is kept: the client gets that
+        answer byte for byte. Raises BadGateway or GatewayTimeout when there was none.
+        """
+        instances = self.context.upstreams.order(self.decision)
+        fallback: Candidate | None = None
+        # Its class alone is kept: an error object holds on to all the frames it came through.
+        last_failure = BadGateway
         for instance in instances:
-            begun = time.monotonic()
-            self.enter(instance)
+            candidate = self.enter(instance)
             try:
-                answer = await self.attempt()
+                response = await self.attempt(candidate)
                 if len(instances) > 1:
-                    await self.inspect(answer)
-            except BadGateway as failure:
-                failed = type(failure)
-                self.note(begun, failure)
-                if self.answer:
-                    self.answer.close()
+                    await self.inspect(response)
+            except BadGateway as error:
+                last_failure = type(error)
+                self.note_failure(candidate, error)
+                candidate.close()
                 continue
-            self.note(begun, answer.head)
-            if instance is instances[-1] or answer.head.status < 400:
-                return answer
-            last = answer, instance
-        if last:
-            self.enter(last[1])
-            return last[0]
-        tried = [f"{a.instance} ({a.upstream_url}): {a.error}" for a in self.record.attempts]
-        raise failed(f"no upstream answered: {'; '.join(tried)}")
+            self.note_response(candidate, response.head)
+            if instance is instances[-1] or response.head.status < 400:
+                return
+            fallback = candidate
+        if fallback is None:
+            raise last_failure(f"no upstream answered: {self.describe_attempts()}")
+        self.resume(fallback)
 
-    def enter(self, instance: Instance) -> None:
-        """Make `instance` the one that is asked now."""
-        if self.health:
-            self.health.busy -= 1
-        self.instance, self.health = instance, self.relay.upstreams.state(instance)
-        self.health.busy += 1
-        server, dialect = instance.server, self.dialect
-        self.native = dialect.encode_openai is None or server.api == dialect.service
-        self.record.upstream_url, self.record.sent_model = str(server.url), instance.model or ""
+    def enter(self, instance: Instance) -> Candidate:
+        """Make an instance the one that is asked now."""
+        candidate = Candidate(instance, self.dialect, self.context.upstreams.state(instance))
+        self.resume(candidate)
+        return candidate
 
-    def note(self, begun: float, outcome: ResponseHead | BadGateway) -> None:
-        """Put an attempt into the record, and begin or end a cool-down."""
-        milliseconds = round((time.monotonic() - begun) * 1000, 1)
-        status, error, health = None, None, self.health
-        if isinstance(outcome, BadGateway):
-            error = str(outcome)[: LIMITS.error_text]
-            health.fail(error)
-            self.relay.upstreams.no_stream_options.discard(self.instance.server.url)  # a new one?
+    def resume(self, candidate: Candidate) -> None:
+        """Make a candidate the one that counts; the record says so."""
+        if self.candidate:
+            self.candidate.health.busy -= 1
+        candidate.health.busy += 1
+        self.candidate = candidate
+        self.record.upstream_url = str(candidate.instance.server.url)
+        self.record.sent_model = candidate.model
+
+    def describe_attempts(self) -> str:
+        """Return each attempt with its reason, for the error when all have failed."""
+        attempts = self.record.attempts
+        return "; ".join(f"{a.instance} ({a.upstream_url}): {a.error}" for a in attempts)
+
+    def note_failure(self, candidate: Candidate, error: BadGateway) -> None:
+        """Put an attempt without a good answer into the record; its instance cools down."""
+        text = str(error)[: self.context.limits.error_text]
+        candidate.health.fail(text)
+        # Another server may stand there when it comes back.
+        self.context.upstreams.no_stream_options.discard(candidate.instance.server.url)
+        self.note_attempt(candidate, None, text)
+
+    def note_response(self, candidate: Candidate, head: ResponseHead) -> None:
+        """Put an attempt that was answered into the record; begin or end a cool-down."""
+        if head.status in COOLING_STATUSES:
+            retry_after = head.fields.get("retry-after")
+            candidate.health.fail(f"status {head.status}", retry_after, reached=True)
         else:
-            status = outcome.status
-            if status in COOLING_STATUSES:
-                health.fail(f"status {status}", outcome.fields.get("retry-after"), reached=True)
-            else:
-                health.succeed()
-        upstream_url = self.record.upstream_url
-        attempt = Attempt(str(self.instance), upstream_url, status, error, milliseconds)
+            candidate.health.succeed()
+        self.note_attempt(candidate, head.status, None)
+
+    def note_attempt(self, candidate: Candidate, status: int | None, error: str | None) -> None:
+        """Put an attempt into the record."""
+        elapsed_ms = round((time.monotonic() - candidate.started_at) * 1000, 1)
+        instance = str(candidate.instance)
+        attempt = Attempt(instance, self.record.upstream_url, status, error, elapsed_ms)
         self.record.attempts.append(attempt)
 
-    async def inspect(self, answer: UpstreamResponse) -> None:
-        """See that a good answer begins, and keep a bad one for later. Raises BadGateway."""
-        if answer.head.status >= 400 and len(await answer.hold()) > LIMITS.buffered_error:
-            raise BadGateway(f"an error answer over {LIMITS.buffered_error} bytes")
-        if answer.head.status != 200 or self.request.head.method == "HEAD":
+    async def inspect(self, response: UpstreamResponse) -> None:
+        """See that a good answer begins, and keep a bad one for later. Raises BadGateway.
+
+        Only where another instance could be asked instead: what is read here waits.
+        """
+        head = response.head
+        most = self.context.limits.buffered_error
+        if head.status >= 400 and len(await response.hold()) > most:
+            raise BadGateway(f"an error answer over {most} bytes")
+        if head.status != 200 or self.request.head.method == "HEAD":
             return
-        coded = read_coding(answer.head.fields)  # its events cannot be told apart
-        form = None if coded else EVENT_FORMATS.get(answer.head.media_type)
-        size, tail = 0, b""
-        while piece := await answer.peek():
-            size, tail = size + len(piece), tail[-3:] + piece
-            if form is None or form.end.search(tail) or size > LIMITS.buffered_event:
+        # Events under a content coding cannot be told apart here; the first octet has to do.
+        form = None if read_coding(head.fields) else EVENT_FORMATS.get(head.media_type)
+        size = 0
+        tail = b""
+        while piece := await response.peek():
+            size += len(piece)
+            # An event's end is at most four octets long, and may be split anywhere.
+            tail = tail[-3:] + piece
+            if form is None or form.end.search(tail) or size > self.context.limits.buffered_event:
                 return
-        held, closed = b"".join(answer.held), answer.content.framing is UNTIL_CLOSE
-        if not (form and is_last_event(form, held, closed)):
+        # The answer is over. One event without its end may be all that the server had to say.
+        closed = response.content.framing is UNTIL_CLOSE
+        if form is None or not is_last_event(form, b"".join(response.held), closed):
             raise BadGateway("it ended before its first event or byte")
 
-    async def attempt(self) -> UpstreamResponse:
-        """ParsedRequest the instance; one that refuses `stream_options` is asked again without."""
-        ask, url = self.ask, self.instance.server.url
-        translate = None if self.native else self.dialect.openai_path
-        path = translate(ask) if translate else ask.path
-        refused, timed = self.relay.upstreams.no_stream_options, self.relay.upstreams.timed
-        self.hide_usage = (
-            ask.stream
+    async def attempt(self, candidate: Candidate) -> UpstreamResponse:
+        """Ask the instance; one that refuses `stream_options` is asked again without."""
+        url = candidate.instance.server.url
+        upstreams = self.context.upstreams
+        path = self.upstream_path(candidate)
+        candidate.hide_usage = (
+            self.parsed.stream
             and path in USAGE_PATHS
-            and not ask.wants_usage
-            and url not in refused
-            and (url, self.record.sent_model) not in timed
+            and not self.parsed.wants_usage
+            and url not in upstreams.no_stream_options
+            and (url, candidate.model) not in upstreams.timed
         )
-        answer = await self.send(path)
-        if not self.hide_usage or answer.head.status not in (400, 422):
-            return answer
-        if b"stream_options" not in await answer.hold():
-            return answer
-        answer.close()
-        self.hide_usage = False
-        answer = await self.send(path)
-        if answer.head.status < 400:  # else it may have told what it was sent
-            refused.add(url)
-        return answer
+        response = await self.send(candidate, path)
+        if not candidate.hide_usage or response.head.status not in (400, 422):
+            return response
+        if b"stream_options" not in await response.hold():
+            return response
+        response.close()
+        candidate.hide_usage = False
+        response = await self.send(candidate, path)
+        # When it refuses again, the first refusal may just have quoted what it was sent.
+        if response.head.status < 400:
+            upstreams.no_stream_options.add(url)
+        return response
 
-    async def send(self, path: str) -> UpstreamResponse:
-        """Send the request to the instance, in the dialect it speaks."""
-        ask, method, server = self.ask, self.request.head.method, self.instance.server
-        encode = (not self.native and self.dialect.encode_openai) or self.dialect.encode
-        no_think = self.relay.settings.disable_thinking
-        rewrite = Rewrite(self.instance.model or ask.model, no_think, self.hide_usage)
-        content = await self.relay.work(len(ask.content), encode, ask, rewrite)
-        length = ""
+    def upstream_path(self, candidate: Candidate) -> str:
+        """Return the path that serves the request at this instance."""
+        if candidate.native or self.dialect.openai_path is None:
+            return self.parsed.path
+        return self.dialect.openai_path(self.parsed)
+
+    async def send(self, candidate: Candidate, path: str) -> UpstreamResponse:
+        """Send the request to the instance, in the dialect that its server speaks."""
+        parsed = self.parsed
+        method = self.request.head.method
+        server = candidate.instance.server
+        encode = self.dialect.encode
+        if not candidate.native and self.dialect.encode_openai:
+            encode = self.dialect.encode_openai
+        rewrite = Rewrite(
+            candidate.model or parsed.model,
+            self.context.settings.disable_thinking,
+            candidate.hide_usage,
+        )
+        content = await self.context.work(len(parsed.content), encode, parsed, rewrite)
+        lines = self.request_lines(candidate)
         if content or method in ("POST", "PUT", "PATCH"):
-            length = f"Content-Length: {len(content)}\r\n"
-        start = f"{method} {server.url.prefix}{path}{ask.query} HTTP/1.1\r\n"
-        head = f"{start}{self.request_lines()}{length}\r\n".encode("latin-1", "replace")
-        self.answer = await self.relay.upstreams.send(server, method, head + content)
-        return self.answer
+            lines += f"Content-Length: {len(content)}\r\n"
+        target = f"{server.url.prefix}{path}{parsed.query}"
+        head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
+        candidate.response = await self.context.upstreams.send(server, method, head + content)
+        return candidate.response
 
-    def request_lines(self) -> str:
+    def request_lines(self, candidate: Candidate) -> str:
         """Return the field lines for the server, worked out once for each head."""
-        known, key = self.request.head.memo, (self.instance.server, bool(self.ask.text))
+        known = self.request.head.memo
+        key = candidate.instance.server, candidate.native, bool(self.parsed.text)
         if key not in known:
-            known[key] = encode_lines(self.request_fields())
+            known[key] = encode_lines(self.request_fields(candidate))
         return known[key]
 
-    def request_fields(self) -> Pairs:
+    def request_fields(self, candidate: Candidate) -> FieldPairs:
         """Return the fields for the server: its own, and the client's less what stops here."""
-        server, relay, fields = self.instance.server, self.relay, self.request.head.fields
-        added = [*server.headers]
-        if "host" not in (name.lower() for name, _ in added):
+        server = candidate.instance.server
+        fields = self.request.head.fields
+        added = list(server.headers)
+        if not any(name.lower() == "host" for name, _ in server.headers):
             added.append(("Host", server.url.authority))
         if server.api_key:
             added.append(("Authorization", f"Bearer {server.api_key}"))
-        if self.ask.text:
+        if self.parsed.text:
+            # The answer may have to be changed, which a content coding makes harder.
             added.append(("Accept-Encoding", "identity"))
-        if not self.native:  # whatever its client called it, as curl -d does
+        if not candidate.native:
+            # A translated request is JSON, whatever its client called it (`curl -d` says form).
             added.append(("Content-Type", "application/json"))
-        added.append(("Via", ", ".join([*fields.get_all("via"), relay.via])))
-        fields = without_tokens(fields, relay.settings.jwt_secret, NEVER)
-        return added + pass_on(fields, NOT_FORWARDED, [name.lower() for name, _ in added])
+        added.append(("Via", ", ".join([*fields.get_all("via"), self.context.via])))
+        fields = without_tokens(fields, self.context.settings.jwt_secret, NEVER)
+        replaced = [name.lower() for name, _ in added]
+        return added + passed_fields(fields, NOT_FORWARDED, replaced)
 
-    def choose_transform(self, head: ResponseHead) -> tuple[Transform | None, Inflater | None]:
+    # Relaying it
+
+    def choose_transform(self) -> tuple[Transform | None, Inflater | None]:
         """Return what the answer must go through; one that cannot be read goes as it is."""
-        ask = self.ask
+        candidate = self.candidate
+        head = candidate.response.head
         coding = read_coding(head.fields)
-        if coding and coding not in CODINGS and self.native:
+        if coding and coding not in CODINGS and candidate.native:
             return None, None
         plan = AnswerPlan(
-            ask,
+            self.parsed,
             self.dialect,
-            self.native,
-            self.relay.rules,
-            self.hide_usage,
-            self.instance.model != ask.model,
+            candidate.native,
+            self.context.filter_rules,
+            candidate.hide_usage,
+            candidate.instance.model != self.parsed.model,
             self.timing,
         )
         transform = choose_transform(plan, head.status, head.media_type)
@@ -6474,53 +6702,69 @@ class Exchange:
 
     def timing(self) -> Timing:
         """Return when an answer is made and how long it took, in ns."""
-        now, begun = time.monotonic(), self.record.clock
-        first = (self.ask.stream and self.record.first_token) or now
-        return Timing(time.time(), int((now - begun) * 1e9), int((first - begun) * 1e9))
+        now = time.monotonic()
+        started_at = self.record.clock
+        first_at = now
+        if self.parsed.stream and self.record.first_token:
+            first_at = self.record.first_token
+        total_ns = int((now - started_at) * 1e9)
+        first_ns = int((first_at - started_at) * 1e9)
+        return Timing(time.time(), total_ns, first_ns)
 
-    async def relay_answer(self, answer: UpstreamResponse) -> None:
-        """Send an answer as it comes in, through its transform."""
-        self.record.answer_head = answer.head
-        self.transform, self.inflater = self.choose_transform(answer.head)
-        await answer.pump(self.forward, self.writer)
-        transform, inflater, tail = self.transform, self.inflater, b""
-        if inflater and inflater.decoder and not inflater.decoder.eof:  # nothing at all is whole
+    async def relay_response(self) -> None:
+        """Send the candidate's answer as it comes in, through its transform."""
+        response = self.candidate.response
+        self.record.answer_head = response.head
+        self.transform, self.inflater = self.choose_transform()
+        await response.pump(self.forward, self.writer)
+        tail = b""
+        inflater = self.inflater
+        # A content that ends before the first octet of its coding is empty, and that is whole.
+        if inflater and inflater.decoder and not inflater.decoder.eof:
             raise BadGateway("the answer's content coding broke off")
+        transform = self.transform
         if transform:
             try:
-                tail = transform.finish(answer.content.framing is UNTIL_CLOSE)
+                tail = transform.finish(response.content.framing is UNTIL_CLOSE)
             except ODD_SHAPES as error:
                 raise odd_answer(error) from error
             self.conclude(transform)
         if not self.writer.started:
-            self.begin(answer.head, len(tail) if transform and transform.whole else None)
+            whole = transform is not None and transform.whole
+            self.begin(response.head, len(tail) if whole else None)
         self.writer.finish(tail)
 
     def conclude(self, transform: Transform) -> None:
         """Note what only a whole stream has told."""
-        if isinstance(transform, StreamRewrite):
-            self.record.error = transform.trouble[: LIMITS.error_text]
-            timed = self.relay.upstreams.timed
-            key = self.instance.server.url, self.record.sent_model
-            if transform.timed:  # unasked, they come with the finish
-                timed.add(key)
-            elif key in timed and b'"timings"' not in transform.last_events:  # another server
-                timed.discard(key)
-            if len(timed) > LIMITS.known_instances:  # clients choose names
-                timed.clear()
+        if not isinstance(transform, StreamRewrite):
+            return
+        self.record.error = transform.trouble[: self.context.limits.error_text]
+        timed = self.context.upstreams.timed
+        key = self.candidate.instance.server.url, self.candidate.model
+        if transform.timed:
+            # llama.cpp tells its timings unasked, with the finish.
+            timed.add(key)
+        elif key in timed and b'"timings"' not in transform.last_events:
+            # Another server stands there now.
+            timed.discard(key)
+        if len(timed) > self.context.limits.known_instances:
+            # Clients choose the names of models.
+            timed.clear()
 
     def forward(self, data: bytes) -> None:
-        """Pass a piece of the answer on, or hold it, as its transform says."""
-        record, writer = self.record, self.writer
+        """Pass a piece of the answer on, or keep it back, as its transform says."""
+        record = self.record
+        writer = self.writer
         if record.first_token is None:
-            record.first_token, record.phase = time.monotonic(), "streaming"
-        self.relay.log.hear(record, data)
+            record.first_token = time.monotonic()
+            record.phase = "streaming"
+        self.context.log.hear(record, data)
         if self.transform:
             data = self.change(data)
             if self.transform and self.transform.whole:
                 return
         if not writer.started:
-            self.begin(self.answer.head, None)
+            self.begin(self.candidate.response.head, None)
         writer.write(data)
         record.response_size = writer.size
 
@@ -6533,136 +6777,133 @@ class Exchange:
                 self.coded.append(data)
             return self.transform.feed(self.inflater.feed(data))
         except DecodedTooLong:
-            if not (self.native and self.transform.whole):
+            if not (self.candidate.native and self.transform.whole):
                 raise
-            self.transform = self.inflater = None
+            # It is too long to be changed, and the client can read it as it is.
+            self.transform = None
+            self.inflater = None
             return b"".join(self.coded)
         except ODD_SHAPES as error:
             raise odd_answer(error) from error
 
     def begin(self, head: ResponseHead, length: int | None) -> None:
         """Make the head of an answer; its content is `length` octets, if that is known."""
-        if not self.transform and (declared := head.fields.get("content-length")):
-            length = int(declared)  # valid, or there would be no answer
-        shape = self.native, self.transform is None, self.ask.stream, bool(self.writer.extra)
+        declared = head.fields.get("content-length")
+        if declared and not self.transform:
+            # It is valid, or there would be no answer.
+            length = int(declared)
+        native = self.candidate.native
+        shape = native, self.transform is None, self.parsed.stream, bool(self.writer.extra)
         if shape not in head.memo:
             head.memo[shape] = encode_lines(self.answer_fields(head))
         lines = head.memo[shape] + encode_lines(self.own_fields())
-        if head.fields.get("date") is None:  # RFC 9110 6.6.1
+        if head.fields.get("date") is None:
+            # RFC 9110 section 6.6.1: who relays a response without a date adds one.
             lines += f"Date: {http_date(int(time.time()))}\r\n"
         self.writer.begin(head.status, lines, length, head.reason)
 
-    def answer_fields(self, head: ResponseHead) -> Pairs:
+    def answer_fields(self, head: ResponseHead) -> FieldPairs:
         """Return the fields of an answer as its client gets them."""
-        own, dropped, kind = [], NOT_RETURNED, head.media_type
+        own: FieldPairs = []
+        dropped = NOT_RETURNED
+        media_type = head.media_type
         if self.transform:
             dropped = NOT_TRUE_ANY_MORE
             declared = head.fields.get("content-type") or "application/octet-stream"
-            if not self.native:
-                streams = self.ask.stream and head.status < 400
-                kind = "application/x-ndjson" if streams else "application/json"
-                declared = kind if streams else f"{kind}; charset=utf-8"
+            if not self.candidate.native:
+                streams = self.parsed.stream and head.status < 400
+                media_type = "application/x-ndjson" if streams else "application/json"
+                declared = media_type if streams else f"{media_type}; charset=utf-8"
             own.append(("Content-Type", declared))
-        if kind in EVENT_FORMATS:
+        if media_type in EVENT_FORMATS:
             own += STREAM_FIELDS
             dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
-        theirs = [line[0] for line in head.fields.lines if line[0].startswith("access-control-")]
-        if self.writer.extra:  # ours decide which origins may read
-            dropped = dropped.union(theirs)
-        return pass_on(head.fields, dropped, OWN_FIELDS) + own
+        if self.writer.extra:
+            # The router decides which origins may read an answer, not its servers.
+            theirs = [lower for lower, _, _ in head.fields.lines]
+            dropped = dropped.union(n for n in theirs if n.startswith("access-control-"))
+        return passed_fields(head.fields, dropped, OWN_FIELDS) + own
+
+
+# --- handlers that relay ---------------------------------------------------------------
+
+
+async def relay_by_model(
+    context: Context, request: Request, read: Callable[[str, str, bytes], ParsedRequest]
+) -> None:
+    """Relay a request to where its model leads; one without a model to the default server."""
+    content = request.content
+    parsed = await context.work(len(content), read, request.path, request.query, content)
+    if parsed.text or parsed.model:
+        decision = context.decide(parsed.model, request.source_host)
+    else:
+        # Neither a JSON document nor a model: there is nothing that a rule could look at.
+        without_rules = context.table._replace(rules=(), model_map=())
+        decision = resolve(without_rules, "", request.source_host)
+    await Exchange(context, request, parsed, decision).run()
+
+
+async def relay_model(context: Context, request: Request) -> None:
+    """Relay a request as its endpoint's dialect reads it."""
+    await relay_by_model(context, request, request.dialect.read)
+
+
+def is_object(content: bytes) -> bool:
+    """Tell whether content looks like a JSON object."""
+    return content[:64].lstrip()[:1] == b"{"
+
+
+async def relay_post(context: Context, request: Request) -> None:
+    """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
+    media_type = request.head.fields.get("content-type") or ""
+    is_form = media_type.lower().startswith("multipart/form-data")
+    is_json = request.path in MODEL_PATHS or "json" in media_type.lower()
+    if is_form:
+        read_this_form = functools.partial(read_form, media_type)
+        request.dialect = OPENAI_OPAQUE._replace(read=read_this_form)
+    elif not (is_json or is_object(request.content)):
+        request.dialect = OPENAI_OPAQUE
+    coding = read_coding(request.head.fields)
+    if coding and request.dialect is not OPENAI_OPAQUE:
+        what = f"Content-Encoding {coding[:80]!r} of a request"
+        raise UnsupportedContent(f"{what}; send it plain")
+    await relay_model(context, request)
+
+
+async def relay_native(context: Context, request: Request) -> None:
+    """Relay what only a server that speaks the client's dialect itself can do."""
+    if not request.content and request.head.method != "HEAD":
+        raise MalformedContent("the request has no content")
+    service = request.dialect.service
+    servers = [server for server in context.table.all_servers() if server.api == service]
+    if not servers:
+        raise NotSupported(
+            f"{request.path} needs a server that speaks {service} itself; mark one "
+            f"with `api: {service}` in the routing file"
+        )
+    request.dialect = as_native(request.dialect)
+    if not is_object(request.content):
+        request.dialect = as_opaque(request.dialect)
+    parsed = ParsedRequest(request.path, request.query, request.content)
+    with contextlib.suppress(MalformedContent):
+        parsed = request.dialect.read(request.path, request.query, request.content)
+    decision = context.decide(parsed.model, request.source_host)
+    instances = tuple(i for i in decision.instances if i.server.api == service)
+    if not instances:
+        instances = (Instance(servers[0], parsed.model or None),)
+    decision = decision._replace(instances=instances)
+    await Exchange(context, request, parsed, decision).run()
 
 
 # ======================================================================================
 # 15  Dashboard and API
 # ======================================================================================
-# What the owner looks at: the page, one document that is allowed by hash, and the JSON
-# that it fetches. A question is a function that a reader thread runs on the database; an
-# endpoint is a `serve_` function here and a line in section 16.
-
-
-@functools.lru_cache(maxsize=2)
-def page_fields(page: str) -> list[tuple[str, str]]:
-    """Return the fields of the page; its CSP allows its own style and script, by hash."""
-
-    def source(tag: str) -> str:
-        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-    policy = (
-        f"default-src 'none'; connect-src 'self'; img-src 'self' data:; "
-        f"style-src 'sha256-{source('style')}'; script-src 'sha256-{source('script')}'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)]
-
+# What the owner looks at: the page, one document whose script is allowed by its hash, and
+# the JSON that it fetches; and what clients ask beside models' answers: which models there
+# are. A question to the log is a function that a reader thread runs on the database. To add
+# an endpoint: a handler `serve_...(context, request)` here, and a line in section 16.
 
 MAX_DECISIONS = 4096
-
-
-class TokenGuard:
-    """Checks tokens; after ten failures a minute an address gets 429 for the next one.
-
-    A valid token passes all the same: nobody can lock others out behind one address, and
-    a signature of 256 bits is not found by trying. All that fail then are told the same.
-    """
-
-    def __init__(self, secret: str | None) -> None:
-        self.secret = secret
-        self.failures: dict[str, list[float]] = {}
-
-    def check(self, tokens: Sequence[str], source: str) -> None:
-        """Let a request with one of these tokens in. Raises Unauthorized and its kin."""
-        try:
-            check_access(self.secret, tokens, time.time())
-        except Unauthorized:
-            if not tokens:
-                raise
-            clock = time.monotonic()
-            recent = [
-                t for t in self.failures.pop(source, ()) if clock - t < LIMITS.token_failure_window
-            ]
-            if len(self.failures) >= LIMITS.token_failure_addresses:
-                del self.failures[next(iter(self.failures))]
-            self.failures[source] = [*recent, clock][: LIMITS.token_failures]
-            if len(recent) < LIMITS.token_failures:
-                raise
-            wait = str(int(LIMITS.token_failure_window - (clock - recent[0])) + 1)
-            words = "too many failed tokens from this address"
-            raise TooManyRequests(words, ("Retry-After", wait)) from None
-
-
-@dataclasses.dataclass
-class Services:
-    """What the endpoints work with; `table` changes when the routing file does."""
-
-    settings: Settings
-    table: RoutingTable
-    upstreams: Upstreams
-    models: ModelLists
-    log: RequestLog
-    relay: Relay
-    token_guard: TokenGuard
-    decisions: dict[tuple[str, str], Decision] = dataclasses.field(default_factory=dict)
-    draining: bool = False
-    routes_error: str | None = None
-    dashboard: str = ""  # a file that is served instead of DASHBOARD_HTML
-
-    def decide(self, model: str, source_host: str) -> Decision:
-        """Return where a request goes, from a bounded table of earlier decisions."""
-        key = model, source_host
-        decision = self.decisions.get(key)
-        if decision is None:
-            if len(self.decisions) >= MAX_DECISIONS:
-                self.decisions.clear()
-            decision = resolve(self.table, model, source_host)
-            if len(model) <= LIMITS.pattern_name:
-                self.decisions[key] = decision
-        return decision
-
-    async def list_models(self, request: Request) -> list[dict[str, Any]]:
-        """Return the union of the models that this client may see."""
-        fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
-        return await list_models(self.models, self.table, fields.get("authorization"))
 
 
 def inflight_row(record: Record, now: float) -> dict[str, Any]:
@@ -7179,114 +7420,153 @@ def find_url(table: RoutingTable, text: str) -> str:
     return text
 
 
-async def serve_question(services: Services, request: Request, dialect: Dialect) -> None:
+async def serve_question(context: Context, request: Request) -> None:
     """Answer /api/logs, /api/stats and /api/performance."""
     question, known = QUESTIONS[request.path]
     asked = read_parameters(request.query, known)
     if "upstream" in asked:
-        asked["upstream"] = find_url(services.table, asked["upstream"])
-    doc = await services.log.ask(question, asked)
-    more = {"routes_error": services.routes_error}
+        asked["upstream"] = find_url(context.table, asked["upstream"])
+    doc = await context.log.ask(question, asked)
+    more = {"routes_error": context.routes_error}
     request.writer.send_json(doc | more if isinstance(doc, dict) else doc)
 
 
-async def serve_request(services: Services, request: Request, dialect: Dialect) -> None:
+async def serve_request_details(context: Context, request: Request) -> None:
     """Answer /api/request/{id}."""
-    request.writer.send_json(await find_request(services.log, request.path))
+    request.writer.send_json(await find_request(context.log, request.path))
 
 
-async def serve_inflight(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/inflight."""
-    now, records = time.monotonic(), services.log.inflight.values()
+async def serve_inflight(context: Context, request: Request) -> None:
+    """Answer /api/inflight: the requests that run now."""
+    now = time.monotonic()
+    records = context.log.inflight.values()
     request.writer.send_json([inflight_row(record, now) for record in records])
 
 
-async def serve_cancel(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/inflight/{id}/cancel."""
+async def serve_cancel(context: Context, request: Request) -> None:
+    """Answer /api/inflight/{id}/cancel: stop that request."""
     number = request.path.split("/")[3]
-    running = {str(record.id): record for record in services.log.inflight.values() if record.stop}
-    if number not in running:
-        raise NotFound("no such request is running")
-    running[number].stop()
-    request.writer.send_json({"cancelled": True})
+    for record in context.log.inflight.values():
+        if str(record.id) == number and record.stop:
+            record.stop()
+            request.writer.send_json({"cancelled": True})
+            return
+    raise NotFound("no such request is running")
 
 
-async def serve_upstreams(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/upstreams: up, cooling, down or unknown, and how the last hour was."""
-    servers, docs, now = services.table.all_servers(), [], time.monotonic()
-    models = await asyncio.gather(*(services.models.get(server, None) for server in servers))
-    for server, names in zip(servers, models, strict=True):
-        known, url = services.upstreams.known(server), str(server.url)
-        failing = [health for health in known if health.failures]
-        state = (
-            "unknown"
-            if not known
-            else "down"
-            if not all(health.reached for health in failing)
-            else "cooling"
-            if any(health.cool_until > now for health in failing)
-            else "up"
-        )
-        docs.append(
-            {
-                "name": server.name,
-                "url": url,
-                "api": server.api,
-                "state": state,
-                "last_error": next((h.error for h in (*failing[::-1], *known) if h.error), None),
-                "failures": sum(health.failures for health in known),  # since one went well
-                "inflight": sum(health.busy for health in known),
-                "models": [model["id"] for model in names or ()],
-                **await services.log.ask(read_last_hour, url),
-            }
-        )
-    request.writer.send_json(docs)
+def server_state(instances: Sequence[Health], now: float) -> str:
+    """Return how a server is, by what is known of its instances: up, cooling, down or unknown."""
+    if not instances:
+        return "unknown"
+    failing = [health for health in instances if health.failures]
+    if not all(health.reached for health in failing):
+        return "down"
+    if any(health.cool_until > now for health in failing):
+        return "cooling"
+    return "up"
 
 
-async def serve_routes(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/routes: the table, and what it makes of a model."""
-    asked = read_parameters(request.query, ROUTE_PARAMETERS)
-    table = services.table
-    doc = {
-        "source": table.source,
-        "error": services.routes_error,
-        "default": str(table.default.url),
-        "servers": [
-            {"name": s.name, "url": str(s.url), "api": s.api} for s in table.servers.values()
-        ],
-        "aliases": [
-            {"name": a.name, "strategy": a.strategy, "instances": [*map(str, a.instances)]}
-            for a in table.aliases.values()
-        ],
-        "routes": [
-            {"rule": r.name, "match": r.match_text, "route": str(r.target)} for r in table.rules
-        ],
-        "model_map": [
-            {"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": to}
-            for key, to in table.model_map
-        ],
-    }
-    if "model" in asked:
-        source = asked.get("source_host", request.source_host)
-        found = resolve(table, asked["model"], source)
-        doc["decision"] = {
-            "model": found.asked,
-            "source_host": source,
-            "mapped_model": found.mapped,
-            "route": found.route,
-            "strategy": found.strategy,
-            "instances": [
-                {"server": i.server.name, "url": str(i.server.url), "model": i.model}
-                for i in found.instances
-            ],
-            "trail": [step._asdict() for step in found.trail],
+def last_error(instances: Sequence[Health]) -> str | None:
+    """Return what went wrong last at a server: of an instance that fails now, if there is one."""
+    failing = [health for health in instances if health.failures]
+    for health in [*reversed(failing), *instances]:
+        if health.error:
+            return health.error
+    return None
+
+
+async def serve_upstreams(context: Context, request: Request) -> None:
+    """Answer /api/upstreams: each server, how it is, and how the last hour was."""
+    servers = context.table.all_servers()
+    fetching = [context.model_lists.get(server, None) for server in servers]
+    model_lists = await asyncio.gather(*fetching)
+    documents = []
+    for server, models in zip(servers, model_lists, strict=True):
+        instances = context.upstreams.known(server)
+        url = str(server.url)
+        last_hour = await context.log.ask(read_last_hour, url)
+        document = {
+            "name": server.name,
+            "url": url,
+            "api": server.api,
+            "state": server_state(instances, time.monotonic()),
+            "last_error": last_error(instances),
+            # In a row, since one went well.
+            "failures": sum(health.failures for health in instances),
+            "inflight": sum(health.busy for health in instances),
+            "models": [model["id"] for model in models or ()],
         }
-    request.writer.send_json(doc)
+        documents.append({**document, **last_hour})
+    request.writer.send_json(documents)
 
 
-async def serve_metrics(services: Services, request: Request, dialect: Dialect) -> None:
+def table_document(table: RoutingTable) -> dict[str, Any]:
+    """Return the routing table as /api/routes shows it."""
+    servers = [
+        {"name": server.name, "url": str(server.url), "api": server.api}
+        for server in table.servers.values()
+    ]
+    aliases = [
+        {
+            "name": alias.name,
+            "strategy": alias.strategy,
+            "instances": [str(instance) for instance in alias.instances],
+        }
+        for alias in table.aliases.values()
+    ]
+    routes = [
+        {"rule": rule.name, "match": rule.match_text, "route": str(rule.target)}
+        for rule in table.rules
+    ]
+    model_map = [
+        {"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": target}
+        for key, target in table.model_map
+    ]
+    return {
+        "source": table.source,
+        "default": str(table.default.url),
+        "servers": servers,
+        "aliases": aliases,
+        "routes": routes,
+        "model_map": model_map,
+    }
+
+
+def decision_document(decision: Decision, source_host: str) -> dict[str, Any]:
+    """Return a decision as /api/routes shows it: where a request would go, and why."""
+    instances = [
+        {
+            "server": instance.server.name,
+            "url": str(instance.server.url),
+            "model": instance.model,
+        }
+        for instance in decision.instances
+    ]
+    return {
+        "model": decision.asked,
+        "source_host": source_host,
+        "mapped_model": decision.mapped,
+        "route": decision.route,
+        "strategy": decision.strategy,
+        "instances": instances,
+        "trail": [step._asdict() for step in decision.trail],
+    }
+
+
+async def serve_routes(context: Context, request: Request) -> None:
+    """Answer /api/routes: the table, and with a model what it makes of that model."""
+    parameters = read_parameters(request.query, ROUTE_PARAMETERS)
+    document = {**table_document(context.table), "error": context.routes_error}
+    if "model" in parameters:
+        source_host = parameters.get("source_host", request.source_host)
+        decision = resolve(context.table, parameters["model"], source_host)
+        document["decision"] = decision_document(decision, source_host)
+    request.writer.send_json(document)
+
+
+async def serve_metrics(context: Context, request: Request) -> None:
     """Answer /metrics."""
-    log = services.log
+    log = context.log
     lines = metric_lines(
         dict(log.series),
         {
@@ -7332,16 +7612,16 @@ def read_news(
     }
 
 
-async def serve_events(services: Services, request: Request, dialect: Dialect) -> None:
+async def serve_events(context: Context, request: Request) -> None:
     """Answer /api/events: what began, spoke and ended, at most four times a second."""
-    log, quiet = services.log, 0.0
+    log, quiet = context.log, 0.0
     ended: collections.deque[Row] = collections.deque(maxlen=LIMITS.news_rows)
     known: dict[int, bool] = {}  # running requests: whether they speak
     log.listeners.append(ended)
     try:
         begin_stream(request, "text/event-stream")
         await send_piece(request, b": hello\n\n")
-        while not (services.draining or request.writer.silent):
+        while not (context.draining or request.writer.silent):
             news = read_news(log, ended, known)
             quiet += LIMITS.news_interval
             if any(news.values()) or quiet > LIMITS.news_keep_alive:
@@ -7354,7 +7634,7 @@ async def serve_events(services: Services, request: Request, dialect: Dialect) -
     request.writer.finish()
 
 
-async def serve_export(services: Services, request: Request, dialect: Dialect) -> None:
+async def serve_export(context: Context, request: Request) -> None:
     """Answer /api/export: all of it, as slowly as its reader reads."""
     asked = read_parameters(request.query, EXPORT_PARAMETERS)
     kind, end = (
@@ -7366,224 +7646,228 @@ async def serve_export(services: Services, request: Request, dialect: Dialect) -
     def next_page(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
         return export_page(log.store, db, asked)
 
-    page, asked["before"] = await services.log.ask(next_page)
+    page, asked["before"] = await context.log.ask(next_page)
     name = f"attachment; filename=smolrouter.{end}"
     begin_stream(request, kind, ("Content-Disposition", name))
     await send_piece(request, page)
     while asked["before"]:
-        page, asked["before"] = await services.log.ask(next_page)
+        page, asked["before"] = await context.log.ask(next_page)
         await send_piece(request, page)
     request.writer.finish()
 
 
-# ======================================================================================
-# 16  Application
-# ======================================================================================
-# Which path means what: one table. It dispatches and it guards, on the same normalised
-# path. To add an endpoint: a function `serve_...` and a line in ENDPOINTS.
-
-OLLAMA_VERSION = "0.12.0"  # the version of Ollama's API that is spoken here
-RUNNING_FOR = 300.0  # s that /api/ps says a model stays
+# --- models ---------------------------------------------------------------------------
+# What models there are is asked by the clients of every dialect; each dialect says how it
+# lists them.
 
 
-async def relay_model(services: Services, request: Request, dialect: Dialect) -> None:
-    """Relay a request by its model; without one it goes to the default server."""
-    content = request.content
-    ask = await services.relay.work(
-        len(content), dialect.read, request.path, request.query, content
-    )
-    decision = services.decide(ask.model, request.source_host)
-    if not (ask.text or ask.model):  # nothing that a rule could look at
-        table = services.table._replace(rules=(), model_map=())
-        decision = resolve(table, "", request.source_host)
-    await Exchange(services.relay, request, dialect, ask, decision).run()
+async def serve_models(context: Context, request: Request) -> None:
+    """Answer the list of models, in the client's dialect."""
+    models = await context.list_models(request)
+    request.writer.send_json(request.dialect.encode_models(models, rfc3339(time.time())))
 
 
-def is_object(content: bytes) -> bool:
-    """Tell whether content looks like a JSON object."""
-    return content[:64].lstrip()[:1] == b"{"
-
-
-async def relay_post(services: Services, request: Request, dialect: Dialect) -> None:
-    """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
-    kind = request.head.fields.get("content-type") or ""
-    coding = read_coding(request.head.fields)
-    if kind.lower().startswith("multipart/form-data"):
-        dialect = OPENAI_OPAQUE._replace(read=functools.partial(read_form, kind))
-    elif not (request.path in MODEL_PATHS or "json" in kind.lower() or is_object(request.content)):
-        dialect = OPENAI_OPAQUE
-    if coding and dialect is not OPENAI_OPAQUE:
-        raise UnsupportedContent(f"Content-Encoding {coding[:80]!r} of a request; send it plain")
-    await relay_model(services, request, dialect)
-
-
-async def relay_native(services: Services, request: Request, dialect: Dialect) -> None:
-    """Relay what only a server that speaks the dialect itself can do."""
-    if not request.content and request.head.method != "HEAD":
-        raise MalformedContent("the request has no content")
-    reader = OLLAMA_NATIVE if is_object(request.content) else OLLAMA_OPAQUE
-    ask = ParsedRequest(request.path, request.query, request.content)
-    with contextlib.suppress(MalformedContent):
-        ask = reader.read(request.path, request.query, request.content)
-    speaking = [s for s in services.table.all_servers() if s.api == dialect.service]
-    if not speaking:
-        raise NotSupported(
-            f"{request.path} needs a server that speaks {dialect.service} itself; mark one "
-            f"with `api: {dialect.service}` in the routing file"
-        )
-    decision = services.decide(ask.model, request.source_host)
-    native = tuple(i for i in decision.instances if i.server.api == dialect.service)
-    native = native or (Instance(speaking[0], ask.model or None),)
-    decision = decision._replace(instances=native)
-    await Exchange(services.relay, request, reader, ask, decision).run()
-
-
-async def serve_models(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer GET /v1/models."""
-    models = await services.list_models(request)
-    request.writer.send_json({"object": "list", "data": models})
-
-
-async def serve_model(services: Services, request: Request, dialect: Dialect) -> None:
+async def serve_model(context: Context, request: Request) -> None:
     """Answer GET /v1/models/{id}."""
     name = urllib.parse.unquote(request.path.removeprefix("/v1/models/"))
-    models = {model["id"]: model for model in await services.list_models(request)}
-    decision = services.decide(name, request.source_host)
-    if name not in models and (decision.route, decision.mapped) == ("default", name):
+    listed = {model["id"]: model for model in await context.list_models(request)}
+    decision = context.decide(name, request.source_host)
+    # A name that a rule, an alias or the model map knows is as good as a listed one.
+    nobody_knows_it = decision.route == "default" and decision.mapped == name
+    if name not in listed and nobody_knows_it:
         raise NotFound(f"no server has a model {name[:80]!r}; GET /v1/models lists them all")
-    request.writer.send_json(models.get(name) or model_entry(name))
+    request.writer.send_json(listed.get(name) or model_entry(name))
 
 
-async def serve_tags(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/tags."""
-    models, now = await services.list_models(request), rfc3339(time.time())
-    request.writer.send_json({"models": [ollama_model(m["id"], now) for m in models]})
-
-
-async def serve_show(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/show: from the server when it speaks Ollama, else what is known."""
-    ask = dialect.read(request.path, request.query, request.content)
-    decision = services.decide(ask.model, request.source_host)
-    if any(instance.server.api == dialect.service for instance in decision.instances):
-        await relay_native(services, request, dialect)
+async def serve_model_details(context: Context, request: Request) -> None:
+    """Answer what a model is like: from its server when that speaks the dialect, else in short."""
+    parsed = request.dialect.read(request.path, request.query, request.content)
+    decision = context.decide(parsed.model, request.source_host)
+    service = request.dialect.service
+    if any(instance.server.api == service for instance in decision.instances):
+        await relay_native(context, request)
         return
-    names = {ask.model, decision.mapped, *(i.model for i in decision.instances)}
-    if names.isdisjoint([model["id"] for model in await services.list_models(request)]):
-        raise NotFound(f"model {ask.model[:80]!r} not found")
-    request.writer.send_json(ollama_show(ask.model, rfc3339(time.time())))
+    names = {parsed.model, decision.mapped}
+    names.update(instance.model for instance in decision.instances)
+    listed = [model["id"] for model in await context.list_models(request)]
+    if names.isdisjoint(listed):
+        raise NotFound(f"model {parsed.model[:80]!r} not found")
+    details = request.dialect.encode_details(parsed.model, rfc3339(time.time()))
+    request.writer.send_json(details)
 
 
-async def serve_running(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/ps: the models that answer now."""
-    now = time.time()
-    names = {r.original_model: None for r in services.log.inflight.values() if r.original_model}
-    more = {"expires_at": rfc3339(now + RUNNING_FOR), "size_vram": 0}
-    models = [{**ollama_model(name, rfc3339(now)), **more} for name in names]
-    request.writer.send_json({"models": models})
+async def serve_running_models(context: Context, request: Request) -> None:
+    """Answer which models are in use now."""
+    running = [record.original_model for record in context.log.inflight.values()]
+    names = list(dict.fromkeys(name for name in running if name))
+    request.writer.send_json(request.dialect.encode_running(names, time.time()))
 
 
-async def serve_version(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /api/version."""
-    request.writer.send_json({"version": OLLAMA_VERSION})
+async def serve_version(context: Context, request: Request) -> None:
+    """Answer which version of its API the dialect speaks."""
+    request.writer.send_json({"version": request.dialect.version})
 
 
-async def serve_healthz(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer /healthz: 503 while draining."""
-    status, word = (503, "draining") if services.draining else (200, "ok")
-    request.writer.send_json({"status": word, "log": services.log.state()}, status)
+# --- the page and its session ------------------------------------------------------------
+
+# The place in the page where the data of one request goes.
+NO_DATA = '<script type="application/json" id="request-data"></script>'
 
 
-def read_page(file: str) -> str:
-    """Return the page: the copy in here, or a file's text for work on the page."""
+@functools.lru_cache(maxsize=2)
+def page_fields(page: str) -> list[tuple[str, str]]:
+    """Return the fields of the page; its CSP allows its own style and script, by hash."""
+
+    def hash_of(tag: str) -> str:
+        text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src 'self' data:; "
+        f"style-src 'sha256-{hash_of('style')}'; script-src 'sha256-{hash_of('script')}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return [("Content-Type", "text/html; charset=utf-8"), ("Content-Security-Policy", policy)]
+
+
+def read_page(context: Context) -> str:
+    """Return the page: the router's own copy, or the file that `--dashboard` names."""
+    file = context.dashboard_file
+    if not file:
+        return DASHBOARD_HTML
     try:
-        return pathlib.Path(file).read_text("utf-8") if file else DASHBOARD_HTML
+        return pathlib.Path(file).read_text("utf-8")
     except (OSError, ValueError) as error:
         raise NotFound(f"--dashboard {file}: {describe(error)}") from None
 
 
-NO_DATA = '<script type="application/json" id="request-data"></script>'
-
-
 def send_page(
-    services: Services,
+    context: Context,
     request: Request,
     status: int = 200,
     fields: Sequence[tuple[str, str]] = (),
     data: Any = None,
 ) -> None:
     """Send the page, with `data` in it; its script asks /api/session whether to sign in."""
-    page = read_page(services.dashboard)
-    fields = [*page_fields(page), *fields]
+    page = read_page(context)
+    # The policy allows the script and the style as they are in the file; data is neither.
+    all_fields = [*page_fields(page), *fields]
     if data is not None:
+        # A `<` could end the element that holds the data.
         text = encode_json(data).decode().replace("<", "\\u003c")
         page = page.replace(NO_DATA, NO_DATA.replace("><", f">{text}<"), 1)
-    request.writer.send(status, fields, page.encode())
+    request.writer.send(status, all_fields, page.encode())
 
 
-async def serve_page(services: Services, request: Request, dialect: Dialect) -> None:
-    """Answer `/`: the page; HEAD tells Ollama's clients that somebody is there."""
-    status, data = 200, None
+async def serve_page(context: Context, request: Request) -> None:
+    """Answer the page at any of its paths; /request/{id} carries its request's data."""
+    status = 200
+    data = None
     if request.path.startswith("/request/"):
         try:
-            data = await find_request(services.log, request.path)
+            data = await find_request(context.log, request.path)
         except RouterError as error:
             status = error.status
-    send_page(services, request, status, data=data)
+    send_page(context, request, status, data=data)
 
 
-async def serve_session(services: Services, request: Request, dialect: Dialect) -> None:
+async def serve_session(context: Context, request: Request) -> None:
     """Answer /api/session: whether the Web UI wants a token, and has a valid one."""
-    fields, policy = request.head.fields, services.settings.webui_security
+    fields = request.head.fields
+    policy = context.settings.webui_security
     valid = False
     with contextlib.suppress(RouterError):
-        services.token_guard.check(find_tokens(fields, True), request.source_host)
+        tokens = find_tokens(fields, True)
+        context.token_guard.check(tokens, request.source_host, time.time())
         valid = True
-    request.writer.send_json(
-        {
-            "version": __version__,
-            "webui_security": policy,
-            "authenticated": valid,
-            "needs_token": needs_token(policy, fields),
-        }
-    )
+    session = {
+        "version": __version__,
+        "webui_security": policy,
+        "authenticated": valid,
+        "needs_token": needs_token(policy, fields),
+    }
+    request.writer.send_json(session)
 
 
-async def serve_signin(services: Services, request: Request, dialect: Dialect) -> None:
+def read_signin(content: bytes, limits: Limits) -> str:
+    """Return the token of a sign-in: `{"token": "eyJ..."}`  ->  `eyJ...`."""
+    document = None
+    # Anybody may send it, so that a long one is not even parsed.
+    if len(content) <= 2 * limits.token:
+        document = parse_json(content)[1]
+    token = document.get("token") if isinstance(document, dict) else None
+    if not isinstance(token, str):
+        raise MalformedContent('the content is not {"token": "..."}')
+    return token
+
+
+def is_https(context: Context, request: Request) -> bool:
+    """Tell whether the browser came by https: a trusted proxy says so, or the browser itself."""
+    fields = request.head.fields
+    if (fields.get("origin") or "").startswith("https:"):
+        return True
+    peer = request.connection.transport.get_extra_info("peername") or [""]
+    peer_host = str(peer[0]).removeprefix("::ffff:")
+    if not is_trusted(peer_host, context.settings.trusted_proxies):
+        return False
+    return fields.tokens("x-forwarded-proto")[-1:] == ["https"]
+
+
+async def serve_signin(context: Context, request: Request) -> None:
     """Answer /api/signin and /api/signout: a valid token becomes a cookie, or it goes."""
-    fields, token = request.head.fields, ""
+    token = ""
     if request.path == "/api/signin":
-        short = len(request.content) <= 2 * LIMITS.token  # anybody may send it
-        doc = parse_json(request.content)[1] if short else None
-        token = doc.get("token") if isinstance(doc, dict) else None
-        if not isinstance(token, str):
-            raise MalformedContent('the content is not {"token": "..."}')
-        services.token_guard.check([token], request.source_host)
-    peer = str((request.connection.transport.get_extra_info("peername") or [""])[0])
-    by_proxy = is_trusted(peer.removeprefix("::ffff:"), services.settings.trusted_proxies)
-    secure = (by_proxy and fields.tokens("x-forwarded-proto")[-1:] == ["https"]) or (
-        fields.get("origin") or ""
-    ).startswith("https:")  # the browser's own word
-    request.writer.send(204, [encode_cookie(token, time.time(), secure)], b"")
+        token = read_signin(request.content, context.limits)
+        context.token_guard.check([token], request.source_host, time.time())
+    cookie = encode_cookie(token, time.time(), is_https(context, request))
+    request.writer.send(204, [cookie], b"")
+
+
+async def serve_healthz(context: Context, request: Request) -> None:
+    """Answer /healthz: 503 while draining."""
+    status = 200
+    word = "ok"
+    if context.draining:
+        status = 503
+        word = "draining"
+    request.writer.send_json({"status": word, "log": context.log.state()}, status)
+
+
+# ======================================================================================
+# 16  Application
+# ======================================================================================
+# Which path means what: one table, ENDPOINTS. It dispatches and it guards, on the same
+# normalised path, so that no second spelling of a path finds an unguarded door. What a
+# handler raises becomes an answer here, and nowhere else. To add an endpoint: a handler
+# `serve_...(context, request)` in section 14 or 15, and a line in ENDPOINTS.
 
 
 class Endpoint(NamedTuple):
-    """Which requests a function serves; in a path `*` is one segment, `**` any number."""
+    """Which requests a handler serves.
+
+    `paths` are patterns between blanks: `*` is one segment, `**` any number of them.
+    `guard` names the policy that decides on them: API, WEBUI, SIGNIN, or "" (open to all).
+    """
 
     methods: str
     paths: str
-    guard: str  # the policy that decides on them: API, WEBUI, SIGNIN or "" (open to all)
-    serve: Callable[[Services, Request, Dialect], Awaitable[None]]
+    guard: str
+    serve: Callable[[Context, Request], Awaitable[None]]
     dialect: Dialect = OPENAI
 
     def matches(self, path: str) -> bool:
         """Tell whether the path is one of this endpoint's patterns."""
         pattern = re.escape(self.paths).replace(r"\*\*", ".+").replace(r"\*", "[^/]+")
-        return bool(re.fullmatch(pattern.replace(r"\ ", "|"), path))
+        return re.fullmatch(pattern.replace(r"\ ", "|"), path) is not None
 
 
-API, WEBUI = "api_security", "webui_security"
-SIGNIN = "signin"  # open, to those pages that could use the Web UI
-POST_PATHS = (
+# The first two are the names of the settings that hold the policy.
+API = "api_security"
+WEBUI = "webui_security"
+# Open without a token, but only to those pages that could use the Web UI.
+SIGNIN = "signin"
+
+MODEL_ENDPOINTS = (
     *MODEL_PATHS,
     "/v1/responses",
     "/v1/rerank",
@@ -7595,14 +7879,14 @@ POST_PATHS = (
 ENDPOINTS = (
     Endpoint("GET HEAD", "/v1/models", API, serve_models),
     Endpoint("GET HEAD", "/v1/models/**", API, serve_model),
-    Endpoint("POST", " ".join(POST_PATHS), API, relay_post),
+    Endpoint("POST", " ".join(MODEL_ENDPOINTS), API, relay_post),
     Endpoint("POST", "/v1/**", API, relay_post),
     Endpoint("GET HEAD PUT PATCH DELETE", "/v1/**", API, relay_model, OPENAI_OPAQUE),
     Endpoint("POST", "/api/chat /api/generate", API, relay_model, OLLAMA),
     Endpoint("POST", "/api/embed /api/embeddings", API, relay_model, OLLAMA_EMBED),
-    Endpoint("GET HEAD", "/api/tags", API, serve_tags, OLLAMA),
-    Endpoint("POST", "/api/show", API, serve_show, OLLAMA),
-    Endpoint("GET HEAD", "/api/ps", API, serve_running, OLLAMA),
+    Endpoint("GET HEAD", "/api/tags", API, serve_models, OLLAMA),
+    Endpoint("POST", "/api/show", API, serve_model_details, OLLAMA),
+    Endpoint("GET HEAD", "/api/ps", API, serve_running_models, OLLAMA),
     Endpoint("GET HEAD", "/api/version", API, serve_version, OLLAMA),
     Endpoint("POST", "/api/pull /api/push /api/create /api/copy", API, relay_native, OLLAMA),
     Endpoint("DELETE", "/api/delete", API, relay_native, OLLAMA),
@@ -7611,7 +7895,7 @@ ENDPOINTS = (
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),
     Endpoint("GET HEAD", "/api/logs /api/stats /api/performance", WEBUI, serve_question),
-    Endpoint("GET HEAD", "/api/request/*", WEBUI, serve_request),
+    Endpoint("GET HEAD", "/api/request/*", WEBUI, serve_request_details),
     Endpoint("GET HEAD", "/api/inflight", WEBUI, serve_inflight),
     Endpoint("POST", "/api/inflight/*/cancel", WEBUI, serve_cancel),
     Endpoint("GET HEAD", "/api/upstreams", WEBUI, serve_upstreams),
@@ -7619,6 +7903,7 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/api/events", WEBUI, serve_events),
     Endpoint("GET HEAD", "/api/export", WEBUI, serve_export),
     Endpoint("GET HEAD", "/metrics", WEBUI, serve_metrics),
+    # The clients of Ollama ask HEAD / whether somebody is there.
     Endpoint("HEAD", "/", "", serve_page, OLLAMA),
     Endpoint("GET", "/", WEBUI, serve_page),
     Endpoint("GET HEAD", "/performance /request/*", WEBUI, serve_page),
@@ -7627,113 +7912,145 @@ ENDPOINTS = (
 
 @functools.lru_cache(maxsize=256)
 def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
-    """Return the endpoint that serves a request, and all that its path has."""
-    known = tuple(item for item in ENDPOINTS if path in item.paths.split())
-    known = known or tuple(item for item in ENDPOINTS if item.matches(path))
-    return next((item for item in known if method in item.methods.split()), None), known
+    """Return the endpoint that serves a request, and all that its path has.
+
+    ("POST", "/healthz")  ->  (None, (the endpoint of GET and HEAD,))
+    """
+    # A path that is written out in the table is that endpoint's, whatever patterns match it too.
+    of_path = tuple(item for item in ENDPOINTS if path in item.paths.split())
+    if not of_path:
+        of_path = tuple(item for item in ENDPOINTS if item.matches(path))
+    for endpoint in of_path:
+        if method in endpoint.methods.split():
+            return endpoint, of_path
+    return None, of_path
 
 
-def allow(known: Sequence[Endpoint]) -> str:
-    """Return the methods of a path, as Allow lists them."""
-    methods = " ".join([*(item.methods for item in known), "OPTIONS"])
-    return ", ".join(dict.fromkeys(methods.split()))
+def allowed_methods(endpoints: Sequence[Endpoint]) -> str:
+    """Return the methods of a path, as Allow lists them: "GET, HEAD, OPTIONS"."""
+    methods = [method for endpoint in endpoints for method in endpoint.methods.split()]
+    return ", ".join(dict.fromkeys([*methods, "OPTIONS"]))
+
+
+def missing_endpoint(request: Request, of_path: Sequence[Endpoint]) -> RouterError:
+    """Return the error for a path, or a method of a path, that nobody serves."""
+    path = request.path[:200]
+    if of_path:
+        allowed = allowed_methods(of_path)
+        what = f"{request.head.method[:80]} is not allowed for {path}; {allowed} are"
+        return MethodNotAllowed(what, ("Allow", allowed))
+    with_version = f"/v1{request.path}"
+    if with_version in (*MODEL_ENDPOINTS, "/v1/models"):
+        return NotFound(f"unknown path {path}; did you mean {with_version}?")
+    return NotFound(f"unknown path {path}")
 
 
 class Application:
     """Lets requests in, finds who serves them, and renders what goes wrong."""
 
-    def __init__(self, services: Services) -> None:
-        self.services, self.settings = services, services.settings
-        self.machine, self.held = socket.gethostname(), 0
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.settings = context.settings
+        self.machine_name = socket.gethostname()
+        # Octets of content that all running requests hold together.
+        self.content_size = 0
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
-        found, known = find_endpoint(request.head.method, request.path)
-        unknown = OLLAMA if request.path.startswith("/api/") else OPENAI
-        dialect = (found or known[0]).dialect if known else unknown
-        words = ""
+        endpoint, of_path = find_endpoint(request.head.method, request.path)
+        if of_path:
+            request.dialect = (endpoint or of_path[0]).dialect
+        elif request.path.startswith("/api/"):
+            request.dialect = OLLAMA
+        reason = ""
         try:
-            await self.answer(request, found, known, dialect)
+            await self.dispatch(request, endpoint, of_path)
         except RouterError as error:
-            words = str(error)[: LIMITS.error_text]
-            if error.status in (401, 429) and found and found.serve is serve_page:
-                send_page(self.services, request, error.status, error.fields)  # to sign in
+            reason = str(error)[: self.context.limits.error_text]
+            if error.status in (401, 429) and endpoint and endpoint.serve is serve_page:
+                # A browser gets the page all the same: it shows the sign-in.
+                send_page(self.context, request, error.status, error.fields)
             else:
-                refuse(request.writer, error, dialect)
+                send_error(request.writer, error, request.dialect)
         except Exception:  # a fault of ours must cost one request alone
-            if request.connection.failure:  # no fault: the client has gone
+            if request.connection.failure:
+                # It is no fault: the client has gone, and what was doing its work noticed.
                 raise
-            self.services.log.console.line(traceback.format_exc())
+            self.context.log.console.line(traceback.format_exc())
             if not request.writer.started:
-                refuse(request.writer, RouterError("internal error; see the log"), dialect)
+                internal = RouterError("internal error; see the log")
+                send_error(request.writer, internal, request.dialect)
         finally:
-            self.held -= request.held
-        if not request.recorded and (words or (found and found.guard == API)):  # no polls
-            status, method = str(request.writer.status), request.head.method
-            self.services.log.note(request.source_host, method, request.path, status, words)
+            self.content_size -= request.held
+        # An exchange has printed its own line; the page's polling is not worth one.
+        of_api = endpoint is not None and endpoint.guard == API
+        if not request.recorded and (reason or of_api):
+            status = str(request.writer.status)
+            self.context.log.note(
+                request.source_host, request.head.method, request.path, status, reason
+            )
 
-    async def answer(
-        self, request: Request, found: Endpoint | None, known: Sequence[Endpoint], dialect: Dialect
+    async def dispatch(
+        self, request: Request, endpoint: Endpoint | None, of_path: Sequence[Endpoint]
     ) -> None:
         """Check what a request may do and let its endpoint serve it. Raises RouterError."""
-        guard = (found or known[0]).guard if known else API
-        fields, webui, settings = request.head.fields, guard in (WEBUI, SIGNIN), self.settings
-        request.writer.extra += GUARDED_FIELDS if webui else []
+        settings = self.settings
+        guard = (endpoint or of_path[0]).guard if of_path else API
+        webui = guard in (WEBUI, SIGNIN)
+        if webui:
+            request.writer.extra += GUARDED_FIELDS
         request.writer.extra += self.check_head(request.head, webui)
-        if request.head.method == "OPTIONS" and (known or request.path == "*"):
-            self.answer_options(request, known)
+        if request.head.method == "OPTIONS" and (of_path or request.path == "*"):
+            self.answer_options(request, of_path)
             return
-        if needs_token(getattr(settings, guard, "NONE"), fields):
-            cookie = webui or is_own_page(fields, request.host)
-            self.services.token_guard.check(find_tokens(fields, cookie), request.source_host)
-        if found is None:
-            raise self.missing(request, known)
-        if webui and not (settings.enable_logging or found.serve is serve_metrics):
+        # SIGNIN and "" name no setting: nobody needs a token there.
+        policy = getattr(settings, guard, "NONE")
+        if needs_token(policy, request.head.fields):
+            # The cookie counts for the model API too, but only when the router's own page asks.
+            cookie_counts = webui or is_own_page(request.head.fields, request.host)
+            tokens = find_tokens(request.head.fields, cookie_counts)
+            self.context.token_guard.check(tokens, request.source_host, time.time())
+        if endpoint is None:
+            raise missing_endpoint(request, of_path)
+        if webui and not settings.enable_logging and endpoint.serve is not serve_metrics:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
-        await request.read_content(settings.max_request_size, self.hold)
-        await found.serve(self.services, request, dialect)
+        await request.read_content(settings.max_request_size, self.count_content)
+        await endpoint.serve(self.context, request)
 
-    def check_head(self, head: RequestHead, webui: bool) -> list[tuple[str, str]]:
-        """Refuse a page from elsewhere and a circle; return what its answer must have."""
+    def check_head(self, head: RequestHead, webui: bool) -> FieldPairs:
+        """Refuse a page from elsewhere and a circle; return what the answer must have."""
         if webui not in head.memo:
-            if self.services.relay.via in ", ".join(head.fields.get_all("via")):
+            if self.context.via in ", ".join(head.fields.get_all("via")):
                 raise LoopDetected("this request has been through this router before")
             head.memo[webui] = check_browser(
-                head.fields, head.host, webui, self.settings, self.machine
+                head.fields, head.host, webui, self.settings, self.machine_name
             )
         return head.memo[webui]
 
-    def hold(self, request: Request, size: int) -> None:
+    def count_content(self, request: Request, size: int) -> None:
         """Count content that was read. Raises Overloaded for a long one among too many."""
         request.held += size
-        self.held += size
-        most = max(LIMITS.held_content, self.settings.max_request_size)
-        if self.held > most and request.held > MiB:
+        self.content_size += size
+        most = max(self.context.limits.held_content, self.settings.max_request_size)
+        # Short requests are served all the same: they are not what fills the memory.
+        if self.content_size > most and request.held > MiB:
             raise Overloaded(
-                f"running requests hold {self.held} bytes; try again later", ("Retry-After", "5")
+                f"running requests hold {self.content_size} bytes; try again later",
+                ("Retry-After", "5"),
             )
 
-    def missing(self, request: Request, known: Sequence[Endpoint]) -> RouterError:
-        """Return the error for a path or method that nobody serves."""
-        if known:
-            method, path = request.head.method[:80], request.path[:200]
-            what = f"{method} is not allowed for {path}; {allow(known)} are"
-            return MethodNotAllowed(what, ("Allow", allow(known)))
-        other = f"/v1{request.path}"
-        hint = f"; did you mean {other}?" if other in (*POST_PATHS, "/v1/models") else ""
-        return NotFound(f"unknown path {request.path[:200]}{hint}")
-
-    def answer_options(self, request: Request, known: Sequence[Endpoint]) -> None:
+    def answer_options(self, request: Request, of_path: Sequence[Endpoint]) -> None:
         """Answer what a path allows, and a browser's preflight."""
-        fields, answer = request.head.fields, [("Allow", allow(known))]
-        if fields.get("origin") is not None:
-            wanted = fields.get("access-control-request-headers") or "*"
-            answer += [
-                ("Access-Control-Allow-Methods", allow(known)),
+        allowed = allowed_methods(of_path)
+        fields = [("Allow", allowed)]
+        if request.head.fields.get("origin") is not None:
+            wanted = request.head.fields.get("access-control-request-headers") or "*"
+            fields += [
+                ("Access-Control-Allow-Methods", allowed),
                 ("Access-Control-Allow-Headers", wanted),
                 ("Access-Control-Max-Age", "600"),
             ]
-        request.writer.send(204, answer, b"")
+        request.writer.send(204, fields, b"")
 
 
 # ======================================================================================
@@ -7766,7 +8083,7 @@ class HTTPServer:
 
     def __init__(self, application: Application) -> None:
         self.application, self.settings = application, application.settings
-        self.services = application.services
+        self.context = application.context
         self.places = count_places(self.settings.max_connections)
         self.connections: dict[asyncio.Task[None], Connection | None] = {}
         self.listeners: list[socket.socket] = []
@@ -7829,7 +8146,7 @@ class HTTPServer:
 
     async def serve_connection(self, client: socket.socket, peer: str) -> None:
         """Serve one request after another on an accepted socket."""
-        loop, connection = asyncio.get_running_loop(), Connection(self.services.upstreams.rounds)
+        loop, connection = asyncio.get_running_loop(), Connection(self.context.upstreams.rounds)
         try:
             await loop.connect_accepted_socket(lambda: connection, client)
         except OSError:
@@ -7869,8 +8186,8 @@ class HTTPServer:
                 return False
             request = self.read_request(connection, peer, parse_request_head(data))
         except RouterError as error:
-            refuse(ResponseWriter(connection, None), error, OPENAI)
-            self.services.log.note(peer, str(error.status), str(error))
+            send_error(ResponseWriter(connection, None), error, OPENAI)
+            self.context.log.note(peer, str(error.status), str(error))
             await connection.linger()
             return False
         connection.deadline = NEVER
@@ -7883,7 +8200,7 @@ class HTTPServer:
     def read_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
         """Put together what a head says and whom it came from."""
         writer = ResponseWriter(connection, head)
-        writer.keep = writer.keep and not self.services.draining
+        writer.keep = writer.keep and not self.context.draining
         source = client_address(peer, head.fields, self.settings.trusted_proxies)
         return Request(head, connection, writer, source)
 
@@ -7893,7 +8210,7 @@ class HTTPServer:
         framing = request.head.framing
         unread = request.unread or Content(connection, framing)
         if unread.done:
-            return keep and not self.services.draining
+            return keep and not self.context.draining
         expects = request.head.fields.get("expect") is not None
         if (
             keep
@@ -7911,7 +8228,7 @@ class HTTPServer:
 
     async def stop(self, grace: float, hurry: asyncio.Event) -> None:
         """Refuse new connections, let running answers end for `grace` s, close all."""
-        self.services.draining = True
+        self.context.draining = True
         for task in self.accepting:
             task.cancel()
         for listener in self.listeners:
@@ -8020,49 +8337,52 @@ class Router:
         settings: Settings,
         routes: RoutesFile,
         warnings: Sequence[str],
-        dashboard: str = "",
+        limits: Limits,
+        dashboard_file: str = "",
         command: Sequence[str] = (),
     ) -> None:
-        self.settings, self.routes, self.warnings = settings, routes, warnings
+        self.settings = settings
+        self.routes = routes
+        self.warnings = warnings
         self.console = Console()
-        self.hurry, self.ended = asyncio.Event(), asyncio.Event()
+        # Set by the first signal, and by the second one.
+        self.ended = asyncio.Event()
+        self.hurry = asyncio.Event()
         upstreams = Upstreams(settings, LoopBatch())
-        log = RequestLog(settings, self.console, command)
-        relay = Relay(settings, upstreams, log, f"1.1 smolrouter-{secrets.token_hex(6)}")
-        table = routes.load()
-        self.services = Services(
-            settings,
-            table,
-            upstreams,
-            ModelLists(upstreams),
-            log,
-            relay,
-            TokenGuard(settings.jwt_secret),
-            dashboard=dashboard or "",
+        self.context = Context(
+            settings=settings,
+            limits=limits,
+            table=routes.load(),
+            upstreams=upstreams,
+            model_lists=ModelLists(upstreams),
+            log=RequestLog(settings, self.console, command),
+            token_guard=TokenGuard(settings.jwt_secret, limits),
+            via=f"1.1 smolrouter-{secrets.token_hex(6)}",
+            dashboard_file=dashboard_file,
         )
-        self.server = HTTPServer(Application(self.services))
+        self.server = HTTPServer(Application(self.context))
 
     def reload(self) -> None:
         """Take a changed routing file; a bad one leaves the old table in force."""
         self.routes.changed()
         try:
-            if self.routes.seen is None and self.services.table.source:
+            if self.routes.seen is None and self.context.table.source:
                 raise ConfigError(f"{self.routes.path} is gone")
-            self.services.table = self.routes.load()
+            self.context.table = self.routes.load()
         except ConfigError as error:
-            self.services.routes_error = str(error)
+            self.context.routes_error = str(error)
             self.console.line(f"routes: {error} (the old table stays in force)")
             return
-        self.services.routes_error = None
-        self.services.decisions.clear()
-        for line in describe_table(self.services.table):
+        self.context.routes_error = None
+        self.context.decisions.clear()
+        for line in describe_table(self.context.table):
             self.console.line(line)
 
     async def watch(self) -> None:
         """Look at the routing file, and at the log's process, every two seconds."""
         while True:
             await asyncio.sleep(LIMITS.reload_interval)
-            self.services.log.check_writer()
+            self.context.log.check_writer()
             if self.routes.changed():
                 self.reload()
 
@@ -8080,7 +8400,7 @@ class Router:
         printed = "not printed" if is_quiet(self.settings) else "printed to stderr"
         kept = f"kept in {settings.db_path} for {settings.max_log_age_days:g} days"
         stored = kept if settings.enable_logging else "not stored"
-        routes, rest, *warnings = describe_table(self.services.table)
+        routes, rest, *warnings = describe_table(self.context.table)
         for line in (
             f"SmolRouter {__version__} listens on http://{place}",
             routes,
@@ -8118,8 +8438,8 @@ class Router:
         self.console.line(f"draining for at most {settings.shutdown_grace:g} s")
         watcher.cancel()
         await self.server.stop(settings.shutdown_grace, self.hurry)
-        self.services.upstreams.close()
-        self.services.log.close()
+        self.context.upstreams.close()
+        self.context.log.close()
         self.console.close()
         return 0
 
@@ -8130,7 +8450,7 @@ def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     sys.setswitchinterval(0.001)  # s that the relay may have to wait for the log's thread
     loop = asyncio.new_event_loop()
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(32))  # looks names up
-    router = Router(settings, routes, args.warnings, args.dashboard, args.command)
+    router = Router(settings, routes, args.warnings, args.limits, args.dashboard, args.command)
     status = loop.run_until_complete(router.run())
     os._exit(status)  # the interpreter would wait for a full stderr, or for a dead name server
 
@@ -8403,7 +8723,8 @@ async def serve_demos(args: argparse.Namespace, settings: Settings, folder: path
         )
         asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, args.seconds)
 
-    router = Router(settings, RoutesFile(settings, {}, True), (), args.dashboard, args.command)
+    routes = RoutesFile(settings, {}, True)
+    router = Router(settings, routes, (), args.limits, args.dashboard, args.command)
     return await router.run(begin)
 
 
@@ -8511,7 +8832,7 @@ def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[
         raise ConfigError(f"unknown flag {flag}; {hint}")
 
 
-def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
+def run_command(argv: Sequence[str] | None, environ: Mapping[str, str], limits: Limits) -> int:
     """Parse the command line and run its command. Raises ConfigError."""
     parsers = build_parsers()
     try:
@@ -8528,6 +8849,7 @@ def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
             *sys.orig_argv[1 : len(sys.orig_argv) - own],
         ]
     )
+    args.limits = limits
     args.given = Settings.find_given(environ, vars(args))
     settings = Settings.from_given(args.given)
     warning = url_warning(*args.given.get("default_upstream", ("", "http://")))
@@ -8538,14 +8860,14 @@ def run_command(argv: Sequence[str] | None, environ: Mapping[str, str]) -> int:
     return status
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:
     """Run the command line; return the exit status: 0, 1 (failed) or 2 (bad settings)."""
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # stdin, stdout or stderr was closed: no socket may take its number
     try:
         if argv is None and sys.argv[1:] == [LOG_WRITER]:
             serve_notes(sys.stdin.buffer, sys.stdout.buffer)
-        return run_command(argv, dict(os.environ))
+        return run_command(argv, dict(os.environ), limits)
     except ConfigError as error:
         print(f"smolrouter: {error}", file=sys.stderr)
         return 2
