@@ -8832,7 +8832,9 @@ def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[
         raise ConfigError(f"unknown flag {flag}; {hint}")
 
 
-def run_command(argv: Sequence[str] | None, environ: Mapping[str, str], limits: Limits) -> int:
+def run_command(
+    argv: Sequence[str] | None, environ: Mapping[str, str], limits: Limits = LIMITS
+) -> int:
     """Parse the command line and run its command. Raises ConfigError."""
     parsers = build_parsers()
     try:

@@ -698,8 +698,20 @@ def bare_environment(settings: Mapping[str, Any]) -> dict[str, str]:
     return kept | {name: str(value) for name, value in settings.items()}
 
 
+# What a process runs whose router has other limits than those of the program.
+START_WITH_LIMITS = """
+import json, sys
+sys.path.insert(0, {folder!r})
+import smolrouter
+sys.exit(smolrouter.main(sys.argv[1:], smolrouter.Limits(**json.loads({limits!r}))))
+"""
+
+
 class Router:
-    """A router in its own process, on a port of its own, in an empty directory."""
+    """A router in its own process, on a port of its own, in an empty directory.
+
+    `limits` are fields of the program's Limits with the values that a test needs.
+    """
 
     def __init__(
         self,
@@ -708,8 +720,15 @@ class Router:
         args: Sequence[str] = (),
         python: Sequence[str] = (sys.executable,),
         program: pathlib.Path | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
+        command = [*python, str(program or SMOLROUTER), *args]
+        if limits:
+            code = START_WITH_LIMITS.format(
+                folder=str(SMOLROUTER.parent), limits=json.dumps(limits)
+            )
+            command = [*python, "-c", code, *args]
         named = {"LISTEN_PORT": 0, **(settings or {})}
         if routes is not None:
             self.routes = self.folder / "table.conf"
@@ -717,7 +736,7 @@ class Router:
             self.routes.write_text(text)
             named["ROUTES_CONFIG"] = self.routes
         self.process = subprocess.Popen(
-            [*python, str(program or SMOLROUTER), *args],
+            command,
             cwd=self.folder,
             env=bare_environment(named),
             stdin=subprocess.DEVNULL,
@@ -799,8 +818,8 @@ START_LOCK = threading.Lock()  # one at a time, so that each is started once
 
 
 @functools.cache
-def _cached_router(settings: str, routes: str, args: tuple[str, ...]) -> Router:
-    router = Router(json.loads(settings), json.loads(routes), args)
+def _cached_router(settings: str, routes: str, args: tuple[str, ...], limits: str) -> Router:
+    router = Router(json.loads(settings), json.loads(routes), args, limits=json.loads(limits))
     AT_SESSION_END.callback(router.kill)
     return router
 
@@ -809,10 +828,13 @@ def shared_router(
     settings: Mapping[str, Any] | None = None,
     routes: Any = None,
     args: Sequence[str] = (),
+    limits: Mapping[str, float] | None = None,
 ) -> Router:
-    """The router with these settings, started once and shared; never stop it."""
+    """The router with these settings and limits, started once and shared; never stop it."""
     with START_LOCK:
-        return _cached_router(json.dumps(settings or {}), json.dumps(routes), tuple(args))
+        return _cached_router(
+            json.dumps(settings or {}), json.dumps(routes), tuple(args), json.dumps(limits)
+        )
 
 
 @functools.lru_cache
@@ -9106,6 +9128,26 @@ def test_last_answer_is_the_last_one_that_was_http() -> None:
         got = request(router.port, "POST", "/api/chat", document)
         assert (got.status, got.get("Retry-After")) == (418, "5")
         assert got.json["error"]
+
+
+# Answers that are HTTP, and end before they have said anything.
+CUT_SHORT: dict[str, tuple[Step, ...]] = {
+    "no content": (*whole_response(b""),),
+    "500 and cut": (b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\n", CLOSE),
+    "an empty stream": (*stream_response([]),),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", CUT_SHORT)
+def test_head_and_content_are_of_one_answer(name: str, stream: bool) -> None:
+    """The last good HTTP answer is the first one's; nothing of the second comes with it."""
+    first = upstream_failing(503, ("Retry-After", "7"))()
+    with router_of_two(first, upstream_playing(*CUT_SHORT[name])()) as router:
+        got = post_chat(router, "pair", stream=stream)
+    assert (got.status, got.get("Retry-After"), got.whole) == (503, "7", True)
+    assert got.json == {"error": {"message": "no: 503"}}
+    assert got.get("X-SmolRouter-Attempts") == "2"
 
 
 SHORT_STREAMS = {
