@@ -85,37 +85,57 @@ import smolrouter
 # Harness
 # ======================================================================================
 # What tests of several sections use; what one section alone needs stands at its top.
+#
+# Most tests from end to end are made of three lines: what a server says, what a client asks,
+# and what comes out.
+#
+#     model = default_upstream().add_script(json_response({"fine": True}))
+#     got = post_chat(default_router(), model)
+#     assert (got.status, got.json) == (200, {"fine": True})
+#
+# A script has a model name of its own, so that tests can share one upstream and one router:
+# starting a router takes a third of a second. `shared_router(settings)` gives one with other
+# settings, shared too; `Router(settings)` one that the test may stop, signal and kill.
 
 # --- paths, patience, packages --------------------------------------------------------
 
-SMOLROUTER = pathlib.Path(__file__).resolve().parent / "smolrouter.py"
 HERE = pathlib.Path(__file__).resolve().parent
+SMOLROUTER = HERE / "smolrouter.py"
 SOURCE = SMOLROUTER.read_text("utf-8")
-PATIENCE = 10.0  # seconds that a test waits before it calls something lost
+
+# How long a test waits, in seconds, before it calls something lost.
+PATIENCE = 10.0
+
+# Names and values, in order: the fields of a request or a response.
 Pairs = Sequence[tuple[str, str]]
+
+# The rows of a table that `parametrize` takes.
 Cases = tuple[tuple[Any, ...], ...]
 
 
-def wait_until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """Wait for `holds()` to become true and return it; the last value if never."""
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Wait until `condition()` is true and return it, or its last value if it never is."""
     deadline = time.monotonic() + seconds
-    while not (value := holds()) and time.monotonic() < deadline:
+    while True:
+        value = condition()
+        if value or time.monotonic() >= deadline:
+            return value
         time.sleep(0.005)
-    return value
 
 
-AT_SESSION_END = contextlib.ExitStack()  # what tests share ends here
+# Routers, upstreams and folders that tests share are ended by callbacks that stand here.
+AT_SESSION_END = contextlib.ExitStack()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def end_shared_things() -> Iterator[None]:
-    """End what tests have shared before the session does: a worker is not waited for."""
+    """End what tests share before the session ends: nobody waits for a worker after that."""
     with AT_SESSION_END:
         yield
 
 
 def import_or_skip(module: str) -> Any:
-    """Import a test extra. Without it the test is skipped, or fails if all must run."""
+    """Import an optional package; without it, skip the test, or fail it if all must run."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -125,7 +145,7 @@ def import_or_skip(module: str) -> Any:
 
 
 def map_in_threads(task: Callable[..., Any], *inputs: Iterable[Any], workers: int = 8) -> list:
-    """The results of a task for every input, several at a time."""
+    """Return the results of a task for every input, as `map` does, several at a time."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         return list(pool.map(task, *inputs))
 
@@ -136,24 +156,27 @@ def encode_json(document: Any) -> bytes:
 
 
 def encode_huge_numbers(document: Any) -> bytes:
-    """The document as JSON, its infinities as numbers that no double holds."""
+    """Encode as JSON, each infinity as 1e999: a number that no double holds."""
     return encode_json(document).replace(b"Infinity", b"1e999")
 
 
 def split_at(data: bytes, *positions: int) -> list[bytes]:
-    """The data in pieces, split at these positions."""
+    """Split data at these positions: `(b"abcd", 1, 3)  ->  [b"a", b"bc", b"d"]`."""
     edges = [0, *sorted(positions), len(data)]
     return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def every_split(data: Any) -> Iterator[list[Any]]:
-    """Yield `data` whole, in two pieces at every place, and in single pieces."""
+    """Yield `data` whole, then split in two at every place, then byte by byte."""
     yield [data]
-    yield from ([data[:at], data[at:]] for at in range(1, len(data)))
+    for at in range(1, len(data)):
+        yield [data[:at], data[at:]]
     yield [data[at : at + 1] for at in range(len(data))]
 
 
 # --- scripted upstreams: what they say ------------------------------------------------
+# What an upstream says is a list of steps: bytes are sent, a number is a pause in seconds, and
+# a mark does something to the connection. Whether a framing is right is up to the script.
 
 
 class Mark:
@@ -166,28 +189,35 @@ class Mark:
         return self.name
 
 
-DROP = Mark("DROP")  # reset the connection (RST)
-CLOSE = Mark("CLOSE")  # end the connection (FIN)
-HANG = Mark("HANG")  # say nothing until the peer closes, for longer than any test waits
+# Reset the connection: the peer gets RST.
+DROP = Mark("DROP")
+
+# End the connection: the peer gets FIN.
+CLOSE = Mark("CLOSE")
+
+# Say nothing until the peer closes, for longer than any test waits.
+HANG = Mark("HANG")
+
 Step = bytes | float | Mark
 
 
 def response_head(status: int = 200, fields: Pairs = (), reason: str = "Fine") -> bytes:
-    """A response head with exactly these fields."""
-    lines = [f"HTTP/1.1 {status} {reason}", *(f"{n}: {v}" for n, v in fields)]
+    """Encode a response's head with exactly these fields."""
+    lines = [f"HTTP/1.1 {status} {reason}"]
+    lines += [f"{name}: {value}" for name, value in fields]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def whole_response(
     content: bytes, status: int = 200, fields: Pairs = (), kind: str = "text/plain"
 ) -> list[Step]:
-    """A whole answer with a length, in one send."""
+    """Answer with a Content-Length, head and content in one send."""
     own = [("Content-Type", kind), ("Content-Length", str(len(content)))]
     return [response_head(status, [*own, *fields]) + content]
 
 
 def json_response(document: Any, status: int = 200, fields: Pairs = ()) -> list[Step]:
-    """A whole JSON answer with a length, in one send."""
+    """Answer with JSON and a Content-Length, in one send."""
     return whole_response(encode_json(document), status, fields, "application/json")
 
 
@@ -195,15 +225,21 @@ FINE_RESPONSE: list[Step] = json_response({"fine": True})
 
 
 def encode_chunks(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> list[bytes]:
-    """Each piece as one chunk in its own send, then the last chunk."""
-    return [b"%x\r\n%s\r\n" % (len(p), p) for p in pieces if p] + [end] * bool(end)
+    """Encode each piece as a chunk, each chunk for a send of its own, then the last chunk."""
+    chunks = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces if piece]
+    return [*chunks, end] if end else chunks
 
 
 def encode_event(data: Any) -> bytes:
-    """One SSE event: a document becomes JSON, a str stays, bytes are all of it."""
+    """Encode a server-sent event.
+
+    A document becomes JSON: `{"n": 1}  ->  b'data: {"n":1}\\n\\n'`. A string is the data as it
+    is, as `"[DONE]"` is. Bytes are the whole event already.
+    """
     if isinstance(data, bytes):
         return data
-    return b"data: " + (data.encode() if isinstance(data, str) else encode_json(data)) + b"\n\n"
+    text = data.encode() if isinstance(data, str) else encode_json(data)
+    return b"data: " + text + b"\n\n"
 
 
 def stream_response(
@@ -214,16 +250,18 @@ def stream_response(
     whole: bool = True,
     framed: bool = True,
 ) -> list[Step]:
-    """A streamed answer: bytes become chunks (or plain bytes up to the close).
+    """Answer with a stream: each piece is a chunk, pauses and marks stay where they are.
 
-    Pauses and marks among the pieces stay where they are. Without `whole` the end is
-    missing, so that more steps can follow.
+    With `framed=False` nothing is chunked, and only the close ends the stream. With
+    `whole=False` the end is missing, so that more steps can follow.
     """
     framing = ("Transfer-Encoding", "chunked") if framed else ("Connection", "close")
     steps: list[Step] = [response_head(200, [("Content-Type", kind), framing, *fields])]
     for piece in pieces:
-        send = framed and isinstance(piece, bytes)
-        steps += encode_chunks(piece, end=b"") if send else [piece]
+        if framed and isinstance(piece, bytes):
+            steps += encode_chunks(piece, end=b"")
+        else:
+            steps.append(piece)
     if whole:
         steps.append(b"0\r\n\r\n" if framed else CLOSE)
     return steps
@@ -236,23 +274,27 @@ def sse_response(
     fields: Pairs = (),
     pause: float = 0.0,
 ) -> list[Step]:
-    """A stream of events, each in its own send and chunk, or cut where `split` says."""
-    pieces: list[Step] = [encode_event(e) for e in events]
+    """Answer with a stream of events, each in a chunk and a send of its own.
+
+    With `split` the chunks end at these positions of the encoded stream instead. `pause` is
+    the time between two sends.
+    """
+    pieces: list[Step] = [encode_event(one) for one in events]
     if split is not None:
-        at = [split] if isinstance(split, int) else split
-        pieces = [*split_at(b"".join(pieces), *at)]  # type: ignore[arg-type]
+        positions = [split] if isinstance(split, int) else split
+        pieces = [*split_at(b"".join(pieces), *positions)]  # type: ignore[arg-type]
     if pause:
         pieces = [step for piece in pieces for step in (piece, pause)]
     return stream_response(pieces, fields, framed=chunked)
 
 
 def raw_response(lines: bytes, content: bytes = b"{}") -> list[Step]:
-    """An answer with these field lines, then the end of the connection."""
+    """Answer with exactly these field lines, then end the connection."""
     return [b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n" + content, CLOSE]
 
 
 def broken_stream(*tail: Step) -> list[Step]:
-    """A stream that begins well."""
+    """Begin a stream well, with an event that says Hello, and go on with these steps."""
     first = encode_event(completion_events({}, "Hello")[1])
     return [*stream_response([first], whole=False), 0.02, *tail]
 
@@ -261,26 +303,33 @@ CHUNKED_FIELD = b"Transfer-Encoding: chunked"
 
 
 # --- scripted upstreams: the events of a stream ---------------------------------------
+# As documents, which `encode_event` and `sse_response` encode, and, with names that begin with
+# RAW, as the bytes of an encoded event.
 
 TWO_WORDS = [{"choices": [{"index": 0, "delta": {"content": w}}]} for w in ("one ", "two")]
 FINISH = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
 def text_delta(text: str) -> dict[str, Any]:
+    """Make an event that carries a piece of text."""
     return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
 
 
 def finish_delta(reason: str = "stop") -> dict[str, Any]:
+    """Make the event that ends an answer."""
     return {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
 
 
 def text_deltas(*texts: str, key: str = "content", index: int = 0) -> list[dict[str, Any]]:
-    """Stream events that carry these texts."""
+    """Make an event for each of these texts, under any key and of any choice."""
     return [{"id": "c", "choices": [{"index": index, "delta": {key: t}}]} for t in texts]
 
 
 def chat_stream(*texts: str, escape: bool = False) -> list[bytes]:
-    """A whole chat stream with these texts as encoded events."""
+    """Encode a whole chat stream: role, these texts, finish, [DONE].
+
+    With `escape` the angle brackets are written as some servers write them: \\u003c.
+    """
     role = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant"}}]}
     finish = {"index": 0, "delta": {}, "finish_reason": "stop"}
     events = [role, *text_deltas(*texts), {"id": "c", "choices": [finish]}, "[DONE]"]
@@ -302,6 +351,17 @@ RAW_PING = b": ping\n\n"
 # --- scripted upstreams: the servers --------------------------------------------------
 
 
+def parse_field_lines(lines: Iterable[str]) -> list[tuple[str, str]]:
+    """Split field lines into names and values: `"A: b"  ->  ("A", "b")`."""
+    split = [line.partition(":") for line in lines]
+    return [(name, value.strip()) for name, _, value in split]
+
+
+def values_of(name: str, fields: Pairs) -> list[str]:
+    """Return every value of a field, whatever the case of its name."""
+    return [value for key, value in fields if key.lower() == name.lower()]
+
+
 @dataclass
 class Received:
     """One request as it arrived at an upstream."""
@@ -311,26 +371,26 @@ class Received:
     fields: list[tuple[str, str]]
     content: bytes
     raw_head: bytes
-    connection: int  # the number of the connection, from 0
-    arrived: float  # time.monotonic(), when the content was complete
+    connection: int  # its number, from 0 on: an index of `Upstream.connections`
+    arrived: float  # time.monotonic() when the content was complete
     framing: str = ""  # "", "length" or "chunked"
 
     def get(self, name: str) -> str | None:
         """Return the last value of a field."""
-        values = self.get_all(name)
-        return values[-1] if values else None
+        return (self.get_all(name) or [None])[-1]
 
     def get_all(self, name: str) -> list[str]:
         """Return every value of a field."""
-        return [v for n, v in self.fields if n.lower() == name.lower()]
+        return values_of(name, self.fields)
 
     @property
     def path(self) -> str:
+        """The target without its query."""
         return self.target.partition("?")[0]
 
     @property
     def json(self) -> Any:
-        """The content as a document, None when it is none."""
+        """The content as a document; None where it is no JSON."""
         try:
             return json.loads(self.content)
         except ValueError:
@@ -338,28 +398,31 @@ class Received:
 
     @property
     def model(self) -> str:
+        """The model that the document names; "" where there is none."""
         document = self.json
         return str(document.get("model", "")) if isinstance(document, dict) else ""
 
 
+# What an upstream answers to a request.
 Script = Callable[[Received], Iterable[Step]]
 
 
 @dataclass
 class Connection:
-    """One connection to an upstream; `closed` is the time when its end was seen."""
+    """One connection to an upstream; times are those of time.monotonic()."""
 
     number: int
     opened: float
-    closed: float | None = None
+    closed: float | None = None  # when its end was seen
     requests: int = 0
 
 
 class Upstream:
-    """A server that says exactly what its scripts say.
+    """A server on a real socket that says exactly what its scripts say.
 
-    The script of a request is the one registered in `scripts` for its model, else for
-    its path, else `script`. Use as a context manager or call `close()`.
+    A request is answered by the script in `scripts` for its model, else by the one for its
+    path, else by `script`, which is a well-behaved server unless the test gives another one.
+    `requests` and `connections` keep all that arrived, for the test to look at.
     """
 
     def __init__(
@@ -392,61 +455,70 @@ class Upstream:
         self.close()
 
     def close(self) -> None:
-        """Stop listening; running connections play to their end."""
+        """Stop listening; scripts that are running go on to their end."""
         self._open = False
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def add_script(self, script: Script | Iterable[Step]) -> str:
-        """Register a script, or the same steps for every request.
+        """Give a script, or steps that answer every request, a model name of its own.
 
-        Returns the name of the model that it plays for; `/v1/{name}` plays it too.
+        Requests for the model that is returned, and those for `/v1/{model}`, are answered by it.
         """
-        steps = script if callable(script) else list(script)
-        play: Script = steps if callable(steps) else lambda received: steps
-        name = f"scripted-{next(self._names)}"
-        self.scripts[name] = self.scripts[f"/v1/{name}"] = play
-        return name
+        if not callable(script):
+            steps = list(script)
+            script = lambda received: steps  # noqa: E731
+        model = f"scripted-{next(self._names)}"
+        self.scripts[model] = script
+        self.scripts[f"/v1/{model}"] = script
+        return model
 
     def requests_for(self, key: str) -> list[Received]:
-        """The requests whose model, path, target or content holds `key`."""
-        found = list(self.requests)
-        return [r for r in found if r.model == key or key in r.target or key.encode() in r.content]
+        """Return the requests whose model is `key`, or whose target or content holds it."""
+
+        def is_wanted(one: Received) -> bool:
+            return one.model == key or key in one.target or key.encode() in one.content
+
+        return [one for one in list(self.requests) if is_wanted(one)]
 
     def connection_of(self, key: str) -> Connection:
-        """The connection on which the first request for `key` arrived."""
+        """Return the connection on which the first request for `key` arrives."""
         wait_until(lambda: self.requests_for(key))
         return self.connections[self.requests_for(key)[0].connection]
 
     def _accept(self) -> None:
+        """Serve each connection in a thread of its own."""
         while self._open:
             try:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            seen = Connection(len(self.connections), time.monotonic())
-            self.connections.append(seen)
-            threading.Thread(target=self._serve, args=(sock, seen), daemon=True).start()
+            connection = Connection(len(self.connections), time.monotonic())
+            self.connections.append(connection)
+            threading.Thread(target=self._serve, args=(sock, connection), daemon=True).start()
 
-    def _serve(self, sock: socket.socket, seen: Connection) -> None:
+    def _serve(self, sock: socket.socket, connection: Connection) -> None:
+        """Answer the requests of a connection until a script or the peer ends it."""
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
                 sock = self._tls.wrap_socket(sock, server_side=True)
             reader = sock.makefile("rb")
-            while received := read_request(sock, reader, seen.number):
-                seen.requests += 1
+            while received := read_request(sock, reader, connection.number):
+                connection.requests += 1
                 self.requests.append(received)
                 if not self._play(sock, self._steps(received)):
                     break
         except (OSError, ValueError):
+            # The peer has left, or has sent what is no request: the test will see that.
             pass
         finally:
-            seen.closed = seen.closed or time.monotonic()
+            connection.closed = time.monotonic()
             sock.close()
 
     def _steps(self, received: Received) -> Iterable[Step]:
+        """Choose the script of a request and return its steps."""
         for key in (received.model, received.path):
             if key in self.scripts:
                 return self.scripts[key](received)
@@ -455,28 +527,34 @@ class Upstream:
         return self.script(received)
 
     def _play(self, sock: socket.socket, steps: Iterable[Step]) -> bool:
+        """Do what these steps say; return False when the connection is to be closed."""
         for step in steps:
             if isinstance(step, bytes):
                 sock.sendall(step)
             elif step is HANG:
                 wait_while_open(sock, 12 * PATIENCE)
                 return False
-            elif isinstance(step, Mark):
-                if step is DROP:
-                    reset = struct.pack("ii", 1, 0)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-                else:
-                    sock.shutdown(socket.SHUT_WR)
-                    wait_while_open(sock, 1.0)
+            elif step is DROP:
+                reset_on_close(sock)
+                return False
+            elif step is CLOSE:
+                sock.shutdown(socket.SHUT_WR)
+                wait_while_open(sock, 1.0)
                 return False
             elif not wait_while_open(sock, step):
                 return False
         return True
 
 
+def reset_on_close(sock: socket.socket) -> None:
+    """Let the close of a socket be a reset: the peer gets RST instead of FIN."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 def wait_while_open(sock: socket.socket, seconds: float) -> bool:
-    """Pause; False as soon as the peer has closed."""
+    """Pause for so many seconds; return False at once when the peer closes."""
     deadline = time.monotonic() + seconds
+    # A request that comes meanwhile is left in the socket for later. TLS cannot peek.
     flags = 0 if isinstance(sock, ssl.SSLSocket) else socket.MSG_PEEK
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
@@ -485,37 +563,41 @@ def wait_while_open(sock: socket.socket, seconds: float) -> bool:
                 continue
             if not sock.recv(1, flags):
                 return False
-            time.sleep(min(left, 0.01))  # a pipelined request, kept for later
+            # Something is there, and stays there: do not spin.
+            time.sleep(min(left, 0.01))
     return True
 
 
 def read_request(sock: socket.socket, reader: Any, number: int) -> Received | None:
-    """Read one request, chunked or not; None at the end of the connection."""
+    """Read one request from the connection with this number; None at its end."""
     raw_head = b""
     while (line := reader.readline()) not in (b"\r\n", b""):
         raw_head += line
     if not line:
         return None
-    first, *lines = raw_head.decode("latin-1").split("\r\n")[:-1]
-    method, target, _ = first.split(" ")
-    pairs = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
-    named = {name.lower(): value for name, value in pairs}
-    if named.get("expect", "").lower() == "100-continue":
+    request_line, *lines = raw_head.decode("latin-1").split("\r\n")[:-1]
+    method, target, _ = request_line.split(" ")
+    fields = parse_field_lines(lines)
+    values = {name.lower(): value for name, value in fields}
+    if values.get("expect", "").lower() == "100-continue":
         sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-    framing, content = "", b""
-    if "transfer-encoding" in named:
-        framing, content = "chunked", b"".join(read_chunks(reader))
-    elif "content-length" in named:
-        framing, size = "length", int(named["content-length"])
+    framing = ""
+    content = b""
+    if "transfer-encoding" in values:
+        framing = "chunked"
+        content = b"".join(read_chunks(reader))
+    elif "content-length" in values:
+        framing = "length"
+        size = int(values["content-length"])
         content = reader.read(size)
         if len(content) < size:
             return None
     now = time.monotonic()
-    return Received(method, target, pairs, content, raw_head, number, now, framing)
+    return Received(method, target, fields, content, raw_head, number, now, framing)
 
 
 def read_chunks(reader: Any) -> Iterator[bytes]:
-    """Yield the data of each chunk and read the trailer section."""
+    """Yield the data of each chunk, then read past the trailers."""
     while True:
         line = reader.readline()
         if not line.endswith(b"\r\n"):
@@ -532,7 +614,7 @@ def read_chunks(reader: Any) -> Iterator[bytes]:
 
 
 def last_text(document: Mapping[str, Any]) -> str:
-    """The text of the last message, or the prompt."""
+    """Return the text of the last message, or the prompt."""
     messages = document.get("messages") or [{"content": document.get("prompt", "")}]
     content = messages[-1].get("content") or ""
     if isinstance(content, str):
@@ -541,16 +623,16 @@ def last_text(document: Mapping[str, Any]) -> str:
 
 
 def usage_of(text: str) -> dict[str, int]:
-    """A made-up but stable account."""
-    return {
-        "prompt_tokens": 7,
-        "completion_tokens": len(text.split()),
-        "total_tokens": 7 + len(text.split()),
-    }
+    """Make the `usage` of an answer: seven tokens of prompt, a token for each word."""
+    words = len(text.split())
+    return {"prompt_tokens": 7, "completion_tokens": words, "total_tokens": 7 + words}
 
 
 def well_behaved(received: Received, models: Sequence[str] = ("tiny",)) -> Iterable[Step]:
-    """Answer as a good server would: `You said: ...`, streamed when asked."""
+    """Answer as a good OpenAI server does: `You said: ...`, streamed when asked.
+
+    Paths of /v1 that it does not know are answered with what arrived, as JSON.
+    """
     document = received.json if isinstance(received.json, dict) else {}
     path = received.path
     if path == "/v1/models":
@@ -564,51 +646,46 @@ def well_behaved(received: Received, models: Sequence[str] = ("tiny",)) -> Itera
             return sse_response(completion_events(document, text, kind))
         return json_response(completion(document, text, kind))
     if path.startswith("/v1/"):
-        said = {
+        arrived = {
             "method": received.method,
             "target": received.target,
             "content": received.content.decode("latin-1"),
         }
-        return (
-            head_only(json_response(said)) if received.method == "HEAD" else (json_response(said))
-        )
+        steps = json_response(arrived)
+        return head_only(steps) if received.method == "HEAD" else steps
     return json_response({"error": {"message": f"no path {path}"}}, 404)
 
 
 def head_only(steps: list[Step]) -> list[Step]:
-    """The same answer to HEAD."""
+    """Answer HEAD: the head of this answer without its content."""
     whole = b"".join(s for s in steps if isinstance(s, bytes))
     return [whole[: whole.index(b"\r\n\r\n") + 4]]
 
 
 def model_entry(name: str) -> dict[str, Any]:
+    """Make the entry of a model in the list of /v1/models."""
     return {"id": name, "object": "model", "created": 1700000000, "owned_by": "us"}
 
 
 def embeddings(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Vectors that tell the inputs apart."""
-    given = document.get("input", "")
-    texts = given if isinstance(given, list) else [given]
+    """Answer /v1/embeddings with a vector for each input: its length and its index."""
+    inputs = document.get("input", "")
+    if not isinstance(inputs, list):
+        inputs = [inputs]
     data = [
-        {"object": "embedding", "index": i, "embedding": [float(len(str(t))), float(i)]}
-        for i, t in enumerate(texts)
+        {"object": "embedding", "index": i, "embedding": [float(len(str(text))), float(i)]}
+        for i, text in enumerate(inputs)
     ]
-    used = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
-    return {
-        "object": "list",
-        "data": data,
-        "model": document.get("model"),
-        "usage": used,
-    }
+    usage = {"prompt_tokens": len(inputs), "total_tokens": len(inputs)}
+    return {"object": "list", "data": data, "model": document.get("model"), "usage": usage}
 
 
 def completion(document: Mapping[str, Any], text: str, kind: str = "chat") -> dict:
-    """A whole chat (`chat`) or legacy (`text`) completion."""
-    said = (
-        {"message": {"role": "assistant", "content": text}}
-        if kind == "chat"
-        else {"text": text, "logprobs": None}
-    )
+    """Make a whole answer, of a chat (`chat`) or of the older completions (`text`)."""
+    if kind == "chat":
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+    else:
+        said = {"text": text, "logprobs": None}
     return {
         "id": "cmpl-1",
         "created": 1700000000,
@@ -620,9 +697,9 @@ def completion(document: Mapping[str, Any], text: str, kind: str = "chat") -> di
 
 
 def completion_events(document: Mapping[str, Any], text: str, kind: str = "chat") -> list[Any]:
-    """The events of a streamed completion, a word each, usage only when asked."""
+    """Make the events of a streamed answer: a word each, and usage only when asked."""
 
-    def piece(delta: dict, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    def make_event(delta: dict, finish: str | None = None) -> dict[str, Any]:
         said = {"delta": delta} if kind == "chat" else {"text": delta.get("content", "")}
         return {
             "id": "cmpl-1",
@@ -630,23 +707,24 @@ def completion_events(document: Mapping[str, Any], text: str, kind: str = "chat"
             "model": document.get("model"),
             "object": "chat.completion.chunk" if kind == "chat" else "text_completion",
             "choices": [{"index": 0, **said, "finish_reason": finish}],
-            **more,
         }
 
-    words = re.findall(r"\S+\s*", text)
-    opening = [piece({"role": "assistant", "content": ""})] if kind == "chat" else []
-    events: list[Any] = opening + [piece({"content": word}) for word in words]
-    events.append(piece({}, "stop"))
+    events: list[Any] = []
+    if kind == "chat":
+        events.append(make_event({"role": "assistant", "content": ""}))
+    events += [make_event({"content": word}) for word in re.findall(r"\S+\s*", text)]
+    events.append(make_event({}, "stop"))
     if (document.get("stream_options") or {}).get("include_usage"):
-        events.append({**piece({}), "choices": [], "usage": usage_of(text)})
+        events.append({**make_event({}), "choices": [], "usage": usage_of(text)})
     return [*events, "[DONE]"]
 
 
-TAKEN_PORTS: list[socket.socket] = []  # ports that stay taken
+# Sockets that keep their ports taken, so that nobody else gets them.
+TAKEN_PORTS: list[socket.socket] = []
 
 
 def refusing_url() -> str:
-    """The URL of a port where nobody listens."""
+    """Return the URL of a port where nobody listens: connections are refused."""
     TAKEN_PORTS.append(socket.socket())
     TAKEN_PORTS[-1].bind(("127.0.0.1", 0))
     return f"http://127.0.0.1:{TAKEN_PORTS[-1].getsockname()[1]}"
@@ -654,33 +732,18 @@ def refusing_url() -> str:
 
 @functools.lru_cache
 def self_signed_certificate() -> tuple[str, ssl.SSLContext] | None:
-    """A self-signed certificate for loopback: its file and a server's context."""
+    """Make a certificate for loopback: its file, and a server's context; None without openssl."""
     if not shutil.which("openssl"):
         return None
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-tls-"))
     AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
     key, cert = str(folder / "key.pem"), str(folder / "cert.pem")
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost "
+        "-addext subjectAltName=DNS:localhost,IP:127.0.0.1"
+    )
     made = subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=localhost",
-            "-keyout",
-            key,
-            "-out",
-            cert,
-            "-addext",
-            "subjectAltName=DNS:localhost,IP:127.0.0.1",
-        ],
-        capture_output=True,
-        timeout=30,
+        [*command.split(), "-keyout", key, "-out", cert], capture_output=True, timeout=30
     )
     if made.returncode:
         return None
@@ -693,7 +756,7 @@ def self_signed_certificate() -> tuple[str, ssl.SSLContext] | None:
 
 
 def bare_environment(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The little that a process needs, and these settings."""
+    """Return the environment of a router: the little that any process needs, and these settings."""
     kept = {n: os.environ[n] for n in ("PATH", "HOME", "LANG") if n in os.environ}
     return kept | {name: str(value) for name, value in settings.items()}
 
@@ -708,9 +771,11 @@ sys.exit(smolrouter.main(sys.argv[1:], smolrouter.Limits(**json.loads({limits!r}
 
 
 class Router:
-    """A router in its own process, on a port of its own, in an empty directory.
+    """A router in a process of its own, on a port of its own, in an empty folder.
 
-    `limits` are fields of the program's Limits with the values that a test needs.
+    `routes` is a routing file, as text or as a document; `limits` are fields of the program's
+    Limits with the values that the test needs. Use it as a context manager, or call `stop()`:
+    both end the process and remove the folder.
     """
 
     def __init__(
@@ -743,15 +808,17 @@ class Router:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        self._said: list[bytes] = []
+        self._stderr_lines: list[bytes] = []
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         pattern = re.compile(r"listens on (https?://\S+:(\d+))")
+        # Its first line says where it listens; if there is none, it has ended.
         line = wait_until(lambda: pattern.search(self.stderr) or self.process.poll())
         if not isinstance(line, re.Match):
             self.kill()
             raise RuntimeError(f"the router did not start:\n{self.stderr}")
-        self.url, self.port = line[1], int(line[2])
+        self.url = line[1]
+        self.port = int(line[2])
 
     def __enter__(self) -> Router:
         return self
@@ -760,35 +827,36 @@ class Router:
         self.stop()
 
     def _listen(self) -> None:
+        """Gather the lines of stderr until it is closed."""
         assert self.process.stderr
-        with self.process.stderr as said:
-            for line in said:
-                self._said.append(line)
+        with self.process.stderr as lines:
+            for line in lines:
+                self._stderr_lines.append(line)
 
     @property
     def stderr(self) -> str:
-        """What it has said so far."""
-        return b"".join(list(self._said)).decode("utf-8", "replace")
+        """What it has written to stderr so far."""
+        return b"".join(list(self._stderr_lines)).decode("utf-8", "replace")
 
     def signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal to the process, if it still runs."""
         if self.process.poll() is None:
             self.process.send_signal(number)
 
     def wait(self, seconds: float = 20.0) -> int:
-        """Wait for its end and return the exit status."""
+        """Wait for the end of the process and return its exit status."""
         try:
             return self.process.wait(seconds)
         finally:
             self.kill()
 
     def stop(self) -> int:
-        """End it with SIGTERM and return the exit status."""
+        """End the process with SIGTERM and return its exit status."""
         self.signal(signal.SIGTERM)
         return self.wait()
 
     def kill(self) -> None:
-        """Make sure that it is gone, and its directory with it."""
+        """Make sure that the process is gone, and its folder with it."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -797,7 +865,7 @@ class Router:
 
 
 def run_program(*args: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Any:
-    """Run a command to its end: returncode, stdout and stderr as text."""
+    """Run a command of the program to its end; return its exit status, stdout and stderr."""
     folder = more.pop("cwd", None) or tempfile.mkdtemp(prefix="smol-")
     try:
         return subprocess.run(
@@ -814,11 +882,13 @@ def run_program(*args: str, settings: Mapping[str, Any] | None = None, **more: A
             shutil.rmtree(folder, ignore_errors=True)
 
 
-START_LOCK = threading.Lock()  # one at a time, so that each is started once
+# Shared routers are started one at a time, so that threads cannot start the same one twice.
+START_LOCK = threading.Lock()
 
 
 @functools.cache
 def _cached_router(settings: str, routes: str, args: tuple[str, ...], limits: str) -> Router:
+    """Start a router for these arguments, as JSON because a cache needs keys that do not change."""
     router = Router(json.loads(settings), json.loads(routes), args, limits=json.loads(limits))
     AT_SESSION_END.callback(router.kill)
     return router
@@ -830,7 +900,7 @@ def shared_router(
     args: Sequence[str] = (),
     limits: Mapping[str, float] | None = None,
 ) -> Router:
-    """The router with these settings and limits, started once and shared; never stop it."""
+    """Return the router with these settings: started once, shared by tests, never to be stopped."""
     with START_LOCK:
         return _cached_router(
             json.dumps(settings or {}), json.dumps(routes), tuple(args), json.dumps(limits)
@@ -839,18 +909,18 @@ def shared_router(
 
 @functools.lru_cache
 def default_upstream() -> Upstream:
-    """The upstream of the shared router; scripts are registered by `plays`."""
+    """Return the upstream behind `default_router()`; a test gives it a script of its own."""
     return Upstream()
 
 
 def default_router() -> Router:
-    """The router that most tests use: DEFAULT_UPSTREAM is `stage()`."""
+    """Return the router that most tests use; its DEFAULT_UPSTREAM is `default_upstream()`."""
     return shared_router({"DEFAULT_UPSTREAM": default_upstream().url})
 
 
 @contextlib.contextmanager
 def router_and_upstream(script: Script | None = None, **settings: Any) -> Iterator[tuple]:
-    """A router with an upstream of its own."""
+    """Start a router and an upstream that no other test uses."""
     with (
         Upstream(script) as upstream,
         Router({"DEFAULT_UPSTREAM": upstream.url, **settings}) as router,
@@ -859,7 +929,7 @@ def router_and_upstream(script: Script | None = None, **settings: Any) -> Iterat
 
 
 def router_of_two(first: str, second: str, **settings: Any) -> Router:
-    """A router whose alias `pair` has two instances."""
+    """Start a router whose alias `pair` has an instance at each of these two URLs."""
     aliases = {"pair": {"instances": ["one/m", "two/m"]}}
     return Router(settings, {"servers": {"one": first, "two": second}, "aliases": aliases})
 
@@ -878,7 +948,7 @@ def altered(*changes: tuple[str, str]) -> pathlib.Path:
 
 
 def memory_mib(router: Router, name: str = "VmRSS") -> int:
-    """MiB that a router has, or has had at most (VmHWM)."""
+    """Return the MiB that a router has now (VmRSS), or has had at most (VmHWM)."""
     status = pathlib.Path(f"/proc/{router.process.pid}/status")
     if not status.exists():
         pytest.skip("there is no /proc here")
@@ -886,6 +956,9 @@ def memory_mib(router: Router, name: str = "VmRSS") -> int:
 
 
 # --- raw clients ----------------------------------------------------------------------
+# `request` and `post_chat` send one request through `http.client`. `send_raw` and `exchange`
+# send the very bytes that they are given, such as `encode_get("/v1/x")`, and return the bytes
+# that came back, for `parse_response` or `split_responses`.
 
 
 @dataclass
@@ -896,52 +969,53 @@ class Response:
     fields: list[tuple[str, str]]
     content: bytes
     whole: bool = True  # False when it ended before its framing said so
-    rest: bytes = b""  # what followed it
-    pieces: list[tuple[float, bytes]] = field(default_factory=list)
+    rest: bytes = b""  # what followed it on the connection
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)  # with times of arrival
 
     def get(self, name: str) -> str | None:
         """Return the last value of a field."""
-        values = self.get_all(name)
-        return values[-1] if values else None
+        return (self.get_all(name) or [None])[-1]
 
     def get_all(self, name: str) -> list[str]:
         """Return every value of a field."""
-        return [v for n, v in self.fields if n.lower() == name.lower()]
+        return values_of(name, self.fields)
 
     @property
     def json(self) -> Any:
+        """The content as a document."""
         return json.loads(self.content)
 
     @property
     def events(self) -> list[bytes]:
-        """The data of each SSE event; the lines of NDJSON."""
+        """The data of each server-sent event, or each line of NDJSON."""
         if "ndjson" in (self.get("Content-Type") or ""):
             return [line for line in self.content.split(b"\n") if line]
         blocks = self.content.split(b"\n\n")
-        return [b[6:] for b in blocks if b.startswith(b"data: ")]
+        return [block[6:] for block in blocks if block.startswith(b"data: ")]
 
     @property
     def documents(self) -> list[Any]:
-        """The events that are JSON."""
-        return [json.loads(e) for e in self.events if e != b"[DONE]"]
+        """The events as documents, without `[DONE]`."""
+        return [json.loads(data) for data in self.events if data != b"[DONE]"]
 
     @property
     def text(self) -> str:
-        """What the model said, whichever dialect it said it in."""
+        """What the model said, in whatever dialect, streamed or not."""
         kind = self.get("Content-Type") or ""
         streamed = "event-stream" in kind or "ndjson" in kind
-        return "".join(map(visible_text, self.documents if streamed else [self.json]))
+        documents = self.documents if streamed else [self.json]
+        return "".join(map(visible_text, documents))
 
 
 def visible_text(document: Mapping[str, Any]) -> str:
-    """The visible text of one document of either dialect."""
+    """Return the visible text of one document, whole or an event, OpenAI's or Ollama's."""
     choices = document.get("choices") or [document]
     parts = [c.get("delta") or c.get("message") or c for c in choices]
     return "".join(p.get("content") or p.get("text") or p.get("response") or "" for p in parts)
 
 
 def connect(port: int, host: str = "127.0.0.1") -> socket.socket:
-    """A connection with PATIENCE and without Nagle."""
+    """Connect to a port; what is sent leaves at once, and nothing is waited for any longer."""
     sock = socket.create_connection((host, port), PATIENCE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
@@ -950,18 +1024,14 @@ def connect(port: int, host: str = "127.0.0.1") -> socket.socket:
 def encode_request(
     method: str, path: str, body: Any = None, fields: Pairs = (), version: str = "1.1"
 ) -> bytes:
-    """A request as bytes; a document becomes JSON with its length."""
-    content = body if isinstance(body, bytes) else b"" if body is None else encode_json(body)
+    """Encode a request; a body, as bytes or as a document, has its Content-Length."""
     own = [("Host", "router")]
+    content = b""
     if body is not None:
-        own += [
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(content))),
-        ]
-    lines = [
-        f"{method} {path} HTTP/{version}",
-        *(f"{n}: {v}" for n, v in [*own, *fields]),
-    ]
+        content = body if isinstance(body, bytes) else encode_json(body)
+        own += [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
+    lines = [f"{method} {path} HTTP/{version}"]
+    lines += [f"{name}: {value}" for name, value in [*own, *fields]]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + content
 
 
@@ -973,7 +1043,11 @@ def send_raw(
     to_head: bool = False,
     patience: float = PATIENCE,
 ) -> bytes:
-    """Send exact bytes (pauses between them), read until the close or N answers."""
+    """Send these bytes on a new connection, numbers being pauses; return what comes back.
+
+    It is read until so many answers are complete, with `answers=0` until the close. `to_head`
+    says that the request was HEAD, whose answers have no content whatever their fields say.
+    """
     with connect(port, host) as sock:
         sock.settimeout(patience)
         return exchange(sock, *steps, answers=answers, to_head=to_head)
@@ -982,7 +1056,7 @@ def send_raw(
 def exchange(
     sock: socket.socket, *steps: bytes | float, answers: int = 1, to_head: bool = False
 ) -> bytes:
-    """The same on an open connection; `answers=0` reads until the close."""
+    """Do the same on an open connection."""
     try:
         for step in steps:
             if isinstance(step, bytes):
@@ -990,7 +1064,8 @@ def exchange(
             else:
                 time.sleep(step)
     except ConnectionError:
-        pass  # it has refused to read on; the answer tells why
+        # The router has refused to read on; its answer says why.
+        pass
     data = b""
     while not answers or len(split_responses(data, to_head)[0]) < answers:
         try:
@@ -1004,67 +1079,72 @@ def exchange(
 
 
 def split_responses(data: bytes, to_head: bool = False) -> tuple[list[Response], bytes]:
-    """The complete final answers in these bytes, and what is left over."""
+    """Return the complete final answers in these bytes, and the bytes that are left over."""
     found: list[Response] = []
     while b"\r\n\r\n" in data:
         top, _, rest = data.partition(b"\r\n\r\n")
-        first, *lines = top.decode("latin-1").split("\r\n")
-        status = int(first.split(" ")[1])
-        pairs = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
-        named = {name.lower(): value for name, value in pairs}
-        content, rest_after = take_content(status, named, rest, to_head)
+        status, fields = parse_head(top)
+        content, rest = take_content(status, fields, rest, to_head)
         if content is None:
             break
-        data = rest_after
+        data = rest
         if status >= 200:
-            found.append(Response(status, pairs, content))
+            found.append(Response(status, fields, content))
     return found, data
 
 
+def parse_head(top: bytes) -> tuple[int, list[tuple[str, str]]]:
+    """Return the status and the fields of a response head without its empty line."""
+    status_line, *lines = top.decode("latin-1").split("\r\n")
+    return int(status_line.split(" ")[1]), parse_field_lines(lines)
+
+
 def take_content(
-    status: int, named: Mapping[str, str], rest: bytes, to_head: bool
+    status: int, fields: Pairs, rest: bytes, to_head: bool
 ) -> tuple[bytes | None, bytes]:
-    """The content of an answer and what follows; None when it is not all there."""
+    """Return the content of an answer and what follows; None for one that is not all there."""
     if to_head or status < 200 or status in (204, 304):
         return b"", rest
-    if "transfer-encoding" in named:
+    if values_of("Transfer-Encoding", fields):
         return take_chunks(rest)
-    if "content-length" not in named:
-        return None, rest  # up to the close
-    size = int(named["content-length"])
-    return (rest[:size], rest[size:]) if len(rest) >= size else (None, rest)
+    lengths = values_of("Content-Length", fields)
+    if not lengths:
+        # Only the close ends it.
+        return None, rest
+    size = int(lengths[-1])
+    if len(rest) < size:
+        return None, rest
+    return rest[:size], rest[size:]
 
 
 def take_chunks(data: bytes) -> tuple[bytes | None, bytes]:
-    """The content of complete chunks without trailers, and what follows."""
+    """Return the content of complete chunks, without trailers, and what follows."""
     content = b""
     while b"\r\n" in data:
         line, _, data = data.partition(b"\r\n")
         size = int(line, 16)
         if len(data) < size + 2:
             break
-        if not size:
+        if size == 0:
             return (content, data[2:]) if data[:2] == b"\r\n" else (None, data)
-        content, data = content + data[:size], data[size + 2 :]
+        content += data[:size]
+        data = data[size + 2 :]
     return None, data
 
 
 def parse_response(data: bytes, to_head: bool = False) -> Response:
-    """The last answer in these bytes; `whole` is False when it was cut off.
+    """Return the last answer in these bytes; `whole` is False when it was cut off.
 
     One without framing, which ends with the connection, counts as whole.
     """
     found, rest = split_responses(data, to_head)
-    if not rest and found:
-        return found[-1]
     if found and b"\r\n\r\n" not in rest:
-        return Response(found[-1].status, found[-1].fields, found[-1].content, rest=rest)
+        return dataclasses.replace(found[-1], rest=rest)
     top, _, content = rest.partition(b"\r\n\r\n")
     assert top.startswith(b"HTTP/1."), f"no answer: {data[:200]!r}"
-    first, *lines = top.decode("latin-1").split("\r\n")
-    pairs = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
-    framed = {n.lower() for n, _ in pairs} & {"content-length", "transfer-encoding"}
-    return Response(int(first.split(" ")[1]), pairs, content, whole=not framed)
+    status, fields = parse_head(top)
+    framed = values_of("Content-Length", fields) or values_of("Transfer-Encoding", fields)
+    return Response(status, fields, content, whole=not framed)
 
 
 def request(
@@ -1076,7 +1156,7 @@ def request(
     host: str = "127.0.0.1",
     patience: float = PATIENCE * 3,
 ) -> Response:
-    """One exchange through http.client; the pieces carry their times of arrival."""
+    """Send one request through http.client, on a connection of its own."""
     caller = http.client.HTTPConnection(host, port, timeout=patience)
     try:
         content = body if isinstance(body, bytes) or body is None else encode_json(body)
@@ -1103,16 +1183,18 @@ def request(
 
 
 def chat_document(model: str, text: str = "hi", **more: Any) -> dict[str, Any]:
-    """The document of a chat request."""
+    """Make the document of a chat request."""
     return {"model": model, "messages": [{"role": "user", "content": text}], **more}
 
 
 def post_chat(router: Router, model: str, text: str = "hi", **more: Any) -> Response:
-    """One chat completion through a router."""
+    """Ask a router for a chat completion."""
     return request(router.port, "POST", "/v1/chat/completions", chat_document(model, text, **more))
 
 
 CHAT = "/v1/chat/completions"
+
+# For each endpoint a document that it takes, but for its model.
 EXAMPLE_REQUESTS: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"prompt": "hi"},
@@ -1122,6 +1204,8 @@ EXAMPLE_REQUESTS: dict[str, dict[str, Any]] = {
     "/api/embed": {"input": "hi"},
     "/v1/rerank": {"query": "hi"},
 }
+
+# Each endpoint, whole and, where it can be, streamed.
 ALL_WAYS = [
     (path, stream)
     for path in EXAMPLE_REQUESTS
@@ -1130,31 +1214,34 @@ ALL_WAYS = [
 
 
 def example_request(path: str, model: str, stream: bool) -> dict[str, Any]:
-    """The document of a request to this endpoint."""
-    told = {"stream": stream} if (path, True) in ALL_WAYS else {}
-    return {**EXAMPLE_REQUESTS[path], "model": model, **told}
+    """Make a document that this endpoint takes."""
+    document = {**EXAMPLE_REQUESTS[path], "model": model}
+    if (path, True) in ALL_WAYS:
+        document["stream"] = stream
+    return document
 
 
 def encode_get(path: str, fields: Pairs = (), version: str = "1.1") -> bytes:
-    """A GET as bytes."""
+    """Encode a GET."""
     return encode_request("GET", path, None, fields, version)
 
 
 def encode_post(path: str, document: Any, fields: Pairs = (), version: str = "1.1") -> bytes:
-    """A POST of a JSON document as bytes."""
+    """Encode a POST of a JSON document."""
     return encode_request("POST", path, document, fields, version)
 
 
 def encode_chunked_post(path: str, *pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
-    """A POST of JSON in chunks, as bytes."""
+    """Encode a POST of JSON whose content comes in these chunks."""
     fields = [("Transfer-Encoding", "chunked"), ("Content-Type", "application/json")]
     top = encode_request("POST", path, None, fields)
     return top + b"".join(encode_chunks(*pieces, end=end))
 
 
 def read_until(sock: socket.socket, *marks: bytes) -> bytes:
-    """Read until all of these have come, one after the other."""
-    data, at = b"", 0
+    """Read until each of these has come, one after the other, and return all that was read."""
+    data = b""
+    at = 0
     for mark in marks:
         while (found := data.find(mark, at)) < 0:
             more = sock.recv(1 << 16)
@@ -1165,7 +1252,7 @@ def read_until(sock: socket.socket, *marks: bytes) -> bytes:
 
 
 def is_visibly_broken(got: Response) -> bool:
-    """A 502, a visible cut or an error event; never a clean end."""
+    """Tell whether a client sees that an answer failed: a 502, a cut or an error at its end."""
     last = got.events[-1] if got.events else b""
     return got.status == 502 or not got.whole or b'"error"' in last
 
@@ -6910,8 +6997,7 @@ def test_client_that_resets_its_upload_leaves_no_traceback() -> None:
         with connect(default_router().port) as sock:
             sock.sendall(data)
             time.sleep(0.05)
-            reset = struct.pack("ii", 1, 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            reset_on_close(sock)
     assert post_chat(default_router(), "tiny").status == 200
     assert "Traceback" not in default_router().stderr
 
@@ -7142,7 +7228,7 @@ def test_client_leaves_with_a_reset() -> None:
     sock = connect(default_router().port)
     sock.sendall(encode_post(CHAT, chat_document(model)))
     seen = default_upstream().connection_of(model)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    reset_on_close(sock)
     sock.close()
     left = time.monotonic()
     assert wait_until(lambda: seen.closed)
