@@ -715,9 +715,10 @@ class Limits:
     # Longer names are not tried on patterns, because a harmless one such as `/.*-1.5b/` takes
     # quadratic time: on a name of 200 kB everybody would wait for minutes.
     pattern_name: int = 256
-    # Decisions of the router that are remembered, by model and source host. A table of a
-    # thousand rules then takes about 20 MB.
-    decisions: int = 4096
+    # Decisions that are remembered, by model and source host; the one that was not needed for
+    # the longest time goes. A home has a few dozen of them. Each has a trail with a step for
+    # every rule: with a thousand rules, these are up to 50 MB.
+    decisions: int = 256
     # Of an error's text, so much goes into rows and printed lines.
     error_text: int = 400
 
@@ -3456,16 +3457,25 @@ def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transfor
 # ======================================================================================
 # 9  Routing (pure)
 # ======================================================================================
-# A model name and a source host become instances in order, and the trail says why. The
-# live path, the page and `explain` ask the same `resolve`. The file is strict: what it
-# does not know is an error with file, line, path and remedy.
+# A model's name and a source host become instances, in the order to try, and a trail that
+# says why. The live path, the page and `explain` all ask `resolve`, so that they cannot
+# disagree. First who claims a request gets it: ROUTE_ORDER has one function for each. To
+# add a way to claim a request: such a function, and its place in that list.
 
 STRATEGIES = ("failover", "round_robin", "least_busy")
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
-PINNED = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
+PINNED_NAME = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
 NO_YAML = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
+# Fields that the router sets itself in each request: a server's `headers` cannot name them.
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
-Address = tuple[int, int]  # version of IP, number
+
+# The version of IP and the number, so that addresses of one version are in order.
+Address = tuple[int, int]
+# The first and the last address that belong to it.
+AddressRange = tuple[Address, Address]
+
+
+# --- the routing table ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3478,7 +3488,8 @@ class Server:
     api_key: str | None = dataclasses.field(default=None, repr=False)
     headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
     verify: bool = True
-    warning: str | None = None  # about its URL
+    # What to say about its URL when the table is read.
+    warning: str | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -3494,15 +3505,23 @@ class Instance(NamedTuple):
         return f"{self.server.name}/{self.model}" if self.model else self.server.name
 
 
-class Alias(NamedTuple):
-    """Who serves a friendly name; without one, the only instance of a rule."""
+class Target(NamedTuple):
+    """Where a request may go: to the instances of an alias, or to the only one of a rule."""
 
     instances: tuple[Instance, ...]
-    name: str = ""
+    alias: str = ""
     strategy: str = "failover"
 
     def __str__(self) -> str:
-        return f"alias {self.name}" if self.name else str(self.instances[0])
+        return f"alias {self.alias}" if self.alias else str(self.instances[0])
+
+
+class Step(NamedTuple):
+    """One line of the trail: what was tried, whether it claimed the request, and why."""
+
+    rule: str
+    matched: bool
+    why: str
 
 
 class Rule(NamedTuple):
@@ -3510,132 +3529,174 @@ class Rule(NamedTuple):
 
     name: str
     model: NamePattern | None
-    hosts: tuple[tuple[Address, Address], ...] | None
-    target: Alias
+    source_hosts: tuple[AddressRange, ...] | None
+    target: Target
+    # Its match in words, such as `model gpt-4, source_host 10.0.1.7`.
     match_text: str
+    # What the trail says when the model does not match. That is so for most rules and most
+    # requests: all trails share this one step, or a long table would fill the memory.
+    other_model: Step
 
 
-class RoutingTable(NamedTuple):
-    """Everything that decides where a request goes."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class RoutingTable:
+    """Everything that decides where a request goes; `source` is the file it was read from.
+
+    A table never changes, and is equal to itself alone: it can be a cache's key.
+    """
 
     default: Server
     servers: Mapping[str, Server]
-    aliases: Mapping[str, Alias]
+    aliases: Mapping[str, Target]
     rules: tuple[Rule, ...]
     model_map: ModelMap
     source: str
 
     def all_servers(self) -> list[Server]:
         """Return every server that can be asked, each once, the default one first."""
+        named_urls = {server.url for server in self.servers.values()}
         targets = [*(rule.target for rule in self.rules), *self.aliases.values()]
-        inner = [instance.server for target in targets for instance in target.instances]
-        named = {server.url for server in self.servers.values()}
-        others = {s.url: s for s in (self.default, *inner) if s.url not in named}
-        return [*others.values(), *self.servers.values()]
-
-
-class Step(NamedTuple):
-    """One line of the trail: a rule that was tried, and what came of it."""
-
-    rule: str
-    matched: bool
-    why: str
+        servers = [self.default]
+        for target in targets:
+            servers.extend(instance.server for instance in target.instances)
+        # Named servers are all listed, even two with one URL: their keys may differ.
+        by_url = {server.url: server for server in servers if server.url not in named_urls}
+        return [*by_url.values(), *self.servers.values()]
 
 
 class Decision(NamedTuple):
-    """Where a request goes, in order, and why."""
+    """Where a request goes, in order, and why; every instance has the model it is asked for."""
 
-    asked: str
-    mapped: str
+    requested_model: str
+    mapped_model: str
     route: str
     strategy: str
-    instances: tuple[Instance, ...]  # every model is set
+    instances: tuple[Instance, ...]
     trail: tuple[Step, ...]
 
 
+# --- the routing file -------------------------------------------------------------------
+# The file is strict: a word that it does not know is an error, because a misspelt key that
+# is passed over sends requests to the wrong machine. JSON or YAML becomes a document, plain
+# dicts and lists. A `Node` is a value in it together with the path that leads to it; it hands
+# out the nodes inside it, and makes the errors, which so know their place. `TableReader`
+# walks the nodes once and makes a RoutingTable. An error looks like this:
+#
+#   routes.yaml:14: routes[2].match.model: '/(/' is no regular expression: missing ), ...
+
+
 def parse_address(text: str) -> Address:
-    """Read one address; IPv4 inside IPv6 is IPv4. Raises ValueError."""
+    """Read one address: '10.0.0.1' and '::ffff:10.0.0.1' -> (4, 167772161). Raises ValueError."""
     address = ipaddress.ip_address(text.strip().partition("%")[0])
-    plain = getattr(address, "ipv4_mapped", None) or address
-    return plain.version, int(plain)
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    return address.version, int(address)
 
 
-def parse_address_range(text: str) -> tuple[Address, Address]:
-    """Read one address, a CIDR or a range `a-b` as its two ends. Raises ValueError."""
-    ends = text.split("-", 1)
+def parse_address_range(text: str) -> AddressRange:
+    """Read an address, a CIDR or a range as its two ends. Raises ValueError.
+
+    '10.0.0.0/30'  ->  ((4, 167772160), (4, 167772163)), as does '10.0.0.0-10.0.0.3'
+    """
+    first, dash, last = text.partition("-")
     try:
-        if len(ends) == 1:
+        if dash:
+            low, high = parse_address(first), parse_address(last)
+        else:
             network = ipaddress.ip_network(text.strip(), strict=False)
-            ends = [str(network[0]), str(network[-1])]
-        low, high = map(parse_address, ends)
+            low, high = parse_address(str(network[0])), parse_address(str(network[-1]))
     except ValueError as error:
         raise ValueError(f"{error}; write 10.0.0.1, 10.0.0.0/24 or 10.0.0.1-10.0.0.9") from None
-    require(low[0] == high[0] and low <= high, f"{text!r} is not a range from low to high")
+    same_version = low[0] == high[0]
+    require(same_version and low <= high, f"{text!r} is not a range from low to high")
     return low, high
 
 
+class RoutesDocument(NamedTuple):
+    """What a routing file holds, and where: `line_of` gives the line of a path, if it has one."""
+
+    value: Any
+    name: str
+    line_of: Callable[[Path], int | None]
+
+    def place(self, path: Path) -> str:
+        """Return file and line of a value: ('routes', 2) -> 'routes.yaml:14'."""
+        # A value that should be there and is not has no line; what it should stand in has one.
+        for size in range(len(path), 0, -1):
+            line = self.line_of(path[:size])
+            if line:
+                return f"{self.name}:{line}"
+        return self.name
+
+
 class Node(NamedTuple):
-    """A value in the routing file's document, with its place; null is as good as nothing."""
+    """A value in the routing file and the path to it; null is the same as nothing at all."""
 
     value: Any
     path: Path
-    place: Callable[[Path], str]  # file and line
+    document: RoutesDocument
 
     def error(self, message: str) -> ConfigError:
         """Return the error about this value."""
-        words = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in self.path)
+        words = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.path)
         where = words.removeprefix(".") or "the file"
-        return ConfigError(f"{self.place(self.path)}: {where}: {message}")
+        return ConfigError(f"{self.document.place(self.path)}: {where}: {message}")
 
-    def check(self, right: object, message: str) -> None:
-        """Refuse this value unless it is `right`."""
-        if not right:
+    def require(self, condition: object, message: str) -> None:
+        """Refuse this value unless a condition holds. Raises ConfigError."""
+        if not condition:
             raise self.error(message)
 
-    def at(self, key: Any) -> Node:
+    def replace(self, value: Any) -> Node:
+        """Return another value that stands in this place."""
+        return self._replace(value=value)
+
+    def child(self, key: Any) -> Node:
         """Return what stands inside at a key or an index; its value may be None."""
         value = self.value.get(key) if isinstance(self.value, dict) else self.value[key]
-        return Node(value, (*self.path, key), self.place)
+        return Node(value, (*self.path, key), self.document)
 
-    def expand(self, environ: Mapping[str, str]) -> Any:
+    def expand_variables(self, environ: Mapping[str, str]) -> Any:
         """Return the value with `${NAME}` replaced in every string inside."""
         if isinstance(self.value, dict):
-            return {key: self.at(key).expand(environ) for key in self.value}
+            return {key: self.child(key).expand_variables(environ) for key in self.value}
         if isinstance(self.value, list):
-            return [self.at(index).expand(environ) for index in range(len(self.value))]
+            indexes = range(len(self.value))
+            return [self.child(index).expand_variables(environ) for index in indexes]
         if not isinstance(self.value, str):
             return self.value
         for name in ENV_REFERENCE.findall(self.value):
-            self.check(name in environ, f"${{{name}}} is not set; set it or write the value")
+            self.require(name in environ, f"${{{name}}} is not set; set it or write the value")
         return ENV_REFERENCE.sub(lambda match: environ[match[1]], self.value)
 
-    def members(self, *known: str) -> list[Node]:
-        """Return the `known` members of a mapping, which has no others; without any, all."""
-        node, words = self._replace(value=self.or_else({})), ", ".join(known)
-        self.check(
-            isinstance(node.value, dict),
-            f"{self.value!r} instead of a mapping of {words or 'names'}",
-        )
-        for key in node.value:
-            node.at(key).check(not known or key in known, f"unknown key; known are {words}")
-            node.at(key)._replace(value=key).read()
-        return [node.at(key) for key in known or node.value]
+    def entries(self) -> list[Node]:
+        """Return the values of a mapping whose keys are names of the user's own choice."""
+        if self.value is None:
+            return []
+        self.require(isinstance(self.value, dict), f"{self.value!r} instead of a mapping of names")
+        for key in self.value:
+            self.child(key).replace(key).read()
+        return [self.child(key) for key in self.value]
+
+    def members(self, *keys: str) -> list[Node]:
+        """Return the members of a mapping in the order of `keys`; it may have no others."""
+        words = ", ".join(keys)
+        value = {} if self.value is None else self.value
+        self.require(isinstance(value, dict), f"{self.value!r} instead of a mapping of {words}")
+        node = self.replace(value)
+        for key in value:
+            node.child(key).require(key in keys, f"unknown key; known are {words}")
+        return [node.child(key) for key in keys]
 
     def elements(self, wanted: str) -> list[Node]:
         """Return the elements of a list that has some; `wanted` says what it should be."""
-        self.check(isinstance(self.value, list) and self.value, wanted)
-        return [self.at(index) for index in range(len(self.value))]
-
-    def or_else(self, default: Any) -> Any:
-        """Return the value, `default` without one."""
-        return default if self.value is None else self.value
+        self.require(isinstance(self.value, list) and self.value, wanted)
+        return [self.child(index) for index in range(len(self.value))]
 
     def read(self, parse: Callable[[str], Any] = str) -> Any:
         """Return what `parse` makes of a text, which may not be empty."""
-        self.check(
-            isinstance(self.value, str) and self.value,
-            f"{self.value!r} instead of a text; put it in quotes",
-        )
+        is_text = isinstance(self.value, str) and self.value
+        self.require(is_text, f"{self.value!r} instead of a text; put it in quotes")
         try:
             return parse(self.value)
         except ValueError as error:
@@ -3643,111 +3704,136 @@ class Node(NamedTuple):
 
     def choose(self, *choices: Any) -> Any:
         """Return which of `choices` stands here; the first one when nothing does."""
-        value, words = self.or_else(choices[0]), " or ".join(map(str, choices))
-        self.check(value in choices, f"{value!r} instead of {words.lower()}")
-        return value
+        if self.value is None:
+            return choices[0]
+        words = " or ".join(map(str, choices)).lower()
+        self.require(self.value in choices, f"{self.value!r} instead of {words}")
+        return self.value
 
     def read_field(self) -> str:
         """Return a field value; what is none, often a secret, stays out of the message."""
         name = self.path[-1]
         line = FIELD_LINE.fullmatch(f"{name}:{self.value}")
-        self.check(
-            isinstance(self.value, str) and line and line[1] == name,
-            "no field name or value; put one line in quotes",
-        )
-        self.check(name.lower() not in ROUTER_FIELDS, "the router sets this field itself")
+        is_field = isinstance(self.value, str) and line and line[1] == name
+        self.require(is_field, "no field name or value; put one line in quotes")
+        self.require(name.lower() not in ROUTER_FIELDS, "the router sets this field itself")
         return self.value
 
 
-def read_hosts(node: Node) -> tuple[tuple[Address, Address], ...] | None:
-    """Read source hosts: an address, CIDR or range, or a list of them; None for anybody."""
-    if node.value is None:
-        return None
-    some = "an empty list matches nobody; leave it out"
-    items = node.elements(some) if isinstance(node.value, list) else [node]
-    return tuple(item.read(parse_address_range) for item in items)
-
-
 class TableReader:
-    """Reads a routing file's document; every error names its place."""
+    """Reads a routing file's document into the parts of a table; every error names its place."""
 
     def __init__(self, root: Node, default: Server) -> None:
         servers, aliases, routes = root.members("servers", "aliases", "routes")
-        self.servers = {node.path[-1]: self.server(node) for node in servers.members()}
-        self.default = next((s for s in self.servers.values() if s.url == default.url), default)
-        self.aliases = {node.path[-1]: self.alias(node) for node in aliases.members()}
-        listed = routes.value and routes.elements("not a list; begin each route with `- match:`")
-        self.rules = tuple(self.rule(node) for node in listed or ())
+        self.servers: dict[str, Server] = {}
+        for node in servers.entries():
+            self.servers[node.path[-1]] = self.read_server(node)
+        self.default = self.find_named(default)
+        self.aliases: dict[str, Target] = {}
+        for node in aliases.entries():
+            self.aliases[node.path[-1]] = self.read_alias(node)
+        self.rules: tuple[Rule, ...] = ()
+        if routes.value:
+            listed = routes.elements("not a list; begin each route with `- match:`")
+            self.rules = tuple(self.read_rule(node) for node in listed)
 
-    def server(self, node: Node) -> Server:
+    def find_named(self, default: Server) -> Server:
+        """Return the named server that has the URL of DEFAULT_UPSTREAM, with its key and fields."""
+        for server in self.servers.values():
+            if server.url == default.url:
+                return server
+        return default
+
+    def read_server(self, node: Node) -> Server:
         """Read a server: a URL, or a record with one."""
-        node = node._replace(value={"url": node.value}) if isinstance(node.value, str) else node
+        if isinstance(node.value, str):
+            node = node.replace({"url": node.value})
+        name = node.path[-1]
         url, api, key, headers, verify = node.members("url", "api", "api_key", "headers", "verify")
         return Server(
-            node.path[-1],
-            url.read(parse_upstream_url),
-            api.choose("openai", "ollama"),
-            None if key.value is None else key.read_field(),
-            tuple((field.path[-1], field.read_field()) for field in headers.members()),
-            verify.choose(True, False),
-            url_warning(f"servers.{node.path[-1]}", url.value),
+            name=name,
+            url=url.read(parse_upstream_url),
+            api=api.choose("openai", "ollama"),
+            api_key=None if key.value is None else key.read_field(),
+            headers=tuple((field.path[-1], field.read_field()) for field in headers.entries()),
+            verify=verify.choose(True, False),
+            warning=url_warning(f"servers.{name}", url.value),
         )
 
-    def upstream(self, node: Node) -> Server:
+    def read_upstream(self, node: Node) -> Server:
         """Read a server's name or a URL."""
-        if node.read() in self.servers:
-            return self.servers[node.value]
+        name = node.read()
+        if name in self.servers:
+            return self.servers[name]
         known = ", ".join(self.servers) or "none"
-        node.check(
-            ABSOLUTE_SCHEME.match(node.value),
-            f"unknown server {node.value!r}; known are {known}, or a URL",
-        )
+        words = f"unknown server {name!r}; known are {known}, or a URL"
+        node.require(ABSOLUTE_SCHEME.match(name), words)
         url = node.read(parse_upstream_url)
         return Server(f"{url.authority}{url.prefix}", url)
 
-    def instance(self, node: Node) -> Instance:
-        """Read `server/model`, or a record of server (or url) and model."""
+    def read_instance(self, node: Node) -> Instance:
+        """Read `server/model`, split at the first slash, or a record with these members."""
         if isinstance(node.value, str):
-            name, _, model = node.value.partition("/")
-            return Instance(self.upstream(node._replace(value=name)), model or None)
-        *places, model = node.members("server", "url", "model")
-        named = [place for place in places if place.value is not None]
-        node.check(len(named) == 1, "name one of `server` and `url`")
-        return Instance(self.upstream(named[0]), model.value and model.read())
+            name, _, model_name = node.value.partition("/")
+            return Instance(self.read_upstream(node.replace(name)), model_name or None)
+        server, url, model = node.members("server", "url", "model")
+        places = [place for place in (server, url) if place.value is not None]
+        node.require(len(places) == 1, "name one of `server` and `url`")
+        model_name = model.read() if model.value else None
+        return Instance(self.read_upstream(places[0]), model_name)
 
-    def alias(self, node: Node) -> Alias:
-        """Read an alias."""
+    def read_alias(self, node: Node) -> Target:
+        """Read an alias: its instances and its strategy."""
         strategy, listed = node.members("strategy", "instances")
-        chosen, instances = strategy.choose(*STRATEGIES), []
+        chosen_strategy = strategy.choose(*STRATEGIES)
+        instances: list[Instance] = []
         for item in listed.elements("an alias needs a list of at least one `server/model`"):
-            instance = self.instance(item)
-            item.check(instance not in instances, f"{instance} stands here twice")
+            instance = self.read_instance(item)
+            item.require(instance not in instances, f"{instance} stands here twice")
             instances.append(instance)
-        return Alias(tuple(instances), node.path[-1], chosen)
+        return Target(tuple(instances), node.path[-1], chosen_strategy)
 
-    def rule(self, node: Node) -> Rule:
+    def read_rule(self, node: Node) -> Rule:
         """Read a route: its match and its target."""
         match, route = node.members("match", "route")
-        model, hosts = match.members("model", "source_host")
+        model, source_host = match.members("model", "source_host")
+        name = f"routes[{node.path[-1]}]"
         pattern = None if model.value is None else model.read(parse_pattern)
-        words = ", ".join(f"{k} {v}" for k, v in match.or_else({}).items()) or "everything"
-        target = self.target(route, pattern)
-        return Rule(f"routes[{node.path[-1]}]", pattern, read_hosts(hosts), target, words)
+        stated = [f"{key} {value}" for key, value in (match.value or {}).items()]
+        match_text = ", ".join(stated) or "everything"
+        return Rule(
+            name=name,
+            model=pattern,
+            source_hosts=self.read_source_hosts(source_host),
+            target=self.read_target(route, pattern),
+            match_text=match_text,
+            other_model=Step(name, False, f"{match_text}: the model does not match"),
+        )
 
-    def target(self, node: Node, pattern: NamePattern | None) -> Alias:
+    def read_source_hosts(self, node: Node) -> tuple[AddressRange, ...] | None:
+        """Read an address, CIDR or range, or a list of them; None stands for anybody."""
+        if node.value is None:
+            return None
+        if not isinstance(node.value, list):
+            return (node.read(parse_address_range),)
+        items = node.elements("an empty list matches nobody; leave it out")
+        return tuple(item.read(parse_address_range) for item in items)
+
+    def read_target(self, node: Node, pattern: NamePattern | None) -> Target:
         """Read where a route leads: an alias, or an upstream and a model."""
-        upstream, model, alias = members = node.members("upstream", "model", "alias")
-        given = [member for member in members if member.value is not None]
-        node.check(given, "name an `upstream`, a `model` or an `alias`")
+        upstream, model, alias = node.members("upstream", "model", "alias")
+        given = [member for member in (upstream, model, alias) if member.value is not None]
+        node.require(given, "name an `upstream`, a `model` or an `alias`")
         if alias in given:
-            node.check(len(given) == 1, "`alias` stands alone; leave the rest out")
+            node.require(len(given) == 1, "`alias` stands alone; leave the rest out")
+            name = alias.read()
             known = ", ".join(self.aliases) or "none"
-            alias.check(alias.read() in self.aliases, f"unknown {alias.value!r}; known are {known}")
-            return self.aliases[alias.value]
+            alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
+            return self.aliases[name]
         if model in given:
-            model.read(lambda text: check_template(text, pattern))
-        server = self.upstream(upstream) if upstream in given else self.default
-        return Alias((Instance(server, model.value),))
+            model.read(lambda template: check_template(template, pattern))
+        server = self.read_upstream(upstream) if upstream in given else self.default
+        return Target((Instance(server, model.value),))
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -3759,44 +3845,55 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def parse_json_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
-    """Return the document of a JSON routing file, and where its lines are."""
+def parse_json_routes(text: str, name: str) -> RoutesDocument:
+    """Read a JSON routing file. Raises ConfigError."""
     try:
-        doc = json.loads(text, object_pairs_hook=unique_object)
+        value = json.loads(text, object_pairs_hook=unique_object)
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ConfigError(f"{name}{line}: no valid JSON: {error}") from None
 
     def line_of(path: Path) -> int | None:
-        starts = [start for start, _, _ in find_values(text, 0, [path])]
-        return text.count("\n", 0, starts[0]) + 1 if starts else None
+        for start, _, _ in find_values(text, 0, [path]):
+            return text.count("\n", 0, start) + 1
+        return None
 
-    return doc, line_of
+    return RoutesDocument(value, name, line_of)
 
 
-def parse_yaml_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
-    """Return the document of a YAML routing file; PyYAML is imported here only."""
+def find_yaml_lines(node: Any, path: Path, name: str) -> Iterator[tuple[Path, int]]:
+    """Yield the path and the line of a node of PyYAML's and of all that is in it.
+
+    PyYAML lets the later of two equal keys win. Raises ConfigError instead.
+    """
+    yield path, node.start_mark.line + 1
+    # A mapping's value is a list of pairs of nodes, a sequence's a list of nodes.
+    inner_nodes = node.value if isinstance(node.value, list) else []
+    seen_keys: set[str] = set()
+    for index, item in enumerate(inner_nodes):
+        if not isinstance(item, tuple):
+            yield from find_yaml_lines(item, (*path, index), name)
+            continue
+        key_node, value_node = item
+        key = str(key_node.value)
+        if key in seen_keys:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"{name}:{line}: {key_node.value!r} stands there twice")
+        seen_keys.add(key)
+        yield from find_yaml_lines(value_node, (*path, key), name)
+
+
+def parse_yaml_routes(text: str, name: str) -> RoutesDocument:
+    """Read a YAML routing file. Raises ConfigError."""
     try:
+        # Imported here alone: without a YAML file nothing needs to be installed.
         import yaml
     except ImportError:
         raise ConfigError(f"{name} is not JSON, and YAML {NO_YAML}") from None
-    lines: dict[Path, int] = {}
-
-    def note(node: Any, path: Path) -> None:
-        lines[path] = node.start_mark.line + 1
-        for index, item in enumerate(node.value if isinstance(node.value, list) else ()):
-            key, value = item if isinstance(item, tuple) else (None, item)
-            inner = (*path, str(key.value) if key else index)
-            if key and inner in lines:
-                line = key.start_mark.line + 1
-                raise ConfigError(f"{name}:{line}: {key.value!r} stands there twice")
-            note(value, inner)
-
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            note(node, ())
-        return yaml.safe_load(text), lines.get
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(find_yaml_lines(root, (), name)) if root is not None else {}
+        return RoutesDocument(yaml.safe_load(text), name, lines.get)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -3804,14 +3901,15 @@ def parse_yaml_routes(text: str, name: str) -> tuple[Any, Callable[[Path], int |
         raise ConfigError(f"{name}{line}: no valid YAML: {problem}") from None
 
 
-def parse_either(text: str, name: str) -> tuple[Any, Callable[[Path], int | None]]:
-    """Return the document of a routing file, JSON or YAML by content."""
+def parse_document(text: str, name: str) -> RoutesDocument:
+    """Read a routing file, JSON or YAML by its content. Raises ConfigError."""
     if not text.lstrip().startswith(("{", "[")):
         return parse_yaml_routes(text, name)
     try:
         return parse_json_routes(text, name)
     except ConfigError:
-        with contextlib.suppress(ConfigError):  # YAML in flow style begins like JSON
+        # YAML in flow style begins like JSON. When it is no YAML either, JSON was meant.
+        with contextlib.suppress(ConfigError):
             return parse_yaml_routes(text, name)
         raise
 
@@ -3820,96 +3918,193 @@ def parse_routes(
     text: str, name: str, environ: Mapping[str, str], settings: Settings
 ) -> RoutingTable:
     """Return the table of a routing file. Raises ConfigError."""
-    doc, line_of = parse_either(text.removeprefix("\ufeff") if text.strip() else "{}", name)
-
-    def place(path: Path) -> str:
-        known = (line_of(path[:size]) for size in range(len(path), 0, -1))
-        line = next(filter(None, known), None)  # of the value, or of what it should stand in
-        return f"{name}:{line}" if line else name
-
-    root = Node(doc, (), place)
-    file = TableReader(
-        root._replace(value=root.expand(environ)), Server("default", settings.default_upstream)
-    )
+    text = text.removeprefix("\ufeff")
+    document = parse_document(text if text.strip() else "{}", name)
+    root = Node(document.value, (), document)
+    root = root.replace(root.expand_variables(environ))
+    file = TableReader(root, Server("default", settings.default_upstream))
     return RoutingTable(
         file.default, file.servers, file.aliases, file.rules, settings.model_map, name
     )
 
 
-def match_model(wanted: NamePattern, names: Sequence[str]) -> re.Match[str] | bool:
-    """Match one of a request's names, exactly or by search."""
-    if isinstance(wanted, str):
-        return wanted in names
-    tried = (wanted.search(name) for name in names if len(name) <= LIMITS.pattern_name)
-    return next((match for match in tried if match), False)
+# --- decisions --------------------------------------------------------------------------
 
 
-def map_model(table: RoutingTable, asked: str) -> tuple[str, list[Step]]:
-    """Return the name that MODEL_MAP makes of `asked`, and how."""
-    for key, target in table.model_map:
-        match = match_model(key, [asked])
+class RouteQuery(NamedTuple):
+    """What is asked: a model and a source host, and the names by which it may be claimed.
+
+    `names` are the requested name and, when MODEL_MAP renames it, the mapped one; a request that
+    names no model has none.
+    """
+
+    table: RoutingTable
+    requested_model: str
+    mapped_model: str
+    names: tuple[str, ...]
+    source_host: str
+    # None when the source host is no address; it is in no range then.
+    source_address: Address | None
+
+
+class Route(NamedTuple):
+    """Who claimed a request, in the words of the log and the page, and where it goes."""
+
+    name: str
+    target: Target
+
+
+def match_name(pattern: NamePattern, names: Sequence[str]) -> re.Match[str] | bool:
+    r"""Compare names with an exact one or a pattern, whose match can then fill a `\1`.
+
+    'gpt-4', ('gpt-4',)  ->  True;  /^gpt-(.*)/, ('gpt-4',)  ->  its match;  else False
+    """
+    if isinstance(pattern, str):
+        return pattern in names
+    for name in names:
+        # A harmless pattern can take minutes on a name that is long enough.
+        match = pattern.search(name) if len(name) <= LIMITS.pattern_name else None
         if match:
-            mapped = match.expand(target) if isinstance(match, re.Match) else target
-            words = repr(key) if isinstance(key, str) else f"/{key.pattern}/"
-            return mapped, [Step("MODEL_MAP", True, f"{words} makes it {mapped!r}")]
-    return asked, []
-
-
-def host_matches(ranges: Sequence[tuple[Address, Address]], source: str) -> bool:
-    """Tell whether an address is in one of the ranges."""
-    with contextlib.suppress(ValueError):
-        address = parse_address(source)
-        return any(low <= address <= high for low, high in ranges)
+            return match
     return False
 
 
-def match_rule(rule: Rule, names: Sequence[str], source: str) -> tuple[re.Match[str] | bool, str]:
-    """Tell whether all that a rule states matches, and why or why not."""
-    found = True if rule.model is None else match_model(rule.model, names)
-    if not found:
-        too_long = names and all(len(name) > LIMITS.pattern_name for name in names)
-        reason = ": longer than 256 characters" if too_long else ""
-        return False, f"{rule.match_text}: the model does not match{reason}"
-    if rule.hosts is not None and not host_matches(rule.hosts, source):
-        return False, f"{rule.match_text}: source host {source} does not match"
-    return found, f"{rule.match_text}: matches"
+def map_model(model_map: ModelMap, requested_model: str, trail: list[Step]) -> str:
+    """Return the name that MODEL_MAP makes of a model: the first hit decides, in one pass."""
+    for pattern, target in model_map:
+        match = match_name(pattern, (requested_model,))
+        if not match:
+            continue
+        mapped_model = match.expand(target) if isinstance(match, re.Match) else target
+        words = repr(pattern) if isinstance(pattern, str) else f"/{pattern.pattern}/"
+        trail.append(Step("MODEL_MAP", True, f"{words} makes it {mapped_model!r}"))
+        return mapped_model
+    return requested_model
 
 
-@functools.lru_cache(maxsize=8192)
-def shared_step(rule: str, matched: bool, why: str) -> Step:
-    """Return a step that other trails share: a thousand rules would fill a cache of decisions."""
-    return Step(rule, matched, why)
+def find_address(host: str) -> Address | None:
+    """Return the address that a host is, None for a name."""
+    try:
+        return parse_address(host)
+    except ValueError:
+        return None
 
 
-def resolve(table: RoutingTable, asked: str, source_host: str) -> Decision:
-    """Return where a request for a model from a host goes, and every rule tried."""
-    mapped, trail = map_model(table, asked)
-    names = list(dict.fromkeys([asked, mapped])) if asked else []
+def match_source(ranges: Sequence[AddressRange] | None, address: Address | None) -> bool:
+    """Tell whether an address is in one of the ranges; None as ranges has everybody in it."""
+    if ranges is None:
+        return True
+    if address is None:
+        return False
+    return any(low <= address <= high for low, high in ranges)
 
-    def decide(route: str, target: Alias, expand: Callable[[str], str] = str) -> Decision:
-        instances = tuple(
-            instance._replace(model=expand(instance.model or "") or mapped)
-            for instance in target.instances
-        )
-        return Decision(asked, mapped, route, target.strategy, instances, tuple(trail))
 
-    pin = PINNED.fullmatch(asked)
-    pinned = {server.name: server for server in table.all_servers()}.get(pin[2]) if pin else None
-    if pinned and asked not in table.aliases:
-        trail.append(Step("pin", True, f"the name pins server {pin[2]!r}"))
-        return decide(f"pin {pin[2]}", Alias((Instance(pinned, pin[1]),)))
-    for name in names:
-        if name in table.aliases:
+def match_rule(rule: Rule, query: RouteQuery) -> tuple[re.Match[str] | bool, Step]:
+    """Tell whether all that a rule states matches, and what the trail says of it."""
+    match = True if rule.model is None else match_name(rule.model, query.names)
+    if not match:
+        if query.names and all(len(name) > LIMITS.pattern_name for name in query.names):
+            why = f"{rule.other_model.why}: longer than {LIMITS.pattern_name} characters"
+            return False, Step(rule.name, False, why)
+        return False, rule.other_model
+    if not match_source(rule.source_hosts, query.source_address):
+        why = f"{rule.match_text}: source host {query.source_host} does not match"
+        return False, Step(rule.name, False, why)
+    return match, Step(rule.name, True, f"{rule.match_text}: matches")
+
+
+def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
+    r"""Return a rule's target with `\1` in its model replaced by the match of its pattern."""
+    model = target.instances[0].model
+    if target.alias or model is None or not isinstance(match, re.Match):
+        return target
+    return Target((Instance(target.instances[0].server, match.expand(model)),))
+
+
+def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Route | None:
+    """Claim a name that ends in a server's: `llama3 [gpu]`. An alias of that name goes first."""
+    pin = PINNED_NAME.fullmatch(query.requested_model)
+    if pin is None or query.requested_model in query.table.aliases:
+        return None
+    model, server_name = pin.groups()
+    # With two servers of one name, the one of the routing file is last, and counts.
+    for server in reversed(query.table.all_servers()):
+        if server.name == server_name:
+            trail.append(Step("pin", True, f"the name pins server {server_name!r}"))
+            return Route(f"pin {server_name}", Target((Instance(server, model),)))
+    return None
+
+
+def claim_by_alias(query: RouteQuery, trail: list[Step]) -> Route | None:
+    """Claim a request one of whose names is an alias."""
+    for name in query.names:
+        if name in query.table.aliases:
             trail.append(Step(f"aliases.{name}", True, f"{name!r} is an alias"))
-            return decide(f"alias {name}", table.aliases[name])
-    for rule in table.rules:
-        found, why = match_rule(rule, names, source_host)
-        trail.append(shared_step(rule.name, bool(found), why))
-        if found:
-            fill = isinstance(found, re.Match) and not rule.target.name
-            return decide(rule.name, rule.target, found.expand if fill else str)
-    trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {table.default.url}"))
-    return decide("default", Alias((Instance(table.default),)))
+            return Route(f"alias {name}", query.table.aliases[name])
+    return None
+
+
+def claim_by_rule(query: RouteQuery, trail: list[Step]) -> Route | None:
+    """Claim a request for the first of the rules that matches."""
+    for rule in query.table.rules:
+        match, step = match_rule(rule, query)
+        trail.append(step)
+        if match:
+            return Route(rule.name, fill_template(rule.target, match))
+    return None
+
+
+def claim_by_default(query: RouteQuery, trail: list[Step]) -> Route:
+    """Claim whatever is left for DEFAULT_UPSTREAM."""
+    default = query.table.default
+    trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {default.url}"))
+    return Route("default", Target((Instance(default),)))
+
+
+ROUTE_ORDER: tuple[Callable[[RouteQuery, list[Step]], Route | None], ...] = (
+    claim_by_pin,
+    claim_by_alias,
+    claim_by_rule,
+    claim_by_default,
+)
+
+
+def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Decision:
+    """Return where a request for a model from a host goes, and everything that was tried."""
+    trail: list[Step] = []
+    mapped_model = map_model(table.model_map, requested_model, trail)
+    names = (requested_model, mapped_model) if requested_model else ()
+    source_address = find_address(source_host)
+    query = RouteQuery(table, requested_model, mapped_model, names, source_host, source_address)
+    for claim in ROUTE_ORDER:
+        route = claim(query, trail)
+        if route is not None:
+            break
+    # An instance that names no model is asked for the mapped one.
+    instances = tuple(
+        Instance(instance.server, instance.model or mapped_model)
+        for instance in route.target.instances
+    )
+    return Decision(
+        requested_model, mapped_model, route.name, route.target.strategy, instances, tuple(trail)
+    )
+
+
+def resolve_default(table: RoutingTable, source_host: str) -> Decision:
+    """Return where a request goes that has nothing which a rule could look at."""
+    return resolve(dataclasses.replace(table, rules=(), model_map=()), "", source_host)
+
+
+# The same few clients ask for the same few models: these decisions are made once. A trail has
+# a step for each rule, so that many decisions of a long table would take much memory.
+remembered_decision = functools.lru_cache(maxsize=LIMITS.decisions)(resolve)
+
+
+def decide(table: RoutingTable, requested_model: str, source_host: str) -> Decision:
+    """Return what `resolve` does, from memory where that can be; long names are not kept."""
+    if len(requested_model) > LIMITS.pattern_name:
+        return resolve(table, requested_model, source_host)
+    return remembered_decision(table, requested_model, source_host)
 
 
 # ======================================================================================
@@ -5239,7 +5434,7 @@ class Record:
         self.started, self.clock = time.time(), time.monotonic()
         self.source_ip, self.head, self.content = request.source_host, request.head, request.content
         self.path, self.request_size = request.path + request.query, len(request.content)
-        self.original_model, self.mapped_model = decision.asked, decision.mapped
+        self.original_model, self.mapped_model = decision.requested_model, decision.mapped_model
         self.route, self.trail = decision.route, decision.trail
         self.sent_model = self.upstream_url = self.error = ""
         self.attempts: list[Attempt] = []
@@ -6282,7 +6477,6 @@ class Context:
     # Why the changed routing file is not in force.
     routes_error: str | None = None
     draining: bool = False
-    decisions: dict[tuple[str, str], Decision] = dataclasses.field(default_factory=dict)
     worker: concurrent.futures.Executor = dataclasses.field(
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1)
     )
@@ -6299,16 +6493,8 @@ class Context:
         return f"{self.request_prefix}{next(self.request_numbers):08x}"
 
     def decide(self, model: str, source_host: str) -> Decision:
-        """Return where a request goes, from a bounded table of earlier decisions."""
-        key = model, source_host
-        decision = self.decisions.get(key)
-        if decision is None:
-            if len(self.decisions) >= MAX_DECISIONS:
-                self.decisions.clear()
-            decision = resolve(self.table, model, source_host)
-            if len(model) <= self.limits.pattern_name:
-                self.decisions[key] = decision
-        return decision
+        """Return where a request goes by the table that is in force."""
+        return decide(self.table, model, source_host)
 
     async def work(self, size: int, task: Callable[..., Any], *arguments: Any) -> Any:
         """Do pure work on a content of `size` octets; on a long one in a thread.
@@ -6838,8 +7024,7 @@ async def relay_by_model(
         decision = context.decide(parsed.model, request.source_host)
     else:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
-        without_rules = context.table._replace(rules=(), model_map=())
-        decision = resolve(without_rules, "", request.source_host)
+        decision = resolve_default(context.table, request.source_host)
     await Exchange(context, request, parsed, decision).run()
 
 
@@ -6902,8 +7087,6 @@ async def relay_native(context: Context, request: Request) -> None:
 # the JSON that it fetches; and what clients ask beside models' answers: which models there
 # are. A question to the log is a function that a reader thread runs on the database. To add
 # an endpoint: a handler `serve_...(context, request)` here, and a line in section 16.
-
-MAX_DECISIONS = 4096
 
 
 def inflight_row(record: Record, now: float) -> dict[str, Any]:
@@ -7508,7 +7691,7 @@ def table_document(table: RoutingTable) -> dict[str, Any]:
     ]
     aliases = [
         {
-            "name": alias.name,
+            "name": alias.alias,
             "strategy": alias.strategy,
             "instances": [str(instance) for instance in alias.instances],
         }
@@ -7543,9 +7726,9 @@ def decision_document(decision: Decision, source_host: str) -> dict[str, Any]:
         for instance in decision.instances
     ]
     return {
-        "model": decision.asked,
+        "model": decision.requested_model,
         "source_host": source_host,
-        "mapped_model": decision.mapped,
+        "mapped_model": decision.mapped_model,
         "route": decision.route,
         "strategy": decision.strategy,
         "instances": instances,
@@ -7673,7 +7856,7 @@ async def serve_model(context: Context, request: Request) -> None:
     listed = {model["id"]: model for model in await context.list_models(request)}
     decision = context.decide(name, request.source_host)
     # A name that a rule, an alias or the model map knows is as good as a listed one.
-    nobody_knows_it = decision.route == "default" and decision.mapped == name
+    nobody_knows_it = decision.route == "default" and decision.mapped_model == name
     if name not in listed and nobody_knows_it:
         raise NotFound(f"no server has a model {name[:80]!r}; GET /v1/models lists them all")
     request.writer.send_json(listed.get(name) or model_entry(name))
@@ -7687,7 +7870,7 @@ async def serve_model_details(context: Context, request: Request) -> None:
     if any(instance.server.api == service for instance in decision.instances):
         await relay_native(context, request)
         return
-    names = {parsed.model, decision.mapped}
+    names = {parsed.model, decision.mapped_model}
     names.update(instance.model for instance in decision.instances)
     listed = [model["id"] for model in await context.list_models(request)]
     if names.isdisjoint(listed):
@@ -8309,7 +8492,7 @@ def table_warnings(table: RoutingTable) -> Iterator[str]:
         if isinstance(model, str) and "*" in model:
             yield f"{name}: {model!r} is an exact name; a pattern is written /^gpt-/"
     for rule in table.rules[:-1]:
-        if rule.model is None and rule.hosts is None:
+        if rule.model is None and rule.source_hosts is None:
             yield f"{rule.name} matches everything: what stands behind it is never reached"
 
 
@@ -8374,7 +8557,6 @@ class Router:
             self.console.line(f"routes: {error} (the old table stays in force)")
             return
         self.context.routes_error = None
-        self.context.decisions.clear()
         for line in describe_table(self.context.table):
             self.console.line(line)
 
