@@ -1258,12 +1258,15 @@ def is_visibly_broken(got: Response) -> bool:
 
 
 # --- official clients -----------------------------------------------------------------
+# The packages `openai` and `ollama`, each with its sync and its async client. A test that is
+# marked `@each_openai` runs with both clients of that package; `@each_way` gives it a name that
+# reaches the server by a rule, by an alias and by MODEL_MAP.
 
 CLIENT_KEY = "sk-a-client-s-own-key"
 
 
 async def await_parts(calling: Callable, streamed: bool, parts: list) -> Any:
-    """Await an answer, or collect the parts of a stream."""
+    """Await an answer and return it, or gather the parts of a stream and return these."""
     result = await calling()
     if not streamed:
         return result
@@ -1274,13 +1277,16 @@ async def await_parts(calling: Callable, streamed: bool, parts: list) -> Any:
 
 @functools.cache
 def sdk_client(package: str, asynchronous: bool, timeout: float, url: str) -> Any:
-    """The client that talks to the router at this address and never retries."""
-    with contextlib.suppress(ImportError):  # while no stream is left to be collected
+    """Return the client that talks to the router at this URL; it never tries again."""
+    # Import it before a stream is open: an import may run the garbage collector, whose warning
+    # of a stream that nobody closed would fail some other test.
+    with contextlib.suppress(ImportError):
         importlib.import_module("ollama")
     prefix = "Async" if asynchronous else ""
+    module = import_or_skip(package)
     if package == "ollama":
-        return getattr(import_or_skip(package), f"{prefix}Client")(host=url, timeout=timeout)
-    return getattr(import_or_skip(package), f"{prefix}OpenAI")(
+        return getattr(module, f"{prefix}Client")(host=url, timeout=timeout)
+    return getattr(module, f"{prefix}OpenAI")(
         base_url=f"{url}/v1",
         api_key=CLIENT_KEY,
         organization="homelab",
@@ -1291,14 +1297,15 @@ def sdk_client(package: str, asynchronous: bool, timeout: float, url: str) -> An
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """The loop of all asynchronous clients, which keep their connections.
+    """Start the one loop of all asynchronous clients, which keep their connections.
 
     It has a thread of its own: the main thread may have a loop already, the browser's.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    for step in (  # the last one first
+    # Callbacks run in the opposite order: the close of the loop is the last of these steps.
+    for step in (
         loop.close,
         thread.join,
         lambda: loop.call_soon_threadsafe(loop.stop),
@@ -1309,13 +1316,13 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 
 def run_in_loop(task: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns."""
+    """Run a coroutine in the loop of the asynchronous clients and return its result."""
     return asyncio.run_coroutine_threadsafe(task, event_loop()).result()
 
 
 @dataclasses.dataclass(frozen=True)
 class Sdk:
-    """An official client, sync or async, used in the way its documentation shows."""
+    """An official client, sync or async, used as its documentation shows."""
 
     package: str
     asynchronous: bool
@@ -1325,6 +1332,7 @@ class Sdk:
         return f"{self.package}-{'async' if self.asynchronous else 'sync'}"
 
     def client(self, url: str) -> Any:
+        """Return the client for the router at this URL."""
         return sdk_client(self.package, self.asynchronous, self.timeout, url)
 
     def call(
@@ -1335,9 +1343,9 @@ class Sdk:
         parts: list | None = None,
         **named: Any,
     ) -> Any:
-        """Call a method by its dotted name; the answer, or all parts of a stream.
+        """Call a method by its dotted name; return the answer, or all parts of a stream.
 
-        `parts` collects what came, also when the stream ends with an exception.
+        `parts` is a list that gathers what came, also when the stream ends with an exception.
         """
         bound = operator.attrgetter(method)(self.client(url))
         parts = [] if parts is None else parts
@@ -1355,7 +1363,10 @@ class Sdk:
 
 OPENAI_SDKS = (Sdk("openai", False), Sdk("openai", True))
 OLLAMA_SDKS = (Sdk("ollama", False), Sdk("ollama", True))
-KINDS_OF_ROUTE = ("rule", "alias", "map")  # how a name asked for becomes the name of a script
+
+# What turns the requested name into that of a script: `sdk_router` says how.
+KINDS_OF_ROUTE = ("rule", "alias", "map")
+
 each_openai = pytest.mark.parametrize("sdk", OPENAI_SDKS, ids=str)
 each_ollama = pytest.mark.parametrize("sdk", OLLAMA_SDKS, ids=str)
 each_way = pytest.mark.parametrize("way", KINDS_OF_ROUTE)
@@ -1365,6 +1376,7 @@ whole_or_lines = each_stream(ids=("whole", "ndjson"))
 
 
 # --- official clients: the servers behind them ----------------------------------------
+# One upstream plays all of these servers: SCRIPTS has a script for each of its models.
 
 HELLO_MESSAGES = [{"role": "user", "content": "hello"}]
 HELLO_ANSWER = "You said: hello"
@@ -1396,7 +1408,7 @@ TOOLS = [
 
 
 def chat_chunk(document: Any, said: Mapping[str, Any], finish: str | None = None) -> dict:
-    """One event of a streamed chat."""
+    """Make an event of a streamed chat."""
     choice = {"index": 0, "delta": said, "finish_reason": finish}
     return {
         "id": "cmpl-1",
@@ -1408,7 +1420,7 @@ def chat_chunk(document: Any, said: Mapping[str, Any], finish: str | None = None
 
 
 def script_saying(text: str, finish: str = "stop") -> Script:
-    """A script that says this text, whole or streamed."""
+    """Make a script that says this text, whole or streamed, and ends for this reason."""
 
     def script(received: Received) -> Iterable[Step]:
         document = received.json
@@ -1418,21 +1430,23 @@ def script_saying(text: str, finish: str = "stop") -> Script:
             whole["choices"][0]["finish_reason"] = finish
             return json_response(whole)
         events = completion_events(document, text, kind)
-        for choice in (c for e in events[:-1] for c in e["choices"]):
-            choice["finish_reason"] = choice["finish_reason"] and finish
+        for document in events[:-1]:
+            for choice in document["choices"]:
+                if choice["finish_reason"]:
+                    choice["finish_reason"] = finish
         return sse_response(events)
 
     return script
 
 
 def tool_call(number: int, name: str, arguments: str, **more: Any) -> dict:
-    """A call as OpenAI servers write it."""
+    """Make a call of a tool as OpenAI servers write it."""
     call = {"id": f"call_{number}", "type": "function"}
     return {**more, **call, "function": {"name": name, "arguments": arguments}}
 
 
 def serve_tool_calls(received: Received) -> Iterable[Step]:
-    """Call both tools, streamed in fragments of four characters that alternate."""
+    """Call both tools; a stream has their arguments in fragments that alternate."""
     document = received.json
     if not document.get("stream"):
         calls = [tool_call(i, n, json.dumps(a)) for i, (n, a) in enumerate(TOOL_CALLS)]
@@ -1440,22 +1454,22 @@ def serve_tool_calls(received: Received) -> Iterable[Step]:
         message = {"role": "assistant", "content": None, "tool_calls": calls}
         whole["choices"][0] |= {"message": message, "finish_reason": "tool_calls"}
         return json_response(whole)
-    opening = [{"role": "assistant", "content": None}] + [
-        {"tool_calls": [tool_call(i, name, "", index=i)]} for i, (name, _) in enumerate(TOOL_CALLS)
-    ]
-    texts = [re.findall(".{1,4}", json.dumps(arguments)) for _, arguments in TOOL_CALLS]
-    fragments = [
-        {"tool_calls": [{"index": i, "function": {"arguments": fragment}}]}
-        for turn in itertools.zip_longest(*texts)
-        for i, fragment in enumerate(turn)
-        if fragment
-    ]
-    events = [chat_chunk(document, said) for said in [*opening, *fragments]]
+    deltas: list[dict] = [{"role": "assistant", "content": None}]
+    for i, (name, _) in enumerate(TOOL_CALLS):
+        deltas.append({"tool_calls": [tool_call(i, name, "", index=i)]})
+    # Four characters of the first tool's arguments, four of the second's, and so on.
+    fragments = [re.findall(".{1,4}", json.dumps(arguments)) for _, arguments in TOOL_CALLS]
+    for turn in itertools.zip_longest(*fragments):
+        for i, fragment in enumerate(turn):
+            if fragment:
+                call = {"index": i, "function": {"arguments": fragment}}
+                deltas.append({"tool_calls": [call]})
+    events = [chat_chunk(document, delta) for delta in deltas]
     return sse_response([*events, chat_chunk(document, {}, "tool_calls"), "[DONE]"])
 
 
 def serve_reasoning(received: Received) -> Iterable[Step]:
-    """Think in a field of its own, as llama.cpp and vLLM do."""
+    """Think in a field of its own, as llama.cpp and vLLM do, then answer."""
     document = received.json
     if not document.get("stream"):
         whole = completion(document, "Forty-two.")
@@ -1472,7 +1486,7 @@ def serve_reasoning(received: Received) -> Iterable[Step]:
 
 
 def serve_vectors(received: Received) -> Iterable[Step]:
-    """A vector for each input, as numbers or in base64."""
+    """Answer with a vector for each input, as numbers or in base64."""
     given = received.json["input"]
     vector: Any = VECTOR
     if received.json.get("encoding_format") == "base64":
@@ -1486,7 +1500,7 @@ def serve_vectors(received: Received) -> Iterable[Step]:
 
 
 def named_events(documents: Iterable[dict]) -> list[bytes]:
-    """Events that carry their type in a field of their own."""
+    """Encode events that say their type in a line of their own, as Anthropic's do."""
     return [b"event: %s\n" % d["type"].encode() + encode_event(d) for d in documents]
 
 
@@ -1568,25 +1582,26 @@ def serve_claude(received: Received) -> Iterable[Step]:
 
 
 def serve_sound(received: Received) -> Iterable[Step]:
-    """Sound, with a length or in chunks."""
+    """Answer with sound: MP3 with a length, anything else in chunks."""
     if received.json["response_format"] == "mp3":
         return whole_response(SOUND, kind="audio/mpeg")
     return stream_response([SOUND[:5000], SOUND[5000:]], kind="audio/wav")
 
 
 def own_error(status: int) -> dict:
+    """Make an error that only the server can have made."""
     message = f"the server's own {status}"
     return {"error": {"message": message, "type": "own", "code": "own", "param": None}}
 
 
 def script_failing(status: int) -> Script:
-    """An error of the server's own."""
+    """Make a script that answers with the server's own error."""
     fields = [("Retry-After", "7")] if status == 429 else []
     return lambda received: json_response(own_error(status), status, fields)
 
 
 def script_breaking_off(*ending: Step) -> Script:
-    """A script that says two words in one send and then ends in this way."""
+    """Make a script that says two words in one send and then goes on with these steps."""
 
     def script(received: Received) -> Iterable[Step]:
         said = [encode_event(chat_chunk(received.json, {"content": w})) for w in ("One ", "two ")]
@@ -1596,7 +1611,9 @@ def script_breaking_off(*ending: Step) -> Script:
     return script
 
 
-OUT_OF_MEMORY = encode_json({"error": {"message": "out of memory", "code": 500}})  # as vLLM says it
+# An error in the middle of a stream, as vLLM writes it.
+OUT_OF_MEMORY = encode_json({"error": {"message": "out of memory", "code": 500}})
+
 BREAKING_SCRIPTS: dict[str, Script] = {
     "reset": script_breaking_off(0.2, DROP),
     "half": script_breaking_off(b"20\r\ndata: {", CLOSE),
@@ -1611,6 +1628,7 @@ def serve_gzip(received: Received) -> Iterable[Step]:
     return whole_response(content, 200, [("Content-Encoding", "gzip")], "application/json")
 
 
+# The exception of the package `openai` for each status.
 SDK_ERRORS = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -1640,26 +1658,19 @@ SCRIPTS: dict[str, Script] = {
 
 
 @functools.cache
-def bound_only(name: str) -> socket.socket:
-    """A port that is taken but refuses every connection."""
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    return sock
-
-
 def switched_off_url(name: str) -> str:
-    """The address of a box that is switched off."""
-    return f"http://127.0.0.1:{bound_only(name).getsockname()[1]}"
+    """Return the URL of a server that is switched off, always the same for a name."""
+    return refusing_url()
 
 
 def serve_document(document: Any, received: Received) -> Iterable[Step]:
-    """Say the same to everybody."""
+    """Answer every request with the same document."""
     return json_response(document)
 
 
 @functools.cache
 def sdk_upstream() -> Upstream:
-    """The server of all these scripts."""
+    """Return the upstream that plays all of SCRIPTS."""
     upstream = Upstream(models=["talk", "tiny", "org/some-model"])
     upstream.scripts.update(SCRIPTS)
     paths = {
@@ -1672,10 +1683,10 @@ def sdk_upstream() -> Upstream:
 
 
 def sdk_router(**settings: Any) -> Router:
-    """A router that leads to each script by a rule, an alias and MODEL_MAP.
+    """Return a router that leads to each script by a rule, by an alias and by MODEL_MAP.
 
-    "rule-X", "alias-X" (its first instance is dead) and "map-X" ask for "X", and so
-    does "X" itself; nobody is there for the model "nobody".
+    The models "rule-X", "alias-X" (whose first instance is switched off) and "map-X" are the
+    script "X", and so is "X" itself. No server is there for the model "nobody".
     """
     servers = {name: switched_off_url(name) for name in ("dead", "gone")}
     servers["bench"] = sdk_upstream().url
@@ -1694,29 +1705,32 @@ def sdk_router(**settings: Any) -> Router:
 
 
 def impatient_router() -> Router:
-    """The same with little patience for its upstreams."""
+    """Return the same router, but one that waits for its upstreams for 0.75 s only."""
     return sdk_router(REQUEST_TIMEOUT=0.75)
 
 
 def models_router() -> Router:
-    """The same without the errors of other tests, which hide servers for a while."""
+    """Return the same router, but one of its own for model lists.
+
+    Where other tests let servers fail, these cool down, and their models are not asked for.
+    """
     return sdk_router(LOG_LEVEL="WARNING")
 
 
 def post_json(path: str, body: Any, router: Router | None = None, **fields: str) -> Response:
-    """One POST; an underscore in the name of a field stands for a hyphen."""
+    """Post a document; in the name of a field an underscore stands for a hyphen."""
     pairs = [(name.replace("_", "-"), value) for name, value in fields.items()]
     return request((router or sdk_router()).port, "POST", path, body, pairs)
 
 
 def last_request(upstream: Upstream | None = None, method: str = "POST") -> Received:
-    """The request that a server heard last; what the router asks for itself is GET."""
+    """Return the last request of a client that arrived; the router's own requests are GETs."""
     return [r for r in (upstream or sdk_upstream()).requests if r.method == method][-1]
 
 
 @contextlib.contextmanager
 def nothing_sent_upstream(upstream: Upstream | None = None) -> Iterator[None]:
-    """What happens inside must not reach the server."""
+    """Assert that nothing is posted to the server by what happens inside."""
     upstream = upstream or sdk_upstream()
     before = [r for r in upstream.requests if r.method == "POST"]
     yield
@@ -1725,7 +1739,7 @@ def nothing_sent_upstream(upstream: Upstream | None = None) -> Iterator[None]:
 
 
 def check_openai_error(document: Any) -> None:
-    """The shape of every error that the router itself makes."""
+    """Assert the shape that every error of the router itself has in OpenAI's dialect."""
     error = document["error"]
     assert set(error) == {"message", "type", "code", "param"}
     assert isinstance(error["message"], str) and error["message"]
@@ -1733,7 +1747,7 @@ def check_openai_error(document: Any) -> None:
 
 
 def check_error(path: str, got: Response) -> None:
-    """An error in the dialect of its path."""
+    """Assert that an answer is an error in the dialect of its path."""
     assert (got.get("Content-Type") or "").startswith("application/json")
     if path.startswith("/v1/"):
         return check_openai_error(got.json)
@@ -1742,6 +1756,7 @@ def check_error(path: str, got: Response) -> None:
 
 
 def model_names(router: Router, key: str = CLIENT_KEY) -> list[str]:
+    """Return the names that /v1/models lists for the client with this key."""
     fields = [("Authorization", f"Bearer {key}")]
     got = request(router.port, "GET", "/v1/models", fields=fields)
     assert got.status == 200
@@ -1751,7 +1766,7 @@ def model_names(router: Router, key: str = CLIENT_KEY) -> list[str]:
 
 
 def router_filtering(**settings: Any) -> Router:
-    """A router with these filters; it shares the upstream."""
+    """Return a shared router with these settings in front of `default_upstream()`."""
     return shared_router({"DEFAULT_UPSTREAM": default_upstream().url, **settings})
 
 
@@ -1759,7 +1774,11 @@ def router_filtering(**settings: Any) -> Router:
 
 
 class LogFolder:
-    """A folder with a log, and the routers that one after another write it."""
+    """A folder with a log, for routers that write it one after the other or at once.
+
+    It is the fixture `log_folder`. The folder outlives the routers, so that a test can look
+    into the database when they have ended.
+    """
 
     def __init__(self, folder: pathlib.Path, **settings: Any) -> None:
         self.file = folder / "log.db"
@@ -1770,25 +1789,27 @@ class LogFolder:
         }  # fmt: skip
 
     def router(self, **more: Any) -> Router:
+        """Start a router that writes this log."""
         return Router({**self.settings, **more})
 
     def select(self, sql: str, *values: Any) -> list[Any]:
-        """Rows of the database; none while there is no such table."""
+        """Return what this query selects; an sqlite3.Error while there is no such table."""
         with contextlib.closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as db:
             return db.execute(sql, values).fetchall()
 
     def wait_for_rows(self, count: int) -> int:
-        """How many finished rows there are, once there are `count`."""
+        """Wait until the log has so many finished rows, and return how many it has."""
 
-        def look() -> int:
+        def count_rows() -> int:
             with contextlib.suppress(sqlite3.Error):
                 return self.select("SELECT count(*) FROM requests WHERE failed IS NOT NULL")[0][0]
             return 0
 
-        return wait_until(lambda: (n := look()) >= count and n) or look()
+        wait_until(lambda: count_rows() >= count)
+        return count_rows()
 
     def all_bytes(self) -> bytes:
-        """Everything that is on the disk, and what its packed parts hold."""
+        """Return all bytes that are on the disk, and those that its compressed parts hold."""
         data = b"".join(f.read_bytes() for f in self.file.parent.rglob("*") if f.is_file())
         packed = [blob.read_bytes() for blob in self.blobs.rglob("*.z")]
         packed += [row[0] for row in self.select("SELECT data FROM details")]
@@ -1798,34 +1819,35 @@ class LogFolder:
 
 @pytest.fixture
 def log_folder(tmp_path: pathlib.Path) -> LogFolder:
+    """Give a test a log of its own."""
     return LogFolder(tmp_path)
 
 
 def get_document(router: Router, path: str) -> Any:
-    """The document that a path answers."""
+    """Get a path and return its document; it must be there."""
     got = request(router.port, "GET", path)
     assert got.status == 200, got.content
     return json.loads(got.content)
 
 
 def wait_for_row(router: Router, key: str) -> dict[str, Any]:
-    """The row of the newest finished request for a model, once it is written."""
+    """Wait for the newest request for a model to be finished and written; return its row."""
 
-    def look() -> Any:
+    def finished_rows() -> Any:
         rows = get_document(router, f"/api/logs?model={key}&limit=1")
         return [row for row in rows if not row["is_inflight"]]
 
-    return wait_until(look)[0]
+    return wait_until(finished_rows)[0]
 
 
 def wait_for_detail(router: Router, key: str) -> dict[str, Any]:
-    """Everything about the newest finished request for a model."""
+    """Wait for the newest request for a model; return all that is kept of it."""
     return get_document(router, f"/api/request/{wait_for_row(router, key)['id']}")
 
 
 @functools.cache
 def logging_router() -> Router:
-    """A router with a log that many tests share; models are told apart by their names."""
+    """Return a router with a log that many tests share: each asks for a model of its own."""
     routes = {
         "servers": {"off": "http://127.0.0.1:9", "box": default_upstream().url},
         "aliases": {"either": {"instances": ["off/tiny", "box/other"]}},
@@ -1875,7 +1897,7 @@ def make_row(number: int, days: float = 0.0, **more: Any) -> Any:
 
 
 def chromium_path() -> str:
-    """Find Chromium. Without it the test is skipped, or fails if all must run."""
+    """Find Chromium; without it, skip the test, or fail it if all must run."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if not found and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
         pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no Chromium")
@@ -1883,25 +1905,32 @@ def chromium_path() -> str:
 
 
 # --- values that hypothesis makes up --------------------------------------------------
+# A property that is to hold for whatever hypothesis makes up is written as
+#
+#     @fuzz(lambda st: {"text": st.text()})
+#     def test_fuzz_something(text: str) -> None:
+#
+# where `st` is hypothesis.strategies, and the test is skipped where hypothesis is missing.
 
-FUZZ_EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))  # of each; 0: few, and the same ones
+# How many new examples of each property are tried; 0: forty, the same ones each time.
+FUZZ_EXAMPLES = int(os.environ.get("SMOLROUTER_FUZZ", "0"))
 
 
 def fuzz(make: Callable[[Any], Mapping[str, Any]]) -> Callable[[Callable], Callable]:
-    """Turn a property into a test; `make` says what its arguments are made of."""
+    """Turn a property into a test; `make` returns a strategy for each of its arguments."""
 
     def decorate(holds: Callable[..., None]) -> Callable[[], None]:
         def test() -> None:
-            made_up = import_or_skip("hypothesis")
-            checks = list(made_up.HealthCheck)
-            settings = made_up.settings(
+            hypothesis = import_or_skip("hypothesis")
+            settings = hypothesis.settings(
                 max_examples=FUZZ_EXAMPLES or 40,
                 derandomize=not FUZZ_EXAMPLES,
                 database=None,
                 deadline=None,
-                suppress_health_check=checks,
+                suppress_health_check=list(hypothesis.HealthCheck),
             )
-            settings(made_up.given(**make(made_up.strategies))(holds))()
+            given = hypothesis.given(**make(hypothesis.strategies))
+            settings(given(holds))()
 
         return test
 
@@ -1928,13 +1957,13 @@ TEXT_BITS = [
 
 
 def lists_of_bits(st: Any, bits: Sequence[Any], most: int = 12) -> Any:
-    """Lists of bits, which stand for what was joined and for how it was split."""
+    """Make lists of bits: what they are together, and at the same time how that is split."""
     some = st.binary(max_size=4) if isinstance(bits[0], bytes) else st.text(max_size=3)
     return st.lists(st.one_of(st.sampled_from(bits), some), max_size=most)
 
 
 def json_values(st: Any) -> Any:
-    """JSON documents, odd keys and all."""
+    """Make JSON documents, with odd keys too."""
     numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
     leaves = st.none() | st.booleans() | numbers | st.text(max_size=8)
     keys = st.sampled_from(["model", "messages", "a", "", '"', "\\"]) | st.text(max_size=3)
@@ -1945,7 +1974,7 @@ def json_values(st: Any) -> Any:
     )
 
 
-# --- secrets and tokens ---------------------------------------------------------------
+# --- secrets for tokens ---------------------------------------------------------------
 
 SECRET_KEY = "k9$Lm2#Qx7!Vb4@Zt6^Wp1&Rd8*Ns3%Ge5"
 SECRET = "Kp3-vD9xQ2mT7rLw8ZyB4nHs6JcF1gAe"
