@@ -4376,117 +4376,185 @@ class TokenGuard:
 # ======================================================================================
 # 11  HTTP on streams
 # ======================================================================================
-# The only code that awaits bytes. A `Connection` is one connection, either way: it finds
-# heads and contents and keeps the deadline; a `ResponseWriter` writes one answer. Whoever
-# reads a content to its end leaves the connection at the next message.
+# The only code that awaits octets. A `Connection` is one TCP connection, to a client or to an
+# upstream; a `ContentReader` reads one content from it, a `ResponseWriter` writes one response
+# to it, and a `Request` puts together what a handler needs. What the octets mean is decided in
+# section 3. One rule holds it together: whoever reads a content to its end leaves its
+# connection at the first octet of the next message, and whoever does not closes it.
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-
-Late = Callable[[], RouterError]  # makes the error of a deadline that has passed
 NEVER = float("inf")
 
 
-class LoopBatch:
-    """What connections share: looks at their deadlines, and the sending at the end of a round.
+class Timeout(NamedTuple):
+    """What happens at a deadline: this error, with a message that may quote `limits`."""
 
-    A round of the event loop takes what has come on all of them. What is written meanwhile leaves
-    together: to wake a process that sleeps costs as much as all else, and so it is woken once.
+    error: type[RouterError]
+    message: str
+
+
+# Nobody is told of this one: its connection just ends.
+IDLE_TOO_LONG = Timeout(RequestTimeout, "nothing came for too long")
+READS_NOTHING = Timeout(ClientClosed, "nothing read for {limits.write_timeout:.0f} s")
+CONTENT_TOO_SLOW = Timeout(
+    RequestTimeout, "the content came slower than {limits.content_rate} bytes/s"
+)
+
+
+class LoopBatch:
+    """What all connections do together: send at the end of a turn, and look at deadlines.
+
+    In one turn the event loop handles all that has come on any connection. What is written
+    meanwhile leaves when the turn is over, in one piece for each connection. So a head and the
+    content behind it are one packet, and a client process that sleeps is woken once: to wake it
+    costs more than all that the router does for an event.
+
+    A timer for each deadline would be set and cancelled with each request. Instead one timer
+    looks at all connections, four times a second; while there are none, nothing runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        self.limits = limits
         self.connections: set[Any] = set()
-        self.written: list[Any] = []  # connections with something to send
+        self.unflushed: list[Any] = []
         self.timer: asyncio.TimerHandle | None = None
 
-    def send_after(self, connection: Any) -> None:
-        """Let a connection send at the end of this round."""
-        if not self.written:
-            connection.loop.call_soon(self.send)
-        self.written.append(connection)
+    def schedule_flush(self, connection: Any) -> None:
+        """Let a `Connection` send what it has got at the end of this turn."""
+        if not self.unflushed:
+            connection.loop.call_soon(self.flush)
+        self.unflushed.append(connection)
 
-    def send(self) -> None:
-        """Let all connections send what was written."""
-        connections, self.written = self.written, []
+    def flush(self) -> None:
+        """Let all connections send that have got something."""
+        connections = self.unflushed
+        self.unflushed = []
         for connection in connections:
-            connection.send()
+            connection.flush()
 
     def add(self, connection: Any) -> None:
-        """Look at a connection, which is a `Connection`, from now on."""
+        """Look at the deadline of a `Connection` from now on."""
         self.connections.add(connection)
-        self.timer = self.timer or connection.loop.call_later(LIMITS.deadline_interval, self.tick)
+        if self.timer is None:
+            self.start_timer(connection.loop)
 
-    def tick(self) -> None:
-        """Look at every connection once."""
+    def discard(self, connection: Any) -> None:
+        """Forget a `Connection` that has ended."""
+        self.connections.discard(connection)
+
+    def start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look at the deadlines a moment from now."""
+        self.timer = loop.call_later(self.limits.deadline_interval, self.check_deadlines, loop)
+
+    def check_deadlines(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look at the deadline of every connection once."""
         self.timer = None
+        now = loop.time()
+        # What happens at a deadline may end other connections.
         for connection in list(self.connections):
-            connection.check_deadline()
-        for connection in self.connections:
-            self.timer = connection.loop.call_later(LIMITS.deadline_interval, self.tick)
-            return
+            connection.check_deadline(now)
+        if self.connections:
+            self.start_timer(loop)
 
 
 class Connection(asyncio.Protocol):
-    """One connection, either way: what has come, what may be written, and a deadline.
+    """One TCP connection, to a client or to an upstream: octets in, octets out, one deadline.
 
-    One task at a time awaits it. While `sink` is set, what comes goes there at once, without a
-    task being woken for it: that is how answers are relayed.
+    **Reading.** asyncio calls `data_received`. The octets wait in `received` until the task that
+    the connection belongs to asks for them, with `read` or `read_head`. A connection belongs to one
+    task at a time: a client's to the one that serves it, an upstream's to the one whose request it
+    carries, and to nobody while it is idle. Above `limits.read_ahead` the socket is not read any
+    more, and the other side has to wait.
+
+    **The sink.** A model speaks in pieces as small as a word, and hundreds of answers may be on
+    their way at once. To wake a task for each piece would cost as much as all that is done with
+    it. So the task that relays an answer sets `sink` and sleeps: `data_received` gives each piece
+    to that function at once, and it decodes, rewrites and writes to the client. The task is woken
+    for what it has to decide: the end of the content, a failure, a client that reads too slowly.
+
+    **Writing.** `write` appends to `unsent`, the only buffer of what goes out, and the LoopBatch
+    calls `flush` at the end of the turn. What the kernel has no room for, asyncio keeps until it
+    has. From `limits.write_buffer` octets on it calls `pause_writing`, which sets `write_paused`,
+    and `resume_writing` later. Whoever can write much waits in `drain` meanwhile.
+
+    **Waking.** The task sleeps in `wait`, which returns at any news: octets (without a sink), the
+    end, a failure, room to write again. So every wait stands in a loop that looks at what it needs.
+
+    **States.** At first it is open. When the other side says that it sends no more it is `ended`:
+    what has come can be read, and what is written may still arrive. When the connection breaks or
+    a deadline passes, `failure` is set, and the next read raises it. After `close` nothing comes
+    any more; what is unsent still leaves, and asyncio says `connection_lost` in the end.
+
+    **Leaving.** A client that leaves wants no answer any more. While `cancel_on_disconnect` is in
+    force, the task that serves its request is cancelled at once, so that the upstream stops, too.
     """
 
-    def __init__(self, rounds: LoopBatch) -> None:
-        self.rounds, self.loop = rounds, asyncio.get_running_loop()
-        self.unsent: list[bytes] = []  # of this round
-        self.unsent_size = 0
-        self.rest = b""  # has come, is not used yet
+    def __init__(self, batch: LoopBatch) -> None:
+        self.batch = batch
+        self.limits = batch.limits
+        self.loop = asyncio.get_running_loop()
+        # Reading: octets that have come and are not used yet, and how many ever came.
+        self.received = b""
+        self.received_octets = 0
+        self.read_paused = False
         self.sink: Callable[[bytes], None] | None = None
-        self.ended = False  # nothing more will come
-        self.failure: Exception | None = None  # of the connection, or a deadline
+        # Writing: what was written in this turn.
+        self.unsent: list[bytes] = []
+        self.unsent_octets = 0
+        self.write_paused = False
+        # The end.
+        self.ended = False
+        self.failure: Exception | None = None
         self.waiter: asyncio.Future[None] | None = None
-        self.write_paused = self.paused = False  # the other side reads too slowly; this one does
-        self.deadline, self.silence = NEVER, 0.0  # silence: s that each octet moves it on by
-        self.late: Late = RouterError
-        self.octets = self.seen = 0  # how many have come; and had at the last look
-        self.busy = False  # a request runs
-        self.cause: RouterError | None = None  # why the task was ended from outside
-        self.on_close: Callable[[], None] | None = None
+        # The deadline, in the loop's time. With an idle timeout it moves on while octets come.
+        self.deadline = NEVER
+        self.idle_timeout = 0.0
+        self.octets_at_check = 0
+        self.on_timeout = IDLE_TOO_LONG
+        # The client's leaving, and who else ends its request.
+        self.on_disconnect: Callable[[], None] | None = None
+        self.request_task: asyncio.Task[Any] | None = None
+        self.cancel_reason: RouterError | None = None
+        # A request has begun to come or is being served.
+        self.busy = False
+
+    # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, as asyncio calls it."""
+        """Begin: the connection is open."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.set_write_buffer_limits(high=LIMITS.write_buffer)
-        self.rounds.add(self)
+        transport.set_write_buffer_limits(high=self.limits.write_buffer)
+        self.batch.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come; above LIMITS.read_ahead, the other side waits."""
-        self.octets += len(data)
+        """Give what has come to the sink, or keep it for the next read."""
+        self.received_octets += len(data)
         if self.sink:
             self.sink(data)
             return
-        self.rest = self.rest + data if self.rest else data
-        if len(self.rest) > LIMITS.read_ahead:
-            self.pause()
+        self.received = self.received + data if self.received else data
+        if len(self.received) > self.limits.read_ahead:
+            self.pause_reading()
         self.wake()
 
     def eof_received(self) -> bool:
-        """Note that nothing more comes; what is written may still be read."""
+        """Note that the other side sends no more; return whether to keep the connection."""
         self.ended = True
-        self.closed()
+        self.announce_disconnect()
+        # It may still read. With TLS it cannot: there, its end ends both directions.
         return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Note the end of the connection."""
-        self.rounds.connections.discard(self)
-        self.failure, self.ended = self.failure or exc, True
-        self.closed()
-
-    def closed(self) -> None:
-        """Tell who waits, and who wants to know, that the other side has gone."""
-        if self.on_close:
-            self.on_close()
-        self.wake()
+        """Note that the connection is gone."""
+        self.batch.discard(self)
+        self.ended = True
+        if self.failure is None:
+            self.failure = exc
+        self.announce_disconnect()
 
     def pause_writing(self) -> None:
-        """Note that the other side reads slowly."""
+        """Note that the other side reads too slowly."""
         self.write_paused = True
 
     def resume_writing(self) -> None:
@@ -4494,282 +4562,439 @@ class Connection(asyncio.Protocol):
         self.write_paused = False
         self.wake()
 
-    def pause(self) -> None:
-        """Let the other side wait."""
-        if not (self.paused or self.ended):
-            self.paused = True
-            self.transport.pause_reading()
-
-    def resume(self) -> None:
-        """Let the other side go on."""
-        if self.paused:
-            self.paused = False
-            self.transport.resume_reading()
-
-    def fail(self, error: Exception) -> None:
-        """Let the next read raise `error`."""
-        self.failure = self.failure or error
-        self.closed()
-
-    def expect(self, seconds: float, late: Late, silence: bool = False) -> None:
-        """Fail after `seconds`; with `silence`, after so many without an octet."""
-        self.late, self.deadline = late, self.loop.time() + seconds
-        self.silence, self.seen = seconds if silence else 0.0, self.octets
-
-    def check_deadline(self) -> None:
-        """Fail when the deadline has passed."""
-        now = self.loop.time()
-        if self.silence and (self.octets != self.seen or self.paused):  # or this side is slow
-            self.seen, self.deadline = self.octets, now + self.silence
-        elif now >= self.deadline:
-            self.deadline = NEVER
-            if self.transport.is_closing():
-                self.transport.abort()
-            self.fail(self.late())
-
-    def watch(self) -> None:
-        """Cancel this task as soon as the other side goes away."""
-        task = asyncio.current_task()
-
-        def gone() -> None:
-            self.cause = self.cause or ClientClosed("client_closed")
-            task.cancel()
-
-        self.on_close = gone
-        if self.ended:
-            gone()
-
-    def wake(self) -> None:
-        """Wake the task that waits."""
-        if self.waiter and not self.waiter.done():
-            self.waiter.set_result(None)
+    # Waiting and waking.
 
     async def wait(self) -> None:
-        """Wait for the next news: octets, the end, a failure, or room to write."""
+        """Sleep until there is any news."""
         self.waiter = self.loop.create_future()
         try:
             await self.waiter
         finally:
             self.waiter = None
 
-    def take(self) -> bytes:
-        """Return what has come."""
-        data, self.rest = self.rest, b""
-        self.resume()
+    def wake(self) -> None:
+        """Wake the task that sleeps in `wait`, if one does."""
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def set_failure(self, error: Exception) -> None:
+        """Let the next read raise `error`; the first failure counts."""
+        if self.failure is None:
+            self.failure = error
+        self.announce_disconnect()
+
+    def announce_disconnect(self) -> None:
+        """Tell whoever has to know that nothing more is to be had from the other side."""
+        if self.on_disconnect:
+            self.on_disconnect()
+        self.wake()
+
+    def cancel_on_disconnect(self) -> None:
+        """Cancel the current task as soon as the other side goes away."""
+        self.request_task = asyncio.current_task()
+        self.on_disconnect = self.cancel_for_client
+        # It may have gone while its request was read.
+        if self.ended:
+            self.cancel_for_client()
+
+    def cancel_for_client(self) -> None:
+        """Cancel the request of a client that has left."""
+        self.cancel_request(ClientClosed("client_closed"))
+
+    def cancel_request(self, reason: RouterError) -> None:
+        """Cancel the task that serves a request; `cancel_reason` tells it why."""
+        if self.request_task is None:
+            return
+        # Two reasons may come in one turn. The first one is why the task ends.
+        if self.cancel_reason is None:
+            self.cancel_reason = reason
+        self.request_task.cancel()
+
+    def ignore_disconnect(self) -> None:
+        """Undo `cancel_on_disconnect`: the other side may go."""
+        self.on_disconnect = None
+        self.request_task = None
+
+    # The deadline.
+
+    def set_deadline(self, timeout: float, on_timeout: Timeout) -> None:
+        """Let the next read fail after `timeout` seconds, whatever comes until then."""
+        self.deadline = self.loop.time() + timeout
+        self.idle_timeout = 0.0
+        self.on_timeout = on_timeout
+
+    def set_idle_timeout(self, timeout: float, on_timeout: Timeout) -> None:
+        """Let the next read fail after `timeout` seconds in which no octet comes."""
+        self.set_deadline(timeout, on_timeout)
+        self.idle_timeout = timeout
+        self.octets_at_check = self.received_octets
+
+    def clear_deadline(self) -> None:
+        """Let the connection take all the time that it wants."""
+        self.deadline = NEVER
+        self.idle_timeout = 0.0
+
+    def check_deadline(self, now: float) -> None:
+        """Fail when the deadline has passed."""
+        # While this side does not read, because its client is slow, the other side cannot be
+        # blamed for its silence.
+        is_idle = self.received_octets == self.octets_at_check and not self.read_paused
+        if self.idle_timeout and not is_idle:
+            self.octets_at_check = self.received_octets
+            self.deadline = now + self.idle_timeout
+        if now < self.deadline:
+            return
+        self.deadline = NEVER
+        # `close` was called, and the other side has not read what was left for it.
+        if self.transport.is_closing():
+            self.transport.abort()
+        message = self.on_timeout.message.format(limits=self.limits)
+        self.set_failure(self.on_timeout.error(message))
+
+    # Reading.
+
+    def pause_reading(self) -> None:
+        """Leave further octets in the socket, so that the other side has to wait."""
+        if not (self.read_paused or self.ended):
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+
+    def take_received(self) -> bytes:
+        """Return what has come, which may be nothing, without waiting."""
+        data = self.received
+        self.received = b""
+        self.resume_reading()
         return data
 
     async def read(self) -> bytes:
         """Return the next octets, b"" at the end. Raises what ended the connection."""
-        while not self.rest:
+        while not self.received:
             if self.failure:
                 raise self.failure
             if self.ended:
                 return b""
             await self.wait()
-        return self.take()
+        return self.take_received()
 
     async def read_head(self, limit: int) -> bytes | None:
-        """Return a head without its empty line, None at the end; refuse a bad one early."""
-        data = b""
-        while piece := await self.read():
-            data = (data + piece).removeprefix(b"\r\n")  # an empty line before it: RFC 9112 2.2
-            fresh = max(0, len(data) - len(piece) - 3)  # what stands before has been looked at
-            end = data.find(b"\r\n\r\n", fresh)
+        r"""Return a head without its final empty line, None when the connection ended before it.
+
+        b'GET / HTTP/1.1\r\nHost: a\r\n\r\nmore'  ->  b'GET / HTTP/1.1\r\nHost: a', and `more`
+        is what comes next. Raises MalformedMessage, TargetTooLong or FieldsTooLarge as soon as the
+        octets can become no head of at most `limit` octets.
+        """
+        head = b""
+        while data := await self.read():
+            # Empty lines before a request are the rest of an old client's content
+            # (RFC 9112 section 2.2).
+            head = (head + data).removeprefix(b"\r\n")
+            # What came before has been looked at, but for an end that was cut in two.
+            unseen_at = max(0, len(head) - len(data) - 3)
+            end = head.find(b"\r\n\r\n", unseen_at)
             if 0 <= end <= limit:
-                self.rest = data[end + 4 :]
-                return data[:end]
-            if BARE_LF.search(data, fresh):
-                raise MalformedMessage("a bare CR or LF in the head instead of CRLF")
-            if data and not (data[:1].isalnum() or data[:1] in b"!#$%&'*+-.^_`|~\r"):
-                hint = "; this port speaks http, not https" if data[:1] == b"\x16" else ""
-                raise MalformedMessage(f"{data[:8]!r} begins no HTTP message{hint}")
-            if len(data) > LIMITS.request_line and b"\r\n" not in data[: LIMITS.request_line + 2]:
-                raise TargetTooLong(f"the first line is over {LIMITS.request_line} octets")
-            if len(data) > limit:
-                raise FieldsTooLarge(f"the head is over {limit} octets")
-        if data:
+                self.received = head[end + 4 :]
+                return head[:end]
+            self.check_partial_head(head, unseen_at, limit)
+        if head:
             raise MalformedMessage("the connection ended inside a head")
         return None
 
-    def write(self, data: bytes) -> None:
-        """Send octets at the end of this round of the event loop, many of them at once."""
-        if not self.unsent:
-            self.rounds.send_after(self)
-        self.unsent.append(data)
-        self.unsent_size += len(data)
-        if self.unsent_size > LIMITS.unsent:
-            self.send()
+    def check_partial_head(self, head: bytes, unseen_at: int, limit: int) -> None:
+        """Refuse the beginning of what can become no head, whatever follows.
 
-    def send(self) -> None:
-        """Send what was written."""
-        if self.unsent:
-            unsent, self.unsent, self.unsent_size = self.unsent, [], 0
-            self.transport.write(unsent[0] if len(unsent) == 1 else b"".join(unsent))
+        Without this, who sends no line ends (a TLS client on this port, a script that counts on
+        LF) would wait for an answer until the deadline, and never learn what is wrong.
+        """
+        if BARE_LF.search(head, unseen_at):
+            raise MalformedMessage("a bare CR or LF in the head instead of CRLF")
+        if head and not (head[:1].isalnum() or head[:1] in b"!#$%&'*+-.^_`|~\r"):
+            # A TLS handshake begins with the octet 0x16.
+            hint = "; this port speaks http, not https" if head[:1] == b"\x16" else ""
+            raise MalformedMessage(f"{head[:8]!r} begins no HTTP message{hint}")
+        longest_line = self.limits.request_line
+        if len(head) > longest_line and b"\r\n" not in head[: longest_line + 2]:
+            raise TargetTooLong(f"the first line is over {longest_line} octets")
+        if len(head) > limit:
+            raise FieldsTooLarge(f"the head is over {limit} octets")
+
+    # Writing.
+
+    def write(self, data: bytes) -> None:
+        """Send octets at the end of this turn of the event loop."""
+        # A long piece goes by itself. To join it to what stands before it would copy it.
+        if len(data) > self.limits.unsent:
+            self.flush()
+            self.transport.write(data)
+            return
+        if not self.unsent:
+            self.batch.schedule_flush(self)
+        self.unsent.append(data)
+        self.unsent_octets += len(data)
+        # Many pieces in one turn leave before its end, so that `write_paused` tells in time.
+        if self.unsent_octets > self.limits.unsent:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was written, now."""
+        if not self.unsent:
+            return
+        data = self.unsent[0] if len(self.unsent) == 1 else b"".join(self.unsent)
+        self.unsent = []
+        self.unsent_octets = 0
+        self.transport.write(data)
+
+    def is_flushed(self) -> bool:
+        """Tell whether all that was written is with the kernel."""
+        return not self.unsent and self.transport.get_write_buffer_size() == 0
 
     async def drain(self) -> None:
-        """Wait while the other side reads too slowly. Raises ConnectionResetError."""
+        """Wait while the other side reads too slowly. Raises ConnectionResetError when it left."""
         if self.write_paused and not self.failure:
-            self.expect(LIMITS.write_timeout, READS_NOTHING)
+            self.set_deadline(self.limits.write_timeout, READS_NOTHING)
             while self.write_paused and not self.failure:
                 await self.wait()
-            self.deadline = NEVER
+            self.clear_deadline()
         if self.failure or self.transport.is_closing():
             raise ConnectionResetError("the other side is gone")
 
-    def close(self, abort: bool = False) -> None:
-        """End the connection; `abort` throws away what was not sent."""
-        self.on_close = self.failure = None  # an error keeps all that it came through
-        if abort:
-            self.unsent, self.unsent_size = [], 0
-            self.transport.abort()
-        else:
-            self.send()
-            self.transport.close()
-            self.expect(LIMITS.write_timeout, TOO_LATE)  # to read what is left
+    # Closing.
+
+    def close(self) -> None:
+        """End the connection; what was written still goes out."""
+        self.forget_callers()
+        self.flush()
+        self.transport.close()
+        self.set_deadline(self.limits.write_timeout, IDLE_TOO_LONG)
+
+    def abort(self) -> None:
+        """End the connection at once and throw away what was not sent."""
+        self.forget_callers()
+        self.unsent = []
+        self.unsent_octets = 0
+        self.transport.abort()
+
+    def forget_callers(self) -> None:
+        """Let go of those who have used the connection, which has no more to tell them."""
+        self.ignore_disconnect()
+        # An error keeps the frames that it came through, and with them whole contents.
+        self.failure = None
 
     def end_by_reset(self) -> None:
-        """Let the close be seen as a failure, where a close alone would be a clean end."""
-        self.send()
-        self.transport.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )
+        """Let the coming close be seen as a failure, where it would look like a clean end.
+
+        The client of HTTP/1.0 takes the end of the connection for the end of the content. A reset
+        is the only way to tell it that the content was cut.
+        """
+        self.flush()
+        # Linger: on, 0 seconds. Windows has two short numbers there, all others two ints.
+        linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        sock = self.transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     async def linger(self) -> None:
-        """Say that nothing more comes, read on for a moment, close (RFC 9112 9.6)."""
+        """Say that nothing more is sent, read on for a moment, close (RFC 9112 section 9.6).
+
+        To close while the client still sends is answered by its kernel with a reset, which may
+        throw away the answer before the client has read it.
+        """
         with contextlib.suppress(OSError, RouterError):
-            self.send()
+            self.flush()
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            self.expect(LIMITS.linger_timeout, TOO_LATE)
+            self.set_deadline(self.limits.linger_timeout, IDLE_TOO_LONG)
             while await self.read():
                 pass
         self.close()
 
 
-TOO_LATE: Late = functools.partial(RequestTimeout, "late")
-READS_NOTHING: Late = functools.partial(
-    ClientClosed, f"nothing read for {LIMITS.write_timeout:.0f} s"
-)
+class ContentReader:
+    """Reads one content of a connection: with `read`, or with `pump` while it comes.
 
-
-class Content:
-    """Reads one content of a connection, piece by piece, up to a limit."""
+    A content of more than `limit` octets raises ContentTooLarge, as soon as that is known.
+    """
 
     def __init__(self, connection: Connection, framing: Framing, limit: float = NEVER) -> None:
-        self.connection, self.framing, self.limit = connection, framing, limit
-        self.left, self.size = framing.length, 0
-        self.decoder = ChunkDecoder() if framing is CHUNKED else None
-        self.done = framing == NO_CONTENT
+        self.connection = connection
+        self.framing = framing
+        self.limit = limit
+        self.size = 0
+        self.decoder = make_decoder(framing, connection.limits)
+        # Where `pump` takes what has come: who gets it, and whose slowness counts.
+        self.consume: Callable[[bytes], None] | None = None
+        self.client: Connection | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all of the content has been read."""
+        return self.decoder.done
 
     def decode(self, data: bytes) -> bytes:
-        """Return the content in `data`, leave what follows it. Raises MalformedMessage."""
-        if self.decoder:
-            piece = self.decoder.feed(data)
-            self.left, self.done = self.decoder.remaining, self.decoder.done
-            if self.done:
-                self.connection.rest = self.decoder.buffered
-        elif self.framing is UNTIL_CLOSE:
-            piece = data
-        else:
-            piece, self.connection.rest = data[: self.left], data[self.left :]
-            self.left -= len(piece)
-            self.done = not self.left
-        self.size += len(piece)
-        if self.size + self.left > self.limit:
+        """Return the content in `data`; leave what follows it to the connection."""
+        content = self.decoder.feed(data)
+        if self.decoder.done:
+            self.connection.received = self.decoder.buffered
+        self.size += len(content)
+        # What a chunk announces counts before it is there.
+        if self.size + self.decoder.remaining > self.limit:
             raise ContentTooLarge(f"over {self.limit} bytes, which is MAX_REQUEST_SIZE")
-        return piece
+        return content
 
-    def end(self) -> None:
-        """Note that the connection has ended. Raises MalformedMessage when that cuts it."""
-        self.done = self.done or self.framing is UNTIL_CLOSE
-        if not self.done:
+    def end_with_connection(self) -> None:
+        """Note that the connection has ended. Raises MalformedMessage when content is missing."""
+        if self.framing is UNTIL_CLOSE:
+            self.decoder.done = True
+        if not self.decoder.done:
             raise MalformedMessage("the connection ended inside the content")
 
     async def read(self) -> bytes:
-        """Return the next piece, b"" at the end. Raises MalformedMessage when cut."""
-        while not self.done:
+        """Return the next piece, b"" at the end. Raises MalformedMessage when it is cut."""
+        while not self.decoder.done:
             data = await self.connection.read()
             if not data:
-                self.end()
-            elif piece := self.decode(data):
-                return piece
+                self.end_with_connection()
+                continue
+            content = self.decode(data)
+            if content:
+                return content
         return b""
+
+    async def pump(self, consume: Callable[[bytes], None], client: Connection) -> None:
+        """Give the content to `consume` as it comes, in the same turn of the event loop.
+
+        `consume` writes to the client. While the client reads too slowly, the sender of the content
+        has to wait. Raises what `consume` raises, and MalformedMessage when the content is cut.
+        """
+        connection = self.connection
+        self.consume = consume
+        self.client = client
+        connection.sink = self.receive
+        try:
+            # What came together with the head.
+            if connection.received:
+                self.receive(connection.take_received())
+            while not (self.decoder.done or connection.failure):
+                if client.write_paused:
+                    connection.pause_reading()
+                    await client.drain()
+                    connection.resume_reading()
+                elif connection.ended:
+                    self.end_with_connection()
+                else:
+                    await connection.wait()
+            if connection.failure:
+                raise connection.failure
+        finally:
+            connection.sink = None
+            self.consume = None
+            self.client = None
+
+    def receive(self, data: bytes) -> None:
+        """Decode what has come and hand it on: the connection's sink while `pump` runs."""
+        decoder = self.decoder
+        try:
+            content = decoder.feed(data)
+            if content:
+                self.consume(content)
+        except RouterError as error:
+            self.connection.set_failure(error)
+        if decoder.done:
+            self.connection.received = decoder.buffered
+            self.connection.wake()
+        elif self.client.write_paused:
+            self.connection.wake()
 
 
 class ResponseWriter:
-    """Writes one response, in the framing that its client understands."""
+    """Writes one response to a client, in a framing that the client understands.
+
+    `write_head` comes first, then `write_content` any number of times, then `finish`, or `cut` when
+    the rest is lost. `send_response` is all of it, for an answer of the router's own.
+    """
 
     def __init__(self, connection: Connection, head: RequestHead | None) -> None:
         self.connection = connection
+        # A request whose head could not be read gets an answer and the end of its connection.
         self.minor = head.minor if head else 1
         self.method = head.method if head else "GET"
-        self.keep = head is not None and head.keeps_alive
-        self.extra: list[tuple[str, str]] = []  # for every answer, such as CORS
-        self.started = self.finished = False
-        self.status = self.size = 0
-        self.pending: list[bytes] = []  # not sent yet
-        self.chunked = self.silent = self.until_close = False
+        self.keep_alive = head is not None and head.keeps_alive
+        # Fields of every answer to this request, such as those of CORS.
+        self.extra_fields: list[tuple[str, str]] = []
+        self.status = 0
+        self.size = 0
+        self.started = False
+        self.finished = False
+        # How the content is framed, once the head is written.
+        self.chunked = False
+        self.until_close = False
+        self.omits_content = False
 
-    def begin(self, status: int, lines: str, length: int | None, reason: str = "") -> None:
-        """Make the head, with these field lines; None: the length is not known."""
-        self.started, self.status = True, status
-        self.silent = self.method == "HEAD" or status in (204, 304)
-        self.chunked = length is None and self.minor == 1 and not self.silent
-        self.until_close = length is None and not (self.chunked or self.silent)
-        self.keep = self.keep and not self.until_close
-        if self.extra:
-            lines += encode_lines(self.extra)
-        if self.chunked:
+    def write_head(self, status: int, lines: str, length: int | None, reason: str = "") -> None:
+        """Write the head, with these field lines; a `length` of None is not known yet.
+
+        The content is framed as RFC 9112 section 6 says: by its length; without one in chunks,
+        which HTTP/1.0 does not know: there the connection ends with the content.
+        """
+        self.started = True
+        self.status = status
+        self.omits_content = self.method == "HEAD" or status in (204, 304)
+        if self.extra_fields:
+            lines += encode_lines(self.extra_fields)
+        if length is not None:
+            if status not in (204, 304):
+                lines += f"Content-Length: {length}\r\n"
+        elif self.minor == 1 and not self.omits_content:
+            self.chunked = True
             lines += "Transfer-Encoding: chunked\r\n"
-        elif length is not None and status not in (204, 304):
-            lines += f"Content-Length: {length}\r\n"
-        if not self.keep:
+        elif not self.omits_content:
+            self.until_close = True
+            self.keep_alive = False
+        if not self.keep_alive:
             lines += "Connection: close\r\n"
         elif self.minor == 0:
             lines += "Connection: keep-alive\r\n"
         reason = reason or REASONS.get(status, "")
         head = f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n"
-        self.pending.append(head.encode("latin-1", "replace"))
+        self.connection.write(head.encode("latin-1", "replace"))
 
-    def write(self, content: bytes) -> None:
-        """Add content; it leaves with the next `flush`, and the head with it."""
+    def write_content(self, content: bytes) -> None:
+        """Write a piece of the content; it leaves at the end of the turn, the head before it."""
         self.size += len(content)
-        if content and not self.silent:
-            self.pending.append(encode_chunk(content) if self.chunked else content)
-
-    def flush(self) -> None:
-        """Send what was added."""
-        if self.pending:
-            pending, self.pending = self.pending, []
-            self.connection.write(pending[0] if len(pending) == 1 else b"".join(pending))
+        if not content or self.omits_content:
+            return
+        self.connection.write(encode_chunk(content) if self.chunked else content)
 
     def finish(self, content: bytes = b"") -> None:
-        """Send the last content and the clean end."""
+        """Write the last piece and the clean end."""
         self.finished = True
-        self.connection.on_close = None  # all is said; the client may go
-        self.write(content)
+        # All is said, and the client may go.
+        self.connection.ignore_disconnect()
+        self.write_content(content)
         if self.chunked:
-            self.pending.append(LAST_CHUNK)
-        self.flush()
+            self.connection.write(LAST_CHUNK)
 
     def cut(self, content: bytes) -> None:
-        """Send a last content and no clean end: what follows is lost."""
-        self.keep = False
-        self.write(content)
-        self.flush()
+        """Write a last piece and no clean end, so that the answer does not look complete."""
+        self.keep_alive = False
+        self.write_content(content)
         if self.until_close and not content:
             self.connection.end_by_reset()
 
-    def send(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
+    def send_response(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
         """Send a whole answer of the router's own."""
-        fields = [("Date", http_date(int(time.time()))), *fields]
-        self.begin(status, encode_lines(fields), len(content))
+        date = ("Date", http_date(int(time.time())))
+        self.write_head(status, encode_lines([date, *fields]), len(content))
         self.finish(content)
 
-    def send_json(self, value: Any, status: int = 200) -> None:
-        """Send a JSON document of the router's own."""
-        content = value if isinstance(value, bytes) else encode_json(value)
-        self.send(status, [("Content-Type", "application/json")], content)
+    def send_json(self, document: Any, status: int = 200) -> None:
+        """Send a JSON document of the router's own; bytes are one already."""
+        content = document if isinstance(document, bytes) else encode_json(document)
+        self.send_response(status, [("Content-Type", "application/json")], content)
 
 
 @dataclasses.dataclass
@@ -4783,13 +5008,16 @@ class Request:
     # The dialect of its endpoint, as soon as that is known.
     dialect: Dialect = OPENAI
     content: bytes = b""
-    unread: Content | None = None
-    recorded: bool = False  # an exchange keeps a record of it
-    held: int = 0  # octets of content that were counted
+    # Who reads the content, once somebody has begun.
+    reader: ContentReader | None = None
+    # An exchange keeps a record of it.
+    recorded: bool = False
+    # Octets of its content that count as held by the router.
+    held_octets: int = 0
 
     @property
     def host(self) -> str:
-        """Who was asked: the authority of the target, or Host."""
+        """The authority of the target, or Host."""
         return self.head.host
 
     @property
@@ -4805,28 +5033,35 @@ class Request:
     async def read_content(
         self, limit: int, count: Callable[[Request, int], None] | None = None
     ) -> None:
-        """Read all of the content, at most `limit` octets: 20 s, then 500 octets/s."""
-        framing, connection = self.head.framing, self.connection
-        self.unread = reader = Content(connection, framing, limit)
+        """Read all of the content; `count` is told how many octets came and may refuse more.
+
+        Raises ContentTooLarge above `limit` octets, and RequestTimeout: after 20 s of grace a
+        client has to send 500 octets a second. Otherwise a few thousand clients could occupy all
+        connections by sending an octet now and then.
+        """
+        framing = self.head.framing
+        connection = self.connection
+        limits = connection.limits
+        self.reader = ContentReader(connection, framing, limit)
         if framing.length > limit:
             raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
-        if self.head.expects_continue and not (reader.done or connection.rest):
+        if self.reader.done:
+            return
+        # Who has sent some of it already does not wait for our word (RFC 9110 section 10.1.1).
+        if self.head.expects_continue and not connection.received:
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces: list[bytes] = []
-        connection.expect(LIMITS.content_grace, CONTENT_SLOW)
-        grace_ends = connection.deadline
-        while not reader.done:
-            pieces.append(await reader.read())
+        connection.set_deadline(limits.content_grace, CONTENT_TOO_SLOW)
+        grace_ends_at = connection.deadline
+        while not self.reader.done:
+            piece = await self.reader.read()
+            pieces.append(piece)
             if count:
-                count(self, len(pieces[-1]))
-            connection.deadline = grace_ends + reader.size / LIMITS.content_rate
-        connection.deadline = NEVER
+                count(self, len(piece))
+            connection.deadline = grace_ends_at + self.reader.size / limits.content_rate
+        connection.clear_deadline()
         self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-
-CONTENT_SLOW: Late = functools.partial(
-    RequestTimeout, f"the content came slower than {LIMITS.content_rate} bytes/s"
-)
 
 # ======================================================================================
 # 12  Upstreams
@@ -4884,14 +5119,14 @@ class UpstreamResponse:
         release: Callable[[Connection], None],
     ) -> None:
         self.head, self.connection, self.release = head, connection, release
-        self.content = Content(connection, head.framing(method))
+        self.content = ContentReader(connection, head.framing(method))
         self.held: list[bytes] = []  # read ahead
         self.open = True
 
     def settle(self) -> None:
         """Let the connection be used again, or close it; all was read."""
         self.open = False
-        clean = self.content.framing is not UNTIL_CLOSE and not self.connection.rest
+        clean = self.content.framing is not UNTIL_CLOSE and not self.connection.received
         if clean and self.head.keeps_alive and not self.connection.ended:
             self.release(self.connection)
         else:
@@ -4922,50 +5157,19 @@ class UpstreamResponse:
         While the client is slow the upstream waits. Raises BadGateway when the answer is cut,
         and what `consume` raises.
         """
-        connection, content, client = self.connection, self.content, writer.connection
-
-        def take(data: bytes) -> None:
-            try:
-                if piece := content.decode(data):
-                    consume(piece)
-            except RouterError as error:
-                connection.fail(error)
-            if content.done or client.write_paused:
-                connection.wake()
-            else:
-                writer.flush()
-
         for piece in self.held:
             consume(piece)
         if not self.open:
             return
-        writer.flush()
-        connection.sink = take
-        try:
-            with BrokenAnswers():
-                if connection.rest:
-                    take(connection.take())
-                while not (content.done or connection.failure):
-                    if client.write_paused:
-                        connection.pause()
-                        await client.drain()
-                        writer.flush()
-                        connection.resume()
-                    elif connection.ended:
-                        content.end()
-                    else:
-                        await connection.wait()
-                if connection.failure:
-                    raise connection.failure
-        finally:
-            connection.sink = None
+        with BrokenAnswers():
+            await self.content.pump(consume, writer.connection)
         self.settle()
 
     def close(self) -> None:
         """End the connection unless all of it was read."""
         if self.open:
             self.open = False
-            self.connection.close(abort=True)
+            self.connection.abort()
 
 
 def drop_connection(opening: asyncio.Future[Any]) -> None:
@@ -5002,10 +5206,11 @@ class Health:
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
-    def __init__(self, settings: Settings, rounds: LoopBatch) -> None:
-        self.settings, self.rounds = settings, rounds
+    def __init__(self, settings: Settings, batch: LoopBatch) -> None:
+        self.settings = settings
+        self.batch = batch
         seconds = settings.request_timeout
-        self.late: Late = functools.partial(
+        self.on_timeout = Timeout(
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
         )
         self.idle: dict[tuple[UpstreamURL, bool], list[Connection]] = {}
@@ -5064,7 +5269,7 @@ class Upstreams:
         seconds = self.settings.connect_timeout
         opening = asyncio.ensure_future(
             loop.create_connection(
-                lambda: Connection(self.rounds),
+                lambda: Connection(self.batch),
                 url.host,
                 url.port,
                 ssl=context,
@@ -5089,30 +5294,26 @@ class Upstreams:
         connections = self.idle.get((server.url, server.verify), [])
         while connections:
             connection = connections.pop()
-            connection.on_close = None
-            if not (connection.rest or connection.ended or connection.failure):
+            connection.ignore_disconnect()
+            if not (connection.received or connection.ended or connection.failure):
                 return connection
-            connection.close(abort=True)
+            connection.abort()
         return None
 
     def keep(self, server: Server, connection: Connection) -> None:
         """Keep a connection for the next request."""
         connections = self.idle.setdefault((server.url, server.verify), [])
-        if (
-            len(connections) >= LIMITS.idle_connections
-            or connection.unsent
-            or connection.transport.get_write_buffer_size()
-        ):
+        if len(connections) >= LIMITS.idle_connections or not connection.is_flushed():
             connection.close()
             return
 
         def gone() -> None:
             if connection in connections:
                 connections.remove(connection)
-            connection.close(abort=True)
+            connection.abort()
 
-        connection.expect(LIMITS.idle_connection_timeout, TOO_LATE)
-        connection.on_close = gone
+        connection.set_deadline(LIMITS.idle_connection_timeout, IDLE_TOO_LONG)
+        connection.on_disconnect = gone
         connections.append(connection)
 
     def close(self) -> None:
@@ -5134,8 +5335,8 @@ class Upstreams:
         self, connection: Connection, server: Server, method: str, data: bytes, reused: bool
     ) -> UpstreamResponse:
         """Write a request, read the head of its answer; close the connection on failure."""
-        answer, octets = None, connection.octets
-        connection.expect(self.settings.request_timeout, self.late, silence=True)
+        answer, octets = None, connection.received_octets
+        connection.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
         connection.write(data)
         try:
             head = await self.read_head(connection)
@@ -5146,14 +5347,14 @@ class Upstreams:
         except GatewayTimeout:
             raise
         except (OSError, RouterError) as error:
-            if reused and connection.octets == octets:
+            if reused and connection.received_octets == octets:
                 raise ConnectionAbortedError from None
             if isinstance(error, BadGateway):
                 raise
             raise BadGateway(f"no valid answer: {describe(error)}") from None
         finally:
             if answer is None:
-                connection.close(abort=True)
+                connection.abort()
 
     async def read_head(self, connection: Connection) -> ResponseHead:
         """Return the final response's head; interim ones are passed over."""
@@ -6520,9 +6721,9 @@ def send_error(
 ) -> None:
     """Answer with an error of the router's own, in the client's dialect."""
     if isinstance(error, FATAL_TO_CONNECTION):
-        writer.keep = False
+        writer.keep_alive = False
     all_fields = [("Content-Type", "application/json"), *fields, *error.fields]
-    writer.send(error.status, all_fields, dialect.encode_error(error))
+    writer.send_response(error.status, all_fields, dialect.encode_error(error))
 
 
 def passed_fields(fields: Fields, *dropped: Iterable[str]) -> FieldPairs:
@@ -6602,7 +6803,7 @@ class Exchange:
         """Serve the request, whatever happens; its record is finished once."""
         self.context.log.begin(self.record)
         self.request.recorded = True
-        self.request.connection.watch()
+        self.request.connection.cancel_on_disconnect()
         self.record.stop = self.stop
         try:
             if not self.send_load_answer():
@@ -6610,7 +6811,7 @@ class Exchange:
                 await self.relay_response()
         except asyncio.CancelledError:
             # The client has left, the router stops, or somebody ended the request from the page.
-            self.fail(self.request.connection.cause or ClientClosed("client_closed"))
+            self.fail(self.request.connection.cancel_reason or ClientClosed("client_closed"))
             raise
         except RouterError as error:
             self.fail(error)
@@ -6619,8 +6820,7 @@ class Exchange:
 
     def stop(self) -> None:
         """End the request, as somebody wants who is not its client."""
-        self.request.connection.cause = Cancelled("cancelled")
-        self.request.connection.closed()
+        self.request.connection.cancel_request(Cancelled("cancelled"))
 
     def finish(self) -> None:
         """Let go of everything, and finish the record."""
@@ -6951,7 +7151,7 @@ class Exchange:
                 return
         if not writer.started:
             self.begin(self.candidate.response.head, None)
-        writer.write(data)
+        writer.write_content(data)
         record.response_size = writer.size
 
     def change(self, data: bytes) -> bytes:
@@ -6979,14 +7179,14 @@ class Exchange:
             # It is valid, or there would be no answer.
             length = int(declared)
         native = self.candidate.native
-        shape = native, self.transform is None, self.parsed.stream, bool(self.writer.extra)
+        shape = native, self.transform is None, self.parsed.stream, bool(self.writer.extra_fields)
         if shape not in head.memo:
             head.memo[shape] = encode_lines(self.answer_fields(head))
         lines = head.memo[shape] + encode_lines(self.own_fields())
         if head.fields.get("date") is None:
             # RFC 9110 section 6.6.1: who relays a response without a date adds one.
             lines += f"Date: {http_date(int(time.time()))}\r\n"
-        self.writer.begin(head.status, lines, length, head.reason)
+        self.writer.write_head(head.status, lines, length, head.reason)
 
     def answer_fields(self, head: ResponseHead) -> FieldPairs:
         """Return the fields of an answer as its client gets them."""
@@ -7004,7 +7204,7 @@ class Exchange:
         if media_type in EVENT_FORMATS:
             own += STREAM_FIELDS
             dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
-        if self.writer.extra:
+        if self.writer.extra_fields:
             # The router decides which origins may read an answer, not its servers.
             theirs = [lower for lower, _, _ in head.fields.lines]
             dropped = dropped.union(n for n in theirs if n.startswith("access-control-"))
@@ -7760,21 +7960,20 @@ async def serve_metrics(context: Context, request: Request) -> None:
         },
     )
     kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
-    request.writer.send(200, kind, ("\n".join(lines) + "\n").encode())
+    request.writer.send_response(200, kind, ("\n".join(lines) + "\n").encode())
 
 
 async def send_piece(request: Request, data: bytes) -> None:
     """Send a piece of a long answer; wait while its reader is slow."""
-    request.writer.write(data)
-    request.writer.flush()
+    request.writer.write_content(data)
     await request.connection.drain()
 
 
 def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
     """Begin an answer of unknown length that ends when its client goes."""
     fields = (("Content-Type", kind), *STREAM_FIELDS, *fields)
-    request.writer.begin(200, encode_lines(fields), None)
-    request.connection.watch()
+    request.writer.write_head(200, encode_lines(fields), None)
+    request.connection.cancel_on_disconnect()
 
 
 def read_news(
@@ -7804,7 +8003,7 @@ async def serve_events(context: Context, request: Request) -> None:
     try:
         begin_stream(request, "text/event-stream")
         await send_piece(request, b": hello\n\n")
-        while not (context.draining or request.writer.silent):
+        while not (context.draining or request.writer.omits_content):
             news = read_news(log, ended, known)
             quiet += LIMITS.news_interval
             if any(news.values()) or quiet > LIMITS.news_keep_alive:
@@ -7939,7 +8138,7 @@ def send_page(
         # A `<` could end the element that holds the data.
         text = encode_json(data).decode().replace("<", "\\u003c")
         page = page.replace(NO_DATA, NO_DATA.replace("><", f">{text}<"), 1)
-    request.writer.send(status, all_fields, page.encode())
+    request.writer.send_response(status, all_fields, page.encode())
 
 
 async def serve_page(context: Context, request: Request) -> None:
@@ -8003,7 +8202,7 @@ async def serve_signin(context: Context, request: Request) -> None:
         token = read_signin(request.content, context.limits)
         context.token_guard.check([token], request.source_host, time.time())
     cookie = encode_cookie(token, time.time(), is_https(context, request))
-    request.writer.send(204, [cookie], b"")
+    request.writer.send_response(204, [cookie], b"")
 
 
 async def serve_healthz(context: Context, request: Request) -> None:
@@ -8164,7 +8363,7 @@ class Application:
                 internal = RouterError("internal error; see the log")
                 send_error(request.writer, internal, request.dialect)
         finally:
-            self.content_size -= request.held
+            self.content_size -= request.held_octets
         # An exchange has printed its own line; the page's polling is not worth one.
         of_api = endpoint is not None and endpoint.guard == API
         if not request.recorded and (reason or of_api):
@@ -8181,8 +8380,8 @@ class Application:
         guard = (endpoint or of_path[0]).guard if of_path else API
         webui = guard in (WEBUI, SIGNIN)
         if webui:
-            request.writer.extra += GUARDED_FIELDS
-        request.writer.extra += self.check_head(request.head, webui)
+            request.writer.extra_fields += GUARDED_FIELDS
+        request.writer.extra_fields += self.check_head(request.head, webui)
         if request.head.method == "OPTIONS" and (of_path or request.path == "*"):
             self.answer_options(request, of_path)
             return
@@ -8212,11 +8411,11 @@ class Application:
 
     def count_content(self, request: Request, size: int) -> None:
         """Count content that was read. Raises Overloaded for a long one among too many."""
-        request.held += size
+        request.held_octets += size
         self.content_size += size
         most = max(self.context.limits.held_content, self.settings.max_request_size)
         # Short requests are served all the same: they are not what fills the memory.
-        if self.content_size > most and request.held > MiB:
+        if self.content_size > most and request.held_octets > MiB:
             raise Overloaded(
                 f"running requests hold {self.content_size} bytes; try again later",
                 ("Retry-After", "5"),
@@ -8233,7 +8432,7 @@ class Application:
                 ("Access-Control-Allow-Headers", wanted),
                 ("Access-Control-Max-Age", "600"),
             ]
-        request.writer.send(204, fields, b"")
+        request.writer.send_response(204, fields, b"")
 
 
 # ======================================================================================
@@ -8243,7 +8442,7 @@ class Application:
 # leaves, an error ends it or the router drains. Connections are accepted only while
 # there is room; more wait in the listen queue.
 
-NO_HEAD: Late = functools.partial(RequestTimeout, f"no head within {LIMITS.head_timeout:.0f} s")
+NO_HEAD = Timeout(RequestTimeout, "no head within {limits.head_timeout:.0f} s")
 SHORT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -8329,7 +8528,7 @@ class HTTPServer:
 
     async def serve_connection(self, client: socket.socket, peer: str) -> None:
         """Serve one request after another on an accepted socket."""
-        loop, connection = asyncio.get_running_loop(), Connection(self.context.upstreams.rounds)
+        loop, connection = asyncio.get_running_loop(), Connection(self.context.upstreams.batch)
         try:
             await loop.connect_accepted_socket(lambda: connection, client)
         except OSError:
@@ -8346,23 +8545,27 @@ class HTTPServer:
         except (OSError, RouterError):
             pass  # the client went away between two messages, or was idle for too long
         except asyncio.CancelledError:
-            if connection.cause is None:
+            if connection.cancel_reason is None:
                 raise
         finally:
-            connection.close(abort=isinstance(connection.cause, ClientClosed))
+            # Who has left reads nothing any more.
+            if isinstance(connection.cancel_reason, ClientClosed):
+                connection.abort()
+            else:
+                connection.close()
 
     async def serve_request(self, connection: Connection, peer: str, idle: float) -> bool:
         """Serve one request; return whether another may follow."""
         connection.busy = False
-        if not connection.rest:
-            connection.expect(
-                idle if self.room.is_set() else LIMITS.worn_keep_alive_timeout, TOO_LATE
+        if not connection.received:
+            connection.set_deadline(
+                idle if self.room.is_set() else LIMITS.worn_keep_alive_timeout, IDLE_TOO_LONG
             )
-            connection.rest = await connection.read()
-            if not connection.rest:
+            connection.received = await connection.read()
+            if not connection.received:
                 return False
         connection.busy = True
-        connection.expect(LIMITS.head_timeout, NO_HEAD)
+        connection.set_deadline(LIMITS.head_timeout, NO_HEAD)
         try:
             data = await connection.read_head(LIMITS.request_line + LIMITS.all_field_lines)
             if data is None:
@@ -8373,9 +8576,9 @@ class HTTPServer:
             self.context.log.note(peer, str(error.status), str(error))
             await connection.linger()
             return False
-        connection.deadline = NEVER
+        connection.clear_deadline()
         await self.application.serve(request)
-        connection.on_close = None
+        connection.ignore_disconnect()
         if connection.write_paused:  # answers that nobody reads must not pile up
             await connection.drain()
         return request.writer.finished and await self.settle(request)
@@ -8383,25 +8586,25 @@ class HTTPServer:
     def read_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
         """Put together what a head says and whom it came from."""
         writer = ResponseWriter(connection, head)
-        writer.keep = writer.keep and not self.context.draining
+        writer.keep_alive = writer.keep_alive and not self.context.draining
         source = client_address(peer, head.fields, self.settings.trusted_proxies)
         return Request(head, connection, writer, source)
 
     async def settle(self, request: Request) -> bool:
         """Read past content that nobody wanted, or close; return whether to go on."""
-        connection, keep = request.connection, request.writer.keep
+        connection, keep = request.connection, request.writer.keep_alive
         framing = request.head.framing
-        unread = request.unread or Content(connection, framing)
+        unread = request.reader or ContentReader(connection, framing)
         if unread.done:
             return keep and not self.context.draining
         expects = request.head.fields.get("expect") is not None
         if (
             keep
-            and request.unread is None
+            and request.reader is None
             and not expects
             and framing.length <= LIMITS.discarded_content
         ):
-            connection.expect(LIMITS.linger_timeout, TOO_LATE)
+            connection.set_deadline(LIMITS.linger_timeout, IDLE_TOO_LONG)
             while unread.size <= LIMITS.discarded_content and await unread.read():
                 pass
             if unread.done:
@@ -8432,7 +8635,7 @@ class HTTPServer:
         for task, connection in list(self.connections.items()):
             if chosen(connection):
                 if connection:
-                    connection.cause = Unavailable("the router is shutting down")
+                    connection.cancel_reason = Unavailable("the router is shutting down")
                 task.cancel()
 
 
@@ -8531,7 +8734,7 @@ class Router:
         # Set by the first signal, and by the second one.
         self.ended = asyncio.Event()
         self.hurry = asyncio.Event()
-        upstreams = Upstreams(settings, LoopBatch())
+        upstreams = Upstreams(settings, LoopBatch(limits))
         self.context = Context(
             settings=settings,
             limits=limits,
