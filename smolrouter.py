@@ -91,11 +91,11 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import datetime
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -105,7 +105,6 @@ import io
 import ipaddress
 import itertools
 import json
-import marshal
 import math
 import operator
 import pathlib
@@ -117,14 +116,13 @@ import socket
 import sqlite3
 import ssl
 import struct
-import subprocess
 import threading
 import time
 import traceback
 import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
 
@@ -761,11 +759,21 @@ class Limits:
     # ones in files, because SQLite is slow with them.
     inline_body: int = 16 * KiB
     # Bodies of running requests and of rows that wait; above it, new ones are cut and marked.
-    held_bodies: int = 32 * MiB
+    body_memory: int = 32 * MiB
+    # Bodies may take this share of a processor, and so many seconds saved up for a burst. When
+    # that is used up, so many octets of each are kept, which cost next to nothing.
+    body_time_share: float = 0.2
+    body_time_savings: float = 2.0
+    hurried_body: int = 1 * KiB
     # Rows that wait for a database in trouble; the oldest go first, and are counted as lost.
     backlog_rows: int = 10_000
-    # A row waits so long for company in one transaction: each transaction waits for the disk.
+    # A row waits so long for company in one transaction, because each transaction waits for the
+    # disk; or until there are so many.
     batch_interval: float = 0.1
+    batch_rows: int = 256
+    # When a batch waits and its oldest row for so long, new requests wait, for so long at most.
+    row_delay: float = 0.2
+    log_wait: float = 1.0
     # After trouble with the database the next try comes so much later; a lock is waited for.
     retry_interval: float = 1.0
     database_lock_timeout: float = 1.0
@@ -4373,6 +4381,94 @@ class TokenGuard:
         return len(recent) >= self.limits.token_failures
 
 
+# --- secrets: what is hidden before anything is kept ---
+
+SECRET_NAME = re.compile(r"(?:authorization|cookie2?|key|token|secret|password|sig|signature)$")
+QUERY_VALUE = re.compile(r"([?&])([^=&]*)=([^&]*)")
+SCHEME_AND_SECRET = re.compile(r"((?:bearer|basic) )?(.*)", re.IGNORECASE | re.DOTALL)
+NO_FIELDS = Fields([])
+
+
+def is_secret_name(name: str) -> bool:
+    """Tell whether a field or a parameter of this name carries a secret.
+
+    `X-Api-Key`, `access_token`, `Set-Cookie`  ->  True
+    """
+    return SECRET_NAME.search(name.lower().replace("_", "-")) is not None
+
+
+def hide_secret(secret: str) -> str:
+    """Return a fingerprint in a secret's place; a scheme before it stays.
+
+    `Bearer sk-abc`  ->  `Bearer ***` and the first eight digits of the SHA-256 of `sk-abc`
+    """
+    scheme, value = SCHEME_AND_SECRET.fullmatch(secret).groups("")
+    if not value:
+        return secret
+    digest = hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()
+    return f"{scheme}***{digest[:8]}"
+
+
+def hide_parameter(match: re.Match[str]) -> str:
+    """Return a parameter of a query, its value hidden when it is a secret."""
+    mark, name, value = match.groups()
+    if is_secret_name(name):
+        value = hide_secret(value)
+    return f"{mark}{name}={value}"
+
+
+def hide_parameters(target: str) -> str:
+    """Return a request-target with the secrets in its query hidden.
+
+    `/v1/models?key=abc&a=b`  ->  `/v1/models?key=***ba7816bf&a=b`
+    """
+    if "?" not in target:
+        return target
+    return QUERY_VALUE.sub(hide_parameter, target)
+
+
+class ShownFields(NamedTuple):
+    """What may be kept and shown of a head's field lines."""
+
+    # JSON: a list of names and values, secrets hidden.
+    lines: str
+    user_agent: str
+    # The fingerprint of the client's key.
+    client_key: str
+    # The long secrets among them, and what stands in their place.
+    secrets: tuple[tuple[bytes, bytes], ...]
+
+
+@functools.lru_cache(maxsize=128)
+def show_fields(fields: Fields) -> ShownFields:
+    """Return what may be kept and shown of field lines; clients and servers repeat theirs.
+
+    The table holds 128 heads, of at most 64 KiB each.
+    """
+    shown, secrets = [], []
+    for lower, name, value in fields.lines:
+        if is_secret_name(lower):
+            secret = value.rpartition(" ")[2].encode("latin-1", "replace")
+            value = hide_secret(value)
+            if len(secret) >= LIMITS.echoed_secret:
+                secrets.append((secret, value.encode("latin-1", "replace")))
+        shown.append((name, value))
+    key = fields.get("authorization") or fields.get("x-api-key") or fields.get("api-key") or ""
+    return ShownFields(
+        COMPACT_JSON(shown),
+        fields.get("user-agent") or "",
+        hide_secret(key).rpartition("***")[2],
+        tuple(secrets),
+    )
+
+
+def hide_echoed(content: bytes, secrets: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Return an answer without the secrets of its request: servers tell which key was wrong."""
+    for secret, fingerprint in secrets:
+        content = content.replace(secret, fingerprint)
+    return content
+
+
 # ======================================================================================
 # 11  HTTP on streams
 # ======================================================================================
@@ -5518,43 +5614,67 @@ async def list_models(
 # ======================================================================================
 # 13  Request log
 # ======================================================================================
-# What happened to every request. The event loop hands records over; one thread makes rows
-# of them, hides secrets, packs bodies, counts, prints a line each and writes all of it to
-# SQLite in batches. While many requests end, a process of its own does that for the thread,
-# which hands it plain values and waits: one at a time writes. Whatever is wrong with the
-# database or that process, requests go on: rows wait, and the reason shows. To add a
-# column: one in `COLUMNS` and in `make_row`, and a migration at the list's end.
+# What happened to every request: a row, both heads and both bodies, in SQLite and in files.
+# A request has one object, a `RequestRecord`, from its beginning until its row is in the
+# database. One thread makes rows and writes them, many in one transaction, so that the event
+# loop never waits for a disk. Whatever is wrong with the database, requests go on: their rows
+# wait in memory, and the reason is shown. Every question that the page asks is in section 15.
+#
+# To add a column: its name at the end of `COLUMNS`, its value at the end of `make_row`, and a
+# script with its ALTER TABLE at the end of `MIGRATIONS`. Lists show it, unless section 15's
+# `UNLISTED` has its name.
 
-MIN_PACKED = 2 * KiB  # shorter details are kept as they are: each packing hands the thread over
-SLICE, REST = 4, 0.001  # rows that the thread makes in a row; s left to the relay then
-MANY, WRITER_STAYS = 200, 60.0  # requests that ended since the last look and want a process of
-# their own to write them; s that it stays when fewer do, or that pass after one failed
-WRITER_PATIENCE = 3.0  # s for what it gets at a time; then it stands still, or has no processor
-BATCH_ROWS, BATCH_SIZE = 128, 3 * MiB // 4  # what it gets at a time: under a ms to hand over
-LOG_WRITER = "log-writer"  # the command that is that process
-WRITER_SETTINGS = (
-    "enable_logging",
-    "db_path",
-    "blob_storage_path",
-    "max_blob_size",
-    "max_log_age_days",
-    "max_total_storage_size",
-    "log_level",
-)
-MAX_LATE = 5000  # requests that ended and have no row; above, the thread takes no rest
-MAX_HANDED = 20_000  # such requests; above, the process gets its share of the processor
-USAGE_TAIL = 8 * KiB  # of a body that is not kept: its end tells what it cost
-PRUNE_STEP, VACUUM_STEP = 500, 256  # rows and pages at a time
-LANES = 64  # routers that can share a database: the lowest bits of their ids tell them apart
-APPLICATION_ID = 0x536D6F6C  # in the head of the database: it is ours
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-SECRET = re.compile(r"(?:authorization|cookie2?|key|token|secret|password|sig|signature)$")
-QUERY_VALUE = re.compile(r"([?&])([^=&]*)=([^&]*)")
-CORRUPT = re.compile(r"malformed|not a database")
+# --- theory of operation ---
+#
+# A record is in one place after the other, and whoever has it is the only one to change it:
+#
+#   running   In `RequestLog.running`, by id. It is the event loop's: its exchange fills it in,
+#             and `append_body` keeps what the upstream says. Once it has run for a moment the
+#             thread writes a row for it that is not finished; after a crash that row tells
+#             what was interrupted.
+#   finished  In `RequestLog.finished`, a queue, the oldest first. It is the thread's, which
+#             makes its row, packs its bodies and lets the raw ones go (`prepare_row`). It
+#             stays there until the transaction with its row is committed, so that nothing is
+#             ever only on its way.
+#   written   In the database alone.
+#
+# Who asks for a request looks at the three in this order, and misses none that moves on.
+#
+# Threads: the event loop calls `begin`, `append_body`, `finish` and `wait_for_room`. The thread
+# "log" runs `run`, and only it writes. Two threads answer questions, each time with a connection
+# of its own that can only read; SQLite's write-ahead log lets them read while others write.
+#
+# Time: the thread lets news wait for company for `LIMITS.batch_interval`, then it makes and
+# writes all of them. Under more load than it can follow, new requests wait for it a little
+# (`wait_for_room`): a row that is not written yet is lost when the machine loses its power, so
+# that rows must not be late by more than a fifth of a second. Bodies matter less. They may take
+# a share of a processor (`BodyBudget`) and so much memory (`LIMITS.decoded_answer`); where they
+# come faster they are cut and marked as cut, and their rows are complete.
+#
+# Trouble: an error of the database or of a file leaves all records of its transaction in the
+# queue; it is said once, and after `LIMITS.retry_interval` the thread tries again. Nobody waits
+# for a database in trouble. Above `LIMITS.backlog_rows` the oldest records go, which is counted
+# and said. In particular:
+#
+#   locked, full,   The next try may do better. A lock of another program is waited for, for
+#   not writable    up to `LIMITS.database_lock_timeout`, before it is an error.
+#   deleted         Before each transaction the file is compared with the one that is open:
+#                   another one, or none, is opened and gets its tables.
+#   corrupt         It is renamed, never deleted, and a new one begins. A reader may find it
+#                   first; then the thread checks the file itself.
+#   another's       A database of another program or of a newer version is never touched.
+#   our own fault   A request whose row cannot be made loses its bodies and not its row.
+
 COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, original_model,
     mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
     status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
     stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level"""
+# A row as the database has it. Moments are ms UTC; `failed` is None while the request runs, and
+# `level` is for samples: half of all rows have 0, a quarter has 1, and so on.
+Row = collections.namedtuple("Row", COLUMNS)
+
+# Sums are kept for each hour, service, model and server: these, and two histograms. The last
+# two of the first line are of requests whose speed is known alone.
 SUMS = (
     "requests",
     "errors",
@@ -5566,13 +5686,36 @@ SUMS = (
     "duration_ms",
     "ttft_ms",
 )
-EDGES = [2 ** (step / 2) for step in range(44)]  # ms that end a bucket: 1 ms to 50 min
+# The ends of the histograms' buckets in ms: 1 ms to 50 min, each 1.4 times the one before.
+EDGES = [2 ** (step / 2) for step in range(44)]
 COUNTED = (*SUMS, *(f"{kind}{at}" for kind in "dt" for at in range(len(EDGES))))
 DURATIONS = slice(len(SUMS), len(SUMS) + len(EDGES))
 TTFTS = slice(len(SUMS) + len(EDGES), len(COUNTED))
+
+# Routers that can share a database: the lowest bits of an id tell whose it is.
+ROUTERS = 64
+# In the head of the database file: it is ours.
+APPLICATION_ID = 0x536D6F6C
+CORRUPT = re.compile(r"malformed|not a database")
+# Details below this length are kept as they are: each packing hands the interpreter over.
+MIN_PACKED = 2 * KiB
+# Of an answer that is not kept whole, so much of its end is looked at for its usage.
+ANSWER_END = 8 * KiB
+# What is deleted, and given back to the file system, in one step.
+PRUNED_ROWS = 500
+VACUUMED_PAGES = 256
+# Rows inserted by one statement; see `insert_rows`.
+ROWS_AT_ONCE = 32
+
+# Each script brings the database from the version before it to its own. What was released is
+# never changed: a database out there has been through it.
 MIGRATIONS = (
     f"""
-CREATE TABLE requests (id INTEGER PRIMARY KEY{COLUMNS.removeprefix("id")});
+CREATE TABLE requests (id INTEGER PRIMARY KEY, request_id, timestamp, source_ip, method, path,
+    service_type, original_model, mapped_model, upstream_url, route, duration_ms, ttft_ms,
+    request_size, response_size, status_code, error_message, prompt_tokens, completion_tokens,
+    tokens_estimated, attempts, stream, completed_at, sent_model, cached_tokens, user_agent,
+    client_key, failed, level);
 CREATE INDEX by_sent ON requests (sent_model, id, level);
 CREATE INDEX by_asked ON requests (original_model, id) WHERE original_model <> sent_model;
 CREATE INDEX by_service ON requests (service_type, id, level);
@@ -5602,17 +5745,14 @@ CREATE TRIGGER filed AFTER INSERT ON blobs BEGIN
 CREATE TRIGGER dropped AFTER DELETE ON blobs BEGIN
     UPDATE storage SET bytes = bytes - OLD.size; END""",
 )
-ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(COUNTED))})
-    ON CONFLICT (hour, service_type, model, upstream_url)
-    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)}"""
 
 
 def time_id(moment: float) -> int:
-    """Return the lowest id of a moment in s UTC: ms * 1024, below 2**53 for long."""
-    return int(moment * 16_000) * LANES
+    """Return the lowest id of a moment in s UTC: its ms * 1024, below 2**53 for long."""
+    return int(moment * 16_000) * ROUTERS
 
 
-Row = collections.namedtuple("Row", COLUMNS)  # moments are ms UTC; `failed` None: it runs
+# --- the record of a request ---
 
 
 class Attempt(NamedTuple):
@@ -5625,122 +5765,101 @@ class Attempt(NamedTuple):
     duration_ms: float
 
 
-class Record:
-    """The life of one request; moments of `clock` are monotonic, `started` is UTC."""
+@dataclasses.dataclass(slots=True, eq=False)
+class RequestRecord:
+    """One request, from its beginning until its row is written.
 
-    def __init__(
-        self, request_id: str, request: Request, service: str, stream: bool, decision: Decision
-    ) -> None:
-        self.id, self.request_id, self.service, self.stream = 0, request_id, service, stream
-        self.started, self.clock = time.time(), time.monotonic()
-        self.source_ip, self.head, self.content = request.source_host, request.head, request.content
-        self.path, self.request_size = request.path + request.query, len(request.content)
-        self.original_model, self.mapped_model = decision.requested_model, decision.mapped_model
-        self.route, self.trail = decision.route, decision.trail
-        self.sent_model = self.upstream_url = self.error = ""
-        self.attempts: list[Attempt] = []
-        self.phase, self.status, self.response_size = "waiting", 0, 0
-        self.first_token: float | None = None
-        self.finished: float | None = None
-        self.answer_head: ResponseHead | None = None  # of the upstream
-        self.pieces: list[bytes] = []  # of the answer, as it came
-        self.heard = self.held = 0  # octets of them; of all that LIMITS.held_bodies counts
-        self.tail = b""  # the end of what is not kept
-        self.request_cut = self.response_cut = False
-        self.stop: Callable[[], None] | None = None  # ends it from outside
-        self.written = False  # the database has a row for it
+    What ends in `_at` is a moment of the monotonic clock, but for `timestamp`, which is UTC.
+    """
+
+    # What is known at the beginning.
+    request_id: str
+    request: dataclasses.InitVar[Request]
+    service: str
+    stream: bool
+    decision: dataclasses.InitVar[Decision]
+    id: int = 0
+    timestamp: float = dataclasses.field(default_factory=time.time)
+    started_at: float = dataclasses.field(default_factory=time.monotonic)
+    source_ip: str = ""
+    method: str = ""
+    target: str = ""
+    request_fields: Fields = dataclasses.field(init=False)
+    content: bytes = b""
+    request_size: int = 0
+    requested_model: str = ""
+    mapped_model: str = ""
+    route: str = ""
+    trail: tuple[Step, ...] = ()
+
+    # What its exchange finds out.
+    phase: str = "waiting"
+    sent_model: str = ""
+    upstream_url: str = ""
+    attempts: list[Attempt] = dataclasses.field(default_factory=list)
+    response_fields: Fields | None = None
+    status: int = 0
+    error: str = ""
+    response_size: int = 0
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    # Ends it from outside, while it runs.
+    stop: Callable[[], None] | None = None
+
+    # What the upstream said, as it came. Of an answer that is not kept whole, also its end.
+    pieces: list[bytes] = dataclasses.field(default_factory=list)
+    pieces_size: int = 0
+    answer_end: bytes = b""
+    request_cut: bool = False
+    response_cut: bool = False
+    # Octets of bodies that it keeps in memory now, raw or packed.
+    body_bytes: int = 0
+
+    # What the thread has made of it: an unfinished row is written; the row; the packed detail;
+    # digests and packed bodies of the long ones among request and answer.
+    is_listed: bool = False
+    row: Row | None = None
+    data: bytes = b""
+    blobs: tuple[tuple[str, bytes] | None, ...] = (None, None)
+
+    def __post_init__(self, request: Request, decision: Decision) -> None:
+        """Take what is known of the request and of the way that it goes."""
+        self.source_ip = request.source_host
+        self.method = request.head.method
+        self.target = request.path + request.query
+        self.request_fields = request.head.fields
+        self.content = request.content
+        self.request_size = len(request.content)
+        self.requested_model = decision.requested_model
+        self.mapped_model = decision.mapped_model
+        self.route = decision.route
+        self.trail = decision.trail
 
     @property
-    def events(self) -> int:
+    def path(self) -> str:
+        """The target without its query."""
+        return self.target.partition("?")[0]
+
+    @property
+    def event_count(self) -> int:
         """How many events of a stream have come so far."""
-        mark = b"data:" if any(b"data:" in piece for piece in self.pieces[:2]) else b"\n"
-        return sum(piece.count(mark) for piece in self.pieces) if self.stream else 0
-
-
-class Lines(NamedTuple):
-    """What is kept of a head: field lines, secrets hidden, and who says so."""
-
-    text: str = "[]"  # JSON: names and values
-    user_agent: str = ""
-    client_key: str = ""  # a fingerprint
-    secrets: tuple[tuple[bytes, bytes], ...] = ()  # long ones, and what stands in their place
-
-
-OWN = """id request_id service stream started source_ip path request_size original_model
-    mapped_model route sent_model upstream_url error status response_size
-    request_cut response_cut"""  # what a note has of its record as it is
-Note = collections.namedtuple(  # what a row is made of: plain values, for another process too
-    "Note",
-    f"{OWN} method taken first_token trail attempts asked answered coding content pieces tail",
-)  # octets last
-LANGUAGE = (__version__, *Note._fields)  # the program's file may be another one by now
-read_own = operator.attrgetter(*OWN.split())
+        if not self.stream:
+            return 0
+        is_sse = any(b"data:" in piece for piece in self.pieces[:2])
+        mark = b"data:" if is_sse else b"\n"
+        return sum(piece.count(mark) for piece in self.pieces)
 
 
 class Detail(NamedTuple):
-    """What is kept of a request beside its row."""
+    """What is kept of a request beside its row: JSON of heads and trail, and both bodies."""
 
-    meta: str = "{}"  # JSON: trail, fields of both heads, what was cut
+    meta: str = "{}"
     request: bytes = b""
     response: bytes = b""
 
 
-class Entry(NamedTuple):
-    """A row and its packed detail, ready to be written."""
-
-    row: Row
-    data: bytes
-    blobs: tuple[tuple[str, bytes] | None, ...]  # digest and packed body, of long ones
-
-    @property
-    def size(self) -> int:
-        """How many octets are kept beside the row."""
-        return len(self.data) + sum(len(blob[1]) for blob in self.blobs if blob)
-
-
-Tally = list[float]  # numbers in the order of COUNTED
-Tallies = dict[tuple[int, str, str, str], Tally]  # by hour, service, model, upstream
-
-
-@functools.lru_cache(maxsize=1024)
-def is_secret(name: str) -> bool:
-    """Tell whether a field or parameter of this name carries a secret."""
-    return SECRET.search(name.lower().replace("_", "-")) is not None
-
-
-def hide(secret: str) -> str:
-    """Return a fingerprint in a secret's place; a scheme before it stays."""
-    scheme, rest = re.fullmatch(r"(?is)((?:bearer|basic) )?(.*)", secret).groups("")
-    digest = hashlib.sha256(rest.encode("utf-8", "replace")).hexdigest()
-    return f"{scheme}***{digest[:8]}" if rest else secret
-
-
-def hide_parameter(match: re.Match[str]) -> str:
-    """Return a parameter of a query, its value hidden when it is a secret."""
-    mark, name, value = match.groups()
-    return f"{mark}{name}={hide(value) if is_secret(name) else value}"
-
-
-def read_lines(head: RequestHead | ResponseHead | None) -> Lines:
-    """Return what is kept of a head, worked out once."""
-    if head is None:
-        return Lines()
-    if "lines" not in head.memo:
-        get, shown, secrets = head.fields.get, [], []
-        for lower, name, value in head.fields.lines:
-            if is_secret(lower):
-                secret, value = value.rpartition(" ")[2].encode("latin-1", "replace"), hide(value)
-                if len(secret) >= LIMITS.echoed_secret:
-                    secrets.append((secret, value.encode("latin-1", "replace")))
-            shown.append((name, value))
-        key = get("authorization") or get("x-api-key") or get("api-key") or ""
-        head.memo["lines"] = Lines(
-            COMPACT_JSON(shown),
-            get("user-agent") or "",
-            hide(key).rpartition("***")[2],
-            tuple(secrets),
-        )
-    return head.memo["lines"]
+# Most requests go known ways, and nothing of them is cut.
+encode_repeated = functools.lru_cache(maxsize=256)(COMPACT_JSON)
 
 
 def is_quiet(settings: Settings) -> bool:
@@ -5750,236 +5869,248 @@ def is_quiet(settings: Settings) -> bool:
 
 def storable(text: str) -> str:
     """Return text that SQLite takes: a lone surrogate becomes `?`."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "replace").decode()
 
 
-encode_trail = functools.lru_cache(maxsize=1024)(COMPACT_JSON)  # most requests go known ways
-
-
-def make_note(record: Record) -> Note:
-    """Return what is to be known of a record; moments as s from its start, None before."""
-    answer, spoke = record.answer_head, record.first_token if record.stream else None
-    taken, first = (at and at - record.clock for at in (record.finished, spoke))
-    return Note(
-        *read_own(record),
-        record.head.method,
-        taken,
-        first,
-        encode_trail(record.trail),
-        [*map(tuple, record.attempts)],
-        tuple(read_lines(record.head)),
-        tuple(read_lines(answer)),
-        answer and read_coding(answer.fields),
-        record.content,
-        record.pieces,
-        record.tail,
-    )
-
-
-def make_detail(note: Note, limit: int) -> Detail:
-    """Return what is kept beside the row; `limit` octets of each body."""
-    content, said = note.content[:limit], b"".join(note.pieces)[:limit]
-    asked, answered = Lines(*note.asked), Lines(*note.answered)
-    for secret, mark in asked.secrets:  # servers tell which key was wrong
-        said = said.replace(secret, mark)
-    cut = [note.request_cut or len(content) < len(note.content), note.response_cut]
+def make_detail(record: RequestRecord) -> Detail:
+    """Return what is kept of a request beside its row, secrets hidden."""
+    asked = show_fields(record.request_fields)
+    answered = show_fields(record.response_fields or NO_FIELDS)
+    response = hide_echoed(b"".join(record.pieces), asked.secrets)
+    cut = encode_repeated((record.request_cut, record.response_cut))
     meta = (
-        f'{{"trail":{note.trail},"request_headers":{asked.text},'
-        f'"response_headers":{answered.text},"cut":{COMPACT_JSON(cut)}}}'
+        f'{{"trail":{encode_repeated(record.trail)},"request_headers":{asked.lines},'
+        f'"response_headers":{answered.lines},"cut":{cut}}}'
     )
-    return Detail(meta, content, said)
+    return Detail(meta, record.content, response)
 
 
-def estimate_tokens(talk: Iterable[Mapping[str, Any]]) -> int:
-    """Return about how many tokens some messages have: four letters each."""
+def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Return about how many tokens the messages of a transcript have: four letters each."""
     letters = 0
-    for said in talk:
-        calls = (call["arguments"] for call in said["tool_calls"])
-        letters += len("".join((said["content"], said["thinking"], *calls)))
+    for message in messages:
+        letters += len(message["content"]) + len(message["thinking"])
+        letters += sum(len(call["arguments"]) for call in message["tool_calls"])
     return -(-letters // 4)
 
 
-def read_cost(note: Note, detail: Detail) -> tuple[Usage, bool]:
-    """Return the tokens of a request, and whether they are estimates."""
-    answered = note.attempts and (note.attempts[-1][2] or 500) < 400  # and broke off, at most
-    failed = note.status >= 400 and note.status != ClientClosed.status and not answered
-    if failed or note.coding is None:
+def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
+    """Return what a request cost in tokens, and whether that is an estimate.
+
+    Servers that tell no usage are estimated from the words, as far as all of them were kept: what
+    is not known is None, never 0.
+    """
+    if record.response_fields is None:
         return Usage(), False
-    said = decode_content(detail.response, note.coding, LIMITS.held_bodies) + note.tail
-    usage, path = read_usage(said), note.path.partition("?")[0]
-    if usage.completion is not None or not said or path not in NO_THINK_MEMBERS:
+    answered = bool(record.attempts) and (record.attempts[-1].status or 500) < 400
+    failed = record.status >= 400 and record.status != ClientClosed.status
+    # An answer that broke off, or whose client left, has cost what was said until then.
+    if failed and not answered:
+        return Usage(), False
+    coding = read_coding(record.response_fields)
+    answer = decode_content(detail.response, coding, LIMITS.decoded_answer) + record.answer_end
+    usage, path = read_usage(answer), record.path
+    if usage.completion is not None or not answer or path not in NO_THINK_MEMBERS:
         return usage, False
-    prompt = estimate_tokens(read_transcript(path, note.content, b""))
-    completion = estimate_tokens(read_transcript(path, b"", said))
-    return Usage(usage.prompt or prompt, completion, usage.cached), True
+    prompt, completion = usage.prompt or None, None
+    if prompt is None and not record.request_cut:
+        prompt = estimate_tokens(read_transcript(path, record.content, b""))
+    if not record.response_cut:
+        completion = estimate_tokens(read_transcript(path, b"", answer))
+    is_estimated = (prompt, completion) != (usage.prompt, usage.completion)
+    return Usage(prompt, completion, usage.cached), is_estimated
 
 
-def make_row(note: Note, detail: Detail) -> Row:
-    """Return the row of a request."""
-    lines, done, first = Lines(*note.asked), note.taken is not None, note.first_token
-    taken = round(note.taken * 1000, 1) if done else None
-    (prompt, completion, cached), estimated = read_cost(note, detail)
-    chance, started = hash(note.request_id), int(note.started * 1000)
+def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Row:
+    """Return the row of a request, as that of one that runs unless it has `finished`."""
+    usage, is_estimated = count_tokens(record, detail)
+    asked = show_fields(record.request_fields)
+    timestamp = int(record.timestamp * 1000)
+    duration = completed_at = ttft = failed = None
+    if finished and record.finished_at is not None:
+        duration = round((record.finished_at - record.started_at) * 1000, 1)
+        completed_at = timestamp + int(duration)
+        failed = int(record.status >= 400 or bool(record.error))
+    if record.stream and record.first_token_at is not None:
+        ttft = round((record.first_token_at - record.started_at) * 1000, 1)
+    # The lowest bit that is set is as good as a coin that is thrown until it shows heads.
+    chance = hash(record.request_id)
+    level = (chance & -chance).bit_length() - 1
     return Row(
-        note.id,
-        note.request_id,
-        started,
-        note.source_ip,
-        note.method,
-        QUERY_VALUE.sub(hide_parameter, note.path),
-        note.service,
-        storable(note.original_model),
-        storable(note.mapped_model),
-        note.upstream_url,
-        storable(note.route),
-        taken,
-        None if first is None else round(first * 1000, 1),
-        note.request_size,
-        note.response_size,
-        note.status or None,
-        storable(note.error) or None,
-        prompt,
-        completion,
-        int(estimated),
-        storable(COMPACT_JSON(note.attempts)),
-        int(note.stream),
-        started + int(taken) if done else None,
-        storable(note.sent_model),
-        cached,
-        lines.user_agent,
-        lines.client_key,
-        int(note.status >= 400 or bool(note.error)) if done else None,
-        (chance & -chance).bit_length() - 1,  # 0 for half of all rows, 1 for a quarter, ...
+        record.id,
+        record.request_id,
+        timestamp,
+        record.source_ip,
+        record.method,
+        hide_parameters(record.target),
+        record.service,
+        storable(record.requested_model),
+        storable(record.mapped_model),
+        record.upstream_url,
+        storable(record.route),
+        duration,
+        ttft,
+        record.request_size,
+        record.response_size,
+        record.status or None,
+        storable(record.error) or None,
+        usage.prompt,
+        usage.completion,
+        int(is_estimated),
+        storable(COMPACT_JSON(record.attempts)),
+        int(record.stream),
+        completed_at,
+        storable(record.sent_model),
+        usage.cached,
+        asked.user_agent,
+        asked.client_key,
+        failed,
+        level,
     )
 
 
-def make_line(note: Note, row: Row) -> str:
-    """Return the line that is printed of a request that ended."""
-    model, tokens = row.original_model, row.completion_tokens
-    model += f" -> {row.sent_model}" if row.sent_model not in ("", model) else ""
-    failed = (Attempt(*attempt) for attempt in note.attempts[:-1])
-    return " ".join(
-        filter(
-            None,
-            (
-                row.source_ip,
-                row.method,
-                row.path.partition("?")[0],
-                model,
-                row.route,
-                *(f"({a.instance}: {a.error or a.status})" for a in failed),
-                row.upstream_url,
-                str(note.status),
-                note.error,
-                f"{row.duration_ms / 1000:.3f} s",
-                f"{tokens} tokens" if tokens is not None else "",
-            ),
-        )
-    )
+def pack_blob(body: bytes) -> tuple[str, bytes]:
+    """Return the digest of a long body, which names its file, and the packed body."""
+    return hashlib.sha256(body).hexdigest(), zlib.compress(body, 1)
 
 
-def make_entry(row: Row, detail: Detail) -> Entry:
-    """Pack a detail: one compression for all of it, but for long bodies."""
-    inline = [b"" if len(body) > LIMITS.inline_body else body for body in detail[1:]]
-    blobs = tuple(
-        (hashlib.sha256(body).hexdigest(), zlib.compress(body, 1))
-        if len(body) > LIMITS.inline_body
-        else None
-        for body in detail[1:]
-    )
+def pack_detail(
+    detail: Detail, inline_body: int
+) -> tuple[bytes, tuple[tuple[str, bytes] | None, ...]]:
+    """Pack a detail: its data for the database, and apart from it bodies over `inline_body`.
+
+    The data is the length of the request's body in decimal and LF, the meta and LF, both bodies;
+    deflated all together where that is worth it.
+    """
+    inline, blobs = [], []
+    for body in (detail.request, detail.response):
+        is_long = len(body) > inline_body
+        inline.append(b"" if is_long else body)
+        blobs.append(pack_blob(body) if is_long else None)
     head = f"{len(inline[0])}\n{detail.meta}\n".encode("utf-8", "replace")
     data = b"".join((head, *inline))
-    return Entry(row, data if len(data) < MIN_PACKED else zlib.compress(data, 1), blobs)
+    if len(data) >= MIN_PACKED:
+        data = zlib.compress(data, 1)
+    return data, tuple(blobs)
 
 
-def read_detail(data: bytes, blobs: Iterable[bytes | None]) -> Detail:
+def unpack_detail(data: bytes, blobs: Sequence[bytes | None]) -> Detail:
     """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
-    data = data if data[:1].isdigit() else zlib.decompress(data)
-    size, meta, rest = data.split(b"\n", 2)
-    inline = rest[: int(size)], rest[int(size) :]
-    return Detail(
-        meta.decode(),
-        *(
-            zlib.decompress(blob) if blob else body
-            for body, blob in zip(inline, blobs, strict=True)
-        ),
-    )
+    # zlib's first octet is an `x`; a length begins with a digit.
+    if not data[:1].isdigit():
+        data = zlib.decompress(data)
+    size, meta, inline = data.split(b"\n", 2)
+    bodies = [inline[: int(size)], inline[int(size) :]]
+    for at, blob in enumerate(blobs):
+        if blob:
+            bodies[at] = zlib.decompress(blob)
+    return Detail(meta.decode(), bodies[0], bodies[1])
+
+
+def cut_bodies(record: RequestRecord, limit: int) -> None:
+    """Let go of all but the beginning of long bodies, and of what the answer's end tells."""
+    if len(record.content) > limit:
+        record.content = record.content[:limit]
+        record.request_cut = True
+    answer = b"".join(record.pieces)
+    if len(answer) > limit:
+        record.pieces = [answer[:limit]]
+        record.answer_end = record.answer_end or answer[-ANSWER_END:]
+        record.response_cut = True
+
+
+def describe_request(record: RequestRecord, row: Row) -> str:
+    """Return the line that is printed of a request that has ended."""
+    words = [row.source_ip, row.method, record.path, row.original_model]
+    if row.sent_model not in ("", row.original_model):
+        words += ["->", row.sent_model]
+    words.append(row.route)
+    for attempt in record.attempts[:-1]:
+        words.append(f"({attempt.instance}: {attempt.error or attempt.status})")
+    words += [row.upstream_url, str(record.status), record.error, f"{row.duration_ms / 1000:.3f} s"]
+    if row.completion_tokens is not None:
+        words.append(f"{row.completion_tokens} tokens")
+    return " ".join(filter(None, words))
+
+
+# --- sums ---
+
+# Numbers in the order of COUNTED; and these by hour, service, model and server.
+Tally = list[float]
+Tallies = dict[tuple[int, str, str, str], Tally]
 
 
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
-    """Return under what a request is counted: hour, service, model and upstream."""
+    """Return under what a request is counted: hour, service, model and server."""
     model = row.sent_model or row.mapped_model
     return row.timestamp // 3_600_000, row.service_type, model, row.upstream_url
 
 
 def add_row(tallies: Tallies, row: Row) -> None:
-    """Add a request to the sums and histograms of its hour, model and upstream."""
-    tally = tallies.setdefault(rollup_key(row), [0] * len(COUNTED))
-    said, taken, first = row.completion_tokens or 0, row.duration_ms or 0, row.ttft_ms or 0
-    speaking = max(taken - first, 0) if said else 0
-    for at, number in enumerate(
-        (
-            1,
-            row.failed,
-            row.prompt_tokens or 0,
-            said,
-            row.cached_tokens or 0,
-            said if speaking else 0,
-            speaking,
-            taken,
-            first,
-        )
-    ):
-        tally[at] += number
-    for value, part in ((row.duration_ms, DURATIONS), (row.ttft_ms, TTFTS)):
+    """Add a request to the sums and histograms of its hour, service, model and server."""
+    key = rollup_key(row)
+    tally = tallies.get(key)
+    if tally is None:
+        tally = tallies[key] = [0] * len(COUNTED)
+    duration, ttft = row.duration_ms or 0, row.ttft_ms or 0
+    completion = row.completion_tokens or 0
+    speaking = max(duration - ttft, 0) if completion else 0
+    tally[0] += 1
+    tally[1] += row.failed
+    tally[2] += row.prompt_tokens or 0
+    tally[3] += completion
+    tally[4] += row.cached_tokens or 0
+    tally[5] += completion if speaking else 0
+    tally[6] += speaking
+    tally[7] += duration
+    tally[8] += ttft
+    for value, buckets in ((row.duration_ms, DURATIONS), (row.ttft_ms, TTFTS)):
         if value is not None:
-            tally[part.start + min(bisect.bisect_left(EDGES, value), len(EDGES) - 1)] += 1
+            bucket = min(bisect.bisect_left(EDGES, value), len(EDGES) - 1)
+            tally[buckets.start + bucket] += 1
 
 
-def add_tallies(tallies: dict[Any, Tally], more: Mapping[Any, Tally]) -> None:
-    """Add sums to those of the same keys."""
-    for key, tally in more.items():
-        known = tallies.get(key)
-        tallies[key] = [*map(operator.add, known, tally)] if known else [*tally]
+def add_rows(rows: Iterable[Row]) -> Tallies:
+    """Return the sums of some requests."""
+    tallies: Tallies = {}
+    for row in rows:
+        add_row(tallies, row)
+    return tallies
 
 
-class Made(NamedTuple):
-    """What was made of requests that ended."""
-
-    lines: list[str]  # to be printed
-    rows: list[Row]
-    entries: list[Entry]  # to be written
-    tallies: Tallies
+# --- the database and the files ---
 
 
-def make_all(notes: Sequence[Note], settings: Settings) -> Made:
-    """Make rows, lines, entries and sums, as far as they are wanted."""
-    made, quiet = Made([], [], [], {}), is_quiet(settings)
-    limit = settings.max_blob_size if settings.enable_logging else 0
-    for note in notes:
-        try:
-            detail = make_detail(note, limit)
-            row = make_row(note, detail)
-        except Exception:  # noqa: BLE001 - a fault of ours must cost one request its bodies alone
-            made.lines.append(traceback.format_exc())
-            bare = note._replace(content=b"", pieces=[], tail=b"")
-            detail = make_detail(bare, 0)
-            row = make_row(bare, detail)
-        made.rows.append(row)
-        add_row(made.tallies, row)
-        if not quiet:
-            made.lines.append(make_line(note, row))
-        if settings.enable_logging:
-            made.entries.append(make_entry(row, detail))
-    return made
+def make_insert(table: str, columns: int, rows: int) -> str:
+    """Return the statement that inserts so many rows, in the place of what has their ids."""
+    marks = f"({', '.join('?' * columns)})"
+    return f"INSERT OR REPLACE INTO {table} VALUES {', '.join([marks] * rows)}"
 
 
-def insert(db: sqlite3.Connection, table: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Insert or replace rows, many in one statement: each costs a hand-over between threads."""
-    for at in range(0, len(rows), 32):
-        some = rows[at : at + 32]
-        marks = ", ".join([f"({', '.join('?' * len(some[0]))})"] * len(some))
-        db.execute(f"INSERT OR REPLACE INTO {table} VALUES {marks}", [*itertools.chain(*some)])
+INSERT_REQUEST = make_insert("requests", len(Row._fields), 1)
+INSERT_REQUESTS = make_insert("requests", len(Row._fields), ROWS_AT_ONCE)
+INSERT_DETAIL = make_insert("details", 5, 1)
+INSERT_DETAILS = make_insert("details", 5, ROWS_AT_ONCE)
+INSERT_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
+ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(COUNTED))})
+    ON CONFLICT (hour, service_type, model, upstream_url)
+    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)}"""
+FINISH_INTERRUPTED = f"""UPDATE requests SET failed = 1, error_message = 'interrupted'
+    WHERE failed IS NULL AND id % {ROUTERS} = ?"""
+
+
+def insert_rows(db: sqlite3.Connection, one: str, many: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Insert rows, by the statement for `ROWS_AT_ONCE` of them and by that for one.
+
+    A statement that runs lets the event loop have the interpreter, and has to wait for it when it
+    is done. With many rows in a statement there is less to wait for.
+    """
+    whole = len(rows) - len(rows) % ROWS_AT_ONCE
+    for at in range(0, whole, ROWS_AT_ONCE):
+        db.execute(many, list(itertools.chain.from_iterable(rows[at : at + ROWS_AT_ONCE])))
+    db.executemany(one, rows[whole:])
 
 
 @contextlib.contextmanager
@@ -5990,55 +6121,65 @@ def reading(path: str) -> Iterator[sqlite3.Connection]:
         yield db
 
 
-class Files:
-    """Long bodies as files, by digest; a dict can stand in its place."""
+class BodyFiles:
+    """Long bodies as files, packed and named by their digest; a dict can stand in its place."""
 
     def __init__(self, folder: str) -> None:
         self.folder = pathlib.Path(folder)
 
-    def place(self, digest: str) -> pathlib.Path:
+    def path(self, digest: str) -> pathlib.Path:
         """Return where the file of a body is."""
         return pathlib.Path(f"{self.folder}/{digest[:2]}/{digest}.z")
 
+    def __contains__(self, digest: str) -> bool:
+        """Tell whether a body is there."""
+        return os.path.exists(self.path(digest))
+
     def __setitem__(self, digest: str, data: bytes) -> None:
         """Keep a packed body; a row speaks of it only when it is there. Raises OSError."""
-        place = self.place(digest)
+        path = self.path(digest)
         try:
-            place.write_bytes(data)  # its folder is nearly always there
+            path.write_bytes(data)
         except FileNotFoundError:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
+            # The first body of its folder.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
 
     def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
         with contextlib.suppress(OSError):
-            return self.place(digest).read_bytes()
+            return self.path(digest).read_bytes()
         return None
 
     def pop(self, digest: str, default: None) -> None:
         """Forget a body."""
         with contextlib.suppress(OSError):
-            self.place(digest).unlink()
+            self.path(digest).unlink()
 
-    def old(self, before: float) -> Iterator[str]:
-        """Yield the digests of files that are older than a moment, s since the epoch."""
-        for place in self.folder.glob("??/*.z"):
+    def older_than(self, moment: float) -> Iterator[str]:
+        """Yield the digests of files from before a moment, s since the epoch."""
+        for path in self.folder.glob("??/*.z"):
             with contextlib.suppress(OSError):
-                if place.stat().st_mtime < before:
-                    yield place.stem
+                if path.stat().st_mtime < moment:
+                    yield path.stem
 
 
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
-    def __init__(self, settings: Settings, claims: bool = True) -> None:
-        self.path, self.limit = settings.db_path, settings.max_total_storage_size
-        self.age, self.prune_at = settings.max_log_age_days * 86_400, 0.0
-        filed = settings.blob_storage_type == "filesystem"
-        self.blobs: Any = Files(settings.blob_storage_path) if filed else {}
-        self.lane = os.getpid() % LANES
-        self.lock = -1 if claims else None  # the lock's file says who is alive
+    def __init__(self, settings: Settings, limits: Limits = LIMITS) -> None:
+        self.path, self.limits = settings.db_path, limits
+        self.bytes_limit = settings.max_total_storage_size
+        self.max_age = settings.max_log_age_days * 86_400
+        self.prune_at = 0.0
+        self.blobs: Any = {}
+        if settings.blob_storage_type == "filesystem":
+            self.blobs = BodyFiles(settings.blob_storage_path)
+        # The number of this router among those that share the database, from `claim_number` on.
+        self.router_number = os.getpid() % ROUTERS
+        self.lock_file: int | None = None
         self.db: sqlite3.Connection | None = None
+        # The file that is open, to see when another one is in its place.
         self.file: os.stat_result | None = None
 
     def open(self) -> sqlite3.Connection:
@@ -6046,25 +6187,32 @@ class Store:
 
         Raises sqlite3.Error or OSError; then `close` is to be called.
         """
-        file = os.stat(self.path) if os.path.exists(self.path) else None
-        if self.db and not (file and os.path.samestat(file, self.file)):
+        if self.db and not self.is_in_place():
             self.close()
         if self.db is None:
             self.db = sqlite3.connect(
                 self.path,
-                timeout=LIMITS.database_lock_timeout,
+                timeout=self.limits.database_lock_timeout,
                 isolation_level=None,
                 check_same_thread=False,
             )
             self.migrate(self.db)
             self.file = os.stat(self.path)
-            if self.lock == -1:
-                self.claim(self.db)
+            if self.lock_file is None:
+                self.claim_number(self.db)
         return self.db
+
+    def is_in_place(self) -> bool:
+        """Tell whether the file that is open is the one that has the name."""
+        try:
+            return self.file is not None and os.path.samestat(os.stat(self.path), self.file)
+        except FileNotFoundError:
+            return False
 
     def migrate(self, db: sqlite3.Connection) -> None:
         """Make the tables, or bring them up to date; another's database is left alone."""
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts for a new file alone
+        # Counts for a new file alone, and has to come before its first table.
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         ((version, mark, tables),) = db.execute(
             "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_master) "
             "FROM pragma_user_version, pragma_application_id"
@@ -6074,6 +6222,7 @@ class Store:
         if version > len(MIGRATIONS):
             raise OSError(f"{self.path} was made by a newer SmolRouter (version {version})")
         db.execute("PRAGMA journal_mode = WAL")
+        # A crash of the program loses nothing, one of the machine the last transactions at most.
         db.execute("PRAGMA synchronous = NORMAL")
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             db.executescript(
@@ -6082,69 +6231,98 @@ class Store:
             )
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database; the last program to do so puts all of it into the one file."""
         if self.db:
             self.db.close()
         self.db = None
 
-    def claim(self, db: sqlite3.Connection) -> None:
-        """Take the first free lane; finish the rows that routers of free lanes left open."""
-        self.lock, lanes = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600), []
-        for lane in range(LANES):
-            with contextlib.suppress(OSError):
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lane)
-                db.execute(
-                    "UPDATE requests SET failed = 1, error_message = 'interrupted' "
-                    f"WHERE failed IS NULL AND id % {LANES} = ?",
-                    (lane,),
-                )
-                lanes.append(lane)
-                if len(lanes) > 1:
-                    fcntl.lockf(self.lock, fcntl.LOCK_UN, 1, lane)
-        self.lane = lanes[0] if lanes else self.lane
+    def claim_number(self, db: sqlite3.Connection) -> None:
+        """Take the first free number; finish the rows that routers of free numbers left open.
 
-    def write(self, rows: Sequence[Row], entries: Sequence[Entry], tallies: Tallies) -> None:
-        """Write a batch: rows of requests that run, whole entries, sums. Raises sqlite3.Error."""
-        sizes = itertools.accumulate(entry.size for entry in reversed(entries))
-        kept = [*entries][len(entries) - sum(size <= self.limit for size in sizes) :]
+        Each number is an octet of a file, which its router locks for as long as it lives, however
+        it ends. Whoever gets the lock knows that rows of this number are not going to be finished.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            # Windows: there a database is for one router, and all open rows are an earlier one's.
+            for number in range(ROUTERS):
+                db.execute(FINISH_INTERRUPTED, (number,))
+            self.lock_file = -1
+            return
+        self.lock_file = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600)
+        is_claimed = False
+        for number in range(ROUTERS):
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                db.execute(FINISH_INTERRUPTED, (number,))
+                if is_claimed:
+                    fcntl.lockf(self.lock_file, fcntl.LOCK_UN, 1, number)
+                else:
+                    self.router_number, is_claimed = number, True
+
+    def write(
+        self, running: Sequence[Row], records: Sequence[RequestRecord], tallies: Tallies
+    ) -> None:
+        """Write all or nothing: rows of requests that run, finished records, their sums.
+
+        Raises sqlite3.Error or OSError.
+        """
+        kept = self.newest_that_fit(records)
         with self.open() as db:
             db.execute("BEGIN IMMEDIATE")
-            self.make_room(db, sum(entry.size for entry in kept))
-            for digest, data in {blob for entry in kept for blob in entry.blobs if blob}:
-                sql = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
-                if db.execute(sql, (digest, len(data))).rowcount:  # nobody has it yet
-                    self.blobs[digest] = data
-            insert(db, "requests", [*rows, *(entry.row for entry in entries)])
-            insert(
-                db,
-                "details",
-                [
-                    (
-                        entry.row.id,
-                        entry.size,
-                        *(blob and blob[0] for blob in entry.blobs),
-                        entry.data,
-                    )
-                    for entry in kept
-                ],
-            )
+            self.make_room(db, sum(record.body_bytes for record in kept))
+            for record in kept:
+                for blob in filter(None, record.blobs):
+                    self.keep_blob(db, *blob)
+            rows = [*running, *(record.row for record in records)]
+            details = [
+                (
+                    record.id,
+                    record.body_bytes,
+                    *(blob and blob[0] for blob in record.blobs),
+                    record.data,
+                )
+                for record in kept
+            ]
+            insert_rows(db, INSERT_REQUEST, INSERT_REQUESTS, rows)
+            insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
             db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
 
-    def has(self, number: int) -> bool:
-        """Tell whether a request is written as one that ended. Raises sqlite3.Error or OSError."""
-        sql = "SELECT 1 FROM requests WHERE id = ? AND failed IS NOT NULL"
-        return self.open().execute(sql, (number,)).fetchone() is not None
+    def newest_that_fit(self, records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
+        """Return the newest records whose details fit together into MAX_TOTAL_STORAGE_SIZE."""
+        total = 0
+        for at in range(len(records) - 1, -1, -1):
+            total += records[at].body_bytes
+            if total > self.bytes_limit:
+                return records[at + 1 :]
+        return records
+
+    def keep_blob(self, db: sqlite3.Connection, digest: str, data: bytes) -> None:
+        """Keep a packed body, unless it is there: requests share what is the same.
+
+        The table alone is not believed: somebody may have deleted the file.
+        """
+        is_new = db.execute(INSERT_BLOB, (digest, len(data))).rowcount > 0
+        if is_new or digest not in self.blobs:
+            self.blobs[digest] = data
 
     def make_room(self, db: sqlite3.Connection, size: int) -> None:
         """Forget the oldest details until `size` more octets fit, or none is left."""
-        stored, oldest = "SELECT bytes FROM storage", "SELECT id, size FROM details LIMIT 100"
-        while (needed := db.execute(stored).fetchone()[0] + size - self.limit) > 0:
-            rows = db.execute(oldest).fetchall()
-            if not rows:
+        while True:
+            ((stored,),) = db.execute("SELECT bytes FROM storage")
+            needed = stored + size - self.bytes_limit
+            if needed <= 0:
                 return
-            freed = itertools.accumulate(size for _, size in rows)
-            enough = (row[0] for row, total in zip(rows, freed, strict=True) if total >= needed)
-            self.forget(db, next(enough, rows[-1][0]))
+            last = None
+            for number, freed in db.execute("SELECT id, size FROM details ORDER BY id LIMIT 100"):
+                last = number
+                needed -= freed
+                if needed <= 0:
+                    break
+            if last is None:
+                return
+            self.forget(db, last)
 
     def forget(self, db: sqlite3.Connection, last: int) -> None:
         """Delete the details up to an id, and the long bodies that nobody uses any more."""
@@ -6154,26 +6332,41 @@ class Store:
         db.execute("DELETE FROM blobs WHERE uses < 1")
 
     def prune(self, now: float) -> bool:
-        """Delete a little of what is too old and give its space back; tell whether more is."""
+        """Delete a little of what is too old and give its space back; tell whether more is.
+
+        `now` is in s UTC. A little at a time, because the rows of requests wait meanwhile.
+        """
         if now < self.prune_at:
             return False
-        old = f"SELECT id FROM {{}} WHERE id < {time_id(now - self.age)} LIMIT {PRUNE_STEP}"
+        oldest = time_id(now - self.max_age)
         with self.open() as db:
             db.execute("BEGIN IMMEDIATE")
-            ((last,),) = db.execute(f"SELECT max(id) FROM ({old.format('details')})")
+            ((last,),) = db.execute(
+                "SELECT max(id) FROM (SELECT id FROM details WHERE id < ? ORDER BY id LIMIT ?)",
+                (oldest, PRUNED_ROWS),
+            )
             self.forget(db, last or 0)
-            sql = f"DELETE FROM requests WHERE id IN ({old.format('requests')})"
-            rows = db.execute(sql).rowcount
-            db.execute("DELETE FROM rollups WHERE hour < ?", (int((now - self.age) // 3600),))
-        db.execute(f"PRAGMA incremental_vacuum({VACUUM_STEP})").fetchall()
-        if last or rows or db.execute("PRAGMA freelist_count").fetchone()[0]:
+            pruned = db.execute(
+                "DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE id < ? LIMIT ?)",
+                (oldest, PRUNED_ROWS),
+            ).rowcount
+            hour = int((now - self.max_age) // 3600)
+            db.execute("DELETE FROM rollups WHERE hour < ?", (hour,))
+        db.execute(f"PRAGMA incremental_vacuum({VACUUMED_PAGES})").fetchall()
+        ((free_pages,),) = db.execute("PRAGMA freelist_count")
+        if last or pruned or free_pages:
             return True
-        left = self.blobs.old(now - self.age) if isinstance(self.blobs, Files) else ()  # by a crash
-        for digest in left:
+        self.prune_files(db, now - self.max_age)
+        self.prune_at = now + self.limits.prune_interval
+        return False
+
+    def prune_files(self, db: sqlite3.Connection, moment: float) -> None:
+        """Delete old files that no row speaks of; a crash may have left them."""
+        if not isinstance(self.blobs, BodyFiles):
+            return
+        for digest in self.blobs.older_than(moment):
             if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
                 self.blobs.pop(digest, None)
-        self.prune_at = now + LIMITS.prune_interval
-        return False
 
     def check(self) -> None:
         """Look whether the file is sound, not what is remembered of it. Raises sqlite3.Error."""
@@ -6182,426 +6375,179 @@ class Store:
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
 
-    def detail(self, db: sqlite3.Connection, number: int) -> Detail:
+    def read_detail(self, db: sqlite3.Connection, number: int) -> Detail:
         """Return the detail of a request, an empty one when it is forgotten or damaged."""
-        sql = "SELECT data, request_blob, response_blob FROM details WHERE id = ?"
-        with contextlib.suppress(ValueError, zlib.error):
-            for data, *digests in db.execute(sql, (number,)):
-                return read_detail(data, [digest and self.blobs.get(digest) for digest in digests])
-        return Detail()
+        found = db.execute(
+            "SELECT data, request_blob, response_blob FROM details WHERE id = ?", (number,)
+        ).fetchone()
+        if found is None:
+            return Detail()
+        data, *digests = found
+        blobs = [self.blobs.get(digest) if digest else None for digest in digests]
+        try:
+            return unpack_detail(data, blobs)
+        except (ValueError, zlib.error):
+            return Detail()
 
     def move_aside(self) -> str:
         """Give a file that is no database of ours another name; return it, "" for no file."""
-        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
         if not os.path.isfile(self.path):
             return ""
+        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
         for suffix in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self.path + suffix, aside + suffix)
         return aside
 
 
-def return_memory() -> None:
-    """Return what was freed to the system, where the C library has to be told."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        library = ctypes.CDLL(None)
-        library.mallopt(-3, MiB)  # M_MMAP_THRESHOLD: what is longer leaves no hole
-        library.mallopt(-1, 4 * MiB)  # M_TRIM_THRESHOLD: keep that much for the next answers
-        library.malloc_trim(0)
+# --- the log and its thread ---
 
 
-class Console:
-    """Writes lines to stderr from a thread; drops them when nobody reads."""
+class BodyBudget:
+    """Processor time that bodies may take: a share of all time, saved up for bursts."""
 
-    MAX_LINES = 10_000
+    def __init__(self, share: float, savings: float) -> None:
+        self.share, self.savings = share, savings
+        self.seconds_left = savings
+        self.counted_at = time.monotonic()
 
-    def __init__(self) -> None:
-        self.lines: collections.deque[str] = collections.deque(maxlen=self.MAX_LINES)
-        self.wake = threading.Event()
-        self.open = True
-        self.thread = threading.Thread(target=self.run, name="console", daemon=True)
-        self.thread.start()
+    def has_time(self) -> bool:
+        """Tell whether some is left."""
+        now = time.monotonic()
+        earned = (now - self.counted_at) * self.share
+        self.seconds_left = min(self.seconds_left + earned, self.savings)
+        self.counted_at = now
+        return self.seconds_left > 0
 
-    def line(self, *texts: str) -> None:
-        """Queue a line or more; control characters become `?`."""
-        self.lines.extend(CONTROL.sub("?", text) for text in texts)
-        if texts:
-            self.wake.set()
-
-    def run(self) -> None:
-        """Write what is queued, a few times a second."""
-        while self.open or self.lines:
-            self.wake.wait()
-            if self.open:
-                time.sleep(0.05)
-            self.wake.clear()
-            lines = [self.lines.popleft() for _ in range(len(self.lines))]
-            with contextlib.suppress(OSError, ValueError):
-                if lines:
-                    sys.stderr.write("\n".join(lines) + "\n")
-                    sys.stderr.flush()
-
-    def close(self) -> None:
-        """Write what is left and end the thread."""
-        self.open = False
-        self.wake.set()
-        self.thread.join(1.0)
-
-
-def send_message(pipe: BinaryIO, value: Any, bodies: Sequence[bytes] = ()) -> None:
-    """Send plain values and some octets to another process of this program. Raises OSError."""
-    data = marshal.dumps([value, [*map(len, bodies)]], 2)  # later versions look for repetitions
-    pieces = [len(data).to_bytes(8, "big"), data, *bodies]
-    if (sent := os.writev(pipe.fileno(), pieces)) < sum(map(len, pieces)):  # it was stopped inside
-        pipe.write(b"".join(pieces)[sent:])
-        pipe.flush()
-
-
-def receive_message(pipe: BinaryIO) -> tuple[Any, list[bytes]]:
-    """Return the values and the octets that another process sent. Raises EOFError at its end."""
-    value, sizes = marshal.loads(pipe.read(int.from_bytes(pipe.read(8), "big")))
-    return value, [*map(pipe.read, sizes)]
-
-
-class LogWriter:
-    """A process of its own that makes and writes rows, as its router's log asks it to."""
-
-    def __init__(self, command: Sequence[str], settings: Settings, patient: bool) -> None:
-        """Start this same program as this process was started. Raises OSError."""
-        self.patient = patient  # it runs when nothing else wants the processor
-        self.due = NEVER  # when what it was asked for has to be done
-        self.process = subprocess.Popen(  # what it inherits: the memory with the code
-            [*command, LOG_WRITER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            close_fds=False,
-            pipesize=MiB,
-        )
-        known = {name: getattr(settings, name) for name in WRITER_SETTINGS}
-        send_message(self.process.stdin, [LANGUAGE, known, patient])
-
-    def write(self, notes: Sequence[Note], watched: bool) -> Made:
-        """Have rows made and written; return the rest to do, and the rows if they are watched.
-
-        Raises OSError, EOFError, ValueError or TypeError when the process fails.
-        """
-        self.due = time.monotonic() + WRITER_PATIENCE
-        bodies = [
-            body
-            for *_, content, pieces, tail in notes
-            for body in (content, b"".join(pieces), tail)
-        ]
-        send_message(self.process.stdin, [[note[:-3] for note in notes], watched], bodies)
-        (lines, rows, entries, tallies), _ = receive_message(self.process.stdout)
-        self.due = NEVER
-        entries = [Entry(Row(*row), *packed) for row, *packed in entries]
-        return Made(lines, [*map(Row._make, rows)], entries, tallies)
-
-    def close(self) -> None:
-        """End it: all that it has answered for is written, and it does nothing else."""
-        self.process.kill()
-        self.process.communicate()
-
-
-def serve_notes(source: BinaryIO, sink: BinaryIO) -> None:
-    """Be the process of a LogWriter, until its router closes the pipe or is no more."""
-    (language, *started), _ = receive_message(source)
-    if language != LANGUAGE:
-        raise ConfigError("the program has changed; restart the router")
-    known, patient = started
-    settings = Settings(**known)
-    with contextlib.suppress(OSError, AttributeError):  # patient: the relay goes first
-        os.sched_setscheduler(0, patient and os.SCHED_IDLE, os.sched_param(0))
-    with contextlib.closing(Store(settings, claims=False)) as store:
-        while True:  # until EOFError
-            (plain, watched), bodies = receive_message(source)
-            notes = [
-                Note(*rest, content, [said], tail)
-                for rest, content, said, tail in zip(
-                    plain, bodies[::3], bodies[1::3], bodies[2::3], strict=True
-                )
-            ]
-            made, left = make_all(notes, settings), []
-            try:
-                if settings.enable_logging:
-                    store.write([], made.entries, made.tallies)
-            except (sqlite3.Error, OSError):  # the router will find out why, and say it
-                store.close()
-                left = [(tuple(entry.row), *entry[1:]) for entry in made.entries]
-            rows = [*map(tuple, made.rows if watched else ())]
-            send_message(sink, [made.lines, rows, left, made.tallies])
+    def spend(self, seconds: float) -> None:
+        """Take away what bodies have taken."""
+        self.seconds_left -= seconds
 
 
 class RequestLog:
     """Knows the running requests; its thread prints, counts and writes those that ended."""
 
-    def __init__(self, settings: Settings, console: Console, command: Sequence[str]) -> None:
-        os.umask(0o077)  # what is kept is its owner's alone
-        self.console, self.settings = console, settings
-        alone = settings.enable_logging and settings.blob_storage_type == "memory"
-        self.command = () if alone else command
-        self.store = Store(settings) if settings.enable_logging else None
+    def __init__(
+        self, settings: Settings, limits: Limits, print_line: Callable[[str], None]
+    ) -> None:
+        if hasattr(os, "umask"):
+            # What is kept is its owner's alone.
+            os.umask(0o077)
+        self.settings, self.limits, self.print_line = settings, limits, print_line
+        self.store = Store(settings, limits) if settings.enable_logging else None
         self.body_limit = settings.max_blob_size if self.store else 0
-        self.inflight: dict[int, Record] = {}
-        self.ended: collections.deque[Record] = collections.deque()
-        self.in_hand: list[Record] = []  # rows are made of them now
-        self.writer: LogWriter | None = None  # while many requests end
-        self.writer_until = self.writer_after = 0.0  # one stays until then; one may be started
-        self.backlog: collections.deque[Entry] = collections.deque()
-        self.tallies: Tallies = {}  # not written yet
-        self.series: dict[tuple[str, str, str], Tally] = {}  # since the start, for /metrics
+        self.body_budget = BodyBudget(limits.body_time_share, limits.body_time_savings)
+
+        # Where records are: see the theory of operation.
+        self.running: dict[int, RequestRecord] = {}
+        self.finished: collections.deque[RequestRecord] = collections.deque()
+        # So many of `finished`, from its beginning, have their row.
+        self.ready_rows = 0
+        self.last_id = 0
+        # Octets of bodies: what the event loop has taken in, what the thread has let go again.
+        self.bytes_received = self.bytes_released = 0
+        self.lost = 0
+
+        # What others look at: sums since the start, for /metrics; who wants to hear of rows; what
+        # is wrong with the database now; and what was wrong with it.
+        self.series: dict[tuple[str, str, str], Tally] = {}
         self.listeners: list[collections.deque[Row]] = []
-        self.last_id = self.lost = self.taken = self.released = self.trimmed = 0
         self.error = self.notice = ""
-        self.suspect = False  # a reader found the database odd
-        self.wake, self.closing, self.opened = (threading.Event() for _ in range(3))
+
+        # Set: something has happened; a whole batch is there; the end; a first look is done.
+        self.news, self.batch_is_full = threading.Event(), threading.Event()
+        self.closing, self.opened = threading.Event(), threading.Event()
+        self.retry_at, self.give_up_at = 0.0, NEVER
+        # A reader found the database odd.
+        self.is_suspect = False
+        # Not set: new requests wait. Its event loop is known once they do.
+        self.room = asyncio.Event()
+        self.room.set()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.readers = concurrent.futures.ThreadPoolExecutor(2, "log-reader")
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
-    def begin(self, record: Record) -> None:
+    # What the event loop calls.
+
+    def begin(self, record: RequestRecord) -> None:
         """Note that a request was accepted."""
-        lane = self.store.lane if self.store else 0
-        self.last_id = record.id = max(self.last_id + LANES, time_id(record.started) + lane)
-        self.inflight[record.id] = record
-        record.held = len(record.content)
-        if not self.body_limit or self.taken - self.released + record.held > LIMITS.held_bodies:
-            record.content, record.held, record.request_cut = b"", 0, True
-        self.taken += record.held
-        self.rouse()
+        number = self.store.router_number if self.store else 0
+        self.last_id = max(self.last_id + ROUTERS, time_id(record.timestamp) + number)
+        record.id = self.last_id
+        self.running[record.id] = record
+        room = max(0, min(self.body_limit, self.limits.body_memory - self.body_bytes))
+        if len(record.content) > room:
+            record.content = record.content[:room]
+            record.request_cut = True
+        record.body_bytes = len(record.content)
+        self.bytes_received += record.body_bytes
+        self.wake_thread()
 
-    def hear(self, record: Record, data: bytes) -> None:
-        """Keep a piece of what the upstream says while there is room, then only its end."""
-        full = record.heard >= self.body_limit or self.taken - self.released > LIMITS.held_bodies
-        if full or record.response_cut:
-            record.response_cut, last = True, data[-USAGE_TAIL:]
-            record.tail = (record.tail + last)[-USAGE_TAIL:]
-            return
-        record.pieces.append(data)
-        size = len(data)
-        record.heard += size
-        record.held += size
-        self.taken += size
-        if record.heard > self.body_limit:
-            record.response_cut, record.tail = True, data[-USAGE_TAIL:]
+    def append_body(self, record: RequestRecord, data: bytes) -> None:
+        """Keep a piece of what the upstream says while there is room, and then its end alone."""
+        room = min(self.body_limit - record.pieces_size, self.limits.body_memory - self.body_bytes)
+        if record.response_cut or len(data) > room:
+            end = record.answer_end + data[-ANSWER_END:]
+            record.answer_end = end[-ANSWER_END:]
+            data = b"" if record.response_cut else data[: max(0, room)]
+            record.response_cut = True
+        if data:
+            record.pieces.append(data)
+            size = len(data)
+            record.pieces_size += size
+            record.body_bytes += size
+            self.bytes_received += size
 
-    def finish(self, record: Record) -> None:
-        """Note how it ended."""
-        record.finished = time.monotonic()
-        if record.tail and (at := record.tail.rfind(b'"usage"')) >= 0:
-            record.tail = record.tail[at:]  # many may wait
-        self.inflight.pop(record.id, None)
-        self.ended.append(record)
-        self.rouse()
-        self.check_writer()
+    def finish(self, record: RequestRecord) -> None:
+        """Note how a request ended; from now on its record is the thread's."""
+        record.finished_at = time.monotonic()
+        # In this order: whoever looks for it, here and then there, finds it.
+        self.finished.append(record)
+        self.running.pop(record.id, None)
+        self.wake_thread()
+        if len(self.finished) - self.ready_rows >= self.limits.batch_rows:
+            if not self.batch_is_full.is_set():
+                self.batch_is_full.set()
+            if self.room.is_set() and self.is_behind():
+                self.close_room()
 
-    def check_writer(self) -> None:
-        """End a process that stands still: the thread takes over, and the relay has less time."""
-        if (writer := self.writer) and time.monotonic() > writer.due:
-            writer.process.kill()
-
-    def rouse(self) -> None:
+    def wake_thread(self) -> None:
         """Tell the thread that there is something to do; its lock is not asked for in vain."""
-        if not self.wake.is_set():
-            self.wake.set()
+        if not self.news.is_set():
+            self.news.set()
 
-    def run(self) -> None:
-        """Write what has happened, batch by batch; at the end, the rest."""
-        ending = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # they come to a whole group
-        signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # a LogWriter inherits this
-        last = pruning = False
-        while not last or self.ended:
-            last = self.closing.is_set()
-            self.wake.clear()
-            try:
-                self.take()
-                pruning = self.write()
-            except Exception:  # noqa: BLE001 - a fault of ours must not end the log
-                self.console.line(traceback.format_exc())
-            self.opened.set()
-            if not last and len(self.ended) <= MAX_LATE:
-                self.trim()
-                idle = self.store.prune_at - time.time() if self.store else None
-                if not self.wants_writer(0):
-                    self.end_writer()
-                idle = WRITER_STAYS if self.writer else idle
-                self.wake.wait(
-                    LIMITS.retry_interval
-                    if self.error
-                    else LIMITS.batch_interval
-                    if pruning
-                    else idle
-                )
-                self.closing.wait(LIMITS.retry_interval if self.error else LIMITS.batch_interval)
-        self.end_writer()
-        if self.store:
-            self.store.close()  # the last one to close puts all into the one file
-
-    def trim(self) -> None:
-        """Return the memory of bodies that went by, now and then."""
-        if self.released - self.trimmed > LIMITS.held_bodies:
-            self.trimmed = self.released
-            return_memory()
-
-    def close(self) -> None:
-        """Write what is left and end the thread; a database in trouble cannot stop that."""
-        self.closing.set()
-        self.wake.set()
-        self.thread.join(3 * LIMITS.database_lock_timeout)
-        if self.thread.is_alive() and self.writer:  # which stands still
-            self.writer.process.kill()  # and has to get a processor to end
-            self.thread.join(10 * LIMITS.database_lock_timeout)
-
-    def take(self) -> None:
-        """Make rows of the requests that have ended by now, or have them made; count them."""
-        due = len(self.ended)
-        while due > 0:
-            wanted = self.wants_writer(due) and not (self.error or self.backlog)
-            self.pick(BATCH_ROWS if wanted else SLICE)
-            due -= len(self.in_hand)
-            notes = [*map(make_note, self.in_hand)]
-            made = self.hand_over(notes) if wanted else None
-            self.settle(made or make_all(notes, self.settings))
-            if not made:
-                self.rest()
-        self.lost += self.shorten(LIMITS.backlog_rows)
-
-    def wants_writer(self, due: int) -> bool:
-        """Tell whether many requests end, or did so lately."""
-        now = time.monotonic()
-        if due > MANY and self.command and self.writer_after <= now and not self.closing.is_set():
-            self.writer_until = now + WRITER_STAYS
-        return now < self.writer_until
-
-    def end_writer(self) -> None:
-        """End the process that made rows, if there is one."""
-        if self.writer:
-            self.writer.close()
-            self.writer = None
-
-    def pick(self, most: int) -> None:
-        """Take some of the requests that ended, fewer when their bodies are long."""
-        self.in_hand, held = [], 0
-        while self.ended and len(self.in_hand) < most and held < BATCH_SIZE:
-            self.in_hand.append(self.ended[0])  # before it goes: a reader looks at both
-            held += self.ended.popleft().held
-
-    def hand_over(self, notes: Sequence[Note]) -> Made | None:
-        """Have rows made and written by the process; None when it failed and did not."""
-        due, hurried = len(self.ended), bool(self.writer and not self.writer.patient)
-        patient = due < MANY if hurried else due <= MAX_HANDED
-        try:
-            if self.writer and self.writer.patient != patient:
-                self.end_writer()  # it cannot get more of the processor, another one can
-            self.writer = self.writer or LogWriter(self.command, self.settings, patient)
-            return self.writer.write(notes, bool(self.listeners))
-        except (OSError, EOFError, ValueError, TypeError) as error:
-            self.console.line(
-                f"log: the process that writes it failed ({describe(error)}); "
-                "the router writes it itself"
-            )
-        self.writer_until, self.writer_after = 0.0, time.monotonic() + WRITER_STAYS
-        self.end_writer()
-        with contextlib.suppress(sqlite3.Error, OSError):  # `write` will find out why, and say it
-            if self.store and self.store.has(notes[0].id):  # they are written, but not counted
-                return make_all(notes, self.settings)._replace(entries=[])
-        return None
-
-    def settle(self, made: Made) -> None:
-        """Print, tell and count what was made; what is not written waits."""
-        self.console.line(*made.lines)
-        for listener in list(self.listeners):
-            listener.extend(made.rows)
-        for (_, service, *names), tally in made.tallies.items():
-            known = (service, *names) in self.series or len(self.series) < LIMITS.metric_series
-            key = (service, *(names if known else ("other", "other")))
-            add_tallies(self.series, {key: tally})
-        self.backlog.extend(made.entries)
-        add_tallies(self.tallies, made.tallies if made.entries else {})
-        self.released += sum(r.held for r in self.in_hand) - sum(e.size for e in made.entries)
-        self.in_hand = []
-
-    def rest(self) -> None:
-        """Leave the interpreter to the relay for a moment."""
-        if len(self.ended) < MAX_LATE and not self.closing.is_set():
-            time.sleep(REST)
-
-    def shorten(self, most: int) -> int:
-        """Let the oldest rows that wait go until `most` are left; return how many went."""
-        gone = [self.backlog.popleft() for _ in range(len(self.backlog) - most)]
-        self.released += sum(entry.size for entry in gone)
-        return len(gone)
-
-    def write(self) -> bool:
-        """Write what waits, prune a little; tell whether there is more to prune."""
-        if self.store is None:
+    def is_behind(self) -> bool:
+        """Tell whether many rows wait, and too long, though the database is well."""
+        if self.error or len(self.finished) < self.limits.batch_rows:
             return False
-        running = [record for record in list(self.inflight.values()) if not record.written]
         try:
-            if self.suspect:
-                self.suspect = False
-                self.store.check()
-            self.store.open()
-            rows = []
-            for at in range(0, len(running), SLICE):
-                notes = map(make_note, running[at : at + SLICE])
-                rows += [make_row(note, Detail()) for note in notes if note.taken is None]
-                self.rest()
-            if rows or self.backlog or self.tallies:
-                self.store.write(rows, self.backlog, self.tallies)
-                self.shorten(0)
-                self.tallies = {}
-            for record in running:
-                record.written = True
-            if self.error:
-                self.console.line("log: works again")
-            self.error = ""
-            return self.store.prune(time.time())
-        except (sqlite3.Error, OSError) as error:
-            self.fail(error)
+            oldest = self.finished[0]
+        except IndexError:
+            # The thread has just written all.
             return False
+        return time.monotonic() - oldest.finished_at > self.limits.row_delay
 
-    def fail(self, error: Exception) -> None:
-        """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""
-        text, aside = describe(error), ""
-        file = pathlib.Path(getattr(error, "filename", None) or self.store.path)
-        folder = pathlib.Path(self.settings.blob_storage_path)
-        if isinstance(error, OSError) and folder in file.parents:
-            file = folder  # one text for all in it
-        self.store.close()
-        if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
-            with contextlib.suppress(OSError):
-                aside = self.store.move_aside()
-        if str(file) not in text:
-            text = f"{file}: {text}"
-        if aside:
-            self.notice = text = f"{text}; the file is now {aside}, and a new one begins"
-        if text != self.error:
-            self.console.line(f"log: {text}; requests go on, rows wait")
-        self.error = "" if aside else text
+    def close_room(self) -> None:
+        """Let new requests wait until the thread has caught up, but for a moment at most."""
+        self.loop = asyncio.get_running_loop()
+        self.room.clear()
+        self.loop.call_later(self.limits.log_wait, self.room.set)
 
-    async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
-        """Return what a question makes of the database. Raises LogUnavailable."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.readers, self.answer, question, args)
+    async def wait_for_room(self) -> None:
+        """Wait while more requests end than can be written, before another one begins."""
+        if not self.room.is_set():
+            await self.room.wait()
 
-    def answer(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """ParsedRequest the database, in a reader thread."""
-        self.opened.wait(5 * LIMITS.database_lock_timeout)
-        try:
-            with reading(self.store.path) as db:
-                return question(self, db, *args)
-        except sqlite3.Error as error:
-            self.suspect = self.suspect or bool(CORRUPT.search(str(error)))
-            self.wake.set()
-            raise LogUnavailable(f"the log cannot be read: {error}") from None
+    @property
+    def body_bytes(self) -> int:
+        """Octets of bodies that are in memory now, raw or packed."""
+        return self.bytes_received - self.bytes_released
 
     @property
     def waiting(self) -> int:
         """How many requests have ended and are not in the database, where there is one."""
-        return 0 if self.store is None else len(self.ended) + len(self.in_hand) + len(self.backlog)
+        return len(self.finished) if self.store else 0
 
     def state(self) -> dict[str, Any]:
         """Return how the log is, for /healthz and the page."""
@@ -6613,10 +6559,237 @@ class RequestLog:
             "lost": self.lost,
         }
 
-    def note(self, *words: str) -> None:
-        """Print a line about a request."""
+    def print_request(self, *words: str) -> None:
+        """Print a line about a request that has no record."""
         if not is_quiet(self.settings):
-            self.console.line(" ".join(filter(None, words)))
+            self.print_line(" ".join(filter(None, words)))
+
+    async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
+        """Return what a question makes of the database. Raises LogUnavailable."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.readers, self.answer, question, args)
+
+    def answer(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Put a question to the database, in a reader's thread. Raises LogUnavailable."""
+        self.opened.wait(5 * self.limits.database_lock_timeout)
+        try:
+            with reading(self.store.path) as db:
+                return question(self, db, *args)
+        except sqlite3.Error as error:
+            if CORRUPT.search(str(error)):
+                self.is_suspect = True
+            self.news.set()
+            raise LogUnavailable(f"the log cannot be read: {error}") from None
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Write what is left and end the thread; a database in trouble gets so many seconds."""
+        self.give_up_at = time.monotonic() + seconds
+        self.closing.set()
+        self.news.set()
+        self.batch_is_full.set()
+        self.thread.join(seconds + 3 * self.limits.database_lock_timeout)
+        if self.waiting:
+            self.print_line(f"log: {self.waiting} rows are lost, the database took them not")
+
+    # What the thread does.
+
+    def run(self) -> None:
+        """Write what has happened, batch by batch; at the end, the rest."""
+        is_pruning = False
+        while True:
+            is_last = self.closing.is_set()
+            self.news.clear()
+            self.batch_is_full.clear()
+            try:
+                self.prepare_batch()
+                self.write_rows()
+                is_pruning = self.prune()
+            except Exception:  # noqa: BLE001 - a fault of ours must not end the log
+                self.print_line(traceback.format_exc())
+            self.opened.set()
+            self.open_room()
+            if len(self.finished) - self.ready_rows >= self.limits.batch_rows:
+                continue
+            if is_last and (not self.waiting or time.monotonic() >= self.give_up_at):
+                break
+            self.wait_for_news(is_pruning)
+        if self.store:
+            self.store.close()
+
+    def wait_for_news(self, is_pruning: bool) -> None:
+        """Sleep until there is something to do, and then until it is worth a transaction."""
+        interval = self.limits.batch_interval
+        if self.error and self.closing.is_set():
+            # Another program may be done with the database any moment, and time is short.
+            time.sleep(interval)
+            return
+        if self.error:
+            self.closing.wait(self.limits.retry_interval)
+            return
+        if len(self.finished) > self.ready_rows:
+            # They came while the last ones were written.
+            pass
+        elif is_pruning or self.unlisted_records(time.monotonic()):
+            self.news.wait(interval)
+        elif self.store:
+            self.news.wait(max(0.0, self.store.prune_at - time.time()))
+        else:
+            self.news.wait()
+        self.batch_is_full.wait(interval)
+
+    def prepare_batch(self) -> None:
+        """Make the rows of the next batch, print and count them, and tell who listens."""
+        batch = self.next_batch()
+        for record in batch:
+            self.prepare_row(record)
+            self.ready_rows += 1
+        self.publish([record.row for record in batch])
+
+    def next_batch(self) -> list[RequestRecord]:
+        """Return the oldest records without a row, as many as one transaction takes."""
+        end = self.ready_rows + self.limits.batch_rows
+        return list(itertools.islice(self.finished, self.ready_rows, end))
+
+    def prepare_row(self, record: RequestRecord) -> None:
+        """Make the row of a finished record, pack its bodies and let the raw ones go."""
+        has_long_body = record.body_bytes > self.limits.hurried_body
+        if has_long_body and not self.body_budget.has_time():
+            cut_bodies(record, self.limits.hurried_body)
+        started_at = time.thread_time() if has_long_body else 0.0
+        try:
+            detail = make_detail(record)
+            row = make_row(record, detail)
+        except Exception:  # noqa: BLE001 - a fault of ours must cost one request its bodies alone
+            self.print_line(traceback.format_exc())
+            cut_bodies(record, 0)
+            detail = make_detail(record)
+            row = make_row(record, detail)
+        if self.store:
+            record.data, record.blobs = pack_detail(detail, self.limits.inline_body)
+        if has_long_body:
+            self.body_budget.spend(time.thread_time() - started_at)
+        # In this order: a reader takes the raw bodies, and then looks whether there is a row.
+        record.row = row
+        record.content, record.pieces, record.answer_end = b"", [], b""
+        size = len(record.data) + sum(len(blob[1]) for blob in record.blobs if blob)
+        self.bytes_released += record.body_bytes - size
+        record.body_bytes = size
+        if not is_quiet(self.settings):
+            self.print_line(describe_request(record, row))
+
+    def publish(self, rows: Sequence[Row]) -> None:
+        """Count rows for /metrics, and tell those who listen."""
+        for listener in list(self.listeners):
+            listener.extend(rows)
+        for (_, *names), tally in add_rows(rows).items():
+            key = tuple(names)
+            # Clients choose the names of models, and each key costs memory as long as we live.
+            if key not in self.series and len(self.series) >= self.limits.metric_series:
+                key = (key[0], "other", "other")
+            counted = self.series.get(key, itertools.repeat(0))
+            self.series[key] = list(map(operator.add, tally, counted))
+
+    def unlisted_records(self, begun_before: float) -> list[RequestRecord]:
+        """Return the running records from before a monotonic moment that have no row yet."""
+        return [
+            record
+            for record in list(self.running.values())
+            if not record.is_listed and record.started_at < begun_before
+        ]
+
+    def write_rows(self) -> None:
+        """Write the rows that are ready, and those of requests that have run for a moment."""
+        if self.store is None:
+            self.release_oldest(self.ready_rows)
+            return
+        if time.monotonic() < self.retry_at and not self.closing.is_set():
+            return
+        # Most requests have ended before it is worth a row that they run.
+        running = self.unlisted_records(time.monotonic() - self.limits.batch_interval / 2)
+        try:
+            if self.is_suspect:
+                self.is_suspect = False
+                self.store.check()
+            self.store.open()
+            while running or self.ready_rows:
+                self.write_transaction(running)
+                running = []
+        except (sqlite3.Error, OSError) as error:
+            self.report_trouble(error)
+            self.drop_oldest(self.limits.backlog_rows)
+            return
+        if self.error:
+            lost = f"; {self.lost} rows are lost" if self.lost else ""
+            self.print_line(f"log: works again{lost}")
+        self.error = ""
+
+    def write_transaction(self, running: Sequence[RequestRecord]) -> None:
+        """Write a batch of rows that are ready, and unfinished ones. Raises what `write` does."""
+        count = min(self.ready_rows, self.limits.batch_rows)
+        batch = list(itertools.islice(self.finished, count))
+        unfinished = [make_row(record, Detail(), finished=False) for record in running]
+        self.store.write(unfinished, batch, add_rows(record.row for record in batch))
+        for record in running:
+            record.is_listed = True
+        self.release_oldest(count)
+
+    def release_oldest(self, count: int) -> None:
+        """Let the oldest records go, which have their rows."""
+        for _ in range(count):
+            record = self.finished.popleft()
+            self.bytes_released += record.body_bytes
+        self.ready_rows -= count
+
+    def drop_oldest(self, limit: int) -> None:
+        """Let the oldest rows that wait go until `limit` are left, and say so."""
+        count = min(len(self.finished) - limit, self.ready_rows)
+        if count <= 0:
+            return
+        if not self.lost:
+            self.print_line(f"log: more than {limit} rows wait; the oldest are lost")
+        self.release_oldest(count)
+        self.lost += count
+
+    def open_room(self) -> None:
+        """Let new requests begin when the thread has caught up."""
+        if not self.room.is_set() and not self.is_behind():
+            # The loop may be closed by now.
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self.room.set)
+
+    def prune(self) -> bool:
+        """Delete a little of what is too old; tell whether there is more."""
+        if self.store is None or self.error:
+            return False
+        try:
+            return self.store.prune(time.time())
+        except (sqlite3.Error, OSError) as error:
+            self.report_trouble(error)
+            return False
+
+    def report_trouble(self, error: Exception) -> None:
+        """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""
+        self.store.close()
+        text = describe(error)
+        file = pathlib.Path(getattr(error, "filename", None) or self.store.path)
+        bodies = pathlib.Path(self.settings.blob_storage_path)
+        if isinstance(error, OSError) and bodies in file.parents:
+            # One text for all files of the folder, or each would be said.
+            file = bodies
+        if str(file) not in text:
+            text = f"{file}: {text}"
+        aside = ""
+        if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
+            with contextlib.suppress(OSError):
+                aside = self.store.move_aside()
+        if aside:
+            text = f"{text}; the file is now {aside}, and a new one begins"
+            self.notice = text
+        if text != self.error:
+            self.print_line(f"log: {text}; requests go on, rows wait")
+        self.error = "" if aside else text
+        if self.error:
+            self.retry_at = time.monotonic() + self.limits.retry_interval
 
 
 # ======================================================================================
@@ -6795,12 +6968,13 @@ class Exchange:
         self.inflater: Inflater | None = None
         # A coded content that may yet have to go as it came.
         self.coded: list[bytes] = []
-        self.record = Record(
+        self.record = RequestRecord(
             context.next_request_id(), request, self.dialect.service, parsed.stream, decision
         )
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
+        await self.context.log.wait_for_room()
         self.context.log.begin(self.record)
         self.request.recorded = True
         self.request.connection.cancel_on_disconnect()
@@ -6841,7 +7015,7 @@ class Exchange:
         first = self.decision.instances[0]
         if self.dialect.empty is None or first.server.api == self.dialect.service:
             return False
-        document = self.dialect.empty(self.parsed, rfc3339(self.record.started))
+        document = self.dialect.empty(self.parsed, rfc3339(self.record.timestamp))
         if document is None:
             return False
         self.writer.send_json(document)
@@ -7089,10 +7263,10 @@ class Exchange:
     def timing(self) -> Timing:
         """Return when an answer is made and how long it took, in ns."""
         now = time.monotonic()
-        started_at = self.record.clock
+        started_at = self.record.started_at
         first_at = now
-        if self.parsed.stream and self.record.first_token:
-            first_at = self.record.first_token
+        if self.parsed.stream and self.record.first_token_at:
+            first_at = self.record.first_token_at
         total_ns = int((now - started_at) * 1e9)
         first_ns = int((first_at - started_at) * 1e9)
         return Timing(time.time(), total_ns, first_ns)
@@ -7100,7 +7274,7 @@ class Exchange:
     async def relay_response(self) -> None:
         """Send the candidate's answer as it comes in, through its transform."""
         response = self.candidate.response
-        self.record.answer_head = response.head
+        self.record.response_fields = response.head.fields
         self.transform, self.inflater = self.choose_transform()
         await response.pump(self.forward, self.writer)
         tail = b""
@@ -7141,10 +7315,10 @@ class Exchange:
         """Pass a piece of the answer on, or keep it back, as its transform says."""
         record = self.record
         writer = self.writer
-        if record.first_token is None:
-            record.first_token = time.monotonic()
+        if record.first_token_at is None:
+            record.first_token_at = time.monotonic()
             record.phase = "streaming"
-        self.context.log.hear(record, data)
+        self.context.log.append_body(record, data)
         if self.transform:
             data = self.change(data)
             if self.transform and self.transform.whole:
@@ -7289,26 +7463,23 @@ async def relay_native(context: Context, request: Request) -> None:
 # an endpoint: a handler `serve_...(context, request)` here, and a line in section 16.
 
 
-def inflight_row(record: Record, now: float) -> dict[str, Any]:
-    """Return a running request as /api/inflight shows it."""
-    names = (
-        "id",
-        "request_id",
-        "source_ip",
-        "path",
-        "original_model",
-        "mapped_model",
-        "sent_model",
-        "upstream_url",
-        "phase",
-    )
+def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
+    """Return a running request as /api/inflight shows it; `now` is monotonic."""
     return {
-        **{name: getattr(record, name) for name in names},
+        "id": record.id,
+        "request_id": record.request_id,
+        "source_ip": record.source_ip,
+        "path": record.target,
+        "original_model": record.requested_model,
+        "mapped_model": record.mapped_model,
+        "sent_model": record.sent_model,
+        "upstream_url": record.upstream_url,
+        "phase": record.phase,
         "service_type": record.service,
-        "timestamp": rfc3339(record.started),
+        "timestamp": rfc3339(record.timestamp),
         "bytes": record.response_size,
-        "tokens": record.events,
-        "elapsed_ms": round((now - record.clock) * 1000),
+        "tokens": record.event_count,
+        "elapsed_ms": round((now - record.started_at) * 1000),
     }
 
 
@@ -7488,11 +7659,13 @@ def row_document(row: Row, all_of_it: bool = False) -> dict[str, Any]:
 
 def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
     """Answer /api/logs; what runs is shown as it stands now."""
-    live = dict(log.inflight)
-    return [
-        row_document(make_row(make_note(live[row.id]), Detail()) if row.id in live else row)
-        for row in map(Row._make, db.execute(*select_rows(asked)))
-    ]
+    running, documents = dict(log.running), []
+    for row in map(Row._make, db.execute(*select_rows(asked))):
+        record = running.get(row.id)
+        if record:
+            row = make_row(record, Detail(), finished=False)
+        documents.append(row_document(row))
+    return documents
 
 
 def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> float | None:
@@ -7542,7 +7715,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]
         "total_requests": sum(services.values()),
         "recent_requests": int(tally[0]),
         **{f"{name}_requests": services.get(name, 0) for name in SERVICES},
-        "inflight_requests": len(log.inflight),
+        "inflight_requests": len(log.running),
         "error_rate": tally[1] / max(tally[0], 1),
         **{
             name: {f"p{share}": percentile(*part, share) for share in (50, 95, 99)}
@@ -7631,7 +7804,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     lines = [(name.lower(), name, value) for name, value in meta.get("response_headers", ())]
     content = detail.request
     coding = read_coding(Fields(lines))
-    said = decode_content(detail.response, coding, LIMITS.held_bodies)
+    said = decode_content(detail.response, coding, LIMITS.decoded_answer)
     talk = read_transcript(path, content, said) if path in NO_THINK_MEMBERS else []
     answers = [message for message in talk if message["role"] == "assistant"] if said else []
     doc = {
@@ -7652,22 +7825,29 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     return doc
 
 
+def read_record(log: RequestLog, record: RequestRecord) -> dict[str, Any]:
+    """Return everything about a request that runs, or that waits to be written."""
+    # In this order: the thread lets the raw bodies go once there is a row. What is looked at is a
+    # copy, so that the two agree.
+    raw = copy.copy(record)
+    if record.row is None:
+        detail = make_detail(raw)
+        is_finished = raw.finished_at is not None
+        phase = "done" if is_finished else raw.phase
+        return detail_document(make_row(raw, detail), detail, phase)
+    blobs = [blob[1] if blob else None for blob in record.blobs]
+    return detail_document(record.row, unpack_detail(record.data, blobs))
+
+
 def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
-    """Return everything about a request that runs, waits to be written, or is written."""
-    for record in [*log.inflight.values(), *log.in_hand, *log.ended]:
+    """Return everything about a request, None when there is none of that id."""
+    for record in [*list(log.running.values()), *list(log.finished)]:
         if record.id == number:
-            note, phase = make_note(record), record.phase
-            detail = make_detail(note, log.body_limit)
-            return detail_document(
-                make_row(note, detail), detail, "done" if record.finished else phase
-            )
-    for entry in list(log.backlog):
-        if entry.row.id == number:
-            blobs = [blob and blob[1] for blob in entry.blobs]
-            return detail_document(entry.row, read_detail(entry.data, blobs))
-    for row in db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)):
-        return detail_document(Row._make(row), log.store.detail(db, number))
-    return None
+            return read_record(log, record)
+    found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchone()
+    if found is None:
+        return None
+    return detail_document(Row._make(found), log.store.read_detail(db, number))
 
 
 async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
@@ -7729,7 +7909,7 @@ def export_page(
                 table.writerow(doc)
             table.writerow(doc.values())
             continue
-        doc = detail_document(row, store.detail(db, row.id))
+        doc = detail_document(row, store.read_detail(db, row.id))
         if form == "openai":
             answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
             doc = {"messages": [*map(chat_message, doc["transcript"])]} if answered else {}
@@ -7822,14 +8002,14 @@ async def serve_request_details(context: Context, request: Request) -> None:
 async def serve_inflight(context: Context, request: Request) -> None:
     """Answer /api/inflight: the requests that run now."""
     now = time.monotonic()
-    records = context.log.inflight.values()
-    request.writer.send_json([inflight_row(record, now) for record in records])
+    records = context.log.running.values()
+    request.writer.send_json([running_document(record, now) for record in records])
 
 
 async def serve_cancel(context: Context, request: Request) -> None:
     """Answer /api/inflight/{id}/cancel: stop that request."""
     number = request.path.split("/")[3]
-    for record in context.log.inflight.values():
+    for record in context.log.running.values():
         if str(record.id) == number and record.stop:
             record.stop()
             request.writer.send_json({"cancelled": True})
@@ -7953,7 +8133,7 @@ async def serve_metrics(context: Context, request: Request) -> None:
     lines = metric_lines(
         dict(log.series),
         {
-            "inflight_requests": ("Requests that run now", len(log.inflight)),
+            "inflight_requests": ("Requests that run now", len(log.running)),
             "log_backlog_rows": ("Rows that wait for the database", log.waiting),
             "log_lost_rows": ("Rows that the database never took", log.lost),
             "log_up": ("Whether the log can be written", int(not log.error)),
@@ -7982,11 +8162,11 @@ def read_news(
     known: dict[int, bool],
 ) -> dict[str, Any]:
     """Return what has happened since the running requests were `known`, which is renewed."""
-    running, now = dict(log.inflight), time.monotonic()
-    spoke = [n for n, r in running.items() if r.first_token is not None and not known.get(n)]
-    fresh = [inflight_row(running[n], now) for n in running if n not in known]
+    running, now = dict(log.running), time.monotonic()
+    spoke = [n for n, r in running.items() if r.first_token_at is not None and not known.get(n)]
+    fresh = [running_document(running[n], now) for n in running if n not in known]
     known.clear()
-    known.update((n, record.first_token is not None) for n, record in running.items())
+    known.update((n, record.first_token_at is not None) for n, record in running.items())
     return {
         "started": fresh[: LIMITS.news_rows],
         "first_token": spoke[: LIMITS.news_rows],
@@ -8080,7 +8260,7 @@ async def serve_model_details(context: Context, request: Request) -> None:
 
 async def serve_running_models(context: Context, request: Request) -> None:
     """Answer which models are in use now."""
-    running = [record.original_model for record in context.log.inflight.values()]
+    running = [record.requested_model for record in context.log.running.values()]
     names = list(dict.fromkeys(name for name in running if name))
     request.writer.send_json(request.dialect.encode_running(names, time.time()))
 
@@ -8358,7 +8538,7 @@ class Application:
             if request.connection.failure:
                 # It is no fault: the client has gone, and what was doing its work noticed.
                 raise
-            self.context.log.console.line(traceback.format_exc())
+            self.context.log.print_line(traceback.format_exc())
             if not request.writer.started:
                 internal = RouterError("internal error; see the log")
                 send_error(request.writer, internal, request.dialect)
@@ -8368,7 +8548,7 @@ class Application:
         of_api = endpoint is not None and endpoint.guard == API
         if not request.recorded and (reason or of_api):
             status = str(request.writer.status)
-            self.context.log.note(
+            self.context.log.print_request(
                 request.source_host, request.head.method, request.path, status, reason
             )
 
@@ -8573,7 +8753,7 @@ class HTTPServer:
             request = self.read_request(connection, peer, parse_request_head(data))
         except RouterError as error:
             send_error(ResponseWriter(connection, None), error, OPENAI)
-            self.context.log.note(peer, str(error.status), str(error))
+            self.context.log.print_request(peer, str(error.status), str(error))
             await connection.linger()
             return False
         connection.clear_deadline()
@@ -8655,6 +8835,58 @@ EPILOG = """examples:
 """
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def return_memory() -> None:
+    """Return what was freed to the system, where the C library has to be told."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        library.mallopt(-3, MiB)  # M_MMAP_THRESHOLD: what is longer leaves no hole
+        library.mallopt(-1, 4 * MiB)  # M_TRIM_THRESHOLD: keep that much for the next answers
+        library.malloc_trim(0)
+
+
+class Console:
+    """Writes lines to stderr from a thread; drops them when nobody reads."""
+
+    MAX_LINES = 10_000
+
+    def __init__(self) -> None:
+        self.lines: collections.deque[str] = collections.deque(maxlen=self.MAX_LINES)
+        self.wake = threading.Event()
+        self.open = True
+        self.thread = threading.Thread(target=self.run, name="console", daemon=True)
+        self.thread.start()
+
+    def print_line(self, text: str) -> None:
+        """Queue a line; control characters become `?`."""
+        self.lines.append(CONTROL.sub("?", text))
+        if not self.wake.is_set():
+            self.wake.set()
+
+    def run(self) -> None:
+        """Write what is queued, a few times a second."""
+        while self.open or self.lines:
+            self.wake.wait()
+            if self.open:
+                time.sleep(0.05)
+            self.wake.clear()
+            lines = [self.lines.popleft() for _ in range(len(self.lines))]
+            with contextlib.suppress(OSError, ValueError):
+                if lines:
+                    sys.stderr.write("\n".join(lines) + "\n")
+                    sys.stderr.flush()
+
+    def close(self) -> None:
+        """Write what is left and end the thread."""
+        self.open = False
+        self.wake.set()
+        self.thread.join(1.0)
+
+
 class RoutesFile:
     """The routing file on disk: reads it, and knows when it has changed."""
 
@@ -8725,7 +8957,6 @@ class Router:
         warnings: Sequence[str],
         limits: Limits,
         dashboard_file: str = "",
-        command: Sequence[str] = (),
     ) -> None:
         self.settings = settings
         self.routes = routes
@@ -8741,7 +8972,7 @@ class Router:
             table=routes.load(),
             upstreams=upstreams,
             model_lists=ModelLists(upstreams),
-            log=RequestLog(settings, self.console, command),
+            log=RequestLog(settings, limits, self.console.print_line),
             token_guard=TokenGuard(settings.jwt_secret, limits),
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
             dashboard_file=dashboard_file,
@@ -8757,19 +8988,22 @@ class Router:
             self.context.table = self.routes.load()
         except ConfigError as error:
             self.context.routes_error = str(error)
-            self.console.line(f"routes: {error} (the old table stays in force)")
+            self.console.print_line(f"routes: {error} (the old table stays in force)")
             return
         self.context.routes_error = None
         for line in describe_table(self.context.table):
-            self.console.line(line)
+            self.console.print_line(line)
 
     async def watch(self) -> None:
-        """Look at the routing file, and at the log's process, every two seconds."""
+        """Look at the routing file every two seconds; give memory back after requests."""
+        log, last_id = self.context.log, 0
         while True:
             await asyncio.sleep(LIMITS.reload_interval)
-            self.context.log.check_writer()
             if self.routes.changed():
                 self.reload()
+            if log.last_id != last_id:
+                last_id = log.last_id
+                await asyncio.get_running_loop().run_in_executor(None, return_memory)
 
     def interrupt(self) -> None:
         """End at a signal: the first one drains, the second one hurries."""
@@ -8795,7 +9029,7 @@ class Router:
             *self.warnings,
             *warnings,
         ):
-            self.console.line(line)
+            self.console.print_line(line)
 
     async def run(self, ready: Callable[[int], None] = lambda port: None) -> int:
         """Serve until a signal; return the exit status."""
@@ -8809,7 +9043,9 @@ class Router:
             place, hint = f"{settings.listen_host}:{settings.listen_port}", ""
             if error.errno == errno.EADDRINUSE:
                 hint = "; choose another LISTEN_PORT (LM Studio uses 1234 too)"
-            self.console.line(f"smolrouter: cannot listen on {place}: {describe(error)}{hint}")
+            self.console.print_line(
+                f"smolrouter: cannot listen on {place}: {describe(error)}{hint}"
+            )
             self.console.close()
             return 1
         gc.collect()
@@ -8820,11 +9056,11 @@ class Router:
         ready(port)
         watcher = asyncio.create_task(self.watch())
         await self.ended.wait()
-        self.console.line(f"draining for at most {settings.shutdown_grace:g} s")
+        self.console.print_line(f"draining for at most {settings.shutdown_grace:g} s")
         watcher.cancel()
         await self.server.stop(settings.shutdown_grace, self.hurry)
         self.context.upstreams.close()
-        self.context.log.close()
+        self.context.log.close(settings.shutdown_grace)
         self.console.close()
         return 0
 
@@ -8835,7 +9071,7 @@ def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) 
     sys.setswitchinterval(0.001)  # s that the relay may have to wait for the log's thread
     loop = asyncio.new_event_loop()
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(32))  # looks names up
-    router = Router(settings, routes, args.warnings, args.limits, args.dashboard, args.command)
+    router = Router(settings, routes, args.warnings, args.limits, args.dashboard)
     status = loop.run_until_complete(router.run())
     os._exit(status)  # the interpreter would wait for a full stderr, or for a dead name server
 
@@ -8949,8 +9185,7 @@ ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict ProcSubset=
 RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
 CapabilityBoundingSet= AmbientCapabilities= RestrictAddressFamilies=AF_INET
 RestrictAddressFamilies=AF_INET6 SystemCallArchitectures=native
-SystemCallFilter=@system-service SystemCallFilter=~@privileged SystemCallFilter=~@resources
-SystemCallFilter=sched_setscheduler"""
+SystemCallFilter=@system-service SystemCallFilter=~@privileged SystemCallFilter=~@resources"""
 
 
 def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
@@ -9109,7 +9344,7 @@ async def serve_demos(args: argparse.Namespace, settings: Settings, folder: path
         asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, args.seconds)
 
     routes = RoutesFile(settings, {}, True)
-    router = Router(settings, routes, (), args.limits, args.dashboard, args.command)
+    router = Router(settings, routes, (), args.limits, args.dashboard)
     return await router.run(begin)
 
 
@@ -9227,15 +9462,7 @@ def run_command(
     except ConfigError:
         check_flags(parsers, sys.argv[1:] if argv is None else argv)
         raise
-    args.program, own = pathlib.Path(__file__).resolve(), len(sys.argv) - 1
-    args.command = (
-        []
-        if argv is not None
-        else [  # as this process was started
-            sys.executable,
-            *sys.orig_argv[1 : len(sys.orig_argv) - own],
-        ]
-    )
+    args.program = pathlib.Path(__file__).resolve()
     args.limits = limits
     args.given = Settings.find_given(environ, vars(args))
     settings = Settings.from_given(args.given)
@@ -9252,13 +9479,11 @@ def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:
     while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # stdin, stdout or stderr was closed: no socket may take its number
     try:
-        if argv is None and sys.argv[1:] == [LOG_WRITER]:
-            serve_notes(sys.stdin.buffer, sys.stdout.buffer)
         return run_command(argv, dict(os.environ), limits)
     except ConfigError as error:
         print(f"smolrouter: {error}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, EOFError):  # EOFError: the router of a log's process is no more
+    except KeyboardInterrupt:
         return 0
     except BrokenPipeError:  # nobody reads on; the interpreter's own last flush must not fail
         os.dup2(spare, 1)
