@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import atexit
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -734,16 +735,24 @@ def make_rows(count: int, file: str) -> None:
     store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": file}))
     chance, now, week = random.Random(1), time.time(), 7 * 86_400
     detail = smolrouter.Detail("{}", b'{"model":"made-up"}', ANSWER)
+    head = smolrouter.parse_request_head(b"POST / HTTP/1.1\r\nHost: a")
+    request = smolrouter.Request(head, None, None, "::1")
+    decision = smolrouter.Decision("m", "m", "default", "failover", (), ())
+    template = smolrouter.RequestRecord("", request, "openai", False, decision)
+    template.data, template.blobs = smolrouter.pack_detail(detail, 16_384)
+    template.body_bytes = len(template.data)
     for start_at in range(0, count, 10_000):
         tallies: smolrouter.Tallies = {}
-        entries = []
+        records = []
         for number in range(start_at, min(start_at + 10_000, count)):
             moment = now - 60 - (count - number) * (week - 3600) / count
             values = made_row(number + 1, moment, chance)
-            row = smolrouter.Row(*map(values.get, smolrouter.Row._fields))
-            smolrouter.add_row(tallies, row)
-            entries.append(smolrouter.make_entry(row, detail))
-        store.write([], entries, tallies)
+            record = copy.copy(template)
+            record.row = smolrouter.Row(*map(values.get, smolrouter.Row._fields))
+            record.id = record.row.id
+            smolrouter.add_row(tallies, record.row)
+            records.append(record)
+        store.write([], records, tallies)
     store.close()
 
 

@@ -5615,11 +5615,9 @@ async def list_models(
 # 13  Request log
 # ======================================================================================
 # What happened to every request: a row, both heads and both bodies, in SQLite and in files.
-# A request has one object, a `RequestRecord`, from its beginning until its row is in the
-# database. One thread makes rows and writes them, many in one transaction, so that the event
-# loop never waits for a disk. Whatever is wrong with the database, requests go on: their rows
-# wait in memory, and the reason is shown. Every question that the page asks is in section 15.
-#
+# A request has one object, a `RequestRecord`, until its row is in the database. One thread
+# makes rows and writes them, so that the event loop never waits for a disk. Whatever is wrong
+# with the database, requests go on, and their rows wait. Questions to it are in section 15.
 # To add a column: its name at the end of `COLUMNS`, its value at the end of `make_row`, and a
 # script with its ALTER TABLE at the end of `MIGRATIONS`. Lists show it, unless section 15's
 # `UNLISTED` has its name.
@@ -6289,6 +6287,16 @@ class Store:
             insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
             db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
 
+    def file_early(self, blobs: Sequence[tuple[str, bytes] | None]) -> None:
+        """Write the files of long bodies before the transaction, in which others would wait.
+
+        A file system may take a millisecond for each. Trouble shows in the transaction again.
+        """
+        for blob in filter(None, blobs):
+            with contextlib.suppress(OSError):
+                if blob[0] not in self.blobs:
+                    self.blobs[blob[0]] = blob[1]
+
     def newest_that_fit(self, records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
         """Return the newest records whose details fit together into MAX_TOTAL_STORAGE_SIZE."""
         total = 0
@@ -6299,12 +6307,9 @@ class Store:
         return records
 
     def keep_blob(self, db: sqlite3.Connection, digest: str, data: bytes) -> None:
-        """Keep a packed body, unless it is there: requests share what is the same.
-
-        The table alone is not believed: somebody may have deleted the file.
-        """
-        is_new = db.execute(INSERT_BLOB, (digest, len(data))).rowcount > 0
-        if is_new or digest not in self.blobs:
+        """Keep a packed body, unless it is there: requests share what is the same."""
+        db.execute(INSERT_BLOB, (digest, len(data)))
+        if digest not in self.blobs:
             self.blobs[digest] = data
 
     def make_room(self, db: sqlite3.Connection, size: int) -> None:
@@ -6639,11 +6644,16 @@ class RequestLog:
 
     def prepare_batch(self) -> None:
         """Make the rows of the next batch, print and count them, and tell who listens."""
-        batch = self.next_batch()
-        for record in batch:
+        deadline = time.monotonic() + self.limits.batch_interval
+        rows = []
+        for record in self.next_batch():
             self.prepare_row(record)
             self.ready_rows += 1
-        self.publish([record.row for record in batch])
+            rows.append(record.row)
+            # Long bodies take their time, and the rows that are ready are late meanwhile.
+            if time.monotonic() > deadline:
+                break
+        self.publish(rows)
 
     def next_batch(self) -> list[RequestRecord]:
         """Return the oldest records without a row, as many as one transaction takes."""
@@ -6652,10 +6662,12 @@ class RequestLog:
 
     def prepare_row(self, record: RequestRecord) -> None:
         """Make the row of a finished record, pack its bodies and let the raw ones go."""
+        started_at = 0.0
         has_long_body = record.body_bytes > self.limits.hurried_body
-        if has_long_body and not self.body_budget.has_time():
-            cut_bodies(record, self.limits.hurried_body)
-        started_at = time.thread_time() if has_long_body else 0.0
+        if has_long_body:
+            started_at = time.thread_time()
+            if self.is_behind() or not self.body_budget.has_time():
+                cut_bodies(record, self.limits.hurried_body)
         try:
             detail = make_detail(record)
             row = make_row(record, detail)
@@ -6666,6 +6678,7 @@ class RequestLog:
             row = make_row(record, detail)
         if self.store:
             record.data, record.blobs = pack_detail(detail, self.limits.inline_body)
+            self.store.file_early(record.blobs)
         if has_long_body:
             self.body_budget.spend(time.thread_time() - started_at)
         # In this order: a reader takes the raw bodies, and then looks whether there is a row.
