@@ -1896,7 +1896,7 @@ def make_row(number: int, days: float = 0.0, **more: Any) -> Any:
 def new_record(number: int, content: bytes = b"{}", answer: bytes = b"", **more: Any) -> Any:
     """The record of a request that begins, with what its upstream has said so far."""
     top = smolrouter.parse_request_head(f"POST {CHAT} HTTP/1.1\r\nHost: a".encode())
-    asked = smolrouter.Request(top, None, None, "::1", content)
+    asked = smolrouter.Request(top, None, None, "::1", content=content)
     decision = smolrouter.Decision("m", "m", "m", "failover", (), ())
     record = smolrouter.RequestRecord(f"id{number}", asked, "openai", False, decision)
     record.status = 200
@@ -8144,7 +8144,7 @@ def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream
     pieces = [b"data: %b\n\n" % json.dumps(d).encode() if stream else encode_json(d) for d in said]
     target = f"{path}?key={urllib.parse.quote(odd, errors='replace')}"
     top = smolrouter.parse_request_head(f"POST {target} HTTP/1.1\r\nHost: a".encode())
-    asked = smolrouter.Request(top, None, None, "::1", encode_json(doc))
+    asked = smolrouter.Request(top, None, None, "::1", content=encode_json(doc))
     step = smolrouter.Step(odd, True, odd)
     decision = smolrouter.Decision(odd, odd, odd, "failover", (), (step,))
     record = smolrouter.RequestRecord("id", asked, "openai", stream, decision)
