@@ -48,9 +48,10 @@ import gzip
 import hashlib
 import hmac
 import http.client
-import importlib
+import importlib.util
 import itertools
 import json
+import marshal
 import math
 import operator
 import os
@@ -10593,6 +10594,98 @@ def test_alone_it_says_what_yaml_needs(folder: pathlib.Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "pip install pyyaml" in line and "python3-yaml" in line and "or write JSON" in line
+
+
+# --- the start ------------------------------------------------------------------------
+
+
+def by_shell(words: str) -> tuple[str, ...]:
+    """Return what runs Python by a shell, in which `$0 $@` is the command."""
+    return "/bin/sh", "-c", words, sys.executable
+
+
+ODD_STARTS = {
+    # In units of 512 octets, as POSIX has it.
+    "a limit of 256 KiB on files": by_shell('ulimit -f 512; exec "$0" "$@"'),
+    "no stdin": by_shell('exec "$0" "$@" <&-'),
+    "no stdout": by_shell('exec "$0" "$@" >&-'),
+    "neither": by_shell('exec "$0" "$@" <&- >&-'),
+    "isolated": (sys.executable, "-I"),
+    "flags": (sys.executable, "-Wignore", "-B"),
+    # Not begun again, and as good.
+    "a flag with a value": (sys.executable, "-X", "utf8"),
+}
+
+
+@pytest.mark.parametrize("python", ODD_STARTS.values(), ids=ODD_STARTS.keys())
+def test_it_starts_and_relays_anyhow(python: Sequence[str]) -> None:
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url}
+    with Router(settings, python=python) as router:
+        assert post_chat(router, "anyhow").status == 200
+
+
+def test_it_starts_without_stderr() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = bare_environment({"LISTEN_PORT": port, "ENABLE_LOGGING": "false"})
+    command = [*by_shell('exec "$0" "$@" <&- >&- 2>&-'), str(SMOLROUTER)]
+    with tempfile.TemporaryDirectory(prefix="smol-") as folder:
+        process = subprocess.Popen(command, cwd=folder, env=settings)
+        try:
+            assert wait_until(lambda: accepts(port))
+            assert request(port, "GET", "/healthz").status == 200
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def accepts(port: int) -> bool:
+    """Tell whether somebody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_it_keeps_no_syntax_tree_and_shows_what_it_is() -> None:
+    with Router({"DEFAULT_UPSTREAM": "http://127.0.0.1:9"}, args=["--log-level", "INFO"]) as router:
+        assert memory_mib(router) < 40
+        words = pathlib.Path(f"/proc/{router.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert words[-4:-1] == [str(SMOLROUTER).encode(), b"--log-level", b"INFO"]
+
+
+def test_a_cache_beside_the_file_is_neither_made_nor_believed(folder: pathlib.Path) -> None:
+    file = folder / "smolrouter.py"
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url}
+    with Router(settings, program=file):
+        assert [path.name for path in folder.iterdir()] == ["smolrouter.py"]
+    # Somebody else's: other code, with the size and the time of the file.
+    odd = compile("raise SystemExit('odd')", str(file), "exec")
+    status = file.stat()
+    header = importlib.util.MAGIC_NUMBER + struct.pack(
+        "<III", 0, int(status.st_mtime), status.st_size
+    )
+    cached = pathlib.Path(importlib.util.cache_from_source(str(file)))
+    cached.parent.mkdir()
+    cached.write_bytes(header + marshal.dumps(odd))
+    done = subprocess.run(
+        [sys.executable, "-c", "import smolrouter"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.stderr == "odd\n"
+    with Router(settings, program=file) as router:
+        assert post_chat(router, "cached").status == 200
+
+
+def test_modules_in_the_working_folder_are_not_imported(folder: pathlib.Path) -> None:
+    (folder / "work").mkdir()
+    for name in ("argparse", "json", "yaml"):
+        (folder / "work" / f"{name}.py").write_text("raise SystemExit('odd')")
+    settings = bare_environment({"LISTEN_PORT": 0})
+    command = [sys.executable, str(folder / "smolrouter.py"), "--enable-logging", "maybe"]
+    done = subprocess.run(
+        command, cwd=folder / "work", env=settings, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "allowed are" in done.stderr
 
 
 # --- commands -------------------------------------------------------------------------
