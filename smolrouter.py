@@ -1588,6 +1588,23 @@ def decode_content(data: bytes, coding: str, limit: int) -> bytes:
     return b"".join(decoded) or data
 
 
+def parse_retry_after(text: str, now: float) -> float | None:
+    """Read a Retry-After (RFC 9110 section 10.2.3): '120' -> 120.0 seconds; None for nonsense.
+
+    A date, 'Fri, 31 Dec 1999 23:59:59 GMT', gives the seconds from `now` until then.
+    """
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        return float(text)
+    # Hardly any server sends a date, and the import takes time at the start.
+    import email.utils
+
+    try:
+        moment = email.utils.parsedate_tz(text)
+        return max(email.utils.mktime_tz(moment) - now, 0.0) if moment else None
+    except (ValueError, OverflowError, IndexError):
+        return None
+
+
 # ======================================================================================
 # 4  JSON (pure)
 # ======================================================================================
@@ -5162,14 +5179,17 @@ class Request:
 # ======================================================================================
 # 12  Upstreams
 # ======================================================================================
-# A pool of idle connections, one request to one instance, and who is in cool-down. An
-# instance that failed goes to the end of the order for a while; it is never excluded.
+# One request to one instance, over connections that are kept for the next; how instances
+# have fared; which models they have. Whatever ends a request early becomes BadGateway, or
+# GatewayTimeout, with what was seen in its words: failover (section 14) knows no other
+# failure. An instance that failed goes to the end of the order for a while. It is never
+# excluded: when all have failed, the last hope is tried.
 
 COOLING_STATUSES = (429, 503)
 
 
 def describe(error: BaseException) -> str:
-    """Return what went wrong, in words."""
+    """Return what went wrong, in words: 'connection refused', 'timed out'."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not valid: {error.verify_message}"
     if isinstance(error, socket.gaierror):
@@ -5181,122 +5201,250 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def parse_retry_after(text: str, now: float) -> float | None:
-    """Return the seconds that a Retry-After asks for, by number or date (RFC 9110 10.2.3)."""
-    if re.fullmatch(r"[0-9]{1,6}", text):
-        return float(text)
-    import email.utils  # seldom needed
+# --- connections to upstreams -----------------------------------------------------------
+# The life of a connection: `connect` opens it for a request. It then serves one request at a
+# time. When an answer has been read to its end, and both sides mean to go on, `keep_idle` puts it
+# into the pool; the next request to the same server takes the one that was used last, so that
+# those which are too many grow old. It leaves the pool when the server closes it, when octets
+# come that nobody asked for (they would be taken for the next answer), or after 30 s.
+#
+# A server may close an idle connection in the moment in which a request is written to it. Such
+# a request fails before the first octet of an answer, through no fault of its own; it is sent
+# once more on a new connection, and nobody is told.
 
-    try:
-        moment = email.utils.parsedate_tz(text)
-        return max(email.utils.mktime_tz(moment) - now, 0.0) if moment else None
-    except (ValueError, OverflowError, IndexError):
+
+def abort_connection(opening: asyncio.Future[Any]) -> None:
+    """Close a connection that was made when nobody waited for it any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        transport, _ = opening.result()
+        transport.abort()
+
+
+class ConnectionPool:
+    """Opens connections to servers and keeps those that can be used again."""
+
+    def __init__(self, settings: Settings, batch: LoopBatch) -> None:
+        self.settings = settings
+        self.batch = batch
+        self.limits = batch.limits
+        # What two servers of one URL share unless one of them verifies certificates.
+        self.idle: dict[tuple[UpstreamURL, bool], list[Connection]] = {}
+        # How to speak TLS, with and without verifying.
+        self.tls_contexts: dict[bool, ssl.SSLContext] = {}
+
+    def tls_context(self, server: Server) -> ssl.SSLContext | None:
+        """Return how to speak TLS with a server, None for plain http."""
+        if server.url.scheme != "https":
+            return None
+        if server.verify not in self.tls_contexts:
+            context = ssl.create_default_context()
+            if not server.verify:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            self.tls_contexts[server.verify] = context
+        return self.tls_contexts[server.verify]
+
+    async def connect(self, server: Server) -> Connection:
+        """Open a connection. Raises BadGateway or GatewayTimeout."""
+        url = server.url
+        tls_context = self.tls_context(server)
+        opening = asyncio.ensure_future(
+            asyncio.get_running_loop().create_connection(
+                lambda: Connection(self.batch),
+                url.host,
+                url.port,
+                ssl=tls_context,
+                server_hostname=url.host if tls_context else None,
+                # A name may have an address that does not answer, often one of IPv6: the next
+                # one is tried a moment later (RFC 8305).
+                happy_eyeballs_delay=None if is_address(url.host) else 0.25,
+            )
+        )
+        timeout = self.settings.connect_timeout
+        try:
+            # Not wait_for: up to Python 3.11 it may lose a cancellation, or the connection.
+            await asyncio.wait([opening], timeout=timeout)
+        finally:
+            if not opening.done():
+                opening.cancel()
+                opening.add_done_callback(abort_connection)
+        if not opening.done():
+            raise GatewayTimeout(f"no connection within {timeout:g} s (CONNECT_TIMEOUT)")
+        try:
+            _, connection = opening.result()
+        except (OSError, ValueError) as error:
+            raise BadGateway(describe(error)) from None
+        return connection
+
+    def take_idle(self, server: Server) -> Connection | None:
+        """Return an idle connection that is still good, None without one."""
+        connections = self.idle.get((server.url, server.verify), [])
+        while connections:
+            connection = connections.pop()
+            connection.ignore_disconnect()
+            if not (connection.received or connection.ended or connection.failure):
+                return connection
+            connection.abort()
         return None
 
+    def keep_idle(self, server: Server, connection: Connection) -> None:
+        """Keep a connection for the next request to a server."""
+        connections = self.idle.setdefault((server.url, server.verify), [])
+        # A server that answers before it has read the whole request may never read the rest.
+        if len(connections) >= self.limits.idle_connections or not connection.is_flushed():
+            connection.close()
+            return
 
-class BrokenAnswers(contextlib.AbstractContextManager[None]):
-    """Turns what ends an answer too early into BadGateway."""
+        def drop() -> None:
+            if connection in connections:
+                connections.remove(connection)
+            connection.abort()
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Raise BadGateway instead of what the connection or the framing raised."""
-        ours = isinstance(error, (BadGateway, ClientClosed))
-        if isinstance(error, (OSError, RouterError)) and not ours:
-            raise BadGateway(f"the answer broke off: {describe(error)}") from None
+        connection.set_deadline(self.limits.idle_connection_timeout, IDLE_TOO_LONG)
+        connection.on_disconnect = drop
+        connections.append(connection)
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        for connections in self.idle.values():
+            while connections:
+                connections.pop().close()
+
+
+def broken_off(error: OSError | RouterError) -> RouterError:
+    """Return what to raise for an error in the middle of an answer: it, when it says enough."""
+    if isinstance(error, (BadGateway, ClientClosed)):
+        return error
+    return BadGateway(f"the answer broke off: {describe(error)}")
 
 
 class UpstreamResponse:
-    """A response whose head has come; its content is read to the end or it is closed."""
+    """A response whose head has come; its content is read to the end, or it is closed.
+
+    What `read_ahead` has read is in `buffered`, and `pump` begins with it.
+    """
 
     def __init__(
         self,
         head: ResponseHead,
+        framing: Framing,
         connection: Connection,
-        method: str,
-        release: Callable[[Connection], None],
+        server: Server,
+        pool: ConnectionPool,
     ) -> None:
-        self.head, self.connection, self.release = head, connection, release
-        self.content = ContentReader(connection, head.framing(method))
-        self.held: list[bytes] = []  # read ahead
+        self.head = head
+        self.connection = connection
+        self.server = server
+        self.pool = pool
+        self.content = ContentReader(connection, framing)
+        self.buffered: list[bytes] = []
         self.open = True
 
-    def settle(self) -> None:
-        """Let the connection be used again, or close it; all was read."""
-        self.open = False
-        clean = self.content.framing is not UNTIL_CLOSE and not self.connection.received
-        if clean and self.head.keeps_alive and not self.connection.ended:
-            self.release(self.connection)
-        else:
-            self.connection.close()
+    @property
+    def ends_by_close(self) -> bool:
+        """Whether the end of the content is the end of its connection, or may be a cut."""
+        return self.content.framing is UNTIL_CLOSE
 
-    async def peek(self) -> bytes:
-        """Read ahead; return the next piece, b"" at the end. Raises BadGateway."""
+    def finish(self) -> None:
+        """Let the connection be used again, or close it, after all of the content was read."""
+        self.open = False
+        connection = self.connection
+        persists = self.head.keeps_alive and not self.ends_by_close
+        if persists and not (connection.received or connection.ended):
+            self.pool.keep_idle(self.server, connection)
+        else:
+            connection.close()
+
+    async def read_ahead(self) -> bytes:
+        """Read the next piece and keep it, b"" at the end. Raises BadGateway."""
         if not self.open:
             return b""
-        with BrokenAnswers():
+        try:
             piece = await self.content.read()
+        except (OSError, RouterError) as error:
+            raise broken_off(error) from None
         if piece:
-            self.held.append(piece)
+            self.buffered.append(piece)
         else:
-            self.settle()
+            self.finish()
         return piece
 
-    async def hold(self) -> bytes:
-        """Read an error answer, until it is too long, so that it can be sent later."""
-        size = sum(map(len, self.held))
-        while size <= LIMITS.buffered_error and (piece := await self.peek()):
+    async def buffer_error(self) -> bytes:
+        """Read an error answer ahead, unless it is too long, so that it can be sent later."""
+        size = sum(len(piece) for piece in self.buffered)
+        while size <= self.connection.limits.buffered_error:
+            piece = await self.read_ahead()
+            if not piece:
+                break
             size += len(piece)
-        return b"".join(self.held)
+        return b"".join(self.buffered)
 
-    async def pump(self, consume: Callable[[bytes], None], writer: ResponseWriter) -> None:
+    async def pump(self, consume: Callable[[bytes], None], client: Connection) -> None:
         """Give the content to `consume` as it comes; what it writes leaves at once.
 
-        While the client is slow the upstream waits. Raises BadGateway when the answer is cut,
-        and what `consume` raises.
+        While the client is slow the upstream waits. Raises BadGateway when the answer is cut, and
+        what `consume` raises.
         """
-        for piece in self.held:
+        for piece in self.buffered:
             consume(piece)
         if not self.open:
             return
-        with BrokenAnswers():
-            await self.content.pump(consume, writer.connection)
-        self.settle()
+        try:
+            await self.content.pump(consume, client)
+        except (OSError, RouterError) as error:
+            raise broken_off(error) from None
+        self.finish()
 
     def close(self) -> None:
-        """End the connection unless all of it was read."""
+        """End the connection unless all of the content was read."""
         if self.open:
             self.open = False
             self.connection.abort()
 
 
-def drop_connection(opening: asyncio.Future[Any]) -> None:
-    """Close a connection that was made when nobody waited for it any more."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result()[0].abort()
+# --- requests and health ----------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Health:
-    """What is known of one instance."""
+    """How one instance has fared.
 
+    A failure begins a cool-down in which other instances are asked first. It doubles with each
+    failure in a row, and one success ends it.
+    """
+
+    limits: Limits
+    # Requests that run there now.
     busy: int = 0
+    # Failures since the last success.
     failures: int = 0
+    # On the monotonic clock.
     cool_until: float = 0.0
+    # What went wrong last, "" after a success.
     error: str = ""
-    reached: bool = True  # the server answered, even if it said no
+    # The server answered, even if it said no.
+    reached: bool = True
 
     def fail(self, error: str, retry_after: str | None = None, reached: bool = False) -> None:
-        """Begin a cool-down: 5 s, doubling, or as the server asked for."""
-        seconds = min(LIMITS.cool_down * 2 ** min(self.failures, 10), LIMITS.longest_cool_down)
-        asked = parse_retry_after(retry_after, time.time()) if retry_after else None
-        if asked is not None:
-            seconds = min(asked, LIMITS.longest_retry_after)
+        """Begin a cool-down: 5 s, doubling up to 60 s, or what a Retry-After asks for."""
+        limits = self.limits
+        doublings = min(self.failures, 10)
+        cool_down = min(limits.cool_down * 2**doublings, limits.longest_cool_down)
+        if retry_after:
+            asked_for = parse_retry_after(retry_after, time.time())
+            if asked_for is not None:
+                cool_down = min(asked_for, limits.longest_retry_after)
         self.failures += 1
-        self.error, self.reached = error, reached
-        self.cool_until = time.monotonic() + seconds
+        self.error = error
+        self.reached = reached
+        self.cool_until = time.monotonic() + cool_down
 
     def succeed(self) -> None:
         """End the cool-down."""
-        self.failures, self.cool_until, self.error, self.reached = 0, 0.0, "", True
+        self.failures = 0
+        self.cool_until = 0.0
+        self.error = ""
+        self.reached = True
 
 
 class Upstreams:
@@ -5305,29 +5453,50 @@ class Upstreams:
     def __init__(self, settings: Settings, batch: LoopBatch) -> None:
         self.settings = settings
         self.batch = batch
+        self.limits = batch.limits
+        self.pool = ConnectionPool(settings, batch)
         seconds = settings.request_timeout
         self.on_timeout = Timeout(
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
         )
-        self.idle: dict[tuple[UpstreamURL, bool], list[Connection]] = {}
         self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
-        self.turns: collections.Counter[str] = collections.Counter()  # of round_robin
-        self.no_stream_options: set[UpstreamURL] = set()  # they refuse it
-        self.timed: set[tuple[UpstreamURL, str]] = set()  # with the models of which they tell
-        self.contexts: dict[bool, ssl.SSLContext] = {}
+        # How often each route of the strategy round_robin was taken.
+        self.turns: collections.Counter[str] = collections.Counter()
+        # What was learned of servers: some refuse `stream_options`; some tell the timings of a
+        # stream with a model unasked, so that they need not be asked for its usage.
+        self.no_stream_options: set[UpstreamURL] = set()
+        self.timed: set[tuple[UpstreamURL, str]] = set()
 
-    def state(self, instance: Instance) -> Health:
+    # How instances fare.
+
+    def health_of(self, instance: Instance) -> Health:
         """Return the health record of an instance; the table is bounded."""
         key = instance.server.url, instance.model
-        if key not in self.health and len(self.health) >= LIMITS.known_instances:
-            for old in list(itertools.islice(self.health, LIMITS.known_instances // 10)):
-                if not self.health[old].busy:
-                    del self.health[old]
-        return self.health.setdefault(key, Health())
+        if key not in self.health and len(self.health) >= self.limits.known_instances:
+            self.forget_oldest()
+        return self.health.setdefault(key, Health(self.limits))
 
-    def known(self, server: Server) -> list[Health]:
+    def forget_oldest(self) -> None:
+        """Forget the oldest tenth of the instances, but for those that are busy."""
+        for key in list(itertools.islice(self.health, self.limits.known_instances // 10)):
+            if not self.health[key].busy:
+                del self.health[key]
+
+    def health_of_server(self, server: Server) -> list[Health]:
         """Return what is known of all instances of a server."""
         return [health for (url, _), health in self.health.items() if url == server.url]
+
+    def is_cooling(self, server: Server) -> bool:
+        """Tell whether the server could not be reached a moment ago."""
+        now = time.monotonic()
+        for health in self.health_of_server(server):
+            if health.cool_until > now and not health.reached:
+                return True
+        return False
+
+    def requests_running(self, instance: Instance) -> int:
+        """Return how many requests run on the server of an instance."""
+        return sum(health.busy for health in self.health_of_server(instance.server))
 
     def order(self, decision: Decision) -> list[Instance]:
         """Return the instances in the order to try: strategy first, cooling ones last."""
@@ -5339,123 +5508,59 @@ class Upstreams:
             self.turns[decision.route] += 1
             instances = instances[turn:] + instances[:turn]
         elif decision.strategy == "least_busy":
-            instances.sort(key=lambda i: sum(h.busy for h in self.known(i.server)))
+            instances.sort(key=self.requests_running)
         now = time.monotonic()
-        return sorted(instances, key=lambda i: max(self.state(i).cool_until - now, 0.0))
+        # The sort is stable: those that are well stay in their order.
+        return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
 
-    def is_cooling(self, server: Server) -> bool:
-        """Tell whether the server could not be reached a moment ago."""
-        now = time.monotonic()
-        return any(h.cool_until > now and not h.reached for h in self.known(server))
+    # Requests.
 
-    def context(self, server: Server) -> ssl.SSLContext | None:
-        """Return how to speak TLS with a server, None for plain http."""
-        if server.url.scheme != "https":
-            return None
-        if server.verify not in self.contexts:
-            context = ssl.create_default_context()
-            if not server.verify:
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            self.contexts[server.verify] = context
-        return self.contexts[server.verify]
+    async def send_request(self, server: Server, method: str, message: bytes) -> UpstreamResponse:
+        """Send a request, head and content, and return the response once its head is there.
 
-    async def connect(self, server: Server) -> Connection:
-        """Open a connection. Raises BadGateway or GatewayTimeout."""
-        loop, url, context = asyncio.get_running_loop(), server.url, self.context(server)
-        seconds = self.settings.connect_timeout
-        opening = asyncio.ensure_future(
-            loop.create_connection(
-                lambda: Connection(self.batch),
-                url.host,
-                url.port,
-                ssl=context,
-                happy_eyeballs_delay=None if is_address(url.host) else 0.25,
-                server_hostname=url.host if context else None,
-            )
-        )
-        try:  # not wait_for: up to Python 3.11 it may lose a cancellation, or the connection
-            await asyncio.wait([opening], timeout=seconds)
-            if not opening.done():
-                raise GatewayTimeout(f"no connection within {seconds:g} s (CONNECT_TIMEOUT)")
-            return opening.result()[1]
-        except (asyncio.CancelledError, GatewayTimeout):
-            opening.cancel()
-            opening.add_done_callback(drop_connection)
-            raise
-        except (OSError, ValueError) as error:
-            raise BadGateway(describe(error)) from None
+        Raises BadGateway or GatewayTimeout.
+        """
+        connection = self.pool.take_idle(server)
+        if connection is not None:
+            octets_before = connection.received_octets
+            try:
+                return await self.send_on(connection, server, method, message)
+            except GatewayTimeout:
+                raise
+            except BadGateway:
+                # With no octet of an answer the server had closed the idle connection.
+                if connection.received_octets > octets_before:
+                    raise
+        connection = await self.pool.connect(server)
+        return await self.send_on(connection, server, method, message)
 
-    def take(self, server: Server) -> Connection | None:
-        """Return an idle connection that is still good, None without one."""
-        connections = self.idle.get((server.url, server.verify), [])
-        while connections:
-            connection = connections.pop()
-            connection.ignore_disconnect()
-            if not (connection.received or connection.ended or connection.failure):
-                return connection
-            connection.abort()
-        return None
-
-    def keep(self, server: Server, connection: Connection) -> None:
-        """Keep a connection for the next request."""
-        connections = self.idle.setdefault((server.url, server.verify), [])
-        if len(connections) >= LIMITS.idle_connections or not connection.is_flushed():
-            connection.close()
-            return
-
-        def gone() -> None:
-            if connection in connections:
-                connections.remove(connection)
-            connection.abort()
-
-        connection.set_deadline(LIMITS.idle_connection_timeout, IDLE_TOO_LONG)
-        connection.on_disconnect = gone
-        connections.append(connection)
-
-    def close(self) -> None:
-        """Close every idle connection."""
-        for connections in self.idle.values():
-            while connections:
-                connections.pop().close()
-
-    async def send(self, server: Server, method: str, data: bytes) -> UpstreamResponse:
-        """Send a request; a reused connection that is dead is replaced once, silently."""
-        connection = self.take(server)
-        if connection:
-            with contextlib.suppress(ConnectionAbortedError):
-                return await self.converse(connection, server, method, data, reused=True)
-        connection = await self.connect(server)
-        return await self.converse(connection, server, method, data, reused=False)
-
-    async def converse(
-        self, connection: Connection, server: Server, method: str, data: bytes, reused: bool
+    async def send_on(
+        self, connection: Connection, server: Server, method: str, message: bytes
     ) -> UpstreamResponse:
-        """Write a request, read the head of its answer; close the connection on failure."""
-        answer, octets = None, connection.received_octets
+        """Write a request to a connection and read the head of its response.
+
+        Whatever fails, or the task that ends meanwhile, closes the connection.
+        """
         connection.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
-        connection.write(data)
+        connection.write(message)
+        response = None
         try:
-            head = await self.read_head(connection)
-            answer = UpstreamResponse(
-                head, connection, method, functools.partial(self.keep, server)
-            )
-            return answer
-        except GatewayTimeout:
+            head = await self.read_response_head(connection)
+            framing = head.framing(method)
+            response = UpstreamResponse(head, framing, connection, server, self.pool)
+            return response
+        except BadGateway:
             raise
         except (OSError, RouterError) as error:
-            if reused and connection.received_octets == octets:
-                raise ConnectionAbortedError from None
-            if isinstance(error, BadGateway):
-                raise
             raise BadGateway(f"no valid answer: {describe(error)}") from None
         finally:
-            if answer is None:
+            if response is None:
                 connection.abort()
 
-    async def read_head(self, connection: Connection) -> ResponseHead:
-        """Return the final response's head; interim ones are passed over."""
-        for _ in range(LIMITS.interim_responses + 1):
-            data = await connection.read_head(LIMITS.response_head)
+    async def read_response_head(self, connection: Connection) -> ResponseHead:
+        """Return the head of the final response; interim ones (1xx) are passed over."""
+        for _ in range(self.limits.interim_responses + 1):
+            data = await connection.read_head(self.limits.response_head)
             if data is None:
                 raise BadGateway("it closed the connection without an answer")
             head = parse_response_head(data)
@@ -5463,60 +5568,94 @@ class Upstreams:
                 return head
             if head.status == 101:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
-        raise MalformedMessage(f"more than {LIMITS.interim_responses} interim responses")
+        raise MalformedMessage(f"more than {self.limits.interim_responses} interim responses")
 
 
-def fetch_models(connection: Any, server: Server, authorization: str | None) -> list[Any]:
-    """ParsedRequest a server for its models (blocking). Raises OSError or ValueError."""
+# --- lists of models --------------------------------------------------------------------
+# Clients ask for the list of models whenever they show a menu; servers are asked at most once
+# a minute, each in a thread by http.client: these calls are few, and a server that is slow
+# with its list must not hold up the event loop. The last list of a server that is gone
+# counts for ten minutes.
+
+
+def fetch_models(
+    connection: Any, server: Server, authorization: str | None, limits: Limits
+) -> list[dict[str, Any]]:
+    """Ask a server for its models (blocking). Raises OSError or ValueError."""
     import http.client
 
     fields = {"Accept": "application/json", **dict(server.headers)}
-    key = f"Bearer {server.api_key}" if server.api_key else authorization
-    if key:
-        fields["Authorization"] = key
+    credentials = f"Bearer {server.api_key}" if server.api_key else authorization
+    if credentials:
+        fields["Authorization"] = credentials
     try:
         connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
         response = connection.getresponse()
-        content = response.read(LIMITS.model_list_size)
-        doc = parse_object(content)
-        check_json_size(content.decode("utf-8", "replace"), math.inf)
-    except RouterError:  # it could not be written again
-        doc = None
-    except (http.client.HTTPException, AttributeError) as error:  # or it was shut down
+        content = response.read(limits.model_list_size)
+    except (http.client.HTTPException, AttributeError) as error:
+        # AttributeError: it was shut down, as it took too long, and its socket is gone.
         raise OSError(describe(error)) from None
     finally:
         connection.close()
     if response.status >= 400:
         raise ValueError(f"/v1/models answered {response.status}")
-    if doc is None:
+    document = parse_object(content, limits)
+    try:
+        # A list that is deeper could not be written again for the client.
+        check_json_size(content.decode("utf-8", "replace"), math.inf, limits)
+    except RouterError:
+        document = None
+    if document is None:
         raise ValueError(
-            f"/v1/models answered no JSON object of at most {LIMITS.model_list_size} "
-            f"bytes and {LIMITS.json_depth} levels"
+            f"/v1/models answered no JSON object of at most {limits.model_list_size} "
+            f"bytes and {limits.json_depth} levels"
         )
-    models = doc.get("data") if isinstance(doc.get("data"), list) else []
+    models = document.get("data")
+    if not isinstance(models, list):
+        return []
     return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
 
 
-def start_fetch(*asked: Any) -> asyncio.Future[list[Any]]:
-    """Run fetch_models in a thread of its own, which never delays others or the exit."""
+def fetch_in_thread(
+    connection: Any, server: Server, authorization: str | None, limits: Limits
+) -> asyncio.Future[list[dict[str, Any]]]:
+    """Run `fetch_models` in a thread of its own, which never delays others or the exit."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[Any]] = loop.create_future()
+    future: asyncio.Future[list[dict[str, Any]]] = loop.create_future()
 
-    def settle(models: list[Any], error: Exception | None) -> None:
-        if not future.done():
-            future.set_exception(error) if error else future.set_result(models)
+    def set_outcome(models: list[dict[str, Any]], error: Exception | None) -> None:
+        # Nobody may wait for it any more.
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(models)
 
     def run() -> None:
-        models, failure = [], None
+        models: list[dict[str, Any]] = []
+        failure = None
         try:
-            models = fetch_models(*asked)
+            models = fetch_models(connection, server, authorization, limits)
         except (OSError, ValueError) as error:
             failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, models, failure)
+        # RuntimeError: the loop is closed, the router has ended.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(set_outcome, models, failure)
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+# A list belongs to a server's URL and to a hash of the credentials it was asked with.
+ModelListKey = tuple[str, str]
+
+
+class ModelList(NamedTuple):
+    """The models that a server listed, and when, on the monotonic clock."""
+
+    fetched_at: float
+    models: list[dict[str, Any]]
 
 
 class ModelLists:
@@ -5524,59 +5663,70 @@ class ModelLists:
 
     def __init__(self, upstreams: Upstreams) -> None:
         self.upstreams = upstreams
-        self.known: dict[tuple[str, str], tuple[float, list[dict[str, Any]]]] = {}
-        self.asking: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self.turns = asyncio.Semaphore(LIMITS.model_list_fetches)
+        self.limits = upstreams.limits
+        self.lists: dict[ModelListKey, ModelList] = {}
+        self.refreshing: dict[ModelListKey, asyncio.Task[None]] = {}
+        self.fetch_permits = asyncio.Semaphore(self.limits.model_list_fetches)
 
-    async def get(self, server: Server, authorization: str | None) -> list[Any] | None:
+    async def get(self, server: Server, authorization: str | None) -> list[dict[str, Any]] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
-        secret = server.api_key or authorization or ""
-        key = str(server.url), hashlib.sha256(secret.encode()).hexdigest()
-        asked, models = self.known.get(key, (-LIMITS.model_list_kept, None))
-        age = time.monotonic() - asked
-        if age > LIMITS.model_list_kept:
-            models = None
-        if age > LIMITS.model_list_fresh and not self.upstreams.is_cooling(server):
-            if key not in self.asking:
-                self.asking[key] = asyncio.create_task(self.refresh(key, server, authorization))
-            if models is None:
-                await asyncio.wait([self.asking[key]], timeout=LIMITS.model_list_timeout)
-                models = self.known.get(key, (0.0, None))[1]
+        credentials = server.api_key or authorization or ""
+        key = str(server.url), hashlib.sha256(credentials.encode()).hexdigest()
+        models = None
+        age = math.inf
+        if key in self.lists:
+            age = time.monotonic() - self.lists[key].fetched_at
+        if age <= self.limits.model_list_kept:
+            models = self.lists[key].models
+        if age <= self.limits.model_list_fresh or self.upstreams.is_cooling(server):
+            return models
+        if key not in self.refreshing:
+            self.refreshing[key] = asyncio.create_task(self.refresh(key, server, authorization))
+        # An old list will do for now; without one the client has to wait.
+        if models is None:
+            await asyncio.wait([self.refreshing[key]], timeout=self.limits.model_list_timeout)
+            if key in self.lists:
+                models = self.lists[key].models
         return models
 
-    async def refresh(
-        self, key: tuple[str, str], server: Server, authorization: str | None
-    ) -> None:
-        """ParsedRequest a server and keep its answer; a failure leaves the last one."""
-        import http.client  # 12 ms and 2 MB, which the start can do without
-
-        health = self.upstreams.state(Instance(server))
-        context = self.upstreams.context(server)
-        place = server.url.host, server.url.port
-        connection = http.client.HTTPConnection(*place, timeout=LIMITS.model_list_timeout)
-        if context:
-            connection = http.client.HTTPSConnection(
-                *place, timeout=LIMITS.model_list_timeout, context=context
-            )
+    async def refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
+        """Ask a server and keep its list; a failure leaves the last one."""
+        health = self.upstreams.health_of(Instance(server))
+        connection = self.open_connection(server)
+        timeout = self.limits.model_list_timeout
         try:
-            async with self.turns:
-                asking = start_fetch(connection, server, authorization)
-                models = await asyncio.wait_for(asking, LIMITS.model_list_timeout)
+            async with self.fetch_permits:
+                fetching = fetch_in_thread(connection, server, authorization, self.limits)
+                models = await asyncio.wait_for(fetching, timeout)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
         except ValueError as error:
-            health.succeed()  # it can be reached, but has no list for us
+            # It can be reached, but has no list for us.
+            health.succeed()
             health.error = str(error)
         else:
             health.succeed()
-            if len(self.known) >= LIMITS.model_lists and key not in self.known:
-                del self.known[next(iter(self.known))]
-            self.known[key] = time.monotonic(), models
+            if key not in self.lists and len(self.lists) >= self.limits.model_lists:
+                del self.lists[next(iter(self.lists))]
+            self.lists[key] = ModelList(time.monotonic(), models)
         finally:
-            del self.asking[key]
+            del self.refreshing[key]
+            # A thread that still reads has to end.
             with contextlib.suppress(OSError):
-                if connection.sock:  # a thread that still reads must end
+                if connection.sock:
                     connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def open_connection(self, server: Server) -> Any:
+        """Return a connection of http.client's to a server; it connects with its request."""
+        # Importing it takes 12 ms and 2 MB, which the start can do without.
+        import http.client
+
+        host, port = server.url.host, server.url.port
+        timeout = self.limits.model_list_timeout
+        tls_context = self.upstreams.pool.tls_context(server)
+        if tls_context is None:
+            return http.client.HTTPConnection(host, port, timeout=timeout)
+        return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
 
 
 def model_entry(name: str) -> dict[str, Any]:
@@ -5584,31 +5734,44 @@ def model_entry(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "smolrouter"}
 
 
-async def list_models(
-    lists: ModelLists, table: RoutingTable, authorization: str | None
+def merge_models(
+    own_names: Iterable[str], lists: Iterable[tuple[Server, list[dict[str, Any]]]]
 ) -> list[dict[str, Any]]:
-    """Return all models, own names first; one that several servers have is pinned to each."""
-    servers = table.all_servers()
-    answers = await asyncio.gather(*(lists.get(s, authorization) for s in servers))
-    own = [*table.aliases, *(key for key, _ in table.model_map if isinstance(key, str))]
-    models = {name: model_entry(name) for name in own}
+    """Return all models, own names first; one that several servers have is pinned to each.
+
+    ('fast',), (a, [m]), (b, [m])  ->  fast, m, 'm [a]', 'm [b]'; `m` is the first server's entry.
+    """
+    models = {name: model_entry(name) for name in own_names}
     holders: dict[str, list[tuple[Server, dict[str, Any]]]] = {}
-    for server, answer in zip(servers, answers, strict=True):
-        for model in answer or ():
-            holders.setdefault(model["id"], []).append((server, model))
+    for server, entries in lists:
+        for entry in entries:
+            holders.setdefault(entry["id"], []).append((server, entry))
     for name, places in holders.items():
         models.setdefault(name, places[0][1])
-        for server, model in places if len(places) > 1 else ():
-            pinned = f"{name} [{server.name}]"
-            models[pinned] = {**model, "id": pinned}
-    if not models and all(answer is None for answer in answers):
-        reasons = [lists.upstreams.state(Instance(server)).error for server in servers]
-        names = ", ".join(
-            f"{server.name} ({server.url}): {reason or 'no answer yet'}"
-            for server, reason in zip(servers, reasons, strict=True)
-        )
-        raise BadGateway(f"no server could be asked for its models: {names}")
+        if len(places) == 1:
+            continue
+        for server, entry in places:
+            pinned_name = f"{name} [{server.name}]"
+            models[pinned_name] = {**entry, "id": pinned_name}
     return list(models.values())
+
+
+async def list_models(
+    model_lists: ModelLists, table: RoutingTable, authorization: str | None
+) -> list[dict[str, Any]]:
+    """Return the models of all servers. Raises BadGateway when there is not a single name."""
+    servers = table.all_servers()
+    answers = await asyncio.gather(*(model_lists.get(s, authorization) for s in servers))
+    mapped_names = [pattern for pattern, _ in table.model_map if isinstance(pattern, str)]
+    own_names = [*table.aliases, *mapped_names]
+    if not own_names and all(answer is None for answer in answers):
+        reasons = []
+        for server in servers:
+            reason = model_lists.upstreams.health_of(Instance(server)).error or "no answer yet"
+            reasons.append(f"{server.name} ({server.url}): {reason}")
+        raise BadGateway(f"no server could be asked for its models: {', '.join(reasons)}")
+    listed = zip(servers, answers, strict=True)
+    return merge_models(own_names, [(server, answer or []) for server, answer in listed])
 
 
 # ======================================================================================
@@ -7096,7 +7259,7 @@ class Exchange:
 
     def enter(self, instance: Instance) -> Candidate:
         """Make an instance the one that is asked now."""
-        candidate = Candidate(instance, self.dialect, self.context.upstreams.state(instance))
+        candidate = Candidate(instance, self.dialect, self.context.upstreams.health_of(instance))
         self.resume(candidate)
         return candidate
 
@@ -7145,7 +7308,7 @@ class Exchange:
         """
         head = response.head
         most = self.context.limits.buffered_error
-        if head.status >= 400 and len(await response.hold()) > most:
+        if head.status >= 400 and len(await response.buffer_error()) > most:
             raise BadGateway(f"an error answer over {most} bytes")
         if head.status != 200 or self.request.head.method == "HEAD":
             return
@@ -7153,15 +7316,15 @@ class Exchange:
         form = None if read_coding(head.fields) else EVENT_FORMATS.get(head.media_type)
         size = 0
         tail = b""
-        while piece := await response.peek():
+        while piece := await response.read_ahead():
             size += len(piece)
             # An event's end is at most four octets long, and may be split anywhere.
             tail = tail[-3:] + piece
             if form is None or form.end.search(tail) or size > self.context.limits.buffered_event:
                 return
         # The answer is over. One event without its end may be all that the server had to say.
-        closed = response.content.framing is UNTIL_CLOSE
-        if form is None or not is_last_event(form, b"".join(response.held), closed):
+        events = b"".join(response.buffered)
+        if form is None or not is_last_event(form, events, response.ends_by_close):
             raise BadGateway("it ended before its first event or byte")
 
     async def attempt(self, candidate: Candidate) -> UpstreamResponse:
@@ -7179,7 +7342,7 @@ class Exchange:
         response = await self.send(candidate, path)
         if not candidate.hide_usage or response.head.status not in (400, 422):
             return response
-        if b"stream_options" not in await response.hold():
+        if b"stream_options" not in await response.buffer_error():
             return response
         response.close()
         candidate.hide_usage = False
@@ -7214,7 +7377,9 @@ class Exchange:
             lines += f"Content-Length: {len(content)}\r\n"
         target = f"{server.url.prefix}{path}{parsed.query}"
         head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
-        candidate.response = await self.context.upstreams.send(server, method, head + content)
+        candidate.response = await self.context.upstreams.send_request(
+            server, method, head + content
+        )
         return candidate.response
 
     def request_lines(self, candidate: Candidate) -> str:
@@ -7289,7 +7454,7 @@ class Exchange:
         response = self.candidate.response
         self.record.response_fields = response.head.fields
         self.transform, self.inflater = self.choose_transform()
-        await response.pump(self.forward, self.writer)
+        await response.pump(self.forward, self.writer.connection)
         tail = b""
         inflater = self.inflater
         # A content that ends before the first octet of its coding is empty, and that is whole.
@@ -7298,7 +7463,7 @@ class Exchange:
         transform = self.transform
         if transform:
             try:
-                tail = transform.finish(response.content.framing is UNTIL_CLOSE)
+                tail = transform.finish(response.ends_by_close)
             except ODD_SHAPES as error:
                 raise odd_answer(error) from error
             self.conclude(transform)
@@ -8058,7 +8223,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
     model_lists = await asyncio.gather(*fetching)
     documents = []
     for server, models in zip(servers, model_lists, strict=True):
-        instances = context.upstreams.known(server)
+        instances = context.upstreams.health_of_server(server)
         url = str(server.url)
         last_hour = await context.log.ask(read_last_hour, url)
         document = {
@@ -9072,7 +9237,7 @@ class Router:
         self.console.print_line(f"draining for at most {settings.shutdown_grace:g} s")
         watcher.cancel()
         await self.server.stop(settings.shutdown_grace, self.hurry)
-        self.context.upstreams.close()
+        self.context.upstreams.pool.close()
         self.context.log.close(settings.shutdown_grace)
         self.console.close()
         return 0
