@@ -6300,11 +6300,13 @@ class BodyFiles:
         """Keep a packed body; a row speaks of it only when it is there. Raises OSError."""
         path = self.path(digest)
         try:
-            path.write_bytes(data)
-        except FileNotFoundError:
-            # The first body of its folder.
+            # The first body of a folder makes it.
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+        except OSError:
+            # On a full disk a part of it is there, which would be taken for the whole.
+            self.pop(digest, None)
+            raise
 
     def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
