@@ -121,7 +121,7 @@ import time
 import traceback
 import urllib.parse
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
@@ -8808,8 +8808,11 @@ SHORT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 def count_places(wanted: int) -> int:
     """Allow this process more files; return for how many clients, two files each, they do."""
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit.
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * wanted + LIMITS.spare_files
     if 0 <= soft < needed:  # no limit is -1
@@ -9002,8 +9005,10 @@ class HTTPServer:
 # ======================================================================================
 # 18  Command line
 # ======================================================================================
-# `serve` is the router; the other commands look at a configuration, ask a running router
-# or show one off. The environment is read in `main`, and nowhere else.
+# `serve` is the router; the other commands look at a configuration, ask a running router or
+# show one off. The environment is read in `main`, and nowhere else. What a command works with
+# is one record, an Invocation. To add a command: a function `run_...(invocation)` whose
+# docstring is its help, its name in COMMANDS, and its own flags in `build_parsers`.
 
 EPILOG = """examples:
   smolrouter.py                                  serve with the settings of the environment
@@ -9013,76 +9018,83 @@ EPILOG = """examples:
   smolrouter.py export --since 7d --format csv   print what was logged
   smolrouter.py demo                             see it work; needs nothing else
 """
-
-
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
-
-def return_memory() -> None:
-    """Return what was freed to the system, where the C library has to be told."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        library = ctypes.CDLL(None)
-        library.mallopt(-3, MiB)  # M_MMAP_THRESHOLD: what is longer leaves no hole
-        library.mallopt(-1, 4 * MiB)  # M_TRIM_THRESHOLD: keep that much for the next answers
-        library.malloc_trim(0)
+# Threads that look up names of servers. One that hangs takes its thread for up to a minute.
+LOOKUP_THREADS = 32
+# Seconds for which the thread of the log may keep the relay waiting.
+SWITCH_INTERVAL = 0.001
 
 
 class Console:
-    """Writes lines to stderr from a thread; drops them when nobody reads."""
+    """Writes lines to stderr from a thread; drops them when nobody reads.
+
+    A terminal that is stopped, or a pipe that is full, must not hold up the router.
+    """
 
     MAX_LINES = 10_000
+    INTERVAL = 0.05
 
     def __init__(self) -> None:
         self.lines: collections.deque[str] = collections.deque(maxlen=self.MAX_LINES)
-        self.wake = threading.Event()
+        self.news = threading.Event()
         self.open = True
         self.thread = threading.Thread(target=self.run, name="console", daemon=True)
         self.thread.start()
 
     def print_line(self, text: str) -> None:
-        """Queue a line; control characters become `?`."""
+        """Queue a line; control characters become `?`, or a model's name could clear the screen."""
         self.lines.append(CONTROL.sub("?", text))
-        if not self.wake.is_set():
-            self.wake.set()
+        if not self.news.is_set():
+            self.news.set()
 
     def run(self) -> None:
         """Write what is queued, a few times a second."""
         while self.open or self.lines:
-            self.wake.wait()
+            self.news.wait()
             if self.open:
-                time.sleep(0.05)
-            self.wake.clear()
+                time.sleep(self.INTERVAL)
+            self.news.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
-            with contextlib.suppress(OSError, ValueError):
-                if lines:
-                    sys.stderr.write("\n".join(lines) + "\n")
-                    sys.stderr.flush()
+            if not lines:
+                continue
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write("\n".join(lines) + "\n")
+                sys.stderr.flush()
 
     def close(self) -> None:
         """Write what is left and end the thread."""
         self.open = False
-        self.wake.set()
+        self.news.set()
         self.thread.join(1.0)
 
 
+# --- the routing file on disk -----------------------------------------------------------
+
+
 class RoutesFile:
-    """The routing file on disk: reads it, and knows when it has changed."""
+    """The routing file: reads it, and knows when it has changed."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], named: bool) -> None:
-        self.settings, self.environ, self.named = settings, environ, named
+        self.settings = settings
+        self.environ = environ
+        # Somebody has set its name: then it has to be there.
+        self.named = named
         self.path = pathlib.Path(settings.routes_config)
-        self.seen: tuple[int, ...] | None = None
-        self.changed()
+        self.fingerprint = self.read_fingerprint()
 
-    def changed(self) -> bool:
-        """Tell whether the file is another one than at the last look."""
-        before, self.seen = self.seen, None
-        with contextlib.suppress(OSError):
+    def read_fingerprint(self) -> tuple[int, ...] | None:
+        """Return what tells one state of the file from another, None when there is none."""
+        try:
             status = self.path.stat()
-            self.seen = status.st_mtime_ns, status.st_size, status.st_ino
-        return before != self.seen
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def has_changed(self) -> bool:
+        """Tell whether the file is another one than when this was asked last."""
+        before = self.fingerprint
+        self.fingerprint = self.read_fingerprint()
+        return before != self.fingerprint
 
     def load(self) -> RoutingTable:
         """Read the table. Raises ConfigError."""
@@ -9099,48 +9111,106 @@ class RoutesFile:
 
 def table_warnings(table: RoutingTable) -> Iterator[str]:
     """Yield what a table says that is allowed, and hardly meant."""
-    yield from (server.warning for server in table.servers.values() if server.warning)
-    exact = [(rule.name, rule.model) for rule in table.rules] + [
-        ("MODEL_MAP", key) for key, _ in table.model_map
-    ]
-    for name, model in exact:
-        if isinstance(model, str) and "*" in model:
-            yield f"{name}: {model!r} is an exact name; a pattern is written /^gpt-/"
+    for server in table.servers.values():
+        if server.warning:
+            yield server.warning
+    named_patterns = [(rule.name, rule.model) for rule in table.rules]
+    named_patterns += [("MODEL_MAP", pattern) for pattern, _ in table.model_map]
+    for name, pattern in named_patterns:
+        if isinstance(pattern, str) and "*" in pattern:
+            yield f"{name}: {pattern!r} is an exact name; a pattern is written /^gpt-/"
     for rule in table.rules[:-1]:
         if rule.model is None and rule.source_hosts is None:
             yield f"{rule.name} matches everything: what stands behind it is never reached"
 
 
+def count_things(things: Sized, singular: str, plural: str) -> str:
+    """Return how many there are: '1 server', '2 servers'."""
+    return f"{len(things)} {singular if len(things) == 1 else plural}"
+
+
 def describe_table(table: RoutingTable) -> list[str]:
     """Return what a routing table holds, where the rest goes, and its warnings."""
-    counted = (
-        (table.servers, "server", "servers"),
-        (table.aliases, "alias", "aliases"),
-        (table.rules, "route", "routes"),
-        (table.model_map, "mapped name", "mapped names"),
+    counts = (
+        count_things(table.servers, "server", "servers"),
+        count_things(table.aliases, "alias", "aliases"),
+        count_things(table.rules, "route", "routes"),
+        count_things(table.model_map, "mapped name", "mapped names"),
     )
-    held = [f"{len(things)} {one if len(things) == 1 else more}" for things, one, more in counted]
     return [
-        f"routes: {table.source or 'no routing file'}: {', '.join(held)}",
+        f"routes: {table.source or 'no routing file'}: {', '.join(counts)}",
         f"the rest goes to {table.default.url}",
         *(f"warning: {words}" for words in table_warnings(table)),
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """What a command works with."""
+
+    settings: Settings
+    # Which settings somebody has set, where and to what.
+    given: Mapping[str, GivenSetting]
+    routes: RoutesFile
+    limits: Limits
+    # The flags of the command itself, such as `model` and `source_host` of `explain`.
+    options: argparse.Namespace
+
+    def warnings(self) -> list[str]:
+        """Return what is allowed in the settings, and hardly meant."""
+        if "default_upstream" not in self.given:
+            return []
+        words = url_warning(*self.given["default_upstream"])
+        return [f"warning: {words}"] if words else []
+
+
+# --- serve ------------------------------------------------------------------------------
+
+
+def return_memory() -> None:
+    """Return what was freed to the system, where the C library has to be told (glibc)."""
+    with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        # M_MMAP_THRESHOLD: what is longer stands alone and leaves no hole.
+        library.mallopt(-3, MiB)
+        # M_TRIM_THRESHOLD: so much is kept for the next answers.
+        library.mallopt(-1, 4 * MiB)
+        library.malloc_trim(0)
+
+
+def tune_collector() -> None:
+    """Let Python look for garbage in cycles less often, and not at all in what stays."""
+    gc.collect()
+    gc.freeze()
+    # Rows that wait for the log are many and young, and hardly anything here makes a cycle.
+    gc.set_threshold(20_000, 20, 20)
+
+
+def handle_signal(name: str, handler: Callable[[], None]) -> None:
+    """Call a handler in the event loop whenever a signal comes, if this system has it."""
+    number = getattr(signal, name, None)
+    if number is None:
+        return
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(number, handler)
+    except NotImplementedError:
+        # On Windows the loop has no signals of its own.
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(handler))
+
+
 class Router:
     """The whole program, running: started and stopped by the command line."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        routes: RoutesFile,
-        warnings: Sequence[str],
-        limits: Limits,
-        dashboard_file: str = "",
-    ) -> None:
+    def __init__(self, invocation: Invocation) -> None:
+        settings = invocation.settings
+        limits = invocation.limits
         self.settings = settings
-        self.routes = routes
-        self.warnings = warnings
+        self.limits = limits
+        self.routes = invocation.routes
+        self.warnings = invocation.warnings()
         self.console = Console()
         # Set by the first signal, and by the second one.
         self.ended = asyncio.Event()
@@ -9149,21 +9219,21 @@ class Router:
         self.context = Context(
             settings=settings,
             limits=limits,
-            table=routes.load(),
+            table=self.routes.load(),
             upstreams=upstreams,
             model_lists=ModelLists(upstreams),
             log=RequestLog(settings, limits, self.console.print_line),
             token_guard=TokenGuard(settings.jwt_secret, limits),
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
-            dashboard_file=dashboard_file,
+            dashboard_file=invocation.options.dashboard,
         )
         self.server = HTTPServer(Application(self.context))
 
     def reload(self) -> None:
         """Take a changed routing file; a bad one leaves the old table in force."""
-        self.routes.changed()
+        self.routes.has_changed()
         try:
-            if self.routes.seen is None and self.context.table.source:
+            if self.routes.fingerprint is None and self.context.table.source:
                 raise ConfigError(f"{self.routes.path} is gone")
             self.context.table = self.routes.load()
         except ConfigError as error:
@@ -9176,10 +9246,11 @@ class Router:
 
     async def watch(self) -> None:
         """Look at the routing file every two seconds; give memory back after requests."""
-        log, last_id = self.context.log, 0
+        log = self.context.log
+        last_id = 0
         while True:
-            await asyncio.sleep(LIMITS.reload_interval)
-            if self.routes.changed():
+            await asyncio.sleep(self.limits.reload_interval)
+            if self.routes.has_changed():
                 self.reload()
             if log.last_id != last_id:
                 last_id = log.last_id
@@ -9193,124 +9264,140 @@ class Router:
 
     def announce(self, port: int) -> None:
         """Print where the router listens and what it does."""
-        settings, host = self.settings, self.settings.listen_host.strip("[]")
+        settings = self.settings
+        host = settings.listen_host.strip("[]")
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        printed = "not printed" if is_quiet(settings) else "printed to stderr"
+        kept = "not stored"
+        if settings.enable_logging:
+            kept = f"kept in {settings.db_path} for {settings.max_log_age_days:g} days"
+        policies = f"Web UI: {settings.webui_security}; API: {settings.api_security}"
         secret = "JWT_SECRET is set" if settings.jwt_secret else "no JWT_SECRET"
-        printed = "not printed" if is_quiet(self.settings) else "printed to stderr"
-        kept = f"kept in {settings.db_path} for {settings.max_log_age_days:g} days"
-        stored = kept if settings.enable_logging else "not stored"
         routes, rest, *warnings = describe_table(self.context.table)
         for line in (
             f"SmolRouter {__version__} listens on http://{place}",
             routes,
             rest,
-            f"log: requests are {printed} and {stored}",
-            f"Web UI: {settings.webui_security}; API: {settings.api_security}; tokens: {secret}",
+            f"log: requests are {printed} and {kept}",
+            f"{policies}; tokens: {secret}",
             *self.warnings,
             *warnings,
         ):
             self.console.print_line(line)
 
-    async def run(self, ready: Callable[[int], None] = lambda port: None) -> int:
-        """Serve until a signal; return the exit status."""
-        settings, loop = self.settings, asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.interrupt)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
+    def listen(self) -> int | None:
+        """Open the port and return it; say why that cannot be, and return None."""
         try:
-            port = self.server.listen()
+            return self.server.listen()
         except OSError as error:
-            place, hint = f"{settings.listen_host}:{settings.listen_port}", ""
+            place = f"{self.settings.listen_host}:{self.settings.listen_port}"
+            hint = ""
             if error.errno == errno.EADDRINUSE:
                 hint = "; choose another LISTEN_PORT (LM Studio uses 1234 too)"
-            self.console.print_line(
-                f"smolrouter: cannot listen on {place}: {describe(error)}{hint}"
-            )
+            words = f"cannot listen on {place}: {describe(error)}{hint}"
+            self.console.print_line(f"smolrouter: {words}")
+            return None
+
+    async def run(self, on_ready: Callable[[int], None] | None = None) -> int:
+        """Serve until a signal; return the exit status. `on_ready` gets the port."""
+        grace = self.settings.shutdown_grace
+        handle_signal("SIGTERM", self.interrupt)
+        handle_signal("SIGINT", self.interrupt)
+        handle_signal("SIGHUP", self.reload)
+        port = self.listen()
+        if port is None:
             self.console.close()
             return 1
-        gc.collect()
-        gc.freeze()  # what is there now stays; the collector need not look at it again
-        gc.set_threshold(20_000, 20, 20)  # nor so often at rows that wait
+        tune_collector()
         return_memory()
         self.announce(port)
-        ready(port)
+        if on_ready:
+            on_ready(port)
         watcher = asyncio.create_task(self.watch())
         await self.ended.wait()
-        self.console.print_line(f"draining for at most {settings.shutdown_grace:g} s")
+        self.console.print_line(f"draining for at most {grace:g} s")
         watcher.cancel()
-        await self.server.stop(settings.shutdown_grace, self.hurry)
+        await self.server.stop(grace, self.hurry)
         self.context.upstreams.pool.close()
-        self.context.log.close(settings.shutdown_grace)
+        self.context.log.close(grace)
         self.console.close()
         return 0
 
 
-def run_serve(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+def run_serve(invocation: Invocation) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop has its own
-    sys.setswitchinterval(0.001)  # s that the relay may have to wait for the log's thread
+    # Until the loop has handlers of its own, SIGTERM does what Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     loop = asyncio.new_event_loop()
-    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(32))  # looks names up
-    router = Router(settings, routes, args.warnings, args.limits, args.dashboard)
-    status = loop.run_until_complete(router.run())
-    os._exit(status)  # the interpreter would wait for a full stderr, or for a dead name server
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUP_THREADS))
+    status = loop.run_until_complete(Router(invocation).run())
+    # A usual exit would wait for the threads: for a full stderr, or for a dead name server.
+    os._exit(status)
 
 
-def run_check(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+# --- looking at a configuration, and at a running router --------------------------------
+
+
+def run_check(invocation: Invocation) -> int:
     """Validate settings and routing file, print the table."""
-    table = routes.load()
-    lines = [*describe_table(table), *args.warnings]
-    lines += [f"  server {s.name}: {s.url} ({s.api})" for s in table.all_servers()]
-    lines += [
-        f"  {alias} ({alias.strategy}): {', '.join(map(str, alias.instances))}"
-        for alias in table.aliases.values()
-    ]
-    lines += [f"  {rule.name}: {rule.match_text} -> {rule.target}" for rule in table.rules]
-    lines += [
-        f"  map {key if isinstance(key, str) else f'/{key.pattern}/'} -> {name}"
-        for key, name in table.model_map
-    ]
+    table = invocation.routes.load()
+    lines = [*describe_table(table), *invocation.warnings()]
+    for server in table.all_servers():
+        lines.append(f"  server {server.name}: {server.url} ({server.api})")
+    for alias in table.aliases.values():
+        instances = ", ".join(str(instance) for instance in alias.instances)
+        lines.append(f"  {alias} ({alias.strategy}): {instances}")
+    for rule in table.rules:
+        lines.append(f"  {rule.name}: {rule.match_text} -> {rule.target}")
+    for pattern, target in table.model_map:
+        words = pattern if isinstance(pattern, str) else f"/{pattern.pattern}/"
+        lines.append(f"  map {words} -> {target}")
     print(*lines, "ok", sep="\n")
     return 0
 
 
-def run_explain(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+def run_explain(invocation: Invocation) -> int:
     """Print every rule tried for a model, and where the request would go."""
-    if not is_address(args.source_host):
-        raise ConfigError(f"--source-host {args.source_host!r}: no IP address")
-    decision = resolve(routes.load(), args.model, args.source_host)
-    tried = [f"  {'+' if step.matched else '-'} {step.rule}: {step.why}" for step in decision.trail]
-    sent = [
-        f"  send {instance.model!r} to {instance.server.name} ({instance.server.url})"
-        for instance in decision.instances
-    ]
-    print(
-        f"{args.model!r} from {args.source_host}",
-        *tried,
-        f"route: {decision.route} ({decision.strategy})",
-        *sent,
-        sep="\n",
-    )
+    model = invocation.options.model
+    source_host = invocation.options.source_host
+    if not is_address(source_host):
+        raise ConfigError(f"--source-host {source_host!r}: no IP address")
+    decision = resolve(invocation.routes.load(), model, source_host)
+    lines = [f"{model!r} from {source_host}"]
+    for step in decision.trail:
+        mark = "+" if step.matched else "-"
+        lines.append(f"  {mark} {step.rule}: {step.why}")
+    lines.append(f"route: {decision.route} ({decision.strategy})")
+    for instance in decision.instances:
+        server = instance.server
+        lines.append(f"  send {instance.model!r} to {server.name} ({server.url})")
+    print(*lines, sep="\n")
     return 0
 
 
-def run_token(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+def run_token(invocation: Invocation) -> int:
     """Print a token."""
-    if settings.jwt_secret is None:
+    secret = invocation.settings.jwt_secret
+    options = invocation.options
+    if secret is None:
         raise ConfigError("JWT_SECRET is not set; set it to what the router has")
-    print(encode_token(settings.jwt_secret, args.subject, time.time(), args.days))
+    print(encode_token(secret, options.subject, time.time(), options.days))
     return 0
 
 
-def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+def run_export(invocation: Invocation) -> int:
     """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
-    given = {name: getattr(args, name) or "" for name in EXPORT_PARAMETERS}
+    options = invocation.options
+    settings = invocation.settings
+    given = {name: getattr(options, name) or "" for name in EXPORT_PARAMETERS}
     try:
-        asked = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
-        store = Store(settings)
-        while asked.get("before", 1):
+        parameters = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
+        store = Store(settings, invocation.limits)
+        # Each page comes with the row before which the next one begins; 0 is the end.
+        while parameters.get("before", 1):
             with reading(store.path) as db:
-                page, asked["before"] = export_page(store, db, asked)
+                page, parameters["before"] = export_page(store, db, parameters)
             sys.stdout.buffer.write(page)
     except BadRequest as error:
         raise ConfigError(f"export: {error}") from None
@@ -9319,11 +9406,14 @@ def run_export(args: argparse.Namespace, settings: Settings, routes: RoutesFile)
     return 0
 
 
-def run_health(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
-    """ParsedRequest a running router whether it is well."""
+def run_health(invocation: Invocation) -> int:
+    """Ask a running router whether it is well."""
     import http.client
 
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.listen_host, settings.listen_host)
+    settings = invocation.settings
+    # Who listens on all addresses can be asked on this machine's own.
+    own_addresses = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = own_addresses.get(settings.listen_host, settings.listen_host)
     connection = http.client.HTTPConnection(host.strip("[]"), settings.listen_port, timeout=3)
     with contextlib.closing(connection):
         try:
@@ -9335,6 +9425,8 @@ def run_health(args: argparse.Namespace, settings: Settings, routes: RoutesFile)
             return 1
     return 0 if response.status == 200 else 1
 
+
+# --- a systemd unit ---------------------------------------------------------------------
 
 UNIT = """[Unit]
 Description=SmolRouter, one address for local language models
@@ -9358,6 +9450,7 @@ UMask=0077
 [Install]
 WantedBy=multi-user.target
 """
+# What the unit may not do, should somebody take the router over: each on a line of its own.
 LOCKS = """DynamicUser=yes LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
 PrivateDevices=yes PrivateTmp=yes PrivateUsers=yes ProtectClock=yes ProtectControlGroups=yes
 ProtectHome=read-only ProtectHostname=yes ProtectKernelLogs=yes ProtectKernelModules=yes
@@ -9366,47 +9459,69 @@ RemoveIPC=yes RestrictNamespaces=yes RestrictRealtime=yes RestrictSUIDSGID=yes
 CapabilityBoundingSet= AmbientCapabilities= RestrictAddressFamilies=AF_INET
 RestrictAddressFamilies=AF_INET6 SystemCallArchitectures=native
 SystemCallFilter=@system-service SystemCallFilter=~@privileged SystemCallFilter=~@resources"""
+# Folders that a unit's own user cannot see: homes, and those that PrivateTmp replaces.
+HIDDEN_FOLDERS = ("/root/", "/home/", "/tmp/")
+# systemd waits so many seconds longer than SHUTDOWN_GRACE before it kills.
+STOP_MARGIN = 4
 
 
-def run_unit(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+def quote_for_systemd(text: object) -> str:
+    """Quote a word of a unit: systemd reads the escapes of JSON, and `%` as its own."""
+    return json.dumps(str(text), ensure_ascii=False).replace("%", "%%")
+
+
+def unit_warnings(settings: Settings, program: Iterable[str]) -> Iterator[str]:
+    """Yield why a unit could not start."""
+    for path in program:
+        if path.startswith(HIDDEN_FOLDERS):
+            yield f"the unit cannot reach {path}; use a copy and a Python under /usr or /opt"
+    port = settings.listen_port
+    if 0 < port < 1024:
+        yield f"the unit may not open port {port}; use one above 1023"
+
+
+def run_unit(invocation: Invocation) -> int:
     """Print a systemd unit for this file and these settings."""
-
-    def quote(text: object) -> str:  # systemd reads the escapes of JSON, and % as its own
-        return json.dumps(str(text), ensure_ascii=False).replace("%", "%%")
-
-    hidden = ("/root/", "/home/", "/tmp/")  # from a unit's own user, and by PrivateTmp
-    warnings = [
-        f"the unit cannot reach {path}; use a copy and a Python under /usr or /opt"
-        for path in (sys.executable, str(args.program))
-        if path.startswith(hidden)
-    ]
-    if 0 < settings.listen_port < 1024:
-        warnings.append(f"the unit may not open port {settings.listen_port}; use one above 1023")
-    print(*(f"warning: {warning}\n" for warning in warnings), sep="", end="", file=sys.stderr)
-    given = {name: text for name, (_, text) in sorted(args.given.items()) if name != "jwt_secret"}
-    if "routes_config" in given:
-        given["routes_config"] = str(pathlib.Path(settings.routes_config).absolute())
-    program = (quote(path).replace("$", "$$") for path in (sys.executable, args.program))
-    lines = [f"Environment={quote(f'{name.upper()}={text}')}" for name, text in given.items()]
-    print(
-        UNIT.format(
-            command=" ".join([*program, "serve"]),
-            environment="\n".join(lines),
-            stop=int(settings.shutdown_grace) + 4,
-            locks="\n".join(LOCKS.split()),
-        ),
-        end="",
+    settings = invocation.settings
+    program = (sys.executable, str(pathlib.Path(__file__).resolve()))
+    for words in unit_warnings(settings, program):
+        print(f"warning: {words}", file=sys.stderr)
+    environment = []
+    for name, (_, text) in sorted(invocation.given.items()):
+        # Anybody may read a unit.
+        if name == "jwt_secret":
+            continue
+        if name == "routes_config":
+            text = str(pathlib.Path(settings.routes_config).absolute())
+        environment.append(f"Environment={quote_for_systemd(f'{name.upper()}={text}')}")
+    command = [quote_for_systemd(path).replace("$", "$$") for path in program]
+    unit = UNIT.format(
+        command=" ".join([*command, "serve"]),
+        environment="\n".join(environment),
+        stop=int(settings.shutdown_grace) + STOP_MARGIN,
+        locks="\n".join(LOCKS.split()),
     )
+    print(unit, end="")
     return 0
 
 
+# --- the demo ---------------------------------------------------------------------------
+# Three pretended model servers on loopback, a router in front of them, and half a minute of
+# requests of all kinds: what a newcomer runs first. It writes to a temporary folder alone.
+
 DEMO_WORDS = "The quick brown fox jumps over the lazy dog and is home before dinner."
 DEMO_THOUGHT = "<think>The user wants a sentence. I will say one about a fox.</think>\n\n"
-DEMO_SERVERS = {  # name: s between two words, behaviour, model
-    "slow-box": (0.3, "", "llama3-70b"),
-    "thinker": (0.05, "thinks", "qwen3-8b"),
-    "broken-box": (0.05, "fails", "llama3-8b"),
-}
+
+
+class DemoRequest(NamedTuple):
+    """A request of the demo, and what it shows in words."""
+
+    path: str
+    model: str
+    stream: bool
+    words: str
+
+
 DEMO_ROUTES = {
     "aliases": {"coding-assistant": {"instances": ["broken-box/llama3-8b", "thinker/qwen3-8b"]}},
     "routes": [
@@ -9414,79 +9529,125 @@ DEMO_ROUTES = {
         {"match": {"model": "/^gpt-/"}, "route": {"upstream": "thinker", "model": "qwen3-8b"}},
     ],
 }
+# fmt: off
 DEMO_REQUESTS = (
-    ("/v1/chat/completions", "gpt-4", True, "a renamed model; its <think> block is taken out"),
-    ("/v1/chat/completions", "coding-assistant", False, "an alias; the first server fails"),
-    ("/api/chat", "llama3-70b", True, "an Ollama client on an OpenAI server, slow"),
-    ("/api/chat", "coding-assistant", False, "an Ollama client and failover"),
-    ("/v1/chat/completions", "llama3-8b", True, "the default upstream"),
+    DemoRequest("/v1/chat/completions", "gpt-4", True, "a renamed model; its <think> block is taken out"),  # noqa: E501
+    DemoRequest("/v1/chat/completions", "coding-assistant", False, "an alias; the first server fails"),  # noqa: E501
+    DemoRequest("/api/chat", "llama3-70b", True, "an Ollama client on an OpenAI server, slow"),
+    DemoRequest("/api/chat", "coding-assistant", False, "an Ollama client and failover"),
+    DemoRequest("/v1/chat/completions", "llama3-8b", True, "the default upstream"),
+)
+# fmt: on
+
+
+def demo_head(model: str) -> dict[str, Any]:
+    """Return what each document of a pretended answer begins with."""
+    return {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
+
+
+def demo_usage(texts: Sequence[str]) -> dict[str, int]:
+    """Return the usage of a pretended answer: a token for each text."""
+    return {
+        "prompt_tokens": 12,
+        "completion_tokens": len(texts),
+        "total_tokens": 12 + len(texts),
+    }
+
+
+def demo_completion(model: str, texts: Sequence[str]) -> bytes:
+    """Return a whole chat answer."""
+    message = {"role": "assistant", "content": "".join(texts)}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return encode_json({**demo_head(model), "choices": [choice], "usage": demo_usage(texts)})
+
+
+def demo_events(model: str, texts: Sequence[str]) -> list[bytes]:
+    """Return the events of a streamed chat answer."""
+    head = demo_head(model)
+    choices: list[dict[str, Any]] = []
+    for text in texts:
+        choices.append({"index": 0, "finish_reason": None, "delta": {"content": text}})
+    choices.append({"index": 0, "finish_reason": "stop", "delta": {}})
+    documents = [{**head, "choices": [choice]} for choice in choices]
+    documents.append({**head, "choices": [], "usage": demo_usage(texts)})
+    return [SSE.encode(data) for data in (*map(encode_json, documents), DONE_MARK)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoServer:
+    """A pretended model server: how it behaves, and the model that it lists."""
+
+    name: str
+    model: str
+    # Seconds between two words.
+    delay: float = 0.05
+    thinks: bool = False
+    fails: bool = False
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request as a model server does, and end the connection."""
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            data = await reader.readuntil(b"\r\n\r\n")
+            head = parse_request_head(data.removesuffix(b"\r\n\r\n"))
+            content = await reader.readexactly(head.framing.length)
+            status, media_type, pieces = self.answer(head.method, json.loads(content or "{}"))
+            start = f"HTTP/1.1 {status}\r\nContent-Type: {media_type}\r\nConnection: close\r\n\r\n"
+            writer.write(start.encode())
+            for piece in pieces:
+                await asyncio.sleep(self.delay)
+                writer.write(piece)
+
+    def answer(self, method: str, document: dict[str, Any]) -> tuple[str, str, list[bytes]]:
+        """Return status, media type and the pieces of the content."""
+        if method == "GET":
+            return "200 OK", "application/json", [encode_json({"data": [{"id": self.model}]})]
+        if self.fails:
+            error = encode_openai_error(Unavailable("the model is being loaded"))
+            return "503 Service Unavailable", "application/json", [error]
+        words = DEMO_WORDS.split()
+        count = 4 + secrets.randbelow(len(words) - 3)
+        texts = [f"{word} " for word in words[:count]]
+        if self.thinks:
+            texts.insert(0, DEMO_THOUGHT)
+        if document.get("stream"):
+            return "200 OK", "text/event-stream", demo_events(document["model"], texts)
+        return "200 OK", "application/json", [demo_completion(document["model"], texts)]
+
+
+DEMO_SERVERS = (
+    DemoServer("slow-box", "llama3-70b", delay=0.3),
+    DemoServer("thinker", "qwen3-8b", thinks=True),
+    DemoServer("broken-box", "llama3-8b", fails=True),
 )
 
 
-def demo_answer(asked: dict[str, Any], thinks: bool) -> list[bytes]:
-    """Return a chat answer in the pieces that a model server sends."""
-    words = DEMO_WORDS.split()
-    said = [f"{word} " for word in words[: 4 + secrets.randbelow(len(words) - 3)]]
-    said = [DEMO_THOUGHT, *said] if thinks else said
-    usage = {"prompt_tokens": 12, "completion_tokens": len(said), "total_tokens": 12 + len(said)}
-    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": asked["model"]}
+def send_demo_request(port: int, request: DemoRequest) -> None:
+    """Send a request through the router and print what came back. Raises OSError."""
+    import http.client
 
-    def answer(reason: str | None, **said: Any) -> dict[str, Any]:
-        return {**head, "choices": [{"index": 0, "finish_reason": reason, **said}]}
-
-    if not asked.get("stream"):
-        message = {"role": "assistant", "content": "".join(said)}
-        return [encode_json({**answer("stop", message=message), "usage": usage})]
-    docs = [answer(None, delta={"content": piece}) for piece in said]
-    docs += [answer("stop", delta={}), {**head, "choices": [], "usage": usage}]
-    return [SSE.encode(data) for data in (*map(encode_json, docs), DONE_MARK)]
-
-
-async def serve_demo(
-    delay: float,
-    behaviour: str,
-    model: str,
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-) -> None:
-    """Answer one request as a model server does, and end the connection."""
-    with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.IncompleteReadError):
-        head = parse_request_head((await reader.readuntil(b"\r\n\r\n"))[:-4])
-        asked = json.loads(await reader.readexactly(head.framing.length) or "{}")
-        status, kind = "200 OK", "text/event-stream" if asked.get("stream") else "application/json"
-        if head.method == "GET":
-            pieces = [encode_json({"data": [{"id": model}]})]
-        elif behaviour == "fails":
-            status, kind = "503 Service Unavailable", "application/json"
-            pieces = [encode_openai_error(Unavailable("the model is being loaded"))]
-        else:
-            pieces = demo_answer(asked, behaviour == "thinks")
-        writer.write(
-            f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n".encode()
-        )
-        for piece in pieces:
-            await asyncio.sleep(delay)
-            writer.write(piece)
+    message = {"role": "user", "content": "Tell me about the fox."}
+    document = {"model": request.model, "messages": [message], "stream": request.stream}
+    fields = {"Content-Type": "application/json"}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as router:
+        router.request("POST", request.path, encode_json(document), fields)
+        response = router.getresponse()
+        served = response.getheader("X-SmolRouter-Model")
+        size = len(response.read())
+    outcome = f"{served}: {response.status}, {size} bytes ({request.words})"
+    print(f"{request.path} {request.model} -> {outcome}", flush=True)
 
 
 def send_demo_requests(port: int, seconds: float) -> None:
-    """Send requests of all kinds through the router and print what came back."""
+    """Send requests of all kinds through the router for a while."""
     import http.client
 
-    messages = [{"role": "user", "content": "Tell me about the fox."}]
     end = time.monotonic() + seconds
-    with contextlib.suppress(OSError, http.client.HTTPException):  # the router has ended
-        for path, model, stream, words in itertools.cycle(DEMO_REQUESTS):
+    # An error: the router has ended.
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        for request in itertools.cycle(DEMO_REQUESTS):
             if time.monotonic() > end:
                 break
-            content = encode_json({"model": model, "messages": messages, "stream": stream})
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as router:
-                router.request("POST", path, content, {"Content-Type": "application/json"})
-                answer = router.getresponse()
-                served, size = answer.getheader("X-SmolRouter-Model"), len(answer.read())
-            print(
-                f"{path} {model} -> {served}: {answer.status}, {size} bytes ({words})", flush=True
-            )
+            send_demo_request(port, request)
             time.sleep(0.5)
         print(
             f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
@@ -9494,26 +9655,35 @@ def send_demo_requests(port: int, seconds: float) -> None:
         )
 
 
-async def serve_demos(args: argparse.Namespace, settings: Settings, folder: pathlib.Path) -> int:
-    """Run the router in front of three upstreams of its own."""
-    servers, urls = {}, {}
-    for name, kind in DEMO_SERVERS.items():
-        serve = functools.partial(serve_demo, *kind)
-        servers[name] = await asyncio.start_server(serve, "127.0.0.1", 0)
-        urls[name] = "http://127.0.0.1:{1}".format(*servers[name].sockets[0].getsockname())
-    (folder / "routes.json").write_bytes(encode_json({"servers": urls, **DEMO_ROUTES}))
+def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.Path) -> Settings:
+    """Return the settings of the demo: its own servers, files and, if need be, port."""
     with socket.socket() as probe:
-        taken = settings.listen_port and not probe.connect_ex(("127.0.0.1", settings.listen_port))
-    settings = dataclasses.replace(
+        port = settings.listen_port
+        is_taken = port and probe.connect_ex(("127.0.0.1", port)) == 0
+    return dataclasses.replace(
         settings,
         default_upstream=parse_upstream_url(urls["thinker"]),
         model_map=(),
         listen_host="127.0.0.1",
-        listen_port=0 if taken else settings.listen_port,
+        listen_port=0 if is_taken else port,
         routes_config=str(folder / "routes.json"),
         db_path=str(folder / "requests.db"),
         blob_storage_path=str(folder / "blobs"),
     )
+
+
+async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
+    """Run the router in front of three upstreams of its own."""
+    listeners = []
+    urls = {}
+    for server in DEMO_SERVERS:
+        listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+        listeners.append(listener)
+        urls[server.name] = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    (folder / "routes.json").write_bytes(encode_json({"servers": urls, **DEMO_ROUTES}))
+    settings = demo_settings(invocation.settings, urls, folder)
+    routes = RoutesFile(settings, {}, named=True)
+    router = Router(dataclasses.replace(invocation, settings=settings, given={}, routes=routes))
 
     def begin(port: int) -> None:
         print(
@@ -9521,21 +9691,22 @@ async def serve_demos(args: argparse.Namespace, settings: Settings, folder: path
             "servers answer: one is slow, one thinks aloud, one fails.",
             flush=True,
         )
-        asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, args.seconds)
+        seconds = invocation.options.seconds
+        asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, seconds)
 
-    routes = RoutesFile(settings, {}, True)
-    router = Router(settings, routes, (), args.limits, args.dashboard)
     return await router.run(begin)
 
 
-def run_demo(args: argparse.Namespace, settings: Settings, routes: RoutesFile) -> int:
+def run_demo(invocation: Invocation) -> int:
     """Show the router at work with three upstreams of its own."""
     import tempfile
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="smolrouter-demo-") as folder:
-        return asyncio.run(serve_demos(args, settings, pathlib.Path(folder)))
+        return asyncio.run(serve_demo(invocation, pathlib.Path(folder)))
 
+
+# --- commands and flags -----------------------------------------------------------------
 
 COMMANDS = (
     run_serve,
@@ -9557,27 +9728,39 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def flag_number(low: float, high: float) -> Callable[[str], float]:
-    """Make a reader of numbers that tells argparse what is allowed."""
+def flag_between(low: float, high: float) -> Callable[[str], float]:
+    """Return a reader of numbers that tells argparse what is allowed."""
+    parse = number_between(low, high, whole=False)
 
-    def parse(text: str) -> float:
+    def parse_flag(text: str) -> float:
         try:
-            return number_between(low, high, whole=False)(text)
+            return parse(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
-    return parse
+    return parse_flag
+
+
+def settings_parser() -> argparse.ArgumentParser:
+    """Return a parser with a flag for every setting; a flag that is not given sets nothing."""
+    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("settings (each is an environment variable too)")
+    for field in dataclasses.fields(Settings):
+        words = f"{field.metadata['help']} ({field.metadata['default'] or 'unset'})"
+        # argparse reads % as its own.
+        words = words.replace("%", "%%")
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            # The flag alone says yes.
+            group.add_argument(flag, metavar="VALUE", help=words, nargs="?", const="true")
+        else:
+            group.add_argument(flag, metavar="VALUE", help=words)
+    return parser
 
 
 def build_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Return the parser, named "", and its commands', with a flag for every setting."""
-    flags = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    group = flags.add_argument_group("settings (each is an environment variable too)")
-    for item in dataclasses.fields(Settings):
-        switch = {"nargs": "?", "const": "true"} if isinstance(item.default, bool) else {}
-        words = f"{item.metadata['help']} ({item.metadata['default'] or 'unset'})"
-        flag = f"--{item.name.replace('_', '-')}"
-        group.add_argument(flag, metavar="VALUE", help=words.replace("%", "%%"), **switch)
+    """Return the parser, named "", and those of its commands by their names."""
+    flags = settings_parser()
     parser = Parser(
         prog="smolrouter",
         parents=[flags],
@@ -9588,47 +9771,51 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
     )
     parser.add_argument("--version", action="version", version=f"SmolRouter {__version__}")
     parser.set_defaults(run=run_serve, dashboard="")
-    commands = parser.add_subparsers(metavar="command")
-    subs = {}
+    subparsers = parser.add_subparsers(metavar="command")
+    commands = {}
     for run in COMMANDS:
-        name, words = run.__name__.removeprefix("run_"), run.__doc__
-        subs[name] = commands.add_parser(
-            name, parents=[flags], help=words, description=words, allow_abbrev=False
+        name = run.__name__.removeprefix("run_")
+        commands[name] = subparsers.add_parser(
+            name, parents=[flags], help=run.__doc__, description=run.__doc__, allow_abbrev=False
         )
-        subs[name].set_defaults(run=run)
-    subs["explain"].add_argument("model", help="the name that a client would ask for")
-    subs["explain"].add_argument("--source-host", default="127.0.0.1", help="the client's address")
-    for name, words in (
-        ("since", "no older than 30m, 24h, 7d"),
-        ("model", "of this model alone"),
-        ("format", "jsonl (default), csv or openai"),
-    ):
-        subs["export"].add_argument(f"--{name}", help=words)
-    subs["token"].add_argument("--subject", required=True, help="whose token it is")
-    subs["token"].add_argument("--days", type=flag_number(0.001, 36500), default=30.0)
-    subs["demo"].add_argument("--seconds", type=flag_number(0, 3600), default=30.0)
-    for command in (parser, subs["serve"], subs["demo"]):
+        commands[name].set_defaults(run=run)
+    explain, export = commands["explain"], commands["export"]
+    explain.add_argument("model", help="the name that a client would ask for")
+    explain.add_argument("--source-host", default="127.0.0.1", help="the client's address")
+    export.add_argument("--since", help="no older than 30m, 24h, 7d")
+    export.add_argument("--model", help="of this model alone")
+    export.add_argument("--format", help="jsonl (default), csv or openai")
+    commands["token"].add_argument("--subject", required=True, help="whose token it is")
+    commands["token"].add_argument("--days", type=flag_between(0.001, 36500), default=30.0)
+    commands["demo"].add_argument("--seconds", type=flag_between(0, 3600), default=30.0)
+    for command in (parser, commands["serve"], commands["demo"]):
         command.add_argument(
             "--dashboard", metavar="FILE", help="serve this page instead", default=argparse.SUPPRESS
         )
-    return {"": parser, **subs}
+    return {"": parser, **commands}
 
 
 def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[str]) -> None:
-    """Refuse a flag that does not exist: argparse takes what follows it for a command."""
-    import difflib  # seldom needed
+    """Refuse a flag that does not exist, with the nearest one. Raises ConfigError.
 
-    usage = parsers[next((word for word in words if word in parsers), "")].format_usage()
-    known = re.findall(r"--?[a-z][a-z-]*", usage)
-    words = [*itertools.takewhile(lambda word: word != "--", words)]
-    given = [
-        word.partition("=")[0]
-        for before, word in itertools.pairwise(["", *words])
-        if re.match("--?[A-Za-z]", word) and before not in known
-    ]  # else it is a value
-    for flag in (flag for flag in given if flag not in known):
-        near = difflib.get_close_matches(flag.lower().replace("_", "-"), known, 1)
-        hint = f"did you mean {near[0]}?" if near else "see smolrouter --help"
+    `--prot 8080`: argparse passes the flag over, and takes 8080 for a command.
+    """
+    # Python takes 4 ms to import it.
+    import difflib
+
+    command = next((word for word in words if word in parsers), "")
+    known_flags = re.findall(r"--?[a-z][a-z-]*", parsers[command].format_usage())
+    previous = ""
+    for word in words:
+        if word == "--":
+            break
+        flag = word.partition("=")[0]
+        is_value = previous in known_flags
+        previous = word
+        if is_value or not re.match("--?[A-Za-z]", word) or flag in known_flags:
+            continue
+        nearest = difflib.get_close_matches(flag.lower().replace("_", "-"), known_flags, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "see smolrouter --help"
         raise ConfigError(f"unknown flag {flag}; {hint}")
 
 
@@ -9638,26 +9825,32 @@ def run_command(
     """Parse the command line and run its command. Raises ConfigError."""
     parsers = build_parsers()
     try:
-        args = parsers[""].parse_args(argv)
+        options = parsers[""].parse_args(argv)
     except ConfigError:
         check_flags(parsers, sys.argv[1:] if argv is None else argv)
         raise
-    args.program = pathlib.Path(__file__).resolve()
-    args.limits = limits
-    args.given = Settings.find_given(environ, vars(args))
-    settings = Settings.from_given(args.given)
-    warning = url_warning(*args.given.get("default_upstream", ("", "http://")))
-    args.warnings = [f"warning: {warning}"] if warning else []
-    routes = RoutesFile(settings, environ, "routes_config" in args.given)
-    status = args.run(args, settings, routes)
+    given = Settings.find_given(environ, vars(options))
+    settings = Settings.from_given(given)
+    routes = RoutesFile(settings, environ, named="routes_config" in given)
+    status = options.run(Invocation(settings, given, routes, limits, options))
     sys.stdout.flush()
     return status
 
 
+def open_standard_streams() -> int:
+    """Give 0, 1 and 2 to /dev/null where they are closed; return one more descriptor of it.
+
+    Otherwise a socket would get such a number, and a stray line of text would go to its client.
+    """
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            return descriptor
+
+
 def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:
     """Run the command line; return the exit status: 0, 1 (failed) or 2 (bad settings)."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # stdin, stdout or stderr was closed: no socket may take its number
+    spare = open_standard_streams()
     try:
         return run_command(argv, dict(os.environ), limits)
     except ConfigError as error:
@@ -9665,7 +9858,8 @@ def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:
         return 2
     except KeyboardInterrupt:
         return 0
-    except BrokenPipeError:  # nobody reads on; the interpreter's own last flush must not fail
+    except BrokenPipeError:
+        # Nobody reads on, and the interpreter's own last flush must not fail.
         os.dup2(spare, 1)
         return 0
     finally:

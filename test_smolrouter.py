@@ -10688,6 +10688,42 @@ def test_modules_in_the_working_folder_are_not_imported(folder: pathlib.Path) ->
     assert "allowed are" in done.stderr
 
 
+# What runs a router on a system that has not got something, such as Windows. The standard
+# library has been imported before: on that system it would do without, too.
+START_WITHOUT = """
+import asyncio, concurrent.futures, sqlite3, ssl, subprocess, sys, tempfile, threading
+del sys.argv[0]
+sys.path.insert(0, {folder!r})
+place, _, name = {missing!r}.rpartition(".")
+if not place:
+    sys.modules[name] = None
+elif place == "loop":
+    loop = type(asyncio.new_event_loop())
+    setattr(loop, name, getattr(asyncio.AbstractEventLoop, name))
+elif hasattr(sys.modules[place], name):
+    delattr(sys.modules[place], name)
+import os, signal
+import smolrouter
+sys.exit(smolrouter.main(sys.argv[1:]))
+"""
+MISSING = [
+    "fcntl", "resource", "ctypes", "signal.SIGHUP", "signal.SIGKILL", "loop.add_signal_handler",
+    "os.umask", "os.execv", "os.fork", "os.kill", "os.geteuid", "os.getuid", "os.fchmod",
+    "os.chmod", "os.set_blocking", "os.sched_setscheduler", "os.memfd_create", "os.writev",
+    "os.statvfs", "os.sync", "os.posix_fadvise", "socket.SO_REUSEPORT",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_it_does_without_what_another_system_has_not(missing: str) -> None:
+    code = START_WITHOUT.format(folder=str(SMOLROUTER.parent), missing=missing)
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url}
+    with Router(settings, python=(sys.executable, "-c", code)) as router:
+        assert post_chat(router, "elsewhere").status == 200
+        assert wait_until(lambda: request(router.port, "GET", "/api/logs").json)
+        assert router.stop() == 0, router.stderr
+
+
 # --- commands -------------------------------------------------------------------------
 
 
