@@ -294,7 +294,7 @@ def raw_response(lines: bytes, content: bytes = b"{}") -> list[Step]:
 def broken_stream(*tail: Step) -> list[Step]:
     """Begin a stream well, with an event that says Hello, and go on with these steps."""
     first = encode_event(completion_events({}, "Hello")[1])
-    return [*stream_response([first], whole=False), 0.02, *tail]
+    return [*stream_response([first], whole=False), 0.1, *tail]
 
 
 CHUNKED_FIELD = b"Transfer-Encoding: chunked"
@@ -2188,7 +2188,7 @@ def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
 
 
 def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
-    """Return the content of some pieces, whether it is at its end and what is left, or a fault."""
+    """Decode pieces: the content, whether it is complete and what follows; or the error's name."""
     decoder, content = smolrouter.ChunkDecoder(), b""
     try:
         for piece in pieces:
@@ -2300,7 +2300,7 @@ CHUNK_BITS = [
 
 
 def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
-    """Read chunked content in one go by other means: content and rest, None when bad."""
+    """Read chunked content by other means than the program's: content and rest, None when bad."""
     content, trailers = b"", False
     while True:
         line, end, rest = data.partition(b"\r\n")
@@ -2445,28 +2445,28 @@ EVIL_CONTENT = b'{"model":"EVIL"}'
 
 
 def with_length(value: bytes, content: bytes = EVIL_CONTENT + SMUGGLED_NEXT) -> bytes:
-    """A request with this Content-Length and another one behind it."""
+    """Make a request with this Content-Length, and another request behind it."""
     return EVIL_HEAD + b"Content-Length: " + value + b"\r\n\r\n" + content
 
 
 def with_coding(line: bytes, more: bytes = b"") -> bytes:
-    """A request with this field line, its chunks and another request behind it."""
+    """Make a request with this field line, content in a chunk, and another request behind it."""
     size = b"%x\r\n%s\r\n0\r\n\r\n" % (len(EVIL_CONTENT), EVIL_CONTENT)
     return EVIL_HEAD + line + b"\r\n" + more + b"\r\n" + size + SMUGGLED_NEXT
 
 
 def with_chunks(body: bytes) -> bytes:
-    """A request whose chunked content is exactly this."""
+    """Make a request whose chunked content is exactly this."""
     return EVIL_HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + body + b"\r\n\r\n"
 
 
 def with_fields(lines: bytes, host: bytes = b"Host: router\r\n") -> bytes:
-    """A request with these field lines."""
+    """Make a request with these field lines."""
     return b"GET /v1/EVIL HTTP/1.1\r\n" + host + lines + b"\r\n"
 
 
 def with_first_line(first: bytes) -> bytes:
-    """A request with this first line."""
+    """Make a request with this request line."""
     return first + b"\r\nHost: router\r\n\r\n"
 
 
@@ -2686,11 +2686,13 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_malformed_request(name: str) -> None:
     data, statuses = MALFORMED[name]
-    mark = f"~{list(MALFORMED).index(name):03}"  # as long as EVIL
+    # The mark is as long as the word EVIL that it replaces: lengths stay what they are.
+    mark = f"~{list(MALFORMED).index(name):03}"
     got = send_raw(default_router().port, data.replace(b"EVIL", mark.encode()), answers=0)
     answers, rest = split_responses(got)
     assert [a.status for a in answers if a.status not in statuses] == []
-    assert (len(answers), rest) == (1, b"")  # and the connection was closed
+    # There is one answer, and the connection was closed after it.
+    assert (len(answers), rest) == (1, b"")
     assert answers[0].get("Connection") == "close"
     assert not default_upstream().requests_for(mark)
     assert request(default_router().port, "GET", "/v1/fine").status == 200
@@ -2732,7 +2734,8 @@ def test_limits_that_must_work() -> None:
     assert [heard[1].get(name) for name, _ in many] == [value for _, value in many]
 
 
-SPLITS = {  # one request each, however somebody may want to read it
+# Fields with which each of these is still one request, however somebody may want to read it.
+SPLITS = {
     "h2c upgrade": [
         ("Upgrade", "h2c"),
         ("HTTP2-Settings", "AAMAAABkAAQAAP__"),
@@ -2952,7 +2955,7 @@ def test_huge_coded_answer_goes_as_it_is() -> None:
 
 @functools.cache
 def bomb() -> bytes:
-    """128 MiB of zeros, which gzip makes small."""
+    """Compress 128 MiB of zeros, which gzip makes very small."""
     packer = zlib.compressobj(1, zlib.DEFLATED, 31)
     piece = bytes(1 << 20)
     return b"".join(packer.compress(piece) for _ in range(128)) + packer.flush()
@@ -3006,7 +3009,8 @@ LONG = [
 @pytest.mark.parametrize("inner", LONG, ids=range(len(LONG)))
 def test_long_json_is_read_as_others_read_it(inner: str) -> None:
     text = f'{{"model": "x", "x": [{inner}]}}'
-    for shift in range(3):  # no cut between two slices may fall into an escape
+    # Long texts are read in slices; no end of a slice may fall into an escape.
+    for shift in range(3):
         padded = " " * shift + text
         assert smolrouter.parse_json(padded.encode()) == (padded, json.loads(text))
     gaps = "".join(smolrouter.outside_strings(text))
@@ -3291,7 +3295,8 @@ def test_many_model_names_in_one_request() -> None:
         "DEFAULT_UPSTREAM": default_upstream().url,
         "MODEL_MAP": '{"/^old-(.*)/": "\\\\1"}',
     }
-    with Router(settings) as router:  # it may freeze
+    # A router of its own, because a fault would freeze it.
+    with Router(settings) as router:
         got = request(router.port, "POST", CHAT, b'{%s"n": 1}' % names)
         assert (got.status, router.stop()) in ((200, 0), (400, 0))
 
@@ -3314,11 +3319,13 @@ def test_number_that_no_double_holds_is_not_written_again(path: str, more: dict)
 def test_number_that_no_double_holds_stays_where_nothing_is_written() -> None:
     body = encode_huge_numbers(chat_document("talk", temperature=1e999, stream=True))
     assert post_json(CHAT, body).status == 200
-    assert last_request().content.startswith(body[:-1])  # `stream_options` is added at its end
+    # `stream_options` is added at the end.
+    assert last_request().content.startswith(body[:-1])
 
 
 TOO_LARGE = {"function": {"name": "f", "arguments": '{"a":1e999}'}}
-HUGE_ANSWERS: Cases = (  # where it is asked, the answer, what of it a client reads
+# A path, the answer of the server, and what a client gets of it.
+HUGE_ANSWERS: Cases = (
     ("/api/embed", {"data": [{"embedding": [1e999, 1]}]}, b"[[null,1]]"),
     ("/api/chat", {"choices": [{"message": {"tool_calls": [TOO_LARGE]}, "finish_reason": "stop"}]},
      b'"arguments":{"a":null}'),
@@ -3449,7 +3456,7 @@ def test_what_ends_a_stream(line: Any, ends: bool) -> None:
 
 
 def stream_until_close(*pieces: bytes) -> list[Step]:
-    """A stream that only the close ends."""
+    """Answer with a stream that only the close ends."""
     return stream_response(pieces, framed=False)
 
 
@@ -3791,7 +3798,8 @@ def test_many_choices_in_one_document() -> None:
     delta = {"delta": {"content": "<think>no</think>yes"}}
     choices = [{"index": n, **message} for n in range(5000)]
     events = [{"choices": [{"index": n, **delta} for n in range(5000)]}, "[DONE]"]
-    with Router({"DEFAULT_UPSTREAM": default_upstream().url}) as router:  # it may freeze
+    # A router of its own, because a fault would freeze it.
+    with Router({"DEFAULT_UPSTREAM": default_upstream().url}) as router:
         model = default_upstream().add_script(json_response({"choices": choices}))
         assert post_chat(router, model).text == "yes" * 5000
         model = default_upstream().add_script(sse_response(events))
@@ -3994,7 +4002,7 @@ def test_usage_of_every_server(said: Any, wanted: Any) -> None:
 
 
 def said_in(document: Any, path: str = "/v1/chat/completions", asked: Any = None) -> list[Any]:
-    """The transcript's messages as role, content, thinking, calls."""
+    """Read a transcript; return role, content, thinking and calls of each message."""
     said = document if isinstance(document, bytes) else encode_json(document)
     talk = smolrouter.read_transcript(path, encode_json(asked or {}), said)
     return [
@@ -4091,7 +4099,8 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
 def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any) -> None:
     said = b"".join(map(encode_event, answer)) if isinstance(answer, list) else answer
     found = said_in(said, path, asked)
-    if what == "two choices":  # in the order in which they began
+    # They stand in the order in which they began, and in the table by their texts.
+    if what == "two choices":
         found.sort()
     assert wanted is None or found == wanted
 
@@ -4180,7 +4189,7 @@ def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
 
 
 def parse_form(heard: Received) -> dict[str, bytes]:
-    """The parts of a form; the last one of a name counts."""
+    """Return the parts of a form by their names; of one name the last part counts."""
     top = f"Content-Type: {heard.get('Content-Type')}\r\n\r\n".encode()
     parts: Any = email.message_from_bytes(top + heard.content).get_payload()
     names = [part.get_param("name", header="Content-Disposition") for part in parts]
@@ -4189,7 +4198,7 @@ def parse_form(heard: Received) -> dict[str, bytes]:
 
 
 def encode_form(*parts: tuple[str, bytes]) -> bytes:
-    """A form with these Content-Disposition parameters and contents."""
+    """Encode a form whose parts have these parameters of Content-Disposition and these contents."""
     top = b"--XX\r\nContent-Disposition: form-data; "
     pieces = [top + b"%s\r\n\r\n%s\r\n" % (d.encode(), content) for d, content in parts]
     return b"".join(pieces) + b"--XX--\r\n"
@@ -4270,7 +4279,7 @@ def test_openai_image_edit(sdk: Sdk, way: str) -> None:
 
 
 def filtered(pieces: Iterable[bytes], **rules: bool) -> bytes:
-    """What is left of a chat stream when its filter has seen these pieces."""
+    """Return what is left of a chat stream when its filter has had these pieces."""
     transform = chat_filter(**rules)
     return b"".join([transform.feed(piece) for piece in pieces]) + transform.finish()
 
@@ -4317,7 +4326,7 @@ def test_texts_without_number(monkeypatch: Any) -> None:
 
 
 class Counted(bytes):
-    """Octets that count how many of them were looked at by `find` and `rfind`."""
+    """Bytes that count how many of them `find` and `rfind` have looked at."""
 
     looked = 0
 
@@ -4599,7 +4608,7 @@ def test_openai_structured_output(sdk: Sdk, way: str) -> None:
 
 
 def image_part(kind: str) -> dict:
-    """A picture as a part of an OpenAI message."""
+    """Make the part of an OpenAI message that is this picture."""
     url = f"data:image/{kind};base64,{base64.b64encode(PICTURES[kind]).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -4861,7 +4870,7 @@ DURATIONS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_du
 
 
 def check_ollama(parts: list[Any], model: str, reason: str = "stop") -> None:
-    """What every answer has, whole (one part) or streamed."""
+    """Assert what every Ollama answer has, whole (one part) or streamed (several)."""
     for part in parts:
         assert part["model"] == model
         assert RFC_3339.fullmatch(part["created_at"])
@@ -4870,12 +4879,13 @@ def check_ollama(parts: list[Any], model: str, reason: str = "stop") -> None:
     assert last["done_reason"] == reason
     assert all(isinstance(last[name], int) and last[name] >= 0 for name in DURATIONS)
     assert 0 < last["total_duration"] < 60e9
-    if len(parts) == 1:  # else a client would see a million tokens a second
+    # Otherwise a client would show a million tokens a second.
+    if len(parts) == 1:
         assert last["eval_duration"] == last["total_duration"]
 
 
 def check_counts(last: Any, text: str) -> None:
-    """The upstream's own account."""
+    """Assert that the counts are the server's own."""
     used = usage_of(text)
     assert last["prompt_eval_count"] == used["prompt_tokens"]
     assert last["eval_count"] == used["completion_tokens"]
@@ -4958,7 +4968,7 @@ def test_ollama_tool_calls(sdk: Sdk, way: str, stream: bool) -> None:
 
 
 def check_format(asked: dict, schema: dict | None) -> None:
-    """The `response_format` for JSON as such or for a schema."""
+    """Assert the `response_format` that asks for any JSON, or for this schema."""
     if schema is None:
         assert asked == {"type": "json_object"}
     else:
@@ -5295,12 +5305,13 @@ def test_a_translated_request_is_json_whatever_it_was_called(kind: str | None) -
 
 
 def ollama_calls(*calls: tuple[str, dict]) -> dict:
-    """An assistant's message as Ollama keeps it."""
+    """Make an assistant's message that calls tools, as Ollama clients write it."""
     said = [{"function": {"name": n, "arguments": a}} for n, a in calls]
     return {"role": "assistant", "content": "", "tool_calls": said}
 
 
 def tool_result(name: str, text: str) -> dict:
+    """Make the message with a tool's result, as Ollama clients write it."""
     return {"role": "tool", "tool_name": name, "content": text}
 
 
@@ -5328,7 +5339,8 @@ TOOL_TALKS = {
     ],
 }
 NAMELESS = [{"role": "tool", "content": "x"}, tool_result("sun", "x"), tool_result("clock", "x")]
-RESULT_IDS = {  # what tools said after calls of clock, clock, weather; which calls that answers
+# After calls of clock, clock and weather: results of tools, and the calls that they answer.
+RESULT_IDS = {
     "no name": ([NAMELESS[0]] * 4, ["call_0_0", "call_0_1", "call_0_2", "call_4"]),
     "unknown name": ([NAMELESS[1], NAMELESS[0]], ["call_1", "call_0_0"]),
     "both": ([NAMELESS[0], NAMELESS[2], NAMELESS[2]], ["call_0_0", "call_0_1", "call_3"]),
@@ -5382,7 +5394,8 @@ def test_ollama_tool_results_find_their_calls(talk: list[dict]) -> None:
     assert sorted(answered) == sorted(names)
 
 
-ARGUMENTS: Cases = (  # what a server says, what a client gets; None: some object
+# The arguments of a call as a server writes them, and as a client gets them; None: any object.
+ARGUMENTS: Cases = (
     ('{"a": 1}', {"a": 1}),
     ('{"a": 1.50, "b": "\\u00e9"}', {"a": 1.5, "b": "\xe9"}),
     ({"a": 1}, {"a": 1}),
@@ -5432,7 +5445,8 @@ def test_calls_of_other_ids_are_other_calls() -> None:
 
 # --- Ollama in front of OpenAI servers: answers ---------------------------------------
 
-OLLAMA_THOUGHTS: Cases = (  # the model, what was asked, thoughts and words that come back
+# The model, more of the request, the thinking and the words that come back.
+OLLAMA_THOUGHTS: Cases = (
     ("think", {}, None, "Forty-two."),
     ("think", {"think": True}, "Six times seven.", "Forty-two."),
     ("think", {"think": False}, None, "Forty-two."),
@@ -5695,7 +5709,7 @@ PROGRESS = [
 
 
 def ollama_server(received: Received) -> Iterable[Step]:
-    """A server that speaks Ollama."""
+    """Answer as an Ollama server does."""
     document = received.json if isinstance(received.json, dict) else {}
     streamed = document.get("stream", True)
     if received.model == "broken":
@@ -5720,11 +5734,12 @@ def ollama_server(received: Received) -> Iterable[Step]:
 
 @functools.cache
 def gpu() -> Upstream:
+    """Return the upstream that speaks Ollama."""
     return Upstream(ollama_server)
 
 
 def native() -> Router:
-    """A router with one server of each kind."""
+    """Return a router with an Ollama server, an OpenAI server and one that is switched off."""
     servers = {
         "gpu": {"url": gpu().url, "api": "ollama"},
         "bench": sdk_upstream().url,
@@ -5926,6 +5941,7 @@ DECISIONS = [
 
 
 def routing(text: str = ROUTING_TABLE, **settings: str) -> Any:
+    """Parse a routing file beside a MODEL_MAP and these settings."""
     mapping = '{"/gpt-9-(.*)/": "lab-\\\\1", "gpt-3": "llama", "mapped-pair": "pair"}'
     chosen = smolrouter.Settings.from_mapping({"MODEL_MAP": mapping, **settings})
     return smolrouter.parse_routes(text, "routes.yaml", {"KEY": "k"}, chosen)
@@ -6322,7 +6338,8 @@ def test_fuzz_small_readers(text: str) -> None:
 
 PAST, AHEAD = 1_000_000_000, 32_503_680_000
 BY_PROXY = ("X-Forwarded-For", "203.0.113.9")
-CARRIED: dict[str, str] = {  # what a client may send for a token, by what is wrong with it
+# What a client may send as its token, by what is wrong with it.
+CARRIED: dict[str, str] = {
     "none": "",
     "bad": jwt(HS256, {"exp": AHEAD}, "another key, as long as it should be"),
     "expired": jwt(HS256, {"exp": PAST}, SECRET),
@@ -6331,11 +6348,12 @@ CARRIED: dict[str, str] = {  # what a client may send for a token, by what is wr
 }
 GOOD_TOKEN = CARRIED["good"]
 POLICIES = [(name, secret) for name in smolrouter.POLICIES for secret in (SECRET, "")]
-POLICIES.remove(("ALWAYS_AUTH", ""))  # the router does not start
+# Without a secret the router does not start with this policy.
+POLICIES.remove(("ALWAYS_AUTH", ""))
 
 
 def router_with_policy(policy: str, secret: str = SECRET, **more: Any) -> Router:
-    """A router with this policy for everything."""
+    """Return a shared router with this policy for the Web UI and for the API."""
     settings = {"WEBUI_SECURITY": policy, "API_SECURITY": policy, **more}
     if secret:
         settings["JWT_SECRET"] = secret
@@ -6345,9 +6363,10 @@ def router_with_policy(policy: str, secret: str = SECRET, **more: Any) -> Router
 
 
 def example_of(endpoint: Any) -> tuple[str, str]:
-    """A method and a path that this endpoint serves."""
+    """Return a method and a path that this endpoint serves."""
     path = endpoint.paths.split()[0].replace("**", "access").replace("*", "access")
-    method = "HEAD" if path == "/api/events" else endpoint.methods.split()[0]  # GET has no end
+    # A GET of the events would have no end.
+    method = "HEAD" if path == "/api/events" else endpoint.methods.split()[0]
     return method, path
 
 
@@ -6355,12 +6374,12 @@ NUMBERS = itertools.count(2)
 
 
 def another_address() -> str:
-    """A loopback address that has not failed yet."""
+    """Return a loopback address from which no token has failed yet."""
     return "127.77.{}.{}".format(*divmod(next(NUMBERS), 250))
 
 
 def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
-    """The statuses of requests on one connection, from an address of its own."""
+    """Send requests on one connection, from an address of its own, and return their statuses."""
     found, source = [], another_address()
     with contextlib.ExitStack() as stack:
         sock = None
@@ -6375,7 +6394,8 @@ def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
             data = read_until(sock, b"\r\n\r\n")
             found.append(int(data.split()[1]))
             if b"\r\nTransfer-Encoding: chunked\r\n" in data:
-                sock = None  # it may have no end
+                # This answer may have no end; the next request gets a connection of its own.
+                sock = None
                 continue
             rest = 0 if method == "HEAD" else parse_response(data, True).get("Content-Length") or 0
             rest = int(rest) - len(data.partition(b"\r\n\r\n")[2])
@@ -6385,7 +6405,7 @@ def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
 
 
 def wanted_status(guard: str, policy: str, secret: str, token: str, proxied: bool) -> int:
-    """What the table of the policies says; 200 stands for being let in."""
+    """Return the status that the policies want; 200 stands for being let in."""
     open_to_all = guard not in ("api_security", "webui_security") or policy == "NONE"
     if open_to_all or (policy == "AUTH_WHEN_PROXIED" and not proxied):
         return 200
@@ -6410,7 +6430,8 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
             got = [s if s in (401, 403) else 200 for s in got]
             rest = (endpoint.guard, policy, secret)
             assert got == [wanted_status(*rest, name, proxied) for name in CARRIED], path
-            if path == "/v1/access":  # what was refused went nowhere
+            # What was refused has reached no upstream.
+            if path == "/v1/access":
                 after = sum(r.target == path for r in default_upstream().requests)
                 assert after - before == got.count(200)
 
@@ -6496,7 +6517,7 @@ def test_a_valid_token_passes_where_others_have_failed() -> None:
 
 
 def sign_in(router: Router, token: Any, *fields: tuple[str, str], **more: Any) -> Response:
-    """One try at signing in, as the page does it."""
+    """Try to sign in as the page does it."""
     host = ("Origin", f"http://127.0.0.1:{router.port}")
     fields = fields if "Origin" in dict(fields) else (host, *fields)
     return request(router.port, "POST", "/api/signin", {"token": token}, fields, **more)
@@ -6562,7 +6583,8 @@ def test_cookie_is_secure_where_the_page_was() -> None:
         (router, [("X-Forwarded-Proto", "http")], False),
         (router, [("X-Forwarded-Proto", "https, http")], False),
         (router, [], False),
-        (plain, [secured], False),  # anybody could say so
+        # Without TRUSTED_PROXIES anybody could say so.
+        (plain, [secured], False),
         (plain, [("Origin", f"https://127.0.0.1:{plain.port}")], True),
     ):
         got = sign_in(way, GOOD_TOKEN, *fields)
@@ -6725,7 +6747,8 @@ class Attacker:
                     sock.sendall(whole_response(b"")[0])
                 elif received.path == "/attack":
                     sock.sendall(whole_response(self.page.encode(), kind="text/html")[0])
-                else:  # as it is, but for the connection
+                else:
+                    # Pass it on to the router as it is, but on a connection of its own.
                     asked = received.raw_head + b"\r\n" + received.content
                     asked = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", asked, count=1)
                     asked = asked.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
@@ -6738,7 +6761,7 @@ class Attacker:
 
 @contextlib.contextmanager
 def browsing(url: str, folder: pathlib.Path) -> Iterator[None]:
-    """A real browser at this address, for whom evil.example is this machine."""
+    """Open an address in a real browser, for which evil.example is this machine."""
     flags = [
         "--headless=new",
         "--no-sandbox",
@@ -6795,7 +6818,8 @@ def test_a_real_browser_is_no_way_in(tmp_path: pathlib.Path) -> None:
     # The same attacks do arrive where they are allowed, so they are real ones.
     assert got["elsewhere"]["models"] == "refused"
     assert got["rebound"]["running"].startswith("basic 421")
-    assert got["allowed"]["running"] == "refused"  # `*` is for the model API alone
+    # The `*` of ALLOWED_ORIGINS is for the model API alone.
+    assert got["allowed"]["running"] == "refused"
     for name in ("allowed", "own"):
         assert "tiny" in got[name]["models"]
         for kind in ("simple", "preflight", "beacon", "form"):
@@ -6823,7 +6847,7 @@ CADDY = (
 
 @contextlib.contextmanager
 def behind_proxy(program: str, router: Router) -> Iterator[int]:
-    """The proxy, as the guide sets it up, in front of a router; yields its port."""
+    """Start a proxy in front of a router, set up as the guide says, and yield its port."""
     found, tls = (
         shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"),
         self_signed_certificate(),
@@ -6875,7 +6899,7 @@ def behind_proxy(program: str, router: Router) -> Iterator[int]:
 
 
 def request_through_proxy(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
-    """One exchange with a proxy over TLS: status, fields and the pieces of content."""
+    """Send one request to a proxy over TLS; return status, fields and the pieces of the content."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     caller = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=context)
@@ -6916,7 +6940,8 @@ def test_proxy_of_the_guide(program: str) -> None:
         for path in ("/v1/models", "/api/logs"):
             assert request_through_proxy(port, "GET", path, None, {})[0] == 401
             assert request_through_proxy(port, "GET", path, None, token)[0] == 200
-        assert statuses(router, ("GET", "/v1/models", [])) == [200]  # direct
+        # A direct request needs no token.
+        assert statuses(router, ("GET", "/v1/models", [])) == [200]
         status, fields, _ = request_through_proxy(
             port, "POST", "/api/signin", {"token": GOOD_TOKEN}, own
         )
@@ -6931,7 +6956,8 @@ def test_proxy_of_the_guide(program: str) -> None:
         status, fields, pieces = request_through_proxy(
             port, "POST", CHAT, chat_document(name, stream=True), token
         )
-        assert status == 200 and b'{"n":1}' in next(pieces)  # at once, before the second
+        # The first event arrives before the second one is sent.
+        assert status == 200 and b'{"n":1}' in next(pieces)
         step.set()
         assert b'{"n":2}' in b"".join(pieces)
 
@@ -7050,7 +7076,8 @@ def test_long_requests_together_are_bounded() -> None:
 
         answers = map_in_threads(send, clients)
         refused = [a for a in answers if a]
-        if not refused:  # the answer came after the last octet
+        # Where none was refused while it sent, the answer came after its last octet.
+        if not refused:
             ready = selectors.DefaultSelector()
             for sock in clients:
                 ready.register(sock, selectors.EVENT_READ)
@@ -7101,7 +7128,7 @@ def check_leftovers(
     fields: Pairs,
     framing: str,
 ) -> None:
-    """The content is read, or the connection is closed; never taken for a request."""
+    """Assert that content is read, or the connection closed: it is never taken for a request."""
     length = ("Content-Length", str(len(SMUGGLED)))
     own = length if framing == "length" else ("Transfer-Encoding", "chunked")
     content = SMUGGLED if framing == "length" else b"".join(encode_chunks(SMUGGLED))
@@ -7187,7 +7214,8 @@ def test_statuses_without_content(status: int) -> None:
         [response_head(status, [("ETag", '"x"'), ("Content-Length", "7")])]
     )
     with connect(default_router().port) as sock:
-        for _ in range(2):  # on the same upstream connection too
+        # The second time the router reuses its connection to the upstream.
+        for _ in range(2):
             got = parse_response(exchange(sock, encode_get(f"/v1/{name}")))
             assert (got.status, got.content, got.get("ETag")) == (status, b"", '"x"')
         assert parse_response(exchange(sock, encode_get("/v1/after"))).json["target"] == "/v1/after"
@@ -7260,7 +7288,7 @@ def test_http_1_0_with_keep_alive_stays() -> None:
 
 
 def endless(received: Received) -> Iterator[Step]:
-    """Events for as long as somebody listens."""
+    """Send events for as long as somebody listens."""
     yield from stream_response([], whole=False)
     for _ in range(int(PATIENCE / 0.01)):
         yield from encode_chunks(encode_event(completion_events({}, "word ")[1]), end=b"")
@@ -7335,7 +7363,8 @@ def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
         sock.sendall(encode_post(CHAT, chat_document(model, stream=True)))
         assert wait_until(lambda: len(sent) > 9)
         count = -1
-        while count != len(sent):  # until it stands still
+        # Wait until the upstream stands still.
+        while count != len(sent):
             count = len(sent)
             time.sleep(0.3)
         print(f"stands still after {count * len(block) / 1e6:.0f} MB")
@@ -7347,7 +7376,7 @@ def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
 
 
 def open_descriptors(router: Router) -> int:
-    """How many files and sockets a router has open."""
+    """Count the files and sockets that a router has open."""
     folder = pathlib.Path(f"/proc/{router.process.pid}/fd")
     if not folder.exists():
         pytest.skip("there is no /proc here")
@@ -7379,7 +7408,8 @@ def test_a_client_that_reads_nothing_is_not_kept_for_ever(log_folder: LogFolder)
 def test_pipelined_requests_whose_answers_nobody_reads() -> None:
     with router_and_upstream() as (router, _), connect(router.port) as sock:
         sock.settimeout(0.5)
-        asked = encode_get("/") * 1000  # each answer is a hundred times as long
+        # Each answer is a hundred times as long as its request.
+        asked = encode_get("/") * 1000
         with contextlib.suppress(TimeoutError):
             for _ in range(200):
                 sock.sendall(asked)
@@ -7396,7 +7426,7 @@ def test_pipelined_requests_whose_answers_nobody_reads() -> None:
 
 
 def tls_upstream() -> tuple[str, Upstream]:
-    """The file of a certificate that nobody trusts, and an upstream that shows it."""
+    """Start an upstream whose certificate nobody trusts; return the file of that, too."""
     made = self_signed_certificate()
     if made is None:
         pytest.skip("no openssl here to make a certificate")
@@ -7633,7 +7663,8 @@ def test_an_answer_before_the_end_of_the_request() -> None:
             with contextlib.suppress(ConnectionError), listener.accept()[0] as sock:
                 sock.recv(1000)
                 sock.sendall(refusal)
-                time.sleep(0.2)  # and nothing more is read
+                # Nothing more of the request is read.
+                time.sleep(0.2)
 
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=refuse, args=(listener,), daemon=True).start()
@@ -7647,7 +7678,7 @@ def test_an_answer_before_the_end_of_the_request() -> None:
 
 
 class SwitchableUpstream(Upstream):
-    """An upstream that answers as its `mood` says."""
+    """An upstream that answers every request with `mood`, which a test may change."""
 
     def __init__(self) -> None:
         self.mood: Iterable[Step] = FINE_RESPONSE
@@ -7660,7 +7691,7 @@ class SwitchableUpstream(Upstream):
 
 @contextlib.contextmanager
 def switchable_pair(strategy: str = "failover", **settings: Any) -> Iterator[tuple]:
-    """Two upstreams of changing moods, behind the alias `pair`."""
+    """Start a router whose alias `pair` has two upstreams that a test may let fail."""
     with SwitchableUpstream() as one, SwitchableUpstream() as two:
         routes = {
             "servers": {"one": one.url, "two": two.url},
@@ -7688,7 +7719,8 @@ def test_a_cooling_instance_is_the_last_hope() -> None:
         assert post_chat(router, "pair").status == 200
         assert (one.request_count, two.request_count) == (2, 2)
         two.mood = FINE_RESPONSE
-        assert post_chat(router, "pair").status == 200  # its success has cleared it
+        # The success has ended the cool-down.
+        assert post_chat(router, "pair").status == 200
         assert (one.request_count, two.request_count) == (3, 2)
 
 
@@ -7736,7 +7768,7 @@ def test_least_busy_takes_the_idle_one() -> None:
 
 
 def asked_for_models(upstream: Upstream) -> list[str | None]:
-    """The Authorization of each time that a server was asked for its models."""
+    """Return the Authorization of each request for the models of a server."""
     paths = ("/v1/models", "/api/tags")
     return [r.get("Authorization") for r in upstream.requests if r.path in paths]
 
@@ -7769,7 +7801,8 @@ def test_model_list_does_not_wait_for_the_slow() -> None:
     with slow, good, Router({"DEFAULT_UPSTREAM": good.url}, table) as router:
         began = time.monotonic()
         assert model_names(router) == ["quick"]
-        assert time.monotonic() - began < 4  # the limit is 2 s
+        # A server is waited for 2 s at most.
+        assert time.monotonic() - began < 4
 
 
 def test_model_list_of_nobody_is_an_error() -> None:
@@ -7924,7 +7957,8 @@ def test_route_attempts_and_trail() -> None:
         "why": "'either' is an alias",
     }
     post_chat(logging_router(), "asked-for")
-    for name in ("asked-for", "sent"):  # found by either name
+    # The row is found by either name.
+    for name in ("asked-for", "sent"):
         row = wait_for_row(logging_router(), name)
         assert (row["original_model"], row["route"]) == ("asked-for", "routes[0]")
 
@@ -8067,7 +8101,7 @@ def test_every_request_leaves_a_line() -> None:
 
 @functools.cache
 def scratch_store() -> Any:
-    """A database for one row."""
+    """Make a log's store for rows that are written and forgotten."""
     folder = tempfile.mkdtemp(prefix="smol-")
     AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
     store = smolrouter.Store(smolrouter.Settings.from_mapping({"DB_PATH": f"{folder}/log.db"}))
@@ -8223,10 +8257,9 @@ def test_long_bodies_are_files_that_requests_share(log_folder: LogFolder) -> Non
     ((stored,),) = log_folder.select("SELECT bytes FROM storage")
     inline = log_folder.select("SELECT sum(length(data)) FROM details")[0][0]
     assert stored == inline + sum(f.stat().st_size for f in log_folder.blobs.rglob("*.z"))
+    # Make all requests but the newest one a day older.
     day = 86_400 * 1024_000
-    with contextlib.closing(
-        sqlite3.connect(log_folder.file)
-    ) as db:  # a day goes by for all but one
+    with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
         newest = db.execute(
             "SELECT max(id) FROM requests WHERE sent_model = ?", (model,)
         ).fetchone()
@@ -8285,7 +8318,8 @@ def test_the_oldest_bodies_make_room(log_folder: LogFolder) -> None:
             )
         assert noise[7] in wait_for_detail(router, "noise-7")["request_body"]
         assert wait_for_detail(router, "noise-0")["request_body"] is None
-        assert len(get_document(router, "/api/logs")) == 8  # rows stay
+        # The bodies have gone, the rows stay.
+        assert len(get_document(router, "/api/logs")) == 8
 
 
 def test_space_is_given_back(log_folder: LogFolder) -> None:
@@ -8318,6 +8352,7 @@ def test_nobody_else_can_read_what_is_kept() -> None:
 
 
 def log_state(router: Router) -> dict[str, Any]:
+    """Return what /healthz says about the log."""
     return get_document(router, "/healthz")["log"]
 
 
@@ -8365,7 +8400,7 @@ KILLS = int(os.environ.get("SMOLROUTER_TEST_KILLS", "3"))
 
 
 def finished_rows(log_folder: LogFolder) -> set[str]:
-    """The ids of the requests that the log calls finished."""
+    """Return the ids of the requests that the log calls finished."""
     with contextlib.suppress(sqlite3.Error):
         return {
             name
@@ -8396,7 +8431,8 @@ def test_killed_at_any_moment_nothing_is_lost(log_folder: LogFolder) -> None:
             for thread in clients:
                 thread.start()
             time.sleep(0.7)
-            safe = set(ended)  # and more follow
+            # More requests follow while these are written.
+            safe = set(ended)
             assert wait_until(lambda safe=safe: safe <= finished_rows(log_folder))
             time.sleep(number % 5 * 0.03)
             router.process.kill()
@@ -8430,7 +8466,8 @@ def test_a_row_is_finished_only_with_all_that_belongs_to_it(log_folder: LogFolde
             return log_folder.select(finished)
 
     with log_folder.router() as router, contextlib.ExitStack() as stack:
-        for model in models:  # the last one is still running when the rows are begun
+        # The last one is still running when the rows of the others are begun.
+        for model in models:
             sock = stack.enter_context(connect(router.port))
             body = encode_json(chat_document(model))
             sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
@@ -8447,11 +8484,13 @@ def test_a_row_of_a_crash_is_interrupted(log_folder: LogFolder) -> None:
         sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
 
         def begun() -> Any:
-            with contextlib.suppress(sqlite3.Error):  # the table may not be there yet
+            # The table may not be there yet.
+            with contextlib.suppress(sqlite3.Error):
                 return log_folder.select("SELECT id FROM requests")
 
         assert wait_until(begun)
-        with log_folder.router() as other:  # a second one leaves it alone
+        # A second router leaves the row of the first one alone.
+        with log_folder.router() as other:
             post_chat(other, "tiny")
             log_folder.wait_for_rows(1)
             assert len(log_folder.select("SELECT id FROM requests WHERE failed IS NULL")) == 1
@@ -8483,7 +8522,7 @@ def test_two_routers_share_a_log(log_folder: LogFolder) -> None:
 
 @contextlib.contextmanager
 def five_while_locked(log_folder: LogFolder, router: Router) -> Iterator[None]:
-    """One request, five while another program holds the database; in the end all are written."""
+    """Send a request, then five while another program locks the database; wait for all rows."""
     post_chat(router, "before")
     log_folder.wait_for_rows(1)
     with contextlib.closing(sqlite3.connect(log_folder.file, isolation_level=None)) as db:
@@ -8502,7 +8541,8 @@ def test_a_locked_database_delays_rows_only(log_folder: LogFolder) -> None:
             assert "locked" in log_state(router)["error"] and "locked" in router.stderr
             assert wait_until(lambda: log_state(router)["backlog"] >= 5)
             assert get_document(router, "/api/stats")["log"]["error"]
-            assert len(get_document(router, "/api/logs")) == 1  # readers go on
+            # Readers are not locked out.
+            assert len(get_document(router, "/api/logs")) == 1
         assert wait_until(lambda: log_state(router)["error"] is None)
         assert log_state(router)["backlog"] == 0
         assert wait_until(lambda: "works again" in router.stderr)
@@ -8564,7 +8604,8 @@ def test_an_overwritten_database_is_replaced(log_folder: LogFolder) -> None:
             with open(file, "r+b") as raw:
                 raw.write(os.urandom(max(file.stat().st_size, 8192)))
         with contextlib.suppress(AssertionError):
-            get_document(router, "/api/logs")  # whoever looks first notices
+            # Whoever looks first notices the damage.
+            get_document(router, "/api/logs")
 
         def again() -> Any:
             post_chat(router, "two")
@@ -8600,7 +8641,8 @@ def test_long_bodies_that_cannot_be_written_name_their_folder(log_folder: LogFol
         log_folder.blobs.unlink()
         assert log_folder.wait_for_rows(2) == 2
         assert wait_until(lambda: "log: works again" in router.stderr)
-        assert router.stderr.count(f"log: {log_folder.blobs}: ") == 1  # once, whichever file it was
+        # It is said once, whichever file was the first.
+        assert router.stderr.count(f"log: {log_folder.blobs}: ") == 1
 
 
 def test_a_full_disk_stops_nothing(log_folder: LogFolder) -> None:
@@ -8630,7 +8672,8 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
             assert process.stderr
             port = int(process.stderr.readline().rpartition(b":")[2])
             with connect(port) as sock:
-                for _ in range(1200):  # more lines than a pipe holds
+                # These are more lines than a pipe holds.
+                for _ in range(1200):
                     exchange(sock, encode_get("/v1/" + "x" * 100))
                 process.stderr.close()
                 for _ in range(3):
@@ -8948,10 +8991,11 @@ def test_a_database_without_locks_of_files(
 
 
 def unreachable_url() -> str:
-    """The URL of a port that does not answer, as of a box that is switched off."""
+    """Return the URL of a port that never answers, like that of a box that is switched off."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=0)
     TAKEN_PORTS.append(listener)
-    for _ in range(4):  # fill its queue
+    # Fill the queue of the listener, which accepts nobody.
+    for _ in range(4):
         TAKEN_PORTS.append(socket.socket())
         TAKEN_PORTS[-1].setblocking(False)
         TAKEN_PORTS[-1].connect_ex(listener.getsockname())
@@ -8959,12 +9003,12 @@ def unreachable_url() -> str:
 
 
 def upstream_playing(*steps: Step) -> Callable[[], str]:
-    """The URL of a new upstream that always says this."""
+    """Make a function that starts an upstream with this one answer and returns its URL."""
     return lambda: Upstream(lambda received: steps).url
 
 
 def upstream_failing(status: int, *fields: tuple[str, str]) -> Callable[[], str]:
-    """The URL of a new upstream that always answers this status."""
+    """Make a function that starts an upstream with this one status and returns its URL."""
     return upstream_playing(*json_response({"error": {"message": f"no: {status}"}}, status, fields))
 
 
@@ -9016,7 +9060,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 @functools.lru_cache
 def router_of_failures() -> Router:
-    """A router with an alias `{name} {way}` for each of ALIASES and of ALL_WAYS.
+    """Return a router with an alias `{name} {way}` for each of ALIASES and of ALL_WAYS.
 
     Each has servers of its own, which are paths of the same ports: none is cooling
     for what happened in another test.
@@ -9036,15 +9080,16 @@ def router_of_failures() -> Router:
 
 
 def ask_failing(name: str, way: int) -> Response:
-    """Ask one of the aliases of `troubled()` in one of the ways."""
+    """Ask for one of the aliases of `router_of_failures()` in one of the ways."""
     path, stream = ALL_WAYS[way]
     document = example_request(path, f"{name} {way}", stream)
     return request(router_of_failures().port, "POST", path, document)
 
 
 def in_all_ways(name: str) -> list[tuple[str, bool, Response]]:
-    """Each way, and what was answered to it; asked all at once."""
-    assert router_of_failures().port  # started before the threads are
+    """Ask an alias of `router_of_failures()` in all ways at once; return ways and answers."""
+    # Start the router before the threads ask for it.
+    assert router_of_failures().port
     ways = range(len(ALL_WAYS))
     answers = map_in_threads(ask_failing, [name] * len(ways), ways, workers=len(ways))
     return [(*way, got) for way, got in zip(ALL_WAYS, answers, strict=True)]
@@ -9073,7 +9118,8 @@ def test_nobody_answered() -> None:
             assert set(error) == {"message", "type", "code", "param"}
             error = error["message"]
         assert reason in error
-        for turn, kind in enumerate(failures):  # each attempt is named
+        # Each attempt is named in the error.
+        for turn, kind in enumerate(failures):
             assert f"{name} {way} {turn}/{kind}" in error
 
 
@@ -9176,7 +9222,8 @@ def test_single_candidate_passes_through_untouched(status: int, stream: bool) ->
     model = default_upstream().add_script(
         whole_response(content, status, fields, "application/json")
     )
-    for turn in (1, 2):  # and it is never excluded
+    # The only instance is never left out, whatever it answered before.
+    for turn in (1, 2):
         got = post_chat(default_router(), model, stream=stream)
         assert (got.status, got.content) == (status, content)
         assert got.get("Retry-After") == "3"
@@ -9398,7 +9445,7 @@ def test_each_event_leaves_before_the_next_one_comes(path: str) -> None:
 
 
 def timed_events(port: int, path: str, body: Any, fields: Pairs = ()) -> list[tuple[float, bytes]]:
-    """The events of a streamed answer, each with the time when it was complete."""
+    """Return the events of a streamed answer, each with the time when it was complete."""
     got = request(port, "POST", path, body, fields)
     mark = b"\n" if "ndjson" in (got.get("Content-Type") or "") else b"\n\n"
     events, held = [], b""
@@ -9463,7 +9510,8 @@ def test_what_broke_off_leaves_memory_at_once(log_folder: LogFolder, fault: str)
         ],
         "head": [b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000 + b"\n\r\n"],
     }
-    faults["alias"] = faults["head"]  # of each of its instances
+    # The head is that of each instance of the alias.
+    faults["alias"] = faults["head"]
     model, other = (
         default_upstream().add_script(faults[fault]),
         default_upstream().add_script(faults[fault]),
@@ -9488,7 +9536,8 @@ def test_what_broke_off_leaves_memory_at_once(log_folder: LogFolder, fault: str)
 SPACED = b'data:{ "usage" : ' + RAW_USAGE + b', "choices" : [ ] }\n\n'
 BESIDE = RAW_STOP.replace(b"]}", b'],"usage":' + RAW_USAGE + b"}")
 QUOTED = RAW_WORD.replace(b"hi", b'\\"choices\\":[],\\"usage\\":{}')
-SWALLOWED = {  # what the server says, what a client sees that did not ask
+# What the server says, and what a client gets that did not ask for usage.
+SWALLOWED = {
     "plain": ([RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
     "spaced": ([RAW_WORD, RAW_STOP, SPACED, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
     "without the extra event": ([RAW_WORD, RAW_STOP, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
@@ -9518,7 +9567,7 @@ def test_extra_usage_is_swallowed(said: list[bytes], seen: list[bytes], joined: 
 
 
 def timing_server(received: Received) -> Iterable[Step]:
-    """llama.cpp: timings stand in the finish, or in the event that was asked for."""
+    """Answer as llama.cpp does: timings are in the finish, or in the usage when asked for."""
     timings = b'"timings":{"prompt_n":3,"predicted_n":2},'
     if "stream_options" in received.json:
         return sse_response(
@@ -9586,7 +9635,7 @@ def test_whole_answers_are_not_asked_for_usage() -> None:
 
 
 def old_server(received: Received) -> Iterable[Step]:
-    """A server from before stream_options."""
+    """Answer as a server from before `stream_options`: with an error that names it."""
     if "stream_options" in received.json:
         message = "Unrecognized request argument supplied: stream_options"
         return json_response({"error": {"message": message}}, 400)
@@ -9693,7 +9742,7 @@ def test_running_stream_is_counted_while_it_runs() -> None:
 
 @functools.cache
 def router_with_old_log() -> Router:
-    """A router whose log was made: 4,000 rows over three days."""
+    """Return a router on a log that was made for it: 4,000 rows over three days."""
     log_folder = LogFolder(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
     AT_SESSION_END.callback(shutil.rmtree, log_folder.file.parent, True)
     store = make_store(log_folder.file.parent)
@@ -9796,7 +9845,7 @@ def test_stats_add_up() -> None:
 
 
 def nearest_rank(values: Iterable[float | None], percent: int) -> float:
-    """The smallest value that has at least so many percent at or below it."""
+    """Return the smallest value that has at least so many percent at or below it."""
     some = [value for value in values if value is not None]
     return min(one for one in some if sum(v <= one for v in some) * 100 >= percent * len(some))
 
@@ -9837,7 +9886,8 @@ def test_percentiles_of_few_requests_are_exact(log_folder: LogFolder) -> None:
         assert len(get_document(router, "/api/performance?limit=10")["data_points"]) == 10
         store.db.execute("DELETE FROM requests WHERE id < ?", (rows[30].id,))
         for at, known in (("/api/stats", "latency_ms"), ("/api/performance?model=often", "")):
-            doc = get_document(router, at)  # what is left of the rows speaks not for all
+            # What is left of the rows does not speak for all requests, so the rollups do.
+            doc = get_document(router, at)
             p50 = doc[known]["p50"] if known else doc["models"][0]["p50_ms"]
             assert 512 < p50 < 1449 and p50 != nearest_rank(
                 [row.duration_ms for row in rows[30:]], 50
@@ -9861,7 +9911,8 @@ def test_performance_is_sampled_evenly(query: str, total: int) -> None:
         assert len(points) == total
     moments = [point["timestamp"] for point in points]
     assert moments == sorted(moments) and all(map(MOMENT.fullmatch, moments))
-    if total > limit >= 100:  # no end is cut: each third of the time has its share
+    # Each third of the time has its share: no end was cut off.
+    if total > limit >= 100:
         thirds = [0, 0, 0]
         ids = [point["id"] for point in points]
         low = (int(time.time() * 1000) - 3 * 86_400_000) * 1024
@@ -9897,7 +9948,8 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
                 smolrouter.read_points(db, 1, level, given)
                 db.set_trace_callback(None)
                 assert not [s for s in plan(seen[0], ()) if s.startswith("SCAN")], seen[0]
-                if given and level < 3:  # few rows of many are found in their index
+                # The few rows that match are found in their index.
+                if given and level < 3:
                     assert re.search(r"USING INDEX by_(sent|service) ", plan(seen[0], ())[0])
 
 
@@ -10319,7 +10371,7 @@ def send_slowly(port: int, data: bytes, pause: float) -> bytes:
 
 @pytest.fixture(scope="module", autouse=True)
 def slow_clients() -> Iterator[dict[str, concurrent.futures.Future[bytes]]]:
-    """Clients that are slow from the first test on; the last test looks at them."""
+    """Start clients with the first test that are slow until `test_dawdler_...` looks at them."""
     pool = concurrent.futures.ThreadPoolExecutor(len(SLOW_REQUESTS))
     port = default_router().port
     yield {name: pool.submit(send_slowly, port, *late) for name, late in SLOW_REQUESTS.items()}
@@ -10391,7 +10443,7 @@ def test_few_files_are_enough() -> None:
 
 
 def refuses(port: int) -> bool:
-    """Whether new connections are refused."""
+    """Tell whether new connections are refused."""
     try:
         connect(port).close()
     except ConnectionError:
@@ -10417,7 +10469,8 @@ def test_signal_lets_running_answers_end(number: int) -> None:
             router.signal(number)
             assert wait_until(lambda: refuses(router.port))
             gate.set()
-            got = parse_response(data + exchange(sock, answers=0))  # they are not waited for
+            # Each connection ends when its answer is complete; the idle one is not waited for.
+            got = parse_response(data + exchange(sock, answers=0))
             assert idle.recv(1) == b""
         assert (got.text, got.events[-1]) == ("to the end", b"[DONE]")
         assert router.wait() == 0
@@ -10509,7 +10562,8 @@ def test_a_bad_flag_stops_with_status_2() -> None:
 
 
 def test_an_old_python_is_told_so() -> None:
-    ast.parse(SOURCE, feature_version=(3, 8))  # else it would be told of a SyntaxError
+    # An older Python must be able to parse the file: it would say SyntaxError otherwise.
+    ast.parse(SOURCE, feature_version=(3, 8))
     pretend = "import sys; sys.version_info = (3, 9, 1); import smolrouter"
     done = subprocess.run(
         [sys.executable, "-c", pretend], cwd=HERE, text=True, capture_output=True, timeout=30
@@ -10537,7 +10591,7 @@ TABLE: dict[str, Any] = {
 
 @pytest.fixture
 def folder() -> Iterator[pathlib.Path]:
-    """An empty directory with the program in it, alone."""
+    """Give a test a folder with nothing in it but the program."""
     with tempfile.TemporaryDirectory(prefix="smol-") as name:
         shutil.copy(SMOLROUTER, pathlib.Path(name) / "smolrouter.py")
         yield pathlib.Path(name)
@@ -10547,7 +10601,7 @@ ALONE = [sys.executable, "-I", "-S", "smolrouter.py"]  # -S: no PyYAML either
 
 
 def alone(folder: pathlib.Path, *args: str, **settings: Any) -> Any:
-    """Run a command of the lone program without any package."""
+    """Run a command of the program in this folder, without any package."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment = kept | {name: str(value) for name, value in settings.items()}
     return subprocess.run(
@@ -10874,7 +10928,7 @@ def test_stdout_that_is_closed_is_no_traceback() -> None:
 
 
 def moving_table(upstream: str) -> str:
-    """A routing file that sends `moving` to this upstream."""
+    """Make a routing file that sends the model `moving` to this upstream."""
     return json.dumps({"aliases": {"moving": {"instances": [{"url": upstream, "model": "m"}]}}})
 
 
@@ -10943,7 +10997,7 @@ TOOL_TALK = [
 
 
 def page_router(name: str = "", **settings: Any) -> Router:
-    """A router that serves dashboard.html itself; each name has one of its own."""
+    """Return a shared router that serves dashboard.html itself; each name has one of its own."""
     routes = {
         "servers": {"off": "http://127.0.0.1:9", "box": default_upstream().url},
         "aliases": {
@@ -10958,7 +11012,7 @@ def page_router(name: str = "", **settings: Any) -> Router:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for all tests of the page."""
+    """Start one browser for all tests of the page."""
     playwright = import_or_skip("playwright.sync_api")
     with playwright.sync_playwright() as running:
         started = running.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
@@ -10968,7 +11022,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def tab(chromium: Any) -> Iterator[Any]:
-    """A page in a fresh profile; `tab.wrong` gathers what its console complains about."""
+    """Open a page in a fresh profile; `tab.wrong` gathers what its console complains about."""
     context = chromium.new_context(viewport={"width": 1280, "height": 900})
     context.add_init_script("""  // as if the page had settled: events at once
         const now = performance.now.bind(performance);
@@ -10985,11 +11039,12 @@ def tab(chromium: Any) -> Iterator[Any]:
     yield page
     context.close()
     assert not page.wrong
-    assert asked <= {"127.0.0.1", None}  # None: data:
+    # A `data:` URL has no host.
+    assert asked <= {"127.0.0.1", None}
 
 
 def newest(router: Router, model: str) -> dict[str, Any]:
-    """The newest row of a model that has ended and is written."""
+    """Wait for the newest request for a model to be finished and written; return its row."""
     path = "/api/logs?limit=1&model=" + urllib.parse.quote(model)
 
     def ended() -> Any:
@@ -11008,7 +11063,8 @@ def wait_text(tab: Any, selector: str, text: str) -> str:
 
 def expect_wrong(tab: Any, status: str) -> None:
     """End a test whose page was refused something with this status, and only that."""
-    tab.close()  # nothing comes later
+    # Nothing can come later.
+    tab.close()
     assert all(status in wrong for wrong in tab.wrong), tab.wrong
     tab.wrong.clear()
 
@@ -11083,7 +11139,8 @@ def test_page_says_when_nobody_answers(tab: Any) -> None:
     router = page_router("silent")
     tab.goto(router.url)
     assert wait_until(lambda: tab.text_content("#live") == "Live")
-    router.signal(signal.SIGSTOP)  # its connections stay open
+    # The process stands still, but its connections stay open.
+    router.signal(signal.SIGSTOP)
     try:
         tab.evaluate("refresh()")
         wait_text(tab, "#troubles", "The router does not answer.")
@@ -11091,7 +11148,8 @@ def test_page_says_when_nobody_answers(tab: Any) -> None:
         assert tab.text_content("#live") == "Not live"
     finally:
         router.signal(signal.SIGCONT)
-    assert wait_until(lambda: tab.text_content("#live") == "Live")  # by itself
+    # The page becomes live again by itself.
+    assert wait_until(lambda: tab.text_content("#live") == "Live")
     assert tab.locator(".trouble").count() == 0
 
 
@@ -11124,7 +11182,7 @@ CHART = """() => {
 
 
 def in_line(pairs: list[tuple[float, float]]) -> bool:
-    """Whether pixels are a linear function of values, to a pixel."""
+    """Tell whether pixels are a linear function of values, to a pixel."""
     (low, start), (high, end) = min(pairs), max(pairs)
     return all(abs(start + (end - start) * (v - low) / (high - low) - at) < 1 for v, at in pairs)
 
@@ -11190,8 +11248,10 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(post_chat, router, name, stream=True)
         assert wait_until(lambda: tab.evaluate("document.querySelector('.flight')?.textContent"))
-        assert tab.evaluate(tile) == "1"  # as soon as the list has it
-        wait_text(tab, ".flight", "streaming")  # it appears without a reload
+        # The figure counts it as soon as the list has it.
+        assert tab.evaluate(tile) == "1"
+        # It appears without a reload.
+        wait_text(tab, ".flight", "streaming")
         assert name in wait_rows(tab, 1)[0]
         tab.click(".flight summary")
         assert wait_text(tab, ".flight pre", "one ") == "one "
@@ -11235,7 +11295,8 @@ def test_request_that_runs_is_updated(tab: Any) -> None:
         gate.set()
     wait_text(tab, "#head", "✓ 200")
     assert wait_text(tab, ".turn.assistant", "two").endswith("one two")
-    assert tab.evaluate("kept === document.querySelector('.turn')")  # not made anew
+    # The element is still the same one: it was updated, not made anew.
+    assert tab.evaluate("kept === document.querySelector('.turn')")
 
 
 def test_request_reads_as_a_conversation(tab: Any) -> None:
@@ -11262,7 +11323,8 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
     assert 'calls get_weather\n{\n  "city": "Zürich"\n}' in re.sub(r"\n+", "\n", call)
     assert result.startswith("Tool result") and '"sky": "fog"' in result
     assert answered.startswith("Answer") and answered.endswith("one two")
-    assert "Fog" not in answered  # it is folded
+    # The thinking is folded away.
+    assert "Fog" not in answered
     tab.click(".thought summary")
     assert "Fog, then." in turns.last.inner_text()
     assert tab.evaluate("[...document.images].map(i => i.src.slice(0, 15))") == ["data:image/gif;"]
@@ -11309,7 +11371,8 @@ def test_request_shows_how_it_was_routed(tab: Any) -> None:
         str(datetime.datetime.fromisoformat(row[name][:19]) + datetime.timedelta(hours=9))
         for name in ("timestamp", "completed_at")
     )
-    assert f", {begun}" in tab.text_content("#head")  # all of it in local time
+    # All times are in the local time of the browser.
+    assert f", {begun}" in tab.text_content("#head")
     assert f"Started{begun}" in tab.text_content(".facts")
     assert f"Ended{ended}" in tab.text_content(".facts")
     tab.click("#rules > summary")
@@ -11362,7 +11425,8 @@ def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
     wait_text(tab, "#explained", "'banana' does not appear to be an IPv4 or IPv6 address")
     tab.fill("[name=from]", "")
     tab.reload()
-    wait_text(tab, "#explained", "goes by routes[0]")  # it is in the address
+    # What was asked stands in the address.
+    wait_text(tab, "#explained", "goes by routes[0]")
     expect_wrong(tab, "400")
 
 
@@ -11379,7 +11443,8 @@ def test_chat_that_is_stopped_says_so(tab: Any) -> None:
     wait_text(tab, "#try-answer", "one ")
     tab.click(".flight button:has-text('Stop')")
     assert wait_until(lambda: tab.is_enabled("#try-form button"))
-    note = tab.text_content("#try-note")  # the last words of a broken answer may get lost
+    # The last words of an answer that broke off may get lost.
+    note = tab.text_content("#try-note")
     assert re.search(r"broke off after [0-9.]+ m?s; the list below|cancelled", note)
     assert "network" not in note
     expect_wrong(tab, "ERR_")
@@ -11396,7 +11461,8 @@ def test_hidden_tab_is_quiet(tab: Any) -> None:
         Object.defineProperty(document, 'hidden', {get: () => hidden, configurable: true});
         document.dispatchEvent(new Event('visibilitychange'));
     }; hide(true)""")
-    tab.clock.run_for(5000)  # what was begun ends
+    # What was begun before ends.
+    tab.clock.run_for(5000)
     tab.on("request", lambda made: asked.append(made.url))
     tab.clock.run_for(600_000)
     assert not asked
@@ -11469,7 +11535,8 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
         assert seen > 20 and not poor, (path, poor[:5])
         assert tab.evaluate("window.pwned") is None
         assert tab.locator("main script, main img").count() == 0
-        if path.endswith(str(rows[-1]["id"])):  # a browser shows U+2028 as it likes
+        # Compare the text that the page holds: how U+2028 is shown is up to the browser.
+        if path.endswith(str(rows[-1]["id"])):
             said = tab.locator("#turns").text_content()
             assert EVIL_TEXT * 200 in said and EVIL_TEXT + "y" * 10_000 in said
             assert EVIL_TEXT + "x" * 300 in tab.locator("#head bdi").first.get_attribute("title")
@@ -11492,6 +11559,7 @@ BANNER = re.compile(r"# ={80,}\n# (\d+|A)  (.+)\n# ={80,}\n((?:#.*\n)*)")
 
 
 def functions() -> list[Any]:
+    """Return the syntax trees of all functions of the program."""
     return [node for node in ast.walk(TREE) if isinstance(node, FUNCTION)]
 
 
@@ -11649,7 +11717,8 @@ CURVES = {
     "rules, known models": ["10", "100", "1000"],
     "rules, new models": ["10", "100", "1000"],
     "connections": ["1", "30", "1000"],
-    "rows in the log": ["0", "301"],  # one tells that the router has started
+    # One request more than `--rows` says tells that the router has started.
+    "rows in the log": ["0", "301"],
     "KB of a request": ["1", "32", "1024"],
     "events of an answer, each": ["10", "300", "10000"],
 }
@@ -11668,7 +11737,8 @@ def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> N
         table, curves = (json.loads(run.communicate(timeout=100)[0]) for run in runs)
     finally:
         for run in runs:
-            run.send_signal(signal.SIGINT)  # nothing to one that has ended
+            # The signal does nothing to a process that has ended.
+            run.send_signal(signal.SIGINT)
     log = {f"{path}, ms" for path in bench.QUESTIONS} | {"rows in the log"}
     assert {way: set(figures) for way, figures in table.items()} == {
         "direct": DIRECT_FIGURES, "floor": RELAY_FIGURES, "log off": RELAY_FIGURES,
