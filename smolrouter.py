@@ -236,10 +236,6 @@ class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_err
     """No upstream gave an HTTP answer."""
 
 
-class DecodedTooLong(BadGateway):
-    """An upstream's answer is too long without its content coding to be changed."""
-
-
 class Unavailable(RouterError, status=503, code="shutting_down"):
     """The router is shutting down."""
 
@@ -1531,7 +1527,7 @@ class Inflater:
         self.ended = False
 
     def feed(self, data: bytes) -> bytes:
-        """Return the decoded octets. Raises BadGateway, and DecodedTooLong above the limit."""
+        """Return the decoded octets. Raises BadGateway, also above the limit."""
         data = self.pending + data
         self.pending = b""
         room = min(self.remaining, LIMITS.decoded_answer)
@@ -1551,9 +1547,7 @@ class Inflater:
             room -= size
             self.remaining -= size
             if room < 0:
-                raise DecodedTooLong(
-                    f"the answer decodes to more than {LIMITS.decoded_answer} bytes"
-                )
+                raise BadGateway(f"the answer decodes to more than {LIMITS.decoded_answer} bytes")
             at += len(piece) - len(self.decoder.unused_data)
         return b"".join(decoded)
 
@@ -1699,7 +1693,13 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
     try:
         text = content.decode("utf-8")
         check_json_size(text, limits.json_values, limits)
-        return text, CLIENT_JSON.decode(text)
+        # `raw_decode` takes neither white space nor anything else around the document. `decode`
+        # would, by two more calls for each of the many small documents.
+        stripped = text.strip(JSON_SPACE)
+        value, end = CLIENT_JSON.raw_decode(stripped)
+        if end != len(stripped):
+            raise json.JSONDecodeError("Extra data", stripped, end)
+        return text, value
     except RecursionError:
         raise MalformedContent(f"JSON deeper than {limits.json_depth} levels") from None
     except ValueError as error:
@@ -1797,15 +1797,14 @@ def find_values(
             yield from find_values(text, start, tails[key], (*prefix, key))
 
 
-def append_members(text: str, members: Mapping[str, Any]) -> str:
+def append_members(text: str, members: str) -> str:
     """Return a JSON object with new members at its end, which it must not have yet.
 
-    `{"a": 1 }`, `{"b": 2}`  ->  `{"a": 1 ,"b":2}`
+    `{"a": 1 }`, `"b":2`  ->  `{"a": 1 ,"b":2}`
     """
-    added = [f"{json.dumps(k)}:{encode_json_exactly(v).decode()}" for k, v in members.items()]
     before, _, after = text.rpartition("}")
     comma = "," if '"' in before else ""
-    return f"{before}{comma}{','.join(added)}}}{after}"
+    return f"{before}{comma}{members}}}{after}"
 
 
 def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
@@ -1830,22 +1829,28 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     pieces.append(text[kept_to:])
     edited = "".join(pieces)
     new = {path[0]: edits[path] for path in edits if path not in replaced and len(path) == 1}
-    return append_members(edited, new) if new else edited
+    if not new:
+        return edited
+    members = encode_json_exactly(new).decode()
+    return append_members(edited, members[1:-1])
 
 
 # ======================================================================================
 # 5  Event streams (pure)
 # ======================================================================================
-# A stream of events, server-sent events or lines of JSON, is cut only between events.
-# Whole events leave as the bytes they came in; nobody looks inside here.
+# A streamed answer is a sequence of events: server-sent events, or lines of JSON. It is cut only
+# between events, and whole events leave as the bytes they came in unless somebody changes one.
+# `EventFormat` knows where an event ends and where its data stands, `EventReader` gathers what
+# comes into whole events. What an event means is said in section 7.
 
 BOM = b"\xef\xbb\xbf"
-LAST_EVENTS = 8  # of a stream, one of which says that it is complete, or has failed
-FAR_BACK = 2 * KiB  # octets, where those of a block stand
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
+# A line of data behind the first one.
 MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
+# A field that calls the event an error: `event: error`, or llama.cpp's `error: {...}`.
+ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
 
 
 class EventFormat(NamedTuple):
@@ -1856,88 +1861,228 @@ class EventFormat(NamedTuple):
     data: re.Pattern[bytes]  # one line of data
     prefix: bytes = b""
 
-    def find_end(self, block: bytes, at: int, plain: bool) -> int:
+    def find_end(self, block: bytes, at: int, has_cr: bool) -> int:
         """Return where the event that begins at `at` ends: at last where the block does.
 
-        Nothing looks further than that end, or many events would take quadratic time: the mark,
-        which is found faster, is looked for in a `plain` block alone, one without CR.
+        The mark is found faster than the pattern, but is sure only in a block without CR; and
+        nothing looks further than the end of the event, or many events would take quadratic time.
         """
-        if plain:
-            end = block.find(self.mark, at)
-            return end + len(self.mark) if end >= 0 else len(block)
-        match = self.end.search(block, at)
-        return match.end() if match else len(block)
+        if has_cr:
+            match = self.end.search(block, at)
+            return match.end() if match else len(block)
+        mark_at = block.find(self.mark, at)
+        return mark_at + len(self.mark) if mark_at >= 0 else len(block)
 
     def find_last_end(self, block: bytes | bytearray, start: int, stop: int) -> int:
-        """Return the last place between two where an event ends, `start` for none."""
-        at = block.rfind(self.mark, start, stop)
-        end = at + len(self.mark) if at >= 0 else start
+        r"""Return the last place between two where an event ends, `start` for none.
+
+        `b"data: a\n\ndata: b"`, 0, 16  ->  9
+        """
+        end = start
+        mark_at = block.rfind(self.mark, start, stop)
+        if mark_at >= 0:
+            end = mark_at + len(self.mark)
         if block.find(b"\r", end, stop) >= 0:
-            at = block.rfind(CRLF_MARK, end, stop)
-            end = at + len(CRLF_MARK) if at >= 0 else end
+            mark_at = block.rfind(CRLF_MARK, end, stop)
+            if mark_at >= 0:
+                end = mark_at + len(CRLF_MARK)
             for match in self.end.finditer(block, end, stop):
                 end = match.end()
         return end
 
     def split(self, block: bytes) -> list[bytes]:
-        """Return the events of a block without their ends, and empty pieces."""
+        r"""Return the events of a block without their ends, and empty pieces.
+
+        `b"data: a\n\ndata: b\n\n"`  ->  `[b"data: a", b"data: b", b""]`
+        """
         return self.end.split(block) if b"\r" in block else block.split(self.mark)
 
-    def read(self, event: bytes) -> bytes:
-        """Return the data of one event, lines joined; b"" without any."""
-        end = len(event) - len(self.mark)
-        if event.startswith(self.prefix) and event.find(b"\n") == end and b"\r" not in event:
-            return event[len(self.prefix) : end]  # one line, as nearly always
-        if self.prefix and event.startswith(self.prefix) and event.endswith(CRLF_MARK):
-            end = len(event) - len(CRLF_MARK)
-            if event.find(b"\r") == end and event.find(b"\n") == end + 1:
-                return event[len(self.prefix) : end]
+    def read_data(self, event: bytes) -> bytes:
+        r"""Return the data of one event, with or without its end.
+
+        `b"event: x\ndata: a\ndata: b\n\n"`  ->  `b"a\nb"`;  `b": comment\n\n"`  ->  `b""`
+        """
+        if event.startswith(self.prefix):
+            # As nearly always, the event is one line of data.
+            line = event.removesuffix(self.mark).removesuffix(CRLF_MARK)
+            if b"\n" not in line and b"\r" not in line:
+                return line[len(self.prefix) :]
         lines = self.data.findall(event)
         return lines[0] if len(lines) == 1 else b"\n".join(lines)
+
+    def read_document(self, event: bytes) -> dict[str, Any] | None:
+        r"""Return the object that one event holds, None when it holds none.
+
+        What the fields of an event call an error is one, whatever its data looks like:
+
+        `b"event: error\ndata: {"code": 5}\n\n"`  ->  `{"error": {"code": 5}}`
+        `b"error: no memory\n\n"`                 ->  `{"error": "no memory"}`
+        """
+        data = self.read_data(event)
+        error = ERROR_EVENT.search(event) if b"error" in event else None
+        if error is None:
+            return parse_object(data)
+        data = data or error[1] or b""
+        document = parse_object(data)
+        if document and "error" in document:
+            return document
+        words = data.decode("utf-8", "replace") or "the upstream gave no reason"
+        return {"error": document or words}
+
+    def read_documents(self, block: bytes) -> list[dict[str, Any]]:
+        r"""Return the objects that the events of a block hold.
+
+        `b'data: {"n": 1}\n\ndata: [DONE]\n\n'`  ->  `[{"n": 1}]`
+        """
+        events = self.end.split(block) if b"\r" in block else block.split(self.mark)
+        documents = []
+        for event in filter(None, events):
+            if event.startswith(self.prefix) and b"\n" not in event and b"error" not in event:
+                # As nearly always, the event is one line of data.
+                document = parse_object(event[len(self.prefix) :])
+            else:
+                document = self.read_document(event)
+            if document:
+                documents.append(document)
+        return documents
 
     def encode(self, data: bytes) -> bytes:
         """Return an event that says `data`."""
         return self.prefix + data + self.mark
 
     def replace(self, event: bytes, data: bytes) -> bytes:
-        """Return the event with other data on one line; all else in it stays."""
+        r"""Return the event with other data on one line; all else in it stays.
+
+        `b"id: 1\ndata: a\ndata: b\n\n"`, `b"c"`  ->  `b"id: 1\ndata: c\n\n"`
+        """
         match = self.data.search(event)
         if match is None:
             return self.encode(data)
         start, end = match.span(1)
-        rest = MORE_DATA.sub(b"", event[end:]) if self.prefix else event[end:]
-        return event[:start] + data.replace(b"\n", b" ") + rest
+        after = event[end:]
+        if self.prefix:
+            after = MORE_DATA.sub(b"", after)
+        return event[:start] + data.replace(b"\n", b" ") + after
 
 
-SSE_END = re.compile(rb"[\r\n](?:(?<=\n)\n|\r(?:\n|(?!\Z)))")  # two line ends; CR may become CRLF
+# The end of an empty line behind another line's end, each of which is LF, CRLF or CR. A CR at the
+# end of what has come may yet become a CRLF, so it ends nothing.
+SSE_END = re.compile(rb"[\r\n](?:(?<=\n)\n|\r(?:\n|(?!\Z)))")
 SSE_DATA = re.compile(rb"(?<![^\r\n])data: ?([^\r\n]*)")
 SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, b"data: ")
 LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"))
+EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
 
 
-class EventSplitter:
-    """Gathers octets into whole events."""
+class EventReader:
+    """Gathers what comes of a stream into blocks of whole events.
 
-    __slots__ = ("form", "held", "marks")
+    A server and the network cut a stream anywhere. What has come of an event whose end has not
+    is `pending`; everything before it is given out as one block, which is cheaper than event by
+    event. An event that grows beyond `limits.buffered_event` is not waited for: it is given out
+    as it comes, apart from the blocks, because nobody can look inside of it.
 
-    def __init__(self, form: EventFormat) -> None:
-        self.form, self.marks = form, (form.mark, CRLF_MARK)
-        self.held = bytearray()
+    The last blocks are remembered: only they tell whether an answer was complete when its stream
+    ended, and what went wrong.
+    """
 
-    def feed(self, data: bytes) -> bytes:
-        """Return the whole events so far, as one block; hold the rest."""
-        if not self.held and data.endswith(self.marks):
-            return data
-        start = max(0, len(self.held) - 3)
-        self.held += data
-        cut = self.form.find_last_end(self.held, start, len(self.held))
-        return self.take(cut) if cut > start else b""
+    __slots__ = ("begun", "format", "last_blocks", "limits", "long_tail", "marks", "pending")
 
-    def take(self, size: int | None = None) -> bytes:
-        """Return and forget the first `size` octets held, or all of them."""
-        taken = bytes(self.held[:size])
-        del self.held[:size]
+    LAST_BLOCKS = 4
+    LAST_EVENTS = 8
+
+    def __init__(self, format: EventFormat, limits: Limits = LIMITS) -> None:
+        self.format = format
+        self.limits = limits
+        self.marks = (format.mark, CRLF_MARK)
+        self.begun = False
+        self.pending = bytearray()
+        # Of an event that is too long, the last octets that were given out: its end may be cut.
+        self.long_tail = b""
+        self.last_blocks: collections.deque[bytes] = collections.deque(maxlen=self.LAST_BLOCKS)
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        r"""Return what there is of an event that is too long, and then a block of whole events.
+
+        `b"data: a\n\ndata:"`, `b" b\n\n"`  ->  `b"", b"data: a\n\n"`, then `b"", b"data: b\n\n"`
+        """
+        long = b""
+        if self.long_tail:
+            long, data = self.read_long(data)
+        # Nearly always what came is some whole events, which are a block as they are.
+        block = data
+        if self.pending or not data.endswith(self.marks):
+            block = self.gather(data)
+        if not block and len(self.pending) > self.limits.buffered_event:
+            long += self.take(len(self.pending))
+            self.long_tail = long[-2:]
+        if not self.begun and (block or long):
+            # A byte order mark at the start says nothing.
+            self.begun = True
+            long, block = long.removeprefix(BOM), block.removeprefix(BOM)
+        if block:
+            self.last_blocks.append(block)
+        return long, block
+
+    def read_long(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return what of `data` belongs to the event that is too long, and what follows it."""
+        match = self.format.end.search(self.long_tail + data)
+        if match is None:
+            self.long_tail = (self.long_tail + data[-2:])[-2:]
+            return data, b""
+        end = match.end() - len(self.long_tail)
+        self.long_tail = b""
+        return data[:end], data[end:]
+
+    def gather(self, data: bytes) -> bytes:
+        """Add to what is pending; return the events that are whole now."""
+        # The end of an event has at most four octets, of which three may have come before.
+        start = max(0, len(self.pending) - 3)
+        self.pending += data
+        end = self.format.find_last_end(self.pending, start, len(self.pending))
+        return self.take(end) if end > start else b""
+
+    def take(self, size: int) -> bytes:
+        """Return and forget the first octets that are pending."""
+        taken = bytes(self.pending[:size])
+        del self.pending[:size]
         return taken
+
+    def finish(self) -> bytes:
+        """Return the last event, if the stream ended without its end."""
+        event = self.take(len(self.pending))
+        if not self.begun:
+            event = event.removeprefix(BOM)
+        if event:
+            self.last_blocks.append(event)
+        return event
+
+    def last_events(self) -> list[bytes]:
+        """Return the last events of the stream, comments left out."""
+        events: list[bytes] = []
+        for block in reversed(self.last_blocks):
+            events = self.read_last_events(block) + events
+            if len(events) >= self.LAST_EVENTS:
+                break
+        return events[-self.LAST_EVENTS :]
+
+    def read_last_events(self, block: bytes) -> list[bytes]:
+        """Return the last events of a block, or all of them."""
+        # A block may have thousands of events: this goes back over the marks of the last ones.
+        mark = CRLF_MARK if block.endswith(CRLF_MARK) else self.format.mark
+        start = len(block)
+        for _ in range(self.LAST_EVENTS + 1):
+            start = block.rfind(mark, 0, start)
+            if start < 0:
+                return self.said_events(block)
+        events = self.said_events(block[start:])
+        # If some of them are comments, there may be more before them.
+        return events if len(events) >= self.LAST_EVENTS else self.said_events(block)
+
+    def said_events(self, block: bytes) -> list[bytes]:
+        """Return the events of a block that are no comments."""
+        events = self.format.split(block)
+        return [event for event in events if event and not event.startswith(b":")]
 
 
 # ======================================================================================
@@ -1970,6 +2115,7 @@ def compile_start(tags: Iterable[str]) -> re.Pattern[str]:
 THINK_OPENING = re.compile("|".join(map(re.escape, THINK_TAGS)))
 OPENING_START = compile_start(THINK_TAGS)
 CLOSING_STARTS = {closing: compile_start([closing]) for closing in THINK_TAGS.values()}
+TAG_STARTS = re.compile("[" + re.escape("".join({tag[0] for tag in THINK_TAGS})) + "]")
 LONGEST_TAG = max(map(len, [*THINK_TAGS, *THINK_TAGS.values()]))
 
 
@@ -2188,40 +2334,709 @@ def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
 # ======================================================================================
 # 7  Protocols (pure)
 # ======================================================================================
-# What each endpoint's documents look like.
+# What the documents of each endpoint look like, as one table: PROTOCOLS has a row for each path.
+# A shape is drawn like the JSON that it describes, with a kind where a value stands that matters;
+# `read_parts` is the only code that walks over documents by these shapes. Filters, translations,
+# transcripts, token estimates and the test for a stream's end all use what it finds, so that
+# they know every protocol as soon as its row stands here.
+# To add a protocol: its shapes and its row; a new form of tool call: a case in `read_call`.
 
-USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
-MODEL_PATHS = (*USAGE_PATHS, "/v1/embeddings", "/v1/messages")  # need a model
-NO_THINK_MEMBERS = {  # where the words of the user stand, by path
-    "/v1/chat/completions": "messages",
-    "/v1/messages": "messages",
-    "/api/chat": "messages",
-    "/v1/completions": "prompt",
-    "/api/generate": "prompt",
-    "/v1/responses": "input",
+# --- shapes ---------------------------------------------------------------------------
+
+# What a part of a document can be.
+ROLE = "role"  # who speaks
+NAME = "name"  # of the tool whose result a message is
+SYSTEM = "system"  # words that the client puts before the conversation
+TEXT = "text"  # words, or in an event some more of them
+AGAIN = "again"  # in an event, a whole text that other events have said
+THINKING = "thinking"  # thoughts that the server tells apart from the text
+CALL = "call"  # a tool call, or in an event a fragment of one
+RESULT = "result"  # the id of the call whose result a message is
+IMAGE = "image"  # a URL, or an object that has one
+IMAGE_DATA = "image data"  # base64
+FINISH = "finish"  # why an answer is at its end: no text follows, and its stream may end
+TEXT_END = "text end"  # no more of this text follows
+USAGE = "usage"
+ERROR = "error"  # what went wrong
+OTHER = "other"  # something that is not looked into
+ODD = "odd"  # not of the shape that was expected
+
+
+class TextOr(NamedTuple):
+    """A string, which is of some kind, or something of another shape."""
+
+    kind: str
+    other: Any
+
+
+class ByType(NamedTuple):
+    """An object whose shape depends on its member `type`."""
+
+    shapes: Mapping[str, Any]
+    other: Any
+
+
+class Each(NamedTuple):
+    """A list of messages or choices, numbered by their `index` or their place."""
+
+    shape: Any
+
+
+# A kind; or the members of an object; or [shape], a list of such parts; or one of the above.
+Shape = str | dict[str, Any] | list[Any] | TextOr | ByType | Each
+ANY_OTHER = "*"  # in an object: all other members
+
+
+class Part(NamedTuple):
+    """Something that a document says."""
+
+    kind: str
+    choice: int  # of which message or choice
+    block: Any  # of which text inside of it, None where it has one alone
+    path: Path  # where the value stands, so that it can be edited
+    value: Any
+
+
+def read_parts(shape: Shape, document: Any, block: Any = None) -> list[Part]:
+    """Return what a document says, in order, according to its shape.
+
+    `{"choices": [{"index": 1, "delta": {"content": "Hi"}, "finish_reason": None}]}`, CHAT_ANSWER
+    ->  `[Part(TEXT, 1, None, ("choices", 0, "delta", "content"), "Hi")]`
+
+    Members that are missing, null or empty say nothing, but an empty text is one.
+    """
+    parts: list[Part] = []
+    # What is still to be looked at. The last one is the next, so that all of a document comes
+    # in order, and no nesting is too deep.
+    stack: list[tuple[Shape, Any, Path, int, Any]] = [(shape, document, (), 0, block)]
+    while stack:
+        shape, value, path, choice, block = stack.pop()
+        if type(shape) is TextOr:
+            shape = shape.kind if isinstance(value, str) else shape.other
+        if type(shape) is ByType and isinstance(value, dict):
+            shape = shape.shapes.get(str(value.get("type")), shape.other)
+        inner = []
+        if type(shape) is dict and isinstance(value, dict):
+            for name, member in value.items():
+                member_shape = shape.get(name) or shape.get(ANY_OTHER)
+                if member_shape and (member or member == ""):
+                    inner.append((member_shape, member, (*path, name), choice, block))
+        elif type(shape) is str:
+            if value != "" or shape == TEXT:
+                parts.append(Part(shape, choice, block, path, value))
+        elif type(shape) is list and isinstance(value, list):
+            for number, item in enumerate(value):
+                inner.append((shape[0], item, (*path, number), choice, number))
+        elif type(shape) is Each and isinstance(value, list):
+            for number, item in enumerate(value):
+                index = item.get("index") if isinstance(item, dict) else None
+                which = index if isinstance(index, int) else number
+                inner.append((shape.shape, item, (*path, number), which, block))
+        elif value != "":
+            parts.append(Part(ODD, choice, block, path, value))
+        inner.reverse()
+        stack += inner
+    return parts
+
+
+# What a message's content has instead of a text, in every protocol.
+PLAIN_PART = {
+    "text": TEXT,
+    "thinking": TextOr(THINKING, [{"text": THINKING}]),
+    "image_url": IMAGE,
+    "source": IMAGE,
 }
+TOOL_RESULT = {"tool_use_id": RESULT, "content": TextOr(TEXT, [TextOr(TEXT, PLAIN_PART)])}
+PART = ByType(
+    {"tool_use": CALL, "input_json_delta": CALL, "tool_result": TOOL_RESULT}, other=PLAIN_PART
+)
+CONTENT = TextOr(TEXT, [TextOr(TEXT, PART)])
+# A message of /v1/chat/completions or /api/chat, in a request or an answer.
+SPEECH = {
+    "thinking": THINKING,
+    "reasoning_content": THINKING,
+    "reasoning": THINKING,
+    "content": CONTENT,
+    "images": [TextOr(IMAGE_DATA, PLAIN_PART)],
+    "tool_calls": [CALL],
+}
+MESSAGE = {"role": ROLE, "name": NAME, "tool_name": NAME, "tool_call_id": RESULT, **SPEECH}
+PROMPT = TextOr(TEXT, Each(TextOr(TEXT, OTHER)))  # some give tokens
+
+CHAT_REQUEST = {"messages": Each(MESSAGE)}
+CHAT_ANSWER = {
+    "choices": Each(
+        {
+            "delta": {**MESSAGE, ANY_OTHER: OTHER},
+            "message": MESSAGE,
+            "text": TEXT,
+            "finish_reason": FINISH,
+        }
+    ),
+    "usage": USAGE,
+    "error": ERROR,
+}
+
+SYSTEM_WORDS = TextOr(SYSTEM, [{"text": SYSTEM}])
+MESSAGES_REQUEST = {"system": SYSTEM_WORDS, "messages": Each(MESSAGE)}
+MESSAGES_EVENTS = {
+    "message": {"role": ROLE, "content": [PART], "stop_reason": FINISH},
+    "content_block_start": {"type": OTHER, "content_block": PART},
+    "content_block_delta": {"delta": PART},
+    "content_block_stop": {"type": TEXT_END},
+    "message_delta": {"usage": USAGE},
+    "message_stop": {"type": FINISH},
+}
+
+ITEM = ByType(
+    {
+        "function_call": CALL,
+        "function_call_output": {"call_id": RESULT, "output": CONTENT},
+        "reasoning": {"summary": [{"text": THINKING}]},
+    },
+    other=MESSAGE,
+)
+TEXT_AGAIN = ByType({"output_text": {"text": AGAIN}}, other={})
+ITEM_AGAIN = ByType({"message": {"content": [TEXT_AGAIN]}}, other={})
+RESPONSE_AGAIN = {"output": [ITEM_AGAIN], "error": ERROR}
+RESPONSES_REQUEST = {
+    "instructions": SYSTEM_WORDS,
+    "input": TextOr(TEXT, Each(TextOr(TEXT, ITEM))),
+}
+RESPONSES_EVENTS = {
+    "response.output_text.delta": {"delta": TEXT},
+    "response.output_text.done": {"text": AGAIN, "type": TEXT_END},
+    "response.content_part.done": {"part": TEXT_AGAIN},
+    "response.output_item.done": {"item": ITEM_AGAIN},
+    "response.completed": {"response": RESPONSE_AGAIN, "type": FINISH},
+    "response.incomplete": {"response": RESPONSE_AGAIN, "type": FINISH},
+    "response.failed": {"response": RESPONSE_AGAIN, "type": FINISH},
+}
+RESPONSE = {"response": RESPONSE_AGAIN, "output": [ITEM], "usage": USAGE, "error": ERROR}
+
+GENERATE_REQUEST = {
+    "system": SYSTEM_WORDS,
+    "prompt": TEXT,
+    "images": [TextOr(IMAGE_DATA, PLAIN_PART)],
+}
+CHAT_LINE = {"message": SPEECH, "done": FINISH, "error": ERROR}
+GENERATE_LINE = {"response": TEXT, "thinking": THINKING, "done": FINISH, "error": ERROR}
+
+# An answer of a protocol that is not known: whatever any of them would say.
+ANY_ANSWER = ByType(
+    {**MESSAGES_EVENTS, **RESPONSES_EVENTS},
+    other={
+        **RESPONSE,
+        **CHAT_LINE,
+        **GENERATE_LINE,
+        **CHAT_ANSWER,
+        "response": TextOr(TEXT, RESPONSE_AGAIN),
+        "delta": {"text": TEXT},
+        "content": CONTENT,
+    },
+)
+
+# --- the table ------------------------------------------------------------------------
+
+# When a request is answered by a stream.
+IF_ASKED, UNLESS_REFUSED, NEVER_STREAMS = "if asked", "unless refused", "never"
+# An event whose text has begun without a tag, and with more than white space.
+PLAIN_CHAT_TEXT = re.compile(
+    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
+)
+
+
+def encode_openai_error(error: RouterError) -> bytes:
+    """Return an error as OpenAI's clients read it."""
+    words = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
+    return encode_json({"error": words})
+
+
+def encode_ollama_error(error: RouterError) -> bytes:
+    """Return an error as Ollama's clients read it."""
+    return encode_json({"error": str(error)})
+
+
+class Protocol(NamedTuple):
+    """One endpoint: where its requests, answers and events hold what."""
+
+    # Of requests: their shape, the member with the user's words ("": it is no conversation),
+    # the members one of which names the model, an end of that name which says nothing.
+    request: Shape = OTHER
+    words: str = ""
+    model_members: tuple[str, ...] = ("model",)
+    needs_model: bool = False
+    idle_tag: str = ""
+    streams: str = IF_ASKED
+    # Whether `stream_options.include_usage` is understood.
+    usage_option: bool = False
+    # Which path of an OpenAI server does the same, and with `raw`, for servers that do not know
+    # this one.
+    openai_path: str = ""
+    raw_openai_path: str = ""
+
+    # Of answers: their shape, whole or as events; the members of an event that say which of
+    # several texts it is about; what shows that the text has begun without a tag.
+    answer: Shape = ANY_ANSWER
+    block_members: tuple[str, ...] = ()
+    plain_text: re.Pattern[bytes] | None = None
+    # Where the text stands in an answer of the router's own, and whether an answer names the
+    # model as its client knows it.
+    text_path: Path = ()
+    names_model: bool = False
+    encode_error: Callable[[RouterError], bytes] = encode_openai_error
+
+
+# Every other path: what its answers look like is not known.
+OTHER_PROTOCOL = Protocol(block_members=("index", "item_id"), plain_text=PLAIN_CHAT_TEXT)
+OTHER_OLLAMA = Protocol(
+    model_members=("model", "name"),
+    needs_model=True,
+    idle_tag=":latest",
+    streams=UNLESS_REFUSED,
+    names_model=True,
+    encode_error=encode_ollama_error,
+)
+PROTOCOLS = {
+    "/v1/chat/completions": Protocol(
+        request=CHAT_REQUEST,
+        words="messages",
+        needs_model=True,
+        usage_option=True,
+        answer=CHAT_ANSWER,
+        plain_text=PLAIN_CHAT_TEXT,
+    ),
+    "/v1/completions": Protocol(
+        request={"prompt": PROMPT},
+        words="prompt",
+        needs_model=True,
+        usage_option=True,
+        answer=CHAT_ANSWER,
+    ),
+    "/v1/embeddings": Protocol(needs_model=True),
+    "/v1/messages": Protocol(
+        request=MESSAGES_REQUEST,
+        words="messages",
+        needs_model=True,
+        answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
+        block_members=("index",),
+    ),
+    "/v1/responses": Protocol(
+        request=RESPONSES_REQUEST,
+        words="input",
+        answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
+        block_members=("item_id",),
+    ),
+    "/api/chat": OTHER_OLLAMA._replace(
+        request=CHAT_REQUEST,
+        words="messages",
+        openai_path="/v1/chat/completions",
+        answer=CHAT_LINE,
+        plain_text=PLAIN_CHAT_TEXT,
+        text_path=("message", "content"),
+    ),
+    "/api/generate": OTHER_OLLAMA._replace(
+        request=GENERATE_REQUEST,
+        words="prompt",
+        openai_path="/v1/chat/completions",
+        raw_openai_path="/v1/completions",
+        answer=GENERATE_LINE,
+        text_path=("response",),
+    ),
+    "/api/embed": OTHER_OLLAMA._replace(streams=NEVER_STREAMS, openai_path="/v1/embeddings"),
+    "/api/embeddings": OTHER_OLLAMA._replace(streams=NEVER_STREAMS, openai_path="/v1/embeddings"),
+}
+
+
+def find_protocol(path: str) -> Protocol:
+    """Return the row of a path."""
+    protocol = PROTOCOLS.get(path)
+    if protocol is None:
+        return OTHER_OLLAMA if path.startswith("/api/") else OTHER_PROTOCOL
+    return protocol
+
+
+# --- what an answer says --------------------------------------------------------------
+
+
+def read_answer(protocol: Protocol, document: Mapping[str, Any]) -> list[Part]:
+    """Return what an answer or an event of a protocol says."""
+    if "error" in (document.get("type"), document.get("object")):
+        # It calls itself an error, and its words may stand anywhere in it.
+        return [Part(ERROR, 0, None, (), document.get("error") or document)]
+    block = None
+    for name in protocol.block_members:
+        block = document.get(name, block)
+    if not isinstance(block, int | str):
+        block = None
+    return read_parts(protocol.answer, document, block)
+
+
+def error_words(document: Mapping[str, Any]) -> str:
+    """Return the sentence in a server's error document, or else the document.
+
+    `{"error": {"message": "no memory", "code": 5}}`  ->  `no memory`
+    """
+    words: Any = document
+    for name in ("error", "detail", "message"):
+        if document.get(name):
+            words = document[name]
+            break
+    if isinstance(words, dict):
+        words = words.get("message") or words
+    return words if isinstance(words, str) else json.dumps(words)
+
+
+def find_error(protocol: Protocol, document: Mapping[str, Any]) -> str:
+    """Return what an answer or event says went wrong, "" when it says nothing of the kind."""
+    for part in read_answer(protocol, document):
+        if part.kind == ERROR:
+            return error_words({"error": part.value})
+    return ""
+
+
+def ends_stream(protocol: Protocol, format: EventFormat, event: bytes) -> bool:
+    """Tell whether an event says that its stream is at its end, a good or a bad one."""
+    lines = format.read_data(event).splitlines()
+    if DONE_MARK in [line.strip() for line in lines]:
+        return True
+    document = format.read_document(event) or {}
+    return any(part.kind in (FINISH, ERROR) for part in read_answer(protocol, document))
+
+
+def may_end_stream(protocol: Protocol, format: EventFormat, data: bytes, closed: bool) -> bool:
+    """Tell whether an answer that ended without the end of an event may be one, all the same.
+
+    Its only event says so itself, or is whole and the end came as the framing promised. It is
+    none when the connection was `closed` instead.
+    """
+    if ends_stream(protocol, format, data):
+        return True
+    return not closed and parse_object(format.read_data(data)) is not None
+
+
+# --- token counts ---------------------------------------------------------------------
+# Servers count under many names, also such that do not speak the protocol of their path, and so
+# the names stand here for all of them, the best one first. A + joins counts that are parts.
+
+PROMPT_COUNTS = (
+    "prompt_tokens",
+    "prompt_eval_count",
+    "input_tokens+cache_read_input_tokens+cache_creation_input_tokens",
+    "prompt_n+cache_n",
+    "total_tokens",
+)
+COMPLETION_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
+CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
+TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
+USAGE_WINDOW = 8 * KiB  # octets that are searched
+
+
+class Usage(NamedTuple):
+    """What an answer cost in tokens; None is unknown."""
+
+    prompt: int | None = None
+    completion: int | None = None
+    cached: int | None = None
+
+
+def add_counts(counts: Mapping[str, int], names: Iterable[str]) -> int | None:
+    """Return the sum under the first name that is known.
+
+    `{"a": 1, "b": 2}`, `["x", "a+b"]`  ->  3
+    """
+    for joined in names:
+        first, *others = joined.split("+")
+        if first in counts:
+            return counts[first] + sum(counts.get(name, 0) for name in others)
+    return None
+
+
+def read_usage(answer: bytes) -> Usage:
+    """Return the counts of an answer, whole or streamed, however its server spells them.
+
+    `b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}'`  ->  `(9, 1, None)`
+    """
+    # Most servers say the counts in a `usage` member near the end of the answer. Looking for the
+    # word from the end costs nothing, however long the answer is. A server without it (Ollama,
+    # llama.cpp's timings) says them in its last octets.
+    start = answer.rfind(b'"usage"')
+    if start < 0:
+        start = max(0, len(answer) - USAGE_WINDOW)
+    window = answer[start : start + 2 * USAGE_WINDOW]
+    # A stream of /v1/messages says what the prompt cost at its beginning.
+    if answer.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:
+        window = answer[:USAGE_WINDOW] + window
+    counts = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
+    return Usage(
+        add_counts(counts, PROMPT_COUNTS),
+        add_counts(counts, COMPLETION_COUNTS),
+        add_counts(counts, CACHED_COUNTS),
+    )
+
+
+# --- conversations --------------------------------------------------------------------
+# Messages of every protocol become one kind of record: for the log, and to be translated.
+
+BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+IMAGE_STARTS = {"iVBOR": "png", "/9": "jpeg", "R0lGO": "gif", "UklGR": "webp", "Qk": "bmp"}
+
+
+def expect(right: object, message: str) -> None:
+    """Refuse a request's content unless something is `right`."""
+    if not right:
+        raise MalformedContent(message)
+
+
+@dataclasses.dataclass
+class ToolCall:
+    """A call of a tool, whose arguments may come in pieces of their JSON text."""
+
+    index: Any
+    id: Any = None
+    name: Any = None
+    arguments: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Message:
+    """What one side said at once, in any protocol; texts may come in pieces."""
+
+    role: Any
+    texts: list[str] = dataclasses.field(default_factory=list)
+    thoughts: list[str] = dataclasses.field(default_factory=list)
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
+    images: list[Any] = dataclasses.field(default_factory=list)
+    call_id: Any = None
+    name: Any = None
+    # The member that thoughts are read from.
+    thoughts_member: str | int = ""
+
+    def as_document(self) -> dict[str, Any]:
+        """Return the message as the log's readers get it."""
+        calls = [
+            {"id": call.id, "name": call.name, "arguments": "".join(call.arguments)}
+            for call in self.calls
+        ]
+        return {
+            "role": self.role,
+            "content": "".join(self.texts),
+            "thinking": "".join(self.thoughts),
+            "tool_calls": calls,
+            "tool_call_id": self.call_id,
+            "name": self.name,
+            "images": self.images,
+        }
+
+
+def odd_part(part: Part) -> MalformedContent:
+    """Return the error for a part that has not the shape of its protocol."""
+    place = ".".join(map(str, part.path))
+    return MalformedContent(f"`{place}` has no known shape: {json.dumps(part.value)[:80]}")
+
+
+def read_image(value: Any) -> Any:
+    """Return the URL of a picture that is one, or an object that has one or its data."""
+    if isinstance(value, dict):
+        data = f"data:{value.get('media_type')};base64,{value.get('data')}"
+        return value.get("url") or data
+    return value
+
+
+def read_image_data(value: Any) -> str:
+    """Return a URL for a picture in base64, whose kind its first octets tell.
+
+    `iVBORw0K\\nGgo=`  ->  `data:image/png;base64,iVBORw0KGgo=`;  raises MalformedContent
+    """
+    data = "".join(str(value).split())
+    if data.startswith(("data:", "http://", "https://")):
+        return data
+    expect(BASE64.fullmatch(data), "an image is not base64")
+    kind = "png"
+    for start, known_kind in IMAGE_STARTS.items():
+        if data.startswith(start):
+            kind = known_kind
+    return f"data:image/{kind};base64,{data}"
+
+
+def read_call(part: Part) -> tuple[Any, Any, Any, Any]:
+    """Return index, id, name and arguments of a tool call, or of a fragment of one.
+
+    OpenAI and Ollama: `{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}`
+    /v1/messages: `{"type": "tool_use", "id": "c", "name": "f", "input": {}}`, then fragments
+    `{"type": "input_json_delta", "partial_json": "{"}` in the same block
+    /v1/responses: `{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}`
+    """
+    call = part.value
+    if not isinstance(call, dict):
+        raise odd_part(part)
+    if call.get("type") in ("tool_use", "input_json_delta"):
+        arguments = call.get("partial_json") or call.get("input")
+        return part.block, call.get("id"), call.get("name"), arguments
+    if call.get("type") == "function_call":
+        return None, call.get("call_id"), call.get("name"), call.get("arguments")
+    function = call.get("function") or {}
+    if not isinstance(function, dict):
+        raise odd_part(part)
+    return call.get("index"), call.get("id"), function.get("name"), function.get("arguments")
+
+
+def add_call(calls: list[ToolCall], part: Part) -> None:
+    """Add a tool call, or a fragment to the call that has its index, and its id if it says one.
+
+    A call with a name and without an index is a whole one. Only the last few calls can be
+    continued, or many fragments would take quadratic time.
+    """
+    index, call_id, name, arguments = read_call(part)
+    call = None
+    if index is not None or not name:
+        for earlier in reversed(calls[-LIMITS.open_tool_calls :]):
+            if earlier.index == index and (not call_id or earlier.id in (None, call_id)):
+                call = earlier
+                break
+    if call is None:
+        call = ToolCall(index)
+        calls.append(call)
+    call.id = call_id or call.id
+    call.name = name or call.name
+    if not isinstance(arguments, str):
+        arguments = encode_json_exactly(arguments).decode() if arguments else ""
+    call.arguments.append(arguments)
+
+
+def add_part(message: Message, part: Part) -> None:
+    """Add what a document says to the message that it belongs to.
+
+    What is no part of a message is ignored. Raises MalformedContent for what has an odd shape.
+    """
+    kind, value = part.kind, part.value
+    if kind in (TEXT, SYSTEM):
+        if not isinstance(value, str):
+            raise odd_part(part)
+        message.texts.append(value)
+    elif kind == THINKING and isinstance(value, str):
+        # Some servers say each thought twice, as `reasoning` and as `reasoning_content`.
+        member = part.path[-1]
+        if message.thoughts_member in ("", member):
+            message.thoughts_member = member
+            message.thoughts.append(value)
+    elif kind == CALL:
+        add_call(message.calls, part)
+    elif kind == ROLE:
+        # A result says so itself.
+        if message.call_id is None:
+            message.role = value
+    elif kind == NAME:
+        message.name = value
+    elif kind == RESULT:
+        message.role = "tool"
+        message.call_id = value
+    elif kind == IMAGE:
+        message.images.append(read_image(value))
+    elif kind == IMAGE_DATA:
+        message.images.append(read_image_data(value))
+    elif kind == ODD:
+        raise odd_part(part)
+
+
+def read_messages(
+    protocol: Protocol, document: Mapping[str, Any], tolerant: bool = False
+) -> list[Message]:
+    """Return the messages of a request: the system's words, then the others or the prompts.
+
+    `{"system": "Be brief.", "prompt": "Hi"}` of /api/generate  ->
+    `[Message("system", ["Be brief."]), Message("user", ["Hi"])]`
+
+    Raises MalformedContent for an odd shape, unless `tolerant`, which leaves it out.
+    """
+    system = Message("system")
+    messages: dict[int, Message] = {}
+    for part in read_parts(protocol.request, document):
+        if part.kind == OTHER:
+            continue
+        message = system
+        if part.kind != SYSTEM:
+            if part.choice not in messages:
+                messages[part.choice] = Message("")
+            message = messages[part.choice]
+        try:
+            add_part(message, part)
+        except MalformedContent:
+            if not tolerant:
+                raise
+    for message in messages.values():
+        # Only /v1/responses and careless clients leave the role out.
+        if not message.role:
+            speaks_itself = message.calls or message.thoughts
+            message.role = "assistant" if speaks_itself else "user"
+    return [system, *messages.values()] if system.texts else list(messages.values())
+
+
+# What begins a message of an answer; an error or the counts alone do not.
+SPOKEN = frozenset((ROLE, TEXT, THINKING, CALL, IMAGE, IMAGE_DATA, FINISH))
+
+
+def read_documents(answer: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the objects of an answer: the one that it is, or those of its events."""
+    whole = parse_object(answer)
+    if whole is not None:
+        yield whole
+        return
+    for line in answer.splitlines():
+        document = parse_object(line.removeprefix(b"data:").strip())
+        if document is not None:
+            yield document
+
+
+def read_answers(answer: bytes) -> list[Message]:
+    """Return the choices of an answer, whole or streamed, whatever its protocol is."""
+    choices: dict[int, Message] = {}
+    for document in read_documents(answer):
+        if document.get("type") == "response.completed":
+            # It says all of it again.
+            choices.clear()
+            document = document["response"] if isinstance(document.get("response"), dict) else {}
+        for part in read_answer(OTHER_PROTOCOL, document):
+            if part.kind in SPOKEN:
+                if part.choice not in choices:
+                    choices[part.choice] = Message("assistant")
+                try:
+                    add_part(choices[part.choice], part)
+                except MalformedContent:
+                    continue
+    for message in choices.values():
+        text, thought = filter_text("".join(message.texts), FilterRules(think=True))
+        message.texts = [text]
+        message.thoughts.append(thought)
+    return list(choices.values())
+
+
+def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, Any]]:
+    """Return a conversation: the request's messages, then each choice of the answer.
+
+    What is odd in one of them is left out. Nothing is known of a path without conversations.
+    """
+    protocol = find_protocol(path)
+    request = parse_object(content) or {}
+    messages = read_messages(protocol, request, tolerant=True)
+    return [message.as_document() for message in (*messages, *read_answers(answer))]
 
 
 # ======================================================================================
 # 8  Dialects (pure)
 # ======================================================================================
-# Inside, every request and answer is OpenAI-shaped. A `Dialect` is a record of functions
-# that turns what a client says into an `ParsedRequest` and an answer into what that client reads;
-# each endpoint of section 16 names one. JSON that needs no change keeps its bytes, and a
-# change replaces the value alone: `edit_json` never writes a whole document again.
-# To add a protocol: its functions, its `Dialect` constants, its lines in section 16.
+# Inside, every request and answer is OpenAI-shaped. A `Dialect` is a record of functions, one
+# constant for each kind of endpoint: it turns what a client says into a `ParsedRequest`, that
+# into what a server reads, and the answer into what the client reads. What differs between
+# endpoints of one dialect stands in PROTOCOLS, never here. JSON that needs no change keeps its
+# bytes. On its way an answer goes through a rewriter, if anything has to change in it:
+# `BufferedRewrite` for documents, `StreamRewrite` for events.
+# To add a dialect: its functions, its `Dialect` constants, its lines in section 16.
 
+
+# --- requests -------------------------------------------------------------------------
 
 MAX_TEXT_PATH = 5  # members down to the text of a part; each is one more look at what is inside
-NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
-NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
-PLAIN_TEXT = re.compile(  # of the answer itself, and more than white space
-    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
-)
-TAG_WORDS = b"<", b"\\u003"  # a text without them has no tag
-
-
-# --- what is asked --------------------------------------------------------------------
 
 
 class Rewrite(NamedTuple):
@@ -2240,108 +3055,160 @@ class ParsedRequest:
     query: str
     content: bytes
     text: str = ""  # of a JSON document
-    doc: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
     stream: bool = False
-    span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
+    model_span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
 
     def __post_init__(self) -> None:
-        if len(self.model) > LIMITS.model_name:  # it is kept, shown and counted by in many places
+        # The name is kept, shown and counted by in many places.
+        if len(self.model) > LIMITS.model_name:
             seen = f"the model's name has {len(self.model)} characters"
             raise MalformedContent(f"{seen}; {LIMITS.model_name} are allowed")
 
     @property
+    def protocol(self) -> Protocol:
+        """What its document and its answer look like."""
+        return find_protocol(self.path)
+
+    @property
+    def openai_path(self) -> str:
+        """The path of an OpenAI server that does the same."""
+        protocol = self.protocol
+        if protocol.raw_openai_path and self.document.get("raw"):
+            return protocol.raw_openai_path
+        return protocol.openai_path
+
+    @property
     def wants_usage(self) -> bool:
         """Whether the client asked for the usage event of a stream itself."""
-        options = self.doc.get("stream_options")
+        options = self.document.get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
     @property
     def choices(self) -> int:
         """How many answers at once are asked for."""
-        number, prompt = self.doc.get("n"), self.doc.get("prompt")
-        many = len(prompt) if isinstance(prompt, list) else 1
-        return many * (number if isinstance(number, int) else 1)
-
-
-class Timing(NamedTuple):
-    """When a whole answer was made: wall clock, and durations in ns."""
-
-    now: float
-    total: int
-    first: int
+        number = self.document.get("n")
+        prompt = self.document.get("prompt")
+        prompts = len(prompt) if isinstance(prompt, list) else 1
+        return prompts * (number if isinstance(number, int) else 1)
 
 
 class Dialect(NamedTuple):
-    """How one endpoint's clients speak; each function is pure."""
+    """How one kind of endpoint's clients speak; each function is pure."""
 
     service: str
-    events: EventFormat
-    read: Callable[[str, str, bytes], ParsedRequest]  # path, query, content
-    encode_error: Callable[[RouterError], bytes]
-    encode: Callable[[ParsedRequest, Rewrite], bytes]  # for a server that speaks it too
-    encode_openai: Callable[[ParsedRequest, Rewrite], bytes] | None = None  # for one that does not
-    openai_path: Callable[[ParsedRequest], str] | None = None
-    answer: Callable[..., bytes] | None = None  # of plan, document, content
-    empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None  # nothing to do
+    events: EventFormat  # of its streamed answers
+    other: Protocol  # of paths that have no row of their own
+    # What the client sent (path, query, content), and the content for a server: one that speaks
+    # the same, or one that speaks OpenAI.
+    read: Callable[[str, str, bytes], ParsedRequest]
+    encode: Callable[[ParsedRequest, Rewrite], bytes]
+    encode_openai: Callable[[ParsedRequest, Rewrite], bytes] | None = None
+    # A whole OpenAI answer for the client (plan, document, content), and the answer to a request
+    # that asks for nothing.
+    answer: Callable[..., bytes] | None = None
+    empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None
     # How the dialect tells of models: the list, one in detail, those that run; its version.
     encode_models: Callable[[list[dict[str, Any]], str], dict[str, Any]] | None = None
     encode_details: Callable[[str, str], dict[str, Any]] | None = None
     encode_running: Callable[[list[str], float], dict[str, Any]] | None = None
     version: str = ""
 
-    def encode_event_error(self, error: RouterError) -> bytes:
+    def encode_error(self, error: RouterError, path: str = "") -> bytes:
+        """Return an error as the clients of a path read it."""
+        return PROTOCOLS.get(path, self.other).encode_error(error)
+
+    def encode_event_error(self, error: RouterError, path: str = "") -> bytes:
         """Return an error as the last event of a running stream."""
-        return self.events.encode(self.encode_error(error))
+        return self.events.encode(self.encode_error(error, path))
+
+
+def read_stream_wish(protocol: Protocol, document: Mapping[str, Any]) -> bool:
+    """Tell whether a request asks for a stream."""
+    wish = document.get("stream")
+    if protocol.streams == UNLESS_REFUSED:
+        return wish is not False
+    return protocol.streams == IF_ASKED and wish is True
 
 
 def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
-    """Read a JSON object and its model. Raises MalformedContent."""
-    text, doc = parse_json(content)
-    if not isinstance(doc, dict):
-        raise MalformedContent(f"a JSON {type(doc).__name__} instead of an object")
-    model = doc.get("model")
-    if model is not None and not isinstance(model, str):
-        raise MalformedContent(f"`model` is {json.dumps(model)[:80]} instead of a string")
-    if not model and path in MODEL_PATHS:
+    """Read a JSON object and its model. Raises MalformedContent.
+
+    `/api/chat`, ``, `b'{"model": "m:latest"}'`  ->  a request for `m` that wants a stream
+    """
+    text, document = parse_json(content)
+    if not isinstance(document, dict):
+        raise MalformedContent(f"a JSON {type(document).__name__} instead of an object")
+    protocol = find_protocol(path)
+    model = ""
+    for name in protocol.model_members:
+        found = document.get(name)
+        if found is not None and not isinstance(found, str):
+            raise MalformedContent(f"`{name}` is {json.dumps(found)[:80]} instead of a string")
+        model = model or found or ""
+    if not model and protocol.needs_model:
         raise MalformedContent('no model was named; add `"model": "name"`')
-    return ParsedRequest(path, query, content, text, doc, model or "", doc.get("stream") is True)
+    if protocol.idle_tag:
+        model = model.removesuffix(protocol.idle_tag) or model
+    stream = read_stream_wish(protocol, document)
+    return ParsedRequest(path, query, content, text, document, model, stream)
 
 
 def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
-    """Return the edit that appends to a text, or to the user's last one inside a list."""
+    """Return the edit that appends to a text, or to the user's last one inside of a list.
+
+    `("prompt",)`, `"Hi"`, `"!"`  ->  `{("prompt",): "Hi!"}`
+    """
     if isinstance(value, str):
         return {path: value + suffix}
     if len(path) >= MAX_TEXT_PATH:
         return {}
-    if isinstance(value, dict):  # a message, or a part of one
-        key = "content" if value.get("role") == "user" else "text"
-        return append_text((*path, key), value.get(key), suffix)
-    count = len(value) if isinstance(value, list) else 0
-    edits = (append_text((*path, at), value[at], suffix) for at in reversed(range(count)))
-    return next(filter(None, edits), {})
+    if isinstance(value, dict):
+        # A message of the user, or a part of its content.
+        member = "content" if value.get("role") == "user" else "text"
+        return append_text((*path, member), value.get(member), suffix)
+    if isinstance(value, list):
+        for number in reversed(range(len(value))):
+            edit = append_text((*path, number), value[number], suffix)
+            if edit:
+                return edit
+    return {}
 
 
-def no_think_edit(path: str, doc: Mapping[str, Any]) -> dict[Path, Any]:
+def no_think_edit(protocol: Protocol, document: Mapping[str, Any]) -> dict[Path, Any]:
     """Return the edit that appends /no_think to the last user message or the prompt."""
-    member = NO_THINK_MEMBERS.get(path, "")
-    return append_text((member,), doc.get(member), " /no_think")
+    if not protocol.words:
+        return {}
+    return append_text((protocol.words,), document.get(protocol.words), " /no_think")
 
 
-def encode_object(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
+USAGE_WISH = '"stream_options":{"include_usage":true}'
+
+
+def encode_object(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return the client's own bytes with what must change changed."""
-    edits = no_think_edit(ask.path, ask.doc) if rewrite.no_think else {}
-    if rewrite.model != ask.model and ask.model:
-        edits["model" if "model" in ask.doc else "name",] = rewrite.model
-    if rewrite.include_usage:
-        if ask.doc and not edits and "stream_options" not in ask.doc:  # as nearly always
-            rest, _, end = ask.text.rpartition("}")
-            return f'{rest},"stream_options":{{"include_usage":true}}}}{end}'.encode()
-        options = ask.doc.get("stream_options")
-        options = options if isinstance(options, dict) else {}
-        edits["stream_options",] = {**options, "include_usage": True}
-    return edit_json(ask.text, edits).encode() if edits else ask.content
+    document = parsed.document
+    edits: dict[Path, Any] = {}
+    if rewrite.no_think:
+        edits |= no_think_edit(parsed.protocol, document)
+    if parsed.model and rewrite.model != parsed.model:
+        named_by = [name for name in parsed.protocol.model_members if name in document]
+        edits[(named_by[0],)] = rewrite.model
+    adds_options = rewrite.include_usage and "stream_options" not in document
+    if rewrite.include_usage and not adds_options:
+        options = document["stream_options"]
+        own_options = options if isinstance(options, dict) else {}
+        edits[("stream_options",)] = {**own_options, "include_usage": True}
+    if not edits and not adds_options:
+        return parsed.content
+    text = edit_json(parsed.text, edits) if edits else parsed.text
+    if adds_options:
+        text = append_members(text, USAGE_WISH)
+    return text.encode()
 
+
+# --- requests that are no JSON --------------------------------------------------------
 
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
 MAX_PART_HEAD = 16 * KiB
@@ -2350,256 +3217,271 @@ PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|
 
 
 def is_model_part(head: bytes) -> bool:
-    """Tell whether the head of a form's part names it `model` (RFC 7578 4.2)."""
+    r"""Tell whether the head of a form's part names it `model` (RFC 7578 section 4.2).
+
+    `b'\r\nContent-Disposition: form-data; name="model"'`  ->  True
+    """
     line = DISPOSITION.search(head)
-    found = PARAMETER.findall(line[1]) if line else []
-    return any(name.lower() == b"name" and b"model" in values for name, *values in found)
+    if line is None:
+        return False
+    for name, quoted, token in PARAMETER.findall(line[1]):
+        if name.lower() == b"name" and b"model" in (quoted, token):
+            return True
+    return False
 
 
 def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedRequest:
-    """Read the `model` part of a multipart form (RFC 7578); without one it is ""."""
-    found = BOUNDARY.search(media_type)
-    mark = f"\r\n--{found[1] or found[2]}".encode() if found else b""
-    at = -2 if content.startswith(mark[2:]) else content.find(mark)  # it may lack its CRLF
-    if not found or not content.startswith(mark[2:], at + 2):
+    """Read the `model` part of a multipart form (RFC 7578); without one it is "".
+
+    Raises MalformedContent for a form without the boundary that its media type tells.
+    """
+    boundary = BOUNDARY.search(media_type)
+    mark = f"\r\n--{boundary[1] or boundary[2]}".encode() if boundary else b""
+    # The first mark of a form may lack the line end before it.
+    at = -2 if content.startswith(mark[2:]) else content.find(mark)
+    if not boundary or not content.startswith(mark[2:], at + 2):
         raise MalformedContent("the form has no boundary, or its Content-Type another one")
-    while (end := content.find(mark, at + 2)) >= 0:
-        head_end = content.find(b"\r\n\r\n", at + len(mark), min(at + MAX_PART_HEAD, end))
-        if head_end >= 0 and is_model_part(content[at + len(mark) : head_end]):
+    while True:
+        end = content.find(mark, at + 2)
+        if end < 0:
+            return ParsedRequest(path, query, content)
+        head_start = at + len(mark)
+        head_end = content.find(b"\r\n\r\n", head_start, min(at + MAX_PART_HEAD, end))
+        if head_end >= 0 and is_model_part(content[head_start:head_end]):
             model = content[head_end + 4 : end].decode("utf-8", "replace")
-            return ParsedRequest(path, query, content, model=model, span=(head_end + 4, end))
+            span = (head_end + 4, end)
+            return ParsedRequest(path, query, content, model=model, model_span=span)
         at = end
-    return ParsedRequest(path, query, content)
 
 
-def encode_span(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
+def encode_form(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return content that is no JSON with the model's name changed where it stands."""
-    if rewrite.model == ask.model or not ask.model:
-        return ask.content
-    start, end = ask.span
-    return ask.content[:start] + rewrite.model.encode("utf-8", "replace") + ask.content[end:]
+    if not parsed.model or rewrite.model == parsed.model:
+        return parsed.content
+    start, end = parsed.model_span
+    name = rewrite.model.encode("utf-8", "replace")
+    return parsed.content[:start] + name + parsed.content[end:]
 
 
-def encode_openai_error(error: RouterError) -> bytes:
-    """Return an error as OpenAI's clients read it."""
-    doc = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
-    return encode_json({"error": doc})
+# --- answers: what is known -----------------------------------------------------------
 
 
-def encode_openai_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
-    """Return a list of models as OpenAI's clients read it."""
-    return {"object": "list", "data": models}
+class Timing(NamedTuple):
+    """How long an answer took, in ns: all of it, and until it began."""
 
-
-def as_opaque(dialect: Dialect) -> Dialect:
-    """Return the dialect for content that nobody looks into."""
-    return dialect._replace(read=ParsedRequest, encode=encode_span)
-
-
-def as_native(dialect: Dialect) -> Dialect:
-    """Return the dialect for requests that only a server which speaks it can serve."""
-    return dialect._replace(encode_openai=None, empty=None)
-
-
-OPENAI = Dialect(
-    "openai",
-    SSE,
-    read_object,
-    encode_openai_error,
-    encode_object,
-    encode_models=encode_openai_models,
-)
-OPENAI_OPAQUE = as_opaque(OPENAI)
-
-# --- what is answered -----------------------------------------------------------------
-
-TEXT_DELTA, TEXT_DONE = "response.output_text.delta", "response.output_text.done"
-CLOSING_TYPES = ("content_block_stop", "message_stop", TEXT_DONE)
-END_TYPES = (  # of the last event of a stream
-    "message_stop",
-    "response.completed",
-    "response.failed",
-    "response.incomplete",
-)
-ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
-CHOICE_TEXTS: tuple[Path, ...] = (("text",), ("delta", "content"), ("message", "content"))
-OTHER_TEXTS: tuple[Path, ...] = (  # of Ollama's own answers, of /v1/messages
-    ("message", "content"),
-    ("delta", "text"),
-    ("response",),
-    ("content",),
-)
-
-
-class TextField(NamedTuple):
-    """Where a text stands in an answer or event, and which of several texts it is."""
-
-    path: Path
-    index: Any
-    text: str
-
-
-def slots_at(top: Any, at: Path, paths: Iterable[Path], index: Any) -> Iterator[TextField]:
-    """Yield the texts at some paths below `top`: strings, or the text parts of lists."""
-    for path in paths:
-        value = top
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        path = at + path
-        if isinstance(value, str):
-            yield TextField(path, index, value)
-        for number, part in enumerate(value if isinstance(value, list) else ()):
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                yield TextField((*path, number, "text"), (index, number), part["text"])
-
-
-def read_choices(doc: Mapping[str, Any]) -> list[tuple[int, Any, dict[str, Any]]]:
-    """Return the choices of an answer or event, each with its place and its index."""
-    choices = doc.get("choices")
-    return [
-        (at, choice["index"] if isinstance(choice.get("index"), int) else at, choice)
-        for at, choice in enumerate(choices if isinstance(choices, list) else ())
-        if isinstance(choice, dict)
-    ]
-
-
-def text_slots(doc: Mapping[str, Any]) -> list[TextField]:
-    """Return where the visible text of an answer or of one event stands."""
-    if doc.get("type") == TEXT_DELTA:
-        return list(slots_at(doc, (), [("delta",)], str(doc.get("item_id"))))
-    if "choices" not in doc:
-        return list(slots_at(doc, (), OTHER_TEXTS, str(doc.get("index"))))
-    slots: list[TextField] = []
-    for at, index, choice in read_choices(doc):
-        slots += slots_at(choice, ("choices", at), CHOICE_TEXTS, index)
-    return slots
-
-
-def output_slots(value: Any, path: Path = ()) -> Iterator[TextField]:
-    """Yield the whole texts inside a response object, however deep it lies."""
-    items = value.items() if isinstance(value, dict) else ()
-    for key, inner in enumerate(value) if isinstance(value, list) else items:
-        if isinstance(inner, (dict, list)) and len(path) < 6:
-            yield from output_slots(inner, (*path, key))
-        elif key == "text" and value.get("type") in ("output_text", TEXT_DONE):
-            yield from slots_at(value, path, [("text",)], path)
-
-
-def closed_indexes(doc: Mapping[str, Any]) -> dict[Any, None] | None:
-    """Return which texts end with this event; None means all of them."""
-    if doc.get("done") is True or doc.get("type") in CLOSING_TYPES:
-        return None
-    ended = [index for _, index, choice in read_choices(doc) if choice.get("finish_reason")]
-    return dict.fromkeys(ended)  # in order, and found at once
-
-
-def carries_more(doc: Mapping[str, Any]) -> bool:
-    """Tell whether an event says anything beside its text."""
-    message, said = doc.get("message"), []
-    if isinstance(message, dict):
-        said += [message.get("tool_calls"), message.get("thinking")]
-    for _, _, choice in read_choices(doc):
-        delta = choice.get("delta") or {}
-        said += [choice.get("finish_reason"), *(delta[key] for key in delta if key != "content")]
-    return bool(doc.get("usage") or doc.get("done") or any(said))
-
-
-def tail_document(doc: dict[str, Any], slot: TextField, text: str) -> dict[str, Any]:
-    """Turn an event into one that says nothing but `text` at the slot."""
-    doc.pop("usage", None)
-    if slot.path[0] == "choices":
-        choice = doc["choices"][slot.path[1]]
-        said = {"delta": {"content": text}} if "delta" in choice else {"text": text}
-        return {**doc, "choices": [{**choice, "finish_reason": None, **said}]}
-    holder: Any = doc
-    for key in slot.path[:-1]:
-        holder = holder[key]
-    holder[slot.path[-1]] = text
-    return doc
+    total: int
+    first: int
 
 
 class AnswerPlan(NamedTuple):
-    """What is known of an answer when its head has come."""
+    """What is known of an answer when its head has come, and what is to be done."""
 
-    ask: ParsedRequest
+    parsed: ParsedRequest
     dialect: Dialect
     native: bool  # the server speaks the client's dialect
     rules: FilterRules
     hide_usage: bool  # the usage event was not the client's wish
-    renamed: bool
-    clock: Callable[[], Timing]
+    renamed: bool  # the server knows the model by another name
+    now: Callable[[], float]  # s UTC
+    timing: Callable[[], Timing]
+    limits: Limits = LIMITS
 
-    def model_edit(self, doc: Mapping[str, Any]) -> dict[Path, Any]:
-        """Return the edit that gives a native answer the name its client knows."""
-        asked = self.ask.doc.get("model") or self.ask.model
-        wrong = self.renames and doc.get("model") not in (None, asked)
-        return {("model",): asked} if wrong else {}
+    @property
+    def protocol(self) -> Protocol:
+        """What the answer looks like."""
+        return self.parsed.protocol if self.native else find_protocol(self.parsed.openai_path)
 
     @property
     def renames(self) -> bool:
-        """Whether answers name the model that was asked, not the one that spoke."""
-        return self.renamed and self.dialect.service == "ollama"
+        """Whether the answer has to name the model that was asked for."""
+        return self.renamed and self.parsed.protocol.names_model
+
+    def model_edit(self, document: Mapping[str, Any]) -> dict[Path, Any]:
+        """Return the edit that gives a native answer the name that its client knows."""
+        requested = self.parsed.document.get("model") or self.parsed.model
+        if not self.renames or document.get("model") in (None, requested):
+            return {}
+        return {("model",): requested}
 
 
-def may_hold_tag(text: bytes) -> bool:
-    """Tell whether a text could hold a tag."""
-    tag, escape = TAG_WORDS
-    return tag in text or escape in text
+TAG_START, ESCAPED_TAG_START = b"<", b"\\u003"
+
+
+def may_hold_tag(data: bytes) -> bool:
+    """Tell whether a text in JSON could hold a tag."""
+    return TAG_START in data or ESCAPED_TAG_START in data
 
 
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
-    rules = plan.rules
-    marked = rules.fences or (rules.think and may_hold_tag(content))
-    doc = parse_object(content) if marked or plan.renames else None
-    if doc is None:
+    filtering = plan.rules.fences or (plan.rules.think and may_hold_tag(content))
+    document = parse_object(content) if filtering or plan.renames else None
+    if document is None:
         return content
-    edits = plan.model_edit(doc)
-    for slot in [*text_slots(doc), *output_slots(doc)] if marked else ():
-        visible, _ = filter_text(slot.text, rules)
-        if visible != slot.text:
-            edits[slot.path] = visible
+    edits = plan.model_edit(document)
+    parts = read_answer(plan.protocol, document) if filtering else []
+    for part in parts:
+        if part.kind in (TEXT, AGAIN) and isinstance(part.value, str):
+            visible, _ = filter_text(part.value, plan.rules)
+            if visible != part.value:
+                edits[part.path] = visible
     return edit_json(content.decode(), edits).encode() if edits else content
 
 
+# --- answers: rewriters ---------------------------------------------------------------
+# What the Relay sees of a rewriter: `feed` takes a piece of the answer and returns what may leave
+# now, `finish` returns the rest, `buffers` says that nothing leaves before `finish`, `complete`
+# that the answer has said that it is at its end, `trouble` what it said went wrong. In a stream,
+# `tells_timings` is about llama.cpp's timings, and `lost_timings` says that they stood in the usage
+# event that the client must not see.
+
+
 class BufferedRewrite:
-    """Holds an answer until all of it can be changed; a huge one goes as it is."""
+    """Keeps an answer until all of it can be changed.
 
-    whole, complete = True, False  # `whole`: nothing leaves before finish()
+    One that is too long goes as it is, unless the client could not read it.
+    """
 
-    def __init__(self, change: Callable[[bytes], bytes], required: bool = False) -> None:
-        self.change, self.required = change, required
-        self.held = bytearray()
+    trouble = ""
+    lost_timings = False
+    tells_timings = True
+
+    def __init__(
+        self,
+        plan: AnswerPlan,
+        change: Callable[[AnswerPlan, bytes], bytes],
+        required: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.change = change
+        self.required = required
+        self.buffers = True
+        self.complete = False
+        self.content = bytearray()
 
     def feed(self, data: bytes) -> bytes:
-        """Hold `data`; give up above LIMITS.buffered_answer."""
-        if not self.whole:
+        """Keep a piece; return all of them once they are too many to be kept."""
+        if not self.buffers:
             return data
-        self.held += data
-        if len(self.held) <= LIMITS.buffered_answer:
+        self.content += data
+        longest = self.plan.limits.buffered_answer
+        if len(self.content) <= longest:
             return b""
         if self.required:
-            raise BadGateway(f"the answer is longer than {LIMITS.buffered_answer} bytes")
-        self.whole = False
-        return bytes(self.held)
+            raise BadGateway(f"the answer is longer than {longest} bytes")
+        self.buffers = False
+        return bytes(self.content)
 
     def finish(self, closed: bool = False) -> bytes:
-        """Return the changed answer. Raises BadGateway when a close has cut it (`closed`)."""
-        if closed and self.whole:
-            try:
-                json.loads(self.held)
-            except (ValueError, RecursionError):
-                raise BadGateway("the connection was closed inside the answer") from None
+        """Return the changed answer.
+
+        Only the close of the connection told its end if `closed`: raises BadGateway for an
+        answer that this has cut.
+        """
         self.complete = True
-        return self.change(bytes(self.held)) if self.whole else b""
+        if not self.buffers:
+            return b""
+        content = bytes(self.content)
+        if closed:
+            try:
+                json.loads(content)
+            except (ValueError, RecursionError):
+                self.complete = False
+                raise BadGateway("the connection was closed inside the answer") from None
+        return self.change(self.plan, content)
+
+
+class StreamRewrite:
+    """Takes a stream apart into events, which `changes` gets, and looks after its end.
+
+    `changes` is an `EventFilter` or a translation. It has `change_block`, which returns what
+    becomes of some whole events, and `close`, which returns what follows the last one; `buffers`;
+    `required`, when the client could not read the events as they are; and `failed`, when it has
+    told the client of an error.
+    """
+
+    def __init__(self, plan: AnswerPlan, format: EventFormat, changes: Any) -> None:
+        self.plan = plan
+        self.protocol: Protocol = changes.protocol
+        self.changes = changes
+        self.reader = EventReader(format, plan.limits)
+        self.buffers: bool = changes.buffers
+
+    @property
+    def lost_timings(self) -> bool:
+        """Whether llama.cpp's timings went with the usage event."""
+        return bool(self.changes.lost_timings)
+
+    @property
+    def tells_timings(self) -> bool:
+        """Whether llama.cpp's timings stand in one of the last events."""
+        return any(b'"timings"' in event for event in self.reader.last_events())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has said that it is at its end."""
+        for event in reversed(self.reader.last_events()):
+            if ends_stream(self.protocol, self.reader.format, event):
+                return True
+        return False
+
+    @property
+    def trouble(self) -> str:
+        """What the last events say went wrong; "" for nothing."""
+        events = self.reader.last_events()
+        troubles = []
+        for event in events:
+            # As nearly always, the word is not there, and nothing has to be parsed.
+            if b"error" in event:
+                document = self.reader.format.read_document(event) or {}
+                troubles.append(find_error(self.protocol, document))
+        return "; ".join(filter(None, troubles))
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what the events that are whole now become."""
+        long, block = self.reader.feed(data)
+        if not long:
+            return self.changes.change_block(block) if block else b""
+        if self.changes.required:
+            longest = self.plan.limits.buffered_event
+            raise BadGateway(f"an event is longer than {longest} bytes")
+        return long + (self.changes.change_block(block) if block else b"")
+
+    def finish(self, closed: bool = False) -> bytes:
+        """Return what the last event becomes, if it lacks its end, and what follows it.
+
+        Raises BadGateway when the stream ends inside of an event, or before the answer has said
+        that it is at its end: always in a translation, whose own end would look like a good one,
+        else if only the close of the connection (`closed`) says that it was all.
+        """
+        event = self.reader.finish()
+        data = self.reader.format.read_data(event)
+        if data.startswith(b"{") and parse_object(data) is None:
+            raise BadGateway("the stream ended inside an event")
+        needs_end = closed or (self.changes.required and not self.changes.failed)
+        if needs_end and self.protocol.words and not self.complete:
+            raise BadGateway("the stream ended before the answer was complete")
+        changed = self.changes.change_block(event) if event else b""
+        return changed + self.changes.close(b"".join(self.reader.last_blocks))
+
+
+# --- answers: events that stay in their protocol --------------------------------------
+
+NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
+NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
 
 
 def find_all(block: bytes, word: bytes) -> list[int]:
-    """Return where a word stands in a block, the last place first: that way it is found faster."""
+    """Return the places of a word in a block, the last one first: `b"a-a"`, `b"a"` -> `[2, 0]`."""
     places: list[int] = []
-    at = len(block) if word[:1] != b"\\" or b"\\" in block else 0  # one octet: faster still
-    while (at := block.rfind(word, 0, at)) >= 0:
+    # Looking for one octet is by far the fastest, and an escape is rare.
+    if word.startswith(b"\\") and b"\\" not in block:
+        return places
+    # Looking for a word from the end takes a third of the time that `find` takes.
+    at = block.rfind(word)
+    while at >= 0:
         places.append(at)
+        at = block.rfind(word, 0, at)
     return places
 
 
@@ -2608,491 +3490,212 @@ def may_be_usage(data: bytes) -> bool:
     return b'"usage"' in data and (b'"choices"' not in data or NO_CHOICES.search(data) is not None)
 
 
-def read_event(form: EventFormat, event: bytes) -> dict[str, Any] | None:
-    """Return the object that an event holds; what its fields call an error is one."""
-    failed = ERROR_EVENT.search(event) if b"error" in event else None
-    data = form.read(event) or (failed and failed[1]) or b""
-    doc = parse_object(data)
-    if not failed or (doc and "error" in doc):
-        return doc
-    return {"error": doc or data.decode("utf-8", "replace") or "the upstream gave no reason"}
+def tail_document(document: dict[str, Any], part: Part, text: str) -> dict[str, Any]:
+    """Turn an event into one that says nothing but `text`, where one of its texts stands.
+
+    `{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a <"}}]}`, ..., `<`
+    ->  `{"choices": [{"index": 0, "delta": {"content": "<"}, "finish_reason": None}]}`
+    """
+    document.pop("usage", None)
+    if part.path[0] == "choices":
+        choice = document["choices"][part.path[1]]
+        says = {"delta": {"content": text}} if "delta" in choice else {"text": text}
+        document["choices"] = [{**choice, "finish_reason": None, **says}]
+        return document
+    holder: Any = document
+    for key in part.path[:-1]:
+        holder = holder[key]
+    holder[part.path[-1]] = text
+    return document
 
 
-def error_text(doc: Mapping[str, Any]) -> str:
-    """Return the sentence in an upstream's error document, or else the document."""
-    error = next((doc[name] for name in ("error", "detail", "message") if doc.get(name)), doc)
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return error if isinstance(error, str) else json.dumps(error)
+class EventFilter:
+    """Changes events that stay in their protocol: texts, usage, the model's name.
 
-
-def find_wrong(doc: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the part of an event that says what went wrong, in any protocol."""
-    inner = doc.get("response")
-    parts = [doc, *([inner] if isinstance(inner, dict) else [])]
-    named = "error" in (doc.get("type"), doc.get("object"))
-    return next((part for part in parts if part.get("error")), doc if named else None)
-
-
-def find_failure(doc: Mapping[str, Any]) -> BadGateway | None:
-    """Return what an answer or event says went wrong, None when it says nothing of the kind."""
-    wrong = doc.get("error") or doc.get("object") == "error"
-    return BadGateway(error_text(doc)) if wrong and not doc.get("choices") else None
-
-
-def ends_stream(form: EventFormat, event: bytes) -> bool:
-    """Tell whether an event says that its stream is at its end, a good or a bad one."""
-    if DONE_MARK in map(bytes.strip, form.read(event).splitlines()):
-        return True
-    doc = read_event(form, event) or {}
-    ended = any(choice.get("finish_reason") for _, _, choice in read_choices(doc))
-    typed = doc.get("done") is True or doc.get("type") in END_TYPES
-    return bool(ended or typed or find_wrong(doc))
-
-
-def is_last_event(form: EventFormat, event: bytes, closed: bool) -> bool:
-    """Tell whether what stands before the end of a stream, or its close, is a whole event."""
-    ended = ends_stream(form, event)
-    return ended or (not closed and parse_object(form.read(event)) is not None)
-
-
-class StreamRewrite:
-    """Filters the events of a stream that stays in its own format.
-
-    Whole events leave as the bytes they came in, unless one holds a word that may make a change
-    necessary, or a filter waits for more text (`plain` is false).
+    Most events need no change, and to parse one costs more than all else. So events leave as the
+    bytes they came in while `passes_plain` holds and a block has none of the `words` that could
+    need a change. That is sure as soon as every text of the answer has begun outside of a block
+    of thinking, and no filter keeps anything back: then only a tag can change something. It is
+    not sure at first, and never when texts may begin unseen (`n` choices), when fences are
+    looked for or when each event names a model.
     """
 
-    whole = failed = False
-    timed = False  # llama.cpp's timings were lost with usage that was asked for
-    required = False  # the client could not read the events as they are
+    buffers = False
+    required = False
+    failed = False
 
-    def __init__(self, plan: AnswerPlan, form: EventFormat) -> None:
-        self.plan, self.form, self.rules, self.renames = plan, form, plan.rules, plan.renames
-        self.splitter = EventSplitter(form)
-        self.filtering, self.single = any(plan.rules), plan.ask.choices == 1
-        self.words = (b'"usage"',) if plan.hide_usage else ()
-        self.words += TAG_WORDS if self.filtering else ()
-        self.plain = not (self.filtering or self.renames)
-        self.texts: dict[Any, TextFilter] = {}
-        self.unsettled: set[Any] = set()  # of them, whose filters are not `settled`
-        self.waiting: dict[
-            Any, tuple[bytes, TextField]
-        ] = {}  # of them, with the last event: `waits`
-        self.tail: collections.deque[bytes] = collections.deque(maxlen=4)  # the last blocks
-        self.raw = b""  # inside an event that was too long: its last octets, maybe of its end
-        self.spoken = False  # text without a tag has begun, and no filter was needed so far
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the events that are whole now, filtered."""
-        if self.raw:  # the rest of an event that was too long
-            match = self.form.end.search(self.raw + data)
-            if match is None:
-                self.raw = (self.raw + data[-2:])[-2:]
-                return data
-            end, self.raw = match.end() - len(self.raw), b""
-            return data[:end] + self.feed(data[end:])
-        if not self.tail:  # one byte order mark at the start is nothing
-            data = data.removeprefix(BOM)
-        block = self.splitter.feed(data)
-        if block:
-            self.tail.append(block)
-            return self.change_block(block)
-        if len(self.splitter.held) <= LIMITS.buffered_event:
-            return b""
-        if self.required:
-            raise BadGateway(f"an event is longer than {LIMITS.buffered_event} bytes")
-        event = self.splitter.take()
-        self.raw = event[-2:]
-        return event
-
-    @property
-    def complete(self) -> bool:
-        """Whether the answer has said that it is at its end."""
-        events = self.form.split(b"".join(self.tail))
-        events = [event for event in events if event and not event.startswith(b":")]
-        return any(ends_stream(self.form, event) for event in events[: -LAST_EVENTS - 1 : -1])
-
-    @property
-    def last_events(self) -> bytes:
-        """The ends of the last blocks, each with about LAST_EVENTS events."""
-        ends = []
-        for block in [*filter(None, self.tail)][-2:]:
-            at, mark = len(block), CRLF_MARK if block.endswith(CRLF_MARK) else self.form.mark
-            for _ in range(LAST_EVENTS):
-                if (at := block.rfind(mark, 0, at)) < 0:
-                    break
-            ends.append(block[max(at, 0) :])
-        return b"".join(ends)
-
-    @property
-    def trouble(self) -> str:
-        """What one of the last events says went wrong; "" for nothing."""
-        ends = [block[-FAR_BACK:] for block in self.tail if block]
-        if True not in [b"error" in end or self.form.mark not in end[:-64] for end in ends[-2:]]:
-            return ""  # as nearly always, and no long event stands there
-        last = self.last_events
-        if b"error" not in last:
-            return ""
-        docs = [read_event(self.form, event) for event in filter(None, self.form.split(last))]
-        return "; ".join([error_text(wrong) for doc in docs if (wrong := find_wrong(doc or {}))])
-
-    def finish(self, closed: bool = False) -> bytes:
-        """Return the last event, if it lacks its end, and what was held back.
-
-        Raises BadGateway when the stream ends inside an event, or when nothing but a close
-        (`closed`) says that it was all.
-        """
-        rest = self.splitter.take()
-        data = self.form.read(rest) if rest else b""
-        if data.startswith(b"{") and parse_object(data) is None:
-            raise BadGateway("the stream ended inside an event")
-        self.tail.append(rest)
-        cut = closed or (self.required and not self.failed)  # a made end looks like a good one
-        if cut and not self.complete and self.plan.ask.path in NO_THINK_MEMBERS:
-            raise BadGateway("the stream ended before the answer was complete")
-        return (self.change_block(rest) if rest else b"") + self.close(self.waiting)
+    def __init__(self, plan: AnswerPlan, format: EventFormat) -> None:
+        self.plan = plan
+        self.protocol = plan.protocol
+        self.format = format
+        self.filtering = any(plan.rules)
+        self.single = plan.parsed.choices == 1
+        self.words: tuple[bytes, ...] = ()
+        if plan.hide_usage:
+            self.words += (b'"usage"',)
+        if self.filtering:
+            self.words += (TAG_START, ESCAPED_TAG_START)
+        self.passes_plain = not (self.filtering or plan.renames)
+        # By choice and block: the filters, and those that have to see every event.
+        self.filters: dict[tuple[int, Any], TextFilter] = {}
+        self.attentive: set[tuple[int, Any]] = set()
+        # By choice, then block: the last text whose filter keeps something back, and its event.
+        self.pending: dict[int, dict[Any, tuple[Part, bytes]]] = {}
+        # Whether the only text of the answer has begun without a tag, and needs no filter yet.
+        self.begun_plainly = False
+        self.lost_timings = False
 
     def change_block(self, block: bytes) -> bytes:
-        """Return whole events; only those that could need a change are parsed."""
-        places: list[int] = []
+        """Return some whole events changed; only those that could need it are parsed."""
+        places = []
         for word in self.words:
             places += find_all(block, word)
-        if self.plain and not places:
+        if self.passes_plain and not places:
             return block
-        places.sort(reverse=True)
-        parts, kept, done, plain = [], 0, 0, b"\r" not in block
-        while (at := self.plain_until(block, done, places)) < len(block):
-            end = self.form.find_end(block, at, plain)
+        places.sort()
+        next_place = 0
+        has_cr = b"\r" in block
+        pieces = []
+        kept_to = 0
+        at = 0
+        while at < len(block):
+            if self.passes_plain:
+                # Go on to the event with the next word.
+                while next_place < len(places) and places[next_place] < at:
+                    next_place += 1
+                if next_place == len(places):
+                    break
+                at = self.format.find_last_end(block, at, places[next_place])
+            end = self.format.find_end(block, at, has_cr)
             event = block[at:end]
-            changed = self.change(event)
-            self.plain = self.settled()
+            changed = self.change_event(event)
             if changed is not event:
-                parts += [block[kept:at], changed]
-                kept = end
-            done = end
-        return b"".join([*parts, block[kept:]]) if parts else block
+                pieces += [block[kept_to:at], changed]
+                kept_to = end
+            self.passes_plain = self.may_pass_plain()
+            at = end
+        return b"".join([*pieces, block[kept_to:]]) if pieces else block
 
-    def plain_until(self, block: bytes, at: int, places: list[int]) -> int:
-        """Return how far events may leave as they are; `places` of words, the last one first."""
-        if not self.plain:
-            return at
-        while places and places[-1] < at:
-            places.pop()
-        if not places:
-            return len(block)
-        return self.form.find_last_end(block, at, places[-1])
+    def may_pass_plain(self) -> bool:
+        """Tell whether the next event can leave unseen if it has none of the words."""
+        if self.plan.renames:
+            return False
+        if not self.filtering:
+            return True
+        if self.filters and self.single:
+            return not self.attentive
+        return self.begun_plainly
+
+    def change_event(self, event: bytes) -> bytes:
+        """Return one event changed; b"" when nothing is left of it."""
+        data = self.format.read_data(event)
+        if data == DONE_MARK:
+            return self.close() + event
+        if self.plan.hide_usage:
+            shorter = NULL_USAGE.sub(b"", data)
+            if shorter != data:
+                data = shorter
+                event = self.format.replace(event, data)
+        looks_at_text = may_hold_tag(event) or not (self.passes_plain or self.begins_plainly(data))
+        looks_at_usage = self.plan.hide_usage and may_be_usage(data)
+        document = parse_object(data) if looks_at_text or looks_at_usage else None
+        if document is None:
+            return event
+        if looks_at_usage and document.get("usage") and not document.get("choices"):
+            self.lost_timings = "timings" in document
+            return b""
+        edits = self.plan.model_edit(document)
+        if not (self.filtering and looks_at_text):
+            return self.edit_event(event, data, edits)
+        return self.filter_event(event, data, document, edits)
+
+    def edit_event(self, event: bytes, data: bytes, edits: Mapping[Path, Any]) -> bytes:
+        """Return an event with some values of its document replaced."""
+        if not edits:
+            return event
+        return self.format.replace(event, edit_json(data.decode(), edits).encode())
 
     def begins_plainly(self, data: bytes) -> bool:
-        """Tell whether the answer's only text begins in this event, which has no tag."""
-        if self.texts or self.renames or self.rules.fences or not self.single:
+        """Tell whether the answer's only text begins in this event, without a tag."""
+        plain_text = self.protocol.plain_text
+        if self.filters or self.plan.renames or self.plan.rules.fences or plain_text is None:
             return False
-        self.spoken = self.spoken or PLAIN_TEXT.search(data) is not None
-        return self.spoken
+        if not self.begun_plainly and self.single:
+            self.begun_plainly = plain_text.search(data) is not None
+        return self.begun_plainly
 
-    def settled(self) -> bool:
-        """Tell whether events without `words` would pass unchanged."""
-        if self.renames or not self.filtering:
-            return not self.renames
-        if not self.single or not self.texts:
-            return self.spoken
-        return not self.unsettled
+    def filter_event(
+        self, event: bytes, data: bytes, document: dict[str, Any], edits: dict[Path, Any]
+    ) -> bytes:
+        """Return an event with its texts filtered, after what older events still have to say."""
+        parts = read_answer(self.protocol, document)
+        texts = [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
+        ended = {(p.choice, p.block) for p in parts if p.kind in (FINISH, TEXT_END)}
+        visible = ""
+        for part in texts:
+            last = (part.choice, part.block) in ended or (part.choice, None) in ended
+            shown = self.filter_text(part, event, last)
+            visible += shown
+            if shown != part.value:
+                edits[part.path] = shown
+        for part in parts:
+            if part.kind == AGAIN and isinstance(part.value, str):
+                shown, _ = filter_text(part.value, self.plan.rules)
+                if shown != part.value:
+                    edits[part.path] = shown
+        # Texts that end without being in this event.
+        before = b"".join([self.release(choice, block) for choice, block in ended])
+        says_more = len(parts) > len(texts)
+        if texts and not says_more and not visible and any(p.path in edits for p in texts):
+            return before
+        return before + self.edit_event(event, data, edits)
 
-    def change(self, event: bytes) -> bytes:
-        """Return one event filtered, b"" when nothing is left of it."""
-        data = self.form.read(event)
-        if data == DONE_MARK:
-            return self.close(self.waiting) + event
-        if self.plan.hide_usage and NULL_USAGE.search(data):
-            data = NULL_USAGE.sub(b"", data)
-            event = self.form.replace(event, data)
-        marked = may_hold_tag(event) or not (self.plain or self.begins_plainly(data))
-        usage = self.plan.hide_usage and may_be_usage(data)
-        doc = parse_object(data) if marked or usage else None
-        if doc is None:
-            return event
-        if usage and doc.get("usage") and not doc.get("choices"):
-            self.timed = "timings" in doc
-            return b""
-        nothing: tuple[bytes, dict[Path, Any], bool] = (b"", {}, False)
-        tails, edits, empty = self.filter(doc, event) if self.filtering and marked else nothing
-        if empty and not carries_more(doc):
-            return tails
-        edits |= self.plan.model_edit(doc)
-        if edits:
-            event = self.form.replace(event, edit_json(data.decode(), edits).encode())
-        return tails + event
-
-    def filter(self, doc: dict[str, Any], event: bytes) -> tuple[bytes, dict[Path, Any], bool]:
-        """Return events to go before this one, its edits, and whether it lost all text."""
-        slots, closed = text_slots(doc), closed_indexes(doc)
-        whole = [] if "choices" in doc else list(output_slots(doc))
-        visible: dict[Path, str] = {}
-        for slot in slots:
-            last = closed is None or slot.index in closed
-            visible[slot.path] = self.feed_text(slot, event, last)
-        here = {slot.index for slot in slots}
-        others = self.waiting if closed is None else closed
-        tails = self.close([index for index in others if index not in here])
-        empty = bool(slots) and not whole and not any(visible.values())
-        visible |= {slot.path: filter_text(slot.text, self.rules)[0] for slot in whole}
-        changed = [slot.path for slot in (*slots, *whole) if visible[slot.path] != slot.text]
-        return tails, {path: visible[path] for path in changed}, empty and bool(changed)
-
-    def feed_text(self, slot: TextField, event: bytes, last: bool) -> str:
-        """Return what is visible of an event's text, and note what its filter waits for."""
-        index = slot.index
-        if index not in self.texts:
-            if len(self.texts) >= LIMITS.texts_per_stream:
-                raise BadGateway(f"the answer has more than {LIMITS.texts_per_stream} texts")
-            self.texts[index] = TextFilter(self.rules, begun=self.spoken)
-        text_filter = self.texts[index]
-        visible, _ = text_filter.feed(slot.text, last)
-        (self.unsettled.discard if text_filter.passes_plain_text else self.unsettled.add)(index)
-        self.waiting.pop(index, None)
+    def filter_text(self, part: Part, event: bytes, last: bool) -> str:
+        """Return what is visible of a text, and remember what its filter keeps back."""
+        which = (part.choice, part.block)
+        if which not in self.filters:
+            most = self.plan.limits.texts_per_stream
+            if len(self.filters) >= most:
+                raise BadGateway(f"the answer has more than {most} texts")
+            self.filters[which] = TextFilter(self.plan.rules, begun=self.begun_plainly)
+        text_filter = self.filters[which]
+        visible, _ = text_filter.feed(part.value, last)
+        if text_filter.passes_plain_text:
+            self.attentive.discard(which)
+        else:
+            self.attentive.add(which)
         if text_filter.pending:
-            self.waiting[index] = event, slot
+            self.pending.setdefault(part.choice, {})[part.block] = (part, event)
+        elif part.choice in self.pending:
+            self.pending[part.choice].pop(part.block, None)
+            if not self.pending[part.choice]:
+                del self.pending[part.choice]
         return visible
 
-    def close(self, indexes: Iterable[Any]) -> bytes:
-        """Return what the filters of some texts hold, as events of their own."""
-        tails = b""
-        for event, slot in [self.waiting[i] for i in indexes if i in self.waiting]:
-            text = self.feed_text(slot._replace(text=""), event, last=True)
+    def release(self, choice: int, block: Any) -> bytes:
+        """Return what the filter of a text keeps back, as an event of its own.
+
+        The block None means all texts of the choice.
+        """
+        pending = self.pending.get(choice, {})
+        blocks = [block] if block in pending else []
+        if block is None:
+            blocks = list(pending)
+        events = []
+        for block in blocks:
+            part, event = pending[block]
+            text = self.filter_text(part._replace(value=""), event, last=True)
             if text:
-                doc = tail_document(json.loads(self.form.read(event)), slot, text)
-                tails += self.form.replace(event, encode_json(doc))
-        return tails
+                document = tail_document(json.loads(self.format.read_data(event)), part, text)
+                events.append(self.format.replace(event, encode_json(document)))
+        return b"".join(events)
+
+    def close(self, ending: bytes = b"") -> bytes:
+        """Return what all filters keep back, as events of their own."""
+        return b"".join([self.release(choice, None) for choice in list(self.pending)])
 
 
-# --- what was said and what it cost ----------------------------------------------------
-# Messages of every protocol as one kind of record; the counts of every server.
-
-USAGE_WINDOW = 8 * KiB  # counts stand at the ends of an answer, or after its last `"usage"`
-TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
-PROMPT_COUNTS = (
-    "prompt_tokens",
-    "prompt_eval_count",  # others count apart what was cached
-    "input_tokens+cache_read_input_tokens+cache_creation_input_tokens",
-    "prompt_n+cache_n",
-    "total_tokens",
-)
-SAID_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
-CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
-IMAGE_STARTS = {"iVBOR": "png", "/9": "jpeg", "R0lGO": "gif", "UklGR": "webp", "Qk": "bmp"}
-SERVICES = ("openai", "ollama")
-
-
-class Usage(NamedTuple):
-    """What an answer cost in tokens; None is unknown."""
-
-    prompt: int | None = None
-    completion: int | None = None
-    cached: int | None = None
-
-
-def read_usage(said: bytes) -> Usage:
-    """Return the counts of an answer, whole or streamed, however its server spells them."""
-    start = max(0, len(said) - USAGE_WINDOW)
-    at = said.rfind(b'"usage"', min(start, said.rfind(b'"usage"')) if start else 0)
-    window = said[at if at >= 0 else start :][: 2 * USAGE_WINDOW]
-    if said.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:  # of /v1/messages, at both ends
-        window = said[:USAGE_WINDOW] + window
-    found = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
-
-    def first(ways: Sequence[str]) -> int | None:
-        names = next((way.split("+") for way in ways if way.split("+")[0] in found), ())
-        return sum(found.get(name, 0) for name in names) if names else None
-
-    return Usage(first(PROMPT_COUNTS), first(SAID_COUNTS), first(CACHED_COUNTS))
-
-
-def expect(right: object, message: str) -> None:
-    """Refuse a request's content unless something is `right`."""
-    if not right:
-        raise MalformedContent(message)
-
-
-def image_url(image: Any) -> str:
-    """Return a URL for an image: what is no URL is base64, its kind by magic number."""
-    url = "".join(str(image).split())  # base64 may come in lines
-    if url.startswith(("data:", "http://", "https://")):
-        return url
-    expect(BASE64.fullmatch(url), "an image is not base64")
-    kinds = [kind for start, kind in IMAGE_STARTS.items() if url.startswith(start)]
-    return f"data:image/{kinds[0] if kinds else 'png'};base64,{url}"
-
-
-def argument_text(arguments: Any) -> str:
-    """Return the arguments of a call as the string that OpenAI gives."""
-    return arguments if isinstance(arguments, str) else encode_json_exactly(arguments).decode()
-
-
-def new_message(role: str) -> dict[str, Any]:
-    """Return a message of no protocol that says nothing yet; texts are gathered in pieces."""
-    return {
-        "role": role,
-        "content": [],
-        "thinking": [],
-        "tool_calls": [],
-        "tool_call_id": None,
-        "name": None,
-        "images": [],
-    }
-
-
-def join_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with its texts whole."""
-    calls = [
-        {"id": call["id"], "name": call["name"], "arguments": "".join(call["arguments"])}
-        for call in message["tool_calls"]
-    ]
-    texts = {name: "".join(message[name]) for name in ("content", "thinking")}
-    return {**message, **texts, "tool_calls": calls}
-
-
-def add_text(pieces: list[str], text: str) -> None:
-    """Add a piece; what is no text is refused here. Raises TypeError."""
-    pieces.append(text + "")
-
-
-def add_call(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> None:
-    """Add a tool call or a fragment of one, which continues a call with its index and id."""
-    index, call_id, function = call.get("index"), call.get("id"), call.get("function") or {}
-    late = (
-        () if index is None and function.get("name") else calls[: -LIMITS.open_tool_calls - 1 : -1]
-    )
-    last = next(
-        (
-            known
-            for known in late
-            if known["index"] == index and (not call_id or known["id"] in (None, call_id))
-        ),
-        None,
-    )
-    if last is None:
-        last = {"index": index, "id": None, "name": None, "arguments": []}
-        calls.append(last)
-    last["id"], last["name"] = call_id or last["id"], function.get("name") or last["name"]
-    add_text(last["arguments"], argument_text(function.get("arguments") or ""))
-
-
-def add_content(message: dict[str, Any], content: Any) -> None:
-    """Add a content, a string or parts, to a message: texts, thoughts, pictures, calls."""
-    if not isinstance(content, list):
-        add_text(message["content"], content or "")
-        return
-    for part in content:
-        part = {"text": part} if isinstance(part, str) else part
-        kind, image = part.get("type"), part.get("image_url") or part.get("source")
-        if isinstance(image, dict):
-            data = f"data:{image.get('media_type')};base64,{image.get('data')}"
-            image = image.get("url") or data
-        message["images"] += [image] if image else []
-        add_text(message["content"], part.get("text") or "")
-        add_text(message["thinking"], part.get("thinking") or "")
-        if kind in ("tool_use", "input_json_delta"):
-            function = {**part, "arguments": part.get("partial_json") or part.get("input")}
-            add_call(message["tool_calls"], {**part, "function": function})
-        if kind == "tool_result":
-            message["role"], message["tool_call_id"] = "tool", part.get("tool_use_id")
-            add_content(message, part.get("content"))
-
-
-def add_said(message: dict[str, Any], said: Mapping[str, Any]) -> None:
-    """Add a message of any protocol, or a piece of one: texts are joined, calls gathered."""
-    for name in ("role", "name", "tool_call_id"):
-        message[name] = said.get(name) or message[name]
-    message["name"] = said.get("tool_name") or message["name"]
-    thought = said.get("thinking") or said.get("reasoning_content") or said.get("reasoning")
-    add_text(message["thinking"], thought if isinstance(thought, str) else "")
-    add_content(message, said.get("content"))
-    for image in said["images"] if isinstance(said.get("images"), list) else ():
-        if isinstance(image, dict):  # a part, as some servers answer
-            add_content(message, [image])
-        else:
-            message["images"].append(image_url(image))
-    for call in said.get("tool_calls") or ():
-        add_call(message["tool_calls"], call)
-
-
-def read_item(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return an item of /v1/responses, asked or answered, as a message."""
-    kind, call_id = item.get("type"), item.get("call_id")
-    if kind == "function_call":
-        return {"role": "assistant", "tool_calls": [{"id": call_id, "function": item}]}
-    if kind == "function_call_output":
-        return {"role": "tool", "tool_call_id": call_id, "content": item.get("output")}
-    if kind == "reasoning":
-        return {"role": "assistant", "thinking": "".join(s["text"] for s in item["summary"])}
-    return item
-
-
-def read_deltas(doc: Mapping[str, Any]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Yield what a document or event of any protocol says, each with its choice's index."""
-    kind, message, response = doc.get("type"), doc.get("message"), doc.get("response")
-    for _, index, choice in read_choices(doc):
-        said = choice.get("delta") or choice.get("message") or {}
-        yield index, {"content": choice.get("text"), **said}
-    if isinstance(response, str):  # /api/generate
-        yield 0, {"content": response, "thinking": doc.get("thinking")}
-    elif kind in ("content_block_start", "content_block_delta"):
-        part = doc.get("content_block") or doc.get("delta") or {}
-        yield 0, {"content": [{"index": doc.get("index"), **part}]}
-    elif kind in ("message", TEXT_DELTA):  # /v1/messages, /v1/responses
-        yield 0, {"content": doc.get("content") or doc.get("delta")}
-    elif kind is None and isinstance(message, dict):  # /api/chat
-        yield 0, message
-    for item in doc.get("output") or ():
-        yield 0, read_item(item)
-
-
-def read_documents(said: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the objects of an answer: the one it is, or those of its events."""
-    whole = parse_object(said)
-    lines = said.splitlines() if whole is None else ()
-    events = (parse_object(line.removeprefix(b"data:").strip()) for line in lines)
-    yield from [whole] if whole is not None else filter(None, events)
-
-
-def read_asked(path: str, doc: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the messages of a request: the system's, then the others or the prompts."""
-    if system := doc.get("system") or doc.get("instructions"):
-        yield {"role": "system", "content": system}
-    asked = doc.get(NO_THINK_MEMBERS[path]) or []
-    for item in asked if isinstance(asked, list) else [asked]:
-        if isinstance(item, dict):
-            yield read_item(item)
-        elif isinstance(item, str):
-            yield {"role": "user", "content": item, "images": doc.get("images")}
-
-
-def read_transcript(path: str, content: bytes, said: bytes) -> list[dict[str, Any]]:
-    """Return a conversation: the request's messages, then each choice of the answer."""
-    talk: list[dict[str, Any]] = []
-    choices: dict[Any, dict[str, Any]] = {}
-
-    odd = contextlib.suppress(TypeError, AttributeError, LookupError, MalformedContent)
-    with odd:
-        for message in read_asked(path, parse_object(content) or {}):
-            talk.append(new_message("user"))
-            add_said(talk[-1], message)
-    with odd:
-        for doc in read_documents(said):
-            if doc.get("type") == "response.completed":  # says all of it again
-                choices.clear()
-                doc = doc["response"]
-            for index, delta in read_deltas(doc):
-                add_said(choices.setdefault(index, new_message("assistant")), delta)
-    for message in choices.values():
-        text, thought = filter_text("".join(message["content"]), FilterRules(think=True))
-        message["content"] = [text]
-        message["thinking"].append(thought)
-    return [join_message(message) for message in (*talk, *choices.values())]
-
-
-# --- Ollama: what is asked ------------------------------------------------------------
+# --- Ollama: requests -----------------------------------------------------------------
 
 SAME_OPTIONS = (
     "temperature",
@@ -3107,156 +3710,156 @@ SAME_OPTIONS = (
 )
 
 
-def read_ollama(path: str, query: str, content: bytes) -> ParsedRequest:
-    """Read an Ollama request: text streams unless told not to, `:latest` is nothing."""
-    ask = read_object(path, query, content)
-    model = ask.model or ask.doc.get("name")
-    if not isinstance(model, str) or not model:
-        raise MalformedContent('no model was named; add `"model": "name"`')
-    stream = "/embed" not in path and ask.doc.get("stream") is not False
-    return dataclasses.replace(ask, model=model.removesuffix(":latest") or model, stream=stream)
-
-
-def openai_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+def openai_message(message: Message, index: int) -> dict[str, Any]:
     """Return a message as OpenAI's; calls without an id get one."""
-    message, calls = join_message(message), []
-    content = message["content"]
-    if message["images"]:
-        content = [{"type": "text", "text": content}] if content else []
-        content += [{"type": "image_url", "image_url": {"url": u}} for u in message["images"]]
-    for at, call in enumerate(message["tool_calls"]):
-        name = call["name"]
-        named = isinstance(name, str) and name
+    content: Any = "".join(message.texts)
+    if message.images:
+        text_parts = [{"type": "text", "text": content}] if content else []
+        image_parts = [{"type": "image_url", "image_url": {"url": url}} for url in message.images]
+        content = text_parts + image_parts
+    document = {"role": message.role, "content": content}
+    calls = []
+    for number, call in enumerate(message.calls):
+        named = isinstance(call.name, str) and call.name
         expect(named, f"messages[{index}] has a tool call without a function's name")
-        function = {"name": name, "arguments": call["arguments"] or "{}"}
-        call_id = call["id"] or f"call_{index}_{at}"
+        function = {"name": call.name, "arguments": "".join(call.arguments) or "{}"}
+        call_id = call.id or f"call_{index}_{number}"
         calls.append({"id": call_id, "type": "function", "function": function})
-    more = {"tool_calls": calls, "reasoning_content": message["thinking"]}
-    more = {name: value for name, value in more.items() if value}
-    return {"role": message["role"], "content": content, **more}
+    if calls:
+        document["tool_calls"] = calls
+    thinking = "".join(message.thoughts)
+    if thinking:
+        document["reasoning_content"] = thinking
+    return document
 
 
-def take_call(queue: collections.deque[list[Any]]) -> Any:
-    """Return the id of the oldest call in a queue that no other queue has given, or None."""
-    while queue:
-        if turn := queue.popleft():
-            return turn.pop()
-    return None
+class OpenCalls:
+    """The calls of a conversation that have no result yet.
+
+    Ollama's results name the tool, or nothing; OpenAI's name the id of the call. A result takes
+    the oldest call of its tool, or of any. Each call waits in two queues, and one that has been
+    taken from either is passed over in the other.
+    """
+
+    def __init__(self) -> None:
+        self.queues: dict[str | None, collections.deque[str]] = {}
+        self.taken: set[str] = set()
+
+    def add(self, call_id: str, name: str) -> None:
+        """Note a call."""
+        for queue_name in (name, None):
+            self.queues.setdefault(queue_name, collections.deque()).append(call_id)
+
+    def take(self, name: str | None) -> str | None:
+        """Return the id of the oldest call of a tool, or of any for None; None without one."""
+        queue = self.queues.get(name, ())
+        while queue:
+            call_id = queue.popleft()
+            if call_id not in self.taken:
+                self.taken.add(call_id)
+                return call_id
+        return None
 
 
-def openai_messages(messages: Any) -> Iterator[dict[str, Any]]:
-    """Yield Ollama's messages as OpenAI's; a tool's result gets its call's id."""
-    waiting: dict[str | None, collections.deque[list[Any]]]  # calls without a result, by name;
-    waiting = collections.defaultdict(collections.deque)  # those of any name: None
-    for index, said in enumerate(messages):
-        message = new_message("user")
-        add_said(message, said)
-        entry = openai_message(message, index)
-        for call in entry.get("tool_calls", ()):
-            turn = [call["id"]]
-            for name in (call["function"]["name"], None):
-                waiting[name].append(turn)
-        if entry["role"] == "tool":
-            name = message["name"]
+def openai_messages(messages: Iterable[Message]) -> Iterator[dict[str, Any]]:
+    """Yield messages as OpenAI's; a tool's result gets its call's id."""
+    open_calls = OpenCalls()
+    for index, message in enumerate(messages):
+        document = openai_message(message, index)
+        for call in document.get("tool_calls", ()):
+            open_calls.add(call["id"], call["function"]["name"])
+        if message.role == "tool":
+            name = message.name
             expect(isinstance(name, str | None), f"messages[{index}]: its tool's name is no string")
-            call_id = take_call(waiting[name]) or f"call_{index}"
-            entry["tool_call_id"] = message["tool_call_id"] or call_id
-        yield entry
+            call_id = open_calls.take(name) or f"call_{index}"
+            document["tool_call_id"] = message.call_id or call_id
+        yield document
 
 
-def openai_options(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Ollama's options, format and tools in OpenAI's names."""
-    options, form = doc.get("options") or {}, doc.get("format")
+def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Ollama's options, format and tools in OpenAI's names.
+
+    `{"options": {"top_k": 3, "num_predict": 9}, "format": "json"}`  ->
+    `{"top_k": 3, "max_tokens": 9, "response_format": {"type": "json_object"}}`
+    """
+    options = document.get("options") or {}
     expect(isinstance(options, dict), "`options` is not an object")
-    result = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
+    translated = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
     limit = options.get("num_predict")
-    if isinstance(limit, (int, float)) and limit is not True and limit >= 1:
+    if isinstance(limit, int | float) and limit is not True and limit >= 1:
         expect(limit < math.inf, "`num_predict` is beyond 1.8e308 instead of a number of tokens")
-        result["max_tokens"] = int(limit)
-    if form == "json":
-        result["response_format"] = {"type": "json_object"}
-    elif isinstance(form, dict):
-        schema = {"name": "response", "strict": True, "schema": form}
-        result["response_format"] = {"type": "json_schema", "json_schema": schema}
+        translated["max_tokens"] = int(limit)
+    format = document.get("format")
+    if format == "json":
+        translated["response_format"] = {"type": "json_object"}
+    elif isinstance(format, dict):
+        schema = {"name": "response", "strict": True, "schema": format}
+        translated["response_format"] = {"type": "json_schema", "json_schema": schema}
     else:
-        expect(not form, f'`format` is {repr(form)[:80]} instead of "json" or a schema')
-    return result | {name: doc[name] for name in ("tools", "suffix") if doc.get(name)}
+        expect(not format, f'`format` is {repr(format)[:80]} instead of "json" or a schema')
+    for name in ("tools", "suffix"):
+        if document.get(name):
+            translated[name] = document[name]
+    return translated
 
 
-def ollama_path(ask: ParsedRequest) -> str:
-    """Return the OpenAI path that serves an Ollama request."""
-    if "embed" in ask.path:
-        return "/v1/embeddings"
-    raw = ask.path == "/api/generate" and ask.doc.get("raw")
-    return "/v1/completions" if raw else "/v1/chat/completions"
-
-
-def encode_ollama_chat(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
+def encode_ollama_chat(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
-    doc, out = ask.doc, {"model": rewrite.model}
-    messages = doc.get("messages") if ask.path == "/api/chat" else read_asked(ask.path, doc)
-    if ollama_path(ask) == USAGE_PATHS[1]:
-        out["prompt"] = doc.get("prompt") or ""
+    document = parsed.document
+    openai = find_protocol(parsed.openai_path)
+    translated: dict[str, Any] = {"model": rewrite.model}
+    if openai.words == "prompt":
+        translated["prompt"] = document.get("prompt") or ""
     else:
-        try:
-            out["messages"] = [*openai_messages(messages)]
-        except (TypeError, AttributeError, LookupError) as error:
-            raise MalformedContent(f"the messages have no known shape: {error}") from None
-    out |= {"stream": ask.stream, **openai_options(doc)}
+        messages = read_messages(parsed.protocol, document)
+        translated["messages"] = list(openai_messages(messages))
+    translated["stream"] = parsed.stream
+    translated |= openai_options(document)
     if rewrite.include_usage:
-        out["stream_options"] = {"include_usage": True}
-    content = encode_json_exactly(out)
-    if rewrite.no_think or doc.get("think") is False:
-        content = edit_json(content.decode(), no_think_edit(ollama_path(ask), out)).encode()
+        translated["stream_options"] = {"include_usage": True}
+    content = encode_json_exactly(translated)
+    if rewrite.no_think or document.get("think") is False:
+        content = edit_json(content.decode(), no_think_edit(openai, translated)).encode()
     return content
 
 
-def encode_ollama_embed(ask: ParsedRequest, rewrite: Rewrite) -> bytes:
+def encode_ollama_embed(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
-    text = ask.doc.get("input")
-    text = (ask.doc.get("prompt") or "") if text is None else text
-    out = {"model": rewrite.model, "input": text, "encoding_format": "float"}
-    size = {"dimensions": ask.doc["dimensions"]} if ask.doc.get("dimensions") else {}
-    return encode_json_exactly(out | size)
+    text = parsed.document.get("input")
+    if text is None:
+        text = parsed.document.get("prompt") or ""
+    translated = {"model": rewrite.model, "input": text, "encoding_format": "float"}
+    if parsed.document.get("dimensions"):
+        translated["dimensions"] = parsed.document["dimensions"]
+    return encode_json_exactly(translated)
 
 
-# --- Ollama: what is answered ---------------------------------------------------------
-
-# The version of Ollama's API that is spoken here.
-OLLAMA_VERSION = "0.12.0"
-# /api/ps says for how many seconds a model stays in memory; nobody knows, so five minutes.
-RUNNING_FOR = 300.0
-MODEL_DETAILS = {
-    "parent_model": "",
-    "format": "",
-    "family": "",
-    "families": [],
-    "parameter_size": "",
-    "quantization_level": "",
-}
-
-
-def encode_ollama_error(error: RouterError) -> bytes:
-    """Return an error as Ollama's clients read it."""
-    return encode_json({"error": str(error)})
+# --- Ollama: answers ------------------------------------------------------------------
 
 
 def rfc3339(seconds: float) -> str:
-    """Return a moment in UTC with milliseconds, as RFC 3339 writes it."""
+    """Return a moment in UTC as RFC 3339 writes it: 0.5  ->  `1970-01-01T00:00:00.500Z`."""
     moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
+def client_model(parsed: ParsedRequest) -> Any:
+    """Return the model's name as the client said it."""
+    return parsed.document.get("model", parsed.model)
+
+
 def ollama_document(
-    ask: ParsedRequest, created_at: str, message: Mapping[str, Any], more: Mapping[str, Any]
+    model: Any, text_path: Path, created_at: str, says: Mapping[str, Any], end: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return an answer, its text where chat and generate clients look for it."""
-    said: dict[str, Any] = {"content": "", **message}
-    if ask.path.endswith("/chat"):
-        said = {"message": {"role": "assistant", **said}}
-    else:
-        said = {"response": said.pop("content"), **said}
-    return {"model": ask.doc.get("model", ask.model), "created_at": created_at, **said, **more}
+    """Return an answer; what it says stands beside the text, where its clients look for that.
+
+    With the text at `("message", "content")`: `{"content": "Hi"}`, `{"done": False}`  ->
+    `{"model": ..., "message": {"role": "assistant", "content": "Hi"}, "done": False}`
+    """
+    if len(text_path) == 1:
+        return {"model": model, "created_at": created_at, **says, **end}
+    message = {"role": "assistant", **says}
+    return {"model": model, "created_at": created_at, text_path[0]: message, **end}
 
 
 def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
@@ -3271,113 +3874,192 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
         "prompt_eval_count": usage.prompt or 0,
         "prompt_eval_duration": first,
         "eval_count": usage.completion or 0,
-        "eval_duration": total - first or total,  # of a whole answer nobody knows the parts
+        # Of a whole answer nobody knows the parts.
+        "eval_duration": total - first or total,
     }
 
 
-def decode_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a gathered tool call with the object arguments that Ollama gives."""
-    text = "".join(call["arguments"]) or "{}"
+def ollama_call(call: ToolCall) -> dict[str, Any]:
+    """Return a gathered tool call, whose arguments are an object."""
+    text = "".join(call.arguments) or "{}"
     arguments = parse_object(text)
-    arguments = {"_raw": text} if arguments is None else arguments
-    return {"function": {"name": call["name"], "arguments": arguments}}
+    if arguments is None:
+        arguments = {"_raw": text}
+    return {"function": {"name": call.name, "arguments": arguments}}
 
 
-class OllamaStream(StreamRewrite):
-    """Turns an OpenAI answer, in events or whole, into Ollama's lines or one document."""
+class OllamaTranslation:
+    """Turns what an OpenAI server says, in events or whole, into Ollama's lines or one document.
+
+    `translate` gets one document after another. What it says becomes a line at once, or waits for
+    the end when the client wants one document. Tool calls wait until they are whole.
+    """
 
     required = True
+    lost_timings = False
 
     def __init__(self, plan: AnswerPlan) -> None:
-        super().__init__(plan, SSE)
-        self.plain, self.whole = False, not plan.ask.stream
-        self.wants = plan.ask.doc.get("think")  # a client that asks for thinking gets it apart
-        think = plan.rules.think or self.wants not in (None, False)
+        self.plan = plan
+        self.protocol = plan.protocol
+        self.buffers = not plan.parsed.stream
+        self.failed = False
+        # A client that wishes for thinking gets it apart from the text, in tags or not; one
+        # that refuses it gets none; one that says nothing gets what its server tells apart.
+        wish = plan.parsed.document.get("think")
+        self.shows_tagged_thinking = bool(wish)
+        self.shows_thinking = wish is not False
+        think = plan.rules.think or self.shows_tagged_thinking
         self.rules = plan.rules._replace(think=think)
-        self.text = TextFilter(self.rules)
-        self.calls: list[dict[str, Any]] = []  # gathered from their fragments
-        self.said: dict[str, list[Any]] = {}  # pieces since the last line, or of all there is
-        self.reason: Any = None
+        self.text_filter = TextFilter(self.rules)
+        # Whether a text that could not begin a tag is visible as it is.
+        self.passes_plain = False
+        self.message = Message("assistant")
+        self.finish_reason: Any = None
+        self.model = client_model(plan.parsed)
+        self.text_path = plan.parsed.protocol.text_path
+        # What the next line says.
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.calls: list[dict[str, Any]] = []
 
     def change_block(self, block: bytes) -> bytes:
         """Return the lines that some events make."""
-        events = filter(None, self.form.split(block))
-        docs = [read_event(self.form, event) for event in events]
-        return b"".join([self.translate(doc) for doc in docs if doc])
+        lines = []
+        for document in SSE.read_documents(block):
+            if not self.failed:
+                lines.append(self.translate(document))
+        return b"".join(lines)
 
-    def translate(self, doc: dict[str, Any], whole: bool = False) -> bytes:
-        """Return the line for an event or a whole answer, sometimes none."""
-        if failure := find_failure(doc):
-            if self.whole:
-                raise failure
-            self.failed = True
-            return self.plan.dialect.encode_event_error(failure)
-        choice = next((choice for _, _, choice in read_choices(doc)), {})
-        piece = {**new_message("assistant"), "tool_calls": self.calls}
-        said = choice.get("delta") or choice.get("message") or {}
-        add_said(piece, {"content": choice.get("text"), **said})
-        text, apart = "".join(piece["content"]), "".join(piece["thinking"])
+    def translate(self, document: dict[str, Any], whole: bool = False) -> bytes:
+        """Return the line for an event or a whole answer; b"" when it has to wait."""
+        message = self.message
+        finished = False
+        parts = read_answer(self.protocol, document)
+        for part in parts:
+            if part.kind == ERROR:
+                return self.fail(error_words({"error": part.value}))
+            if part.choice != parts[0].choice:
+                continue
+            if part.kind == FINISH:
+                finished = True
+                self.finish_reason = part.value
+                continue
+            try:
+                add_part(message, part)
+            except MalformedContent as error:
+                raise BadGateway(f"the answer has a shape that cannot be read: {error}") from None
+        text = "".join(message.texts)
+        if message.thoughts and self.shows_thinking:
+            self.thoughts += message.thoughts
+        message.texts, message.thoughts = [], []
         if whole:
-            self.text = TextFilter(self.rules, begins_inside(text))
-        self.reason = choice.get("finish_reason") or self.reason
-        return self.say(text, apart, bool(choice.get("finish_reason")))
-
-    def say(
-        self, text: str, apart: str = "", last: bool = False, end: Mapping[str, Any] | None = None
-    ) -> bytes:
-        """Return the line that says something; b"" for nothing, or while all is held."""
-        visible, thought = self.text.feed(text, last)
-        thinking = (apart if self.wants is not False else "") + (thought if self.wants else "")
-        calls = [decode_call(call) for call in self.calls] if last else []
-        self.calls = [] if last else self.calls
-        for name, value in ("content", [visible]), ("thinking", [thinking]), ("tool_calls", calls):
-            if any(value):
-                self.said.setdefault(name, []).extend(value)
-        if not end and (self.whole or not self.said):
+            self.text_filter = TextFilter(self.rules, begins_inside(text))
+        if finished or not self.passes_plain or TAG_STARTS.search(text):
+            self.filter_text(text, finished)
+        elif text:
+            self.texts.append(text)
+        if self.buffers or not (self.texts or self.thoughts or self.calls):
             return b""
-        message = {
-            name: pieces if name == "tool_calls" else "".join(pieces)
-            for name, pieces in self.said.items()
-        }
-        self.said = {}
-        now = rfc3339(self.plan.clock().now)
-        doc = ollama_document(self.plan.ask, now, message, end or {"done": False})
-        return LINES.encode(encode_json(doc))
+        return self.encode_line({"done": False})
 
-    def close(self, indexes: Iterable[Any]) -> bytes:
-        """Return the last lines, with the counts."""
+    def filter_text(self, text: str, last: bool) -> None:
+        """Put into the next line what is visible of some more text; with the last, all calls."""
+        visible, thought = self.text_filter.feed(text, last)
+        self.passes_plain = self.text_filter.passes_plain_text
+        if visible:
+            self.texts.append(visible)
+        if thought and self.shows_tagged_thinking:
+            self.thoughts.append(thought)
+        if last:
+            self.calls += [ollama_call(call) for call in self.message.calls]
+            self.message.calls = []
+
+    def encode_line(self, end: Mapping[str, Any]) -> bytes:
+        """Return the next line."""
+        says: dict[str, Any] = {self.text_path[-1]: "".join(self.texts)}
+        if self.thoughts:
+            says["thinking"] = "".join(self.thoughts)
+        if self.calls:
+            says["tool_calls"] = self.calls
+        self.texts, self.thoughts, self.calls = [], [], []
+        created_at = rfc3339(self.plan.now())
+        document = ollama_document(self.model, self.text_path, created_at, says, end)
+        return encode_json(document) + LINES.mark
+
+    def fail(self, words: str) -> bytes:
+        """Return the line for an error that the server told. Raises it when there are no lines."""
+        error = BadGateway(words)
+        if self.buffers:
+            raise error
+        self.failed = True
+        return LINES.encode(self.plan.parsed.protocol.encode_error(error))
+
+    def close(self, ending: bytes) -> bytes:
+        """Return the last lines, with the counts that the end of the answer tells."""
         if self.failed:
             return b""
-        usage = read_usage(b"".join(self.tail))
-        end = ollama_end(self.reason, usage, self.plan.clock())
-        return self.say("", last=True) + self.say("", end=end)
+        self.filter_text("", last=True)
+        lines = b""
+        if not self.buffers and (self.texts or self.thoughts or self.calls):
+            lines = self.encode_line({"done": False})
+        end = ollama_end(self.finish_reason, read_usage(ending), self.plan.timing())
+        return lines + self.encode_line(end)
 
 
-def answer_ollama_chat(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -> bytes:
+def answer_ollama_chat(plan: AnswerPlan, document: dict[str, Any], content: bytes) -> bytes:
     """Return a whole OpenAI answer as Ollama's."""
-    stream = OllamaStream(plan)
-    stream.tail.append(content)
-    return stream.translate(doc, whole=True) + stream.close(())
+    translation = OllamaTranslation(plan)
+    return translation.translate(document, whole=True) + translation.close(content)
 
 
-def answer_ollama_embed(plan: AnswerPlan, doc: dict[str, Any], content: bytes) -> bytes:
-    """Return OpenAI's embeddings as Ollama's."""
-    vectors = [item.get("embedding") for item in doc.get("data") or []]
-    if plan.ask.path == "/api/embeddings":
-        return encode_json({"embedding": vectors[0] if vectors else []})
-    counts = ollama_end("", read_usage(content), plan.clock())
-    kept = ("total_duration", "load_duration", "prompt_eval_count")
-    answer = {"model": plan.ask.doc.get("model", plan.ask.model), "embeddings": vectors}
-    return encode_json(answer | {name: counts[name] for name in kept})
+def read_vectors(document: Mapping[str, Any]) -> list[Any]:
+    """Return the vectors of OpenAI's embeddings. Raises BadGateway."""
+    data = document.get("data") or []
+    if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
+        raise BadGateway("the answer has a shape that cannot be read: `data` has no objects")
+    return [item.get("embedding") for item in data]
 
 
-def ollama_loaded(ask: ParsedRequest, created_at: str) -> dict[str, Any] | None:
+def answer_ollama_embed(plan: AnswerPlan, document: dict[str, Any], content: bytes) -> bytes:
+    """Return OpenAI's embeddings as those of /api/embed."""
+    counts = ollama_end("", read_usage(content), plan.timing())
+    answer = {"model": client_model(plan.parsed), "embeddings": read_vectors(document)}
+    for name in ("total_duration", "load_duration", "prompt_eval_count"):
+        answer[name] = counts[name]
+    return encode_json(answer)
+
+
+def answer_ollama_embedding(plan: AnswerPlan, document: dict[str, Any], content: bytes) -> bytes:
+    """Return the first of OpenAI's embeddings as that of /api/embeddings, an older endpoint."""
+    vectors = read_vectors(document)
+    return encode_json({"embedding": vectors[0] if vectors else []})
+
+
+def ollama_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any] | None:
     """Return the answer to an empty prompt or message list, None when there is work."""
-    work = ask.doc.get("messages" if ask.path.endswith("/chat") else "prompt")
-    if work or ask.doc.get("images"):
+    document = parsed.document
+    if document.get(parsed.protocol.words) or document.get("images"):
         return None
-    reason = "unload" if ask.doc.get("keep_alive") in (0, "0", "0s") else "load"
-    return ollama_document(ask, created_at, {}, {"done": True, "done_reason": reason})
+    reason = "unload" if document.get("keep_alive") in (0, "0", "0s") else "load"
+    text_path = parsed.protocol.text_path
+    end = {"done": True, "done_reason": reason}
+    return ollama_document(client_model(parsed), text_path, created_at, {text_path[-1]: ""}, end)
+
+
+# --- Ollama: models -------------------------------------------------------------------
+
+# The version of Ollama's API that is spoken here.
+OLLAMA_VERSION = "0.12.0"
+# /api/ps says for how many seconds a model stays in memory; nobody knows, so five minutes.
+RUNNING_FOR = 300.0
+MODEL_DETAILS = {
+    "parent_model": "",
+    "format": "",
+    "family": "",
+    "families": [],
+    "parameter_size": "",
+    "quantization_level": "",
+}
 
 
 def ollama_model(name: str, created_at: str) -> dict[str, Any]:
@@ -3418,14 +4100,40 @@ def encode_ollama_running(names: list[str], now: float) -> dict[str, Any]:
     return {"models": [{**ollama_model(name, rfc3339(now)), **more} for name in names]}
 
 
+# --- the constants, and which rewriter ------------------------------------------------
+
+
+def encode_openai_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+    """Return a list of models as OpenAI's clients read it."""
+    return {"object": "list", "data": models}
+
+
+def as_opaque(dialect: Dialect) -> Dialect:
+    """Return the dialect for content that nobody looks into."""
+    return dialect._replace(read=ParsedRequest, encode=encode_form)
+
+
+def as_native(dialect: Dialect) -> Dialect:
+    """Return the dialect for requests that only a server which speaks it can serve."""
+    return dialect._replace(encode_openai=None, empty=None)
+
+
+OPENAI = Dialect(
+    "openai",
+    SSE,
+    OTHER_PROTOCOL,
+    read_object,
+    encode_object,
+    encode_models=encode_openai_models,
+)
+OPENAI_OPAQUE = as_opaque(OPENAI)
 OLLAMA = Dialect(
     "ollama",
     LINES,
-    read_ollama,
-    encode_ollama_error,
+    OTHER_OLLAMA,
+    read_object,
     encode_object,
     encode_ollama_chat,
-    ollama_path,
     answer_ollama_chat,
     ollama_loaded,
     encode_ollama_models,
@@ -3436,47 +4144,49 @@ OLLAMA = Dialect(
 OLLAMA_EMBED = OLLAMA._replace(
     encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
 )
+OLLAMA_EMBEDDING = OLLAMA_EMBED._replace(answer=answer_ollama_embedding)
+SERVICES = (OPENAI.service, OLLAMA.service)
+
+Rewriter = BufferedRewrite | StreamRewrite
 
 
-# --- which transform ------------------------------------------------------------------
-
-Transform = BufferedRewrite | StreamRewrite
-EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
-
-
-def translate_error(content: bytes) -> bytes:
-    """Return an OpenAI server's error as Ollama's clients read it."""
-    doc = parse_object(content)
-    text = content.decode("utf-8", "replace").strip() if doc is None else error_text(doc)
-    return encode_json({"error": text or "the upstream gave no reason"})
+def translate_error(plan: AnswerPlan, content: bytes) -> bytes:
+    """Return a server's error as the client's protocol has it."""
+    document = parse_object(content)
+    words = content.decode("utf-8", "replace").strip()
+    if document is not None:
+        words = error_words(document)
+    error = BadGateway(words or "the upstream gave no reason")
+    return plan.parsed.protocol.encode_error(error)
 
 
 def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
-    """Return a whole answer in the client's dialect."""
-    doc = parse_object(content)
-    if doc is None or plan.dialect.answer is None:
+    """Return a whole answer in the client's dialect. Raises BadGateway."""
+    document = parse_object(content)
+    if document is None or plan.dialect.answer is None:
         raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
-    if failure := find_failure(doc):
-        raise failure
-    return plan.dialect.answer(plan, doc, content)
+    words = find_error(plan.protocol, document)
+    if words:
+        raise BadGateway(words)
+    return plan.dialect.answer(plan, document, content)
 
 
-def choose_transform(plan: AnswerPlan, status: int, media_type: str) -> Transform | None:
+def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter | None:
     """Return what an answer must go through; None when its bytes go as they are."""
-    form = EVENT_FORMATS.get(media_type)
+    format = EVENT_FORMATS.get(media_type)
     if not plan.native:
         if status >= 400:
-            return BufferedRewrite(translate_error, required=True)
-        if form is SSE:
-            return OllamaStream(plan)
-        return BufferedRewrite(functools.partial(translate_document, plan), required=True)
-    if status >= 400 or not plan.ask.text:
+            return BufferedRewrite(plan, translate_error, required=True)
+        if format is SSE and plan.parsed.protocol.text_path:
+            return StreamRewrite(plan, SSE, OllamaTranslation(plan))
+        return BufferedRewrite(plan, translate_document, required=True)
+    if status >= 400 or not plan.parsed.text:
         return None
-    if form:
-        return StreamRewrite(plan, form)
-    if media_type != "application/json" or not (any(plan.rules) or plan.renames):
-        return None
-    return BufferedRewrite(functools.partial(filter_document, plan))
+    if format:
+        return StreamRewrite(plan, format, EventFilter(plan, format))
+    if media_type == "application/json" and (any(plan.rules) or plan.renames):
+        return BufferedRewrite(plan, filter_document)
+    return None
 
 
 # ======================================================================================
@@ -6073,7 +6783,7 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     coding = read_coding(record.response_fields)
     answer = decode_content(detail.response, coding, LIMITS.decoded_answer) + record.answer_end
     usage, path = read_usage(answer), record.path
-    if usage.completion is not None or not answer or path not in NO_THINK_MEMBERS:
+    if usage.completion is not None or not answer or not find_protocol(path).words:
         return usage, False
     prompt, completion = usage.prompt or None, None
     if prompt is None and not record.request_cut:
@@ -6996,8 +7706,6 @@ OWN_FIELD_NAMES = (
 OWN_FIELDS = frozenset(name.lower() for name in OWN_FIELD_NAMES)
 # A stream must reach its client event by event: nothing in between may cache or gather it.
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
-# What reading a document raises when its members are not of the expected kind.
-ODD_SHAPES = (TypeError, AttributeError, LookupError, ValueError, MalformedContent)
 # After these errors nobody knows where the next request on the connection begins.
 FATAL_TO_CONNECTION = (
     MalformedMessage,
@@ -7091,11 +7799,6 @@ def encode_route_fields(upstream_url: str, model: str, route: str, attempts: int
     return [(name, value) for name, value in named if value]
 
 
-def odd_answer(error: Exception) -> BadGateway:
-    """Return the error for an answer that made its reader fail with `error`."""
-    return BadGateway(f"the answer has a shape that cannot be read: {error}")
-
-
 class Candidate:
     """One instance that is asked, and what came of it.
 
@@ -7142,10 +7845,8 @@ class Exchange:
         self.decision = decision
         # The attempt that counts: the one that is running, or whose response is relayed.
         self.candidate: Candidate | None = None
-        self.transform: Transform | None = None
+        self.rewriter: Rewriter | None = None
         self.inflater: Inflater | None = None
-        # A coded content that may yet have to go as it came.
-        self.coded: list[bytes] = []
         self.record = RequestRecord(
             context.next_request_id(), request, self.dialect.service, parsed.stream, decision
         )
@@ -7183,7 +7884,7 @@ class Exchange:
         record.status = record.status or self.writer.status or 500
         record.response_size = self.writer.size
         # The exchange is part of a cycle of references; megabytes must not wait for the collector.
-        self.transform = None
+        self.rewriter = None
         self.request.content = b""
         record.stop = None
         self.context.log.finish(record)
@@ -7204,7 +7905,7 @@ class Exchange:
         record = self.record
         if isinstance(error, ClientClosed):
             # Nobody listens any more. An answer that was complete by then stays a good one.
-            complete = self.transform is not None and self.transform.complete
+            complete = self.rewriter is not None and self.rewriter.complete
             if not complete:
                 record.status = error.status
                 record.error = str(error)
@@ -7214,9 +7915,9 @@ class Exchange:
             send_error(self.writer, error, self.dialect, self.own_fields())
             return
         record.status = error.status
-        streaming = self.transform is not None and not self.transform.whole
+        streaming = self.rewriter is not None and not self.rewriter.buffers
         if streaming:
-            self.writer.cut(self.dialect.encode_event_error(error))
+            self.writer.cut(self.dialect.encode_event_error(error, self.parsed.path))
         else:
             self.writer.cut(b"")
 
@@ -7326,7 +8027,9 @@ class Exchange:
                 return
         # The answer is over. One event without its end may be all that the server had to say.
         events = b"".join(response.buffered)
-        if form is None or not is_last_event(form, events, response.ends_by_close):
+        protocol = find_protocol(self.upstream_path(self.candidate))
+        closed = response.ends_by_close
+        if form is None or not may_end_stream(protocol, form, events, closed):
             raise BadGateway("it ended before its first event or byte")
 
     async def attempt(self, candidate: Candidate) -> UpstreamResponse:
@@ -7336,7 +8039,7 @@ class Exchange:
         path = self.upstream_path(candidate)
         candidate.hide_usage = (
             self.parsed.stream
-            and path in USAGE_PATHS
+            and find_protocol(path).usage_option
             and not self.parsed.wants_usage
             and url not in upstreams.no_stream_options
             and (url, candidate.model) not in upstreams.timed
@@ -7356,9 +8059,7 @@ class Exchange:
 
     def upstream_path(self, candidate: Candidate) -> str:
         """Return the path that serves the request at this instance."""
-        if candidate.native or self.dialect.openai_path is None:
-            return self.parsed.path
-        return self.dialect.openai_path(self.parsed)
+        return self.parsed.path if candidate.native else self.parsed.openai_path
 
     async def send(self, candidate: Candidate, path: str) -> UpstreamResponse:
         """Send the request to the instance, in the dialect that its server speaks."""
@@ -7414,7 +8115,7 @@ class Exchange:
 
     # Relaying it
 
-    def choose_transform(self) -> tuple[Transform | None, Inflater | None]:
+    def choose_rewriter(self) -> tuple[Rewriter | None, Inflater | None]:
         """Return what the answer must go through; one that cannot be read goes as it is."""
         candidate = self.candidate
         head = candidate.response.head
@@ -7428,20 +8129,22 @@ class Exchange:
             self.context.filter_rules,
             candidate.hide_usage,
             candidate.instance.model != self.parsed.model,
+            time.time,
             self.timing,
+            self.context.limits,
         )
-        transform = choose_transform(plan, head.status, head.media_type)
-        if not transform or not coding:
-            return transform, None
+        rewriter = choose_rewriter(plan, head.status, head.media_type)
+        if not rewriter or not coding:
+            return rewriter, None
         if coding not in CODINGS:
             raise BadGateway(
                 f"the answer (status {head.status}) has the content coding "
                 f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
             )
-        return transform, Inflater(coding, LIMITS.decoded_answer if transform.whole else NEVER)
+        return rewriter, Inflater(coding, LIMITS.decoded_answer if rewriter.buffers else NEVER)
 
     def timing(self) -> Timing:
-        """Return when an answer is made and how long it took, in ns."""
+        """Return how long an answer took, in ns."""
         now = time.monotonic()
         started_at = self.record.started_at
         first_at = now
@@ -7449,42 +8152,37 @@ class Exchange:
             first_at = self.record.first_token_at
         total_ns = int((now - started_at) * 1e9)
         first_ns = int((first_at - started_at) * 1e9)
-        return Timing(time.time(), total_ns, first_ns)
+        return Timing(total_ns, first_ns)
 
     async def relay_response(self) -> None:
-        """Send the candidate's answer as it comes in, through its transform."""
+        """Send the candidate's answer as it comes in, through its rewriter."""
         response = self.candidate.response
         self.record.response_fields = response.head.fields
-        self.transform, self.inflater = self.choose_transform()
+        self.rewriter, self.inflater = self.choose_rewriter()
         await response.pump(self.forward, self.writer.connection)
         tail = b""
         inflater = self.inflater
         # A content that ends before the first octet of its coding is empty, and that is whole.
         if inflater and inflater.decoder and not inflater.decoder.eof:
             raise BadGateway("the answer's content coding broke off")
-        transform = self.transform
-        if transform:
-            try:
-                tail = transform.finish(response.ends_by_close)
-            except ODD_SHAPES as error:
-                raise odd_answer(error) from error
-            self.conclude(transform)
+        rewriter = self.rewriter
+        if rewriter:
+            tail = rewriter.finish(response.ends_by_close)
+            self.conclude(rewriter)
         if not self.writer.started:
-            whole = transform is not None and transform.whole
+            whole = rewriter is not None and rewriter.buffers
             self.begin(response.head, len(tail) if whole else None)
         self.writer.finish(tail)
 
-    def conclude(self, transform: Transform) -> None:
+    def conclude(self, rewriter: Rewriter) -> None:
         """Note what only a whole stream has told."""
-        if not isinstance(transform, StreamRewrite):
-            return
-        self.record.error = transform.trouble[: self.context.limits.error_text]
+        self.record.error = rewriter.trouble[: self.context.limits.error_text]
         timed = self.context.upstreams.timed
         key = self.candidate.instance.server.url, self.candidate.model
-        if transform.timed:
-            # llama.cpp tells its timings unasked, with the finish.
+        if rewriter.lost_timings:
+            # llama.cpp tells its timings unasked, with the finish, and clients show them.
             timed.add(key)
-        elif key in timed and b'"timings"' not in transform.last_events:
+        elif key in timed and not rewriter.tells_timings:
             # Another server stands there now.
             timed.discard(key)
         if len(timed) > self.context.limits.known_instances:
@@ -7492,48 +8190,32 @@ class Exchange:
             timed.clear()
 
     def forward(self, data: bytes) -> None:
-        """Pass a piece of the answer on, or keep it back, as its transform says."""
+        """Pass a piece of the answer on, or keep it back, as its rewriter says."""
         record = self.record
         writer = self.writer
         if record.first_token_at is None:
             record.first_token_at = time.monotonic()
             record.phase = "streaming"
         self.context.log.append_body(record, data)
-        if self.transform:
-            data = self.change(data)
-            if self.transform and self.transform.whole:
+        if self.inflater:
+            data = self.inflater.feed(data)
+        if self.rewriter:
+            data = self.rewriter.feed(data)
+            if self.rewriter.buffers:
                 return
         if not writer.started:
             self.begin(self.candidate.response.head, None)
         writer.write_content(data)
         record.response_size = writer.size
 
-    def change(self, data: bytes) -> bytes:
-        """Return what a piece lets out of the transform."""
-        try:
-            if self.inflater is None:
-                return self.transform.feed(data)
-            if self.transform.whole:
-                self.coded.append(data)
-            return self.transform.feed(self.inflater.feed(data))
-        except DecodedTooLong:
-            if not (self.candidate.native and self.transform.whole):
-                raise
-            # It is too long to be changed, and the client can read it as it is.
-            self.transform = None
-            self.inflater = None
-            return b"".join(self.coded)
-        except ODD_SHAPES as error:
-            raise odd_answer(error) from error
-
     def begin(self, head: ResponseHead, length: int | None) -> None:
         """Make the head of an answer; its content is `length` octets, if that is known."""
         declared = head.fields.get("content-length")
-        if declared and not self.transform:
+        if declared and not self.rewriter:
             # It is valid, or there would be no answer.
             length = int(declared)
         native = self.candidate.native
-        shape = native, self.transform is None, self.parsed.stream, bool(self.writer.extra_fields)
+        shape = native, self.rewriter is None, self.parsed.stream, bool(self.writer.extra_fields)
         if shape not in head.memo:
             head.memo[shape] = encode_lines(self.answer_fields(head))
         lines = head.memo[shape] + encode_lines(self.own_fields())
@@ -7547,7 +8229,7 @@ class Exchange:
         own: FieldPairs = []
         dropped = NOT_RETURNED
         media_type = head.media_type
-        if self.transform:
+        if self.rewriter:
             dropped = NOT_TRUE_ANY_MORE
             declared = head.fields.get("content-type") or "application/octet-stream"
             if not self.candidate.native:
@@ -7596,7 +8278,7 @@ async def relay_post(context: Context, request: Request) -> None:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
     media_type = request.head.fields.get("content-type") or ""
     is_form = media_type.lower().startswith("multipart/form-data")
-    is_json = request.path in MODEL_PATHS or "json" in media_type.lower()
+    is_json = find_protocol(request.path).needs_model or "json" in media_type.lower()
     if is_form:
         read_this_form = functools.partial(read_form, media_type)
         request.dialect = OPENAI_OPAQUE._replace(read=read_this_form)
@@ -7985,7 +8667,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     content = detail.request
     coding = read_coding(Fields(lines))
     said = decode_content(detail.response, coding, LIMITS.decoded_answer)
-    talk = read_transcript(path, content, said) if path in NO_THINK_MEMBERS else []
+    talk = read_transcript(path, content, said) if find_protocol(path).words else []
     answers = [message for message in talk if message["role"] == "assistant"] if said else []
     doc = {
         **row_document(row, True),
@@ -8610,8 +9292,7 @@ WEBUI = "webui_security"
 SIGNIN = "signin"
 
 MODEL_ENDPOINTS = (
-    *MODEL_PATHS,
-    "/v1/responses",
+    *(path for path in PROTOCOLS if path.startswith("/v1/")),
     "/v1/rerank",
     "/v1/images/generations",
     "/v1/images/edits",
@@ -8625,7 +9306,8 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/**", API, relay_post),
     Endpoint("GET HEAD PUT PATCH DELETE", "/v1/**", API, relay_model, OPENAI_OPAQUE),
     Endpoint("POST", "/api/chat /api/generate", API, relay_model, OLLAMA),
-    Endpoint("POST", "/api/embed /api/embeddings", API, relay_model, OLLAMA_EMBED),
+    Endpoint("POST", "/api/embed", API, relay_model, OLLAMA_EMBED),
+    Endpoint("POST", "/api/embeddings", API, relay_model, OLLAMA_EMBEDDING),
     Endpoint("GET HEAD", "/api/tags", API, serve_models, OLLAMA),
     Endpoint("POST", "/api/show", API, serve_model_details, OLLAMA),
     Endpoint("GET HEAD", "/api/ps", API, serve_running_models, OLLAMA),
