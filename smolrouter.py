@@ -454,6 +454,11 @@ def parse_pattern(text: str) -> NamePattern:
         raise ValueError(f"{text!r} is no regular expression: {error}") from None
 
 
+def pattern_text(pattern: NamePattern) -> str:
+    """Write what `parse_pattern` has read: re.compile('^gpt') -> '/^gpt/'."""
+    return pattern if isinstance(pattern, str) else f"/{pattern.pattern}/"
+
+
 def check_template(template: str, pattern: NamePattern | None) -> None:
     r"""Refuse a name such as `llama-\2` that a pattern with one group cannot fill."""
     if not isinstance(pattern, re.Pattern):
@@ -4237,7 +4242,9 @@ class Instance(NamedTuple):
     model: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.server.name}/{self.model}" if self.model else self.server.name
+        if self.model is None:
+            return self.server.name
+        return f"{self.server.name}/{self.model}"
 
 
 class Target(NamedTuple):
@@ -4248,7 +4255,9 @@ class Target(NamedTuple):
     strategy: str = "failover"
 
     def __str__(self) -> str:
-        return f"alias {self.alias}" if self.alias else str(self.instances[0])
+        if self.alias:
+            return f"alias {self.alias}"
+        return str(self.instances[0])
 
 
 class Step(NamedTuple):
@@ -4373,7 +4382,9 @@ class Node(NamedTuple):
 
     def error(self, message: str) -> ConfigError:
         """Return the error about this value."""
-        words = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.path)
+        words = ""
+        for key in self.path:
+            words += f"[{key}]" if isinstance(key, int) else f".{key}"
         where = words.removeprefix(".") or "the file"
         return ConfigError(f"{self.document.place(self.path)}: {where}: {message}")
 
@@ -4436,6 +4447,12 @@ class Node(NamedTuple):
             return parse(self.value)
         except ValueError as error:
             raise self.error(str(error)) from None
+
+    def read_optional(self, parse: Callable[[str], Any] = str) -> Any:
+        """Return what `read` does, None when nothing stands here."""
+        if self.value is None:
+            return None
+        return self.read(parse)
 
     def choose(self, *choices: Any) -> Any:
         """Return which of `choices` stands here; the first one when nothing does."""
@@ -4533,7 +4550,7 @@ class TableReader:
         match, route = node.members("match", "route")
         model, source_host = match.members("model", "source_host")
         name = f"routes[{node.path[-1]}]"
-        pattern = None if model.value is None else model.read(parse_pattern)
+        pattern = model.read_optional(parse_pattern)
         stated = [f"{key} {value}" for key, value in (match.value or {}).items()]
         match_text = ", ".join(stated) or "everything"
         return Rule(
@@ -4599,6 +4616,8 @@ def parse_json_routes(text: str, name: str) -> RoutesDocument:
 def find_yaml_lines(node: Any, path: Path, name: str) -> Iterator[tuple[Path, int]]:
     """Yield the path and the line of a node of PyYAML's and of all that is in it.
 
+    The document `a: [x]`  ->  ((), 1), (('a',), 1), (('a', 0), 1)
+
     PyYAML lets the later of two equal keys win. Raises ConfigError instead.
     """
     yield path, node.start_mark.line + 1
@@ -4627,7 +4646,10 @@ def parse_yaml_routes(text: str, name: str) -> RoutesDocument:
         raise ConfigError(f"{name} is not JSON, and YAML {NO_YAML}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = dict(find_yaml_lines(root, (), name)) if root is not None else {}
+        lines: dict[Path, int] = {}
+        # An empty file has no root.
+        if root is not None:
+            lines.update(find_yaml_lines(root, (), name))
         return RoutesDocument(yaml.safe_load(text), name, lines.get)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -4698,7 +4720,9 @@ def match_name(pattern: NamePattern, names: Sequence[str]) -> re.Match[str] | bo
         return pattern in names
     for name in names:
         # A harmless pattern can take minutes on a name that is long enough.
-        match = pattern.search(name) if len(name) <= LIMITS.pattern_name else None
+        if len(name) > LIMITS.pattern_name:
+            continue
+        match = pattern.search(name)
         if match:
             return match
     return False
@@ -4710,8 +4734,11 @@ def map_model(model_map: ModelMap, requested_model: str, trail: list[Step]) -> s
         match = match_name(pattern, (requested_model,))
         if not match:
             continue
-        mapped_model = match.expand(target) if isinstance(match, re.Match) else target
-        words = repr(pattern) if isinstance(pattern, str) else f"/{pattern.pattern}/"
+        mapped_model = target
+        words = repr(pattern)
+        if isinstance(pattern, re.Pattern):
+            mapped_model = match.expand(target)
+            words = pattern_text(pattern)
         trail.append(Step("MODEL_MAP", True, f"{words} makes it {mapped_model!r}"))
         return mapped_model
     return requested_model
@@ -4736,7 +4763,9 @@ def match_source(ranges: Sequence[AddressRange] | None, address: Address | None)
 
 def match_rule(rule: Rule, query: RouteQuery) -> tuple[re.Match[str] | bool, Step]:
     """Tell whether all that a rule states matches, and what the trail says of it."""
-    match = True if rule.model is None else match_name(rule.model, query.names)
+    match: re.Match[str] | bool = True
+    if rule.model is not None:
+        match = match_name(rule.model, query.names)
     if not match:
         if query.names and all(len(name) > LIMITS.pattern_name for name in query.names):
             why = f"{rule.other_model.why}: longer than {LIMITS.pattern_name} characters"
@@ -8943,10 +8972,7 @@ def table_document(table: RoutingTable) -> dict[str, Any]:
         {"rule": rule.name, "match": rule.match_text, "route": str(rule.target)}
         for rule in table.rules
     ]
-    model_map = [
-        {"model": key if isinstance(key, str) else f"/{key.pattern}/", "to": target}
-        for key, target in table.model_map
-    ]
+    model_map = [{"model": pattern_text(key), "to": target} for key, target in table.model_map]
     return {
         "source": table.source,
         "default": str(table.default.url),
@@ -10033,8 +10059,7 @@ def run_check(invocation: Invocation) -> int:
     for rule in table.rules:
         lines.append(f"  {rule.name}: {rule.match_text} -> {rule.target}")
     for pattern, target in table.model_map:
-        words = pattern if isinstance(pattern, str) else f"/{pattern.pattern}/"
-        lines.append(f"  map {words} -> {target}")
+        lines.append(f"  map {pattern_text(pattern)} -> {target}")
     print(*lines, "ok", sep="\n")
     return 0
 
