@@ -4531,8 +4531,7 @@ class TableReader:
         server, url, model = node.members("server", "url", "model")
         places = [place for place in (server, url) if place.value is not None]
         node.require(len(places) == 1, "name one of `server` and `url`")
-        model_name = model.read() if model.value else None
-        return Instance(self.read_upstream(places[0]), model_name)
+        return Instance(self.read_upstream(places[0]), model.read_optional())
 
     def read_alias(self, node: Node) -> Target:
         """Read an alias: its instances and its strategy."""

@@ -6438,6 +6438,10 @@ BAD_TABLES = {
     "endpoint": ('{"servers": {"a": "http://a/x/v1/embeddings/"}}', "leave that out"),
     "bad api": ('{"servers": {"a": {"url": "http://a", "api": "x"}}}', "servers.a.api"),
     "number for text": (route({"model": 7}, X), "routes[0].match.model"),
+    "no model": (
+        '{"aliases": {"a": {"instances": [{"url": "http://a", "model": 0}]}}}',
+        "aliases.a.instances[0].model",
+    ),
     "broken JSON": ('{"servers": ', "JSON"),
 }
 
