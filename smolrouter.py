@@ -31,6 +31,28 @@ The file reads top to bottom; every section uses only what stands above it:
                 18  Command line       serve, check, explain, demo, ...
                  A  The page           dashboard.html, verbatim
 
+The life of one request, say a streamed POST /api/chat, is the way through these sections:
+
+     1. `HTTPServer.serve_connection` waits for the next request on a client's connection, and
+        `Connection.read_head` reads its head. What could be read in two ways is refused.
+     2. `find_endpoint` looks up in one table who serves its method and path.
+     3. `Application.serve` lets it in or answers with the reason: `check_browser` looks at
+        Host and Origin, `TokenGuard.check` at the token, if one is needed.
+     4. `Request.read_content` reads the content as the head frames it, within the limits.
+     5. The endpoint's `Dialect` reads it into a `ParsedRequest`: the model, whether the answer
+        is to be streamed, and how to write it again, here as OpenAI's chat request.
+     6. `resolve` makes of the model and the source host a `Decision`: the instances in the
+        order to try, and the trail that says why.
+     7. An `Exchange` begins, and `RequestLog.begin` with it: from now on the page shows it.
+     8. `Exchange.find_response` asks one instance after the other (`Upstreams.send_request`).
+        Refused, late, an error status or an error inside: the next one. The first good
+        response is the one that the client gets.
+     9. `UpstreamResponse.pump` takes the response as it comes. `Exchange.forward` puts each
+        piece through its rewriter: it is split into events, thinking is taken out, and they
+        are written in the client's dialect. `ResponseWriter` sends them.
+    10. Whatever has happened: at the end of `Exchange.run` the upstream's connection is kept
+        for the next request or closed, and `RequestLog.finish` gets what is known.
+
 Words: RFC 9110 and 9112 for HTTP; upstream, server, alias, instance, route, match,
 source host and model map as in routes.yaml. `parse_`, `encode_`, `read_` and `resolve`
 are pure; `send_`, `write_` and `serve_` do I/O.
@@ -4242,7 +4264,8 @@ class Instance(NamedTuple):
     model: str | None = None
 
     def __str__(self) -> str:
-        if self.model is None:
+        # A request that names no model has an empty one.
+        if not self.model:
             return self.server.name
         return f"{self.server.name}/{self.model}"
 

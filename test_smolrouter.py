@@ -12094,6 +12094,15 @@ def test_table_of_contents_is_true() -> None:
     assert [n for n, _ in real] == [str(n) for n in range(1, 19)]
 
 
+def test_the_life_of_a_request_names_what_is_there() -> None:
+    life = smolrouter.__doc__.partition("The life of one request")[2].partition("Words:")[0]
+    assert re.findall(r"(?m)^ +([0-9]+)\. ", life) == [str(step) for step in range(1, 11)]
+    names = re.findall(r"`([\w.]+)`", life)
+    assert len(names) >= 10
+    for name in names:
+        assert operator.attrgetter(name)(smolrouter), name
+
+
 def test_tests_stand_in_the_order_of_the_program() -> None:
     """This file has the program's sections, and its docstring is a true table of contents."""
     text = pathlib.Path(__file__).read_text("utf-8")
