@@ -9787,7 +9787,7 @@ class Console:
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             if not lines:
                 continue
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write("\n".join(lines) + "\n")
                 sys.stderr.flush()
 
@@ -10571,10 +10571,16 @@ def open_standard_streams() -> int:
 
     Otherwise a socket would get such a number, and a stray line of text would go to its client.
     """
-    while True:
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
         descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:
-            return descriptor
+    # Python has no object for a stream that was closed when it began: print would do without,
+    # and a flush would fail.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+    return descriptor
 
 
 def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:

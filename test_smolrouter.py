@@ -6467,6 +6467,22 @@ def test_long_names_stall_no_pattern() -> None:
         assert smolrouter.resolve(table_, name, "10.0.0.1").route == "default"
 
 
+def test_decisions_of_a_long_table_fill_no_memory() -> None:
+    """A thousand rules, and clients that choose the names of models."""
+    rules = [
+        {"match": {"model": f"/^{n}$/"}, "route": {"upstream": "http://x"}} for n in range(999)
+    ]
+    table = routing(json.dumps({"routes": rules}))
+    first, *others = [smolrouter.decide(table, f"model-{n}", HOME) for n in range(300)]
+    for decision in others:
+        # All but the last step, which is the same for all as well, but for its making.
+        assert all(a is b for a, b in zip(first.trail[:-1], decision.trail, strict=False))
+    assert smolrouter.decide(table, "model-299", HOME) is others[-1]
+    assert smolrouter.decide(table, "model-0", HOME) is not first
+    long = "x" * 257
+    assert smolrouter.decide(table, long, HOME) is not smolrouter.decide(table, long, HOME)
+
+
 def test_two_servers_may_have_one_url() -> None:
     text = '{"servers": {"a": "http://h:1", "b": {"url": "http://h:1", "api_key": "k"}}}'
     names = [server.name for server in routing(text).all_servers()]
@@ -11154,6 +11170,13 @@ def test_it_starts_without_stderr() -> None:
         finally:
             process.terminate()
             process.wait(20)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_ends_well_without_a_standard_stream(closed: str) -> None:
+    command = [*by_shell(f'exec "$0" "$@" {closed}'), str(SMOLROUTER), "check"]
+    done = subprocess.run(command, env=bare_environment({}), capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def accepts(port: int) -> bool:
