@@ -735,7 +735,8 @@ def self_signed_certificate() -> tuple[str, ssl.SSLContext] | None:
         return None
     folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-tls-"))
     AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
-    key, cert = str(folder / "key.pem"), str(folder / "cert.pem")
+    key = str(folder / "key.pem")
+    cert = str(folder / "cert.pem")
     command = (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost "
         "-addext subjectAltName=DNS:localhost,IP:127.0.0.1"
@@ -1942,7 +1943,8 @@ def log_requests(log: Any, count: int, **more: Any) -> list[Any]:
     """Let requests begin and end."""
     records = [new_record(number, **more) for number in range(count)]
     for record in records:
-        answer, record.pieces = b"".join(record.pieces), []
+        answer = b"".join(record.pieces)
+        record.pieces = []
         log.begin(record)
         log.append_body(record, answer)
         log.finish(record)
@@ -2211,7 +2213,8 @@ def test_chunks_at_every_split(data: bytes, content: bytes) -> None:
 
 def decode_chunks(pieces: Iterable[bytes]) -> tuple[bytes, bool, bytes] | str:
     """Decode pieces: the content, whether it is complete and what follows; or the error's name."""
-    decoder, content = smolrouter.ChunkDecoder(), b""
+    decoder = smolrouter.ChunkDecoder()
+    content = b""
     try:
         for piece in pieces:
             content += decoder.feed(piece)
@@ -2323,7 +2326,8 @@ CHUNK_BITS = [
 
 def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
     """Read chunked content by other means than the program's: content and rest, None when bad."""
-    content, trailers = b"", False
+    content = b""
+    trailers = False
     while True:
         line, end, rest = data.partition(b"\r\n")
         if not end:
@@ -2342,11 +2346,13 @@ def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
         if not match:
             return None
         size = int(match[1], 16)
-        trailers, data = not size, rest
+        trailers = not size
+        data = rest
         if size:
             if rest[size : size + 2] != b"\r\n":
                 return None
-            content, data = content + rest[:size], rest[size + 2 :]
+            content = content + rest[:size]
+            data = rest[size + 2 :]
 
 
 @fuzz(lambda st: {"bits": lists_of_bits(st, CHUNK_BITS, 16)})
@@ -2354,7 +2360,8 @@ def test_fuzz_chunks(bits: list[bytes]) -> None:
     """However the octets come, the content is the same, and an oracle's."""
     outcomes = set()
     for pieces in (bits, [b"".join(bits)], [bytes([n]) for n in b"".join(bits)]):
-        decoder, content = smolrouter.ChunkDecoder(), b""
+        decoder = smolrouter.ChunkDecoder()
+        content = b""
         try:
             for at, piece in enumerate(pieces):
                 content += decoder.feed(piece)
@@ -3699,7 +3706,8 @@ def test_a_hundred_thousand_tags_take_linear_time() -> None:
 @fuzz(lambda st: {"bits": lists_of_bits(st, TEXT_BITS, 16), "fences": st.booleans()})
 def test_fuzz_filters(bits: list[str], fences: bool) -> None:
     """However a text is split, what is seen and what was thought are the same."""
-    text, rules = "".join(bits), smolrouter.FilterRules(think=True, fences=fences)
+    text = "".join(bits)
+    rules = smolrouter.FilterRules(think=True, fences=fences)
     seen = set()
     for pieces in (bits, [text], list(text)):
         feed = smolrouter.TextFilter(rules).feed
@@ -4759,7 +4767,8 @@ def test_line_ends_change_nothing_of_what_is_filtered(end: bytes) -> None:
 
 @pytest.mark.parametrize("end", EVENT_ENDS)
 def test_the_end_of_a_long_event_at_every_split(end: bytes) -> None:
-    long, said = encode_event("<think>" + "x" * 200), chat_stream("<think>no</think>", "yes")
+    long = encode_event("<think>" + "x" * 200)
+    said = chat_stream("<think>no</think>", "yes")
     data = b"".join([long, *said]).replace(b"\n\n", end)
     for at in range(110, len(long) + 12):
         for size in (1, 2, 3, len(data)):
@@ -5563,7 +5572,7 @@ def test_ollama_makes_no_end_for_a_stream_without_one(said: list[bytes], stream:
     got = post_json("/api/chat", {**chat_document(model), "stream": stream})
     *words, last = got.documents if stream and said else [got.json]
     assert last == {"error": "the stream ended before the answer was complete"}
-    assert [word["done"] for word in words] == [False] * (stream and len(said))
+    assert [word["done"] for word in words] == ([False] * len(said) if stream else [])
     assert got.status == (200 if words else 502)
 
 
@@ -6551,10 +6560,8 @@ def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -
 def test_no_name_is_long_enough_to_fill_the_log() -> None:
     for path, form in ((CHAT, False), ("/api/chat", False), ("/v1/audio/transcriptions", True)):
         name = "long" * 4097
-        kind, body = (
-            "application/json",
-            encode_json({**EXAMPLE_REQUESTS.get(path, {}), "model": name}),
-        )
+        kind = "application/json"
+        body = encode_json({**EXAMPLE_REQUESTS.get(path, {}), "model": name})
         if form:
             kind = "multipart/form-data; boundary=b"
             body = f'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\n{name}\r\n--b--'
@@ -6669,7 +6676,9 @@ def test_web_host(host: str, good: bool) -> None:
     assert smolrouter.is_web_host(host, ("extra.example",), "machine") == good
 
 
-BOX, EVIL_PAGE, LINK = "mybox.lan:1234", "https://evil.example", {"Sec-Fetch-Dest": "document"}
+BOX = "mybox.lan:1234"
+EVIL_PAGE = "https://evil.example"
+LINK = {"Sec-Fetch-Dest": "document"}
 CROSS = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
 SHELL = {"User-Agent": "Mozilla/5.0 (Windows NT 10.0) PowerShell/7.4.0"}
 BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)", "Accept-Language": "en"}
@@ -6813,7 +6822,8 @@ def test_fuzz_small_readers(text: str) -> None:
 
 # --- policies and tokens --------------------------------------------------------------
 
-PAST, AHEAD = 1_000_000_000, 32_503_680_000
+PAST = 1_000_000_000
+AHEAD = 32_503_680_000
 BY_PROXY = ("X-Forwarded-For", "203.0.113.9")
 # What a client may send as its token, by what is wrong with it.
 CARRIED: dict[str, str] = {
@@ -6857,7 +6867,8 @@ def another_address() -> str:
 
 def statuses(router: Router, *asked: tuple[str, str, Pairs]) -> list[int]:
     """Send requests on one connection, from an address of its own, and return their statuses."""
-    found, source = [], another_address()
+    found = []
+    source = another_address()
     with contextlib.ExitStack() as stack:
         sock = None
         for method, path, fields in asked:
@@ -6897,11 +6908,11 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
     for endpoint in smolrouter.ENDPOINTS:
         method, path = example_of(endpoint)
         for proxied in (False, True):
-            asked = [
-                (method, path, [*[("Authorization", f"Bearer {text}")] * bool(text),
-                                *[BY_PROXY] * proxied])
-                for text in CARRIED.values()
-            ]  # fmt: skip
+            asked = []
+            for text in CARRIED.values():
+                token = [("Authorization", f"Bearer {text}")] if text else []
+                proxy = [BY_PROXY] if proxied else []
+                asked.append((method, path, [*token, *proxy]))
             before = sum(r.target == path for r in default_upstream().requests)
             got = statuses(router, *asked)
             got = [s if s in (401, 403) else 200 for s in got]
@@ -7054,7 +7065,8 @@ def test_cookie_is_secure_where_the_page_was() -> None:
         "ALWAYS_AUTH", TRUSTED_PROXIES="127.0.0.1", ALLOWED_HOSTS="m.example"
     )
     plain = router_with_policy("ALWAYS_AUTH")
-    secured, own = ("X-Forwarded-Proto", "https"), ("Host", "m.example")
+    secured = ("X-Forwarded-Proto", "https")
+    own = ("Host", "m.example")
     for way, fields, secure in (
         (router, [secured], True),
         (router, [("X-Forwarded-Proto", "http")], False),
@@ -7205,7 +7217,9 @@ class Attacker:
     """
 
     def __init__(self, router: Router) -> None:
-        self.router, self.page, self.report = router, "", ""
+        self.router = router
+        self.page = ""
+        self.report = ""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -7325,10 +7339,8 @@ CADDY = (
 @contextlib.contextmanager
 def behind_proxy(program: str, router: Router) -> Iterator[int]:
     """Start a proxy in front of a router, set up as the guide says, and yield its port."""
-    found, tls = (
-        shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"),
-        self_signed_certificate(),
-    )
+    found = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
+    tls = self_signed_certificate()
     if not found and program == "nginx" and os.environ.get("SMOLROUTER_TEST_ALL") == "1":
         pytest.fail("SMOLROUTER_TEST_ALL=1, but there is no nginx")
     if not found or not tls:
@@ -7378,7 +7390,8 @@ def behind_proxy(program: str, router: Router) -> Iterator[int]:
 def request_through_proxy(port: int, *asked: Any) -> tuple[int, Mapping[str, str], Iterator[bytes]]:
     """Send one request to a proxy over TLS; return status, fields and the pieces of the content."""
     context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     caller = http.client.HTTPSConnection("127.0.0.1", port, timeout=PATIENCE, context=context)
     caller.sock = context.wrap_socket(connect(port), server_hostname="models.example.com")
     method, path, body, fields = asked
@@ -8192,7 +8205,8 @@ def test_a_cooling_instance_is_the_last_hope() -> None:
     with switchable_pair() as (router, one, two):
         one.mood = [DROP]
         assert post_chat(router, "pair").status == 200
-        one.mood, two.mood = FINE_RESPONSE, json_response({}, 500)
+        one.mood = FINE_RESPONSE
+        two.mood = json_response({}, 500)
         assert post_chat(router, "pair").status == 200
         assert (one.request_count, two.request_count) == (2, 2)
         two.mood = FINE_RESPONSE
@@ -8487,7 +8501,9 @@ def test_a_client_that_leaves_is_a_row() -> None:
 @pytest.mark.parametrize("told", [True, False], ids=["usage", "estimate"])
 def test_a_stream_that_breaks_off_has_its_cost(log_folder: LogFolder, told: bool) -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 200}}
-    events = [*map(encode_event, TWO_WORDS), *[encode_event(usage)] * told]
+    events = [*map(encode_event, TWO_WORDS)]
+    if told:
+        events.append(encode_event(usage))
     with log_folder.router() as router:
         post_chat(
             router,
@@ -8661,7 +8677,9 @@ def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream
     step = smolrouter.Step(odd, True, odd)
     decision = smolrouter.Decision(odd, odd, odd, "failover", (), (step,))
     record = smolrouter.RequestRecord("id", asked, "openai", stream, decision)
-    record.id, record.finished_at, record.status = 1, record.started_at + 1.0, status
+    record.id = 1
+    record.finished_at = record.started_at + 1.0
+    record.status = status
     record.sent_model = record.error = odd
     record.pieces = pieces
     record.attempts = [smolrouter.Attempt(odd, odd, None, odd, 1.0)]
@@ -8785,7 +8803,8 @@ def test_a_body_over_the_limit_is_cut(log_folder: LogFolder, limit: int) -> None
 
 
 def test_the_oldest_bodies_make_room(log_folder: LogFolder) -> None:
-    limit, noise = 60_000, [os.urandom(15_000).hex() for _ in range(8)]
+    limit = 60_000
+    noise = [os.urandom(15_000).hex() for _ in range(8)]
     with log_folder.router(MAX_TOTAL_STORAGE_SIZE=limit) as router:
         for number, text in enumerate(noise):
             post_chat(router, f"noise-{number}", text)
@@ -9315,7 +9334,8 @@ def test_rows_wait_for_a_locked_database_under_load(log_folder: LogFolder) -> No
 def test_events_tell_of_all_that_is_written(log_folder: LogFolder) -> None:
     with log_folder.router() as router, connect(router.port) as sock:
         sock.sendall(encode_get("/api/events"))
-        said, number = sock.recv(4096), 30
+        said = sock.recv(4096)
+        number = 30
         for _ in range(number):
             post_chat(router, "tiny")
 
@@ -9675,7 +9695,8 @@ SHORT_STREAMS = {
 def test_a_short_stream_with_a_clean_end_is_an_answer(name: str) -> None:
     fields = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")]
     fields = fields[: 1 if name == "closed" else 2]
-    fields += [("Content-Encoding", "gzip")] * (name == "gzip")
+    if name == "gzip":
+        fields.append(("Content-Encoding", "gzip"))
     first = upstream_playing(response_head(200, fields), *SHORT_STREAMS[name])()
     with router_of_two(first, refusing_url()) as router:
         got = post_chat(router, "pair", stream=True)
@@ -9879,7 +9900,8 @@ def test_the_first_event_of_an_alias_does_not_wait_for_the_second() -> None:
 
 def test_coded_stream_of_an_alias_does_not_wait() -> None:
     """Its events cannot be told apart before it is decoded: its first octets are its begin."""
-    gate, packer = threading.Event(), zlib.compressobj(wbits=31)
+    gate = threading.Event()
+    packer = zlib.compressobj(wbits=31)
 
     def script(received: Received) -> Iterator[Step]:
         data = packer.compress(encode_event({"n": 1})) + packer.flush(zlib.Z_SYNC_FLUSH)
@@ -9926,7 +9948,8 @@ def timed_events(port: int, path: str, body: Any, fields: Pairs = ()) -> list[tu
     """Return the events of a streamed answer, each with the time when it was complete."""
     got = request(port, "POST", path, body, fields)
     mark = b"\n" if "ndjson" in (got.get("Content-Type") or "") else b"\n\n"
-    events, held = [], b""
+    events = []
+    held = b""
     for moment, piece in got.pieces:
         *done, held = (held + piece).split(mark)
         events += [(moment, block) for block in done if block]
@@ -9990,10 +10013,8 @@ def test_what_broke_off_leaves_memory_at_once(log_folder: LogFolder, fault: str)
     }
     # The head is that of each instance of the alias.
     faults["alias"] = faults["head"]
-    model, other = (
-        default_upstream().add_script(faults[fault]),
-        default_upstream().add_script(faults[fault]),
-    )
+    model = default_upstream().add_script(faults[fault])
+    other = default_upstream().add_script(faults[fault])
     instances = [f"s/{model}", f"s/{other}"]
     routes = {
         "servers": {"s": default_upstream().url},
@@ -10078,7 +10099,8 @@ def test_server_that_tells_timings_is_not_asked_for_usage(log_folder: LogFolder)
 def test_server_that_tells_timings_no_more_is_asked_for_usage() -> None:
     """Another one on its port, or behind one address for several."""
     moods = [timing_server, timing_server, well_behaved, well_behaved]
-    upstream, asked = Upstream(lambda received: moods.pop(0)(received)), []
+    upstream = Upstream(lambda received: moods.pop(0)(received))
+    asked = []
     with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
         for _ in range(4):
             assert post_chat(router, "m", stream=True).status == 200
@@ -10329,7 +10351,9 @@ def nearest_rank(values: Iterable[float | None], percent: int) -> float:
 
 
 def test_percentiles_of_few_requests_are_exact(log_folder: LogFolder) -> None:
-    store, tallies, rows = make_store(log_folder.file.parent), {}, []
+    store = make_store(log_folder.file.parent)
+    tallies = {}
+    rows = []
     for number in range(60):
         more = {
             "sent_model": "once" if number == 7 else "often",
@@ -10382,7 +10406,8 @@ def test_percentiles_of_few_requests_are_exact(log_folder: LogFolder) -> None:
 def test_performance_is_sampled_evenly(query: str, total: int) -> None:
     doc = get_document(router_with_old_log(), f"/api/performance?{query}")
     limit = int(dict(urllib.parse.parse_qsl(query)).get("limit", 2000))
-    points, meta = doc["data_points"], doc["meta"]
+    points = doc["data_points"]
+    meta = doc["meta"]
     assert meta["sampled"] == (total > limit) and meta["total_points"] == total
     assert min(total, limit) * 0.5 <= len(points) <= limit
     if total <= limit:
@@ -10520,10 +10545,8 @@ def test_upstreams_say_how_they_are() -> None:
 
 def test_a_server_is_asked_for_by_its_name() -> None:
     post_chat(logging_router(), "by-name")
-    number, place = (
-        wait_for_row(logging_router(), "by-name")["id"],
-        default_upstream().url.partition("://")[2],
-    )
+    number = wait_for_row(logging_router(), "by-name")["id"]
+    place = default_upstream().url.partition("://")[2]
     for text in ("box", default_upstream().url, place):
         assert number in [
             row["id"] for row in get_document(logging_router(), f"/api/logs?upstream={text}")
@@ -10557,7 +10580,9 @@ def test_metrics_are_well_formed() -> None:
     wait_for_row(logging_router(), "measured")
     got = request(logging_router().port, "GET", "/metrics")
     assert got.get("Content-Type").startswith("text/plain; version=0.0.4")
-    text, kinds, samples = got.content.decode(), {}, {}
+    text = got.content.decode()
+    kinds = {}
+    samples = {}
     label = r'[a-z]+="(?:[^"\\\n]|\\["\\n])*"'
     for line in text.splitlines():
         if line.startswith("# TYPE "):
@@ -11513,7 +11538,8 @@ def tab(chromium: Any) -> Iterator[Any]:
         const now = performance.now.bind(performance);
         performance.now = () => now() + 10_000;
     """)
-    page, asked = context.new_page(), set()
+    page = context.new_page()
+    asked = set()
     page.set_default_timeout(PATIENCE * 1000)
     page.wrong = []
     page.on(
@@ -11714,7 +11740,8 @@ def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
 
 
 def test_running_requests_grow_and_stop(tab: Any) -> None:
-    router, gates = page_router("live"), [threading.Event() for _ in range(2)]
+    router = page_router("live")
+    gates = [threading.Event() for _ in range(2)]
 
     def script(received: Received) -> Iterator[Step]:
         yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
@@ -11751,7 +11778,8 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
 
 
 def test_request_that_runs_is_updated(tab: Any) -> None:
-    router, gate = page_router("runs"), threading.Event()
+    router = page_router("runs")
+    gate = threading.Event()
 
     def script(received: Received) -> Iterator[Step]:
         yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
@@ -11837,7 +11865,8 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
 def test_request_shows_how_it_was_routed(tab: Any) -> None:
     router = page_router("trail")
     post_chat(router, "coder")
-    row, devtools = newest(router, "coder"), tab.context.new_cdp_session(tab)
+    row = newest(router, "coder")
+    devtools = tab.context.new_cdp_session(tab)
     devtools.send("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Tokyo"})
     tab.goto(f"{router.url}/request/{row['id']}")
     trail = wait_text(tab, ".trail", "answered")
@@ -11920,7 +11949,8 @@ def test_chat_that_is_stopped_says_so(tab: Any) -> None:
         yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
         yield HANG
 
-    name, router = default_upstream().add_script(script), page_router("broken")
+    name = default_upstream().add_script(script)
+    router = page_router("broken")
     tab.goto(router.url)
     tab.click("#try > summary")
     tab.fill("#try-form [name=model]", name)
@@ -11936,7 +11966,8 @@ def test_chat_that_is_stopped_says_so(tab: Any) -> None:
 
 
 def test_hidden_tab_is_quiet(tab: Any) -> None:
-    router, asked = page_router("quiet"), []
+    router = page_router("quiet")
+    asked = []
     tab.clock.install()
     tab.goto(router.url)
     wait_text(tab, "#rows-empty", "No request yet")
