@@ -1116,7 +1116,6 @@ class RequestHead:
         self.minor = minor
         self.fields = fields
         self.size = size
-        self.memo: dict[Any, Any] = {}
         # Two Hosts let the router and the server behind it each believe another one. Since
         # HTTP/1.1 there has to be one, even if it is empty (RFC 9112 section 3.2).
         hosts = fields.get_all("host")
@@ -1143,7 +1142,6 @@ class ResponseHead:
         self.minor = minor
         self.fields = fields
         self.size = size
-        self.memo: dict[Any, Any] = {}
         self.keeps_alive = keeps_alive(fields, minor)
         content_type = fields.get("content-type") or ""
         # `Text/HTML; charset=utf-8` -> `text/html`
@@ -5072,8 +5070,16 @@ def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
     return "*" in allowed or ("loopback" in allowed and loopback and scheme in ("http", "https"))
 
 
+class BrowserRules(NamedTuple):
+    """Which names and pages a browser may use the router by, beside those that are always good."""
+
+    allowed_hosts: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
+    machine_name: str
+
+
 def check_browser(
-    fields: Fields, host: str, webui: bool, settings: Settings, machine: str
+    fields: Fields, host: str, webui: bool, rules: BrowserRules
 ) -> list[tuple[str, str]]:
     """Refuse a page from elsewhere; return the fields that the answer must have.
 
@@ -5081,7 +5087,7 @@ def check_browser(
     when its name was rebound to this address, by nothing but its Host and a browser's ways.
     """
     origin, site = fields.get("origin"), fields.get("sec-fetch-site")
-    known_host = is_web_host(host, settings.allowed_hosts, machine)
+    known_host = is_web_host(host, rules.allowed_hosts, rules.machine_name)
     browser = site not in (None, "none") or (
         "Mozilla/" in (fields.get("user-agent") or "") and fields.get("accept-language")
     )
@@ -5090,7 +5096,7 @@ def check_browser(
             f"a browser may not use the router as {host[:80]!r}; add it to ALLOWED_HOSTS"
         )
     own = known_host and is_own_page(fields, host)
-    if origin is not None and not (own or origin_allowed(origin, settings.allowed_origins, webui)):
+    if origin is not None and not (own or origin_allowed(origin, rules.allowed_origins, webui)):
         raise Forbidden(f"origin {origin[:80]!r} is not allowed; add it to ALLOWED_ORIGINS")
     embeds = site in ("cross-site", "same-site") and fields.get("sec-fetch-dest") != "document"
     if embeds and origin is None:
@@ -5098,6 +5104,14 @@ def check_browser(
     inert = INERT_FIELDS if not webui and "text/html" in (fields.get("accept") or "") else []
     cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")] if origin else []
     return [*inert, *cors]
+
+
+@remember_short_heads
+def check_browser_head(
+    head: RequestHead, webui: bool, rules: BrowserRules
+) -> list[tuple[str, str]]:
+    """Do what `check_browser` does, for a whole head."""
+    return check_browser(head.fields, head.host, webui, rules)
 
 
 def is_trusted(address: str, trusted: Sequence[IPNetwork]) -> bool:
@@ -7850,6 +7864,77 @@ def encode_route_fields(upstream_url: str, model: str, route: str, attempts: int
     return [(name, value) for name, value in named if value]
 
 
+class Forwarding(NamedTuple):
+    """What the fields of a forwarded request depend on, beside its head."""
+
+    server: Server
+    # The server speaks the client's dialect, so that nothing is translated.
+    native: bool
+    # The answer may have to be changed.
+    may_rewrite: bool
+    # This router's entry in Via.
+    via: str
+    jwt_secret: str | None
+
+
+@remember_short_heads
+def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
+    """Return the field lines for a server: its own, and the client's less what stops here."""
+    server = forwarding.server
+    added = list(server.headers)
+    if not any(name.lower() == "host" for name, _ in server.headers):
+        added.append(("Host", server.url.authority))
+    if server.api_key:
+        added.append(("Authorization", f"Bearer {server.api_key}"))
+    if forwarding.may_rewrite:
+        # A content coding makes changing harder.
+        added.append(("Accept-Encoding", "identity"))
+    if not forwarding.native:
+        # A translated request is JSON, whatever its client called it (`curl -d` says form).
+        added.append(("Content-Type", "application/json"))
+    added.append(("Via", ", ".join([*head.fields.get_all("via"), forwarding.via])))
+    fields = without_tokens(head.fields, forwarding.jwt_secret, NEVER)
+    replaced = [name.lower() for name, _ in added]
+    return encode_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
+
+
+class AnswerShape(NamedTuple):
+    """What the fields of a relayed answer depend on, beside its head."""
+
+    # The server speaks the client's dialect, so that nothing is translated.
+    native: bool
+    # The content is changed on its way, or may be.
+    rewritten: bool
+    # The client asked for a stream.
+    streamed: bool
+    # The answer has fields of the router's own that say which origins may read it.
+    guarded: bool
+
+
+@remember_short_heads
+def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
+    """Return the field lines of an answer as its client gets them."""
+    own: FieldPairs = []
+    dropped = NOT_RETURNED
+    media_type = head.media_type
+    if shape.rewritten:
+        dropped = NOT_TRUE_ANY_MORE
+        declared = head.fields.get("content-type") or "application/octet-stream"
+        if not shape.native:
+            streams = shape.streamed and head.status < 400
+            media_type = "application/x-ndjson" if streams else "application/json"
+            declared = media_type if streams else f"{media_type}; charset=utf-8"
+        own.append(("Content-Type", declared))
+    if media_type in EVENT_FORMATS:
+        own += STREAM_FIELDS
+        dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
+    if shape.guarded:
+        # The router decides which origins may read an answer, not its servers.
+        names = [lower for lower, _, _ in head.fields.lines]
+        dropped = dropped.union(name for name in names if name.startswith("access-control-"))
+    return encode_lines(passed_fields(head.fields, dropped, OWN_FIELDS) + own)
+
+
 class Candidate:
     """One instance that is asked, and what came of it.
 
@@ -8126,7 +8211,7 @@ class Exchange:
             candidate.hide_usage,
         )
         content = await self.context.work(len(parsed.content), encode, parsed, rewrite)
-        lines = self.request_lines(candidate)
+        lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
         if content or method in ("POST", "PUT", "PATCH"):
             lines += f"Content-Length: {len(content)}\r\n"
         target = f"{server.url.prefix}{path}{parsed.query}"
@@ -8136,33 +8221,15 @@ class Exchange:
         )
         return candidate.response
 
-    def request_lines(self, candidate: Candidate) -> str:
-        """Return the field lines for the server, worked out once for each head."""
-        known = self.request.head.memo
-        key = candidate.instance.server, candidate.native, bool(self.parsed.text)
-        if key not in known:
-            known[key] = encode_lines(self.request_fields(candidate))
-        return known[key]
-
-    def request_fields(self, candidate: Candidate) -> FieldPairs:
-        """Return the fields for the server: its own, and the client's less what stops here."""
-        server = candidate.instance.server
-        fields = self.request.head.fields
-        added = list(server.headers)
-        if not any(name.lower() == "host" for name, _ in server.headers):
-            added.append(("Host", server.url.authority))
-        if server.api_key:
-            added.append(("Authorization", f"Bearer {server.api_key}"))
-        if self.parsed.text:
-            # The answer may have to be changed, which a content coding makes harder.
-            added.append(("Accept-Encoding", "identity"))
-        if not candidate.native:
-            # A translated request is JSON, whatever its client called it (`curl -d` says form).
-            added.append(("Content-Type", "application/json"))
-        added.append(("Via", ", ".join([*fields.get_all("via"), self.context.via])))
-        fields = without_tokens(fields, self.context.settings.jwt_secret, NEVER)
-        replaced = [name.lower() for name, _ in added]
-        return added + passed_fields(fields, NOT_FORWARDED, replaced)
+    def forwarding(self, candidate: Candidate) -> Forwarding:
+        """Return what the fields of the request depend on when it goes to this candidate."""
+        return Forwarding(
+            candidate.instance.server,
+            candidate.native,
+            bool(self.parsed.text),
+            self.context.via,
+            self.context.settings.jwt_secret,
+        )
 
     # Relaying it
 
@@ -8265,37 +8332,17 @@ class Exchange:
         if declared and not self.rewriter:
             # It is valid, or there would be no answer.
             length = int(declared)
-        native = self.candidate.native
-        shape = native, self.rewriter is None, self.parsed.stream, bool(self.writer.extra_fields)
-        if shape not in head.memo:
-            head.memo[shape] = encode_lines(self.answer_fields(head))
-        lines = head.memo[shape] + encode_lines(self.own_fields())
+        shape = AnswerShape(
+            self.candidate.native,
+            self.rewriter is not None,
+            self.parsed.stream,
+            bool(self.writer.extra_fields),
+        )
+        lines = encode_answer_lines(head, shape) + encode_lines(self.own_fields())
         if head.fields.get("date") is None:
             # RFC 9110 section 6.6.1: who relays a response without a date adds one.
             lines += f"Date: {http_date(int(time.time()))}\r\n"
         self.writer.write_head(head.status, lines, length, head.reason)
-
-    def answer_fields(self, head: ResponseHead) -> FieldPairs:
-        """Return the fields of an answer as its client gets them."""
-        own: FieldPairs = []
-        dropped = NOT_RETURNED
-        media_type = head.media_type
-        if self.rewriter:
-            dropped = NOT_TRUE_ANY_MORE
-            declared = head.fields.get("content-type") or "application/octet-stream"
-            if not self.candidate.native:
-                streams = self.parsed.stream and head.status < 400
-                media_type = "application/x-ndjson" if streams else "application/json"
-                declared = media_type if streams else f"{media_type}; charset=utf-8"
-            own.append(("Content-Type", declared))
-        if media_type in EVENT_FORMATS:
-            own += STREAM_FIELDS
-            dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
-        if self.writer.extra_fields:
-            # The router decides which origins may read an answer, not its servers.
-            theirs = [lower for lower, _, _ in head.fields.lines]
-            dropped = dropped.union(n for n in theirs if n.startswith("access-control-"))
-        return passed_fields(head.fields, dropped, OWN_FIELDS) + own
 
 
 # --- handlers that relay ---------------------------------------------------------------
@@ -9423,7 +9470,9 @@ class Application:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.settings = context.settings
-        self.machine_name = socket.gethostname()
+        self.browser_rules = BrowserRules(
+            self.settings.allowed_hosts, self.settings.allowed_origins, socket.gethostname()
+        )
         # Octets of content that all running requests hold together.
         self.content_size = 0
 
@@ -9491,13 +9540,9 @@ class Application:
 
     def check_head(self, head: RequestHead, webui: bool) -> FieldPairs:
         """Refuse a page from elsewhere and a circle; return what the answer must have."""
-        if webui not in head.memo:
-            if self.context.via in ", ".join(head.fields.get_all("via")):
-                raise LoopDetected("this request has been through this router before")
-            head.memo[webui] = check_browser(
-                head.fields, head.host, webui, self.settings, self.machine_name
-            )
-        return head.memo[webui]
+        if self.context.via in ", ".join(head.fields.get_all("via")):
+            raise LoopDetected("this request has been through this router before")
+        return check_browser_head(head, webui, self.browser_rules)
 
     def count_content(self, request: Request, size: int) -> None:
         """Count content that was read. Raises Overloaded for a long one among too many."""
