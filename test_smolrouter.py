@@ -1179,6 +1179,8 @@ def post_chat(router: Router, model: str, text: str = "hi", **more: Any) -> Resp
 
 
 CHAT = "/v1/chat/completions"
+ANTHROPIC = "/v1/messages"
+RESPONSES = "/v1/responses"
 
 # For each endpoint a document that it takes, but for its model.
 EXAMPLE_REQUESTS: dict[str, dict[str, Any]] = {
@@ -2065,7 +2067,7 @@ def stream_filter(format: Any = None, **plan: Any) -> Any:
 # ======================================================================================
 # 1  Errors
 # ======================================================================================
-# Each error is proven where it arises; here stands what holds for all of them.
+# A new error is tested where it arises, from end to end. Here stands what holds for all.
 
 
 def test_long_error_of_a_server_is_cut_in_row_and_line() -> None:
@@ -2092,7 +2094,8 @@ def test_long_name_is_quoted_in_part(method: str, path: str, more: Any) -> None:
 # ======================================================================================
 # 2  Settings
 # ======================================================================================
-# A new setting gets a line in SETTINGS: values that are good, values that are refused.
+# A new setting gets a line in SETTINGS, with values that are good and values that are refused;
+# what it does is tested in the section that does it.
 
 SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "DEFAULT_UPSTREAM": (
@@ -2176,7 +2179,8 @@ def test_spellings_of_an_upstream_url() -> None:
 # ======================================================================================
 # 3  HTTP messages
 # ======================================================================================
-# Heads, chunks and codings on bytes; then requests that are not HTTP, over sockets.
+# Heads, chunks and codings on bytes; then requests that are not HTTP, over sockets. A new rule
+# of the grammar gets a case in MALFORMED that breaks it.
 
 # --- chunks ---------------------------------------------------------------------------
 
@@ -2995,7 +2999,8 @@ def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
 # ======================================================================================
 # 4  JSON
 # ======================================================================================
-# Reading and its limits; edits keep every other byte, from the client to the server.
+# Reading and its limits; edits keep every other byte, from the client to the server. What must
+# be refused stands in BAD_JSON, what must pass in WELL_FORMED.
 
 # --- reading --------------------------------------------------------------------------
 
@@ -3378,7 +3383,8 @@ def test_infinite_log_probability_of_a_held_text_is_null() -> None:
 # ======================================================================================
 # 5  Event streams
 # ======================================================================================
-# Where an event ends and where a stream is complete, at every split.
+# Where an event ends and where a stream is complete, at every split. A new way to end a stream
+# gets a case in `test_what_ends_a_stream`.
 
 
 @pytest.mark.parametrize("end", EVENT_ENDS)
@@ -3492,9 +3498,6 @@ END_TALK = {
         }
     ],
 }
-
-
-ANTHROPIC, RESPONSES = "/v1/messages", "/v1/responses"
 
 
 @pytest.mark.parametrize("path, line, ends", [
@@ -3622,7 +3625,8 @@ def test_event_of_several_lines_stays_one() -> None:
 # ======================================================================================
 # 6  Text filters
 # ======================================================================================
-# A new filter gets a table of cases here, at every split, and one test end to end.
+# A new filter gets a table of cases like THOUGHTS, tried at every split, and one test from end
+# to end.
 
 THOUGHTS = [
     # what the model says, what is seen, what was thought
@@ -6361,6 +6365,8 @@ def test_native_management_to_the_byte(method: str, path: str, body: Any) -> Non
 # ======================================================================================
 # 9  Routing
 # ======================================================================================
+# Which instances a request goes to, and why: a case of DECISIONS says it for one request. A new
+# key of the routing file gets a case in BAD_TABLES for each way to get it wrong.
 
 ROUTING_TABLE = """
 {"servers": {"one": "http://one:1", "two": {"url": "http://two:2/v1", "api": "ollama"}},
@@ -6606,7 +6612,8 @@ def test_fuzz_routing_text(text: str) -> None:
 # ======================================================================================
 # 10  Access
 # ======================================================================================
-# Who may do what: tokens, policies, Host and Origin; a real browser, and proxies in front.
+# Who may do what: tokens, policies, Host and Origin; a real browser, and proxies in front. Every
+# endpoint of ENDPOINTS is asked under every policy, so a new one needs nothing here.
 
 # --- on values ------------------------------------------------------------------------
 
@@ -7900,7 +7907,8 @@ def test_pipelined_requests_whose_answers_nobody_reads() -> None:
 # ======================================================================================
 # 12  Upstreams
 # ======================================================================================
-# The pool, answers that are not HTTP, cool-downs and the lists of models.
+# The pool, answers that are not HTTP, cool-downs and the lists of models. A new way in which an
+# answer may be no HTTP gets a case in HOSTILE.
 
 # --- TLS and addresses ----------------------------------------------------------------
 
@@ -9473,7 +9481,8 @@ def test_a_database_without_locks_of_files(
 # ======================================================================================
 # 14  Relay
 # ======================================================================================
-# One exchange, first byte to last: failover, fields, usage, and events as they come.
+# One exchange, first byte to last: failover, fields, usage, and events as they come. A new way
+# to fail gets a case in FAILURES and is tried with every endpoint, streamed and not.
 
 # --- failover -------------------------------------------------------------------------
 
@@ -10176,7 +10185,8 @@ def test_other_bad_requests_are_not_asked_again(stream: bool) -> None:
 # ======================================================================================
 # 15  Dashboard and API
 # ======================================================================================
-# What the page asks, and what others may: lists, figures, events, metrics, export.
+# What the page asks, and what others may: lists, figures, events, metrics, export. A new query
+# gets a case in `test_no_query_walks_the_log`.
 
 # --- running requests -----------------------------------------------------------------
 
