@@ -9573,116 +9573,172 @@ class Application:
 # ======================================================================================
 # 17  HTTP server
 # ======================================================================================
-# The connection loop: one request after another on each connection, until the client
-# leaves, an error ends it or the router drains. Connections are accepted only while
-# there is room; more wait in the listen queue.
+# The connection loop. Each client's connection has a task of its own, which serves one request
+# after another until the client leaves, an error ends the connection or the router shuts down.
+# So a client that sends several requests at once gets its answers in their order, and its
+# further requests wait in the socket.
+#
+# There are never more connections than `capacity`: the next ones wait in the listen queue of
+# the kernel, which costs them time and the router nothing.
 
 NO_HEAD = Timeout(RequestTimeout, "no head within {limits.head_timeout:.0f} s")
 SHORT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+ADDRESS_IS_OFF = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
-def count_places(wanted: int) -> int:
-    """Allow this process more files; return for how many clients, two files each, they do."""
+def find_capacity(wanted: int, spare_files: int) -> int:
+    """Let this process open enough files for so many clients; return for how many they do.
+
+    A client needs two files, its own connection and the upstream's; `spare_files` are kept back.
+    """
     try:
         import resource
     except ImportError:
         # Windows has no such limit.
         return wanted
+    needed = 2 * wanted + spare_files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * wanted + LIMITS.spare_files
-    if 0 <= soft < needed:  # no limit is -1
-        soft = needed if hard < 0 else min(needed, hard)
+    # A negative limit is none.
+    if 0 <= soft < needed:
+        allowed = needed if hard < 0 else min(needed, hard)
+        # Some systems refuse what they say is allowed. Then it stays as it is.
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return wanted if soft < 0 else max(1, min(wanted, (soft - LIMITS.spare_files) // 2))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 0:
+        return wanted
+    enough_for = (soft - spare_files) // 2
+    return max(1, min(wanted, enough_for))
+
+
+def open_listener(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
+    """Return a socket bound to an address, as getaddrinfo describes it. Raises OSError."""
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # After a restart the port is free again at once, although old connections still end. On
+        # Windows the option means something else: that another program may take the port.
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # `::` takes IPv4, too; any other address is one of IPv6 alone.
+            is_specific = address[0] != "::"
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_specific)
+        listener.bind(address)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 class HTTPServer:
     """Accepts connections and serves their requests."""
 
     def __init__(self, application: Application) -> None:
-        self.application, self.settings = application, application.settings
+        self.application = application
         self.context = application.context
-        self.places = count_places(self.settings.max_connections)
-        self.connections: dict[asyncio.Task[None], Connection | None] = {}
+        self.settings = application.settings
+        self.limits = application.context.limits
+        self.capacity = find_capacity(self.settings.max_connections, self.limits.spare_files)
+        # The connection that each task serves.
+        self.connections: dict[asyncio.Task[None], Connection] = {}
         self.listeners: list[socket.socket] = []
         self.accepting: list[asyncio.Task[None]] = []
-        self.room = asyncio.Event()
-        self.room.set()
+        self.has_room = asyncio.Event()
+        self.has_room.set()
+
+    # Accepting
 
     def listen(self) -> int:
-        """Open the listening sockets and accept; return the port. Raises OSError."""
-        host, port = self.settings.listen_host.strip("[]"), self.settings.listen_port
+        """Open the listening sockets and begin to accept; return the port. Raises OSError."""
+        host = self.settings.listen_host.strip("[]")
+        port = self.settings.listen_port
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in (found := list(dict.fromkeys(found))):
+        failure: OSError | None = None
+        # Some systems list an address twice.
+        for family, kind, protocol, _, address in dict.fromkeys(found):
             try:
-                listener = socket.socket(family, kind, protocol)
-                self.listeners.append(listener)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    dual = address[0] == "::"
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
-                listener.bind((address[0], port, *address[2:]))
-            except OSError as error:  # a name may have an address of a family that is off
-                last = address == found[-1][4] and not self.accepting
-                if last or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                listener = open_listener(family, kind, protocol, (address[0], port, *address[2:]))
+            except OSError as error:
+                # `localhost` has an address of IPv6, which may be switched off on this machine.
+                # One address of a name will do.
+                if error.errno not in ADDRESS_IS_OFF:
                     raise
+                failure = error
                 continue
+            # Port 0 asks for any free one; the further addresses take the same.
             port = listener.getsockname()[1]
-            listener.listen(LIMITS.listen_backlog)
-            listener.setblocking(False)
+            listener.listen(self.limits.listen_backlog)
+            self.listeners.append(listener)
             self.accepting.append(asyncio.create_task(self.accept(listener)))
+        if failure and not self.listeners:
+            raise failure
         return port
 
     async def accept(self, listener: socket.socket) -> None:
-        """Accept connections while there is room; never spin when files run short."""
+        """Accept connections while there is room."""
         loop = asyncio.get_running_loop()
-        for turn in itertools.count():
-            if turn % LIMITS.accepted_per_turn == 0:  # running connections go first
+        for number in itertools.count():
+            # While hundreds of clients come at once, running streams get their turn in between.
+            if number % self.limits.accepted_per_turn == 0:
                 await asyncio.sleep(0)
-            await self.room.wait()
+            await self.has_room.wait()
             try:
                 client, address = await loop.sock_accept(listener)
             except OSError as error:
+                # Without a pause a lack of files would make this loop spin: the client that
+                # could not be accepted is still there to be accepted.
                 await asyncio.sleep(0.2 if error.errno in SHORT_OF_FILES else 0.01)
                 continue
-            peer = str(address[0]).removeprefix("::ffff:")  # IPv4 in IPv6 is IPv4
-            task = asyncio.create_task(self.serve_connection(client, peer))
-            self.connections[task] = None
-            task.add_done_callback(self.forget)
-            if len(self.connections) >= self.places:
-                self.room.clear()
-                for connection in filter(None, self.connections.values()):
-                    if not connection.busy:  # it has a second to say something
-                        connection.deadline = min(
-                            connection.deadline, loop.time() + LIMITS.worn_keep_alive_timeout
-                        )
+            # An address of IPv4 in the form of IPv6 is one of IPv4.
+            peer = str(address[0]).removeprefix("::ffff:")
+            self.start_connection(client, peer)
 
-    def forget(self, task: asyncio.Task[None]) -> None:
+    def start_connection(self, client: socket.socket, peer: str) -> None:
+        """Begin to serve an accepted socket; at full capacity accept no more."""
+        connection = Connection(self.context.upstreams.batch)
+        task = asyncio.create_task(self.serve_connection(connection, client, peer))
+        self.connections[task] = connection
+        task.add_done_callback(self.forget_connection)
+        if len(self.connections) >= self.capacity:
+            self.has_room.clear()
+            self.hurry_idle_connections()
+
+    def forget_connection(self, task: asyncio.Task[None]) -> None:
         """Make room for another connection."""
         del self.connections[task]
-        self.room.set()
+        self.has_room.set()
 
-    async def serve_connection(self, client: socket.socket, peer: str) -> None:
+    def hurry_idle_connections(self) -> None:
+        """Let idle clients say something within a second, because others wait for their place."""
+        deadline = asyncio.get_running_loop().time() + self.limits.worn_keep_alive_timeout
+        for connection in self.connections.values():
+            if not connection.busy:
+                connection.deadline = min(connection.deadline, deadline)
+
+    # One connection
+
+    async def serve_connection(
+        self, connection: Connection, client: socket.socket, peer: str
+    ) -> None:
         """Serve one request after another on an accepted socket."""
-        loop, connection = asyncio.get_running_loop(), Connection(self.context.upstreams.batch)
         try:
+            loop = asyncio.get_running_loop()
             await loop.connect_accepted_socket(lambda: connection, client)
         except OSError:
             client.close()
             return
-        self.connections[asyncio.current_task()] = connection
+        served = 0
         try:
-            idle = itertools.chain(
-                itertools.repeat(LIMITS.keep_alive_timeout, LIMITS.requests_per_connection),
-                itertools.repeat(LIMITS.worn_keep_alive_timeout),
-            )
-            while await self.serve_request(connection, peer, next(idle)):
-                pass
+            while await self.serve_next_request(connection, peer, served):
+                served += 1
         except (OSError, RouterError):
-            pass  # the client went away between two messages, or was idle for too long
+            # The client went away between two messages, or was idle for too long. There is nobody
+            # to tell it to.
+            pass
         except asyncio.CancelledError:
+            # With a reason it was the request that was cancelled, and it has told why. Without
+            # one the whole program ends.
             if connection.cancel_reason is None:
                 raise
         finally:
@@ -9692,89 +9748,125 @@ class HTTPServer:
             else:
                 connection.close()
 
-    async def serve_request(self, connection: Connection, peer: str, idle: float) -> bool:
-        """Serve one request; return whether another may follow."""
+    async def serve_next_request(self, connection: Connection, peer: str, served: int) -> bool:
+        """Serve one request; return whether another may follow. `served` have gone before it."""
         connection.busy = False
-        if not connection.received:
-            connection.set_deadline(
-                idle if self.room.is_set() else LIMITS.worn_keep_alive_timeout, IDLE_TOO_LONG
-            )
-            connection.received = await connection.read()
-            if not connection.received:
-                return False
+        if not await self.wait_for_request(connection, served):
+            return False
         connection.busy = True
-        connection.set_deadline(LIMITS.head_timeout, NO_HEAD)
+        head = await self.read_head(connection, peer)
+        if head is None:
+            return False
+        request = self.make_request(connection, peer, head)
+        await self.application.serve(request)
+        connection.ignore_disconnect()
+        # A client that sends requests and reads no answers must not fill the memory with them.
+        if connection.write_paused:
+            await connection.drain()
+        if not request.writer.finished:
+            return False
+        return await self.skip_content(request)
+
+    async def wait_for_request(self, connection: Connection, served: int) -> bool:
+        """Wait for the first octets of a request; return False when none come."""
+        if connection.received:
+            return True
+        timeout = self.limits.keep_alive_timeout
+        # A connection that has served very many requests may end, so that what it has gathered
+        # (in this process, in proxies on the way) is freed. While others wait for its place it
+        # has to end soon, too.
+        if served >= self.limits.requests_per_connection or not self.has_room.is_set():
+            timeout = self.limits.worn_keep_alive_timeout
+        connection.set_deadline(timeout, IDLE_TOO_LONG)
+        # They stay there for the reader of the head.
+        connection.received = await connection.read()
+        return connection.received != b""
+
+    async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
+        """Return the head of a request; None when there is none, and then all has been said."""
+        connection.set_deadline(self.limits.head_timeout, NO_HEAD)
+        longest = self.limits.request_line + self.limits.all_field_lines
         try:
-            data = await connection.read_head(LIMITS.request_line + LIMITS.all_field_lines)
+            data = await connection.read_head(longest)
             if data is None:
-                return False
-            request = self.read_request(connection, peer, parse_request_head(data))
+                return None
+            head = parse_request_head(data)
         except RouterError as error:
+            # Nobody knows where the next message would begin, so this is the last answer. There
+            # is no path either that would tell a dialect.
             send_error(ResponseWriter(connection, None), error, OPENAI)
             self.context.log.print_request(peer, str(error.status), str(error))
             await connection.linger()
-            return False
+            return None
         connection.clear_deadline()
-        await self.application.serve(request)
-        connection.ignore_disconnect()
-        if connection.write_paused:  # answers that nobody reads must not pile up
-            await connection.drain()
-        return request.writer.finished and await self.settle(request)
+        return head
 
-    def read_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
+    def make_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
         """Put together what a head says and whom it came from."""
         writer = ResponseWriter(connection, head)
-        writer.keep_alive = writer.keep_alive and not self.context.draining
-        source = client_address(peer, head.fields, self.settings.trusted_proxies)
-        return Request(head, connection, writer, source)
+        if self.context.draining:
+            writer.keep_alive = False
+        source_host = client_address(peer, head.fields, self.settings.trusted_proxies)
+        return Request(head, connection, writer, source_host)
 
-    async def settle(self, request: Request) -> bool:
-        """Read past content that nobody wanted, or close; return whether to go on."""
-        connection, keep = request.connection, request.writer.keep_alive
-        framing = request.head.framing
-        unread = request.reader or ContentReader(connection, framing)
-        if unread.done:
-            return keep and not self.context.draining
-        expects = request.head.fields.get("expect") is not None
-        if (
-            keep
-            and request.reader is None
-            and not expects
-            and framing.length <= LIMITS.discarded_content
-        ):
-            connection.set_deadline(LIMITS.linger_timeout, IDLE_TOO_LONG)
-            while unread.size <= LIMITS.discarded_content and await unread.read():
+    async def skip_content(self, request: Request) -> bool:
+        """Get past a content that nobody wanted; return whether another request may follow.
+
+        An early answer (401, 404) leaves the content of its request behind, and what stands there
+        must not be taken for the next request. A short one is read; otherwise the connection ends.
+        """
+        connection = request.connection
+        reader = request.reader or ContentReader(connection, request.head.framing)
+        if not reader.done and self.may_discard(request):
+            connection.set_deadline(self.limits.linger_timeout, IDLE_TOO_LONG)
+            while reader.size <= self.limits.discarded_content and await reader.read():
                 pass
-            if unread.done:
-                return True
-        await connection.linger()
-        return False
+        if not reader.done:
+            await connection.linger()
+            return False
+        return request.writer.keep_alive and not self.context.draining
 
-    async def stop(self, grace: float, hurry: asyncio.Event) -> None:
-        """Refuse new connections, let running answers end for `grace` s, close all."""
+    def may_discard(self, request: Request) -> bool:
+        """Tell whether the unread content of a request is worth reading for the next one."""
+        # Whoever began to read it has stopped at an error.
+        if request.reader is not None or not request.writer.keep_alive:
+            return False
+        # Who expected a 100 and got another answer may send the content, or may not.
+        if request.head.fields.get("expect") is not None:
+            return False
+        return request.head.framing.length <= self.limits.discarded_content
+
+    # The end
+
+    async def shut_down(self, grace: float, hurry: asyncio.Event) -> None:
+        """Accept no more, let running answers end until `grace` s have passed or `hurry` is set."""
         self.context.draining = True
         for task in self.accepting:
             task.cancel()
         for listener in self.listeners:
             listener.close()
-        self.end(lambda connection: connection is None or not connection.busy)
+        self.cancel_connections(only_idle=True)
         hurried = asyncio.create_task(hurry.wait())
-        end = time.monotonic() + grace
-        while self.connections and not hurry.is_set() and (left := end - time.monotonic()) > 0:
+        end_at = time.monotonic() + grace
+        while self.connections and not hurry.is_set():
+            remaining = end_at - time.monotonic()
+            if remaining <= 0:
+                break
             running = [*self.connections, hurried]
-            await asyncio.wait(running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(running, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
-        self.end(lambda connection: True)
+        self.cancel_connections(only_idle=False)
         if self.connections:
+            # Their requests still have to say why they end, and to enter the log.
             await asyncio.wait(list(self.connections), timeout=1.0)
 
-    def end(self, chosen: Callable[[Connection | None], bool]) -> None:
+    def cancel_connections(self, only_idle: bool) -> None:
         """End the tasks of connections, for a reason that their requests will tell."""
         for task, connection in list(self.connections.items()):
-            if chosen(connection):
-                if connection:
-                    connection.cancel_reason = Unavailable("the router is shutting down")
-                task.cancel()
+            if connection.busy and only_idle:
+                continue
+            connection.cancel_reason = Unavailable("the router is shutting down")
+            task.cancel()
 
 
 # ======================================================================================
@@ -10092,7 +10184,7 @@ class Router:
         await self.ended.wait()
         self.console.print_line(f"draining for at most {grace:g} s")
         watcher.cancel()
-        await self.server.stop(grace, self.hurry)
+        await self.server.shut_down(grace, self.hurry)
         self.context.upstreams.pool.close()
         self.context.log.close(grace)
         self.console.close()
