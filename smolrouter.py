@@ -2428,7 +2428,8 @@ def read_parts(shape: Shape, document: Any, block: Any = None) -> list[Part]:
     `{"choices": [{"index": 1, "delta": {"content": "Hi"}, "finish_reason": None}]}`, CHAT_ANSWER
     ->  `[Part(TEXT, 1, None, ("choices", 0, "delta", "content"), "Hi")]`
 
-    Members that are missing, null or empty say nothing, but an empty text is one.
+    Members that are missing, null or empty say nothing, but an empty text is one. What has not
+    the shape that was expected is a part of the kind ODD.
     """
     parts: list[Part] = []
     # What is still to be looked at. The last one is the next, so that all of a document comes
@@ -2464,7 +2465,7 @@ def read_parts(shape: Shape, document: Any, block: Any = None) -> list[Part]:
     return parts
 
 
-# What a message's content has instead of a text, in every protocol.
+# Contents of messages, in every protocol: a text, or a list of parts.
 PLAIN_PART = {
     "text": TEXT,
     "thinking": TextOr(THINKING, [{"text": THINKING}]),
@@ -2476,7 +2477,9 @@ PART = ByType(
     {"tool_use": CALL, "input_json_delta": CALL, "tool_result": TOOL_RESULT}, other=PLAIN_PART
 )
 CONTENT = TextOr(TEXT, [TextOr(TEXT, PART)])
-# A message of /v1/chat/completions or /api/chat, in a request or an answer.
+
+# /v1/chat/completions, /v1/completions; a message is the same in /api/chat. Thinking has three
+# names, and some servers use two of them at once.
 SPEECH = {
     "thinking": THINKING,
     "reasoning_content": THINKING,
@@ -2486,8 +2489,6 @@ SPEECH = {
     "tool_calls": [CALL],
 }
 MESSAGE = {"role": ROLE, "name": NAME, "tool_name": NAME, "tool_call_id": RESULT, **SPEECH}
-PROMPT = TextOr(TEXT, Each(TextOr(TEXT, OTHER)))  # some give tokens
-
 CHAT_REQUEST = {"messages": Each(MESSAGE)}
 CHAT_ANSWER = {
     "choices": Each(
@@ -2502,6 +2503,10 @@ CHAT_ANSWER = {
     "error": ERROR,
 }
 
+# A prompt may be a list of texts, or of the numbers of tokens.
+PROMPT_REQUEST = {"prompt": TextOr(TEXT, Each(TextOr(TEXT, OTHER)))}
+
+# /v1/messages, which tells texts apart by the `index` of their block.
 SYSTEM_WORDS = TextOr(SYSTEM, [{"text": SYSTEM}])
 MESSAGES_REQUEST = {"system": SYSTEM_WORDS, "messages": Each(MESSAGE)}
 MESSAGES_EVENTS = {
@@ -2513,6 +2518,8 @@ MESSAGES_EVENTS = {
     "message_stop": {"type": FINISH},
 }
 
+# /v1/responses, which says every text again when it is at its end, and then once more with all
+# of the answer.
 ITEM = ByType(
     {
         "function_call": CALL,
@@ -2539,6 +2546,7 @@ RESPONSES_EVENTS = {
 }
 RESPONSE = {"response": RESPONSE_AGAIN, "output": [ITEM], "usage": USAGE, "error": ERROR}
 
+# /api/chat and /api/generate, whose events are lines.
 GENERATE_REQUEST = {
     "system": SYSTEM_WORDS,
     "prompt": TEXT,
@@ -2563,9 +2571,10 @@ ANY_ANSWER = ByType(
 
 # --- the table ------------------------------------------------------------------------
 
-# When a request is answered by a stream.
+# When a request is answered by a stream: if its `stream` is true, if it is not false, or never.
 IF_ASKED, UNLESS_REFUSED, NEVER_STREAMS = "if asked", "unless refused", "never"
-# An event whose text has begun without a tag, and with more than white space.
+# The text of a chat has begun in an event, without a tag and with more than white space. It must
+# stand in the choice itself, not in something that the server says beside it.
 PLAIN_CHAT_TEXT = re.compile(
     rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
 )
@@ -2586,12 +2595,12 @@ class Protocol(NamedTuple):
     """One endpoint: where its requests, answers and events hold what."""
 
     # Of requests: their shape, the member with the user's words ("": it is no conversation),
-    # the members one of which names the model, an end of that name which says nothing.
+    # the members one of which names the model, and an end of that name which says nothing.
     request: Shape = OTHER
-    words: str = ""
+    user_words: str = ""
     model_members: tuple[str, ...] = ("model",)
     needs_model: bool = False
-    idle_tag: str = ""
+    default_tag: str = ""
     streams: str = IF_ASKED
     # Whether `stream_options.include_usage` is understood.
     usage_option: bool = False
@@ -2617,7 +2626,7 @@ OTHER_PROTOCOL = Protocol(block_members=("index", "item_id"), plain_text=PLAIN_C
 OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
     needs_model=True,
-    idle_tag=":latest",
+    default_tag=":latest",
     streams=UNLESS_REFUSED,
     names_model=True,
     encode_error=encode_ollama_error,
@@ -2625,15 +2634,15 @@ OTHER_OLLAMA = Protocol(
 PROTOCOLS = {
     "/v1/chat/completions": Protocol(
         request=CHAT_REQUEST,
-        words="messages",
+        user_words="messages",
         needs_model=True,
         usage_option=True,
         answer=CHAT_ANSWER,
         plain_text=PLAIN_CHAT_TEXT,
     ),
     "/v1/completions": Protocol(
-        request={"prompt": PROMPT},
-        words="prompt",
+        request=PROMPT_REQUEST,
+        user_words="prompt",
         needs_model=True,
         usage_option=True,
         answer=CHAT_ANSWER,
@@ -2641,20 +2650,20 @@ PROTOCOLS = {
     "/v1/embeddings": Protocol(needs_model=True),
     "/v1/messages": Protocol(
         request=MESSAGES_REQUEST,
-        words="messages",
+        user_words="messages",
         needs_model=True,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
         block_members=("index",),
     ),
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
-        words="input",
+        user_words="input",
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
         block_members=("item_id",),
     ),
     "/api/chat": OTHER_OLLAMA._replace(
         request=CHAT_REQUEST,
-        words="messages",
+        user_words="messages",
         openai_path="/v1/chat/completions",
         answer=CHAT_LINE,
         plain_text=PLAIN_CHAT_TEXT,
@@ -2662,7 +2671,7 @@ PROTOCOLS = {
     ),
     "/api/generate": OTHER_OLLAMA._replace(
         request=GENERATE_REQUEST,
-        words="prompt",
+        user_words="prompt",
         openai_path="/v1/chat/completions",
         raw_openai_path="/v1/completions",
         answer=GENERATE_LINE,
@@ -2685,7 +2694,11 @@ def find_protocol(path: str) -> Protocol:
 
 
 def read_answer(protocol: Protocol, document: Mapping[str, Any]) -> list[Part]:
-    """Return what an answer or an event of a protocol says."""
+    """Return what an answer or an event of a protocol says.
+
+    `{"type": "content_block_delta", "index": 1, "delta": {"text": "Hi"}}` of /v1/messages
+    ->  `[Part(TEXT, 0, 1, ("delta", "text"), "Hi")]`
+    """
     if "error" in (document.get("type"), document.get("object")):
         # It calls itself an error, and its words may stand anywhere in it.
         return [Part(ERROR, 0, None, (), document.get("error") or document)]
@@ -2713,7 +2726,10 @@ def error_words(document: Mapping[str, Any]) -> str:
 
 
 def find_error(protocol: Protocol, document: Mapping[str, Any]) -> str:
-    """Return what an answer or event says went wrong, "" when it says nothing of the kind."""
+    """Return what an answer or event says went wrong, "" when it says nothing of the kind.
+
+    `{"response": {"error": {"message": "no memory"}}}` of /v1/responses  ->  `no memory`
+    """
     for part in read_answer(protocol, document):
         if part.kind == ERROR:
             return error_words({"error": part.value})
@@ -3174,8 +3190,8 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
         model = model or found or ""
     if not model and protocol.needs_model:
         raise MalformedContent('no model was named; add `"model": "name"`')
-    if protocol.idle_tag:
-        model = model.removesuffix(protocol.idle_tag) or model
+    if protocol.default_tag:
+        model = model.removesuffix(protocol.default_tag) or model
     stream = read_stream_wish(protocol, document)
     return ParsedRequest(path, query, content, text, document, model, stream)
 
@@ -3203,9 +3219,9 @@ def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
 
 def no_think_edit(protocol: Protocol, document: Mapping[str, Any]) -> dict[Path, Any]:
     """Return the edit that appends /no_think to the last user message or the prompt."""
-    if not protocol.words:
+    if not protocol.user_words:
         return {}
-    return append_text((protocol.words,), document.get(protocol.words), " /no_think")
+    return append_text((protocol.user_words,), document.get(protocol.user_words), " /no_think")
 
 
 USAGE_WISH = '"stream_options":{"include_usage":true}'
@@ -3329,6 +3345,7 @@ class AnswerPlan(NamedTuple):
         return {("model",): requested}
 
 
+# What every tag begins with, and how an escape spells that: `\u003c` or `\u003C`.
 TAG_START, ESCAPED_TAG_START = b"<", b"\\u003"
 
 
@@ -3484,7 +3501,7 @@ class StreamRewrite:
         if data.startswith(b"{") and parse_object(data) is None:
             raise BadGateway("the stream ended inside an event")
         needs_end = closed or (self.changes.required and not self.changes.failed)
-        if needs_end and self.protocol.words and not self.complete:
+        if needs_end and self.protocol.user_words and not self.complete:
             raise BadGateway("the stream ended before the answer was complete")
         changed = self.changes.change_block(event) if event else b""
         return changed + self.changes.close(b"".join(self.reader.last_blocks))
@@ -3492,6 +3509,7 @@ class StreamRewrite:
 
 # --- answers: events that stay in their protocol --------------------------------------
 
+# As servers write it; with other spaces it stays, and hurts nobody.
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
 NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
 
@@ -3616,23 +3634,28 @@ class EventFilter:
         data = self.format.read_data(event)
         if data == DONE_MARK:
             return self.close() + event
-        if self.plan.hide_usage:
-            shorter = NULL_USAGE.sub(b"", data)
-            if shorter != data:
-                data = shorter
-                event = self.format.replace(event, data)
-        looks_at_text = may_hold_tag(event) or not (self.passes_plain or self.begins_plainly(data))
+        if self.plan.hide_usage and NULL_USAGE.search(data):
+            # A server that was asked for usage says `"usage": null` in every other event.
+            data = NULL_USAGE.sub(b"", data)
+            event = self.format.replace(event, data)
         looks_at_usage = self.plan.hide_usage and may_be_usage(data)
-        document = parse_object(data) if looks_at_text or looks_at_usage else None
+        looks_at_text = self.filtering and self.may_change_text(event, data)
+        if not (looks_at_usage or looks_at_text or self.plan.renames):
+            return event
+        document = parse_object(data)
         if document is None:
             return event
         if looks_at_usage and document.get("usage") and not document.get("choices"):
             self.lost_timings = "timings" in document
             return b""
         edits = self.plan.model_edit(document)
-        if not (self.filtering and looks_at_text):
-            return self.edit_event(event, data, edits)
-        return self.filter_event(event, data, document, edits)
+        if looks_at_text:
+            return self.filter_event(event, data, document, edits)
+        return self.edit_event(event, data, edits)
+
+    def may_change_text(self, event: bytes, data: bytes) -> bool:
+        """Tell whether a text in an event may have to be changed."""
+        return may_hold_tag(event) or not (self.passes_plain or self.begins_plainly(data))
 
     def edit_event(self, event: bytes, data: bytes, edits: Mapping[Path, Any]) -> bytes:
         """Return an event with some values of its document replaced."""
@@ -3655,11 +3678,12 @@ class EventFilter:
         """Return an event with its texts filtered, after what older events still have to say."""
         parts = read_answer(self.protocol, document)
         texts = [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
-        ended = {(p.choice, p.block) for p in parts if p.kind in (FINISH, TEXT_END)}
+        endings = [part for part in parts if part.kind in (FINISH, TEXT_END)]
+        ended = dict.fromkeys((part.choice, part.block) for part in endings)
         visible = ""
         for part in texts:
             last = (part.choice, part.block) in ended or (part.choice, None) in ended
-            shown = self.filter_text(part, event, last)
+            shown = self.feed_text(part, event, last)
             visible += shown
             if shown != part.value:
                 edits[part.path] = shown
@@ -3675,10 +3699,13 @@ class EventFilter:
             return before
         return before + self.edit_event(event, data, edits)
 
-    def filter_text(self, part: Part, event: bytes, last: bool) -> str:
+    def feed_text(self, part: Part, event: bytes, last: bool) -> str:
         """Return what is visible of a text, and remember what its filter keeps back."""
         which = (part.choice, part.block)
         if which not in self.filters:
+            if not part.value:
+                # An empty text begins nothing.
+                return ""
             most = self.plan.limits.texts_per_stream
             if len(self.filters) >= most:
                 raise BadGateway(f"the answer has more than {most} texts")
@@ -3709,7 +3736,7 @@ class EventFilter:
         events = []
         for block in blocks:
             part, event = pending[block]
-            text = self.filter_text(part._replace(value=""), event, last=True)
+            text = self.feed_text(part._replace(value=""), event, last=True)
             if text:
                 document = tail_document(json.loads(self.format.read_data(event)), part, text)
                 events.append(self.format.replace(event, encode_json(document)))
@@ -3833,7 +3860,7 @@ def encode_ollama_chat(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     document = parsed.document
     openai = find_protocol(parsed.openai_path)
     translated: dict[str, Any] = {"model": rewrite.model}
-    if openai.words == "prompt":
+    if openai.user_words == "prompt":
         translated["prompt"] = document.get("prompt") or ""
     else:
         messages = read_messages(parsed.protocol, document)
@@ -3980,14 +4007,14 @@ class OllamaTranslation:
         if whole:
             self.text_filter = TextFilter(self.rules, begins_inside(text))
         if finished or not self.passes_plain or TAG_STARTS.search(text):
-            self.filter_text(text, finished)
+            self.feed_text(text, finished)
         elif text:
             self.texts.append(text)
         if self.buffers or not (self.texts or self.thoughts or self.calls):
             return b""
         return self.encode_line({"done": False})
 
-    def filter_text(self, text: str, last: bool) -> None:
+    def feed_text(self, text: str, last: bool) -> None:
         """Put into the next line what is visible of some more text; with the last, all calls."""
         visible, thought = self.text_filter.feed(text, last)
         self.passes_plain = self.text_filter.passes_plain_text
@@ -4023,7 +4050,7 @@ class OllamaTranslation:
         """Return the last lines, with the counts that the end of the answer tells."""
         if self.failed:
             return b""
-        self.filter_text("", last=True)
+        self.feed_text("", last=True)
         lines = b""
         if not self.buffers and (self.texts or self.thoughts or self.calls):
             lines = self.encode_line({"done": False})
@@ -4063,7 +4090,7 @@ def answer_ollama_embedding(plan: AnswerPlan, document: dict[str, Any], content:
 def ollama_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any] | None:
     """Return the answer to an empty prompt or message list, None when there is work."""
     document = parsed.document
-    if document.get(parsed.protocol.words) or document.get("images"):
+    if document.get(parsed.protocol.user_words) or document.get("images"):
         return None
     reason = "unload" if document.get("keep_alive") in (0, "0", "0s") else "load"
     text_path = parsed.protocol.text_path
@@ -6848,7 +6875,7 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     coding = read_coding(record.response_fields)
     answer = decode_content(detail.response, coding, LIMITS.decoded_answer) + record.answer_end
     usage, path = read_usage(answer), record.path
-    if usage.completion is not None or not answer or not find_protocol(path).words:
+    if usage.completion is not None or not answer or not find_protocol(path).user_words:
         return usage, False
     prompt, completion = usage.prompt or None, None
     if prompt is None and not record.request_cut:
@@ -8765,7 +8792,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     content = detail.request
     coding = read_coding(Fields(lines))
     said = decode_content(detail.response, coding, LIMITS.decoded_answer)
-    talk = read_transcript(path, content, said) if find_protocol(path).words else []
+    talk = read_transcript(path, content, said) if find_protocol(path).user_words else []
     answers = [message for message in talk if message["role"] == "assistant"] if said else []
     doc = {
         **row_document(row, True),

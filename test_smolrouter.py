@@ -4071,7 +4071,7 @@ def test_every_row_is_drawn_with_known_kinds() -> None:
     for path, protocol in smolrouter.PROTOCOLS.items():
         kinds = {*kinds_of_shape(protocol.request), *kinds_of_shape(protocol.answer)}
         assert kinds < known, path
-        if protocol.words:
+        if protocol.user_words:
             assert {smolrouter.TEXT, smolrouter.ERROR} <= kinds, path
         if protocol.openai_path:
             assert protocol.openai_path in smolrouter.PROTOCOLS, path
