@@ -8471,75 +8471,99 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
 
 
 # --- questions to the log -------------------------------------------------------------
-# Asked in a reader thread; each gets the log, the database and the parameters. Lists are
-# paged by key, sums come from the hourly ones, and a sample stands for many rows.
+# Each is a function that a reader's thread runs: it gets the log, the database and the
+# parameters of its query. No question walks through the log, however long it is: lists are
+# paged by id, sums come from those of whole hours, and an even sample stands for many points.
 
-FEW = 2000  # rows whose percentiles are taken from them; those of more, from a histogram
-SAMPLE_LEVEL = 3  # from this one on `sample` has the rows of a level
-MODEL_ARMS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
+# Percentiles of so many rows are taken from the rows; those of more from a histogram.
+FEW_ROWS = 2000
+# From this level on the index `sample` has all that a point shows.
+SAMPLE_LEVEL = 3
 HOURS = number_between(1, 24 * 366)
 TALLY = ", ".join(f"TOTAL({name})" for name in COUNTED)
-SEARCHED = " || ' ' || ".join(
-    (
-        "original_model",
-        "sent_model",
-        "path",
-        "upstream_url",
-        "route",
-        "ifnull(error_message, '')",
-        "source_ip",
-        "request_id",
-    )
+
+# The filters of a list of rows, those first that few rows pass as a rule.
+MODEL_FILTER = "? IN (sent_model, original_model)"
+ROW_FILTERS = {
+    "source": "source_ip = ?",
+    "model": MODEL_FILTER,
+    "upstream": "upstream_url = ?",
+    "service_type": "service_type = ?",
+}
+# The name of a model stands in one of two columns, and each has an index of its own; a row
+# that has it in both is found by the first.
+MODEL_LOOK_UPS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
+# What a search for text looks at.
+SEARCHED = """original_model || ' ' || sent_model || ' ' || path || ' ' || upstream_url || ' ' ||
+    route || ' ' || ifnull(error_message, '') || ' ' || source_ip || ' ' || request_id"""
+# Lists leave these out; everything about one request has all but the last two.
+UNLISTED = (
+    "sent_model",
+    "cached_tokens",
+    "user_agent",
+    "client_key",
+    "tokens_per_second",
+    "failed",
+    "level",
 )
-UNLISTED = frozenset(
-    (
-        "sent_model",
-        "cached_tokens",
-        "user_agent",
-        "client_key",
-        "failed",
-        "level",
-        "tokens_per_second",
-    )
-)
+NEVER_SHOWN = ("failed", "level")
+
+# A point of the performance page: what it is called, and how the database makes it.
 POINT = {
-    **{
-        name: name
-        for name in (
-            "id",
-            "service_type",
-            "upstream_url",
-            "prompt_tokens",
-            "completion_tokens",
-            "duration_ms",
-            "ttft_ms",
-            "status_code",
-        )
-    },
+    "id": "id",
     "timestamp": "strftime('%Y-%m-%dT%H:%M:%fZ', timestamp / 1000.0, 'unixepoch')",
     "model": "ifnull(nullif(sent_model, ''), mapped_model)",
+    "service_type": "service_type",
+    "upstream_url": "upstream_url",
+    "prompt_tokens": "prompt_tokens",
+    "completion_tokens": "completion_tokens",
     "total_tokens": "ifnull(prompt_tokens + completion_tokens, prompt_tokens)",
-    "tokens_per_second": "round(completion_tokens * 1000 / "
-    "nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)",
+    "duration_ms": "duration_ms",
+    "ttft_ms": "ttft_ms",
+    "tokens_per_second": """round(completion_tokens * 1000 /
+        nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)""",
+    "status_code": "status_code",
 }
+# Without the underscore a name would mean this expression in ORDER BY, and not the column.
 POINT_COLUMNS = ", ".join(f"{value} AS {name}_" for name, value in POINT.items())
+POINT_FILTERS = {"model": "sent_model = ?", "service_type": "service_type = ?"}
 
 
-def parse_status(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read a status, a class of them or `error` as a condition on rows and its values."""
+class Condition(NamedTuple):
+    """A test on rows, in SQL, and the values of its question marks."""
+
+    text: str
+    values: tuple[Any, ...]
+
+
+class StatusCondition(NamedTuple):
+    """A condition on how requests ended; failures are few as a rule."""
+
+    condition: Condition
+    is_failure: bool
+
+
+def parse_status(text: str) -> StatusCondition:
+    """Read a status, a class of them or `error`. Raises ValueError.
+
+    `4xx`  ->  failed, and a status from 400 to 499;  `error`  ->  failed, whatever the status
+    """
     if text == "error":
-        return "failed = ?", (1,)
+        return StatusCondition(Condition("failed = ?", (1,)), True)
     if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
         raise ValueError("allowed are a status such as 404, a class such as 4xx, and error")
-    low, high = int(text.replace("x", "0")), int(text.replace("x", "9"))
-    return "failed = ? AND status_code BETWEEN ? AND ?", (int(low >= 400), low, high)
+    lowest, highest = int(text.replace("x", "0")), int(text.replace("x", "9"))
+    is_failure = lowest >= 400
+    sql = "failed = ? AND status_code BETWEEN ? AND ?"
+    return StatusCondition(Condition(sql, (int(is_failure), lowest, highest)), is_failure)
 
 
 def parse_age(text: str) -> float:
-    """Read how long ago something was: 30m, 24h, 7d; return s."""
+    """Read how long ago something was; return s. `24h`  ->  86400. Raises ValueError."""
     if not re.fullmatch(r"[0-9]{1,6}[mhd]", text):
         raise ValueError("allowed is an age such as 30m, 24h or 7d")
-    return int(text[:-1]) * {"m": 60, "h": 3600, "d": 86_400}[text[-1]]
+    unit = {"m": 60, "h": 3600, "d": 86_400}[text[-1]]
+    return int(text[:-1]) * unit
 
 
 Parameters = Mapping[str, Callable[[str], Any]]
@@ -8571,65 +8595,91 @@ EXPORT_PARAMETERS: Parameters = {
 
 
 def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
-    """Return the parameters of a query; one without a value is none. Raises BadRequest."""
-    found = {}
+    """Return the parameters of a query; one without a value is none. Raises BadRequest.
+
+    `?limit=5&model=`  ->  {'limit': 5}
+    """
+    parameters = {}
     for name, text in urllib.parse.parse_qsl(query.removeprefix("?")):
         if name not in known:
             raise BadRequest(f"unknown parameter {name[:80]!r}; known are {', '.join(known)}")
         try:
-            found[name] = known[name](text)
+            parameters[name] = known[name](text)
         except ValueError as error:
             raise BadRequest(f"{name}={text[:80]!r}: {error}") from None
-    return found
+    return parameters
 
 
-def select_rows(asked: Mapping[str, Any]) -> tuple[str, list[Any]]:
+# --- lists of rows ---
+
+
+def read_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
+    """Return what the rows of a list must fulfil, the condition first that fewest rows do."""
+    conditions = []
+    for name, text in ROW_FILTERS.items():
+        if name in parameters:
+            conditions.append(Condition(text, (parameters[name],)))
+    status = parameters.get("status")
+    if status and status.is_failure:
+        conditions.insert(0, status.condition)
+    elif status:
+        conditions.append(status.condition)
+    return conditions
+
+
+def select_ids(parameters: Mapping[str, Any]) -> Condition:
+    """Return the statement for the ids of the rows that fulfil all conditions, and its values.
+
+    SQLite looks one condition up in its index, and looks at what it has found for the others.
+    Which one that is must not be left to its guess, because with the wrong one it walks through
+    the log: it is the first, and a `+` before the others keeps SQLite from looking them up.
+    """
+    conditions = read_conditions(parameters) or [Condition("1", ())]
+    first, others = conditions[0], conditions[1:]
+    tests = ["id < ?", "id >= ?"]
+    values = [parameters.get("before", 2**62), parameters.get("after", 0)]
+    for condition in others:
+        tests.append(f"+{condition.text}")
+        values += condition.values
+    look_ups = MODEL_LOOK_UPS if first.text == MODEL_FILTER else (first.text,)
+    selects, all_values = [], []
+    for look_up in look_ups:
+        selects.append(f"SELECT id FROM requests WHERE {' AND '.join([*tests, look_up])}")
+        all_values += [*values, *first.values]
+    return Condition(" UNION ".join(selects), tuple(all_values))
+
+
+def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """Return the statement for a page of rows, newest first, and its values.
 
-    One condition is looked up in its index, the one that few rows fulfil as a rule; `+` keeps
-    SQLite from taking another.
+    A search for text looks at the newest rows that fulfil the other conditions.
     """
-    state, get = asked.get("status", ("", (None,))), asked.get
-    model = "? IN (sent_model, original_model)", (get("model"),)
-    given = [
-        ("source_ip = ?", (get("source"),)),
-        *[state] * (state[1][0] == 1),
-        model,
-        ("upstream_url = ?", (get("upstream"),)),
-        ("service_type = ?", (get("service_type"),)),
-        *[state] * (state[1][0] == 0),
-    ]
-    first, *rest = [test for test in given if test[1][0] is not None] or [("1", ())]
-    arms = MODEL_ARMS if first is model else (first[0],)
-    tests = " AND ".join(["id < ?", "id >= ?", *(f"+{text}" for text, _ in rest)])
-    values = [get("before", 2**62), get("after", 0)]
-    values += itertools.chain(*(some for _, some in (*rest, first)))
-    chosen = " UNION ".join(f"SELECT id FROM requests WHERE {tests} AND {arm}" for arm in arms)
-    pattern = re.sub(r"([\\%_])", r"\\\1", get("q", ""))
-    text = f"AND {SEARCHED} LIKE ? ESCAPE '\\'" if pattern else "AND ?"
-    sql = (
-        f"SELECT {COLUMNS} FROM requests WHERE id IN ({chosen} ORDER BY id DESC LIMIT ?) {text} "
-        "ORDER BY id DESC LIMIT ?"
-    )
-    limit = get("limit", 100)
-    return sql, [
-        *values * len(arms),
-        LIMITS.searched_rows if pattern else limit,
-        f"%{pattern}%" if pattern else 1,
-        limit,
-    ]
+    ids = select_ids(parameters)
+    limit = parameters.get("limit", 100)
+    looked_at, text_test, text_values = limit, "1", []
+    if "q" in parameters:
+        looked_at = LIMITS.searched_rows
+        text_test = f"{SEARCHED} LIKE ? ESCAPE '\\'"
+        # LIKE's own signs mean themselves here.
+        text_values.append("%" + re.sub(r"([\\%_])", r"\\\1", parameters["q"]) + "%")
+    sql = f"""SELECT {COLUMNS} FROM requests
+        WHERE id IN ({ids.text} ORDER BY id DESC LIMIT ?) AND {text_test}
+        ORDER BY id DESC LIMIT ?"""
+    return sql, [*ids.values, looked_at, *text_values, limit]
 
 
-def token_rate(said: float | None, taken: float | None, first: float | None) -> float | None:
-    """Return tokens per second while the answer was spoken."""
-    speaking = (taken or 0) - (first or 0)
-    return round(said * 1000 / speaking, 2) if said and speaking > 0 else None
+def token_rate(tokens: float | None, duration: float | None, ttft: float | None) -> float | None:
+    """Return tokens per second from the first one on; both times are in ms."""
+    speaking = (duration or 0) - (ttft or 0)
+    if not tokens or speaking <= 0:
+        return None
+    return round(tokens * 1000 / speaking, 2)
 
 
-def row_document(row: Row, all_of_it: bool = False) -> dict[str, Any]:
-    """Return a row as JSON shows it, in a list or with all of it."""
-    counts = [n for n in (row.prompt_tokens, row.completion_tokens) if n is not None]
-    doc = {
+def row_document(row: Row, left_out: Sequence[str] = UNLISTED) -> dict[str, Any]:
+    """Return a row as JSON shows it."""
+    counts = [count for count in (row.prompt_tokens, row.completion_tokens) if count is not None]
+    document = {
         **row._asdict(),
         "timestamp": rfc3339(row.timestamp / 1000),
         "completed_at": rfc3339(row.completed_at / 1000) if row.completed_at else None,
@@ -8637,17 +8687,19 @@ def row_document(row: Row, all_of_it: bool = False) -> dict[str, Any]:
         "is_inflight": row.failed is None,
         "tokens_estimated": bool(row.tokens_estimated),
         "stream": bool(row.stream),
-        "attempts": [Attempt(*one)._asdict() for one in json.loads(row.attempts)],
+        "attempts": [Attempt(*attempt)._asdict() for attempt in json.loads(row.attempts)],
         "tokens_per_second": token_rate(row.completion_tokens, row.duration_ms, row.ttft_ms),
     }
-    hidden = ("failed", "level") if all_of_it else UNLISTED
-    return {name: value for name, value in doc.items() if name not in hidden}
+    for name in left_out:
+        del document[name]
+    return document
 
 
-def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+def read_logs(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
     """Answer /api/logs; what runs is shown as it stands now."""
-    running, documents = dict(log.running), []
-    for row in map(Row._make, db.execute(*select_rows(asked))):
+    running = dict(log.running)
+    documents = []
+    for row in map(Row._make, db.execute(*select_rows(parameters))):
         record = running.get(row.id)
         if record:
             row = make_row(record, Detail(), finished=False)
@@ -8655,126 +8707,193 @@ def read_logs(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any])
     return documents
 
 
-def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> float | None:
-    """Return the smallest value in ms that `share` percent do not exceed.
+# --- figures ---
 
-    It is exact when all `values` are at hand, and else read off their histogram.
+
+def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> float | None:
+    """Return the smallest value in ms that `share` percent do not exceed, None without any.
+
+    It is exact when all `values` are at hand, and else read off their histogram: between the two
+    ends of a bucket its values are taken as spread evenly.
     """
     if len(values) >= sum(counts):
-        return sorted(values)[-(-len(values) * share // 100) - 1] if values else None
-    rank, low = share * sum(counts) / 100, 0.0
-    for count, edge in zip(counts, EDGES, strict=True):
-        if count and rank <= count:
-            return round(low + (edge - low) * rank / count, 1)
-        rank, low = rank - count, edge
+        if not values:
+            return None
+        rank = -(-len(values) * share // 100)
+        return sorted(values)[rank - 1]
+    remaining = share * sum(counts) / 100
+    low = 0.0
+    for count, high in zip(counts, EDGES, strict=True):
+        if count and remaining <= count:
+            return round(low + (high - low) * remaining / count, 1)
+        remaining -= count
+        low = high
     return None
 
 
-def read_tally(tally: Sequence[float], *names: str) -> dict[str, Any]:
+def percentiles(counts: Sequence[float], values: Sequence[float]) -> dict[str, float | None]:
+    """Return the three percentiles that the page shows."""
+    return {f"p{share}": percentile(counts, values, share) for share in (50, 95, 99)}
+
+
+def read_sums(tally: Sequence[float], *names: str) -> dict[str, int]:
     """Return some sums of a tally as whole numbers."""
     return {name: int(tally[SUMS.index(name)]) for name in names}
 
 
-def read_stats(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
-    """Answer /api/stats."""
-    now = int(time.time() // 3600)
-    first = now - asked.get("hours", 24) + 1
-    services = dict(
+def read_times(db: sqlite3.Connection, first_hour: int) -> tuple[list[float], list[float]]:
+    """Return durations and times to the first token of the finished rows from an hour on, ms."""
+    durations, ttfts = [], []
+    for duration, ttft in db.execute(
+        "SELECT duration_ms, ttft_ms FROM requests WHERE id >= ? AND failed NOTNULL",
+        (time_id(first_hour * 3600),),
+    ):
+        if duration is not None:
+            durations.append(duration)
+        if ttft is not None:
+            ttfts.append(ttft)
+    return durations, ttfts
+
+
+def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
+    """Answer /api/stats: all requests, and figures of the last hours, which are whole ones."""
+    this_hour = int(time.time() // 3600)
+    first_hour = this_hour - parameters.get("hours", 24) + 1
+    by_service = dict(
         db.execute("SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type")
     )
     by_hour = dict(
         db.execute(
-            "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first,)
+            "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first_hour,)
         )
     )
-    tally = db.execute(f"SELECT {TALLY} FROM rollups WHERE hour >= ?", (first,)).fetchone()
-    rows = (
-        db.execute(
-            "SELECT duration_ms, ttft_ms FROM requests WHERE id >= ? AND failed NOTNULL",
-            (time_id(first * 3600),),
-        ).fetchall()
-        if tally[0] <= FEW
-        else ()
-    )
-    taken, waited = ([row[at] for row in rows if row[at] is not None] for at in (0, 1))
-    parts = {"latency_ms": (tally[DURATIONS], taken), "ttft_ms": (tally[TTFTS], waited)}
+    (tally,) = db.execute(f"SELECT {TALLY} FROM rollups WHERE hour >= ?", (first_hour,))
+    requests, errors = tally[0], tally[1]
+    durations, ttfts = [], []
+    if requests <= FEW_ROWS:
+        durations, ttfts = read_times(db, first_hour)
     return {
-        "total_requests": sum(services.values()),
-        "recent_requests": int(tally[0]),
-        **{f"{name}_requests": services.get(name, 0) for name in SERVICES},
+        "total_requests": sum(by_service.values()),
+        "recent_requests": int(requests),
+        **{f"{name}_requests": by_service.get(name, 0) for name in SERVICES},
         "inflight_requests": len(log.running),
-        "error_rate": tally[1] / max(tally[0], 1),
-        **{
-            name: {f"p{share}": percentile(*part, share) for share in (50, 95, 99)}
-            for name, part in parts.items()
-        },
-        **read_tally(tally, "prompt_tokens", "completion_tokens"),
-        "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first, now + 1)],
+        "error_rate": errors / max(requests, 1),
+        "latency_ms": percentiles(tally[DURATIONS], durations),
+        "ttft_ms": percentiles(tally[TTFTS], ttfts),
+        **read_sums(tally, "prompt_tokens", "completion_tokens"),
+        "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first_hour, this_hour + 1)],
         "log": log.state(),
     }
 
 
 def read_points(
-    db: sqlite3.Connection, first: int, level: int, given: Mapping[str, Any]
+    db: sqlite3.Connection, first_id: int, level: int, filters: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the finished rows from the id `first` on that have a level, or a higher one."""
-    names = {"model": "sent_model = ?", "service_type": "service_type = ?"}
-    few = f"INDEXED BY sample WHERE level >= {level} AND level >= {SAMPLE_LEVEL} AND"
-    some = few if level >= SAMPLE_LEVEL else f"WHERE level >= {level} AND" if level else "WHERE"
-    tests = " AND ".join(["id >= ?", "+failed IS NOT NULL", *(names[name] for name in given)])
+    """Return the finished rows from an id on that have a level, or a higher one, oldest first.
+
+    Each level has half as many rows as the one before: those from a level on are an even sample.
+    """
+    index = ""
+    tests = ["id >= ?", "+failed IS NOT NULL"]
+    tests += [POINT_FILTERS[name] for name in filters]
+    if level:
+        tests.append(f"level >= {level}")
+    if level >= SAMPLE_LEVEL:
+        # The condition of the index itself has to be there, or SQLite does not see that it fits.
+        tests.append(f"level >= {SAMPLE_LEVEL}")
+        index = "INDEXED BY sample"
     rows = db.execute(
-        f"SELECT {POINT_COLUMNS} FROM requests {some} {tests} ORDER BY id", (first, *given.values())
+        f"SELECT {POINT_COLUMNS} FROM requests {index} WHERE {' AND '.join(tests)} ORDER BY id",
+        (first_id, *filters.values()),
     )
     return [dict(zip(POINT, row, strict=True)) for row in rows]
 
 
+def read_models(
+    db: sqlite3.Connection, first_hour: int, filters: Mapping[str, Any]
+) -> dict[str, Tally]:
+    """Return the sums of each model from an hour on."""
+    tests = ["hour >= ?", *(f"{name} = ?" for name in filters)]
+    rows = db.execute(
+        f"SELECT model, {TALLY} FROM rollups WHERE {' AND '.join(tests)} GROUP BY model",
+        (first_hour, *filters.values()),
+    )
+    return {model: tally for model, *tally in rows}
+
+
 def gather_times(rows: Iterable[Mapping[str, Any]]) -> Mapping[tuple[str, str], list[float]]:
     """Return the times of some points by model and name of the time."""
-    known: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for row, name in itertools.product(rows, ("duration_ms", "ttft_ms")):
-        if row[name] is not None:
-            known[row["model"], name].append(row[name])
-    return known
+    times: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for row in rows:
+        for name in ("duration_ms", "ttft_ms"):
+            if row[name] is not None:
+                times[row["model"], name].append(row[name])
+    return times
 
 
-def read_performance(log: RequestLog, db: sqlite3.Connection, asked: Mapping[str, Any]) -> Any:
+def model_document(
+    model: str, tally: Tally, times: Mapping[tuple[str, str], list[float]]
+) -> dict[str, Any]:
+    """Return the figures of a model as /api/performance shows them."""
+    durations, ttfts = times[model, "duration_ms"], times[model, "ttft_ms"]
+    spoken_tokens, spoken_ms = tally[SUMS.index("spoken_tokens")], tally[SUMS.index("spoken_ms")]
+    return {
+        "model": model,
+        **read_sums(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
+        "p50_ms": percentile(tally[DURATIONS], durations, 50),
+        "p95_ms": percentile(tally[DURATIONS], durations, 95),
+        "ttft_p50_ms": percentile(tally[TTFTS], ttfts, 50),
+        "tokens_per_second": token_rate(spoken_tokens, spoken_ms, 0),
+    }
+
+
+def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
-    hours, limit = asked.get("hours", 24), asked.get("limit", 2000)
-    begun = time.time() - hours * 3600
-    hour = int(begun // 3600)  # the sums are of whole ones
-    given = {name: asked[name] for name in ("model", "service_type") if name in asked}
-    where = "".join(f" AND {name} = ?" for name in given)
-    tallies = db.execute(
-        f"SELECT model, {TALLY} FROM rollups WHERE hour >= ?{where} GROUP BY model",
-        (hour, *given.values()),
-    ).fetchall()
-    total = int(sum(tally[1] for tally in tallies))
-    level = max((total // limit).bit_length() - 1, 0) if total > FEW else 0
-    rows = read_points(db, time_id(hour * 3600), level, given)
-    known = gather_times(rows)
-    points = [row for row in rows if row["id"] >= time_id(begun)]
-    total, step = total if level else len(points), max(len(points) / limit, 1)
+    hours, limit = parameters.get("hours", 24), parameters.get("limit", 2000)
+    filters = {name: parameters[name] for name in POINT_FILTERS if name in parameters}
+    begin = time.time() - hours * 3600
+    # The sums are of whole hours, and so are the rows that percentiles are taken from.
+    first_hour = int(begin // 3600)
+    tallies = read_models(db, first_hour, filters)
+    total = int(sum(tally[0] for tally in tallies.values()))
+    level = 0
+    if total > FEW_ROWS:
+        level = max((total // limit).bit_length() - 1, 0)
+    rows = read_points(db, time_id(first_hour * 3600), level, filters)
+    times = gather_times(rows)
+    points = [row for row in rows if row["id"] >= time_id(begin)]
+    if not level:
+        total = len(points)
+    # A level leaves up to twice as many as are wanted.
+    step = max(len(points) / limit, 1)
     points = [points[int(at * step)] for at in range(min(limit, len(points)))]
     return {
         "data_points": points,
-        "models": [
-            {
-                "model": model,
-                **read_tally(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
-                "p50_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 50),
-                "p95_ms": percentile(tally[DURATIONS], known[model, "duration_ms"], 95),
-                "ttft_p50_ms": percentile(tally[TTFTS], known[model, "ttft_ms"], 50),
-                "tokens_per_second": token_rate(*tally[SUMS.index("spoken_tokens") :][:2], 0),
-            }
-            for model, *tally in tallies
-        ],
+        "models": [model_document(model, tally, times) for model, tally in tallies.items()],
         "meta": {
             "total_points": total,
             "hours_back": hours,
             "sampled": len(points) < total,
-            "filters": given,
+            "filters": filters,
         },
     }
+
+
+def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
+    """Return how a server did in the last hour."""
+    rows = db.execute(
+        "SELECT failed, duration_ms FROM requests WHERE upstream_url = ? AND id >= ?",
+        (url, time_id(time.time() - 3600)),
+    ).fetchall()
+    durations = [duration for failed, duration in rows if failed == 0]
+    return {
+        "p50_ms": percentile((), durations, 50),
+        "requests": len(rows),
+        "errors": sum(failed or 0 for failed, _ in rows),
+    }
+
+
+# --- one request ---
 
 
 def body_text(body: bytes) -> tuple[str | None, str]:
@@ -8787,40 +8906,49 @@ def body_text(body: bytes) -> tuple[str | None, str]:
 
 def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, Any]:
     """Return everything about one request."""
-    meta, path = json.loads(detail.meta), row.path.partition("?")[0]
-    lines = [(name.lower(), name, value) for name, value in meta.get("response_headers", ())]
-    content = detail.request
-    coding = read_coding(Fields(lines))
-    said = decode_content(detail.response, coding, LIMITS.decoded_answer)
-    talk = read_transcript(path, content, said) if find_protocol(path).user_words else []
-    answers = [message for message in talk if message["role"] == "assistant"] if said else []
-    doc = {
-        **row_document(row, True),
+    meta = json.loads(detail.meta)
+    path = row.path.partition("?")[0]
+    response_lines = meta.get("response_headers", [])
+    fields = Fields([(name.lower(), name, value) for name, value in response_lines])
+    response = decode_content(detail.response, read_coding(fields), LIMITS.decoded_answer)
+    transcript = []
+    if find_protocol(path).user_words:
+        transcript = read_transcript(path, detail.request, response)
+    request_body, request_encoding = body_text(detail.request)
+    response_body, response_encoding = body_text(response)
+    request_cut, response_cut = meta.get("cut", (False, False))
+    document = {
+        **row_document(row, NEVER_SHOWN),
         "phase": phase,
-        "transcript": talk,
+        "transcript": transcript,
         "trail": [Step(*step)._asdict() for step in meta.get("trail", ())],
         "response_text": None,
         "response_thinking": None,
+        "request_headers": meta.get("request_headers", []),
+        "request_body_cut": request_cut,
+        "request_body": request_body,
+        "request_body_encoding": request_encoding,
+        "response_headers": response_lines,
+        "response_body_cut": response_cut,
+        "response_body": response_body,
+        "response_body_encoding": response_encoding,
     }
-    if answers:  # the last ones are the choices
-        last = answers[-1]
-        doc["response_text"], doc["response_thinking"] = last["content"], last["thinking"]
-    cuts = meta.get("cut", (False, False))
-    for name, body, cut in zip(("request", "response"), (content, said), cuts, strict=True):
-        doc[f"{name}_headers"], doc[f"{name}_body_cut"] = meta.get(f"{name}_headers", []), cut
-        doc[f"{name}_body"], doc[f"{name}_body_encoding"] = body_text(body)
-    return doc
+    # The last messages are the answer's choices; an earlier assistant's one is of the request.
+    answers = [message for message in transcript if message["role"] == "assistant"]
+    if answers and response:
+        document["response_text"] = answers[-1]["content"]
+        document["response_thinking"] = answers[-1]["thinking"]
+    return document
 
 
-def read_record(log: RequestLog, record: RequestRecord) -> dict[str, Any]:
+def read_record(record: RequestRecord) -> dict[str, Any]:
     """Return everything about a request that runs, or that waits to be written."""
-    # In this order: the thread lets the raw bodies go once there is a row. What is looked at is a
-    # copy, so that the two agree.
+    # The thread may let the raw bodies go at any moment, once the record has its row: so they are
+    # taken first, and then the row is looked at.
     raw = copy.copy(record)
     if record.row is None:
         detail = make_detail(raw)
-        is_finished = raw.finished_at is not None
-        phase = "done" if is_finished else raw.phase
+        phase = raw.phase if raw.finished_at is None else "done"
         return detail_document(make_row(raw, detail), detail, phase)
     blobs = [blob[1] if blob else None for blob in record.blobs]
     return detail_document(record.row, unpack_detail(record.data, blobs))
@@ -8828,9 +8956,10 @@ def read_record(log: RequestLog, record: RequestRecord) -> dict[str, Any]:
 
 def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
     """Return everything about a request, None when there is none of that id."""
+    # In this order, in which records move on.
     for record in [*list(log.running.values()), *list(log.finished)]:
         if record.id == number:
-            return read_record(log, record)
+            return read_record(record)
     found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchone()
     if found is None:
         return None
@@ -8840,23 +8969,12 @@ def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[s
 async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
     """Return the request that a path names. Raises NotFound."""
     number = re.search(r"/([0-9]{1,18})$", path)
-    found = await log.ask(read_request, int(number[1])) if number else None
-    if found is None:
+    document = None
+    if number:
+        document = await log.ask(read_request, int(number[1]))
+    if document is None:
         raise NotFound("no such request; it may have been older than MAX_LOG_AGE_DAYS")
-    return found
-
-
-def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
-    """Return how a server did in the last hour."""
-    rows = db.execute(
-        "SELECT failed, duration_ms FROM requests WHERE upstream_url = ? AND id >= ?",
-        (url, time_id(time.time() - 3600)),
-    ).fetchall()
-    return {
-        "p50_ms": percentile((), [taken for failed, taken in rows if failed == 0], 50),
-        "requests": len(rows),
-        "errors": sum(failed or 0 for failed, _ in rows),
-    }
+    return document
 
 
 # --- export ---------------------------------------------------------------------------
@@ -8864,50 +8982,77 @@ def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[st
 
 def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message of a transcript as fine-tuning takes it."""
-    images = [{"type": "image_url", "image_url": {"url": url}} for url in message["images"]]
-    text = message["content"]
-    calls = [
-        {"id": call.pop("id"), "type": "function", "function": call}
-        for call in map(dict, message["tool_calls"])
-    ]
-    doc = {
-        "role": message["role"],
-        "content": [{"type": "text", "text": text}, *images] if images else text,
-        "tool_calls": calls,
-        "tool_call_id": message["tool_call_id"],
-    }
-    return {name: value for name, value in doc.items() if value or name == "content"}
+    content: Any = message["content"]
+    if message["images"]:
+        content = [{"type": "text", "text": content}]
+        for url in message["images"]:
+            content.append({"type": "image_url", "image_url": {"url": url}})
+    document = {"role": message["role"], "content": content}
+    calls = []
+    for call in message["tool_calls"]:
+        function = {name: value for name, value in call.items() if name != "id"}
+        calls.append({"id": call["id"], "type": "function", "function": function})
+    if calls:
+        document["tool_calls"] = calls
+    if message["tool_call_id"]:
+        document["tool_call_id"] = message["tool_call_id"]
+    return document
+
+
+def csv_lines(rows: Iterable[Row], with_names: bool) -> Iterator[str]:
+    """Yield rows as lines of a table, its columns' names first."""
+    line = io.StringIO()
+    writer = csv.writer(line, lineterminator="\n")
+    for row in rows:
+        document = {**row_document(row), "attempts": row.attempts}
+        if with_names:
+            writer.writerow(document)
+            with_names = False
+        writer.writerow(document.values())
+    yield line.getvalue()
+
+
+def json_lines(store: Store, db: sqlite3.Connection, rows: Iterable[Row]) -> Iterator[str]:
+    """Yield everything about each request that has ended as a line of JSON."""
+    for row in rows:
+        if row.failed is not None:
+            document = detail_document(row, store.read_detail(db, row.id))
+            yield encode_json(document).decode() + "\n"
+
+
+def chat_lines(store: Store, db: sqlite3.Connection, rows: Iterable[Row]) -> Iterator[str]:
+    """Yield each conversation that was answered as a line of JSON, as fine-tuning takes it."""
+    for row in rows:
+        if row.failed == 0:
+            document = detail_document(row, store.read_detail(db, row.id))
+            if document["response_text"] or document["response_thinking"]:
+                messages = [chat_message(message) for message in document["transcript"]]
+                yield encode_json({"messages": messages}).decode() + "\n"
 
 
 def export_page(
-    store: Store, db: sqlite3.Connection, asked: Mapping[str, Any]
+    store: Store, db: sqlite3.Connection, parameters: Mapping[str, Any]
 ) -> tuple[bytes, int]:
     """Return a page of the export, newest first, and where the next one begins; 0 at the end."""
-    form, lines, since = asked.get("format", "jsonl"), io.StringIO(), asked.get("since")
-    table = csv.writer(lines, lineterminator="\n")
-    after = 0 if since is None else time_id(time.time() - since)
-    rows = db.execute(
-        *select_rows({**asked, "after": after, "limit": LIMITS.export_page})
-    ).fetchall()
-    for row in map(Row._make, rows):
-        if form == "csv":
-            doc = {**row_document(row), "attempts": row.attempts}
-            if "before" not in asked and not lines.tell():
-                table.writerow(doc)
-            table.writerow(doc.values())
-            continue
-        doc = detail_document(row, store.read_detail(db, row.id))
-        if form == "openai":
-            answered = row.failed == 0 and (doc["response_text"] or doc["response_thinking"])
-            doc = {"messages": [*map(chat_message, doc["transcript"])]} if answered else {}
-        if doc and row.failed is not None:
-            lines.write(encode_json(doc).decode() + "\n")
-    return lines.getvalue().encode(), rows[-1][0] if len(rows) == LIMITS.export_page else 0
+    filters = {**parameters, "limit": LIMITS.export_page}
+    if "since" in parameters:
+        filters["after"] = time_id(time.time() - parameters["since"])
+    rows = [Row._make(found) for found in db.execute(*select_rows(filters))]
+    form = parameters.get("format", "jsonl")
+    if form == "csv":
+        lines = csv_lines(rows, with_names="before" not in parameters)
+    elif form == "openai":
+        lines = chat_lines(store, db, rows)
+    else:
+        lines = json_lines(store, db, rows)
+    next_page = rows[-1].id if len(rows) == LIMITS.export_page else 0
+    return "".join(lines).encode(), next_page
 
 
 # --- metrics --------------------------------------------------------------------------
 
-METRIC_EDGES = range(0, len(EDGES), 4)  # of the buckets that Prometheus gets
+# Prometheus gets every fourth bucket, each four times as long as the one before.
+METRIC_EDGES = range(0, len(EDGES), 4)
 COUNTERS = {
     "requests": "Requests that ended",
     "errors": "Requests that failed",
@@ -8926,29 +9071,45 @@ def metric_head(name: str, kind: str, words: str) -> str:
     return f"# HELP smolrouter_{name} {words}.\n# TYPE smolrouter_{name} {kind}"
 
 
+def metric_labels(key: tuple[str, str, str]) -> str:
+    """Return what a series is of, as labels.
+
+    ('openai', 'a"b', 'http://box')  ->  'service="openai",model="a\\"b",upstream="http://box"'
+    """
+    labels = []
+    for name, text in zip(("service", "model", "upstream"), key, strict=True):
+        escaped = re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n")
+        labels.append(f'{name}="{escaped}"')
+    return ",".join(labels)
+
+
+def histogram_lines(name: str, labels: str, tally: Tally) -> Iterator[str]:
+    """Yield the lines of a series of a histogram; its counts are of all buckets up to each."""
+    counts = list(itertools.accumulate(tally[HISTOGRAMS[name][1]]))
+    metric = f"smolrouter_{name}_seconds"
+    for at in METRIC_EDGES:
+        yield f'{metric}_bucket{{{labels},le="{EDGES[at] / 1000:g}"}} {counts[at]}'
+    yield f'{metric}_bucket{{{labels},le="+Inf"}} {counts[-1]}'
+    yield f"{metric}_sum{{{labels}}} {tally[SUMS.index(f'{name}_ms')] / 1000:.6f}"
+    yield f"{metric}_count{{{labels}}} {counts[-1]}"
+
+
 def metric_lines(
     series: Mapping[tuple[str, str, str], Tally], gauges: Mapping[str, tuple[str, float]]
 ) -> Iterator[str]:
     """Yield the lines of /metrics: gauges, counters and histograms."""
-    names, rows = ("service", "model", "upstream"), []
-    for key, tally in series.items():
-        texts = [re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n") for text in key]
-        rows.append((",".join(map('{}="{}"'.format, names, texts)), tally))
+    labelled = [(metric_labels(key), tally) for key, tally in series.items()]
     for name, (words, value) in gauges.items():
-        yield f"{metric_head(name, 'gauge', words)}\nsmolrouter_{name} {value}"
+        yield metric_head(name, "gauge", words)
+        yield f"smolrouter_{name} {value}"
     for name, words in COUNTERS.items():
         yield metric_head(f"{name}_total", "counter", words)
-        for labels, tally in rows:
+        for labels, tally in labelled:
             yield f"smolrouter_{name}_total{{{labels}}} {tally[SUMS.index(name)]}"
-    for name, (words, part) in HISTOGRAMS.items():
+    for name, (words, _) in HISTOGRAMS.items():
         yield metric_head(f"{name}_seconds", "histogram", words)
-        for labels, tally in rows:
-            sums, place = [*itertools.accumulate(tally[part])], f"smolrouter_{name}_seconds"
-            edges = {f"{EDGES[at] / 1000:g}": sums[at] for at in METRIC_EDGES}
-            for edge, count in {**edges, "+Inf": sums[-1]}.items():
-                yield f'{place}_bucket{{{labels},le="{edge}"}} {count}'
-            yield f"{place}_sum{{{labels}}} {tally[SUMS.index(f'{name}_ms')] / 1000:.6f}"
-            yield f"{place}_count{{{labels}}} {sums[-1]}"
+        for labels, tally in labelled:
+            yield from histogram_lines(name, labels, tally)
 
 
 # --- endpoints ------------------------------------------------------------------------
