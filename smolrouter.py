@@ -785,8 +785,8 @@ class Limits:
     body_memory: int = 32 * MiB
     # Bodies may take this share of a processor, and so many seconds saved up for a burst. When
     # that is used up, so many octets of each are kept, which cost next to nothing.
-    body_time_share: float = 0.2
-    body_time_savings: float = 2.0
+    body_time_share: float = 0.15
+    body_time_savings: float = 0.5
     hurried_body: int = 1 * KiB
     # Rows that wait for a database in trouble; the oldest go first, and are counted as lost.
     backlog_rows: int = 10_000
@@ -7085,7 +7085,7 @@ def reading(path: str) -> Iterator[sqlite3.Connection]:
 
 
 class BodyFiles:
-    """Long bodies as files, packed and named by their digest; a dict can stand in its place."""
+    """Long bodies as files, packed and named by their digest."""
 
     def __init__(self, folder: str) -> None:
         self.folder = pathlib.Path(folder)
@@ -7094,21 +7094,18 @@ class BodyFiles:
         """Return where the file of a body is."""
         return pathlib.Path(f"{self.folder}/{digest[:2]}/{digest}.z")
 
-    def __contains__(self, digest: str) -> bool:
-        """Tell whether a body is there."""
-        return os.path.exists(self.path(digest))
+    def keep(self, digest: str, data: bytes) -> None:
+        """Keep a packed body, unless it is there: requests share what is the same.
 
-    def __setitem__(self, digest: str, data: bytes) -> None:
-        """Keep a packed body; a row speaks of it only when it is there. Raises OSError."""
+        Raises OSError. A file of another length is what a crash or a full disk has left.
+        """
         path = self.path(digest)
         try:
-            # The first body of a folder makes it.
+            if path.stat().st_size == len(data):
+                return
+        except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        except OSError:
-            # On a full disk a part of it is there, which would be taken for the whole.
-            self.pop(digest, None)
-            raise
+        path.write_bytes(data)
 
     def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
@@ -7116,8 +7113,8 @@ class BodyFiles:
             return self.path(digest).read_bytes()
         return None
 
-    def pop(self, digest: str, default: None) -> None:
-        """Forget a body."""
+    def forget(self, digest: str) -> None:
+        """Delete a body."""
         with contextlib.suppress(OSError):
             self.path(digest).unlink()
 
@@ -7129,6 +7126,29 @@ class BodyFiles:
                     yield path.stem
 
 
+class BodyMemory:
+    """Long bodies in memory, packed, by their digest: they end with the program."""
+
+    def __init__(self) -> None:
+        self.bodies: dict[str, bytes] = {}
+
+    def keep(self, digest: str, data: bytes) -> None:
+        """Keep a packed body."""
+        self.bodies[digest] = data
+
+    def get(self, digest: str) -> bytes | None:
+        """Return a packed body, None when it is not there."""
+        return self.bodies.get(digest)
+
+    def forget(self, digest: str) -> None:
+        """Let go of a body."""
+        self.bodies.pop(digest, None)
+
+    def older_than(self, moment: float) -> Iterator[str]:
+        """Yield nothing: none is there that nobody knows of."""
+        yield from ()
+
+
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
@@ -7137,9 +7157,9 @@ class Store:
         self.bytes_limit = settings.max_total_storage_size
         self.max_age = settings.max_log_age_days * 86_400
         self.prune_at = 0.0
-        self.blobs: Any = {}
+        self.bodies: BodyFiles | BodyMemory = BodyMemory()
         if settings.blob_storage_type == "filesystem":
-            self.blobs = BodyFiles(settings.blob_storage_path)
+            self.bodies = BodyFiles(settings.blob_storage_path)
         # The number of this router among those that share the database, from `claim_number` on.
         self.router_number = os.getpid() % ROUTERS
         self.lock_file: int | None = None
@@ -7238,8 +7258,10 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
             self.make_room(db, sum(record.body_bytes for record in kept))
             for record in kept:
-                for blob in filter(None, record.blobs):
-                    self.keep_blob(db, *blob)
+                for digest, data in filter(None, record.blobs):
+                    db.execute(INSERT_BLOB, (digest, len(data)))
+                    # The table alone is not believed: somebody may have deleted the file.
+                    self.bodies.keep(digest, data)
             rows = [*running, *(record.row for record in records)]
             details = [
                 (
@@ -7259,10 +7281,9 @@ class Store:
 
         A file system may take a millisecond for each. Trouble shows in the transaction again.
         """
-        for blob in filter(None, blobs):
-            with contextlib.suppress(OSError):
-                if blob[0] not in self.blobs:
-                    self.blobs[blob[0]] = blob[1]
+        with contextlib.suppress(OSError):
+            for digest, data in filter(None, blobs):
+                self.bodies.keep(digest, data)
 
     def newest_that_fit(self, records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
         """Return the newest records whose details fit together into MAX_TOTAL_STORAGE_SIZE."""
@@ -7272,12 +7293,6 @@ class Store:
             if total > self.bytes_limit:
                 return records[at + 1 :]
         return records
-
-    def keep_blob(self, db: sqlite3.Connection, digest: str, data: bytes) -> None:
-        """Keep a packed body, unless it is there: requests share what is the same."""
-        db.execute(INSERT_BLOB, (digest, len(data)))
-        if digest not in self.blobs:
-            self.blobs[digest] = data
 
     def make_room(self, db: sqlite3.Connection, size: int) -> None:
         """Forget the oldest details until `size` more octets fit, or none is left."""
@@ -7300,7 +7315,7 @@ class Store:
         """Delete the details up to an id, and the long bodies that nobody uses any more."""
         db.execute("DELETE FROM details WHERE id <= ?", (last,))
         for (digest,) in db.execute("SELECT digest FROM blobs WHERE uses < 1").fetchall():
-            self.blobs.pop(digest, None)
+            self.bodies.forget(digest)
         db.execute("DELETE FROM blobs WHERE uses < 1")
 
     def prune(self, now: float) -> bool:
@@ -7334,11 +7349,9 @@ class Store:
 
     def prune_files(self, db: sqlite3.Connection, moment: float) -> None:
         """Delete old files that no row speaks of; a crash may have left them."""
-        if not isinstance(self.blobs, BodyFiles):
-            return
-        for digest in self.blobs.older_than(moment):
+        for digest in self.bodies.older_than(moment):
             if not db.execute("SELECT 1 FROM blobs WHERE digest = ?", (digest,)).fetchall():
-                self.blobs.pop(digest, None)
+                self.bodies.forget(digest)
 
     def check(self) -> None:
         """Look whether the file is sound, not what is remembered of it. Raises sqlite3.Error."""
@@ -7355,7 +7368,7 @@ class Store:
         if found is None:
             return Detail()
         data, *digests = found
-        blobs = [self.blobs.get(digest) if digest else None for digest in digests]
+        blobs = [self.bodies.get(digest) if digest else None for digest in digests]
         try:
             return unpack_detail(data, blobs)
         except (ValueError, zlib.error):
@@ -7481,7 +7494,7 @@ class RequestLog:
         if len(self.finished) - self.ready_rows >= self.limits.batch_rows:
             if not self.batch_is_full.is_set():
                 self.batch_is_full.set()
-            if self.room.is_set() and self.is_behind():
+            if self.room.is_set() and self.is_behind(self.limits.row_delay):
                 self.close_room()
 
     def wake_thread(self) -> None:
@@ -7489,8 +7502,8 @@ class RequestLog:
         if not self.news.is_set():
             self.news.set()
 
-    def is_behind(self) -> bool:
-        """Tell whether many rows wait, and too long, though the database is well."""
+    def is_behind(self, delay: float) -> bool:
+        """Tell whether many rows wait, the oldest over `delay` s, though the database is well."""
         if self.error or len(self.finished) < self.limits.batch_rows:
             return False
         try:
@@ -7498,7 +7511,7 @@ class RequestLog:
         except IndexError:
             # The thread has just written all.
             return False
-        return time.monotonic() - oldest.finished_at > self.limits.row_delay
+        return time.monotonic() - oldest.finished_at > delay
 
     def close_room(self) -> None:
         """Let new requests wait until the thread has caught up, but for a moment at most."""
@@ -7633,7 +7646,7 @@ class RequestLog:
         has_long_body = record.body_bytes > self.limits.hurried_body
         if has_long_body:
             started_at = time.thread_time()
-            if self.is_behind() or not self.body_budget.has_time():
+            if self.is_behind(self.limits.row_delay / 2) or not self.body_budget.has_time():
                 cut_bodies(record, self.limits.hurried_body)
         try:
             detail = make_detail(record)
@@ -7732,7 +7745,7 @@ class RequestLog:
 
     def open_room(self) -> None:
         """Let new requests begin when the thread has caught up."""
-        if not self.room.is_set() and not self.is_behind():
+        if not self.room.is_set() and not self.is_behind(self.limits.row_delay / 2):
             # The loop may be closed by now.
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self.room.set)
