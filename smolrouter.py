@@ -4921,104 +4921,158 @@ def decide(table: RoutingTable, requested_model: str, source_host: str) -> Decis
 # ======================================================================================
 # 10  Access (pure)
 # ======================================================================================
-# Who may do what: tokens, the two policies, Host and Origin. Nothing here fails open: a
-# policy that cannot be checked refuses. The time is an argument.
+# Who may do what. A request passes three questions: does it come from a page of somebody else
+# (`check_browser`), does the policy of its endpoint want a token (`needs_token`), and has it got
+# a valid one (`TokenGuard`). Each rule here stands against one attack, which it names.
+#
+# Nothing fails open: what cannot be checked is refused. The time is always an argument. A new
+# rule for browsers goes into `check_browser`, a new proxy field into PROXY_FIELDS, and a test
+# with the attack's name beside it.
+
+# --- tokens ---------------------------------------------------------------------------
+# JSON Web Tokens (RFC 7519), with one signature algorithm and no choice of it.
 
 TOKEN_COOKIE = "smolrouter_token"
 TOKEN_FIELDS = ("x-smolrouter-token", "authorization", "cookie")
-PROXY_FIELDS = (
-    "forwarded",
-    "via",
-    "x-real-ip",
-    "x-original-forwarded-for",
-    "cf-connecting-ip",
-    "cf-ray",
-    "true-client-ip",
-)
-LOCAL_SUFFIXES = (
-    ".local",
-    ".lan",
-    ".home",
-    ".internal",
-    ".home.arpa",
-    ".localhost",
-    ".localdomain",
-)
 BASE64URL = re.compile(r"[A-Za-z0-9_-]+")
-GUARDED_FIELDS = [  # of every answer of the Web UI: no cache, frame or other site has it
-    ("Cache-Control", "no-store"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "DENY"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-]
-INERT_FIELDS = [  # a server's answer that a browser shows: no script of it runs here
-    ("Content-Security-Policy", "sandbox allow-downloads"),
-    ("X-Content-Type-Options", "nosniff"),
-]
+SECONDS_A_DAY = 86400
+# No browser keeps a cookie for longer.
+LONGEST_COOKIE = 400 * SECONDS_A_DAY
 
 
-def encode_token(secret: str, subject: str, now: float, days: float) -> str:
-    """Return a JWT (RFC 7519), HS256, that expires after `days`."""
-    claims = {"sub": subject, "iat": int(now), "exp": int(now + days * 86400)}
-    parts = [encode_json(part) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
-    signed = b".".join(base64.urlsafe_b64encode(p).rstrip(b"=") for p in parts)
-    digest = hmac.digest(secret.encode(), signed, "sha256")
-    return f"{signed.decode()}.{base64.urlsafe_b64encode(digest).rstrip(b'=').decode()}"
+def encode_base64url(data: bytes) -> bytes:
+    """Return unpadded base64url (RFC 7515 section 2): b'\\xfb\\xff' -> b'-_8'."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
 def decode_base64url(text: str) -> bytes:
-    """Return what unpadded base64url says, b"" when it is none (RFC 7515 2)."""
+    """Return what unpadded base64url says, b"" when it is none: '-_8' -> b'\\xfb\\xff'."""
+    # Python's decoder skips characters that do not belong there. Many spellings of one token
+    # would be valid.
+    if not BASE64URL.fullmatch(text):
+        return b""
+    padding = "=" * (-len(text) % 4)
     try:
-        padded = text + "=" * (-len(text) % 4)
-        return base64.urlsafe_b64decode(padded) if BASE64URL.fullmatch(text) else b""
+        return base64.urlsafe_b64decode(text + padding)
     except ValueError:
         return b""
 
 
+def sign(signed: bytes, secret: str) -> bytes:
+    """Return the signature HS256 of the first two parts of a token (RFC 7518 section 3.2)."""
+    return hmac.digest(secret.encode(), signed, "sha256")
+
+
+def encode_token(secret: str, subject: str, now: float, days: float) -> str:
+    """Return a token for `subject` that expires after `days`; `now` is UTC, s.
+
+    'header.claims.signature', each part in base64url
+    """
+    header = {"alg": "HS256", "typ": "JWT"}
+    claims = {"sub": subject, "iat": int(now), "exp": int(now + days * SECONDS_A_DAY)}
+    signed = encode_base64url(encode_json(header)) + b"." + encode_base64url(encode_json(claims))
+    signature = encode_base64url(sign(signed, secret))
+    return f"{signed.decode()}.{signature.decode()}"
+
+
+def is_moment(value: Any) -> bool:
+    """Tell whether a claim is a number of seconds; JSON's true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_token(token: str, secret: str, now: float) -> str | None:
-    """Return why a token is not valid, None when it is (RFC 7519 4.1, RFC 8725)."""
+    """Return why a token is not valid, None when it is (RFC 7519 section 4.1, RFC 8725)."""
     parts = token.split(".")
     if len(token) > LIMITS.token or len(parts) != 3 or not token.isascii():
         return "the token is not a JWT"
-    head, claims = (parse_object(decode_base64url(part)) for part in parts[:2])
-    if head is None or claims is None or head.get("alg") != "HS256" or "crit" in head:
+    header = parse_object(decode_base64url(parts[0]))
+    claims = parse_object(decode_base64url(parts[1]))
+    # The token itself says how it is signed. Who believes that accepts `none`, or a public key
+    # as the secret of an HMAC (RFC 8725 section 3.1). `crit` names extensions that must be
+    # understood, and none is.
+    if header is None or claims is None or header.get("alg") != "HS256" or "crit" in header:
         return "the token is not a JWT signed with HS256"
     signed = token.rpartition(".")[0].encode()
-    digest = hmac.digest(secret.encode(), signed, "sha256")
-    if not hmac.compare_digest(digest, decode_base64url(parts[2])):
+    # In constant time: how long a comparison takes would tell how many octets are right.
+    if not hmac.compare_digest(sign(signed, secret), decode_base64url(parts[2])):
         return "the token's signature is wrong"
-    expires, begins = claims.get("exp"), claims.get("nbf", 0)
-    if any(isinstance(t, bool) or not isinstance(t, (int, float)) for t in (expires, begins)):
+    # A token without an end could never be taken back.
+    expires_at = claims.get("exp")
+    begins_at = claims.get("nbf", 0)
+    if not is_moment(expires_at) or not is_moment(begins_at):
         return "the token has no valid `exp`"
-    if not begins <= now < expires:
-        return "the token has expired" if now >= expires else "the token is not valid yet"
-    return None
+    if begins_at <= now < expires_at:
+        return None
+    if now >= expires_at:
+        return "the token has expired"
+    return "the token is not valid yet"
 
 
-def find_tokens(fields: Fields, cookie: bool) -> list[str]:
-    """Return the tokens a request carries: its own field, bearer, and a cookie."""
+def find_tokens(fields: Fields, cookie_counts: bool) -> list[str]:
+    """Return the tokens that a request carries.
+
+    `X-SmolRouter-Token: a`, `Authorization: Bearer b` and `Cookie: smolrouter_token=c`  ->
+    ['a', 'b', 'c']
+
+    A browser sends the cookie by itself, whoever made it send the request. So the cookie counts
+    only where the request is known to come from the router's own page.
+    """
     tokens = list(fields.get_all("x-smolrouter-token"))
     for value in fields.get_all("authorization"):
         scheme, _, token = value.partition(" ")
         if scheme.lower() == "bearer":
             tokens.append(token.strip(" \t"))
-    for pair in ";".join(fields.get_all("cookie")).split(";") if cookie else ():
-        name, _, value = pair.strip(" \t").partition("=")
-        if name == TOKEN_COOKIE:
-            tokens.append(value)
+    if cookie_counts:
+        for pair in ";".join(fields.get_all("cookie")).split(";"):
+            name, _, value = pair.strip(" \t").partition("=")
+            if name == TOKEN_COOKIE:
+                tokens.append(value)
     return tokens
 
 
-def is_proxied(fields: Fields) -> bool:
-    """Tell whether a proxy field says that somebody else forwarded the request."""
-    names = [*(line[0] for line in fields.lines), *fields.tokens("connection")]  # hidden ones too
-    return any(name in PROXY_FIELDS or name.startswith("x-forwarded-") for name in names)
+def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
+    """Return the fields without what was meant for the router alone.
+
+    A server that got the token could use the router, and everything behind it, in its owner's name.
+    """
+    if not any(fields.get(name) for name in TOKEN_FIELDS):
+        return fields
+    kept = []
+    for lower, name, value in fields.lines:
+        if lower == "x-smolrouter-token":
+            continue
+        # Authorization is the server's own, unless it holds a token of this router. One that has
+        # expired was meant for it, too.
+        if lower == "authorization" and secret:
+            token = value.partition(" ")[2].strip(" \t")
+            if check_token(token, secret, now) in (None, "the token has expired"):
+                continue
+        if lower == "cookie" and TOKEN_COOKIE in value:
+            value = without_token_cookie(value)
+            if not value:
+                continue
+        kept.append((lower, name, value))
+    return Fields(kept)
 
 
-def needs_token(policy: str, fields: Fields) -> bool:
-    """Tell whether a policy wants a token from a request with these fields."""
-    return policy == "ALWAYS_AUTH" or (policy == "AUTH_WHEN_PROXIED" and is_proxied(fields))
+def without_token_cookie(cookies: str) -> str:
+    """Return the value of Cookie without ours: 'a=b; smolrouter_token=x'  ->  'a=b'."""
+    pairs = [pair.strip(" \t") for pair in cookies.split(";")]
+    return "; ".join(pair for pair in pairs if pair.partition("=")[0].rstrip() != TOKEN_COOKIE)
+
+
+def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
+    """Return the field that gives a browser a valid token until its end; "" takes it away.
+
+    HttpOnly keeps it from scripts, SameSite=Strict from requests that other sites cause, and
+    Secure (for those who came by https) from the open network.
+    """
+    claims = parse_object(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
+    max_age = int(min(claims.get("exp", now) - now, LONGEST_COOKIE))
+    attributes = f"Max-Age={max_age}; Path=/; HttpOnly; SameSite=Strict"
+    if secure:
+        attributes += "; Secure"
+    return "Set-Cookie", f"{TOKEN_COOKIE}={token}; {attributes}"
 
 
 def check_access(secret: str | None, tokens: Sequence[str], now: float) -> None:
@@ -5028,134 +5082,16 @@ def check_access(secret: str | None, tokens: Sequence[str], now: float) -> None:
             "a token is needed here, and without JWT_SECRET there is none: only "
             "direct connections are served; set JWT_SECRET"
         )
-    reasons = [check_token(token, secret, now) for token in tokens]
-    if all(reasons):
-        reason = reasons[-1] if reasons else "a token is needed"
-        raise Unauthorized(
-            f"{reason}; send it as Authorization: Bearer or X-SmolRouter-Token",
-            ("WWW-Authenticate", "Bearer"),
-        )
-
-
-def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
-    """Return the fields without what was meant for the router alone."""
-    if not any(fields.get(name) for name in TOKEN_FIELDS):
-        return fields
-    kept = []
-    for lower, name, value in fields.lines:
-        if lower == "authorization" and secret:
-            token = value.partition(" ")[2].strip(" \t")
-            if check_token(token, secret, now) in (None, "the token has expired"):
-                continue
-        if lower == "cookie" and TOKEN_COOKIE in value:
-            pairs = [pair.strip(" \t") for pair in value.split(";")]
-            value = "; ".join(p for p in pairs if p.partition("=")[0].rstrip() != TOKEN_COOKIE)
-            if not value:
-                continue
-        if lower != "x-smolrouter-token":
-            kept.append((lower, name, value))
-    return Fields(kept)
-
-
-def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
-    """Return the field that gives a browser a valid token until its end, or takes "" away."""
-    claims = parse_object(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
-    age = int(min(claims.get("exp", now) - now, 400 * 86400.0))  # as long as browsers keep any
-    limits = f"Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
-    return "Set-Cookie", f"{TOKEN_COOKIE}={token}; {limits}"
-
-
-def split_host(host: str) -> str:
-    """Return a Host without its port and brackets, lower case."""
-    name = host.lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0].removesuffix(".")
-
-
-def is_web_host(host: str, allowed: Sequence[str], machine: str) -> bool:
-    """Tell whether a Host is one that no rebound DNS name can carry."""
-    name = split_host(host)
-    local = "." not in name or name.endswith(LOCAL_SUFFIXES) or name == machine.lower()
-    return bool(name) and (local or is_address(name) or {name, host.lower()} & {*allowed} != set())
-
-
-def is_own_page(fields: Fields, host: str) -> bool:
-    """Tell whether a browser says that the router's own page asks."""
-    origin, host = (fields.get("origin") or "").lower(), host.lower()
-    own = origin in (f"http://{host.removesuffix(':80')}", f"https://{host.removesuffix(':443')}")
-    return own or (not origin and fields.get("sec-fetch-site") == "same-origin")
-
-
-def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
-    """Tell whether a page from `origin` may call; the Web UI wants it named in full."""
-    if origin.lower() in allowed or webui:
-        return origin.lower() in allowed
-    scheme, _, authority = origin.lower().partition("://")
-    name = split_host(authority)
-    loopback = name in ("localhost", "::1") or (is_address(name) and name.startswith("127."))
-    return "*" in allowed or ("loopback" in allowed and loopback and scheme in ("http", "https"))
-
-
-class BrowserRules(NamedTuple):
-    """Which names and pages a browser may use the router by, beside those that are always good."""
-
-    allowed_hosts: tuple[str, ...]
-    allowed_origins: tuple[str, ...]
-    machine_name: str
-
-
-def check_browser(
-    fields: Fields, host: str, webui: bool, rules: BrowserRules
-) -> list[tuple[str, str]]:
-    """Refuse a page from elsewhere; return the fields that the answer must have.
-
-    A page shows itself by its Origin, by Sec-Fetch-Site (sent to loopback and https alone), or,
-    when its name was rebound to this address, by nothing but its Host and a browser's ways.
-    """
-    origin, site = fields.get("origin"), fields.get("sec-fetch-site")
-    known_host = is_web_host(host, rules.allowed_hosts, rules.machine_name)
-    browser = site not in (None, "none") or (
-        "Mozilla/" in (fields.get("user-agent") or "") and fields.get("accept-language")
+    reason = "a token is needed"
+    for token in tokens:
+        # One that is valid is enough: Authorization may be the server's own.
+        reason = check_token(token, secret, now)
+        if reason is None:
+            return
+    raise Unauthorized(
+        f"{reason}; send it as Authorization: Bearer or X-SmolRouter-Token",
+        ("WWW-Authenticate", "Bearer"),
     )
-    if not known_host and (webui or (origin is None and browser)):
-        raise MisdirectedRequest(
-            f"a browser may not use the router as {host[:80]!r}; add it to ALLOWED_HOSTS"
-        )
-    own = known_host and is_own_page(fields, host)
-    if origin is not None and not (own or origin_allowed(origin, rules.allowed_origins, webui)):
-        raise Forbidden(f"origin {origin[:80]!r} is not allowed; add it to ALLOWED_ORIGINS")
-    embeds = site in ("cross-site", "same-site") and fields.get("sec-fetch-dest") != "document"
-    if embeds and origin is None:
-        raise Forbidden("a page from elsewhere may link to the router, but not embed its answers")
-    inert = INERT_FIELDS if not webui and "text/html" in (fields.get("accept") or "") else []
-    cors = [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")] if origin else []
-    return [*inert, *cors]
-
-
-@remember_short_heads
-def check_browser_head(
-    head: RequestHead, webui: bool, rules: BrowserRules
-) -> list[tuple[str, str]]:
-    """Do what `check_browser` does, for a whole head."""
-    return check_browser(head.fields, head.host, webui, rules)
-
-
-def is_trusted(address: str, trusted: Sequence[IPNetwork]) -> bool:
-    """Tell whether an address belongs to a trusted proxy."""
-    return is_address(address) and any(ipaddress.ip_address(address) in net for net in trusted)
-
-
-def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> str:
-    """Return who asks: X-Forwarded-For counts from trusted proxies, from the right."""
-    address = peer
-    hops = ",".join(fields.get_all("x-forwarded-for")).split(",") if trusted else []
-    while hops and is_trusted(address, trusted):
-        hop = hops.pop().strip(" \t")
-        if not is_address(hop):
-            break
-        address = hop
-    return address
 
 
 class TokenGuard:
@@ -5200,7 +5136,222 @@ class TokenGuard:
         return len(recent) >= self.limits.token_failures
 
 
-# --- secrets: what is hidden before anything is kept ---
+# --- policies -------------------------------------------------------------------------
+
+# A request with one of these, or with an X-Forwarded- field, was forwarded by somebody.
+PROXY_FIELDS = (
+    "forwarded",
+    "via",
+    "x-real-ip",
+    "x-original-forwarded-for",
+    "cf-connecting-ip",
+    "cf-ray",
+    "true-client-ip",
+)
+
+
+def is_proxied(fields: Fields) -> bool:
+    """Tell whether a proxy field says that somebody else forwarded the request.
+
+    The value does not matter, an empty one counts. A name in `Connection` counts like the field
+    itself: `Connection: X-Forwarded-For` makes a proxy on the way drop that field, so that the
+    request would look like one from the house.
+    """
+    names = [lower for lower, _, _ in fields.lines]
+    names += fields.tokens("connection")
+    return any(name in PROXY_FIELDS or name.startswith("x-forwarded-") for name in names)
+
+
+def needs_token(policy: str, fields: Fields) -> bool:
+    """Tell whether a policy wants a token from a request with these fields."""
+    if policy == "AUTH_WHEN_PROXIED":
+        return is_proxied(fields)
+    return policy == "ALWAYS_AUTH"
+
+
+# --- browsers -------------------------------------------------------------------------
+# A browser inside the house carries pages from everywhere, and they can make it send requests.
+# What they may not is to use the router or to read an answer of it.
+
+# The public DNS knows no names under these, so that nobody outside can own one.
+LOCAL_SUFFIXES = (
+    ".local",
+    ".lan",
+    ".home",
+    ".internal",
+    ".home.arpa",
+    ".localhost",
+    ".localdomain",
+)
+# Of every answer of the Web UI: no cache keeps it, no frame shows it, no other site embeds it.
+GUARDED_FIELDS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+]
+# Of a server's answer that a browser shows as a page: a script that a model wrote into it must
+# not run as if it were the router's.
+INERT_FIELDS = [
+    ("Content-Security-Policy", "sandbox allow-downloads"),
+    ("X-Content-Type-Options", "nosniff"),
+]
+
+
+class BrowserRules(NamedTuple):
+    """Which names and pages a browser may use the router by, beside those that are always good."""
+
+    allowed_hosts: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
+    machine_name: str
+
+
+def split_host(host: str) -> str:
+    """Return a Host without its port and brackets, in lower case.
+
+    'Box.Lan:1234' -> 'box.lan'; '[::1]:1234' -> '::1'; 'box.lan.' -> 'box.lan'
+    """
+    name = host.lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0].removesuffix(".")
+
+
+def is_web_host(host: str, allowed: Sequence[str], machine: str) -> bool:
+    """Tell whether a Host is one that no name under a stranger's control can be.
+
+    DNS rebinding: evil.example answers with the stranger's address at first and with this machine's
+    a moment later. The page that came from there then asks the router as its own origin, and no
+    browser stops it. But its requests still say `Host: evil.example`.
+    """
+    name = split_host(host)
+    if not name:
+        return False
+    # No public name is without a dot, and an address was looked up nowhere.
+    if "." not in name or is_address(name):
+        return True
+    if name.endswith(LOCAL_SUFFIXES) or name == machine.lower():
+        return True
+    return name in allowed or host.lower() in allowed
+
+
+def is_own_page(fields: Fields, host: str) -> bool:
+    """Tell whether a browser says that the router's own page asks."""
+    origin = (fields.get("origin") or "").lower()
+    # Without an Origin, as in a GET of the page itself, newer browsers say it in another field.
+    if not origin:
+        return fields.get("sec-fetch-site") == "same-origin"
+    host = host.lower()
+    over_http = f"http://{host.removesuffix(':80')}"
+    over_https = f"https://{host.removesuffix(':443')}"
+    return origin in (over_http, over_https)
+
+
+def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
+    """Tell whether a page from `origin` may call; the Web UI wants it named in full."""
+    origin = origin.lower()
+    if origin in allowed:
+        return True
+    # `*` and `loopback` open the model API alone: the Web UI shows what everybody asked.
+    if webui:
+        return False
+    if "*" in allowed:
+        return True
+    scheme, _, authority = origin.partition("://")
+    if "loopback" not in allowed or scheme not in ("http", "https"):
+        return False
+    name = split_host(authority)
+    return name in ("localhost", "::1") or (is_address(name) and name.startswith("127."))
+
+
+def is_browser(fields: Fields) -> bool:
+    """Tell whether a browser sent a request for a page, as far as it can be seen.
+
+    Sec-Fetch-Site is sent to https and loopback alone. Otherwise only habits give it away.
+    """
+    if fields.get("sec-fetch-site") not in (None, "none"):
+        return True
+    user_agent = fields.get("user-agent") or ""
+    return "Mozilla/" in user_agent and bool(fields.get("accept-language"))
+
+
+def check_browser(
+    fields: Fields, host: str, webui: bool, rules: BrowserRules
+) -> list[tuple[str, str]]:
+    """Refuse a page from elsewhere; return the fields that the answer must have.
+
+    `webui` tells whether the request is for the Web UI, which is stricter than the model API.
+    Raises MisdirectedRequest or Forbidden.
+    """
+    origin = fields.get("origin")
+    # DNS rebinding. On the model API, programs may use any name, and they show no Origin.
+    host_is_good = is_web_host(host, rules.allowed_hosts, rules.machine_name)
+    if not host_is_good and (webui or (origin is None and is_browser(fields))):
+        raise MisdirectedRequest(
+            f"a browser may not use the router as {host[:80]!r}; add it to ALLOWED_HOSTS"
+        )
+    # Cross-site request forgery, and scripts that read answers: the page says where it is from.
+    if origin is not None:
+        own_page = host_is_good and is_own_page(fields, host)
+        if not own_page and not origin_allowed(origin, rules.allowed_origins, webui):
+            raise Forbidden(f"origin {origin[:80]!r} is not allowed; add it to ALLOWED_ORIGINS")
+    # An image or a script element of another site sends no Origin. A link is harmless: its answer
+    # is shown to the person, and not to the site.
+    from_elsewhere = fields.get("sec-fetch-site") in ("cross-site", "same-site")
+    is_link = fields.get("sec-fetch-dest") == "document"
+    if origin is None and from_elsewhere and not is_link:
+        raise Forbidden("a page from elsewhere may link to the router, but not embed its answers")
+    added: list[tuple[str, str]] = []
+    if not webui and "text/html" in (fields.get("accept") or ""):
+        added += INERT_FIELDS
+    if origin:
+        added += [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")]
+    return added
+
+
+@remember_short_heads
+def check_browser_head(
+    head: RequestHead, webui: bool, rules: BrowserRules
+) -> list[tuple[str, str]]:
+    """Do what `check_browser` does, for a whole head."""
+    return check_browser(head.fields, head.host, webui, rules)
+
+
+# --- proxies --------------------------------------------------------------------------
+
+
+def is_trusted(address: str, trusted: Sequence[IPNetwork]) -> bool:
+    """Tell whether an address belongs to a trusted proxy."""
+    if not is_address(address):
+        return False
+    number = ipaddress.ip_address(address)
+    return any(number in network for network in trusted)
+
+
+def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> str:
+    """Return the address of the client; `peer` is who has connected.
+
+    A peer of 10.0.0.1, which is trusted, and `X-Forwarded-For: 1.1.1.1, 192.168.0.7`  ->
+    '192.168.0.7'
+
+    Each proxy appends whom it got the request from. So the field is read from the right, as long as
+    the one who wrote an element is trusted: what stands further to the left is the client's own
+    invention, to pass for another source host.
+    """
+    if not trusted:
+        return peer
+    hops = ",".join(fields.get_all("x-forwarded-for")).split(",")
+    address = peer
+    while hops and is_trusted(address, trusted):
+        hop = hops.pop().strip(" \t")
+        if not is_address(hop):
+            break
+        address = hop
+    return address
+
+
+# --- secrets: what is hidden before anything is kept ----------------------------------
 
 SECRET_NAME = re.compile(r"(?:authorization|cookie2?|key|token|secret|password|sig|signature)$")
 QUERY_VALUE = re.compile(r"([?&])([^=&]*)=([^&]*)")
