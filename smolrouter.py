@@ -1347,9 +1347,8 @@ def read_event_chunks(data: bytes) -> tuple[bytes, int]:
     # The empty text at the end gives the last event its line feeds.
     line_feeds = b"\n" * (columns - 2)
     content = line_feeds.join([*texts[:count], b""])
-    # Beside its content, a chunk has a size with its CR, and then three octets: LF, CR, LF.
-    framing_octets = sum(map(len, sizes[:count])) + 3 * count
-    return content, len(content) + framing_octets
+    unread = b"\n".join(lines[count * columns :])
+    return content, len(data) - len(unread)
 
 
 # What a ChunkDecoder reads next; the words stand in error messages, too.
@@ -5030,6 +5029,12 @@ def find_tokens(fields: Fields, cookie_counts: bool) -> list[str]:
     return tokens
 
 
+def without_token_cookie(cookies: str) -> str:
+    """Return the value of Cookie without ours: 'a=b; smolrouter_token=x'  ->  'a=b'."""
+    pairs = [pair.strip(" \t") for pair in cookies.split(";")]
+    return "; ".join(pair for pair in pairs if pair.partition("=")[0].rstrip() != TOKEN_COOKIE)
+
+
 def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
     """Return the fields without what was meant for the router alone.
 
@@ -5053,12 +5058,6 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
                 continue
         kept.append((lower, name, value))
     return Fields(kept)
-
-
-def without_token_cookie(cookies: str) -> str:
-    """Return the value of Cookie without ours: 'a=b; smolrouter_token=x'  ->  'a=b'."""
-    pairs = [pair.strip(" \t") for pair in cookies.split(";")]
-    return "; ".join(pair for pair in pairs if pair.partition("=")[0].rstrip() != TOKEN_COOKIE)
 
 
 def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
