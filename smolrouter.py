@@ -4937,6 +4937,8 @@ BASE64URL = re.compile(r"[A-Za-z0-9_-]+")
 SECONDS_A_DAY = 86400
 # No browser keeps a cookie for longer.
 LONGEST_COOKIE = 400 * SECONDS_A_DAY
+# Why a token that this router has signed is not valid any more.
+EXPIRED = "the token has expired"
 
 
 def encode_base64url(data: bytes) -> bytes:
@@ -5003,7 +5005,7 @@ def check_token(token: str, secret: str, now: float) -> str | None:
     if begins_at <= now < expires_at:
         return None
     if now >= expires_at:
-        return "the token has expired"
+        return EXPIRED
     return "the token is not valid yet"
 
 
@@ -5050,7 +5052,7 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
         # expired was meant for it, too.
         if lower == "authorization" and secret:
             token = value.partition(" ")[2].strip(" \t")
-            if check_token(token, secret, now) in (None, "the token has expired"):
+            if check_token(token, secret, now) in (None, EXPIRED):
                 continue
         if lower == "cookie" and TOKEN_COOKIE in value:
             value = without_token_cookie(value)
@@ -5061,8 +5063,9 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
 
 
 def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
-    """Return the field that gives a browser a valid token until its end; "" takes it away.
+    """Return the field that lets a browser keep a valid token until it expires.
 
+    An empty token has no time left: the browser drops the one that it has.
     HttpOnly keeps it from scripts, SameSite=Strict from requests that other sites cause, and
     Secure (for those who came by https) from the open network.
     """
@@ -5096,14 +5099,16 @@ def check_access(secret: str | None, tokens: Sequence[str], now: float) -> None:
 class TokenGuard:
     """Checks tokens; after ten failures a minute an address gets 429 for the next one.
 
-    A valid token passes all the same: nobody can lock others out behind one address, and
-    a signature of 256 bits is not found by trying. All that fail then are told the same.
+    A valid token passes all the same: otherwise one client could lock out all others that share
+    its address, and nobody finds a signature of 256 bits by trying. All that the 429 hides from
+    who tries is what was wrong with his token.
     """
 
     def __init__(self, secret: str | None, limits: Limits = LIMITS) -> None:
         self.secret = secret
         self.limits = limits
-        # The moments of the last failures by address; the oldest address goes first.
+        # For each address the moments of its failures in the window, the first ten at most. The
+        # address that has not failed for the longest time stands first.
         self.failures: dict[str, list[float]] = {}
 
     def check(self, tokens: Sequence[str], source_host: str, now: float) -> None:
@@ -5114,16 +5119,16 @@ class TokenGuard:
         try:
             check_access(self.secret, tokens, now)
         except Unauthorized:
-            # Without a token nobody has guessed.
-            if not tokens or not self.is_throttled(source_host, now):
+            # A request without any token is no attempt to guess one.
+            if not tokens or not self.count_failure(source_host, now):
                 raise
             wait = int(self.limits.token_failure_window - (now - self.failures[source_host][0])) + 1
             raise TooManyRequests(
                 "too many failed tokens from this address", ("Retry-After", str(wait))
             ) from None
 
-    def is_throttled(self, source_host: str, now: float) -> bool:
-        """Count a failure; tell whether the address had as many as it may have before it."""
+    def count_failure(self, source_host: str, now: float) -> bool:
+        """Count a failure; tell whether the address had used up what it may have before it."""
         window = self.limits.token_failure_window
         earlier = self.failures.pop(source_host, ())
         # A clock that was put back leaves moments of the future; they count as now.
@@ -5350,8 +5355,11 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
     return address
 
 
-# --- secrets: what is hidden before anything is kept ----------------------------------
+# --- secrets --------------------------------------------------------------------------
+# What is hidden before anything of a request is kept, so that the log gives nobody access. A
+# fingerprint takes the place of a secret: the owner still sees which of his keys was used.
 
+# How the names of secret fields and parameters end.
 SECRET_NAME = re.compile(r"(?:authorization|cookie2?|key|token|secret|password|sig|signature)$")
 QUERY_VALUE = re.compile(r"([?&])([^=&]*)=([^&]*)")
 SCHEME_AND_SECRET = re.compile(r"((?:bearer|basic) )?(.*)", re.IGNORECASE | re.DOTALL)
@@ -5378,8 +5386,8 @@ def hide_secret(secret: str) -> str:
     return f"{scheme}***{digest[:8]}"
 
 
-def hide_parameter(match: re.Match[str]) -> str:
-    """Return a parameter of a query, its value hidden when it is a secret."""
+def hide_query_value(match: re.Match[str]) -> str:
+    """Return a match of QUERY_VALUE, its value hidden when it is a secret."""
     mark, name, value = match.groups()
     if is_secret_name(name):
         value = hide_secret(value)
@@ -5393,7 +5401,7 @@ def hide_parameters(target: str) -> str:
     """
     if "?" not in target:
         return target
-    return QUERY_VALUE.sub(hide_parameter, target)
+    return QUERY_VALUE.sub(hide_query_value, target)
 
 
 class ShownFields(NamedTuple):
@@ -5404,17 +5412,20 @@ class ShownFields(NamedTuple):
     user_agent: str
     # The fingerprint of the client's key.
     client_key: str
-    # The long secrets among them, and what stands in their place.
+    # The secrets among them with their fingerprints, but for those that are so short that an
+    # answer may hold the same letters by chance.
     secrets: tuple[tuple[bytes, bytes], ...]
 
 
 @functools.lru_cache(maxsize=128)
 def show_fields(fields: Fields) -> ShownFields:
-    """Return what may be kept and shown of field lines; clients and servers repeat theirs.
+    """Return what may be kept and shown of field lines.
 
-    The table holds 128 heads, of at most 64 KiB each.
+    Clients and servers repeat their heads. The parsers return the same Fields for the same short
+    head: that object is the key here. The cache keeps 128 of them, of at most 64 KiB each.
     """
-    shown, secrets = [], []
+    shown: list[tuple[str, str]] = []
+    secrets: list[tuple[bytes, bytes]] = []
     for lower, name, value in fields.lines:
         if is_secret_name(lower):
             secret = value.rpartition(" ")[2].encode("latin-1", "replace")
@@ -5424,15 +5435,19 @@ def show_fields(fields: Fields) -> ShownFields:
         shown.append((name, value))
     key = fields.get("authorization") or fields.get("x-api-key") or fields.get("api-key") or ""
     return ShownFields(
-        COMPACT_JSON(shown),
-        fields.get("user-agent") or "",
-        hide_secret(key).rpartition("***")[2],
-        tuple(secrets),
+        lines=COMPACT_JSON(shown),
+        user_agent=fields.get("user-agent") or "",
+        # `Bearer ***1a2b3c4d` -> `1a2b3c4d`
+        client_key=hide_secret(key).rpartition("***")[2],
+        secrets=tuple(secrets),
     )
 
 
 def hide_echoed(content: bytes, secrets: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Return an answer without the secrets of its request: servers tell which key was wrong."""
+    """Return an answer without the secrets of its request.
+
+    Servers repeat them, as in `Incorrect API key provided: sk-abc`.
+    """
     for secret, fingerprint in secrets:
         content = content.replace(secret, fingerprint)
     return content
