@@ -143,7 +143,16 @@ import time
 import traceback
 import urllib.parse
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
@@ -2594,12 +2603,11 @@ class Protocol(NamedTuple):
     """One endpoint: where its requests, answers and events hold what."""
 
     # Of requests: their shape, the member with the user's words ("": it is no conversation),
-    # the members one of which names the model, and an end of that name which says nothing.
+    # the members one of which names the model.
     request: Shape = OTHER
     user_words: str = ""
     model_members: tuple[str, ...] = ("model",)
     needs_model: bool = False
-    default_tag: str = ""
     streams: str = IF_ASKED
     # Whether `stream_options.include_usage` is understood.
     usage_option: bool = False
@@ -2625,7 +2633,6 @@ OTHER_PROTOCOL = Protocol(block_members=("index", "item_id"), plain_text=PLAIN_C
 OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
     needs_model=True,
-    default_tag=":latest",
     streams=UNLESS_REFUSED,
     names_model=True,
     encode_error=encode_ollama_error,
@@ -3175,7 +3182,7 @@ def read_stream_wish(protocol: Protocol, document: Mapping[str, Any]) -> bool:
 def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
     """Read a JSON object and its model. Raises MalformedContent.
 
-    `/api/chat`, ``, `b'{"model": "m:latest"}'`  ->  a request for `m` that wants a stream
+    `/api/chat`, ``, `b'{"model": "m:latest"}'`  ->  a request for `m:latest` that wants a stream
     """
     text, document = parse_json(content)
     if not isinstance(document, dict):
@@ -3189,8 +3196,6 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
         model = model or found or ""
     if not model and protocol.needs_model:
         raise MalformedContent('no model was named; add `"model": "name"`')
-    if protocol.default_tag:
-        model = model.removesuffix(protocol.default_tag) or model
     stream = read_stream_wish(protocol, document)
     return ParsedRequest(path, query, content, text, document, model, stream)
 
@@ -4250,7 +4255,8 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
 
 STRATEGIES = ("failover", "round_robin", "least_busy")
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
-PINNED_NAME = re.compile(r"(.+) \[([^\[\]]+)\]", re.DOTALL)
+# A name that ends so means the name without as well.
+LATEST_TAG = ":latest"
 NO_YAML = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
 # Fields that the router sets itself in each request: a server's `headers` cannot name them.
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
@@ -4737,8 +4743,8 @@ def parse_routes(
 class RouteQuery(NamedTuple):
     """What is asked: a model and a source host, and the names by which it may be claimed.
 
-    `names` are the requested name and, when MODEL_MAP renames it, the mapped one; a request that
-    names no model has none.
+    `names` are the requested name and, when MODEL_MAP renames it, the mapped one, and then both
+    without `:latest`; a request that names no model has none.
     """
 
     table: RoutingTable
@@ -4774,10 +4780,38 @@ def match_name(pattern: NamePattern, names: Sequence[str]) -> re.Match[str] | bo
     return False
 
 
+def without_tag(model: str) -> str:
+    """Return a name without `:latest`: 'llama3:latest' -> 'llama3', 'llama3' -> 'llama3'."""
+    return model.removesuffix(LATEST_TAG) or model
+
+
+def names_to_try(*models: str) -> tuple[str, ...]:
+    """Return the names by which a model may be known, those that were said first.
+
+    'coder:latest'  ->  ('coder:latest', 'coder');  ''  ->  ()
+    """
+    names = [*models, *map(without_tag, models)]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def find_listed(model: str, listed: Container[str]) -> str | None:
+    """Return how a list spells a model: as it is, or with `:latest` more or less; else None.
+
+    'llama3', {'llama3:latest'}  ->  'llama3:latest'
+    """
+    for name in (model, without_tag(model), f"{model}{LATEST_TAG}"):
+        if name in listed:
+            return name
+    return None
+
+
 def map_model(model_map: ModelMap, requested_model: str, trail: list[Step]) -> str:
     """Return the name that MODEL_MAP makes of a model: the first hit decides, in one pass."""
-    for pattern, target in model_map:
-        match = match_name(pattern, (requested_model,))
+    names = names_to_try(requested_model)
+    # An exact key for the very name goes before one for the name without its tag.
+    exact = [item for name in names for item in model_map if item[0] == name]
+    for pattern, target in (*exact, *model_map):
+        match = match_name(pattern, names)
         if not match:
             continue
         mapped_model = target
@@ -4833,15 +4867,16 @@ def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
 
 def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Route | None:
     """Claim a name that ends in a server's: `llama3 [gpu]`. An alias of that name goes first."""
-    pin = PINNED_NAME.fullmatch(query.requested_model)
-    if pin is None or query.requested_model in query.table.aliases:
-        return None
-    model, server_name = pin.groups()
-    # With two servers of one name, the one of the routing file is last, and counts.
-    for server in reversed(query.table.all_servers()):
-        if server.name == server_name:
-            trail.append(Step("pin", True, f"the name pins server {server_name!r}"))
-            return Route(f"pin {server_name}", Target((Instance(server, model),)))
+    for name in names_to_try(query.requested_model):
+        if not name.endswith("]") or name in query.table.aliases:
+            continue
+        # With two servers of one name, the one of the routing file is last, and counts.
+        for server in reversed(query.table.all_servers()):
+            # A server's name may have brackets itself, as `[::1]:8000` does.
+            model = name.removesuffix(f" [{server.name}]")
+            if model and model != name:
+                trail.append(Step("pin", True, f"the name pins server {server.name!r}"))
+                return Route(f"pin {server.name}", Target((Instance(server, model),)))
     return None
 
 
@@ -4883,7 +4918,7 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
     """Return where a request for a model from a host goes, and everything that was tried."""
     trail: list[Step] = []
     mapped_model = map_model(table.model_map, requested_model, trail)
-    names = (requested_model, mapped_model) if requested_model else ()
+    names = names_to_try(requested_model, mapped_model) if requested_model else ()
     source_address = find_address(source_host)
     query = RouteQuery(table, requested_model, mapped_model, names, source_host, source_address)
     for claim in ROUTE_ORDER:
@@ -4895,6 +4930,10 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
         Instance(instance.server, instance.model or mapped_model)
         for instance in route.target.instances
     )
+    for model in dict.fromkeys(instance.model for instance in instances):
+        if requested_model.endswith(LATEST_TAG) and model.endswith(LATEST_TAG):
+            why = f"translated for a server that does not list it, it is {without_tag(model)!r}"
+            trail.append(Step(LATEST_TAG, True, why))
     return Decision(
         requested_model, mapped_model, route.name, route.target.strategy, instances, tuple(trail)
     )
@@ -8038,8 +8077,32 @@ class Context:
 
     async def list_models(self, request: Request) -> list[dict[str, Any]]:
         """Return the models that the client of a request may see, own names first."""
+        return await list_models(self.model_lists, self.table, self.authorization_of(request))
+
+    def authorization_of(self, request: Request) -> str | None:
+        """Return what the client of a request shows to servers; the router's tokens stop here."""
         fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
-        return await list_models(self.model_lists, self.table, fields.get("authorization"))
+        return fields.get("authorization")
+
+    async def spell_models(self, decision: Decision, request: Request) -> Decision:
+        """Return a decision that asks each server for a model by a name that it knows.
+
+        Clients of a dialect that is translated add `:latest` to any name. To a server that speaks
+        OpenAI alone the tag means nothing, unless it lists a model of that very name.
+        """
+        dialect = request.dialect
+        if dialect.encode_openai is None or not decision.requested_model.endswith(LATEST_TAG):
+            return decision
+        instances = []
+        for instance in decision.instances:
+            model = instance.model or ""
+            if model.endswith(LATEST_TAG) and instance.server.api != dialect.service:
+                authorization = self.authorization_of(request)
+                listed = await self.model_lists.get(instance.server, authorization) or []
+                if all(entry["id"] != model for entry in listed):
+                    instance = instance._replace(model=without_tag(model))
+            instances.append(instance)
+        return decision._replace(instances=tuple(instances))
 
 
 def send_error(
@@ -8561,6 +8624,7 @@ async def relay_by_model(
     parsed = await context.work(len(content), read, request.path, request.query, content)
     if parsed.text or parsed.model:
         decision = context.decide(parsed.model, request.source_host)
+        decision = await context.spell_models(decision, request)
     else:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
         decision = resolve_default(context.table, request.source_host)
@@ -9559,9 +9623,10 @@ async def serve_model(context: Context, request: Request) -> None:
     decision = context.decide(name, request.source_host)
     # A name that a rule, an alias or the model map knows is as good as a listed one.
     nobody_knows_it = decision.route == "default" and decision.mapped_model == name
-    if name not in listed and nobody_knows_it:
+    found = find_listed(name, listed)
+    if found is None and nobody_knows_it:
         raise NotFound(f"no server has a model {name[:80]!r}; GET /v1/models lists them all")
-    request.writer.send_json(listed.get(name) or model_entry(name))
+    request.writer.send_json(listed[found] if found else model_entry(name))
 
 
 async def serve_model_details(context: Context, request: Request) -> None:
@@ -9574,8 +9639,8 @@ async def serve_model_details(context: Context, request: Request) -> None:
         return
     names = {parsed.model, decision.mapped_model}
     names.update(instance.model for instance in decision.instances)
-    listed = [model["id"] for model in await context.list_models(request)]
-    if names.isdisjoint(listed):
+    listed = {model["id"] for model in await context.list_models(request)}
+    if not any(find_listed(name, listed) for name in names):
         raise NotFound(f"model {parsed.model[:80]!r} not found")
     details = request.dialect.encode_details(parsed.model, rfc3339(time.time()))
     request.writer.send_json(details)

@@ -6508,6 +6508,96 @@ def test_yaml_says_the_line() -> None:
         routing("servers:\n  a: http://a\n  a: http://b\n")
 
 
+TAGGED_TABLE = """
+{"servers": {"box": "http://box:1", "gpu": {"url": "http://gpu:2", "api": "ollama"}},
+ "aliases": {"coder:latest": {"instances": ["box/a"]}, "plain": {"instances": ["box/b:latest"]}},
+ "routes": [
+  {"match": {"model": "/-v1:latest$/"}, "route": {"upstream": "gpu"}},
+  {"match": {"model": "named"}, "route": {"upstream": "box", "model": "c"}},
+  {"match": {"model": "/^cut-(.*)$/"}, "route": {"upstream": "gpu", "model": "\\\\1"}}]}
+"""
+TAGGED_MAP = '{"mine": "p", "mine:latest": "q", "short": "plain", "/^gpt/": "r", "gpt-4": "s"}'
+# What is asked for, the route, what is sent where. The name as asked goes first.
+TAGGED_DECISIONS = [
+    ("coder:latest", "alias coder:latest", "box/a"),
+    ("coder", "default", "default/coder"),
+    ("plain:latest", "alias plain", "box/b:latest"),
+    ("short:latest", "alias plain", "box/b:latest"),
+    ("x-v1:latest", "routes[0]", "gpu/x-v1:latest"),
+    ("x-v1", "default", "default/x-v1"),
+    ("named:latest", "routes[1]", "box/c"),
+    ("cut-x:latest", "routes[2]", "gpu/x:latest"),
+    ("mine:latest", "default", "default/q"),
+    ("mine", "default", "default/p"),
+    ("gpt-4:latest", "default", "default/s"),
+    ("gpt-5:latest", "default", "default/r"),
+    ("m:latest [gpu]", "pin gpu", "gpu/m:latest"),
+    ("m [gpu]:latest", "pin gpu", "gpu/m"),
+    (":latest", "default", "default/:latest"),
+]
+
+
+@pytest.mark.parametrize("asked, route, instance", TAGGED_DECISIONS)
+def test_decision_with_the_tag_latest(asked: str, route: str, instance: str) -> None:
+    decision = smolrouter.resolve(routing(TAGGED_TABLE, MODEL_MAP=TAGGED_MAP), asked, HOME)
+    assert (decision.route, *map(str, decision.instances)) == (route, instance)
+    assert decision.trail[-1].matched
+
+
+def tagged_router() -> Router:
+    """Return a router whose OpenAI server lists one name with `:latest`, and its Ollama server."""
+    servers = {"box": tagged_box().url, "gpu": {"url": gpu().url, "api": "ollama"}}
+    table = {**json.loads(TAGGED_TABLE), "servers": servers}
+    return shared_router({"DEFAULT_UPSTREAM": tagged_box().url, "MODEL_MAP": TAGGED_MAP}, table)
+
+
+@functools.cache
+def tagged_box() -> Upstream:
+    """Return the OpenAI server of `tagged_router()`."""
+    return Upstream(models=["bare", "listed:latest", "b:latest"])
+
+
+@pytest.mark.parametrize("path", ("/api/chat", "/api/generate", "/api/embed", CHAT))
+@pytest.mark.parametrize(
+    "asked, sent",
+    (
+        ("coder:latest", "a"),
+        ("plain:latest", "b:latest"),
+        ("mine:latest", "q"),
+        ("bare:latest", "bare"),
+        ("listed:latest", "listed:latest"),
+        ("listed", "listed"),
+    ),
+)
+def test_the_tag_latest_reaches_who_knows_it(asked: str, sent: str, path: str) -> None:
+    """An OpenAI client's bytes go as they are; an Ollama client adds the tag to any name."""
+    if (asked, path) == ("bare:latest", CHAT):
+        sent = asked
+    got = request(tagged_router().port, "POST", path, {**EXAMPLE_REQUESTS[path], "model": asked})
+    assert got.status == 200
+    assert last_request(tagged_box()).model == sent
+    row = wait_for_row(tagged_router(), asked)
+    assert row["original_model"] == asked
+
+
+@pytest.mark.parametrize("asked", [case[0] for case in TAGGED_DECISIONS])
+def test_explain_and_the_live_path_agree_on_the_tag_latest(asked: str) -> None:
+    """Without a translation to another dialect they say the same to the letter."""
+    query = urllib.parse.urlencode({"model": asked})
+    shown = request(tagged_router().port, "GET", f"/api/routes?{query}").json["decision"]
+    got = post_chat(tagged_router(), asked)
+    assert got.get("X-SmolRouter-Route") == shown["route"]
+    assert got.get("X-SmolRouter-Model") == shown["instances"][0]["model"]
+
+
+def test_the_tag_latest_makes_no_model_unknown() -> None:
+    for name in ("bare", "bare:latest", "listed", "listed:latest"):
+        assert request(tagged_router().port, "POST", "/api/show", {"model": name}).status == 200
+        assert request(tagged_router().port, "GET", f"/v1/models/{name}").status == 200
+    assert request(tagged_router().port, "POST", "/api/show", {"model": "no:latest"}).status == 404
+    assert request(tagged_router().port, "GET", "/v1/models/no").status == 404
+
+
 # --- names that break no head ---------------------------------------------------------
 
 
