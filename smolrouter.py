@@ -4528,12 +4528,14 @@ class Node(NamedTuple):
 class TableReader:
     """Reads a routing file's document into the parts of a table; every error names its place."""
 
-    def __init__(self, root: Node, default: Server) -> None:
+    def __init__(self, root: Node, default_url: UpstreamURL) -> None:
         servers, aliases, routes = root.members("servers", "aliases", "routes")
         self.servers: dict[str, Server] = {}
         for node in servers.entries():
             self.servers[node.path[-1]] = self.read_server(node)
-        self.default = self.find_named(default)
+        # Which URL has which name, so that no two servers go by one.
+        self.names = {name: server.url for name, server in self.servers.items()}
+        self.default = self.find_default(default_url)
         self.aliases: dict[str, Target] = {}
         for node in aliases.entries():
             self.aliases[node.path[-1]] = self.read_alias(node)
@@ -4542,12 +4544,19 @@ class TableReader:
             listed = routes.elements("not a list; begin each route with `- match:`")
             self.rules = tuple(self.read_rule(node) for node in listed)
 
-    def find_named(self, default: Server) -> Server:
+    def find_default(self, url: UpstreamURL) -> Server:
         """Return the named server that has the URL of DEFAULT_UPSTREAM, with its key and fields."""
         for server in self.servers.values():
-            if server.url == default.url:
+            if server.url == url:
                 return server
-        return default
+        return self.name_server(url, "default")
+
+    def name_server(self, url: UpstreamURL, *wishes: str) -> Server:
+        """Return a server that the file gives no name; it gets the first that nobody else has."""
+        for name in (*wishes, f"{url.authority}{url.prefix}"):
+            if self.names.setdefault(name, url) == url:
+                return Server(name, url)
+        return Server(str(url), url)
 
     def read_server(self, node: Node) -> Server:
         """Read a server: a URL, or a record with one."""
@@ -4573,8 +4582,7 @@ class TableReader:
         known = ", ".join(self.servers) or "none"
         words = f"unknown server {name!r}; known are {known}, or a URL"
         node.require(ABSOLUTE_SCHEME.match(name), words)
-        url = node.read(parse_upstream_url)
-        return Server(f"{url.authority}{url.prefix}", url)
+        return self.name_server(node.read(parse_upstream_url))
 
     def read_instance(self, node: Node) -> Instance:
         """Read `server/model`, split at the first slash, or a record with these members."""
@@ -4731,7 +4739,7 @@ def parse_routes(
     document = parse_document(text if text.strip() else "{}", name)
     root = Node(document.value, (), document)
     root = root.replace(root.expand_variables(environ))
-    file = TableReader(root, Server("default", settings.default_upstream))
+    file = TableReader(root, settings.default_upstream)
     return RoutingTable(
         file.default, file.servers, file.aliases, file.rules, settings.model_map, name
     )

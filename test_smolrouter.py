@@ -6492,6 +6492,36 @@ def test_two_servers_may_have_one_url() -> None:
     assert smolrouter.resolve(routing(text), "m [b]", HOME).route == "pin b"
 
 
+SERVERS_OF_ODD_NAMES = {
+    "a box [old]": "http://odd:1",
+    "[x]": "http://odd:2",
+    "default": "http://odd:3",
+    "same:4": "http://odd:5",
+}
+URLS_WITHOUT_NAMES = ("http://[::1]:8000", "http://same:4", "http://tls", "https://tls")
+
+
+def test_every_listed_name_pins_its_server() -> None:
+    """What the list of models shows in brackets is found again, whatever its server's name."""
+    routes = [
+        {"match": {"model": f"r{number}"}, "route": {"upstream": url}}
+        for number, url in enumerate(URLS_WITHOUT_NAMES)
+    ]
+    text = json.dumps({"servers": SERVERS_OF_ODD_NAMES, "routes": routes})
+    table = routing(text, DEFAULT_UPSTREAM="http://built-in:7")
+    servers = table.all_servers()
+    assert {str(server.url) for server in servers} >= {*SERVERS_OF_ODD_NAMES.values()}
+    assert len(servers) == len(SERVERS_OF_ODD_NAMES) + len(URLS_WITHOUT_NAMES) + 1
+    model = {"id": "org/m [beta]"}
+    listed = smolrouter.merge_models((), [(server, [model]) for server in servers])
+    reached = {}
+    for name in [entry["id"] for entry in listed][1:]:
+        (instance,) = smolrouter.resolve(table, name, HOME).instances
+        assert instance.model == model["id"]
+        reached[name] = instance.server
+    assert set(reached.values()) == set(servers)
+
+
 def test_request_without_a_model_follows_rules_on_its_source() -> None:
     decision = smolrouter.resolve(routing(), "", "fd00::7")
     assert decision.route == "routes[2]"
