@@ -321,6 +321,7 @@ FALSE_WORDS = ("0", "false", "no", "off")
 WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
 DECIMAL_NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,9})?")
 ABSOLUTE_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+PATTERN_WITH_FLAGS = re.compile(r"/(.+)/([gimsuxy]{1,3})", re.DOTALL)
 HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
 ENDPOINT_AT_END = re.compile(
@@ -475,8 +476,19 @@ def parse_networks(text: str) -> tuple[IPNetwork, ...]:
         raise ValueError(f"{error}; allowed are addresses and CIDRs") from None
 
 
+def add_flags(pattern: str, flags: str) -> str:
+    """Write a pattern with those of its flags that mean something: '^GPT', 'gi' -> '/(?i)^GPT/'."""
+    known_flags = "".join(flag for flag in "imsx" if flag in flags)
+    return f"/(?{known_flags}){pattern}/" if known_flags else f"/{pattern}/"
+
+
 def parse_pattern(text: str) -> NamePattern:
     """Read what a model is compared with: 'gpt-4' -> 'gpt-4', '/^gpt/' -> re.compile('^gpt')."""
+    flagged = PATTERN_WITH_FLAGS.fullmatch(text)
+    if flagged:
+        # As in JavaScript. It would be an exact name that no model ever has.
+        remedy = add_flags(*flagged.groups())
+        raise ValueError(f"{text!r} has flags behind the pattern; write {remedy!r}")
     if len(text) < 3 or not (text.startswith("/") and text.endswith("/")):
         return text
     try:

@@ -2107,7 +2107,8 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "LISTEN_PORT": (["0", "1234", "65535"], ["x", "-1", "65536"]),
     "MODEL_MAP": (
         ["{}", '{"a": "b"}', r'{"/^(a|b)-x$/": "\\1-y"}', r'{"/(?P<n>a)/": "\\g<n>"}'],
-        ["[]", "{", '{"a": 1}', '{"/(/": "x"}', '{"/a/": "\\\\1"}', "gpt-4=llama"]),
+        ["[]", "{", '{"a": 1}', '{"/(/": "x"}', '{"/a/": "\\\\1"}', "gpt-4=llama",
+         '{"/^GPT/i": "x"}', '{"a": "b", "/gpt/gi": "x"}']),
     "STRIP_THINKING": (["1", "TRUE", "Yes", "on"], ["2"]),
     "STRIP_JSON_MARKDOWN": (["0", "False", "NO", "off"], ["ja"]),
     "DISABLE_THINKING": (["true", "false"], ["enabled"]),
@@ -2153,6 +2154,33 @@ def test_bad_settings_stop_with_one_line(
     done = run_program("check", settings={"LISTEN_PORT": "x"})
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and "LISTEN_PORT" in line and "'x'" in line
+
+
+BAD_PATTERNS = {
+    "/^GPT/i": "write '/(?i)^GPT/'",
+    "/gpt/gim": "write '/(?im)gpt/'",
+    "/a/b/g": "write '/a/b/'",
+    "/(/": "regular expression",
+}
+PATTERNS = {
+    "/(?i)^gpt/": re.compile("(?i)^gpt"),
+    "/a/b/": re.compile("a/b"),
+    # The ids of models are paths where vLLM has them on its disk.
+    "/models/qwen": "/models/qwen",
+    "//": "//",
+    "org/name": "org/name",
+}
+
+
+@pytest.mark.parametrize("text, expected", PATTERNS.items())
+def test_what_is_a_pattern_and_what_a_name(text: str, expected: Any) -> None:
+    assert smolrouter.parse_pattern(text) == expected
+
+
+@pytest.mark.parametrize("text, remedy", BAD_PATTERNS.items())
+def test_bad_pattern_is_refused_with_the_remedy(text: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        smolrouter.parse_pattern(text)
 
 
 def test_every_setting_may_be_missing() -> None:
@@ -6426,6 +6454,7 @@ BAD_TABLES = {
     "unknown key": ('{"servers": {}, "extra": 1}', "extra"),
     "not a mapping": ("[]", "the file"),
     "bad regex": (route({"model": "/(/"}, X), "routes[0].match.model"),
+    "flags behind a pattern": (route({"model": "/^GPT/i"}, X), "write '/(?i)^GPT/'"),
     "bad group": (route({"model": "/a/"}, {"model": "\\1"}), "routes[0].route.model"),
     "empty alias": ('{"aliases": {"a": {"instances": []}}}', "aliases.a.instances"),
     "unknown server": ('{"aliases": {"a": {"instances": ["nobody/m"]}}}', "nobody"),
