@@ -328,7 +328,9 @@ ENDPOINT_AT_END = re.compile(
     r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
     r"/api/(?:chat|generate|tags))/*$"
 )
-ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+# An origin, or a scheme alone: `app:` is every origin of that scheme. A scheme of web pages is
+# none of these, because it would be anybody's.
+ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+|(?!https?:)[a-z][a-z0-9+.-]*:")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -461,7 +463,7 @@ def parse_origins(text: str) -> tuple[str, ...]:
     """Read browser origins: 'https://chat.lan loopback' -> ('https://chat.lan', 'loopback')."""
     origins = parse_names(text)
     for origin in origins:
-        allowed = "allowed are https://host:port, loopback and *"
+        allowed = "allowed are https://host:port, schemes such as app:, loopback and *"
         require(ORIGIN.fullmatch(origin), f"{origin!r} is no origin; {allowed}")
     return origins
 
@@ -594,7 +596,7 @@ class Settings:
     api_security: str = setting("NONE", choice_of(*POLICIES), "who may use the model API: the same three")
     trusted_proxies: tuple[IPNetwork, ...] = setting("none", parse_networks, "addresses or CIDRs whose X-Forwarded-For is believed")
     allowed_hosts: tuple[str, ...] = setting("", parse_names, "extra Host names for the Web UI")
-    allowed_origins: tuple[str, ...] = setting("loopback", parse_origins, "browser origins that may call the API; * for all")
+    allowed_origins: tuple[str, ...] = setting("loopback", parse_origins, "browser origins that may call the API; app: for all of a scheme, * for all")
     shutdown_grace: float = setting("8", number_between(0, 3600, whole=False), "s that running requests get after SIGTERM")
     log_level: str = setting("INFO", choice_of(*LOG_LEVELS), "DEBUG, INFO (a line a request on stderr), WARNING, ERROR")
     # ruff: enable[E501]
@@ -5322,10 +5324,21 @@ def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
     if "*" in allowed:
         return True
     scheme, _, authority = origin.partition("://")
+    # `app://obsidian.md` is an app on its owner's machine, and such hosts are often random.
+    if f"{scheme}:" in allowed:
+        return True
     if "loopback" not in allowed or scheme not in ("http", "https"):
         return False
     name = split_host(authority)
     return name in ("localhost", "::1") or (is_address(name) and name.startswith("127."))
+
+
+def origin_remedy(origin: str, webui: bool) -> str:
+    """Return what to add to ALLOWED_ORIGINS: 'app://obsidian.md' -> 'app:', others in full."""
+    scheme, mark, _ = origin.lower().partition("://")
+    if mark and not webui and scheme not in ("http", "https"):
+        return f"{scheme}:"
+    return origin.lower()
 
 
 def is_browser(fields: Fields) -> bool:
@@ -5358,7 +5371,8 @@ def check_browser(
     if origin is not None:
         own_page = host_is_good and is_own_page(fields, host)
         if not own_page and not origin_allowed(origin, rules.allowed_origins, webui):
-            raise Forbidden(f"origin {origin[:80]!r} is not allowed; add it to ALLOWED_ORIGINS")
+            remedy = f"add {origin_remedy(origin[:80], webui)} to ALLOWED_ORIGINS"
+            raise Forbidden(f"origin {origin[:80]!r} is not allowed; {remedy}")
     # An image or a script element of another site sends no Origin. A link is harmless: its answer
     # is shown to the person, and not to the site.
     from_elsewhere = fields.get("sec-fetch-site") in ("cross-site", "same-site")

@@ -2126,7 +2126,9 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "API_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
     "TRUSTED_PROXIES": (["10.0.0.0/8, ::1", "10.0.0.1"], ["10.0.0.0/33", "proxy"]),
     "ALLOWED_HOSTS": (["router.example", "a.example,b.example"], []),
-    "ALLOWED_ORIGINS": (["*", "https://a.example, https://b.example"], []),
+    "ALLOWED_ORIGINS": (
+        ["*", "https://a.example, https://b.example", "app:, tauri: vscode-webview:"],
+        ["https:", "http:", "app", "app:/", ":"]),
     "SHUTDOWN_GRACE": (["8", "0.5", "0"], ["soon", "-1"]),
     "LOG_LEVEL": (["DEBUG", "INFO", "WARNING", "ERROR"], ["LOUD"]),
     "ROUTES_CONFIG": ([], ["nowhere.yaml"]),
@@ -6851,6 +6853,14 @@ PAGES = [
     (BOX, {"Origin": "http://localhost.evil.example"}, "loopback", 403, 403),
     (BOX, {"Origin": "http://127.0.0.1.evil.example"}, "loopback", 403, 403),
     (BOX, {"Origin": "file://localhost"}, "loopback", 403, 403),
+    (BOX, {"Origin": "app://obsidian.md"}, "loopback", 403, 403),
+    (BOX, {"Origin": "app://obsidian.md"}, "app:", 403, 200),
+    (BOX, {"Origin": "APP://obsidian.md"}, "loopback App:", 403, 200),
+    (BOX, {"Origin": "app://obsidian.md"}, "app://obsidian.md", 200, 200),
+    (BOX, {"Origin": "tauri://localhost"}, "app:, tauri:", 403, 200),
+    (BOX, {"Origin": "vscode-webview://1f2e"}, "vscode-webview:", 403, 200),
+    (BOX, {"Origin": "application://x"}, "app:", 403, 403),
+    (BOX, {"Origin": "https://app"}, "app:", 403, 403),
     (BOX, CROSS, "loopback", 403, 403),
     (BOX, {**CROSS, "Sec-Fetch-Dest": "iframe"}, "loopback", 403, 403),
     (BOX, {**CROSS, **LINK}, "loopback", 200, 200),
@@ -6887,6 +6897,24 @@ def test_page_from_elsewhere(
         except smolrouter.RouterError as error:
             status = error.status
         assert status == wanted, guarded
+
+
+@pytest.mark.parametrize(
+    "path, origin, added",
+    (
+        (CHAT, "app://obsidian.md", "app:"),
+        (CHAT, "vscode-webview://0a1b", "vscode-webview:"),
+        (CHAT, "https://chat.example", "https://chat.example"),
+        ("/api/logs", "app://obsidian.md", "app://obsidian.md"),
+    ),
+)
+def test_a_refused_origin_learns_what_to_add(path: str, origin: str, added: str) -> None:
+    """The value in the message, put where the message says, lets the same page in."""
+    got = request(default_router().port, "POST", path, {}, [("Origin", origin)])
+    assert got.status == 403
+    assert f"add {added} to ALLOWED_ORIGINS" in got.content.decode()
+    allowed = smolrouter.parse_origins(added)
+    assert smolrouter.origin_allowed(origin, allowed, path == "/api/logs")
 
 
 COOKIES = [
