@@ -1144,6 +1144,9 @@ class RequestHead:
         hosts = fields.get_all("host")
         if len(hosts) > 1 or (minor == 1 and not hosts):
             raise MalformedMessage(f"{len(hosts)} Host fields instead of one")
+        # With two of these, the router could let in by one what its server serves by the other.
+        if len(fields.get_all("authorization")) > 1:
+            raise MalformedMessage("two Authorization fields instead of one")
         host = hosts[0] if hosts else ""
         if not HOST.fullmatch(host):
             raise MalformedMessage(f"Host {host[:80]!r} is not a host and port")
@@ -4996,6 +4999,8 @@ TOKEN_COOKIE = "smolrouter_token"
 TOKEN_FIELDS = ("x-smolrouter-token", "authorization", "cookie")
 BASE64URL = re.compile(r"[A-Za-z0-9_-]+")
 SECONDS_A_DAY = 86400
+# The end of the year 9999, in s UTC.
+LATEST_MOMENT = 253_402_300_799
 # No browser keeps a cookie for longer.
 LONGEST_COOKIE = 400 * SECONDS_A_DAY
 # Why a token that this router has signed is not valid any more.
@@ -5039,7 +5044,19 @@ def encode_token(secret: str, subject: str, now: float, days: float) -> str:
 
 def is_moment(value: Any) -> bool:
     """Tell whether a claim is a number of seconds; JSON's true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # 1e999 is JSON and infinite: that token would never expire. With an integer of 400 digits
+    # nothing can be calculated.
+    return is_number and abs(value) <= LATEST_MOMENT
+
+
+def parse_token_part(part: str) -> dict[str, Any] | None:
+    """Return the JSON object in a part of a token, None for anything else; NaN is no JSON."""
+    try:
+        _, document = parse_json(decode_base64url(part))
+    except RouterError:
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def check_token(token: str, secret: str, now: float) -> str | None:
@@ -5047,8 +5064,8 @@ def check_token(token: str, secret: str, now: float) -> str | None:
     parts = token.split(".")
     if len(token) > LIMITS.token or len(parts) != 3 or not token.isascii():
         return "the token is not a JWT"
-    header = parse_object(decode_base64url(parts[0]))
-    claims = parse_object(decode_base64url(parts[1]))
+    header = parse_token_part(parts[0])
+    claims = parse_token_part(parts[1])
     # The token itself says how it is signed. Who believes that accepts `none`, or a public key
     # as the secret of an HMAC (RFC 8725 section 3.1). `crit` names extensions that must be
     # understood, and none is.
@@ -5061,8 +5078,10 @@ def check_token(token: str, secret: str, now: float) -> str | None:
     # A token without an end could never be taken back.
     expires_at = claims.get("exp")
     begins_at = claims.get("nbf", 0)
-    if not is_moment(expires_at) or not is_moment(begins_at):
+    if not is_moment(expires_at):
         return "the token has no valid `exp`"
+    if not is_moment(begins_at):
+        return "the token has no valid `nbf`"
     if begins_at <= now < expires_at:
         return None
     if now >= expires_at:
@@ -5649,6 +5668,8 @@ class Connection(asyncio.Protocol):
         # Reading: octets that have come and are not used yet, and how many ever came.
         self.received = b""
         self.received_octets = 0
+        # What has come of a head, until all of it is there.
+        self.partial_head = b""
         self.read_paused = False
         self.sink: Callable[[bytes], None] | None = None
         # Writing: what was written in this turn.
@@ -5851,8 +5872,10 @@ class Connection(asyncio.Protocol):
             unseen_at = max(0, len(head) - len(data) - 3)
             end = head.find(b"\r\n\r\n", unseen_at)
             if 0 <= end <= limit:
+                self.partial_head = b""
                 self.received = head[end + 4 :]
                 return head[:end]
+            self.partial_head = head
             self.check_partial_head(head, unseen_at, limit)
         if head:
             raise MalformedMessage("the connection ended inside a head")
@@ -5866,6 +5889,10 @@ class Connection(asyncio.Protocol):
         """
         if BARE_LF.search(head, unseen_at):
             raise MalformedMessage("a bare CR or LF in the head instead of CRLF")
+        line, line_end, _ = head.partition(b"\r\n")
+        if line_end and b"HTTP/" not in line:
+            # HTTP/0.9 has nothing but this line. Its client waits for an answer from here on.
+            raise MalformedMessage(f"{line[:80]!r} names no version of HTTP")
         if head and not (head[:1].isalnum() or head[:1] in b"!#$%&'*+-.^_`|~\r"):
             # A TLS handshake begins with the octet 0x16.
             hint = "; this port speaks http, not https" if head[:1] == b"\x16" else ""
@@ -10251,6 +10278,7 @@ class HTTPServer:
         """Return the head of a request; None when there is none, and then all has been said."""
         connection.set_deadline(self.limits.head_timeout, NO_HEAD)
         longest = self.limits.request_line + self.limits.all_field_lines
+        data = None
         try:
             data = await connection.read_head(longest)
             if data is None:
@@ -10259,7 +10287,11 @@ class HTTPServer:
         except RouterError as error:
             # Nobody knows where the next message would begin, so this is the last answer. There
             # is no path either that would tell a dialect.
-            send_error(ResponseWriter(connection, None), error, OPENAI)
+            writer = ResponseWriter(connection, None)
+            if (data or connection.partial_head).startswith(b"HEAD "):
+                # Content would be taken for the next answer (RFC 9110 section 9.3.2).
+                writer.method = "HEAD"
+            send_error(writer, error, OPENAI)
             self.context.log.print_request(peer, str(error.status), str(error))
             await connection.linger()
             return None

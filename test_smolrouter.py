@@ -2703,6 +2703,10 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
 } | {
     # versions
     "HTTP/0.9": (b"GET /v1/EVIL\r\n\r\n", {400, 505}),
+    "HTTP/0.9, a line alone": (b"GET /v1/EVIL\r\n", {400}),
+    "two Authorizations": (
+        b"POST /v1/EVIL HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer a\r\n"
+        b"authorization: Bearer b\r\n\r\n", {400}),
     "named HTTP/0.9": (with_first_line(b"GET /v1/EVIL HTTP/0.9"), {400, 505}),
     "HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 505}),
     "HTTP/2.0": (with_first_line(b"GET /v1/EVIL HTTP/2.0"), {505}),
@@ -2731,6 +2735,41 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         with_chunks(EVIL_CHUNK + b"0\r\n" + (b"A: " + b"b" * 900 + b"\r\n") * 12), {400, 431}),
     "content too large": (with_length(b"9" * 18), {413}),
 }  # fmt: skip
+
+
+REFUSED_HEADS = {
+    "target": b"HEAD x HTTP/1.1\r\nHost: a\r\n\r\n",
+    "Host": b"HEAD / HTTP/1.1\r\n\r\n",
+    "version": b"HEAD /\r\n",
+    "two Authorizations": b"HEAD / HTTP/1.1\r\nHost: a\r\n" + b"Authorization: b\r\n" * 2 + b"\r\n",
+    "line end": b"HEAD / HTTP/1.1\nHost: a\r\n\r\n",
+    "target's length": b"HEAD /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    "fields' length": b"HEAD / HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 30_000 + b"\r\n",
+    "path": b"HEAD /nowhere HTTP/1.1\r\nHost: a\r\n\r\n",
+    "method": b"HEAD /api/chat HTTP/1.1\r\nHost: a\r\n\r\n",
+    "model": b"HEAD /v1/models/nobody HTTP/1.1\r\nHost: a\r\n\r\n",
+    "origin": b"HEAD / HTTP/1.1\r\nHost: a\r\nOrigin: https://evil.example\r\n\r\n",
+    "Web UI's Host": b"HEAD /api/logs HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", REFUSED_HEADS.values(), ids=REFUSED_HEADS)
+def test_a_refused_head_gets_no_content(data: bytes) -> None:
+    """Not even one octet of it: it would be read as the next answer."""
+    closing = data.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    top, end, content = send_raw(default_router().port, closing, answers=0).partition(b"\r\n\r\n")
+    assert re.match(rb"HTTP/1\.1 4\d\d ", top)
+    assert int(dict(parse_head(top)[1])["Content-Length"]) > 0
+    assert (end, content) == (b"\r\n\r\n", b"")
+
+
+def test_a_head_that_never_ends_gets_no_content() -> None:
+    router = shared_router(
+        {"DEFAULT_UPSTREAM": default_upstream().url}, limits={"head_timeout": 0.5}
+    )
+    for pieces in ((b"HEAD / HTTP/1.1\r\nHo",), (b"HEA", 0.2, b"D / HTTP/1.1\r\n")):
+        got = send_raw(router.port, *pieces, answers=0)
+        assert got.startswith(b"HTTP/1.1 408 ") and got.endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -6791,6 +6830,13 @@ TOKENS = {
     "crit": (jwt({**HS256, "crit": ["x"]}, {"exp": 2000}), False),
     "other key": (jwt(HS256, {"exp": 2000}, "x" * 40), False),
     "no signature": (jwt(HS256, {"exp": 2000}).rpartition(".")[0] + ".", False),
+    "exp infinite": (jwt(HS256, {"exp": math.inf}), False),
+    "exp not a number": (jwt(HS256, {"exp": math.nan}), False),
+    "exp of 400 digits": (jwt(HS256, {"exp": 10**400}), False),
+    "nbf minus infinity": (jwt(HS256, {"exp": 2000, "nbf": -math.inf}), False),
+    "nbf of 400 digits": (jwt(HS256, {"exp": 2000, "nbf": -(10**400)}), False),
+    "infinity elsewhere": (jwt(HS256, {"exp": 2000, "x": math.inf}), False),
+    "infinity in the head": (jwt({**HS256, "x": -math.inf}, {"exp": 2000}), False),
     "two parts": ("a.b", False),
     "not base64": ("!.!.!", False),
     "empty": ("", False),
@@ -6800,6 +6846,16 @@ TOKENS = {
 @pytest.mark.parametrize("token, valid", TOKENS.values(), ids=TOKENS.keys())
 def test_token(token: str, valid: bool) -> None:
     assert (smolrouter.check_token(token, SECRET_KEY, 1000.0) is None) == valid
+
+
+@pytest.mark.parametrize("exp", (10**400, math.inf, math.nan, 1e300))
+def test_a_token_without_a_moment_as_its_end_signs_nobody_in(exp: float) -> None:
+    token = jwt(HS256, {"exp": exp}, SECRET)
+    router = shared_router({"JWT_SECRET": SECRET, "WEBUI_SECURITY": "ALWAYS_AUTH"})
+    signin = request(router.port, "POST", "/api/signin", {"token": token})
+    bearer = request(router.port, "GET", "/api/logs", None, [("Authorization", f"Bearer {token}")])
+    assert (signin.status, bearer.status) == (401, 401)
+    assert "Traceback" not in router.stderr
 
 
 def test_minted_token_is_valid_until_it_expires() -> None:
