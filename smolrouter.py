@@ -6527,8 +6527,9 @@ class Upstreams:
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
         )
         self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
-        # How often each route of the strategy round_robin was taken.
-        self.turns: collections.Counter[str] = collections.Counter()
+        # For each route, when it last asked each of its instances, as a number that grows.
+        self.turns: dict[tuple[str, Instance], int] = {}
+        self.turn_numbers = itertools.count(1)
         # What was learned of servers: some refuse `stream_options`; some tell the timings of a
         # stream with a model unasked, so that they need not be asked for its usage.
         self.no_stream_options: set[UpstreamURL] = set()
@@ -6571,14 +6572,19 @@ class Upstreams:
         if len(instances) < 2:
             return instances
         if decision.strategy == "round_robin":
-            turn = self.turns[decision.route] % len(instances)
-            self.turns[decision.route] += 1
-            instances = instances[turn:] + instances[:turn]
+            # The one that has waited longest. To count through the list instead would give the
+            # turn of each instance that is cooling to the one that stands behind it.
+            instances.sort(key=lambda i: self.turns.get((decision.route, i), 0))
         elif decision.strategy == "least_busy":
             instances.sort(key=self.requests_running)
         now = time.monotonic()
         # The sort is stable: those that are well stay in their order.
         return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
+
+    def note_turn(self, decision: Decision, instance: Instance) -> None:
+        """Note that an instance is asked now, in its turn or because others have failed."""
+        if decision.strategy == "round_robin":
+            self.turns[decision.route, instance] = next(self.turn_numbers)
 
     # Requests.
 
@@ -8427,6 +8433,7 @@ class Exchange:
 
     def enter(self, instance: Instance) -> Candidate:
         """Make an instance the one that is asked now."""
+        self.context.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, self.context.upstreams.health_of(instance))
         self.resume(candidate)
         return candidate

@@ -8465,6 +8465,20 @@ def test_round_robin_takes_turns() -> None:
             assert post_chat(router, "pair").status == 200
 
 
+def test_round_robin_gives_the_turn_of_the_dead_to_all() -> None:
+    with contextlib.ExitStack() as stack:
+        good = [stack.enter_context(SwitchableUpstream()) for _ in range(3)]
+        urls = [good[0].url, refusing_url(), good[1].url, good[2].url]
+        servers = {f"s{number}": url for number, url in enumerate(urls)}
+        instances = [f"{name}/m" for name in servers]
+        alias = {"strategy": "round_robin", "instances": instances}
+        routes = {"servers": servers, "aliases": {"all": alias}}
+        router = stack.enter_context(Router({}, routes))
+        for _ in range(18):
+            assert post_chat(router, "all").status == 200
+        assert [upstream.request_count for upstream in good] == [6, 6, 6]
+
+
 def test_least_busy_takes_the_idle_one() -> None:
     gate = threading.Event()
 
