@@ -44,7 +44,7 @@ The life of one request, say a streamed POST /api/chat, is the way through these
      6. `resolve` makes of the model and the source host a `Decision`: the instances in the
         order to try, and the trail that says why.
      7. An `Exchange` begins, and `RequestLog.begin` with it: from now on the page shows it.
-     8. `Exchange.find_response` asks one instance after the other (`Upstreams.send_request`).
+     8. `Exchange.relay` asks one instance after the other (`Upstreams.send_request`).
         Refused, late, an error status or an error inside: the next one. The first good
         response is the one that the client gets.
      9. `UpstreamResponse.pump` takes the response as it comes. `Exchange.forward` puts each
@@ -265,6 +265,10 @@ class NotSupported(BadRequest, status=501, code="not_supported"):
 
 class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_error"):
     """No upstream gave an HTTP answer."""
+
+
+class ErrorAnswer(BadGateway):
+    """The upstream's answer is an error, whatever its status says; the message has its words."""
 
 
 class Unavailable(RouterError, status=503, code="shutting_down"):
@@ -763,8 +767,10 @@ class Limits:
     # the longest time goes. A home has a few dozen of them. Each has a trail with a step for
     # every rule: with a thousand rules, these are up to 50 MB.
     decisions: int = 256
-    # Of an error's text, so much goes into rows and printed lines.
+    # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
+    # so much is looked at. Some servers put a traceback beside it, or all of the request.
     error_text: int = 400
+    error_content: int = 64 * KiB
 
     # --- tokens ---
     # A longer token is refused (401) before anything is computed from it.
@@ -2740,11 +2746,12 @@ def error_words(document: Mapping[str, Any]) -> str:
     """
     words: Any = document
     for name in ("error", "detail", "message"):
-        if document.get(name):
+        # `true` only says that another member is about an error.
+        if document.get(name) not in (None, "", True, False):
             words = document[name]
             break
     if isinstance(words, dict):
-        words = words.get("message") or words
+        words = words.get("message") or words.get("error") or words
     return words if isinstance(words, str) else json.dumps(words)
 
 
@@ -3050,6 +3057,27 @@ def read_documents(answer: bytes) -> Iterator[dict[str, Any]]:
         document = parse_object(line.removeprefix(b"data:").strip())
         if document is not None:
             yield document
+
+
+HTML_TITLE = re.compile(r"<title>([^<]*)</title>", re.IGNORECASE)
+
+
+def read_error(content: bytes) -> str:
+    """Return the sentence in the content of an error answer, "" when it says nothing.
+
+    `{"detail": "no memory"}`, `[{"error": {"message": "no memory"}}]`, `no memory`, and
+    `<html><title>no memory</title>`  ->  `no memory`
+    """
+    text = content.decode("utf-8", "replace").strip()
+    # Gemini's servers put the object into an array.
+    document = parse_object(text.removeprefix("[").removesuffix("]"))
+    if document is None:
+        # A server that was about to stream may have made an event of it.
+        document = next(read_documents(content), None)
+    if document is not None:
+        return error_words(document)
+    title = HTML_TITLE.search(text)
+    return title[1].strip() if title else text
 
 
 def read_answers(answer: bytes) -> list[Message]:
@@ -4061,7 +4089,7 @@ class OllamaTranslation:
 
     def fail(self, words: str) -> bytes:
         """Return the line for an error that the server told. Raises it when there are no lines."""
-        error = BadGateway(words)
+        error = ErrorAnswer(words)
         if self.buffers:
             raise error
         self.failed = True
@@ -4225,11 +4253,7 @@ Rewriter = BufferedRewrite | StreamRewrite
 
 def translate_error(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a server's error as the client's protocol has it."""
-    document = parse_object(content)
-    words = content.decode("utf-8", "replace").strip()
-    if document is not None:
-        words = error_words(document)
-    error = BadGateway(words or "the upstream gave no reason")
+    error = BadGateway(read_error(content) or "the upstream gave no reason")
     return plan.parsed.protocol.encode_error(error)
 
 
@@ -4240,7 +4264,7 @@ def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
         raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
     words = find_error(plan.protocol, document)
     if words:
-        raise BadGateway(words)
+        raise ErrorAnswer(words)
     return plan.dialect.answer(plan, document, content)
 
 
@@ -6477,7 +6501,7 @@ class Health:
     """How one instance has fared.
 
     A failure begins a cool-down in which other instances are asked first. It doubles with each
-    failure in a row, and one success ends it.
+    failure in a row; a good answer ends it, and a whole one the row.
     """
 
     limits: Limits
@@ -6506,12 +6530,20 @@ class Health:
         self.reached = reached
         self.cool_until = time.monotonic() + cool_down
 
-    def succeed(self) -> None:
-        """End the cool-down."""
-        self.failures = 0
+    def answer(self) -> None:
+        """End the cool-down, because a good answer has begun.
+
+        The failures stay until it is whole: an instance that breaks off each of its answers
+        would otherwise be back after the shortest cool-down, for ever.
+        """
         self.cool_until = 0.0
         self.error = ""
         self.reached = True
+
+    def succeed(self) -> None:
+        """End the cool-down, and forget the failures before it."""
+        self.answer()
+        self.failures = 0
 
 
 class Upstreams:
@@ -7031,7 +7063,9 @@ class RequestRecord:
     sent_model: str = ""
     upstream_url: str = ""
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
+    # Of the answer that is relayed.
     response_fields: Fields | None = None
+    answer_status: int = 0
     status: int = 0
     error: str = ""
     response_size: int = 0
@@ -7138,7 +7172,7 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     """
     if record.response_fields is None:
         return Usage(), False
-    answered = bool(record.attempts) and (record.attempts[-1].status or 500) < 400
+    answered = record.answer_status < 400
     failed = record.status >= 400 and record.status != ClientClosed.status
     # An answer that broke off, or whose client left, has cost what was said until then.
     if failed and not answered:
@@ -7755,6 +7789,15 @@ class RequestLog:
             record.body_bytes += size
             self.bytes_received += size
 
+    def drop_answer(self, record: RequestRecord) -> None:
+        """Forget what an upstream said that does not count, because another one is asked."""
+        self.bytes_received -= record.pieces_size
+        record.body_bytes -= record.pieces_size
+        record.pieces = []
+        record.pieces_size = 0
+        record.answer_end = b""
+        record.response_cut = False
+
     def finish(self, record: RequestRecord) -> None:
         """Note how a request ended; from now on its record is the thread's."""
         record.finished_at = time.monotonic()
@@ -8285,7 +8328,16 @@ class Candidate:
         # Whether the usage event of the stream was asked for by the router, not by the client.
         self.hide_usage = False
         self.response: UpstreamResponse | None = None
+        # Whether another instance could be asked instead.
+        self.has_next = False
+        # Whether the record has its attempt already, as one that was answered.
+        self.noted = False
         self.started_at = time.monotonic()
+
+    @property
+    def status(self) -> int | None:
+        """The status of its response, None without one."""
+        return self.response.head.status if self.response else None
 
     @property
     def model(self) -> str:
@@ -8301,8 +8353,8 @@ class Candidate:
 class Exchange:
     """One request on its way through the router.
 
-    `find_response` asks one candidate after the other, `relay_response` sends what the last one
-    says. Both raise RouterError; `run` turns that into an answer, or into the end of one.
+    `relay` asks one candidate after the other, `relay_response` sends what a good one says. Both
+    raise RouterError; `run` turns that into an answer, or into the end of one.
     """
 
     def __init__(
@@ -8318,6 +8370,9 @@ class Exchange:
         self.candidate: Candidate | None = None
         self.rewriter: Rewriter | None = None
         self.inflater: Inflater | None = None
+        # The content of an answer that may be an error, as far as its words are looked for.
+        self.seeks_error = False
+        self.error_content = b""
         self.record = RequestRecord(
             context.next_request_id(), request, self.dialect.service, parsed.stream, decision
         )
@@ -8331,8 +8386,7 @@ class Exchange:
         self.record.stop = self.stop
         try:
             if not self.send_load_answer():
-                await self.find_response()
-                await self.relay_response()
+                await self.relay()
         except asyncio.CancelledError:
             # The client has left, the router stops, or somebody ended the request from the page.
             self.fail(self.request.connection.cancel_reason or ClientClosed("client_closed"))
@@ -8381,7 +8435,7 @@ class Exchange:
                 record.status = error.status
                 record.error = str(error)
             return
-        record.error = str(error)[: self.context.limits.error_text]
+        record.error = self.loggable(str(error))
         if not self.writer.started:
             send_error(self.writer, error, self.dialect, self.own_fields())
             return
@@ -8400,13 +8454,14 @@ class Exchange:
         )
         return [(OWN_FIELD_NAMES[0], record.request_id), *route_fields]
 
-    # Finding a response
+    # Asking one candidate after the other
 
-    async def find_response(self) -> None:
-        """Ask the instances in order until one answers well; its candidate is kept.
+    async def relay(self) -> None:
+        """Ask the instances in order until one answers well, and send what it says.
 
-        When all fail, the last one whose answer was HTTP at all is kept: the client gets that
-        answer byte for byte. Raises BadGateway or GatewayTimeout when there was none.
+        An answer that breaks off before any of it was sent is a failure like any other: the next
+        instance is asked. When all fail, the client gets the last answer that was HTTP at all, byte
+        for byte. Raises BadGateway or GatewayTimeout when there was none.
         """
         instances = self.context.upstreams.order(self.decision)
         fallback: Candidate | None = None
@@ -8414,22 +8469,35 @@ class Exchange:
         last_failure = BadGateway
         for instance in instances:
             candidate = self.enter(instance)
+            candidate.has_next = instance is not instances[-1]
             try:
-                response = await self.attempt(candidate)
-                if len(instances) > 1:
-                    await self.inspect(response)
+                await self.find_response(candidate, len(instances) > 1)
+                if candidate.status < 400 or not candidate.has_next:
+                    await self.relay_response()
+                    return
             except BadGateway as error:
-                last_failure = type(error)
                 self.note_failure(candidate, error)
-                candidate.close()
+                # What was sent cannot be taken back, and what an only server says needs no frame.
+                if self.writer.started or (candidate.noted and len(instances) == 1):
+                    raise
+                last_failure = type(error)
                 continue
-            self.note_response(candidate, response.head)
-            if instance is instances[-1] or response.head.status < 400:
-                return
             fallback = candidate
         if fallback is None:
             raise last_failure(f"no upstream answered: {self.describe_attempts()}")
         self.resume(fallback)
+        await self.relay_response()
+
+    async def find_response(self, candidate: Candidate, has_others: bool) -> None:
+        """Ask an instance, and wait for the head of its response. Raises BadGateway.
+
+        More than the head is looked at only where there are other instances: what is read here
+        waits.
+        """
+        response = await self.attempt(candidate)
+        if has_others:
+            await self.inspect(response)
+        self.note_response(candidate)
 
     def enter(self, instance: Instance) -> Candidate:
         """Make an instance the one that is asked now."""
@@ -8444,6 +8512,8 @@ class Exchange:
             self.candidate.health.busy -= 1
         candidate.health.busy += 1
         self.candidate = candidate
+        self.rewriter = None
+        self.inflater = None
         self.record.upstream_url = str(candidate.instance.server.url)
         self.record.sent_model = candidate.model
 
@@ -8454,27 +8524,66 @@ class Exchange:
 
     def note_failure(self, candidate: Candidate, error: BadGateway) -> None:
         """Put an attempt without a good answer into the record; its instance cools down."""
-        text = str(error)[: self.context.limits.error_text]
-        candidate.health.fail(text)
+        text = self.loggable(str(error))
+        candidate.close()
+        if isinstance(error, ErrorAnswer):
+            # As with most error statuses, it may be the request that is wrong.
+            candidate.health.succeed()
+        else:
+            candidate.health.fail(text, reached=candidate.noted)
         # Another server may stand there when it comes back.
         self.context.upstreams.no_stream_options.discard(candidate.instance.server.url)
-        self.note_attempt(candidate, None, text)
+        # An answer that broke off after its client got some of it was one until then.
+        if not self.writer.started:
+            self.note_attempt(candidate, text)
 
-    def note_response(self, candidate: Candidate, head: ResponseHead) -> None:
+    def note_response(self, candidate: Candidate) -> None:
         """Put an attempt that was answered into the record; begin or end a cool-down."""
+        head = candidate.response.head
+        words = ""
+        if head.status >= 400:
+            # It has been read where another instance could be asked instead.
+            words = self.read_error(head, b"".join(candidate.response.buffered))
         if head.status in COOLING_STATUSES:
-            retry_after = head.fields.get("retry-after")
-            candidate.health.fail(f"status {head.status}", retry_after, reached=True)
-        else:
+            reason = f"status {head.status}: {words}".removesuffix(": ")
+            candidate.health.fail(reason, head.fields.get("retry-after"), reached=True)
+        elif head.status >= 400:
             candidate.health.succeed()
-        self.note_attempt(candidate, head.status, None)
+        else:
+            candidate.health.answer()
+        self.note_attempt(candidate, words or None)
+        candidate.noted = True
 
-    def note_attempt(self, candidate: Candidate, status: int | None, error: str | None) -> None:
-        """Put an attempt into the record."""
+    def note_attempt(self, candidate: Candidate, error: str | None) -> None:
+        """Put an attempt into the record, or what became of it when its head was good."""
         elapsed_ms = round((time.monotonic() - candidate.started_at) * 1000, 1)
         instance = str(candidate.instance)
-        attempt = Attempt(instance, self.record.upstream_url, status, error, elapsed_ms)
+        url = self.record.upstream_url
+        attempt = Attempt(instance, url, candidate.status, error, elapsed_ms)
+        if candidate.noted:
+            self.record.attempts.pop()
         self.record.attempts.append(attempt)
+
+    def read_error(self, head: ResponseHead, content: bytes) -> str:
+        """Return what an answer says went wrong, as it may be kept; "" when it says nothing."""
+        limit = self.context.limits.error_content
+        decoded = decode_content(content, read_coding(head.fields), limit)
+        if head.status >= 400:
+            return self.loggable(read_error(decoded))
+        protocol = find_protocol(self.upstream_path(self.candidate))
+        return self.loggable(find_error(protocol, parse_object(decoded) or {}))
+
+    def loggable(self, text: str) -> str:
+        """Return as much of an error's text as is kept and shown, secrets hidden.
+
+        Servers tell which key was wrong: the client's, or the one in the routing file.
+        """
+        secrets = list(show_fields(self.request.head.fields).secrets)
+        key = self.candidate.instance.server.api_key or ""
+        if len(key) >= self.context.limits.echoed_secret:
+            secrets.append((key.encode(), hide_secret(key).encode()))
+        hidden = hide_echoed(text.encode("utf-8", "replace"), secrets).decode()
+        return hidden[: self.context.limits.error_text]
 
     async def inspect(self, response: UpstreamResponse) -> None:
         """See that a good answer begins, and keep a bad one for later. Raises BadGateway.
@@ -8495,7 +8604,10 @@ class Exchange:
             size += len(piece)
             # An event's end is at most four octets long, and may be split anywhere.
             tail = tail[-3:] + piece
-            if form is None or form.end.search(tail) or size > self.context.limits.buffered_event:
+            if form is None or size > self.context.limits.buffered_event:
+                return
+            if form.end.search(tail):
+                self.check_first_events(form)
                 return
         # The answer is over. One event without its end may be all that the server had to say.
         events = b"".join(response.buffered)
@@ -8503,6 +8615,19 @@ class Exchange:
         closed = response.ends_by_close
         if form is None or not may_end_stream(protocol, form, events, closed):
             raise BadGateway("it ended before its first event or byte")
+        self.check_first_events(form)
+
+    def check_first_events(self, form: EventFormat) -> None:
+        """Raise ErrorAnswer when a stream begins with an error, and another could be asked."""
+        candidate = self.candidate
+        if not candidate.has_next:
+            return
+        protocol = find_protocol(self.upstream_path(candidate))
+        events = b"".join(candidate.response.buffered)
+        for document in form.read_documents(events):
+            words = find_error(protocol, document)
+            if words:
+                raise ErrorAnswer(words)
 
     async def attempt(self, candidate: Candidate) -> UpstreamResponse:
         """Ask the instance; one that refuses `stream_options` is asked again without."""
@@ -8611,7 +8736,8 @@ class Exchange:
     async def relay_response(self) -> None:
         """Send the candidate's answer as it comes in, through its rewriter."""
         response = self.candidate.response
-        self.record.response_fields = response.head.fields
+        head = response.head
+        self.begin_record(head)
         self.rewriter, self.inflater = self.choose_rewriter()
         await response.pump(self.forward, self.writer.connection)
         tail = b""
@@ -8623,14 +8749,42 @@ class Exchange:
         if rewriter:
             tail = rewriter.finish(response.ends_by_close)
             self.conclude(rewriter)
+        if self.error_content:
+            self.record.error = self.read_error(head, self.error_content)
+        # Another instance may do better, as long as nothing of this answer has been sent.
+        replaceable = self.candidate.has_next and head.status < 400 and not self.writer.started
+        if self.record.error and replaceable:
+            raise ErrorAnswer(self.record.error)
         if not self.writer.started:
             whole = rewriter is not None and rewriter.buffers
-            self.begin(response.head, len(tail) if whole else None)
+            self.begin(head, len(tail) if whole else None)
         self.writer.finish(tail)
+        if head.status < 400:
+            self.candidate.health.succeed()
+
+    def begin_record(self, head: ResponseHead) -> None:
+        """Note that this answer is the one that is relayed; one before it has broken off."""
+        record = self.record
+        record.response_fields = head.fields
+        record.answer_status = head.status
+        record.first_token_at = None
+        record.phase = "waiting"
+        self.context.log.drop_answer(record)
+        # A stream's events are looked at by its rewriter.
+        self.seeks_error = head.status >= 400 or head.media_type == "application/json"
+        self.error_content = b""
+
+    def keep_error(self, data: bytes) -> None:
+        """Keep the content of what may be an error, unless it is too long for one."""
+        self.error_content += data
+        if len(self.error_content) > self.context.limits.error_content:
+            self.seeks_error = False
+            if self.record.answer_status < 400:
+                self.error_content = b""
 
     def conclude(self, rewriter: Rewriter) -> None:
         """Note what only a whole stream has told."""
-        self.record.error = rewriter.trouble[: self.context.limits.error_text]
+        self.record.error = self.loggable(rewriter.trouble)
         timed = self.context.upstreams.timed
         key = self.candidate.instance.server.url, self.candidate.model
         if rewriter.lost_timings:
@@ -8651,6 +8805,8 @@ class Exchange:
             record.first_token_at = time.monotonic()
             record.phase = "streaming"
         self.context.log.append_body(record, data)
+        if self.seeks_error:
+            self.keep_error(data)
         if self.inflater:
             data = self.inflater.feed(data)
         if self.rewriter:

@@ -298,6 +298,7 @@ def broken_stream(*tail: Step) -> list[Step]:
 
 
 CHUNKED_FIELD = b"Transfer-Encoding: chunked"
+JSON_FIELD = b"Content-Type: application/json"
 
 
 # --- scripted upstreams: the events of a stream ---------------------------------------
@@ -4202,6 +4203,30 @@ ERROR_SHAPES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize("path", smolrouter.PROTOCOLS)
 def test_error_of_every_protocol(path: str, document: Any, words: str) -> None:
     assert smolrouter.find_error(smolrouter.find_protocol(path), document) == words
+
+
+ERROR_CONTENTS: list[tuple[bytes, str]] = [
+    (b'{"error": {"message": "no memory", "code": 5}}', "no memory"),
+    (b'{"error": "no memory"}', "no memory"),
+    (b'{"error": true, "message": "no memory"}', "no memory"),
+    (b'{"detail": "no memory"}', "no memory"),
+    (b'{"detail": {"error": "no memory"}}', "no memory"),
+    (b'{"detail": [{"msg": "no such field"}]}', '[{"msg": "no such field"}]'),
+    (b'{"object": "error", "message": "no memory"}', "no memory"),
+    (b'[{"error": {"message": "no memory"}}]\n', "no memory"),
+    (b'data: {"error": {"message": "no memory"}}\n\ndata: [DONE]\n\n', "no memory"),
+    (b"<html>\n<head><TITLE>\n502 Bad Gateway</title></head>", "502 Bad Gateway"),
+    (b" no memory \n", "no memory"),
+    (b"caf\xe9", "caf\ufffd"),
+    (b"[1, 2]", "[1, 2]"),
+    (b'{"code": 5}', '{"code": 5}'),
+    (b"", ""),
+]
+
+
+@pytest.mark.parametrize("content, words", ERROR_CONTENTS)
+def test_words_of_an_error_answer(content: bytes, words: str) -> None:
+    assert smolrouter.read_error(content) == words
 
 
 # --- the user's words -----------------------------------------------------------------
@@ -8479,6 +8504,58 @@ def test_round_robin_gives_the_turn_of_the_dead_to_all() -> None:
         assert [upstream.request_count for upstream in good] == [6, 6, 6]
 
 
+BREAKING_OFF: dict[str, list[Step]] = {
+    "a stream": broken_stream(DROP),
+    "a silent stream": broken_stream(HANG),
+    "a document": raw_response(b"Content-Type: application/json\r\nContent-Length: 99"),
+    "a text": raw_response(b"Content-Length: 99"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKING_OFF)
+def test_an_instance_that_breaks_off_its_answer_cools_down(name: str) -> None:
+    with switchable_pair(REQUEST_TIMEOUT=0.5) as (router, one, two):
+        one.mood = BREAKING_OFF[name]
+        post_chat(router, "pair", stream="stream" in name)
+        asked_then = two.request_count
+        assert post_chat(router, "pair").json == {"fine": True}
+        assert (one.request_count, two.request_count) == (1, asked_then + 1)
+
+
+def test_a_break_in_each_answer_doubles_the_cool_down() -> None:
+    """The good head of the next answer does not forget the failure before it."""
+    health = smolrouter.Health(smolrouter.Limits(cool_down=5.0))
+    for failures, cool_down in ((1, 5), (2, 10), (3, 20)):
+        health.answer()
+        assert health.cool_until == 0.0
+        health.fail("it broke off")
+        assert health.failures == failures
+        assert cool_down - 1 < health.cool_until - time.monotonic() <= cool_down
+    health.answer()
+    health.succeed()
+    assert health.failures == 0
+
+
+def test_a_client_that_reads_nothing_cools_nobody_down() -> None:
+    def endless(received: Received) -> Iterator[Step]:
+        yield from stream_response([], whole=False)
+        for _ in range(400):
+            yield from encode_chunks(encode_event(text_delta("x" * 100_000)), end=b"")
+
+    with Upstream(endless) as one, Upstream() as two:
+        servers = {"one": one.url, "two": two.url}
+        aliases = {"pair": {"instances": ["one/m", "two/m"]}}
+        routes = {"servers": servers, "aliases": aliases}
+        with Router({}, routes, limits={"write_timeout": 0.5}) as router:
+            with connect(router.port) as sock:
+                sock.sendall(encode_post(CHAT, chat_document("pair", stream=True)))
+                seen = one.connection_of("m")
+                assert wait_until(lambda: seen.closed)
+            one.script = well_behaved
+            assert post_chat(router, "pair").get("X-SmolRouter-Attempts") == "1"
+            assert len(one.requests_for('"m"')) == 2
+
+
 def test_least_busy_takes_the_idle_one() -> None:
     gate = threading.Event()
 
@@ -9776,6 +9853,30 @@ FAILURES: dict[str, Callable[[], str]] = {
     "bad first chunk": upstream_playing(*raw_response(CHUNKED_FIELD, b"zz\r\n")),
     "empty content": upstream_playing(*whole_response(b"")),
     "empty stream": upstream_playing(*stream_response([])),
+    # The router keeps such answers until all of them is there.
+    "half a document": upstream_playing(*raw_response(JSON_FIELD + b"\r\nContent-Length: 99")),
+    "half a chunked document": upstream_playing(
+        *raw_response(JSON_FIELD + b"\r\n" + CHUNKED_FIELD, b'6\r\n{"id":\r\n'), DROP
+    ),
+    "a document without an end": upstream_playing(*raw_response(JSON_FIELD, b'{"id": 1, ')),
+    "half of a gzip": upstream_playing(
+        *whole_response(
+            gzip.compress(b"{}")[:-4], 200, [("Content-Encoding", "gzip")], "application/json"
+        )
+    ),
+    # A server that says 200 to a path that it has not got, and one whose model is broken.
+    "error in a document": upstream_playing(*json_response({"error": "Unexpected endpoint"})),
+    "error in an event": upstream_playing(*sse_response([{"error": {"message": "no memory"}}])),
+    "error in half an event": upstream_playing(
+        *stream_response([encode_event({"error": {"message": "no memory"}})[:-1]])
+    ),
+}
+# What only a client of OpenAI's may read.
+NOT_TRANSLATABLE: dict[str, Callable[[], str]] = {
+    "page": upstream_playing(*whole_response(b"<title>It works</title>", kind="text/html")),
+    "array": upstream_playing(*json_response([1])),
+    "text": upstream_playing(*whole_response(b"no such path")),
+    "error in a text": upstream_playing(*whole_response(b'{"error": "no such path"}')),
 }
 OTHERS: dict[str, Callable[[], str]] = {
     "sound": lambda: Upstream().url,
@@ -9795,7 +9896,7 @@ NOBODY: dict[str, tuple[tuple[str, ...], int, str]] = {
     "refused, noise": (("refused", "noise"), 502, "refused"),
 }  # fmt: skip
 ALIASES: dict[str, tuple[str, ...]] = {
-    **{failure: (failure, "sound") for failure in FAILURES},
+    **{failure: (failure, "sound") for failure in {**FAILURES, **NOT_TRANSLATABLE}},
     **{nobody: failures for nobody, (failures, _, _) in NOBODY.items()},
     "half a stream": ("half a stream", "sound"),
     "half a content": ("half a content", "sound"),
@@ -9809,7 +9910,7 @@ def router_of_failures() -> Router:
     Each has servers of its own, which are paths of the same ports: none is cooling
     for what happened in another test.
     """
-    urls = {kind: make() for kind, make in {**FAILURES, **OTHERS}.items()}
+    urls = {kind: make() for kind, make in {**FAILURES, **NOT_TRANSLATABLE, **OTHERS}.items()}
     servers = {"sound": urls["sound"]}
     aliases = {}
     for name, way in itertools.product(ALIASES, range(len(ALL_WAYS))):
@@ -9847,6 +9948,120 @@ def test_failover(failure: str) -> None:
         assert got.get("X-SmolRouter-Model") == "sound"
         if (path, True) in ALL_WAYS:
             assert got.text == "You said: hi", (path, stream, got)
+
+
+@pytest.mark.parametrize("failure", NOT_TRANSLATABLE)
+def test_failover_of_what_cannot_be_translated(failure: str) -> None:
+    for path, stream, got in in_all_ways(failure):
+        if path.startswith("/api/"):
+            assert (got.status, got.whole) == (200, True), (path, stream, got)
+            assert got.get("X-SmolRouter-Attempts") == "2", (path, stream, got)
+
+
+def test_the_log_keeps_nothing_of_an_answer_that_does_not_count() -> None:
+    answer = b'{"error": "no memory", "x": "' + b"y" * 30_000 + b'"}'
+    first = upstream_playing(*whole_response(answer, kind="application/json"))()
+    with router_of_two(first, Upstream().url) as router:
+        got = post_chat(router, "pair")
+        assert got.text == "You said: hi"
+        detail = wait_for_detail(router, "pair")
+    assert [(a["status"], a["error"]) for a in detail["attempts"]] == [
+        (200, "no memory"),
+        (200, None),
+    ]
+    assert "no memory" not in detail["response_body"] and "You said" in detail["response_body"]
+
+
+OUT_OF_MEMORY: dict[str, list[Step]] = {
+    "OpenAI": json_response({"error": {"message": "CUDA out of memory", "code": 500}}, 500),
+    "Ollama": json_response({"error": "CUDA out of memory"}, 404),
+    "FastAPI": json_response({"detail": "CUDA out of memory"}, 422),
+    "vLLM": json_response({"object": "error", "message": "CUDA out of memory"}, 400),
+    "a text": whole_response(b"CUDA out of memory", 503),
+    "in gzip": whole_response(
+        gzip.compress(b'{"error": "CUDA out of memory"}'),
+        429,
+        [("Content-Encoding", "gzip")],
+        "application/json",
+    ),
+    "in chunks": [
+        response_head(500, [("Transfer-Encoding", "chunked")]),
+        *encode_chunks(b'{"error": "CUDA out ', b'of memory"}'),
+    ],
+}
+
+
+@functools.lru_cache
+def router_out_of_memory() -> Router:
+    """Return a router with aliases for each of OUT_OF_MEMORY, and for each of ALL_WAYS."""
+    servers = {"sound": Upstream().url}
+    aliases = {}
+    for number, steps in enumerate(OUT_OF_MEMORY.values()):
+        servers[f"s{number}"] = upstream_playing(*steps)()
+        aliases[f"pair-{number}"] = {"instances": [f"s{number}/n", "sound/n"]}
+        for way in range(len(ALL_WAYS)):
+            aliases[f"alone-{number}-{way}"] = {"instances": [f"s{number}/m"]}
+    return shared_router({}, {"servers": servers, "aliases": aliases})
+
+
+@pytest.mark.parametrize("number", range(len(OUT_OF_MEMORY)), ids=OUT_OF_MEMORY)
+def test_words_of_an_error_are_in_its_row(number: int) -> None:
+    router = router_out_of_memory()
+    for way, (path, stream) in enumerate(ALL_WAYS):
+        alias = f"alone-{number}-{way}"
+        got = request(router.port, "POST", path, example_request(path, alias, stream))
+        assert got.status >= 400
+        row = wait_for_row(router, alias)
+        assert row["error_message"] == "CUDA out of memory", (path, stream)
+
+
+@pytest.mark.parametrize("number", range(len(OUT_OF_MEMORY)), ids=OUT_OF_MEMORY)
+def test_words_of_an_error_are_in_the_attempt_that_failed(number: int) -> None:
+    router = router_out_of_memory()
+    assert post_chat(router, f"pair-{number}").status == 200
+    row = wait_for_detail(router, f"pair-{number}")
+    failed, good = row["attempts"]
+    assert (failed["error"], good["error"]) == ("CUDA out of memory", None)
+    assert good["status"] == 200 < failed["status"]
+    assert row["error_message"] is None
+
+
+@pytest.mark.parametrize("status", [200, 401])
+@pytest.mark.parametrize("alone", [False, True])
+def test_words_of_an_error_do_not_tell_keys(status: int, alone: bool) -> None:
+    """The client's own, and the one in the routing file."""
+    keys = ["sk-of-the-client-0123456789", "sk-of-the-server-0123456789"]
+
+    def script(received: Received) -> Iterable[Step]:
+        return json_response({"error": {"message": f"bad key: {', '.join(keys)}"}}, status)
+
+    with Upstream(script) as odd, Upstream() as sound:
+        servers = {"odd": {"url": odd.url, "api_key": keys[1]}, "sound": sound.url}
+        instances = ["odd/m"] if alone else ["odd/m", "sound/m"]
+        routes = {"servers": servers, "aliases": {"pair": {"instances": instances}}}
+        with Router({}, routes) as router:
+            fields = [("Authorization", f"Bearer {keys[0]}")]
+            got = request(router.port, "POST", CHAT, chat_document("pair"), fields)
+            detail = wait_for_detail(router, "pair")
+            words = detail["error_message"] or detail["attempts"][0]["error"]
+            assert re.fullmatch(r"bad key: (Bearer )?\*\*\*\w+, \*\*\*\w+", words)
+            shown = json.dumps(request(router.port, "GET", "/api/upstreams").json)
+            for key in keys:
+                assert key not in json.dumps(detail["attempts"]) + router.stderr + shown
+                assert key not in (detail["error_message"] or "")
+                # Its client gets the answer as it is.
+                assert not alone or key in got.content.decode()
+
+
+def test_a_last_answer_with_an_error_inside_passes_as_it_is() -> None:
+    """So does that of an only server; its words are in the row."""
+    content = b'{"error" :  "Unexpected endpoint"}'
+    script = upstream_playing(*whole_response(content, kind="application/json"))
+    with router_of_two(refusing_url(), script()) as router:
+        got = post_chat(router, "pair")
+        row = wait_for_row(router, "pair")
+    assert (got.status, got.content) == (200, content)
+    assert row["error_message"] == "Unexpected endpoint"
 
 
 def test_nobody_answered() -> None:
