@@ -5169,9 +5169,9 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
 def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
     """Return the field that lets a browser keep a valid token until it expires.
 
-    An empty token has no time left: the browser drops the one that it has.
-    HttpOnly keeps it from scripts, SameSite=Strict from requests that other sites cause, and
-    Secure (for those who came by https) from the open network.
+    An empty token has no time left: the browser drops the one that it has. HttpOnly keeps the
+    cookie from scripts, SameSite=Strict from requests that other sites cause, and Secure (for
+    those who came by https) from the open network.
     """
     claims = parse_object(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
     max_age = int(min(claims.get("exp", now) - now, LONGEST_COOKIE))
@@ -5583,13 +5583,16 @@ NEVER = float("inf")
 
 
 class Timeout(NamedTuple):
-    """What happens at a deadline: this error, with a message that may quote `limits`."""
+    """What is raised when a deadline passes: an error, and its message.
+
+    The connection puts its limits into the message, as in `slower than {limits.content_rate}`.
+    """
 
     error: type[RouterError]
     message: str
 
 
-# Nobody is told of this one: its connection just ends.
+# For connections on which no request runs: they just end, and nobody gets to see the message.
 IDLE_TOO_LONG = Timeout(RequestTimeout, "nothing came for too long")
 READS_NOTHING = Timeout(ClientClosed, "nothing read for {limits.write_timeout:.0f} s")
 CONTENT_TOO_SLOW = Timeout(
@@ -5607,6 +5610,8 @@ class LoopBatch:
 
     A timer for each deadline would be set and cancelled with each request. Instead one timer
     looks at all connections, four times a second; while there are none, nothing runs.
+
+    `Any` stands for `Connection` here, which is defined below.
     """
 
     def __init__(self, limits: Limits = LIMITS) -> None:
@@ -5683,12 +5688,16 @@ class Connection(asyncio.Protocol):
 
     **Leaving.** A client that leaves wants no answer any more. While `cancel_on_disconnect` is in
     force, the task that serves its request is cancelled at once, so that the upstream stops, too.
+    All that TCP shows of a client that leaves is that it sends no more. So a client that ends its
+    sending alone, and still reads, is taken for one that has left.
     """
 
     def __init__(self, batch: LoopBatch) -> None:
         self.batch = batch
         self.limits = batch.limits
         self.loop = asyncio.get_running_loop()
+        # asyncio hands it over in `connection_made`.
+        self.transport: asyncio.Transport
         # Reading: octets that have come and are not used yet, and how many ever came.
         self.received = b""
         self.received_octets = 0
@@ -5709,7 +5718,8 @@ class Connection(asyncio.Protocol):
         self.idle_timeout = 0.0
         self.octets_at_check = 0
         self.on_timeout = IDLE_TOO_LONG
-        # The client's leaving, and who else ends its request.
+        # What to call when the other side goes away. For a client: the task that serves its
+        # request, and why that was cancelled, here or from the page.
         self.on_disconnect: Callable[[], None] | None = None
         self.request_task: asyncio.Task[Any] | None = None
         self.cancel_reason: RouterError | None = None
@@ -5740,7 +5750,7 @@ class Connection(asyncio.Protocol):
         """Note that the other side sends no more; return whether to keep the connection."""
         self.ended = True
         self.announce_disconnect()
-        # It may still read. With TLS it cannot: there, its end ends both directions.
+        # The other side may still read. With TLS it cannot: there, asyncio ends both directions.
         return self.transport.get_extra_info("sslcontext") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -5834,17 +5844,18 @@ class Connection(asyncio.Protocol):
 
     def check_deadline(self, now: float) -> None:
         """Fail when the deadline has passed."""
-        # While this side does not read, because its client is slow, the other side cannot be
-        # blamed for its silence.
-        is_idle = self.received_octets == self.octets_at_check and not self.read_paused
-        if self.idle_timeout and not is_idle:
-            self.octets_at_check = self.received_octets
-            self.deadline = now + self.idle_timeout
+        if self.idle_timeout:
+            # While this side does not read, because its client is slow, the other side cannot be
+            # blamed for its silence.
+            octets_came = self.received_octets != self.octets_at_check
+            if octets_came or self.read_paused:
+                self.octets_at_check = self.received_octets
+                self.deadline = now + self.idle_timeout
         if now < self.deadline:
             return
         self.deadline = NEVER
-        # `close` was called, and the other side has not read what was left for it.
         if self.transport.is_closing():
+            # `close` was called, and the other side has not read what was left for it.
             self.transport.abort()
         message = self.on_timeout.message.format(limits=self.limits)
         self.set_failure(self.on_timeout.error(message))
@@ -5892,7 +5903,8 @@ class Connection(asyncio.Protocol):
             # Empty lines before a request are the rest of an old client's content
             # (RFC 9112 section 2.2).
             head = (head + data).removeprefix(b"\r\n")
-            # What came before has been looked at, but for an end that was cut in two.
+            # What came before `data` has been looked at. Only its last three octets can still
+            # be the beginning of an end, which is four octets long.
             unseen_at = max(0, len(head) - len(data) - 3)
             end = head.find(b"\r\n\r\n", unseen_at)
             if 0 <= end <= limit:
@@ -5940,7 +5952,8 @@ class Connection(asyncio.Protocol):
             self.batch.schedule_flush(self)
         self.unsent.append(data)
         self.unsent_octets += len(data)
-        # Many pieces in one turn leave before its end, so that `write_paused` tells in time.
+        # Many pieces in one turn leave before its end: only what asyncio has got counts for
+        # `write_paused`, by which the writer learns that it has to wait.
         if self.unsent_octets > self.limits.unsent:
             self.flush()
 
@@ -5971,20 +5984,20 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """End the connection; what was written still goes out."""
-        self.forget_callers()
+        self.detach_request()
         self.flush()
         self.transport.close()
         self.set_deadline(self.limits.write_timeout, IDLE_TOO_LONG)
 
     def abort(self) -> None:
         """End the connection at once and throw away what was not sent."""
-        self.forget_callers()
+        self.detach_request()
         self.unsent = []
         self.unsent_octets = 0
         self.transport.abort()
 
-    def forget_callers(self) -> None:
-        """Let go of those who have used the connection, which has no more to tell them."""
+    def detach_request(self) -> None:
+        """Keep nothing of the request that used the connection, and tell its task nothing more."""
         self.ignore_disconnect()
         # An error keeps the frames that it came through, and with them whole contents.
         self.failure = None
@@ -5997,9 +6010,9 @@ class Connection(asyncio.Protocol):
         """
         self.flush()
         # Linger: on, 0 seconds. Windows has two short numbers there, all others two ints.
-        linger = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        linger_option = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
         sock = self.transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_option)
 
     async def linger(self) -> None:
         """Say that nothing more is sent, read on for a moment, close (RFC 9112 section 9.6).
@@ -6018,18 +6031,20 @@ class Connection(asyncio.Protocol):
 
 
 class ContentReader:
-    """Reads one content of a connection: with `read`, or with `pump` while it comes.
+    """Reads one content of a connection: piece by piece with `read`, or as it comes with `pump`.
 
-    A content of more than `limit` octets raises ContentTooLarge, as soon as that is known.
+    `read` raises ContentTooLarge for more than `limit` octets, as soon as that is known. What is
+    pumped is not kept here, and has no limit.
     """
 
-    def __init__(self, connection: Connection, framing: Framing, limit: float = NEVER) -> None:
+    def __init__(self, connection: Connection, framing: Framing, limit: float = math.inf) -> None:
         self.connection = connection
         self.framing = framing
         self.limit = limit
+        # Octets that `read` has returned.
         self.size = 0
         self.decoder = make_decoder(framing, connection.limits)
-        # Where `pump` takes what has come: who gets it, and whose slowness counts.
+        # While `pump` runs: the function that gets the content, and the client that it writes to.
         self.consume: Callable[[bytes], None] | None = None
         self.client: Connection | None = None
 
@@ -6049,8 +6064,8 @@ class ContentReader:
             raise ContentTooLarge(f"over {self.limit} bytes, which is MAX_REQUEST_SIZE")
         return content
 
-    def end_with_connection(self) -> None:
-        """Note that the connection has ended. Raises MalformedMessage when content is missing."""
+    def note_connection_end(self) -> None:
+        """Note that nothing more comes. Raises MalformedMessage when content is missing."""
         if self.framing is UNTIL_CLOSE:
             self.decoder.done = True
         if not self.decoder.done:
@@ -6061,7 +6076,7 @@ class ContentReader:
         while not self.decoder.done:
             data = await self.connection.read()
             if not data:
-                self.end_with_connection()
+                self.note_connection_end()
                 continue
             content = self.decode(data)
             if content:
@@ -6088,7 +6103,7 @@ class ContentReader:
                     await client.drain()
                     connection.resume_reading()
                 elif connection.ended:
-                    self.end_with_connection()
+                    self.note_connection_end()
                 else:
                     await connection.wait()
             if connection.failure:
@@ -6106,7 +6121,9 @@ class ContentReader:
             if content:
                 self.consume(content)
         except RouterError as error:
+            # Here it would reach asyncio, which knows nothing to do with it. `pump` raises it.
             self.connection.set_failure(error)
+        # `pump` sleeps until it is over, or until the sender has to be stopped.
         if decoder.done:
             self.connection.received = decoder.buffered
             self.connection.wake()
@@ -6133,30 +6150,36 @@ class ResponseWriter:
         self.size = 0
         self.started = False
         self.finished = False
-        # How the content is framed, once the head is written.
+        # How the content is framed, once the head is written. With neither of the first two it
+        # has a length.
         self.chunked = False
-        self.until_close = False
+        self.ends_by_close = False
         self.omits_content = False
 
     def write_head(self, status: int, lines: str, length: int | None, reason: str = "") -> None:
         """Write the head, with these field lines; a `length` of None is not known yet.
 
-        The content is framed as RFC 9112 section 6 says: by its length; without one in chunks,
-        which HTTP/1.0 does not know: there the connection ends with the content.
+        A content whose length is not known is sent in chunks. HTTP/1.0 does not know these: there
+        the end of the connection is the end of the content (RFC 9112 section 6).
         """
         self.started = True
         self.status = status
+        # The answer to a HEAD says how long the content would be. A 204 or 304 never has any, and
+        # says no length.
+        has_length = length is not None and status not in (204, 304)
         self.omits_content = self.method == "HEAD" or status in (204, 304)
         if self.extra_fields:
             lines += encode_lines(self.extra_fields)
-        if length is not None:
-            if status not in (204, 304):
-                lines += f"Content-Length: {length}\r\n"
-        elif self.minor == 1 and not self.omits_content:
+        if has_length:
+            lines += f"Content-Length: {length}\r\n"
+        elif self.omits_content:
+            # It ends with its head, whatever its fields say.
+            pass
+        elif self.minor == 1:
             self.chunked = True
             lines += "Transfer-Encoding: chunked\r\n"
-        elif not self.omits_content:
-            self.until_close = True
+        else:
+            self.ends_by_close = True
             self.keep_alive = False
         if not self.keep_alive:
             lines += "Connection: close\r\n"
@@ -6176,7 +6199,8 @@ class ResponseWriter:
     def finish(self, content: bytes = b"") -> None:
         """Write the last piece and the clean end."""
         self.finished = True
-        # All is said, and the client may go.
+        # The task has more to do when the client has its answer: to write the log, to give the
+        # upstream's connection back. A client that leaves now must not cancel that.
         self.connection.ignore_disconnect()
         self.write_content(content)
         if self.chunked:
@@ -6186,7 +6210,8 @@ class ResponseWriter:
         """Write a last piece and no clean end, so that the answer does not look complete."""
         self.keep_alive = False
         self.write_content(content)
-        if self.until_close and not content:
+        # A last piece tells of the failure itself. A reset could destroy it on its way.
+        if self.ends_by_close and not content:
             self.connection.end_by_reset()
 
     def send_response(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
@@ -6196,7 +6221,7 @@ class ResponseWriter:
         self.finish(content)
 
     def send_json(self, document: Any, status: int = 200) -> None:
-        """Send a JSON document of the router's own; bytes are one already."""
+        """Send a JSON document of the router's own; one that is encoded already comes as bytes."""
         content = document if isinstance(document, bytes) else encode_json(document)
         self.send_response(status, [("Content-Type", "application/json")], content)
 
@@ -6214,10 +6239,10 @@ class Request:
     content: bytes = b""
     # Who reads the content, once somebody has begun.
     reader: ContentReader | None = None
-    # An exchange keeps a record of it.
+    # Whether an exchange keeps a record of it, and prints its line.
     recorded: bool = False
-    # Octets of its content that count as held by the router.
-    held_octets: int = 0
+    # Octets of its content that count against `Limits.held_content`.
+    counted_octets: int = 0
 
     @property
     def host(self) -> str:
@@ -6237,10 +6262,10 @@ class Request:
     async def read_content(
         self, limit: int, count: Callable[[Request, int], None] | None = None
     ) -> None:
-        """Read all of the content; `count` is told how many octets came and may refuse more.
+        """Read all of the content; `count` is told how many octets came, and may raise an error.
 
-        Raises ContentTooLarge above `limit` octets, and RequestTimeout: after 20 s of grace a
-        client has to send 500 octets a second. Otherwise a few thousand clients could occupy all
+        Raises ContentTooLarge above `limit` octets, and RequestTimeout: from `content_grace` on
+        a client has to send at `content_rate`. Otherwise a few thousand clients could occupy all
         connections by sending an octet now and then.
         """
         framing = self.head.framing
@@ -6251,7 +6276,8 @@ class Request:
             raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
         if self.reader.done:
             return
-        # Who has sent some of it already does not wait for our word (RFC 9110 section 10.1.1).
+        # A client that has sent some of it already does not wait for the interim response
+        # (RFC 9110 section 10.1.1).
         if self.head.expects_continue and not connection.received:
             connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces: list[bytes] = []
@@ -10157,7 +10183,7 @@ class Application:
                 internal = RouterError("internal error; see the log")
                 send_error(request.writer, internal, request.dialect)
         finally:
-            self.content_size -= request.held_octets
+            self.content_size -= request.counted_octets
         # An exchange has printed its own line; the page's polling is not worth one.
         of_api = endpoint is not None and endpoint.guard == API
         if not request.recorded and (reason or of_api):
@@ -10201,11 +10227,11 @@ class Application:
 
     def count_content(self, request: Request, size: int) -> None:
         """Count content that was read. Raises Overloaded for a long one among too many."""
-        request.held_octets += size
+        request.counted_octets += size
         self.content_size += size
         most = max(self.context.limits.held_content, self.settings.max_request_size)
         # Short requests are served all the same: they are not what fills the memory.
-        if self.content_size > most and request.held_octets > MiB:
+        if self.content_size > most and request.counted_octets > MiB:
             raise Overloaded(
                 f"running requests hold {self.content_size} bytes; try again later",
                 ("Retry-After", "5"),
