@@ -872,7 +872,8 @@ LIMITS = Limits()
 # Python's own `int()`, `strip()` and `\d` take more than ASCII (`+10`, `1_0`, no-break spaces),
 # and `$` lets a line feed pass. So all classes are spelled out.
 
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+# The name of a method, of a field and of much else (RFC 9110 section 5.6.2).
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rf"HTTP/1\.([0-9]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
@@ -881,6 +882,8 @@ FIELD_LINES = re.compile(rf"^{FIELD_LINE.pattern}\r$", re.MULTILINE)
 # A line feed without its carriage return, or the other way round. A CR at the very end of
 # what has come is none: its LF may be on its way.
 BARE_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+# A character of a token, or the CR of an empty line before the head.
+HEAD_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z\r]")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 PLAIN_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
@@ -912,11 +915,13 @@ class Fields:
 
     A list and no dict: with two lines of one name the last must not silently win, because a
     server behind the router may take the first. `lines` holds (lower-case name, name, value);
-    every look-up takes a name in lower case.
+    every look-up takes a name in lower case. `size` is the octets that they came in; of lines
+    that did not come from a connection it is unknown, which counts as long.
     """
 
-    def __init__(self, lines: list[tuple[str, str, str]]) -> None:
+    def __init__(self, lines: list[tuple[str, str, str]], size: float = math.inf) -> None:
         self.lines = lines
+        self.size = size
         # Backwards, so that of several lines with one name the first one stays.
         self.first = {lower: value for lower, _, value in reversed(lines)}
         # `get(name)` is the value of the first line with that name, or None. Look-ups are made
@@ -971,7 +976,8 @@ def parse_fields(text: str) -> Fields:
             raise FieldsTooLarge(
                 f"field {name!r} has {len(longest)} octets, over {LIMITS.field_line}"
             )
-    return Fields([(name.lower(), name, value.strip(" \t")) for name, value in matches])
+    lines = [(name.lower(), name, value.strip(" \t")) for name, value in matches]
+    return Fields(lines, len(text))
 
 
 def encode_lines(pairs: Iterable[tuple[str, str]]) -> str:
@@ -1123,13 +1129,14 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
 
 
 # --- heads ----------------------------------------------------------------------------
-# A head is parsed once and then immutable. Clients repeat theirs to the letter, and so do
+# A head is parsed once and does not change. Clients repeat theirs to the letter, and so do
 # servers: the parsers remember short heads and return the same object for the same bytes. What
-# is worked out from a head is remembered beside the function that does it, under the head
-# itself (`remember_short_heads`). A long head is never remembered: a client that sends different
-# ones would fill the memory.
+# is worked out from a head is remembered by the function that does it, under that object
+# (`remember_short`). A long head is never remembered: a client that sends many different ones
+# would fill the memory.
 
-REMEMBERED_HEAD = 2 * KiB  # octets of the longest
+# Octets of the longest head, and how many.
+REMEMBERED_HEAD = 2 * KiB
 REMEMBERED_HEADS = 512
 
 
@@ -1199,20 +1206,20 @@ class ResponseHead:
 Result = TypeVar("Result")
 
 
-def remember_short_heads(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Let a function of a head remember its results; all its arguments are hashable.
+def remember_short(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a function of a head, or of its fields, remember its results.
 
-    Its first argument is a RequestHead or a ResponseHead. The parsers return the same object
-    for the same short head, so that the object itself can be the key. What a long head gives
-    is worked out each time: its key would keep it in memory.
+    Its first argument is a RequestHead, a ResponseHead or the Fields of one; all others are
+    hashable. The parsers return the same object for the same short head, so that the object itself
+    can be the key. What a long one gives is worked out each time: its key would keep it in memory.
     """
-    cached = functools.lru_cache(maxsize=2 * REMEMBERED_HEADS)(function)
+    remembered = functools.lru_cache(maxsize=2 * REMEMBERED_HEADS)(function)
 
     @functools.wraps(function)
-    def remembering(head: RequestHead | ResponseHead, *arguments: Any) -> Result:
+    def remembering(head: RequestHead | ResponseHead | Fields, *arguments: Any) -> Result:
         if head.size > REMEMBERED_HEAD:
             return function(head, *arguments)
-        return cached(head, *arguments)
+        return remembered(head, *arguments)
 
     return remembering
 
@@ -1275,6 +1282,30 @@ def parse_response_head(data: bytes) -> ResponseHead:
     if len(data) > REMEMBERED_HEAD:
         return read_response_head(data)
     return remembered_response_head(data)
+
+
+def check_partial_head(head: bytes, unseen_at: int, longest: int, limits: Limits) -> None:
+    """Refuse the beginning of what can become no head of at most `longest` octets.
+
+    What stands before `unseen_at` has been looked at before. Without this, who sends no line ends
+    of HTTP (a TLS client on this port, a script that counts on LF) would wait for an answer until
+    the deadline, and never learn what is wrong. Raises MalformedMessage, TargetTooLong or
+    FieldsTooLarge.
+    """
+    if BARE_LF.search(head, unseen_at):
+        raise MalformedMessage("a bare CR or LF in the head instead of CRLF")
+    line, line_end, _ = head.partition(b"\r\n")
+    if line_end and b"HTTP/" not in line:
+        # HTTP/0.9 has nothing but this line. Its client waits for an answer from here on.
+        raise MalformedMessage(f"{line[:80]!r} names no version of HTTP")
+    if head and not HEAD_START.match(head):
+        # A TLS handshake begins with the octet 0x16.
+        hint = "; this port speaks http, not https" if head[:1] == b"\x16" else ""
+        raise MalformedMessage(f"{head[:8]!r} begins no HTTP message{hint}")
+    if len(head) > limits.request_line and b"\r\n" not in head[: limits.request_line + 2]:
+        raise TargetTooLong(f"the first line is over {limits.request_line} octets")
+    if len(head) > longest:
+        raise FieldsTooLarge(f"the head is over {longest} octets")
 
 
 # --- contents -------------------------------------------------------------------------
@@ -1557,7 +1588,8 @@ def read_coding(fields: Fields) -> str:
 
     `Content-Encoding: identity, GZIP`  ->  'gzip'
     """
-    if "content-encoding" not in fields.first:  # as nearly always
+    # Hardly any content has one.
+    if "content-encoding" not in fields.first:
         return ""
     codings = fields.tokens("content-encoding")
     return ", ".join(coding for coding in codings if coding != "identity")
@@ -5430,7 +5462,7 @@ def check_browser(
     return added
 
 
-@remember_short_heads
+@remember_short
 def check_browser_head(
     head: RequestHead, webui: bool, rules: BrowserRules
 ) -> list[tuple[str, str]]:
@@ -5533,13 +5565,9 @@ class ShownFields(NamedTuple):
     secrets: tuple[tuple[bytes, bytes], ...]
 
 
-@functools.lru_cache(maxsize=128)
+@remember_short
 def show_fields(fields: Fields) -> ShownFields:
-    """Return what may be kept and shown of field lines.
-
-    Clients and servers repeat their heads. The parsers return the same Fields for the same short
-    head: that object is the key here. The cache keeps 128 of them, of at most 64 KiB each.
-    """
+    """Return what may be kept and shown of field lines; clients and servers repeat theirs."""
     shown: list[tuple[str, str]] = []
     secrets: list[tuple[bytes, bytes]] = []
     for lower, name, value in fields.lines:
@@ -5912,32 +5940,10 @@ class Connection(asyncio.Protocol):
                 self.received = head[end + 4 :]
                 return head[:end]
             self.partial_head = head
-            self.check_partial_head(head, unseen_at, limit)
+            check_partial_head(head, unseen_at, limit, self.limits)
         if head:
             raise MalformedMessage("the connection ended inside a head")
         return None
-
-    def check_partial_head(self, head: bytes, unseen_at: int, limit: int) -> None:
-        """Refuse the beginning of what can become no head, whatever follows.
-
-        Without this, who sends no line ends (a TLS client on this port, a script that counts on
-        LF) would wait for an answer until the deadline, and never learn what is wrong.
-        """
-        if BARE_LF.search(head, unseen_at):
-            raise MalformedMessage("a bare CR or LF in the head instead of CRLF")
-        line, line_end, _ = head.partition(b"\r\n")
-        if line_end and b"HTTP/" not in line:
-            # HTTP/0.9 has nothing but this line. Its client waits for an answer from here on.
-            raise MalformedMessage(f"{line[:80]!r} names no version of HTTP")
-        if head and not (head[:1].isalnum() or head[:1] in b"!#$%&'*+-.^_`|~\r"):
-            # A TLS handshake begins with the octet 0x16.
-            hint = "; this port speaks http, not https" if head[:1] == b"\x16" else ""
-            raise MalformedMessage(f"{head[:8]!r} begins no HTTP message{hint}")
-        longest_line = self.limits.request_line
-        if len(head) > longest_line and b"\r\n" not in head[: longest_line + 2]:
-            raise TargetTooLong(f"the first line is over {longest_line} octets")
-        if len(head) > limit:
-            raise FieldsTooLarge(f"the head is over {limit} octets")
 
     # Writing.
 
@@ -8281,7 +8287,7 @@ class Forwarding(NamedTuple):
     jwt_secret: str | None
 
 
-@remember_short_heads
+@remember_short
 def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
     """Return the field lines for a server: its own, and the client's less what stops here."""
     server = forwarding.server
@@ -8315,7 +8321,7 @@ class AnswerShape(NamedTuple):
     guarded: bool
 
 
-@remember_short_heads
+@remember_short
 def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
     """Return the field lines of an answer as its client gets them."""
     own: FieldPairs = []

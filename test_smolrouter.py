@@ -2397,6 +2397,41 @@ def test_fuzz_chunks(bits: list[bytes]) -> None:
     assert outcomes == {take_any_chunks(b"".join(bits))}
 
 
+@pytest.mark.parametrize("limits, data", [
+    ({"chunk_line": 8}, b"5;a=bcdef\r\nhello\r\n"),
+    ({"chunk_extensions": 8}, b"1;abcd\r\nx\r\n1;abcd\r\ny\r\n"),
+    ({"trailers": 8}, b"0\r\nA: b\r\nC: d\r\n\r\n"),
+])  # fmt: skip
+def test_each_limit_of_chunks_counts(limits: dict[str, int], data: bytes) -> None:
+    """With a limit of eight octets the ninth is refused, however the octets come."""
+    assert isinstance(smolrouter.ChunkDecoder().feed(data), bytes)
+    for pieces in every_split(data):
+        decoder = smolrouter.ChunkDecoder(smolrouter.Limits(**limits))
+        with pytest.raises(smolrouter.RouterError):
+            [decoder.feed(piece) for piece in pieces]
+
+
+@pytest.mark.parametrize("framing, data, content, follows", [
+    (smolrouter.Framing("length", 5), b"helloGET", b"hello", b"GET"),
+    (smolrouter.NO_CONTENT, b"GET", b"", b"GET"),
+    (smolrouter.CHUNKED, b"5\r\nhello\r\n0\r\n\r\nGET", b"hello", b"GET"),
+    (smolrouter.UNTIL_CLOSE, b"hello", b"hello", b""),
+])  # fmt: skip
+def test_each_framing_ends_where_it_says(
+    framing: smolrouter.Framing, data: bytes, content: bytes, follows: bytes
+) -> None:
+    for pieces in every_split(data):
+        decoder = smolrouter.make_decoder(framing)
+        read, unread = b"", b""
+        for piece in pieces:
+            if decoder.done:
+                unread += piece
+            else:
+                read += decoder.feed(piece)
+        assert (read, decoder.buffered + unread) == (content, follows)
+        assert decoder.done == (framing is not smolrouter.UNTIL_CLOSE)
+
+
 # --- heads, paths and fields ----------------------------------------------------------
 
 HTTP_BITS = [
@@ -2437,6 +2472,29 @@ def test_fuzz_heads(start: bytes, bits: list[bytes]) -> None:
         assert again.fields.lines[: len(read.fields.lines)] == read.fields.lines
         if isinstance(read, smolrouter.RequestHead):
             assert (again.path, again.query, again.framing) == (read.path, read.query, read.framing)
+
+
+def test_short_heads_are_remembered_and_long_ones_are_not() -> None:
+    """A client that sends many different long heads must not fill the memory."""
+    calls = []
+
+    @smolrouter.remember_short
+    def count_fields(head: smolrouter.RequestHead, more: int) -> int:
+        calls.append(head)
+        return len(head.fields.lines) + more
+
+    start = b"GET / HTTP/1.1\r\nHost: a\r\nX: "
+    for size, is_remembered in ((10, True), (10_000, False)):
+        head = smolrouter.parse_request_head(start + b"x" * size)
+        again = smolrouter.parse_request_head(start + b"x" * size)
+        assert (head is again) == is_remembered
+        calls.clear()
+        assert count_fields(head, 1) == count_fields(head, 1) == 3
+        assert count_fields(head, 2) == 4
+        assert len(calls) == (2 if is_remembered else 3)
+        # The fields of a head are remembered like the head; any others are not.
+        assert (head.fields.size <= smolrouter.REMEMBERED_HEAD) == is_remembered
+    assert smolrouter.Fields(head.fields.lines).size == math.inf
 
 
 PATHS = [
@@ -7710,6 +7768,98 @@ def test_proxy_of_the_guide(program: str) -> None:
 # 11  HTTP on streams
 # ======================================================================================
 # Content and answers as a client sees them on a connection, slow and broken ones too.
+
+# --- connections, without a program around them ----------------------------------------
+
+
+def test_head_at_every_split() -> None:
+    """However it comes: the head, and what follows it for the next reader."""
+    head = b"GET / HTTP/1.1\r\nHost: a"
+
+    async def read(pieces: Sequence[bytes]) -> tuple[bytes | None, bytes]:
+        connection = smolrouter.Connection(smolrouter.LoopBatch())
+        reading = asyncio.ensure_future(connection.read_head(100))
+        for piece in pieces:
+            await asyncio.sleep(0)
+            connection.data_received(piece)
+        found = await asyncio.wait_for(reading, 5)
+        return found, connection.received
+
+    for start in (b"", b"\r\n"):
+        for pieces in every_split(start + head + b"\r\n\r\nPOST"):
+            found, rest = asyncio.run(read(pieces))
+            assert found == head
+            assert b"POST".endswith(rest) or rest == b"POST"
+
+
+@pytest.mark.parametrize("data, error", [
+    (b"GET / HTTP/1.1\nHost: a\n\n", smolrouter.MalformedMessage),
+    (b"GET / HTTP/1.1\r\nHost: a\rX: b", smolrouter.MalformedMessage),
+    (b"\x16\x03\x01\x02\x00\x01", smolrouter.MalformedMessage),
+    (b"GET /" + b"x" * 40, smolrouter.TargetTooLong),
+    (b"GET / HTTP/1.1\r\nX: " + b"y" * 100, smolrouter.FieldsTooLarge),
+])  # fmt: skip
+def test_what_can_become_no_head_is_refused_before_its_end(
+    data: bytes, error: type[Exception]
+) -> None:
+    """Nobody has to wait until the deadline to learn what is wrong."""
+    limits = smolrouter.Limits(request_line=32)
+
+    async def read(pieces: Sequence[bytes]) -> None:
+        connection = smolrouter.Connection(smolrouter.LoopBatch(limits))
+        reading = asyncio.ensure_future(connection.read_head(64))
+        for piece in pieces:
+            connection.data_received(piece)
+            await asyncio.sleep(0)
+        await asyncio.wait_for(reading, 5)
+
+    for pieces in every_split(data):
+        with pytest.raises(error):
+            asyncio.run(read(pieces))
+
+
+def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
+    """Of all connections when the turn ends; what is long goes at once, by itself."""
+
+    async def write() -> list[list[bytes]]:
+        loop = asyncio.get_running_loop()
+        batch = smolrouter.LoopBatch(smolrouter.Limits(unsent=100))
+        head = smolrouter.parse_request_head(b"GET / HTTP/1.1\r\nHost: a")
+        sent: list[list[bytes]] = []
+        with contextlib.ExitStack() as stack:
+            connections = []
+            for _ in range(2):
+                here, there = map(stack.enter_context, socket.socketpair())
+                connection = smolrouter.Connection(batch)
+                await loop.connect_accepted_socket(lambda made=connection: made, here)
+                there.setblocking(False)
+                connections.append((connection, there))
+            for connection, _ in connections:
+                writer = smolrouter.ResponseWriter(connection, head)
+                writer.write_head(200, "", None)
+                writer.write_content(b"hello")
+                assert not connection.is_flushed()
+            # Nothing has left in this turn; in the next one all of it has.
+            for _, there in connections:
+                with pytest.raises(BlockingIOError):
+                    there.recv(1000)
+            await asyncio.sleep(0)
+            for connection, there in connections:
+                assert connection.is_flushed()
+                pieces = [there.recv(1000)]
+                connection.write(b"x" * 10)
+                connection.write(b"y" * 101)
+                pieces.append(there.recv(1000))
+                sent.append(pieces)
+                connection.abort()
+            await asyncio.sleep(0)
+        return sent
+
+    for first, second in asyncio.run(write()):
+        assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert first.endswith(b"\r\n\r\n5\r\nhello\r\n")
+        assert second == b"x" * 10 + b"y" * 101
+
 
 # --- requests with content ------------------------------------------------------------
 
