@@ -738,7 +738,7 @@ def make_rows(count: int, file: str) -> None:
     head = smolrouter.parse_request_head(b"POST / HTTP/1.1\r\nHost: a")
     request = smolrouter.Request(head, None, None, "::1")
     decision = smolrouter.Decision("m", "m", "default", "failover", (), ())
-    template = smolrouter.RequestRecord("", request, "openai", False, decision)
+    template = smolrouter.RequestRecord.of("", request, False, decision)
     template.data, template.blobs = smolrouter.pack_detail(detail, 16_384)
     template.body_bytes = len(template.data)
     for start_at in range(0, count, 10_000):

@@ -6924,35 +6924,37 @@ async def list_models(
 
 # --- theory of operation ---
 #
-# A record is in one place after the other, and whoever has it is the only one to change it:
+# At any moment a request is in one of three places:
 #
-#   running   In `RequestLog.running`, by id. It is the event loop's: its exchange fills it in,
-#             and `append_body` keeps what the upstream says. Once it has run for a moment the
-#             thread writes a row for it that is not finished; after a crash that row tells
-#             what was interrupted.
-#   finished  In `RequestLog.finished`, a queue, the oldest first. It is the thread's, which
-#             makes its row, packs its bodies and lets the raw ones go (`prepare_row`). It
-#             stays there until the transaction with its row is committed, so that nothing is
-#             ever only on its way.
-#   written   In the database alone.
+#   running   Its record is in `RequestLog.running`, by id, and is the event loop's: its exchange
+#             fills it in, and `append_body` keeps what the upstream says. When it has run for
+#             a moment, the thread reads it and writes a row whose `failed` is NULL, which says
+#             that the request still runs. After a crash that row tells what was interrupted.
+#   finished  Its record is in `RequestLog.finished`, a queue, the oldest first, and is the
+#             thread's, which makes its row, packs its bodies and lets the raw ones go
+#             (`prepare_row`). It leaves the queue after the transaction with its row is
+#             committed, never before.
+#   written   Its row and its bodies are in the database, and its record is gone.
 #
-# Who asks for a request looks at the three in this order, and misses none that moves on.
+# To find a request, look in the three places in this order: it can move on meanwhile, but only
+# to a place that is still to be looked at.
 #
 # Threads: the event loop calls `begin`, `append_body`, `finish` and `wait_for_room`. The thread
-# "log" runs `run`, and only it writes. Two threads answer questions, each time with a connection
-# of its own that can only read; SQLite's write-ahead log lets them read while others write.
+# "log" runs `run`, and only it writes. Two more run the queries of the page (`ask`), each time
+# with a connection of its own that can only read; SQLite's write-ahead log lets them read while
+# others write.
 #
-# Time: the thread lets news wait for company for `LIMITS.batch_interval`, then it makes and
-# writes all of them. Under more load than it can follow, new requests wait for it a little
-# (`wait_for_room`): a row that is not written yet is lost when the machine loses its power, so
-# that rows must not be late by more than a fifth of a second. Bodies matter less. They may take
-# a share of a processor (`BodyBudget`) and so much memory (`LIMITS.decoded_answer`); where they
-# come faster they are cut and marked as cut, and their rows are complete.
+# Time: each transaction waits for the disk, so the thread collects what happens in
+# `LIMITS.batch_interval` and writes it in one. A row that is not written yet is lost when the
+# program is killed; so when rows are late by more than `LIMITS.row_delay`, new requests wait a
+# little before they begin (`wait_to_begin`). Bodies matter less. They may take a share of a
+# processor (`BodyBudget`) and so much memory (`LIMITS.body_memory`). Bodies that need more are
+# cut and marked as cut; their rows are complete.
 #
 # Trouble: an error of the database or of a file leaves all records of its transaction in the
-# queue; it is said once, and after `LIMITS.retry_interval` the thread tries again. Nobody waits
-# for a database in trouble. Above `LIMITS.backlog_rows` the oldest records go, which is counted
-# and said. In particular:
+# queue. It is printed once, and after `LIMITS.retry_interval` the thread tries again. No request
+# waits for a database in trouble. When more than `LIMITS.backlog_rows` wait, the oldest records
+# are dropped, which is counted and printed. In particular:
 #
 #   locked, full,   The next try may do better. A lock of another program is waited for, for
 #   not writable    up to `LIMITS.database_lock_timeout`, before it is an error.
@@ -6967,12 +6969,14 @@ COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, o
     mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
     status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
     stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level"""
-# A row as the database has it. Moments are ms UTC; `failed` is None while the request runs, and
-# `level` is for samples: half of all rows have 0, a quarter has 1, and so on.
+# A row as the database has it. Moments are ms UTC; `failed` is None while the request runs.
+# `level` lets the performance page draw an even sample of a long log: half of all rows have 0, a
+# quarter has 1, and so on.
 Row = collections.namedtuple("Row", COLUMNS)
 
-# Sums are kept for each hour, service, model and server: these, and two histograms. The last
-# two of the first line are of requests whose speed is known alone.
+# For each hour, service, model and server a tally is kept: these sums, and two histograms.
+# `spoken_tokens` and `spoken_ms` count only requests whose speed is known; it is the one divided
+# by the other. Their time is from the first token on.
 SUMS = (
     "requests",
     "errors",
@@ -6984,22 +6988,29 @@ SUMS = (
     "duration_ms",
     "ttft_ms",
 )
-# The ends of the histograms' buckets in ms: 1 ms to 50 min, each 1.4 times the one before.
-EDGES = [2 ** (step / 2) for step in range(44)]
-COUNTED = (*SUMS, *(f"{kind}{at}" for kind in "dt" for at in range(len(EDGES))))
-DURATIONS = slice(len(SUMS), len(SUMS) + len(EDGES))
-TTFTS = slice(len(SUMS) + len(EDGES), len(COUNTED))
+# The longest time in ms that each bucket of a histogram counts: 1 ms to 50 min, each 1.4 times
+# the one before. The last bucket counts what is longer, too.
+BUCKET_ENDS = [2 ** (step / 2) for step in range(44)]
+# The columns of a tally: its sums, the buckets of the durations, those of the times to the first
+# token; and where the buckets stand in it.
+DURATION_COLUMNS = [f"d{number}" for number in range(len(BUCKET_ENDS))]
+TTFT_COLUMNS = [f"t{number}" for number in range(len(BUCKET_ENDS))]
+TALLY_COLUMNS = (*SUMS, *DURATION_COLUMNS, *TTFT_COLUMNS)
+DURATIONS = slice(len(SUMS), len(SUMS) + len(BUCKET_ENDS))
+TTFTS = slice(len(SUMS) + len(BUCKET_ENDS), len(TALLY_COLUMNS))
 
-# Routers that can share a database: the lowest bits of an id tell whose it is.
-ROUTERS = 64
-# In the head of the database file: it is ours.
+# So many routers can share a database: the lowest six bits of an id are its router's number.
+MAX_ROUTERS = 64
+# SQLite keeps this number in the head of the file: `Smol`, the mark of a database of ours.
 APPLICATION_ID = 0x536D6F6C
-CORRUPT = re.compile(r"malformed|not a database")
-# Details below this length are kept as they are: each packing hands the interpreter over.
+# How SQLite says that a file is damaged.
+CORRUPT_MESSAGE = re.compile(r"malformed|not a database")
+# Shorter details are kept as they are. To pack them saves little, and each call of zlib gives up
+# Python's interpreter lock, for which this thread then has to wait again.
 MIN_PACKED = 2 * KiB
 # Of an answer that is not kept whole, so much of its end is looked at for its usage.
 ANSWER_END = 8 * KiB
-# What is deleted, and given back to the file system, in one step.
+# Each step of pruning deletes so many rows, and gives so many pages back to the file system.
 PRUNED_ROWS = 500
 VACUUMED_PAGES = 256
 # Rows inserted by one statement; see `insert_rows`.
@@ -7023,7 +7034,7 @@ CREATE INDEX by_outcome ON requests (failed, id, status_code);
 CREATE INDEX sample ON requests (level, id, timestamp, sent_model, mapped_model, service_type,
     upstream_url, prompt_tokens, completion_tokens, duration_ms, ttft_ms, status_code, failed)
     WHERE level >= 3;
-CREATE TABLE rollups (hour, service_type, model, upstream_url, {", ".join(COUNTED)},
+CREATE TABLE rollups (hour, service_type, model, upstream_url, {", ".join(TALLY_COLUMNS)},
     PRIMARY KEY (hour, service_type, model, upstream_url)) WITHOUT ROWID;
 CREATE TABLE details (id INTEGER PRIMARY KEY, size, request_blob, response_blob, data);
 CREATE TABLE blobs (digest TEXT PRIMARY KEY, size, uses DEFAULT 0) WITHOUT ROWID;
@@ -7046,8 +7057,12 @@ CREATE TRIGGER dropped AFTER DELETE ON blobs BEGIN
 
 
 def time_id(moment: float) -> int:
-    """Return the lowest id of a moment in s UTC: its ms * 1024, below 2**53 for long."""
-    return int(moment * 16_000) * ROUTERS
+    """Return the lowest id of a moment in s UTC.
+
+    Ids grow with time: the moment in 1/16 ms, and below it six bits for the router's number. So a
+    new id is ms * 1024. It stays below 2**53, where JavaScript's numbers end, until 2248.
+    """
+    return int(moment * 16_000) * MAX_ROUTERS
 
 
 # --- the record of a request ---
@@ -7063,34 +7078,41 @@ class Attempt(NamedTuple):
     duration_ms: float
 
 
+class PackedBody(NamedTuple):
+    """A long body, packed; its digest names the file in which it is kept."""
+
+    digest: str
+    data: bytes
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class RequestRecord:
     """One request, from its beginning until its row is written.
 
-    What ends in `_at` is a moment of the monotonic clock, but for `timestamp`, which is UTC.
+    `timestamp` is in s UTC. What ends in `_at` is a moment of the monotonic clock.
     """
 
     # What is known at the beginning.
     request_id: str
-    request: dataclasses.InitVar[Request]
     service: str
+    source_ip: str
+    method: str
+    target: str
+    request_fields: Fields
+    content: bytes
+    request_size: int
     stream: bool
-    decision: dataclasses.InitVar[Decision]
-    id: int = 0
+    requested_model: str
+    mapped_model: str
+    route: str
+    trail: tuple[Step, ...]
     timestamp: float = dataclasses.field(default_factory=time.time)
     started_at: float = dataclasses.field(default_factory=time.monotonic)
-    source_ip: str = ""
-    method: str = ""
-    target: str = ""
-    request_fields: Fields = dataclasses.field(init=False)
-    content: bytes = b""
-    request_size: int = 0
-    requested_model: str = ""
-    mapped_model: str = ""
-    route: str = ""
-    trail: tuple[Step, ...] = ()
+    # `RequestLog.begin` numbers it.
+    id: int = 0
 
     # What its exchange finds out.
+    # "waiting" for the first octet of an answer, or "streaming".
     phase: str = "waiting"
     sent_model: str = ""
     upstream_url: str = ""
@@ -7103,37 +7125,49 @@ class RequestRecord:
     response_size: int = 0
     first_token_at: float | None = None
     finished_at: float | None = None
-    # Ends it from outside, while it runs.
+    # While the request runs: what the owner calls, from the page, to end it.
     stop: Callable[[], None] | None = None
 
-    # What the upstream said, as it came. Of an answer that is not kept whole, also its end.
+    # The answer as the upstream has sent it, as far as it is kept.
     pieces: list[bytes] = dataclasses.field(default_factory=list)
     pieces_size: int = 0
+    # When not all of an answer is kept: its last octets, where most servers tell the usage.
     answer_end: bytes = b""
     request_cut: bool = False
     response_cut: bool = False
-    # Octets of bodies that it keeps in memory now, raw or packed.
+    # Octets of bodies that the record keeps in memory now, raw or packed.
     body_bytes: int = 0
 
-    # What the thread has made of it: an unfinished row is written; the row; the packed detail;
-    # digests and packed bodies of the long ones among request and answer.
+    # What the log's thread makes of it.
+    # Whether the database has the row that says that the request runs.
     is_listed: bool = False
+    # The row of the finished request.
     row: Row | None = None
+    # Its detail, as `pack_detail` returns it: heads, trail and short bodies; and the long bodies
+    # of request and answer, each None when it is short.
     data: bytes = b""
-    blobs: tuple[tuple[str, bytes] | None, ...] = (None, None)
+    blobs: tuple[PackedBody | None, ...] = (None, None)
 
-    def __post_init__(self, request: Request, decision: Decision) -> None:
-        """Take what is known of the request and of the way that it goes."""
-        self.source_ip = request.source_host
-        self.method = request.head.method
-        self.target = request.path + request.query
-        self.request_fields = request.head.fields
-        self.content = request.content
-        self.request_size = len(request.content)
-        self.requested_model = decision.requested_model
-        self.mapped_model = decision.mapped_model
-        self.route = decision.route
-        self.trail = decision.trail
+    @classmethod
+    def of(
+        cls, request_id: str, request: Request, stream: bool, decision: Decision
+    ) -> RequestRecord:
+        """Return the record of a request that begins; `decision` says which way it will go."""
+        return cls(
+            request_id=request_id,
+            service=request.dialect.service,
+            source_ip=request.source_host,
+            method=request.head.method,
+            target=request.path + request.query,
+            request_fields=request.head.fields,
+            content=request.content,
+            request_size=len(request.content),
+            stream=stream,
+            requested_model=decision.requested_model,
+            mapped_model=decision.mapped_model,
+            route=decision.route,
+            trail=decision.trail,
+        )
 
     @property
     def path(self) -> str:
@@ -7142,9 +7176,11 @@ class RequestRecord:
 
     @property
     def event_count(self) -> int:
-        """How many events of a stream have come so far."""
+        """About how many events of a stream have come: what the page shows as its tokens."""
         if not self.stream:
             return 0
+        # Each event of SSE has a line of data, and each line of NDJSON is an event. The first piece
+        # may hold just a comment or half a line.
         is_sse = any(b"data:" in piece for piece in self.pieces[:2])
         mark = b"data:" if is_sse else b"\n"
         return sum(piece.count(mark) for piece in self.pieces)
@@ -7158,17 +7194,17 @@ class Detail(NamedTuple):
     response: bytes = b""
 
 
-# Most requests go known ways, and nothing of them is cut.
+# The JSON of trails and of marks for cut bodies: a home has a few of them, for all its requests.
 encode_repeated = functools.lru_cache(maxsize=256)(COMPACT_JSON)
 
 
 def is_quiet(settings: Settings) -> bool:
-    """Tell whether requests are not to be printed."""
+    """Tell whether LOG_LEVEL is so high that no line is printed for a request."""
     return settings.log_level not in ("DEBUG", "INFO")
 
 
-def storable(text: str) -> str:
-    """Return text that SQLite takes: a lone surrogate becomes `?`."""
+def replace_surrogates(text: str) -> str:
+    """Return text that SQLite takes: a lone surrogate, as JSON's `\\ud800` makes, becomes `?`."""
     if text.isascii():
         return text
     return text.encode("utf-8", "replace").decode()
@@ -7176,13 +7212,14 @@ def storable(text: str) -> str:
 
 def make_detail(record: RequestRecord) -> Detail:
     """Return what is kept of a request beside its row, secrets hidden."""
-    asked = show_fields(record.request_fields)
-    answered = show_fields(record.response_fields or NO_FIELDS)
-    response = hide_echoed(b"".join(record.pieces), asked.secrets)
+    request_shown = show_fields(record.request_fields)
+    response_shown = show_fields(record.response_fields or NO_FIELDS)
+    # A server may repeat the client's secret in its answer.
+    response = hide_echoed(b"".join(record.pieces), request_shown.secrets)
     cut = encode_repeated((record.request_cut, record.response_cut))
     meta = (
-        f'{{"trail":{encode_repeated(record.trail)},"request_headers":{asked.lines},'
-        f'"response_headers":{answered.lines},"cut":{cut}}}'
+        f'{{"trail":{encode_repeated(record.trail)},"request_headers":{request_shown.lines},'
+        f'"response_headers":{response_shown.lines},"cut":{cut}}}'
     )
     return Detail(meta, record.content, response)
 
@@ -7199,22 +7236,29 @@ def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
 def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     """Return what a request cost in tokens, and whether that is an estimate.
 
-    Servers that tell no usage are estimated from the words, as far as all of them were kept: what
-    is not known is None, never 0.
+    Where the server tells no usage it is estimated from the texts of request and answer. That
+    needs all of a text: of one that was cut the number of tokens is None, never 0.
     """
     if record.response_fields is None:
         return Usage(), False
-    answered = record.answer_status < 400
+    # An error answer has cost nothing. An answer that began well and broke off, or whose client
+    # left, has cost what was said until then.
+    began_well = record.answer_status < 400
     failed = record.status >= 400 and record.status != ClientClosed.status
-    # An answer that broke off, or whose client left, has cost what was said until then.
-    if failed and not answered:
+    if failed and not began_well:
         return Usage(), False
     coding = read_coding(record.response_fields)
     answer = decode_content(detail.response, coding, LIMITS.decoded_answer) + record.answer_end
-    usage, path = read_usage(answer), record.path
-    if usage.completion is not None or not answer or not find_protocol(path).user_words:
+    usage = read_usage(answer)
+    path = record.path
+    if usage.completion is not None or not answer:
         return usage, False
-    prompt, completion = usage.prompt or None, None
+    # Without words of a user there is no transcript to count in.
+    if not find_protocol(path).user_words:
+        return usage, False
+    # A prompt of 0 tokens is one that the server has not counted.
+    prompt = usage.prompt or None
+    completion = None
     if prompt is None and not record.request_cut:
         prompt = estimate_tokens(read_transcript(path, record.content, b""))
     if not record.response_cut:
@@ -7224,18 +7268,22 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
 
 
 def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Row:
-    """Return the row of a request, as that of one that runs unless it has `finished`."""
+    """Return the row of a request; without `finished`, the row that says that it runs."""
     usage, is_estimated = count_tokens(record, detail)
-    asked = show_fields(record.request_fields)
+    shown = show_fields(record.request_fields)
     timestamp = int(record.timestamp * 1000)
-    duration = completed_at = ttft = failed = None
+    duration = None
+    completed_at = None
+    failed = None
+    ttft = None
     if finished and record.finished_at is not None:
         duration = round((record.finished_at - record.started_at) * 1000, 1)
         completed_at = timestamp + int(duration)
         failed = int(record.status >= 400 or bool(record.error))
     if record.stream and record.first_token_at is not None:
         ttft = round((record.first_token_at - record.started_at) * 1000, 1)
-    # The lowest bit that is set is as good as a coin that is thrown until it shows heads.
+    # The level: the lowest bit that is set is bit 0 in half of all numbers, bit 1 in a quarter, and
+    # so on. A hash, not a random number, because a request has the same level in all its rows.
     chance = hash(record.request_id)
     level = (chance & -chance).bit_length() - 1
     return Row(
@@ -7246,45 +7294,46 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         record.method,
         hide_parameters(record.target),
         record.service,
-        storable(record.requested_model),
-        storable(record.mapped_model),
+        replace_surrogates(record.requested_model),
+        replace_surrogates(record.mapped_model),
         record.upstream_url,
-        storable(record.route),
+        replace_surrogates(record.route),
         duration,
         ttft,
         record.request_size,
         record.response_size,
         record.status or None,
-        storable(record.error) or None,
+        replace_surrogates(record.error) or None,
         usage.prompt,
         usage.completion,
         int(is_estimated),
-        storable(COMPACT_JSON(record.attempts)),
+        replace_surrogates(COMPACT_JSON(record.attempts)),
         int(record.stream),
         completed_at,
-        storable(record.sent_model),
+        replace_surrogates(record.sent_model),
         usage.cached,
-        asked.user_agent,
-        asked.client_key,
+        shown.user_agent,
+        shown.client_key,
         failed,
         level,
     )
 
 
-def pack_blob(body: bytes) -> tuple[str, bytes]:
-    """Return the digest of a long body, which names its file, and the packed body."""
-    return hashlib.sha256(body).hexdigest(), zlib.compress(body, 1)
+def pack_blob(body: bytes) -> PackedBody:
+    """Pack a long body."""
+    return PackedBody(hashlib.sha256(body).hexdigest(), zlib.compress(body, 1))
 
 
-def pack_detail(
-    detail: Detail, inline_body: int
-) -> tuple[bytes, tuple[tuple[str, bytes] | None, ...]]:
+def pack_detail(detail: Detail, inline_body: int) -> tuple[bytes, tuple[PackedBody | None, ...]]:
     """Pack a detail: its data for the database, and apart from it bodies over `inline_body`.
 
-    The data is the length of the request's body in decimal and LF, the meta and LF, both bodies;
-    deflated all together where that is worth it.
+    The data is the length of the request's body and LF, the meta and LF, both bodies; deflated all
+    together where that is worth it.
+
+    `Detail('{"cut":[false,false]}', b"Hi", b"Yo")`  ->  `2 LF {"cut":[false,false]} LF HiYo`
     """
-    inline, blobs = [], []
+    inline = []
+    blobs = []
     for body in (detail.request, detail.response):
         is_long = len(body) > inline_body
         inline.append(b"" if is_long else body)
@@ -7303,14 +7352,14 @@ def unpack_detail(data: bytes, blobs: Sequence[bytes | None]) -> Detail:
         data = zlib.decompress(data)
     size, meta, inline = data.split(b"\n", 2)
     bodies = [inline[: int(size)], inline[int(size) :]]
-    for at, blob in enumerate(blobs):
+    for index, blob in enumerate(blobs):
         if blob:
-            bodies[at] = zlib.decompress(blob)
+            bodies[index] = zlib.decompress(blob)
     return Detail(meta.decode(), bodies[0], bodies[1])
 
 
 def cut_bodies(record: RequestRecord, limit: int) -> None:
-    """Let go of all but the beginning of long bodies, and of what the answer's end tells."""
+    """Keep the first `limit` octets of each body, and the answer's end, which tells its usage."""
     if len(record.content) > limit:
         record.content = record.content[:limit]
         record.request_cut = True
@@ -7337,8 +7386,9 @@ def describe_request(record: RequestRecord, row: Row) -> str:
 
 # --- sums ---
 
-# Numbers in the order of COUNTED; and these by hour, service, model and server.
+# The numbers of some requests, in the order of TALLY_COLUMNS.
 Tally = list[float]
+# By hour, service, model and server.
 Tallies = dict[tuple[int, str, str, str], Tally]
 
 
@@ -7349,31 +7399,35 @@ def rollup_key(row: Row) -> tuple[int, str, str, str]:
 
 
 def add_row(tallies: Tallies, row: Row) -> None:
-    """Add a request to the sums and histograms of its hour, service, model and server."""
+    """Add a request to the tally of its hour, service, model and server."""
     key = rollup_key(row)
     tally = tallies.get(key)
     if tally is None:
-        tally = tallies[key] = [0] * len(COUNTED)
-    duration, ttft = row.duration_ms or 0, row.ttft_ms or 0
+        tally = tallies[key] = [0] * len(TALLY_COLUMNS)
+    duration = row.duration_ms or 0
+    ttft = row.ttft_ms or 0
     completion = row.completion_tokens or 0
-    speaking = max(duration - ttft, 0) if completion else 0
+    # The speed is known where tokens were counted and took time.
+    spoken_ms = max(duration - ttft, 0) if completion else 0
+    spoken_tokens = completion if spoken_ms else 0
+    # Each line is one of SUMS, in their order.
     tally[0] += 1
     tally[1] += row.failed
     tally[2] += row.prompt_tokens or 0
     tally[3] += completion
     tally[4] += row.cached_tokens or 0
-    tally[5] += completion if speaking else 0
-    tally[6] += speaking
+    tally[5] += spoken_tokens
+    tally[6] += spoken_ms
     tally[7] += duration
     tally[8] += ttft
     for value, buckets in ((row.duration_ms, DURATIONS), (row.ttft_ms, TTFTS)):
         if value is not None:
-            bucket = min(bisect.bisect_left(EDGES, value), len(EDGES) - 1)
+            bucket = min(bisect.bisect_left(BUCKET_ENDS, value), len(BUCKET_ENDS) - 1)
             tally[buckets.start + bucket] += 1
 
 
-def add_rows(rows: Iterable[Row]) -> Tallies:
-    """Return the sums of some requests."""
+def sum_rows(rows: Iterable[Row]) -> Tallies:
+    """Return the tallies of some requests."""
     tallies: Tallies = {}
     for row in rows:
         add_row(tallies, row)
@@ -7394,11 +7448,11 @@ INSERT_REQUESTS = make_insert("requests", len(Row._fields), ROWS_AT_ONCE)
 INSERT_DETAIL = make_insert("details", 5, 1)
 INSERT_DETAILS = make_insert("details", 5, ROWS_AT_ONCE)
 INSERT_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
-ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(COUNTED))})
+ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(TALLY_COLUMNS))})
     ON CONFLICT (hour, service_type, model, upstream_url)
-    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COUNTED)}"""
+    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in TALLY_COLUMNS)}"""
 FINISH_INTERRUPTED = f"""UPDATE requests SET failed = 1, error_message = 'interrupted'
-    WHERE failed IS NULL AND id % {ROUTERS} = ?"""
+    WHERE failed IS NULL AND id % {MAX_ROUTERS} = ?"""
 
 
 def insert_rows(db: sqlite3.Connection, one: str, many: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -7498,7 +7552,7 @@ class Store:
         if settings.blob_storage_type == "filesystem":
             self.bodies = BodyFiles(settings.blob_storage_path)
         # The number of this router among those that share the database, from `claim_number` on.
-        self.router_number = os.getpid() % ROUTERS
+        self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
         self.db: sqlite3.Connection | None = None
         # The file that is open, to see when another one is in its place.
@@ -7568,13 +7622,13 @@ class Store:
             import fcntl
         except ImportError:
             # Windows: there a database is for one router, and all open rows are an earlier one's.
-            for number in range(ROUTERS):
+            for number in range(MAX_ROUTERS):
                 db.execute(FINISH_INTERRUPTED, (number,))
             self.lock_file = -1
             return
         self.lock_file = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600)
         is_claimed = False
-        for number in range(ROUTERS):
+        for number in range(MAX_ROUTERS):
             with contextlib.suppress(OSError):
                 fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
                 db.execute(FINISH_INTERRUPTED, (number,))
@@ -7795,7 +7849,7 @@ class RequestLog:
     def begin(self, record: RequestRecord) -> None:
         """Note that a request was accepted."""
         number = self.store.router_number if self.store else 0
-        self.last_id = max(self.last_id + ROUTERS, time_id(record.timestamp) + number)
+        self.last_id = max(self.last_id + MAX_ROUTERS, time_id(record.timestamp) + number)
         record.id = self.last_id
         self.running[record.id] = record
         room = max(0, min(self.body_limit, self.limits.body_memory - self.body_bytes))
@@ -7907,7 +7961,7 @@ class RequestLog:
             with reading(self.store.path) as db:
                 return question(self, db, *args)
         except sqlite3.Error as error:
-            if CORRUPT.search(str(error)):
+            if CORRUPT_MESSAGE.search(str(error)):
                 self.is_suspect = True
             self.news.set()
             raise LogUnavailable(f"the log cannot be read: {error}") from None
@@ -8020,7 +8074,7 @@ class RequestLog:
         """Count rows for /metrics, and tell those who listen."""
         for listener in list(self.listeners):
             listener.extend(rows)
-        for (_, *names), tally in add_rows(rows).items():
+        for (_, *names), tally in sum_rows(rows).items():
             key = tuple(names)
             # Clients choose the names of models, and each key costs memory as long as we live.
             if key not in self.series and len(self.series) >= self.limits.metric_series:
@@ -8067,7 +8121,7 @@ class RequestLog:
         count = min(self.ready_rows, self.limits.batch_rows)
         batch = list(itertools.islice(self.finished, count))
         unfinished = [make_row(record, Detail(), finished=False) for record in running]
-        self.store.write(unfinished, batch, add_rows(record.row for record in batch))
+        self.store.write(unfinished, batch, sum_rows(record.row for record in batch))
         for record in running:
             record.is_listed = True
         self.release_oldest(count)
@@ -8118,7 +8172,7 @@ class RequestLog:
         if str(file) not in text:
             text = f"{file}: {text}"
         aside = ""
-        if isinstance(error, sqlite3.Error) and CORRUPT.search(text):
+        if isinstance(error, sqlite3.Error) and CORRUPT_MESSAGE.search(text):
             with contextlib.suppress(OSError):
                 aside = self.store.move_aside()
         if aside:
@@ -8405,9 +8459,7 @@ class Exchange:
         # The content of an answer that may be an error, as far as its words are looked for.
         self.seeks_error = False
         self.error_content = b""
-        self.record = RequestRecord(
-            context.next_request_id(), request, self.dialect.service, parsed.stream, decision
-        )
+        self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
@@ -8978,7 +9030,7 @@ FEW_ROWS = 2000
 # From this level on the index `sample` has all that a point shows.
 SAMPLE_LEVEL = 3
 HOURS = number_between(1, 24 * 366)
-TALLY = ", ".join(f"TOTAL({name})" for name in COUNTED)
+TALLY = ", ".join(f"TOTAL({name})" for name in TALLY_COLUMNS)
 
 # The filters of a list of rows, those first that few rows pass as a rule.
 MODEL_FILTER = "? IN (sent_model, original_model)"
@@ -9221,7 +9273,7 @@ def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> 
         return sorted(values)[rank - 1]
     remaining = share * sum(counts) / 100
     low = 0.0
-    for count, high in zip(counts, EDGES, strict=True):
+    for count, high in zip(counts, BUCKET_ENDS, strict=True):
         if count and remaining <= count:
             return round(low + (high - low) * remaining / count, 1)
         remaining -= count
@@ -9550,7 +9602,7 @@ def export_page(
 # --- metrics --------------------------------------------------------------------------
 
 # Prometheus gets every fourth bucket, each four times as long as the one before.
-METRIC_EDGES = range(0, len(EDGES), 4)
+METRIC_EDGES = range(0, len(BUCKET_ENDS), 4)
 COUNTERS = {
     "requests": "Requests that ended",
     "errors": "Requests that failed",
@@ -9586,7 +9638,7 @@ def histogram_lines(name: str, labels: str, tally: Tally) -> Iterator[str]:
     counts = list(itertools.accumulate(tally[HISTOGRAMS[name][1]]))
     metric = f"smolrouter_{name}_seconds"
     for at in METRIC_EDGES:
-        yield f'{metric}_bucket{{{labels},le="{EDGES[at] / 1000:g}"}} {counts[at]}'
+        yield f'{metric}_bucket{{{labels},le="{BUCKET_ENDS[at] / 1000:g}"}} {counts[at]}'
     yield f'{metric}_bucket{{{labels},le="+Inf"}} {counts[-1]}'
     yield f"{metric}_sum{{{labels}}} {tally[SUMS.index(f'{name}_ms')] / 1000:.6f}"
     yield f"{metric}_count{{{labels}}} {counts[-1]}"

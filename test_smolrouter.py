@@ -1890,7 +1890,7 @@ def new_record(number: int, content: bytes = b"{}", answer: bytes = b"", **more:
     top = smolrouter.parse_request_head(f"POST {CHAT} HTTP/1.1\r\nHost: a".encode())
     asked = smolrouter.Request(top, None, None, "::1", content=content)
     decision = smolrouter.Decision("m", "m", "m", "failover", (), ())
-    record = smolrouter.RequestRecord(f"id{number}", asked, "openai", False, decision)
+    record = smolrouter.RequestRecord.of(f"id{number}", asked, False, decision)
     record.status = 200
     record.response_fields = smolrouter.Fields([])
     record.pieces = [answer]
@@ -8842,7 +8842,7 @@ def test_columns_are_the_fields_of_a_row(tmp_path: pathlib.Path) -> None:
         names = [row[1] for row in db.execute("PRAGMA table_info(requests)")]
         assert names == list(smolrouter.Row._fields)
         names = [row[1] for row in db.execute("PRAGMA table_info(rollups)")]
-        assert names[4:] == list(smolrouter.COUNTED)
+        assert names[4:] == list(smolrouter.TALLY_COLUMNS)
 
 
 @pytest.mark.parametrize("path, stream", [
@@ -9148,7 +9148,7 @@ def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream
     asked = smolrouter.Request(top, None, None, "::1", content=encode_json(doc))
     step = smolrouter.Step(odd, True, odd)
     decision = smolrouter.Decision(odd, odd, odd, "failover", (), (step,))
-    record = smolrouter.RequestRecord("id", asked, "openai", stream, decision)
+    record = smolrouter.RequestRecord.of("id", asked, stream, decision)
     record.id = 1
     record.finished_at = record.started_at + 1.0
     record.status = status
@@ -11788,6 +11788,7 @@ ODD_STARTS = {
     "flags": (sys.executable, "-Wignore", "-B"),
     # Not begun again, and as good.
     "a flag with a value": (sys.executable, "-X", "utf8"),
+    "a profiler": (sys.executable, "-m", "cProfile"),
 }
 
 
