@@ -6304,10 +6304,11 @@ class Request:
 # ======================================================================================
 # One request to one instance, over connections that are kept for the next; how instances
 # have fared; which models they have. Whatever ends a request early becomes BadGateway, or
-# GatewayTimeout, with what was seen in its words: failover (section 14) knows no other
+# GatewayTimeout, and its message says what happened: failover (section 14) knows no other
 # failure. An instance that failed goes to the end of the order for a while. It is never
-# excluded: when all have failed, the last hope is tried.
+# left out: when all have failed, each of them is still tried.
 
+# With these an instance says that it cannot serve more now. It cools down as after a failure.
 COOLING_STATUSES = (429, 503)
 
 
@@ -6328,8 +6329,8 @@ def describe(error: BaseException) -> str:
 # The life of a connection: `connect` opens it for a request. It then serves one request at a
 # time. When an answer has been read to its end, and both sides mean to go on, `keep_idle` puts it
 # into the pool; the next request to the same server takes the one that was used last, so that
-# those which are too many grow old. It leaves the pool when the server closes it, when octets
-# come that nobody asked for (they would be taken for the next answer), or after 30 s.
+# those which are too many grow old. It is thrown away after 30 s, when the server closes it, or
+# when octets have come that nobody asked for: they would be taken for the next answer.
 #
 # A server may close an idle connection in the moment in which a request is written to it. Such
 # a request fails before the first octet of an answer, through no fault of its own; it is sent
@@ -6350,7 +6351,8 @@ class ConnectionPool:
         self.settings = settings
         self.batch = batch
         self.limits = batch.limits
-        # What two servers of one URL share unless one of them verifies certificates.
+        # By URL and `verify`: a connection on which no certificate was verified is not for a
+        # server that wants it verified.
         self.idle: dict[tuple[UpstreamURL, bool], list[Connection]] = {}
         # How to speak TLS, with and without verifying.
         self.tls_contexts: dict[bool, ssl.SSLContext] = {}
@@ -6418,6 +6420,7 @@ class ConnectionPool:
             connection.close()
             return
 
+        # Called when the server closes it, and when its time is up.
         def drop() -> None:
             if connection in connections:
                 connections.remove(connection)
@@ -6434,8 +6437,11 @@ class ConnectionPool:
                 connections.pop().close()
 
 
-def broken_off(error: OSError | RouterError) -> RouterError:
-    """Return what to raise for an error in the middle of an answer: it, when it says enough."""
+def as_bad_gateway(error: OSError | RouterError) -> RouterError:
+    """Return what to raise when an error ends an answer in its middle.
+
+    A timeout says enough itself, and that the client has left is no fault of the server.
+    """
     if isinstance(error, (BadGateway, ClientClosed)):
         return error
     return BadGateway(f"the answer broke off: {describe(error)}")
@@ -6444,7 +6450,7 @@ def broken_off(error: OSError | RouterError) -> RouterError:
 class UpstreamResponse:
     """A response whose head has come; its content is read to the end, or it is closed.
 
-    What `read_ahead` has read is in `buffered`, and `pump` begins with it.
+    What `buffer_next` has read is in `buffered`, and `pump` begins with it.
     """
 
     def __init__(
@@ -6459,14 +6465,15 @@ class UpstreamResponse:
         self.connection = connection
         self.server = server
         self.pool = pool
-        self.content = ContentReader(connection, framing)
+        self.reader = ContentReader(connection, framing)
         self.buffered: list[bytes] = []
+        # Until the connection is closed or given back to the pool.
         self.open = True
 
     @property
     def ends_by_close(self) -> bool:
-        """Whether the end of the content is the end of its connection, or may be a cut."""
-        return self.content.framing is UNTIL_CLOSE
+        """Whether its connection ends with the content, so that a cut looks like the end."""
+        return self.reader.framing is UNTIL_CLOSE
 
     def finish(self) -> None:
         """Let the connection be used again, or close it, after all of the content was read."""
@@ -6478,14 +6485,14 @@ class UpstreamResponse:
         else:
             connection.close()
 
-    async def read_ahead(self) -> bytes:
-        """Read the next piece and keep it, b"" at the end. Raises BadGateway."""
+    async def buffer_next(self) -> bytes:
+        """Read the next piece and keep it for `pump`; b"" at the end. Raises BadGateway."""
         if not self.open:
             return b""
         try:
-            piece = await self.content.read()
+            piece = await self.reader.read()
         except (OSError, RouterError) as error:
-            raise broken_off(error) from None
+            raise as_bad_gateway(error) from None
         if piece:
             self.buffered.append(piece)
         else:
@@ -6493,10 +6500,10 @@ class UpstreamResponse:
         return piece
 
     async def buffer_error(self) -> bytes:
-        """Read an error answer ahead, unless it is too long, so that it can be sent later."""
+        """Read an error answer and keep it, so that it can be sent later; stop when it is long."""
         size = sum(len(piece) for piece in self.buffered)
         while size <= self.connection.limits.buffered_error:
-            piece = await self.read_ahead()
+            piece = await self.buffer_next()
             if not piece:
                 break
             size += len(piece)
@@ -6513,9 +6520,9 @@ class UpstreamResponse:
         if not self.open:
             return
         try:
-            await self.content.pump(consume, client)
+            await self.reader.pump(consume, client)
         except (OSError, RouterError) as error:
-            raise broken_off(error) from None
+            raise as_bad_gateway(error) from None
         self.finish()
 
     def close(self) -> None:
@@ -6541,7 +6548,7 @@ class Health:
     busy: int = 0
     # Failures since the last success.
     failures: int = 0
-    # On the monotonic clock.
+    # Until then other instances are asked first; on the monotonic clock.
     cool_until: float = 0.0
     # What went wrong last, "" after a success.
     error: str = ""
@@ -6663,9 +6670,11 @@ class Upstreams:
             try:
                 return await self.send_on(connection, server, method, message)
             except GatewayTimeout:
+                # The server has the request, and may still be at work on it.
                 raise
             except BadGateway:
-                # With no octet of an answer the server had closed the idle connection.
+                # When not one octet of an answer has come, the server had closed the idle
+                # connection before it read the request.
                 if connection.received_octets > octets_before:
                     raise
         connection = await self.pool.connect(server)
@@ -6676,13 +6685,13 @@ class Upstreams:
     ) -> UpstreamResponse:
         """Write a request to a connection and read the head of its response.
 
-        Whatever fails, or the task that ends meanwhile, closes the connection.
+        The connection is closed unless a response is returned, also when the task is cancelled.
         """
         connection.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
         connection.write(message)
         response = None
         try:
-            head = await self.read_response_head(connection)
+            head = await self.receive_head(connection)
             framing = head.framing(method)
             response = UpstreamResponse(head, framing, connection, server, self.pool)
             return response
@@ -6694,7 +6703,7 @@ class Upstreams:
             if response is None:
                 connection.abort()
 
-    async def read_response_head(self, connection: Connection) -> ResponseHead:
+    async def receive_head(self, connection: Connection) -> ResponseHead:
         """Return the head of the final response; interim ones (1xx) are passed over."""
         for _ in range(self.limits.interim_responses + 1):
             data = await connection.read_head(self.limits.response_head)
@@ -6710,9 +6719,9 @@ class Upstreams:
 
 # --- lists of models --------------------------------------------------------------------
 # Clients ask for the list of models whenever they show a menu; servers are asked at most once
-# a minute, each in a thread by http.client: these calls are few, and a server that is slow
-# with its list must not hold up the event loop. The last list of a server that is gone
-# counts for ten minutes.
+# a minute. These calls are few, and http.client is enough for them: what stands above is made
+# for answers that are handed on while they come. As http.client blocks until a server has
+# answered, each call has a thread. The last list of a server that is gone counts for ten minutes.
 
 
 def fetch_models(
@@ -6730,7 +6739,8 @@ def fetch_models(
         response = connection.getresponse()
         content = response.read(limits.model_list_size)
     except (http.client.HTTPException, AttributeError) as error:
-        # AttributeError: it was shut down, as it took too long, and its socket is gone.
+        # AttributeError: the call took too long, `refresh` has ended the connection meanwhile,
+        # and http.client finds no socket.
         raise OSError(describe(error)) from None
     finally:
         connection.close()
@@ -6756,12 +6766,16 @@ def fetch_models(
 def fetch_in_thread(
     connection: Any, server: Server, authorization: str | None, limits: Limits
 ) -> asyncio.Future[list[dict[str, Any]]]:
-    """Run `fetch_models` in a thread of its own, which never delays others or the exit."""
+    """Run `fetch_models` in a thread of its own.
+
+    The loop's own threads are few, and the end of the program waits for them. It does not wait
+    for a daemon, whatever its server does.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[list[dict[str, Any]]] = loop.create_future()
 
     def set_outcome(models: list[dict[str, Any]], error: Exception | None) -> None:
-        # Nobody may wait for it any more.
+        # Whoever waited may have given up.
         if future.done():
             return
         if error is not None:
@@ -6874,20 +6888,23 @@ def model_entry(name: str) -> dict[str, Any]:
 def merge_models(
     own_names: Iterable[str], lists: Iterable[tuple[Server, list[dict[str, Any]]]]
 ) -> list[dict[str, Any]]:
-    """Return all models, own names first; one that several servers have is pinned to each.
+    """Return all models, own names first.
+
+    A model of several servers is there once more for each, under a name that pins its server:
 
     ('fast',), (a, [m]), (b, [m])  ->  fast, m, 'm [a]', 'm [b]'; `m` is the first server's entry.
     """
     models = {name: model_entry(name) for name in own_names}
-    holders: dict[str, list[tuple[Server, dict[str, Any]]]] = {}
+    listings: dict[str, list[tuple[Server, dict[str, Any]]]] = {}
     for server, entries in lists:
         for entry in entries:
-            holders.setdefault(entry["id"], []).append((server, entry))
-    for name, places in holders.items():
-        models.setdefault(name, places[0][1])
-        if len(places) == 1:
+            listings.setdefault(entry["id"], []).append((server, entry))
+    for name, holders in listings.items():
+        _, first_entry = holders[0]
+        models.setdefault(name, first_entry)
+        if len(holders) == 1:
             continue
-        for server, entry in places:
+        for server, entry in holders:
             pinned_name = f"{name} [{server.name}]"
             models[pinned_name] = {**entry, "id": pinned_name}
     return list(models.values())
@@ -8684,7 +8701,7 @@ class Exchange:
         form = None if read_coding(head.fields) else EVENT_FORMATS.get(head.media_type)
         size = 0
         tail = b""
-        while piece := await response.read_ahead():
+        while piece := await response.buffer_next():
             size += len(piece)
             # An event's end is at most four octets long, and may be split anywhere.
             tail = tail[-3:] + piece
