@@ -1712,6 +1712,8 @@ def refuse_constant(name: str) -> None:
 
 
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+# Some editors and Windows programs put it before a text.
+BYTE_ORDER_MARK = "\ufeff"
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -1776,10 +1778,11 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
 
     `b'{"n": 1.0}'`  ->  `('{"n": 1.0}', {"n": 1.0})`
 
-    The text is needed to edit it later. Raises MalformedContent or ContentTooLarge.
+    The text is needed to edit it later; a byte order mark is no part of it (RFC 8259 section 8.1).
+    Raises MalformedContent or ContentTooLarge.
     """
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
         check_json_size(text, limits.json_values, limits)
         # `raw_decode` takes neither white space nor anything else around the document. `decode`
         # would, by two more calls for each of the many small documents.
@@ -1794,13 +1797,14 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
         raise MalformedContent(f"the content is not JSON: {error}") from None
 
 
-def parse_object(data: bytes | str, limits: Limits = LIMITS) -> dict[str, Any] | None:
-    """Return the object that a server's data holds, None when it holds none.
+def parse_value(data: bytes | str, limits: Limits = LIMITS) -> Any:
+    """Return the value that a server's data holds, None when it is no JSON.
 
-    `b' {"n": -Infinity}'`  ->  `{"n": -inf}`;  `b"[1]"`, `b"{"`  ->  `None`
+    `b' {"n": -Infinity}'`  ->  `{"n": -inf}`;  `b"{"`  ->  `None`
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
+        text = text.removeprefix(BYTE_ORDER_MARK)
         if len(text) > limits.long_content:
             # Vectors are long lists of numbers: their values are not counted.
             check_json_size(text, math.inf, limits)
@@ -1808,7 +1812,16 @@ def parse_object(data: bytes | str, limits: Limits = LIMITS) -> dict[str, Any] |
         value, end = SERVER_JSON.raw_decode(text)
     except (ValueError, RecursionError, RouterError):
         return None
-    return value if end == len(text) and isinstance(value, dict) else None
+    return value if end == len(text) else None
+
+
+def parse_object(data: bytes | str, limits: Limits = LIMITS) -> dict[str, Any] | None:
+    """Return the object that a server's data holds, None when it holds none.
+
+    `b' {"n": 1}'`  ->  `{"n": 1}`;  `b"[1]"`, `b"{"`  ->  `None`
+    """
+    value = parse_value(data, limits)
+    return value if isinstance(value, dict) else None
 
 
 # --- writing --------------------------------------------------------------------------
@@ -8963,23 +8976,25 @@ async def relay_model(context: Context, request: Request) -> None:
 
 def is_object(content: bytes) -> bool:
     """Tell whether content looks like a JSON object."""
-    return content[:64].lstrip()[:1] == b"{"
+    return content[:64].removeprefix(BYTE_ORDER_MARK.encode()).lstrip()[:1] == b"{"
 
 
 async def relay_post(context: Context, request: Request) -> None:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
     media_type = request.head.fields.get("content-type") or ""
     is_form = media_type.lower().startswith("multipart/form-data")
-    is_json = find_protocol(request.path).needs_model or "json" in media_type.lower()
+    needs_model = find_protocol(request.path).needs_model
+    coding = read_coding(request.head.fields)
+    if coding and (is_form or needs_model or "json" in media_type.lower()):
+        # A model may be in there, which nobody can see.
+        what = f"Content-Encoding {coding[:80]!r} of a request"
+        raise UnsupportedContent(f"{what}; send it plain")
     if is_form:
         read_this_form = functools.partial(read_form, media_type)
         request.dialect = OPENAI_OPAQUE._replace(read=read_this_form)
-    elif not (is_json or is_object(request.content)):
+    elif not (needs_model or is_object(request.content)):
+        # Clients call an empty content JSON, too: `POST /v1/responses/{id}/cancel`.
         request.dialect = OPENAI_OPAQUE
-    coding = read_coding(request.head.fields)
-    if coding and request.dialect is not OPENAI_OPAQUE:
-        what = f"Content-Encoding {coding[:80]!r} of a request"
-        raise UnsupportedContent(f"{what}; send it plain")
     await relay_model(context, request)
 
 

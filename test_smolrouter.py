@@ -10486,6 +10486,56 @@ def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
     assert got.parse().choices[0].message.content == HELLO_ANSWER
 
 
+# --- content without a model ----------------------------------------------------------
+
+MODELLESS_CONTENTS = {
+    "empty": b"",
+    "white space": b" \r\n",
+    "null": b"null",
+    "a string": b'"text"',
+    "an array": b'[{"model": "gpt-4"}]',
+    "an object without a model": b'{"n":1.0}',
+    "an object behind a mark": b'\xef\xbb\xbf{"n":1.0}',
+    "a mark alone": b"\xef\xbb\xbf",
+    "no JSON": b"a=b",
+}
+MODELLESS_PATHS = ("/v1/responses/r1/cancel", "/v1/batches/b1/cancel", "/v1/rerank", "/v1/x")
+
+
+@pytest.mark.parametrize("path", MODELLESS_PATHS)
+@pytest.mark.parametrize("media_type", ("application/json", "text/plain", None))
+@pytest.mark.parametrize("content", MODELLESS_CONTENTS.values(), ids=MODELLESS_CONTENTS)
+def test_what_has_no_model_goes_on_unchanged(
+    content: bytes, media_type: str | None, path: str
+) -> None:
+    mark = f"{path}?of={zlib.crc32(repr((content, media_type)).encode())}"
+    fields = [("Content-Length", str(len(content)))]
+    if media_type:
+        fields.append(("Content-Type", media_type))
+    data = encode_request("POST", mark, None, fields) + content
+    got = parse_response(send_raw(default_router().port, data))
+    assert got.status == 200
+    (received,) = default_upstream().requests_for(mark)
+    assert received.content == content
+    assert received.get("Content-Type") == media_type
+
+
+@pytest.mark.parametrize("path", (CHAT, "/v1/rerank", "/v1/responses", "/api/chat"))
+def test_a_byte_order_mark_hides_no_model(path: str) -> None:
+    """The content is routed by its model, and stays to the octet unless something changes."""
+    table = {"routes": [{"match": {"model": "named"}, "route": {"model": "another"}}]}
+    router = shared_router({"DEFAULT_UPSTREAM": default_upstream().url}, table)
+    for asked, sent in (("named", "another"), (f"marked{path}", f"marked{path}")):
+        document = {**EXAMPLE_REQUESTS.get(path, {}), "model": asked, "stream": False}
+        content = b"\xef\xbb\xbf" + encode_json(document)
+        got = request(router.port, "POST", path, content)
+        assert got.status == 200
+        received = default_upstream().requests[-1]
+        assert json.loads(received.content)["model"] == sent
+        if asked == sent and path != "/api/chat":
+            assert received.content == content
+
+
 # --- events leave as they come --------------------------------------------------------
 
 
