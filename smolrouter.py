@@ -805,6 +805,8 @@ class Limits:
     # a list is kept for each server and credentials, which clients choose.
     model_list_fetches: int = 32
     model_lists: int = 200
+    # An error in place of a list is kept for its client up to this length.
+    refused_list: int = 16 * KiB
 
     # --- the log ---
     # Bodies up to this length stand in the database, where the page finds them at once; longer
@@ -6323,6 +6325,8 @@ class Request:
 
 # With these an instance says that it cannot serve more now. It cools down as after a failure.
 COOLING_STATUSES = (429, 503)
+# Fields of a refused list that its client gets with it.
+LIST_FIELDS = ("content-type", "www-authenticate", "retry-after")
 
 
 def describe(error: BaseException) -> str:
@@ -6737,10 +6741,56 @@ class Upstreams:
 # answered, each call has a thread. The last list of a server that is gone counts for ten minutes.
 
 
+class Refusal(NamedTuple):
+    """What a server answered in place of its models."""
+
+    status: int
+    fields: tuple[tuple[str, str], ...]
+    content: bytes
+
+
+class ListRefused(BadGateway):
+    """A server's own error in place of its models; for its client it is the answer."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        document = parse_object(refusal.content)
+        words = error_words(document) if document else ""
+        # In another dialect, the answer has content of another type.
+        fields = [field for field in refusal.fields if field[0].lower() != "content-type"]
+        super().__init__(words or f"/v1/models answered {refusal.status}", *fields)
+        self.status = refusal.status
+        self.refusal = refusal
+
+
+def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
+    """Return the models in a server's list, each once. Raises ValueError.
+
+    `{"data": [{"id": "m"}, {"id": "m"}]}`, `[{"id": "m"}]`  ->  [{"id": "m"}]
+    """
+    document = parse_value(content, limits)
+    try:
+        # A list that is deeper could not be written again for the client.
+        check_json_size(content.decode("utf-8", "replace"), math.inf, limits)
+    except RouterError:
+        document = None
+    # Most servers wrap their list into an object; some do not.
+    listed = document.get("data") if isinstance(document, dict) else document
+    if not isinstance(document, (dict, list)):
+        raise ValueError(
+            f"/v1/models answered no JSON list of at most {limits.model_list_size} "
+            f"bytes and {limits.json_depth} levels"
+        )
+    models: dict[str, dict[str, Any]] = {}
+    for entry in listed if isinstance(listed, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+            models.setdefault(entry["id"], entry)
+    return list(models.values())
+
+
 def fetch_models(
     connection: Any, server: Server, authorization: str | None, limits: Limits
 ) -> list[dict[str, Any]]:
-    """Ask a server for its models (blocking). Raises OSError or ValueError."""
+    """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
     import http.client
 
     fields = {"Accept": "application/json", **dict(server.headers)}
@@ -6757,23 +6807,20 @@ def fetch_models(
         raise OSError(describe(error)) from None
     finally:
         connection.close()
+    answer_fields = Fields([(name.lower(), name, value) for name, value in response.getheaders()])
+    coding = read_coding(answer_fields)
+    if coding in CODINGS:
+        # It was not asked for; some servers send it all the same.
+        try:
+            content = Inflater(coding, limits.decoded_answer).feed(content)
+        except BadGateway as error:
+            raise ValueError(f"/v1/models: {error}") from None
     if response.status >= 400:
-        raise ValueError(f"/v1/models answered {response.status}")
-    document = parse_object(content, limits)
-    try:
-        # A list that is deeper could not be written again for the client.
-        check_json_size(content.decode("utf-8", "replace"), math.inf, limits)
-    except RouterError:
-        document = None
-    if document is None:
-        raise ValueError(
-            f"/v1/models answered no JSON object of at most {limits.model_list_size} "
-            f"bytes and {limits.json_depth} levels"
-        )
-    models = document.get("data")
-    if not isinstance(models, list):
-        return []
-    return [m for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
+        kept = [(name, value) for lower, name, value in answer_fields.lines if lower in LIST_FIELDS]
+        if len(content) > limits.refused_list:
+            content = b""
+        raise ListRefused(Refusal(response.status, tuple(kept), content))
+    return read_model_list(content, limits)
 
 
 def fetch_in_thread(
@@ -6801,7 +6848,7 @@ def fetch_in_thread(
         failure = None
         try:
             models = fetch_models(connection, server, authorization, limits)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ListRefused) as error:
             failure = error
         # RuntimeError: the loop is closed, the router has ended.
         with contextlib.suppress(RuntimeError):
@@ -6816,10 +6863,17 @@ ModelListKey = tuple[str, str]
 
 
 class ModelList(NamedTuple):
-    """The models that a server listed, and when, on the monotonic clock."""
+    """The models that a server listed, and when it was asked, on the monotonic clock."""
 
     fetched_at: float
     models: list[dict[str, Any]]
+
+
+def keep_newest(table: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Put a value into a table of at most `most` values; the oldest one makes room."""
+    if key not in table and len(table) >= most:
+        del table[next(iter(table))]
+    table[key] = value
 
 
 class ModelLists:
@@ -6829,52 +6883,81 @@ class ModelLists:
         self.upstreams = upstreams
         self.limits = upstreams.limits
         self.lists: dict[ModelListKey, ModelList] = {}
+        # The errors of servers that refused theirs when they were asked last.
+        self.refusals: dict[ModelListKey, Refusal] = {}
+        # When a server's models were changed through the router, on the monotonic clock. What it
+        # has listed before is not true any more.
+        self.changed_at: dict[UpstreamURL, float] = {}
         self.refreshing: dict[ModelListKey, asyncio.Task[None]] = {}
         self.fetch_permits = asyncio.Semaphore(self.limits.model_list_fetches)
 
+    def key_of(self, server: Server, authorization: str | None) -> ModelListKey:
+        """Return under which key a server's list for these credentials is kept."""
+        credentials = server.api_key or authorization or ""
+        return str(server.url), hashlib.sha256(credentials.encode()).hexdigest()
+
+    def note_change(self, server: Server) -> None:
+        """Note that a server may have other models now than it has listed."""
+        self.changed_at[server.url] = time.monotonic()
+        # Nobody new waits for a list that was asked for before.
+        for key in [key for key in self.refreshing if key[0] == str(server.url)]:
+            del self.refreshing[key]
+
+    def find(self, key: ModelListKey, server: Server) -> tuple[ModelList | None, bool]:
+        """Return the last list unless it is too old, and whether it is true as far as is known."""
+        known = self.lists.get(key)
+        if known is None or time.monotonic() - known.fetched_at > self.limits.model_list_kept:
+            return None, False
+        return known, known.fetched_at > self.changed_at.get(server.url, 0.0)
+
     async def get(self, server: Server, authorization: str | None) -> list[dict[str, Any]] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
-        credentials = server.api_key or authorization or ""
-        key = str(server.url), hashlib.sha256(credentials.encode()).hexdigest()
-        models = None
-        age = math.inf
-        if key in self.lists:
-            age = time.monotonic() - self.lists[key].fetched_at
-        if age <= self.limits.model_list_kept:
-            models = self.lists[key].models
-        if age <= self.limits.model_list_fresh or self.upstreams.is_cooling(server):
-            return models
+        key = self.key_of(server, authorization)
+        known, is_true = self.find(key, server)
+        is_fresh = (
+            known is not None
+            and time.monotonic() - known.fetched_at <= self.limits.model_list_fresh
+        )
+        if (is_true and is_fresh) or self.upstreams.is_cooling(server):
+            return known.models if known else None
         if key not in self.refreshing:
-            self.refreshing[key] = asyncio.create_task(self.refresh(key, server, authorization))
-        # An old list will do for now; without one the client has to wait.
-        if models is None:
+            refresh = self.refresh(key, server, authorization)
+            self.refreshing[key] = asyncio.create_task(refresh)
+        # An old list will do for now; without one, or with a wrong one, the client has to wait.
+        if not is_true:
             await asyncio.wait([self.refreshing[key]], timeout=self.limits.model_list_timeout)
-            if key in self.lists:
-                models = self.lists[key].models
-        return models
+            known, _ = self.find(key, server)
+        return known.models if known else None
 
     async def refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
         """Ask a server and keep its list; a failure leaves the last one."""
         health = self.upstreams.health_of(Instance(server))
         connection = self.open_connection(server)
         timeout = self.limits.model_list_timeout
+        self.refusals.pop(key, None)
         try:
             async with self.fetch_permits:
+                asked_at = time.monotonic()
                 fetching = fetch_in_thread(connection, server, authorization, self.limits)
                 models = await asyncio.wait_for(fetching, timeout)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
-        except ValueError as error:
+        except ListRefused as error:
             # It can be reached, but has no list for us.
+            health.succeed()
+            health.error = f"/v1/models answered {error.status}"
+            keep_newest(self.refusals, key, error.refusal, self.limits.model_lists)
+        except ValueError as error:
             health.succeed()
             health.error = str(error)
         else:
             health.succeed()
-            if key not in self.lists and len(self.lists) >= self.limits.model_lists:
-                del self.lists[next(iter(self.lists))]
-            self.lists[key] = ModelList(time.monotonic(), models)
+            # Another refresh may have begun later and be here already.
+            if key not in self.lists or self.lists[key].fetched_at < asked_at:
+                keep_newest(self.lists, key, ModelList(asked_at, models), self.limits.model_lists)
         finally:
-            del self.refreshing[key]
+            if self.refreshing.get(key) is asyncio.current_task():
+                del self.refreshing[key]
             # A thread that still reads has to end.
             with contextlib.suppress(OSError):
                 if connection.sock:
@@ -6926,12 +7009,18 @@ def merge_models(
 async def list_models(
     model_lists: ModelLists, table: RoutingTable, authorization: str | None
 ) -> list[dict[str, Any]]:
-    """Return the models of all servers. Raises BadGateway when there is not a single name."""
+    """Return the models of all servers. Raises BadGateway when there is not a single name.
+
+    When there is only one server and it refuses, its error is raised as ListRefused.
+    """
     servers = table.all_servers()
     answers = await asyncio.gather(*(model_lists.get(s, authorization) for s in servers))
     mapped_names = [pattern for pattern, _ in table.model_map if isinstance(pattern, str)]
     own_names = [*table.aliases, *mapped_names]
     if not own_names and all(answer is None for answer in answers):
+        refusal = model_lists.refusals.get(model_lists.key_of(servers[0], authorization))
+        if len(servers) == 1 and refusal:
+            raise ListRefused(refusal)
         reasons = []
         for server in servers:
             reason = model_lists.upstreams.health_of(Instance(server)).error or "no answer yet"
@@ -9950,16 +10039,32 @@ async def serve_export(context: Context, request: Request) -> None:
 # lists them.
 
 
+def send_refusal(request: Request, error: ListRefused) -> None:
+    """Answer what the only server said to its client, as it is where nothing is translated."""
+    if request.dialect.encode_openai is not None:
+        raise error
+    refusal = error.refusal
+    request.writer.send_response(refusal.status, refusal.fields, refusal.content)
+
+
 async def serve_models(context: Context, request: Request) -> None:
     """Answer the list of models, in the client's dialect."""
-    models = await context.list_models(request)
+    try:
+        models = await context.list_models(request)
+    except ListRefused as error:
+        send_refusal(request, error)
+        return
     request.writer.send_json(request.dialect.encode_models(models, rfc3339(time.time())))
 
 
 async def serve_model(context: Context, request: Request) -> None:
     """Answer GET /v1/models/{id}."""
     name = urllib.parse.unquote(request.path.removeprefix("/v1/models/"))
-    listed = {model["id"]: model for model in await context.list_models(request)}
+    try:
+        listed = {model["id"]: model for model in await context.list_models(request)}
+    except ListRefused as error:
+        send_refusal(request, error)
+        return
     decision = context.decide(name, request.source_host)
     # A name that a rule, an alias or the model map knows is as good as a listed one.
     nobody_knows_it = decision.route == "default" and decision.mapped_model == name

@@ -8758,6 +8758,76 @@ def test_model_list_is_the_union_and_cached() -> None:
             assert last_request(upstream).model == "twin"
 
 
+REFUSED_LISTS = {
+    "a wrong key": (
+        json_response({"error": {"message": "bad key"}}, 401, [("WWW-Authenticate", "x")]),
+        "bad key"),
+    "forbidden": (json_response({"detail": "not you"}, 403), "not you"),
+    "too many": (json_response({"error": "later"}, 429, [("Retry-After", "7")]), "later"),
+    "no list": (whole_response(b"<h1>nothing</h1>", 404, kind="text/html"), "404"),
+    "no content": (whole_response(b"", 503), "503"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ("/v1/models", "/v1/models/tiny", "/api/tags"))
+@pytest.mark.parametrize("steps, words", REFUSED_LISTS.values(), ids=REFUSED_LISTS)
+def test_the_only_server_refuses_its_list_itself(steps: list[Step], words: str, path: str) -> None:
+    theirs = parse_response(steps[0])  # type: ignore[arg-type]
+    with router_and_upstream(lambda received: steps) as (router, _):
+        got = request(router.port, "GET", path)
+    assert got.status == theirs.status
+    for name in ("WWW-Authenticate", "Retry-After"):
+        assert got.get(name) == theirs.get(name)
+    if path.startswith("/v1/"):
+        assert (got.content, got.get("Content-Type")) == (
+            theirs.content,
+            theirs.get("Content-Type"),
+        )
+    else:
+        check_error(path, got)
+        assert words in got.json["error"]
+
+
+def test_a_refused_list_hides_no_other_server() -> None:
+    refusing, good = Upstream(lambda received: json_response({}, 401)), Upstream(models=["there"])
+    with refusing, good:
+        table = {"servers": {"refusing": refusing.url}}
+        with Router({"DEFAULT_UPSTREAM": good.url}, table) as router:
+            assert model_names(router) == ["there"]
+        with Router(
+            {"DEFAULT_UPSTREAM": refusing.url}, {"servers": {"gone": refusing_url()}}
+        ) as router:
+            assert request(router.port, "GET", "/v1/models").status == 502
+
+
+ONE_ENTRY = [model_entry("one")]
+LIST_FORMS = {
+    "wrapped": json_response({"object": "list", "data": ONE_ENTRY}),
+    "bare": json_response(ONE_ENTRY),
+    "behind a mark": whole_response(b"\xef\xbb\xbf" + encode_json({"data": ONE_ENTRY})),
+    "bare behind a mark": whole_response(b"\xef\xbb\xbf" + encode_json(ONE_ENTRY)),
+    "twice": json_response({"data": [*ONE_ENTRY, {"id": "one", "n": 2}]}),
+    "gzip": whole_response(gzip.compress(encode_json({"data": ONE_ENTRY})),
+                           fields=[("Content-Encoding", "gzip")]),
+    "deflate": whole_response(zlib.compress(encode_json(ONE_ENTRY)),
+                              fields=[("Content-Encoding", "deflate")]),
+    "with others": json_response([7, None, {"id": 7}, {"name": "x"}, *ONE_ENTRY]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", LIST_FORMS.values(), ids=LIST_FORMS)
+def test_model_list_in_any_form(steps: list[Step]) -> None:
+    with router_and_upstream(lambda received: steps) as (router, _):
+        got = request(router.port, "GET", "/v1/models")
+    assert (got.status, got.json["data"]) == (200, ONE_ENTRY)
+
+
+@pytest.mark.parametrize("content", (b"<html>", b"7", b'"one"', b"", b"[" * 300 + b"]" * 300))
+def test_what_is_no_model_list(content: bytes) -> None:
+    with pytest.raises(ValueError, match="no JSON list"):
+        smolrouter.read_model_list(content, smolrouter.LIMITS)
+
+
 def test_model_list_does_not_wait_for_the_slow() -> None:
     slow, good = Upstream(lambda received: [HANG]), Upstream(models=["quick"])
     table = {"servers": {"slow": slow.url, "good": good.url}}
