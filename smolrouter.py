@@ -786,6 +786,9 @@ class Limits:
     # can be clients. Servers close idle ones themselves, uvicorn after 5 s, Go never.
     idle_connection_timeout: float = 30.0
     idle_connections: int = 2048
+    # A stream is over with its last event. When the end of its framing, which most servers send
+    # a moment later, has not come within this time, its connection is closed.
+    content_end: float = 1.0
     # Instances whose health is remembered; clients choose the names of models. When there are
     # more, the oldest tenth that is not busy is forgotten.
     known_instances: int = 1000
@@ -2163,7 +2166,8 @@ class EventReader:
     def last_events(self) -> list[bytes]:
         """Return the last events of the stream, comments left out."""
         events: list[bytes] = []
-        for block in reversed(self.last_blocks):
+        # The last one may lack its end, and be the last one all the same.
+        for block in reversed([*self.last_blocks, bytes(self.pending)]):
             events = self.read_last_events(block) + events
             if len(events) >= self.LAST_EVENTS:
                 break
@@ -2458,6 +2462,7 @@ RESULT = "result"  # the id of the call whose result a message is
 IMAGE = "image"  # a URL, or an object that has one
 IMAGE_DATA = "image data"  # base64
 FINISH = "finish"  # why an answer is at its end: no text follows, and its stream may end
+END = "end"  # the end of the stream itself: nothing follows
 TEXT_END = "text end"  # no more of this text follows
 USAGE = "usage"
 ERROR = "error"  # what went wrong
@@ -2593,7 +2598,7 @@ MESSAGES_EVENTS = {
     "content_block_delta": {"delta": PART},
     "content_block_stop": {"type": TEXT_END},
     "message_delta": {"usage": USAGE},
-    "message_stop": {"type": FINISH},
+    "message_stop": {"type": END},
 }
 
 # /v1/responses, which says every text again when it is at its end, and then once more with all
@@ -2618,9 +2623,9 @@ RESPONSES_EVENTS = {
     "response.output_text.done": {"text": AGAIN, "type": TEXT_END},
     "response.content_part.done": {"part": TEXT_AGAIN},
     "response.output_item.done": {"item": ITEM_AGAIN},
-    "response.completed": {"response": RESPONSE_AGAIN, "type": FINISH},
-    "response.incomplete": {"response": RESPONSE_AGAIN, "type": FINISH},
-    "response.failed": {"response": RESPONSE_AGAIN, "type": FINISH},
+    "response.completed": {"response": RESPONSE_AGAIN, "type": END},
+    "response.incomplete": {"response": RESPONSE_AGAIN, "type": END},
+    "response.failed": {"response": RESPONSE_AGAIN, "type": END},
 }
 RESPONSE = {"response": RESPONSE_AGAIN, "output": [ITEM], "usage": USAGE, "error": ERROR}
 
@@ -2630,8 +2635,8 @@ GENERATE_REQUEST = {
     "prompt": TEXT,
     "images": [TextOr(IMAGE_DATA, PLAIN_PART)],
 }
-CHAT_LINE = {"message": SPEECH, "done": FINISH, "error": ERROR}
-GENERATE_LINE = {"response": TEXT, "thinking": THINKING, "done": FINISH, "error": ERROR}
+CHAT_LINE = {"message": SPEECH, "done": END, "error": ERROR}
+GENERATE_LINE = {"response": TEXT, "thinking": THINKING, "done": END, "error": ERROR}
 
 # An answer of a protocol that is not known: whatever any of them would say.
 ANY_ANSWER = ByType(
@@ -2656,6 +2661,8 @@ IF_ASKED, UNLESS_REFUSED, NEVER_STREAMS = "if asked", "unless refused", "never"
 PLAIN_CHAT_TEXT = re.compile(
     rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
 )
+# An event without this word ends no stream, and needs not be parsed to know that.
+DONE_WORD = re.compile(re.escape(DONE_MARK))
 
 
 def encode_openai_error(error: RouterError) -> bytes:
@@ -2691,6 +2698,8 @@ class Protocol(NamedTuple):
     answer: Shape = ANY_ANSWER
     block_members: tuple[str, ...] = ()
     plain_text: re.Pattern[bytes] | None = None
+    # What stands in the event that ends a stream, and seldom in others.
+    end_mark: re.Pattern[bytes] = DONE_WORD
     # Where the text stands in an answer of the router's own, and whether an answer names the
     # model as its client knows it.
     text_path: Path = ()
@@ -2704,6 +2713,7 @@ OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
     needs_model=True,
     streams=UNLESS_REFUSED,
+    end_mark=re.compile(rb'"done"[ \t]*:[ \t]*true'),
     names_model=True,
     encode_error=encode_ollama_error,
 )
@@ -2730,12 +2740,14 @@ PROTOCOLS = {
         needs_model=True,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
         block_members=("index",),
+        end_mark=re.compile(rb'"message_stop"'),
     ),
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
         user_words="input",
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
         block_members=("item_id",),
+        end_mark=re.compile(rb'"response\.(?:completed|incomplete|failed)"'),
     ),
     "/api/chat": OTHER_OLLAMA._replace(
         request=CHAT_REQUEST,
@@ -2813,13 +2825,40 @@ def find_error(protocol: Protocol, document: Mapping[str, Any]) -> str:
     return ""
 
 
-def ends_stream(protocol: Protocol, format: EventFormat, event: bytes) -> bool:
-    """Tell whether an event says that its stream is at its end, a good or a bad one."""
-    lines = format.read_data(event).splitlines()
-    if DONE_MARK in [line.strip() for line in lines]:
+def is_done_mark(data: bytes) -> bool:
+    """Tell whether the data of an event is OpenAI's mark for the end: `[DONE]`."""
+    return any(line.strip() == DONE_MARK for line in data.splitlines())
+
+
+def is_last_event(protocol: Protocol, format: EventFormat, event: bytes) -> bool:
+    """Tell whether an event is the last one of its stream: clients wait for no other."""
+    if protocol.end_mark.search(event) is None:
+        return False
+    if is_done_mark(format.read_data(event)):
         return True
     document = format.read_document(event) or {}
-    return any(part.kind in (FINISH, ERROR) for part in read_answer(protocol, document))
+    return any(part.kind == END for part in read_answer(protocol, document))
+
+
+def are_complete(protocol: Protocol, format: EventFormat, events: Iterable[bytes]) -> bool:
+    """Tell whether the last events of a stream say that it is at its end, a good or a bad one.
+
+    Without an end of the protocol's own, or an error, all choices that say something in these
+    events have to finish in them: one of two may have nothing more to say long before the other.
+    """
+    speaking = set()
+    finished = set()
+    for event in events:
+        if is_done_mark(format.read_data(event)):
+            return True
+        for part in read_answer(protocol, format.read_document(event) or {}):
+            if part.kind in (END, ERROR):
+                return True
+            if part.kind == FINISH:
+                finished.add(part.choice)
+            elif part.kind in (TEXT, THINKING, CALL) and part.value:
+                speaking.add(part.choice)
+    return bool(finished) and speaking <= finished
 
 
 def may_end_stream(protocol: Protocol, format: EventFormat, data: bytes, closed: bool) -> bool:
@@ -2828,7 +2867,7 @@ def may_end_stream(protocol: Protocol, format: EventFormat, data: bytes, closed:
     Its only event says so itself, or is whole and the end came as the framing promised. It is
     none when the connection was `closed` instead.
     """
-    if ends_stream(protocol, format, data):
+    if are_complete(protocol, format, [data]):
         return True
     return not closed and parse_object(format.read_data(data)) is not None
 
@@ -3091,7 +3130,7 @@ def read_messages(
 
 
 # What begins a message of an answer; an error or the counts alone do not.
-SPOKEN = frozenset((ROLE, TEXT, THINKING, CALL, IMAGE, IMAGE_DATA, FINISH))
+SPOKEN = frozenset((ROLE, TEXT, THINKING, CALL, IMAGE, IMAGE_DATA, FINISH, END))
 
 
 def read_documents(answer: bytes) -> Iterator[dict[str, Any]]:
@@ -3468,8 +3507,9 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
 
 # --- answers: rewriters ---------------------------------------------------------------
 # What the Relay sees of a rewriter: `feed` takes a piece of the answer and returns what may leave
-# now, `finish` returns the rest, `buffers` says that nothing leaves before `finish`, `complete`
-# that the answer has said that it is at its end, `trouble` what it said went wrong. In a stream,
+# now, `finish` returns the rest, `buffers` says that nothing leaves before `finish`, `over` that
+# the answer's last event has come, so that nothing else is waited for, `complete` that the answer
+# has said that it is at its end, `trouble` what it said went wrong. In a stream,
 # `tells_timings` is about llama.cpp's timings, and `lost_timings` says that they stood in the usage
 # event that the client must not see.
 
@@ -3480,6 +3520,7 @@ class BufferedRewrite:
     One that is too long goes as it is, unless the client could not read it.
     """
 
+    over = False
     trouble = ""
     lost_timings = False
     tells_timings = True
@@ -3544,6 +3585,7 @@ class StreamRewrite:
         self.changes = changes
         self.reader = EventReader(format, plan.limits)
         self.buffers: bool = changes.buffers
+        self.over = False
 
     @property
     def lost_timings(self) -> bool:
@@ -3558,10 +3600,9 @@ class StreamRewrite:
     @property
     def complete(self) -> bool:
         """Whether the answer has said that it is at its end."""
-        for event in reversed(self.reader.last_events()):
-            if ends_stream(self.protocol, self.reader.format, event):
-                return True
-        return False
+        return self.over or are_complete(
+            self.protocol, self.reader.format, self.reader.last_events()
+        )
 
     @property
     def trouble(self) -> str:
@@ -3578,12 +3619,25 @@ class StreamRewrite:
     def feed(self, data: bytes) -> bytes:
         """Return what the events that are whole now become."""
         long, block = self.reader.feed(data)
-        if not long:
-            return self.changes.change_block(block) if block else b""
-        if self.changes.required:
+        if long and self.changes.required:
             longest = self.plan.limits.buffered_event
             raise BadGateway(f"an event is longer than {longest} bytes")
-        return long + (self.changes.change_block(block) if block else b"")
+        if not block:
+            return long
+        changed = self.changes.change_block(block)
+        if self.changes.failed or self.protocol.end_mark.search(block):
+            self.look_for_end(block)
+        return long + changed if long else changed
+
+    def look_for_end(self, block: bytes) -> None:
+        """Note that the answer is over if its last event, or an error that ended it, is here.
+
+        Only in a conversation: what else may be streamed by these rules, nobody knows.
+        """
+        format = self.reader.format
+        events = format.split(block) if self.protocol.user_words else []
+        is_last = any(is_last_event(self.protocol, format, event) for event in events)
+        self.over = self.over or is_last or self.changes.failed
 
     def finish(self, closed: bool = False) -> bytes:
         """Return what the last event becomes, if it lacks its end, and what follows it.
@@ -3592,7 +3646,8 @@ class StreamRewrite:
         that it is at its end: always in a translation, whose own end would look like a good one,
         else if only the close of the connection (`closed`) says that it was all.
         """
-        event = self.reader.finish()
+        # What has come behind the last event belongs to no answer.
+        event = b"" if self.over else self.reader.finish()
         data = self.reader.format.read_data(event)
         if data.startswith(b"{") and parse_object(data) is None:
             raise BadGateway("the stream ended inside an event")
@@ -3774,7 +3829,7 @@ class EventFilter:
         """Return an event with its texts filtered, after what older events still have to say."""
         parts = read_answer(self.protocol, document)
         texts = [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
-        endings = [part for part in parts if part.kind in (FINISH, TEXT_END)]
+        endings = [part for part in parts if part.kind in (FINISH, END, TEXT_END)]
         ended = dict.fromkeys((part.choice, part.block) for part in endings)
         visible = ""
         for part in texts:
@@ -6065,6 +6120,8 @@ class ContentReader:
         # Octets that `read` has returned.
         self.size = 0
         self.decoder = make_decoder(framing, connection.limits)
+        # The content has said itself that it is at its end, whatever its framing says.
+        self.over = False
         # While `pump` runs: the function that gets the content, and the client that it writes to.
         self.consume: Callable[[bytes], None] | None = None
         self.client: Connection | None = None
@@ -6118,7 +6175,7 @@ class ContentReader:
             # What came together with the head.
             if connection.received:
                 self.receive(connection.take_received())
-            while not (self.decoder.done or connection.failure):
+            while not (self.decoder.done or self.over or connection.failure):
                 if client.write_paused:
                     connection.pause_reading()
                     await client.drain()
@@ -6139,7 +6196,7 @@ class ContentReader:
         decoder = self.decoder
         try:
             content = decoder.feed(data)
-            if content:
+            if content and not self.over:
                 self.consume(content)
         except RouterError as error:
             # Here it would reach asyncio, which knows nothing to do with it. `pump` raises it.
@@ -6148,7 +6205,7 @@ class ContentReader:
         if decoder.done:
             self.connection.received = decoder.buffered
             self.connection.wake()
-        elif self.client.write_paused:
+        elif self.over or self.client.write_paused:
             self.connection.wake()
 
 
@@ -6492,15 +6549,48 @@ class UpstreamResponse:
         """Whether its connection ends with the content, so that a cut looks like the end."""
         return self.reader.framing is UNTIL_CLOSE
 
+    def end(self) -> None:
+        """Wait for no more of the content: it has said itself that it is at its end."""
+        self.reader.over = True
+
     def finish(self) -> None:
         """Let the connection be used again, or close it, after all of the content was read."""
         self.open = False
         connection = self.connection
         persists = self.head.keeps_alive and not self.ends_by_close
-        if persists and not (connection.received or connection.ended):
+        if persists and not self.reader.done:
+            self.finish_later()
+        elif persists and not (connection.received or connection.ended):
             self.pool.keep_idle(self.server, connection)
         else:
             connection.close()
+
+    def finish_later(self) -> None:
+        """Keep the connection when the framing ends, too, which is nobody's concern any more.
+
+        Most servers send their last chunk a moment after the last event: without this, each
+        stream would cost a new connection. Some never send it, and are not waited for.
+        """
+        connection = self.connection
+        connection.on_disconnect = connection.abort
+        connection.set_deadline(connection.limits.content_end, IDLE_TOO_LONG)
+        connection.sink = self.pass_end
+        self.pass_end(connection.take_received())
+        if connection.ended:
+            connection.abort()
+
+    def pass_end(self, data: bytes) -> None:
+        """Read past what still comes of the content: the sink of a connection in no use."""
+        try:
+            self.reader.decode(data)
+        except RouterError:
+            self.connection.sink = None
+            self.connection.abort()
+            return
+        if self.reader.done:
+            self.connection.sink = None
+            self.connection.ignore_disconnect()
+            self.finish()
 
     async def buffer_next(self) -> bytes:
         """Read the next piece and keep it for `pump`; b"" at the end. Raises BadGateway."""
@@ -6534,6 +6624,8 @@ class UpstreamResponse:
         """
         for piece in self.buffered:
             consume(piece)
+            if self.reader.over:
+                break
         if not self.open:
             return
         try:
@@ -8942,15 +9034,19 @@ class Exchange:
         head = response.head
         self.begin_record(head)
         self.rewriter, self.inflater = self.choose_rewriter()
-        await response.pump(self.forward, self.writer.connection)
-        tail = b""
-        inflater = self.inflater
-        # A content that ends before the first octet of its coding is empty, and that is whole.
-        if inflater and inflater.decoder and not inflater.decoder.eof:
-            raise BadGateway("the answer's content coding broke off")
         rewriter = self.rewriter
+        closed = response.ends_by_close
+        try:
+            await response.pump(self.forward, self.writer.connection)
+            self.check_coding()
+        except BadGateway:
+            # After a good end of its stream a server may end the connection as it likes.
+            if rewriter is None or rewriter.trouble or not rewriter.complete:
+                raise
+            closed = True
+        tail = b""
         if rewriter:
-            tail = rewriter.finish(response.ends_by_close)
+            tail = rewriter.finish(closed)
             self.conclude(rewriter)
         if self.error_content:
             self.record.error = self.read_error(head, self.error_content)
@@ -8985,6 +9081,13 @@ class Exchange:
             if self.record.answer_status < 400:
                 self.error_content = b""
 
+    def check_coding(self) -> None:
+        """Refuse an answer whose content coding broke off."""
+        inflater = self.inflater
+        # A content that ends before the first octet of its coding is empty, and that is whole.
+        if inflater and inflater.decoder and not inflater.decoder.eof:
+            raise BadGateway("the answer's content coding broke off")
+
     def conclude(self, rewriter: Rewriter) -> None:
         """Note what only a whole stream has told."""
         self.record.error = self.loggable(rewriter.trouble)
@@ -9014,6 +9117,8 @@ class Exchange:
             data = self.inflater.feed(data)
         if self.rewriter:
             data = self.rewriter.feed(data)
+            if self.rewriter.over:
+                self.candidate.response.end()
             if self.rewriter.buffers:
                 return
         if not writer.started:

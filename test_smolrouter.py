@@ -3651,7 +3651,7 @@ def test_what_ends_a_stream(path: str, line: Any, ends: bool) -> None:
             rewriter.feed(encode_event(TWO_WORDS[0]) + data.replace(b"\n\n", end))
             rewriter.feed(b": x\n\n")
             assert rewriter.complete == ends
-    assert smolrouter.ends_stream(protocol, smolrouter.LINES, data[6:-1]) == ends
+    assert smolrouter.are_complete(protocol, smolrouter.LINES, [data[6:-1]]) == ends
 
 
 # --- streams that end, and that are cut -----------------------------------------------
@@ -3693,6 +3693,86 @@ def test_cut_stream_never_looks_complete(path: str, steps: list, whole: bool) ->
     assert got.text.startswith("one ")
     assert ("error" in got.documents[-1]) == (not whole)
     assert got.whole == whole
+
+
+def chunked_stream(*events: Any) -> list[Step]:
+    """Answer with these events, each in a chunk, and without the last chunk."""
+    return stream_response(map(encode_event, events), whole=False)
+
+
+# A whole answer of each protocol, and what of it is its own end: nobody waits for more.
+LAST_EVENTS: dict[str, tuple[list[Any], list[Any]]] = {
+    CHAT: ([*text_deltas("Hi"), FINISH, RAW_USAGE_EVENT], ["[DONE]"]),
+    "/v1/completions": ([{"choices": [{"index": 0, "text": "Hi"}]}, RAW_USAGE_EVENT], ["[DONE]"]),
+    ANTHROPIC: (
+        [{"type": "content_block_delta", "index": 0, "delta": {"text": "Hi"}}],
+        [{"type": "message_stop"}],
+    ),
+    RESPONSES: (
+        [{"type": "response.output_text.delta", "item_id": "m", "delta": "Hi"}],
+        [{"type": "response.incomplete", "response": {"output": []}}],
+    ),
+    "/api/chat": ([*text_deltas("Hi"), FINISH, RAW_USAGE_EVENT], ["[DONE]"]),
+    "/api/generate": ([*text_deltas("Hi"), FINISH, RAW_USAGE_EVENT], ["[DONE]"]),
+}
+SLOPPY_ENDS: dict[str, list[Step]] = {
+    "stays open": [HANG],
+    "stays open after more": [*encode_chunks(RAW_PING, RAW_DONE, end=b""), HANG],
+    "closes": [CLOSE],
+    "resets": [0.05, DROP],
+    "cuts a chunk": [b"20\r\ndata: ", CLOSE],
+}
+
+
+@pytest.mark.parametrize("end", SLOPPY_ENDS.values(), ids=SLOPPY_ENDS)
+@pytest.mark.parametrize("path", LAST_EVENTS)
+def test_nobody_waits_for_what_follows_the_last_event(path: str, end: list[Step]) -> None:
+    said, last = LAST_EVENTS[path]
+    model = default_upstream().add_script([*chunked_stream(*said, *last), *end])
+    asked = {"model": model, "messages": [], "prompt": "hi", "input": "hi", "stream": True}
+    if path == "/api/chat":
+        asked["messages"] = [{"role": "user", "content": "hi"}]
+    got = request(default_router().port, "POST", path, asked, patience=PATIENCE)
+    assert (got.status, got.whole) == (200, True) and b"error" not in got.content
+    if path.startswith("/api/"):
+        assert got.documents[-1]["done"] and got.documents[-1]["eval_count"] == 1
+    else:
+        assert encode_event(last[0]) in got.content
+    # The connection ends; the next request gets another one.
+    connection = default_upstream().connection_of(model)
+    assert wait_until(lambda: connection.closed) and connection.requests == 1
+
+
+@pytest.mark.parametrize("end", [[CLOSE], [0.05, DROP], [b"20\r\n", CLOSE]], ids=repr)
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_finish_and_a_close_are_an_end(path: str, stream: bool, end: list[Step]) -> None:
+    steps = [*chunked_stream(*TWO_WORDS, FINISH), *end]
+    model = default_upstream().add_script(steps)
+    got = request(default_router().port, "POST", path, example_request(path, model, stream))
+    assert (got.status, got.whole) == (200, True) and b"error" not in got.content
+    if path != CHAT:
+        assert (got.documents[-1] if stream else got.json)["done"]
+
+
+@pytest.mark.parametrize("last", ["", "one"])
+def test_a_choice_that_finishes_alone_ends_no_stream(last: str) -> None:
+    choices = [*text_deltas("a"), *text_deltas("b", index=1), FINISH]
+    if last:
+        choices.append({"choices": [{"index": 1, "delta": {}, "finish_reason": "stop"}]})
+    model = default_upstream().add_script([*chunked_stream(*choices), CLOSE])
+    got = post_chat(default_router(), model, stream=True, n=2)
+    assert got.whole == bool(last) and (b'"error"' in got.content) == (not last)
+
+
+def test_a_last_chunk_that_comes_later_keeps_the_connection() -> None:
+    with (
+        Upstream(lambda r: [*chunked_stream(*TWO_WORDS, FINISH, "[DONE]"), 0.1, b"0\r\n\r\n"])
+    ) as upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:  # fmt: skip
+        for _ in range(3):
+            assert post_chat(router, "m", stream=True).text == "one two"
+            time.sleep(0.3)
+        assert [c.requests for c in upstream.connections if c.requests] == [3]
 
 
 @pytest.mark.parametrize("number", [3, 30])
@@ -4133,7 +4213,7 @@ SAID_PARTS: list[tuple[str, Any, list[tuple[Any, ...]]]] = [
      [("call", 0, 1, "delta", {"type": "input_json_delta", "partial_json": "{"})]),
     ("/v1/messages", {"type": "content_block_stop", "index": 2},
      [("text end", 0, 2, "type", "content_block_stop")]),
-    ("/v1/messages", {"type": "message_stop"}, [("finish", 0, None, "type", "message_stop")]),
+    ("/v1/messages", {"type": "message_stop"}, [("end", 0, None, "type", "message_stop")]),
     ("/v1/messages", {"type": "error", "error": {"message": "no"}},
      [("error", 0, None, "", {"message": "no"})]),
     ("/v1/messages", {"type": "ping"}, []),
@@ -4143,7 +4223,7 @@ SAID_PARTS: list[tuple[str, Any, list[tuple[Any, ...]]]] = [
      [("text end", 0, "m", "type", "response.output_text.done"),
       ("again", 0, "m", "text", "ab")]),
     ("/v1/responses", {"type": "response.failed", "response": {"error": {"message": "no"}}},
-     [("finish", 0, None, "type", "response.failed"),
+     [("end", 0, None, "type", "response.failed"),
       ("error", 0, None, "response.error", {"message": "no"})]),
     ("/v1/responses", {"object": "response", "output": [
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}]},
@@ -4156,7 +4236,7 @@ SAID_PARTS: list[tuple[str, Any, list[tuple[Any, ...]]]] = [
                    "done": False},
      [("text", 0, None, "message.content", "a"), ("thinking", 0, None, "message.thinking", "t")]),
     ("/api/generate", {"response": "a", "done": True},
-     [("text", 0, None, "response", "a"), ("finish", 0, None, "done", True)]),
+     [("text", 0, None, "response", "a"), ("end", 0, None, "done", True)]),
     ("/v1/unheard-of", {"content": "a", "results": [{"text": "b"}]},
      [("text", 0, None, "content", "a")]),
 ]  # fmt: skip
