@@ -3038,26 +3038,45 @@ def read_call(part: Part) -> tuple[Any, Any, Any, Any]:
     return call.get("index"), call.get("id"), function.get("name"), function.get("arguments")
 
 
-def add_call(calls: list[ToolCall], part: Part) -> None:
-    """Add a tool call, or a fragment to the call that has its index, and its id if it says one.
+def find_call(calls: list[ToolCall], fragment: ToolCall) -> ToolCall | None:
+    """Return the call that a fragment goes on with, None when it begins another one.
 
-    A call with a name and without an index is a whole one. Only the last few calls can be
-    continued, or many fragments would take quadratic time.
+    The first fragment of a call says its index, id and name, the others the index alone: so does
+    OpenAI. Some servers repeat name and id each time, some make a new id for each fragment, and
+    some have one index for all calls, so that only another name tells where the next one begins:
+
+    `{"index": 0, "id": "a", "name": "f"}` goes on with `{"index": 0}`, `{"index": 0, "id": "b"}`
+    and `{"index": 0, "id": "a", "name": "f"}`, but neither with `{"index": 0, "name": "g"}` nor
+    with `{"index": 0, "id": "b", "name": "f"}`, nor with anything that has a name and no index.
+
+    Only the last few calls can go on, or many fragments would take quadratic time.
     """
+    open_calls = [c for c in calls[-LIMITS.open_tool_calls :] if c.index == fragment.index]
+    if not open_calls or (fragment.name and fragment.index is None):
+        return None
+    call = open_calls[-1]
+    for earlier in open_calls:
+        if fragment.id and earlier.id == fragment.id:
+            call = earlier
+    if not fragment.name or not call.name:
+        return call
+    same_id = not fragment.id or call.id in (None, fragment.id)
+    return call if call.name == fragment.name and same_id else None
+
+
+def add_call(calls: list[ToolCall], part: Part) -> None:
+    """Add a tool call, or in an event a fragment to the call that it belongs to."""
     index, call_id, name, arguments = read_call(part)
-    call = None
-    if index is not None or not name:
-        for earlier in reversed(calls[-LIMITS.open_tool_calls :]):
-            if earlier.index == index and (not call_id or earlier.id in (None, call_id)):
-                call = earlier
-                break
-    if call is None:
-        call = ToolCall(index)
-        calls.append(call)
-    call.id = call_id or call.id
-    call.name = name or call.name
     if not isinstance(arguments, str):
         arguments = encode_json_exactly(arguments).decode() if arguments else ""
+    fragment = ToolCall(index, call_id or None, name or None)
+    # What stands in a message is whole.
+    call = find_call(calls, fragment) if "delta" in part.path else None
+    if call is None:
+        call = fragment
+        calls.append(call)
+    call.id = call.id or fragment.id
+    call.name = call.name or fragment.name
     call.arguments.append(arguments)
 
 
@@ -4088,7 +4107,7 @@ def ollama_call(call: ToolCall) -> dict[str, Any]:
     arguments = parse_object(text)
     if arguments is None:
         arguments = {"_raw": text}
-    return {"function": {"name": call.name, "arguments": arguments}}
+    return {"function": {"name": call.name or "", "arguments": arguments}}
 
 
 class OllamaTranslation:

@@ -4566,6 +4566,68 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
 ]  # fmt: skip
 
 
+# Fragments of tool calls (index, id, name, arguments), and the calls that they are.
+Fragment = tuple[Any, Any, Any, Any]
+FRAGMENTS: dict[str, tuple[list[Fragment], list[tuple[Any, Any, str]]]] = {
+    "as OpenAI": ([(0, "a", "f", ""), (0, None, None, '{"x"'), (0, None, None, ":1}")],
+                  [("a", "f", '{"x":1}')]),
+    "in turns": ([(0, "a", "f", "{"), (1, "b", "g", "{"), (0, None, None, "}"),
+                  (1, None, None, "}")], [("a", "f", "{}"), ("b", "g", "{}")]),
+    "an id each": ([(0, "a", "f", "{"), (0, "b", "", '"x":'), (0, "c", None, "1}")],
+                   [("a", "f", '{"x":1}')]),
+    "all each": ([(0, "a", "f", "{"), (0, "a", "f", '"x":'), (0, "a", "f", "1}")],
+                 [("a", "f", '{"x":1}')]),
+    "a name each": ([(0, None, "f", "{"), (0, None, "f", "}")], [(None, "f", "{}")]),
+    "one index": ([(0, None, "f", '{"a":1}'), (0, None, "g", '{"a":2}')],
+                  [(None, "f", '{"a":1}'), (None, "g", '{"a":2}')]),
+    "one index, ids": ([(0, "a", "f", "{"), (0, "b", "f", "{"), (0, "a", None, "}"),
+                        (0, "b", None, "}")], [("a", "f", "{}"), ("b", "f", "{}")]),
+    "the name later": ([(0, "a", None, ""), (0, None, "f", "{}")], [("a", "f", "{}")]),
+    "no index": ([(None, "a", "f", "{"), (None, None, None, "}"), (None, None, "f", "{}")],
+                 [("a", "f", "{}"), (None, "f", "{}")]),
+    "only arguments": ([(0, None, None, "{}")], [(None, None, "{}")]),
+}  # fmt: skip
+
+
+def call_fragment(index: Any, call_id: Any, name: Any, arguments: Any) -> dict[str, Any]:
+    """Make a fragment of a tool call; what is None is left out."""
+    function = {"name": name, "arguments": arguments}
+    call = {"index": index, "id": call_id, "function": {k: v for k, v in function.items() if v}}
+    return {name: value for name, value in call.items() if value is not None}
+
+
+@pytest.mark.parametrize("fragments, wanted", FRAGMENTS.values(), ids=FRAGMENTS)
+@pytest.mark.parametrize("together", [False, True])
+def test_calls_of_fragments(fragments: list[Fragment], wanted: Any, together: bool) -> None:
+    calls = [call_fragment(*fragment) for fragment in fragments]
+    batches = [calls] if together else [[call] for call in calls]
+    events = [chat_chunk({}, {"tool_calls": batch}) for batch in batches]
+    data = b"".join(map(encode_event, [*events, finish_delta("tool_calls"), "[DONE]"]))
+    ((_, _, _, transcript),) = said_in(data)
+    assert transcript == wanted
+    # A client that speaks as the server does gets them as they come.
+    assert filtered([data]) == data
+    for stream in (False, True):
+        found = []
+        for line in translated([data], stream, {}):
+            found += line["message"].get("tool_calls", [])
+        assert [call["function"] for call in found] == [
+            {"name": name or "", "arguments": json.loads(arguments)}
+            for _, name, arguments in wanted
+        ]
+
+
+@pytest.mark.parametrize("index", [None, 0])
+@pytest.mark.parametrize("arguments", ['{"a":1}', {"a": 1}])
+def test_calls_of_a_message_are_whole(index: Any, arguments: Any) -> None:
+    calls = [call_fragment(index, None, "f", arguments)] * 2
+    document = {"choices": [{"message": {"tool_calls": calls}, "finish_reason": "tool_calls"}]}
+    ((_, _, _, found),) = said_in(document)
+    assert found == [(None, "f", '{"a":1}')] * 2
+    got = translated_document(document)
+    assert got["message"]["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}] * 2
+
+
 @pytest.mark.parametrize("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
 def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any) -> None:
     said = b"".join(map(encode_event, answer)) if isinstance(answer, list) else answer
@@ -4883,6 +4945,13 @@ def translated(pieces: Iterable[bytes], stream: bool, asked: Any) -> list[dict[s
     return [json.loads(line) for line in content.splitlines()]
 
 
+def translated_document(document: Any, asked: Any = None, path: str = "/api/chat") -> Any:
+    """What a whole OpenAI answer becomes for an Ollama client."""
+    plan = answer_plan(path, {**(asked or {}), "stream": False}, smolrouter.OLLAMA, native=False)
+    rewriter = smolrouter.choose_rewriter(plan, 200, "application/json")
+    return json.loads(rewriter.feed(encode_json(document)) + rewriter.finish())
+
+
 @pytest.mark.parametrize("asked, said, lines", TRANSLATED.values(), ids=TRANSLATED)
 def test_stream_becomes_lines(asked: Any, said: list[Any], lines: list[Any]) -> None:
     chunks = [chat_chunk({}, delta) for delta in said] + [chat_chunk({}, {}, "stop")]
@@ -4914,10 +4983,7 @@ def test_whole_answer_is_translated_as_its_stream_is(asked: Any, said: Any, line
         function = {"name": "f", "arguments": '{"a":1}'}
         message["tool_calls"] = [{"id": "c", "function": function}]
     document = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": COUNTS}
-    plan = answer_plan("/api/chat", {**asked, "stream": False}, smolrouter.OLLAMA, native=False)
-    rewriter = smolrouter.choose_rewriter(plan, 200, "application/json")
-    assert rewriter.feed(encode_json(document)) == b""
-    assert json.loads(rewriter.finish()) == streamed
+    assert translated_document(document, asked) == streamed
 
 
 def test_an_error_ends_the_lines_or_is_raised() -> None:
