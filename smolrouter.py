@@ -4412,20 +4412,23 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
 # ======================================================================================
 # A model's name and a source host become instances, in the order to try, and a trail that
 # says why. The live path, the page and `explain` all ask `resolve`, so that they cannot
-# disagree. First who claims a request gets it: ROUTE_ORDER has one function for each. To
-# add a way to claim a request: such a function, and its place in that list.
+# disagree. The functions in ROUTE_ORDER look at a request one after the other, and the first
+# one that claims it says where it goes. For another way to claim requests, write such a
+# function and give it its place in that list.
 
+# The first one is what an alias has that names none.
 STRATEGIES = ("failover", "round_robin", "least_busy")
+# `${NAME}` in the routing file stands for an environment variable.
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 # A name that ends so means the name without as well.
 LATEST_TAG = ":latest"
-NO_YAML = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
+YAML_REMEDY = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
 # Fields that the router sets itself in each request: a server's `headers` cannot name them.
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
 
-# The version of IP and the number, so that addresses of one version are in order.
+# The version of IP, and the address as a number: 10.0.0.1 is (4, 167772161).
 Address = tuple[int, int]
-# The first and the last address that belong to it.
+# The first and the last address of a range; both belong to it.
 AddressRange = tuple[Address, Address]
 
 
@@ -4434,7 +4437,7 @@ AddressRange = tuple[Address, Address]
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A machine that answers; `api` is what it speaks beside OpenAI."""
+    """A server of models; `api` names the dialect that it speaks beside OpenAI's, if any."""
 
     name: str
     url: UpstreamURL
@@ -4446,6 +4449,7 @@ class Server:
     warning: str | None = None
 
     def __hash__(self) -> int:
+        # All fields still count for equality. To hash them all takes time with each look-up.
         return hash(self.name)
 
 
@@ -4494,14 +4498,15 @@ class Rule(NamedTuple):
     match_text: str
     # What the trail says when the model does not match. That is so for most rules and most
     # requests: all trails share this one step, or a long table would fill the memory.
-    other_model: Step
+    model_mismatch: Step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RoutingTable:
     """Everything that decides where a request goes; `source` is the file it was read from.
 
-    A table never changes, and is equal to itself alone: it can be a cache's key.
+    A table never changes, and a file that is read again makes another one. So the table itself
+    can be the key of what is remembered about it: it is equal to no other.
     """
 
     default: Server
@@ -4512,15 +4517,20 @@ class RoutingTable:
     source: str
 
     def all_servers(self) -> list[Server]:
-        """Return every server that can be asked, each once, the default one first."""
-        named_urls = {server.url for server in self.servers.values()}
-        targets = [*(rule.target for rule in self.rules), *self.aliases.values()]
-        servers = [self.default]
+        """Return every server that can be asked, each once; those without a name come first."""
+        targets = [rule.target for rule in self.rules]
+        targets += self.aliases.values()
+        used_servers = [self.default]
         for target in targets:
-            servers.extend(instance.server for instance in target.instances)
+            used_servers.extend(instance.server for instance in target.instances)
+        # A route or an alias may have a URL instead of a name, and several may have the same.
+        named_urls = {server.url for server in self.servers.values()}
+        unnamed_servers: dict[UpstreamURL, Server] = {}
+        for server in used_servers:
+            if server.url not in named_urls:
+                unnamed_servers[server.url] = server
         # Named servers are all listed, even two with one URL: their keys may differ.
-        by_url = {server.url: server for server in servers if server.url not in named_urls}
-        return [*by_url.values(), *self.servers.values()]
+        return [*unnamed_servers.values(), *self.servers.values()]
 
 
 class Decision(NamedTuple):
@@ -4528,6 +4538,7 @@ class Decision(NamedTuple):
 
     requested_model: str
     mapped_model: str
+    # The name of its Route, such as `routes[2]` or `alias fast`.
     route: str
     strategy: str
     instances: tuple[Instance, ...]
@@ -4546,6 +4557,7 @@ class Decision(NamedTuple):
 
 def parse_address(text: str) -> Address:
     """Read one address: '10.0.0.1' and '::ffff:10.0.0.1' -> (4, 167772161). Raises ValueError."""
+    # An address of IPv6 may have a zone, as in `fe80::1%eth0`: this machine's own name for a link.
     address = ipaddress.ip_address(text.strip().partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address):
         address = address.ipv4_mapped or address
@@ -4566,6 +4578,7 @@ def parse_address_range(text: str) -> AddressRange:
             low, high = parse_address(str(network[0])), parse_address(str(network[-1]))
     except ValueError as error:
         raise ValueError(f"{error}; write 10.0.0.1, 10.0.0.0/24 or 10.0.0.1-10.0.0.9") from None
+    # The order goes by the version first, but there is no range from one to the other.
     same_version = low[0] == high[0]
     require(same_version and low <= high, f"{text!r} is not a range from low to high")
     return low, high
@@ -4596,7 +4609,7 @@ class Node(NamedTuple):
     document: RoutesDocument
 
     def error(self, message: str) -> ConfigError:
-        """Return the error about this value."""
+        """Return the error about this value: 'routes.yaml:14: routes[2].match.model: MESSAGE'."""
         words = ""
         for key in self.path:
             words += f"[{key}]" if isinstance(key, int) else f".{key}"
@@ -4609,11 +4622,12 @@ class Node(NamedTuple):
             raise self.error(message)
 
     def replace(self, value: Any) -> Node:
-        """Return another value that stands in this place."""
+        """Return a node with another value in the same place."""
         return self._replace(value=value)
 
     def child(self, key: Any) -> Node:
         """Return what stands inside at a key or an index; its value may be None."""
+        # A key may be missing; an index is always one that the list has.
         value = self.value.get(key) if isinstance(self.value, dict) else self.value[key]
         return Node(value, (*self.path, key), self.document)
 
@@ -4635,6 +4649,8 @@ class Node(NamedTuple):
         if self.value is None:
             return []
         self.require(isinstance(self.value, dict), f"{self.value!r} instead of a mapping of names")
+        # YAML reads a key such as `on` or `1` as no text. The error names the key's place, which
+        # is the one of its value.
         for key in self.value:
             self.child(key).replace(key).read()
         return [self.child(key) for key in self.value]
@@ -4650,7 +4666,7 @@ class Node(NamedTuple):
         return [node.child(key) for key in keys]
 
     def elements(self, wanted: str) -> list[Node]:
-        """Return the elements of a list that has some; `wanted` says what it should be."""
+        """Return the elements of a list; the error for an empty one or no list is `wanted`."""
         self.require(isinstance(self.value, list) and self.value, wanted)
         return [self.child(index) for index in range(len(self.value))]
 
@@ -4673,13 +4689,18 @@ class Node(NamedTuple):
         """Return which of `choices` stands here; the first one when nothing does."""
         if self.value is None:
             return choices[0]
+        # Lower case, because YAML and JSON spell True and False so.
         words = " or ".join(map(str, choices)).lower()
         self.require(self.value in choices, f"{self.value!r} instead of {words}")
         return self.value
 
     def read_field(self) -> str:
-        """Return a field value; what is none, often a secret, stays out of the message."""
+        """Return the value of a field, whose name is the last key of the path.
+
+        Most of them are secrets, so that no message shows what is wrong with one.
+        """
         name = self.path[-1]
+        # Read as the line that it will be in a request. A name with a colon would come out shorter.
         line = FIELD_LINE.fullmatch(f"{name}:{self.value}")
         is_field = isinstance(self.value, str) and line and line[1] == name
         self.require(is_field, "no field name or value; put one line in quotes")
@@ -4781,7 +4802,7 @@ class TableReader:
             source_hosts=self.read_source_hosts(source_host),
             target=self.read_target(route, pattern),
             match_text=match_text,
-            other_model=Step(name, False, f"{match_text}: the model does not match"),
+            model_mismatch=Step(name, False, f"{match_text}: the model does not match"),
         )
 
     def read_source_hosts(self, node: Node) -> tuple[AddressRange, ...] | None:
@@ -4828,9 +4849,13 @@ def parse_json_routes(text: str, name: str) -> RoutesDocument:
         raise ConfigError(f"{name}{line}: no valid JSON: {error}") from None
 
     def line_of(path: Path) -> int | None:
-        for start, _, _ in find_values(text, 0, [path]):
-            return text.count("\n", 0, start) + 1
-        return None
+        # There is none for a value that is missing, and never a second one: `unique_object`
+        # refuses that.
+        place = next(find_values(text, 0, [path]), None)
+        if place is None:
+            return None
+        start, _, _ = place
+        return text.count("\n", 0, start) + 1
 
     return RoutesDocument(value, name, line_of)
 
@@ -4865,7 +4890,7 @@ def parse_yaml_routes(text: str, name: str) -> RoutesDocument:
         # Imported here alone: without a YAML file nothing needs to be installed.
         import yaml
     except ImportError:
-        raise ConfigError(f"{name} is not JSON, and YAML {NO_YAML}") from None
+        raise ConfigError(f"{name} is not JSON, and YAML {YAML_REMEDY}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[Path, int] = {}
@@ -4901,9 +4926,14 @@ def parse_routes(
     document = parse_document(text if text.strip() else "{}", name)
     root = Node(document.value, (), document)
     root = root.replace(root.expand_variables(environ))
-    file = TableReader(root, settings.default_upstream)
+    reader = TableReader(root, settings.default_upstream)
     return RoutingTable(
-        file.default, file.servers, file.aliases, file.rules, settings.model_map, name
+        default=reader.default,
+        servers=reader.servers,
+        aliases=reader.aliases,
+        rules=reader.rules,
+        model_map=settings.model_map,
+        source=name,
     )
 
 
@@ -4934,9 +4964,11 @@ class Route(NamedTuple):
 
 
 def match_name(pattern: NamePattern, names: Sequence[str]) -> re.Match[str] | bool:
-    r"""Compare names with an exact one or a pattern, whose match can then fill a `\1`.
+    r"""Tell whether one of `names` is the exact name, or matches the pattern.
 
-    'gpt-4', ('gpt-4',)  ->  True;  /^gpt-(.*)/, ('gpt-4',)  ->  its match;  else False
+    The match of a pattern is returned itself, because it fills a `\1` in the target's model:
+
+    'gpt-4', ('gpt-4',)  ->  True;  /^gpt-(.*)/, ('gpt-4',)  ->  the match;  else False
     """
     if isinstance(pattern, str):
         return pattern in names
@@ -4976,26 +5008,27 @@ def find_listed(model: str, listed: Container[str]) -> str | None:
 
 
 def map_model(model_map: ModelMap, requested_model: str, trail: list[Step]) -> str:
-    """Return the name that MODEL_MAP makes of a model: the first hit decides, in one pass."""
+    """Return the name that MODEL_MAP makes of a model; the result is not mapped again."""
     names = names_to_try(requested_model)
     # An exact key for the very name goes before one for the name without its tag.
     exact = [item for name in names for item in model_map if item[0] == name]
-    for pattern, target in (*exact, *model_map):
+    for pattern, template in (*exact, *model_map):
         match = match_name(pattern, names)
         if not match:
             continue
-        mapped_model = target
-        words = repr(pattern)
         if isinstance(pattern, re.Pattern):
-            mapped_model = match.expand(target)
+            mapped_model = match.expand(template)
             words = pattern_text(pattern)
+        else:
+            mapped_model = template
+            words = repr(pattern)
         trail.append(Step("MODEL_MAP", True, f"{words} makes it {mapped_model!r}"))
         return mapped_model
     return requested_model
 
 
-def find_address(host: str) -> Address | None:
-    """Return the address that a host is, None for a name."""
+def parse_source_host(host: str) -> Address | None:
+    """Return the address that a source host is: '10.0.0.1' -> (4, 167772161); None for a name."""
     try:
         return parse_address(host)
     except ValueError:
@@ -5017,10 +5050,12 @@ def match_rule(rule: Rule, query: RouteQuery) -> tuple[re.Match[str] | bool, Ste
     if rule.model is not None:
         match = match_name(rule.model, query.names)
     if not match:
+        step = rule.model_mismatch
+        # `match_name` tries no pattern on such a name, although the pattern may look right.
         if query.names and all(len(name) > LIMITS.pattern_name for name in query.names):
-            why = f"{rule.other_model.why}: longer than {LIMITS.pattern_name} characters"
-            return False, Step(rule.name, False, why)
-        return False, rule.other_model
+            why = f"{step.why}: longer than {LIMITS.pattern_name} characters"
+            step = Step(rule.name, False, why)
+        return False, step
     if not match_source(rule.source_hosts, query.source_address):
         why = f"{rule.match_text}: source host {query.source_host} does not match"
         return False, Step(rule.name, False, why)
@@ -5029,10 +5064,14 @@ def match_rule(rule: Rule, query: RouteQuery) -> tuple[re.Match[str] | bool, Ste
 
 def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
     r"""Return a rule's target with `\1` in its model replaced by the match of its pattern."""
-    model = target.instances[0].model
-    if target.alias or model is None or not isinstance(match, re.Match):
+    # An alias names the models of its instances in full.
+    if target.alias:
         return target
-    return Target((Instance(target.instances[0].server, match.expand(model)),))
+    server, model = target.instances[0]
+    # A rule may leave the name as it is, and an exact name has no groups to put in.
+    if model is None or not isinstance(match, re.Match):
+        return target
+    return Target((Instance(server, match.expand(model)),))
 
 
 def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Route | None:
@@ -5089,8 +5128,9 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
     trail: list[Step] = []
     mapped_model = map_model(table.model_map, requested_model, trail)
     names = names_to_try(requested_model, mapped_model) if requested_model else ()
-    source_address = find_address(source_host)
+    source_address = parse_source_host(source_host)
     query = RouteQuery(table, requested_model, mapped_model, names, source_host, source_address)
+    # The last of them claims whatever is left, so that there always is a route.
     for claim in ROUTE_ORDER:
         route = claim(query, trail)
         if route is not None:
@@ -5105,17 +5145,25 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
             why = f"translated for a server that does not list it, it is {without_tag(model)!r}"
             trail.append(Step(LATEST_TAG, True, why))
     return Decision(
-        requested_model, mapped_model, route.name, route.target.strategy, instances, tuple(trail)
+        requested_model=requested_model,
+        mapped_model=mapped_model,
+        route=route.name,
+        strategy=route.target.strategy,
+        instances=instances,
+        trail=tuple(trail),
     )
 
 
 def resolve_default(table: RoutingTable, source_host: str) -> Decision:
-    """Return where a request goes that has nothing which a rule could look at."""
+    """Return where a request goes that names no model: to the default server.
+
+    There is nothing that a rule could look at; one for a source host alone does not count either.
+    """
     return resolve(dataclasses.replace(table, rules=(), model_map=()), "", source_host)
 
 
-# The same few clients ask for the same few models: these decisions are made once. A trail has
-# a step for each rule, so that many decisions of a long table would take much memory.
+# The same few clients ask for the same few models, and need not be decided about each time. Only
+# so many decisions are kept, because the trail of each has a step for every rule of the table.
 remembered_decision = functools.lru_cache(maxsize=LIMITS.decisions)(resolve)
 
 
