@@ -45,17 +45,20 @@ The life of one request, say a streamed POST /api/chat, is the way through these
         order to try, and the trail that says why.
      7. An `Exchange` begins, and `RequestLog.begin` with it: from now on the page shows it.
      8. `Exchange.relay` asks one instance after the other (`Upstreams.send_request`).
-        Refused, late, an error status or an error inside: the next one. The first good
-        response is the one that the client gets.
+        When one refuses, is late or answers with an error, the next one is asked. The first
+        good response is the one that the client gets.
      9. `UpstreamResponse.pump` takes the response as it comes. `Exchange.forward` puts each
         piece through its rewriter: it is split into events, thinking is taken out, and they
         are written in the client's dialect. `ResponseWriter` sends them.
     10. Whatever has happened: at the end of `Exchange.run` the upstream's connection is kept
         for the next request or closed, and `RequestLog.finish` gets what is known.
 
-Words: RFC 9110 and 9112 for HTTP; upstream, server, alias, instance, route, match,
-source host and model map as in routes.yaml. `parse_`, `encode_`, `read_` and `resolve`
-are pure; `send_`, `write_` and `serve_` do I/O.
+Vocabulary: HTTP is called as RFC 9110 and 9112 call it. An upstream or server is a machine
+that runs models; an instance is a server with the model that it is asked for; an alias is
+one model name for several instances; a route sends the requests that its match describes,
+by model and source host (the client's address), to one of these (routes.yaml.example).
+`parse_`, `encode_` and `resolve` are pure, and so is `read_` in a pure section; elsewhere
+`read_` awaits bytes. `send_`, `write_` and `serve_` do I/O.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - the file may be run by any Pytho
     sys.exit("SmolRouter needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 
-def begin_again() -> None:
+def restart_without_syntax_tree() -> None:
     """Replace this process by one that has read this file as code, not as its script.
 
     Python keeps the syntax tree of the script that it was given until the program ends: 15 MB for
@@ -82,11 +85,14 @@ def begin_again() -> None:
     script_at = len(sys.orig_argv) - len(sys.argv)
     flags = sys.orig_argv[1:script_at]
     by_script = sys.orig_argv[script_at] == sys.argv[0] and os.path.isfile(__file__)
-    # Only flags such as -I or -Wignore are passed on. A word without a dash is a flag's value or
-    # another program that runs this one; -m and -c say that it runs in another way.
-    plain_flags = all(flag.startswith("-") and not {"m", "c"} & {*flag} for flag in flags)
-    if not (by_script and plain_flags and os.name == "posix" and sys.executable):
+    if not (by_script and os.name == "posix" and sys.executable):
         return
+    # Only flags such as -I or -Wignore are passed on. A word without a dash is a flag's value or
+    # another program that runs this one. An `m` or `c`, as in -m, -c or -Ic, says that it runs in
+    # another way: the second start has -c, and so it does not start a third time.
+    for flag in flags:
+        if not flag.startswith("-") or "m" in flag or "c" in flag:
+            return
     # `-c` would look for modules in the working folder, where anything may lie. They are looked
     # for where they are now: with the script, or with -I in Python's own places alone.
     code = (
@@ -96,14 +102,16 @@ def begin_again() -> None:
     try:
         os.execv(sys.executable, [sys.executable, *flags, "-c", code, __file__, *sys.argv[1:]])
     except (OSError, AttributeError):
+        # It may be refused, or be missing, as in a Python for WebAssembly.
         return
 
 
-# Commands that end at once are not worth a second start.
+# Commands that end at once are not worth a second start. Without a command, or with flags
+# alone, `serve` is meant.
 if __name__ == "__main__":
     first_word = sys.argv[1] if len(sys.argv) > 1 else "serve"
     if first_word in ("serve", "demo") or first_word.startswith("--"):
-        begin_again()
+        restart_without_syntax_tree()
 
 # ruff: noqa: E402 - what is above needs no other modules
 import argparse
@@ -162,10 +170,11 @@ KiB, MiB = 1024, 1024 * 1024
 # ======================================================================================
 # 1  Errors (pure)
 # ======================================================================================
-# Every failure that a client can see is a class with a status. It is raised anywhere and
-# rendered in one place, in the dialect of the request (section 8): a client of OpenAI's
-# gets {"error": {"message": ..., "type": kind, "code": code, "param": null}}.
-# To add one: a class whose head states the status, `code` and `kind` that its base has not.
+# Every failure that a client can see is a subclass of RouterError with a status. It is raised
+# anywhere and rendered in one place, in the dialect of the request (section 8): a client of
+# OpenAI's gets {"error": {"message": ..., "type": kind, "code": code, "param": null}}.
+# To add one, write a subclass. Its `class` line states its `status`, `code` and `kind`, as far
+# as they differ from those of its base.
 
 
 class ConfigError(Exception):
@@ -173,7 +182,7 @@ class ConfigError(Exception):
 
 
 class RouterError(Exception):
-    """A failure with a status; `fields` are added to the answer. Base of all below."""
+    """A failure with a status; its answer has the header fields `fields`. Base of all below."""
 
     status = 500
     code = "internal_error"
@@ -186,7 +195,7 @@ class RouterError(Exception):
     def __init_subclass__(
         cls, status: int | None = None, code: str | None = None, kind: str | None = None
     ) -> None:
-        """Take what the head of a class states; the rest is its base's, as ever."""
+        """Take what the `class` line states; the rest is inherited from the base."""
         if status is not None:
             cls.status = status
         if code is not None:
@@ -264,7 +273,7 @@ class NotSupported(BadRequest, status=501, code="not_supported"):
 
 
 class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_error"):
-    """No upstream gave an HTTP answer."""
+    """No upstream gave an answer that could be passed on: none at all, or a broken one."""
 
 
 class ErrorAnswer(BadGateway):
@@ -280,7 +289,7 @@ class LogUnavailable(RouterError, status=503, code="log_unavailable"):
 
 
 class Overloaded(RouterError, status=503, code="overloaded"):
-    """The router holds as much as it may; the same request will do later."""
+    """The router holds as much as it may; the same request can succeed later."""
 
 
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
@@ -327,6 +336,8 @@ DECIMAL_NUMBER = re.compile(r"[0-9]{1,12}(\.[0-9]{0,9})?")
 ABSOLUTE_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PATTERN_WITH_FLAGS = re.compile(r"/(.+)/([gimsuxy]{1,3})", re.DOTALL)
 HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
+# The octets that stand in a path as they are (RFC 3986 section 3.3), with the `%` of the others.
+# Among those left out are blanks, quotes, `?`, `#` and all that is not ASCII.
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
 ENDPOINT_AT_END = re.compile(
     r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
@@ -365,7 +376,7 @@ class UpstreamURL(NamedTuple):
 
 
 def require(condition: object, message: str) -> None:
-    """Raise ValueError unless a condition holds; the message says what would be right."""
+    """Raise ValueError with the message unless a condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -400,8 +411,8 @@ def parse_upstream_url(text: str) -> UpstreamURL:
     if endpoint:
         raise ValueError(f"it ends in {endpoint[0]}, which the router adds itself; leave that out")
     require(HOST_NAME.fullmatch(host) or is_address(host), f"no valid host in it: {host!r}")
-    require(parts.port != 0, "port 0")
-    require(URL_PATH.fullmatch(parts.path), "its path has an octet to be percent-encoded")
+    require(parts.port != 0, "port 0 instead of 1 to 65535")
+    require(URL_PATH.fullmatch(parts.path), "its path has a character that must be percent-encoded")
     port = parts.port or DEFAULT_PORTS[parts.scheme]
     prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return UpstreamURL(parts.scheme, host, port, prefix)
@@ -454,6 +465,7 @@ def choice_of(*choices: str) -> Callable[[str], str]:
 
 def parse_text(text: str) -> str:
     """Read a name that may not be empty, and return it as it is."""
+    # No file and no host can have a NUL in its name: opening it would fail later.
     require(text.strip() and "\0" not in text, "allowed is a name that is not empty")
     return text
 
@@ -523,6 +535,7 @@ def check_template(template: str, pattern: NamePattern | None) -> None:
 def parse_model_map(text: str) -> ModelMap:
     """Read a JSON object: '{"/^gpt/": "qwen3", "gpt-4": "llama3"}' -> pairs, exact names first."""
     try:
+        # With this hook an object is a tuple of its pairs, in their order; nothing else is one.
         pairs = json.loads(text or "{}", object_pairs_hook=tuple)
         require(isinstance(pairs, tuple), "no object")
     except (ValueError, RecursionError) as error:
@@ -531,8 +544,8 @@ def parse_model_map(text: str) -> ModelMap:
     exact: list[tuple[NamePattern, str]] = []
     patterns: list[tuple[NamePattern, str]] = []
     for key, target in pairs:
-        named = isinstance(target, str) and target and key
-        require(named, f"{key!r} must map to a name, not to {target!r}")
+        both_named = isinstance(target, str) and target != "" and key != ""
+        require(both_named, f"{key!r} must map to a name, not to {target!r}")
         pattern = parse_pattern(key)
         check_template(target, pattern)
         group = exact if isinstance(pattern, str) else patterns
@@ -556,7 +569,10 @@ def parse_secret(text: str) -> str:
 
 
 def setting(default: str | None, parse: Callable[[str], Any], help_line: str) -> Any:
-    """Declare a setting: its default as one would write it in the environment, None for unset."""
+    """Declare a setting, a field of `Settings`.
+
+    Its default is the text that one would write in the environment; None leaves it unset.
+    """
     value = None if default is None else parse(default)
     metadata = {"parse": parse, "help": help_line, "default": default}
     return dataclasses.field(default=value, metadata=metadata)
@@ -612,11 +628,12 @@ class Settings:
     ) -> dict[str, GivenSetting]:
         """Return what is set, by field name; a flag wins over its variable."""
         given: dict[str, GivenSetting] = {}
-        # The older name of DEFAULT_UPSTREAM; the new one, read after it, wins.
+        # DEFAULT_ROUTE is the older name of DEFAULT_UPSTREAM. The new one is read later and wins.
         if "DEFAULT_ROUTE" in environ:
             given["default_upstream"] = GivenSetting("DEFAULT_ROUTE", environ["DEFAULT_ROUTE"])
         for field in dataclasses.fields(cls):
-            name, variable = field.name, field.name.upper()
+            name = field.name
+            variable = name.upper()
             if name in flags:
                 given[name] = GivenSetting(f"--{name.replace('_', '-')}", flags[name])
             elif variable in environ:
@@ -644,7 +661,7 @@ class Settings:
     def from_mapping(
         cls, environ: Mapping[str, str], flags: Mapping[str, str] | None = None
     ) -> Settings:
-        """Build from variables and flags (by field name). Raises ConfigError."""
+        """Build from variables by their names, flags by the names of fields. Raises ConfigError."""
         return cls.from_given(cls.find_given(environ, flags or {}))
 
     def check_secret(self) -> None:
@@ -664,7 +681,7 @@ class Settings:
 class Limits:
     """How much, how many and how long; bytes and seconds where nothing else is said.
 
-    These are no settings, because a good value does not depend on the house. They are one
+    These are no settings, because the same values are good on every machine. They are one
     record, and whoever needs some of them is given it, so that a test can pass small ones.
     """
 
@@ -690,17 +707,17 @@ class Limits:
     trailers: int = 8 * KiB
 
     # --- connections of clients ---
-    # A head that takes longer gets 408, because a slow sender (slowloris) costs a place.
+    # A head that takes longer gets 408: slow senders (slowloris) would use up MAX_CONNECTIONS.
     head_timeout: float = 10.0
-    # An idle connection is closed after that. It is longer than the 60 s after which most
-    # clients and proxies close theirs, so that they seldom write into a closing one.
+    # A connection that has been idle for so long is closed. That is more than the 60 s after
+    # which most clients and proxies close theirs, so that they seldom write into a closing one.
     keep_alive_timeout: float = 75.0
-    # After so many requests, and whenever no other connection fits, a connection may idle for
-    # the second time alone, so that nobody occupies a place for ever.
+    # After so many requests, or while MAX_CONNECTIONS are open, a connection may be idle only
+    # for `worn_keep_alive_timeout`, so that others get their turn.
     requests_per_connection: int = 10_000
     worn_keep_alive_timeout: float = 1.0
-    # The content of a request has this long, and then has to keep a rate, in octets a second
-    # (as Apache's mod_reqtimeout asks for); a slower one gets 408.
+    # The content of a request may be slow for so long. Then it has to keep a rate, in octets a
+    # second (as Apache's mod_reqtimeout asks for); a slower one gets 408.
     content_grace: float = 20.0
     content_rate: int = 500
     # An answer of which the client takes nothing for so long is given up.
@@ -718,8 +735,8 @@ class Limits:
     # What is written in one turn of the event loop is sent together at its end; above this
     # size at once, because a larger piece gains nothing.
     unsent: int = 64 * KiB
-    # All running requests together may hold so much content; a long one more gets 503. While
-    # it is read and edited, JSON takes about four times its length.
+    # All running requests together may hold so much content; while they do, another long one
+    # gets 503. While it is read and edited, JSON takes about four times its length.
     held_content: int = 256 * MiB
     # Python's default of 100 makes the 101st client of a burst wait for one to three seconds.
     listen_backlog: int = 4096
@@ -732,9 +749,10 @@ class Limits:
     deadline_interval: float = 0.25
 
     # --- JSON ---
-    # Each level, object, array and value costs memory and time in which nothing else runs: a
-    # document of 64 MiB can hold millions of them. More gets 400. Real requests have fewer than
-    # ten levels, and one value for some dozen octets of text.
+    # Levels of nesting; values, counted by their commas; nodes, which are objects and arrays.
+    # Each costs memory and time in which nothing else runs, and a document of 64 MiB can hold
+    # millions of them. One that is deeper gets 400, one that has more of them 413. Real requests
+    # have fewer than ten levels, and one value for some dozen octets of text.
     json_depth: int = 200
     json_values: int = 1_000_000
     json_nodes: int = 250_000
@@ -742,16 +760,17 @@ class Limits:
     long_content: int = MiB
 
     # --- answers on their way through a rewriter ---
-    # A whole answer up to the first length, up to the second after its coding is taken off, is
-    # kept back to be rewritten. A longer one is relayed as it is, or is 502 where its client
-    # could not read it.
+    # A whole answer up to `buffered_answer`, and one with a content coding up to
+    # `decoded_answer` when it is decoded, is kept back to be rewritten. A longer one is relayed
+    # as it is, or is 502 where its client could not read it.
     buffered_answer: int = 64 * MiB
     decoded_answer: int = 32 * MiB
-    # One event kept back until it is complete; a longer one likewise. An image in base64 fits.
+    # An event is kept back until it is complete. A longer one is relayed as it is, or ends the
+    # stream where its client could not read it. An image in base64 fits.
     buffered_event: int = 4 * MiB
-    # Texts filtered apart in one stream; one more ends it with an error. vLLM can be asked for
-    # that many choices.
-    texts_per_stream: int = 16 * KiB
+    # Texts of one stream, such as choices, that each have a filter; one more ends the stream
+    # with an error. vLLM can be asked for that many choices.
+    texts_per_stream: int = 16_384
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
     # An error answer kept while the next instance is tried; a longer one counts as none.
@@ -759,13 +778,13 @@ class Limits:
 
     # --- names that clients choose, in characters ---
     # A longer name of a model is refused: it goes into rows, fields and pages.
-    model_name: int = 16 * KiB
+    model_name: int = 16_384
     # Longer names are not tried on patterns, because a harmless one such as `/.*-1.5b/` takes
     # quadratic time: on a name of 200 kB everybody would wait for minutes.
     pattern_name: int = 256
     # Decisions that are remembered, by model and source host; the one that was not needed for
     # the longest time goes. A home has a few dozen of them. Each has a trail with a step for
-    # every rule: with a thousand rules, these are up to 50 MB.
+    # every rule: with a thousand rules, that makes up to 50 MB.
     decisions: int = 256
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
     # so much is looked at. Some servers put a traceback beside it, or all of the request.
@@ -792,13 +811,14 @@ class Limits:
     # Instances whose health is remembered; clients choose the names of models. When there are
     # more, the oldest tenth that is not busy is forgotten.
     known_instances: int = 1000
-    # A failed instance goes to the end of the order for the first time; that doubles with each
-    # failure up to the second. A Retry-After counts up to the third.
+    # A failed instance is tried last for `cool_down`. That doubles with each failure, up to
+    # `longest_cool_down`. A Retry-After is obeyed up to `longest_retry_after`.
     cool_down: float = 5.0
     longest_cool_down: float = 60.0
     longest_retry_after: float = 300.0
-    # A server has so long to list its models. Its list is fresh for the second time and, when
-    # the server is gone, counts for the third: a page is quick, and a reboot loses no model.
+    # A server has `model_list_timeout` to list its models. For `model_list_fresh` it is not asked
+    # again, so that a page is quick. When it is gone, its last list counts for `model_list_kept`,
+    # so that a reboot loses no model.
     model_list_timeout: float = 2.0
     model_list_fresh: float = 60.0
     model_list_kept: float = 600.0
@@ -817,21 +837,24 @@ class Limits:
     inline_body: int = 16 * KiB
     # Bodies of running requests and of rows that wait; above it, new ones are cut and marked.
     body_memory: int = 32 * MiB
-    # Bodies may take this share of a processor, and so many seconds saved up for a burst. When
-    # that is used up, so many octets of each are kept, which cost next to nothing.
+    # Packing bodies may take `body_time_share` of a processor. What it does not use is saved up
+    # for a burst, at most `body_time_savings`. When that is used up, only the first `short_body`
+    # octets of each are kept, which cost next to nothing.
     body_time_share: float = 0.15
     body_time_savings: float = 0.5
-    hurried_body: int = 1 * KiB
+    short_body: int = 1 * KiB
     # Rows that wait for a database in trouble; the oldest go first, and are counted as lost.
     backlog_rows: int = 10_000
     # A row waits so long for company in one transaction, because each transaction waits for the
     # disk; or until there are so many.
     batch_interval: float = 0.1
     batch_rows: int = 256
-    # When a batch waits and its oldest row for so long, new requests wait, for so long at most.
+    # When a full batch of rows waits, the oldest for more than `row_delay`, the log is behind:
+    # then new requests wait for it, for `log_wait` at most.
     row_delay: float = 0.2
     log_wait: float = 1.0
-    # After trouble with the database the next try comes so much later; a lock is waited for.
+    # After trouble with the database it is tried again `retry_interval` later. While another
+    # program holds its lock, SQLite waits for `database_lock_timeout`.
     retry_interval: float = 1.0
     database_lock_timeout: float = 1.0
     # Rows that are too old, and files above MAX_TOTAL_STORAGE_SIZE, are looked for so often.
@@ -870,12 +893,14 @@ LIMITS = Limits()
 # The router forwards what it reads. If it and a server behind it found two different ends
 # of one message, a client could hide a second request inside the first (request smuggling,
 # RFC 9112 section 11.2). So reading is strict: what can be understood in two ways is refused,
-# never repaired. A new rule is a pattern with the name that the grammar gives it, used with
-# `fullmatch`, or a branch of the reader of its part with a sentence that says what it prevents.
+# never repaired. To add a rule: change the pattern of that part of the grammar (it is used with
+# `fullmatch`), or add a branch to the function that reads that part, and say what it prevents.
 
 # --- grammar --------------------------------------------------------------------------
-# Python's own `int()`, `strip()` and `\d` take more than ASCII (`+10`, `1_0`, no-break spaces),
-# and `$` lets a line feed pass. So all classes are spelled out.
+# Python's own `int()`, `strip()` and `\d` take more than the grammar allows (`+10`, `1_0`,
+# no-break spaces), so all classes of characters are spelled out. `$` would let a line feed pass
+# at the end, so `fullmatch` is used. FIELD_LINES alone looks for many lines at once; no class in
+# it has a CR or an LF, so that no line of it can reach into the next.
 
 # The name of a method, of a field and of much else (RFC 9110 section 5.6.2).
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -884,9 +909,9 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rf"HTTP/1\.([0-9]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
 FIELD_LINE = re.compile(rf"({TOKEN}):({FIELD_VALUE})")
 FIELD_LINES = re.compile(rf"^{FIELD_LINE.pattern}\r$", re.MULTILINE)
-# A line feed without its carriage return, or the other way round. A CR at the very end of
-# what has come is none: its LF may be on its way.
-BARE_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+# A line feed without its carriage return, or a carriage return without its line feed. A CR at
+# the very end of what has come is not yet a bare one: its LF may be on its way.
+BARE_CR_OR_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 # A character of a token, or the CR of an empty line before the head.
 HEAD_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z\r]")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
@@ -894,6 +919,7 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f
 PLAIN_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
+# Also a `%` without its two digits, which is then refused.
 PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})?")
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 LAST_CHUNK = b"0\r\n\r\n"
@@ -918,19 +944,20 @@ HOP_BY_HOP = frozenset(
 class Fields:
     """The field lines of a head in their order, names spelled as they came.
 
-    A list and no dict: with two lines of one name the last must not silently win, because a
-    server behind the router may take the first. `lines` holds (lower-case name, name, value);
-    every look-up takes a name in lower case. `size` is the octets that they came in; of lines
+    All lines are kept, as two of one name may mean different things to this program and to a
+    server behind it. Whoever decides by a field that must stand once, such as Content-Length,
+    looks at `get_all`. `lines` holds (lower-case name, name, value); every look-up takes a name
+    in lower case. `size` is the octets that they came in; of lines
     that did not come from a connection it is unknown, which counts as long.
     """
 
     def __init__(self, lines: list[tuple[str, str, str]], size: float = math.inf) -> None:
         self.lines = lines
         self.size = size
-        # Backwards, so that of several lines with one name the first one stays.
+        # The value of the first line of each name: in a dict made backwards the first one stays.
         self.first = {lower: value for lower, _, value in reversed(lines)}
-        # `get(name)` is the value of the first line with that name, or None. Look-ups are made
-        # often, and this way each is a dict's own.
+        # `get(name)` is the value of the first line with that name, or None. It is called often,
+        # and the dict's own method is faster than one that would call it.
         self.get = self.first.get
 
     def get_all(self, name: str) -> list[str]:
@@ -942,14 +969,15 @@ class Fields:
             return [self.first[name]]
         return [value for lower, _, value in self.lines if lower == name]
 
-    def tokens(self, name: str) -> list[str]:
-        """Return the elements of a list over all lines with that name, in lower case.
+    def elements(self, name: str) -> list[str]:
+        """Return the elements of a field that is a list, over all its lines, in lower case.
 
         `Connection: close, ` and `Connection: X-A`  ->  ['close', 'x-a']
         Empty elements count for nothing (RFC 9110 section 5.6.1).
         """
         if name not in self.first:
             return []
+        # Several lines mean the same as one with a comma between them (RFC 9110 section 5.3).
         elements = ",".join(self.get_all(name)).lower().split(",")
         stripped = [element.strip(" \t") for element in elements]
         return [element for element in stripped if element]
@@ -974,6 +1002,7 @@ def parse_fields(text: str) -> Fields:
                 raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
     if len(matches) > LIMITS.field_count:
         raise FieldsTooLarge(f"{len(matches)} field lines; {LIMITS.field_count} are allowed")
+    # In most heads all lines together are shorter than one may be.
     if len(text) > LIMITS.field_line:
         longest = max(text.split("\r\n"), key=len)
         if len(longest) > LIMITS.field_line:
@@ -985,7 +1014,7 @@ def parse_fields(text: str) -> Fields:
     return Fields(lines, len(text))
 
 
-def encode_lines(pairs: Iterable[tuple[str, str]]) -> str:
+def encode_field_lines(pairs: Iterable[tuple[str, str]]) -> str:
     r"""Return names and values as field lines.
 
     [('A', 'b'), ('C', 'd')]  ->  'A: b\r\nC: d\r\n'
@@ -993,6 +1022,7 @@ def encode_lines(pairs: Iterable[tuple[str, str]]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in pairs])
 
 
+# The same few names of models and routes go into nearly every answer.
 @functools.lru_cache(maxsize=1024)
 def encode_field_value(text: str) -> str:
     """Return a text as a field value of visible ASCII, at most 256 characters.
@@ -1004,6 +1034,7 @@ def encode_field_value(text: str) -> str:
     return re.sub(r"[^\x20-\x7e]", "?", ascii_text)[:256]
 
 
+# All answers of one second have the same; the last second's may still be asked for.
 @functools.lru_cache(maxsize=2)
 def http_date(second: int) -> str:
     """Return a moment as Date has it (RFC 9110 section 5.6.7).
@@ -1014,13 +1045,33 @@ def http_date(second: int) -> str:
     return moment.strftime("%a, %d %b %Y %H:%M:%S GMT")
 
 
+def parse_retry_after(text: str, now: float) -> float | None:
+    """Read a Retry-After (RFC 9110 section 10.2.3): '120' -> 120.0 seconds; None for nonsense.
+
+    A date, 'Fri, 31 Dec 1999 23:59:59 GMT', gives the seconds from `now` until then.
+    """
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        return float(text)
+    # Hardly any server sends a date, and the import takes time at the start.
+    import email.utils
+
+    try:
+        moment = email.utils.parsedate_tz(text)
+        if moment is None:
+            return None
+        return max(email.utils.mktime_tz(moment) - now, 0.0)
+    except (ValueError, OverflowError, IndexError):
+        return None
+
+
 # --- framing --------------------------------------------------------------------------
 
 
 class Framing(NamedTuple):
     """Where a content ends: after `length` octets, where its chunks say, or with the connection.
 
-    `kind` is "length", "chunked" or "until-close".
+    `kind` is "length", "chunked" or "until-close". Of the last two there is one object each, the
+    constant below, so that `framing is CHUNKED` tells.
     """
 
     kind: str
@@ -1047,11 +1098,12 @@ def read_framing(fields: Fields, minor: int) -> Framing | None:
         # The classic way to smuggle: one side believes the length, the other one the chunks.
         if lengths:
             raise MalformedMessage("Transfer-Encoding with Content-Length")
-        # HTTP/1.0 has no chunks. An old proxy on the way has not looked at them.
+        # HTTP/1.0 has no chunks. A proxy of that time on the way would have forwarded this field
+        # without reading it, and have taken another end for the message's.
         if minor == 0:
             raise MalformedMessage("Transfer-Encoding with HTTP/1.0")
-        # `gzip, chunked`, `chunked, chunked` and ` chunked` in disguise (`xchunked`) each have
-        # been taken for chunked by one server and for something else by the next.
+        # `gzip, chunked`, `chunked, chunked` and spellings such as `xchunked` each have been taken
+        # for chunked by one server and for something else by the next.
         if len(codings) > 1 or codings[0].lower() != "chunked":
             seen = ", ".join(codings)[:80]
             raise MalformedMessage(f"Transfer-Encoding {seen!r} instead of 'chunked'")
@@ -1067,7 +1119,7 @@ def read_framing(fields: Fields, minor: int) -> Framing | None:
 
 def keeps_alive(fields: Fields, minor: int) -> bool:
     """Tell whether the sender wants to go on using the connection (RFC 9112 section 9.3)."""
-    options = fields.tokens("connection")
+    options = fields.elements("connection")
     if "close" in options:
         return False
     # It is the default since HTTP/1.1; a sender of 1.0 has to ask for it.
@@ -1102,6 +1154,7 @@ def normalise_path(path: str) -> str:
     # Nearly every path is right as it is. Only these can hold a segment that has to go.
     if "//" not in path and "/." not in path and not path.endswith("/"):
         return path
+    # `normpath` would leave two slashes at the beginning, which POSIX gives a meaning.
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
@@ -1140,9 +1193,8 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
 # (`remember_short`). A long head is never remembered: a client that sends many different ones
 # would fill the memory.
 
-# Octets of the longest head, and how many.
-REMEMBERED_HEAD = 2 * KiB
-REMEMBERED_HEADS = 512
+LONGEST_REMEMBERED_HEAD = 2 * KiB
+REMEMBERED_HEAD_COUNT = 512
 
 
 class RequestHead:
@@ -1174,7 +1226,7 @@ class RequestHead:
         self.framing = read_framing(fields, minor) or NO_CONTENT
         self.keeps_alive = keeps_alive(fields, minor)
         # A client of HTTP/1.0 would take the interim response for the answer.
-        self.expects_continue = minor == 1 and "100-continue" in fields.tokens("expect")
+        self.expects_continue = minor == 1 and "100-continue" in fields.elements("expect")
 
 
 class ResponseHead:
@@ -1193,7 +1245,10 @@ class ResponseHead:
 
     @functools.cached_property
     def declared_framing(self) -> Framing:
-        """The framing that its fields say; without any, the content lasts until the close."""
+        """The framing that its fields say; without any, the content lasts until the close.
+
+        It is cached because one head is shared by all responses that repeat it.
+        """
         return read_framing(self.fields, self.minor) or UNTIL_CLOSE
 
     def framing(self, method: str) -> Framing:
@@ -1202,6 +1257,8 @@ class ResponseHead:
         The answer to a HEAD has the fields of the one to a GET and no content; 204 and 304 have
         none either, whatever they say (RFC 9112 section 6.3, item 1).
         """
+        # Fields that contradict each other are refused even where there is no content: the server
+        # may take it for one, and what it sends then would be read as the next response.
         declared = self.declared_framing
         if method == "HEAD" or self.status in (204, 304):
             return NO_CONTENT
@@ -1218,11 +1275,12 @@ def remember_short(function: Callable[..., Result]) -> Callable[..., Result]:
     hashable. The parsers return the same object for the same short head, so that the object itself
     can be the key. What a long one gives is worked out each time: its key would keep it in memory.
     """
-    remembered = functools.lru_cache(maxsize=2 * REMEMBERED_HEADS)(function)
+    # One head may come with different arguments, such as each server that it is forwarded to.
+    remembered = functools.lru_cache(maxsize=2 * REMEMBERED_HEAD_COUNT)(function)
 
     @functools.wraps(function)
     def remembering(head: RequestHead | ResponseHead | Fields, *arguments: Any) -> Result:
-        if head.size > REMEMBERED_HEAD:
+        if head.size > LONGEST_REMEMBERED_HEAD:
             return function(head, *arguments)
         return remembered(head, *arguments)
 
@@ -1230,8 +1288,9 @@ def remember_short(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def read_request_head(data: bytes) -> RequestHead:
-    """Do what `parse_request_head` says, each time anew."""
-    # Every octet is one character of Latin-1, so that nothing can fail and positions stay.
+    """Read a request head: `parse_request_head`, which remembers, is the function to call."""
+    # Every octet is one character of Latin-1, so that decoding cannot fail and a length in
+    # characters is one in octets. With one more CRLF, each field line has its own.
     start_line, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     if len(start_line) > LIMITS.request_line:
         raise TargetTooLong(
@@ -1251,7 +1310,7 @@ def read_request_head(data: bytes) -> RequestHead:
 
 
 def read_response_head(data: bytes) -> ResponseHead:
-    """Do what `parse_response_head` says, each time anew."""
+    """Read a response head: `parse_response_head`, which remembers, is the function to call."""
     start_line, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     match = STATUS_LINE.fullmatch(start_line)
     if match is None:
@@ -1260,8 +1319,8 @@ def read_response_head(data: bytes) -> ResponseHead:
     return ResponseHead(int(status), reason or "", int(minor), parse_fields(lines), len(data))
 
 
-remembered_request_head = functools.lru_cache(maxsize=REMEMBERED_HEADS)(read_request_head)
-remembered_response_head = functools.lru_cache(maxsize=REMEMBERED_HEADS)(read_response_head)
+remembered_request_head = functools.lru_cache(maxsize=REMEMBERED_HEAD_COUNT)(read_request_head)
+remembered_response_head = functools.lru_cache(maxsize=REMEMBERED_HEAD_COUNT)(read_response_head)
 
 
 def parse_request_head(data: bytes) -> RequestHead:
@@ -1272,7 +1331,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     The same short bytes give the same object again. Raises MalformedMessage (no head, or one that
     can be read in two ways), TargetTooLong, FieldsTooLarge or VersionNotSupported.
     """
-    if len(data) > REMEMBERED_HEAD:
+    if len(data) > LONGEST_REMEMBERED_HEAD:
         return read_request_head(data)
     return remembered_request_head(data)
 
@@ -1284,7 +1343,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
 
     The same short bytes give the same object again. Raises MalformedMessage or FieldsTooLarge.
     """
-    if len(data) > REMEMBERED_HEAD:
+    if len(data) > LONGEST_REMEMBERED_HEAD:
         return read_response_head(data)
     return remembered_response_head(data)
 
@@ -1297,7 +1356,7 @@ def check_partial_head(head: bytes, unseen_at: int, longest: int, limits: Limits
     the deadline, and never learn what is wrong. Raises MalformedMessage, TargetTooLong or
     FieldsTooLarge.
     """
-    if BARE_LF.search(head, unseen_at):
+    if BARE_CR_OR_LF.search(head, unseen_at):
         raise MalformedMessage("a bare CR or LF in the head instead of CRLF")
     line, line_end, _ = head.partition(b"\r\n")
     if line_end and b"HTTP/" not in line:
@@ -1353,22 +1412,32 @@ class CloseDecoder:
         return data
 
 
-# From so many octets on, several chunks at once are looked for. For fewer it is not worth it.
-MANY_CHUNKS = KiB
-# The line that announces a chunk of one event, by the lines that the chunk takes and by the
-# length of the event's only text: see the picture below.
-EVENT_CHUNK_SIZES = {
-    lines: {length: b"%x\r" % (length + lines - 2) for length in range(KiB)} for lines in (3, 4)
-}
+# Data of more than so many octets is searched for many chunks at once. For less it is not worth it.
+MANY_CHUNKS_LENGTH = 1024
 
 
-def count_equal(column: Sequence[bytes], expected: Sequence[bytes | None]) -> int:
-    """Return how many elements two sequences of one length have in common at their beginning."""
-    # Nearly always that is all of them, and to compare the whole costs next to nothing.
+def event_chunk_sizes(line_feeds: int) -> dict[int, bytes]:
+    r"""Return the size lines of chunks with one event, by the length of the event's text.
+
+    With two line feeds behind the text, one of 56 octets makes a chunk of 58: `{56: b"3a\r", ...}`
+    """
+    return {length: b"%x\r" % (length + line_feeds) for length in range(1024)}
+
+
+# By the number of columns in the table that `read_event_chunks` draws: 3 for NDJSON, 4 for SSE.
+EVENT_CHUNK_SIZES = {3: event_chunk_sizes(line_feeds=1), 4: event_chunk_sizes(line_feeds=2)}
+
+
+def count_right(column: Sequence[bytes], expected: Sequence[bytes | None]) -> int:
+    """Return how many elements at the beginning of a column are as expected.
+
+    `[b"", b"", b"x", b""]`, `[b"", b"", b"", b""]`  ->  2
+    """
+    # Nearly always all of them are, and to compare the whole costs next to nothing.
     if column == expected:
         return len(expected)
-    for index, (element, right) in enumerate(zip(column, expected, strict=True)):
-        if element != right:
+    for index, (element, expected_element) in enumerate(zip(column, expected, strict=True)):
+        if element != expected_element:
             return index
     return len(expected)
 
@@ -1391,31 +1460,33 @@ def read_event_chunks(data: bytes) -> tuple[bytes, int]:
     right table every blank is empty, every end is a CR and every size fits its text; each is
     checked for a whole column at once, in C. The first row that is not right ends the table:
     whatever is special (extensions, capital digits, more lines, an error, the last chunk) is left
-    to `ChunkDecoder`, which looks at every octet. So what this returns is what that would return.
+    to `ChunkDecoder`, which reads chunk by chunk and would return the same for the rows before.
     """
     lines = data.split(b"\n")
     if b"\r" not in lines:
         return b"", 0
-    columns = lines.index(b"\r") + 1
-    if columns not in EVENT_CHUNK_SIZES:
+    # The first line that is only a CR ends the first row.
+    width = lines.index(b"\r") + 1
+    if width not in EVENT_CHUNK_SIZES:
         return b"", 0
     # What follows the last line feed is no line yet.
-    rows = (len(lines) - 1) // columns
-    end = rows * columns
-    sizes = lines[0:end:columns]
-    texts = lines[1:end:columns]
-    ends = lines[columns - 1 : end : columns]
-    expected_sizes = list(map(EVENT_CHUNK_SIZES[columns].get, map(len, texts)))
-    count = min(count_equal(sizes, expected_sizes), count_equal(ends, [b"\r"] * rows))
-    if columns == 4:
-        blanks = lines[2:end:columns]
-        count = min(count, count_equal(blanks, [b""] * rows))
+    rows = (len(lines) - 1) // width
+    table_end = rows * width
+    sizes = lines[0:table_end:width]
+    texts = lines[1:table_end:width]
+    ends = lines[width - 1 : table_end : width]
+    # A text that is longer than the table of sizes has None here, which no size is.
+    expected_sizes = list(map(EVENT_CHUNK_SIZES[width].get, map(len, texts)))
+    count = min(count_right(sizes, expected_sizes), count_right(ends, [b"\r"] * rows))
+    if width == 4:
+        blanks = lines[2:table_end:width]
+        count = min(count, count_right(blanks, [b""] * rows))
     if not count:
         return b"", 0
     # The empty text at the end gives the last event its line feeds.
-    line_feeds = b"\n" * (columns - 2)
+    line_feeds = b"\n" * (width - 2)
     content = line_feeds.join([*texts[:count], b""])
-    unread = b"\n".join(lines[count * columns :])
+    unread = b"\n".join(lines[count * width :])
     return content, len(data) - len(unread)
 
 
@@ -1463,7 +1534,7 @@ class ChunkDecoder:
             data = self.buffered + data
         contents: list[bytes] = []
         position = 0
-        look_for_many = len(data) > MANY_CHUNKS
+        look_for_many = len(data) > MANY_CHUNKS_LENGTH
         while position < len(data) and not self.done:
             if self.state is IN_DATA:
                 content = data[position : position + self.remaining]
@@ -1474,7 +1545,8 @@ class ChunkDecoder:
                     self.state = AT_DATA_END
                 continue
             if self.state is AT_SIZE:
-                # Once for each piece of data: where the fast way ends, it would end again.
+                # This is tried once for each piece of data: where it has ended stands a chunk that
+                # it cannot read, and the chunks after that are read one by one.
                 if look_for_many:
                     look_for_many = False
                     content, size = read_event_chunks(data[position:])
@@ -1482,7 +1554,8 @@ class ChunkDecoder:
                         contents.append(content)
                         position += size
                     continue
-                # The last chunk is not whole with its CRLF: trailers may follow.
+                # A chunk that has come whole. The last one, of size 0, is left to `read_line`: in
+                # place of its data there may be trailers.
                 size_line = PLAIN_CHUNK_SIZE.match(data, position)
                 if size_line:
                     start = size_line.end()
@@ -1515,7 +1588,7 @@ class ChunkDecoder:
             return data[start:end]
         line = data[start : start + longest + 2]
         # One octet more than the longest may be the CR of a line that is just as long.
-        if len(line) > longest + 1 or BARE_LF.search(line):
+        if len(line) > longest + 1 or BARE_CR_OR_LF.search(line):
             raise MalformedMessage(
                 f"{line[:80]!r} is no {self.state} line of at most {longest} octets before its CRLF"
             )
@@ -1583,8 +1656,8 @@ GZIP_START = b"\x1f\x8b"
 # zlib finds out by itself whether data is gzip or zlib, when it is asked for this window size.
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 BARE_DEFLATE = -zlib.MAX_WBITS
-# Octets that are decoded at once. A member's end is known only after the call that has reached
-# it, and what follows was copied by then; with small pieces that is never much.
+# Octets that are decoded at once. Where a gzip member ends is known only after the call that has
+# reached it, and zlib copies what follows; with small pieces that is never much.
 CODED_PIECE = 4 * KiB
 
 
@@ -1596,33 +1669,35 @@ def read_coding(fields: Fields) -> str:
     # Hardly any content has one.
     if "content-encoding" not in fields.first:
         return ""
-    codings = fields.tokens("content-encoding")
+    codings = fields.elements("content-encoding")
     return ", ".join(coding for coding in codings if coding != "identity")
 
 
 class Inflater:
     """Takes gzip or deflate off a content, piece by piece.
 
-    `gzip` is one member after another (RFC 1952); what follows the last one and begins no other is
-    ignored, as gzip(1) and browsers do. `deflate` is zlib's format (RFC 1950), but some servers
-    send the data without its head and check sum (RFC 1951); its first octet tells which it is.
+    `gzip` is one member after another, each a whole compressed file (RFC 1952); what follows the
+    last one and begins no other is ignored, as gzip(1) and browsers do. `deflate` is zlib's
+    format (RFC 1950), but some servers send the data without its head and check sum (RFC 1951);
+    its first octet tells which it is.
     """
 
     def __init__(self, coding: str, limit: float) -> None:
         self.coding = coding
-        # Octets that may still come out, over all calls.
+        # Octets that may still come out, over all calls; without a limit an infinity.
         self.remaining = limit
-        # Of the current member; None before the first.
+        # The decoder of the current member; None before the first.
         self.decoder: Any = None
         # The first octet of what may be another member.
         self.pending = b""
-        # Something stands behind the last member that is none, and nothing more is read.
+        # Whether what follows the last member begins no other, so that nothing more is read.
         self.ended = False
 
     def feed(self, data: bytes) -> bytes:
         """Return the decoded octets. Raises BadGateway, also above the limit."""
         data = self.pending + data
         self.pending = b""
+        # One call may not return more than that either, or a small piece could fill the memory.
         room = min(self.remaining, LIMITS.decoded_answer)
         decoded = []
         at = 0
@@ -1633,6 +1708,7 @@ class Inflater:
                 break
             piece = data[at : at + CODED_PIECE]
             try:
+                # One octet more than there is room for shows that there would be too much.
                 decoded.append(self.decoder.decompress(piece, int(room) + 1))
             except zlib.error as error:
                 raise BadGateway(f"the answer's content coding is broken: {error}") from None
@@ -1647,8 +1723,9 @@ class Inflater:
     def begin_member(self, start: bytes) -> None:
         """Begin the member that starts with these two octets, of which one may be missing."""
         if self.decoder is None:
-            # The low four bits of zlib's first octet are 8, its compression method. A bare block
-            # cannot begin so: it would be a stored one with bits set that are zero.
+            # The low four bits of zlib's first octet are 8, its compression method (RFC 1950). In
+            # deflate without a head they would begin a stored block, whose fourth bit is padding
+            # that compressors leave 0 (RFC 1951 section 3.2.4).
             bare = self.coding == "deflate" and start[0] & 15 != 8
             self.decoder = zlib.decompressobj(BARE_DEFLATE if bare else GZIP_OR_ZLIB)
         elif self.coding == "deflate":
@@ -1656,6 +1733,7 @@ class Inflater:
         elif start == GZIP_START:
             self.decoder = zlib.decompressobj(GZIP_OR_ZLIB)
         elif start == GZIP_START[:1]:
+            # Nothing more has come: the next octet tells.
             self.pending = start
         else:
             self.ended = True
@@ -1668,28 +1746,13 @@ def decode_content(data: bytes, coding: str, limit: int) -> bytes:
     """
     if coding not in CODINGS:
         return data
-    inflater, decoded = Inflater(coding, limit), []
+    inflater = Inflater(coding, limit)
+    decoded = []
+    # Piece by piece, so that a fault costs what follows it and not what was decoded before.
     with contextlib.suppress(BadGateway):
         for at in range(0, len(data), CODED_PIECE):
             decoded.append(inflater.feed(data[at : at + CODED_PIECE]))
     return b"".join(decoded) or data
-
-
-def parse_retry_after(text: str, now: float) -> float | None:
-    """Read a Retry-After (RFC 9110 section 10.2.3): '120' -> 120.0 seconds; None for nonsense.
-
-    A date, 'Fri, 31 Dec 1999 23:59:59 GMT', gives the seconds from `now` until then.
-    """
-    if re.fullmatch(r"[0-9]{1,6}", text):
-        return float(text)
-    # Hardly any server sends a date, and the import takes time at the start.
-    import email.utils
-
-    try:
-        moment = email.utils.parsedate_tz(text)
-        return max(email.utils.mktime_tz(moment) - now, 0.0) if moment else None
-    except (ValueError, OverflowError, IndexError):
-        return None
 
 
 # ======================================================================================
@@ -5435,7 +5498,7 @@ def is_proxied(fields: Fields) -> bool:
     request would look like one from the house.
     """
     names = [lower for lower, _, _ in fields.lines]
-    names += fields.tokens("connection")
+    names += fields.elements("connection")
     return any(name in PROXY_FIELDS or name.startswith("x-forwarded-") for name in names)
 
 
@@ -6314,7 +6377,7 @@ class ResponseWriter:
         has_length = length is not None and status not in (204, 304)
         self.omits_content = self.method == "HEAD" or status in (204, 304)
         if self.extra_fields:
-            lines += encode_lines(self.extra_fields)
+            lines += encode_field_lines(self.extra_fields)
         if has_length:
             lines += f"Content-Length: {length}\r\n"
         elif self.omits_content:
@@ -6362,7 +6425,7 @@ class ResponseWriter:
     def send_response(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
         """Send a whole answer of the router's own."""
         date = ("Date", http_date(int(time.time())))
-        self.write_head(status, encode_lines([date, *fields]), len(content))
+        self.write_head(status, encode_field_lines([date, *fields]), len(content))
         self.finish(content)
 
     def send_json(self, document: Any, status: int = 200) -> None:
@@ -8321,11 +8384,11 @@ class RequestLog:
     def prepare_row(self, record: RequestRecord) -> None:
         """Make the row of a finished record, pack its bodies and let the raw ones go."""
         started_at = 0.0
-        has_long_body = record.body_bytes > self.limits.hurried_body
+        has_long_body = record.body_bytes > self.limits.short_body
         if has_long_body:
             started_at = time.thread_time()
             if self.is_behind(self.limits.row_delay / 2) or not self.body_budget.has_time():
-                cut_bodies(record, self.limits.hurried_body)
+                cut_bodies(record, self.limits.short_body)
         try:
             detail = make_detail(record)
             row = make_row(record, detail)
@@ -8594,7 +8657,7 @@ def send_error(
 
 def passed_fields(fields: Fields, *dropped: Iterable[str]) -> FieldPairs:
     """Return the fields that go on: not those `dropped`, and not what Connection names."""
-    stopped = set(fields.tokens("connection")).union(*dropped)
+    stopped = set(fields.elements("connection")).union(*dropped)
     return [(name, value) for lower, name, value in fields.lines if lower not in stopped]
 
 
@@ -8637,7 +8700,7 @@ def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
     added.append(("Via", ", ".join([*head.fields.get_all("via"), forwarding.via])))
     fields = without_tokens(head.fields, forwarding.jwt_secret, NEVER)
     replaced = [name.lower() for name, _ in added]
-    return encode_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
+    return encode_field_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
 
 
 class AnswerShape(NamedTuple):
@@ -8674,7 +8737,7 @@ def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
         # The router decides which origins may read an answer, not its servers.
         names = [lower for lower, _, _ in head.fields.lines]
         dropped = dropped.union(name for name in names if name.startswith("access-control-"))
-    return encode_lines(passed_fields(head.fields, dropped, OWN_FIELDS) + own)
+    return encode_field_lines(passed_fields(head.fields, dropped, OWN_FIELDS) + own)
 
 
 class Candidate:
@@ -9205,7 +9268,7 @@ class Exchange:
             self.parsed.stream,
             bool(self.writer.extra_fields),
         )
-        lines = encode_answer_lines(head, shape) + encode_lines(self.own_fields())
+        lines = encode_answer_lines(head, shape) + encode_field_lines(self.own_fields())
         if head.fields.get("date") is None:
             # RFC 9110 section 6.6.1: who relays a response without a date adds one.
             lines += f"Date: {http_date(int(time.time()))}\r\n"
@@ -10140,7 +10203,7 @@ async def send_piece(request: Request, data: bytes) -> None:
 def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
     """Begin an answer of unknown length that ends when its client goes."""
     fields = (("Content-Type", kind), *STREAM_FIELDS, *fields)
-    request.writer.write_head(200, encode_lines(fields), None)
+    request.writer.write_head(200, encode_field_lines(fields), None)
     request.connection.cancel_on_disconnect()
 
 
@@ -10377,7 +10440,7 @@ def is_https(context: Context, request: Request) -> bool:
     peer_host = str(peer[0]).removeprefix("::ffff:")
     if not is_trusted(peer_host, context.settings.trusted_proxies):
         return False
-    return fields.tokens("x-forwarded-proto")[-1:] == ["https"]
+    return fields.elements("x-forwarded-proto")[-1:] == ["https"]
 
 
 async def serve_signin(context: Context, request: Request) -> None:

@@ -2493,7 +2493,7 @@ def test_short_heads_are_remembered_and_long_ones_are_not() -> None:
         assert count_fields(head, 2) == 4
         assert len(calls) == (2 if is_remembered else 3)
         # The fields of a head are remembered like the head; any others are not.
-        assert (head.fields.size <= smolrouter.REMEMBERED_HEAD) == is_remembered
+        assert (head.fields.size <= smolrouter.LONGEST_REMEMBERED_HEAD) == is_remembered
     assert smolrouter.Fields(head.fields.lines).size == math.inf
 
 
@@ -13033,7 +13033,7 @@ def test_table_of_contents_is_true() -> None:
 
 
 def test_the_life_of_a_request_names_what_is_there() -> None:
-    life = smolrouter.__doc__.partition("The life of one request")[2].partition("Words:")[0]
+    life = smolrouter.__doc__.partition("The life of one request")[2].partition("Vocabulary:")[0]
     assert re.findall(r"(?m)^ +([0-9]+)\. ", life) == [str(step) for step in range(1, 11)]
     names = re.findall(r"`([\w.]+)`", life)
     assert len(names) >= 10
