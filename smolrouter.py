@@ -1449,8 +1449,8 @@ def read_event_chunks(data: bytes) -> tuple[bytes, int]:
 
     This is the fast way for event streams, where each chunk holds one event: its data line, and
     an empty line if it is a server-sent event. While a client is slow, or a model very fast, one
-    read brings hundreds of them, and the reading chunk by chunk took half of the time of an
-    event. Here is what splitting at line feeds makes of a chunk with the event `data: {...}`:
+    read brings hundreds of them. Read one by one, a chunk takes 0.6 us, and in here a third of
+    that. This is what splitting at line feeds makes of a chunk with the event `data: {...}`:
 
         as they come     3a CR LF   data: {"id": ... LF   LF      CR LF
         lines            b"3a\r"    b'data: {"id": ...'   b""     b"\r"
@@ -5834,7 +5834,7 @@ class LoopBatch:
     In one turn the event loop handles all that has come on any connection. What is written
     meanwhile leaves when the turn is over, in one piece for each connection. So a head and the
     content behind it are one packet, and a client process that sleeps is woken once: to wake it
-    costs more than all that the router does for an event.
+    costs as much as all that the router does for an event.
 
     A timer for each deadline would be set and cancelled with each request. Instead one timer
     looks at all connections, four times a second; while there are none, nothing runs.
@@ -5896,15 +5896,17 @@ class Connection(asyncio.Protocol):
     more, and the other side has to wait.
 
     **The sink.** A model speaks in pieces as small as a word, and hundreds of answers may be on
-    their way at once. To wake a task for each piece would cost as much as all that is done with
-    it. So the task that relays an answer sets `sink` and sleeps: `data_received` gives each piece
-    to that function at once, and it decodes, rewrites and writes to the client. The task is woken
-    for what it has to decide: the end of the content, a failure, a client that reads too slowly.
+    their way at once. To wake a task takes another turn of the event loop, which is dear beside the
+    little that is done with a word. So the task that relays an answer sets `sink` and sleeps:
+    `data_received` gives each piece to that function at once, and it decodes, rewrites and writes
+    to the client. The task is woken for what it has to decide: the end of the content, a failure,
+    a client that reads too slowly.
 
-    **Writing.** `write` appends to `unsent`, the only buffer of what goes out, and the LoopBatch
-    calls `flush` at the end of the turn. What the kernel has no room for, asyncio keeps until it
-    has. From `limits.write_buffer` octets on it calls `pause_writing`, which sets `write_paused`,
-    and `resume_writing` later. Whoever can write much waits in `drain` meanwhile.
+    **Writing.** `write` appends to `unsent`, the only buffer of the router for what goes out, and
+    the LoopBatch calls `flush` at the end of the turn. What is long, or much, does not wait so
+    long. What the kernel has no room for, asyncio keeps until it has. From `limits.write_buffer`
+    octets on it calls `pause_writing`, which sets `write_paused`, and `resume_writing` later.
+    Whoever can write much waits in `drain` meanwhile.
 
     **Waking.** The task sleeps in `wait`, which returns at any news: octets (without a sink), the
     end, a failure, room to write again. So every wait stands in a loop that looks at what it needs.
