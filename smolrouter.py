@@ -808,6 +808,12 @@ class Limits:
     # A stream is over with its last event. When the end of its framing, which most servers send
     # a moment later, has not come within this time, its connection is closed.
     content_end: float = 1.0
+    # A machine that is switched off, or out of the network, says nothing at all. It is asked for
+    # a sign so often, in whole seconds; without one for the second time an idle connection is
+    # dropped, and for the third a request has failed: a network may be away for half a minute.
+    probe_interval: int = 5
+    idle_ack_timeout: float = 15.0
+    busy_ack_timeout: float = 60.0
     # Instances whose health is remembered; clients choose the names of models. When there are
     # more, the oldest tenth that is not busy is forgotten.
     known_instances: int = 1000
@@ -5886,6 +5892,54 @@ class LoopBatch:
             self.start_timer(loop)
 
 
+# Linux tells in TCP_INFO how a connection is. That record only ever grows at its end; these are
+# the places of three of its members, and the least length that has them all.
+UNACKNOWLEDGED_AT, LAST_ACK_AT, UNSENT_AT, TCP_INFO_SIZE = 24, 56, 144, 148
+# A kernel that has no room for more is asked again at least so often, in seconds.
+LONGEST_WINDOW_PROBE = 120.0
+
+
+def ask_for_signs(sock: Any, interval: int) -> None:
+    """Let the kernel ask the other side's kernel every `interval` s whether it is still there.
+
+    After twelve questions without an answer it takes the connection for lost. Systems call these
+    options by different names, and have not got all of them.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {
+        "TCP_KEEPIDLE": interval,
+        # The same on macOS.
+        "TCP_KEEPALIVE": interval,
+        "TCP_KEEPINTVL": interval,
+        "TCP_KEEPCNT": 12,
+    }
+    for name, value in options.items():
+        if hasattr(socket, name):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def read_silence(sock: Any) -> float:
+    """Return for how long the other side's kernel has acknowledged nothing, in s; 0 if unknown.
+
+    TCP_USER_TIMEOUT would do with less, but it also ends the connection to a server that is well
+    and does not read for a while: one that puts a long request behind those that run.
+    """
+    if sys.platform != "linux":
+        return 0.0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+    if len(info) < TCP_INFO_SIZE:
+        return 0.0
+    (last_ack_ms,) = struct.unpack_from("=I", info, LAST_ACK_AT)
+    (unacknowledged,) = struct.unpack_from("=I", info, UNACKNOWLEDGED_AT)
+    (unsent,) = struct.unpack_from("=I", info, UNSENT_AT)
+    silence = last_ack_ms / 1000
+    if unsent and not unacknowledged:
+        # The other side has no room for more, and is asked ever more seldom whether it has.
+        silence = max(0.0, silence - LONGEST_WINDOW_PROBE)
+    return silence
+
+
 class Connection(asyncio.Protocol):
     """One TCP connection, to a client or to an upstream: octets in, octets out, one deadline.
 
@@ -5948,6 +6002,9 @@ class Connection(asyncio.Protocol):
         self.idle_timeout = 0.0
         self.octets_at_check = 0
         self.on_timeout = IDLE_TOO_LONG
+        # How long the other side's machine may give no sign, and when that is to be looked at.
+        self.ack_timeout = NEVER
+        self.ack_check_at = NEVER
         # What to call when the other side goes away. For a client: the task that serves its
         # request, and why that was cancelled, here or from the page.
         self.on_disconnect: Callable[[], None] | None = None
@@ -6072,8 +6129,27 @@ class Connection(asyncio.Protocol):
         self.deadline = NEVER
         self.idle_timeout = 0.0
 
+    def set_ack_timeout(self, timeout: float) -> None:
+        """Let the next read fail when the other side's machine gives no sign for `timeout` s."""
+        self.ack_timeout = timeout
+        self.ack_check_at = self.loop.time() + timeout
+
+    def check_acks(self, now: float) -> None:
+        """Fail when the other side's machine is gone, or look again when it could be."""
+        self.ack_check_at = NEVER
+        if self.transport.is_closing():
+            return
+        silence = read_silence(self.transport.get_extra_info("socket"))
+        if silence < self.ack_timeout:
+            self.ack_check_at = now + self.ack_timeout - silence
+            return
+        words = "switched off, or out of the network"
+        self.set_failure(BadGateway(f"no sign of its machine for {silence:.0f} s: {words}"))
+
     def check_deadline(self, now: float) -> None:
-        """Fail when the deadline has passed."""
+        """Fail when the deadline has passed, or the other side's machine is gone."""
+        if now >= self.ack_check_at:
+            self.check_acks(now)
         if self.idle_timeout:
             # While this side does not read, because its client is slow, the other side cannot be
             # blamed for its silence.
@@ -6535,8 +6611,9 @@ def describe(error: BaseException) -> str:
 # The life of a connection: `connect` opens it for a request. It then serves one request at a
 # time. When an answer has been read to its end, and both sides mean to go on, `keep_idle` puts it
 # into the pool; the next request to the same server takes the one that was used last, so that
-# those which are too many grow old. It is thrown away after 30 s, when the server closes it, or
-# when octets have come that nobody asked for: they would be taken for the next answer.
+# those which are too many grow old. It is thrown away after 30 s, when the server closes it, when
+# the server's machine is gone, or when octets have come that nobody asked for: they would be taken
+# for the next answer.
 #
 # A server may close an idle connection in the moment in which a request is written to it. Such
 # a request fails before the first octet of an answer, through no fault of its own; it is sent
@@ -6605,6 +6682,8 @@ class ConnectionPool:
             _, connection = opening.result()
         except (OSError, ValueError) as error:
             raise BadGateway(describe(error)) from None
+        sock = connection.transport.get_extra_info("socket")
+        ask_for_signs(sock, self.limits.probe_interval)
         return connection
 
     def take_idle(self, server: Server) -> Connection | None:
@@ -6633,6 +6712,7 @@ class ConnectionPool:
             connection.abort()
 
         connection.set_deadline(self.limits.idle_connection_timeout, IDLE_TOO_LONG)
+        connection.set_ack_timeout(self.limits.idle_ack_timeout)
         connection.on_disconnect = drop
         connections.append(connection)
 
@@ -6929,6 +7009,7 @@ class Upstreams:
         The connection is closed unless a response is returned, also when the task is cancelled.
         """
         connection.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
+        connection.set_ack_timeout(self.limits.busy_ack_timeout)
         connection.write(message)
         response = None
         try:

@@ -40,6 +40,7 @@ import base64
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import datetime
 import email
@@ -8599,6 +8600,148 @@ def test_upstream_leaves_between_two_requests_of_one_client() -> None:
         upstream.close()
         upstream.script = lambda r: [DROP]
         assert parse_response(exchange(sock, encode_get("/v1/two"))).status == 502
+
+
+# --- machines that are switched off ---------------------------------------------------
+
+CLONE_NEWNET = 0x40000000
+
+
+def in_namespace(name: str, task: Callable[[], Any]) -> Any:
+    """Run a task in a network namespace: what it opens and starts stays there."""
+
+    def run() -> Any:
+        with open(f"/run/netns/{name}") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+        return task()
+
+    # In a thread of its own, which ends with the task.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+class FarAway:
+    """A router here, an upstream there, and a cable between them that can be pulled out."""
+
+    def __init__(self, here: str, there: str, upstream: Upstream, router: Router) -> None:
+        self.here = here
+        self.there = there
+        self.upstream = upstream
+        self.router = router
+
+    def pull_the_cable(self) -> None:
+        """Let the link go down at the upstream: neither side is told anything any more."""
+        subprocess.run(["ip", "-n", self.there, "link", "set", "cable", "down"], check=True)
+
+    def count_sockets(self) -> int:
+        """Return how many sockets the router has open."""
+        files = pathlib.Path(f"/proc/{self.router.process.pid}/fd")
+        return sum(os.readlink(file).startswith("socket:") for file in files.iterdir())
+
+    def ask(self, model: str = "tiny", **more: Any) -> tuple[Response, float]:
+        """Ask the router; return the answer, and how many seconds it took."""
+        began = time.monotonic()
+        got = in_namespace(self.here, lambda: post_chat(self.router, model, **more))
+        return got, time.monotonic() - began
+
+
+@contextlib.contextmanager
+def far_away(**limits: float) -> Iterator[FarAway]:
+    """Start a router and an upstream in network namespaces of their own.
+
+    That needs root and the program `ip`. A container may be forbidden to do it even so: then the
+    test is skipped, also where all must run.
+    """
+    here, there = (f"smol-{os.getpid()}-{side}" for side in ("here", "there"))
+    commands = [
+        f"netns add {here}",
+        f"netns add {there}",
+        f"-n {here} link add cable type veth peer name cable netns {there}",
+        f"-n {here} address add 10.99.0.1/24 dev cable",
+        f"-n {there} address add 10.99.0.2/24 dev cable",
+        f"-n {here} link set lo up",
+        f"-n {here} link set cable up",
+        f"-n {there} link set cable up",
+    ]
+    if not shutil.which("ip"):
+        pytest.skip("there is no program `ip` here (iproute2)")
+    with contextlib.ExitStack() as stack:
+        for name in (here, there):
+            stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
+        for command in commands:
+            if subprocess.run(["ip", *command.split()], capture_output=True).returncode:
+                pytest.skip(f"no network namespaces can be made here: ip {command}")
+        upstream = in_namespace(there, lambda: Upstream(host="10.99.0.2"))
+        stack.enter_context(upstream)
+        settings = {"DEFAULT_UPSTREAM": upstream.url, "CONNECT_TIMEOUT": 0.5}
+        router = in_namespace(here, lambda: Router(settings, limits=limits))
+        yield FarAway(here, there, upstream, stack.enter_context(router))
+
+
+def test_an_idle_connection_to_a_dead_machine_is_dropped() -> None:
+    with far_away(probe_interval=1, idle_ack_timeout=1.5) as far:
+        before = far.count_sockets()
+        assert far.ask()[0].status == 200
+        assert wait_until(lambda: far.count_sockets() == before + 1)
+        # As long as the machine is there, the connection stays.
+        time.sleep(2.5)
+        assert far.count_sockets() == before + 1
+        far.pull_the_cable()
+        assert wait_until(lambda: far.count_sockets() == before, 4)
+        got, seconds = far.ask()
+        assert (got.status, seconds < 3) == (504, True)
+        assert "CONNECT_TIMEOUT" in got.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_on_a_connection_to_a_dead_machine_fails_soon(stream: bool) -> None:
+    with far_away(probe_interval=1, busy_ack_timeout=1.5) as far:
+        assert far.ask(stream=stream)[0].status == 200
+        far.pull_the_cable()
+        got, seconds = far.ask(stream=stream)
+        # A new connection was tried, too.
+        assert (got.status, seconds < 5) == (504, True)
+        assert "CONNECT_TIMEOUT" in got.json["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_machine_that_dies_before_or_in_its_answer(stream: bool) -> None:
+    with far_away(probe_interval=1, busy_ack_timeout=1.5) as far:
+        model = far.upstream.add_script(broken_stream(HANG) if stream else [HANG])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(far.ask, model, stream=stream)
+            assert wait_until(lambda: far.upstream.requests_for(model))
+            # As long as its machine is there, a server may think for as long as it likes.
+            time.sleep(2.5)
+            assert not asked.done()
+            far.pull_the_cable()
+            got, seconds = asked.result()
+        assert seconds < 8
+        error = got.documents[-1]["error"] if stream else got.json["error"]
+        assert "no sign of its machine for " in error["message"]
+        assert got.status == (200 if stream else 502)
+
+
+def test_a_server_that_does_not_read_for_a_while_is_not_dead() -> None:
+    """It puts a long request behind those that run."""
+    ready = threading.Event()
+
+    def serve(listener: socket.socket) -> None:
+        with listener:
+            sock = listener.accept()[0]
+        ready.wait(PATIENCE)
+        with sock, sock.makefile("rb") as reader:
+            read_request(sock, reader, 0)
+            sock.sendall(FINE_RESPONSE[0])
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    settings = {"DEFAULT_UPSTREAM": f"http://127.0.0.1:{listener.getsockname()[1]}"}
+    limits = {"probe_interval": 1, "busy_ack_timeout": 0.5}
+    with Router(settings, limits=limits) as router:
+        threading.Timer(2.5, ready.set).start()
+        assert post_chat(router, "tiny", "x" * 8_000_000).json == {"fine": True}
 
 
 # --- answers that are not HTTP --------------------------------------------------------
