@@ -2022,6 +2022,8 @@ BOM = b"\xef\xbb\xbf"
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
+# A line that is no comment.
+SAYING_LINE = re.compile(rb"(?<![^\r\n])[^:\r\n]")
 # A line of data behind the first one.
 MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
 # A field that calls the event an error: `event: error`, or llama.cpp's `error: {...}`.
@@ -2256,9 +2258,8 @@ class EventReader:
         return events if len(events) >= self.LAST_EVENTS else self.said_events(block)
 
     def said_events(self, block: bytes) -> list[bytes]:
-        """Return the events of a block that are no comments."""
-        events = self.format.split(block)
-        return [event for event in events if event and not event.startswith(b":")]
+        """Return the events of a block that are more than comments."""
+        return [event for event in self.format.split(block) if SAYING_LINE.search(event)]
 
 
 # ======================================================================================
