@@ -1982,6 +1982,27 @@ def append_members(text: str, members: str) -> str:
     return f"{before}{comma}{members}}}{after}"
 
 
+def remove_member(text: str, name: str) -> str:
+    """Return a JSON object without the member of some name, and no other character changed.
+
+    `{"a": 1, "b": 2}`, `"b"`  ->  `{"a": 1}`;  `{"a": 1, "b": 2}`, `"a"`  ->  `{"b": 2}`
+    """
+    pieces = []
+    kept_to = 0
+    opening = JSON_OPEN.match(text)
+    # A comma goes with the member: that before it, or that behind the first one.
+    cut_at = opening.end() if opening else 0
+    is_first = True
+    for key, _, end in find_members(text, 0):
+        if key == name:
+            pieces.append(text[kept_to:cut_at])
+            kept_to = JSON_NEXT.match(text, end).end() if is_first else end
+        else:
+            is_first = False
+            cut_at = end
+    return "".join([*pieces, text[kept_to:]])
+
+
 def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     """Return a JSON object with some values replaced, and no other character changed.
 
@@ -3751,7 +3772,6 @@ class StreamRewrite:
 
 # As servers write it; with other spaces it stays, and hurts nobody.
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
-NO_CHOICES = re.compile(rb'"choices"[ \t]*:[ \t]*(?:\[[ \t]*\]|null)')
 
 
 def find_all(block: bytes, word: bytes) -> list[int]:
@@ -3766,11 +3786,6 @@ def find_all(block: bytes, word: bytes) -> list[int]:
         places.append(at)
         at = block.rfind(word, 0, at)
     return places
-
-
-def may_be_usage(data: bytes) -> bool:
-    """Tell whether an event may say the usage and nothing else: it has no choice for certain."""
-    return b'"usage"' in data and (b'"choices"' not in data or NO_CHOICES.search(data) is not None)
 
 
 def tail_document(document: dict[str, Any], part: Part, text: str) -> dict[str, Any]:
@@ -3878,16 +3893,20 @@ class EventFilter:
             # A server that was asked for usage says `"usage": null` in every other event.
             data = NULL_USAGE.sub(b"", data)
             event = self.format.replace(event, data)
-        looks_at_usage = self.plan.hide_usage and may_be_usage(data)
+        looks_at_usage = self.plan.hide_usage and b'"usage"' in data
         looks_at_text = self.filtering and self.may_change_text(event, data)
         if not (looks_at_usage or looks_at_text or self.plan.renames):
             return event
         document = parse_object(data)
         if document is None:
             return event
-        if looks_at_usage and document.get("usage") and not document.get("choices"):
-            self.lost_timings = "timings" in document
-            return b""
+        if looks_at_usage and document.pop("usage", None):
+            if not document.get("choices"):
+                self.lost_timings = "timings" in document
+                return b""
+            # llama.cpp says it in every event of /v1/completions.
+            data = remove_member(data.decode(), "usage").encode()
+            event = self.format.replace(event, data)
         edits = self.plan.model_edit(document)
         if looks_at_text:
             return self.filter_event(event, data, document, edits)

@@ -3214,6 +3214,23 @@ def test_a_number_that_no_double_holds_is_refused_or_null() -> None:
 
 # --- edits ----------------------------------------------------------------------------
 
+
+REMOVALS = [
+    ('{"a": 1, "u": 2}', '{"a": 1}'),
+    ('{"u": 2, "a": 1}', '{"a": 1}'),
+    ('{ "a":1 , "u" : {"u": [1,2]} , "b":"u" }', '{ "a":1 , "b":"u" }'),
+    ('{"u": 1}', "{}"),
+    ('{"u": 1, "u": 2, "a": 3, "u": 4}', '{"a": 3}'),
+    ('{"a": {"u": 1}}', '{"a": {"u": 1}}'),
+    ("{}", "{}"),
+]
+
+
+@pytest.mark.parametrize("text, left", REMOVALS)
+def test_a_member_is_removed_with_its_comma(text: str, left: str) -> None:
+    assert smolrouter.remove_member(text, "u") == left
+
+
 SPLICES = [
     ('{"model":"a","x":1.0}', {("model",): "b"}, '{"model":"b","x":1.0}'),
     ('{ "x" : 1e3 , "model" : "a" }', {("model",): "b"}, '{ "x" : 1e3 , "model" : "b" }'),
@@ -4155,9 +4172,9 @@ def test_an_emptied_event_that_carries_more_stays() -> None:
         {"choices": [{"index": 0, "delta": call}]},
         "[DONE]",
     ]
-    got = post_chat(
-        default_router(), default_upstream().add_script(sse_response(events)), stream=True
-    )
+    model = default_upstream().add_script(sse_response(events))
+    options = {"include_usage": True}
+    got = post_chat(default_router(), model, stream=True, stream_options=options)
     assert got.text == ""
     first, second = got.documents
     assert first["choices"][0]["finish_reason"] == "length"
@@ -11083,7 +11100,11 @@ SWALLOWED = {
     "plain": ([RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
     "spaced": ([RAW_WORD, RAW_STOP, SPACED, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
     "without the extra event": ([RAW_WORD, RAW_STOP, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
-    "usage beside a choice": ([RAW_WORD, BESIDE, RAW_DONE], [RAW_WORD, BESIDE, RAW_DONE]),
+    "usage beside a choice": ([RAW_WORD, BESIDE, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
+    "usage before a choice": (
+        [RAW_WORD.replace(b'"id"', b'"usage": ' + RAW_USAGE + b' , "id"'), RAW_STOP, RAW_DONE],
+        [RAW_WORD, RAW_STOP, RAW_DONE],
+    ),
     "comments": (
         [RAW_PING, RAW_WORD, RAW_STOP, RAW_USAGE_EVENT, RAW_DONE],
         [RAW_PING, RAW_WORD, RAW_STOP, RAW_DONE],
@@ -11106,6 +11127,21 @@ def test_extra_usage_is_swallowed(said: list[bytes], seen: list[bytes], joined: 
     got = post_json("/v1/chat/completions", chat_document(model, stream=True))
     assert last_request().json["stream_options"] == {"include_usage": True}
     assert got.content == b"".join(seen)
+
+
+def test_usage_in_every_event_is_seen_only_if_it_was_asked_for() -> None:
+    """As llama.cpp says it on /v1/completions: zeros until the end."""
+    zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    texts = [{"choices": [{"index": 0, "text": t, "finish_reason": None}]} for t in ("<b>", "Hi")]
+    end = {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}
+    events = [{**event, "usage": zeros, "timings": None} for event in (*texts, end)]
+    model = sdk_upstream().add_script(sse_response([*events, RAW_USAGE_EVENT, "[DONE]"]))
+    asked = {"model": model, "prompt": "hi", "stream": True}
+    got = post_json("/v1/completions", asked)
+    expected = [{**event, "timings": None} for event in (*texts, end)]
+    assert got.content == b"".join(map(encode_event, [*expected, "[DONE]"]))
+    got = post_json("/v1/completions", {**asked, "stream_options": {"include_usage": True}})
+    assert got.content == b"".join(map(encode_event, [*events, RAW_USAGE_EVENT, "[DONE]"]))
 
 
 def timing_server(received: Received) -> Iterable[Step]:
