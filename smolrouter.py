@@ -2704,7 +2704,7 @@ ITEM = ByType(
 )
 TEXT_AGAIN = ByType({"output_text": {"text": AGAIN}}, other={})
 ITEM_AGAIN = ByType({"message": {"content": [TEXT_AGAIN]}}, other={})
-RESPONSE_AGAIN = {"output": [ITEM_AGAIN], "error": ERROR}
+RESPONSE_AGAIN = {"output": [ITEM_AGAIN], "output_text": AGAIN, "error": ERROR}
 RESPONSES_REQUEST = {
     "instructions": SYSTEM_WORDS,
     "input": TextOr(TEXT, Each(TextOr(TEXT, ITEM))),
@@ -2712,13 +2712,19 @@ RESPONSES_REQUEST = {
 RESPONSES_EVENTS = {
     "response.output_text.delta": {"delta": TEXT},
     "response.output_text.done": {"text": AGAIN, "type": TEXT_END},
-    "response.content_part.done": {"part": TEXT_AGAIN},
-    "response.output_item.done": {"item": ITEM_AGAIN},
+    "response.content_part.done": {"part": TEXT_AGAIN, "type": TEXT_END},
+    "response.output_item.done": {"item": ITEM_AGAIN, "type": TEXT_END},
     "response.completed": {"response": RESPONSE_AGAIN, "type": END},
     "response.incomplete": {"response": RESPONSE_AGAIN, "type": END},
     "response.failed": {"response": RESPONSE_AGAIN, "type": END},
 }
-RESPONSE = {"response": RESPONSE_AGAIN, "output": [ITEM], "usage": USAGE, "error": ERROR}
+RESPONSE = {
+    "response": RESPONSE_AGAIN,
+    "output": [ITEM],
+    "output_text": AGAIN,
+    "usage": USAGE,
+    "error": ERROR,
+}
 
 # /api/chat and /api/generate, whose events are lines.
 GENERATE_REQUEST = {
@@ -2799,7 +2805,9 @@ class Protocol(NamedTuple):
 
 
 # Every other path: what its answers look like is not known.
-OTHER_PROTOCOL = Protocol(block_members=("index", "item_id"), plain_text=PLAIN_CHAT_TEXT)
+OTHER_PROTOCOL = Protocol(
+    block_members=("index", "item_id", "content_index"), plain_text=PLAIN_CHAT_TEXT
+)
 OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
     needs_model=True,
@@ -2837,7 +2845,7 @@ PROTOCOLS = {
         request=RESPONSES_REQUEST,
         user_words="input",
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
-        block_members=("item_id",),
+        block_members=("item_id", "content_index"),
         end_mark=re.compile(rb'"response\.(?:completed|incomplete|failed)"'),
     ),
     "/api/chat": OTHER_OLLAMA._replace(
@@ -2881,11 +2889,10 @@ def read_answer(protocol: Protocol, document: Mapping[str, Any]) -> list[Part]:
     if "error" in (document.get("type"), document.get("object")):
         # It calls itself an error, and its words may stand anywhere in it.
         return [Part(ERROR, 0, None, (), document.get("error") or document)]
-    block = None
-    for name in protocol.block_members:
-        block = document.get(name, block)
-    if not isinstance(block, int | str):
-        block = None
+    named_by = [document.get(name) for name in protocol.block_members]
+    block: Any = tuple(value for value in named_by if isinstance(value, int | str))
+    if len(block) < 2:
+        block = block[0] if block else None
     return read_parts(protocol.answer, document, block)
 
 
@@ -3940,17 +3947,20 @@ class EventFilter:
         endings = [part for part in parts if part.kind in (FINISH, END, TEXT_END)]
         ended = dict.fromkeys((part.choice, part.block) for part in endings)
         visible = ""
-        for part in texts:
+        for part in parts:
+            if part.kind not in (TEXT, AGAIN) or not isinstance(part.value, str):
+                continue
             last = (part.choice, part.block) in ended or (part.choice, None) in ended
-            shown = self.feed_text(part, event, last)
-            visible += shown
+            if part.kind == TEXT:
+                shown = self.feed_text(part, event, last)
+                visible += shown
+            else:
+                # A filter shows the same of a whole text as of its pieces, so that what is said
+                # again is what has been said. To look for a block that the model's template
+                # has opened, which `filter_text` does, would take away what has been shown.
+                shown, _ = TextFilter(self.plan.rules).feed(part.value, last)
             if shown != part.value:
                 edits[part.path] = shown
-        for part in parts:
-            if part.kind == AGAIN and isinstance(part.value, str):
-                shown, _ = filter_text(part.value, self.plan.rules)
-                if shown != part.value:
-                    edits[part.path] = shown
         # Texts that end without being in this event.
         before = b"".join([self.release(choice, block) for choice, block in ended])
         says_more = len(parts) > len(texts)

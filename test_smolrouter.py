@@ -4936,6 +4936,42 @@ def test_lines_are_filtered_and_name_the_model_that_was_asked_for(path: str, key
         assert {json.loads(line)["model"] for line in left.splitlines()} == {"m"}
 
 
+SAID_AGAIN = [
+    # Where a stream of /v1/responses says a text again.
+    ("text",),
+    ("part", "text"),
+    ("item", "content", 0, "text"),
+    ("response", "output", 0, "content", 0, "text"),
+]
+
+
+@pytest.mark.parametrize("texts", [
+    TAGGED, ("hm</think>", "yes"), (" <th", "e>"), ("\n<think>no</think>\n", "yes"),
+    ("<think>no",), ("yes", "<think>no</think> <th"), ("a </think>", "<think>b</think>"),
+], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("rules", [{"think": True}, {"fences": True}, {}], ids=repr)
+@pytest.mark.parametrize("left_out", [None, "response.output_text.done"])
+def test_what_is_said_again_is_what_was_said(texts: Any, rules: Any, left_out: Any) -> None:
+    events = [event for event in response_deltas(*texts) if event["type"] != left_out]
+    data = b"".join(map(encode_event, events))
+    left = filtered([data], path=RESPONSES, rules=rules)
+    said = texts_in(left, "delta")
+    for place in SAID_AGAIN[bool(left_out) :]:
+        assert texts_in(left, *place) == said
+    # The last delta comes before the first summary.
+    documents = [json.loads(line[5:]) for line in left.splitlines() if line]
+    kinds = [document["type"].rpartition(".")[2] for document in documents]
+    assert "delta" not in kinds[kinds.index("done") :]
+
+
+def test_texts_of_one_item_are_filtered_apart() -> None:
+    delta = {"type": "response.output_text.delta", "item_id": "m"}
+    said = [(0, "<think>no"), (1, "yes"), (0, "</think>and"), (1, " too")]
+    events = [{**delta, "content_index": number, "delta": text} for number, text in said]
+    left = filtered(map(encode_event, events), path=RESPONSES)
+    assert texts_in(left, "delta") == "yesand too"
+
+
 def test_an_emptied_event_goes_unless_it_says_more() -> None:
     says_more = [
         {"choices": [{"index": 0, "delta": {"content": "<think>", "refusal": "no"}}]},
