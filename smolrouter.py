@@ -2575,6 +2575,14 @@ class ByType(NamedTuple):
     other: Any
 
 
+class IfNotNull(NamedTuple):
+    """An object whose shape depends on whether it has a member that is not null."""
+
+    member: str
+    shape: Any
+    other: Any
+
+
 class Each(NamedTuple):
     """A list of messages or choices, numbered by their `index` or their place."""
 
@@ -2582,7 +2590,7 @@ class Each(NamedTuple):
 
 
 # A kind; or the members of an object; or [shape], a list of such parts; or one of the above.
-Shape = str | dict[str, Any] | list[Any] | TextOr | ByType | Each
+Shape = str | dict[str, Any] | list[Any] | TextOr | ByType | IfNotNull | Each
 ANY_OTHER = "*"  # in an object: all other members
 
 
@@ -2615,6 +2623,8 @@ def read_parts(shape: Shape, document: Any, block: Any = None) -> list[Part]:
             shape = shape.kind if isinstance(value, str) else shape.other
         if type(shape) is ByType and isinstance(value, dict):
             shape = shape.shapes.get(str(value.get("type")), shape.other)
+        elif type(shape) is IfNotNull and isinstance(value, dict):
+            shape = shape.other if value.get(shape.member) is None else shape.shape
         inner = []
         if type(shape) is dict and isinstance(value, dict):
             for name, member in value.items():
@@ -2664,15 +2674,16 @@ SPEECH = {
 }
 MESSAGE = {"role": ROLE, "name": NAME, "tool_name": NAME, "tool_call_id": RESULT, **SPEECH}
 CHAT_REQUEST = {"messages": Each(MESSAGE)}
+# Some servers say beside a delta all of the message once more.
+DELTA_CHOICE = {
+    "delta": {**MESSAGE, ANY_OTHER: OTHER},
+    "message": {"content": TextOr(AGAIN, [{"text": AGAIN}])},
+    "text": TEXT,
+    "finish_reason": FINISH,
+}
+WHOLE_CHOICE = {"message": MESSAGE, "text": TEXT, "finish_reason": FINISH}
 CHAT_ANSWER = {
-    "choices": Each(
-        {
-            "delta": {**MESSAGE, ANY_OTHER: OTHER},
-            "message": MESSAGE,
-            "text": TEXT,
-            "finish_reason": FINISH,
-        }
-    ),
+    "choices": Each(IfNotNull("delta", DELTA_CHOICE, other=WHOLE_CHOICE)),
     "usage": USAGE,
     "error": ERROR,
 }
@@ -2698,7 +2709,7 @@ ITEM = ByType(
     {
         "function_call": CALL,
         "function_call_output": {"call_id": RESULT, "output": CONTENT},
-        "reasoning": {"summary": [{"text": THINKING}]},
+        "reasoning": {"summary": [{"text": THINKING}], "content": [{"text": THINKING}]},
     },
     other=MESSAGE,
 )
@@ -2983,7 +2994,10 @@ PROMPT_COUNTS = (
 )
 COMPLETION_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
 CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
-TOKEN_COUNT = re.compile(rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?![0-9.])')
+# Some servers write `12.0`.
+TOKEN_COUNT = re.compile(
+    rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?:\.0{1,15})?(?![0-9.eE])'
+)
 USAGE_WINDOW = 8 * KiB  # octets that are searched
 
 
@@ -3287,10 +3301,11 @@ def read_answers(answer: bytes) -> list[Message]:
     """Return the choices of an answer, whole or streamed, whatever its protocol is."""
     choices: dict[int, Message] = {}
     for document in read_documents(answer):
-        if document.get("type") == "response.completed":
-            # It says all of it again.
+        response = document.get("response")
+        if isinstance(response, dict) and response.get("output"):
+            # The last event of /v1/responses says all of it again.
             choices.clear()
-            document = document["response"] if isinstance(document.get("response"), dict) else {}
+            document = response
         for part in read_answer(OTHER_PROTOCOL, document):
             if part.kind in SPOKEN:
                 if part.choice not in choices:
@@ -4334,10 +4349,16 @@ def answer_ollama_chat(plan: AnswerPlan, document: dict[str, Any], content: byte
 
 
 def read_vectors(document: Mapping[str, Any]) -> list[Any]:
-    """Return the vectors of OpenAI's embeddings. Raises BadGateway."""
+    """Return the vectors of OpenAI's embeddings in the order of the inputs. Raises BadGateway.
+
+    `{"data": [{"index": 1, "embedding": [2]}, {"index": 0, "embedding": [1]}]}`  ->  `[[1], [2]]`
+    """
     data = document.get("data") or []
     if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
         raise BadGateway("the answer has a shape that cannot be read: `data` has no objects")
+    if all(isinstance(item.get("index"), int) for item in data):
+        # Servers that work on several inputs at once may be done with the second one first.
+        data = sorted(data, key=lambda item: item["index"])
     return [item.get("embedding") for item in data]
 
 

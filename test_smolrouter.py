@@ -4235,6 +4235,12 @@ SAID_PARTS: list[tuple[str, Any, list[tuple[Any, ...]]]] = [
     (CHAT, {"choices": [{"delta": {"tool_calls": [{"index": 0, "id": "c"}], "audio": {"id": 1}}}]},
      [("call", 0, 0, "choices.0.delta.tool_calls.0", {"index": 0, "id": "c"}),
       ("other", 0, None, "choices.0.delta.audio", {"id": 1})]),
+    (CHAT, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop",
+                         "message": {"role": "assistant", "content": "all", "tool_calls": [{}]}}]},
+     [("again", 0, None, "choices.0.message.content", "all"),
+      ("finish", 0, None, "choices.0.finish_reason", "stop")]),
+    (CHAT, {"choices": [{"index": 0, "delta": None, "message": {"content": "all"}}]},
+     [("text", 0, None, "choices.0.message.content", "all")]),
     (CHAT, {"choices": "x", "usage": {"total_tokens": 1}, "error": ""},
      [("odd", 0, None, "choices", "x"), ("usage", 0, None, "usage", {"total_tokens": 1})]),
     (CHAT, {"object": "error", "message": "no"},
@@ -4301,6 +4307,9 @@ def kinds_of_shape(shape: Any) -> Iterator[str]:
     elif isinstance(shape, smolrouter.ByType):
         for inner in (*shape.shapes.values(), shape.other):
             yield from kinds_of_shape(inner)
+    elif isinstance(shape, smolrouter.IfNotNull):
+        yield from kinds_of_shape(shape.shape)
+        yield from kinds_of_shape(shape.other)
     elif isinstance(shape, smolrouter.TextOr):
         yield shape.kind
         yield from kinds_of_shape(shape.other)
@@ -4495,6 +4504,9 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
     ({"choices": [{"message": {"content": '{"prompt_tokens": 5, "usage": {"x": 1}}'}}]},
      (None, None, None)),
     ({"usage": {"prompt_tokens": 10**40, "completion_tokens": 1.5}}, (None, None, None)),
+    ({"usage": {"prompt_tokens": 12.0, "completion_tokens": 7.0}}, (12, 7, None)),
+    (b'{"usage": {"prompt_tokens": 1.000, "completion_tokens": 7.05}}', (1, None, None)),
+    (b'{"usage": {"prompt_tokens": 1e3, "completion_tokens": 7.0e1}}', (None, None, None)),
 ]  # fmt: skip
 
 
@@ -4596,6 +4608,26 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
         {"type": "response.completed", "response": {"output": [
             {"type": "message", "content": [{"type": "output_text", "text": "xy"}]}]}}],
      [("user", "q", "", []), ("assistant", "xy", "", [])]),
+    ("cut responses", "/v1/responses", {}, [
+        {"type": "response.output_text.delta", "delta": "x"},
+        {"type": "response.failed", "response": {"output": [], "error": {"message": "no"}}}],
+     [("assistant", "x", "", [])]),
+    ("unfinished responses", "/v1/responses", {}, [
+        {"type": "response.output_text.delta", "delta": "x"},
+        {"type": "response.incomplete", "response": {"output": [
+            {"type": "message", "content": [{"type": "output_text", "text": "xy"}]}]}}],
+     [("assistant", "xy", "", [])]),
+    ("reasoning in other shapes", "/v1/responses", {"input": [
+        {"type": "reasoning", "id": "r"}, {"role": "user", "content": "q"}]},
+     {"object": "response", "output": [
+         {"type": "reasoning", "id": "r"}, {"type": "reasoning", "summary": [], "content": [
+             {"type": "reasoning_text", "text": "t"}]},
+         {"type": "message", "content": [{"type": "output_text", "text": "x"}]}]},
+     [("user", "q", "", []), ("assistant", "x", "t", [])]),
+    ("said again beside an empty delta", "/v1/chat/completions", {}, [
+        text_delta("x"), text_delta("y"), {"choices": [
+            {"index": 0, "delta": {}, "message": {"content": "xy"}, "finish_reason": "stop"}]}],
+     [("assistant", "xy", "", [])]),
     ("no conversation", "/v1/chat/completions", {}, b"\xff\x00", []),
     ("odd shapes", "/v1/chat/completions", {"messages": [5, {"role": "user", "content": 7}]},
      {"choices": [{"index": 0, "message": {"content": {"a": 1}}}]}, None),
@@ -4859,6 +4891,17 @@ def texts_in(content: bytes, *path: str | int) -> str:
     return found
 
 
+def cumulative_deltas(*texts: str) -> list[Any]:
+    """Events of a chat that say beside each delta all of the message until then."""
+    events = []
+    for number, event in enumerate([*text_deltas(*texts), finish_delta()]):
+        choice = event["choices"][0]
+        events.append(
+            {"choices": [{**choice, "message": {"content": "".join(texts[: number + 1])}}]}
+        )
+    return events
+
+
 def block_deltas(*texts: str) -> list[Any]:
     """Events of /v1/messages with these texts in two blocks, and what is around them."""
     start = {"type": "content_block_start", "content_block": {"type": "text", "text": ""}}
@@ -4893,6 +4936,8 @@ FILTERED_STREAMS: dict[str, tuple[str, list[Any], tuple[str | int, ...], str]] =
     # path, events, where in them texts stand, what is left there
     "chat": (CHAT, [*text_deltas(*TAGGED), "[DONE]"], ("choices", 0, "delta", "content"),
              SHOWN_TEXT),
+    "chat, all again": (CHAT, [*cumulative_deltas(*TAGGED), "[DONE]"],
+                        ("choices", 0, "delta", "content"), SHOWN_TEXT),
     "two choices": (CHAT, [e for pair in zip(text_deltas(*TAGGED), text_deltas(*TAGGED, index=1))
                            for e in pair] + ["[DONE]"],
                     ("choices", 0, "delta", "content"), "yesyes <b <b>>"),
@@ -5017,9 +5062,11 @@ def translated(pieces: Iterable[bytes], stream: bool, asked: Any) -> list[dict[s
     return [json.loads(line) for line in content.splitlines()]
 
 
-def translated_document(document: Any, asked: Any = None, path: str = "/api/chat") -> Any:
+def translated_document(
+    document: Any, asked: Any = None, path: str = "/api/chat", dialect: Any = smolrouter.OLLAMA
+) -> Any:
     """What a whole OpenAI answer becomes for an Ollama client."""
-    plan = answer_plan(path, {**(asked or {}), "stream": False}, smolrouter.OLLAMA, native=False)
+    plan = answer_plan(path, {**(asked or {}), "stream": False}, dialect, native=False)
     rewriter = smolrouter.choose_rewriter(plan, 200, "application/json")
     return json.loads(rewriter.feed(encode_json(document)) + rewriter.finish())
 
@@ -5041,6 +5088,13 @@ def test_stream_becomes_lines(asked: Any, said: list[Any], lines: list[Any]) -> 
     (whole,) = translated([data], False, asked)
     assert whole["message"]["content"] == "".join(line["content"] for line in lines)
     assert {**whole, "message": last["message"]} == last
+
+
+def test_what_a_stream_says_again_is_no_more_text() -> None:
+    data = b"".join(map(encode_event, [*cumulative_deltas("Hi", " you"), "[DONE]"]))
+    for stream in (False, True):
+        lines = translated([data], stream, {})
+        assert "".join(line["message"]["content"] for line in lines) == "Hi you"
 
 
 @pytest.mark.parametrize("asked, said, lines", TRANSLATED.values(), ids=TRANSLATED)
@@ -6360,6 +6414,29 @@ def test_ollama_vectors_are_no_stream(path: str) -> None:
     got = post_json(path, {"model": "vectors", "input": "a", "prompt": "a"})
     assert (got.get("Content-Type") or "").startswith("application/json")
     assert "stream" not in last_request().json
+
+
+def test_vectors_stand_in_the_order_of_their_inputs() -> None:
+    data: list[dict] = [{"index": index, "embedding": [float(index)]} for index in (2, 0, 1)]
+    asked = {"input": ["a", "b", "c"]}
+    got = translated_document({"data": data}, asked, "/api/embed", smolrouter.OLLAMA_EMBED)
+    assert got["embeddings"] == [[0.0], [1.0], [2.0]]
+    older = "/api/embeddings", smolrouter.OLLAMA_EMBEDDING
+    assert translated_document({"data": data}, {}, *older) == {"embedding": [0.0]}
+    del data[1]["index"]
+    assert translated_document({"data": data}, {}, *older) == {"embedding": [2.0]}
+
+
+# The first octets of a picture, in base64.
+PNG_START = "iVBORw0KGgo="
+
+
+def test_pictures_without_words_are_sent() -> None:
+    for prompt in ({}, {"prompt": ""}):
+        asked = {"model": "talk", "images": [PNG_START], **prompt}
+        assert post_json("/api/generate", asked).status == 200
+        (part,) = last_request().json["messages"][0]["content"]
+        assert part["image_url"]["url"] == f"data:image/png;base64,{PNG_START}"
 
 
 SAID = {
