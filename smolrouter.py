@@ -6062,7 +6062,7 @@ class Connection(asyncio.Protocol):
         self.request_task: asyncio.Task[Any] | None = None
         self.cancel_reason: RouterError | None = None
         # A request has begun to come or is being served.
-        self.busy = False
+        self.has_request = False
 
     # What asyncio calls.
 
@@ -6916,8 +6916,8 @@ class Health:
     """
 
     limits: Limits
-    # Requests that run there now.
-    busy: int = 0
+    # How many requests run there now.
+    running: int = 0
     # Failures since the last success.
     failures: int = 0
     # Until then other instances are asked first; on the monotonic clock.
@@ -6973,10 +6973,12 @@ class Upstreams:
         # For each route, when it last asked each of its instances, as a number that grows.
         self.turns: dict[tuple[str, Instance], int] = {}
         self.turn_numbers = itertools.count(1)
-        # What was learned of servers: some refuse `stream_options`; some tell the timings of a
-        # stream with a model unasked, so that they need not be asked for its usage.
+        # What was learned from answers. These servers refuse `stream_options`.
         self.no_stream_options: set[UpstreamURL] = set()
-        self.timed: set[tuple[UpstreamURL, str]] = set()
+        # These models tell the timings of a stream unasked (llama.cpp). Asked for the usage, too,
+        # they put the timings beside it, in an event that the router takes out, and the client
+        # would get none. So these are not asked for it.
+        self.models_with_timings: set[tuple[UpstreamURL, str]] = set()
 
     # How instances fare.
 
@@ -6990,7 +6992,7 @@ class Upstreams:
     def forget_oldest(self) -> None:
         """Forget the oldest tenth of the instances, but for those that are busy."""
         for key in list(itertools.islice(self.health, self.limits.known_instances // 10)):
-            if not self.health[key].busy:
+            if not self.health[key].running:
                 del self.health[key]
 
     def health_of_server(self, server: Server) -> list[Health]:
@@ -7006,11 +7008,15 @@ class Upstreams:
         return False
 
     def requests_running(self, instance: Instance) -> int:
-        """Return how many requests run on the server of an instance."""
-        return sum(health.busy for health in self.health_of_server(instance.server))
+        """Return how many requests run on the server of an instance, for whatever model."""
+        return sum(health.running for health in self.health_of_server(instance.server))
 
     def order(self, decision: Decision) -> list[Instance]:
-        """Return the instances in the order to try: strategy first, cooling ones last."""
+        """Return the instances in the order to try.
+
+        The strategy has its say first. Then those that cool down go to the end, and of these the
+        one that has the least time left is the first.
+        """
         instances = list(decision.instances)
         if len(instances) < 2:
             return instances
@@ -8964,7 +8970,7 @@ class Exchange:
         record = self.record
         if self.candidate:
             self.candidate.close()
-            self.candidate.health.busy -= 1
+            self.candidate.health.running -= 1
         record.status = record.status or self.writer.status or 500
         record.response_size = self.writer.size
         # The exchange is part of a cycle of references; megabytes must not wait for the collector.
@@ -9068,8 +9074,8 @@ class Exchange:
     def resume(self, candidate: Candidate) -> None:
         """Make a candidate the one that counts; the record says so."""
         if self.candidate:
-            self.candidate.health.busy -= 1
-        candidate.health.busy += 1
+            self.candidate.health.running -= 1
+        candidate.health.running += 1
         self.candidate = candidate
         self.rewriter = None
         self.inflater = None
@@ -9198,7 +9204,7 @@ class Exchange:
             and find_protocol(path).usage_option
             and not self.parsed.wants_usage
             and url not in upstreams.no_stream_options
-            and (url, candidate.model) not in upstreams.timed
+            and (url, candidate.model) not in upstreams.models_with_timings
         )
         response = await self.send(candidate, path)
         if not candidate.hide_usage or response.head.status not in (400, 422):
@@ -9355,17 +9361,17 @@ class Exchange:
     def conclude(self, rewriter: Rewriter) -> None:
         """Note what only a whole stream has told."""
         self.record.error = self.loggable(rewriter.trouble)
-        timed = self.context.upstreams.timed
+        with_timings = self.context.upstreams.models_with_timings
         key = self.candidate.instance.server.url, self.candidate.model
         if rewriter.lost_timings:
             # llama.cpp tells its timings unasked, with the finish, and clients show them.
-            timed.add(key)
-        elif key in timed and not rewriter.tells_timings:
+            with_timings.add(key)
+        elif key in with_timings and not rewriter.tells_timings:
             # Another server stands there now.
-            timed.discard(key)
-        if len(timed) > self.context.limits.known_instances:
+            with_timings.discard(key)
+        if len(with_timings) > self.context.limits.known_instances:
             # Clients choose the names of models.
-            timed.clear()
+            with_timings.clear()
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or keep it back, as its rewriter says."""
@@ -10244,7 +10250,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "last_error": last_error(instances),
             # In a row, since one went well.
             "failures": sum(health.failures for health in instances),
-            "inflight": sum(health.busy for health in instances),
+            "inflight": sum(health.running for health in instances),
             "models": [model["id"] for model in models or ()],
         }
         documents.append({**document, **last_hour})
@@ -10958,7 +10964,7 @@ class HTTPServer:
         """Let idle clients say something within a second, because others wait for their place."""
         deadline = asyncio.get_running_loop().time() + self.limits.worn_keep_alive_timeout
         for connection in self.connections.values():
-            if not connection.busy:
+            if not connection.has_request:
                 connection.deadline = min(connection.deadline, deadline)
 
     # One connection
@@ -10995,10 +11001,10 @@ class HTTPServer:
 
     async def serve_next_request(self, connection: Connection, peer: str, served: int) -> bool:
         """Serve one request; return whether another may follow. `served` have gone before it."""
-        connection.busy = False
+        connection.has_request = False
         if not await self.wait_for_request(connection, served):
             return False
-        connection.busy = True
+        connection.has_request = True
         head = await self.read_head(connection, peer)
         if head is None:
             return False
@@ -11113,7 +11119,7 @@ class HTTPServer:
     def cancel_connections(self, only_idle: bool) -> None:
         """End the tasks of connections, for a reason that their requests will tell."""
         for task, connection in list(self.connections.items()):
-            if connection.busy and only_idle:
+            if connection.has_request and only_idle:
                 continue
             connection.cancel_reason = Unavailable("the router is shutting down")
             task.cancel()
