@@ -7428,9 +7428,9 @@ async def list_models(
 # Time: each transaction waits for the disk, so the thread collects what happens in
 # `LIMITS.batch_interval` and writes it in one. A row that is not written yet is lost when the
 # program is killed; so when rows are late by more than `LIMITS.row_delay`, new requests wait a
-# little before they begin (`wait_to_begin`). Bodies matter less. They may take a share of a
-# processor (`BodyBudget`) and so much memory (`LIMITS.body_memory`). Bodies that need more are
-# cut and marked as cut; their rows are complete.
+# little before they begin (`wait_to_begin`). Bodies matter less. They have so much memory
+# (`LIMITS.body_memory`) and, while many rows wait, a share of a processor (`BodyBudget`). Bodies
+# that need more are cut and marked as cut; their rows are complete.
 #
 # Trouble: an error of the database or of a file leaves all records of its transaction in the
 # queue. It is printed once, and after `LIMITS.retry_interval` the thread tries again. No request
@@ -7737,15 +7737,17 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     # Without words of a user there is no transcript to count in.
     if not find_protocol(path).user_words:
         return usage, False
+    is_estimated = False
     # A prompt of 0 tokens is one that the server has not counted.
-    prompt = usage.prompt or None
-    completion = None
-    if prompt is None and not record.request_cut:
+    if not usage.prompt and not record.request_cut:
         prompt = estimate_tokens(read_transcript(path, record.content, b""))
+        usage = usage._replace(prompt=prompt)
+        is_estimated = True
     if not record.response_cut:
         completion = estimate_tokens(read_transcript(path, b"", answer))
-    is_estimated = (prompt, completion) != (usage.prompt, usage.completion)
-    return Usage(prompt, completion, usage.cached), is_estimated
+        usage = usage._replace(completion=completion)
+        is_estimated = True
+    return usage, is_estimated
 
 
 def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Row:
@@ -8135,15 +8137,10 @@ class Store:
                     # The table alone is not believed: somebody may have deleted the file.
                     self.bodies.keep(digest, data)
             rows = [*running, *(record.row for record in records)]
-            details = [
-                (
-                    record.id,
-                    record.body_bytes,
-                    *(blob and blob[0] for blob in record.blobs),
-                    record.data,
-                )
-                for record in kept
-            ]
+            details = []
+            for record in kept:
+                digests = [blob[0] if blob else None for blob in record.blobs]
+                details.append((record.id, record.body_bytes, *digests, record.data))
             insert_rows(db, INSERT_REQUEST, INSERT_REQUESTS, rows)
             insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
             db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
@@ -8153,6 +8150,8 @@ class Store:
 
         A file system may take a millisecond for each. Trouble shows in the transaction again.
         """
+        if not isinstance(self.bodies, BodyFiles):
+            return
         with contextlib.suppress(OSError):
             for digest, data in filter(None, blobs):
                 self.bodies.keep(digest, data)
@@ -8315,8 +8314,8 @@ class RequestLog:
         self.news, self.batch_is_full = threading.Event(), threading.Event()
         self.closing, self.opened = threading.Event(), threading.Event()
         self.retry_at, self.give_up_at = 0.0, NEVER
-        # A reader found the database odd.
-        self.is_suspect = False
+        # A reader found the database odd; there is more to delete.
+        self.is_suspect = self.is_pruning = False
         # Not set: new requests wait. Its event loop is known once they do.
         self.room = asyncio.Event()
         self.room.set()
@@ -8455,34 +8454,41 @@ class RequestLog:
         self.batch_is_full.set()
         self.thread.join(seconds + 3 * self.limits.database_lock_timeout)
         if self.waiting:
-            self.print_line(f"log: {self.waiting} rows are lost, the database took them not")
+            self.print_line(f"log: {self.waiting} rows are lost: the database did not take them")
 
     # What the thread does.
 
     def run(self) -> None:
         """Write what has happened, batch by batch; at the end, the rest."""
-        is_pruning = False
         while True:
             is_last = self.closing.is_set()
             self.news.clear()
             self.batch_is_full.clear()
-            try:
-                self.prepare_batch()
-                self.write_rows()
-                is_pruning = self.prune()
-            except Exception:  # noqa: BLE001 - a fault of ours must not end the log
-                self.print_line(traceback.format_exc())
+            if not self.try_step(self.prepare_batch):
+                self.drop_unprepared()
+            if not self.try_step(self.write_rows):
+                self.drop_oldest(len(self.finished) - self.ready_rows)
+            self.try_step(self.prune)
             self.opened.set()
             self.open_room()
             if len(self.finished) - self.ready_rows >= self.limits.batch_rows:
                 continue
-            if is_last and (not self.waiting or time.monotonic() >= self.give_up_at):
+            if is_last and (not self.finished or time.monotonic() >= self.give_up_at):
                 break
-            self.wait_for_news(is_pruning)
+            self.wait_for_news()
         if self.store:
             self.store.close()
 
-    def wait_for_news(self, is_pruning: bool) -> None:
+    def try_step(self, step: Callable[[], None]) -> bool:
+        """Do a step; a fault of ours is printed, and must neither end the log nor come back."""
+        try:
+            step()
+        except Exception:  # noqa: BLE001 - whatever it is, the next requests want their rows
+            self.print_line(traceback.format_exc())
+            return False
+        return True
+
+    def wait_for_news(self) -> None:
         """Sleep until there is something to do, and then until it is worth a transaction."""
         interval = self.limits.batch_interval
         if self.error and self.closing.is_set():
@@ -8495,7 +8501,7 @@ class RequestLog:
         if len(self.finished) > self.ready_rows:
             # They came while the last ones were written.
             pass
-        elif is_pruning or self.unlisted_records(time.monotonic()):
+        elif self.is_pruning or self.unlisted_records(time.monotonic()):
             self.news.wait(interval)
         elif self.store:
             self.news.wait(max(0.0, self.store.prune_at - time.time()))
@@ -8527,7 +8533,7 @@ class RequestLog:
         has_long_body = record.body_bytes > self.limits.short_body
         if has_long_body:
             started_at = time.thread_time()
-            if self.is_behind(self.limits.row_delay / 2) or not self.body_budget.has_time():
+            if self.is_hurried():
                 cut_bodies(record, self.limits.short_body)
         try:
             detail = make_detail(record)
@@ -8551,6 +8557,12 @@ class RequestLog:
         if not is_quiet(self.settings):
             self.print_line(describe_request(record, row))
 
+    def is_hurried(self) -> bool:
+        """Tell whether so many rows wait that there is no time for long bodies."""
+        if len(self.finished) < self.limits.batch_rows:
+            return False
+        return self.is_behind(self.limits.row_delay / 2) or not self.body_budget.has_time()
+
     def publish(self, rows: Sequence[Row]) -> None:
         """Count rows for /metrics, and tell those who listen."""
         for listener in list(self.listeners):
@@ -8565,11 +8577,13 @@ class RequestLog:
 
     def unlisted_records(self, begun_before: float) -> list[RequestRecord]:
         """Return the running records from before a monotonic moment that have no row yet."""
-        return [
-            record
-            for record in list(self.running.values())
-            if not record.is_listed and record.started_at < begun_before
-        ]
+        records = []
+        for record in list(self.running.values()):
+            # One that has just finished may still be among them; its row must not be undone.
+            is_running = record.finished_at is None
+            if is_running and not record.is_listed and record.started_at < begun_before:
+                records.append(record)
+        return records
 
     def write_rows(self) -> None:
         """Write the rows that are ready, and those of requests that have run for a moment."""
@@ -8608,19 +8622,26 @@ class RequestLog:
         self.release_oldest(count)
 
     def release_oldest(self, count: int) -> None:
-        """Let the oldest records go, which have their rows."""
+        """Let the oldest records go: their rows are written, or lost."""
         for _ in range(count):
             record = self.finished.popleft()
             self.bytes_released += record.body_bytes
-        self.ready_rows -= count
+        self.ready_rows = max(0, self.ready_rows - count)
+
+    def drop_unprepared(self) -> None:
+        """Let the record go of which no row can be made."""
+        if len(self.finished) > self.ready_rows:
+            self.bytes_released += self.finished[self.ready_rows].body_bytes
+            del self.finished[self.ready_rows]
+            self.lost += 1
 
     def drop_oldest(self, limit: int) -> None:
         """Let the oldest rows that wait go until `limit` are left, and say so."""
-        count = min(len(self.finished) - limit, self.ready_rows)
+        count = len(self.finished) - limit
         if count <= 0:
             return
         if not self.lost:
-            self.print_line(f"log: more than {limit} rows wait; the oldest are lost")
+            self.print_line("log: too many rows wait; the oldest are lost")
         self.release_oldest(count)
         self.lost += count
 
@@ -8631,15 +8652,15 @@ class RequestLog:
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self.room.set)
 
-    def prune(self) -> bool:
-        """Delete a little of what is too old; tell whether there is more."""
+    def prune(self) -> None:
+        """Delete a little of what is too old, and note whether there is more."""
+        self.is_pruning = False
         if self.store is None or self.error:
-            return False
+            return
         try:
-            return self.store.prune(time.time())
+            self.is_pruning = self.store.prune(time.time())
         except (sqlite3.Error, OSError) as error:
             self.report_trouble(error)
-            return False
 
     def report_trouble(self, error: Exception) -> None:
         """Say what is wrong, once; a corrupt file is moved out of the way, not deleted."""

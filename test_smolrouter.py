@@ -10300,6 +10300,39 @@ def test_a_body_that_cannot_be_read_costs_no_row(
         assert not log.error
 
 
+def test_a_request_of_which_no_row_can_be_made_is_the_only_one_lost(
+    log_folder: LogFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_row = smolrouter.make_row
+
+    def faulty(record: Any, *args: Any, **more: Any) -> Any:
+        assert record.request_id != "id3", "a fault of ours"
+        return make_row(record, *args, **more)
+
+    monkeypatch.setattr(smolrouter, "make_row", faulty)
+    with running_log(log_folder) as log:
+        log_requests(log, 8, content=b"{}")
+        assert log_folder.wait_for_rows(7) == 7
+        assert wait_until(lambda: (log.waiting, log.lost, log.body_bytes) == (0, 1, 0))
+        log_requests(log, 1, content=b"{}")
+        assert log_folder.wait_for_rows(8) == 8
+
+
+def test_a_fault_while_rows_are_written_does_not_come_back(
+    log_folder: LogFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_log(log_folder) as log:
+        log_requests(log, 1)
+        assert log_folder.wait_for_rows(1) == 1
+        monkeypatch.setattr(log.store, "write", lambda *args: 1 // 0)
+        log_requests(log, 2)
+        assert wait_until(lambda: (log.waiting, log.lost) == (0, 2))
+        assert "ZeroDivisionError" in "".join(log.lines)
+        monkeypatch.undo()
+        log_requests(log, 1)
+        assert log_folder.wait_for_rows(2) == 2
+
+
 def test_rows_wait_for_a_locked_database_under_load(log_folder: LogFolder) -> None:
     with log_folder.router() as router:
         with five_while_locked(log_folder, router):
@@ -10354,8 +10387,9 @@ def test_new_requests_wait_for_a_log_that_is_behind(log_folder: LogFolder) -> No
 
 def test_bodies_that_come_too_fast_are_cut(log_folder: LogFolder) -> None:
     """Their rows are complete; short bodies cost next to nothing and stay."""
+    limits = {"body_time_savings": 0.0, "body_time_share": 0.0, "batch_rows": 1}
     answer = encode_json({**completion({}, "word " * 1000), "usage": {"completion_tokens": 1000}})
-    with running_log(log_folder, body_time_savings=0.0, body_time_share=0.0) as log:
+    with running_log(log_folder, **limits) as log:
         log_requests(log, 3, content=b"short", answer=answer)
         log_requests(log, 3, content=b"short", answer=b"[]")
         assert log_folder.wait_for_rows(6) == 6
