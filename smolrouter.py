@@ -7428,7 +7428,7 @@ async def list_models(
 # Time: each transaction waits for the disk, so the thread collects what happens in
 # `LIMITS.batch_interval` and writes it in one. A row that is not written yet is lost when the
 # program is killed; so when rows are late by more than `LIMITS.row_delay`, new requests wait a
-# little before they begin (`wait_to_begin`). Bodies matter less. They have so much memory
+# little before they begin (`wait_for_room`). Bodies matter less. They have so much memory
 # (`LIMITS.body_memory`) and, while many rows wait, a share of a processor (`BodyBudget`). Bodies
 # that need more are cut and marked as cut; their rows are complete.
 #
