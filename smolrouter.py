@@ -1767,17 +1767,20 @@ def decode_content(data: bytes, coding: str, limit: int) -> bytes:
 # Reading documents of clients and servers, and editing them. `check_json_size` looks at a text
 # before it is parsed: one that is too deep or has too many parts is refused, whoever sent it.
 # `parse_json` reads what a client sent and says what is wrong with it; `parse_object` reads what
-# a server sent, and what is wrong there is no object. `edit_json` replaces values where they
-# stand and keeps every other byte: the order of members, the spaces, the spelling of numbers.
+# a server sent and returns None for anything that is no object. `edit_json` replaces values
+# where they stand and keeps every other byte: the order of members, the spaces, the spelling of
+# numbers.
 
 Path = tuple[str | int, ...]  # the way to a value: ("messages", 0, "content")
 
 JSON_SPACE = " \t\r\n"
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
-JSON_NEXT = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
-NO_BACKSLASH = re.compile(r"[^\\]")
+# What stands between a value and the next name or value, or between a name and its value.
+JSON_SEPARATOR = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
+OTHER_THAN_BACKSLASH = re.compile(r"[^\\]")
 BRACKET = re.compile(r"[\[{\]}]")
-BRACKET_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}  # levels that each goes down
+# By how much each bracket changes the depth.
+BRACKET_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def refuse_constant(name: str) -> None:
@@ -1789,7 +1792,7 @@ CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 # Some editors and Windows programs put it before a text.
 BYTE_ORDER_MARK = "\ufeff"
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+dump_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 # --- size -----------------------------------------------------------------------------
 
@@ -1806,7 +1809,7 @@ def outside_strings(text: str, slice_size: int = LIMITS.long_content) -> Iterato
     inside = False
     while start < len(text):
         # No slice ends with a backslash, which would part an escape.
-        cut = NO_BACKSLASH.search(text, start + slice_size)
+        cut = OTHER_THAN_BACKSLASH.search(text, start + slice_size)
         end = cut.end() if cut else len(text)
         unescaped = text[start:end].replace("\\\\", "").replace('\\"', "")
         parts = unescaped.split('"')
@@ -1821,10 +1824,13 @@ def outside_strings(text: str, slice_size: int = LIMITS.long_content) -> Iterato
 def check_json_size(text: str, max_values: float, limits: Limits = LIMITS) -> None:
     """Refuse JSON that is too deep or has too many parts, before it is parsed.
 
-    Each object, array and value costs memory and time: 8 MB of `[],[],` would take a second and
-    a gigabyte. Raises MalformedContent for the depth, ContentTooLarge for the number of parts.
+    Its parts are nodes (objects and arrays) and values, which are counted by their commas; an
+    infinite `max_values` allows any number of them. Each part costs memory and time: 8 MB of
+    `[],[],` would take a second and a gigabyte. Raises MalformedContent for the depth,
+    ContentTooLarge for the number of parts.
     """
-    # Nearly always there are so few brackets and commas that no string needs to be told apart.
+    # Nearly always it is enough to count all brackets and commas, also those in strings: a text
+    # with few opening brackets cannot be deep, wherever they stand.
     brackets = text.count("[") + text.count("{")
     if brackets <= limits.json_depth and text.count(",") <= max_values:
         return
@@ -1858,8 +1864,8 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
     try:
         text = content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
         check_json_size(text, limits.json_values, limits)
-        # `raw_decode` takes neither white space nor anything else around the document. `decode`
-        # would, by two more calls for each of the many small documents.
+        # `raw_decode` wants no white space before the document and does not look behind it; so
+        # both are done here. `decode` does the same with two more calls for each document.
         stripped = text.strip(JSON_SPACE)
         value, end = CLIENT_JSON.raw_decode(stripped)
         if end != len(stripped):
@@ -1908,7 +1914,7 @@ def encode_json_exactly(value: Any) -> bytes:
     infinity, so that what the client meant is lost.
     """
     try:
-        return COMPACT_JSON(value).encode()
+        return dump_compact(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
     except ValueError:
@@ -1921,9 +1927,10 @@ def encode_json(value: Any) -> bytes:
     `{"logprob": -inf}`  ->  `b'{"logprob":null}'`
     """
     try:
-        return COMPACT_JSON(value).encode()
+        return dump_compact(value).encode()
     except ValueError:
-        # An infinity, or a lone surrogate, which is a ValueError of `encode`.
+        # An infinity, or a lone surrogate, which is a ValueError of `encode`. Python writes an
+        # infinity as `Infinity`, and a reader can be told to take that for None.
         finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
         return encode_json_exactly(finite)
 
@@ -1945,10 +1952,10 @@ def find_members(text: str, at: int) -> Iterator[tuple[str | int, int, int]]:
         key: str | int = index
         if opening[1] == "{":
             key, at = SERVER_JSON.raw_decode(text, at)
-            at = JSON_NEXT.match(text, at).end()
+            at = JSON_SEPARATOR.match(text, at).end()
         _, end = SERVER_JSON.raw_decode(text, at)
         yield key, at, end
-        at = JSON_NEXT.match(text, end).end()
+        at = JSON_SEPARATOR.match(text, end).end()
         index += 1
 
 
@@ -1960,12 +1967,14 @@ def find_values(
     A member that stands twice in an object is yielded twice, because readers differ on which
     of the two counts.
     """
+    # What is left of the paths behind their first element, by that element.
     tails: dict[str | int, list[Path]] = {}
     for path in paths:
         tails.setdefault(path[0], []).append(path[1:])
     for key, start, end in find_members(text, at):
         if key not in tails:
             continue
+        # A path with nothing left ends at this value; the others go on inside of it.
         if () in tails[key]:
             yield start, end, (*prefix, key)
         else:
@@ -1978,6 +1987,7 @@ def append_members(text: str, members: str) -> str:
     `{"a": 1 }`, `"b":2`  ->  `{"a": 1 ,"b":2}`
     """
     before, _, after = text.rpartition("}")
+    # Only an object without members has no quote in it.
     comma = "," if '"' in before else ""
     return f"{before}{comma}{members}}}{after}"
 
@@ -1996,7 +2006,7 @@ def remove_member(text: str, name: str) -> str:
     for key, _, end in find_members(text, 0):
         if key == name:
             pieces.append(text[kept_to:cut_at])
-            kept_to = JSON_NEXT.match(text, end).end() if is_first else end
+            kept_to = JSON_SEPARATOR.match(text, end).end() if is_first else end
         else:
             is_first = False
             cut_at = end
@@ -2027,8 +2037,8 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     new = {path[0]: edits[path] for path in edits if path not in replaced and len(path) == 1}
     if not new:
         return edited
-    members = encode_json_exactly(new).decode()
-    return append_members(edited, members[1:-1])
+    braced_members = encode_json_exactly(new).decode()
+    return append_members(edited, braced_members[1:-1])
 
 
 # ======================================================================================
@@ -2036,6 +2046,7 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
 # ======================================================================================
 # A streamed answer is a sequence of events: server-sent events, or lines of JSON. It is cut only
 # between events, and whole events leave as the bytes they came in unless somebody changes one.
+# A block is the bytes of some whole events, one after the other.
 # `EventFormat` knows where an event ends and where its data stands, `EventReader` gathers what
 # comes into whole events. What an event means is said in section 7.
 
@@ -2043,7 +2054,8 @@ BOM = b"\xef\xbb\xbf"
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
-# A line that is no comment.
+# `(?<![^\r\n])` in these patterns means the beginning of a line: a line end stands before it, or
+# nothing. The first finds a line that is no comment.
 SAYING_LINE = re.compile(rb"(?<![^\r\n])[^:\r\n]")
 # A line of data behind the first one.
 MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
@@ -2060,10 +2072,11 @@ class EventFormat(NamedTuple):
     prefix: bytes = b""
 
     def find_end(self, block: bytes, at: int, has_cr: bool) -> int:
-        """Return where the event that begins at `at` ends: at last where the block does.
+        """Return where the event that begins at `at` ends: at the latest where the block does.
 
-        The mark is found faster than the pattern, but is sure only in a block without CR; and
-        nothing looks further than the end of the event, or many events would take quadratic time.
+        The mark is found faster than the pattern, but is sure only in a block without CR. Whether
+        it `has_cr` is for the caller to find out, once: a search that goes beyond the end of this
+        event would be made again for each one, and take quadratic time.
         """
         if has_cr:
             match = self.end.search(block, at)
@@ -2072,7 +2085,7 @@ class EventFormat(NamedTuple):
         return mark_at + len(self.mark) if mark_at >= 0 else len(block)
 
     def find_last_end(self, block: bytes | bytearray, start: int, stop: int) -> int:
-        r"""Return the last place between two where an event ends, `start` for none.
+        r"""Return the last place from `start` to `stop` where an event ends, `start` for none.
 
         `b"data: a\n\ndata: b"`, 0, 16  ->  9
         """
@@ -2080,6 +2093,8 @@ class EventFormat(NamedTuple):
         mark_at = block.rfind(self.mark, start, stop)
         if mark_at >= 0:
             end = mark_at + len(self.mark)
+        # Events may end with CRs further on. The usual mark of those takes the search near to the
+        # last end, and the pattern goes on from there.
         if block.find(b"\r", end, stop) >= 0:
             mark_at = block.rfind(CRLF_MARK, end, stop)
             if mark_at >= 0:
@@ -2089,7 +2104,7 @@ class EventFormat(NamedTuple):
         return end
 
     def split(self, block: bytes) -> list[bytes]:
-        r"""Return the events of a block without their ends, and empty pieces.
+        r"""Return the events of a block without their ends; what is between two ends is b"".
 
         `b"data: a\n\ndata: b\n\n"`  ->  `[b"data: a", b"data: b", b""]`
         """
@@ -2111,7 +2126,7 @@ class EventFormat(NamedTuple):
     def read_document(self, event: bytes) -> dict[str, Any] | None:
         r"""Return the object that one event holds, None when it holds none.
 
-        What the fields of an event call an error is one, whatever its data looks like:
+        An event whose fields call it an error is returned as an object with an `error`:
 
         `b"event: error\ndata: {"code": 5}\n\n"`  ->  `{"error": {"code": 5}}`
         `b"error: no memory\n\n"`                 ->  `{"error": "no memory"}`
@@ -2158,14 +2173,26 @@ class EventFormat(NamedTuple):
             return self.encode(data)
         start, end = match.span(1)
         after = event[end:]
+        # Only server-sent events can have more than one line. A line end in the data, which JSON
+        # allows between its tokens, would begin another line or event.
         if self.prefix:
             after = MORE_DATA.sub(b"", after)
         return event[:start] + data.replace(b"\n", b" ") + after
 
 
-# The end of an empty line behind another line's end, each of which is LF, CRLF or CR. A CR at the
-# end of what has come may yet become a CRLF, so it ends nothing.
-SSE_END = re.compile(rb"[\r\n](?:(?<=\n)\n|\r(?:\n|(?!\Z)))")
+# An event ends with an empty line: a line's end and then another one, each of which is LF, CRLF
+# or CR. The match begins with the last octet of the first.
+SSE_END = re.compile(
+    rb"""
+    [\r\n]              # The first line's end, or the LF of its CRLF.
+    (?:
+        (?<=\n) \n      # LF, if it is not the second half of a CRLF that began before.
+      | \r \n           # CRLF.
+      | \r (?!\Z)       # CR; at the end of what has come it may yet become a CRLF.
+    )
+    """,
+    re.VERBOSE,
+)
 SSE_DATA = re.compile(rb"(?<![^\r\n])data: ?([^\r\n]*)")
 SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, b"data: ")
 LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"))
@@ -2181,7 +2208,8 @@ class EventReader:
     as it comes, apart from the blocks, because nobody can look inside of it.
 
     The last blocks are remembered: only they tell whether an answer was complete when its stream
-    ended, and what went wrong.
+    ended, and what went wrong. Servers say the end, the usage and `[DONE]` in up to three events,
+    which may come in as many blocks, and comments may follow.
     """
 
     __slots__ = ("begun", "format", "last_blocks", "limits", "long_tail", "marks", "pending")
@@ -2195,7 +2223,8 @@ class EventReader:
         self.marks = (format.mark, CRLF_MARK)
         self.begun = False
         self.pending = bytearray()
-        # Of an event that is too long, the last octets that were given out: its end may be cut.
+        # The last two octets that were given out of an event that is too long: all that the
+        # pattern of an end may need of what came before.
         self.long_tail = b""
         self.last_blocks: collections.deque[bytes] = collections.deque(maxlen=self.LAST_BLOCKS)
 
@@ -2234,7 +2263,8 @@ class EventReader:
 
     def gather(self, data: bytes) -> bytes:
         """Add to what is pending; return the events that are whole now."""
-        # The end of an event has at most four octets, of which three may have come before.
+        # CRLF CRLF, the longest end of an event, has four octets, of which three may have come
+        # before.
         start = max(0, len(self.pending) - 3)
         self.pending += data
         end = self.format.find_last_end(self.pending, start, len(self.pending))
@@ -2269,16 +2299,17 @@ class EventReader:
         """Return the last events of a block, or all of them."""
         # A block may have thousands of events: this goes back over the marks of the last ones.
         mark = CRLF_MARK if block.endswith(CRLF_MARK) else self.format.mark
+        # The first mark that it finds is the end of the last event, so it is one more.
         start = len(block)
         for _ in range(self.LAST_EVENTS + 1):
             start = block.rfind(mark, 0, start)
             if start < 0:
-                return self.said_events(block)
-        events = self.said_events(block[start:])
+                return self.split_without_comments(block)
+        events = self.split_without_comments(block[start:])
         # If some of them are comments, there may be more before them.
-        return events if len(events) >= self.LAST_EVENTS else self.said_events(block)
+        return events if len(events) >= self.LAST_EVENTS else self.split_without_comments(block)
 
-    def said_events(self, block: bytes) -> list[bytes]:
+    def split_without_comments(self, block: bytes) -> list[bytes]:
         """Return the events of a block that are more than comments."""
         return [event for event in self.format.split(block) if SAYING_LINE.search(event)]
 
@@ -2290,19 +2321,23 @@ class EventReader:
 # character stays. A text comes in pieces that are cut anywhere. A filter gets one piece after
 # another and returns what is certain; it keeps back only what could still become the tag or the
 # line that it looks for, at most a few characters, and it runs in linear time.
-# To add a family of thinking tags: a line in THINK_TAGS.
+# To add a family of thinking tags: a line in THINK_TAGS. A tag that begins with another character
+# than `<` needs TAG_START to be changed as well, and what section 8 makes of it.
 
 WHITE_SPACE = " \t\r\n"
 
 # --- thinking -------------------------------------------------------------------------
 
-THINK_TAGS = {  # the tag that opens a block: the one that closes it
+# The tag that opens a block of thinking, and the one that closes it.
+THINK_TAGS = {
     "<think>": "</think>",
 }
+# What every opening tag begins with: a text without it has none.
+TAG_START = "<"
 
 
-def compile_start(tags: Iterable[str]) -> re.Pattern[str]:
-    r"""Return a pattern for the end of a text that may become one of some tags.
+def compile_cut_tag(tags: Iterable[str]) -> re.Pattern[str]:
+    r"""Return a pattern for the end of a text that may be the first part of one of some tags.
 
     `["<b>"]`  ->  `(?:<|<b)\Z`, which finds the `<b` in `a <b`
     """
@@ -2311,9 +2346,9 @@ def compile_start(tags: Iterable[str]) -> re.Pattern[str]:
 
 
 THINK_OPENING = re.compile("|".join(map(re.escape, THINK_TAGS)))
-OPENING_START = compile_start(THINK_TAGS)
-CLOSING_STARTS = {closing: compile_start([closing]) for closing in THINK_TAGS.values()}
-TAG_STARTS = re.compile("[" + re.escape("".join({tag[0] for tag in THINK_TAGS})) + "]")
+CUT_OPENING = compile_cut_tag(THINK_TAGS)
+CUT_CLOSINGS = {closing: compile_cut_tag([closing]) for closing in THINK_TAGS.values()}
+DEFAULT_CLOSING = next(iter(THINK_TAGS.values()))
 LONGEST_TAG = max(map(len, [*THINK_TAGS, *THINK_TAGS.values()]))
 
 
@@ -2340,8 +2375,12 @@ class ThinkFilter:
     __slots__ = ("blank", "closing", "pending", "skips_space")
 
     def __init__(self, inside: bool = False, begun: bool = False) -> None:
-        # The tag that closes the block, "" outside of one. A template may have opened it.
-        self.closing = next(iter(THINK_TAGS.values())) if inside else ""
+        """Filter a text that begins `inside` of a block, or of which some was visible (`begun`)."""
+        # The tag that closes the block, "" outside of one.
+        self.closing = ""
+        if inside:
+            # The model's template has opened the block unseen, with its family's tag.
+            self.closing = DEFAULT_CLOSING
         self.pending = ""
         # Whether nothing but white space was visible so far.
         self.blank = not begun
@@ -2380,8 +2419,8 @@ class ThinkFilter:
                 at = tag.end()
                 self.closing = THINK_TAGS[tag[0]]
         if not last:
-            start = CLOSING_STARTS[self.closing] if self.closing else OPENING_START
-            found = start.search(text, max(at, len(text) - LONGEST_TAG))
+            cut_tag = CUT_CLOSINGS[self.closing] if self.closing else CUT_OPENING
+            found = cut_tag.search(text, max(at, len(text) - LONGEST_TAG))
             if found:
                 self.pending = text[found.start() :]
                 text = text[: found.start()]
@@ -2408,27 +2447,28 @@ def begins_inside(text: str) -> bool:
     `hm</think>yes`  ->  True;  `<think>hm</think>yes`  ->  False
     """
     for opening, closing in THINK_TAGS.items():
-        closing_at = text.find(closing)
-        opening_at = text.find(opening)
-        if closing_at >= 0 and not 0 <= opening_at < closing_at:
+        # Such a text has a closing tag and no opening one before it.
+        before, found, _ = text.partition(closing)
+        if found and opening not in before:
             return True
     return False
 
 
 # --- fences ---------------------------------------------------------------------------
 
+# A fence may be indented. Blanks are limited, so that what could become one is short.
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 JSON_FENCE = re.compile(r"[ \t]{0,8}```json[ \t]{0,8}\r?\n?", re.IGNORECASE)
 PLAIN_FENCE = re.compile(r"[ \t]{0,8}```[ \t]{0,8}\r?\n?")
 ANY_FENCE = re.compile(r"[ \t]{0,8}```")
-FENCE_START = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
+CUT_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
 
 class FenceFilter:
     r"""Takes the fence lines of JSON blocks out; what stands between them stays.
 
-    It goes line by line, and is in one of three states: outside of a block (`block` is ""),
-    inside of a `json` block, whose closing fence goes too, or inside of any `other` block,
+    It goes line by line, and is in one of three states: outside of a fenced block (`fenced` is
+    ""), inside of a "json" block, whose closing fence goes too, or inside of any "other" block,
     where nothing is a fence but the line that closes it.
 
     "Here:\n```json\n[1]\n```\n"    ->  "Here:\n[1]\n"
@@ -2438,10 +2478,10 @@ class FenceFilter:
     certain as soon as it has begun.
     """
 
-    __slots__ = ("at_line_start", "block", "pending")
+    __slots__ = ("at_line_start", "fenced", "pending")
 
     def __init__(self) -> None:
-        self.block = ""
+        self.fenced = ""
         self.pending = ""
         self.at_line_start = True
 
@@ -2454,7 +2494,7 @@ class FenceFilter:
             ended = line.endswith("\n")
             if not self.at_line_start:
                 shown.append(line)
-            elif ended or last or not FENCE_START.fullmatch(line):
+            elif ended or last or not CUT_FENCE.fullmatch(line):
                 shown.append(self.show(line))
             else:
                 self.pending = line
@@ -2464,17 +2504,17 @@ class FenceFilter:
 
     def show(self, line: str) -> str:
         """Return a line, or the start of one, unless it is the fence of a JSON block."""
-        if self.block:
+        if self.fenced:
             if not PLAIN_FENCE.fullmatch(line):
                 return line
-            closed = self.block
-            self.block = ""
+            closed = self.fenced
+            self.fenced = ""
             return "" if closed == "json" else line
         if JSON_FENCE.fullmatch(line):
-            self.block = "json"
+            self.fenced = "json"
             return ""
         if ANY_FENCE.match(line):
-            self.block = "other"
+            self.fenced = "other"
         return line
 
 
@@ -3612,13 +3652,14 @@ class AnswerPlan(NamedTuple):
         return {("model",): requested}
 
 
-# What every tag begins with, and how an escape spells that: `\u003c` or `\u003C`.
-TAG_START, ESCAPED_TAG_START = b"<", b"\\u003"
+# TAG_START as it stands in JSON: as it is, or as an escape, `\u003c` or `\u003C`.
+RAW_TAG_START = TAG_START.encode()
+ESCAPED_TAG_START = b"\\u003"
 
 
 def may_hold_tag(data: bytes) -> bool:
     """Tell whether a text in JSON could hold a tag."""
-    return TAG_START in data or ESCAPED_TAG_START in data
+    return RAW_TAG_START in data or ESCAPED_TAG_START in data
 
 
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
@@ -3854,7 +3895,7 @@ class EventFilter:
         if plan.hide_usage:
             self.words += (b'"usage"',)
         if self.filtering:
-            self.words += (TAG_START, ESCAPED_TAG_START)
+            self.words += (RAW_TAG_START, ESCAPED_TAG_START)
         self.passes_plain = not (self.filtering or plan.renames)
         # By choice and block: the filters, and those that have to see every event.
         self.filters: dict[tuple[int, Any], TextFilter] = {}
@@ -4290,7 +4331,7 @@ class OllamaTranslation:
         message.texts, message.thoughts = [], []
         if whole:
             self.text_filter = TextFilter(self.rules, begins_inside(text))
-        if finished or not self.passes_plain or TAG_STARTS.search(text):
+        if finished or not self.passes_plain or TAG_START in text:
             self.feed_text(text, finished)
         elif text:
             self.texts.append(text)
@@ -5836,7 +5877,7 @@ def show_fields(fields: Fields) -> ShownFields:
         shown.append((name, value))
     key = fields.get("authorization") or fields.get("x-api-key") or fields.get("api-key") or ""
     return ShownFields(
-        lines=COMPACT_JSON(shown),
+        lines=dump_compact(shown),
         user_agent=fields.get("user-agent") or "",
         # `Bearer ***1a2b3c4d` -> `1a2b3c4d`
         client_key=hide_secret(key).rpartition("***")[2],
@@ -7676,7 +7717,7 @@ class Detail(NamedTuple):
 
 
 # The JSON of trails and of marks for cut bodies: a home has a few of them, for all its requests.
-encode_repeated = functools.lru_cache(maxsize=256)(COMPACT_JSON)
+encode_repeated = functools.lru_cache(maxsize=256)(dump_compact)
 
 
 def is_quiet(settings: Settings) -> bool:
@@ -7790,7 +7831,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         usage.prompt,
         usage.completion,
         int(is_estimated),
-        replace_surrogates(COMPACT_JSON(record.attempts)),
+        replace_surrogates(dump_compact(record.attempts)),
         int(record.stream),
         completed_at,
         replace_surrogates(record.sent_model),
