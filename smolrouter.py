@@ -2836,10 +2836,12 @@ class Protocol(NamedTuple):
     streams: str = IF_ASKED
     # Whether `stream_options.include_usage` is understood.
     usage_option: bool = False
-    # Which path of an OpenAI server does the same, and with `raw`, for servers that do not know
-    # this one.
+    # Which path of an OpenAI server does the same, for servers that do not know this one; and
+    # which one for a prompt that goes to the model as it is.
     openai_path: str = ""
     raw_openai_path: str = ""
+    # Whether prompts go to the model as they are, without a template around them.
+    raw_prompts: bool = False
 
     # Of answers: their shape, whole or as events; the members of an event that say which of
     # several texts it is about; what shows that the text has begun without a tag.
@@ -2881,6 +2883,7 @@ PROTOCOLS = {
         user_words="prompt",
         needs_model=True,
         usage_option=True,
+        raw_prompts=True,
         answer=CHAT_ANSWER,
     ),
     "/v1/embeddings": Protocol(needs_model=True),
@@ -3389,6 +3392,22 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
 MAX_TEXT_PATH = 5  # members down to the text of a part; each is one more look at what is inside
 
 
+# What stands in a prompt that is a template already filled in, or that shows a model where to
+# fill in: `<|im_start|>`, DeepSeek's with bars of full width, `[INST]`, `<fim_prefix>`, `<PRE>`.
+SPECIAL_TOKEN = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>\s]{1,40}\uff5c>|\[/?(?:INST|PREFIX|SUFFIX|MIDDLE)\]"
+    r"|<\[?fim[-_][a-z]{1,10}\]?>|<(?:PRE|SUF|MID|bos|s|(?:start|end)_of_turn)>"
+)
+
+
+def is_raw(document: Mapping[str, Any]) -> bool:
+    """Tell whether a request says that its prompt goes to the model as it is.
+
+    With a `suffix`, the model fills in what stands between the two.
+    """
+    return bool(document.get("raw") or document.get("suffix"))
+
+
 class Rewrite(NamedTuple):
     """What a request needs on its way to one server."""
 
@@ -3425,7 +3444,7 @@ class ParsedRequest:
     def openai_path(self) -> str:
         """The path of an OpenAI server that does the same."""
         protocol = self.protocol
-        if protocol.raw_openai_path and self.document.get("raw"):
+        if protocol.raw_openai_path and is_raw(self.document):
             return protocol.raw_openai_path
         return protocol.openai_path
 
@@ -3525,10 +3544,17 @@ def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
 
 
 def no_think_edit(protocol: Protocol, document: Mapping[str, Any]) -> dict[Path, Any]:
-    """Return the edit that appends /no_think to the last user message or the prompt."""
-    if not protocol.user_words:
-        return {}
-    return append_text((protocol.user_words,), document.get(protocol.user_words), " /no_think")
+    """Return the edit that appends /no_think to the last user message or the prompt.
+
+    A raw prompt is nobody's words: the model would go on with what was appended.
+    """
+    words = document.get(protocol.user_words) if protocol.user_words else None
+    if protocol.user_words == "prompt":
+        prompts = words if isinstance(words, list) else [words]
+        texts = " ".join(prompt for prompt in prompts if isinstance(prompt, str))
+        if is_raw(document) or (protocol.raw_prompts and SPECIAL_TOKEN.search(texts)):
+            return {}
+    return append_text((protocol.user_words,), words, " /no_think")
 
 
 USAGE_WISH = '"stream_options":{"include_usage":true}'
@@ -4195,7 +4221,8 @@ def encode_ollama_chat(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     if rewrite.include_usage:
         translated["stream_options"] = {"include_usage": True}
     content = encode_json_exactly(translated)
-    if rewrite.no_think or document.get("think") is False:
+    wants_no_think = rewrite.no_think or document.get("think") is False
+    if wants_no_think and not openai.raw_prompts:
         content = edit_json(content.decode(), no_think_edit(openai, translated)).encode()
     return content
 

@@ -4421,6 +4421,20 @@ NO_THINK = [
      {"messages": [{"role": "user", "content": [{"text": "a"}, {"image_url": {}}]}]},
      {("messages", 0, "content", 0, "text"): "a /no_think"}),
     ("/v1/completions", {"prompt": "a"}, {("prompt",): "a /no_think"}),
+    ("/v1/completions", {"prompt": "a", "suffix": ""}, {("prompt",): "a /no_think"}),
+    ("/v1/completions", {"prompt": "if a < b and c[1] | d > e: <p>"},
+     {("prompt",): "if a < b and c[1] | d > e: <p> /no_think"}),
+    ("/v1/completions", {"prompt": "a", "suffix": "b"}, {}),
+    *(("/v1/completions", {"prompt": prompt}, {}) for prompt in (
+        "<|im_start|>user\nhi<|im_end|>", "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>",
+        "<\uff5cfim\u2581begin\uff5c>a", "<fim_prefix>a", "<[fim-suffix]>b", "<s>[INST] hi [/INST]",
+        " <PRE> a <SUF>b <MID>", "[SUFFIX]b[PREFIX]a", "<start_of_turn>user", [3, 4], [[3], [4]],
+        ["a", "<|user|>b"])),
+    ("/api/generate", {"prompt": "a"}, {("prompt",): "a /no_think"}),
+    ("/api/generate", {"prompt": "what is <|im_end|>?"},
+     {("prompt",): "what is <|im_end|>? /no_think"}),
+    ("/api/generate", {"prompt": "a", "raw": True}, {}),
+    ("/api/generate", {"prompt": "a", "suffix": "b"}, {}),
     ("/v1/responses", {"input": "a"}, {("input",): "a /no_think"}),
     ("/v1/responses", {"input": [{"role": "user", "content": "a"}]},
      {("input", 0, "content"): "a /no_think"}),
@@ -6151,11 +6165,20 @@ def test_ollama_format(path: str, form: Any) -> None:
         assert "response_format" not in last_request().json
 
 
-def test_ollama_suffix() -> None:
-    body = {"model": "talk", "prompt": "def f(", "suffix": "return 1", "stream": False}
-    got = post_json("/api/generate", body)
-    assert got.json["response"].startswith("You said: ")
-    assert last_request().json["suffix"] == "return 1"
+@pytest.mark.parametrize("more", [{"suffix": "return 1"}, {"raw": True}], ids=repr)
+@pytest.mark.parametrize("think", [{}, {"think": False}], ids=repr)
+def test_ollama_prompts_without_a_template(more: dict, think: dict) -> None:
+    """They are no chat, and nothing is appended to them."""
+    router = router_filtering(DISABLE_THINKING="true")
+    name = default_upstream().add_script(well_behaved)
+    for stream in (False, True):
+        body = {"model": name, "prompt": "def f(", "stream": stream, **more, **think}
+        got = request(router.port, "POST", "/api/generate", body)
+        assert (got.text if stream else got.json["response"]) == "You said: def f("
+        received = default_upstream().requests_for(name)[-1]
+        assert (received.path, received.json["prompt"]) == ("/v1/completions", "def f(")
+        assert received.json.get("suffix") == more.get("suffix")
+        assert "messages" not in received.json
 
 
 @pytest.mark.parametrize("prefix", ("", "data:image/png;base64,"), ids=("bare", "url"))
