@@ -3375,6 +3375,26 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
     return [message.as_document() for message in (*messages, *read_answers(answer))]
 
 
+# --- estimates ------------------------------------------------------------------------
+# For servers that tell no usage.
+
+LETTERS_PER_TOKEN = 4
+
+
+def tokens_of(letters: int) -> int:
+    """Return about how many tokens a text of so many letters has: 9  ->  3."""
+    return -(-letters // LETTERS_PER_TOKEN)
+
+
+def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Return about how many tokens the messages of a transcript have."""
+    letters = 0
+    for message in messages:
+        letters += len(message["content"]) + len(message["thinking"])
+        letters += sum(len(call["arguments"]) for call in message["tool_calls"])
+    return tokens_of(letters)
+
+
 # ======================================================================================
 # 8  Dialects (pure)
 # ======================================================================================
@@ -4283,6 +4303,17 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
     }
 
 
+def estimate_prompt(parsed: ParsedRequest) -> int:
+    """Return about how many tokens a request has: its conversation, or the texts to embed."""
+    if parsed.protocol.user_words:
+        messages = read_messages(parsed.protocol, parsed.document, tolerant=True)
+        return estimate_tokens(message.as_document() for message in messages)
+    texts = parsed.document.get("input")
+    if not isinstance(texts, list):
+        texts = [texts]
+    return tokens_of(sum(len(text) for text in texts if isinstance(text, str)))
+
+
 def ollama_call(call: ToolCall) -> dict[str, Any]:
     """Return a gathered tool call, whose arguments are an object."""
     text = "".join(call.arguments) or "{}"
@@ -4321,6 +4352,8 @@ class OllamaTranslation:
         self.finish_reason: Any = None
         self.model = client_model(plan.parsed)
         self.text_path = plan.parsed.protocol.text_path
+        # How much was said in all, for a server that does not count.
+        self.letters = 0
         # What the next line says.
         self.texts: list[str] = []
         self.thoughts: list[str] = []
@@ -4353,8 +4386,11 @@ class OllamaTranslation:
             except MalformedContent as error:
                 raise BadGateway(f"the answer has a shape that cannot be read: {error}") from None
         text = "".join(message.texts)
-        if message.thoughts and self.shows_thinking:
-            self.thoughts += message.thoughts
+        if message.thoughts:
+            self.letters += sum(map(len, message.thoughts))
+            if self.shows_thinking:
+                self.thoughts += message.thoughts
+        self.letters += len(text)
         message.texts, message.thoughts = [], []
         if whole:
             self.text_filter = TextFilter(self.rules, begins_inside(text))
@@ -4375,6 +4411,8 @@ class OllamaTranslation:
         if thought and self.shows_tagged_thinking:
             self.thoughts.append(thought)
         if last:
+            for call in self.message.calls:
+                self.letters += sum(map(len, call.arguments))
             self.calls += [ollama_call(call) for call in self.message.calls]
             self.message.calls = []
 
@@ -4406,8 +4444,17 @@ class OllamaTranslation:
         lines = b""
         if not self.buffers and (self.texts or self.thoughts or self.calls):
             lines = self.encode_line({"done": False})
-        end = ollama_end(self.finish_reason, read_usage(ending), self.plan.timing())
+        end = ollama_end(self.finish_reason, self.count_tokens(ending), self.plan.timing())
         return lines + self.encode_line(end)
+
+    def count_tokens(self, ending: bytes) -> Usage:
+        """Return the counts that the end of the answer tells, or else about as many."""
+        usage = read_usage(ending)
+        prompt = usage.prompt or estimate_prompt(self.plan.parsed)
+        completion = usage.completion
+        if completion is None:
+            completion = tokens_of(self.letters)
+        return Usage(prompt, completion)
 
 
 def answer_ollama_chat(plan: AnswerPlan, document: dict[str, Any], content: bytes) -> bytes:
@@ -4432,7 +4479,10 @@ def read_vectors(document: Mapping[str, Any]) -> list[Any]:
 
 def answer_ollama_embed(plan: AnswerPlan, document: dict[str, Any], content: bytes) -> bytes:
     """Return OpenAI's embeddings as those of /api/embed."""
-    counts = ollama_end("", read_usage(content), plan.timing())
+    usage = read_usage(content)
+    if not usage.prompt:
+        usage = Usage(estimate_prompt(plan.parsed))
+    counts = ollama_end("", usage, plan.timing())
     answer = {"model": client_model(plan.parsed), "embeddings": read_vectors(document)}
     for name in ("total_duration", "load_duration", "prompt_eval_count"):
         answer[name] = counts[name]
@@ -7771,15 +7821,6 @@ def make_detail(record: RequestRecord) -> Detail:
         f'"response_headers":{response_shown.lines},"cut":{cut}}}'
     )
     return Detail(meta, record.content, response)
-
-
-def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Return about how many tokens the messages of a transcript have: four letters each."""
-    letters = 0
-    for message in messages:
-        letters += len(message["content"]) + len(message["thinking"])
-        letters += sum(len(call["arguments"]) for call in message["tool_calls"])
-    return -(-letters // 4)
 
 
 def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:

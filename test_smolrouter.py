@@ -6462,6 +6462,41 @@ def test_pictures_without_words_are_sent() -> None:
         assert part["image_url"]["url"] == f"data:image/png;base64,{PNG_START}"
 
 
+@pytest.mark.parametrize("path, member", [("/api/chat", "messages"), ("/api/generate", "prompt")])
+@pytest.mark.parametrize("stream", [True, False])
+def test_ollama_counts_of_a_server_that_does_not_count(
+    path: str, member: str, stream: bool, log_folder: LogFolder
+) -> None:
+    """They are estimates, the same ones as in the row."""
+    delta = {"reasoning_content": "w" * 10, "tool_calls": [call_fragment(0, "c", "f", '{"a":1}')]}
+    events = [chat_chunk({}, {**delta, "content": "x" * 20}), FINISH, "[DONE]"]
+    message = {"role": "assistant", "content": "x" * 20, **delta}
+    whole = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    steps = sse_response(events) if stream else json_response(whole)
+    asked = {"prompt": "p" * 9, "system": "s" * 8}
+    if member == "messages":
+        asked = {"messages": [{"role": "user", "content": "p" * 17}]}
+    upstream = Upstream(lambda received: steps)
+    settings = {**log_folder.settings, "DEFAULT_UPSTREAM": upstream.url}
+    with upstream, Router(settings) as router:
+        got = request(router.port, "POST", path, {"model": "m", "stream": stream, **asked})
+        assert log_folder.wait_for_rows(1) == 1
+    last = got.documents[-1] if stream else got.json
+    counts = (last["prompt_eval_count"], last["eval_count"])
+    # 17 letters, and 20 of the answer, 10 of its thoughts, 7 of its call's arguments.
+    assert counts == (5, 10)
+    columns = "prompt_tokens, completion_tokens, tokens_estimated"
+    assert log_folder.select(f"SELECT {columns} FROM requests") == [(*counts, 1)]
+
+
+def test_ollama_vectors_of_a_server_that_does_not_count() -> None:
+    for text in ("p" * 17, ["p" * 9, "p" * 8, 5]):
+        document = {"data": [{"embedding": [1.0]}]}
+        dialect = smolrouter.OLLAMA_EMBED
+        got = translated_document(document, {"input": text}, "/api/embed", dialect)
+        assert got["prompt_eval_count"] == 5
+
+
 SAID = {
     "usage is missing": [RAW_WORD, RAW_STOP, RAW_DONE],
     "no finish reason": [RAW_WORD, RAW_DONE],
