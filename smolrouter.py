@@ -2199,6 +2199,25 @@ LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"))
 EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
 
 
+# What servers call a stream of events that they do not call one.
+MISCALLED_STREAMS = frozenset(("", "text/plain", "application/json", "application/octet-stream"))
+SSE_STARTS = (b"data:", b"event:", b"id:", b":")
+
+
+def begins_like_events(start: bytes) -> bool | None:
+    """Tell whether content that begins so is server-sent events; None when it is too short.
+
+    `b"data: x"`  ->  True;  `b'{"a"'`  ->  False;  `b"da"`  ->  None
+    """
+    if len(start) < len(BOM) and BOM.startswith(start):
+        return None
+    line = start.removeprefix(BOM).lstrip(b"\r\n")
+    if line.startswith(SSE_STARTS):
+        return True
+    # Every one of them begins with nothing.
+    return None if any(name.startswith(line) for name in SSE_STARTS) else False
+
+
 class EventReader:
     """Gathers what comes of a stream into blocks of whole events.
 
@@ -6917,6 +6936,8 @@ class UpstreamResponse:
         pool: ConnectionPool,
     ) -> None:
         self.head = head
+        # What it is, which is not always what its head calls it.
+        self.media_type = head.media_type
         self.connection = connection
         self.server = server
         self.pool = pool
@@ -8984,6 +9005,8 @@ class AnswerShape(NamedTuple):
     streamed: bool
     # The answer has fields of the router's own that say which origins may read it.
     guarded: bool
+    # What it is, which is not always what its head calls it.
+    media_type: str
 
 
 @remember_short
@@ -8991,10 +9014,12 @@ def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
     """Return the field lines of an answer as its client gets them."""
     own: FieldPairs = []
     dropped = NOT_RETURNED
-    media_type = head.media_type
+    media_type = shape.media_type
     if shape.rewritten:
         dropped = NOT_TRUE_ANY_MORE
         declared = head.fields.get("content-type") or "application/octet-stream"
+        if media_type != head.media_type:
+            declared = media_type
         if not shape.native:
             streams = shape.streamed and head.status < 400
             media_type = "application/x-ndjson" if streams else "application/json"
@@ -9190,9 +9215,28 @@ class Exchange:
         waits.
         """
         response = await self.attempt(candidate)
+        await self.find_media_type(response)
         if has_others:
             await self.inspect(response)
         self.note_response(candidate)
+
+    async def find_media_type(self, response: UpstreamResponse) -> None:
+        """See by its first octets whether an answer is the stream that was asked for.
+
+        Some servers do not call it one, or send no Content-Type at all.
+        """
+        head = response.head
+        asked_for = self.parsed.stream and self.parsed.text and head.status < 400
+        if not asked_for or head.media_type not in MISCALLED_STREAMS or read_coding(head.fields):
+            return
+        start = b""
+        while begins_like_events(start) is None:
+            piece = await response.buffer_next()
+            if not piece:
+                return
+            start += piece
+        if begins_like_events(start):
+            response.media_type = "text/event-stream"
 
     def enter(self, instance: Instance) -> Candidate:
         """Make an instance the one that is asked now."""
@@ -9292,10 +9336,12 @@ class Exchange:
         if head.status != 200 or self.request.head.method == "HEAD":
             return
         # Events under a content coding cannot be told apart here; the first octet has to do.
-        form = None if read_coding(head.fields) else EVENT_FORMATS.get(head.media_type)
+        form = None if read_coding(head.fields) else EVENT_FORMATS.get(response.media_type)
         size = 0
         tail = b""
-        while piece := await response.buffer_next():
+        # Some of it may have been read to see what it is.
+        piece = b"".join(response.buffered) or await response.buffer_next()
+        while piece:
             size += len(piece)
             # An event's end is at most four octets long, and may be split anywhere.
             tail = tail[-3:] + piece
@@ -9304,6 +9350,7 @@ class Exchange:
             if form.end.search(tail):
                 self.check_first_events(form)
                 return
+            piece = await response.buffer_next()
         # The answer is over. One event without its end may be all that the server had to say.
         events = b"".join(response.buffered)
         protocol = find_protocol(self.upstream_path(self.candidate))
@@ -9407,7 +9454,7 @@ class Exchange:
             self.timing,
             self.context.limits,
         )
-        rewriter = choose_rewriter(plan, head.status, head.media_type)
+        rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
         if not rewriter or not coding:
             return rewriter, None
         if coding not in CODINGS:
@@ -9470,7 +9517,8 @@ class Exchange:
         record.phase = "waiting"
         self.context.log.drop_answer(record)
         # A stream's events are looked at by its rewriter.
-        self.seeks_error = head.status >= 400 or head.media_type == "application/json"
+        media_type = self.candidate.response.media_type
+        self.seeks_error = head.status >= 400 or media_type == "application/json"
         self.error_content = b""
 
     def keep_error(self, data: bytes) -> None:
@@ -9537,6 +9585,7 @@ class Exchange:
             self.rewriter is not None,
             self.parsed.stream,
             bool(self.writer.extra_fields),
+            self.candidate.response.media_type,
         )
         lines = encode_answer_lines(head, shape) + encode_field_lines(self.own_fields())
         if head.fields.get("date") is None:

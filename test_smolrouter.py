@@ -3691,6 +3691,68 @@ def test_what_ends_a_stream(path: str, line: Any, ends: bool) -> None:
     assert smolrouter.are_complete(protocol, smolrouter.LINES, [data[6:-1]]) == ends
 
 
+# --- streams that are not called so ---------------------------------------------------
+
+STARTS: list[tuple[bytes, bool | None]] = [
+    (b"", None), (b"d", None), (b"data", None), (b"data:", True), (b"event: x", True),
+    (b"id:1", True), (b": ping", True), (b"\xef\xbb", None), (b"\xef\xbb\xbf", None),
+    (b"\xef\xbb\xbfdata: x", True), (b"\r\n", None), (b"\ndata: x", True), (b"{", False),
+    (b"[1]", False), (b"date: x", False), (b"Data: x", False), (b" data: x", False),
+    (b"\xef\xbb\xbf{", False), (b"\xef\xbbx", False), (b"<html>", False), (b"x", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("start, is_stream", STARTS)
+def test_what_begins_like_events(start: bytes, is_stream: bool | None) -> None:
+    assert smolrouter.begins_like_events(start) is is_stream
+
+
+def miscalled(kind: str | None, pieces: Iterable[Step]) -> list[Step]:
+    """Answer with a stream under some Content-Type, or under none."""
+    head, *steps = stream_response(pieces, kind=kind or "x")
+    return [head if kind else head.replace(b"Content-Type: x\r\n", b""), *steps]  # type: ignore
+
+
+MISCALLED = [None, "text/plain; charset=utf-8", "application/json", "application/octet-stream"]
+
+
+@pytest.mark.parametrize("kind", MISCALLED)
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", RAW_PING], ids=repr)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_stream_under_another_name(
+    kind: str | None, path: str, start: bytes, several: bool
+) -> None:
+    said = start + b"".join(chat_stream("<think>no</think>", "Hi", " you"))
+    pieces: list[Step] = [said[:2], 0.05, said[2:4], 0.05, said[4:-40], 0.3, said[-40:]]
+    steps = miscalled(kind, pieces)
+    with (
+        Upstream(lambda received: steps) as one,
+        Upstream() as two,
+        router_of_two(one.url, two.url) as router,
+    ):
+        model = "pair" if several else "m"
+        port = router.port if several else default_router().port
+        if not several:
+            model = default_upstream().add_script(steps)
+        got = request(port, "POST", path, example_request(path, model, True))
+    assert (got.status, got.text, b"no" in got.content) == (200, "Hi you", False)
+    wanted = "text/event-stream" if path == CHAT else "application/x-ndjson"
+    assert got.get("Content-Type") == wanted
+    assert got.get("X-Accel-Buffering") == "no"
+    # It went out as it came in.
+    assert got.pieces[-1][0] - got.pieces[0][0] > 0.1
+
+
+@pytest.mark.parametrize("kind", MISCALLED)
+def test_what_is_no_stream_keeps_its_name(kind: str | None) -> None:
+    content = encode_json(completion({}, "<b> Hi"))
+    model = default_upstream().add_script(miscalled(kind, [content[:1], 0.05, content[1:]]))
+    got = post_chat(default_router(), model, stream=True)
+    assert (got.status, got.content) == (200, content)
+    assert got.get("Content-Type") == kind
+
+
 # --- streams that end, and that are cut -----------------------------------------------
 
 
