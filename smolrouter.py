@@ -843,9 +843,9 @@ class Limits:
     inline_body: int = 16 * KiB
     # Bodies of running requests and of rows that wait; above it, new ones are cut and marked.
     body_memory: int = 32 * MiB
-    # Packing bodies may take `body_time_share` of a processor. What it does not use is saved up
-    # for a burst, at most `body_time_savings`. When that is used up, only the first `short_body`
-    # octets of each are kept, which cost next to nothing.
+    # While a full batch of rows waits, packing bodies may take `body_time_share` of a processor.
+    # What it does not use is saved up for a burst, at most `body_time_savings`. When that is used
+    # up, only the first `short_body` octets of each are kept, which cost next to nothing.
     body_time_share: float = 0.15
     body_time_savings: float = 0.5
     short_body: int = 1 * KiB
