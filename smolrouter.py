@@ -6733,6 +6733,15 @@ class Request:
         """The query with its question mark, or nothing."""
         return self.head.query
 
+    def begin_content(self, limit: float = NEVER) -> None:
+        """Make the reader of the content; tell a client that waits for our word to send it."""
+        self.reader = ContentReader(self.connection, self.head.framing, limit)
+        # A client that has sent some of it already does not wait for the interim response
+        # (RFC 9110 section 10.1.1).
+        waits = self.head.expects_continue and not self.connection.received
+        if waits and not self.reader.done:
+            self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
     async def read_content(
         self, limit: int, count: Callable[[Request, int], None] | None = None
     ) -> None:
@@ -6745,15 +6754,12 @@ class Request:
         framing = self.head.framing
         connection = self.connection
         limits = connection.limits
-        self.reader = ContentReader(connection, framing, limit)
         if framing.length > limit:
+            self.reader = ContentReader(connection, framing, limit)
             raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
+        self.begin_content(limit)
         if self.reader.done:
             return
-        # A client that has sent some of it already does not wait for the interim response
-        # (RFC 9110 section 10.1.1).
-        if self.head.expects_continue and not connection.received:
-            connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         pieces: list[bytes] = []
         connection.set_deadline(limits.content_grace, CONTENT_TOO_SLOW)
         grace_ends_at = connection.deadline
@@ -6765,6 +6771,78 @@ class Request:
             connection.deadline = grace_ends_at + self.reader.size / limits.content_rate
         connection.clear_deadline()
         self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class Upload:
+    """A content that goes on to a server as it comes from its client, whatever its length.
+
+    It is read piece by piece, and the next piece is read when there is room for it on the server's
+    connection. So a server that reads slowly slows its client, and nothing gathers in between.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.framing = request.head.framing
+        # How long the client was waited for, in s; it has the time that `read_content` gives.
+        self.waited = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it has gone on; then the server's connection can be used again."""
+        return self.request.reader is not None and self.request.reader.done
+
+    @property
+    def size(self) -> int:
+        """How many octets of it have come."""
+        return self.request.reader.size if self.request.reader else 0
+
+    def framing_line(self) -> str:
+        """Return the field line that tells the server how the content ends, as the client did."""
+        if self.framing is CHUNKED:
+            return "Transfer-Encoding: chunked\r\n"
+        return f"Content-Length: {self.framing.length}\r\n"
+
+    async def read(self) -> bytes:
+        """Return the client's next piece, b"" at the end. Raises what is wrong with it."""
+        client = self.request.connection
+        limits = client.limits
+        asked_at = client.loop.time()
+        allowed = limits.content_grace + self.size / limits.content_rate
+        client.set_deadline(allowed - self.waited, CONTENT_TOO_SLOW)
+        # The reader notices by itself when the client leaves, and the deadline is no leaving.
+        client.on_disconnect = None
+        try:
+            piece = await self.request.reader.read()
+        except (OSError, MalformedMessage):
+            if client.ended:
+                raise ClientClosed("client_closed") from None
+            raise
+        client.cancel_on_disconnect()
+        client.clear_deadline()
+        self.waited += client.loop.time() - asked_at
+        return piece
+
+    async def send_to(self, server: Connection, timeout: float, on_timeout: Timeout) -> None:
+        """Send all of it to a server that may wait for `timeout` between two pieces.
+
+        Returns early when the server answers before the end, as it does when it refuses, or goes
+        away: what it has said is read next. Raises what is wrong with the client.
+        """
+        self.request.begin_content()
+        while not (server.received or server.ended or server.failure):
+            # While the client is waited for, the server need not say anything.
+            server.clear_deadline()
+            piece = await self.read()
+            server.set_deadline(timeout, on_timeout)
+            chunked = self.framing is CHUNKED
+            if piece:
+                server.write(encode_chunk(piece) if chunked else piece)
+            if self.complete:
+                if chunked:
+                    server.write(LAST_CHUNK)
+                break
+            while server.write_paused and not (server.received or server.ended or server.failure):
+                await server.wait()
 
 
 # ======================================================================================
@@ -6945,6 +7023,8 @@ class UpstreamResponse:
         self.buffered: list[bytes] = []
         # Until the connection is closed or given back to the pool.
         self.open = True
+        # Whether another request may follow on the connection, as far as this one is concerned.
+        self.reusable = True
 
     @property
     def ends_by_close(self) -> bool:
@@ -6959,7 +7039,7 @@ class UpstreamResponse:
         """Let the connection be used again, or close it, after all of the content was read."""
         self.open = False
         connection = self.connection
-        persists = self.head.keeps_alive and not self.ends_by_close
+        persists = self.reusable and self.head.keeps_alive and not self.ends_by_close
         if persists and not self.reader.done:
             self.finish_later()
         elif persists and not (connection.received or connection.ended):
@@ -7176,12 +7256,18 @@ class Upstreams:
 
     # Requests.
 
-    async def send_request(self, server: Server, method: str, message: bytes) -> UpstreamResponse:
+    async def send_request(
+        self, server: Server, method: str, message: bytes, upload: Upload | None = None
+    ) -> UpstreamResponse:
         """Send a request, head and content, and return the response once its head is there.
 
-        Raises BadGateway or GatewayTimeout.
+        Of an upload, `message` is the head alone. Raises BadGateway or GatewayTimeout, and what is
+        wrong with the client of an upload.
         """
-        connection = self.pool.take_idle(server)
+        connection = None
+        if upload is None:
+            # An upload cannot be sent twice, which an idle connection may need.
+            connection = self.pool.take_idle(server)
         if connection is not None:
             octets_before = connection.received_octets
             try:
@@ -7195,7 +7281,18 @@ class Upstreams:
                 if connection.received_octets > octets_before:
                     raise
         connection = await self.pool.connect(server)
-        return await self.send_on(connection, server, method, message)
+        if upload is None:
+            return await self.send_on(connection, server, method, message)
+        response = None
+        try:
+            connection.write(message)
+            await upload.send_to(connection, self.settings.request_timeout, self.on_timeout)
+            response = await self.send_on(connection, server, method, b"")
+        finally:
+            if response is None:
+                connection.abort()
+        response.reusable = upload.complete
+        return response
 
     async def send_on(
         self, connection: Connection, server: Server, method: str, message: bytes
@@ -9092,6 +9189,8 @@ class Exchange:
         self.candidate: Candidate | None = None
         self.rewriter: Rewriter | None = None
         self.inflater: Inflater | None = None
+        # The request's content, where that goes on as it comes.
+        self.upload: Upload | None = None
         # The content of an answer that may be an error, as far as its words are looked for.
         self.seeks_error = False
         self.error_content = b""
@@ -9128,6 +9227,8 @@ class Exchange:
             self.candidate.health.running -= 1
         record.status = record.status or self.writer.status or 500
         record.response_size = self.writer.size
+        if self.upload:
+            record.request_size = self.upload.size
         # The exchange is part of a cycle of references; megabytes must not wait for the collector.
         self.rewriter = None
         self.request.content = b""
@@ -9415,13 +9516,19 @@ class Exchange:
         )
         content = await self.context.work(len(parsed.content), encode, parsed, rewrite)
         lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
-        if content or method in ("POST", "PUT", "PATCH"):
+        upload = self.upload
+        if upload:
+            lines += upload.framing_line()
+        elif content or method in ("POST", "PUT", "PATCH"):
             lines += f"Content-Length: {len(content)}\r\n"
         target = f"{server.url.prefix}{path}{parsed.query}"
         head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
         candidate.response = await self.context.upstreams.send_request(
-            server, method, head + content
+            server, method, head + content, upload
         )
+        if upload and not upload.complete:
+            # The rest of the content stands where the next request would.
+            self.writer.keep_alive = False
         return candidate.response
 
     def forwarding(self, candidate: Candidate) -> Forwarding:
@@ -9641,10 +9748,11 @@ async def relay_post(context: Context, request: Request) -> None:
     await relay_model(context, request)
 
 
-async def relay_native(context: Context, request: Request) -> None:
-    """Relay what only a server that speaks the client's dialect itself can do."""
-    if not request.content and request.head.method != "HEAD":
-        raise MalformedContent("the request has no content")
+def decide_native(context: Context, request: Request, model: str) -> Decision:
+    """Return where a request goes that only a server which speaks its dialect itself can serve.
+
+    Raises NotSupported when there is no such server.
+    """
     service = request.dialect.service
     servers = [server for server in context.table.all_servers() if server.api == service]
     if not servers:
@@ -9652,18 +9760,50 @@ async def relay_native(context: Context, request: Request) -> None:
             f"{request.path} needs a server that speaks {service} itself; mark one "
             f"with `api: {service}` in the routing file"
         )
-    request.dialect = as_native(request.dialect)
-    if not is_object(request.content):
-        request.dialect = as_opaque(request.dialect)
-    parsed = ParsedRequest(request.path, request.query, request.content)
-    with contextlib.suppress(MalformedContent):
-        parsed = request.dialect.read(request.path, request.query, request.content)
-    decision = context.decide(parsed.model, request.source_host)
+    decision = context.decide(model, request.source_host)
     instances = tuple(i for i in decision.instances if i.server.api == service)
     if not instances:
-        instances = (Instance(servers[0], parsed.model or None),)
-    decision = decision._replace(instances=instances)
+        instances = (Instance(servers[0], model or None),)
+    return decision._replace(instances=instances)
+
+
+async def relay_native(context: Context, request: Request) -> None:
+    """Relay what only a server that speaks the client's dialect itself can do."""
+    if not request.content and request.head.method != "HEAD":
+        raise MalformedContent("the request has no content")
+    native = as_native(request.dialect)
+    if not is_object(request.content):
+        native = as_opaque(native)
+    parsed = ParsedRequest(request.path, request.query, request.content)
+    with contextlib.suppress(MalformedContent):
+        parsed = native.read(request.path, request.query, request.content)
+    decision = decide_native(context, request, parsed.model)
+    request.dialect = native
     await Exchange(context, request, parsed, decision).run()
+
+
+async def relay_changes(context: Context, request: Request) -> None:
+    """Relay what gives a server other models, or takes some away: its list is asked for anew."""
+    try:
+        await relay_native(context, request)
+    finally:
+        # Whatever became of the request, and wherever it went: asking once too often is cheap.
+        for server in context.table.all_servers():
+            if server.api == request.dialect.service:
+                context.model_lists.note_change(server)
+
+
+async def relay_upload(context: Context, request: Request) -> None:
+    """Relay content of any length, such as the file of a model, while it comes in."""
+    decision = decide_native(context, request, "")
+    # It comes once, and so can be sent to one server alone.
+    decision = decision._replace(instances=decision.instances[:1])
+    request.dialect = as_opaque(as_native(request.dialect))
+    parsed = ParsedRequest(request.path, request.query, b"")
+    exchange = Exchange(context, request, parsed, decision)
+    if request.head.method != "HEAD":
+        exchange.upload = Upload(request)
+    await exchange.run()
 
 
 # ======================================================================================
@@ -10803,6 +10943,8 @@ class Endpoint(NamedTuple):
     guard: str
     serve: Callable[[Context, Request], Awaitable[None]]
     dialect: Dialect = OPENAI
+    # Whether the handler gets all of the content; otherwise it reads that itself.
+    holds_content: bool = True
 
     def matches(self, path: str) -> bool:
         """Tell whether the path is one of this endpoint's patterns."""
@@ -10837,9 +10979,10 @@ ENDPOINTS = (
     Endpoint("POST", "/api/show", API, serve_model_details, OLLAMA),
     Endpoint("GET HEAD", "/api/ps", API, serve_running_models, OLLAMA),
     Endpoint("GET HEAD", "/api/version", API, serve_version, OLLAMA),
-    Endpoint("POST", "/api/pull /api/push /api/create /api/copy", API, relay_native, OLLAMA),
-    Endpoint("DELETE", "/api/delete", API, relay_native, OLLAMA),
-    Endpoint("POST HEAD", "/api/blobs/*", API, relay_native, OLLAMA),
+    Endpoint("POST", "/api/push", API, relay_native, OLLAMA),
+    Endpoint("POST", "/api/pull /api/create /api/copy", API, relay_changes, OLLAMA),
+    Endpoint("DELETE", "/api/delete", API, relay_changes, OLLAMA),
+    Endpoint("POST HEAD", "/api/blobs/*", API, relay_upload, OLLAMA, holds_content=False),
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),
@@ -10965,7 +11108,8 @@ class Application:
             raise missing_endpoint(request, of_path)
         if webui and not settings.enable_logging and endpoint.serve is not serve_metrics:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
-        await request.read_content(settings.max_request_size, self.count_content)
+        if endpoint.holds_content:
+            await request.read_content(settings.max_request_size, self.count_content)
         await endpoint.serve(self.context, request)
 
     def check_head(self, head: RequestHead, webui: bool) -> FieldPairs:

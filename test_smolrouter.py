@@ -9385,6 +9385,48 @@ def test_what_is_no_model_list(content: bytes) -> None:
         smolrouter.read_model_list(content, smolrouter.LIMITS)
 
 
+CHANGES = (
+    ("POST", "/api/copy", {"source": "one", "destination": "two"}, 0.0),
+    ("POST", "/api/create", {"model": "two", "from": "one"}, 0.0),
+    ("POST", "/api/pull", {"model": "two", "stream": True}, 0.0),
+    ("DELETE", "/api/delete", {"model": "one"}, 0.0),
+    # While the list was asked for, it changed: what comes is old.
+    ("POST", "/api/copy", {"source": "one", "destination": "two"}, 0.4),
+)
+
+
+@pytest.mark.parametrize("method, path, document, delay", CHANGES)
+def test_what_changes_models_makes_the_list_old(
+    method: str, path: str, document: Any, delay: float
+) -> None:
+    listed = ["one"]
+
+    def serve(received: Received) -> Iterator[Step]:
+        if received.path != "/v1/models":
+            listed[:] = ["changed"]
+            yield from json_response({"status": "success"})
+            return
+        before = [model_entry(name) for name in listed]
+        yield delay
+        yield from json_response({"data": before})
+
+    with Upstream(serve) as upstream:
+        table = {"servers": {"gpu": {"url": upstream.url, "api": "ollama"}}}
+        with Router({"DEFAULT_UPSTREAM": upstream.url}, table) as router:
+            if delay:
+                listing = threading.Thread(target=model_names, args=(router,))
+                listing.start()
+                wait_until(lambda: upstream.requests)
+            else:
+                assert model_names(router) == ["one"]
+            assert request(router.port, method, path, document).status == 200
+            assert model_names(router) == ["changed"]
+            tags = request(router.port, "GET", "/api/tags").json["models"]
+            assert [model["name"] for model in tags] == ["changed"]
+            if delay:
+                listing.join()
+
+
 def test_model_list_does_not_wait_for_the_slow() -> None:
     slow, good = Upstream(lambda received: [HANG]), Upstream(models=["quick"])
     table = {"servers": {"slow": slow.url, "good": good.url}}
@@ -11145,6 +11187,178 @@ def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
     for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
         assert got.headers.get(f"X-SmolRouter-{name}"), name
     assert got.parse().choices[0].message.content == HELLO_ANSWER
+
+
+# --- content that goes on as it comes -------------------------------------------------
+
+BLOB = "/api/blobs/sha256:29fdb92e57cf"
+# Longer than all the buffers on the way, those of the kernel too.
+LONG_BLOB = bytes(range(256)) * (64 << 10)
+BLOB_DONE = response_head(201, [("Content-Length", "0")])
+
+
+@functools.cache
+def blob_listener() -> socket.socket:
+    """Return the socket of the Ollama server of `blob_router()`; a test accepts and answers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(PATIENCE)
+    return listener
+
+
+def blob_router(**limits: float) -> Router:
+    """Return a router in front of `blob_listener()` that reads no long request itself."""
+    port = blob_listener().getsockname()[1]
+    table = {"servers": {"gpu": {"url": f"http://127.0.0.1:{port}", "api": "ollama"}}}
+    settings = {"MAX_REQUEST_SIZE": 1000, "DEFAULT_UPSTREAM": refusing_url_of_blobs()}
+    return shared_router(settings, table, limits=limits)
+
+
+@functools.cache
+def refusing_url_of_blobs() -> str:
+    """Return one URL for all of these routers, so that they are shared."""
+    return refusing_url()
+
+
+def encode_blob(content: bytes, chunked: bool) -> bytes:
+    """Encode the upload of a blob in either framing."""
+    if not chunked:
+        return encode_request("POST", BLOB, content)
+    return encode_chunked_post(BLOB, *split_at(content, *range(50_000, len(content), 50_000)))
+
+
+@contextlib.contextmanager
+def begun_upload(router: Router, data: bytes) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Send the beginning of an upload; give the client's socket and the server's, past the head."""
+    with connect(router.port) as client:
+        client.sendall(data)
+        server, _ = blob_listener().accept()
+        with server:
+            server.settimeout(PATIENCE)
+            # An octet at a time: what stands behind the head is for the test.
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += server.recv(1)
+            yield client, server
+
+
+@pytest.mark.parametrize("chunked", (False, True), ids=("length", "chunks"))
+@pytest.mark.parametrize("size", (0, 1, 1001, len(LONG_BLOB)))
+def test_a_blob_of_any_length_arrives(size: int, chunked: bool) -> None:
+    content = LONG_BLOB[:size]
+    with Upstream(ollama_server) as upstream:
+        table = {"servers": {"gpu": {"url": upstream.url, "api": "ollama"}}}
+        with Router({"MAX_REQUEST_SIZE": 1000}, table) as router:
+            before = memory_mib(router, "VmHWM")
+            for _ in range(2):
+                got = parse_response(send_raw(router.port, encode_blob(content, chunked)))
+                assert got.status == 201
+            assert memory_mib(router, "VmHWM") - before < 8
+            row = wait_until(lambda: finished_row(router, BLOB))
+            assert (row["request_size"], row["status_code"]) == (size, 201)
+    for received in upstream.requests:
+        assert (received.content, received.framing) == (content, "chunked" if chunked else "length")
+
+
+def finished_row(router: Router, path: str) -> dict[str, Any] | None:
+    """Return the newest row of a path once it is finished."""
+    rows = [row for row in get_document(router, "/api/logs") if row["path"].startswith(path)]
+    return rows[0] if rows and not rows[0]["is_inflight"] else None
+
+
+@pytest.mark.parametrize("chunked", (False, True), ids=("length", "chunks"))
+def test_a_blob_is_not_held(chunked: bool) -> None:
+    """The server has the first octets before the client has said the last ones."""
+    data = encode_blob(b"first and last", chunked)
+    at = data.index(b" and last")
+    with begun_upload(blob_router(), data[:at]) as (client, server):
+        read_until(server, b"first")
+        client.sendall(data[at:])
+        read_until(server, b" and last")
+        server.sendall(BLOB_DONE)
+        assert parse_response(exchange(client)).status == 201
+
+
+def test_a_server_that_reads_slowly_slows_the_client() -> None:
+    data = encode_blob(LONG_BLOB, False)
+    with begun_upload(blob_router(), data[:200]) as (client, server):
+        client.settimeout(0.5)
+        # The kernel's buffers take some MiB, the router's less than one.
+        sent = 200
+        with contextlib.suppress(TimeoutError):
+            while sent < len(data):
+                sent += client.send(data[sent : sent + 65536])
+        assert sent < len(data)
+        client.settimeout(PATIENCE)
+        sending = threading.Thread(target=client.sendall, args=(data[sent:],))
+        sending.start()
+        received = 0
+        while received < len(LONG_BLOB) - 200:
+            received += len(server.recv(1 << 20))
+        sending.join(PATIENCE)
+        server.sendall(BLOB_DONE)
+        assert parse_response(exchange(client)).status == 201
+
+
+@pytest.mark.parametrize("chunked", (False, True), ids=("length", "chunks"))
+def test_a_server_may_answer_before_the_end_of_a_blob(chunked: bool) -> None:
+    data = encode_blob(LONG_BLOB, chunked)
+    refusal = whole_response(b'{"error":"no room"}', 507, kind="application/json")[0]
+    with begun_upload(blob_router(), data[:1000]) as (client, server):
+        server.sendall(refusal)
+        got = parse_response(exchange(client, 0.1, data[1000:2000]))
+        assert (got.status, got.json, got.get("Connection")) == (507, {"error": "no room"}, "close")
+        # Its connection is not used again: the rest of the blob would be the next request.
+        read_rest(server)
+
+
+def read_rest(sock: socket.socket) -> bytes:
+    """Read until the other side has ended the connection."""
+    data = b""
+    with contextlib.suppress(ConnectionError):
+        while more := sock.recv(1 << 16):
+            data += more
+    return data
+
+
+def test_a_server_that_breaks_off_a_blob_is_an_error() -> None:
+    data = encode_blob(LONG_BLOB, False)
+    with begun_upload(blob_router(), data[:1000]) as (client, server):
+        reset_on_close(server)
+        server.close()
+        got = parse_response(exchange(client, 0.1, data[1000:2000]))
+        assert got.status == 502
+        check_error(BLOB, got)
+
+
+def test_a_client_that_leaves_a_blob_ends_it() -> None:
+    data = encode_blob(LONG_BLOB, True)
+    with begun_upload(blob_router(), data[:1000]) as (client, server):
+        client.close()
+        rest = read_rest(server)
+        assert not rest.endswith(b"0\r\n\r\n")
+    row = wait_until(lambda: finished_row(blob_router(), BLOB))
+    assert row["status_code"] == 499
+
+
+@pytest.mark.parametrize("rest, status", ((0.1, 408), (b"x\r\nbad", 400)))
+def test_a_bad_client_of_a_blob_is_told(rest: Any, status: int) -> None:
+    """One that says nothing for too long, and one whose chunks are none."""
+    data = encode_chunked_post(BLOB, b"first", end=b"")
+    with begun_upload(blob_router(content_grace=0.5), data) as (client, server):
+        got = parse_response(exchange(client, rest, answers=0))
+        assert (got.status, got.get("Connection")) == (status, "close")
+        check_error(BLOB, got)
+        assert not read_rest(server).endswith(b"0\r\n\r\n")
+
+
+def test_a_blob_that_waits_for_our_word_gets_it() -> None:
+    head = encode_request("POST", BLOB, None, [("Content-Length", "4"), ("Expect", "100-continue")])
+    with begun_upload(blob_router(), head) as (client, server):
+        read_until(client, b"HTTP/1.1 100 Continue\r\n\r\n")
+        client.sendall(b"last")
+        read_until(server, b"last")
+        server.sendall(BLOB_DONE)
+        assert parse_response(exchange(client)).status == 201
 
 
 # --- content without a model ----------------------------------------------------------
