@@ -4525,6 +4525,26 @@ def ollama_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any] | No
     return ollama_document(client_model(parsed), text_path, created_at, {text_path[-1]: ""}, end)
 
 
+def no_vectors(parsed: ParsedRequest) -> bool:
+    """Tell whether an embedding request has no text: `""`, `[]` or nothing."""
+    text = parsed.document.get("input")
+    if text is None:
+        text = parsed.document.get("prompt")
+    return text in (None, "", [])
+
+
+def ollama_embed_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any] | None:
+    """Return the answer of /api/embed to no text, which servers of OpenAI's refuse."""
+    if not no_vectors(parsed):
+        return None
+    return {"model": client_model(parsed), "embeddings": []}
+
+
+def ollama_embedding_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any] | None:
+    """Return the answer of /api/embeddings to no text."""
+    return {"embedding": []} if no_vectors(parsed) else None
+
+
 # --- Ollama: models -------------------------------------------------------------------
 
 # The version of Ollama's API that is spoken here.
@@ -4621,9 +4641,11 @@ OLLAMA = Dialect(
     OLLAMA_VERSION,
 )
 OLLAMA_EMBED = OLLAMA._replace(
-    encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=None
+    encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded
 )
-OLLAMA_EMBEDDING = OLLAMA_EMBED._replace(answer=answer_ollama_embedding)
+OLLAMA_EMBEDDING = OLLAMA_EMBED._replace(
+    answer=answer_ollama_embedding, empty=ollama_embedding_loaded
+)
 SERVICES = (OPENAI.service, OLLAMA.service)
 
 Rewriter = BufferedRewrite | StreamRewrite
@@ -6856,6 +6878,8 @@ class Upload:
 
 # With these an instance says that it cannot serve more now. It cools down as after a failure.
 COOLING_STATUSES = (429, 503)
+# So many names of models does an error say, of those that there are.
+NAMES_IN_ERROR = 5
 # Fields of a refused list that its client gets with it.
 LIST_FIELDS = ("content-type", "www-authenticate", "retry-after")
 
@@ -7577,6 +7601,27 @@ class ModelLists:
 def model_entry(name: str) -> dict[str, Any]:
     """Return a name of the router's own as an entry of the model list."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "smolrouter"}
+
+
+def unknown_model(model: str, names: Sequence[str]) -> str:
+    """Return the words for a model that nobody has, with the names that come nearest.
+
+    'llama', ('llama3', 'qwen')  ->  "no such model 'llama'; the nearest is llama3"
+    """
+    # Python takes 4 ms to import it.
+    import difflib
+
+    words = f"no such model {model[:80]!r}"
+    # The comparison takes quadratic time; a menu is not that long.
+    listed = [name[:80] for name in names[:1000]]
+    nearest = difflib.get_close_matches(without_tag(model)[:80], listed, NAMES_IN_ERROR, 0.5)
+    if len(nearest) == 1:
+        return f"{words}; the nearest is {nearest[0]}"
+    if nearest:
+        return f"{words}; the nearest are {', '.join(nearest)}"
+    if listed:
+        return f"{words}; there are {', '.join(listed[:NAMES_IN_ERROR])}"
+    return words
 
 
 def merge_models(
@@ -9767,10 +9812,8 @@ def decide_native(context: Context, request: Request, model: str) -> Decision:
     return decision._replace(instances=instances)
 
 
-async def relay_native(context: Context, request: Request) -> None:
-    """Relay what only a server that speaks the client's dialect itself can do."""
-    if not request.content and request.head.method != "HEAD":
-        raise MalformedContent("the request has no content")
+async def relay_to_native(context: Context, request: Request) -> None:
+    """Relay a request as it is to a server that speaks the client's dialect itself."""
     native = as_native(request.dialect)
     if not is_object(request.content):
         native = as_opaque(native)
@@ -9782,6 +9825,24 @@ async def relay_native(context: Context, request: Request) -> None:
     await Exchange(context, request, parsed, decision).run()
 
 
+async def relay_native(context: Context, request: Request) -> None:
+    """Relay what only a server that speaks the client's dialect itself can do."""
+    if not request.content and request.head.method != "HEAD":
+        raise MalformedContent("the request has no content")
+    await relay_to_native(context, request)
+
+
+async def relay_optional(context: Context, request: Request) -> None:
+    """Relay what newer servers of a dialect tell of themselves; without one it does not exist.
+
+    Clients take a 404 for an older server, and go on without.
+    """
+    try:
+        await relay_to_native(context, request)
+    except NotSupported as error:
+        raise NotFound(str(error)) from None
+
+
 async def relay_changes(context: Context, request: Request) -> None:
     """Relay what gives a server other models, or takes some away: its list is asked for anew."""
     try:
@@ -9791,6 +9852,23 @@ async def relay_changes(context: Context, request: Request) -> None:
         for server in context.table.all_servers():
             if server.api == request.dialect.service:
                 context.model_lists.note_change(server)
+
+
+async def relay_pull(context: Context, request: Request) -> None:
+    """Relay the wish for a model; when nobody can fetch it, say which models there are.
+
+    `ollama run` pulls what /api/show does not know, and shows its user only how that ended.
+    """
+    try:
+        await relay_changes(context, request)
+    except NotSupported as error:
+        model = request.dialect.read(request.path, request.query, request.content).model
+        try:
+            names = [entry["id"] for entry in await context.list_models(request)]
+        except BadGateway:
+            names = []
+        words = "it is there already" if find_listed(model, names) else unknown_model(model, names)
+        raise NotSupported(f"{words}; {error}") from None
 
 
 async def relay_upload(context: Context, request: Request) -> None:
@@ -10764,7 +10842,8 @@ async def serve_model(context: Context, request: Request) -> None:
     nobody_knows_it = decision.route == "default" and decision.mapped_model == name
     found = find_listed(name, listed)
     if found is None and nobody_knows_it:
-        raise NotFound(f"no server has a model {name[:80]!r}; GET /v1/models lists them all")
+        words = unknown_model(name, list(listed))
+        raise NotFound(f"{words}; GET /v1/models lists them all")
     request.writer.send_json(listed[found] if found else model_entry(name))
 
 
@@ -10778,9 +10857,9 @@ async def serve_model_details(context: Context, request: Request) -> None:
         return
     names = {parsed.model, decision.mapped_model}
     names.update(instance.model for instance in decision.instances)
-    listed = {model["id"] for model in await context.list_models(request)}
+    listed = [model["id"] for model in await context.list_models(request)]
     if not any(find_listed(name, listed) for name in names):
-        raise NotFound(f"model {parsed.model[:80]!r} not found")
+        raise NotFound(unknown_model(parsed.model, listed))
     details = request.dialect.encode_details(parsed.model, rfc3339(time.time()))
     request.writer.send_json(details)
 
@@ -10980,8 +11059,12 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/api/ps", API, serve_running_models, OLLAMA),
     Endpoint("GET HEAD", "/api/version", API, serve_version, OLLAMA),
     Endpoint("POST", "/api/push", API, relay_native, OLLAMA),
-    Endpoint("POST", "/api/pull /api/create /api/copy", API, relay_changes, OLLAMA),
+    Endpoint("POST", "/api/pull", API, relay_pull, OLLAMA),
+    Endpoint("POST", "/api/create /api/copy", API, relay_changes, OLLAMA),
     Endpoint("DELETE", "/api/delete", API, relay_changes, OLLAMA),
+    Endpoint("GET HEAD", "/api/status", API, relay_optional, OLLAMA),
+    Endpoint("POST", "/api/me", API, relay_optional, OLLAMA),
+    Endpoint("GET HEAD POST DELETE", "/api/experimental/**", API, relay_optional, OLLAMA),
     Endpoint("POST HEAD", "/api/blobs/*", API, relay_upload, OLLAMA, holds_content=False),
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),

@@ -6687,6 +6687,63 @@ def test_ollama_management_needs_a_server(method: str, path: str, body: Any) -> 
         check_error(path, got)
 
 
+@pytest.mark.parametrize(
+    "path, member", (("/api/embed", "embeddings"), ("/api/embeddings", "embedding"))
+)
+@pytest.mark.parametrize("body", ({"input": []}, {"input": ""}, {"prompt": ""}, {}))
+def test_ollama_no_text_has_no_vectors(path: str, member: str, body: dict) -> None:
+    with nothing_sent_upstream():
+        got = post_json(path, {"model": "vectors:latest", **body})
+    assert (got.status, got.json[member]) == (200, [])
+
+
+UNKNOWN_MODELS = (
+    ("talkk", "no such model 'talkk'; the nearest are"),
+    ("talkk:latest", "no such model 'talkk:latest'; the nearest are"),
+    ("x" * 9000, "no such model 'xxx"),
+    ("talk", "it is there already"),
+)
+
+
+@pytest.mark.parametrize("model, words", UNKNOWN_MODELS)
+def test_ollama_run_is_told_of_no_such_model(model: str, words: str) -> None:
+    """It asks /api/show, and for what is unknown there it asks /api/pull."""
+    shown = request(models_router().port, "POST", "/api/show", {"model": model})
+    assert shown.status == (200 if model == "talk" else 404)
+    pulled = request(models_router().port, "POST", "/api/pull", {"model": model})
+    assert pulled.status == 501
+    assert pulled.json["error"].startswith(words)
+    assert len(pulled.content) < 1000
+    if shown.status == 404:
+        assert shown.json["error"].startswith(words)
+        listed = request(models_router().port, "GET", f"/v1/models/{model}")
+        assert (listed.status, words in listed.json["error"]["message"]) == (404, True)
+        assert ("talk" in pulled.json["error"]) or model.startswith("x")
+
+
+OWN_AFFAIRS = (
+    ("GET", "/api/status", None),
+    ("HEAD", "/api/status", None),
+    ("POST", "/api/me", None),
+    ("POST", "/api/me", {}),
+    ("GET", "/api/experimental/aliases", None),
+    ("POST", "/api/experimental/web_search", {"query": "q"}),
+    ("DELETE", "/api/experimental/aliases/x", None),
+)
+
+
+@pytest.mark.parametrize("method, path, body", OWN_AFFAIRS)
+def test_ollama_servers_own_affairs_reach_them(method: str, path: str, body: Any) -> None:
+    """Without such a server there is a 404, as from an older one: clients go on without."""
+    got = request(native().port, method, f"{path}?n=1", body)
+    heard = gpu().requests[-1]
+    assert (heard.method, heard.target) == (method, f"{path}?n=1")
+    assert heard.json == body
+    assert got.status == 200
+    with nothing_sent_upstream():
+        assert request(sdk_router().port, method, path, body).status == 404
+
+
 # --- Ollama in front of Ollama servers ------------------------------------------------
 
 NATIVE_LINES = [
@@ -6749,6 +6806,9 @@ def ollama_server(received: Received) -> Iterable[Step]:
         return json_response(PROGRESS[-1])
     if received.path in ("/api/copy", "/api/delete"):
         return whole_response(b"")
+    if received.path.startswith(("/api/status", "/api/me", "/api/experimental/")):
+        steps = json_response({"fine": True})
+        return head_only(steps) if received.method == "HEAD" else steps
     if received.path.startswith("/api/blobs/"):
         return whole_response(b"", 201 if received.method == "POST" else 200)
     if received.path in NATIVE_DOCUMENTS:
