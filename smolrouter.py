@@ -390,6 +390,12 @@ def is_address(name: str) -> bool:
     return True
 
 
+def is_host_name(name: str) -> bool:
+    """Tell whether a name can be one in the DNS: `gpu-box.lan` is, `a..b` is not (RFC 1035)."""
+    labels = name.removesuffix(".").split(".")
+    return HOST_NAME.fullmatch(name) is not None and all(0 < len(label) < 64 for label in labels)
+
+
 # --- readers of values ------------------------------------------------------------------
 # A reader gets the text of a variable and returns its value. It raises ValueError with
 # what is wrong and what is allowed; who calls it adds the variable's name and the text.
@@ -410,7 +416,7 @@ def parse_upstream_url(text: str) -> UpstreamURL:
     require(not has_more, "a user, query or fragment is not allowed in it")
     if endpoint:
         raise ValueError(f"it ends in {endpoint[0]}, which the router adds itself; leave that out")
-    require(HOST_NAME.fullmatch(host) or is_address(host), f"no valid host in it: {host!r}")
+    require(is_host_name(host) or is_address(host), f"no valid host in it: {host!r}")
     require(parts.port != 0, "port 0 instead of 1 to 65535")
     require(URL_PATH.fullmatch(parts.path), "its path has a character that must be percent-encoded")
     port = parts.port or DEFAULT_PORTS[parts.scheme]
@@ -473,6 +479,26 @@ def parse_text(text: str) -> str:
 def parse_names(text: str) -> tuple[str, ...]:
     """Read names between commas or blanks: 'Box.lan, nas' -> ('box.lan', 'nas')."""
     return tuple(text.replace(",", " ").lower().split())
+
+
+def parse_listen_host(text: str) -> str:
+    """Read what to listen on: 'localhost', '::1', '[::1]' and '0.0.0.0' are good."""
+    host = text.strip()
+    allowed = "allowed are an address or a name of this machine; 0.0.0.0 or :: for all of them"
+    require(is_host_name(host) or is_address(host.strip("[]")), allowed)
+    return host
+
+
+def parse_hosts(text: str) -> tuple[str, ...]:
+    """Read names as Host has them: 'Box.example, nas:8080' -> ('box.example', 'nas:8080')."""
+    hosts = parse_names(text)
+    for host in hosts:
+        name, _, port = host.partition(":")
+        is_host = is_host_name(name) and (not port or WHOLE_NUMBER.fullmatch(port))
+        allowed = "allowed are names such as router.example or router.example:8080"
+        require(is_host or is_address(host.strip("[]")), f"{host!r} is no host; {allowed}")
+    # Host loses a dot at its end before it is compared.
+    return tuple(host.removesuffix(".") for host in hosts)
 
 
 def parse_origins(text: str) -> tuple[str, ...]:
@@ -593,7 +619,7 @@ class Settings:
     # fmt: off
     # ruff: disable[E501]
     default_upstream: UpstreamURL = setting("http://localhost:8000", parse_upstream_url, "where a request goes that no rule claims")
-    listen_host: str = setting("127.0.0.1", parse_text, "address to listen on")
+    listen_host: str = setting("127.0.0.1", parse_listen_host, "address to listen on")
     listen_port: int = setting("1234", number_between(0, 65535), "port to listen on; 0 takes a free one")
     routes_config: str = setting("routes.yaml", parse_text, "routing file, YAML or JSON; the default one may be missing")
     model_map: ModelMap = setting("{}", parse_model_map, "JSON object: exact names and /regex/ keys to names")
@@ -615,7 +641,7 @@ class Settings:
     webui_security: str = setting("AUTH_WHEN_PROXIED", choice_of(*POLICIES), "who may see the Web UI: NONE, AUTH_WHEN_PROXIED, ALWAYS_AUTH")
     api_security: str = setting("NONE", choice_of(*POLICIES), "who may use the model API: the same three")
     trusted_proxies: tuple[IPNetwork, ...] = setting("none", parse_networks, "addresses or CIDRs whose X-Forwarded-For is believed")
-    allowed_hosts: tuple[str, ...] = setting("", parse_names, "extra Host names for the Web UI")
+    allowed_hosts: tuple[str, ...] = setting("", parse_hosts, "extra Host names for the Web UI")
     allowed_origins: tuple[str, ...] = setting("loopback", parse_origins, "browser origins that may call the API; app: for all of a scheme, * for all")
     shutdown_grace: float = setting("8", number_between(0, 3600, whole=False), "s that running requests get after SIGTERM")
     log_level: str = setting("INFO", choice_of(*LOG_LEVELS), "DEBUG, INFO (a line a request on stderr), WARNING, ERROR")
@@ -8225,7 +8251,8 @@ def insert_rows(db: sqlite3.Connection, one: str, many: str, rows: Sequence[Sequ
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[sqlite3.Connection]:
     """Open the log's database for some questions. Raises sqlite3.Error."""
-    name = urllib.parse.quote(os.path.abspath(path))
+    # A name of a file is octets, and need not be a text.
+    name = urllib.parse.quote(os.fsencode(os.path.abspath(path)))
     with contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as db:
         yield db
 
@@ -9857,7 +9884,7 @@ async def relay_changes(context: Context, request: Request) -> None:
 async def relay_pull(context: Context, request: Request) -> None:
     """Relay the wish for a model; when nobody can fetch it, say which models there are.
 
-    `ollama run` pulls what /api/show does not know, and shows its user only how that ended.
+    Clients pull what /api/show does not know, and show their user only how that ended.
     """
     try:
         await relay_changes(context, request)
@@ -11288,10 +11315,37 @@ def open_listener(family: int, kind: int, protocol: int, address: tuple[Any, ...
     return listener
 
 
+def open_listeners(settings: Settings, limits: Limits) -> list[socket.socket]:
+    """Open the sockets that LISTEN_HOST and LISTEN_PORT say. Raises OSError."""
+    host = settings.listen_host.strip("[]")
+    port = settings.listen_port
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[socket.socket] = []
+    failure: OSError | None = None
+    # Some systems list an address twice.
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        try:
+            listener = open_listener(family, kind, protocol, (address[0], port, *address[2:]))
+            listeners.append(listener)
+            listener.listen(limits.listen_backlog)
+        except OSError as error:
+            # `localhost` has an address of IPv6, which may be switched off on this machine.
+            # One address of a name will do.
+            if error.errno not in ADDRESS_IS_OFF:
+                raise
+            failure = error
+            continue
+        # Port 0 asks for any free one; the further addresses take the same.
+        port = listener.getsockname()[1]
+    if failure and not listeners:
+        raise failure
+    return listeners
+
+
 class HTTPServer:
     """Accepts connections and serves their requests."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, listeners: list[socket.socket]) -> None:
         self.application = application
         self.context = application.context
         self.settings = application.settings
@@ -11299,38 +11353,17 @@ class HTTPServer:
         self.capacity = find_capacity(self.settings.max_connections, self.limits.spare_files)
         # The connection that each task serves.
         self.connections: dict[asyncio.Task[None], Connection] = {}
-        self.listeners: list[socket.socket] = []
+        self.listeners = listeners
         self.accepting: list[asyncio.Task[None]] = []
         self.has_room = asyncio.Event()
         self.has_room.set()
 
     # Accepting
 
-    def listen(self) -> int:
-        """Open the listening sockets and begin to accept; return the port. Raises OSError."""
-        host = self.settings.listen_host.strip("[]")
-        port = self.settings.listen_port
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        failure: OSError | None = None
-        # Some systems list an address twice.
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            try:
-                listener = open_listener(family, kind, protocol, (address[0], port, *address[2:]))
-            except OSError as error:
-                # `localhost` has an address of IPv6, which may be switched off on this machine.
-                # One address of a name will do.
-                if error.errno not in ADDRESS_IS_OFF:
-                    raise
-                failure = error
-                continue
-            # Port 0 asks for any free one; the further addresses take the same.
-            port = listener.getsockname()[1]
-            listener.listen(self.limits.listen_backlog)
-            self.listeners.append(listener)
+    def start(self) -> None:
+        """Begin to accept."""
+        for listener in self.listeners:
             self.accepting.append(asyncio.create_task(self.accept(listener)))
-        if failure and not self.listeners:
-            raise failure
-        return port
 
     async def accept(self, listener: socket.socket) -> None:
         """Accept connections while there is room."""
@@ -11554,6 +11587,12 @@ LOOKUP_THREADS = 32
 SWITCH_INTERVAL = 0.001
 
 
+def complain(words: str) -> None:
+    """Print a line to stderr, if there is room for it."""
+    with contextlib.suppress(OSError):
+        print(f"smolrouter: {words}", file=sys.stderr, flush=True)
+
+
 class Console:
     """Writes lines to stderr from a thread; drops them when nobody reads.
 
@@ -11733,7 +11772,7 @@ def handle_signal(name: str, handler: Callable[[], None]) -> None:
 class Router:
     """The whole program, running: started and stopped by the command line."""
 
-    def __init__(self, invocation: Invocation) -> None:
+    def __init__(self, invocation: Invocation, listeners: list[socket.socket]) -> None:
         settings = invocation.settings
         limits = invocation.limits
         self.settings = settings
@@ -11756,7 +11795,7 @@ class Router:
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
             dashboard_file=invocation.options.dashboard,
         )
-        self.server = HTTPServer(Application(self.context))
+        self.server = HTTPServer(Application(self.context), listeners)
 
     def reload(self) -> None:
         """Take a changed routing file; a bad one leaves the old table in force."""
@@ -11814,29 +11853,14 @@ class Router:
         ):
             self.console.print_line(line)
 
-    def listen(self) -> int | None:
-        """Open the port and return it; say why that cannot be, and return None."""
-        try:
-            return self.server.listen()
-        except OSError as error:
-            place = f"{self.settings.listen_host}:{self.settings.listen_port}"
-            hint = ""
-            if error.errno == errno.EADDRINUSE:
-                hint = "; choose another LISTEN_PORT (LM Studio uses 1234 too)"
-            words = f"cannot listen on {place}: {describe(error)}{hint}"
-            self.console.print_line(f"smolrouter: {words}")
-            return None
-
     async def run(self, on_ready: Callable[[int], None] | None = None) -> int:
         """Serve until a signal; return the exit status. `on_ready` gets the port."""
         grace = self.settings.shutdown_grace
         handle_signal("SIGTERM", self.interrupt)
         handle_signal("SIGINT", self.interrupt)
         handle_signal("SIGHUP", self.reload)
-        port = self.listen()
-        if port is None:
-            self.console.close()
-            return 1
+        port = self.server.listeners[0].getsockname()[1]
+        self.server.start()
         tune_collector()
         return_memory()
         self.announce(port)
@@ -11853,14 +11877,33 @@ class Router:
         return 0
 
 
+def open_port(settings: Settings, limits: Limits) -> list[socket.socket]:
+    """Open the port, or say why that cannot be and return nothing.
+
+    That comes before the log is opened: a start that fails leaves no half-made database.
+    """
+    try:
+        return open_listeners(settings, limits)
+    except OSError as error:
+        hint = ""
+        if error.errno == errno.EADDRINUSE:
+            hint = "; choose another LISTEN_PORT (LM Studio uses 1234 too)"
+        place = f"{settings.listen_host}:{settings.listen_port}"
+        complain(f"cannot listen on {place}: {describe(error)}{hint}")
+        return []
+
+
 def run_serve(invocation: Invocation) -> int:
     """Serve until SIGTERM or Ctrl-C."""
+    listeners = open_port(invocation.settings, invocation.limits)
+    if not listeners:
+        return 1
     # Until the loop has handlers of its own, SIGTERM does what Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.setswitchinterval(SWITCH_INTERVAL)
     loop = asyncio.new_event_loop()
     loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUP_THREADS))
-    status = loop.run_until_complete(Router(invocation).run())
+    status = loop.run_until_complete(Router(invocation, listeners).run())
     # A usual exit would wait for the threads: for a full stderr, or for a dead name server.
     os._exit(status)
 
@@ -11922,6 +11965,9 @@ def run_export(invocation: Invocation) -> int:
     try:
         parameters = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
         store = Store(settings, invocation.limits)
+        if not os.path.exists(store.path):
+            where = f"DB_PATH={settings.db_path!r} names no file"
+            raise ConfigError(f"export: nothing has been logged: {where}")
         # Each page comes with the row before which the next one begins; 0 is the end.
         while parameters.get("before", 1):
             with reading(store.path) as db:
@@ -12211,7 +12257,11 @@ async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
     (folder / "routes.json").write_bytes(encode_json({"servers": urls, **DEMO_ROUTES}))
     settings = demo_settings(invocation.settings, urls, folder)
     routes = RoutesFile(settings, {}, named=True)
-    router = Router(dataclasses.replace(invocation, settings=settings, given={}, routes=routes))
+    ports = open_port(settings, invocation.limits)
+    if not ports:
+        return 1
+    changed = dataclasses.replace(invocation, settings=settings, given={}, routes=routes)
+    router = Router(changed, ports)
 
     def begin(port: int) -> None:
         print(
@@ -12360,9 +12410,14 @@ def run_command(
     given = Settings.find_given(environ, vars(options))
     settings = Settings.from_given(given)
     routes = RoutesFile(settings, environ, named="routes_config" in given)
-    status = options.run(Invocation(settings, given, routes, limits, options))
-    sys.stdout.flush()
-    return status
+    return options.run(Invocation(settings, given, routes, limits, options))
+
+
+def ignore_hangup() -> None:
+    """Let SIGHUP do nothing until the router can reload: it would end a program that starts."""
+    # Windows has no such signal, and a thread may set none.
+    with contextlib.suppress(AttributeError, ValueError):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def open_standard_streams() -> int:
@@ -12384,11 +12439,16 @@ def open_standard_streams() -> int:
 
 def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:
     """Run the command line; return the exit status: 0, 1 (failed) or 2 (bad settings)."""
+    ignore_hangup()
     spare = open_standard_streams()
     try:
-        return run_command(argv, dict(os.environ), limits)
+        try:
+            return run_command(argv, dict(os.environ), limits)
+        finally:
+            # Here and not at the interpreter's end, where nobody can say what went wrong.
+            sys.stdout.flush()
     except ConfigError as error:
-        print(f"smolrouter: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
     except KeyboardInterrupt:
         return 0
@@ -12396,6 +12456,11 @@ def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:
         # Nobody reads on, and the interpreter's own last flush must not fail.
         os.dup2(spare, 1)
         return 0
+    except OSError as error:
+        # The disk is full, say, on which stdout is a file.
+        os.dup2(spare, 1)
+        complain(describe(error))
+        return 1
     finally:
         os.close(spare)
 

@@ -2103,9 +2103,11 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "DEFAULT_UPSTREAM": (
         ["http://box:8000", "https://box/v1/", "box:8000", "http://[::1]:80/a/b"],
         ["http://", "ftp://box", "http://box:port", "http://box:99999", "http://a b",
-         "http://box/v1/chat/completions"]),
+         "http://box/v1/chat/completions", "http://a..b", "http://" + "x" * 70]),
     "DEFAULT_ROUTE": (["http://box:8000"], []),
-    "LISTEN_HOST": (["127.0.0.1", "::1", "0.0.0.0", "localhost"], []),
+    "LISTEN_HOST": (
+        ["127.0.0.1", "::1", "[::1]", "0.0.0.0", "localhost", "box.lan."],
+        ["a..b", ".", "x" * 70, "*", "http://box", "box:80", "a b", " "]),
     "LISTEN_PORT": (["0", "1234", "65535"], ["x", "-1", "65536"]),
     "MODEL_MAP": (
         ["{}", '{"a": "b"}', r'{"/^(a|b)-x$/": "\\1-y"}', r'{"/(?P<n>a)/": "\\g<n>"}'],
@@ -2127,7 +2129,9 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "WEBUI_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
     "API_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
     "TRUSTED_PROXIES": (["10.0.0.0/8, ::1", "10.0.0.1"], ["10.0.0.0/33", "proxy"]),
-    "ALLOWED_HOSTS": (["router.example", "a.example,b.example"], []),
+    "ALLOWED_HOSTS": (
+        ["router.example", "a.example,b.example:8080", "10.0.0.1 ::1 [::1]"],
+        ["*", "*.lan", "http://a.example", "a.example/x", "a..b", "a.example:x"]),
     "ALLOWED_ORIGINS": (
         ["*", "https://a.example, https://b.example", "app:, tauri: vscode-webview:"],
         ["https:", "http:", "app", "app:/", ":"]),
@@ -12703,6 +12707,30 @@ def test_a_port_that_is_taken_stops_with_one_line() -> None:
     assert "Traceback" not in done.stderr
 
 
+FAILED_STARTS = {
+    "no address of this machine": ({"LISTEN_HOST": "192.0.2.1"}, 1),
+    "an unknown name": ({"LISTEN_HOST": "nobody.invalid"}, 1),
+    "all addresses by a star": ({"LISTEN_HOST": "*"}, 2),
+    "no name": ({"LISTEN_HOST": "a..b"}, 2),
+    "a bad routing file": ({"ROUTES_CONFIG": "nowhere.json"}, 2),
+}
+
+
+@pytest.mark.parametrize("settings, status", FAILED_STARTS.values(), ids=FAILED_STARTS)
+def test_a_start_that_fails_says_why_and_leaves_nothing(
+    settings: dict[str, str], status: int, tmp_path: pathlib.Path
+) -> None:
+    done = run_program(settings={"LISTEN_PORT": 0, **settings}, cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    (value,) = settings.values()
+    assert (done.returncode, value in line, done.stdout) == (status, True, "")
+    assert list(tmp_path.iterdir()) == []
+    exported = run_program("export", cwd=tmp_path)
+    (line,) = exported.stderr.splitlines()
+    assert (exported.returncode, "nothing has been logged" in line) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- without any package --------------------------------------------------------------
 
 TABLE: dict[str, Any] = {
@@ -12824,6 +12852,51 @@ def test_a_command_ends_well_without_a_standard_stream(closed: str) -> None:
     command = [*by_shell(f'exec "$0" "$@" {closed}'), str(SMOLROUTER), "check"]
     done = subprocess.run(command, env=bare_environment({}), capture_output=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+START_AND_TELL = """
+import sys
+sys.path.insert(0, {folder!r})
+import smolrouter
+real = smolrouter.run_command
+def run_command(*arguments):
+    print("begins", file=sys.stderr, flush=True)
+    return real(*arguments)
+smolrouter.run_command = run_command
+sys.exit(smolrouter.main(["serve"]))
+"""
+
+
+def test_it_survives_a_reload_while_it_starts(tmp_path: pathlib.Path) -> None:
+    """systemd may send SIGHUP as soon as the process is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START_AND_TELL.format(folder=str(HERE))],
+        cwd=tmp_path,
+        env=bare_environment({"LISTEN_PORT": 0}),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    try:
+        assert process.stderr.readline() == "begins\n"
+        ended = threading.Event()
+
+        def send_signals() -> None:
+            while not ended.wait(0.002):
+                process.send_signal(signal.SIGHUP)
+
+        sending = threading.Thread(target=send_signals)
+        sending.start()
+        line = process.stderr.readline()
+        ended.set()
+        sending.join()
+        assert "listens on" in line
+        process.terminate()
+        rest = process.communicate(timeout=20)[1]
+        assert (process.returncode, "Traceback" in rest) == (0, False)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def accepts(port: int) -> bool:
@@ -13054,6 +13127,43 @@ def test_stdout_that_is_closed_is_no_traceback() -> None:
     )
     os.close(writer)
     assert b"Traceback" not in done.stderr
+
+
+PRINTING = ("check", "explain m", "token --subject me", "unit", "export", "--help", "--version")
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_a_full_stdout_is_said_in_one_line(words: str, log_folder: LogFolder) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    with Router({**log_folder.settings, "DEFAULT_UPSTREAM": default_upstream().url}) as router:
+        post_chat(router, "exported")
+        wait_for_row(router, "exported")
+    for redirection in (">/dev/full", ">/dev/full 2>&1"):
+        command = [*by_shell(f'exec "$0" "$@" {redirection}'), str(SMOLROUTER), *words.split()]
+        environment = bare_environment({**log_folder.settings, "JWT_SECRET": SECRET})
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=30, text=True)
+        assert done.returncode != 0
+        if "2>&1" not in redirection:
+            assert (done.returncode, done.stderr) == (1, "smolrouter: no space left on device\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are octets on Linux alone")
+def test_a_database_whose_name_is_no_text(tmp_path: pathlib.Path) -> None:
+    name = os.fsdecode(b"log\xff.db")
+    settings = {"DB_PATH": str(tmp_path / name), "DEFAULT_UPSTREAM": default_upstream().url}
+    with Router(settings) as router:
+        assert post_chat(router, "odd-name").status == 200
+        assert wait_for_row(router, "odd-name")["status_code"] == 200
+        assert "Traceback" not in router.stderr
+    assert (tmp_path / name).exists()
+    exported = run_program("export", settings=settings)
+    assert (exported.returncode, "odd-name" in exported.stdout) == (0, True)
+    checked = run_program("check", settings={**settings, "LISTEN_PORT": "x"})
+    assert (checked.returncode, "Traceback" in checked.stderr) == (2, False)
+    for command in ("unit", "check"):
+        done = run_program(command, settings=settings, errors="surrogateescape")
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
 # --- a routing file that changes ------------------------------------------------------
