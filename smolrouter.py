@@ -834,6 +834,12 @@ class Limits:
     # A stream is over with its last event. When the end of its framing, which most servers send
     # a moment later, has not come within this time, its connection is closed.
     content_end: float = 1.0
+    # Without an answer for so long, the last addresses of a name are tried. They count for the
+    # second time after the first failure to look the name up: a router for the home reboots.
+    lookup_timeout: float = 2.0
+    addresses_kept: float = 300.0
+    # The next address of a name is tried so much later than the one before it (RFC 8305).
+    address_delay: float = 0.25
     # A machine that is switched off, or out of the network, says nothing at all. It is asked for
     # a sign so often, in whole seconds; without one for the second time an idle connection is
     # dropped, and for the third a request has failed: a network may be away for half a minute.
@@ -6936,20 +6942,126 @@ def describe(error: BaseException) -> str:
 # once more on a new connection, and nobody is told.
 
 
-def abort_connection(opening: asyncio.Future[Any]) -> None:
+def run_in_daemon(
+    failures: tuple[type[Exception], ...], task: Callable[..., Any], *arguments: Any
+) -> asyncio.Future[Any]:
+    """Run what blocks in a thread of its own; the future may fail with one of `failures`.
+
+    The loop's own threads are few, and the end of the program waits for them. It does not wait
+    for a daemon, whatever that waits for itself.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def set_outcome(result: Any, failure: Exception | None) -> None:
+        # Whoever waited may have given up.
+        if future.done():
+            return
+        if failure is not None:
+            future.set_exception(failure)
+        else:
+            future.set_result(result)
+
+    def run() -> None:
+        result = failure = None
+        try:
+            result = task(*arguments)
+        except failures as error:
+            failure = error
+        # RuntimeError: the loop is closed, the router has ended.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(set_outcome, result, failure)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def list_addresses(infos: Iterable[tuple[Any, ...]]) -> list[str]:
+    """Return the addresses that `getaddrinfo` found, each once, IPv6 and IPv4 in turn.
+
+    ::1, ::2, 10.0.0.1  ->  ::1, 10.0.0.1, ::2
+    """
+    addresses = list(dict.fromkeys(info[4][0] for info in infos))
+    ipv6 = [address for address in addresses if ":" in address]
+    ipv4 = [address for address in addresses if ":" not in address]
+    # The family of the best address has the first turn.
+    families = (ipv6, ipv4) if ipv6[:1] == addresses[:1] else (ipv4, ipv6)
+    turns = itertools.zip_longest(*families)
+    return [address for turn in turns for address in turn if address]
+
+
+class HostNames:
+    """Looks up the addresses of hosts, in a thread, one at a time for each name.
+
+    A name whose server does not answer occupies its thread for half a minute. With a thread for
+    each request, a few dozen requests for a dead name would leave none for the living.
+    """
+
+    def __init__(
+        self, limits: Limits, look_up: Callable[..., list[Any]] = socket.getaddrinfo
+    ) -> None:
+        self.limits = limits
+        self.look_up = look_up
+        self.running: dict[str, asyncio.Task[str]] = {}
+        # The last addresses of each name; and of a name that was not found since then, when they
+        # do not count any more.
+        self.addresses: dict[str, list[str]] = {}
+        self.expires_at: dict[str, float] = {}
+
+    async def find(self, host: str) -> list[str]:
+        """Return the addresses of a host, the best one first. Raises OSError."""
+        if is_address(host):
+            return [host]
+        if host not in self.running:
+            self.running[host] = asyncio.create_task(self.refresh(host))
+        running = self.running[host]
+        timeout = self.limits.lookup_timeout if host in self.addresses else None
+        await asyncio.wait([running], timeout=timeout)
+        reason = running.result() if running.done() else "it takes too long to look up its name"
+        if reason:
+            now = time.monotonic()
+            expires_at = self.expires_at.setdefault(host, now + self.limits.addresses_kept)
+            if host not in self.addresses or now >= expires_at:
+                raise OSError(reason)
+        return self.addresses[host]
+
+    async def refresh(self, host: str) -> str:
+        """Look up a name and keep its addresses; return why it was not found, or ""."""
+        look_up = functools.partial(self.look_up, host, None, type=socket.SOCK_STREAM)
+        try:
+            # A name with too long a part is a UnicodeError, which is a ValueError.
+            infos = await run_in_daemon((OSError, ValueError), look_up)
+        except (OSError, ValueError) as error:
+            return describe(error)
+        finally:
+            del self.running[host]
+        self.addresses[host] = list_addresses(infos)
+        self.expires_at.pop(host, None)
+        return ""
+
+
+def abort_connection(opening: asyncio.Future[Connection]) -> None:
     """Close a connection that was made when nobody waited for it any more."""
     if not opening.cancelled() and opening.exception() is None:
-        transport, _ = opening.result()
-        transport.abort()
+        opening.result().abort()
+
+
+def abandon(opening: asyncio.Future[Connection]) -> None:
+    """Give up an attempt to connect, whether it has succeeded by now or not."""
+    opening.cancel()
+    opening.add_done_callback(abort_connection)
 
 
 class ConnectionPool:
     """Opens connections to servers and keeps those that can be used again."""
 
-    def __init__(self, settings: Settings, batch: LoopBatch) -> None:
+    def __init__(
+        self, settings: Settings, batch: LoopBatch, names: HostNames | None = None
+    ) -> None:
         self.settings = settings
         self.batch = batch
         self.limits = batch.limits
+        self.names = names or HostNames(batch.limits)
         # By URL and `verify`: a connection on which no certificate was verified is not for a
         # server that wants it verified.
         self.idle: dict[tuple[UpstreamURL, bool], list[Connection]] = {}
@@ -6970,36 +7082,70 @@ class ConnectionPool:
 
     async def connect(self, server: Server) -> Connection:
         """Open a connection. Raises BadGateway or GatewayTimeout."""
-        url = server.url
-        tls_context = self.tls_context(server)
-        opening = asyncio.ensure_future(
-            asyncio.get_running_loop().create_connection(
-                lambda: Connection(self.batch),
-                url.host,
-                url.port,
-                ssl=tls_context,
-                server_hostname=url.host if tls_context else None,
-                # A name may have an address that does not answer, often one of IPv6: the next
-                # one is tried a moment later (RFC 8305).
-                happy_eyeballs_delay=None if is_address(url.host) else 0.25,
-            )
-        )
+        opening = asyncio.create_task(self.open(server))
         timeout = self.settings.connect_timeout
         try:
             # Not wait_for: up to Python 3.11 it may lose a cancellation, or the connection.
             await asyncio.wait([opening], timeout=timeout)
-        finally:
-            if not opening.done():
-                opening.cancel()
-                opening.add_done_callback(abort_connection)
+        except asyncio.CancelledError:
+            abandon(opening)
+            raise
         if not opening.done():
-            raise GatewayTimeout(f"no connection within {timeout:g} s (CONNECT_TIMEOUT)")
+            abandon(opening)
+            what = "address of its name" if server.url.host in self.names.running else "connection"
+            raise GatewayTimeout(f"no {what} within {timeout:g} s (CONNECT_TIMEOUT)")
         try:
-            _, connection = opening.result()
+            connection = opening.result()
         except (OSError, ValueError) as error:
             raise BadGateway(describe(error)) from None
         sock = connection.transport.get_extra_info("socket")
         ask_for_signs(sock, self.limits.probe_interval)
+        return connection
+
+    async def open(self, server: Server) -> Connection:
+        """Connect to the address of a server that answers first. Raises OSError or ValueError.
+
+        A name may have an address that does not answer, often one of IPv6: without waiting for its
+        failure the next one is tried as well (RFC 8305).
+        """
+        addresses = await self.names.find(server.url.host)
+        if len(addresses) == 1:
+            return await self.open_at(server, addresses[0])
+        waiting = collections.deque(addresses)
+        attempts: set[asyncio.Task[Connection]] = set()
+        reason = ""
+        try:
+            while waiting or attempts:
+                if waiting:
+                    attempts.add(asyncio.create_task(self.open_at(server, waiting.popleft())))
+                done, _ = await asyncio.wait(
+                    attempts,
+                    timeout=self.limits.address_delay if waiting else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for attempt in done:
+                    attempts.remove(attempt)
+                    failure = attempt.exception()
+                    if failure is None:
+                        return attempt.result()
+                    reason = describe(failure)
+        finally:
+            # One of them may have succeeded, too.
+            for attempt in attempts:
+                abandon(attempt)
+        raise OSError(reason)
+
+    async def open_at(self, server: Server, address: str) -> Connection:
+        """Connect to one address of a server. Raises OSError or ValueError."""
+        url = server.url
+        tls_context = self.tls_context(server)
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(self.batch),
+            address,
+            url.port,
+            ssl=tls_context,
+            server_hostname=url.host if tls_context else None,
+        )
         return connection
 
     def take_idle(self, server: Server) -> Connection | None:
@@ -7435,6 +7581,14 @@ def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
     return list(models.values())
 
 
+def connect_to_any(addresses: Sequence[str], port: int, timeout: float) -> socket.socket:
+    """Connect to the first of these addresses that answers (blocking). Raises OSError."""
+    for address in addresses[:-1]:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((address, port), timeout)
+    return socket.create_connection((addresses[-1], port), timeout)
+
+
 def fetch_models(
     connection: Any, server: Server, authorization: str | None, limits: Limits
 ) -> list[dict[str, Any]]:
@@ -7469,41 +7623,6 @@ def fetch_models(
             content = b""
         raise ListRefused(Refusal(response.status, tuple(kept), content))
     return read_model_list(content, limits)
-
-
-def fetch_in_thread(
-    connection: Any, server: Server, authorization: str | None, limits: Limits
-) -> asyncio.Future[list[dict[str, Any]]]:
-    """Run `fetch_models` in a thread of its own.
-
-    The loop's own threads are few, and the end of the program waits for them. It does not wait
-    for a daemon, whatever its server does.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[dict[str, Any]]] = loop.create_future()
-
-    def set_outcome(models: list[dict[str, Any]], error: Exception | None) -> None:
-        # Whoever waited may have given up.
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(models)
-
-    def run() -> None:
-        models: list[dict[str, Any]] = []
-        failure = None
-        try:
-            models = fetch_models(connection, server, authorization, limits)
-        except (OSError, ValueError, ListRefused) as error:
-            failure = error
-        # RuntimeError: the loop is closed, the router has ended.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(set_outcome, models, failure)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 # A list belongs to a server's URL and to a hash of the credentials it was asked with.
@@ -7586,7 +7705,7 @@ class ModelLists:
         try:
             async with self.fetch_permits:
                 asked_at = time.monotonic()
-                fetching = fetch_in_thread(connection, server, authorization, self.limits)
+                fetching = self.fetch(connection, server, authorization)
                 models = await asyncio.wait_for(fetching, timeout)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
@@ -7611,8 +7730,25 @@ class ModelLists:
                 if connection.sock:
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
+    async def fetch(
+        self, connection: Any, server: Server, authorization: str | None
+    ) -> list[dict[str, Any]]:
+        """Ask a server for its models. Raises OSError, ValueError or ListRefused."""
+        addresses = await self.upstreams.pool.names.find(server.url.host)
+        tls_context = self.upstreams.pool.tls_context(server)
+
+        def ask() -> list[dict[str, Any]]:
+            # http.client would look the name up again.
+            sock = connect_to_any(addresses, server.url.port, self.limits.model_list_timeout)
+            connection.sock = sock
+            if tls_context:
+                connection.sock = tls_context.wrap_socket(sock, server_hostname=server.url.host)
+            return fetch_models(connection, server, authorization, self.limits)
+
+        return await run_in_daemon((OSError, ValueError, ListRefused), ask)
+
     def open_connection(self, server: Server) -> Any:
-        """Return a connection of http.client's to a server; it connects with its request."""
+        """Return a connection of http.client's to a server, which has no socket yet."""
         # Importing it takes 12 ms and 2 MB, which the start can do without.
         import http.client
 

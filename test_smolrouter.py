@@ -37,6 +37,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -8814,6 +8815,7 @@ def test_tls_upstream_with_a_trusted_certificate() -> None:
     with upstream, Router(settings) as router:
         assert post_chat(router, "tiny").text == "You said: hi"
         assert post_chat(router, "tiny", stream=True).text == "You said: hi"
+        assert model_names(router) == ["tiny"]
 
 
 def test_tls_upstream_with_an_unknown_certificate_is_refused() -> None:
@@ -8932,6 +8934,143 @@ def test_upstream_leaves_between_two_requests_of_one_client() -> None:
         upstream.close()
         upstream.script = lambda r: [DROP]
         assert parse_response(exchange(sock, encode_get("/v1/two"))).status == 502
+
+
+# --- names of hosts -------------------------------------------------------------------
+
+
+class NameServer:
+    """Looks up names as `socket.getaddrinfo` does; a test says of each what comes of it."""
+
+    def __init__(self, **found: list[str] | OSError | None) -> None:
+        # The addresses of a name; an error; None: it hangs until `gate` is set.
+        self.found = found
+        self.gate = threading.Event()
+        self.asked: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, host: str, port: None, type: int) -> list[Any]:
+        self.asked[host] += 1
+        found = self.found[host]
+        if found is None:
+            self.gate.wait(PATIENCE)
+            found = socket.gaierror(socket.EAI_AGAIN, "too late")
+        if isinstance(found, OSError):
+            raise found
+        return [(0, type, 0, "", (address, 0)) for address in found]
+
+
+def resolving_pool(name_server: NameServer, **limits: float) -> Any:
+    """Make a pool of connections whose names `name_server` looks up."""
+    batch = smolrouter.LoopBatch(smolrouter.Limits(**limits))
+    settings = smolrouter.Settings.from_mapping({"CONNECT_TIMEOUT": "3"})
+    names = smolrouter.HostNames(batch.limits, name_server)
+    return smolrouter.ConnectionPool(settings, batch, names)
+
+
+def named_server(name: str, port: int) -> Any:
+    return smolrouter.Server(name, smolrouter.parse_upstream_url(f"http://{name}:{port}"))
+
+
+def test_a_dead_name_does_not_starve_the_living() -> None:
+    """It takes one thread, however many requests there are for it."""
+    names = NameServer(dead=None, living=["127.0.0.1"])
+
+    async def everyone(port: int) -> tuple[list[Any], float]:
+        pool = resolving_pool(names)
+        pool.settings = dataclasses.replace(pool.settings, connect_timeout=0.5)
+        dead = [asyncio.create_task(pool.connect(named_server("dead", port))) for _ in range(40)]
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        for host in ("living", "127.0.0.1"):
+            connection = await pool.connect(named_server(host, port))
+            connection.abort()
+        seconds = time.monotonic() - began
+        return await asyncio.gather(*dead, return_exceptions=True), seconds
+
+    with Upstream() as upstream:
+        failures, seconds = run_in_loop(everyone(upstream.port))
+    names.gate.set()
+    assert seconds < 0.4
+    assert {type(failure) for failure in failures} == {smolrouter.GatewayTimeout}
+    assert str(failures[0]) == "no address of its name within 0.5 s (CONNECT_TIMEOUT)"
+    assert names.asked == {"dead": 1, "living": 1}
+
+
+@pytest.mark.parametrize("failure", [None, socket.gaierror(socket.EAI_NONAME, "unknown")])
+def test_the_last_address_counts_while_a_name_cannot_be_looked_up(failure: Any) -> None:
+    names = NameServer(box=["127.0.0.1"])
+
+    async def connect_thrice(port: int) -> str:
+        pool = resolving_pool(names, lookup_timeout=0.1, addresses_kept=1.0)
+        for _ in range(2):
+            connection = await pool.connect(named_server("box", port))
+            connection.abort()
+            names.found["box"] = failure
+        connection = await pool.connect(named_server("box", port))
+        connection.abort()
+        # It counts from the first failure on, and not for ever.
+        await asyncio.sleep(1.0)
+        with pytest.raises(smolrouter.BadGateway) as caught:
+            await pool.connect(named_server("box", port))
+        names.found["box"] = ["127.0.0.1"]
+        names.gate.set()
+        await asyncio.sleep(0.1)
+        connection = await pool.connect(named_server("box", port))
+        connection.abort()
+        return str(caught.value)
+
+    with Upstream() as upstream:
+        reason = run_in_loop(connect_thrice(upstream.port))
+    assert reason == (
+        "its name is not known: unknown" if failure else "it takes too long to look up its name"
+    )
+
+
+@pytest.mark.parametrize(
+    "addresses", [["127.0.0.2", "127.0.0.1"], ["::1", "127.0.0.1"], ["127.0.0.2", "127.0.0.3"]]
+)
+def test_the_next_address_of_a_name_is_tried(addresses: list[str]) -> None:
+    names = NameServer(box=addresses)
+
+    async def connect_once(port: int) -> str:
+        connection = await resolving_pool(names).connect(named_server("box", port))
+        connection.abort()
+        return connection.transport.get_extra_info("peername")[0]
+
+    with Upstream() as upstream:
+        if "127.0.0.1" in addresses:
+            assert run_in_loop(connect_once(upstream.port)) == "127.0.0.1"
+        else:
+            with pytest.raises(smolrouter.BadGateway, match="connection refused"):
+                run_in_loop(connect_once(upstream.port))
+
+
+def test_addresses_of_a_name_in_turn() -> None:
+    found = ["::1", "::2", "10.0.0.1", "::1"]
+    infos = [(0, 0, 0, "", (address, 0)) for address in found]
+    assert smolrouter.list_addresses(infos) == ["::1", "10.0.0.1", "::2"]
+
+
+def test_a_slow_address_does_not_hold_up_the_next() -> None:
+    names = NameServer(box=["127.0.0.2", "127.0.0.1"])
+
+    async def connect_once(port: int) -> str:
+        connection = await resolving_pool(names, address_delay=0.05).connect(
+            named_server("box", port)
+        )
+        connection.abort()
+        return connection.transport.get_extra_info("peername")[0]
+
+    with Upstream() as upstream:
+        # A listener at the other address whose queue is full.
+        full = socket.create_server(("127.0.0.2", upstream.port), backlog=0)
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        assert run_in_loop(connect_once(upstream.port)) == "127.0.0.1"
+        for sock in (full, *waiting):
+            sock.close()
 
 
 # --- machines that are switched off ---------------------------------------------------
