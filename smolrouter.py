@@ -2689,27 +2689,27 @@ class Part(NamedTuple):
     """Something that a document says."""
 
     kind: str
-    choice: int  # of which message or choice
-    block: Any  # of which text inside of it, None where it has one alone
+    choice: int  # which message or choice it belongs to, by number
+    item: Any  # which text or call inside of that, None where it has one alone
     path: Path  # where the value stands, so that it can be edited
     value: Any
 
 
-def read_parts(shape: Shape, document: Any, block: Any = None) -> list[Part]:
+def read_parts(shape: Shape, document: Any, item: Any = None) -> list[Part]:
     """Return what a document says, in order, according to its shape.
 
     `{"choices": [{"index": 1, "delta": {"content": "Hi"}, "finish_reason": None}]}`, CHAT_ANSWER
     ->  `[Part(TEXT, 1, None, ("choices", 0, "delta", "content"), "Hi")]`
 
-    Members that are missing, null or empty say nothing, but an empty text is one. What has not
-    the shape that was expected is a part of the kind ODD.
+    Members that are missing, null, false or empty say nothing, such as `"done": false`, but an
+    empty text is one. What has not the shape that was expected is a part of the kind ODD.
     """
     parts: list[Part] = []
     # What is still to be looked at. The last one is the next, so that all of a document comes
     # in order, and no nesting is too deep.
-    stack: list[tuple[Shape, Any, Path, int, Any]] = [(shape, document, (), 0, block)]
+    stack: list[tuple[Shape, Any, Path, int, Any]] = [(shape, document, (), 0, item)]
     while stack:
-        shape, value, path, choice, block = stack.pop()
+        shape, value, path, choice, item = stack.pop()
         if type(shape) is TextOr:
             shape = shape.kind if isinstance(value, str) else shape.other
         if type(shape) is ByType and isinstance(value, dict):
@@ -2721,20 +2721,20 @@ def read_parts(shape: Shape, document: Any, block: Any = None) -> list[Part]:
             for name, member in value.items():
                 member_shape = shape.get(name) or shape.get(ANY_OTHER)
                 if member_shape and (member or member == ""):
-                    inner.append((member_shape, member, (*path, name), choice, block))
+                    inner.append((member_shape, member, (*path, name), choice, item))
         elif type(shape) is str:
             if value != "" or shape == TEXT:
-                parts.append(Part(shape, choice, block, path, value))
+                parts.append(Part(shape, choice, item, path, value))
         elif type(shape) is list and isinstance(value, list):
-            for number, item in enumerate(value):
-                inner.append((shape[0], item, (*path, number), choice, number))
+            for number, element in enumerate(value):
+                inner.append((shape[0], element, (*path, number), choice, number))
         elif type(shape) is Each and isinstance(value, list):
-            for number, item in enumerate(value):
-                index = item.get("index") if isinstance(item, dict) else None
+            for number, element in enumerate(value):
+                index = element.get("index") if isinstance(element, dict) else None
                 which = index if isinstance(index, int) else number
-                inner.append((shape.shape, item, (*path, number), which, block))
+                inner.append((shape.shape, element, (*path, number), which, item))
         elif value != "":
-            parts.append(Part(ODD, choice, block, path, value))
+            parts.append(Part(ODD, choice, item, path, value))
         inner.reverse()
         stack += inner
     return parts
@@ -2767,6 +2767,7 @@ MESSAGE = {"role": ROLE, "name": NAME, "tool_name": NAME, "tool_call_id": RESULT
 CHAT_REQUEST = {"messages": Each(MESSAGE)}
 # Some servers say beside a delta all of the message once more.
 DELTA_CHOICE = {
+    # An event whose text is held back must not go with it if it says anything else.
     "delta": {**MESSAGE, ANY_OTHER: OTHER},
     "message": {"content": TextOr(AGAIN, [{"text": AGAIN}])},
     "text": TEXT,
@@ -2854,9 +2855,12 @@ ANY_ANSWER = ByType(
 # --- the table ------------------------------------------------------------------------
 
 # When a request is answered by a stream: if its `stream` is true, if it is not false, or never.
-IF_ASKED, UNLESS_REFUSED, NEVER_STREAMS = "if asked", "unless refused", "never"
-# The text of a chat has begun in an event, without a tag and with more than white space. It must
-# stand in the choice itself, not in something that the server says beside it.
+IF_ASKED = "if asked"
+UNLESS_REFUSED = "unless refused"
+NEVER_STREAMS = "never"
+# The text of a chat has begun in an event, without a tag and with more than white space, as in
+# `"delta": {"role": "assistant", "content": "Hi`. No bracket may stand before `content`, so that
+# it is a member of the choice itself, not of something that the server says beside it.
 PLAIN_CHAT_TEXT = re.compile(
     rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
 )
@@ -2866,8 +2870,8 @@ DONE_WORD = re.compile(re.escape(DONE_MARK))
 
 def encode_openai_error(error: RouterError) -> bytes:
     """Return an error as OpenAI's clients read it."""
-    words = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
-    return encode_json({"error": words})
+    details = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
+    return encode_json({"error": details})
 
 
 def encode_ollama_error(error: RouterError) -> bytes:
@@ -2897,7 +2901,7 @@ class Protocol(NamedTuple):
     # Of answers: their shape, whole or as events; the members of an event that say which of
     # several texts it is about; what shows that the text has begun without a tag.
     answer: Shape = ANY_ANSWER
-    block_members: tuple[str, ...] = ()
+    item_members: tuple[str, ...] = ()
     plain_text: re.Pattern[bytes] | None = None
     # What stands in the event that ends a stream, and seldom in others.
     end_mark: re.Pattern[bytes] = DONE_WORD
@@ -2910,7 +2914,7 @@ class Protocol(NamedTuple):
 
 # Every other path: what its answers look like is not known.
 OTHER_PROTOCOL = Protocol(
-    block_members=("index", "item_id", "content_index"), plain_text=PLAIN_CHAT_TEXT
+    item_members=("index", "item_id", "content_index"), plain_text=PLAIN_CHAT_TEXT
 )
 OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
@@ -2943,14 +2947,14 @@ PROTOCOLS = {
         user_words="messages",
         needs_model=True,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
-        block_members=("index",),
+        item_members=("index",),
         end_mark=re.compile(rb'"message_stop"'),
     ),
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
         user_words="input",
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
-        block_members=("item_id", "content_index"),
+        item_members=("item_id", "content_index"),
         end_mark=re.compile(rb'"response\.(?:completed|incomplete|failed)"'),
     ),
     "/api/chat": OTHER_OLLAMA._replace(
@@ -2994,11 +2998,11 @@ def read_answer(protocol: Protocol, document: Mapping[str, Any]) -> list[Part]:
     if "error" in (document.get("type"), document.get("object")):
         # It calls itself an error, and its words may stand anywhere in it.
         return [Part(ERROR, 0, None, (), document.get("error") or document)]
-    named_by = [document.get(name) for name in protocol.block_members]
-    block: Any = tuple(value for value in named_by if isinstance(value, int | str))
-    if len(block) < 2:
-        block = block[0] if block else None
-    return read_parts(protocol.answer, document, block)
+    named_by = [document.get(name) for name in protocol.item_members]
+    item: Any = tuple(value for value in named_by if isinstance(value, int | str))
+    if len(item) < 2:
+        item = item[0] if item else None
+    return read_parts(protocol.answer, document, item)
 
 
 def error_words(document: Mapping[str, Any]) -> str:
@@ -3076,8 +3080,9 @@ def may_end_stream(protocol: Protocol, format: EventFormat, data: bytes, closed:
 
 
 # --- token counts ---------------------------------------------------------------------
-# Servers count under many names, also such that do not speak the protocol of their path, and so
-# the names stand here for all of them, the best one first. A + joins counts that are parts.
+# Servers count under many names, and not always under those of the protocol of their path. So the
+# names of all protocols are tried, the best one first. A + joins counts that have to be added.
+# Where a server says the total alone, as for embeddings, there is nothing but the prompt to count.
 
 PROMPT_COUNTS = (
     "prompt_tokens",
@@ -3092,7 +3097,8 @@ CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
 TOKEN_COUNT = re.compile(
     rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?:\.0{1,15})?(?![0-9.eE])'
 )
-USAGE_WINDOW = 8 * KiB  # octets that are searched
+# The counts are looked for in so many octets at the beginning, and in twice as many at the end.
+USAGE_WINDOW = 8 * KiB
 
 
 class Usage(NamedTuple):
@@ -3120,8 +3126,8 @@ def read_usage(answer: bytes) -> Usage:
 
     `b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}'`  ->  `(9, 1, None)`
     """
-    # Most servers say the counts in a `usage` member near the end of the answer. Looking for the
-    # word from the end costs nothing, however long the answer is. A server without it (Ollama,
+    # Most servers say the counts in a `usage` member near the end of the answer, where a search
+    # from the end finds it at once. A server without it (Ollama,
     # llama.cpp's timings) says them in its last octets.
     start = answer.rfind(b'"usage"')
     if start < 0:
@@ -3145,9 +3151,9 @@ BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 IMAGE_STARTS = {"iVBOR": "png", "/9": "jpeg", "R0lGO": "gif", "UklGR": "webp", "Qk": "bmp"}
 
 
-def expect(right: object, message: str) -> None:
-    """Refuse a request's content unless something is `right`."""
-    if not right:
+def require_content(condition: object, message: str) -> None:
+    """Raise MalformedContent, for what a client sent, unless a condition holds."""
+    if not condition:
         raise MalformedContent(message)
 
 
@@ -3199,7 +3205,11 @@ def odd_part(part: Part) -> MalformedContent:
 
 
 def read_image(value: Any) -> Any:
-    """Return the URL of a picture that is one, or an object that has one or its data."""
+    """Return the URL of a picture, which may be a string or stand in an object.
+
+    `{"url": "http://a/b.png"}`                      ->  `http://a/b.png`
+    `{"media_type": "image/png", "data": "iVBOR="}`  ->  `data:image/png;base64,iVBOR=`
+    """
     if isinstance(value, dict):
         data = f"data:{value.get('media_type')};base64,{value.get('data')}"
         return value.get("url") or data
@@ -3214,7 +3224,7 @@ def read_image_data(value: Any) -> str:
     data = "".join(str(value).split())
     if data.startswith(("data:", "http://", "https://")):
         return data
-    expect(BASE64.fullmatch(data), "an image is not base64")
+    require_content(BASE64.fullmatch(data), "an image is not base64")
     kind = "png"
     for start, known_kind in IMAGE_STARTS.items():
         if data.startswith(start):
@@ -3235,7 +3245,7 @@ def read_call(part: Part) -> tuple[Any, Any, Any, Any]:
         raise odd_part(part)
     if call.get("type") in ("tool_use", "input_json_delta"):
         arguments = call.get("partial_json") or call.get("input")
-        return part.block, call.get("id"), call.get("name"), arguments
+        return part.item, call.get("id"), call.get("name"), arguments
     if call.get("type") == "function_call":
         return None, call.get("call_id"), call.get("name"), call.get("arguments")
     function = call.get("function") or {}
@@ -3305,7 +3315,7 @@ def add_part(message: Message, part: Part) -> None:
     elif kind == CALL:
         add_call(message.calls, part)
     elif kind == ROLE:
-        # A result says so itself.
+        # The result of a call has the role `tool` by what it is, whatever its message says.
         if message.call_id is None:
             message.role = value
     elif kind == NAME:
@@ -3349,8 +3359,9 @@ def read_messages(
     for message in messages.values():
         # Only /v1/responses and careless clients leave the role out.
         if not message.role:
-            speaks_itself = message.calls or message.thoughts
-            message.role = "assistant" if speaks_itself else "user"
+            # Only a model thinks and calls tools.
+            is_models = message.calls or message.thoughts
+            message.role = "assistant" if is_models else "user"
     return [system, *messages.values()] if system.texts else list(messages.values())
 
 
@@ -3358,7 +3369,7 @@ def read_messages(
 SPOKEN = frozenset((ROLE, TEXT, THINKING, CALL, IMAGE, IMAGE_DATA, FINISH, END))
 
 
-def read_documents(answer: bytes) -> Iterator[dict[str, Any]]:
+def answer_documents(answer: bytes) -> Iterator[dict[str, Any]]:
     """Yield the objects of an answer: the one that it is, or those of its events."""
     whole = parse_object(answer)
     if whole is not None:
@@ -3384,17 +3395,17 @@ def read_error(content: bytes) -> str:
     document = parse_object(text.removeprefix("[").removesuffix("]"))
     if document is None:
         # A server that was about to stream may have made an event of it.
-        document = next(read_documents(content), None)
+        document = next(answer_documents(content), None)
     if document is not None:
         return error_words(document)
     title = HTML_TITLE.search(text)
     return title[1].strip() if title else text
 
 
-def read_answers(answer: bytes) -> list[Message]:
+def read_choices(answer: bytes) -> list[Message]:
     """Return the choices of an answer, whole or streamed, whatever its protocol is."""
     choices: dict[int, Message] = {}
-    for document in read_documents(answer):
+    for document in answer_documents(answer):
         response = document.get("response")
         if isinstance(response, dict) and response.get("output"):
             # The last event of /v1/responses says all of it again.
@@ -3418,12 +3429,13 @@ def read_answers(answer: bytes) -> list[Message]:
 def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, Any]]:
     """Return a conversation: the request's messages, then each choice of the answer.
 
-    What is odd in one of them is left out. Nothing is known of a path without conversations.
+    What is odd in one of them is left out. The request has no messages where the protocol of the
+    path is not known; its answer may have some all the same.
     """
     protocol = find_protocol(path)
     request = parse_object(content) or {}
     messages = read_messages(protocol, request, tolerant=True)
-    return [message.as_document() for message in (*messages, *read_answers(answer))]
+    return [message.as_document() for message in (*messages, *read_choices(answer))]
 
 
 # --- estimates ------------------------------------------------------------------------
@@ -3449,18 +3461,21 @@ def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
 # ======================================================================================
 # 8  Dialects (pure)
 # ======================================================================================
-# Inside, every request and answer is OpenAI-shaped. A `Dialect` is a record of functions, one
-# constant for each kind of endpoint: it turns what a client says into a `ParsedRequest`, that
-# into what a server reads, and the answer into what the client reads. What differs between
-# endpoints of one dialect stands in PROTOCOLS, never here. JSON that needs no change keeps its
-# bytes. On its way an answer goes through a rewriter, if anything has to change in it:
-# `BufferedRewrite` for documents, `StreamRewrite` for events.
+# A server that speaks the client's own dialect gets the request as it came, and its answer goes
+# back as it comes; any other server is spoken to as OpenAI's clients do. A `Dialect` is a record
+# of functions, one constant for each kind of endpoint: it turns what a client says into a
+# `ParsedRequest`, that into what a server reads, and the answer into what the client reads. What
+# differs between endpoints of one dialect stands in PROTOCOLS, never here. JSON that needs no
+# change keeps its bytes. On its way an answer goes through a rewriter, if anything has to change
+# in it: `BufferedRewrite` for documents, `StreamRewrite` for events.
 # To add a dialect: its functions, its `Dialect` constants, its lines in section 16.
 
 
 # --- requests -------------------------------------------------------------------------
 
-MAX_TEXT_PATH = 5  # members down to the text of a part; each is one more look at what is inside
+# How deep `append_text` looks for a text: `messages`, its last element, `content`, its last
+# element and `text` are five steps.
+MAX_TEXT_PATH = 5
 
 
 # What stands in a prompt that is a template already filled in, or that shows a model where to
@@ -3479,7 +3494,7 @@ def is_raw(document: Mapping[str, Any]) -> bool:
     return bool(document.get("raw") or document.get("suffix"))
 
 
-class Rewrite(NamedTuple):
+class RequestChanges(NamedTuple):
     """What a request needs on its way to one server."""
 
     model: str
@@ -3543,8 +3558,8 @@ class Dialect(NamedTuple):
     # What the client sent (path, query, content), and the content for a server: one that speaks
     # the same, or one that speaks OpenAI.
     read: Callable[[str, str, bytes], ParsedRequest]
-    encode: Callable[[ParsedRequest, Rewrite], bytes]
-    encode_openai: Callable[[ParsedRequest, Rewrite], bytes] | None = None
+    encode: Callable[[ParsedRequest, RequestChanges], bytes]
+    encode_openai: Callable[[ParsedRequest, RequestChanges], bytes] | None = None
     # A whole OpenAI answer for the client (plan, document, content), and the answer to a request
     # that asks for nothing.
     answer: Callable[..., bytes] | None = None
@@ -3603,7 +3618,8 @@ def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
     if len(path) >= MAX_TEXT_PATH:
         return {}
     if isinstance(value, dict):
-        # A message of the user, or a part of its content.
+        # A message of the user has the text in `content`, a part of that in `text`. A message of
+        # somebody else has no `text` and is passed over.
         member = "content" if value.get("role") == "user" else "text"
         return append_text((*path, member), value.get(member), suffix)
     if isinstance(value, list):
@@ -3631,7 +3647,7 @@ def no_think_edit(protocol: Protocol, document: Mapping[str, Any]) -> dict[Path,
 USAGE_WISH = '"stream_options":{"include_usage":true}'
 
 
-def encode_object(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
+def encode_object(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
     """Return the client's own bytes with what must change changed."""
     document = parsed.document
     edits: dict[Path, Any] = {}
@@ -3640,6 +3656,7 @@ def encode_object(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     if parsed.model and rewrite.model != parsed.model:
         named_by = [name for name in parsed.protocol.model_members if name in document]
         edits[(named_by[0],)] = rewrite.model
+    # Appending a member needs no search for its place: the usual request is changed by that alone.
     adds_options = rewrite.include_usage and "stream_options" not in document
     if rewrite.include_usage and not adds_options:
         options = document["stream_options"]
@@ -3699,7 +3716,7 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
         at = end
 
 
-def encode_form(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
+def encode_form(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
     """Return content that is no JSON with the model's name changed where it stands."""
     if not parsed.model or rewrite.model == parsed.model:
         return parsed.content
@@ -3819,13 +3836,16 @@ class BufferedRewrite:
         if self.required:
             raise BadGateway(f"the answer is longer than {longest} bytes")
         self.buffers = False
-        return bytes(self.content)
+        content = bytes(self.content)
+        # It has left, and may be large.
+        self.content.clear()
+        return content
 
     def finish(self, closed: bool = False) -> bytes:
         """Return the changed answer.
 
-        Only the close of the connection told its end if `closed`: raises BadGateway for an
-        answer that this has cut.
+        If nothing but the close of the connection has told where the answer ends (`closed`), it
+        may have been cut: raises BadGateway when it is no whole JSON then.
         """
         self.complete = True
         if not self.buffers:
@@ -3912,9 +3932,10 @@ class StreamRewrite:
     def finish(self, closed: bool = False) -> bytes:
         """Return what the last event becomes, if it lacks its end, and what follows it.
 
-        Raises BadGateway when the stream ends inside of an event, or before the answer has said
-        that it is at its end: always in a translation, whose own end would look like a good one,
-        else if only the close of the connection (`closed`) says that it was all.
+        Raises BadGateway when the stream ends inside of an event. It also does so when the answer
+        has not said that it is at its end, and either nothing but the close of the connection has
+        told where it ends (`closed`), or it is translated: the translation writes an end of its
+        own, which would make a cut answer look like a whole one.
         """
         # What has come behind the last event belongs to no answer.
         event = b"" if self.over else self.reader.finish()
@@ -4098,12 +4119,12 @@ class EventFilter:
         parts = read_answer(self.protocol, document)
         texts = [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
         endings = [part for part in parts if part.kind in (FINISH, END, TEXT_END)]
-        ended = dict.fromkeys((part.choice, part.block) for part in endings)
+        ended = dict.fromkeys((part.choice, part.item) for part in endings)
         visible = ""
         for part in parts:
             if part.kind not in (TEXT, AGAIN) or not isinstance(part.value, str):
                 continue
-            last = (part.choice, part.block) in ended or (part.choice, None) in ended
+            last = (part.choice, part.item) in ended or (part.choice, None) in ended
             if part.kind == TEXT:
                 shown = self.feed_text(part, event, last)
                 visible += shown
@@ -4123,7 +4144,7 @@ class EventFilter:
 
     def feed_text(self, part: Part, event: bytes, last: bool) -> str:
         """Return what is visible of a text, and remember what its filter keeps back."""
-        which = (part.choice, part.block)
+        which = (part.choice, part.item)
         if which not in self.filters:
             if not part.value:
                 # An empty text begins nothing.
@@ -4139,9 +4160,9 @@ class EventFilter:
         else:
             self.attentive.add(which)
         if text_filter.pending:
-            self.pending.setdefault(part.choice, {})[part.block] = (part, event)
+            self.pending.setdefault(part.choice, {})[part.item] = (part, event)
         elif part.choice in self.pending:
-            self.pending[part.choice].pop(part.block, None)
+            self.pending[part.choice].pop(part.item, None)
             if not self.pending[part.choice]:
                 del self.pending[part.choice]
         return visible
@@ -4195,7 +4216,7 @@ def openai_message(message: Message, index: int) -> dict[str, Any]:
     calls = []
     for number, call in enumerate(message.calls):
         named = isinstance(call.name, str) and call.name
-        expect(named, f"messages[{index}] has a tool call without a function's name")
+        require_content(named, f"messages[{index}] has a tool call without a function's name")
         function = {"name": call.name, "arguments": "".join(call.arguments) or "{}"}
         call_id = call.id or f"call_{index}_{number}"
         calls.append({"id": call_id, "type": "function", "function": function})
@@ -4244,7 +4265,9 @@ def openai_messages(messages: Iterable[Message]) -> Iterator[dict[str, Any]]:
             open_calls.add(call["id"], call["function"]["name"])
         if message.role == "tool":
             name = message.name
-            expect(isinstance(name, str | None), f"messages[{index}]: its tool's name is no string")
+            require_content(
+                isinstance(name, str | None), f"messages[{index}]: its tool's name is no string"
+            )
             call_id = open_calls.take(name) or f"call_{index}"
             document["tool_call_id"] = message.call_id or call_id
         yield document
@@ -4257,11 +4280,13 @@ def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
     `{"top_k": 3, "max_tokens": 9, "response_format": {"type": "json_object"}}`
     """
     options = document.get("options") or {}
-    expect(isinstance(options, dict), "`options` is not an object")
+    require_content(isinstance(options, dict), "`options` is not an object")
     translated = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
     limit = options.get("num_predict")
     if isinstance(limit, int | float) and limit is not True and limit >= 1:
-        expect(limit < math.inf, "`num_predict` is beyond 1.8e308 instead of a number of tokens")
+        require_content(
+            limit < math.inf, "`num_predict` is beyond 1.8e308 instead of a number of tokens"
+        )
         translated["max_tokens"] = int(limit)
     format = document.get("format")
     if format == "json":
@@ -4270,14 +4295,16 @@ def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
         schema = {"name": "response", "strict": True, "schema": format}
         translated["response_format"] = {"type": "json_schema", "json_schema": schema}
     else:
-        expect(not format, f'`format` is {repr(format)[:80]} instead of "json" or a schema')
+        require_content(
+            not format, f'`format` is {repr(format)[:80]} instead of "json" or a schema'
+        )
     for name in ("tools", "suffix"):
         if document.get(name):
             translated[name] = document[name]
     return translated
 
 
-def encode_ollama_chat(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
+def encode_ollama_chat(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
     document = parsed.document
     openai = find_protocol(parsed.openai_path)
@@ -4298,7 +4325,7 @@ def encode_ollama_chat(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
     return content
 
 
-def encode_ollama_embed(parsed: ParsedRequest, rewrite: Rewrite) -> bytes:
+def encode_ollama_embed(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
     text = parsed.document.get("input")
     if text is None:
@@ -9717,7 +9744,7 @@ class Exchange:
         encode = self.dialect.encode
         if not candidate.native and self.dialect.encode_openai:
             encode = self.dialect.encode_openai
-        rewrite = Rewrite(
+        rewrite = RequestChanges(
             candidate.model or parsed.model,
             self.context.settings.disable_thinking,
             candidate.hide_usage,

@@ -4354,7 +4354,7 @@ SAID_PARTS: list[tuple[str, Any, list[tuple[Any, ...]]]] = [
 @pytest.mark.parametrize("path, document, wanted", SAID_PARTS)
 def test_what_an_answer_says(path: str, document: Any, wanted: list[tuple[Any, ...]]) -> None:
     parts = smolrouter.read_answer(smolrouter.find_protocol(path), document)
-    found = [(p.kind, p.choice, p.block, ".".join(map(str, p.path)), p.value) for p in parts]
+    found = [(p.kind, p.choice, p.item, ".".join(map(str, p.path)), p.value) for p in parts]
     assert sorted(found, key=repr) == sorted(wanted, key=repr)
     for part in parts:
         value = document
@@ -4834,7 +4834,7 @@ MODEL_FORMS = {
 def test_form_names_its_model(content: bytes, model: str, boundary: str) -> None:
     ask = smolrouter.read_form(f"multipart/form-data; {boundary}", "/v1/x", "", content)
     assert (ask.model, ask.content) == (model, content)
-    renamed = smolrouter.encode_form(ask, smolrouter.Rewrite("new"))
+    renamed = smolrouter.encode_form(ask, smolrouter.RequestChanges("new"))
     assert renamed == content.replace(b"\r\n\r\nm\r\n", b"\r\n\r\nnew\r\n")
 
 
@@ -4865,7 +4865,7 @@ def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
     content = b"--b" + b"".join(bits)
     with contextlib.suppress(smolrouter.MalformedContent):
         ask_ = smolrouter.read_form(kind, "/v1/x", "", content)
-        same = smolrouter.encode_form(ask_, smolrouter.Rewrite(ask_.model))
+        same = smolrouter.encode_form(ask_, smolrouter.RequestChanges(ask_.model))
         assert same == content
         assert content[slice(*ask_.model_span)].decode("utf-8", "replace") == ask_.model
 
