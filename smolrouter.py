@@ -6599,6 +6599,8 @@ class ContentReader:
         self.decoder = make_decoder(framing, connection.limits)
         # The content has said itself that it is at its end, whatever its framing says.
         self.over = False
+        # What was wrong with the content, or what `consume` refused, while `pump` ran.
+        self.error: RouterError | None = None
         # While `pump` runs: the function that gets the content, and the client that it writes to.
         self.consume: Callable[[bytes], None] | None = None
         self.client: Connection | None = None
@@ -6652,7 +6654,7 @@ class ContentReader:
             # What came together with the head.
             if connection.received:
                 self.receive(connection.take_received())
-            while not (self.decoder.done or self.over or connection.failure):
+            while not (self.decoder.done or self.over or self.error or connection.failure):
                 if client.write_paused:
                     connection.pause_reading()
                     await client.drain()
@@ -6661,7 +6663,10 @@ class ContentReader:
                     self.note_connection_end()
                 else:
                     await connection.wait()
-            if connection.failure:
+            if self.error:
+                raise self.error
+            # A server may end its connection by a reset right after an answer that is whole.
+            if connection.failure and not (self.decoder.done or self.over):
                 raise connection.failure
         finally:
             connection.sink = None
@@ -6677,7 +6682,9 @@ class ContentReader:
                 self.consume(content)
         except RouterError as error:
             # Here it would reach asyncio, which knows nothing to do with it. `pump` raises it.
-            self.connection.set_failure(error)
+            self.error = error
+            self.connection.wake()
+            return
         # `pump` sleeps until it is over, or until the sender has to be stopped.
         if decoder.done:
             self.connection.received = decoder.buffered
@@ -7115,6 +7122,7 @@ class ConnectionPool:
             # Not wait_for: up to Python 3.11 it may lose a cancellation, or the connection.
             await asyncio.wait([opening], timeout=timeout)
         except asyncio.CancelledError:
+            # It may have been made in this very turn of the event loop, or come later.
             abandon(opening)
             raise
         if not opening.done():

@@ -8272,6 +8272,34 @@ def test_head_at_every_split() -> None:
             assert b"POST".endswith(rest) or rest == b"POST"
 
 
+def test_whole_content_counts_although_its_connection_breaks() -> None:
+    """A server may answer, and reset at once because it has not read all of the request."""
+
+    async def pump(size: int) -> bytes:
+        batch = smolrouter.LoopBatch()
+        upstream, client = smolrouter.Connection(batch), smolrouter.Connection(batch)
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            here = socket.create_connection(listener.getsockname())
+            there, _ = listener.accept()
+        await loop.connect_accepted_socket(lambda: upstream, here)
+        there.sendall(b"hello")
+        while not upstream.received:
+            await asyncio.sleep(0.01)
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        there.close()
+        while not upstream.ended:
+            await asyncio.sleep(0.01)
+        pieces: list[bytes] = []
+        reader = smolrouter.ContentReader(upstream, smolrouter.Framing("length", size))
+        await reader.pump(pieces.append, client)
+        return b"".join(pieces)
+
+    assert asyncio.run(asyncio.wait_for(pump(5), PATIENCE)) == b"hello"
+    with pytest.raises((OSError, smolrouter.RouterError)):
+        asyncio.run(asyncio.wait_for(pump(6), PATIENCE))
+
+
 @pytest.mark.parametrize("data, error", [
     (b"GET / HTTP/1.1\nHost: a\n\n", smolrouter.MalformedMessage),
     (b"GET / HTTP/1.1\r\nHost: a\rX: b", smolrouter.MalformedMessage),
@@ -8797,6 +8825,38 @@ def test_pipelined_requests_whose_answers_nobody_reads() -> None:
 # ======================================================================================
 # The pool, answers that are not HTTP, cool-downs and the lists of models. A new way in which an
 # answer may be no HTTP gets a case in HOSTILE.
+
+# --- the pool, without a program around it ----------------------------------------------
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_connection_that_nobody_waits_for_is_closed(turns: int) -> None:
+    """Its request may end in the very turn of the event loop in which it is made."""
+
+    async def cancel_after(turns: int) -> int:
+        # The kernel makes connections to it, whether somebody accepts them or not.
+        listener = socket.create_server(("127.0.0.1", 0))
+        host, port = listener.getsockname()
+        batch = smolrouter.LoopBatch()
+        pool = smolrouter.ConnectionPool(smolrouter.Settings(), batch)
+        url = smolrouter.parse_upstream_url(f"http://{host}:{port}")
+        task = asyncio.create_task(pool.connect(smolrouter.Server("box", url)))
+        while not (batch.connections or task.done()):
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if task.done():
+            task.result().abort()
+        task.cancel()
+        await asyncio.wait([task])
+        deadline = asyncio.get_running_loop().time() + PATIENCE
+        while batch.connections and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        listener.close()
+        return len(batch.connections)
+
+    assert asyncio.run(cancel_after(turns)) == 0
+
 
 # --- TLS and addresses ----------------------------------------------------------------
 
