@@ -1777,20 +1777,23 @@ class Inflater:
             self.ended = True
 
 
-def decode_content(data: bytes, coding: str, limit: int) -> bytes:
-    """Return a content without its coding, as far as it can be read.
-
-    What the log keeps may be cut anywhere. What cannot be read at all stays as it is.
-    """
-    if coding not in CODINGS:
-        return data
+def decode_pieces(data: bytes, coding: str, limit: int) -> Iterator[bytes]:
+    """Yield a content without its coding, as far as it can be read; it may be cut anywhere."""
     inflater = Inflater(coding, limit)
-    decoded = []
     # Piece by piece, so that a fault costs what follows it and not what was decoded before.
     with contextlib.suppress(BadGateway):
         for at in range(0, len(data), CODED_PIECE):
-            decoded.append(inflater.feed(data[at : at + CODED_PIECE]))
-    return b"".join(decoded) or data
+            yield inflater.feed(data[at : at + CODED_PIECE])
+
+
+def decode_content(data: bytes, coding: str, limit: int) -> bytes:
+    """Return a content without its coding, as far as it can be read.
+
+    What cannot be read at all stays as it is.
+    """
+    if coding not in CODINGS:
+        return data
+    return b"".join(decode_pieces(data, coding, limit)) or data
 
 
 # ======================================================================================
@@ -5979,22 +5982,34 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
 
 
 # --- secrets --------------------------------------------------------------------------
-# What is hidden before anything of a request is kept, so that the log gives nobody access. A
-# fingerprint takes the place of a secret: the owner still sees which of his keys was used.
+# What is hidden before anything of a request is kept, printed or shown, so that the log gives
+# nobody access. A fingerprint takes the place of a secret: the owner still sees which of his keys
+# was used. A secret is known by its name, in the fields of both heads and in a query. Wherever it
+# stands besides (servers repeat keys in their errors) it is found by its value: `find_secrets`
+# gathers what must not be kept of a request, and `hide_secrets` looks for that.
 
 # How the names of secret fields and parameters end.
-SECRET_NAME = re.compile(r"(?:authorization|cookie2?|key|token|secret|password|sig|signature)$")
-QUERY_VALUE = re.compile(r"([?&])([^=&]*)=([^&]*)")
-SCHEME_AND_SECRET = re.compile(r"((?:bearer|basic) )?(.*)", re.IGNORECASE | re.DOTALL)
+SECRET_NAME = re.compile(
+    r"(?:authorization|cookie2?|key|token|secret|password|passwd|passphrase|credentials?|sig"
+    r"|signature|assertion|session-?id|oidc-data|oidc-identity|dpop)$"
+    # These are the ends of harmless words, too: `bypass`, `status-code`.
+    r"|(?:^|-)(?:jwt|auth|pass|pwd)$|^code$"
+)
+# A parameter, in a target or in a URL that is a field's value.
+QUERY_VALUE = re.compile(r"""([?&#])([^=&#\s"<>]*)=([^&#\s"<>]*)""")
+SCHEME_AND_SECRET = re.compile(r"((?:bearer|basic|dpop) )?(.*)", re.IGNORECASE | re.DOTALL)
 NO_FIELDS = Fields([])
+# Secrets as they may stand in a text, each with what takes its place.
+Secrets = tuple[tuple[bytes, bytes], ...]
 
 
 def is_secret_name(name: str) -> bool:
     """Tell whether a field or a parameter of this name carries a secret.
 
-    `X-Api-Key`, `access_token`, `Set-Cookie`  ->  True
+    `X-Api-Key`, `access_token`, `Set-Cookie`, `api%5Fkey`  ->  True
     """
-    return SECRET_NAME.search(name.lower().replace("_", "-")) is not None
+    plain = urllib.parse.unquote(name).lower().replace("_", "-")
+    return SECRET_NAME.search(plain) is not None
 
 
 def hide_secret(secret: str) -> str:
@@ -6017,14 +6032,50 @@ def hide_query_value(match: re.Match[str]) -> str:
     return f"{mark}{name}={value}"
 
 
-def hide_parameters(target: str) -> str:
-    """Return a request-target with the secrets in its query hidden.
+def hide_parameters(text: str) -> str:
+    """Return a request-target, or the value of a field, with the secrets in its query hidden.
 
     `/v1/models?key=abc&a=b`  ->  `/v1/models?key=***ba7816bf&a=b`
     """
-    if "?" not in target:
-        return target
-    return QUERY_VALUE.sub(hide_query_value, target)
+    if "=" not in text:
+        return text
+    return QUERY_VALUE.sub(hide_query_value, text)
+
+
+def spell_secret(secret: str) -> Secrets:
+    """Return how a secret may be spelled in a text, each time with its fingerprint.
+
+    A secret that is so short that a text may hold the same letters by chance is not looked for.
+
+    `a/b...`  ->  as it is, and in JSON or in a URL: `a\\/b...`, `a\\u002fb...`, `a%2Fb...`
+    """
+    if len(secret) < LIMITS.echoed_secret:
+        return ()
+    fingerprint = hide_secret(secret).encode()
+    spellings = [secret]
+    # Nobody escapes what most keys consist of.
+    if not secret.replace("-", "").replace("_", "").isalnum():
+        quoted = json.dumps(secret)[1:-1]
+        signs = re.compile(r"[^\w.~-]", re.ASCII)
+        spellings += [
+            quoted,
+            quoted.replace("/", "\\/"),
+            signs.sub(lambda sign: f"\\u{ord(sign[0]):04x}", secret),
+            signs.sub(lambda sign: f"\\u{ord(sign[0]):04X}", secret),
+            urllib.parse.quote(secret, ""),
+        ]
+    encoded = [spelling.encode("utf-8", "replace") for spelling in spellings]
+    return tuple((spelling, fingerprint) for spelling in dict.fromkeys(encoded))
+
+
+def secrets_in_field(name: str, value: str) -> list[str]:
+    """Return the secrets in the value of a field, without schemes and the names of cookies.
+
+    `Authorization`, `Bearer sk-abc`  ->  `sk-abc`;  `Cookie`, `a=1; b=2`  ->  `1`, `2`
+    """
+    if name == "cookie":
+        return [cookie.partition("=")[2].strip() for cookie in value.split(";")]
+    return [value.rpartition(" ")[2]]
 
 
 class ShownFields(NamedTuple):
@@ -6035,9 +6086,8 @@ class ShownFields(NamedTuple):
     user_agent: str
     # The fingerprint of the client's key.
     client_key: str
-    # The secrets among them with their fingerprints, but for those that are so short that an
-    # answer may hold the same letters by chance.
-    secrets: tuple[tuple[bytes, bytes], ...]
+    # The secrets among the values.
+    secrets: Secrets
 
 
 @remember_short
@@ -6047,11 +6097,11 @@ def show_fields(fields: Fields) -> ShownFields:
     secrets: list[tuple[bytes, bytes]] = []
     for lower, name, value in fields.lines:
         if is_secret_name(lower):
-            secret = value.rpartition(" ")[2].encode("latin-1", "replace")
+            for secret in secrets_in_field(lower, value):
+                secrets += spell_secret(secret)
             value = hide_secret(value)
-            if len(secret) >= LIMITS.echoed_secret:
-                secrets.append((secret, value.encode("latin-1", "replace")))
-        shown.append((name, value))
+        # A Location or a Referer may have them in its query.
+        shown.append((name, hide_parameters(value)))
     key = fields.get("authorization") or fields.get("x-api-key") or fields.get("api-key") or ""
     return ShownFields(
         lines=dump_compact(shown),
@@ -6062,13 +6112,59 @@ def show_fields(fields: Fields) -> ShownFields:
     )
 
 
-def hide_echoed(content: bytes, secrets: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Return an answer without the secrets of its request.
+@functools.lru_cache(maxsize=4)
+def server_secrets(table: RoutingTable) -> Secrets:
+    """Return the secrets that the routing file gives to servers: their keys, and fields of them."""
+    secrets: list[tuple[bytes, bytes]] = []
+    for server in table.all_servers():
+        if server.api_key:
+            secrets += spell_secret(server.api_key)
+        for name, value in server.headers:
+            if is_secret_name(name):
+                for secret in secrets_in_field(name.lower(), value):
+                    secrets += spell_secret(secret)
+    return tuple(dict.fromkeys(secrets))
 
-    Servers repeat them, as in `Incorrect API key provided: sk-abc`.
+
+def query_secrets(target: str) -> Secrets:
+    """Return the secrets in the query of a target."""
+    if "?" not in target:
+        return ()
+    secrets: list[tuple[bytes, bytes]] = []
+    for _, name, value in QUERY_VALUE.findall(target):
+        if is_secret_name(name):
+            secrets += spell_secret(value)
+            secrets += spell_secret(urllib.parse.unquote_plus(value))
+    return tuple(secrets)
+
+
+def find_secrets(fields: Fields, target: str, table: RoutingTable | None) -> Secrets:
+    """Return what must not be kept of a request: secrets of its client, and of its servers."""
+    own = show_fields(fields).secrets + query_secrets(target)
+    return own + server_secrets(table) if table else own
+
+
+def hide_secrets(content: bytes, secrets: Secrets) -> bytes:
+    """Return a decoded content without the secrets that it repeats.
+
+    `Incorrect API key provided: sk-abc...`  ->  `Incorrect API key provided: ***1a2b3c4d`
     """
     for secret, fingerprint in secrets:
         content = content.replace(secret, fingerprint)
+    return content
+
+
+def hide_in_text(text: str, secrets: Secrets) -> str:
+    """Do what `hide_secrets` does, for a text; lone surrogates become `?`."""
+    return hide_secrets(text.encode("utf-8", "replace"), secrets).decode()
+
+
+def hide_cut_secret(content: bytes, secrets: Secrets) -> bytes:
+    """Return a content that was cut without the beginning of a secret at its end."""
+    for secret, _ in secrets:
+        for size in range(len(secret) - 1, LIMITS.echoed_secret // 2, -1):
+            if content.endswith(secret[:size]):
+                return content[:-size]
     return content
 
 
@@ -8065,6 +8161,8 @@ class RequestRecord:
     mapped_model: str
     route: str
     trail: tuple[Step, ...]
+    # What must not be kept of it.
+    secrets: Secrets = ()
     timestamp: float = dataclasses.field(default_factory=time.time)
     started_at: float = dataclasses.field(default_factory=time.monotonic)
     # `RequestLog.begin` numbers it.
@@ -8134,6 +8232,11 @@ class RequestRecord:
         return self.target.partition("?")[0]
 
     @property
+    def shown_target(self) -> str:
+        """The target as it may be kept and shown."""
+        return hide_in_text(hide_parameters(self.target), self.secrets)
+
+    @property
     def event_count(self) -> int:
         """About how many events of a stream have come: what the page shows as its tokens."""
         if not self.stream:
@@ -8171,16 +8274,22 @@ def replace_surrogates(text: str) -> str:
 
 def make_detail(record: RequestRecord) -> Detail:
     """Return what is kept of a request beside its row, secrets hidden."""
-    request_shown = show_fields(record.request_fields)
-    response_shown = show_fields(record.response_fields or NO_FIELDS)
-    # A server may repeat the client's secret in its answer.
-    response = hide_echoed(b"".join(record.pieces), request_shown.secrets)
+    secrets = record.secrets
+    request_lines = show_fields(record.request_fields).lines
+    response_lines = show_fields(record.response_fields or NO_FIELDS).lines
     cut = encode_repeated((record.request_cut, record.response_cut))
     meta = (
-        f'{{"trail":{encode_repeated(record.trail)},"request_headers":{request_shown.lines},'
-        f'"response_headers":{response_shown.lines},"cut":{cut}}}'
+        f'{{"trail":{encode_repeated(record.trail)},"request_headers":{request_lines},'
+        f'"response_headers":{response_lines},"cut":{cut},"decoded":true}}'
     )
-    return Detail(meta, record.content, response)
+    # A server may repeat secrets in its answer, in a field of it, too.
+    request = hide_secrets(record.content, secrets)
+    response = hide_secrets(b"".join(record.pieces), secrets)
+    if record.request_cut:
+        request = hide_cut_secret(request, secrets)
+    if record.response_cut:
+        response = hide_cut_secret(response, secrets)
+    return Detail(hide_in_text(meta, secrets), request, response)
 
 
 def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
@@ -8197,8 +8306,7 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     failed = record.status >= 400 and record.status != ClientClosed.status
     if failed and not began_well:
         return Usage(), False
-    coding = read_coding(record.response_fields)
-    answer = decode_content(detail.response, coding, LIMITS.decoded_answer) + record.answer_end
+    answer = detail.response + record.answer_end
     usage = read_usage(answer)
     path = record.path
     if usage.completion is not None or not answer:
@@ -8244,7 +8352,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         timestamp,
         record.source_ip,
         record.method,
-        hide_parameters(record.target),
+        record.shown_target,
         record.service,
         replace_surrogates(record.requested_model),
         replace_surrogates(record.mapped_model),
@@ -8255,16 +8363,16 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         record.request_size,
         record.response_size,
         record.status or None,
-        replace_surrogates(record.error) or None,
+        hide_in_text(record.error, record.secrets) or None,
         usage.prompt,
         usage.completion,
         int(is_estimated),
-        replace_surrogates(dump_compact(record.attempts)),
+        hide_in_text(dump_compact(record.attempts), record.secrets),
         int(record.stream),
         completed_at,
         replace_surrogates(record.sent_model),
         usage.cached,
-        shown.user_agent,
+        hide_in_text(shown.user_agent, record.secrets),
         shown.client_key,
         failed,
         level,
@@ -8310,6 +8418,31 @@ def unpack_detail(data: bytes, blobs: Sequence[bytes | None]) -> Detail:
     return Detail(meta.decode(), bodies[0], bodies[1])
 
 
+def decode_answer(record: RequestRecord, limit: int) -> None:
+    """Take the content coding off the answer, of which at most `limit` octets are kept.
+
+    What is hidden and looked at is the text: a secret would pass unseen in a coded one.
+    """
+    coding = read_coding(record.response_fields or NO_FIELDS)
+    if coding not in CODINGS:
+        return
+    coded = b"".join(record.pieces)
+    pieces = []
+    room = limit
+    # The end that was kept of a coded answer says nothing.
+    answer_end = b""
+    for piece in decode_pieces(coded, coding, LIMITS.decoded_answer):
+        pieces.append(piece[:room])
+        answer_end = (answer_end + piece[room:])[-ANSWER_END:]
+        room -= len(pieces[-1])
+    if not any(pieces) and not answer_end:
+        # It cannot be read, and stays as it is.
+        return
+    record.pieces = pieces
+    record.answer_end = answer_end
+    record.response_cut = record.response_cut or bool(answer_end)
+
+
 def cut_bodies(record: RequestRecord, limit: int) -> None:
     """Keep the first `limit` octets of each body, and the answer's end, which tells its usage."""
     if len(record.content) > limit:
@@ -8330,7 +8463,8 @@ def describe_request(record: RequestRecord, row: Row) -> str:
     words.append(row.route)
     for attempt in record.attempts[:-1]:
         words.append(f"({attempt.instance}: {attempt.error or attempt.status})")
-    words += [row.upstream_url, str(record.status), record.error, f"{row.duration_ms / 1000:.3f} s"]
+    words += [row.upstream_url, str(record.status), row.error_message or ""]
+    words.append(f"{row.duration_ms / 1000:.3f} s")
     if row.completion_tokens is not None:
         words.append(f"{row.completion_tokens} tokens")
     return " ".join(filter(None, words))
@@ -9006,6 +9140,7 @@ class RequestLog:
             if self.is_hurried():
                 cut_bodies(record, self.limits.short_body)
         try:
+            decode_answer(record, self.body_limit)
             detail = make_detail(record)
             row = make_row(record, detail)
         except Exception:  # noqa: BLE001 - a fault of ours must cost one request its bodies alone
@@ -9252,6 +9387,11 @@ class Context:
         fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
         return fields.get("authorization")
 
+    def secrets_of(self, request: Request) -> Secrets:
+        """Return what must not be kept, printed or shown of a request."""
+        target = request.path + request.query
+        return find_secrets(request.head.fields, target, self.table)
+
     async def spell_models(self, decision: Decision, request: Request) -> Decision:
         """Return a decision that asks each server for a model by a name that it knows.
 
@@ -9438,6 +9578,7 @@ class Exchange:
         self.seeks_error = False
         self.error_content = b""
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
+        self.record.secrets = context.secrets_of(request)
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
@@ -9661,11 +9802,7 @@ class Exchange:
 
         Servers tell which key was wrong: the client's, or the one in the routing file.
         """
-        secrets = list(show_fields(self.request.head.fields).secrets)
-        key = self.candidate.instance.server.api_key or ""
-        if len(key) >= self.context.limits.echoed_secret:
-            secrets.append((key.encode(), hide_secret(key).encode()))
-        hidden = hide_echoed(text.encode("utf-8", "replace"), secrets).decode()
+        hidden = hide_in_text(text, self.record.secrets)
         return hidden[: self.context.limits.error_text]
 
     async def inspect(self, response: UpstreamResponse) -> None:
@@ -10097,7 +10234,7 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
         "id": record.id,
         "request_id": record.request_id,
         "source_ip": record.source_ip,
-        "path": record.target,
+        "path": record.shown_target,
         "original_model": record.requested_model,
         "mapped_model": record.mapped_model,
         "sent_model": record.sent_model,
@@ -10551,7 +10688,10 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     path = row.path.partition("?")[0]
     response_lines = meta.get("response_headers", [])
     fields = Fields([(name.lower(), name, value) for name, value in response_lines])
-    response = decode_content(detail.response, read_coding(fields), LIMITS.decoded_answer)
+    response = detail.response
+    if not meta.get("decoded"):
+        # An older version kept it as it came.
+        response = decode_content(response, read_coding(fields), LIMITS.decoded_answer)
     transcript = []
     if find_protocol(path).user_words:
         transcript = read_transcript(path, detail.request, response)
@@ -10588,6 +10728,7 @@ def read_record(record: RequestRecord) -> dict[str, Any]:
     # taken first, and then the row is looked at.
     raw = copy.copy(record)
     if record.row is None:
+        decode_answer(raw, LIMITS.decoded_answer)
         detail = make_detail(raw)
         phase = raw.phase if raw.finished_at is None else "done"
         return detail_document(make_row(raw, detail), detail, phase)
@@ -11341,7 +11482,8 @@ class Application:
         try:
             await self.dispatch(request, endpoint, of_path)
         except RouterError as error:
-            reason = str(error)[: self.context.limits.error_text]
+            hidden = hide_in_text(str(error), self.context.secrets_of(request))
+            reason = hidden[: self.context.limits.error_text]
             if error.status in (401, 429) and endpoint and endpoint.serve is serve_page:
                 # A browser gets the page all the same: it shows the sign-in.
                 send_page(self.context, request, error.status, error.fields)

@@ -10140,6 +10140,119 @@ def test_no_secret_is_kept_or_shown(log_folder: LogFolder) -> None:
     assert detail["path"].endswith("&a=b")
 
 
+SECRET_NAMES = (
+    "Authorization", "Proxy-Authorization", "X-Api-Key", "Api-Key", "X-Goog-Api-Key", "Cookie",
+    "Set-Cookie", "X-SmolRouter-Token", "X-Auth-Token", "X-Auth", "Ocp-Apim-Subscription-Key",
+    "CF-Access-Jwt-Assertion", "X-Goog-Iap-Jwt-Assertion", "X-Authentik-Jwt", "X-Amzn-Oidc-Data",
+    "X-Amzn-Oidc-Accesstoken", "DPoP", "X-Session-Id", "Mcp-Session-Id", "key", "api_key",
+    "api%5Fkey", "access_token", "jwt", "auth", "pass", "code", "password", "X-Amz-Signature",
+)  # fmt: skip
+HARMLESS_NAMES = ("X-Status-Code", "X-Bypass", "User-Agent", "X-Author", "model", "session_mode")
+
+
+def test_which_names_are_of_secrets() -> None:
+    assert [name for name in SECRET_NAMES if not smolrouter.is_secret_name(name)] == []
+    assert [name for name in HARMLESS_NAMES if smolrouter.is_secret_name(name)] == []
+
+
+@pytest.mark.parametrize("text, hidden", [
+    ("/v1/x?key=abc&a=b", "/v1/x?key=***ba7816bf&a=b"),
+    ("/v1/x?a=b&code=abc", "/v1/x?a=b&code=***ba7816bf"),
+    ("/v1/x?a=b", "/v1/x?a=b"),
+    ("https://a/b?c=d&token=abc#jwt=abc", "https://a/b?c=d&token=***ba7816bf#jwt=***ba7816bf"),
+    ('<https://a/b?token=abc>; rel="next"', '<https://a/b?token=***ba7816bf>; rel="next"'),
+])  # fmt: skip
+def test_parameters_that_are_hidden(text: str, hidden: str) -> None:
+    assert smolrouter.hide_parameters(text) == hidden
+
+
+@pytest.mark.parametrize("secret", ["sk-0123456789-abcdef", 'ab/cd+ef==/gh"ij<kl>mn'])
+def test_a_secret_is_found_however_it_is_spelled(secret: str) -> None:
+    quoted = json.dumps(secret)[1:-1]
+    escaped = "".join(c if c.isalnum() or c in "-_" else f"\\u{ord(c):04x}" for c in secret)
+    spellings = [secret, quoted, quoted.replace("/", "\\/"), escaped,
+                 urllib.parse.quote(secret, "")]  # fmt: skip
+    hidden = smolrouter.hide_in_text(" ".join(spellings), smolrouter.spell_secret(secret))
+    assert hidden == " ".join([smolrouter.hide_secret(secret)] * len(spellings))
+
+
+OWN_KEY, PRIVATE = "sk-of-the-routing-file-0123", "sk-of-the-client-0123456789"
+ECHOED_KEYS = f"keys {PRIVATE} and {OWN_KEY} and param-0123456789-private"
+ECHO_ERROR = {"error": {"message": ECHOED_KEYS}}
+GZIP_FIELD = [("Content-Encoding", "gzip")]
+ECHOES = {
+    "an error": json_response(ECHO_ERROR, 401),
+    "a text": whole_response(ECHOED_KEYS.encode(), 500),
+    "an answer": json_response(completion({}, ECHOED_KEYS)),
+    "an error within": json_response(ECHO_ERROR),
+    "an error in gzip": whole_response(
+        gzip.compress(encode_json(ECHO_ERROR)), 401, GZIP_FIELD, "application/json"),
+    "an answer in gzip": whole_response(
+        gzip.compress(encode_json(completion({}, ECHOED_KEYS))), 200, GZIP_FIELD,
+        "application/json"),
+    "an event": sse_response([*TWO_WORDS, ECHO_ERROR]),
+    "events in gzip": stream_response(
+        [gzip.compress(encode_event(ECHO_ERROR))], fields=GZIP_FIELD),
+    "a field": json_response(completion({}, "ok"), 200, [("X-Said", ECHOED_KEYS)]),
+    "a place": json_response({}, 404, [("Location", f"http://a/?c=d&token={PRIVATE}")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat", "/v1/other"])
+@pytest.mark.parametrize("name", ECHOES)
+def test_an_echoed_secret_is_nowhere_but_at_the_client(
+    log_folder: LogFolder, name: str, path: str
+) -> None:
+    """What a server says of keys goes on as it is; nothing that is kept or shown has them."""
+    upstream = default_upstream()
+    model = upstream.add_script(ECHOES[name])
+    servers = {"own": {"url": upstream.url, "api_key": OWN_KEY}}
+    routes = {
+        "servers": servers,
+        "routes": [{"match": {"model": "/./"}, "route": {"upstream": "own"}}],
+    }
+    stream = "event" in name
+    target = f"{path}?code=param-0123456789-private"
+    with Router(log_folder.settings, routes) as router:
+        fields = [("Authorization", f"Bearer {PRIVATE}")]
+        got = request(router.port, "POST", target, chat_document(model, stream=stream), fields)
+        assert got.status in (200, 401, 404, 500, 502)
+        log_folder.wait_for_rows(1)
+        row = get_document(router, "/api/logs")[0]
+        paths = [f"/api/request/{row['id']}", f"/request/{row['id']}", "/api/logs", "/api/export"]
+        paths += ["/api/export?format=csv", "/api/export?format=openai", "/api/upstreams"]
+        shown = b"".join(request(router.port, "GET", path).content for path in paths)
+        everything = shown + log_folder.all_bytes() + router.stderr.encode()
+        detail = get_document(router, f"/api/request/{row['id']}")
+    for secret in (PRIVATE, OWN_KEY, "param-0123456789-private"):
+        assert secret.encode() not in everything
+    assert detail["response_body_encoding"] == "utf-8"
+    if "field" not in name and "place" not in name:
+        assert "***" in detail["response_body"]
+    if name == "an error":
+        assert PRIVATE in got.content.decode()
+
+
+def test_a_running_request_shows_no_secret() -> None:
+    model = default_upstream().add_script([HANG])
+    with connect(logging_router().port) as sock:
+        sock.sendall(encode_post(f"{CHAT}?jwt=param-private", chat_document(model)))
+
+        def running() -> str:
+            documents = get_document(logging_router(), "/api/inflight")
+            return "".join(one["path"] for one in documents if one["original_model"] == model)
+
+        assert wait_until(running).startswith(f"{CHAT}?jwt=***")
+
+
+@pytest.mark.parametrize("cut_at", range(1, 60, 7))
+def test_no_beginning_of_a_secret_is_kept_at_a_cut(cut_at: int) -> None:
+    secrets = smolrouter.spell_secret(PRIVATE)
+    content = f"wrong key: {PRIVATE}, really".encode()[:cut_at]
+    hidden = smolrouter.hide_cut_secret(smolrouter.hide_secrets(content, secrets), secrets)
+    assert PRIVATE[:10].encode() not in hidden
+
+
 def test_long_bodies_are_files_that_requests_share(log_folder: LogFolder) -> None:
     text = "long " * 10_000
     model = default_upstream().add_script(json_response(completion({}, text)))
