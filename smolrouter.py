@@ -9419,7 +9419,16 @@ def send_error(
     dialect: Dialect,
     fields: Iterable[tuple[str, str]] = (),
 ) -> None:
-    """Answer with an error of the router's own, in the client's dialect."""
+    """Answer with an error of the router's own, in the client's dialect.
+
+    After an answer has begun there is no second head: it would be taken for content of the first.
+    Then the answer is cut, so that it does not look complete.
+    """
+    if writer.finished:
+        return
+    if writer.started:
+        writer.cut(b"")
+        return
     if isinstance(error, FATAL_TO_CONNECTION):
         writer.keep_alive = False
     all_fields = [("Content-Type", "application/json"), *fields, *error.fields]
@@ -11494,9 +11503,8 @@ class Application:
                 # It is no fault: the client has gone, and what was doing its work noticed.
                 raise
             self.context.log.print_line(traceback.format_exc())
-            if not request.writer.started:
-                internal = RouterError("internal error; see the log")
-                send_error(request.writer, internal, request.dialect)
+            internal = RouterError("internal error; see the log")
+            send_error(request.writer, internal, request.dialect)
         finally:
             self.content_size -= request.counted_octets
         # An exchange has printed its own line; the page's polling is not worth one.
