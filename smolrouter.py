@@ -10666,6 +10666,10 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
     }
 
 
+# What is said of a server's last hour.
+LAST_HOUR = ("p50_ms", "requests", "errors")
+
+
 def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
     """Return how a server did in the last hour."""
     rows = db.execute(
@@ -10673,11 +10677,8 @@ def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[st
         (url, time_id(time.time() - 3600)),
     ).fetchall()
     durations = [duration for failed, duration in rows if failed == 0]
-    return {
-        "p50_ms": percentile((), durations, 50),
-        "requests": len(rows),
-        "errors": sum(failed or 0 for failed, _ in rows),
-    }
+    figures = (percentile((), durations, 50), len(rows), sum(failed or 0 for failed, _ in rows))
+    return dict(zip(LAST_HOUR, figures, strict=True))
 
 
 # --- one request ---
@@ -10746,15 +10747,24 @@ def read_record(record: RequestRecord) -> dict[str, Any]:
 
 
 def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
-    """Return everything about a request, None when there is none of that id."""
-    # In this order, in which records move on.
-    for record in [*list(log.running.values()), *list(log.finished)]:
-        if record.id == number:
-            return read_record(record)
+    """Return everything about a request that is written, None when there is none of that id."""
     found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchone()
     if found is None:
         return None
     return detail_document(Row._make(found), log.store.read_detail(db, number))
+
+
+async def find_known_request(log: RequestLog, number: int) -> dict[str, Any] | None:
+    """Return everything about a request, None when there is none of that id.
+
+    One that runs, or waits to be written, is there whatever the database is like.
+    """
+    # In this order, in which records move on.
+    for record in [*list(log.running.values()), *list(log.finished)]:
+        if record.id == number:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(log.readers, read_record, record)
+    return await log.ask(read_request, number)
 
 
 async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
@@ -10762,7 +10772,7 @@ async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
     number = re.search(r"/([0-9]{1,18})$", path)
     document = None
     if number:
-        document = await log.ask(read_request, int(number[1]))
+        document = await find_known_request(log, int(number[1]))
     if document is None:
         raise NotFound("no such request; it may have been older than MAX_LOG_AGE_DAYS")
     return document
@@ -10986,7 +10996,10 @@ async def serve_upstreams(context: Context, request: Request) -> None:
     for server, models in zip(servers, model_lists, strict=True):
         instances = context.upstreams.health_of_server(server)
         url = str(server.url)
-        last_hour = await context.log.ask(read_last_hour, url)
+        # How the servers are is known without the log, and shown without it.
+        last_hour = dict.fromkeys(LAST_HOUR)
+        with contextlib.suppress(LogUnavailable):
+            last_hour = await context.log.ask(read_last_hour, url)
         document = {
             "name": server.name,
             "url": url,
@@ -13366,9 +13379,8 @@ function showStats(stats) {
     node("dt", name), node("dd", value), line?.some(Boolean) && sparkline(line, name))));
   trouble("log", stats.log.error &&
     `The request log is in trouble, requests are relayed all the same: ${stats.log.error}`);
-  trouble("table", stats.routes_error &&
-    `The routing file has an error, the table before it stays in force: ${stats.routes_error}`);
 }
+const showTable = ({error}) => trouble("table", error && `The old routes stay in force: ${error}`);
 /** Sort a sample of the last day into its hours, for the sparklines. */
 function showHours({data_points: points}) {
   app.hours = Array.from({length: 24}, () => []);
@@ -13497,6 +13509,7 @@ const rowsSoon = paced(loadRows, 1000);
 const statsSoon = paced(() => load("stats", {hours: 24}, showStats), 3000);
 const flightsSoon = paced(() => load("inflight", null, showFlights), 500);
 const serversSoon = paced(() => load("upstreams", null, showServers), 5000);
+const tableSoon = paced(() => load("routes", null, showTable), 5000);
 const hoursSoon = paced(() => load("performance", {hours: 24, limit: 500}, showHours), 25_000);
 function openOverview() {
   bindForm(byId("filters"), loadRows);
@@ -13508,7 +13521,7 @@ function openOverview() {
   setInterval(() => app.flights.size && flightsSoon(), 1000);
 }
 function refreshOverview() {
-  for (const soon of [rowsSoon, statsSoon, flightsSoon, serversSoon, hoursSoon]) soon();
+  for (const soon of [rowsSoon, statsSoon, flightsSoon, serversSoon, tableSoon, hoursSoon]) soon();
 }
 // -- Try it, Explain -------------------------------------------------------------------------
 /** Yield the JSON documents of an event stream. */

@@ -10586,6 +10586,26 @@ def test_another_program_s_database_is_left_alone(log_folder: LogFolder) -> None
     assert log_folder.file.read_bytes() == before
 
 
+def test_what_needs_no_log_answers_without_it(log_folder: LogFolder) -> None:
+    """Servers, what runs, the table and its error: another program's database hides none."""
+    with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
+        db.execute("CREATE TABLE precious (a)")
+        db.commit()
+    model = default_upstream().add_script([HANG])
+    with log_folder.router() as router, connect(router.port) as sock:
+        assert wait_until(lambda: log_state(router)["error"])
+        post_chat(router, "tiny", "waits for the log")
+        sock.sendall(encode_post(CHAT, chat_document(model)))
+        (server,) = get_document(router, "/api/upstreams")
+        assert (server["url"], server["requests"]) == (default_upstream().url, None)
+        assert get_document(router, "/api/routes")["error"] is None
+        (running,) = wait_until(lambda: get_document(router, "/api/inflight"))
+        detail = get_document(router, f"/api/request/{running['id']}")
+        assert (detail["original_model"], detail["phase"]) == (model, "waiting")
+        for path in ("/api/logs", "/api/stats", "/api/request/1"):
+            assert request(router.port, "GET", path).status == 503
+
+
 def test_a_newer_database_is_left_alone(log_folder: LogFolder) -> None:
     make_store(log_folder.file.parent).open().close()
     with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
