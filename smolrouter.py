@@ -3035,6 +3035,14 @@ def find_error(protocol: Protocol, document: Mapping[str, Any]) -> str:
     return ""
 
 
+def says_something(protocol: Protocol, document: Mapping[str, Any]) -> bool:
+    """Tell whether an event has words, a call or a finish: more than a role, or that it begins."""
+    for part in read_answer(protocol, document):
+        if part.kind in (TEXT, THINKING, CALL, FINISH) and part.value:
+            return True
+    return False
+
+
 def is_done_mark(data: bytes) -> bool:
     """Tell whether the data of an event is OpenAI's mark for the end: `[DONE]`."""
     return any(line.strip() == DONE_MARK for line in data.splitlines())
@@ -9850,7 +9858,10 @@ class Exchange:
         self.check_first_events(form)
 
     def check_first_events(self, form: EventFormat) -> None:
-        """Raise ErrorAnswer when a stream begins with an error, and another could be asked."""
+        """Raise ErrorAnswer when a stream says that it failed before it says anything else.
+
+        Only where another instance could be asked: the client of an only one gets what it says.
+        """
         candidate = self.candidate
         if not candidate.has_next:
             return
@@ -9860,6 +9871,8 @@ class Exchange:
             words = find_error(protocol, document)
             if words:
                 raise ErrorAnswer(words)
+            if says_something(protocol, document):
+                return
 
     async def attempt(self, candidate: Candidate) -> UpstreamResponse:
         """Ask the instance; one that refuses `stream_options` is asked again without."""
@@ -9991,7 +10004,7 @@ class Exchange:
         if rewriter:
             tail = rewriter.finish(closed)
             self.conclude(rewriter)
-        if self.error_content:
+        if self.error_content and not self.record.error:
             self.record.error = self.read_error(head, self.error_content)
         # Another instance may do better, as long as nothing of this answer has been sent.
         replaceable = self.candidate.has_next and head.status < 400 and not self.writer.started

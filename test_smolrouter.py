@@ -11221,7 +11221,7 @@ def test_the_log_keeps_nothing_of_an_answer_that_does_not_count() -> None:
     assert "no memory" not in detail["response_body"] and "You said" in detail["response_body"]
 
 
-OUT_OF_MEMORY: dict[str, list[Step]] = {
+NO_MEMORY_LEFT: dict[str, list[Step]] = {
     "OpenAI": json_response({"error": {"message": "CUDA out of memory", "code": 500}}, 500),
     "Ollama": json_response({"error": "CUDA out of memory"}, 404),
     "FastAPI": json_response({"detail": "CUDA out of memory"}, 422),
@@ -11242,10 +11242,10 @@ OUT_OF_MEMORY: dict[str, list[Step]] = {
 
 @functools.lru_cache
 def router_out_of_memory() -> Router:
-    """Return a router with aliases for each of OUT_OF_MEMORY, and for each of ALL_WAYS."""
+    """Return a router with aliases for each of NO_MEMORY_LEFT, and for each of ALL_WAYS."""
     servers = {"sound": Upstream().url}
     aliases = {}
-    for number, steps in enumerate(OUT_OF_MEMORY.values()):
+    for number, steps in enumerate(NO_MEMORY_LEFT.values()):
         servers[f"s{number}"] = upstream_playing(*steps)()
         aliases[f"pair-{number}"] = {"instances": [f"s{number}/n", "sound/n"]}
         for way in range(len(ALL_WAYS)):
@@ -11253,7 +11253,7 @@ def router_out_of_memory() -> Router:
     return shared_router({}, {"servers": servers, "aliases": aliases})
 
 
-@pytest.mark.parametrize("number", range(len(OUT_OF_MEMORY)), ids=OUT_OF_MEMORY)
+@pytest.mark.parametrize("number", range(len(NO_MEMORY_LEFT)), ids=NO_MEMORY_LEFT)
 def test_words_of_an_error_are_in_its_row(number: int) -> None:
     router = router_out_of_memory()
     for way, (path, stream) in enumerate(ALL_WAYS):
@@ -11264,7 +11264,7 @@ def test_words_of_an_error_are_in_its_row(number: int) -> None:
         assert row["error_message"] == "CUDA out of memory", (path, stream)
 
 
-@pytest.mark.parametrize("number", range(len(OUT_OF_MEMORY)), ids=OUT_OF_MEMORY)
+@pytest.mark.parametrize("number", range(len(NO_MEMORY_LEFT)), ids=NO_MEMORY_LEFT)
 def test_words_of_an_error_are_in_the_attempt_that_failed(number: int) -> None:
     router = router_out_of_memory()
     assert post_chat(router, f"pair-{number}").status == 200
@@ -11300,6 +11300,20 @@ def test_words_of_an_error_do_not_tell_keys(status: int, alone: bool) -> None:
                 assert key not in (detail["error_message"] or "")
                 # Its client gets the answer as it is.
                 assert not alone or key in got.content.decode()
+
+
+def test_words_before_an_error_in_a_stream_are_not_lost() -> None:
+    """The first instance has begun to answer; that the second one would fail is not known."""
+    words = encode_event(text_delta("Hello"))
+    trouble = encode_event({"error": {"message": "no memory"}})
+    first = upstream_playing(*stream_response([words + trouble]))
+    with router_of_two(first(), refusing_url()) as router:
+        got = post_chat(router, "pair", stream=True)
+    assert got.content == words + trouble
+    role = encode_event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+    second = upstream_playing(*stream_response([role + trouble]))
+    with router_of_two(second(), Upstream().url) as router:
+        assert post_chat(router, "pair", stream=True).text == "You said: hi"
 
 
 def test_a_last_answer_with_an_error_inside_passes_as_it_is() -> None:
