@@ -4816,7 +4816,7 @@ class Instance(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where a request may go: to the instances of an alias, or to the only one of a rule."""
+    """Where a request may go: to one of an alias's instances, or to the only one there is."""
 
     instances: tuple[Instance, ...]
     alias: str = ""
@@ -4866,20 +4866,20 @@ class RoutingTable:
     source: str
 
     def all_servers(self) -> list[Server]:
-        """Return every server that can be asked, each once; those without a name come first."""
+        """Return every server that can be asked, each once; those outside `servers` come first."""
         targets = [rule.target for rule in self.rules]
         targets += self.aliases.values()
         used_servers = [self.default]
         for target in targets:
             used_servers.extend(instance.server for instance in target.instances)
         # A route or an alias may have a URL instead of a name, and several may have the same.
-        named_urls = {server.url for server in self.servers.values()}
-        unnamed_servers: dict[UpstreamURL, Server] = {}
+        listed_urls = {server.url for server in self.servers.values()}
+        unlisted_servers: dict[UpstreamURL, Server] = {}
         for server in used_servers:
-            if server.url not in named_urls:
-                unnamed_servers[server.url] = server
-        # Named servers are all listed, even two with one URL: their keys may differ.
-        return [*unnamed_servers.values(), *self.servers.values()]
+            if server.url not in listed_urls:
+                unlisted_servers[server.url] = server
+        # Those of `servers` are all returned, even two with one URL: their keys may differ.
+        return [*unlisted_servers.values(), *self.servers.values()]
 
 
 class Decision(NamedTuple):
@@ -4887,7 +4887,7 @@ class Decision(NamedTuple):
 
     requested_model: str
     mapped_model: str
-    # The name of its Route, such as `routes[2]` or `alias fast`.
+    # Who claimed it, such as `routes[2]` or `alias fast`.
     route: str
     strategy: str
     instances: tuple[Instance, ...]
@@ -5044,12 +5044,14 @@ class Node(NamedTuple):
         return self.value
 
     def read_field(self) -> str:
-        """Return the value of a field, whose name is the last key of the path.
+        """Return a value that is sent in a field: one of `headers`, or `api_key`.
 
-        Most of them are secrets, so that no message shows what is wrong with one.
+        In `headers` the last key of the path is the field's name. Most values are secrets, so that
+        no message shows what is wrong with one.
         """
         name = self.path[-1]
-        # Read as the line that it will be in a request. A name with a colon would come out shorter.
+        # Read as the line that it will be in a request. A colon inside the name would end it there,
+        # and the name that is read would be shorter than the key.
         line = FIELD_LINE.fullmatch(f"{name}:{self.value}")
         is_field = isinstance(self.value, str) and line and line[1] == name
         self.require(is_field, "no field name or value; put one line in quotes")
@@ -5065,8 +5067,8 @@ class TableReader:
         self.servers: dict[str, Server] = {}
         for node in servers.entries():
             self.servers[node.path[-1]] = self.read_server(node)
-        # Which URL has which name, so that no two servers go by one.
-        self.names = {name: server.url for name, server in self.servers.items()}
+        # The URL behind each name: no name may stand for two.
+        self.url_of_name = {name: server.url for name, server in self.servers.items()}
         self.default = self.find_default(default_url)
         self.aliases: dict[str, Target] = {}
         for node in aliases.entries():
@@ -5083,10 +5085,11 @@ class TableReader:
                 return server
         return self.name_server(url, "default")
 
-    def name_server(self, url: UpstreamURL, *wishes: str) -> Server:
-        """Return a server that the file gives no name; it gets the first that nobody else has."""
-        for name in (*wishes, f"{url.authority}{url.prefix}"):
-            if self.names.setdefault(name, url) == url:
+    def name_server(self, url: UpstreamURL, *preferred_names: str) -> Server:
+        """Return a server that the file gives no name, with one that no other URL has."""
+        for name in (*preferred_names, f"{url.authority}{url.prefix}"):
+            # A free name is this URL's from now on.
+            if self.url_of_name.setdefault(name, url) == url:
                 return Server(name, url)
         return Server(str(url), url)
 
@@ -5175,6 +5178,7 @@ class TableReader:
             alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
             return self.aliases[name]
         if model in given:
+            # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
         server = self.read_upstream(upstream) if upstream in given else self.default
         return Target((Instance(server, model.value),))
@@ -5198,8 +5202,8 @@ def parse_json_routes(text: str, name: str) -> RoutesDocument:
         raise ConfigError(f"{name}{line}: no valid JSON: {error}") from None
 
     def line_of(path: Path) -> int | None:
-        # There is none for a value that is missing, and never a second one: `unique_object`
-        # refuses that.
+        # Nothing is found for a value that is missing. Two would be found for a name that is
+        # repeated in its object, but `unique_object` has refused that.
         place = next(find_values(text, 0, [path]), None)
         if place is None:
             return None
@@ -5305,10 +5309,10 @@ class RouteQuery(NamedTuple):
     source_address: Address | None
 
 
-class Route(NamedTuple):
-    """Who claimed a request, in the words of the log and the page, and where it goes."""
+class Claim(NamedTuple):
+    """Where a request goes, and who says so: `route` as the log and the page have it."""
 
-    name: str
+    route: str
     target: Target
 
 
@@ -5423,7 +5427,7 @@ def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
     return Target((Instance(server, match.expand(model)),))
 
 
-def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Route | None:
+def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Claim | None:
     """Claim a name that ends in a server's: `llama3 [gpu]`. An alias of that name goes first."""
     for name in names_to_try(query.requested_model):
         if not name.endswith("]") or name in query.table.aliases:
@@ -5434,37 +5438,37 @@ def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Route | None:
             model = name.removesuffix(f" [{server.name}]")
             if model and model != name:
                 trail.append(Step("pin", True, f"the name pins server {server.name!r}"))
-                return Route(f"pin {server.name}", Target((Instance(server, model),)))
+                return Claim(f"pin {server.name}", Target((Instance(server, model),)))
     return None
 
 
-def claim_by_alias(query: RouteQuery, trail: list[Step]) -> Route | None:
+def claim_by_alias(query: RouteQuery, trail: list[Step]) -> Claim | None:
     """Claim a request one of whose names is an alias."""
     for name in query.names:
         if name in query.table.aliases:
             trail.append(Step(f"aliases.{name}", True, f"{name!r} is an alias"))
-            return Route(f"alias {name}", query.table.aliases[name])
+            return Claim(f"alias {name}", query.table.aliases[name])
     return None
 
 
-def claim_by_rule(query: RouteQuery, trail: list[Step]) -> Route | None:
+def claim_by_rule(query: RouteQuery, trail: list[Step]) -> Claim | None:
     """Claim a request for the first of the rules that matches."""
     for rule in query.table.rules:
         match, step = match_rule(rule, query)
         trail.append(step)
         if match:
-            return Route(rule.name, fill_template(rule.target, match))
+            return Claim(rule.name, fill_template(rule.target, match))
     return None
 
 
-def claim_by_default(query: RouteQuery, trail: list[Step]) -> Route:
+def claim_by_default(query: RouteQuery, trail: list[Step]) -> Claim:
     """Claim whatever is left for DEFAULT_UPSTREAM."""
     default = query.table.default
     trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {default.url}"))
-    return Route("default", Target((Instance(default),)))
+    return Claim("default", Target((Instance(default),)))
 
 
-ROUTE_ORDER: tuple[Callable[[RouteQuery, list[Step]], Route | None], ...] = (
+ROUTE_ORDER: tuple[Callable[[RouteQuery, list[Step]], Claim | None], ...] = (
     claim_by_pin,
     claim_by_alias,
     claim_by_rule,
@@ -5479,16 +5483,18 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
     names = names_to_try(requested_model, mapped_model) if requested_model else ()
     source_address = parse_source_host(source_host)
     query = RouteQuery(table, requested_model, mapped_model, names, source_host, source_address)
-    # The last of them claims whatever is left, so that there always is a route.
-    for claim in ROUTE_ORDER:
-        route = claim(query, trail)
-        if route is not None:
+    # The last of them claims whatever is left, so that there always is a claim.
+    for find_claim in ROUTE_ORDER:
+        claim = find_claim(query, trail)
+        if claim is not None:
             break
     # An instance that names no model is asked for the mapped one.
     instances = tuple(
         Instance(instance.server, instance.model or mapped_model)
-        for instance in route.target.instances
+        for instance in claim.target.instances
     )
+    # The tag is not dropped here: for that the server has to be asked whether it lists the name,
+    # and only a request that is translated asks (section 14). The trail says what comes of it.
     for model in dict.fromkeys(instance.model for instance in instances):
         if requested_model.endswith(LATEST_TAG) and model.endswith(LATEST_TAG):
             why = f"translated for a server that does not list it, it is {without_tag(model)!r}"
@@ -5496,8 +5502,8 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
     return Decision(
         requested_model=requested_model,
         mapped_model=mapped_model,
-        route=route.name,
-        strategy=route.target.strategy,
+        route=claim.route,
+        strategy=claim.target.strategy,
         instances=instances,
         trail=tuple(trail),
     )
@@ -5691,6 +5697,7 @@ def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
     cookie from scripts, SameSite=Strict from requests that other sites cause, and Secure (for
     those who came by https) from the open network.
     """
+    # The claims stand between the two dots.
     claims = parse_object(decode_base64url(token.partition(".")[2].partition(".")[0])) or {}
     max_age = int(min(claims.get("exp", now) - now, LONGEST_COOKIE))
     attributes = f"Max-Age={max_age}; Path=/; HttpOnly; SameSite=Strict"
@@ -5750,14 +5757,15 @@ class TokenGuard:
             ) from None
 
     def count_failure(self, source_host: str, now: float) -> bool:
-        """Count a failure; tell whether the address had used up what it may have before it."""
+        """Count a failure; tell whether the address had all that it may have before this one."""
         window = self.limits.token_failure_window
         earlier = self.failures.pop(source_host, ())
-        # A clock that was put back leaves moments of the future; they count as now.
+        # A clock that was put back leaves moments of the future; they count as recent.
         recent = [moment for moment in earlier if now - moment < window]
         if len(self.failures) >= self.limits.token_failure_addresses:
             oldest = next(iter(self.failures))
             del self.failures[oldest]
+        # The first ones are kept: an address may fail again when the oldest leaves the window.
         self.failures[source_host] = [*recent, now][: self.limits.token_failures]
         return len(recent) >= self.limits.token_failures
 
@@ -5826,15 +5834,15 @@ INERT_FIELDS = [
 
 
 class BrowserRules(NamedTuple):
-    """Which names and pages a browser may use the router by, beside those that are always good."""
+    """The Hosts and Origins that a browser may use, beside those that are always allowed."""
 
     allowed_hosts: tuple[str, ...]
     allowed_origins: tuple[str, ...]
     machine_name: str
 
 
-def split_host(host: str) -> str:
-    """Return a Host without its port and brackets, in lower case.
+def host_name(host: str) -> str:
+    """Return the name or address in a Host: without port and brackets, in lower case.
 
     'Box.Lan:1234' -> 'box.lan'; '[::1]:1234' -> '::1'; 'box.lan.' -> 'box.lan'
     """
@@ -5845,13 +5853,13 @@ def split_host(host: str) -> str:
 
 
 def is_web_host(host: str, allowed: Sequence[str], machine: str) -> bool:
-    """Tell whether a Host is one that no name under a stranger's control can be.
+    """Tell whether a browser may use the router by this Host: no stranger can own such a name.
 
     DNS rebinding: evil.example answers with the stranger's address at first and with this machine's
     a moment later. The page that came from there then asks the router as its own origin, and no
     browser stops it. But its requests still say `Host: evil.example`.
     """
-    name = split_host(host)
+    name = host_name(host)
     if not name:
         return False
     # No public name is without a dot, and an address was looked up nowhere.
@@ -5890,7 +5898,7 @@ def origin_allowed(origin: str, allowed: Sequence[str], webui: bool) -> bool:
         return True
     if "loopback" not in allowed or scheme not in ("http", "https"):
         return False
-    name = split_host(authority)
+    name = host_name(authority)
     return name in ("localhost", "::1") or (is_address(name) and name.startswith("127."))
 
 
@@ -5903,9 +5911,10 @@ def origin_remedy(origin: str, webui: bool) -> str:
 
 
 def is_browser(fields: Fields) -> bool:
-    """Tell whether a browser sent a request for a page, as far as it can be seen.
+    """Tell whether a request comes from a browser and not from a program, as far as can be seen.
 
-    Sec-Fetch-Site is sent to https and loopback alone. Otherwise only habits give it away.
+    A browser sends Sec-Fetch-Site, but only to https and loopback. Elsewhere two other fields give
+    it away, which all browsers send and hardly a program does.
     """
     if fields.get("sec-fetch-site") not in (None, "none"):
         return True
@@ -5922,7 +5931,9 @@ def check_browser(
     Raises MisdirectedRequest or Forbidden.
     """
     origin = fields.get("origin")
-    # DNS rebinding. On the model API, programs may use any name, and they show no Origin.
+    # DNS rebinding. Programs may use the model API by any name: there a wrong Host alone is refused
+    # only to what looks like a browser. A request with an Origin is judged below, where a page of
+    # that Host does not count as the router's own.
     host_is_good = is_web_host(host, rules.allowed_hosts, rules.machine_name)
     if not host_is_good and (webui or (origin is None and is_browser(fields))):
         raise MisdirectedRequest(
@@ -5952,7 +5963,7 @@ def check_browser(
 def check_browser_head(
     head: RequestHead, webui: bool, rules: BrowserRules
 ) -> list[tuple[str, str]]:
-    """Do what `check_browser` does, for a whole head."""
+    """Do what `check_browser` does, and remember it for this head; the list must stay as it is."""
     return check_browser(head.fields, head.host, webui, rules)
 
 
