@@ -6279,7 +6279,8 @@ class LoopBatch:
 # Linux tells in TCP_INFO how a connection is. That record only ever grows at its end; these are
 # the places of three of its members, and the least length that has them all.
 UNACKNOWLEDGED_AT, LAST_ACK_AT, UNSENT_AT, TCP_INFO_SIZE = 24, 56, 144, 148
-# A kernel that has no room for more is asked again at least so often, in seconds.
+# A receiver without room for more is asked less and less often whether it has some again. This is
+# the longest that Linux waits before it asks, in seconds.
 LONGEST_WINDOW_PROBE = 120.0
 
 
@@ -6306,8 +6307,8 @@ def ask_for_signs(sock: Any, interval: int) -> None:
 def read_silence(sock: Any) -> float:
     """Return for how long the other side's kernel has acknowledged nothing, in s; 0 if unknown.
 
-    TCP_USER_TIMEOUT would do with less, but it also ends the connection to a server that is well
-    and does not read for a while: one that puts a long request behind those that run.
+    TCP_USER_TIMEOUT would take less code. But it also ends the connection to a server that is well
+    and reads nothing for a while, because it lets a long request wait until others are done.
     """
     if sys.platform != "linux":
         return 0.0
@@ -6712,7 +6713,8 @@ class ContentReader:
         # Octets that `read` has returned.
         self.size = 0
         self.decoder = make_decoder(framing, connection.limits)
-        # The content has said itself that it is at its end, whatever its framing says.
+        # The content itself has said that it is at its end, as `data: [DONE]` does. Its framing
+        # (`done`) may go on: the last chunk often comes later.
         self.over = False
         # What was wrong with the content, or what `consume` refused, while `pump` ran.
         self.error: RouterError | None = None
@@ -6722,7 +6724,7 @@ class ContentReader:
 
     @property
     def done(self) -> bool:
-        """Whether all of the content has been read."""
+        """Whether the content has been read to the end of its framing."""
         return self.decoder.done
 
     def decode(self, data: bytes) -> bytes:
@@ -6827,8 +6829,8 @@ class ResponseWriter:
         self.size = 0
         self.started = False
         self.finished = False
-        # How the content is framed, once the head is written. With neither of the first two it
-        # has a length.
+        # How the content is framed, once the head is written: in chunks, up to the end of the
+        # connection, or not at all because there is none. Otherwise the head has its length.
         self.chunked = False
         self.ends_by_close = False
         self.omits_content = False
@@ -7061,7 +7063,7 @@ class Upload:
 COOLING_STATUSES = (429, 503)
 # So many names of models does an error say, of those that there are.
 NAMES_IN_ERROR = 5
-# Fields of a refused list that its client gets with it.
+# When a server refuses to list its models, its client gets these fields of the refusal.
 LIST_FIELDS = ("content-type", "www-authenticate", "retry-after")
 
 
@@ -7338,7 +7340,8 @@ class ConnectionPool:
 def as_bad_gateway(error: OSError | RouterError) -> RouterError:
     """Return what to raise when an error ends an answer in its middle.
 
-    A timeout says enough itself, and that the client has left is no fault of the server.
+    A GatewayTimeout is a BadGateway already, and its message says enough. That the client has left
+    is no fault of the server.
     """
     if isinstance(error, (BadGateway, ClientClosed)):
         return error
@@ -7394,21 +7397,22 @@ class UpstreamResponse:
             connection.close()
 
     def finish_later(self) -> None:
-        """Keep the connection when the framing ends, too, which is nobody's concern any more.
+        """Let the connection be used again as soon as the content's framing has ended, too.
 
-        Most servers send their last chunk a moment after the last event: without this, each
-        stream would cost a new connection. Some never send it, and are not waited for.
+        The content has said that it is at its end, and nobody waits for what follows. Most servers
+        send their last chunk a moment after the last event: to close at once would cost a new
+        connection for each stream. Some never send it; they are given up after a moment.
         """
         connection = self.connection
         connection.on_disconnect = connection.abort
         connection.set_deadline(connection.limits.content_end, IDLE_TOO_LONG)
-        connection.sink = self.pass_end
-        self.pass_end(connection.take_received())
+        connection.sink = self.skip_to_end
+        self.skip_to_end(connection.take_received())
         if connection.ended:
             connection.abort()
 
-    def pass_end(self, data: bytes) -> None:
-        """Read past what still comes of the content: the sink of a connection in no use."""
+    def skip_to_end(self, data: bytes) -> None:
+        """Throw away what still comes of the content: the sink while `finish_later` is in force."""
         try:
             self.reader.decode(data)
         except RouterError:
@@ -7476,8 +7480,9 @@ class UpstreamResponse:
 class Health:
     """How one instance has fared.
 
-    A failure begins a cool-down in which other instances are asked first. It doubles with each
-    failure in a row; a good answer ends it, and a whole one the row.
+    A failure begins a cool-down, in which other instances are asked first. With each failure in a
+    row it gets twice as long. A good answer that has begun ends the cool-down (`answer`); when all
+    of it has come, the row ends, too (`succeed`).
     """
 
     limits: Limits
@@ -7540,9 +7545,9 @@ class Upstreams:
         self.turn_numbers = itertools.count(1)
         # What was learned from answers. These servers refuse `stream_options`.
         self.no_stream_options: set[UpstreamURL] = set()
-        # These models tell the timings of a stream unasked (llama.cpp). Asked for the usage, too,
-        # they put the timings beside it, in an event that the router takes out, and the client
-        # would get none. So these are not asked for it.
+        # These models put timings into the last event of a stream unasked (llama.cpp). A request
+        # for the usage would move them into the usage event, which the router takes out, and the
+        # client would lose them. So the router does not ask these models for the usage.
         self.models_with_timings: set[tuple[UpstreamURL, str]] = set()
 
     # How instances fare.
@@ -7586,8 +7591,8 @@ class Upstreams:
         if len(instances) < 2:
             return instances
         if decision.strategy == "round_robin":
-            # The one that has waited longest. To count through the list instead would give the
-            # turn of each instance that is cooling to the one that stands behind it.
+            # The one that was asked the longest ago is first. If a counter went round the list
+            # instead, the instance behind a cooling one would get that one's turns and its own.
             instances.sort(key=lambda i: self.turns.get((decision.route, i), 0))
         elif decision.strategy == "least_busy":
             instances.sort(key=self.requests_running)
@@ -7619,11 +7624,11 @@ class Upstreams:
             try:
                 return await self.send_on(connection, server, method, message)
             except GatewayTimeout:
-                # The server has the request, and may still be at work on it.
+                # It is a BadGateway, too. But this server may still be at work on the request.
                 raise
             except BadGateway:
-                # When not one octet of an answer has come, the server had closed the idle
-                # connection before it read the request.
+                # When not one octet of an answer has come, the server is taken to have closed the
+                # idle connection before it read the request.
                 if connection.received_octets > octets_before:
                     raise
         connection = await self.pool.connect(server)
@@ -7694,12 +7699,12 @@ class Refusal(NamedTuple):
 
 
 class ListRefused(BadGateway):
-    """A server's own error in place of its models; for its client it is the answer."""
+    """A server answered with an error in place of its models, and the client gets that error."""
 
     def __init__(self, refusal: Refusal) -> None:
         document = parse_object(refusal.content)
         words = error_words(document) if document else ""
-        # In another dialect, the answer has content of another type.
+        # A client of another dialect gets the error written anew: the server's type would be wrong.
         fields = [field for field in refusal.fields if field[0].lower() != "content-type"]
         super().__init__(words or f"/v1/models answered {refusal.status}", *fields)
         self.status = refusal.status
@@ -7717,13 +7722,13 @@ def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
         check_json_size(content.decode("utf-8", "replace"), math.inf, limits)
     except RouterError:
         document = None
-    # Most servers wrap their list into an object; some do not.
-    listed = document.get("data") if isinstance(document, dict) else document
     if not isinstance(document, (dict, list)):
         raise ValueError(
             f"/v1/models answered no JSON list of at most {limits.model_list_size} "
             f"bytes and {limits.json_depth} levels"
         )
+    # Most servers wrap their list into an object; some do not.
+    listed = document.get("data") if isinstance(document, dict) else document
     models: dict[str, dict[str, Any]] = {}
     for entry in listed if isinstance(listed, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
@@ -7740,7 +7745,7 @@ def connect_to_any(addresses: Sequence[str], port: int, timeout: float) -> socke
 
 
 def fetch_models(
-    connection: Any, server: Server, authorization: str | None, limits: Limits
+    http_connection: Any, server: Server, authorization: str | None, limits: Limits
 ) -> list[dict[str, Any]]:
     """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
     import http.client
@@ -7750,15 +7755,15 @@ def fetch_models(
     if credentials:
         fields["Authorization"] = credentials
     try:
-        connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
-        response = connection.getresponse()
+        http_connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
+        response = http_connection.getresponse()
         content = response.read(limits.model_list_size)
     except (http.client.HTTPException, AttributeError) as error:
         # AttributeError: the call took too long, `refresh` has ended the connection meanwhile,
         # and http.client finds no socket.
         raise OSError(describe(error)) from None
     finally:
-        connection.close()
+        http_connection.close()
     answer_fields = Fields([(name.lower(), name, value) for name, value in response.getheaders()])
     coding = read_coding(answer_fields)
     if coding in CODINGS:
@@ -7782,7 +7787,7 @@ ModelListKey = tuple[str, str]
 class ModelList(NamedTuple):
     """The models that a server listed, and when it was asked, on the monotonic clock."""
 
-    fetched_at: float
+    asked_at: float
     models: list[dict[str, Any]]
 
 
@@ -7821,27 +7826,26 @@ class ModelLists:
             del self.refreshing[key]
 
     def find(self, key: ModelListKey, server: Server) -> tuple[ModelList | None, bool]:
-        """Return the last list unless it is too old, and whether it is true as far as is known."""
+        """Return the last list unless it is too old, and whether no change has made it wrong."""
         known = self.lists.get(key)
-        if known is None or time.monotonic() - known.fetched_at > self.limits.model_list_kept:
+        if known is None or time.monotonic() - known.asked_at > self.limits.model_list_kept:
             return None, False
-        return known, known.fetched_at > self.changed_at.get(server.url, 0.0)
+        return known, known.asked_at > self.changed_at.get(server.url, 0.0)
 
     async def get(self, server: Server, authorization: str | None) -> list[dict[str, Any]] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
         key = self.key_of(server, authorization)
-        known, is_true = self.find(key, server)
+        known, is_current = self.find(key, server)
         is_fresh = (
-            known is not None
-            and time.monotonic() - known.fetched_at <= self.limits.model_list_fresh
+            known is not None and time.monotonic() - known.asked_at <= self.limits.model_list_fresh
         )
-        if (is_true and is_fresh) or self.upstreams.is_cooling(server):
+        if (is_current and is_fresh) or self.upstreams.is_cooling(server):
             return known.models if known else None
         if key not in self.refreshing:
             refresh = self.refresh(key, server, authorization)
             self.refreshing[key] = asyncio.create_task(refresh)
         # An old list will do for now; without one, or with a wrong one, the client has to wait.
-        if not is_true:
+        if not is_current:
             await asyncio.wait([self.refreshing[key]], timeout=self.limits.model_list_timeout)
             known, _ = self.find(key, server)
         return known.models if known else None
@@ -7849,39 +7853,40 @@ class ModelLists:
     async def refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
         """Ask a server and keep its list; a failure leaves the last one."""
         health = self.upstreams.health_of(Instance(server))
-        connection = self.open_connection(server)
+        http_connection = self.make_http_connection(server)
         timeout = self.limits.model_list_timeout
         self.refusals.pop(key, None)
         try:
             async with self.fetch_permits:
                 asked_at = time.monotonic()
-                fetching = self.fetch(connection, server, authorization)
+                fetching = self.fetch(http_connection, server, authorization)
                 models = await asyncio.wait_for(fetching, timeout)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
         except ListRefused as error:
-            # It can be reached, but has no list for us.
+            # The server is well, but it has no list for us.
             health.succeed()
             health.error = f"/v1/models answered {error.status}"
             keep_newest(self.refusals, key, error.refusal, self.limits.model_lists)
         except ValueError as error:
+            # What it sent is none.
             health.succeed()
             health.error = str(error)
         else:
             health.succeed()
             # Another refresh may have begun later and be here already.
-            if key not in self.lists or self.lists[key].fetched_at < asked_at:
+            if key not in self.lists or self.lists[key].asked_at < asked_at:
                 keep_newest(self.lists, key, ModelList(asked_at, models), self.limits.model_lists)
         finally:
             if self.refreshing.get(key) is asyncio.current_task():
                 del self.refreshing[key]
             # A thread that still reads has to end.
             with contextlib.suppress(OSError):
-                if connection.sock:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                if http_connection.sock:
+                    http_connection.sock.shutdown(socket.SHUT_RDWR)
 
     async def fetch(
-        self, connection: Any, server: Server, authorization: str | None
+        self, http_connection: Any, server: Server, authorization: str | None
     ) -> list[dict[str, Any]]:
         """Ask a server for its models. Raises OSError, ValueError or ListRefused."""
         addresses = await self.upstreams.pool.names.find(server.url.host)
@@ -7890,14 +7895,16 @@ class ModelLists:
         def ask() -> list[dict[str, Any]]:
             # http.client would look the name up again.
             sock = connect_to_any(addresses, server.url.port, self.limits.model_list_timeout)
-            connection.sock = sock
+            http_connection.sock = sock
             if tls_context:
-                connection.sock = tls_context.wrap_socket(sock, server_hostname=server.url.host)
-            return fetch_models(connection, server, authorization, self.limits)
+                http_connection.sock = tls_context.wrap_socket(
+                    sock, server_hostname=server.url.host
+                )
+            return fetch_models(http_connection, server, authorization, self.limits)
 
         return await run_in_daemon((OSError, ValueError, ListRefused), ask)
 
-    def open_connection(self, server: Server) -> Any:
+    def make_http_connection(self, server: Server) -> Any:
         """Return a connection of http.client's to a server, which has no socket yet."""
         # Importing it takes 12 ms and 2 MB, which the start can do without.
         import http.client
@@ -7970,8 +7977,8 @@ async def list_models(
     """
     servers = table.all_servers()
     answers = await asyncio.gather(*(model_lists.get(s, authorization) for s in servers))
-    mapped_names = [pattern for pattern, _ in table.model_map if isinstance(pattern, str)]
-    own_names = [*table.aliases, *mapped_names]
+    map_keys = [pattern for pattern, _ in table.model_map if isinstance(pattern, str)]
+    own_names = [*table.aliases, *map_keys]
     if not own_names and all(answer is None for answer in answers):
         refusal = model_lists.refusals.get(model_lists.key_of(servers[0], authorization))
         if len(servers) == 1 and refusal:
