@@ -12331,8 +12331,7 @@ def run_export(invocation: Invocation) -> int:
         parameters = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
         store = Store(settings, invocation.limits)
         if not os.path.exists(store.path):
-            where = f"DB_PATH={settings.db_path!r} names no file"
-            raise ConfigError(f"export: nothing has been logged: {where}")
+            raise ConfigError(f"export: nothing has been logged (DB_PATH={settings.db_path!r})")
         # Each page comes with the row before which the next one begins; 0 is the end.
         while parameters.get("before", 1):
             with reading(store.path) as db:
