@@ -8020,7 +8020,7 @@ async def list_models(
 # To find a request, look in the three places in this order: it can move on meanwhile, but only
 # to a place that is still to be looked at.
 #
-# Threads: the event loop calls `begin`, `append_body`, `finish` and `wait_for_room`. The thread
+# Threads: the event loop calls `begin`, `append_body`, `finish` and `wait_to_begin`. The thread
 # "log" runs `run`, and only it writes. Two more run the queries of the page (`ask`), each time
 # with a connection of its own that can only read; SQLite's write-ahead log lets them read while
 # others write.
@@ -8550,7 +8550,7 @@ def sum_rows(rows: Iterable[Row]) -> Tallies:
 
 
 def make_insert(table: str, columns: int, rows: int) -> str:
-    """Return the statement that inserts so many rows, in the place of what has their ids."""
+    """Return the statement that inserts so many rows; each replaces the one that has its id."""
     marks = f"({', '.join('?' * columns)})"
     return f"INSERT OR REPLACE INTO {table} VALUES {', '.join([marks] * rows)}"
 
@@ -8570,8 +8570,8 @@ FINISH_INTERRUPTED = f"""UPDATE requests SET failed = 1, error_message = 'interr
 def insert_rows(db: sqlite3.Connection, one: str, many: str, rows: Sequence[Sequence[Any]]) -> None:
     """Insert rows, by the statement for `ROWS_AT_ONCE` of them and by that for one.
 
-    A statement that runs lets the event loop have the interpreter, and has to wait for it when it
-    is done. With many rows in a statement there is less to wait for.
+    SQLite gives up Python's interpreter lock while a statement runs, and the thread then waits
+    until the event loop gives it back. Fewer statements with more rows wait less.
     """
     whole = len(rows) - len(rows) % ROWS_AT_ONCE
     for at in range(0, whole, ROWS_AT_ONCE):
@@ -8580,8 +8580,8 @@ def insert_rows(db: sqlite3.Connection, one: str, many: str, rows: Sequence[Sequ
 
 
 @contextlib.contextmanager
-def reading(path: str) -> Iterator[sqlite3.Connection]:
-    """Open the log's database for some questions. Raises sqlite3.Error."""
+def open_for_reading(path: str) -> Iterator[sqlite3.Connection]:
+    """Open the log's database for queries, which cannot write. Raises sqlite3.Error."""
     # A name of a file is octets, and need not be a text.
     name = urllib.parse.quote(os.fsencode(os.path.abspath(path)))
     with contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as db:
@@ -8649,7 +8649,7 @@ class BodyMemory:
         self.bodies.pop(digest, None)
 
     def older_than(self, moment: float) -> Iterator[str]:
-        """Yield nothing: none is there that nobody knows of."""
+        """Yield nothing: a crash leaves files that no row knows of, but nothing in memory."""
         yield from ()
 
 
@@ -8664,12 +8664,13 @@ class Store:
         self.bodies: BodyFiles | BodyMemory = BodyMemory()
         if settings.blob_storage_type == "filesystem":
             self.bodies = BodyFiles(settings.blob_storage_path)
-        # The number of this router among those that share the database, from `claim_number` on.
+        # The number of this router among those that share the database. Until `claim_number` has
+        # found a free one, the process's id makes it likely that two routers differ.
         self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
         self.db: sqlite3.Connection | None = None
-        # The file that is open, to see when another one is in its place.
-        self.file: os.stat_result | None = None
+        # Which file `db` is, to see when another one is in its place.
+        self.open_file: os.stat_result | None = None
 
     def open(self) -> sqlite3.Connection:
         """Return the database, opened again when another file, or none, is in its place.
@@ -8679,22 +8680,26 @@ class Store:
         if self.db and not self.is_in_place():
             self.close()
         if self.db is None:
+            # Without an isolation level sqlite3 begins no transaction on its own: the methods
+            # below say BEGIN themselves, and `with` commits, or rolls back when it is left by an
+            # exception.
             self.db = sqlite3.connect(
                 self.path,
                 timeout=self.limits.database_lock_timeout,
                 isolation_level=None,
-                check_same_thread=False,
             )
             self.migrate(self.db)
-            self.file = os.stat(self.path)
+            self.open_file = os.stat(self.path)
             if self.lock_file is None:
                 self.claim_number(self.db)
         return self.db
 
     def is_in_place(self) -> bool:
         """Tell whether the file that is open is the one that has the name."""
+        if self.open_file is None:
+            return False
         try:
-            return self.file is not None and os.path.samestat(os.stat(self.path), self.file)
+            return os.path.samestat(os.stat(self.path), self.open_file)
         except FileNotFoundError:
             return False
 
@@ -8764,18 +8769,18 @@ class Store:
             for record in kept:
                 for digest, data in filter(None, record.blobs):
                     db.execute(INSERT_BLOB, (digest, len(data)))
-                    # The table alone is not believed: somebody may have deleted the file.
+                    # Also where the table has it already: somebody may have deleted the file.
                     self.bodies.keep(digest, data)
             rows = [*running, *(record.row for record in records)]
             details = []
             for record in kept:
-                digests = [blob[0] if blob else None for blob in record.blobs]
+                digests = [blob.digest if blob else None for blob in record.blobs]
                 details.append((record.id, record.body_bytes, *digests, record.data))
             insert_rows(db, INSERT_REQUEST, INSERT_REQUESTS, rows)
             insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
             db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
 
-    def file_early(self, blobs: Sequence[tuple[str, bytes] | None]) -> None:
+    def file_early(self, blobs: Sequence[PackedBody | None]) -> None:
         """Write the files of long bodies before the transaction, in which others would wait.
 
         A file system may take a millisecond for each. Trouble shows in the transaction again.
@@ -8789,62 +8794,67 @@ class Store:
     def newest_that_fit(self, records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
         """Return the newest records whose details fit together into MAX_TOTAL_STORAGE_SIZE."""
         total = 0
-        for at in range(len(records) - 1, -1, -1):
-            total += records[at].body_bytes
+        for index in range(len(records) - 1, -1, -1):
+            total += records[index].body_bytes
             if total > self.bytes_limit:
-                return records[at + 1 :]
+                return records[index + 1 :]
         return records
 
     def make_room(self, db: sqlite3.Connection, size: int) -> None:
-        """Forget the oldest details until `size` more octets fit, or none is left."""
+        """Forget the oldest details until `size` more octets fit, or none is left.
+
+        A detail may free less than its size, because others can use its long bodies too. So after
+        each step the sum that the database keeps is looked at again.
+        """
         while True:
             ((stored,),) = db.execute("SELECT bytes FROM storage")
             needed = stored + size - self.bytes_limit
             if needed <= 0:
                 return
-            last = None
-            for number, freed in db.execute("SELECT id, size FROM details ORDER BY id LIMIT 100"):
-                last = number
-                needed -= freed
+            last_id = None
+            oldest = db.execute("SELECT id, size FROM details ORDER BY id LIMIT 100")
+            for detail_id, most_freed in oldest:
+                last_id = detail_id
+                needed -= most_freed
                 if needed <= 0:
                     break
-            if last is None:
+            if last_id is None:
                 return
-            self.forget(db, last)
+            self.forget(db, last_id)
 
-    def forget(self, db: sqlite3.Connection, last: int) -> None:
+    def forget(self, db: sqlite3.Connection, last_id: int) -> None:
         """Delete the details up to an id, and the long bodies that nobody uses any more."""
-        db.execute("DELETE FROM details WHERE id <= ?", (last,))
+        db.execute("DELETE FROM details WHERE id <= ?", (last_id,))
         for (digest,) in db.execute("SELECT digest FROM blobs WHERE uses < 1").fetchall():
             self.bodies.forget(digest)
         db.execute("DELETE FROM blobs WHERE uses < 1")
 
     def prune(self, now: float) -> bool:
-        """Delete a little of what is too old and give its space back; tell whether more is.
+        """Delete a little of what is too old and give its space back; tell whether some is left.
 
         `now` is in s UTC. A little at a time, because the rows of requests wait meanwhile.
         """
         if now < self.prune_at:
             return False
-        oldest = time_id(now - self.max_age)
+        begin = now - self.max_age
+        oldest_id = time_id(begin)
         with self.open() as db:
             db.execute("BEGIN IMMEDIATE")
-            ((last,),) = db.execute(
+            ((last_id,),) = db.execute(
                 "SELECT max(id) FROM (SELECT id FROM details WHERE id < ? ORDER BY id LIMIT ?)",
-                (oldest, PRUNED_ROWS),
+                (oldest_id, PRUNED_ROWS),
             )
-            self.forget(db, last or 0)
+            self.forget(db, last_id or 0)
             pruned = db.execute(
                 "DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE id < ? LIMIT ?)",
-                (oldest, PRUNED_ROWS),
+                (oldest_id, PRUNED_ROWS),
             ).rowcount
-            hour = int((now - self.max_age) // 3600)
-            db.execute("DELETE FROM rollups WHERE hour < ?", (hour,))
+            db.execute("DELETE FROM rollups WHERE hour < ?", (int(begin // 3600),))
         db.execute(f"PRAGMA incremental_vacuum({VACUUMED_PAGES})").fetchall()
         ((free_pages,),) = db.execute("PRAGMA freelist_count")
-        if last or pruned or free_pages:
+        if last_id or pruned or free_pages:
             return True
-        self.prune_files(db, now - self.max_age)
+        self.prune_files(db, begin)
         self.prune_at = now + self.limits.prune_interval
         return False
 
@@ -8855,16 +8865,17 @@ class Store:
                 self.bodies.forget(digest)
 
     def check(self) -> None:
-        """Look whether the file is sound, not what is remembered of it. Raises sqlite3.Error."""
+        """Check the file itself. Raises sqlite3.Error when it is damaged."""
+        # An open connection would check the pages that it has in memory.
         self.close()
         ((found,),) = self.open().execute("PRAGMA quick_check(1)")
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
 
-    def read_detail(self, db: sqlite3.Connection, number: int) -> Detail:
+    def read_detail(self, db: sqlite3.Connection, request_id: int) -> Detail:
         """Return the detail of a request, an empty one when it is forgotten or damaged."""
         found = db.execute(
-            "SELECT data, request_blob, response_blob FROM details WHERE id = ?", (number,)
+            "SELECT data, request_blob, response_blob FROM details WHERE id = ?", (request_id,)
         ).fetchone()
         if found is None:
             return Detail()
@@ -8876,7 +8887,7 @@ class Store:
             return Detail()
 
     def move_aside(self) -> str:
-        """Give a file that is no database of ours another name; return it, "" for no file."""
+        """Give a damaged database another name and return that; return "" when there is no file."""
         if not os.path.isfile(self.path):
             return ""
         aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -8898,7 +8909,7 @@ class BodyBudget:
         self.counted_at = time.monotonic()
 
     def has_time(self) -> bool:
-        """Tell whether some is left."""
+        """Tell whether some time is left for bodies."""
         now = time.monotonic()
         earned = (now - self.counted_at) * self.share
         self.seconds_left = min(self.seconds_left + earned, self.savings)
@@ -8906,8 +8917,17 @@ class BodyBudget:
         return self.seconds_left > 0
 
     def spend(self, seconds: float) -> None:
-        """Take away what bodies have taken."""
+        """Count the time that bodies have taken."""
         self.seconds_left -= seconds
+
+
+def keep_files_private() -> None:
+    """Let nobody but their owner read the files of this process: prompts are in them.
+
+    SQLite cannot be told a mode for its files, so that this has to hold for the whole process.
+    """
+    if hasattr(os, "umask"):
+        os.umask(0o077)
 
 
 class RequestLog:
@@ -8916,10 +8936,10 @@ class RequestLog:
     def __init__(
         self, settings: Settings, limits: Limits, print_line: Callable[[str], None]
     ) -> None:
-        if hasattr(os, "umask"):
-            # What is kept is its owner's alone.
-            os.umask(0o077)
-        self.settings, self.limits, self.print_line = settings, limits, print_line
+        keep_files_private()
+        self.settings = settings
+        self.limits = limits
+        self.print_line = print_line
         self.store = Store(settings, limits) if settings.enable_logging else None
         self.body_limit = settings.max_blob_size if self.store else 0
         self.body_budget = BodyBudget(limits.body_time_share, limits.body_time_savings)
@@ -8927,28 +8947,40 @@ class RequestLog:
         # Where records are: see the theory of operation.
         self.running: dict[int, RequestRecord] = {}
         self.finished: collections.deque[RequestRecord] = collections.deque()
-        # So many of `finished`, from its beginning, have their row.
+        # How many records of `finished`, the oldest ones, have their row.
         self.ready_rows = 0
         self.last_id = 0
-        # Octets of bodies: what the event loop has taken in, what the thread has let go again.
-        self.bytes_received = self.bytes_released = 0
+        # Octets of bodies. The event loop alone writes the first, the thread alone the second.
+        self.bytes_received = 0
+        self.bytes_released = 0
+
+        # Rows that were dropped because the database did not take them.
         self.lost = 0
-
-        # What others look at: sums since the start, for /metrics; who wants to hear of rows; what
-        # is wrong with the database now; and what was wrong with it.
+        # The tallies since the start, by service, model and server, for /metrics.
         self.series: dict[tuple[str, str, str], Tally] = {}
+        # Each gets every row, for a page that is open.
         self.listeners: list[collections.deque[Row]] = []
-        self.error = self.notice = ""
+        # What is wrong with the database now, and what was wrong with one that was moved aside.
+        self.error = ""
+        self.notice = ""
 
-        # Set: something has happened; a whole batch is there; the end; a first look is done.
-        self.news, self.batch_is_full = threading.Event(), threading.Event()
-        self.closing, self.opened = threading.Event(), threading.Event()
-        self.retry_at, self.give_up_at = 0.0, NEVER
-        # A reader found the database odd; there is more to delete.
-        self.is_suspect = self.is_pruning = False
-        # Not set: new requests wait. Its event loop is known once they do.
-        self.room = asyncio.Event()
-        self.room.set()
+        # What the thread waits for: something to do, or a batch that fills a transaction.
+        self.news = threading.Event()
+        self.batch_is_full = threading.Event()
+        # The log is to end; after `give_up_at` also with rows that are not written.
+        self.closing = threading.Event()
+        self.give_up_at = NEVER
+        # The thread has tried to open the database, which makes its tables for the readers.
+        self.opened = threading.Event()
+        # After trouble nothing is written before this moment.
+        self.retry_at = 0.0
+        # A reader had an error that says that the file is damaged.
+        self.is_suspect = False
+        # There is more to delete.
+        self.is_pruning = False
+        # While it is not set, requests wait before they begin, in the event loop `loop`.
+        self.may_begin = asyncio.Event()
+        self.may_begin.set()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.readers = concurrent.futures.ThreadPoolExecutor(2, "log-reader")
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
@@ -8962,21 +8994,24 @@ class RequestLog:
         self.last_id = max(self.last_id + MAX_ROUTERS, time_id(record.timestamp) + number)
         record.id = self.last_id
         self.running[record.id] = record
-        room = max(0, min(self.body_limit, self.limits.body_memory - self.body_bytes))
-        if len(record.content) > room:
-            record.content = record.content[:room]
+        memory_left = self.limits.body_memory - self.body_bytes
+        most = max(0, min(self.body_limit, memory_left))
+        if len(record.content) > most:
+            record.content = record.content[:most]
             record.request_cut = True
         record.body_bytes = len(record.content)
         self.bytes_received += record.body_bytes
         self.wake_thread()
 
     def append_body(self, record: RequestRecord, data: bytes) -> None:
-        """Keep a piece of what the upstream says while there is room, and then its end alone."""
-        room = min(self.body_limit - record.pieces_size, self.limits.body_memory - self.body_bytes)
-        if record.response_cut or len(data) > room:
-            end = record.answer_end + data[-ANSWER_END:]
-            record.answer_end = end[-ANSWER_END:]
-            data = b"" if record.response_cut else data[: max(0, room)]
+        """Keep a piece of an answer, up to the limits; from then on the answer's end alone."""
+        memory_left = self.limits.body_memory - self.body_bytes
+        most = min(self.body_limit - record.pieces_size, memory_left)
+        if record.response_cut or len(data) > most:
+            answer_end = record.answer_end + data[-ANSWER_END:]
+            record.answer_end = answer_end[-ANSWER_END:]
+            # Behind a gap nothing more is kept, also when there is memory again.
+            data = b"" if record.response_cut else data[: max(0, most)]
             record.response_cut = True
         if data:
             record.pieces.append(data)
@@ -9004,16 +9039,18 @@ class RequestLog:
         if len(self.finished) - self.ready_rows >= self.limits.batch_rows:
             if not self.batch_is_full.is_set():
                 self.batch_is_full.set()
-            if self.room.is_set() and self.is_behind(self.limits.row_delay):
-                self.close_room()
+            if self.may_begin.is_set() and self.is_behind(self.limits.row_delay):
+                self.hold_requests()
 
     def wake_thread(self) -> None:
-        """Tell the thread that there is something to do; its lock is not asked for in vain."""
+        """Tell the thread that there is something to do."""
+        # To set an event takes a lock, to look at it none: most often it is set already.
         if not self.news.is_set():
             self.news.set()
 
     def is_behind(self, delay: float) -> bool:
-        """Tell whether many rows wait, the oldest over `delay` s, though the database is well."""
+        """Tell whether rows come faster than they are written: the oldest waits over `delay` s."""
+        # A database in trouble gets no faster when requests wait for it.
         if self.error or len(self.finished) < self.limits.batch_rows:
             return False
         try:
@@ -9023,16 +9060,16 @@ class RequestLog:
             return False
         return time.monotonic() - oldest.finished_at > delay
 
-    def close_room(self) -> None:
-        """Let new requests wait until the thread has caught up, but for a moment at most."""
+    def hold_requests(self) -> None:
+        """Let new requests wait until the thread has caught up, for `log_wait` s at most."""
         self.loop = asyncio.get_running_loop()
-        self.room.clear()
-        self.loop.call_later(self.limits.log_wait, self.room.set)
+        self.may_begin.clear()
+        self.loop.call_later(self.limits.log_wait, self.may_begin.set)
 
-    async def wait_for_room(self) -> None:
-        """Wait while more requests end than can be written, before another one begins."""
-        if not self.room.is_set():
-            await self.room.wait()
+    async def wait_to_begin(self) -> None:
+        """Wait, before a request begins, while more end than can be written."""
+        if not self.may_begin.is_set():
+            await self.may_begin.wait()
 
     @property
     def body_bytes(self) -> int:
@@ -9060,15 +9097,19 @@ class RequestLog:
             self.print_line(" ".join(filter(None, words)))
 
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
-        """Return what a question makes of the database. Raises LogUnavailable."""
+        """Run a query's function in a reader's thread and return its result.
+
+        The function gets this log, a connection to the database and `args`. Raises LogUnavailable.
+        """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.readers, self.answer, question, args)
 
     def answer(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Put a question to the database, in a reader's thread. Raises LogUnavailable."""
+        """Run a query's function; it is a reader's thread that does. Raises LogUnavailable."""
+        # The first start makes the tables. With a lock on the file that takes a few timeouts.
         self.opened.wait(5 * self.limits.database_lock_timeout)
         try:
-            with reading(self.store.path) as db:
+            with open_for_reading(self.store.path) as db:
                 return question(self, db, *args)
         except sqlite3.Error as error:
             if CORRUPT_MESSAGE.search(str(error)):
@@ -9082,6 +9123,7 @@ class RequestLog:
         self.closing.set()
         self.news.set()
         self.batch_is_full.set()
+        # The last try may wait for a lock more than once.
         self.thread.join(seconds + 3 * self.limits.database_lock_timeout)
         if self.waiting:
             self.print_line(f"log: {self.waiting} rows are lost: the database did not take them")
@@ -9100,7 +9142,8 @@ class RequestLog:
                 self.drop_oldest(len(self.finished) - self.ready_rows)
             self.try_step(self.prune)
             self.opened.set()
-            self.open_room()
+            self.admit_requests()
+            # A whole batch has come meanwhile: there is nothing to wait for.
             if len(self.finished) - self.ready_rows >= self.limits.batch_rows:
                 continue
             if is_last and (not self.finished or time.monotonic() >= self.give_up_at):
@@ -9128,16 +9171,19 @@ class RequestLog:
         if self.error:
             self.closing.wait(self.limits.retry_interval)
             return
-        if len(self.finished) > self.ready_rows:
-            # They came while the last ones were written.
-            pass
-        elif self.is_pruning or self.unlisted_records(time.monotonic()):
-            self.news.wait(interval)
-        elif self.store:
-            self.news.wait(max(0.0, self.store.prune_at - time.time()))
-        else:
-            self.news.wait()
+        # Records that came while the last ones were written are something to do already.
+        if len(self.finished) == self.ready_rows:
+            self.news.wait(self.longest_sleep())
         self.batch_is_full.wait(interval)
+
+    def longest_sleep(self) -> float | None:
+        """Return after how many seconds there is something to do without news; None for never."""
+        # More is to be deleted, or a running request is to get its row.
+        if self.is_pruning or self.unlisted_records(time.monotonic()):
+            return self.limits.batch_interval
+        if self.store is None:
+            return None
+        return max(0.0, self.store.prune_at - time.time())
 
     def prepare_batch(self) -> None:
         """Make the rows of the next batch, print and count them, and tell who listens."""
@@ -9159,10 +9205,10 @@ class RequestLog:
 
     def prepare_row(self, record: RequestRecord) -> None:
         """Make the row of a finished record, pack its bodies and let the raw ones go."""
-        started_at = 0.0
+        thread_seconds = 0.0
         has_long_body = record.body_bytes > self.limits.short_body
         if has_long_body:
-            started_at = time.thread_time()
+            thread_seconds = time.thread_time()
             if self.is_hurried():
                 cut_bodies(record, self.limits.short_body)
         try:
@@ -9178,11 +9224,14 @@ class RequestLog:
             record.data, record.blobs = pack_detail(detail, self.limits.inline_body)
             self.store.file_early(record.blobs)
         if has_long_body:
-            self.body_budget.spend(time.thread_time() - started_at)
-        # In this order: a reader takes the raw bodies, and then looks whether there is a row.
+            self.body_budget.spend(time.thread_time() - thread_seconds)
+        # In this order: a reader copies the raw bodies, and then looks whether there is a row. If
+        # there is none, it has all of them.
         record.row = row
-        record.content, record.pieces, record.answer_end = b"", [], b""
-        size = len(record.data) + sum(len(blob[1]) for blob in record.blobs if blob)
+        record.content = b""
+        record.pieces = []
+        record.answer_end = b""
+        size = len(record.data) + sum(len(blob.data) for blob in record.blobs if blob)
         self.bytes_released += record.body_bytes - size
         record.body_bytes = size
         if not is_quiet(self.settings):
@@ -9198,13 +9247,14 @@ class RequestLog:
         """Count rows for /metrics, and tell those who listen."""
         for listener in list(self.listeners):
             listener.extend(rows)
-        for (_, *names), tally in sum_rows(rows).items():
-            key = tuple(names)
+        for (_, service, model, server), tally in sum_rows(rows).items():
+            key = (service, model, server)
             # Clients choose the names of models, and each key costs memory as long as we live.
             if key not in self.series and len(self.series) >= self.limits.metric_series:
-                key = (key[0], "other", "other")
-            counted = self.series.get(key, itertools.repeat(0))
-            self.series[key] = list(map(operator.add, tally, counted))
+                key = (service, "other", "other")
+            # A new list each time: the event loop may be writing the old one out for /metrics.
+            sums = self.series.get(key)
+            self.series[key] = list(map(operator.add, sums, tally)) if sums else tally
 
     def unlisted_records(self, begun_before: float) -> list[RequestRecord]:
         """Return the running records from before a monotonic moment that have no row yet."""
@@ -9276,12 +9326,12 @@ class RequestLog:
         self.release_oldest(count)
         self.lost += count
 
-    def open_room(self) -> None:
+    def admit_requests(self) -> None:
         """Let new requests begin when the thread has caught up."""
-        if not self.room.is_set() and not self.is_behind(self.limits.row_delay / 2):
+        if not self.may_begin.is_set() and not self.is_behind(self.limits.row_delay / 2):
             # The loop may be closed by now.
             with contextlib.suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(self.room.set)
+                self.loop.call_soon_threadsafe(self.may_begin.set)
 
     def prune(self) -> None:
         """Delete a little of what is too old, and note whether there is more."""
@@ -9300,7 +9350,7 @@ class RequestLog:
         file = pathlib.Path(getattr(error, "filename", None) or self.store.path)
         bodies = pathlib.Path(self.settings.blob_storage_path)
         if isinstance(error, OSError) and bodies in file.parents:
-            # One text for all files of the folder, or each would be said.
+            # One text for all files of the folder, or a line would be printed for each.
             file = bodies
         if str(file) not in text:
             text = f"{file}: {text}"
@@ -9617,7 +9667,7 @@ class Exchange:
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
-        await self.context.log.wait_for_room()
+        await self.context.log.wait_to_begin()
         self.context.log.begin(self.record)
         self.request.recorded = True
         self.request.connection.cancel_on_disconnect()
@@ -12334,7 +12384,7 @@ def run_export(invocation: Invocation) -> int:
             raise ConfigError(f"export: nothing has been logged (DB_PATH={settings.db_path!r})")
         # Each page comes with the row before which the next one begins; 0 is the end.
         while parameters.get("before", 1):
-            with reading(store.path) as db:
+            with open_for_reading(store.path) as db:
                 page, parameters["before"] = export_page(store, db, parameters)
             sys.stdout.buffer.write(page)
     except BadRequest as error:

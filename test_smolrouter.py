@@ -10847,7 +10847,7 @@ def test_a_body_that_cannot_be_read_costs_no_row(
         assert [row for (row,) in log_folder.select("SELECT status_code FROM requests")] == [
             200
         ] * 5
-        with smolrouter.reading(str(log_folder.file)) as db:
+        with smolrouter.open_for_reading(str(log_folder.file)) as db:
             ids = [number for (number,) in db.execute("SELECT id FROM requests ORDER BY id")]
             details = [log.store.read_detail(db, number) for number in ids]
         assert [d.request for d in details] == [b"even", b"", b"even", b"", b"even"]
@@ -10926,7 +10926,7 @@ def test_new_requests_wait_for_a_log_that_is_behind(log_folder: LogFolder) -> No
         log_requests(log, 20)  # and again: by now the oldest row is late
         await asyncio.sleep(0.1)
         log_requests(log, 1)
-        await log.wait_for_room()
+        await log.wait_to_begin()
         return time.monotonic() - began
 
     with running_log(log_folder, **limits) as log:
@@ -10951,7 +10951,7 @@ def test_bodies_that_come_too_fast_are_cut(log_folder: LogFolder) -> None:
         log_requests(log, 3, content=b"short", answer=answer)
         log_requests(log, 3, content=b"short", answer=b"[]")
         assert log_folder.wait_for_rows(6) == 6
-        with smolrouter.reading(str(log_folder.file)) as db:
+        with smolrouter.open_for_reading(str(log_folder.file)) as db:
             rows = db.execute("SELECT id, completion_tokens FROM requests ORDER BY id").fetchall()
             details = [log.store.read_detail(db, number) for number, _ in rows]
     assert [tokens for _, tokens in rows] == [1000] * 3 + [0] * 3
@@ -10975,7 +10975,7 @@ def test_bodies_over_all_memory_are_cut_and_cost_no_estimate(
         ((number, prompt, said),) = log_folder.select(
             "SELECT id, prompt_tokens, completion_tokens FROM requests"
         )
-        with smolrouter.reading(str(log_folder.file)) as db:
+        with smolrouter.open_for_reading(str(log_folder.file)) as db:
             detail = log.store.read_detail(db, number)
         assert log.body_bytes == 0
     assert (prompt, said) == (None, None)
