@@ -9382,7 +9382,8 @@ class RequestLog:
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 # Fields of an upstream's response that stop here.
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
-# Fields that are not true any more when the content was changed.
+# The same, and fields that are not true any more when the content was changed; Content-Type is
+# then written anew.
 NOT_TRUE_ANY_MORE = NOT_RETURNED.union(("content-encoding", "etag", "content-md5", "content-type"))
 OWN_FIELD_NAMES = (
     "X-SmolRouter-Request-Id",
@@ -9391,6 +9392,7 @@ OWN_FIELD_NAMES = (
     "X-SmolRouter-Route",
     "X-SmolRouter-Attempts",
 )
+# An upstream's fields of these names stop here, too: it may be a SmolRouter itself.
 OWN_FIELDS = frozenset(name.lower() for name in OWN_FIELD_NAMES)
 # A stream must reach its client event by event: nothing in between may cache or gather it.
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
@@ -9422,9 +9424,10 @@ class Context:
     via: str
     # A file that is served instead of DASHBOARD_HTML, "" for none.
     dashboard_file: str = ""
-    # Why the changed routing file is not in force.
+    # Why the changed routing file is not in force; None when it is.
     routes_error: str | None = None
     draining: bool = False
+    # The thread that reads and writes long JSON; see `work`.
     worker: concurrent.futures.Executor = dataclasses.field(
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1)
     )
@@ -9554,6 +9557,8 @@ def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
         # A translated request is JSON, whatever its client called it (`curl -d` says form).
         added.append(("Content-Type", "application/json"))
     added.append(("Via", ", ".join([*head.fields.get_all("via"), forwarding.via])))
+    # These lines are remembered. With NEVER as the time every token of the router counts as expired
+    # and is left out all the same, so that the lines hold at any time.
     fields = without_tokens(head.fields, forwarding.jwt_secret, NEVER)
     replaced = [name.lower() for name, _ in added]
     return encode_field_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
@@ -9582,14 +9587,16 @@ def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
     media_type = shape.media_type
     if shape.rewritten:
         dropped = NOT_TRUE_ANY_MORE
-        declared = head.fields.get("content-type") or "application/octet-stream"
+        content_type = head.fields.get("content-type") or "application/octet-stream"
         if media_type != head.media_type:
-            declared = media_type
-        if not shape.native:
-            streams = shape.streamed and head.status < 400
-            media_type = "application/x-ndjson" if streams else "application/json"
-            declared = media_type if streams else f"{media_type}; charset=utf-8"
-        own.append(("Content-Type", declared))
+            content_type = media_type
+        if not shape.native and shape.streamed and head.status < 400:
+            media_type = "application/x-ndjson"
+            content_type = media_type
+        elif not shape.native:
+            media_type = "application/json"
+            content_type = "application/json; charset=utf-8"
+        own.append(("Content-Type", content_type))
     if media_type in EVENT_FORMATS:
         own += STREAM_FIELDS
         dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
@@ -9610,9 +9617,11 @@ class Candidate:
     def __init__(self, instance: Instance, dialect: Dialect, health: Health) -> None:
         self.instance = instance
         self.health = health
-        # Whether the server speaks the client's dialect itself, so that nothing is translated.
+        # Whether the server speaks the client's dialect itself, so that nothing is translated. A
+        # dialect without `encode_openai` is OpenAI's own, or takes content as it is.
         self.native = dialect.encode_openai is None or instance.server.api == dialect.service
-        # Whether the usage event of the stream was asked for by the router, not by the client.
+        # Whether the router asks for the usage event of the stream, for its log. The client has not
+        # asked for it and does not get it.
         self.hide_usage = False
         self.response: UpstreamResponse | None = None
         # Whether another instance could be asked instead.
@@ -9694,18 +9703,26 @@ class Exchange:
         if self.candidate:
             self.candidate.close()
             self.candidate.health.running -= 1
-        record.status = record.status or self.writer.status or 500
+        # An error that came too late for the head, or whose client has left, has set the status.
+        if not record.status:
+            record.status = self.writer.status or 500
         record.response_size = self.writer.size
         if self.upload:
             record.request_size = self.upload.size
-        # The exchange is part of a cycle of references; megabytes must not wait for the collector.
+        # The rewriter and the record refer back to this exchange, by `timing` and `stop`. Only
+        # Python's collector would free such a circle, some time later, and megabytes must not
+        # wait for it.
         self.rewriter = None
         self.request.content = b""
         record.stop = None
         self.context.log.finish(record)
 
     def send_load_answer(self) -> bool:
-        """Answer a request that asks for nothing but to load a model; tell whether it was one."""
+        """Answer a request that asks for nothing but to load a model; tell whether it was one.
+
+        Clients send one without a prompt so that the model is in memory when the first prompt
+        comes. OpenAI's dialect has no such request, so the router says yes itself.
+        """
         first = self.decision.instances[0]
         if self.dialect.empty is None or first.server.api == self.dialect.service:
             return False
@@ -9716,7 +9733,11 @@ class Exchange:
         return True
 
     def fail(self, error: RouterError) -> None:
-        """Send an error in the client's dialect: as the answer, or at its broken end."""
+        """Send an error in the client's dialect: as the answer, or as the end of one.
+
+        A stream that has begun ends with an event that tells the error. Any other content that has
+        begun just breaks off, without the end that its framing needs, and so its client sees it.
+        """
         record = self.record
         if isinstance(error, ClientClosed):
             # Nobody listens any more. An answer that was complete by then stays a good one.
@@ -9758,7 +9779,7 @@ class Exchange:
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
         for instance in instances:
-            candidate = self.enter(instance)
+            candidate = self.begin_candidate(instance)
             candidate.has_next = instance is not instances[-1]
             try:
                 await self.find_response(candidate, len(instances) > 1)
@@ -9775,7 +9796,7 @@ class Exchange:
             fallback = candidate
         if fallback is None:
             raise last_failure(f"no upstream answered: {self.describe_attempts()}")
-        self.resume(fallback)
+        self.make_current(fallback)
         await self.relay_response()
 
     async def find_response(self, candidate: Candidate, has_others: bool) -> None:
@@ -9808,15 +9829,15 @@ class Exchange:
         if begins_like_events(start):
             response.media_type = "text/event-stream"
 
-    def enter(self, instance: Instance) -> Candidate:
+    def begin_candidate(self, instance: Instance) -> Candidate:
         """Make an instance the one that is asked now."""
         self.context.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, self.context.upstreams.health_of(instance))
-        self.resume(candidate)
+        self.make_current(candidate)
         return candidate
 
-    def resume(self, candidate: Candidate) -> None:
-        """Make a candidate the one that counts; the record says so."""
+    def make_current(self, candidate: Candidate) -> None:
+        """Make a candidate the one that counts, in the record and as what its instance does."""
         if self.candidate:
             self.candidate.health.running -= 1
         candidate.health.running += 1
@@ -9840,7 +9861,7 @@ class Exchange:
             candidate.health.succeed()
         else:
             candidate.health.fail(text, reached=candidate.noted)
-        # Another server may stand there when it comes back.
+        # When it comes back it may be another server, which takes `stream_options`.
         self.context.upstreams.no_stream_options.discard(candidate.instance.server.url)
         # An answer that broke off after its client got some of it was one until then.
         if not self.writer.started:
@@ -9891,18 +9912,23 @@ class Exchange:
         return hidden[: self.context.limits.error_text]
 
     async def inspect(self, response: UpstreamResponse) -> None:
-        """See that a good answer begins, and keep a bad one for later. Raises BadGateway.
+        """Read all of an error answer, or the first event of a good one. Raises BadGateway.
 
-        Only where another instance could be asked instead: what is read here waits.
+        The error may be sent later, when all other instances have failed. A good answer has to
+        begin before it counts as one. Both only where another instance could be asked instead,
+        because what is read here waits.
         """
         head = response.head
-        most = self.context.limits.buffered_error
-        if head.status >= 400 and len(await response.buffer_error()) > most:
-            raise BadGateway(f"an error answer over {most} bytes")
+        longest = self.context.limits.buffered_error
+        if head.status >= 400 and len(await response.buffer_error()) > longest:
+            raise BadGateway(f"an error answer over {longest} bytes")
         if head.status != 200 or self.request.head.method == "HEAD":
             return
-        # Events under a content coding cannot be told apart here; the first octet has to do.
-        form = None if read_coding(head.fields) else EVENT_FORMATS.get(response.media_type)
+        # Of an answer that is no stream of events the first octet has to do. So it has of one under
+        # a content coding, in which events cannot be seen here.
+        form = EVENT_FORMATS.get(response.media_type)
+        if read_coding(head.fields):
+            form = None
         size = 0
         tail = b""
         # Some of it may have been read to see what it is.
@@ -9920,8 +9946,8 @@ class Exchange:
         # The answer is over. One event without its end may be all that the server had to say.
         events = b"".join(response.buffered)
         protocol = find_protocol(self.upstream_path(self.candidate))
-        closed = response.ends_by_close
-        if form is None or not may_end_stream(protocol, form, events, closed):
+        ends_by_close = response.ends_by_close
+        if form is None or not may_end_stream(protocol, form, events, ends_by_close):
             raise BadGateway("it ended before its first event or byte")
         self.check_first_events(form)
 
@@ -9947,6 +9973,8 @@ class Exchange:
         url = candidate.instance.server.url
         upstreams = self.context.upstreams
         path = self.upstream_path(candidate)
+        # The instances in `with_timings` tell their counts without being asked, and would put them into
+        # the usage event, which is hidden.
         candidate.hide_usage = (
             self.parsed.stream
             and find_protocol(path).usage_option
@@ -10021,15 +10049,15 @@ class Exchange:
         if coding and coding not in CODINGS and candidate.native:
             return None, None
         plan = AnswerPlan(
-            self.parsed,
-            self.dialect,
-            candidate.native,
-            self.context.filter_rules,
-            candidate.hide_usage,
-            candidate.instance.model != self.parsed.model,
-            time.time,
-            self.timing,
-            self.context.limits,
+            parsed=self.parsed,
+            dialect=self.dialect,
+            native=candidate.native,
+            rules=self.context.filter_rules,
+            hide_usage=candidate.hide_usage,
+            renamed=candidate.instance.model != self.parsed.model,
+            now=time.time,
+            timing=self.timing,
+            limits=self.context.limits,
         )
         rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
         if not rewriter or not coding:
@@ -10039,17 +10067,20 @@ class Exchange:
                 f"the answer (status {head.status}) has the content coding "
                 f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
             )
-        return rewriter, Inflater(coding, LIMITS.decoded_answer if rewriter.buffers else NEVER)
+        # A stream may decode to any length, because no more than an event of it is in memory.
+        longest = LIMITS.decoded_answer if rewriter.buffers else math.inf
+        return rewriter, Inflater(coding, longest)
 
     def timing(self) -> Timing:
-        """Return how long an answer took, in ns."""
+        """Return how long an answer took, and how long its first token, in ns."""
         now = time.monotonic()
         started_at = self.record.started_at
-        first_at = now
+        # An answer that comes as a whole has its first token with the last one.
+        first_token_at = now
         if self.parsed.stream and self.record.first_token_at:
-            first_at = self.record.first_token_at
+            first_token_at = self.record.first_token_at
         total_ns = int((now - started_at) * 1e9)
-        first_ns = int((first_at - started_at) * 1e9)
+        first_ns = int((first_token_at - started_at) * 1e9)
         return Timing(total_ns, first_ns)
 
     async def relay_response(self) -> None:
@@ -10079,8 +10110,9 @@ class Exchange:
         if self.record.error and replaceable:
             raise ErrorAnswer(self.record.error)
         if not self.writer.started:
-            whole = rewriter is not None and rewriter.buffers
-            self.begin(head, len(tail) if whole else None)
+            # Of an answer that was kept back until now the length is known.
+            is_whole = rewriter is not None and rewriter.buffers
+            self.write_head(head, len(tail) if is_whole else None)
         self.writer.finish(tail)
         if head.status < 400:
             self.candidate.health.succeed()
@@ -10109,17 +10141,19 @@ class Exchange:
     def check_coding(self) -> None:
         """Refuse an answer whose content coding broke off."""
         inflater = self.inflater
-        # A content that ends before the first octet of its coding is empty, and that is whole.
+        # Without a first octet there is no decoder: an empty content is complete, in any coding.
         if inflater and inflater.decoder and not inflater.decoder.eof:
             raise BadGateway("the answer's content coding broke off")
 
     def conclude(self, rewriter: Rewriter) -> None:
-        """Note what only a whole stream has told."""
+        """Note what an answer has told by its end: an error, and how its server tells timings."""
         self.record.error = self.loggable(rewriter.trouble)
         with_timings = self.context.upstreams.models_with_timings
         key = self.candidate.instance.server.url, self.candidate.model
         if rewriter.lost_timings:
-            # llama.cpp tells its timings unasked, with the finish, and clients show them.
+            # llama.cpp tells its timings unasked, with the finish, and clients show them. When the
+            # router asks for the usage they move into the usage event, which is hidden. So this
+            # instance is not asked for it again.
             with_timings.add(key)
         elif key in with_timings and not rewriter.tells_timings:
             # Another server stands there now.
@@ -10147,22 +10181,22 @@ class Exchange:
             if self.rewriter.buffers:
                 return
         if not writer.started:
-            self.begin(self.candidate.response.head, None)
+            self.write_head(self.candidate.response.head, None)
         writer.write_content(data)
         record.response_size = writer.size
 
-    def begin(self, head: ResponseHead, length: int | None) -> None:
-        """Make the head of an answer; its content is `length` octets, if that is known."""
-        declared = head.fields.get("content-length")
-        if declared and not self.rewriter:
+    def write_head(self, head: ResponseHead, length: int | None) -> None:
+        """Write the head of the client's answer; its content is `length` octets, if known."""
+        declared_length = head.fields.get("content-length")
+        if declared_length and not self.rewriter:
             # It is valid, or there would be no answer.
-            length = int(declared)
+            length = int(declared_length)
         shape = AnswerShape(
-            self.candidate.native,
-            self.rewriter is not None,
-            self.parsed.stream,
-            bool(self.writer.extra_fields),
-            self.candidate.response.media_type,
+            native=self.candidate.native,
+            rewritten=self.rewriter is not None,
+            streamed=self.parsed.stream,
+            guarded=bool(self.writer.extra_fields),
+            media_type=self.candidate.response.media_type,
         )
         lines = encode_answer_lines(head, shape) + encode_field_lines(self.own_fields())
         if head.fields.get("date") is None:
@@ -10174,11 +10208,10 @@ class Exchange:
 # --- handlers that relay ---------------------------------------------------------------
 
 
-async def relay_by_model(
-    context: Context, request: Request, read: Callable[[str, str, bytes], ParsedRequest]
-) -> None:
+async def relay_model(context: Context, request: Request) -> None:
     """Relay a request to where its model leads; one without a model to the default server."""
     content = request.content
+    read = request.dialect.read
     parsed = await context.work(len(content), read, request.path, request.query, content)
     if parsed.text or parsed.model:
         decision = context.decide(parsed.model, request.source_host)
@@ -10187,11 +10220,6 @@ async def relay_by_model(
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
         decision = resolve_default(context.table, request.source_host)
     await Exchange(context, request, parsed, decision).run()
-
-
-async def relay_model(context: Context, request: Request) -> None:
-    """Relay a request as its endpoint's dialect reads it."""
-    await relay_by_model(context, request, request.dialect.read)
 
 
 def is_object(content: bytes) -> bool:
@@ -10231,7 +10259,7 @@ def decide_native(context: Context, request: Request, model: str) -> Decision:
             f"with `api: {service}` in the routing file"
         )
     decision = context.decide(model, request.source_host)
-    instances = tuple(i for i in decision.instances if i.server.api == service)
+    instances = tuple(instance for instance in decision.instances if instance.server.api == service)
     if not instances:
         instances = (Instance(servers[0], model or None),)
     return decision._replace(instances=instances)
