@@ -10229,16 +10229,18 @@ def is_object(content: bytes) -> bool:
 
 async def relay_post(context: Context, request: Request) -> None:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
-    media_type = request.head.fields.get("content-type") or ""
-    is_form = media_type.lower().startswith("multipart/form-data")
+    content_type = request.head.fields.get("content-type") or ""
+    is_form = content_type.lower().startswith("multipart/form-data")
+    # An endpoint that needs a model takes JSON, whatever its client calls it: `curl -d` says form.
     needs_model = find_protocol(request.path).needs_model
     coding = read_coding(request.head.fields)
-    if coding and (is_form or needs_model or "json" in media_type.lower()):
+    if coding and (is_form or needs_model or "json" in content_type.lower()):
         # A model may be in there, which nobody can see.
         what = f"Content-Encoding {coding[:80]!r} of a request"
         raise UnsupportedContent(f"{what}; send it plain")
     if is_form:
-        read_this_form = functools.partial(read_form, media_type)
+        # The boundary of its parts stands in its Content-Type.
+        read_this_form = functools.partial(read_form, content_type)
         request.dialect = OPENAI_OPAQUE._replace(read=read_this_form)
     elif not (needs_model or is_object(request.content)):
         # Clients call an empty content JSON, too: `POST /v1/responses/{id}/cancel`.
@@ -10371,12 +10373,13 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
 # parameters of its query. No question walks through the log, however long it is: lists are
 # paged by id, sums come from those of whole hours, and an even sample stands for many points.
 
-# Percentiles of so many rows are taken from the rows; those of more from a histogram.
+# Percentiles of at most so many rows are taken from the rows; those of more from a histogram.
 FEW_ROWS = 2000
 # From this level on the index `sample` has all that a point shows.
 SAMPLE_LEVEL = 3
 HOURS = number_between(1, 24 * 366)
-TALLY = ", ".join(f"TOTAL({name})" for name in TALLY_COLUMNS)
+# The columns of a tally, summed over rows of `rollups`.
+SUMMED_COLUMNS = ", ".join(f"TOTAL({name})" for name in TALLY_COLUMNS)
 
 # The filters of a list of rows, those first that few rows pass as a rule.
 MODEL_FILTER = "? IN (sent_model, original_model)"
@@ -10392,7 +10395,8 @@ MODEL_LOOK_UPS = ("sent_model = ?", "original_model = ? AND original_model <> se
 # What a search for text looks at.
 SEARCHED = """original_model || ' ' || sent_model || ' ' || path || ' ' || upstream_url || ' ' ||
     route || ' ' || ifnull(error_message, '') || ' ' || source_ip || ' ' || request_id"""
-# Lists leave these out; everything about one request has all but the last two.
+# Members of a row's document that lists leave out; the page of one request has all but the
+# last two.
 UNLISTED = (
     "sent_model",
     "cached_tokens",
@@ -10420,7 +10424,8 @@ POINT = {
         nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)""",
     "status_code": "status_code",
 }
-# Without the underscore a name would mean this expression in ORDER BY, and not the column.
+# Without the underscore `ORDER BY id`, `timestamp >= ?` and the like would mean these expressions
+# and not the columns, and SQLite would not use its index.
 POINT_COLUMNS = ", ".join(f"{value} AS {name}_" for name, value in POINT.items())
 POINT_FILTERS = {"model": "sent_model = ?", "service_type": "service_type = ?"}
 
@@ -10529,16 +10534,20 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
     SQLite looks one condition up in its index, and looks at what it has found for the others.
     Which one that is must not be left to its guess, because with the wrong one it walks through
     the log: it is the first, and a `+` before the others keeps SQLite from looking them up.
+
+    {'source': '::1', 'service_type': 'openai'}  ->  SELECT id FROM requests WHERE
+        id < ? AND id >= ? AND +service_type = ? AND source_ip = ?
     """
     conditions = read_conditions(parameters) or [Condition("1", ())]
-    first, others = conditions[0], conditions[1:]
+    first = conditions[0]
     tests = ["id < ?", "id >= ?"]
     values = [parameters.get("before", 2**62), parameters.get("after", 0)]
-    for condition in others:
+    for condition in conditions[1:]:
         tests.append(f"+{condition.text}")
         values += condition.values
     look_ups = MODEL_LOOK_UPS if first.text == MODEL_FILTER else (first.text,)
-    selects, all_values = [], []
+    selects = []
+    all_values = []
     for look_up in look_ups:
         selects.append(f"SELECT id FROM requests WHERE {' AND '.join([*tests, look_up])}")
         all_values += [*values, *first.values]
@@ -10552,12 +10561,15 @@ def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """
     ids = select_ids(parameters)
     limit = parameters.get("limit", 100)
-    looked_at, text_test, text_values = limit, "1", []
+    looked_at = limit
+    text_test = "1"
+    text_values = []
     if "q" in parameters:
         looked_at = LIMITS.searched_rows
         text_test = f"{SEARCHED} LIKE ? ESCAPE '\\'"
-        # LIKE's own signs mean themselves here.
-        text_values.append("%" + re.sub(r"([\\%_])", r"\\\1", parameters["q"]) + "%")
+        # `%` and `_` are LIKE's own signs; somebody who searches for `50%` means the sign.
+        escaped = re.sub(r"([\\%_])", r"\\\1", parameters["q"])
+        text_values.append(f"%{escaped}%")
     sql = f"""SELECT {COLUMNS} FROM requests
         WHERE id IN ({ids.text} ORDER BY id DESC LIMIT ?) AND {text_test}
         ORDER BY id DESC LIMIT ?"""
@@ -10566,10 +10578,10 @@ def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
 
 def token_rate(tokens: float | None, duration: float | None, ttft: float | None) -> float | None:
     """Return tokens per second from the first one on; both times are in ms."""
-    speaking = (duration or 0) - (ttft or 0)
-    if not tokens or speaking <= 0:
+    spoken_ms = (duration or 0) - (ttft or 0)
+    if not tokens or spoken_ms <= 0:
         return None
-    return round(tokens * 1000 / speaking, 2)
+    return round(tokens * 1000 / spoken_ms, 2)
 
 
 def row_document(row: Row, left_out: Sequence[str] = UNLISTED) -> dict[str, Any]:
@@ -10595,7 +10607,8 @@ def read_logs(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, 
     """Answer /api/logs; what runs is shown as it stands now."""
     running = dict(log.running)
     documents = []
-    for row in map(Row._make, db.execute(*select_rows(parameters))):
+    for found in db.execute(*select_rows(parameters)):
+        row = Row._make(found)
         record = running.get(row.id)
         if record:
             row = make_row(record, Detail(), finished=False)
@@ -10609,12 +10622,13 @@ def read_logs(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, 
 def percentile(counts: Sequence[float], values: Sequence[float], share: int) -> float | None:
     """Return the smallest value in ms that `share` percent do not exceed, None without any.
 
-    It is exact when all `values` are at hand, and else read off their histogram: between the two
-    ends of a bucket its values are taken as spread evenly.
+    `counts` are the buckets of their histogram. When `values` has all of them, the result is exact;
+    otherwise it comes from the histogram, as if the values of a bucket were spread evenly in it.
     """
     if len(values) >= sum(counts):
         if not values:
             return None
+        # Rounded up: of 3 values the second is the first that half of them do not exceed.
         rank = -(-len(values) * share // 100)
         return sorted(values)[rank - 1]
     remaining = share * sum(counts) / 100
@@ -10639,11 +10653,13 @@ def read_sums(tally: Sequence[float], *names: str) -> dict[str, int]:
 
 def read_times(db: sqlite3.Connection, first_hour: int) -> tuple[list[float], list[float]]:
     """Return durations and times to the first token of the finished rows from an hour on, ms."""
-    durations, ttfts = [], []
-    for duration, ttft in db.execute(
+    durations = []
+    ttfts = []
+    rows = db.execute(
         "SELECT duration_ms, ttft_ms FROM requests WHERE id >= ? AND failed NOTNULL",
         (time_id(first_hour * 3600),),
-    ):
+    )
+    for duration, ttft in rows:
         if duration is not None:
             durations.append(duration)
         if ttft is not None:
@@ -10663,7 +10679,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
             "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first_hour,)
         )
     )
-    (tally,) = db.execute(f"SELECT {TALLY} FROM rollups WHERE hour >= ?", (first_hour,))
+    (tally,) = db.execute(f"SELECT {SUMMED_COLUMNS} FROM rollups WHERE hour >= ?", (first_hour,))
     requests, errors = tally[0], tally[1]
     durations, ttfts = [], []
     if requests <= FEW_ROWS:
@@ -10711,7 +10727,7 @@ def read_models(
     """Return the sums of each model from an hour on."""
     tests = ["hour >= ?", *(f"{name} = ?" for name in filters)]
     rows = db.execute(
-        f"SELECT model, {TALLY} FROM rollups WHERE {' AND '.join(tests)} GROUP BY model",
+        f"SELECT model, {SUMMED_COLUMNS} FROM rollups WHERE {' AND '.join(tests)} GROUP BY model",
         (first_hour, *filters.values()),
     )
     return {model: tally for model, *tally in rows}
@@ -10731,8 +10747,10 @@ def model_document(
     model: str, tally: Tally, times: Mapping[tuple[str, str], list[float]]
 ) -> dict[str, Any]:
     """Return the figures of a model as /api/performance shows them."""
-    durations, ttfts = times[model, "duration_ms"], times[model, "ttft_ms"]
-    spoken_tokens, spoken_ms = tally[SUMS.index("spoken_tokens")], tally[SUMS.index("spoken_ms")]
+    durations = times[model, "duration_ms"]
+    ttfts = times[model, "ttft_ms"]
+    spoken_tokens = tally[SUMS.index("spoken_tokens")]
+    spoken_ms = tally[SUMS.index("spoken_ms")]
     return {
         "model": model,
         **read_sums(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
@@ -10745,13 +10763,15 @@ def model_document(
 
 def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
-    hours, limit = parameters.get("hours", 24), parameters.get("limit", 2000)
+    hours = parameters.get("hours", 24)
+    limit = parameters.get("limit", 2000)
     filters = {name: parameters[name] for name in POINT_FILTERS if name in parameters}
     begin = time.time() - hours * 3600
     # The sums are of whole hours, and so are the rows that percentiles are taken from.
     first_hour = int(begin // 3600)
     tallies = read_models(db, first_hour, filters)
-    total = int(sum(tally[0] for tally in tallies.values()))
+    total = int(sum(tally[SUMS.index("requests")] for tally in tallies.values()))
+    # Each level halves the number of rows. This one leaves `limit` rows, or up to twice as many.
     level = 0
     if total > FEW_ROWS:
         level = max((total // limit).bit_length() - 1, 0)
@@ -10759,10 +10779,10 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
     times = gather_times(rows)
     points = [row for row in rows if row["id"] >= time_id(begin)]
     if not level:
+        # All rows are at hand: those before `begin`, in its hour, need not be counted.
         total = len(points)
-    # A level leaves up to twice as many as are wanted.
     step = max(len(points) / limit, 1)
-    points = [points[int(at * step)] for at in range(min(limit, len(points)))]
+    points = [points[int(number * step)] for number in range(min(limit, len(points)))]
     return {
         "data_points": points,
         "models": [model_document(model, tally, times) for model, tally in tallies.items()],
@@ -10794,9 +10814,14 @@ def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[st
 
 
 def body_text(body: bytes) -> tuple[str | None, str]:
-    """Return a kept body as text, and how: utf-8 or base64; None when none is kept."""
+    """Return a kept body as text, and in which encoding; None when none is kept.
+
+    b"Hi"  ->  ("Hi", "utf-8");  b"\\xff"  ->  ("/w==", "base64")
+    """
+    if not body:
+        return None, "utf-8"
     try:
-        return body.decode() or None, "utf-8"
+        return body.decode(), "utf-8"
     except UnicodeDecodeError:
         return base64.b64encode(body).decode(), "base64"
 
@@ -10833,7 +10858,8 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
         "response_body": response_body,
         "response_body_encoding": response_encoding,
     }
-    # The last messages are the answer's choices; an earlier assistant's one is of the request.
+    # The request of a conversation has answers of the assistant too, but earlier ones: the last of
+    # all is what this answer says.
     answers = [message for message in transcript if message["role"] == "assistant"]
     if answers and response:
         document["response_text"] = answers[-1]["content"]
@@ -10851,7 +10877,7 @@ def read_record(record: RequestRecord) -> dict[str, Any]:
         detail = make_detail(raw)
         phase = raw.phase if raw.finished_at is None else "done"
         return detail_document(make_row(raw, detail), detail, phase)
-    blobs = [blob[1] if blob else None for blob in record.blobs]
+    blobs = [blob.data if blob else None for blob in record.blobs]
     return detail_document(record.row, unpack_detail(record.data, blobs))
 
 
@@ -10883,7 +10909,7 @@ async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
     if number:
         document = await find_known_request(log, int(number[1]))
     if document is None:
-        raise NotFound("no such request; it may have been older than MAX_LOG_AGE_DAYS")
+        raise NotFound("no such request; it may be older than MAX_LOG_AGE_DAYS")
     return document
 
 
@@ -10910,16 +10936,16 @@ def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def csv_lines(rows: Iterable[Row], with_names: bool) -> Iterator[str]:
-    """Yield rows as lines of a table, its columns' names first."""
-    line = io.StringIO()
-    writer = csv.writer(line, lineterminator="\n")
+    """Yield rows as lines of a table, below a line of its columns' names if it has one."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
     for row in rows:
         document = {**row_document(row), "attempts": row.attempts}
         if with_names:
             writer.writerow(document)
             with_names = False
         writer.writerow(document.values())
-    yield line.getvalue()
+    yield table.getvalue()
 
 
 def json_lines(store: Store, db: sqlite3.Connection, rows: Iterable[Row]) -> Iterator[str]:
@@ -10961,8 +10987,9 @@ def export_page(
 
 # --- metrics --------------------------------------------------------------------------
 
-# Prometheus gets every fourth bucket, each four times as long as the one before.
-METRIC_EDGES = range(0, len(BUCKET_ENDS), 4)
+# The indices of the buckets that Prometheus gets: every fourth, four times as long as the one
+# before.
+METRIC_BUCKETS = range(0, len(BUCKET_ENDS), 4)
 COUNTERS = {
     "requests": "Requests that ended",
     "errors": "Requests that failed",
@@ -10994,11 +11021,13 @@ def metric_labels(key: tuple[str, str, str]) -> str:
 
 
 def histogram_lines(name: str, labels: str, tally: Tally) -> Iterator[str]:
-    """Yield the lines of a series of a histogram; its counts are of all buckets up to each."""
-    counts = list(itertools.accumulate(tally[HISTOGRAMS[name][1]]))
+    """Yield the lines of a series of a histogram; `le` counts all that took no longer."""
+    _, buckets = HISTOGRAMS[name]
+    counts = list(itertools.accumulate(tally[buckets]))
     metric = f"smolrouter_{name}_seconds"
-    for at in METRIC_EDGES:
-        yield f'{metric}_bucket{{{labels},le="{BUCKET_ENDS[at] / 1000:g}"}} {counts[at]}'
+    for index in METRIC_BUCKETS:
+        seconds = BUCKET_ENDS[index] / 1000
+        yield f'{metric}_bucket{{{labels},le="{seconds:g}"}} {counts[index]}'
     yield f'{metric}_bucket{{{labels},le="+Inf"}} {counts[-1]}'
     yield f"{metric}_sum{{{labels}}} {tally[SUMS.index(f'{name}_ms')] / 1000:.6f}"
     yield f"{metric}_count{{{labels}}} {counts[-1]}"
@@ -11032,7 +11061,10 @@ QUESTIONS = {
 
 
 def find_url(table: RoutingTable, text: str) -> str:
-    """Return the URL of the server that a name, a URL or what stands behind :// means."""
+    """Return the URL of the server that a text means.
+
+    It may be the server's name, its URL, or the URL without `http://`, as the page shows it.
+    """
     for server in table.all_servers():
         if text in (server.name, str(server.url).partition("://")[2]):
             return str(server.url)
@@ -11044,12 +11076,14 @@ def find_url(table: RoutingTable, text: str) -> str:
 async def serve_question(context: Context, request: Request) -> None:
     """Answer /api/logs, /api/stats and /api/performance."""
     question, known = QUESTIONS[request.path]
-    asked = read_parameters(request.query, known)
-    if "upstream" in asked:
-        asked["upstream"] = find_url(context.table, asked["upstream"])
-    doc = await context.log.ask(question, asked)
-    more = {"routes_error": context.routes_error}
-    request.writer.send_json(doc | more if isinstance(doc, dict) else doc)
+    parameters = read_parameters(request.query, known)
+    if "upstream" in parameters:
+        parameters["upstream"] = find_url(context.table, parameters["upstream"])
+    document = await context.log.ask(question, parameters)
+    # /api/logs answers a list.
+    if isinstance(document, dict):
+        document["routes_error"] = context.routes_error
+    request.writer.send_json(document)
 
 
 async def serve_request_details(context: Context, request: Request) -> None:
@@ -11219,35 +11253,49 @@ def read_news(
     ended: collections.deque[Row],
     known: dict[int, bool],
 ) -> dict[str, Any]:
-    """Return what has happened since the running requests were `known`, which is renewed."""
-    running, now = dict(log.running), time.monotonic()
-    spoke = [n for n, r in running.items() if r.first_token_at is not None and not known.get(n)]
-    fresh = [running_document(running[n], now) for n in running if n not in known]
+    """Return what has happened to requests since this was asked last.
+
+    `known` has the ids of the requests that ran then, and whether they had their first token; it is
+    brought up to date. `ended` has the rows of those that have ended since.
+    """
+    now = time.monotonic()
+    started = []
+    first_tokens = []
+    before = dict(known)
     known.clear()
-    known.update((n, record.first_token_at is not None) for n, record in running.items())
+    for number, record in log.running.items():
+        has_token = record.first_token_at is not None
+        known[number] = has_token
+        if number not in before:
+            started.append(running_document(record, now))
+        if has_token and not before.get(number):
+            first_tokens.append(number)
     return {
-        "started": fresh[: LIMITS.news_rows],
-        "first_token": spoke[: LIMITS.news_rows],
+        "started": started[: LIMITS.news_rows],
+        "first_token": first_tokens[: LIMITS.news_rows],
         "finished": [row_document(ended.popleft()) for _ in range(len(ended))],
     }
 
 
 async def serve_events(context: Context, request: Request) -> None:
-    """Answer /api/events: what began, spoke and ended, at most four times a second."""
-    log, quiet = context.log, 0.0
+    """Answer /api/events: which requests began, had a token and ended, four times a second."""
+    log = context.log
     ended: collections.deque[Row] = collections.deque(maxlen=LIMITS.news_rows)
-    known: dict[int, bool] = {}  # running requests: whether they speak
+    known: dict[int, bool] = {}
+    quiet_for = 0.0
     log.listeners.append(ended)
     try:
         begin_stream(request, "text/event-stream")
         await send_piece(request, b": hello\n\n")
         while not (context.draining or request.writer.omits_content):
             news = read_news(log, ended, known)
-            quiet += LIMITS.news_interval
-            if any(news.values()) or quiet > LIMITS.news_keep_alive:
-                data = b"event: requests\ndata: " + encode_json(news)
-                await send_piece(request, (data if any(news.values()) else b": quiet") + b"\n\n")
-                quiet = 0.0
+            quiet_for += LIMITS.news_interval
+            if any(news.values()):
+                await send_piece(request, b"event: requests\ndata: %b\n\n" % encode_json(news))
+                quiet_for = 0.0
+            elif quiet_for > LIMITS.news_keep_alive:
+                await send_piece(request, b": quiet\n\n")
+                quiet_for = 0.0
             await asyncio.sleep(LIMITS.news_interval)
     finally:
         log.listeners.remove(ended)
@@ -11256,29 +11304,30 @@ async def serve_events(context: Context, request: Request) -> None:
 
 async def serve_export(context: Context, request: Request) -> None:
     """Answer /api/export: all of it, as slowly as its reader reads."""
-    asked = read_parameters(request.query, EXPORT_PARAMETERS)
-    kind, end = (
-        ("text/csv; charset=utf-8", "csv")
-        if asked.get("format") == "csv"
-        else ("application/x-ndjson", "jsonl")
-    )
+    parameters = read_parameters(request.query, EXPORT_PARAMETERS)
+    media_type = "application/x-ndjson"
+    file_name = "smolrouter.jsonl"
+    if parameters.get("format") == "csv":
+        media_type = "text/csv; charset=utf-8"
+        file_name = "smolrouter.csv"
 
     def next_page(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
-        return export_page(log.store, db, asked)
+        return export_page(log.store, db, parameters)
 
-    page, asked["before"] = await context.log.ask(next_page)
-    name = f"attachment; filename=smolrouter.{end}"
-    begin_stream(request, kind, ("Content-Disposition", name))
+    # The first page is read before the answer begins: an error can still be its status.
+    page, parameters["before"] = await context.log.ask(next_page)
+    disposition = f"attachment; filename={file_name}"
+    begin_stream(request, media_type, ("Content-Disposition", disposition))
     await send_piece(request, page)
-    while asked["before"]:
-        page, asked["before"] = await context.log.ask(next_page)
+    while parameters["before"]:
+        page, parameters["before"] = await context.log.ask(next_page)
         await send_piece(request, page)
     request.writer.finish()
 
 
 # --- models ---------------------------------------------------------------------------
-# What models there are is asked by the clients of every dialect; each dialect says how it
-# lists them.
+# The clients of every dialect ask which models there are, and each dialect lists them in its own
+# form.
 
 
 def send_refusal(request: Request, error: ListRefused) -> None:
@@ -11452,7 +11501,7 @@ def is_https(context: Context, request: Request) -> bool:
 
 
 async def serve_signin(context: Context, request: Request) -> None:
-    """Answer /api/signin and /api/signout: a valid token becomes a cookie, or it goes."""
+    """Answer /api/signin and /api/signout: keep a valid token in a cookie, or delete the cookie."""
     token = ""
     if request.path == "/api/signin":
         token = read_signin(request.content, context.limits)
