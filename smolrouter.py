@@ -58,7 +58,7 @@ that runs models; an instance is a server with the model that it is asked for; a
 one model name for several instances; a route sends the requests that its match describes,
 by model and source host (the client's address), to one of these (routes.yaml.example).
 `parse_`, `encode_` and `resolve` are pure, and so is `read_` in a pure section; elsewhere
-`read_` awaits bytes. `send_`, `write_` and `serve_` do I/O.
+`read_` reads sockets, files or the database. `send_`, `write_` and `serve_` do I/O.
 """
 
 from __future__ import annotations
@@ -11532,8 +11532,9 @@ async def serve_healthz(context: Context, request: Request) -> None:
 class Endpoint(NamedTuple):
     """Which requests a handler serves.
 
-    `paths` are patterns between blanks: `*` is one segment, `**` any number of them.
-    `guard` names the policy that decides on them: API, WEBUI, SIGNIN, or "" (open to all).
+    `methods` and `paths` are words with blanks between them. A path is a pattern: `*` stands for
+    one segment, `**` for one or more. `guard` names the policy that decides on the requests: API,
+    WEBUI, SIGNIN, or "" (open to all).
     """
 
     methods: str
@@ -11553,7 +11554,8 @@ class Endpoint(NamedTuple):
 # The first two are the names of the settings that hold the policy.
 API = "api_security"
 WEBUI = "webui_security"
-# Open without a token, but only to those pages that could use the Web UI.
+# Nobody needs a token to sign in. But a browser's page that may not use the Web UI may not do this
+# either; see `check_browser_head`.
 SIGNIN = "signin"
 
 MODEL_ENDPOINTS = (
@@ -11606,7 +11608,7 @@ ENDPOINTS = (
 
 @functools.lru_cache(maxsize=256)
 def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
-    """Return the endpoint that serves a request, and all that its path has.
+    """Return the endpoint that serves a request, and all endpoints of its path.
 
     ("POST", "/healthz")  ->  (None, (the endpoint of GET and HEAD,))
     """
@@ -11671,7 +11673,7 @@ class Application:
                 send_error(request.writer, error, request.dialect)
         except Exception:  # a fault of ours must cost one request alone
             if request.connection.failure:
-                # It is no fault: the client has gone, and what was doing its work noticed.
+                # It is no fault of ours: the client has gone while it was being answered.
                 raise
             self.context.log.print_line(traceback.format_exc())
             internal = RouterError("internal error; see the log")
@@ -11691,7 +11693,10 @@ class Application:
     ) -> None:
         """Check what a request may do and let its endpoint serve it. Raises RouterError."""
         settings = self.settings
-        guard = (endpoint or of_path[0]).guard if of_path else API
+        # What does not exist is guarded, too: a path like the API, a method like its path.
+        guard = API
+        if of_path:
+            guard = (endpoint or of_path[0]).guard
         webui = guard in (WEBUI, SIGNIN)
         if webui:
             request.writer.extra_fields += GUARDED_FIELDS
@@ -11715,7 +11720,10 @@ class Application:
         await endpoint.serve(self.context, request)
 
     def check_head(self, head: RequestHead, webui: bool) -> FieldPairs:
-        """Refuse a page from elsewhere and a circle; return what the answer must have."""
+        """Return the fields that the answer must have for a browser.
+
+        Refuse a request of a page from elsewhere, and one that this router has sent to itself.
+        """
         if self.context.via in ", ".join(head.fields.get_all("via")):
             raise LoopDetected("this request has been through this router before")
         return check_browser_head(head, webui, self.browser_rules)
@@ -11869,7 +11877,8 @@ class HTTPServer:
                 client, address = await loop.sock_accept(listener)
             except OSError as error:
                 # Without a pause a lack of files would make this loop spin: the client that
-                # could not be accepted is still there to be accepted.
+                # could not be accepted is still there to be accepted. Files come back as clients
+                # leave. Any other error is of one client that has left already.
                 await asyncio.sleep(0.2 if error.errno in SHORT_OF_FILES else 0.01)
                 continue
             # An address of IPv4 in the form of IPv6 is one of IPv4.
@@ -12075,7 +12084,8 @@ EPILOG = """examples:
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Threads that look up names of servers. One that hangs takes its thread for up to a minute.
 LOOKUP_THREADS = 32
-# Seconds for which the thread of the log may keep the relay waiting.
+# Python runs one thread at a time. After so many seconds the log's thread has to let the event
+# loop run, when that has something to relay.
 SWITCH_INTERVAL = 0.001
 
 
@@ -12170,7 +12180,7 @@ class RoutesFile:
 
 
 def table_warnings(table: RoutingTable) -> Iterator[str]:
-    """Yield what a table says that is allowed, and hardly meant."""
+    """Yield a warning for what is allowed in a table, but probably a mistake."""
     for server in table.servers.values():
         if server.warning:
             yield server.warning
@@ -12217,10 +12227,11 @@ class Invocation:
     options: argparse.Namespace
 
     def warnings(self) -> list[str]:
-        """Return what is allowed in the settings, and hardly meant."""
+        """Return a warning for what is allowed in the settings, but probably a mistake."""
         if "default_upstream" not in self.given:
             return []
-        words = url_warning(*self.given["default_upstream"])
+        given = self.given["default_upstream"]
+        words = url_warning(given.source, given.text)
         return [f"warning: {words}"] if words else []
 
 
@@ -12291,6 +12302,7 @@ class Router:
 
     def reload(self) -> None:
         """Take a changed routing file; a bad one leaves the old table in force."""
+        # SIGHUP comes here as well: this state of the file has then been seen by `watch`, too.
         self.routes.has_changed()
         try:
             if self.routes.fingerprint is None and self.context.table.source:
@@ -12453,6 +12465,7 @@ def run_export(invocation: Invocation) -> int:
     """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
     options = invocation.options
     settings = invocation.settings
+    # The flags are read by the rules of /api/export's query, where no value is like no parameter.
     given = {name: getattr(options, name) or "" for name in EXPORT_PARAMETERS}
     try:
         parameters = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
@@ -12552,10 +12565,12 @@ def run_unit(invocation: Invocation) -> int:
     for words in unit_warnings(settings, program):
         print(f"warning: {words}", file=sys.stderr)
     environment = []
-    for name, (_, text) in sorted(invocation.given.items()):
+    for name, given in sorted(invocation.given.items()):
         # Anybody may read a unit.
         if name == "jwt_secret":
             continue
+        text = given.text
+        # The unit runs in another folder.
         if name == "routes_config":
             text = str(pathlib.Path(settings.routes_config).absolute())
         environment.append(f"Environment={quote_for_systemd(f'{name.upper()}={text}')}")
@@ -12867,7 +12882,7 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
 def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[str]) -> None:
     """Refuse a flag that does not exist, with the nearest one. Raises ConfigError.
 
-    `--prot 8080`: argparse passes the flag over, and takes 8080 for a command.
+    Of `--prot 8080` argparse would only say that there is no command 8080.
     """
     # Python takes 4 ms to import it.
     import difflib
