@@ -8943,7 +8943,6 @@ class RequestLog:
         self.store = Store(settings, limits) if settings.enable_logging else None
         self.body_limit = settings.max_blob_size if self.store else 0
         self.body_budget = BodyBudget(limits.body_time_share, limits.body_time_savings)
-
         # Where records are: see the theory of operation.
         self.running: dict[int, RequestRecord] = {}
         self.finished: collections.deque[RequestRecord] = collections.deque()
@@ -8963,7 +8962,6 @@ class RequestLog:
         # What is wrong with the database now, and what was wrong with one that was moved aside.
         self.error = ""
         self.notice = ""
-
         # What the thread waits for: something to do, or a batch that fills a transaction.
         self.news = threading.Event()
         self.batch_is_full = threading.Event()
@@ -9973,8 +9971,8 @@ class Exchange:
         url = candidate.instance.server.url
         upstreams = self.context.upstreams
         path = self.upstream_path(candidate)
-        # The instances in `with_timings` tell their counts without being asked, and would put them into
-        # the usage event, which is hidden.
+        # Models with timings tell their counts without being asked. If they were asked, they would
+        # put their timings into the usage event, which is hidden.
         candidate.hide_usage = (
             self.parsed.stream
             and find_protocol(path).usage_option
