@@ -3080,10 +3080,11 @@ def are_complete(protocol: Protocol, format: EventFormat, events: Iterable[bytes
 
 
 def may_end_stream(protocol: Protocol, format: EventFormat, data: bytes, closed: bool) -> bool:
-    """Tell whether an answer that ended without the end of an event may be one, all the same.
+    """Tell whether a streamed answer may be whole whose only event has no end.
 
-    Its only event says so itself, or is whole and the end came as the framing promised. It is
-    none when the connection was `closed` instead.
+    It is when the event itself says that it is the last. It may be, too, when the event holds an
+    object and the framing told where the content ends, so that nothing is missing. When that was
+    told by the close of the connection alone (`closed`), the rest may be lost.
     """
     if are_complete(protocol, format, [data]):
         return True
@@ -3658,18 +3659,18 @@ def no_think_edit(protocol: Protocol, document: Mapping[str, Any]) -> dict[Path,
 USAGE_WISH = '"stream_options":{"include_usage":true}'
 
 
-def encode_object(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
+def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return the client's own bytes with what must change changed."""
     document = parsed.document
     edits: dict[Path, Any] = {}
-    if rewrite.no_think:
+    if changes.no_think:
         edits |= no_think_edit(parsed.protocol, document)
-    if parsed.model and rewrite.model != parsed.model:
+    if parsed.model and changes.model != parsed.model:
         named_by = [name for name in parsed.protocol.model_members if name in document]
-        edits[(named_by[0],)] = rewrite.model
+        edits[(named_by[0],)] = changes.model
     # Appending a member needs no search for its place: the usual request is changed by that alone.
-    adds_options = rewrite.include_usage and "stream_options" not in document
-    if rewrite.include_usage and not adds_options:
+    adds_options = changes.include_usage and "stream_options" not in document
+    if changes.include_usage and not adds_options:
         options = document["stream_options"]
         own_options = options if isinstance(options, dict) else {}
         edits[("stream_options",)] = {**own_options, "include_usage": True}
@@ -3727,12 +3728,12 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
         at = end
 
 
-def encode_form(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
+def encode_form(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return content that is no JSON with the model's name changed where it stands."""
-    if not parsed.model or rewrite.model == parsed.model:
+    if not parsed.model or changes.model == parsed.model:
         return parsed.content
     start, end = parsed.model_span
-    name = rewrite.model.encode("utf-8", "replace")
+    name = changes.model.encode("utf-8", "replace")
     return parsed.content[:start] + name + parsed.content[end:]
 
 
@@ -4002,12 +4003,12 @@ def tail_document(document: dict[str, Any], part: Part, text: str) -> dict[str, 
 class EventFilter:
     """Changes events that stay in their protocol: texts, usage, the model's name.
 
-    Most events need no change, and to parse one costs more than all else. So events leave as the
-    bytes they came in while `passes_plain` holds and a block has none of the `words` that could
-    need a change. That is sure as soon as every text of the answer has begun outside of a block
-    of thinking, and no filter keeps anything back: then only a tag can change something. It is
-    not sure at first, and never when texts may begin unseen (`n` choices), when fences are
-    looked for or when each event names a model.
+    Most events need no change, and to parse one costs more than all else. So while
+    `skips_plain_events` holds, only the events with one of the `watched_words`, such as a tag's
+    `<`, are parsed, and the bytes between them leave as they came. It holds as soon as every text
+    of the answer has begun outside of its thinking and no filter keeps anything back: then only a
+    tag can change something. It does not hold at first, and never when texts may begin unseen
+    (`n` choices), when fences are looked for or when each event names a model.
     """
 
     buffers = False
@@ -4019,17 +4020,18 @@ class EventFilter:
         self.protocol = plan.protocol
         self.format = format
         self.filtering = any(plan.rules)
-        self.single = plan.parsed.choices == 1
-        self.words: tuple[bytes, ...] = ()
+        self.has_one_choice = plan.parsed.choices == 1
+        self.watched_words: tuple[bytes, ...] = ()
         if plan.hide_usage:
-            self.words += (b'"usage"',)
+            self.watched_words += (b'"usage"',)
         if self.filtering:
-            self.words += (RAW_TAG_START, ESCAPED_TAG_START)
-        self.passes_plain = not (self.filtering or plan.renames)
-        # By choice and block: the filters, and those that have to see every event.
+            self.watched_words += (RAW_TAG_START, ESCAPED_TAG_START)
+        self.skips_plain_events = not (self.filtering or plan.renames)
+        # By choice and item: the filters of the texts, and the texts whose filter has to see every
+        # event, because what it does depends on more than a tag.
         self.filters: dict[tuple[int, Any], TextFilter] = {}
-        self.attentive: set[tuple[int, Any]] = set()
-        # By choice, then block: the last text whose filter keeps something back, and its event.
+        self.needs_all_events: set[tuple[int, Any]] = set()
+        # By choice, then item: the last text whose filter keeps something back, and its event.
         self.pending: dict[int, dict[Any, tuple[Part, bytes]]] = {}
         # Whether the only text of the answer has begun without a tag, and needs no filter yet.
         self.begun_plainly = False
@@ -4037,10 +4039,11 @@ class EventFilter:
 
     def change_block(self, block: bytes) -> bytes:
         """Return some whole events changed; only those that could need it are parsed."""
+        # Where the watched words stand in the block.
         places = []
-        for word in self.words:
+        for word in self.watched_words:
             places += find_all(block, word)
-        if self.passes_plain and not places:
+        if self.skips_plain_events and not places:
             return block
         places.sort()
         next_place = 0
@@ -4049,8 +4052,8 @@ class EventFilter:
         kept_to = 0
         at = 0
         while at < len(block):
-            if self.passes_plain:
-                # Go on to the event with the next word.
+            if self.skips_plain_events:
+                # Go on to the event with the next word; what is before it stays as it is.
                 while next_place < len(places) and places[next_place] < at:
                     next_place += 1
                 if next_place == len(places):
@@ -4062,18 +4065,18 @@ class EventFilter:
             if changed is not event:
                 pieces += [block[kept_to:at], changed]
                 kept_to = end
-            self.passes_plain = self.may_pass_plain()
+            self.skips_plain_events = self.may_skip_plain_events()
             at = end
         return b"".join([*pieces, block[kept_to:]]) if pieces else block
 
-    def may_pass_plain(self) -> bool:
-        """Tell whether the next event can leave unseen if it has none of the words."""
+    def may_skip_plain_events(self) -> bool:
+        """Tell whether the next event can leave unseen if it has none of the watched words."""
         if self.plan.renames:
             return False
         if not self.filtering:
             return True
-        if self.filters and self.single:
-            return not self.attentive
+        if self.filters and self.has_one_choice:
+            return not self.needs_all_events
         return self.begun_plainly
 
     def change_event(self, event: bytes) -> bytes:
@@ -4106,7 +4109,9 @@ class EventFilter:
 
     def may_change_text(self, event: bytes, data: bytes) -> bool:
         """Tell whether a text in an event may have to be changed."""
-        return may_hold_tag(event) or not (self.passes_plain or self.begins_plainly(data))
+        return may_hold_tag(event) or not (
+            self.skips_plain_events or self.note_plain_beginning(data)
+        )
 
     def edit_event(self, event: bytes, data: bytes, edits: Mapping[Path, Any]) -> bytes:
         """Return an event with some values of its document replaced."""
@@ -4114,12 +4119,15 @@ class EventFilter:
             return event
         return self.format.replace(event, edit_json(data.decode(), edits).encode())
 
-    def begins_plainly(self, data: bytes) -> bool:
-        """Tell whether the answer's only text begins in this event, without a tag."""
+    def note_plain_beginning(self, data: bytes) -> bool:
+        """Tell whether the answer's only text begins in this event or did before, without a tag.
+
+        That is noted, so that the next events need not be parsed.
+        """
         plain_text = self.protocol.plain_text
         if self.filters or self.plan.renames or self.plan.rules.fences or plain_text is None:
             return False
-        if not self.begun_plainly and self.single:
+        if not self.begun_plainly and self.has_one_choice:
             self.begun_plainly = plain_text.search(data) is not None
         return self.begun_plainly
 
@@ -4130,6 +4138,7 @@ class EventFilter:
         parts = read_answer(self.protocol, document)
         texts = [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
         endings = [part for part in parts if part.kind in (FINISH, END, TEXT_END)]
+        # A set that keeps its order: what the filters kept back leaves in the order of the texts.
         ended = dict.fromkeys((part.choice, part.item) for part in endings)
         visible = ""
         for part in parts:
@@ -4147,29 +4156,32 @@ class EventFilter:
             if shown != part.value:
                 edits[part.path] = shown
         # Texts that end without being in this event.
-        before = b"".join([self.release(choice, block) for choice, block in ended])
+        before = b"".join([self.release(choice, item) for choice, item in ended])
+        # An event that said nothing but texts of which nothing is left is left out. One whose texts
+        # were empty when it came, such as the first of OpenAI's, is not.
         says_more = len(parts) > len(texts)
-        if texts and not says_more and not visible and any(p.path in edits for p in texts):
+        has_changed_text = any(part.path in edits for part in texts)
+        if has_changed_text and not says_more and not visible:
             return before
         return before + self.edit_event(event, data, edits)
 
     def feed_text(self, part: Part, event: bytes, last: bool) -> str:
         """Return what is visible of a text, and remember what its filter keeps back."""
-        which = (part.choice, part.item)
-        if which not in self.filters:
+        text_key = (part.choice, part.item)
+        if text_key not in self.filters:
             if not part.value:
                 # An empty text begins nothing.
                 return ""
             most = self.plan.limits.texts_per_stream
             if len(self.filters) >= most:
                 raise BadGateway(f"the answer has more than {most} texts")
-            self.filters[which] = TextFilter(self.plan.rules, begun=self.begun_plainly)
-        text_filter = self.filters[which]
+            self.filters[text_key] = TextFilter(self.plan.rules, begun=self.begun_plainly)
+        text_filter = self.filters[text_key]
         visible, _ = text_filter.feed(part.value, last)
         if text_filter.passes_plain_text:
-            self.attentive.discard(which)
+            self.needs_all_events.discard(text_key)
         else:
-            self.attentive.add(which)
+            self.needs_all_events.add(text_key)
         if text_filter.pending:
             self.pending.setdefault(part.choice, {})[part.item] = (part, event)
         elif part.choice in self.pending:
@@ -4178,18 +4190,18 @@ class EventFilter:
                 del self.pending[part.choice]
         return visible
 
-    def release(self, choice: int, block: Any) -> bytes:
+    def release(self, choice: int, item: Any) -> bytes:
         """Return what the filter of a text keeps back, as an event of its own.
 
-        The block None means all texts of the choice.
+        The item None means all texts of the choice.
         """
         pending = self.pending.get(choice, {})
-        blocks = [block] if block in pending else []
-        if block is None:
-            blocks = list(pending)
+        items = [item] if item in pending else []
+        if item is None:
+            items = list(pending)
         events = []
-        for block in blocks:
-            part, event = pending[block]
+        for pending_item in items:
+            part, event = pending[pending_item]
             text = self.feed_text(part._replace(value=""), event, last=True)
             if text:
                 document = tail_document(json.loads(self.format.read_data(event)), part, text)
@@ -4293,6 +4305,7 @@ def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
     options = document.get("options") or {}
     require_content(isinstance(options, dict), "`options` is not an object")
     translated = {name: options[name] for name in SAME_OPTIONS if options.get(name) is not None}
+    # Ollama's -1 and -2 mean as many as there is room for, which is OpenAI's default.
     limit = options.get("num_predict")
     if isinstance(limit, int | float) and limit is not True and limit >= 1:
         require_content(
@@ -4315,11 +4328,11 @@ def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
     return translated
 
 
-def encode_ollama_chat(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
+def encode_ollama_chat(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
     document = parsed.document
     openai = find_protocol(parsed.openai_path)
-    translated: dict[str, Any] = {"model": rewrite.model}
+    translated: dict[str, Any] = {"model": changes.model}
     if openai.user_words == "prompt":
         translated["prompt"] = document.get("prompt") or ""
     else:
@@ -4327,21 +4340,21 @@ def encode_ollama_chat(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
         translated["messages"] = list(openai_messages(messages))
     translated["stream"] = parsed.stream
     translated |= openai_options(document)
-    if rewrite.include_usage:
+    if changes.include_usage:
         translated["stream_options"] = {"include_usage": True}
     content = encode_json_exactly(translated)
-    wants_no_think = rewrite.no_think or document.get("think") is False
+    wants_no_think = changes.no_think or document.get("think") is False
     if wants_no_think and not openai.raw_prompts:
         content = edit_json(content.decode(), no_think_edit(openai, translated)).encode()
     return content
 
 
-def encode_ollama_embed(parsed: ParsedRequest, rewrite: RequestChanges) -> bytes:
+def encode_ollama_embed(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return an Ollama embedding request as OpenAI's."""
     text = parsed.document.get("input")
     if text is None:
         text = parsed.document.get("prompt") or ""
-    translated = {"model": rewrite.model, "input": text, "encoding_format": "float"}
+    translated = {"model": changes.model, "input": text, "encoding_format": "float"}
     if parsed.document.get("dimensions"):
         translated["dimensions"] = parsed.document["dimensions"]
     return encode_json_exactly(translated)
@@ -4387,7 +4400,7 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
         "prompt_eval_count": usage.prompt or 0,
         "prompt_eval_duration": first,
         "eval_count": usage.completion or 0,
-        # Of a whole answer nobody knows the parts.
+        # A whole answer comes at once, so that nothing is left after its beginning.
         "eval_duration": total - first or total,
     }
 
@@ -4408,6 +4421,7 @@ def ollama_call(call: ToolCall) -> dict[str, Any]:
     text = "".join(call.arguments) or "{}"
     arguments = parse_object(text)
     if arguments is None:
+        # A model may write broken JSON. Ollama's clients expect an object all the same.
         arguments = {"_raw": text}
     return {"function": {"name": call.name or "", "arguments": arguments}}
 
@@ -4464,6 +4478,7 @@ class OllamaTranslation:
         for part in parts:
             if part.kind == ERROR:
                 return self.fail(error_words({"error": part.value}))
+            # Ollama's answers have one choice.
             if part.choice != parts[0].choice:
                 continue
             if part.kind == FINISH:
@@ -4480,7 +4495,8 @@ class OllamaTranslation:
             if self.shows_thinking:
                 self.thoughts += message.thoughts
         self.letters += len(text)
-        message.texts, message.thoughts = [], []
+        message.texts = []
+        message.thoughts = []
         if whole:
             self.text_filter = TextFilter(self.rules, begins_inside(text))
         if finished or not self.passes_plain or TAG_START in text:
@@ -4512,7 +4528,9 @@ class OllamaTranslation:
             says["thinking"] = "".join(self.thoughts)
         if self.calls:
             says["tool_calls"] = self.calls
-        self.texts, self.thoughts, self.calls = [], [], []
+        self.texts = []
+        self.thoughts = []
+        self.calls = []
         created_at = rfc3339(self.plan.now())
         document = ollama_document(self.model, self.text_path, created_at, says, end)
         return encode_json(document) + LINES.mark
@@ -4702,13 +4720,13 @@ OLLAMA = Dialect(
     OTHER_OLLAMA,
     read_object,
     encode_object,
-    encode_ollama_chat,
-    answer_ollama_chat,
-    ollama_loaded,
-    encode_ollama_models,
-    ollama_show,
-    encode_ollama_running,
-    OLLAMA_VERSION,
+    encode_openai=encode_ollama_chat,
+    answer=answer_ollama_chat,
+    empty=ollama_loaded,
+    encode_models=encode_ollama_models,
+    encode_details=ollama_show,
+    encode_running=encode_ollama_running,
+    version=OLLAMA_VERSION,
 )
 OLLAMA_EMBED = OLLAMA._replace(
     encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded

@@ -5279,13 +5279,13 @@ def test_texts_without_number() -> None:
     rewriter = stream_filter(texts_per_stream=50)
     changes = rewriter.changes
     shown = b"".join(map(rewriter.feed, events[:50]))
-    assert b"<" not in shown and len(changes.pending) == len(changes.attentive) == 50
+    assert b"<" not in shown and len(changes.pending) == len(changes.needs_all_events) == 50
     assert rewriter.feed(encode_event({"choices": ended})).count(b"<b") == 2
-    assert len(changes.pending) == len(changes.attentive) == 48
+    assert len(changes.pending) == len(changes.needs_all_events) == 48
     assert rewriter.feed(encode_event("[DONE]")).count(b'"<"') == 48
-    assert not changes.pending and not changes.attentive and changes.passes_plain
+    assert not changes.pending and not changes.needs_all_events and changes.skips_plain_events
     rewriter.feed(encode_event(text_deltas("<think>a", index=7)[0]))
-    assert changes.attentive == {(7, None)} and not changes.pending
+    assert changes.needs_all_events == {(7, None)} and not changes.pending
     with pytest.raises(smolrouter.BadGateway, match="more than 50 texts"):
         rewriter.feed(events[50])
 
