@@ -2885,32 +2885,34 @@ def encode_ollama_error(error: RouterError) -> bytes:
 class Protocol(NamedTuple):
     """One endpoint: where its requests, answers and events hold what."""
 
-    # Of requests: their shape, the member with the user's words ("": it is no conversation),
-    # the members one of which names the model.
+    # The shape of requests.
     request: Shape = OTHER
+    # The member of a request with the user's words; "" where it is no conversation.
     user_words: str = ""
+    # One of these members names the model.
     model_members: tuple[str, ...] = ("model",)
     needs_model: bool = False
     streams: str = IF_ASKED
     # Whether `stream_options.include_usage` is understood.
     usage_option: bool = False
-    # Which path of an OpenAI server does the same, for servers that do not know this one; and
-    # which one for a prompt that goes to the model as it is.
+    # Which path of an OpenAI server does the same, for servers that do not know this one.
     openai_path: str = ""
+    # Which one does it for a prompt that goes to the model as it is.
     raw_openai_path: str = ""
     # Whether prompts go to the model as they are, without a template around them.
     raw_prompts: bool = False
 
-    # Of answers: their shape, whole or as events; the members of an event that say which of
-    # several texts it is about; what shows that the text has begun without a tag.
+    # The shape of answers and of their events.
     answer: Shape = ANY_ANSWER
+    # The members of an event that say which of several texts it is about: the `item` of its parts.
     item_members: tuple[str, ...] = ()
+    # What shows in an event that the text has begun without a tag.
     plain_text: re.Pattern[bytes] | None = None
     # What stands in the event that ends a stream, and seldom in others.
     end_mark: re.Pattern[bytes] = DONE_WORD
-    # Where the text stands in an answer of the router's own, and whether an answer names the
-    # model as its client knows it.
+    # Where the text stands in an answer that the router makes itself.
     text_path: Path = ()
+    # Whether an answer has to name the model as its client knows it.
     names_model: bool = False
     encode_error: Callable[[RouterError], bytes] = encode_openai_error
 
@@ -3567,14 +3569,14 @@ class Dialect(NamedTuple):
     service: str
     events: EventFormat  # of its streamed answers
     other: Protocol  # of paths that have no row of their own
-    # What the client sent (path, query, content), and the content for a server: one that speaks
-    # the same, or one that speaks OpenAI.
+    # Reads what the client sent: path, query and content.
     read: Callable[[str, str, bytes], ParsedRequest]
+    # Makes the content for a server: one that speaks the same, or one that speaks OpenAI.
     encode: Callable[[ParsedRequest, RequestChanges], bytes]
     encode_openai: Callable[[ParsedRequest, RequestChanges], bytes] | None = None
-    # A whole OpenAI answer for the client (plan, document, content), and the answer to a request
-    # that asks for nothing.
+    # Makes of a whole OpenAI answer the client's: plan, document and content.
     answer: Callable[..., bytes] | None = None
+    # Answers a request that asks for nothing, such as an empty prompt, without any server.
     empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None
     # How the dialect tells of models: the list, one in detail, those that run; its version.
     encode_models: Callable[[list[dict[str, Any]], str], dict[str, Any]] | None = None
@@ -3709,12 +3711,16 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
 
     Raises MalformedContent for a form without the boundary that its media type tells.
     """
+    wrong_boundary = "the form has no boundary, or its Content-Type another one"
     boundary = BOUNDARY.search(media_type)
-    mark = f"\r\n--{boundary[1] or boundary[2]}".encode() if boundary else b""
-    # The first mark of a form may lack the line end before it.
-    at = -2 if content.startswith(mark[2:]) else content.find(mark)
-    if not boundary or not content.startswith(mark[2:], at + 2):
-        raise MalformedContent("the form has no boundary, or its Content-Type another one")
+    require_content(boundary, wrong_boundary)
+    mark = f"\r\n--{boundary[1] or boundary[2]}".encode()
+    at = content.find(mark)
+    if content.startswith(mark[2:]):
+        # The first mark of a form may lack the line end before it, and so begin before the form.
+        at = -len(b"\r\n")
+    else:
+        require_content(at >= 0, wrong_boundary)
     while True:
         end = content.find(mark, at + 2)
         if end < 0:
@@ -4765,6 +4771,7 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         if format is SSE and plan.parsed.protocol.text_path:
             return StreamRewrite(plan, SSE, OllamaTranslation(plan))
         return BufferedRewrite(plan, translate_document, required=True)
+    # What is no JSON, such as a form, has no text: nothing is known of its answer either.
     if status >= 400 or not plan.parsed.text:
         return None
     if format:
