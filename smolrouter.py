@@ -1887,6 +1887,45 @@ def check_json_size(text: str, max_values: float, limits: Limits = LIMITS) -> No
 
 # --- reading --------------------------------------------------------------------------
 
+JSON_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+JSON_COMMA_OR_CLOSE = re.compile(r"[ \t\n\r]*([,}\]])[ \t\n\r]*")
+
+
+def decode_in_steps(
+    decoder: json.JSONDecoder, text: str, at: int = 0, levels: int = 2
+) -> tuple[Any, int]:
+    """Return the value at a place of a JSON text, and where it ends, as `raw_decode` does.
+
+    `[1, {"a": 2}]`  ->  `([1, {"a": 2}], 13)`;  raises ValueError
+
+    The decoder lets no other thread run before it has done all of its work, which are 200 ms for
+    10 MB of vectors. So each value on the first levels is decoded for itself: in a long document
+    these are the messages, the texts or the vectors.
+    """
+    if levels == 0 or not text.startswith(("{", "["), at):
+        return decoder.raw_decode(text, at)
+    closing = "}" if text[at] == "{" else "]"
+    members: dict[Any, Any] = {}
+    at = JSON_OPEN.match(text, at).end()
+    closed = text[at : at + 1] in ("}", "]")
+    while not closed:
+        key = len(members)
+        if closing == "}":
+            key, at = decoder.raw_decode(text, at)
+            colon = JSON_COLON.match(text, at)
+            if colon is None or not isinstance(key, str):
+                raise json.JSONDecodeError("Expecting a name and ':'", text, at)
+            at = colon.end()
+        members[key], at = decode_in_steps(decoder, text, at, levels - 1)
+        after = JSON_COMMA_OR_CLOSE.match(text, at)
+        if after is None:
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        closed = after[1] != ","
+        at = after.end() if not closed else after.start(1)
+    if text[at] != closing:
+        raise json.JSONDecodeError(f"Expecting {closing!r}", text, at)
+    return (members if closing == "}" else list(members.values())), at + 1
+
 
 def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
     """Return the text and the value of a JSON document that a client sent.
@@ -1902,7 +1941,10 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
         # `raw_decode` wants no white space before the document and does not look behind it; so
         # both are done here. `decode` does the same with two more calls for each document.
         stripped = text.strip(JSON_SPACE)
-        value, end = CLIENT_JSON.raw_decode(stripped)
+        if len(stripped) > limits.long_content:
+            value, end = decode_in_steps(CLIENT_JSON, stripped)
+        else:
+            value, end = CLIENT_JSON.raw_decode(stripped)
         if end != len(stripped):
             raise json.JSONDecodeError("Extra data", stripped, end)
         return text, value
@@ -1920,11 +1962,15 @@ def parse_value(data: bytes | str, limits: Limits = LIMITS) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         text = text.removeprefix(BYTE_ORDER_MARK)
-        if len(text) > limits.long_content:
+        is_long = len(text) > limits.long_content
+        if is_long:
             # Vectors are long lists of numbers: their values are not counted.
             check_json_size(text, math.inf, limits)
         text = text.strip(JSON_SPACE)
-        value, end = SERVER_JSON.raw_decode(text)
+        if is_long:
+            value, end = decode_in_steps(SERVER_JSON, text)
+        else:
+            value, end = SERVER_JSON.raw_decode(text)
     except (ValueError, RecursionError, RouterError):
         return None
     return value if end == len(text) else None
@@ -3812,11 +3858,11 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
 
 # --- answers: rewriters ---------------------------------------------------------------
 # What the Relay sees of a rewriter: `feed` takes a piece of the answer and returns what may leave
-# now, `finish` returns the rest, `buffers` says that nothing leaves before `finish`, `over` that
-# the answer's last event has come, so that nothing else is waited for, `complete` that the answer
-# has said that it is at its end, `trouble` what it said went wrong. In a stream,
-# `tells_timings` is about llama.cpp's timings, and `lost_timings` says that they stood in the usage
-# event that the client must not see.
+# now; `finish` returns the rest, whose length is about `size`; `buffers` says that nothing leaves
+# before `finish`, `over` that the answer's last event has come, so that nothing else is waited
+# for, `complete` that the answer has said that it is at its end, `trouble` what it said went
+# wrong. In a stream, `tells_timings` is about llama.cpp's timings, and `lost_timings` says that
+# they stood in the usage event that the client must not see.
 
 
 class BufferedRewrite:
@@ -3842,6 +3888,11 @@ class BufferedRewrite:
         self.buffers = True
         self.complete = False
         self.content = bytearray()
+
+    @property
+    def size(self) -> int:
+        """How much is kept back."""
+        return len(self.content)
 
     def feed(self, data: bytes) -> bytes:
         """Keep a piece; return all of them once they are too many to be kept."""
@@ -3894,6 +3945,11 @@ class StreamRewrite:
         self.reader = EventReader(format, plan.limits)
         self.buffers: bool = changes.buffers
         self.over = False
+
+    @property
+    def size(self) -> int:
+        """How much is kept back: at most one event."""
+        return len(self.reader.pending)
 
     @property
     def lost_timings(self) -> bool:
@@ -4596,10 +4652,12 @@ def answer_ollama_embed(plan: AnswerPlan, document: dict[str, Any], content: byt
     if not usage.prompt:
         usage = Usage(estimate_prompt(plan.parsed))
     counts = ollama_end("", usage, plan.timing())
-    answer = {"model": client_model(plan.parsed), "embeddings": read_vectors(document)}
+    answer = {"model": client_model(plan.parsed)}
     for name in ("total_duration", "load_duration", "prompt_eval_count"):
         answer[name] = counts[name]
-    return encode_json(answer)
+    # Vector by vector, because no other thread runs while one call of the encoder lasts.
+    vectors = b",".join([encode_json(vector) for vector in read_vectors(document)])
+    return encode_json(answer)[:-1] + b',"embeddings":[' + vectors + b"]}"
 
 
 def answer_ollama_embedding(plan: AnswerPlan, document: dict[str, Any], content: bytes) -> bytes:
@@ -10124,7 +10182,7 @@ class Exchange:
             closed = True
         tail = b""
         if rewriter:
-            tail = rewriter.finish(closed)
+            tail = await self.context.work(rewriter.size, rewriter.finish, closed)
             self.conclude(rewriter)
         if self.error_content and not self.record.error:
             self.record.error = self.read_error(head, self.error_content)

@@ -3217,6 +3217,40 @@ def test_a_number_that_no_double_holds_is_refused_or_null() -> None:
         assert encode({"a": "\ud800"}) == b'{"a":"\\ud800"}'
 
 
+def decode_both_ways(text: str) -> list[Any]:
+    """Decode a text at once and in steps; what cannot be decoded is None."""
+    decoder = smolrouter.SERVER_JSON
+    found: list[Any] = []
+    for decode in (decoder.raw_decode, functools.partial(smolrouter.decode_in_steps, decoder)):
+        try:
+            found.append(repr(decode(text)))
+        except ValueError:
+            found.append(None)
+    return found
+
+
+STEPS = ["{}", "[]", "[ ]", "{ }", "1", '"a"', '{"a":1}', ' {"a":1}', '{"a" : [1 , {"b":[2]}] }x',
+         '{"a":1,"a":2,"b":3}', '[[1,2],[3],[]]', "[1,]", "[,1]", '{"a":1,}', '{"a"}', '{"a" 1}',
+         '{1:2}', "[1 2]", "[1}", '{"a":1]', "[}", "{]", "[", "{", '{"a":', '{"a":1', "[1", "[1,",
+         "", " ", '{"a":[}', '[{"a":1}', '{"\\u0061":NaN}']  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STEPS)
+def test_steps_decode_what_the_decoder_does(text: str) -> None:
+    for cut in range(len(text) + 1):
+        at_once, in_steps = decode_both_ways(text[:cut])
+        assert at_once == in_steps
+
+
+@fuzz(lambda st: {"value": json_values(st), "at": st.integers(0, 50), "bit": st.text(max_size=1)})
+def test_fuzz_steps(value: Any, at: int, bit: str) -> None:
+    """A document, and one with a character changed, is read the same at once and in steps."""
+    text = json.dumps(value)
+    for one in (text, text[:at] + bit + text[at + 1 :]):
+        at_once, in_steps = decode_both_ways(one)
+        assert at_once == in_steps
+
+
 # --- edits ----------------------------------------------------------------------------
 
 
@@ -5413,6 +5447,53 @@ def test_odd_document_is_no_internal_error(path: str, doc: Any) -> None:
     got = request(default_router().port, "POST", path, asked)
     assert got.status in (200, 502)
     assert got.status == 200 or isinstance(got.json["error"], dict if path == CHAT else str)
+
+
+LONG_ANSWERS: dict[str, tuple[str, Any, Any]] = {
+    "vectors": ("/api/embed", {"data": [{"embedding": [0.123456789] * 1000}] * 500}, {}),
+    "translated": ("/api/chat", completion({}, "word <b> " * 700_000), {"stream": False}),
+    "filtered": (CHAT, completion({}, "<think>no</think>" + "word <b> " * 700_000), {}),
+}
+
+
+def longest_wait(router: Router, work: Callable[[], None]) -> float:
+    """Return how long somebody else waits for the router at most, as a share of some work."""
+    done = threading.Event()
+    waits = []
+
+    def ask_often() -> None:
+        while not done.is_set():
+            begun = time.monotonic()
+            request(router.port, "GET", "/healthz")
+            waits.append(time.monotonic() - begun)
+
+    asking = threading.Thread(target=ask_often)
+    asking.start()
+    begun = time.monotonic()
+    work()
+    took = time.monotonic() - begun
+    done.set()
+    asking.join()
+    return max(waits) / took
+
+
+@pytest.mark.parametrize("path, document, more", LONG_ANSWERS.values(), ids=LONG_ANSWERS)
+def test_a_long_answer_is_changed_beside_the_others(path: str, document: Any, more: Any) -> None:
+    """Nobody waits for all of that work; who did waited for nine tenths of it and more."""
+    content = encode_json(document)
+    assert len(content) > 5 * smolrouter.LIMITS.long_content
+    steps = whole_response(content, kind="application/json")
+    asked = {"model": "m", "input": "x", "messages": [{"role": "user", "content": "x"}], **more}
+
+    def work() -> None:
+        got = request(router.port, "POST", path, asked)
+        assert got.status == 200 and b"think" not in got.content
+
+    with (
+        Upstream(lambda received: steps) as upstream,
+        Router({"DEFAULT_UPSTREAM": upstream.url}) as router,
+    ):
+        assert wait_until(lambda: longest_wait(router, work) < 0.5)
 
 
 def test_cut_document_is_no_answer() -> None:
