@@ -2372,7 +2372,9 @@ class EventReader:
 
     def take(self, size: int) -> bytes:
         """Return and forget the first octets that are pending."""
-        taken = bytes(self.pending[:size])
+        # A slice would copy what may be 64 MiB of a decompressed event once more.
+        with memoryview(self.pending) as view:
+            taken = bytes(view[:size])
         del self.pending[:size]
         return taken
 
@@ -3049,10 +3051,11 @@ def read_answer(protocol: Protocol, document: Mapping[str, Any]) -> list[Part]:
     if "error" in (document.get("type"), document.get("object")):
         # It calls itself an error, and its words may stand anywhere in it.
         return [Part(ERROR, 0, None, (), document.get("error") or document)]
-    named_by = [document.get(name) for name in protocol.item_members]
-    item: Any = tuple(value for value in named_by if isinstance(value, int | str))
-    if len(item) < 2:
-        item = item[0] if item else None
+    item: Any = None
+    for name in protocol.item_members:
+        value = document.get(name)
+        if isinstance(value, int | str):
+            item = value if item is None else (item, value)
     return read_parts(protocol.answer, document, item)
 
 
