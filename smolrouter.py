@@ -9763,11 +9763,13 @@ class Exchange:
         await self.context.log.wait_to_begin()
         self.context.log.begin(self.record)
         self.request.recorded = True
-        self.request.connection.cancel_on_disconnect()
         self.record.stop = self.stop
         try:
-            if not self.send_load_answer():
-                await self.relay()
+            if self.send_load_answer():
+                return
+            # Whoever has sent all and closed wants no model to work for nobody.
+            self.request.connection.cancel_on_disconnect()
+            await self.relay()
         except asyncio.CancelledError:
             # The client has left, the router stops, or somebody ended the request from the page.
             self.fail(self.request.connection.cancel_reason or ClientClosed("client_closed"))
@@ -11326,10 +11328,9 @@ async def send_piece(request: Request, data: bytes) -> None:
 
 
 def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
-    """Begin an answer of unknown length that ends when its client goes."""
+    """Begin an answer of unknown length."""
     fields = (("Content-Type", kind), *STREAM_FIELDS, *fields)
     request.writer.write_head(200, encode_field_lines(fields), None)
-    request.connection.cancel_on_disconnect()
 
 
 def read_news(
@@ -11370,6 +11371,7 @@ async def serve_events(context: Context, request: Request) -> None:
     log.listeners.append(ended)
     try:
         begin_stream(request, "text/event-stream")
+        request.connection.cancel_on_disconnect()
         await send_piece(request, b": hello\n\n")
         while not (context.draining or request.writer.omits_content):
             news = read_news(log, ended, known)
@@ -12166,8 +12168,6 @@ EPILOG = """examples:
   smolrouter.py demo                             see it work; needs nothing else
 """
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Threads that look up names of servers. One that hangs takes its thread for up to a minute.
-LOOKUP_THREADS = 32
 # Python runs one thread at a time. After so many seconds the log's thread has to let the event
 # loop run, when that has something to relay.
 SWITCH_INTERVAL = 0.001
@@ -12490,9 +12490,8 @@ def run_serve(invocation: Invocation) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.setswitchinterval(SWITCH_INTERVAL)
     loop = asyncio.new_event_loop()
-    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(LOOKUP_THREADS))
     status = loop.run_until_complete(Router(invocation, listeners).run())
-    # A usual exit would wait for the threads: for a full stderr, or for a dead name server.
+    # A usual exit would wait for the threads: for a full stderr, for example.
     os._exit(status)
 
 

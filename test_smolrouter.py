@@ -12931,6 +12931,57 @@ def test_a_request_pipelined_behind_a_stream_is_kept() -> None:
     assert data.index(b"[DONE]") < data.index(b"0\r\n\r\n") < data.index(b"/v1/behind")
 
 
+# What needs no upstream, and what it answers.
+WITHOUT_UPSTREAM: list[tuple[bytes, int]] = [
+    *((encode_get(path), 200) for path in ("/healthz", "/", "/metrics", "/performance")),
+    *((encode_get(path), 200) for path in ("/v1/models", "/api/tags", "/api/version", "/api/ps")),
+    *((encode_get(f"/api/{name}"), 200) for name in ("logs", "stats", "inflight", "export")),
+    (encode_get("/api/export?format=csv"), 200),
+    (encode_get("/api/request/1"), 404),
+    (encode_get("/nothing"), 404),
+    (encode_post("/api/show", {"model": "tiny"}), 200),
+    # This asks for nothing but to load the model.
+    (encode_post("/api/chat", {"model": "tiny", "messages": []}), 200),
+    (encode_request("POST", CHAT, b"{bad"), 400),
+    (encode_request("DELETE", CHAT, None), 405),
+    (encode_get("/v1/x", [("Origin", "http://evil.example")]), 403),
+    (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400),
+]
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    """Return all that comes until the connection ends."""
+    pieces = []
+    with contextlib.suppress(ConnectionResetError):
+        while piece := sock.recv(1 << 16):
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def test_a_request_before_the_end_of_its_connection_is_answered_without_upstream() -> None:
+    """Whoever pipes a request into `nc -N` says at once that nothing more comes."""
+    with router_and_upstream() as (router, upstream), contextlib.ExitStack() as stack:
+        assert model_names(router) == ["tiny"]
+        # The request and the end are both there when the router goes on.
+        router.signal(signal.SIGSTOP)
+        stack.callback(router.signal, signal.SIGCONT)
+        socks = []
+        for data in [data for data, _ in WITHOUT_UPSTREAM] + [
+            encode_post(CHAT, chat_document("t"))
+        ]:
+            socks.append(stack.enter_context(connect(router.port)))
+            socks[-1].sendall(data)
+            socks[-1].shutdown(socket.SHUT_WR)
+        router.signal(signal.SIGCONT)
+        *answers, relayed = [read_to_end(sock) for sock in socks]
+        for (data, status), answer in zip(WITHOUT_UPSTREAM, answers, strict=True):
+            got = parse_response(answer)
+            assert (got.status, got.whole) == (status, True), (data, answer)
+        # A model would work for nobody.
+        assert relayed == b"" and not upstream.requests_for('"t"')
+        assert wait_for_row(router, "t")["error_message"] == "client_closed"
+
+
 # --- clients that are slow from the first test on -------------------------------------
 
 SLOW_REQUESTS: dict[str, tuple[bytes, float]] = {
