@@ -6873,6 +6873,8 @@ class ContentReader:
                 raise connection.failure
         finally:
             connection.sink = None
+            # An error holds the frames that it came through, and those the reader.
+            self.error = None
             self.consume = None
             self.client = None
 
