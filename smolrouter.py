@@ -891,6 +891,9 @@ class Limits:
     # then new requests wait for it, for `log_wait` at most.
     row_delay: float = 0.2
     log_wait: float = 1.0
+    # While nothing is written, the files of the database are looked at so often: what stands in
+    # one that somebody has removed is lost when the program is killed.
+    log_check_interval: float = 5.0
     # After trouble with the database it is tried again `retry_interval` later. While another
     # program holds its lock, SQLite waits for `database_lock_timeout`.
     retry_interval: float = 1.0
@@ -8127,8 +8130,9 @@ async def list_models(
 #
 #   locked, full,   The next try may do better. A lock of another program is waited for, for
 #   not writable    up to `LIMITS.database_lock_timeout`, before it is an error.
-#   deleted         Before each transaction the file is compared with the one that is open:
-#                   another one, or none, is opened and gets its tables.
+#   deleted         Before each transaction, and now and then, its files are compared with those
+#                   that are open: others, or none, are opened, and get their tables.
+#   emptied         It is closed and checked. What the write-ahead log has is saved, if it is whole.
 #   corrupt         It is renamed, never deleted, and a new one begins. A reader may find it
 #                   first; then the thread checks the file itself.
 #   another's       A database of another program or of a newer version is never touched.
@@ -8182,6 +8186,9 @@ ANSWER_END = 8 * KiB
 # Each step of pruning deletes so many rows, and gives so many pages back to the file system.
 PRUNED_ROWS = 500
 VACUUMED_PAGES = 256
+# The database, its write-ahead log and the index of that; a file of ours has a head at least.
+DATABASE_SUFFIXES = ("", "-shm", "-wal")
+DATABASE_HEAD = 100
 # Rows inserted by one statement; see `insert_rows`.
 ROWS_AT_ONCE = 32
 
@@ -8757,16 +8764,21 @@ class Store:
         self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
         self.db: sqlite3.Connection | None = None
-        # Which file `db` is, to see when another one is in its place.
-        self.open_file: os.stat_result | None = None
+        # The files that are open, to see when others are in their place.
+        self.files: dict[str, os.stat_result] = {}
 
     def open(self) -> sqlite3.Connection:
         """Return the database, opened again when another file, or none, is in its place.
 
-        Raises sqlite3.Error or OSError; then `close` is to be called.
+        Raises sqlite3.Error or OSError; then `close` is to be called. When its write-ahead log was
+        removed, to close it saves what stands in there: the removed file is still open until then.
         """
         if self.db and not self.is_in_place():
             self.close()
+        if self.db and os.path.getsize(self.path) < DATABASE_HEAD:
+            # Somebody has emptied it. Nobody could read what would be written now, although SQLite
+            # sees no error. What stands in the write-ahead log is saved, if it is whole.
+            self.check()
         if self.db is None:
             # Without an isolation level sqlite3 begins no transaction on its own: the methods
             # below say BEGIN themselves, and `with` commits, or rolls back when it is left by an
@@ -8777,19 +8789,27 @@ class Store:
                 isolation_level=None,
             )
             self.migrate(self.db)
-            self.open_file = os.stat(self.path)
             if self.lock_file is None:
                 self.claim_number(self.db)
+            self.files = self.find_files()
         return self.db
 
+    def find_files(self) -> dict[str, os.stat_result]:
+        """Return the files of the database that are there, by their names."""
+        files = {}
+        for suffix in DATABASE_SUFFIXES:
+            name = self.path + suffix
+            with contextlib.suppress(FileNotFoundError):
+                files[name] = os.stat(name)
+        return files
+
     def is_in_place(self) -> bool:
-        """Tell whether the file that is open is the one that has the name."""
-        if self.open_file is None:
-            return False
-        try:
-            return os.path.samestat(os.stat(self.path), self.open_file)
-        except FileNotFoundError:
-            return False
+        """Tell whether the files that are open are those that have the names."""
+        found = self.find_files()
+        return bool(self.files) and all(
+            name in found and os.path.samestat(found[name], file)
+            for name, file in self.files.items()
+        )
 
     def migrate(self, db: sqlite3.Connection) -> None:
         """Make the tables, or bring them up to date; another's database is left alone."""
@@ -8979,7 +8999,7 @@ class Store:
         if not os.path.isfile(self.path):
             return ""
         aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S')}"
-        for suffix in ("-wal", "-shm", ""):
+        for suffix in reversed(DATABASE_SUFFIXES):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self.path + suffix, aside + suffix)
         return aside
@@ -9257,8 +9277,9 @@ class RequestLog:
         if self.error:
             self.closing.wait(self.limits.retry_interval)
             return
-        # Records that came while the last ones were written are something to do already.
-        if len(self.finished) == self.ready_rows:
+        # Records that came while the last ones were written, or that wait for a new database, are
+        # something to do already.
+        if not self.finished:
             self.news.wait(self.longest_sleep())
         self.batch_is_full.wait(interval)
 
@@ -9269,7 +9290,8 @@ class RequestLog:
             return self.limits.batch_interval
         if self.store is None:
             return None
-        return max(0.0, self.store.prune_at - time.time())
+        seconds = min(self.store.prune_at - time.time(), self.limits.log_check_interval)
+        return max(0.0, seconds)
 
     def prepare_batch(self) -> None:
         """Make the rows of the next batch, print and count them, and tell who listens."""

@@ -10710,6 +10710,50 @@ def test_a_deleted_database_is_made_again(log_folder: LogFolder) -> None:
         assert log_state(router)["error"] is None
 
 
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("emptied, removed", [
+    (True, []), (False, ["-wal"]), (False, ["-wal", "-shm"]), (False, ["-shm"]), (True, ["-wal"]),
+])  # fmt: skip
+def test_no_row_goes_into_a_file_without_a_name(
+    log_folder: LogFolder, emptied: bool, removed: list[str], is_checkpointed: bool
+) -> None:
+    """A database that is emptied, or loses its other files, while the router runs."""
+    with log_folder.router() as router:
+        post_chat(router, "one")
+        assert log_folder.wait_for_rows(1) == 1
+        if is_checkpointed:
+            with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
+                assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall() == [(0, 0, 0)]
+        if emptied:
+            os.truncate(log_folder.file, 0)
+        for suffix in removed:
+            os.unlink(f"{log_folder.file}{suffix}")
+        assert post_chat(router, "two").status == 200
+        wanted = {"two"} if emptied and is_checkpointed else {"one", "two"}
+
+        def models() -> Any:
+            with contextlib.suppress(sqlite3.Error):
+                found = log_folder.select("SELECT sent_model FROM requests WHERE failed = 0")
+                return {model for (model,) in found}
+
+        assert wait_until(lambda: models() == wanted), models()
+        assert log_state(router)["error"] is None
+        router.process.kill()
+        router.process.wait()
+        assert models() == wanted
+        assert log_folder.select("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_removed_file_is_noticed_while_nothing_is_written(log_folder: LogFolder) -> None:
+    with running_log(log_folder, log_check_interval=0.05) as log:
+        log_requests(log, 1)
+        assert log_folder.wait_for_rows(1) == 1
+        wal = log_folder.file.with_name("log.db-wal")
+        wal.unlink()
+        assert wait_until(wal.exists)
+        assert log_folder.select("SELECT count(*) FROM requests") == [(1,)]
+
+
 def test_an_overwritten_database_is_replaced(log_folder: LogFolder) -> None:
     with log_folder.router() as router:
         for _ in range(3):
