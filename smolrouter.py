@@ -808,6 +808,9 @@ class Limits:
     # Longer names are not tried on patterns, because a harmless one such as `/.*-1.5b/` takes
     # quadratic time: on a name of 200 kB everybody would wait for minutes.
     pattern_name: int = 256
+    # In rows, lists and metrics a longer text is cut, and ends with a hash: there are many of them,
+    # and they stay for long.
+    shown_name: int = 256
     # Decisions that are remembered, by model and source host; the one that was not needed for
     # the longest time goes. A home has a few dozen of them. Each has a trail with a step for
     # every rule: with a thousand rules, that makes up to 50 MB.
@@ -8393,6 +8396,17 @@ def replace_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def cut_name(text: str) -> str:
+    """Return a text as rows, lists and metrics have it; a hash tells long ones apart.
+
+    300 times `x`  ->  247 times `x`, `#` and the first eight digits of the SHA-256
+    """
+    if len(text) > LIMITS.shown_name:
+        digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+        text = f"{text[: LIMITS.shown_name - 9]}#{digest}"
+    return replace_surrogates(text)
+
+
 def make_detail(record: RequestRecord) -> Detail:
     """Return what is kept of a request beside its row, secrets hidden."""
     secrets = record.secrets
@@ -8448,6 +8462,14 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     return usage, is_estimated
 
 
+def encode_attempts(record: RequestRecord) -> str:
+    """Return the attempts of a request as JSON, long names cut and secrets hidden."""
+    attempts = []
+    for attempt in record.attempts:
+        attempts.append(attempt._replace(instance=cut_name(attempt.instance)))
+    return hide_in_text(dump_compact(attempts), record.secrets)
+
+
 def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Row:
     """Return the row of a request; without `finished`, the row that says that it runs."""
     usage, is_estimated = count_tokens(record, detail)
@@ -8473,12 +8495,12 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         timestamp,
         record.source_ip,
         record.method,
-        record.shown_target,
+        cut_name(record.shown_target),
         record.service,
-        replace_surrogates(record.requested_model),
-        replace_surrogates(record.mapped_model),
+        cut_name(record.requested_model),
+        cut_name(record.mapped_model),
         record.upstream_url,
-        replace_surrogates(record.route),
+        cut_name(record.route),
         duration,
         ttft,
         record.request_size,
@@ -8488,12 +8510,12 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         usage.prompt,
         usage.completion,
         int(is_estimated),
-        hide_in_text(dump_compact(record.attempts), record.secrets),
+        encode_attempts(record),
         int(record.stream),
         completed_at,
-        replace_surrogates(record.sent_model),
+        cut_name(record.sent_model),
         usage.cached,
-        hide_in_text(shown.user_agent, record.secrets),
+        hide_in_text(cut_name(shown.user_agent), record.secrets),
         shown.client_key,
         failed,
         level,
@@ -9344,6 +9366,10 @@ class RequestLog:
         record.body_bytes = size
         if not is_quiet(self.settings):
             self.print_line(describe_request(record, row))
+        # Rows may wait for long, and clients choose how long heads and names are.
+        record.request_fields, record.response_fields = NO_FIELDS, None
+        record.trail, record.secrets, record.attempts = (), (), []
+        record.target = record.requested_model = record.mapped_model = record.sent_model = ""
 
     def is_hurried(self) -> bool:
         """Tell whether so many rows wait that there is no time for long bodies."""
@@ -10464,10 +10490,10 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
         "id": record.id,
         "request_id": record.request_id,
         "source_ip": record.source_ip,
-        "path": record.shown_target,
-        "original_model": record.requested_model,
-        "mapped_model": record.mapped_model,
-        "sent_model": record.sent_model,
+        "path": cut_name(record.shown_target),
+        "original_model": cut_name(record.requested_model),
+        "mapped_model": cut_name(record.mapped_model),
+        "sent_model": cut_name(record.sent_model),
         "upstream_url": record.upstream_url,
         "phase": record.phase,
         "service_type": record.service,
@@ -10577,13 +10603,18 @@ def parse_age(text: str) -> float:
     return int(text[:-1]) * unit
 
 
+def parse_model(text: str) -> str:
+    """Read the name of a model, and return it as rows have it. Raises ValueError."""
+    return cut_name(parse_text(text))
+
+
 Parameters = Mapping[str, Callable[[str], Any]]
 LOG_PARAMETERS: Parameters = {
     "limit": number_between(1, 1000),
     "before": number_between(0, 2**63 - 1),
     "q": parse_text,
     "service_type": choice_of(*SERVICES),
-    "model": parse_text,
+    "model": parse_model,
     "upstream": parse_text,
     "status": parse_status,
     "source": parse_text,
@@ -10591,7 +10622,7 @@ LOG_PARAMETERS: Parameters = {
 POINT_PARAMETERS: Parameters = {
     "hours": HOURS,
     "limit": number_between(1, 20_000),
-    "model": parse_text,
+    "model": parse_model,
     "service_type": choice_of(*SERVICES),
 }
 ROUTE_PARAMETERS: Parameters = {
@@ -10600,7 +10631,7 @@ ROUTE_PARAMETERS: Parameters = {
 }
 EXPORT_PARAMETERS: Parameters = {
     "since": parse_age,
-    "model": parse_text,
+    "model": parse_model,
     "format": choice_of("jsonl", "csv", "openai"),
 }
 
