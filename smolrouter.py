@@ -8451,7 +8451,8 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
         return usage, False
     is_estimated = False
     # A prompt of 0 tokens is one that the server has not counted.
-    if not usage.prompt and not record.request_cut:
+    usage = usage._replace(prompt=usage.prompt or None)
+    if usage.prompt is None and not record.request_cut:
         prompt = estimate_tokens(read_transcript(path, record.content, b""))
         usage = usage._replace(prompt=prompt)
         is_estimated = True

@@ -10097,6 +10097,19 @@ def test_a_row_that_waits_keeps_no_long_names(log_folder: LogFolder) -> None:
         assert log_folder.wait_for_rows(2) == 2
 
 
+@pytest.mark.parametrize("request_cut", [True, False])
+@pytest.mark.parametrize("response_cut", [True, False])
+def test_a_count_that_is_not_known_is_none(request_cut: bool, response_cut: bool) -> None:
+    content = encode_json(chat_document("m", "four"))
+    answer = encode_json({"usage": {"prompt_tokens": 0}, **text_delta("eight letters")})
+    record = new_record(1, content, answer, answer_status=200)
+    record.request_cut, record.response_cut = request_cut, response_cut
+    usage, is_estimated = smolrouter.count_tokens(record, smolrouter.make_detail(record))
+    assert usage.prompt == (None if request_cut else 1)
+    assert usage.completion == (None if response_cut else 4)
+    assert is_estimated == (not (request_cut and response_cut))
+
+
 def test_a_name_that_is_no_text_costs_nobody_a_row() -> None:
     with router_and_upstream() as (router, _):
         for name in ("\ud800", "a\udfff [x]"):
