@@ -10302,15 +10302,24 @@ class Exchange:
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or keep it back, as its rewriter says."""
         record = self.record
-        writer = self.writer
         if record.first_token_at is None:
             record.first_token_at = time.monotonic()
             record.phase = "streaming"
         self.context.log.append_body(record, data)
         if self.seeks_error:
             self.keep_error(data)
-        if self.inflater:
-            data = self.inflater.feed(data)
+        if self.inflater is None:
+            self.forward_decoded(data)
+            return
+        # A few octets may be many megabytes when they are decoded, and each step on the way to the
+        # client makes a copy of what it gets. An empty piece lets the answer begin, too.
+        decoded = self.inflater.feed(data)
+        for at in range(0, max(1, len(decoded)), MiB):
+            self.forward_decoded(decoded[at : at + MiB])
+
+    def forward_decoded(self, data: bytes) -> None:
+        """Do what `forward` does, with a piece that has no content coding any more."""
+        writer = self.writer
         if self.rewriter:
             data = self.rewriter.feed(data)
             if self.rewriter.over:
@@ -10320,7 +10329,7 @@ class Exchange:
         if not writer.started:
             self.write_head(self.candidate.response.head, None)
         writer.write_content(data)
-        record.response_size = writer.size
+        self.record.response_size = writer.size
 
     def write_head(self, head: ResponseHead, length: int | None) -> None:
         """Write the head of the client's answer; its content is `length` octets, if known."""
