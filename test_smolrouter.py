@@ -3732,7 +3732,7 @@ def test_what_ends_a_stream(path: str, line: Any, ends: bool) -> None:
 
 # --- streams that are not called so ---------------------------------------------------
 
-STARTS: list[tuple[bytes, bool | None]] = [
+EVENT_STARTS: list[tuple[bytes, bool | None]] = [
     (b"", None), (b"d", None), (b"data", None), (b"data:", True), (b"event: x", True),
     (b"id:1", True), (b": ping", True), (b"\xef\xbb", None), (b"\xef\xbb\xbf", None),
     (b"\xef\xbb\xbfdata: x", True), (b"\r\n", None), (b"\ndata: x", True), (b"{", False),
@@ -3741,7 +3741,7 @@ STARTS: list[tuple[bytes, bool | None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("start, is_stream", STARTS)
+@pytest.mark.parametrize("start, is_stream", EVENT_STARTS)
 def test_what_begins_like_events(start: bytes, is_stream: bool | None) -> None:
     assert smolrouter.begins_like_events(start) is is_stream
 
@@ -4489,7 +4489,7 @@ def test_error_of_every_protocol(path: str, document: Any, words: str) -> None:
     assert smolrouter.find_error(smolrouter.find_protocol(path), document) == words
 
 
-ERROR_CONTENTS: list[tuple[bytes, str]] = [
+ERROR_WORDS: list[tuple[bytes, str]] = [
     (b'{"error": {"message": "no memory", "code": 5}}', "no memory"),
     (b'{"error": "no memory"}', "no memory"),
     (b'{"error": true, "message": "no memory"}', "no memory"),
@@ -4508,7 +4508,7 @@ ERROR_CONTENTS: list[tuple[bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize("content, words", ERROR_CONTENTS)
+@pytest.mark.parametrize("content, words", ERROR_WORDS)
 def test_words_of_an_error_answer(content: bytes, words: str) -> None:
     assert smolrouter.read_error(content) == words
 
@@ -14471,6 +14471,17 @@ def test_every_signature_is_typed_and_documented() -> None:
     for node in TREE.body:
         if isinstance(node, FUNCTION):
             assert ast.get_docstring(node), node.name
+
+
+def test_no_name_of_the_tests_is_given_twice() -> None:
+    """The second one would silently take the place of the first."""
+    tree = ast.parse(pathlib.Path(__file__).read_text("utf-8"))
+    names = []
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        names += [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+    counts = collections.Counter(name for name in names if name)
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 def test_no_state_hides_in_the_module() -> None:
