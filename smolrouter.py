@@ -635,7 +635,7 @@ class Settings:
     blob_storage_path: str = setting("blob_storage", parse_text, "folder of the long bodies")
     max_blob_size: int = setting("10485760", number_between(0, 10**12), "bytes kept of one body; a longer one is cut and marked")
     max_total_storage_size: int = setting("1073741824", number_between(0, 10**15), "bytes kept of all bodies; the oldest go first")
-    max_request_size: int = setting("67108864", number_between(1, 10**12), "longest content of a request, bytes")
+    max_request_size: int = setting("67108864", number_between(1, 10**12), "longest content of a request, bytes; blobs have no limit")
     max_connections: int = setting("2048", number_between(1, 10**6), "connections served at once; more wait in the listen queue")
     jwt_secret: str | None = setting(None, parse_secret, "at least 32 characters, 10 different ones; signs the tokens")
     webui_security: str = setting("AUTH_WHEN_PROXIED", choice_of(*POLICIES), "who may see the Web UI: NONE, AUTH_WHEN_PROXIED, ALWAYS_AUTH")
