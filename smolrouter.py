@@ -2921,8 +2921,6 @@ NEVER_STREAMS = "never"
 PLAIN_CHAT_TEXT = re.compile(
     rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
 )
-# An event without this word ends no stream, and needs not be parsed to know that.
-DONE_WORD = re.compile(re.escape(DONE_MARK))
 
 
 def encode_openai_error(error: RouterError) -> bytes:
@@ -2962,8 +2960,9 @@ class Protocol(NamedTuple):
     item_members: tuple[str, ...] = ()
     # What shows in an event that the text has begun without a tag.
     plain_text: re.Pattern[bytes] | None = None
-    # What stands in the event that ends a stream, and seldom in others.
-    end_mark: re.Pattern[bytes] = DONE_WORD
+    # Words of which one stands in the event that ends a stream, and seldom one in others: without
+    # them, an event needs not be parsed to know that it does not.
+    end_words: tuple[bytes, ...] = (DONE_MARK,)
     # Where the text stands in an answer that the router makes itself.
     text_path: Path = ()
     # Whether an answer has to name the model as its client knows it.
@@ -2979,7 +2978,7 @@ OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
     needs_model=True,
     streams=UNLESS_REFUSED,
-    end_mark=re.compile(rb'"done"[ \t]*:[ \t]*true'),
+    end_words=(b'"done":true', b'"done": true'),
     names_model=True,
     encode_error=encode_ollama_error,
 )
@@ -3007,14 +3006,14 @@ PROTOCOLS = {
         needs_model=True,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
         item_members=("index",),
-        end_mark=re.compile(rb'"message_stop"'),
+        end_words=(b'"message_stop"',),
     ),
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
         user_words="input",
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
         item_members=("item_id", "content_index"),
-        end_mark=re.compile(rb'"response\.(?:completed|incomplete|failed)"'),
+        end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
     ),
     "/api/chat": OTHER_OLLAMA._replace(
         request=CHAT_REQUEST,
@@ -3107,8 +3106,6 @@ def is_done_mark(data: bytes) -> bool:
 
 def is_last_event(protocol: Protocol, format: EventFormat, event: bytes) -> bool:
     """Tell whether an event is the last one of its stream: clients wait for no other."""
-    if protocol.end_mark.search(event) is None:
-        return False
     if is_done_mark(format.read_data(event)):
         return True
     document = format.read_document(event) or {}
@@ -3954,6 +3951,8 @@ class StreamRewrite:
         self.reader = EventReader(format, plan.limits)
         self.buffers: bool = changes.buffers
         self.over = False
+        # Only in a conversation: what else may be streamed by these rules, nobody knows.
+        self.end_words = self.protocol.end_words if self.protocol.user_words else ()
 
     @property
     def size(self) -> int:
@@ -3998,19 +3997,20 @@ class StreamRewrite:
         if not block:
             return long
         changed = self.changes.change_block(block)
-        if self.changes.failed or self.protocol.end_mark.search(block):
-            self.look_for_end(block)
+        if self.changes.failed:
+            self.over = True
+        for word in self.end_words:
+            # `in` would take four times as long.
+            if block.rfind(word) >= 0:
+                self.look_for_end()
         return long + changed if long else changed
 
-    def look_for_end(self, block: bytes) -> None:
-        """Note that the answer is over if its last event, or an error that ended it, is here.
-
-        Only in a conversation: what else may be streamed by these rules, nobody knows.
-        """
-        format = self.reader.format
-        events = format.split(block) if self.protocol.user_words else []
-        is_last = any(is_last_event(self.protocol, format, event) for event in events)
-        self.over = self.over or is_last or self.changes.failed
+    def look_for_end(self) -> None:
+        """Note that the answer is over if its last event has come."""
+        for event in reversed(self.reader.last_events()):
+            if is_last_event(self.protocol, self.reader.format, event):
+                self.over = True
+                return
 
     def finish(self, closed: bool = False) -> bytes:
         """Return what the last event becomes, if it lacks its end, and what follows it.
