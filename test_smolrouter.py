@@ -14396,7 +14396,8 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
         if path.endswith(str(rows[-1]["id"])):
             said = tab.locator("#turns").text_content()
             assert EVIL_TEXT * 200 in said and EVIL_TEXT + "y" * 10_000 in said
-            assert EVIL_TEXT + "x" * 300 in tab.locator("#head bdi").first.get_attribute("title")
+            # Long names are cut, with a hash in the place of the rest.
+            assert EVIL_TEXT + "x" * 150 in tab.locator("#head bdi").first.get_attribute("title")
         elif path == "/":
             assert EVIL_TEXT[:40] in tab.locator("#rows tbody").text_content()
 
