@@ -10788,17 +10788,19 @@ def test_no_row_goes_into_a_file_without_a_name(
             os.unlink(f"{log_folder.file}{suffix}")
         assert post_chat(router, "two").status == 200
         wanted = {"two"} if emptied and is_checkpointed else {"one", "two"}
+        # When both are gone, it depends on the moment whether the first row can be saved.
+        allowed = [wanted, {"two"}] if emptied and removed else [wanted]
 
         def models() -> Any:
             with contextlib.suppress(sqlite3.Error):
                 found = log_folder.select("SELECT sent_model FROM requests WHERE failed = 0")
                 return {model for (model,) in found}
 
-        assert wait_until(lambda: models() == wanted), models()
+        assert wait_until(lambda: models() in allowed), models()
         assert log_state(router)["error"] is None
         router.process.kill()
         router.process.wait()
-        assert models() == wanted
+        assert models() in allowed
         assert log_folder.select("PRAGMA integrity_check") == [("ok",)]
 
 
