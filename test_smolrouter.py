@@ -13579,7 +13579,7 @@ sys.exit(smolrouter.main(sys.argv[1:]))
 MISSING = [
     "fcntl", "resource", "ctypes", "signal.SIGHUP", "signal.SIGKILL", "loop.add_signal_handler",
     "os.umask", "os.execv", "os.fork", "os.kill", "os.geteuid", "os.getuid", "os.fchmod",
-    "os.chmod", "os.set_blocking", "os.sched_setscheduler", "os.memfd_create", "os.writev",
+    "os.set_blocking", "os.sched_setscheduler", "os.memfd_create", "os.writev",
     "os.statvfs", "os.sync", "os.posix_fadvise", "socket.SO_REUSEPORT",
 ]  # fmt: skip
 
@@ -13756,7 +13756,9 @@ def test_a_full_stdout_is_said_in_one_line(words: str, log_folder: LogFolder) ->
         done = subprocess.run(command, env=environment, capture_output=True, timeout=30, text=True)
         assert done.returncode != 0
         if "2>&1" not in redirection:
-            assert (done.returncode, done.stderr) == (1, "smolrouter: no space left on device\n")
+            # Where the checkout lies in /tmp, `unit` warns that no unit can reach it there.
+            lines = [line for line in done.stderr.splitlines() if not line.startswith("warning:")]
+            assert (done.returncode, lines) == (1, ["smolrouter: no space left on device"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are octets on Linux alone")
