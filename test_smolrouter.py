@@ -884,6 +884,12 @@ def run_program(*args: str, settings: Mapping[str, Any] | None = None, **more: A
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in a thread: the tests of a browser leave a loop running in this one."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 # Shared routers are started one at a time, so that threads cannot start the same one twice.
 START_LOCK = threading.Lock()
 
@@ -8348,7 +8354,7 @@ def test_head_at_every_split() -> None:
 
     for start in (b"", b"\r\n"):
         for pieces in every_split(start + head + b"\r\n\r\nPOST"):
-            found, rest = asyncio.run(read(pieces))
+            found, rest = run_coroutine(read(pieces))
             assert found == head
             assert b"POST".endswith(rest) or rest == b"POST"
 
@@ -8376,9 +8382,9 @@ def test_whole_content_counts_although_its_connection_breaks() -> None:
         await reader.pump(pieces.append, client)
         return b"".join(pieces)
 
-    assert asyncio.run(asyncio.wait_for(pump(5), PATIENCE)) == b"hello"
+    assert run_coroutine(asyncio.wait_for(pump(5), PATIENCE)) == b"hello"
     with pytest.raises((OSError, smolrouter.RouterError)):
-        asyncio.run(asyncio.wait_for(pump(6), PATIENCE))
+        run_coroutine(asyncio.wait_for(pump(6), PATIENCE))
 
 
 @pytest.mark.parametrize("data, error", [
@@ -8404,7 +8410,7 @@ def test_what_can_become_no_head_is_refused_before_its_end(
 
     for pieces in every_split(data):
         with pytest.raises(error):
-            asyncio.run(read(pieces))
+            run_coroutine(read(pieces))
 
 
 def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
@@ -8444,7 +8450,7 @@ def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
             await asyncio.sleep(0)
         return sent
 
-    for first, second in asyncio.run(write()):
+    for first, second in run_coroutine(write()):
         assert first.startswith(b"HTTP/1.1 200 OK\r\n")
         assert first.endswith(b"\r\n\r\n5\r\nhello\r\n")
         assert second == b"x" * 10 + b"y" * 101
@@ -8936,7 +8942,7 @@ def test_connection_that_nobody_waits_for_is_closed(turns: int) -> None:
         listener.close()
         return len(batch.connections)
 
-    assert asyncio.run(cancel_after(turns)) == 0
+    assert run_coroutine(cancel_after(turns)) == 0
 
 
 # --- TLS and addresses ----------------------------------------------------------------
@@ -11119,12 +11125,12 @@ def test_new_requests_wait_for_a_log_that_is_behind(log_folder: LogFolder) -> No
         assert log_folder.wait_for_rows(1) == 1
         with contextlib.closing(sqlite3.connect(log_folder.file, isolation_level=None)) as db:
             db.execute("BEGIN IMMEDIATE")
-            assert not log.error and 0.3 < asyncio.run(wait(log)) < 1.5
+            assert not log.error and 0.3 < run_coroutine(wait(log)) < 1.5
             assert wait_until(lambda: "locked" in log.error)
-            assert asyncio.run(wait(log)) < 0.25
+            assert run_coroutine(wait(log)) < 0.25
             db.execute("ROLLBACK")
         assert log_folder.wait_for_rows(43) == 43
-        assert wait_until(lambda: not log.error) and asyncio.run(wait(log)) < 0.25
+        assert wait_until(lambda: not log.error) and run_coroutine(wait(log)) < 0.25
         assert log_folder.wait_for_rows(64) == 64 and log.lost == 0
 
 
