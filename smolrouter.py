@@ -12818,10 +12818,8 @@ class DemoServer:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request as a model server does, and end the connection."""
         # The demo ends while answers run; Python 3.11 would print a traceback for each.
-        with (
-            contextlib.closing(writer),
-            contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError),
-        ):
+        ended = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.closing(writer), contextlib.suppress(*ended):
             data = await reader.readuntil(b"\r\n\r\n")
             head = parse_request_head(data.removesuffix(b"\r\n\r\n"))
             content = await reader.readexactly(head.framing.length)
