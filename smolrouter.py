@@ -13372,7 +13372,7 @@ th button { padding: 0; width: 100%; text-align: inherit; }
       <label>Up<select name="y"></select></label>
       <label>Scale<select name="scale"><option value="xy">Logarithmic<option value="none">Linear
         <option value="x">Log across<option value="y">Log up</select></label>
-      <a class="button" id="export" download>Export CSV</a></form>
+      <button type="button" id="export" disabled>Export CSV</button></form>
     <figure class="chart" id="chart"></figure>
     <p class="unseen" id="chart-says" role="status"></p>
     <div class="legend" id="legend" role="group" aria-label="Models shown"></div>
@@ -13491,8 +13491,8 @@ function badgeNode({status_code: status, is_inflight: runs}) {
 }
 // -- The router ------------------------------------------------------------------------------
 const app = {view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(),
-  running: null, rows: new Map(), stats: null, hours: [], points: [], models: [], meta: {},
-  request: null};
+  running: null, rows: new Map(), stats: null, hours: [], points: [], shown: [], models: [],
+  meta: {}, request: null};
 const isSignedIn = () => byId("sign-in").hidden;
 const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
 const NO_ANSWER = "The router does not answer.";
@@ -13909,7 +13909,7 @@ function showPerformance({data_points: points, models, meta}) {
 function showChart() {
   const figure = byId("chart"), {x: xAxis, y: yAxis, scale, model} = valuesOf(byId("lens"));
   const hidden = new Set(params().getAll("hide")), all = app.points;
-  const points = all.filter(one =>
+  const points = app.shown = all.filter(one =>
     !hidden.has(one.model) && known(one[xAxis]) && known(one[yAxis]));
   const left = all.length - points.length;
   say(byId("chart-title"), `${AXES[xAxis][0]} against ${AXES[yAxis][0].toLowerCase()}`);
@@ -13920,7 +13920,7 @@ function showChart() {
   byId("chart-empty").replaceChildren(all.length ? "" : model
     ? empty("No request of this model is there.", "Choose another model, or a longer time.")
     : empty("No request in this range.", "Choose a longer one, or send one:", exampleNode()));
-  figure.hidden = !points.length;
+  figure.hidden = byId("export").disabled = !points.length;
   const {width, height} = figure.getBoundingClientRect();
   if (width > 0) figure.replaceChildren(...chartNodes(points, xAxis, yAxis, scale, width, height));
 }
@@ -13958,6 +13958,18 @@ function toggleModel(model) {
   if (!hidden.delete(model)) hidden.add(model);
   amend({hide: [...hidden]});
   showChart();
+}
+/** Rows as a table of CSV, below the names of their columns. */
+function csvOf(rows) {
+  const quoted = value => /[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
+  const lines = [Object.keys(rows[0] ?? {}), ...rows.map(row => Object.values(row))];
+  return lines.map(line => line.map(value => quoted(String(value ?? ""))).join(",") + "\n");
+}
+/** Save the points that the chart shows now. */
+function exportShown() {
+  const href = URL.createObjectURL(new Blob(csvOf(app.shown), {type: "text/csv"}));
+  node("a", {href, download: "smolrouter.csv"}).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60_000);  // it is read after the click
 }
 const SPEEDS = [
   ["Model", "model"], ["Requests", "requests", count], ["Errors", "errors", count],
@@ -14000,7 +14012,6 @@ function sortBy(key) {
 }
 function loadPerformance() {
   const {hours, model, service_type} = valuesOf(byId("lens"));
-  byId("export").href = `/api/export?${queryOf({since: `${hours}h`, model, format: "csv"})}`;
   return load("performance", {hours, model, service_type, limit: 2000}, showPerformance);
 }
 const performanceSoon = paced(loadPerformance, 5000);
@@ -14011,6 +14022,7 @@ function openPerformance() {
   byId("speeds").tHead.append(node("tr", SPEEDS.map(([label, key, format]) => node("th",
     {class: format && "number"}, node("button", {onclick: () => sortBy(key)}, label)))));
   bindForm(byId("lens"), loadPerformance);
+  byId("export").onclick = exportShown;
   new ResizeObserver(showChart).observe(byId("chart").parentNode);
 }
 // -- Request ---------------------------------------------------------------------------------

@@ -14090,6 +14090,46 @@ def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
     assert exported.count(b"\n") == 8
 
 
+def test_export_has_what_the_chart_shows(tab: Any) -> None:
+    router = page_router("export")
+    odd_name = '=odd "name", é'
+    for model in ("tiny", "gpt-4", odd_name, odd_name):
+        post_chat(router, model, "some words", stream=True)
+    request(router.port, "POST", "/api/chat", chat_document("own-export", stream=False))
+
+    def points() -> list[dict[str, Any]]:
+        return get_document(router, "/api/performance")["data_points"]
+
+    assert wait_until(lambda: len(points()) == 5)
+    tab.goto(f"{router.url}/performance")
+
+    def exported(number: int) -> list[dict[str, Any]]:
+        """Return the rows of the export, once the chart shows so many points."""
+        assert wait_until(lambda: len(tab.evaluate(CHART)) == number)
+        with tab.expect_download() as download:
+            tab.click("#export")
+        assert download.value.suggested_filename == "smolrouter.csv"
+        with open(download.value.path(), encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def as_texts(shown: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+        """Return points as a table has them: numbers as JavaScript writes them, None as nothing."""
+        rows = []
+        for point in shown:
+            named = {name: "" if value is None else value for name, value in point.items()}
+            rows.append({name: str(value).removesuffix(".0") for name, value in named.items()})
+        return rows
+
+    assert exported(5) == as_texts(points())
+    tab.click("#legend button:has-text('small')")
+    assert exported(4) == as_texts(point for point in points() if point["model"] != "small")
+    tab.select_option("#lens [name=service_type]", "openai")
+    of_openai = [point for point in points() if point["service_type"] == "openai"]
+    assert exported(3) == as_texts(point for point in of_openai if point["model"] != "small")
+    tab.fill("#lens [name=model]", odd_name)
+    assert {row["model"] for row in exported(2)} == {odd_name}
+
+
 def test_running_requests_grow_and_stop(tab: Any) -> None:
     router = page_router("live")
     gates = [threading.Event() for _ in range(2)]
