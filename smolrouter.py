@@ -14064,7 +14064,8 @@ const headNodes = doc => [node("h1", modelNode(doc)), badgeNode(doc),
   node("span.quiet", `${doc.method} `, named(doc.path, 80),
     ` from ${doc.source_ip}, ${local(doc.timestamp)}`),
   node("span.push.line", doc.is_inflight && stopNode(doc.id), copyNode("Copy as curl",
-    () => curlOf(doc), doc.request_body_cut || doc.request_body_encoding === "base64"))];
+    () => curlOf(doc), doc.request_body_cut || doc.request_body_encoding === "base64" ||
+      doc.request_body?.includes("\0")))];
 /** Asked for -> mapped -> rule -> attempt 1 failed -> attempt 2 answered. */
 function trailNode(doc) {
   const step = (title, text, kind = "idle") => text && node("li",
@@ -14145,12 +14146,24 @@ function rawNode(title, doc, side) {
     if (this.children.length < 2) this.append(content());
   }}, node("summary", node("h2", title), node("span.small", ` raw, ${bytes(size)}`)));
 }
-/** The request as a command for a POSIX shell; no secrets, but a place for the key. */
+/** The UTF-8 of a text, or of a field its octets as they are, as a shell's octal escapes. */
+function octalOf(text, isField) {
+  const octets = isField ? [...text].map(one => one.charCodeAt()) : new TextEncoder().encode(text);
+  return [...octets].map(octet => `\\${octet.toString(8).padStart(3, "0")}`).join("");
+}
+/** A word of a command. A terminal obeys control characters of what is pasted into it, and shows
+ * none of those that turn text round: they are written as escapes, in a `$'word'` of the shell. */
+function quoted(text, isField = false) {
+  const unsafe = isField ? /[^ -~]/ : /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u;
+  if (!unsafe.test(text)) return `'${text.replaceAll("'", "'\\''")}'`;
+  const special = new RegExp(`${unsafe.source}|['\\\\!]`, "gu"), named = {"\n": "\\n", "\t": "\\t"};
+  return `$'${text.replace(special, one => named[one] ?? octalOf(one, isField))}'`;
+}
+/** The request as a command for a shell; no secrets, but a place for the key. */
 function curlOf(doc) {
-  const quoted = text => `'${text.replaceAll("'", "'\\''")}'`;
   const fields = doc.request_headers.filter(([name]) => /^(accept|content-type)$/i.test(name));
   return [`curl -X ${quoted(doc.method)} ${quoted(location.origin + doc.path)}`,
-    ...fields.map(field => `-H ${quoted(field.join(": "))}`),
+    ...fields.map(field => `-H ${quoted(field.join(": "), true)}`),
     doc.client_key && '-H "Authorization: Bearer $API_KEY"',
     doc.request_body && `--data-raw ${quoted(doc.request_body)}`].filter(Boolean).join(" \\\n  ");
 }

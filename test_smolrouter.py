@@ -71,6 +71,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.parse
 import zlib
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -14251,6 +14252,42 @@ def test_request_reads_as_a_conversation(tab: Any) -> None:
         subprocess.run(["sh", "-c", command], capture_output=True, timeout=PATIENCE, check=True)
         again = wait_until(lambda: default_upstream().requests_for(name)[before:])
         assert again[0].content == default_upstream().requests_for(name)[0].content
+
+
+# In a terminal these end a paste, move the cursor, are a second line or turn the text round.
+OBEYED_BY_TERMINALS = "".join(map(chr, [*range(1, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF]))
+TURNED_ROUND = "".join(map(chr, [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2066, 0x2069]))
+
+
+def test_copied_command_has_no_control_characters(tab: Any) -> None:
+    router = page_router("paste")
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    text = f"\x1b[201~; touch owned\n{OBEYED_BY_TERMINALS}{TURNED_ROUND}7'8\\n!! $(id) `id` é😀"
+    accept = "text/plain; a=caf\xe9 \x9b201~"
+
+    def open_request(path: str, content: bytes) -> None:
+        fields = [("Content-Type", "text/plain"), ("Accept", accept)]
+        assert request(router.port, "POST", path, content, fields).status == 200
+        row = wait_until(lambda: get_document(router, f"/api/logs?q={path}"))[0]
+        tab.goto(f"{router.url}/request/{row['id']}")
+        wait_text(tab, "#head", "Copy as curl")
+
+    open_request("/v1/paste", text.encode())
+    tab.click("text=Copy as curl")
+    command = wait_until(lambda: tab.evaluate("navigator.clipboard.readText()"))
+    # The lines of the command itself are joined by a backslash.
+    kinds = {unicodedata.category(one) for one in command.replace(" \\\n  ", " ")}
+    assert not kinds & {"Cc", "Cf", "Zl", "Zp"}
+    # What a shell makes of it is what was sent, to the octet.
+    for shell in filter(shutil.which, ("bash", "zsh", "ksh")):
+        script = f"""curl() {{ printf '%s\\0' "$@"; }}; {command}"""
+        done = subprocess.run([shell, "-c", script], capture_output=True, timeout=PATIENCE)
+        words = done.stdout.split(b"\0")
+        assert words[words.index(b"--data-raw") + 1] == text.encode()
+        assert b"Accept: " + accept.encode("latin-1") in words
+    # No word of a command can have a NUL in it.
+    open_request("/v1/nul", b"a\0b")
+    assert tab.locator("text=Copy as curl").is_disabled()
 
 
 def test_request_shows_how_it_was_routed(tab: Any) -> None:
