@@ -8122,7 +8122,7 @@ async def list_models(
 # Time: each transaction waits for the disk, so the thread collects what happens in
 # `LIMITS.batch_interval` and writes it in one. A row that is not written yet is lost when the
 # program is killed; so when rows are late by more than `LIMITS.row_delay`, new requests wait a
-# little before they begin (`wait_for_room`). Bodies matter less. They have so much memory
+# little before they begin (`wait_to_begin`). Bodies matter less. They have so much memory
 # (`LIMITS.body_memory`) and, while many rows wait, a share of a processor (`BodyBudget`). Bodies
 # that need more are cut and marked as cut; their rows are complete.
 #
@@ -8145,14 +8145,16 @@ COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, o
     mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
     status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
     stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level"""
-# A row as the database has it. Moments are ms UTC; `failed` is None while the request runs.
+# A row as the database has it. `original_model` is the model that the client asked for,
+# `mapped_model` what MODEL_MAP makes of it, and `sent_model` what the server was asked for.
+# `timestamp` and `completed_at` are in ms since 1970; `failed` is None while the request runs.
 # `level` lets the performance page draw an even sample of a long log: half of all rows have 0, a
 # quarter has 1, and so on.
 Row = collections.namedtuple("Row", COLUMNS)
 
-# For each hour, service, model and server a tally is kept: these sums, and two histograms.
-# `spoken_tokens` and `spoken_ms` count only requests whose speed is known; it is the one divided
-# by the other. Their time is from the first token on.
+# For each hour, service, model and server a tally is kept: these sums, and two histograms. The
+# speed of a model is `spoken_tokens` per `spoken_ms`: the tokens of its answers, and the time from
+# the first token of an answer to the last. Both sums leave out the requests that lack one of them.
 SUMS = (
     "requests",
     "errors",
@@ -8167,11 +8169,12 @@ SUMS = (
 # The longest time in ms that each bucket of a histogram counts: 1 ms to 50 min, each 1.4 times
 # the one before. The last bucket counts what is longer, too.
 BUCKET_ENDS = [2 ** (step / 2) for step in range(44)]
-# The columns of a tally: its sums, the buckets of the durations, those of the times to the first
-# token; and where the buckets stand in it.
+# The columns of a tally: its sums, the buckets of the durations, and those of the times to the
+# first token (TTFT).
 DURATION_COLUMNS = [f"d{number}" for number in range(len(BUCKET_ENDS))]
 TTFT_COLUMNS = [f"t{number}" for number in range(len(BUCKET_ENDS))]
 TALLY_COLUMNS = (*SUMS, *DURATION_COLUMNS, *TTFT_COLUMNS)
+# Where the buckets of both histograms stand in a tally.
 DURATIONS = slice(len(SUMS), len(SUMS) + len(BUCKET_ENDS))
 TTFTS = slice(len(SUMS) + len(BUCKET_ENDS), len(TALLY_COLUMNS))
 
@@ -8189,14 +8192,16 @@ ANSWER_END = 8 * KiB
 # Each step of pruning deletes so many rows, and gives so many pages back to the file system.
 PRUNED_ROWS = 500
 VACUUMED_PAGES = 256
-# The database, its write-ahead log and the index of that; a file of ours has a head at least.
+# The files of a database: itself, its write-ahead log and the index of that.
 DATABASE_SUFFIXES = ("", "-shm", "-wal")
+# SQLite's files begin with a head of so many octets; a shorter file holds no database.
 DATABASE_HEAD = 100
 # Rows inserted by one statement; see `insert_rows`.
 ROWS_AT_ONCE = 32
 
 # Each script brings the database from the version before it to its own. What was released is
-# never changed: a database out there has been through it.
+# never changed: a database out there has been through it. The index `sample` has the rows from
+# section 15's SAMPLE_LEVEL on.
 MIGRATIONS = (
     f"""
 CREATE TABLE requests (id INTEGER PRIMARY KEY, request_id, timestamp, source_ip, method, path,
@@ -8238,8 +8243,8 @@ CREATE TRIGGER dropped AFTER DELETE ON blobs BEGIN
 def time_id(moment: float) -> int:
     """Return the lowest id of a moment in s UTC.
 
-    Ids grow with time: the moment in 1/16 ms, and below it six bits for the router's number. So a
-    new id is ms * 1024. It stays below 2**53, where JavaScript's numbers end, until 2248.
+    Ids grow with time: the moment in 1/16 ms, and below it six bits for the router's number. So an
+    id is about ms * 1024. It stays below 2**53, where JavaScript's numbers end, until 2248.
     """
     return int(moment * 16_000) * MAX_ROUTERS
 
@@ -8292,36 +8297,38 @@ class RequestRecord:
     # `RequestLog.begin` numbers it.
     id: int = 0
 
-    # What its exchange finds out.
-    # "waiting" for the first octet of an answer, or "streaming".
+    # What its exchange finds out. The phase is "waiting", for the first octet of an answer, or
+    # "streaming".
     phase: str = "waiting"
     sent_model: str = ""
     upstream_url: str = ""
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
-    # Of the answer that is relayed.
+    # The fields and the status of the upstream's answer that is relayed.
     response_fields: Fields | None = None
     answer_status: int = 0
+    # How the request ended: the status of the client's answer, or of the error that broke it off.
     status: int = 0
     error: str = ""
+    # Octets of content that the client was sent.
     response_size: int = 0
     first_token_at: float | None = None
     finished_at: float | None = None
     # While the request runs: what the owner calls, from the page, to end it.
     stop: Callable[[], None] | None = None
 
-    # The answer as the upstream has sent it, as far as it is kept.
+    # The answer as the upstream has sent it, as far as it is kept, and its size.
     pieces: list[bytes] = dataclasses.field(default_factory=list)
     pieces_size: int = 0
     # When not all of an answer is kept: its last octets, where most servers tell the usage.
     answer_end: bytes = b""
     request_cut: bool = False
     response_cut: bool = False
-    # Octets of bodies that the record keeps in memory now, raw or packed.
+    # Octets of both bodies that the record keeps in memory now, raw or packed.
     body_bytes: int = 0
 
-    # What the log's thread makes of it.
-    # Whether the database has the row that says that the request runs.
-    is_listed: bool = False
+    # What the log's thread makes of it. Whether the database has the row which says that the
+    # request runs:
+    has_unfinished_row: bool = False
     # The row of the finished request.
     row: Row | None = None
     # Its detail, as `pack_detail` returns it: heads, trail and short bodies; and the long bodies
@@ -8380,7 +8387,7 @@ class Detail(NamedTuple):
     response: bytes = b""
 
 
-# The JSON of trails and of marks for cut bodies: a home has a few of them, for all its requests.
+# The JSON of trails and of marks for cut bodies, which are the same for nearly all requests.
 encode_repeated = functools.lru_cache(maxsize=256)(dump_compact)
 
 
@@ -8408,7 +8415,11 @@ def cut_name(text: str) -> str:
 
 
 def make_detail(record: RequestRecord) -> Detail:
-    """Return what is kept of a request beside its row, secrets hidden."""
+    """Return what is kept of a request beside its row, secrets hidden.
+
+    Its bodies have no content coding any more; `decoded` says so, because older versions kept them
+    as they came.
+    """
     secrets = record.secrets
     request_lines = show_fields(record.request_fields).lines
     response_lines = show_fields(record.response_fields or NO_FIELDS).lines
@@ -8487,7 +8498,8 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
     if record.stream and record.first_token_at is not None:
         ttft = round((record.first_token_at - record.started_at) * 1000, 1)
     # The level: the lowest bit that is set is bit 0 in half of all numbers, bit 1 in a quarter, and
-    # so on. A hash, not a random number, because a request has the same level in all its rows.
+    # so on. A hash, not a random number, so that the finished row of a request has the level of
+    # the row that it replaces.
     chance = hash(record.request_id)
     level = (chance & -chance).bit_length() - 1
     return Row(
@@ -8565,7 +8577,7 @@ def unpack_detail(data: bytes, blobs: Sequence[bytes | None]) -> Detail:
 def decode_answer(record: RequestRecord, limit: int) -> None:
     """Take the content coding off the answer, of which at most `limit` octets are kept.
 
-    What is hidden and looked at is the text: a secret would pass unseen in a coded one.
+    Secrets are looked for in the text itself: in a coded one they would not be found.
     """
     coding = read_coding(record.response_fields or NO_FIELDS)
     if coding not in CODINGS:
@@ -8637,7 +8649,7 @@ def add_row(tallies: Tallies, row: Row) -> None:
     duration = row.duration_ms or 0
     ttft = row.ttft_ms or 0
     completion = row.completion_tokens or 0
-    # The speed is known where tokens were counted and took time.
+    # A speed needs tokens, counted or estimated, and a time that they took.
     spoken_ms = max(duration - ttft, 0) if completion else 0
     spoken_tokens = completion if spoken_ms else 0
     # Each line is one of SUMS, in their order.
@@ -9309,7 +9321,7 @@ class RequestLog:
     def longest_sleep(self) -> float | None:
         """Return after how many seconds there is something to do without news; None for never."""
         # More is to be deleted, or a running request is to get its row.
-        if self.is_pruning or self.unlisted_records(time.monotonic()):
+        if self.is_pruning or self.records_without_row(time.monotonic()):
             return self.limits.batch_interval
         if self.store is None:
             return None
@@ -9391,13 +9403,14 @@ class RequestLog:
             sums = self.series.get(key)
             self.series[key] = list(map(operator.add, sums, tally)) if sums else tally
 
-    def unlisted_records(self, begun_before: float) -> list[RequestRecord]:
+    def records_without_row(self, begun_before: float) -> list[RequestRecord]:
         """Return the running records from before a monotonic moment that have no row yet."""
         records = []
         for record in list(self.running.values()):
             # One that has just finished may still be among them; its row must not be undone.
             is_running = record.finished_at is None
-            if is_running and not record.is_listed and record.started_at < begun_before:
+            is_new = not record.has_unfinished_row
+            if is_running and is_new and record.started_at < begun_before:
                 records.append(record)
         return records
 
@@ -9408,8 +9421,8 @@ class RequestLog:
             return
         if time.monotonic() < self.retry_at and not self.closing.is_set():
             return
-        # Most requests have ended before it is worth a row that they run.
-        running = self.unlisted_records(time.monotonic() - self.limits.batch_interval / 2)
+        # Most requests end so soon that a row which says that they run would be work for nothing.
+        running = self.records_without_row(time.monotonic() - self.limits.batch_interval / 2)
         try:
             if self.is_suspect:
                 self.is_suspect = False
@@ -9434,7 +9447,7 @@ class RequestLog:
         unfinished = [make_row(record, Detail(), finished=False) for record in running]
         self.store.write(unfinished, batch, sum_rows(record.row for record in batch))
         for record in running:
-            record.is_listed = True
+            record.has_unfinished_row = True
         self.release_oldest(count)
 
     def release_oldest(self, count: int) -> None:
