@@ -446,7 +446,8 @@ def number_between(low: float, high: float, whole: bool = True) -> Callable[[str
     """
     grammar = WHOLE_NUMBER if whole else DECIMAL_NUMBER
     kind = "a whole number" if whole else "a number"
-    allowed = f"allowed is {kind} from {low:g} to {high:g}"
+    # Unlike `g` alone, which writes 1e+12, this shows no number in a way that is not read.
+    allowed = f"allowed is {kind} from {low:.16g} to {high:.16g}"
 
     def parse_number(text: str) -> float:
         require(grammar.fullmatch(text.strip()), allowed)
