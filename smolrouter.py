@@ -1394,23 +1394,24 @@ def parse_response_head(data: bytes) -> ResponseHead:
 
 
 def check_partial_head(head: bytes, unseen_at: int, longest: int, limits: Limits) -> None:
-    """Refuse the beginning of what can become no head of at most `longest` octets.
+    """Refuse the beginning of a head that is already wrong, or over `longest` octets.
 
-    What stands before `unseen_at` has been looked at before. Without this, who sends no line ends
-    of HTTP (a TLS client on this port, a script that counts on LF) would wait for an answer until
-    the deadline, and never learn what is wrong. Raises MalformedMessage, TargetTooLong or
-    FieldsTooLarge.
+    What stands before `unseen_at` has been looked at before. Without this, a client that never
+    sends CRLF CRLF (a TLS client on this port, a script that ends its lines with LF alone) would
+    wait for an answer until the deadline, and never learn what is wrong. Raises MalformedMessage,
+    TargetTooLong or FieldsTooLarge.
     """
+    if head and not HEAD_START.match(head):
+        # A TLS handshake begins with the octet 0x16. It always has a bare LF further on, so this
+        # is looked for first.
+        hint = "; this port speaks http, not https" if head[:1] == b"\x16" else ""
+        raise MalformedMessage(f"{head[:8]!r} begins no HTTP message{hint}")
     if BARE_CR_OR_LF.search(head, unseen_at):
         raise MalformedMessage("a bare CR or LF in the head instead of CRLF")
     line, line_end, _ = head.partition(b"\r\n")
     if line_end and b"HTTP/" not in line:
         # HTTP/0.9 has nothing but this line. Its client waits for an answer from here on.
         raise MalformedMessage(f"{line[:80]!r} names no version of HTTP")
-    if head and not HEAD_START.match(head):
-        # A TLS handshake begins with the octet 0x16.
-        hint = "; this port speaks http, not https" if head[:1] == b"\x16" else ""
-        raise MalformedMessage(f"{head[:8]!r} begins no HTTP message{hint}")
     if len(head) > limits.request_line and b"\r\n" not in head[: limits.request_line + 2]:
         raise TargetTooLong(f"the first line is over {limits.request_line} octets")
     if len(head) > longest:

@@ -2172,6 +2172,15 @@ def test_bad_settings_stop_with_one_line(
     assert done.returncode == 2 and "LISTEN_PORT" in line and "'x'" in line
 
 
+def test_the_ends_of_a_range_are_written_as_they_are_read() -> None:
+    for low, high, whole in ((0, 10**15, True), (0.01, 1e6, False)):
+        parse = smolrouter.number_between(low, high, whole)
+        with pytest.raises(ValueError, match=" to ") as raised:
+            parse("x")
+        first, last = re.findall(r"\S+(?= to)|(?<=to )\S+", str(raised.value))
+        assert (parse(first), parse(last)) == (low, high)
+
+
 BAD_PATTERNS = {
     "/^GPT/i": "write '/(?i)^GPT/'",
     "/gpt/gim": "write '/(?im)gpt/'",
@@ -2882,6 +2891,16 @@ def test_truncated_request(data: tuple[str, bytes]) -> None:
     assert [a.status for a in answers] in ([], [400])
     assert request(default_router().port, "GET", "/v1/fine").status == 200
     assert not default_upstream().requests_for(mark)
+
+
+def test_a_client_of_https_is_told_that_this_is_http() -> None:
+    handshake = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), handshake, False, "router")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    (answer,), _ = split_responses(send_raw(default_router().port, handshake.read(), answers=0))
+    assert answer.status == 400
+    assert "speaks http, not https" in answer.json["error"]["message"]
 
 
 def test_limits_that_must_work() -> None:
