@@ -9102,13 +9102,13 @@ class RequestLog:
         self.lost = 0
         # The tallies since the start, by service, model and server, for /metrics.
         self.series: dict[tuple[str, str, str], Tally] = {}
-        # Each gets every row, for a page that is open.
-        self.listeners: list[collections.deque[Row]] = []
+        # Each gets the row of every finished request, for a page that is open.
+        self.row_queues: list[collections.deque[Row]] = []
         # What is wrong with the database now, and what was wrong with one that was moved aside.
         self.error = ""
         self.notice = ""
         # What the thread waits for: something to do, or a batch that fills a transaction.
-        self.news = threading.Event()
+        self.has_work = threading.Event()
         self.batch_is_full = threading.Event()
         # The log is to end; after `give_up_at` also with rows that are not written.
         self.closing = threading.Event()
@@ -9188,12 +9188,15 @@ class RequestLog:
     def wake_thread(self) -> None:
         """Tell the thread that there is something to do."""
         # To set an event takes a lock, to look at it none: most often it is set already.
-        if not self.news.is_set():
-            self.news.set()
+        if not self.has_work.is_set():
+            self.has_work.set()
 
     def is_behind(self, delay: float) -> bool:
-        """Tell whether rows come faster than they are written: the oldest waits over `delay` s."""
-        # A database in trouble gets no faster when requests wait for it.
+        """Tell whether rows come faster than they are written.
+
+        A full batch of them waits, the oldest for more than `delay` s. A database in trouble does
+        not count, because it gets no faster when requests wait for it.
+        """
         if self.error or len(self.finished) < self.limits.batch_rows:
             return False
         try:
@@ -9210,7 +9213,7 @@ class RequestLog:
         self.loop.call_later(self.limits.log_wait, self.may_begin.set)
 
     async def wait_to_begin(self) -> None:
-        """Wait, before a request begins, while more end than can be written."""
+        """Wait, before a request begins, while the thread is behind with the rows of others."""
         if not self.may_begin.is_set():
             await self.may_begin.wait()
 
@@ -9220,8 +9223,8 @@ class RequestLog:
         return self.bytes_received - self.bytes_released
 
     @property
-    def waiting(self) -> int:
-        """How many requests have ended and are not in the database, where there is one."""
+    def backlog(self) -> int:
+        """How many finished requests wait for the database; 0 without one."""
         return len(self.finished) if self.store else 0
 
     def state(self) -> dict[str, Any]:
@@ -9230,7 +9233,7 @@ class RequestLog:
             "enabled": self.store is not None,
             "error": self.error or None,
             "notice": self.notice or None,
-            "backlog": self.waiting,
+            "backlog": self.backlog,
             "lost": self.lost,
         }
 
@@ -9240,16 +9243,18 @@ class RequestLog:
             self.print_line(" ".join(filter(None, words)))
 
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
-        """Run a query's function in a reader's thread and return its result.
+        """Answer a question in a reader's thread.
 
-        The function gets this log, a connection to the database and `args`. Raises LogUnavailable.
+        It is a function of this log, a connection to the database and `args`. Raises
+        LogUnavailable.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.readers, self.answer, question, args)
+        return await loop.run_in_executor(self.readers, self.run_question, question, args)
 
-    def answer(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """Run a query's function; it is a reader's thread that does. Raises LogUnavailable."""
-        # The first start makes the tables. With a lock on the file that takes a few timeouts.
+    def run_question(self, question: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Answer a question; this runs in a reader's thread. Raises LogUnavailable."""
+        # The tables of a new database have to be made first. While another program locks the file,
+        # that takes a few of its timeouts.
         self.opened.wait(5 * self.limits.database_lock_timeout)
         try:
             with open_for_reading(self.store.path) as db:
@@ -9257,19 +9262,19 @@ class RequestLog:
         except sqlite3.Error as error:
             if CORRUPT_MESSAGE.search(str(error)):
                 self.is_suspect = True
-            self.news.set()
+            self.has_work.set()
             raise LogUnavailable(f"the log cannot be read: {error}") from None
 
     def close(self, seconds: float = 0.0) -> None:
         """Write what is left and end the thread; a database in trouble gets so many seconds."""
         self.give_up_at = time.monotonic() + seconds
         self.closing.set()
-        self.news.set()
+        self.has_work.set()
         self.batch_is_full.set()
         # The last try may wait for a lock more than once.
         self.thread.join(seconds + 3 * self.limits.database_lock_timeout)
-        if self.waiting:
-            self.print_line(f"log: {self.waiting} rows are lost: the database did not take them")
+        if self.backlog:
+            self.print_line(f"log: {self.backlog} rows are lost: the database did not take them")
 
     # What the thread does.
 
@@ -9277,7 +9282,7 @@ class RequestLog:
         """Write what has happened, batch by batch; at the end, the rest."""
         while True:
             is_last = self.closing.is_set()
-            self.news.clear()
+            self.has_work.clear()
             self.batch_is_full.clear()
             if not self.try_step(self.prepare_batch):
                 self.drop_unprepared()
@@ -9291,7 +9296,7 @@ class RequestLog:
                 continue
             if is_last and (not self.finished or time.monotonic() >= self.give_up_at):
                 break
-            self.wait_for_news()
+            self.wait_for_work()
         if self.store:
             self.store.close()
 
@@ -9304,7 +9309,7 @@ class RequestLog:
             return False
         return True
 
-    def wait_for_news(self) -> None:
+    def wait_for_work(self) -> None:
         """Sleep until there is something to do, and then until it is worth a transaction."""
         interval = self.limits.batch_interval
         if self.error and self.closing.is_set():
@@ -9317,7 +9322,7 @@ class RequestLog:
         # Records that came while the last ones were written, or that wait for a new database, are
         # something to do already.
         if not self.finished:
-            self.news.wait(self.longest_sleep())
+            self.has_work.wait(self.longest_sleep())
         self.batch_is_full.wait(interval)
 
     def longest_sleep(self) -> float | None:
@@ -9331,14 +9336,14 @@ class RequestLog:
         return max(0.0, seconds)
 
     def prepare_batch(self) -> None:
-        """Make the rows of the next batch, print and count them, and tell who listens."""
+        """Make the rows of the next batch, print, count and publish them."""
         deadline = time.monotonic() + self.limits.batch_interval
         rows = []
         for record in self.next_batch():
             self.prepare_row(record)
             self.ready_rows += 1
             rows.append(record.row)
-            # Long bodies take their time, and the rows that are ready are late meanwhile.
+            # Long bodies take their time, and the rows before them shall not wait for that.
             if time.monotonic() > deadline:
                 break
         self.publish(rows)
@@ -9393,9 +9398,9 @@ class RequestLog:
         return self.is_behind(self.limits.row_delay / 2) or not self.body_budget.has_time()
 
     def publish(self, rows: Sequence[Row]) -> None:
-        """Count rows for /metrics, and tell those who listen."""
-        for listener in list(self.listeners):
-            listener.extend(rows)
+        """Count rows for /metrics, and pass them to the pages that are open."""
+        for queue in list(self.row_queues):
+            queue.extend(rows)
         for (_, service, model, server), tally in sum_rows(rows).items():
             key = (service, model, server)
             # Clients choose the names of models, and each key costs memory as long as we live.
@@ -11395,7 +11400,7 @@ async def serve_metrics(context: Context, request: Request) -> None:
         dict(log.series),
         {
             "inflight_requests": ("Requests that run now", len(log.running)),
-            "log_backlog_rows": ("Rows that wait for the database", log.waiting),
+            "log_backlog_rows": ("Rows that wait for the database", log.backlog),
             "log_lost_rows": ("Rows that the database never took", log.lost),
             "log_up": ("Whether the log can be written", int(not log.error)),
         },
@@ -11451,7 +11456,7 @@ async def serve_events(context: Context, request: Request) -> None:
     ended: collections.deque[Row] = collections.deque(maxlen=LIMITS.news_rows)
     known: dict[int, bool] = {}
     quiet_for = 0.0
-    log.listeners.append(ended)
+    log.row_queues.append(ended)
     try:
         begin_stream(request, "text/event-stream")
         request.connection.cancel_on_disconnect()
@@ -11467,7 +11472,7 @@ async def serve_events(context: Context, request: Request) -> None:
                 quiet_for = 0.0
             await asyncio.sleep(LIMITS.news_interval)
     finally:
-        log.listeners.remove(ended)
+        log.row_queues.remove(ended)
     request.writer.finish()
 
 
@@ -12273,7 +12278,7 @@ class Console:
 
     def __init__(self) -> None:
         self.lines: collections.deque[str] = collections.deque(maxlen=self.MAX_LINES)
-        self.news = threading.Event()
+        self.has_lines = threading.Event()
         self.open = True
         self.thread = threading.Thread(target=self.run, name="console", daemon=True)
         self.thread.start()
@@ -12281,16 +12286,16 @@ class Console:
     def print_line(self, text: str) -> None:
         """Queue a line; control characters become `?`, or a model's name could clear the screen."""
         self.lines.append(CONTROL.sub("?", text))
-        if not self.news.is_set():
-            self.news.set()
+        if not self.has_lines.is_set():
+            self.has_lines.set()
 
     def run(self) -> None:
         """Write what is queued, a few times a second."""
         while self.open or self.lines:
-            self.news.wait()
+            self.has_lines.wait()
             if self.open:
                 time.sleep(self.INTERVAL)
-            self.news.clear()
+            self.has_lines.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             if not lines:
                 continue
@@ -12301,7 +12306,7 @@ class Console:
     def close(self) -> None:
         """Write what is left and end the thread."""
         self.open = False
-        self.news.set()
+        self.has_lines.set()
         self.thread.join(1.0)
 
 

@@ -11082,7 +11082,7 @@ def test_a_request_of_which_no_row_can_be_made_is_the_only_one_lost(
     with running_log(log_folder) as log:
         log_requests(log, 8, content=b"{}")
         assert log_folder.wait_for_rows(7) == 7
-        assert wait_until(lambda: (log.waiting, log.lost, log.body_bytes) == (0, 1, 0))
+        assert wait_until(lambda: (log.backlog, log.lost, log.body_bytes) == (0, 1, 0))
         log_requests(log, 1, content=b"{}")
         assert log_folder.wait_for_rows(8) == 8
 
@@ -11095,7 +11095,7 @@ def test_a_fault_while_rows_are_written_does_not_come_back(
         assert log_folder.wait_for_rows(1) == 1
         monkeypatch.setattr(log.store, "write", lambda *args: 1 // 0)
         log_requests(log, 2)
-        assert wait_until(lambda: (log.waiting, log.lost) == (0, 2))
+        assert wait_until(lambda: (log.backlog, log.lost) == (0, 2))
         assert "ZeroDivisionError" in "".join(log.lines)
         monkeypatch.undo()
         log_requests(log, 1)
@@ -11200,7 +11200,7 @@ def test_the_backlog_is_bounded(log_folder: LogFolder) -> None:
     with running_log(log_folder, backlog_rows=50, retry_interval=0.05) as log:
         records = log_requests(log, 60, content=b"asked" * 50)
         assert wait_until(lambda: log.lost == 10)
-        assert list(log.finished) == records[10:] and log.waiting == 50
+        assert list(log.finished) == records[10:] and log.backlog == 50
         assert log.body_bytes == sum(record.body_bytes for record in records[10:]) > 0
         assert any("the oldest are lost" in line for line in log.lines)
         log_folder.file.rmdir()
