@@ -8995,13 +8995,20 @@ class Store:
                 (oldest_id, PRUNED_ROWS),
             ).rowcount
             db.execute("DELETE FROM rollups WHERE hour < ?", (int(begin // 3600),))
-        db.execute(f"PRAGMA incremental_vacuum({VACUUMED_PAGES})").fetchall()
-        ((free_pages,),) = db.execute("PRAGMA freelist_count")
-        if last_id or pruned or free_pages:
+        if self.vacuum(db) or last_id or pruned:
             return True
         self.prune_files(db, begin)
         self.prune_at = now + self.limits.prune_interval
         return False
+
+    def vacuum(self, db: sqlite3.Connection) -> bool:
+        """Give some free pages back to the file system; tell whether there were any."""
+        ((before,),) = db.execute("PRAGMA freelist_count")
+        # SQLite frees a page with each step of the statement. `execute` takes a single step of it
+        # in Python 3.11, `executescript` takes all of them in every version.
+        db.executescript(f"PRAGMA incremental_vacuum({VACUUMED_PAGES})")
+        ((after,),) = db.execute("PRAGMA freelist_count")
+        return after < before
 
     def prune_files(self, db: sqlite3.Connection, moment: float) -> None:
         """Delete old files that no row speaks of; a crash may have left them."""
