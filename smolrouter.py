@@ -1730,7 +1730,8 @@ class Inflater:
 
     def __init__(self, coding: str, limit: float) -> None:
         self.coding = coding
-        # Octets that may still come out, over all calls; without a limit an infinity.
+        # Octets that may come out, over all calls; without a limit an infinity.
+        self.limit = limit
         self.remaining = limit
         # The decoder of the current member; None before the first.
         self.decoder: Any = None
@@ -1762,7 +1763,8 @@ class Inflater:
             room -= size
             self.remaining -= size
             if room < 0:
-                raise BadGateway(f"the answer decodes to more than {LIMITS.decoded_answer} bytes")
+                longest = min(self.limit, LIMITS.decoded_answer)
+                raise BadGateway(f"the answer decodes to more than {longest} bytes")
             at += len(piece) - len(self.decoder.unused_data)
         return b"".join(decoded)
 

@@ -3071,6 +3071,13 @@ def test_members_of_gzip_may_be_cut_anywhere() -> None:
         assert inflater.decoder.eof
 
 
+def test_too_long_an_answer_is_refused_with_the_limit_that_it_is_over() -> None:
+    inflater = smolrouter.Inflater("gzip", 5)
+    assert inflater.feed(gzip.compress(b"abc")) == b"abc"
+    with pytest.raises(smolrouter.BadGateway, match="more than 5 bytes"):
+        inflater.feed(gzip.compress(b"def"))
+
+
 def test_what_follows_gzip_is_not_kept() -> None:
     gzipped = gzip.compress(encode_event(FINISH))
     steps = stream_response([gzipped, *[b"x" * (1 << 20)] * 40], [("Content-Encoding", "gzip")])
