@@ -3615,7 +3615,10 @@ class ParsedRequest:
         """How many answers at once are asked for."""
         number = self.document.get("n")
         prompt = self.document.get("prompt")
-        prompts = len(prompt) if isinstance(prompt, list) else 1
+        prompts = 1
+        # A list of numbers is one prompt: its tokens.
+        if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
+            prompts = len(prompt)
         return prompts * (number if isinstance(number, int) else 1)
 
 

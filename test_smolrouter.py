@@ -5112,6 +5112,15 @@ def test_texts_of_every_protocol_are_filtered(case: Any) -> None:
         assert filtered(pieces, path=path) == left
 
 
+def test_how_many_answers_are_asked_for() -> None:
+    for more, choices in (
+        ({"prompt": "a"}, 1), ({"prompt": ["a", "b"], "n": 2}, 4), ({"n": 3}, 3),
+        ({"prompt": [1, 2, 3]}, 1), ({"prompt": [[1, 2], [3]]}, 2), ({"prompt": None}, 1),
+    ):  # fmt: skip
+        content = encode_json({"model": "m", **more})
+        assert smolrouter.read_object("/v1/completions", "", content).choices == choices
+
+
 @pytest.mark.parametrize("path, key", [("/api/chat", "message"), ("/api/generate", "response")])
 def test_lines_are_filtered_and_name_the_model_that_was_asked_for(path: str, key: str) -> None:
     place = ("message", "content") if key == "message" else ("response",)
