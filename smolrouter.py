@@ -3837,7 +3837,7 @@ class AnswerPlan(NamedTuple):
 
     def model_edit(self, document: Mapping[str, Any]) -> dict[Path, Any]:
         """Return the edit that gives a native answer the name that its client knows."""
-        requested = self.parsed.document.get("model") or self.parsed.model
+        requested = self.parsed.model
         if not self.renames or document.get("model") in (None, requested):
             return {}
         return {("model",): requested}
@@ -4447,11 +4447,6 @@ def rfc3339(seconds: float) -> str:
     return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
-def client_model(parsed: ParsedRequest) -> Any:
-    """Return the model's name as the client said it."""
-    return parsed.document.get("model", parsed.model)
-
-
 def ollama_document(
     model: Any, text_path: Path, created_at: str, says: Mapping[str, Any], end: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -4531,7 +4526,7 @@ class OllamaTranslation:
         self.passes_plain = False
         self.message = Message("assistant")
         self.finish_reason: Any = None
-        self.model = client_model(plan.parsed)
+        self.model = plan.parsed.model
         self.text_path = plan.parsed.protocol.text_path
         # How much was said in all, for a server that does not count.
         self.letters = 0
@@ -4668,7 +4663,7 @@ def answer_ollama_embed(plan: AnswerPlan, document: dict[str, Any], content: byt
     if not usage.prompt:
         usage = Usage(estimate_prompt(plan.parsed))
     counts = ollama_end("", usage, plan.timing())
-    answer = {"model": client_model(plan.parsed)}
+    answer = {"model": plan.parsed.model}
     for name in ("total_duration", "load_duration", "prompt_eval_count"):
         answer[name] = counts[name]
     # Vector by vector, because no other thread runs while one call of the encoder lasts.
@@ -4690,7 +4685,7 @@ def ollama_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any] | No
     reason = "unload" if document.get("keep_alive") in (0, "0", "0s") else "load"
     text_path = parsed.protocol.text_path
     end = {"done": True, "done_reason": reason}
-    return ollama_document(client_model(parsed), text_path, created_at, {text_path[-1]: ""}, end)
+    return ollama_document(parsed.model, text_path, created_at, {text_path[-1]: ""}, end)
 
 
 def no_vectors(parsed: ParsedRequest) -> bool:
@@ -4705,7 +4700,7 @@ def ollama_embed_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any
     """Return the answer of /api/embed to no text, which servers of OpenAI's refuse."""
     if not no_vectors(parsed):
         return None
-    return {"model": client_model(parsed), "embeddings": []}
+    return {"model": parsed.model, "embeddings": []}
 
 
 def ollama_embedding_loaded(parsed: ParsedRequest, created_at: str) -> dict[str, Any] | None:

@@ -6679,6 +6679,19 @@ def test_ollama_counts_of_a_server_that_does_not_count(
     assert log_folder.select(f"SELECT {columns} FROM requests") == [(*counts, 1)]
 
 
+@pytest.mark.parametrize("unnamed", (None, ""))
+def test_the_model_of_an_answer_is_named_as_the_client_did(unnamed: str | None) -> None:
+    """Ollama's clients may name it by `name` alone, with a `model` that says nothing."""
+    names = {"model": unnamed, "name": "m"}
+    assert translated_document(completion({}, "yes"), names)["model"] == "m"
+    vectors = {"data": [{"embedding": [1.0]}]}
+    dialect = smolrouter.OLLAMA_EMBED
+    got = translated_document(vectors, {**names, "input": "hi"}, "/api/embed", dialect)
+    assert got["model"] == "m"
+    for path, kind in (("/api/chat", smolrouter.OLLAMA), ("/api/embed", dialect)):
+        assert kind.empty(kind.read(path, "", encode_json(names)), "")["model"] == "m"
+
+
 def test_ollama_vectors_of_a_server_that_does_not_count() -> None:
     for text in ("p" * 17, ["p" * 9, "p" * 8, 5]):
         document = {"data": [{"embedding": [1.0]}]}
