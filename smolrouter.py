@@ -9105,8 +9105,10 @@ class RequestLog:
         self.bytes_received = 0
         self.bytes_released = 0
 
-        # Rows that were dropped because the database did not take them.
+        # Rows that were dropped because the database did not take them: since the start, and since
+        # the trouble that it is in has begun.
         self.lost = 0
+        self.lost_in_trouble = 0
         # The tallies since the start, by service, model and server, for /metrics.
         self.series: dict[tuple[str, str, str], Tally] = {}
         # Each gets the row of every finished request, for a page that is open.
@@ -9293,8 +9295,10 @@ class RequestLog:
             self.batch_is_full.clear()
             if not self.try_step(self.prepare_batch):
                 self.drop_unprepared()
-            if not self.try_step(self.write_rows):
-                self.drop_oldest(len(self.finished) - self.ready_rows)
+            if not self.try_step(self.write_rows) and self.ready_rows:
+                # With the rows on which it failed it would fail again.
+                self.print_line(f"log: {self.ready_rows} rows are lost by this fault")
+                self.drop_oldest(self.ready_rows)
             self.try_step(self.prune)
             self.opened.set()
             self.admit_requests()
@@ -9308,7 +9312,7 @@ class RequestLog:
             self.store.close()
 
     def try_step(self, step: Callable[[], None]) -> bool:
-        """Do a step; a fault of ours is printed, and must neither end the log nor come back."""
+        """Do a step; when it has a fault, print that and return False, so that the log goes on."""
         try:
             step()
         except Exception:  # noqa: BLE001 - whatever it is, the next requests want their rows
@@ -9447,12 +9451,13 @@ class RequestLog:
                 running = []
         except (sqlite3.Error, OSError) as error:
             self.report_trouble(error)
-            self.drop_oldest(self.limits.backlog_rows)
+            self.bound_backlog()
             return
         if self.error:
-            lost = f"; {self.lost} rows are lost" if self.lost else ""
+            lost = f"; {self.lost_in_trouble} rows are lost" if self.lost_in_trouble else ""
             self.print_line(f"log: works again{lost}")
         self.error = ""
+        self.lost_in_trouble = 0
 
     def write_transaction(self, running: Sequence[RequestRecord]) -> None:
         """Write a batch of rows that are ready, and unfinished ones. Raises what `write` does."""
@@ -9472,19 +9477,24 @@ class RequestLog:
         self.ready_rows = max(0, self.ready_rows - count)
 
     def drop_unprepared(self) -> None:
-        """Let the record go of which no row can be made."""
+        """Let go of the first record without a row: none can be made of it."""
         if len(self.finished) > self.ready_rows:
             self.bytes_released += self.finished[self.ready_rows].body_bytes
             del self.finished[self.ready_rows]
             self.lost += 1
 
-    def drop_oldest(self, limit: int) -> None:
-        """Let the oldest rows that wait go until `limit` are left, and say so."""
-        count = len(self.finished) - limit
+    def bound_backlog(self) -> None:
+        """Drop the oldest records above the limit; say so once in each trouble."""
+        count = len(self.finished) - self.limits.backlog_rows
         if count <= 0:
             return
-        if not self.lost:
+        if not self.lost_in_trouble:
             self.print_line("log: too many rows wait; the oldest are lost")
+        self.lost_in_trouble += count
+        self.drop_oldest(count)
+
+    def drop_oldest(self, count: int) -> None:
+        """Let so many records go whose rows are not written, the oldest first."""
         self.release_oldest(count)
         self.lost += count
 

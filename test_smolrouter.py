@@ -11158,6 +11158,8 @@ def test_a_fault_while_rows_are_written_does_not_come_back(
         log_requests(log, 2)
         assert wait_until(lambda: (log.backlog, log.lost) == (0, 2))
         assert "ZeroDivisionError" in "".join(log.lines)
+        assert "rows are lost by this fault" in "".join(log.lines)
+        assert "too many rows wait" not in "".join(log.lines)
         monkeypatch.undo()
         log_requests(log, 1)
         assert log_folder.wait_for_rows(2) == 2
@@ -11267,6 +11269,28 @@ def test_the_backlog_is_bounded(log_folder: LogFolder) -> None:
         log_folder.file.rmdir()
         assert log_folder.wait_for_rows(50) == 50 and wait_until(lambda: log.body_bytes == 0)
         assert wait_until(lambda: "log: works again; 10 rows are lost" in log.lines)
+
+
+def test_each_trouble_tells_of_its_own_losses(
+    log_folder: LogFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*args: Any) -> None:
+        raise OSError("the disk is full")
+
+    with running_log(log_folder, backlog_rows=2, retry_interval=0.05) as log:
+        lost = 0
+        for count in (3, 2, 4):
+            log.lines.clear()
+            monkeypatch.setattr(log.store, "write", full_disk)
+            log_requests(log, count)
+            lost += count - 2
+            assert wait_until(lambda lost=lost: log.error and (log.lost, log.backlog) == (lost, 2))
+            monkeypatch.undo()
+            assert wait_until(lambda: log.lines[-1].startswith("log: works again"))
+            here = f"; {count - 2} rows are lost" if count > 2 else ""
+            assert log.lines[-1] == f"log: works again{here}"
+            told = [line for line in log.lines if "the oldest are lost" in line]
+            assert len(told) == (1 if count > 2 else 0)
 
 
 def test_a_long_body_whose_file_is_gone_is_filed_again(log_folder: LogFolder) -> None:
