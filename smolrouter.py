@@ -53,12 +53,16 @@ The life of one request, say a streamed POST /api/chat, is the way through these
     10. Whatever has happened: at the end of `Exchange.run` the upstream's connection is kept
         for the next request or closed, and `RequestLog.finish` gets what is known.
 
-Vocabulary: HTTP is called as RFC 9110 and 9112 call it. An upstream or server is a machine
-that runs models; an instance is a server with the model that it is asked for; an alias is
-one model name for several instances; a route sends the requests that its match describes,
-by model and source host (the client's address), to one of these (routes.yaml.example).
-`parse_`, `encode_` and `resolve` are pure, and so is `read_` in a pure section; elsewhere
-`read_` reads sockets, files or the database. `send_`, `write_` and `serve_` do I/O.
+Vocabulary: the parts of HTTP have their names from RFC 9110 and 9112. An upstream or server
+is a machine that runs models; an instance is a server with the model that it is asked for; an
+alias is one model name for several instances; a route sends the requests that its match
+describes, by model and source host (the client's address), to one of these
+(routes.yaml.example).
+
+A section whose banner says `(pure)` makes values of values: it waits for nothing, looks at no
+clock and touches no socket or file. `parse_`, `encode_` and `resolve` are pure, and so is
+`read_` in a pure section; elsewhere `read_` reads sockets, files or the database. `send_`,
+`write_` and `serve_` do I/O.
 """
 
 from __future__ import annotations
@@ -87,9 +91,9 @@ def restart_without_syntax_tree() -> None:
     by_script = sys.orig_argv[script_at] == sys.argv[0] and os.path.isfile(__file__)
     if not (by_script and os.name == "posix" and sys.executable):
         return
-    # Only flags such as -I or -Wignore are passed on. A word without a dash is a flag's value or
-    # another program that runs this one. An `m` or `c`, as in -m, -c or -Ic, says that it runs in
-    # another way: the second start has -c, and so it does not start a third time.
+    # Only flags such as -I or -Wignore are passed on. A word without a dash is a flag's value, or
+    # the file of a program that runs this one. An `m` or `c`, as in -m, -c or -Ic, says that it
+    # runs in another way: the second start has -c, and so it does not start a third time.
     for flag in flags:
         if not flag.startswith("-") or "m" in flag or "c" in flag:
             return
@@ -339,6 +343,7 @@ HOST_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 # The octets that stand in a path as they are (RFC 3986 section 3.3), with the `%` of the others.
 # Among those left out are blanks, quotes, `?`, `#` and all that is not ASCII.
 URL_PATH = re.compile(r"[!$-;=@-Z_a-z~%]*")
+# What a server's URL must not end in: the router adds the endpoint itself.
 ENDPOINT_AT_END = re.compile(
     r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
     r"/api/(?:chat|generate|tags))/*$"
@@ -531,7 +536,7 @@ def parse_pattern(text: str) -> NamePattern:
     """Read what a model is compared with: 'gpt-4' -> 'gpt-4', '/^gpt/' -> re.compile('^gpt')."""
     flagged = PATTERN_WITH_FLAGS.fullmatch(text)
     if flagged:
-        # As in JavaScript. It would be an exact name that no model ever has.
+        # JavaScript writes patterns so. Taken as an exact name, it would match no model.
         remedy = add_flags(*flagged.groups())
         raise ValueError(f"{text!r} has flags behind the pattern; write {remedy!r}")
     if len(text) < 3 or not (text.startswith("/") and text.endswith("/")):
@@ -681,7 +686,7 @@ class Settings:
                 seen = "<hidden>" if field.name == "jwt_secret" else repr(text)
                 raise ConfigError(f"{source}={seen}: {error}") from None
         settings = cls(**values)
-        settings.check_secret()
+        settings.check_policies()
         return settings
 
     @classmethod
@@ -691,7 +696,7 @@ class Settings:
         """Build from variables by their names, flags by the names of fields. Raises ConfigError."""
         return cls.from_given(cls.find_given(environ, flags or {}))
 
-    def check_secret(self) -> None:
+    def check_policies(self) -> None:
         """Refuse a policy that nobody could satisfy. Raises ConfigError."""
         for name in ("webui_security", "api_security"):
             if getattr(self, name) == "ALWAYS_AUTH" and self.jwt_secret is None:
@@ -740,9 +745,9 @@ class Limits:
     # which most clients and proxies close theirs, so that they seldom write into a closing one.
     keep_alive_timeout: float = 75.0
     # After so many requests, or while MAX_CONNECTIONS are open, a connection may be idle only
-    # for `worn_keep_alive_timeout`, so that others get their turn.
+    # for `short_keep_alive_timeout`, so that others get their turn.
     requests_per_connection: int = 10_000
-    worn_keep_alive_timeout: float = 1.0
+    short_keep_alive_timeout: float = 1.0
     # The content of a request may be slow for so long. Then it has to keep a rate, in octets a
     # second (as Apache's mod_reqtimeout asks for); a slower one gets 408.
     content_grace: float = 20.0
@@ -772,14 +777,14 @@ class Limits:
     accepted_per_turn: int = 4
     # File descriptors that clients and upstreams do not get: the database, bodies, look-ups.
     spare_files: int = 64
-    # Deadlines are looked at so often: all of them together cost less than a timer for each.
+    # How often the deadlines of all connections are looked at: that costs less than a timer each.
     deadline_interval: float = 0.25
 
     # --- JSON ---
     # Levels of nesting; values, counted by their commas; nodes, which are objects and arrays.
     # Each costs memory and time in which nothing else runs, and a document of 64 MiB can hold
-    # millions of them. One that is deeper gets 400, one that has more of them 413. Real requests
-    # have fewer than ten levels, and one value for some dozen octets of text.
+    # millions of them. A deeper document gets 400, one with more values or nodes 413. Real
+    # requests have fewer than ten levels, and one value for some dozen octets of text.
     json_depth: int = 200
     json_values: int = 1_000_000
     json_nodes: int = 250_000
@@ -795,8 +800,8 @@ class Limits:
     # An event is kept back until it is complete. A longer one is relayed as it is, or ends the
     # stream where its client could not read it. An image in base64 fits.
     buffered_event: int = 4 * MiB
-    # Texts of one stream, such as choices, that each have a filter; one more ends the stream
-    # with an error. vLLM can be asked for that many choices.
+    # A stream may have so many texts, such as those of its choices, each with a filter of its
+    # own; one more ends it with an error. A client can ask vLLM for that many choices.
     texts_per_stream: int = 16_384
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
@@ -812,8 +817,8 @@ class Limits:
     # In rows, lists and metrics a longer text is cut, and ends with a hash: there are many of them,
     # and they stay for long.
     shown_name: int = 256
-    # Decisions that are remembered, by model and source host; the one that was not needed for
-    # the longest time goes. A home has a few dozen of them. Each has a trail with a step for
+    # So many decisions of the routing are remembered, by model and source host; the one that was
+    # used least recently goes. A home has a few dozen of them. Each has a trail with a step for
     # every rule: with a thousand rules, that makes up to 50 MB.
     decisions: int = 256
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
@@ -824,8 +829,8 @@ class Limits:
     # --- tokens ---
     # A longer token is refused (401) before anything is computed from it.
     token: int = 8 * KiB
-    # An address with so many failures within the window gets 429 for the next one. When
-    # addresses are too many, the one that failed first is forgotten.
+    # An address with so many failures within the window gets 429 for its next one. When there
+    # are more addresses with failures, the one whose last failure is the oldest is forgotten.
     token_failures: int = 10
     token_failure_window: float = 60.0
     token_failure_addresses: int = 10_000
@@ -838,15 +843,17 @@ class Limits:
     # A stream is over with its last event. When the end of its framing, which most servers send
     # a moment later, has not come within this time, its connection is closed.
     content_end: float = 1.0
-    # Without an answer for so long, the last addresses of a name are tried. They count for the
-    # second time after the first failure to look the name up: a router for the home reboots.
+    # When it takes longer to look a name up, the addresses that it had last are tried.
     lookup_timeout: float = 2.0
+    # They may be used for so long after the first failure to look it up: the name server of a
+    # home is often its Internet router, which may be starting again.
     addresses_kept: float = 300.0
     # The next address of a name is tried so much later than the one before it (RFC 8305).
     address_delay: float = 0.25
-    # A machine that is switched off, or out of the network, says nothing at all. It is asked for
-    # a sign so often, in whole seconds; without one for the second time an idle connection is
-    # dropped, and for the third a request has failed: a network may be away for half a minute.
+    # A machine that is switched off, or out of the network, says nothing at all. Each connection
+    # asks for a sign every `probe_interval`, in whole seconds. Without one for `idle_ack_timeout`
+    # an idle connection is dropped. A request waits longer, for `busy_ack_timeout`, before it has
+    # failed: a network may be away for half a minute.
     probe_interval: int = 5
     idle_ack_timeout: float = 15.0
     busy_ack_timeout: float = 60.0
@@ -866,8 +873,8 @@ class Limits:
     model_list_kept: float = 600.0
     # A longer list counts as a failure. Cloud providers list a few hundred kB.
     model_list_size: int = 4 * MiB
-    # So many servers are asked at once, each in a thread, and so many lists are remembered:
-    # a list is kept for each server and credentials, which clients choose.
+    # So many servers are asked at once, each in a thread. So many lists are remembered: there is
+    # one for each server and each client's credentials there, and clients choose these.
     model_list_fetches: int = 32
     model_lists: int = 200
     # An error in place of a list is kept for its client up to this length.
@@ -879,16 +886,16 @@ class Limits:
     inline_body: int = 16 * KiB
     # Bodies of running requests and of rows that wait; above it, new ones are cut and marked.
     body_memory: int = 32 * MiB
-    # While a full batch of rows waits, packing bodies may take `body_time_share` of a processor.
-    # What it does not use is saved up for a burst, at most `body_time_savings`. When that is used
-    # up, only the first `short_body` octets of each are kept, which cost next to nothing.
+    # While a full batch of rows waits, packing bodies may take `body_time_share` of a processor's
+    # time. What is not used of it is saved for a burst, up to `body_time_savings`. When none is
+    # left, only the first `short_body` octets of each body are kept, which cost next to nothing.
     body_time_share: float = 0.05
     body_time_savings: float = 0.5
     short_body: int = 1 * KiB
     # Rows that wait for a database in trouble; the oldest go first, and are counted as lost.
     backlog_rows: int = 10_000
-    # A row waits so long for company in one transaction, because each transaction waits for the
-    # disk; or until there are so many.
+    # Rows are gathered for so long, or until there are so many, and written in one transaction,
+    # because each transaction waits for the disk.
     batch_interval: float = 0.1
     batch_rows: int = 256
     # When a full batch of rows waits, the oldest for more than `row_delay`, the log is behind:
@@ -907,8 +914,8 @@ class Limits:
     # Different models and servers that /metrics counts apart; clients choose the names of
     # models, and each is a few dozen lines that a collector keeps. More count as one, "other".
     metric_series: int = 500
-    # A secret of at least so many octets is looked for in answers, and hidden there. To look
-    # for a shorter one, such as `test`, would hide plain words.
+    # A secret of at least so many octets is looked for in the answers that are kept, and hidden
+    # there. To look for a shorter one, such as `test`, would hide plain words.
     echoed_secret: int = 16
 
     # --- the page ---
@@ -922,7 +929,8 @@ class Limits:
     # An export reads so many rows at a time, so that others can read and write in between.
     export_page: int = 200
 
-    # The routing file is looked at so often: a saved file counts at once, as a person sees it.
+    # --- the routing file ---
+    # It is looked at so often: for a person, a saved file counts at once.
     reload_interval: float = 2.0
 
 
@@ -12093,7 +12101,7 @@ class HTTPServer:
 
     def hurry_idle_connections(self) -> None:
         """Let idle clients say something within a second, because others wait for their place."""
-        deadline = asyncio.get_running_loop().time() + self.limits.worn_keep_alive_timeout
+        deadline = asyncio.get_running_loop().time() + self.limits.short_keep_alive_timeout
         for connection in self.connections.values():
             if not connection.has_request:
                 connection.deadline = min(connection.deadline, deadline)
@@ -12158,7 +12166,7 @@ class HTTPServer:
         # (in this process, in proxies on the way) is freed. While others wait for its place it
         # has to end soon, too.
         if served >= self.limits.requests_per_connection or not self.has_room.is_set():
-            timeout = self.limits.worn_keep_alive_timeout
+            timeout = self.limits.short_keep_alive_timeout
         connection.set_deadline(timeout, IDLE_TOO_LONG)
         # They stay there for the reader of the head.
         connection.received = await connection.read()
