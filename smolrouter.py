@@ -1000,8 +1000,8 @@ class Fields:
     All lines are kept, as two of one name may mean different things to this program and to a
     server behind it. Whoever decides by a field that must stand once, such as Content-Length,
     looks at `get_all`. `lines` holds (lower-case name, name, value); every look-up takes a name
-    in lower case. `size` is the octets that they came in; of lines
-    that did not come from a connection it is unknown, which counts as long.
+    in lower case. `size` is the number of octets that they came in. Lines that did not come from
+    a connection count as long, so that nothing is remembered of them (`remember_short`).
     """
 
     def __init__(self, lines: list[tuple[str, str, str]], size: float = math.inf) -> None:
@@ -1474,6 +1474,7 @@ def event_chunk_sizes(line_feeds: int) -> dict[int, bytes]:
     r"""Return the size lines of chunks with one event, by the length of the event's text.
 
     With two line feeds behind the text, one of 56 octets makes a chunk of 58: `{56: b"3a\r", ...}`
+    A chunk with a longer text than these is left to `ChunkDecoder`.
     """
     return {length: b"%x\r" % (length + line_feeds) for length in range(1024)}
 
@@ -1599,14 +1600,14 @@ class ChunkDecoder:
                     self.state = AT_DATA_END
                 continue
             if self.state is AT_SIZE:
-                # This is tried once for each piece of data: where it has ended stands a chunk that
-                # it cannot read, and the chunks after that are read one by one.
+                # This is tried once for each piece of data. It ends before a chunk that it cannot
+                # read; that one and those after it are read one by one.
                 if look_for_many:
                     look_for_many = False
-                    content, size = read_event_chunks(data[position:])
-                    if size:
+                    content, octets_read = read_event_chunks(data[position:])
+                    if octets_read:
                         contents.append(content)
-                        position += size
+                        position += octets_read
                     continue
                 # A chunk that has come whole. The last one, of size 0, is left to `read_line`: in
                 # place of its data there may be trailers.
@@ -1841,9 +1842,9 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 # Some editors and Windows programs put it before a text.
 BYTE_ORDER_MARK = "\ufeff"
+CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
 dump_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -1927,6 +1928,7 @@ def decode_in_steps(
     at = JSON_OPEN.match(text, at).end()
     closed = text[at : at + 1] in ("}", "]")
     while not closed:
+        # The elements of an array are gathered in the same way, by their number.
         key = len(members)
         if closing == "}":
             key, at = decoder.raw_decode(text, at)
@@ -2021,7 +2023,7 @@ def encode_json_exactly(value: Any) -> bytes:
 
 
 def encode_json(value: Any) -> bytes:
-    """Return compact JSON in any case: a number that no double holds is null.
+    """Return compact JSON of anything: NaN and a number that no double holds become null.
 
     `{"logprob": -inf}`  ->  `b'{"logprob":null}'`
     """
@@ -2073,7 +2075,8 @@ def find_values(
     for key, start, end in find_members(text, at):
         if key not in tails:
             continue
-        # A path with nothing left ends at this value; the others go on inside of it.
+        # A path with nothing left is that of this value, which is then yielded whole. Otherwise
+        # the paths go on inside of it.
         if () in tails[key]:
             yield start, end, (*prefix, key)
         else:
@@ -2143,19 +2146,21 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
 # ======================================================================================
 # 5  Event streams (pure)
 # ======================================================================================
-# A streamed answer is a sequence of events: server-sent events, or lines of JSON. It is cut only
-# between events, and whole events leave as the bytes they came in unless somebody changes one.
-# A block is the bytes of some whole events, one after the other.
+# A streamed answer is a sequence of events: server-sent events, or lines of JSON. Network and
+# servers cut it anywhere, the router only between events; these leave as the bytes they came in,
+# unless one has to be changed. A block is the bytes of some whole events, one after the other.
 # `EventFormat` knows where an event ends and where its data stands, `EventReader` gathers what
 # comes into whole events. What an event means is said in section 7.
 
-BOM = b"\xef\xbb\xbf"
+BOM = BYTE_ORDER_MARK.encode()
 DONE_MARK = b"[DONE]"
 CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
 
 # `(?<![^\r\n])` in these patterns means the beginning of a line: a line end stands before it, or
-# nothing. The first finds a line that is no comment.
-SAYING_LINE = re.compile(rb"(?<![^\r\n])[^:\r\n]")
+# nothing.
+#
+# A line that is not empty, and no comment, which would begin with a colon.
+NO_COMMENT = re.compile(rb"(?<![^\r\n])[^:\r\n]")
 # A line of data behind the first one.
 MORE_DATA = re.compile(rb"(?<=[\r\n])data:[^\r\n]*(?:\r\n|\n|\r)")
 # A field that calls the event an error: `event: error`, or llama.cpp's `error: {...}`.
@@ -2173,9 +2178,9 @@ class EventFormat(NamedTuple):
     def find_end(self, block: bytes, at: int, has_cr: bool) -> int:
         """Return where the event that begins at `at` ends: at the latest where the block does.
 
-        The mark is found faster than the pattern, but is sure only in a block without CR. Whether
-        it `has_cr` is for the caller to find out, once: a search that goes beyond the end of this
-        event would be made again for each one, and take quadratic time.
+        The mark is found faster than the pattern, but is sure only in a block without CR. `has_cr`
+        says whether the block has one. The caller looks for it once: if it were looked for here,
+        for each event up to the end of the block, that would take quadratic time.
         """
         if has_cr:
             match = self.end.search(block, at)
@@ -2203,7 +2208,7 @@ class EventFormat(NamedTuple):
         return end
 
     def split(self, block: bytes) -> list[bytes]:
-        r"""Return the events of a block without their ends; what is between two ends is b"".
+        r"""Return the events of a block without their ends, and what follows the last end.
 
         `b"data: a\n\ndata: b\n\n"`  ->  `[b"data: a", b"data: b", b""]`
         """
@@ -2246,9 +2251,8 @@ class EventFormat(NamedTuple):
 
         `b'data: {"n": 1}\n\ndata: [DONE]\n\n'`  ->  `[{"n": 1}]`
         """
-        events = self.end.split(block) if b"\r" in block else block.split(self.mark)
         documents = []
-        for event in filter(None, events):
+        for event in filter(None, self.split(block)):
             if event.startswith(self.prefix) and b"\n" not in event and b"error" not in event:
                 # As nearly always, the event is one line of data.
                 document = parse_object(event[len(self.prefix) :])
@@ -2313,7 +2317,7 @@ def begins_like_events(start: bytes) -> bool | None:
     line = start.removeprefix(BOM).lstrip(b"\r\n")
     if line.startswith(SSE_STARTS):
         return True
-    # Every one of them begins with nothing.
+    # It may still become one of them, also when nothing has come yet.
     return None if any(name.startswith(line) for name in SSE_STARTS) else False
 
 
@@ -2408,7 +2412,7 @@ class EventReader:
     def last_events(self) -> list[bytes]:
         """Return the last events of the stream, comments left out."""
         events: list[bytes] = []
-        # The last one may lack its end, and be the last one all the same.
+        # What is pending is the last event if the stream has ended without that event's end.
         for block in reversed([*self.last_blocks, bytes(self.pending)]):
             events = self.read_last_events(block) + events
             if len(events) >= self.LAST_EVENTS:
@@ -2419,7 +2423,7 @@ class EventReader:
         """Return the last events of a block, or all of them."""
         # A block may have thousands of events: this goes back over the marks of the last ones.
         mark = CRLF_MARK if block.endswith(CRLF_MARK) else self.format.mark
-        # The first mark that it finds is the end of the last event, so it is one more.
+        # Each of these events ends with a mark; that of the event before them is one more.
         start = len(block)
         for _ in range(self.LAST_EVENTS + 1):
             start = block.rfind(mark, 0, start)
@@ -2431,7 +2435,7 @@ class EventReader:
 
     def split_without_comments(self, block: bytes) -> list[bytes]:
         """Return the events of a block that are more than comments."""
-        return [event for event in self.format.split(block) if SAYING_LINE.search(event)]
+        return [event for event in self.format.split(block) if NO_COMMENT.search(event)]
 
 
 # ======================================================================================
