@@ -764,6 +764,9 @@ class Limits:
     read_ahead: int = 128 * KiB
     # What a slow client has not taken yet; above it its upstream waits.
     write_buffer: int = 256 * KiB
+    # Answers of the router's own, such as a page with a long conversation, are written as a whole.
+    # While those that no client has taken yet are so long together, a further long one gets 503.
+    unread_answers: int = 64 * MiB
     # What is written in one turn of the event loop is sent together at its end; above this
     # size at once, because a larger piece gains nothing.
     unsent: int = 64 * KiB
@@ -926,8 +929,11 @@ class Limits:
     news_interval: float = 0.25
     news_rows: int = 100
     news_keep_alive: float = 15.0
-    # An export reads so many rows at a time, so that others can read and write in between.
+    # An export reads so many rows at a time, or so many octets of them, so that others can read and
+    # write in between. While `unread_answers` are too many it looks for room so often.
     export_page: int = 200
+    export_octets: int = MiB
+    export_retry: float = 0.25
 
     # --- the routing file ---
     # It is looked at so often: for a person, a saved file counts at once.
@@ -6325,7 +6331,7 @@ CONTENT_TOO_SLOW = Timeout(
 
 
 class LoopBatch:
-    """What all connections do together: send at the end of a turn, and look at deadlines.
+    """What all connections do together: send at the end of a turn, look at deadlines, hold memory.
 
     In one turn the event loop handles all that has come on any connection. What is written
     meanwhile leaves when the turn is over, in one piece for each connection. So a head and the
@@ -6335,6 +6341,10 @@ class LoopBatch:
     A timer for each deadline would be set and cancelled with each request. Instead one timer
     looks at all connections, four times a second; while there are none, nothing runs.
 
+    What a relay writes waits for its client up to `limits.write_buffer`, and is then written no
+    further. An answer of the router's own is written as a whole. What is above the buffer counts
+    here, for all connections together, until the client has taken it.
+
     `Any` stands for `Connection` here, which is defined below.
     """
 
@@ -6342,6 +6352,7 @@ class LoopBatch:
         self.limits = limits
         self.connections: set[Any] = set()
         self.unflushed: list[Any] = []
+        self.unread_octets = 0
         self.timer: asyncio.TimerHandle | None = None
 
     def schedule_flush(self, connection: Any) -> None:
@@ -6362,6 +6373,20 @@ class LoopBatch:
         self.connections.add(connection)
         if self.timer is None:
             self.start_timer(connection.loop)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits for clients that no long answer may be added."""
+        return self.unread_octets > self.limits.unread_answers
+
+    def check_room(self, content: bytes) -> None:
+        """Raise Overloaded for an answer that is long while too much waits for clients."""
+        if self.is_full and len(content) > self.limits.write_buffer:
+            raise Overloaded(
+                f"answers that no client has taken yet hold {self.unread_octets} bytes; "
+                "try again later",
+                ("Retry-After", "5"),
+            )
 
     def discard(self, connection: Any) -> None:
         """Forget a `Connection` that has ended."""
@@ -6451,7 +6476,7 @@ class Connection(asyncio.Protocol):
     the LoopBatch calls `flush` at the end of the turn. What is long, or much, does not wait so
     long. What the kernel has no room for, asyncio keeps until it has. From `limits.write_buffer`
     octets on it calls `pause_writing`, which sets `write_paused`, and `resume_writing` later.
-    Whoever can write much waits in `drain` meanwhile.
+    Whoever can write much waits in `drain` meanwhile. What is above that counts in the LoopBatch.
 
     **Waking.** The task sleeps in `wait`, which returns at any news: octets (without a sink), the
     end, a failure, room to write again. So every wait stands in a loop that looks at what it needs.
@@ -6484,6 +6509,8 @@ class Connection(asyncio.Protocol):
         self.unsent: list[bytes] = []
         self.unsent_octets = 0
         self.write_paused = False
+        # What counts in the batch, of an answer that the other side has not taken yet.
+        self.unread_octets = 0
         # The end.
         self.ended = False
         self.failure: Exception | None = None
@@ -6534,6 +6561,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Note that the connection is gone."""
         self.batch.discard(self)
+        self.count_unread(0)
         self.ended = True
         if self.failure is None:
             self.failure = exc
@@ -6542,11 +6570,18 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Note that the other side reads too slowly."""
         self.write_paused = True
+        self.count_unread(self.transport.get_write_buffer_size() - self.limits.write_buffer)
 
     def resume_writing(self) -> None:
         """Note that there is room again."""
         self.write_paused = False
+        self.count_unread(0)
         self.wake()
+
+    def count_unread(self, octets: int) -> None:
+        """Let so many octets count as waiting for the other side, in place of those before."""
+        self.batch.unread_octets += octets - self.unread_octets
+        self.unread_octets = octets
 
     # Waiting and waking.
 
@@ -7002,7 +7037,8 @@ class ResponseWriter:
             self.connection.end_by_reset()
 
     def send_response(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
-        """Send a whole answer of the router's own."""
+        """Send a whole answer of the router's own. Raises Overloaded for a long one among many."""
+        self.connection.batch.check_room(content)
         date = ("Date", http_date(int(time.time())))
         self.write_head(status, encode_field_lines([date, *fields]), len(content))
         self.finish(content)
@@ -11138,54 +11174,64 @@ def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return document
 
 
-def csv_lines(rows: Iterable[Row], with_names: bool) -> Iterator[str]:
-    """Yield rows as lines of a table, below a line of its columns' names if it has one."""
+def csv_lines(row: Row, with_names: bool) -> str:
+    """Return a row as a line of a table, below a line of its columns' names if it is the first."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    for row in rows:
-        document = {**row_document(row), "attempts": row.attempts}
-        if with_names:
-            writer.writerow(document)
-            with_names = False
-        writer.writerow(document.values())
-    yield table.getvalue()
+    document = {**row_document(row), "attempts": row.attempts}
+    if with_names:
+        writer.writerow(document)
+    writer.writerow(document.values())
+    return table.getvalue()
 
 
-def json_lines(store: Store, db: sqlite3.Connection, rows: Iterable[Row]) -> Iterator[str]:
-    """Yield everything about each request that has ended as a line of JSON."""
-    for row in rows:
-        if row.failed is not None:
-            document = detail_document(row, store.read_detail(db, row.id))
-            yield encode_json(document).decode() + "\n"
+def json_line(row: Row, detail: Detail) -> str:
+    """Return everything about a request as a line of JSON."""
+    return encode_json(detail_document(row, detail)).decode() + "\n"
 
 
-def chat_lines(store: Store, db: sqlite3.Connection, rows: Iterable[Row]) -> Iterator[str]:
-    """Yield each conversation that was answered as a line of JSON, as fine-tuning takes it."""
-    for row in rows:
-        if row.failed == 0:
-            document = detail_document(row, store.read_detail(db, row.id))
-            if document["response_text"] or document["response_thinking"]:
-                messages = [chat_message(message) for message in document["transcript"]]
-                yield encode_json({"messages": messages}).decode() + "\n"
+def chat_line(row: Row, detail: Detail) -> str:
+    """Return an answered conversation as a line of JSON, as fine-tuning takes it; "" for none."""
+    document = detail_document(row, detail)
+    if not (document["response_text"] or document["response_thinking"]):
+        return ""
+    messages = [chat_message(message) for message in document["transcript"]]
+    return encode_json({"messages": messages}).decode() + "\n"
+
+
+def export_lines(
+    store: Store, db: sqlite3.Connection, row: Row, form: str, with_names: bool
+) -> str:
+    """Return what an export in this form has of a row: lines, or nothing."""
+    if form == "csv":
+        return csv_lines(row, with_names)
+    if form == "openai":
+        return chat_line(row, store.read_detail(db, row.id)) if row.failed == 0 else ""
+    # One that runs still changes.
+    return json_line(row, store.read_detail(db, row.id)) if row.failed is not None else ""
 
 
 def export_page(
     store: Store, db: sqlite3.Connection, parameters: Mapping[str, Any]
 ) -> tuple[bytes, int]:
     """Return a page of the export, newest first, and where the next one begins; 0 at the end."""
-    filters = {**parameters, "limit": LIMITS.export_page}
+    limits = store.limits
+    filters = {**parameters, "limit": limits.export_page}
     if "since" in parameters:
         filters["after"] = time_id(time.time() - parameters["since"])
-    rows = [Row._make(found) for found in db.execute(*select_rows(filters))]
     form = parameters.get("format", "jsonl")
-    if form == "csv":
-        lines = csv_lines(rows, with_names="before" not in parameters)
-    elif form == "openai":
-        lines = chat_lines(store, db, rows)
-    else:
-        lines = json_lines(store, db, rows)
-    next_page = rows[-1].id if len(rows) == LIMITS.export_page else 0
-    return "".join(lines).encode(), next_page
+    with_names = "before" not in parameters
+    rows = [Row._make(found) for found in db.execute(*select_rows(filters))]
+    pieces: list[bytes] = []
+    size = 0
+    for row in rows:
+        pieces.append(export_lines(store, db, row, form, with_names).encode())
+        with_names = False
+        size += len(pieces[-1])
+        if size > limits.export_octets:
+            break
+    has_more = len(rows) == limits.export_page or len(pieces) < len(rows)
+    return b"".join(pieces), row.id if has_more else 0
 
 
 # --- metrics --------------------------------------------------------------------------
@@ -11505,6 +11551,32 @@ async def serve_events(context: Context, request: Request) -> None:
     request.writer.finish()
 
 
+async def read_export(context: Context, parameters: Mapping[str, Any]) -> tuple[bytes, int]:
+    """Return a page of the export, and where the next one begins; 0 at the end."""
+
+    def read_rows(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
+        return export_page(log.store, db, parameters)
+
+    return await context.log.ask(read_rows)
+
+
+async def read_more(
+    context: Context, request: Request, parameters: Mapping[str, Any]
+) -> tuple[bytes, int]:
+    """Return a further page of an export, as soon as there is room for it."""
+    batch = request.connection.batch
+    while True:
+        if not batch.is_full:
+            page, next_page = await read_export(context, parameters)
+            # Other answers may have filled the room meanwhile. Then this page is read again later:
+            # kept until then, it would take memory that does not count.
+            with contextlib.suppress(Overloaded):
+                batch.check_room(page)
+                return page, next_page
+            del page
+        await asyncio.sleep(context.limits.export_retry)
+
+
 async def serve_export(context: Context, request: Request) -> None:
     """Answer /api/export: all of it, as slowly as its reader reads."""
     parameters = read_parameters(request.query, EXPORT_PARAMETERS)
@@ -11513,18 +11585,19 @@ async def serve_export(context: Context, request: Request) -> None:
     if parameters.get("format") == "csv":
         media_type = "text/csv; charset=utf-8"
         file_name = "smolrouter.csv"
-
-    def next_page(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
-        return export_page(log.store, db, parameters)
-
     # The first page is read before the answer begins: an error can still be its status.
-    page, parameters["before"] = await context.log.ask(next_page)
+    page, parameters["before"] = await read_export(context, parameters)
+    request.connection.batch.check_room(page)
     disposition = f"attachment; filename={file_name}"
     begin_stream(request, media_type, ("Content-Disposition", disposition))
-    await send_piece(request, page)
-    while parameters["before"]:
-        page, parameters["before"] = await context.log.ask(next_page)
-        await send_piece(request, page)
+    while True:
+        request.writer.write_content(page)
+        # The connection has it now, and it need not be in memory twice.
+        page = b""
+        await request.connection.drain()
+        if not parameters["before"]:
+            break
+        page, parameters["before"] = await read_more(context, request, parameters)
     request.writer.finish()
 
 

@@ -12933,6 +12933,113 @@ def test_export_is_streamed() -> None:
     assert got.content.count(b"\n") == 4001 and len(got.pieces) > 5
 
 
+# --- long answers that nobody reads ---
+
+# A body that is more than the kernel takes for a client that reads nothing.
+LONG_BODY = 12 * 2**20
+
+
+@contextlib.contextmanager
+def router_with_long_row(**limits: float) -> Iterator[tuple[Router, str]]:
+    """Start a router whose log has a request with a long answer, of this id, and a short one."""
+    long = default_upstream().add_script(json_response(completion({}, "x" * LONG_BODY)))
+    settings = {
+        "DEFAULT_UPSTREAM": default_upstream().url, "WEBUI_SECURITY": "NONE",
+        "MAX_BLOB_SIZE": 2 * LONG_BODY,
+    }  # fmt: skip
+    with Router(settings, limits=limits) as router:
+        post_chat(router, long)
+        row = wait_for_row(router, long)
+        post_chat(router, "tiny")
+        wait_for_row(router, "tiny")
+        yield router, str(row["id"])
+
+
+def ask_and_stall(router: Router, path: str) -> socket.socket:
+    """Ask for a path and read nothing of the answer but its status, which must be good."""
+    sock = connect(router.port)
+    sock.sendall(encode_get(path))
+    assert sock.recv(12) == b"HTTP/1.1 200"
+    return sock
+
+
+@pytest.mark.parametrize("path", ["/api/request/{id}", "/request/{id}", "/api/export"])
+def test_answers_that_nobody_reads_have_one_budget(path: str) -> None:
+    with router_with_long_row(unread_answers=2**20) as (router, number):
+        path = path.format(id=number)
+        whole = request(router.port, "GET", path)
+        assert (whole.status, whole.whole, len(whole.content) > LONG_BODY) == (200, True, True)
+        with ask_and_stall(router, path):
+            got = request(router.port, "GET", path)
+            assert got.status == 503 and got.get("Retry-After") == "5"
+            assert b"answers that no client has taken yet hold" in got.content
+            # What is short is answered all the same.
+            for short in ("/", "/api/logs", "/metrics", "/healthz", "/api/export?model=tiny"):
+                assert request(router.port, "GET", short).status == 200
+            assert post_chat(router, "tiny").status == 200
+        # The client has left.
+        assert wait_until(lambda: request(router.port, "GET", path).status == 200)
+
+
+def test_every_long_answer_counts() -> None:
+    limits = {"unread_answers": 2**20, "write_buffer": 300}
+    with (
+        router_with_long_row(**limits) as (router, number),
+        ask_and_stall(router, f"/api/request/{number}") as stalled,
+    ):
+        for path in ("/api/logs", "/api/performance", "/metrics", "/"):
+            assert request(router.port, "GET", path).status == 503, path
+        assert request(router.port, "GET", "/healthz").status == 200
+        # When it is read to its end there is room again.
+        head, _, content = read_until(stalled, b"\r\n\r\n").partition(b"\r\n\r\n")
+        unread = int(re.search(rb"Content-Length: ([0-9]+)", head)[1]) - len(content)
+        while unread:
+            unread -= len(stalled.recv(min(unread, 1 << 20)))
+        assert wait_until(lambda: request(router.port, "GET", "/api/logs").status == 200)
+
+
+def test_an_export_goes_on_when_there_is_room_again() -> None:
+    with router_with_long_row(unread_answers=2**20, export_page=1) as (router, number):
+        stalled = ask_and_stall(router, f"/api/request/{number}")
+        with connect(router.port) as sock:
+            sock.sendall(encode_get("/api/export"))
+            # The newest row is short and comes at once, the long one waits.
+            data = read_until(sock, b'"original_model":"tiny"')
+            sock.settimeout(0.8)
+            with contextlib.suppress(TimeoutError):
+                while len(data) < LONG_BODY:
+                    data += sock.recv(1 << 20)
+            assert len(data) < 2**20
+            stalled.close()
+            sock.settimeout(PATIENCE)
+            while not data.endswith(b"\r\n0\r\n\r\n"):
+                data += sock.recv(1 << 20)
+        got = parse_response(data)
+        assert got.whole and len(got.content) > LONG_BODY
+        assert [json.loads(line)["response_size"] > 2**20 for line in got.events] == [False, True]
+
+
+def test_an_export_reads_no_more_than_it_sends_at_once(log_folder: LogFolder) -> None:
+    """Two hundred rows with long bodies would be gigabytes."""
+    store = make_store(log_folder.file.parent)
+    detail = smolrouter.Detail("{}", b"", b"x" * 400_000)
+    data, blobs = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
+    records = [make_record(number) for number in range(9)]
+    for record in records:
+        record.data = data
+        record.blobs = blobs
+    store.write([], records, {})
+    pages = []
+    parameters: dict[str, Any] = {}
+    while parameters.get("before", 1):
+        page, parameters["before"] = smolrouter.export_page(store, store.open(), parameters)
+        pages.append(page)
+    store.close()
+    assert max(map(len, pages)) < 3 * 2**20 and len(pages) >= 3
+    ids = [json.loads(line)["id"] for line in b"".join(pages).splitlines()]
+    assert ids == sorted(set(ids), reverse=True) and len(ids) == 9
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("damage", ["error_message = CAST(x'ff' AS TEXT)", "attempts = 'x'"])
 def test_an_export_that_fails_midway_is_cut(
