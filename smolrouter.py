@@ -11106,7 +11106,16 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     return document
 
 
-def read_record(record: RequestRecord) -> dict[str, Any]:
+# How the document of a request is written: as JSON, or as JSON that may stand in a page.
+Encoder = Callable[[Any], bytes]
+
+
+def encode_for_page(document: Any) -> bytes:
+    """Encode as JSON in which nothing can end the element that holds it: `<` is an escape."""
+    return encode_json(document).replace(b"<", b"\\u003c")
+
+
+def read_record(record: RequestRecord, encode: Encoder) -> bytes:
     """Return everything about a request that runs, or that waits to be written."""
     # The thread may let the raw bodies go at any moment, once the record has its row: so they are
     # taken first, and then the row is looked at.
@@ -11115,41 +11124,45 @@ def read_record(record: RequestRecord) -> dict[str, Any]:
         decode_answer(raw, LIMITS.decoded_answer)
         detail = make_detail(raw)
         phase = raw.phase if raw.finished_at is None else "done"
-        return detail_document(make_row(raw, detail), detail, phase)
+        return encode(detail_document(make_row(raw, detail), detail, phase))
     blobs = [blob.data if blob else None for blob in record.blobs]
-    return detail_document(record.row, unpack_detail(record.data, blobs))
+    return encode(detail_document(record.row, unpack_detail(record.data, blobs)))
 
 
-def read_request(log: RequestLog, db: sqlite3.Connection, number: int) -> dict[str, Any] | None:
+def read_request(
+    log: RequestLog, db: sqlite3.Connection, number: int, encode: Encoder
+) -> bytes | None:
     """Return everything about a request that is written, None when there is none of that id."""
     found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchone()
     if found is None:
         return None
-    return detail_document(Row._make(found), log.store.read_detail(db, number))
+    return encode(detail_document(Row._make(found), log.store.read_detail(db, number)))
 
 
-async def find_known_request(log: RequestLog, number: int) -> dict[str, Any] | None:
+async def find_known_request(log: RequestLog, number: int, encode: Encoder) -> bytes | None:
     """Return everything about a request, None when there is none of that id.
 
-    One that runs, or waits to be written, is there whatever the database is like.
+    One that runs, or waits to be written, is there whatever the database is like. It is encoded by
+    the thread that has read it: what is long would stall every other request here, and documents
+    would gather while one of them is encoded.
     """
     # In this order, in which records move on.
     for record in [*list(log.running.values()), *list(log.finished)]:
         if record.id == number:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(log.readers, read_record, record)
-    return await log.ask(read_request, number)
+            return await loop.run_in_executor(log.readers, read_record, record, encode)
+    return await log.ask(read_request, number, encode)
 
 
-async def find_request(log: RequestLog, path: str) -> dict[str, Any]:
+async def find_request(log: RequestLog, path: str, encode: Encoder) -> bytes:
     """Return the request that a path names. Raises NotFound."""
     number = re.search(r"/([0-9]{1,18})$", path)
-    document = None
+    encoded = None
     if number:
-        document = await find_known_request(log, int(number[1]))
-    if document is None:
+        encoded = await find_known_request(log, int(number[1]), encode)
+    if encoded is None:
         raise NotFound("no such request; it may be older than MAX_LOG_AGE_DAYS")
-    return document
+    return encoded
 
 
 # --- export ---------------------------------------------------------------------------
@@ -11337,7 +11350,7 @@ async def serve_question(context: Context, request: Request) -> None:
 
 async def serve_request_details(context: Context, request: Request) -> None:
     """Answer /api/request/{id}."""
-    request.writer.send_json(await find_request(context.log, request.path))
+    request.writer.send_json(await find_request(context.log, request.path, encode_json))
 
 
 async def serve_inflight(context: Context, request: Request) -> None:
@@ -11674,7 +11687,7 @@ async def serve_version(context: Context, request: Request) -> None:
 # --- the page and its session ------------------------------------------------------------
 
 # The place in the page where the data of one request goes.
-NO_DATA = '<script type="application/json" id="request-data"></script>'
+NO_DATA = b'<script type="application/json" id="request-data"></script>'
 
 
 @functools.lru_cache(maxsize=2)
@@ -11709,26 +11722,25 @@ def send_page(
     request: Request,
     status: int = 200,
     fields: Sequence[tuple[str, str]] = (),
-    data: Any = None,
+    data: bytes = b"",
 ) -> None:
     """Send the page, with `data` in it; its script asks /api/session whether to sign in."""
     page = read_page(context)
     # The policy allows the script and the style as they are in the file; data is neither.
     all_fields = [*page_fields(page), *fields]
-    if data is not None:
-        # A `<` could end the element that holds the data.
-        text = encode_json(data).decode().replace("<", "\\u003c")
-        page = page.replace(NO_DATA, NO_DATA.replace("><", f">{text}<"), 1)
-    request.writer.send_response(status, all_fields, page.encode())
+    content = page.encode()
+    if data:
+        content = content.replace(NO_DATA, NO_DATA.replace(b"><", b">%b<" % data), 1)
+    request.writer.send_response(status, all_fields, content)
 
 
 async def serve_page(context: Context, request: Request) -> None:
     """Answer the page at any of its paths; /request/{id} carries its request's data."""
     status = 200
-    data = None
+    data = b""
     if request.path.startswith("/request/"):
         try:
-            data = await find_request(context.log, request.path)
+            data = await find_request(context.log, request.path, encode_for_page)
         except RouterError as error:
             status = error.status
     send_page(context, request, status, data=data)
