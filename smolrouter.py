@@ -2451,8 +2451,8 @@ class EventReader:
 # character stays. A text comes in pieces that are cut anywhere. A filter gets one piece after
 # another and returns what is certain; it keeps back only what could still become the tag or the
 # line that it looks for, at most a few characters, and it runs in linear time.
-# To add a family of thinking tags: a line in THINK_TAGS. A tag that begins with another character
-# than `<` needs TAG_START to be changed as well, and what section 8 makes of it.
+# To add a family of thinking tags: a line in THINK_TAGS. If its opening tag begins with another
+# character than `<`, what looks for TAG_START, here and in section 8, has to look for both.
 
 WHITE_SPACE = " \t\r\n"
 
@@ -2862,6 +2862,10 @@ CHAT_ANSWER = {
 # A prompt may be a list of texts, or of the numbers of tokens.
 PROMPT_REQUEST = {"prompt": TextOr(TEXT, Each(TextOr(TEXT, OTHER)))}
 
+# In the events below, `type` says what has happened. Where that alone is a part, such as an end,
+# its kind stands at this member, which every event has. The kind OTHER there says that the event
+# must reach the client even if all of its text is kept back.
+
 # /v1/messages, which tells texts apart by the `index` of their block.
 SYSTEM_WORDS = TextOr(SYSTEM, [{"text": SYSTEM}])
 MESSAGES_REQUEST = {"system": SYSTEM_WORDS, "messages": Each(MESSAGE)}
@@ -2982,8 +2986,8 @@ class Protocol(NamedTuple):
     item_members: tuple[str, ...] = ()
     # What shows in an event that the text has begun without a tag.
     plain_text: re.Pattern[bytes] | None = None
-    # Words of which one stands in the event that ends a stream, and seldom one in others: without
-    # them, an event needs not be parsed to know that it does not.
+    # The event that ends a stream has one of these words in it, and another event hardly ever has:
+    # one that has none need not be parsed to know that it is not the last.
     end_words: tuple[bytes, ...] = (DONE_MARK,)
     # Where the text stands in an answer that the router makes itself.
     text_path: Path = ()
@@ -3114,7 +3118,7 @@ def find_error(protocol: Protocol, document: Mapping[str, Any]) -> str:
 
 
 def says_something(protocol: Protocol, document: Mapping[str, Any]) -> bool:
-    """Tell whether an event has words, a call or a finish: more than a role, or that it begins."""
+    """Tell whether an event has words, a call or a finish; a beginning, such as a role, is none."""
     for part in read_answer(protocol, document):
         if part.kind in (TEXT, THINKING, CALL, FINISH) and part.value:
             return True
@@ -3155,8 +3159,8 @@ def are_complete(protocol: Protocol, format: EventFormat, events: Iterable[bytes
     return bool(finished) and speaking <= finished
 
 
-def may_end_stream(protocol: Protocol, format: EventFormat, data: bytes, closed: bool) -> bool:
-    """Tell whether a streamed answer may be whole whose only event has no end.
+def may_be_whole(protocol: Protocol, format: EventFormat, data: bytes, closed: bool) -> bool:
+    """Tell whether a stream may be whole that ended inside of its first event, which is `data`.
 
     It is when the event itself says that it is the last. It may be, too, when the event holds an
     object and the framing told where the content ends, so that nothing is missing. When that was
@@ -3185,7 +3189,8 @@ CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
 TOKEN_COUNT = re.compile(
     rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?:\.0{1,15})?(?![0-9.eE])'
 )
-# The counts are looked for in so many octets at the beginning, and in twice as many at the end.
+# The counts are looked for in twice so many octets from the last `usage` on, or without one in the
+# last so many; those of /v1/messages in the first so many, too.
 USAGE_WINDOW = 8 * KiB
 
 
@@ -3215,8 +3220,8 @@ def read_usage(answer: bytes) -> Usage:
     `b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}'`  ->  `(9, 1, None)`
     """
     # Most servers say the counts in a `usage` member near the end of the answer, where a search
-    # from the end finds it at once. A server without it (Ollama,
-    # llama.cpp's timings) says them in its last octets.
+    # from the end finds it at once. A server without it (Ollama, llama.cpp's timings) says them in
+    # its last octets.
     start = answer.rfind(b'"usage"')
     if start < 0:
         start = max(0, len(answer) - USAGE_WINDOW)
@@ -3529,21 +3534,21 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
 # --- estimates ------------------------------------------------------------------------
 # For servers that tell no usage.
 
-LETTERS_PER_TOKEN = 4
+CHARACTERS_PER_TOKEN = 4
 
 
-def tokens_of(letters: int) -> int:
-    """Return about how many tokens a text of so many letters has: 9  ->  3."""
-    return -(-letters // LETTERS_PER_TOKEN)
+def tokens_of(characters: int) -> int:
+    """Return about how many tokens a text of so many characters has: 9  ->  3."""
+    return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
     """Return about how many tokens the messages of a transcript have."""
-    letters = 0
+    characters = 0
     for message in messages:
-        letters += len(message["content"]) + len(message["thinking"])
-        letters += sum(len(call["arguments"]) for call in message["tool_calls"])
-    return tokens_of(letters)
+        characters += len(message["content"]) + len(message["thinking"])
+        characters += sum(len(call["arguments"]) for call in message["tool_calls"])
+    return tokens_of(characters)
 
 
 # ======================================================================================
@@ -10172,7 +10177,7 @@ class Exchange:
         events = b"".join(response.buffered)
         protocol = find_protocol(self.upstream_path(self.candidate))
         ends_by_close = response.ends_by_close
-        if form is None or not may_end_stream(protocol, form, events, ends_by_close):
+        if form is None or not may_be_whole(protocol, form, events, ends_by_close):
             raise BadGateway("it ended before its first event or byte")
         self.check_first_events(form)
 
