@@ -3658,9 +3658,11 @@ class Dialect(NamedTuple):
     encode_openai: Callable[[ParsedRequest, RequestChanges], bytes] | None = None
     # Makes of a whole OpenAI answer the client's: plan, document and content.
     answer: Callable[..., bytes] | None = None
-    # Answers a request that asks for nothing, such as an empty prompt, without any server.
+    # Answers a request that asks for nothing, such as an empty prompt, without any server. The
+    # second argument is the moment, as RFC 3339 writes it.
     empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None
-    # How the dialect tells of models: the list, one in detail, those that run; its version.
+    # How the dialect tells of models: the list, one in detail, those that run; and its version.
+    # The second argument is the moment: s UTC for those that run, else as RFC 3339 writes it.
     encode_models: Callable[[list[dict[str, Any]], str], dict[str, Any]] | None = None
     encode_details: Callable[[str, str], dict[str, Any]] | None = None
     encode_running: Callable[[list[str], float], dict[str, Any]] | None = None
@@ -3854,14 +3856,14 @@ class AnswerPlan(NamedTuple):
         return self.parsed.protocol if self.native else find_protocol(self.parsed.openai_path)
 
     @property
-    def renames(self) -> bool:
+    def restores_name(self) -> bool:
         """Whether the answer has to name the model that was asked for."""
         return self.renamed and self.parsed.protocol.names_model
 
     def model_edit(self, document: Mapping[str, Any]) -> dict[Path, Any]:
         """Return the edit that gives a native answer the name that its client knows."""
         requested = self.parsed.model
-        if not self.renames or document.get("model") in (None, requested):
+        if not self.restores_name or document.get("model") in (None, requested):
             return {}
         return {("model",): requested}
 
@@ -3879,7 +3881,7 @@ def may_hold_tag(data: bytes) -> bool:
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
     filtering = plan.rules.fences or (plan.rules.think and may_hold_tag(content))
-    document = parse_object(content) if filtering or plan.renames else None
+    document = parse_object(content) if filtering or plan.restores_name else None
     if document is None:
         return content
     edits = plan.model_edit(document)
@@ -3893,12 +3895,17 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
 
 
 # --- answers: rewriters ---------------------------------------------------------------
-# What the Relay sees of a rewriter: `feed` takes a piece of the answer and returns what may leave
-# now; `finish` returns the rest, whose length is about `size`; `buffers` says that nothing leaves
-# before `finish`, `over` that the answer's last event has come, so that nothing else is waited
-# for, `complete` that the answer has said that it is at its end, `trouble` what it said went
-# wrong. In a stream, `tells_timings` is about llama.cpp's timings, and `lost_timings` says that
-# they stood in the usage event that the client must not see.
+# What section 14 sees of a rewriter:
+#
+#     feed           takes a piece of the answer, returns what may leave now
+#     finish         returns the rest
+#     size           about how long that rest is
+#     buffers        nothing leaves before `finish`
+#     over           the last event has come, so that nothing else is waited for
+#     complete       the answer has said that it is at its end
+#     trouble        what the answer said went wrong, or ""
+#     lost_timings   llama.cpp's timings stood in the usage event, which the client must not see
+#     tells_timings  they stand in one of the last events; also true where nobody can say
 
 
 class BufferedRewrite:
@@ -3968,10 +3975,15 @@ class BufferedRewrite:
 class StreamRewrite:
     """Takes a stream apart into events, which `changes` gets, and looks after its end.
 
-    `changes` is an `EventFilter` or a translation. It has `change_block`, which returns what
-    becomes of some whole events, and `close`, which returns what follows the last one; `buffers`;
-    `required`, when the client could not read the events as they are; and `failed`, when it has
-    told the client of an error.
+    `changes` is an `EventFilter` or an `OllamaTranslation`. Both have these members:
+
+        protocol      what the events are like
+        change_block  returns what becomes of some whole events
+        close         returns what follows the last one, given the last blocks of the stream
+        buffers       nothing leaves before `close`
+        required      the client could not read the events as they are
+        failed        the client has been told of an error
+        lost_timings  as above
     """
 
     def __init__(self, plan: AnswerPlan, format: EventFormat, changes: Any) -> None:
@@ -4127,7 +4139,7 @@ class EventFilter:
             self.watched_words += (b'"usage"',)
         if self.filtering:
             self.watched_words += (RAW_TAG_START, ESCAPED_TAG_START)
-        self.skips_plain_events = not (self.filtering or plan.renames)
+        self.skips_plain_events = not (self.filtering or plan.restores_name)
         # By choice and item: the filters of the texts, and the texts whose filter has to see every
         # event, because what it does depends on more than a tag.
         self.filters: dict[tuple[int, Any], TextFilter] = {}
@@ -4172,7 +4184,7 @@ class EventFilter:
 
     def may_skip_plain_events(self) -> bool:
         """Tell whether the next event can leave unseen if it has none of the watched words."""
-        if self.plan.renames:
+        if self.plan.restores_name:
             return False
         if not self.filtering:
             return True
@@ -4191,7 +4203,7 @@ class EventFilter:
             event = self.format.replace(event, data)
         looks_at_usage = self.plan.hide_usage and b'"usage"' in data
         looks_at_text = self.filtering and self.may_change_text(event, data)
-        if not (looks_at_usage or looks_at_text or self.plan.renames):
+        if not (looks_at_usage or looks_at_text or self.plan.restores_name):
             return event
         document = parse_object(data)
         if document is None:
@@ -4210,9 +4222,11 @@ class EventFilter:
 
     def may_change_text(self, event: bytes, data: bytes) -> bool:
         """Tell whether a text in an event may have to be changed."""
-        return may_hold_tag(event) or not (
-            self.skips_plain_events or self.note_plain_beginning(data)
-        )
+        if may_hold_tag(event):
+            return True
+        if self.skips_plain_events:
+            return False
+        return not self.note_plain_beginning(data)
 
     def edit_event(self, event: bytes, data: bytes, edits: Mapping[Path, Any]) -> bytes:
         """Return an event with some values of its document replaced."""
@@ -4226,7 +4240,7 @@ class EventFilter:
         That is noted, so that the next events need not be parsed.
         """
         plain_text = self.protocol.plain_text
-        if self.filters or self.plan.renames or self.plan.rules.fences or plain_text is None:
+        if self.filters or self.plan.restores_name or self.plan.rules.fences or plain_text is None:
             return False
         if not self.begun_plainly and self.has_one_choice:
             self.begun_plainly = plain_text.search(data) is not None
@@ -4310,12 +4324,13 @@ class EventFilter:
         return b"".join(events)
 
     def close(self, ending: bytes = b"") -> bytes:
-        """Return what all filters keep back, as events of their own."""
+        """Return what all filters keep back, as events of their own; `ending` is not needed."""
         return b"".join([self.release(choice, None) for choice in list(self.pending)])
 
 
 # --- Ollama: requests -----------------------------------------------------------------
 
+# The options that Ollama and OpenAI's servers call the same.
 SAME_OPTIONS = (
     "temperature",
     "top_p",
@@ -4352,7 +4367,7 @@ def openai_message(message: Message, index: int) -> dict[str, Any]:
     return document
 
 
-class OpenCalls:
+class UnansweredCalls:
     """The calls of a conversation that have no result yet.
 
     Ollama's results name the tool, or nothing; OpenAI's name the id of the call. A result takes
@@ -4382,17 +4397,17 @@ class OpenCalls:
 
 def openai_messages(messages: Iterable[Message]) -> Iterator[dict[str, Any]]:
     """Yield messages as OpenAI's; a tool's result gets its call's id."""
-    open_calls = OpenCalls()
+    unanswered = UnansweredCalls()
     for index, message in enumerate(messages):
         document = openai_message(message, index)
         for call in document.get("tool_calls", ()):
-            open_calls.add(call["id"], call["function"]["name"])
+            unanswered.add(call["id"], call["function"]["name"])
         if message.role == "tool":
             name = message.name
             require_content(
                 isinstance(name, str | None), f"messages[{index}]: its tool's name is no string"
             )
-            call_id = open_calls.take(name) or f"call_{index}"
+            call_id = unanswered.take(name) or f"call_{index}"
             document["tool_call_id"] = message.call_id or call_id
         yield document
 
@@ -4497,7 +4512,7 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
         "prompt_eval_duration": first,
         "eval_count": usage.completion or 0,
         # A whole answer comes at once, so that nothing is left after its beginning.
-        "eval_duration": total - first or total,
+        "eval_duration": (total - first) or total,
     }
 
 
@@ -4537,22 +4552,23 @@ class OllamaTranslation:
         self.protocol = plan.protocol
         self.buffers = not plan.parsed.stream
         self.failed = False
-        # A client that wishes for thinking gets it apart from the text, in tags or not; one
-        # that refuses it gets none; one that says nothing gets what its server tells apart.
+        # A client that wishes for thinking gets it apart from the text, also if the server says
+        # it in the text, between tags. One that refuses it gets none. One that says nothing gets
+        # what the server itself tells apart.
         wish = plan.parsed.document.get("think")
         self.shows_tagged_thinking = bool(wish)
         self.shows_thinking = wish is not False
         think = plan.rules.think or self.shows_tagged_thinking
         self.rules = plan.rules._replace(think=think)
         self.text_filter = TextFilter(self.rules)
-        # Whether a text that could not begin a tag is visible as it is.
-        self.passes_plain = False
+        # What the filter said last of itself: whether a text without any tag is visible as it is.
+        self.passes_plain_text = False
         self.message = Message("assistant")
         self.finish_reason: Any = None
         self.model = plan.parsed.model
         self.text_path = plan.parsed.protocol.text_path
         # How much was said in all, for a server that does not count.
-        self.letters = 0
+        self.characters = 0
         # What the next line says.
         self.texts: list[str] = []
         self.thoughts: list[str] = []
@@ -4587,15 +4603,15 @@ class OllamaTranslation:
                 raise BadGateway(f"the answer has a shape that cannot be read: {error}") from None
         text = "".join(message.texts)
         if message.thoughts:
-            self.letters += sum(map(len, message.thoughts))
+            self.characters += sum(map(len, message.thoughts))
             if self.shows_thinking:
                 self.thoughts += message.thoughts
-        self.letters += len(text)
+        self.characters += len(text)
         message.texts = []
         message.thoughts = []
         if whole:
             self.text_filter = TextFilter(self.rules, begins_inside(text))
-        if finished or not self.passes_plain or TAG_START in text:
+        if finished or not self.passes_plain_text or TAG_START in text:
             self.feed_text(text, finished)
         elif text:
             self.texts.append(text)
@@ -4606,14 +4622,14 @@ class OllamaTranslation:
     def feed_text(self, text: str, last: bool) -> None:
         """Put into the next line what is visible of some more text; with the last, all calls."""
         visible, thought = self.text_filter.feed(text, last)
-        self.passes_plain = self.text_filter.passes_plain_text
+        self.passes_plain_text = self.text_filter.passes_plain_text
         if visible:
             self.texts.append(visible)
         if thought and self.shows_tagged_thinking:
             self.thoughts.append(thought)
         if last:
             for call in self.message.calls:
-                self.letters += sum(map(len, call.arguments))
+                self.characters += sum(map(len, call.arguments))
             self.calls += [ollama_call(call) for call in self.message.calls]
             self.message.calls = []
 
@@ -4656,7 +4672,7 @@ class OllamaTranslation:
         prompt = usage.prompt or estimate_prompt(self.plan.parsed)
         completion = usage.completion
         if completion is None:
-            completion = tokens_of(self.letters)
+            completion = tokens_of(self.characters)
         return Usage(prompt, completion)
 
 
@@ -4795,6 +4811,7 @@ def encode_openai_models(models: list[dict[str, Any]], created_at: str) -> dict[
 
 def as_opaque(dialect: Dialect) -> Dialect:
     """Return the dialect for content that nobody looks into."""
+    # A ParsedRequest is made of path, query and content as they are: nothing is read from them.
     return dialect._replace(read=ParsedRequest, encode=encode_form)
 
 
@@ -4868,7 +4885,7 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         return None
     if format:
         return StreamRewrite(plan, format, EventFilter(plan, format))
-    if media_type == "application/json" and (any(plan.rules) or plan.renames):
+    if media_type == "application/json" and (any(plan.rules) or plan.restores_name):
         return BufferedRewrite(plan, filter_document)
     return None
 
