@@ -924,6 +924,8 @@ class Limits:
     # --- the page ---
     # A search for text looks at so many of the newest rows, which takes about 50 ms.
     searched_rows: int = 20_000
+    # It looks for so many words; each takes as long where all those before it are found.
+    searched_words: int = 8
     # News of requests are sent to a page at most so often, at most so many of a kind at once;
     # a comment is sent after so long a silence, or a proxy in between would close the stream.
     news_interval: float = 0.25
@@ -10648,9 +10650,11 @@ ROW_FILTERS = {
 # The name of a model stands in one of two columns, and each has an index of its own; a row
 # that has it in both is found by the first.
 MODEL_LOOK_UPS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
-# What a search for text looks at.
-SEARCHED = """original_model || ' ' || sent_model || ' ' || path || ' ' || upstream_url || ' ' ||
-    route || ' ' || ifnull(error_message, '') || ' ' || source_ip || ' ' || request_id"""
+# What a search for text looks at. Each of its words may stand in another column.
+SEARCHED = """original_model || ' ' || mapped_model || ' ' || sent_model || ' ' || path || ' ' ||
+    upstream_url || ' ' || route || ' ' || ifnull(error_message, '') || ' ' || source_ip || ' ' ||
+    request_id"""
+HAS_WORD = f"{SEARCHED} LIKE ? ESCAPE '\\'"
 # Members of a row's document that lists leave out; the page of one request has all but the
 # last two.
 UNLISTED = (
@@ -10728,11 +10732,19 @@ def parse_model(text: str) -> str:
     return cut_name(parse_text(text))
 
 
+def parse_words(text: str) -> list[str]:
+    """Read what a search looks for: words, and behind many of them the rest as it stands.
+
+    `alice  coder`  ->  ["alice", "coder"]. Raises ValueError.
+    """
+    return parse_text(text).strip().split(None, LIMITS.searched_words - 1)
+
+
 Parameters = Mapping[str, Callable[[str], Any]]
 LOG_PARAMETERS: Parameters = {
     "limit": number_between(1, 1000),
     "before": number_between(0, 2**63 - 1),
-    "q": parse_text,
+    "q": parse_words,
     "service_type": choice_of(*SERVICES),
     "model": parse_model,
     "upstream": parse_text,
@@ -10827,10 +10839,10 @@ def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
     text_values = []
     if "q" in parameters:
         looked_at = LIMITS.searched_rows
-        text_test = f"{SEARCHED} LIKE ? ESCAPE '\\'"
+        words = parameters["q"]
+        text_test = " AND ".join([HAS_WORD] * len(words))
         # `%` and `_` are LIKE's own signs; somebody who searches for `50%` means the sign.
-        escaped = re.sub(r"([\\%_])", r"\\\1", parameters["q"])
-        text_values.append(f"%{escaped}%")
+        text_values = ["%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for word in words]
     sql = f"""SELECT {COLUMNS} FROM requests
         WHERE id IN ({ids.text} ORDER BY id DESC LIMIT ?) AND {text_test}
         ORDER BY id DESC LIMIT ?"""

@@ -12521,6 +12521,7 @@ def router_with_old_log() -> Router:
         chance = zlib.crc32(b"%d" % number) | 1 << 20
         more = {
             "sent_model": f"model-{number % 4}",
+            "mapped_model": "mapped",
             "source_ip": f"10.0.0.{number % 5}",
             "original_model": "nick" if number % 40 == 0 else f"model-{number % 4}",
             "duration_ms": 10.0 + number % 100,
@@ -12561,6 +12562,8 @@ FILTERS = [
     ("model=model-3&status=error", 200), ("model=model-3&source=10.0.0.3&status=404", 200),
     ("model=nick&service_type=ollama", 34), ("source=10.0.0.0&model=nick", 100),
     ("q=NICK", 100), ("q=model-2&status=error", 0), ("q=%25", 0), ("q=_", 0), ("q=10.0.0.4", 800),
+    ("q=10.0.0.4+MODEL-2", 200), ("q=model-2++10.0.0.4+default+/v1/", 200), ("q=model-2+nick", 0),
+    ("q=%25+model", 0), ("q=+" + "model+" * 7 + "POST+model", 0), ("q=mapped+10.0.0.4", 800),
     ("model=&status=&q=", 4000),
 ]  # fmt: skip
 
@@ -12706,7 +12709,14 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
             return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
 
         whole = {"model": "m", "source": "s", "upstream": "u", "service_type": "openai"}
-        asked = [{}, {"before": 5}, {"q": "x"}, whole, *({name: whole[name]} for name in whole)]
+        asked = [
+            {},
+            {"before": 5},
+            {"q": ["x"]},
+            {"q": ["x", "y"]},
+            whole,
+            *({name: whole[name]} for name in whole),
+        ]
         asked += [{**one, "status": smolrouter.parse_status(text)}
                   for one in asked for text in ("404", "4xx", "200", "error")]  # fmt: skip
         for one in asked:
