@@ -10667,6 +10667,10 @@ UNLISTED = (
     "level",
 )
 NEVER_SHOWN = ("failed", "level")
+# The columns of a table: what a list shows of a row, in its order.
+TABLE_COLUMNS = [
+    name for name in (*Row._fields, "total_tokens", "is_inflight") if name not in UNLISTED
+]
 
 # A point of the performance page: what it is called, and how the database makes it.
 POINT = {
@@ -11221,15 +11225,17 @@ def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return document
 
 
-def csv_lines(row: Row, with_names: bool) -> str:
-    """Return a row as a line of a table, below a line of its columns' names if it is the first."""
+def csv_line(values: Iterable[Any]) -> str:
+    """Return a line of a table."""
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    document = {**row_document(row), "attempts": row.attempts}
-    if with_names:
-        writer.writerow(document)
-    writer.writerow(document.values())
+    csv.writer(table, lineterminator="\n").writerow(values)
     return table.getvalue()
+
+
+def table_line(row: Row) -> str:
+    """Return a row as a line of a table."""
+    document = {**row_document(row), "attempts": row.attempts}
+    return csv_line(document[name] for name in TABLE_COLUMNS)
 
 
 def json_line(row: Row, detail: Detail) -> str:
@@ -11246,12 +11252,10 @@ def chat_line(row: Row, detail: Detail) -> str:
     return encode_json({"messages": messages}).decode() + "\n"
 
 
-def export_lines(
-    store: Store, db: sqlite3.Connection, row: Row, form: str, with_names: bool
-) -> str:
-    """Return what an export in this form has of a row: lines, or nothing."""
+def export_line(store: Store, db: sqlite3.Connection, row: Row, form: str) -> str:
+    """Return what an export in this form has of a row: a line, or nothing."""
     if form == "csv":
-        return csv_lines(row, with_names)
+        return table_line(row)
     if form == "openai":
         return chat_line(row, store.read_detail(db, row.id)) if row.failed == 0 else ""
     # One that runs still changes.
@@ -11267,18 +11271,19 @@ def export_page(
     if "since" in parameters:
         filters["after"] = time_id(time.time() - parameters["since"])
     form = parameters.get("format", "jsonl")
-    with_names = "before" not in parameters
+    head = ""
+    if form == "csv" and "before" not in parameters:
+        head = csv_line(TABLE_COLUMNS)
     rows = [Row._make(found) for found in db.execute(*select_rows(filters))]
     pieces: list[bytes] = []
     size = 0
     for row in rows:
-        pieces.append(export_lines(store, db, row, form, with_names).encode())
-        with_names = False
+        pieces.append(export_line(store, db, row, form).encode())
         size += len(pieces[-1])
         if size > limits.export_octets:
             break
     has_more = len(rows) == limits.export_page or len(pieces) < len(rows)
-    return b"".join(pieces), row.id if has_more else 0
+    return head.encode() + b"".join(pieces), row.id if has_more else 0
 
 
 # --- metrics --------------------------------------------------------------------------
