@@ -2588,12 +2588,13 @@ def begins_inside(text: str) -> bool:
 
 # --- fences ---------------------------------------------------------------------------
 
-# A fence may be indented. Blanks are limited, so that what could become one is short.
+# A fence is three backticks or more, and may be indented. Backticks and blanks are limited, so that
+# what could become one is short.
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
-JSON_FENCE = re.compile(r"[ \t]{0,8}```json[ \t]{0,8}\r?\n?", re.IGNORECASE)
-PLAIN_FENCE = re.compile(r"[ \t]{0,8}```[ \t]{0,8}\r?\n?")
-ANY_FENCE = re.compile(r"[ \t]{0,8}```")
-CUT_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|```[A-Za-z]{0,4}[ \t]{0,8}\r?)")
+JSON_FENCE = re.compile(r"[ \t]{0,8}(`{3,8})json[ \t]{0,8}\r?\n?", re.IGNORECASE)
+PLAIN_FENCE = re.compile(r"[ \t]{0,8}(`{3,8})[ \t]{0,8}\r?\n?")
+ANY_FENCE = re.compile(r"[ \t]{0,8}(`{3,8})")
+CUT_FENCE = re.compile(r"[ \t]{0,8}(?:`{0,2}|`{3,8}[A-Za-z]{0,4}[ \t]{0,8}\r?)")
 
 
 class FenceFilter:
@@ -2610,10 +2611,13 @@ class FenceFilter:
     certain as soon as it has begun.
     """
 
-    __slots__ = ("at_line_start", "fenced", "pending")
+    __slots__ = ("at_line_start", "fenced", "opening", "pending")
 
     def __init__(self) -> None:
         self.fenced = ""
+        # The backticks that opened the block. Fewer of them do not close it, because it may show
+        # a text that has such blocks of its own.
+        self.opening = ""
         self.pending = ""
         self.at_line_start = True
 
@@ -2637,16 +2641,20 @@ class FenceFilter:
     def show(self, line: str) -> str:
         """Return a line, or the start of one, unless it is the fence of a JSON block."""
         if self.fenced:
-            if not PLAIN_FENCE.fullmatch(line):
+            closing = PLAIN_FENCE.fullmatch(line)
+            if closing is None or len(closing[1]) < len(self.opening):
                 return line
             closed = self.fenced
             self.fenced = ""
             return "" if closed == "json" else line
+        fence = ANY_FENCE.match(line)
+        if fence is None:
+            return line
+        self.opening = fence[1]
         if JSON_FENCE.fullmatch(line):
             self.fenced = "json"
             return ""
-        if ANY_FENCE.match(line):
-            self.fenced = "other"
+        self.fenced = "other"
         return line
 
 

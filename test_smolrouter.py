@@ -4054,6 +4054,10 @@ FENCES = [
     ("inline ```json\n[]\n```", "inline ```json\n[]\n```"),
     ("```json\n[1,\n", "[1,\n"),
     ("a ` b `` c ``` d", "a ` b `` c ``` d"),
+    # A fence of more backticks is closed by as many, so that it can show blocks with fewer.
+    ("````md\n```json\n[]\n```\n````\n```json\n[]\n```\n", "````md\n```json\n[]\n```\n````\n[]\n"),
+    ("````json\n[]\n```\n````\nx", "[]\n```\nx"),
+    ("```json\n[]\n````\n```\nx\n```\n", "[]\n```\nx\n```\n"),
 ]
 
 
