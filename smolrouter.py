@@ -2312,7 +2312,7 @@ EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
 
 # What servers call a stream of events that they do not call one.
 MISCALLED_STREAMS = frozenset(("", "text/plain", "application/json", "application/octet-stream"))
-SSE_STARTS = (b"data:", b"event:", b"id:", b":")
+SSE_STARTS = (b"data:", b"event:", b"id:", b"retry:", b":")
 
 
 def begins_like_events(start: bytes) -> bool | None:

@@ -3771,6 +3771,7 @@ EVENT_STARTS: list[tuple[bytes, bool | None]] = [
     (b"\xef\xbb\xbfdata: x", True), (b"\r\n", None), (b"\ndata: x", True), (b"{", False),
     (b"[1]", False), (b"date: x", False), (b"Data: x", False), (b" data: x", False),
     (b"\xef\xbb\xbf{", False), (b"\xef\xbbx", False), (b"<html>", False), (b"x", False),
+    (b"ret", None), (b"retry: 5", True), (b"return", False),
 ]  # fmt: skip
 
 
