@@ -822,8 +822,10 @@ class Limits:
     shown_name: int = 256
     # So many decisions of the routing are remembered, by model and source host; the one that was
     # used least recently goes. A home has a few dozen of them. Each has a trail with a step for
-    # every rule: with a thousand rules, that makes up to 50 MB.
+    # every rule: with a thousand rules, that makes up to 50 MB. The JSON of a trail is remembered
+    # as well, up to so many steps.
     decisions: int = 256
+    remembered_steps: int = 64
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
     # so much is looked at. Some servers put a traceback beside it, or all of the request.
     error_text: int = 400
@@ -895,8 +897,10 @@ class Limits:
     body_time_share: float = 0.05
     body_time_savings: float = 0.5
     short_body: int = 1 * KiB
-    # Rows that wait for a database in trouble; the oldest go first, and are counted as lost.
+    # Rows that wait for a database in trouble, and their octets with what belongs to them, such as
+    # the fields of both heads; the oldest go first, and are counted as lost.
     backlog_rows: int = 10_000
+    backlog_octets: int = 64 * MiB
     # Rows are gathered for so long, or until there are so many, and written in one transaction,
     # because each transaction waits for the disk.
     batch_interval: float = 0.1
@@ -4925,6 +4929,27 @@ Address = tuple[int, int]
 AddressRange = tuple[Address, Address]
 
 
+# --- names ------------------------------------------------------------------------------
+
+
+def replace_surrogates(text: str) -> str:
+    """Return text that SQLite takes: a lone surrogate, as JSON's `\\ud800` makes, becomes `?`."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "replace").decode()
+
+
+def cut_name(text: str) -> str:
+    """Return a text as rows, lists and metrics have it; a hash tells long ones apart.
+
+    300 times `x`  ->  247 times `x`, `#` and the first eight digits of the SHA-256
+    """
+    if len(text) > LIMITS.shown_name:
+        digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+        text = f"{text[: LIMITS.shown_name - 9]}#{digest}"
+    return replace_surrogates(text)
+
+
 # --- the routing table ------------------------------------------------------------------
 
 
@@ -5641,7 +5666,8 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
     # and only a request that is translated asks (section 14). The trail says what comes of it.
     for model in dict.fromkeys(instance.model for instance in instances):
         if requested_model.endswith(LATEST_TAG) and model.endswith(LATEST_TAG):
-            why = f"translated for a server that does not list it, it is {without_tag(model)!r}"
+            untagged = cut_name(without_tag(model))
+            why = f"translated for a server that does not list it, it is {untagged!r}"
             trail.append(Step(LATEST_TAG, True, why))
     return Decision(
         requested_model=requested_model,
@@ -6137,7 +6163,9 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
     hops = ",".join(fields.get_all("x-forwarded-for")).split(",")
     address = peer
     while hops and is_trusted(address, trusted):
-        hop = hops.pop().strip(" \t")
+        # A zone, as in `fe80::1%eth0`, is a machine's own name for a link, of any length. It means
+        # nothing to another machine.
+        hop = hops.pop().strip(" \t").partition("%")[0]
         if not is_address(hop):
             break
         address = hop
@@ -7703,6 +7731,18 @@ class Health:
         self.failures = 0
 
 
+# What is known of an instance is kept under its server and the name of its model.
+InstanceKey = tuple[UpstreamURL, str]
+
+
+def instance_key(instance: Instance) -> InstanceKey:
+    """Return under which key an instance is known; clients choose the names of models.
+
+    They are cut, because the keys stay in memory: a name may be as long as `Limits.model_name`.
+    """
+    return instance.server.url, cut_name(instance.model or "")
+
+
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
@@ -7715,7 +7755,7 @@ class Upstreams:
         self.on_timeout = Timeout(
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
         )
-        self.health: dict[tuple[UpstreamURL, str | None], Health] = {}
+        self.health: dict[InstanceKey, Health] = {}
         # For each route, when it last asked each of its instances, as a number that grows.
         self.turns: dict[tuple[str, Instance], int] = {}
         self.turn_numbers = itertools.count(1)
@@ -7724,13 +7764,13 @@ class Upstreams:
         # These models put timings into the last event of a stream unasked (llama.cpp). A request
         # for the usage would move them into the usage event, which the router takes out, and the
         # client would lose them. So the router does not ask these models for the usage.
-        self.models_with_timings: set[tuple[UpstreamURL, str]] = set()
+        self.models_with_timings: set[InstanceKey] = set()
 
     # How instances fare.
 
     def health_of(self, instance: Instance) -> Health:
         """Return the health record of an instance; the table is bounded."""
-        key = instance.server.url, instance.model
+        key = instance_key(instance)
         if key not in self.health and len(self.health) >= self.limits.known_instances:
             self.forget_oldest()
         return self.health.setdefault(key, Health(self.limits))
@@ -8210,7 +8250,7 @@ async def list_models(
 #
 # Trouble: an error of the database or of a file leaves all records of its transaction in the
 # queue. It is printed once, and after `LIMITS.retry_interval` the thread tries again. No request
-# waits for a database in trouble. When more than `LIMITS.backlog_rows` wait, the oldest records
+# waits for a database in trouble. When too many wait (`LIMITS.backlog_rows`), the oldest records
 # are dropped, which is counted and printed. In particular:
 #
 #   locked, full,   The next try may do better. A lock of another program is waited for, for
@@ -8473,27 +8513,16 @@ class Detail(NamedTuple):
 encode_repeated = functools.lru_cache(maxsize=256)(dump_compact)
 
 
+def encode_trail(trail: tuple[Step, ...]) -> str:
+    """Return a trail as JSON. Long ones are not kept: clients choose what they are about."""
+    if len(trail) > LIMITS.remembered_steps:
+        return dump_compact(trail)
+    return encode_repeated(trail)
+
+
 def is_quiet(settings: Settings) -> bool:
     """Tell whether LOG_LEVEL is so high that no line is printed for a request."""
     return settings.log_level not in ("DEBUG", "INFO")
-
-
-def replace_surrogates(text: str) -> str:
-    """Return text that SQLite takes: a lone surrogate, as JSON's `\\ud800` makes, becomes `?`."""
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "replace").decode()
-
-
-def cut_name(text: str) -> str:
-    """Return a text as rows, lists and metrics have it; a hash tells long ones apart.
-
-    300 times `x`  ->  247 times `x`, `#` and the first eight digits of the SHA-256
-    """
-    if len(text) > LIMITS.shown_name:
-        digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
-        text = f"{text[: LIMITS.shown_name - 9]}#{digest}"
-    return replace_surrogates(text)
 
 
 def make_detail(record: RequestRecord) -> Detail:
@@ -8507,7 +8536,7 @@ def make_detail(record: RequestRecord) -> Detail:
     response_lines = show_fields(record.response_fields or NO_FIELDS).lines
     cut = encode_repeated((record.request_cut, record.response_cut))
     meta = (
-        f'{{"trail":{encode_repeated(record.trail)},"request_headers":{request_lines},'
+        f'{{"trail":{encode_trail(record.trail)},"request_headers":{request_lines},'
         f'"response_headers":{response_lines},"cut":{cut},"decoded":true}}'
     )
     # A server may repeat secrets in its answer, in a field of it, too.
@@ -9564,14 +9593,24 @@ class RequestLog:
             self.lost += 1
 
     def bound_backlog(self) -> None:
-        """Drop the oldest records above the limit; say so once in each trouble."""
-        count = len(self.finished) - self.limits.backlog_rows
+        """Drop the oldest records above the limits; say so once in each trouble."""
+        count = len(self.finished) - self.count_backlog()
         if count <= 0:
             return
         if not self.lost_in_trouble:
             self.print_line("log: too many rows wait; the oldest are lost")
         self.lost_in_trouble += count
         self.drop_oldest(count)
+
+    def count_backlog(self) -> int:
+        """Return how many of the newest records may wait, by their number and their length."""
+        octets = 0
+        newest = reversed(list(self.finished))
+        for number, record in enumerate(itertools.islice(newest, self.limits.backlog_rows)):
+            octets += record.body_bytes + sum(map(sys.getsizeof, record.row or ()))
+            if octets > self.limits.backlog_octets:
+                return number
+        return self.limits.backlog_rows
 
     def drop_oldest(self, count: int) -> None:
         """Let so many records go whose rows are not written, the oldest first."""
@@ -10237,7 +10276,7 @@ class Exchange:
             and find_protocol(path).usage_option
             and not self.parsed.wants_usage
             and url not in upstreams.no_stream_options
-            and (url, candidate.model) not in upstreams.models_with_timings
+            and instance_key(candidate.instance) not in upstreams.models_with_timings
         )
         response = await self.send(candidate, path)
         if not candidate.hide_usage or response.head.status not in (400, 422):
@@ -10406,7 +10445,7 @@ class Exchange:
         """Note what an answer has told by its end: an error, and how its server tells timings."""
         self.record.error = self.loggable(rewriter.trouble)
         with_timings = self.context.upstreams.models_with_timings
-        key = self.candidate.instance.server.url, self.candidate.model
+        key = instance_key(self.candidate.instance)
         if rewriter.lost_timings:
             # llama.cpp tells its timings unasked, with the finish, and clients show them. When the
             # router asks for the usage they move into the usage event, which is hidden. So this
@@ -11941,8 +11980,7 @@ ENDPOINTS = (
 )
 
 
-@functools.lru_cache(maxsize=256)
-def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
+def look_up_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
     """Return the endpoint that serves a request, and all endpoints of its path.
 
     ("POST", "/healthz")  ->  (None, (the endpoint of GET and HEAD,))
@@ -11955,6 +11993,16 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoi
         if method in endpoint.methods.split():
             return endpoint, of_path
     return None, of_path
+
+
+remembered_endpoint = functools.lru_cache(maxsize=256)(look_up_endpoint)
+
+
+def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
+    """Do what `look_up_endpoint` does, from memory where that can be; long paths are not kept."""
+    if len(method) + len(path) > LIMITS.shown_name:
+        return look_up_endpoint(method, path)
+    return remembered_endpoint(method, path)
 
 
 def allowed_methods(endpoints: Sequence[Endpoint]) -> str:

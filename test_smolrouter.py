@@ -7259,6 +7259,17 @@ def test_decisions_of_a_long_table_fill_no_memory() -> None:
     assert smolrouter.decide(table, long, HOME) is not smolrouter.decide(table, long, HOME)
 
 
+def test_trails_keep_no_long_names() -> None:
+    """The log remembers the JSON of trails."""
+    decision = smolrouter.resolve(routing(), "x" * 16_000 + ":latest", HOME)
+    assert ":latest" in {step.rule for step in decision.trail}
+    assert all(len(step.why) < 400 for step in decision.trail)
+    before = smolrouter.encode_repeated.cache_info().currsize
+    long_trail = (smolrouter.Step("a rule", False, "why not"),) * 1000
+    assert json.loads(smolrouter.encode_trail(long_trail)) == [["a rule", False, "why not"]] * 1000
+    assert smolrouter.encode_repeated.cache_info().currsize == before
+
+
 def test_two_servers_may_have_one_url() -> None:
     text = '{"servers": {"a": "http://h:1", "b": {"url": "http://h:1", "api_key": "k"}}}'
     names = [server.name for server in routing(text).all_servers()]
@@ -7701,6 +7712,7 @@ FORWARDED = [
     ("10.0.0.1", "1.2.3.4, 10.0.0.7", "10.0.0.0/8", "1.2.3.4"),
     ("10.0.0.1", "junk", "10.0.0.0/8", "10.0.0.1"),
     ("10.0.0.1", "", "10.0.0.0/8", "10.0.0.1"),
+    ("10.0.0.1", "fe80::1%" + "z" * 9000, "10.0.0.0/8", "fe80::1"),
 ]
 
 
@@ -9582,6 +9594,23 @@ def test_a_cooling_instance_is_the_last_hope() -> None:
         assert (one.request_count, two.request_count) == (3, 2)
 
 
+def test_what_is_known_of_long_names_fills_no_memory() -> None:
+    """Clients choose the names of models, and the router remembers how each instance fares."""
+    settings = {"LOG_LEVEL": "ERROR", "ENABLE_LOGGING": False}
+    with router_and_upstream(timing_server, **settings) as (router, upstream):
+        post_chat(router, "m", stream=True)
+        before = memory_mib(router)
+        names = [f"{number}{'語' * 16_000}" for number in range(700)]
+        got = map_in_threads(lambda name: post_chat(router, name, stream=True).status, names)
+        assert got == [200] * 700
+        assert wait_until(lambda: memory_mib(router) < before + 10), memory_mib(router)
+        # Names that are alike at their beginning are told apart all the same.
+        for number in (0, 0, 1):
+            assert post_chat(router, f"{'x' * 300}{number}", stream=True).status == 200
+    wanted = ["stream_options" in received.json for received in upstream.requests[-3:]]
+    assert wanted == [True, False, True]
+
+
 def test_retry_after_sets_the_cool_down() -> None:
     with switchable_pair() as (router, one, _):
         one.mood = json_response({}, 429, [("Retry-After", "1")])
@@ -11274,6 +11303,26 @@ def test_the_backlog_is_bounded(log_folder: LogFolder) -> None:
         log_folder.file.rmdir()
         assert log_folder.wait_for_rows(50) == 50 and wait_until(lambda: log.body_bytes == 0)
         assert wait_until(lambda: "log: works again; 10 rows are lost" in log.lines)
+
+
+def test_the_backlog_is_bounded_in_octets(log_folder: LogFolder) -> None:
+    """Clients choose how long the fields of their requests are, and the names in their rows."""
+    log_folder.file.mkdir()  # where the database should be
+    limits = {"backlog_octets": 100_000, "retry_interval": 0.05}
+    with running_log(log_folder, **limits) as log:
+        fields = [("x-long", "X-Long", os.urandom(15_000).hex())]
+        records = log_requests(log, 40, request_fields=smolrouter.Fields(fields))
+        assert wait_until(lambda: log.lost > 30)
+        assert list(log.finished) == records[-log.backlog :] and 4 <= log.backlog <= 6
+        kept = log.backlog
+        log_folder.file.rmdir()
+        assert log_folder.wait_for_rows(kept) == kept
+    # So it is with names, of which a row has several.
+    log_folder.file.unlink()
+    log_folder.file.mkdir()
+    with running_log(log_folder, **limits) as log:
+        log_requests(log, 200, requested_model="語" * 300, mapped_model="語" * 300)
+        assert wait_until(lambda: log.lost > 100)
 
 
 def test_each_trouble_tells_of_its_own_losses(
@@ -13099,6 +13148,14 @@ def test_an_export_that_fails_midway_is_cut(
 # ======================================================================================
 # Which path means what. A new endpoint is tried here; section 10 finds it in ENDPOINTS by
 # itself and asks it under every policy.
+
+
+def test_long_paths_are_not_remembered() -> None:
+    for path in ("/v1/" + "x" * 300, "/api/experimental/" + "y" * 300):
+        before = smolrouter.remembered_endpoint.cache_info().currsize
+        endpoint, of_path = smolrouter.find_endpoint("POST", path)
+        assert endpoint in of_path
+        assert smolrouter.remembered_endpoint.cache_info().currsize == before
 
 
 def test_router_answers_unknown_paths_itself() -> None:
