@@ -2265,10 +2265,11 @@ class EventFormat(NamedTuple):
         """
         documents = []
         for event in filter(None, self.split(block)):
+            document = None
             if event.startswith(self.prefix) and b"\n" not in event and b"error" not in event:
                 # As nearly always, the event is one line of data.
                 document = parse_object(event[len(self.prefix) :])
-            else:
+            if document is None:
                 document = self.read_document(event)
             if document:
                 documents.append(document)

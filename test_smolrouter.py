@@ -3628,6 +3628,15 @@ def test_data_of_an_event(event: bytes, data: bytes) -> None:
     assert smolrouter.SSE.read_data(event) == data
 
 
+@pytest.mark.parametrize("end", EVENT_ENDS)
+def test_documents_of_a_block(end: bytes) -> None:
+    line_end = end[: len(end) // 2]
+    events = [b'data: {"n":1}', b'id: 5' + line_end + b'data: {"n":2}', b": note", b"data: [DONE]",
+              b'data: {"n":3}' + line_end + b"id: 6"]  # fmt: skip
+    block = b"".join(event + end for event in events)
+    assert smolrouter.SSE.read_documents(block) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
 ERROR_FIELDS = [
     (b'data: {"a":1}\n\n', {"a": 1}),
     (b'event: error\ndata: {"code":5}\n\n', {"error": {"code": 5}}),
