@@ -4373,6 +4373,9 @@ def openai_message(message: Message, index: int) -> dict[str, Any]:
         require_content(named, f"messages[{index}] has a tool call without a function's name")
         function = {"name": call.name, "arguments": "".join(call.arguments) or "{}"}
         call_id = call.id or f"call_{index}_{number}"
+        # Results are matched to calls by it.
+        usable = isinstance(call_id, str | int)
+        require_content(usable, f"messages[{index}] has a tool call whose id is no string")
         calls.append({"id": call_id, "type": "function", "function": function})
     if calls:
         document["tool_calls"] = calls

@@ -6281,14 +6281,16 @@ def test_ollama_bad_request(body: dict) -> None:
     [
         {"role": "tool", "tool_name": ["x"], "content": "y"},
         {"role": "assistant", "tool_calls": [{"function": {"name": {"a": 1}}}]},
+        {"role": "assistant", "tool_calls": [{"id": {"a": 1}, "function": {"name": "f"}}]},
     ],
-    ids=["result", "call"],
+    ids=["name in a result", "name in a call", "id"],
 )
-def test_a_tool_name_that_is_none_is_told(message: dict[str, Any]) -> None:
+def test_a_tool_name_or_id_that_is_none_is_told(message: dict[str, Any]) -> None:
     got = request(
         default_router().port, "POST", "/api/chat", {"model": "tiny", "messages": [message]}
     )
-    assert got.status == 400 and "messages[0]" in got.json["error"] and "name" in got.json["error"]
+    assert got.status == 400 and "messages[0]" in got.json["error"]
+    assert re.search("name|id is no", got.json["error"])
 
 
 # --- Ollama in front of OpenAI servers: requests --------------------------------------
