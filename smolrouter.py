@@ -8795,7 +8795,7 @@ def sum_rows(rows: Iterable[Row]) -> Tallies:
 
 
 def make_insert(table: str, columns: int, rows: int) -> str:
-    """Return the statement that inserts so many rows; each replaces the one that has its id."""
+    """Return the statement that inserts `rows` rows; each replaces the one that has its id."""
     marks = f"({', '.join('?' * columns)})"
     return f"INSERT OR REPLACE INTO {table} VALUES {', '.join([marks] * rows)}"
 
@@ -8920,9 +8920,10 @@ class Store:
     def open(self) -> sqlite3.Connection:
         """Return the database, opened again when another file, or none, is in its place.
 
-        Raises sqlite3.Error or OSError; then `close` is to be called. When its write-ahead log was
-        removed, to close it saves what stands in there: the removed file is still open until then.
+        Raises sqlite3.Error or OSError; then `close` is to be called.
         """
+        # When only the write-ahead log was removed, nothing is lost: SQLite still has it open, and
+        # puts what stands in it into the database as that is closed.
         if self.db and not self.is_in_place():
             self.close()
         if self.db and os.path.getsize(self.path) < DATABASE_HEAD:
@@ -8954,7 +8955,7 @@ class Store:
         return files
 
     def is_in_place(self) -> bool:
-        """Tell whether the files that are open are those that have the names."""
+        """Tell whether the database's names still belong to the files that are open."""
         found = self.find_files()
         return bool(self.files) and all(
             name in found and os.path.samestat(found[name], file)
@@ -8989,10 +8990,11 @@ class Store:
         self.db = None
 
     def claim_number(self, db: sqlite3.Connection) -> None:
-        """Take the first free number; finish the rows that routers of free numbers left open.
+        """Take the first free number; mark the rows that dead routers left running as interrupted.
 
         Each number is an octet of a file, which its router locks for as long as it lives, however
         it ends. Whoever gets the lock knows that rows of this number are not going to be finished.
+        When no number is free, the one from the process's id stays.
         """
         try:
             import fcntl
@@ -9038,10 +9040,11 @@ class Store:
             insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
             db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
 
-    def file_early(self, blobs: Sequence[PackedBody | None]) -> None:
+    def write_files(self, blobs: Sequence[PackedBody | None]) -> None:
         """Write the files of long bodies before the transaction, in which others would wait.
 
-        A file system may take a millisecond for each. Trouble shows in the transaction again.
+        A file system may take a millisecond for each. An error is left to the transaction, which
+        tries again.
         """
         if not isinstance(self.bodies, BodyFiles):
             return
@@ -9137,10 +9140,10 @@ class Store:
         if found != "ok":
             raise sqlite3.DatabaseError(f"malformed: {found}")
 
-    def read_detail(self, db: sqlite3.Connection, request_id: int) -> Detail:
+    def read_detail(self, db: sqlite3.Connection, row_id: int) -> Detail:
         """Return the detail of a request, an empty one when it is forgotten or damaged."""
         found = db.execute(
-            "SELECT data, request_blob, response_blob FROM details WHERE id = ?", (request_id,)
+            "SELECT data, request_blob, response_blob FROM details WHERE id = ?", (row_id,)
         ).fetchone()
         if found is None:
             return Detail()
@@ -9168,16 +9171,17 @@ class Store:
 class BodyBudget:
     """Processor time that bodies may take: a share of all time, saved up for bursts."""
 
-    def __init__(self, share: float, savings: float) -> None:
-        self.share, self.savings = share, savings
-        self.seconds_left = savings
+    def __init__(self, share: float, most_saved: float) -> None:
+        self.share = share
+        self.most_saved = most_saved
+        self.seconds_left = most_saved
         self.counted_at = time.monotonic()
 
     def has_time(self) -> bool:
         """Tell whether some time is left for bodies."""
         now = time.monotonic()
         earned = (now - self.counted_at) * self.share
-        self.seconds_left = min(self.seconds_left + earned, self.savings)
+        self.seconds_left = min(self.seconds_left + earned, self.most_saved)
         self.counted_at = now
         return self.seconds_left > 0
 
@@ -9214,7 +9218,8 @@ class RequestLog:
         # How many records of `finished`, the oldest ones, have their row.
         self.ready_rows = 0
         self.last_id = 0
-        # Octets of bodies. The event loop alone writes the first, the thread alone the second.
+        # Octets of bodies that were put into memory, and of those that are gone from it. The event
+        # loop alone writes the first, the thread alone the second.
         self.bytes_received = 0
         self.bytes_released = 0
 
@@ -9287,6 +9292,7 @@ class RequestLog:
 
     def drop_answer(self, record: RequestRecord) -> None:
         """Forget what an upstream said that does not count, because another one is asked."""
+        # The counter of what is gone belongs to the thread, so the event loop's own goes down.
         self.bytes_received -= record.pieces_size
         record.body_bytes -= record.pieces_size
         record.pieces = []
@@ -9467,7 +9473,7 @@ class RequestLog:
             self.prepare_row(record)
             self.ready_rows += 1
             rows.append(record.row)
-            # Long bodies take their time, and the rows before them shall not wait for that.
+            # Bodies take their time, and the rows that are ready shall not wait for more of them.
             if time.monotonic() > deadline:
                 break
         self.publish(rows)
@@ -9480,8 +9486,8 @@ class RequestLog:
     def prepare_row(self, record: RequestRecord) -> None:
         """Make the row of a finished record, pack its bodies and let the raw ones go."""
         thread_seconds = 0.0
-        has_long_body = record.body_bytes > self.limits.short_body
-        if has_long_body:
+        takes_time = record.body_bytes > self.limits.short_body
+        if takes_time:
             thread_seconds = time.thread_time()
             if self.is_hurried():
                 cut_bodies(record, self.limits.short_body)
@@ -9496,8 +9502,8 @@ class RequestLog:
             row = make_row(record, detail)
         if self.store:
             record.data, record.blobs = pack_detail(detail, self.limits.inline_body)
-            self.store.file_early(record.blobs)
-        if has_long_body:
+            self.store.write_files(record.blobs)
+        if takes_time:
             self.body_budget.spend(time.thread_time() - thread_seconds)
         # In this order: a reader copies the raw bodies, and then looks whether there is a row. If
         # there is none, it has all of them.
@@ -9516,7 +9522,7 @@ class RequestLog:
         record.target = record.requested_model = record.mapped_model = record.sent_model = ""
 
     def is_hurried(self) -> bool:
-        """Tell whether so many rows wait that there is no time for long bodies."""
+        """Tell whether so many rows wait that bodies have to be cut short."""
         if len(self.finished) < self.limits.batch_rows:
             return False
         return self.is_behind(self.limits.row_delay / 2) or not self.body_budget.has_time()
