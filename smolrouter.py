@@ -9969,7 +9969,7 @@ class Exchange:
         self.inflater: Inflater | None = None
         # The request's content, where that goes on as it comes.
         self.upload: Upload | None = None
-        # The content of an answer that may be an error, as far as its words are looked for.
+        # Whether the answer may be an error whose words are looked for, and its content so far.
         self.seeks_error = False
         self.error_content = b""
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
@@ -10091,7 +10091,8 @@ class Exchange:
                     return
             except BadGateway as error:
                 self.note_failure(candidate, error)
-                # What was sent cannot be taken back, and what an only server says needs no frame.
+                # What was sent cannot be taken back. And an answer of the only server that turned
+                # out to be bad is told in its own words, not as one of several attempts.
                 if self.writer.started or (candidate.noted and len(instances) == 1):
                     raise
                 last_failure = type(error)
@@ -10105,8 +10106,8 @@ class Exchange:
     async def find_response(self, candidate: Candidate, has_others: bool) -> None:
         """Ask an instance, and wait for the head of its response. Raises BadGateway.
 
-        More than the head is looked at only where there are other instances: what is read here
-        waits.
+        More than the head is looked at only where there are other instances: the client does not
+        get what is read here until then.
         """
         response = await self.attempt(candidate)
         await self.find_media_type(response)
@@ -10222,7 +10223,7 @@ class Exchange:
 
         The error may be sent later, when all other instances have failed. A good answer has to
         begin before it counts as one. Both only where another instance could be asked instead,
-        because what is read here waits.
+        because the client does not get what is read here until then.
         """
         head = response.head
         longest = self.context.limits.buffered_error
@@ -10313,12 +10314,12 @@ class Exchange:
         encode = self.dialect.encode
         if not candidate.native and self.dialect.encode_openai:
             encode = self.dialect.encode_openai
-        rewrite = RequestChanges(
+        changes = RequestChanges(
             candidate.model or parsed.model,
             self.context.settings.disable_thinking,
             candidate.hide_usage,
         )
-        content = await self.context.work(len(parsed.content), encode, parsed, rewrite)
+        content = await self.context.work(len(parsed.content), encode, parsed, changes)
         lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
         upload = self.upload
         if upload:
@@ -10374,7 +10375,7 @@ class Exchange:
                 f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
             )
         # A stream may decode to any length, because no more than an event of it is in memory.
-        longest = LIMITS.decoded_answer if rewriter.buffers else math.inf
+        longest = self.context.limits.decoded_answer if rewriter.buffers else math.inf
         return rewriter, Inflater(coding, longest)
 
     def timing(self) -> Timing:
@@ -10393,7 +10394,7 @@ class Exchange:
         """Send the candidate's answer as it comes in, through its rewriter."""
         response = self.candidate.response
         head = response.head
-        self.begin_record(head)
+        self.begin_answer(head)
         self.rewriter, self.inflater = self.choose_rewriter()
         rewriter = self.rewriter
         closed = response.ends_by_close
@@ -10423,8 +10424,8 @@ class Exchange:
         if head.status < 400:
             self.candidate.health.succeed()
 
-    def begin_record(self, head: ResponseHead) -> None:
-        """Note that this answer is the one that is relayed; one before it has broken off."""
+    def begin_answer(self, head: ResponseHead) -> None:
+        """Note in the record that this answer is relayed; one before it has broken off."""
         record = self.record
         record.response_fields = head.fields
         record.answer_status = head.status
@@ -10596,7 +10597,7 @@ async def relay_to_native(context: Context, request: Request) -> None:
 
 
 async def relay_native(context: Context, request: Request) -> None:
-    """Relay what only a server that speaks the client's dialect itself can do."""
+    """Do what `relay_to_native` does, with a request that must have content."""
     if not request.content and request.head.method != "HEAD":
         raise MalformedContent("the request has no content")
     await relay_to_native(context, request)
