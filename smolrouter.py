@@ -10658,10 +10658,10 @@ async def relay_upload(context: Context, request: Request) -> None:
 # ======================================================================================
 # 15  Dashboard and API
 # ======================================================================================
-# What the owner looks at: the page, one document whose script is allowed by its hash, and
-# the JSON that it fetches; and what clients ask beside models' answers: which models there
-# are. A question to the log is a function that a reader thread runs on the database. To add
-# an endpoint: a handler `serve_...(context, request)` here, and a line in section 16.
+# What the router itself answers. For the owner: the page, one document whose script is allowed
+# by its hash, and the JSON that it fetches. For clients: which models there are. A question
+# to the log is a function that a reader thread runs on the database. To add an endpoint: a
+# handler `serve_...(context, request)` here, and a line in section 16.
 
 
 def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
@@ -10691,7 +10691,7 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
 
 # Percentiles of at most so many rows are taken from the rows; those of more from a histogram.
 FEW_ROWS = 2000
-# From this level on the index `sample` has all that a point shows.
+# From this level on the index `sample`, which section 13 makes, has all that a point shows.
 SAMPLE_LEVEL = 3
 HOURS = number_between(1, 24 * 366)
 # The columns of a tally, summed over rows of `rollups`.
@@ -10831,7 +10831,7 @@ EXPORT_PARAMETERS: Parameters = {
 
 
 def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
-    """Return the parameters of a query; one without a value is none. Raises BadRequest.
+    """Return the parameters of a query; one without a value is left out. Raises BadRequest.
 
     `?limit=5&model=`  ->  {'limit': 5}
     """
@@ -10876,6 +10876,7 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
     conditions = read_conditions(parameters) or [Condition("1", ())]
     first = conditions[0]
     tests = ["id < ?", "id >= ?"]
+    # A list has no `after` among its parameters: an export makes it of its `since`.
     values = [parameters.get("before", 2**62), parameters.get("after", 0)]
     for condition in conditions[1:]:
         tests.append(f"+{condition.text}")
@@ -11003,7 +11004,10 @@ def read_times(db: sqlite3.Connection, first_hour: int) -> tuple[list[float], li
 
 
 def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
-    """Answer /api/stats: all requests, and figures of the last hours, which are whole ones."""
+    """Answer /api/stats: how many requests there are, and figures of the last hours.
+
+    Each hour is one of the clock, so that the last one has only begun.
+    """
     this_hour = int(time.time() // 3600)
     first_hour = this_hour - parameters.get("hours", 24) + 1
     by_service = dict(
@@ -11114,7 +11118,8 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
     times = gather_times(rows)
     points = [row for row in rows if row["id"] >= time_id(begin)]
     if not level:
-        # All rows are at hand: those before `begin`, in its hour, need not be counted.
+        # All rows are here and not a sample, so that those in the hour of `begin` and before it
+        # are left out of the count, too.
         total = len(points)
     step = max(len(points) / limit, 1)
     points = [points[int(number * step)] for number in range(min(limit, len(points)))]
@@ -11226,16 +11231,16 @@ def read_record(record: RequestRecord, encode: Encoder) -> bytes:
 
 
 def read_request(
-    log: RequestLog, db: sqlite3.Connection, number: int, encode: Encoder
+    log: RequestLog, db: sqlite3.Connection, row_id: int, encode: Encoder
 ) -> bytes | None:
     """Return everything about a request that is written, None when there is none of that id."""
-    found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (number,)).fetchone()
+    found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (row_id,)).fetchone()
     if found is None:
         return None
-    return encode(detail_document(Row._make(found), log.store.read_detail(db, number)))
+    return encode(detail_document(Row._make(found), log.store.read_detail(db, row_id)))
 
 
-async def find_known_request(log: RequestLog, number: int, encode: Encoder) -> bytes | None:
+async def find_request_by_id(log: RequestLog, row_id: int, encode: Encoder) -> bytes | None:
     """Return everything about a request, None when there is none of that id.
 
     One that runs, or waits to be written, is there whatever the database is like. It is encoded by
@@ -11244,18 +11249,18 @@ async def find_known_request(log: RequestLog, number: int, encode: Encoder) -> b
     """
     # In this order, in which records move on.
     for record in [*list(log.running.values()), *list(log.finished)]:
-        if record.id == number:
+        if record.id == row_id:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(log.readers, read_record, record, encode)
-    return await log.ask(read_request, number, encode)
+    return await log.ask(read_request, row_id, encode)
 
 
 async def find_request(log: RequestLog, path: str, encode: Encoder) -> bytes:
     """Return the request that a path names. Raises NotFound."""
-    number = re.search(r"/([0-9]{1,18})$", path)
+    found = re.search(r"/([0-9]{1,18})$", path)
     encoded = None
-    if number:
-        encoded = await find_known_request(log, int(number[1]), encode)
+    if found:
+        encoded = await find_request_by_id(log, int(found[1]), encode)
     if encoded is None:
         raise NotFound("no such request; it may be older than MAX_LOG_AGE_DAYS")
     return encoded
@@ -11323,7 +11328,10 @@ def export_line(store: Store, db: sqlite3.Connection, row: Row, form: str) -> st
 def export_page(
     store: Store, db: sqlite3.Connection, parameters: Mapping[str, Any]
 ) -> tuple[bytes, int]:
-    """Return a page of the export, newest first, and where the next one begins; 0 at the end."""
+    """Return a page of the export, newest first, and the id before which the next one begins.
+
+    That is 0 when there is no other page.
+    """
     limits = store.limits
     filters = {**parameters, "limit": limits.export_page}
     if "since" in parameters:
@@ -11352,9 +11360,9 @@ METRIC_BUCKETS = range(0, len(BUCKET_ENDS), 4)
 COUNTERS = {
     "requests": "Requests that ended",
     "errors": "Requests that failed",
-    "prompt_tokens": "Tokens read",
-    "completion_tokens": "Tokens said",
-    "cached_tokens": "Tokens read from a cache",
+    "prompt_tokens": "Tokens of prompts",
+    "completion_tokens": "Tokens of answers",
+    "cached_tokens": "Tokens of prompts that a server had in its cache",
 }
 HISTOGRAMS = {
     "duration": ("Time from a request to the end of its answer", DURATIONS),
@@ -11459,9 +11467,9 @@ async def serve_inflight(context: Context, request: Request) -> None:
 
 async def serve_cancel(context: Context, request: Request) -> None:
     """Answer /api/inflight/{id}/cancel: stop that request."""
-    number = request.path.split("/")[3]
+    row_id = request.path.split("/")[3]
     for record in context.log.running.values():
-        if str(record.id) == number and record.stop:
+        if str(record.id) == row_id and record.stop:
             record.stop()
             request.writer.send_json({"cancelled": True})
             return
@@ -11481,12 +11489,8 @@ def server_state(instances: Sequence[Health], now: float) -> str:
 
 
 def last_error(instances: Sequence[Health]) -> str | None:
-    """Return what went wrong last at a server: of an instance that fails now, if there is one."""
-    failing = [health for health in instances if health.failures]
-    for health in [*reversed(failing), *instances]:
-        if health.error:
-            return health.error
-    return None
+    """Return the error of an instance that fails now, the newest if several do, None if none."""
+    return next((health.error for health in reversed(instances) if health.error), None)
 
 
 async def serve_upstreams(context: Context, request: Request) -> None:
@@ -11508,7 +11512,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "api": server.api,
             "state": server_state(instances, time.monotonic()),
             "last_error": last_error(instances),
-            # In a row, since one went well.
+            # Those since the last good answer of each instance.
             "failures": sum(health.failures for health in instances),
             "inflight": sum(health.running for health in instances),
             "models": [model["id"] for model in models or ()],
@@ -11609,25 +11613,24 @@ def begin_stream(request: Request, kind: str, *fields: tuple[str, str]) -> None:
 def read_news(
     log: RequestLog,
     ended: collections.deque[Row],
-    known: dict[int, bool],
+    has_token: dict[int, bool],
 ) -> dict[str, Any]:
     """Return what has happened to requests since this was asked last.
 
-    `known` has the ids of the requests that ran then, and whether they had their first token; it is
-    brought up to date. `ended` has the rows of those that have ended since.
+    `has_token` has the ids of the requests that ran then, and whether they had their first token;
+    it is brought up to date. `ended` has the rows of those that have ended since.
     """
     now = time.monotonic()
     started = []
     first_tokens = []
-    before = dict(known)
-    known.clear()
-    for number, record in log.running.items():
-        has_token = record.first_token_at is not None
-        known[number] = has_token
-        if number not in before:
+    had_token = dict(has_token)
+    has_token.clear()
+    for row_id, record in log.running.items():
+        has_token[row_id] = record.first_token_at is not None
+        if row_id not in had_token:
             started.append(running_document(record, now))
-        if has_token and not before.get(number):
-            first_tokens.append(number)
+        if has_token[row_id] and not had_token.get(row_id):
+            first_tokens.append(row_id)
     return {
         "started": started[: LIMITS.news_rows],
         "first_token": first_tokens[: LIMITS.news_rows],
@@ -11639,7 +11642,7 @@ async def serve_events(context: Context, request: Request) -> None:
     """Answer /api/events: which requests began, had a token and ended, four times a second."""
     log = context.log
     ended: collections.deque[Row] = collections.deque(maxlen=LIMITS.news_rows)
-    known: dict[int, bool] = {}
+    has_token: dict[int, bool] = {}
     quiet_for = 0.0
     log.row_queues.append(ended)
     try:
@@ -11647,7 +11650,7 @@ async def serve_events(context: Context, request: Request) -> None:
         request.connection.cancel_on_disconnect()
         await send_piece(request, b": hello\n\n")
         while not (context.draining or request.writer.omits_content):
-            news = read_news(log, ended, known)
+            news = read_news(log, ended, has_token)
             quiet_for += LIMITS.news_interval
             if any(news.values()):
                 await send_piece(request, b"event: requests\ndata: %b\n\n" % encode_json(news))
@@ -11717,7 +11720,11 @@ async def serve_export(context: Context, request: Request) -> None:
 
 
 def send_refusal(request: Request, error: ListRefused) -> None:
-    """Answer what the only server said to its client, as it is where nothing is translated."""
+    """Answer with the refusal of the only server, which is the client's to read.
+
+    It goes as it is where the server speaks the client's dialect; elsewhere `error` is raised, and
+    becomes an answer in that dialect.
+    """
     if request.dialect.encode_openai is not None:
         raise error
     refusal = error.refusal
@@ -11783,8 +11790,8 @@ async def serve_version(context: Context, request: Request) -> None:
 
 # --- the page and its session ------------------------------------------------------------
 
-# The place in the page where the data of one request goes.
-NO_DATA = b'<script type="application/json" id="request-data"></script>'
+# The element of the page that takes the data of one request, as it stands in the file: empty.
+EMPTY_DATA = b'<script type="application/json" id="request-data"></script>'
 
 
 @functools.lru_cache(maxsize=2)
@@ -11827,7 +11834,8 @@ def send_page(
     all_fields = [*page_fields(page), *fields]
     content = page.encode()
     if data:
-        content = content.replace(NO_DATA, NO_DATA.replace(b"><", b">%b<" % data), 1)
+        begin, end = EMPTY_DATA.split(b"><")
+        content = content.replace(EMPTY_DATA, b"%b>%b<%b" % (begin, data, end), 1)
     request.writer.send_response(status, all_fields, content)
 
 
