@@ -11917,7 +11917,7 @@ async def serve_healthz(context: Context, request: Request) -> None:
 # 16  Application
 # ======================================================================================
 # Which path means what: one table, ENDPOINTS. It dispatches and it guards, on the same
-# normalised path, so that no second spelling of a path finds an unguarded door. What a
+# normalised path, so that no other spelling of a path gets round its guard. What a
 # handler raises becomes an answer here, and nowhere else. To add an endpoint: a handler
 # `serve_...(context, request)` in section 14 or 15, and a line in ENDPOINTS.
 
@@ -11935,8 +11935,8 @@ class Endpoint(NamedTuple):
     guard: str
     serve: Callable[[Context, Request], Awaitable[None]]
     dialect: Dialect = OPENAI
-    # Whether the handler gets all of the content; otherwise it reads that itself.
-    holds_content: bool = True
+    # Whether the content is read before the handler is called; otherwise the handler reads it.
+    reads_content: bool = True
 
     def matches(self, path: str) -> bool:
         """Tell whether the path is one of this endpoint's patterns."""
@@ -11979,7 +11979,7 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/api/status", API, relay_optional, OLLAMA),
     Endpoint("POST", "/api/me", API, relay_optional, OLLAMA),
     Endpoint("GET HEAD POST DELETE", "/api/experimental/**", API, relay_optional, OLLAMA),
-    Endpoint("POST HEAD", "/api/blobs/*", API, relay_upload, OLLAMA, holds_content=False),
+    Endpoint("POST HEAD", "/api/blobs/*", API, relay_upload, OLLAMA, reads_content=False),
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),
@@ -12004,7 +12004,7 @@ def look_up_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[End
 
     ("POST", "/healthz")  ->  (None, (the endpoint of GET and HEAD,))
     """
-    # A path that is written out in the table is that endpoint's, whatever patterns match it too.
+    # A path that stands in the table word for word comes before the patterns that match it, too.
     of_path = tuple(item for item in ENDPOINTS if path in item.paths.split())
     if not of_path:
         of_path = tuple(item for item in ENDPOINTS if item.matches(path))
@@ -12095,7 +12095,8 @@ class Application:
     ) -> None:
         """Check what a request may do and let its endpoint serve it. Raises RouterError."""
         settings = self.settings
-        # What does not exist is guarded, too: a path like the API, a method like its path.
+        # What does not exist is guarded, too, so that nobody without a token can try what does: an
+        # unknown path as the API is, an unknown method of a path as that path is.
         guard = API
         if of_path:
             guard = (endpoint or of_path[0]).guard
@@ -12117,21 +12118,25 @@ class Application:
             raise missing_endpoint(request, of_path)
         if webui and not settings.enable_logging and endpoint.serve is not serve_metrics:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
-        if endpoint.holds_content:
+        if endpoint.reads_content:
             await request.read_content(settings.max_request_size, self.count_content)
         await endpoint.serve(self.context, request)
 
     def check_head(self, head: RequestHead, webui: bool) -> FieldPairs:
         """Return the fields that the answer must have for a browser.
 
-        Refuse a request of a page from elsewhere, and one that this router has sent to itself.
+        Raises LoopDetected for a request that this router has sent to itself, and what
+        `check_browser_head` raises for one of a page from elsewhere.
         """
         if self.context.via in ", ".join(head.fields.get_all("via")):
             raise LoopDetected("this request has been through this router before")
         return check_browser_head(head, webui, self.browser_rules)
 
     def count_content(self, request: Request, size: int) -> None:
-        """Count content that was read. Raises Overloaded for a long one among too many."""
+        """Count content that was read.
+
+        Raises Overloaded for more than 1 MiB of it in one request, while all hold too much.
+        """
         request.counted_octets += size
         self.content_size += size
         most = max(self.context.limits.held_content, self.settings.max_request_size)
