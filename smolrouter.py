@@ -12178,7 +12178,7 @@ ADDRESS_IS_OFF = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def find_capacity(wanted: int, spare_files: int) -> int:
-    """Let this process open enough files for so many clients; return for how many they do.
+    """Raise the limit of open files for so many clients, and return how many it is enough for.
 
     A client needs two files, its own connection and the upstream's; `spare_files` are kept back.
     """
@@ -12308,7 +12308,7 @@ class HTTPServer:
         self.has_room.set()
 
     def hurry_idle_connections(self) -> None:
-        """Let idle clients say something within a second, because others wait for their place."""
+        """Give idle clients little time to begin a request, because others wait for their place."""
         deadline = asyncio.get_running_loop().time() + self.limits.short_keep_alive_timeout
         for connection in self.connections.values():
             if not connection.has_request:
@@ -12335,12 +12335,12 @@ class HTTPServer:
             # to tell it to.
             pass
         except asyncio.CancelledError:
-            # With a reason it was the request that was cancelled, and it has told why. Without
-            # one the whole program ends.
+            # With a reason it was the request that was cancelled, which has answered and logged
+            # why. Without one the whole program ends.
             if connection.cancel_reason is None:
                 raise
         finally:
-            # Who has left reads nothing any more.
+            # A client that has left reads nothing: what is still to be sent would wait for it.
             if isinstance(connection.cancel_reason, ClientClosed):
                 connection.abort()
             else:
@@ -12370,9 +12370,8 @@ class HTTPServer:
         if connection.received:
             return True
         timeout = self.limits.keep_alive_timeout
-        # A connection that has served very many requests may end, so that what it has gathered
-        # (in this process, in proxies on the way) is freed. While others wait for its place it
-        # has to end soon, too.
+        # After very many requests a connection ends as soon as it is idle, which frees what it
+        # holds here and in proxies on the way. It does so too while others wait for its place.
         if served >= self.limits.requests_per_connection or not self.has_room.is_set():
             timeout = self.limits.short_keep_alive_timeout
         connection.set_deadline(timeout, IDLE_TOO_LONG)
@@ -12381,7 +12380,7 @@ class HTTPServer:
         return connection.received != b""
 
     async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
-        """Return the head of a request; None when there is none, and then all has been said."""
+        """Return the head of a request; None for a bad one, which it answers, and for none."""
         connection.set_deadline(self.limits.head_timeout, NO_HEAD)
         longest = self.limits.request_line + self.limits.all_field_lines
         data = None
@@ -12431,10 +12430,10 @@ class HTTPServer:
 
     def may_discard(self, request: Request) -> bool:
         """Tell whether the unread content of a request is worth reading for the next one."""
-        # Whoever began to read it has stopped at an error.
+        # Reading that was begun and not finished was stopped for a reason, such as an error in it.
         if request.reader is not None or not request.writer.keep_alive:
             return False
-        # Who expected a 100 and got another answer may send the content, or may not.
+        # A client that expected a 100 and got another answer may send the content, or may not.
         if request.head.fields.get("expect") is not None:
             return False
         return request.head.framing.length <= self.limits.discarded_content
