@@ -12494,7 +12494,7 @@ SWITCH_INTERVAL = 0.001
 
 
 def complain(words: str) -> None:
-    """Print a line to stderr, if there is room for it."""
+    """Print a line to stderr; where that fails, as on a full disk, there is nobody to tell."""
     with contextlib.suppress(OSError):
         print(f"smolrouter: {words}", file=sys.stderr, flush=True)
 
@@ -12565,10 +12565,12 @@ class RoutesFile:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def has_changed(self) -> bool:
-        """Tell whether the file is another one than when this was asked last."""
-        before = self.fingerprint
+        """Tell whether the file is another one than at the last `note_state`."""
+        return self.fingerprint != self.read_fingerprint()
+
+    def note_state(self) -> None:
+        """Remember the file as it is now."""
         self.fingerprint = self.read_fingerprint()
-        return before != self.fingerprint
 
     def load(self) -> RoutingTable:
         """Read the table. Raises ConfigError."""
@@ -12643,14 +12645,15 @@ class Invocation:
 
 
 def return_memory() -> None:
-    """Return what was freed to the system, where the C library has to be told (glibc)."""
+    """Give freed memory back to the system, which glibc does not do unasked."""
     with contextlib.suppress(ImportError, OSError, AttributeError, TypeError):
         import ctypes
 
         library = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD: what is longer stands alone and leaves no hole.
+        # M_MMAP_THRESHOLD: what is longer gets a mapping of its own, which goes back when it is
+        # freed, whatever is in memory beside it.
         library.mallopt(-3, MiB)
-        # M_TRIM_THRESHOLD: so much is kept for the next answers.
+        # M_TRIM_THRESHOLD: so much free memory is kept for the next answers.
         library.mallopt(-1, 4 * MiB)
         library.malloc_trim(0)
 
@@ -12687,8 +12690,8 @@ class Router:
         self.routes = invocation.routes
         self.warnings = invocation.warnings()
         self.console = Console()
-        # Set by the first signal, and by the second one.
-        self.ended = asyncio.Event()
+        # The first signal says that the router is to stop, the second one that it is to hurry.
+        self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()
         upstreams = Upstreams(settings, LoopBatch(limits))
         self.context = Context(
@@ -12706,8 +12709,8 @@ class Router:
 
     def reload(self) -> None:
         """Take a changed routing file; a bad one leaves the old table in force."""
-        # SIGHUP comes here as well: this state of the file has then been seen by `watch`, too.
-        self.routes.has_changed()
+        # Good or bad, this state of the file is loaded once.
+        self.routes.note_state()
         try:
             if self.routes.fingerprint is None and self.context.table.source:
                 raise ConfigError(f"{self.routes.path} is gone")
@@ -12734,9 +12737,9 @@ class Router:
 
     def interrupt(self) -> None:
         """End at a signal: the first one drains, the second one hurries."""
-        if self.ended.is_set():
+        if self.stopping.is_set():
             self.hurry.set()
-        self.ended.set()
+        self.stopping.set()
 
     def announce(self, port: int) -> None:
         """Print where the router listens and what it does."""
@@ -12775,7 +12778,7 @@ class Router:
         if on_ready:
             on_ready(port)
         watcher = asyncio.create_task(self.watch())
-        await self.ended.wait()
+        await self.stopping.wait()
         self.console.print_line(f"draining for at most {grace:g} s")
         watcher.cancel()
         await self.server.shut_down(grace, self.hurry)
@@ -12892,7 +12895,7 @@ def run_health(invocation: Invocation) -> int:
     import http.client
 
     settings = invocation.settings
-    # Who listens on all addresses can be asked on this machine's own.
+    # A router that listens on all addresses answers on the loopback address, too.
     own_addresses = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     host = own_addresses.get(settings.listen_host, settings.listen_host)
     connection = http.client.HTTPConnection(host.strip("[]"), settings.listen_port, timeout=3)
@@ -12926,13 +12929,13 @@ StateDirectory=smolrouter
 StateDirectoryMode=0700
 WorkingDirectory=%S/smolrouter
 UMask=0077
-{locks}
+{sandbox}
 
 [Install]
 WantedBy=multi-user.target
 """
 # What the unit may not do, should somebody take the router over: each on a line of its own.
-LOCKS = """DynamicUser=yes LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
+SANDBOX = """DynamicUser=yes LockPersonality=yes MemoryDenyWriteExecute=yes NoNewPrivileges=yes
 PrivateDevices=yes PrivateTmp=yes PrivateUsers=yes ProtectClock=yes ProtectControlGroups=yes
 ProtectHome=read-only ProtectHostname=yes ProtectKernelLogs=yes ProtectKernelModules=yes
 ProtectKernelTunables=yes ProtectProc=invisible ProtectSystem=strict ProcSubset=pid
@@ -12982,14 +12985,14 @@ def run_unit(invocation: Invocation) -> int:
         command=" ".join([*command, "serve"]),
         environment="\n".join(environment),
         stop=int(settings.shutdown_grace) + STOP_MARGIN,
-        locks="\n".join(LOCKS.split()),
+        sandbox="\n".join(SANDBOX.split()),
     )
     print(unit, end="")
     return 0
 
 
 # --- the demo ---------------------------------------------------------------------------
-# Three pretended model servers on loopback, a router in front of them, and half a minute of
+# Three simulated model servers on loopback, a router in front of them, and half a minute of
 # requests of all kinds: what a newcomer runs first. It writes to a temporary folder alone.
 
 DEMO_WORDS = "The quick brown fox jumps over the lazy dog and is home before dinner."
@@ -13024,12 +13027,12 @@ DEMO_REQUESTS = (
 
 
 def demo_head(model: str) -> dict[str, Any]:
-    """Return what each document of a pretended answer begins with."""
+    """Return what each document of a simulated answer begins with."""
     return {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
 
 
 def demo_usage(texts: Sequence[str]) -> dict[str, int]:
-    """Return the usage of a pretended answer: a token for each text."""
+    """Return the usage of a simulated answer: a token for each text."""
     return {
         "prompt_tokens": 12,
         "completion_tokens": len(texts),
@@ -13058,7 +13061,7 @@ def demo_events(model: str, texts: Sequence[str]) -> list[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class DemoServer:
-    """A pretended model server: how it behaves, and the model that it lists."""
+    """A simulated model server: how it behaves, and the model that it lists."""
 
     name: str
     model: str
@@ -13127,7 +13130,7 @@ def send_demo_requests(port: int, seconds: float) -> None:
     import http.client
 
     end = time.monotonic() + seconds
-    # An error: the router has ended.
+    # Ctrl-C has ended the router when a request fails, and the demo is over.
     with contextlib.suppress(OSError, http.client.HTTPException):
         for request in itertools.cycle(DEMO_REQUESTS):
             if time.monotonic() > end:
@@ -13159,24 +13162,22 @@ def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.P
 
 async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
     """Run the router in front of three upstreams of its own."""
-    listeners = []
     urls = {}
     for server in DEMO_SERVERS:
-        listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
-        listeners.append(listener)
-        urls[server.name] = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        started = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+        urls[server.name] = f"http://127.0.0.1:{started.sockets[0].getsockname()[1]}"
     (folder / "routes.json").write_bytes(encode_json({"servers": urls, **DEMO_ROUTES}))
     settings = demo_settings(invocation.settings, urls, folder)
     routes = RoutesFile(settings, {}, named=True)
-    ports = open_port(settings, invocation.limits)
-    if not ports:
+    listeners = open_port(settings, invocation.limits)
+    if not listeners:
         return 1
-    changed = dataclasses.replace(invocation, settings=settings, given={}, routes=routes)
-    router = Router(changed, ports)
+    of_demo = dataclasses.replace(invocation, settings=settings, given={}, routes=routes)
+    router = Router(of_demo, listeners)
 
     def begin(port: int) -> None:
         print(
-            f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three pretended "
+            f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three simulated "
             "servers answer: one is slow, one thinks aloud, one fails.",
             flush=True,
         )
@@ -13218,7 +13219,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def flag_between(low: float, high: float) -> Callable[[str], float]:
-    """Return a reader of numbers that tells argparse what is allowed."""
+    """Return a reader of numbers whose errors argparse shows; its own would only say "invalid"."""
     parse = number_between(low, high, whole=False)
 
     def parse_flag(text: str) -> float:
@@ -13248,7 +13249,7 @@ def settings_parser() -> argparse.ArgumentParser:
 
 
 def build_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Return the parser, named "", and those of its commands by their names."""
+    """Return the parser of each command by its name, and that of the whole command line as ""."""
     flags = settings_parser()
     parser = Parser(
         prog="smolrouter",
