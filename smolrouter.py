@@ -11680,12 +11680,12 @@ async def read_more(
     batch = request.connection.batch
     while True:
         if not batch.is_full:
-            page, next_page = await read_export(context, parameters)
+            page, next_before = await read_export(context, parameters)
             # Other answers may have filled the room meanwhile. Then this page is read again later:
             # kept until then, it would take memory that does not count.
             with contextlib.suppress(Overloaded):
                 batch.check_room(page)
-                return page, next_page
+                return page, next_before
             del page
         await asyncio.sleep(context.limits.export_retry)
 
