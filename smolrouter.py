@@ -912,6 +912,8 @@ class Limits:
     # While nothing is written, the files of the database are looked at so often: what stands in
     # one that somebody has removed is lost when the program is killed.
     log_check_interval: float = 5.0
+    # So often it is looked whether another router has died and left rows of running requests.
+    interrupted_interval: float = 10.0
     # After trouble with the database it is tried again `retry_interval` later. While another
     # program holds its lock, SQLite waits for `database_lock_timeout`.
     retry_interval: float = 1.0
@@ -8308,6 +8310,11 @@ TTFTS = slice(len(SUMS) + len(BUCKET_ENDS), len(TALLY_COLUMNS))
 MAX_ROUTERS = 64
 # SQLite keeps this number in the head of the file: `Smol`, the mark of a database of ours.
 APPLICATION_ID = 0x536D6F6C
+# What the log says of a request whose router has died.
+INTERRUPTED = "interrupted"
+HOUR_MS = 3_600_000
+# The model that a row counts for, in SQL; see `rollup_key`.
+MODEL = "ifnull(nullif(sent_model, ''), mapped_model)"
 # How SQLite says that a file is damaged.
 CORRUPT_MESSAGE = re.compile(r"malformed|not a database")
 # Shorter details are kept as they are. To pack them saves little, and each call of zlib gives up
@@ -8363,6 +8370,15 @@ CREATE TRIGGER filed AFTER INSERT ON blobs BEGIN
     UPDATE storage SET bytes = bytes + NEW.size; END;
 CREATE TRIGGER dropped AFTER DELETE ON blobs BEGIN
     UPDATE storage SET bytes = bytes - OLD.size; END""",
+    # Requests that a crash has interrupted were in no sum until now.
+    f"""
+INSERT INTO rollups
+    SELECT timestamp / {HOUR_MS} AS hour_, service_type AS service_, {MODEL} AS model_,
+        upstream_url AS url_, count(*), count(*), {", ".join(["0"] * (len(TALLY_COLUMNS) - 2))}
+    FROM requests WHERE failed = 1 AND status_code IS NULL AND error_message = '{INTERRUPTED}'
+    GROUP BY hour_, service_, model_, url_
+    ON CONFLICT (hour, service_type, model, upstream_url)
+    DO UPDATE SET requests = requests + excluded.requests, errors = errors + excluded.errors""",
 )
 
 
@@ -8752,7 +8768,7 @@ Tallies = dict[tuple[int, str, str, str], Tally]
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
     """Return under what a request is counted: hour, service, model and server."""
     model = row.sent_model or row.mapped_model
-    return row.timestamp // 3_600_000, row.service_type, model, row.upstream_url
+    return row.timestamp // HOUR_MS, row.service_type, model, row.upstream_url
 
 
 def add_row(tallies: Tallies, row: Row) -> None:
@@ -8808,8 +8824,8 @@ INSERT_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
 ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(TALLY_COLUMNS))})
     ON CONFLICT (hour, service_type, model, upstream_url)
     DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in TALLY_COLUMNS)}"""
-FINISH_INTERRUPTED = f"""UPDATE requests SET failed = 1, error_message = 'interrupted'
-    WHERE failed IS NULL AND id % {MAX_ROUTERS} = ?"""
+SELECT_RUNNING = f"SELECT {COLUMNS} FROM requests WHERE id = ? AND failed IS NULL"
+FINISH_INTERRUPTED = "UPDATE requests SET failed = 1, error_message = ? WHERE id = ?"
 
 
 def insert_rows(db: sqlite3.Connection, one: str, many: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -8898,6 +8914,15 @@ class BodyMemory:
         yield from ()
 
 
+def find_lock_module() -> Any:
+    """Return the module that locks parts of files, None where there is none, as on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    return fcntl
+
+
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
@@ -8940,8 +8965,7 @@ class Store:
                 isolation_level=None,
             )
             self.migrate(self.db)
-            if self.lock_file is None:
-                self.claim_number(self.db)
+            self.claim_number()
             self.files = self.find_files()
         return self.db
 
@@ -8989,31 +9013,88 @@ class Store:
             self.db.close()
         self.db = None
 
-    def claim_number(self, db: sqlite3.Connection) -> None:
-        """Take the first free number; mark the rows that dead routers left running as interrupted.
+    def claim_number(self) -> None:
+        """Take the first number that no other router has. Raises OSError.
 
         Each number is an octet of a file, which its router locks for as long as it lives, however
-        it ends. Whoever gets the lock knows that rows of this number are not going to be finished.
+        it ends. When somebody has removed the file, the next router locks a new one; so does this.
         When no number is free, the one from the process's id stays.
         """
-        try:
-            import fcntl
-        except ImportError:
-            # Windows: there a database is for one router, and all open rows are an earlier one's.
-            for number in range(MAX_ROUTERS):
-                db.execute(FINISH_INTERRUPTED, (number,))
-            self.lock_file = -1
+        name = f"{self.path}-lock"
+        if self.lock_file is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(name), os.fstat(self.lock_file)):
+                    return
+            os.close(self.lock_file)
+            self.lock_file = None
+        if find_lock_module() is None:
             return
-        self.lock_file = os.open(f"{self.path}-lock", os.O_CREAT | os.O_RDWR, 0o600)
-        is_claimed = False
+        self.lock_file = os.open(name, os.O_CREAT | os.O_RDWR, 0o600)
         for number in range(MAX_ROUTERS):
-            with contextlib.suppress(OSError):
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-                db.execute(FINISH_INTERRUPTED, (number,))
-                if is_claimed:
-                    fcntl.lockf(self.lock_file, fcntl.LOCK_UN, 1, number)
-                else:
-                    self.router_number, is_claimed = number, True
+            if self.lock_number(number):
+                self.router_number = number
+                return
+
+    def lock_number(self, number: int) -> bool:
+        """Lock the octet of a number; tell whether no other router has locked it."""
+        fcntl = find_lock_module()
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except OSError:
+            return False
+        return True
+
+    def is_free(self, number: int) -> bool:
+        """Tell whether no other router has a number."""
+        fcntl = find_lock_module()
+        if fcntl is None:
+            # There a database is for one router, and other numbers were those of earlier ones.
+            return True
+        is_free = self.lock_number(number)
+        if is_free and number != self.router_number:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_UN, 1, number)
+        return is_free
+
+    def find_interrupted(self, living: Container[int]) -> list[int]:
+        """Return the ids of rows that say that their request runs, which it does not.
+
+        Whether it runs knows its router: this one by `living`, the ids of its requests, and of
+        another one it is enough that it lives.
+        """
+        db = self.open()
+        free_numbers: dict[int, bool] = {}
+        found = []
+        for (row_id,) in db.execute("SELECT id FROM requests WHERE failed IS NULL").fetchall():
+            number = row_id % MAX_ROUTERS
+            if number not in free_numbers:
+                free_numbers[number] = self.is_free(number)
+            if free_numbers[number] and row_id not in living:
+                found.append(row_id)
+        return found
+
+    def finish_interrupted(self, living: Container[int]) -> list[Row]:
+        """Finish the rows of requests that were interrupted, count them and return them.
+
+        Raises sqlite3.Error or OSError.
+        """
+        interrupted = self.find_interrupted(living)
+        if not interrupted:
+            return []
+        rows = []
+        with self.open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            for row_id in interrupted:
+                # Its router may have finished it before it ended, or another one just now.
+                found = db.execute(SELECT_RUNNING, (row_id,)).fetchone()
+                if found:
+                    rows.append(Row._make(found)._replace(failed=1, error_message=INTERRUPTED))
+            db.executemany(FINISH_INTERRUPTED, [(INTERRUPTED, row.id) for row in rows])
+            self.add_tallies(db, sum_rows(rows))
+        return rows
+
+    def add_tallies(self, db: sqlite3.Connection, tallies: Tallies) -> None:
+        """Add the numbers of some requests to the sums."""
+        db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
 
     def write(
         self, running: Sequence[Row], records: Sequence[RequestRecord], tallies: Tallies
@@ -9038,7 +9119,7 @@ class Store:
                 details.append((record.id, record.body_bytes, *digests, record.data))
             insert_rows(db, INSERT_REQUEST, INSERT_REQUESTS, rows)
             insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
-            db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
+            self.add_tallies(db, tallies)
 
     def write_files(self, blobs: Sequence[PackedBody | None]) -> None:
         """Write the files of long bodies before the transaction, in which others would wait.
@@ -9244,6 +9325,8 @@ class RequestLog:
         self.opened = threading.Event()
         # After trouble nothing is written before this moment.
         self.retry_at = 0.0
+        # From this moment on, interrupted requests are looked for again.
+        self.interrupted_at = 0.0
         # A reader had an error that says that the file is damaged.
         self.is_suspect = False
         # There is more to delete.
@@ -9418,8 +9501,9 @@ class RequestLog:
                 # With the rows on which it failed it would fail again.
                 self.print_line(f"log: {self.ready_rows} rows are lost by this fault")
                 self.drop_oldest(self.ready_rows)
-            self.try_step(self.prune)
             self.opened.set()
+            self.try_step(self.finish_interrupted)
+            self.try_step(self.prune)
             self.admit_requests()
             # A whole batch has come meanwhile: there is nothing to wait for.
             if len(self.finished) - self.ready_rows >= self.limits.batch_rows:
@@ -9633,6 +9717,22 @@ class RequestLog:
             # The loop may be closed by now.
             with contextlib.suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self.may_begin.set)
+
+    def finish_interrupted(self) -> None:
+        """Now and then, finish the rows of requests that nobody else is going to finish."""
+        now = time.monotonic()
+        if self.store is None or self.error or now < self.interrupted_at:
+            return
+        self.interrupted_at = now + self.limits.interrupted_interval
+        # In this order, in which records move on.
+        living = {record.id for record in [*list(self.running.values()), *list(self.finished)]}
+        try:
+            rows = self.store.finish_interrupted(living)
+        except (sqlite3.Error, OSError) as error:
+            self.report_trouble(error)
+            return
+        for queue in list(self.row_queues):
+            queue.extend(rows)
 
     def prune(self) -> None:
         """Delete a little of what is too old, and note whether there is more."""

@@ -1894,6 +1894,12 @@ def make_row(number: int, days: float = 0.0, **more: Any) -> Any:
     return smolrouter.Row(*(values.get(name) for name in smolrouter.Row._fields))
 
 
+# What the row of a request that runs does not have yet.
+UNFINISHED = dict.fromkeys(
+    ("failed", "status_code", "completed_at", "duration_ms", "prompt_tokens", "completion_tokens")
+)
+
+
 def new_record(number: int, content: bytes = b"{}", answer: bytes = b"", **more: Any) -> Any:
     """The record of a request that begins, with what its upstream has said so far."""
     top = smolrouter.parse_request_head(f"POST {CHAT} HTTP/1.1\r\nHost: a".encode())
@@ -10734,7 +10740,7 @@ def test_killed_at_any_moment_nothing_is_lost(log_folder: LogFolder) -> None:
     assert not [row for row in rows if row[1] is None]
     assert ("interrupted", 1, None) in {(why, failed, status) for _, failed, status, why in rows}
     ((counted,),) = log_folder.select("SELECT sum(requests) FROM rollups")
-    assert counted == len([row for row in rows if row[3] != "interrupted"])
+    assert counted == len(rows)
 
 
 def test_a_row_is_finished_only_with_all_that_belongs_to_it(log_folder: LogFolder) -> None:
@@ -10785,6 +10791,82 @@ def test_a_row_of_a_crash_is_interrupted(log_folder: LogFolder) -> None:
             rows = wait_until(lambda: get_document(again, "/api/logs?status=error"))
             assert (rows[0]["error_message"], rows[0]["status_code"]) == ("interrupted", None)
             assert not rows[0]["is_inflight"] and rows[0]["completed_at"] is None
+
+
+def test_rows_of_a_dead_router_end_while_another_lives(log_folder: LogFolder) -> None:
+    often = {"interrupted_interval": 0.1, "log_check_interval": 0.1}
+    with running_log(log_folder, **often) as log, log_folder.router() as router:
+        model = default_upstream().add_script([HANG])
+        heard: collections.deque[Any] = collections.deque()
+        log.row_queues.append(heard)
+        own = new_record(1, requested_model="own")
+        log.begin(own)
+        with connect(router.port) as sock:
+            sock.sendall(encode_post(CHAT, chat_document(model)))
+            running = "SELECT original_model FROM requests WHERE failed IS NULL ORDER BY 1"
+            assert wait_until(lambda: len(log_folder.select(running)) == 2)
+            # As long as it lives, its rows do.
+            time.sleep(0.5)
+            assert log_folder.select(running) == [("own",), (model,)]
+            router.kill()
+        assert wait_until(lambda: heard)
+        assert [(row.original_model, row.failed) for row in heard] == [(model, 1)]
+        assert log_folder.select(running) == [("own",)]
+        log.finish(own)
+        assert log_folder.wait_for_rows(2) == 2
+    sums = log_folder.select("SELECT model, requests, errors FROM rollups ORDER BY errors")
+    assert sums == [("m", 1, 0), (model, 1, 1)]
+
+
+def test_a_row_whose_end_was_lost_does_not_run_for_ever(log_folder: LogFolder) -> None:
+    with running_log(log_folder, interrupted_interval=0.1, log_check_interval=0.1) as log:
+        record = new_record(1)
+        log.begin(record)
+        assert wait_until(lambda: record.has_unfinished_row)
+        del log.running[record.id]
+        assert log_folder.wait_for_rows(1) == 1
+    assert log_folder.select("SELECT error_message FROM requests") == [("interrupted",)]
+
+
+def test_what_a_crash_has_interrupted_is_counted(log_folder: LogFolder) -> None:
+    store = make_store(log_folder.file.parent)
+    rows = [make_row(number, **UNFINISHED) for number in (5, 6)]
+    ended = make_row(7)
+    store.write(rows, [], {})
+    store.write([ended], [], smolrouter.sum_rows([ended]))
+    store.close()
+    with log_folder.router() as router:
+        assert log_folder.wait_for_rows(3) == 3
+        stats = get_document(router, "/api/stats")
+        assert (stats["total_requests"], stats["error_rate"]) == (3, pytest.approx(2 / 3))
+        doc = get_document(router, "/api/performance")
+        assert (doc["models"][0]["requests"], doc["models"][0]["errors"]) == (3, 2)
+        assert len(doc["data_points"]) == 3
+
+
+def test_an_older_database_counts_what_was_interrupted(log_folder: LogFolder) -> None:
+    """Its first version had such rows, and did not have them in its sums."""
+    interrupted = {**UNFINISHED, "failed": 1, "error_message": "interrupted"}
+    rows = [
+        make_row(0),
+        make_row(1, **interrupted),
+        make_row(2, 1, **interrupted, sent_model=""),
+        make_row(3, failed=1, status_code=502, error_message="interrupted"),
+    ]
+    with contextlib.closing(sqlite3.connect(log_folder.file, isolation_level=None)) as db:
+        db.executescript(f"{smolrouter.MIGRATIONS[0]}; PRAGMA user_version = 1")
+        db.execute(f"PRAGMA application_id = {smolrouter.APPLICATION_ID}")
+        db.executemany(smolrouter.INSERT_REQUEST, rows)
+        tallies = smolrouter.sum_rows([rows[0], rows[3]])
+        values = [(*key, *tally) for key, tally in tallies.items()]
+        db.executemany(smolrouter.ADD_ROLLUP, values)
+    for _ in range(2):
+        store = make_store(log_folder.file.parent)
+        store.open()
+        store.close()
+        found = log_folder.select("SELECT * FROM rollups ORDER BY hour")
+        keys = {tuple(row[:4]): list(row[4:]) for row in found}
+        assert keys == smolrouter.sum_rows(rows)
 
 
 def test_two_routers_share_a_log(log_folder: LogFolder) -> None:
@@ -11404,7 +11486,7 @@ def test_a_database_without_locks_of_files(
     store.write([make_row(number, failed=None, status_code=None) for number in range(3)], [], {})
     store.close()
     other = make_store(log_folder.file.parent)
-    other.open()
+    assert len(other.finish_interrupted([])) == 3
     assert (
         log_folder.select("SELECT failed, error_message FROM requests") == [(1, "interrupted")] * 3
     )
