@@ -8938,6 +8938,8 @@ class Store:
         # found a free one, the process's id makes it likely that two routers differ.
         self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
+        # The highest id of a row. Where a clock was ahead, it is above all ids that the time gives.
+        self.newest_id = 0
         self.db: sqlite3.Connection | None = None
         # The files that are open, to see when others are in their place.
         self.files: dict[str, os.stat_result] = {}
@@ -8967,6 +8969,8 @@ class Store:
             self.migrate(self.db)
             self.claim_number()
             self.files = self.find_files()
+        ((newest,),) = self.db.execute("SELECT max(id) FROM requests")
+        self.newest_id = newest or 0
         return self.db
 
     def find_files(self) -> dict[str, os.stat_result]:
@@ -9343,9 +9347,7 @@ class RequestLog:
 
     def begin(self, record: RequestRecord) -> None:
         """Note that a request was accepted."""
-        number = self.store.router_number if self.store else 0
-        self.last_id = max(self.last_id + MAX_ROUTERS, time_id(record.timestamp) + number)
-        record.id = self.last_id
+        record.id = self.next_id(record.timestamp)
         self.running[record.id] = record
         memory_left = self.limits.body_memory - self.body_bytes
         most = max(0, min(self.body_limit, memory_left))
@@ -9355,6 +9357,18 @@ class RequestLog:
         record.body_bytes = len(record.content)
         self.bytes_received += record.body_bytes
         self.wake_thread()
+
+    def next_id(self, timestamp: float) -> int:
+        """Return the id of a request that begins: it is above all others that are known."""
+        number = 0
+        newest = self.last_id
+        if self.store:
+            number = self.store.router_number
+            newest = max(newest, self.store.newest_id)
+        # After a clock that was ahead, ids grow by as little as they can, until it is that late.
+        next_free = newest - newest % MAX_ROUTERS + MAX_ROUTERS
+        self.last_id = max(next_free, time_id(timestamp)) + number
+        return self.last_id
 
     def append_body(self, record: RequestRecord, data: bytes) -> None:
         """Keep a piece of an answer, up to the limits; from then on the answer's end alone."""
@@ -9425,6 +9439,10 @@ class RequestLog:
 
     async def wait_to_begin(self) -> None:
         """Wait, before a request begins, while the thread is behind with the rows of others."""
+        if not self.opened.is_set():
+            # The first id has to be above those that the database has.
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.readers, self.opened.wait, self.limits.log_wait)
         if not self.may_begin.is_set():
             await self.may_begin.wait()
 

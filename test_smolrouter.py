@@ -10869,6 +10869,24 @@ def test_an_older_database_counts_what_was_interrupted(log_folder: LogFolder) ->
         assert keys == smolrouter.sum_rows(rows)
 
 
+def test_new_rows_stand_above_those_of_a_clock_that_was_ahead(log_folder: LogFolder) -> None:
+    store = make_store(log_folder.file.parent)
+    ahead = [make_row(number, -2.0) for number in range(70)]
+    store.write(ahead, [], {})
+    store.close()
+    with log_folder.router() as one, log_folder.router() as two:
+        sent = []
+        for number in range(6):
+            model = f"right-{number}"
+            post_chat((one, two)[number % 2], model)
+            assert log_folder.wait_for_rows(len(ahead) + number + 1) == len(ahead) + number + 1
+            sent.append(model)
+        page = get_document(two, "/api/logs?limit=10")
+        assert [row["original_model"] for row in page][:6] == sent[::-1]
+        older = get_document(one, f"/api/logs?limit=10&before={page[5]['id']}")
+        assert [row["id"] for row in older] == [row.id for row in ahead[:-11:-1]]
+
+
 def test_two_routers_share_a_log(log_folder: LogFolder) -> None:
     with log_folder.router() as one, log_folder.router() as two:
 
