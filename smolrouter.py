@@ -10181,9 +10181,11 @@ class Exchange:
     def own_fields(self) -> FieldPairs:
         """Return the fields that tell what the router did with the request."""
         record = self.record
-        route_fields = encode_route_fields(
-            record.upstream_url, record.sent_model[:256], record.route[:256], len(record.attempts)
-        )
+        # These are remembered, and clients choose the names of models.
+        longest = self.context.limits.shown_name
+        model = record.sent_model[:longest]
+        route = record.route[:longest]
+        route_fields = encode_route_fields(record.upstream_url, model, route, len(record.attempts))
         return [(OWN_FIELD_NAMES[0], record.request_id), *route_fields]
 
     # Asking one candidate after the other
@@ -10831,18 +10833,16 @@ SEARCHED = """original_model || ' ' || mapped_model || ' ' || sent_model || ' ' 
     upstream_url || ' ' || route || ' ' || ifnull(error_message, '') || ' ' || source_ip || ' ' ||
     request_id"""
 HAS_WORD = f"{SEARCHED} LIKE ? ESCAPE '\\'"
-# Members of a row's document that lists leave out; the page of one request has all but the
-# last two.
+# Members of a row's document that no answer has, and those that lists leave out, too.
+NEVER_SHOWN = ("failed", "level")
 UNLISTED = (
     "sent_model",
     "cached_tokens",
     "user_agent",
     "client_key",
     "tokens_per_second",
-    "failed",
-    "level",
+    *NEVER_SHOWN,
 )
-NEVER_SHOWN = ("failed", "level")
 # The columns of a table: what a list shows of a row, in its order.
 TABLE_COLUMNS = [
     name for name in (*Row._fields, "total_tokens", "is_inflight") if name not in UNLISTED
@@ -10871,7 +10871,7 @@ POINT_FILTERS = {"model": "sent_model = ?", "service_type": "service_type = ?"}
 
 
 class Condition(NamedTuple):
-    """A test on rows, in SQL, and the values of its question marks."""
+    """A test on rows or a statement with tests, in SQL, and the values of its question marks."""
 
     text: str
     values: tuple[Any, ...]
