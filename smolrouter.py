@@ -4010,6 +4010,8 @@ class StreamRewrite:
         self.reader = EventReader(format, plan.limits)
         self.buffers: bool = changes.buffers
         self.over = False
+        # The last events, as soon as the answer is over: no others belong to it.
+        self.final_events: list[bytes] = []
         # Only in a conversation: what else may be streamed by these rules, nobody knows.
         self.end_words = self.protocol.end_words if self.protocol.user_words else ()
 
@@ -4026,21 +4028,18 @@ class StreamRewrite:
     @property
     def tells_timings(self) -> bool:
         """Whether llama.cpp's timings stand in one of the last events."""
-        return any(b'"timings"' in event for event in self.reader.last_events())
+        return any(b'"timings"' in event for event in self.last_events())
 
     @property
     def complete(self) -> bool:
         """Whether the answer has said that it is at its end."""
-        return self.over or are_complete(
-            self.protocol, self.reader.format, self.reader.last_events()
-        )
+        return self.over or are_complete(self.protocol, self.reader.format, self.last_events())
 
     @property
     def trouble(self) -> str:
         """What the last events say went wrong; "" for nothing."""
-        events = self.reader.last_events()
         troubles = []
-        for event in events:
+        for event in self.last_events():
             # As nearly always, the word is not there, and nothing has to be parsed.
             if b"error" in event:
                 document = self.reader.format.read_document(event) or {}
@@ -4056,20 +4055,25 @@ class StreamRewrite:
         if not block:
             return long
         changed = self.changes.change_block(block)
-        if self.changes.failed:
-            self.over = True
-        for word in self.end_words:
-            # `in` would take four times as long.
-            if block.rfind(word) >= 0:
-                self.look_for_end()
+        # `in` would take four times as long as `rfind`.
+        may_end = any(block.rfind(word) >= 0 for word in self.end_words)
+        if may_end or self.changes.failed:
+            self.look_for_end()
         return long + changed if long else changed
 
     def look_for_end(self) -> None:
-        """Note that the answer is over if its last event has come."""
-        for event in reversed(self.reader.last_events()):
-            if is_last_event(self.protocol, self.reader.format, event):
-                self.over = True
-                return
+        """Note that the answer is over if its last event has come, or an error in its place."""
+        events = self.reader.last_events()
+        ends = self.changes.failed or any(
+            is_last_event(self.protocol, self.reader.format, event) for event in reversed(events)
+        )
+        if ends:
+            self.over = True
+            self.final_events = events
+
+    def last_events(self) -> list[bytes]:
+        """Return the last events of the answer, comments left out."""
+        return self.final_events if self.over else self.reader.last_events()
 
     def finish(self, closed: bool = False) -> bytes:
         """Return what the last event becomes, if it lacks its end, and what follows it.
