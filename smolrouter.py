@@ -4055,9 +4055,11 @@ class StreamRewrite:
         if not block:
             return long
         changed = self.changes.change_block(block)
-        # `in` would take four times as long as `rfind`.
-        may_end = any(block.rfind(word) >= 0 for word in self.end_words)
-        if may_end or self.changes.failed:
+        may_end = self.changes.failed
+        for word in self.end_words:
+            # `in` would take four times as long.
+            may_end = may_end or block.rfind(word) >= 0
+        if may_end:
             self.look_for_end()
         return long + changed if long else changed
 
