@@ -67,21 +67,40 @@ clock and touches no socket or file. `parse_`, `encode_` and `resolve` are pure,
 
 from __future__ import annotations
 
+import marshal
 import os
 import sys
+from types import CodeType
 
 if sys.version_info < (3, 10):  # noqa: UP036 - the file may be run by any Python
     sys.exit("SmolRouter needs Python 3.10 or newer; this is " + sys.version.split()[0])
 
 
+def share_code(code: CodeType) -> int | None:
+    """Return the descriptor of a file without a name that has `code` in it, None for no such file.
+
+    The file lies in memory, and the program that this process becomes by exec still has it open.
+    """
+    try:
+        with open(os.memfd_create("smolrouter"), "wb") as file:
+            marshal.dump(code, file)
+            file.seek(0)
+            descriptor = os.dup(file.fileno())
+            os.set_inheritable(descriptor, True)
+            return descriptor
+    except (OSError, AttributeError):
+        # Only Linux has such files, and the limit for the size of files is in force for them, too.
+        return None
+
+
 def restart_without_syntax_tree() -> None:
-    """Replace this process by one that has read this file as code, not as its script.
+    """Replace this process by one that runs the code of this file, and has not got its script.
 
     Python keeps the syntax tree of the script that it was given until the program ends: 15 MB for
-    nothing. It frees the tree of what is compiled later. So the same process begins again as
-    `python -c "compile this file and run it" FILE ARGUMENTS`, which is also what `ps` shows. That
-    takes 0.08 s. The file is compiled each time instead of imported: no `__pycache__` appears
-    beside it, and none is believed that is stale or somebody else's.
+    nothing. So the same process begins again as `python -c "run the code" FILE ARGUMENTS`, which is
+    also what `ps` shows. It gets the code that has been compiled already, or compiles it again,
+    which takes 0.08 s, and then Python frees the tree. The file is not imported: no `__pycache__`
+    appears beside it, and none is believed that is stale or somebody else's.
 
     Where anything is unusual, such as a debugger, a file that is a pipe, or a system where exec
     makes a second process (Windows), the program goes on as it is, and is larger.
@@ -97,14 +116,19 @@ def restart_without_syntax_tree() -> None:
     for flag in flags:
         if not flag.startswith("-") or "m" in flag or "c" in flag:
             return
+    # This function is called at the top level of the file, so the frame above it has all its code.
+    descriptor = share_code(sys._getframe(1).f_code)
+    code = "compile(open(__file__, 'rb').read(), __file__, 'exec')"
+    if descriptor is not None:
+        code = f"marshal.load(open({descriptor}, 'rb'))"
     # `-c` would look for modules in the working folder, where anything may lie. They are looked
     # for where they are now: with the script, or with -I in Python's own places alone.
-    code = (
-        f"import sys; sys.path[0] = {sys.path[0]!r}; del sys.argv[0]; __file__ = sys.argv[0]; "
-        "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
+    command = (
+        f"import marshal, sys; sys.path[0] = {sys.path[0]!r}; del sys.argv[0]; "
+        f"__file__ = sys.argv[0]; exec({code})"
     )
     try:
-        os.execv(sys.executable, [sys.executable, *flags, "-c", code, __file__, *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *flags, "-c", command, __file__, *sys.argv[1:]])
     except (OSError, AttributeError):
         # It may be refused, or be missing, as in a Python for WebAssembly.
         return
