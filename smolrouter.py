@@ -8324,6 +8324,15 @@ SUMS = (
     "duration_ms",
     "ttft_ms",
 )
+# What of a row goes into these sums and histograms.
+COUNTED = (
+    "failed",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "duration_ms",
+    "ttft_ms",
+)
 # The longest time in ms that each bucket of a histogram counts: 1 ms to 50 min, each 1.4 times
 # the one before. The last bucket counts what is longer, too.
 BUCKET_ENDS = [2 ** (step / 2) for step in range(44)]
@@ -8409,6 +8418,8 @@ INSERT INTO rollups
     GROUP BY hour_, service_, model_, url_
     ON CONFLICT (hour, service_type, model, upstream_url)
     DO UPDATE SET requests = requests + excluded.requests, errors = errors + excluded.errors""",
+    # What is of a time is found by it. Ids tell it only as long as no clock has been ahead.
+    "CREATE INDEX by_time ON requests (timestamp)",
 )
 
 
@@ -8795,10 +8806,45 @@ Tally = list[float]
 Tallies = dict[tuple[int, str, str, str], Tally]
 
 
+counted_values = operator.attrgetter(*COUNTED)
+
+
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
     """Return under what a request is counted: hour, service, model and server."""
     model = row.sent_model or row.mapped_model
     return row.timestamp // HOUR_MS, row.service_type, model, row.upstream_url
+
+
+def add_request(
+    tally: Tally,
+    failed: int,
+    prompt_tokens: int | None,
+    completion_tokens: int | None,
+    cached_tokens: int | None,
+    duration_ms: float | None,
+    ttft_ms: float | None,
+) -> None:
+    """Add a request to a tally; its numbers are those of COUNTED."""
+    duration = duration_ms or 0
+    ttft = ttft_ms or 0
+    completion = completion_tokens or 0
+    # A speed needs tokens, counted or estimated, and a time that they took.
+    spoken_ms = max(duration - ttft, 0) if completion else 0
+    spoken_tokens = completion if spoken_ms else 0
+    # Each line is one of SUMS, in their order.
+    tally[0] += 1
+    tally[1] += failed
+    tally[2] += prompt_tokens or 0
+    tally[3] += completion
+    tally[4] += cached_tokens or 0
+    tally[5] += spoken_tokens
+    tally[6] += spoken_ms
+    tally[7] += duration
+    tally[8] += ttft
+    for value, buckets in ((duration_ms, DURATIONS), (ttft_ms, TTFTS)):
+        if value is not None:
+            bucket = min(bisect.bisect_left(BUCKET_ENDS, value), len(BUCKET_ENDS) - 1)
+            tally[buckets.start + bucket] += 1
 
 
 def add_row(tallies: Tallies, row: Row) -> None:
@@ -8807,26 +8853,7 @@ def add_row(tallies: Tallies, row: Row) -> None:
     tally = tallies.get(key)
     if tally is None:
         tally = tallies[key] = [0] * len(TALLY_COLUMNS)
-    duration = row.duration_ms or 0
-    ttft = row.ttft_ms or 0
-    completion = row.completion_tokens or 0
-    # A speed needs tokens, counted or estimated, and a time that they took.
-    spoken_ms = max(duration - ttft, 0) if completion else 0
-    spoken_tokens = completion if spoken_ms else 0
-    # Each line is one of SUMS, in their order.
-    tally[0] += 1
-    tally[1] += row.failed
-    tally[2] += row.prompt_tokens or 0
-    tally[3] += completion
-    tally[4] += row.cached_tokens or 0
-    tally[5] += spoken_tokens
-    tally[6] += spoken_ms
-    tally[7] += duration
-    tally[8] += ttft
-    for value, buckets in ((row.duration_ms, DURATIONS), (row.ttft_ms, TTFTS)):
-        if value is not None:
-            bucket = min(bisect.bisect_left(BUCKET_ENDS, value), len(BUCKET_ENDS) - 1)
-            tally[buckets.start + bucket] += 1
+    add_request(tally, *counted_values(row))
 
 
 def sum_rows(rows: Iterable[Row]) -> Tallies:
@@ -8855,6 +8882,7 @@ ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(TA
     ON CONFLICT (hour, service_type, model, upstream_url)
     DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in TALLY_COLUMNS)}"""
 SELECT_RUNNING = f"SELECT {COLUMNS} FROM requests WHERE id = ? AND failed IS NULL"
+OLDEST_IDS = "SELECT id FROM requests WHERE timestamp < ? ORDER BY timestamp LIMIT ?"
 FINISH_INTERRUPTED = "UPDATE requests SET failed = 1, error_message = ? WHERE id = ?"
 
 
@@ -8876,6 +8904,8 @@ def open_for_reading(path: str) -> Iterator[sqlite3.Connection]:
     # A name of a file is octets, and need not be a text.
     name = urllib.parse.quote(os.fsencode(os.path.abspath(path)))
     with contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as db:
+        # All statements see the same rows and sums.
+        db.execute("BEGIN")
         yield db
 
 
@@ -9196,11 +9226,11 @@ class Store:
                     break
             if last_id is None:
                 return
-            self.forget(db, last_id)
+            db.execute("DELETE FROM details WHERE id <= ?", (last_id,))
+            self.drop_unused_bodies(db)
 
-    def forget(self, db: sqlite3.Connection, last_id: int) -> None:
-        """Delete the details up to an id, and the long bodies that nobody uses any more."""
-        db.execute("DELETE FROM details WHERE id <= ?", (last_id,))
+    def drop_unused_bodies(self, db: sqlite3.Connection) -> None:
+        """Delete the long bodies that no detail uses any more."""
         for (digest,) in db.execute("SELECT digest FROM blobs WHERE uses < 1").fetchall():
             self.bodies.forget(digest)
         db.execute("DELETE FROM blobs WHERE uses < 1")
@@ -9208,27 +9238,22 @@ class Store:
     def prune(self, now: float) -> bool:
         """Delete a little of what is too old and give its space back; tell whether some is left.
 
-        `now` is in s UTC. A little at a time, because the rows of requests wait meanwhile.
+        `now` is in s UTC. A little at a time, because the rows of requests wait meanwhile. Whole
+        hours are deleted, so that the sums of an hour are those of its rows.
         """
         if now < self.prune_at:
             return False
-        begin = now - self.max_age
-        oldest_id = time_id(begin)
+        first_hour = int((now - self.max_age) // 3600)
+        values = (first_hour * HOUR_MS, PRUNED_ROWS)
         with self.open() as db:
             db.execute("BEGIN IMMEDIATE")
-            ((last_id,),) = db.execute(
-                "SELECT max(id) FROM (SELECT id FROM details WHERE id < ? ORDER BY id LIMIT ?)",
-                (oldest_id, PRUNED_ROWS),
-            )
-            self.forget(db, last_id or 0)
-            pruned = db.execute(
-                "DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE id < ? LIMIT ?)",
-                (oldest_id, PRUNED_ROWS),
-            ).rowcount
-            db.execute("DELETE FROM rollups WHERE hour < ?", (int(begin // 3600),))
-        if self.vacuum(db) or last_id or pruned:
+            db.execute(f"DELETE FROM details WHERE id IN ({OLDEST_IDS})", values)
+            self.drop_unused_bodies(db)
+            pruned = db.execute(f"DELETE FROM requests WHERE id IN ({OLDEST_IDS})", values).rowcount
+            db.execute("DELETE FROM rollups WHERE hour < ?", (first_hour,))
+        if self.vacuum(db) or pruned:
             return True
-        self.prune_files(db, begin)
+        self.prune_files(db, now - self.max_age)
         self.prune_at = now + self.limits.prune_interval
         return False
 
@@ -10837,7 +10862,8 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
 # --- questions to the log -------------------------------------------------------------
 # Each is a function that a reader's thread runs: it gets the log, the database and the
 # parameters of its query. No question walks through the log, however long it is: lists are
-# paged by id, sums come from those of whole hours, and an even sample stands for many points.
+# paged by id, sums come from those of whole hours and at most half an hour of rows, and an even
+# sample stands for many points. What `hours` and `since` mean, `Window` says.
 
 # Percentiles of at most so many rows are taken from the rows; those of more from a histogram.
 FEW_ROWS = 2000
@@ -10882,7 +10908,7 @@ TABLE_COLUMNS = [
 POINT = {
     "id": "id",
     "timestamp": "strftime('%Y-%m-%dT%H:%M:%fZ', timestamp / 1000.0, 'unixepoch')",
-    "model": "ifnull(nullif(sent_model, ''), mapped_model)",
+    "model": MODEL,
     "service_type": "service_type",
     "upstream_url": "upstream_url",
     "prompt_tokens": "prompt_tokens",
@@ -10897,7 +10923,15 @@ POINT = {
 # Without the underscore `ORDER BY id`, `timestamp >= ?` and the like would mean these expressions
 # and not the columns, and SQLite would not use its index.
 POINT_COLUMNS = ", ".join(f"{value} AS {name}_" for name, value in POINT.items())
-POINT_FILTERS = {"model": "sent_model = ?", "service_type": "service_type = ?"}
+# The filters of figures: on points, each with the index that finds them, and on sums.
+POINT_FILTERS = {
+    "model": f"sent_model IN (:model, '') AND {MODEL} = :model",
+    "service_type": "service_type = :service_type",
+}
+POINT_INDEXES = {"model": "by_sent", "service_type": "by_service"}
+SUM_FILTERS = {"model": "model = :model", "service_type": "service_type = :service_type"}
+# What a column of the sums is called in a row.
+SUM_KEYS = {"model": MODEL, "service_type": "service_type"}
 
 
 class Condition(NamedTuple):
@@ -10905,6 +10939,48 @@ class Condition(NamedTuple):
 
     text: str
     values: tuple[Any, ...]
+
+
+class Window(NamedTuple):
+    """The time that figures are of: from `begin` up to before `end`, both in ms UTC.
+
+    It begins to the ms where it was asked for. It ends with the hour that runs, whose sums are
+    those until now.
+    """
+
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, seconds: float, now: float) -> Window:
+        """Return the window of the last seconds before `now`, which is in s UTC."""
+        return cls(int((now - seconds) * 1000), (int(now // 3600) + 1) * HOUR_MS)
+
+    @property
+    def first_hour(self) -> int:
+        """The first hour of which the window has all."""
+        return self.begin // HOUR_MS + 1
+
+    @property
+    def nearest_hour(self) -> int:
+        """The hour whose begin is nearest to that of the window, before or after it."""
+        return (self.begin + HOUR_MS // 2) // HOUR_MS
+
+    @property
+    def first_id(self) -> int:
+        """An id that no row of the window is below: ids are those of their time, or higher."""
+        return time_id((self.begin - 1) / 1000)
+
+    def values(self) -> dict[str, int]:
+        """Return what statements call its parts."""
+        return {
+            "begin": self.begin,
+            "end": self.end,
+            "first_id": self.first_id,
+            "first_hour": self.first_hour,
+            "nearest_hour": self.nearest_hour,
+            "end_hour": self.end // HOUR_MS,
+        }
 
 
 class StatusCondition(NamedTuple):
@@ -11019,13 +11095,16 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
     the log: it is the first, and a `+` before the others keeps SQLite from looking them up.
 
     {'source': '::1', 'service_type': 'openai'}  ->  SELECT id FROM requests WHERE
-        id < ? AND id >= ? AND +service_type = ? AND source_ip = ?
+        id < ? AND +service_type = ? AND source_ip = ?
     """
     conditions = read_conditions(parameters) or [Condition("1", ())]
     first = conditions[0]
-    tests = ["id < ?", "id >= ?"]
-    # A list has no `after` among its parameters: an export makes it of its `since`.
-    values = [parameters.get("before", 2**62), parameters.get("after", 0)]
+    tests = ["id < ?"]
+    values = [parameters.get("before", 2**62)]
+    if "window" in parameters:
+        window = parameters["window"]
+        tests += ["id >= ?", "+timestamp >= ?", "+timestamp < ?"]
+        values += [window.first_id, window.begin, window.end]
     for condition in conditions[1:]:
         tests.append(f"+{condition.text}")
         values += condition.values
@@ -11135,13 +11214,14 @@ def read_sums(tally: Sequence[float], *names: str) -> dict[str, int]:
     return {name: int(tally[SUMS.index(name)]) for name in names}
 
 
-def read_times(db: sqlite3.Connection, first_hour: int) -> tuple[list[float], list[float]]:
-    """Return durations and times to the first token of the finished rows from an hour on, ms."""
+def read_times(db: sqlite3.Connection, window: Window) -> tuple[list[float], list[float]]:
+    """Return durations and times to the first token of the finished rows of a window, ms."""
     durations = []
     ttfts = []
     rows = db.execute(
-        "SELECT duration_ms, ttft_ms FROM requests WHERE id >= ? AND failed NOTNULL",
-        (time_id(first_hour * 3600),),
+        "SELECT duration_ms, ttft_ms FROM requests INDEXED BY by_time "
+        "WHERE timestamp >= :begin AND timestamp < :end AND failed NOTNULL",
+        window.values(),
     )
     for duration, ttft in rows:
         if duration is not None:
@@ -11151,73 +11231,122 @@ def read_times(db: sqlite3.Connection, first_hour: int) -> tuple[list[float], li
     return durations, ttfts
 
 
-def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
-    """Answer /api/stats: how many requests there are, and figures of the last hours.
+def read_rollups(
+    db: sqlite3.Connection, window: Window, group: str, filters: Mapping[str, Any]
+) -> dict[str, Tally]:
+    """Return the sums of the hours from the nearest one on, by service or model."""
+    tests = ["hour >= :nearest_hour", "hour < :end_hour", *(SUM_FILTERS[name] for name in filters)]
+    rows = db.execute(
+        f"SELECT {group}, {SUMMED_COLUMNS} FROM rollups WHERE {' AND '.join(tests)} GROUP BY 1",
+        {**window.values(), **filters},
+    )
+    return {key: tally for key, *tally in rows}
 
-    Each hour is one of the clock, so that the last one has only begun.
+
+def sum_span(
+    db: sqlite3.Connection, span: tuple[int, int], group: str, filters: Mapping[str, Any]
+) -> dict[str, Tally]:
+    """Return the sums of the rows between two moments in ms, by service or model."""
+    tests = ["timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
+    tests += [POINT_FILTERS[name] for name in filters]
+    rows = db.execute(
+        f"SELECT {SUM_KEYS[group]}, {', '.join(COUNTED)} FROM requests INDEXED BY by_time "
+        f"WHERE {' AND '.join(tests)}",
+        {"begin": span[0], "end": span[1], **filters},
+    )
+    tallies: dict[str, Tally] = {}
+    for key, *numbers in rows:
+        if key not in tallies:
+            tallies[key] = [0] * len(TALLY_COLUMNS)
+        add_request(tallies[key], *numbers)
+    return tallies
+
+
+def read_tallies(
+    db: sqlite3.Connection, window: Window, group: str, filters: Mapping[str, Any]
+) -> dict[str, Tally]:
+    """Return the sums of a window by service or model.
+
+    They are the sums of the hours from the one on whose begin is nearest. The rows of the half an
+    hour or less between both begins are added, or, where the hour began earlier, taken away.
     """
-    this_hour = int(time.time() // 3600)
-    first_hour = this_hour - parameters.get("hours", 24) + 1
+    tallies = read_rollups(db, window, group, filters)
+    hour_begin = window.nearest_hour * HOUR_MS
+    is_missing = window.begin < hour_begin
+    span = (window.begin, hour_begin) if is_missing else (hour_begin, window.begin)
+    change = operator.add if is_missing else operator.sub
+    for key, difference in sum_span(db, span, group, filters).items():
+        tally = tallies.get(key) or [0] * len(TALLY_COLUMNS)
+        tallies[key] = list(map(change, tally, difference))
+    return {key: tally for key, tally in tallies.items() if tally[SUMS.index("requests")] > 0}
+
+
+def read_hours(db: sqlite3.Connection, window: Window, total: int) -> list[int]:
+    """Return how many of all requests of a window came in each hour.
+
+    The first number has those before the first whole hour, too.
+    """
+    rows = db.execute(
+        "SELECT hour, SUM(requests) FROM rollups "
+        "WHERE hour >= :first_hour AND hour < :end_hour GROUP BY hour",
+        window.values(),
+    )
+    by_hour = dict(rows)
+    numbers = [by_hour.get(hour, 0) for hour in range(window.first_hour, window.end // HOUR_MS)]
+    numbers[0] += total - sum(numbers)
+    return numbers
+
+
+def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
+    """Answer /api/stats: how many requests the log has, and figures of the last hours."""
+    window = Window.of(parameters.get("hours", 24) * 3600, time.time())
     by_service = dict(
         db.execute("SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type")
     )
-    by_hour = dict(
-        db.execute(
-            "SELECT hour, SUM(requests) FROM rollups WHERE hour >= ? GROUP BY hour", (first_hour,)
-        )
-    )
-    (tally,) = db.execute(f"SELECT {SUMMED_COLUMNS} FROM rollups WHERE hour >= ?", (first_hour,))
-    requests, errors = tally[0], tally[1]
+    tallies = read_tallies(db, window, "service_type", {}).values()
+    tally = [sum(numbers) for numbers in zip([0] * len(TALLY_COLUMNS), *tallies, strict=True)]
+    requests = int(tally[SUMS.index("requests")])
+    errors = tally[SUMS.index("errors")]
     durations, ttfts = [], []
     if requests <= FEW_ROWS:
-        durations, ttfts = read_times(db, first_hour)
+        durations, ttfts = read_times(db, window)
     return {
         "total_requests": sum(by_service.values()),
-        "recent_requests": int(requests),
+        "recent_requests": requests,
         **{f"{name}_requests": by_service.get(name, 0) for name in SERVICES},
         "inflight_requests": len(log.running),
         "error_rate": errors / max(requests, 1),
         "latency_ms": percentiles(tally[DURATIONS], durations),
         "ttft_ms": percentiles(tally[TTFTS], ttfts),
         **read_sums(tally, "prompt_tokens", "completion_tokens"),
-        "requests_per_hour": [by_hour.get(hour, 0) for hour in range(first_hour, this_hour + 1)],
+        "requests_per_hour": read_hours(db, window, requests),
         "log": log.state(),
     }
 
 
 def read_points(
-    db: sqlite3.Connection, first_id: int, level: int, filters: Mapping[str, Any]
+    db: sqlite3.Connection, window: Window, level: int, filters: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the finished rows from an id on that have a level, or a higher one, oldest first.
+    """Return the finished rows of a window that have a level, or a higher one, oldest first.
 
     Each level has half as many rows as the one before: those from a level on are an even sample.
     """
-    index = ""
-    tests = ["id >= ?", "+failed IS NOT NULL"]
+    indexes = [POINT_INDEXES[name] for name in filters]
+    index = indexes[0] if indexes else "by_time"
+    tests = ["id >= :first_id", "timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
     tests += [POINT_FILTERS[name] for name in filters]
     if level:
         tests.append(f"level >= {level}")
     if level >= SAMPLE_LEVEL:
         # The condition of the index itself has to be there, or SQLite does not see that it fits.
         tests.append(f"level >= {SAMPLE_LEVEL}")
-        index = "INDEXED BY sample"
+        index = "sample"
     rows = db.execute(
-        f"SELECT {POINT_COLUMNS} FROM requests {index} WHERE {' AND '.join(tests)} ORDER BY id",
-        (first_id, *filters.values()),
+        f"SELECT {POINT_COLUMNS} FROM requests INDEXED BY {index} WHERE {' AND '.join(tests)} "
+        "ORDER BY timestamp, id",
+        {**window.values(), **filters},
     )
     return [dict(zip(POINT, row, strict=True)) for row in rows]
-
-
-def read_models(
-    db: sqlite3.Connection, first_hour: int, filters: Mapping[str, Any]
-) -> dict[str, Tally]:
-    """Return the sums of each model from an hour on."""
-    tests = ["hour >= ?", *(f"{name} = ?" for name in filters)]
-    rows = db.execute(
-        f"SELECT model, {SUMMED_COLUMNS} FROM rollups WHERE {' AND '.join(tests)} GROUP BY model",
-        (first_hour, *filters.values()),
-    )
-    return {model: tally for model, *tally in rows}
 
 
 def gather_times(rows: Iterable[Mapping[str, Any]]) -> Mapping[tuple[str, str], list[float]]:
@@ -11253,22 +11382,15 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
     hours = parameters.get("hours", 24)
     limit = parameters.get("limit", 2000)
     filters = {name: parameters[name] for name in POINT_FILTERS if name in parameters}
-    begin = time.time() - hours * 3600
-    # The sums are of whole hours, and so are the rows that percentiles are taken from.
-    first_hour = int(begin // 3600)
-    tallies = read_models(db, first_hour, filters)
+    window = Window.of(hours * 3600, time.time())
+    tallies = read_tallies(db, window, "model", filters)
     total = int(sum(tally[SUMS.index("requests")] for tally in tallies.values()))
     # Each level halves the number of rows. This one leaves `limit` rows, or up to twice as many.
     level = 0
     if total > FEW_ROWS:
         level = max((total // limit).bit_length() - 1, 0)
-    rows = read_points(db, time_id(first_hour * 3600), level, filters)
-    times = gather_times(rows)
-    points = [row for row in rows if row["id"] >= time_id(begin)]
-    if not level:
-        # All rows are here and not a sample, so that those in the hour of `begin` and before it
-        # are left out of the count, too.
-        total = len(points)
+    points = read_points(db, window, level, filters)
+    times = gather_times(points)
     step = max(len(points) / limit, 1)
     points = [points[int(number * step)] for number in range(min(limit, len(points)))]
     return {
@@ -11289,12 +11411,14 @@ LAST_HOUR = ("p50_ms", "requests", "errors")
 
 def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
     """Return how a server did in the last hour."""
+    window = Window.of(3600, time.time())
     rows = db.execute(
-        "SELECT failed, duration_ms FROM requests WHERE upstream_url = ? AND id >= ?",
-        (url, time_id(time.time() - 3600)),
+        "SELECT failed, duration_ms FROM requests INDEXED BY by_upstream WHERE upstream_url = :url "
+        "AND id >= :first_id AND timestamp >= :begin AND timestamp < :end AND failed NOTNULL",
+        {"url": url, **window.values()},
     ).fetchall()
-    durations = [duration for failed, duration in rows if failed == 0]
-    figures = (percentile((), durations, 50), len(rows), sum(failed or 0 for failed, _ in rows))
+    durations = [duration for failed, duration in rows if not failed]
+    figures = (percentile((), durations, 50), len(rows), sum(failed for failed, _ in rows))
     return dict(zip(LAST_HOUR, figures, strict=True))
 
 
@@ -11483,7 +11607,7 @@ def export_page(
     limits = store.limits
     filters = {**parameters, "limit": limits.export_page}
     if "since" in parameters:
-        filters["after"] = time_id(time.time() - parameters["since"])
+        filters["window"] = Window.of(parameters["since"], time.time())
     form = parameters.get("format", "jsonl")
     head = ""
     if form == "csv" and "before" not in parameters:
@@ -14094,7 +14218,8 @@ function showStats(stats) {
   const timesOf = share => app.hours.map(here => quantile(here.map(one => one.duration_ms), share));
   const tiles = [
     ["All requests", brief(stats.total_requests)],
-    ["Last 24 hours", brief(stats.recent_requests), stats.requests_per_hour],
+    ["Last 24 hours", brief(stats.recent_requests),
+      stats.requests_per_hour.slice(1)],  // the first number is of more than an hour
     ["OpenAI", brief(stats.openai_requests), byHour(one => one.service_type === "openai")],
     ["Ollama", brief(stats.ollama_requests), byHour(one => one.service_type === "ollama")],
     ["In flight", brief(app.running ?? stats.inflight_requests)],

@@ -12781,6 +12781,95 @@ def test_stats_add_up() -> None:
     assert week["recent_requests"] == 4000 and len(week["requests_per_hour"]) == 168
 
 
+class LogOfRows:
+    """What the functions that answer the page's questions need of a log where nothing runs."""
+
+    running: Mapping[int, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing about a thread that is not there."""
+        return {}
+
+
+@pytest.mark.parametrize("minute", [0, 1, 29, 30, 31, 59])
+def test_hours_are_one_window_to_the_minute(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, minute: int
+) -> None:
+    """Whatever part of an hour its begin cuts, sums, points, servers and exports have it alike."""
+    now = (time.time() // 3600) * 3600 + minute * 60 + 0.5
+    monkeypatch.setattr(time, "time", lambda: now)
+    store = make_store(tmp_path)
+    ages = [0, 59, 61, 119, 121, *range(200, 1000, 7), 1439, 1441, 1499, 1501, 2879, 2881]
+    rows = []
+    for number, age in enumerate(ages):
+        more = {
+            "sent_model": f"m{number % 3}",
+            "service_type": ("openai", "ollama")[number % 5 == 0],
+            "failed": number % 2,
+            "duration_ms": 1.0 + number,
+        }
+        rows.append(make_row(number, age / 1440, **more))
+    store.write(rows, [], smolrouter.sum_rows(rows))
+    store.close()
+    log = LogOfRows()
+    for hours in (1, 2, 24, 25, 48):
+        given = {"hours": hours}
+        count = sum(age < hours * 60 for age in ages)
+        inside = rows[:count]
+        with smolrouter.open_for_reading(store.path) as db:
+            stats = smolrouter.read_stats(log, db, given)
+            doc = smolrouter.read_performance(log, db, given)
+            by_service = smolrouter.read_performance(log, db, {**given, "service_type": "ollama"})
+            one_model = smolrouter.read_performance(log, db, {**given, "model": "m1"})
+            page, _ = smolrouter.export_page(store, db, {"since": hours * 3600, "format": "csv"})
+            last_hour = smolrouter.read_last_hour(log, db, "http://box:1")
+        assert stats["recent_requests"] == count
+        assert stats["error_rate"] == pytest.approx(sum(row.failed for row in inside) / count)
+        assert stats["completion_tokens"] == 6 * count
+        assert len(stats["requests_per_hour"]) == hours and sum(stats["requests_per_hour"]) == count
+        values = [row.duration_ms for row in inside]
+        assert stats["latency_ms"]["p95"] == nearest_rank(values, 95)
+        assert [point["id"] for point in doc["data_points"]] == sorted(row.id for row in inside)
+        for some, wanted in ((doc, {}), (by_service, {"service_type": "ollama"}),
+                             (one_model, {"sent_model": "m1"})):  # fmt: skip
+            its = [r for r in inside if all(getattr(r, k) == v for k, v in wanted.items())]
+            tallies = collections.Counter(row.sent_model for row in its)
+            assert {one["model"]: one["requests"] for one in some["models"]} == tallies
+            assert some["meta"]["total_points"] == len(some["data_points"]) == len(its)
+            assert sum(one["errors"] for one in some["models"]) == sum(row.failed for row in its)
+        assert page.count(b"\n") == 1 + count
+        assert last_hour["requests"] == sum(age < 60 for age in ages)
+
+
+def test_a_window_knows_no_row_of_the_future(log_folder: LogFolder) -> None:
+    """A clock that was ahead has written it; ids stay ahead after it is put right."""
+    store = make_store(log_folder.file.parent)
+    old = make_row(1, 2)
+    first = make_row(2, -30)
+    rows = [old, first]
+    for number, days in ((3, 0), (4, 10)):
+        row = make_row(number, days)
+        rows.append(row._replace(id=first.id + 64 * number))
+    store.write(rows, [], smolrouter.sum_rows(rows))
+    with log_folder.router() as router:
+        stats = get_document(router, "/api/stats")
+        assert (stats["recent_requests"], stats["requests_per_hour"][-1]) == (1, 1)
+        for query in ("", "?model=made", "?service_type=openai"):
+            doc = get_document(router, f"/api/performance{query}")
+            assert [point["id"] for point in doc["data_points"]] == [rows[2].id]
+            assert doc["models"][0]["requests"] == 1
+        got = request(router.port, "GET", "/api/export?since=24h&format=csv")
+        assert got.content.count(b"\n") == 2
+        # What is too old goes by its time, too.
+        assert wait_until(
+            lambda: (
+                [row["id"] for row in get_document(router, "/api/logs")]
+                == [rows[2].id, first.id, old.id]
+            )
+        )
+    store.close()
+
+
 def nearest_rank(values: Iterable[float | None], percent: int) -> float:
     """Return the smallest value that has at least so many percent at or below it."""
     some = [value for value in values if value is not None]
@@ -12888,16 +12977,37 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
             for step in plan(*smolrouter.select_rows(one)):
                 assert not step.startswith("SCAN requests"), (one, step)
                 assert "TEMP B-TREE" not in step, (one, step)
-        for level in range(12):
-            for given in ({}, {"model": "m"}, {"service_type": "openai"}):
-                seen: list[str] = []
-                db.set_trace_callback(seen.append)
-                smolrouter.read_points(db, 1, level, given)
-                db.set_trace_callback(None)
-                assert not [s for s in plan(seen[0], ()) if s.startswith("SCAN")], seen[0]
+
+        window = smolrouter.Window.of(3600, time.time())
+
+        def plans(function: Callable[..., Any], *args: Any) -> list[str]:
+            """Return the plans of the statements that a function runs; none walks the log."""
+            seen: list[str] = []
+            db.set_trace_callback(seen.append)
+            function(*args)
+            db.set_trace_callback(None)
+            steps = [step for sql in seen for step in plan(sql, ())]
+            assert steps and not [s for s in steps if s.startswith("SCAN requests")], seen
+            return steps
+
+        for given in (
+            {},
+            {"model": "m"},
+            {"service_type": "o"},
+            {"model": "m", "service_type": "o"},
+        ):
+            for level in range(12):
+                steps = plans(smolrouter.read_points, db, window, level, given)
                 # The few rows that match are found in their index.
-                if given and level < 3:
-                    assert re.search(r"USING INDEX by_(sent|service) ", plan(seen[0], ())[0])
+                index = "by_sent" if "model" in given else "by_service" if given else "by_time"
+                assert f"USING INDEX {index if level < 3 else 'sample'} " in steps[0].replace(
+                    "COVERING ", ""
+                )
+            for group in ("model", "service_type"):
+                plans(smolrouter.read_tallies, db, window, group, given)
+        plans(smolrouter.read_times, db, window)
+        plans(smolrouter.read_last_hour, None, db, "http://box:1")
+        plans(smolrouter.export_page, make_store(tmp_path), db, {"since": 3600.0})
 
 
 # --- live events, one request, servers and routes -------------------------------------
