@@ -8991,6 +8991,8 @@ class Store:
         self.bytes_limit = settings.max_total_storage_size
         self.max_age = settings.max_log_age_days * 86_400
         self.prune_at = 0.0
+        # From this monotonic moment on, interrupted requests are looked for again.
+        self.look_at = 0.0
         self.bodies: BodyFiles | BodyMemory = BodyMemory()
         if settings.blob_storage_type == "filesystem":
             self.bodies = BodyFiles(settings.blob_storage_path)
@@ -9358,13 +9360,10 @@ class RequestLog:
         # How many records of `finished`, the oldest ones, have their row.
         self.ready_rows = 0
         self.last_id = 0
-        # Octets of bodies that were put into memory, and of those that are gone from it. The event
-        # loop alone writes the first, the thread alone the second.
+        # Octets of bodies that the event loop has put into memory, and that the thread has freed.
         self.bytes_received = 0
         self.bytes_released = 0
-
-        # Rows that were dropped because the database did not take them: since the start, and since
-        # the trouble that it is in has begun.
+        # Rows that the database never took: since the start, and since its trouble has begun.
         self.lost = 0
         self.lost_in_trouble = 0
         # The tallies since the start, by service, model and server, for /metrics.
@@ -9384,8 +9383,6 @@ class RequestLog:
         self.opened = threading.Event()
         # After trouble nothing is written before this moment.
         self.retry_at = 0.0
-        # From this moment on, interrupted requests are looked for again.
-        self.interrupted_at = 0.0
         # A reader had an error that says that the file is damaged.
         self.is_suspect = False
         # There is more to delete.
@@ -9794,9 +9791,9 @@ class RequestLog:
     def finish_interrupted(self) -> None:
         """Now and then, finish the rows of requests that nobody else is going to finish."""
         now = time.monotonic()
-        if self.store is None or self.error or now < self.interrupted_at:
+        if self.store is None or self.error or now < self.store.look_at:
             return
-        self.interrupted_at = now + self.limits.interrupted_interval
+        self.store.look_at = now + self.limits.interrupted_interval
         # In this order, in which records move on.
         living = {record.id for record in [*list(self.running.values()), *list(self.finished)]}
         try:
