@@ -3214,18 +3214,19 @@ def may_be_whole(protocol: Protocol, format: EventFormat, data: bytes, closed: b
 
 # --- token counts ---------------------------------------------------------------------
 # Servers count under many names, and not always under those of the protocol of their path. So the
-# names of all protocols are tried, the best one first. A + joins counts that have to be added.
+# names of all protocols are tried, the best one first. Some servers split a count in parts, which
+# have to be added: their names stand together.
 # Where a server says the total alone, as for embeddings, there is nothing but the prompt to count.
 
 PROMPT_COUNTS = (
-    "prompt_tokens",
-    "prompt_eval_count",
-    "input_tokens+cache_read_input_tokens+cache_creation_input_tokens",
-    "prompt_n+cache_n",
-    "total_tokens",
+    ("prompt_tokens",),
+    ("prompt_eval_count",),
+    ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
+    ("prompt_n", "cache_n"),
+    ("total_tokens",),
 )
-COMPLETION_COUNTS = ("completion_tokens", "output_tokens", "eval_count", "predicted_n")
-CACHED_COUNTS = ("cached_tokens", "cache_read_input_tokens", "cache_n")
+COMPLETION_COUNTS = (("completion_tokens",), ("output_tokens",), ("eval_count",), ("predicted_n",))
+CACHED_COUNTS = (("cached_tokens",), ("cache_read_input_tokens",), ("cache_n",))
 # Some servers write `12.0`.
 TOKEN_COUNT = re.compile(
     rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?:\.0{1,15})?(?![0-9.eE])'
@@ -3243,15 +3244,14 @@ class Usage(NamedTuple):
     cached: int | None = None
 
 
-def add_counts(counts: Mapping[str, int], names: Iterable[str]) -> int | None:
-    """Return the sum under the first name that is known.
+def add_counts(counts: Mapping[str, int], choices: Iterable[Sequence[str]]) -> int | None:
+    """Return the sum of the counts of the first choice whose first count is known.
 
-    `{"a": 1, "b": 2}`, `["x", "a+b"]`  ->  3
+    `{"a": 1, "b": 2}`, `[("x",), ("a", "b", "c")]`  ->  3
     """
-    for joined in names:
-        first, *others = joined.split("+")
-        if first in counts:
-            return counts[first] + sum(counts.get(name, 0) for name in others)
+    for names in choices:
+        if names[0] in counts:
+            return sum(counts.get(name, 0) for name in names)
     return None
 
 
@@ -6383,6 +6383,8 @@ def hide_secrets(content: bytes, secrets: Secrets) -> bytes:
 
 def hide_in_text(text: str, secrets: Secrets) -> str:
     """Do what `hide_secrets` does, for a text; lone surrogates become `?`."""
+    if not secrets and text.isascii():
+        return text
     return hide_secrets(text.encode("utf-8", "replace"), secrets).decode()
 
 
@@ -9424,7 +9426,8 @@ class RequestLog:
 
     def append_body(self, record: RequestRecord, data: bytes) -> None:
         """Keep a piece of an answer, up to the limits; from then on the answer's end alone."""
-        memory_left = self.limits.body_memory - self.body_bytes
+        # `body_bytes`, worked out here: this is done for every word that a model says.
+        memory_left = self.limits.body_memory - self.bytes_received + self.bytes_released
         most = min(self.body_limit - record.pieces_size, memory_left)
         if record.response_cut or len(data) > most:
             answer_end = record.answer_end + data[-ANSWER_END:]
