@@ -797,6 +797,8 @@ class Limits:
     # All running requests together may hold so much content; while they do, another long one
     # gets 503. While it is read and edited, JSON takes about four times its length.
     held_content: int = 256 * MiB
+    # So many requests begin in one turn of the event loop, which takes some 5 ms then.
+    requests_per_turn: int = 32
     # Python's default of 100 makes the 101st client of a burst wait for one to three seconds.
     listen_backlog: int = 4096
     # Connections accepted in one turn of the event loop: while hundreds begin at once, the
@@ -12521,6 +12523,44 @@ def open_listeners(settings: Settings, limits: Limits) -> list[socket.socket]:
     return listeners
 
 
+class RequestTurns:
+    """Lets a few requests begin in each turn of the event loop, and the others wait.
+
+    When hundreds of requests come at once, one turn would begin all of them, and the words of
+    answers that are on their way would wait for its end.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        # How many requests have begun in this turn, and those that wait for a later one.
+        self.begun = 0
+        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+
+    async def wait(self) -> None:
+        """Wait, before a request begins, for a turn in which few have begun."""
+        loop = asyncio.get_running_loop()
+        if self.begun == 0:
+            loop.call_soon(self.begin_turn, loop)
+        if self.begun < self.limits.requests_per_turn:
+            self.begun += 1
+            return
+        turn = loop.create_future()
+        self.waiting.append(turn)
+        await turn
+
+    def begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the requests begin that have waited longest."""
+        self.begun = 0
+        while self.waiting and self.begun < self.limits.requests_per_turn:
+            turn = self.waiting.popleft()
+            # The client of a request that waited may have left.
+            if not turn.done():
+                turn.set_result(None)
+                self.begun += 1
+        if self.begun:
+            loop.call_soon(self.begin_turn, loop)
+
+
 class HTTPServer:
     """Accepts connections and serves their requests."""
 
@@ -12530,6 +12570,7 @@ class HTTPServer:
         self.settings = application.settings
         self.limits = application.context.limits
         self.capacity = find_capacity(self.settings.max_connections, self.limits.spare_files)
+        self.turns = RequestTurns(self.limits)
         # The connection that each task serves.
         self.connections: dict[asyncio.Task[None], Connection] = {}
         self.listeners = listeners
@@ -12628,6 +12669,7 @@ class HTTPServer:
         if head is None:
             return False
         request = self.make_request(connection, peer, head)
+        await self.turns.wait()
         await self.application.serve(request)
         connection.ignore_disconnect()
         # A client that sends requests and reads no answers must not fill the memory with them.

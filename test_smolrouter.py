@@ -13653,6 +13653,47 @@ def test_dawdler_is_answered_408(
 # --- many connections -----------------------------------------------------------------
 
 
+def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order() -> None:
+    async def begin(count: int, left: Sequence[int]) -> list[list[int]]:
+        limits = dataclasses.replace(smolrouter.LIMITS, requests_per_turn=3)
+        turns = smolrouter.RequestTurns(limits)
+        begun: list[int] = []
+
+        async def serve(number: int) -> None:
+            await turns.wait()
+            begun.append(number)
+
+        tasks = [asyncio.create_task(serve(number)) for number in range(count)]
+        by_turn: list[list[int]] = []
+        seen = 0
+        # More turns than it can take: one that never lets the last begin ends the test, too.
+        for turn in range(6 * count):
+            await asyncio.sleep(0)
+            if turn == 0:
+                for number in left:
+                    tasks[number].cancel()
+            by_turn.append(begun[seen:])
+            seen = len(begun)
+        for task in tasks:
+            assert task.done()
+        return [numbers for numbers in by_turn if numbers]
+
+    assert run_coroutine(begin(8, [])) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    # Who has left takes nobody's place.
+    assert run_coroutine(begin(8, [3, 5])) == [[0, 1, 2], [4, 6, 7]]
+    assert run_coroutine(begin(2, [])) == [[0, 1]]
+
+
+def test_requests_that_wait_for_their_turn_are_all_served() -> None:
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url}
+    with (
+        Router(settings, limits={"requests_per_turn": 1}) as router,
+        concurrent.futures.ThreadPoolExecutor(20) as pool,
+    ):
+        answers = list(pool.map(lambda number: post_chat(router, f"many-{number}"), range(60)))
+    assert {answer.status for answer in answers} == {200}
+
+
 def test_two_hundred_clients_at_once() -> None:
     def one(number: int) -> str:
         return request(default_router().port, "GET", f"/v1/client-{number}").json["target"]
