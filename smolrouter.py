@@ -7157,6 +7157,8 @@ class Request:
     connection: Connection
     writer: ResponseWriter
     source_host: str
+    # The path in its one spelling, and as soon as its endpoint is known, by its usual name.
+    path: str = ""
     # The dialect of its endpoint, as soon as that is known.
     dialect: Dialect = OPENAI
     content: bytes = b""
@@ -7167,15 +7169,13 @@ class Request:
     # Octets of its content that count against `Limits.held_content`.
     counted_octets: int = 0
 
+    def __post_init__(self) -> None:
+        self.path = self.path or self.head.path
+
     @property
     def host(self) -> str:
         """The authority of the target, or Host."""
         return self.head.host
-
-    @property
-    def path(self) -> str:
-        """The path, in its one spelling."""
-        return self.head.path
 
     @property
     def query(self) -> str:
@@ -12273,25 +12273,60 @@ ENDPOINTS = (
 )
 
 
-def look_up_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
-    """Return the endpoint that serves a request, and all endpoints of its path.
+# Clients whose base URL lacks the /v1, or has it twice, cannot be changed, and others look for a
+# server's health where llama.cpp has it. Each pattern stands for other names of a path, beside
+# what is meant by them. Whatever lies under a path is renamed with it.
+UNVERSIONED = "|".join(path.removeprefix("/v1/") for path in (*MODEL_ENDPOINTS, "/v1/models"))
+OTHER_NAMES = (
+    (re.compile(r"(?:/v1)+(/v1/.*)"), r"\1"),
+    (re.compile(rf"(/(?:{UNVERSIONED})(?:/.*)?)"), r"/v1\1"),
+    (re.compile("/health"), "/healthz"),
+)
 
-    ("POST", "/healthz")  ->  (None, (the endpoint of GET and HEAD,))
+
+def usual_name(path: str) -> str:
+    """Return the name by which ENDPOINTS knows a path.
+
+    `/chat/completions`, `/v1/v1/chat/completions`  ->  `/v1/chat/completions`
     """
+    for pattern, name in OTHER_NAMES:
+        match = pattern.fullmatch(path)
+        if match:
+            return match.expand(name)
+    return path
+
+
+class Found(NamedTuple):
+    """What ENDPOINTS says of a method and a path."""
+
+    # The usual name of the path.
+    path: str
+    # Who serves the method; None for nobody.
+    endpoint: Endpoint | None
+    # All endpoints of the path.
+    of_path: tuple[Endpoint, ...]
+
+
+def look_up_endpoint(method: str, path: str) -> Found:
+    """Return who serves a request.
+
+    ("POST", "/health")  ->  ("/healthz", None, (the endpoint of GET and HEAD,))
+    """
+    path = usual_name(path)
     # A path that stands in the table word for word comes before the patterns that match it, too.
     of_path = tuple(item for item in ENDPOINTS if path in item.paths.split())
     if not of_path:
         of_path = tuple(item for item in ENDPOINTS if item.matches(path))
     for endpoint in of_path:
         if method in endpoint.methods.split():
-            return endpoint, of_path
-    return None, of_path
+            return Found(path, endpoint, of_path)
+    return Found(path, None, of_path)
 
 
 remembered_endpoint = functools.lru_cache(maxsize=256)(look_up_endpoint)
 
 
-def find_endpoint(method: str, path: str) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
+def find_endpoint(method: str, path: str) -> Found:
     """Do what `look_up_endpoint` does, from memory where that can be; long paths are not kept."""
     if len(method) + len(path) > LIMITS.shown_name:
         return look_up_endpoint(method, path)
@@ -12311,9 +12346,6 @@ def missing_endpoint(request: Request, of_path: Sequence[Endpoint]) -> RouterErr
         allowed = allowed_methods(of_path)
         what = f"{request.head.method[:80]} is not allowed for {path}; {allowed} are"
         return MethodNotAllowed(what, ("Allow", allowed))
-    with_version = f"/v1{request.path}"
-    if with_version in (*MODEL_ENDPOINTS, "/v1/models"):
-        return NotFound(f"unknown path {path}; did you mean {with_version}?")
     return NotFound(f"unknown path {path}")
 
 
@@ -12331,7 +12363,7 @@ class Application:
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
-        endpoint, of_path = find_endpoint(request.head.method, request.path)
+        request.path, endpoint, of_path = find_endpoint(request.head.method, request.path)
         if of_path:
             request.dialect = (endpoint or of_path[0]).dialect
         elif request.path.startswith("/api/"):

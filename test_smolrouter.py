@@ -1274,8 +1274,11 @@ async def await_parts(calling: Callable, streamed: bool, parts: list) -> Any:
 
 
 @functools.cache
-def sdk_client(package: str, asynchronous: bool, timeout: float, url: str) -> Any:
-    """Return the client that talks to the router at this URL; it never tries again."""
+def sdk_client(package: str, asynchronous: bool, timeout: float, url: str, base: str) -> Any:
+    """Return the client that talks to the router at this URL; it never tries again.
+
+    `base` is the path that it puts before those of OpenAI's endpoints.
+    """
     # Import it before a stream is open: an import may run the garbage collector, whose warning
     # of a stream that nobody closed would fail some other test.
     with contextlib.suppress(ImportError):
@@ -1285,7 +1288,7 @@ def sdk_client(package: str, asynchronous: bool, timeout: float, url: str) -> An
     if package == "ollama":
         return getattr(module, f"{prefix}Client")(host=url, timeout=timeout)
     return getattr(module, f"{prefix}OpenAI")(
-        base_url=f"{url}/v1",
+        base_url=url + base,
         api_key=CLIENT_KEY,
         organization="homelab",
         max_retries=0,
@@ -1325,13 +1328,14 @@ class Sdk:
     package: str
     asynchronous: bool
     timeout: float = PATIENCE
+    base: str = "/v1"
 
     def __str__(self) -> str:
         return f"{self.package}-{'async' if self.asynchronous else 'sync'}"
 
     def client(self, url: str) -> Any:
         """Return the client for the router at this URL."""
-        return sdk_client(self.package, self.asynchronous, self.timeout, url)
+        return sdk_client(self.package, self.asynchronous, self.timeout, url, self.base)
 
     def call(
         self,
@@ -13374,8 +13378,8 @@ def test_an_export_that_fails_midway_is_cut(
 def test_long_paths_are_not_remembered() -> None:
     for path in ("/v1/" + "x" * 300, "/api/experimental/" + "y" * 300):
         before = smolrouter.remembered_endpoint.cache_info().currsize
-        endpoint, of_path = smolrouter.find_endpoint("POST", path)
-        assert endpoint in of_path
+        found = smolrouter.find_endpoint("POST", path)
+        assert found.endpoint in found.of_path
         assert smolrouter.remembered_endpoint.cache_info().currsize == before
 
 
@@ -13394,6 +13398,72 @@ def test_unknown_path(method: str, path: str) -> None:
         got = request(sdk_router().port, method, path, body)
     assert got.status == 404
     assert got.json["error"]
+
+
+OTHER_NAMES = (
+    # What a client asks for, and what its server is asked for.
+    ("POST", "/chat/completions", "/v1/chat/completions"),
+    ("POST", "/completions?x=%2F", "/v1/completions?x=%2F"),
+    ("POST", "/embeddings", "/v1/embeddings"),
+    ("POST", "/responses", "/v1/responses"),
+    ("GET", "/responses/resp_1", "/v1/responses/resp_1"),
+    ("POST", "/messages", "/v1/messages"),
+    ("POST", "/messages/count_tokens", "/v1/messages/count_tokens"),
+    ("POST", "/rerank", "/v1/rerank"),
+    ("POST", "/audio/speech", "/v1/audio/speech"),
+    ("POST", "/v1/v1/chat/completions", "/v1/chat/completions"),
+    ("POST", "/v1//v1/v1/embeddings/", "/v1/embeddings"),
+    ("GET", "/v1/v1/files/a", "/v1/files/a"),
+    ("POST", "/v1/v10/x", "/v1/v10/x"),
+    ("POST", "/v1/chat/completions/v1/x", "/v1/chat/completions/v1/x"),
+)
+
+
+@pytest.mark.parametrize("method, target, usual", OTHER_NAMES)
+def test_other_names_of_a_path(method: str, target: str, usual: str) -> None:
+    model = default_upstream().add_script(FINE_RESPONSE)
+    body = {"model": model, "messages": []} if method == "POST" else None
+    fields = [("X-Test", model)]
+    got = request(default_router().port, method, target, body, fields)
+    assert got.status == 200
+    heard = [r for r in default_upstream().requests if r.get("X-Test") == model]
+    assert [r.target for r in heard] == [usual]
+    if body:
+        assert wait_for_row(default_router(), model)["path"] == usual
+
+
+@pytest.mark.parametrize("path", ("/models", "/models/tiny", "/v1/v1/models", "/v1/v1/models/tiny"))
+def test_other_names_of_the_list_of_models(path: str) -> None:
+    got = request(models_router().port, "GET", path)
+    usual = f"/v1{path.removeprefix('/v1/v1')}"
+    assert (got.status, got.json) == (200, get_document(models_router(), usual))
+    wrong = request(models_router().port, "POST", f"/api{path}")
+    assert wrong.status == 404
+
+
+@pytest.mark.parametrize("base", ("", "/v1/v1", "/v1/"))
+@each_openai
+def test_openai_with_a_base_url_without_its_version(sdk: Sdk, base: str) -> None:
+    sdk = dataclasses.replace(sdk, base=base)
+    url = models_router().url
+    asked = {"model": "rule-talk", "messages": HELLO_MESSAGES}
+    whole = sdk.call(url, "chat.completions.create", **asked)
+    assert whole.choices[0].message.content == HELLO_ANSWER
+    parts = sdk.call(url, "chat.completions.create", **asked, stream=True)
+    said = [part.choices[0].delta.content or "" for part in parts if part.choices]
+    assert "".join(said) == HELLO_ANSWER
+    assert sdk.call(url, "embeddings.create", model="rule-vectors", input="hi").data
+    assert sdk.call(url, "responses.create", model="rule-respond", input="hi").output_text
+    assert "talk" in [model.id for model in sdk.call(url, "models.list").data]
+    assert sdk.call(url, "models.retrieve", "talk").id == "talk"
+
+
+def test_another_name_of_a_path_is_guarded_alike() -> None:
+    settings = {"API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
+    router = router_filtering(**settings)
+    for path in ("/models", "/chat/completions", "/v1/v1/models", "/v1/v1/x"):
+        assert request(router.port, "GET", path).status == 401
+    assert request(router.port, "GET", "/health").status == 200
 
 
 def test_wrong_method_says_what_is_allowed() -> None:
@@ -13469,8 +13539,9 @@ def test_head_of_the_root_says_that_it_runs() -> None:
     assert data.endswith(b"\r\n\r\n")
 
 
-def test_healthz() -> None:
-    got = request(default_router().port, "GET", "/healthz")
+@pytest.mark.parametrize("path", ("/healthz", "/health"))
+def test_healthz(path: str) -> None:
+    got = request(default_router().port, "GET", path)
     assert (got.status, got.json["status"]) == (200, "ok")
 
 
