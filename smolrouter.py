@@ -12899,8 +12899,16 @@ class RoutesFile:
         self.environ = environ
         # Somebody has set its name: then it has to be there.
         self.named = named
-        self.path = pathlib.Path(settings.routes_config)
         self.fingerprint = self.read_fingerprint()
+
+    @property
+    def path(self) -> pathlib.Path:
+        """Where it is: in the working folder, or else beside the program if it has no name set."""
+        path = pathlib.Path(self.settings.routes_config)
+        beside = pathlib.Path(__file__).with_name(path.name)
+        if not self.named and not path.exists() and beside.exists():
+            return beside
+        return path
 
     def read_fingerprint(self) -> tuple[int, ...] | None:
         """Return what tells one state of the file from another, None when there is none."""
@@ -12920,11 +12928,12 @@ class RoutesFile:
 
     def load(self) -> RoutingTable:
         """Read the table. Raises ConfigError."""
-        name = str(self.path)
-        if not self.named and not self.path.exists():
+        path = self.path
+        name = str(path)
+        if not self.named and not path.exists():
             return parse_routes("", "", self.environ, self.settings)
         try:
-            text = self.path.read_text("utf-8")
+            text = path.read_text("utf-8")
         except (OSError, ValueError) as error:
             remedy = "mend it, or unset the variable"
             raise ConfigError(f"ROUTES_CONFIG={name!r}: {describe(error)}; {remedy}") from None
