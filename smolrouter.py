@@ -372,6 +372,8 @@ ENDPOINT_AT_END = re.compile(
     r"(?:/chat/completions|/v1/(?:completions|embeddings|models|responses)|"
     r"/api/(?:chat|generate|tags))/*$"
 )
+# One of SERVERS: a name may stand before the URL.
+NAMED_URL = re.compile(r"(?:([^=:/]+)=)?(.+)")
 # An origin, or a scheme alone: `app:` is every origin of that scheme. A scheme of web pages is
 # none of these, because it would be anybody's.
 ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+|(?!https?:)[a-z][a-z0-9+.-]*:")
@@ -380,6 +382,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 # What the names of models are compared with: one name, or a pattern that is searched in them.
 NamePattern = str | re.Pattern[str]
+# What SERVERS says: the name and the URL of each, the URL as it stands there.
+NamedURLs = tuple[tuple[str, str], ...]
 # What MODEL_MAP says: pairs of what a name must match and what it becomes, in the order to try.
 ModelMap = tuple[tuple[NamePattern, str], ...]
 
@@ -400,8 +404,13 @@ class UpstreamURL(NamedTuple):
             return host
         return f"{host}:{self.port}"
 
+    @property
+    def without_scheme(self) -> str:
+        """What a server is called that has no name, such as `gpu:8000`."""
+        return f"{self.authority}{self.prefix}"
+
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.prefix}"
+        return f"{self.scheme}://{self.without_scheme}"
 
 
 def require(condition: object, message: str) -> None:
@@ -509,6 +518,37 @@ def parse_text(text: str) -> str:
 def parse_names(text: str) -> tuple[str, ...]:
     """Read names between commas or blanks: 'Box.lan, nas' -> ('box.lan', 'nas')."""
     return tuple(text.replace(",", " ").lower().split())
+
+
+def parse_default_upstream(text: str) -> str:
+    """Read a URL, the name of a server, or `none`: ' gpu' -> 'gpu'.
+
+    What is no URL is looked up among the servers when the routing file is read.
+    """
+    word = parse_text(text).strip()
+    if ABSOLUTE_SCHEME.match(word):
+        parse_upstream_url(word)
+    return word
+
+
+def parse_servers(text: str) -> NamedURLs:
+    """Read servers between commas or blanks, each a URL or `name=URL`.
+
+    'http://mac:1234/v1, gpu=10.0.0.2:8000'
+    ->  (('mac:1234', 'http://mac:1234/v1'), ('gpu', '10.0.0.2:8000'));  'none'  ->  ()
+    """
+    words = text.replace(",", " ").split()
+    servers: dict[str, str] = {}
+    for word in words if words != ["none"] else ():
+        name, url_text = NAMED_URL.fullmatch(word).groups()
+        try:
+            url = parse_upstream_url(url_text)
+        except ValueError as error:
+            raise ValueError(f"{word!r}: {error}; allowed are URL and name=URL") from None
+        name = name or url.without_scheme
+        require(name not in servers, f"{name!r} stands there twice")
+        servers[name] = url_text
+    return tuple(servers.items())
 
 
 def parse_listen_host(text: str) -> str:
@@ -648,7 +688,8 @@ class Settings:
     # Each setting stands on one line: its default, its reader and its help are read together.
     # fmt: off
     # ruff: disable[E501]
-    default_upstream: UpstreamURL = setting("http://localhost:8000", parse_upstream_url, "where a request goes that no rule claims")
+    default_upstream: str = setting("http://localhost:8000", parse_default_upstream, "where a request goes that no rule claims: a URL, a server's name or none; with SERVERS the first of them")
+    servers: NamedURLs = setting("none", parse_servers, "model servers without a routing file: URL or name=URL, between commas or blanks")
     listen_host: str = setting("127.0.0.1", parse_listen_host, "address to listen on")
     listen_port: int = setting("1234", number_between(0, 65535), "port to listen on; 0 takes a free one")
     routes_config: str = setting("routes.yaml", parse_text, "routing file, YAML or JSON; the default one may be missing")
@@ -709,6 +750,8 @@ class Settings:
             except ValueError as error:
                 seen = "<hidden>" if field.name == "jwt_secret" else repr(text)
                 raise ConfigError(f"{source}={seen}: {error}") from None
+        if values.get("servers") and "default_upstream" not in values:
+            _, values["default_upstream"] = values["servers"][0]
         settings = cls(**values)
         settings.check_policies()
         return settings
@@ -5002,7 +5045,7 @@ class Server:
     headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
     verify: bool = True
     # What to say about its URL when the table is read.
-    warning: str | None = None
+    warning: str | None = dataclasses.field(default=None, compare=False)
 
     def __hash__(self) -> int:
         # All fields still count for equality. To hash them all takes time with each look-up.
@@ -5065,7 +5108,8 @@ class RoutingTable:
     can be the key of what is remembered about it: it is equal to no other.
     """
 
-    default: Server
+    # None refuses what nothing claims.
+    default: Server | None
     servers: Mapping[str, Server]
     aliases: Mapping[str, Target]
     rules: tuple[Rule, ...]
@@ -5076,7 +5120,7 @@ class RoutingTable:
         """Return every server that can be asked, each once; those outside `servers` come first."""
         targets = [rule.target for rule in self.rules]
         targets += self.aliases.values()
-        used_servers = [self.default]
+        used_servers = [self.default] if self.default else []
         for target in targets:
             used_servers.extend(instance.server for instance in target.instances)
         # A route or an alias may have a URL instead of a name, and several may have the same.
@@ -5090,7 +5134,10 @@ class RoutingTable:
 
 
 class Decision(NamedTuple):
-    """Where a request goes, in order, and why; every instance has the model it is asked for."""
+    """Where a request goes, in order, and why; every instance has the model it is asked for.
+
+    There are no instances when nothing claims the model and DEFAULT_UPSTREAM is none.
+    """
 
     requested_model: str
     mapped_model: str
@@ -5269,14 +5316,16 @@ class Node(NamedTuple):
 class TableReader:
     """Reads a routing file's document into the parts of a table; every error names its place."""
 
-    def __init__(self, root: Node, default_url: UpstreamURL) -> None:
+    def __init__(self, root: Node, settings: Settings) -> None:
         servers, aliases, routes = root.members("servers", "aliases", "routes")
         self.servers: dict[str, Server] = {}
         for node in servers.entries():
             self.servers[node.path[-1]] = self.read_server(node)
+        for name, url_text in settings.servers:
+            self.add_server(name, url_text)
         # The URL behind each name: no name may stand for two.
         self.url_of_name = {name: server.url for name, server in self.servers.items()}
-        self.default = self.find_default(default_url)
+        self.default = self.find_default(settings.default_upstream)
         self.aliases: dict[str, Target] = {}
         for node in aliases.entries():
             self.aliases[node.path[-1]] = self.read_alias(node)
@@ -5285,16 +5334,41 @@ class TableReader:
             listed = routes.elements("not a list; begin each route with `- match:`")
             self.rules = tuple(self.read_rule(node) for node in listed)
 
-    def find_default(self, url: UpstreamURL) -> Server:
-        """Return the named server that has the URL of DEFAULT_UPSTREAM, with its key and fields."""
-        for server in self.servers.values():
-            if server.url == url:
-                return server
-        return self.name_server(url, "default")
+    def server_at(self, url: UpstreamURL) -> Server | None:
+        """Return the named server with this URL, with its key and fields; None if there is none."""
+        return next((server for server in self.servers.values() if server.url == url), None)
+
+    def add_server(self, name: str, url_text: str) -> None:
+        """Add a server of SERVERS, unless it stands in the routing file, too."""
+        url = parse_upstream_url(url_text)
+        if name == url.without_scheme and self.server_at(url):
+            return
+        server = Server(name, url, warning=url_warning("SERVERS", url_text))
+        if self.servers.setdefault(name, server).url != url:
+            words = f"{name!r} is {url}, in the routing file {self.servers[name].url}"
+            raise ConfigError(f"SERVERS: {words}; rename one of them")
+
+    def find_default(self, text: str) -> Server | None:
+        """Return the server that DEFAULT_UPSTREAM means by its name or its URL; None for `none`."""
+        if text.lower() == "none":
+            return None
+        if text in self.servers:
+            return self.servers[text]
+        try:
+            url = parse_upstream_url(text)
+        except ValueError as error:
+            names = ", ".join([*self.servers, "none"])
+            allowed = f"allowed are a URL and {names}"
+            raise ConfigError(f"DEFAULT_UPSTREAM={text!r}: {error}; {allowed}") from None
+        named_server = self.server_at(url)
+        if named_server:
+            return named_server
+        server = self.name_server(url, "default")
+        return dataclasses.replace(server, warning=url_warning("DEFAULT_UPSTREAM", text))
 
     def name_server(self, url: UpstreamURL, *preferred_names: str) -> Server:
         """Return a server that the file gives no name, with one that no other URL has."""
-        for name in (*preferred_names, f"{url.authority}{url.prefix}"):
+        for name in (*preferred_names, url.without_scheme):
             # A free name is this URL's from now on.
             if self.url_of_name.setdefault(name, url) == url:
                 return Server(name, url)
@@ -5387,7 +5461,11 @@ class TableReader:
         if model in given:
             # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
-        server = self.read_upstream(upstream) if upstream in given else self.default
+        server = self.default
+        if upstream in given:
+            server = self.read_upstream(upstream)
+        elif server is None:
+            raise node.error("DEFAULT_UPSTREAM is none; name an `upstream`, too")
         return Target((Instance(server, model.value),))
 
 
@@ -5486,8 +5564,8 @@ def parse_routes(
     document = parse_document(text if text.strip() else "{}", name)
     root = Node(document.value, (), document)
     root = root.replace(root.expand_variables(environ))
-    reader = TableReader(root, settings.default_upstream)
-    return RoutingTable(
+    reader = TableReader(root, settings)
+    table = RoutingTable(
         default=reader.default,
         servers=reader.servers,
         aliases=reader.aliases,
@@ -5495,6 +5573,9 @@ def parse_routes(
         model_map=settings.model_map,
         source=name,
     )
+    if not table.all_servers():
+        raise ConfigError("DEFAULT_UPSTREAM='none': there is no other server; set SERVERS")
+    return table
 
 
 # --- decisions --------------------------------------------------------------------------
@@ -5521,6 +5602,12 @@ class Claim(NamedTuple):
 
     route: str
     target: Target
+
+
+# The routes of requests that no rule claims: to DEFAULT_UPSTREAM, or nowhere when that is none.
+BY_DEFAULT = "default"
+UNCLAIMED = "none"
+NOWHERE = Target(())
 
 
 def match_name(pattern: NamePattern, names: Sequence[str]) -> re.Match[str] | bool:
@@ -5669,10 +5756,13 @@ def claim_by_rule(query: RouteQuery, trail: list[Step]) -> Claim | None:
 
 
 def claim_by_default(query: RouteQuery, trail: list[Step]) -> Claim:
-    """Claim whatever is left for DEFAULT_UPSTREAM."""
+    """Claim whatever is left for DEFAULT_UPSTREAM, which may refuse it."""
     default = query.table.default
+    if default is None:
+        trail.append(Step("DEFAULT_UPSTREAM", False, "no rule claims it, and this is none"))
+        return Claim(UNCLAIMED, NOWHERE)
     trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {default.url}"))
-    return Claim("default", Target((Instance(default),)))
+    return Claim(BY_DEFAULT, Target((Instance(default),)))
 
 
 ROUTE_ORDER: tuple[Callable[[RouteQuery, list[Step]], Claim | None], ...] = (
@@ -10157,6 +10247,7 @@ class Exchange:
         self.request.recorded = True
         self.record.stop = self.stop
         try:
+            await self.check_claim()
             if self.send_load_answer():
                 return
             # Whoever has sent all and closed wants no model to work for nobody.
@@ -10194,6 +10285,17 @@ class Exchange:
         self.request.content = b""
         record.stop = None
         self.context.log.finish(record)
+
+    async def check_claim(self) -> None:
+        """Raise NotFound for a model that nothing claims, with the names that come nearest."""
+        if self.decision.instances:
+            return
+        if not self.decision.requested_model:
+            raise NotFound("no model is named, and there is no default (DEFAULT_UPSTREAM is none)")
+        names: list[str] = []
+        with contextlib.suppress(BadGateway):
+            names += [entry["id"] for entry in await self.context.list_models(self.request)]
+        raise NotFound(unknown_model(self.decision.requested_model, names))
 
     def send_load_answer(self) -> bool:
         """Answer a request that asks for nothing but to load a model; tell whether it was one.
@@ -11707,7 +11809,7 @@ def find_url(table: RoutingTable, text: str) -> str:
     It may be the server's name, its URL, or the URL without `http://`, as the page shows it.
     """
     for server in table.all_servers():
-        if text in (server.name, str(server.url).partition("://")[2]):
+        if text in (server.name, server.url.without_scheme):
             return str(server.url)
     with contextlib.suppress(ValueError):  # it may have been in an earlier table
         return str(parse_upstream_url(text))
@@ -11816,7 +11918,7 @@ def table_document(table: RoutingTable) -> dict[str, Any]:
     model_map = [{"model": pattern_text(key), "to": target} for key, target in table.model_map]
     return {
         "source": table.source,
-        "default": str(table.default.url),
+        "default": str(table.default.url) if table.default else None,
         "servers": servers,
         "aliases": aliases,
         "routes": routes,
@@ -12025,7 +12127,8 @@ async def serve_model(context: Context, request: Request) -> None:
         return
     decision = context.decide(name, request.source_host)
     # A name that a rule, an alias or the model map knows is as good as a listed one.
-    nobody_knows_it = decision.route == "default" and decision.mapped_model == name
+    unclaimed = decision.route in (BY_DEFAULT, UNCLAIMED)
+    nobody_knows_it = unclaimed and decision.mapped_model == name
     found = find_listed(name, listed)
     if found is None and nobody_knows_it:
         words = unknown_model(name, list(listed))
@@ -12942,7 +13045,7 @@ class RoutesFile:
 
 def table_warnings(table: RoutingTable) -> Iterator[str]:
     """Yield a warning for what is allowed in a table, but probably a mistake."""
-    for server in table.servers.values():
+    for server in table.all_servers():
         if server.warning:
             yield server.warning
     named_patterns = [(rule.name, rule.model) for rule in table.rules]
@@ -12968,9 +13071,12 @@ def describe_table(table: RoutingTable) -> list[str]:
         count_things(table.rules, "route", "routes"),
         count_things(table.model_map, "mapped name", "mapped names"),
     )
+    rest = "the rest is refused (DEFAULT_UPSTREAM is none)"
+    if table.default:
+        rest = f"the rest goes to {table.default.url}"
     return [
         f"routes: {table.source or 'no routing file'}: {', '.join(counts)}",
-        f"the rest goes to {table.default.url}",
+        rest,
         *(f"warning: {words}" for words in table_warnings(table)),
     ]
 
@@ -12986,14 +13092,6 @@ class Invocation:
     limits: Limits
     # The flags of the command itself, such as `model` and `source_host` of `explain`.
     options: argparse.Namespace
-
-    def warnings(self) -> list[str]:
-        """Return a warning for what is allowed in the settings, but probably a mistake."""
-        if "default_upstream" not in self.given:
-            return []
-        given = self.given["default_upstream"]
-        words = url_warning(given.source, given.text)
-        return [f"warning: {words}"] if words else []
 
 
 # --- serve ------------------------------------------------------------------------------
@@ -13043,7 +13141,6 @@ class Router:
         self.settings = settings
         self.limits = limits
         self.routes = invocation.routes
-        self.warnings = invocation.warnings()
         self.console = Console()
         # The first signal says that the router is to stop, the second one that it is to hurry.
         self.stopping = asyncio.Event()
@@ -13114,7 +13211,6 @@ class Router:
             rest,
             f"log: requests are {printed} and {kept}",
             f"{policies}; tokens: {secret}",
-            *self.warnings,
             *warnings,
         ):
             self.console.print_line(line)
@@ -13179,7 +13275,7 @@ def run_serve(invocation: Invocation) -> int:
 def run_check(invocation: Invocation) -> int:
     """Validate settings and routing file, print the table."""
     table = invocation.routes.load()
-    lines = [*describe_table(table), *invocation.warnings()]
+    lines = describe_table(table)
     for server in table.all_servers():
         lines.append(f"  server {server.name}: {server.url} ({server.api})")
     for alias in table.aliases.values():
@@ -13505,7 +13601,8 @@ def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.P
         is_taken = port and probe.connect_ex(("127.0.0.1", port)) == 0
     return dataclasses.replace(
         settings,
-        default_upstream=parse_upstream_url(urls["thinker"]),
+        default_upstream=urls["thinker"],
+        servers=(),
         model_map=(),
         listen_host="127.0.0.1",
         listen_port=0 if is_taken else port,
@@ -14500,7 +14597,8 @@ async function explain() {
   const query = {model, source_host: from || "127.0.0.1"};
   const {decision: goes, message} = await askJson("/api/routes", query).catch(error => error);
   byId("explained").replaceChildren(goes ? node("div",
-    empty([named(goes.model), " goes by ", named(goes.route), " to"],
+    empty(goes.instances.length ? [named(goes.model), " goes by ", named(goes.route), " to"]
+      : [named(goes.model), " is refused: nothing claims it"],
       goes.instances.map((one, at) =>
         [at > 0 && ", else ", named(one.model), " on ", named(one.url)])),
     stepsNode(goes.trail)) : message ?? "");

@@ -2121,7 +2121,11 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "DEFAULT_UPSTREAM": (
         ["http://box:8000", "https://box/v1/", "box:8000", "http://[::1]:80/a/b"],
         ["http://", "ftp://box", "http://box:port", "http://box:99999", "http://a b",
-         "http://box/v1/chat/completions", "http://a..b", "http://" + "x" * 70]),
+         "http://box/v1/chat/completions", "http://a..b", "http://" + "x" * 70, "a..b", "none"]),
+    "SERVERS": (
+        ["http://box:8000", "a=box:1,b=http://box:2/v1 box:3", "none", " "],
+        ["a=", "=http://box", "ftp://box", "a=http://box,a=http://box2", "box:1 http://box:1",
+         "http://a..b", "http://box/api/tags"]),
     "DEFAULT_ROUTE": (["http://box:8000"], []),
     "LISTEN_HOST": (
         ["127.0.0.1", "::1", "[::1]", "0.0.0.0", "localhost", "box.lan."],
@@ -2165,6 +2169,43 @@ def test_good_settings() -> None:
         settings = {name: values[turn % len(values)] for name, values in good.items()}
         done = run_program("check", settings=settings)
         assert done.returncode == 0, done.stderr
+
+
+SEVERAL_SERVERS = {"SERVERS": "mac=http://mac:1/v1, gpu:2"}
+DEFAULTS = (
+    # settings, the routing file's servers, the default server, its URL
+    ({}, {}, "default", "http://localhost:8000"),
+    ({}, {"a": "http://a:1"}, "default", "http://localhost:8000"),
+    (SEVERAL_SERVERS, {}, "mac", "http://mac:1"),
+    ({"SERVERS": "gpu:2"}, {"file": "http://gpu:2"}, "file", "http://gpu:2"),
+    ({**SEVERAL_SERVERS, "DEFAULT_UPSTREAM": "gpu:2"}, {}, "gpu:2", "http://gpu:2"),
+    ({**SEVERAL_SERVERS, "DEFAULT_UPSTREAM": "http://mac:1"}, {}, "mac", "http://mac:1"),
+    ({**SEVERAL_SERVERS, "DEFAULT_ROUTE": "http://b"}, {}, "default", "http://b"),
+    ({"DEFAULT_ROUTE": "http://b", "DEFAULT_UPSTREAM": "http://c"}, {}, "default", "http://c"),
+    ({"DEFAULT_UPSTREAM": "a"}, {"b": "http://b", "a": "http://a:1"}, "a", "http://a:1"),
+    ({"DEFAULT_UPSTREAM": "http://a:1/v1/"}, {"b": "http://b", "a": "a:1"}, "a", "http://a:1"),
+)
+
+
+@pytest.mark.parametrize("given, servers, name, url", DEFAULTS)
+def test_the_default_server(given: dict, servers: dict, name: str, url: str) -> None:
+    settings = smolrouter.Settings.from_mapping(given)
+    table = smolrouter.parse_routes(json.dumps({"servers": servers}), "routes", {}, settings)
+    assert (table.default.name, str(table.default.url)) == (name, url)
+    names = [server.name for server in table.all_servers()]
+    assert len(set(names)) == len(names)
+
+
+def test_servers_stand_behind_those_of_the_routing_file() -> None:
+    settings = smolrouter.Settings.from_mapping({"SERVERS": "a=http://a, http://b, c=http://c"})
+    text = (
+        '{"servers": {"z": "http://z", "b-box": "http://b/v1", "a": {"url": "a", "api_key": "k"}}}'
+    )
+    table = smolrouter.parse_routes(text, "routes", {}, settings)
+    assert list(table.servers) == ["z", "b-box", "a", "c"]
+    assert table.default is table.servers["a"] and table.default.api_key == "k"
+    with pytest.raises(smolrouter.ConfigError, match="SERVERS: 'c' is http://c, in the routing"):
+        smolrouter.parse_routes('{"servers": {"c": "http://d"}}', "routes", {}, settings)
 
 
 def test_bad_settings_stop_with_one_line(
@@ -7432,6 +7473,54 @@ def test_the_tag_latest_makes_no_model_unknown() -> None:
         assert request(tagged_router().port, "GET", f"/v1/models/{name}").status == 200
     assert request(tagged_router().port, "POST", "/api/show", {"model": "no:latest"}).status == 404
     assert request(tagged_router().port, "GET", "/v1/models/no").status == 404
+
+
+# --- servers without a routing file ---------------------------------------------------
+
+
+def test_servers_and_their_pins() -> None:
+    one, two = Upstream(models=["one", "twin"]), Upstream(models=["two", "twin"])
+    with one, two, Router({"SERVERS": f"{one.url}/v1, two={two.url}"}) as router:
+        assert f"twin [{one.authority}]" in model_names(router)
+        for name, upstream in ((one.authority, one), ("two", two)):
+            assert post_chat(router, f"twin [{name}]").status == 200
+            assert last_request(upstream).model == "twin"
+        assert post_chat(router, "anything").get("X-SmolRouter-Upstream") == one.url
+
+
+def test_a_model_that_nothing_claims_is_refused_with_the_nearest_names() -> None:
+    aliases = {"llama3-mine": {"instances": ["a/llama3"]}}
+    with Upstream(models=["llama3"]) as upstream:
+        routes = {"servers": {"a": upstream.url}, "aliases": aliases}
+        with Router({"DEFAULT_UPSTREAM": "none"}, routes) as router:
+            for path in (CHAT, "/v1/embeddings", "/api/chat", "/api/generate", "/api/embed"):
+                body = {**EXAMPLE_REQUESTS[path], "model": "lama3-mine"}
+                got = request(router.port, "POST", path, body)
+                assert (
+                    got.status == 404
+                    and b"'lama3-mine'; the nearest are llama3-mine" in got.content
+                )
+                check_error(path, got)
+            # To load a model, and what names none.
+            got = request(router.port, "POST", "/api/chat", {"model": "no", "messages": []})
+            assert (got.status, got.json["error"][:19]) == (404, "no such model 'no';")
+            got = request(router.port, "GET", "/v1/files")
+            assert got.status == 404 and b"DEFAULT_UPSTREAM is none" in got.content
+            assert request(router.port, "GET", "/v1/models/lama3").status == 404
+            assert post_chat(router, "llama3-mine").status == 200
+            row = wait_for_row(router, "lama3-mine")
+            assert (row["status_code"], row["attempts"]) == (404, [])
+            found = get_document(router, "/api/routes?model=lama3")
+            assert (found["default"], found["decision"]["instances"]) == (None, [])
+    done = run_program("check", settings={"DEFAULT_UPSTREAM": "NONE", "SERVERS": "a=http://a"})
+    assert (done.returncode, "the rest is refused" in done.stdout) == (0, True)
+
+
+def test_a_model_alone_needs_a_default() -> None:
+    with pytest.raises(
+        smolrouter.ConfigError, match=r"routes\[0\]\.route: DEFAULT_UPSTREAM is none"
+    ):
+        routing(route({}, X), DEFAULT_UPSTREAM="none")
 
 
 # --- names that break no head ---------------------------------------------------------
@@ -14023,6 +14112,23 @@ def test_alone_it_relays(folder: pathlib.Path) -> None:
         assert "Traceback" not in it.stderr
 
 
+def test_the_routing_file_is_looked_for_beside_the_program(folder: pathlib.Path) -> None:
+    (folder / "routes.yaml").write_text('{"servers": {"beside": "http://beside"}}')
+    work = folder / "work"
+    work.mkdir()
+
+    def check(**settings: str) -> Any:
+        command = [sys.executable, str(folder / "smolrouter.py"), "check"]
+        environment = bare_environment(settings)
+        return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+
+    assert "server beside:" in check().stdout
+    # Set by its name, it has to be where that says.
+    assert check(ROUTES_CONFIG="routes.yaml").returncode == 2
+    (work / "routes.yaml").write_text('{"servers": {"near": "http://near"}}')
+    assert "server near:" in check().stdout
+
+
 def test_alone_it_checks_json(folder: pathlib.Path) -> None:
     (folder / "routes.yaml").write_text(json.dumps(TABLE, indent=1))
     done = alone(folder, "check")
@@ -14238,6 +14344,14 @@ def test_check_prints_the_table(folder: pathlib.Path) -> None:
     assert done.returncode == 0
     for word in ("fast-box", "http://127.0.0.1:9", "assistant", "llama3-8b", "small"):
         assert word in done.stdout
+
+
+def test_check_warns_of_urls_without_a_scheme(folder: pathlib.Path) -> None:
+    done = alone(folder, "check", SERVERS="a=box:1", DEFAULT_UPSTREAM="box:2")
+    assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == [
+        "warning: DEFAULT_UPSTREAM: 'box:2' has no scheme; http:// is assumed",
+        "warning: SERVERS: 'box:1' has no scheme; http:// is assumed",
+    ]
 
 
 def test_check_warns_of_what_hardly_is_meant(folder: pathlib.Path) -> None:
