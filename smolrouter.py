@@ -8453,6 +8453,11 @@ CORRUPT_MESSAGE = re.compile(r"malformed|not a database")
 # Shorter details are kept as they are. To pack them saves little, and each call of zlib gives up
 # Python's interpreter lock, for which this thread then has to wait again.
 MIN_PACKED = 2 * KiB
+# Pieces of an answer up to the first length are gathered in one up to the second. Python keeps
+# small objects by the megabyte, which it gives back to the system only when all of it is free:
+# the events of hundreds of streams would leave a few objects in each of many.
+SMALL_PIECE = 512
+LONGEST_GATHERED = 16 * KiB
 # Of an answer that is not kept whole, so much of its end is looked at for its usage.
 ANSWER_END = 8 * KiB
 # Each step of pruning deletes so many rows, and gives so many pages back to the file system.
@@ -8594,7 +8599,7 @@ class RequestRecord:
     stop: Callable[[], None] | None = None
 
     # The answer as the upstream has sent it, as far as it is kept, and its size.
-    pieces: list[bytes] = dataclasses.field(default_factory=list)
+    pieces: list[bytes | bytearray] = dataclasses.field(default_factory=list)
     pieces_size: int = 0
     # When not all of an answer is kept: its last octets, where most servers tell the usage.
     answer_end: bytes = b""
@@ -9528,8 +9533,14 @@ class RequestLog:
             data = b"" if record.response_cut else data[: max(0, most)]
             record.response_cut = True
         if data:
-            record.pieces.append(data)
             size = len(data)
+            pieces = record.pieces
+            if size > SMALL_PIECE:
+                pieces.append(data)
+            elif pieces and len(pieces[-1]) < LONGEST_GATHERED and type(pieces[-1]) is bytearray:
+                pieces[-1] += data
+            else:
+                pieces.append(bytearray(data))
             record.pieces_size += size
             record.body_bytes += size
             self.bytes_received += size

@@ -11495,6 +11495,27 @@ def test_bodies_over_all_memory_are_cut_and_cost_no_estimate(
     assert (detail.request, detail.response) == (content[:size], answer[: 50 if size == 50 else 0])
 
 
+def test_events_are_gathered(log_folder: LogFolder) -> None:
+    """Many small objects would leave Python's memory full of holes."""
+    with running_log(log_folder) as log:
+        record = new_record(1)
+        record.pieces = []
+        log.begin(record)
+        events = [b"data: %d\n\n" % number for number in range(5000)]
+        for event in events:
+            log.append_body(record, event)
+        long = b"x" * 5000
+        for piece in (long, b"the", b" end"):
+            log.append_body(record, piece)
+        assert b"".join(record.pieces) == b"".join(events) + long + b"the end"
+        assert len(record.pieces) < 10 and long in record.pieces
+        assert record.pieces_size == sum(map(len, record.pieces))
+        record.stream = True
+        assert record.event_count == 5000
+        log.finish(record)
+        assert log_folder.wait_for_rows(1) == 1
+
+
 def test_the_backlog_is_bounded(log_folder: LogFolder) -> None:
     """Rows and bodies that no database takes: the oldest go, and the memory is bounded."""
     log_folder.file.mkdir()  # where the database should be
