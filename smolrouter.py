@@ -12723,6 +12723,8 @@ class HTTPServer:
         self.accepting: list[asyncio.Task[None]] = []
         self.has_room = asyncio.Event()
         self.has_room.set()
+        # Requests that have ended, on all connections.
+        self.served = 0
 
     # Accepting
 
@@ -12789,6 +12791,7 @@ class HTTPServer:
         try:
             while await self.serve_next_request(connection, peer, served):
                 served += 1
+                self.served += 1
         except (OSError, RouterError):
             # The client went away between two messages, or was idle for too long. There is nobody
             # to tell it to.
@@ -12804,6 +12807,8 @@ class HTTPServer:
                 connection.abort()
             else:
                 connection.close()
+            # Also the last one, which may have been cut.
+            self.served += 1
 
     async def serve_next_request(self, connection: Connection, peer: str, served: int) -> bool:
         """Serve one request; return whether another may follow. `served` have gone before it."""
@@ -13189,13 +13194,19 @@ class Router:
     async def watch(self) -> None:
         """Look at the routing file every two seconds; give memory back after requests."""
         log = self.context.log
-        last_id = 0
+        # What has been freed since then is given back: the memory of requests that have ended, and
+        # of rows that were written later.
+        seen = (0, 0)
         while True:
             await asyncio.sleep(self.limits.reload_interval)
             if self.routes.has_changed():
                 self.reload()
-            if log.last_id != last_id:
-                last_id = log.last_id
+            if seen != (self.server.served, log.backlog):
+                seen = (self.server.served, log.backlog)
+                if not log.running:
+                    # Connections that asyncio has closed are cycles. Python finds these by itself
+                    # when they are thousands; nobody waits for it now.
+                    gc.collect()
                 await asyncio.get_running_loop().run_in_executor(None, return_memory)
 
     def interrupt(self) -> None:

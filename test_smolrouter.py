@@ -14549,6 +14549,64 @@ def test_a_database_whose_name_is_no_text(tmp_path: pathlib.Path) -> None:
         assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
+# --- memory, and the end ---
+
+# What a process runs whose router tells on stderr when some function of the program is called.
+START_WITH_WATCH = """
+import sys
+sys.path.insert(0, {folder!r})
+import smolrouter
+owner = {owner}
+called = owner.{name}
+
+def watched(*args):
+    called(*args)
+    print("called", args[-1:], file=sys.stderr, flush=True)
+
+owner.{name} = watched
+sys.exit(smolrouter.main(sys.argv[2:], smolrouter.Limits(reload_interval=0.05)))
+"""
+
+
+def watched_router(owner: str, name: str, **settings: Any) -> Router:
+    """Start a router that prints a line, `called`, whenever this function has been called."""
+    code = START_WITH_WATCH.format(folder=str(SMOLROUTER.parent), owner=owner, name=name)
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url, "WEBUI_SECURITY": "NONE", **settings}
+    return Router(settings, python=(sys.executable, "-c", code))
+
+
+def test_memory_is_given_back_when_requests_have_ended() -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_response([RAW_WORD], whole=False)
+        gate.wait(PATIENCE)
+        yield from encode_chunks(RAW_STOP, RAW_DONE)
+
+    model = default_upstream().add_script(script)
+    with watched_router("smolrouter", "return_memory", LOG_LEVEL="ERROR") as router:
+
+        def settled() -> int:
+            """Return how often it was given back, when that seems to be over."""
+            seen = -1
+            while seen != router.stderr.count("called"):
+                seen = router.stderr.count("called")
+                time.sleep(0.3)
+            return seen
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(post_chat, router, model, stream=True)
+            assert wait_until(lambda: get_document(router, "/api/inflight"))
+            before = settled()
+            gate.set()
+            assert asked.result().status == 200
+        assert wait_until(lambda: router.stderr.count("called") > before)
+        # So it is after what the page asks.
+        before = settled()
+        assert get_document(router, "/api/logs")
+        assert wait_until(lambda: router.stderr.count("called") > before)
+
+
 # --- a routing file that changes ------------------------------------------------------
 
 
