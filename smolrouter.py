@@ -8401,7 +8401,8 @@ COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, o
 # `mapped_model` what MODEL_MAP makes of it, and `sent_model` what the server was asked for.
 # `timestamp` and `completed_at` are in ms since 1970; `failed` is None while the request runs.
 # `level` lets the performance page draw an even sample of a long log: half of all rows have 0, a
-# quarter has 1, and so on.
+# quarter has 1, and so on. It is None when no model was asked for an answer: without a model, or
+# to load one alone. Such a request is counted, and is in no figure of a model.
 Row = collections.namedtuple("Row", COLUMNS)
 
 # For each hour, service, model and server a tally is kept: these sums, and two histograms. The
@@ -8519,6 +8520,8 @@ INSERT INTO rollups
     DO UPDATE SET requests = requests + excluded.requests, errors = errors + excluded.errors""",
     # What is of a time is found by it. Ids tell it only as long as no clock has been ahead.
     "CREATE INDEX by_time ON requests (timestamp)",
+    # What asked no model has no point.
+    "UPDATE requests SET level = NULL WHERE sent_model = '' AND mapped_model = ''",
 )
 
 
@@ -8578,6 +8581,9 @@ class RequestRecord:
     started_at: float = dataclasses.field(default_factory=time.monotonic)
     # `RequestLog.begin` numbers it.
     id: int = 0
+
+    # It has no prompt, and so asks for nothing but to load a model, or to unload it.
+    only_loads: bool = False
 
     # What its exchange finds out. The phase is "waiting", for the first octet of an answer, or
     # "streaming".
@@ -8643,6 +8649,14 @@ class RequestRecord:
     def path(self) -> str:
         """The target without its query."""
         return self.target.partition("?")[0]
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended with an error, which may have come after the head of a good answer.
+
+        This decides what is a failure in rows, and by them in lists, figures and metrics.
+        """
+        return self.status >= 400 or bool(self.error)
 
     @property
     def shown_target(self) -> str:
@@ -8753,6 +8767,19 @@ def encode_attempts(record: RequestRecord) -> str:
     return hide_in_text(dump_compact(attempts), record.secrets)
 
 
+def make_level(record: RequestRecord) -> int | None:
+    """Return the level of a request: 0 for half of all, 1 for a quarter, and so on.
+
+    It is the lowest bit that is set in a hash, not in a random number, so that the finished row of
+    a request has the level of the row that it replaces. What no model was to answer has none.
+    """
+    has_loaded = record.only_loads and not record.has_failed
+    if has_loaded or not (record.sent_model or record.mapped_model):
+        return None
+    chance = hash(record.request_id)
+    return (chance & -chance).bit_length() - 1
+
+
 def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Row:
     """Return the row of a request; without `finished`, the row that says that it runs."""
     usage, is_estimated = count_tokens(record, detail)
@@ -8765,14 +8792,9 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
     if finished and record.finished_at is not None:
         duration = round((record.finished_at - record.started_at) * 1000, 1)
         completed_at = timestamp + int(duration)
-        failed = int(record.status >= 400 or bool(record.error))
+        failed = int(record.has_failed)
     if record.stream and record.first_token_at is not None:
         ttft = round((record.first_token_at - record.started_at) * 1000, 1)
-    # The level: the lowest bit that is set is bit 0 in half of all numbers, bit 1 in a quarter, and
-    # so on. A hash, not a random number, so that the finished row of a request has the level of
-    # the row that it replaces.
-    chance = hash(record.request_id)
-    level = (chance & -chance).bit_length() - 1
     return Row(
         record.id,
         record.request_id,
@@ -8802,7 +8824,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         hide_in_text(cut_name(shown.user_agent), record.secrets),
         shown.client_key,
         failed,
-        level,
+        make_level(record),
     )
 
 
@@ -8910,7 +8932,9 @@ counted_values = operator.attrgetter(*COUNTED)
 
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
     """Return under what a request is counted: hour, service, model and server."""
-    model = row.sent_model or row.mapped_model
+    model = ""
+    if row.level is not None:
+        model = row.sent_model or row.mapped_model
     return row.timestamp // HOUR_MS, row.service_type, model, row.upstream_url
 
 
@@ -9091,7 +9115,7 @@ class Store:
         self.max_age = settings.max_log_age_days * 86_400
         self.prune_at = 0.0
         # From this monotonic moment on, interrupted requests are looked for again.
-        self.look_at = 0.0
+        self.next_look_at = 0.0
         self.bodies: BodyFiles | BodyMemory = BodyMemory()
         if settings.blob_storage_type == "filesystem":
             self.bodies = BodyFiles(settings.blob_storage_path)
@@ -9897,9 +9921,9 @@ class RequestLog:
     def finish_interrupted(self) -> None:
         """Now and then, finish the rows of requests that nobody else is going to finish."""
         now = time.monotonic()
-        if self.store is None or self.error or now < self.store.look_at:
+        if self.store is None or self.error or now < self.store.next_look_at:
             return
-        self.store.look_at = now + self.limits.interrupted_interval
+        self.store.next_look_at = now + self.limits.interrupted_interval
         # In this order, in which records move on.
         living = {record.id for record in [*list(self.running.values()), *list(self.finished)]}
         try:
@@ -10314,11 +10338,12 @@ class Exchange:
         Clients send one without a prompt so that the model is in memory when the first prompt
         comes. OpenAI's dialect has no such request, so the router says yes itself.
         """
-        first = self.decision.instances[0]
-        if self.dialect.empty is None or first.server.api == self.dialect.service:
+        if self.dialect.empty is None:
             return False
         document = self.dialect.empty(self.parsed, rfc3339(self.record.timestamp))
-        if document is None:
+        self.record.only_loads = document is not None
+        first = self.decision.instances[0]
+        if document is None or first.server.api == self.dialect.service:
             return False
         self.writer.send_json(document)
         return True
@@ -11005,7 +11030,7 @@ SEARCHED = """original_model || ' ' || mapped_model || ' ' || sent_model || ' ' 
     request_id"""
 HAS_WORD = f"{SEARCHED} LIKE ? ESCAPE '\\'"
 # Members of a row's document that no answer has, and those that lists leave out, too.
-NEVER_SHOWN = ("failed", "level")
+NEVER_SHOWN = ("level",)
 UNLISTED = (
     "sent_model",
     "cached_tokens",
@@ -11034,6 +11059,7 @@ POINT = {
     "tokens_per_second": """round(completion_tokens * 1000 /
         nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)""",
     "status_code": "status_code",
+    "failed": "failed",
 }
 # Without the underscore `ORDER BY id`, `timestamp >= ?` and the like would mean these expressions
 # and not the columns, and SQLite would not use its index.
@@ -11046,7 +11072,10 @@ POINT_FILTERS = {
 POINT_INDEXES = {"model": "by_sent", "service_type": "by_service"}
 SUM_FILTERS = {"model": "model = :model", "service_type": "service_type = :service_type"}
 # What a column of the sums is called in a row.
-SUM_KEYS = {"model": MODEL, "service_type": "service_type"}
+SUM_KEYS = {
+    "model": f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END",
+    "service_type": "service_type",
+}
 
 
 class Condition(NamedTuple):
@@ -11270,6 +11299,7 @@ def row_document(row: Row, left_out: Sequence[str] = UNLISTED) -> dict[str, Any]
         "timestamp": rfc3339(row.timestamp / 1000),
         "completed_at": rfc3339(row.completed_at / 1000) if row.completed_at else None,
         "total_tokens": sum(counts) if counts else None,
+        "failed": bool(row.failed),
         "is_inflight": row.failed is None,
         "tokens_estimated": bool(row.tokens_estimated),
         "stream": bool(row.stream),
@@ -11450,8 +11480,7 @@ def read_points(
     index = indexes[0] if indexes else "by_time"
     tests = ["id >= :first_id", "timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
     tests += [POINT_FILTERS[name] for name in filters]
-    if level:
-        tests.append(f"level >= {level}")
+    tests.append(f"level >= {level}")
     if level >= SAMPLE_LEVEL:
         # The condition of the index itself has to be there, or SQLite does not see that it fits.
         tests.append(f"level >= {SAMPLE_LEVEL}")
@@ -11461,7 +11490,10 @@ def read_points(
         "ORDER BY timestamp, id",
         {**window.values(), **filters},
     )
-    return [dict(zip(POINT, row, strict=True)) for row in rows]
+    points = [dict(zip(POINT, row, strict=True)) for row in rows]
+    for point in points:
+        point["failed"] = bool(point["failed"])
+    return points
 
 
 def gather_times(rows: Iterable[Mapping[str, Any]]) -> Mapping[tuple[str, str], list[float]]:
@@ -11499,6 +11531,8 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
     filters = {name: parameters[name] for name in POINT_FILTERS if name in parameters}
     window = Window.of(hours * 3600, time.time())
     tallies = read_tallies(db, window, "model", filters)
+    # What asked no model for an answer has no point either.
+    tallies.pop("", None)
     total = int(sum(tally[SUMS.index("requests")] for tally in tallies.values()))
     # Each level halves the number of rows. This one leaves `limit` rows, or up to twice as many.
     level = 0
@@ -14211,10 +14245,11 @@ function modelNode({original_model: asked, mapped_model: mapped, sent_model: sen
     asked && asked !== name && node("span.quiet", " → ", named(name)));
 }
 /** How a request ended: a sign, a word and a colour. */
-function badgeNode({status_code: status, is_inflight: runs}) {
+function badgeNode({status_code: status, failed, is_inflight: runs}) {
   const [kind, sign] = runs ? ["busy", "…"] : [429, 499].includes(status) ? ["warn", "⚠"]
-    : status && status < 400 ? ["good", "✓"] : ["bad", "✕"];
-  return node(`span.badge.${kind}`, `${sign} ${runs ? "running" : status || "none"}`);
+    : failed ? ["bad", "✕"] : ["good", "✓"];
+  const word = failed && !(status >= 400) ? "error" : status;  // a stream's came behind its 200
+  return node(`span.badge.${kind}`, `${sign} ${runs ? "running" : word || "none"}`);
 }
 // -- The router ------------------------------------------------------------------------------
 const app = {view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(),
@@ -14409,7 +14444,8 @@ function followPoints(svg, ring, hint, places) {
   });
 }
 const hintNodes = one => [[markNode(one.model), named(one.model)],
-  `${short(one.upstream_url)}, ${moment(one.timestamp)}, status ${one.status_code}`,
+  `${short(one.upstream_url)}, ${moment(one.timestamp)}, status ${one.status_code}` +
+    (one.failed ? ", failed" : ""),
   `${count(one.prompt_tokens)} → ${count(one.completion_tokens)} tokens`,
   `${span(one.duration_ms)}, first ${span(one.ttft_ms)}, ${plain(one.tokens_per_second)} tok/s`,
 ].map(line => node("div", line));
@@ -14425,7 +14461,7 @@ function showStats(stats) {
     ["OpenAI", brief(stats.openai_requests), byHour(one => one.service_type === "openai")],
     ["Ollama", brief(stats.ollama_requests), byHour(one => one.service_type === "ollama")],
     ["In flight", brief(app.running ?? stats.inflight_requests)],
-    ["Error rate", `${plain(share * 100)} %`, byHour(one => one.status_code >= 400)],
+    ["Error rate", `${plain(share * 100)} %`, byHour(one => one.failed)],
     ["Latency p50", span(p50), timesOf(.5)], ["Latency p95", span(p95), timesOf(.95)],
   ];
   byId("tiles").replaceChildren(...tiles.map(([name, value, line]) => node("div.card.tile",
@@ -14658,8 +14694,8 @@ function chartNodes(points, xAxis, yAxis, scale, width, height) {
   const x = scaleOf(points.map(one => one[xAxis]), /x/.test(scale), box.left, box.right);
   const y = scaleOf(points.map(one => one[yAxis]), /y/.test(scale), box.bottom, box.top);
   const places = points.map(one => [x.at(one[xAxis]), y.at(one[yAxis]), one]);
-  const dots = places.map(([across, up, {id, model, status_code: status}]) =>
-    markPath(model, status < 400 ? "path.dot" : "path.dot.failed", {"data-id": id,
+  const dots = places.map(([across, up, {id, model, failed}]) =>
+    markPath(model, failed ? "path.dot.failed" : "path.dot", {"data-id": id,
       transform: `translate(${across.toFixed(1)} ${up.toFixed(1)}) scale(.8)`}));
   const ring = drawn("circle.ring", {r: 9, visibility: "hidden"});
   const hint = node("div.hint", {hidden: true});
@@ -14715,7 +14751,7 @@ function speedsByServer(model) {
     const of = (name, share) => quantile(here.map(point => point[name]), share);
     const sum = name => here.reduce((total, point) => total + (point[name] ?? 0), 0);
     return {server, requests: here.length,
-      errors: here.filter(one => one.status_code >= 400).length, p50_ms: of("duration_ms", .5),
+      errors: here.filter(one => one.failed).length, p50_ms: of("duration_ms", .5),
       p95_ms: of("duration_ms", .95), ttft_p50_ms: of("ttft_ms", .5),
       tokens_per_second: of("tokens_per_second", .5),
       prompt_tokens: sum("prompt_tokens"), completion_tokens: sum("completion_tokens")};

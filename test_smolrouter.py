@@ -1867,7 +1867,7 @@ ROW_NAMES = re.findall(
     """id request_id timestamp source_ip method path service_type
     original_model mapped_model upstream_url route duration_ms ttft_ms request_size response_size
     status_code error_message prompt_tokens completion_tokens total_tokens tokens_estimated
-    attempts stream completed_at is_inflight""",
+    attempts stream completed_at failed is_inflight""",
 )
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -10608,14 +10608,17 @@ def test_long_bodies_are_files_that_requests_share(log_folder: LogFolder) -> Non
     ((stored,),) = log_folder.select("SELECT bytes FROM storage")
     inline = log_folder.select("SELECT sum(length(data)) FROM details")[0][0]
     assert stored == inline + sum(f.stat().st_size for f in log_folder.blobs.rglob("*.z"))
-    # Make all requests but the newest one a day older.
-    day = 86_400 * 1024_000
+    # Make all requests but the newest one a day and an hour older.
+    age = 25 * 3_600_000
+    older = f"id = id - {age * 1024}"
     with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
         newest = db.execute(
             "SELECT max(id) FROM requests WHERE sent_model = ?", (model,)
         ).fetchone()
-        for table in ("requests", "details"):
-            db.execute(f"UPDATE {table} SET id = id - {day} WHERE id <> ?", newest)
+        db.execute(f"UPDATE details SET {older} WHERE id <> ?", newest)
+        db.execute(
+            f"UPDATE requests SET {older}, timestamp = timestamp - {age} WHERE id <> ?", newest
+        )
         db.execute("UPDATE rollups SET hour = hour - 25")
         db.commit()
     with log_folder.router(MAX_LOG_AGE_DAYS=1) as router:
@@ -10625,8 +10628,8 @@ def test_long_bodies_are_files_that_requests_share(log_folder: LogFolder) -> Non
         assert log_folder.select("SELECT uses FROM blobs") == [(1,), (1,)]
         assert len(wait_for_detail(router, model)["response_body"]) > 40_000
     with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
-        for table in ("requests", "details"):
-            db.execute(f"UPDATE {table} SET id = id - {day}")
+        db.execute(f"UPDATE details SET {older}")
+        db.execute(f"UPDATE requests SET {older}, timestamp = timestamp - {age}")
         db.commit()
     with log_folder.router(MAX_LOG_AGE_DAYS=1):
         wait_until(lambda: not log_folder.select("SELECT id FROM requests"))
@@ -12984,6 +12987,102 @@ def test_a_window_knows_no_row_of_the_future(log_folder: LogFolder) -> None:
     store.close()
 
 
+def figures_of(router: Router, model: str) -> list[tuple[Any, Any]]:
+    """Return requests and failures of a model as each place tells them, which is to be the same."""
+    doc = get_document(router, f"/api/performance?model={model}")
+    points = [point["failed"] for point in doc["data_points"] if point["model"] == model]
+    rows = get_document(router, f"/api/logs?model={model}")
+    lists = [get_document(router, f"/api/logs?model={model}&status={s}") for s in ("2xx", "error")]
+    text = request(router.port, "GET", "/metrics").content.decode()
+
+    def count(name: str) -> int:
+        pattern = rf'^smolrouter_{name}_total\{{.*model="{model}".*\}} (\d+)$'
+        return sum(map(int, re.findall(pattern, text, re.MULTILINE)))
+
+    return [
+        *((one["requests"], one["errors"]) for one in doc["models"]),
+        (len(points), sum(points)),
+        (len(rows), sum(row["failed"] for row in rows)),
+        (len(lists[0]) + len(lists[1]), len(lists[1])),
+        (count("requests"), count("errors")),
+    ]
+
+
+def test_a_failure_is_one_everywhere(log_folder: LogFolder) -> None:
+    """A stream that ends with an error began with the status 200."""
+    error = encode_event({"error": {"message": "no memory", "code": 500}})
+    said = [*map(encode_event, TWO_WORDS), error]
+    broken = default_upstream().add_script(sse_response(said))
+    refused = default_upstream().add_script(json_response({"error": "no"}, 500))
+    with log_folder.router() as router:
+        for model in (broken, refused, "well"):
+            post_chat(router, model, stream=True)
+        assert log_folder.wait_for_rows(3) == 3
+        row = wait_for_row(router, broken)
+        assert (row["status_code"], row["error_message"]) == (200, "no memory")
+        for model, failures in ((broken, 1), (refused, 1), ("well", 0)):
+            assert figures_of(router, model) == [(1, failures)] * 5
+        stats = get_document(router, "/api/stats")
+        assert stats["error_rate"] == pytest.approx(2 / 3)
+        (server,) = get_document(router, "/api/upstreams")
+        assert (server["requests"], server["errors"]) == (3, 2)
+
+
+@pytest.mark.parametrize("api", ["openai", "ollama"])
+def test_what_only_loads_a_model_is_a_row_and_no_point(log_folder: LogFolder, api: str) -> None:
+    """The answer is the router's own, or that of a server which speaks Ollama itself."""
+    loaded = json_response({"model": "m", "done": True, "done_reason": "load"})
+    model = default_upstream().add_script(loaded)
+    servers = {
+        "box": {"url": default_upstream().url, "api": api},
+        "off": {"url": "http://127.0.0.1:9", "api": api},
+    }
+    with Router(log_folder.settings, {"servers": servers}) as router:
+        for path in ("/api/generate", "/api/chat"):
+            got = request(router.port, "POST", path, {"model": f"{model} [box]", "stream": False})
+            assert (got.status, got.json["done_reason"]) == (200, "load")
+        assert log_folder.wait_for_rows(2) == 2
+        rows = get_document(router, "/api/logs")
+        assert [(row["status_code"], row["failed"]) for row in rows] == [(200, False)] * 2
+        doc = get_document(router, "/api/performance")
+        assert (doc["data_points"], doc["models"], doc["meta"]["total_points"]) == ([], [], 0)
+        stats = get_document(router, "/api/stats")
+        assert (stats["total_requests"], stats["recent_requests"]) == (2, 2)
+        metrics = request(router.port, "GET", "/metrics").content.decode()
+        assert re.search(r'requests_total\{.*,model="",.*\} 2', metrics)
+        # One that fails is a failure like any other. The router's own answer needs no server.
+        got = request(router.port, "POST", "/api/generate", {"model": "lost [off]"})
+        assert log_folder.wait_for_rows(3) == 3
+        failures = int(api == "ollama")
+        assert got.status == (502 if failures else 200)
+        assert get_document(router, "/api/stats")["total_requests"] == 3
+        models = get_document(router, "/api/performance")["models"]
+        assert [(one["model"], one["errors"]) for one in models] == [("lost", 1)] * failures
+        assert len(get_document(router, "/api/logs?status=error")) == failures
+
+
+def test_points_and_sums_have_a_model_that_was_never_sent(log_folder: LogFolder) -> None:
+    store = make_store(log_folder.file.parent)
+    rows = [
+        make_row(1, sent_model="", mapped_model="mine", failed=1, status_code=499),
+        make_row(2, sent_model="mine", mapped_model="other"),
+        make_row(3, sent_model="", mapped_model="other"),
+        make_row(4, sent_model="", mapped_model="", level=None),
+    ]
+    store.write(rows, [], smolrouter.sum_rows(rows))
+    store.close()
+    with log_folder.router() as router:
+        for model, count in (("mine", 2), ("other", 1), ("nobody", 0)):
+            doc = get_document(router, f"/api/performance?model={model}")
+            assert len(doc["data_points"]) == count
+            assert sum(one["requests"] for one in doc["models"]) == count
+        # One without a model is counted, and is no point.
+        doc = get_document(router, "/api/performance")
+        assert (len(doc["data_points"]), doc["meta"]["total_points"]) == (3, 3)
+        assert {one["model"] for one in doc["models"]} == {"mine", "other"}
+        assert get_document(router, "/api/stats")["recent_requests"] == 4
+
+
 def nearest_rank(values: Iterable[float | None], percent: int) -> float:
     """Return the smallest value that has at least so many percent at or below it."""
     some = [value for value in values if value is not None]
@@ -14815,6 +14914,22 @@ def test_page_filters_are_in_its_address(tab: Any) -> None:
     expect_wrong(tab, "400")
 
 
+def test_page_shows_an_error_behind_a_good_status(tab: Any) -> None:
+    router = page_router("late")
+    said = [*map(encode_event, TWO_WORDS), encode_event({"error": {"message": "no memory"}})]
+    model = default_upstream().add_script(sse_response(said))
+    post_chat(router, model, stream=True)
+    number = newest(router, model)["id"]
+    tab.goto(f"{router.url}/?model={model}")
+    (row,) = wait_rows(tab, 1)
+    assert "✕ error" in row and "no memory" in row
+    assert tab.locator("#rows .badge.bad").count() == 1
+    tab.goto(f"{router.url}/request/{number}")
+    wait_text(tab, "#head .badge.bad", "✕ error")
+    tab.goto(f"{router.url}/performance?model={model}")
+    assert wait_until(lambda: tab.locator(".dot.failed").count() == 1)
+
+
 def test_page_says_when_nobody_answers(tab: Any) -> None:
     tab.add_init_script("""  // what takes 15 s takes half a second
         const after = AbortSignal.timeout.bind(AbortSignal);
@@ -14935,10 +15050,11 @@ def test_export_has_what_the_chart_shows(tab: Any) -> None:
             return list(csv.DictReader(file))
 
     def as_texts(shown: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-        """Return points as a table has them: numbers as JavaScript writes them, None as nothing."""
+        """Return points as a table has them: values as JavaScript writes them, None as nothing."""
         rows = []
         for point in shown:
             named = {name: "" if value is None else value for name, value in point.items()}
+            named["failed"] = str(point["failed"]).lower()
             rows.append({name: str(value).removesuffix(".0") for name, value in named.items()})
         return rows
 
