@@ -3472,6 +3472,72 @@ def test_bad_json(path: str, content: bytes) -> None:
     assert post_json("/v1/chat/completions", chat_document("talk")).status == 200
 
 
+TWO_MODELS = {
+    "side by side": b'{"model":"talk","model":"EVIL",X}',
+    "alike": b'{"model":"talk","model":"talk",X}',
+    "far apart": b'{"model":"talk",X,"model":"EVIL"}',
+    "one null": b'{"model":null,X,"model":"talk"}',
+    "one escaped": b'{"model":"talk",X,"mode\\u006C":"EVIL"}',
+    "both escaped": b'{"\\u006dodel":"talk",X,"\\u006dodel":"EVIL"}',
+}
+
+
+@pytest.mark.parametrize("content", TWO_MODELS.values(), ids=TWO_MODELS)
+@pytest.mark.parametrize("path", (*OPENAI_PATHS, *OLLAMA_PATHS, "/v1/responses", "/v1/new"))
+def test_two_models_are_refused(path: str, content: bytes) -> None:
+    """The rules would look at one, and the server at the other."""
+    with nothing_sent_upstream():
+        got = post_json(path, content.replace(b"X", b'"input":"hi",' + MESSAGES))
+    assert got.status == 400
+    assert b"two `model` members" in got.content
+    check_error(path, got)
+
+
+def test_two_names_of_ollama_are_refused() -> None:
+    with nothing_sent_upstream():
+        got = post_json("/api/chat", b'{"name":"talk","name":"EVIL",' + MESSAGES + b"}")
+    assert (got.status, b"two `name` members" in got.content) == (400, True)
+    # Only one of them is the model.
+    both = b'{"name":"x","model":"talk","stream":false,' + MESSAGES + b"}"
+    assert post_json("/api/chat", both).status == 200
+
+
+ONE_MODEL = (
+    b'{"model":"talk","tools":[{"model":1,"model":2}],X}',
+    b'{"model":"talk","metadata":{"model":"x"},"user":"\\u006dodel",X}',
+    b'{"model":"talk","user":"a \\"model\\": b",X}',
+    b'{"model":"model",X}',
+)
+
+
+@pytest.mark.parametrize("content", ONE_MODEL)
+def test_a_model_inside_of_something_is_no_second_one(content: bytes) -> None:
+    content = content.replace(b"X", MESSAGES)
+    if b'"model":"model"' in content:
+        assert not smolrouter.has_twice(content.decode(), "model")
+        return
+    assert post_json("/v1/chat/completions", content).status == 200
+    assert last_request().content == content
+
+
+@fuzz(
+    lambda st: {
+        "names": st.lists(st.sampled_from(["model", "a", '"model"', "mode", "Model"]), max_size=4),
+        "inner": json_values(st),
+        "escaped": st.booleans(),
+    }
+)
+def test_fuzz_members_that_stand_twice(names: list[str], inner: Any, escaped: bool) -> None:
+    """What `json` reads as pairs of an object tells how often a name stands there."""
+    members = [f"{json.dumps(name)}: {json.dumps(inner)}" for name in names]
+    text = "{" + ", ".join(members) + "}"
+    if escaped:
+        text = text.replace("mo", r"\u006d\u006F")
+    pairs = json.JSONDecoder(object_pairs_hook=tuple).decode(text)
+    wanted = [name for name, _ in pairs].count("model") > 1
+    assert smolrouter.has_twice(text, "model") == wanted
+
+
 WELL_FORMED = {
     "arrays 190 deep": b"[" * 189 + b"]" * 189,
     "objects 190 deep": b'{"x":' * 188 + b"{}" + b"}" * 188,
@@ -5047,6 +5113,14 @@ def test_form_differs_by_its_model_only(content: bytes, boundary: str) -> None:
     assert (got.status, got.json) == (200, {"text": "heard"})
     at = content.rindex(b"rule-talk")
     assert last_request().content == content[:at] + b"talk" + content[at + 9 :]
+
+
+def test_form_with_two_models_is_refused() -> None:
+    content = encode_form(MODEL_PART, FILE_PART, ('name="model"', b"talk"))
+    kind = "multipart/form-data; boundary=XX"
+    with nothing_sent_upstream():
+        got = post_json("/v1/audio/transcriptions", content, Content_Type=kind)
+    assert (got.status, b"two `model` members" in got.content) == (400, True)
 
 
 def test_form_without_change_is_not_changed() -> None:
