@@ -46,7 +46,7 @@ The life of one request, say a streamed POST /api/chat, is the way through these
      7. An `Exchange` begins, and `RequestLog.begin` with it: from now on the page shows it.
      8. `Exchange.relay` asks one instance after the other (`Upstreams.send_request`).
         When one refuses, is late or answers with an error, the next one is asked. The first
-        good response is the one that the client gets.
+        response that says something is the one that the client gets.
      9. `UpstreamResponse.pump` takes the response as it comes. `Exchange.forward` puts each
         piece through its rewriter: it is split into events, thinking is taken out, and they
         are written in the client's dialect. `ResponseWriter` sends them.
@@ -305,7 +305,14 @@ class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_err
 
 
 class ErrorAnswer(BadGateway):
-    """The upstream's answer is an error, whatever its status says; the message has its words."""
+    """The upstream's answer is an error, whatever its status says; the message has its words.
+
+    `told_status` is the status that the words came with, None without one.
+    """
+
+    def __init__(self, message: str, told_status: int | None = None) -> None:
+        super().__init__(message)
+        self.told_status = told_status
 
 
 class Unavailable(RouterError, status=503, code="shutting_down"):
@@ -877,6 +884,9 @@ class Limits:
     texts_per_stream: int = 16_384
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
+    # An answer that has said nothing up to this length, but begins and pings, counts as one all the
+    # same where another instance could be asked: what it has sent is kept back until then.
+    silent_beginning: int = 64 * KiB
     # An error answer kept while the next instance is tried; a longer one counts as none.
     buffered_error: int = MiB
 
@@ -2825,6 +2835,7 @@ END = "end"  # the end of the stream itself: nothing follows
 TEXT_END = "text end"  # no more of this text follows
 USAGE = "usage"
 ERROR = "error"  # what went wrong
+BEGIN = "begin"  # in an event, that an answer or a part of one begins: it says nothing yet
 OTHER = "other"  # something that is not looked into
 ODD = "odd"  # not of the shape that was expected
 
@@ -2961,15 +2972,16 @@ CHAT_ANSWER = {
 PROMPT_REQUEST = {"prompt": TextOr(TEXT, Each(TextOr(TEXT, OTHER)))}
 
 # In the events below, `type` says what has happened. Where that alone is a part, such as an end,
-# its kind stands at this member, which every event has. The kind OTHER there says that the event
+# its kind stands at this member, which every event has. The kind BEGIN there says that the event
 # must reach the client even if all of its text is kept back.
 
 # /v1/messages, which tells texts apart by the `index` of their block.
 SYSTEM_WORDS = TextOr(SYSTEM, [{"text": SYSTEM}])
 MESSAGES_REQUEST = {"system": SYSTEM_WORDS, "messages": Each(MESSAGE)}
 MESSAGES_EVENTS = {
+    "message_start": {"type": BEGIN},
     "message": {"role": ROLE, "content": [PART], "stop_reason": FINISH},
-    "content_block_start": {"type": OTHER, "content_block": PART},
+    "content_block_start": {"type": BEGIN, "content_block": PART},
     "content_block_delta": {"delta": PART},
     "content_block_stop": {"type": TEXT_END},
     "message_delta": {"usage": USAGE},
@@ -2993,7 +3005,15 @@ RESPONSES_REQUEST = {
     "instructions": SYSTEM_WORDS,
     "input": TextOr(TEXT, Each(TextOr(TEXT, ITEM))),
 }
+# An item that begins: a message or thinking is still empty, anything else says what it is.
+NEW_ITEM = ByType({"message": {}, "reasoning": {}}, other=OTHER)
 RESPONSES_EVENTS = {
+    "response.created": {"type": BEGIN, "response": RESPONSE_AGAIN},
+    "response.queued": {"type": BEGIN, "response": RESPONSE_AGAIN},
+    "response.in_progress": {"type": BEGIN, "response": RESPONSE_AGAIN},
+    "response.output_item.added": {"type": BEGIN, "item": NEW_ITEM},
+    "response.content_part.added": {"type": BEGIN},
+    "response.reasoning_summary_part.added": {"type": BEGIN},
     "response.output_text.delta": {"delta": TEXT},
     "response.output_text.done": {"text": AGAIN, "type": TEXT_END},
     "response.content_part.done": {"part": TEXT_AGAIN, "type": TEXT_END},
@@ -3215,12 +3235,53 @@ def find_error(protocol: Protocol, document: Mapping[str, Any]) -> str:
     return ""
 
 
-def says_something(protocol: Protocol, document: Mapping[str, Any]) -> bool:
-    """Tell whether an event has words, a call or a finish; a beginning, such as a role, is none."""
-    for part in read_answer(protocol, document):
-        if part.kind in (TEXT, THINKING, CALL, FINISH) and part.value:
+# Parts that say nothing to a client which waits for an answer.
+SAYS_NOTHING = frozenset((BEGIN, ROLE, NAME, RESULT, TEXT_END, USAGE))
+PING_TYPES = ("ping", "keepalive")
+
+
+def says_something(document: Mapping[str, Any], parts: Sequence[Part]) -> bool:
+    """Tell whether a document, which has these parts, says something or only that it begins.
+
+    `{"choices": [{"delta": {"role": "assistant", "content": ""}}]}`  ->  False
+    `{"choices": [{"delta": {"content": "Hi"}}]}`, `{"type": "image", "data": ...}`  ->  True
+    """
+    is_known = False
+    for part in parts:
+        if part.value and part.kind not in SAYS_NOTHING:
             return True
-    return False
+        # Counts stand beside anything.
+        is_known = is_known or part.kind != USAGE
+    # A document that has no known part holds data of another kind, such as vectors, unless it is a
+    # ping or an empty event of a chat: those of OpenAI's have `choices`, those of Ollama's `done`.
+    is_empty = not document or "choices" in document or "done" in document
+    return not (is_known or is_empty or document.get("type") in PING_TYPES)
+
+
+# What members of an error say of its status, other than by a number.
+ERROR_STATUSES = {
+    "429": 429,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "503": 503,
+    "overloaded_error": 503,
+    "unavailable_error": 503,
+}
+
+
+def read_error_status(error: Any) -> int | None:
+    """Return the status that an error inside of an answer has, None without one.
+
+    `{"message": "Loading model", "code": 503}`  ->  503
+    `{"message": "Too many", "type": "rate_limit_error"}`  ->  429
+    """
+    members = error if isinstance(error, dict) else {}
+    for name in ("status", "status_code", "code", "type"):
+        value = members.get(name)
+        status = ERROR_STATUSES.get(value) if isinstance(value, str) else value
+        if isinstance(status, int) and 400 <= status <= 599:
+            return status
+    return None
 
 
 def is_done_mark(data: bytes) -> bool:
@@ -3267,6 +3328,92 @@ def may_be_whole(protocol: Protocol, format: EventFormat, data: bytes, closed: b
     if are_complete(protocol, format, [data]):
         return True
     return not closed and parse_object(format.read_data(data)) is not None
+
+
+class Opening:
+    """Looks for the first thing that an answer says, in what comes of it.
+
+    Many servers begin a stream long before there is anything to say: with pings, with the role,
+    with `message_start`. An instance that dies then, or tells an error, has given no answer yet.
+
+    `feed` takes the octets of an answer, one piece after another; `finish` follows the last one.
+    Both tell whether it is clear by now what the answer begins with: an error, which is in `error`
+    then, or anything else. An answer that is no stream of events is looked at as a whole, if it
+    could be an object of JSON.
+    """
+
+    def __init__(
+        self, protocol: Protocol, media_type: str, coding: str = "", limits: Limits = LIMITS
+    ) -> None:
+        self.protocol = protocol
+        self.format = EVENT_FORMATS.get(media_type)
+        self.reader = EventReader(self.format, limits) if self.format else None
+        self.coding = coding
+        self.inflater = Inflater(coding, math.inf) if coding in CODINGS else None
+        self.limit = limits.silent_beginning
+        self.error: ErrorAnswer | None = None
+        # How much has come; and what has, of an answer that is no stream.
+        self.size = 0
+        self.content = b""
+
+    def feed(self, data: bytes) -> bool:
+        """Look at a piece."""
+        if self.inflater:
+            try:
+                data = self.inflater.feed(data)
+            except BadGateway:
+                # Who decodes it for the client will see that, too.
+                return True
+        self.size += len(data)
+        if self.size > self.limit:
+            return True
+        if self.coding and not self.inflater:
+            # It cannot be looked into.
+            return self.size > 0
+        if self.format is None or self.reader is None:
+            return self.read_whole(data)
+        _, block = self.reader.feed(data)
+        return any(self.read_event(event) for event in self.format.split(block))
+
+    def finish(self, closed: bool) -> bool:
+        """Look at what is left at the end; `closed` as in `may_be_whole`."""
+        if self.format and self.reader:
+            event = self.reader.finish()
+            may_count = event and may_be_whole(self.protocol, self.format, event, closed)
+            return bool(may_count) and self.read_event(event)
+        document = parse_object(self.content)
+        if document is None:
+            return self.content.strip() != b"" and not closed
+        return self.read_document(document)
+
+    def read_event(self, event: bytes) -> bool:
+        """Look at an event."""
+        document = self.format.read_document(event)
+        if document is not None:
+            return self.read_document(document)
+        data = self.format.read_data(event)
+        return data.strip() != b"" and not is_done_mark(data)
+
+    def read_whole(self, data: bytes) -> bool:
+        """Look at what there is of a document."""
+        self.content += data
+        start = self.content.removeprefix(BOM).lstrip()
+        if not start.startswith(b"{"):
+            return start != b""
+        # Lines of JSON are not always called so.
+        line, line_end, _ = start.partition(b"\n")
+        document = parse_object(line) if line_end else None
+        return document is not None and self.read_document(document)
+
+    def read_document(self, document: dict[str, Any]) -> bool:
+        """Look at the object of an event, or at one that is the whole answer."""
+        parts = read_answer(self.protocol, document)
+        for part in parts:
+            if part.kind == ERROR:
+                words = error_words({"error": part.value})
+                self.error = ErrorAnswer(words, read_error_status(part.value))
+                return True
+        return says_something(document, parts)
 
 
 # --- token counts ---------------------------------------------------------------------
@@ -10000,11 +10147,11 @@ class RequestLog:
 # 14  Relay
 # ======================================================================================
 # One exchange, from a request that was let in to the last octet of its answer. The
-# instances of a decision are asked in order until one gives an answer, and that answer
-# goes out as it comes in. After its first octet has left there is no second answer: a
-# failure then ends the stream with an error. Whatever happens, the record of the request
-# is finished exactly once. `Context` stands first: every exchange and every handler of
-# the sections below works with it.
+# instances of a decision are asked in order until one says something (`Opening`, section
+# 7), and that answer goes out as it comes in. After its first octet has left there is no
+# second answer: a failure then ends the stream with an error. Whatever happens, the
+# record of the request is finished exactly once. `Context` stands first: every exchange
+# and every handler of the sections below works with it.
 
 # Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
@@ -10252,8 +10399,9 @@ class Candidate:
         # asked for it and does not get it.
         self.hide_usage = False
         self.response: UpstreamResponse | None = None
-        # Whether another instance could be asked instead.
+        # Whether another instance could be asked instead; whether there is no other at all.
         self.has_next = False
+        self.is_only = False
         # Whether the record has its attempt already, as one that was answered.
         self.noted = False
         self.started_at = time.monotonic()
@@ -10292,6 +10440,8 @@ class Exchange:
         self.decision = decision
         # The attempt that counts: the one that is running, or whose response is relayed.
         self.candidate: Candidate | None = None
+        # Looks for the first thing that its answer says; None if that is all the same to everybody.
+        self.opening: Opening | None = None
         self.rewriter: Rewriter | None = None
         self.inflater: Inflater | None = None
         # The request's content, where that goes on as it comes.
@@ -10419,42 +10569,59 @@ class Exchange:
         instance is asked. When all fail, the client gets the last answer that was HTTP at all, byte
         for byte. Raises BadGateway or GatewayTimeout when there was none.
         """
-        instances = self.context.upstreams.order(self.decision)
         fallback: Candidate | None = None
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
-        for instance in instances:
-            candidate = self.begin_candidate(instance)
-            candidate.has_next = instance is not instances[-1]
+        for candidate in self.candidates():
             try:
-                await self.find_response(candidate, len(instances) > 1)
+                await self.find_response(candidate)
                 if candidate.status < 400 or not candidate.has_next:
                     await self.relay_response()
                     return
+                fallback = candidate
             except BadGateway as error:
                 self.note_failure(candidate, error)
                 # What was sent cannot be taken back. And an answer of the only server that turned
                 # out to be bad is told in its own words, not as one of several attempts.
-                if self.writer.started or (candidate.noted and len(instances) == 1):
+                if self.writer.started or (candidate.noted and candidate.is_only):
                     raise
                 last_failure = type(error)
-                continue
-            fallback = candidate
         if fallback is None:
             raise last_failure(f"no upstream answered: {self.describe_attempts()}")
         self.make_current(fallback)
         await self.relay_response()
 
-    async def find_response(self, candidate: Candidate, has_others: bool) -> None:
-        """Ask an instance, and wait for the head of its response. Raises BadGateway.
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield one instance after the other, in the order to try; each is the current one then."""
+        upstreams = self.context.upstreams
+        instances = upstreams.order(self.decision)
+        for number, instance in enumerate(instances, 1):
+            upstreams.note_turn(self.decision, instance)
+            candidate = Candidate(instance, self.dialect, upstreams.health_of(instance))
+            candidate.has_next = number < len(instances)
+            candidate.is_only = len(instances) == 1
+            self.make_current(candidate)
+            yield candidate
 
-        More than the head is looked at only where there are other instances: the client does not
-        get what is read here until then.
+    async def find_response(self, candidate: Candidate) -> None:
+        """Ask an instance, and wait until its response counts as an answer. Raises BadGateway.
+
+        Where there are no other instances its head is enough. Otherwise the response has to say
+        something first, and the client gets what is read here after that.
         """
         response = await self.attempt(candidate)
         await self.find_media_type(response)
-        if has_others:
-            await self.inspect(response)
+        # What does not matter is not looked for: of an answer that comes as a whole nobody wants to
+        # know when it began.
+        if self.parsed.stream or not candidate.is_only:
+            self.opening = Opening(
+                find_protocol(self.upstream_path(candidate)),
+                response.media_type,
+                read_coding(response.head.fields),
+                self.context.limits,
+            )
+        if not candidate.is_only:
+            await self.find_opening(candidate)
         self.note_response(candidate)
 
     async def find_media_type(self, response: UpstreamResponse) -> None:
@@ -10475,21 +10642,17 @@ class Exchange:
         if begins_like_events(start):
             response.media_type = "text/event-stream"
 
-    def begin_candidate(self, instance: Instance) -> Candidate:
-        """Make an instance the one that is asked now."""
-        self.context.upstreams.note_turn(self.decision, instance)
-        candidate = Candidate(instance, self.dialect, self.context.upstreams.health_of(instance))
-        self.make_current(candidate)
-        return candidate
-
     def make_current(self, candidate: Candidate) -> None:
         """Make a candidate the one that counts, in the record and as what its instance does."""
         if self.candidate:
             self.candidate.health.running -= 1
         candidate.health.running += 1
         self.candidate = candidate
+        self.opening = None
         self.rewriter = None
         self.inflater = None
+        self.record.first_token_at = None
+        self.record.phase = "waiting"
         self.record.upstream_url = str(candidate.instance.server.url)
         self.record.sent_model = candidate.model
 
@@ -10503,15 +10666,24 @@ class Exchange:
         text = self.loggable(str(error))
         candidate.close()
         if isinstance(error, ErrorAnswer):
-            # As with most error statuses, it may be the request that is wrong.
-            candidate.health.succeed()
+            self.note_error_answer(candidate, error)
         else:
-            candidate.health.fail(text, reached=candidate.noted)
+            candidate.health.fail(text, reached=candidate.response is not None)
         # When it comes back it may be another server, which takes `stream_options`.
         self.context.upstreams.no_stream_options.discard(candidate.instance.server.url)
         # An answer that broke off after its client got some of it was one until then.
         if not self.writer.started:
             self.note_attempt(candidate, text)
+
+    def note_error_answer(self, candidate: Candidate, error: ErrorAnswer) -> None:
+        """Note for the health of an instance that its answer was an error, with a good status."""
+        if error.told_status in COOLING_STATUSES:
+            reason = self.loggable(f"status {error.told_status}: {error}")
+            retry_after = candidate.response.head.fields.get("retry-after")
+            candidate.health.fail(reason, retry_after, reached=True)
+        else:
+            # As with most error statuses, it may be the request that is wrong.
+            candidate.health.succeed()
 
     def note_response(self, candidate: Candidate) -> None:
         """Put an attempt that was answered into the record; begin or end a cool-down."""
@@ -10560,62 +10732,37 @@ class Exchange:
         hidden = hide_in_text(text, self.record.secrets)
         return hidden[: self.context.limits.error_text]
 
-    async def inspect(self, response: UpstreamResponse) -> None:
-        """Read all of an error answer, or the first event of a good one. Raises BadGateway.
+    async def find_opening(self, candidate: Candidate) -> None:
+        """Read a response until it says something, an error answer to its end. Raises BadGateway.
 
-        The error may be sent later, when all other instances have failed. A good answer has to
-        begin before it counts as one. Both only where another instance could be asked instead,
-        because the client does not get what is read here until then.
+        The error may be sent later, when all other instances have failed.
         """
+        response = candidate.response
         head = response.head
         longest = self.context.limits.buffered_error
         if head.status >= 400 and len(await response.buffer_error()) > longest:
             raise BadGateway(f"an error answer over {longest} bytes")
         if head.status != 200 or self.request.head.method == "HEAD":
             return
-        # Of an answer that is no stream of events the first octet has to do. So it has of one under
-        # a content coding, in which events cannot be seen here.
-        form = EVENT_FORMATS.get(response.media_type)
-        if read_coding(head.fields):
-            form = None
-        size = 0
-        tail = b""
+        opening = self.opening
         # Some of it may have been read to see what it is.
-        piece = b"".join(response.buffered) or await response.buffer_next()
-        while piece:
-            size += len(piece)
-            # An event's end is at most four octets long, and may be split anywhere.
-            tail = tail[-3:] + piece
-            if form is None or size > self.context.limits.buffered_event:
-                return
-            if form.end.search(tail):
-                self.check_first_events(form)
-                return
+        is_clear = opening.feed(b"".join(response.buffered))
+        while not is_clear:
             piece = await response.buffer_next()
-        # The answer is over. One event without its end may be all that the server had to say.
-        events = b"".join(response.buffered)
-        protocol = find_protocol(self.upstream_path(self.candidate))
-        ends_by_close = response.ends_by_close
-        if form is None or not may_be_whole(protocol, form, events, ends_by_close):
-            raise BadGateway("it ended before its first event or byte")
-        self.check_first_events(form)
+            if piece:
+                is_clear = opening.feed(piece)
+            elif opening.finish(response.ends_by_close):
+                break
+            else:
+                raise BadGateway("it ended before it said anything")
+        if opening.error and candidate.has_next:
+            raise opening.error
+        self.note_opening()
 
-    def check_first_events(self, form: EventFormat) -> None:
-        """Raise ErrorAnswer when a stream says that it failed before it says anything else.
-
-        Only where another instance could be asked: the client of an only one gets what it says.
-        """
-        candidate = self.candidate
-        if not candidate.has_next:
-            return
-        protocol = find_protocol(self.upstream_path(candidate))
-        events = b"".join(candidate.response.buffered)
-        for document in form.read_documents(events):
-            words = find_error(protocol, document)
-            if words:
-                raise ErrorAnswer(words)
-            if says_something(protocol, document):
-                return
+    def note_opening(self) -> None:
+        """Note that the answer has said something: all that is measured of it begins now."""
+        self.record.first_token_at = time.monotonic()
+        self.record.phase = "streaming"
 
     async def attempt(self, candidate: Candidate) -> UpstreamResponse:
         """Ask the instance; one that refuses `stream_options` is asked again without."""
@@ -10748,22 +10895,23 @@ class Exchange:
             if rewriter is None or rewriter.trouble or not rewriter.complete:
                 raise
             closed = True
+        opening = self.opening
+        if opening and self.record.first_token_at is None and opening.finish(closed):
+            self.note_opening()
         tail = b""
         if rewriter:
             tail = await self.context.work(rewriter.size, rewriter.finish, closed)
             self.conclude(rewriter)
         if self.error_content and not self.record.error:
             self.record.error = self.read_error(head, self.error_content)
-        # Another instance may do better, as long as nothing of this answer has been sent.
-        replaceable = self.candidate.has_next and head.status < 400 and not self.writer.started
-        if self.record.error and replaceable:
-            raise ErrorAnswer(self.record.error)
         if not self.writer.started:
             # Of an answer that was kept back until now the length is known.
             is_whole = rewriter is not None and rewriter.buffers
             self.write_head(head, len(tail) if is_whole else None)
         self.writer.finish(tail)
-        if head.status < 400:
+        if opening and opening.error:
+            self.note_error_answer(self.candidate, opening.error)
+        elif head.status < 400:
             self.candidate.health.succeed()
 
     def begin_answer(self, head: ResponseHead) -> None:
@@ -10771,8 +10919,6 @@ class Exchange:
         record = self.record
         record.response_fields = head.fields
         record.answer_status = head.status
-        record.first_token_at = None
-        record.phase = "waiting"
         self.context.log.drop_answer(record)
         # A stream's events are looked at by its rewriter.
         media_type = self.candidate.response.media_type
@@ -10814,9 +10960,8 @@ class Exchange:
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or keep it back, as its rewriter says."""
         record = self.record
-        if record.first_token_at is None:
-            record.first_token_at = time.monotonic()
-            record.phase = "streaming"
+        if record.first_token_at is None and (self.opening is None or self.opening.feed(data)):
+            self.note_opening()
         self.context.log.append_body(record, data)
         if self.seeks_error:
             self.keep_error(data)

@@ -4653,6 +4653,194 @@ def test_error_of_every_protocol(path: str, document: Any, words: str) -> None:
     assert smolrouter.find_error(smolrouter.find_protocol(path), document) == words
 
 
+# What the answers of each endpoint say before they say anything; a string is an event as it is.
+SAY_NOTHING: dict[str, list[Any]] = {
+    CHAT: [
+        ": ping\n\n",
+        "data:\n\n",
+        "event: ping\ndata: {}\n\n",
+        {"type": "ping"},
+        {"choices": []},
+        {"choices": [{"index": 0, "delta": {"role": "assistant"}}]},
+        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+        {"choices": [{"delta": {"role": "assistant", "content": None, "tool_calls": []}}]},
+        {"choices": [{"delta": {"content": "", "reasoning": None}, "finish_reason": None}]},
+        {"choices": [{"delta": {}}], "usage": None, "prompt_progress": {"total": 9}},
+        {"choices": [], "usage": {"prompt_tokens": 9}},
+    ],
+    "/v1/completions": [{"choices": [{"index": 0, "text": "", "finish_reason": None}]}],
+    ANTHROPIC: [
+        "event: ping\ndata: {\"type\": \"ping\"}\n\n",
+        {"type": "message_start", "message": {"role": "assistant", "content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": ""}},
+        {"type": "content_block_stop", "index": 0},
+    ],
+    RESPONSES: [
+        {"type": "keepalive"},
+        {"type": "response.created", "response": {"output": [], "error": None}},
+        {"type": "response.in_progress", "response": {"status": "in_progress", "output": []}},
+        {"type": "response.queued", "response": {}},
+        {"type": "response.output_item.added", "item": {"type": "message", "content": []}},
+        {"type": "response.output_item.added", "item": {"type": "reasoning", "summary": []}},
+        {"type": "response.content_part.added", "part": {"type": "output_text", "text": ""}},
+        {"type": "response.output_text.delta", "delta": ""},
+    ],
+    "/api/chat": [
+        {"model": "m", "message": {"role": "assistant", "content": ""}, "done": False},
+        {"message": {"content": "", "thinking": ""}, "done": False},
+    ],
+    "/api/generate": [{"model": "m", "response": "", "done": False}],
+}  # fmt: skip
+SAY_SOMETHING: dict[str, list[Any]] = {
+    CHAT: [
+        text_delta("Hi"),
+        text_delta(" "),
+        finish_delta(),
+        {"choices": [{"delta": {"reasoning_content": "Hm"}}]},
+        {"choices": [{"delta": {"reasoning": "Hm"}}]},
+        {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"name": "f"}}]}}]},
+        {"choices": [{"delta": {"audio": {"data": "AA=="}}}]},
+        {"choices": [{"message": {"role": "assistant", "content": "Hi"}}]},
+        {"type": "something else"},
+        "data: Hi\n\n",
+        "data: [1]\n\n",
+    ],
+    "/v1/completions": [
+        {"choices": [{"text": "Hi"}]},
+        {"choices": [{"text": "", "finish_reason": "stop"}]},
+    ],
+    ANTHROPIC: [
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hi"}},
+        {"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "Hm"}},
+        {"type": "content_block_start", "content_block": {"type": "tool_use", "name": "f"}},
+        {"type": "message_stop"},
+        {"type": "message", "content": [{"type": "text", "text": "Hi"}]},
+    ],
+    RESPONSES: [
+        {"type": "response.output_text.delta", "delta": "Hi"},
+        {"type": "response.reasoning_text.delta", "delta": "Hm"},
+        {"type": "response.output_item.added", "item": {"type": "function_call", "name": "f"}},
+        {"type": "response.function_call_arguments.delta", "delta": "{"},
+        {"type": "response.completed", "response": {"output": []}},
+        {"object": "response", "output": [{"type": "message", "content": []}], "usage": {"n": 1}},
+    ],
+    "/api/chat": [
+        {"message": {"content": "Hi"}, "done": False},
+        {"message": {"content": "", "thinking": "Hm"}, "done": False},
+        {"message": {"content": "", "tool_calls": [{"function": {"name": "f"}}]}, "done": False},
+        {"message": {"content": ""}, "done": True, "done_reason": "stop"},
+    ],
+    "/api/generate": [{"response": "Hi", "done": False}, {"response": "", "done": True}],
+    "/v1/embeddings": [{"object": "list", "data": [{"embedding": [1]}], "usage": {"n": 1}}],
+    "/v1/images/generations": [{"type": "image_generation.partial_image", "b64_json": "AA=="}],
+    "/api/pull": [{"status": "pulling manifest"}],
+}
+
+
+def event_type(path: str) -> str:
+    """Return the media type of the streams of a path."""
+    return "application/x-ndjson" if path.startswith("/api/") else "text/event-stream"
+
+
+def encode_events(path: str, events: Iterable[Any]) -> list[bytes]:
+    """Encode the events of a path; a string is one as it is."""
+    encoded = []
+    for event in events:
+        if isinstance(event, str):
+            encoded.append(event.encode())
+        elif path.startswith("/api/"):
+            encoded.append(encode_json(event) + b"\n")
+        else:
+            encoded.append(encode_event(event))
+    return encoded
+
+
+def new_opening(path: str, **more: Any) -> smolrouter.Opening:
+    """Make an Opening for a stream of a path."""
+    return smolrouter.Opening(smolrouter.find_protocol(path), event_type(path), **more)
+
+
+@pytest.mark.parametrize("path", SAY_SOMETHING)
+def test_what_an_answer_says_first(path: str) -> None:
+    begin = encode_events(path, SAY_NOTHING.get(path, []))
+    if not path.startswith("/api/"):
+        begin.append(RAW_DONE)
+    opening = new_opening(path)
+    assert not any(opening.feed(event) for event in begin)
+    assert not opening.finish(False)
+    for event in encode_events(path, SAY_SOMETHING[path]):
+        opening = new_opening(path)
+        # It is clear with the last octet of the event, not before.
+        heard = [opening.feed(octet) for octet in split_at(event, *range(1, len(event)))]
+        assert heard == [False] * (len(event) - 1) + [True], event
+        # CR, with which an event of SSE may end, is for others to test.
+        assert opening.error is None
+    opening = new_opening(path)
+    for event in encode_events(path, SAY_SOMETHING[path]):
+        assert opening.feed(b"".join(begin) + event)
+
+
+@pytest.mark.parametrize("path", SAY_NOTHING)
+def test_an_error_that_an_answer_begins_with(path: str) -> None:
+    begin = encode_events(path, SAY_NOTHING[path])
+    errors: list[tuple[Any, int | None]] = [
+        ("no memory", None),
+        ({"message": "no memory"}, None),
+        ({"message": "no memory", "code": 503}, 503),
+        ({"message": "no memory", "code": "429"}, 429),
+        ({"message": "no memory", "type": "overloaded_error"}, 503),
+        ({"message": "no memory", "type": "rate_limit_error", "code": None}, 429),
+        ({"message": "no memory", "code": "insufficient_quota", "status": 500}, 500),
+    ]
+    for error, status in errors:
+        opening = new_opening(path)
+        (event,) = encode_events(path, [{"error": error}])
+        assert [opening.feed(piece) for piece in [*begin, event]] == [False] * len(begin) + [True]
+        assert (str(opening.error), opening.error.told_status) == ("no memory", status)
+        # What stands in no event, and what lacks its end, counts at the end of the answer.
+        for media_type in (event_type(path), "application/json", "text/plain", ""):
+            opening = smolrouter.Opening(smolrouter.find_protocol(path), media_type)
+            data = event[:-1] if media_type == event_type(path) else encode_json({"error": error})
+            assert opening.feed(data) or opening.finish(False)
+            assert str(opening.error) == "no memory", media_type
+
+
+WHOLE_OPENINGS: list[tuple[bytes, bool, bool]] = [
+    (b"", False, False),
+    (b" \r\n", False, False),
+    (b"{}", False, False),
+    (b'{"choices": []}', False, False),
+    (b'{"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}', False, True),
+    (b'{"n": 1}', False, True),
+    (b'{"n": 1}\n', True, True),
+    (b'{"choices": []}\n{"n": 1}\n', False, True),
+    (b"[1]", True, True),
+    (b"\xef\xbb\xbf<html>", True, True),
+    (b'{"n": ', False, True),
+]
+
+
+@pytest.mark.parametrize("content, at_once, in_the_end", WHOLE_OPENINGS)
+def test_an_answer_that_is_no_stream(content: bytes, at_once: bool, in_the_end: bool) -> None:
+    for coding, data in (("", content), ("gzip", gzip.compress(content))):
+        opening = smolrouter.Opening(smolrouter.find_protocol(CHAT), "application/json", coding)
+        assert opening.feed(data) == at_once
+        assert (at_once or opening.finish(False)) == in_the_end
+
+
+def test_so_much_of_nothing_is_an_answer() -> None:
+    limits = smolrouter.Limits(silent_beginning=20)
+    for begin in (b": ping\n\n", b"data: {", b'{"a":1,'):
+        for media_type in ("text/event-stream", "application/json"):
+            opening = smolrouter.Opening(smolrouter.find_protocol(CHAT), media_type, limits=limits)
+            if begin.startswith((b":", b"d")) and media_type == "application/json":
+                continue
+            heard = [opening.feed(begin) for _ in range(4)]
+            assert heard == [False] * (20 // len(begin)) + [True] * (4 - 20 // len(begin))
+
+
 ERROR_WORDS: list[tuple[bytes, str]] = [
     (b'{"error": {"message": "no memory", "code": 5}}', "no memory"),
     (b'{"error": "no memory"}', "no memory"),
@@ -11768,6 +11956,22 @@ FAILURES: dict[str, Callable[[], str]] = {
     # A server that says 200 to a path that it has not got, and one whose model is broken.
     "error in a document": upstream_playing(*json_response({"error": "Unexpected endpoint"})),
     "error in an event": upstream_playing(*sse_response([{"error": {"message": "no memory"}}])),
+    "error in a text": upstream_playing(*whole_response(b'{"error": "no such path"}')),
+    "error in a gzip": upstream_playing(
+        *whole_response(
+            gzip.compress(b'{"error": "x"}'), 200, [("Content-Encoding", "gzip")], "text/plain"
+        )
+    ),
+    "role and an error": upstream_playing(
+        *sse_response([completion_events({}, "x")[0], {"error": {"message": "no memory"}}])
+    ),
+    "role and no more": upstream_playing(*sse_response([completion_events({}, "x")[0], "[DONE]"])),
+    "role and a cut": upstream_playing(
+        *stream_response([RAW_PING, encode_event(completion_events({}, "x")[0])], whole=False), DROP
+    ),
+    "pings and a cut": upstream_playing(*stream_response([RAW_PING, RAW_PING], whole=False), DROP),
+    "pings until the close": upstream_playing(*stream_response([RAW_PING], framed=False)),
+    "empty document": upstream_playing(*json_response({})),
     "error in half an event": upstream_playing(
         *stream_response([encode_event({"error": {"message": "no memory"}})[:-1]])
     ),
@@ -11777,7 +11981,6 @@ NOT_TRANSLATABLE: dict[str, Callable[[], str]] = {
     "page": upstream_playing(*whole_response(b"<title>It works</title>", kind="text/html")),
     "array": upstream_playing(*json_response([1])),
     "text": upstream_playing(*whole_response(b"no such path")),
-    "error in a text": upstream_playing(*whole_response(b'{"error": "no such path"}')),
 }
 OTHERS: dict[str, Callable[[], str]] = {
     "sound": lambda: Upstream().url,
@@ -11954,6 +12157,153 @@ def test_words_of_an_error_do_not_tell_keys(status: int, alone: bool) -> None:
                 assert not alone or key in got.content.decode()
 
 
+# How a stream that has said nothing yet may go on, and the reason that its attempt has then.
+AFTER_NOTHING: dict[str, tuple[list[Any], str]] = {
+    "end": ([b""], "it ended before it said anything"),
+    "cut": ([DROP], "the answer broke off: connection reset by peer"),
+    "error": ([{"error": {"message": "no memory"}}], "no memory"),
+    "503": ([{"error": {"message": "Loading model", "code": 503}}], "Loading model"),
+}
+# Each endpoint; the last two of servers that speak Ollama themselves.
+SILENT_WAYS = [*((path, "openai") for path in SAY_NOTHING), ("/api/chat", "ollama"),
+               ("/api/generate", "ollama")]  # fmt: skip
+
+
+def silent_steps(path: str, then: Iterable[Any]) -> list[Step]:
+    """Begin a stream of a path, say nothing, and go on with these events and steps."""
+    pieces: list[Step] = [*encode_events(path, SAY_NOTHING[path])]
+    for one in then:
+        pieces += [one] if isinstance(one, Mark | bytes) else encode_events(path, [one])
+    if pieces[-1] is DROP:
+        # What came before has to arrive before the reset does.
+        return [*stream_response(pieces[:-1], kind=event_type(path), whole=False), 0.1, DROP]
+    return stream_response(pieces, kind=event_type(path))
+
+
+@functools.cache
+def silent_router() -> Router:
+    """Return a router with an alias `{number of way}-{how}` of an instance that says nothing."""
+    silent = Upstream()
+    servers = {
+        "openai": silent.url,
+        "ollama": {"url": f"{silent.url}/x", "api": "ollama"},
+        "sound": Upstream().url,
+        "sound-ollama": {"url": Upstream(ollama_server).url, "api": "ollama"},
+    }
+    aliases = {}
+    for (number, (path, api)), how in itertools.product(enumerate(SILENT_WAYS), AFTER_NOTHING):
+        spoken = path
+        if api == "openai" and path.startswith("/api/"):
+            spoken = CHAT
+        model = silent.add_script(silent_steps(spoken, AFTER_NOTHING[how][0]))
+        sound = "sound" if api == "openai" else "sound-ollama"
+        aliases[f"{number}-{how}"] = {"instances": [f"{api}/{model}", f"{sound}/good"]}
+    return shared_router({}, {"servers": servers, "aliases": aliases})
+
+
+@pytest.mark.parametrize("how", AFTER_NOTHING)
+@pytest.mark.parametrize("number", range(len(SILENT_WAYS)))
+def test_nothing_said_is_no_answer(number: int, how: str) -> None:
+    path, _ = SILENT_WAYS[number]
+    router = silent_router()
+    document = {**EXAMPLE_REQUESTS.get(path, EXAMPLE_REQUESTS[CHAT]), "stream": True}
+    got = request(router.port, "POST", path, {**document, "model": f"{number}-{how}"})
+    assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "2")
+    assert got.get("X-SmolRouter-Model") == "good"
+    detail = wait_for_detail(router, f"{number}-{how}")
+    assert [(one["status"], one["error"]) for one in detail["attempts"]] == [
+        (200, AFTER_NOTHING[how][1]),
+        (200, None),
+    ]
+    assert detail["error_message"] is None and detail["status_code"] == 200
+    # Of what counts for nothing, nothing is kept.
+    for event in encode_events(path, SAY_NOTHING[path])[-2:]:
+        assert event.decode().strip() not in detail["response_body"]
+
+
+@pytest.mark.parametrize("how", AFTER_NOTHING)
+def test_who_says_nothing_is_asked_last(how: str) -> None:
+    """But for an error that may be the request's: the next request is as welcome as this one."""
+    with (
+        Upstream() as silent,
+        Upstream() as sound,
+        router_of_two(silent.url, sound.url) as router,
+    ):
+        silent.scripts["m"] = lambda received: silent_steps(CHAT, AFTER_NOTHING[how][0])
+        for turn in (1, 2):
+            assert post_chat(router, "pair", stream=True).text == "You said: hi"
+            assert len(silent.requests_for("m")) == (turn if how == "error" else 1)
+        (state,) = [one for one in get_document(router, "/api/upstreams") if one["name"] == "one"]
+    if how != "error":
+        assert AFTER_NOTHING[how][1] in state["last_error"] and state["failures"] == 1
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_last_one_that_says_nothing(pair: bool) -> None:
+    """An only server's answer passes as it is; the last one of two is no answer, and says so."""
+    steps = silent_steps(CHAT, [b""])
+    with Upstream(lambda received: steps) as silent:
+        instances = ["one/m", "two/m"] if pair else ["one/m"]
+        routes = {
+            "servers": {"one": silent.url, "two": f"{silent.url}/2"},
+            "aliases": {"alias": {"instances": instances}},
+        }
+        with Router({}, routes) as router:
+            got = post_chat(router, "alias", stream=True, stream_options={"include_usage": True})
+    if not pair:
+        assert (got.status, got.whole) == (200, True)
+        assert got.content == b"".join(encode_events(CHAT, SAY_NOTHING[CHAT]))
+        return
+    assert got.status == 502
+    assert got.json["error"]["message"].count("it ended before it said anything") == 2
+
+
+def test_so_much_of_nothing_is_an_answer_for_its_client() -> None:
+    pings = b": ping\n\n" * 10_000
+    first = upstream_playing(*stream_response([pings], whole=False), HANG)()
+    with router_of_two(first, refusing_url()) as router, connect(router.port) as sock:
+        sock.sendall(encode_post(CHAT, chat_document("pair", stream=True)))
+        assert read_until(sock, b": ping\n\n")
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_an_answer_begins_with_what_it_says_first(path: str) -> None:
+    """Not with a ping or a role: the phase, the time to the first token, Ollama's durations."""
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_response(encode_events(CHAT, SAY_NOTHING[CHAT]), whole=False)
+        gate.wait(PATIENCE)
+        yield from encode_chunks(*map(encode_event, [text_delta("Hi"), FINISH]))
+
+    router = default_router()
+    model = default_upstream().add_script(script)
+    with connect(router.port) as sock:
+        document = {**EXAMPLE_REQUESTS[path], "model": model, "stream": True}
+        sock.sendall(encode_post(path, document))
+        if path == CHAT:
+            # The client of an only server gets all of it at once.
+            read_until(sock, b"prompt_progress")
+        running = wait_until(
+            lambda: [
+                one
+                for one in get_document(router, "/api/inflight")
+                if one["original_model"] == model and (one["bytes"] or path != CHAT)
+            ]
+        )
+        began = time.monotonic()
+        assert get_document(router, "/api/inflight")
+        waited_ms = (time.monotonic() - began) * 1000
+        gate.set()
+        end = read_until(sock, b"0\r\n\r\n")
+    assert [one["phase"] for one in running] == ["waiting"]
+    row = wait_for_row(router, model)
+    assert row["ttft_ms"] >= waited_ms
+    if path == "/api/chat":
+        durations = re.search(rb'"prompt_eval_duration":(\d+)', end)
+        assert int(durations[1]) / 1e6 >= waited_ms
+
+
 def test_words_before_an_error_in_a_stream_are_not_lost() -> None:
     """The first instance has begun to answer; that the second one would fail is not known."""
     words = encode_event(text_delta("Hello"))
@@ -12060,10 +12410,10 @@ def test_head_and_content_are_of_one_answer(name: str, stream: bool) -> None:
 
 
 SHORT_STREAMS = {
-    "no empty line": encode_chunks(b'data: {"choices":[]}\n'),
-    "closed": (b"data: [DONE]\n", CLOSE),
-    "CR alone": encode_chunks(b"data: [DONE]\r\r"),
-    "gzip": encode_chunks(gzip.compress(encode_event({"choices": []}))),
+    "no empty line": encode_chunks(encode_event(FINISH)[:-1]),
+    "closed": (encode_event(FINISH)[:-1], CLOSE),
+    "CR alone": encode_chunks(encode_event(FINISH).replace(b"\n", b"\r")),
+    "gzip": encode_chunks(gzip.compress(encode_event(FINISH))),
 }
 
 
