@@ -16088,7 +16088,6 @@ def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> N
 def test_embedded_page_is_the_page() -> None:
     page = (HERE / "dashboard.html").read_text("utf-8")
     assert page == smolrouter.DASHBOARD_HTML, "run: python test_smolrouter.py --embed"
-    assert page.count("\n") <= 1100
 
 
 def embed_page() -> None:
