@@ -9325,8 +9325,9 @@ class Store:
                 timeout=self.limits.database_lock_timeout,
                 isolation_level=None,
             )
-            self.migrate(self.db)
+            # First, because it needs no database: while that is locked, requests get ids already.
             self.claim_number()
+            self.migrate(self.db)
             self.files = self.find_files()
         ((newest,),) = self.db.execute("SELECT max(id) FROM requests")
         self.newest_id = newest or 0

@@ -11245,6 +11245,26 @@ def test_new_rows_stand_above_those_of_a_clock_that_was_ahead(log_folder: LogFol
         assert [row["id"] for row in older] == [row.id for row in ahead[:-11:-1]]
 
 
+def test_a_database_that_is_locked_at_the_start_delays_no_number(log_folder: LogFolder) -> None:
+    """Rows of a number that nobody has claimed count as interrupted for another router."""
+    make_store(log_folder.file.parent).open().close()
+    with contextlib.closing(sqlite3.connect(log_folder.file, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        limits = {"database_lock_timeout": 0.05, "retry_interval": 0.05}
+        with running_log(log_folder, **limits) as log:
+            assert wait_until(lambda: "locked" in log.error)
+            locked = log.store.lock_file
+            assert locked is not None and pathlib.Path(f"{log_folder.file}-lock").samefile(
+                f"/dev/fd/{locked}"
+            )
+            other.execute("ROLLBACK")
+            other.close()
+            log_requests(log, 1)
+            assert log_folder.wait_for_rows(1) == 1
+            assert log.store.lock_file == locked
+
+
 def test_two_routers_share_a_log(log_folder: LogFolder) -> None:
     with log_folder.router() as one, log_folder.router() as two:
 
