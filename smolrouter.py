@@ -582,7 +582,7 @@ def parse_origins(text: str) -> tuple[str, ...]:
     """Read browser origins: 'https://chat.lan loopback' -> ('https://chat.lan', 'loopback')."""
     origins = parse_names(text)
     for origin in origins:
-        allowed = "allowed are https://host:port, schemes such as app:, loopback and *"
+        allowed = "allowed are https://host:port, schemes such as app:, loopback, null and *"
         require(ORIGIN.fullmatch(origin), f"{origin!r} is no origin; {allowed}")
     return origins
 

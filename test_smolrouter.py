@@ -2223,6 +2223,13 @@ def test_bad_settings_stop_with_one_line(
     assert done.returncode == 2 and "LISTEN_PORT" in line and "'x'" in line
 
 
+def test_all_origins_that_are_taken_are_named() -> None:
+    for origin in ("loopback", "null", "*"):
+        assert smolrouter.parse_origins(origin) == (origin,)
+        with pytest.raises(ValueError, match=rf"allowed are .*{re.escape(origin)}"):
+            smolrouter.parse_origins("nonsense")
+
+
 def test_the_ends_of_a_range_are_written_as_they_are_read() -> None:
     for low, high, whole in ((0, 10**15, True), (0.01, 1e6, False)):
         parse = smolrouter.number_between(low, high, whole)
