@@ -1462,7 +1462,9 @@ def read_response_head(data: bytes) -> ResponseHead:
     if match is None:
         raise MalformedMessage(f"status line {start_line[:80]!r} is not `HTTP/1.1 200 OK`")
     minor, status, reason = match.groups()
-    return ResponseHead(int(status), reason or "", int(minor), parse_fields(lines), len(data))
+    # As in a request, a later minor version is to be read as the latest that one knows.
+    known_minor = min(int(minor), 1)
+    return ResponseHead(int(status), reason or "", known_minor, parse_fields(lines), len(data))
 
 
 remembered_request_head = functools.lru_cache(maxsize=REMEMBERED_HEAD_COUNT)(read_request_head)

@@ -9446,6 +9446,16 @@ def test_ipv6_on_both_sides() -> None:
 # --- the pool of connections ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("version, count", [("1.0", 2), ("1.1", 1), ("1.2", 1), ("1.9", 1)])
+def test_a_later_minor_version_is_read_as_1_1(version: str, count: int) -> None:
+    """RFC 9110 section 2.5."""
+    answer = b"HTTP/%b 200 OK\r\nContent-Length: 2\r\n\r\n{}" % version.encode()
+    with router_and_upstream(lambda received: [answer]) as (router, upstream):
+        for _ in range(2):
+            assert post_chat(router, "tiny").status == 200
+        assert len({received.connection for received in upstream.requests_for("tiny")}) == count
+
+
 def test_upstream_connections_are_reused() -> None:
     with router_and_upstream() as (router, upstream):
         for _ in range(5):
