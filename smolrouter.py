@@ -3544,16 +3544,22 @@ def odd_part(part: Part) -> MalformedContent:
     return MalformedContent(f"`{place}` has no known shape: {json.dumps(part.value)[:80]}")
 
 
-def read_image(value: Any) -> Any:
+def read_image(part: Part) -> Any:
     """Return the URL of a picture, which may be a string or stand in an object.
 
     `{"url": "http://a/b.png"}`                      ->  `http://a/b.png`
     `{"media_type": "image/png", "data": "iVBOR="}`  ->  `data:image/png;base64,iVBOR=`
+
+    Raises MalformedContent for an object that has none of these.
     """
-    if isinstance(value, dict):
-        data = f"data:{value.get('media_type')};base64,{value.get('data')}"
-        return value.get("url") or data
-    return value
+    value = part.value
+    if not isinstance(value, dict):
+        return value
+    if value.get("url"):
+        return value["url"]
+    if not (value.get("data") and value.get("media_type")):
+        raise odd_part(part)
+    return f"data:{value['media_type']};base64,{value['data']}"
 
 
 def read_image_data(value: Any) -> str:
@@ -3664,7 +3670,7 @@ def add_part(message: Message, part: Part) -> None:
         message.role = "tool"
         message.call_id = value
     elif kind == IMAGE:
-        message.images.append(read_image(value))
+        message.images.append(read_image(part))
     elif kind == IMAGE_DATA:
         message.images.append(read_image_data(value))
     elif kind == ODD:
