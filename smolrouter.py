@@ -4632,6 +4632,9 @@ def openai_message(message: Message, index: int) -> dict[str, Any]:
         require_content(named, f"messages[{index}] has a tool call without a function's name")
         function = {"name": call.name, "arguments": "".join(call.arguments) or "{}"}
         call_id = call.id or f"call_{index}_{number}"
+        require_content(
+            isinstance(call_id, str), f"messages[{index}] has a tool call whose id is no string"
+        )
         # Results are matched to calls by it.
         usable = isinstance(call_id, str | int)
         require_content(usable, f"messages[{index}] has a tool call whose id is no string")
@@ -4661,6 +4664,10 @@ class UnansweredCalls:
         for queue_name in (name, None):
             self.queues.setdefault(queue_name, collections.deque()).append(call_id)
 
+    def note_answer(self, call_id: str) -> None:
+        """Note that a call has its result, which named it by its id."""
+        self.taken.add(call_id)
+
     def take(self, name: str | None) -> str | None:
         """Return the id of the oldest call of a tool, or of any for None; None without one."""
         queue = self.queues.get(name, ())
@@ -4684,8 +4691,15 @@ def openai_messages(messages: Iterable[Message]) -> Iterator[dict[str, Any]]:
             require_content(
                 isinstance(name, str | None), f"messages[{index}]: its tool's name is no string"
             )
-            call_id = unanswered.take(name) or f"call_{index}"
-            document["tool_call_id"] = message.call_id or call_id
+            call_id = message.call_id
+            require_content(
+                isinstance(call_id, str | None), f"messages[{index}]: its call's id is no string"
+            )
+            if call_id:
+                unanswered.note_answer(call_id)
+            else:
+                call_id = unanswered.take(name) or f"call_{index}"
+            document["tool_call_id"] = call_id
         yield document
 
 

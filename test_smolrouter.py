@@ -6775,6 +6775,10 @@ RESULT_IDS = {
     "unknown name": ([NAMELESS[1], NAMELESS[0]], ["call_1", "call_0_0"]),
     "both": ([NAMELESS[0], NAMELESS[2], NAMELESS[2]], ["call_0_0", "call_0_1", "call_3"]),
     "name first": ([NAMELESS[2], *[NAMELESS[0]] * 2], ["call_0_0", "call_0_1", "call_0_2"]),
+    "own id": (
+        [{**NAMELESS[0], "tool_call_id": "call_0_2"}, *[NAMELESS[0]] * 2],
+        ["call_0_2", "call_0_0", "call_0_1"],
+    ),
 }
 
 
@@ -6783,6 +6787,25 @@ def test_ollama_tool_result_takes_the_oldest_call(results: list[dict], ids: list
     called = ollama_calls(("clock", {}), ("clock", {}), ("weather", {}))
     assert post_json("/api/chat", {"model": "talk", "messages": [called, *results]}).status == 200
     assert [m["tool_call_id"] for m in last_request().json["messages"][1:]] == ids
+
+
+@pytest.mark.parametrize("odd_id", ({}, ["a"], 7), ids=repr)
+def test_ollama_ids_of_calls_are_strings(odd_id: Any) -> None:
+    called = ollama_calls(("clock", {}))
+    called["tool_calls"][0]["id"] = odd_id or [{}]
+    for talk in ([called, NAMELESS[0]], [{**NAMELESS[0], "tool_call_id": odd_id or [{}]}]):
+        got = post_json("/api/chat", {"model": "talk", "messages": talk})
+        assert got.status == 400 and b"id is no string" in got.content
+
+
+@pytest.mark.parametrize("image", ({"detail": "low"}, {"media_type": "image/png"}), ids=repr)
+def test_an_image_without_its_data_is_none(image: Any) -> None:
+    parts = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": image}]
+    document = {"model": "talk", "messages": [{"role": "user", "content": parts}]}
+    (message,) = smolrouter.read_transcript(CHAT, encode_json(document), b"")
+    assert (message["content"], message["images"]) == ("look", [])
+    got = post_json("/api/chat", document)
+    assert got.status == 400 and b"image_url` has no known shape" in got.content
 
 
 def test_ollama_calls_and_results_cost_their_sum() -> None:
