@@ -5594,7 +5594,8 @@ class TableReader:
         known = ", ".join(self.servers) or "none"
         words = f"unknown server {name!r}; known are {known}, or a URL"
         node.require(ABSOLUTE_SCHEME.match(name), words)
-        return self.name_server(node.read(parse_upstream_url))
+        url = node.read(parse_upstream_url)
+        return self.server_at(url) or self.name_server(url)
 
     def read_instance(self, node: Node) -> Instance:
         """Read `server/model`, split at the first slash, or a record with these members."""
