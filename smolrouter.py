@@ -5895,8 +5895,10 @@ def match_rule(rule: Rule, query: RouteQuery) -> tuple[re.Match[str] | bool, Ste
         match = match_name(rule.model, query.names)
     if not match:
         step = rule.model_mismatch
-        # `match_name` tries no pattern on such a name, although the pattern may look right.
-        if query.names and all(len(name) > LIMITS.pattern_name for name in query.names):
+        # `match_name` tries no pattern on such a name, although the pattern may look right. An
+        # exact name is compared, however long it is.
+        is_long = query.names and all(len(name) > LIMITS.pattern_name for name in query.names)
+        if is_long and isinstance(rule.model, re.Pattern):
             why = f"{step.why}: longer than {LIMITS.pattern_name} characters"
             step = Step(rule.name, False, why)
         return False, step

@@ -7613,6 +7613,33 @@ def test_decisions_of_a_long_table_fill_no_memory() -> None:
     assert smolrouter.decide(table, long, HOME) is not smolrouter.decide(table, long, HOME)
 
 
+def test_length_of_a_name_is_no_reason_for_an_exact_rule() -> None:
+    """It is compared, however long it is."""
+    rules = [
+        {"match": {"model": model}, "route": {"upstream": "http://x"}}
+        for model in ("gpt-4", "/gpt/", "x" * 300)
+    ]
+    trail = smolrouter.resolve(routing(json.dumps({"routes": rules})), "x" * 300, HOME).trail
+    assert [step.matched for step in trail] == [False, False, True]
+    assert ["longer than" in step.why for step in trail] == [False, True, False]
+
+
+def test_url_of_a_named_server_is_that_server() -> None:
+    """It gets the key and the fields of that server, wherever it is spelled out."""
+    table = routing(
+        json.dumps(
+            {
+                "servers": {"a": {"url": "http://h:1", "api_key": "k", "headers": {"x-a": "b"}}},
+                "aliases": {"fast": {"instances": [{"url": "http://h:1/v1/", "model": "m"}]}},
+                "routes": [{"match": {"model": "r"}, "route": {"upstream": "http://h:1"}}],
+            }
+        )
+    )
+    for model in ("fast", "r"):
+        (instance,) = smolrouter.resolve(table, model, HOME).instances
+        assert instance.server == table.servers["a"]
+
+
 def test_trails_keep_no_long_names() -> None:
     """The log remembers the JSON of trails."""
     decision = smolrouter.resolve(routing(), "x" * 16_000 + ":latest", HOME)
