@@ -7169,15 +7169,20 @@ class Connection(asyncio.Protocol):
         """Tell whether all that was written is with the kernel."""
         return not self.unsent and self.transport.get_write_buffer_size() == 0
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing more can be written."""
+        return self.failure is not None or self.transport.is_closing()
+
     async def drain(self) -> None:
-        """Wait while the other side reads too slowly. Raises ConnectionResetError when it left."""
-        if self.write_paused and not self.failure:
+        """Wait while a client reads too slowly. Raises ClientClosed when it has left."""
+        if self.write_paused and not self.is_broken:
             self.set_deadline(self.limits.write_timeout, READS_NOTHING)
-            while self.write_paused and not self.failure:
+            while self.write_paused and not self.is_broken:
                 await self.wait()
             self.clear_deadline()
-        if self.failure or self.transport.is_closing():
-            raise ConnectionResetError("the other side is gone")
+        if self.is_broken:
+            raise ClientClosed("client_closed")
 
     # Closing.
 
@@ -12717,6 +12722,9 @@ class Application:
         reason = ""
         try:
             await self.dispatch(request, endpoint, of_path)
+        except ClientClosed:
+            # There is nobody to answer.
+            raise
         except RouterError as error:
             hidden = hide_in_text(str(error), self.context.secrets_of(request))
             reason = hidden[: self.context.limits.error_text]
@@ -13024,6 +13032,9 @@ class HTTPServer:
             while await self.serve_next_request(connection, peer, served):
                 served += 1
                 self.served += 1
+        except ClientClosed:
+            # Nobody is going to take what is left for it.
+            connection.abort()
         except (OSError, RouterError):
             # The client went away between two messages, or was idle for too long. There is nobody
             # to tell it to.

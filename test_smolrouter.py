@@ -8882,6 +8882,37 @@ def test_whole_content_counts_although_its_connection_breaks() -> None:
         run_coroutine(asyncio.wait_for(pump(6), PATIENCE))
 
 
+def test_a_client_that_leaves_is_no_fault_of_the_server() -> None:
+    async def pump() -> None:
+        batch = smolrouter.LoopBatch()
+        loop = asyncio.get_running_loop()
+        ours: list[Any] = []
+        theirs: list[socket.socket] = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for _ in range(2):
+                theirs.append(socket.create_connection(listener.getsockname()))
+                sock, _ = listener.accept()
+                ours.append(smolrouter.Connection(batch))
+                await loop.connect_accepted_socket(lambda: ours[-1], sock)
+        upstream, client = ours
+        head = smolrouter.parse_response_head(b"HTTP/1.1 200 OK\r\nContent-Length: 9")
+        framing = smolrouter.Framing("length", 9)
+        response = smolrouter.UpstreamResponse(head, framing, upstream, None, None)
+        # It has read nothing for long, and the system says that it is gone.
+        client.write(bytes(2**24))
+        assert client.write_paused
+        client.transport.abort()
+        try:
+            await response.pump(client.write, client)
+        finally:
+            response.close()
+            for sock in theirs:
+                sock.close()
+
+    with pytest.raises(smolrouter.ClientClosed):
+        run_coroutine(asyncio.wait_for(pump(), PATIENCE))
+
+
 @pytest.mark.parametrize("data, error", [
     (b"GET / HTTP/1.1\nHost: a\n\n", smolrouter.MalformedMessage),
     (b"GET / HTTP/1.1\r\nHost: a\rX: b", smolrouter.MalformedMessage),
