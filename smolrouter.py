@@ -13497,9 +13497,12 @@ class Router:
         await self.stopping.wait()
         self.console.print_line(f"draining for at most {grace:g} s")
         watcher.cancel()
+        grace_ends_at = time.monotonic() + grace
         await self.server.shut_down(grace, self.hurry)
         self.context.upstreams.pool.close()
-        self.context.log.close(grace)
+        # Whoever asked for an end is not to wait for twice the time.
+        seconds_left = 0.0 if self.hurry.is_set() else grace_ends_at - time.monotonic()
+        self.context.log.close(max(0.0, seconds_left))
         self.console.close()
         return 0
 

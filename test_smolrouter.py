@@ -14618,6 +14618,18 @@ def test_grace_ends() -> None:
         assert wait_until(lambda: seen.closed)
 
 
+def test_the_grace_is_one_for_answers_and_the_log() -> None:
+    """What answers have used of it, a database in trouble does not get again."""
+    hanging = default_upstream().add_script([HANG])
+    with watched_router("smolrouter.RequestLog", "close", SHUTDOWN_GRACE=0.3) as router:
+        with connect(router.port) as sock:
+            sock.sendall(encode_post(CHAT, chat_document(hanging)))
+            default_upstream().connection_of(hanging)
+            router.signal(signal.SIGTERM)
+            assert router.process.wait(PATIENCE) == 0
+        assert wait_until(lambda: "called (0.0,)" in router.stderr), router.stderr
+
+
 def test_second_signal_ends_at_once() -> None:
     with (
         router_and_upstream(lambda r: [HANG], SHUTDOWN_GRACE=60) as (router, upstream),
