@@ -697,6 +697,7 @@ class Settings:
     # ruff: disable[E501]
     default_upstream: str = setting("http://localhost:8000", parse_default_upstream, "where a request goes that no rule claims: a URL, a server's name or none; with SERVERS the first of them")
     servers: NamedURLs = setting("none", parse_servers, "model servers without a routing file: URL or name=URL, between commas or blanks")
+    default_model: str | None = setting(None, parse_text, "the model of a request that names none")
     listen_host: str = setting("127.0.0.1", parse_listen_host, "address to listen on")
     listen_port: int = setting("1234", number_between(0, 65535), "port to listen on; 0 takes a free one")
     routes_config: str = setting("routes.yaml", parse_text, "routing file, YAML or JSON; the default one may be missing")
@@ -3873,6 +3874,11 @@ class ParsedRequest:
         return find_protocol(self.path)
 
     @property
+    def lacks_model(self) -> bool:
+        """Whether it names no model where one is needed."""
+        return not self.model and self.protocol.needs_model
+
+    @property
     def openai_path(self) -> str:
         """The path of an OpenAI server that does the same."""
         protocol = self.protocol
@@ -3948,6 +3954,9 @@ def refuse_second_model(condition: bool, name: str) -> None:
     )
 
 
+NO_MODEL = 'no model was named; add `"model": "name"`'
+
+
 def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
     """Read a JSON object and its model. Raises MalformedContent.
 
@@ -3965,10 +3974,14 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
         if found is not None and not isinstance(found, str):
             raise MalformedContent(f"`{name}` is {json.dumps(found)[:80]} instead of a string")
         model = model or found or ""
-    if not model and protocol.needs_model:
-        raise MalformedContent('no model was named; add `"model": "name"`')
     stream = read_stream_wish(protocol, document)
     return ParsedRequest(path, query, content, text, document, model, stream)
+
+
+def require_model(parsed: ParsedRequest) -> ParsedRequest:
+    """Return a request. Raises MalformedContent when it lacks a model."""
+    require_content(not parsed.lacks_model, NO_MODEL)
+    return parsed
 
 
 def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
@@ -4016,9 +4029,11 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     edits: dict[Path, Any] = {}
     if changes.no_think:
         edits |= no_think_edit(parsed.protocol, document)
-    if parsed.model and changes.model != parsed.model:
-        named_by = [name for name in parsed.protocol.model_members if name in document]
-        edits[(named_by[0],)] = changes.model
+    # A request that names no model may have been given one.
+    members = parsed.protocol.model_members
+    named_by = next((name for name in members if document.get(name)), members[0])
+    if parsed.model and changes.model != document.get(named_by):
+        edits[(named_by,)] = changes.model
     # Appending a member needs no search for its place: the usual request is changed by that alone.
     adds_options = changes.include_usage and "stream_options" not in document
     if changes.include_usage and not adds_options:
@@ -11042,17 +11057,44 @@ class Exchange:
 # --- handlers that relay ---------------------------------------------------------------
 
 
+async def find_model(context: Context, request: Request) -> tuple[str, Step]:
+    """Return the model of a request that names none, and what the trail says of it.
+
+    It is DEFAULT_MODEL, or the only one that the default server lists. Raises MalformedContent,
+    which names some of those that there are.
+    """
+    default_model = context.settings.default_model
+    if default_model:
+        return default_model, Step("DEFAULT_MODEL", True, "the request names no model")
+    default = context.table.default
+    listed = await context.model_lists.get(default, context.authorization_of(request)) or []
+    if len(listed) == 1:
+        why = f"the request names no model, and {default.name} has this one alone"
+        return listed[0]["id"], Step("the only model", True, why)
+    names = []
+    with contextlib.suppress(BadGateway):
+        names = [entry["id"][:80] for entry in await context.list_models(request)]
+    examples = f", such as {', '.join(names[:NAMES_IN_ERROR])}" if names else ""
+    raise MalformedContent(NO_MODEL + examples)
+
+
 async def relay_model(context: Context, request: Request) -> None:
     """Relay a request to where its model leads; one without a model to the default server."""
     content = request.content
     read = request.dialect.read
     parsed = await context.work(len(content), read, request.path, request.query, content)
+    step = None
+    if parsed.lacks_model:
+        model, step = await find_model(context, request)
+        parsed = dataclasses.replace(parsed, model=model)
     if parsed.text or parsed.model:
         decision = context.decide(parsed.model, request.source_host)
         decision = await context.spell_models(decision, request)
     else:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
         decision = resolve_default(context.table, request.source_host)
+    if step:
+        decision = decision._replace(trail=(step, *decision.trail))
     await Exchange(context, request, parsed, decision).run()
 
 
@@ -11108,7 +11150,7 @@ async def relay_to_native(context: Context, request: Request) -> None:
         native = as_opaque(native)
     parsed = ParsedRequest(request.path, request.query, request.content)
     with contextlib.suppress(MalformedContent):
-        parsed = native.read(request.path, request.query, request.content)
+        parsed = require_model(native.read(request.path, request.query, request.content))
     decision = decide_native(context, request, parsed.model)
     request.dialect = native
     await Exchange(context, request, parsed, decision).run()
@@ -11151,7 +11193,8 @@ async def relay_pull(context: Context, request: Request) -> None:
     try:
         await relay_changes(context, request)
     except NotSupported as error:
-        model = request.dialect.read(request.path, request.query, request.content).model
+        read = request.dialect.read
+        model = require_model(read(request.path, request.query, request.content)).model
         try:
             names = [entry["id"] for entry in await context.list_models(request)]
         except BadGateway:
@@ -12386,7 +12429,7 @@ async def serve_model(context: Context, request: Request) -> None:
 
 async def serve_model_details(context: Context, request: Request) -> None:
     """Answer what a model is like: from its server when that speaks the dialect, else in short."""
-    parsed = request.dialect.read(request.path, request.query, request.content)
+    parsed = require_model(request.dialect.read(request.path, request.query, request.content))
     decision = context.decide(parsed.model, request.source_host)
     service = request.dialect.service
     if any(instance.server.api == service for instance in decision.instances):

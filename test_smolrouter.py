@@ -2127,6 +2127,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["a=", "=http://box", "ftp://box", "a=http://box,a=http://box2", "box:1 http://box:1",
          "http://a..b", "http://box/api/tags"]),
     "DEFAULT_ROUTE": (["http://box:8000"], []),
+    "DEFAULT_MODEL": (["llama3", "org/some model"], ["", " "]),
     "LISTEN_HOST": (
         ["127.0.0.1", "::1", "[::1]", "0.0.0.0", "localhost", "box.lan."],
         ["a..b", ".", "x" * 70, "*", "http://box", "box:80", "a b", " "]),
@@ -3415,8 +3416,6 @@ ODD: dict[str, bytes] = {
     "two documents": b'{"model": "EVIL"} {}',
     "an array": b'["EVIL"]',
     "null": b"null",
-    "no model": b'{"messages": [], "x": "EVIL"}',
-    "null for a model": b'{"model": null, "x": "EVIL"}',
     "a number for a model": b'{"model": 7, "x": "EVIL"}',
     "a list for a model": b'{"model": ["EVIL"]}',
     "not a number": b'{"model": "EVIL", "x": NaN}',
@@ -6280,6 +6279,91 @@ def test_query_string_survives(path: str) -> None:
     target = f"{path}?api-version=2024-02-01&empty=&sign=%2B+%c3%a9"
     assert post_json(target, {**chat_document("rule-talk"), "prompt": "hi"}).status == 200
     assert last_request().target == target
+
+
+# --- requests without a model ---------------------------------------------------------
+
+WITHOUT_MODEL = {
+    "missing": lambda document: document,
+    "null": lambda document: {"model": None, **document},
+    "empty": lambda document: {**document, "model": ""},
+}
+
+
+def ask_without_model(router: Router, path: str, stream: bool, kind: str = "missing") -> Response:
+    """Send a request that names no model, in one of the ways to name none."""
+    document = example_request(path, "", stream)
+    del document["model"]
+    return post_json(path, WITHOUT_MODEL[kind](document), router)
+
+
+NEEDING_MODEL = [(path, stream) for path, stream in ALL_WAYS if "rerank" not in path]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_MODEL)
+@pytest.mark.parametrize("path, stream", NEEDING_MODEL)
+def test_the_only_model_is_meant(path: str, stream: bool, kind: str) -> None:
+    got = ask_without_model(default_router(), path, stream, kind)
+    assert got.status == 200
+    sent = last_request(default_upstream())
+    # The object has one `model` alone.
+    pairs = json.JSONDecoder(object_pairs_hook=list).decode(sent.content.decode())
+    assert [value for name, value in pairs if name == "model"] == ["tiny"]
+    if path.startswith("/api/") and path != "/api/embeddings":
+        documents = got.documents if stream else [got.json]
+        assert {document["model"] for document in documents} == {"tiny"}
+
+
+@pytest.mark.parametrize("path, stream", NEEDING_MODEL)
+def test_default_model_is_meant(path: str, stream: bool) -> None:
+    """It is a name like any other: here one that a rule knows."""
+    router = sdk_router(DEFAULT_MODEL="rule-vectors" if "embed" in path else "rule-talk")
+    assert ask_without_model(router, path, stream).status == 200
+    wanted = "vectors" if "embed" in path else "talk"
+    assert last_request().model == wanted
+
+
+def test_a_model_that_was_not_named_is_all_that_is_added() -> None:
+    router = sdk_router(DEFAULT_MODEL="rule-talk")
+    content = b'{ "messages" : [{"role":"user","content":"hi"}], "seed" : 1e0 }'
+    assert post_json(CHAT, content, router).status == 200
+    assert last_request().content == content[:-1] + b',"model":"talk"}'
+
+
+def test_row_says_why_a_model_is_meant() -> None:
+    settings = {"DEFAULT_MODEL": "meant-by-default", "WEBUI_SECURITY": "NONE"}
+    with router_and_upstream(**settings) as (router, upstream):
+        assert ask_without_model(router, CHAT, False).status == 200
+        detail = wait_for_detail(router, "meant-by-default")
+        assert detail["original_model"] == "meant-by-default"
+        assert detail["trail"][0]["rule"] == "DEFAULT_MODEL"
+        assert upstream.requests[-1].model == "meant-by-default"
+
+
+@pytest.mark.parametrize("path, stream", NEEDING_MODEL)
+def test_one_of_several_models_has_to_be_named(path: str, stream: bool) -> None:
+    with nothing_sent_upstream():
+        got = ask_without_model(sdk_router(), path, stream)
+    assert got.status == 400
+    check_error(path, got)
+    words = got.content.decode()
+    assert "no model was named" in words
+    assert words.count(", alias-") + words.count("such as alias-") == 5
+
+
+def test_nobody_can_say_which_model_is_meant() -> None:
+    with Router({"DEFAULT_UPSTREAM": refusing_url()}) as router:
+        got = ask_without_model(router, CHAT, False)
+        assert (got.status, "such as" in got.content.decode()) == (400, False)
+
+
+def test_a_default_model_is_not_what_is_deleted_or_shown() -> None:
+    router = sdk_router(DEFAULT_MODEL="rule-talk")
+    with nothing_sent_upstream():
+        assert request(router.port, "DELETE", "/api/delete", {}).status == 501
+        for path in ("/api/show", "/api/pull"):
+            got = post_json(path, {}, router)
+            assert (got.status, "no model was named" in got.json["error"]) == (400, True)
 
 
 # --- Ollama: the official client ------------------------------------------------------
