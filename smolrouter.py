@@ -708,6 +708,7 @@ class Settings:
     enable_logging: bool = setting("true", parse_bool, "keep every request; false writes nothing to disk")
     request_timeout: float = setting("3000.0", number_between(0.01, 1e6, whole=False), "longest silence from an upstream, s")
     connect_timeout: float = setting("5.0", number_between(0.01, 600, whole=False), "longest wait for a connection to an upstream, s")
+    ping_interval: float = setting("15", number_between(0, 3600, whole=False), "s of silence after which a streaming client gets a sign of life; 0: never")
     db_path: str = setting("requests.db", parse_text, "the request log's database")
     max_log_age_days: float = setting("7", number_between(0.01, 36500, whole=False), "days that a request is kept")
     blob_storage_type: str = setting("filesystem", choice_of("filesystem", "memory"), "where long bodies are kept: filesystem or memory")
@@ -2281,6 +2282,7 @@ class EventFormat(NamedTuple):
     mark: bytes  # ends an event in the plain case
     end: re.Pattern[bytes]  # ends one in every case
     data: re.Pattern[bytes]  # one line of data
+    media_type: str
     prefix: bytes = b""
 
     def find_end(self, block: bytes, at: int, has_cr: bool) -> int:
@@ -2406,10 +2408,9 @@ SSE_END = re.compile(
     re.VERBOSE,
 )
 SSE_DATA = re.compile(rb"(?<![^\r\n])data: ?([^\r\n]*)")
-SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, b"data: ")
-LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"))
-EVENT_FORMATS = {"text/event-stream": SSE, "application/x-ndjson": LINES}
-
+SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, "text/event-stream", b"data: ")
+LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"), "application/x-ndjson")
+EVENT_FORMATS = {format.media_type: format for format in (SSE, LINES)}
 
 # What servers call a stream of events that they do not call one.
 MISCALLED_STREAMS = frozenset(("", "text/plain", "application/json", "application/octet-stream"))
@@ -3081,6 +3082,25 @@ def encode_ollama_error(error: RouterError) -> bytes:
     return encode_json({"error": str(error)})
 
 
+# The types of errors that clients of /v1/messages know, by status; all others are of one type.
+MESSAGES_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def encode_messages_error(error: RouterError) -> bytes:
+    """Return an error as the clients of /v1/messages read it."""
+    kind = MESSAGES_ERRORS.get(error.status, "api_error")
+    return encode_json({"type": "error", "error": {"type": kind, "message": str(error)}})
+
+
 class Protocol(NamedTuple):
     """One endpoint: where its requests, answers and events hold what."""
 
@@ -3115,6 +3135,10 @@ class Protocol(NamedTuple):
     # Whether an answer has to name the model as its client knows it.
     names_model: bool = False
     encode_error: Callable[[RouterError], bytes] = encode_openai_error
+    # What stands before the data of an error in a stream, and an event that says nothing: a comment
+    # that clients of server-sent events skip.
+    error_prefix: bytes = b""
+    ping: bytes = b": ping\n\n"
 
 
 # Every other path: what its answers look like is not known.
@@ -3154,6 +3178,9 @@ PROTOCOLS = {
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
         item_members=("index",),
         end_words=(b'"message_stop"',),
+        encode_error=encode_messages_error,
+        error_prefix=b"event: error\n",
+        ping=b'event: ping\ndata: {"type": "ping"}\n\n',
     ),
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
@@ -3359,6 +3386,11 @@ class Opening:
         self.size = 0
         self.content = b""
 
+    @property
+    def is_document(self) -> bool:
+        """Whether the answer is one object, of which nobody can use anything before the end."""
+        return self.content.removeprefix(BOM).lstrip().startswith(b"{")
+
     def feed(self, data: bytes) -> bool:
         """Look at a piece."""
         if self.inflater:
@@ -3400,11 +3432,10 @@ class Opening:
     def read_whole(self, data: bytes) -> bool:
         """Look at what there is of a document."""
         self.content += data
-        start = self.content.removeprefix(BOM).lstrip()
-        if not start.startswith(b"{"):
-            return start != b""
+        if not self.is_document:
+            return self.content.removeprefix(BOM).strip() != b""
         # Lines of JSON are not always called so.
-        line, line_end, _ = start.partition(b"\n")
+        line, line_end, _ = self.content.removeprefix(BOM).lstrip().partition(b"\n")
         document = parse_object(line) if line_end else None
         return document is not None and self.read_document(document)
 
@@ -3926,6 +3957,9 @@ class Dialect(NamedTuple):
     encode_details: Callable[[str, str], dict[str, Any]] | None = None
     encode_running: Callable[[list[str], float], dict[str, Any]] | None = None
     version: str = ""
+    # Makes an event that says nothing, where those of the Protocols table are no events of the
+    # dialect's. The second argument is the moment, as RFC 3339 writes it.
+    empty_event: Callable[[ParsedRequest, str], dict[str, Any]] | None = None
 
     def encode_error(self, error: RouterError, path: str = "") -> bytes:
         """Return an error as the clients of a path read it."""
@@ -3933,7 +3967,33 @@ class Dialect(NamedTuple):
 
     def encode_event_error(self, error: RouterError, path: str = "") -> bytes:
         """Return an error as the last event of a running stream."""
-        return self.events.encode(self.encode_error(error, path))
+        prefix = PROTOCOLS.get(path, self.other).error_prefix
+        return prefix + self.events.encode(self.encode_error(error, path))
+
+    def encode_ping(self, parsed: ParsedRequest, created_at: str) -> bytes:
+        """Return an event that says nothing, for a client that has heard nothing for long."""
+        if self.empty_event is None:
+            return parsed.protocol.ping
+        return self.events.encode(encode_json(self.empty_event(parsed, created_at)))
+
+    def encode_whole_event(self, content: bytes, status: int, path: str) -> bytes:
+        """Return a whole answer, which has this status, as the only event of a stream.
+
+        Raises BadGateway for a good one that is no object of JSON.
+        """
+        document = parse_object(content)
+        prefix = b""
+        if status >= 400:
+            if document is None or "error" not in document:
+                error = BadGateway(read_error(content) or f"the upstream answered {status}")
+                # Some clients are told of it by its type.
+                error.status = status
+                return self.encode_event_error(error, path)
+            prefix = PROTOCOLS.get(path, self.other).error_prefix
+        elif document is None:
+            raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
+        # JSON has line ends between its tokens alone.
+        return prefix + self.events.encode(b" ".join(content.splitlines()))
 
 
 def read_stream_wish(protocol: Protocol, document: Mapping[str, Any]) -> bool:
@@ -4132,6 +4192,8 @@ class AnswerPlan(NamedTuple):
     now: Callable[[], float]  # s UTC
     timing: Callable[[], Timing]
     limits: Limits = LIMITS
+    # The client has had the head of a stream, because it had to wait.
+    begun: bool = False
 
     @property
     def protocol(self) -> Protocol:
@@ -4184,6 +4246,7 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
 #     finish         returns the rest
 #     size           about how long that rest is
 #     buffers        nothing leaves before `finish`
+#     takes_ping     an event could stand behind what has left so far
 #     over           the last event has come, so that nothing else is waited for
 #     complete       the answer has said that it is at its end
 #     trouble        what the answer said went wrong, or ""
@@ -4201,6 +4264,11 @@ class BufferedRewrite:
     trouble = ""
     lost_timings = False
     tells_timings = True
+
+    @property
+    def takes_ping(self) -> bool:
+        """Whether nothing has left yet."""
+        return self.buffers
 
     def __init__(
         self,
@@ -4285,6 +4353,11 @@ class StreamRewrite:
     def size(self) -> int:
         """How much is kept back: at most one event."""
         return len(self.reader.pending)
+
+    @property
+    def takes_ping(self) -> bool:
+        """Whether what has left ends where an event does."""
+        return not self.reader.long_tail
 
     @property
     def lost_timings(self) -> bool:
@@ -4805,6 +4878,14 @@ def ollama_document(
     return {"model": model, "created_at": created_at, text_path[0]: message, **end}
 
 
+def ollama_empty_line(parsed: ParsedRequest, created_at: str) -> dict[str, Any]:
+    """Return a line of a stream in which the model says nothing."""
+    text_path = parsed.protocol.text_path
+    return ollama_document(
+        parsed.model, text_path, created_at, {text_path[-1]: ""}, {"done": False}
+    )
+
+
 def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
     """Return what ends an answer: why, the counts, and durations in ns."""
     total = max(timing.total, 1)
@@ -4985,6 +5066,8 @@ class OllamaTranslation:
 def answer_ollama_chat(plan: AnswerPlan, document: dict[str, Any], content: bytes) -> bytes:
     """Return a whole OpenAI answer as Ollama's."""
     translation = OllamaTranslation(plan)
+    # One line is enough, also for a client that asked for a stream.
+    translation.buffers = True
     return translation.translate(document, whole=True) + translation.close(content)
 
 
@@ -5148,6 +5231,7 @@ OLLAMA = Dialect(
     encode_details=ollama_show,
     encode_running=encode_ollama_running,
     version=OLLAMA_VERSION,
+    empty_event=ollama_empty_line,
 )
 OLLAMA_EMBED = OLLAMA._replace(
     encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded
@@ -5177,6 +5261,11 @@ def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
     return plan.dialect.answer(plan, document, content)
 
 
+def keep_document(plan: AnswerPlan, content: bytes) -> bytes:
+    """Return a whole answer as it is."""
+    return content
+
+
 def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter | None:
     """Return what an answer must go through; None when its bytes go as they are."""
     format = EVENT_FORMATS.get(media_type)
@@ -5186,13 +5275,19 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         if format is SSE and plan.parsed.protocol.text_path:
             return StreamRewrite(plan, SSE, OllamaTranslation(plan))
         return BufferedRewrite(plan, translate_document, required=True)
+    if plan.begun and status >= 400:
+        # It becomes an event, and so does what is no stream.
+        return BufferedRewrite(plan, keep_document, required=True)
+    if plan.begun and format is not plan.dialect.events:
+        return BufferedRewrite(plan, filter_document, required=True)
     # What is no JSON, such as a form, has no text: nothing is known of its answer either.
     if status >= 400 or not plan.parsed.text:
         return None
     if format:
         return StreamRewrite(plan, format, EventFilter(plan, format))
     if media_type == "application/json" and (any(plan.rules) or plan.restores_name):
-        return BufferedRewrite(plan, filter_document)
+        # Its client may get the head of a stream meanwhile, and then it cannot go as it is.
+        return BufferedRewrite(plan, filter_document, required=plan.parsed.stream)
     return None
 
 
@@ -6743,7 +6838,8 @@ class LoopBatch:
     costs as much as all that the router does for an event.
 
     A timer for each deadline would be set and cancelled with each request. Instead one timer
-    looks at all connections, four times a second; while there are none, nothing runs.
+    looks at all connections, four times a second; while there are none, nothing runs. It also
+    looks for clients that have heard nothing for long (`ResponseWriter.set_on_silence`).
 
     What a relay writes waits for its client up to `limits.write_buffer`, and is then written no
     further. An answer of the router's own is written as a whole. What is above the buffer counts
@@ -6934,6 +7030,8 @@ class Connection(asyncio.Protocol):
         self.cancel_reason: RouterError | None = None
         # A request has begun to come or is being served.
         self.has_request = False
+        # What else to look at when the deadline is looked at; it gets the loop's time.
+        self.on_check: Callable[[float], None] | None = None
 
     # What asyncio calls.
 
@@ -7078,6 +7176,8 @@ class Connection(asyncio.Protocol):
 
     def check_deadline(self, now: float) -> None:
         """Fail when the deadline has passed, or the other side's machine is gone."""
+        if self.on_check:
+            self.on_check(now)
         if now >= self.ack_check_at:
             self.check_acks(now)
         if self.idle_timeout:
@@ -7218,6 +7318,7 @@ class Connection(asyncio.Protocol):
     def detach_request(self) -> None:
         """Keep nothing of the request that used the connection, and tell its task nothing more."""
         self.ignore_disconnect()
+        self.on_check = None
         # An error keeps the frames that it came through, and with them whole contents.
         self.failure = None
 
@@ -7386,6 +7487,35 @@ class ResponseWriter:
         self.chunked = False
         self.ends_by_close = False
         self.omits_content = False
+        # What to call when the client has got nothing for so long, in s; until when that is, in the
+        # loop's time; and how much had been written when that was looked at last.
+        self.on_silence: Callable[[], None] | None = None
+        self.longest_silence = NEVER
+        self.silent_until = NEVER
+        self.size_at_check = 0
+
+    def set_on_silence(self, seconds: float, on_silence: Callable[[], None]) -> None:
+        """Call `on_silence` whenever the client has got no content for so many seconds."""
+        self.on_silence = on_silence
+        self.longest_silence = seconds
+        self.silent_until = self.connection.loop.time() + seconds
+        self.connection.on_check = self.check_silence
+
+    def clear_on_silence(self) -> None:
+        """Let the client wait as long as it takes."""
+        self.on_silence = None
+        self.connection.on_check = None
+
+    def check_silence(self, now: float) -> None:
+        """Call `on_silence` if it is time; the connection's LoopBatch calls this at intervals.
+
+        A client that has not taken all that there is for it does not wait for more.
+        """
+        if self.size != self.size_at_check or not self.connection.is_flushed():
+            self.size_at_check = self.size
+            self.silent_until = now + self.longest_silence
+        elif self.on_silence and now >= self.silent_until:
+            self.on_silence()
 
     def write_head(self, status: int, lines: str, length: int | None, reason: str = "") -> None:
         """Write the head, with these field lines; a `length` of None is not known yet.
@@ -10195,9 +10325,10 @@ class RequestLog:
 # One exchange, from a request that was let in to the last octet of its answer. The
 # instances of a decision are asked in order until one says something (`Opening`, section
 # 7), and that answer goes out as it comes in. After its first octet has left there is no
-# second answer: a failure then ends the stream with an error. Whatever happens, the
-# record of the request is finished exactly once. `Context` stands first: every exchange
-# and every handler of the sections below works with it.
+# second answer: a failure then ends the stream with an error. A client that waits for a
+# stream gets signs of life meanwhile, which decide nothing. Whatever happens, the record of
+# the request is finished exactly once. `Context` stands first: every exchange and every
+# handler of the sections below works with it.
 
 # Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
@@ -10227,6 +10358,11 @@ FATAL_TO_CONNECTION = (
     Overloaded,
 )
 FieldPairs = list[tuple[str, str]]
+# What a client has been sent of the response to its request: nothing; the head of a stream and
+# signs of life, which say nothing of what the answer will be; or some of an answer.
+NOTHING = "nothing"
+PINGS = "pings"
+ANSWER = "answer"
 
 
 @dataclasses.dataclass
@@ -10484,8 +10620,12 @@ class Exchange:
         self.writer = request.writer
         self.parsed = parsed
         self.decision = decision
-        # The attempt that counts: the one that is running, or whose response is relayed.
+        # What the client has got so far.
+        self.sent = NOTHING
+        # The attempt that counts: the one that is running, or whose response is relayed; and
+        # whether it is.
         self.candidate: Candidate | None = None
+        self.relaying = False
         # Looks for the first thing that its answer says; None if that is all the same to everybody.
         self.opening: Opening | None = None
         self.rewriter: Rewriter | None = None
@@ -10510,6 +10650,7 @@ class Exchange:
                 return
             # Whoever has sent all and closed wants no model to work for nobody.
             self.request.connection.cancel_on_disconnect()
+            self.begin_pings()
             await self.relay()
         except asyncio.CancelledError:
             # The client has left, the router stops, or somebody ended the request from the page.
@@ -10527,6 +10668,7 @@ class Exchange:
     def finish(self) -> None:
         """Let go of everything, and finish the record."""
         record = self.record
+        self.writer.clear_on_silence()
         if self.candidate:
             self.candidate.close()
             self.candidate.health.running -= 1
@@ -10586,13 +10728,16 @@ class Exchange:
                 record.error = str(error)
             return
         record.error = self.loggable(str(error))
-        if not self.writer.started:
+        if self.sent == NOTHING:
             send_error(self.writer, error, self.dialect, self.own_fields())
             return
         record.status = error.status
-        streaming = self.rewriter is not None and not self.rewriter.buffers
-        if streaming:
-            self.writer.cut(self.dialect.encode_event_error(error, self.parsed.path))
+        event = self.dialect.encode_event_error(error, self.parsed.path)
+        if self.sent == PINGS:
+            # The error is all of the answer.
+            self.writer.finish(event)
+        elif self.rewriter is not None and not self.rewriter.buffers:
+            self.writer.cut(event)
         else:
             self.writer.cut(b"")
 
@@ -10605,6 +10750,42 @@ class Exchange:
         route = record.route[:longest]
         route_fields = encode_route_fields(record.upstream_url, model, route, len(record.attempts))
         return [(OWN_FIELD_NAMES[0], record.request_id), *route_fields]
+
+    # Signs of life
+
+    def begin_pings(self) -> None:
+        """Give a client that waits for a stream a sign of life whenever it hears nothing.
+
+        Clients and proxies give up a connection on which nothing comes, while a server still loads
+        a model, reads a long prompt or thinks.
+        """
+        interval = self.context.settings.ping_interval
+        # Only of a conversation is it known what an event looks like that says nothing.
+        streams = self.parsed.stream and self.parsed.protocol.user_words
+        if interval and streams and self.request.head.method != "HEAD":
+            self.writer.set_on_silence(interval, self.ping)
+
+    def ping(self) -> None:
+        """Give the client a sign of life, if one can stand where its answer is now.
+
+        Before an answer it can: then it begins a stream, and decides nothing else of what the
+        answer will be. An answer that goes as it is has no place for it.
+        """
+        record = self.record
+        if self.relaying:
+            if self.rewriter is None or not self.rewriter.takes_ping:
+                return
+            if not self.rewriter.buffers:
+                self.begin_answer(None)
+        now = time.time()
+        if self.sent == NOTHING:
+            self.sent = PINGS
+            fields = [("Content-Type", self.dialect.events.media_type), *STREAM_FIELDS]
+            fields.append((OWN_FIELD_NAMES[0], record.request_id))
+            fields.append(("Date", http_date(int(now))))
+            self.writer.write_head(200, encode_field_lines(fields), None)
+        self.writer.write_content(self.dialect.encode_ping(self.parsed, rfc3339(now)))
+        record.response_size = self.writer.size
 
     # Asking one candidate after the other
 
@@ -10629,7 +10810,7 @@ class Exchange:
                 self.note_failure(candidate, error)
                 # What was sent cannot be taken back. And an answer of the only server that turned
                 # out to be bad is told in its own words, not as one of several attempts.
-                if self.writer.started or (candidate.noted and candidate.is_only):
+                if self.sent == ANSWER or (candidate.noted and candidate.is_only):
                     raise
                 last_failure = type(error)
         if fallback is None:
@@ -10694,6 +10875,7 @@ class Exchange:
             self.candidate.health.running -= 1
         candidate.health.running += 1
         self.candidate = candidate
+        self.relaying = False
         self.opening = None
         self.rewriter = None
         self.inflater = None
@@ -10718,7 +10900,7 @@ class Exchange:
         # When it comes back it may be another server, which takes `stream_options`.
         self.context.upstreams.no_stream_options.discard(candidate.instance.server.url)
         # An answer that broke off after its client got some of it was one until then.
-        if not self.writer.started:
+        if self.sent != ANSWER:
             self.note_attempt(candidate, text)
 
     def note_error_answer(self, candidate: Candidate, error: ErrorAnswer) -> None:
@@ -10888,7 +11070,8 @@ class Exchange:
         candidate = self.candidate
         head = candidate.response.head
         coding = read_coding(head.fields)
-        if coding and coding not in CODINGS and candidate.native:
+        begun = self.sent != NOTHING
+        if coding and coding not in CODINGS and candidate.native and not begun:
             return None, None
         plan = AnswerPlan(
             parsed=self.parsed,
@@ -10900,6 +11083,7 @@ class Exchange:
             now=time.time,
             timing=self.timing,
             limits=self.context.limits,
+            begun=begun,
         )
         rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
         if not rewriter or not coding:
@@ -10929,8 +11113,9 @@ class Exchange:
         """Send the candidate's answer as it comes in, through its rewriter."""
         response = self.candidate.response
         head = response.head
-        self.begin_answer(head)
+        self.note_answer(head)
         self.rewriter, self.inflater = self.choose_rewriter()
+        self.relaying = True
         rewriter = self.rewriter
         closed = response.ends_by_close
         try:
@@ -10941,26 +11126,42 @@ class Exchange:
             if rewriter is None or rewriter.trouble or not rewriter.complete:
                 raise
             closed = True
-        opening = self.opening
-        if opening and self.record.first_token_at is None and opening.finish(closed):
-            self.note_opening()
+        self.finish_opening(closed)
         tail = b""
         if rewriter:
             tail = await self.context.work(rewriter.size, rewriter.finish, closed)
             self.conclude(rewriter)
         if self.error_content and not self.record.error:
             self.record.error = self.read_error(head, self.error_content)
-        if not self.writer.started:
-            # Of an answer that was kept back until now the length is known.
-            is_whole = rewriter is not None and rewriter.buffers
-            self.write_head(head, len(tail) if is_whole else None)
-        self.writer.finish(tail)
-        if opening and opening.error:
-            self.note_error_answer(self.candidate, opening.error)
-        elif head.status < 400:
-            self.candidate.health.succeed()
+        self.finish_answer(tail)
 
-    def begin_answer(self, head: ResponseHead) -> None:
+    def finish_opening(self, closed: bool) -> None:
+        """Note whether an answer that is over has said anything; `closed` as in `may_be_whole`."""
+        opening = self.opening
+        if opening and self.record.first_token_at is None and opening.finish(closed):
+            self.note_opening()
+        if opening and opening.is_document:
+            # Its first token came with the last one, which says nothing of how fast they were.
+            self.record.first_token_at = None
+
+    def finish_answer(self, tail: bytes) -> None:
+        """Send the rest of an answer, which may be all of it, and note how its instance fared."""
+        candidate = self.candidate
+        status = candidate.response.head.status
+        is_whole = self.rewriter is not None and self.rewriter.buffers
+        if is_whole and self.sent == PINGS:
+            tail = self.dialect.encode_whole_event(tail, status, self.parsed.path)
+            # The head that its client has got tells another one.
+            self.record.status = status
+        # Of an answer that was kept back until now the length is known.
+        self.begin_answer(len(tail) if is_whole else None)
+        self.writer.finish(tail)
+        if self.opening and self.opening.error:
+            self.note_error_answer(candidate, self.opening.error)
+        elif status < 400:
+            candidate.health.succeed()
+
+    def note_answer(self, head: ResponseHead) -> None:
         """Note in the record that this answer is relayed; one before it has broken off."""
         record = self.record
         record.response_fields = head.fields
@@ -11029,10 +11230,16 @@ class Exchange:
                 self.candidate.response.end()
             if self.rewriter.buffers:
                 return
-        if not writer.started:
-            self.write_head(self.candidate.response.head, None)
+        if self.sent != ANSWER:
+            self.begin_answer(None)
         writer.write_content(data)
         self.record.response_size = writer.size
+
+    def begin_answer(self, length: int | None) -> None:
+        """Write the head of the client's answer, unless it has one; `length` as in `write_head`."""
+        if self.sent == NOTHING:
+            self.write_head(self.candidate.response.head, length)
+        self.sent = ANSWER
 
     def write_head(self, head: ResponseHead, length: int | None) -> None:
         """Write the head of the client's answer; its content is `length` octets, if known."""

@@ -2142,6 +2142,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "ENABLE_LOGGING": (["true", "false"], ["-1"]),
     "REQUEST_TIMEOUT": (["3000.0", "1", "0.5"], ["soon", "-1", "nan"]),
     "CONNECT_TIMEOUT": (["5", "0.25"], ["soon"]),
+    "PING_INTERVAL": (["15", "0", "0.5"], ["soon", "-1", "4000"]),
     "MAX_LOG_AGE_DAYS": (["7", "1"], ["week"]),
     "BLOB_STORAGE_TYPE": (["filesystem", "memory"], ["s3"]),
     "MAX_BLOB_SIZE": (["1000"], ["-1"]),
@@ -12801,6 +12802,414 @@ def test_openai_answer_tells_how_it_was_routed(sdk: Sdk) -> None:
     for name in ("Request-Id", "Upstream", "Model", "Route", "Attempts"):
         assert got.headers.get(f"X-SmolRouter-{name}"), name
     assert got.parse().choices[0].message.content == HELLO_ANSWER
+
+
+# --- signs of life --------------------------------------------------------------------
+# The router looks often whether a client has heard nothing for a short time. What a server waits
+# for in these tests is that its client has got so many signs of life.
+
+PINGS: dict[str, re.Pattern[bytes]] = {
+    CHAT: re.compile(rb": ping\n\n"),
+    "/v1/completions": re.compile(rb": ping\n\n"),
+    RESPONSES: re.compile(rb": ping\n\n"),
+    ANTHROPIC: re.compile(rb'event: ping\ndata: \{"type": "ping"\}\n\n'),
+    "/api/chat": re.compile(
+        rb'\{"model":"[^"]+","created_at":"[^"]+Z",'
+        rb'"message":\{"role":"assistant","content":""\},"done":false\}\n'
+    ),
+    "/api/generate": re.compile(
+        rb'\{"model":"[^"]+","created_at":"[^"]+Z","response":"","done":false\}\n'
+    ),
+}  # fmt: skip
+PING_SETTINGS = {"PING_INTERVAL": 0.05}
+PING_LIMITS = {"deadline_interval": 0.02, "buffered_event": 2000}
+
+
+@functools.lru_cache
+def ping_upstream() -> Upstream:
+    """Return the upstream behind `ping_router()`, and behind each of its aliases."""
+    return Upstream()
+
+
+@functools.lru_cache
+def ping_router() -> Router:
+    """Return a router with signs of life, and with aliases that `add_pair` gives scripts to."""
+    servers = {"s": ping_upstream().url, "off": refusing_url()}
+    aliases = {}
+    for number in range(40):
+        instances = [f"s/first-{number}", f"s/second-{number}"]
+        aliases[f"pair-{number}"] = {"instances": instances}
+        aliases[f"pair-off-{number}"] = {"instances": [f"s/first-off-{number}", "off/m"]}
+    return shared_router(
+        {**PING_SETTINGS, "DEFAULT_UPSTREAM": ping_upstream().url},
+        {"servers": servers, "aliases": aliases},
+        limits=PING_LIMITS,
+    )
+
+
+PAIR_NUMBERS = itertools.count()
+
+
+def sent_octets(model: str) -> int:
+    """Return how much the client of the running request for a model has got so far."""
+    running = get_document(ping_router(), "/api/inflight")
+    return sum(one["bytes"] for one in running if one["original_model"] == model)
+
+
+def wait_for_pings(model: str, count: int) -> None:
+    """Wait until the client of the running request for a model has got more so many times."""
+    seen = [sent_octets(model)]
+
+    def is_enough() -> bool:
+        octets = sent_octets(model)
+        if octets != seen[-1]:
+            seen.append(octets)
+        return len(seen) > count
+
+    wait_until(is_enough)
+
+
+def script_after_pings(
+    steps: Iterable[Step], before: Iterable[Step] = (), count: int = 3
+) -> Script:
+    """Say what comes before, wait until the client has got signs of life, and say these steps."""
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from before
+        # Of an alias the router calls its instances `first-7`.
+        model = re.sub("first|second", "pair", received.model)
+        wait_for_pings(model, count)
+        yield from steps
+
+    return script
+
+
+def add_pair(first: Script, second: Script | None = None) -> str:
+    """Give two scripts to an alias of `ping_router()`, one to one with a dead server behind it."""
+    number = next(PAIR_NUMBERS)
+    if second is None:
+        ping_upstream().scripts[f"first-off-{number}"] = first
+        return f"pair-off-{number}"
+    ping_upstream().scripts[f"first-{number}"] = first
+    ping_upstream().scripts[f"second-{number}"] = second
+    return f"pair-{number}"
+
+
+def post_stream(path: str, model: str, **more: Any) -> Response:
+    """Ask `ping_router()` for a stream."""
+    document = {**EXAMPLE_REQUESTS.get(path, EXAMPLE_REQUESTS[CHAT]), "stream": True}
+    return request(ping_router().port, "POST", path, {**document, "model": model, **more})
+
+
+def without_pings(path: str, content: bytes) -> tuple[int, bytes]:
+    """Return how many signs of life there are in a content, and what else there is."""
+    rest, count = PINGS[path].subn(b"", content)
+    return count, rest
+
+
+WORDS_OF: dict[str, list[Any]] = {
+    CHAT: [*chat_stream("Hello ", "you")],
+    "/v1/completions": [{"choices": [{"index": 0, "text": "Hello", "finish_reason": "stop"}]}],
+    RESPONSES: [
+        {"type": "response.output_text.delta", "delta": "Hello"},
+        {"type": "response.completed", "response": {"output": []}},
+    ],
+    ANTHROPIC: [
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Hello"}},
+        {"type": "message_stop"},
+    ],
+}
+
+
+@pytest.mark.parametrize("path", PINGS)
+def test_signs_of_life(path: str) -> None:
+    spoken = path if path in WORDS_OF else CHAT
+    steps = sse_response(WORDS_OF[spoken])
+    model = ping_upstream().add_script(script_after_pings(steps))
+    got = post_stream(path, model)
+    assert (got.status, got.whole, got.get("Content-Type")) == (200, True, event_type(path))
+    assert got.get("Cache-Control") == "no-cache, no-transform"
+    assert got.get("X-SmolRouter-Request-Id")
+    count, rest = without_pings(path, got.content)
+    assert count >= 2
+    # Before the answer, and nowhere else.
+    assert PINGS[path].match(got.content)
+    if spoken == path:
+        assert rest == b"".join(map(encode_event, WORDS_OF[path]))
+    else:
+        assert got.text == "Hello you" and got.documents[-1]["done"] is True
+    row = wait_for_row(ping_router(), model)
+    assert (row["status_code"], row["error_message"]) == (200, None)
+    # The head and the signs of life are not the first token.
+    assert row["ttft_ms"] >= 50
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_signs_of_life_while_thinking_is_taken_out(path: str) -> None:
+    begin = [*chat_stream()[:1], *map(encode_event, text_deltas("Well: <think>", "Hm, "))]
+    before = stream_response(begin, [("X-Own", "1")], whole=False)
+    after = encode_chunks(*map(encode_event, text_deltas("hm</think>", "yes")), RAW_STOP)
+    model = ping_upstream().add_script(script_after_pings(after, before))
+    got = post_stream(path, model)
+    assert (got.whole, got.text, got.get("X-Own")) == (True, "Well: yes", "1")
+    first, _, rest = got.content.partition(b"Well: ")
+    assert without_pings(path, first)[0] == 0
+    assert without_pings(path, rest)[0] >= 2
+
+
+def test_signs_of_life_after_the_head_keep_the_fields_of_the_answer() -> None:
+    before = stream_response([], [("X-Own", "1")], whole=False)
+    model = ping_upstream().add_script(script_after_pings(encode_chunks(RAW_STOP), before))
+    got = post_stream(CHAT, model)
+    assert (got.get("X-Own"), got.get("X-SmolRouter-Attempts")) == ("1", "1")
+    count, rest = without_pings(CHAT, got.content)
+    assert count >= 2 and rest == RAW_STOP
+
+
+PINGED_FAILURES: dict[str, list[Step]] = {
+    "cut": [DROP],
+    "pings and cut": [*stream_response([b": first\n\n"], whole=False), 0.1, DROP],
+    "503": json_response({"error": {"message": "first"}}, 503),
+    "error in an event": sse_response([{"error": {"message": "first"}}]),
+    "error in a document": json_response({"error": "first"}),
+    "empty": stream_response([]),
+}
+
+
+@pytest.mark.parametrize("failure", PINGED_FAILURES)
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_failover_behind_signs_of_life(path: str, failure: str) -> None:
+    second = stream_response([b": second\n\n", *chat_stream("Hello ", "you")])
+    alias = add_pair(script_after_pings(PINGED_FAILURES[failure]), lambda received: second)
+    got = post_stream(path, alias)
+    assert (got.status, got.whole, got.text) == (200, True, "Hello you")
+    count, rest = without_pings(path, got.content)
+    assert count >= 2 and b"first" not in rest
+    # The server's own signs of life pass where its events do.
+    assert (b": second" in rest) == (path == CHAT)
+    detail = wait_for_detail(ping_router(), alias)
+    assert (detail["status_code"], detail["error_message"]) == (200, None)
+    assert [bool(one["error"]) for one in detail["attempts"]] == [True, False]
+
+
+LAST_ERRORS: dict[str, tuple[Script | None, int, str]] = {
+    # The last server cannot be reached; it says no in words; in its own protocol's; as a page.
+    "refused": (None, 502, "connection refused"),
+    "words": (lambda r: json_response({"error": {"message": "no\nway", "n": 1}}, 429), 429, "way"),
+    "page": (lambda r: whole_response(b"<title>no way</title>", 500), 500, "no way"),
+    "no JSON": (lambda r: whole_response(b"<title>hello</title>"), 502, "hello"),
+    "unknown coding": (
+        lambda r: sse_response(["x"], fields=[("Content-Encoding", "br")]), 502, "'br'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", LAST_ERRORS)
+@pytest.mark.parametrize("path", [CHAT, ANTHROPIC, "/api/chat"])
+def test_a_last_error_behind_signs_of_life(path: str, error: str) -> None:
+    script, status, words = LAST_ERRORS[error]
+    alias = add_pair(script_after_pings([DROP]), script)
+    got = post_stream(path, alias)
+    assert (got.status, got.whole) == (200, True)
+    count, rest = without_pings(path, got.content)
+    assert count >= 2
+    if path == ANTHROPIC:
+        assert rest.startswith(b"event: error\ndata: ")
+    (document,) = dataclasses.replace(got, content=rest.removeprefix(b"event: error\n")).documents
+    details = document["error"]
+    if path == "/api/chat":
+        assert words in details and set(document) == {"error"}
+    else:
+        assert words in details["message"]
+    if path == CHAT and error == "words":
+        # What the server said stays as it is.
+        assert rest == encode_event({"error": {"message": "no\nway", "n": 1}})
+    if path == ANTHROPIC and error != "words":
+        assert (document["type"], details["type"]) == ("error", "api_error")
+    row = wait_for_row(ping_router(), alias)
+    assert row["status_code"] == status and words in row["error_message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, ANTHROPIC, "/api/chat"])
+def test_a_whole_answer_behind_signs_of_life_is_one_event(path: str) -> None:
+    document = completion({}, "<think>Hm</think>Hello")
+    if path == ANTHROPIC:
+        words = [{"type": "text", "text": "<think>Hm</think>Hello"}]
+        document = {"id": "cmpl-1", "type": "message", "content": words, "stop_reason": "end_turn"}
+    content = json.dumps(document, indent=1).encode()
+    script = script_after_pings(whole_response(content, kind="application/json"))
+    for model in (ping_upstream().add_script(script), add_pair(script, script)):
+        got = post_stream(path, model)
+        count, rest = without_pings(path, got.content)
+        assert (got.status, got.whole) == (200, True) and count >= 2
+        (event,) = dataclasses.replace(got, content=rest).documents
+        assert event["done"] is True if path == "/api/chat" else event["id"] == document["id"]
+        if path == ANTHROPIC:
+            assert event["content"] == [{"type": "text", "text": "Hello"}]
+        else:
+            assert visible_text(event) == "Hello"
+
+
+@contextlib.contextmanager
+def waiting_client(path: str, model: str, **more: Any) -> Iterator[socket.socket]:
+    """Send a request to `ping_router()` and give its socket, which is not read from."""
+    with connect(ping_router().port) as sock:
+        document = {**EXAMPLE_REQUESTS[path], "model": model, **more}
+        sock.sendall(encode_post(path, document))
+        ping_upstream().connection_of(model)
+        yield sock
+
+
+def wait_for_pings_of_another() -> None:
+    """Wait until another client has got signs of life: so long a time has gone by."""
+    with waiting_client(CHAT, ping_upstream().add_script([HANG]), stream=True) as sock:
+        read_until(sock, *[b": ping\n\n"] * 5)
+
+
+def test_no_sign_of_life_inside_an_event() -> None:
+    """Also where an event is too long to be waited for, and so given out in part."""
+    gates = [threading.Event(), threading.Event()]
+    half = b'data: {"choices":[{"delta":{"content":"' + b"x" * 3000
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_response([half[:-1]], whole=False)
+        gates[0].wait(PATIENCE)
+        yield from encode_chunks(b'y"}}]}\n', end=b"")
+        gates[1].wait(PATIENCE)
+        yield from encode_chunks(b"\n" + RAW_STOP)
+
+    with waiting_client(CHAT, ping_upstream().add_script(script), stream=True) as sock:
+        read_until(sock, b"xxx")
+        for gate in gates:
+            wait_for_pings_of_another()
+            gate.set()
+        data = read_until(sock, b"stop", b"0\r\n\r\n")
+    assert b"ping" not in data
+
+
+def test_who_gets_no_signs_of_life() -> None:
+    hanging = ping_upstream().add_script([HANG])
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(waiting_client(CHAT, hanging)),
+            stack.enter_context(waiting_client("/api/chat", hanging, stream=False)),
+            stack.enter_context(waiting_client("/v1/embeddings", hanging, stream=True)),
+            stack.enter_context(waiting_client("/api/embed", hanging)),
+            # An error of an only server passes as it is, however slowly it comes.
+            stack.enter_context(
+                waiting_client(
+                    CHAT,
+                    ping_upstream().add_script(
+                        [response_head(500, [("Content-Length", "9")]), HANG]
+                    ),
+                    stream=True,
+                )
+            ),
+        ]
+        wait_for_pings_of_another()
+        for number, sock in enumerate(clients):
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+                pytest.fail(f"client {number} got something")
+
+
+def test_signs_of_life_can_be_switched_off() -> None:
+    with Upstream(lambda received: [HANG]) as upstream:
+        settings = {"DEFAULT_UPSTREAM": upstream.url, "PING_INTERVAL": 0}
+        router = shared_router(settings, limits=PING_LIMITS)
+        with connect(router.port) as sock:
+            sock.sendall(encode_post(CHAT, chat_document("m", stream=True)))
+            upstream.connection_of("m")
+            wait_for_pings_of_another()
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+
+
+def test_a_client_that_does_not_read_gets_no_signs_of_life() -> None:
+    """They would only wait for it; and it has enough to read."""
+    event = encode_event(text_delta("x" * 1000))
+    begin = stream_response([event * 20_000], whole=False)
+    model = ping_upstream().add_script([*begin, HANG])
+    with waiting_client(CHAT, model, stream=True):
+        seen = [0]
+
+        def is_full() -> bool:
+            seen.append(sent_octets(model))
+            return seen[-1] == seen[-2] > 0
+
+        wait_until(is_full)
+        before = sent_octets(model)
+        wait_for_pings_of_another()
+        assert sent_octets(model) == before
+
+
+def test_signs_of_life_for_http_1_0() -> None:
+    """As plain nginx speaks it to a server: the answer ends with its connection."""
+    script = script_after_pings(stream_response(chat_stream("Hello")))
+    document = chat_document(ping_upstream().add_script(script), stream=True)
+    data = send_raw(ping_router().port, encode_post(CHAT, document, version="1.0"), answers=0)
+    head, _, content = data.partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower()
+    count, rest = without_pings(CHAT, content)
+    assert count >= 2 and rest == b"".join(chat_stream("Hello"))
+
+
+def test_a_request_that_is_stopped_behind_signs_of_life() -> None:
+    model = ping_upstream().add_script([HANG])
+    with waiting_client(CHAT, model, stream=True) as sock:
+        read_until(sock, b": ping\n\n")
+        (one,) = [
+            one
+            for one in get_document(ping_router(), "/api/inflight")
+            if one["original_model"] == model
+        ]
+        assert one["phase"] == "waiting"
+        request(ping_router().port, "POST", f"/api/inflight/{one['id']}/cancel")
+        assert read_until(sock, b'"code":"cancelled"', b"0\r\n\r\n")
+    row = wait_for_row(ping_router(), model)
+    assert (row["status_code"], row["error_message"]) == (499, "cancelled")
+
+
+def test_a_client_leaves_behind_signs_of_life() -> None:
+    model = ping_upstream().add_script([HANG])
+    with waiting_client(CHAT, model, stream=True) as sock:
+        read_until(sock, b": ping\n\n")
+    assert wait_until(lambda: ping_upstream().connection_of(model).closed)
+    assert wait_for_row(ping_router(), model)["status_code"] == 499
+
+
+@pytest.mark.parametrize("sdk", (*OPENAI_SDKS, *OLLAMA_SDKS), ids=str)
+def test_official_clients_wait_as_long_as_there_are_signs_of_life(sdk: Sdk) -> None:
+    """The model takes longer than they wait for an octet."""
+    sdk = dataclasses.replace(sdk, timeout=1.5)
+    # So many signs of life, each 0.05 s after the one before, take longer than that.
+    script = script_after_pings(sse_response(chat_stream("Hello ", "you")), count=40)
+    model = ping_upstream().add_script(script)
+    named = {"model": model, "messages": HELLO_MESSAGES, "stream": True}
+    if sdk.package == "openai":
+        parts = sdk.call(ping_router().url, "chat.completions.create", **named)
+        assert [p.choices[0].delta.content for p in parts if p.choices[0].delta.content] == [
+            "Hello ",
+            "you",
+        ]
+    else:
+        parts = sdk.call(ping_router().url, "chat", **named)
+        assert "".join(part.message.content for part in parts) == "Hello you"
+        assert parts[-1].done and len(parts) > 20
+
+
+@pytest.mark.parametrize("sdk", (*OPENAI_SDKS, *OLLAMA_SDKS), ids=str)
+def test_official_clients_see_an_error_behind_signs_of_life(sdk: Sdk) -> None:
+    model = ping_upstream().add_script(
+        script_after_pings(json_response({"error": {"message": "no memory"}}, 500))
+    )
+    named = {"model": model, "messages": HELLO_MESSAGES, "stream": True}
+    method = "chat.completions.create" if sdk.package == "openai" else "chat"
+    error = "APIError" if sdk.package == "openai" else "ResponseError"
+    module = import_or_skip(sdk.package)
+    with pytest.raises(getattr(module, error), match="no memory"):
+        sdk.call(ping_router().url, method, **named)
 
 
 # --- content that goes on as it comes -------------------------------------------------
