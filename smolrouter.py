@@ -154,6 +154,7 @@ import csv
 import dataclasses
 import datetime
 import errno
+import fnmatch
 import functools
 import gc
 import hashlib
@@ -282,6 +283,10 @@ class MisdirectedRequest(Forbidden, status=421, code="misdirected_request"):
 
 class TooManyRequests(RouterError, status=429, code="too_many_failures", kind="rate_limit_error"):
     """Too many failed tokens from one address."""
+
+
+class RateExceeded(TooManyRequests, code="rate_limit_exceeded"):
+    """A token has had all the requests that its rate allows for now."""
 
 
 class FieldsTooLarge(BadRequest, status=431, code="fields_too_large"):
@@ -920,6 +925,9 @@ class Limits:
     token_failures: int = 10
     token_failure_window: float = 60.0
     token_failure_addresses: int = 10_000
+    # So many tokens have their requests counted; the one that was used least recently is forgotten.
+    # Only the owner makes tokens, and a home has a few dozen.
+    counted_tokens: int = 10_000
 
     # --- upstreams ---
     # Idle connections to a server are kept for so long, and so many of them: as many as there
@@ -5421,6 +5429,8 @@ class RoutingTable:
     rules: tuple[Rule, ...]
     model_map: ModelMap
     source: str
+    # The `jti` of tokens that are not valid any more.
+    revoked: frozenset[str] = frozenset()
 
     def all_servers(self) -> list[Server]:
         """Return every server that can be asked, each once; those outside `servers` come first."""
@@ -5623,7 +5633,7 @@ class TableReader:
     """Reads a routing file's document into the parts of a table; every error names its place."""
 
     def __init__(self, root: Node, settings: Settings) -> None:
-        servers, aliases, routes = root.members("servers", "aliases", "routes")
+        servers, aliases, routes, revoked = root.members("servers", "aliases", "routes", "revoked")
         self.servers: dict[str, Server] = {}
         for node in servers.entries():
             self.servers[node.path[-1]] = self.read_server(node)
@@ -5639,6 +5649,12 @@ class TableReader:
         if routes.value:
             listed = routes.elements("not a list; begin each route with `- match:`")
             self.rules = tuple(self.read_rule(node) for node in listed)
+        self.revoked: frozenset[str] = frozenset()
+        if revoked.value not in (None, []):
+            listed = revoked.elements(
+                "not a list; write the `jti` of each token, as in [3f2a, 77b0]"
+            )
+            self.revoked = frozenset(node.read() for node in listed)
 
     def server_at(self, url: UpstreamURL) -> Server | None:
         """Return the named server with this URL, with its key and fields; None if there is none."""
@@ -5879,6 +5895,7 @@ def parse_routes(
         rules=reader.rules,
         model_map=settings.model_map,
         source=name,
+        revoked=reader.revoked,
     )
     if not table.all_servers():
         raise ConfigError("DEFAULT_UPSTREAM='none': there is no other server; set SERVERS")
@@ -6030,19 +6047,31 @@ def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
     return Target((Instance(server, match.expand(model)),))
 
 
-def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Claim | None:
-    """Claim a name that ends in a server's: `llama3 [gpu]`. An alias of that name goes first."""
-    for name in names_to_try(query.requested_model):
-        if not name.endswith("]") or name in query.table.aliases:
+def find_pin(table: RoutingTable, requested_model: str) -> Instance | None:
+    """Return what a name that ends in a server's stands for. An alias of that name goes first.
+
+    `llama3 [gpu]`  ->  the server `gpu` with its model `llama3`;  `llama3`  ->  None
+    """
+    for name in names_to_try(requested_model):
+        if not name.endswith("]") or name in table.aliases:
             continue
         # With two servers of one name, the one of the routing file is last, and counts.
-        for server in reversed(query.table.all_servers()):
+        for server in reversed(table.all_servers()):
             # A server's name may have brackets itself, as `[::1]:8000` does.
             model = name.removesuffix(f" [{server.name}]")
             if model and model != name:
-                trail.append(Step("pin", True, f"the name pins server {server.name!r}"))
-                return Claim(f"pin {server.name}", Target((Instance(server, model),)))
+                return Instance(server, model)
     return None
+
+
+def claim_by_pin(query: RouteQuery, trail: list[Step]) -> Claim | None:
+    """Claim a name that ends in a server's: `llama3 [gpu]`."""
+    instance = find_pin(query.table, query.requested_model)
+    if instance is None:
+        return None
+    name = instance.server.name
+    trail.append(Step("pin", True, f"the name pins server {name!r}"))
+    return Claim(f"pin {name}", Target((instance,)))
 
 
 def claim_by_alias(query: RouteQuery, trail: list[Step]) -> Claim | None:
@@ -6141,7 +6170,8 @@ def decide(table: RoutingTable, requested_model: str, source_host: str) -> Decis
 # ======================================================================================
 # Who may do what. A request passes three questions: does it come from a page of somebody else
 # (`check_browser`), does the policy of its endpoint want a token (`needs_token`), and has it got
-# a valid one (`TokenGuard`). Each rule here stands against one attack, which it names.
+# a valid one (`TokenGuard`), whose scopes limit what it is good for (`check_models`)? Each rule
+# here stands against one attack, which it names.
 #
 # Nothing fails open: what cannot be checked is refused. The time is always an argument. A new
 # rule for browsers goes into `check_browser`, a new proxy field into PROXY_FIELDS, and a test
@@ -6158,8 +6188,62 @@ SECONDS_A_DAY = 86400
 LATEST_MOMENT = 253_402_300_799
 # No browser keeps a cookie for longer.
 LONGEST_COOKIE = 400 * SECONDS_A_DAY
-# Why a token that this router has signed is not valid any more.
-EXPIRED = "the token has expired"
+RATE = re.compile(r"([1-9][0-9]{0,8})/([smhd])")
+RATE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": SECONDS_A_DAY}
+# The claims that limit what a token is good for, and those that say whose it is.
+CLAIM_TYPES = {"sub": str, "jti": str, "models": list, "rate": str, "api_only": bool}
+
+
+class Rate(NamedTuple):
+    """How many requests a token may make within a second, minute, hour or day: `60/m`."""
+
+    requests: int
+    unit: str
+
+    @property
+    def seconds(self) -> int:
+        """How long its unit is, in s."""
+        return RATE_UNITS[self.unit]
+
+    def __str__(self) -> str:
+        return f"{self.requests}/{self.unit}"
+
+
+class Token(NamedTuple):
+    """What a token that this router has signed says. It is valid between its two moments."""
+
+    # The `jti`, by which it is revoked and its requests are counted. A token that was made without
+    # one is known by itself.
+    identity: str
+    subject: str
+    begins_at: float
+    expires_at: float
+    # Globs over the names of models that it may ask for; None: it may ask for all.
+    models: tuple[str, ...] | None
+    rate: Rate | None
+    api_only: bool
+
+
+def parse_rate(text: str) -> Rate:
+    """Read a rate: '60/m' -> Rate(60, "m"). Raises ValueError."""
+    match = RATE.fullmatch(text)
+    if match is None:
+        raise ValueError("allowed is a number for each second, minute, hour or day, such as 60/m")
+    return Rate(int(match[1]), match[2])
+
+
+def parse_globs(text: str) -> tuple[str, ...]:
+    """Read globs: 'llama*, coding-assistant' -> ('llama*', 'coding-assistant'). ValueError."""
+    globs = tuple(glob.strip() for glob in text.split(","))
+    allowed = "allowed are names of models with commas between, such as 'llama*,coding-assistant'"
+    require(all(globs), allowed)
+    for glob in globs:
+        name, mark, _ = glob.partition(" [")
+        remedy = f"write {name!r}, which counts for {glob!r}, too"
+        require(not (mark and glob.endswith("]")), f"{glob!r} names a server; {remedy}")
+        is_pattern = len(glob) > 2 and glob.startswith("/") and glob.endswith("/")
+        require(not is_pattern, f"{glob!r} is a regular expression; {allowed}")
+    return globs
 
 
 def encode_base64url(data: bytes) -> bytes:
@@ -6185,13 +6269,14 @@ def sign(signed: bytes, secret: str) -> bytes:
     return hmac.digest(secret.encode(), signed, "sha256")
 
 
-def encode_token(secret: str, subject: str, now: float, days: float) -> str:
+def encode_token(secret: str, subject: str, now: float, days: float, **more: Any) -> str:
     """Return a token for `subject` that expires after `days`; `now` is UTC, s.
 
-    'header.claims.signature', each part in base64url
+    `more` are further claims, such as `jti` and `models`. The token is
+    'header.claims.signature', each part in base64url.
     """
     header = {"alg": "HS256", "typ": "JWT"}
-    claims = {"sub": subject, "iat": int(now), "exp": int(now + days * SECONDS_A_DAY)}
+    claims = {"sub": subject, "iat": int(now), "exp": int(now + days * SECONDS_A_DAY), **more}
     signed = encode_base64url(encode_json(header)) + b"." + encode_base64url(encode_json(claims))
     signature = encode_base64url(sign(signed, secret))
     return f"{signed.decode()}.{signature.decode()}"
@@ -6214,34 +6299,114 @@ def parse_token_part(part: str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def check_token(token: str, secret: str, now: float) -> str | None:
-    """Return why a token is not valid, None when it is (RFC 7519 section 4.1, RFC 8725)."""
+def read_claims(token: str, secret: str) -> dict[str, Any]:
+    """Return the claims of a token that this router has signed (RFC 8725). Raises ValueError.
+
+    `header.claims.signature`  ->  {"sub": "alice", "exp": 2000}
+    """
     parts = token.split(".")
-    if len(token) > LIMITS.token or len(parts) != 3 or not token.isascii():
-        return "the token is not a JWT"
+    is_jwt = len(token) <= LIMITS.token and len(parts) == 3 and token.isascii()
+    require(is_jwt, "the token is not a JWT")
     header = parse_token_part(parts[0])
     claims = parse_token_part(parts[1])
     # The token itself says how it is signed. Who believes that accepts `none`, or a public key
     # as the secret of an HMAC (RFC 8725 section 3.1). `crit` names extensions that must be
     # understood, and none is.
     if header is None or claims is None or header.get("alg") != "HS256" or "crit" in header:
-        return "the token is not a JWT signed with HS256"
+        raise ValueError("the token is not a JWT signed with HS256")
     signed = token.rpartition(".")[0].encode()
     # In constant time: how long a comparison takes would tell how many octets are right.
-    if not hmac.compare_digest(sign(signed, secret), decode_base64url(parts[2])):
-        return "the token's signature is wrong"
+    is_ours = hmac.compare_digest(sign(signed, secret), decode_base64url(parts[2]))
+    require(is_ours, "the token's signature is wrong")
+    return claims
+
+
+def is_own_token(token: str, secret: str) -> bool:
+    """Tell whether this router has signed a token, valid or not."""
+    try:
+        read_claims(token, secret)
+    except ValueError:
+        return False
+    return True
+
+
+def refuse_token(reason: str) -> Unauthorized:
+    """Return the error for a request without a token that is valid."""
+    return Unauthorized(
+        f"{reason}; send it as Authorization: Bearer or X-SmolRouter-Token",
+        ("WWW-Authenticate", "Bearer"),
+    )
+
+
+def parse_claims(claims: Mapping[str, Any], token: str) -> Token:
+    """Read the claims of a token (RFC 7519 section 4.1). Raises ValueError with a claim's name.
+
+    `{"exp": 2000, "jti": "3f2a", "rate": "60/m"}`  ->
+    Token("3f2a", "", 0, 2000, None, Rate(60, "m"), False)
+    """
     # A token without an end could never be taken back.
-    expires_at = claims.get("exp")
-    begins_at = claims.get("nbf", 0)
-    if not is_moment(expires_at):
-        return "the token has no valid `exp`"
-    if not is_moment(begins_at):
-        return "the token has no valid `nbf`"
-    if begins_at <= now < expires_at:
-        return None
-    if now >= expires_at:
-        return EXPIRED
-    return "the token is not valid yet"
+    require(is_moment(claims.get("exp")), "exp")
+    require(is_moment(claims.get("nbf", 0)), "nbf")
+    for name, kind in CLAIM_TYPES.items():
+        # An empty value of its kind stands for a claim that is missing; null does not.
+        require(isinstance(claims.get(name, kind()), kind), name)
+    models = None
+    if "models" in claims:
+        models = tuple(claims["models"])
+        require(all(isinstance(glob, str) for glob in models), "models")
+    rate = None
+    if "rate" in claims:
+        require(RATE.fullmatch(claims["rate"]), "rate")
+        rate = parse_rate(claims["rate"])
+    return Token(
+        identity=claims.get("jti") or token,
+        subject=claims.get("sub", ""),
+        begins_at=claims.get("nbf", 0),
+        expires_at=claims["exp"],
+        models=models,
+        rate=rate,
+        api_only=claims.get("api_only", False),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def read_token(token: str, secret: str) -> Token:
+    """Return what a token says, whenever that is valid; clients send theirs with each request.
+
+    Raises ValueError when it is not this router's, and Unauthorized when it is, but has a claim
+    that cannot be read, which may have been meant as a limit.
+    """
+    claims = read_claims(token, secret)
+    try:
+        return parse_claims(claims, token)
+    except ValueError as error:
+        raise refuse_token(f"the token has no valid `{error}`") from None
+
+
+def find_valid(
+    tokens: Iterable[str], secret: str, revoked: Container[str], now: float
+) -> tuple[Token | None, str]:
+    """Return the first token that is valid now, or None and why the last one is not.
+
+    One that is valid is enough: Authorization may be the server's own. Raises Unauthorized for one
+    that was revoked, or has a claim that cannot be read, also where none is needed: otherwise to
+    revoke a token could open what its scopes had closed.
+    """
+    reason = "a token is needed"
+    for token in tokens:
+        try:
+            found = read_token(token, secret)
+        except ValueError as error:
+            reason = str(error)
+            continue
+        if found.identity in revoked:
+            raise refuse_token("the token was revoked")
+        if found.begins_at <= now < found.expires_at:
+            return found, ""
+        reason = "the token is not valid yet"
+        if now >= found.expires_at:
+            reason = "the token has expired"
+    return None, reason
 
 
 def find_tokens(fields: Fields, cookie_counts: bool) -> list[str]:
@@ -6272,7 +6437,7 @@ def without_token_cookie(cookies: str) -> str:
     return "; ".join(pair for pair in pairs if pair.partition("=")[0].rstrip() != TOKEN_COOKIE)
 
 
-def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
+def without_tokens(fields: Fields, secret: str | None) -> Fields:
     """Return the fields without what was meant for the router alone.
 
     A server that got the token could use the router, and everything behind it, in its owner's name.
@@ -6283,11 +6448,11 @@ def without_tokens(fields: Fields, secret: str | None, now: float) -> Fields:
     for lower, name, value in fields.lines:
         if lower == "x-smolrouter-token":
             continue
-        # Authorization is the server's own, unless it holds a token of this router. One that has
-        # expired was meant for it, too.
+        # Authorization is the server's own, unless it holds a token of this router. One that is not
+        # valid any more was meant for it, too.
         if lower == "authorization" and secret:
             token = value.partition(" ")[2].strip(" \t")
-            if check_token(token, secret, now) in (None, EXPIRED):
+            if is_own_token(token, secret):
                 continue
         if lower == "cookie" and TOKEN_COOKIE in value:
             value = without_token_cookie(value)
@@ -6313,31 +6478,16 @@ def encode_cookie(token: str, now: float, secure: bool) -> tuple[str, str]:
     return "Set-Cookie", f"{TOKEN_COOKIE}={token}; {attributes}"
 
 
-def check_access(secret: str | None, tokens: Sequence[str], now: float) -> None:
-    """Let a request pass that needs a token, or raise Unauthorized or Forbidden."""
-    if secret is None:
-        raise Forbidden(
-            "a token is needed here, and without JWT_SECRET there is none: only "
-            "direct connections are served; set JWT_SECRET"
-        )
-    reason = "a token is needed"
-    for token in tokens:
-        # One that is valid is enough: Authorization may be the server's own.
-        reason = check_token(token, secret, now)
-        if reason is None:
-            return
-    raise Unauthorized(
-        f"{reason}; send it as Authorization: Bearer or X-SmolRouter-Token",
-        ("WWW-Authenticate", "Bearer"),
-    )
-
-
 class TokenGuard:
-    """Checks tokens; after ten failures a minute an address gets 429 for the next one.
+    """Checks tokens, and counts: failures by address, requests by token.
 
-    A valid token passes all the same: otherwise one client could lock out all others that share
-    its address, and nobody finds a signature of 256 bits by trying. All that the 429 hides from
-    who tries is what was wrong with his token.
+    After ten failures a minute an address gets 429 for the next one. A valid token passes all the
+    same: otherwise one client could lock out all others that share its address, and nobody finds a
+    signature of 256 bits by trying. All that the 429 hides from who tries is what was wrong with
+    his token.
+
+    A token with a rate of 60/m gets 60 requests within the minute that its first one begins, and
+    then 429 until that minute is over.
     """
 
     def __init__(self, secret: str | None, limits: Limits = LIMITS) -> None:
@@ -6346,14 +6496,36 @@ class TokenGuard:
         # For each address the moments of its failures in the window, the first ten at most. The
         # address that has not failed for the longest time stands first.
         self.failures: dict[str, list[float]] = {}
+        # For each token when its window began, and its requests since. The one that was used least
+        # recently stands first.
+        self.requests: dict[str, tuple[float, int]] = {}
 
-    def check(self, tokens: Sequence[str], source_host: str, now: float) -> None:
-        """Let a request with one of these tokens in; `now` is UTC, s.
+    def find(self, tokens: Iterable[str], revoked: Container[str], now: float) -> Token | None:
+        """Return the valid token of a request that needs none; `now` is UTC, s.
+
+        Raises Unauthorized for one that was revoked or cannot be read.
+        """
+        if self.secret is None:
+            return None
+        found, _ = find_valid(tokens, self.secret, revoked, now)
+        return found
+
+    def check(
+        self, tokens: Sequence[str], source_host: str, revoked: Container[str], now: float
+    ) -> Token:
+        """Return the valid token of a request that needs one; `now` is UTC, s.
 
         Raises Forbidden, Unauthorized or TooManyRequests.
         """
+        if self.secret is None:
+            raise Forbidden(
+                "a token is needed here, and without JWT_SECRET there is none: only "
+                "direct connections are served; set JWT_SECRET"
+            )
         try:
-            check_access(self.secret, tokens, now)
+            found, reason = find_valid(tokens, self.secret, revoked, now)
+            if found is None:
+                raise refuse_token(reason)
         except Unauthorized:
             # A request without any token is no attempt to guess one.
             if not tokens or not self.count_failure(source_host, now):
@@ -6362,6 +6534,30 @@ class TokenGuard:
             raise TooManyRequests(
                 "too many failed tokens from this address", ("Retry-After", str(wait))
             ) from None
+        return found
+
+    def count_request(self, token: Token, now: float) -> None:
+        """Count a request of a token that has a rate; `now` is monotonic, s.
+
+        Raises RateExceeded above the rate. Such a request does not count.
+        """
+        if token.rate is None:
+            return
+        begins_at, count = self.requests.pop(token.identity, (now, 0))
+        if now - begins_at >= token.rate.seconds:
+            begins_at = now
+            count = 0
+        if len(self.requests) >= self.limits.counted_tokens:
+            oldest = next(iter(self.requests))
+            del self.requests[oldest]
+        has_room = count < token.rate.requests
+        self.requests[token.identity] = (begins_at, count + has_room)
+        if not has_room:
+            wait = math.ceil(begins_at + token.rate.seconds - now)
+            raise RateExceeded(
+                f"the token's rate is {token.rate}; try again in {wait} s",
+                ("Retry-After", str(wait)),
+            )
 
     def count_failure(self, source_host: str, now: float) -> bool:
         """Count a failure; tell whether the address had all that it may have before this one."""
@@ -6375,6 +6571,64 @@ class TokenGuard:
         # The first ones are kept: an address may fail again when the oldest leaves the window.
         self.failures[source_host] = [*recent, now][: self.limits.token_failures]
         return len(recent) >= self.limits.token_failures
+
+
+# --- scopes ---------------------------------------------------------------------------
+
+
+def check_webui(token: Token | None) -> None:
+    """Refuse a token that does not open the Web UI. Raises Forbidden."""
+    if token and token.api_only:
+        raise Forbidden("the token is for the model API alone; it opens no Web UI")
+
+
+def may_use(token: Token | None, model: str, table: RoutingTable) -> bool:
+    """Tell whether a token is good for a model, as its client names it; without one all are.
+
+    A token for `llama*` is good for `llama3`, `llama3:latest` and `llama3 [gpu]`, where `gpu` is a
+    server.
+    """
+    if token is None or token.models is None:
+        return True
+    pin = find_pin(table, model)
+    names = names_to_try(pin.model if pin else model)
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in token.models)
+
+
+def check_models(token: Token | None, models: Iterable[str], table: RoutingTable) -> None:
+    """Refuse a request for models of which its token is not good for all. Raises Forbidden."""
+    if token is None or token.models is None:
+        return
+    for model in models:
+        if may_use(token, model, table):
+            continue
+        wanted = f"not for {model[:80]!r}" if model else "and the request names no model"
+        raise Forbidden(f"the token is for the models {', '.join(token.models)}; {wanted}")
+
+
+def check_unlimited(token: Token | None) -> None:
+    """Refuse a token for some models alone where these are made. Raises Forbidden.
+
+    Otherwise a token for `llama*` could make a `llama-2` that is another model.
+    """
+    if token and token.models is not None:
+        listed = ", ".join(token.models)
+        raise Forbidden(f"the token is for the models {listed}; it may not make or delete any")
+
+
+def requested_models(parsed: ParsedRequest) -> Iterator[str]:
+    """Yield every name by which a request may choose its model; "" stands for none.
+
+    Servers in Go read `Model` like `model`, and the later one wins. Some providers take the names
+    of others from `models` when they are short of the first.
+
+    `{"model": "a", "MODEL": "b", "models": ["c"]}`  ->  'a', 'a', 'b', 'c'
+    """
+    yield parsed.model
+    members = (*parsed.protocol.model_members, "models")
+    for name, value in parsed.document.items():
+        if value and name.lower() in members:
+            yield from map(str, value if isinstance(value, list) else [value])
 
 
 # --- policies -------------------------------------------------------------------------
@@ -7601,6 +7855,8 @@ class Request:
     # The dialect of its endpoint, as soon as that is known.
     dialect: Dialect = OPENAI
     content: bytes = b""
+    # What its valid token says; None without one.
+    token: Token | None = None
     # Who reads the content, once somebody has begun.
     reader: ContentReader | None = None
     # Whether an exchange keeps a record of it, and prints its line.
@@ -10416,12 +10672,18 @@ class Context:
 
     async def list_models(self, request: Request) -> list[dict[str, Any]]:
         """Return the models that the client of a request may see, own names first."""
-        return await list_models(self.model_lists, self.table, self.authorization_of(request))
+        authorization = self.authorization_of(request)
+        models = await list_models(self.model_lists, self.table, authorization)
+        return [model for model in models if may_use(request.token, model["id"], self.table)]
 
     def authorization_of(self, request: Request) -> str | None:
         """Return what the client of a request shows to servers; the router's tokens stop here."""
-        fields = without_tokens(request.head.fields, self.settings.jwt_secret, time.time())
+        fields = without_tokens(request.head.fields, self.settings.jwt_secret)
         return fields.get("authorization")
+
+    def check_tokens(self, tokens: Sequence[str], source_host: str) -> Token:
+        """Return the first of these tokens that is valid. Raises what TokenGuard.check raises."""
+        return self.token_guard.check(tokens, source_host, self.table.revoked, time.time())
 
     def secrets_of(self, request: Request) -> Secrets:
         """Return what must not be kept, printed or shown of a request."""
@@ -10514,9 +10776,7 @@ def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
         # A translated request is JSON, whatever its client called it (`curl -d` says form).
         added.append(("Content-Type", "application/json"))
     added.append(("Via", ", ".join([*head.fields.get_all("via"), forwarding.via])))
-    # These lines are remembered. With NEVER as the time every token of the router counts as expired
-    # and is left out all the same, so that the lines hold at any time.
-    fields = without_tokens(head.fields, forwarding.jwt_secret, NEVER)
+    fields = without_tokens(head.fields, forwarding.jwt_secret)
     replaced = [name.lower() for name, _ in added]
     return encode_field_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
 
@@ -10645,6 +10905,8 @@ class Exchange:
         self.request.recorded = True
         self.record.stop = self.stop
         try:
+            models = requested_models(self.parsed)
+            check_models(self.request.token, models, self.context.table)
             await self.check_claim()
             if self.send_load_answer():
                 return
@@ -11383,6 +11645,7 @@ async def relay_optional(context: Context, request: Request) -> None:
 
 async def relay_changes(context: Context, request: Request) -> None:
     """Relay what gives a server other models, or takes some away: its list is asked for anew."""
+    check_unlimited(request.token)
     try:
         await relay_native(context, request)
     finally:
@@ -11412,6 +11675,7 @@ async def relay_pull(context: Context, request: Request) -> None:
 
 async def relay_upload(context: Context, request: Request) -> None:
     """Relay content of any length, such as the file of a model, while it comes in."""
+    check_unlimited(request.token)
     decision = decide_native(context, request, "")
     # It comes once, and so can be sent to one server alone.
     decision = decision._replace(instances=decision.instances[:1])
@@ -12618,6 +12882,7 @@ async def serve_models(context: Context, request: Request) -> None:
 async def serve_model(context: Context, request: Request) -> None:
     """Answer GET /v1/models/{id}."""
     name = urllib.parse.unquote(request.path.removeprefix("/v1/models/"))
+    check_models(request.token, [name], context.table)
     try:
         listed = {model["id"]: model for model in await context.list_models(request)}
     except ListRefused as error:
@@ -12637,6 +12902,7 @@ async def serve_model(context: Context, request: Request) -> None:
 async def serve_model_details(context: Context, request: Request) -> None:
     """Answer what a model is like: from its server when that speaks the dialect, else in short."""
     parsed = require_model(request.dialect.read(request.path, request.query, request.content))
+    check_models(request.token, requested_models(parsed), context.table)
     decision = context.decide(parsed.model, request.source_host)
     service = request.dialect.service
     if any(instance.server.api == service for instance in decision.instances):
@@ -12655,6 +12921,7 @@ async def serve_running_models(context: Context, request: Request) -> None:
     """Answer which models are in use now."""
     running = [record.requested_model for record in context.log.running.values()]
     names = list(dict.fromkeys(name for name in running if name))
+    names = [name for name in names if may_use(request.token, name, context.table)]
     request.writer.send_json(request.dialect.encode_running(names, time.time()))
 
 
@@ -12733,7 +13000,7 @@ async def serve_session(context: Context, request: Request) -> None:
     valid = False
     with contextlib.suppress(RouterError):
         tokens = find_tokens(fields, True)
-        context.token_guard.check(tokens, request.source_host, time.time())
+        check_webui(context.check_tokens(tokens, request.source_host))
         valid = True
     session = {
         "version": __version__,
@@ -12773,7 +13040,7 @@ async def serve_signin(context: Context, request: Request) -> None:
     token = ""
     if request.path == "/api/signin":
         token = read_signin(request.content, context.limits)
-        context.token_guard.check([token], request.source_host, time.time())
+        check_webui(context.check_tokens([token], request.source_host))
     cookie = encode_cookie(token, time.time(), is_https(context, request))
     request.writer.send_response(204, [cookie], b"")
 
@@ -13017,13 +13284,9 @@ class Application:
         if request.head.method == "OPTIONS" and (of_path or request.path == "*"):
             self.answer_options(request, of_path)
             return
-        # SIGNIN and "" name no setting: nobody needs a token there.
-        policy = getattr(settings, guard, "NONE")
-        if needs_token(policy, request.head.fields):
-            # The cookie counts for the model API too, but only when the router's own page asks.
-            cookie_counts = webui or is_own_page(request.head.fields, request.host)
-            tokens = find_tokens(request.head.fields, cookie_counts)
-            self.context.token_guard.check(tokens, request.source_host, time.time())
+        # At SIGNIN and "" nobody needs a token, and none is looked at here.
+        if guard in (API, WEBUI):
+            request.token = self.check_token(request, guard)
         if endpoint is None:
             raise missing_endpoint(request, of_path)
         if webui and not settings.enable_logging and endpoint.serve is not serve_metrics:
@@ -13041,6 +13304,30 @@ class Application:
         if self.context.via in ", ".join(head.fields.get_all("via")):
             raise LoopDetected("this request has been through this router before")
         return check_browser_head(head, webui, self.browser_rules)
+
+    def check_token(self, request: Request, guard: str) -> Token | None:
+        """Return the valid token of a request, None for one that needs none and has none.
+
+        Raises what refuses it: Unauthorized, Forbidden or TooManyRequests.
+        """
+        context = self.context
+        fields = request.head.fields
+        is_needed = needs_token(getattr(self.settings, guard), fields)
+        if not is_needed and self.settings.jwt_secret is None:
+            return None
+        # The cookie counts for the model API too, but only when the router's own page asks.
+        cookie_counts = guard == WEBUI or is_own_page(fields, request.host)
+        tokens = find_tokens(fields, cookie_counts)
+        if is_needed:
+            token = context.check_tokens(tokens, request.source_host)
+        else:
+            token = context.token_guard.find(tokens, context.table.revoked, time.time())
+        if token is None:
+            return None
+        if guard == WEBUI:
+            check_webui(token)
+        context.token_guard.count_request(token, time.monotonic())
+        return token
 
     def count_content(self, request: Request, size: int) -> None:
         """Count content that was read.
@@ -13827,12 +14114,20 @@ def run_explain(invocation: Invocation) -> int:
 
 
 def run_token(invocation: Invocation) -> int:
-    """Print a token."""
+    """Print a token; on stderr, how to end it before its time."""
     secret = invocation.settings.jwt_secret
     options = invocation.options
     if secret is None:
         raise ConfigError("JWT_SECRET is not set; set it to what the router has")
-    print(encode_token(secret, options.subject, time.time(), options.days))
+    claims: dict[str, Any] = {"jti": secrets.token_hex(8)}
+    if options.models is not None:
+        claims["models"] = options.models
+    if options.rate is not None:
+        claims["rate"] = str(options.rate)
+    if options.api_only:
+        claims["api_only"] = True
+    print(encode_token(secret, options.subject, time.time(), options.days, **claims))
+    complain(f'to end this token early, add `revoked: ["{claims["jti"]}"]` to the routing file')
     return 0
 
 
@@ -14188,11 +14483,10 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def flag_between(low: float, high: float) -> Callable[[str], float]:
-    """Return a reader of numbers whose errors argparse shows; its own would only say "invalid"."""
-    parse = number_between(low, high, whole=False)
+def flag_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a reader whose errors argparse shows; of another's it would only say "invalid"."""
 
-    def parse_flag(text: str) -> float:
+    def parse_flag(text: str) -> Any:
         try:
             return parse(text)
         except ValueError as error:
@@ -14245,9 +14539,17 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
     export.add_argument("--since", help="no older than 30m, 24h, 7d")
     export.add_argument("--model", help="of this model alone")
     export.add_argument("--format", help="jsonl (default), csv or openai")
-    commands["token"].add_argument("--subject", required=True, help="whose token it is")
-    commands["token"].add_argument("--days", type=flag_between(0.001, 36500), default=30.0)
-    commands["demo"].add_argument("--seconds", type=flag_between(0, 3600), default=30.0)
+    days = flag_of(number_between(0.001, 36500, whole=False))
+    token = commands["token"]
+    token.add_argument("--subject", required=True, help="whose token it is")
+    token.add_argument("--days", type=days, default=30.0, help="how long it is valid (30)")
+    token.add_argument(
+        "--models", type=flag_of(parse_globs), help="for these alone: 'llama*,gpt-4'"
+    )
+    token.add_argument("--rate", type=flag_of(parse_rate), help="at most so many requests: 60/m")
+    token.add_argument("--api-only", action="store_true", help="it opens no Web UI")
+    seconds = flag_of(number_between(0, 3600, whole=False))
+    commands["demo"].add_argument("--seconds", type=seconds, default=30.0)
     for command in (parser, commands["serve"], commands["demo"]):
         command.add_argument(
             "--dashboard", metavar="FILE", help="serve this page instead", default=argparse.SUPPRESS

@@ -7641,6 +7641,9 @@ BAD_TABLES = {
     "flags behind a pattern": (route({"model": "/^GPT/i"}, X), "write '/(?i)^GPT/'"),
     "bad group": (route({"model": "/a/"}, {"model": "\\1"}), "routes[0].route.model"),
     "empty alias": ('{"aliases": {"a": {"instances": []}}}', "aliases.a.instances"),
+    "revoked text": ('{"revoked": "3f2a"}', "revoked: not a list; write the `jti`"),
+    "revoked number": ('{"revoked": ["a", 7]}', "revoked[1]: 7 instead of a text"),
+    "revoked nothing": ('{"revoked": {"3f2a": null}}', "revoked: not a list"),
     "unknown server": ('{"aliases": {"a": {"instances": ["nobody/m"]}}}', "nobody"),
     "unknown alias": (route({}, {"alias": "x"}), "routes[0].route.alias"),
     "bad strategy": ('{"aliases": {"a": {"strategy": "luck", "instances": ["b/c"]}}}', "luck"),
@@ -8066,15 +8069,42 @@ TOKENS = {
     "nbf of 400 digits": (jwt(HS256, {"exp": 2000, "nbf": -(10**400)}), False),
     "infinity elsewhere": (jwt(HS256, {"exp": 2000, "x": math.inf}), False),
     "infinity in the head": (jwt({**HS256, "x": -math.inf}, {"exp": 2000}), False),
+    "all scopes": (jwt(HS256, {"exp": 2000, "jti": "x", "models": [], "rate": "1/d"}), True),
+    "unlimited": (jwt(HS256, {"exp": 2000, "jti": "", "api_only": False}), True),
     "two parts": ("a.b", False),
     "not base64": ("!.!.!", False),
     "empty": ("", False),
 }
 
 
+# Claims that cannot be read, which may have been meant as limits.
+WRONG_CLAIMS: dict[str, list[Any]] = {
+    "models": ["llama*", None, {"llama*": True}, [1], ["a", None], True],
+    "rate": ["60", 60, "60/min", "0/m", "-1/m", "1e3/m", "", None, "60/m ", "٦/m"],
+    "api_only": ["true", 1, None],
+    "jti": [7, None, ["x"]],
+    "sub": [7, None, {}],
+}
+
+
+def is_valid_token(token: str, now: float) -> bool:
+    """Tell whether a token opens anything."""
+    with contextlib.suppress(smolrouter.Unauthorized):
+        return smolrouter.find_valid([token], SECRET_KEY, (), now)[0] is not None
+    return False
+
+
 @pytest.mark.parametrize("token, valid", TOKENS.values(), ids=TOKENS.keys())
 def test_token(token: str, valid: bool) -> None:
-    assert (smolrouter.check_token(token, SECRET_KEY, 1000.0) is None) == valid
+    assert is_valid_token(token, 1000.0) == valid
+
+
+def test_a_token_with_a_claim_of_the_wrong_type_is_refused() -> None:
+    for name, values in WRONG_CLAIMS.items():
+        for value in values:
+            token = jwt(HS256, {"exp": 2000, name: value})
+            with pytest.raises(smolrouter.Unauthorized, match=f"no valid `{name}`"):
+                smolrouter.find_valid([token], SECRET_KEY, (), 1000.0)
 
 
 @pytest.mark.parametrize("exp", (10**400, math.inf, math.nan, 1e300))
@@ -8089,8 +8119,71 @@ def test_a_token_without_a_moment_as_its_end_signs_nobody_in(exp: float) -> None
 
 def test_minted_token_is_valid_until_it_expires() -> None:
     token = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
-    assert smolrouter.check_token(token, SECRET_KEY, 1000.0) is None
-    assert smolrouter.check_token(token, SECRET_KEY, 1000.0 + 86401)
+    assert is_valid_token(token, 1000.0)
+    assert not is_valid_token(token, 1000.0 + 86401)
+
+
+GLOBS = [
+    # globs, the name that is asked for, whether the token is good for it
+    (["llama*"], "llama3:70b", True),
+    (["llama*"], "my-llama3", False),
+    (["llama*"], "Llama3", False),
+    (["*"], "anything/at-all", True),
+    (["*"], "", False),
+    ([], "llama3", False),
+    (["qwen?", "coder"], "coder", True),
+    (["qwen?", "coder"], "qwen33", False),
+    (["coder"], "coder:latest", True),
+    # a pin counts by the name before its bracket, where there is such a server
+    (["coder"], "coder [gpu]", True),
+    (["coder"], "coder [gpu]:latest", True),
+    (["coder"], "coder [[::1]:8000]", True),
+    (["coder"], "coder [other]", False),
+    (["coder"], "secret [gpu]", False),
+    (["*gpu?"], "secret [gpu]", False),
+    # an alias of that name goes before a pin
+    (["both"], "both [gpu]", False),
+    (["both*"], "both [gpu]", True),
+]
+
+
+@pytest.mark.parametrize("globs, model, good", GLOBS)
+def test_models_of_a_token(globs: list[str], model: str, good: bool) -> None:
+    routes = {
+        "servers": {"gpu": "http://gpu:1", "[::1]:8000": "http://[::1]:8000"},
+        "aliases": {"both [gpu]": {"instances": ["gpu/secret"]}},
+    }
+    table = smolrouter.parse_routes(json.dumps(routes), "", {}, smolrouter.Settings())
+    claims = {"exp": 2000, "models": globs}
+    token = smolrouter.parse_claims(claims, "")
+    assert smolrouter.may_use(token, model, table) == good
+    assert smolrouter.may_use(None, model, table)
+
+
+def test_rate_counts_in_windows() -> None:
+    guard = smolrouter.TokenGuard(SECRET_KEY, smolrouter.Limits(counted_tokens=2))
+    one, two, three = (
+        smolrouter.parse_claims({"exp": 2000, "jti": name, "rate": "2/m"}, "") for name in "abc"
+    )
+
+    def let_in(token: Any, *moments: float) -> list[int]:
+        """Return for each moment how many seconds to wait; 0: the request is let in."""
+        waits = []
+        for moment in moments:
+            try:
+                guard.count_request(token, moment)
+                waits.append(0)
+            except smolrouter.RateExceeded as error:
+                waits.append(int(dict(error.fields)["Retry-After"]))
+        return waits
+
+    assert let_in(one, 100.0, 101.0, 101.5, 130.0, 159.9) == [0, 0, 59, 30, 1]
+    # What was refused does not count for the next minute; each token has its own count.
+    assert let_in(two, 159.0, 159.0, 159.0) == [0, 0, 60]
+    assert let_in(one, 160.0, 219.0, 219.5, 221.0) == [0, 0, 1, 0]
+    # The table is bounded: the token that was used least recently is forgotten.
+    assert let_in(three, 221.0) == [0]
+    assert sorted(guard.requests) == ["a", "c"]
 
 
 HOSTS = [
@@ -8214,7 +8307,7 @@ COOKIES = [
 @pytest.mark.parametrize("sent, kept", COOKIES)
 def test_token_cookie_stays_here(sent: str, kept: str | None) -> None:
     fields = smolrouter.Fields([("cookie", "Cookie", sent), ("a", "A", "b")])
-    left = smolrouter.without_tokens(fields, SECRET_KEY, 1000.0)
+    left = smolrouter.without_tokens(fields, SECRET_KEY)
     assert (left.get("cookie"), left.get("a")) == (kept, "b")
 
 
@@ -8244,7 +8337,7 @@ def test_fuzz_tokens(at: int, by: bytes, size: int) -> None:
     """Whatever is changed in a token, it is not valid any more."""
     good = smolrouter.encode_token(SECRET_KEY, "me", 1000.0, 1.0)
     bad = good[:at] + by.decode("latin-1") + good[at + size :]
-    assert (smolrouter.check_token(bad, SECRET_KEY, 1000.0) is None) == (bad == good)
+    assert is_valid_token(bad, 1000.0) == (bad == good)
 
 
 @fuzz(lambda st: {"doc": json_values(st), "claims": json_values(st)})
@@ -8252,7 +8345,7 @@ def test_fuzz_claims(doc: Any, claims: Any) -> None:
     """Signed nonsense is no token."""
     for head, body in ((doc, claims), (HS256, claims), (HS256, {"exp": claims, "nbf": doc})):
         with contextlib.suppress(UnicodeEncodeError):
-            assert smolrouter.check_token(jwt(head, body), SECRET_KEY, float("inf"))
+            assert not is_valid_token(jwt(head, body), float("inf"))
 
 
 @fuzz(lambda st: {"text": st.text(max_size=30)})
@@ -8269,7 +8362,11 @@ def test_fuzz_small_readers(text: str) -> None:
     fields = smolrouter.Fields(lines)
     smolrouter.parse_retry_after(text, 0.0)
     smolrouter.find_tokens(fields, True)
-    smolrouter.without_tokens(fields, SECRET_KEY, 0.0)
+    smolrouter.without_tokens(fields, SECRET_KEY)
+    with contextlib.suppress(ValueError):
+        smolrouter.parse_globs(text)
+    with contextlib.suppress(ValueError):
+        assert str(smolrouter.parse_rate(text)) == text
     networks = smolrouter.parse_networks("0.0.0.0/0 ::/0")
     assert smolrouter.is_address(smolrouter.client_address("10.0.0.1", fields, networks))
     with contextlib.suppress(smolrouter.RouterError):
@@ -8433,13 +8530,18 @@ def test_a_token_never_travels_upstream() -> None:
             ("Authorization", f"Bearer {GOOD_TOKEN}"),
             ("Cookie", f"a=b; smolrouter_token={GOOD_TOKEN}"),
         ],
+        # One that cannot be read was meant for the router all the same.
+        [
+            ("X-SmolRouter-Token", GOOD_TOKEN),
+            ("Authorization", f"Bearer {jwt(HS256, {'exp': 'x'}, SECRET)}"),
+        ],
     ):
         router = router_with_policy("ALWAYS_AUTH")
         assert statuses(router, ("GET", "/v1/no-token-upstream", fields)) == [200]
         heard = default_upstream().requests_for("/v1/no-token-upstream")[-1]
         assert GOOD_TOKEN.encode() not in heard.raw_head
         theirs = [v for n, v in fields if "sk-" in v]
-        assert heard.get_all("Authorization") == theirs
+        assert heard.get_all("Authorization") + heard.get_all("X-Api-Key") == theirs
 
 
 def test_a_valid_token_passes_where_others_have_failed() -> None:
@@ -8458,6 +8560,249 @@ def test_a_valid_token_passes_where_others_have_failed() -> None:
     late = request(router.port, "GET", "/", fields=asked("bad", "198.51.100.1")[2])
     assert (late.status, late.content) == (429, smolrouter.DASHBOARD_HTML.encode())
     assert 0 < int(late.get("Retry-After")) <= 60
+
+
+# --- scopes ---------------------------------------------------------------------------
+
+
+TOKEN_NUMBERS = itertools.count()
+
+
+def scoped(**claims: Any) -> str:
+    """Make a token with these scopes, and with a `jti` that no other one has."""
+    return jwt(HS256, {"exp": AHEAD, "jti": f"scoped-{next(TOKEN_NUMBERS)}", **claims}, SECRET)
+
+
+def ask_with(
+    router: Router, token: str, method: str, path: str, body: Any = None, **fields: str
+) -> Response:
+    """Send a request with a token."""
+    named = [(name.replace("_", "-"), value) for name, value in fields.items()]
+    given = [("Authorization", f"Bearer {token}"), *named]
+    return request(router.port, method, path, body, given)
+
+
+@functools.cache
+def models_upstream(name: str) -> Upstream:
+    """Return a server of two models, `tiny` and `secret`; another one for each name."""
+    return Upstream(models=("tiny", "secret"))
+
+
+def scoping_router(policy: str, api: str = "openai") -> Router:
+    """Return a router in front of two servers with the same two models, and an alias."""
+    url = models_upstream("one").url
+    settings = {"JWT_SECRET": SECRET, "WEBUI_SECURITY": policy, "API_SECURITY": policy}
+    settings["MODEL_MAP"] = '{"tiny-too": "secret"}'
+    servers = {name: {"url": models_upstream(name).url, "api": api} for name in ("one", "two")}
+    aliases = {"helper": {"instances": ["one/secret"]}}
+    routes = {"servers": servers, "aliases": aliases, "revoked": ["stolen", "lost"]}
+    return shared_router({**settings, "DEFAULT_UPSTREAM": url, "LOG_LEVEL": "ERROR"}, routes)
+
+
+@pytest.mark.parametrize("policy", smolrouter.POLICIES)
+def test_a_token_asks_for_its_models_alone(policy: str) -> None:
+    router = scoping_router(policy)
+    token = scoped(models=["tiny*", "helper"])
+    for path, stream in ALL_WAYS:
+        for model in ("tiny", "tiny-too", "helper", "tiny [two]", "tiny:latest"):
+            asked = example_request(path, model, stream)
+            assert ask_with(router, token, "POST", path, asked).status == 200, (path, model)
+        with nothing_sent_upstream(models_upstream("one")):
+            for model in ("secret", "Tiny", "secret [one]", "xtiny", "tin"):
+                got = ask_with(router, token, "POST", path, example_request(path, model, stream))
+                assert got.status == 403, (path, model)
+                check_error(path, got)
+                assert "the token is for the models tiny*, helper; not" in got.content.decode()
+    # Another token, or none where none is needed, may use all.
+    unlimited = ask_with(router, scoped(), "POST", CHAT, chat_document("secret"))
+    assert unlimited.status == 200
+    without = request(router.port, "POST", CHAT, chat_document("secret"))
+    assert without.status == (401 if policy == "ALWAYS_AUTH" else 200)
+
+
+def test_no_other_spelling_of_a_request_names_another_model() -> None:
+    router = scoping_router("ALWAYS_AUTH")
+    native = scoping_router("ALWAYS_AUTH", "ollama")
+    token = scoped(models=["tiny"])
+    form = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nsecret\r\n--x--\r\n'
+    as_form = {"Content-Type": "multipart/form-data; boundary=x"}
+    hello = {"messages": HELLO_MESSAGES}
+    for way, method, path, body, fields in (
+        (router, "POST", CHAT, {**hello, "model": "tiny", "Model": "secret"}, {}),
+        (router, "POST", CHAT, {**hello, "model": "tiny", "models": ["tiny", "secret"]}, {}),
+        (router, "POST", "/v1/audio/transcriptions", form, as_form),
+        (router, "POST", "/v1/whatever", {"no": "model"}, {}),
+        (router, "POST", "/v1/whatever", b"[]", {}),
+        (router, "GET", "/v1/responses/resp_1", None, {}),
+        (router, "DELETE", "/v1/files/f", None, {}),
+        (native, "POST", "/api/chat", {**hello, "model": "tiny", "MODEL": "secret"}, {}),
+        (native, "POST", "/api/show", {"model": "tiny", "name": "secret"}, {}),
+        (native, "POST", "/api/create", {"model": "tiny", "from": "secret"}, {}),
+        (native, "POST", "/api/copy", {"source": "secret", "destination": "tiny"}, {}),
+        (native, "POST", "/api/pull", {"model": "tiny"}, {}),
+        (native, "POST", "/api/push", {"model": "secret"}, {}),
+        (native, "DELETE", "/api/delete", {"model": "tiny"}, {}),
+        (native, "POST", "/api/blobs/sha256:0", b"x", {}),
+        (native, "GET", "/api/status", None, {}),
+    ):
+        with nothing_sent_upstream(models_upstream("one")):
+            got = ask_with(way, token, method, path, body, **fields)
+        assert got.status == 403, (path, got)
+        assert "the token is for the models tiny" in got.content.decode()
+    fine = {**hello, "model": "tiny", "models": ["tiny"]}
+    assert ask_with(router, token, "POST", CHAT, fine).status == 200
+    form = form.replace(b"secret", b"tiny")
+    path = "/v1/audio/transcriptions"
+    assert ask_with(router, token, "POST", path, form, **as_form).status == 200
+
+
+@pytest.mark.parametrize("policy", smolrouter.POLICIES)
+def test_model_lists_show_the_models_of_the_token(policy: str) -> None:
+    router = scoping_router(policy)
+    token = scoped(models=["tiny", "helper"])
+    names = {"tiny", "tiny [one]", "tiny [two]", "helper"}
+    listed = ask_with(router, token, "GET", "/v1/models").json["data"]
+    assert {model["id"] for model in listed} == names
+    tags = ask_with(router, token, "GET", "/api/tags").json["models"]
+    assert {model["name"].removesuffix(":latest") for model in tags} == names
+    for model, status in (("tiny", 200), ("helper", 200), ("secret", 403), ("tiny-too", 403)):
+        assert ask_with(router, token, "GET", f"/v1/models/{model}").status == status, model
+        shown = ask_with(router, token, "POST", "/api/show", {"model": model})
+        assert shown.status == status, model
+    everything = ask_with(router, scoped(), "GET", "/v1/models").json["data"]
+    assert {model["id"] for model in everything} > names | {"secret", "tiny-too"}
+
+
+def test_running_models_are_those_of_the_token() -> None:
+    router = scoping_router("NONE")
+    name = models_upstream("one").add_script([HANG])
+    with connect(router.port) as sock:
+        sock.sendall(encode_post(CHAT, chat_document(name)))
+
+        def running(token: str) -> list[str]:
+            return [m["name"] for m in ask_with(router, token, "GET", "/api/ps").json["models"]]
+
+        assert wait_until(lambda: name in running(scoped(models=[name])))
+        assert running(scoped(models=["tiny"])) == []
+
+
+@pytest.mark.parametrize("policy", smolrouter.POLICIES)
+def test_above_its_rate_a_token_gets_429(policy: str) -> None:
+    router = scoping_router(policy)
+    token = scoped(rate="5/h")
+    # Every request that is let in counts, also one that is refused later.
+    asked: list[tuple[str, str, Any]] = [
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/no/such/path", None),
+        ("POST", CHAT, chat_document("tiny")),
+        ("POST", CHAT, {}),
+        ("GET", "/api/stats", None),
+    ]
+    got = [ask_with(router, token, *one).status for one in asked]
+    assert 429 not in got and got[2:] == [200, 400, 200]
+    with nothing_sent_upstream(models_upstream("one")):
+        for method, path, body in asked:
+            late = ask_with(router, token, method, path, body)
+            assert late.status == 429
+            assert 3500 < int(late.get("Retry-After")) <= 3600
+            assert "the token's rate is 5/h" in late.json["error"]["message"]
+    # What needs no token counts for none, and others are not touched.
+    assert ask_with(router, token, "GET", "/healthz").status == 200
+    assert ask_with(router, token, "GET", "/api/session").json["authenticated"]
+    assert ask_with(router, scoped(rate="5/h"), "GET", "/v1/models").status == 200
+
+
+@pytest.mark.parametrize("policy", smolrouter.POLICIES)
+def test_a_token_for_the_api_alone_opens_no_web_ui(policy: str) -> None:
+    router = scoping_router(policy)
+    token = scoped(api_only=True)
+    for path in ("/", "/performance", "/api/logs", "/api/stats", "/metrics", "/api/events"):
+        got = ask_with(router, token, "GET", path)
+        assert got.status == 403, path
+        assert "it opens no Web UI" in got.content.decode()
+    refused = sign_in(router, token)
+    assert (refused.status, refused.get("Set-Cookie")) == (403, None)
+    assert "it opens no Web UI" in refused.content.decode()
+    assert not ask_with(router, token, "GET", "/api/session").json["authenticated"]
+    assert ask_with(router, token, "GET", "/v1/models").status == 200
+    assert ask_with(router, token, "POST", CHAT, chat_document("tiny")).status == 200
+
+
+@pytest.mark.parametrize("policy", smolrouter.POLICIES)
+def test_a_revoked_token_is_refused(policy: str) -> None:
+    """Also where none is needed: to revoke a token must not open what its scopes had closed."""
+    router = scoping_router(policy)
+    for claims in ({"jti": "lost"}, {"jti": "stolen", "models": ["tiny"]}, {"models": "tiny"}):
+        token = scoped(**claims)
+        for path in ("/v1/models", "/api/stats"):
+            got = ask_with(router, token, "GET", path)
+            assert (got.status, got.get("WWW-Authenticate")) == (401, "Bearer")
+            words = "revoked" if "jti" in claims else "no valid `models`"
+            assert words in got.json["error"]["message"]
+        assert sign_in(router, token, ("Origin", f"http://127.0.0.1:{router.port}")).status == 401
+
+
+def test_a_token_is_revoked_while_the_router_runs() -> None:
+    token = scoped(jti="alice-1")
+    settings = {"JWT_SECRET": SECRET, "API_SECURITY": "ALWAYS_AUTH"}
+    with Router(settings, {"revoked": []}) as router:
+        assert ask_with(router, token, "GET", "/v1/models/x").status != 401
+        router.routes.write_text('{"revoked": ["alice-1"]}')
+        router.signal(signal.SIGHUP)
+        assert wait_until(lambda: ask_with(router, token, "GET", "/v1/models/x").status == 401)
+
+
+@each_openai
+def test_openai_sdk_with_a_token_as_its_key(sdk: Sdk) -> None:
+    openai = import_or_skip("openai")
+    url = f"{scoping_router('ALWAYS_AUTH').url}/v1"
+    # Its every call is one request, and of these four are let in.
+    key = scoped(models=["tiny"], rate="4/h")
+
+    def ask(method: str, **named: Any) -> Any:
+        async def ask_async() -> Any:
+            async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0) as client:
+                return await operator.attrgetter(method)(client)(**named)
+
+        if sdk.asynchronous:
+            return run_in_loop(ask_async())
+        with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:
+            return operator.attrgetter(method)(client)(**named)
+
+    chat = "chat.completions.create"
+    answer = ask(chat, model="tiny", messages=HELLO_MESSAGES)
+    assert answer.choices[0].message.content == HELLO_ANSWER
+    assert {model.id for model in ask("models.list").data} == {"tiny", "tiny [one]", "tiny [two]"}
+    with pytest.raises(openai.PermissionDeniedError, match="for the models tiny"):
+        ask(chat, model="secret", messages=HELLO_MESSAGES)
+    assert ask("embeddings.create", model="tiny", input="hi").data
+    with pytest.raises(openai.RateLimitError, match="rate is 4/h") as raised:
+        ask(chat, model="tiny", messages=HELLO_MESSAGES)
+    assert int(raised.value.response.headers["Retry-After"]) > 3500
+
+
+@each_ollama
+def test_ollama_sdk_with_a_token_in_its_fields(sdk: Sdk) -> None:
+    ollama = import_or_skip("ollama")
+    fields = {"Authorization": f"Bearer {scoped(models=['tiny'])}"}
+    url = scoping_router("ALWAYS_AUTH").url
+
+    async def ask_async(method: str, **named: Any) -> Any:
+        async with ollama.AsyncClient(host=url, headers=fields) as client:
+            return await getattr(client, method)(**named)
+
+    def ask(method: str, **named: Any) -> Any:
+        if sdk.asynchronous:
+            return run_in_loop(ask_async(method, **named))
+        with ollama.Client(host=url, headers=fields) as client:
+            return getattr(client, method)(**named)
+
+    assert ask("chat", model="tiny", messages=HELLO_MESSAGES).message.content == HELLO_ANSWER
+    listed = {model.model for model in ask("list").models}
+    assert {name.removesuffix(":latest") for name in listed} == {"tiny", "tiny [one]", "tiny [two]"}
+    with pytest.raises(ollama.ResponseError, match="for the models tiny") as raised:
+        ask("chat", model="secret", messages=HELLO_MESSAGES)
+    assert raised.value.status_code == 403
 
 
 # --- signing in -----------------------------------------------------------------------
@@ -15181,6 +15526,12 @@ def test_a_bad_flag_stops_with_status_2() -> None:
         (["no-such-command"], "'no-such-command' (choose from "),
         (["token", "--subject", "me", "--days", "x"], "--days: 'x': allowed is a number from"),
         (["token"], "required: --subject"),
+        (["token", "--subject", "me", "--rate", "60"], "--rate: '60': allowed is a number for"),
+        (["token", "--subject", "me", "--rate", "0/m"], "--rate: '0/m': allowed is a number for"),
+        (["token", "--subject", "me", "--models", "a,,b"], "--models: 'a,,b': allowed are names"),
+        (["token", "--subject", "me", "--models", ""], "--models: '': allowed are names"),
+        (["token", "--subject", "me", "--models", "a [gpu]"], "write 'a', which counts for"),
+        (["token", "--subject", "me", "--models", "/^a/"], "is a regular expression; allowed are"),
     ):
         with pytest.raises(smolrouter.ConfigError) as raised:
             smolrouter.run_command(args, {})
@@ -15623,6 +15974,23 @@ def test_unit(folder: pathlib.Path) -> None:
             timeout=30,
         )  # 1.5 of 10; an unconfined one has 9.6
         assert "unrecognized option" in judged.stderr or judged.returncode == 0, judged.stdout
+
+
+def test_a_minted_token_has_its_scopes_and_an_id() -> None:
+    minted = []
+    for flags in ((), ("--models", "llama*, helper", "--rate", "60/m", "--api-only")):
+        args = ("token", "--subject", "alice", "--days", "2", *flags)
+        done = run_program(*args, settings={"JWT_SECRET": SECRET})
+        assert done.returncode == 0 and done.stdout.count("\n") == 1
+        claims = smolrouter.read_claims(done.stdout.strip(), SECRET)
+        assert f'`revoked: ["{claims["jti"]}"]`' in done.stderr
+        assert claims["exp"] - claims["iat"] == 2 * 86400
+        minted.append(claims)
+    plain, limited = minted
+    assert set(plain) == {"sub", "iat", "exp", "jti"}
+    assert plain["jti"] != limited["jti"] and len(plain["jti"]) == 16
+    scopes = {"models": ["llama*", "helper"], "rate": "60/m", "api_only": True}
+    assert {name: limited[name] for name in limited if name not in plain} == scopes
 
 
 def test_version_and_help() -> None:
