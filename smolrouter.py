@@ -6181,7 +6181,7 @@ def decide(table: RoutingTable, requested_model: str, source_host: str) -> Decis
 # JSON Web Tokens (RFC 7519), with one signature algorithm and no choice of it.
 
 TOKEN_COOKIE = "smolrouter_token"
-TOKEN_FIELDS = ("x-smolrouter-token", "authorization", "cookie")
+TOKEN_FIELDS = ("x-smolrouter-token", "authorization", "x-api-key", "cookie")
 BASE64URL = re.compile(r"[A-Za-z0-9_-]+")
 SECONDS_A_DAY = 86400
 # The end of the year 9999, in s UTC.
@@ -6412,8 +6412,8 @@ def find_valid(
 def find_tokens(fields: Fields, cookie_counts: bool) -> list[str]:
     """Return the tokens that a request carries.
 
-    `X-SmolRouter-Token: a`, `Authorization: Bearer b` and `Cookie: smolrouter_token=c`  ->
-    ['a', 'b', 'c']
+    `X-SmolRouter-Token: a`, `Authorization: Bearer b`, `x-api-key: c` and
+    `Cookie: smolrouter_token=d`  ->  ['a', 'b', 'c', 'd']
 
     A browser sends the cookie by itself, whoever made it send the request. So the cookie counts
     only where the request is known to come from the router's own page.
@@ -6423,6 +6423,8 @@ def find_tokens(fields: Fields, cookie_counts: bool) -> list[str]:
         scheme, _, token = value.partition(" ")
         if scheme.lower() == "bearer":
             tokens.append(token.strip(" \t"))
+    # Anthropic's clients have no other place for a key.
+    tokens += fields.get_all("x-api-key")
     if cookie_counts:
         for pair in ";".join(fields.get_all("cookie")).split(";"):
             name, _, value = pair.strip(" \t").partition("=")
@@ -6448,10 +6450,10 @@ def without_tokens(fields: Fields, secret: str | None) -> Fields:
     for lower, name, value in fields.lines:
         if lower == "x-smolrouter-token":
             continue
-        # Authorization is the server's own, unless it holds a token of this router. One that is not
-        # valid any more was meant for it, too.
-        if lower == "authorization" and secret:
-            token = value.partition(" ")[2].strip(" \t")
+        # Both are the server's own, unless they hold a token of this router. One that is not valid
+        # any more was meant for it, too.
+        if lower in ("authorization", "x-api-key") and secret:
+            token = value.partition(" ")[2].strip(" \t") if lower == "authorization" else value
             if is_own_token(token, secret):
                 continue
         if lower == "cookie" and TOKEN_COOKIE in value:

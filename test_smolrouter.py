@@ -8500,6 +8500,10 @@ CARRIERS = [
     ([("X-SmolRouter-Token", GOOD_TOKEN)], 200, 200),
     ([("authorization", f"bearer  {GOOD_TOKEN} ")], 200, 200),
     ([("Authorization", "Bearer sk-other"), ("X-SmolRouter-Token", GOOD_TOKEN)], 200, 200),
+    ([("x-api-key", GOOD_TOKEN)], 200, 200),
+    ([("X-Api-Key", GOOD_TOKEN), ("Authorization", "Bearer sk-other")], 200, 200),
+    ([("x-api-key", "sk-other")], 401, 401),
+    ([("x-api-key", f"Bearer {GOOD_TOKEN}")], 401, 401),
     ([("Authorization", f"Basic {GOOD_TOKEN}")], 401, 401),
     ([("Authorization", GOOD_TOKEN)], 401, 401),
     ([("Cookie", f"smolrouter_token={GOOD_TOKEN}")], 200, 401),
@@ -8530,7 +8534,10 @@ def test_a_token_never_travels_upstream() -> None:
             ("Authorization", f"Bearer {GOOD_TOKEN}"),
             ("Cookie", f"a=b; smolrouter_token={GOOD_TOKEN}"),
         ],
-        # One that cannot be read was meant for the router all the same.
+        [("X-Api-Key", GOOD_TOKEN), ("Authorization", "Bearer sk-theirs")],
+        [("X-SmolRouter-Token", GOOD_TOKEN), ("x-api-key", "sk-theirs")],
+        # One that has ended, or cannot be read, was meant for the router all the same.
+        [("X-SmolRouter-Token", GOOD_TOKEN), ("x-api-key", CARRIED["expired"])],
         [
             ("X-SmolRouter-Token", GOOD_TOKEN),
             ("Authorization", f"Bearer {jwt(HS256, {'exp': 'x'}, SECRET)}"),
