@@ -3051,6 +3051,11 @@ GENERATE_REQUEST = {
 CHAT_LINE = {"message": SPEECH, "done": END, "error": ERROR}
 GENERATE_LINE = {"response": TEXT, "thinking": THINKING, "done": END, "error": ERROR}
 
+# llama.cpp's own /completion and /infill.
+OWN_ANSWER = {"content": TEXT, "stop": FINISH, "error": ERROR}
+# What tells of no conversation: nothing in it is a text that anybody may change.
+NO_TEXTS = {"error": ERROR}
+
 # An answer of a protocol that is not known: whatever any of them would say.
 ANY_ANSWER = ByType(
     {**MESSAGES_EVENTS, **RESPONSES_EVENTS},
@@ -3197,6 +3202,20 @@ PROTOCOLS = {
         item_members=("item_id", "content_index"),
         end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
     ),
+    # llama.cpp's own, each of which takes requests without a model, too.
+    "/completion": Protocol(
+        request=PROMPT_REQUEST,
+        user_words="prompt",
+        raw_prompts=True,
+        answer=OWN_ANSWER,
+        item_members=("index",),
+    ),
+    "/infill": Protocol(answer=OWN_ANSWER, item_members=("index",)),
+    "/tokenize": Protocol(answer=NO_TEXTS),
+    "/detokenize": Protocol(answer=NO_TEXTS),
+    "/apply-template": Protocol(answer=NO_TEXTS),
+    "/props": Protocol(answer=NO_TEXTS),
+    "/slots": Protocol(answer=NO_TEXTS),
     "/api/chat": OTHER_OLLAMA._replace(
         request=CHAT_REQUEST,
         user_words="messages",
@@ -3900,6 +3919,7 @@ class ParsedRequest:
     model: str = ""
     stream: bool = False
     model_span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
+    query_span: tuple[int, int] = (0, 0)  # where the model stands in the query
 
     def __post_init__(self) -> None:
         # The name is kept, shown and counted by in many places.
@@ -4100,7 +4120,8 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     # A request that names no model may have been given one.
     members = parsed.protocol.model_members
     named_by = next((name for name in members if document.get(name)), members[0])
-    if parsed.model and changes.model != document.get(named_by):
+    in_query = parsed.query_span != (0, 0)
+    if parsed.model and not in_query and changes.model != document.get(named_by):
         edits[(named_by,)] = changes.model
     # Appending a member needs no search for its place: the usual request is changed by that alone.
     adds_options = changes.include_usage and "stream_options" not in document
@@ -4176,6 +4197,39 @@ def encode_form(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     start, end = parsed.model_span
     name = changes.model.encode("utf-8", "replace")
     return parsed.content[:start] + name + parsed.content[end:]
+
+
+# --- requests whose model stands in their query ---------------------------------------
+
+QUERY_MODEL = re.compile(r"[?&]model=([^&]*)")
+
+
+def is_object(content: bytes) -> bool:
+    """Tell whether content looks like a JSON object."""
+    return content[:64].removeprefix(BYTE_ORDER_MARK.encode()).lstrip()[:1] == b"{"
+
+
+def read_with_query(path: str, query: str, content: bytes) -> ParsedRequest:
+    """Read a request whose content names its model, or else its query, or neither.
+
+    `/props`, `?model=org%2Fm`, `b""`  ->  a request for the model `org/m`
+    """
+    parsed = ParsedRequest(path, query, content)
+    if is_object(content):
+        parsed = read_object(path, query, content)
+    named = QUERY_MODEL.search(query)
+    if parsed.model or not named:
+        return parsed
+    model = urllib.parse.unquote_plus(named[1])
+    return dataclasses.replace(parsed, model=model, query_span=named.span(1))
+
+
+def encode_query(parsed: ParsedRequest, model: str) -> str:
+    """Return the query with the model's name changed where it stands: `?model=org%2Fm`."""
+    start, end = parsed.query_span
+    if end == 0 or model == parsed.model:
+        return parsed.query
+    return parsed.query[:start] + urllib.parse.quote(model, safe="") + parsed.query[end:]
 
 
 # --- answers: what is known -----------------------------------------------------------
@@ -5226,6 +5280,8 @@ OPENAI = Dialect(
     encode_models=encode_openai_models,
 )
 OPENAI_OPAQUE = as_opaque(OPENAI)
+# llama.cpp's own endpoints.
+LLAMA_CPP = OPENAI._replace(read=read_with_query)
 OLLAMA = Dialect(
     "ollama",
     LINES,
@@ -11307,7 +11363,7 @@ class Exchange:
             lines += upload.framing_line()
         elif content or method in ("POST", "PUT", "PATCH"):
             lines += f"Content-Length: {len(content)}\r\n"
-        target = f"{server.url.prefix}{path}{parsed.query}"
+        target = f"{server.url.prefix}{path}{encode_query(parsed, changes.model)}"
         head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
         candidate.response = await self.context.upstreams.send_request(
             server, method, head + content, upload
@@ -11567,11 +11623,6 @@ async def relay_model(context: Context, request: Request) -> None:
     if step:
         decision = decision._replace(trail=(step, *decision.trail))
     await Exchange(context, request, parsed, decision).run()
-
-
-def is_object(content: bytes) -> bool:
-    """Tell whether content looks like a JSON object."""
-    return content[:64].removeprefix(BYTE_ORDER_MARK.encode()).lstrip()[:1] == b"{"
 
 
 async def relay_post(context: Context, request: Request) -> None:
@@ -13124,6 +13175,14 @@ ENDPOINTS = (
     Endpoint("POST", "/api/me", API, relay_optional, OLLAMA),
     Endpoint("GET HEAD POST DELETE", "/api/experimental/**", API, relay_optional, OLLAMA),
     Endpoint("POST HEAD", "/api/blobs/*", API, relay_upload, OLLAMA, reads_content=False),
+    Endpoint(
+        "POST",
+        "/completion /infill /tokenize /detokenize /apply-template",
+        API,
+        relay_model,
+        LLAMA_CPP,
+    ),
+    Endpoint("GET HEAD POST", "/props /slots /slots/*", API, relay_model, LLAMA_CPP),
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),

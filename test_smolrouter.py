@@ -4551,6 +4551,10 @@ SAID_PARTS: list[tuple[str, Any, list[tuple[Any, ...]]]] = [
      [("text", 0, None, "message.content", "a"), ("thinking", 0, None, "message.thinking", "t")]),
     ("/api/generate", {"response": "a", "done": True},
      [("text", 0, None, "response", "a"), ("end", 0, None, "done", True)]),
+    ("/completion", {"index": 1, "content": "a", "stop": False}, [("text", 0, 1, "content", "a")]),
+    ("/infill", {"content": "a", "stop": True, "prompt": "b"},
+     [("text", 0, None, "content", "a"), ("finish", 0, None, "stop", True)]),
+    ("/detokenize", {"content": "a"}, []),
     ("/v1/unheard-of", {"content": "a", "results": [{"text": "b"}]},
      [("text", 0, None, "content", "a")]),
 ]  # fmt: skip
@@ -4890,6 +4894,10 @@ NO_THINK = [
         "<\uff5cfim\u2581begin\uff5c>a", "<fim_prefix>a", "<[fim-suffix]>b", "<s>[INST] hi [/INST]",
         " <PRE> a <SUF>b <MID>", "[SUFFIX]b[PREFIX]a", "<start_of_turn>user", [3, 4], [[3], [4]],
         ["a", "<|user|>b"])),
+    ("/completion", {"prompt": "a"}, {("prompt",): "a /no_think"}),
+    ("/completion", {"prompt": "<|im_start|>user\nhi<|im_end|>"}, {}),
+    ("/infill", {"prompt": "a", "input_prefix": "b", "input_suffix": "c"}, {}),
+    ("/apply-template", {"messages": [{"role": "user", "content": "a"}]}, {}),
     ("/api/generate", {"prompt": "a"}, {("prompt",): "a /no_think"}),
     ("/api/generate", {"prompt": "what is <|im_end|>?"},
      {("prompt",): "what is <|im_end|>? /no_think"}),
@@ -6280,6 +6288,106 @@ def test_query_string_survives(path: str) -> None:
     target = f"{path}?api-version=2024-02-01&empty=&sign=%2B+%c3%a9"
     assert post_json(target, {**chat_document("rule-talk"), "prompt": "hi"}).status == 200
     assert last_request().target == target
+
+
+# --- llama.cpp's own endpoints --------------------------------------------------------
+
+LLAMA_CPP_TIMINGS = {"cache_n": 2, "prompt_n": 5, "predicted_n": 3}
+
+
+def serve_llama_cpp(received: Received) -> Iterable[Step]:
+    """Answer as llama.cpp does on its own endpoints, or with what arrived."""
+    end = {"index": 0, "content": "", "stop": True, "timings": LLAMA_CPP_TIMINGS}
+    words = ("<thi", "nk>Hm.</think>\n\n", "Forty", "-two.")
+    if received.path == "/completion" and received.json.get("stream"):
+        texts = [{"index": 0, "content": word, "stop": False} for word in words]
+        return sse_response([*texts, end])
+    if received.path == "/completion":
+        return json_response({**end, "content": "".join(words)})
+    if received.path == "/detokenize":
+        return json_response({"content": "<think>a</think>b"})
+    if received.method == "HEAD":
+        return head_only(json_response({}))
+    return json_response({"target": received.target, "content": received.content.decode()})
+
+
+@functools.cache
+def llama_cpp_upstreams() -> dict[str, Upstream]:
+    """Return two of these: the default server, and the one to which rules lead."""
+    return {name: Upstream(serve_llama_cpp) for name in ("default", "ruled")}
+
+
+def llama_cpp_router() -> Router:
+    """Return a router that knows the second server's models as `rule-X`."""
+    urls = {name: upstream.url for name, upstream in llama_cpp_upstreams().items()}
+    route = {"upstream": urls["ruled"], "model": r"\1"}
+    table = {"routes": [{"match": {"model": "/^rule-(.+)$/"}, "route": route}]}
+    return shared_router({"DEFAULT_UPSTREAM": urls["default"], "WEBUI_SECURITY": "NONE"}, table)
+
+
+def ask_llama_cpp(server: str, method: str, target: str, body: Any = None) -> Received:
+    """Ask the router; return what has arrived at this server, and at no other."""
+    counts = {name: len(one.requests) for name, one in llama_cpp_upstreams().items()}
+    assert request(llama_cpp_router().port, method, target, body).status == 200
+    arrived = {n: one.requests[counts[n] :] for n, one in llama_cpp_upstreams().items()}
+    assert [name for name, received in arrived.items() if received] == [server]
+    return arrived[server][0]
+
+
+LLAMA_CPP_POSTS = ("/completion", "/infill", "/tokenize", "/detokenize", "/apply-template")
+
+
+@pytest.mark.parametrize("path", (*LLAMA_CPP_POSTS, "/props", "/slots/0?action=erase"))
+def test_llama_cpp_goes_by_the_model_in_its_content(path: str) -> None:
+    content = b'{ "n_predict" : 1e1, "model":"rule-m", "content": "hi" }'
+    heard = ask_llama_cpp("ruled", "POST", path, content)
+    assert (heard.target, heard.content) == (path, content.replace(b"rule-m", b"m"))
+
+
+@pytest.mark.parametrize("path", (*LLAMA_CPP_POSTS, "/props", "/slots/0?action=erase"))
+@pytest.mark.parametrize("content", (b'{"content": "hi", "prompt": "a"}', b"{}"))
+def test_llama_cpp_without_a_model_is_the_default_server(path: str, content: bytes) -> None:
+    heard = ask_llama_cpp("default", "POST", path, content)
+    assert (heard.target, heard.content) == (path, content)
+
+
+LLAMA_CPP_QUERIES = (
+    ("GET", "/props?model=rule-m", "/props?model=m"),
+    ("GET", "/slots?n=1&model=rule-org%2Fm+x&a=b", "/slots?n=1&model=org%2Fm%20x&a=b"),
+    ("HEAD", "/props?model=rule-m&autoload=false", "/props?model=m&autoload=false"),
+    ("POST", "/slots/0?action=save&model=rule-m", "/slots/0?action=save&model=m"),
+    ("GET", "/props?xmodel=rule-m", None),
+    ("GET", "/props?model=", None),
+    ("GET", "/props?model=a%20b", None),
+    ("GET", "/slots", None),
+)
+
+
+@pytest.mark.parametrize("method, target, sent", LLAMA_CPP_QUERIES)
+def test_llama_cpp_goes_by_the_model_in_its_query(method: str, target: str, sent: Any) -> None:
+    body = {"filename": "a"} if method == "POST" else None
+    heard = ask_llama_cpp("ruled" if sent else "default", method, target, body)
+    assert heard.target.endswith(sent or target)
+    # Only the query names the model, and it still does alone.
+    assert heard.json == body
+
+
+@whole_or_streamed
+def test_llama_cpp_completion_is_filtered_and_counted(stream: bool) -> None:
+    model = f"rule-counted-{stream}"
+    asked = {"model": model, "prompt": "six times seven", "stream": stream}
+    got = post_json("/completion", asked, llama_cpp_router())
+    documents = got.documents if stream else [got.json]
+    assert "".join(document["content"] for document in documents) == "Forty-two."
+    assert documents[-1]["timings"] == LLAMA_CPP_TIMINGS
+    row = wait_for_row(llama_cpp_router(), model)
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (7, 3)
+    assert (row["path"], row["tokens_estimated"], row["stream"]) == ("/completion", False, stream)
+
+
+def test_llama_cpp_detokenizes_what_it_was_given() -> None:
+    got = post_json("/detokenize", {"tokens": [1]}, llama_cpp_router())
+    assert got.json == {"content": "<think>a</think>b"}
 
 
 # --- requests without a model ---------------------------------------------------------
