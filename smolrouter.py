@@ -702,6 +702,7 @@ class Settings:
     # ruff: disable[E501]
     default_upstream: str = setting("http://localhost:8000", parse_default_upstream, "where a request goes that no rule claims: a URL, a server's name or none; with SERVERS the first of them")
     servers: NamedURLs = setting("none", parse_servers, "model servers without a routing file: URL or name=URL, between commas or blanks")
+    route_by_model: bool = setting("true", parse_bool, "send a model that no alias or rule claims to the server that lists it")
     default_model: str | None = setting(None, parse_text, "the model of a request that names none")
     listen_host: str = setting("127.0.0.1", parse_listen_host, "address to listen on")
     listen_port: int = setting("1234", number_between(0, 65535), "port to listen on; 0 takes a free one")
@@ -965,6 +966,11 @@ class Limits:
     model_list_timeout: float = 2.0
     model_list_fresh: float = 60.0
     model_list_kept: float = 600.0
+    # A model that no server lists may be new. Then lists that are older than `model_list_stale` are
+    # asked for again before the request goes to DEFAULT_UPSTREAM, at most once in
+    # `model_search_interval`, because clients choose the names.
+    model_list_stale: float = 2.0
+    model_search_interval: float = 10.0
     # A longer list counts as a failure. Cloud providers list a few hundred kB.
     model_list_size: int = 4 * MiB
     # So many servers are asked at once, each in a thread. So many lists are remembered: there is
@@ -5401,6 +5407,25 @@ def cut_name(text: str) -> str:
     return replace_surrogates(text)
 
 
+class ListedNames(NamedTuple):
+    """The names of the models on a list; `folded` has the spelling by the case-folded name."""
+
+    names: frozenset[str]
+    folded: Mapping[str, str]
+
+
+def index_names(names: Iterable[str]) -> ListedNames:
+    """Return the names of a list in a form in which one is found at once; the first one counts.
+
+    ('Qwen3', 'qwen3')  ->  ListedNames({'Qwen3', 'qwen3'}, {'qwen3': 'Qwen3'})
+    """
+    names = list(names)
+    folded: dict[str, str] = {}
+    for name in names:
+        folded.setdefault(name.casefold(), name)
+    return ListedNames(frozenset(names), folded)
+
+
 # --- the routing table ------------------------------------------------------------------
 
 
@@ -5414,8 +5439,15 @@ class Server:
     api_key: str | None = dataclasses.field(default=None, repr=False)
     headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
     verify: bool = True
+    # The models that the routing file says it has; then it is not asked. None: it is asked.
+    models: tuple[str, ...] | None = None
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
+
+    @functools.cached_property
+    def fixed_names(self) -> ListedNames | None:
+        """The names in `models`, None for a server that is asked."""
+        return None if self.models is None else index_names(self.models)
 
     def __hash__(self) -> int:
         # All fields still count for equality. To hash them all takes time with each look-up.
@@ -5436,15 +5468,21 @@ class Instance(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where a request may go: to one of an alias's instances, or to the only one there is."""
+    """Where a request may go: to one of an alias's instances, or to the only one there is.
+
+    A target without instances says a `model` alone, and its server has yet to be found.
+    """
 
     instances: tuple[Instance, ...]
     alias: str = ""
     strategy: str = "failover"
+    model: str = ""
 
     def __str__(self) -> str:
         if self.alias:
             return f"alias {self.alias}"
+        if self.model:
+            return f"model {self.model}"
         return str(self.instances[0])
 
 
@@ -5484,6 +5522,7 @@ class RoutingTable:
     aliases: Mapping[str, Target]
     rules: tuple[Rule, ...]
     model_map: ModelMap
+    route_by_model: bool
     source: str
     # The `jti` of tokens that are not valid any more.
     revoked: frozenset[str] = frozenset()
@@ -5504,6 +5543,24 @@ class RoutingTable:
         # Those of `servers` are all returned, even two with one URL: their keys may differ.
         return [*unlisted_servers.values(), *self.servers.values()]
 
+    @functools.cached_property
+    def search_order(self) -> tuple[Server, ...]:
+        """All servers, in the order in which those that list a model are asked for it."""
+        first = [self.default] if self.default else []
+        return tuple(dict.fromkeys([*first, *self.servers.values(), *self.all_servers()]))
+
+    @functools.cached_property
+    def asked_servers(self) -> tuple[Server, ...]:
+        """The servers whose lists of models decide where requests go."""
+        if not self.route_by_model:
+            return ()
+        return tuple(server for server in self.search_order if server.models is None)
+
+    @functools.cached_property
+    def has_choice(self) -> bool:
+        """Whether a list can lead a request elsewhere than it would go without."""
+        return any(server != self.default for server in self.asked_servers)
+
 
 class Decision(NamedTuple):
     """Where a request goes, in order, and why; every instance has the model it is asked for.
@@ -5518,6 +5575,8 @@ class Decision(NamedTuple):
     strategy: str
     instances: tuple[Instance, ...]
     trail: tuple[Step, ...]
+    # Who named the server: the route, or who was asked when that is a rule for the model alone.
+    found_by: str = ""
 
 
 # --- the routing file -------------------------------------------------------------------
@@ -5757,7 +5816,9 @@ class TableReader:
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
-        url, api, key, headers, verify = node.members("url", "api", "api_key", "headers", "verify")
+        url, api, key, headers, verify, models, discover = node.members(
+            "url", "api", "api_key", "headers", "verify", "models", "discover"
+        )
         return Server(
             name=name,
             url=url.read(parse_upstream_url),
@@ -5765,8 +5826,20 @@ class TableReader:
             api_key=None if key.value is None else key.read_field(),
             headers=tuple((field.path[-1], field.read_field()) for field in headers.entries()),
             verify=verify.choose(True, False),
+            models=self.read_models(models, discover.choose(True, False)),
             warning=url_warning(f"servers.{name}", url.value),
         )
+
+    def read_models(self, node: Node, discover: bool) -> tuple[str, ...] | None:
+        """Read the models of a server that is not asked for them; None for one that is."""
+        if node.value is None:
+            # Not to be asked, and not to be chosen by a list: that is a list with nothing in it.
+            return None if discover else ()
+        node.require(
+            discover, "`discover: false` says that there is no list; leave one of them out"
+        )
+        items = node.elements("not a list of names; without one the server is asked")
+        return tuple(dict.fromkeys(item.read() for item in items))
 
     def read_upstream(self, node: Node) -> Server:
         """Read a server's name or a URL."""
@@ -5840,12 +5913,9 @@ class TableReader:
         if model in given:
             # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
-        server = self.default
-        if upstream in given:
-            server = self.read_upstream(upstream)
-        elif server is None:
-            raise node.error("DEFAULT_UPSTREAM is none; name an `upstream`, too")
-        return Target((Instance(server, model.value),))
+        if upstream not in given:
+            return Target((), model=model.value)
+        return Target((Instance(self.read_upstream(upstream), model.value),))
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -5950,12 +6020,53 @@ def parse_routes(
         aliases=reader.aliases,
         rules=reader.rules,
         model_map=settings.model_map,
+        route_by_model=settings.route_by_model,
         source=name,
         revoked=reader.revoked,
     )
     if not table.all_servers():
         raise ConfigError("DEFAULT_UPSTREAM='none': there is no other server; set SERVERS")
     return table
+
+
+# --- what the servers list --------------------------------------------------------------
+# A model that no alias and no rule claims goes to the servers that list it. Their lists come in
+# from section 12 as one value, a Catalogue, so that decisions stay pure and can be remembered.
+
+# A list belongs to a server's URL and to a hash of the credentials it was asked with.
+ModelListKey = tuple[str, str]
+
+
+def list_key(server: Server, authorization: str | None) -> ModelListKey:
+    """Return under which key a server's list for these credentials is kept."""
+    credentials = server.api_key or authorization or ""
+    return str(server.url), hashlib.sha256(credentials.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def own_list_key(server: Server) -> ModelListKey:
+    """Return under which key the list is kept that a server gives the router itself.
+
+    Where a request goes depends on these lists alone, never on what a client may see.
+    """
+    return list_key(server, None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Catalogue:
+    """Which models the servers list. A changed list makes another one, which is equal to no other.
+
+    So it can be the key of what is remembered, as a RoutingTable can.
+    """
+
+    lists: Mapping[ModelListKey, ListedNames]
+
+    def names_of(self, server: Server) -> ListedNames | None:
+        """Return what a server lists, or the routing file says it has; None if nothing is known."""
+        return server.fixed_names or self.lists.get(own_list_key(server))
+
+
+EMPTY_CATALOGUE = Catalogue({})
 
 
 # --- decisions --------------------------------------------------------------------------
@@ -5975,6 +6086,7 @@ class RouteQuery(NamedTuple):
     source_host: str
     # None when the source host is no address; it is in no range then.
     source_address: Address | None
+    catalogue: Catalogue
 
 
 class Claim(NamedTuple):
@@ -5984,7 +6096,9 @@ class Claim(NamedTuple):
     target: Target
 
 
-# The routes of requests that no rule claims: to DEFAULT_UPSTREAM, or nowhere when that is none.
+# The routes of requests that no rule claims: to the servers that list the model, to
+# DEFAULT_UPSTREAM, or nowhere when that is none.
+BY_LIST = "model list"
 BY_DEFAULT = "default"
 UNCLAIMED = "none"
 NOWHERE = Target(())
@@ -6096,6 +6210,10 @@ def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
     # An alias names the models of its instances in full.
     if target.alias:
         return target
+    if target.model and isinstance(match, re.Match):
+        return target._replace(model=match.expand(target.model))
+    if not target.instances:
+        return target
     server, model = target.instances[0]
     # A rule may leave the name as it is, and an exact name has no groups to put in.
     if model is None or not isinstance(match, re.Match):
@@ -6149,6 +6267,74 @@ def claim_by_rule(query: RouteQuery, trail: list[Step]) -> Claim | None:
     return None
 
 
+def spell_exactly(model: str, listed: ListedNames) -> str | None:
+    """Return a name that is on a list as it is, else None."""
+    return model if model in listed.names else None
+
+
+def change_tag(model: str) -> str:
+    """Return a name with `:latest` taken away, or added: 'llama3' -> 'llama3:latest'."""
+    return without_tag(model) if model.endswith(LATEST_TAG) else f"{model}{LATEST_TAG}"
+
+
+def spell_with_tag(model: str, listed: ListedNames) -> str | None:
+    """Return the name on a list that is this one with `:latest` more or less, else None."""
+    return spell_exactly(change_tag(model), listed)
+
+
+def spell_in_any_case(model: str, listed: ListedNames) -> str | None:
+    """Return the name on a list that has the same letters, with or without `:latest`, else None."""
+    for name in (model, change_tag(model)):
+        spelling = listed.folded.get(name.casefold())
+        if spelling is not None:
+            return spelling
+    return None
+
+
+# How a name is looked up in all lists, the nearest way first.
+SPELLINGS = (spell_exactly, spell_with_tag, spell_in_any_case)
+
+
+def find_holders(query: RouteQuery) -> tuple[Instance, ...]:
+    """Return the servers that list a model, each with its spelling; none when nobody does."""
+    names = [name for name in (query.mapped_model, query.requested_model) if name]
+    listings = [(server, query.catalogue.names_of(server)) for server in query.table.search_order]
+    for name, spell in itertools.product(dict.fromkeys(names), SPELLINGS):
+        holders = []
+        for server, listed in listings:
+            spelling = spell(name, listed) if listed else None
+            if spelling is not None:
+                holders.append(Instance(server, spelling))
+        if holders:
+            return tuple(holders)
+    return ()
+
+
+def listing_words(holders: Sequence[Instance], ages: Sequence[float | None] = ()) -> str:
+    """Return who lists a model, and how many seconds ago: "gpu lists 'llama3' (12 s ago)"."""
+    listings = []
+    for holder, age in itertools.zip_longest(holders, ages):
+        words = f"{holder.server.name} lists {cut_name(holder.model)!r}"
+        listings.append(words if age is None else f"{words} ({age:.0f} s ago)")
+    return "; ".join(listings)
+
+
+# All trails of models that nobody lists share this step.
+NOT_LISTED = Step(BY_LIST, False, "no server lists it")
+
+
+def claim_by_list(query: RouteQuery, trail: list[Step]) -> Claim | None:
+    """Claim a model for the servers that list it; when one fails, the next one is tried."""
+    if not (query.table.route_by_model and query.names):
+        return None
+    holders = find_holders(query)
+    if not holders:
+        trail.append(NOT_LISTED)
+        return None
+    trail.append(Step(BY_LIST, True, listing_words(holders)))
+    return Claim(BY_LIST, Target(holders))
+
+
 def claim_by_default(query: RouteQuery, trail: list[Step]) -> Claim:
     """Claim whatever is left for DEFAULT_UPSTREAM, which may refuse it."""
     default = query.table.default
@@ -6159,34 +6345,61 @@ def claim_by_default(query: RouteQuery, trail: list[Step]) -> Claim:
     return Claim(BY_DEFAULT, Target((Instance(default),)))
 
 
-ROUTE_ORDER: tuple[Callable[[RouteQuery, list[Step]], Claim | None], ...] = (
+FindClaim = Callable[[RouteQuery, list[Step]], Claim | None]
+ROUTE_ORDER: tuple[FindClaim, ...] = (
     claim_by_pin,
     claim_by_alias,
     claim_by_rule,
+    claim_by_list,
     claim_by_default,
 )
+# Who finds the server when a rule says the model alone.
+SERVER_ORDER = tuple(find_claim for find_claim in ROUTE_ORDER if find_claim is not claim_by_rule)
 
 
-def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Decision:
+def first_claim(order: Iterable[FindClaim], query: RouteQuery, trail: list[Step]) -> Claim:
+    """Return what the first of these says that claims a request; the last one always does."""
+    claims = (find_claim(query, trail) for find_claim in order)
+    return next(claim for claim in claims if claim is not None)
+
+
+def resolve(
+    table: RoutingTable,
+    requested_model: str,
+    source_host: str,
+    catalogue: Catalogue = EMPTY_CATALOGUE,
+) -> Decision:
     """Return where a request for a model from a host goes, and everything that was tried."""
     trail: list[Step] = []
     mapped_model = map_model(table.model_map, requested_model, trail)
     names = names_to_try(requested_model, mapped_model) if requested_model else ()
     source_address = parse_source_host(source_host)
-    query = RouteQuery(table, requested_model, mapped_model, names, source_host, source_address)
-    # The last of them claims whatever is left, so that there always is a claim.
-    for find_claim in ROUTE_ORDER:
-        claim = find_claim(query, trail)
-        if claim is not None:
-            break
-    # An instance that names no model is asked for the mapped one.
+    query = RouteQuery(
+        table=table,
+        requested_model=requested_model,
+        mapped_model=mapped_model,
+        names=names,
+        source_host=source_host,
+        source_address=source_address,
+        catalogue=catalogue,
+    )
+    claim = first_claim(ROUTE_ORDER, query, trail)
+    route = claim.route
+    if not claim.target.instances and route != UNCLAIMED:
+        # The rule says the model alone. Its template may have become nothing.
+        model = claim.target.model or mapped_model
+        query = query._replace(requested_model=model, mapped_model=model, names=names_to_try(model))
+        claim = first_claim(SERVER_ORDER, query, trail)
+    # An instance that names no model is asked for the mapped one, or for that of the rule.
     instances = tuple(
-        Instance(instance.server, instance.model or mapped_model)
+        Instance(instance.server, instance.model or query.mapped_model)
         for instance in claim.target.instances
     )
     # The tag is not dropped here: for that the server has to be asked whether it lists the name,
     # and only a request that is translated asks (section 14). The trail says what comes of it.
-    for model in dict.fromkeys(instance.model for instance in instances):
+    # A name that was found on a list is one that its server knows.
+    sent_models = [instance.model for instance in instances if claim.route != BY_LIST]
+    for model in dict.fromkeys(sent_models):
         if requested_model.endswith(LATEST_TAG) and model.endswith(LATEST_TAG):
             untagged = cut_name(without_tag(model))
             why = f"translated for a server that does not list it, it is {untagged!r}"
@@ -6194,11 +6407,21 @@ def resolve(table: RoutingTable, requested_model: str, source_host: str) -> Deci
     return Decision(
         requested_model=requested_model,
         mapped_model=mapped_model,
-        route=claim.route,
+        route=route,
         strategy=claim.target.strategy,
         instances=instances,
         trail=tuple(trail),
+        found_by=claim.route,
     )
+
+
+def tell_ages(decision: Decision, ages: Sequence[float | None]) -> Decision:
+    """Return a decision by lists whose last step says how old they are, in s; None: fixed ones.
+
+    The ages are no part of what is remembered, because they change with each second.
+    """
+    step = Step(BY_LIST, True, listing_words(decision.instances, ages))
+    return decision._replace(trail=(*decision.trail[:-1], step))
 
 
 def resolve_default(table: RoutingTable, source_host: str) -> Decision:
@@ -6214,11 +6437,16 @@ def resolve_default(table: RoutingTable, source_host: str) -> Decision:
 remembered_decision = functools.lru_cache(maxsize=LIMITS.decisions)(resolve)
 
 
-def decide(table: RoutingTable, requested_model: str, source_host: str) -> Decision:
+def decide(
+    table: RoutingTable,
+    requested_model: str,
+    source_host: str,
+    catalogue: Catalogue = EMPTY_CATALOGUE,
+) -> Decision:
     """Return what `resolve` does, from memory where that can be; long names are not kept."""
     if len(requested_model) > LIMITS.pattern_name:
-        return resolve(table, requested_model, source_host)
-    return remembered_decision(table, requested_model, source_host)
+        return resolve(table, requested_model, source_host, catalogue)
+    return remembered_decision(table, requested_model, source_host, catalogue)
 
 
 # ======================================================================================
@@ -8697,6 +8925,11 @@ class Upstreams:
 # a minute. These calls are few, and http.client is enough for them: what stands above is made
 # for answers that are handed on while they come. As http.client blocks until a server has
 # answered, each call has a thread. The last list of a server that is gone counts for ten minutes.
+#
+# The lists that the servers give the router itself, with its own keys, also decide where requests
+# go (section 9). They are asked for at the start, and once a minute while requests come: an idle
+# router wakes nobody. When a request names a model that is on none of them, they are asked for
+# again before it goes on, but seldom.
 
 
 class Refusal(NamedTuple):
@@ -8789,10 +9022,6 @@ def fetch_models(
     return read_model_list(content, limits)
 
 
-# A list belongs to a server's URL and to a hash of the credentials it was asked with.
-ModelListKey = tuple[str, str]
-
-
 class ModelList(NamedTuple):
     """The models that a server listed, and when it was asked, on the monotonic clock."""
 
@@ -8821,15 +9050,24 @@ class ModelLists:
         self.changed_at: dict[UpstreamURL, float] = {}
         self.refreshing: dict[ModelListKey, asyncio.Task[None]] = {}
         self.fetch_permits = asyncio.Semaphore(self.limits.model_list_fetches)
-
-    def key_of(self, server: Server, authorization: str | None) -> ModelListKey:
-        """Return under which key a server's list for these credentials is kept."""
-        credentials = server.api_key or authorization or ""
-        return str(server.url), hashlib.sha256(credentials.encode()).hexdigest()
+        # What the routing knows of the lists. It is replaced when one of them changes.
+        self.catalogue = EMPTY_CATALOGUE
+        # When each of the router's own lists was asked for last, whatever came of it; on the
+        # monotonic clock.
+        self.tried_at: dict[ModelListKey, float] = {}
+        # The lists that are asked for and have never been answered or failed yet.
+        self.first_tries: set[ModelListKey] = set()
+        # For which table the lists were asked for, when that is due again, and when it was done
+        # for a model that was on none of them.
+        self.table: RoutingTable | None = None
+        self.due_at = 0.0
+        self.searched_at = -math.inf
 
     def note_change(self, server: Server) -> None:
         """Note that a server may have other models now than it has listed."""
         self.changed_at[server.url] = time.monotonic()
+        self.due_at = 0.0
+        self.searched_at = -math.inf
         # Nobody new waits for a list that was asked for before.
         for key in [key for key in self.refreshing if key[0] == str(server.url)]:
             del self.refreshing[key]
@@ -8843,21 +9081,29 @@ class ModelLists:
 
     async def get(self, server: Server, authorization: str | None) -> list[dict[str, Any]] | None:
         """Return a server's models; None when nothing is known and it does not answer."""
-        key = self.key_of(server, authorization)
+        if server.models is not None:
+            return [model_entry(name) for name in server.models]
+        key = list_key(server, authorization)
         known, is_current = self.find(key, server)
         is_fresh = (
             known is not None and time.monotonic() - known.asked_at <= self.limits.model_list_fresh
         )
         if (is_current and is_fresh) or self.upstreams.is_cooling(server):
             return known.models if known else None
-        if key not in self.refreshing:
-            refresh = self.refresh(key, server, authorization)
-            self.refreshing[key] = asyncio.create_task(refresh)
+        self.start_refresh(key, server, authorization)
         # An old list will do for now; without one, or with a wrong one, the client has to wait.
         if not is_current:
             await asyncio.wait([self.refreshing[key]], timeout=self.limits.model_list_timeout)
             known, _ = self.find(key, server)
         return known.models if known else None
+
+    def start_refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
+        """Ask a server for its list, unless that is being done."""
+        if key in self.refreshing:
+            return
+        if key == own_list_key(server) and key not in self.tried_at:
+            self.first_tries.add(key)
+        self.refreshing[key] = asyncio.create_task(self.refresh(key, server, authorization))
 
     async def refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
         """Ask a server and keep its list; a failure leaves the last one."""
@@ -8865,6 +9111,7 @@ class ModelLists:
         http_connection = self.make_http_connection(server)
         timeout = self.limits.model_list_timeout
         self.refusals.pop(key, None)
+        asked_at = time.monotonic()
         try:
             async with self.fetch_permits:
                 asked_at = time.monotonic()
@@ -8885,14 +9132,98 @@ class ModelLists:
             health.succeed()
             # Another refresh may have begun later and be here already.
             if key not in self.lists or self.lists[key].asked_at < asked_at:
-                keep_newest(self.lists, key, ModelList(asked_at, models), self.limits.model_lists)
+                self.keep(key, server, ModelList(asked_at, models))
         finally:
+            self.first_tries.discard(key)
+            if key == own_list_key(server):
+                self.tried_at[key] = asked_at
             if self.refreshing.get(key) is asyncio.current_task():
                 del self.refreshing[key]
             # A thread that still reads has to end.
             with contextlib.suppress(OSError):
                 if http_connection.sock:
                     http_connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def keep(self, key: ModelListKey, server: Server, models: ModelList) -> None:
+        """Keep a list, and tell the routing when it is one of the router's own and has changed."""
+        if key == own_list_key(server):
+            names = index_names(entry["id"] for entry in models.models)
+            if self.catalogue.lists.get(key) != names:
+                self.catalogue = Catalogue({**self.catalogue.lists, key: names})
+        if key not in self.lists and len(self.lists) >= self.limits.model_lists:
+            # Clients choose credentials as they like. Their lists make room, not the router's own.
+            of_clients = (kept for kept in self.lists if kept not in self.catalogue.lists)
+            self.lists.pop(next(of_clients, key), None)
+        self.lists[key] = models
+
+    # The lists by which requests are routed.
+
+    def refresh_due(self, table: RoutingTable) -> None:
+        """Ask the servers of a table for their lists, if the last time was a minute ago.
+
+        This is called with each request. A new table is asked for at once.
+        """
+        now = time.monotonic()
+        if now < self.due_at and table is self.table:
+            return
+        self.table = table
+        self.due_at = now + self.limits.model_list_fresh
+        self.forget_outdated(table, now)
+        for server in table.asked_servers:
+            if not self.upstreams.is_cooling(server):
+                self.start_refresh(own_list_key(server), server, None)
+
+    def forget_outdated(self, table: RoutingTable, now: float) -> None:
+        """Take lists out of the catalogue that do not count any more.
+
+        The last list of a server that cannot be asked counts for a while, so that its models fail
+        with its error. After an idle hour a list is as old, but nobody has tried yet to renew it.
+        """
+        current = {}
+        for server in table.asked_servers:
+            key = own_list_key(server)
+            names = self.catalogue.lists.get(key)
+            if names is None:
+                continue
+            asked_at = self.lists[key].asked_at
+            is_old = now - asked_at > self.limits.model_list_kept
+            has_failed = self.tried_at[key] > asked_at or self.upstreams.is_cooling(server)
+            if not (is_old and has_failed):
+                current[key] = names
+        if len(current) < len(self.catalogue.lists):
+            self.catalogue = Catalogue(current)
+
+    async def search(self, table: RoutingTable) -> None:
+        """Ask for lists again because a model is on none of them; wait for those that are coming.
+
+        However many names clients make up, each list is asked for once in ten seconds.
+        """
+        now = time.monotonic()
+        if now - self.searched_at >= self.limits.model_search_interval:
+            for server in table.asked_servers:
+                key = own_list_key(server)
+                is_stale = now - self.tried_at.get(key, -math.inf) > self.limits.model_list_stale
+                is_wrong = self.changed_at.get(server.url, -math.inf) > self.tried_at.get(key, 0.0)
+                if (is_stale or is_wrong) and not self.upstreams.is_cooling(server):
+                    self.searched_at = now
+                    self.start_refresh(key, server, None)
+        await self.wait(table)
+
+    async def wait(self, table: RoutingTable) -> None:
+        """Wait a moment for the lists of a table that are being asked for."""
+        if not self.refreshing:
+            return
+        keys = [own_list_key(server) for server in table.asked_servers]
+        running = [self.refreshing[key] for key in keys if key in self.refreshing]
+        if running:
+            await asyncio.wait(running, timeout=self.limits.model_list_timeout)
+
+    def age(self, server: Server) -> int | None:
+        """Return for how many seconds a server's list is known; None if there is none to age."""
+        known = self.lists.get(own_list_key(server))
+        if known is None or server.models is not None:
+            return None
+        return int(time.monotonic() - known.asked_at)
 
     async def fetch(
         self, http_connection: Any, server: Server, authorization: str | None
@@ -8984,12 +9315,13 @@ async def list_models(
 
     When there is only one server and it refuses, its error is raised as ListRefused.
     """
-    servers = table.all_servers()
+    # In this order a model's first entry is that of the server which is asked for it first.
+    servers = table.search_order
     answers = await asyncio.gather(*(model_lists.get(s, authorization) for s in servers))
     map_keys = [pattern for pattern, _ in table.model_map if isinstance(pattern, str)]
     own_names = [*table.aliases, *map_keys]
     if not own_names and all(answer is None for answer in answers):
-        refusal = model_lists.refusals.get(model_lists.key_of(servers[0], authorization))
+        refusal = model_lists.refusals.get(list_key(servers[0], authorization))
         if len(servers) == 1 and refusal:
             raise ListRefused(refusal)
         reasons = []
@@ -10714,9 +11046,25 @@ class Context:
         """Return an id that no other request has, in this router or another."""
         return f"{self.request_prefix}{next(self.request_numbers):08x}"
 
-    def decide(self, model: str, source_host: str) -> Decision:
-        """Return where a request goes by the table that is in force."""
-        return decide(self.table, model, source_host)
+    async def decide(self, model: str, source_host: str) -> Decision:
+        """Return where a request goes by the table that is in force and the lists of its servers.
+
+        For a model that is on no list these are asked for again, if one of them could have it.
+        """
+        lists = self.model_lists
+        lists.refresh_due(self.table)
+        decision = decide(self.table, model, source_host, lists.catalogue)
+        if model and decision.found_by in (BY_DEFAULT, UNCLAIMED) and self.table.has_choice:
+            await lists.search(self.table)
+            decision = decide(self.table, model, source_host, lists.catalogue)
+        elif decision.found_by == BY_LIST and lists.first_tries:
+            # Just after the start, a server that goes before this one may not have answered yet.
+            await lists.wait(self.table)
+            decision = decide(self.table, model, source_host, lists.catalogue)
+        if decision.found_by == BY_LIST:
+            ages = [lists.age(instance.server) for instance in decision.instances]
+            decision = tell_ages(decision, ages)
+        return decision
 
     async def work(self, size: int, task: Callable[..., Any], *arguments: Any) -> Any:
         """Do pure work on a content of `size` octets; on a long one in a thread.
@@ -10756,6 +11104,8 @@ class Context:
         """
         dialect = request.dialect
         if dialect.encode_openai is None or not decision.requested_model.endswith(LATEST_TAG):
+            return decision
+        if decision.found_by == BY_LIST:
             return decision
         instances = []
         for instance in decision.instances:
@@ -11594,8 +11944,10 @@ async def find_model(context: Context, request: Request) -> tuple[str, Step]:
     if default_model:
         return default_model, Step("DEFAULT_MODEL", True, "the request names no model")
     default = context.table.default
-    listed = await context.model_lists.get(default, context.authorization_of(request)) or []
-    if len(listed) == 1:
+    listed = None
+    if default:
+        listed = await context.model_lists.get(default, context.authorization_of(request))
+    if listed and len(listed) == 1:
         why = f"the request names no model, and {default.name} has this one alone"
         return listed[0]["id"], Step("the only model", True, why)
     names = []
@@ -11615,7 +11967,7 @@ async def relay_model(context: Context, request: Request) -> None:
         model, step = await find_model(context, request)
         parsed = dataclasses.replace(parsed, model=model)
     if parsed.text or parsed.model:
-        decision = context.decide(parsed.model, request.source_host)
+        decision = await context.decide(parsed.model, request.source_host)
         decision = await context.spell_models(decision, request)
     else:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
@@ -11646,7 +11998,7 @@ async def relay_post(context: Context, request: Request) -> None:
     await relay_model(context, request)
 
 
-def decide_native(context: Context, request: Request, model: str) -> Decision:
+async def decide_native(context: Context, request: Request, model: str) -> Decision:
     """Return where a request goes that only a server which speaks its dialect itself can serve.
 
     Raises NotSupported when there is no such server.
@@ -11658,7 +12010,7 @@ def decide_native(context: Context, request: Request, model: str) -> Decision:
             f"{request.path} needs a server that speaks {service} itself; mark one "
             f"with `api: {service}` in the routing file"
         )
-    decision = context.decide(model, request.source_host)
+    decision = await context.decide(model, request.source_host)
     instances = tuple(instance for instance in decision.instances if instance.server.api == service)
     if not instances:
         instances = (Instance(servers[0], model or None),)
@@ -11673,7 +12025,7 @@ async def relay_to_native(context: Context, request: Request) -> None:
     parsed = ParsedRequest(request.path, request.query, request.content)
     with contextlib.suppress(MalformedContent):
         parsed = require_model(native.read(request.path, request.query, request.content))
-    decision = decide_native(context, request, parsed.model)
+    decision = await decide_native(context, request, parsed.model)
     request.dialect = native
     await Exchange(context, request, parsed, decision).run()
 
@@ -11729,7 +12081,7 @@ async def relay_pull(context: Context, request: Request) -> None:
 async def relay_upload(context: Context, request: Request) -> None:
     """Relay content of any length, such as the file of a model, while it comes in."""
     check_unlimited(request.token)
-    decision = decide_native(context, request, "")
+    decision = await decide_native(context, request, "")
     # It comes once, and so can be sent to one server alone.
     decision = decision._replace(instances=decision.instances[:1])
     request.dialect = as_opaque(as_native(request.dialect))
@@ -12707,6 +13059,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "failures": sum(health.failures for health in instances),
             "inflight": sum(health.running for health in instances),
             "models": [model["id"] for model in models or ()],
+            "models_age_s": context.model_lists.age(server),
         }
         documents.append({**document, **last_hour})
     request.writer.send_json(documents)
@@ -12768,7 +13121,7 @@ async def serve_routes(context: Context, request: Request) -> None:
     document = {**table_document(context.table), "error": context.routes_error}
     if "model" in parameters:
         source_host = parameters.get("source_host", request.source_host)
-        decision = resolve(context.table, parameters["model"], source_host)
+        decision = await context.decide(parameters["model"], source_host)
         document["decision"] = decision_document(decision, source_host)
     request.writer.send_json(document)
 
@@ -12941,11 +13294,14 @@ async def serve_model(context: Context, request: Request) -> None:
     except ListRefused as error:
         send_refusal(request, error)
         return
-    decision = context.decide(name, request.source_host)
+    decision = await context.decide(name, request.source_host)
     # A name that a rule, an alias or the model map knows is as good as a listed one.
     unclaimed = decision.route in (BY_DEFAULT, UNCLAIMED)
     nobody_knows_it = unclaimed and decision.mapped_model == name
     found = find_listed(name, listed)
+    if found is None and decision.found_by == BY_LIST:
+        # It is listed in another case.
+        found = find_listed(decision.instances[0].model, listed)
     if found is None and nobody_knows_it:
         words = unknown_model(name, list(listed))
         raise NotFound(f"{words}; GET /v1/models lists them all")
@@ -12956,7 +13312,7 @@ async def serve_model_details(context: Context, request: Request) -> None:
     """Answer what a model is like: from its server when that speaks the dialect, else in short."""
     parsed = require_model(request.dialect.read(request.path, request.query, request.content))
     check_models(request.token, requested_models(parsed), context.table)
-    decision = context.decide(parsed.model, request.source_host)
+    decision = await context.decide(parsed.model, request.source_host)
     service = request.dialect.service
     if any(instance.server.api == service for instance in decision.instances):
         await relay_native(context, request)
@@ -14029,6 +14385,7 @@ class Router:
             self.console.print_line(f"routes: {error} (the old table stays in force)")
             return
         self.context.routes_error = None
+        self.context.model_lists.refresh_due(self.context.table)
         for line in describe_table(self.context.table):
             self.console.print_line(line)
 
@@ -14086,6 +14443,7 @@ class Router:
         handle_signal("SIGHUP", self.reload)
         port = self.server.listeners[0].getsockname()[1]
         self.server.start()
+        self.context.model_lists.refresh_due(self.context.table)
         tune_collector()
         return_memory()
         self.announce(port)
@@ -14155,17 +14513,46 @@ def run_check(invocation: Invocation) -> int:
     return 0
 
 
+async def ask_lists(invocation: Invocation, table: RoutingTable) -> ModelLists:
+    """Ask the servers of a table for their models, as a router does when it starts."""
+    model_lists = ModelLists(Upstreams(invocation.settings, LoopBatch(invocation.limits)))
+    model_lists.refresh_due(table)
+    await model_lists.wait(table)
+    return model_lists
+
+
+def explain_by_lists(
+    invocation: Invocation, table: RoutingTable, model: str, source_host: str
+) -> tuple[Decision, list[str]]:
+    """Return a decision by what the servers list now, and who has given no list, and why."""
+    lists = asyncio.run(ask_lists(invocation, table))
+    decision = resolve(table, model, source_host, lists.catalogue)
+    if decision.found_by == BY_LIST:
+        decision = tell_ages(decision, [lists.age(i.server) for i in decision.instances])
+    silent = []
+    for server in table.asked_servers:
+        if lists.catalogue.names_of(server) is None:
+            reason = lists.upstreams.health_of(Instance(server)).error or "no answer"
+            silent.append(f"  ! {server.name} has given no list of models: {reason}")
+    return decision, silent
+
+
 def run_explain(invocation: Invocation) -> int:
     """Print every rule tried for a model, and where the request would go."""
     model = invocation.options.model
     source_host = invocation.options.source_host
     if not is_address(source_host):
         raise ConfigError(f"--source-host {source_host!r}: no IP address")
-    decision = resolve(invocation.routes.load(), model, source_host)
+    table = invocation.routes.load()
+    decision = resolve(table, model, source_host)
+    silent: list[str] = []
+    if table.has_choice and decision.found_by in (BY_DEFAULT, UNCLAIMED):
+        decision, silent = explain_by_lists(invocation, table, model, source_host)
     lines = [f"{model!r} from {source_host}"]
     for step in decision.trail:
         mark = "+" if step.matched else "-"
         lines.append(f"  {mark} {step.rule}: {step.why}")
+    lines += silent
     lines.append(f"route: {decision.route} ({decision.strategy})")
     for instance in decision.instances:
         server = instance.server
@@ -15353,6 +15740,7 @@ function showServers(servers) {
   byId("servers").replaceChildren(...servers.map(server => {
     const [kind, word] = STATES[server.state] ?? ["idle", "? not asked yet"];
     const facts = present({at: server.name && short(server.url), models: server.models.length,
+      listed: known(server.models_age_s) && `${span(server.models_age_s * 1000)} ago`,
       requests: server.requests, failed: server.errors, p50: server.p50_ms && span(server.p50_ms),
       "failures in a row": server.failures});
     return node("li",
