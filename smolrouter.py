@@ -8428,6 +8428,15 @@ def abandon(opening: asyncio.Future[Connection]) -> None:
     opening.add_done_callback(abort_connection)
 
 
+def make_tls_context(verify: bool) -> ssl.SSLContext:
+    """Return how to speak TLS with servers whose certificates are valid, or with any."""
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 class ConnectionPool:
     """Opens connections to servers and keeps those that can be used again."""
 
@@ -8449,11 +8458,7 @@ class ConnectionPool:
         if server.url.scheme != "https":
             return None
         if server.verify not in self.tls_contexts:
-            context = ssl.create_default_context()
-            if not server.verify:
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
-            self.tls_contexts[server.verify] = context
+            self.tls_contexts[server.verify] = make_tls_context(server.verify)
         return self.tls_contexts[server.verify]
 
     async def connect(self, server: Server) -> Connection:
@@ -8986,16 +8991,38 @@ def connect_to_any(addresses: Sequence[str], port: int, timeout: float) -> socke
     return socket.create_connection((addresses[-1], port), timeout)
 
 
+def make_http_connection(server: Server, tls_context: ssl.SSLContext | None, timeout: float) -> Any:
+    """Return a connection of http.client's to a server, which has no socket yet."""
+    # Importing it takes 12 ms and 2 MB, which the start can do without.
+    import http.client
+
+    host, port = server.url.host, server.url.port
+    if tls_context is None:
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+    return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
+
+
+def own_fields(server: Server, authorization: str | None = None) -> dict[str, str]:
+    """Return the fields of a request of the router's own; the server's key is tried first."""
+    fields = {"Accept": "application/json", **dict(server.headers)}
+    credentials = f"Bearer {server.api_key}" if server.api_key else authorization
+    if credentials:
+        fields["Authorization"] = credentials
+    return fields
+
+
+def take_fields(response: Any) -> Fields:
+    """Return the fields of a response of http.client's."""
+    return Fields([(name.lower(), name, value) for name, value in response.getheaders()])
+
+
 def fetch_models(
     http_connection: Any, server: Server, authorization: str | None, limits: Limits
 ) -> list[dict[str, Any]]:
     """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
     import http.client
 
-    fields = {"Accept": "application/json", **dict(server.headers)}
-    credentials = f"Bearer {server.api_key}" if server.api_key else authorization
-    if credentials:
-        fields["Authorization"] = credentials
+    fields = own_fields(server, authorization)
     try:
         http_connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
         response = http_connection.getresponse()
@@ -9006,7 +9033,7 @@ def fetch_models(
         raise OSError(describe(error)) from None
     finally:
         http_connection.close()
-    answer_fields = Fields([(name.lower(), name, value) for name, value in response.getheaders()])
+    answer_fields = take_fields(response)
     coding = read_coding(answer_fields)
     if coding in CODINGS:
         # It was not asked for; some servers send it all the same.
@@ -9108,8 +9135,9 @@ class ModelLists:
     async def refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
         """Ask a server and keep its list; a failure leaves the last one."""
         health = self.upstreams.health_of(Instance(server))
-        http_connection = self.make_http_connection(server)
         timeout = self.limits.model_list_timeout
+        tls_context = self.upstreams.pool.tls_context(server)
+        http_connection = make_http_connection(server, tls_context, timeout)
         self.refusals.pop(key, None)
         asked_at = time.monotonic()
         try:
@@ -9243,18 +9271,6 @@ class ModelLists:
             return fetch_models(http_connection, server, authorization, self.limits)
 
         return await run_in_daemon((OSError, ValueError, ListRefused), ask)
-
-    def make_http_connection(self, server: Server) -> Any:
-        """Return a connection of http.client's to a server, which has no socket yet."""
-        # Importing it takes 12 ms and 2 MB, which the start can do without.
-        import http.client
-
-        host, port = server.url.host, server.url.port
-        timeout = self.limits.model_list_timeout
-        tls_context = self.upstreams.pool.tls_context(server)
-        if tls_context is None:
-            return http.client.HTTPConnection(host, port, timeout=timeout)
-        return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
 
 
 def model_entry(name: str) -> dict[str, Any]:
