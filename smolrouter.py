@@ -980,6 +980,12 @@ class Limits:
     # An error in place of a list is kept for its client up to this length.
     refused_list: int = 16 * KiB
 
+    # --- a look at servers from the command line ---
+    # A server has `probe_timeout` to say something of itself, a model `probed_model_timeout` to say
+    # a few tokens: before its first one it may have to be loaded from a disk.
+    probe_timeout: float = 5.0
+    probed_model_timeout: float = 60.0
+
     # --- the log ---
     # Bodies up to this length stand in the database, where the page finds them at once; longer
     # ones in files, because SQLite is slow with them.
@@ -14161,6 +14167,7 @@ EPILOG = """examples:
   smolrouter.py                                  serve with the settings of the environment
   smolrouter.py --default-upstream http://gpu:8000 --listen-port 8080
   smolrouter.py check                            validate settings and routing file
+  smolrouter.py doctor http://gpu:8000           ask a server what it is and what it can
   smolrouter.py explain gpt-4 --source-host 10.0.1.7
   smolrouter.py export --since 7d --format csv   print what was logged
   smolrouter.py demo                             see it work; needs nothing else
@@ -14638,6 +14645,612 @@ def run_health(invocation: Invocation) -> int:
     return 0 if response.status == 200 else 1
 
 
+# --- how the servers are ----------------------------------------------------------------
+# `doctor` and `check --ask` send servers a few small requests, each of which has its time, and
+# read the answers as the router reads those for its clients. A ProbeAnswer is what came back for
+# one request, an Examination all that is known of a server. `find_problem` says what is wrong
+# with an answer and what would help. For another endpoint to ask for, add it to PROBES; for a
+# server to be known by its name, what it says of itself to SERVER_MARKS.
+
+GREETING = [{"role": "user", "content": "Say hello."}]
+ANY_TOOL = {
+    "type": "function",
+    "function": {"name": "now", "description": "Tell the time.", "parameters": {"type": "object"}},
+}
+STREAMED_CHAT = {
+    "messages": GREETING,
+    "max_tokens": 16,
+    "stream": True,
+    "stream_options": {"include_usage": True},
+}
+# What is asked for, its path, and its document without the model.
+PROBES = {
+    "chat": ("/v1/chat/completions", STREAMED_CHAT),
+    "tools": (
+        "/v1/chat/completions",
+        {"messages": GREETING, "max_tokens": 1, "tools": [ANY_TOOL]},
+    ),
+    "completions": ("/v1/completions", {"prompt": "Hello", "max_tokens": 1}),
+    "embeddings": ("/v1/embeddings", {"input": "Hello"}),
+    "responses": ("/v1/responses", {"input": "Hello", "max_output_tokens": 16}),
+    "messages": ("/v1/messages", {"messages": GREETING, "max_tokens": 1}),
+    "ollama": (
+        "/api/chat",
+        {"messages": GREETING, "stream": False, "options": {"num_predict": 1}},
+    ),
+}
+ENDPOINT_PROBES = ("chat", "completions", "embeddings", "responses", "messages", "ollama")
+# What servers say of themselves, in lower case: at `/`, in the names and values of fields, or as
+# the owners of their models. The first one that is found counts.
+SERVER_MARKS = {
+    "smolrouter": "SmolRouter",
+    "llama-swap": "llama-swap",
+    "ollama is running": "Ollama",
+    "llama.cpp": "llama.cpp",
+    "llamacpp": "llama.cpp",
+    "koboldcpp": "KoboldCpp",
+    "tabbyapi": "TabbyAPI",
+    "sglang": "SGLang",
+    "vllm": "vLLM",
+    "organization_owner": "LM Studio",
+    "lm studio": "LM Studio",
+    "open webui": "Open WebUI",
+}
+# Under which names servers tell how long a context may be, the one in use first.
+CONTEXT_MEMBERS = (
+    "loaded_context_length",
+    "n_ctx",
+    "max_model_len",
+    "context_length",
+    "context_window",
+    "max_context_length",
+    "n_ctx_train",
+)
+REDIRECTIONS = (301, 302, 303, 307, 308)
+# An answer with such a status says that there is no such endpoint. 200 is LM Studio's.
+NO_ENDPOINT = (200, 404, 405, 501)
+# Where an API may stand when it is not where the URL says.
+OTHER_PREFIXES = ("", "/api", "/openai")
+CELL_WIDTH = 22
+LINE_WIDTH = 100
+MODELS_SHOWN = 12
+SIGNS_OF_HTML = (b"<!doctype html", b"<html")
+
+
+class ProbeAnswer(NamedTuple):
+    """What came back for a small request."""
+
+    path: str
+    # 0 when there was no answer; `failure` is the reason.
+    status: int = 0
+    fields: Fields = Fields([])
+    content: bytes = b""
+    # Until all of it was there, and until it said something, None for never.
+    seconds: float = 0.0
+    first_seconds: float | None = None
+    failure: Exception | None = None
+    # Whether there was a connection.
+    connected: bool = False
+
+    @property
+    def media_type(self) -> str:
+        """What the content calls itself, without parameters."""
+        return (self.fields.get("content-type") or "").partition(";")[0].strip().lower()
+
+    @property
+    def event_format(self) -> EventFormat | None:
+        """How the events of a stream are told apart, None for a whole answer."""
+        if self.media_type in MISCALLED_STREAMS and begins_like_events(self.content):
+            return SSE
+        return EVENT_FORMATS.get(self.media_type)
+
+    @property
+    def documents(self) -> list[dict[str, Any]]:
+        """The objects of its events, or the one that it is."""
+        if self.event_format:
+            return self.event_format.read_documents(self.content)
+        document = parse_object(self.content)
+        return [document] if document else []
+
+    @property
+    def is_page(self) -> bool:
+        """Whether a browser was meant to read it."""
+        start = self.content[:100].lstrip().lower()
+        return self.media_type == "text/html" or start.startswith(SIGNS_OF_HTML)
+
+
+def find_failure(answer: ProbeAnswer) -> str:
+    """Return what is wrong with an answer, in words, "" when it is a good one."""
+    if answer.failure is not None:
+        return describe(answer.failure)
+    protocol = find_protocol(answer.path)
+    documents = answer.documents
+    words = next(filter(None, (find_error(protocol, one) for one in documents)), "")
+    if answer.status >= 300:
+        if not words and documents:
+            words = error_words(documents[0])
+        words = f"answered {answer.status} ({words or 'no reason given'})"
+    elif answer.is_page:
+        words = "answers HTML"
+    elif not words and parse_value(answer.content) is None and not documents:
+        words = f"answers {answer.media_type or 'something'} that is no JSON"
+    return words[: LIMITS.error_text]
+
+
+def failure_remedy(server: Server, failure: Exception, connected: bool) -> str:
+    """Return what helps when a server could not be reached, or does not speak HTTP."""
+    url = server.url
+    if isinstance(failure, socket.gaierror):
+        return f"correct {url.host}, or write its address"
+    if isinstance(failure, ssl.SSLCertVerificationError):
+        return "`verify: false` in the routing file takes it all the same"
+    if isinstance(failure, ssl.SSLError):
+        return f"it may speak no TLS: try http://{url.without_scheme}"
+    if isinstance(failure, ConnectionRefusedError):
+        return (
+            f"it is off, or not at port {url.port}, or listens on 127.0.0.1 alone: start it there "
+            "with 0.0.0.0 as its host"
+        )
+    if isinstance(failure, TimeoutError) and connected:
+        return "it took the connection and was not done in time: it is busy, or loads a model"
+    if isinstance(failure, OSError) and not connected:
+        return "it is switched off, in another network or behind a firewall: look at the machine"
+    return f"that is no HTTP: try https://{url.without_scheme}, or look at the port"
+
+
+def answer_remedy(server: Server, answer: ProbeAnswer) -> str:
+    """Return what helps when a server answers, but not as it should."""
+    url = server.url
+    location = answer.fields.get("location")
+    words = answer.content.lower()
+    if answer.status in REDIRECTIONS and location:
+        return f"it is at {location} now: write that URL"
+    if answer.status in (401, 403):
+        if server.api_key:
+            return "it takes another key than this `api_key`"
+        return "it wants a key: give it an `api_key` in the routing file"
+    if answer.status == 400 and b"https" in words:
+        return f"it speaks TLS: write https://{url.without_scheme}"
+    if b"no models loaded" in words or b"no model loaded" in words:
+        return "load a model there"
+    if answer.status < 300 and answer.is_page:
+        return "that is a page for browsers: look at the port, and at the path of the API"
+    if answer.status in NO_ENDPOINT:
+        return f"the path is wrong: there is no {answer.path} below {url}"
+    if answer.status == 503:
+        return "it may still be loading its model: wait a moment"
+    return "its own log may say more"
+
+
+def find_problem(server: Server, answer: ProbeAnswer) -> str:
+    """Return what is wrong with an answer and what would help, "" when nothing is."""
+    failure = find_failure(answer)
+    if not failure:
+        return ""
+    if answer.failure is not None:
+        return f"{failure}; {failure_remedy(server, answer.failure, answer.connected)}"
+    return f"{failure}; {answer_remedy(server, answer)}"
+
+
+def judge_probe(answer: ProbeAnswer | None) -> str:
+    """Return what a cell of the table says of an answer."""
+    if answer is None:
+        return "-"
+    if answer.failure is not None:
+        return "late" if isinstance(answer.failure, TimeoutError) else "broken"
+    if not find_failure(answer):
+        return "yes"
+    return "no" if answer.status in NO_ENDPOINT else "error"
+
+
+def read_context_length(entry: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model takes by its entry in a list, None if that is not said.
+
+    `{"id": "m", "meta": {"n_ctx_train": 4096}}`  ->  4096
+    """
+    said: dict[str, Any] = {}
+    for place in (entry, entry.get("meta"), entry.get("model_info")):
+        # Ollama puts the family before it: `qwen3.context_length`.
+        for name, value in place.items() if isinstance(place, dict) else ():
+            said.setdefault(name.rpartition(".")[2], value)
+    lengths = (said.get(name) for name in CONTEXT_MEMBERS)
+    return next((length for length in lengths if isinstance(length, int) and length), None)
+
+
+def read_abilities(entry: Mapping[str, Any]) -> list[str]:
+    """Return what a model can do by its entry in a list.
+
+    `{"id": "m", "type": "vlm", "capabilities": ["tool_use"]}`  ->  `["tool_use", "vision"]`
+    """
+    said = entry.get("capabilities")
+    if isinstance(said, dict):
+        said = [name for name, value in said.items() if value is True]
+    abilities = [ability for ability in said or () if isinstance(ability, str)]
+    for kind, ability in (("vlm", "vision"), ("embeddings", "embeddings")):
+        if entry.get("type") == kind and ability not in abilities:
+            abilities.append(ability)
+    return abilities
+
+
+def is_loaded(entry: Mapping[str, Any]) -> bool:
+    """Tell whether a server says that it has loaded a model."""
+    status = entry.get("status")
+    value = status.get("value") if isinstance(status, dict) else status
+    return "loaded" in (entry.get("state"), value)
+
+
+def choose_model(models: Sequence[Mapping[str, Any]]) -> str:
+    """Return the model to ask: one that is loaded, and none that only makes embeddings."""
+
+    def rank(entry: Mapping[str, Any]) -> tuple[bool, bool]:
+        only_embeds = "embed" in entry["id"].lower() or entry.get("type") == "embeddings"
+        return only_embeds, not is_loaded(entry)
+
+    return min(models, key=rank)["id"]
+
+
+def end_socket(sock: socket.socket) -> None:
+    """End a connection on which another thread still waits."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+class Examination:
+    """Asks one server what it is, and keeps what it has answered."""
+
+    def __init__(self, server: Server, settings: Settings, limits: Limits) -> None:
+        self.server = server
+        self.settings = settings
+        self.limits = limits
+        self.answers: dict[str, ProbeAnswer] = {}
+        self.models: list[dict[str, Any]] = []
+        # The model that was asked.
+        self.model = ""
+        # What is wrong with the server; "" when it is well.
+        self.problem = ""
+        # Where it answers when it does not at the URL of the server.
+        self.right_url: UpstreamURL | None = None
+
+    @property
+    def listing(self) -> ProbeAnswer:
+        """The answer that came first: the list of models, or why there is none."""
+        return self.answers["/v1/models"]
+
+    def ask(self, path: str, document: Any = None) -> ProbeAnswer:
+        """Send a request and return the answer when all of it is there, or too late (blocking)."""
+        import http.client
+
+        seconds = self.limits.probe_timeout
+        request = ("GET", None, own_fields(self.server))
+        if document is not None:
+            seconds = self.limits.probed_model_timeout
+            fields = {"Content-Type": "application/json", **own_fields(self.server)}
+            request = ("POST", encode_json(document), fields)
+        started_at = time.monotonic()
+        deadline = math.inf
+        ending = None
+        try:
+            with contextlib.closing(self.make_connection()) as connection:
+                connection.connect()
+                connection.sock.settimeout(seconds)
+                deadline = time.monotonic() + seconds
+                # A server that sends a little now and then would never be late for a socket.
+                ending = threading.Timer(seconds, end_socket, (connection.sock,))
+                ending.start()
+                method, content, fields = request
+                connection.request(method, f"{self.server.url.prefix}{path}", content, fields)
+                answer = self.receive(path, connection.getresponse(), started_at)
+        except (OSError, http.client.HTTPException) as error:
+            answer = ProbeAnswer(path, failure=error)
+        finally:
+            if ending:
+                ending.cancel()
+        if time.monotonic() >= deadline:
+            answer = answer._replace(failure=TimeoutError())
+        return answer._replace(connected=ending is not None)
+
+    def make_connection(self) -> Any:
+        """Return a connection of http.client's to the server."""
+        tls_context = None
+        if self.server.url.scheme == "https":
+            tls_context = make_tls_context(self.server.verify)
+        return make_http_connection(self.server, tls_context, self.settings.connect_timeout)
+
+    def receive(self, path: str, response: Any, started_at: float) -> ProbeAnswer:
+        """Read an answer and note when it begins to say something."""
+        fields = take_fields(response)
+        coding = read_coding(fields)
+        answer = ProbeAnswer(path, response.status, fields)
+        opening = Opening(find_protocol(path), answer.media_type, coding, self.limits)
+        content = b""
+        first_seconds = None
+        while len(content) < self.limits.model_list_size:
+            piece = response.read1(64 * KiB)
+            if not piece:
+                break
+            content += piece
+            if first_seconds is None and opening.feed(piece):
+                first_seconds = time.monotonic() - started_at
+        return answer._replace(
+            content=decode_content(content, coding, self.limits.decoded_answer),
+            seconds=time.monotonic() - started_at,
+            first_seconds=first_seconds,
+        )
+
+    def read_list(self) -> bool:
+        """Ask for the list of models; tell whether there is one."""
+        answer = self.answers["/v1/models"] = self.ask("/v1/models")
+        self.problem = find_problem(self.server, answer)
+        if self.problem:
+            if answer.status in NO_ENDPOINT:
+                self.find_other_path()
+            return False
+        try:
+            self.models = read_model_list(answer.content, self.limits)
+        except ValueError as error:
+            self.problem = f"{error}; it is no server of models, or its path is wrong"
+            return False
+        if not self.models:
+            self.problem = "it has no model loaded; load one there"
+        return bool(self.models)
+
+    def find_other_path(self) -> None:
+        """Look for the API where it may stand when it is not where the URL says."""
+        for prefix in OTHER_PREFIXES:
+            url = self.server.url._replace(prefix=prefix)
+            if url == self.server.url:
+                continue
+            server = dataclasses.replace(self.server, url=url)
+            answer = Examination(server, self.settings, self.limits).ask("/v1/models")
+            if answer.status == 200 and not find_failure(answer):
+                self.right_url = url
+                self.problem += f". It answers at {url}: write that URL"
+                return
+
+    def read_details(self) -> None:
+        """Ask for what else some servers tell of themselves and of their models."""
+        for path in ("/", "/api/v0/models", "/api/ps"):
+            self.answers[path] = self.ask(path)
+        details: dict[str, dict[str, Any]] = {}
+        if not find_failure(self.answers["/api/v0/models"]):
+            with contextlib.suppress(ValueError):
+                listed = read_model_list(self.answers["/api/v0/models"].content, self.limits)
+                details = {entry["id"]: entry for entry in listed}
+        for document in self.answers["/api/ps"].documents:
+            running = document.get("models")
+            for entry in running if isinstance(running, list) else ():
+                if isinstance(entry, dict) and isinstance(entry.get("name"), str):
+                    details[entry["name"]] = {**entry, "state": "loaded"}
+        self.models = [{**entry, **details.get(entry["id"], {})} for entry in self.models]
+        self.model = choose_model(self.models)
+        if self.kind == "Ollama":
+            self.answers["/api/show"] = self.ask("/api/show", {"model": self.model})
+            for document in self.answers["/api/show"].documents:
+                self.add_details(document)
+
+    def add_details(self, document: Mapping[str, Any]) -> None:
+        """Add what the server says of the model that is asked."""
+        for entry in self.models:
+            if entry["id"] == self.model:
+                entry.update({k: document[k] for k in document if k not in entry and k != "id"})
+
+    def ask_model(self) -> None:
+        """Ask the model a little at every endpoint, and say what is wrong if none answers."""
+        for name, (path, document) in PROBES.items():
+            document = {"model": self.model, **document}
+            answer = self.ask(path, document)
+            if "stream_options" in document and "stream_options" in find_failure(answer):
+                # As for its clients, the router does without.
+                del document["stream_options"]
+                answer = self.ask(path, document)
+            self.answers[name] = answer
+            if answer.failure is not None or answer.status in (401, 403):
+                # It would be the same for the others.
+                break
+        if not any(judge_probe(self.answers.get(name)) == "yes" for name in ENDPOINT_PROBES):
+            self.problem = f"{self.model}: {find_problem(self.server, self.answers['chat'])}"
+
+    def run(self) -> None:
+        """Find out all about the server."""
+        if self.read_list():
+            self.read_details()
+            self.ask_model()
+
+    @property
+    def kind(self) -> str:
+        """What the server calls itself, "" when it does not tell."""
+        texts = [str(entry.get("owned_by", "")) for entry in self.models]
+        for answer in self.answers.values():
+            texts += [f"{lower}: {value}" for lower, _, value in answer.fields.lines]
+        if "/" in self.answers:
+            texts.append(self.answers["/"].content[: 2 * KiB].decode("utf-8", "replace"))
+        said = "\n".join(texts).lower()
+        return next((kind for mark, kind in SERVER_MARKS.items() if mark in said), "")
+
+    @property
+    def notes(self) -> list[str]:
+        """What single endpoints have refused, and why."""
+        notes = []
+        for name in PROBES:
+            answer = self.answers.get(name)
+            failure = find_failure(answer) if answer else ""
+            if failure and answer.status not in (200, 404, 405):
+                notes.append(f"{name}: {failure}")
+        return notes
+
+
+def describe_stream(answer: ProbeAnswer) -> list[str]:
+    """Return whether a chat streams, tells its usage, sends pings and keeps thinking apart."""
+    protocol = find_protocol(answer.path)
+    documents = answer.documents
+    parts = [part for document in documents for part in read_answer(protocol, document)]
+    text = "".join(part.value for part in parts if part.kind == TEXT)
+    visible, _ = ThinkFilter().feed(text, last=True)
+    thinking = "none seen"
+    if any(part.kind == THINKING and part.value for part in parts):
+        thinking = "apart"
+    elif visible != text:
+        thinking = "in text"
+    format = answer.event_format
+    events = format.split(answer.content) if format else ()
+    has_comment = any(event.strip() and not NO_COMMENT.search(event) for event in events)
+    has_ping = has_comment or any(document.get("type") in PING_TYPES for document in documents)
+    usage = read_usage(answer.content)
+    return [
+        "yes" if format and len(documents) > 1 else "no",
+        "no" if usage.prompt is None and usage.completion is None else "yes",
+        "yes" if has_ping else "none seen",
+        thinking,
+    ]
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as aligned lines; the first row is their heading."""
+    rows = [[CONTROL.sub("?", cell)[:CELL_WIDTH] for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def format_time(seconds: float | None) -> str:
+    """Return a time in words: 0.012 -> '12 ms', 3.21 -> '3.2 s', None -> '-'."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def wrap_words(name: str, words: str) -> str:
+    """Return words about something as an indented paragraph that fits into a line's width."""
+    import textwrap
+
+    text = CONTROL.sub("?", f"{name}: {words}")
+    return textwrap.fill(text, LINE_WIDTH, initial_indent="  ", subsequent_indent="    ")
+
+
+def describe_health(examination: Examination) -> str:
+    """Return in a line how a server is that was asked for its list alone."""
+    if examination.problem:
+        return examination.problem
+    models = count_things(examination.models, "model", "models")
+    return f"up, {models}, {format_time(examination.listing.seconds)}"
+
+
+def describe_models(examination: Examination) -> Iterator[str]:
+    """Yield a line for each model of a server."""
+    models = examination.models
+    for entry in models[:MODELS_SHOWN]:
+        length = read_context_length(entry)
+        facts = [f"{length} tokens of context"] if length else []
+        facts += read_abilities(entry)
+        if is_loaded(entry):
+            facts.append("loaded")
+        yield wrap_words(entry["id"], ", ".join(facts) or "nothing told")
+    if len(models) > MODELS_SHOWN:
+        yield f"  and {len(models) - MODELS_SHOWN} more"
+
+
+def describe_examinations(examinations: Sequence[Examination]) -> list[str]:
+    """Return the tables of a look at some servers, their models, and what is wrong."""
+    servers = [["server", "is", "reached in", "models"]]
+    chats = [["chat", "model", "first token", "streams", "usage", "pings", "thinking", "tools"]]
+    endpoints = [["answers", *ENDPOINT_PROBES]]
+    lines = []
+    remedies = []
+    for one in examinations:
+        name = one.server.name
+        is_reached = one.listing.status > 0
+        reached = format_time(one.listing.seconds if is_reached else None)
+        servers.append([name, one.kind or "-", reached, str(len(one.models) or "-")])
+        remedies += [wrap_words(name, words) for words in (one.problem, *one.notes) if words]
+        if not one.model:
+            continue
+        endpoints.append([name, *(judge_probe(one.answers.get(p)) for p in ENDPOINT_PROBES)])
+        lines += ["", f"models of {name}", *describe_models(one)]
+        if judge_probe(one.answers["chat"]) == "yes":
+            chat = one.answers["chat"]
+            tools = judge_probe(one.answers.get("tools"))
+            first = format_time(chat.first_seconds)
+            chats.append([name, one.model, first, *describe_stream(chat), tools])
+    tables = [format_table(rows) for rows in (servers, endpoints, chats) if len(rows) > 1]
+    lines = [line for table in tables for line in (*table, "")][:-1] + lines
+    if remedies:
+        lines += ["", "remedies", *remedies]
+    return lines
+
+
+def choose_name(one: Examination, named: Container[Server], taken: Container[str]) -> str:
+    """Return what a server is to be called in a routing file."""
+    server = one.server
+    if server in named:
+        return server.name
+    host = server.url.host
+    name = one.kind.lower() if is_address(host) else host.partition(".")[0]
+    name = re.sub(r"[^a-z0-9.-]+", "-", name.lower()) or "server"
+    numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(candidate for candidate in numbered if candidate not in taken)
+
+
+def write_servers(examinations: Sequence[Examination], table: RoutingTable) -> list[str]:
+    """Return the lines of a `servers:` block; a secret is the name of a variable there."""
+    named = list(table.servers.values())
+    taken = set(table.servers)
+    lines = ["servers:"]
+    for one in examinations:
+        server = one.server
+        name = choose_name(one, named, taken)
+        taken.add(name)
+        variable = re.sub(r"[^A-Z0-9]+", "_", name.upper())
+        record: dict[str, Any] = {"url": str(one.right_url or server.url)}
+        if one.kind == "Ollama" or server.api != "openai":
+            record["api"] = "ollama"
+        if server.api_key or any(a.status in (401, 403) for a in one.answers.values()):
+            record["api_key"] = f"${{{variable}_KEY}}"
+        if server.headers:
+            record["headers"] = {field: f"${{{variable}_FIELD}}" for field, _ in server.headers}
+        if not server.verify:
+            record["verify"] = False
+        # This is YAML, too, and needs no thought about what has to be quoted.
+        mark = "# " if one.problem and one.right_url is None else ""
+        lines.append(f"  {mark}{json.dumps(name)}: {json.dumps(record)}")
+    return lines
+
+
+def examine(examinations: Sequence[Examination], look: Callable[[Examination], Any]) -> None:
+    """Look at all servers at the same time, and wait until that is done."""
+    # The end of the program does not wait for a daemon when Ctrl-C comes.
+    threads = [threading.Thread(target=look, args=(e,), daemon=True) for e in examinations]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def run_doctor(invocation: Invocation) -> int:
+    """Ask servers what they are and what they can, and say what is wrong with them."""
+    table = invocation.routes.load()
+    known = {server.url: server for server in table.all_servers()}
+    servers = list(known.values())
+    if invocation.options.urls:
+        servers = []
+        for word in dict.fromkeys(invocation.options.urls):
+            try:
+                url = parse_upstream_url(word)
+            except ValueError as error:
+                raise ConfigError(f"doctor {word!r}: {error}") from None
+            servers.append(known.get(url) or Server(url.without_scheme, url))
+    settings, limits = invocation.settings, invocation.limits
+    examinations = [Examination(server, settings, limits) for server in servers]
+    count = count_things(servers, "server", "servers")
+    print(f"asking {count}; a model may take {limits.probed_model_timeout:g} s", file=sys.stderr)
+    examine(examinations, Examination.run)
+    lines = describe_examinations(examinations)
+    print(*lines, "", *write_servers(examinations, table), sep="\n")
+    return 1 if any(one.problem for one in examinations) else 0
+
+
 # --- a systemd unit ---------------------------------------------------------------------
 
 UNIT = """[Unit]
@@ -14934,6 +15547,7 @@ COMMANDS = (
     run_export,
     run_token,
     run_health,
+    run_doctor,
     run_unit,
     run_demo,
 )
@@ -15014,6 +15628,7 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
     token.add_argument("--api-only", action="store_true", help="it opens no Web UI")
     seconds = flag_of(number_between(0, 3600, whole=False))
     commands["demo"].add_argument("--seconds", type=seconds, default=30.0)
+    commands["doctor"].add_argument("urls", nargs="*", metavar="URL", help="ask these instead")
     for command in (parser, commands["serve"], commands["demo"]):
         command.add_argument(
             "--dashboard", metavar="FILE", help="serve this page instead", default=argparse.SUPPRESS

@@ -16488,6 +16488,7 @@ def test_version_and_help() -> None:
         "explain",
         "token",
         "health",
+        "doctor",
         "unit",
         "demo",
         "--listen-port",
@@ -16546,6 +16547,206 @@ def test_a_database_whose_name_is_no_text(tmp_path: pathlib.Path) -> None:
     for command in ("unit", "check"):
         done = run_program(command, settings=settings, errors="surrogateescape")
         assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+# --- how the servers are --------------------------------------------------------------
+
+
+def run_doctor(
+    capsys: pytest.CaptureFixture[str], *urls: str, limits: Any = smolrouter.LIMITS, **settings: Any
+) -> tuple[int, str]:
+    """Look at these servers; return the exit status and what was printed."""
+    environ = {name: str(value) for name, value in settings.items()}
+    status = smolrouter.run_command(["doctor", *urls], environ, limits)
+    printed = capsys.readouterr().out
+    # What is to be pasted is one line for each server, however long.
+    tables = printed.partition("\nservers:\n")[0]
+    assert max(map(len, tables.splitlines())) <= 100, printed
+    return status, printed
+
+
+def row_after(printed: str, heading: str, name: str) -> list[str]:
+    """Return the cells of the row that begins with `name`, in the table with this heading."""
+    table = f"\n{printed}".partition(f"\n{heading}  ")[2].partition("\n\n")[0]
+    (row,) = [line for line in table.splitlines() if line.startswith(f"{name}  ")]
+    return re.split(r"  +", row)[1:]
+
+
+def paste(printed: str, **environ: str) -> dict[str, Any]:
+    """Return the servers of the printed block, as the router reads it from a routing file."""
+    import_or_skip("yaml")
+    block = printed[printed.index("\nservers:\n") :]
+    settings = smolrouter.Settings.from_mapping({})
+    return dict(smolrouter.parse_routes(block, "pasted.yaml", environ, settings).servers)
+
+
+def test_doctor_tells_what_a_good_server_can(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {**model_entry("tiny"), "owned_by": "vllm", "max_model_len": 8192}
+
+    def serve(received: Received) -> Iterable[Step]:
+        if received.path == "/v1/models":
+            return json_response({"data": [entry]})
+        if received.path in ("/v1/messages", "/v1/responses", "/api/chat"):
+            return json_response({"detail": "Not Found"}, 404)
+        return well_behaved(received)
+
+    with Upstream(serve) as upstream:
+        status, printed = run_doctor(capsys, SERVERS=f"gpu={upstream.url}")
+    assert status == 0
+    kind, reached, models = row_after(printed, "server", "gpu")
+    assert (kind, reached.endswith("s"), models) == ("vLLM", True, "1")
+    assert row_after(printed, "answers", "gpu") == ["yes", "yes", "yes", "no", "no", "no"]
+    model, first, *more = row_after(printed, "chat", "gpu")
+    assert (model, first.endswith("s")) == ("tiny", True)
+    # It streams and tells its usage, sends no pings, does not think, and takes tools.
+    assert more == ["yes", "yes", "none seen", "none seen", "yes"]
+    assert "  tiny: 8192 tokens of context\n" in printed
+    assert "remedies" not in printed
+    assert paste(printed)["gpu"].url.port == upstream.port
+    asked = [one.json for one in upstream.requests if one.method == "POST"]
+    assert {one["model"] for one in asked} == {"tiny"}
+    # All that it costs are some tokens.
+    assert sum(one.get("max_tokens", 0) for one in asked) < 32
+
+
+def serve_like_ollama(received: Received) -> Iterable[Step]:
+    """Answer as Ollama does, with a model that thinks."""
+    if received.path == "/":
+        return whole_response(b"Ollama is running")
+    if received.path == "/v1/models":
+        names = ("nomic-embed-text:latest", "big:70b", "qwen3:8b")
+        return json_response({"data": [model_entry(name) for name in names]})
+    if received.path == "/api/ps":
+        return json_response({"models": [{"name": "qwen3:8b", "context_length": 4096}]})
+    if received.path == "/api/show":
+        info = {"general.architecture": "qwen3", "qwen3.context_length": 40960}
+        return json_response({"capabilities": ["completion", "thinking"], "model_info": info})
+    if received.path == "/api/chat":
+        said = {"role": "assistant", "content": "Hello"}
+        return json_response({"message": said, "done": True, "done_reason": "stop"})
+    if received.path == "/v1/embeddings":
+        return json_response({"error": {"message": "this model does not support embeddings"}}, 400)
+    if not received.path.startswith(("/v1/chat/", "/v1/completions")):
+        return whole_response(b"404 page not found", 404)
+    document = received.json
+    if "tools" in document:
+        return json_response({"error": {"message": "qwen3:8b does not support tools"}}, 400)
+    if "stream_options" in document:
+        return json_response({"error": {"message": "unknown field stream_options"}}, 400)
+    if not document.get("stream"):
+        return well_behaved(received)
+    thoughts = text_deltas("They", " greet", key="reasoning")
+    return sse_response([b": ping\n\n", *thoughts, text_delta("Hi"), finish_delta(), "[DONE]"])
+
+
+def test_doctor_knows_an_ollama(capsys: pytest.CaptureFixture[str]) -> None:
+    with Upstream(serve_like_ollama) as upstream:
+        status, printed = run_doctor(capsys, upstream.url)
+    assert status == 0
+    name = upstream.authority
+    assert row_after(printed, "server", name)[::2] == ["Ollama", "3"]
+    assert row_after(printed, "answers", name) == ["yes", "yes", "error", "no", "no", "yes"]
+    # The model that is loaded was asked, and the one for embeddings was not. No usage was told.
+    model, _, *more = row_after(printed, "chat", name)
+    assert (model, more) == ("qwen3:8b", ["yes", "no", "yes", "apart", "error"])
+    assert "  qwen3:8b: 4096 tokens of context, completion, thinking, loaded\n" in printed
+    assert "embeddings: answered 400 (this model does not support embeddings)" in printed
+    assert "tools: answered 400 (qwen3:8b does not support tools)" in printed
+    assert paste(printed)["ollama"].api == "ollama"
+
+
+def wants_a_key(received: Received) -> Iterable[Step]:
+    """Refuse whoever has no key."""
+    if received.get("Authorization") == "Bearer the key":
+        return well_behaved(received)
+    return json_response({"error": {"message": "Invalid API Key", "code": 401}}, 401)
+
+
+def lies_below_api(received: Received) -> Iterable[Step]:
+    """Answer under another path than most servers do."""
+    if not received.path.startswith("/api/v1/"):
+        return json_response({"detail": "Not Found"}, 404)
+    return well_behaved(dataclasses.replace(received, target=received.target[4:]))
+
+
+def fails_at_its_model(received: Received) -> Iterable[Step]:
+    """List a model that is not there."""
+    if received.path == "/v1/models":
+        return well_behaved(received)
+    words = "No models loaded. Please load a model in the developer page."
+    return json_response({"error": {"message": words}}, 404)
+
+
+def pings_for_ever(received: Received) -> Iterable[Step]:
+    """Answer no chat, but show that one is being worked on."""
+    if not received.path.startswith("/v1/chat/"):
+        return well_behaved(received)
+    return stream_response(itertools.chain.from_iterable(itertools.repeat((b": ping\n\n", 0.05))))
+
+
+PAGE = whole_response(b"<!doctype html><title>Chat</title>", kind="text/html")
+WRONG_SERVERS: dict[str, tuple[Script, str]] = {
+    "a wrong path": (lies_below_api, "the path is wrong: there is no /v1/models below ADDRESS. It "
+                     "answers at ADDRESS/api: write that URL"),
+    "a page": (lambda received: PAGE, "answers HTML; that is a page for browsers: look at the "
+               "port, and at the path of the API"),
+    "a key": (wants_a_key, "answered 401 (Invalid API Key); it wants a key: give it an `api_key`"),
+    "another place": (lambda received: whole_response(b"", 308, [("Location", "https://box/v1")]),
+                      "it is at https://box/v1 now: write that URL"),
+    "no model": (lambda received: json_response({"data": []}), "no model loaded; load one there"),
+    "none loaded": (fails_at_its_model, "(No models loaded. Please load a model in the developer "
+                    "page.); load a model there"),
+    "still loading": (lambda received: json_response({"error": {"message": "Loading model"}}, 503),
+                      "answered 503 (Loading model); it may still be loading its model"),
+    "no JSON": (lambda received: whole_response(b"hello"), "answers text/plain that is no JSON"),
+    "no HTTP": (lambda received: [b"220 mail\r\n", CLOSE], "that is no HTTP: try https://"),
+    "silence": (lambda received: [HANG], "timed out; it took the connection"),
+    "pings alone": (pings_for_ever, "tiny: timed out; it took the connection"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG_SERVERS)
+def test_doctor_says_what_helps(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script, words = WRONG_SERVERS[wrong]
+    limits = smolrouter.Limits(probe_timeout=1.0, probed_model_timeout=1.0)
+    with Upstream(script) as upstream:
+        status, printed = run_doctor(capsys, upstream.url, limits=limits)
+        assert status == 1
+        remedies = " ".join(printed.partition("\nremedies\n")[2].split())
+        assert words.replace("ADDRESS", upstream.url) in remedies, remedies
+
+
+def test_doctor_says_what_helps_where_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    url = refusing_url()
+    with Upstream() as upstream:
+        servers = f"on={upstream.url} off={url} lost=http://nobody.invalid:8000"
+        status, printed = run_doctor(capsys, SERVERS=servers)
+    assert status == 1
+    remedies = " ".join(printed.partition("\nremedies\n")[2].partition("\n\n")[0].split())
+    port = url.rpartition(":")[2]
+    assert f"off: connection refused; it is off, or not at port {port}, or listens on" in remedies
+    assert "correct nobody.invalid, or write its address" in remedies
+    assert "on: " not in remedies
+    # What does not work is there, and does not count.
+    assert list(paste(printed)) == ["on"]
+    assert f'# "off": {{"url": "{url}"}}' in printed
+
+
+def test_doctor_prints_no_key(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    with Upstream(wants_a_key) as upstream:
+        server = {"url": upstream.url, "api_key": "the key", "headers": {"X-Team": "secret"}}
+        path = tmp_path / "routes.json"
+        path.write_text(json.dumps({"servers": {"gpu-1": server}}))
+        status, printed = run_doctor(capsys, upstream.url, ROUTES_CONFIG=path)
+    assert (status, "the key" in printed, "secret" in printed) == (0, False, False)
+    assert row_after(printed, "server", "gpu-1")[2] == "1"
+    pasted = paste(printed, GPU_1_KEY="k", GPU_1_FIELD="f")["gpu-1"]
+    assert (pasted.api_key, pasted.headers) == ("k", (("X-Team", "f"),))
+
+
+def test_doctor_refuses_what_is_no_url() -> None:
+    with pytest.raises(smolrouter.ConfigError, match="doctor 'ftp://box': scheme 'ftp'"):
+        smolrouter.run_command(["doctor", "ftp://box"], {})
 
 
 # --- memory, and the end ---
