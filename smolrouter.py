@@ -8302,6 +8302,9 @@ def describe(error: BaseException) -> str:
     """Return what went wrong, in words: 'connection refused', 'timed out'."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not valid: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        # Its number is none of the system's. `WRONG_VERSION_NUMBER` is what `reason` looks like.
+        return error.reason.replace("_", " ").lower()
     if isinstance(error, socket.gaierror):
         return f"its name is not known: {error.strerror}"
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)):

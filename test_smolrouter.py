@@ -10168,6 +10168,13 @@ def test_tls_upstream_with_an_unknown_certificate_is_refused() -> None:
         assert not upstream.requests
 
 
+def test_https_to_a_server_of_http_says_what_is_wrong() -> None:
+    url = default_router().url.replace("http:", "https:")
+    got = post_chat(shared_router({"DEFAULT_UPSTREAM": url}), "tiny")
+    assert got.status == 502
+    assert re.search("wrong version number|record layer failure", got.json["error"]["message"])
+
+
 def test_tls_upstream_with_verify_false() -> None:
     _, upstream = tls_upstream()
     routes = {
