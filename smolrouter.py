@@ -726,6 +726,8 @@ class Settings:
     jwt_secret: str | None = setting(None, parse_secret, "at least 32 characters, 10 different ones; signs the tokens")
     webui_security: str = setting("AUTH_WHEN_PROXIED", choice_of(*POLICIES), "who may see the Web UI: NONE, AUTH_WHEN_PROXIED, ALWAYS_AUTH")
     api_security: str = setting("NONE", choice_of(*POLICIES), "who may use the model API: the same three")
+    tls_cert: str | None = setting(None, parse_text, "PEM file with a certificate and its chain: clients speak https with the router")
+    tls_key: str | None = setting(None, parse_text, "PEM file with its key; both are read again on SIGHUP")
     trusted_proxies: tuple[IPNetwork, ...] = setting("none", parse_networks, "addresses or CIDRs whose X-Forwarded-For is believed")
     allowed_hosts: tuple[str, ...] = setting("", parse_hosts, "extra Host names for the Web UI")
     allowed_origins: tuple[str, ...] = setting("loopback", parse_origins, "browser origins that may call the API; app: for all of a scheme, * for all")
@@ -769,6 +771,7 @@ class Settings:
             _, values["default_upstream"] = values["servers"][0]
         settings = cls(**values)
         settings.check_policies()
+        settings.check_tls()
         return settings
 
     @classmethod
@@ -786,6 +789,16 @@ class Settings:
                 raise ConfigError(
                     f"{name.upper()}='ALWAYS_AUTH': JWT_SECRET is not set; set it to {remedy}"
                 )
+
+    def check_tls(self) -> None:
+        """Refuse a certificate without a key, or a key without one. Raises ConfigError."""
+        files = {"TLS_CERT": self.tls_cert, "TLS_KEY": self.tls_key}
+        given = [name for name, file in files.items() if file]
+        if len(given) == 1:
+            (name,) = given
+            other = "TLS_KEY" if name == "TLS_CERT" else "TLS_CERT"
+            remedy = f"https needs both; set {other}, to the same file if that has both"
+            raise ConfigError(f"{name}={files[name]!r}: {other} is not set; {remedy}")
 
 
 # --- the limits -------------------------------------------------------------------------
@@ -823,6 +836,8 @@ class Limits:
     # --- connections of clients ---
     # A head that takes longer gets 408: slow senders (slowloris) would use up MAX_CONNECTIONS.
     head_timeout: float = 10.0
+    # With https, a client that has not agreed on keys within this time is dropped.
+    handshake_timeout: float = 10.0
     # A connection that has been idle for so long is closed. That is more than the 60 s after
     # which most clients and proxies close theirs, so that they seldom write into a closing one.
     keep_alive_timeout: float = 75.0
@@ -7542,8 +7557,10 @@ class Connection(asyncio.Protocol):
         self.batch = batch
         self.limits = batch.limits
         self.loop = asyncio.get_running_loop()
-        # asyncio hands it over in `connection_made`.
+        # asyncio hands it over in `connection_made`. After its end an encrypted one can say nothing
+        # of itself any more.
         self.transport: asyncio.Transport
+        self.is_tls = False
         # Reading: octets that have come and are not used yet, and how many ever came.
         self.received = b""
         self.received_octets = 0
@@ -7585,6 +7602,7 @@ class Connection(asyncio.Protocol):
         """Begin: the connection is open."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self.is_tls = transport.get_extra_info("sslcontext") is not None
         transport.set_write_buffer_limits(high=self.limits.write_buffer)
         self.batch.add(self)
 
@@ -7604,7 +7622,7 @@ class Connection(asyncio.Protocol):
         self.ended = True
         self.announce_disconnect()
         # The other side may still read. With TLS it cannot: there, asyncio ends both directions.
-        return self.transport.get_extra_info("sslcontext") is None
+        return not self.is_tls
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note that the connection is gone."""
@@ -7878,7 +7896,18 @@ class Connection(asyncio.Protocol):
         # Linger: on, 0 seconds. Windows has two short numbers there, all others two ints.
         linger_option = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
         sock = self.transport.get_extra_info("socket")
+        if sock is None:
+            # With TLS there is none any more when the connection is gone.
+            return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_option)
+        if self.is_tls:
+            # To close it would first say that this is a clean end.
+            self.transport.abort()
+
+    async def wait_lost(self) -> None:
+        """Wait until the connection is gone, which `close` or `abort` has begun."""
+        while self in self.batch.connections:
+            await self.wait()
 
     async def linger(self) -> None:
         """Say that nothing more is sent, read on for a moment, close (RFC 9112 section 9.6).
@@ -13458,8 +13487,10 @@ def read_signin(content: bytes, limits: Limits) -> str:
 
 
 def is_https(context: Context, request: Request) -> bool:
-    """Tell whether the browser came by https: a trusted proxy says so, or the browser itself."""
+    """Tell whether the browser came by https: to us, or a trusted proxy or it itself says so."""
     fields = request.head.fields
+    if request.connection.is_tls:
+        return True
     if (fields.get("origin") or "").startswith("https:"):
         return True
     peer = request.connection.transport.get_extra_info("peername") or [""]
@@ -13926,11 +13957,53 @@ class RequestTurns:
             loop.call_soon(self.begin_turn, loop)
 
 
+def refuse_password() -> NoReturn:
+    """Refuse a key that needs a password: OpenSSL would ask for it on the terminal."""
+    raise ValueError("the key needs a password; take it off: openssl pkey -in KEY -out PLAIN_KEY")
+
+
+def read_tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """Read TLS_CERT and TLS_KEY: how clients speak TLS with the router; None: they do not.
+
+    Raises ConfigError.
+    """
+    cert = settings.tls_cert
+    key = settings.tls_key
+    if cert is None or key is None:
+        return None
+    for name, file in (("TLS_CERT", cert), ("TLS_KEY", key)):
+        try:
+            # OpenSSL would not say which of the two it cannot read.
+            pathlib.Path(file).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{name}={file!r}: {describe(error)}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # Clients that would rather speak HTTP/2 learn that they cannot.
+    context.set_alpn_protocols(["http/1.1"])
+    # A client could ask for new keys again and again, which costs the server far more than it.
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    try:
+        context.load_cert_chain(cert, key, refuse_password)
+    except (OSError, ValueError) as error:
+        wanted = "needed are a certificate and its own key, in PEM"
+        raise ConfigError(
+            f"TLS_CERT={cert!r}, TLS_KEY={key!r}: {describe(error)}; {wanted}"
+        ) from None
+    return context
+
+
 class HTTPServer:
     """Accepts connections and serves their requests."""
 
-    def __init__(self, application: Application, listeners: list[socket.socket]) -> None:
+    def __init__(
+        self,
+        application: Application,
+        listeners: list[socket.socket],
+        tls_context: ssl.SSLContext | None = None,
+    ) -> None:
         self.application = application
+        # How clients speak TLS; None: they speak plain http. It may be replaced at any time.
+        self.tls_context = tls_context
         self.context = application.context
         self.settings = application.settings
         self.limits = application.context.limits
@@ -14001,10 +14074,12 @@ class HTTPServer:
     ) -> None:
         """Serve one request after another on an accepted socket."""
         try:
-            loop = asyncio.get_running_loop()
-            await loop.connect_accepted_socket(lambda: connection, client)
-        except OSError:
+            await self.open_connection(connection, client)
+        except OSError as error:
             client.close()
+            # Somebody has to know why `http://` does not work any more.
+            if isinstance(error, ssl.SSLError):
+                self.context.log.print_request(peer, f"no TLS: {describe(error)}")
             return
         served = 0
         try:
@@ -14031,6 +14106,26 @@ class HTTPServer:
                 connection.close()
             # Also the last one, which may have been cut.
             self.served += 1
+        # TLS is closed when both sides have said so. A client that never does may not leave its
+        # place to the next one before that: it still has the socket.
+        if connection.is_tls and not self.context.draining:
+            await connection.wait_lost()
+
+    async def open_connection(self, connection: Connection, client: socket.socket) -> None:
+        """Make an accepted socket a connection, encrypted if the router speaks https.
+
+        Raises OSError, such as ssl.SSLError for a client that does not speak TLS.
+        """
+        options: dict[str, Any] = {}
+        if self.tls_context:
+            options["ssl"] = self.tls_context
+            options["ssl_handshake_timeout"] = self.limits.handshake_timeout
+            # The last octets of an answer may be on their way for so long; `close` sees to it.
+            # Python 3.10 has no such option, and no such limit.
+            if sys.version_info >= (3, 11):
+                options["ssl_shutdown_timeout"] = 2 * self.limits.write_timeout
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(lambda: connection, client, **options)
 
     async def serve_next_request(self, connection: Connection, peer: str, served: int) -> bool:
         """Serve one request; return whether another may follow. `served` have gone before it."""
@@ -14385,6 +14480,8 @@ class Router:
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()
         upstreams = Upstreams(settings, LoopBatch(limits))
+        # What can be wrong is read before the log is opened.
+        tls_context = read_tls_context(settings)
         self.context = Context(
             settings=settings,
             limits=limits,
@@ -14396,7 +14493,7 @@ class Router:
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
             dashboard_file=invocation.options.dashboard,
         )
-        self.server = HTTPServer(Application(self.context), listeners)
+        self.server = HTTPServer(Application(self.context), listeners, tls_context)
 
     def reload(self) -> None:
         """Take a changed routing file; a bad one leaves the old table in force."""
@@ -14414,6 +14511,21 @@ class Router:
         self.context.model_lists.refresh_due(self.context.table)
         for line in describe_table(self.context.table):
             self.console.print_line(line)
+
+    def reload_certificate(self) -> None:
+        """Take a new certificate for new connections; a bad one leaves the old one in force."""
+        try:
+            self.server.tls_context = read_tls_context(self.settings)
+        except ConfigError as error:
+            self.console.print_line(f"{error} (the old certificate stays in force)")
+            return
+        if self.server.tls_context:
+            self.console.print_line(f"TLS_CERT: {self.settings.tls_cert} was read again")
+
+    def hang_up(self) -> None:
+        """Read the routing file and the certificate again, as SIGHUP asks."""
+        self.reload()
+        self.reload_certificate()
 
     async def watch(self) -> None:
         """Look at the routing file every two seconds; give memory back after requests."""
@@ -14444,6 +14556,7 @@ class Router:
         settings = self.settings
         host = settings.listen_host.strip("[]")
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        scheme = "https" if settings.tls_cert else "http"
         printed = "not printed" if is_quiet(settings) else "printed to stderr"
         kept = "not stored"
         if settings.enable_logging:
@@ -14452,7 +14565,7 @@ class Router:
         secret = "JWT_SECRET is set" if settings.jwt_secret else "no JWT_SECRET"
         routes, rest, *warnings = describe_table(self.context.table)
         for line in (
-            f"SmolRouter {__version__} listens on http://{place}",
+            f"SmolRouter {__version__} listens on {scheme}://{place}",
             routes,
             rest,
             f"log: requests are {printed} and {kept}",
@@ -14466,7 +14579,7 @@ class Router:
         grace = self.settings.shutdown_grace
         handle_signal("SIGTERM", self.interrupt)
         handle_signal("SIGINT", self.interrupt)
-        handle_signal("SIGHUP", self.reload)
+        handle_signal("SIGHUP", self.hang_up)
         port = self.server.listeners[0].getsockname()[1]
         self.server.start()
         self.context.model_lists.refresh_due(self.context.table)
@@ -14525,6 +14638,7 @@ def run_serve(invocation: Invocation) -> int:
 def run_check(invocation: Invocation) -> int:
     """Validate settings and routing file, print the table."""
     table = invocation.routes.load()
+    read_tls_context(invocation.settings)
     lines = describe_table(table)
     for server in table.all_servers():
         lines.append(f"  server {server.name}: {server.url} ({server.api})")
@@ -14637,6 +14751,15 @@ def run_health(invocation: Invocation) -> int:
     own_addresses = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     host = own_addresses.get(settings.listen_host, settings.listen_host)
     connection = http.client.HTTPConnection(host.strip("[]"), settings.listen_port, timeout=3)
+    if settings.tls_cert:
+        # Any certificate will do. It is for the name that clients use, and not for this address;
+        # the question goes to this machine, holds no secret, and its answer opens nothing.
+        tls_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        tls_context.check_hostname = False
+        tls_context.verify_mode = ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(
+            connection.host, connection.port, timeout=3, context=tls_context
+        )
     with contextlib.closing(connection):
         try:
             connection.request("GET", "/healthz")
@@ -15306,6 +15429,8 @@ def unit_warnings(settings: Settings, program: Iterable[str]) -> Iterator[str]:
     port = settings.listen_port
     if 0 < port < 1024:
         yield f"the unit may not open port {port}; use one above 1023"
+    if settings.tls_key:
+        yield f"the unit runs as a user of its own, who has to be able to read {settings.tls_key}"
 
 
 def run_unit(invocation: Invocation) -> int:
@@ -15321,8 +15446,8 @@ def run_unit(invocation: Invocation) -> int:
             continue
         text = given.text
         # The unit runs in another folder.
-        if name == "routes_config":
-            text = str(pathlib.Path(settings.routes_config).absolute())
+        if name in ("routes_config", "tls_cert", "tls_key"):
+            text = str(pathlib.Path(getattr(settings, name)).absolute())
         environment.append(f"Environment={quote_for_systemd(f'{name.upper()}={text}')}")
     command = [quote_for_systemd(path).replace("$", "$$") for path in program]
     unit = UNIT.format(
@@ -15499,6 +15624,8 @@ def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.P
         model_map=(),
         listen_host="127.0.0.1",
         listen_port=0 if is_taken else port,
+        tls_cert=None,
+        tls_key=None,
         routes_config=str(folder / "routes.json"),
         db_path=str(folder / "requests.db"),
         blob_storage_path=str(folder / "blobs"),

@@ -739,27 +739,34 @@ def refusing_url() -> str:
     return f"http://127.0.0.1:{TAKEN_PORTS[-1].getsockname()[1]}"
 
 
-@functools.lru_cache
-def self_signed_certificate() -> tuple[str, ssl.SSLContext] | None:
-    """Make a certificate for loopback: its file, and a server's context; None without openssl."""
+def make_certificate(folder: pathlib.Path, password: str = "") -> tuple[str, str] | None:
+    """Make a certificate for loopback and its key: their files; None without openssl."""
     if not shutil.which("openssl"):
         return None
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-tls-"))
-    AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
     key = str(folder / "key.pem")
     cert = str(folder / "cert.pem")
     command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost "
+        "openssl req -x509 -newkey rsa:2048 -days 2 -subj /CN=localhost "
         "-addext subjectAltName=DNS:localhost,IP:127.0.0.1"
     )
+    secrecy = ["-passout", f"pass:{password}"] if password else ["-nodes"]
     made = subprocess.run(
-        [*command.split(), "-keyout", key, "-out", cert], capture_output=True, timeout=30
+        [*command.split(), *secrecy, "-keyout", key, "-out", cert], capture_output=True, timeout=30
     )
-    if made.returncode:
+    return None if made.returncode else (cert, key)
+
+
+@functools.lru_cache
+def self_signed_certificate() -> tuple[str, ssl.SSLContext] | None:
+    """Make a certificate for loopback: its file, and a server's context; None without openssl."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-tls-"))
+    AT_SESSION_END.callback(shutil.rmtree, folder, ignore_errors=True)
+    made = make_certificate(folder)
+    if made is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    return cert, context
+    context.load_cert_chain(*made)
+    return made[0], context
 
 
 # --- the router in a process of its own -----------------------------------------------
@@ -1158,9 +1165,12 @@ def request(
     fields: Pairs = (),
     host: str = "127.0.0.1",
     patience: float = PATIENCE * 3,
+    tls: ssl.SSLContext | None = None,
 ) -> Response:
-    """Send one request through http.client, on a connection of its own."""
+    """Send one request through http.client, on a connection of its own, with `tls` over https."""
     caller = http.client.HTTPConnection(host, port, timeout=patience)
+    if tls:
+        caller = http.client.HTTPSConnection(host, port, timeout=patience, context=tls)
     try:
         content = body if isinstance(body, bytes) or body is None else encode_json(body)
         caller.putrequest(method, path, skip_accept_encoding=True)
@@ -2160,6 +2170,8 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "JWT_SECRET": ([SECRET, f"  {SECRET} "], ["", "short", "ab" * 20, " " * 40]),
     "WEBUI_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
     "API_SECURITY": (["NONE", "AUTH_WHEN_PROXIED"], ["SOMETIMES", "ALWAYS_AUTH"]),
+    "TLS_CERT": ([], ["cert.pem"]),
+    "TLS_KEY": ([], ["key.pem"]),
     "TRUSTED_PROXIES": (["10.0.0.0/8, ::1", "10.0.0.1"], ["10.0.0.0/33", "proxy"]),
     "ALLOWED_HOSTS": (
         ["router.example", "a.example,b.example:8080", "10.0.0.1 ::1 [::1]"],
@@ -15892,6 +15904,344 @@ def test_few_files_are_enough() -> None:
         results = map_in_threads(lambda n: post_chat(router, "tiny").status, range(40), workers=20)
         assert results == [200] * 40
         assert "Traceback" not in router.stderr
+
+
+# --- https ----------------------------------------------------------------------------
+
+
+def tls_settings(folder: pathlib.Path | None = None, **more: Any) -> dict[str, Any]:
+    """Return the settings of a router that speaks https; with a folder by a certificate there."""
+    shared = self_signed_certificate()
+    made = make_certificate(folder) if folder else shared and (shared[0], "")
+    if not made:
+        pytest.skip("no openssl here to make a certificate")
+    cert, key = made
+    key = key or cert.replace("cert.pem", "key.pem")
+    return {"TLS_CERT": cert, "TLS_KEY": key, **more}
+
+
+def tls_router(**more: Any) -> Router:
+    """Return a shared router that speaks https, in front of `default_upstream()`."""
+    return shared_router(tls_settings(DEFAULT_UPSTREAM=default_upstream().url, **more))
+
+
+def trusting(cert: str = "") -> ssl.SSLContext:
+    """Return how a client speaks TLS that trusts this certificate alone; without one the shared."""
+    return ssl.create_default_context(cafile=cert or self_signed_certificate()[0])
+
+
+def connect_tls(router: Router, cert: str = "", **more: Any) -> ssl.SSLSocket:
+    """Connect to a router that speaks https; a missing close of TLS is an error for this client."""
+    sock = connect(router.port)
+    try:
+        return trusting(cert).wrap_socket(sock, suppress_ragged_eofs=False, **more)
+    except OSError:
+        sock.close()
+        raise
+
+
+def served_certificate(router: Router, cert: str) -> bytes:
+    """Return the certificate that a router shows to a client which trusts that in a file."""
+    with connect_tls(router, cert, server_hostname="localhost") as sock:
+        return sock.getpeercert(True)
+
+
+def on_https(router: Router, method: str, path: str, body: Any = None, **more: Any) -> Response:
+    """Send a request over https."""
+    return request(router.port, method, path, body, tls=trusting(), **more)
+
+
+def test_https_serves_what_http_does() -> None:
+    router = tls_router()
+    assert router.url.startswith("https://127.0.0.1:")
+    assert on_https(router, "GET", "/healthz").json["status"] == "ok"
+    for path, stream in ALL_WAYS:
+        got = on_https(router, "POST", path, example_request(path, "tiny", stream))
+        assert got.status == 200 and got.whole, path
+        if "embed" not in path and "rerank" not in path:
+            assert got.text == "You said: hi", path
+    assert on_https(router, "GET", "/").content == smolrouter.DASHBOARD_HTML.encode()
+    large = chat_document("tiny", "x" * 3_000_000)
+    assert on_https(router, "POST", CHAT, large).text == "You said: " + "x" * 3_000_000
+    assert "Traceback" not in router.stderr
+
+
+def test_events_leave_as_they_come_over_https() -> None:
+    step = threading.Event()
+
+    def paced(received: Received) -> Iterator[Step]:
+        yield from stream_response([encode_event({"n": 1})], whole=False)
+        assert step.wait(PATIENCE)
+        yield from encode_chunks(encode_event({"n": 2}))
+
+    name = default_upstream().add_script(paced)
+    with connect_tls(tls_router(), server_hostname="localhost") as sock:
+        sock.sendall(encode_post(CHAT, chat_document(name, stream=True)))
+        read_until(sock, b'{"n":1}')
+        step.set()
+        read_until(sock, b'{"n":2}', b"0\r\n\r\n")
+
+
+def test_one_connection_of_https_serves_many_requests() -> None:
+    ask = encode_post(CHAT, chat_document("tiny"))
+    in_chunks = encode_chunked_post(CHAT, *split_at(encode_json(chat_document("tiny")), 9, 30))
+    bad = encode_post(CHAT, b"{")
+    with connect_tls(tls_router(), server_hostname="127.0.0.1") as sock:
+        for data, status in ((ask, 200), (in_chunks, 200), (bad, 400), (ask, 200)):
+            (got,), rest = split_responses(exchange(sock, data))
+            assert (got.status, rest) == (status, b"")
+        # Two at once, and octet by octet.
+        answers, _ = split_responses(exchange(sock, ask + ask, answers=2))
+        assert [got.status for got in answers] == [200, 200]
+        pieces = [ask[at : at + 1] for at in range(len(ask))]
+        (got,), _ = split_responses(exchange(sock, *pieces))
+        assert got.text == "You said: hi"
+
+
+def test_a_clean_end_of_https_is_one_and_a_cut_is_none() -> None:
+    router = tls_router()
+    events = [encode_event({"n": 1})]
+    whole = default_upstream().add_script(stream_response(events))
+    cut = default_upstream().add_script([*stream_response(events, whole=False), 0.05, DROP])
+    for name, version, is_cut in (
+        (whole, "1.1", False), (whole, "1.0", False), (cut, "1.1", True), (cut, "1.0", True),
+    ):  # fmt: skip
+        fields = [("Connection", "close")]
+        path = f"/v1/{name}"
+        with connect_tls(router, server_hostname="localhost") as sock:
+            sock.sendall(encode_get(path, fields, version))
+            data = b""
+            ended_well = True
+            try:
+                while more := sock.recv(1 << 16):
+                    data += more
+            except (ssl.SSLError, ConnectionError):
+                ended_well = False
+        assert b'{"n":1}' in data, (version, is_cut)
+        if version == "1.1":
+            assert data.endswith(b"0\r\n\r\n") == (not is_cut)
+        else:
+            assert ended_well == (not is_cut)
+
+
+def test_a_client_of_https_that_leaves_ends_its_request() -> None:
+    router = tls_router()
+    name = default_upstream().add_script([*stream_response([], whole=False), HANG])
+    for polite in (False, True):
+        with connect_tls(router, server_hostname="localhost") as sock:
+            sock.sendall(encode_post(CHAT, chat_document(name, stream=True)))
+            assert wait_until(lambda: on_https(router, "GET", "/api/inflight").json)
+            if polite:
+                with contextlib.suppress(OSError):
+                    sock.settimeout(0.5)
+                    sock.unwrap()
+        assert wait_until(lambda: not on_https(router, "GET", "/api/inflight").json)
+
+
+def test_a_slow_client_of_https_gets_all_of_its_answer() -> None:
+    content = os.urandom(4_000_000)
+    name = default_upstream().add_script(whole_response(content, kind="image/png"))
+    with connect_tls(tls_router(), server_hostname="localhost") as sock:
+        sock.sendall(encode_get(f"/v1/{name}", [("Connection", "close")]))
+        time.sleep(0.5)
+        data = b""
+        while more := sock.recv(1 << 16):
+            data += more
+            time.sleep(0.001)
+    assert parse_response(data).content == content
+
+
+def test_plain_http_to_the_port_of_https_is_told_on_stderr() -> None:
+    router = tls_router(LISTEN_HOST="localhost")
+    for data in (encode_get("/healthz"), encode_post(CHAT, {}), b"\x16\x03\x01", b"\0" * 600):
+        with connect(router.port) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while more := sock.recv(1000):
+                    answer += more
+        # At most an alert of TLS.
+        assert b"HTTP" not in answer and len(answer) < 10
+    assert wait_until(lambda: "127.0.0.1 no TLS: http request" in router.stderr)
+    assert on_https(router, "GET", "/healthz").status == 200
+    assert "Traceback" not in router.stderr
+
+
+def client_hello() -> bytes:
+    """Return the first octets of a client that speaks TLS."""
+    hello = ssl.MemoryBIO()
+    client = trusting().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return hello.read()
+
+
+def test_a_handshake_that_never_ends_is_dropped() -> None:
+    settings = tls_settings(DEFAULT_UPSTREAM=default_upstream().url, MAX_CONNECTIONS=3)
+    first = client_hello()
+    with (
+        Router(settings, limits={"handshake_timeout": 0.5}) as router,
+        contextlib.ExitStack() as stack,
+    ):
+        socks = [stack.enter_context(connect(router.port)) for _ in range(3)]
+        for sock, data in zip(socks, (b"", first[:20], first), strict=True):
+            sock.sendall(data)
+        # They have all places until then; the next client waits for one.
+        assert on_https(router, "GET", "/healthz").status == 200
+        for sock in socks:
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(10_000):
+                    pass
+        assert "Traceback" not in router.stderr
+
+
+@pytest.mark.parametrize("timeout", (300.0, 0.5))
+def test_a_client_of_https_that_does_not_close_keeps_its_place_for_a_while(timeout: float) -> None:
+    settings = tls_settings(DEFAULT_UPSTREAM=default_upstream().url, MAX_CONNECTIONS=1)
+    with (
+        Router(settings, limits={"write_timeout": timeout}) as router,
+        connect_tls(router, server_hostname="localhost") as first,
+        connect(router.port) as second,
+    ):
+        got = parse_response(exchange(first, encode_get("/healthz", [("Connection", "close")])))
+        assert got.status == 200
+        second.sendall(client_hello())
+        if timeout > PATIENCE:
+            # It waits for the place of the first one, which has its answer and does not close.
+            second.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                second.recv(1)
+            first.close()
+            second.settimeout(PATIENCE)
+        assert second.recv(1) == b"\x16"
+        assert router.stop() == 0
+
+
+def test_what_is_wrong_with_a_certificate_stops_the_start(tmp_path: pathlib.Path) -> None:
+    good = tls_settings()
+    own = tls_settings(tmp_path)
+    (tmp_path / "locked").mkdir()
+    locked = make_certificate(tmp_path / "locked", "password")
+    (tmp_path / "text.pem").write_text("no certificate")
+    text = str(tmp_path / "text.pem")
+    missing = str(tmp_path / "missing.pem")
+    for more, words in (
+        ({"TLS_CERT": good["TLS_CERT"]}, "TLS_KEY is not set; https needs both"),
+        ({"TLS_KEY": good["TLS_KEY"]}, "TLS_CERT is not set; https needs both"),
+        ({**good, "TLS_CERT": missing}, f"TLS_CERT={missing!r}: no such file"),
+        ({**good, "TLS_KEY": str(tmp_path)}, f"TLS_KEY={str(tmp_path)!r}: is a directory"),
+        ({**good, "TLS_CERT": text}, "needed are a certificate and its own key, in PEM"),
+        ({**good, "TLS_KEY": text}, "needed are a certificate and its own key, in PEM"),
+        ({**good, "TLS_KEY": own["TLS_KEY"]}, "key values mismatch"),
+        ({"TLS_CERT": locked[0], "TLS_KEY": locked[1]}, "the key needs a password"),
+    ):
+        for command in (["serve", "--listen-port", "0"], ["check"]):
+            done = run_program(*command, settings=more)
+            assert done.returncode == 2
+            (line,) = done.stderr.strip().splitlines()
+            assert words in line, line
+    assert run_program("check", settings=good).returncode == 0
+    both = tmp_path / "both.pem"
+    both.write_text("".join(pathlib.Path(own[name]).read_text() for name in own))
+    done = run_program("check", settings={"TLS_CERT": both, "TLS_KEY": both})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_new_certificate_counts_after_sighup(tmp_path: pathlib.Path) -> None:
+    settings = tls_settings(tmp_path, DEFAULT_UPSTREAM=default_upstream().url)
+    cert = settings["TLS_CERT"]
+    first = pathlib.Path(cert).read_text()
+    with Router(settings) as router:
+        before = served_certificate(router, cert)
+        with connect_tls(router, cert, server_hostname="localhost") as kept:
+            exchange(kept, encode_get("/healthz"))
+            pathlib.Path(cert).write_text("broken")
+            router.signal(signal.SIGHUP)
+            assert wait_until(lambda: "the old certificate stays in force" in router.stderr)
+            pathlib.Path(cert).write_text(first)
+            assert served_certificate(router, cert) == before
+            make_certificate(tmp_path)
+            router.signal(signal.SIGHUP)
+            assert wait_until(lambda: "was read again" in router.stderr)
+            assert served_certificate(router, cert) != before
+            # Who is connected stays so.
+            assert parse_response(exchange(kept, encode_get("/healthz"))).status == 200
+        assert "Traceback" not in router.stderr
+
+
+def test_the_cookie_of_https_is_secure() -> None:
+    router = tls_router(JWT_SECRET=SECRET, WEBUI_SECURITY="ALWAYS_AUTH")
+    got = on_https(router, "POST", "/api/signin", {"token": GOOD_TOKEN})
+    assert got.status == 204 and "; Secure" in got.get("Set-Cookie")
+    cookie = [("Cookie", got.get("Set-Cookie").partition(";")[0])]
+    own = [("Origin", f"https://127.0.0.1:{router.port}"), *cookie]
+    assert on_https(router, "GET", "/api/stats", fields=own).status == 200
+
+
+def test_health_over_https() -> None:
+    settings = tls_settings()
+    settings["LISTEN_PORT"] = tls_router().port
+    done = run_program("health", settings=settings)
+    assert (done.returncode, done.stderr) == (0, "") and '"ok"' in done.stdout
+    # Over plain http it gets no answer.
+    done = run_program("health", settings={"LISTEN_PORT": settings["LISTEN_PORT"]})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_a_unit_for_https_finds_the_files(tmp_path: pathlib.Path) -> None:
+    done = run_program("unit", settings=tls_settings(tmp_path, TLS_CERT="cert.pem"), cwd=tmp_path)
+    assert done.returncode == 0
+    assert f'Environment="TLS_CERT={tmp_path / "cert.pem"}"' in done.stdout
+    assert "has to be able to read" in done.stderr
+
+
+@each_openai
+def test_openai_sdk_over_https_with_a_token_as_its_key(sdk: Sdk) -> None:
+    openai = import_or_skip("openai")
+    httpx = import_or_skip("httpx")
+    router = tls_router(JWT_SECRET=SECRET, API_SECURITY="ALWAYS_AUTH")
+    own = {"base_url": f"{router.url}/v1", "api_key": scoped(models=["tiny"]), "max_retries": 0}
+    asked = {"model": "tiny", "messages": HELLO_MESSAGES}
+
+    async def ask_async() -> tuple[str, str]:
+        caller = httpx.AsyncClient(verify=trusting())
+        async with openai.AsyncOpenAI(**own, http_client=caller) as client:
+            create = client.chat.completions.create
+            answer = await create(**asked)
+            parts = [part async for part in await create(**asked, stream=True)]
+        return answer.choices[0].message.content, joined(parts)
+
+    def ask() -> tuple[str, str]:
+        with openai.OpenAI(**own, http_client=httpx.Client(verify=trusting())) as client:
+            create = client.chat.completions.create
+            answer = create(**asked)
+            parts = list(create(**asked, stream=True))
+        return answer.choices[0].message.content, joined(parts)
+
+    def joined(parts: Sequence[Any]) -> str:
+        return "".join(c.delta.content or "" for part in parts for c in part.choices)
+
+    got = run_in_loop(ask_async()) if sdk.asynchronous else ask()
+    assert got == (HELLO_ANSWER, HELLO_ANSWER)
+
+
+@each_ollama
+def test_ollama_sdk_over_https(sdk: Sdk) -> None:
+    ollama = import_or_skip("ollama")
+    own = {"host": tls_router().url, "verify": trusting()}
+
+    async def ask_async() -> str:
+        async with ollama.AsyncClient(**own) as client:
+            parts = await client.chat("tiny", HELLO_MESSAGES, stream=True)
+            return "".join([part.message.content async for part in parts])
+
+    def ask() -> str:
+        with ollama.Client(**own) as client:
+            parts = client.chat("tiny", HELLO_MESSAGES, stream=True)
+            return "".join(part.message.content for part in parts)
+
+    assert (run_in_loop(ask_async()) if sdk.asynchronous else ask()) == HELLO_ANSWER
 
 
 # --- the end --------------------------------------------------------------------------
