@@ -986,6 +986,8 @@ class Limits:
     # `model_search_interval`, because clients choose the names.
     model_list_stale: float = 2.0
     model_search_interval: float = 10.0
+    # What a server says at its root tells which API it speaks; so much of it is looked at.
+    greeting: int = 64
     # A longer list counts as a failure. Cloud providers list a few hundred kB.
     model_list_size: int = 4 * MiB
     # So many servers are asked at once, each in a thread. So many lists are remembered: there is
@@ -4015,6 +4017,8 @@ class Dialect(NamedTuple):
     # Makes an event that says nothing, where those of the Protocols table are no events of the
     # dialect's. The second argument is the moment, as RFC 3339 writes it.
     empty_event: Callable[[ParsedRequest, str], dict[str, Any]] | None = None
+    # What a server that speaks it says at its root, if it says anything of its own.
+    greeting: str = ""
 
     def encode_error(self, error: RouterError, path: str = "") -> bytes:
         """Return an error as the clients of a path read it."""
@@ -5323,6 +5327,7 @@ OLLAMA = Dialect(
     encode_running=encode_ollama_running,
     version=OLLAMA_VERSION,
     empty_event=ollama_empty_line,
+    greeting="Ollama is running",
 )
 OLLAMA_EMBED = OLLAMA._replace(
     encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded
@@ -5331,6 +5336,15 @@ OLLAMA_EMBEDDING = OLLAMA_EMBED._replace(
     answer=answer_ollama_embedding, empty=ollama_embedding_loaded
 )
 SERVICES = (OPENAI.service, OLLAMA.service)
+
+
+def service_of(greeting: str) -> str:
+    """Return what a server speaks by what it says at its root; OpenAI's servers say anything.
+
+    'Ollama is running'  ->  'ollama';  '<!doctype html>'  ->  'openai'
+    """
+    return OLLAMA.service if greeting.strip() == OLLAMA.greeting else OPENAI.service
+
 
 Rewriter = BufferedRewrite | StreamRewrite
 
@@ -5450,13 +5464,17 @@ def index_names(names: Iterable[str]) -> ListedNames:
 # --- the routing table ------------------------------------------------------------------
 
 
+# The `api` of a server of which the routing file does not say what it speaks.
+AUTO = "auto"
+
+
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A server of models; `api` names the dialect that it speaks beside OpenAI's, if any."""
+    """A server of models; `api` names what it speaks beside OpenAI's, AUTO if that is not known."""
 
     name: str
     url: UpstreamURL
-    api: str = "openai"
+    api: str = AUTO
     api_key: str | None = dataclasses.field(default=None, repr=False)
     headers: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
     verify: bool = True
@@ -5572,15 +5590,18 @@ class RoutingTable:
 
     @functools.cached_property
     def asked_servers(self) -> tuple[Server, ...]:
-        """The servers whose lists of models decide where requests go."""
-        if not self.route_by_model:
-            return ()
-        return tuple(server for server in self.search_order if server.models is None)
+        """The servers that are asked what they are: by what they list, and speak, requests go."""
+        return tuple(
+            server
+            for server in self.search_order
+            if server.models is None and (self.route_by_model or server.api == AUTO)
+        )
 
     @functools.cached_property
     def has_choice(self) -> bool:
         """Whether a list can lead a request elsewhere than it would go without."""
-        return any(server != self.default for server in self.asked_servers)
+        others = [server for server in self.asked_servers if server != self.default]
+        return self.route_by_model and bool(others)
 
 
 class Decision(NamedTuple):
@@ -5843,7 +5864,7 @@ class TableReader:
         return Server(
             name=name,
             url=url.read(parse_upstream_url),
-            api=api.choose("openai", "ollama"),
+            api=api.choose(AUTO, *SERVICES),
             api_key=None if key.value is None else key.read_field(),
             headers=tuple((field.path[-1], field.read_field()) for field in headers.entries()),
             verify=verify.choose(True, False),
@@ -6075,19 +6096,28 @@ def own_list_key(server: Server) -> ModelListKey:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Catalogue:
-    """Which models the servers list. A changed list makes another one, which is equal to no other.
+    """What the servers list, and what they speak. A change makes another one, equal to no other.
 
     So it can be the key of what is remembered, as a RoutingTable can.
     """
 
     lists: Mapping[ModelListKey, ListedNames]
+    # What those have shown to speak that were asked for it.
+    services: Mapping[ModelListKey, str]
 
     def names_of(self, server: Server) -> ListedNames | None:
         """Return what a server lists, or the routing file says it has; None if nothing is known."""
         return server.fixed_names or self.lists.get(own_list_key(server))
 
+    def with_api(self, server: Server) -> Server:
+        """Return a server whose `api` is known; it is OpenAI's until it has shown another one."""
+        if server.api != AUTO:
+            return server
+        service = self.services.get(own_list_key(server), OPENAI.service)
+        return dataclasses.replace(server, api=service)
 
-EMPTY_CATALOGUE = Catalogue({})
+
+EMPTY_CATALOGUE = Catalogue({}, {})
 
 
 # --- decisions --------------------------------------------------------------------------
@@ -6413,7 +6443,7 @@ def resolve(
         claim = first_claim(SERVER_ORDER, query, trail)
     # An instance that names no model is asked for the mapped one, or for that of the rule.
     instances = tuple(
-        Instance(instance.server, instance.model or query.mapped_model)
+        Instance(catalogue.with_api(instance.server), instance.model or query.mapped_model)
         for instance in claim.target.instances
     )
     # The tag is not dropped here: for that the server has to be asked whether it lists the name,
@@ -8972,7 +9002,7 @@ class Upstreams:
 # The lists that the servers give the router itself, with its own keys, also decide where requests
 # go (section 9). They are asked for at the start, and once a minute while requests come: an idle
 # router wakes nobody. When a request names a model that is on none of them, they are asked for
-# again before it goes on, but seldom.
+# again before it goes on, but seldom. With its list, each server is asked which API it speaks.
 
 
 class Refusal(NamedTuple):
@@ -9054,23 +9084,44 @@ def take_fields(response: Any) -> Fields:
     return Fields([(name.lower(), name, value) for name, value in response.getheaders()])
 
 
-def fetch_models(
-    http_connection: Any, server: Server, authorization: str | None, limits: Limits
-) -> list[dict[str, Any]]:
-    """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
+def fetch(
+    http_connection: Any, server: Server, path: str, authorization: str | None, most: int
+) -> tuple[Any, bytes]:
+    """Ask a server for a path, and return its response and `most` octets of the content (blocking).
+
+    Raises OSError.
+    """
     import http.client
 
     fields = own_fields(server, authorization)
     try:
-        http_connection.request("GET", f"{server.url.prefix}/v1/models", headers=fields)
+        http_connection.request("GET", f"{server.url.prefix}{path}", headers=fields)
         response = http_connection.getresponse()
-        content = response.read(limits.model_list_size)
+        return response, response.read(most)
     except (http.client.HTTPException, AttributeError) as error:
-        # AttributeError: the call took too long, `refresh` has ended the connection meanwhile,
+        # AttributeError: the call took too long, `ask` has ended the connection meanwhile,
         # and http.client finds no socket.
         raise OSError(describe(error)) from None
     finally:
         http_connection.close()
+
+
+def fetch_service(http_connection: Any, server: Server, limits: Limits) -> str:
+    """Ask a server what it speaks, by its greeting (blocking). Raises OSError."""
+    response, content = fetch(http_connection, server, "/", None, limits.greeting)
+    if response.status >= 500:
+        # That is said in its place, by a proxy for example.
+        raise OSError(f"/ answered {response.status}")
+    return service_of(content.decode("utf-8", "replace"))
+
+
+def fetch_models(
+    http_connection: Any, server: Server, authorization: str | None, limits: Limits
+) -> list[dict[str, Any]]:
+    """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
+    response, content = fetch(
+        http_connection, server, "/v1/models", authorization, limits.model_list_size
+    )
     answer_fields = take_fields(response)
     coding = read_coding(answer_fields)
     if coding in CODINGS:
@@ -9171,20 +9222,33 @@ class ModelLists:
         self.refreshing[key] = asyncio.create_task(self.refresh(key, server, authorization))
 
     async def refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
-        """Ask a server and keep its list; a failure leaves the last one."""
+        """Ask a server for its list, and for what it speaks when it is to be found out."""
+        is_own = key == own_list_key(server)
+        asked_at = time.monotonic()
+        try:
+            reached = await self.renew(key, server, authorization)
+            if reached and is_own and server.api == AUTO:
+                await self.learn_service(key, server)
+        finally:
+            self.first_tries.discard(key)
+            if is_own:
+                self.tried_at[key] = asked_at
+            if self.refreshing.get(key) is asyncio.current_task():
+                del self.refreshing[key]
+
+    async def renew(self, key: ModelListKey, server: Server, authorization: str | None) -> bool:
+        """Ask a server and keep its list; a failure leaves the last one. Tell if it was reached."""
         health = self.upstreams.health_of(Instance(server))
-        timeout = self.limits.model_list_timeout
-        tls_context = self.upstreams.pool.tls_context(server)
-        http_connection = make_http_connection(server, tls_context, timeout)
+        read = functools.partial(
+            fetch_models, server=server, authorization=authorization, limits=self.limits
+        )
         self.refusals.pop(key, None)
         asked_at = time.monotonic()
         try:
-            async with self.fetch_permits:
-                asked_at = time.monotonic()
-                fetching = self.fetch(http_connection, server, authorization)
-                models = await asyncio.wait_for(fetching, timeout)
+            models = await self.ask(server, read)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
+            return False
         except ListRefused as error:
             # The server is well, but it has no list for us.
             health.succeed()
@@ -9199,23 +9263,27 @@ class ModelLists:
             # Another refresh may have begun later and be here already.
             if key not in self.lists or self.lists[key].asked_at < asked_at:
                 self.keep(key, server, ModelList(asked_at, models))
-        finally:
-            self.first_tries.discard(key)
-            if key == own_list_key(server):
-                self.tried_at[key] = asked_at
-            if self.refreshing.get(key) is asyncio.current_task():
-                del self.refreshing[key]
-            # A thread that still reads has to end.
-            with contextlib.suppress(OSError):
-                if http_connection.sock:
-                    http_connection.sock.shutdown(socket.SHUT_RDWR)
+        return True
+
+    async def learn_service(self, key: ModelListKey, server: Server) -> None:
+        """Ask a server what it speaks; when it does not say, what it was found to speak stays."""
+        read = functools.partial(fetch_service, server=server, limits=self.limits)
+        try:
+            service = await self.ask(server, read)
+        except (OSError, ValueError, asyncio.TimeoutError):
+            return
+        services = self.catalogue.services
+        if services.get(key) != service:
+            services = {**services, key: service}
+            self.catalogue = dataclasses.replace(self.catalogue, services=services)
 
     def keep(self, key: ModelListKey, server: Server, models: ModelList) -> None:
         """Keep a list, and tell the routing when it is one of the router's own and has changed."""
         if key == own_list_key(server):
             names = index_names(entry["id"] for entry in models.models)
             if self.catalogue.lists.get(key) != names:
-                self.catalogue = Catalogue({**self.catalogue.lists, key: names})
+                lists = {**self.catalogue.lists, key: names}
+                self.catalogue = dataclasses.replace(self.catalogue, lists=lists)
         if key not in self.lists and len(self.lists) >= self.limits.model_lists:
             # Clients choose credentials as they like. Their lists make room, not the router's own.
             of_clients = (kept for kept in self.lists if kept not in self.catalogue.lists)
@@ -9253,11 +9321,12 @@ class ModelLists:
                 continue
             asked_at = self.lists[key].asked_at
             is_old = now - asked_at > self.limits.model_list_kept
-            has_failed = self.tried_at[key] > asked_at or self.upstreams.is_cooling(server)
+            tried_at = self.tried_at.get(key, asked_at)
+            has_failed = tried_at > asked_at or self.upstreams.is_cooling(server)
             if not (is_old and has_failed):
                 current[key] = names
         if len(current) < len(self.catalogue.lists):
-            self.catalogue = Catalogue(current)
+            self.catalogue = dataclasses.replace(self.catalogue, lists=current)
 
     async def search(self, table: RoutingTable) -> None:
         """Ask for lists again because a model is on none of them; wait for those that are coming.
@@ -9291,14 +9360,32 @@ class ModelLists:
             return None
         return int(time.monotonic() - known.asked_at)
 
-    async def fetch(
-        self, http_connection: Any, server: Server, authorization: str | None
-    ) -> list[dict[str, Any]]:
-        """Ask a server for its models. Raises OSError, ValueError or ListRefused."""
+    async def ask(self, server: Server, read: Callable[[Any], Any]) -> Any:
+        """Return what `read` gets from a connection of http.client's to a server, in a short time.
+
+        Raises OSError, TimeoutError, ValueError or ListRefused.
+        """
+        timeout = self.limits.model_list_timeout
+        tls_context = self.upstreams.pool.tls_context(server)
+        http_connection = make_http_connection(server, tls_context, timeout)
+        try:
+            async with self.fetch_permits:
+                reading = self.read_in_thread(http_connection, server, read)
+                return await asyncio.wait_for(reading, timeout)
+        finally:
+            # A thread that still reads has to end.
+            with contextlib.suppress(OSError):
+                if http_connection.sock:
+                    http_connection.sock.shutdown(socket.SHUT_RDWR)
+
+    async def read_in_thread(
+        self, http_connection: Any, server: Server, read: Callable[[Any], Any]
+    ) -> Any:
+        """Connect to a server and call `read`, in a thread. Raises what it raises."""
         addresses = await self.upstreams.pool.names.find(server.url.host)
         tls_context = self.upstreams.pool.tls_context(server)
 
-        def ask() -> list[dict[str, Any]]:
+        def connect_and_read() -> Any:
             # http.client would look the name up again.
             sock = connect_to_any(addresses, server.url.port, self.limits.model_list_timeout)
             http_connection.sock = sock
@@ -9306,9 +9393,9 @@ class ModelLists:
                 http_connection.sock = tls_context.wrap_socket(
                     sock, server_hostname=server.url.host
                 )
-            return fetch_models(http_connection, server, authorization, self.limits)
+            return read(http_connection)
 
-        return await run_in_daemon((OSError, ValueError, ListRefused), ask)
+        return await run_in_daemon((OSError, ValueError, ListRefused), connect_and_read)
 
 
 def model_entry(name: str) -> dict[str, Any]:
@@ -11100,25 +11187,33 @@ class Context:
         """Return an id that no other request has, in this router or another."""
         return f"{self.request_prefix}{next(self.request_numbers):08x}"
 
-    async def decide(self, model: str, source_host: str) -> Decision:
+    async def decide(self, model: str, source_host: str, dialect: Dialect = OPENAI) -> Decision:
         """Return where a request goes by the table that is in force and the lists of its servers.
 
         For a model that is on no list these are asked for again, if one of them could have it.
         """
+        is_translated = dialect.service != OPENAI.service
         lists = self.model_lists
         lists.refresh_due(self.table)
         decision = decide(self.table, model, source_host, lists.catalogue)
         if model and decision.found_by in (BY_DEFAULT, UNCLAIMED) and self.table.has_choice:
             await lists.search(self.table)
             decision = decide(self.table, model, source_host, lists.catalogue)
-        elif decision.found_by == BY_LIST and lists.first_tries:
-            # Just after the start, a server that goes before this one may not have answered yet.
+        elif lists.first_tries and (decision.found_by == BY_LIST or is_translated):
+            # Just after the start, a server that goes before this one may not have answered yet, or
+            # this one has not said yet whether it speaks the client's dialect itself.
             await lists.wait(self.table)
             decision = decide(self.table, model, source_host, lists.catalogue)
         if decision.found_by == BY_LIST:
             ages = [lists.age(instance.server) for instance in decision.instances]
             decision = tell_ages(decision, ages)
         return decision
+
+    def servers_speaking(self, service: str) -> list[Server]:
+        """Return the servers that speak an API themselves, by what is known now."""
+        with_api = self.model_lists.catalogue.with_api
+        servers = [with_api(server) for server in self.table.all_servers()]
+        return [server for server in servers if server.api == service]
 
     async def work(self, size: int, task: Callable[..., Any], *arguments: Any) -> Any:
         """Do pure work on a content of `size` octets; on a long one in a thread.
@@ -12021,7 +12116,7 @@ async def relay_model(context: Context, request: Request) -> None:
         model, step = await find_model(context, request)
         parsed = dataclasses.replace(parsed, model=model)
     if parsed.text or parsed.model:
-        decision = await context.decide(parsed.model, request.source_host)
+        decision = await context.decide(parsed.model, request.source_host, request.dialect)
         decision = await context.spell_models(decision, request)
     else:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
@@ -12058,13 +12153,13 @@ async def decide_native(context: Context, request: Request, model: str) -> Decis
     Raises NotSupported when there is no such server.
     """
     service = request.dialect.service
-    servers = [server for server in context.table.all_servers() if server.api == service]
+    decision = await context.decide(model, request.source_host, request.dialect)
+    servers = context.servers_speaking(service)
     if not servers:
         raise NotSupported(
-            f"{request.path} needs a server that speaks {service} itself; mark one "
-            f"with `api: {service}` in the routing file"
+            f"{request.path} needs a server that speaks {service} itself, and none has said so; "
+            f"`api: {service}` in the routing file says it of one that is switched off"
         )
-    decision = await context.decide(model, request.source_host)
     instances = tuple(instance for instance in decision.instances if instance.server.api == service)
     if not instances:
         instances = (Instance(servers[0], model or None),)
@@ -12109,9 +12204,8 @@ async def relay_changes(context: Context, request: Request) -> None:
         await relay_native(context, request)
     finally:
         # Whatever became of the request, and wherever it went: asking once too often is cheap.
-        for server in context.table.all_servers():
-            if server.api == request.dialect.service:
-                context.model_lists.note_change(server)
+        for server in context.servers_speaking(request.dialect.service):
+            context.model_lists.note_change(server)
 
 
 async def relay_pull(context: Context, request: Request) -> None:
@@ -13106,7 +13200,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
         document = {
             "name": server.name,
             "url": url,
-            "api": server.api,
+            "api": context.model_lists.catalogue.with_api(server).api,
             "state": server_state(instances, time.monotonic()),
             "last_error": last_error(instances),
             # Those since the last good answer of each instance.
@@ -13366,7 +13460,7 @@ async def serve_model_details(context: Context, request: Request) -> None:
     """Answer what a model is like: from its server when that speaks the dialect, else in short."""
     parsed = require_model(request.dialect.read(request.path, request.query, request.content))
     check_models(request.token, requested_models(parsed), context.table)
-    decision = await context.decide(parsed.model, request.source_host)
+    decision = await context.decide(parsed.model, request.source_host, request.dialect)
     service = request.dialect.service
     if any(instance.server.api == service for instance in decision.instances):
         await relay_native(context, request)
@@ -15330,8 +15424,10 @@ def write_servers(examinations: Sequence[Examination], table: RoutingTable) -> l
         taken.add(name)
         variable = re.sub(r"[^A-Z0-9]+", "_", name.upper())
         record: dict[str, Any] = {"url": str(one.right_url or server.url)}
-        if one.kind == "Ollama" or server.api != "openai":
+        if one.kind == "Ollama":
             record["api"] = "ollama"
+        elif server.api != AUTO:
+            record["api"] = server.api
         if server.api_key or any(a.status in (401, 403) for a in one.answers.values()):
             record["api_key"] = f"${{{variable}_KEY}}"
         if server.headers:

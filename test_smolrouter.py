@@ -11224,6 +11224,168 @@ def test_who_lists_too_slowly_is_not_waited_for() -> None:
         assert reach(router, one, "m1")
 
 
+# --- what servers speak ---------------------------------------------------------------
+
+
+def ollama_box(received: Received) -> Iterable[Step]:
+    """Answer as an Ollama server that says so, and names the model that it was asked for."""
+    if received.path == "/":
+        return whole_response(b"Ollama is running", kind="text/plain; charset=utf-8")
+    if received.path == "/v1/models":
+        return json_response({"data": [model_entry("llama3:latest"), model_entry("Phi:4b")]})
+    if received.path == "/api/chat":
+        *lines, whole = [
+            line.replace(b"llama3", received.model.encode())
+            for line in (*NATIVE_LINES, NATIVE_WHOLE)
+        ]
+        if received.json.get("stream", True):
+            return stream_response(lines, kind="application/x-ndjson")
+        return whole_response(whole, kind="application/json")
+    return ollama_server(received)
+
+
+def lm_studio_box(received: Received) -> Iterable[Step]:
+    """Answer as LM Studio does, which has no page, and an error in a 200."""
+    if received.path == "/":
+        return json_response({"error": "Unexpected endpoint or method. (GET /)"})
+    return well_behaved(received, ("qwen/qwen3-8b", "llama3"))
+
+
+def llama_cpp_box(received: Received) -> Iterable[Step]:
+    """Answer as llama.cpp does: a page, and any model that it is asked for."""
+    if received.path == "/":
+        fields = [("Content-Encoding", "gzip")]
+        return whole_response(gzip.compress(b"<html>" * 99), kind="text/html", fields=fields)
+    return well_behaved(received, ("/models/Gemma-3-Q4.gguf",))
+
+
+@functools.cache
+def three_boxes() -> tuple[Router, dict[str, Upstream]]:
+    """Return a router before three servers of three kinds, of which it knows the URLs alone."""
+    boxes = {
+        "llama-cpp": Upstream(llama_cpp_box),
+        "lm-studio": Upstream(lm_studio_box),
+        "ollama": Upstream(ollama_box),
+    }
+    words = [f"{name}={upstream.url}" for name, upstream in boxes.items()]
+    return shared_router({"SERVERS": ",".join(words)}), boxes
+
+
+# The names on the lists, the server that is asked, and for what.
+NAMES_OF_BOXES = {
+    "/models/Gemma-3-Q4.gguf": ("llama-cpp", "/models/Gemma-3-Q4.gguf"),
+    "qwen/qwen3-8b": ("lm-studio", "qwen/qwen3-8b"),
+    "llama3": ("lm-studio", "llama3"),
+    "llama3:latest": ("ollama", "llama3:latest"),
+    "Phi:4b": ("ollama", "Phi:4b"),
+}
+
+
+def test_three_boxes_list_their_models() -> None:
+    router, _ = three_boxes()
+    assert model_names(router) == [*NAMES_OF_BOXES]
+    tags = request(router.port, "GET", "/api/tags").json["models"]
+    assert [model["model"] for model in tags] == [*NAMES_OF_BOXES]
+    shown = {server["name"]: server["api"] for server in get_document(router, "/api/upstreams")}
+    assert shown == {"llama-cpp": "openai", "lm-studio": "openai", "ollama": "ollama"}
+
+
+@each_openai
+@pytest.mark.parametrize("name", NAMES_OF_BOXES)
+@whole_or_streamed
+def test_openai_reaches_the_right_box(sdk: Sdk, name: str, stream: bool) -> None:
+    router, boxes = three_boxes()
+    box, sent = NAMES_OF_BOXES[name]
+    got = sdk.call(
+        router.url, "chat.completions.create", model=name, messages=HELLO_MESSAGES, stream=stream
+    )
+    if stream:
+        words = "".join(part.choices[0].delta.content or "" for part in got if part.choices)
+    else:
+        words = got.choices[0].message.content
+    assert words == HELLO_ANSWER
+    heard = last_request(boxes[box])
+    assert (heard.path, heard.model) == (CHAT, sent)
+
+
+@each_ollama
+@pytest.mark.parametrize("name", NAMES_OF_BOXES)
+@whole_or_lines
+def test_ollama_reaches_the_right_box(sdk: Sdk, name: str, stream: bool) -> None:
+    router, boxes = three_boxes()
+    box, sent = NAMES_OF_BOXES[name]
+    got = sdk.call(
+        router.url, "chat", model=name, messages=HELLO_MESSAGES, stream=stream,
+        options={"num_ctx": 4096}, keep_alive=-1,
+    )  # fmt: skip
+    parts = got if stream else [got]
+    assert {part.model for part in parts} == {name}
+    words = "".join(part.message.content or "" for part in parts)
+    heard = last_request(boxes[box])
+    assert heard.model == sent
+    if box != "ollama":
+        assert (words, heard.path) == (HELLO_ANSWER, CHAT)
+        return
+    assert words == ("na=tive words" if stream else "native words")
+    assert (heard.path, heard.json["options"], heard.json["keep_alive"]) == (
+        "/api/chat", {"num_ctx": 4096}, -1,
+    )  # fmt: skip
+
+
+@each_ollama
+def test_ollama_manages_the_box_that_says_what_it_is(sdk: Sdk) -> None:
+    router, boxes = three_boxes()
+    assert sdk.call(router.url, "show", "phi:4B").capabilities == NATIVE_SHOW["capabilities"]
+    assert sdk.call(router.url, "pull", "new-model").status == "success"
+    assert last_request(boxes["ollama"]).model == "new-model"
+
+
+def test_the_first_request_waits_for_what_its_server_speaks() -> None:
+    def slow(received: Received) -> Iterator[Step]:
+        yield 0.3
+        yield from ollama_box(received)
+
+    with router_and_upstream(slow) as (router, upstream):
+        got = request(router.port, "POST", "/api/chat", chat_document("llama3"))
+        assert (got.status, last_request(upstream).path) == (200, "/api/chat")
+
+
+def test_what_a_server_speaks_may_change() -> None:
+    quick = {"model_list_fresh": 0.05, "cool_down": 0.01}
+    upstream = Upstream(well_behaved)
+    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}, limits=quick) as router:
+
+        def path_upstream() -> str:
+            post_json("/api/chat", chat_document("llama3"), router)
+            return last_request(upstream).path
+
+        assert path_upstream() == CHAT
+        upstream.script = ollama_box
+        assert wait_until(lambda: path_upstream() == "/api/chat")
+        # Trouble says nothing of what it speaks; another answer does.
+        for trouble in (json_response({}, 503), [DROP]):
+            upstream.scripts["/"] = lambda received, steps=trouble: steps
+            time.sleep(0.2)
+            assert path_upstream() == path_upstream() == "/api/chat"
+        upstream.scripts["/"] = lambda received: json_response({}, 404)
+        assert wait_until(lambda: path_upstream() == CHAT)
+
+
+def test_what_the_file_says_of_a_server_is_not_asked() -> None:
+    with Upstream(ollama_box) as upstream:
+        for server in ({"api": "openai"}, {"models": ["llama3"]}, {"discover": False}):
+            routes = {"servers": {"a": {"url": upstream.url, **server}}}
+            with Router({"DEFAULT_UPSTREAM": "a"}, routes) as router:
+                post_json("/api/chat", chat_document("llama3"), router)
+                assert last_request(upstream).path == CHAT
+        assert {received.path for received in upstream.own_requests} == {"/v1/models"}
+        # Without lists, what it speaks still has to be known.
+        settings = {"DEFAULT_UPSTREAM": upstream.url, "ROUTE_BY_MODEL": False}
+        with Router(settings) as router:
+            post_json("/api/chat", chat_document("llama3"), router)
+            assert last_request(upstream).path == "/api/chat"
+
+
 def test_lists_that_decide_are_asked_for_without_a_clients_key() -> None:
     def serve(received: Received) -> Iterable[Step]:
         key = received.get("Authorization")
