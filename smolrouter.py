@@ -16597,7 +16597,8 @@ function showServers(servers) {
   byId("servers").replaceChildren(...servers.map(server => {
     const [kind, word] = STATES[server.state] ?? ["idle", "? not asked yet"];
     const facts = present({at: server.name && short(server.url), models: server.models.length,
-      listed: known(server.models_age_s) && `${span(server.models_age_s * 1000)} ago`,
+      listed: known(server.models_age_s) &&
+        (server.models_age_s ? `${span(server.models_age_s * 1000)} ago` : "just now"),
       requests: server.requests, failed: server.errors, p50: server.p50_ms && span(server.p50_ms),
       "failures in a row": server.failures});
     return node("li",
