@@ -3423,29 +3423,39 @@ class Opening:
     with `message_start`. An instance that dies then, or tells an error, has given no answer yet.
 
     `feed` takes the octets of an answer, one piece after another; `finish` follows the last one.
-    Both tell whether it is clear by now what the answer begins with: an error, which is in `error`
-    then, or anything else. An answer that is no stream of events is looked at as a whole, if it
-    could be an object of JSON.
+    Both, and the methods below them, tell whether it is clear by now what the answer begins with:
+    an error, which is in `error` then, or anything else. What cannot be looked into counts as
+    anything else, and so does a beginning of more than `limits.silent_beginning` octets.
+
+    An answer that is no stream of events is looked at as a whole if it begins like an object of
+    JSON. It is clear before its end when its first line is an object that says something.
     """
 
     def __init__(
         self, protocol: Protocol, media_type: str, coding: str = "", limits: Limits = LIMITS
     ) -> None:
         self.protocol = protocol
-        self.format = EVENT_FORMATS.get(media_type)
-        self.reader = EventReader(self.format, limits) if self.format else None
+        format = EVENT_FORMATS.get(media_type)
+        # None for an answer that is no stream of events.
+        self.reader = EventReader(format, limits) if format else None
         self.coding = coding
         self.inflater = Inflater(coding, math.inf) if coding in CODINGS else None
         self.limit = limits.silent_beginning
         self.error: ErrorAnswer | None = None
-        # How much has come; and what has, of an answer that is no stream.
+        # How many octets have come, after decoding where that is possible.
         self.size = 0
+        # What has come of an answer that is no stream of events.
         self.content = b""
 
     @property
+    def start(self) -> bytes:
+        """What has come of `content`, less the mark and the white space in front of it."""
+        return self.content.removeprefix(BOM).lstrip()
+
+    @property
     def is_document(self) -> bool:
-        """Whether the answer is one object, of which nobody can use anything before the end."""
-        return self.content.removeprefix(BOM).lstrip().startswith(b"{")
+        """Whether the answer is no stream of events and begins like an object of JSON."""
+        return self.start.startswith(b"{")
 
     def feed(self, data: bytes) -> bool:
         """Look at a piece."""
@@ -3453,50 +3463,53 @@ class Opening:
             try:
                 data = self.inflater.feed(data)
             except BadGateway:
-                # Who decodes it for the client will see that, too.
+                # It is raised again when the piece is decoded for the client.
                 return True
         self.size += len(data)
         if self.size > self.limit:
             return True
         if self.coding and not self.inflater:
-            # It cannot be looked into.
+            # Nobody here can decode it.
             return self.size > 0
-        if self.format is None or self.reader is None:
-            return self.read_whole(data)
+        if self.reader is None:
+            self.content += data
+            return self.look_at_start()
         _, block = self.reader.feed(data)
-        return any(self.read_event(event) for event in self.format.split(block))
+        # The first event that says something or tells an error decides.
+        return any(self.look_at_event(event) for event in self.reader.format.split(block))
 
     def finish(self, closed: bool) -> bool:
         """Look at what is left at the end; `closed` as in `may_be_whole`."""
-        if self.format and self.reader:
+        if self.reader:
             event = self.reader.finish()
-            may_count = event and may_be_whole(self.protocol, self.format, event, closed)
-            return bool(may_count) and self.read_event(event)
+            is_whole = may_be_whole(self.protocol, self.reader.format, event, closed)
+            return is_whole and self.look_at_event(event)
         document = parse_object(self.content)
         if document is None:
-            return self.content.strip() != b"" and not closed
-        return self.read_document(document)
+            # It begins like an object and is none: it was cut, or its server sends it so.
+            return self.start != b"" and not closed
+        return self.look_at_document(document)
 
-    def read_event(self, event: bytes) -> bool:
-        """Look at an event."""
-        document = self.format.read_document(event)
+    def look_at_event(self, event: bytes) -> bool:
+        """Look at an event; one that holds anything but an object says something."""
+        document = self.reader.format.read_document(event)
         if document is not None:
-            return self.read_document(document)
-        data = self.format.read_data(event)
+            return self.look_at_document(document)
+        data = self.reader.format.read_data(event)
         return data.strip() != b"" and not is_done_mark(data)
 
-    def read_whole(self, data: bytes) -> bool:
-        """Look at what there is of a document."""
-        self.content += data
-        if not self.is_document:
-            return self.content.removeprefix(BOM).strip() != b""
-        # Lines of JSON are not always called so.
-        line, line_end, _ = self.content.removeprefix(BOM).lstrip().partition(b"\n")
+    def look_at_start(self) -> bool:
+        """Look at what has come of an answer that is no stream of events."""
+        start = self.start
+        if not start.startswith(b"{"):
+            return start != b""
+        # Some servers give a stream of JSON lines the media type of a single document.
+        line, line_end, _ = start.partition(b"\n")
         document = parse_object(line) if line_end else None
-        return document is not None and self.read_document(document)
+        return document is not None and self.look_at_document(document)
 
-    def read_document(self, document: dict[str, Any]) -> bool:
-        """Look at the object of an event, or at one that is the whole answer."""
+    def look_at_document(self, document: dict[str, Any]) -> bool:
+        """Look at the object of an event or of a line, or at one that is the whole answer."""
         parts = read_answer(self.protocol, document)
         for part in parts:
             if part.kind == ERROR:

@@ -4841,6 +4841,7 @@ def test_an_error_that_an_answer_begins_with(path: str) -> None:
 WHOLE_OPENINGS: list[tuple[bytes, bool, bool]] = [
     (b"", False, False),
     (b" \r\n", False, False),
+    (b"\xef\xbb\xbf\r\n", False, False),
     (b"{}", False, False),
     (b'{"choices": []}', False, False),
     (b'{"choices": [{"message": {"content": ""}, "finish_reason": "stop"}]}', False, True),
