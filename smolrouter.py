@@ -3475,6 +3475,11 @@ class Opening:
             self.content += data
             return self.look_at_start()
         _, block = self.reader.feed(data)
+        # As nearly always, a text begins, and no event has to be parsed to see that. An error in
+        # front of it would be what the answer begins with.
+        plain_text = self.protocol.plain_text
+        if plain_text and b"error" not in block and plain_text.search(block):
+            return True
         # The first event that says something or tells an error decides.
         return any(self.look_at_event(event) for event in self.reader.format.split(block))
 

@@ -4830,6 +4830,10 @@ def test_an_error_that_an_answer_begins_with(path: str) -> None:
         (event,) = encode_events(path, [{"error": error}])
         assert [opening.feed(piece) for piece in [*begin, event]] == [False] * len(begin) + [True]
         assert (str(opening.error), opening.error.told_status) == ("no memory", status)
+        # It comes first also when there is text behind it in the same piece.
+        opening = new_opening(path)
+        assert opening.feed(b"".join([event, *encode_events(path, SAY_SOMETHING[path])]))
+        assert str(opening.error) == "no memory"
         # What stands in no event, and what lacks its end, counts at the end of the answer.
         for media_type in (event_type(path), "application/json", "text/plain", ""):
             opening = smolrouter.Opening(smolrouter.find_protocol(path), media_type)
