@@ -207,7 +207,15 @@ KiB, MiB = 1024, 1024 * 1024
 
 
 class ConfigError(Exception):
-    """A setting or the routing file is wrong; the program does not start with it."""
+    """Settings or the routing file are wrong; the program does not start with them.
+
+    Each of its arguments says one mistake.
+    """
+
+    def __str__(self) -> str:
+        # Where there is room for one of them, it is the first.
+        first, *others = self.args
+        return f"{first} (and {len(others)} more; see `check`)" if others else first
 
 
 class RouterError(Exception):
@@ -349,7 +357,7 @@ class LoopDetected(BadRequest, status=508, code="loop_detected"):
 # ======================================================================================
 # Every setting stands here once, on one line: name, type, default, reader, help. A value
 # comes from the environment or from the flag of the same name, which wins. A bad value
-# stops the start with one line that names the variable, the value and what is allowed.
+# stops the start with a line that names the variable, the value and what is allowed.
 # To add a setting: a line in `Settings`; its flag, its help and its check follow from it.
 # What no owner has to choose is a field of `Limits`, with its reason.
 
@@ -755,9 +763,13 @@ class Settings:
         return given
 
     @classmethod
-    def from_given(cls, given: Mapping[str, GivenSetting]) -> Settings:
-        """Read the texts of what is set. Raises ConfigError."""
+    def read_given(cls, given: Mapping[str, GivenSetting]) -> tuple[Settings, dict[str, str]]:
+        """Read the texts of what is set; return what is wrong with some, by field name, too.
+
+        A wrong one has its default.
+        """
         values: dict[str, Any] = {}
+        mistakes: dict[str, str] = {}
         for field in dataclasses.fields(cls):
             if field.name not in given:
                 continue
@@ -766,12 +778,23 @@ class Settings:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
                 seen = "<hidden>" if field.name == "jwt_secret" else repr(text)
-                raise ConfigError(f"{source}={seen}: {error}") from None
-        if values.get("servers") and "default_upstream" not in values:
+                mistakes[field.name] = f"{source}={seen}: {error}"
+        if values.get("servers") and "default_upstream" not in given:
             _, values["default_upstream"] = values["servers"][0]
         settings = cls(**values)
-        settings.check_policies()
-        settings.check_tls()
+        # With a good secret the policies may be right.
+        if "jwt_secret" not in mistakes:
+            mistakes.update(settings.find_bad_policies())
+        if not mistakes.keys() & {"tls_cert", "tls_key"}:
+            mistakes.update(settings.find_bad_tls())
+        return settings, mistakes
+
+    @classmethod
+    def from_given(cls, given: Mapping[str, GivenSetting]) -> Settings:
+        """Read the texts of what is set. Raises ConfigError."""
+        settings, mistakes = cls.read_given(given)
+        if mistakes:
+            raise ConfigError(*mistakes.values())
         return settings
 
     @classmethod
@@ -781,24 +804,25 @@ class Settings:
         """Build from variables by their names, flags by the names of fields. Raises ConfigError."""
         return cls.from_given(cls.find_given(environ, flags or {}))
 
-    def check_policies(self) -> None:
-        """Refuse a policy that nobody could satisfy. Raises ConfigError."""
+    def find_bad_policies(self) -> Iterator[tuple[str, str]]:
+        """Yield the policies that nobody could satisfy, and what is wrong with them."""
         for name in ("webui_security", "api_security"):
             if getattr(self, name) == "ALWAYS_AUTH" and self.jwt_secret is None:
                 remedy = f"at least {MIN_SECRET_LENGTH} random characters (openssl rand -hex 32)"
-                raise ConfigError(
-                    f"{name.upper()}='ALWAYS_AUTH': JWT_SECRET is not set; set it to {remedy}"
+                yield (
+                    name,
+                    f"{name.upper()}='ALWAYS_AUTH': JWT_SECRET is not set; set it to {remedy}",
                 )
 
-    def check_tls(self) -> None:
-        """Refuse a certificate without a key, or a key without one. Raises ConfigError."""
+    def find_bad_tls(self) -> Iterator[tuple[str, str]]:
+        """Yield a certificate without a key, or a key without one, and what is wrong with it."""
         files = {"TLS_CERT": self.tls_cert, "TLS_KEY": self.tls_key}
         given = [name for name, file in files.items() if file]
         if len(given) == 1:
             (name,) = given
             other = "TLS_KEY" if name == "TLS_CERT" else "TLS_CERT"
             remedy = f"https needs both; set {other}, to the same file if that has both"
-            raise ConfigError(f"{name}={files[name]!r}: {other} is not set; {remedy}")
+            yield name.lower(), f"{name}={files[name]!r}: {other} is not set; {remedy}"
 
 
 # --- the limits -------------------------------------------------------------------------
@@ -5804,32 +5828,91 @@ class Node(NamedTuple):
         return self.value
 
 
+# The sections of a routing file.
+TABLE_KEYS = ("servers", "aliases", "routes", "revoked")
+# What a server has instead whose entry is wrong. No text is read as this.
+NO_URL = UpstreamURL("http", "", 0, "")
+
+
 class TableReader:
     """Reads a routing file's document into the parts of a table; every error names its place."""
 
-    def __init__(self, root: Node, settings: Settings) -> None:
-        servers, aliases, routes, revoked = root.members("servers", "aliases", "routes", "revoked")
+    def __init__(self, root: Node, environ: Mapping[str, str], settings: Settings) -> None:
+        self.root = root
+        self.environ = environ
+        self.settings = settings
+        # All that is wrong, in words. What an entry refers to is there even if it is wrong itself,
+        # so that no mistake looks like two.
+        self.mistakes: list[str] = []
         self.servers: dict[str, Server] = {}
-        for node in servers.entries():
-            self.servers[node.path[-1]] = self.read_server(node)
-        for name, url_text in settings.servers:
-            self.add_server(name, url_text)
         # The URL behind each name: no name may stand for two.
-        self.url_of_name = {name: server.url for name, server in self.servers.items()}
-        self.default = self.find_default(settings.default_upstream)
+        self.url_of_name: dict[str, UpstreamURL] = {}
+        self.default: Server | None = None
         self.aliases: dict[str, Target] = {}
-        for node in aliases.entries():
-            self.aliases[node.path[-1]] = self.read_alias(node)
         self.rules: tuple[Rule, ...] = ()
-        if routes.value:
-            listed = routes.elements("not a list; begin each route with `- match:`")
-            self.rules = tuple(self.read_rule(node) for node in listed)
         self.revoked: frozenset[str] = frozenset()
-        if revoked.value not in (None, []):
-            listed = revoked.elements(
-                "not a list; write the `jti` of each token, as in [3f2a, 77b0]"
-            )
-            self.revoked = frozenset(node.read() for node in listed)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what is wrong in here, and go on with what follows."""
+        try:
+            yield
+        except ConfigError as error:
+            self.mistakes += error.args
+
+    def expand(self, node: Node) -> Node:
+        """Return an entry with the values of its variables."""
+        return node.replace(node.expand_variables(self.environ))
+
+    def read(self) -> None:
+        """Read all of the document. Raises ConfigError."""
+        with self.noting():
+            self.read_sections()
+        if self.mistakes:
+            raise ConfigError(*self.mistakes)
+
+    def read_sections(self) -> None:
+        """Read the document section by section; a mistake that hides others is raised."""
+        with self.noting():
+            self.root.members(*TABLE_KEYS)
+        document = self.root.value if isinstance(self.root.value, dict) else {}
+        nodes = [self.root.replace(document).child(key) for key in TABLE_KEYS]
+        servers, aliases, routes, revoked = nodes
+        for node in servers.entries():
+            self.servers[node.path[-1]] = Server(node.path[-1], NO_URL)
+            with self.noting():
+                self.servers[node.path[-1]] = self.read_server(self.expand(node))
+        for name, url_text in self.settings.servers:
+            with self.noting():
+                self.add_server(name, url_text)
+        self.url_of_name = {name: server.url for name, server in self.servers.items()}
+        with self.noting():
+            self.default = self.find_default(self.settings.default_upstream)
+        for node in aliases.entries():
+            self.aliases[node.path[-1]] = Target((), node.path[-1])
+            with self.noting():
+                self.aliases[node.path[-1]] = self.read_alias(self.expand(node))
+        with self.noting():
+            self.rules = self.read_rules(routes)
+        with self.noting():
+            self.revoked = self.read_revoked(revoked)
+
+    def read_rules(self, node: Node) -> tuple[Rule, ...]:
+        """Read the routes."""
+        rules: list[Rule] = []
+        if not node.value:
+            return ()
+        for item in node.elements("not a list; begin each route with `- match:`"):
+            with self.noting():
+                rules.append(self.read_rule(self.expand(item)))
+        return tuple(rules)
+
+    def read_revoked(self, node: Node) -> frozenset[str]:
+        """Read the names of tokens that are not valid any more."""
+        if node.value in (None, []):
+            return frozenset()
+        wanted = "not a list; write the `jti` of each token, as in [3f2a, 77b0]"
+        return frozenset(self.expand(item).read() for item in node.elements(wanted))
 
     def server_at(self, url: UpstreamURL) -> Server | None:
         """Return the named server with this URL, with its key and fields; None if there is none."""
@@ -5841,7 +5924,7 @@ class TableReader:
         if name == url.without_scheme and self.server_at(url):
             return
         server = Server(name, url, warning=url_warning("SERVERS", url_text))
-        if self.servers.setdefault(name, server).url != url:
+        if self.servers.setdefault(name, server).url not in (url, NO_URL):
             words = f"{name!r} is {url}, in the routing file {self.servers[name].url}"
             raise ConfigError(f"SERVERS: {words}; rename one of them")
 
@@ -5928,9 +6011,10 @@ class TableReader:
         chosen_strategy = strategy.choose(*STRATEGIES)
         instances: list[Instance] = []
         for item in listed.elements("an alias needs a list of at least one `server/model`"):
-            instance = self.read_instance(item)
-            item.require(instance not in instances, f"{instance} stands here twice")
-            instances.append(instance)
+            with self.noting():
+                instance = self.read_instance(item)
+                item.require(instance not in instances, f"{instance} stands here twice")
+                instances.append(instance)
         return Target(tuple(instances), node.path[-1], chosen_strategy)
 
     def read_rule(self, node: Node) -> Rule:
@@ -5938,14 +6022,22 @@ class TableReader:
         match, route = node.members("match", "route")
         model, source_host = match.members("model", "source_host")
         name = f"routes[{node.path[-1]}]"
-        pattern = model.read_optional(parse_pattern)
+        pattern = None
+        source_hosts = None
+        target = Target(())
+        with self.noting():
+            pattern = model.read_optional(parse_pattern)
+        with self.noting():
+            source_hosts = self.read_source_hosts(source_host)
+        with self.noting():
+            target = self.read_target(route, pattern)
         stated = [f"{key} {value}" for key, value in (match.value or {}).items()]
         match_text = ", ".join(stated) or "everything"
         return Rule(
             name=name,
             model=pattern,
-            source_hosts=self.read_source_hosts(source_host),
-            target=self.read_target(route, pattern),
+            source_hosts=source_hosts,
+            target=target,
             match_text=match_text,
             model_mismatch=Step(name, False, f"{match_text}: the model does not match"),
         )
@@ -6071,9 +6163,8 @@ def parse_routes(
     """Return the table of a routing file. Raises ConfigError."""
     text = text.removeprefix("\ufeff")
     document = parse_document(text if text.strip() else "{}", name)
-    root = Node(document.value, (), document)
-    root = root.replace(root.expand_variables(environ))
-    reader = TableReader(root, settings)
+    reader = TableReader(Node(document.value, (), document), environ, settings)
+    reader.read()
     table = RoutingTable(
         default=reader.default,
         servers=reader.servers,
@@ -9170,6 +9261,11 @@ def keep_newest(table: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     table[key] = value
 
 
+def model_entry(name: str) -> dict[str, Any]:
+    """Return a name of the router's own as an entry of the model list."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "smolrouter"}
+
+
 class ModelLists:
     """The models of every server, asked for at most once a minute."""
 
@@ -9414,11 +9510,6 @@ class ModelLists:
             return read(http_connection)
 
         return await run_in_daemon((OSError, ValueError, ListRefused), connect_and_read)
-
-
-def model_entry(name: str) -> dict[str, Any]:
-    """Return a name of the router's own as an entry of the model list."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "smolrouter"}
 
 
 def unknown_model(model: str, names: Sequence[str]) -> str:
@@ -14744,145 +14835,6 @@ def run_serve(invocation: Invocation) -> int:
     os._exit(status)
 
 
-# --- looking at a configuration, and at a running router --------------------------------
-
-
-def run_check(invocation: Invocation) -> int:
-    """Validate settings and routing file, print the table."""
-    table = invocation.routes.load()
-    read_tls_context(invocation.settings)
-    lines = describe_table(table)
-    for server in table.all_servers():
-        lines.append(f"  server {server.name}: {server.url} ({server.api})")
-    for alias in table.aliases.values():
-        instances = ", ".join(str(instance) for instance in alias.instances)
-        lines.append(f"  {alias} ({alias.strategy}): {instances}")
-    for rule in table.rules:
-        lines.append(f"  {rule.name}: {rule.match_text} -> {rule.target}")
-    for pattern, target in table.model_map:
-        lines.append(f"  map {pattern_text(pattern)} -> {target}")
-    print(*lines, "ok", sep="\n")
-    return 0
-
-
-async def ask_lists(invocation: Invocation, table: RoutingTable) -> ModelLists:
-    """Ask the servers of a table for their models, as a router does when it starts."""
-    model_lists = ModelLists(Upstreams(invocation.settings, LoopBatch(invocation.limits)))
-    model_lists.refresh_due(table)
-    await model_lists.wait(table)
-    return model_lists
-
-
-def explain_by_lists(
-    invocation: Invocation, table: RoutingTable, model: str, source_host: str
-) -> tuple[Decision, list[str]]:
-    """Return a decision by what the servers list now, and who has given no list, and why."""
-    lists = asyncio.run(ask_lists(invocation, table))
-    decision = resolve(table, model, source_host, lists.catalogue)
-    if decision.found_by == BY_LIST:
-        decision = tell_ages(decision, [lists.age(i.server) for i in decision.instances])
-    silent = []
-    for server in table.asked_servers:
-        if lists.catalogue.names_of(server) is None:
-            reason = lists.upstreams.health_of(Instance(server)).error or "no answer"
-            silent.append(f"  ! {server.name} has given no list of models: {reason}")
-    return decision, silent
-
-
-def run_explain(invocation: Invocation) -> int:
-    """Print every rule tried for a model, and where the request would go."""
-    model = invocation.options.model
-    source_host = invocation.options.source_host
-    if not is_address(source_host):
-        raise ConfigError(f"--source-host {source_host!r}: no IP address")
-    table = invocation.routes.load()
-    decision = resolve(table, model, source_host)
-    silent: list[str] = []
-    if table.has_choice and decision.found_by in (BY_DEFAULT, UNCLAIMED):
-        decision, silent = explain_by_lists(invocation, table, model, source_host)
-    lines = [f"{model!r} from {source_host}"]
-    for step in decision.trail:
-        mark = "+" if step.matched else "-"
-        lines.append(f"  {mark} {step.rule}: {step.why}")
-    lines += silent
-    lines.append(f"route: {decision.route} ({decision.strategy})")
-    for instance in decision.instances:
-        server = instance.server
-        lines.append(f"  send {instance.model!r} to {server.name} ({server.url})")
-    print(*lines, sep="\n")
-    return 0
-
-
-def run_token(invocation: Invocation) -> int:
-    """Print a token; on stderr, how to end it before its time."""
-    secret = invocation.settings.jwt_secret
-    options = invocation.options
-    if secret is None:
-        raise ConfigError("JWT_SECRET is not set; set it to what the router has")
-    claims: dict[str, Any] = {"jti": secrets.token_hex(8)}
-    if options.models is not None:
-        claims["models"] = options.models
-    if options.rate is not None:
-        claims["rate"] = str(options.rate)
-    if options.api_only:
-        claims["api_only"] = True
-    print(encode_token(secret, options.subject, time.time(), options.days, **claims))
-    complain(f'to end this token early, add `revoked: ["{claims["jti"]}"]` to the routing file')
-    return 0
-
-
-def run_export(invocation: Invocation) -> int:
-    """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
-    options = invocation.options
-    settings = invocation.settings
-    # The flags are read by the rules of /api/export's query, where no value is like no parameter.
-    given = {name: getattr(options, name) or "" for name in EXPORT_PARAMETERS}
-    try:
-        parameters = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
-        store = Store(settings, invocation.limits)
-        if not os.path.exists(store.path):
-            raise ConfigError(f"export: nothing has been logged (DB_PATH={settings.db_path!r})")
-        # Each page comes with the row before which the next one begins; 0 is the end.
-        while parameters.get("before", 1):
-            with open_for_reading(store.path) as db:
-                page, parameters["before"] = export_page(store, db, parameters)
-            sys.stdout.buffer.write(page)
-    except BadRequest as error:
-        raise ConfigError(f"export: {error}") from None
-    except sqlite3.Error as error:
-        raise ConfigError(f"export: {error} (DB_PATH={settings.db_path!r})") from None
-    return 0
-
-
-def run_health(invocation: Invocation) -> int:
-    """Ask a running router whether it is well."""
-    import http.client
-
-    settings = invocation.settings
-    # A router that listens on all addresses answers on the loopback address, too.
-    own_addresses = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    host = own_addresses.get(settings.listen_host, settings.listen_host)
-    connection = http.client.HTTPConnection(host.strip("[]"), settings.listen_port, timeout=3)
-    if settings.tls_cert:
-        # Any certificate will do. It is for the name that clients use, and not for this address;
-        # the question goes to this machine, holds no secret, and its answer opens nothing.
-        tls_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        tls_context.check_hostname = False
-        tls_context.verify_mode = ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(
-            connection.host, connection.port, timeout=3, context=tls_context
-        )
-    with contextlib.closing(connection):
-        try:
-            connection.request("GET", "/healthz")
-            response = connection.getresponse()
-            print(response.read(1000).decode("utf-8", "replace"))
-        except (OSError, http.client.HTTPException) as error:
-            print(f"{host}:{settings.listen_port}: {describe(error)}", file=sys.stderr)
-            return 1
-    return 0 if response.status == 200 else 1
-
-
 # --- how the servers are ----------------------------------------------------------------
 # `doctor` and `check --ask` send servers a few small requests, each of which has its time, and
 # read the answers as the router reads those for its clients. A ProbeAnswer is what came back for
@@ -15219,6 +15171,12 @@ class Examination:
         """Ask for the list of models; tell whether there is one."""
         answer = self.answers["/v1/models"] = self.ask("/v1/models")
         self.problem = find_problem(self.server, answer)
+        if self.server.models:
+            # It may be a provider that has no list, or one of hundreds.
+            self.models = [model_entry(name) for name in self.server.models]
+            if answer.status in NO_ENDPOINT:
+                self.problem = ""
+            return not self.problem
         if self.problem:
             if answer.status in NO_ENDPOINT:
                 self.find_other_path()
@@ -15448,6 +15406,8 @@ def write_servers(examinations: Sequence[Examination], table: RoutingTable) -> l
             record["api"] = server.api
         if server.api_key or any(a.status in (401, 403) for a in one.answers.values()):
             record["api_key"] = f"${{{variable}_KEY}}"
+        if server.models is not None:
+            record.update({"models": server.models} if server.models else {"discover": False})
         if server.headers:
             record["headers"] = {field: f"${{{variable}_FIELD}}" for field, _ in server.headers}
         if not server.verify:
@@ -15489,6 +15449,176 @@ def run_doctor(invocation: Invocation) -> int:
     lines = describe_examinations(examinations)
     print(*lines, "", *write_servers(examinations, table), sep="\n")
     return 1 if any(one.problem for one in examinations) else 0
+
+
+# --- looking at a configuration, and at a running router --------------------------------
+
+
+# Without these settings nobody can tell what is wrong in the routing file, or in the certificate.
+SETTINGS_OF_ROUTES = frozenset(("routes_config", "servers", "default_upstream"))
+SETTINGS_OF_TLS = frozenset(("tls_cert", "tls_key"))
+
+
+def find_mistakes_in_files(
+    settings: Settings, routes: RoutesFile, wrong_settings: Container[str] = ()
+) -> list[str]:
+    """Return what is wrong in the files that the settings name, where these are right."""
+    checks: list[Callable[[], Any]] = []
+    if not any(name in wrong_settings for name in SETTINGS_OF_ROUTES):
+        checks.append(routes.load)
+    if not any(name in wrong_settings for name in SETTINGS_OF_TLS):
+        checks.append(functools.partial(read_tls_context, settings))
+    mistakes: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            mistakes += error.args
+    return mistakes
+
+
+def run_check(invocation: Invocation) -> int:
+    """Validate settings and routing file, print the table."""
+    mistakes = find_mistakes_in_files(invocation.settings, invocation.routes)
+    if mistakes:
+        raise ConfigError(*mistakes)
+    table = invocation.routes.load()
+    lines = describe_table(table)
+    settings, limits = invocation.settings, invocation.limits
+    examinations = [Examination(server, settings, limits) for server in table.all_servers()]
+    if invocation.options.ask:
+        examine(examinations, Examination.read_list)
+    for one in examinations:
+        server = one.server
+        health = f": {describe_health(one)}" if invocation.options.ask else ""
+        lines.append(f"  server {server.name}: {server.url} ({server.api}){health}")
+    for alias in table.aliases.values():
+        instances = ", ".join(str(instance) for instance in alias.instances)
+        lines.append(f"  {alias} ({alias.strategy}): {instances}")
+    for rule in table.rules:
+        lines.append(f"  {rule.name}: {rule.match_text} -> {rule.target}")
+    for pattern, target in table.model_map:
+        lines.append(f"  map {pattern_text(pattern)} -> {target}")
+    print(*lines, "ok", sep="\n")
+    return 0
+
+
+async def ask_lists(invocation: Invocation, table: RoutingTable) -> ModelLists:
+    """Ask the servers of a table for their models, as a router does when it starts."""
+    model_lists = ModelLists(Upstreams(invocation.settings, LoopBatch(invocation.limits)))
+    model_lists.refresh_due(table)
+    await model_lists.wait(table)
+    return model_lists
+
+
+def explain_by_lists(
+    invocation: Invocation, table: RoutingTable, model: str, source_host: str
+) -> tuple[Decision, list[str]]:
+    """Return a decision by what the servers list now, and who has given no list, and why."""
+    lists = asyncio.run(ask_lists(invocation, table))
+    decision = resolve(table, model, source_host, lists.catalogue)
+    if decision.found_by == BY_LIST:
+        decision = tell_ages(decision, [lists.age(i.server) for i in decision.instances])
+    silent = []
+    for server in table.asked_servers:
+        if lists.catalogue.names_of(server) is None:
+            reason = lists.upstreams.health_of(Instance(server)).error or "no answer"
+            silent.append(f"  ! {server.name} has given no list of models: {reason}")
+    return decision, silent
+
+
+def run_explain(invocation: Invocation) -> int:
+    """Print every rule tried for a model, and where the request would go."""
+    model = invocation.options.model
+    source_host = invocation.options.source_host
+    if not is_address(source_host):
+        raise ConfigError(f"--source-host {source_host!r}: no IP address")
+    table = invocation.routes.load()
+    decision = resolve(table, model, source_host)
+    silent: list[str] = []
+    if table.has_choice and decision.found_by in (BY_DEFAULT, UNCLAIMED):
+        decision, silent = explain_by_lists(invocation, table, model, source_host)
+    lines = [f"{model!r} from {source_host}"]
+    for step in decision.trail:
+        mark = "+" if step.matched else "-"
+        lines.append(f"  {mark} {step.rule}: {step.why}")
+    lines += silent
+    lines.append(f"route: {decision.route} ({decision.strategy})")
+    for instance in decision.instances:
+        server = instance.server
+        lines.append(f"  send {instance.model!r} to {server.name} ({server.url})")
+    print(*lines, sep="\n")
+    return 0
+
+
+def run_token(invocation: Invocation) -> int:
+    """Print a token; on stderr, how to end it before its time."""
+    secret = invocation.settings.jwt_secret
+    options = invocation.options
+    if secret is None:
+        raise ConfigError("JWT_SECRET is not set; set it to what the router has")
+    claims: dict[str, Any] = {"jti": secrets.token_hex(8)}
+    if options.models is not None:
+        claims["models"] = options.models
+    if options.rate is not None:
+        claims["rate"] = str(options.rate)
+    if options.api_only:
+        claims["api_only"] = True
+    print(encode_token(secret, options.subject, time.time(), options.days, **claims))
+    complain(f'to end this token early, add `revoked: ["{claims["jti"]}"]` to the routing file')
+    return 0
+
+
+def run_export(invocation: Invocation) -> int:
+    """Print logged requests, newest first: JSON lines, CSV or chats for fine-tuning."""
+    options = invocation.options
+    settings = invocation.settings
+    # The flags are read by the rules of /api/export's query, where no value is like no parameter.
+    given = {name: getattr(options, name) or "" for name in EXPORT_PARAMETERS}
+    try:
+        parameters = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
+        store = Store(settings, invocation.limits)
+        if not os.path.exists(store.path):
+            raise ConfigError(f"export: nothing has been logged (DB_PATH={settings.db_path!r})")
+        # Each page comes with the row before which the next one begins; 0 is the end.
+        while parameters.get("before", 1):
+            with open_for_reading(store.path) as db:
+                page, parameters["before"] = export_page(store, db, parameters)
+            sys.stdout.buffer.write(page)
+    except BadRequest as error:
+        raise ConfigError(f"export: {error}") from None
+    except sqlite3.Error as error:
+        raise ConfigError(f"export: {error} (DB_PATH={settings.db_path!r})") from None
+    return 0
+
+
+def run_health(invocation: Invocation) -> int:
+    """Ask a running router whether it is well."""
+    import http.client
+
+    settings = invocation.settings
+    # A router that listens on all addresses answers on the loopback address, too.
+    own_addresses = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = own_addresses.get(settings.listen_host, settings.listen_host)
+    connection = http.client.HTTPConnection(host.strip("[]"), settings.listen_port, timeout=3)
+    if settings.tls_cert:
+        # Any certificate will do. It is for the name that clients use, and not for this address;
+        # the question goes to this machine, holds no secret, and its answer opens nothing.
+        tls_context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        tls_context.check_hostname = False
+        tls_context.verify_mode = ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(
+            connection.host, connection.port, timeout=3, context=tls_context
+        )
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/healthz")
+            response = connection.getresponse()
+            print(response.read(1000).decode("utf-8", "replace"))
+        except (OSError, http.client.HTTPException) as error:
+            print(f"{host}:{settings.listen_port}: {describe(error)}", file=sys.stderr)
+            return 1
+    return 0 if response.status == 200 else 1
 
 
 # --- a systemd unit ---------------------------------------------------------------------
@@ -15872,6 +16002,7 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
     token.add_argument("--api-only", action="store_true", help="it opens no Web UI")
     seconds = flag_of(number_between(0, 3600, whole=False))
     commands["demo"].add_argument("--seconds", type=seconds, default=30.0)
+    commands["check"].add_argument("--ask", action="store_true", help="tell how the servers are")
     commands["doctor"].add_argument("urls", nargs="*", metavar="URL", help="ask these instead")
     for command in (parser, commands["serve"], commands["demo"]):
         command.add_argument(
@@ -15915,8 +16046,13 @@ def run_command(
         check_flags(parsers, sys.argv[1:] if argv is None else argv)
         raise
     given = Settings.find_given(environ, vars(options))
-    settings = Settings.from_given(given)
+    settings, mistakes = Settings.read_given(given)
     routes = RoutesFile(settings, environ, named="routes_config" in given)
+    if mistakes:
+        in_files: Iterable[str] = ()
+        if options.run is run_check:
+            in_files = find_mistakes_in_files(settings, routes, mistakes)
+        raise ConfigError(*mistakes.values(), *in_files)
     return options.run(Invocation(settings, given, routes, limits, options))
 
 
@@ -15955,7 +16091,8 @@ def main(argv: Sequence[str] | None = None, limits: Limits = LIMITS) -> int:
             # Here and not at the interpreter's end, where nobody can say what went wrong.
             sys.stdout.flush()
     except ConfigError as error:
-        complain(str(error))
+        for mistake in error.args:
+            complain(mistake)
         return 2
     except KeyboardInterrupt:
         return 0

@@ -16873,6 +16873,92 @@ def test_check_prints_the_table(folder: pathlib.Path) -> None:
         assert word in done.stdout
 
 
+def test_check_tells_all_mistakes_at_once(folder: pathlib.Path) -> None:
+    """What refers to something that is wrong itself is not called wrong, too."""
+    table = {
+        "servers": {
+            "a": {"url": "ftp://a"},
+            "b": {"url": "http://b", "api_key": "${NO_SUCH_KEY}"},
+            "c": {"url": "http://c", "slot": 1},
+        },
+        "aliases": {
+            "fine": {"instances": ["a/m", "b/m"]},
+            "odd": {"instances": ["c/m", "nobody/m", "c/m"], "strategy": "failover"},
+        },
+        "routes": [
+            {"match": {"model": "/(/", "source_host": "home"}, "route": {"alias": "nobody"}},
+            {"match": {}, "route": {"alias": "odd"}},
+            {"match": {}, "route": {"upstream": "a", "model": ""}},
+        ],
+        "rules": [],
+    }
+    (folder / "routes.yaml").write_text(json.dumps(table))
+    settings = {"LISTEN_PORT": "eighty", "STRIP_THINKING": "perhaps", "API_SECURITY": "ALWAYS_AUTH"}
+    done = alone(folder, "check", **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    places = (
+        "LISTEN_PORT='eighty': ",
+        "STRIP_THINKING='perhaps': ",
+        "API_SECURITY='ALWAYS_AUTH': ",
+        "rules: unknown key",
+        "servers.a.url: ",
+        "servers.b.api_key: ${NO_SUCH_KEY} is not set",
+        "servers.c.slot: unknown key",
+        "aliases.odd.instances[1]: unknown server 'nobody'",
+        "aliases.odd.instances[2]: c/m stands here twice",
+        "routes[0].match.model: ",
+        "routes[0].match.source_host: ",
+        "routes[0].route.alias: unknown 'nobody'",
+        "routes[2].route.model: ",
+    )
+    for line, place in zip(done.stderr.splitlines(), places, strict=True):
+        assert line.startswith("smolrouter: ") and place in line, (line, place)
+    # Other commands do not look at the routing file for that.
+    assert alone(folder, "health", **settings).stderr.count("\n") == 3
+    # Where only the first one has room, it says that there are more.
+    with pytest.raises(smolrouter.ConfigError) as caught:
+        routing(json.dumps(table))
+    assert str(caught.value).endswith(" (and 9 more; see `check`)")
+
+
+WRONG_SETTINGS_ALONE = {
+    "SERVERS": "a=ftp://a",
+    "DEFAULT_UPSTREAM": "http://a:0",
+    "ROUTES_CONFIG": " ",
+    "JWT_SECRET": "changeme",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS_ALONE)
+def test_check_guesses_no_mistakes(name: str, folder: pathlib.Path) -> None:
+    """Without a server of SERVERS, an alias would seem to be wrong; without a secret, a policy."""
+    table = {"aliases": {"x": {"instances": ["a/m"]}}} if name != "JWT_SECRET" else {}
+    (folder / "routes.yaml").write_text(json.dumps(table))
+    settings = {
+        "API_SECURITY": "ALWAYS_AUTH",
+        "JWT_SECRET": SECRET,
+        name: WRONG_SETTINGS_ALONE[name],
+    }
+    done = alone(folder, "check", **settings)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line.startswith(f"smolrouter: {name}=")) == (2, True)
+
+
+def test_check_asks_how_the_servers_are(folder: pathlib.Path) -> None:
+    off = refusing_url()
+    with Upstream(models=("one", "two")) as upstream:
+        servers = f"on={upstream.url} off={off}"
+        done = alone(folder, "check", "--ask", SERVERS=servers)
+        assert [one.path for one in upstream.own_requests] == ["/v1/models"]
+        assert alone(folder, "check", SERVERS=servers).returncode == 0
+        assert len(upstream.own_requests) == 1
+    # The settings are right, whether the servers are there or not.
+    assert done.returncode == 0
+    first, second = [line for line in done.stdout.splitlines() if line.startswith("  server ")]
+    assert re.fullmatch(r"  server on: http://\S+ \(auto\): up, 2 models, \d+ ms", first)
+    assert second.startswith(f"  server off: {off} (auto): connection refused; it is off")
+
+
 def test_check_warns_of_urls_without_a_scheme(folder: pathlib.Path) -> None:
     done = alone(folder, "check", SERVERS="a=box:1", DEFAULT_UPSTREAM="box:2")
     assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == [
@@ -17266,6 +17352,26 @@ def test_doctor_prints_no_key(capsys: pytest.CaptureFixture[str], tmp_path: path
     assert row_after(printed, "server", "gpu-1")[2] == "1"
     pasted = paste(printed, GPU_1_KEY="k", GPU_1_FIELD="f")["gpu-1"]
     assert (pasted.api_key, pasted.headers) == ("k", (("X-Team", "f"),))
+
+
+def test_doctor_takes_the_models_of_the_routing_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    """Its server has no list."""
+
+    def serve(received: Received) -> Iterable[Step]:
+        if received.path == "/v1/models":
+            return json_response({"detail": "Not Found"}, 404)
+        return well_behaved(received)
+
+    with Upstream(serve) as upstream:
+        path = tmp_path / "routes.json"
+        servers = {"cloud": {"url": upstream.url, "models": ["gpt-5-mini"]}}
+        path.write_text(json.dumps({"servers": servers}))
+        status, printed = run_doctor(capsys, upstream.url, ROUTES_CONFIG=path)
+    assert (status, row_after(printed, "server", "cloud")[2]) == (0, "1")
+    assert row_after(printed, "chat", "cloud")[0] == "gpt-5-mini"
+    assert paste(printed)["cloud"].models == ("gpt-5-mini",)
 
 
 def test_doctor_refuses_what_is_no_url() -> None:
