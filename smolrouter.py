@@ -14618,6 +14618,21 @@ def describe_table(table: RoutingTable) -> list[str]:
     ]
 
 
+POLICY_WORDS = {
+    "NONE": "is open to whoever reaches the port",
+    "AUTH_WHEN_PROXIED": "wants a token from requests that come through a proxy",
+    "ALWAYS_AUTH": "wants a token from everybody",
+}
+
+
+def describe_policies(settings: Settings) -> Iterator[str]:
+    """Yield who may use what, in words, where that is not the default."""
+    for name, what in (("webui_security", "the Web UI"), ("api_security", "the model API")):
+        policy = getattr(settings, name)
+        if policy != getattr(Settings, name):
+            yield f"{what} {POLICY_WORDS[policy]} ({name.upper()}={policy})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Invocation:
     """What a command works with."""
@@ -14764,18 +14779,35 @@ class Router:
         kept = "not stored"
         if settings.enable_logging:
             kept = f"kept in {settings.db_path} for {settings.max_log_age_days:g} days"
-        policies = f"Web UI: {settings.webui_security}; API: {settings.api_security}"
-        secret = "JWT_SECRET is set" if settings.jwt_secret else "no JWT_SECRET"
         routes, rest, *warnings = describe_table(self.context.table)
         for line in (
             f"SmolRouter {__version__} listens on {scheme}://{place}",
             routes,
             rest,
             f"log: requests are {printed} and {kept}",
-            f"{policies}; tokens: {secret}",
+            *describe_policies(settings),
             *warnings,
         ):
             self.console.print_line(line)
+
+    async def tell_server(self, server: Server) -> None:
+        """Print how a server is as soon as it has listed its models or has failed to."""
+        if server.models is not None:
+            words = f"not asked; it has {count_things(server.models, 'model', 'models')}"
+        else:
+            models = await self.context.model_lists.get(server, None)
+            error = self.context.upstreams.health_of(Instance(server)).error
+            words = error or "no answer yet"
+            if models is not None:
+                words = f"up, {count_things(models, 'model', 'models')}"
+        self.console.print_line(f"server {server.name}: {words}")
+
+    async def tell_servers(self) -> None:
+        """Print how the servers are that the start has asked for their models."""
+        table = self.context.table
+        if is_quiet(self.settings) or not table.route_by_model:
+            return
+        await asyncio.gather(*(self.tell_server(server) for server in table.search_order))
 
     async def run(self, on_ready: Callable[[int], None] | None = None) -> int:
         """Serve until a signal; return the exit status. `on_ready` gets the port."""
@@ -14792,9 +14824,12 @@ class Router:
         if on_ready:
             on_ready(port)
         watcher = asyncio.create_task(self.watch())
+        # Their answers come while the router serves, and nobody waits for them.
+        teller = asyncio.create_task(self.tell_servers())
         await self.stopping.wait()
         self.console.print_line(f"draining for at most {grace:g} s")
         watcher.cancel()
+        teller.cancel()
         grace_ends_at = time.monotonic() + grace
         await self.server.shut_down(grace, self.hurry)
         self.context.upstreams.pool.close()

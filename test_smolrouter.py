@@ -16710,6 +16710,30 @@ def test_it_starts_and_relays_anyhow(python: Sequence[str]) -> None:
         assert post_chat(router, "anyhow").status == 200
 
 
+def test_the_start_says_how_the_servers_are() -> None:
+    with Upstream(models=("a", "b")) as upstream:
+        fixed = {"url": refusing_url(), "models": ["m"]}
+        servers = {"on": upstream.url, "off": refusing_url(), "fixed": fixed}
+        settings = {"DEFAULT_UPSTREAM": "on"}
+        with Router(settings, {"servers": servers}) as router:
+            for line in (
+                "server on: up, 2 models",
+                "server off: connection refused",
+                "server fixed: not asked; it has 1 model",
+            ):
+                assert wait_until(lambda line=line: f"{line}\n" in router.stderr), line
+            # A policy that nobody has changed is no news.
+            assert "Web UI" not in router.stderr
+        settings |= {"LOG_LEVEL": "WARNING", "WEBUI_SECURITY": "NONE"}
+        with Router(settings, {"servers": servers}) as router:
+            assert wait_until(lambda: len(upstream.own_requests) > 2)
+            assert post_chat(router, "a").status == 200
+            router.stop()
+            words = "the Web UI is open to whoever reaches the port (WEBUI_SECURITY=NONE)\n"
+            assert words in router.stderr
+            assert "server on" not in router.stderr
+
+
 def test_it_starts_without_stderr() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
