@@ -4105,14 +4105,12 @@ def read_stream_wish(protocol: Protocol, document: Mapping[str, Any]) -> bool:
     return protocol.streams == IF_ASKED and wish is True
 
 
-def refuse_second_model(condition: bool, name: str) -> None:
+def refuse_second_model(condition: bool, what: str) -> None:
     """Raise MalformedContent for a request with two members that name its model.
 
     Readers differ on which of the two counts: the rules would look at one, the server at the other.
     """
-    require_content(
-        not condition, f"the content has two `{name}` members; readers differ on which one counts"
-    )
+    require_content(not condition, f"there are two {what}; readers differ on which one counts")
 
 
 NO_MODEL = 'no model was named; add `"model": "name"`'
@@ -4130,7 +4128,7 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
     model = ""
     for name in protocol.model_members:
         if name in document:
-            refuse_second_model(has_twice(text, name), name)
+            refuse_second_model(has_twice(text, name), f"`{name}` members")
         found = document.get(name)
         if found is not None and not isinstance(found, str):
             raise MalformedContent(f"`{name}` is {json.dumps(found)[:80]} instead of a string")
@@ -4256,7 +4254,7 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
         head_start = at + len(mark)
         head_end = content.find(b"\r\n\r\n", head_start, min(at + MAX_PART_HEAD, end))
         if head_end >= 0 and is_model_part(content[head_start:head_end]):
-            refuse_second_model(parsed.model_span != (0, 0), "model")
+            refuse_second_model(parsed.model_span != (0, 0), "`model` members")
             model = content[head_end + 4 : end].decode("utf-8", "replace")
             span = (head_end + 4, end)
             parsed = dataclasses.replace(parsed, model=model, model_span=span)
@@ -4274,7 +4272,7 @@ def encode_form(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
 
 # --- requests whose model stands in their query ---------------------------------------
 
-QUERY_MODEL = re.compile(r"[?&]model=([^&]*)")
+QUERY_PARAMETER = re.compile(r"[?&]([^&=]*)=([^&]+)")
 
 
 def is_object(content: bytes) -> bool:
@@ -4283,18 +4281,21 @@ def is_object(content: bytes) -> bool:
 
 
 def read_with_query(path: str, query: str, content: bytes) -> ParsedRequest:
-    """Read a request whose content names its model, or else its query, or neither.
+    """Read a request whose content or query names its model, or neither.
 
     `/props`, `?model=org%2Fm`, `b""`  ->  a request for the model `org/m`
+
+    Raises MalformedContent when both do.
     """
     parsed = ParsedRequest(path, query, content)
     if is_object(content):
         parsed = read_object(path, query, content)
-    named = QUERY_MODEL.search(query)
-    if parsed.model or not named:
-        return parsed
-    model = urllib.parse.unquote_plus(named[1])
-    return dataclasses.replace(parsed, model=model, query_span=named.span(1))
+    for parameter in QUERY_PARAMETER.finditer(query):
+        name, value = map(urllib.parse.unquote_plus, parameter.groups())
+        if name == "model":
+            refuse_second_model(parsed.model != "", "names of a model, in content or query")
+            parsed = dataclasses.replace(parsed, model=value, query_span=parameter.span(2))
+    return parsed
 
 
 def encode_query(parsed: ParsedRequest, model: str) -> str:
@@ -5454,6 +5455,8 @@ ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 # A name that ends so means the name without as well.
 LATEST_TAG = ":latest"
 YAML_REMEDY = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
+# So many names of models or servers does an error say, of those that there are.
+NAMES_IN_ERROR = 5
 # Fields that the router sets itself in each request: a server's `headers` cannot name them.
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
 
@@ -6592,6 +6595,23 @@ def resolve_default(table: RoutingTable, source_host: str) -> Decision:
     return resolve(dataclasses.replace(table, rules=(), model_map=()), "", source_host)
 
 
+def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
+    """Return where a request goes that names its server itself. Raises NotFound."""
+    # With two servers of one name, the one of the routing file is last, and counts.
+    servers = {server.name: server for server in table.all_servers()}
+    if name not in servers:
+        names = ", ".join(list(servers)[:NAMES_IN_ERROR]) or "none"
+        raise NotFound(f"no such server {name[:80]!r}; there are {names}")
+    return Decision(
+        requested_model=model,
+        mapped_model=model,
+        route=f"upstream {name}",
+        strategy="failover",
+        instances=(Instance(servers[name], model),),
+        trail=(Step("upstream", True, f"the path names server {name!r}"),),
+    )
+
+
 # The same few clients ask for the same few models, and need not be decided about each time. Only
 # so many decisions are kept, because the trail of each has a step for every rule of the table.
 remembered_decision = functools.lru_cache(maxsize=LIMITS.decisions)(resolve)
@@ -7053,13 +7073,13 @@ def check_models(token: Token | None, models: Iterable[str], table: RoutingTable
 
 
 def check_unlimited(token: Token | None) -> None:
-    """Refuse a token for some models alone where these are made. Raises Forbidden.
+    """Refuse a token for some models alone where any could be made or asked. Raises Forbidden.
 
     Otherwise a token for `llama*` could make a `llama-2` that is another model.
     """
     if token and token.models is not None:
         listed = ", ".join(token.models)
-        raise Forbidden(f"the token is for the models {listed}; it may not make or delete any")
+        raise Forbidden(f"the token is for the models {listed}; this needs one without that limit")
 
 
 def requested_models(parsed: ParsedRequest) -> Iterator[str]:
@@ -8460,8 +8480,6 @@ class Upload:
 
 # With these an instance says that it cannot serve more now. It cools down as after a failure.
 COOLING_STATUSES = (429, 503)
-# So many names of models does an error say, of those that there are.
-NAMES_IN_ERROR = 5
 # When a server refuses to list its models, its client gets these fields of the refusal.
 LIST_FIELDS = ("content-type", "www-authenticate", "retry-after")
 
@@ -12349,6 +12367,27 @@ async def relay_upload(context: Context, request: Request) -> None:
     await exchange.run()
 
 
+async def relay_as_it_is(context: Context, request: Request) -> None:
+    """Relay anything as it is to the server that the path names: /upstream/{server}/..."""
+    # What is asked for there may name its model in any way.
+    check_unlimited(request.token)
+    _, _, name, *rest = request.path.split("/", 3)
+    path = f"/{''.join(rest)}"
+    content = request.content
+    model = ""
+    stream = False
+    # What can be read of it is for its row alone, and need not be right.
+    with contextlib.suppress(RouterError):
+        read = await context.work(len(content), read_object, path, request.query, content)
+        model = read.model
+        stream = read.stream
+    decision = resolve_server(context.table, urllib.parse.unquote(name), model)
+    parsed = ParsedRequest(path, request.query, content, model=model)
+    exchange = Exchange(context, request, parsed, decision)
+    exchange.record.stream = stream
+    await exchange.run()
+
+
 # ======================================================================================
 # 15  Dashboard and API
 # ======================================================================================
@@ -13798,6 +13837,13 @@ ENDPOINTS = (
         LLAMA_CPP,
     ),
     Endpoint("GET HEAD POST", "/props /slots /slots/*", API, relay_model, LLAMA_CPP),
+    Endpoint(
+        "GET HEAD POST PUT PATCH DELETE",
+        "/upstream/* /upstream/*/**",
+        API,
+        relay_as_it_is,
+        OPENAI_OPAQUE,
+    ),
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),

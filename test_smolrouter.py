@@ -6410,9 +6410,129 @@ def test_llama_cpp_completion_is_filtered_and_counted(stream: bool) -> None:
     assert (row["path"], row["tokens_estimated"], row["stream"]) == ("/completion", False, stream)
 
 
+@pytest.mark.parametrize("target", ("?model=a&model=b", "?model=a&x&m%6Fdel=a", "?model=a"))
+def test_llama_cpp_has_one_name_of_a_model(target: str) -> None:
+    body = {"model": "b"} if target.count("=") == 1 else None
+    counts = [len(upstream.requests) for upstream in llama_cpp_upstreams().values()]
+    got = request(llama_cpp_router().port, "POST", f"/props{target}", body)
+    assert (got.status, b"two names of a model" in got.content) == (400, True)
+    assert [len(upstream.requests) for upstream in llama_cpp_upstreams().values()] == counts
+
+
 def test_llama_cpp_detokenizes_what_it_was_given() -> None:
     got = post_json("/detokenize", {"tokens": [1]}, llama_cpp_router())
     assert got.json == {"content": "<think>a</think>b"}
+
+
+# --- anything, to a server by name ----------------------------------------------------
+
+
+@functools.cache
+def echoing_upstream() -> Upstream:
+    """Return a server that answers with thinking, as a stream if the content says so."""
+
+    def script(received: Received) -> Iterable[Step]:
+        if received.method == "HEAD":
+            return head_only(json_response({}))
+        if b'"stream":true' in received.content:
+            return sse_response(completion_events({}, "<think>Hm.</think> Hi."))
+        if "refused" in received.target:
+            return json_response({"error": "stream_options is unknown"}, 400)
+        return whole_response(b'{"content": "<think>a</think>b"}', kind="application/json")
+
+    return Upstream(script)
+
+
+def naming_router() -> Router:
+    """Return a router that has this server under three names, and changes what it can."""
+    box = {"url": f"{echoing_upstream().url}/prefix/v1", "api_key": "sk-of-the-box"}
+    servers = {"box": box, "box two": box, "off": switched_off_url("dead")}
+    routes = [{"match": {"model": "/^rule-(.+)$/"}, "route": {"upstream": "off"}}]
+    settings = {
+        "DEFAULT_UPSTREAM": switched_off_url("dead"), "WEBUI_SECURITY": "NONE",
+        "DISABLE_THINKING": "true",
+        "MODEL_MAP": '{"old": "new"}', "PING_INTERVAL": "0.1", "DEFAULT_MODEL": "other",
+    }  # fmt: skip
+    return shared_router(settings, {"servers": servers, "routes": routes})
+
+
+NAMED_REQUESTS = (
+    ("GET", "/upstream/box", "/", None),
+    ("GET", "/upstream/box/", "/", None),
+    ("GET", "/upstream/box/metrics?a=%2F", "/metrics?a=%2F", None),
+    ("GET", "/upstream/box%20two/v1/models", "/v1/models", None),
+    ("HEAD", "/upstream/box/health", "/health", None),
+    ("PUT", "/upstream/box/a/b", "/a/b", b"\x00\xff"),
+    ("PATCH", "/upstream/box/models/load", "/models/load", b"{"),
+    ("DELETE", "/upstream/box/api/delete", "/api/delete", b'{"model":"old"}'),
+    ("POST", "/upstream/box/v1/v1/x", "/v1/v1/x", b'{"model":"a","model":"b"}'),
+    (
+        "POST",
+        "/upstream/box/v1/chat/completions",
+        CHAT,
+        b'{ "messages":[{"role":"user","content":"a"}] }',
+    ),
+    (
+        "POST",
+        "/upstream/box/v1/chat/completions",
+        CHAT,
+        b'{"model":"old","stream":true,"messages":[{"role":"user","content":"a"}]}',
+    ),
+    ("POST", "/upstream/box/api/chat", "/api/chat", b'{"model":"rule-x:latest","stream":true}'),
+)
+
+
+@pytest.mark.parametrize("method, target, wanted, body", NAMED_REQUESTS)
+def test_what_goes_to_a_server_by_name_stays_as_it_is(
+    method: str, target: str, wanted: str, body: Any
+) -> None:
+    count = len(echoing_upstream().requests)
+    got = request(naming_router().port, method, target, body)
+    (heard,) = echoing_upstream().requests[count:]
+    assert (heard.method, heard.target, heard.content) == (method, f"/prefix{wanted}", body or b"")
+    assert heard.get("Authorization") == "Bearer sk-of-the-box"
+    assert got.status == 200
+    if method != "HEAD":
+        assert b"<think>" in got.content
+    if body and b"stream" in body:
+        assert got.events[-1] == b"[DONE]" and b": ping" not in got.content
+        assert b"usage" not in heard.content
+    else:
+        assert got.get("X-SmolRouter-Route").startswith("upstream box")
+
+
+def test_a_request_to_a_server_by_name_has_a_row() -> None:
+    asked = {"model": "row-by-name", "stream": True, "messages": HELLO_MESSAGES}
+    post_json("/upstream/box/v1/chat/completions", asked, naming_router())
+    row = wait_for_row(naming_router(), "row-by-name")
+    assert row["path"] == "/upstream/box/v1/chat/completions"
+    assert (row["original_model"], row["mapped_model"], row["stream"]) == ("row-by-name",) * 2 + (
+        True,
+    )
+    assert (row["status_code"], row["route"]) == (200, "upstream box")
+    assert row["upstream_url"] == f"{echoing_upstream().url}/prefix"
+
+
+def test_an_error_of_a_server_by_name_is_the_client_s() -> None:
+    count = len(echoing_upstream().requests)
+    got = post_json("/upstream/box/refused", {"model": "m"}, naming_router())
+    assert (got.status, got.json) == (400, {"error": "stream_options is unknown"})
+    assert len(echoing_upstream().requests) == count + 1
+    assert post_json("/upstream/off/v1/x", {"model": "m"}, naming_router()).status == 502
+
+
+def test_no_such_server_by_name() -> None:
+    got = request(naming_router().port, "GET", "/upstream/bax/v1/models")
+    assert got.status == 404
+    assert "no such server 'bax'" in got.json["error"]["message"]
+    assert "box, box two" in got.json["error"]["message"]
+    assert request(naming_router().port, "GET", "/upstream").status == 404
+
+
+def test_a_page_of_a_server_by_name_runs_no_script_as_the_router_s() -> None:
+    page = [("Accept", "text/html")]
+    got = request(naming_router().port, "GET", "/upstream/box/ui", fields=page)
+    assert (got.status, got.get("Content-Security-Policy")) == (200, "sandbox allow-downloads")
 
 
 # --- requests without a model ---------------------------------------------------------
@@ -6485,8 +6605,9 @@ def test_one_of_several_models_has_to_be_named(path: str, stream: bool) -> None:
     assert words.count(", alias-") + words.count("such as alias-") == 5
 
 
-def test_nobody_can_say_which_model_is_meant() -> None:
-    with Router({"DEFAULT_UPSTREAM": refusing_url()}) as router:
+@pytest.mark.parametrize("default", ("none", "http://127.0.0.1:9"))
+def test_nobody_can_say_which_model_is_meant(default: str) -> None:
+    with Router({"DEFAULT_UPSTREAM": default, "SERVERS": "http://127.0.0.1:9"}) as router:
         got = ask_without_model(router, CHAT, False)
         assert (got.status, "such as" in got.content.decode()) == (400, False)
 
@@ -8890,6 +9011,14 @@ def test_no_other_spelling_of_a_request_names_another_model() -> None:
         (router, "POST", "/v1/whatever", b"[]", {}),
         (router, "GET", "/v1/responses/resp_1", None, {}),
         (router, "DELETE", "/v1/files/f", None, {}),
+        (router, "POST", "/chat/completions", {**hello, "model": "secret"}, {}),
+        (router, "POST", "/v1/v1/chat/completions", {**hello, "model": "secret"}, {}),
+        (router, "POST", "/completion", {"prompt": "hi", "model": "secret"}, {}),
+        (router, "GET", "/props", None, {}),
+        (router, "GET", "/props?model=secret", None, {}),
+        (router, "GET", "/props?m%6Fdel=secret", None, {}),
+        (router, "POST", "/upstream/one/v1/chat/completions", {**hello, "model": "tiny"}, {}),
+        (router, "GET", "/upstream/one/v1/models", None, {}),
         (native, "POST", "/api/chat", {**hello, "model": "tiny", "MODEL": "secret"}, {}),
         (native, "POST", "/api/show", {"model": "tiny", "name": "secret"}, {}),
         (native, "POST", "/api/create", {"model": "tiny", "from": "secret"}, {}),
