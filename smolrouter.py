@@ -4382,7 +4382,7 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
 #     finish         returns the rest
 #     size           about how long that rest is
 #     buffers        nothing leaves before `finish`
-#     takes_ping     an event could stand behind what has left so far
+#     takes_event    an event could stand behind what has left so far
 #     over           the last event has come, so that nothing else is waited for
 #     complete       the answer has said that it is at its end
 #     trouble        what the answer said went wrong, or ""
@@ -4402,7 +4402,7 @@ class BufferedRewrite:
     tells_timings = True
 
     @property
-    def takes_ping(self) -> bool:
+    def takes_event(self) -> bool:
         """Whether nothing has left yet."""
         return self.buffers
 
@@ -4491,7 +4491,7 @@ class StreamRewrite:
         return len(self.reader.pending)
 
     @property
-    def takes_ping(self) -> bool:
+    def takes_event(self) -> bool:
         """Whether what has left ends where an event does."""
         return not self.reader.long_tail
 
@@ -11662,8 +11662,9 @@ class Exchange:
     def fail(self, error: RouterError) -> None:
         """Send an error in the client's dialect: as the answer, or as the end of one.
 
-        A stream that has begun ends with an event that tells the error. Any other content that has
-        begun just breaks off, without the end that its framing needs, and so its client sees it.
+        A stream that has begun ends with an event that tells the error. Other content that has
+        begun, or an event that was too long to be kept until it was whole, just breaks off without
+        the end that its framing needs, and so its client sees it.
         """
         record = self.record
         if isinstance(error, ClientClosed):
@@ -11682,7 +11683,7 @@ class Exchange:
         if self.sent == PINGS:
             # The error is all of the answer.
             self.writer.finish(event)
-        elif self.rewriter is not None and not self.rewriter.buffers:
+        elif self.rewriter is not None and self.rewriter.takes_event:
             self.writer.cut(event)
         else:
             self.writer.cut(b"")
@@ -11719,7 +11720,7 @@ class Exchange:
         """
         record = self.record
         if self.relaying:
-            if self.rewriter is None or not self.rewriter.takes_ping:
+            if self.rewriter is None or not self.rewriter.takes_event:
                 return
             if not self.rewriter.buffers:
                 self.begin_answer(None)

@@ -13712,6 +13712,27 @@ def test_never_half_an_answer_and_a_whole_one() -> None:
         )
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_event_stands_inside_of_what_broke_off(stream: bool, version: str) -> None:
+    """What is too long to be kept leaves as it comes, and ends where it broke off."""
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url}
+    router = shared_router(settings, limits={"buffered_answer": 99, "buffered_event": 99})
+    media_type = "text/event-stream" if stream else "application/json"
+    begun = b"data: " * stream + b'{"choices":[{"message":{"content":"' + b"x" * 200
+    name = default_upstream().add_script(
+        [*stream_response([begun], kind=media_type, whole=False), CLOSE]
+    )
+    encoded = encode_post(CHAT, chat_document(name, stream=stream), version=version)
+    content = b""
+    with connect(router.port) as sock, contextlib.suppress(ConnectionResetError):
+        sock.sendall(encoded)
+        while piece := sock.recv(4096):
+            content += piece
+    assert begun in content
+    assert b"error" not in content and not content.endswith(b"0\r\n\r\n")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_last_answer_passes_through_byte_for_byte(stream: bool) -> None:
     content = '{ "error" : {"message":"später", "code" : 4.290 } }\n'.encode()
