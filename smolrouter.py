@@ -4277,7 +4277,7 @@ QUERY_PARAMETER = re.compile(r"[?&]([^&=]*)=([^&]+)")
 
 def is_object(content: bytes) -> bool:
     """Tell whether content looks like a JSON object."""
-    return content[:64].removeprefix(BYTE_ORDER_MARK.encode()).lstrip()[:1] == b"{"
+    return content[:64].removeprefix(BOM).lstrip()[:1] == b"{"
 
 
 def read_with_query(path: str, query: str, content: bytes) -> ParsedRequest:
@@ -11248,18 +11248,22 @@ class RequestLog:
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
 # Fields of an upstream's response that stop here.
 NOT_RETURNED = HOP_BY_HOP.union(("content-length",))
-# The same, and fields that are not true any more when the content was changed; Content-Type is
-# then written anew.
-NOT_TRUE_ANY_MORE = NOT_RETURNED.union(("content-encoding", "etag", "content-md5", "content-type"))
-OWN_FIELD_NAMES = (
-    "X-SmolRouter-Request-Id",
+# When its content was changed, those that are not true any more stop here, too; Content-Type is
+# written anew.
+NOT_RETURNED_IF_REWRITTEN = NOT_RETURNED.union(
+    ("content-encoding", "etag", "content-md5", "content-type")
+)
+# What the router tells of itself in its own answers and in those that it relays: the id under which
+# the request is in the log, and which way it went.
+REQUEST_ID_FIELD = "X-SmolRouter-Request-Id"
+ROUTE_FIELDS = (
     "X-SmolRouter-Upstream",
     "X-SmolRouter-Model",
     "X-SmolRouter-Route",
     "X-SmolRouter-Attempts",
 )
 # An upstream's fields of these names stop here, too: it may be a SmolRouter itself.
-OWN_FIELDS = frozenset(name.lower() for name in OWN_FIELD_NAMES)
+OWN_FIELDS = frozenset(name.lower() for name in (REQUEST_ID_FIELD, *ROUTE_FIELDS))
 # A stream must reach its client event by event: nothing in between may cache or gather it.
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
 # After these errors nobody knows where the next request on the connection begins.
@@ -11372,8 +11376,8 @@ class Context:
         target = request.path + request.query
         return find_secrets(request.head.fields, target, self.table)
 
-    async def spell_models(self, decision: Decision, request: Request) -> Decision:
-        """Return a decision that asks each server for a model by a name that it knows.
+    async def drop_unknown_tags(self, decision: Decision, request: Request) -> Decision:
+        """Return a decision without the tags that mean nothing to the servers that are asked.
 
         Clients of a dialect that is translated add `:latest` to any name. To a server that speaks
         OpenAI alone the tag means nothing, unless it lists a model of that very name.
@@ -11427,7 +11431,7 @@ def passed_fields(fields: Fields, *dropped: Iterable[str]) -> FieldPairs:
 def encode_route_fields(upstream_url: str, model: str, route: str, attempts: int) -> FieldPairs:
     """Return the fields that tell which way a request went; one without a value is left out."""
     values = (upstream_url, encode_field_value(model), encode_field_value(route), str(attempts))
-    named = zip(OWN_FIELD_NAMES[1:], values, strict=True)
+    named = zip(ROUTE_FIELDS, values, strict=True)
     return [(name, value) for name, value in named if value]
 
 
@@ -11480,6 +11484,17 @@ class AnswerShape(NamedTuple):
     media_type: str
 
 
+def encode_content_type(head: ResponseHead, shape: AnswerShape) -> str:
+    """Return the Content-Type of an answer whose content was changed, or may be."""
+    if not shape.native and shape.streamed and head.status < 400:
+        return LINES.media_type
+    if not shape.native:
+        return "application/json; charset=utf-8"
+    if shape.media_type != head.media_type:
+        return shape.media_type
+    return head.fields.get("content-type") or "application/octet-stream"
+
+
 @remember_short
 def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
     """Return the field lines of an answer as its client gets them."""
@@ -11487,17 +11502,10 @@ def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
     dropped = NOT_RETURNED
     media_type = shape.media_type
     if shape.rewritten:
-        dropped = NOT_TRUE_ANY_MORE
-        content_type = head.fields.get("content-type") or "application/octet-stream"
-        if media_type != head.media_type:
-            content_type = media_type
-        if not shape.native and shape.streamed and head.status < 400:
-            media_type = "application/x-ndjson"
-            content_type = media_type
-        elif not shape.native:
-            media_type = "application/json"
-            content_type = "application/json; charset=utf-8"
+        dropped = NOT_RETURNED_IF_REWRITTEN
+        content_type = encode_content_type(head, shape)
         own.append(("Content-Type", content_type))
+        media_type = content_type.partition(";")[0].strip(" \t").lower()
     if media_type in EVENT_FORMATS:
         own += STREAM_FIELDS
         dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
@@ -11696,7 +11704,7 @@ class Exchange:
         model = record.sent_model[:longest]
         route = record.route[:longest]
         route_fields = encode_route_fields(record.upstream_url, model, route, len(record.attempts))
-        return [(OWN_FIELD_NAMES[0], record.request_id), *route_fields]
+        return [(REQUEST_ID_FIELD, record.request_id), *route_fields]
 
     # Signs of life
 
@@ -11728,7 +11736,7 @@ class Exchange:
         if self.sent == NOTHING:
             self.sent = PINGS
             fields = [("Content-Type", self.dialect.events.media_type), *STREAM_FIELDS]
-            fields.append((OWN_FIELD_NAMES[0], record.request_id))
+            fields.append((REQUEST_ID_FIELD, record.request_id))
             fields.append(("Date", http_date(int(now))))
             self.writer.write_head(200, encode_field_lines(fields), None)
         self.writer.write_content(self.dialect.encode_ping(self.parsed, rfc3339(now)))
@@ -11866,7 +11874,7 @@ class Exchange:
         words = ""
         if head.status >= 400:
             # It has been read where another instance could be asked instead.
-            words = self.read_error(head, b"".join(candidate.response.buffered))
+            words = self.loggable_error(head, b"".join(candidate.response.buffered))
         if head.status in COOLING_STATUSES:
             reason = f"status {head.status}: {words}".removesuffix(": ")
             candidate.health.fail(reason, head.fields.get("retry-after"), reached=True)
@@ -11887,7 +11895,7 @@ class Exchange:
             self.record.attempts.pop()
         self.record.attempts.append(attempt)
 
-    def read_error(self, head: ResponseHead, content: bytes) -> str:
+    def loggable_error(self, head: ResponseHead, content: bytes) -> str:
         """Return what an answer says went wrong, as it may be kept; "" when it says nothing."""
         limit = self.context.limits.error_content
         decoded = decode_content(content, read_coding(head.fields), limit)
@@ -12079,7 +12087,7 @@ class Exchange:
             tail = await self.context.work(rewriter.size, rewriter.finish, closed)
             self.conclude(rewriter)
         if self.error_content and not self.record.error:
-            self.record.error = self.read_error(head, self.error_content)
+            self.record.error = self.loggable_error(head, self.error_content)
         self.finish_answer(tail)
 
     def finish_opening(self, closed: bool) -> None:
@@ -12245,7 +12253,7 @@ async def relay_model(context: Context, request: Request) -> None:
         parsed = dataclasses.replace(parsed, model=model)
     if parsed.text or parsed.model:
         decision = await context.decide(parsed.model, request.source_host, request.dialect)
-        decision = await context.spell_models(decision, request)
+        decision = await context.drop_unknown_tags(decision, request)
     else:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
         decision = resolve_default(context.table, request.source_host)
@@ -12263,8 +12271,7 @@ async def relay_post(context: Context, request: Request) -> None:
     coding = read_coding(request.head.fields)
     if coding and (is_form or needs_model or "json" in content_type.lower()):
         # A model may be in there, which nobody can see.
-        what = f"Content-Encoding {coding[:80]!r} of a request"
-        raise UnsupportedContent(f"{what}; send it plain")
+        raise UnsupportedContent(f"Content-Encoding {coding[:80]!r} of a request; send it plain")
     if is_form:
         # The boundary of its parts stands in its Content-Type.
         read_this_form = functools.partial(read_form, content_type)
