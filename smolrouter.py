@@ -21,10 +21,10 @@ The file reads top to bottom; every section uses only what stands above it:
                  8  Dialects           OpenAI inside, Ollama at the edge
                  9  Routing            model and source host to instances, and why
                 10  Access             tokens, policies, Host and Origin
-    Actions     11  HTTP on streams    the code that awaits bytes
+    Actions     11  HTTP on streams    the connections that messages come and go by
                 12  Upstreams          connection pool, one request, health
                 13  Request log        what happened to every request
-    The router  14  Relay              one exchange, first byte to last
+    The router  14  Relay              one exchange, from a request to the end of its answer
                 15  Dashboard and API  what the owner looks at
                 16  Application        which path means what
                 17  HTTP server        the connection loop, drain
@@ -11240,9 +11240,9 @@ class RequestLog:
 # instances of a decision are asked in order until one says something (`Opening`, section
 # 7), and that answer goes out as it comes in. After its first octet has left there is no
 # second answer: a failure then ends the stream with an error. A client that waits for a
-# stream gets signs of life meanwhile, which decide nothing. Whatever happens, the record of
-# the request is finished exactly once. `Context` stands first: every exchange and every
-# handler of the sections below works with it.
+# stream gets pings meanwhile, signs of life after which any instance can still give the
+# answer. Whatever happens, the record of the request is finished exactly once. `Context`
+# stands first: every exchange and every handler of the sections below works with it.
 
 # Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
@@ -11277,7 +11277,7 @@ FATAL_TO_CONNECTION = (
 )
 FieldPairs = list[tuple[str, str]]
 # What a client has been sent of the response to its request: nothing; the head of a stream and
-# signs of life, which say nothing of what the answer will be; or some of an answer.
+# pings, which say nothing of what the answer will be; or some of an answer.
 NOTHING = "nothing"
 PINGS = "pings"
 ANSWER = "answer"
@@ -11357,7 +11357,7 @@ class Context:
         return await loop.run_in_executor(self.worker, task, *arguments)
 
     async def list_models(self, request: Request) -> list[dict[str, Any]]:
-        """Return the models that the client of a request may see, own names first."""
+        """Return the models that the client of a request may see, the router's own names first."""
         authorization = self.authorization_of(request)
         models = await list_models(self.model_lists, self.table, authorization)
         return [model for model in models if may_use(request.token, model["id"], self.table)]
@@ -11436,7 +11436,7 @@ def encode_route_fields(upstream_url: str, model: str, route: str, attempts: int
 
 
 class Forwarding(NamedTuple):
-    """What the fields of a forwarded request depend on, beside its head."""
+    """What the fields of a forwarded request depend on, besides its head."""
 
     server: Server
     # The server speaks the client's dialect, so that nothing is translated.
@@ -11470,7 +11470,7 @@ def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
 
 
 class AnswerShape(NamedTuple):
-    """What the fields of a relayed answer depend on, beside its head."""
+    """What the fields of a relayed answer depend on, besides its head."""
 
     # The server speaks the client's dialect, so that nothing is translated.
     native: bool
@@ -11536,7 +11536,8 @@ class Candidate:
         # Whether another instance could be asked instead; whether there is no other at all.
         self.has_next = False
         self.is_only = False
-        # Whether the record has its attempt already, as one that was answered.
+        # Whether the attempt stands in the record already, because its response counted as an
+        # answer.
         self.noted = False
         self.started_at = time.monotonic()
 
@@ -11574,18 +11575,19 @@ class Exchange:
         self.decision = decision
         # What the client has got so far.
         self.sent = NOTHING
-        # The attempt that counts: the one that is running, or whose response is relayed; and
-        # whether it is.
+        # The attempt that counts: the one that is running, or whose response is relayed.
         self.candidate: Candidate | None = None
+        # Whether its response is being relayed.
         self.relaying = False
-        # Looks for the first thing that its answer says; None if that is all the same to everybody.
+        # Looks for the first thing that its answer says; None where nothing depends on that.
         self.opening: Opening | None = None
         self.rewriter: Rewriter | None = None
         self.inflater: Inflater | None = None
         # The request's content, where that goes on as it comes.
         self.upload: Upload | None = None
-        # Whether the answer may be an error whose words are looked for, and its content so far.
+        # Whether the answer may still be an error, so that its content is kept for its words.
         self.seeks_error = False
+        # The beginning of that content.
         self.error_content = b""
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         self.record.secrets = context.secrets_of(request)
@@ -11602,7 +11604,7 @@ class Exchange:
             await self.check_claim()
             if self.send_load_answer():
                 return
-            # Whoever has sent all and closed wants no model to work for nobody.
+            # From now on the request ends when its client leaves: no model works for nobody.
             self.request.connection.cancel_on_disconnect()
             self.begin_pings()
             await self.relay()
@@ -11652,10 +11654,11 @@ class Exchange:
         raise NotFound(unknown_model(self.decision.requested_model, names))
 
     def send_load_answer(self) -> bool:
-        """Answer a request that asks for nothing but to load a model; tell whether it was one.
+        """Answer a request that asks for nothing but to load a model; tell whether that was done.
 
         Clients send one without a prompt so that the model is in memory when the first prompt
-        comes. OpenAI's dialect has no such request, so the router says yes itself.
+        comes. OpenAI's dialect has no such request, so the router says yes itself. A server that
+        speaks the client's dialect is asked.
         """
         if self.dialect.empty is None:
             return False
@@ -11699,37 +11702,40 @@ class Exchange:
     def own_fields(self) -> FieldPairs:
         """Return the fields that tell what the router did with the request."""
         record = self.record
-        # These are remembered, and clients choose the names of models.
+        # Clients choose the names of models, and `encode_route_fields` keeps them in memory.
         longest = self.context.limits.shown_name
         model = record.sent_model[:longest]
         route = record.route[:longest]
         route_fields = encode_route_fields(record.upstream_url, model, route, len(record.attempts))
         return [(REQUEST_ID_FIELD, record.request_id), *route_fields]
 
-    # Signs of life
+    # Pings
 
     def begin_pings(self) -> None:
-        """Give a client that waits for a stream a sign of life whenever it hears nothing.
+        """Ping a client that waits for a stream whenever it has got nothing for a while.
 
         Clients and proxies give up a connection on which nothing comes, while a server still loads
         a model, reads a long prompt or thinks.
         """
         interval = self.context.settings.ping_interval
-        # Only of a conversation is it known what an event looks like that says nothing.
+        # Only of a conversation, which has words of a user, is it known what a ping looks like.
         streams = self.parsed.stream and self.parsed.protocol.user_words
         if interval and streams and self.request.head.method != "HEAD":
             self.writer.set_on_silence(interval, self.ping)
 
     def ping(self) -> None:
-        """Give the client a sign of life, if one can stand where its answer is now.
+        """Send the client an event that says nothing, if one can stand where its answer is now.
 
-        Before an answer it can: then it begins a stream, and decides nothing else of what the
-        answer will be. An answer that goes as it is has no place for it.
+        Before an answer has begun it can: then the ping begins a stream, in which any answer can
+        follow, also an error. An answer without a rewriter has no place for it: nobody knows where
+        its events end.
         """
         record = self.record
         if self.relaying:
             if self.rewriter is None or not self.rewriter.takes_event:
                 return
+            # A stream that is relayed has a head of its own. What is kept back until its end may
+            # still become an event of the stream that a ping begins.
             if not self.rewriter.buffers:
                 self.begin_answer(None)
         now = time.time()
@@ -11748,8 +11754,8 @@ class Exchange:
         """Ask the instances in order until one answers well, and send what it says.
 
         An answer that breaks off before any of it was sent is a failure like any other: the next
-        instance is asked. When all fail, the client gets the last answer that was HTTP at all, byte
-        for byte. Raises BadGateway or GatewayTimeout when there was none.
+        instance is asked. When all fail, the client gets the last answer that was HTTP at all: an
+        error in its server's words. Raises BadGateway or GatewayTimeout when there was none.
         """
         fallback: Candidate | None = None
         # Its class alone is kept: an error object holds on to all the frames it came through.
@@ -11789,12 +11795,12 @@ class Exchange:
         """Ask an instance, and wait until its response counts as an answer. Raises BadGateway.
 
         Where there are no other instances its head is enough. Otherwise the response has to say
-        something first, and the client gets what is read here after that.
+        something first. What is read of it until then is kept, and goes out with the rest.
         """
         response = await self.attempt(candidate)
         await self.find_media_type(response)
-        # What does not matter is not looked for: of an answer that comes as a whole nobody wants to
-        # know when it began.
+        # The only instance is not left for another one, and when an answer began that comes as a
+        # whole, nobody is told. So there is nothing to look for.
         if self.parsed.stream or not candidate.is_only:
             self.opening = Opening(
                 find_protocol(self.upstream_path(candidate)),
@@ -11825,7 +11831,7 @@ class Exchange:
             response.media_type = "text/event-stream"
 
     def make_current(self, candidate: Candidate) -> None:
-        """Make a candidate the one that counts, in the record and as what its instance does."""
+        """Make a candidate the one that counts: in the record, and in what runs at its instance."""
         if self.candidate:
             self.candidate.health.running -= 1
         candidate.health.running += 1
@@ -11845,7 +11851,7 @@ class Exchange:
         return "; ".join(f"{a.instance} ({a.upstream_url}): {a.error}" for a in attempts)
 
     def note_failure(self, candidate: Candidate, error: BadGateway) -> None:
-        """Put an attempt without a good answer into the record; its instance cools down."""
+        """Put an attempt without a good answer into the record, and note it for its instance."""
         text = self.loggable(str(error))
         candidate.close()
         if isinstance(error, ErrorAnswer):
@@ -11854,12 +11860,12 @@ class Exchange:
             candidate.health.fail(text, reached=candidate.response is not None)
         # When it comes back it may be another server, which takes `stream_options`.
         self.context.upstreams.no_stream_options.discard(candidate.instance.server.url)
-        # An answer that broke off after its client got some of it was one until then.
+        # If the client got some of the answer, its attempt stands in the record as answered.
         if self.sent != ANSWER:
             self.note_attempt(candidate, text)
 
     def note_error_answer(self, candidate: Candidate, error: ErrorAnswer) -> None:
-        """Note for the health of an instance that its answer was an error, with a good status."""
+        """Note for the health of an instance that its answer was an error, under a good status."""
         if error.told_status in COOLING_STATUSES:
             reason = self.loggable(f"status {error.told_status}: {error}")
             retry_after = candidate.response.head.fields.get("retry-after")
@@ -11873,7 +11879,8 @@ class Exchange:
         head = candidate.response.head
         words = ""
         if head.status >= 400:
-            # It has been read where another instance could be asked instead.
+            # Its content has come already where another instance could be asked instead. Of the
+            # only one's there may be nothing yet; `relay_response` finds the words then.
             words = self.loggable_error(head, b"".join(candidate.response.buffered))
         if head.status in COOLING_STATUSES:
             reason = f"status {head.status}: {words}".removesuffix(": ")
@@ -11886,7 +11893,7 @@ class Exchange:
         candidate.noted = True
 
     def note_attempt(self, candidate: Candidate, error: str | None) -> None:
-        """Put an attempt into the record, or what became of it when its head was good."""
+        """Put an attempt into the record, in place of what stands there of the same attempt."""
         elapsed_ms = round((time.monotonic() - candidate.started_at) * 1000, 1)
         instance = str(candidate.instance)
         url = self.record.upstream_url
@@ -11925,6 +11932,7 @@ class Exchange:
         longest = self.context.limits.buffered_error
         if head.status >= 400 and len(await response.buffer_error()) > longest:
             raise BadGateway(f"an error answer over {longest} bytes")
+        # An error answer says something, whatever is in it. Others, but a 200, may have no content.
         if head.status != 200 or self.request.head.method == "HEAD":
             return
         opening = self.opening
@@ -11943,7 +11951,7 @@ class Exchange:
         self.note_opening()
 
     def note_opening(self) -> None:
-        """Note that the answer has said something: all that is measured of it begins now."""
+        """Note that the answer has said something: from now on its tokens come."""
         self.record.first_token_at = time.monotonic()
         self.record.phase = "streaming"
 
@@ -12018,10 +12026,14 @@ class Exchange:
             self.context.settings.jwt_secret,
         )
 
-    # Relaying it
+    # Relaying an answer
 
     def choose_rewriter(self) -> tuple[Rewriter | None, Inflater | None]:
-        """Return what the answer must go through; one that cannot be read goes as it is."""
+        """Return what the answer must go through, None when it goes as it is.
+
+        One with an unknown content coding goes as it is, if nothing is to be translated and the
+        client has no head yet that says something else. Where it cannot, raises BadGateway.
+        """
         candidate = self.candidate
         head = candidate.response.head
         coding = read_coding(head.fields)
@@ -12091,7 +12103,10 @@ class Exchange:
         self.finish_answer(tail)
 
     def finish_opening(self, closed: bool) -> None:
-        """Note whether an answer that is over has said anything; `closed` as in `may_be_whole`."""
+        """Note when an answer that is over began to say something, if that can be told.
+
+        `closed` is as in `may_be_whole`.
+        """
         opening = self.opening
         if opening and self.record.first_token_at is None and opening.finish(closed):
             self.note_opening()
@@ -12106,7 +12121,7 @@ class Exchange:
         is_whole = self.rewriter is not None and self.rewriter.buffers
         if is_whole and self.sent == PINGS:
             tail = self.dialect.encode_whole_event(tail, status, self.parsed.path)
-            # The head that its client has got tells another one.
+            # The head that the pings began with said 200.
             self.record.status = status
         # Of an answer that was kept back until now the length is known.
         self.begin_answer(len(tail) if is_whole else None)
@@ -12117,7 +12132,7 @@ class Exchange:
             candidate.health.succeed()
 
     def note_answer(self, head: ResponseHead) -> None:
-        """Note in the record that this answer is relayed; one before it has broken off."""
+        """Note in the record that this answer is relayed, in place of one that has broken off."""
         record = self.record
         record.response_fields = head.fields
         record.answer_status = head.status
@@ -12128,7 +12143,10 @@ class Exchange:
         self.error_content = b""
 
     def keep_error(self, data: bytes) -> None:
-        """Keep the content of what may be an error, unless it is too long for one."""
+        """Keep the content of what may be an error.
+
+        When it is too long for one, no more is kept, and of an answer with a good status nothing.
+        """
         self.error_content += data
         if len(self.error_content) > self.context.limits.error_content:
             self.seeks_error = False
@@ -12177,7 +12195,7 @@ class Exchange:
             self.forward_decoded(decoded[at : at + MiB])
 
     def forward_decoded(self, data: bytes) -> None:
-        """Do what `forward` does, with a piece that has no content coding any more."""
+        """Give the rewriter a piece without its content coding, and the client what may leave."""
         writer = self.writer
         if self.rewriter:
             data = self.rewriter.feed(data)
@@ -12277,13 +12295,14 @@ async def relay_post(context: Context, request: Request) -> None:
         read_this_form = functools.partial(read_form, content_type)
         request.dialect = OPENAI_OPAQUE._replace(read=read_this_form)
     elif not (needs_model or is_object(request.content)):
-        # Clients call an empty content JSON, too: `POST /v1/responses/{id}/cancel`.
+        # The Content-Type does not tell: clients give JSON's to an empty content, too, such as that
+        # of `POST /v1/responses/{id}/cancel`.
         request.dialect = OPENAI_OPAQUE
     await relay_model(context, request)
 
 
 async def decide_native(context: Context, request: Request, model: str) -> Decision:
-    """Return where a request goes that only a server which speaks its dialect itself can serve.
+    """Return where a request goes that can only be served in its own dialect, untranslated.
 
     Raises NotSupported when there is no such server.
     """
@@ -12322,9 +12341,9 @@ async def relay_native(context: Context, request: Request) -> None:
 
 
 async def relay_optional(context: Context, request: Request) -> None:
-    """Relay what newer servers of a dialect tell of themselves; without one it does not exist.
+    """Relay a path that only newer servers of a dialect have; without any such server it is a 404.
 
-    Clients take a 404 for an older server, and go on without.
+    Clients take that for an older server, and go on without what the path tells.
     """
     try:
         await relay_to_native(context, request)
@@ -12344,7 +12363,7 @@ async def relay_changes(context: Context, request: Request) -> None:
 
 
 async def relay_pull(context: Context, request: Request) -> None:
-    """Relay the wish for a model; when nobody can fetch it, say which models there are.
+    """Relay a request to fetch a model; when no server can, say which models there are.
 
     Clients pull what /api/show does not know, and show their user only how that ended.
     """
