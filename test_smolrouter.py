@@ -8255,12 +8255,13 @@ def listing_table(**settings: str) -> Any:
 
 def catalogue_of(table: Any, lists: Mapping[str, Sequence[str]] = LISTS) -> Any:
     """Return what these servers list, by their names or URLs."""
-    return smolrouter.Catalogue({
+    listed = {
         smolrouter.own_list_key(server): smolrouter.index_names(lists[key])
         for server in table.all_servers()
         for key in (server.name, str(server.url))
         if key in lists
-    })  # fmt: skip
+    }
+    return smolrouter.Catalogue(listed, {})
 
 
 @pytest.mark.parametrize("asked, route, instances", LISTED_DECISIONS)
