@@ -1026,6 +1026,12 @@ class Limits:
     # a few tokens: before its first one it may have to be loaded from a disk.
     probe_timeout: float = 5.0
     probed_model_timeout: float = 60.0
+    # Where the usual servers listen: a start without any server looks there, on this machine alone,
+    # and waits so long for each.
+    ollama_port: int = 11434
+    lm_studio_port: int = 1234
+    llama_cpp_port: int = 8080
+    local_server_timeout: float = 0.5
 
     # --- the log ---
     # Bodies up to this length stand in the database, where the page finds them at once; longer
@@ -14929,8 +14935,59 @@ def open_port(settings: Settings, limits: Limits) -> list[socket.socket]:
         return []
 
 
+def answers_locally(port: int, limits: Limits) -> bool:
+    """Tell whether a server of models answers on a port of this machine."""
+    try:
+        # Nobody is there, most often, and then http.client need not be imported.
+        socket.create_connection(("127.0.0.1", port), limits.local_server_timeout).close()
+        server = Server("", parse_upstream_url(f"http://127.0.0.1:{port}"))
+        connection = make_http_connection(server, None, limits.local_server_timeout)
+        fetch_models(connection, server, None, limits)
+    except ListRefused as error:
+        # Such as one that wants a key.
+        return error.refusal.status in (401, 403)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def look_for_servers(invocation: Invocation) -> Invocation:
+    """Return an invocation with the servers of this machine, if nobody has named any.
+
+    A newcomer has one of the usual servers on the machine, and starts the router to see what it
+    does. What is found counts until the router ends: whoever has read how to name it, will.
+    """
+    settings, limits = invocation.settings, invocation.limits
+    table = invocation.routes.load()
+    is_named = "default_upstream" in invocation.given or table.servers
+    if is_named or table.aliases or table.rules:
+        return invocation
+    if table.default is None or answers_locally(table.default.url.port, limits):
+        return invocation
+    usual_ports = {
+        "ollama": limits.ollama_port,
+        "lmstudio": limits.lm_studio_port,
+        "llamacpp": limits.llama_cpp_port,
+    }
+    found = []
+    for name, port in usual_ports.items():
+        # The router is about to listen on its own port. LM Studio has the same one by default: if
+        # it is there, the router says so and ends.
+        if port != settings.listen_port and answers_locally(port, limits):
+            found.append(f"{name}=http://127.0.0.1:{port}")
+    if not found:
+        return invocation
+    words = " ".join(found)
+    complain(f"no server is named; found on this machine, and used: SERVERS='{words}'")
+    given = {**invocation.given, "servers": GivenSetting("SERVERS", words)}
+    settings = Settings.from_given(given)
+    routes = RoutesFile(settings, invocation.routes.environ, invocation.routes.named)
+    return dataclasses.replace(invocation, settings=settings, given=given, routes=routes)
+
+
 def run_serve(invocation: Invocation) -> int:
     """Serve until SIGTERM or Ctrl-C."""
+    invocation = look_for_servers(invocation)
     listeners = open_port(invocation.settings, invocation.limits)
     if not listeners:
         return 1

@@ -16885,6 +16885,35 @@ def test_the_start_says_how_the_servers_are() -> None:
             assert "server on" not in router.stderr
 
 
+def test_a_start_without_any_server_looks_on_this_machine() -> None:
+    def refuse(received: Received) -> Iterable[Step]:
+        return [b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"]
+
+    def speak_no_http(received: Received) -> Iterable[Step]:
+        return [b"220 mail\r\n", CLOSE]
+
+    if accepts(8000):
+        pytest.skip("somebody listens where the default server would")
+    with Upstream(models=["qwen"]) as first, Upstream(models=["phi"]) as second:
+        ports = {"ollama_port": first.port, "lm_studio_port": second.port}
+        with (
+            Upstream(speak_no_http) as odd,
+            Router(limits={**ports, "llama_cpp_port": odd.port}) as it,
+        ):
+            assert f"SERVERS='ollama={first.url} lmstudio={second.url}'\n" in it.stderr
+            listed = {model["id"] for model in get_document(it, "/v1/models")["data"]}
+            assert listed == {"qwen", "phi"}
+            assert post_chat(it, "phi").status == post_chat(it, "unknown").status == 200
+            assert [received.path for received in second.requests] == ["/v1/chat/completions"]
+            assert [received.path for received in first.requests] == ["/v1/chat/completions"]
+        # A server that wants a key is one all the same.
+        with Upstream(refuse) as closed, Router(limits={**ports, "ollama_port": closed.port}) as it:
+            assert f"SERVERS='ollama={closed.url} lmstudio={second.url}" in it.stderr
+        named = {"DEFAULT_UPSTREAM": default_upstream().url}
+        with Router(named, limits=ports) as it:
+            assert "found on this machine" not in it.stderr
+
+
 def test_it_starts_without_stderr() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
