@@ -14398,7 +14398,9 @@ def blob_listener() -> socket.socket:
 def blob_router(**limits: float) -> Router:
     """Return a router in front of `blob_listener()` that reads no long request itself."""
     port = blob_listener().getsockname()[1]
-    table = {"servers": {"gpu": {"url": f"http://127.0.0.1:{port}", "api": "ollama"}}}
+    # What its listener accepts are uploads, and no question of the router's own.
+    server = {"url": f"http://127.0.0.1:{port}", "api": "ollama", "discover": False}
+    table = {"servers": {"gpu": server}}
     settings = {"MAX_REQUEST_SIZE": 1000, "DEFAULT_UPSTREAM": refusing_url_of_blobs()}
     return shared_router(settings, table, limits=limits)
 
@@ -14483,7 +14485,9 @@ def test_a_server_that_reads_slowly_slows_the_client() -> None:
         sending.start()
         received = 0
         while received < len(LONG_BLOB) - 200:
-            received += len(server.recv(1 << 20))
+            piece = server.recv(1 << 20)
+            assert piece, "the router has ended the connection"
+            received += len(piece)
         sending.join(PATIENCE)
         server.sendall(BLOB_DONE)
         assert parse_response(exchange(client)).status == 201
