@@ -13668,6 +13668,12 @@ async def serve_version(context: Context, request: Request) -> None:
     request.writer.send_json({"version": request.dialect.version})
 
 
+async def serve_greeting(context: Context, request: Request) -> None:
+    """Answer at the root what the dialect's clients look for to see that somebody is there."""
+    fields = [("Content-Type", "text/plain; charset=utf-8"), ("Vary", "Accept")]
+    request.writer.send_response(200, fields, request.dialect.greeting.encode())
+
+
 # --- the page and its session ------------------------------------------------------------
 
 # The element of the page that takes the data of one request, as it stands in the file: empty.
@@ -13819,6 +13825,8 @@ class Endpoint(NamedTuple):
     dialect: Dialect = OPENAI
     # Whether the content is read before the handler is called; otherwise the handler reads it.
     reads_content: bool = True
+    # What the Accept of its requests names; with others the next endpoint of the path serves them.
+    accept: str = ""
 
     def matches(self, path: str) -> bool:
         """Tell whether the path is one of this endpoint's patterns."""
@@ -13889,9 +13897,9 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/api/events", WEBUI, serve_events),
     Endpoint("GET HEAD", "/api/export", WEBUI, serve_export),
     Endpoint("GET HEAD", "/metrics", WEBUI, serve_metrics),
-    # The clients of Ollama ask HEAD / whether somebody is there.
-    Endpoint("HEAD", "/", "", serve_page, OLLAMA),
-    Endpoint("GET", "/", WEBUI, serve_page),
+    # Browsers get the page. Programs ask here whether somebody is there.
+    Endpoint("GET", "/", WEBUI, serve_page, accept="text/html"),
+    Endpoint("GET HEAD", "/", "", serve_greeting, OLLAMA),
     Endpoint("GET HEAD", "/performance /request/*", WEBUI, serve_page),
 )
 
@@ -13924,26 +13932,31 @@ class Found(NamedTuple):
 
     # The usual name of the path.
     path: str
-    # Who serves the method; None for nobody.
-    endpoint: Endpoint | None
     # All endpoints of the path.
     of_path: tuple[Endpoint, ...]
+    # Those of the method.
+    of_method: tuple[Endpoint, ...]
+
+    def choose_endpoint(self, fields: Fields) -> Endpoint | None:
+        """Return who serves a request with these fields; None for nobody."""
+        for endpoint in self.of_method:
+            if not endpoint.accept or endpoint.accept in (fields.get("accept") or "").lower():
+                return endpoint
+        return None
 
 
 def look_up_endpoint(method: str, path: str) -> Found:
     """Return who serves a request.
 
-    ("POST", "/health")  ->  ("/healthz", None, (the endpoint of GET and HEAD,))
+    ("POST", "/health")  ->  ("/healthz", (the endpoint of GET and HEAD,), ())
     """
     path = usual_name(path)
     # A path that stands in the table word for word comes before the patterns that match it, too.
     of_path = tuple(item for item in ENDPOINTS if path in item.paths.split())
     if not of_path:
         of_path = tuple(item for item in ENDPOINTS if item.matches(path))
-    for endpoint in of_path:
-        if method in endpoint.methods.split():
-            return Found(path, endpoint, of_path)
-    return Found(path, None, of_path)
+    of_method = tuple(item for item in of_path if method in item.methods.split())
+    return Found(path, of_path, of_method)
 
 
 remembered_endpoint = functools.lru_cache(maxsize=256)(look_up_endpoint)
@@ -13986,7 +13999,10 @@ class Application:
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
-        request.path, endpoint, of_path = find_endpoint(request.head.method, request.path)
+        found = find_endpoint(request.head.method, request.path)
+        request.path = found.path
+        of_path = found.of_path
+        endpoint = found.choose_endpoint(request.head.fields)
         if of_path:
             request.dialect = (endpoint or of_path[0]).dialect
         elif request.path.startswith("/api/"):

@@ -8833,12 +8833,13 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
     router = router_with_policy(policy, secret)
     for endpoint in smolrouter.ENDPOINTS:
         method, path = example_of(endpoint)
+        accept = [("Accept", endpoint.accept)] if endpoint.accept else []
         for proxied in (False, True):
             asked = []
             for text in CARRIED.values():
                 token = [("Authorization", f"Bearer {text}")] if text else []
                 proxy = [BY_PROXY] if proxied else []
-                asked.append((method, path, [*token, *proxy]))
+                asked.append((method, path, [*token, *proxy, *accept]))
             before = sum(r.target == path for r in default_upstream().requests)
             got = statuses(router, *asked)
             got = [s if s in (401, 403) else 200 for s in got]
@@ -8934,7 +8935,7 @@ def test_a_valid_token_passes_where_others_have_failed() -> None:
     more = [asked(kind, "198.51.100.1") for kind in kinds]
     assert statuses(router, *more) == [200, 401, 429, 429, 200]
     assert statuses(router, asked("bad", "198.51.100.2")) == [401]
-    late = request(router.port, "GET", "/", fields=asked("bad", "198.51.100.1")[2])
+    late = request(router.port, "GET", "/performance", fields=asked("bad", "198.51.100.1")[2])
     assert (late.status, late.content) == (429, smolrouter.DASHBOARD_HTML.encode())
     assert 0 < int(late.get("Retry-After")) <= 60
 
@@ -9101,7 +9102,7 @@ def test_above_its_rate_a_token_gets_429(policy: str) -> None:
 def test_a_token_for_the_api_alone_opens_no_web_ui(policy: str) -> None:
     router = scoping_router(policy)
     token = scoped(api_only=True)
-    for path in ("/", "/performance", "/api/logs", "/api/stats", "/metrics", "/api/events"):
+    for path in ("/performance", "/api/logs", "/api/stats", "/metrics", "/api/events"):
         got = ask_with(router, token, "GET", path)
         assert got.status == 403, path
         assert "it opens no Web UI" in got.content.decode()
@@ -9206,7 +9207,7 @@ def test_signing_in_and_out() -> None:
     version = smolrouter.__version__
     wanted = {"version": version, "webui_security": "ALWAYS_AUTH", "needs_token": True}
     assert asked == {**wanted, "authenticated": False}
-    page = request(router.port, "GET", "/")
+    page = request(router.port, "GET", "/performance")
     assert (page.status, page.content) == (401, smolrouter.DASHBOARD_HTML.encode())
     assert page.get("Content-Security-Policy") and page.get("X-Frame-Options") == "DENY"
     assert page.get("WWW-Authenticate") == "Bearer"
@@ -9218,7 +9219,7 @@ def test_signing_in_and_out() -> None:
     age = limits.pop(0)
     assert age == "Max-Age=34560000" and limits == ["Path=/", "HttpOnly", "SameSite=Strict"]
     cookie = [("Cookie", value)]
-    assert request(router.port, "GET", "/", fields=cookie).status == 200
+    assert request(router.port, "GET", "/performance", fields=cookie).status == 200
     assert request(router.port, "GET", "/api/inflight", fields=cookie).status == 200
     asked = request(router.port, "GET", "/api/session", fields=cookie).json
     assert asked == {**wanted, "authenticated": True}
@@ -9626,8 +9627,8 @@ def test_proxy_of_the_guide(program: str) -> None:
         )
         assert status == 204 and "; Secure" in fields["Set-Cookie"]
         cookie = {"Cookie": fields["Set-Cookie"].partition(";")[0]}
-        assert request_through_proxy(port, "GET", "/", None, {})[0] == 401
-        assert request_through_proxy(port, "GET", "/", None, cookie)[0] == 200
+        assert request_through_proxy(port, "GET", "/performance", None, {})[0] == 401
+        assert request_through_proxy(port, "GET", "/performance", None, cookie)[0] == 200
         tried = {**own, **cookie}
         assert request_through_proxy(port, "POST", CHAT, chat_document("tiny"), tried)[0] == 200
         evil = {**cookie, "Origin": "https://evil.example"}
@@ -10240,7 +10241,7 @@ def test_pipelined_requests_whose_answers_nobody_reads() -> None:
     with router_and_upstream() as (router, _), connect(router.port) as sock:
         sock.settimeout(0.5)
         # Each answer is a hundred times as long as its request.
-        asked = encode_get("/") * 1000
+        asked = encode_get("/performance") * 1000
         with contextlib.suppress(TimeoutError):
             for _ in range(200):
                 sock.sendall(asked)
@@ -12338,7 +12339,7 @@ def test_stateless_means_nothing_on_disk(tmp_path: pathlib.Path) -> None:
     with Router({"DEFAULT_UPSTREAM": default_upstream().url, "ENABLE_LOGGING": "false"}) as router:
         post_chat(router, "tiny", "x" * 30_000)
         post_chat(router, "tiny", stream=True)
-        for path in ("/", "/performance", "/request/1", "/api/logs", "/api/stats", "/api/inflight",
+        for path in ("/performance", "/request/1", "/api/logs", "/api/stats", "/api/inflight",
                      "/api/performance", "/api/request/1", "/api/events", "/api/export",
                      "/api/upstreams", "/api/routes"):  # fmt: skip
             got = request(router.port, "GET", path)
@@ -15703,7 +15704,7 @@ def test_every_long_answer_counts() -> None:
         router_with_long_row(**limits) as (router, number),
         ask_and_stall(router, f"/api/request/{number}") as stalled,
     ):
-        for path in ("/api/logs", "/api/performance", "/metrics", "/"):
+        for path in ("/api/logs", "/api/performance", "/metrics", "/performance"):
             assert request(router.port, "GET", path).status == 503, path
         assert request(router.port, "GET", "/healthz").status == 200
         # When it is read to its end there is room again.
@@ -15794,7 +15795,7 @@ def test_long_paths_are_not_remembered() -> None:
     for path in ("/v1/" + "x" * 300, "/api/experimental/" + "y" * 300):
         before = smolrouter.remembered_endpoint.cache_info().currsize
         found = smolrouter.find_endpoint("POST", path)
-        assert found.endpoint in found.of_path
+        assert found.choose_endpoint(smolrouter.Fields([])) in found.of_path
         assert smolrouter.remembered_endpoint.cache_info().currsize == before
 
 
@@ -15948,7 +15949,41 @@ def test_no_spelling_of_a_path_opens_the_log(path: str) -> None:
     assert int(data.split(b" ")[1]) >= 400
 
 
-def test_head_of_the_root_says_that_it_runs() -> None:
+BROWSERS = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+PROGRAMS = (None, "*/*", "", "application/json", "text/plain, */*")
+
+
+@pytest.mark.parametrize("policy, secret", POLICIES)
+def test_the_root_tells_programs_that_it_runs(policy: str, secret: str) -> None:
+    """No policy guards that, and no log is needed for it."""
+    for router in (router_with_policy(policy, secret), router_filtering(ENABLE_LOGGING="false")):
+        for accept in PROGRAMS:
+            fields = [BY_PROXY] + ([("Accept", accept)] if accept is not None else [])
+            got = request(router.port, "GET", "/", fields=fields)
+            assert (got.status, got.content) == (200, b"Ollama is running")
+            assert got.get("Content-Type") == "text/plain; charset=utf-8"
+        head = request(router.port, "HEAD", "/", fields=[BY_PROXY, ("Accept", BROWSERS)])
+        assert (head.status, head.get("Content-Length")) == (200, str(len("Ollama is running")))
+
+
+def test_the_root_gives_browsers_the_page_as_its_policy_says() -> None:
+    for accept in (BROWSERS, "TEXT/HTML"):
+        fields = [("Accept", accept)]
+        got = request(default_router().port, "GET", "/", fields=fields)
+        assert got.get("Content-Type") == "text/html; charset=utf-8"
+        router = router_with_policy("ALWAYS_AUTH")
+        assert request(router.port, "GET", "/", fields=fields).status == 401
+        stateless = router_filtering(ENABLE_LOGGING="false")
+        assert request(stateless.port, "GET", "/", fields=fields).status == 404
+
+
+def test_a_page_from_elsewhere_may_not_ask_the_root() -> None:
+    for method in ("GET", "HEAD"):
+        fields = [("Origin", "https://evil.example")]
+        assert request(default_router().port, method, "/", fields=fields).status == 403
+
+
+def test_head_of_the_root_has_no_content() -> None:
     data = send_raw(default_router().port, encode_request("HEAD", "/"), to_head=True)
     assert parse_response(data, to_head=True).status == 200
     assert data.endswith(b"\r\n\r\n")
@@ -15961,7 +15996,7 @@ def test_healthz(path: str) -> None:
 
 
 def test_page_comes_with_its_own_hashes() -> None:
-    got = request(default_router().port, "GET", "/")
+    got = request(default_router().port, "GET", "/", fields=[("Accept", BROWSERS)])
     page = (HERE / "dashboard.html").read_bytes()
     assert (got.status, got.content) == (200, page)
     policy = got.get("Content-Security-Policy")
@@ -15975,10 +16010,10 @@ def test_page_comes_with_its_own_hashes() -> None:
 def test_page_of_a_file_is_read_each_time(tmp_path: pathlib.Path) -> None:
     page = tmp_path / "page.html"
     with Router({}, args=("serve", "--dashboard", str(page))) as router:
-        assert request(router.port, "GET", "/").status == 404
+        assert request(router.port, "GET", "/performance").status == 404
         for text in ("<p>one</p>", "<p>two</p>"):
             page.write_text(text)
-            assert request(router.port, "GET", "/").content == text.encode()
+            assert request(router.port, "GET", "/performance").content == text.encode()
 
 
 # ======================================================================================
@@ -16282,7 +16317,7 @@ def test_https_serves_what_http_does() -> None:
         assert got.status == 200 and got.whole, path
         if "embed" not in path and "rerank" not in path:
             assert got.text == "You said: hi", path
-    assert on_https(router, "GET", "/").content == smolrouter.DASHBOARD_HTML.encode()
+    assert on_https(router, "GET", "/performance").content == smolrouter.DASHBOARD_HTML.encode()
     large = chat_document("tiny", "x" * 3_000_000)
     assert on_https(router, "POST", CHAT, large).text == "You said: " + "x" * 3_000_000
     assert "Traceback" not in router.stderr
