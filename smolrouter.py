@@ -2291,12 +2291,25 @@ def remove_member(text: str, name: str) -> str:
     return "".join([*pieces, text[kept_to:]])
 
 
+def add_members(text: str, path: Path, members: str) -> str:
+    """Return a JSON object with new members in the object at some path, if there is one.
+
+    `{"a": {"b": 1}}`, `("a",)`, `"c":2`  ->  `{"a": {"b": 1,"c":2}}`
+    """
+    if not path:
+        return append_members(text, members)
+    for start, end, _ in find_values(text, 0, [path]):
+        if text[start] == "{":
+            return text[:start] + append_members(text[start:end], members) + text[end:]
+    return text
+
+
 def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     """Return a JSON object with some values replaced, and no other character changed.
 
     `{"model": "a", "n": 1.0}`, `{("model",): "b"}`  ->  `{"model": "b", "n": 1.0}`
 
-    A member of the object itself that is not there yet is added at its end.
+    A member that is not there yet is added at the end of its object.
     """
     # A name that does not occur in the text needs no search, unless an escape spells it.
     escaped = "\\u" in text
@@ -2312,11 +2325,14 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
             replaced.add(path)
     pieces.append(text[kept_to:])
     edited = "".join(pieces)
-    new = {path[0]: edits[path] for path in edits if path not in replaced and len(path) == 1}
-    if not new:
-        return edited
-    braced_members = encode_json_exactly(new).decode()
-    return append_members(edited, braced_members[1:-1])
+    # What is new, by the object that it belongs to.
+    new: dict[Path, dict[str, Any]] = {}
+    for path in edits:
+        if path not in replaced and isinstance(path[-1], str):
+            new.setdefault(path[:-1], {})[path[-1]] = edits[path]
+    for path, members in new.items():
+        edited = add_members(edited, path, encode_json_exactly(members).decode()[1:-1])
+    return edited
 
 
 # ======================================================================================

@@ -3390,7 +3390,11 @@ SPLICES = [
     ('{"a":[1,{"b":"\\u00e9"}]}', {("a", 1, "b"): "x"}, '{"a":[1,{"b":"x"}]}'),
     ('{"a":1}', {("z",): {"y": True}}, '{"a":1,"z":{"y":true}}'),
     ("{}", {("z",): 1}, '{"z":1}'),
-]
+    ('{"a": [{"b": 1.0 }]}', {("a", 0, "c"): 2, ("a", 0, "d"): 3},
+     '{"a": [{"b": 1.0 ,"c":2,"d":3}]}'),
+    ('{"a": [1], "b": {}}', {("a", "x"): 1, ("b", "c", "d"): 2, ("c", "x"): 3, ("b", "e"): 4},
+     '{"a": [1], "b": {"e":4}}'),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, edits, wanted", SPLICES)
@@ -3422,8 +3426,9 @@ def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bo
             fits = isinstance(place, list) and isinstance(key, int) and len(place) > key
             place = place[key] if fits else None
         last = rest[-1]
+        # A member that an object has not got is added.
         if (isinstance(place, list) and isinstance(last, int) and len(place) > last) or (
-            isinstance(place, dict) and last in place
+            isinstance(place, dict) and isinstance(last, str)
         ):
             place[last] = value
     assert spliced == wanted
