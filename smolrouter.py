@@ -497,6 +497,16 @@ def parse_bool(text: str) -> bool:
     return word in TRUE_WORDS
 
 
+def parse_thinking(text: str) -> str:
+    """Read what becomes of thinking: 'true' -> 'strip', 'false' -> 'keep', 'move' -> 'move'."""
+    if text.strip().lower() == "move":
+        return "move"
+    try:
+        return "strip" if parse_bool(text) else "keep"
+    except ValueError as error:
+        raise ValueError(f"{error}, or move") from None
+
+
 def number_between(low: float, high: float, whole: bool = True) -> Callable[[str], float]:
     """Return a reader of whole or decimal numbers from `low` to `high`: '8080' -> 8080.
 
@@ -716,7 +726,7 @@ class Settings:
     listen_port: int = setting("1234", number_between(0, 65535), "port to listen on; 0 takes a free one")
     routes_config: str = setting("routes.yaml", parse_text, "routing file, YAML or JSON; the default one may be missing")
     model_map: ModelMap = setting("{}", parse_model_map, "JSON object: exact names and /regex/ keys to names")
-    strip_thinking: bool = setting("true", parse_bool, "take <think> blocks out of answers")
+    strip_thinking: str = setting("true", parse_thinking, "take <think> blocks out of answers; move: put them where clients look for thinking")
     strip_json_markdown: bool = setting("false", parse_bool, "take the fence lines of ```json blocks out of answers")
     disable_thinking: bool = setting("false", parse_bool, "append /no_think to the last user message")
     enable_logging: bool = setting("true", parse_bool, "keep every request; false writes nothing to disk")
@@ -929,6 +939,10 @@ class Limits:
     # A stream may have so many texts, such as those of its choices, each with a filter of its
     # own; one more ends it with an error. A client can ask vLLM for that many choices.
     texts_per_stream: int = 16_384
+    # Where a text may have begun inside of a block of thinking, so many characters are held back
+    # until the tag comes that closes it. Behind a backtick, a tag waits for the other one so long.
+    held_thinking: int = 64 * KiB
+    code_span: int = 4 * KiB
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
     # An answer that has said nothing up to this length, but begins and pings, counts as one all the
@@ -2638,137 +2652,562 @@ class EventReader:
 # character stays. A text comes in pieces that are cut anywhere. A filter gets one piece after
 # another and returns what is certain; it keeps back only what could still become the tag or the
 # line that it looks for, at most a few characters, and it runs in linear time.
-# To add a family of thinking tags: a line in THINK_TAGS. If its opening tag begins with another
-# character than `<`, what looks for TAG_START, here and in section 8, has to look for both.
+# To add a family of thinking tags: a line in THINK_TAGS. If there is neither a `<` in its tags nor
+# another one of section 8's TAG_MARKS, that has to get one, and MARK its first character.
 
 WHITE_SPACE = " \t\r\n"
 
-# --- thinking -------------------------------------------------------------------------
+# --- thinking: the tags ---------------------------------------------------------------
 
-# The tag that opens a block of thinking, and the one that closes it.
+# The tag that opens a block of thinking, and the one that closes it. Those with angle brackets
+# count in any case. Each must have one of section 8's TAG_MARKS in it.
 THINK_TAGS = {
     "<think>": "</think>",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+    "<seed:think>": "</seed:think>",
+    "<mm:think>": "</mm:think>",
+    "[THINK]": "[/THINK]",
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",
+    # Gemma's, whose header may come twice.
+    "<|channel>thought": "<channel|>",
 }
-# What every opening tag begins with: a text without it has none.
-TAG_START = "<"
+# Harmony, the format of gpt-oss, makes messages of all that a model says. Each has a header with
+# its channel, where `to=` names the tool that it calls, and an end:
+#
+#   <|channel|>analysis<|message|>The user says hi.<|end|>
+#   <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>
+#   <|start|>assistant<|channel|>final<|message|>Hi!<|return|>
+#
+# An ANY of a header is what stands between its markers.
+ANY = ""
+HARMONY_HEADERS = [
+    (*start, *channel, *form, ("<|message|>",))
+    for start in ((), (("<|start|>assistant",), (ANY,)))
+    for channel in ((), (("<|channel|>",), ("analysis", "commentary", "final"), (ANY,)))
+    for form in ((), (("<|constrain|>",), (ANY,)))
+    if (start or channel) and (channel or not form)
+]
+# They end the answer, and go with the headers.
+HARMONY_ENDS = ("<|end|>", "<|return|>")
 
 
-def compile_cut_tag(tags: Iterable[str]) -> re.Pattern[str]:
-    r"""Return a pattern for the end of a text that may be the first part of one of some tags.
+def spell_tag(tag: str) -> str:
+    """Return the pattern of a tag: `<think>` -> `<(?i:think>)`, `[THINK]` -> `\\[THINK\\]`."""
+    if tag == ANY:
+        return r"[^<[\n`~\u25c1]{0,80}"
+    rest = re.escape(tag[1:])
+    # The first character stands outside of the group: by it `re` searches much faster.
+    return f"{re.escape(tag[0])}(?i:{rest})" if tag[0] == "<" else re.escape(tag)
 
-    `["<b>"]`  ->  `(?:<|<b)\Z`, which finds the `<b` in `a <b`
+
+def spell_sequence(sequence: Iterable[Sequence[str]]) -> str:
+    """Return the pattern of some tags one after the other, of which each may be one of several.
+
+    `[("<",), ("a", "b")]`  ->  `<(?:a|b)`
     """
-    starts = [re.escape(tag[:size]) for tag in tags for size in range(1, len(tag))]
+    spelled = []
+    for tags in sequence:
+        words = [spell_tag(tag) for tag in tags]
+        spelled.append(words[0] if len(words) == 1 else f"(?:{'|'.join(words)})")
+    return "".join(spelled)
+
+
+def compile_tags(*sequences: Sequence[Sequence[str]]) -> re.Pattern[str]:
+    """Return a pattern that finds any one of some sequences of tags; the first one counts."""
+    return re.compile("|".join(map(spell_sequence, sequences)))
+
+
+def spell_start(sequence: Sequence[Sequence[str]]) -> str:
+    """Return the pattern of any first part of a sequence of tags: `[("<b>",)]` -> `<(?:b(?:>)?)?`.
+
+    It may be all of the sequence, too.
+    """
+    rest = spell_start(sequence[1:]) if len(sequence) > 1 else ""
+    words = []
+    for tag in sequence[0]:
+        word = rest
+        for character in reversed(tag):
+            word = re.escape(character) + (f"(?:{word})?" if word else "")
+        if tag == ANY:
+            word = spell_tag(ANY) + (f"(?:{rest})?" if rest else "")
+        words.append(word)
+    return f"(?:{'|'.join(words)})"
+
+
+def compile_cut_tag(*sequences: Sequence[Sequence[str]]) -> re.Pattern[str]:
+    r"""Return a pattern for the end of a text that may be the first part of one of some sequences.
+
+    `[("<b>",)]`  ->  `(?:(?i:<(?:b(?:>)?)?))\Z`, which finds the `<b` in `a <b`
+    """
+    starts = []
+    for sequence in sequences:
+        start = spell_start(sequence)
+        starts.append(f"(?i:{start})" if sequence[0][0][0] == "<" else start)
     return re.compile(f"(?:{'|'.join(starts)})\\Z")
 
 
-THINK_OPENING = re.compile("|".join(map(re.escape, THINK_TAGS)))
-CUT_OPENING = compile_cut_tag(THINK_TAGS)
-CUT_CLOSINGS = {closing: compile_cut_tag([closing]) for closing in THINK_TAGS.values()}
-DEFAULT_CLOSING = next(iter(THINK_TAGS.values()))
-LONGEST_TAG = max(map(len, [*THINK_TAGS, *THINK_TAGS.values()]))
+def one_of(tags: Iterable[str]) -> list[Sequence[Sequence[str]]]:
+    """Return tags as sequences of one tag each."""
+    return [((tag,),) for tag in tags]
+
+
+OUTSIDE_TAGS = [
+    *HARMONY_HEADERS, *one_of(HARMONY_ENDS), *one_of(THINK_TAGS), *one_of(THINK_TAGS.values())
+]  # fmt: skip
+TAG = compile_tags(*OUTSIDE_TAGS)
+CUT_TAG = compile_cut_tag(*OUTSIDE_TAGS)
+# Where visible text is looked at: tags, and what begins and ends code.
+TOKEN = re.compile(rf"\n|``*|~~*|{TAG.pattern}")
+CLOSING = compile_tags(*one_of(THINK_TAGS.values()))
+CUT_CLOSING = compile_cut_tag(*one_of(THINK_TAGS.values()))
+# So much of a text is looked at in one go.
+LONGEST_PIECE = 64 * KiB
+# No sequence of tags is longer.
+LONGEST_TAG = 400
+
+
+class Block(NamedTuple):
+    """What is looked for inside of a block."""
+
+    token: re.Pattern[str]  # tags that close it, and headers that are repeated
+    cut: re.Pattern[str]
+    header: str = ""  # the header, which goes
+    begins: tuple[str, ...] = ()  # tags that close it and begin what follows
+    shown: bool = False  # the block is a tool call, which stays
+
+
+def make_block(*closings: str, **more: Any) -> Block:
+    """Return what is looked for in a block that one of some tags closes."""
+    return Block(compile_tags(*one_of(closings)), compile_cut_tag(*one_of(closings)), **more)
+
+
+NEXT_MESSAGE = ("<|start|>", "<|channel|>")
+ENDS_OF_MESSAGE = (*HARMONY_ENDS, "<|call|>", *NEXT_MESSAGE)
+BLOCKS = {opening: make_block(closing) for opening, closing in THINK_TAGS.items()}
+BLOCKS["<|channel>thought"] = make_block(
+    "<channel|>", "<|channel>thought", header="<|channel>thought"
+)
+BLOCKS["analysis"] = make_block(*ENDS_OF_MESSAGE, begins=NEXT_MESSAGE)
+BLOCKS["call"] = BLOCKS["analysis"]._replace(shown=True)
+# Tags are looked up as they are written here, whatever their case.
+KNOWN_TAGS = {tag.lower(): tag for tag in (*THINK_TAGS, *THINK_TAGS.values(), *HARMONY_ENDS)}
+
+# --- thinking: code -------------------------------------------------------------------
+
+# What may stand before a fence in its line.
+INDENT = " \t>"
+# How an answer begins that is JSON.
+JSON_STARTS = frozenset(('{"', "{}", '["', "[{", "[[", "[]"))
+# A tag between two of these is mentioned.
+QUOTES = {'"': '"', "'": "'", "(": ")", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb"}
+# Without one of these a text has neither tags nor code.
+MARK = re.compile(r"[`~<\[\u25c1]")
+MARK_OF_TAG = re.compile(r"[<\[\u25c1]")
+NOT_SPACE = re.compile(r"\S")
+SPAN_TOKEN = re.compile(r"\n|`+")
+
+
+class CodeState:
+    r"""Tells where code stands in a text, which it gets in pieces, runs of ` or ~, and line ends.
+
+    A line that begins with a run of three or more opens a fenced block, and a line with nothing
+    but such a run, at least as long, closes it. Between equal runs of backticks in one line
+    stands a span of code; whether a run opens one is certain only when the other has come.
+
+    "a `b", "\n~~~\nc"  ->  `span` is 1 at `b`, `fence` is `~~~` at `c`
+    """
+
+    __slots__ = ("at_line_start", "bare", "fence", "line_fence", "span", "ticked")
+
+    def __init__(self) -> None:
+        # The run that opened the fenced block, "" outside of one.
+        self.fence = ""
+        # The run that begins the line, if it may be a fence.
+        self.line_fence = ""
+        # Whether nothing follows that in its line, and whether a backtick does.
+        self.bare = True
+        self.ticked = False
+        # The length of the run that may have opened a span, 0 outside of one.
+        self.span = 0
+        self.at_line_start = True
+
+    @property
+    def inside(self) -> bool:
+        """Whether what follows is code in any case."""
+        return bool(self.fence or self.line_fence)
+
+    @property
+    def changes_by_line_end(self) -> bool:
+        """Whether a line end, which is no more than plain text, makes a difference."""
+        return bool(self.span or self.line_fence)
+
+    def add_text(self, text: str) -> None:
+        """Go on behind some text without any run or line end."""
+        if text.strip(INDENT):
+            self.at_line_start = False
+        if text.strip(WHITE_SPACE):
+            self.bare = False
+
+    def add_run(self, run: str) -> None:
+        """Go on behind a run, which is whole."""
+        if self.line_fence:
+            self.bare = False
+            self.ticked = self.ticked or run[0] == "`"
+        elif self.at_line_start and len(run) >= 3:
+            self.line_fence = run
+            self.bare = True
+            self.ticked = False
+        elif not self.fence and run[0] == "`":
+            if not self.span:
+                self.span = len(run)
+            elif self.span == len(run):
+                self.span = 0
+        self.at_line_start = False
+
+    def end_line(self) -> None:
+        """Go on behind a line end."""
+        run = self.line_fence
+        if self.fence and self.bare and run.startswith(self.fence):
+            self.fence = ""
+        elif run and not self.fence and not (self.ticked and run[0] == "`"):
+            # What follows three backticks is no code span, or there would be more of them.
+            self.fence = run
+        self.line_fence = ""
+        self.span = 0
+        self.at_line_start = True
+
+
+# --- thinking: the filter -------------------------------------------------------------
 
 
 class ThinkFilter:
     r"""Parts a text into what is visible and what was thought.
 
-    It is in one of two states. Outside of a block, any opening tag of THINK_TAGS is looked for:
-    what precedes it is visible. Inside of a block, only the tag that closes it is looked for:
-    what precedes it was thought, other opening tags too. A closing tag outside is text.
+    Outside of a block any tag of OUTSIDE_TAGS is looked for. One that stands in code, in an answer
+    that is JSON or between quotes is what the answer is about, and stays. Inside of a block only
+    its end is looked for: what precedes it was thought, other tags and code too.
 
     `Yes <think>no</think> a < b`  ->  visible `Yes  a < b`, thought `no`
+    ``The tag "<think>" is `<think>` ``  ->  visible as it is
 
-    A piece may end inside of a tag. What could be its start is `pending` until the next piece:
+    A piece may end inside of a tag. What could be its start is `pending` until the next piece. So
+    is a tag behind a backtick, until the other backtick comes or the line ends:
 
     `Yes <th`, `ink>no`  ->  visible `Yes `, then thought `no`
-    `Yes <th`, `e>`      ->  visible `Yes `, then visible `<the>`
+    `a `<think>`, `` ` ``  ->  visible `` a ` ``, then visible `` <think>` ``
 
     White space that follows a block goes with it when nothing but white space stands before the
     block, because models put empty lines between their thinking and the answer:
 
     `<think>hm</think>\n\nYes`  ->  visible `Yes`
+
+    Some templates open a block unseen, and the text begins inside of it. Then a tag closes what
+    none has opened. In a `whole` text, fed at once, such a tag at a line's end counts: what
+    precedes it was thought. In a piece it is too late for that, and `opened` tells of it. The next
+    text can be fed with `opened` true: then it is held back until the tag comes.
+
+    `hm\n</think>\nYes`  ->  whole: visible `Yes`, thought `hm\n`
     """
 
-    __slots__ = ("blank", "closing", "pending", "skips_space")
+    __slots__ = (
+        "after_close", "alone", "block", "blocks", "close_at", "code", "emitted", "harmony", "head",
+        "held", "held_size", "last_character", "opened", "pending", "run", "skips_space",
+        "thought", "visible", "whole",
+    )  # fmt: skip
 
-    def __init__(self, inside: bool = False, begun: bool = False) -> None:
-        """Filter a text that begins `inside` of a block, or of which some was visible (`begun`)."""
-        # The tag that closes the block, "" outside of one.
-        self.closing = ""
-        if inside:
-            # The model's template has opened the block unseen, with its family's tag.
-            self.closing = DEFAULT_CLOSING
+    def __init__(self, opened: bool = False, begun: bool = False, whole: bool = False) -> None:
+        """Filter a text that may begin inside of a block, or of which some was visible."""
+        self.whole = whole
+        # What may have been thought, in pieces, until that is known; then None.
+        self.held: list[str] | None = [] if opened else None
+        self.held_size = 0
+        # Whether the text began inside of a block; None while nothing speaks for or against it.
+        self.opened: bool | None = None
+        # The block that is open, and whether there was one.
+        self.block: Block | None = None
+        self.blocks = False
+        # Whether the answer has harmony's markers.
+        self.harmony = False
         self.pending = ""
-        # Whether nothing but white space was visible so far.
-        self.blank = not begun
+        # A run of backticks or tildes that has been shown and may go on in the next piece, and
+        # how much at the beginning of a text has been shown for such a reason.
+        self.run = ""
+        self.emitted = 0
+        self.code = CodeState()
+        # The first two visible characters that are no white space, and the last of all.
+        self.head = "??" if begun else ""
+        self.last_character = ""
         # Whether the next visible text follows a block that opened the answer.
         self.skips_space = False
+        # Whether the line has a tag that closes what none has opened, and nothing behind it;
+        # whether nothing stands before it either, and where it begins in what is visible.
+        self.after_close = False
+        self.alone = False
+        self.close_at = 0
+        # What the piece adds.
+        self.visible: list[str] = []
+        self.thought: list[str] = []
 
     @property
     def passes_plain_text(self) -> bool:
-        """Whether a text without any tag would be visible as it is."""
-        return not (self.pending or self.closing or self.blank)
+        """Whether a text without tag, backtick and tilde would be visible as it is."""
+        waits = self.pending or self.run or self.block or self.after_close or self.held is not None
+        return not waits and len(self.head) > 1 and not self.code.changes_by_line_end
+
+    @property
+    def shows_all_but_tags(self) -> bool:
+        """Whether a text without the start of a tag would be visible as it is."""
+        return not (self.pending or self.block or self.skips_space) and self.held is None
+
+    @property
+    def keeps_back(self) -> bool:
+        """Whether something is kept back."""
+        return bool(self.pending or self.held)
+
+    def skip(self, text: str) -> None:
+        """Go on behind plain text that has not been fed; `text` is the end of it."""
+        line_ended = "\n" in text
+        begun = text.rpartition("\n")[2].strip(INDENT) != ""
+        if line_ended or begun:
+            self.code.at_line_start = not begun
+        if text:
+            self.last_character = text[-1]
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
         """Return what a piece adds to the visible and to the thought text.
 
         With the `last` one nothing is kept back.
         """
-        text = self.pending + text
-        self.pending = ""
-        visible: list[str] = []
-        thought: list[str] = []
-        at = 0
-        while True:
-            if self.closing:
-                end = text.find(self.closing, at)
-                if end < 0:
-                    break
-                thought.append(text[at:end])
-                at = end + len(self.closing)
-                self.closing = ""
-                self.skips_space = self.blank
-            else:
-                tag = THINK_OPENING.search(text, at)
-                if tag is None:
-                    break
-                visible.append(self.show(text[at : tag.start()]))
-                at = tag.end()
-                self.closing = THINK_TAGS[tag[0]]
-        if not last:
-            cut_tag = CUT_CLOSINGS[self.closing] if self.closing else CUT_OPENING
-            found = cut_tag.search(text, max(at, len(text) - LONGEST_TAG))
-            if found:
-                self.pending = text[found.start() :]
-                text = text[: found.start()]
-        if self.closing:
-            thought.append(text[at:])
-        else:
-            visible.append(self.show(text[at:]))
-        return "".join(visible), "".join(thought)
+        if self.passes_plain_text and not MARK.search(text):
+            self.skip(text)
+            return text, ""
+        self.visible = []
+        self.thought = []
+        # No other thread runs while `re` searches, so that it gets a long text bit by bit.
+        for at in range(0, len(text) or 1, LONGEST_PIECE):
+            end = at + LONGEST_PIECE
+            self.feed_piece(text[at:end], last and end >= len(text))
+        return "".join(self.visible), "".join(self.thought)
 
-    def show(self, text: str) -> str:
-        """Return visible text without the white space that an opening block left behind."""
+    def feed_piece(self, text: str, last: bool) -> None:
+        """Add what a piece says to the visible and to the thought text."""
+        text = self.run + self.pending + text
+        self.emitted = len(self.run)
+        self.pending = ""
+        self.run = ""
+        if self.held is not None:
+            text = self.hold(text, last)
+        at = 0
+        while at < len(text):
+            feed = self.feed_visible if self.block is None else self.feed_block
+            at = feed(text, at, last)
+        if last and self.after_close and self.alone:
+            self.note_opened()
+
+    def hold(self, text: str, last: bool) -> str:
+        """Hold back what may have been thought; return what is to be looked at like any other."""
+        closing = CLOSING.search(text)
+        stripped = text.lstrip(WHITE_SPACE)
+        if not self.held and not CLOSING.match(stripped):
+            if TAG.match(stripped):
+                # The model opens its blocks itself.
+                self.held = None
+                return text
+            if not last and (not stripped or CUT_TAG.fullmatch(stripped)):
+                self.pending = text
+                return ""
+        longest = math.inf if self.whole else LIMITS.held_thinking
+        if closing and self.held_size + closing.start() <= longest:
+            self.thought += [*self.held, text[: closing.start()]]
+            self.held = None
+            self.blocks = True
+            self.opened = True
+            self.skips_space = True
+            return text[closing.end() :]
+        if last or self.held_size + len(text) > longest + LONGEST_TAG:
+            # There is no such block this time.
+            self.opened = False
+            text = "".join([*self.held, text])
+            self.held = None
+            return text
+        cut = CUT_CLOSING.search(text, max(0, len(text) - LONGEST_TAG))
+        end = cut.start() if cut else len(text)
+        self.pending = text[end:]
+        self.held.append(text[:end])
+        self.held_size += end
+        return ""
+
+    def feed_block(self, text: str, at: int, last: bool) -> int:
+        """Look at a text from some place inside of a block; return where to go on."""
+        block = self.block
+        found = block.token.search(text, at)
+        end = found.start() if found else len(text)
+        if found is None and not last:
+            cut = block.cut.search(text, max(at, len(text) - LONGEST_TAG))
+            if cut:
+                end = cut.start()
+                self.pending = text[end:]
+        (self.visible if block.shown else self.thought).append(text[at:end])
+        if found is None:
+            return len(text)
+        tag = found[0].lower()
+        if tag == block.header:
+            return found.end()
+        self.block = None
+        self.last_character = ""
+        self.skips_space = not self.head
+        if tag in block.begins:
+            return found.start()
+        if block.shown:
+            self.visible.append(found[0])
+        return found.end()
+
+    def feed_visible(self, text: str, at: int, last: bool) -> int:
+        """Look at a text from some place outside of blocks; return where to go on."""
+        while self.block is None:
+            token = TOKEN.search(text, at)
+            if token is None:
+                self.show_rest(text, at, last)
+                return len(text)
+            self.show(text[at : token.start()])
+            at = token.end()
+            if token[0] == "\n":
+                self.end_line()
+            elif token[0][0] in "`~":
+                self.show_run(token[0], whole=last or at < len(text))
+            else:
+                at = self.feed_tag(text, token, last)
+        return at
+
+    def show_rest(self, text: str, at: int, last: bool) -> None:
+        """Show what is left of a piece, but not what may be the start of a tag."""
+        end = len(text)
+        # In code no tag counts.
+        if not (last or self.code.inside):
+            cut = CUT_TAG.search(text, max(at, end - LONGEST_TAG))
+            if cut:
+                end = cut.start()
+                self.pending = text[end:]
+        self.show(text[at:end])
+
+    def show(self, text: str) -> None:
+        """Show some text without line ends, less the white space that an opening block left."""
         if self.skips_space:
             text = text.lstrip(WHITE_SPACE)
-            if text:
-                self.skips_space = False
-        if text.strip(WHITE_SPACE):
-            self.blank = False
-        return text
+        if not text:
+            return
+        self.skips_space = False
+        self.visible.append(text)
+        self.last_character = text[-1]
+        self.code.add_text(text)
+        if self.after_close and text.strip(WHITE_SPACE):
+            self.after_close = False
+        at = 0
+        while len(self.head) < 2:
+            found = NOT_SPACE.search(text, at)
+            if found is None:
+                break
+            self.head += found[0]
+            at = found.end()
 
+    def show_run(self, run: str, whole: bool) -> None:
+        """Show a run of backticks or tildes, which is `whole` or may go on in the next piece."""
+        self.skips_space = False
+        self.after_close = False
+        self.visible.append(run[self.emitted :])
+        self.emitted = 0
+        self.last_character = run[-1]
+        self.head = (self.head + run)[:2]
+        if whole:
+            self.code.add_run(run)
+        else:
+            self.run = run
 
-def begins_inside(text: str) -> bool:
-    """Tell whether a whole text begins inside of a block, which the model's template opened.
+    def end_line(self) -> None:
+        """Show a line end."""
+        if not self.skips_space:
+            self.visible.append("\n")
+            self.last_character = "\n"
+        self.code.end_line()
+        if self.after_close:
+            self.note_opened()
 
-    `hm</think>yes`  ->  True;  `<think>hm</think>yes`  ->  False
-    """
-    for opening, closing in THINK_TAGS.items():
-        # Such a text has a closing tag and no opening one before it.
-        before, found, _ = text.partition(closing)
-        if found and opening not in before:
-            return True
-    return False
+    def note_opened(self) -> None:
+        """Note that the text began inside of a block; a whole one loses the block."""
+        self.after_close = False
+        self.opened = True
+        self.blocks = True
+        if self.whole:
+            self.thought = self.visible[: self.close_at]
+            self.visible = []
+            self.head = ""
+            self.skips_space = True
+
+    def feed_tag(self, text: str, found: re.Match[str], last: bool) -> int:
+        """Look at a tag outside of blocks; return where to go on."""
+        at = found.end()
+        if self.code.inside or self.head in JSON_STARTS:
+            self.show(found[0])
+            return at
+        quote = QUOTES.get(text[found.start() - 1] if found.start() else self.last_character)
+        if quote and at == len(text) and not last:
+            # It depends on the next character.
+            self.pending = found[0]
+            return at
+        if self.code.span:
+            end = self.find_span_end(text, at, last)
+            if end is None:
+                self.pending = text[found.start() :]
+                return len(text)
+            if end > 0:
+                self.show(text[found.start() : end])
+                return end
+            self.code.span = 0
+        if quote and text.startswith(quote, at):
+            self.show(found[0])
+        else:
+            self.take_tag(found[0])
+        return at
+
+    def find_span_end(self, text: str, at: int, last: bool) -> int | None:
+        """Return where the run stands that closes the span around `at`.
+
+        0 means that there is no span, None that it is too early to tell.
+        """
+        for token in SPAN_TOKEN.finditer(text, at, at + LIMITS.code_span):
+            if token[0] == "\n":
+                return 0
+            if len(token[0]) == self.code.span:
+                goes_on = token.end() == len(text) and not last
+                return None if goes_on else token.start()
+        return 0 if last or len(text) - at >= LIMITS.code_span else None
+
+    def take_tag(self, tag: str) -> None:
+        """Open a block, or do what else a tag says that counts."""
+        known = KNOWN_TAGS.get(tag.lower(), "")
+        if known in THINK_TAGS:
+            self.block = BLOCKS[known]
+        elif known in HARMONY_ENDS:
+            if not self.harmony:
+                self.show(tag)
+            return
+        elif known:
+            self.alone = self.code.at_line_start
+            self.close_at = len(self.visible)
+            self.show(tag)
+            self.after_close = not self.blocks
+            return
+        elif "to=" in tag:
+            self.show(tag)
+            self.block = BLOCKS["call"]
+        elif "<|channel|>final" in tag or "<|channel|>" not in tag:
+            self.harmony = True
+            self.skips_space = not self.head
+        else:
+            self.block = BLOCKS["analysis"]
+        self.blocks = True
 
 
 # --- fences ---------------------------------------------------------------------------
@@ -2846,35 +3285,82 @@ class FenceFilter:
 # --- both -----------------------------------------------------------------------------
 
 
+class Thinking(NamedTuple):
+    """What the routing file says of thinking, on one of its levels or on some together."""
+
+    action: str = ""  # strip, move or keep; "" leaves that to the next level
+    opened: bool = False  # the model's template opens the block
+
+
+NOTHING_SAID = Thinking()
+
+
+def merge_thinking(*levels: Thinking) -> Thinking:
+    """Return what some levels say together, of which the first one wins.
+
+    `("", True)`, `("move", False)`, `("keep", False)`  ->  `("move", True)`
+    """
+    actions = [level.action for level in levels if level.action]
+    return Thinking(actions[0] if actions else "", any(level.opened for level in levels))
+
+
 class FilterRules(NamedTuple):
-    """Which filters are on."""
+    """Which filters are on, and what becomes of thinking."""
 
     think: bool = False
     fences: bool = False
+    move: bool = False  # what was thought goes where the protocol has thinking
+    opened: bool = False  # texts may begin inside of a block that the model's template opened
+
+    @property
+    def any(self) -> bool:
+        """Whether any filter is on."""
+        return self.think or self.fences
+
+    @classmethod
+    def of(cls, thinking: Thinking, fences: bool) -> FilterRules:
+        """Return the rules for what becomes of thinking, and whether fences go."""
+        think = thinking.action != "keep"
+        return cls(think, fences, thinking.action == "move", think and thinking.opened)
 
 
 class TextFilter:
-    """Both filters, one after the other, for one text of one answer."""
+    """Both filters, one after the other, for one text of one answer; see ThinkFilter."""
 
     __slots__ = ("fences", "think")
 
-    def __init__(self, rules: FilterRules, inside: bool = False, begun: bool = False) -> None:
-        self.think = ThinkFilter(inside, begun) if rules.think else None
+    def __init__(self, rules: FilterRules, begun: bool = False, whole: bool = False) -> None:
+        self.think = ThinkFilter(rules.opened, begun, whole) if rules.think else None
         self.fences = FenceFilter() if rules.fences else None
 
     @property
     def passes_plain_text(self) -> bool:
-        """Whether a text without any tag would be visible as it is."""
+        """Whether a text without tag, backtick and tilde would be visible as it is."""
         if self.fences:
             return False
         return self.think is None or self.think.passes_plain_text
 
     @property
-    def pending(self) -> bool:
+    def shows_all_but_tags(self) -> bool:
+        """Whether a text without the start of a tag would be visible as it is."""
+        return self.fences is None and self.think is not None and self.think.shows_all_but_tags
+
+    @property
+    def keeps_back(self) -> bool:
         """Whether something is kept back that may yet be visible."""
-        thinking_pending = self.think is not None and self.think.pending != ""
-        fence_pending = self.fences is not None and self.fences.pending != ""
-        return thinking_pending or fence_pending
+        thinking_kept = self.think is not None and self.think.keeps_back
+        fence_kept = self.fences is not None and self.fences.pending != ""
+        return thinking_kept or fence_kept
+
+    @property
+    def opened(self) -> bool | None:
+        """Whether the text began inside of a block; None while nothing speaks for or against it."""
+        return self.think.opened if self.think else None
+
+    def skip(self, text: str) -> None:
+        """Go on behind plain text that has not been fed; `text` is the end of it."""
+        if self.think:
+            self.think.skip(text)
 
     def feed(self, text: str, last: bool = False) -> tuple[str, str]:
         """Return what a piece adds to the visible and to the thought text."""
@@ -2887,11 +3373,11 @@ class TextFilter:
 
 
 def filter_text(text: str, rules: FilterRules) -> tuple[str, str]:
-    """Return the visible and the thought part of a whole text.
+    r"""Return the visible and the thought part of a whole text.
 
-    `hm</think>yes`  ->  `("yes", "hm")`
+    `hm\n</think>\nyes`  ->  `("yes", "hm\n")`
     """
-    return TextFilter(rules, begins_inside(text)).feed(text, last=True)
+    return TextFilter(rules, whole=True).feed(text, last=True)
 
 
 # ======================================================================================
@@ -3101,6 +3587,8 @@ RESPONSES_EVENTS = {
     "response.output_item.added": {"type": BEGIN, "item": NEW_ITEM},
     "response.content_part.added": {"type": BEGIN},
     "response.reasoning_summary_part.added": {"type": BEGIN},
+    "response.reasoning_text.delta": {"delta": THINKING},
+    "response.reasoning_summary_text.delta": {"delta": THINKING},
     "response.output_text.delta": {"delta": TEXT},
     "response.output_text.done": {"text": AGAIN, "type": TEXT_END},
     "response.content_part.done": {"part": TEXT_AGAIN, "type": TEXT_END},
@@ -3152,11 +3640,21 @@ IF_ASKED = "if asked"
 UNLESS_REFUSED = "unless refused"
 NEVER_STREAMS = "never"
 # The text of a chat has begun in an event, without a tag and with more than white space, as in
-# `"delta": {"role": "assistant", "content": "Hi`. No bracket may stand before `content`, so that
-# it is a member of the choice itself, not of something that the server says beside it.
+# `"delta": {"role": "assistant", "content": "Hi`. It begins neither like JSON nor like code. No
+# bracket may stand before `content`, so that it is a member of the choice itself, not of something
+# that the server says beside it.
 PLAIN_CHAT_TEXT = re.compile(
-    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^ \\"]'
+    rb'"(?:delta|message)"[ \t]*:[ \t]*\{[^][{}]*"content"[ \t]*:[ \t]*" *[^] \\"[{`~<\xe2]'
 )
+
+# An event of a chat says no more than a text, with one choice whose delta has no other member.
+CHAT_TEXT_ALONE = re.compile(
+    rb'"choices" ?: ?\[\{[^][{}]*"delta" ?: ?\{(?:"role" ?: ?"assistant", ?)?'
+    rb'"content" ?: ?("(?:[^"\\]|\\.)*")\}[^][{}]*\}\]'
+)
+
+# A choice is at its end.
+FINISHED = re.compile(rb'"finish_reason" ?: ?"')
 
 
 def encode_openai_error(error: RouterError) -> bytes:
@@ -3189,6 +3687,13 @@ def encode_messages_error(error: RouterError) -> bytes:
     return encode_json({"type": "error", "error": {"type": kind, "message": str(error)}})
 
 
+# Where an answer has what was thought: a member of what speaks, or an item of its own in a list.
+BESIDE_TEXT = "reasoning_content"
+BESIDE_OLLAMA_TEXT = "thinking"
+IN_CONTENT = "content"
+IN_OUTPUT = "output"
+
+
 class Protocol(NamedTuple):
     """One endpoint: where its requests, answers and events hold what."""
 
@@ -3215,6 +3720,10 @@ class Protocol(NamedTuple):
     item_members: tuple[str, ...] = ()
     # What shows in an event that the text has begun without a tag.
     plain_text: re.Pattern[bytes] | None = None
+    # Where thinking stands that is moved out of a text.
+    thoughts: str = BESIDE_TEXT
+    # What finds the text, in its quotes, in an event that says no more.
+    text_alone: re.Pattern[bytes] | None = None
     # The event that ends a stream has one of these words in it, and another event hardly ever has:
     # one that has none need not be parsed to know that it is not the last.
     end_words: tuple[bytes, ...] = (DONE_MARK,)
@@ -3237,6 +3746,7 @@ OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
     needs_model=True,
     streams=UNLESS_REFUSED,
+    thoughts=BESIDE_OLLAMA_TEXT,
     end_words=(b'"done":true', b'"done": true'),
     names_model=True,
     encode_error=encode_ollama_error,
@@ -3249,6 +3759,7 @@ PROTOCOLS = {
         usage_option=True,
         answer=CHAT_ANSWER,
         plain_text=PLAIN_CHAT_TEXT,
+        text_alone=CHAT_TEXT_ALONE,
     ),
     "/v1/completions": Protocol(
         request=PROMPT_REQUEST,
@@ -3264,6 +3775,7 @@ PROTOCOLS = {
         user_words="messages",
         needs_model=True,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
+        thoughts=IN_CONTENT,
         item_members=("index",),
         end_words=(b'"message_stop"',),
         encode_error=encode_messages_error,
@@ -3274,6 +3786,7 @@ PROTOCOLS = {
         request=RESPONSES_REQUEST,
         user_words="input",
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
+        thoughts=IN_OUTPUT,
         item_members=("item_id", "content_index"),
         end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
     ),
@@ -3918,9 +4431,11 @@ def read_choices(answer: bytes) -> list[Message]:
                 except MalformedContent:
                     continue
     for message in choices.values():
-        text, thought = filter_text("".join(message.texts), FilterRules(think=True))
-        message.texts = [text]
-        message.thoughts.append(thought)
+        # Where the server has told thinking apart, what is left is the answer.
+        if not "".join(message.thoughts).strip():
+            text, thought = filter_text("".join(message.texts), FilterRules(think=True))
+            message.texts = [text]
+            message.thoughts.append(thought)
     return list(choices.values())
 
 
@@ -4352,6 +4867,8 @@ class AnswerPlan(NamedTuple):
     limits: Limits = LIMITS
     # The client has had the head of a stream, because it had to wait.
     begun: bool = False
+    # Is told whether a text began inside of a block that the model's template opened.
+    note_opened: Callable[[bool], None] = lambda opened: None
 
     @property
     def protocol(self) -> Protocol:
@@ -4371,29 +4888,141 @@ class AnswerPlan(NamedTuple):
         return {("model",): requested}
 
 
-# TAG_START as it stands in JSON: as it is, or as an escape, `\u003c` or `\u003C`.
-RAW_TAG_START = TAG_START.encode()
-ESCAPED_TAG_START = b"\\u003"
+# Every tag has one of these in it as it stands in JSON, and code begins with one of those. They
+# are looked for in every piece of an answer, and so they hardly occur elsewhere: there is a bracket
+# in each event, but no `THINK]`.
+TAG_MARKS = (b"<", b"THINK]", "\u25c1".encode())
+CODE_MARKS = (b"`", b"~")
+# Some servers write `<`, a backtick, `~` and what Kimi's tags begin with as escapes.
+TAG_ESCAPES = (b"\\u003", b"\\u25")
+ESCAPED_MARKS = (*TAG_ESCAPES, b"\\u006", b"\\u007")
+
+
+MARKS = (*TAG_MARKS, *CODE_MARKS)
+# Each of the marks and the escapes has one of these octets in it, which hardly occur elsewhere, and
+# by far the fastest search is that for one octet.
+MARK_OCTETS = (b"<", b"`", b"~", b"\\", b"K", b"\xe2")
 
 
 def may_hold_tag(data: bytes) -> bool:
     """Tell whether a text in JSON could hold a tag."""
-    return RAW_TAG_START in data or ESCAPED_TAG_START in data
+    return any(mark in data for mark in (*TAG_MARKS, *TAG_ESCAPES))
+
+
+def fold_edits(document: Any, path: Path, edits: dict[Path, Any]) -> Any:
+    """Return the value at a path, with the edits inside of it done there instead."""
+    for inner in [inner for inner in edits if inner[: len(path)] == path != inner]:
+        holder = document
+        for key in inner[:-1]:
+            holder = holder[key]
+        holder[inner[-1]] = edits.pop(inner)
+    for key in path:
+        document = document[key]
+    return document
+
+
+class Thought(NamedTuple):
+    """What was thought in a text of an answer, and where that text stands."""
+
+    path: Path
+    text: str
+
+
+def reasoning_item(protocol: Protocol, thought: str) -> dict[str, Any]:
+    """Return the element of a list that says what was thought."""
+    if protocol.thoughts == IN_CONTENT:
+        return {"type": "thinking", "thinking": thought, "signature": ""}
+    parts = [{"type": "reasoning_text", "text": thought}]
+    return {"type": "reasoning", "id": "rs_thought", "summary": [], "content": parts}
+
+
+def move_thoughts(
+    protocol: Protocol, document: Any, thoughts: Sequence[Thought], edits: dict[Path, Any]
+) -> None:
+    """Add the edits that put what was thought where a protocol has it.
+
+    `{"message": {"content": "hm"}}` of /api/chat, what was thought in `("message", "content")`
+    ->  an edit at `("message", "thinking")`; in /v1/messages: a new list with one block more
+    """
+    in_list = protocol.thoughts in (IN_CONTENT, IN_OUTPUT)
+    # From the last to the first, so that what is put into a list moves no place that comes later.
+    for path, thought in reversed(thoughts):
+        if in_list:
+            # A summary such as `output_text` stands in no list.
+            if protocol.thoughts in path:
+                at = path.index(protocol.thoughts)
+                items = fold_edits(document, path[: at + 1], edits)
+                items.insert(path[at + 1], reasoning_item(protocol, thought))
+                edits[path[: at + 1]] = items
+            continue
+        at = path.index("content") if "content" in path else -1
+        member = (*path[:at], protocol.thoughts)
+        edits[member] = thought + edits.get(member, "")
+
+
+def name_reasoning(
+    protocol: Protocol, document: Any, parts: Sequence[Part], edits: dict[Path, Any]
+) -> None:
+    """Add the edits that call a `reasoning` of OpenAI's servers `reasoning_content`."""
+    for part in parts:
+        *path, name = part.path or ("",)
+        if part.kind != THINKING or name != "reasoning" or protocol.thoughts != BESIDE_TEXT:
+            continue
+        if any(other.path == (*path, BESIDE_TEXT) for other in parts):
+            # It says both.
+            continue
+        holder = fold_edits(document, tuple(path), edits)
+        names = {"reasoning": BESIDE_TEXT}
+        edits[tuple(path)] = {
+            names.get(key, key): holder[key] for key in holder if key != BESIDE_TEXT
+        }
+
+
+def separated_choices(parts: Iterable[Part]) -> set[int]:
+    """Return the choices whose thinking the server itself has told apart from the text."""
+    return {
+        part.choice
+        for part in parts
+        if part.kind == THINKING and isinstance(part.value, str) and part.value.strip()
+    }
+
+
+def filter_parts(
+    plan: AnswerPlan, document: dict[str, Any], parts: list[Part], edits: dict[Path, Any]
+) -> None:
+    """Add the edits that filter the texts of a whole answer."""
+    separated = separated_choices(parts)
+    thoughts = []
+    for part in parts:
+        if part.kind not in (TEXT, AGAIN) or not isinstance(part.value, str):
+            continue
+        rules = plan.rules
+        if part.choice in separated:
+            rules = rules._replace(think=False)
+        text_filter = TextFilter(rules, whole=True)
+        visible, thought = text_filter.feed(part.value, last=True)
+        if text_filter.opened is not None:
+            plan.note_opened(text_filter.opened)
+        if visible != part.value:
+            edits[part.path] = visible
+        if thought:
+            thoughts.append(Thought(part.path, thought))
+    if plan.rules.move:
+        move_thoughts(plan.protocol, document, thoughts, edits)
+        name_reasoning(plan.protocol, document, parts, edits)
 
 
 def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole JSON answer filtered, its model named as the client knows it."""
-    filtering = plan.rules.fences or (plan.rules.think and may_hold_tag(content))
+    rules = plan.rules
+    filtering = rules.fences or (rules.think and may_hold_tag(content))
+    filtering = filtering or (rules.move and b'"reasoning"' in content)
     document = parse_object(content) if filtering or plan.restores_name else None
     if document is None:
         return content
     edits = plan.model_edit(document)
-    parts = read_answer(plan.protocol, document) if filtering else []
-    for part in parts:
-        if part.kind in (TEXT, AGAIN) and isinstance(part.value, str):
-            visible, _ = filter_text(part.value, plan.rules)
-            if visible != part.value:
-                edits[part.path] = visible
+    if filtering:
+        filter_parts(plan, document, read_answer(plan.protocol, document), edits)
     return edit_json(content.decode(), edits).encode() if edits else content
 
 
@@ -4603,9 +5232,11 @@ NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
 def find_all(block: bytes, word: bytes) -> list[int]:
     """Return the places of a word in a block, the last one first: `b"a-a"`, `b"a"` -> `[2, 0]`."""
     places: list[int] = []
-    # Looking for one octet is by far the fastest, and an escape is rare.
-    if word.startswith(b"\\") and b"\\" not in block:
-        return places
+    # Looking for one octet is by far the fastest, and one of them is nearly always missing.
+    if word in RARE_WORDS:
+        for octet in word:
+            if block.rfind(octet) < 0:
+                return places
     # Looking for a word from the end takes a third of the time that `find` takes.
     at = block.rfind(word)
     while at >= 0:
@@ -4614,51 +5245,151 @@ def find_all(block: bytes, word: bytes) -> list[int]:
     return places
 
 
-def tail_document(document: dict[str, Any], part: Part, text: str) -> dict[str, Any]:
+LETTER_U = ord("u")
+RARE_WORDS = frozenset(mark for mark in TAG_MARKS if len(mark) > 1)
+
+
+def find_escapes(block: bytes) -> list[int]:
+    """Return the places of ESCAPED_MARKS in a block, the last one first."""
+    places = []
+    # Most backslashes are those of `\n`. Looking for an escape as a word takes longer than going
+    # over all of them.
+    at = block.rfind(b"\\", 0, len(block) - 1)
+    while at >= 0:
+        if block[at + 1] == LETTER_U and block.startswith(ESCAPED_MARKS, at):
+            places.append(at)
+        at = block.rfind(b"\\", 0, at)
+    return places
+
+
+def tail_document(
+    document: dict[str, Any], part: Part, text: str, member: str = ""
+) -> dict[str, Any]:
     """Turn an event into one that says nothing but `text`, where one of its texts stands.
 
     `{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a <"}}]}`, ..., `<`
     ->  `{"choices": [{"index": 0, "delta": {"content": "<"}, "finish_reason": None}]}`
+
+    With a `member` it says it there, beside an empty text.
     """
     document.pop("usage", None)
     if part.path[0] == "choices":
         choice = document["choices"][part.path[1]]
-        says = {"delta": {"content": text}} if "delta" in choice else {"text": text}
+        if "delta" in choice:
+            says: dict[str, Any] = {"delta": {member or "content": text}}
+        else:
+            says = {"text": "", member or "text": text}
         document["choices"] = [{**choice, "finish_reason": None, **says}]
         return document
     holder: Any = document
     for key in part.path[:-1]:
         holder = holder[key]
-    holder[part.path[-1]] = text
+    holder[part.path[-1]] = ""
+    holder[member or part.path[-1]] = text
     return document
+
+
+class ThinkingBlocks:
+    """Puts blocks of thinking between the content blocks of a stream of /v1/messages.
+
+    A block of text that begins with thinking becomes two: the event that starts it waits until
+    something of it is visible, and a block of thinking comes first. All blocks behind that are
+    numbered anew. In all of this one block is open at a time.
+    """
+
+    def __init__(self, format: EventFormat) -> None:
+        self.format = format
+        # How many blocks there are more than the server has.
+        self.added = 0
+        # The number of the block of text at the server, and the event that starts it.
+        self.index = 0
+        self.start: dict[str, Any] | None = None
+        # What the open block has; "" while the start of a text waits.
+        self.open = ""
+
+    def encode(self, document: Mapping[str, Any]) -> bytes:
+        """Return an event about the open block."""
+        data = encode_json({**document, "index": self.index + self.added})
+        return b"event: " + str(document["type"]).encode() + b"\n" + self.format.encode(data)
+
+    def note_start(self, document: dict[str, Any]) -> bool:
+        """Let the event wait that starts a block of text; tell whether this is one."""
+        block = document.get("content_block")
+        is_text = isinstance(block, dict) and block.get("type") == "text"
+        if not is_text or not isinstance(document.get("index"), int):
+            return False
+        self.index = document["index"]
+        self.start = {**document, "content_block": {**block, "text": ""}}
+        self.open = ""
+        return True
+
+    def switch(self, kind: str) -> bytes:
+        """Return the events that open a block of some kind, unless it is open already."""
+        if self.start is None or self.open == kind:
+            return b""
+        ended = b""
+        if self.open:
+            ended = self.encode({"type": "content_block_stop"})
+            self.added += 1
+        self.open = kind
+        if kind == "text":
+            return ended + self.encode(self.start)
+        block = {"type": "thinking", "thinking": "", "signature": ""}
+        return ended + self.encode({"type": "content_block_start", "content_block": block})
+
+    def think(self, thought: str) -> bytes:
+        """Return the events that say what was thought."""
+        delta = {"type": "thinking_delta", "thinking": thought}
+        opening = self.switch("thinking")
+        return opening + self.encode({"type": "content_block_delta", "delta": delta})
+
+    def say(self, text: str) -> bytes:
+        """Return the events that say what the start of a block of text said."""
+        delta = {"type": "text_delta", "text": text}
+        return self.switch("text") + self.encode({"type": "content_block_delta", "delta": delta})
+
+    def prepare(self, document: Mapping[str, Any], visible: str) -> bytes:
+        """Return the events that have to come before one of the server's."""
+        kind = document.get("type")
+        if kind == "content_block_delta" and visible:
+            return self.switch("text")
+        if kind == "content_block_stop" and self.start is not None:
+            # A block of text that says nothing is left as it is, unless it was all thinking.
+            before = b"" if self.open else self.switch("text")
+            self.start = None
+            return before
+        return b""
 
 
 class EventFilter:
     """Changes events that stay in their protocol: texts, usage, the model's name.
 
     Most events need no change, and to parse one costs more than all else. So while
-    `skips_plain_events` holds, only the events with one of the `watched_words`, such as a tag's
-    `<`, are parsed, and the bytes between them leave as they came. It holds as soon as every text
-    of the answer has begun outside of its thinking and no filter keeps anything back: then only a
-    tag can change something. It does not hold at first, and never when texts may begin unseen
-    (`n` choices), when fences are looked for or when each event names a model.
+    `skips_plain_events` holds, only the events with one of MARKS, such as a tag's `<`, or of the
+    `watched_words` are parsed, and the bytes between them leave as they came. It holds as soon as
+    every text of the answer has begun outside of its thinking and no filter keeps anything back:
+    then only a tag can change something, or a backtick, because a tag in code does not count. It
+    does not hold at first, and never when texts may begin unseen (`n` choices), when fences are
+    looked for or when each event names a model.
     """
 
     buffers = False
     required = False
     failed = False
+    # Of the events that were skipped, so many octets of so many blocks are kept: what stands before
+    # a fence in its line is in the last of them.
+    LAST_SKIPPED = 2 * KiB
+    LAST_BLOCKS = 8
 
     def __init__(self, plan: AnswerPlan, format: EventFormat) -> None:
         self.plan = plan
         self.protocol = plan.protocol
         self.format = format
-        self.filtering = any(plan.rules)
+        self.filtering = plan.rules.any
         self.has_one_choice = plan.parsed.choices == 1
-        self.watched_words: tuple[bytes, ...] = ()
-        if plan.hide_usage:
-            self.watched_words += (b'"usage"',)
-        if self.filtering:
-            self.watched_words += (RAW_TAG_START, ESCAPED_TAG_START)
+        self.renames_reasoning = plan.rules.move and plan.protocol.thoughts == BESIDE_TEXT
+        self.moves_beside_text = plan.protocol.thoughts in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
+        self.watched_words = self.find_watched_words()
         self.skips_plain_events = not (self.filtering or plan.restores_name)
         # By choice and item: the filters of the texts, and the texts whose filter has to see every
         # event, because what it does depends on more than a tag.
@@ -4666,17 +5397,31 @@ class EventFilter:
         self.needs_all_events: set[tuple[int, Any]] = set()
         # By choice, then item: the last text whose filter keeps something back, and its event.
         self.pending: dict[int, dict[Any, tuple[Part, bytes]]] = {}
+        # The choices whose thinking the server itself tells apart from the text.
+        self.separated: set[int] = set()
         # Whether the only text of the answer has begun without a tag, and needs no filter yet.
         self.begun_plainly = False
+        # The last events that were skipped.
+        self.skipped: collections.deque[bytes] = collections.deque(maxlen=self.LAST_BLOCKS)
+        moves_blocks = plan.rules.move and plan.protocol.thoughts == IN_CONTENT
+        self.blocks = ThinkingBlocks(format) if moves_blocks else None
         self.lost_timings = False
+
+    def find_watched_words(self) -> tuple[bytes, ...]:
+        """Return the words, beside the marks, without one of which an event need not be parsed."""
+        words: tuple[bytes, ...] = ()
+        if self.renames_reasoning:
+            words += (b'"reasoning"',)
+        self.text_words = (*words, *MARKS, *ESCAPED_MARKS)
+        if self.plan.hide_usage:
+            words += (b'"usage"',)
+        return words
 
     def change_block(self, block: bytes) -> bytes:
         """Return some whole events changed; only those that could need it are parsed."""
-        # Where the watched words stand in the block.
-        places = []
-        for word in self.watched_words:
-            places += find_all(block, word)
+        places = self.find_places(block)
         if self.skips_plain_events and not places:
+            self.skipped.append(block[-self.LAST_SKIPPED :])
             return block
         places.sort()
         next_place = 0
@@ -4689,9 +5434,14 @@ class EventFilter:
                 # Go on to the event with the next word; what is before it stays as it is.
                 while next_place < len(places) and places[next_place] < at:
                     next_place += 1
-                if next_place == len(places):
+                start = at
+                at = len(block)
+                if next_place < len(places):
+                    at = self.format.find_last_end(block, start, places[next_place])
+                if at > start:
+                    self.skipped.append(block[max(start, at - self.LAST_SKIPPED) : at])
+                if at == len(block):
                     break
-                at = self.format.find_last_end(block, at, places[next_place])
             end = self.format.find_end(block, at, has_cr)
             event = block[at:end]
             changed = self.change_event(event)
@@ -4702,13 +5452,25 @@ class EventFilter:
             at = end
         return b"".join([*pieces, block[kept_to:]]) if pieces else block
 
+    def find_places(self, block: bytes) -> list[int]:
+        """Return where in a block the watched words stand."""
+        places = []
+        if self.plan.rules.think:
+            for octet in MARK_OCTETS:
+                if block.rfind(octet) >= 0:
+                    places = find_escapes(block)
+                    for word in MARKS:
+                        places += find_all(block, word)
+                    break
+        for word in self.watched_words:
+            places += find_all(block, word)
+        return places
+
     def may_skip_plain_events(self) -> bool:
         """Tell whether the next event can leave unseen if it has none of the watched words."""
-        if self.plan.restores_name:
+        if self.plan.restores_name or (self.blocks and self.blocks.added):
             return False
-        if not self.filtering:
-            return True
-        if self.filters and self.has_one_choice:
+        if not self.filtering or (self.filters and self.has_one_choice):
             return not self.needs_all_events
         return self.begun_plainly
 
@@ -4723,6 +5485,8 @@ class EventFilter:
             event = self.format.replace(event, data)
         looks_at_usage = self.plan.hide_usage and b'"usage"' in data
         looks_at_text = self.filtering and self.may_change_text(event, data)
+        if looks_at_text and not looks_at_usage and self.follow(data):
+            return event
         if not (looks_at_usage or looks_at_text or self.plan.restores_name):
             return event
         document = parse_object(data)
@@ -4745,8 +5509,46 @@ class EventFilter:
         if may_hold_tag(event):
             return True
         if self.skips_plain_events:
+            # It may have been found for its usage alone.
+            return any(word in event for word in self.text_words)
+        begun = self.note_plain_beginning(data)
+        if begun:
+            self.skipped.append(event)
+        return not begun
+
+    def read_text_alone(self, data: bytes) -> str | None:
+        """Return the text of an event that says no more, None when it may say something else."""
+        pattern = self.protocol.text_alone
+        found = pattern.search(data) if pattern and self.has_one_choice else None
+        if found is None or FINISHED.search(data):
+            return None
+        text = parse_value(found[1])
+        return text if isinstance(text, str) else None
+
+    def follow(self, data: bytes) -> bool:
+        """Tell whether an event leaves as it came because it has code and nothing to take out.
+
+        The filter goes on behind its text, for which the event need not be parsed.
+        """
+        text = None if self.plan.restores_name else self.read_text_alone(data)
+        if text is None or MARK_OF_TAG.search(text):
             return False
-        return not self.note_plain_beginning(data)
+        self.read_skipped()
+        if len(self.filters) != 1:
+            return False
+        ((text_key, text_filter),) = self.filters.items()
+        if not text_filter.shows_all_but_tags:
+            return False
+        text_filter.feed(text)
+        self.note_need(text_key, text_filter.passes_plain_text)
+        return True
+
+    def note_need(self, text_key: tuple[int, Any], passes_plain_text: bool) -> None:
+        """Note whether the filter of a text has to see every event."""
+        if passes_plain_text:
+            self.needs_all_events.discard(text_key)
+        else:
+            self.needs_all_events.add(text_key)
 
     def edit_event(self, event: bytes, data: bytes, edits: Mapping[Path, Any]) -> bytes:
         """Return an event with some values of its document replaced."""
@@ -4760,73 +5562,172 @@ class EventFilter:
         That is noted, so that the next events need not be parsed.
         """
         plain_text = self.protocol.plain_text
-        if self.filters or self.plan.restores_name or self.plan.rules.fences or plain_text is None:
+        rules = self.plan.rules
+        is_special = self.plan.restores_name or rules.fences or rules.move or rules.opened
+        if self.filters or is_special or plain_text is None:
             return False
         if not self.begun_plainly and self.has_one_choice:
             self.begun_plainly = plain_text.search(data) is not None
         return self.begun_plainly
 
+    def read_skipped(self) -> None:
+        """Tell the filter of the last text what stands in its line in events that were skipped."""
+        events = self.format.split(b"".join(self.skipped))
+        self.skipped.clear()
+        line = ""
+        text_key = None
+        for event in reversed(events):
+            for part in reversed(self.read_texts(event)):
+                if text_key in (None, (part.choice, part.item)):
+                    text_key = (part.choice, part.item)
+                    line = part.value + line
+            if line.strip(INDENT):
+                break
+        if self.begun_plainly and text_key and text_key not in self.filters:
+            self.filters[text_key] = TextFilter(self.plan.rules, begun=True)
+        if text_key in self.filters:
+            self.filters[text_key].skip(line)
+
+    def read_texts(self, event: bytes) -> list[Part]:
+        """Return the texts that an event says more of."""
+        text = self.read_text_alone(self.format.read_data(event))
+        if text is not None and len(self.filters) == 1:
+            ((choice, item),) = self.filters
+            return [Part(TEXT, choice, item, (), text)]
+        parts = read_answer(self.protocol, self.format.read_document(event) or {})
+        return [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
+
     def filter_event(
         self, event: bytes, data: bytes, document: dict[str, Any], edits: dict[Path, Any]
     ) -> bytes:
         """Return an event with its texts filtered, after what older events still have to say."""
+        self.read_skipped()
         parts = read_answer(self.protocol, document)
         texts = [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
         endings = [part for part in parts if part.kind in (FINISH, END, TEXT_END)]
         # A set that keeps its order: what the filters kept back leaves in the order of the texts.
         ended = dict.fromkeys((part.choice, part.item) for part in endings)
+        before = self.note_separated(parts)
+        starts_text = self.blocks is not None and self.blocks.note_start(document)
         visible = ""
+        thoughts = []
         for part in parts:
             if part.kind not in (TEXT, AGAIN) or not isinstance(part.value, str):
                 continue
             last = (part.choice, part.item) in ended or (part.choice, None) in ended
             if part.kind == TEXT:
-                shown = self.feed_text(part, event, last)
+                shown, thought = self.feed_text(part, event, last)
                 visible += shown
             else:
                 # A filter shows the same of a whole text as of its pieces, so that what is said
                 # again is what has been said. To look for a block that the model's template
-                # has opened, which `filter_text` does, would take away what has been shown.
-                shown, _ = TextFilter(self.plan.rules).feed(part.value, last)
+                # has opened, as in a whole text, would take away what has been shown.
+                shown, thought = TextFilter(self.rules_of(part.choice)).feed(part.value, last=True)
             if shown != part.value:
                 edits[part.path] = shown
+            if thought and self.plan.rules.move:
+                thoughts.append((part, Thought(part.path, thought)))
         # Texts that end without being in this event.
-        before = b"".join([self.release(choice, item) for choice, item in ended])
+        before += b"".join([self.release(choice, item) for choice, item in ended])
+        before += self.move_thoughts(document, thoughts, edits)
+        if self.renames_reasoning:
+            name_reasoning(self.protocol, document, parts, edits)
         # An event that said nothing but texts of which nothing is left is left out. One whose texts
         # were empty when it came, such as the first of OpenAI's, is not.
-        says_more = len(parts) > len(texts)
+        says_more = len(parts) > len(texts) or (thoughts and self.moves_beside_text)
         has_changed_text = any(part.path in edits for part in texts)
         if has_changed_text and not says_more and not visible:
             return before
+        if self.blocks:
+            if starts_text or (texts and not visible):
+                return before + (self.blocks.say(visible) if visible else b"")
+            before += self.blocks.prepare(document, visible)
+            if self.blocks.added and isinstance(document.get("index"), int):
+                edits[("index",)] = document["index"] + self.blocks.added
         return before + self.edit_event(event, data, edits)
 
-    def feed_text(self, part: Part, event: bytes, last: bool) -> str:
-        """Return what is visible of a text, and remember what its filter keeps back."""
+    def move_thoughts(
+        self, document: dict[str, Any], found: list[tuple[Part, Thought]], edits: dict[Path, Any]
+    ) -> bytes:
+        """Put what was thought into an event, or return events that say it before that one."""
+        in_event = []
+        events = b""
+        for part, thought in found:
+            if part.kind == AGAIN or self.moves_beside_text:
+                in_event.append(thought)
+            else:
+                events += self.encode_thought(document, thought.text)
+        move_thoughts(self.protocol, document, in_event, edits)
+        for thought in in_event:
+            # Clients take a text, even an empty one, for the end of the thinking.
+            if thought.path[-2:] == ("delta", "content") and not edits.get(thought.path):
+                edits[thought.path] = None
+        return events
+
+    def encode_thought(self, document: Mapping[str, Any], thought: str) -> bytes:
+        """Return the events that say what was thought in a text that `document` goes on with."""
+        if self.blocks:
+            return self.blocks.think(thought)
+        kind = "response.reasoning_text.delta"
+        places = ("item_id", "output_index", "content_index")
+        told = {name: document[name] for name in places if name in document}
+        data = encode_json({"type": kind, **told, "delta": thought})
+        return b"event: " + kind.encode() + b"\n" + self.format.encode(data)
+
+    def rules_of(self, choice: int) -> FilterRules:
+        """Return which filters the texts of a choice need."""
+        rules = self.plan.rules
+        return rules._replace(think=False) if choice in self.separated else rules
+
+    def note_separated(self, parts: list[Part]) -> bytes:
+        """Note whose thinking the server itself tells apart; return what its filters kept back."""
+        choices = separated_choices(parts) - self.separated
+        if not choices or not self.plan.rules.think:
+            return b""
+        released = b"".join([self.release(choice, None) for choice in choices])
+        self.separated |= choices
+        for text_key in self.filters:
+            if text_key[0] in choices:
+                self.filters[text_key] = TextFilter(self.rules_of(text_key[0]))
+                self.needs_all_events.discard(text_key)
+        is_renumbering = self.blocks and (self.blocks.added or self.blocks.start)
+        if self.has_one_choice and not self.plan.rules.fences and not is_renumbering:
+            # Nothing in the texts is looked for any more.
+            self.filtering = self.renames_reasoning
+            self.plan = self.plan._replace(rules=self.plan.rules._replace(think=False))
+            self.watched_words = self.find_watched_words()
+            self.begun_plainly = True
+            self.blocks = None
+        return released
+
+    def feed_text(self, part: Part, event: bytes, last: bool) -> tuple[str, str]:
+        """Return what a text adds to the visible and to the thought one.
+
+        What its filter keeps back is remembered.
+        """
         text_key = (part.choice, part.item)
         if text_key not in self.filters:
             if not part.value:
                 # An empty text begins nothing.
-                return ""
+                return "", ""
             most = self.plan.limits.texts_per_stream
             if len(self.filters) >= most:
                 raise BadGateway(f"the answer has more than {most} texts")
-            self.filters[text_key] = TextFilter(self.plan.rules, begun=self.begun_plainly)
+            rules = self.rules_of(part.choice)
+            self.filters[text_key] = TextFilter(rules, begun=self.begun_plainly)
         text_filter = self.filters[text_key]
-        visible, _ = text_filter.feed(part.value, last)
-        if text_filter.passes_plain_text:
-            self.needs_all_events.discard(text_key)
-        else:
-            self.needs_all_events.add(text_key)
-        if text_filter.pending:
+        visible, thought = text_filter.feed(part.value, last)
+        self.note_need(text_key, last or text_filter.passes_plain_text)
+        if text_filter.keeps_back:
             self.pending.setdefault(part.choice, {})[part.item] = (part, event)
         elif part.choice in self.pending:
             self.pending[part.choice].pop(part.item, None)
             if not self.pending[part.choice]:
                 del self.pending[part.choice]
-        return visible
+        return visible, thought
 
     def release(self, choice: int, item: Any) -> bytes:
-        """Return what the filter of a text keeps back, as an event of its own.
+        """Return what the filter of a text keeps back, as events of its own.
 
         The item None means all texts of the choice.
         """
@@ -4837,15 +5738,32 @@ class EventFilter:
         events = []
         for pending_item in items:
             part, event = pending[pending_item]
-            text = self.feed_text(part._replace(value=""), event, last=True)
-            if text:
-                document = tail_document(json.loads(self.format.read_data(event)), part, text)
-                events.append(self.format.replace(event, encode_json(document)))
+            visible, thought = self.feed_text(part._replace(value=""), event, last=True)
+            if thought and self.plan.rules.move:
+                events.append(self.encode_tail(event, part, thought, self.protocol.thoughts))
+            if visible:
+                events.append(self.encode_tail(event, part, visible))
         return b"".join(events)
+
+    def encode_tail(self, event: bytes, part: Part, text: str, member: str = "") -> bytes:
+        """Return an event that says nothing but `text`, like the one that `part` is of."""
+        document = json.loads(self.format.read_data(event))
+        if member in (IN_CONTENT, IN_OUTPUT):
+            return self.encode_thought(document, text)
+        tail = tail_document(document, part, text, member)
+        opening = b""
+        if self.blocks:
+            opening = self.blocks.switch("text")
+            tail["index"] += self.blocks.added
+        return opening + self.format.replace(event, encode_json(tail))
 
     def close(self, ending: bytes = b"") -> bytes:
         """Return what all filters keep back, as events of their own; `ending` is not needed."""
-        return b"".join([self.release(choice, None) for choice in list(self.pending)])
+        released = b"".join([self.release(choice, None) for choice in list(self.pending)])
+        for text_filter in self.filters.values():
+            if text_filter.opened is not None:
+                self.plan.note_opened(text_filter.opened)
+        return released
 
 
 # --- Ollama: requests -----------------------------------------------------------------
@@ -5099,15 +6017,13 @@ class OllamaTranslation:
         self.failed = False
         # A client that wishes for thinking gets it apart from the text, also if the server says
         # it in the text, between tags. One that refuses it gets none. One that says nothing gets
-        # what the server itself tells apart.
+        # what the server itself tells apart, or all of it if thinking is to be moved.
         wish = plan.parsed.document.get("think")
-        self.shows_tagged_thinking = bool(wish)
         self.shows_thinking = wish is not False
+        self.shows_tagged_thinking = bool(wish) or (plan.rules.move and self.shows_thinking)
         think = plan.rules.think or self.shows_tagged_thinking
         self.rules = plan.rules._replace(think=think)
         self.text_filter = TextFilter(self.rules)
-        # What the filter said last of itself: whether a text without any tag is visible as it is.
-        self.passes_plain_text = False
         self.message = Message("assistant")
         self.finish_reason: Any = None
         self.model = plan.parsed.model
@@ -5148,26 +6064,31 @@ class OllamaTranslation:
                 raise BadGateway(f"the answer has a shape that cannot be read: {error}") from None
         text = "".join(message.texts)
         if message.thoughts:
-            self.characters += sum(map(len, message.thoughts))
-            if self.shows_thinking:
-                self.thoughts += message.thoughts
+            self.take_thoughts(message.thoughts)
         self.characters += len(text)
         message.texts = []
         message.thoughts = []
         if whole:
-            self.text_filter = TextFilter(self.rules, begins_inside(text))
-        if finished or not self.passes_plain_text or TAG_START in text:
-            self.feed_text(text, finished)
-        elif text:
-            self.texts.append(text)
+            self.text_filter = TextFilter(self.rules, whole=True)
+        self.feed_text(text, finished or whole)
         if self.buffers or not (self.texts or self.thoughts or self.calls):
             return b""
         return self.encode_line({"done": False})
 
+    def take_thoughts(self, thoughts: list[str]) -> None:
+        """Put into the next line what the server has told apart from the text."""
+        self.characters += sum(map(len, thoughts))
+        if self.shows_thinking:
+            self.thoughts += thoughts
+        if self.rules.think and "".join(thoughts).strip():
+            # What it says beside that is the answer, whatever stands in it.
+            self.feed_text("", last=True)
+            self.rules = self.rules._replace(think=False)
+            self.text_filter = TextFilter(self.rules)
+
     def feed_text(self, text: str, last: bool) -> None:
         """Put into the next line what is visible of some more text; with the last, all calls."""
         visible, thought = self.text_filter.feed(text, last)
-        self.passes_plain_text = self.text_filter.passes_plain_text
         if visible:
             self.texts.append(visible)
         if thought and self.shows_tagged_thinking:
@@ -5205,6 +6126,8 @@ class OllamaTranslation:
         if self.failed:
             return b""
         self.feed_text("", last=True)
+        if self.text_filter.opened is not None:
+            self.plan.note_opened(self.text_filter.opened)
         lines = b""
         if not self.buffers and (self.texts or self.thoughts or self.calls):
             lines = self.encode_line({"done": False})
@@ -5455,7 +6378,7 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         return None
     if format:
         return StreamRewrite(plan, format, EventFilter(plan, format))
-    if media_type == "application/json" and (any(plan.rules) or plan.restores_name):
+    if media_type == "application/json" and (plan.rules.any or plan.restores_name):
         # Its client may get the head of a stream meanwhile, and then it cannot go as it is.
         return BufferedRewrite(plan, filter_document, required=plan.parsed.stream)
     return None
@@ -5472,6 +6395,9 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
 
 # The first one is what an alias has that names none.
 STRATEGIES = ("failover", "round_robin", "least_busy")
+# What may become of thinking; and that the model's template opens it, so that the answer does not.
+OPENED = "opened"
+THINKING_WORDS = ("strip", "move", "keep", OPENED)
 # `${NAME}` in the routing file stands for an environment variable.
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 # A name that ends so means the name without as well.
@@ -5547,6 +6473,7 @@ class Server:
     verify: bool = True
     # The models that the routing file says it has; then it is not asked. None: it is asked.
     models: tuple[str, ...] | None = None
+    thinking: Thinking = NOTHING_SAID
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
 
@@ -5583,6 +6510,7 @@ class Target(NamedTuple):
     alias: str = ""
     strategy: str = "failover"
     model: str = ""
+    thinking: Thinking = NOTHING_SAID
 
     def __str__(self) -> str:
         if self.alias:
@@ -5686,6 +6614,8 @@ class Decision(NamedTuple):
     trail: tuple[Step, ...]
     # Who named the server: the route, or who was asked when that is a rule for the model alone.
     found_by: str = ""
+    # What the alias and the route say of thinking.
+    thinking: Thinking = NOTHING_SAID
 
 
 # --- the routing file -------------------------------------------------------------------
@@ -5984,8 +6914,8 @@ class TableReader:
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
-        url, api, key, headers, verify, models, discover = node.members(
-            "url", "api", "api_key", "headers", "verify", "models", "discover"
+        url, api, key, headers, verify, models, discover, thinking = node.members(
+            "url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"
         )
         return Server(
             name=name,
@@ -5995,6 +6925,7 @@ class TableReader:
             headers=tuple((field.path[-1], field.read_field()) for field in headers.entries()),
             verify=verify.choose(True, False),
             models=self.read_models(models, discover.choose(True, False)),
+            thinking=self.read_thinking(thinking),
             warning=url_warning(f"servers.{name}", url.value),
         )
 
@@ -6008,6 +6939,19 @@ class TableReader:
         )
         items = node.elements("not a list of names; without one the server is asked")
         return tuple(dict.fromkeys(item.read() for item in items))
+
+    def read_thinking(self, node: Node) -> Thinking:
+        """Read what becomes of thinking: one of THINKING_WORDS, or a list of them."""
+        if node.value is None:
+            return NOTHING_SAID
+        wanted = f"{node.value!r} instead of {', '.join(THINKING_WORDS)}, or a list of them"
+        items = node.elements(wanted) if isinstance(node.value, list) else [node]
+        for item in items:
+            item.require(item.value in THINKING_WORDS, wanted)
+        words = [item.value for item in items]
+        actions = [word for word in words if word != OPENED]
+        node.require(len(actions) <= 1, f"{' and '.join(actions)} at once; keep one of them")
+        return Thinking(actions[0] if actions else "", OPENED in words)
 
     def read_upstream(self, node: Node) -> Server:
         """Read a server's name or a URL."""
@@ -6031,8 +6975,8 @@ class TableReader:
         return Instance(self.read_upstream(places[0]), model.read_optional())
 
     def read_alias(self, node: Node) -> Target:
-        """Read an alias: its instances and its strategy."""
-        strategy, listed = node.members("strategy", "instances")
+        """Read an alias: its instances, its strategy and what becomes of thinking."""
+        strategy, listed, thinking = node.members("strategy", "instances", "thinking")
         chosen_strategy = strategy.choose(*STRATEGIES)
         instances: list[Instance] = []
         for item in listed.elements("an alias needs a list of at least one `server/model`"):
@@ -6040,7 +6984,12 @@ class TableReader:
                 instance = self.read_instance(item)
                 item.require(instance not in instances, f"{instance} stands here twice")
                 instances.append(instance)
-        return Target(tuple(instances), node.path[-1], chosen_strategy)
+        return Target(
+            instances=tuple(instances),
+            alias=node.path[-1],
+            strategy=chosen_strategy,
+            thinking=self.read_thinking(thinking),
+        )
 
     def read_rule(self, node: Node) -> Rule:
         """Read a route: its match and its target."""
@@ -6077,8 +7026,9 @@ class TableReader:
         return tuple(item.read(parse_address_range) for item in items)
 
     def read_target(self, node: Node, pattern: NamePattern | None) -> Target:
-        """Read where a route leads: an alias, or an upstream and a model."""
-        upstream, model, alias = node.members("upstream", "model", "alias")
+        """Read where a route leads: an alias, or an upstream and a model; what else it says."""
+        upstream, model, alias, thinking = node.members("upstream", "model", "alias", "thinking")
+        route_thinking = self.read_thinking(thinking)
         given = [member for member in (upstream, model, alias) if member.value is not None]
         node.require(given, "name an `upstream`, a `model` or an `alias`")
         if alias in given:
@@ -6086,13 +7036,17 @@ class TableReader:
             name = alias.read()
             known = ", ".join(self.aliases) or "none"
             alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
-            return self.aliases[name]
+            target = self.aliases[name]
+            # The alias is nearer to the model than the route.
+            return target._replace(thinking=merge_thinking(target.thinking, route_thinking))
         if model in given:
             # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
         if upstream not in given:
-            return Target((), model=model.value)
-        return Target((Instance(self.read_upstream(upstream), model.value),))
+            return Target((), model=model.value, thinking=route_thinking)
+        return Target(
+            (Instance(self.read_upstream(upstream), model.value),), thinking=route_thinking
+        )
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -6403,7 +7357,7 @@ def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
     # A rule may leave the name as it is, and an exact name has no groups to put in.
     if model is None or not isinstance(match, re.Match):
         return target
-    return Target((Instance(server, match.expand(model)),))
+    return target._replace(instances=(Instance(server, match.expand(model)),))
 
 
 def find_pin(table: RoutingTable, requested_model: str) -> Instance | None:
@@ -6558,19 +7512,18 @@ def resolve(
     trail: list[Step] = []
     mapped_model = map_model(table.model_map, requested_model, trail)
     names = names_to_try(requested_model, mapped_model) if requested_model else ()
-    source_address = parse_source_host(source_host)
     query = RouteQuery(
         table=table,
         requested_model=requested_model,
         mapped_model=mapped_model,
         names=names,
         source_host=source_host,
-        source_address=source_address,
+        source_address=parse_source_host(source_host),
         catalogue=catalogue,
     )
     claim = first_claim(ROUTE_ORDER, query, trail)
-    route = claim.route
-    if not claim.target.instances and route != UNCLAIMED:
+    ruling = claim
+    if not claim.target.instances and claim.route != UNCLAIMED:
         # The rule says the model alone. Its template may have become nothing.
         model = claim.target.model or mapped_model
         query = query._replace(requested_model=model, mapped_model=model, names=names_to_try(model))
@@ -6592,11 +7545,12 @@ def resolve(
     return Decision(
         requested_model=requested_model,
         mapped_model=mapped_model,
-        route=route,
+        route=ruling.route,
         strategy=claim.target.strategy,
         instances=instances,
         trail=tuple(trail),
         found_by=claim.route,
+        thinking=ruling.target.thinking,
     )
 
 
@@ -9008,6 +9962,8 @@ class Upstreams:
         # for the usage would move them into the usage event, which the router takes out, and the
         # client would lose them. So the router does not ask these models for the usage.
         self.models_with_timings: set[InstanceKey] = set()
+        # The templates of these models open the block of thinking, so that an answer begins inside.
+        self.models_opening_thinking: set[InstanceKey] = set()
 
     # How instances fare.
 
@@ -11331,10 +12287,16 @@ class Context:
     request_numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     request_prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
 
-    @functools.cached_property
-    def filter_rules(self) -> FilterRules:
-        """What is taken out of answers."""
-        return FilterRules(self.settings.strip_thinking, self.settings.strip_json_markdown)
+    def filter_rules(self, decision: Decision, instance: Instance) -> FilterRules:
+        """Return what is taken out of the answers of an instance that a decision leads to."""
+        settings = self.settings
+        learned = instance_key(instance) in self.upstreams.models_opening_thinking
+        thinking = merge_thinking(
+            decision.thinking,
+            instance.server.thinking,
+            Thinking(settings.strip_thinking, opened=learned),
+        )
+        return FilterRules.of(thinking, settings.strip_json_markdown)
 
     def next_request_id(self) -> str:
         """Return an id that no other request has, in this router or another."""
@@ -11555,6 +12517,9 @@ class Candidate:
         # asked for it and does not get it.
         self.hide_usage = False
         self.response: UpstreamResponse | None = None
+        # Whether its answer began inside of a block of thinking that the model's template opened;
+        # None while nothing speaks for or against it.
+        self.opened_thinking: bool | None = None
         # Whether another instance could be asked instead; whether there is no other at all.
         self.has_next = False
         self.is_only = False
@@ -11572,6 +12537,10 @@ class Candidate:
     def model(self) -> str:
         """The name of the model that this instance is asked for."""
         return self.instance.model or ""
+
+    def note_opened(self, opened: bool) -> None:
+        """Note whether a text of the answer began inside of a block of thinking."""
+        self.opened_thinking = opened
 
     def close(self) -> None:
         """End the response's connection, unless all of it was read."""
@@ -12066,13 +13035,14 @@ class Exchange:
             parsed=self.parsed,
             dialect=self.dialect,
             native=candidate.native,
-            rules=self.context.filter_rules,
+            rules=self.context.filter_rules(self.decision, candidate.instance),
             hide_usage=candidate.hide_usage,
             renamed=candidate.instance.model != self.parsed.model,
             now=time.time,
             timing=self.timing,
             limits=self.context.limits,
             begun=begun,
+            note_opened=candidate.note_opened,
         )
         rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
         if not rewriter or not coding:
@@ -12183,7 +13153,7 @@ class Exchange:
             raise BadGateway("the answer's content coding broke off")
 
     def conclude(self, rewriter: Rewriter) -> None:
-        """Note what an answer has told by its end: an error, and how its server tells timings."""
+        """Note what an answer has told by its end: an error, and what its server is like."""
         self.record.error = self.loggable(rewriter.trouble)
         with_timings = self.context.upstreams.models_with_timings
         key = instance_key(self.candidate.instance)
@@ -12195,9 +13165,16 @@ class Exchange:
         elif key in with_timings and not rewriter.tells_timings:
             # Another server stands there now.
             with_timings.discard(key)
-        if len(with_timings) > self.context.limits.known_instances:
-            # Clients choose the names of models.
-            with_timings.clear()
+        opening = self.context.upstreams.models_opening_thinking
+        if self.candidate.opened_thinking:
+            opening.add(key)
+        elif self.candidate.opened_thinking is False:
+            # This time its stream was held back for nothing.
+            opening.discard(key)
+        for models in (with_timings, opening):
+            if len(models) > self.context.limits.known_instances:
+                # Clients choose the names of models.
+                models.clear()
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or keep it back, as its rewriter says."""

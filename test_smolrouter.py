@@ -2036,6 +2036,16 @@ TEXT_BITS = [
     "```",
     "`",
     "{}",
+    "~~~",
+    '"',
+    "[THINK]",
+    "<|channel>thought",
+    "<|channel|>",
+    "analysis",
+    " to=f",
+    "<|message|>",
+    "<|end|>",
+    "<|start|>assistant",
     "\ud83d\ude00",
 ]
 
@@ -2154,7 +2164,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
         ["[]", "{", '{"a": 1}', '{"/(/": "x"}', '{"/a/": "\\\\1"}', "gpt-4=llama",
          '{"/^GPT/i": "x"}', '{"a": "b", "/gpt/gi": "x"}']),
     "ROUTE_BY_MODEL": (["true", "off"], ["maybe"]),
-    "STRIP_THINKING": (["1", "TRUE", "Yes", "on"], ["2"]),
+    "STRIP_THINKING": (["1", "TRUE", "Yes", "on", "off", "move", "MOVE"], ["2", "strip"]),
     "STRIP_JSON_MARKDOWN": (["0", "False", "NO", "off"], ["ja"]),
     "DISABLE_THINKING": (["true", "false"], ["enabled"]),
     "ENABLE_LOGGING": (["true", "false"], ["-1"]),
@@ -4196,11 +4206,215 @@ def test_think_filter_at_every_split(text: str, visible: str, thought: str) -> N
     assert smolrouter.filter_text(text, rules) == (visible, thought)
 
 
-def test_bare_close_ends_a_block_from_the_prompt() -> None:
+# Every family of tags: what opens a block of thinking and what closes it. The first line of a
+# harmony answer is thinking, and its last message the answer.
+FAMILIES = {
+    "think": ("<think>", "</think>"),
+    "upper case": ("<THINK>", "</Think>"),
+    "thinking": ("<thinking>", "</thinking>"),
+    "thought": ("<thought>", "</thought>"),
+    "reasoning": ("<reasoning>", "</reasoning>"),
+    "seed": ("<seed:think>", "</seed:think>"),
+    "minimax": ("<mm:think>", "</mm:think>"),
+    "mistral": ("[THINK]", "[/THINK]"),
+    "kimi": ("◁think▷", "◁/think▷"),
+    "gemma": ("<|channel>thought", "<channel|>"),
+    "harmony": (
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
+    "commentary": ("<|channel|>commentary<|message|>", "<|end|>"),
+}
+# Where such a block may stand: the text around `B`, which is the block, and what is visible. A `B`
+# that is left there is the block as it is.
+PLACED = {
+    "opening": ("B\n\nYes", "Yes"),
+    "opening after blanks": ("\n B\n\nYes", "\n Yes"),
+    "middle": ("Yes B a < b", "Yes  a < b"),
+    "middle, a line of its own": ("a\nB\n\nc\n", "a\n\n\nc\n"),
+    "twice": ("B\nB\nc", "c"),
+    "code after it": ("B```\n  a\n\n    b\n```\n", "```\n  a\n\n    b\n```\n"),
+    "code before it": ("`a` ``b`` ~~~ \n```\nc\n```\nB", "`a` ``b`` ~~~ \n```\nc\n```\n"),
+    "span": ("Write `B` there.", "Write `B` there."),
+    "long span": ("Write ``a ` B`` there.", "Write ``a ` B`` there."),
+    "a backtick is no span": ("5` long, B\nand `6`", "5` long, \nand `6`"),
+    "fence": ("So:\n```xml\nB\n```\nB.", "So:\n```xml\nB\n```\n."),
+    "fence of tildes": ("~~~\nB\n~~~\nB.", "~~~\nB\n~~~\n."),
+    "fence in a list": ("- a\n  ```\n  B\n  ```\nB.", "- a\n  ```\n  B\n  ```\n."),
+    "quoted fence": ("> ```\n> B\n> ```\nB.", "> ```\n> B\n> ```\n."),
+    "longer fence": ("````md\n```\nB\n```\n````\nB.", "````md\n```\nB\n```\n````\n."),
+    "fence to the end": ("```\nB\n", "```\nB\n"),
+    "JSON": ('{"a": "B"}', '{"a": "B"}'),
+    "JSON in a list": ('[{"a": "B"}]', '[{"a": "B"}]'),
+    "no JSON": ("[1] says B.", "[1] says ."),
+}
+# Where the block is not closed.
+UNCLOSED = {
+    "unclosed": ("O hm", ""),
+    "unclosed behind a text": ("Yes O `hm`", "Yes "),
+    "unclosed in a span": ("The tag `O` opens.", "The tag `O` opens."),
+    "unclosed in a fence": ("```\nO\n```\n`O`", "```\nO\n```\n`O`"),
+    "unclosed, quoted": ('It says "O" (O).', 'It says "O" (O).'),
+}
+PLACED_THOUGHTS = [
+    (name, family, text, visible)
+    for name, family in FAMILIES.items()
+    for text, visible in [*PLACED.values(), *UNCLOSED.values()]
+]
+
+
+def place(family: tuple[str, str], text: str) -> str:
+    """Put the block of a family into a text where `B` stands, and its opening where `O` does."""
+    opening, closing = family
+    return text.replace("B", f"{opening}hm{closing}").replace("O", opening)
+
+
+def parted(pieces: Iterable[str], **rules: bool) -> tuple[str, str]:
+    """Return what is visible of a text in pieces, and what was thought."""
+    text_filter = smolrouter.TextFilter(smolrouter.FilterRules(think=True, **rules))
+    parts = [text_filter.feed(piece) for piece in pieces]
+    parts.append(text_filter.feed("", last=True))
+    return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
+
+
+def test_there_are_enough_places() -> None:
+    assert len(PLACED_THOUGHTS) >= 120
+
+
+@pytest.mark.parametrize("name, family, text, visible", PLACED_THOUGHTS)
+def test_thinking_of_every_family_in_every_place(
+    name: str, family: tuple[str, str], text: str, visible: str
+) -> None:
+    said = place(family, text)
+    wanted = place(family, visible)
+    for pieces in every_split(said):
+        shown, thought = parted(pieces)
+        assert shown == wanted
+        assert ("hm" in thought) == (wanted != said)
     rules = smolrouter.FilterRules(think=True)
-    assert smolrouter.filter_text("hm</think>\n\nyes", rules) == ("yes", "hm")
-    late = "yes <think>a</think> b </think> c"
-    assert smolrouter.filter_text(late, rules) == ("yes  b </think> c", "a")
+    assert smolrouter.filter_text(said, rules)[0] == wanted
+    # The same in events, as the bytes that they are, with escapes and without.
+    for escape in (False, True):
+        for before in ((), ("Hi there", ", ", "you.\n")):
+            if before and text.startswith(("B", "O", "{", "[{", "\n")):
+                continue
+            for pieces in ([said], re.split("(?=h)", said), [said[:1], said[1:]], list(said)):
+                if name == "mistral" and pieces == list(said) and not text.startswith(("B", "O")):
+                    # Behind a beginning without tags this family's are not looked for in parts.
+                    continue
+                data = b"".join(chat_stream(*before, *pieces, escape=escape))
+                left = texts_in(filtered([data]), "choices", 0, "delta", "content")
+                assert left == "".join(before) + wanted
+
+
+HARMONY_CALL = (
+    "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    '{"a": "<think>b"}<|call|>'
+)
+HARMONY_ANALYSIS = "<|channel|>analysis<|message|>hm<|end|>"
+SPECIAL_THOUGHTS = [
+    # Gemma writes an empty block, or the header twice.
+    ("<|channel>thought\n<channel|>Yes", "Yes", "\n"),
+    ("<|channel>thought\n<|channel>thought\nhm<channel|>Yes", "Yes", "\n\nhm"),
+    # A call of a tool is no thinking, and its arguments stay as they are.
+    (HARMONY_ANALYSIS + HARMONY_CALL, HARMONY_CALL, "hm"),
+    ("<|channel|>final<|message|>Yes `<|end|>`<|return|>", "Yes `<|end|>`", ""),
+    ("<|start|>assistant<|message|>Yes<|end|>", "Yes", ""),
+    (HARMONY_ANALYSIS + "<|start|>assistant<|channel|>commentary<|message|>more<|end|>"
+     "<|start|>assistant<|channel|>final<|message|>\nYes", "Yes", "hmmore"),
+    ("<|channel|>analysis<|message|>hm<|channel|>final<|message|>Yes", "Yes", "hm"),
+    ("a <|end|> b <|return|>", "a <|end|> b <|return|>", ""),
+    ("The <|channel|>analysis is text.", "The <|channel|>analysis is text.", ""),
+    # Code in thinking does not count, and not all that looks like code is some.
+    ("<think>```\na</think>b <think>c</think>", "b ", "```\nac"),
+    ("```<think>``` <think>a</think>\n<think>b</think>", "```<think>``` <think>a</think>\n", "b"),
+    ("a ```b\n<think>c</think>", "a ```b\n", "c"),
+    ("```\na\n``` b\n<think>", "```\na\n``` b\n<think>", ""),
+    ("`a\n<think>b</think>`c", "`a\n`c", "b"),
+    ("`<think>" + "x" * 5000 + "`", "`", "x" * 5000 + "`"),
+    # What closes nothing is text, and so is what another family closes.
+    ("a </think> b", "a </think> b", ""),
+    ("<think>a</thinking>b</think>c", "c", "a</thinking>b"),
+    ("<thinking_hard> <thinks> <Think hard> [think] [Think]",) * 2 + ("",),
+    ("‘<think>’ “</think>” «<think>» (</think>)",) * 2 + ("",),
+    ('"<think>a"</think>b', '"b', 'a"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, visible, thought", SPECIAL_THOUGHTS)
+def test_special_thinking_at_every_split(text: str, visible: str, thought: str) -> None:
+    splits = every_split(text) if len(text) < 1000 else [[text], [text[:9], text[9:]], list(text)]
+    for pieces in splits:
+        assert parted(pieces) == (visible, thought)
+    assert smolrouter.filter_text(text, smolrouter.FilterRules(think=True)) == (visible, thought)
+
+
+CLOSED_ONLY = [
+    # what a whole answer says whose template opened the block, what is visible
+    ("hm\n</think>\n\nYes", "Yes"),
+    ("hm</think>\nYes", "Yes"),
+    ("hm</think> \r\nYes", "Yes"),
+    ("hm\n</think>", ""),
+    ("hm\n[/THINK]\nYes", "Yes"),
+    ("hm\n<channel|>\nYes <think>no</think>", "Yes "),
+    ("`a` ```b``` hm\n</THINK>\nYes\n</think>\n", "Yes\n</think>\n"),
+    # what it says about tags
+    ("hm</think>Yes", None),
+    ("It ends with </think>", None),
+    ("It ends with `</think>`\nand\n```\n</think>\n```\n", None),
+    ('It ends with "</think>"\n', None),
+    ('{"a":\n"</think>\n"}', None),
+    ("a\n```\nb\n</think>\n", None),
+]
+
+
+@pytest.mark.parametrize("text, visible", CLOSED_ONLY)
+def test_close_without_an_opening(text: str, visible: str | None) -> None:
+    rules = smolrouter.FilterRules(think=True)
+    whole = smolrouter.TextFilter(rules, whole=True)
+    shown, thought = whole.feed(text, last=True)
+    assert shown == (text if visible is None else visible)
+    assert whole.opened == (None if visible is None else True)
+    assert ("hm" in thought) == (visible is not None)
+    # In a stream it is too late, but it tells of the next ones.
+    for pieces in every_split(text):
+        stream = smolrouter.TextFilter(rules)
+        shown = "".join(stream.feed(piece)[0] for piece in pieces) + stream.feed("", last=True)[0]
+        assert shown == text.replace("<think>no</think>", "")
+        assert stream.opened == whole.opened
+
+
+@pytest.mark.parametrize("said, visible, thought", [
+    ("hm</think>\n\nYes", "Yes", "hm"), ("hm `a` ◁/think▷Yes", "Yes", "hm `a` "),
+    ("\n<think>hm</think>Yes", "\nYes", "hm"), ("Yes, all of it", "Yes, all of it", ""),
+    (HARMONY_ANALYSIS + "Yes", "Yes", "hm"), ("", "", ""), ("a <think>", "a ", ""),
+    ("</think>Yes", "Yes", ""), ("x" * 66_000 + "</think>\nYes",) * 2 + ("",),
+], ids=range(9))  # fmt: skip
+def test_text_that_may_have_begun_inside(said: str, visible: str, thought: str) -> None:
+    if len(said) < 1000:
+        for pieces in every_split(said) if said else [[""]]:
+            assert parted(pieces, opened=True) == (visible, thought)
+    pieces = [said[at : at + 997] for at in range(0, len(said), 997)]
+    assert parted(pieces, opened=True) == parted([said], opened=True) == (visible, thought)
+
+
+def test_nothing_of_what_may_be_thought_leaves_before_its_end() -> None:
+    text_filter = smolrouter.TextFilter(smolrouter.FilterRules(think=True, opened=True))
+    assert [text_filter.feed(piece)[0] for piece in ("h", "m", "</thin", "k>Y", "es")] == [
+        "", "", "", "Y", "es"
+    ]  # fmt: skip
+    assert text_filter.opened
+    text_filter = smolrouter.TextFilter(smolrouter.FilterRules(think=True, opened=True))
+    held = [text_filter.feed("x" * 1024)[0] for _ in range(100)]
+    assert "".join(held) == "x" * 102_400 and not any(held[:63]) and not text_filter.opened
+
+
+def test_every_tag_has_a_mark_that_is_looked_for() -> None:
+    headers = ["".join(tags[0] for tags in header) for header in smolrouter.HARMONY_HEADERS]
+    tags = [*smolrouter.THINK_TAGS, *smolrouter.THINK_TAGS.values(), *smolrouter.HARMONY_ENDS]
+    for tag in (*tags, *headers):
+        assert smolrouter.may_hold_tag(tag.encode()), tag
+        assert smolrouter.MARK.match(tag) and smolrouter.TOKEN.match(tag), tag
 
 
 FENCES = [
@@ -4235,11 +4449,17 @@ def test_a_hundred_thousand_tags_take_linear_time() -> None:
         smolrouter.filter_text(text, rules)
 
 
-@fuzz(lambda st: {"bits": lists_of_bits(st, TEXT_BITS, 16), "fences": st.booleans()})
-def test_fuzz_filters(bits: list[str], fences: bool) -> None:
+@fuzz(
+    lambda st: {
+        "bits": lists_of_bits(st, TEXT_BITS, 16),
+        "fences": st.booleans(),
+        "opened": st.booleans(),
+    }
+)
+def test_fuzz_filters(bits: list[str], fences: bool, opened: bool) -> None:
     """However a text is split, what is seen and what was thought are the same."""
     text = "".join(bits)
-    rules = smolrouter.FilterRules(think=True, fences=fences)
+    rules = smolrouter.FilterRules(think=True, fences=fences, opened=opened)
     seen = set()
     for pieces in (bits, [text], list(text)):
         feed = smolrouter.TextFilter(rules).feed
@@ -4248,7 +4468,7 @@ def test_fuzz_filters(bits: list[str], fences: bool) -> None:
     assert len(seen) == 1
     ((visible, thought),) = seen
     assert len(visible) + len(thought) <= len(text)
-    assert fences or "<think>" in text or (visible, thought) == (text, "")
+    assert fences or smolrouter.TAG.search(text) or (visible, thought) == (text, "")
 
 
 # --- thinking, end to end -------------------------------------------------------------
@@ -4394,6 +4614,67 @@ def test_content_beside_the_answer_does_not_begin_it() -> None:
         assert got.text == "yes"
 
 
+ABOUT_TAGS = """To hide a model's thoughts, look for `<think>` and `</think>`:
+
+```html
+<think>The user says hi.</think>
+<p>Hi!</p>
+```
+
+Other models write `[THINK]`, `<|channel>thought` or "<thought>"; the last line may be just
+
+    </p>
+~~~
+<|channel|>analysis<|message|>hm<|end|> ◁think▷
+</think>
+~~~
+"""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [*EXAMPLE_REQUESTS, ANTHROPIC, RESPONSES])
+@pytest.mark.parametrize("setting", ["true", "move"])
+def test_answer_about_tags_arrives_whole(path: str, stream: bool, setting: str) -> None:
+    if "embed" in path:
+        return
+    item = {"type": "message", "content": [{"type": "output_text", "text": ABOUT_TAGS}]}
+    block = {"type": "text", "text": ABOUT_TAGS}
+    pieces = re.findall("(?s).{1,3}", ABOUT_TAGS)
+    said: Any = completion({}, ABOUT_TAGS)
+    events: list[Any] = [*text_deltas(*pieces), finish_delta(), "[DONE]"]
+    if path == "/v1/completions":
+        said = completion({}, ABOUT_TAGS, "text")
+        events = [{"choices": [{"index": 0, "text": piece}]} for piece in pieces] + ["[DONE]"]
+    elif path == ANTHROPIC:
+        said = {"type": "message", "role": "assistant", "content": [block]}
+        events = block_deltas(*pieces)
+    elif path == RESPONSES:
+        said = {"object": "response", "output": [item]}
+        events = response_deltas(*pieces)
+    script = sse_response(events) if stream else json_response(said)
+    model = default_upstream().add_script(script)
+    router = router_filtering(STRIP_THINKING=setting)
+    more = {"messages": [{"role": "user", "content": "hi"}], "input": "hi", "max_tokens": 9}
+    document = {**more, **EXAMPLE_REQUESTS.get(path, {}), "model": model, "stream": stream}
+    got = request(router.port, "POST", path, document)
+    if path.startswith("/api"):
+        assert got.text == ABOUT_TAGS
+    elif not stream:
+        assert got.content == encode_json(said)
+    elif path == ANTHROPIC:
+        assert read_blocks(got.content) == [("text", ABOUT_TAGS)] * 2
+    elif path == RESPONSES:
+        assert texts_in(got.content, "delta") == ABOUT_TAGS
+    else:
+        assert got.text == ABOUT_TAGS
+    # Events that no tag is split between leave as they came.
+    if stream and path == CHAT:
+        lines = text_deltas(*ABOUT_TAGS.splitlines(keepends=True))
+        sent = sse_response([*lines, finish_delta(), "[DONE]"])
+        got = post_chat(router, default_upstream().add_script(sent), stream=True)
+        assert got.content == b"".join(map(encode_event, [*lines, finish_delta(), "[DONE]"]))
+
+
 def test_each_choice_has_its_own_state() -> None:
     first = text_deltas("<think>", "no", "</think>", "one", " more")
     second = text_deltas("two", " <th", "ink>no", "</think>", "!", index=1)
@@ -4498,6 +4779,95 @@ def test_fences_at_every_split() -> None:
     whole = default_upstream().add_script(json_response(completion({}, FENCED)))
     assert post_chat(router, whole).text == UNFENCED
     assert post_chat(default_router(), whole).text == FENCED
+
+
+def test_think_stripping_can_be_set_in_the_routing_file() -> None:
+    servers = {
+        "plain": default_upstream().url,
+        "moving": {"url": default_upstream().url, "thinking": "move"},
+        "keeping": {"url": default_upstream().url, "thinking": ["keep"]},
+        "opening": {"url": default_upstream().url, "thinking": "opened"},
+    }
+    closed = default_upstream().add_script(json_response(completion({}, "hm</think>Yes")))
+    model = default_upstream().add_script(json_response(completion({}, "<think>hm</think>Yes")))
+    aliases = {
+        "near": {"instances": [f"keeping/{model}"], "thinking": "move"},
+        "far": {"instances": [f"keeping/{model}"]},
+        "both": {"instances": [f"opening/{closed}"], "thinking": "move"},
+        "one": {"instances": [f"plain/{closed}"], "thinking": ["opened", "move"]},
+        "none": {"instances": [f"plain/{closed}"]},
+    }
+    routes = [
+        {"match": {"model": "through"}, "route": {"alias": "near", "thinking": "keep"}},
+        {"match": {"model": "through-far"}, "route": {"alias": "far", "thinking": "strip"}},
+        {"match": {"model": "/^r-(.*)/"},
+         "route": {"upstream": "keeping", "model": "\\1", "thinking": "move"}},
+        {"match": {"model": "alone"}, "route": {"model": model, "thinking": "keep"}},
+    ]  # fmt: skip
+    table = {"servers": servers, "aliases": aliases, "routes": routes}
+    moved = {"role": "assistant", "content": "Yes", "reasoning_content": "hm"}
+    stripped = {"role": "assistant", "content": "Yes"}
+    kept = {"role": "assistant", "content": "<think>hm</think>Yes"}
+    with Router({"DEFAULT_UPSTREAM": default_upstream().url}, table) as router:
+        for name, wanted in (
+            ("none", {"role": "assistant", "content": "hm</think>Yes"}),
+            (f"{model} [plain]", stripped), (f"{model} [moving]", moved),
+            (f"{model} [keeping]", kept), ("near", moved), ("far", kept), ("through", moved),
+            ("through-far", stripped), (f"r-{model}", moved), ("alone", kept),
+            ("both", moved), ("one", moved),
+        ):  # fmt: skip
+            assert post_chat(router, name).json["choices"][0]["message"] == wanted, name
+
+
+def test_opened_thinking_is_learned_and_forgotten() -> None:
+    texts = ["hm\n</think>\n\nYes"]
+
+    def script(received: Received) -> Iterable[Step]:
+        return script_saying(texts[-1])(received)
+
+    model = default_upstream().add_script(script)
+    with Router({"DEFAULT_UPSTREAM": default_upstream().url}) as router:
+        # A stream cannot know, and tells the next ones.
+        assert post_chat(router, model, stream=True).text == texts[0]
+        assert post_chat(router, model, stream=True).text == "Yes"
+        assert post_chat(router, model).text == "Yes"
+        # The next answer has not begun so: nothing is lost, and the one after it is not held back.
+        texts.append("All of it.")
+        got = post_chat(router, model, stream=True)
+        assert got.text == texts[-1] and len(got.documents) < 4
+        texts.append("hm</think>Yes")
+        assert post_chat(router, model, stream=True).text == texts[-1]
+        # A whole answer teaches it, too, and so it does where the answer is translated.
+        texts.append("hm\n</think>\nYes")
+        for path in (CHAT, "/api/chat"):
+            assert (
+                request(router.port, "POST", path, example_request(path, model, False)).text
+                == "Yes"
+            )
+            got = request(router.port, "POST", path, example_request(path, model, True))
+            assert got.text == "Yes"
+            texts.append("All of it.")
+            assert (
+                request(router.port, "POST", path, example_request(path, model, True)).text
+                == texts[-1]
+            )
+            texts.pop()
+
+
+def test_thinking_moves_end_to_end() -> None:
+    router = router_filtering(STRIP_THINKING="move")
+    model = default_upstream().add_script(script_saying("<think>hm</think>\n\nYes"))
+    message = post_chat(router, model).json["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Yes", "hm")
+    got = post_chat(router, model, stream=True)
+    deltas = [d["choices"][0]["delta"] for d in got.documents if d["choices"]]
+    assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == "hm"
+    assert got.text == "Yes"
+    for stream in (False, True):
+        got = request(router.port, "POST", "/api/chat", example_request("/api/chat", model, stream))
+        documents = got.documents if stream else [got.json]
+        assert "".join(d["message"].get("thinking") or "" for d in documents) == "hm"
+        assert got.text == "Yes"
 
 
 def test_think_stripping_can_be_off() -> None:
@@ -5057,7 +5427,7 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
         text_delta("<thi"), text_delta("nk>hm</think>a"), text_delta("b"),
         {"choices": [{"index": 0, "delta": {"reasoning_content": "more"}}]},
         finish_delta(), "[DONE]"],
-     [("assistant", "ab", "morehm", [])]),
+     [("assistant", "<think>hm</think>ab", "more", [])]),
     ("two choices", "/v1/chat/completions", {}, [
         {"choices": [{"index": i, "delta": {"content": t}}]} for i, t in ((1, "x"), (0, "a"),
                                                                           (1, "y"), (0, "b"))],
@@ -5736,6 +6106,226 @@ def test_texts_without_number() -> None:
     assert changes.needs_all_events == {(7, None)} and not changes.pending
     with pytest.raises(smolrouter.BadGateway, match="more than 50 texts"):
         rewriter.feed(events[50])
+
+
+# --- thinking that is moved, or was told apart ----------------------------------------
+
+MOVED = "<think>hm</think>\n\nYes, `<think>`"
+MOVED_TEXT = "Yes, `<think>`"
+MOVE = {"think": True, "move": True}
+MOVED_STREAMS: dict[str, tuple[str, Callable[..., list[Any]], Any, tuple[str | int, ...],
+                               tuple[str | int, ...]]] = {
+    # path, what makes its events, their format, where texts stand, where thinking does
+    "chat": (CHAT, text_deltas, None, ("choices", 0, "delta", "content"),
+             ("choices", 0, "delta", "reasoning_content")),
+    "completions": (
+        "/v1/completions", lambda *t: [{"choices": [{"index": 0, "text": x}]} for x in t], None,
+        ("choices", 0, "text"), ("choices", 0, "reasoning_content")),
+    "responses": (RESPONSES, response_deltas, None,
+                  ("response", "output", 1, "content", 0, "text"),
+                  ("response", "output", 0, "content", 0, "text")),
+    "api/chat": ("/api/chat", lambda *t: [{"message": {"content": x}, "done": False} for x in t],
+                 smolrouter.LINES, ("message", "content"), ("message", "thinking")),
+    "api/generate": ("/api/generate", lambda *t: [{"response": x, "done": False} for x in t],
+                     smolrouter.LINES, ("response",), ("thinking",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED_STREAMS.values(), ids=MOVED_STREAMS)
+def test_thinking_moves_at_every_split(case: Any) -> None:
+    path, make, format, text_place, thought_place = case
+    plan: dict[str, Any] = {"path": path, "format": format, "rules": MOVE}
+    if format:
+        plan["dialect"] = smolrouter.OLLAMA
+    for pieces in every_split(MOVED):
+        events = make(*pieces)
+        encode = encode_event if format is None else lambda e: encode_json(e) + b"\n"
+        left = filtered([b"".join(map(encode, events))], **plan)
+        assert texts_in(left, *text_place) == MOVED_TEXT
+        assert texts_in(left, *thought_place) == "hm"
+        if path == RESPONSES:
+            said = [json.loads(line[5:]) for line in left.splitlines() if line.startswith(b"data")]
+            deltas: dict[str, str] = {}
+            for event in said:
+                kind = event["type"]
+                deltas[kind] = deltas.get(kind, "") + str(event.get("delta"))
+            assert deltas["response.output_text.delta"] == MOVED_TEXT
+            assert deltas["response.reasoning_text.delta"] == "hm"
+
+
+def read_blocks(content: bytes) -> list[tuple[str, str]]:
+    """Return the blocks that events of /v1/messages make; each must be open when it goes on."""
+    blocks: list[tuple[str, str]] = []
+    is_open = False
+    for line in content.splitlines():
+        event = json.loads(line[5:]) if line.startswith(b"data:") else {}
+        kind = event.get("type", "")
+        if kind == "content_block_start":
+            assert (event["index"], is_open) == (len(blocks), False)
+            blocks.append((event["content_block"]["type"], ""))
+        elif kind == "content_block_delta":
+            assert (event["index"], is_open) == (len(blocks) - 1, True)
+            name, said = blocks[-1]
+            more = [value for key, value in event["delta"].items() if key != "type"]
+            assert event["delta"]["type"] == {"thinking": "thinking_delta"}.get(name, "text_delta")
+            blocks[-1] = (name, said + more[0])
+        elif kind == "content_block_stop":
+            assert event["index"] == len(blocks) - 1
+        is_open = is_open if "block" not in kind else kind != "content_block_stop"
+    assert not is_open
+    return blocks
+
+
+@pytest.mark.parametrize("said, blocks", [
+    (MOVED, [("thinking", "hm"), ("text", MOVED_TEXT)]),
+    ("Yes", [("text", "Yes")]), ("", [("text", "")]), ("<think>hm", [("thinking", "hm")]),
+    ("[", [("text", "[")]),
+])  # fmt: skip
+def test_thinking_moves_into_blocks_of_its_own(said: str, blocks: Any) -> None:
+    for pieces in every_split(said) if said else [[""]]:
+        data = b"".join(map(encode_event, block_deltas(*pieces)))
+        assert read_blocks(filtered([data], path=ANTHROPIC, rules=MOVE)) == blocks * 2
+    several = "<think>a</think>b<think>c</think>d"
+    data = b"".join(map(encode_event, block_deltas(*several)))
+    found = read_blocks(filtered([data], path=ANTHROPIC, rules=MOVE))
+    assert found == [("thinking", "a"), ("text", "b"), ("thinking", "c"), ("text", "d")] * 2
+    left = filtered([data], path=ANTHROPIC)
+    assert read_blocks(left) == [("text", "bd")] * 2
+
+
+def test_thinking_moves_in_whole_answers() -> None:
+    block = {"type": "text", "text": MOVED}
+    tool = {"type": "tool_use", "input": {"a": "<think>"}}
+    item = {"type": "message", "content": [{"type": "output_text", "text": MOVED}]}
+    moved_item = {"type": "message", "content": [{"type": "output_text", "text": MOVED_TEXT}]}
+    parts = [{"type": "reasoning_text", "text": "hm"}]
+    reasoning = {"type": "reasoning", "id": "rs_thought", "summary": [], "content": parts}
+    more = {"logprobs": [1.0, {"a": "<think>"}]}
+    for path, said, wanted in (
+        (CHAT, {"choices": [{"message": {"content": MOVED}, **more}]},
+         {"choices": [{"message": {"content": MOVED_TEXT, "reasoning_content": "hm"}, **more}]}),
+        ("/v1/completions", {"choices": [{"text": MOVED, **more}]},
+         {"choices": [{"text": MOVED_TEXT, "reasoning_content": "hm", **more}]}),
+        (ANTHROPIC, {"type": "message", "content": [block, tool]},
+         {"type": "message", "content": [{"type": "thinking", "thinking": "hm", "signature": ""},
+                                         {**block, "text": MOVED_TEXT}, tool]}),
+        (RESPONSES, {"output": [item], "output_text": MOVED},
+         {"output": [reasoning, moved_item], "output_text": MOVED_TEXT}),
+        ("/api/chat", {"message": {"content": MOVED}},
+         {"message": {"content": MOVED_TEXT, "thinking": "hm"}}),
+        ("/api/generate", {"response": MOVED}, {"response": MOVED_TEXT, "thinking": "hm"}),
+    ):  # fmt: skip
+        dialect = smolrouter.OLLAMA if path.startswith("/api") else None
+        plan = answer_plan(path, {"stream": False}, dialect, rules=MOVE)
+        assert json.loads(smolrouter.filter_document(plan, encode_json(said))) == wanted
+    for rules in (MOVE, {"think": True}):
+        for asked, said in (({}, [{"content": MOVED}]), ({"think": False}, [{"content": MOVED}])):
+            plan = answer_plan("/api/chat", asked, smolrouter.OLLAMA, native=False, rules=rules)
+            rewriter = smolrouter.choose_rewriter(plan, 200, "text/event-stream")
+            events = [*(chat_chunk({}, delta) for delta in said), finish_delta(), "[DONE]"]
+            content = b"".join(rewriter.feed(encode_event(e)) for e in events) + rewriter.finish()
+            shown = rules is MOVE and not asked
+            assert texts_in(content, "message", "thinking") == ("hm" if shown else "")
+            assert texts_in(content, "message", "content") == MOVED_TEXT
+
+
+def test_reasoning_has_one_name_when_thinking_moves() -> None:
+    deltas = [{"role": "assistant", "reasoning": "h"}, {"reasoning": "m", "content": ""},
+              {"reasoning": "!", "reasoning_content": None}, {"content": "the <think> tag"},
+              {"reasoning": "a", "reasoning_content": "a"}, {"reasoning": "more"}]  # fmt: skip
+    data = b"".join(map(encode_event, [*(chat_chunk({}, d) for d in deltas), "[DONE]"]))
+    place = ("choices", 0, "delta", "reasoning_content")
+    for pieces in every_split(data):
+        left = filtered(pieces, rules=MOVE)
+        assert texts_in(left, *place) == "hm!amore"
+        assert texts_in(left, "choices", 0, "delta", "content") == "the <think> tag"
+        assert left.count(b'"reasoning"') == 1
+    assert filtered([data]) == data
+    message = {"reasoning": "hm", "content": "the <think> tag"}
+    content = encode_json({"choices": [{"message": message}]})
+    moved = content.replace(b'"reasoning"', b'"reasoning_content"')
+    assert smolrouter.filter_document(answer_plan(rules=MOVE), content) == moved
+    assert smolrouter.filter_document(answer_plan(), content) == content
+
+
+SEPARATED: dict[str, tuple[str, list[Any]]] = {
+    "chat": (CHAT, [*text_deltas("hm", key="reasoning_content"), *text_deltas("a <think>b\n", "c"),
+                    "[DONE]"]),
+    "reasoning": (CHAT, [*text_deltas("hm", key="reasoning"), *text_deltas("<think>", "c")]),
+    "messages": (ANTHROPIC, [
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking",
+                                                                      "thinking": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"thinking": "hm"}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 1, "delta": {"text": "<think>a"}},
+        {"type": "content_block_stop", "index": 1}, {"type": "message_stop"}]),
+    "responses": (RESPONSES, [
+        {"type": "response.reasoning_text.delta", "item_id": "r", "delta": "hm"},
+        *response_deltas("<think>", "a")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path, events", SEPARATED.values(), ids=SEPARATED)
+@pytest.mark.parametrize("rules", [{"think": True}, {"think": True, "opened": True}], ids=repr)
+def test_what_a_server_tells_apart_is_not_touched(path: str, events: Any, rules: Any) -> None:
+    data = b"".join(map(encode_event, events))
+    for pieces in every_split(data):
+        assert filtered(pieces, path=path, rules=rules) == data
+
+
+def test_what_a_server_tells_apart_is_not_touched_in_whole_answers() -> None:
+    said = "<think>kept</think>"
+    for path, document in (
+        (CHAT, {"choices": [{"message": {"content": said, "reasoning_content": "hm"}}]}),
+        (CHAT, {"choices": [{"message": {"content": said, "reasoning": "hm"}}]}),
+        (ANTHROPIC, {"type": "message", "content": [{"type": "thinking", "thinking": "hm"},
+                                                    {"type": "text", "text": said}]}),
+        (RESPONSES, {"output": [{"type": "reasoning", "content": [{"text": "hm"}]},
+                                {"type": "message", "content": [{"text": said}]}]}),
+        ("/api/chat", {"message": {"content": said, "thinking": "hm"}}),
+        ("/api/generate", {"response": said, "thinking": "hm"}),
+    ):  # fmt: skip
+        dialect = smolrouter.OLLAMA if path.startswith("/api") else None
+        content = encode_json(document)
+        plan = answer_plan(path, {"stream": False}, dialect)
+        assert smolrouter.filter_document(plan, content) == content
+    two = [{"index": 0, "message": {"content": said, "reasoning_content": "hm"}},
+           {"index": 1, "message": {"content": said + "x", "reasoning_content": ""}}]  # fmt: skip
+    left = smolrouter.filter_document(answer_plan(), encode_json({"choices": two}))
+    texts = [choice["message"]["content"] for choice in json.loads(left)["choices"]]
+    assert texts == [said, "x"]
+    message = {"content": said, "reasoning_content": "hm"}
+    told = translated_document({"choices": [{"message": message}]})["message"]
+    assert (told["content"], told["thinking"]) == (said, "hm")
+
+
+def test_plain_events_leave_unseen_behind_code_too() -> None:
+    rewriter = stream_filter()
+    said = chat_stream("Hi there", " `a", "` ~b", "\n```py", "\n", "<think>\n", "```\n", "and on")
+    for event in said[:-2]:
+        assert rewriter.feed(event) == event
+    changes = rewriter.changes
+    assert changes.skips_plain_events and not changes.needs_all_events
+    plain = encode_event(text_deltas("x")[0])
+    block = plain * 99
+    assert rewriter.feed(block) is block
+    # The fence behind it is one because a line has ended before, in an event that was not parsed.
+    more = chat_stream("one\n", "```", "\n", "<think>", "\n```\n", "<think>no</think>end")[1:]
+    left = rewriter.feed(plain + b"".join(more))
+    assert texts_in(left, "choices", 0, "delta", "content").endswith("\n```\n<think>\n```\nend")
+    inline = b"".join(chat_stream("Hi there", " you", " ```", " <think>no</think>end\n"))
+    left = filtered([inline])
+    assert texts_in(left, "choices", 0, "delta", "content") == "Hi there you ``` end\n"
+
+
+def test_pieces_of_the_rest_are_told_where_they_belong() -> None:
+    """What is kept back at the end of a text leaves as text or as thinking, in any choice."""
+    for tail, name in (("a <thi", "content"), ("<think>a</thi", "reasoning_content")):
+        said = [*text_deltas(tail, index=1), "[DONE]"]
+        left = filtered(map(encode_event, said), rules=MOVE)
+        assert texts_in(left, "choices", 0, "delta", name) == tail.removeprefix("<think>")
+        assert left.count(b'"index":1') == 2
 
 
 class Counted(bytes):
@@ -7927,6 +8517,12 @@ BAD_TABLES = {
     ),
     "bad discover": ('{"servers": {"a": {"url": "http://a", "discover": "no"}}}', "discover"),
     "broken JSON": ('{"servers": ', "JSON"),
+    "bad thinking": ('{"servers": {"a": {"url": "http://a", "thinking": "off"}}}', "strip, move"),
+    "two of thinking": (
+        '{"aliases": {"a": {"instances": [{"url": "http://a"}], "thinking": ["keep", "move"]}}}',
+        "aliases.a.thinking",
+    ),
+    "no list of thinking": (route({}, {**X, "thinking": []}), "routes[0].route.thinking"),
 }
 
 
