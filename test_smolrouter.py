@@ -15461,6 +15461,8 @@ def test_server_that_tells_timings_no_more_is_asked_for_usage() -> None:
     """Another one on its port, or behind one address for several."""
     moods = [timing_server, timing_server, well_behaved, well_behaved]
     upstream = Upstream(lambda received: moods.pop(0)(received))
+    # What the router asks by itself changes no mood.
+    upstream.scripts |= {"/": well_behaved, "/v1/models": well_behaved}
     asked = []
     with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
         for _ in range(4):
