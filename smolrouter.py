@@ -1040,11 +1040,9 @@ class Limits:
     # a few tokens: before its first one it may have to be loaded from a disk.
     probe_timeout: float = 5.0
     probed_model_timeout: float = 60.0
-    # Where the usual servers listen: a start without any server looks there, on this machine alone,
-    # and waits so long for each.
-    ollama_port: int = 11434
-    lm_studio_port: int = 1234
-    llama_cpp_port: int = 8080
+    # A start without any server looks for the usual ones at these ports, on this machine alone, in
+    # the order of LOCAL_SERVERS, and waits so long for each.
+    local_ports: Sequence[int] = (11434, 1234, 8080)
     local_server_timeout: float = 0.5
 
     # --- the log ---
@@ -15944,6 +15942,10 @@ def open_port(settings: Settings, limits: Limits) -> list[socket.socket]:
         return []
 
 
+# What a server is called that is found at one of `Limits.local_ports`.
+LOCAL_SERVERS = ("ollama", "lmstudio", "llamacpp")
+
+
 def answers_locally(port: int, limits: Limits) -> bool:
     """Tell whether a server of models answers on a port of this machine."""
     try:
@@ -15973,13 +15975,8 @@ def look_for_servers(invocation: Invocation) -> Invocation:
         return invocation
     if table.default is None or answers_locally(table.default.url.port, limits):
         return invocation
-    usual_ports = {
-        "ollama": limits.ollama_port,
-        "lmstudio": limits.lm_studio_port,
-        "llamacpp": limits.llama_cpp_port,
-    }
     found = []
-    for name, port in usual_ports.items():
+    for name, port in zip(LOCAL_SERVERS, limits.local_ports, strict=False):
         # The router is about to listen on its own port. LM Studio has the same one by default: if
         # it is there, the router says so and ends.
         if port != settings.listen_port and answers_locally(port, limits):
