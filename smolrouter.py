@@ -6269,6 +6269,81 @@ def encode_ollama_running(names: list[str], now: float) -> dict[str, Any]:
     return {"models": [{**ollama_model(name, rfc3339(now)), **more} for name in names]}
 
 
+# --- LM Studio: models ----------------------------------------------------------------
+
+# Under which names servers tell how long a context may be, the one in use first.
+CONTEXT_MEMBERS = (
+    "loaded_context_length",
+    "n_ctx",
+    "max_model_len",
+    "context_length",
+    "context_window",
+    "max_context_length",
+    "n_ctx_train",
+)
+# The largest context of a model, whatever it was loaded with.
+LARGEST_CONTEXT_MEMBERS = ("max_context_length", "n_ctx_train", "context_length", "max_model_len")
+# What LM Studio calls the kinds of models, in its older list and in its newer one.
+MODEL_TYPES = {"llm": "llm", "vlm": "llm", "embeddings": "embedding"}
+# Whether a model is loaded, in llama.cpp's words and in LM Studio's.
+MODEL_STATES = {
+    "loaded": "loaded",
+    "unloaded": "not-loaded",
+    "not-loaded": "not-loaded",
+}
+
+
+def read_context_length(
+    entry: Mapping[str, Any], members: Iterable[str] = CONTEXT_MEMBERS
+) -> int | None:
+    """Return how many tokens a model takes by its entry in a list, None if that is not said.
+
+    What the first of `members` says counts.
+
+    `{"id": "m", "meta": {"n_ctx_train": 4096}}`  ->  4096
+    """
+    said: dict[str, Any] = {}
+    for place in (entry, entry.get("meta"), entry.get("model_info")):
+        # Ollama puts the family before it: `qwen3.context_length`.
+        for name, value in place.items() if isinstance(place, dict) else ():
+            said.setdefault(name.rpartition(".")[2], value)
+    lengths = (said.get(name) for name in members)
+    return next((length for length in lengths if isinstance(length, int) and length), None)
+
+
+def read_model_facts(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of a model by its entry in a list, as LM Studio tells it.
+
+    `{"id": "m", "max_model_len": 4096, "status": {"value": "loaded"}}`
+    ->  `{"max_context_length": 4096, "state": "loaded"}`
+    """
+    status = entry.get("status")
+    state = status.get("value") if isinstance(status, dict) else entry.get("state")
+    facts = {
+        "type": entry.get("type") if entry.get("type") in [*MODEL_TYPES] else None,
+        "max_context_length": read_context_length(entry, LARGEST_CONTEXT_MEMBERS),
+        "state": MODEL_STATES.get(str(state)),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def encode_lm_studio_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+    """Return a list of models as /api/v0/models has it; what is not known is absent."""
+    return {"data": [{"id": model["id"], **read_model_facts(model)} for model in models]}
+
+
+def encode_lm_studio_keys(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+    """Return a list of models as /api/v1/models has it; what is not known is absent."""
+    entries = []
+    for model in models:
+        facts = read_model_facts(model)
+        facts.pop("state", None)
+        if "type" in facts:
+            facts["type"] = MODEL_TYPES[facts["type"]]
+        entries.append({"key": model["id"], **facts})
+    return {"models": entries}
+
+
 # --- the constants, and which rewriter ------------------------------------------------
 
 
@@ -6299,6 +6374,9 @@ OPENAI = Dialect(
 OPENAI_OPAQUE = as_opaque(OPENAI)
 # llama.cpp's own endpoints.
 LLAMA_CPP = OPENAI._replace(read=read_with_query)
+# LM Studio's own lists, the older one and the newer one.
+LM_STUDIO = OPENAI._replace(encode_models=encode_lm_studio_models)
+LM_STUDIO_KEYS = OPENAI._replace(encode_models=encode_lm_studio_keys)
 OLLAMA = Dialect(
     "ollama",
     LINES,
@@ -14850,6 +14928,8 @@ ENDPOINTS = (
     Endpoint("POST", "/api/embed", API, relay_model, OLLAMA_EMBED),
     Endpoint("POST", "/api/embeddings", API, relay_model, OLLAMA_EMBEDDING),
     Endpoint("GET HEAD", "/api/tags", API, serve_models, OLLAMA),
+    Endpoint("GET HEAD", "/api/v0/models", API, serve_models, LM_STUDIO),
+    Endpoint("GET HEAD", "/api/v1/models", API, serve_models, LM_STUDIO_KEYS),
     Endpoint("POST", "/api/show", API, serve_model_details, OLLAMA),
     Endpoint("GET HEAD", "/api/ps", API, serve_running_models, OLLAMA),
     Endpoint("GET HEAD", "/api/version", API, serve_version, OLLAMA),
@@ -16057,16 +16137,6 @@ SERVER_MARKS = {
     "lm studio": "LM Studio",
     "open webui": "Open WebUI",
 }
-# Under which names servers tell how long a context may be, the one in use first.
-CONTEXT_MEMBERS = (
-    "loaded_context_length",
-    "n_ctx",
-    "max_model_len",
-    "context_length",
-    "context_window",
-    "max_context_length",
-    "n_ctx_train",
-)
 REDIRECTIONS = (301, 302, 303, 307, 308)
 # An answer with such a status says that there is no such endpoint. 200 is LM Studio's.
 NO_ENDPOINT = (200, 404, 405, 501)
@@ -16202,20 +16272,6 @@ def judge_probe(answer: ProbeAnswer | None) -> str:
     if not find_failure(answer):
         return "yes"
     return "no" if answer.status in NO_ENDPOINT else "error"
-
-
-def read_context_length(entry: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model takes by its entry in a list, None if that is not said.
-
-    `{"id": "m", "meta": {"n_ctx_train": 4096}}`  ->  4096
-    """
-    said: dict[str, Any] = {}
-    for place in (entry, entry.get("meta"), entry.get("model_info")):
-        # Ollama puts the family before it: `qwen3.context_length`.
-        for name, value in place.items() if isinstance(place, dict) else ():
-            said.setdefault(name.rpartition(".")[2], value)
-    lengths = (said.get(name) for name in CONTEXT_MEMBERS)
-    return next((length for length in lengths if isinstance(length, int) and length), None)
 
 
 def read_abilities(entry: Mapping[str, Any]) -> list[str]:

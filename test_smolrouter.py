@@ -12200,6 +12200,49 @@ def test_a_name_of_a_list_is_not_spelled_again_for_a_translation() -> None:
         assert last_request(upstream).model == "ours:latest"
 
 
+LM_STUDIO_LISTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # What a server says of its model, and what LM Studio would say.
+    "nothing": ({"object": "model", "created": 1}, {}),
+    "vllm": ({"max_model_len": 4096}, {"max_context_length": 4096}),
+    "llama.cpp": (
+        {"meta": {"n_ctx_train": 32768, "n_ctx": 8192}, "status": {"value": "unloaded"}},
+        {"max_context_length": 32768, "state": "not-loaded"},
+    ),
+    "lm studio": (
+        {"type": "vlm", "max_context_length": 9, "loaded_context_length": 5, "state": "loaded"},
+        {"type": "vlm", "max_context_length": 9, "state": "loaded"},
+    ),
+    "vectors": ({"type": "embeddings", "state": "loaded"},) * 2,
+    "odd": ({"type": ["x"], "max_model_len": "much", "status": [], "state": {}, "meta": 1}, {}),
+    "another type": ({"type": "chat", "status": {"value": ["x"]}}, {}),
+}
+
+
+def test_lists_of_lm_studio() -> None:
+    listed = [{"id": name, **said} for name, (said, _) in LM_STUDIO_LISTS.items()]
+    table = {"aliases": {"friend": {"instances": [{"url": refusing_url(), "model": "x"}]}}}
+    with (
+        Upstream(lambda received: json_response({"data": listed})) as upstream,
+        Router({"DEFAULT_UPSTREAM": upstream.url}, table) as router,
+    ):
+        old = get_document(router, "/api/v0/models")
+        wanted = [{"id": "friend"}]
+        wanted += [{"id": name, **facts} for name, (_, facts) in LM_STUDIO_LISTS.items()]
+        assert old == {"data": wanted}
+        new = get_document(router, "/api/v1/models")
+        assert [entry["key"] for entry in new["models"]] == [entry["id"] for entry in wanted]
+        assert {key for entry in new["models"] for key in entry} == {
+            "key",
+            "type",
+            "max_context_length",
+        }
+        types = {entry["key"]: entry["type"] for entry in new["models"] if "type" in entry}
+        assert types == {"lm studio": "llm", "vectors": "embedding"}
+        wrong = request(router.port, "POST", "/api/v1/models", {})
+        assert wrong.status == 405
+        check_openai_error(wrong.json)
+
+
 @each_openai
 def test_openai_model_list(sdk: Sdk) -> None:
     names = [model.id for model in sdk.call(models_router().url, "models.list").data]
