@@ -7630,10 +7630,13 @@ def resolve(
     )
 
 
-def tell_ages(decision: Decision, ages: Sequence[float | None]) -> Decision:
+# Within a second, the requests for a model have the same ages. Few are worth remembering: they are
+# others a second later.
+@functools.lru_cache(maxsize=64)
+def tell_ages(decision: Decision, ages: tuple[int | None, ...]) -> Decision:
     """Return a decision by lists whose last step says how old they are, in s; None: fixed ones.
 
-    The ages are no part of what is remembered, because they change with each second.
+    The ages are no part of what `decide` remembers, because they change with each second.
     """
     step = Step(BY_LIST, True, listing_words(decision.instances, ages))
     return decision._replace(trail=(*decision.trail[:-1], step))
@@ -12396,7 +12399,7 @@ class Context:
             await lists.wait(self.table)
             decision = decide(self.table, model, source_host, lists.catalogue)
         if decision.found_by == BY_LIST:
-            ages = [lists.age(instance.server) for instance in decision.instances]
+            ages = tuple(lists.age(instance.server) for instance in decision.instances)
             decision = tell_ages(decision, ages)
         return decision
 
@@ -16745,7 +16748,8 @@ def explain_by_lists(
     lists = asyncio.run(ask_lists(invocation, table))
     decision = resolve(table, model, source_host, lists.catalogue)
     if decision.found_by == BY_LIST:
-        decision = tell_ages(decision, [lists.age(i.server) for i in decision.instances])
+        ages = tuple(lists.age(instance.server) for instance in decision.instances)
+        decision = tell_ages(decision, ages)
     silent = []
     for server in table.asked_servers:
         if lists.catalogue.names_of(server) is None:
