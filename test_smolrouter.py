@@ -8898,7 +8898,7 @@ def test_decisions_are_remembered_until_a_list_changes() -> None:
     found = smolrouter.decide(table, "only-a", HOME, first)
     assert smolrouter.decide(table, "only-a", HOME, first) is found
     assert str(smolrouter.decide(table, "only-a", HOME, second).instances[0]) == "e/only-a"
-    told = smolrouter.tell_ages(found, [61])
+    told = smolrouter.tell_ages(found, (61,))
     assert told.trail == (*found.trail[:-1], ("model list", True, "a lists 'only-a' (61 s ago)"))
 
 
