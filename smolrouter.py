@@ -3666,12 +3666,13 @@ def encode_ollama_error(error: RouterError) -> bytes:
     return encode_json({"error": str(error)})
 
 
-# The types of errors that clients of /v1/messages know, by status; all others are of one type.
+# The types of errors that clients of /v1/messages know, by status; all other faults of the client
+# are of one type, and all other faults of the router of another one.
 MESSAGES_ERRORS = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -3681,7 +3682,8 @@ MESSAGES_ERRORS = {
 
 def encode_messages_error(error: RouterError) -> bytes:
     """Return an error as the clients of /v1/messages read it."""
-    kind = MESSAGES_ERRORS.get(error.status, "api_error")
+    other = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = MESSAGES_ERRORS.get(error.status, other)
     return encode_json({"type": "error", "error": {"type": kind, "message": str(error)}})
 
 
@@ -3749,6 +3751,12 @@ OTHER_OLLAMA = Protocol(
     names_model=True,
     encode_error=encode_ollama_error,
 )
+# What lies under /v1/messages.
+OTHER_MESSAGES = OTHER_PROTOCOL._replace(
+    encode_error=encode_messages_error,
+    error_prefix=b"event: error\n",
+    ping=b'event: ping\ndata: {"type": "ping"}\n\n',
+)
 PROTOCOLS = {
     "/v1/chat/completions": Protocol(
         request=CHAT_REQUEST,
@@ -3768,17 +3776,15 @@ PROTOCOLS = {
         answer=CHAT_ANSWER,
     ),
     "/v1/embeddings": Protocol(needs_model=True),
-    "/v1/messages": Protocol(
+    "/v1/messages": OTHER_MESSAGES._replace(
         request=MESSAGES_REQUEST,
         user_words="messages",
         needs_model=True,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
+        plain_text=None,
         thoughts=IN_CONTENT,
         item_members=("index",),
         end_words=(b'"message_stop"',),
-        encode_error=encode_messages_error,
-        error_prefix=b"event: error\n",
-        ping=b'event: ping\ndata: {"type": "ping"}\n\n',
     ),
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
@@ -3823,12 +3829,22 @@ PROTOCOLS = {
 }
 
 
-def find_protocol(path: str) -> Protocol:
-    """Return the row of a path."""
+# What all paths share that lie under one of these and have no row of their own.
+FAMILIES = {"/v1/messages/": OTHER_MESSAGES}
+
+
+def find_row(path: str, other: Protocol) -> Protocol:
+    """Return the row of a path, or that of its family; `other` for a path without any."""
     protocol = PROTOCOLS.get(path)
     if protocol is None:
-        return OTHER_OLLAMA if path.startswith("/api/") else OTHER_PROTOCOL
+        families = [row for start, row in FAMILIES.items() if path.startswith(start)]
+        protocol = families[0] if families else other
     return protocol
+
+
+def find_protocol(path: str) -> Protocol:
+    """Return what the documents of a path look like."""
+    return find_row(path, OTHER_OLLAMA if path.startswith("/api/") else OTHER_PROTOCOL)
 
 
 # --- what an answer says --------------------------------------------------------------
@@ -4597,13 +4613,13 @@ class Dialect(NamedTuple):
     # What a server that speaks it says at its root, if it says anything of its own.
     greeting: str = ""
 
-    def encode_error(self, error: RouterError, path: str = "") -> bytes:
+    def encode_error(self, error: RouterError, path: str) -> bytes:
         """Return an error as the clients of a path read it."""
-        return PROTOCOLS.get(path, self.other).encode_error(error)
+        return find_row(path, self.other).encode_error(error)
 
-    def encode_event_error(self, error: RouterError, path: str = "") -> bytes:
+    def encode_event_error(self, error: RouterError, path: str) -> bytes:
         """Return an error as the last event of a running stream."""
-        prefix = PROTOCOLS.get(path, self.other).error_prefix
+        prefix = find_row(path, self.other).error_prefix
         return prefix + self.events.encode(self.encode_error(error, path))
 
     def encode_ping(self, parsed: ParsedRequest, created_at: str) -> bytes:
@@ -4625,7 +4641,7 @@ class Dialect(NamedTuple):
                 # Some clients are told of it by its type.
                 error.status = status
                 return self.encode_event_error(error, path)
-            prefix = PROTOCOLS.get(path, self.other).error_prefix
+            prefix = find_row(path, self.other).error_prefix
         elif document is None:
             raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
         # JSON has line ends between its tokens alone.
@@ -12466,9 +12482,10 @@ def send_error(
     writer: ResponseWriter,
     error: RouterError,
     dialect: Dialect,
+    path: str,
     fields: Iterable[tuple[str, str]] = (),
 ) -> None:
-    """Answer with an error of the router's own, in the client's dialect.
+    """Answer with an error of the router's own, as the clients of a path read it.
 
     After an answer has begun there is no second head: it would be taken for content of the first.
     Then the answer is cut, so that it does not look complete.
@@ -12481,7 +12498,7 @@ def send_error(
     if isinstance(error, FATAL_TO_CONNECTION):
         writer.keep_alive = False
     all_fields = [("Content-Type", "application/json"), *fields, *error.fields]
-    writer.send_response(error.status, all_fields, dialect.encode_error(error))
+    writer.send_response(error.status, all_fields, dialect.encode_error(error, path))
 
 
 def passed_fields(fields: Fields, *dropped: Iterable[str]) -> FieldPairs:
@@ -12757,7 +12774,7 @@ class Exchange:
             return
         record.error = self.loggable(str(error))
         if self.sent == NOTHING:
-            send_error(self.writer, error, self.dialect, self.own_fields())
+            send_error(self.writer, error, self.dialect, self.parsed.path, self.own_fields())
             return
         record.status = error.status
         event = self.dialect.encode_event_error(error, self.parsed.path)
@@ -15094,14 +15111,14 @@ class Application:
                 # A browser gets the page all the same: it shows the sign-in.
                 send_page(self.context, request, error.status, error.fields)
             else:
-                send_error(request.writer, error, request.dialect)
+                send_error(request.writer, error, request.dialect, request.path)
         except Exception:  # a fault of ours must cost one request alone
             if request.connection.failure:
                 # It is no fault of ours: the client has gone while it was being answered.
                 raise
             self.context.log.print_line(traceback.format_exc())
             internal = RouterError("internal error; see the log")
-            send_error(request.writer, internal, request.dialect)
+            send_error(request.writer, internal, request.dialect, request.path)
         finally:
             self.content_size -= request.counted_octets
         # An exchange has printed its own line; the page's polling is not worth one.
@@ -15550,7 +15567,7 @@ class HTTPServer:
             if (data or connection.partial_head).startswith(b"HEAD "):
                 # Content would be taken for the next answer (RFC 9110 section 9.3.2).
                 writer.method = "HEAD"
-            send_error(writer, error, OPENAI)
+            send_error(writer, error, OPENAI, "")
             self.context.log.print_request(peer, str(error.status), str(error))
             await connection.linger()
             return None

@@ -7216,6 +7216,96 @@ def test_a_default_model_is_not_what_is_deleted_or_shown() -> None:
             assert (got.status, "no model was named" in got.json["error"]) == (400, True)
 
 
+# --- agents: errors -------------------------------------------------------------------
+
+MESSAGES_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    501: "api_error",
+    502: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    508: "api_error",
+}
+UNDER_MESSAGES = (ANTHROPIC, "/v1/messages/count_tokens", "/v1/messages/batches/b_1/cancel")
+
+
+def check_messages_error(got: Response, status: int) -> None:
+    """Assert that an answer is an error as the clients of /v1/messages read it."""
+    assert got.status == status
+    error = got.json["error"]
+    assert (set(got.json), set(error)) == ({"type", "error"}, {"type", "message"})
+    assert got.json["type"] == "error" and error["message"]
+    assert error["type"] == MESSAGES_ERRORS[status]
+
+
+def test_every_error_under_messages_has_a_type_that_its_clients_know() -> None:
+    classes = [smolrouter.RouterError]
+    for one in classes:
+        classes += one.__subclasses__()
+    error = smolrouter.RouterError("no")
+    for path, one in itertools.product(UNDER_MESSAGES, classes):
+        error.status = one.status
+        document = json.loads(smolrouter.OPENAI.encode_error(error, path))
+        default = "invalid_request_error" if one.status < 500 else "api_error"
+        kind = MESSAGES_ERRORS.get(one.status, default)
+        assert document == {"type": "error", "error": {"type": kind, "message": "no"}}
+    for path in ("/v1/messagesx", "/v1/chat/completions", "/api/logs", ""):
+        check_openai_error(json.loads(smolrouter.OPENAI.encode_error(error, path)))
+
+
+def test_errors_of_the_router_under_messages() -> None:
+    routes = {
+        "servers": {"dead": switched_off_url("dead"), "bench": sdk_upstream().url},
+        "routes": [
+            {"match": {"model": "nowhere"}, "route": {"upstream": "dead"}},
+            {"match": {"model": "mute"}, "route": {"upstream": "bench"}},
+        ],
+    }
+    settings = {
+        "DEFAULT_UPSTREAM": "none",
+        "API_SECURITY": "ALWAYS_AUTH",
+        "JWT_SECRET": SECRET,
+        "MAX_REQUEST_SIZE": 1000,
+        "REQUEST_TIMEOUT": 0.2,
+    }
+    router = shared_router(settings, routes)
+    token = smolrouter.encode_token(SECRET, "a", time.time(), 1.0)
+    key = ("X-Api-Key", token)
+    origin = ("Origin", "https://elsewhere.example")
+    cases: list[tuple[int, str, Any, list[tuple[str, str]]]] = [
+        (400, "POST", b"{", [key]),
+        (400, "POST", [], [key]),
+        (400, "POST", {"messages": []}, [key]),
+        (401, "POST", {"model": "nowhere"}, []),
+        (401, "POST", {"model": "nowhere"}, [("X-Api-Key", "a.b.c")]),
+        (403, "POST", {"model": "nowhere"}, [key, origin]),
+        (404, "POST", {"model": "unheard-of"}, [key]),
+        (413, "POST", {"model": "m" * 2000}, [key]),
+        (415, "POST", {"model": "nowhere"}, [key, ("Content-Encoding", "br")]),
+        (502, "POST", {"model": "nowhere"}, [key]),
+        (504, "POST", {"model": "mute"}, [key]),
+        (405, "GET", None, [key]),
+    ]
+    for status, method, body, fields in cases:
+        got = request(router.port, method, ANTHROPIC, body, fields)
+        check_messages_error(got, status)
+    got = request(router.port, "POST", UNDER_MESSAGES[1], {"model": "nowhere"}, [key])
+    check_messages_error(got, 502)
+    got = request(router.port, "POST", UNDER_MESSAGES[2], b"", [])
+    check_messages_error(got, 401)
+    got = request(router.port, "POST", "/messages", b"", [])
+    check_messages_error(got, 401)
+
+
 # --- Ollama: the official client ------------------------------------------------------
 
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
