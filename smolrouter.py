@@ -3731,6 +3731,9 @@ class Protocol(NamedTuple):
     text_path: Path = ()
     # Whether an answer has to name the model as its client knows it.
     names_model: bool = False
+    # The member without which it is no answer: its server does not know the endpoint. "" where any
+    # answer will do.
+    answer_member: str = ""
     encode_error: Callable[[RouterError], bytes] = encode_openai_error
     # What stands before the data of an error in a stream, and an event that says nothing: a comment
     # that clients of server-sent events skip.
@@ -3785,6 +3788,14 @@ PROTOCOLS = {
         thoughts=IN_CONTENT,
         item_members=("index",),
         end_words=(b'"message_stop"',),
+    ),
+    # Servers without it say so in many ways. Its clients go on with an estimate after a 404 alone.
+    "/v1/messages/count_tokens": OTHER_MESSAGES._replace(
+        request=MESSAGES_REQUEST,
+        needs_model=True,
+        streams=NEVER_STREAMS,
+        answer=NO_TEXTS,
+        answer_member="input_tokens",
     ),
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
@@ -6451,9 +6462,23 @@ def keep_document(plan: AnswerPlan, content: bytes) -> bytes:
     return content
 
 
+# What a server says of a path that it does not know, if it does not say 200.
+UNKNOWN_PATH_STATUSES = (404, 405, 501)
+
+
+def require_answer(plan: AnswerPlan, content: bytes) -> bytes:
+    """Return a whole answer as it is. Raises NotFound for one of a server without the endpoint."""
+    if plan.protocol.answer_member in (parse_object(content) or {}):
+        return content
+    words = read_error(content)[: plan.limits.error_text]
+    raise NotFound(f"the server does not know {plan.parsed.path}" + (words and f": {words}"))
+
+
 def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter | None:
     """Return what an answer must go through; None when its bytes go as they are."""
     format = EVENT_FORMATS.get(media_type)
+    if plan.protocol.answer_member and (status < 400 or status in UNKNOWN_PATH_STATUSES):
+        return BufferedRewrite(plan, require_answer, required=True)
     if not plan.native:
         if status >= 400:
             return BufferedRewrite(plan, translate_error, required=True)

@@ -7306,6 +7306,61 @@ def test_errors_of_the_router_under_messages() -> None:
     check_messages_error(got, 401)
 
 
+COUNT_TOKENS = "/v1/messages/count_tokens"
+
+
+def test_count_tokens_at_a_server_without_it_is_a_404_that_its_clients_know() -> None:
+    unexpected = "Unexpected endpoint or method. (POST /v1/messages/count_tokens)"
+    cases = (
+        (json_response({"detail": "Not Found"}, 404), "Not Found"),
+        (whole_response(b"Method Not Allowed", 405), "Method Not Allowed"),
+        (json_response({"error": {"message": "no", "type": "x"}}, 501), "no"),
+        (json_response({"error": unexpected}), unexpected),
+        (json_response({"error": unexpected}, fields=[("Content-Encoding", "identity")]), "Unexp"),
+        (json_response({"fine": True}), "fine"),
+        (whole_response(b"<html><title>Web UI</title>", kind="text/html"), "Web UI"),
+        (whole_response(b"", 204), "does not know"),
+    )
+    for steps, words in cases:
+        model = default_upstream().add_script(steps)
+        got = request(default_router().port, "POST", COUNT_TOKENS, {"model": model, "messages": []})
+        check_messages_error(got, 404)
+        assert words in got.json["error"]["message"]
+        assert wait_for_row(default_router(), model)["status_code"] == 404
+
+
+def test_count_tokens_passes_what_else_a_server_says() -> None:
+    cases = (
+        (200, b'{ "input_tokens": 7 , "x": 1.0}'),
+        (400, b'{"error": {"message": "bad tool"}}'),
+        (429, b'{"error": "later"}'),
+        (500, b"oh"),
+    )
+    for status, content in cases:
+        steps = whole_response(content, status, kind="application/json")
+        model = default_upstream().add_script(steps)
+        got = request(default_router().port, "POST", COUNT_TOKENS, {"model": model, "messages": []})
+        assert (got.status, got.content) == (status, content)
+
+
+def test_count_tokens_asks_the_next_instance() -> None:
+    first = json_response({"error": "Unexpected endpoint or method."})
+    second = json_response({"input_tokens": 7})
+    lacking = default_upstream().add_script(first)
+    having = default_upstream().add_script(second)
+    server = {"url": default_upstream().url, "discover": False}
+    aliases = {
+        "pair": {"instances": [f"one/{lacking}", f"one/{having}"]},
+        "none": {"instances": [f"one/{lacking}", f"one/{lacking}-too"]},
+    }
+    default_upstream().scripts[f"{lacking}-too"] = default_upstream().scripts[lacking]
+    router = shared_router({}, {"servers": {"one": server}, "aliases": aliases})
+    body = {"model": "pair", "messages": []}
+    got = request(router.port, "POST", COUNT_TOKENS, body)
+    assert (got.status, got.json) == (200, {"input_tokens": 7})
+    check_messages_error(request(router.port, "POST", COUNT_TOKENS, body | {"model": "none"}), 404)
+
+
 # --- Ollama: the official client ------------------------------------------------------
 
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
@@ -16575,7 +16630,8 @@ OTHER_NAMES = (
 
 @pytest.mark.parametrize("method, target, usual", OTHER_NAMES)
 def test_other_names_of_a_path(method: str, target: str, usual: str) -> None:
-    model = default_upstream().add_script(FINE_RESPONSE)
+    # An answer without the count would not be one of count_tokens.
+    model = default_upstream().add_script(json_response({"input_tokens": 1}))
     body = {"model": model, "messages": []} if method == "POST" else None
     fields = [("X-Test", model)]
     got = request(default_router().port, method, target, body, fields)
