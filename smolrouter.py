@@ -3315,11 +3315,18 @@ class FilterRules(NamedTuple):
         """Whether any filter is on."""
         return self.think or self.fences
 
-    @classmethod
-    def of(cls, thinking: Thinking, fences: bool) -> FilterRules:
-        """Return the rules for what becomes of thinking, and whether fences go."""
-        think = thinking.action != "keep"
-        return cls(think, fences, thinking.action == "move", think and thinking.opened)
+
+# There are few combinations of what a server, a route and an alias say, and this is asked for
+# every answer.
+@functools.lru_cache(maxsize=64)
+def choose_rules(levels: tuple[Thinking, ...], fences: bool) -> FilterRules:
+    """Return the rules of some levels together, of which the first one wins.
+
+    `(("", True), ("move", False))` without fences  ->  `(think=True, move=True, opened=True)`
+    """
+    thinking = merge_thinking(*levels)
+    think = thinking.action != "keep"
+    return FilterRules(think, fences, thinking.action == "move", think and thinking.opened)
 
 
 class TextFilter:
@@ -4921,8 +4928,7 @@ CODE_MARKS = (b"`", b"~")
 # Some servers write `<`, a backtick, `~` and what Kimi's tags begin with as escapes.
 TAG_ESCAPES = (b"\\u003", b"\\u25")
 ESCAPED_MARKS = (*TAG_ESCAPES, b"\\u006", b"\\u007")
-
-
+POSSIBLE_TAG_MARKS = (*TAG_MARKS, *TAG_ESCAPES)
 MARKS = (*TAG_MARKS, *CODE_MARKS)
 # Each of the marks and the escapes has one of these octets in it, which hardly occur elsewhere, and
 # by far the fastest search is that for one octet.
@@ -4931,7 +4937,7 @@ MARK_OCTETS = (b"<", b"`", b"~", b"\\", b"K", b"\xe2")
 
 def may_hold_tag(data: bytes) -> bool:
     """Tell whether a text in JSON could hold a tag."""
-    return any(mark in data for mark in (*TAG_MARKS, *TAG_ESCAPES))
+    return any(mark in data for mark in POSSIBLE_TAG_MARKS)
 
 
 def fold_edits(document: Any, path: Path, edits: dict[Path, Any]) -> Any:
@@ -12407,17 +12413,6 @@ class Context:
     request_numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     request_prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
 
-    def filter_rules(self, decision: Decision, instance: Instance) -> FilterRules:
-        """Return what is taken out of the answers of an instance that a decision leads to."""
-        settings = self.settings
-        learned = instance_key(instance) in self.upstreams.models_opening_thinking
-        thinking = merge_thinking(
-            decision.thinking,
-            instance.server.thinking,
-            Thinking(settings.strip_thinking, opened=learned),
-        )
-        return FilterRules.of(thinking, settings.strip_json_markdown)
-
     def next_request_id(self) -> str:
         """Return an id that no other request has, in this router or another."""
         return f"{self.request_prefix}{next(self.request_numbers):08x}"
@@ -12630,6 +12625,7 @@ class Candidate:
 
     def __init__(self, instance: Instance, dialect: Dialect, health: Health) -> None:
         self.instance = instance
+        self.key = instance_key(instance)
         self.health = health
         # Whether the server speaks the client's dialect itself, so that nothing is translated. A
         # dialect without `encode_openai` is OpenAI's own, or takes content as it is.
@@ -13079,7 +13075,7 @@ class Exchange:
             and find_protocol(path).usage_option
             and not self.parsed.wants_usage
             and url not in upstreams.no_stream_options
-            and instance_key(candidate.instance) not in upstreams.models_with_timings
+            and candidate.key not in upstreams.models_with_timings
         )
         response = await self.send(candidate, path)
         if not candidate.hide_usage or response.head.status not in (400, 422):
@@ -13156,7 +13152,7 @@ class Exchange:
             parsed=self.parsed,
             dialect=self.dialect,
             native=candidate.native,
-            rules=self.context.filter_rules(self.decision, candidate.instance),
+            rules=self.filter_rules(candidate),
             hide_usage=candidate.hide_usage,
             renamed=candidate.instance.model != self.parsed.model,
             now=time.time,
@@ -13176,6 +13172,14 @@ class Exchange:
         # A stream may decode to any length, because no more than an event of it is in memory.
         longest = self.context.limits.decoded_answer if rewriter.buffers else math.inf
         return rewriter, Inflater(coding, longest)
+
+    def filter_rules(self, candidate: Candidate) -> FilterRules:
+        """Return what is taken out of the answers of a candidate."""
+        settings = self.context.settings
+        learned = candidate.key in self.context.upstreams.models_opening_thinking
+        own = Thinking(settings.strip_thinking, opened=learned)
+        levels = (self.decision.thinking, candidate.instance.server.thinking, own)
+        return choose_rules(levels, settings.strip_json_markdown)
 
     def timing(self) -> Timing:
         """Return how long an answer took, and how long its first token, in ns."""
@@ -13277,7 +13281,7 @@ class Exchange:
         """Note what an answer has told by its end: an error, and what its server is like."""
         self.record.error = self.loggable(rewriter.trouble)
         with_timings = self.context.upstreams.models_with_timings
-        key = instance_key(self.candidate.instance)
+        key = self.candidate.key
         if rewriter.lost_timings:
             # llama.cpp tells its timings unasked, with the finish, and clients show them. When the
             # router asks for the usage they move into the usage event, which is hidden. So this
