@@ -429,6 +429,11 @@ class UpstreamURL(NamedTuple):
         """What a server is called that has no name, such as `gpu:8000`."""
         return f"{self.authority}{self.prefix}"
 
+    def is_under(self, *domains: str) -> bool:
+        """Tell whether the host is one of some domains, or lies under it."""
+        host = f".{self.host.lower().removesuffix('.')}"
+        return any(host.endswith(f".{domain}") for domain in domains)
+
     def __str__(self) -> str:
         return f"{self.scheme}://{self.without_scheme}"
 
@@ -729,6 +734,7 @@ class Settings:
     strip_thinking: str = setting("true", parse_thinking, "take <think> blocks out of answers; move: put them where clients look for thinking")
     strip_json_markdown: bool = setting("false", parse_bool, "take the fence lines of ```json blocks out of answers")
     disable_thinking: bool = setting("false", parse_bool, "append /no_think to the last user message")
+    strip_attribution: bool = setting("true", parse_bool, "take Claude Code's line that changes with every request out of its system prompt")
     enable_logging: bool = setting("true", parse_bool, "keep every request; false writes nothing to disk")
     request_timeout: float = setting("3000.0", number_between(0.01, 1e6, whole=False), "longest silence from an upstream, s")
     connect_timeout: float = setting("5.0", number_between(0.01, 600, whole=False), "longest wait for a connection to an upstream, s")
@@ -2316,6 +2322,22 @@ def add_members(text: str, path: Path, members: str) -> str:
     return text
 
 
+def remove_element(text: str, path: Path) -> str:
+    """Return a JSON object without the element at some path of an array, and a comma beside it.
+
+    `{"a": [1, 2]}`, `("a", 0)`  ->  `{"a": [2]}`;  `{"a": [1, 2]}`, `("a", 1)`  ->  `{"a": [1]}`
+    """
+    *_, (at, _, _) = find_values(text, 0, [path[:-1]])
+    cut_from = JSON_OPEN.match(text, at).end()
+    for index, start, end in find_members(text, at):
+        if index == path[-1] and index == 0:
+            return text[:start] + text[JSON_SEPARATOR.match(text, end).end() :]
+        if index == path[-1]:
+            return text[:cut_from] + text[end:]
+        cut_from = end
+    return text
+
+
 def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     """Return a JSON object with some values replaced, and no other character changed.
 
@@ -3708,6 +3730,8 @@ class Protocol(NamedTuple):
     request: Shape = OTHER
     # The member of a request with the user's words; "" where it is no conversation.
     user_words: str = ""
+    # The member with words of the client that stand before these, "" where there is none.
+    system_words: str = ""
     # One of these members names the model.
     model_members: tuple[str, ...] = ("model",)
     needs_model: bool = False
@@ -3788,6 +3812,7 @@ PROTOCOLS = {
     "/v1/embeddings": Protocol(needs_model=True),
     "/v1/messages": OTHER_MESSAGES._replace(
         request=MESSAGES_REQUEST,
+        system_words="system",
         user_words="messages",
         needs_model=True,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
@@ -3799,6 +3824,7 @@ PROTOCOLS = {
     # Servers without it say so in many ways. Its clients go on with an estimate after a 404 alone.
     "/v1/messages/count_tokens": OTHER_MESSAGES._replace(
         request=MESSAGES_REQUEST,
+        system_words="system",
         needs_model=True,
         streams=NEVER_STREAMS,
         answer=NO_TEXTS,
@@ -3807,6 +3833,7 @@ PROTOCOLS = {
     "/v1/responses": Protocol(
         request=RESPONSES_REQUEST,
         user_words="input",
+        system_words="instructions",
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
         thoughts=IN_OUTPUT,
         item_members=("item_id", "content_index"),
@@ -4545,6 +4572,7 @@ class RequestChanges(NamedTuple):
     model: str
     no_think: bool = False
     include_usage: bool = False
+    strip_attribution: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4748,6 +4776,72 @@ def no_think_edit(protocol: Protocol, document: Mapping[str, Any]) -> dict[Path,
     return append_text((protocol.user_words,), words, " /no_think")
 
 
+# The first line of Claude Code's system prompt begins so. It has another value in every request,
+# and so no server finds what follows it in its cache of prompts.
+ATTRIBUTION = "x-anthropic-billing-header:"
+# That line in JSON, with its end. No escape but that of a line end stands for one.
+ATTRIBUTION_LINE = re.compile(
+    rf'(?<="){ATTRIBUTION}(?:[^"\\]|\\[^nu]|\\u(?!000a)[0-9a-f]{{4}})*(?:\\n|\\u000a)?',
+    re.IGNORECASE,
+)
+SYSTEM_ROLES = ("system", "developer")
+
+
+def find_attribution(protocol: Protocol, document: Mapping[str, Any]) -> Path:
+    """Return where the text stands that begins with the line of ATTRIBUTION; () for nowhere.
+
+    `{"system": [{"type": "text", "text": "x-anthropic-billing-header: a"}]}` of /v1/messages
+    ->  `("system", 0, "text")`
+
+    It stands in the first text of the system prompt. Translators copy it into the first message.
+    """
+    for member in (protocol.system_words, protocol.user_words):
+        value = document.get(member)
+        path: Path = (member,)
+        # What is no message there is the user's.
+        is_users = member == protocol.user_words
+        if is_users and not (isinstance(value, list) and value and isinstance(value[0], dict)):
+            continue
+        while isinstance(value, list | dict) and value:
+            key: str | int = 0
+            if isinstance(value, dict):
+                is_message = "content" in value
+                if is_message and value.get("role") not in SYSTEM_ROLES:
+                    break
+                key = "content" if is_message else "text"
+            value = value.get(key) if isinstance(value, dict) else value[0]
+            path = (*path, key)
+        if isinstance(value, str) and value.startswith(ATTRIBUTION):
+            return path
+    return ()
+
+
+def remove_attribution(text: str, document: Any, path: Path) -> str:
+    """Return a request without the line that `find_attribution` found, no other character changed.
+
+    A block that is left empty goes, too, and so does a message that has no other.
+    """
+    # What the path leads through, and the text at its end.
+    values = [document]
+    for key in path:
+        values.append(values[-1][key])
+    _, _, rest = values[-1].partition("\n")
+    if rest:
+        *_, (start, end, _) = find_values(text, 0, [path])
+        line = ATTRIBUTION_LINE.match(text, start + 1, end)
+        if line is None:
+            # It is spelled with escapes.
+            return text[:start] + encode_json_exactly(rest).decode() + text[end:]
+        return text[: line.start()] + text[line.end() :]
+    # The places in arrays that the path goes through, the innermost first.
+    places = [at for at in range(len(path)) if isinstance(path[at], int)]
+    places.reverse()
+    for at in places:
+        if len(values[at]) > 1 or at == places[-1]:
+            return remove_element(text, path[: at + 1])
+    return edit_json(text, {path: ""})
+
+
 USAGE_WISH = '"stream_options":{"include_usage":true}'
 
 
@@ -4769,9 +4863,14 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
         options = document["stream_options"]
         own_options = options if isinstance(options, dict) else {}
         edits[("stream_options",)] = {**own_options, "include_usage": True}
-    if not edits and not adds_options:
+    attribution: Path = ()
+    if changes.strip_attribution:
+        attribution = find_attribution(parsed.protocol, document)
+    if not (edits or adds_options or attribution):
         return parsed.content
     text = edit_json(parsed.text, edits) if edits else parsed.text
+    if attribution:
+        text = remove_attribution(text, document, attribution)
     if adds_options:
         text = append_members(text, USAGE_WISH)
     return text.encode()
@@ -13106,6 +13205,7 @@ class Exchange:
             candidate.model or parsed.model,
             self.context.settings.disable_thinking,
             candidate.hide_usage,
+            self.context.settings.strip_attribution and not server.url.is_under("anthropic.com"),
         )
         content = await self.context.work(len(parsed.content), encode, parsed, changes)
         lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))

@@ -2167,6 +2167,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "STRIP_THINKING": (["1", "TRUE", "Yes", "on", "off", "move", "MOVE"], ["2", "strip"]),
     "STRIP_JSON_MARKDOWN": (["0", "False", "NO", "off"], ["ja"]),
     "DISABLE_THINKING": (["true", "false"], ["enabled"]),
+    "STRIP_ATTRIBUTION": (["true", "0"], ["never"]),
     "ENABLE_LOGGING": (["true", "false"], ["-1"]),
     "REQUEST_TIMEOUT": (["3000.0", "1", "0.5"], ["soon", "-1", "nan"]),
     "CONNECT_TIMEOUT": (["5", "0.25"], ["soon"]),
@@ -7359,6 +7360,109 @@ def test_count_tokens_asks_the_next_instance() -> None:
     got = request(router.port, "POST", COUNT_TOKENS, body)
     assert (got.status, got.json) == (200, {"input_tokens": 7})
     check_messages_error(request(router.port, "POST", COUNT_TOKENS, body | {"model": "none"}), 404)
+
+
+# --- agents: the line of Claude Code --------------------------------------------------
+
+BILLING = "x-anthropic-billing-header: cc_version=2.1.37.fbe; cc_entrypoint=cli; cch=%s;"
+# What a client sends with one of these lines in it, as LINE, and what its server gets.
+ATTRIBUTIONS = (
+    (ANTHROPIC, '{"system": [ {"type":"text","text":"LINE"} ,\n {"text": "You \\u00e9", "n":1.0}]}',
+     '{"system": [ {"text": "You \\u00e9", "n":1.0}]}'),
+    (ANTHROPIC, '{"system":[{"type":"text","text":"LINE\\nYou \\u00e9\\n"},{"text":"b"}]}',
+     '{"system":[{"type":"text","text":"You \\u00e9\\n"},{"text":"b"}]}'),
+    (ANTHROPIC, '{"system":[{"text":"LINE\\n", "cache_control": {"type": "ephemeral"}}]}',
+     '{"system":[]}'),
+    (ANTHROPIC, '{"system":"LINE\\n\\nYou", "max_tokens": 1e3}',
+     '{"system":"\\nYou", "max_tokens": 1e3}'),
+    (ANTHROPIC, '{"system":"LINE"}', '{"system":""}'),
+    (ANTHROPIC, '{"system":"LINE \\\\n\\"\\u0041 x\\u000ayes\\u0041"}', '{"system":"yes\\u0041"}'),
+    (ANTHROPIC, '{"system":"\\u0078LINE\\nyou"}', '{"system":"\\u0078LINE\\nyou"}'),
+    (ANTHROPIC, '{"system":["LINE","a"]}', '{"system":["a"]}'),
+    (ANTHROPIC, '{"system":"a","system":"LINE\\nb"}', '{"system":"a","system":"b"}'),
+    ("/v1/messages/count_tokens", '{"system":[{"text":"LINE"},{"text":"b"}]}',
+     '{"system":[{"text":"b"}]}'),
+    (CHAT, '{"messages":[{"role":"system","content":"LINE\\nYou"},{"role":"user","content":"u"}]}',
+     '{"messages":[{"role":"system","content":"You"},{"role":"user","content":"u"}]}'),
+    (CHAT, '{"messages":[{"role":"system","content":"LINE"}, {"role":"system","content":"b"}]}',
+     '{"messages":[{"role":"system","content":"b"}]}'),
+    (CHAT, '{"messages":[{"role":"system","content":[{"text":"LINE"},{"text":"b"}]}]}',
+     '{"messages":[{"role":"system","content":[{"text":"b"}]}]}'),
+    (CHAT, '{"messages":[{"content":[{"text":"LINE"}],"role":"developer"},{"role":"user"}]}',
+     '{"messages":[{"role":"user"}]}'),
+    (RESPONSES, '{"instructions":"LINE\\nYou","input":"h"}', '{"instructions":"You","input":"h"}'),
+    (RESPONSES, '{"input":[{"role":"developer","content":[{"type":"x","text":"LINE\\nYou"}]}]}',
+     '{"input":[{"role":"developer","content":[{"type":"x","text":"You"}]}]}'),
+    # It is only looked for where it stands first, and not in what the user says.
+    *((path, text, text) for path, text in (
+        (ANTHROPIC, '{"system":[{"text":"You"},{"text":"LINE"}]}'),
+        (ANTHROPIC, '{"system":"You\\nLINE"}'),
+        (ANTHROPIC, '{"system":" LINE"}'),
+        (ANTHROPIC, '{"system":[[]], "messages": [{"role": "user", "content": "LINE"}]}'),
+        (ANTHROPIC, '{"system":{"text":{"a":"LINE"}}}'),
+        (CHAT, '{"messages":[{"role":"user","content":"LINE"}]}'),
+        (CHAT, '{"messages":[{"content":"LINE\\nx"}]}'),
+        (CHAT, '{"messages":"LINE\\nx", "system": "LINE\\nx"}'),
+        (CHAT, '{"messages":[{"role":"system","content":"a"},{"role":"system","content":"LINE"}]}'),
+        (RESPONSES, '{"input":"LINE\\nhello"}'),
+        (RESPONSES, '{"input":[]}'),
+        ("/v1/completions", '{"prompt":["LINE\\nhello"]}'),
+        ("/v1/rerank", '{"system":"LINE\\nhello"}'),
+    )),
+)  # fmt: skip
+
+
+def test_requests_that_differ_in_that_line_alone_leave_as_the_same() -> None:
+    changes = smolrouter.RequestChanges("m", strip_attribution=True)
+    for path, text, expected in ATTRIBUTIONS:
+        left = []
+        for value in ("00000", "a1b2c", "\\u00e9\\\\"):
+            line = BILLING % value
+            content = text.replace("LINE", line).encode()
+            parsed = smolrouter.read_object(path, "", content)
+            left.append(smolrouter.encode_object(parsed, changes))
+            assert left[-1] == expected.replace("LINE", line).encode()
+            kept = smolrouter.encode_object(parsed, changes._replace(strip_attribution=False))
+            assert kept == content
+        assert text == expected or len(set(left)) == 1
+
+
+def test_that_line_goes_beside_other_changes() -> None:
+    text = (
+        '{"model":"a","messages":[{"role":"system","content":"%s"},{"role":"user","content":"u"}]}'
+    )
+    parsed = smolrouter.read_object(CHAT, "", (text % (BILLING % 1)).encode())
+    changes = smolrouter.RequestChanges("b", True, True, True)
+    expected = (
+        '{"model":"b","messages":[{"role":"user","content":"u /no_think"}],'
+        '"stream_options":{"include_usage":true}}'
+    )
+    assert smolrouter.encode_object(parsed, changes).decode() == expected
+
+
+def test_the_log_keeps_that_line() -> None:
+    model = default_upstream().add_script(json_response({"content": []}))
+    system = [{"type": "text", "text": BILLING % 1}, {"type": "text", "text": "You"}]
+    body = {"model": model, "system": system, "messages": []}
+    request(default_router().port, "POST", ANTHROPIC, body)
+    (heard,) = default_upstream().requests_for(model)
+    assert heard.content == encode_json(body | {"system": system[1:]})
+    kept = wait_for_detail(default_router(), model)
+    assert json.loads(kept["request_body"]) == body
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url, "STRIP_ATTRIBUTION": "false"}
+    request(shared_router(settings).port, "POST", ANTHROPIC, body)
+    assert default_upstream().requests_for(model)[-1].content == encode_json(body)
+
+
+def test_hosts_under_a_domain() -> None:
+    for url, expected in (
+        ("https://api.anthropic.com", True),
+        ("https://Anthropic.com./v1", True),
+        ("https://notanthropic.com", False),
+        ("https://anthropic.com.example", False),
+        ("http://[::1]:80", False),
+    ):
+        assert smolrouter.parse_upstream_url(url).is_under("anthropic.com") is expected
 
 
 # --- Ollama: the official client ------------------------------------------------------
