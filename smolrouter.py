@@ -297,6 +297,10 @@ class RateExceeded(TooManyRequests, code="rate_limit_exceeded"):
     """A token has had all the requests that its rate allows for now."""
 
 
+class UpgradeRequired(BadRequest, status=426, code="upgrade_required"):
+    """The client asks for another protocol, and is served over HTTP alone."""
+
+
 class FieldsTooLarge(BadRequest, status=431, code="fields_too_large"):
     """One field, all of them or their number is over the limit."""
 
@@ -13461,6 +13465,12 @@ class Exchange:
 # --- handlers that relay ---------------------------------------------------------------
 
 
+async def refuse_upgrade(context: Context, request: Request) -> None:
+    """Tell a client that would rather use a WebSocket to go on over HTTP (RFC 9110 15.5.22)."""
+    fields = (("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade"))
+    raise UpgradeRequired(f"{request.path} is served over HTTP/1.1; send a POST", *fields)
+
+
 async def find_model(context: Context, request: Request) -> tuple[str, Step]:
     """Return the model of a request that names none, and what the trail says of it.
 
@@ -15045,6 +15055,8 @@ class Endpoint(NamedTuple):
     reads_content: bool = True
     # What the Accept of its requests names; with others the next endpoint of the path serves them.
     accept: str = ""
+    # What their Upgrade names, likewise. The path does not allow the method otherwise.
+    upgrade: str = ""
 
     def matches(self, path: str) -> bool:
         """Tell whether the path is one of this endpoint's patterns."""
@@ -15071,6 +15083,8 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/v1/models", API, serve_models),
     Endpoint("GET HEAD", "/v1/models/**", API, serve_model),
     Endpoint("POST", " ".join(MODEL_ENDPOINTS), API, relay_post),
+    # Nobody needs a token to be told how to go on.
+    Endpoint("GET", "/v1/responses", "", refuse_upgrade, upgrade="websocket"),
     Endpoint("POST", "/v1/**", API, relay_post),
     Endpoint("GET HEAD PUT PATCH DELETE", "/v1/**", API, relay_model, OPENAI_OPAQUE),
     Endpoint("POST", "/api/chat /api/generate", API, relay_model, OLLAMA),
@@ -15160,7 +15174,8 @@ class Found(NamedTuple):
     def choose_endpoint(self, fields: Fields) -> Endpoint | None:
         """Return who serves a request with these fields; None for nobody."""
         for endpoint in self.of_method:
-            if not endpoint.accept or endpoint.accept in (fields.get("accept") or "").lower():
+            accepted = endpoint.accept in (fields.get("accept") or "").lower()
+            if accepted and endpoint.upgrade in (fields.get("upgrade") or "").lower():
                 return endpoint
         return None
 
@@ -15191,7 +15206,9 @@ def find_endpoint(method: str, path: str) -> Found:
 
 def allowed_methods(endpoints: Sequence[Endpoint]) -> str:
     """Return the methods of a path, as Allow lists them: "GET, HEAD, OPTIONS"."""
-    methods = [method for endpoint in endpoints for method in endpoint.methods.split()]
+    methods = []
+    for endpoint in endpoints:
+        methods += endpoint.methods.split() if not endpoint.upgrade else []
     return ", ".join(dict.fromkeys([*methods, "OPTIONS"]))
 
 

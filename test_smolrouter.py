@@ -7465,6 +7465,32 @@ def test_hosts_under_a_domain() -> None:
         assert smolrouter.parse_upstream_url(url).is_under("anthropic.com") is expected
 
 
+# --- agents: requests of Codex --------------------------------------------------------
+
+
+def test_a_websocket_is_refused_at_once_and_leaves_no_trace() -> None:
+    settings = {"API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET, "WEBUI_SECURITY": "NONE"}
+    router = shared_router({"DEFAULT_UPSTREAM": refusing_url(), **settings})
+    upgrade = [("Connection", "Upgrade"), ("Upgrade", "WebSocket"), ("Sec-WebSocket-Version", "13")]
+    first = encode_get(RESPONSES, upgrade)
+    # The connection goes on over HTTP.
+    heard = send_raw(router.port, first, first, encode_get("/healthz"), answers=3)
+    replies, _ = split_responses(heard)
+    assert [reply.status for reply in replies] == [426, 426, 200]
+    assert replies[0].get("Upgrade") == "HTTP/1.1"
+    assert "Upgrade" in replies[0].get("Connection")
+    check_openai_error(replies[0].json)
+    rows = get_document(router, "/api/logs?limit=1000")
+    assert [row for row in rows if row["method"] == "GET"] == []
+    for fields in ([], [("Upgrade", "h2c")], [("X-Upgrade", "websocket")]):
+        got = request(router.port, "GET", RESPONSES, fields=[("X-Api-Key", GOOD_TOKEN), *fields])
+        assert (got.status, got.get("Allow")) == (405, "POST, OPTIONS")
+        assert request(router.port, "GET", RESPONSES, fields=fields).status == 401
+    elsewhere = [*upgrade, ("Origin", "https://elsewhere.example")]
+    assert request(router.port, "GET", RESPONSES, fields=elsewhere).status == 403
+    assert request(router.port, "GET", "/v1/chat/completions", fields=upgrade).status == 401
+
+
 # --- Ollama: the official client ------------------------------------------------------
 
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
@@ -9684,13 +9710,14 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
     router = router_with_policy(policy, secret)
     for endpoint in smolrouter.ENDPOINTS:
         method, path = example_of(endpoint)
-        accept = [("Accept", endpoint.accept)] if endpoint.accept else []
+        chosen = [("Accept", endpoint.accept), ("Upgrade", endpoint.upgrade)]
+        chosen = [(name, value) for name, value in chosen if value]
         for proxied in (False, True):
             asked = []
             for text in CARRIED.values():
                 token = [("Authorization", f"Bearer {text}")] if text else []
                 proxy = [BY_PROXY] if proxied else []
-                asked.append((method, path, [*token, *proxy, *accept]))
+                asked.append((method, path, [*token, *proxy, *chosen]))
             before = sum(r.target == path for r in default_upstream().requests)
             got = statuses(router, *asked)
             got = [s if s in (401, 403) else 200 for s in got]
