@@ -160,6 +160,7 @@ import gc
 import hashlib
 import hmac
 import http
+import importlib
 import io
 import ipaddress
 import itertools
@@ -1465,6 +1466,12 @@ class RequestHead:
         # A client of HTTP/1.0 would take the interim response for the answer.
         self.expects_continue = minor == 1 and "100-continue" in fields.elements("expect")
 
+    def without(self, name: str) -> RequestHead:
+        """Return the head without the fields of some name, in lower case."""
+        head = copy.copy(self)
+        head.fields = Fields([line for line in self.fields.lines if line[0] != name])
+        return head
+
 
 class ResponseHead:
     """A status line and its fields, and what follows from them; `size` as in RequestHead."""
@@ -1999,6 +2006,78 @@ def decode_content(data: bytes, coding: str, limit: int) -> bytes:
     if coding not in CODINGS:
         return data
     return b"".join(decode_pieces(data, coding, limit)) or data
+
+
+# --- content codings of requests ------------------------------------------------------
+# What a client sends is read by stricter rules than what a server says: it is one member or frame,
+# whole, and nothing follows it. What may be too long is never in memory: the octets that would
+# come out are counted before they are kept.
+
+REQUEST_CODINGS = ("gzip", "deflate", "zstd")
+# No client may make the router keep more of what came out to look back at (RFC 9659).
+ZSTD_WINDOW = {"window_log_max": 23}
+
+
+def make_request_decoder(coding: str, start: int) -> tuple[Any, type[Exception]]:
+    """Return what takes a coding off a content whose first octet is `start`, and its error.
+
+    Raises UnsupportedContent for an unknown coding; Python knows zstd since 3.14.
+    """
+    remedy = "send gzip, deflate or plain content"
+    if coding == "deflate":
+        # As in `Inflater.begin_member`.
+        return zlib.decompressobj(BARE_DEFLATE if start & 15 != 8 else zlib.MAX_WBITS), zlib.error
+    if coding in ("gzip", "x-gzip"):
+        return zlib.decompressobj(16 + zlib.MAX_WBITS), zlib.error
+    if coding == "zstd":
+        remedy = f"zstd needs Python 3.14 here; {remedy}"
+        with contextlib.suppress(ImportError):
+            zstd = importlib.import_module("compression.zstd")
+            longest = {zstd.DecompressionParameter[name]: n for name, n in ZSTD_WINDOW.items()}
+            return zstd.ZstdDecompressor(options=longest), zstd.ZstdError
+    raise UnsupportedContent(
+        f"Content-Encoding {coding[:80]!r} of a request; {remedy}",
+        ("Accept-Encoding", "gzip, deflate"),
+    )
+
+
+def decode_request_pieces(data: bytes, coding: str) -> Iterator[bytes]:
+    """Yield a request's content without its coding, in pieces of at most 1 MiB.
+
+    Raises UnsupportedContent, or MalformedContent for one that is broken, that lacks its end, or
+    that more follows.
+    """
+    decoder, error_type = make_request_decoder(coding, data[0])
+    at = 0
+    try:
+        while at < len(data) and not decoder.eof:
+            piece = data[at : at + CODED_PIECE]
+            at += len(piece)
+            decoded = decoder.decompress(piece, MiB)
+            while decoded:
+                yield decoded
+                # zlib gives back what it has not looked at yet, zstd keeps it.
+                rest = getattr(decoder, "unconsumed_tail", b"")
+                decoded = b"" if decoder.eof else decoder.decompress(rest, MiB)
+    except error_type as error:
+        raise MalformedContent(f"the content is no {coding}: {error}") from None
+    if not decoder.eof:
+        raise MalformedContent(f"the content ends before its {coding} does")
+    if at < len(data) or decoder.unused_data:
+        raise MalformedContent(f"something follows the {coding} in the content")
+
+
+def decode_request_content(data: bytes, coding: str, limit: int) -> bytes:
+    """Return a request's content without its coding.
+
+    Raises what `decode_request_pieces` raises, and ContentTooLarge for more than `limit` octets.
+    """
+    size = 0
+    for piece in decode_request_pieces(data, coding):
+        size += len(piece)
+        if size > limit:
+            raise ContentTooLarge(f"decoded more than {limit} bytes, which MAX_REQUEST_SIZE allows")
+    return b"".join(decode_request_pieces(data, coding))
 
 
 # ======================================================================================
@@ -13465,6 +13544,29 @@ class Exchange:
 # --- handlers that relay ---------------------------------------------------------------
 
 
+async def decode_request(context: Context, request: Request) -> None:
+    """Take the content coding off a request's content, if it has one.
+
+    Raises what `decode_request_content` raises, unless nothing is known of what the content may be:
+    then it goes on as it is.
+    """
+    coding = read_coding(request.head.fields)
+    if not coding or not request.content:
+        return
+    content_type = (request.head.fields.get("content-type") or "").lower()
+    may_have_model = find_protocol(request.path).needs_model or "json" in content_type
+    is_known = coding in (*REQUEST_CODINGS, "x-gzip")
+    if not (is_known or may_have_model or content_type.startswith("multipart/form-data")):
+        return
+    limit = context.settings.max_request_size
+    # However short it is, it may take long.
+    long = context.limits.long_content
+    content = request.content
+    request.content = await context.work(long, decode_request_content, content, coding, limit)
+    # It is true no more: servers get what was decoded, and so does the log.
+    request.head = request.head.without("content-encoding")
+
+
 async def refuse_upgrade(context: Context, request: Request) -> None:
     """Tell a client that would rather use a WebSocket to go on over HTTP (RFC 9110 15.5.22)."""
     fields = (("Upgrade", "HTTP/1.1"), ("Connection", "Upgrade"))
@@ -13520,10 +13622,6 @@ async def relay_post(context: Context, request: Request) -> None:
     is_form = content_type.lower().startswith("multipart/form-data")
     # An endpoint that needs a model takes JSON, whatever its client calls it: `curl -d` says form.
     needs_model = find_protocol(request.path).needs_model
-    coding = read_coding(request.head.fields)
-    if coding and (is_form or needs_model or "json" in content_type.lower()):
-        # A model may be in there, which nobody can see.
-        raise UnsupportedContent(f"Content-Encoding {coding[:80]!r} of a request; send it plain")
     if is_form:
         # The boundary of its parts stands in its Content-Type.
         read_this_form = functools.partial(read_form, content_type)
@@ -15053,6 +15151,8 @@ class Endpoint(NamedTuple):
     dialect: Dialect = OPENAI
     # Whether the content is read before the handler is called; otherwise the handler reads it.
     reads_content: bool = True
+    # Whether its content coding is taken off.
+    decodes_content: bool = True
     # What the Accept of its requests names; with others the next endpoint of the path serves them.
     accept: str = ""
     # What their Upgrade names, likewise. The path does not allow the method otherwise.
@@ -15118,6 +15218,7 @@ ENDPOINTS = (
         API,
         relay_as_it_is,
         OPENAI_OPAQUE,
+        decodes_content=False,
     ),
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
@@ -15301,6 +15402,10 @@ class Application:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
         if endpoint.reads_content:
             await request.read_content(settings.max_request_size, self.count_content)
+            if endpoint.decodes_content and "content-encoding" in request.head.fields.first:
+                coded_size = len(request.content)
+                await decode_request(self.context, request)
+                self.count_content(request, len(request.content) - coded_size)
         await endpoint.serve(self.context, request)
 
     def check_head(self, head: RequestHead, webui: bool) -> FieldPairs:

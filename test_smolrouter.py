@@ -3254,6 +3254,123 @@ def test_gzip_bomb(kind: str, path: str, stream: bool) -> None:
         assert memory_mib(router, "VmHWM") < 160
 
 
+# --- content codings of requests ------------------------------------------------------
+
+
+def bare_deflate(data: bytes) -> bytes:
+    """Compress without zlib's head and check sum, as some clients do."""
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+REQUEST_CODINGS: list[tuple[str, Callable[[bytes], bytes]]] = [
+    ("gzip", gzip.compress),
+    ("X-GZIP", gzip.compress),
+    ("deflate", zlib.compress),
+    ("deflate", bare_deflate),
+]
+if sys.version_info >= (3, 14):
+    REQUEST_CODINGS.append(("zstd", importlib.import_module("compression.zstd").compress))
+
+
+def test_coded_requests_are_decoded() -> None:
+    for coding, compress in REQUEST_CODINGS:
+        for text in (b"", b"{}", os.urandom(9000), bytes(5 << 20), b'{"model": "\\u00e9"}' * 999):
+            coded = compress(text)
+            decode = smolrouter.decode_request_content
+            assert decode(coded, coding.lower(), len(text)) == text
+            # It has to be whole, and nothing may follow it.
+            last = range(1, len(coded)) if len(coded) < 100 else (1, len(coded) // 2)
+            broken = [coded[:-cut] for cut in last] + [coded + more for more in (b"\0", coded)]
+            if compress is not bare_deflate:
+                # Without a head, nobody can see it.
+                broken.append(b"\x78\xff" + coded)
+            for data in broken:
+                with pytest.raises(smolrouter.MalformedContent):
+                    decode(data, coding.lower(), 10**9)
+            if text:
+                with pytest.raises(smolrouter.ContentTooLarge):
+                    decode(coded, coding.lower(), len(text) - 1)
+
+
+def post_coded(router: Router, path: str, content: bytes, coding: str, *more: Any) -> Response:
+    """Post content that has this coding."""
+    return request(router.port, "POST", path, content, [("Content-Encoding", coding), *more])
+
+
+def test_servers_and_the_log_get_what_was_decoded() -> None:
+    for coding, compress in REQUEST_CODINGS:
+        for path in (CHAT, RESPONSES, ANTHROPIC, "/v1/anything", "/api/chat"):
+            answer = json_response(completion({}, "fine"))
+            model = default_upstream().add_script(answer)
+            body = encode_json({"model": model, "messages": [], "input": "", "text": "x" * 999})
+            kind = () if path == ANTHROPIC else (("Content-Type", "text/plain"),)
+            if path != "/api/chat":
+                got = post_coded(default_router(), path, compress(body), coding, *kind)
+                assert got.status == 200, got.content
+                (heard,) = default_upstream().requests_for(model)
+                assert (heard.content, heard.get("Content-Encoding")) == (body, None)
+                assert wait_for_detail(default_router(), model)["request_body"] == body.decode()
+                continue
+            message = {"role": "user", "content": "hi"}
+            body = encode_json({"model": model, "messages": [message], "stream": False})
+            got = post_coded(default_router(), path, compress(body), coding, *kind)
+            assert (got.status, got.json["message"]["content"]) == (200, "fine")
+
+
+def test_coded_requests_that_are_refused() -> None:
+    router = shared_router({"DEFAULT_UPSTREAM": default_upstream().url, "MAX_REQUEST_SIZE": 5000})
+    body = encode_json(chat_document("never"))
+    twice = gzip.compress(gzip.compress(body))
+    long = encode_json(chat_document("never", "a" * 5000))
+    cases = (
+        (400, "gzip", body, "no gzip"),
+        (400, "gzip", gzip.compress(body)[:-1], "ends before"),
+        (400, "gzip", gzip.compress(body) + b"\0", "follows"),
+        (400, "gzip", gzip.compress(body) * 2, "follows"),
+        (400, "gzip", twice, "not JSON"),
+        (400, "deflate", gzip.compress(body), "no deflate"),
+        (413, "gzip", gzip.compress(long), "MAX_REQUEST_SIZE"),
+        (413, "deflate", zlib.compress(long), "MAX_REQUEST_SIZE"),
+        (415, "gzip, gzip", twice, "send gzip, deflate or plain"),
+        (415, "br", body, "send gzip, deflate or plain"),
+        (415, "y" * 9000, body, "send gzip, deflate or plain"),
+    )
+    if sys.version_info < (3, 14):
+        cases += ((415, "zstd", body, "zstd needs Python 3.14"),)
+    with nothing_sent_upstream(default_upstream()):
+        for status, coding, content, words in cases:
+            for path in (CHAT, ANTHROPIC, "/api/chat"):
+                got = post_coded(router, path, content, coding)
+                assert (got.status, words in got.content.decode()) == (status, True), got.content
+                assert len(got.content) < 400
+        got = post_coded(router, CHAT, body, "br")
+        assert got.get("Accept-Encoding") == "gzip, deflate"
+
+
+def test_what_may_be_anything_keeps_an_unknown_coding() -> None:
+    fields = (("Content-Type", "application/octet-stream"),)
+    cases = (("/v1/uploads/a", "br"), (f"/upstream/box/v1/{'u' * 9}", "gzip"))
+    router = shared_router({}, {"servers": {"box": default_upstream().url}})
+    for number, (path, coding) in enumerate(cases):
+        content = b"as it is %d" % number
+        default_upstream().scripts[path.removeprefix("/upstream/box")] = lambda _: FINE_RESPONSE
+        way = router if number else default_router()
+        assert post_coded(way, path, content, coding, *fields).status == 200
+        (heard,) = default_upstream().requests_for(content.decode())
+        assert (heard.content, heard.get("Content-Encoding")) == (content, coding)
+
+
+def test_a_coded_bomb_costs_nothing() -> None:
+    settings = {"DEFAULT_UPSTREAM": default_upstream().url}
+    with Router(settings) as router, nothing_sent_upstream(default_upstream()):
+        post_coded(router, "/v1/nothing", b"{}", "br")
+        before = memory_mib(router, "VmHWM")
+        for got in map_in_threads(lambda _: post_coded(router, CHAT, bomb(), "gzip"), range(8)):
+            assert got.status == 413
+        assert memory_mib(router, "VmHWM") < before + 16
+
+
 # ======================================================================================
 # 4  JSON
 # ======================================================================================
