@@ -6759,6 +6759,57 @@ def index_names(names: Iterable[str]) -> ListedNames:
     return ListedNames(frozenset(names), folded)
 
 
+# --- conversations ----------------------------------------------------------------------
+# The turns of a conversation belong together: in the log, and at the server that has its prompt
+# in memory. Some clients say which conversation a request is of; else its beginning tells.
+
+# The fields in which clients name the conversation, the first one that is there counts. They are
+# those of many clients, of Claude Code, of Codex and of Open WebUI.
+SESSION_FIELDS = ("x-session-id", "x-claude-code-session-id", "session_id", "x-openwebui-chat-id")
+# So many characters of each text go into the hash, and so many messages are looked at. What
+# follows, such as the time at the end of a system prompt, changes from turn to turn.
+HASHED_TEXT = 2 * KiB
+HASHED_MESSAGES = 32
+
+
+def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return role and text of each message up to the first one of the user.
+
+    `{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"}]}`  ->  `[("system", "Be brief."), ("user", "Hi")]`
+    """
+    words = document.get(protocol.user_words)
+    if isinstance(words, list):
+        # The rest may be long, and it says nothing of how the conversation began.
+        words = words[:HASHED_MESSAGES]
+    beginning = []
+    for message in read_messages(protocol, {**document, protocol.user_words: words}, tolerant=True):
+        beginning.append((str(message.role), "".join(message.texts)[:HASHED_TEXT]))
+        if message.role == "user":
+            break
+    return beginning
+
+
+def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> str:
+    """Return what names the conversation that a request is of, "" where there is none.
+
+    It is what the client calls it, in a field or in `prompt_cache_key`. Else it is a hash of the
+    model, the tools, the system prompt and the first message of the user:
+
+    `X-Session-Id: abc`  ->  `abc`;  `{"model": "m", "messages": [...]}`  ->  `3f2a77b0c1d4`
+    """
+    given = [fields.get(name) for name in SESSION_FIELDS]
+    for value in (*given, document.get("prompt_cache_key")):
+        if isinstance(value, str) and value.strip():
+            return cut_name(value.strip())
+    protocol = find_protocol(path)
+    if not protocol.user_words or not document.get(protocol.user_words):
+        return ""
+    tools = encode_json(document.get("tools"))[:HASHED_TEXT]
+    beginning = encode_json([document.get("model"), *read_beginning(protocol, document)])
+    return hashlib.sha256(tools + beginning).hexdigest()[:12]
+
+
 # --- the routing table ------------------------------------------------------------------
 
 

@@ -8821,6 +8821,65 @@ def test_native_management_to_the_byte(method: str, path: str, body: Any) -> Non
 # Which instances a request goes to, and why: a case of DECISIONS says it for one request. A new
 # key of the routing file gets a case in BAD_TABLES for each way to get it wrong.
 
+# --- conversations --------------------------------------------------------------------
+
+SESSION_TURNS = [
+    {"role": "system", "content": "Be brief." + 3000 * " " + "It is 8 o'clock."},
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+]
+SESSION_DOCUMENT = {"model": "m", "tools": [{"name": "f"}], "messages": SESSION_TURNS}
+
+
+def session_key(changes: Mapping[str, Any], path: str = CHAT) -> str:
+    """Return the session key of a request like SESSION_DOCUMENT, with these changes."""
+    return smolrouter.read_session_key(smolrouter.Fields([]), path, {**SESSION_DOCUMENT, **changes})
+
+
+def test_session_keys() -> None:
+    key = session_key({})
+    assert re.fullmatch("[0-9a-f]{12}", key)
+    later = [{**SESSION_TURNS[0], "content": "Be brief." + 3000 * " " + "9"}, *SESSION_TURNS[1:]]
+    for same in (SESSION_TURNS[:2], later, [*SESSION_TURNS, {"role": "odd", "content": 5}]):
+        assert session_key({"messages": same}) == key
+    assert session_key({"temperature": 1, "stream": True}) == key
+    other_user = [SESSION_TURNS[0], {"role": "user", "content": "Hello"}]
+    others = [
+        session_key({"model": "n"}),
+        session_key({"tools": []}),
+        session_key({"messages": SESSION_TURNS[1:]}),
+        session_key({"messages": other_user}),
+        session_key({"messages": [1e999, "x", {"role": "user", "content": "\ud800"}]}),
+        session_key({"prompt": "Hello there"}, "/v1/completions"),
+        session_key({"input": "Hello"}, RESPONSES),
+        session_key({"system": "Be brief."}, ANTHROPIC),
+    ]
+    assert len({key, *others}) == len(others) + 1
+    assert all(re.fullmatch("[0-9a-f]{12}", other) for other in others)
+
+
+def test_session_keys_that_clients_give() -> None:
+    def key_of(changes: Mapping[str, Any] = {}, **fields: str) -> str:
+        lines = [(name.replace("__", "-"), name, value) for name, value in fields.items()]
+        return smolrouter.read_session_key(
+            smolrouter.Fields(lines), "/v1/embeddings", {"input": "Hi", **changes}
+        )
+
+    # Nothing is said of a conversation where there is none.
+    assert key_of() == ""
+    assert key_of({"prompt_cache_key": 5}) == key_of({"prompt_cache_key": ""}) == ""
+    assert key_of({"prompt_cache_key": "p"}) == "p"
+    assert key_of({"prompt_cache_key": "p"}, x__openwebui__chat__id="o") == "o"
+    assert key_of(session_id="codex", x__openwebui__chat__id="o") == "codex"
+    assert key_of(x__claude__code__session__id=" c ", session_id="s") == "c"
+    assert key_of(x__claude__code__session__id="c", x__session__id="x") == "x"
+    assert key_of(x__session__id="") == ""
+    assert len(key_of(x__session__id="x" * 9000)) == smolrouter.LIMITS.shown_name
+
+
+# --- which way a request goes ---------------------------------------------------------
+
 ROUTING_TABLE = """
 {"servers": {"one": "http://one:1", "two": {"url": "http://two:2/v1", "api": "ollama"}},
  "aliases": {"pair": {"instances": ["one/a", {"server": "two", "model": "b"}]},
