@@ -354,6 +354,10 @@ class QueueTimeout(RouterError, status=503, code="queue_timeout"):
     """All servers were full for as long as a request may wait (QUEUE_TIMEOUT)."""
 
 
+class ServerClosed(RouterError, status=503, code="server_closed"):
+    """The server that could serve the request takes none, because its owner said so."""
+
+
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
     """An upstream did not answer in time; the message names the setting."""
 
@@ -7988,19 +7992,24 @@ def resolve_default(table: RoutingTable, source_host: str) -> Decision:
     return resolve(dataclasses.replace(table, rules=(), model_map=()), "", source_host)
 
 
-def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
-    """Return where a request goes that names its server itself. Raises NotFound."""
+def find_server(table: RoutingTable, name: str) -> Server:
+    """Return the server of a name. Raises NotFound."""
     # With two servers of one name, the one of the routing file is last, and counts.
     servers = {server.name: server for server in table.all_servers()}
     if name not in servers:
         names = ", ".join(list(servers)[:NAMES_IN_ERROR]) or "none"
         raise NotFound(f"no such server {name[:80]!r}; there are {names}")
+    return servers[name]
+
+
+def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
+    """Return where a request goes that names its server itself. Raises NotFound."""
     return Decision(
         requested_model=model,
         mapped_model=model,
         route=f"upstream {name}",
         strategy="failover",
-        instances=(Instance(servers[name], model),),
+        instances=(Instance(find_server(table, name), model),),
         trail=(Step("upstream", True, f"the path names server {name!r}"),),
     )
 
@@ -10527,6 +10536,14 @@ class Upstreams:
 # them taken waits here until one is free: in the order in which the requests came, those of a
 # higher priority first. Nobody waits for a server with a free slot: whenever one becomes free, it
 # is given to somebody who waits, in the same turn of the event loop.
+#
+# The owner may close a server by hand: it takes no new requests then (DRAIN), and those that run
+# there are stopped (OFF), until it is ON again or the router has restarted.
+
+ON = "on"
+DRAIN = "drain"
+OFF = "off"
+CLOSED_WORDS = {DRAIN: "is drained and takes no requests", OFF: "is switched off"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -10559,6 +10576,8 @@ class Slots:
         self.limits = upstreams.limits
         # How many slots servers have; one that is not in here runs any number of requests.
         self.of_server: dict[UpstreamURL, int] = {}
+        # Those that their owner has closed: DRAIN or OFF.
+        self.closed: dict[UpstreamURL, str] = {}
         # Those who wait, in the order of rank and number.
         self.waiting: list[Waiting] = []
         self.numbers = itertools.count()
@@ -10575,17 +10594,48 @@ class Slots:
                 self.of_server[server.url] = min(slots, server.slots)
         self.admit()
 
+    def set_state(self, server: Server, state: str) -> None:
+        """Close a server, or open it again; who has nothing else to wait for waits no longer."""
+        self.closed.pop(server.url, None)
+        if state != ON:
+            self.closed[server.url] = state
+        self.admit()
+        for waiting in list(self.waiting):
+            if not self.open_ones(waiting.instances):
+                self.waiting.remove(waiting)
+                waiting.granted.set_result(None)
+
+    def open_ones(self, instances: Iterable[Instance]) -> list[Instance]:
+        """Return the instances whose servers are not closed."""
+        if not self.closed:
+            return list(instances)
+        return [instance for instance in instances if instance.server.url not in self.closed]
+
+    def refusal_of(self, instances: Iterable[Instance]) -> ServerClosed:
+        """Return the error for a request that only these servers could serve: all are closed."""
+        words = []
+        for server in dict.fromkeys(instance.server for instance in instances):
+            words.append(f"{server.name} {CLOSED_WORDS.get(self.closed.get(server.url), '')}")
+        remedy = 'POST /api/upstreams/NAME {"state": "on"} opens it again'
+        return ServerClosed(f"{', '.join(words)}; {remedy}")
+
     def free_slots(self, url: UpstreamURL) -> float:
         """Return how many more requests a server may run now."""
+        if url in self.closed:
+            return 0
         slots = self.of_server.get(url)
         if slots is None:
             return math.inf
         health = self.upstreams.health
         return slots - sum(known.in_slots for (of, _), known in health.items() if of == url)
 
-    def may_run(self, server: Server) -> bool:
+    def may_run(self, server: Server, takes_slot: bool) -> bool:
         """Tell whether one more request may run at a server now."""
-        return not self.of_server or self.free_slots(server.url) > 0
+        if not (self.of_server or self.closed):
+            return True
+        if not takes_slot:
+            return server.url not in self.closed
+        return self.free_slots(server.url) > 0
 
     def enter(self, instance: Instance, takes_slot: bool) -> Health:
         """Count a request that runs at an instance from now on; `leave` is to follow."""
@@ -10667,7 +10717,7 @@ class Slots:
         """Let those run who wait and for whom there is a free slot now."""
         if not self.waiting:
             return
-        free = {url: self.free_slots(url) for url in self.of_server}
+        free = {url: self.free_slots(url) for url in (*self.of_server, *self.closed)}
         for waiting in self.in_order():
             for instance in waiting.instances:
                 url = instance.server.url
@@ -11431,8 +11481,8 @@ class RequestRecord:
     response_size: int = 0
     first_token_at: float | None = None
     finished_at: float | None = None
-    # While the request runs: what the owner calls, from the page, to end it.
-    stop: Callable[[], None] | None = None
+    # While the request runs: what the owner calls, from the page, to end it; with the reason.
+    stop: Callable[[RouterError], None] | None = None
 
     # The answer as the upstream has sent it, as far as it is kept, and its size.
     pieces: list[bytes | bytearray] = dataclasses.field(default_factory=list)
@@ -13150,12 +13200,13 @@ class Candidates:
         self.decision = decision
         self.dialect = dialect
         # Those that were not asked yet, in order.
-        self.left = context.upstreams.order(decision)
+        self.left = context.slots.open_ones(context.upstreams.order(decision))
         self.count = len(self.left)
         # Whether the request needs a slot.
         self.takes_slot = True
-        # Where it is counted now.
+        # Where it is counted now; whether it was anywhere.
         self.health: Health | None = None
+        self.was_asked = False
         # Until when it may wait for slots; on the monotonic clock.
         self.queued_until: float | None = None
         # Why there is no instance any more, apart from what happened at those that were asked.
@@ -13165,7 +13216,7 @@ class Candidates:
         """Return the next instance that may run now, None without one."""
         self.give_back()
         for index, instance in enumerate(self.left):
-            if not self.takes_slot or self.slots.may_run(instance.server):
+            if self.slots.may_run(instance.server, self.takes_slot):
                 del self.left[index]
                 return self.begin(instance, self.slots.enter(instance, self.takes_slot))
         return None
@@ -13173,6 +13224,7 @@ class Candidates:
     def begin(self, instance: Instance, health: Health) -> Candidate:
         """Return an instance, at which the request is counted already, as the candidate."""
         self.health = health
+        self.was_asked = True
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, health)
         candidate.has_next = bool(self.left)
@@ -13187,13 +13239,24 @@ class Candidates:
 
     async def wait(self, record: RequestRecord) -> Candidate | None:
         """Return the next instance that may run after a while, None when there is none to come."""
-        if not self.left:
-            return None
-        instance = await self.wait_for_slot(record)
+        instance = None
+        # One that is open to it is full: what needs no slot has been there.
+        if self.find_open() and self.takes_slot:
+            instance = await self.wait_for_slot(record)
         if instance is None:
             return None
         self.left.remove(instance)
         return self.begin(instance, self.upstreams.health_of(instance))
+
+    def find_open(self) -> list[Instance]:
+        """Forget instances whose servers were closed, and return those that are left.
+
+        When there is none, and none was asked, the request is refused for that.
+        """
+        self.left = self.slots.open_ones(self.left)
+        if not self.left and not self.was_asked:
+            self.refusal = self.slots.refusal_of(self.decision.instances)
+        return self.left
 
     async def wait_for_slot(self, record: RequestRecord) -> Instance | None:
         """Wait until one of the instances that are left has a slot; return it, entered."""
@@ -13209,7 +13272,7 @@ class Candidates:
         instance = None
         try:
             instance = await self.slots.wait(tuple(self.left), rank, self.queued_until - now)
-            if instance is None:
+            if instance is None and self.find_open():
                 seen = f"no slot was free at {record.waits_for} within {timeout:g} s"
                 self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
         except QueueFull as error:
@@ -13262,7 +13325,7 @@ class Exchange:
         await self.context.log.wait_to_begin()
         self.context.log.begin(self.record)
         self.request.recorded = True
-        self.record.stop = self.stop
+        self.record.stop = self.request.connection.cancel_request
         try:
             models = requested_models(self.parsed)
             check_models(self.request.token, models, self.context.table)
@@ -13281,10 +13344,6 @@ class Exchange:
             self.fail(error)
         finally:
             self.finish()
-
-    def stop(self) -> None:
-        """End the request, as somebody wants who is not its client."""
-        self.request.connection.cancel_request(Cancelled("cancelled"))
 
     def finish(self) -> None:
         """Let go of everything, and finish the record."""
@@ -15038,10 +15097,35 @@ async def serve_cancel(context: Context, request: Request) -> None:
     row_id = request.path.split("/")[3]
     for record in context.log.running.values():
         if str(record.id) == row_id and record.stop:
-            record.stop()
+            record.stop(Cancelled("cancelled"))
             request.writer.send_json({"cancelled": True})
             return
     raise NotFound("no such request is running")
+
+
+def read_state(content: bytes) -> str:
+    """Return how a server is to be: `{"state": "drain"}`  ->  `drain`. Raises MalformedContent."""
+    document = parse_json(content)[1]
+    state = document.get("state") if isinstance(document, dict) else None
+    if state not in (ON, DRAIN, OFF):
+        seen = content[:80].decode("utf-8", "replace")
+        allowed = '{"state": "on"}, {"state": "drain"} and {"state": "off"}'
+        raise MalformedContent(f"allowed are {allowed}, not {seen!r}")
+    return state
+
+
+async def serve_upstream_state(context: Context, request: Request) -> None:
+    """Answer POST /api/upstreams/{name}: drain a server, switch it off, or open it again."""
+    name = urllib.parse.unquote(request.path.split("/", 3)[3])
+    server = find_server(context.table, name)
+    state = read_state(request.content)
+    context.slots.set_state(server, state)
+    context.log.print_line(f"server {server.name}: {state}, says {request.source_host}")
+    if state == OFF:
+        for record in list(context.log.running.values()):
+            if record.stop and record.upstream_url == str(server.url):
+                record.stop(ServerClosed(f"{server.name} was switched off by its owner"))
+    request.writer.send_json({"name": server.name, "state": state})
 
 
 def server_state(instances: Sequence[Health], now: float) -> str:
@@ -15070,6 +15154,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
     for server, models in zip(servers, model_lists, strict=True):
         instances = context.upstreams.health_of_server(server)
         url = str(server.url)
+        health = server_state(instances, time.monotonic())
         # How the servers are is known without the log, and shown without it.
         last_hour = dict.fromkeys(LAST_HOUR)
         with contextlib.suppress(LogUnavailable):
@@ -15078,7 +15163,8 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "name": server.name,
             "url": url,
             "api": context.model_lists.catalogue.with_api(server).api,
-            "state": server_state(instances, time.monotonic()),
+            "state": context.slots.closed.get(server.url, health),
+            "health": health,
             "last_error": last_error(instances),
             # Those since the last good answer of each instance.
             "failures": sum(health.failures for health in instances),
@@ -15609,6 +15695,7 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/api/inflight", WEBUI, serve_inflight),
     Endpoint("POST", "/api/inflight/*/cancel", WEBUI, serve_cancel),
     Endpoint("GET HEAD", "/api/upstreams", WEBUI, serve_upstreams),
+    Endpoint("POST", "/api/upstreams/**", WEBUI, serve_upstream_state),
     Endpoint("GET HEAD", "/api/routes", WEBUI, serve_routes),
     Endpoint("GET HEAD", "/api/events", WEBUI, serve_events),
     Endpoint("GET HEAD", "/api/export", WEBUI, serve_export),

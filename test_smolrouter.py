@@ -12495,6 +12495,111 @@ def test_least_busy_counts_by_slots() -> None:
         test.queue("more", "pair")
 
 
+# --- servers that are closed ----------------------------------------------------------
+
+
+def set_state(router: Router, name: str, state: Any, fields: Pairs = ()) -> Response:
+    """Tell a router how one of its servers is to be."""
+    path = f"/api/upstreams/{urllib.parse.quote(name, safe='')}"
+    return request(router.port, "POST", path, {"state": state}, fields)
+
+
+CLOSED_SERVERS = {"one": {"slots": 1}, "two": {}, "a/b": {}}
+CLOSED_ALIASES = {
+    "alone": {"instances": ["one/m"]},
+    "pair": {"instances": ["one/m", "two/m"]},
+}
+
+
+def test_a_drained_server() -> None:
+    with SlotsTest(CLOSED_SERVERS, CLOSED_ALIASES) as test:
+        test.send("runs", "alone")
+        test.gate.wait_for("runs")
+        test.queue("waits", "alone")
+        assert set_state(test.router, "one", "drain").json == {"name": "one", "state": "drain"}
+        words = "one is drained and takes no requests"
+        # Nobody waits for it any more, whether it came before or comes now.
+        for word, path in (("waits", CHAT), ("new", CHAT), ("ollama", "/api/chat")):
+            if word != "waits":
+                test.send(word, "alone", path=path)
+            got = test.answer(word)
+            assert got.status == 503 and words.encode() in got.content
+            assert wait_for_row(test.router, "alone")["error_message"].startswith(words)
+        assert request(test.router.port, "GET", "/upstream/one/v1/x").status == 503
+        server = test.server("one")
+        assert (server["state"], server["health"], server["running"]) == ("drain", "up", 1)
+        # Whatever has another server goes there; what runs here ends well.
+        test.send("other", "pair")
+        test.gate.wait_for("runs", "other")
+        assert test.gate.running == {"one": 1, "two": 1}
+        assert test.end("runs").status == 200 and test.end("other").status == 200
+        # A changed file does not open it.
+        test.router.signal(signal.SIGHUP)
+        wait_until(lambda: test.router.stderr.count("routes: ") == 2)
+        assert test.server("one")["state"] == "drain"
+        assert set_state(test.router, "one", "on").status == 200
+        test.send("again", "alone")
+        assert test.end("again").status == 200
+        assert test.server("one")["state"] == "up"
+        assert "server one: drain, says 127.0.0.1" in test.router.stderr
+
+
+def test_a_server_that_is_switched_off() -> None:
+    with SlotsTest(CLOSED_SERVERS, CLOSED_ALIASES) as test:
+        begun = threading.Event()
+
+        def endless(received: Received) -> Iterator[Step]:
+            yield from stream_response(chat_stream("Hello")[:2], whole=False)
+            begun.set()
+            yield HANG
+
+        test.upstream.scripts["endless"] = endless
+        test.send("other", "pair [two]")
+        sock = test.clients["stream"] = connect(test.router.port)
+        sock.settimeout(PATIENCE)
+        document = chat_document("endless [one]", "stream", stream=True)
+        sock.sendall(encode_post(CHAT, document))
+        assert begun.wait(PATIENCE)
+        read_until(sock, b"Hello")
+        test.queue("waits", "alone")
+        assert set_state(test.router, "one", "off").status == 200
+        words = "one was switched off by its owner"
+        # An answer that has begun ends with the reason, and its server sees the end.
+        read_until(test.clients.pop("stream"), words.encode())
+        seen = test.upstream.connection_of("endless")
+        assert wait_until(lambda: seen.closed)
+        row = wait_for_row(test.router, "endless")
+        assert (row["status_code"], row["error_message"]) == (503, words)
+        assert test.answer("waits").status == 503
+        assert test.server("one")["running"] == 0
+        # Others run on.
+        assert test.end("other").status == 200
+        # One that waits for either waits for the other alone.
+        assert set_state(test.router, "two", "off").status == 200
+        test.send("nobody", "pair")
+        error = test.answer("nobody").json["error"]
+        assert error["message"].startswith("one is switched off, two is switched off")
+        assert error["code"] == "server_closed"
+
+
+def test_how_the_state_of_a_server_is_set() -> None:
+    with SlotsTest(CLOSED_SERVERS, CLOSED_ALIASES) as test:
+        router = test.router
+        assert set_state(router, "a/b", "drain").json["name"] == "a/b"
+        assert test.server("a/b")["state"] == "drain"
+        got = set_state(router, "three", "off")
+        assert (got.status, b"there are one, two" in got.content) == (404, True)
+        for state in ("", "ON", True, None, {"on": 1}):
+            assert set_state(router, "one", state).status == 400
+        for content in (b"", b"[]", b"drain", b'"drain"'):
+            assert request(router.port, "POST", "/api/upstreams/one", content).status == 400
+        elsewhere = [("Origin", "http://evil.example")]
+        assert set_state(router, "one", "off", elsewhere).status == 403
+        assert set_state(router, "one", "off", [("X-Forwarded-For", "10.0.0.1")]).status == 403
+        assert request(router.port, "GET", "/api/upstreams/one").status == 405
+        assert test.server("one")["state"] == "unknown"
+
+
 # --- lists of models ------------------------------------------------------------------
 
 
