@@ -22,7 +22,7 @@ The file reads top to bottom; every section uses only what stands above it:
                  9  Routing            model and source host to instances, and why
                 10  Access             tokens, policies, Host and Origin
     Actions     11  HTTP on streams    the connections that messages come and go by
-                12  Upstreams          connection pool, one request, health, slots
+                12  Upstreams          connection pool, one request, health
                 13  Request log        what happened to every request
     The router  14  Relay              one exchange, from a request to the end of its answer
                 15  Dashboard and API  what the owner looks at
@@ -44,10 +44,9 @@ The life of one request, say a streamed POST /api/chat, is the way through these
      6. `resolve` makes of the model and the source host a `Decision`: the instances in the
         order to try, and the trail that says why.
      7. An `Exchange` begins, and `RequestLog.begin` with it: from now on the page shows it.
-     8. `Exchange.relay` asks one instance after the other (`Upstreams.send_request`), each
-        when its server has a free slot (`Candidates`). When one refuses, is late or answers
-        with an error, the next one is asked. The first response that says something is the
-        one that the client gets.
+     8. `Exchange.relay` asks one instance after the other (`Upstreams.send_request`).
+        When one refuses, is late or answers with an error, the next one is asked. The first
+        response that says something is the one that the client gets.
      9. `UpstreamResponse.pump` takes the response as it comes. `Exchange.forward` puts each
         piece through its rewriter: it is split into events, thinking is taken out, and they
         are written in the client's dialect. `ResponseWriter` sends them.
@@ -344,18 +343,6 @@ class LogUnavailable(RouterError, status=503, code="log_unavailable"):
 
 class Overloaded(RouterError, status=503, code="overloaded"):
     """The router holds as much as it may; the same request can succeed later."""
-
-
-class QueueFull(RouterError, status=503, code="queue_full"):
-    """All servers are full, and too many requests wait for them already (QUEUE_SIZE)."""
-
-
-class QueueTimeout(RouterError, status=503, code="queue_timeout"):
-    """All servers were full for as long as a request may wait (QUEUE_TIMEOUT)."""
-
-
-class ServerClosed(RouterError, status=503, code="server_closed"):
-    """The server that could serve the request takes none, because its owner said so."""
 
 
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
@@ -757,8 +744,6 @@ class Settings:
     request_timeout: float = setting("3000.0", number_between(0.01, 1e6, whole=False), "longest silence from an upstream, s")
     connect_timeout: float = setting("5.0", number_between(0.01, 600, whole=False), "longest wait for a connection to an upstream, s")
     ping_interval: float = setting("15", number_between(0, 3600, whole=False), "s of silence after which a streaming client gets a sign of life; 0: never")
-    queue_timeout: float = setting("300", number_between(0.01, 86400, whole=False), "longest wait for a slot of a server, s")
-    queue_size: int = setting("1000", number_between(0, 10**6), "requests that may wait for a slot at once; 0: none waits")
     db_path: str = setting("requests.db", parse_text, "the request log's database")
     max_log_age_days: float = setting("7", number_between(0.01, 36500, whole=False), "days that a request is kept")
     blob_storage_type: str = setting("filesystem", choice_of("filesystem", "memory"), "where long bodies are kept: filesystem or memory")
@@ -1039,10 +1024,6 @@ class Limits:
     cool_down: float = 5.0
     longest_cool_down: float = 60.0
     longest_retry_after: float = 300.0
-    # A request that waits for a slot lets newer ones of a higher priority go before it for so long.
-    longest_overtaking: float = 30.0
-    # What a client is told, in whole seconds, to wait before it asks full servers again.
-    full_retry_after: int = 10
     # A server has `model_list_timeout` to list its models. For `model_list_fresh` it is not asked
     # again, so that a page is quick. When it is gone, its last list counts for `model_list_kept`,
     # so that a reboot loses no model.
@@ -4342,6 +4323,8 @@ class Message:
     thoughts: list[str] = dataclasses.field(default_factory=list)
     calls: list[ToolCall] = dataclasses.field(default_factory=list)
     images: list[Any] = dataclasses.field(default_factory=list)
+    # Behind how many characters of the text each picture stands.
+    image_places: list[int] = dataclasses.field(default_factory=list)
     call_id: Any = None
     name: Any = None
     # The member that thoughts are read from.
@@ -4361,7 +4344,13 @@ class Message:
             "tool_call_id": self.call_id,
             "name": self.name,
             "images": self.images,
+            "image_at": self.image_places,
         }
+
+    def add_image(self, url: Any) -> None:
+        """Add a picture behind the text that is there already."""
+        self.images.append(url)
+        self.image_places.append(sum(map(len, self.texts)))
 
 
 def odd_part(part: Part) -> MalformedContent:
@@ -4496,9 +4485,9 @@ def add_part(message: Message, part: Part) -> None:
         message.role = "tool"
         message.call_id = value
     elif kind == IMAGE:
-        message.images.append(read_image(part))
+        message.add_image(read_image(part))
     elif kind == IMAGE_DATA:
-        message.images.append(read_image_data(value))
+        message.add_image(read_image_data(value))
     elif kind == ODD:
         raise odd_part(part)
 
@@ -6719,12 +6708,6 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
 
 # The first one is what an alias has that names none.
 STRATEGIES = ("failover", "round_robin", "least_busy")
-# How soon a request gets a slot that becomes free. Those before it in this list go first.
-PRIORITIES = ("high", "normal", "low")
-NORMAL = "normal"
-# What a server calls the number of its slots: our word, and those of other programs.
-SLOTS_KEYS = ("slots", "concurrencyLimit", "max_concurrent")
-MOST_SLOTS = 100_000
 # What may become of thinking; and that the model's template opens it, so that the answer does not.
 OPENED = "opened"
 THINKING_WORDS = ("strip", "move", "keep", OPENED)
@@ -6784,57 +6767,6 @@ def index_names(names: Iterable[str]) -> ListedNames:
     return ListedNames(frozenset(names), folded)
 
 
-# --- conversations ----------------------------------------------------------------------
-# The turns of a conversation belong together: in the log, and at the server that has its prompt
-# in memory. Some clients say which conversation a request is of; else its beginning tells.
-
-# The fields in which clients name the conversation, the first one that is there counts. They are
-# those of many clients, of Claude Code, of Codex and of Open WebUI.
-SESSION_FIELDS = ("x-session-id", "x-claude-code-session-id", "session_id", "x-openwebui-chat-id")
-# So many characters of each text go into the hash, and so many messages are looked at. What
-# follows, such as the time at the end of a system prompt, changes from turn to turn.
-HASHED_TEXT = 2 * KiB
-HASHED_MESSAGES = 32
-
-
-def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return role and text of each message up to the first one of the user.
-
-    `{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello"}]}`  ->  `[("system", "Be brief."), ("user", "Hi")]`
-    """
-    words = document.get(protocol.user_words)
-    if isinstance(words, list):
-        # The rest may be long, and it says nothing of how the conversation began.
-        words = words[:HASHED_MESSAGES]
-    beginning = []
-    for message in read_messages(protocol, {**document, protocol.user_words: words}, tolerant=True):
-        beginning.append((str(message.role), "".join(message.texts)[:HASHED_TEXT]))
-        if message.role == "user":
-            break
-    return beginning
-
-
-def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> str:
-    """Return what names the conversation that a request is of, "" where there is none.
-
-    It is what the client calls it, in a field or in `prompt_cache_key`. Else it is a hash of the
-    model, the tools, the system prompt and the first message of the user:
-
-    `X-Session-Id: abc`  ->  `abc`;  `{"model": "m", "messages": [...]}`  ->  `3f2a77b0c1d4`
-    """
-    given = [fields.get(name) for name in SESSION_FIELDS]
-    for value in (*given, document.get("prompt_cache_key")):
-        if isinstance(value, str) and value.strip():
-            return cut_name(value.strip())
-    protocol = find_protocol(path)
-    if not protocol.user_words or not document.get(protocol.user_words):
-        return ""
-    tools = encode_json(document.get("tools"))[:HASHED_TEXT]
-    beginning = encode_json([document.get("model"), *read_beginning(protocol, document)])
-    return hashlib.sha256(tools + beginning).hexdigest()[:12]
-
-
 # --- the routing table ------------------------------------------------------------------
 
 
@@ -6855,8 +6787,6 @@ class Server:
     # The models that the routing file says it has; then it is not asked. None: it is asked.
     models: tuple[str, ...] | None = None
     thinking: Thinking = NOTHING_SAID
-    # How many requests it runs at once; None: any number.
-    slots: int | None = None
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
 
@@ -6894,8 +6824,6 @@ class Target(NamedTuple):
     strategy: str = "failover"
     model: str = ""
     thinking: Thinking = NOTHING_SAID
-    # One of PRIORITIES, "" where nothing is said.
-    priority: str = ""
 
     def __str__(self) -> str:
         if self.alias:
@@ -7001,7 +6929,6 @@ class Decision(NamedTuple):
     found_by: str = ""
     # What the alias and the route say of thinking.
     thinking: Thinking = NOTHING_SAID
-    priority: str = NORMAL
 
 
 # --- the routing file -------------------------------------------------------------------
@@ -7300,9 +7227,8 @@ class TableReader:
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
-        url, api, key, headers, verify, models, discover, thinking, *slots = node.members(
-            *("url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"),
-            *SLOTS_KEYS,
+        url, api, key, headers, verify, models, discover, thinking = node.members(
+            "url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"
         )
         return Server(
             name=name,
@@ -7313,7 +7239,6 @@ class TableReader:
             verify=verify.choose(True, False),
             models=self.read_models(models, discover.choose(True, False)),
             thinking=self.read_thinking(thinking),
-            slots=self.read_slots(slots),
             warning=url_warning(f"servers.{name}", url.value),
         )
 
@@ -7327,27 +7252,6 @@ class TableReader:
         )
         items = node.elements("not a list of names; without one the server is asked")
         return tuple(dict.fromkeys(item.read() for item in items))
-
-    def read_slots(self, nodes: Sequence[Node]) -> int | None:
-        """Read how many requests a server runs at once; one of SLOTS_KEYS says it."""
-        given = [node for node in nodes if node.value is not None]
-        if not given:
-            return None
-        node, *others = given
-        for other in others:
-            other.require(False, f"`{node.path[-1]}` says it already; leave one of them out")
-        # True is a number to Python, and to nobody else.
-        is_number = isinstance(node.value, int) and not isinstance(node.value, bool)
-        is_allowed = is_number and 1 <= node.value <= MOST_SLOTS
-        allowed = f"a whole number from 1 to {MOST_SLOTS}"
-        node.require(
-            is_allowed, f"{node.value!r} instead of {allowed}; without it there is no limit"
-        )
-        return node.value
-
-    def read_priority(self, node: Node) -> str:
-        """Read one of PRIORITIES; "" where nothing is said."""
-        return node.choose("", *PRIORITIES) if node.value is None else node.choose(*PRIORITIES)
 
     def read_thinking(self, node: Node) -> Thinking:
         """Read what becomes of thinking: one of THINKING_WORDS, or a list of them."""
@@ -7385,9 +7289,7 @@ class TableReader:
 
     def read_alias(self, node: Node) -> Target:
         """Read an alias: its instances, its strategy and what becomes of thinking."""
-        strategy, listed, thinking, priority = node.members(
-            "strategy", "instances", "thinking", "priority"
-        )
+        strategy, listed, thinking = node.members("strategy", "instances", "thinking")
         chosen_strategy = strategy.choose(*STRATEGIES)
         instances: list[Instance] = []
         for item in listed.elements("an alias needs a list of at least one `server/model`"):
@@ -7400,7 +7302,6 @@ class TableReader:
             alias=node.path[-1],
             strategy=chosen_strategy,
             thinking=self.read_thinking(thinking),
-            priority=self.read_priority(priority),
         )
 
     def read_rule(self, node: Node) -> Rule:
@@ -7439,11 +7340,8 @@ class TableReader:
 
     def read_target(self, node: Node, pattern: NamePattern | None) -> Target:
         """Read where a route leads: an alias, or an upstream and a model; what else it says."""
-        upstream, model, alias, thinking, priority = node.members(
-            "upstream", "model", "alias", "thinking", "priority"
-        )
+        upstream, model, alias, thinking = node.members("upstream", "model", "alias", "thinking")
         route_thinking = self.read_thinking(thinking)
-        route_priority = self.read_priority(priority)
         given = [member for member in (upstream, model, alias) if member.value is not None]
         node.require(given, "name an `upstream`, a `model` or an `alias`")
         if alias in given:
@@ -7452,18 +7350,16 @@ class TableReader:
             known = ", ".join(self.aliases) or "none"
             alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
             target = self.aliases[name]
-            return target._replace(
-                # The alias is nearer to the model than the route, and the route to who asks.
-                thinking=merge_thinking(target.thinking, route_thinking),
-                priority=route_priority or target.priority,
-            )
+            # The alias is nearer to the model than the route.
+            return target._replace(thinking=merge_thinking(target.thinking, route_thinking))
         if model in given:
             # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
-        target = Target((), thinking=route_thinking, priority=route_priority)
         if upstream not in given:
-            return target._replace(model=model.value)
-        return target._replace(instances=(Instance(self.read_upstream(upstream), model.value),))
+            return Target((), model=model.value, thinking=route_thinking)
+        return Target(
+            (Instance(self.read_upstream(upstream), model.value),), thinking=route_thinking
+        )
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -7968,7 +7864,6 @@ def resolve(
         trail=tuple(trail),
         found_by=claim.route,
         thinking=ruling.target.thinking,
-        priority=ruling.target.priority or claim.target.priority or NORMAL,
     )
 
 
@@ -7992,24 +7887,19 @@ def resolve_default(table: RoutingTable, source_host: str) -> Decision:
     return resolve(dataclasses.replace(table, rules=(), model_map=()), "", source_host)
 
 
-def find_server(table: RoutingTable, name: str) -> Server:
-    """Return the server of a name. Raises NotFound."""
+def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
+    """Return where a request goes that names its server itself. Raises NotFound."""
     # With two servers of one name, the one of the routing file is last, and counts.
     servers = {server.name: server for server in table.all_servers()}
     if name not in servers:
         names = ", ".join(list(servers)[:NAMES_IN_ERROR]) or "none"
         raise NotFound(f"no such server {name[:80]!r}; there are {names}")
-    return servers[name]
-
-
-def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
-    """Return where a request goes that names its server itself. Raises NotFound."""
     return Decision(
         requested_model=model,
         mapped_model=model,
         route=f"upstream {name}",
         strategy="failover",
-        instances=(Instance(find_server(table, name), model),),
+        instances=(Instance(servers[name], model),),
         trail=(Step("upstream", True, f"the path names server {name!r}"),),
     )
 
@@ -9875,11 +9765,10 @@ class Upload:
 # 12  Upstreams
 # ======================================================================================
 # One request to one instance, over connections that are kept for the next; how instances
-# have fared; who may run there, and who waits; which models they have. Whatever ends a
-# request early becomes BadGateway, or GatewayTimeout, and its message says what happened:
-# failover (section 14) knows no other failure. An instance that failed goes to the end of
-# the order for a while. It is never left out: when all have failed, each of them is still
-# tried.
+# have fared; which models they have. Whatever ends a request early becomes BadGateway, or
+# GatewayTimeout, and its message says what happened: failover (section 14) knows no other
+# failure. An instance that failed goes to the end of the order for a while. It is never
+# left out: when all have failed, each of them is still tried.
 
 # With these an instance says that it cannot serve more now. It cools down as after a failure.
 COOLING_STATUSES = (429, 503)
@@ -10314,9 +10203,8 @@ class Health:
     """
 
     limits: Limits
-    # How many requests run there now, and how many of them have a slot of its server.
+    # How many requests run there now.
     running: int = 0
-    in_slots: int = 0
     # Failures since the last success.
     failures: int = 0
     # Until then other instances are asked first; on the monotonic clock.
@@ -10325,6 +10213,8 @@ class Health:
     error: str = ""
     # The server answered, even if it said no.
     reached: bool = True
+    # In which of the last 24 hours, counted from 1970, it could not be reached.
+    unreached_hours: set[int] = dataclasses.field(default_factory=set)
 
     def fail(self, error: str, retry_after: str | None = None, reached: bool = False) -> None:
         """Begin a cool-down: 5 s, doubling up to 60 s, or what a Retry-After asks for."""
@@ -10339,6 +10229,10 @@ class Health:
         self.error = error
         self.reached = reached
         self.cool_until = time.monotonic() + cool_down
+        if not reached:
+            hour = int(time.time() // 3600)
+            self.unreached_hours = {one for one in self.unreached_hours if one > hour - 24}
+            self.unreached_hours.add(hour)
 
     def answer(self) -> None:
         """End the cool-down, because a good answer has begun.
@@ -10420,13 +10314,9 @@ class Upstreams:
                 return True
         return False
 
-    def load(self, instance: Instance) -> float:
-        """Return how busy the server of an instance is, with requests for whatever model.
-
-        It is the number of requests that run there for each of its slots.
-        """
-        running = sum(health.running for health in self.health_of_server(instance.server))
-        return running / (instance.server.slots or 1)
+    def requests_running(self, instance: Instance) -> int:
+        """Return how many requests run on the server of an instance, for whatever model."""
+        return sum(health.running for health in self.health_of_server(instance.server))
 
     def order(self, decision: Decision) -> list[Instance]:
         """Return the instances in the order to try.
@@ -10442,7 +10332,7 @@ class Upstreams:
             # instead, the instance behind a cooling one would get that one's turns and its own.
             instances.sort(key=lambda i: self.turns.get((decision.route, i), 0))
         elif decision.strategy == "least_busy":
-            instances.sort(key=self.load)
+            instances.sort(key=self.requests_running)
         now = time.monotonic()
         # The sort is stable: those that are well stay in their order.
         return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
@@ -10528,205 +10418,6 @@ class Upstreams:
             if head.status == 101:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
         raise MalformedMessage(f"more than {self.limits.interim_responses} interim responses")
-
-
-# --- slots ------------------------------------------------------------------------------
-# A local server works on a few requests at once; with more of them, all get slower, or it refuses
-# some. So the routing file may say how many slots a server has, and a request that finds all of
-# them taken waits here until one is free: in the order in which the requests came, those of a
-# higher priority first. Nobody waits for a server with a free slot: whenever one becomes free, it
-# is given to somebody who waits, in the same turn of the event loop.
-#
-# The owner may close a server by hand: it takes no new requests then (DRAIN), and those that run
-# there are stopped (OFF), until it is ON again or the router has restarted.
-
-ON = "on"
-DRAIN = "drain"
-OFF = "off"
-CLOSED_WORDS = {DRAIN: "is drained and takes no requests", OFF: "is switched off"}
-
-
-@dataclasses.dataclass(eq=False)
-class Waiting:
-    """A request that waits for a slot of one of several servers."""
-
-    # Its place in PRIORITIES, and when it came: a number that grows.
-    rank: int
-    number: int
-    instances: Sequence[Instance]
-    # From then on no newer request goes before it; on the monotonic clock.
-    overtaken_until: float = NEVER
-    # Its result is the instance at which it may run now; None: there is nothing to wait for.
-    granted: asyncio.Future[Instance | None] = dataclasses.field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-
-def name_servers(instances: Iterable[Instance]) -> str:
-    """Return the names of the servers of some instances, each once: `gpu, mac`."""
-    return ", ".join(dict.fromkeys(instance.server.name for instance in instances))
-
-
-class Slots:
-    """Who may run at each server now, and who waits for that."""
-
-    def __init__(self, upstreams: Upstreams) -> None:
-        self.upstreams = upstreams
-        self.settings = upstreams.settings
-        self.limits = upstreams.limits
-        # How many slots servers have; one that is not in here runs any number of requests.
-        self.of_server: dict[UpstreamURL, int] = {}
-        # Those that their owner has closed: DRAIN or OFF.
-        self.closed: dict[UpstreamURL, str] = {}
-        # Those who wait, in the order of rank and number.
-        self.waiting: list[Waiting] = []
-        self.numbers = itertools.count()
-        # What a client is told who finds no slot.
-        self.retry_after = ("Retry-After", str(self.limits.full_retry_after))
-
-    def set_table(self, table: RoutingTable) -> None:
-        """Take the numbers of slots from a table; requests that run stay where they are."""
-        self.of_server = {}
-        for server in table.all_servers():
-            if server.slots is not None:
-                # Two names may stand for one server. The smaller number is the one that is safe.
-                slots = self.of_server.get(server.url, server.slots)
-                self.of_server[server.url] = min(slots, server.slots)
-        self.admit()
-
-    def set_state(self, server: Server, state: str) -> None:
-        """Close a server, or open it again; who has nothing else to wait for waits no longer."""
-        self.closed.pop(server.url, None)
-        if state != ON:
-            self.closed[server.url] = state
-        self.admit()
-        for waiting in list(self.waiting):
-            if not self.open_ones(waiting.instances):
-                self.waiting.remove(waiting)
-                waiting.granted.set_result(None)
-
-    def open_ones(self, instances: Iterable[Instance]) -> list[Instance]:
-        """Return the instances whose servers are not closed."""
-        if not self.closed:
-            return list(instances)
-        return [instance for instance in instances if instance.server.url not in self.closed]
-
-    def refusal_of(self, instances: Iterable[Instance]) -> ServerClosed:
-        """Return the error for a request that only these servers could serve: all are closed."""
-        words = []
-        for server in dict.fromkeys(instance.server for instance in instances):
-            words.append(f"{server.name} {CLOSED_WORDS.get(self.closed.get(server.url), '')}")
-        remedy = 'POST /api/upstreams/NAME {"state": "on"} opens it again'
-        return ServerClosed(f"{', '.join(words)}; {remedy}")
-
-    def free_slots(self, url: UpstreamURL) -> float:
-        """Return how many more requests a server may run now."""
-        if url in self.closed:
-            return 0
-        slots = self.of_server.get(url)
-        if slots is None:
-            return math.inf
-        health = self.upstreams.health
-        return slots - sum(known.in_slots for (of, _), known in health.items() if of == url)
-
-    def may_run(self, server: Server, takes_slot: bool) -> bool:
-        """Tell whether one more request may run at a server now."""
-        if not (self.of_server or self.closed):
-            return True
-        if not takes_slot:
-            return server.url not in self.closed
-        return self.free_slots(server.url) > 0
-
-    def enter(self, instance: Instance, takes_slot: bool) -> Health:
-        """Count a request that runs at an instance from now on; `leave` is to follow."""
-        health = self.upstreams.health_of(instance)
-        health.running += 1
-        if takes_slot:
-            health.in_slots += 1
-        return health
-
-    def leave(self, health: Health, takes_slot: bool) -> None:
-        """Count a request that does not run there any more, and let another one run."""
-        health.running -= 1
-        if takes_slot:
-            health.in_slots -= 1
-        if self.waiting:
-            self.admit()
-
-    # The queue.
-
-    def queued_for(self, server: Server) -> int:
-        """Return how many requests wait that this server could run, or another one."""
-        return sum(
-            any(instance.server.url == server.url for instance in waiting.instances)
-            for waiting in self.waiting
-        )
-
-    async def wait(
-        self, instances: Sequence[Instance], rank: int, seconds: float
-    ) -> Instance | None:
-        """Wait for a slot of one of these instances' servers; return the instance, entered.
-
-        Returns None when the time is up. Raises QueueFull.
-        """
-        if len(self.waiting) >= self.settings.queue_size:
-            raise QueueFull(
-                f"no slot is free at {name_servers(instances)}, and {len(self.waiting)} requests "
-                f"wait for one already (QUEUE_SIZE={self.settings.queue_size})",
-                self.retry_after,
-            )
-        waiting = Waiting(rank, next(self.numbers), instances)
-        self.add(waiting)
-        granted = waiting.granted
-        try:
-            # Not wait_for: up to Python 3.11 it may lose a cancellation.
-            await asyncio.wait([granted], timeout=seconds)
-        except asyncio.CancelledError:
-            # It may have been granted in this very turn of the event loop.
-            if granted.done() and granted.result():
-                self.leave(self.upstreams.health_of(granted.result()), takes_slot=True)
-            raise
-        finally:
-            if waiting in self.waiting:
-                self.waiting.remove(waiting)
-        return granted.result() if granted.done() else None
-
-    def add(self, waiting: Waiting) -> None:
-        """Put a request into the queue, behind all that came before it with its priority."""
-        overtaken_until = time.monotonic() + self.limits.longest_overtaking
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].rank > waiting.rank:
-            place -= 1
-            overtaken = self.waiting[place]
-            overtaken.overtaken_until = min(overtaken.overtaken_until, overtaken_until)
-        self.waiting.insert(place, waiting)
-
-    def in_order(self) -> list[Waiting]:
-        """Return those who wait in the order in which they get slots.
-
-        Those who have been overtaken for long enough are first, in the order in which they came.
-        """
-        now = time.monotonic()
-        overtaken = [waiting for waiting in self.waiting if waiting.overtaken_until <= now]
-        if not overtaken:
-            return list(self.waiting)
-        others = [waiting for waiting in self.waiting if waiting.overtaken_until > now]
-        return [*sorted(overtaken, key=lambda waiting: waiting.number), *others]
-
-    def admit(self) -> None:
-        """Let those run who wait and for whom there is a free slot now."""
-        if not self.waiting:
-            return
-        free = {url: self.free_slots(url) for url in (*self.of_server, *self.closed)}
-        for waiting in self.in_order():
-            for instance in waiting.instances:
-                url = instance.server.url
-                if free.get(url, math.inf) > 0:
-                    free[url] = free.get(url, math.inf) - 1
-                    self.waiting.remove(waiting)
-                    self.enter(instance, takes_slot=True)
-                    waiting.granted.set_result(instance)
-                    break
 
 
 # --- lists of models --------------------------------------------------------------------
@@ -11268,8 +10959,7 @@ async def list_models(
 COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, original_model,
     mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
     status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
-    stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level,
-    queued_ms"""
+    stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level"""
 # A row as the database has it. `original_model` is the model that the client asked for,
 # `mapped_model` what MODEL_MAP makes of it, and `sent_model` what the server was asked for.
 # `timestamp` and `completed_at` are in ms since 1970; `failed` is None while the request runs.
@@ -11395,8 +11085,6 @@ INSERT INTO rollups
     "CREATE INDEX by_time ON requests (timestamp)",
     # What asked no model has no point.
     "UPDATE requests SET level = NULL WHERE sent_model = '' AND mapped_model = ''",
-    # For how long a request has waited for slots.
-    "ALTER TABLE requests ADD COLUMN queued_ms",
 )
 
 
@@ -11460,14 +11148,9 @@ class RequestRecord:
     # It has no prompt, and so asks for nothing but to load a model, or to unload it.
     only_loads: bool = False
 
-    # What its exchange finds out. The phase is "queued", for a slot, "waiting", for the first octet
-    # of an answer, or "streaming".
+    # What its exchange finds out. The phase is "waiting", for the first octet of an answer, or
+    # "streaming".
     phase: str = "waiting"
-    # While it is queued: since when, and the names of the servers that could run it. And for how
-    # long, in s, it was queued before.
-    queued_at: float | None = None
-    waits_for: str = ""
-    queued_s: float = 0.0
     sent_model: str = ""
     upstream_url: str = ""
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
@@ -11481,8 +11164,8 @@ class RequestRecord:
     response_size: int = 0
     first_token_at: float | None = None
     finished_at: float | None = None
-    # While the request runs: what the owner calls, from the page, to end it; with the reason.
-    stop: Callable[[RouterError], None] | None = None
+    # While the request runs: what the owner calls, from the page, to end it.
+    stop: Callable[[], None] | None = None
 
     # The answer as the upstream has sent it, as far as it is kept, and its size.
     pieces: list[bytes | bytearray] = dataclasses.field(default_factory=list)
@@ -11537,11 +11220,6 @@ class RequestRecord:
         This decides what is a failure in rows, and by them in lists, figures and metrics.
         """
         return self.status >= 400 or bool(self.error)
-
-    def queued_ms(self, now: float) -> float:
-        """Return for how long it has waited for slots by now, which is monotonic."""
-        waiting_s = now - self.queued_at if self.queued_at is not None else 0.0
-        return round((self.queued_s + waiting_s) * 1000, 1)
 
     @property
     def shown_target(self) -> str:
@@ -11710,7 +11388,6 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         shown.client_key,
         failed,
         make_level(record),
-        round(record.queued_s * 1000, 1),
     )
 
 
@@ -11800,8 +11477,6 @@ def describe_request(record: RequestRecord, row: Row) -> str:
         words.append(f"({attempt.instance}: {attempt.error or attempt.status})")
     words += [row.upstream_url, str(record.status), row.error_message or ""]
     words.append(f"{row.duration_ms / 1000:.3f} s")
-    if row.queued_ms:
-        words.append(f"({row.queued_ms / 1000:.3f} s queued)")
     if row.completion_tokens is not None:
         words.append(f"{row.completion_tokens} tokens")
     return " ".join(filter(None, words))
@@ -12917,7 +12592,6 @@ class Context:
     # It is replaced when the routing file changes.
     table: RoutingTable
     upstreams: Upstreams
-    slots: Slots
     model_lists: ModelLists
     log: RequestLog
     token_guard: TokenGuard
@@ -13187,102 +12861,6 @@ class Candidate:
             self.response.close()
 
 
-class Candidates:
-    """The instances that a request may be sent to, one after another, in the order to try.
-
-    Each is counted at its server, and has a slot there, until the next one is asked for: `take`
-    returns the first one that may run now, and `wait` the first one that may run after a while.
-    """
-
-    def __init__(self, context: Context, decision: Decision, dialect: Dialect) -> None:
-        self.upstreams = context.upstreams
-        self.slots = context.slots
-        self.decision = decision
-        self.dialect = dialect
-        # Those that were not asked yet, in order.
-        self.left = context.slots.open_ones(context.upstreams.order(decision))
-        self.count = len(self.left)
-        # Whether the request needs a slot.
-        self.takes_slot = True
-        # Where it is counted now; whether it was anywhere.
-        self.health: Health | None = None
-        self.was_asked = False
-        # Until when it may wait for slots; on the monotonic clock.
-        self.queued_until: float | None = None
-        # Why there is no instance any more, apart from what happened at those that were asked.
-        self.refusal: RouterError | None = None
-
-    def take(self) -> Candidate | None:
-        """Return the next instance that may run now, None without one."""
-        self.give_back()
-        for index, instance in enumerate(self.left):
-            if self.slots.may_run(instance.server, self.takes_slot):
-                del self.left[index]
-                return self.begin(instance, self.slots.enter(instance, self.takes_slot))
-        return None
-
-    def begin(self, instance: Instance, health: Health) -> Candidate:
-        """Return an instance, at which the request is counted already, as the candidate."""
-        self.health = health
-        self.was_asked = True
-        self.upstreams.note_turn(self.decision, instance)
-        candidate = Candidate(instance, self.dialect, health)
-        candidate.has_next = bool(self.left)
-        candidate.is_only = self.count == 1
-        return candidate
-
-    def give_back(self) -> None:
-        """Let another request run in place of this one."""
-        if self.health:
-            self.slots.leave(self.health, self.takes_slot)
-            self.health = None
-
-    async def wait(self, record: RequestRecord) -> Candidate | None:
-        """Return the next instance that may run after a while, None when there is none to come."""
-        instance = None
-        # One that is open to it is full: what needs no slot has been there.
-        if self.find_open() and self.takes_slot:
-            instance = await self.wait_for_slot(record)
-        if instance is None:
-            return None
-        self.left.remove(instance)
-        return self.begin(instance, self.upstreams.health_of(instance))
-
-    def find_open(self) -> list[Instance]:
-        """Forget instances whose servers were closed, and return those that are left.
-
-        When there is none, and none was asked, the request is refused for that.
-        """
-        self.left = self.slots.open_ones(self.left)
-        if not self.left and not self.was_asked:
-            self.refusal = self.slots.refusal_of(self.decision.instances)
-        return self.left
-
-    async def wait_for_slot(self, record: RequestRecord) -> Instance | None:
-        """Wait until one of the instances that are left has a slot; return it, entered."""
-        now = time.monotonic()
-        timeout = self.slots.settings.queue_timeout
-        if self.queued_until is None:
-            self.queued_until = now + timeout
-        record.phase = "queued"
-        record.upstream_url = ""
-        record.queued_at = now
-        record.waits_for = name_servers(self.left)
-        rank = PRIORITIES.index(self.decision.priority)
-        instance = None
-        try:
-            instance = await self.slots.wait(tuple(self.left), rank, self.queued_until - now)
-            if instance is None and self.find_open():
-                seen = f"no slot was free at {record.waits_for} within {timeout:g} s"
-                self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
-        except QueueFull as error:
-            self.refusal = error
-        finally:
-            record.queued_s += time.monotonic() - now
-            record.queued_at = None
-        return instance
-
-
 class Exchange:
     """One request on its way through the router.
 
@@ -13301,8 +12879,6 @@ class Exchange:
         self.decision = decision
         # What the client has got so far.
         self.sent = NOTHING
-        # Those that may be asked; None before the first one is.
-        self.candidates: Candidates | None = None
         # The attempt that counts: the one that is running, or whose response is relayed.
         self.candidate: Candidate | None = None
         # Whether its response is being relayed.
@@ -13325,7 +12901,7 @@ class Exchange:
         await self.context.log.wait_to_begin()
         self.context.log.begin(self.record)
         self.request.recorded = True
-        self.record.stop = self.request.connection.cancel_request
+        self.record.stop = self.stop
         try:
             models = requested_models(self.parsed)
             check_models(self.request.token, models, self.context.table)
@@ -13345,14 +12921,17 @@ class Exchange:
         finally:
             self.finish()
 
+    def stop(self) -> None:
+        """End the request, as somebody wants who is not its client."""
+        self.request.connection.cancel_request(Cancelled("cancelled"))
+
     def finish(self) -> None:
         """Let go of everything, and finish the record."""
         record = self.record
         self.writer.clear_on_silence()
         if self.candidate:
             self.candidate.close()
-        if self.candidates:
-            self.candidates.give_back()
+            self.candidate.health.running -= 1
         # An error that came too late for the head, or whose client has left, has set the status.
         if not record.status:
             record.status = self.writer.status or 500
@@ -13480,17 +13059,12 @@ class Exchange:
 
         An answer that breaks off before any of it was sent is a failure like any other: the next
         instance is asked. When all fail, the client gets the last answer that was HTTP at all: an
-        error in its server's words. When there was none, raises BadGateway or GatewayTimeout, or
-        what says that all servers are full.
+        error in its server's words. Raises BadGateway or GatewayTimeout when there was none.
         """
-        candidates = self.candidates = Candidates(self.context, self.decision, self.dialect)
-        # Models work for neither of these, and an upload takes as long as its client likes.
-        candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or self.upload)
         fallback: Candidate | None = None
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
-        while candidate := candidates.take() or await candidates.wait(self.record):
-            self.make_current(candidate)
+        for candidate in self.candidates():
             try:
                 await self.find_response(candidate)
                 if candidate.status < 400 or not candidate.has_next:
@@ -13504,12 +13078,22 @@ class Exchange:
                 if self.sent == ANSWER or (candidate.noted and candidate.is_only):
                     raise
                 last_failure = type(error)
-        if fallback is None and candidates.refusal:
-            raise candidates.refusal
         if fallback is None:
             raise last_failure(f"no upstream answered: {self.describe_attempts()}")
         self.make_current(fallback)
         await self.relay_response()
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield one instance after the other, in the order to try; each is the current one then."""
+        upstreams = self.context.upstreams
+        instances = upstreams.order(self.decision)
+        for number, instance in enumerate(instances, 1):
+            upstreams.note_turn(self.decision, instance)
+            candidate = Candidate(instance, self.dialect, upstreams.health_of(instance))
+            candidate.has_next = number < len(instances)
+            candidate.is_only = len(instances) == 1
+            self.make_current(candidate)
+            yield candidate
 
     async def find_response(self, candidate: Candidate) -> None:
         """Ask an instance, and wait until its response counts as an answer. Raises BadGateway.
@@ -13551,7 +13135,10 @@ class Exchange:
             response.media_type = "text/event-stream"
 
     def make_current(self, candidate: Candidate) -> None:
-        """Make a candidate the one that counts, in the record, too."""
+        """Make a candidate the one that counts: in the record, and in what runs at its instance."""
+        if self.candidate:
+            self.candidate.health.running -= 1
+        candidate.health.running += 1
         self.candidate = candidate
         self.relaying = False
         self.opening = None
@@ -14183,8 +13770,36 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
 # handler `serve_...(context, request)` here, and a line in section 16.
 
 
+# How much of what a running request has said is looked at for its last words, and how many
+# characters of them are shown.
+LOOKED_AT_TAIL = 4 * KiB
+SHOWN_TAIL = 120
+
+
+def read_last_text(pieces: Sequence[bytes | bytearray]) -> str:
+    """Return the last characters that a running answer has said, or thought; "" for nothing yet.
+
+    `[b'data: {"choices":[{"delta":{"content":"Hi"}}]}\\n\\n']`  ->  `Hi`
+    """
+    tail = b""
+    for piece in reversed(pieces):
+        tail = bytes(piece[-LOOKED_AT_TAIL:]) + tail
+        if len(tail) >= LOOKED_AT_TAIL:
+            # It begins within an event.
+            tail = tail[-LOOKED_AT_TAIL:].partition(b"\n")[2]
+            break
+    for message in reversed(read_choices(tail)):
+        text = "".join(message.texts) or "".join(message.thoughts)
+        if text:
+            return text[-SHOWN_TAIL:]
+    return ""
+
+
 def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
-    """Return a running request as /api/inflight shows it; `now` is monotonic."""
+    """Return a running request as /api/events tells it; `now` is monotonic."""
+    ttft = None
+    if record.first_token_at is not None:
+        ttft = round((record.first_token_at - record.started_at) * 1000)
     return {
         "id": record.id,
         "request_id": record.request_id,
@@ -14195,14 +13810,19 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
         "sent_model": cut_name(record.sent_model),
         "upstream_url": record.upstream_url,
         "phase": record.phase,
-        "waits_for": record.waits_for if record.phase == "queued" else "",
-        "queued_ms": record.queued_ms(now),
         "service_type": record.service,
         "timestamp": rfc3339(record.timestamp),
         "bytes": record.response_size,
         "tokens": record.event_count,
         "elapsed_ms": round((now - record.started_at) * 1000),
+        "ttft_ms": ttft,
     }
+
+
+def lane_document(record: RequestRecord, now: float) -> dict[str, Any]:
+    """Return a running request as /api/inflight shows it, with its last words."""
+    text = read_last_text(list(record.pieces)) if record.stream else ""
+    return {**running_document(record, now), "text": hide_in_text(text, record.secrets)}
 
 
 # --- questions to the log -------------------------------------------------------------
@@ -14216,6 +13836,8 @@ FEW_ROWS = 2000
 # From this level on the index `sample`, which section 13 makes, has all that a point shows.
 SAMPLE_LEVEL = 3
 HOURS = number_between(1, 24 * 366)
+# A moment in ms UTC.
+MOMENT = number_between(0, 2**50)
 # The columns of a tally, summed over rows of `rollups`.
 SUMMED_COLUMNS = ", ".join(f"TOTAL({name})" for name in TALLY_COLUMNS)
 
@@ -14259,6 +13881,7 @@ POINT = {
     "upstream_url": "upstream_url",
     "prompt_tokens": "prompt_tokens",
     "completion_tokens": "completion_tokens",
+    "cached_tokens": "cached_tokens",
     "total_tokens": "ifnull(prompt_tokens + completion_tokens, prompt_tokens)",
     "duration_ms": "duration_ms",
     "ttft_ms": "ttft_ms",
@@ -14273,14 +13896,22 @@ POINT_COLUMNS = ", ".join(f"{value} AS {name}_" for name, value in POINT.items()
 # The filters of figures: on points, each with the index that finds them, and on sums.
 POINT_FILTERS = {
     "model": f"sent_model IN (:model, '') AND {MODEL} = :model",
+    "upstream": "upstream_url = :upstream",
     "service_type": "service_type = :service_type",
 }
-POINT_INDEXES = {"model": "by_sent", "service_type": "by_service"}
-SUM_FILTERS = {"model": "model = :model", "service_type": "service_type = :service_type"}
+POINT_INDEXES = {"model": "by_sent", "upstream": "by_upstream", "service_type": "by_service"}
+SUM_FILTERS = {
+    "model": "model = :model",
+    "upstream": "upstream_url = :upstream",
+    "service_type": "service_type = :service_type",
+}
+# A model on one server: no URL has a blank in it.
+ON_SERVER = "model || ' ' || upstream_url"
 # What a column of the sums is called in a row.
 SUM_KEYS = {
     "model": f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END",
     "service_type": "service_type",
+    ON_SERVER: f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END || ' ' || upstream_url",
 }
 
 
@@ -14343,12 +13974,17 @@ class StatusCondition(NamedTuple):
 def parse_status(text: str) -> StatusCondition:
     """Read a status, a class of them or `error`. Raises ValueError.
 
-    `4xx`  ->  failed, and a status from 400 to 499;  `error`  ->  failed, whatever the status
+    `4xx`  ->  failed, and a status from 400 to 499;  `error`  ->  failed, whatever the status;
+    `running`  ->  not finished yet
     """
     if text == "error":
         return StatusCondition(Condition("failed = ?", (1,)), True)
+    if text == "running":
+        return StatusCondition(Condition("failed IS NULL", ()), True)
     if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
-        raise ValueError("allowed are a status such as 404, a class such as 4xx, and error")
+        raise ValueError(
+            "allowed are a status such as 404, a class such as 4xx, error, and running"
+        )
     lowest, highest = int(text.replace("x", "0")), int(text.replace("x", "9"))
     is_failure = lowest >= 400
     sql = "failed = ? AND status_code BETWEEN ? AND ?"
@@ -14385,13 +14021,19 @@ LOG_PARAMETERS: Parameters = {
     "model": parse_model,
     "upstream": parse_text,
     "status": parse_status,
+    "begin": MOMENT,
+    "end": MOMENT,
     "source": parse_text,
 }
 POINT_PARAMETERS: Parameters = {
     "hours": HOURS,
     "limit": number_between(1, 20_000),
     "model": parse_model,
+    "upstream": parse_text,
     "service_type": choice_of(*SERVICES),
+}
+TREND_PARAMETERS: Parameters = {
+    name: parse for name, parse in POINT_PARAMETERS.items() if name != "limit"
 }
 ROUTE_PARAMETERS: Parameters = {
     "model": str,
@@ -14521,6 +14163,9 @@ def read_logs(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, 
     """Answer /api/logs; what runs is shown as it stands now."""
     running = dict(log.running)
     documents = []
+    if "begin" in parameters or "end" in parameters:
+        window = Window(parameters.get("begin", 0), parameters.get("end", 2**50))
+        parameters = {**parameters, "window": window}
     for found in db.execute(*select_rows(parameters)):
         row = Row._make(found)
         record = running.get(row.id)
@@ -14648,33 +14293,6 @@ def read_hours(db: sqlite3.Connection, window: Window, total: int) -> list[int]:
     return numbers
 
 
-def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
-    """Answer /api/stats: how many requests the log has, and figures of the last hours."""
-    window = Window.of(parameters.get("hours", 24) * 3600, time.time())
-    by_service = dict(
-        db.execute("SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type")
-    )
-    tallies = read_tallies(db, window, "service_type", {}).values()
-    tally = [sum(numbers) for numbers in zip([0] * len(TALLY_COLUMNS), *tallies, strict=True)]
-    requests = int(tally[SUMS.index("requests")])
-    errors = tally[SUMS.index("errors")]
-    durations, ttfts = [], []
-    if requests <= FEW_ROWS:
-        durations, ttfts = read_times(db, window)
-    return {
-        "total_requests": sum(by_service.values()),
-        "recent_requests": requests,
-        **{f"{name}_requests": by_service.get(name, 0) for name in SERVICES},
-        "inflight_requests": len(log.running),
-        "error_rate": errors / max(requests, 1),
-        "latency_ms": percentiles(tally[DURATIONS], durations),
-        "ttft_ms": percentiles(tally[TTFTS], ttfts),
-        **read_sums(tally, "prompt_tokens", "completion_tokens"),
-        "requests_per_hour": read_hours(db, window, requests),
-        "log": log.state(),
-    }
-
-
 def read_points(
     db: sqlite3.Connection, window: Window, level: int, filters: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -14700,6 +14318,46 @@ def read_points(
     for point in points:
         point["failed"] = bool(point["failed"])
     return points
+
+
+def read_speeds(db: sqlite3.Connection, window: Window, total: int) -> list[float]:
+    """Return how fast answers of a window came, in tokens/s: of all, or of an even sample."""
+    level = 0
+    if total > FEW_ROWS:
+        level = max((total // FEW_ROWS).bit_length() - 1, SAMPLE_LEVEL)
+    speeds = []
+    for point in read_points(db, window, level, {}):
+        if point["tokens_per_second"] and not point["failed"]:
+            speeds.append(point["tokens_per_second"])
+    return speeds
+
+
+def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
+    """Answer /api/stats: how many requests the log has, and figures of the last hours."""
+    window = Window.of(parameters.get("hours", 24) * 3600, time.time())
+    by_service = dict(
+        db.execute("SELECT service_type, SUM(requests) FROM rollups GROUP BY service_type")
+    )
+    tallies = read_tallies(db, window, "service_type", {}).values()
+    tally = [sum(numbers) for numbers in zip([0] * len(TALLY_COLUMNS), *tallies, strict=True)]
+    requests = int(tally[SUMS.index("requests")])
+    errors = tally[SUMS.index("errors")]
+    durations, ttfts = [], []
+    if requests <= FEW_ROWS:
+        durations, ttfts = read_times(db, window)
+    return {
+        "total_requests": sum(by_service.values()),
+        "recent_requests": requests,
+        **{f"{name}_requests": by_service.get(name, 0) for name in SERVICES},
+        "inflight_requests": len(log.running),
+        "error_rate": errors / max(requests, 1),
+        "latency_ms": percentiles(tally[DURATIONS], durations),
+        "ttft_ms": percentiles(tally[TTFTS], ttfts),
+        **read_sums(tally, "prompt_tokens", "completion_tokens"),
+        "tokens_per_second": percentile((), read_speeds(db, window, requests), 50),
+        "requests_per_hour": read_hours(db, window, requests),
+        "log": log.state(),
+    }
 
 
 def gather_times(rows: Iterable[Mapping[str, Any]]) -> Mapping[tuple[str, str], list[float]]:
@@ -14758,6 +14416,138 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
             "filters": filters,
         },
     }
+
+
+# --- figures over time ---
+
+# Spans of a histogram: how long a bar is in ms, and how many there are.
+SPANS = {"1h": (60_000, 60), "24h": (HOUR_MS, 24), "7d": (3 * HOUR_MS, 56)}
+
+
+def read_histogram(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
+    """Answer /api/histogram: how many requests of each bar were answered, and how many failed.
+
+    Minutes are counted from the rows of the last hour, hours come from their sums.
+    """
+    step, number = SPANS[parameters.get("span", "24h")]
+    last = int(time.time() * 1000) // step
+    first = last - number + 1
+    if step < HOUR_MS:
+        rows = db.execute(
+            "SELECT timestamp / ?, count(*), sum(failed) FROM requests INDEXED BY by_time "
+            "WHERE timestamp >= ? AND failed NOTNULL GROUP BY 1",
+            (step, first * step),
+        )
+    else:
+        rows = db.execute(
+            "SELECT hour / ?, TOTAL(requests), TOTAL(errors) FROM rollups WHERE hour >= ? "
+            "GROUP BY 1",
+            (step // HOUR_MS, first * step // HOUR_MS),
+        )
+    counts = {bar: (int(requests), int(errors)) for bar, requests, errors in rows}
+    bars = []
+    for bar in range(first, last + 1):
+        requests, errors = counts.get(bar, (0, 0))
+        moments = {"begin": bar * step, "end": (bar + 1) * step}
+        bars.append({**moments, "answered": requests - errors, "failed": errors})
+    return {"bars": bars}
+
+
+def read_week_before(
+    db: sqlite3.Connection, window: Window, filters: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Return how fast each model on each server was in the seven days before a window."""
+    tests = ["hour >= :from_hour", "hour < :nearest_hour"]
+    tests += [SUM_FILTERS[name] for name in filters]
+    rows = db.execute(
+        f"SELECT {ON_SERVER}, TOTAL(spoken_tokens), TOTAL(spoken_ms) FROM rollups "
+        f"WHERE {' AND '.join(tests)} GROUP BY 1",
+        {**window.values(), **filters, "from_hour": window.nearest_hour - 24 * 7},
+    )
+    return {key: token_rate(tokens, ms, 0) for key, tokens, ms in rows}
+
+
+def read_leaders(
+    db: sqlite3.Connection, window: Window, filters: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return how each model did on each server, and how fast it was there the week before."""
+    before = read_week_before(db, window, filters)
+    leaders = []
+    for key, tally in read_tallies(db, window, ON_SERVER, filters).items():
+        model, _, url = key.rpartition(" ")
+        if not model:
+            continue
+        spoken_tokens, spoken_ms = read_sums(tally, "spoken_tokens", "spoken_ms").values()
+        leaders.append(
+            {
+                "model": model,
+                "upstream_url": url,
+                **read_sums(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
+                "tokens_per_second": token_rate(spoken_tokens, spoken_ms, 0),
+                "ttft_p50_ms": percentile(tally[TTFTS], (), 50),
+                "ttft_p95_ms": percentile(tally[TTFTS], (), 95),
+                "before": {"tokens_per_second": before.get(key)},
+            }
+        )
+    return leaders
+
+
+def read_trend(
+    db: sqlite3.Connection, first_hour: int, end_hour: int, filters: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return how fast the answers of each hour were, and how long their first tokens took."""
+    tests = ["hour >= :first", "hour < :end", "model <> ''"]
+    tests += [SUM_FILTERS[name] for name in filters]
+    sums = ", ".join(
+        f"TOTAL({name})" for name in ("requests", "spoken_tokens", "spoken_ms", *TTFT_COLUMNS)
+    )
+    rows = db.execute(
+        f"SELECT hour, {sums} FROM rollups WHERE {' AND '.join(tests)} GROUP BY hour",
+        {"first": first_hour, "end": end_hour, **filters},
+    )
+    found = {hour: numbers for hour, *numbers in rows}
+    hours = []
+    for hour in range(first_hour, end_hour):
+        requests, tokens, ms, *ttfts = found.get(hour, (0, 0, 0))
+        hours.append(
+            {
+                "begin": hour * HOUR_MS,
+                "requests": int(requests),
+                "tokens_per_second": token_rate(tokens, ms, 0),
+                "ttft_p50_ms": percentile(ttfts, (), 50),
+            }
+        )
+    return hours
+
+
+def read_trends(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
+    """Answer /api/trends: models on servers, and figures by the hour.
+
+    The hours are those of the window, a day at least, behind as many before them.
+    """
+    hours = parameters.get("hours", 24)
+    filters = {name: parameters[name] for name in POINT_FILTERS if name in parameters}
+    window = Window.of(hours * 3600, time.time())
+    end_hour = window.end // HOUR_MS
+    first_hour = end_hour - 2 * max(hours, 24)
+    return {
+        "leaders": read_leaders(db, window, filters),
+        "hours": read_trend(db, first_hour, end_hour, filters),
+    }
+
+
+def read_days(log: RequestLog, db: sqlite3.Connection) -> dict[str, list[list[int]]]:
+    """Return for each server requests, errors and ms of work in each of the last 24 hours."""
+    last = int(time.time() // 3600)
+    days: dict[str, list[list[int]]] = collections.defaultdict(lambda: [[0, 0, 0]] * 24)
+    rows = db.execute(
+        "SELECT upstream_url, hour, TOTAL(requests), TOTAL(errors), TOTAL(duration_ms) "
+        "FROM rollups WHERE hour > ? AND hour <= ? GROUP BY 1, 2",
+        (last - 24, last),
+    )
+    for url, hour, *sums in rows:
+        days[url][hour - last + 23] = [int(number) for number in sums]
+    return days
 
 
 # What is said of a server's last hour.
@@ -15051,6 +14841,8 @@ QUESTIONS = {
     "/api/logs": (read_logs, LOG_PARAMETERS),
     "/api/stats": (read_stats, {"hours": HOURS}),
     "/api/performance": (read_performance, POINT_PARAMETERS),
+    "/api/trends": (read_trends, TREND_PARAMETERS),
+    "/api/histogram": (read_histogram, {"span": choice_of(*SPANS)}),
 }
 
 
@@ -15068,7 +14860,7 @@ def find_url(table: RoutingTable, text: str) -> str:
 
 
 async def serve_question(context: Context, request: Request) -> None:
-    """Answer /api/logs, /api/stats and /api/performance."""
+    """Answer one of QUESTIONS."""
     question, known = QUESTIONS[request.path]
     parameters = read_parameters(request.query, known)
     if "upstream" in parameters:
@@ -15089,7 +14881,7 @@ async def serve_inflight(context: Context, request: Request) -> None:
     """Answer /api/inflight: the requests that run now."""
     now = time.monotonic()
     records = context.log.running.values()
-    request.writer.send_json([running_document(record, now) for record in records])
+    request.writer.send_json([lane_document(record, now) for record in records])
 
 
 async def serve_cancel(context: Context, request: Request) -> None:
@@ -15097,35 +14889,10 @@ async def serve_cancel(context: Context, request: Request) -> None:
     row_id = request.path.split("/")[3]
     for record in context.log.running.values():
         if str(record.id) == row_id and record.stop:
-            record.stop(Cancelled("cancelled"))
+            record.stop()
             request.writer.send_json({"cancelled": True})
             return
     raise NotFound("no such request is running")
-
-
-def read_state(content: bytes) -> str:
-    """Return how a server is to be: `{"state": "drain"}`  ->  `drain`. Raises MalformedContent."""
-    document = parse_json(content)[1]
-    state = document.get("state") if isinstance(document, dict) else None
-    if state not in (ON, DRAIN, OFF):
-        seen = content[:80].decode("utf-8", "replace")
-        allowed = '{"state": "on"}, {"state": "drain"} and {"state": "off"}'
-        raise MalformedContent(f"allowed are {allowed}, not {seen!r}")
-    return state
-
-
-async def serve_upstream_state(context: Context, request: Request) -> None:
-    """Answer POST /api/upstreams/{name}: drain a server, switch it off, or open it again."""
-    name = urllib.parse.unquote(request.path.split("/", 3)[3])
-    server = find_server(context.table, name)
-    state = read_state(request.content)
-    context.slots.set_state(server, state)
-    context.log.print_line(f"server {server.name}: {state}, says {request.source_host}")
-    if state == OFF:
-        for record in list(context.log.running.values()):
-            if record.stop and record.upstream_url == str(server.url):
-                record.stop(ServerClosed(f"{server.name} was switched off by its owner"))
-    request.writer.send_json({"name": server.name, "state": state})
 
 
 def server_state(instances: Sequence[Health], now: float) -> str:
@@ -15145,16 +14912,34 @@ def last_error(instances: Sequence[Health]) -> str | None:
     return next((health.error for health in reversed(instances) if health.error), None)
 
 
+def hours_document(
+    sums: Sequence[Sequence[int]], instances: Sequence[Health], now: float
+) -> list[dict[str, Any]]:
+    """Return the last 24 hours of a server, the oldest first.
+
+    `busy` is how many requests ran on average; `down` says that it could not be reached once.
+    """
+    last = int(now // 3600)
+    hours = []
+    for hour, (requests, errors, worked_ms) in zip(range(last - 23, last + 1), sums, strict=True):
+        is_down = any(hour in health.unreached_hours for health in instances)
+        busy = round(worked_ms / HOUR_MS, 3)
+        hours.append({"requests": requests, "errors": errors, "busy": busy, "down": is_down})
+    return hours
+
+
 async def serve_upstreams(context: Context, request: Request) -> None:
     """Answer /api/upstreams: each server, how it is, and how the last hour was."""
     servers = context.table.all_servers()
     fetching = [context.model_lists.get(server, None) for server in servers]
     model_lists = await asyncio.gather(*fetching)
+    days: Mapping[str, list[list[int]]] = {}
+    with contextlib.suppress(LogUnavailable):
+        days = await context.log.ask(read_days)
     documents = []
     for server, models in zip(servers, model_lists, strict=True):
         instances = context.upstreams.health_of_server(server)
         url = str(server.url)
-        health = server_state(instances, time.monotonic())
         # How the servers are is known without the log, and shown without it.
         last_hour = dict.fromkeys(LAST_HOUR)
         with contextlib.suppress(LogUnavailable):
@@ -15163,17 +14948,14 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "name": server.name,
             "url": url,
             "api": context.model_lists.catalogue.with_api(server).api,
-            "state": context.slots.closed.get(server.url, health),
-            "health": health,
+            "state": server_state(instances, time.monotonic()),
             "last_error": last_error(instances),
             # Those since the last good answer of each instance.
             "failures": sum(health.failures for health in instances),
             "inflight": sum(health.running for health in instances),
-            "slots": context.slots.of_server.get(server.url),
-            "running": sum(health.in_slots for health in instances),
-            "queued": context.slots.queued_for(server),
             "models": [model["id"] for model in models or ()],
             "models_age_s": context.model_lists.age(server),
+            "hours": hours_document(days.get(url, [[0, 0, 0]] * 24), instances, time.time()),
         }
         documents.append({**document, **last_hour})
     request.writer.send_json(documents)
@@ -15182,19 +14964,13 @@ async def serve_upstreams(context: Context, request: Request) -> None:
 def table_document(table: RoutingTable) -> dict[str, Any]:
     """Return the routing table as /api/routes shows it."""
     servers = [
-        {
-            "name": server.name,
-            "url": str(server.url),
-            "api": server.api,
-            "slots": server.slots,
-        }
+        {"name": server.name, "url": str(server.url), "api": server.api}
         for server in table.servers.values()
     ]
     aliases = [
         {
             "name": alias.alias,
             "strategy": alias.strategy,
-            "priority": alias.priority or NORMAL,
             "instances": [str(instance) for instance in alias.instances],
         }
         for alias in table.aliases.values()
@@ -15230,7 +15006,6 @@ def decision_document(decision: Decision, source_host: str) -> dict[str, Any]:
         "mapped_model": decision.mapped_model,
         "route": decision.route,
         "strategy": decision.strategy,
-        "priority": decision.priority,
         "instances": instances,
         "trail": [step._asdict() for step in decision.trail],
     }
@@ -15254,7 +15029,6 @@ async def serve_metrics(context: Context, request: Request) -> None:
         dict(log.series),
         {
             "inflight_requests": ("Requests that run now", len(log.running)),
-            "queued_requests": ("Requests that wait for a slot", len(context.slots.waiting)),
             "log_backlog_rows": ("Rows that wait for the database", log.backlog),
             "log_lost_rows": ("Rows that the database never took", log.lost),
             "log_up": ("Whether the log can be written", int(not log.error)),
@@ -15690,12 +15464,11 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/healthz", "", serve_healthz),
     Endpoint("POST", "/api/signin /api/signout", SIGNIN, serve_signin),
     Endpoint("GET HEAD", "/api/session", SIGNIN, serve_session),
-    Endpoint("GET HEAD", "/api/logs /api/stats /api/performance", WEBUI, serve_question),
+    Endpoint("GET HEAD", " ".join(QUESTIONS), WEBUI, serve_question),
     Endpoint("GET HEAD", "/api/request/*", WEBUI, serve_request_details),
     Endpoint("GET HEAD", "/api/inflight", WEBUI, serve_inflight),
     Endpoint("POST", "/api/inflight/*/cancel", WEBUI, serve_cancel),
     Endpoint("GET HEAD", "/api/upstreams", WEBUI, serve_upstreams),
-    Endpoint("POST", "/api/upstreams/**", WEBUI, serve_upstream_state),
     Endpoint("GET HEAD", "/api/routes", WEBUI, serve_routes),
     Endpoint("GET HEAD", "/api/events", WEBUI, serve_events),
     Endpoint("GET HEAD", "/api/export", WEBUI, serve_export),
@@ -16603,7 +16376,6 @@ class Router:
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()
         upstreams = Upstreams(settings, LoopBatch(limits))
-        slots = Slots(upstreams)
         # What can be wrong is read before the log is opened.
         tls_context = read_tls_context(settings)
         self.context = Context(
@@ -16611,14 +16383,12 @@ class Router:
             limits=limits,
             table=self.routes.load(),
             upstreams=upstreams,
-            slots=slots,
             model_lists=ModelLists(upstreams),
             log=RequestLog(settings, limits, self.console.print_line),
             token_guard=TokenGuard(settings.jwt_secret, limits),
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
             dashboard_file=invocation.options.dashboard,
         )
-        slots.set_table(self.context.table)
         self.server = HTTPServer(Application(self.context), listeners, tls_context)
 
     def reload(self) -> None:
@@ -16634,7 +16404,6 @@ class Router:
             self.console.print_line(f"routes: {error} (the old table stays in force)")
             return
         self.context.routes_error = None
-        self.context.slots.set_table(self.context.table)
         self.context.model_lists.refresh_due(self.context.table)
         for line in describe_table(self.context.table):
             self.console.print_line(line)
@@ -18092,24 +17861,47 @@ DASHBOARD_HTML = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>SmolRouter</title>
+<!--
+The page of SmolRouter: one file that fetches nothing from elsewhere. Its style and its script are
+allowed by their hashes, so neither has attributes in the markup. The file reads top to bottom:
+    Style      Colours, Ground, Frame, Controls, Small things, Overview, The table, Performance,
+               Request, Compare, Narrow
+    Document   the frame of each view; what changes is filled in by the script
+    Script      1  Nodes              elements from data; hostile text stays text
+                2  Figures            numbers, times and sizes as people read them
+                3  Marks              a colour and a shape for each model
+                4  The router         asking it, and saying what is wrong
+                5  The address        it holds the state of a view
+                6  Words              how a request ended, who served it
+                7  Strip and servers  figures of the last day; a chip for each server
+                8  Lanes              what runs and waits now
+                9  Histogram          requests over time, and a span of it
+               10  The table          rows, filters, and the way back to a row
+               11  Chats              streams of answers, Try it, Explain
+               12  Charts             scales, axes, points, lines
+               13  Performance        leaderboard, scatter, figures over time
+               15  Markdown           text of a model as nodes
+               16  Request            one request as an X-ray
+               18  Live               events, keys, which view the path means
+-->
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
  viewBox='0 0 24 24' fill='none' stroke='%235b6ae0' stroke-width='2.5'%3E%3Cpath
  d='M3 12h6M9 12c5 0 4-7 11-7M9 12h11M9 12c5 0 4 7 11 7'/%3E%3C/svg%3E">
 <style>
 /* -- Colours: two schemes, one accent; text has a contrast of 4.5:1 wherever it stands ------- */
 :root {
-  --page: #f3f4f9; --card: #fff; --sunken: #f0f1f7; --hover: #f5f6fb; --line: #e1e4ee;
-  --text: #1b1e28; --quiet: #565c6e; --edge: #8b91a5; --accent: #4150c0; --on-accent: #fff;
-  --tint: #e3e6fa; --on-tint: #2a3690; --good: #146c3f; --good-tint: #dcf3e5;
-  --warn: #7a4b00; --warn-tint: #fbeccb; --bad: #b3261e; --bad-tint: #fce2df;
+  --page: #f5f6fa; --card: #fff; --sunken: #f1f2f7; --hover: #f6f7fc; --line: #e4e6ef;
+  --text: #1b1e28; --quiet: #5a6072; --edge: #8b91a5; --accent: #4150c0; --on-accent: #fff;
+  --tint: #e6e9fb; --on-tint: #2a3690; --soft: #b9c0ee; --good: #146c3f; --good-tint: #dcf3e5;
+  --warn: #7a4b00; --warn-tint: #fbeccb; --bad: #b3261e; --bad-tint: #fce4e1; --shade: #1019331f;
   --m0: #2563c9; --m1: #c2570c; --m2: #17824a; --m3: #8b3fc4; --m4: #0a7c8c;
   --m5: #c42a78; --m6: #80591c; --m7: #56657a; --m8: #6f7010; --m9: #c4312f;
 }
 @media (prefers-color-scheme: dark) { :root {
-  --page: #101218; --card: #191c24; --sunken: #12151c; --hover: #20242e; --line: #2c313d;
-  --text: #e7e9f1; --quiet: #a3aabb; --edge: #70788c; --accent: #a8b4ff; --on-accent: #141a4a;
-  --tint: #2b3263; --on-tint: #d8ddff; --good: #7fd8a4; --good-tint: #173525;
-  --warn: #f2c46d; --warn-tint: #3b2e12; --bad: #ff9d94; --bad-tint: #45201d;
+  --page: #0f1116; --card: #16191f; --sunken: #1c2028; --hover: #1b1f27; --line: #272c37;
+  --text: #e7e9f1; --quiet: #a0a7b8; --edge: #70788c; --accent: #a8b4ff; --on-accent: #141a4a;
+  --tint: #272e5c; --on-tint: #d8ddff; --soft: #4a5494; --good: #7fd8a4; --good-tint: #163222;
+  --warn: #f2c46d; --warn-tint: #382b10; --bad: #ff9d94; --bad-tint: #401f1c; --shade: #0009;
   --m0: #7aa7ff; --m1: #ff9d5c; --m2: #5fd08e; --m3: #c99bff; --m4: #4fc9d8;
   --m5: #ff86bd; --m6: #d8a870; --m7: #a3b3c7; --m8: #cfcf55; --m9: #ff8b85;
 } }
@@ -18117,152 +17909,264 @@ DASHBOARD_HTML = r"""<!doctype html>
 * { box-sizing: border-box; } [hidden] { display: none !important; }
 html { scrollbar-gutter: stable; }
 body { margin: 0; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums; }
-h1, h2, h3, p, ul, ol, dl, dd, pre, figure { margin: 0; padding: 0; list-style: none; }
-h1, h2, h3 { font-weight: 600; font-size: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; letter-spacing: -.01em; }
+  font: 14px/1.45 system-ui, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums; }
+h1, h2, h3, h4, p, ul, ol, dl, dd, pre, figure, blockquote {
+  margin: 0; padding: 0; list-style: none; }
+h1, h2, h3, h4 { font-weight: 600; font-size: .9375rem; }
+h1 > * { min-width: 0; } h1 { font-size: 1.25rem; line-height: 1.3; letter-spacing: -.01em; }
 h3, .small { font-size: .8125rem; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
-code, pre, .mono { font: .8125rem/1.55 ui-monospace, "Cascadia Mono", Menlo, monospace; }
-pre, .said { white-space: pre-wrap; }
-bdi, td, dd, pre, p, .said { unicode-bidi: isolate; overflow-wrap: anywhere; }
+code, pre, .mono { font: .8125rem/1.5 ui-monospace, "Cascadia Mono", Menlo, monospace; }
+pre, p.plain, div.plain { white-space: pre-wrap; }
+bdi, td, dd, pre, p, .said, .isolate { unicode-bidi: isolate; overflow-wrap: anywhere; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
 .quiet, .small, dt { color: var(--quiet); } .number { text-align: right; white-space: nowrap; }
-.unseen, .skip:not(:focus) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; }
-/* -- Frame: bar, views, cards ---------------------------------------------------------------- */
-.bar, main { max-width: 82rem; margin: 0 auto; padding: 0 1.5rem; } main { padding-bottom: 4rem; }
-.bar { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1.5rem; min-height: 4rem; }
-.brand { display: flex; gap: .5rem; font-size: 1.125rem; font-weight: 650; }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
+.unseen, .skip:not(:focus) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px;
+  overflow: hidden; white-space: nowrap; }
+/* -- Frame: bar, views, cards, drawers ------------------------------------------------------- */
+.bar, main { max-width: 90rem; margin: 0 auto; padding: 0 1.25rem; }
+main { padding-bottom: 3rem; }
+.bar { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1rem; min-height: 3rem; }
+.brand { display: flex; align-items: center; gap: .4rem; font-size: 1rem; font-weight: 650; }
 .bar .brand { color: var(--text); } .brand svg { color: var(--accent); }
-nav { display: flex; gap: .25rem; margin-right: auto; }
-nav a { padding: .3rem .9rem; border-radius: 99px; color: var(--quiet); font-weight: 550; }
+nav { display: flex; flex-wrap: wrap; gap: .125rem; margin-right: auto; }
+nav a { padding: .2rem .7rem; border-radius: 99px; color: var(--quiet); font-weight: 550; }
 nav a:hover { background: var(--line); text-decoration: none; }
 nav a[aria-current] { background: var(--tint); color: var(--on-tint); }
 #live::before { content: "○ "; } #live.on::before { content: "● "; color: var(--good); }
-.view, .pair, .stack { display: grid; gap: 1.25rem; grid-template-columns: minmax(0, 1fr); }
-.pair { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); }
-.even { grid-template-columns: repeat(2, minmax(0, 1fr)); align-items: start; }
-.card { background: var(--card); border-radius: 16px; padding: 1.25rem 1.5rem;
-  box-shadow: 0 1px 2px rgb(25 30 60 / .08), 0 2px 8px rgb(25 30 60 / .05); }
+.view { display: grid; gap: .5rem; grid-template-columns: minmax(0, 1fr); }
+.wide-gap { gap: 1rem; } .stack { display: grid; gap: .75rem; align-content: start; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: .875rem 1rem; min-width: 0; }
 .heading { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; }
-.heading, .controls, details[open] > summary { margin-bottom: .75rem; }
-.line { display: flex; flex-wrap: wrap; align-items: center; gap: .15rem .75rem; min-width: 0; }
+.line { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; min-width: 0; }
 .push { margin-left: auto; } .grow { flex: 1 1 10rem; min-width: 0; }
-.trouble { padding: .75rem 1.25rem; margin-bottom: 1.25rem; border-radius: 12px; }
+.trouble { padding: .6rem 1rem; margin-bottom: .5rem; border-radius: 10px; }
 .empty { padding: 1rem 0 .5rem; color: var(--quiet); }
 .empty strong { display: block; color: var(--text); }
-.code { background: var(--sunken); color: var(--text); border-radius: 10px; margin: .5rem 0;
-  padding: .75rem 1rem; max-height: 34rem; overflow: auto; } .flight .code { max-height: 14rem; }
+.code { background: var(--sunken); color: var(--text); border-radius: 8px; margin: .4rem 0;
+  padding: .6rem .8rem; max-height: 34rem; overflow: auto; }
 .sign-in { max-width: 26rem; margin: 12vh auto 0; }
+dialog { border: 1px solid var(--line); background: var(--card); color: var(--text); padding: 1rem;
+  width: min(34rem, 100vw); max-width: 100vw; height: 100dvh; max-height: 100dvh;
+  margin: 0 0 0 auto; box-shadow: 0 0 40px var(--shade); border-width: 0 0 0 1px; }
+dialog::backdrop { background: var(--shade); }
 /* -- Controls -------------------------------------------------------------------------------- */
-button, .button, input, select, textarea { font: inherit; font-size: .875rem; color: inherit; }
+button, .button, input, select, textarea { font: inherit; font-size: .8125rem; color: inherit; }
 button, .button { background: none; border: 1px solid var(--edge); border-radius: 99px;
-  padding: .1rem .85rem; color: var(--accent); font-weight: 550; white-space: nowrap; }
+  padding: .15rem .75rem; color: var(--accent); font-weight: 550; white-space: nowrap; }
 button:hover, .button:hover { background: var(--hover); text-decoration: none; }
 button:not(:disabled) { cursor: pointer; } button:disabled { color: var(--quiet); }
 button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-.controls { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-button.stop { color: var(--bad); } .controls button, .controls .button { padding: .35rem .9rem; }
-label { display: grid; gap: .2rem; flex: 1 1 8rem; min-width: 0; } .wide { flex: 3 1 14rem; }
-label, .facts dt { font-size: .75rem; color: var(--quiet); }
-input, select, textarea { width: 100%; height: 2.25rem; padding: .3rem .6rem; color: var(--text);
-  background: var(--sunken); border: 1px solid var(--edge); border-radius: 8px; }
-textarea { resize: vertical; height: 4.5rem; } ::placeholder { color: var(--quiet); opacity: 1; }
-summary { cursor: pointer; } summary > * { display: inline; } select { padding-right: 0; }
-/* -- Small things: badges, marks, tiles ------------------------------------------------------ */
+button.stop { color: var(--bad); } button.bare, .bare { border-color: transparent; }
+.small-button { padding: 0 .55rem; font-size: .75rem; }
+.controls { display: flex; flex-wrap: wrap; gap: .4rem; align-items: end; }
+label { display: grid; gap: .15rem; flex: 1 1 7rem; min-width: 0; font-size: .75rem;
+  color: var(--quiet); } .wide { flex: 2.5 1 12rem; }
+input, select, textarea { width: 100%; height: 2rem; padding: .2rem .55rem; color: var(--text);
+  background: var(--card); border: 1px solid var(--edge); border-radius: 8px; }
+textarea { resize: vertical; height: 6rem; } ::placeholder { color: var(--quiet); opacity: 1; }
+summary { cursor: pointer; } select { padding-right: 0; }
+.choice { display: inline-flex; border: 1px solid var(--line); border-radius: 99px; }
+.choice button { border: 0; padding: .05rem .6rem; color: var(--quiet); }
+.choice [aria-pressed=true] { background: var(--tint); color: var(--on-tint); }
+/* -- Small things: badges, marks, strips of time --------------------------------------------- */
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 99px; font-weight: 600;
   font-size: .8125rem; white-space: nowrap; }
 .idle { background: var(--sunken); color: var(--quiet); }
 .busy { background: var(--tint); color: var(--on-tint); }
-.good { background: var(--good-tint); color: var(--good); }
+.good, .badge.plain { background: var(--good-tint); color: var(--good); }
 .warn { background: var(--warn-tint); color: var(--warn); }
 .bad, .trouble { background: var(--bad-tint); color: var(--bad); }
-.mark { width: .8em; height: .8em; margin-right: .45em; overflow: visible; }
-.tiles { display: grid; gap: .75rem; grid-template-columns: repeat(8, minmax(0, 1fr)); }
-.tile { padding: .9rem 1rem .75rem; font-size: .8125rem; }
-.tile dd { font-size: 1.5rem; font-weight: 600; letter-spacing: -.02em; white-space: nowrap; }
-.spark { display: block; width: 100%; height: 1.75rem; margin-top: .35rem; fill: var(--accent); }
-/* -- Tables; on a narrow screen every row is a card ------------------------------------------ */
-table { width: 100%; border-collapse: collapse; font-size: .875rem; }
-th, td { padding: .5rem; border-top: 1px solid var(--line); vertical-align: top; }
+.is-plain { color: var(--quiet); } .is-good { color: var(--good); } .is-warn { color: var(--warn);
+  } .is-bad { color: var(--bad); }
+.is-busy { color: var(--accent); }
+.mark { width: .75em; height: .75em; margin-right: .4em; overflow: visible; flex: none; }
+/* -- Overview: figures, servers, lanes, histogram -------------------------------------------- */
+.strip { display: grid; grid-template-columns: auto repeat(9, minmax(0, 1fr)); padding: 0;
+  overflow: hidden; }
+.strip > * { padding: .4rem .8rem; border-left: 1px solid var(--line); color: inherit;
+  min-width: 0; }
+.strip > :first-child { border: 0; align-self: center; font-size: .75rem; color: var(--quiet); }
+.strip a:hover { background: var(--hover); text-decoration: none; }
+.strip span { display: block; font-size: .75rem; color: var(--quiet); }
+.strip b { font-size: 1.125rem; font-weight: 600; letter-spacing: -.01em; white-space: nowrap; }
+.strip small { font-size: .75rem; color: var(--quiet); margin-left: .3rem; }
+.chips { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+.chip { position: relative; } .chip > summary { display: flex; gap: .5rem; align-items: center;
+  padding: .25rem .7rem; min-height: 2.1rem; background: var(--card); list-style: none;
+  border: 1px solid var(--line); border-radius: 10px; }
+.chip > summary::-webkit-details-marker { display: none; }
+.chip > summary:hover { background: var(--hover); } .chip.loud >
+  summary { border-color: var(--warn);
+  background: var(--warn-tint); }
+.chip b { flex: 0 2 auto; min-width: 4.5rem; } .chip .why { flex: 1 1 3rem; }
+.chip[open] { z-index: 5; } .chip .panel { position: absolute; top: calc(100% + 4px); left: 0;
+  width: max(100%, 20rem); max-width: calc(100vw - 2.5rem); background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px; padding: .75rem .9rem;
+  box-shadow: 0 8px 30px var(--shade); }
+.panel .models { max-height: 11rem; overflow: auto; }
+.day { flex: none; width: 96px; height: 14px; margin-left: auto; }
+.day rect { fill: var(--line); } .day .up { fill: var(--soft); } .day .run { fill: var(--accent); }
+.day .down { fill: var(--bad); }
+.lanes { padding: .35rem 1rem; max-height: 21rem; overflow: auto; }
+.lane { display: grid; grid-template-columns: minmax(0, 1.3fr) minmax(0, .8fr) 6.5rem 4.5rem 9rem
+  auto;
+  gap: 0 .75rem; align-items: center; padding: .3rem 0; font-size: .8125rem; }
+.lane + .lane { border-top: 1px solid var(--line); }
+.lane .tail { grid-column: 1 / -1; display: flex; justify-content: flex-end; overflow: hidden;
+  white-space: pre; font-size: .8125rem; color: var(--quiet); height: 1.3rem; }
+.lane .tail bdi { overflow-wrap: normal; margin-right: auto; }
+.histogram { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 0 .75rem;
+  align-items: end; margin-top: .5rem; }
+.histogram svg { display: block; width: 100%; height: 56px; cursor: crosshair; touch-action: pan-y;
+  }
+.histogram text { fill: var(--quiet); font-size: 11px; }
+.answered { fill: var(--soft); } .failed { fill: var(--bad); }
+.histogram .base { stroke: var(--line); } .chosen { fill: var(--accent); fill-opacity: .14; }
+/* -- The table: rows of 34 px; on a narrow screen two lines of at most 64 px ----------------- */
+table { width: 100%; border-collapse: collapse; font-size: .8125rem; }
+th, td { padding: .4rem .5rem; border-top: 1px solid var(--line); text-align: left;
+  vertical-align: middle; }
 tr > :first-child { padding-left: 0; } tr > :last-child { padding-right: 0; }
-th, th button { color: var(--quiet); font-size: .8125rem; font-weight: 550; border: 0; }
-th { text-align: left; white-space: nowrap; } th.number { text-align: right; }
-th button { padding: 0; width: 100%; text-align: inherit; }
+th, th button { color: var(--quiet); font-size: .75rem; font-weight: 550; white-space: nowrap; }
+th button { padding: 0; border: 0; width: 100%; text-align: inherit; }
+td.number, th.number { text-align: right; }
 [aria-sort=ascending] button::after { content: " ↑"; }
 [aria-sort=descending] button::after { content: " ↓"; }
+.scroll { overflow-x: auto; }
+.rows { table-layout: fixed; margin-top: .25rem; } .rows th { padding: .15rem .5rem; border: 0; }
+.rows td { height: 34px; padding: 0 .5rem; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.rows tr > :first-child { padding-left: 0; } .rows .c-time a { color: var(--quiet); }
 .rows tbody tr { cursor: pointer; }
-@media (min-width: 70rem) { .rows td:nth-child(-n+4) { white-space: nowrap; } }
 .rows tbody tr:hover, .rows tr:focus-within { background: var(--hover); }
+.c-time { width: 4.4rem; } .c-client { width: 8%; } .c-model { width: 18%; } .c-server { width: 9%;
+  }
+.c-tokens { width: 7.4rem; } .c-speed { width: 3.8rem; } .c-first { width: 4.6rem; }
+.c-duration { width: 8.5rem; } .c-status { width: 10.5rem; }
 .fresh { animation: fresh 2.5s ease-out; } @keyframes fresh { from { background: var(--tint); } }
-.meter { display: flex; height: 4px; width: 5rem; margin: .2rem 0 0 auto; }
-.meter i { background: var(--accent); border-radius: 2px; } .soft { opacity: .45; }
-.under td { border: 0; padding-top: 0; color: var(--quiet); }
-.under td:first-child { padding-left: 1.3rem; }
-/* -- Overview and performance ---------------------------------------------------------------- */
-.list { max-height: 24rem; overflow: auto; } .list li { padding: .6rem 0; }
-.list li + li, .turn + .turn { border-top: 1px solid var(--line); }
-.flight .number { min-width: 4.2rem; }
-.steps { display: grid; gap: .35rem; font-size: .875rem; } .hit { font-weight: 600; }
-.chart { position: relative; height: 26rem; }
-.chart > svg { position: absolute; width: 100%; height: 100%; cursor: crosshair; }
+.took { display: flex; align-items: center; gap: .5rem; }
+.took b { font-weight: 400; min-width: 3.3rem; text-align: right; }
+.meter { display: flex; flex: 1; height: 8px; } .meter i { background: var(--accent); }
+.meter i:first-child { border-radius: 2px 0 0 2px; } .meter i:last-child { border-radius: 0 2px
+  2px 0; }
+.meter .soft { background: var(--soft); }
+/* -- Performance ----------------------------------------------------------------------------- */
+.chart { position: relative; height: 25rem; } .chart.short-chart { height: 11rem; }
+#leaders td, #leaders th { white-space: nowrap; }
+.pair { display: grid; gap: 1rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
+.chart > svg { position: absolute; width: 100%; height: 100%; }
+.chart > svg[tabindex] { cursor: crosshair; }
 .chart text { fill: var(--quiet); font-size: 12px; } .grid { stroke: var(--line); }
 .guide { fill: none; stroke: var(--edge); stroke-dasharray: 2 5; }
-.dot { fill-opacity: .55; stroke: currentColor; }
-.dot.failed { fill: none; stroke-dasharray: 2 1.5; }
+.dots { fill: currentColor; fill-opacity: .55; stroke: currentColor; stroke-opacity: .8; }
+.dots.hollow { fill: none; } .fit { stroke: currentColor; stroke-width: 1.5; fill: none; }
 .ring { fill: none; stroke: var(--text); stroke-width: 2; }
-.hint { position: absolute; left: 0; top: 0; pointer-events: none; max-width: 17rem;
+.trace { fill: none; stroke: var(--accent); stroke-width: 1.75; } .knot { fill: var(--accent); }
+.hint { position: absolute; left: 0; top: 0; pointer-events: none; max-width: 17rem; z-index: 2;
   padding: .5rem .75rem; background: var(--text); color: var(--page); border-radius: 10px; }
-.legend { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .75rem; }
+.legend { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .5rem;
+  margin-top: .5rem; }
 .legend button { color: var(--text); border-color: var(--line); white-space: normal; }
 .legend [aria-pressed=false] { text-decoration: line-through; color: var(--quiet); }
+.spread { display: inline-block; width: 7rem; height: 14px; vertical-align: middle; }
+.spread line { stroke: var(--line); } .spread .point { stroke: var(--accent); stroke-opacity: .45; }
+.spread .middle { stroke: var(--text); stroke-width: 2; }
 /* -- Request --------------------------------------------------------------------------------- */
-.trail { display: flex; flex-wrap: wrap; gap: .5rem 0; font-size: .8125rem; }
-.trail li { display: flex; align-items: center; max-width: 100%; }
-.trail li + li::before { content: "→"; padding: 0 .6rem; color: var(--quiet); }
-.step { border-radius: 12px; padding: .4rem .85rem; min-width: 0; }
-.step b { display: block; font-weight: 600; font-size: .9375rem; color: var(--text); }
-.phases { display: flex; gap: 2px; height: 1.25rem; border-radius: 8px; overflow: hidden; }
-.phases i { min-width: 3px; } .key { margin-top: .6rem; gap: .35rem 1.5rem; }
-.key i { display: inline-block; width: .75rem; height: .75rem; border-radius: 3px; }
+.xray { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: minmax(0, 5fr) minmax(0, 3fr); }
+.reason { padding: .75rem 1rem; border-radius: 10px; font-weight: 550; white-space: pre-wrap; }
+.trail { display: grid; gap: .35rem; font-size: .8125rem; }
+.trail li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); }
+.phases { display: flex; gap: 2px; height: 1rem; border-radius: 6px; overflow: hidden; }
+.phases i { min-width: 3px; } .key { margin-top: .4rem; font-size: .8125rem; gap: .15rem 1rem; }
+.key i { display: inline-block; width: .65rem; height: .65rem; border-radius: 3px; }
 .p-fail { background: repeating-linear-gradient(45deg, var(--bad) 0 4px, var(--bad-tint) 4px 7px); }
+.p-queue { background: repeating-linear-gradient(45deg, var(--warn) 0 3px, var(--warn-tint) 3px
+  6px); }
 .p-wait { background: repeating-linear-gradient(90deg, var(--edge) 0 2px, var(--line) 2px 6px); }
-.p-flow { background: var(--accent); }
-.facts { display: grid; gap: .9rem 1.5rem; }
-.facts { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-.turn { padding: 1rem 0; } .turn h3 { color: var(--quiet); } .assistant h3 { color: var(--accent); }
-.turn a:not([href]) { color: inherit; text-decoration: none; }
-.turn img { display: block; max-width: min(100%, 24rem); border-radius: 10px; }
-.said { unicode-bidi: plaintext; max-width: 56rem; max-height: 40rem; overflow: auto; }
-.thought { padding-left: .9rem; margin-bottom: .75rem; color: var(--quiet); font-size: .875rem;
+.p-think { background: var(--soft); } .p-flow { background: var(--accent); }
+.facts { display: grid; gap: .5rem 1rem; grid-template-columns: repeat(auto-fill, minmax(8rem,
+  1fr)); }
+.facts dt { font-size: .75rem; } .facts .whole { grid-column: 1 / -1; } .notice { display: grid;
+  gap: .25rem; }
+.notice li::before { content: "⚠ "; }
+.turn { padding: .5rem 0; } .turn + .turn { border-top: 1px solid var(--line); }
+.turn > summary { display: flex; gap: .75rem; list-style: none; align-items: baseline; }
+.turn > summary::before { content: "▸"; color: var(--quiet); width: .6rem; }
+.turn[open] > summary::before { content: "▾"; } .turn[open] > summary .first { display: none; }
+.turn h3 { flex: 0 1 auto; min-width: 5.5rem; color: var(--quiet); overflow-wrap: anywhere; }
+.turn.assistant h3 { color: var(--accent); } .turn > .body { padding: .35rem 0 .25rem 1.35rem; }
+.body { display: grid; gap: .5rem; grid-template-columns: minmax(0, 1fr); }
+.said { unicode-bidi: plaintext; max-width: 52rem; max-height: 44rem; overflow: auto;
+  font-size: .9375rem; line-height: 1.55; }
+.said > * + * { margin-top: .6rem; } .said ul, .said ol { padding-left: 1.5rem; }
+.said ul > li { list-style: disc; } .said ol > li { list-style: decimal; }
+.said h4 { font-size: 1rem; } .said code:not(pre code) { background: var(--sunken);
+  border-radius: 4px; padding: .05rem .3rem; } .said hr { border: 0; border-top: 1px solid
+    var(--line); }
+.said blockquote { border-left: 3px solid var(--line); padding-left: .8rem; color: var(--quiet); }
+.said table { width: auto; font-size: .875rem; } .said td, .said th { border: 1px solid var(--line);
+  padding: .25rem .6rem; }
+.body img, .said img { display: block; max-width: min(100%, 24rem); max-height: 20rem;
+  border-radius: 8px; image-rendering: auto; }
+.body a:not([href]), .said a:not([href]) { color: inherit; text-decoration: none; }
+.thought { padding-left: .8rem; color: var(--quiet); font-size: .8125rem;
   border-left: 3px solid var(--line); }
-.fields { display: grid; grid-template-columns: fit-content(35%) minmax(0, 1fr); gap: .2rem 1rem; }
+.fields { display: grid; grid-template-columns: fit-content(35%) minmax(0, 1fr); gap: .15rem 1rem; }
+/* -- Compare --------------------------------------------------------------------------------- */
+.lineup { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
+.difference ins { background: var(--good-tint); color: var(--good); text-decoration: none; }
+.difference del { background: var(--bad-tint); color: var(--bad); }
 /* -- Narrow, and calm ------------------------------------------------------------------------ */
-@media (max-width: 70rem) {
-  .tiles { grid-template-columns: repeat(auto-fit, minmax(max(8.5rem, 25% - .6rem), 1fr)); }
-  .pair { grid-template-columns: minmax(0, 1fr); }
+#filter-button { display: none; }
+@media (max-width: 75rem) {
+  .c-client, .c-speed { display: none; }
+  .strip { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+  .strip > :first-child { display: none; } .strip > :nth-child(-n+6) { border-bottom: 1px solid
+    var(--line); }
+  .xray, .pair { grid-template-columns: minmax(0, 1fr); }
+  .xray > .parts { display: contents; } #story { order: 1; } #talk, #others, #raw { order: 2; }
 }
 @media (max-width: 56rem) {
-  .bar, main { padding: .5rem 1rem; } .card { padding: 1rem; } .chart { height: 20rem; }
-  thead { display: none; } table, tbody, tr { display: block; }
-  tr { border-top: 1px solid var(--line); padding: .6rem 0; }
-  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; }
-  td, .under td:first-child { padding: .1rem 0; } td > * { min-width: 0; text-align: right; }
-  td::before { content: attr(data-label); color: var(--quiet); flex: none; }
-  .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .trail { flex-direction: column; } .trail li + li::before { content: "↓"; }
+  .bar, main { padding: .25rem .75rem; } .card { padding: .75rem; } .chart { height: 19rem; }
+  .strip { grid-template-columns: repeat(3, minmax(0, 1fr)); padding: 0; }
+  .strip > * { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
+  .strip b { font-size: 1rem; } .lanes { padding: .35rem .75rem; }
+  .lane { grid-template-columns: minmax(0, 1fr) auto auto; }
+  .lane > .from { display: none; } .lane > .rate { display: none; }
+  #filter-button { display: block; } #filters:not(.open) > label:not(.wide) { display: none; }
+  #filters:not(.open) > button[type=reset] { display: none; }
+  .rows, .rows tbody { display: block; } .rows thead { display: none; }
+  .rows tr { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: 0 .6rem;
+    border-top: 1px solid var(--line); padding: .45rem 0; }
+  .rows td { display: none; height: auto; padding: 0; border: 0; width: auto; line-height: 1.35; }
+  .rows .c-time, .rows .c-model, .rows .c-status, .rows .c-words, .rows .c-duration {
+    display: block; } .rows .c-time, .rows .c-model { grid-row: 1; }
+  .rows .c-status { grid-area: 1 / 3; max-width: 10rem; text-align: right; }
+  .rows .c-words { grid-area: 2 / 1 / 3 / 3; color: var(--quiet); }
+  .rows .c-duration { grid-area: 2 / 3; text-align: right; }
+  nav { order: 9; width: 100%; } .bar { gap: .25rem .5rem; padding-top: .5rem; }
+  #live { margin-left: auto; } .bar button { padding: .1rem .5rem; } .took { display: block; }
+    .meter { display: none; }
+  .trail li { font-size: .875rem; } .chip .panel { max-width: calc(100vw - 1.5rem); }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 </style>
 </head><body>
 <a class="skip" href="#main">Skip to the content</a>
 <header class="bar">
-  <a class="brand" href="/"><svg width="24" height="24" viewBox="0 0 24 24" fill="none"
+  <a class="brand" href="/"><svg width="22" height="22" viewBox="0 0 24 24" fill="none"
     stroke="currentColor" stroke-width="2.25" stroke-linecap="round" aria-hidden="true"><path
     d="M3 12h6M9 12c5 0 4-7 11-7M9 12h11M9 12c5 0 4 7 11 7"/></svg>SmolRouter</a>
   <nav aria-label="Views"><a href="/">Overview</a><a href="/performance">Performance</a></nav>
-  <span class="small" id="live" role="status">Connecting</span>
-  <button id="sign-out" hidden>Sign out</button>
+  <span class="small" id="live" role="status">Asking</span>
+  <button id="explain-button">Explain</button>
+  <button id="try-button">Try it</button>
+  <button id="sign-out" class="bare" hidden>Sign out</button>
 </header>
 <main id="main">
 <noscript><p class="trouble">This page needs JavaScript; curl /api/logs does not.</p></noscript>
@@ -18271,84 +18175,113 @@ th button { padding: 0; width: 100%; text-align: inherit; }
   <p class="quiet">This router asks for a token. On its machine,
     <code>smolrouter.py token --subject you</code> prints one.</p>
   <label>Token<input name="token" type="password" autocomplete="off" required></label>
-  <p class="bad" id="sign-in-error" role="alert"></p>
+  <p class="is-bad" id="sign-in-error" role="alert"></p>
   <button class="main">Sign in</button></form>
 <div class="view" id="overview" hidden><h1 class="unseen">Overview</h1>
-  <dl class="tiles" id="tiles"></dl>
-  <div class="pair">
-    <section class="card" aria-labelledby="flights-title">
-      <h2 class="heading" id="flights-title">In flight</h2><ul class="list" id="flights"></ul>
-    </section>
-    <section class="card" aria-labelledby="servers-title">
-      <h2 class="heading" id="servers-title">Servers</h2><ul class="list" id="servers"></ul>
-    </section></div>
-  <div class="pair even">
-    <details class="card" id="try">
-      <summary><h2>Try it</h2> <span class="small">send a chat through the router</span></summary>
-      <form class="stack" id="try-form">
-        <label>Model or alias<input name="model" list="models" required></label>
-        <label>Message<textarea name="message">Say hello in one sentence.</textarea></label>
-        <p class="line"><button class="main">Send</button>
-          <span class="small" id="try-note" role="status"></span></p>
-        <div class="said" id="try-answer" aria-live="polite"></div></form></details>
-    <details class="card" id="explain">
-      <summary><h2>Explain</h2> <span class="small">where would it go, and why</span></summary>
-      <form class="controls" id="explain-form">
-        <label>Model<input name="explain" list="models"></label>
-        <label>Source host<input name="from" placeholder="127.0.0.1"></label></form>
-      <div id="explained" aria-live="polite"></div></details></div>
+  <div class="card strip" id="strip" role="group" aria-label="Figures of the last 24 hours"></div>
+  <div class="chips" id="servers" role="group" aria-label="Servers"></div>
+  <section class="card lanes" aria-labelledby="lanes-title" tabindex="0">
+    <h2 class="unseen" id="lanes-title">Running and waiting requests</h2>
+    <div id="lanes"></div></section>
   <section class="card" aria-labelledby="rows-title">
-    <div class="heading"><h2 id="rows-title">Requests</h2><span class="small push">newest first;
-      keys: <code>/</code> search, <code>j</code> <code>k</code> move, Enter opens</span></div>
+    <h2 class="unseen" id="rows-title">Requests</h2>
     <form class="controls" id="filters" role="search" aria-label="Filter the requests">
-      <label class="wide">Search<input name="q" type="search"
-        placeholder="model, path, error, address"></label>
-      <label>Service<select name="service_type"><option value="">Any<option
-        value="openai">OpenAI<option value="ollama">Ollama</select></label>
-      <label>Status<select name="status"><option value="">Any<option value="error">Errors<option
-        >2xx<option>4xx<option>5xx<option>429<option value="499">499 client left</select></label>
-      <label>Model<input name="model" list="models"></label>
-      <label>Server<input name="upstream" list="upstreams"></label>
-      <label>Source<input name="source" list="sources"></label>
+      <label class="wide"><span class="unseen">Search</span><input name="q" type="search"
+        placeholder="Search words, models, errors   /"></label>
+      <button type="button" id="filter-button" aria-expanded="false">Filters</button>
+      <label><span class="unseen">Model</span><input name="model" list="models"
+        placeholder="Model"></label>
+      <label><span class="unseen">Server</span><input name="upstream" list="upstreams"
+        placeholder="Server"></label>
+      <label><span class="unseen">Source</span><input name="source" list="sources"
+        placeholder="Source"></label>
+      <label><span class="unseen">Status</span><select name="status"><option value="">Any status
+        <option value="error">Failed<option value="2xx">Answered (2xx)<option value="4xx">Refused
+          (4xx)
+        <option value="5xx">Server errors (5xx)<option value="429">Too many (429)<option
+        value="499">Client left (499)</select></label>
+      <label><span class="unseen">Service</span><select name="service_type"><option value="">Any
+        service<option value="openai">OpenAI<option value="ollama">Ollama</select></label>
       <button type="reset">Clear</button></form>
-    <table class="rows" id="rows"><thead></thead><tbody></tbody></table>
+    <p class="line" id="extra-filters" hidden></p>
+    <div class="histogram"><div id="histogram"></div>
+      <span class="choice" id="span" role="group" aria-label="Span of the histogram"><button
+        type="button" value="1h">1 h</button><button type="button" value="24h">24 h</button><button
+        type="button" value="7d">7 d</button></span></div>
+    <table class="rows" id="rows" aria-label="Requests, newest first"><thead></thead>
+      <tbody></tbody></table>
     <div id="rows-empty"></div>
-    <p class="line"><a class="button" id="newest">Newest</a>
-      <a class="button push" id="older">Older</a></p></section></div>
-<div class="view" id="performance" hidden>
+    <p class="line"><a class="button" id="newest" hidden>Newest</a>
+      <a class="button push" id="older" hidden>Older</a></p></section></div>
+<div class="view wide-gap" id="performance" hidden><h1 class="unseen">Performance</h1>
+  <form class="controls" id="lens" aria-label="What the figures are of">
+    <label>Time<select name="hours"><option value="1">1 hour<option value="6">6 hours<option
+      value="24" selected>24 hours<option value="168">7 days</select></label>
+    <label>Model<input name="model" list="models" placeholder="Any"></label>
+    <label>Server<input name="upstream" list="upstreams" placeholder="Any"></label>
+    <label>Service<select name="service_type"><option value="">Any<option
+      value="openai">OpenAI<option value="ollama">Ollama</select></label>
+    <label>Across<select name="x"></select></label>
+    <label>Up<select name="y"></select></label>
+    <label>Scale<select name="scale"><option value="xy">Logarithmic<option value="none">Linear
+      <option value="x">Log across<option value="y">Log up</select></label>
+    <button type="button" id="export" disabled>Export CSV</button></form>
+  <section class="card" aria-labelledby="leaders-title">
+    <div class="heading"><h2 id="leaders-title">Models and the servers they ran on</h2>
+      <span class="small">prefill and decode as fitted from the requests below</span></div>
+    <div class="scroll" tabindex="0" role="region" aria-label="Leaderboard"><table id="leaders"
+      ><thead></thead><tbody></tbody></table></div></section>
   <section class="card" aria-labelledby="chart-title">
-    <div class="heading"><h1 id="chart-title"></h1><span class="small" id="chart-note"></span></div>
-    <form class="controls" id="lens" aria-label="What the chart shows">
-      <label>Time<select name="hours"><option value="1">1 hour<option value="6">6 hours<option
-        value="24" selected>24 hours<option value="168">7 days</select></label>
-      <label>Model<input name="model" list="models" placeholder="Any"></label>
-      <label>Service<select name="service_type"><option value="">Any<option
-        value="openai">OpenAI<option value="ollama">Ollama</select></label>
-      <label>Across<select name="x"></select></label>
-      <label>Up<select name="y"></select></label>
-      <label>Scale<select name="scale"><option value="xy">Logarithmic<option value="none">Linear
-        <option value="x">Log across<option value="y">Log up</select></label>
-      <button type="button" id="export" disabled>Export CSV</button></form>
+    <div class="heading"><h2 id="chart-title"></h2><span class="small" id="chart-note"></span></div>
     <figure class="chart" id="chart"></figure>
     <p class="unseen" id="chart-says" role="status"></p>
     <div class="legend" id="legend" role="group" aria-label="Models shown"></div>
     <div id="chart-empty"></div></section>
-  <section class="card" aria-labelledby="speeds-title">
-    <div class="heading"><h2 id="speeds-title">Models side by side</h2>
-      <span class="small">and the servers they ran on</span></div>
-    <table id="speeds"><thead></thead><tbody></tbody></table></section></div>
-<div class="view" id="request" hidden>
+  <div class="pair">
+    <section class="card"><div class="heading"><h2>Tokens per second, by the hour</h2>
+      <span class="small">dotted: the same hours before</span></div>
+      <figure class="chart short-chart" id="speed-chart"></figure></section>
+    <section class="card"><div class="heading"><h2>First token, median by the hour</h2>
+      <span class="small">dotted: the same hours before</span></div>
+      <figure class="chart short-chart" id="first-chart"></figure></section></div></div>
+<div class="view wide-gap" id="request" hidden>
   <header class="heading" id="head"></header>
-  <section class="card stack" id="story" aria-label="What happened"></section>
-  <section class="card" id="talk" hidden><h2>Conversation</h2><div id="turns"></div></section>
-  <div class="view" id="raw"></div></div></main>
+  <div class="xray"><div class="stack parts">
+    <div id="reason" hidden></div>
+    <section class="card" id="answer" aria-label="Answer" hidden></section>
+    <section class="card" id="talk" hidden><h2>Conversation</h2><div id="turns"></div></section>
+    <section class="card" id="others" hidden></section>
+    <div class="stack" id="raw"></div></div>
+  <section class="card stack" id="story" aria-label="What happened"></section></div></div>
+</main>
+<dialog id="try" aria-labelledby="try-title"><form class="stack" id="try-form">
+  <h2 id="try-title">Try it</h2>
+  <p class="small">A chat through the router, with a row of its own. Ctrl+Enter sends.</p>
+  <label>Model or alias<input name="model" list="models" required></label>
+  <p class="small" id="try-earlier"></p>
+  <label>Message<textarea name="message">Say hello in one sentence.</textarea></label>
+  <p class="line"><button class="main" id="try-send">Send</button>
+    <button type="button" class="stop" id="try-stop" hidden>Stop</button>
+    <button type="button" class="close push">Close</button></p>
+  <p class="small" id="try-note" role="status"></p><p class="is-bad" id="try-error"
+    role="alert"></p>
+  <div class="said" id="try-answer" tabindex="0" aria-label="Answer"></div></form></dialog>
+<dialog id="explain" aria-labelledby="explain-title"><div class="stack">
+  <h2 id="explain-title">Explain</h2>
+  <p class="small">Where would a request go, and why?</p>
+  <form class="controls" id="explain-form">
+    <label>Model<input name="explain" list="models"></label>
+    <label>Source host<input name="from" placeholder="127.0.0.1"></label></form>
+  <div id="explained" aria-live="polite"></div>
+  <p class="line"><button type="button" class="close push">Close</button></p></div></dialog>
 <datalist id="models"></datalist><datalist id="upstreams"></datalist>
-<datalist id="sources"></datalist>
+<datalist id="sources"></datalist><datalist id="clients"></datalist>
 <script type="application/json" id="request-data"></script>
 <script>
 "use strict";
-// -- Nodes: a view is a function from data to nodes ------------------------------------------
-// Whatever comes from outside becomes a text node or an attribute's value, never markup.
+// == 1  Nodes =================================================================================
+// A view is a function from data to nodes. What comes from outside becomes a text node or the
+// value of an attribute, never markup.
 const byId = id => document.getElementById(id);
 /** Make an element from `name.class`, maybe a record of attributes, and children. */
 function build(space, tag, children) {
@@ -18365,6 +18298,7 @@ function build(space, tag, children) {
 }
 const node = (tag, ...children) => build("http://www.w3.org/1999/xhtml", tag, children);
 const drawn = (tag, ...children) => build("http://www.w3.org/2000/svg", tag, children);
+/** A text from outside, cut; it is isolated, so that what turns text round ends with it. */
 const named = (text, length = 60) => node("bdi", {title: clip(text, 500)}, clip(text, length));
 const empty = (title, ...more) => node("div.empty", node("strong", title), more);
 /** Give a parent these children; what is there already stays in place and keeps its focus. */
@@ -18373,11 +18307,24 @@ function arrange(parent, children) {
   children.forEach((child, at) => parent.childNodes[at] === child ||
     parent.insertBefore(child, parent.childNodes[at] ?? null));
 }
+/** Give a parent new children; what is false is none. */
+const fill = (parent, ...children) =>
+  parent.replaceChildren(...children.flat(9).filter(child => child || child === 0));
 /** Set a text only when it changes, so that a screen reader hears it once. */
 function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
-// -- Figures ---------------------------------------------------------------------------------
+/** A button that copies by a selection: navigator.clipboard is missing on plain http. */
+const copyNode = (label, text, impossible) => node("button", {disabled: impossible,
+  onclick({target: button}) {
+    const area = node("textarea.unseen", text());
+    button.after(area);
+    area.select();
+    say(button, document.execCommand("copy") ? "Copied" : "Not allowed");
+    area.remove();
+    setTimeout(() => say(button, label), 1500);
+  }}, label);
+// == 2  Figures ===============================================================================
 const known = value => value !== null && value !== undefined;
 const given = format => value => known(value) ? format(value) : "–";
 const count = given(value => Math.round(value).toLocaleString("en-US"));
@@ -18396,60 +18343,51 @@ const span = given(ms => {
   if (minutes < 60) return `${minutes} min ${rest} s`;
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 });
+const percent = share => `${plain(share * 100)} %`;
 const local = given(time => new Date(time).toLocaleString("sv"));  // to the second
+const clock = time => local(time).slice(11, 16);
 /** Local time; the day too when it is not today. */
 function moment(timestamp) {
   const [then, now] = [timestamp, Date.now()].map(local);
-  return then.slice(0, 10) === now.slice(0, 10) ? then.slice(11) : then.slice(0, 16);
+  return then.slice(0, 10) === now.slice(0, 10) ? then.slice(11) : then.slice(5, 16);
+}
+/** How long ago something was, in one unit: `3 min ago`. */
+function ago(timestamp) {
+  const seconds = (Date.now() - Date.parse(timestamp)) / 1000;
+  const [unit, size] = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]]
+    .find(([, size]) => seconds >= size) ?? ["s", 1];
+  return `${Math.max(0, Math.floor(seconds / size))} ${unit} ago`;
 }
 /** The value below which a share of the known ones lies. */
 function quantile(values, share) {
   const sorted = values.filter(known).sort((a, b) => a - b);
   return sorted[Math.max(0, Math.ceil(sorted.length * share) - 1)];
 }
-// -- A model's mark: a colour and a shape ----------------------------------------------------
-// The same in every view and on every visit: from the hash of the name, or the next mark that
-// is free. The shape tells models apart without the colour.
+const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+// == 3  Marks =================================================================================
+// A model's colour and shape follow from its name alone, so they are the same in every browser.
+// The shape tells models apart without the colour. A shape is a path from its middle.
 const SHAPES = [
-  "M0-5a5 5 0 1 0 .01 0z", "M-4.5-4.5h9v9h-9z", "M0-6.2 6 4.6H-6z", "M0 6.2-6-4.6H6z",
-  "M-3-5.5h6L6.2 0 3 5.5h-6L-6.2 0z", "M-1.8-6h3.6v4.2H6v3.6H1.8V6h-3.6V1.8H-6v-3.6h4.2z",
-  "M0-6.5 6.5 0 0 6.5-6.5 0z", "M0-6.8 2-2h4.6L3 1l1.2 4.8L0 3l-4.2 2.8L-3 1l-3.6-3H-2z"];
-const MARKS = 40, COLOURS = 10, marks = new Map();  // 10 colours and 8 shapes give 40 pairs
-try { for (const mark of JSON.parse(localStorage.marks)) marks.set(...mark); } catch { /* none */ }
-function markOf(model) {
-  if (marks.has(model)) return marks.get(model);
-  if (marks.size >= MARKS) marks.clear();
-  const hash = [...clip(model, 256)].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) >>> 0, 7);
-  const order = Array.from({length: MARKS}, (_, step) => (hash + step) % MARKS);
-  const used = [...marks.values()], free = order.filter(one => !used.includes(one));
-  const fresh = free.filter(one => used.every(other => (other - one) % COLOURS));
-  const unlike = fresh.find(one => used.every(other => (other - one) % SHAPES.length));
-  marks.set(model, unlike ?? fresh[0] ?? free[0]);
-  try { localStorage.marks = JSON.stringify([...marks]); } catch { /* then for this page */ }
-  return marks.get(model);
+  "m0-5a5 5 0 1 0 .01 0z", "m-4.5-4.5h9v9h-9z", "m0-6.2 6 10.8h-12z", "m0 6.2-6-10.8h12z",
+  "m-3-5.5h6l3.2 5.5-3.2 5.5h-6l-3.2-5.5z", "m0-6.5 6.5 6.5-6.5 6.5-6.5-6.5z",
+  "m-1.8-6h3.6v4.2h4.2v3.6h-4.2v4.2h-3.6v-4.2h-4.2v-3.6h4.2z",
+  "m0-6.8 2 4.8h4.6l-3.6 3 1.2 4.8-4.2-2.8-4.2 2.8 1.2-4.8-3.6-3h4.6z"];
+const COLOURS = 10;
+/** The number of a name, from its characters alone (FNV-1a). */
+function hashOf(name) {
+  let hash = 2166136261;
+  for (const one of clip(name, 256)) hash = Math.imul(hash ^ one.codePointAt(0), 16777619);
+  return (hash ^ hash >>> 15) >>> 0;
 }
-const markPath = (model, tag, more) => drawn(tag, {d: SHAPES[markOf(model) % SHAPES.length],
-  style: {color: `var(--m${markOf(model) % COLOURS})`}, fill: "currentColor", ...more});
+const shapeOf = model => SHAPES[Math.floor(hashOf(model) / COLOURS) % SHAPES.length];
+const colourOf = model => `var(--m${hashOf(model) % COLOURS})`;
 const markNode = model => drawn("svg.mark", {viewBox: "-7 -7 14 14", "aria-hidden": "true"},
-  markPath(model, "path"));
-/** A model as it was asked for, and what it became: an instance is `server/model`. */
-function modelNode({original_model: asked, mapped_model: mapped, sent_model: sent, attempts}) {
-  const {instance, upstream_url: url} = attempts?.at(-1) ?? {instance: ""};
-  const name = sent || /\/(.+)/s.exec(instance.replace(url, "server"))?.[1] || mapped || asked;
-  return node("span", name ? [markNode(name), named(asked || name)] : "no model",
-    asked && asked !== name && node("span.quiet", " → ", named(name)));
-}
-/** How a request ended: a sign, a word and a colour. */
-function badgeNode({status_code: status, failed, is_inflight: runs}) {
-  const [kind, sign] = runs ? ["busy", "…"] : [429, 499].includes(status) ? ["warn", "⚠"]
-    : failed ? ["bad", "✕"] : ["good", "✓"];
-  const word = failed && !(status >= 400) ? "error" : status;  // a stream's came behind its 200
-  return node(`span.badge.${kind}`, `${sign} ${runs ? "running" : word || "none"}`);
-}
-// -- The router ------------------------------------------------------------------------------
-const app = {view: null, source: null, troubles: new Map(), turns: {}, flights: new Map(),
-  running: null, rows: new Map(), stats: null, hours: [], points: [], shown: [], models: [],
-  meta: {}, request: null};
+  drawn("path", {d: `M0 0${shapeOf(model)}`, style: {color: colourOf(model)},
+    fill: "currentColor"}));
+// == 4  The router ============================================================================
+const app = {view: null, source: null, troubles: new Map(), turns: {}, lanes: new Map(),
+  rows: new Map(), chips: new Map(), stats: null, running: [], bars: [], points: [], shown: [],
+  leaders: [], meta: {}, request: null};
 const isSignedIn = () => byId("sign-in").hidden;
 const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
 const NO_ANSWER = "The router does not answer.";
@@ -18461,28 +18399,29 @@ function miss() {
   app.again = setTimeout(refresh, 2000);
   throw Object.assign(new Error(NO_ANSWER), {status: 0});
 }
-/** Show whether the router answers, and whether its events come. */
+/** Show whether the router answers. */
 function showLive(answers) {
-  const live = answers && app.source?.readyState === EventSource.OPEN;
   trouble("router", answers ? null : NO_ANSWER);
-  byId("live").classList.toggle("on", live);
-  if (app.source || !answers) say(byId("live"), live ? "Live" : "Not live");
+  byId("live").classList.toggle("on", answers);
+  say(byId("live"), answers ? "Live" : "Not live");
 }
 /** Ask the router. Throws an Error that says why not; a 401 shows the sign-in form. */
 async function ask(path, options = {signal: AbortSignal.timeout(15_000)}) {
-  const answer = await fetch(path, {cache: "no-store", ...options}).catch(miss);
+  const answer = await fetch(path, {cache: "no-store", ...options})
+    .catch(error => options.signal?.reason === "stopped" ? Promise.reject(error) : miss());
   showLive(true);
   if (answer.ok) return answer;
   let why = clip(await answer.text(), 500);
   try { const {error} = JSON.parse(why); why = error.message ?? error; } catch { /* no JSON */ }
   if (answer.status === 401 && path.startsWith("/api/") && isSignedIn()) showSignIn();
-  throw Object.assign(new Error(why || `HTTP ${answer.status}`), {status: answer.status});
+  throw Object.assign(new Error(why || `HTTP ${answer.status}`),
+    {status: answer.status, headers: answer.headers});
 }
 const queryOf = values => new URLSearchParams(present(values));
 const askJson = async (path, query) =>
   (await ask(`${path}?${queryOf(query)}`)).json().catch(miss);
-const post = (path, value) => ask(path, {method: "POST", body: JSON.stringify(value ?? {}),
-  headers: {"Content-Type": "application/json"}});
+const post = (path, value, more) => ask(path, {method: "POST", body: JSON.stringify(value ?? {}),
+  headers: {"Content-Type": "application/json"}, ...more});
 /** Show what is wrong until it is right again (no text), each text once. */
 function trouble(name, text) {
   app.troubles.delete(name);
@@ -18500,6 +18439,7 @@ async function load(name, query, show) {
     if (isNewest()) { trouble(name, null); show(value); }
   } catch (error) {
     if (isNewest() && ![0, 401].includes(error.status)) trouble(name, error.message);
+    if (!known(error.status)) throw error;
   }
 }
 /** Do work at once, and then at most once in `pause` ms, however often it is asked for. */
@@ -18509,14 +18449,15 @@ function paced(work, pause) {
     again = busy;
     if (busy || document.hidden || !isSignedIn()) return;
     busy = true;
-    await work();
-    setTimeout(() => { busy = false; if (again) run(); }, pause);
+    try { await work(); }
+    finally { setTimeout(() => { busy = false; if (again) run(); }, pause); }
   };
 }
-// -- The address holds the state: a link reproduces the view ---------------------------------
+// == 5  The address ===========================================================================
+// It holds the state: a link reproduces the view. What is at its default is not in it.
 const params = () => new URLSearchParams(location.search);
 const valuesOf = form => Object.fromEntries(new FormData(form));
-const amend = changes => history.replaceState(null, "", address(changes));
+const amend = changes => history.replaceState(history.state, "", address(changes));
 function address(changes) {
   const query = params();
   for (const [name, value] of Object.entries(changes)) {
@@ -18526,16 +18467,10 @@ function address(changes) {
   return location.pathname + (String(query) && `?${query}`);
 }
 const isOurs = /^(x|y|scale)$/;  // what the router is not asked; it says what it does not know
-/** Let a form and the address say the same; what is at its default is not in the address. */
+/** Let a form and the address say the same. */
 function bindForm(form, changed) {
   const initial = valuesOf(form), soon = paced(changed, 200);
-  for (const name in initial) {
-    const field = form.elements[name], value = params().get(name) ?? initial[name];
-    field.value = value;
-    if (!field.options || field.value === value) continue;
-    if (!isOurs.test(name)) field.append(node("option", {value}, clip(value, 40)));
-    field.value = isOurs.test(name) ? initial[name] : value;
-  }
+  for (const name in initial) fillField(form.elements[name], name, initial[name]);
   const update = () => {
     const values = valuesOf(form);
     for (const name in values) if (values[name] === initial[name]) values[name] = null;
@@ -18546,62 +18481,664 @@ function bindForm(form, changed) {
   form.addEventListener("reset", () => setTimeout(update));
   form.addEventListener("submit", event => event.preventDefault());
 }
+/** Give a field what the address says; a value that a list does not have is added to it. */
+function fillField(field, name, initial) {
+  const value = params().get(name) ?? initial;
+  field.value = value;
+  if (!field.options || field.value === value) return;
+  if (!isOurs.test(name)) field.append(node("option", {value}, clip(value, 40)));
+  field.value = isOurs.test(name) ? initial : value;
+}
 /** Offer values for the fields of a kind, together with those offered before. */
 function suggest(id, values) {
   const old = [...byId(id).children].map(option => option.value);
   const fresh = [...new Set(values)].filter(value => value && !old.includes(value));
   byId(id).append(...fresh.slice(0, 300 - old.length).map(value => node("option", {value})));
 }
-// -- Charts: sparklines, scales, the scatter -------------------------------------------------
+// == 6  Words =================================================================================
+const hasFailed = attempt => attempt.error || attempt.status >= 400;
+/** The name of an instance's model: an instance is `server/model`. */
+const instanceModel = ({instance, upstream_url: url}) =>
+  /\/(.+)/s.exec(instance.replace(url, "server"))?.[1];
+/** The name of the server that was asked last, or its address. */
+function serverOf({attempts, upstream_url: url}) {
+  const last = attempts?.at(-1), name = last?.instance.split("/")[0];
+  if (last && !last.instance.startsWith("http")) return name;
+  return app.serverNames?.get(url) ?? short(url);
+}
+/** A model as it was asked for, and what it became. An alias that went nowhere has no mark. */
+function modelNode(row) {
+  const {original_model: asked, mapped_model: mapped, sent_model: sent, attempts} = row;
+  const reached = sent || (attempts?.length ? instanceModel(attempts.at(-1)) : "");
+  const name = reached || mapped || asked;
+  return node("span", name ? [reached && markNode(reached), named(asked || name)] : "no model",
+    asked && asked !== name && node("span.quiet", " → ", named(name)));
+}
+const REASONS = {client_closed: "client left", cancelled: "stopped", interrupted: "interrupted"};
+const PHASES = {queued: "queued", waking: "waking", waiting: "waiting", streaming: "streaming"};
+/** How a request ended: a kind, a sign and words, the reason before the code. */
+function outcomeOf(row) {
+  const {status_code: status, failed, is_inflight: runs, error_message: error} = row;
+  const lost = (row.attempts ?? []).slice(0, -1).filter(hasFailed).length;
+  if (runs) return ["busy", "…", PHASES[row.phase] ?? "running"];
+  if (status === 499) return ["warn", "⚠", REASONS[error] ?? error ?? "client left"];
+  if (failed) return [status === 429 ? "warn" : "bad", status === 429 ? "⚠" : "✕",
+    REASONS[error] ?? error ?? `status ${status ?? "unknown"}`];
+  if (row.warnings?.length) return ["warn", "⚠", wordsOfWarning(row.warnings[0])];
+  return lost ? ["good", "✓", `answered at try ${lost + 1}`] : ["plain", "✓", "answered"];
+}
+/** A warning is a text, or a record with one. */
+const wordsOfWarning = one => typeof one === "string" ? one : one.message ?? one.code ?? "warning";
+function outcomeNode(row) {
+  const [kind, sign, words] = outcomeOf(row);
+  const more = words.startsWith("status") ? "" : row.status_code;
+  return node(`span.is-${kind}`, {title: clip([words, more && `(${more})`].join(" "), 500)},
+    `${sign} `, node("bdi", clip(words, 80)));
+}
+function tokensNode(row) {
+  const both = [row.prompt_tokens, row.completion_tokens], guess = row.tokens_estimated;
+  return node("span", {title: guess && "estimated: the server sent no usage"}, guess && "≈ ",
+    both.some(known) ? both.map(brief).join(" → ") : "–");
+}
+function speedOf({completion_tokens: tokens, duration_ms: whole, ttft_ms: first}) {
+  const ms = (whole ?? 0) - (first ?? 0);
+  return tokens && ms > 0 ? tokens * 1000 / ms : null;
+}
+const exampleNode = () => {
+  const model = byId("models").firstElementChild?.value ?? "NAME";
+  return node("pre.code", `curl ${location.origin}/v1/chat/completions ` +
+    `-H 'Content-Type: application/json' \\\n` +
+    `  -d '${JSON.stringify({model, messages: [{role: "user", content: "Hello"}]})
+      .replaceAll("'", "'\\''")}'\n\n` +
+    `OPENAI_BASE_URL=${location.origin}/v1\nOLLAMA_HOST=${location.origin}`);
+};
+// == 7  Strip and servers =====================================================================
+function showStats(stats) {
+  app.stats = stats;
+  showStrip();
+  trouble("log", stats.log.error &&
+    `The request log is in trouble, requests are relayed all the same: ${stats.log.error}`);
+}
+/** One strip of figures; a click on one filters the table, or opens what it is about. */
+function showStrip() {
+  const stats = app.stats ?? {latency_ms: {}, ttft_ms: {}}, errors = stats.error_rate;
+  const queued = app.running.filter(({phase}) => phase === "queued").length;
+  const speed = "/performance?y=tokens_per_second", first = "/performance?y=ttft_ms";
+  const cells = [
+    ["Requests", count(stats.recent_requests), "", address(CLEARED)],
+    ["Tokens in", brief(stats.prompt_tokens), "", "/performance?x=prompt_tokens"],
+    ["Tokens out", brief(stats.completion_tokens), "", "/performance"],
+    ["Tokens/s", plain(stats.tokens_per_second), "median", speed],
+    ["First token", span(stats.ttft_ms.p50), "p50", first],
+    ["First token", span(stats.ttft_ms.p95), "p95", first],
+    ["Errors", count(known(errors) ? errors * stats.recent_requests : null),
+      known(errors) ? percent(errors) : "", address({...CLEARED, status: "error"})],
+    ["Running", count(app.running.length - queued), "", address({...CLEARED, status: "running"})],
+    ["Queued", count(queued), "", address({...CLEARED, status: "running"})],
+  ];
+  byId("strip").replaceChildren(node("span", "Last 24 h"), ...cells.map(
+    ([label, value, more, href]) => node("a", {href, onclick: followHere},
+      node("span", label), node("b", value), more && node("small", more))));
+}
+const STATES = {up: ["good", "✓", "up"], cooling: ["warn", "◔", "cooling"],
+  down: ["bad", "✕", "down"], drain: ["warn", "⏸", "drained"],
+  off: ["warn", "⏻", "off"], unknown: ["idle", "?", "not asked yet"]};
+const stateOf = server => STATES[server.mode && server.mode !== "on" ? server.mode : server.state]
+  ?? STATES.unknown;
+const showTable = ({error}) => trouble("table", error && `The old routes stay in force: ${error}`);
+/** Show a chip for each server; one that is open stays open. */
+function showServers(servers) {
+  app.serverNames = new Map(servers.map(({name, url}) => [url, name || short(url)]));
+  suggest("upstreams", servers.map(server => server.name));
+  suggest("models", servers.flatMap(server => server.models).slice(0, 100));
+  const old = app.chips;
+  app.chips = new Map(servers.map(server => [server.url, old.get(server.url) ?? chipNode()]));
+  for (const server of servers) updateChip(app.chips.get(server.url), server);
+  arrange(byId("servers"), [...app.chips.values()]);
+}
+const chipNode = () => node("details.chip", {onfocusout(event) {
+  if (event.relatedTarget && !this.contains(event.relatedTarget)) this.open = false;
+}}, node("summary"), node("div.panel.stack"));
+function updateChip(chip, server) {
+  const [kind, sign, word] = stateOf(server), name = server.name || short(server.url);
+  const text = JSON.stringify(server);
+  if (chip.text === text) return;
+  const slots = server.slots ? `${server.inflight}/${server.slots}` : server.inflight || "";
+  chip.text = text;
+  chip.className = `chip${kind === "warn" || kind === "bad" ? " loud" : ""}`;
+  fill(chip.firstChild, node(`span.is-${kind}`, {"aria-hidden": "true"}, sign),
+    node("b.cut", named(name, 40)),
+    node("span.small.why.cut", kind === "good" ? "" : word, node("span.unseen", word),
+      server.last_error && kind !== "good" && [": ", named(server.last_error, 80)]),
+    slots !== "" && node("span.small", {title: "running of slots"}, `▸ ${slots}`),
+    server.queued > 0 && node("span.small.is-warn", `${server.queued} wait`), dayNode(server));
+  if (!chip.lastChild.contains(document.activeElement))
+    fill(chip.lastChild, panelNodes(server, kind, word));
+}
+/** What a server did in each of the last 24 hours: it was down, busy, up, or nobody asked it. */
+function dayNode({hours}) {
+  if (!hours) return node("span.push");
+  const words = ({requests, errors, busy, down}) => down ? "down" : requests
+    ? `${plural(requests, "request")}, ${errors} failed, busy ${percent(busy)}` : "not asked";
+  return drawn("svg.day", {viewBox: "0 0 96 14", role: "img", "aria-label":
+    `The last 24 hours: ${hours.filter(one => one.down).length} with failures to reach it`},
+  hours.map((one, at) => {
+    const high = Math.max(one.busy > 0 ? 2 : 0, Math.min(1, one.busy) * 14);
+    const kind = one.down ? "rect.down" : one.requests ? "rect.up" : "rect";
+    return drawn("g", drawn("title", `${23 - at} h ago: ${words(one)}`),
+      drawn(kind, {x: at * 4, y: 0, width: 3, height: 14}),
+      !one.down && high > 0 && drawn("rect.run", {x: at * 4, y: 14 - high, width: 3,
+        height: high}));
+  }));
+}
+function panelNodes(server, kind, word) {
+  const facts = present({"Address": short(server.url), "API": server.api,
+    "Last hour": known(server.requests) &&
+      `${plural(server.requests, "request")}, ${server.errors} failed`,
+    "Median": server.p50_ms && span(server.p50_ms), "Failures in a row": server.failures,
+    "Models asked for": known(server.models_age_s) &&
+      (server.models_age_s ? `${span(server.models_age_s * 1000)} ago` : "just now")});
+  return [node("p.line", node(`span.badge.${kind}`, word),
+    server.last_error && named(server.last_error, 300)),
+  node("dl.fields.small", facts.map(([name, value]) => [node("dt", name), node("dd", value)])),
+  node("p.small", plural(server.models.length, "model")),
+  node("ul.models", {tabindex: server.models.length > 8 && 0}, server.models.map(model =>
+    node("li", node("a", {href: address({...CLEARED, model}), onclick: followHere},
+      markNode(model), named(model))))),
+  server.mode && node("p.line", Object.entries({on: "On", drain: "Drain", off: "Off"}).map(
+    ([state, label]) => node("button", {disabled: server.mode === state, value: state,
+      onclick: () => setServer(server, state)}, label)),
+  node("span.small", "Drained it ends what runs, off it is stopped."))];
+}
+async function setServer({name, url}, state) {
+  await post(`/api/upstreams/${encodeURIComponent(name || short(url))}`, {state})
+    .catch(error => trouble("server", error.message));
+  document.activeElement?.blur();
+  serversSoon();
+}
+// == 8  Lanes =================================================================================
+/** Show what runs; the nodes of what still runs stay. */
+function showLanes(rows) {
+  const old = app.lanes, now = performance.now();
+  app.running = rows;
+  app.lanes = new Map(rows.map(row => {
+    const key = `${row.id} ${row.sent_model}`, lane = old.get(key) ?? laneNode(row);
+    rateOf(lane, row, now);
+    return [key, Object.assign(lane, {row, since: now - row.elapsed_ms})];
+  }));
+  arrange(byId("lanes"), rows.length ? [...app.lanes.values()].map(lane => lane.element)
+    : [node("p.quiet", "Nothing is running now.")]);
+  showStrip();
+  tick();
+}
+/** Remember how fast a lane's tokens come: over the last three seconds or so. */
+function rateOf(lane, row, now) {
+  const seen = lane.seen ??= [];
+  seen.push([now, row.tokens]);
+  while (seen.length > 4) seen.shift();
+  const [[from, before]] = seen, ms = now - from;
+  if (ms > 500) lane.rate = Math.max(0, row.tokens - before) * 1000 / ms;
+}
+function laneNode(row) {
+  const phase = node("span"), time = node("span.number"), speed = node("span.number.small.rate");
+  const text = node("bdi"), tail = node("div.tail", text), where = node("span.small.from.cut");
+  return {phase, time, speed, text, tail, where, element: node("div.lane", {"data-id": row.id},
+    node("a.cut", {href: `/request/${row.id}`}, modelNode(row)), where, phase, time, speed,
+    stopNode(row.id), tail)};
+}
+const stopNode = id => node("button.stop.small-button", {async onclick({target: button}) {
+  button.disabled = true;
+  say(button, "Stopping");
+  await post(`/api/inflight/${id}/cancel`).catch(() => lanesSoon());  // it has just ended
+}}, "Stop");
+const KINDS_OF_PHASES = {queued: "warn", waking: "warn", waiting: "busy", streaming: "good"};
+const SIGNS_OF_PHASES = {queued: "◷", waking: "☾", waiting: "◌", streaming: "▸"};
+/** Bring the texts of all lanes up to date. */
+function tick() {
+  for (const {row, since, phase, time, speed, text, tail, where, rate} of app.lanes.values()) {
+    const passed = performance.now() - since;
+    phase.className = `is-${KINDS_OF_PHASES[row.phase] ?? "busy"}`;
+    say(phase, `${SIGNS_OF_PHASES[row.phase] ?? "◌"} ${PHASES[row.phase] ?? row.phase}`);
+    say(time, passed < 59950 ? `${(passed / 1000).toFixed(1)} s` : span(passed));
+    say(speed, row.tokens ? `${count(row.tokens)} tok` + (rate ? ` · ${plain(rate)}/s` : "") : "");
+    say(where, [serverOf(row) || "no server yet", row.client ?? row.source_ip]
+      .map(one => clip(one, 40)).join(" · "));
+    tail.hidden = !row.text;
+    say(text, clip(row.text ?? "", 200).replace(/\s+/g, " "));
+  }
+}
+// == 9  Histogram =============================================================================
+const SPANS = {"1h": 60, "24h": 24, "7d": 56};
+const spanShown = () => SPANS[params().get("span")] ? params().get("span") : "24h";
+const showBars = ({bars}) => { app.bars = bars; drawBars(); };
+/** Bars of requests, failures at their foot; a drag over some of them filters the table. */
+function drawBars() {
+  const bars = app.bars, wide = byId("histogram").clientWidth;
+  if (!bars.length || !wide) return;
+  const most = Math.max(1, ...bars.map(bar => bar.answered + bar.failed));
+  const step = wide / bars.length, width = Math.max(1, step - (step > 6 ? 2 : 1));
+  const high = number => number ? Math.max(1.5, number / most * 38) : 0;
+  const begin = +params().get("begin"), end = +params().get("end");
+  const at = time => Math.max(0, Math.min(wide, (time - bars[0].begin) /
+    (bars.at(-1).end - bars[0].begin) * wide));
+  const svg = drawn("svg", {viewBox: `0 0 ${wide} 56`, tabindex: 0, role: "application",
+    "aria-label": `Requests over time, at most ${count(most)} in a bar. ` +
+      "Arrow keys choose a bar, Enter filters by it."},
+  end > 0 && drawn("rect.chosen", {x: at(begin), y: 0, height: 42,
+    width: Math.max(2, at(end) - at(begin))}),
+  bars.map((bar, n) => drawn("g", drawn("title", barWords(bar)),
+    drawn("rect", {x: n * step, y: 0, width: step, height: 42, fill: "transparent"}),
+    drawn("rect.answered", {x: n * step, width, y: 42 - high(bar.answered) - high(bar.failed),
+      height: high(bar.answered)}),
+    drawn("rect.failed", {x: n * step, width, y: 42 - high(bar.failed),
+      height: high(bar.failed)}))),
+  drawn("line.base", {x1: 0, x2: wide, y1: 42.5, y2: 42.5}), barTicks(bars, step),
+  drawn("rect.chosen", {y: 0, height: 42, width: 0}));
+  followBars(svg, bars, step);
+  byId("histogram").replaceChildren(svg);
+}
+const barWords = ({begin, end, answered, failed}) =>
+  `${local(begin).slice(0, 16)} to ${clock(end)}: ` +
+    `${count(answered)} answered, ${count(failed)} failed`;
+const timeWords = (time, isDay) => isDay ? local(time).slice(5, 10) : clock(time);
+/** Three or five times below the bars, the first and the last within the picture. */
+function barTicks(bars, step) {
+  const week = spanShown() === "7d", last = bars.length * step > 400 ? 4 : 2;
+  return Array.from({length: last + 1}, (_, n) => drawn("text", {
+    x: n / last * bars.length * step, y: 54,
+    "text-anchor": n === 0 ? "start" : n === last ? "end" : "middle"},
+  n === last ? "now" : timeWords(bars[Math.round(n / last * bars.length)].begin, week)));
+}
+function followBars(svg, bars, step) {
+  const chosen = svg.lastChild, last = bars.length - 1;
+  let from = null, to = null;
+  const under = event => Math.max(0, Math.min(last,
+    Math.floor((event.clientX - svg.getBoundingClientRect().left) / step)));
+  const mark = () => {
+    const [low, high] = [Math.min(from, to), Math.max(from, to)];
+    chosen.setAttribute("x", low * step);
+    chosen.setAttribute("width", (high - low + 1) * step);
+    return {begin: String(bars[low].begin), end: String(bars[high].end)};
+  };
+  svg.addEventListener("pointerdown", event => {
+    from = to = under(event);
+    svg.setPointerCapture(event.pointerId);
+    mark();
+  });
+  svg.addEventListener("pointermove", event => {
+    if (from !== null && event.buttons) { to = under(event); mark(); }
+  });
+  svg.addEventListener("pointerup", () => { if (from !== null) filterBy(mark()); });
+  svg.addEventListener("keydown", event => {
+    const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (move) { event.preventDefault(); from = to = Math.max(0, Math.min(last,
+      (to ?? last) + move));
+      mark(); chosen.append(drawn("title", barWords(bars[to]))); }
+    if (event.key === "Enter" && to !== null) filterBy(mark());
+  });
+}
+function chooseSpan({target}) {
+  if (!target.value) return;
+  amend({span: target.value === "24h" ? null : target.value});
+  markSpan();
+  loadBars();
+}
+function markSpan() {
+  for (const button of byId("span").children)
+    button.setAttribute("aria-pressed", String(button.value === spanShown()));
+}
+const loadBars = () => load("histogram", {span: spanShown()}, showBars);
+// == 10  The table ============================================================================
+const PAGE_LENGTH = 100;
+const FILTERS = ["q", "model", "upstream", "client", "session", "source", "status", "service_type",
+  "begin", "end"];
+const CLEARED = Object.fromEntries([...FILTERS, "before"].map(name => [name, null]));
+const COLUMNS = [
+  ["time", "Time", row => node("a", {href: `/request/${row.id}`, onclick: remember},
+    moment(row.timestamp))],
+  ["client", "Client", row => named(row.client ?? row.source_ip, 45)],
+  ["model", "Model", modelNode], ["server", "Server", row => named(serverOf(row), 40)],
+  ["words", "Words", wordsNode], ["tokens", "Tokens in → out", tokensNode, "number"],
+  ["speed", "Tok/s", row => plain(speedOf(row)), "number"],
+  ["first", "First", row => span(row.ttft_ms), "number"],
+  ["duration", "Duration", durationNode], ["status", "Status", outcomeNode],
+];
+/** What was asked and answered; path and service only where they are not a chat of OpenAI's. */
+function wordsNode({preview, path, service_type: service, session}) {
+  const usual = /\/(chat\/completions|messages|responses)$/.test(path) && service === "openai";
+  const asked = preview?.asked, answered = preview?.answered;
+  return node("span", {title: clip([asked, answered].filter(Boolean).join("\n→ "), 300) || null},
+    !usual && node("span.quiet", clip(path, 40), asked && " · "), asked && named(asked, 120),
+    answered && node("span.quiet", asked && " → ", named(answered, 120)),
+    !asked && !answered && usual && node("span.quiet", "–"));
+}
+/** The duration and a bar of it on the row's own line; waiting is its light part. */
+function durationNode({duration_ms: whole, ttft_ms: first}) {
+  const bar = (kind, ms) => node(`i.${kind}`, {"data-ms": ms});
+  return node("div.took", {title: known(first) ? `first token after ${span(first)}` : null},
+    node("b", span(whole)), known(whole) && node("div.meter", {"aria-hidden": "true"},
+      known(first) && bar("soft", first), bar("hard", whole - (first ?? 0))));
+}
+/** Give all bars of the table one scale: the longest of them is full. */
+function scaleMeters(rows) {
+  const longest = Math.max(1, ...rows.map(row => row.duration_ms ?? 0));
+  for (const part of byId("rows").querySelectorAll(".meter i"))
+    part.style.width = `${part.dataset.ms / longest * 100}%`;
+}
+const rowNode = (row, fresh) => node("tr", {class: fresh && "fresh", "data-id": row.id,
+  onclick(event) {
+    if (!event.target.closest("a") && !String(getSelection())) this.querySelector("a").click();
+  }}, COLUMNS.map(([name, , view, kind]) =>
+  node("td", {class: [`c-${name}`, kind].filter(Boolean).join(" ")}, view(row))));
+function showRows(rows) {
+  const old = app.rows, keyOf = row => `${row.id} ${row.completed_at}`;
+  app.rows = new Map(rows.map(row =>
+    [keyOf(row), old.get(keyOf(row)) ?? rowNode(row, old.size > 0)]));
+  arrange(byId("rows").tBodies[0], [...app.rows.values()]);
+  scaleMeters(rows);
+  suggest("models", rows.flatMap(row => [row.original_model, row.mapped_model]));
+  suggest("sources", rows.map(row => row.source_ip));
+  suggest("clients", rows.map(row => row.client));
+  byId("rows").hidden = !rows.length;
+  byId("newest").hidden = !params().has("before");
+  byId("newest").href = address({before: null});
+  byId("older").hidden = rows.length < PAGE_LENGTH;
+  byId("older").href = address({before: rows.at(-1)?.id});
+  byId("rows-empty").replaceChildren(rows.length ? "" : nothingNode());
+  sessionStorage.list = JSON.stringify(rows.map(row => row.id));
+  returnToRow();
+}
+/** No rows: what was looked for and how to clear it, or what to do first. */
+function nothingNode() {
+  const sought = FILTERS.concat("before").map(name => [name, params().get(name)])
+    .filter(([, value]) => value);
+  if (!sought.length) return empty("No request yet.", "Point a client at this router, for example:",
+    exampleNode(), "or send a first chat with “Try it” above; it appears here by itself.");
+  return empty("No request matches.", node("p", "Looked for ", sought.map(([name, value], at) =>
+    [at > 0 && ", ", `${LABELS[name] ?? name}: `, node("b", named(filterWords(name, value)))])),
+  node("p", node("button", {onclick: () => filterBy({})}, "Clear the filters")));
+}
+const LABELS = {q: "words", upstream: "server", service_type: "service", begin: "from",
+  end: "until",
+  before: "before request"};
+const filterWords = (name, value) => /^(begin|end)$/.test(name) ? local(+value).slice(0, 16)
+  : value;
+/** Filters that have no field of their own, each with a button that takes it away. */
+function showExtraFilters() {
+  const fields = byId("filters").elements, shown = [];
+  for (const name of FILTERS) {
+    const value = params().get(name);
+    if (value && !fields[name] && name !== "end") shown.push([name, value]);
+  }
+  const words = ([name, value]) => name === "begin"
+    ? `${local(+value).slice(0, 16)} to ${local(+params().get("end")).slice(5, 16)}`
+    : `${LABELS[name] ?? name}: ${clip(value, 60)}`;
+  byId("extra-filters").hidden = !shown.length;
+  byId("extra-filters").replaceChildren(...shown.map(one => node("button", {onclick: () =>
+    filterBy({...Object.fromEntries(params()), [one[0]]: null, ...one[0] === "begin" &&
+      {end: null}})},
+  node("bdi", words(one)), " ✕")));
+}
+/** Filter by these values alone, in the fields and in the address. */
+function filterBy(values) {
+  const form = byId("filters");
+  amend({...CLEARED, ...values});
+  for (const field of form.elements) if (field.name) fillField(field, field.name, "");
+  showFilters();
+  loadRows();
+  drawBars();
+}
+function showFilters() {
+  const number = FILTERS.filter(name => name !== "q" && name !== "end" &&
+    params().has(name)).length;
+  say(byId("filter-button"), number ? `Filters · ${number}` : "Filters");
+  showExtraFilters();
+}
+/** Follow a link that leads to other filters of this view without loading the page again. */
+function followHere(event) {
+  const url = new URL(event.currentTarget.href);
+  if (url.pathname !== location.pathname || event.ctrlKey || event.metaKey ||
+    event.shiftKey) return;
+  event.preventDefault();
+  filterBy(Object.fromEntries(url.searchParams));
+}
+/** What the router is asked: plain words and `text:` search words, a part of a name is enough. */
+function filterValues() {
+  const values = {};
+  for (const name of FILTERS) values[name] = params().get(name);
+  if (values.q) values.q = values.q.replace(/(^|\s)text:/g, "$1");
+  return values;
+}
+const loadRows = () => load("logs", {...filterValues(), limit: PAGE_LENGTH,
+  before: params().get("before")}, showRows);
+/** Keep which row is left, and where it stands, for the way back. */
+function remember({currentTarget: link}) {
+  const row = link.closest("tr");
+  history.replaceState({row: row.dataset.id, top: row.getBoundingClientRect().top}, "");
+}
+/** Focus the row that was left, where it stood; once, and only on the way back. */
+function returnToRow() {
+  const {row, top} = history.state ?? {};
+  if (!row) return;
+  history.replaceState(null, "");
+  const place = byId("rows").querySelector(`tr[data-id="${Number(row)}"]`);
+  if (!place) return;
+  place.querySelector("a").focus({preventScroll: true});
+  scrollBy(0, place.getBoundingClientRect().top - top);
+}
+const rowsSoon = paced(loadRows, 1000);
+const statsSoon = paced(() => load("stats", {hours: 24}, showStats), 3000);
+const lanesSoon = paced(() => load("inflight", null, showLanes), 500);
+const serversSoon = paced(() => load("upstreams", null, showServers), 3000);
+const tableSoon = paced(() => load("routes", null, showTable), 5000);
+const barsSoon = paced(loadBars, 10_000);
+function openOverview() {
+  bindForm(byId("filters"), () => { showFilters(); return loadRows(); });
+  byId("rows").tHead.append(node("tr", COLUMNS.map(([name, label, , kind]) =>
+    node("th", {class: [`c-${name}`, kind].filter(Boolean).join(" "), scope: "col"}, label))));
+  byId("filter-button").onclick = ({currentTarget: button}) => button.setAttribute("aria-expanded",
+    String(byId("filters").classList.toggle("open")));
+  byId("span").onclick = chooseSpan;
+  markSpan();
+  showFilters();
+  new ResizeObserver(drawBars).observe(byId("histogram"));
+  setInterval(() => document.hidden || tick(), 200);
+  setInterval(() => app.lanes.size && lanesSoon(), 1000);
+}
+function refreshOverview() {
+  for (const soon of [rowsSoon, statsSoon, lanesSoon, serversSoon, tableSoon, barsSoon]) soon();
+}
+// == 11  Chats ================================================================================
+/** Yield the JSON documents of an event stream. */
+async function* eventsOf(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = "", part = {}; !part.done;) {
+    part = await reader.read();
+    const lines = (text + (part.value ?? "")).split("\n");
+    text = lines.pop();
+    for (const line of lines) if (/^data: *\{/.test(line)) yield JSON.parse(line.slice(5));
+  }
+}
+/** Send a conversation through the router; `show` gets the run whenever something has come. */
+async function chat(model, messages, signal, show) {
+  const run = {model, text: "", thinking: "", began: performance.now(), pieces: 0};
+  const since = () => performance.now() - run.began;
+  try {
+    const answer = await post("/v1/chat/completions", {model, messages, stream: true,
+      stream_options: {include_usage: true}}, {signal});
+    readWay(run, answer.headers);
+    for await (const {error, choices, usage} of eventsOf(answer.body)) {
+      if (error) throw Object.assign(new Error(error.message), {status: 1});
+      const delta = choices?.[0]?.delta ?? {}, thought = delta.reasoning_content ?? delta.reasoning;
+      if (delta.content || thought) { run.first ??= since(); run.pieces += 1; }
+      run.text += delta.content ?? "";
+      run.thinking += thought ?? "";
+      run.tokens = usage?.completion_tokens ?? run.tokens;
+      run.whole = since();
+      show(run);
+    }
+    run.done = true;
+  } catch (error) {
+    readWay(run, error.headers);
+    run.error = signal.aborted ? "stopped" : known(error.status) ? error.message
+      : "The answer broke off";  // the browser's own words help nobody
+  }
+  run.whole = since();
+  show(run);
+  return run;
+}
+/** Take from the head of an answer which way its request went. */
+function readWay(run, headers) {
+  run.id ??= headers?.get("X-SmolRouter-Request-Id");
+  run.server ??= headers?.get("X-SmolRouter-Upstream");
+  run.served ??= headers?.get("X-SmolRouter-Model");
+}
+/** What is known of a run, in words: server, first token, tokens per second, its request. */
+function runWords(run) {
+  const ms = run.whole - run.first, tokens = run.tokens ?? run.pieces;
+  const server = run.server && (app.serverNames?.get(run.server) ?? short(run.server));
+  return [run.served && [markNode(run.served), named(run.served, 40)],
+    server && [" on ", named(server, 40)],
+    known(run.first) && ` · first token ${span(run.first)}`,
+    tokens > 0 && ` · ${plural(tokens, "token")}`,
+    tokens > 1 && ms > 0 && ` · ${plain(tokens * 1000 / ms)} tok/s`,
+    run.done || run.error ? ` · ${span(run.whole)}` : known(run.first) ? "" : " · waiting",
+    run.id && [" · ", node("a", {href: `/request/${run.id}`}, "its request")]];
+}
+async function tryIt(event) {
+  event.preventDefault();
+  const form = byId("try-form"), {model, message} = valuesOf(form);
+  if (app.trying || !form.reportValidity()) return;
+  app.trying = new AbortController();
+  byId("try-stop").hidden = false;
+  byId("try-send").disabled = true;
+  byId("try-answer").replaceChildren();
+  const show = run => {
+    fill(byId("try-note"), runWords(run));
+    say(byId("try-error"), run.error ?? "");
+    byId("try-answer").replaceChildren(...run.thinking
+      ? [node("p.thought.plain", run.thinking)] : [], node("div.plain", run.text));
+  };
+  show({model, text: "", thinking: "", served: null});
+  const messages = [...app.earlier ?? [], {role: "user", content: message}];
+  const run = await chat(model, messages, app.trying.signal, show);
+  if (run.text) byId("try-answer").replaceChildren(...run.thinking
+    ? [node("p.thought.plain", run.thinking)] : [], ...markdownNodes(run.text));
+  app.trying = null;
+  byId("try-stop").hidden = true;
+  byId("try-send").disabled = false;
+  refresh();
+}
+const suggestModels = () => askJson("/v1/models").then(
+  ({data}) => suggest("models", data.map(model => model.id)),
+  error => say(byId("try-error"), error.message));
+/** Open Try it, maybe with the conversation of a request. */
+function openTry(model, messages) {
+  const form = byId("try-form"), last = messages?.at(-1);
+  const isText = last?.role === "user" && typeof last.content === "string";
+  if (model) form.elements.model.value = model;
+  if (messages) {
+    app.earlier = isText ? messages.slice(0, -1) : messages;
+    form.elements.message.value = isText ? last.content : "";
+  }
+  say(byId("try-earlier"), app.earlier?.length
+    ? `After ${plural(app.earlier.length, "earlier message")} of that request.` : "");
+  byId("try").showModal();
+  suggestModels();
+}
+function openExplain() {
+  byId("explain").showModal();
+  suggestModels();
+}
+async function explain() {
+  const {explain: model, from} = valuesOf(byId("explain-form"));
+  if (!model) return byId("explained").replaceChildren();
+  const query = {model, source_host: from || "127.0.0.1"};
+  const {decision: goes, message} = await askJson("/api/routes", query).catch(error => error);
+  byId("explained").replaceChildren(goes ? node("div.stack",
+    node("p", goes.instances.length ? [named(goes.model), " goes by ", named(goes.route), " to"]
+      : [named(goes.model), " is refused: nothing claims it"],
+    goes.instances.map((one, at) => [at > 0 && ", else", " ", node("b", markNode(one.model),
+      named(one.model)), " on ", named(one.server || short(one.url))])),
+    stepsNode(goes.trail)) : node("p.is-bad", message ?? ""));
+}
+const stepsNode = steps => node("ol.trail", steps.map(({rule, matched, why}) =>
+  node("li", node(matched ? "span.is-good" : "span.quiet", matched ? "✓" : "·"),
+    node(matched ? "span" : "span.quiet", named(rule, 80), " ",
+      node("span.quiet", named(why, 300))))));
+// == 12  Charts ===============================================================================
 const seconds = ms => ms < 1000 ? `${plain(ms)} ms` : `${plain(ms / 1000)} s`;
-const requests = number => `${count(number)} request${number === 1 ? "" : "s"}`;
 const AXES = {
-  completion_tokens: ["Completion tokens", brief], prompt_tokens: ["Prompt tokens", brief],
+  completion_tokens: ["Tokens generated", brief], prompt_tokens: ["Prompt tokens", brief],
   total_tokens: ["Total tokens", brief], duration_ms: ["Response time", seconds],
   ttft_ms: ["Time to first token", seconds], tokens_per_second: ["Tokens per second", plain],
 };
-/** Bars by the hour; the last one still grows. */
-function sparkline(values, label) {
-  const high = Math.max(...values.filter(known)), step = 100 / values.length;
-  return drawn("svg.spark", {viewBox: "0 0 100 28", preserveAspectRatio: "none", role: "img",
-    "aria-label": `${label}, by the hour`}, values.map((value, at) => {
-    const height = value > 0 ? Math.max(1.5, value / high * 28) : 0;
-    const kind = at < values.length - 1 ? "rect.soft" : "rect";
-    return drawn(kind, {x: at * step, width: step * .72, y: 28 - height, height});
-  }));
-}
+const isTokens = axis => axis.endsWith("tokens"), isTime = axis => axis.endsWith("_ms");
 /** Map values to pixels; on a logarithmic axis zero lies on the edge. Ticks: 1, 2, 5, tens. */
 function scaleOf(values, log, from, to) {
   const most = Math.max(...values), least = Math.min(...values.filter(value => value > 0), most);
   const [low, high] = !log ? [0, most * 1.04 || 1] : most > 0 ? [least / 1.2, most * 1.2] : [1, 10];
-  const bend = log ? Math.log : value => value, room = Math.max(2, Math.abs(to - from) / 80);
+  const bend = log ? Math.log : value => value, room = Math.max(3, Math.abs(to - from) / 90);
   const at = value => from + (to - from) *
     (bend(Math.max(value, low)) - bend(low)) / (bend(high) - bend(low));
   const share = part => log ? low * (high / low) ** part : high * part;
-  const ten = 10 ** Math.floor(Math.log10(log ? low : high / room));
-  const digits = Math.log10(high / low) > room / 3 ? [1] : [1, 2, 5];
+  const ticks = log ? logTicks(low, high, room) : linearTicks(high, room);
+  return {at, low, high, share, ticks};
+}
+function linearTicks(high, room) {
+  const ten = 10 ** Math.floor(Math.log10(high / room));
   const step = ten * [1, 2, 5, 10].find(digit => ten * digit >= high / room);
-  const ticks = Array.from({length: 40}, (_, n) =>
-    log ? digits.map(digit => digit * ten * 10 ** n) : n * step).flat();
-  return {at, low, high, share, ticks: ticks.filter(tick => tick >= low && tick <= high)};
+  return Array.from({length: Math.floor(high / step) + 1}, (_, n) => n * step);
+}
+/** Ticks at tens; at 1, 2 and 5 where there is room; even ones where a decade is not spanned. */
+function logTicks(low, high, room) {
+  const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
+  const make = digits => Array.from({length: last - first + 1}, (_, n) =>
+    digits.map(digit => digit * 10 ** (first + n))).flat().filter(at => at >= low && at <= high);
+  const tens = make([1]), fine = make([1, 2, 5]);
+  const sparse = tens.filter((_, at) => at % Math.ceil(tens.length / room) === 0);
+  const ticks = fine.length <= room ? fine : tens.length > room ? sparse : tens;
+  if (ticks.length >= 3) return ticks;
+  if (fine.length >= 3) return fine;
+  return [0.1, 0.5, 0.9].map(part => +(low * (high / low) ** part).toPrecision(2));
 }
 /** Axes and grid; where tokens meet time, also lines of equal speed. */
 function frameNodes(x, y, [across, formatX], [up, formatY], speeds, {left, right, top, bottom}) {
   const text = (x, y, anchor, words) => drawn("text", {x, y, "text-anchor": anchor}, words);
   const line = (x1, y1, x2, y2) => drawn("line.grid", {x1, y1, x2, y2});
-  return [text(0, 12, "start", `↑ ${up}`), text(right, bottom + 38, "end", `${across} →`),
+  // A label whose middle is near the edge would be cut there.
+  const anchor = at => at > right - 24 ? "end" : "middle";
+  return [text(0, 12, "start", `↑ ${up}`), text(right, bottom + 36, "end", `${across} →`),
     y.ticks.map(tick => [line(left, y.at(tick), right, y.at(tick)),
       text(left - 8, y.at(tick) + 4, "end", formatY(tick))]),
     x.ticks.map(tick => [line(x.at(tick), top, x.at(tick), bottom),
-      text(x.at(tick), bottom + 18, "middle", formatX(tick))]),
-    speeds.map(speed => {
-      const places = Array.from({length: 41}, (_, n) => x.share(n / 40))
-        .map(tokens => [x.at(tokens), tokens / speed * 1000])
-        .filter(([, ms]) => ms >= y.low && ms <= y.high).map(([at, ms]) => [at, y.at(ms)]);
-      const [endX, endY] = places.at(-1) ?? [];
-      return places.length > 8 && [drawn("polyline.guide", {points: places.join(" ")}),
-        text(endX - 4, Math.max(endY - 5, top + 10), "end", `${speed} tok/s`)];
-    })];
+      text(anchor(x.at(tick)) === "end" ? right : x.at(tick), bottom + 18, anchor(x.at(tick)),
+        formatX(tick))]),
+    speeds.map(speed => speedLine(x, y, speed, top))];
+}
+function speedLine(x, y, speed, top) {
+  const places = Array.from({length: 41}, (_, n) => x.share(n / 40))
+    .map(tokens => [x.at(tokens), tokens / speed * 1000])
+    .filter(([, ms]) => ms >= y.low && ms <= y.high).map(([at, ms]) => [at, y.at(ms)]);
+  const [endX, endY] = places.at(-1) ?? [];
+  return places.length > 8 && [drawn("polyline.guide", {points: places.join(" ")}),
+    drawn("text", {x: endX - 4, y: Math.max(endY - 5, top + 10), "text-anchor": "end"},
+      `${speed} tok/s`)];
+}
+const middleOf = sorted => sorted[Math.floor(sorted.length / 2)];
+/** A straight line through most of the points (Theil and Sen): odd ones do not bend it. */
+function fitOf(pairs) {
+  const step = Math.max(1, pairs.length / 80), some = [];
+  for (let at = 0; at < pairs.length; at += step) some.push(pairs[Math.floor(at)]);
+  if (some.length < 5) return null;
+  const slopes = [];
+  for (const [at, [x1, y1]] of some.entries())
+    for (const [x2, y2] of some.slice(at + 1)) if (x1 !== x2) slopes.push((y2 - y1) / (x2 - x1));
+  const slope = middleOf(slopes.sort((a, b) => a - b));
+  const base = middleOf(some.map(([x, y]) => y - slope * x).sort((a, b) => a - b));
+  const across = some.map(([x]) => x);
+  const isWide = Math.max(...across) > 1.5 * Math.min(...across) + 8;
+  return slope > 0 && isWide ? {slope, base} : null;
 }
 /** Let the mouse and the arrow keys walk over the points; Enter or a click opens one. */
 function followPoints(svg, ring, hint, places) {
@@ -18639,234 +19176,22 @@ function followPoints(svg, ring, hint, places) {
   });
 }
 const hintNodes = one => [[markNode(one.model), named(one.model)],
-  `${short(one.upstream_url)}, ${moment(one.timestamp)}, status ${one.status_code}` +
+  `${app.serverNames?.get(one.upstream_url) ?? short(one.upstream_url)}, ${moment(one.timestamp)}` +
     (one.failed ? ", failed" : ""),
   `${count(one.prompt_tokens)} → ${count(one.completion_tokens)} tokens`,
   `${span(one.duration_ms)}, first ${span(one.ttft_ms)}, ${plain(one.tokens_per_second)} tok/s`,
 ].map(line => node("div", line));
-// -- Overview --------------------------------------------------------------------------------
-function showStats(stats) {
-  const share = stats.error_rate, {p50, p95} = (app.stats = stats).latency_ms;
-  const byHour = test => app.hours.map(here => here.filter(test).length);
-  const timesOf = share => app.hours.map(here => quantile(here.map(one => one.duration_ms), share));
-  const tiles = [
-    ["All requests", brief(stats.total_requests)],
-    ["Last 24 hours", brief(stats.recent_requests),
-      stats.requests_per_hour.slice(1)],  // the first number is of more than an hour
-    ["OpenAI", brief(stats.openai_requests), byHour(one => one.service_type === "openai")],
-    ["Ollama", brief(stats.ollama_requests), byHour(one => one.service_type === "ollama")],
-    ["In flight", brief(app.running ?? stats.inflight_requests)],
-    ["Error rate", `${plain(share * 100)} %`, byHour(one => one.failed)],
-    ["Latency p50", span(p50), timesOf(.5)], ["Latency p95", span(p95), timesOf(.95)],
-  ];
-  byId("tiles").replaceChildren(...tiles.map(([name, value, line]) => node("div.card.tile",
-    node("dt", name), node("dd", value), line?.some(Boolean) && sparkline(line, name))));
-  trouble("log", stats.log.error &&
-    `The request log is in trouble, requests are relayed all the same: ${stats.log.error}`);
-}
-const showTable = ({error}) => trouble("table", error && `The old routes stay in force: ${error}`);
-/** Sort a sample of the last day into its hours, for the sparklines. */
-function showHours({data_points: points}) {
-  app.hours = Array.from({length: 24}, () => []);
-  for (const one of points)
-    app.hours[23 - Math.floor((Date.now() - Date.parse(one.timestamp)) / 3600e3)]?.push(one);
-  if (app.stats) showStats(app.stats);
-}
-/** Show the running requests; the nodes of those that still run stay. */
-function showFlights(rows) {
-  const old = app.flights, keyOf = row => `${row.id} ${row.sent_model}`;
-  app.flights = new Map(rows.map(row => [keyOf(row), Object.assign(
-    old.get(keyOf(row)) ?? flightNode(row), {row, since: performance.now() - row.elapsed_ms})]));
-  arrange(byId("flights"), rows.length ? [...app.flights.values()].map(flight => flight.element)
-    : [node("li.quiet", "Nothing is running now.")]);
-  const before = app.running;
-  app.running = rows.length;
-  if (app.stats && app.running !== before) showStats(app.stats);
-  tick();
-}
-function flightNode(row) {
-  const phase = node("span.badge.busy"), time = node("span.number"), tokens = node("span.small");
-  const text = node("details", {ontoggle: () => watchText(row.id, text)},
-    node("summary.small", "Text so far"), node("pre.code", {tabindex: 0}));
-  return {phase, time, tokens, element: node("li.flight", {"data-id": row.id},
-    node("div.line", node("a.grow", {href: `/request/${row.id}`}, modelNode(row)),
-      tokens, phase, time, stopNode(row.id)),
-    node("div.small", named(row.source_ip), " · ", named(row.path), row.upstream_url && " · ",
-      named(short(row.upstream_url))), text)};
-}
-const stopNode = id => node("button.stop", {async onclick({target: button}) {
-  button.disabled = true;
-  say(button, "Stopping");
-  await post(`/api/inflight/${id}/cancel`).catch(() => flightsSoon());  // it has just ended
-}}, "Stop");
-/** Show the text of a running request as it grows, once a second while it is open. */
-async function watchText(id, details) {
-  while (details.open && details.isConnected) {
-    const doc = document.hidden ? null : await askJson(`/api/request/${id}`).catch(() => null);
-    const words = doc && (doc.response_text || doc.response_thinking || "No text yet.");
-    if (words) say(details.lastChild, words);
-    details.lastChild.scrollTop = details.lastChild.scrollHeight;
-    await new Promise(done => setTimeout(done, 1000));
-  }
-}
-function tick() {
-  for (const {row, since, phase, time, tokens} of app.flights.values()) {
-    const passed = performance.now() - since;
-    say(phase, row.phase === "streaming" ? "▸ streaming" : "◌ waiting");
-    say(time, passed < 59950 ? `${(passed / 1000).toFixed(1)} s` : span(passed));
-    say(tokens, row.tokens ? `${count(row.tokens)} tokens` : "");
-  }
-}
-const STATES = {up: ["good", "✓ up"], cooling: ["warn", "◔ cooling"], down: ["bad", "✕ down"]};
-function showServers(servers) {
-  suggest("upstreams", servers.map(server => server.name));
-  byId("servers").replaceChildren(...servers.map(server => {
-    const [kind, word] = STATES[server.state] ?? ["idle", "? not asked yet"];
-    const facts = present({at: server.name && short(server.url), models: server.models.length,
-      listed: known(server.models_age_s) &&
-        (server.models_age_s ? `${span(server.models_age_s * 1000)} ago` : "just now"),
-      requests: server.requests, failed: server.errors, p50: server.p50_ms && span(server.p50_ms),
-      "failures in a row": server.failures});
-    return node("li",
-      node("div.line", node("span.grow", named(server.name || short(server.url))),
-        server.inflight > 0 && node("span.badge.busy", `… ${server.inflight} running`),
-        node(`span.badge.${kind}`, word)),
-      node("div.small", facts.map(([name, value]) => `${name} ${value}`).join(" · ")),
-      server.last_error && node("div.small", named(server.last_error, 200)));
-  }));
-}
-const PAGE_LENGTH = 100;
-const sizesOf = row => `${bytes(row.request_size)} → ${bytes(row.response_size)}`;
-const COLUMNS = [
-  ["Time", row => node("a", {href: `/request/${row.id}`}, moment(row.timestamp))],
-  ["Source", row => named(row.source_ip, 45)], ["Service", row => row.service_type],
-  ["Path", row => named(row.path, 40)],
-  ["Model", row => node("div", modelNode(row), storyNode(row))], ["Tokens", tokensNode, "number"],
-  ["Size", sizesOf, "number"], ["Duration", durationNode, "number"], ["Status", badgeNode],
-];
-const hasFailed = attempt => attempt.error || attempt.status >= 400;
-/** What went wrong, or round whom it went, in one quiet line. */
-function storyNode(row) {
-  const lost = row.attempts.slice(0, -1).filter(hasFailed), said = a => a.error ?? a.status;
-  const story = row.error_message || lost.map(a => `after ${a.instance}: ${said(a)}`).join("; ");
-  return story && node("div.small", named(story, 110));
-}
-function tokensNode(row) {
-  const both = [row.prompt_tokens, row.completion_tokens], guess = row.tokens_estimated;
-  return node("span", {title: guess && "estimated: the server sent no usage"}, guess && "≈ ",
-    both.some(known) ? both.map(brief).join(" → ") : "–");
-}
-/** The duration and a bar of it, a minute is full: waiting is its light part. */
-function durationNode({duration_ms: whole, ttft_ms: first}) {
-  const length = Math.sqrt(Math.min(1, whole / 60e3)), part = whole ? first / whole : 0;
-  const bar = (kind, share) => node(`i.${kind}`, {style: {width: `${100 * length * share}%`}});
-  return node("div", {title: `first token after ${span(first)}`}, span(whole),
-    node("div.meter", {"aria-hidden": "true"}, bar("soft", part), bar("hard", 1 - part)));
-}
-const cellNode = (label, kind, content) => node("td", {"data-label": label, class: kind}, content);
-const rowNode = (row, fresh) => node("tr", {class: fresh && "fresh", onclick(event) {
-  if (!event.target.closest("a") && !String(getSelection())) this.querySelector("a").click();
-}}, COLUMNS.map(([label, view, kind]) => cellNode(label, kind, view(row))));
-function showRows(rows) {
-  const old = app.rows, keyOf = row => `${row.id} ${row.completed_at}`;
-  app.rows = new Map(rows.map(row =>
-    [keyOf(row), old.get(keyOf(row)) ?? rowNode(row, old.size > 0)]));
-  arrange(byId("rows").tBodies[0], [...app.rows.values()]);
-  suggest("models", rows.flatMap(row => [row.original_model, row.mapped_model]));
-  suggest("sources", rows.map(row => row.source_ip));
-  byId("rows").hidden = !rows.length;
-  byId("newest").hidden = !params().has("before");
-  byId("newest").href = address({before: null});
-  byId("older").hidden = rows.length < PAGE_LENGTH;
-  byId("older").href = address({before: rows.at(-1)?.id});
-  byId("rows-empty").replaceChildren(rows.length ? ""
-    : present(valuesOf(byId("filters"))).length || params().has("before") ? empty(
-      "No request matches.", "Clear a filter, or look at the newest.")
-      : empty("No request yet.", "Point a client at this router, for example:", exampleNode(),
-        "or send a first chat with “Try it” above; it appears here by itself."));
-}
-const exampleNode = () => node("pre.code",
-  `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json' \\\n` +
-  `  -d '{"model": "NAME", "messages": [{"role": "user", "content": "Hello"}]}'\n\n` +
-  `OPENAI_BASE_URL=${location.origin}/v1\nOLLAMA_HOST=${location.origin}`);
-const loadRows = () => load("logs", {...valuesOf(byId("filters")), limit: PAGE_LENGTH,
-  before: params().get("before")}, showRows);
-const rowsSoon = paced(loadRows, 1000);
-const statsSoon = paced(() => load("stats", {hours: 24}, showStats), 3000);
-const flightsSoon = paced(() => load("inflight", null, showFlights), 500);
-const serversSoon = paced(() => load("upstreams", null, showServers), 5000);
-const tableSoon = paced(() => load("routes", null, showTable), 5000);
-const hoursSoon = paced(() => load("performance", {hours: 24, limit: 500}, showHours), 25_000);
-function openOverview() {
-  bindForm(byId("filters"), loadRows);
-  bindForm(byId("explain-form"), explain);
-  const head = COLUMNS.map(([label, , kind]) => node("th", {class: kind}, label));
-  byId("rows").tHead.append(node("tr", head));
-  if (params().has("explain")) explain();
-  setInterval(() => document.hidden || tick(), 100);
-  setInterval(() => app.flights.size && flightsSoon(), 1000);
-}
-function refreshOverview() {
-  for (const soon of [rowsSoon, statsSoon, flightsSoon, serversSoon, tableSoon, hoursSoon]) soon();
-}
-// -- Try it, Explain -------------------------------------------------------------------------
-/** Yield the JSON documents of an event stream. */
-async function* eventsOf(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "", part = {}; !part.done;) {
-    part = await reader.read();
-    const lines = (text + (part.value ?? "")).split("\n");
-    text = lines.pop();
-    for (const line of lines) if (/^data: *\{/.test(line)) yield JSON.parse(line.slice(5));
-  }
-}
-async function tryIt(event) {
-  event.preventDefault();
-  const {model, message} = valuesOf(event.target), messages = [{role: "user", content: message}];
-  const answer = byId("try-answer"), send = event.submitter, began = performance.now();
-  const note = words => say(byId("try-note"), words.replace("$", span(performance.now() - began)));
-  send.disabled = true;
-  answer.textContent = "";
-  note("Waiting for the first token");
-  try {
-    const {body} = await post("/v1/chat/completions", {model, stream: true, messages});
-    for await (const {error, choices} of eventsOf(body)) {
-      if (error) throw new Error(error.message);
-      const text = choices?.[0]?.delta?.content ?? "";
-      if (text && !answer.textContent) note("First token after $");
-      answer.append(text);
-    }
-    note("Done after $; it is in the list below");
-  } catch (error) {
-    const broken = error instanceof TypeError;  // the browser's; its words help nobody
-    note(broken ? "The answer broke off after $; the list below tells why" : error.message);
-  }
-  send.disabled = false;
-}
-const suggestModels = () => askJson("/v1/models").then(
-  ({data}) => suggest("models", data.map(model => model.id)),
-  error => say(byId("try-note"), error.message));
-async function explain() {
-  const {explain: model, from} = valuesOf(byId("explain-form"));
-  byId("explain").open = true;
-  const query = {model, source_host: from || "127.0.0.1"};
-  const {decision: goes, message} = await askJson("/api/routes", query).catch(error => error);
-  byId("explained").replaceChildren(goes ? node("div",
-    empty(goes.instances.length ? [named(goes.model), " goes by ", named(goes.route), " to"]
-      : [named(goes.model), " is refused: nothing claims it"],
-      goes.instances.map((one, at) =>
-        [at > 0 && ", else ", named(one.model), " on ", named(one.url)])),
-    stepsNode(goes.trail)) : message ?? "");
-}
-const stepsNode = steps => node("ol.steps", steps.map(({rule, matched, why}) =>
-  node(matched ? "li.hit" : "li.quiet", matched ? "✓ " : "· ", named(rule, 80), " ",
-    node("span.quiet", named(why, 300)))));
-// -- Performance -----------------------------------------------------------------------------
+// == 13  Performance ==========================================================================
 function showPerformance({data_points: points, models, meta}) {
-  Object.assign(app, {points, models, meta});
+  Object.assign(app, {points, meta});
   suggest("models", models.map(one => one.model));
   if (!byId("chart").querySelector(".hint:not([hidden])")) showChart();  // somebody reads it
-  showSpeeds();
+  showLeaders();
+}
+function showTrends({leaders, hours}) {
+  Object.assign(app, {leaders, hours});
+  showLeaders();
+  showTimes();
 }
 function showChart() {
   const figure = byId("chart"), {x: xAxis, y: yAxis, scale, model} = valuesOf(byId("lens"));
@@ -18874,8 +19199,10 @@ function showChart() {
   const points = app.shown = all.filter(one =>
     !hidden.has(one.model) && known(one[xAxis]) && known(one[yAxis]));
   const left = all.length - points.length;
-  say(byId("chart-title"), `${AXES[xAxis][0]} against ${AXES[yAxis][0].toLowerCase()}`);
-  say(byId("chart-note"), requests(points.length) +
+  const isUsual = xAxis === "completion_tokens" && yAxis === "duration_ms";
+  say(byId("chart-title"), isUsual ? "Response time by tokens generated"
+    : `${AXES[yAxis][0]} by ${AXES[xAxis][0].toLowerCase()}`);
+  say(byId("chart-note"), plural(points.length, "request") +
     (app.meta.sampled ? `, an even sample of ${count(app.meta.total_points)}` : "") +
     (left ? `, ${count(left)} hidden or without these figures` : ""));
   showLegend(hidden);
@@ -18887,33 +19214,69 @@ function showChart() {
   if (width > 0) figure.replaceChildren(...chartNodes(points, xAxis, yAxis, scale, width, height));
 }
 function chartNodes(points, xAxis, yAxis, scale, width, height) {
-  const box = {left: 64, right: width - 12, top: 24, bottom: height - 44};
+  const box = {left: 64, right: width - 8, top: 24, bottom: height - 42};
   const x = scaleOf(points.map(one => one[xAxis]), /x/.test(scale), box.left, box.right);
   const y = scaleOf(points.map(one => one[yAxis]), /y/.test(scale), box.bottom, box.top);
-  const places = points.map(one => [x.at(one[xAxis]), y.at(one[yAxis]), one]);
-  const dots = places.map(([across, up, {id, model, failed}]) =>
-    markPath(model, failed ? "path.dot.failed" : "path.dot", {"data-id": id,
-      transform: `translate(${across.toFixed(1)} ${up.toFixed(1)}) scale(.8)`}));
+  const places = app.places = points.map(one => [x.at(one[xAxis]), y.at(one[yAxis]), one]);
   const ring = drawn("circle.ring", {r: 9, visibility: "hidden"});
   const hint = node("div.hint", {hidden: true});
-  const label = `${requests(points.length)}. Arrow keys go from one to the next, Enter opens one.`;
-  const speeds = xAxis.endsWith("tokens") && yAxis === "duration_ms" ? [1, 10, 100, 1000] : [];
+  const label = `${plural(points.length, "request")}. ` +
+    "Arrow keys go from one to the next, Enter opens one.";
+  const speeds = isTokens(xAxis) && yAxis === "duration_ms" ? [1, 10, 100, 1000] : [];
+  const fits = isTokens(xAxis) && isTime(yAxis) ? fitLines(points, xAxis, yAxis, x, y) : [];
   const svg = drawn("svg", {role: "application", tabindex: 0, "aria-label": label},
-    frameNodes(x, y, AXES[xAxis], AXES[yAxis], speeds, box), dots, ring);
+    frameNodes(x, y, AXES[xAxis], AXES[yAxis], speeds, box), dotNodes(places), fits, ring);
   followPoints(svg, ring, hint, places);
   return [svg, hint];
+}
+const groupsOf = (list, keyOf) => {
+  const groups = new Map();
+  for (const one of list) {
+    const key = keyOf(one);
+    if (!groups.has(key)) groups.set(key, []);
+    groups.get(key).push(one);
+  }
+  return groups;
+};
+/** All marks of a model are one path: thousands of elements would stall the browser. */
+function dotNodes(places) {
+  const groups = groupsOf(places, ([, , {model, failed}]) => `${failed ? 1 : 0} ${model}`);
+  return [...groups.values()].map(group => {
+    const {model, failed} = group[0][2], shape = shapeOf(model);
+    const d = group.map(([x, y]) => `M${x.toFixed(1)} ${y.toFixed(1)}${shape}`).join("");
+    return drawn(failed ? "path.dots.hollow" : "path.dots", {d, style: {color: colourOf(model)}});
+  });
+}
+/** For each model the line that its points lie round, as far as they reach. */
+function fitLines(points, xAxis, yAxis, x, y) {
+  const groups = groupsOf(points.filter(one => !one.failed), one => one.model);
+  return [...groups].map(([model, group]) => {
+    const fit = fitOf(group.map(one => [one[xAxis], one[yAxis]]));
+    if (!fit) return null;
+    const across = group.map(one => one[xAxis]), least = Math.max(Math.min(...across), x.low);
+    const most = Math.max(...across);
+    const places = Array.from({length: 33}, (_, n) => least + (most - least) * (n / 32) ** 2)
+      .map(at => [x.at(at).toFixed(1), fit.base + fit.slope * at])
+      .filter(([, ms]) => ms >= y.low && ms <= y.high).map(([at, ms]) => [at, y.at(ms).toFixed(1)]);
+    return drawn("polyline.fit", {points: places.join(" "), style: {color: colourOf(model)},
+      "data-model": clip(model, 100)});
+  });
 }
 /** A button for each model; what is there stays, so that it keeps its focus. */
 function showLegend(hidden) {
   const counts = new Map(), old = [...byId("legend").children];
   for (const {model} of app.points) counts.set(model, (counts.get(model) ?? 0) + 1);
-  arrange(byId("legend"), [...counts].sort((a, b) => b[1] - a[1]).map(([model, number]) => {
+  const buttons = [...counts].sort((a, b) => b[1] - a[1]).map(([model, number]) => {
     const button = old.find(one => one.model === model) ?? Object.assign(node("button",
       {onclick: () => toggleModel(model)}, markNode(model), named(model), node("span")), {model});
     button.setAttribute("aria-pressed", String(!hidden.has(model)));
     say(button.lastChild, ` ${count(number)}`);
     return button;
-  }));
+  });
+  const note = old.find(one => one.matches(".small")) ?? node("span.small",
+    "Filled: answered. Hollow: failed. Solid line: what most points of a model lie on; ",
+    "dotted: equal speed.");
+  arrange(byId("legend"), counts.size ? [...buttons, note] : []);
 }
 function toggleModel(model) {
   const hidden = new Set(params().getAll("hide"));
@@ -18933,61 +19296,225 @@ function exportShown() {
   node("a", {href, download: "smolrouter.csv"}).click();
   setTimeout(() => URL.revokeObjectURL(href), 60_000);  // it is read after the click
 }
-const SPEEDS = [
-  ["Model", "model"], ["Requests", "requests", count], ["Errors", "errors", count],
-  ["p50", "p50_ms", span], ["p95", "p95_ms", span], ["First token p50", "ttft_p50_ms", span],
-  ["Tokens/s", "tokens_per_second", plain], ["Prompt tokens", "prompt_tokens", brief],
-  ["Completion tokens", "completion_tokens", brief],
+const LEADERS = [
+  ["Model", "model"], ["Server", "server"], ["Requests", "requests", count],
+  ["Errors", "error_share", given(percent)], ["Tokens/s", "tokens_per_second", plain],
+  ["Spread", "spread", null], ["First p50", "ttft_p50_ms", span], ["First p95", "ttft_p95_ms",
+    span],
+  ["Prefill tok/s", "prefill", plain], ["Decode tok/s", "decode", plain],
+  ["Week before", "change", null],
 ];
-/** A model on each of its servers, from the points: which box is fast for it. */
-function speedsByServer(model) {
-  const points = app.points.filter(point => point.model === model);
-  const servers = [...new Set(points.map(point => point.upstream_url))].sort();
-  return servers.length < 2 ? [] : servers.map(server => {
-    const here = points.filter(point => point.upstream_url === server);
-    const of = (name, share) => quantile(here.map(point => point[name]), share);
-    const sum = name => here.reduce((total, point) => total + (point[name] ?? 0), 0);
-    return {server, requests: here.length,
-      errors: here.filter(one => one.failed).length, p50_ms: of("duration_ms", .5),
-      p95_ms: of("duration_ms", .95), ttft_p50_ms: of("ttft_ms", .5),
-      tokens_per_second: of("tokens_per_second", .5),
-      prompt_tokens: sum("prompt_tokens"), completion_tokens: sum("completion_tokens")};
-  });
+/** What the points add to a row of sums: the spread of speeds, and what their lines say. */
+function withFits(row, points) {
+  const clean = points.filter(one => !one.failed && known(one.ttft_ms));
+  const prefill = fitOf(clean.filter(one => known(one.prompt_tokens)).map(one =>
+    [one.prompt_tokens - (one.cached_tokens ?? 0), one.ttft_ms]));
+  const decode = fitOf(clean.filter(one => one.completion_tokens).map(one =>
+    [one.completion_tokens, one.duration_ms - one.ttft_ms]));
+  const speed = row.tokens_per_second, before = row.before?.tokens_per_second;
+  return {...row, server: app.serverNames?.get(row.upstream_url) ?? short(row.upstream_url),
+    error_share: row.requests ? row.errors / row.requests : null,
+    speeds: points.filter(one => !one.failed).map(one => one.tokens_per_second).filter(known),
+    prefill: prefill && 1000 / prefill.slope, decode: decode && 1000 / decode.slope,
+    change: speed && before ? speed / before - 1 : null};
 }
 const sorting = () => params().get("sort") ?? "-requests";  // a minus is for descending
-function showSpeeds() {
-  const table = byId("speeds"), by = sorting().replace("-", ""), down = sorting() !== by;
+function showLeaders() {
+  const table = byId("leaders"), by = sorting().replace("-", ""), down = sorting() !== by;
+  const groups = groupsOf(app.points, one => JSON.stringify([one.model, one.upstream_url]));
+  const rows = app.leaders.map(row =>
+    withFits(row, groups.get(JSON.stringify([row.model, row.upstream_url])) ?? []));
   const compare = (a, b) => ((a[by] ?? -1) > (b[by] ?? -1)) - ((a[by] ?? -1) < (b[by] ?? -1));
-  const sorted = [...app.models].sort((a, b) => down ? compare(b, a) : compare(a, b));
-  for (const [at, [, key]] of SPEEDS.entries()) table.tHead.rows[0].cells[at]
+  rows.sort((a, b) => down ? compare(b, a) : compare(a, b));
+  for (const [at, [, key]] of LEADERS.entries()) table.tHead.rows[0].cells[at]
     .setAttribute("aria-sort", key !== by ? "none" : down ? "descending" : "ascending");
-  const name = row => row.server ? named(`on ${short(row.server)}`)
-    : node("span", markNode(row.model), named(row.model));
-  const line = row => node(row.server ? "tr.under" : "tr", SPEEDS.map(([label, key, format]) =>
-    cellNode(label, format && "number", format ? format(row[key]) : name(row))));
-  const rows = sorted.flatMap(row => [row, ...speedsByServer(row.model)]);
-  table.tBodies[0].replaceChildren(...rows.map(line));
+  const fastest = Math.max(1, ...rows.flatMap(row => quantile(row.speeds, .98) ?? 0));
+  table.tBodies[0].replaceChildren(...rows.map(row => node("tr", LEADERS.map(([, key, format]) =>
+    node("td", {class: format && "number"}, leaderCell(row, key, format, fastest))))));
+  table.hidden = !rows.length;
+}
+function leaderCell(row, key, format, fastest) {
+  if (key === "model") return node("span", markNode(row.model), named(row.model));
+  if (key === "spread") return spreadNode(row.speeds, fastest);
+  if (key === "change") return changeNode(row);
+  if (key === "error_share" && row.errors) return node("span.is-bad", percent(row.error_share));
+  return format ? format(row[key]) : named(row[key], 40);
+}
+/** A line for each speed, and a strong one in their middle. */
+function spreadNode(speeds, fastest) {
+  if (!speeds.length) return "–";
+  const at = speed => 1 + Math.min(1, speed / fastest) * 110, some = speeds.slice(-120);
+  const line = (kind, speed) => drawn(`line.${kind}`, {x1: at(speed), x2: at(speed), y1: 1,
+    y2: 13});
+  return drawn("svg.spread", {viewBox: "0 0 112 14", role: "img", "aria-label":
+    `${plain(quantile(speeds, .1))} to ${plain(quantile(speeds, .9))} tokens per second for most`},
+  drawn("line", {x1: 0, x2: 112, y1: 7, y2: 7}), some.map(speed => line("point", speed)),
+  line("middle", quantile(speeds, .5)));
+}
+/** Faster or slower than in the week before, in words, a sign and a colour. */
+function changeNode({change}) {
+  if (!known(change)) return node("span.quiet", "–");
+  if (Math.abs(change) < .03) return node("span.quiet", "as before");
+  return change > 0 ? node("span.is-good", `▲ ${percent(change)} faster`)
+    : node("span.is-bad", `▼ ${percent(-change)} slower`);
 }
 function sortBy(key) {
-  amend({sort: sorting() === `-${key}` ? key : `-${key}`});
-  showSpeeds();
+  const first = LEADERS.find(([, name]) => name === key)[2] ? `-${key}` : key;  // names from A
+  amend({sort: sorting() === first ? first.startsWith("-") ? key : `-${key}` : first});
+  showLeaders();
 }
-function loadPerformance() {
-  const {hours, model, service_type} = valuesOf(byId("lens"));
-  return load("performance", {hours, model, service_type, limit: 2000}, showPerformance);
+/** Two lines over time, each with the same hours of the day or week before. */
+function showTimes() {
+  for (const [id, key, format] of [["speed-chart", "tokens_per_second", plain],
+    ["first-chart", "ttft_p50_ms", seconds]]) {
+    const {width, height} = byId(id).getBoundingClientRect();
+    if (width > 0) byId(id).replaceChildren(timeChart(app.hours ?? [], key, format, width, height));
+  }
+}
+function timeChart(hours, key, format, width, height) {
+  const half = hours.length / 2, before = hours.slice(0, half), now = hours.slice(half);
+  const values = hours.map(one => one[key]).filter(known);
+  if (!values.length) return node("p.quiet", "No figures in this time.");
+  const box = {left: 56, right: width - 8, top: 8, bottom: height - 22};
+  const x = at => box.left + (box.right - box.left) * at / Math.max(1, half - 1);
+  const y = scaleOf(values, false, box.bottom, box.top);
+  const path = list => list.map((one, at) => known(one[key]) && [at, y.at(one[key])]);
+  return drawn("svg", {role: "img", "aria-label": `By the hour, now ${format(now.at(-1)?.[key])}`},
+    y.ticks.map(tick => [drawn("line.grid", {x1: box.left, x2: box.right, y1: y.at(tick),
+      y2: y.at(tick)}),
+      drawn("text", {x: box.left - 8, y: y.at(tick) + 4, "text-anchor": "end"}, format(tick))]),
+    [0, .25, .5, .75, 1].map(part => Math.round(part * (half - 1))).map(at => drawn("text",
+      {x: x(at),
+      y: height - 4, "text-anchor": at === 0 ? "start" : at === half - 1 ? "end" : "middle"},
+    half > 24 ? local(now[at].begin).slice(5, 10) : clock(now[at].begin))),
+    lineOf(path(before), x, "guide"), lineOf(path(now), x, "trace"),
+    now.map((one, at) => known(one[key]) && drawn("circle.knot", {cx: x(at), cy: y.at(one[key]),
+      r: half > 24 ? 1.5 : 2.5},
+      drawn("title", `${local(one.begin).slice(0, 16)}: ${format(one[key])}, ` +
+        `before ${format(before[at]?.[key])}`))));
+}
+/** A line through the places that are there; hours without a figure are gaps. */
+function lineOf(places, x, kind) {
+  let d = "", isOpen = false;
+  for (const place of places) {
+    if (place) d += `${isOpen ? "L" : "M"}${x(place[0]).toFixed(1)} ${place[1].toFixed(1)}`;
+    isOpen = Boolean(place);
+  }
+  return drawn(`path.${kind}`, {d});
+}
+function lensValues() {
+  const {hours, model, upstream, service_type} = valuesOf(byId("lens"));
+  return {hours, model, upstream, service_type};
+}
+async function loadPerformance() {
+  if (!app.serverNames) await load("upstreams", null, nameServers);
+  await Promise.all([load("performance", {...lensValues(), limit: 2000}, showPerformance),
+    load("trends", lensValues(), showTrends)]);
+}
+function nameServers(servers) {
+  app.serverNames = new Map(servers.map(({name, url}) => [url, name || short(url)]));
+  suggest("upstreams", servers.map(server => server.name));
 }
 const performanceSoon = paced(loadPerformance, 5000);
 function openPerformance() {
   for (const [name, chosen] of [["x", "completion_tokens"], ["y", "duration_ms"]])
     byId("lens").elements[name].append(...Object.entries(AXES).map(([value, [label]]) =>
       node("option", {value, selected: value === chosen}, label)));
-  byId("speeds").tHead.append(node("tr", SPEEDS.map(([label, key, format]) => node("th",
-    {class: format && "number"}, node("button", {onclick: () => sortBy(key)}, label)))));
+  byId("leaders").tHead.append(node("tr", LEADERS.map(([label, key, format]) => node("th",
+    {class: format && "number", scope: "col"}, key === "spread" ? label
+      : node("button", {onclick: () => sortBy(key)}, label)))));
   bindForm(byId("lens"), loadPerformance);
   byId("export").onclick = exportShown;
-  new ResizeObserver(showChart).observe(byId("chart").parentNode);
+  new ResizeObserver(() => { showChart(); showTimes(); }).observe(byId("chart").parentNode);
 }
-// -- Request ---------------------------------------------------------------------------------
+// == 15  Markdown =============================================================================
+// What models write, as nodes: no markup of theirs is ever read as such. Links lead to http and
+// https alone; pictures from elsewhere are links, as everything that would be fetched.
+const INLINE = new RegExp([
+  "`([^`\\n]{1,2000})`", "\\*\\*([^*\\n]{1,2000})\\*\\*", "\\*([^*\\s][^*\\n]{0,2000})\\*",
+  "~~([^~\\n]{1,2000})~~", "!?\\[([^\\]\\n]{0,500})\\]\\(([^()\\s]{1,2000})\\)",
+  "(https?://[^\\s<>()\"'`]{1,2000})"].join("|"), "g");
+const safeLink = (url, words) => node("a", {href: /^https?:\/\//i.test(url) && url,
+  rel: "noreferrer", target: "_blank", title: clip(url, 300)}, words);
+/** Read what stands in a line: code, bold, italic, struck, links. */
+function inlineNodes(text) {
+  const nodes = [];
+  let at = 0;
+  for (const found of text.matchAll(INLINE)) {
+    const [whole, code, bold, italic, struck, words, target, url] = found;
+    nodes.push(text.slice(at, found.index));
+    at = found.index + whole.length;
+    nodes.push(code ? node("code", code) : bold ? node("strong", inlineNodes(bold))
+      : italic ? node("em", inlineNodes(italic)) : struck ? node("s", inlineNodes(struck))
+        : target ? pictureOrLink(whole, words, target) : safeLink(url, url));
+  }
+  return [...nodes, text.slice(at)];
+}
+const pictureOrLink = (whole, words, url) => whole[0] === "!" && isPicture(url)
+  ? node("img", {src: url, alt: words || "Image"}) : safeLink(url, words || url);
+/** Each kind of block: how its first line looks, and a reader that eats lines. */
+const BLOCKS = [
+  [/^ {0,3}(`{3,}|~{3,})/, readFence], [/^#{1,6}\s/, readHeading],
+  [/^ {0,3}([-*_])( *\1){2,} *$/, lines => { lines.shift(); return node("hr"); }],
+  [/^>/, readQuote], [/^\s*([-*+]|\d{1,9}[.)])\s+\S/, readList], [/^\s*\|.*\|\s*$/, readTable]];
+function markdownNodes(text) {
+  const lines = String(text).split("\n"), nodes = [];
+  while (lines.length) {
+    if (!lines[0].trim()) { lines.shift(); continue; }
+    const [, read] = BLOCKS.find(([begin]) => begin.test(lines[0])) ?? [null, readParagraph];
+    nodes.push(read(lines));
+  }
+  return nodes;
+}
+function readFence(lines) {
+  const mark = /^ {0,3}(`{3,}|~{3,})/.exec(lines.shift())[1], code = [];
+  while (lines.length && !lines[0].trim().startsWith(mark)) code.push(lines.shift());
+  lines.shift();
+  return node("pre.code", {tabindex: 0}, node("code", code.join("\n")));
+}
+function readHeading(lines) {
+  return node("h4", inlineNodes(lines.shift().replace(/^#+\s+|\s+#+\s*$/g, "")));
+}
+function readQuote(lines) {
+  const quoted = [];
+  while (/^>/.test(lines[0] ?? "")) quoted.push(lines.shift().replace(/^> ?/, ""));
+  return node("blockquote", quoted.length > 500 ? quoted.join("\n")
+    : markdownNodes(quoted.join("\n")));
+}
+/** A list; what is indented deeper belongs to the item above it. */
+function readList(lines) {
+  const indent = /^\s*/.exec(lines[0])[0].length, ordered = /^\s*\d/.test(lines[0]), items = [];
+  while (lines.length) {
+    const found = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/.exec(lines[0]);
+    const deep = /^\s*/.exec(lines[0])[0].length;
+    if (found && deep <= indent + 1 && /^\d/.test(found[2]) === ordered && deep >= indent - 1)
+      items.push([found[3]]);
+    else if (items.length && lines[0].trim() &&
+      deep > indent) items.at(-1).push(lines[0].slice(indent + 2));
+    else break;
+    lines.shift();
+  }
+  return node(ordered ? "ol" : "ul", items.map(([first, ...rest]) =>
+    node("li", inlineNodes(first), rest.length && rest.length < 500 &&
+      markdownNodes(rest.join("\n")))));
+}
+function readTable(lines) {
+  const rows = [];
+  while (/^\s*\|.*\|\s*$/.test(lines[0] ?? "")) rows.push(lines.shift().trim().slice(1,
+    -1).split("|"));
+  const hasHead = rows[1]?.every(cell => /^\s*:?-+:?\s*$/.test(cell));
+  const body = hasHead ? rows.slice(2) : rows;
+  const row = (cells, tag) => node("tr", cells.map(cell => node(tag, inlineNodes(cell.trim()))));
+  return node("div.scroll", node("table", hasHead && node("thead", row(rows[0], "th")),
+    node("tbody", body.map(cells => row(cells, "td")))));
+}
+function readParagraph(lines) {
+  const words = [lines.shift()];
+  while (lines.length && lines[0].trim() && !BLOCKS.some(([begin]) => begin.test(lines[0])))
+    words.push(lines.shift());
+  return node("p.plain", inlineNodes(words.join("\n")));
+}
+// == 16  Request ==============================================================================
 function openRequest() {
   const inline = byId("request-data").textContent;
   if (inline) showRequest(JSON.parse(inline));
@@ -18997,6 +19524,7 @@ async function loadRequest() {
     showRequest(await askJson(`/api/request/${location.pathname.split("/")[2]}`));
     trouble("request", null);
   } catch (error) {
+    if (!known(error.status)) throw error;
     if (error.status !== 404) return error.status && trouble("request", error.message);
     byId("request").replaceChildren(node("section.card", empty("There is no such request.",
       "It may be older than MAX_LOG_AGE_DAYS. ", node("a", {href: "/"}, "Look at the newest."))));
@@ -19006,94 +19534,291 @@ const requestSoon = paced(loadRequest, 1000);
 const pingSoon = paced(() => askJson("/api/session").catch(() => {}), 10_000);
 /** Show a request; while it runs, only what changes is made anew, once a second. */
 function showRequest(doc) {
-  const old = [...byId("turns").children];
+  const isNews = app.request?.is_inflight !== doc.is_inflight;
   document.title = `${clip(doc.original_model || doc.path, 40)} · SmolRouter`;
-  if (app.request?.is_inflight !== doc.is_inflight) byId("raw").replaceChildren(
-    rawNode("Request", doc, "request"), rawNode("Response", doc, "response"));
   app.request = doc;
+  if (isNews) byId("raw").replaceChildren(
+    rawNode("Request", doc, "request"), rawNode("Response", doc, "response"));
   byId("head").replaceChildren(...headNodes(doc));
-  byId("story").replaceChildren(trailNode(doc), phasesNode(doc), factsNode(doc),
-    node("details", {open: byId("rules")?.open, id: "rules"},
-      node("summary", node("h3", `Rules tried: ${doc.trail.length}`)), stepsNode(doc.trail)));
-  byId("talk").hidden = !doc.transcript.length;
-  arrange(byId("turns"), doc.transcript.map((turn, at) => {
-    const key = JSON.stringify(turn);
-    return old[at]?.key === key ? old[at] : Object.assign(turnNode(turn), {key});
-  }));
+  const reason = reasonNode(doc);
+  byId("reason").hidden = !reason;
+  byId("reason").replaceChildren(reason ?? "");
+  showAnswer(doc);
+  showStory(doc);
+  showTurns(doc);
   if (doc.is_inflight) requestSoon();
+  else if (isNews && doc.session) showOthers(doc);
 }
-const headNodes = doc => [node("h1", modelNode(doc)), badgeNode(doc),
-  node("span.quiet", `${doc.method} `, named(doc.path, 80),
-    ` from ${doc.source_ip}, ${local(doc.timestamp)}`),
-  node("span.push.line", doc.is_inflight && stopNode(doc.id), copyNode("Copy as curl",
-    () => curlOf(doc), doc.request_body_cut || doc.request_body_encoding === "base64" ||
-      doc.request_body?.includes("\0")))];
-/** Asked for -> mapped -> rule -> attempt 1 failed -> attempt 2 answered. */
-function trailNode(doc) {
-  const step = (title, text, kind = "idle") => text && node("li",
-    node(`div.step.${kind}`, title, node("b", named(text, 120))));
-  const changed = (to, from) => to !== from && to, asked = doc.original_model;
-  return node("ol.trail", {"aria-label": "How it was routed"},
-    step("Asked for", asked || "no model"), step("Mapped to", changed(doc.mapped_model, asked)),
-    step("By rule", doc.route), step("Sent as", changed(doc.sent_model, doc.mapped_model || asked)),
-    doc.attempts.map((one, at) => {
-      const [kind, sign, word] = hasFailed(one) ? ["bad", "✕", "failed"]
-        : one.status ? ["good", "✓", "answered"] : ["busy", "…", "runs"];
-      return step(`Attempt ${at + 1} ${word}, ${span(one.duration_ms)}`,
-        `${sign} ${one.instance}: ${one.error ?? one.status ?? doc.phase}`, kind);
-    }), step("Ended", doc.error_message, doc.status_code === 499 ? "warn" : "bad"));
+function headNodes(doc) {
+  const [kind, sign, words] = outcomeOf(doc), isFailed = kind === "bad";
+  const more = doc.is_inflight ? doc.phase : known(doc.duration_ms) &&
+    `in ${span(doc.duration_ms)}`;
+  const server = serverOf(doc);
+  return [node("h1.line", node(`span.badge.${kind}`,
+    `${sign} ${isFailed ? "failed" : clip(words, 60)}`), " ",
+    modelNode(doc)),
+  node("span.quiet", server && ["on ", named(server), " "], more, doc.status_code &&
+    ` · ${doc.status_code}`),
+  node("span.push.line", neighbourNodes(doc), doc.is_inflight && stopNode(doc.id),
+    doc.response_text && copyNode("Copy answer", () => doc.response_text),
+    copyNode("Copy as curl", () => curlOf(doc), doc.request_body_cut ||
+      doc.request_body_encoding === "base64" || doc.request_body?.includes("\0")),
+    doc.transcript.length > 0 && [node("button",
+      {onclick: () => openTry(doc.original_model, messagesOf(doc))}, "Open in Try it"),
+    node("a.button", {href: `/compare?request=${doc.id}`}, "Compare")])];
 }
-/** Where the time went: failed attempts, waiting for the first token, streaming. */
-function phasesNode(doc) {
-  const age = doc.is_inflight ? Date.now() - Date.parse(doc.timestamp) : 0;
-  const whole = doc.duration_ms ?? Math.max(age, doc.ttft_ms), first = doc.ttft_ms ?? whole;
-  const lost = doc.attempts.filter(hasFailed).reduce((sum, one) => sum + one.duration_ms, 0);
-  const bars = [["p-fail", "failed attempts", Math.min(lost, first)], ["p-wait", "waiting",
-    first - lost], ["p-flow", "streaming", whole - first]].filter(([, , ms]) => ms > 0);
-  return node("div", node("div.phases", {"aria-hidden": "true"},
-    bars.map(([kind, , ms]) => node(`i.${kind}`, {style: {flex: `${1e3 * ms} 1 0`}}))),
-  node("p.line.key", bars.map(([kind, name, ms]) =>
-    node("span", node(`i.${kind}`), ` ${name} `, node("b", span(ms)))),
-  node("span.push", "in all ", node("b", span(whole)))));
+/** The requests above and below this one in the list that it was opened from. */
+function neighbours(doc) {
+  let list = [];
+  try { list = JSON.parse(sessionStorage.list); } catch { /* it was opened from elsewhere */ }
+  const at = list.indexOf(doc.id);
+  return at < 0 ? [] : [list[at - 1], list[at + 1]];
 }
-function factsNode(doc) {
-  const facts = {
-    "Tokens": tokensNode(doc), "Cached prompt": doc.cached_tokens && count(doc.cached_tokens),
-    "Tokens per second": doc.tokens_per_second && plain(doc.tokens_per_second),
-    "Size": sizesOf(doc), "Server": doc.upstream_url, "Stream": doc.stream ? "yes" : "no",
-    "Client": doc.user_agent, "Key's fingerprint": doc.client_key, "Request id": doc.request_id,
-    "Started": local(doc.timestamp), "Ended": doc.completed_at && local(doc.completed_at)};
-  return node("dl.facts", present(facts).map(([name, value]) => node("div",
-    node("dt", name), node("dd", value.nodeType ? value : named(value, 200)))));
+const neighbourNodes = doc => neighbours(doc).map((id, at) => id && node("button.bare",
+  {onclick: () => neighbour(at ? 1 : -1), title: at ? "key j" : "key k"}, at ? "Older ↓"
+    : "Newer ↑"));
+function neighbour(by) {
+  const id = app.request && neighbours(app.request)[by > 0 ? 1 : 0];
+  if (id) location.replace(`/request/${id}`);  // so that Back still leads to the list
+}
+function leaveRequest() {
+  const isOfList = app.request && neighbours(app.request).length > 0;
+  if (isOfList && history.length > 1) history.back();
+  else location.assign("/");
+}
+/** Why it failed, in red: the words of the router, or those of the server that said no. */
+function reasonNode({error_message: error, failed, status_code: status, attempts}) {
+  const last = attempts.at(-1)?.error;
+  if (!failed && !error) return null;
+  const words = REASONS[error] ?? error ?? last ?? `The server answered with the status ${status}.`;
+  return node(`p.reason.${status === 499 ? "warn" : "bad"}`, {role: "alert"}, named(words, 2000));
+}
+/** The answer stands first; the conversation below has it as its last turn, too. */
+function showAnswer(doc) {
+  const {response_text: text, response_thinking: thinking} = doc, place = byId("answer");
+  const last = doc.transcript.at(-1);
+  place.hidden = !(text || thinking);
+  if (place.hidden || place.text === `${text} ${thinking}`) return;
+  place.text = `${text} ${thinking}`;
+  place.replaceChildren(node("h2", "Answer"), thinking && thoughtNode(thinking, doc.is_inflight &&
+    !text),
+    saidNode(text ?? "", last?.role === "assistant" ? last : {}));
+}
+function showTurns(doc) {
+  const old = [...byId("turns").children], turns = doc.transcript;
+  // The last words of the user are open; older turns, and the answer above, are one line each.
+  const lastAsked = turns.map(turn => turn.role).lastIndexOf("user");
+  const isNews = (turn, at) => at >= lastAsked && !(turn.content && at === turns.length - 1 &&
+    turn.content === doc.response_text);
+  byId("talk").hidden = !turns.length;
+  arrange(byId("turns"), turns.map((turn, at) => {
+    const key = JSON.stringify(turn);
+    return old[at]?.key === key ? old[at]
+      : Object.assign(turnNode(turn, old[at]?.open ?? isNews(turn, at)), {key});
+  }));
 }
 const ROLES = {system: "System", user: "User", assistant: "Answer", tool: "Tool result"};
-/** A message of the conversation; it can be folded, a long one scrolls. */
-function turnNode({role, name, content, thinking, images, tool_calls: calls}) {
-  const isJson = role === "tool" && /^\s*[[{]/.test(content);
-  return node(`details.turn.${ROLES[role] ? role : "other"}`, {open: true},
-    node("summary", node("h3", ROLES[role] ?? named(role, 30), name && [" ", named(name)])),
-    thinking && node("details.thought",
-      node("summary", `Thinking, ${count(thinking.length)} characters`), saidNode(thinking)),
-    (images ?? []).map(imageNode), content && (isJson ? jsonNode(content) : saidNode(content)),
-    (calls ?? []).map(call =>
-      [node("div.small", "calls ", node("b", named(call.name))), jsonNode(call.arguments)]));
+/** A turn of the conversation; an older one is folded to one line. */
+function turnNode(turn, open) {
+  const {role, name, content, thinking, tool_calls: calls} = turn;
+  const first = content.trim() || (calls ?? []).map(call => `calls ${call.name}`).join(", ") ||
+    thinking;
+  return node(`details.turn.${ROLES[role] ? role : "other"}`, {open},
+    node("summary", node("h3", ROLES[role] ?? named(role, 30), name && [" ", named(name)]),
+      node("span.first.quiet.cut", named(first, 160))),
+    node("div.body", thinking && thoughtNode(thinking),
+      (content || turn.images?.length) && saidNode(content, turn), (calls ?? []).map(call =>
+        node("div", node("div.small", "calls ", node("b", named(call.name))),
+          jsonNode(call.arguments)))));
 }
-/** Text with its fenced code set off. */
-const saidNode = text => node("div.said", text.split(/^```/m).map((part, at) => at % 2
-  ? node("pre.code", part.slice(part.indexOf("\n") + 1).trimEnd())
-  : at ? part.trimStart() : part));
+const thoughtNode = (text, open) => node("details.thought", {open},
+  node("summary", `Thinking, ${plural(text.length, "character")}`), node("p.plain", text));
+const LONG_TEXT = 200_000;
+/** A text with its pictures where they stand: JSON is indented, the rest is Markdown. */
+function saidNode(text, {role, images = [], image_at: places = []}) {
+  const read = part => role === "system" || part.length > LONG_TEXT ? node("p.plain", part)
+    : markdownNodes(part);
+  if (/^\s*[[{]/.test(text) && isJson(text)) return jsonNode(text);
+  const parts = [], cuts = images.map((_, at) => places[at] ?? text.length);
+  let begin = 0;
+  for (const [at, url] of images.entries()) {
+    parts.push(read(text.slice(begin, cuts[at])), imageNode(url));
+    begin = Math.max(begin, cuts[at]);
+  }
+  return node("div.said", {tabindex: 0, role: "group", "aria-label": "Text"}, parts,
+    read(text.slice(begin)));
+}
+const isPicture = url => /^data:image\/[\w.+-]+[;,]/i.test(url);
 /** Only data: images are loaded; an address elsewhere is a link, anything else not even that. */
-function imageNode(url) {
-  if (/^data:image\/[\w.+-]+[;,]/i.test(url)) return node("img", {src: url, alt: "Image"});
-  const href = /^https?:\/\//i.test(url) && url;
-  const more = {href, rel: "noreferrer", target: "_blank"};
-  return node("p", "Image: ", node("a", more, named(url, 120)));
+const imageNode = url => isPicture(url) ? node("img", {src: url, alt: "Image"})
+  : node("p", "Image: ", safeLink(url, named(url, 120)));
+function isJson(text) {
+  try { return Boolean(JSON.parse(text)); } catch { return false; }
 }
 /** JSON indented; what is none is shown as it is. */
 function jsonNode(text) {
   let pretty = String(text);
   try { pretty = JSON.stringify(JSON.parse(text), null, 2); } catch { /* no JSON */ }
   return node("pre.code", {tabindex: 0}, pretty);
+}
+/** How it was routed, where the time went, and the figures; what is unusual stands first. */
+function showStory(doc) {
+  const isOpen = byId("rules")?.open;
+  byId("story").replaceChildren(noticeNode(doc) || "", node("h2", "How it went"), trailNode(doc),
+    phasesNode(doc), factsNode(doc), node("details", {open: isOpen, id: "rules"},
+      node("summary.small", `Rules tried: ${doc.trail.length}`), stepsNode(doc.trail)));
+}
+function noticesOf(doc) {
+  const lost = doc.attempts.slice(0, -1).filter(hasFailed).length, changes = changesOf(doc);
+  return [...(doc.warnings ?? []).map(wordsOfWarning),
+    doc.tokens_estimated && "tokens are estimated: the server sent no usage",
+    lost > 0 && `answered at try ${doc.attempts.length}`,
+    doc.queued_ms > 1000 && `waited ${span(doc.queued_ms)} for a slot`,
+    changes.length > 0 && `parameters changed: ${changes.join(", ")}`,
+    doc.request_body_cut && "the request was too long to be kept whole",
+    doc.response_body_cut && "the answer was too long to be kept whole"].filter(Boolean);
+}
+/** What the router changed in a request's parameters, as words. */
+function changesOf({changed}) {
+  if (!changed) return [];
+  if (Array.isArray(changed)) return changed.map(one => typeof one === "string" ? one
+    : JSON.stringify(one));
+  return Object.entries(changed).map(([name, value]) => `${name} = ${JSON.stringify(value)}`);
+}
+function noticeNode(doc) {
+  const notices = noticesOf(doc);
+  return notices.length && node("ul.notice.is-warn", notices.map(one => node("li", named(one,
+    300))));
+}
+/** A rule by its words: `routes[2]` is rule 3, and why it matched. */
+function ruleWords({route, trail}) {
+  const why = trail.filter(step => step.matched).map(step => step.why).filter(Boolean).at(-1);
+  const words = route.replace(/^routes\[(\d+)\]/, (_, at) => `rule ${+at + 1}`);
+  return why ? `${words} · ${why}` : words;
+}
+/** Asked for -> mapped to -> by rule -> one instance refused, another one answered. */
+function trailNode(doc) {
+  const step = (sign, kind, ...words) => node("li", node(`span.${kind}`, {"aria-hidden": "true"},
+    sign),
+    node("span", words));
+  const {original_model: asked, mapped_model: mapped} = doc;
+  return node("ol.trail", {"aria-label": "How it was routed"},
+    step("→", "quiet", "asked for ", node("b", named(asked || "no model", 120))),
+    mapped && mapped !== asked && step("→", "quiet", "mapped to ", node("b", named(mapped, 120))),
+    doc.route && step("→", "quiet", "by ", named(ruleWords(doc), 300)),
+    known(doc.queued_ms) && doc.queued_ms > 0 && step("◷", "is-warn",
+      `waited ${span(doc.queued_ms)} for a slot`),
+    doc.attempts.map(one => {
+      const [kind, sign, word] = hasFailed(one) ? ["is-bad", "✕", "failed"]
+        : one.status ? ["is-good", "✓", "answered"] : ["is-busy", "…", "runs"];
+      const said = one.error ?? one.status ?? doc.phase;
+      return step(sign, kind, node("b", named(one.instance.replace(one.upstream_url,
+        short(one.upstream_url)), 120)), ` ${word}: `, named(said, 300),
+          ` in ${span(one.duration_ms)}`);
+    }), doc.failed && doc.error_message && step("✕",
+      doc.status_code === 499 ? "is-warn" : "is-bad",
+      "ended: ", named(REASONS[doc.error_message] ?? doc.error_message, 300)));
+}
+/** Where the time went: the queue, failed attempts, waiting, thinking, the answer. */
+function phasesNode(doc) {
+  const age = doc.is_inflight ? Date.now() - Date.parse(doc.timestamp) : 0;
+  const whole = doc.duration_ms ?? Math.max(age, doc.ttft_ms), first = doc.ttft_ms ?? whole;
+  const queued = Math.min(doc.queued_ms ?? 0, first), spoken = whole - first;
+  const lost = Math.min(doc.attempts.filter(hasFailed).reduce((sum, one) => sum + one.duration_ms,
+    0),
+    first - queued);
+  // When thinking ended is not known; its share of the text tells about when.
+  const thought = doc.response_thinking?.length ?? 0, said = doc.response_text?.length ?? 0;
+  const thinking = thought ? spoken * thought / (thought + said) : 0;
+  const bars = [["p-queue", "queued", queued], ["p-fail", "failed attempts", lost],
+    ["p-wait", "waiting", first - queued - lost], ["p-think", "thinking ≈", thinking],
+    ["p-flow", "answer", spoken - thinking]].filter(([, , ms]) => ms > 0);
+  return node("div", node("div.phases", {"aria-hidden": "true"},
+    bars.map(([kind, , ms]) => node(`i.${kind}`, {style: {flex: `${1e3 * ms} 1 0`}}))),
+  node("p.line.key", bars.map(([kind, name, ms]) =>
+    node("span", node(`i.${kind}`), ` ${name} `, node("b", span(ms)))),
+  node("span.push", "in all ", node("b", span(whole)))));
+}
+const sizesOf = row => `${bytes(row.request_size)} → ${bytes(row.response_size)}`;
+function factsNode(doc) {
+  const facts = {
+    "Tokens in → out": tokensNode(doc), "Cached prompt": doc.cached_tokens &&
+      count(doc.cached_tokens),
+    "Tokens per second": doc.tokens_per_second && plain(doc.tokens_per_second),
+    "First token": known(doc.ttft_ms) && span(doc.ttft_ms), "Size": sizesOf(doc),
+    "Stream": doc.stream ? "yes" : "no", "Client": doc.client ?? doc.source_ip,
+    "From": doc.client && doc.client !== doc.source_ip && doc.source_ip,
+    "Session": doc.session && node("a", {href: `/?session=${encodeURIComponent(doc.session)}`},
+      named(doc.session, 24)),
+    "Path": `${doc.method} ${doc.path}`, "Service": doc.service_type,
+    "Server": doc.upstream_url && short(doc.upstream_url), "Program": doc.user_agent,
+    "Key's fingerprint": doc.client_key, "Request id": doc.request_id,
+    "Started": local(doc.timestamp), "Ended": doc.completed_at && local(doc.completed_at)};
+  return node("dl.facts", present(facts).map(([name, value]) => node(
+    /^(Path|Program|Request id)$/.test(name) ? "div.whole" : "div", node("dt", name), node("dd",
+      value.nodeType ? value : named(value, 200)))));
+}
+/** The other turns of the same conversation, and how much of the prompt they share with this. */
+async function showOthers(doc) {
+  const rows = await askJson("/api/logs", {session: doc.session, limit: 12}).catch(() => []);
+  const others = rows.filter(row => row.id !== doc.id), earlier = others.filter(row =>
+    row.id < doc.id);
+  if (!others.length) return;
+  const shares = new Map();
+  byId("others").hidden = false;
+  const draw = () => byId("others").replaceChildren(node("h2", "The same conversation"),
+    node("table", node("tbody", others.map(row => node("tr",
+      node("td", node("a", {href: `/request/${row.id}`}, moment(row.timestamp))),
+      node("td", named(row.preview?.asked ?? "", 60)), node("td.number", tokensNode(row)),
+      node("td", shares.get(row.id) ?? (row.id > doc.id ? node("span.quiet", "later") : "")))))));
+  draw();
+  for (const row of earlier.slice(0, 5)) {
+    const other = await askJson(`/api/request/${row.id}`).catch(() => null);
+    if (other) shares.set(row.id, sharedNode(doc, other));
+    draw();
+  }
+}
+/** What a server reads before it answers, as pieces with a name. */
+function promptOf(doc) {
+  const turns = [...doc.transcript];
+  while (turns.at(-1)?.role === "assistant") turns.pop();  // the answer
+  let tools = "";
+  try { tools = JSON.stringify(JSON.parse(doc.request_body).tools ?? ""); } catch { /* no JSON */ }
+  return [["tools", tools], ...turns.map(({role, content, tool_calls: calls}) =>
+    [role, content + (calls?.length ? JSON.stringify(calls) : "")])];
+}
+/** How much of a prompt an earlier one shares, and where they first differ. */
+function sharedOf(doc, other) {
+  const mine = promptOf(doc), theirs = promptOf(other);
+  const whole = mine.reduce((sum, [, text]) => sum + text.length, 0);
+  let shared = 0;
+  for (const [at, [role, text]] of mine.entries()) {
+    const before = theirs[at];
+    if (!before) return {share: shared / whole};
+    if (before[0] === role && before[1] === text) { shared += text.length; continue; }
+    let same = 0;
+    while (same < text.length && before[0] === role && text[same] === before[1][same]) same += 1;
+    return {share: (shared + same) / whole, role, character: same + 1};
+  }
+  return {share: 1};
+}
+function sharedNode(doc, other) {
+  const {share, role, character} = sharedOf(doc, other);
+  const place = `${clip(role, 20)}, character ${count(character)}`;
+  return role ? node("span.is-warn", `⚠ prompt cache lost at ${place}`,
+    node("span.quiet", `, ${percent(share)} the same`))
+    : node("span.is-good", `continues it, ${percent(share)} the same`);
+}
+/** The conversation as a chat's request has it, without this answer. */
+function messagesOf(doc) {
+  const turns = [...doc.transcript];
+  if (turns.length > 1 && turns.at(-1).role === "assistant") turns.pop();
+  return turns.map(({role, content, images, tool_calls: calls, tool_call_id: of}) => ({role,
+    content: images?.length ? [{type: "text", text: content}, ...images.map(url =>
+      ({type: "image_url", image_url: {url}}))] : content,
+    ...calls?.length && {tool_calls: calls.map(({id, name, arguments: words}) =>
+      ({id, type: "function", function: {name, arguments: words}}))},
+    ...of && {tool_call_id: of}}));
 }
 /** One direction of the exchange as it went over the wire; made when it is opened. */
 function rawNode(title, doc, side) {
@@ -19106,7 +19831,7 @@ function rawNode(title, doc, side) {
       body && copyNode("Copy", () => body)), jsonNode(body || "None is here."));
   return node("details.card", {"data-side": side, ontoggle() {
     if (this.children.length < 2) this.append(content());
-  }}, node("summary", node("h2", title), node("span.small", ` raw, ${bytes(size)}`)));
+  }}, node("summary", node("b", title), node("span.small", ` raw, ${bytes(size)}`)));
 }
 /** The UTF-8 of a text, or of a field its octets as they are, as a shell's octal escapes. */
 function octalOf(text, isField) {
@@ -19129,33 +19854,23 @@ function curlOf(doc) {
     doc.client_key && '-H "Authorization: Bearer $API_KEY"',
     doc.request_body && `--data-raw ${quoted(doc.request_body)}`].filter(Boolean).join(" \\\n  ");
 }
-/** A button that copies by a selection: navigator.clipboard is missing on plain http. */
-const copyNode = (label, text, impossible) => node("button", {disabled: impossible,
-  onclick({target: button}) {
-    const area = node("textarea.unseen", text());
-    button.after(area);
-    area.select();
-    say(button, document.execCommand("copy") ? "Copied" : "Not allowed");
-    area.remove();
-    setTimeout(() => say(button, label), 1500);
-  }}, label);
-// -- Live: events, else polling; nothing while the tab is hidden -----------------------------
-const SETTLE_MS = 4500;  // what prints the page waits until all is loaded; events never are
+// == 18  Live =================================================================================
+// Events say when to ask again; every 30 s the page asks anyway, where they do not get through.
+// A hidden tab asks nothing. A browser that only prints the page waits until all is loaded, and a
+// stream of events never is: there they begin late.
+const SETTLE_MS = /Headless/.test(navigator.userAgent) ? 4500 : 0;
 function listen() {
   if (app.source?.readyState < EventSource.CLOSED) return;
   app.source = new EventSource("/api/events");
   app.source.addEventListener("requests", () => app.view.refresh());
-  app.source.onopen = app.source.onerror = ({type}) => {
-    showLive(type === "open" || !app.troubles.has("router"));
-    app.view.refresh();
-  };
+  app.source.onopen = () => app.view.refresh();
+  app.source.onerror = () => app.view.refresh();
 }
 function refresh() {
   if (document.hidden || !isSignedIn()) return;
   app.view.refresh();
-  if (performance.now() > SETTLE_MS) listen();
+  if (performance.now() >= SETTLE_MS) listen();
 }
-// -- Which view: the path says ---------------------------------------------------------------
 const VIEWS = [
   {name: "performance", path: /^\/performance/, open: openPerformance, refresh: performanceSoon},
   {name: "request", path: /^\/request\//, open: openRequest,
@@ -19164,30 +19879,44 @@ const VIEWS = [
 ];
 function showSignIn() {
   app.source?.close();
+  for (const one of document.querySelectorAll("dialog")) one.close();
   byId(app.view.name).hidden = true;
   byId("sign-in").hidden = false;
   byId("sign-in").elements.token.focus();
 }
 function signIn(event) {
   event.preventDefault();
-  post("/api/signin", {token: event.target.elements.token.value.trim()})
-    .then(() => location.reload(), error => say(byId("sign-in-error"), error.message));
+  post("/api/signin", {token: event.target.elements.token.value.trim()}).then(
+    () => location.reload(),
+    // What a program would have to send helps nobody who fills in a form.
+    error => say(byId("sign-in-error"), error.message.replace(/; send it as .*/, "")));
 }
 const KEYS = {
-  overview: {"/": () => byId("filters").elements.q.focus(), j: () => step(1), k: () => step(-1)},
-  request: {Escape: () => history.back()}};
+  overview: {"/": () => byId("filters").elements.q.focus(), j: () => step(1), k: () => step(-1),
+    Escape: () => filterBy({})},
+  request: {j: () => neighbour(1), k: () => neighbour(-1), Escape: leaveRequest}};
 function step(by) {
-  const links = [...byId("rows").querySelectorAll("td:first-child a")];
+  const links = [...byId("rows").querySelectorAll(".c-time a")];
   const at = links.indexOf(document.activeElement) + by;
   links[Math.max(0, Math.min(at, links.length - 1))]?.focus();
 }
 function keys(event) {
+  if (document.querySelector("dialog[open]")) return;
   const typing = event.target.matches?.("input, select, textarea");
   const other = typing || event.ctrlKey || event.metaKey || event.altKey;
+  const chip = event.target.closest?.(".chip[open]");
+  if (event.key === "Escape" && chip) {
+    chip.open = false;
+    return chip.firstChild.focus();
+  }
   if (typing && event.key === "Escape") event.target.blur();
   if (other || !KEYS[app.view.name]?.[event.key]) return;
   event.preventDefault();  // an Escape would stop the way back
   KEYS[app.view.name][event.key]();
+}
+function closeChips({target}) {
+  for (const chip of document.querySelectorAll(".chip[open]"))
+    if (!chip.contains(target)) chip.open = false;
 }
 async function start() {
   app.view = VIEWS.find(view => view.path.test(location.pathname));
@@ -19199,19 +19928,29 @@ async function start() {
   if (session.needs_token && !session.authenticated) return showSignIn();
   byId(app.view.name).hidden = false;
   app.view.open();
+  if (params().has("explain")) { openExplain(); explain(); }
   for (const ms of [0, 1500, 3000, SETTLE_MS + 500]) setTimeout(refresh, ms);
 }
 document.addEventListener("keydown", keys);
+document.addEventListener("pointerdown", closeChips);
 document.addEventListener("visibilitychange", () =>
   document.hidden ? app.source?.close() : refresh());
-byId("try").addEventListener("toggle", suggestModels);
+bindForm(byId("explain-form"), explain);
+byId("explain-button").onclick = openExplain;
+byId("explain").addEventListener("close", () => amend({explain: null, from: null}));
+byId("try-button").onclick = () => openTry();
 byId("try-form").addEventListener("submit", tryIt);
+byId("try-form").addEventListener("keydown", event =>
+  event.key === "Enter" && (event.ctrlKey || event.metaKey) && tryIt(event));
+byId("try-stop").onclick = () => app.trying?.abort("stopped");
+for (const button of document.querySelectorAll("dialog .close"))
+  button.onclick = () => button.closest("dialog").close();
 byId("sign-in").addEventListener("submit", signIn);
 const tabs = new BroadcastChannel("sign-out");  // all of this browser leave at once
 tabs.onmessage = () => location.reload();
 byId("sign-out").onclick = () => post("/api/signout")
   .finally(() => { tabs.postMessage("out"); location.assign("/"); });
-setInterval(refresh, 30_000);  // ms; for where events do not get through
+setInterval(refresh, 30_000);  // ms
 start();
 </script>
 </body>
