@@ -22,7 +22,7 @@ The file reads top to bottom; every section uses only what stands above it:
                  9  Routing            model and source host to instances, and why
                 10  Access             tokens, policies, Host and Origin
     Actions     11  HTTP on streams    the connections that messages come and go by
-                12  Upstreams          connection pool, one request, health
+                12  Upstreams          connection pool, one request, health, slots
                 13  Request log        what happened to every request
     The router  14  Relay              one exchange, from a request to the end of its answer
                 15  Dashboard and API  what the owner looks at
@@ -44,9 +44,10 @@ The life of one request, say a streamed POST /api/chat, is the way through these
      6. `resolve` makes of the model and the source host a `Decision`: the instances in the
         order to try, and the trail that says why.
      7. An `Exchange` begins, and `RequestLog.begin` with it: from now on the page shows it.
-     8. `Exchange.relay` asks one instance after the other (`Upstreams.send_request`).
-        When one refuses, is late or answers with an error, the next one is asked. The first
-        response that says something is the one that the client gets.
+     8. `Exchange.relay` asks one instance after the other (`Upstreams.send_request`), each
+        when its server has a free slot (`Candidates`). When one refuses, is late or answers
+        with an error, the next one is asked. The first response that says something is the
+        one that the client gets.
      9. `UpstreamResponse.pump` takes the response as it comes. `Exchange.forward` puts each
         piece through its rewriter: it is split into events, thinking is taken out, and they
         are written in the client's dialect. `ResponseWriter` sends them.
@@ -343,6 +344,18 @@ class LogUnavailable(RouterError, status=503, code="log_unavailable"):
 
 class Overloaded(RouterError, status=503, code="overloaded"):
     """The router holds as much as it may; the same request can succeed later."""
+
+
+class QueueFull(RouterError, status=503, code="queue_full"):
+    """All servers are full, and too many requests wait for them already (QUEUE_SIZE)."""
+
+
+class QueueTimeout(RouterError, status=503, code="queue_timeout"):
+    """All servers were full for as long as a request may wait (QUEUE_TIMEOUT)."""
+
+
+class ServerClosed(RouterError, status=503, code="server_closed"):
+    """The server that could serve the request takes none, because its owner said so."""
 
 
 class GatewayTimeout(BadGateway, status=504, code="upstream_timeout"):
@@ -744,6 +757,8 @@ class Settings:
     request_timeout: float = setting("3000.0", number_between(0.01, 1e6, whole=False), "longest silence from an upstream, s")
     connect_timeout: float = setting("5.0", number_between(0.01, 600, whole=False), "longest wait for a connection to an upstream, s")
     ping_interval: float = setting("15", number_between(0, 3600, whole=False), "s of silence after which a streaming client gets a sign of life; 0: never")
+    queue_timeout: float = setting("300", number_between(0.01, 86400, whole=False), "longest wait for a slot of a server, s")
+    queue_size: int = setting("1000", number_between(0, 10**6), "requests that may wait for a slot at once; 0: none waits")
     db_path: str = setting("requests.db", parse_text, "the request log's database")
     max_log_age_days: float = setting("7", number_between(0.01, 36500, whole=False), "days that a request is kept")
     blob_storage_type: str = setting("filesystem", choice_of("filesystem", "memory"), "where long bodies are kept: filesystem or memory")
@@ -1024,6 +1039,10 @@ class Limits:
     cool_down: float = 5.0
     longest_cool_down: float = 60.0
     longest_retry_after: float = 300.0
+    # A request that waits for a slot lets newer ones of a higher priority go before it for so long.
+    longest_overtaking: float = 30.0
+    # What a client is told, in whole seconds, to wait before it asks full servers again.
+    full_retry_after: int = 10
     # A server has `model_list_timeout` to list its models. For `model_list_fresh` it is not asked
     # again, so that a page is quick. When it is gone, its last list counts for `model_list_kept`,
     # so that a reboot loses no model.
@@ -6708,6 +6727,12 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
 
 # The first one is what an alias has that names none.
 STRATEGIES = ("failover", "round_robin", "least_busy")
+# How soon a request gets a slot that becomes free. Those before it in this list go first.
+PRIORITIES = ("high", "normal", "low")
+NORMAL = "normal"
+# What a server calls the number of its slots: our word, and those of other programs.
+SLOTS_KEYS = ("slots", "concurrencyLimit", "max_concurrent")
+MOST_SLOTS = 100_000
 # What may become of thinking; and that the model's template opens it, so that the answer does not.
 OPENED = "opened"
 THINKING_WORDS = ("strip", "move", "keep", OPENED)
@@ -6767,6 +6792,57 @@ def index_names(names: Iterable[str]) -> ListedNames:
     return ListedNames(frozenset(names), folded)
 
 
+# --- conversations ----------------------------------------------------------------------
+# The turns of a conversation belong together: in the log, and at the server that has its prompt
+# in memory. Some clients say which conversation a request is of; else its beginning tells.
+
+# The fields in which clients name the conversation, the first one that is there counts. They are
+# those of many clients, of Claude Code, of Codex and of Open WebUI.
+SESSION_FIELDS = ("x-session-id", "x-claude-code-session-id", "session_id", "x-openwebui-chat-id")
+# So many characters of each text go into the hash, and so many messages are looked at. What
+# follows, such as the time at the end of a system prompt, changes from turn to turn.
+HASHED_TEXT = 2 * KiB
+HASHED_MESSAGES = 32
+
+
+def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return role and text of each message up to the first one of the user.
+
+    `{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"}]}`  ->  `[("system", "Be brief."), ("user", "Hi")]`
+    """
+    words = document.get(protocol.user_words)
+    if isinstance(words, list):
+        # The rest may be long, and it says nothing of how the conversation began.
+        words = words[:HASHED_MESSAGES]
+    beginning = []
+    for message in read_messages(protocol, {**document, protocol.user_words: words}, tolerant=True):
+        beginning.append((str(message.role), "".join(message.texts)[:HASHED_TEXT]))
+        if message.role == "user":
+            break
+    return beginning
+
+
+def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> str:
+    """Return what names the conversation that a request is of, "" where there is none.
+
+    It is what the client calls it, in a field or in `prompt_cache_key`. Else it is a hash of the
+    model, the tools, the system prompt and the first message of the user:
+
+    `X-Session-Id: abc`  ->  `abc`;  `{"model": "m", "messages": [...]}`  ->  `3f2a77b0c1d4`
+    """
+    given = [fields.get(name) for name in SESSION_FIELDS]
+    for value in (*given, document.get("prompt_cache_key")):
+        if isinstance(value, str) and value.strip():
+            return cut_name(value.strip())
+    protocol = find_protocol(path)
+    if not protocol.user_words or not document.get(protocol.user_words):
+        return ""
+    tools = encode_json(document.get("tools"))[:HASHED_TEXT]
+    beginning = encode_json([document.get("model"), *read_beginning(protocol, document)])
+    return hashlib.sha256(tools + beginning).hexdigest()[:12]
+
+
 # --- the routing table ------------------------------------------------------------------
 
 
@@ -6787,6 +6863,8 @@ class Server:
     # The models that the routing file says it has; then it is not asked. None: it is asked.
     models: tuple[str, ...] | None = None
     thinking: Thinking = NOTHING_SAID
+    # How many requests it runs at once; None: any number.
+    slots: int | None = None
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
 
@@ -6824,6 +6902,8 @@ class Target(NamedTuple):
     strategy: str = "failover"
     model: str = ""
     thinking: Thinking = NOTHING_SAID
+    # One of PRIORITIES, "" where nothing is said.
+    priority: str = ""
 
     def __str__(self) -> str:
         if self.alias:
@@ -6929,6 +7009,7 @@ class Decision(NamedTuple):
     found_by: str = ""
     # What the alias and the route say of thinking.
     thinking: Thinking = NOTHING_SAID
+    priority: str = NORMAL
 
 
 # --- the routing file -------------------------------------------------------------------
@@ -7227,8 +7308,9 @@ class TableReader:
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
-        url, api, key, headers, verify, models, discover, thinking = node.members(
-            "url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"
+        url, api, key, headers, verify, models, discover, thinking, *slots = node.members(
+            *("url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"),
+            *SLOTS_KEYS,
         )
         return Server(
             name=name,
@@ -7239,6 +7321,7 @@ class TableReader:
             verify=verify.choose(True, False),
             models=self.read_models(models, discover.choose(True, False)),
             thinking=self.read_thinking(thinking),
+            slots=self.read_slots(slots),
             warning=url_warning(f"servers.{name}", url.value),
         )
 
@@ -7252,6 +7335,27 @@ class TableReader:
         )
         items = node.elements("not a list of names; without one the server is asked")
         return tuple(dict.fromkeys(item.read() for item in items))
+
+    def read_slots(self, nodes: Sequence[Node]) -> int | None:
+        """Read how many requests a server runs at once; one of SLOTS_KEYS says it."""
+        given = [node for node in nodes if node.value is not None]
+        if not given:
+            return None
+        node, *others = given
+        for other in others:
+            other.require(False, f"`{node.path[-1]}` says it already; leave one of them out")
+        # True is a number to Python, and to nobody else.
+        is_number = isinstance(node.value, int) and not isinstance(node.value, bool)
+        is_allowed = is_number and 1 <= node.value <= MOST_SLOTS
+        allowed = f"a whole number from 1 to {MOST_SLOTS}"
+        node.require(
+            is_allowed, f"{node.value!r} instead of {allowed}; without it there is no limit"
+        )
+        return node.value
+
+    def read_priority(self, node: Node) -> str:
+        """Read one of PRIORITIES; "" where nothing is said."""
+        return node.choose("", *PRIORITIES) if node.value is None else node.choose(*PRIORITIES)
 
     def read_thinking(self, node: Node) -> Thinking:
         """Read what becomes of thinking: one of THINKING_WORDS, or a list of them."""
@@ -7289,7 +7393,9 @@ class TableReader:
 
     def read_alias(self, node: Node) -> Target:
         """Read an alias: its instances, its strategy and what becomes of thinking."""
-        strategy, listed, thinking = node.members("strategy", "instances", "thinking")
+        strategy, listed, thinking, priority = node.members(
+            "strategy", "instances", "thinking", "priority"
+        )
         chosen_strategy = strategy.choose(*STRATEGIES)
         instances: list[Instance] = []
         for item in listed.elements("an alias needs a list of at least one `server/model`"):
@@ -7302,6 +7408,7 @@ class TableReader:
             alias=node.path[-1],
             strategy=chosen_strategy,
             thinking=self.read_thinking(thinking),
+            priority=self.read_priority(priority),
         )
 
     def read_rule(self, node: Node) -> Rule:
@@ -7340,8 +7447,11 @@ class TableReader:
 
     def read_target(self, node: Node, pattern: NamePattern | None) -> Target:
         """Read where a route leads: an alias, or an upstream and a model; what else it says."""
-        upstream, model, alias, thinking = node.members("upstream", "model", "alias", "thinking")
+        upstream, model, alias, thinking, priority = node.members(
+            "upstream", "model", "alias", "thinking", "priority"
+        )
         route_thinking = self.read_thinking(thinking)
+        route_priority = self.read_priority(priority)
         given = [member for member in (upstream, model, alias) if member.value is not None]
         node.require(given, "name an `upstream`, a `model` or an `alias`")
         if alias in given:
@@ -7350,16 +7460,18 @@ class TableReader:
             known = ", ".join(self.aliases) or "none"
             alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
             target = self.aliases[name]
-            # The alias is nearer to the model than the route.
-            return target._replace(thinking=merge_thinking(target.thinking, route_thinking))
+            return target._replace(
+                # The alias is nearer to the model than the route, and the route to who asks.
+                thinking=merge_thinking(target.thinking, route_thinking),
+                priority=route_priority or target.priority,
+            )
         if model in given:
             # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
+        target = Target((), thinking=route_thinking, priority=route_priority)
         if upstream not in given:
-            return Target((), model=model.value, thinking=route_thinking)
-        return Target(
-            (Instance(self.read_upstream(upstream), model.value),), thinking=route_thinking
-        )
+            return target._replace(model=model.value)
+        return target._replace(instances=(Instance(self.read_upstream(upstream), model.value),))
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -7864,6 +7976,7 @@ def resolve(
         trail=tuple(trail),
         found_by=claim.route,
         thinking=ruling.target.thinking,
+        priority=ruling.target.priority or claim.target.priority or NORMAL,
     )
 
 
@@ -7887,19 +8000,24 @@ def resolve_default(table: RoutingTable, source_host: str) -> Decision:
     return resolve(dataclasses.replace(table, rules=(), model_map=()), "", source_host)
 
 
-def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
-    """Return where a request goes that names its server itself. Raises NotFound."""
+def find_server(table: RoutingTable, name: str) -> Server:
+    """Return the server of a name. Raises NotFound."""
     # With two servers of one name, the one of the routing file is last, and counts.
     servers = {server.name: server for server in table.all_servers()}
     if name not in servers:
         names = ", ".join(list(servers)[:NAMES_IN_ERROR]) or "none"
         raise NotFound(f"no such server {name[:80]!r}; there are {names}")
+    return servers[name]
+
+
+def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
+    """Return where a request goes that names its server itself. Raises NotFound."""
     return Decision(
         requested_model=model,
         mapped_model=model,
         route=f"upstream {name}",
         strategy="failover",
-        instances=(Instance(servers[name], model),),
+        instances=(Instance(find_server(table, name), model),),
         trail=(Step("upstream", True, f"the path names server {name!r}"),),
     )
 
@@ -9765,10 +9883,11 @@ class Upload:
 # 12  Upstreams
 # ======================================================================================
 # One request to one instance, over connections that are kept for the next; how instances
-# have fared; which models they have. Whatever ends a request early becomes BadGateway, or
-# GatewayTimeout, and its message says what happened: failover (section 14) knows no other
-# failure. An instance that failed goes to the end of the order for a while. It is never
-# left out: when all have failed, each of them is still tried.
+# have fared; who may run there, and who waits; which models they have. Whatever ends a
+# request early becomes BadGateway, or GatewayTimeout, and its message says what happened:
+# failover (section 14) knows no other failure. An instance that failed goes to the end of
+# the order for a while. It is never left out: when all have failed, each of them is still
+# tried.
 
 # With these an instance says that it cannot serve more now. It cools down as after a failure.
 COOLING_STATUSES = (429, 503)
@@ -10203,8 +10322,9 @@ class Health:
     """
 
     limits: Limits
-    # How many requests run there now.
+    # How many requests run there now, and how many of them have a slot of its server.
     running: int = 0
+    in_slots: int = 0
     # Failures since the last success.
     failures: int = 0
     # Until then other instances are asked first; on the monotonic clock.
@@ -10314,9 +10434,13 @@ class Upstreams:
                 return True
         return False
 
-    def requests_running(self, instance: Instance) -> int:
-        """Return how many requests run on the server of an instance, for whatever model."""
-        return sum(health.running for health in self.health_of_server(instance.server))
+    def load(self, instance: Instance) -> float:
+        """Return how busy the server of an instance is, with requests for whatever model.
+
+        It is the number of requests that run there for each of its slots.
+        """
+        running = sum(health.running for health in self.health_of_server(instance.server))
+        return running / (instance.server.slots or 1)
 
     def order(self, decision: Decision) -> list[Instance]:
         """Return the instances in the order to try.
@@ -10332,7 +10456,7 @@ class Upstreams:
             # instead, the instance behind a cooling one would get that one's turns and its own.
             instances.sort(key=lambda i: self.turns.get((decision.route, i), 0))
         elif decision.strategy == "least_busy":
-            instances.sort(key=self.requests_running)
+            instances.sort(key=self.load)
         now = time.monotonic()
         # The sort is stable: those that are well stay in their order.
         return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
@@ -10418,6 +10542,205 @@ class Upstreams:
             if head.status == 101:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
         raise MalformedMessage(f"more than {self.limits.interim_responses} interim responses")
+
+
+# --- slots ------------------------------------------------------------------------------
+# A local server works on a few requests at once; with more of them, all get slower, or it refuses
+# some. So the routing file may say how many slots a server has, and a request that finds all of
+# them taken waits here until one is free: in the order in which the requests came, those of a
+# higher priority first. Nobody waits for a server with a free slot: whenever one becomes free, it
+# is given to somebody who waits, in the same turn of the event loop.
+#
+# The owner may close a server by hand: it takes no new requests then (DRAIN), and those that run
+# there are stopped (OFF), until it is ON again or the router has restarted.
+
+ON = "on"
+DRAIN = "drain"
+OFF = "off"
+CLOSED_WORDS = {DRAIN: "is drained and takes no requests", OFF: "is switched off"}
+
+
+@dataclasses.dataclass(eq=False)
+class Waiting:
+    """A request that waits for a slot of one of several servers."""
+
+    # Its place in PRIORITIES, and when it came: a number that grows.
+    rank: int
+    number: int
+    instances: Sequence[Instance]
+    # From then on no newer request goes before it; on the monotonic clock.
+    overtaken_until: float = NEVER
+    # Its result is the instance at which it may run now; None: there is nothing to wait for.
+    granted: asyncio.Future[Instance | None] = dataclasses.field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+def name_servers(instances: Iterable[Instance]) -> str:
+    """Return the names of the servers of some instances, each once: `gpu, mac`."""
+    return ", ".join(dict.fromkeys(instance.server.name for instance in instances))
+
+
+class Slots:
+    """Who may run at each server now, and who waits for that."""
+
+    def __init__(self, upstreams: Upstreams) -> None:
+        self.upstreams = upstreams
+        self.settings = upstreams.settings
+        self.limits = upstreams.limits
+        # How many slots servers have; one that is not in here runs any number of requests.
+        self.of_server: dict[UpstreamURL, int] = {}
+        # Those that their owner has closed: DRAIN or OFF.
+        self.closed: dict[UpstreamURL, str] = {}
+        # Those who wait, in the order of rank and number.
+        self.waiting: list[Waiting] = []
+        self.numbers = itertools.count()
+        # What a client is told who finds no slot.
+        self.retry_after = ("Retry-After", str(self.limits.full_retry_after))
+
+    def set_table(self, table: RoutingTable) -> None:
+        """Take the numbers of slots from a table; requests that run stay where they are."""
+        self.of_server = {}
+        for server in table.all_servers():
+            if server.slots is not None:
+                # Two names may stand for one server. The smaller number is the one that is safe.
+                slots = self.of_server.get(server.url, server.slots)
+                self.of_server[server.url] = min(slots, server.slots)
+        self.admit()
+
+    def set_state(self, server: Server, state: str) -> None:
+        """Close a server, or open it again; who has nothing else to wait for waits no longer."""
+        self.closed.pop(server.url, None)
+        if state != ON:
+            self.closed[server.url] = state
+        self.admit()
+        for waiting in list(self.waiting):
+            if not self.open_ones(waiting.instances):
+                self.waiting.remove(waiting)
+                waiting.granted.set_result(None)
+
+    def open_ones(self, instances: Iterable[Instance]) -> list[Instance]:
+        """Return the instances whose servers are not closed."""
+        if not self.closed:
+            return list(instances)
+        return [instance for instance in instances if instance.server.url not in self.closed]
+
+    def refusal_of(self, instances: Iterable[Instance]) -> ServerClosed:
+        """Return the error for a request that only these servers could serve: all are closed."""
+        words = []
+        for server in dict.fromkeys(instance.server for instance in instances):
+            words.append(f"{server.name} {CLOSED_WORDS.get(self.closed.get(server.url), '')}")
+        remedy = 'POST /api/upstreams/NAME {"state": "on"} opens it again'
+        return ServerClosed(f"{', '.join(words)}; {remedy}")
+
+    def free_slots(self, url: UpstreamURL) -> float:
+        """Return how many more requests a server may run now."""
+        if url in self.closed:
+            return 0
+        slots = self.of_server.get(url)
+        if slots is None:
+            return math.inf
+        health = self.upstreams.health
+        return slots - sum(known.in_slots for (of, _), known in health.items() if of == url)
+
+    def may_run(self, server: Server, takes_slot: bool) -> bool:
+        """Tell whether one more request may run at a server now."""
+        if not (self.of_server or self.closed):
+            return True
+        if not takes_slot:
+            return server.url not in self.closed
+        return self.free_slots(server.url) > 0
+
+    def enter(self, instance: Instance, takes_slot: bool) -> Health:
+        """Count a request that runs at an instance from now on; `leave` is to follow."""
+        health = self.upstreams.health_of(instance)
+        health.running += 1
+        if takes_slot:
+            health.in_slots += 1
+        return health
+
+    def leave(self, health: Health, takes_slot: bool) -> None:
+        """Count a request that does not run there any more, and let another one run."""
+        health.running -= 1
+        if takes_slot:
+            health.in_slots -= 1
+        if self.waiting:
+            self.admit()
+
+    # The queue.
+
+    def queued_for(self, server: Server) -> int:
+        """Return how many requests wait that this server could run, or another one."""
+        return sum(
+            any(instance.server.url == server.url for instance in waiting.instances)
+            for waiting in self.waiting
+        )
+
+    async def wait(
+        self, instances: Sequence[Instance], rank: int, seconds: float
+    ) -> Instance | None:
+        """Wait for a slot of one of these instances' servers; return the instance, entered.
+
+        Returns None when the time is up. Raises QueueFull.
+        """
+        if len(self.waiting) >= self.settings.queue_size:
+            raise QueueFull(
+                f"no slot is free at {name_servers(instances)}, and {len(self.waiting)} requests "
+                f"wait for one already (QUEUE_SIZE={self.settings.queue_size})",
+                self.retry_after,
+            )
+        waiting = Waiting(rank, next(self.numbers), instances)
+        self.add(waiting)
+        granted = waiting.granted
+        try:
+            # Not wait_for: up to Python 3.11 it may lose a cancellation.
+            await asyncio.wait([granted], timeout=seconds)
+        except asyncio.CancelledError:
+            # It may have been granted in this very turn of the event loop.
+            if granted.done() and granted.result():
+                self.leave(self.upstreams.health_of(granted.result()), takes_slot=True)
+            raise
+        finally:
+            if waiting in self.waiting:
+                self.waiting.remove(waiting)
+        return granted.result() if granted.done() else None
+
+    def add(self, waiting: Waiting) -> None:
+        """Put a request into the queue, behind all that came before it with its priority."""
+        overtaken_until = time.monotonic() + self.limits.longest_overtaking
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].rank > waiting.rank:
+            place -= 1
+            overtaken = self.waiting[place]
+            overtaken.overtaken_until = min(overtaken.overtaken_until, overtaken_until)
+        self.waiting.insert(place, waiting)
+
+    def in_order(self) -> list[Waiting]:
+        """Return those who wait in the order in which they get slots.
+
+        Those who have been overtaken for long enough are first, in the order in which they came.
+        """
+        now = time.monotonic()
+        overtaken = [waiting for waiting in self.waiting if waiting.overtaken_until <= now]
+        if not overtaken:
+            return list(self.waiting)
+        others = [waiting for waiting in self.waiting if waiting.overtaken_until > now]
+        return [*sorted(overtaken, key=lambda waiting: waiting.number), *others]
+
+    def admit(self) -> None:
+        """Let those run who wait and for whom there is a free slot now."""
+        if not self.waiting:
+            return
+        free = {url: self.free_slots(url) for url in (*self.of_server, *self.closed)}
+        for waiting in self.in_order():
+            for instance in waiting.instances:
+                url = instance.server.url
+                if free.get(url, math.inf) > 0:
+                    free[url] = free.get(url, math.inf) - 1
+                    self.waiting.remove(waiting)
+                    self.enter(instance, takes_slot=True)
+                    waiting.granted.set_result(instance)
+                    break
 
 
 # --- lists of models --------------------------------------------------------------------
@@ -10959,7 +11282,8 @@ async def list_models(
 COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, original_model,
     mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
     status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
-    stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level"""
+    stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level,
+    queued_ms"""
 # A row as the database has it. `original_model` is the model that the client asked for,
 # `mapped_model` what MODEL_MAP makes of it, and `sent_model` what the server was asked for.
 # `timestamp` and `completed_at` are in ms since 1970; `failed` is None while the request runs.
@@ -11085,6 +11409,8 @@ INSERT INTO rollups
     "CREATE INDEX by_time ON requests (timestamp)",
     # What asked no model has no point.
     "UPDATE requests SET level = NULL WHERE sent_model = '' AND mapped_model = ''",
+    # For how long a request has waited for slots.
+    "ALTER TABLE requests ADD COLUMN queued_ms",
 )
 
 
@@ -11148,9 +11474,14 @@ class RequestRecord:
     # It has no prompt, and so asks for nothing but to load a model, or to unload it.
     only_loads: bool = False
 
-    # What its exchange finds out. The phase is "waiting", for the first octet of an answer, or
-    # "streaming".
+    # What its exchange finds out. The phase is "queued", for a slot, "waiting", for the first octet
+    # of an answer, or "streaming".
     phase: str = "waiting"
+    # While it is queued: since when, and the names of the servers that could run it. And for how
+    # long, in s, it was queued before.
+    queued_at: float | None = None
+    waits_for: str = ""
+    queued_s: float = 0.0
     sent_model: str = ""
     upstream_url: str = ""
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
@@ -11164,8 +11495,8 @@ class RequestRecord:
     response_size: int = 0
     first_token_at: float | None = None
     finished_at: float | None = None
-    # While the request runs: what the owner calls, from the page, to end it.
-    stop: Callable[[], None] | None = None
+    # While the request runs: what the owner calls, from the page, to end it; with the reason.
+    stop: Callable[[RouterError], None] | None = None
 
     # The answer as the upstream has sent it, as far as it is kept, and its size.
     pieces: list[bytes | bytearray] = dataclasses.field(default_factory=list)
@@ -11220,6 +11551,11 @@ class RequestRecord:
         This decides what is a failure in rows, and by them in lists, figures and metrics.
         """
         return self.status >= 400 or bool(self.error)
+
+    def queued_ms(self, now: float) -> float:
+        """Return for how long it has waited for slots by now, which is monotonic."""
+        waiting_s = now - self.queued_at if self.queued_at is not None else 0.0
+        return round((self.queued_s + waiting_s) * 1000, 1)
 
     @property
     def shown_target(self) -> str:
@@ -11388,6 +11724,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         shown.client_key,
         failed,
         make_level(record),
+        round(record.queued_s * 1000, 1),
     )
 
 
@@ -11477,6 +11814,8 @@ def describe_request(record: RequestRecord, row: Row) -> str:
         words.append(f"({attempt.instance}: {attempt.error or attempt.status})")
     words += [row.upstream_url, str(record.status), row.error_message or ""]
     words.append(f"{row.duration_ms / 1000:.3f} s")
+    if row.queued_ms:
+        words.append(f"({row.queued_ms / 1000:.3f} s queued)")
     if row.completion_tokens is not None:
         words.append(f"{row.completion_tokens} tokens")
     return " ".join(filter(None, words))
@@ -12592,6 +12931,7 @@ class Context:
     # It is replaced when the routing file changes.
     table: RoutingTable
     upstreams: Upstreams
+    slots: Slots
     model_lists: ModelLists
     log: RequestLog
     token_guard: TokenGuard
@@ -12861,6 +13201,102 @@ class Candidate:
             self.response.close()
 
 
+class Candidates:
+    """The instances that a request may be sent to, one after another, in the order to try.
+
+    Each is counted at its server, and has a slot there, until the next one is asked for: `take`
+    returns the first one that may run now, and `wait` the first one that may run after a while.
+    """
+
+    def __init__(self, context: Context, decision: Decision, dialect: Dialect) -> None:
+        self.upstreams = context.upstreams
+        self.slots = context.slots
+        self.decision = decision
+        self.dialect = dialect
+        # Those that were not asked yet, in order.
+        self.left = context.slots.open_ones(context.upstreams.order(decision))
+        self.count = len(self.left)
+        # Whether the request needs a slot.
+        self.takes_slot = True
+        # Where it is counted now; whether it was anywhere.
+        self.health: Health | None = None
+        self.was_asked = False
+        # Until when it may wait for slots; on the monotonic clock.
+        self.queued_until: float | None = None
+        # Why there is no instance any more, apart from what happened at those that were asked.
+        self.refusal: RouterError | None = None
+
+    def take(self) -> Candidate | None:
+        """Return the next instance that may run now, None without one."""
+        self.give_back()
+        for index, instance in enumerate(self.left):
+            if self.slots.may_run(instance.server, self.takes_slot):
+                del self.left[index]
+                return self.begin(instance, self.slots.enter(instance, self.takes_slot))
+        return None
+
+    def begin(self, instance: Instance, health: Health) -> Candidate:
+        """Return an instance, at which the request is counted already, as the candidate."""
+        self.health = health
+        self.was_asked = True
+        self.upstreams.note_turn(self.decision, instance)
+        candidate = Candidate(instance, self.dialect, health)
+        candidate.has_next = bool(self.left)
+        candidate.is_only = self.count == 1
+        return candidate
+
+    def give_back(self) -> None:
+        """Let another request run in place of this one."""
+        if self.health:
+            self.slots.leave(self.health, self.takes_slot)
+            self.health = None
+
+    async def wait(self, record: RequestRecord) -> Candidate | None:
+        """Return the next instance that may run after a while, None when there is none to come."""
+        instance = None
+        # One that is open to it is full: what needs no slot has been there.
+        if self.find_open() and self.takes_slot:
+            instance = await self.wait_for_slot(record)
+        if instance is None:
+            return None
+        self.left.remove(instance)
+        return self.begin(instance, self.upstreams.health_of(instance))
+
+    def find_open(self) -> list[Instance]:
+        """Forget instances whose servers were closed, and return those that are left.
+
+        When there is none, and none was asked, the request is refused for that.
+        """
+        self.left = self.slots.open_ones(self.left)
+        if not self.left and not self.was_asked:
+            self.refusal = self.slots.refusal_of(self.decision.instances)
+        return self.left
+
+    async def wait_for_slot(self, record: RequestRecord) -> Instance | None:
+        """Wait until one of the instances that are left has a slot; return it, entered."""
+        now = time.monotonic()
+        timeout = self.slots.settings.queue_timeout
+        if self.queued_until is None:
+            self.queued_until = now + timeout
+        record.phase = "queued"
+        record.upstream_url = ""
+        record.queued_at = now
+        record.waits_for = name_servers(self.left)
+        rank = PRIORITIES.index(self.decision.priority)
+        instance = None
+        try:
+            instance = await self.slots.wait(tuple(self.left), rank, self.queued_until - now)
+            if instance is None and self.find_open():
+                seen = f"no slot was free at {record.waits_for} within {timeout:g} s"
+                self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
+        except QueueFull as error:
+            self.refusal = error
+        finally:
+            record.queued_s += time.monotonic() - now
+            record.queued_at = None
+        return instance
+
+
 class Exchange:
     """One request on its way through the router.
 
@@ -12879,6 +13315,8 @@ class Exchange:
         self.decision = decision
         # What the client has got so far.
         self.sent = NOTHING
+        # Those that may be asked; None before the first one is.
+        self.candidates: Candidates | None = None
         # The attempt that counts: the one that is running, or whose response is relayed.
         self.candidate: Candidate | None = None
         # Whether its response is being relayed.
@@ -12901,7 +13339,7 @@ class Exchange:
         await self.context.log.wait_to_begin()
         self.context.log.begin(self.record)
         self.request.recorded = True
-        self.record.stop = self.stop
+        self.record.stop = self.request.connection.cancel_request
         try:
             models = requested_models(self.parsed)
             check_models(self.request.token, models, self.context.table)
@@ -12921,17 +13359,14 @@ class Exchange:
         finally:
             self.finish()
 
-    def stop(self) -> None:
-        """End the request, as somebody wants who is not its client."""
-        self.request.connection.cancel_request(Cancelled("cancelled"))
-
     def finish(self) -> None:
         """Let go of everything, and finish the record."""
         record = self.record
         self.writer.clear_on_silence()
         if self.candidate:
             self.candidate.close()
-            self.candidate.health.running -= 1
+        if self.candidates:
+            self.candidates.give_back()
         # An error that came too late for the head, or whose client has left, has set the status.
         if not record.status:
             record.status = self.writer.status or 500
@@ -13059,12 +13494,17 @@ class Exchange:
 
         An answer that breaks off before any of it was sent is a failure like any other: the next
         instance is asked. When all fail, the client gets the last answer that was HTTP at all: an
-        error in its server's words. Raises BadGateway or GatewayTimeout when there was none.
+        error in its server's words. When there was none, raises BadGateway or GatewayTimeout, or
+        what says that all servers are full.
         """
+        candidates = self.candidates = Candidates(self.context, self.decision, self.dialect)
+        # Models work for neither of these, and an upload takes as long as its client likes.
+        candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or self.upload)
         fallback: Candidate | None = None
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
-        for candidate in self.candidates():
+        while candidate := candidates.take() or await candidates.wait(self.record):
+            self.make_current(candidate)
             try:
                 await self.find_response(candidate)
                 if candidate.status < 400 or not candidate.has_next:
@@ -13078,22 +13518,12 @@ class Exchange:
                 if self.sent == ANSWER or (candidate.noted and candidate.is_only):
                     raise
                 last_failure = type(error)
+        if fallback is None and candidates.refusal:
+            raise candidates.refusal
         if fallback is None:
             raise last_failure(f"no upstream answered: {self.describe_attempts()}")
         self.make_current(fallback)
         await self.relay_response()
-
-    def candidates(self) -> Iterator[Candidate]:
-        """Yield one instance after the other, in the order to try; each is the current one then."""
-        upstreams = self.context.upstreams
-        instances = upstreams.order(self.decision)
-        for number, instance in enumerate(instances, 1):
-            upstreams.note_turn(self.decision, instance)
-            candidate = Candidate(instance, self.dialect, upstreams.health_of(instance))
-            candidate.has_next = number < len(instances)
-            candidate.is_only = len(instances) == 1
-            self.make_current(candidate)
-            yield candidate
 
     async def find_response(self, candidate: Candidate) -> None:
         """Ask an instance, and wait until its response counts as an answer. Raises BadGateway.
@@ -13135,10 +13565,7 @@ class Exchange:
             response.media_type = "text/event-stream"
 
     def make_current(self, candidate: Candidate) -> None:
-        """Make a candidate the one that counts: in the record, and in what runs at its instance."""
-        if self.candidate:
-            self.candidate.health.running -= 1
-        candidate.health.running += 1
+        """Make a candidate the one that counts, in the record, too."""
         self.candidate = candidate
         self.relaying = False
         self.opening = None
@@ -13810,6 +14237,8 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
         "sent_model": cut_name(record.sent_model),
         "upstream_url": record.upstream_url,
         "phase": record.phase,
+        "waits_for": record.waits_for if record.phase == "queued" else "",
+        "queued_ms": record.queued_ms(now),
         "service_type": record.service,
         "timestamp": rfc3339(record.timestamp),
         "bytes": record.response_size,
@@ -14889,10 +15318,35 @@ async def serve_cancel(context: Context, request: Request) -> None:
     row_id = request.path.split("/")[3]
     for record in context.log.running.values():
         if str(record.id) == row_id and record.stop:
-            record.stop()
+            record.stop(Cancelled("cancelled"))
             request.writer.send_json({"cancelled": True})
             return
     raise NotFound("no such request is running")
+
+
+def read_state(content: bytes) -> str:
+    """Return how a server is to be: `{"state": "drain"}`  ->  `drain`. Raises MalformedContent."""
+    document = parse_json(content)[1]
+    state = document.get("state") if isinstance(document, dict) else None
+    if state not in (ON, DRAIN, OFF):
+        seen = content[:80].decode("utf-8", "replace")
+        allowed = '{"state": "on"}, {"state": "drain"} and {"state": "off"}'
+        raise MalformedContent(f"allowed are {allowed}, not {seen!r}")
+    return state
+
+
+async def serve_upstream_state(context: Context, request: Request) -> None:
+    """Answer POST /api/upstreams/{name}: drain a server, switch it off, or open it again."""
+    name = urllib.parse.unquote(request.path.split("/", 3)[3])
+    server = find_server(context.table, name)
+    state = read_state(request.content)
+    context.slots.set_state(server, state)
+    context.log.print_line(f"server {server.name}: {state}, says {request.source_host}")
+    if state == OFF:
+        for record in list(context.log.running.values()):
+            if record.stop and record.upstream_url == str(server.url):
+                record.stop(ServerClosed(f"{server.name} was switched off by its owner"))
+    request.writer.send_json({"name": server.name, "state": state})
 
 
 def server_state(instances: Sequence[Health], now: float) -> str:
@@ -14940,6 +15394,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
     for server, models in zip(servers, model_lists, strict=True):
         instances = context.upstreams.health_of_server(server)
         url = str(server.url)
+        health = server_state(instances, time.monotonic())
         # How the servers are is known without the log, and shown without it.
         last_hour = dict.fromkeys(LAST_HOUR)
         with contextlib.suppress(LogUnavailable):
@@ -14948,11 +15403,15 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "name": server.name,
             "url": url,
             "api": context.model_lists.catalogue.with_api(server).api,
-            "state": server_state(instances, time.monotonic()),
+            "state": context.slots.closed.get(server.url, health),
+            "health": health,
             "last_error": last_error(instances),
             # Those since the last good answer of each instance.
             "failures": sum(health.failures for health in instances),
             "inflight": sum(health.running for health in instances),
+            "slots": context.slots.of_server.get(server.url),
+            "running": sum(health.in_slots for health in instances),
+            "queued": context.slots.queued_for(server),
             "models": [model["id"] for model in models or ()],
             "models_age_s": context.model_lists.age(server),
             "hours": hours_document(days.get(url, [[0, 0, 0]] * 24), instances, time.time()),
@@ -14964,13 +15423,19 @@ async def serve_upstreams(context: Context, request: Request) -> None:
 def table_document(table: RoutingTable) -> dict[str, Any]:
     """Return the routing table as /api/routes shows it."""
     servers = [
-        {"name": server.name, "url": str(server.url), "api": server.api}
+        {
+            "name": server.name,
+            "url": str(server.url),
+            "api": server.api,
+            "slots": server.slots,
+        }
         for server in table.servers.values()
     ]
     aliases = [
         {
             "name": alias.alias,
             "strategy": alias.strategy,
+            "priority": alias.priority or NORMAL,
             "instances": [str(instance) for instance in alias.instances],
         }
         for alias in table.aliases.values()
@@ -15006,6 +15471,7 @@ def decision_document(decision: Decision, source_host: str) -> dict[str, Any]:
         "mapped_model": decision.mapped_model,
         "route": decision.route,
         "strategy": decision.strategy,
+        "priority": decision.priority,
         "instances": instances,
         "trail": [step._asdict() for step in decision.trail],
     }
@@ -15029,6 +15495,7 @@ async def serve_metrics(context: Context, request: Request) -> None:
         dict(log.series),
         {
             "inflight_requests": ("Requests that run now", len(log.running)),
+            "queued_requests": ("Requests that wait for a slot", len(context.slots.waiting)),
             "log_backlog_rows": ("Rows that wait for the database", log.backlog),
             "log_lost_rows": ("Rows that the database never took", log.lost),
             "log_up": ("Whether the log can be written", int(not log.error)),
@@ -15469,6 +15936,7 @@ ENDPOINTS = (
     Endpoint("GET HEAD", "/api/inflight", WEBUI, serve_inflight),
     Endpoint("POST", "/api/inflight/*/cancel", WEBUI, serve_cancel),
     Endpoint("GET HEAD", "/api/upstreams", WEBUI, serve_upstreams),
+    Endpoint("POST", "/api/upstreams/**", WEBUI, serve_upstream_state),
     Endpoint("GET HEAD", "/api/routes", WEBUI, serve_routes),
     Endpoint("GET HEAD", "/api/events", WEBUI, serve_events),
     Endpoint("GET HEAD", "/api/export", WEBUI, serve_export),
@@ -16376,6 +16844,7 @@ class Router:
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()
         upstreams = Upstreams(settings, LoopBatch(limits))
+        slots = Slots(upstreams)
         # What can be wrong is read before the log is opened.
         tls_context = read_tls_context(settings)
         self.context = Context(
@@ -16383,12 +16852,14 @@ class Router:
             limits=limits,
             table=self.routes.load(),
             upstreams=upstreams,
+            slots=slots,
             model_lists=ModelLists(upstreams),
             log=RequestLog(settings, limits, self.console.print_line),
             token_guard=TokenGuard(settings.jwt_secret, limits),
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
             dashboard_file=invocation.options.dashboard,
         )
+        slots.set_table(self.context.table)
         self.server = HTTPServer(Application(self.context), listeners, tls_context)
 
     def reload(self) -> None:
@@ -16404,6 +16875,7 @@ class Router:
             self.console.print_line(f"routes: {error} (the old table stays in force)")
             return
         self.context.routes_error = None
+        self.context.slots.set_table(self.context.table)
         self.context.model_lists.refresh_due(self.context.table)
         for line in describe_table(self.context.table):
             self.console.print_line(line)

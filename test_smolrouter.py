@@ -2172,6 +2172,8 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "REQUEST_TIMEOUT": (["3000.0", "1", "0.5"], ["soon", "-1", "nan"]),
     "CONNECT_TIMEOUT": (["5", "0.25"], ["soon"]),
     "PING_INTERVAL": (["15", "0", "0.5"], ["soon", "-1", "4000"]),
+    "QUEUE_TIMEOUT": (["300", "0.5"], ["soon", "0", "-1", "90000"]),
+    "QUEUE_SIZE": (["1000", "0"], ["many", "-1", "1.5"]),
     "MAX_LOG_AGE_DAYS": (["7", "1"], ["week"]),
     "BLOB_STORAGE_TYPE": (["filesystem", "memory"], ["s3"]),
     "MAX_BLOB_SIZE": (["1000"], ["-1"]),
@@ -8822,6 +8824,65 @@ def test_native_management_to_the_byte(method: str, path: str, body: Any) -> Non
 # Which instances a request goes to, and why: a case of DECISIONS says it for one request. A new
 # key of the routing file gets a case in BAD_TABLES for each way to get it wrong.
 
+# --- conversations --------------------------------------------------------------------
+
+SESSION_TURNS = [
+    {"role": "system", "content": "Be brief." + 3000 * " " + "It is 8 o'clock."},
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+]
+SESSION_DOCUMENT = {"model": "m", "tools": [{"name": "f"}], "messages": SESSION_TURNS}
+
+
+def session_key(changes: Mapping[str, Any], path: str = CHAT) -> str:
+    """Return the session key of a request like SESSION_DOCUMENT, with these changes."""
+    return smolrouter.read_session_key(smolrouter.Fields([]), path, {**SESSION_DOCUMENT, **changes})
+
+
+def test_session_keys() -> None:
+    key = session_key({})
+    assert re.fullmatch("[0-9a-f]{12}", key)
+    later = [{**SESSION_TURNS[0], "content": "Be brief." + 3000 * " " + "9"}, *SESSION_TURNS[1:]]
+    for same in (SESSION_TURNS[:2], later, [*SESSION_TURNS, {"role": "odd", "content": 5}]):
+        assert session_key({"messages": same}) == key
+    assert session_key({"temperature": 1, "stream": True}) == key
+    other_user = [SESSION_TURNS[0], {"role": "user", "content": "Hello"}]
+    others = [
+        session_key({"model": "n"}),
+        session_key({"tools": []}),
+        session_key({"messages": SESSION_TURNS[1:]}),
+        session_key({"messages": other_user}),
+        session_key({"messages": [1e999, "x", {"role": "user", "content": "\ud800"}]}),
+        session_key({"prompt": "Hello there"}, "/v1/completions"),
+        session_key({"input": "Hello"}, RESPONSES),
+        session_key({"system": "Be brief."}, ANTHROPIC),
+    ]
+    assert len({key, *others}) == len(others) + 1
+    assert all(re.fullmatch("[0-9a-f]{12}", other) for other in others)
+
+
+def test_session_keys_that_clients_give() -> None:
+    def key_of(changes: Mapping[str, Any] = {}, **fields: str) -> str:
+        lines = [(name.replace("__", "-"), name, value) for name, value in fields.items()]
+        return smolrouter.read_session_key(
+            smolrouter.Fields(lines), "/v1/embeddings", {"input": "Hi", **changes}
+        )
+
+    # Nothing is said of a conversation where there is none.
+    assert key_of() == ""
+    assert key_of({"prompt_cache_key": 5}) == key_of({"prompt_cache_key": ""}) == ""
+    assert key_of({"prompt_cache_key": "p"}) == "p"
+    assert key_of({"prompt_cache_key": "p"}, x__openwebui__chat__id="o") == "o"
+    assert key_of(session_id="codex", x__openwebui__chat__id="o") == "codex"
+    assert key_of(x__claude__code__session__id=" c ", session_id="s") == "c"
+    assert key_of(x__claude__code__session__id="c", x__session__id="x") == "x"
+    assert key_of(x__session__id="") == ""
+    assert len(key_of(x__session__id="x" * 9000)) == smolrouter.LIMITS.shown_name
+
+
+# --- which way a request goes ---------------------------------------------------------
+
 ROUTING_TABLE = """
 {"servers": {"one": "http://one:1", "two": {"url": "http://two:2/v1", "api": "ollama"}},
  "aliases": {"pair": {"instances": ["one/a", {"server": "two", "model": "b"}]},
@@ -8915,6 +8976,18 @@ BAD_TABLES = {
         '{"aliases": {"a": {"instances": [{"url": "http://a"}], "thinking": ["keep", "move"]}}}',
         "aliases.a.thinking",
     ),
+    "no slots": ('{"servers": {"a": {"url": "http://a", "slots": 0}}}', "servers.a.slots: 0"),
+    "slots in words": ('{"servers": {"a": {"url": "http://a", "slots": "4"}}}', "from 1 to 100000"),
+    "true slots": ('{"servers": {"a": {"url": "http://a", "slots": true}}}', "True instead"),
+    "slots twice": (
+        '{"servers": {"a": {"url": "http://a", "max_concurrent": 2, "slots": 2}}}',
+        "servers.a.max_concurrent: `slots` says it already",
+    ),
+    "bad priority": (
+        '{"aliases": {"a": {"instances": [{"url": "http://a"}], "priority": "urgent"}}}',
+        "'urgent' instead of high or normal or low",
+    ),
+    "priority in figures": (route({}, {**X, "priority": 1}), "routes[0].route.priority"),
     "no list of thinking": (route({}, {**X, "thinking": []}), "routes[0].route.thinking"),
 }
 
@@ -8925,6 +8998,47 @@ def test_bad_table_is_refused_with_its_place(text: str, named: str) -> None:
         routing(text)
     assert named in str(caught.value) and "routes.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_slots_and_priorities_are_read() -> None:
+    table = routing(
+        json.dumps(
+            {
+                "servers": {
+                    "a": {"url": "http://a", "slots": 4},
+                    "b": {"url": "http://b", "concurrencyLimit": 2},
+                    "c": {"url": "http://c", "max_concurrent": 1},
+                    "d": "http://d",
+                },
+                "aliases": {
+                    "quick": {"instances": ["a/m"], "priority": "high"},
+                    "usual": {"instances": ["a/m"]},
+                },
+                "routes": [
+                    {
+                        "match": {"source_host": "10.0.0.1"},
+                        "route": {"alias": "quick", "priority": "low"},
+                    },
+                    {"match": {"model": "x"}, "route": {"model": "quick"}},
+                    {"match": {"model": "y"}, "route": {"upstream": "a", "priority": "low"}},
+                    {"match": {"model": "z"}, "route": {"model": "usual", "priority": "high"}},
+                ],
+            }
+        )
+    )
+    assert [server.slots for server in table.servers.values()] == [4, 2, 1, None]
+    asked = {
+        ("quick", HOME): "high",
+        ("usual", HOME): "normal",
+        # A route for somebody wins over the alias that it leads to.
+        ("other", "10.0.0.1"): "low",
+        ("x", HOME): "high",
+        ("y", HOME): "low",
+        ("z", HOME): "high",
+        ("unknown", HOME): "normal",
+    }
+    got = {key: smolrouter.resolve(table, *key).priority for key in asked}
+    assert got == asked
 
 
 def test_yaml_in_flow_style_and_marks() -> None:
@@ -12007,6 +12121,484 @@ def test_least_busy_takes_the_idle_one() -> None:
             assert abs(one.request_count - two.request_count) <= 1
         gate.set()
         assert [a.result().status for a in asked] == [200] * 4
+
+
+# --- slots ----------------------------------------------------------------------------
+
+
+class Gate:
+    """A script whose answers wait until the test lets them go, by the last word of the user."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # The words of the requests that came, and how many run at each server, now and at most.
+        # Servers are paths of one port: the first segment is the name.
+        self.arrived: list[str] = []
+        self.running: collections.Counter[str] = collections.Counter()
+        self.most: collections.Counter[str] = collections.Counter()
+        self.may_end: dict[str, threading.Event] = collections.defaultdict(threading.Event)
+
+    def __call__(self, received: Received) -> Iterator[Step]:
+        document = received.json or {}
+        word = document.get("input") or last_text(document)
+        server = received.path.split("/")[1]
+        with self.lock:
+            self.arrived.append(word)
+            self.running[server] += 1
+            self.most[server] = max(self.most[server], self.running[server])
+        self.may_end[word].wait(PATIENCE)
+        with self.lock:
+            self.running[server] -= 1
+        if document.get("stream"):
+            yield from sse_response(chat_stream(word))
+        else:
+            yield from json_response(completion(document, word))
+
+    def end(self, word: str) -> None:
+        """Let the request with this word be answered."""
+        self.may_end[word].set()
+
+    def wait_for(self, *words: str) -> None:
+        """Wait until these requests have come, in this order."""
+        wait_until(lambda: len(self.arrived) >= len(words))
+        assert self.arrived == [*words]
+
+
+class SlotsTest:
+    """A router, a gate behind all of its servers, and clients that the test need not wait for."""
+
+    def __init__(self, servers: Mapping[str, Any], aliases: Mapping[str, Any], **more: Any) -> None:
+        self.gate = Gate()
+        self.upstream = Upstream(self.gate)
+        limits = more.pop("limits", None)
+        self.routes = {"servers": self.with_urls(servers), "aliases": aliases}
+        self.router = Router({"DEFAULT_UPSTREAM": "none", **more}, self.routes, limits=limits)
+        self.clients: dict[str, socket.socket] = {}
+
+    def with_urls(self, servers: Mapping[str, Any]) -> dict[str, Any]:
+        """Give servers their URLs, but for those that have one."""
+        ours = {"url": self.upstream.url, "discover": False}
+        return {
+            name: {**ours, "url": f"{self.upstream.url}/{name}", **record}
+            for name, record in servers.items()
+        }
+
+    def __enter__(self) -> SlotsTest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for word in [*self.clients, *self.gate.arrived]:
+            self.gate.end(word)
+        for sock in self.clients.values():
+            sock.close()
+        self.router.stop()
+        self.upstream.close()
+
+    def send(self, word: str, model: str, path: str = CHAT, stream: bool = False) -> None:
+        """Send a request whose last word is `word`."""
+        example = example_request(path, model, stream)
+        content = {"input": word} if "input" in example else {"prompt": word}
+        if "messages" in example:
+            content = {"messages": [{"role": "user", "content": word}]}
+        sock = self.clients[word] = connect(self.router.port)
+        sock.settimeout(PATIENCE)
+        sock.sendall(encode_post(path, {**example, **content}))
+
+    def inflight(self) -> list[dict[str, Any]]:
+        """Return the running requests, those that came first at the beginning."""
+        running = get_document(self.router, "/api/inflight")
+        return sorted(running, key=operator.itemgetter("id"))
+
+    def queued(self) -> list[dict[str, Any]]:
+        """Return the requests that wait for a slot."""
+        return [one for one in self.inflight() if one["phase"] == "queued"]
+
+    def wait_for_queue(self, count: int) -> None:
+        """Wait until so many requests wait for a slot."""
+        assert wait_until(lambda: len(self.queued()) == count) is True
+
+    def queue(self, word: str, model: str, **more: Any) -> None:
+        """Send a request that finds no slot, and wait until it is in the queue."""
+        count = len(self.queued())
+        self.send(word, model, **more)
+        self.wait_for_queue(count + 1)
+
+    def end(self, word: str) -> Response:
+        """Let a request end and return its answer."""
+        self.gate.end(word)
+        return self.answer(word)
+
+    def answer(self, word: str) -> Response:
+        """Return the answer to a request."""
+        with self.clients.pop(word) as sock:
+            return parse_response(exchange(sock))
+
+    def server(self, name: str) -> dict[str, Any]:
+        """Return what /api/upstreams says of a server."""
+        servers = get_document(self.router, "/api/upstreams")
+        return next(server for server in servers if server["name"] == name)
+
+
+def test_forty_requests_on_two_servers_with_two_slots() -> None:
+    servers = {"one": {"slots": 2}, "two": {"max_concurrent": 2}}
+    aliases = {"pair": {"instances": ["one/m", "two/m"]}}
+    ways = [way for way in ALL_WAYS if way[0] not in ("/v1/rerank", "/api/embed")]
+    with SlotsTest(servers, aliases) as test:
+        words = [f"w{number}" for number in range(40)]
+        for word, (path, stream) in zip(words, itertools.cycle(ways), strict=False):
+            test.send(word, "pair", path=path, stream=stream)
+            # So they come in this order.
+            wait_until(lambda: len(test.inflight()) == len(test.clients))
+        test.gate.wait_for(*words[:4])
+        waiting = test.queued()
+        assert len(waiting) == 36
+        assert all(one["waits_for"] == "one, two" and not one["upstream_url"] for one in waiting)
+        assert all(one["queued_ms"] > 0 for one in waiting)
+        for name in ("one", "two"):
+            server = test.server(name)
+            assert (server["slots"], server["running"], server["queued"]) == (2, 2, 36)
+        metrics = request(test.router.port, "GET", "/metrics").content
+        assert b"\nsmolrouter_queued_requests 36\n" in metrics
+        for number, word in enumerate(words):
+            assert test.end(word).status == 200
+            test.gate.wait_for(*words[: number + 5])
+        assert test.gate.most == {"one": 2, "two": 2}
+        assert test.inflight() == [] and test.server("one")["running"] == 0
+        wait_for_row(test.router, "pair")
+        assert wait_until(lambda: len(get_document(test.router, "/api/logs?limit=100")) == 40)
+        rows = get_document(test.router, "/api/logs?limit=100")
+        by_id = sorted(rows, key=operator.itemgetter("id"))
+        assert [row["queued_ms"] > 0 for row in by_id] == [False] * 4 + [True] * 36
+        assert "s queued)" in test.router.stderr
+
+
+PRIORITIES = {
+    "high": {"instances": ["one/m"], "priority": "high"},
+    "normal": {"instances": ["one/m"]},
+    "low": {"instances": ["one/m"], "priority": "low"},
+}
+
+
+def test_high_priorities_overtake() -> None:
+    # Two aliases, or three, share a server.
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES) as test:
+        test.send("first", "normal")
+        test.gate.wait_for("first")
+        for word, model in (("l1", "low"), ("n1", "normal"), ("h1", "high"), ("l2", "low")):
+            test.queue(word, model)
+        test.queue("h2", "high")
+        order = ["first", "h1", "h2", "n1", "l1", "l2"]
+        for number, word in enumerate(order, 1):
+            test.gate.wait_for(*order[:number])
+            test.end(word)
+        assert test.gate.most == {"one": 1}
+
+
+def test_low_priorities_are_not_starved() -> None:
+    limits = {"longest_overtaking": 0}
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, limits=limits) as test:
+        test.send("first", "high")
+        test.gate.wait_for("first")
+        order = ["first", "low", "normal", "high"]
+        for word in order[1:]:
+            test.queue(word, word)
+        for number, word in enumerate(order, 1):
+            test.gate.wait_for(*order[:number])
+            test.end(word)
+
+
+def test_the_order_of_the_queue() -> None:
+    """Whoever has been overtaken for half a minute goes before all that came later."""
+
+    async def order_after(seconds: float) -> list[int]:
+        limits = smolrouter.Limits(longest_overtaking=seconds)
+        batch = smolrouter.LoopBatch(limits)
+        slots = smolrouter.Slots(smolrouter.Upstreams(smolrouter.Settings(), batch))
+        for number, rank in enumerate((1, 2, 0, 2, 1, 0)):
+            slots.add(smolrouter.Waiting(rank, number, ()))
+        return [waiting.number for waiting in slots.in_order()]
+
+    assert run_coroutine(order_after(30)) == [2, 5, 0, 4, 1, 3]
+    # The last one that came for each rank has been overtaken by nobody, or just once.
+    assert run_coroutine(order_after(-1)) == [0, 1, 3, 4, 2, 5]
+
+
+def test_who_leaves_the_queue_frees_the_place() -> None:
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, QUEUE_SIZE=1) as test:
+        test.send("first", "normal")
+        test.gate.wait_for("first")
+        test.queue("leaves", "low")
+        test.clients.pop("leaves").close()
+        test.wait_for_queue(0)
+        row = wait_for_row(test.router, "low")
+        assert (row["status_code"], row["error_message"]) == (499, "client_closed")
+        assert row["queued_ms"] > 0 and row["attempts"] == []
+        # So does one that somebody stops.
+        test.queue("stopped", "low")
+        (waiting,) = test.queued()
+        request(test.router.port, "POST", f"/api/inflight/{waiting['id']}/cancel")
+        assert test.answer("stopped").status == 499
+        test.queue("next", "normal")
+        # One that runs and is left by its client makes room, too.
+        test.clients.pop("first").close()
+        test.gate.wait_for("first", "next")
+        assert test.end("next").status == 200
+        assert test.server("one")["running"] == 0
+
+
+QUEUE_WAYS = [(CHAT, False), (CHAT, True), ("/api/chat", False), ("/api/chat", True)]
+
+
+def test_a_queue_that_is_full_and_one_that_is_slow() -> None:
+    settings = {"QUEUE_SIZE": 1, "QUEUE_TIMEOUT": 0.5, "PING_INTERVAL": 0.1}
+    limits = {"deadline_interval": 0.05}
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, limits=limits, **settings) as test:
+        test.send("first", "high")
+        test.gate.wait_for("first")
+        for path, stream in QUEUE_WAYS:
+            test.queue("slow", "low", path=path, stream=stream)
+            test.send("full", "normal", path=path, stream=stream)
+            full = test.answer("full")
+            assert (full.status, full.get("Retry-After")) == (503, "10")
+            error = full.json["error"]
+            words = error if path == "/api/chat" else error["message"]
+            assert "no slot is free at one, and 1 requests wait" in words
+            assert "(QUEUE_SIZE=1)" in words
+            slow = test.answer("slow")
+            words = "no slot was free at one within 0.5 s (QUEUE_TIMEOUT)"
+            if stream:
+                # Signs of life have begun a stream, and the error is all that follows.
+                count, rest = without_pings(path, slow.content)
+                assert slow.status == 200 and count >= 2
+                assert words.encode() in rest
+            else:
+                assert (slow.status, slow.get("Retry-After")) == (503, "10")
+                assert words.encode() in slow.content
+            row = wait_for_row(test.router, "low")
+            assert (row["status_code"], row["error_message"]) == (503, words)
+            assert row["queued_ms"] >= 450
+            row = wait_for_row(test.router, "normal")
+            assert (row["status_code"], row["attempts"]) == (503, [])
+        assert test.end("first").status == 200
+        assert test.gate.arrived == ["first"]
+
+
+def test_without_a_queue_nobody_waits() -> None:
+    servers = {"one": {"slots": 1}, "two": {"slots": 1}}
+    aliases = {"pair": {"instances": ["one/m", "two/m"]}}
+    with SlotsTest(servers, aliases, QUEUE_SIZE=0) as test:
+        for word in ("first", "second"):
+            # The second one goes to the next instance with room.
+            test.send(word, "pair")
+            wait_until(lambda: len(test.gate.arrived) == len(test.clients))
+        assert test.gate.running == {"one": 1, "two": 1}
+        test.send("third", "pair")
+        assert test.answer("third").status == 503
+
+
+def test_failover_gives_one_place_for_another() -> None:
+    with (
+        SwitchableUpstream() as bad,
+        SlotsTest(
+            {"bad": {"url": bad.url, "slots": 1}, "good": {"slots": 1}},
+            {"pair": {"instances": ["bad/m", "good/m"]}, "good-alone": {"instances": ["good/m"]}},
+            QUEUE_TIMEOUT=2,
+        ) as test,
+    ):
+        bad.mood = json_response({"error": {"message": "out of memory"}}, 500)
+        test.send("first", "good-alone")
+        test.gate.wait_for("first")
+        test.queue("second", "pair")
+        # It waits for the good one, and not at the bad one any more.
+        assert test.queued()[0]["waits_for"] == "good"
+        assert (test.server("bad")["running"], bad.request_count) == (0, 1)
+        test.end("first")
+        test.gate.wait_for("first", "second")
+        got = test.end("second")
+        assert (got.status, got.get("X-SmolRouter-Attempts")) == (200, "2")
+        test.send("third", "good-alone")
+        # When nothing becomes free, the client gets the error that there was.
+        test.queue("fourth", "pair")
+        got = test.answer("fourth")
+        assert (got.status, got.json["error"]["message"]) == (500, "out of memory")
+        row = wait_for_row(test.router, "pair")
+        assert row["queued_ms"] > 1000 and len(row["attempts"]) == 1
+
+
+def test_a_changed_number_of_slots_counts_at_once() -> None:
+    with SlotsTest({"one": {}}, PRIORITIES, limits={"reload_interval": 0.1}) as test:
+
+        def set_slots(slots: int | None) -> None:
+            servers = test.with_urls({"one": {} if slots is None else {"slots": slots}})
+            test.router.routes.write_text(json.dumps({**test.routes, "servers": servers}))
+            wait_until(lambda: test.server("one")["slots"] == slots)
+
+        # Requests that began without a limit count when there is one.
+        test.send("a", "normal")
+        test.send("b", "normal")
+        wait_until(lambda: len(test.gate.arrived) == 2)
+        set_slots(2)
+        test.queue("c", "normal")
+        test.queue("d", "normal")
+        set_slots(3)
+        wait_until(lambda: len(test.gate.arrived) == 3)
+        assert test.gate.arrived[2:] == ["c"]
+        set_slots(1)
+        for word in "abc":
+            assert test.queued() and test.end(word).status == 200
+        wait_until(lambda: len(test.gate.arrived) == 4)
+        test.queue("e", "normal")
+        set_slots(None)
+        wait_until(lambda: len(test.gate.arrived) == 5)
+        assert test.gate.arrived[3:] == ["d", "e"]
+
+
+def test_what_takes_a_slot() -> None:
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES) as test:
+        test.send("first", "normal", path="/v1/embeddings")
+        test.gate.wait_for("first")
+        assert test.server("one")["running"] == 1
+        # Lists and what else only looks go through.
+        test.gate.end("")
+        for method in ("GET", "HEAD"):
+            assert request(test.router.port, method, "/upstream/one/v1/models").status == 200
+        sock = test.clients["second"] = connect(test.router.port)
+        path = "/upstream/one/v1/chat/completions"
+        sock.sendall(encode_post(path, chat_document("any", "second")))
+        test.wait_for_queue(1)
+        test.end("first")
+        assert test.end("second").status == 200
+
+
+def test_the_end_of_the_router_while_requests_wait() -> None:
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, SHUTDOWN_GRACE=1) as test:
+        test.send("first", "normal")
+        test.gate.wait_for("first")
+        test.queue("second", "normal")
+        test.queue("third", "normal")
+        test.router.signal(signal.SIGTERM)
+        # The grace is for those who wait, too.
+        test.end("first")
+        assert wait_until(lambda: "second" in test.gate.arrived)
+        assert test.answer("third").status == 503
+        assert test.router.wait() == 0
+
+
+def test_least_busy_counts_by_slots() -> None:
+    servers = {"big": {"slots": 4}, "small": {"slots": 1}}
+    aliases = {"pair": {"strategy": "least_busy", "instances": ["small/m", "big/m"]}}
+    with SlotsTest(servers, aliases) as test:
+        for number in range(5):
+            test.send(f"w{number}", "pair")
+            wait_until(lambda: len(test.gate.arrived) == len(test.clients))
+        # The small one has room once, and is full then.
+        assert test.gate.running == {"small": 1, "big": 4}
+        test.queue("more", "pair")
+
+
+# --- servers that are closed ----------------------------------------------------------
+
+
+def set_state(router: Router, name: str, state: Any, fields: Pairs = ()) -> Response:
+    """Tell a router how one of its servers is to be."""
+    path = f"/api/upstreams/{urllib.parse.quote(name, safe='')}"
+    return request(router.port, "POST", path, {"state": state}, fields)
+
+
+CLOSED_SERVERS = {"one": {"slots": 1}, "two": {}, "a/b": {}}
+CLOSED_ALIASES = {
+    "alone": {"instances": ["one/m"]},
+    "pair": {"instances": ["one/m", "two/m"]},
+}
+
+
+def test_a_drained_server() -> None:
+    with SlotsTest(CLOSED_SERVERS, CLOSED_ALIASES) as test:
+        test.send("runs", "alone")
+        test.gate.wait_for("runs")
+        test.queue("waits", "alone")
+        assert set_state(test.router, "one", "drain").json == {"name": "one", "state": "drain"}
+        words = "one is drained and takes no requests"
+        # Nobody waits for it any more, whether it came before or comes now.
+        for word, path in (("waits", CHAT), ("new", CHAT), ("ollama", "/api/chat")):
+            if word != "waits":
+                test.send(word, "alone", path=path)
+            got = test.answer(word)
+            assert got.status == 503 and words.encode() in got.content
+            assert wait_for_row(test.router, "alone")["error_message"].startswith(words)
+        assert request(test.router.port, "GET", "/upstream/one/v1/x").status == 503
+        server = test.server("one")
+        assert (server["state"], server["health"], server["running"]) == ("drain", "up", 1)
+        # Whatever has another server goes there; what runs here ends well.
+        test.send("other", "pair")
+        test.gate.wait_for("runs", "other")
+        assert test.gate.running == {"one": 1, "two": 1}
+        assert test.end("runs").status == 200 and test.end("other").status == 200
+        # A changed file does not open it.
+        test.router.signal(signal.SIGHUP)
+        wait_until(lambda: test.router.stderr.count("routes: ") == 2)
+        assert test.server("one")["state"] == "drain"
+        assert set_state(test.router, "one", "on").status == 200
+        test.send("again", "alone")
+        assert test.end("again").status == 200
+        assert test.server("one")["state"] == "up"
+        assert "server one: drain, says 127.0.0.1" in test.router.stderr
+
+
+def test_a_server_that_is_switched_off() -> None:
+    with SlotsTest(CLOSED_SERVERS, CLOSED_ALIASES) as test:
+        begun = threading.Event()
+
+        def endless(received: Received) -> Iterator[Step]:
+            yield from stream_response(chat_stream("Hello")[:2], whole=False)
+            begun.set()
+            yield HANG
+
+        test.upstream.scripts["endless"] = endless
+        test.send("other", "pair [two]")
+        sock = test.clients["stream"] = connect(test.router.port)
+        sock.settimeout(PATIENCE)
+        document = chat_document("endless [one]", "stream", stream=True)
+        sock.sendall(encode_post(CHAT, document))
+        assert begun.wait(PATIENCE)
+        read_until(sock, b"Hello")
+        test.queue("waits", "alone")
+        assert set_state(test.router, "one", "off").status == 200
+        words = "one was switched off by its owner"
+        # An answer that has begun ends with the reason, and its server sees the end.
+        read_until(test.clients.pop("stream"), words.encode())
+        seen = test.upstream.connection_of("endless")
+        assert wait_until(lambda: seen.closed)
+        row = wait_for_row(test.router, "endless")
+        assert (row["status_code"], row["error_message"]) == (503, words)
+        assert test.answer("waits").status == 503
+        assert test.server("one")["running"] == 0
+        # Others run on.
+        assert test.end("other").status == 200
+        # One that waits for either waits for the other alone.
+        assert set_state(test.router, "two", "off").status == 200
+        test.send("nobody", "pair")
+        error = test.answer("nobody").json["error"]
+        assert error["message"].startswith("one is switched off, two is switched off")
+        assert error["code"] == "server_closed"
+
+
+def test_how_the_state_of_a_server_is_set() -> None:
+    with SlotsTest(CLOSED_SERVERS, CLOSED_ALIASES) as test:
+        router = test.router
+        assert set_state(router, "a/b", "drain").json["name"] == "a/b"
+        assert test.server("a/b")["state"] == "drain"
+        got = set_state(router, "three", "off")
+        assert (got.status, b"there are one, two" in got.content) == (404, True)
+        for state in ("", "ON", True, None, {"on": 1}):
+            assert set_state(router, "one", state).status == 400
+        for content in (b"", b"[]", b"drain", b'"drain"'):
+            assert request(router.port, "POST", "/api/upstreams/one", content).status == 400
+        elsewhere = [("Origin", "http://evil.example")]
+        assert set_state(router, "one", "off", elsewhere).status == 403
+        assert set_state(router, "one", "off", [("X-Forwarded-For", "10.0.0.1")]).status == 403
+        assert request(router.port, "GET", "/api/upstreams/one").status == 405
+        assert test.server("one")["state"] == "unknown"
 
 
 # --- lists of models ------------------------------------------------------------------
