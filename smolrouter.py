@@ -3864,6 +3864,8 @@ class Protocol(NamedTuple):
     text_path: Path = ()
     # Whether an answer has to name the model as its client knows it.
     names_model: bool = False
+    # Whether tools may stand in namespaces.
+    has_namespaces: bool = False
     # The member without which it is no answer: its server does not know the endpoint. "" where any
     # answer will do.
     answer_member: str = ""
@@ -3936,6 +3938,7 @@ PROTOCOLS = {
         request=RESPONSES_REQUEST,
         user_words="input",
         system_words="instructions",
+        has_namespaces=True,
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
         thoughts=IN_OUTPUT,
         item_members=("item_id", "content_index"),
@@ -4676,6 +4679,248 @@ def is_raw(document: Mapping[str, Any]) -> bool:
     return bool(document.get("raw") or document.get("suffix"))
 
 
+# --- tools in namespaces ---------------------------------------------------------------
+# Clients of /v1/responses group tools: `{"type": "namespace", "name": "web", "tools": [...]}`, and
+# a call of one has `"namespace": "web"` beside its name. Only OpenAI's own servers know that. For
+# others the tools become functions with names such as `web__search`: in the tools, in the calls of
+# the history and in the choice of a tool. The calls in the answer get both names back.
+
+NAMESPACE = "namespace"
+CALL_TYPES = ("function_call", "custom_tool_call")
+# One of these words is in every event that names the tool of a call.
+CALL_WORDS = (b'"function_call"', b'"custom_tool_call"', b'_call_arguments.done"')
+NO_TOOL_NAME = re.compile(r"[^A-Za-z0-9_-]")
+MAX_TOOL_NAME = 64
+# Above so many levels of namespaces inside of each other nothing is flattened.
+MAX_NAMESPACE_PATH = 20
+
+
+class Tool(NamedTuple):
+    """A tool as its client knows it; a namespace inside of others has all their names."""
+
+    namespace: str
+    name: str
+
+
+class FoundTool(NamedTuple):
+    """A tool in the tools of a request, and where it stands."""
+
+    tool: Tool | None
+    path: Path
+
+
+class ToolNames(NamedTuple):
+    """What the tools in the namespaces of a request are called for a server that knows none."""
+
+    # The names of the tools; where a client has two of one name, that of the first.
+    functions: dict[Tool, str]
+    # The tools that these names mean.
+    tools: dict[str, Tool]
+    # The name of each tool that stands in a namespace of `tools`, by its place.
+    by_place: dict[Path, str]
+    # For each namespace of `tools` the choices of its tools, as they stand in `tool_choice`.
+    choices: dict[str, list[dict[str, str]]]
+
+
+def name_of(value: Any, member: str = "name") -> str | None:
+    """Return the name that a tool, a call or a choice says, None when it says none."""
+    name = value.get(member) if isinstance(value, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def is_namespace(value: Any) -> bool:
+    """Tell whether a tool is a namespace that can be flattened: it has a name and a list."""
+    named = name_of(value) is not None and value.get("type") == NAMESPACE
+    return named and isinstance(value.get("tools"), list)
+
+
+def find_tools(namespace: Any, path: Path, outer: str = "") -> Iterator[FoundTool]:
+    """Yield the tools of a namespace, and of those inside of it; None for what has no name.
+
+    `{"type": "namespace", "name": "web", "tools": [{"name": "find"}]}` at `("tools", 0)`
+    ->  `FoundTool(Tool("web", "find"), ("tools", 0, "tools", 0))`
+    """
+    whole_name = outer + namespace["name"]
+    for number, value in enumerate(namespace["tools"]):
+        inner_path = (*path, "tools", number)
+        if is_namespace(value) and len(path) < MAX_NAMESPACE_PATH:
+            yield from find_tools(value, inner_path, f"{whole_name}__")
+        else:
+            name = name_of(value)
+            yield FoundTool(None if name is None else Tool(whole_name, name), inner_path)
+
+
+def function_name(tool: Tool, taken: Container[str]) -> str:
+    """Return a name for a tool as functions have them, which is none of those that are taken.
+
+    `Tool("mcp__lab", "add")`  ->  `mcp__lab__add`
+    A name that is too long, taken or has other characters ends with a hash of what it means.
+    """
+    wanted = f"{tool.namespace}__{tool.name}"
+    name = NO_TOOL_NAME.sub("_", wanted)
+    if name == wanted and len(name) <= MAX_TOOL_NAME and name not in taken:
+        return name
+    number = 0
+    while name in taken or number == 0:
+        number += 1
+        meant = f"{tool.namespace}\0{tool.name}\0{number}".encode("utf-8", "surrogatepass")
+        mark = "_" + hashlib.sha256(meant).hexdigest()[:8]
+        name = NO_TOOL_NAME.sub("_", wanted)[: MAX_TOOL_NAME - len(mark)] + mark
+    return name
+
+
+def list_of(document: Mapping[str, Any], member: str) -> list[Any]:
+    """Return a list in a document, an empty one where there is none."""
+    value = document.get(member)
+    return value if isinstance(value, list) else []
+
+
+def value_at(document: Any, path: Path) -> Any:
+    """Return the value at a path: `{"a": [1, 2]}`, `("a", 1)`  ->  2."""
+    for key in path:
+        document = document[key]
+    return document
+
+
+def read_tool_names(document: Mapping[str, Any]) -> ToolNames:
+    """Return what the tools of a request in /v1/responses are called that stand in namespaces.
+
+    `{"tools": [{"type": "namespace", "name": "web", "tools": [{"name": "find"}]}]}`
+    ->  `functions == {Tool("web", "find"): "web__find"}`
+    """
+    found: list[FoundTool] = []
+    taken: set[str | None] = set()
+    for number, tool in enumerate(list_of(document, "tools")):
+        if is_namespace(tool):
+            found += find_tools(tool, ("tools", number))
+        else:
+            taken.add(name_of(tool))
+    # Calls of the history may be of tools that are not there any more.
+    calls = [i for i in list_of(document, "input") if name_of(i, "type") in CALL_TYPES]
+    for call in calls:
+        namespace, name = name_of(call, NAMESPACE), name_of(call)
+        if namespace is None:
+            taken.add(name)
+        elif name is not None:
+            found.append(FoundTool(Tool(namespace, name), ()))
+    names = ToolNames({}, {}, {}, {})
+    for tool, path in found:
+        if tool is None or (not path and tool in names.functions):
+            continue
+        function = function_name(tool, taken)
+        taken.add(function)
+        names.functions.setdefault(tool, function)
+        names.tools[function] = tool
+        if path:
+            names.by_place[path] = function
+            outermost = document["tools"][path[1]]
+            kind = name_of(value_at(document, path), "type") or "function"
+            choice = {"type": kind, "name": function}
+            names.choices.setdefault(outermost["name"], []).append(choice)
+    return names
+
+
+def rename_tool(text: str, name: str) -> str:
+    """Return a tool, call or choice in JSON with a function's name and without a namespace."""
+    return edit_json(remove_member(text, NAMESPACE), {("name",): name})
+
+
+def flatten_tools(text: str, names: ToolNames, tools: list[Any]) -> str:
+    """Return the JSON array of the tools with those of its namespaces in their place."""
+    paths: list[Path] = []
+    for index, tool in enumerate(tools):
+        if is_namespace(tool):
+            paths += [found.path[1:] for found in find_tools(tool, ("tools", index))]
+        else:
+            paths.append((index,))
+    # Of members that stand twice the last one counts, as it does where the tools were read.
+    values = {path: text[start:end] for start, end, path in find_values(text, 0, paths)}
+    pieces = []
+    for path in paths:
+        function = names.by_place.get(("tools", *path))
+        pieces.append(rename_tool(values[path], function) if function else values[path])
+    return f"[{','.join(pieces)}]"
+
+
+def flatten_choice(choice: Any, names: ToolNames) -> Any:
+    """Return what a request says of the tool to be called as a server without namespaces reads it.
+
+    A namespace becomes its only function, or means that one of its functions has to be called.
+    """
+    if not isinstance(choice, dict):
+        return choice
+    kind = choice.get("type")
+    namespace, name = name_of(choice, NAMESPACE), name_of(choice)
+    function = names.functions.get(Tool(namespace or "", name or ""))
+    if kind == "allowed_tools":
+        allowed: list[Any] = []
+        for tool in list_of(choice, "tools"):
+            flat = flatten_choice(tool, names)
+            is_several = isinstance(flat, dict) and flat.get("type") == "allowed_tools"
+            allowed += list_of(flat, "tools") if is_several else [flat]
+        return {**choice, "tools": allowed}
+    if namespace is not None and function:
+        rest = {member: value for member, value in choice.items() if member != NAMESPACE}
+        return {**rest, "name": function}
+    choices = names.choices.get(name or "") if kind == NAMESPACE else None
+    if not choices:
+        return choice
+    if len(choices) == 1:
+        return choices[0]
+    return {"type": "allowed_tools", "mode": "required", "tools": choices}
+
+
+def flatten_namespaces(text: str, document: Mapping[str, Any], names: ToolNames) -> str:
+    """Return a request of /v1/responses for a server that knows no namespaces."""
+    tools = list_of(document, "tools")
+    functions: dict[Path, str] = {}
+    for number, item in enumerate(list_of(document, "input")):
+        tool = Tool(name_of(item, NAMESPACE) or "", name_of(item) or "")
+        is_call = name_of(item, "type") in CALL_TYPES and name_of(item, NAMESPACE) is not None
+        if is_call and tool in names.functions:
+            functions[("input", number)] = names.functions[tool]
+    paths = list(functions)
+    if any(map(is_namespace, tools)):
+        paths.append(("tools",))
+    # Of members that stand twice the last one counts.
+    spans = {path: (start, end) for start, end, path in find_values(text, 0, paths)}
+    # From the last to the first, so that the places of the others stay.
+    for path, (start, end) in sorted(spans.items(), key=lambda item: item[1], reverse=True):
+        value = text[start:end]
+        if path in functions:
+            value = rename_tool(value, functions[path])
+        else:
+            value = flatten_tools(value, names, tools)
+        text = text[:start] + value + text[end:]
+    choice = flatten_choice(document.get("tool_choice"), names)
+    if choice == document.get("tool_choice"):
+        return text
+    return edit_json(text, {("tool_choice",): choice})
+
+
+def restore_namespaces(names: ToolNames, document: Mapping[str, Any]) -> dict[Path, Any]:
+    """Return the edits that name the tools of an answer or event as its client knows them.
+
+    `{"item": {"type": "function_call", "name": "web__find"}}`
+    ->  `{("item", "name"): "find", ("item", "namespace"): "web"}`
+    """
+    edits: dict[Path, Any] = {}
+    response = document.get("response")
+    holders = [((), document), (("response",), response if isinstance(response, dict) else {})]
+    items = [(("item",), document.get("item"))]
+    for path, holder in holders:
+        items += [((*path, "output", at), i) for at, i in enumerate(list_of(holder, "output"))]
+    for path, item in items:
+        tool = names.tools.get(name_of(item) or "")
+        if tool and item.get("type") in CALL_TYPES and item.get(NAMESPACE) is None:
+            edits[(*path, "name")] = tool.name
+            edits[(*path, NAMESPACE)] = tool.namespace
+    tool = names.tools.get(name_of(document) or "")
+    if tool and (name_of(document, "type") or "").endswith("_call_arguments.done"):
+        edits[("name",)] = tool.name
+    return edits
+
+
 class RequestChanges(NamedTuple):
     """What a request needs on its way to one server."""
 
@@ -4683,6 +4928,7 @@ class RequestChanges(NamedTuple):
     no_think: bool = False
     include_usage: bool = False
     strip_attribution: bool = False
+    flatten_namespaces: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4722,6 +4968,16 @@ class ParsedRequest:
         if protocol.raw_openai_path and is_raw(self.document):
             return protocol.raw_openai_path
         return protocol.openai_path
+
+    @functools.cached_property
+    def tool_names(self) -> ToolNames | None:
+        """What its tools in namespaces are called for servers that know none; None without any."""
+        # Both the type of such tools and the member of their calls are this word.
+        if not self.protocol.has_namespaces or f'"{NAMESPACE}"' not in self.text:
+            return None
+        names = read_tool_names(self.document)
+        has_empty = any(is_namespace(tool) for tool in list_of(self.document, "tools"))
+        return names if names.tools or has_empty else None
 
     @property
     def wants_usage(self) -> bool:
@@ -4976,9 +5232,12 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     attribution: Path = ()
     if changes.strip_attribution:
         attribution = find_attribution(parsed.protocol, document)
-    if not (edits or adds_options or attribution):
+    tool_names = parsed.tool_names if changes.flatten_namespaces else None
+    if not (edits or adds_options or attribution or tool_names):
         return parsed.content
     text = edit_json(parsed.text, edits) if edits else parsed.text
+    if tool_names:
+        text = flatten_namespaces(text, document, tool_names)
     if attribution:
         text = remove_attribution(text, document, attribution)
     if adds_options:
@@ -5110,6 +5369,8 @@ class AnswerPlan(NamedTuple):
     begun: bool = False
     # Is told whether a text began inside of a block that the model's template opened.
     note_opened: Callable[[bool], None] = lambda opened: None
+    # What the server calls the tools that stand in namespaces for the client; None for none.
+    tool_names: ToolNames | None = None
 
     @property
     def protocol(self) -> Protocol:
@@ -5257,10 +5518,13 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
     rules = plan.rules
     filtering = rules.fences or (rules.think and may_hold_tag(content))
     filtering = filtering or (rules.move and b'"reasoning"' in content)
-    document = parse_object(content) if filtering or plan.restores_name else None
+    is_read = filtering or plan.restores_name or plan.tool_names
+    document = parse_object(content) if is_read else None
     if document is None:
         return content
     edits = plan.model_edit(document)
+    if plan.tool_names:
+        edits |= restore_namespaces(plan.tool_names, document)
     if filtering:
         filter_parts(plan, document, read_answer(plan.protocol, document), edits)
     return edit_json(content.decode(), edits).encode() if edits else content
@@ -5655,6 +5919,8 @@ class EventFilter:
         self.text_words = (*words, *MARKS, *ESCAPED_MARKS)
         if self.plan.hide_usage:
             words += (b'"usage"',)
+        if self.plan.tool_names:
+            words += CALL_WORDS
         return words
 
     def change_block(self, block: bytes) -> bytes:
@@ -5727,7 +5993,9 @@ class EventFilter:
         looks_at_text = self.filtering and self.may_change_text(event, data)
         if looks_at_text and not looks_at_usage and self.follow(data):
             return event
-        if not (looks_at_usage or looks_at_text or self.plan.restores_name):
+        names = self.plan.tool_names
+        looks_at_calls = names is not None and any(word in data for word in CALL_WORDS)
+        if not (looks_at_usage or looks_at_text or looks_at_calls or self.plan.restores_name):
             return event
         document = parse_object(data)
         if document is None:
@@ -5740,6 +6008,8 @@ class EventFilter:
             data = remove_member(data.decode(), "usage").encode()
             event = self.format.replace(event, data)
         edits = self.plan.model_edit(document)
+        if looks_at_calls:
+            edits |= restore_namespaces(names, document)
         if looks_at_text:
             return self.filter_event(event, data, document, edits)
         return self.edit_event(event, data, edits)
@@ -6710,7 +6980,8 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         return None
     if format:
         return StreamRewrite(plan, format, EventFilter(plan, format))
-    if media_type == "application/json" and (plan.rules.any or plan.restores_name):
+    may_change = plan.rules.any or plan.restores_name or plan.tool_names
+    if media_type == "application/json" and may_change:
         # Its client may get the head of a stream meanwhile, and then it cannot go as it is.
         return BufferedRewrite(plan, filter_document, required=plan.parsed.stream)
     return None
@@ -6736,6 +7007,10 @@ MOST_SLOTS = 100_000
 # What may become of thinking; and that the model's template opens it, so that the answer does not.
 OPENED = "opened"
 THINKING_WORDS = ("strip", "move", "keep", OPENED)
+# What may become of tools in namespaces; where nothing is said, OpenAI's own servers get them.
+FLATTEN = "flatten"
+KEEP = "keep"
+BY_HOST = "by host"
 # `${NAME}` in the routing file stands for an environment variable.
 ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 # A name that ends so means the name without as well.
@@ -6865,6 +7140,8 @@ class Server:
     thinking: Thinking = NOTHING_SAID
     # How many requests it runs at once; None: any number.
     slots: int | None = None
+    # What becomes of tools in namespaces: FLATTEN or KEEP; BY_HOST: only OpenAI's get them.
+    namespace_tools: str = BY_HOST
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
 
@@ -6872,6 +7149,18 @@ class Server:
     def fixed_names(self) -> ListedNames | None:
         """The names in `models`, None for a server that is asked."""
         return None if self.models is None else index_names(self.models)
+
+    @functools.cached_property
+    def knows_namespaces(self) -> bool:
+        """Whether it gets tools in namespaces as they are."""
+        if self.namespace_tools == BY_HOST:
+            return self.url.is_under("openai.com", "openai.azure.com", "chatgpt.com")
+        return self.namespace_tools == KEEP
+
+    @functools.cached_property
+    def is_anthropic(self) -> bool:
+        """Whether it is one of Anthropic's own."""
+        return self.url.is_under("anthropic.com")
 
     def __hash__(self) -> int:
         # All fields still count for equality. To hash them all takes time with each look-up.
@@ -7308,9 +7597,9 @@ class TableReader:
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
-        url, api, key, headers, verify, models, discover, thinking, *slots = node.members(
+        url, api, key, headers, verify, models, discover, thinking, spaces, *slots = node.members(
             *("url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"),
-            *SLOTS_KEYS,
+            *("namespace_tools", *SLOTS_KEYS),
         )
         return Server(
             name=name,
@@ -7322,8 +7611,13 @@ class TableReader:
             models=self.read_models(models, discover.choose(True, False)),
             thinking=self.read_thinking(thinking),
             slots=self.read_slots(slots),
+            namespace_tools=self.read_namespace_tools(spaces),
             warning=url_warning(f"servers.{name}", url.value),
         )
+
+    def read_namespace_tools(self, node: Node) -> str:
+        """Read what becomes of tools in namespaces."""
+        return BY_HOST if node.value is None else node.choose(FLATTEN, KEEP)
 
     def read_models(self, node: Node, discover: bool) -> tuple[str, ...] | None:
         """Read the models of a server that is not asked for them; None for one that is."""
@@ -13729,7 +14023,8 @@ class Exchange:
             candidate.model or parsed.model,
             self.context.settings.disable_thinking,
             candidate.hide_usage,
-            self.context.settings.strip_attribution and not server.url.is_under("anthropic.com"),
+            self.context.settings.strip_attribution and not server.is_anthropic,
+            not server.knows_namespaces,
         )
         content = await self.context.work(len(parsed.content), encode, parsed, changes)
         lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
@@ -13767,6 +14062,7 @@ class Exchange:
         client has no head yet that says something else. Where it cannot, raises BadGateway.
         """
         candidate = self.candidate
+        server = candidate.instance.server
         head = candidate.response.head
         coding = read_coding(head.fields)
         begun = self.sent != NOTHING
@@ -13784,6 +14080,7 @@ class Exchange:
             limits=self.context.limits,
             begun=begun,
             note_opened=candidate.note_opened,
+            tool_names=None if server.knows_namespaces else self.parsed.tool_names,
         )
         rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
         if not rewriter or not coding:

@@ -7611,6 +7611,311 @@ def test_a_websocket_is_refused_at_once_and_leaves_no_trace() -> None:
     assert request(router.port, "GET", "/v1/chat/completions", fields=upgrade).status == 401
 
 
+# --- agents: tools in namespaces ------------------------------------------------------
+
+
+def namespace(name: str, *tools: Any) -> dict[str, Any]:
+    """Make a namespace of tools; a text is the name of a function."""
+    made = [{"type": "function", "name": t, "x": 1.0} if isinstance(t, str) else t for t in tools]
+    return {"type": "namespace", "name": name, "description": "d", "tools": made}
+
+
+def function_tool(name: str) -> dict[str, Any]:
+    """Make the tool that one of `namespace` becomes."""
+    return {"type": "function", "name": name, "x": 1.0}
+
+
+def flatten(document: Mapping[str, Any]) -> Any:
+    """Return a request to /v1/responses as a server without namespaces gets it, and its names."""
+    parsed = smolrouter.read_object(RESPONSES, "", encode_json({"model": "m", **document}))
+    changes = smolrouter.RequestChanges("m", flatten_namespaces=True)
+    return json.loads(smolrouter.encode_object(parsed, changes)), parsed.tool_names
+
+
+def restore(names: Any, document: Any) -> Any:
+    """Return an answer or event with the names that its client knows."""
+    edits = smolrouter.restore_namespaces(names, document)
+    return json.loads(smolrouter.edit_json(json.dumps(document), edits))
+
+
+def call_of(name: str, space: str | None = None, kind: str = "function_call") -> dict[str, Any]:
+    """Make a call of a tool."""
+    more = {} if space is None else {"namespace": space}
+    return {"type": kind, "call_id": "c", "name": name, **more, "arguments": "{}"}
+
+
+# What a client says of its tools, and what its server gets; "HASH" is any.
+FLATTENED = (
+    ({"tools": [function_tool("a"), namespace("web", "find", "open"), {"type": "web_search"}]},
+     {"tools": [function_tool("a"), function_tool("web__find"), function_tool("web__open"),
+                {"type": "web_search"}]}),
+    ({"tools": [namespace("empty")]}, {"tools": []}),
+    ({"tools": [namespace("a", {"type": "custom", "name": "b"}, {"type": "web_search"}, 7)]},
+     {"tools": [{"type": "custom", "name": "a__b"}, {"type": "web_search"}, 7]}),
+    ({"tools": [namespace("a", namespace("b", "c"), "d")]},
+     {"tools": [function_tool("a__b__c"), function_tool("a__d")]}),
+    ({"tools": [namespace("", "c")]}, {"tools": [function_tool("__c")]}),
+    # A namespace that cannot be read stays.
+    *(({"tools": [tool]}, {"tools": [tool]}) for tool in (
+        {"type": "namespace", "name": "a"}, {"type": "namespace", "name": 1, "tools": []},
+        {"type": "namespace", "tools": ["x"]}, "namespace", None)),
+    ({"tools": "namespace"}, {"tools": "namespace"}),
+    # Names that are taken, too long or of other characters.
+    ({"tools": [namespace("a", "b"), function_tool("a__b")]},
+     {"tools": [function_tool("a__b_HASH"), function_tool("a__b")]}),
+    ({"tools": [namespace("a", "b", "b")]},
+     {"tools": [function_tool("a__b"), function_tool("a__b_HASH")]}),
+    ({"tools": [namespace("a__b", "c"), namespace("a", "b__c")]},
+     {"tools": [function_tool("a__b__c"), function_tool("a__b__c_HASH")]}),
+    ({"tools": [namespace("n" * 60, "t", "tt", "ttt")]},
+     {"tools": [function_tool("n" * 60 + "__t"), function_tool("n" * 60 + "__tt"),
+                function_tool("n" * 55 + "_HASH")]}),
+    ({"tools": [namespace("caf\u00e9.x", "\U0001f600")]},
+     {"tools": [function_tool("caf__x____HASH")]}),
+    # The history, and calls of tools that are not there any more.
+    ({"input": [call_of("b", "a"), call_of("a__b"), call_of("z", "a", "custom_tool_call")],
+      "tools": [namespace("a", "b")]},
+     {"input": [call_of("a__b_HASH"), call_of("a__b"), call_of("a__z", None, "custom_tool_call")],
+      "tools": [function_tool("a__b_HASH")]}),
+    ({"input": [{"namespace": "a", "name": "b", "type": "message"}, call_of("b", "a"), 3]},
+     {"input": [{"namespace": "a", "name": "b", "type": "message"}, call_of("a__b"), 3]}),
+    # The choice of a tool.
+    *(({"tools": [namespace("a", "b", "c"), namespace("d", {"type": "custom", "name": "e"})],
+        "tool_choice": choice},
+       {"tools": [*map(function_tool, ("a__b", "a__c")), {"type": "custom", "name": "d__e"}],
+        "tool_choice": flat}) for choice, flat in (
+        ("auto", "auto"),
+        ({"type": "function", "name": "b"}, {"type": "function", "name": "b"}),
+        ({"type": "function", "name": "b", "namespace": "a"}, {"type": "function", "name": "a__b"}),
+        ({"type": "function", "name": "x", "namespace": "a"},
+         {"type": "function", "name": "x", "namespace": "a"}),
+        ({"type": "namespace", "name": "d"}, {"type": "custom", "name": "d__e"}),
+        ({"type": "namespace", "name": "unknown"}, {"type": "namespace", "name": "unknown"}),
+        ({"type": "namespace", "name": "a"},
+         {"type": "allowed_tools", "mode": "required", "tools": [
+            {"type": "function", "name": "a__b"}, {"type": "function", "name": "a__c"}]}),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "namespace", "name": "a"}, {"type": "function", "name": "x"}, 5]},
+         {"type": "allowed_tools", "mode": "auto", "tools": [
+            {"type": "function", "name": "a__b"}, {"type": "function", "name": "a__c"},
+            {"type": "function", "name": "x"}, 5]}),
+        (["namespace"], ["namespace"]),
+    )),
+)  # fmt: skip
+
+
+def without_hash(document: Any) -> Any:
+    """Return a document with HASH where a name ends with one."""
+    return json.loads(re.sub(r'_[0-9a-f]{8}"', '_HASH"', json.dumps(document)))
+
+
+def test_namespaces_become_functions() -> None:
+    for document, expected in FLATTENED:
+        got, names = flatten(document)
+        assert without_hash(got) == {"model": "m", **expected}
+        for function, tool in (names.tools if names else {}).items():
+            assert len(function) <= 64 and re.fullmatch("[A-Za-z0-9_-]+", function)
+            back = restore(names, {"item": call_of(function)})["item"]
+            assert back == {**call_of(tool.name), "namespace": tool.namespace}
+
+
+def test_a_request_with_namespaces_keeps_every_other_byte() -> None:
+    text = (
+        '{ "model":"m","n": 1.0, "tools" : [ {"type":"namespace", "name":"a","tools":\n'
+        ' [{ "name" : "b", "x": 1e3,"type":"f"} , {"type":"f","name":"\\u0063"}]}, {"y": 1.0}],\n'
+        ' "input":[ {"type":"function_call", "namespace":"a" , "name":"b", "n":"\\u00e9"} ] }\n'
+    )
+    parsed = smolrouter.read_object(RESPONSES, "", text.encode())
+    changes = smolrouter.RequestChanges("m", flatten_namespaces=True)
+    assert smolrouter.encode_object(parsed, changes).decode() == (
+        '{ "model":"m","n": 1.0, "tools" : [{ "name" : "a__b", "x": 1e3,"type":"f"},'
+        '{"type":"f","name":"a__c"},{"y": 1.0}],\n'
+        ' "input":[ {"type":"function_call" , "name":"a__b", "n":"\\u00e9"} ] }\n'
+    )
+    for path, changed in ((CHAT, changes), (RESPONSES, changes._replace(flatten_namespaces=False))):
+        parsed = smolrouter.read_object(path, "", text.encode())
+        assert smolrouter.encode_object(parsed, changed) == text.encode()
+
+
+def test_members_that_stand_twice_neither_lose_a_tool_nor_make_one() -> None:
+    one = '{"type":"namespace","name":"a","tools":[{"name":"z"},{"name":"y"}]}'
+    two = '{"type":"namespace","name":"a","tools":[{"name":"x"}],"tools":[{"name":"b"}]}'
+    text = f'{{"model":"m","tools":[{one},{one}],"tools":[{two}]}}'
+    parsed = smolrouter.read_object(RESPONSES, "", text.encode())
+    changes = smolrouter.RequestChanges("m", flatten_namespaces=True)
+    got = json.loads(smolrouter.encode_object(parsed, changes))
+    assert got["tools"] == [{"name": "a__b"}]
+
+
+# Names that are likely to meet: the pieces of one another, long ones, odd ones.
+TOOL_NAME_BITS = ("a", "b", "_", "__", "a__b", "\u00e9", ".", "", "n" * 31, "x" * 62, "\ud800", "-")
+
+
+@fuzz(
+    lambda st: {
+        "data": st.lists(
+            st.tuples(
+                st.none() | st.lists(st.sampled_from(TOOL_NAME_BITS), max_size=3),
+                st.lists(st.lists(st.sampled_from(TOOL_NAME_BITS), max_size=2), max_size=3),
+            ),
+            max_size=6,
+        ),
+        "history": st.lists(
+            st.tuples(st.integers(0, 20), st.none() | st.sampled_from(TOOL_NAME_BITS)), max_size=5
+        ),
+    }
+)
+def test_fuzz_namespaces(data: Any, history: Any) -> None:
+    """No tool is lost, none is invented, and each call comes back as its client knows it."""
+    tools: list[Any] = []
+    known: list[tuple[str | None, str]] = []
+    for space, inner in data:
+        names = ["".join(bits) for bits in inner]
+        known += [(None if space is None else "".join(space), name) for name in names]
+        if space is None:
+            tools += map(function_tool, names)
+        else:
+            tools.append(namespace("".join(space), *names))
+    calls = []
+    for number, other in history:
+        space, name = known[number % len(known)] if known else ("old", "gone")
+        calls.append(call_of(name if other is None else other, space))
+    got, names = flatten({"tools": tools, "input": calls})
+    # As many tools as there were, each but for its name the same.
+    functions = [tool["name"] for tool in got["tools"]]
+    assert got["tools"] == list(map(function_tool, functions)) and len(functions) == len(known)
+    for (space, name), function in zip(known, functions, strict=True):
+        if space is None:
+            assert function == name
+            continue
+        assert re.fullmatch("[A-Za-z0-9_-]{1,64}", function) and functions.count(function) == 1
+        back = restore(names, {"output": [call_of(function)]})["output"][0]
+        assert (back["namespace"], back["name"]) == (space, name)
+    for before, after in zip(calls, got["input"], strict=True):
+        if "namespace" not in before:
+            assert after == before
+            continue
+        back = restore(names, {"type": "x", "item": after})["item"]
+        assert back == before
+        if (before["namespace"], before["name"]) in known:
+            assert after["name"] in functions
+    for name in [*(name for space, name in known if space is None), "elsewhere", ""]:
+        if names:
+            assert restore(names, {"item": call_of(name)})["item"] == call_of(name)
+
+
+def response_events(calls: Sequence[Mapping[str, Any]], text: str = "") -> list[dict[str, Any]]:
+    """Make the events of an answer with these calls, as OpenAI's own servers say them."""
+    message = {"type": "message", "content": [{"type": "output_text", "text": text}]}
+    place = {"item_id": "m", "output_index": 0, "content_index": 0}
+    events: list[dict[str, Any]] = [{"type": "response.created", "response": {"output": []}}]
+    events.append({"type": "response.output_text.delta", **place, "delta": text})
+    # The calls come in parallel.
+    events += [
+        {
+            "type": "response.output_item.added",
+            "output_index": at,
+            "item": {**call, "arguments": ""},
+        }
+        for at, call in enumerate(calls, 1)
+    ]
+    for at, call in enumerate(calls, 1):
+        place = {"item_id": f"fc_{at}", "output_index": at}
+        delta = {"delta": '{"name": "a__b"}', **place}
+        done = {"name": call["name"], "arguments": "{}", **place}
+        events += [
+            {"type": "response.function_call_arguments.delta", **delta},
+            {"type": "response.function_call_arguments.done", **done},
+            {"type": "response.output_item.done", "output_index": at, "item": call},
+        ]
+    return [*events, {"type": "response.completed", "response": {"output": [message, *calls]}}]
+
+
+NAMESPACES = {"tools": [namespace("a", "b"), namespace("mcp__x", "y"), function_tool("a__c")]}
+FLAT_CALLS = [call_of(name) for name in ("mcp__x__y", "a__b", "a__c", "a__b", "a.b")]
+CLIENT_CALLS = [
+    call_of("y", "mcp__x"),
+    call_of("b", "a"),
+    call_of("a__c"),
+    call_of("b", "a"),
+    call_of("a.b"),
+]
+CALLS_TEXT = 'I call "function_call" a__b'
+
+
+def read_named_events(stream: bytes) -> list[dict[str, Any]]:
+    """Return the documents of events that say their type in a line of their own."""
+    return [json.loads(line[6:]) for line in stream.split(b"\n") if line.startswith(b"data:")]
+
+
+def test_streamed_calls_get_their_namespaces_back_at_every_split() -> None:
+    names = flatten(NAMESPACES)[1]
+    stream = b"".join(named_events(response_events(FLAT_CALLS[:2], CALLS_TEXT)))
+    expected = response_events(CLIENT_CALLS[:2], CALLS_TEXT)
+    parsed = smolrouter.read_object(RESPONSES, "", b'{"model": "m", "stream": true}')
+    for rules in (smolrouter.FilterRules(), smolrouter.FilterRules(think=True, move=True)):
+        plan = answer_plan(path=RESPONSES)._replace(parsed=parsed, rules=rules, tool_names=names)
+        for split in range(0, len(stream), 11 if rules.think else 1):
+            rewriter = smolrouter.choose_rewriter(plan, 200, "text/event-stream")
+            got = rewriter.feed(stream[:split]) + rewriter.feed(stream[split:]) + rewriter.finish()
+            assert read_named_events(got) == expected, split
+        # What names no tool leaves as it came.
+        deltas = [e for e in stream.split(b"\n\n") if b".delta" in e]
+        assert all(delta in got for delta in deltas)
+
+
+def test_tools_in_namespaces_from_end_to_end() -> None:
+    whole = {"id": "r", "output": [*FLAT_CALLS, {"type": "message", "content": []}]}
+
+    def answer(received: Received) -> Iterable[Step]:
+        if received.json.get("stream"):
+            return sse_response(named_events(response_events(FLAT_CALLS, CALLS_TEXT)))
+        return json_response(whole)
+
+    model = default_upstream().add_script(answer)
+    body = {"model": model, "input": [call_of("b", "a")], **NAMESPACES}
+    flat = [function_tool(name) for name in ("a__b", "mcp__x__y", "a__c")]
+    got = request(default_router().port, "POST", RESPONSES, body)
+    assert got.json == {**whole, "output": [*CLIENT_CALLS, whole["output"][-1]]}
+    heard = default_upstream().requests_for(model)[-1].json
+    assert heard == {"model": model, "input": [call_of("a__b")], "tools": flat}
+    # The log keeps what either side said.
+    kept = wait_for_detail(default_router(), model)
+    assert json.loads(kept["request_body"]) == body
+    assert json.loads(kept["response_body"]) == whole
+    got = request(default_router().port, "POST", RESPONSES, {**body, "stream": True})
+    assert read_named_events(got.content) == response_events(CLIENT_CALLS, CALLS_TEXT)
+    # One server takes them as they are, the other is told in the file that it does not.
+    url = default_upstream().url
+    for word, sent in (("keep", NAMESPACES["tools"]), ("flatten", flat)):
+        server = {"url": url, "discover": False, "namespace_tools": word}
+        routes = {
+            "servers": {"box": server},
+            "routes": [{"match": {}, "route": {"upstream": "box"}}],
+        }
+        got = request(shared_router({}, routes).port, "POST", RESPONSES, body)
+        assert default_upstream().requests_for(model)[-1].json["tools"] == sent
+        assert (got.json == whole) is (word == "keep")
+
+
+def test_who_knows_namespaces() -> None:
+    for url, said, expected in (
+        ("https://api.openai.com", None, True),
+        ("https://me.openai.azure.com/openai", None, True),
+        ("https://api.openai.com", "flatten", False),
+        ("https://openai.com.example", None, False),
+        ("http://box:8000", None, False),
+        ("http://box:8000", "keep", True),
+    ):
+        record = {"url": url, **({"namespace_tools": said} if said else {})}
+        settings = smolrouter.Settings.from_mapping({})
+        table = smolrouter.parse_routes(json.dumps({"servers": {"s": record}}), "r", {}, settings)
+        assert table.servers["s"].knows_namespaces is expected
+    bad = '{"servers": {"s": {"url": "http://a", "namespace_tools": "drop"}}}'
+    with pytest.raises(smolrouter.ConfigError, match="namespace_tools: 'drop' instead of flatten"):
+        smolrouter.parse_routes(bad, "r", {}, settings)
+
+
 # --- Ollama: the official client ------------------------------------------------------
 
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
