@@ -3528,6 +3528,7 @@ SYSTEM = "system"  # words that the client puts before the conversation
 TEXT = "text"  # words, or in an event some more of them
 AGAIN = "again"  # in an event, a whole text that other events have said
 THINKING = "thinking"  # thoughts that the server tells apart from the text
+REFUSAL = "refusal"  # words that say why there is no answer
 CALL = "call"  # a tool call, or in an event a fragment of one
 RESULT = "result"  # the id of the call whose result a message is
 IMAGE = "image"  # a URL, or an object that has one
@@ -3634,12 +3635,18 @@ def read_parts(shape: Shape, document: Any, item: Any = None) -> list[Part]:
 PLAIN_PART = {
     "text": TEXT,
     "thinking": TextOr(THINKING, [{"text": THINKING}]),
+    "refusal": REFUSAL,
     "image_url": IMAGE,
     "source": IMAGE,
 }
-TOOL_RESULT = {"tool_use_id": RESULT, "content": TextOr(TEXT, [TextOr(TEXT, PLAIN_PART)])}
+# A document is a text, or a file that nobody here can read.
+DOCUMENT = {"source": ByType({"text": {"data": TEXT}}, other={})}
+INNER_PART = ByType({"document": DOCUMENT}, other=PLAIN_PART)
+TOOL_RESULT = {"tool_use_id": RESULT, "content": TextOr(TEXT, [TextOr(TEXT, INNER_PART)])}
+TOOL_USES = ("tool_use", "server_tool_use", "mcp_tool_use", "input_json_delta")
 PART = ByType(
-    {"tool_use": CALL, "input_json_delta": CALL, "tool_result": TOOL_RESULT}, other=PLAIN_PART
+    {**dict.fromkeys(TOOL_USES, CALL), "tool_result": TOOL_RESULT, "document": DOCUMENT},
+    other=PLAIN_PART,
 )
 CONTENT = TextOr(TEXT, [TextOr(TEXT, PART)])
 
@@ -3649,6 +3656,7 @@ SPEECH = {
     "thinking": THINKING,
     "reasoning_content": THINKING,
     "reasoning": THINKING,
+    "refusal": REFUSAL,
     "content": CONTENT,
     "images": [TextOr(IMAGE_DATA, PLAIN_PART)],
     "tool_calls": [CALL],
@@ -3692,16 +3700,34 @@ MESSAGES_EVENTS = {
 
 # /v1/responses, which says every text again when it is at its end, and then once more with all
 # of the answer.
+CALL_ITEMS = (
+    "function_call",
+    "custom_tool_call",
+    "local_shell_call",
+    "shell_call",
+    "apply_patch_call",
+    "computer_call",
+    "web_search_call",
+    "file_search_call",
+    "tool_search_call",
+    "code_interpreter_call",
+    "mcp_call",
+)
+CALL_RESULT = {"call_id": RESULT, "output": CONTENT}
 ITEM = ByType(
     {
-        "function_call": CALL,
-        "function_call_output": {"call_id": RESULT, "output": CONTENT},
+        **dict.fromkeys(CALL_ITEMS, CALL),
+        **{f"{kind}_output": CALL_RESULT for kind in CALL_ITEMS},
+        "image_generation_call": {"result": IMAGE_DATA},
         "reasoning": {"summary": [{"text": THINKING}], "content": [{"text": THINKING}]},
     },
     other=MESSAGE,
 )
 TEXT_AGAIN = ByType({"output_text": {"text": AGAIN}}, other={})
 ITEM_AGAIN = ByType({"message": {"content": [TEXT_AGAIN]}}, other={})
+ITEM_DONE = ByType(
+    {"message": {"content": [TEXT_AGAIN]}, **dict.fromkeys(CALL_ITEMS, CALL)}, other={}
+)
 RESPONSE_AGAIN = {"output": [ITEM_AGAIN], "output_text": AGAIN, "error": ERROR}
 RESPONSES_REQUEST = {
     "instructions": SYSTEM_WORDS,
@@ -3719,9 +3745,10 @@ RESPONSES_EVENTS = {
     "response.reasoning_text.delta": {"delta": THINKING},
     "response.reasoning_summary_text.delta": {"delta": THINKING},
     "response.output_text.delta": {"delta": TEXT},
+    "response.refusal.delta": {"delta": REFUSAL},
     "response.output_text.done": {"text": AGAIN, "type": TEXT_END},
     "response.content_part.done": {"part": TEXT_AGAIN, "type": TEXT_END},
-    "response.output_item.done": {"item": ITEM_AGAIN, "type": TEXT_END},
+    "response.output_item.done": {"item": ITEM_DONE, "type": TEXT_END},
     "response.completed": {"response": RESPONSE_AGAIN, "type": END},
     "response.incomplete": {"response": RESPONSE_AGAIN, "type": END},
     "response.failed": {"response": RESPONSE_AGAIN, "type": END},
@@ -4415,6 +4442,10 @@ def read_image_data(value: Any) -> str:
     return f"data:image/{kind};base64,{data}"
 
 
+# Where the items of calls in /v1/responses have what the tool is given.
+CALL_ARGUMENTS = ("arguments", "input", "action", "operation", "queries", "code")
+
+
 def read_call(part: Part) -> tuple[Any, Any, Any, Any]:
     """Return index, id, name and arguments of a tool call, or of a fragment of one.
 
@@ -4426,11 +4457,17 @@ def read_call(part: Part) -> tuple[Any, Any, Any, Any]:
     call = part.value
     if not isinstance(call, dict):
         raise odd_part(part)
-    if call.get("type") in ("tool_use", "input_json_delta"):
+    kind = call.get("type")
+    if kind in TOOL_USES:
         arguments = call.get("partial_json") or call.get("input")
         return part.item, call.get("id"), call.get("name"), arguments
-    if call.get("type") == "function_call":
-        return None, call.get("call_id"), call.get("name"), call.get("arguments")
+    if kind in CALL_ITEMS:
+        # Tools that are the server's own have no name but their kind.
+        name = call.get("name") or kind.removesuffix("_call")
+        if call.get("namespace"):
+            name = f"{call['namespace']}__{name}"
+        given = (call[member] for member in CALL_ARGUMENTS if call.get(member))
+        return None, call.get("call_id") or call.get("id"), name, next(given, None)
     function = call.get("function") or {}
     if not isinstance(function, dict):
         raise odd_part(part)
@@ -4485,7 +4522,7 @@ def add_part(message: Message, part: Part) -> None:
     What is no part of a message is ignored. Raises MalformedContent for what has an odd shape.
     """
     kind, value = part.kind, part.value
-    if kind in (TEXT, SYSTEM):
+    if kind in (TEXT, SYSTEM, REFUSAL):
         if not isinstance(value, str):
             raise odd_part(part)
         message.texts.append(value)
@@ -4549,7 +4586,7 @@ def read_messages(
 
 
 # What begins a message of an answer; an error or the counts alone do not.
-SPOKEN = frozenset((ROLE, TEXT, THINKING, CALL, IMAGE, IMAGE_DATA, FINISH, END))
+SPOKEN = frozenset((ROLE, TEXT, THINKING, REFUSAL, CALL, IMAGE, IMAGE_DATA, FINISH, END))
 
 
 def answer_documents(answer: bytes) -> Iterator[dict[str, Any]]:
@@ -4611,6 +4648,38 @@ def read_choices(answer: bytes) -> list[Message]:
     return list(choices.values())
 
 
+def split_results(messages: list[Any]) -> list[Any]:
+    """Return messages of which each has one result of a tool at most, and nothing beside it.
+
+    In /v1/messages one message has the results of all calls, and what the user says to them:
+    `[{"role": "user", "content": [{"type": "tool_result"}, {"type": "tool_result"}]}]`
+    ->  `[{"role": "user", "content": [{"type": "tool_result"}]}, {...}]`
+    """
+    split = []
+    for message in messages:
+        blocks = message.get("content") if isinstance(message, dict) else None
+        groups: list[list[Any]] = [[]]
+        for block in blocks if isinstance(blocks, list) else ():
+            is_result = isinstance(block, dict) and block.get("type") == "tool_result"
+            if is_result or not groups[-1]:
+                groups += [[block], []] if is_result else [[block]]
+            else:
+                groups[-1].append(block)
+        filled = [group for group in groups if group]
+        split += [{**message, "content": group} for group in filled] or [message]
+    return split
+
+
+def name_results(messages: list[Message]) -> list[Message]:
+    """Give each result of a tool the name of that tool, as the call with its id says it."""
+    names: dict[Any, Any] = {}
+    for message in messages:
+        names.update((call.id, call.name) for call in message.calls if isinstance(call.id, str))
+        if message.name is None and isinstance(message.call_id, str):
+            message.name = names.get(message.call_id)
+    return messages
+
+
 def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, Any]]:
     """Return a conversation: the request's messages, then each choice of the answer.
 
@@ -4619,7 +4688,9 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
     """
     protocol = find_protocol(path)
     request = parse_object(content) or {}
-    messages = read_messages(protocol, request, tolerant=True)
+    if isinstance(request.get("messages"), list):
+        request["messages"] = split_results(request["messages"])
+    messages = name_results(read_messages(protocol, request, tolerant=True))
     return [message.as_document() for message in (*messages, *read_choices(answer))]
 
 

@@ -5626,6 +5626,67 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
              {"type": "reasoning_text", "text": "t"}]},
          {"type": "message", "content": [{"type": "output_text", "text": "x"}]}]},
      [("user", "q", "", []), ("assistant", "x", "t", [])]),
+    ("results of several tools", "/v1/messages", {"messages": [
+        {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "t1", "name": "f", "input": {}},
+            {"type": "tool_use", "id": "t2", "name": "g", "input": {}}]},
+        {"role": "user", "content": [
+            {"type": "tool_result", "content": "1", "tool_use_id": "t1"},
+            {"tool_use_id": "t2", "type": "tool_result", "content": [
+                {"type": "text", "text": "2"}, {"type": "document", "source": {
+                    "type": "text", "data": "3"}}]},
+            {"type": "text", "text": "go"}, {"type": "text", "text": " on"}]},
+        {"role": "user", "content": []}]},
+     b"", [("assistant", "", "", [("t1", "f", ""), ("t2", "g", "")]), ("tool", "1", "", []),
+           ("tool", "23", "", []), ("user", "go on", "", []), ("user", "", "", [])]),
+    ("tools of the server", "/v1/messages", {}, [
+        {"type": "content_block_start", "index": 0, "content_block": {
+            "type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}},
+        {"type": "content_block_delta", "index": 0,
+         "delta": {"type": "input_json_delta", "partial_json": '{"q":1}'}},
+        {"type": "content_block_start", "index": 1, "content_block": {
+            "type": "web_search_tool_result", "tool_use_id": "s1", "content": [{"title": "t"}]}},
+        {"type": "content_block_delta", "index": 2,
+         "delta": {"type": "text_delta", "text": "x"}}],
+     [("assistant", "x", "", [("s1", "web_search", '{"q":1}')])]),
+    ("documents", "/v1/messages", {"messages": [{"role": "user", "content": [
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}},
+        {"type": "document", "source": {"type": "base64", "media_type": "x/y", "data": "AA=="}},
+        {"type": "text", "text": "b"}]}]}, b"", [("user", "ab", "", [])]),
+    ("calls of every kind", "/v1/responses", {"input": [
+        {"type": "function_call", "call_id": "c1", "name": "add", "namespace": "lab",
+         "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": [
+            {"type": "input_text", "text": "5"}, {"type": "input_text", "text": "6"}]},
+        {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": "*** Begin"},
+        {"type": "custom_tool_call_output", "call_id": "c2", "output": "ok"},
+        {"type": "local_shell_call", "call_id": "c3", "action": {"command": ["ls"]}},
+        {"type": "web_search_call", "id": "w", "action": {"query": "x"}}]},
+     {"output": [{"type": "mcp_call", "id": "m", "name": "f", "arguments": "{}"}]},
+     [("assistant", "", "", [("c1", "lab__add", "{}")]), ("tool", "56", "", []),
+      ("assistant", "", "", [("c2", "apply_patch", "*** Begin")]), ("tool", "ok", "", []),
+      ("assistant", "", "", [("c3", "local_shell", '{"command":["ls"]}')]),
+      ("assistant", "", "", [("w", "web_search", '{"query":"x"}')]),
+      ("assistant", "", "", [("m", "f", "{}")])]),
+    ("calls of a cut stream", "/v1/responses", {}, [
+        {"type": "response.output_item.added", "item": {"type": "function_call", "name": "f"}},
+        {"type": "response.output_item.done", "item": {
+            "type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}},
+        {"type": "response.output_text.delta", "delta": "x"}],
+     [("assistant", "x", "", [("c", "f", "{}")])]),
+    ("a refusal", "/v1/responses", {}, {"output": [{"type": "message", "role": "assistant",
+        "content": [{"type": "refusal", "refusal": "no"}]}]}, [("assistant", "no", "", [])]),
+    ("a streamed refusal", "/v1/responses", {}, [
+        {"type": "response.refusal.delta", "delta": "n"},
+        {"type": "response.refusal.delta", "delta": "o"},
+        {"type": "response.refusal.done", "refusal": "no"}], [("assistant", "no", "", [])]),
+    ("a refusal in a chat", "/v1/chat/completions", {}, {"choices": [{"index": 0, "message": {
+        "role": "assistant", "content": None, "refusal": "no"}}]}, [("assistant", "no", "", [])]),
+    ("a streamed refusal in a chat", "/v1/chat/completions", {}, [
+        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "", "refusal": None}}]},
+        {"choices": [{"index": 0, "delta": {"refusal": "n"}}]},
+        {"choices": [{"index": 0, "delta": {"refusal": "o"}}]}, finish_delta(), "[DONE]"],
+     [("assistant", "no", "", [])]),
     ("said again beside an empty delta", "/v1/chat/completions", {}, [
         text_delta("x"), text_delta("y"), {"choices": [
             {"index": 0, "delta": {}, "message": {"content": "xy"}, "finish_reason": "stop"}]}],
@@ -5706,6 +5767,20 @@ def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any)
     if what == "two choices":
         found.sort()
     assert wanted is None or found == wanted
+
+
+def test_a_tool_s_result_has_the_name_of_the_tool() -> None:
+    for path, document in (
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [CALL]},
+                             {"role": "tool", "tool_call_id": "c1", "content": "1"}]}),
+        (RESPONSES, {"input": [call_of("f"), {"type": "function_call_output", "call_id": "c",
+                                              "output": "1"}]}),
+        (ANTHROPIC, {"messages": [
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "f"}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1"}]}]}),
+    ):  # fmt: skip
+        talk = smolrouter.read_transcript(path, encode_json(document), b"")
+        assert (talk[-1]["role"], talk[-1]["name"]) == ("tool", "f")
 
 
 def test_pictures_of_a_transcript() -> None:
