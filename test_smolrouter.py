@@ -1304,6 +1304,9 @@ def sdk_client(package: str, asynchronous: bool, timeout: float, url: str, base:
     module = import_or_skip(package)
     if package == "ollama":
         return getattr(module, f"{prefix}Client")(host=url, timeout=timeout)
+    if package == "anthropic":
+        client = getattr(module, f"{prefix}Anthropic")
+        return client(base_url=url, api_key=CLIENT_KEY, max_retries=0, timeout=timeout)
     return getattr(module, f"{prefix}OpenAI")(
         base_url=url + base,
         api_key=CLIENT_KEY,
@@ -1382,12 +1385,14 @@ class Sdk:
 
 OPENAI_SDKS = (Sdk("openai", False), Sdk("openai", True))
 OLLAMA_SDKS = (Sdk("ollama", False), Sdk("ollama", True))
+ANTHROPIC_SDKS = (Sdk("anthropic", False), Sdk("anthropic", True))
 
 # What turns the requested name into that of a script: `sdk_router` says how.
 KINDS_OF_ROUTE = ("rule", "alias", "map")
 
 each_openai = pytest.mark.parametrize("sdk", OPENAI_SDKS, ids=str)
 each_ollama = pytest.mark.parametrize("sdk", OLLAMA_SDKS, ids=str)
+each_anthropic = pytest.mark.parametrize("sdk", ANTHROPIC_SDKS, ids=str)
 each_way = pytest.mark.parametrize("way", KINDS_OF_ROUTE)
 each_stream = functools.partial(pytest.mark.parametrize, "stream", (False, True))
 whole_or_streamed = each_stream(ids=("whole", "sse"))
@@ -1600,6 +1605,80 @@ def serve_claude(received: Received) -> Iterable[Step]:
     return whole_response(CLAUDE_MESSAGE, kind="application/json")
 
 
+CLAUDE_TOOL_EVENTS = [
+    {"type": "content_block_start", "index": 0,
+     "content_block": {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {}}},
+    {"type": "content_block_start", "index": 1,
+     "content_block": {"type": "tool_use", "id": "toolu_2", "name": "clock", "input": {}}},
+    {"type": "content_block_delta", "index": 0,
+     "delta": {"type": "input_json_delta", "partial_json": '{"city": '}},
+    {"type": "content_block_delta", "index": 0,
+     "delta": {"type": "input_json_delta", "partial_json": '"Paris"}'}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "content_block_stop", "index": 1},
+]  # fmt: skip
+
+
+def serve_claude_tools(received: Received) -> Iterable[Step]:
+    """Call two tools at once as /v1/messages does; count tokens."""
+    if received.path.endswith("/count_tokens"):
+        return json_response({"input_tokens": 42})
+    start, *_, delta, stop = [json.loads(event.split(b"data: ")[1]) for event in CLAUDE_EVENTS]
+    if received.json.get("stream"):
+        return sse_response(named_events([start, *CLAUDE_TOOL_EVENTS, delta, stop]))
+    blocks = [event["content_block"] for event in CLAUDE_TOOL_EVENTS[:2]]
+    blocks = [{**blocks[0], "input": {"city": "Paris"}}, blocks[1]]
+    usage = {"input_tokens": 9, "output_tokens": 4}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": received.model}
+    whole = {**message, "content": blocks, "stop_reason": "tool_use", "usage": usage}
+    return json_response(whole)
+
+
+def serve_responses_tools(received: Received) -> Iterable[Step]:
+    """Call the first two tools of the request at once, as /v1/responses does."""
+    items = [
+        {
+            "type": "function_call",
+            "id": f"fc_{number}",
+            "call_id": f"call_{number}",
+            "name": tool["name"],
+            "arguments": '{"city": "Paris"}',
+            "status": "completed",
+        }
+        for number, tool in enumerate(received.json["tools"][:2])
+    ]
+    whole = {
+        "id": "resp_1",
+        "object": "response",
+        "created_at": 1700000000,
+        "status": "completed",
+        "model": received.model,
+        "output": items,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": {
+            "input_tokens": 30,
+            "input_tokens_details": {"cached_tokens": 20},
+            "output_tokens": 5,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": 35,
+        },
+    }
+    if not received.json.get("stream"):
+        return json_response(whole)
+    events: list[dict] = [{"type": "response.created", "response": {**whole, "output": []}}]
+    for number, item in enumerate(items):
+        place = {"output_index": number, "item_id": item["id"]}
+        done = {**place, "name": item["name"], "arguments": item["arguments"]}
+        events += [
+            {"type": "response.output_item.added", "item": {**item, "arguments": ""}, **place},
+            {"type": "response.function_call_arguments.done", **done},
+            {"type": "response.output_item.done", "item": item, **place},
+        ]
+    return sse_response(named_events([*events, {"type": "response.completed", "response": whole}]))
+
+
 def serve_sound(received: Received) -> Iterable[Step]:
     """Answer with sound: MP3 with a length, anything else in chunks."""
     if received.json["response_format"] == "mp3":
@@ -1665,6 +1744,8 @@ SCRIPTS: dict[str, Script] = {
     "vectors": serve_vectors,
     "respond": serve_responses,
     "claude": serve_claude,
+    "claude-tools": serve_claude_tools,
+    "respond-tools": serve_responses_tools,
     "speak": serve_sound,
     "squeeze": serve_gzip,
     **BREAKING_SCRIPTS,
@@ -7434,13 +7515,18 @@ MESSAGES_ERRORS = {
 UNDER_MESSAGES = (ANTHROPIC, "/v1/messages/count_tokens", "/v1/messages/batches/b_1/cancel")
 
 
-def check_messages_error(got: Response, status: int) -> None:
-    """Assert that an answer is an error as the clients of /v1/messages read it."""
-    assert got.status == status
-    error = got.json["error"]
-    assert (set(got.json), set(error)) == ({"type", "error"}, {"type", "message"})
-    assert got.json["type"] == "error" and error["message"]
+def check_messages_error_document(document: Any, status: int) -> None:
+    """Assert that a document is an error as the clients of /v1/messages read it."""
+    error = document["error"]
+    assert (set(document), set(error)) == ({"type", "error"}, {"type", "message"})
+    assert document["type"] == "error" and error["message"]
     assert error["type"] == MESSAGES_ERRORS[status]
+
+
+def check_messages_error(got: Response, status: int) -> None:
+    """Assert that an answer is such an error with this status."""
+    assert got.status == status
+    check_messages_error_document(got.json, status)
 
 
 def test_every_error_under_messages_has_a_type_that_its_clients_know() -> None:
@@ -7989,6 +8075,149 @@ def test_who_knows_namespaces() -> None:
     bad = '{"servers": {"s": {"url": "http://a", "namespace_tools": "drop"}}}'
     with pytest.raises(smolrouter.ConfigError, match="namespace_tools: 'drop' instead of flatten"):
         smolrouter.parse_routes(bad, "r", {}, settings)
+
+
+# --- agents: the official clients -----------------------------------------------------
+
+ANTHROPIC_ERRORS = {
+    **SDK_ERRORS,
+    401: "AuthenticationError",
+    502: "InternalServerError",
+    504: "DeadlineExceededError",
+}
+CLAUDE_TOOLS = [
+    {"name": name, "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    for name, _ in TOOL_CALLS
+]
+HEARD_TOOLS = [
+    {"role": "assistant", "content": [
+        {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Paris"}}]},
+    {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "t1", "content": "warm", "is_error": False}]},
+]  # fmt: skip
+
+
+def ask_claude(sdk: Sdk, model: str, router: Router | None = None, **more: Any) -> Any:
+    """Send a message by Anthropic's client."""
+    asked = {"max_tokens": 9, "messages": HELLO_MESSAGES, **more}
+    url = (router or sdk_router()).url
+    return sdk.call(url, "messages.create", model=model, **asked)
+
+
+@each_way
+@each_anthropic
+def test_anthropic_messages_of_its_client(sdk: Sdk, way: str) -> None:
+    got = ask_claude(sdk, f"{way}-claude", system="be kind")
+    assert (got.content[0].text, got.usage.input_tokens) == ("Hello \u00e9", 9)
+    assert last_request().json["system"] == "be kind"
+    parts = ask_claude(sdk, f"{way}-claude", stream=True)
+    assert [part.type for part in parts if part.type != "ping"] == [
+        "message_start",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert parts[-2].usage.output_tokens == 4
+
+
+@each_way
+@each_anthropic
+def test_anthropic_tools_and_counts_of_its_client(sdk: Sdk, way: str) -> None:
+    asked = {"tools": CLAUDE_TOOLS, "messages": [*HELLO_MESSAGES, *HEARD_TOOLS]}
+    got = ask_claude(sdk, f"{way}-claude-tools", **asked)
+    assert [(b.name, b.input) for b in got.content] == [
+        ("weather", {"city": "Paris"}),
+        ("clock", {}),
+    ]
+    assert last_request().json["messages"][-1] == HEARD_TOOLS[-1]
+    parts = ask_claude(sdk, f"{way}-claude-tools", stream=True, **asked)
+    pieces = [p.delta.partial_json for p in parts if p.type == "content_block_delta"]
+    assert "".join(pieces) == '{"city": "Paris"}'
+    count = "messages.count_tokens"
+    url = sdk_router().url
+    named = {"model": f"{way}-claude-tools", "messages": HELLO_MESSAGES}
+    assert sdk.call(url, count, **named).input_tokens == 42
+    anthropic = import_or_skip("anthropic")
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        sdk.call(url, count, **{**named, "model": f"{way}-claude"})
+    assert caught.value.body["error"]["type"] == "not_found_error"
+
+
+@each_anthropic
+def test_anthropic_errors_of_the_server_and_of_the_router(sdk: Sdk) -> None:
+    anthropic = import_or_skip("anthropic")
+    for way, stream in itertools.product(KINDS_OF_ROUTE, (False, True)):
+        for status in SDK_ERRORS:
+            with pytest.raises(anthropic.APIStatusError) as caught:
+                ask_claude(sdk, f"{way}-error-{status}", stream=stream)
+            assert type(caught.value).__name__ == ANTHROPIC_ERRORS[status]
+            assert caught.value.body == own_error(status)
+        with pytest.raises(anthropic.InternalServerError) as caught:
+            ask_claude(sdk, f"{way}-nobody", stream=stream)
+        check_messages_error_document(caught.value.body, 502)
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        ask_claude(sdk, "rule-mute", impatient_router())
+    assert caught.value.status_code == 504
+    check_messages_error_document(caught.value.body, 504)
+    with pytest.raises(anthropic.APITimeoutError):
+        ask_claude(dataclasses.replace(sdk, timeout=0.3), "rule-mute")
+
+
+@each_anthropic
+def test_anthropic_error_in_a_stream_reaches_its_client(sdk: Sdk) -> None:
+    anthropic = import_or_skip("anthropic")
+    begun = stream_response(CLAUDE_EVENTS[:4], whole=False)
+    model = sdk_upstream().add_script([*begun, 0.1, CLOSE])
+    parts: list[Any] = []
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        ask_claude(sdk, model, stream=True, parts=parts)
+    assert caught.value.body["error"]["type"] == "api_error"
+    assert parts[-1].delta.text == "Hello"
+
+
+RESPONSES_TOOLS: list[Any] = [
+    {"type": "function", "name": "clock", "parameters": {}, "strict": False},
+    {"type": "namespace", "name": "mcp__sky", "description": "d", "tools": [
+        {"type": "function", "name": "weather", "parameters": {}, "strict": False}]},
+]  # fmt: skip
+
+
+@each_way
+@each_openai
+def test_openai_responses_with_tools(sdk: Sdk, way: str) -> None:
+    url = sdk_router().url
+    asked = {"model": f"{way}-respond-tools", "input": "hello", "tools": RESPONSES_TOOLS}
+    whole = sdk.call(url, "responses.create", **asked)
+    assert [tool["name"] for tool in last_request().json["tools"]] == ["clock", "mcp__sky__weather"]
+    parts = sdk.call(url, "responses.create", stream=True, **asked)
+    added = [p.item for p in parts if p.type == "response.output_item.added"]
+    for calls in (whole.output, added, parts[-1].response.output):
+        named = [(call.name, getattr(call, "namespace", None)) for call in calls]
+        assert named == [("clock", None), ("weather", "mcp__sky")]
+    assert whole.usage.input_tokens_details.cached_tokens == 20
+
+
+@each_openai
+def test_openai_responses_errors(sdk: Sdk) -> None:
+    openai = import_or_skip("openai")
+    url = sdk_router().url
+    for way, stream in itertools.product(KINDS_OF_ROUTE, (False, True)):
+        asked = {"input": "hello", "stream": stream}
+        for status, name in SDK_ERRORS.items():
+            with pytest.raises(getattr(openai, name)) as caught:
+                sdk.call(url, "responses.create", model=f"{way}-error-{status}", **asked)
+            assert caught.value.status_code == status
+        with pytest.raises(openai.InternalServerError) as caught:
+            sdk.call(url, "responses.create", model=f"{way}-nobody", **asked)
+        assert caught.value.status_code == 502
+    with pytest.raises(openai.InternalServerError) as caught:
+        sdk.call(impatient_router().url, "responses.create", model="rule-mute", input="x")
+    assert caught.value.status_code == 504
+    with pytest.raises(openai.APITimeoutError):
+        hasty = dataclasses.replace(sdk, timeout=0.3)
+        hasty.call(url, "responses.create", model="rule-mute", input="x")
 
 
 # --- Ollama: the official client ------------------------------------------------------
