@@ -1043,6 +1043,13 @@ class Limits:
     longest_overtaking: float = 30.0
     # What a client is told, in whole seconds, to wait before it asks full servers again.
     full_retry_after: int = 10
+    # So many conversations have a home with `strategy: sticky`, each for `home_kept` after its last
+    # request, and so many answers of /v1/responses are known by their ids. A conversation whose
+    # home is full waits there for `home_wait` before another instance serves it once.
+    homes: int = 10_000
+    home_kept: float = 3600.0
+    response_home_kept: float = 86_400.0
+    home_wait: float = 2.0
     # A server has `model_list_timeout` to list its models. For `model_list_fresh` it is not asked
     # again, so that a page is quick. When it is gone, its last list counts for `model_list_kept`,
     # so that a reboot loses no model.
@@ -3893,6 +3900,8 @@ class Protocol(NamedTuple):
     names_model: bool = False
     # Whether tools may stand in namespaces.
     has_namespaces: bool = False
+    # Whether a server keeps its answers, for a request that names one as `previous_response_id`.
+    keeps_answers: bool = False
     # The member without which it is no answer: its server does not know the endpoint. "" where any
     # answer will do.
     answer_member: str = ""
@@ -3970,6 +3979,7 @@ PROTOCOLS = {
         thoughts=IN_OUTPUT,
         item_members=("item_id", "content_index"),
         end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
+        keeps_answers=True,
     ),
     # llama.cpp's own, each of which takes requests without a model, too.
     "/completion": Protocol(
@@ -4166,6 +4176,10 @@ def may_be_whole(protocol: Protocol, format: EventFormat, data: bytes, closed: b
     return not closed and parse_object(format.read_data(data)) is not None
 
 
+# The id of an answer that its server keeps, as all of them write it.
+RESPONSE_ID = re.compile(rb'"id" ?: ?"(resp_[^"\\\\]{1,200})"')
+
+
 class Opening:
     """Looks for the first thing that an answer says, in what comes of it.
 
@@ -4192,6 +4206,8 @@ class Opening:
         self.inflater = Inflater(coding, math.inf) if coding in CODINGS else None
         self.limit = limits.silent_beginning
         self.error: ErrorAnswer | None = None
+        # By which id a server keeps the answer; "" while none was seen.
+        self.response_id = ""
         # How many octets have come, after decoding where that is possible.
         self.size = 0
         # What has come of an answer that is no stream of events.
@@ -4216,6 +4232,9 @@ class Opening:
                 # It is raised again when the piece is decoded for the client.
                 return True
         self.size += len(data)
+        if self.protocol.keeps_answers and not self.response_id:
+            found = RESPONSE_ID.search(data)
+            self.response_id = found[1].decode("latin-1") if found else ""
         if self.size > self.limit:
             return True
         if self.coding and not self.inflater:
@@ -7068,7 +7087,8 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
 # function and give it its place in that list.
 
 # The first one is what an alias has that names none.
-STRATEGIES = ("failover", "round_robin", "least_busy")
+STICKY = "sticky"
+STRATEGIES = ("failover", "round_robin", "least_busy", STICKY)
 # How soon a request gets a slot that becomes free. Those before it in this list go first.
 PRIORITIES = ("high", "normal", "low")
 NORMAL = "normal"
@@ -10747,6 +10767,42 @@ def instance_key(instance: Instance) -> InstanceKey:
     return instance.server.url, cut_name(instance.model or "")
 
 
+def keep_newest(table: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Put a value into a table of at most `most` values; the oldest one makes room."""
+    if key not in table and len(table) >= most:
+        del table[next(iter(table))]
+    table[key] = value
+
+
+class Homes:
+    """Where conversations are at home: the instance that has their prompt in its memory.
+
+    Keys are hashes, because clients choose what they are made of and how long that is.
+    """
+
+    def __init__(self, most: int, kept: float) -> None:
+        self.most = most
+        self.kept = kept
+        # The instance, and until when it counts; those that were used last are at the end.
+        self.homes: dict[bytes, tuple[InstanceKey, float]] = {}
+
+    def find(self, key: bytes) -> InstanceKey | None:
+        """Return the home of a conversation, None when it has none."""
+        home, expires_at = self.homes.get(key, (None, 0.0))
+        return home if time.monotonic() < expires_at else None
+
+    def keep(self, key: bytes, home: InstanceKey) -> None:
+        """Let a conversation be at home at an instance from now on."""
+        self.homes.pop(key, None)
+        keep_newest(self.homes, key, (home, time.monotonic() + self.kept), self.most)
+
+
+def hash_key(*words: str) -> bytes:
+    """Return the key in Homes of what these words say, 16 octets."""
+    text = "\0".join(words).encode("utf-8", "replace")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
@@ -10763,6 +10819,9 @@ class Upstreams:
         # For each route, when it last asked each of its instances, as a number that grows.
         self.turns: dict[tuple[str, Instance], int] = {}
         self.turn_numbers = itertools.count(1)
+        # Of conversations, with `strategy: sticky`, and of single answers by their ids.
+        self.homes = Homes(self.limits.homes, self.limits.home_kept)
+        self.response_homes = Homes(self.limits.homes, self.limits.response_home_kept)
         # What was learned from answers. These servers refuse `stream_options`.
         self.no_stream_options: set[UpstreamURL] = set()
         # These models put timings into the last event of a stream unasked (llama.cpp). A request
@@ -10822,14 +10881,22 @@ class Upstreams:
             instances.sort(key=lambda i: self.turns.get((decision.route, i), 0))
         elif decision.strategy == "least_busy":
             instances.sort(key=self.load)
+        elif decision.strategy == STICKY:
+            # As long as all are idle, conversations that begin go to each in turn.
+            turns = self.turns
+            instances.sort(key=lambda i: (self.load(i), turns.get((decision.route, i), 0)))
         now = time.monotonic()
         # The sort is stable: those that are well stay in their order.
         return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
 
     def note_turn(self, decision: Decision, instance: Instance) -> None:
         """Note that an instance is asked now, in its turn or because others have failed."""
-        if decision.strategy == "round_robin":
+        if decision.strategy in ("round_robin", STICKY):
             self.turns[decision.route, instance] = next(self.turn_numbers)
+
+    def is_well(self, instance: Instance) -> bool:
+        """Tell whether an instance does not cool down."""
+        return self.health_of(instance).cool_until <= time.monotonic()
 
     # Requests.
 
@@ -11258,13 +11325,6 @@ class ModelList(NamedTuple):
 
     asked_at: float
     models: list[dict[str, Any]]
-
-
-def keep_newest(table: dict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """Put a value into a table of at most `most` values; the oldest one makes room."""
-    if key not in table and len(table) >= most:
-        del table[next(iter(table))]
-    table[key] = value
 
 
 def model_entry(name: str) -> dict[str, Any]:
@@ -13586,15 +13646,49 @@ class Candidates:
         # Where it is counted now; whether it was anywhere.
         self.health: Health | None = None
         self.was_asked = False
-        # Until when it may wait for slots; on the monotonic clock.
-        self.queued_until: float | None = None
         # Why there is no instance any more, apart from what happened at those that were asked.
         self.refusal: RouterError | None = None
+        # The key of the conversation that is to stay where it is, None where that is all the same;
+        # its home, and for how long it waits for a slot there before others are looked at.
+        self.conversation: bytes | None = None
+        self.home: Instance | None = None
+        self.home_wait = 0.0
+
+    def keep_together(self, session: str, record: RequestRecord) -> None:
+        """Ask the instance first at which a conversation is at home.
+
+        A new one has none yet, and one whose home has failed a moment ago is to have another.
+        """
+        self.conversation = hash_key(self.decision.route, session)
+        home = self.upstreams.homes.find(self.conversation)
+        for instance in self.left:
+            if instance_key(instance) == home and self.upstreams.is_well(instance):
+                self.home = instance
+        if self.home is None:
+            return
+        self.left.remove(self.home)
+        self.left.insert(0, self.home)
+        self.home_wait = self.slots.limits.home_wait
+        step = Step(STICKY, True, f"the conversation is at home at {self.home}")
+        record.trail = (*record.trail, step)
+
+    def keep_home(self, candidate: Candidate) -> None:
+        """Note that an instance has answered well: it is the home of the conversation.
+
+        But a home that was only full stays the home, and this one has helped out.
+        """
+        if self.conversation is None:
+            return
+        home = candidate.instance
+        if self.home in self.left:
+            home = self.home
+        self.upstreams.homes.keep(self.conversation, instance_key(home))
 
     def take(self) -> Candidate | None:
         """Return the next instance that may run now, None without one."""
         self.give_back()
-        for index, instance in enumerate(self.left):
+        left = self.left[:1] if self.home_wait else self.left
+        for index, instance in enumerate(left):
             if self.slots.may_run(instance.server, self.takes_slot):
                 del self.left[index]
                 return self.begin(instance, self.slots.enter(instance, self.takes_slot))
@@ -13604,6 +13698,12 @@ class Candidates:
         """Return an instance, at which the request is counted already, as the candidate."""
         self.health = health
         self.was_asked = True
+        self.home_wait = 0.0
+        self.refusal = None
+        if self.conversation and self.home is None:
+            # Requests of a conversation that begin at once stay together, too.
+            self.home = instance
+            self.upstreams.homes.keep(self.conversation, instance_key(instance))
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, health)
         candidate.has_next = bool(self.left)
@@ -13619,13 +13719,35 @@ class Candidates:
     async def wait(self, record: RequestRecord) -> Candidate | None:
         """Return the next instance that may run after a while, None when there is none to come."""
         instance = None
+        if self.home_wait:
+            instance = await self.wait_at_home(record)
+            candidate = None if instance else self.take()
+            if candidate:
+                return candidate
         # One that is open to it is full: what needs no slot has been there.
-        if self.find_open() and self.takes_slot:
-            instance = await self.wait_for_slot(record)
+        if instance is None and self.find_open() and self.takes_slot:
+            instance = await self.wait_anywhere(record)
         if instance is None:
             return None
         self.left.remove(instance)
         return self.begin(instance, self.upstreams.health_of(instance))
+
+    async def wait_at_home(self, record: RequestRecord) -> Instance | None:
+        """Wait a moment for a slot where the conversation is at home."""
+        seconds = self.home_wait
+        self.home_wait = 0.0
+        if self.home in self.find_open() and self.takes_slot:
+            return await self.wait_for_slot(record, [self.home], seconds)
+        return None
+
+    async def wait_anywhere(self, record: RequestRecord) -> Instance | None:
+        """Wait for a slot at any instance that is left, for QUEUE_TIMEOUT in all."""
+        timeout = self.slots.settings.queue_timeout
+        instance = await self.wait_for_slot(record, self.left, timeout - record.queued_s)
+        if instance is None and self.find_open() and self.refusal is None:
+            seen = f"no slot was free at {record.waits_for} within {timeout:g} s"
+            self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
+        return instance
 
     def find_open(self) -> list[Instance]:
         """Forget instances whose servers were closed, and return those that are left.
@@ -13637,29 +13759,23 @@ class Candidates:
             self.refusal = self.slots.refusal_of(self.decision.instances)
         return self.left
 
-    async def wait_for_slot(self, record: RequestRecord) -> Instance | None:
-        """Wait until one of the instances that are left has a slot; return it, entered."""
-        now = time.monotonic()
-        timeout = self.slots.settings.queue_timeout
-        if self.queued_until is None:
-            self.queued_until = now + timeout
+    async def wait_for_slot(
+        self, record: RequestRecord, instances: Sequence[Instance], seconds: float
+    ) -> Instance | None:
+        """Wait until one of these instances has a slot; return it, entered, None without one."""
         record.phase = "queued"
         record.upstream_url = ""
-        record.queued_at = now
-        record.waits_for = name_servers(self.left)
+        record.queued_at = time.monotonic()
+        record.waits_for = name_servers(instances)
         rank = PRIORITIES.index(self.decision.priority)
-        instance = None
         try:
-            instance = await self.slots.wait(tuple(self.left), rank, self.queued_until - now)
-            if instance is None and self.find_open():
-                seen = f"no slot was free at {record.waits_for} within {timeout:g} s"
-                self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
+            return await self.slots.wait(tuple(instances), rank, seconds)
         except QueueFull as error:
             self.refusal = error
+            return None
         finally:
-            record.queued_s += time.monotonic() - now
+            record.queued_s += time.monotonic() - record.queued_at
             record.queued_at = None
-        return instance
 
 
 class Exchange:
@@ -13862,9 +13978,7 @@ class Exchange:
         error in its server's words. When there was none, raises BadGateway or GatewayTimeout, or
         what says that all servers are full.
         """
-        candidates = self.candidates = Candidates(self.context, self.decision, self.dialect)
-        # Models work for neither of these, and an upload takes as long as its client likes.
-        candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or self.upload)
+        candidates = self.candidates = self.find_candidates()
         fallback: Candidate | None = None
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
@@ -13890,6 +14004,30 @@ class Exchange:
         self.make_current(fallback)
         await self.relay_response()
 
+    def find_candidates(self) -> Candidates:
+        """Return the instances to try; what belongs together stays together."""
+        parsed = self.parsed
+        decision = self.decision
+        upstreams = self.context.upstreams
+        has_choice = len(decision.instances) > 1
+        if has_choice and parsed.protocol.keeps_answers:
+            previous = parsed.document.get("previous_response_id")
+            made_by = upstreams.response_homes.find(hash_key(str(previous)))
+            # Nobody else has it.
+            makers = [i for i in decision.instances if made_by and i.server.url == made_by[0]]
+            if makers:
+                decision = decision._replace(instances=tuple(makers))
+                step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
+                self.record.trail = (*self.record.trail, step)
+        candidates = Candidates(self.context, decision, self.dialect)
+        # Models work for neither of these, and an upload takes as long as its client likes.
+        candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or self.upload)
+        if decision.strategy == STICKY and has_choice:
+            session = read_session_key(self.request.head.fields, parsed.path, parsed.document)
+            if session:
+                candidates.keep_together(session, self.record)
+        return candidates
+
     async def find_response(self, candidate: Candidate) -> None:
         """Ask an instance, and wait until its response counts as an answer. Raises BadGateway.
 
@@ -13900,9 +14038,10 @@ class Exchange:
         await self.find_media_type(response)
         # The only instance is not left for another one, and when an answer began that comes as a
         # whole, nobody is told. So there is nothing to look for.
-        if self.parsed.stream or not candidate.is_only:
+        protocol = find_protocol(self.upstream_path(candidate))
+        if self.parsed.stream or not candidate.is_only or protocol.keeps_answers:
             self.opening = Opening(
-                find_protocol(self.upstream_path(candidate)),
+                protocol,
                 response.media_type,
                 read_coding(response.head.fields),
                 self.context.limits,
@@ -13985,6 +14124,7 @@ class Exchange:
             candidate.health.succeed()
         else:
             candidate.health.answer()
+            self.candidates.keep_home(candidate)
         self.note_attempt(candidate, words or None)
         candidate.noted = True
 
@@ -14239,6 +14379,9 @@ class Exchange:
             self.note_error_answer(candidate, self.opening.error)
         elif status < 400:
             candidate.health.succeed()
+            if self.opening and self.opening.response_id:
+                key = hash_key(self.opening.response_id)
+                self.context.upstreams.response_homes.keep(key, instance_key(candidate.instance))
 
     def note_answer(self, head: ResponseHead) -> None:
         """Note in the record that this answer is relayed, in place of one that has broken off."""

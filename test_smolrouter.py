@@ -12767,6 +12767,12 @@ class Gate:
         """Let the request with this word be answered."""
         self.may_end[word].set()
 
+    def open(self) -> None:
+        """Let all requests be answered that come from now on."""
+        is_set = threading.Event()
+        is_set.set()
+        self.may_end.default_factory = lambda: is_set
+
     def wait_for(self, *words: str) -> None:
         """Wait until these requests have come, in this order."""
         wait_until(lambda: len(self.arrived) >= len(words))
@@ -13103,6 +13109,155 @@ def test_least_busy_counts_by_slots() -> None:
         # The small one has room once, and is full then.
         assert test.gate.running == {"small": 1, "big": 4}
         test.queue("more", "pair")
+
+
+# --- conversations that stay together ---------------------------------------------------
+
+STICKY_ALIASES = {"all": {"strategy": "sticky", "instances": ["one/m", "two/m", "three/m"]}}
+
+
+def ask_turn(test: SlotsTest, name: str, turn: int, *fields: tuple[str, str]) -> tuple[str, str]:
+    """Ask for a turn of a conversation; return the server that answered and the attempts."""
+    messages = [{"role": "user", "content": f"{name} begins"}]
+    for number in range(turn):
+        messages.append({"role": "assistant", "content": f"{number}"})
+        messages.append({"role": "user", "content": f"{name} {number}"})
+    document = {"model": "all", "messages": messages}
+    got = request(test.router.port, "POST", CHAT, document, fields)
+    assert got.status == 200, got
+    return got.get("X-SmolRouter-Upstream").split("/")[-1], got.get("X-SmolRouter-Attempts")
+
+
+def test_a_conversation_stays_at_its_instance() -> None:
+    with SlotsTest({"one": {}, "two": {}, "three": {}}, STICKY_ALIASES) as test:
+        for number in range(50):
+            test.send(f"other {number}", "all")
+        wait_until(lambda: len(test.gate.arrived) == 50)
+        # A new conversation goes to the least busy one.
+        assert set(test.gate.most) == {"one", "two", "three"}
+        assert max(test.gate.most.values()) - min(test.gate.most.values()) <= 1
+        test.gate.open()
+        home, _ = ask_turn(test, "mine", 0)
+        for turn in range(1, 6):
+            assert ask_turn(test, "mine", turn) == (home, "1")
+        for number in range(50):
+            test.clients.pop(f"other {number}").close()
+        for turn in range(6, 10):
+            assert ask_turn(test, "mine", turn) == (home, "1")
+        # Its instance dies: it moves once, for good.
+        path = f"/{home}{CHAT}"
+        test.upstream.scripts[path] = lambda received: [DROP]
+        moved, attempts = ask_turn(test, "mine", 10)
+        assert (moved != home, attempts) == (True, "2")
+        del test.upstream.scripts[path]
+        for turn in range(11, 14):
+            assert ask_turn(test, "mine", turn) == (moved, "1")
+        words = f"the conversation is at home at {moved}/m"
+        # The rows of the last turns come a moment later.
+        assert wait_until(lambda: wait_for_detail(test.router, "all")["trail"][-1]["why"] == words)
+        # What its client says wins over how it began.
+        field = ("X-Session-Id", "s")
+        home, _ = ask_turn(test, "a", 0, field)
+        assert all(ask_turn(test, name, 1, field) == (home, "1") for name in "abcdefgh")
+        # An error that is the request's own fault moves nobody.
+        for name in ("one", "two", "three"):
+            script = lambda received: json_response({"error": "too long"}, 400)  # noqa: E731
+            test.upstream.scripts[f"/{name}{CHAT}"] = script
+        assert post_chat(test.router, "all").status == 400
+        document = chat_document("all", "a")
+        assert request(test.router.port, "POST", CHAT, document, [field]).status == 400
+        test.upstream.scripts.clear()
+        assert ask_turn(test, "a", 2, field) == (home, "1")
+        # A drained home is left for good.
+        set_state(test.router, home, "drain")
+        moved, _ = ask_turn(test, "a", 3, field)
+        set_state(test.router, home, "on")
+        assert ask_turn(test, "a", 4, field) == (moved, "1") and moved != home
+
+
+def test_a_conversation_whose_instance_is_full() -> None:
+    servers = {name: {"slots": 1} for name in ("one", "two", "three")}
+    # To wait for long at home means that no other instance serves.
+    for home_wait in (0.2, PATIENCE):
+        limits = {"home_wait": home_wait}
+        with SlotsTest(servers, STICKY_ALIASES, limits=limits) as test:
+            test.send("first", "all")
+            test.gate.wait_for("first")
+            home = next(iter(test.gate.most))
+            test.end("first")
+            test.send("full", f"m [{home}]")
+            test.gate.wait_for("first", "full")
+            test.send("first", "all")
+            if home_wait < 1:
+                wait_until(lambda: len(test.gate.arrived) == 3)
+                assert test.answer("first").get("X-SmolRouter-Upstream").split("/")[-1] != home
+                test.end("full")
+            else:
+                test.wait_for_queue(1)
+                assert test.queued()[0]["waits_for"] == home
+                test.end("full")
+                assert test.answer("first").get("X-SmolRouter-Upstream").split("/")[-1] == home
+            # Its home is still there.
+            test.send("first", "all")
+            assert test.answer("first").get("X-SmolRouter-Upstream").split("/")[-1] == home
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "sticky"])
+def test_the_server_that_made_an_answer_gets_what_follows_it(strategy: str) -> None:
+    numbers = itertools.count()
+
+    def script(received: Received) -> Iterable[Step]:
+        document = {"id": f"resp_{next(numbers)}", "object": "response", "output": []}
+        if received.json.get("stream"):
+            begin = {"type": "response.created", "response": document}
+            return sse_response([begin, {"type": "response.completed", "response": document}])
+        return json_response(document)
+
+    aliases = {"pair": {"strategy": strategy, "instances": ["one/m", "two/m"]}}
+    with SlotsTest({"one": {}, "two": {}}, aliases) as test:
+        test.upstream.scripts["m"] = script
+
+        def ask(model: str = "pair", **more: Any) -> tuple[str, str]:
+            document = {"model": model, "input": f"{next(numbers)}", **more}
+            got = request(test.router.port, "POST", RESPONSES, document)
+            assert got.status == 200, got
+            found = re.search(rb"resp_[0-9]+", got.content)
+            return got.get("X-SmolRouter-Upstream").split("/")[-1], found[0].decode()
+
+        for stream in (False, True):
+            # One that was asked by its name is remembered, too.
+            made = [ask(stream=stream), ask(stream=stream), ask("m [two]", stream=stream)]
+            for server, previous in made:
+                for _ in range(3):
+                    got, _ = ask(previous_response_id=previous, stream=stream)
+                    assert got == server
+                    # Others have their turns.
+                    ask()
+        assert len({server for server, _ in made}) == 2
+        # Nobody else has it.
+        test.upstream.scripts["m"] = lambda received: [DROP]
+        document = {"model": "pair", "input": "x", "previous_response_id": made[-1][1]}
+        got = request(test.router.port, "POST", RESPONSES, document)
+        assert (got.status, got.get("X-SmolRouter-Attempts")) == (502, "1")
+        document = {"model": "pair", "input": "x", "previous_response_id": "resp_unknown"}
+        got = request(test.router.port, "POST", RESPONSES, document)
+        assert (got.status, got.get("X-SmolRouter-Attempts")) == (502, "2")
+
+
+def test_homes_are_few_and_end() -> None:
+    first, second = (("a", "m"), ("b", "m"))
+    homes = smolrouter.Homes(2, 3600.0)
+    keys = [smolrouter.hash_key("alias", "\ud800" * 9000, str(number)) for number in range(3)]
+    assert {len(key) for key in keys} == {16}
+    homes.keep(keys[0], first)
+    homes.keep(keys[1], first)
+    homes.keep(keys[0], second)
+    homes.keep(keys[2], first)
+    # The one that was used least recently is gone.
+    assert [homes.find(key) for key in keys] == [second, None, first]
+    homes = smolrouter.Homes(2, 0.0)
+    homes.keep(keys[0], first)
+    assert homes.find(keys[0]) is None
 
 
 # --- servers that are closed ----------------------------------------------------------
