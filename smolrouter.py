@@ -322,6 +322,9 @@ class NotSupported(BadRequest, status=501, code="not_supported"):
 class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_error"):
     """No upstream gave an answer that could be passed on: none at all, or a broken one."""
 
+    # Whether there was no connection to the server: its machine may be switched off.
+    unreached = False
+
 
 class ErrorAnswer(BadGateway):
     """The upstream's answer is an error, whatever its status says; the message has its words.
@@ -1050,6 +1053,9 @@ class Limits:
     home_kept: float = 3600.0
     response_home_kept: float = 86_400.0
     home_wait: float = 2.0
+    # A machine that is to wake up gets a magic packet, and is tried, so often.
+    magic_packet_interval: float = 5.0
+    waking_interval: float = 2.0
     # A server has `model_list_timeout` to list its models. For `model_list_fresh` it is not asked
     # again, so that a page is quick. When it is gone, its last list counts for `model_list_kept`,
     # so that a reboot loses no model.
@@ -7095,6 +7101,12 @@ NORMAL = "normal"
 # What a server calls the number of its slots: our word, and those of other programs.
 SLOTS_KEYS = ("slots", "concurrencyLimit", "max_concurrent")
 MOST_SLOTS = 100_000
+# What a magic packet is sent to, and how long it may take a machine to wake up, s.
+BROADCAST = "255.255.255.255"
+DISCARD_PORT = 9
+WAKE_TIMEOUT = 120
+# The address of a network card: `b4:2e:99:01:02:03`, `B4-2E-99-01-02-03` or `b42e99010203`.
+MAC = re.compile(r"[0-9A-Fa-f]{2}([:-]?)(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}")
 # What may become of thinking; and that the model's template opens it, so that the answer does not.
 OPENED = "opened"
 THINKING_WORDS = ("strip", "move", "keep", OPENED)
@@ -7216,6 +7228,28 @@ def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> 
 AUTO = "auto"
 
 
+class Wake(NamedTuple):
+    """How the machine of a server is woken: the address of its card, and where to send that."""
+
+    mac: bytes
+    address: str = BROADCAST
+    port: int = DISCARD_PORT
+    # How long it may take, s.
+    timeout: float = WAKE_TIMEOUT
+
+
+def parse_mac(text: str) -> bytes:
+    """Read the address of a network card: 'b4:2e:99:01:02:03' -> six octets. Raises ValueError."""
+    require(MAC.fullmatch(text), f"{text!r} is no MAC address; write it as b4:2e:99:01:02:03")
+    return bytes.fromhex(re.sub("[:-]", "", text))
+
+
+def parse_wake_address(text: str) -> str:
+    """Read where a magic packet is sent: '192.168.1.255', or a card's own address."""
+    require(is_address(text), f"{text!r} is no address; write the network's broadcast address")
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class Server:
     """A server of models; `api` names what it speaks beside OpenAI's, AUTO if that is not known."""
@@ -7233,6 +7267,8 @@ class Server:
     slots: int | None = None
     # What becomes of tools in namespaces: FLATTEN or KEEP; BY_HOST: only OpenAI's get them.
     namespace_tools: str = BY_HOST
+    # None: it is not woken.
+    wake: Wake | None = None
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
 
@@ -7532,6 +7568,18 @@ class Node(NamedTuple):
             return None
         return self.read(parse)
 
+    def read_number(self, low: float, high: float, whole: bool = True) -> Any:
+        """Return a number from `low` to `high`, None when nothing stands here."""
+        if self.value is None:
+            return None
+        # True is a number to Python, and to nobody else.
+        kinds = int if whole else (int, float)
+        is_number = isinstance(self.value, kinds) and not isinstance(self.value, bool)
+        allowed = f"a {'whole ' if whole else ''}number from {low} to {high}"
+        is_allowed = is_number and low <= self.value <= high
+        self.require(is_allowed, f"{self.value!r} instead of {allowed}")
+        return self.value
+
     def choose(self, *choices: Any) -> Any:
         """Return which of `choices` stands here; the first one when nothing does."""
         if self.value is None:
@@ -7688,10 +7736,11 @@ class TableReader:
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
-        url, api, key, headers, verify, models, discover, thinking, spaces, *slots = node.members(
+        url, api, key, headers, verify, models, discover, thinking, *others = node.members(
             *("url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"),
-            *("namespace_tools", *SLOTS_KEYS),
+            *("namespace_tools", "wake", *SLOTS_KEYS),
         )
+        spaces, wake, *slots = others
         return Server(
             name=name,
             url=url.read(parse_upstream_url),
@@ -7703,6 +7752,7 @@ class TableReader:
             thinking=self.read_thinking(thinking),
             slots=self.read_slots(slots),
             namespace_tools=self.read_namespace_tools(spaces),
+            wake=self.read_wake(wake),
             warning=url_warning(f"servers.{name}", url.value),
         )
 
@@ -7729,14 +7779,21 @@ class TableReader:
         node, *others = given
         for other in others:
             other.require(False, f"`{node.path[-1]}` says it already; leave one of them out")
-        # True is a number to Python, and to nobody else.
-        is_number = isinstance(node.value, int) and not isinstance(node.value, bool)
-        is_allowed = is_number and 1 <= node.value <= MOST_SLOTS
-        allowed = f"a whole number from 1 to {MOST_SLOTS}"
-        node.require(
-            is_allowed, f"{node.value!r} instead of {allowed}; without it there is no limit"
+        return node.read_number(1, MOST_SLOTS)
+
+    def read_wake(self, node: Node) -> Wake | None:
+        """Read how a server's machine is woken: a record, or the address of its card alone."""
+        if node.value is None:
+            return None
+        if isinstance(node.value, str):
+            node = node.replace({"mac": node.value})
+        mac, address, port, timeout = node.members("mac", "address", "port", "timeout")
+        return Wake(
+            mac=mac.read(parse_mac),
+            address=address.read_optional(parse_wake_address) or BROADCAST,
+            port=port.read_number(1, 65535) or DISCARD_PORT,
+            timeout=timeout.read_number(1, 3600, whole=False) or WAKE_TIMEOUT,
         )
-        return node.value
 
     def read_priority(self, node: Node) -> str:
         """Read one of PRIORITIES; "" where nothing is said."""
@@ -10466,11 +10523,16 @@ class ConnectionPool:
         if not opening.done():
             abandon(opening)
             what = "address of its name" if server.url.host in self.names.running else "connection"
-            raise GatewayTimeout(f"no {what} within {timeout:g} s (CONNECT_TIMEOUT)")
+            late = GatewayTimeout(f"no {what} within {timeout:g} s (CONNECT_TIMEOUT)")
+            late.unreached = True
+            raise late
         try:
             connection = opening.result()
         except (OSError, ValueError) as error:
-            raise BadGateway(describe(error)) from None
+            failure = BadGateway(describe(error))
+            # A machine that speaks TLS in a wrong way is there.
+            failure.unreached = not isinstance(error, ssl.SSLError)
+            raise failure from None
         sock = connection.transport.get_extra_info("socket")
         ask_for_signs(sock, self.limits.probe_interval)
         return connection
@@ -10694,6 +10756,89 @@ class UpstreamResponse:
             self.connection.abort()
 
 
+# --- machines that sleep ----------------------------------------------------------------
+# A machine that is switched off can be woken by a packet to its network card (Wake-on-LAN). That is
+# done for requests alone, and for one that no other instance can serve: it costs power. While it
+# starts it is tried every two seconds. All requests that wait for it share one such attempt, which
+# ends when the last of them has left.
+
+
+def encode_magic_packet(mac: bytes) -> bytes:
+    """Return what wakes the machine with this card: six times 0xFF, and 16 times its address."""
+    return b"\xff" * 6 + mac * 16
+
+
+def send_magic_packet(wake: Wake) -> None:
+    """Wake a machine. Raises OSError."""
+    family = socket.AF_INET6 if ":" in wake.address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.sendto(encode_magic_packet(wake.mac), (wake.address, wake.port))
+
+
+class Waker:
+    """Wakes the machines of servers, and waits until they can be reached."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.pool = pool
+        self.limits = pool.limits
+        self.running: dict[UpstreamURL, asyncio.Task[str]] = {}
+        # How many requests wait for each of them.
+        self.waiting: collections.Counter[UpstreamURL] = collections.Counter()
+
+    async def wake(self, server: Server) -> str:
+        """Wake a server's machine; return why it cannot be reached, "" when it can."""
+        url = server.url
+        if url not in self.running:
+            self.running[url] = asyncio.create_task(self.run(server, server.wake))
+        running = self.running[url]
+        self.waiting[url] += 1
+        try:
+            await asyncio.wait([running])
+        finally:
+            self.waiting[url] -= 1
+            if not self.waiting[url]:
+                running.cancel()
+                del self.waiting[url]
+                del self.running[url]
+        return running.result()
+
+    async def run(self, server: Server, wake: Wake) -> str:
+        """Send packets and try to connect until the time is up; return as `wake` does."""
+        now = time.monotonic()
+        give_up_at = now + wake.timeout
+        send_at = now
+        reason = ""
+        while now < give_up_at:
+            if now >= send_at:
+                send_at = now + self.limits.magic_packet_interval
+                try:
+                    send_magic_packet(wake)
+                except OSError as error:
+                    # The network may come back, too.
+                    reason = f"; the packet to {wake.address}: {describe(error)}"
+            if await self.can_reach(server):
+                return ""
+            await asyncio.sleep(now + self.limits.waking_interval - time.monotonic())
+            now = time.monotonic()
+        return f"it did not wake up within {wake.timeout:g} s (wake.timeout){reason}"
+
+    async def can_reach(self, server: Server) -> bool:
+        """Try to connect to a server; the connection is kept for the request that is to come."""
+        connecting = asyncio.create_task(self.pool.connect(server))
+        try:
+            await asyncio.wait([connecting], timeout=self.limits.waking_interval)
+        finally:
+            # It closes a connection that nobody waits for any more.
+            if not connecting.done():
+                connecting.cancel()
+        if not connecting.done() or connecting.cancelled() or connecting.exception():
+            return False
+        self.pool.keep_idle(server, connecting.result())
+        return True
+
+
 # --- requests and health ----------------------------------------------------------------
 
 
@@ -10822,6 +10967,7 @@ class Upstreams:
         # Of conversations, with `strategy: sticky`, and of single answers by their ids.
         self.homes = Homes(self.limits.homes, self.limits.home_kept)
         self.response_homes = Homes(self.limits.homes, self.limits.response_home_kept)
+        self.waker = Waker(self.pool)
         # What was learned from answers. These servers refuse `stream_options`.
         self.no_stream_options: set[UpstreamURL] = set()
         # These models put timings into the last event of a stream unasked (llama.cpp). A request
@@ -11899,8 +12045,8 @@ class RequestRecord:
     # It has no prompt, and so asks for nothing but to load a model, or to unload it.
     only_loads: bool = False
 
-    # What its exchange finds out. The phase is "queued", for a slot, "waiting", for the first octet
-    # of an answer, or "streaming".
+    # What its exchange finds out. The phase is "queued", for a slot, "waking", for a machine that
+    # slept, "waiting", for the first octet of an answer, or "streaming".
     phase: str = "waiting"
     # While it is queued: since when, and the names of the servers that could run it. And for how
     # long, in s, it was queued before.
@@ -13340,6 +13486,9 @@ FATAL_TO_CONNECTION = (
     Overloaded,
 )
 FieldPairs = list[tuple[str, str]]
+# Besides those of its own faults, these statuses say that an instance cannot serve a request which
+# may be good: it has not got the model, or has too much to do.
+CANNOT_SERVE = (404, 429)
 # What a client has been sent of the response to its request: nothing; the head of a stream and
 # pings, which say nothing of what the answer will be; or some of an answer.
 NOTHING = "nothing"
@@ -13648,6 +13797,11 @@ class Candidates:
         self.was_asked = False
         # Why there is no instance any more, apart from what happened at those that were asked.
         self.refusal: RouterError | None = None
+        # Those whose machines may sleep; whether one of these may be woken for the request.
+        self.asleep: list[Instance] = []
+        self.may_wake = True
+        # What else there is to say when nobody has answered.
+        self.remark = ""
         # The key of the conversation that is to stay where it is, None where that is all the same;
         # its home, and for how long it waits for a slot there before others are looked at.
         self.conversation: bytes | None = None
@@ -13706,7 +13860,7 @@ class Candidates:
             self.upstreams.homes.keep(self.conversation, instance_key(instance))
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, health)
-        candidate.has_next = bool(self.left)
+        candidate.has_next = bool(self.left) or self.can_wake
         candidate.is_only = self.count == 1
         return candidate
 
@@ -13728,9 +13882,33 @@ class Candidates:
         if instance is None and self.find_open() and self.takes_slot:
             instance = await self.wait_anywhere(record)
         if instance is None:
-            return None
+            return await self.wake(record)
         self.left.remove(instance)
         return self.begin(instance, self.upstreams.health_of(instance))
+
+    @property
+    def can_wake(self) -> bool:
+        """Whether there is a machine that may be woken for the request."""
+        return bool(self.asleep) and self.takes_slot and self.may_wake
+
+    async def wake(self, record: RequestRecord) -> Candidate | None:
+        """Wake a machine when nobody else is left; return its instance when it can be reached."""
+        self.asleep = self.slots.open_ones(self.asleep)
+        while self.can_wake and not self.left:
+            instance = self.asleep.pop(0)
+            server = instance.server
+            record.phase = "waking"
+            record.upstream_url = str(server.url)
+            record.waits_for = server.name
+            began_at = time.monotonic()
+            failure = await self.upstreams.waker.wake(server)
+            why = failure or f"{server.name} woke up in {time.monotonic() - began_at:.1f} s"
+            record.trail = (*record.trail, Step("wake", not failure, why))
+            if not failure:
+                self.left.append(instance)
+                return self.take() or await self.wait(record)
+            self.remark += f"; {server.name}: {failure}"
+        return None
 
     async def wait_at_home(self, record: RequestRecord) -> Instance | None:
         """Wait a moment for a slot where the conversation is at home."""
@@ -13990,6 +14168,8 @@ class Exchange:
                     await self.relay_response()
                     return
                 fallback = candidate
+                # Another status says that the request is wrong, and not that nobody can serve it.
+                candidates.may_wake = candidate.status in CANNOT_SERVE or candidate.status >= 500
             except BadGateway as error:
                 self.note_failure(candidate, error)
                 # What was sent cannot be taken back. And an answer of the only server that turned
@@ -14000,7 +14180,8 @@ class Exchange:
         if fallback is None and candidates.refusal:
             raise candidates.refusal
         if fallback is None:
-            raise last_failure(f"no upstream answered: {self.describe_attempts()}")
+            words = f"{self.describe_attempts()}{candidates.remark}"
+            raise last_failure(f"no upstream answered: {words}")
         self.make_current(fallback)
         await self.relay_response()
 
@@ -14089,6 +14270,8 @@ class Exchange:
         """Put an attempt without a good answer into the record, and note it for its instance."""
         text = self.loggable(str(error))
         candidate.close()
+        if error.unreached and candidate.instance.server.wake:
+            self.candidates.asleep.append(candidate.instance)
         if isinstance(error, ErrorAnswer):
             self.note_error_answer(candidate, error)
         else:
@@ -14748,7 +14931,7 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
         "sent_model": cut_name(record.sent_model),
         "upstream_url": record.upstream_url,
         "phase": record.phase,
-        "waits_for": record.waits_for if record.phase == "queued" else "",
+        "waits_for": record.waits_for if record.phase in ("queued", "waking") else "",
         "queued_ms": record.queued_ms(now),
         "service_type": record.service,
         "timestamp": rfc3339(record.timestamp),

@@ -9592,6 +9592,23 @@ BAD_TABLES = {
         '{"servers": {"a": {"url": "http://a", "max_concurrent": 2, "slots": 2}}}',
         "servers.a.max_concurrent: `slots` says it already",
     ),
+    "no MAC": ('{"servers": {"a": {"url": "http://a", "wake": "b4:2e"}}}', "as b4:2e:99:01:02:03"),
+    "a number as a MAC": (
+        '{"servers": {"a": {"url": "http://a", "wake": {"mac": 7}}}}',
+        "servers.a.wake.mac: 7 instead of a text; put it in quotes",
+    ),
+    "a name to wake": (
+        '{"servers": {"a": {"url": "http://a", "wake": {"mac": "b42e99010203", "address": "x"}}}}',
+        "servers.a.wake.address: 'x' is no address; write the network's broadcast address",
+    ),
+    "never awake": (
+        '{"servers": {"a": {"url": "http://a", "wake": {"mac": "b42e99010203", "timeout": 0}}}}',
+        "servers.a.wake.timeout: 0 instead of a number from 1 to 3600",
+    ),
+    "no port to wake": (
+        '{"servers": {"a": {"url": "http://a", "wake": {"mac": "b42e99010203", "port": "9"}}}}',
+        "servers.a.wake.port: '9' instead of a whole number from 1 to 65535",
+    ),
     "bad priority": (
         '{"aliases": {"a": {"instances": [{"url": "http://a"}], "priority": "urgent"}}}',
         "'urgent' instead of high or normal or low",
@@ -13258,6 +13275,176 @@ def test_homes_are_few_and_end() -> None:
     homes = smolrouter.Homes(2, 0.0)
     homes.keep(keys[0], first)
     assert homes.find(keys[0]) is None
+
+
+# --- machines that sleep --------------------------------------------------------------
+
+
+class SleepingServer:
+    """A server whose port is closed until the test wakes it, and a socket for its packets."""
+
+    def __init__(self, *, timeout: float = 60, mac: str = "b4:2e:99:01:02:03") -> None:
+        self.upstream = Upstream()
+        self.sock = socket.socket()
+        self.sock.bind(("127.0.0.1", 0))
+        self.packets = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.packets.bind(("127.0.0.1", 0))
+        self.packets.settimeout(PATIENCE)
+        where = {"address": "127.0.0.1", "port": self.packets.getsockname()[1]}
+        self.record = {
+            "url": f"http://127.0.0.1:{self.sock.getsockname()[1]}",
+            "discover": False,
+            "wake": {"mac": mac, "timeout": timeout, **where},
+        }
+
+    def __enter__(self) -> SleepingServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+        self.packets.close()
+        self.upstream.close()
+
+    def wake(self) -> None:
+        """Listen from now on."""
+        self.sock.listen()
+        self.upstream._listener.close()
+        self.upstream._listener = self.sock
+        threading.Thread(target=self.upstream._accept, daemon=True).start()
+
+    def count_packets(self) -> int:
+        """Return how many packets have come since the last time."""
+        count = 0
+        self.packets.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self.packets.recv(2000):
+                count += 1
+        self.packets.settimeout(PATIENCE)
+        return count
+
+
+WAKE_LIMITS = {
+    "magic_packet_interval": 0.2,
+    "waking_interval": 0.05,
+    "deadline_interval": 0.02,
+    "cool_down": 0.01,
+}
+
+
+def router_of_sleepers(servers: Mapping[str, Any], **instances: list[str]) -> Router:
+    """Start a router with these servers, and an alias for each of `instances`."""
+    aliases = {name: {"instances": listed} for name, listed in instances.items()}
+    settings = {"DEFAULT_UPSTREAM": "none", "PING_INTERVAL": 0.1, "CONNECT_TIMEOUT": 0.5}
+    return Router(settings, {"servers": servers, "aliases": aliases}, limits=WAKE_LIMITS)
+
+
+def test_a_magic_packet() -> None:
+    packet = smolrouter.encode_magic_packet(smolrouter.parse_mac("b4:2e:99:01:02:03"))
+    assert packet == bytes.fromhex("ffffffffffff" + 16 * "b42e99010203")
+    for same in ("B4-2E-99-01-02-03", "b42e99010203"):
+        assert smolrouter.parse_mac(same).hex() == "b42e99010203"
+    for wrong in ("b4:2e-99:01:02:03", "b4:2e:99:01:02", "b4:2e:99:01:02:0g", "", "b42e9901020304"):
+        with pytest.raises(ValueError, match="is no MAC address"):
+            smolrouter.parse_mac(wrong)
+    table = routing('{"servers": {"a": {"url": "http://a", "wake": "b42e99010203"}}}')
+    wake = smolrouter.Wake(bytes.fromhex("b42e99010203"), "255.255.255.255", 9, 120)
+    assert table.servers["a"].wake == wake
+
+
+def test_a_sleeping_machine_is_woken() -> None:
+    ways = [(CHAT, False), (CHAT, True), ("/api/chat", True), ("/v1/embeddings", False)]
+    with (
+        SleepingServer() as sleeper,
+        router_of_sleepers({"s": sleeper.record}, m=["s/m"]) as router,
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+    ):
+        # Lists, looks and the page wake nobody.
+        for path in ("/v1/models", "/api/tags", "/healthz", "/api/upstreams", "/", "/upstream/s/x"):
+            request(router.port, "GET", path, fields=[("Accept", "text/html")])
+        request(router.port, "HEAD", "/upstream/s/x")
+        assert sleeper.count_packets() == 0
+        asked = []
+        for path, stream in ways:
+            document = example_request(path, "m", stream)
+            asked.append(pool.submit(request, router.port, "POST", path, document))
+        wanted = bytes.fromhex("ffffffffffff" + 16 * "b42e99010203")
+        # It is sent again and again.
+        for _ in range(3):
+            assert sleeper.packets.recv(2000) == wanted
+        wait_until(lambda: len(get_document(router, "/api/inflight")) == len(ways))
+        for one in get_document(router, "/api/inflight"):
+            assert (one["phase"], one["waits_for"]) == ("waking", "s")
+        sleeper.wake()
+        for (path, stream), answer in zip(ways, asked, strict=True):
+            got = answer.result()
+            assert got.status == 200
+            if stream:
+                assert without_pings(path, got.content)[0] >= 2
+                assert "You said: hi" in got.text
+        row = wait_for_row(router, "m")
+        assert (row["status_code"], len(row["attempts"])) == (200, 2)
+        assert "woke up in" in wait_for_detail(router, "m")["trail"][-1]["why"]
+        sleeper.count_packets()
+        assert post_chat(router, "m").status == 200
+        assert sleeper.count_packets() == 0
+
+
+def test_a_machine_that_does_not_wake_up() -> None:
+    with (
+        SleepingServer(timeout=1) as sleeper,
+        router_of_sleepers({"s": sleeper.record}, m=["s/m"]) as router,
+    ):
+        got = post_chat(router, "m")
+        assert got.status == 502 and "refused" in got.json["error"]["message"]
+        assert "s: it did not wake up within 1 s (wake.timeout)" in got.json["error"]["message"]
+        assert sleeper.count_packets() >= 3
+        # When its clients leave, nobody needs it any more.
+        with connect(router.port) as sock:
+            sock.sendall(encode_post(CHAT, chat_document("m")))
+            assert sleeper.packets.recv(2000)
+        row = wait_for_row(router, "m")
+        assert row["status_code"] == 499
+        sleeper.count_packets()
+        time.sleep(0.3)
+        assert sleeper.count_packets() == 0
+        # A machine that is switched off by its owner stops those who wait.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(post_chat, router, "m")
+            assert sleeper.packets.recv(2000)
+            set_state(router, "s", "off")
+            assert asked.result().status == 503
+            assert post_chat(router, "m").status == 503
+
+
+def test_who_is_woken() -> None:
+    failing = {"500": 500, "503": 503, "404": 404, "429": 429, "400": 400, "200": 200}
+    with contextlib.ExitStack() as stack:
+        sleeper = stack.enter_context(SleepingServer())
+        upstream = stack.enter_context(Upstream())
+        servers: dict[str, Any] = {"s": sleeper.record}
+        aliases = {}
+        for name, status in failing.items():
+            servers[name] = {"url": f"{upstream.url}/{name}", "discover": False}
+            upstream.scripts[name] = lambda received, status=status: json_response(
+                {"error": "no"} if status >= 400 else {"fine": True}, status
+            )
+            aliases[f"a{name}"] = ["s/m", f"{name}/{name}"]
+        # A server that is there and says no is awake.
+        servers["there"] = {**sleeper.record, "url": f"{upstream.url}/there"}
+        aliases["there"] = ["there/503"]
+        router = stack.enter_context(router_of_sleepers(servers, **aliases))
+        for alias in ("a200", "a400"):
+            assert post_chat(router, alias).status == int(alias[1:])
+        assert post_chat(router, "there").status == 503
+        assert sleeper.count_packets() == 0
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
+        asked = [pool.submit(post_chat, router, f"a{status}") for status in (500, 503, 404, 429)]
+        assert sleeper.packets.recv(2000)
+        phases = lambda: [one["phase"] for one in get_document(router, "/api/inflight")]  # noqa: E731
+        assert wait_until(lambda: phases() == 4 * ["waking"])
+        sleeper.wake()
+        assert [one.result().status for one in asked] == [200] * 4
+        assert {one.result().get("X-SmolRouter-Attempts") for one in asked} == {"3"}
 
 
 # --- servers that are closed ----------------------------------------------------------
