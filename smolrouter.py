@@ -754,7 +754,7 @@ class Settings:
     model_map: ModelMap = setting("{}", parse_model_map, "JSON object: exact names and /regex/ keys to names")
     strip_thinking: str = setting("true", parse_thinking, "take <think> blocks out of answers; move: put them where clients look for thinking")
     strip_json_markdown: bool = setting("false", parse_bool, "take the fence lines of ```json blocks out of answers")
-    disable_thinking: bool = setting("false", parse_bool, "append /no_think to the last user message")
+    disable_thinking: bool = setting("false", parse_bool, "ask every model not to think, and append /no_think to the last user message")
     strip_attribution: bool = setting("true", parse_bool, "take Claude Code's line that changes with every request out of its system prompt")
     enable_logging: bool = setting("true", parse_bool, "keep every request; false writes nothing to disk")
     request_timeout: float = setting("3000.0", number_between(0.01, 1e6, whole=False), "longest silence from an upstream, s")
@@ -998,6 +998,8 @@ class Limits:
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
     # so much is looked at. Some servers put a traceback beside it, or all of the request.
     error_text: int = 400
+    # A change of a request by its parameters is told in so many characters at most.
+    shown_change: int = 200
     error_content: int = 64 * KiB
 
     # --- tokens ---
@@ -2128,6 +2130,8 @@ JSON_SPACE = " \t\r\n"
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
 # What stands between a value and the next name or value, or between a name and its value.
 JSON_SEPARATOR = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
+# A character that JSON spells, or may spell, by a backslash and one other character.
+HAS_SHORT_ESCAPE = re.compile(r'["\\/\b\f\n\r\t]')
 OTHER_THAN_BACKSLASH = re.compile(r"[^\\]")
 BRACKET = re.compile(r"[\[{\]}]")
 # By how much each bracket changes the depth.
@@ -2424,6 +2428,20 @@ def remove_member(text: str, name: str) -> str:
     return "".join([*pieces, text[kept_to:]])
 
 
+def remove_value(text: str, path: Path) -> str:
+    """Return a JSON object without the member at some path, and no other character changed.
+
+    `{"a": {"b": 1, "c": 2}}`, `("a", "b")`  ->  `{"a": {"c": 2}}`
+    """
+    *holder_path, name = path
+    if not holder_path:
+        return remove_member(text, name)
+    # From the last to the first, so that the places before it stay where they are.
+    for start, end, _ in reversed(list(find_values(text, 0, [tuple(holder_path)]))):
+        text = text[:start] + remove_member(text[start:end], name) + text[end:]
+    return text
+
+
 def add_members(text: str, path: Path, members: str) -> str:
     """Return a JSON object with new members in the object at some path, if there is one.
 
@@ -2462,7 +2480,11 @@ def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
     """
     # A name that does not occur in the text needs no search, unless an escape spells it.
     escaped = "\\u" in text
-    likely = [path for path in edits if escaped or f'"{path[0]}"' in text]
+    likely = [
+        path
+        for path in edits
+        if escaped or f'"{path[0]}"' in text or HAS_SHORT_ESCAPE.search(str(path[0]))
+    ]
     pieces = []
     kept_to = 0
     replaced = set()
@@ -3858,6 +3880,77 @@ def encode_messages_error(error: RouterError) -> bytes:
     return encode_json({"type": "error", "error": {"type": kind, "message": str(error)}})
 
 
+# How much a model is to think: not at all, as it likes, or with this effort.
+THINK_OFF = "off"
+THINK_ON = "on"
+THINK_LEVELS = (THINK_OFF, THINK_ON, "low", "medium", "high")
+# OpenAI's word for each.
+EFFORTS = {THINK_OFF: "none", THINK_ON: "medium", "low": "low", "medium": "medium", "high": "high"}
+# How many tokens of thinking each is worth; fewer than this, servers of /v1/messages refuse.
+THINKING_TOKENS = {THINK_ON: 8192, "low": 2048, "medium": 8192, "high": 16384}
+FEWEST_THINKING_TOKENS = 1024
+# By one of these, a client of a chat says itself how much is to be thought.
+CHAT_THINK_MEMBERS = ("reasoning_effort", "reasoning", "thinking", "think", "enable_thinking")
+TEMPLATE_THINK_MEMBERS = ("enable_thinking", "thinking")
+# What adds members to a request, by their places: none where its client has said it itself.
+Additions = dict[Path, Any]
+
+
+def think_in_chat(think: str, document: Mapping[str, Any]) -> Additions:
+    """Return what says to a server of OpenAI's chats how much to think.
+
+    `off`  ->  both names that templates have for it as false, and the effort `none`
+    `on`, `low`  ->  `chat_template_kwargs.enable_thinking` as true; the effort `low`
+    """
+    template = document.get("chat_template_kwargs")
+    in_template = isinstance(template, dict) and any(
+        name in template for name in TEMPLATE_THINK_MEMBERS
+    )
+    if in_template or any(document.get(name) is not None for name in CHAT_THINK_MEMBERS):
+        return {}
+    if think == THINK_ON:
+        return {("chat_template_kwargs", "enable_thinking"): True}
+    additions: Additions = {("reasoning_effort",): EFFORTS[think]}
+    if think == THINK_OFF:
+        for name in TEMPLATE_THINK_MEMBERS:
+            additions["chat_template_kwargs", name] = False
+    return additions
+
+
+def think_in_responses(think: str, document: Mapping[str, Any]) -> Additions:
+    """Return what says to a server of /v1/responses how much to think."""
+    reasoning = document.get("reasoning")
+    if isinstance(reasoning, dict) and reasoning.get("effort") is not None:
+        return {}
+    return {("reasoning", "effort"): EFFORTS[think]}
+
+
+def think_in_messages(think: str, document: Mapping[str, Any]) -> Additions:
+    """Return what says to a server of /v1/messages how much to think.
+
+    At most half of `max_tokens` may be thoughts, so that there is room for the answer.
+    """
+    if document.get("thinking") is not None:
+        return {}
+    if think == THINK_OFF:
+        return {("thinking",): {"type": "disabled"}}
+    tokens = THINKING_TOKENS[think]
+    most = document.get("max_tokens")
+    if isinstance(most, int):
+        tokens = min(tokens, most // 2)
+    if tokens < FEWEST_THINKING_TOKENS:
+        return {}
+    return {("thinking",): {"type": "enabled", "budget_tokens": tokens}}
+
+
+def think_in_ollama(think: str, document: Mapping[str, Any]) -> Additions:
+    """Return what says to a server of Ollama's how much to think."""
+    if document.get("think") is not None:
+        return {}
+    wishes = {THINK_OFF: False, THINK_ON: True}
+    return {("think",): wishes.get(think, think)}
+
+
 # Where an answer has what was thought: a member of what speaks, or an item of its own in a list.
 BESIDE_TEXT = "reasoning_content"
 BESIDE_OLLAMA_TEXT = "thinking"
@@ -3886,6 +3979,8 @@ class Protocol(NamedTuple):
     raw_openai_path: str = ""
     # Whether prompts go to the model as they are, without a template around them.
     raw_prompts: bool = False
+    # Adds to a request how much is to be thought, unless the request says so itself.
+    add_think: Callable[[str, Mapping[str, Any]], Additions] | None = None
 
     # The shape of answers and of their events.
     answer: Shape = ANY_ANSWER
@@ -3943,6 +4038,7 @@ PROTOCOLS = {
         user_words="messages",
         needs_model=True,
         usage_option=True,
+        add_think=think_in_chat,
         answer=CHAT_ANSWER,
         plain_text=PLAIN_CHAT_TEXT,
         text_alone=CHAT_TEXT_ALONE,
@@ -3961,6 +4057,7 @@ PROTOCOLS = {
         system_words="system",
         user_words="messages",
         needs_model=True,
+        add_think=think_in_messages,
         answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
         plain_text=None,
         thoughts=IN_CONTENT,
@@ -3981,6 +4078,7 @@ PROTOCOLS = {
         user_words="input",
         system_words="instructions",
         has_namespaces=True,
+        add_think=think_in_responses,
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
         thoughts=IN_OUTPUT,
         item_members=("item_id", "content_index"),
@@ -4005,6 +4103,7 @@ PROTOCOLS = {
         request=CHAT_REQUEST,
         user_words="messages",
         openai_path="/v1/chat/completions",
+        add_think=think_in_ollama,
         answer=CHAT_LINE,
         plain_text=PLAIN_CHAT_TEXT,
         text_path=("message", "content"),
@@ -4014,6 +4113,7 @@ PROTOCOLS = {
         user_words="prompt",
         openai_path="/v1/chat/completions",
         raw_openai_path="/v1/completions",
+        add_think=think_in_ollama,
         answer=GENERATE_LINE,
         text_path=("response",),
     ),
@@ -5017,6 +5117,200 @@ def restore_namespaces(names: ToolNames, document: Mapping[str, Any]) -> dict[Pa
     return edits
 
 
+# --- requests: parameters -------------------------------------------------------------
+# What the routing file says of the members of requests: which are taken out (`strip`), which are
+# added where they are absent (`default`), and which are always as it says (`set`). And how much is
+# to be thought (`think`), for which each protocol has members of its own.
+
+
+class RequestParameters(NamedTuple):
+    """What the routing file says of the members of requests, on one of its levels or on some.
+
+    Each part is done in the order in which it stands. A value is kept as its JSON, so that 1 and
+    true are different.
+    """
+
+    strips: tuple[Path, ...] = ()
+    defaults: tuple[tuple[Path, str], ...] = ()
+    sets: tuple[tuple[Path, str], ...] = ()
+    # One of THINK_LEVELS, "" where nothing is said.
+    think: str = ""
+
+
+NO_PARAMETERS = RequestParameters()
+
+
+@functools.lru_cache(maxsize=256)
+def merge_parameters(near: RequestParameters, far: RequestParameters) -> RequestParameters:
+    """Return what two levels say together, of which `near` counts for more.
+
+    The first default of a member is the one that is added. The last value that is set stays.
+    """
+    return RequestParameters(
+        strips=near.strips + far.strips,
+        defaults=near.defaults + far.defaults,
+        sets=far.sets + near.sets,
+        think=near.think or far.think,
+    )
+
+
+# What `member_at` finds instead of a value: nothing at all, or what is no object and would have to
+# be one.
+ABSENT = object()
+IN_THE_WAY = object()
+
+
+def member_at(document: Any, path: Path) -> Any:
+    """Return the value at a path, ABSENT without one, IN_THE_WAY if no object leads there.
+
+    `{"a": {"b": 1}}`, `("a", "b")`  ->  1;  `("a", "b", "c")`  ->  IN_THE_WAY
+    """
+    for name in path:
+        if document is ABSENT or not isinstance(document, dict):
+            return document if document is ABSENT else IN_THE_WAY
+        document = document.get(name, ABSENT)
+    return document
+
+
+def put_value(document: dict[str, Any], path: Path, value: Any) -> None:
+    """Put a value into a document, with objects around it instead of anything else there."""
+    *holder_path, name = path
+    for key in holder_path:
+        if not isinstance(document.get(key), dict):
+            document[key] = {}
+        document = document[key]
+    document[name] = value
+
+
+def copy_around(document: Mapping[str, Any], paths: Iterable[Path]) -> dict[str, Any]:
+    """Return a document in which the objects around some places are copies, to be changed."""
+    copied = dict(document)
+    for path in paths:
+        holder = copied
+        for key in path[:-1]:
+            if not isinstance(holder.get(key), dict):
+                break
+            holder[key] = dict(holder[key])
+            holder = holder[key]
+    return copied
+
+
+def find_edits(
+    text: str, before: Mapping[str, Any], after: Mapping[str, Any], paths: Iterable[Path]
+) -> dict[Path, Any]:
+    """Return the edits that make one document of another, which differ at some paths at most.
+
+    `{"a": {}}`, `{"a": {"b": {"c": 1}}}`, `[("a", "b", "c")]`  ->  `{("a", "b"): {"c": 1}}`
+
+    Where an object of the text has two members of a name, all of them become the same.
+    """
+    edits: dict[Path, Any] = {}
+    for path in paths:
+        size = 1
+        while size < len(path) and isinstance(member_at(before, path[:size]), dict):
+            size += 1
+        place = path[:size]
+        if size > 1 and len(list(find_values(text, 0, [place[:-1]]))) > 1:
+            place = path[:1]
+        edits[place] = member_at(after, place)
+    # What is written as a whole has the edits inside of it, and what is not there needs none.
+    return {
+        place: value
+        for place, value in edits.items()
+        if value not in (ABSENT, IN_THE_WAY)
+        and not any(place[:n] in edits for n in range(1, len(place)))
+    }
+
+
+def tell_value(path: Path, value: str) -> str:
+    """Return in words what a member has become: `("a", "b")`, `0.5`  ->  `a.b = 0.5`."""
+    return f"{'.'.join(map(str, path))} = {value}"[: LIMITS.shown_change]
+
+
+def strip_members(
+    text: str, document: dict[str, Any], paths: Iterable[Path], note_change: Callable[[str], None]
+) -> str:
+    """Take members out of a document and of its text; return the text, and note what was there."""
+    for path in paths:
+        if path[0] not in document:
+            continue
+        shorter = remove_value(text, path)
+        if shorter != text:
+            text = shorter
+            note_change(f"strip {'.'.join(map(str, path))}"[: LIMITS.shown_change])
+        if member_at(document, path) not in (ABSENT, IN_THE_WAY):
+            del member_at(document, path[:-1])[path[-1]]
+    return text
+
+
+def is_set(old: Any, value: str) -> bool:
+    """Tell whether a member is as it shall be; an empty object is merged with any other."""
+    if value == "{}":
+        return isinstance(old, dict)
+    return old is not ABSENT and old is not IN_THE_WAY and json.dumps(old) == value
+
+
+def change_parameters(
+    text: str,
+    document: Mapping[str, Any],
+    parameters: RequestParameters,
+    additions: Additions,
+    note_change: Callable[[str], None],
+) -> tuple[str, Mapping[str, Any]]:
+    """Return a request's text and document with its parameters changed; each change is noted.
+
+    `{"top_k": 3, "n": 1.0}`, strip `top_k`, default `n = 2`, set `seed = 7`
+    ->  `{"n": 1.0,"seed":7}`;  noted are `strip top_k` and `set seed = 7`
+
+    The `additions` are what `think` needs. They come before the defaults.
+    """
+    thinks = [("think", path, json.dumps(value)) for path, value in additions.items()]
+    defaults = [("default", path, value) for path, value in parameters.defaults]
+    paths = [path for _, path, _ in (*thinks, *defaults)]
+    paths += [path for path, _ in parameters.sets]
+    stripped = copy_around(document, [*parameters.strips, *paths])
+    text = strip_members(text, stripped, parameters.strips, note_change)
+    changed = copy_around(stripped, paths)
+    touched = []
+    for kind, path, value in (*thinks, *defaults):
+        # Null says nothing of how much to think.
+        if kind == "think" or member_at(changed, path) is ABSENT:
+            put_value(changed, path, json.loads(value))
+            touched.append(path)
+            note_change(f"{kind} {tell_value(path, value)}")
+    for path, value in parameters.sets:
+        if not is_set(member_at(changed, path), value):
+            put_value(changed, path, json.loads(value))
+            touched.append(path)
+            note_change(f"set {tell_value(path, value)}")
+    edits = find_edits(text, stripped, changed, touched)
+    return edit_json(text, edits) if edits else text, changed
+
+
+# A member that the router adds, and what for: `("reasoning_effort", "off")`. Some servers refuse
+# one, or one for some models alone, or one of its values.
+AddedMember = tuple[str, str]
+USAGE_MEMBER: AddedMember = ("stream_options", "")
+# Errors about these do not always call the member by its name: `"m" does not support thinking`.
+THINK_ERROR_WORDS = (b"thinking", b"reasoning")
+
+
+def find_refused(added: Iterable[AddedMember], error: bytes) -> frozenset[AddedMember]:
+    """Return which of the members that were added an error is about.
+
+    `[("reasoning_effort", "off")]`, `b'{"error": "unknown field reasoning_effort"}'`  ->  that one
+    """
+    named = {member for member in added if member[0].encode() in error}
+    thinks = {member for member in added if member != USAGE_MEMBER}
+    if not named & thinks and any(word in error for word in THINK_ERROR_WORDS):
+        named |= thinks
+    return frozenset(named)
+
+
+def ignore(noted: Any) -> None:
+    """Do nothing with what is noted."""
+
+
 class RequestChanges(NamedTuple):
     """What a request needs on its way to one server."""
 
@@ -5025,6 +5319,37 @@ class RequestChanges(NamedTuple):
     include_usage: bool = False
     strip_attribution: bool = False
     flatten_namespaces: bool = False
+    parameters: RequestParameters = NO_PARAMETERS
+    # Is told in words what the parameters have changed.
+    note_change: Callable[[str], None] = ignore
+    # What the server has refused, and is told which members are added.
+    refused: frozenset[AddedMember] = frozenset()
+    note_added: Callable[[AddedMember], None] = ignore
+
+    def additions(self, protocol: Protocol, document: Mapping[str, Any], think: str) -> Additions:
+        """Return what tells the server how much to think: what it takes, and is not stripped."""
+        if not think or protocol.add_think is None:
+            return {}
+        additions: Additions = {}
+        for path, value in protocol.add_think(think, document).items():
+            member = (str(path[0]), think)
+            is_stripped = any(path[: len(strip)] == strip for strip in self.parameters.strips)
+            # What is no object cannot be completed.
+            fits = len(path) == 1 or isinstance(document.get(path[0]), dict | None)
+            if fits and member not in self.refused and not is_stripped:
+                additions[path] = value
+                self.note_added(member)
+        return additions
+
+    def apply(
+        self, protocol: Protocol, text: str, document: Mapping[str, Any], think: str
+    ) -> tuple[str, Mapping[str, Any]]:
+        """Return a request's text and document as the parameters make them."""
+        parameters = self.parameters
+        additions = self.additions(protocol, document, think)
+        if not (additions or parameters.strips or parameters.defaults or parameters.sets):
+            return text, document
+        return change_parameters(text, document, parameters, additions, self.note_change)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5056,6 +5381,11 @@ class ParsedRequest:
     def lacks_model(self) -> bool:
         """Whether it names no model where one is needed."""
         return not self.model and self.protocol.needs_model
+
+    @property
+    def takes_parameters(self) -> bool:
+        """Whether the routing file may change its members: it is JSON that names a model."""
+        return bool(self.text and self.model) and self.query_span == (0, 0)
 
     @property
     def openai_path(self) -> str:
@@ -5309,9 +5639,14 @@ USAGE_WISH = '"stream_options":{"include_usage":true}'
 
 def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return the client's own bytes with what must change changed."""
+    text = parsed.text
     document = parsed.document
+    if changes.parameters != NO_PARAMETERS and parsed.takes_parameters:
+        think = changes.parameters.think
+        text, document = changes.apply(parsed.protocol, text, document, think)
     edits: dict[Path, Any] = {}
-    if changes.no_think:
+    # A client of Ollama's that wishes for thinking gets it.
+    if changes.no_think and not parsed.document.get("think"):
         edits |= no_think_edit(parsed.protocol, document)
     # A request that names no model may have been given one.
     members = parsed.protocol.model_members
@@ -5320,6 +5655,8 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     if parsed.model and not in_query and changes.model != document.get(named_by):
         edits[(named_by,)] = changes.model
     # Appending a member needs no search for its place: the usual request is changed by that alone.
+    if changes.include_usage:
+        changes.note_added(USAGE_MEMBER)
     adds_options = changes.include_usage and "stream_options" not in document
     if changes.include_usage and not adds_options:
         options = document["stream_options"]
@@ -5329,9 +5666,10 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     if changes.strip_attribution:
         attribution = find_attribution(parsed.protocol, document)
     tool_names = parsed.tool_names if changes.flatten_namespaces else None
-    if not (edits or adds_options or attribution or tool_names):
+    if text is parsed.text and not (edits or adds_options or attribution or tool_names):
         return parsed.content
-    text = edit_json(parsed.text, edits) if edits else parsed.text
+    if edits:
+        text = edit_json(text, edits)
     if tool_names:
         text = flatten_namespaces(text, document, tool_names)
     if attribution:
@@ -5339,6 +5677,19 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     if adds_options:
         text = append_members(text, USAGE_WISH)
     return text.encode()
+
+
+def encode_renamed(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
+    """Return the client's own bytes with the model's name changed, and nothing else."""
+    return encode_object(parsed, RequestChanges(changes.model))
+
+
+def encode_translated(
+    protocol: Protocol, document: dict[str, Any], changes: RequestChanges, think: str = ""
+) -> str:
+    """Return a request as text that was translated into a protocol of OpenAI's."""
+    text = encode_json_exactly(document).decode()
+    return changes.apply(protocol, text, document, think)[0]
 
 
 # --- requests that are no JSON --------------------------------------------------------
@@ -6505,6 +6856,24 @@ def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
     return translated
 
 
+def read_think(document: Mapping[str, Any]) -> str:
+    """Return how much a client of Ollama's wishes to be thought, "" when it says nothing.
+
+    `{"think": false}`  ->  `off`;  `{"think": "max"}`  ->  `high`;  raises MalformedContent
+    """
+    wish = document.get("think")
+    if wish is None:
+        return ""
+    if isinstance(wish, bool):
+        return THINK_ON if wish else THINK_OFF
+    levels = {"low": "low", "medium": "medium", "high": "high", "max": "high"}
+    level = levels.get(wish) if isinstance(wish, str) else None
+    require_content(
+        level, f"`think` is {json.dumps(wish)[:80]} instead of true, false, {', '.join(levels)}"
+    )
+    return level or ""
+
+
 def encode_ollama_chat(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return an Ollama chat or generate request as OpenAI's chat or completion."""
     document = parsed.document
@@ -6519,11 +6888,12 @@ def encode_ollama_chat(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     translated |= openai_options(document)
     if changes.include_usage:
         translated["stream_options"] = {"include_usage": True}
-    content = encode_json_exactly(translated)
-    wants_no_think = changes.no_think or document.get("think") is False
-    if wants_no_think and not openai.raw_prompts:
-        content = edit_json(content.decode(), no_think_edit(openai, translated)).encode()
-    return content
+        changes.note_added(USAGE_MEMBER)
+    think = read_think(document) or changes.parameters.think
+    text = encode_translated(openai, translated, changes, think)
+    if changes.no_think and think == THINK_OFF and not openai.raw_prompts:
+        text = edit_json(text, no_think_edit(openai, translated))
+    return text.encode()
 
 
 def encode_ollama_embed(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
@@ -6534,7 +6904,7 @@ def encode_ollama_embed(parsed: ParsedRequest, changes: RequestChanges) -> bytes
     translated = {"model": changes.model, "input": text, "encoding_format": "float"}
     if parsed.document.get("dimensions"):
         translated["dimensions"] = parsed.document["dimensions"]
-    return encode_json_exactly(translated)
+    return encode_translated(find_protocol(parsed.openai_path), translated, changes).encode()
 
 
 # --- Ollama: answers ------------------------------------------------------------------
@@ -6968,7 +7338,7 @@ def as_opaque(dialect: Dialect) -> Dialect:
 
 def as_native(dialect: Dialect) -> Dialect:
     """Return the dialect for requests that only a server which speaks it can serve."""
-    return dialect._replace(encode_openai=None, empty=None)
+    return dialect._replace(encode=encode_renamed, encode_openai=None, empty=None)
 
 
 OPENAI = Dialect(
@@ -7123,6 +7493,8 @@ YAML_REMEDY = "needs PyYAML: pip install pyyaml, on Debian apt install python3-y
 NAMES_IN_ERROR = 5
 # Fields that the router sets itself in each request: a server's `headers` cannot name them.
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
+# Members of requests that no parameter can change: what a request is about, and how it is answered.
+FIXED_MEMBERS = ("model", "messages", "prompt", "input", "stream")
 
 # The version of IP, and the address as a number: 10.0.0.1 is (4, 167772161).
 Address = tuple[int, int]
@@ -7269,6 +7641,7 @@ class Server:
     namespace_tools: str = BY_HOST
     # None: it is not woken.
     wake: Wake | None = None
+    parameters: RequestParameters = NO_PARAMETERS
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
 
@@ -7320,6 +7693,7 @@ class Target(NamedTuple):
     thinking: Thinking = NOTHING_SAID
     # One of PRIORITIES, "" where nothing is said.
     priority: str = ""
+    parameters: RequestParameters = NO_PARAMETERS
 
     def __str__(self) -> str:
         if self.alias:
@@ -7423,9 +7797,10 @@ class Decision(NamedTuple):
     trail: tuple[Step, ...]
     # Who named the server: the route, or who was asked when that is a rule for the model alone.
     found_by: str = ""
-    # What the alias and the route say of thinking.
+    # What the alias and the route say of thinking, and of the members of requests.
     thinking: Thinking = NOTHING_SAID
     priority: str = NORMAL
+    parameters: RequestParameters = NO_PARAMETERS
 
 
 # --- the routing file -------------------------------------------------------------------
@@ -7605,6 +7980,47 @@ class Node(NamedTuple):
         return self.value
 
 
+def parse_member_path(text: str) -> Path:
+    """Read the name of a member, with dots to one inside of it. Raises ValueError.
+
+    'chat_template_kwargs.enable_thinking'  ->  ('chat_template_kwargs', 'enable_thinking')
+    """
+    path = tuple(text.split("."))
+    require(all(path), f"{text!r} has nothing before or behind a dot; write names, as in a.b")
+    fixed = f"`{path[0]}` is the client's own and stays; nor can {', '.join(FIXED_MEMBERS)} change"
+    require(path[0] not in FIXED_MEMBERS, fixed)
+    return path
+
+
+def check_json_value(node: Node) -> None:
+    """Refuse what YAML reads and JSON does not know, such as dates and infinities."""
+    if isinstance(node.value, dict):
+        for item in node.entries():
+            check_json_value(item)
+    elif isinstance(node.value, list):
+        for index in range(len(node.value)):
+            check_json_value(node.child(index))
+    else:
+        is_json = isinstance(node.value, str | int | float | None)
+        is_finite = not isinstance(node.value, float) or math.isfinite(node.value)
+        node.require(is_json and is_finite, f"{node.value!r} is not JSON; put it in quotes")
+
+
+def read_leaves(node: Node, path: Path) -> Iterator[tuple[Path, str]]:
+    """Yield path and JSON of each value inside of a node that is no object, or an empty one.
+
+    `{"b": [1], "c": {}}` at `("a",)`  ->  `(("a", "b"), "[1]")`, `(("a", "c"), "{}")`
+    """
+    if isinstance(node.value, dict) and node.value:
+        for item in node.entries():
+            yield from read_leaves(item, (*path, item.path[-1]))
+        return
+    check_json_value(node)
+    yield path, json.dumps(node.value)
+
+
+# What a server, an alias or a route may say of the members of requests.
+PARAMETER_KEYS = ("strip", "default", "set", "think")
 # The sections of a routing file.
 TABLE_KEYS = ("servers", "aliases", "routes", "revoked")
 # What a server has instead whose entry is wrong. No text is read as this.
@@ -7738,9 +8154,11 @@ class TableReader:
         name = node.path[-1]
         url, api, key, headers, verify, models, discover, thinking, *others = node.members(
             *("url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"),
-            *("namespace_tools", "wake", *SLOTS_KEYS),
+            *("namespace_tools", "wake", *PARAMETER_KEYS, *SLOTS_KEYS),
         )
-        spaces, wake, *slots = others
+        spaces, wake, *others = others
+        parameters = others[: len(PARAMETER_KEYS)]
+        slots = others[len(PARAMETER_KEYS) :]
         return Server(
             name=name,
             url=url.read(parse_upstream_url),
@@ -7753,6 +8171,7 @@ class TableReader:
             slots=self.read_slots(slots),
             namespace_tools=self.read_namespace_tools(spaces),
             wake=self.read_wake(wake),
+            parameters=self.read_parameters(*parameters),
             warning=url_warning(f"servers.{name}", url.value),
         )
 
@@ -7812,6 +8231,40 @@ class TableReader:
         node.require(len(actions) <= 1, f"{' and '.join(actions)} at once; keep one of them")
         return Thinking(actions[0] if actions else "", OPENED in words)
 
+    def read_parameters(
+        self, strip: Node, default: Node, set_always: Node, think: Node
+    ) -> RequestParameters:
+        """Read what requests lose, get where it is absent, and get always; how much is thought."""
+        strips = []
+        if strip.value is not None:
+            items = [strip]
+            if isinstance(strip.value, list):
+                items = strip.elements("an empty list strips nothing; leave it out")
+            strips = [item.read(parse_member_path) for item in items]
+        defaults = tuple(self.read_values(default))
+        sets = tuple(self.read_values(set_always))
+        level = ""
+        if think.value is not None:
+            # YAML reads the words `on` and `off` as true and false.
+            words = {True: THINK_ON, False: THINK_OFF}
+            is_switch = isinstance(think.value, bool)
+            level = think.replace(words[think.value]).value if is_switch else think.value
+            think.require(level in THINK_LEVELS, f"{level!r} instead of {', '.join(THINK_LEVELS)}")
+        return RequestParameters(tuple(strips), defaults, sets, level)
+
+    def read_values(self, node: Node) -> Iterator[tuple[Path, str]]:
+        """Yield the path and the JSON of each value of `default` or `set`."""
+        places: dict[Path, None] = {}
+        for item in node.entries():
+            path = item.replace(item.path[-1]).read(parse_member_path)
+            for place, value in read_leaves(item, path):
+                clash = any(
+                    place[: len(other)] == other or other[: len(place)] == place for other in places
+                )
+                item.require(not clash, f"{'.'.join(place)} stands here twice; keep one of them")
+                places[place] = None
+                yield place, value
+
     def read_upstream(self, node: Node) -> Server:
         """Read a server's name or a URL."""
         name = node.read()
@@ -7835,8 +8288,8 @@ class TableReader:
 
     def read_alias(self, node: Node) -> Target:
         """Read an alias: its instances, its strategy and what becomes of thinking."""
-        strategy, listed, thinking, priority = node.members(
-            "strategy", "instances", "thinking", "priority"
+        strategy, listed, thinking, priority, *parameters = node.members(
+            "strategy", "instances", "thinking", "priority", *PARAMETER_KEYS
         )
         chosen_strategy = strategy.choose(*STRATEGIES)
         instances: list[Instance] = []
@@ -7851,6 +8304,7 @@ class TableReader:
             strategy=chosen_strategy,
             thinking=self.read_thinking(thinking),
             priority=self.read_priority(priority),
+            parameters=self.read_parameters(*parameters),
         )
 
     def read_rule(self, node: Node) -> Rule:
@@ -7889,11 +8343,15 @@ class TableReader:
 
     def read_target(self, node: Node, pattern: NamePattern | None) -> Target:
         """Read where a route leads: an alias, or an upstream and a model; what else it says."""
-        upstream, model, alias, thinking, priority = node.members(
-            "upstream", "model", "alias", "thinking", "priority"
+        upstream, model, alias, thinking, priority, *parameters = node.members(
+            "upstream", "model", "alias", "thinking", "priority", *PARAMETER_KEYS
         )
-        route_thinking = self.read_thinking(thinking)
-        route_priority = self.read_priority(priority)
+        own = Target(
+            (),
+            thinking=self.read_thinking(thinking),
+            priority=self.read_priority(priority),
+            parameters=self.read_parameters(*parameters),
+        )
         given = [member for member in (upstream, model, alias) if member.value is not None]
         node.require(given, "name an `upstream`, a `model` or an `alias`")
         if alias in given:
@@ -7902,18 +8360,18 @@ class TableReader:
             known = ", ".join(self.aliases) or "none"
             alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
             target = self.aliases[name]
+            # The alias is nearer to the model than the route, and the route to who asks.
             return target._replace(
-                # The alias is nearer to the model than the route, and the route to who asks.
-                thinking=merge_thinking(target.thinking, route_thinking),
-                priority=route_priority or target.priority,
+                thinking=merge_thinking(target.thinking, own.thinking),
+                priority=own.priority or target.priority,
+                parameters=merge_parameters(target.parameters, own.parameters),
             )
         if model in given:
             # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
-        target = Target((), thinking=route_thinking, priority=route_priority)
         if upstream not in given:
-            return target._replace(model=model.value)
-        return target._replace(instances=(Instance(self.read_upstream(upstream), model.value),))
+            return own._replace(model=model.value)
+        return own._replace(instances=(Instance(self.read_upstream(upstream), model.value),))
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -8369,6 +8827,19 @@ def first_claim(order: Iterable[FindClaim], query: RouteQuery, trail: list[Step]
     return next(claim for claim in claims if claim is not None)
 
 
+def tell_tags(requested_model: str, sent_models: Iterable[str | None]) -> Iterator[Step]:
+    """Yield what the trail says of models that are sent with a tag which a client has added.
+
+    The tag is not dropped here: for that the server has to be asked whether it lists the name, and
+    only a request that is translated asks (section 14). The trail says what comes of it.
+    """
+    for model in dict.fromkeys(sent_models):
+        if model and requested_model.endswith(LATEST_TAG) and model.endswith(LATEST_TAG):
+            untagged = cut_name(without_tag(model))
+            why = f"translated for a server that does not list it, it is {untagged!r}"
+            yield Step(LATEST_TAG, True, why)
+
+
 def resolve(
     table: RoutingTable,
     requested_model: str,
@@ -8400,15 +8871,9 @@ def resolve(
         Instance(catalogue.with_api(instance.server), instance.model or query.mapped_model)
         for instance in claim.target.instances
     )
-    # The tag is not dropped here: for that the server has to be asked whether it lists the name,
-    # and only a request that is translated asks (section 14). The trail says what comes of it.
     # A name that was found on a list is one that its server knows.
-    sent_models = [instance.model for instance in instances if claim.route != BY_LIST]
-    for model in dict.fromkeys(sent_models):
-        if requested_model.endswith(LATEST_TAG) and model.endswith(LATEST_TAG):
-            untagged = cut_name(without_tag(model))
-            why = f"translated for a server that does not list it, it is {untagged!r}"
-            trail.append(Step(LATEST_TAG, True, why))
+    if claim.route != BY_LIST:
+        trail += tell_tags(requested_model, [instance.model for instance in instances])
     return Decision(
         requested_model=requested_model,
         mapped_model=mapped_model,
@@ -8419,6 +8884,7 @@ def resolve(
         found_by=claim.route,
         thinking=ruling.target.thinking,
         priority=ruling.target.priority or claim.target.priority or NORMAL,
+        parameters=ruling.target.parameters,
     )
 
 
@@ -10968,8 +11434,8 @@ class Upstreams:
         self.homes = Homes(self.limits.homes, self.limits.home_kept)
         self.response_homes = Homes(self.limits.homes, self.limits.response_home_kept)
         self.waker = Waker(self.pool)
-        # What was learned from answers. These servers refuse `stream_options`.
-        self.no_stream_options: set[UpstreamURL] = set()
+        # What was learned from answers. These members these models refuse when they are added.
+        self.refused_members: dict[InstanceKey, frozenset[AddedMember]] = {}
         # These models put timings into the last event of a stream unasked (llama.cpp). A request
         # for the usage would move them into the usage event, which the router takes out, and the
         # client would lose them. So the router does not ask these models for the usage.
@@ -12056,6 +12522,8 @@ class RequestRecord:
     sent_model: str = ""
     upstream_url: str = ""
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
+    # What the parameters of the routing file have changed in what was sent, in words.
+    changes: Sequence[str] = ()
     # The fields and the status of the upstream's answer that is relayed.
     response_fields: Fields | None = None
     answer_status: int = 0
@@ -12183,6 +12651,8 @@ def make_detail(record: RequestRecord) -> Detail:
         f'{{"trail":{encode_trail(record.trail)},"request_headers":{request_lines},'
         f'"response_headers":{response_lines},"cut":{cut},"decoded":true}}'
     )
+    if record.changes:
+        meta = f'{meta[:-1]},"changes":{dump_compact(record.changes)}}}'
     # A server may repeat secrets in its answer, in a field of it, too.
     request = hide_secrets(record.content, secrets)
     response = hide_secrets(b"".join(record.pieces), secrets)
@@ -13277,6 +13747,7 @@ class RequestLog:
         # Rows may wait for long, and clients choose how long heads and names are.
         record.request_fields, record.response_fields = NO_FIELDS, None
         record.trail, record.secrets, record.attempts = (), (), []
+        record.changes = ()
         record.target = record.requested_model = record.mapped_model = record.sent_model = ""
 
     def is_hurried(self) -> bool:
@@ -13743,6 +14214,11 @@ class Candidate:
         # Whether the router asks for the usage event of the stream, for its log. The client has not
         # asked for it and does not get it.
         self.hide_usage = False
+        # What its parameters have changed in the request, in words; which members were added, and
+        # which of those that could be are refused.
+        self.changes: list[str] = []
+        self.added: list[AddedMember] = []
+        self.refused: frozenset[AddedMember] = frozenset()
         self.response: UpstreamResponse | None = None
         # Whether its answer began inside of a block of thinking that the model's template opened;
         # None while nothing speaks for or against it.
@@ -14260,6 +14736,7 @@ class Exchange:
         self.record.phase = "waiting"
         self.record.upstream_url = str(candidate.instance.server.url)
         self.record.sent_model = candidate.model
+        self.record.changes = candidate.changes
 
     def describe_attempts(self) -> str:
         """Return each attempt with its reason, for the error when all have failed."""
@@ -14276,8 +14753,8 @@ class Exchange:
             self.note_error_answer(candidate, error)
         else:
             candidate.health.fail(text, reached=candidate.response is not None)
-        # When it comes back it may be another server, which takes `stream_options`.
-        self.context.upstreams.no_stream_options.discard(candidate.instance.server.url)
+        # When it comes back it may be another server, which takes what this one has refused.
+        self.context.upstreams.refused_members.pop(candidate.key, None)
         # If the client got some of the answer, its attempt stands in the record as answered.
         if self.sent != ANSWER:
             self.note_attempt(candidate, text)
@@ -14375,50 +14852,81 @@ class Exchange:
         self.record.phase = "streaming"
 
     async def attempt(self, candidate: Candidate) -> UpstreamResponse:
-        """Ask the instance; one that refuses `stream_options` is asked again without."""
-        url = candidate.instance.server.url
-        upstreams = self.context.upstreams
-        path = self.upstream_path(candidate)
-        # Models with timings tell their counts without being asked. If they were asked, they would
-        # put their timings into the usage event, which is hidden.
-        candidate.hide_usage = (
-            self.parsed.stream
-            and find_protocol(path).usage_option
-            and not self.parsed.wants_usage
-            and url not in upstreams.no_stream_options
-            and candidate.key not in upstreams.models_with_timings
-        )
-        response = await self.send(candidate, path)
-        if not candidate.hide_usage or response.head.status not in (400, 422):
-            return response
-        if b"stream_options" not in await response.buffer_error():
-            return response
-        response.close()
-        candidate.hide_usage = False
-        response = await self.send(candidate, path)
+        """Ask the instance; one that refuses what the router has added is asked again without."""
+        refused_members = self.context.upstreams.refused_members
+        key = candidate.key
+        known = refused_members.get(key, frozenset())
+        candidate.refused = known
+        while True:
+            response = await self.send(candidate)
+            if response.head.status not in (400, 422) or not candidate.added:
+                break
+            refused = find_refused(candidate.added, await response.buffer_error())
+            if not refused:
+                break
+            response.close()
+            candidate.refused |= refused
         # When it refuses again, the first refusal may just have quoted what it was sent.
-        if response.head.status < 400:
-            upstreams.no_stream_options.add(url)
+        if candidate.refused != known and response.head.status < 400:
+            if len(refused_members) >= self.context.limits.known_instances:
+                # Clients choose the names of models.
+                refused_members.clear()
+            refused_members[key] = candidate.refused
         return response
+
+    def asks_for_usage(self, candidate: Candidate) -> bool:
+        """Tell whether the router asks for the usage event of a stream, for its log.
+
+        Models with timings tell their counts without being asked. If they were asked, they would
+        put their timings into the usage event, which is hidden.
+        """
+        return (
+            self.parsed.stream
+            and find_protocol(self.upstream_path(candidate)).usage_option
+            and not self.parsed.wants_usage
+            and USAGE_MEMBER not in candidate.refused
+            and ("stream_options",) not in self.parameters_of(candidate).strips
+            and candidate.key not in self.context.upstreams.models_with_timings
+        )
+
+    def parameters_of(self, candidate: Candidate) -> RequestParameters:
+        """Return what becomes of the members of the request on its way to this instance."""
+        own = candidate.instance.server.parameters
+        parameters = self.decision.parameters
+        if own != NO_PARAMETERS:
+            parameters = merge_parameters(parameters, own)
+        if self.context.settings.disable_thinking:
+            parameters = merge_parameters(parameters, RequestParameters(think=THINK_OFF))
+        return parameters
 
     def upstream_path(self, candidate: Candidate) -> str:
         """Return the path that serves the request at this instance."""
         return self.parsed.path if candidate.native else self.parsed.openai_path
 
-    async def send(self, candidate: Candidate, path: str) -> UpstreamResponse:
+    async def send(self, candidate: Candidate) -> UpstreamResponse:
         """Send the request to the instance, in the dialect that its server speaks."""
         parsed = self.parsed
+        path = self.upstream_path(candidate)
         method = self.request.head.method
         server = candidate.instance.server
         encode = self.dialect.encode
         if not candidate.native and self.dialect.encode_openai:
             encode = self.dialect.encode_openai
+        # A request may be sent again, in another way.
+        candidate.changes.clear()
+        candidate.added.clear()
+        candidate.hide_usage = self.asks_for_usage(candidate)
+        settings = self.context.settings
         changes = RequestChanges(
-            candidate.model or parsed.model,
-            self.context.settings.disable_thinking,
-            candidate.hide_usage,
-            self.context.settings.strip_attribution and not server.is_anthropic,
-            not server.knows_namespaces,
+            model=candidate.model or parsed.model,
+            no_think=settings.disable_thinking,
+            include_usage=candidate.hide_usage,
+            strip_attribution=settings.strip_attribution and not server.is_anthropic,
+            flatten_namespaces=not server.knows_namespaces,
+            parameters=self.parameters_of(candidate),
+            note_change=candidate.changes.append,
+            refused=candidate.refused,
+            note_added=candidate.added.append,
         )
         content = await self.context.work(len(parsed.content), encode, parsed, changes)
         lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
@@ -15727,6 +16235,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
         "phase": phase,
         "transcript": transcript,
         "trail": [Step(*step)._asdict() for step in meta.get("trail", ())],
+        "changes": meta.get("changes", []),
         "response_text": None,
         "response_thinking": None,
         "request_headers": meta.get("request_headers", []),

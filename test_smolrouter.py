@@ -3594,7 +3594,22 @@ def test_a_member_is_removed_with_its_comma(text: str, left: str) -> None:
     assert smolrouter.remove_member(text, "u") == left
 
 
+INNER_REMOVALS = [
+    ('{"a": {"b": 1.0, "c" : 2}}', ("a", "b"), '{"a": {"c" : 2}}'),
+    ('{"a": {"b": 1}, "d": 0, "a": {"b": 2}}', ("a", "b"), '{"a": {}, "d": 0, "a": {}}'),
+    ('{"a": [{"b": 1}], "d": 3}', ("a", "b"), '{"a": [{"b": 1}], "d": 3}'),
+    ('{"\\u00e9": {"b": 1}}', ("é", "b"), '{"\\u00e9": {}}'),
+    (' {"a": 1} ', ("a",), " {} "),
+]
+
+
+def test_a_member_inside_of_another_is_removed() -> None:
+    for text, path, left in INNER_REMOVALS:
+        assert smolrouter.remove_value(text, path) == left
+
+
 SPLICES = [
+    ('{"a\\/b": 1, "c\\"d": 2}', {("a/b",): 3, ('c"d',): 4}, '{"a\\/b": 3, "c\\"d": 4}'),
     ('{"model":"a","x":1.0}', {("model",): "b"}, '{"model":"b","x":1.0}'),
     ('{ "x" : 1e3 , "model" : "a" }', {("model",): "b"}, '{ "x" : 1e3 , "model" : "b" }'),
     ('{"model":"a","model":"c"}', {("model",): "b"}, '{"model":"b","model":"b"}'),
@@ -6041,6 +6056,247 @@ def test_openai_image_edit(sdk: Sdk, way: str) -> None:
     form = parse_form(last_request())
     assert (form["model"], form["prompt"]) == (b"talk", "a hat \u2728".encode())
     assert form["image[]"] == PICTURES["webp"]
+
+
+# --- parameters, on values ------------------------------------------------------------
+
+
+def parameters_of(table: Mapping[str, Any]) -> Any:
+    """Read the parameters of a server of the routing file."""
+    servers = {"a": {"url": "http://a", **table}}
+    return routing(json.dumps({"servers": servers})).servers["a"].parameters
+
+
+# What the routing file says, what a client sends behind its model, what goes on, what is told.
+CHANGED_REQUESTS = [
+    ({"strip": ["logit_bias"]}, '"x": 1.0,"logit_bias": {}', '"x": 1.0', ["strip logit_bias"]),
+    ({"strip": "logit_bias"}, '"x": 1.0', '"x": 1.0', []),
+    ({"strip": ["a.b"]}, '"a": {"b": 1,"c":2 }', '"a": {"c":2 }', ["strip a.b"]),
+    # Names reach into objects alone, not into what a list or a text has.
+    ({"strip": ["a.b", "t.x"]}, '"a": [{"b": 1}], "t": "x"', '"a": [{"b": 1}], "t": "x"', []),
+    ({"strip": ["a"]}, '"a": 1, "b": 2, "a": 3', '"b": 2', ["strip a"]),
+    # One reader takes the first of two members, another one the last.
+    ({"strip": ["a.b"]}, '"a": {"b": 1}, "a": 5', '"a": {}, "a": 5', ["strip a.b"]),
+    ({"strip": ["\u00e9"]}, '"\\u00e9": 1, "b": 2', '"b": 2', ["strip \u00e9"]),
+    ({"default": {"t": 0.6}}, '"x": 1e3 ', '"x": 1e3 ,"t":0.6', ["default t = 0.6"]),
+    ({"default": {"t": 0.6}}, '"t": 0.60', '"t": 0.60', []),
+    # Null is what a client says that wants the server's own default.
+    ({"default": {"t": 0.6, "u.v": 1}}, '"t": null, "u": null', '"t": null, "u": null', []),
+    ({"default": {"a": {"b": 1, "c": 2}}}, '"a": { "b": 7 }', '"a": { "b": 7 ,"c":2}',
+     ["default a.c = 2"]),
+    ({"default": {"a.b": 1, "a.c.d": 2}}, '"x": 1', '"x": 1,"a":{"b":1,"c":{"d":2}}',
+     ["default a.b = 1", "default a.c.d = 2"]),
+    ({"default": {"a.b": 1}}, '"a": "text"', '"a": "text"', []),
+    ({"set": {"t": 0.6}}, '"t" : 1.0, "x": 1.0', '"t" : 0.6, "x": 1.0', ["set t = 0.6"]),
+    ({"set": {"t": 0.6}}, '"t": 0.600', '"t": 0.600', []),
+    ({"set": {"t": True}}, '"t": 1', '"t": true', ["set t = true"]),
+    ({"set": {"t": None}}, '"t": 1', '"t": null', ["set t = null"]),
+    ({"set": {"t": None}}, '"x": 1', '"x": 1,"t":null', ["set t = null"]),
+    ({"set": {"t": 2}}, '"t": 1, "t": 3', '"t": 2, "t": 2', ["set t = 2"]),
+    ({"set": {"a.b": 2}}, '"a": 5, "z": 1.0', '"a": {"b":2}, "z": 1.0', ["set a.b = 2"]),
+    ({"set": {"a.b": 2}}, '"a": [{"b": 1}]', '"a": {"b":2}', ["set a.b = 2"]),
+    ({"set": {"a": {"b": {}}}}, '"a": {"b": {"c": 1.0}}', '"a": {"b": {"c": 1.0}}', []),
+    ({"set": {"a": {}}}, '"a": 1', '"a": {}', ["set a = {}"]),
+    ({"set": {"a": [1]}}, '"a": [1, 2]', '"a": [1]', ["set a = [1]"]),
+    # What stands there twice becomes the same.
+    ({"set": {"a.b": 1}}, '"a": {"b": 0}, "a": {"c": 1}', '"a": {"c":1,"b":1}, "a": {"c":1,"b":1}',
+     ["set a.b = 1"]),
+    ({"set": {"metadata": {"a.b": 1}}}, '"x": 1', '"x": 1,"metadata":{"a.b":1}',
+     ["set metadata.a.b = 1"]),
+    ({"set": {"\u00e9\"/": "\ud83d\ude00"}}, '"\\u00e9\\"\\/": 1', '"\\u00e9\\"\\/": "\U0001f600"',
+     ['set \u00e9"/ = "\\ud83d\\ude00"']),
+    ({"strip": ["a"], "default": {"a": 2}}, '"a": 1', '"a":2', ["strip a", "default a = 2"]),
+    ({"default": {"a": 1}, "set": {"a": 2}}, "", '"a":2', ["default a = 1", "set a = 2"]),
+]  # fmt: skip
+
+
+def test_parameters_change_requests_there_alone() -> None:
+    failed = []
+    for table, sent, wanted, told in CHANGED_REQUESTS:
+        model = '"model": "m"'
+        text = f"{{{model}{', ' * bool(sent)}{sent}}}"
+        parsed = smolrouter.read_object("/v1/x", "", text.encode())
+        notes: list[str] = []
+        changes = smolrouter.RequestChanges(
+            "m", parameters=parameters_of(table), note_change=notes.append
+        )
+        got = smolrouter.encode_object(parsed, changes).decode()
+        comma = "," if wanted.startswith('"a":2') else ", "
+        if got != f"{{{model}{comma}{wanted}}}" or notes != told:
+            failed.append((table, sent, got, notes))
+        if not told and got != text:
+            failed.append((table, sent, got, notes))
+    assert not failed
+
+
+# What is said of thinking, the path, what a client sends, what goes on beside that.
+TEMPLATE_OFF = {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}}
+THINKING_REQUESTS: list[tuple[str, str, dict, dict]] = [
+    ("off", CHAT, {}, {"reasoning_effort": "none", **TEMPLATE_OFF}),
+    ("on", CHAT, {}, {"chat_template_kwargs": {"enable_thinking": True}}),
+    ("low", CHAT, {}, {"reasoning_effort": "low"}),
+    ("high", CHAT, {}, {"reasoning_effort": "high"}),
+    # The template's members are completed, and stay as their client wrote them.
+    ("off", CHAT, {"chat_template_kwargs": {"preserve_thinking": True}},
+     {"chat_template_kwargs": {"preserve_thinking": True, **TEMPLATE_OFF["chat_template_kwargs"]},
+      "reasoning_effort": "none"}),
+    # A client that says itself how much to think is not contradicted.
+    ("off", CHAT, {"reasoning_effort": "high"}, {}),
+    ("high", CHAT, {"reasoning_effort": "none"}, {}),
+    ("off", CHAT, {"reasoning": {"effort": "low"}}, {}),
+    ("off", CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, {}),
+    ("off", CHAT, {"chat_template_kwargs": {"thinking": None}}, {}),
+    ("off", CHAT, {"reasoning_effort": None, "chat_template_kwargs": None},
+     {"reasoning_effort": "none", **TEMPLATE_OFF}),
+    ("off", CHAT, {"chat_template_kwargs": "odd"}, {"reasoning_effort": "none"}),
+    # Nothing asks a template for a prompt that goes to the model as it is, or for vectors.
+    ("off", "/v1/completions", {}, {}),
+    ("off", "/completion", {}, {}),
+    ("off", "/v1/embeddings", {}, {}),
+    ("off", RESPONSES, {}, {"reasoning": {"effort": "none"}}),
+    ("on", RESPONSES, {}, {"reasoning": {"effort": "medium"}}),
+    ("low", RESPONSES, {"reasoning": {"summary": "auto"}},
+     {"reasoning": {"summary": "auto", "effort": "low"}}),
+    ("off", RESPONSES, {"reasoning": {"effort": "high"}}, {}),
+    ("off", ANTHROPIC, {"max_tokens": 9}, {"thinking": {"type": "disabled"}}),
+    ("on", ANTHROPIC, {}, {"thinking": {"type": "enabled", "budget_tokens": 8192}}),
+    ("high", ANTHROPIC, {"max_tokens": 9000},
+     {"thinking": {"type": "enabled", "budget_tokens": 4500}}),
+    ("high", ANTHROPIC, {"max_tokens": 1024}, {}),
+    ("off", ANTHROPIC, {"thinking": {"type": "enabled"}}, {}),
+    ("off", "/api/chat", {}, {"think": False}),
+    ("on", "/api/generate", {}, {"think": True}),
+    ("low", "/api/chat", {}, {"think": "low"}),
+    ("off", "/api/chat", {"think": True}, {}),
+    ("high", "/api/chat", {"think": "max"}, {}),
+    ("off", "/api/embed", {}, {}),
+]  # fmt: skip
+
+
+def test_each_protocol_has_words_of_its_own_for_thinking() -> None:
+    failed = []
+    for think, path, sent, added in THINKING_REQUESTS:
+        document = {"model": "m", **sent}
+        parsed = smolrouter.read_object(path, "", json.dumps(document).encode())
+        noted: set[str] = set()
+        changes = smolrouter.RequestChanges(
+            "m",
+            parameters=parameters_of({"think": think}),
+            note_added=lambda member, noted=noted: noted.add(member[0]),
+        )
+        content = smolrouter.encode_object(parsed, changes)
+        as_it_was = content == parsed.content
+        told = json.loads(content) == document | added and noted == added.keys()
+        if not told or as_it_was != (not added):
+            failed.append((think, path, sent, content, noted))
+    assert not failed
+
+
+# What clients of Ollama's wish for; what a server of OpenAI's is told in a chat.
+OLLAMA_WISHES: list[tuple[Any, dict]] = [
+    (None, {}),
+    (False, {"reasoning_effort": "none", **TEMPLATE_OFF}),
+    (True, {"chat_template_kwargs": {"enable_thinking": True}}),
+    ("low", {"reasoning_effort": "low"}),
+    ("medium", {"reasoning_effort": "medium"}),
+    ("high", {"reasoning_effort": "high"}),
+    ("max", {"reasoning_effort": "high"}),
+]
+
+
+def test_the_wish_of_an_ollama_client_wins() -> None:
+    for wish, told in OLLAMA_WISHES:
+        for level, told_by_file in (("", {}), ("off", OLLAMA_WISHES[1][1])):
+            document = {"model": "m", "prompt": "a", "think": wish}
+            parsed = smolrouter.read_object("/api/generate", "", encode_json(document))
+            parameters = parameters_of({"think": level} if level else {})
+            changes = smolrouter.RequestChanges("m", parameters=parameters)
+            got = json.loads(smolrouter.encode_ollama_chat(parsed, changes))
+            plain = {"model", "messages", "stream"}
+            wanted = told if wish is not None else told_by_file
+            assert {name: got[name] for name in got.keys() - plain} == wanted, (wish, level)
+    for wish in ("none", "loud", 1, {}, []):
+        parsed = smolrouter.read_object("/api/chat", "", encode_json({"model": "m", "think": wish}))
+        with pytest.raises(smolrouter.MalformedContent, match="instead of true, false, low"):
+            smolrouter.encode_ollama_chat(parsed, smolrouter.RequestChanges("m"))
+
+
+def test_parameters_go_with_thinking() -> None:
+    for table, wanted in [
+        ({"strip": ["chat_template_kwargs"]}, {"reasoning_effort": "none"}),
+        ({"strip": ["reasoning_effort", "chat_template_kwargs.thinking"]},
+         {"chat_template_kwargs": {"enable_thinking": False}}),
+        ({"default": {"reasoning_effort": "low"}}, {"reasoning_effort": "none", **TEMPLATE_OFF}),
+        ({"set": {"reasoning_effort": "low", "chat_template_kwargs": {"keep": 1}}},
+         {"reasoning_effort": "low",
+          "chat_template_kwargs": {**TEMPLATE_OFF["chat_template_kwargs"], "keep": 1}}),
+    ]:  # fmt: skip
+        parsed = smolrouter.read_object(CHAT, "", b'{"model": "m"}')
+        parameters = parameters_of({"think": "off", **table})
+        changes = smolrouter.RequestChanges("m", parameters=parameters)
+        got = json.loads(smolrouter.encode_object(parsed, changes))
+        assert got == {"model": "m", **wanted}, table
+
+
+def test_thinking_on_several_levels() -> None:
+    pytest.importorskip("yaml")
+    table = routing(
+        "servers: {a: {url: 'http://a', think: off}, b: {url: 'http://b', think: on}}\n"
+        "aliases: {x: {instances: [a/m], think: high}, y: {instances: [a/m]}}\n"
+        "routes:\n"
+        "- {match: {model: r}, route: {alias: x, think: low}}\n"
+        "- {match: {model: s}, route: {alias: y, think: low}}\n"
+    )
+    # YAML reads the words as false and true.
+    assert [table.servers[name].parameters.think for name in "ab"] == ["off", "on"]
+    said = {model: smolrouter.resolve(table, model, HOME).parameters.think for model in "xyrs"}
+    assert said == {"x": "high", "y": "", "r": "high", "s": "low"}
+
+
+def test_parameters_leave_what_has_no_model_alone() -> None:
+    parameters = parameters_of({"set": {"a": 1}})
+    changes = smolrouter.RequestChanges("m", parameters=parameters)
+    for read, path, query, content in [
+        (smolrouter.read_object, "/v1/x", "", b'{"x": 1}'),
+        (smolrouter.read_with_query, "/completion", "?model=m", b'{"prompt": "a"}'),
+        (smolrouter.ParsedRequest, "/v1/x", "", b'{"model": "m"}'),
+    ]:
+        assert smolrouter.encode_object(read(path, query, content), changes) == content
+
+
+@fuzz(
+    lambda st: {
+        "doc": st.dictionaries(st.sampled_from(["a", "b", "\u00e9"]), json_values(st), max_size=3),
+        "level": st.fixed_dictionaries(
+            {},
+            optional={
+                "strip": st.lists(st.sampled_from(["a", "b.a", "\u00e9", "a.b.a"]), min_size=1),
+                "default": st.dictionaries(st.sampled_from(["a", "b", "c"]), json_values(st)),
+                "set": st.dictionaries(st.sampled_from(["a.a", "b", "\u00e9.c"]), json_values(st)),
+            },
+        ),
+        "ascii_only": st.booleans(),
+    }
+)
+def test_fuzz_parameters(doc: dict, level: dict, ascii_only: bool) -> None:
+    """What goes on is what the text says; done again, the same changes nothing but the strips."""
+    text = json.dumps({**doc, "model": "m"}, ensure_ascii=ascii_only)
+    parsed = smolrouter.read_object("/v1/x", "", text.encode("utf-8", "surrogatepass"))
+    parameters = None
+    # A name may have no letter, and two values one place.
+    with contextlib.suppress(smolrouter.ConfigError):
+        parameters = parameters_of(level)
+    if parameters is None:
+        return
+    edited, changed = smolrouter.change_parameters(
+        parsed.text, parsed.document, parameters, {}, str
+    )
+    assert json.loads(edited) == changed
+    again = parameters._replace(strips=())
+    notes: list[str] = []
+    assert smolrouter.change_parameters(edited, changed, again, {}, notes.append)[0] == edited
+    if not notes and not parameters.strips and edited == text:
+        assert changed == parsed.document
 
 
 # --- rewriters, on values ------------------------------------------------------------
@@ -9615,6 +9871,28 @@ BAD_TABLES = {
     ),
     "priority in figures": (route({}, {**X, "priority": 1}), "routes[0].route.priority"),
     "no list of thinking": (route({}, {**X, "thinking": []}), "routes[0].route.thinking"),
+    "a level of thinking": (route({}, {**X, "think": "loud"}), "'loud' instead of off, on, low"),
+    "a number of thinking": (route({}, {**X, "think": 1}), "route.think: 1 instead of off, on"),
+    "a parameter for the model": (
+        route({}, {**X, "set": {"model": 1}}),
+        "route.set.model: `model`",
+    ),
+    "a parameter inside of messages": (
+        route({}, {**X, "strip": ["messages.0"]}),
+        "strip[0]: `mess",
+    ),
+    "a parameter for the stream": (route({}, {**X, "default": {"stream": 1}}), "default.stream"),
+    "a parameter for the prompt": (route({}, {**X, "set": {"prompt.a": 1}}), "set.prompt.a"),
+    "a parameter for the input": (route({}, {**X, "strip": "input"}), "route.strip: `input`"),
+    "a parameter without a name": (route({}, {**X, "set": {"a..b": 1}}), "'a..b' has nothing"),
+    "an empty strip": (route({}, {**X, "strip": []}), "route.strip: an empty list"),
+    "a strip that is no name": (route({}, {**X, "strip": [7]}), "route.strip[0]: 7 instead"),
+    "a list of defaults": (route({}, {**X, "default": ["a"]}), "default: ['a'] instead of a mapp"),
+    "a set that stands there twice": (
+        route({}, {**X, "set": {"a": {"b": 1}, "a.b": 2}}),
+        "route.set.a.b: a.b stands here twice",
+    ),
+    "a set inside of another": (route({}, {**X, "set": {"a": 1, "a.b": 2}}), "a.b stands here"),
 }
 
 
@@ -17525,6 +17803,251 @@ def test_other_bad_requests_are_not_asked_again(stream: bool) -> None:
 # ======================================================================================
 # What the page asks, and what others may: lists, figures, events, metrics, export. A new query
 # gets a case in `test_no_query_walks_the_log`.
+
+# --- parameters -----------------------------------------------------------------------
+
+
+@functools.cache
+def changing_upstream() -> Upstream:
+    """Return the server behind `changing_router()`, which speaks OpenAI and Ollama."""
+    upstream = Upstream()
+    said = {"message": {"role": "assistant", "content": HELLO_ANSWER}, "done": True}
+    upstream.scripts["/api/chat"] = lambda received: json_response(said)
+    return upstream
+
+
+@functools.cache
+def changing_router() -> Router:
+    """Return a router that changes members of requests on each of its levels."""
+    url = changing_upstream().url
+    box = {
+        "url": url, "api": "openai", "strip": ["logit_bias", "encoding_format"],
+        "default": {"top_p": 0.1, "top_k": 1, "seed": 1}, "set": {"min_p": 0.1, "user": "box"},
+    }  # fmt: skip
+    alias = {"default": {"top_p": 0.3}, "set": {"user": "alias", "extra": {"a": 3}}}
+    route = {"default": {"top_p": 0.2, "top_k": 2}, "set": {"user": "r", "extra": {"a": 2, "b": 2}}}
+    native = {"url": url, "api": "ollama", "set": {"options.num_ctx": 8192, "keep_alive": -1}}
+    return shared_router(
+        {"DEFAULT_UPSTREAM": url, "WEBUI_SECURITY": "NONE"},
+        {
+            "servers": {
+                "box": box,
+                "own": native,
+                "gone": {"url": refusing_url(), "set": {"x": 1}},
+                "calm": {"url": url, "api": "openai", "think": "off"},
+                "calm-own": {"url": url, "api": "ollama", "think": "off"},
+            },
+            "aliases": {
+                "all": {"instances": ["box/m"], "strip": "stop", **alias},
+                "second": {"instances": ["gone/m", "box/m"]},
+                "uncounted": {"instances": ["box/m"], "strip": ["stream_options"]},
+            },
+            "routes": [
+                {"match": {"model": "routed"}, "route": {"alias": "all", **route}},
+                {"match": {"model": "plain"}, "route": {"upstream": "box", "model": "m"}},
+                {"match": {"model": "native"}, "route": {"upstream": "own", "model": "m"}},
+                {"match": {"model": "/^calm-own/"}, "route": {"upstream": "calm-own"}},
+                {"match": {"model": "/^calm-/"}, "route": {"upstream": "calm"}},
+            ],
+        },
+    )
+
+
+def sent_by(path: str, model: str, **more: Any) -> tuple[dict[str, Any], list[str]]:
+    """Ask `changing_router()`; return what arrived at the server, and what the row says of it."""
+    router = changing_router()
+    count = len(changing_upstream().requests)
+    document = {**EXAMPLE_REQUESTS[path], "model": model, **more}
+    got = request(router.port, "POST", path, document)
+    assert got.status == 200, got.content
+    heard = changing_upstream().requests[count:]
+    request_id = got.get("x-smolrouter-request-id")
+
+    def own_rows() -> Any:
+        rows = get_document(router, "/api/logs?limit=20")
+        return [row for row in rows if row["request_id"] == request_id and not row["is_inflight"]]
+
+    (row,) = wait_until(own_rows)
+    return heard[-1].json, get_document(router, f"/api/request/{row['id']}")["changes"]
+
+
+def test_parameters_of_all_levels_are_merged_and_told() -> None:
+    heard, told = sent_by(CHAT, "routed", logit_bias={}, stop="x", min_p=0.1)
+    wanted = {"top_p": 0.3, "top_k": 2, "seed": 1, "min_p": 0.1, "user": "alias"}
+    wanted["extra"] = {"a": 3, "b": 2}
+    assert heard == {**EXAMPLE_REQUESTS[CHAT], "model": "m", **wanted}
+    assert told[:5] == [
+        "strip stop", "strip logit_bias", "default top_p = 0.3", "default top_k = 2",
+        "default seed = 1",
+    ]  # fmt: skip
+    # Each is told as it was done: the nearest comes last and stays.
+    assert told[5:] == [
+        'set user = "box"', 'set user = "r"', "set extra.a = 2", "set extra.b = 2",
+        'set user = "alias"', "set extra.a = 3",
+    ]  # fmt: skip
+
+
+def test_parameters_change_requests_of_all_endpoints() -> None:
+    wanted = {"top_p": 0.1, "top_k": 1, "seed": 1, "min_p": 0.1, "user": "box", "model": "m"}
+    for path in EXAMPLE_REQUESTS:
+        heard, told = sent_by(path, "plain")
+        assert {name: heard.get(name) for name in wanted} == wanted, path
+        # It is added to what is translated into OpenAI's words, too, and taken out there.
+        assert ("strip encoding_format" in told) == (path == "/api/embed"), (path, told)
+        assert "encoding_format" not in heard
+
+
+def test_parameters_reach_inside_of_a_native_request() -> None:
+    heard, told = sent_by("/api/chat", "native", options={"num_ctx": 2048, "seed": 1}, stream=False)
+    assert heard["options"] == {"num_ctx": 8192, "seed": 1} and heard["keep_alive"] == -1
+    assert told == ["set options.num_ctx = 8192", "set keep_alive = -1"]
+
+
+def test_parameters_are_those_of_the_server_that_answers() -> None:
+    heard, told = sent_by(CHAT, "second", seed=2)
+    assert "x" not in heard and heard["seed"] == 2
+    assert [words.partition(" = ")[0] for words in told] == [
+        "default top_p", "default top_k", "set min_p", "set user",
+    ]  # fmt: skip
+
+
+def test_what_is_stripped_is_not_asked_for_either() -> None:
+    heard, _ = sent_by(CHAT, "uncounted", stream=True)
+    assert "stream_options" not in heard
+    heard, told = sent_by(CHAT, "uncounted", stream=True, stream_options={"include_usage": True})
+    assert "stream_options" not in heard and told[0] == "strip stream_options"
+
+
+# --- thinking that is switched off ----------------------------------------------------
+
+
+def refuse_member(name: str, error: Any, status: int = 400) -> Script:
+    """Make the script of a server that answers what has this member with an error."""
+
+    def script(received: Received) -> Iterable[Step]:
+        if name in received.json:
+            return json_response(error, status)
+        if received.path == "/api/chat":
+            said = {"message": {"role": "assistant", "content": HELLO_ANSWER}, "done": True}
+            return json_response(said)
+        if received.path in (RESPONSES, ANTHROPIC):
+            return FINE_RESPONSE
+        return well_behaved(received)
+
+    return script
+
+
+VLLM_ERROR = "[{'type': 'literal_error', 'loc': ('body', 'reasoning_effort'), 'input': 'none'}]"
+EFFORT_OFF = {"reasoning_effort": "none"}
+OFF = {**EFFORT_OFF, **TEMPLATE_OFF}
+# What servers that are told `think: off` get, as their documents say it; then the member that some
+# refuse, in which words, and what is sent without it.
+CALM_SERVERS: dict[str, tuple[str, dict, str, Any, dict]] = {
+    "llama.cpp": (CHAT, OFF, "reasoning_effort",
+                  {"error": {"code": 400, "message": "Unsupported param: reasoning_effort"}},
+                  TEMPLATE_OFF),
+    "vLLM": (CHAT, OFF, "reasoning_effort",
+             {"error": {"message": VLLM_ERROR, "type": "BadRequestError", "code": 400}},
+             TEMPLATE_OFF),
+    "LM Studio": (CHAT, OFF, "chat_template_kwargs",
+                  {"error": "Unrecognized key(s) in object: 'chat_template_kwargs'"}, EFFORT_OFF),
+    "Ollama in OpenAI's words": (CHAT, OFF, "reasoning_effort",
+        {"error": {"message": 'invalid reasoning value: "none" (must be "high" ...)'}}, {}),
+    "own Ollama": ("/api/chat", {"think": False}, "think",
+                   {"error": '"m" does not support thinking'}, {}),
+    "vLLM's responses": (RESPONSES, {"reasoning": {"effort": "none"}}, "reasoning",
+                         {"detail": "reasoning.effort: Input should be 'low'"}, {}),
+    "llama.cpp's messages": (ANTHROPIC, {"thinking": {"type": "disabled"}}, "thinking",
+                             {"error": {"message": "thinking: unknown member"}}, {}),
+}  # fmt: skip
+
+
+def calm_request(path: str, model: str, **more: Any) -> Response:
+    """Ask a server for which `think: off` stands in the routing file."""
+    words = {"input": "hi"} if path == RESPONSES else {"messages": HELLO_MESSAGES}
+    document = {"model": model, **words, **more}
+    return request(changing_router().port, "POST", path, document)
+
+
+def test_thinking_is_switched_off_and_a_refusal_is_remembered() -> None:
+    upstream = changing_upstream()
+    for (name, case), stream in itertools.product(CALM_SERVERS.items(), (False, True)):
+        path, added, member, error, rest = case
+        kind = name.replace("own ", "own-").replace(" ", "_") + str(stream)
+        fine, old = f"calm-{kind}-fine", f"calm-{kind}-old"
+        upstream.scripts[fine] = refuse_member("nothing", {})
+        upstream.scripts[old] = refuse_member(member, error, 422 if stream else 400)
+        for model, wanted in ((fine, [added] * 2), (old, [added, rest, rest])):
+            for _ in range(2):
+                assert calm_request(path, model, stream=stream).status == 200
+            heard = [received.json for received in upstream.requests_for(model)]
+            known = {"model", "messages", "input", "stream", "stream_options"}
+            told = [{k: v for k, v in one.items() if k not in known} for one in heard]
+            assert told == wanted, model
+            # What was refused is one thing, and what the router asks for its log another.
+            is_asked = path == CHAT and stream
+            assert ["stream_options" in one for one in heard] == [is_asked] * len(heard)
+
+
+def test_all_that_is_refused_goes_one_after_the_other() -> None:
+    def script(received: Received) -> Iterable[Step]:
+        for name in ("stream_options", "chat_template_kwargs", "reasoning_effort"):
+            if name in received.json:
+                return json_response({"error": f"no {name} here"}, 400)
+        return well_behaved(received)
+
+    changing_upstream().scripts["calm-strict"] = script
+    for _ in range(2):
+        got = calm_request(CHAT, "calm-strict", stream=True)
+        assert (got.status, got.text) == (200, HELLO_ANSWER)
+    heard = [received.json for received in changing_upstream().requests_for("calm-strict")]
+    assert [len(document) for document in heard] == [6, 5, 4, 3, 3]
+
+
+def test_a_client_s_own_words_are_not_taken_back() -> None:
+    """What the client has sent and a server refuses is the client's affair."""
+    changing_upstream().scripts["calm-own-words"] = refuse_member("think", {"error": "no think"})
+    got = calm_request("/api/chat", "calm-own-words", think=False, stream=False)
+    assert (got.status, got.json) == (400, {"error": "no think"})
+    assert len(changing_upstream().requests_for("calm-own-words")) == 1
+
+
+def test_a_value_that_is_refused_is_not_the_member() -> None:
+    """A server that knows efforts, but not `none`, still gets those that a client wishes for."""
+
+    def script(received: Received) -> Iterable[Step]:
+        if received.json.get("reasoning_effort") == "none":
+            return json_response({"error": "reasoning_effort: low, medium or high"}, 400)
+        return well_behaved(received)
+
+    changing_upstream().scripts["calm-efforts"] = script
+    for think in ({}, {"think": "high"}, {}):
+        assert calm_request("/api/chat", "calm-efforts", stream=False, **think).status == 200
+    heard = [received.json for received in changing_upstream().requests_for("calm-efforts")]
+    assert [d.get("reasoning_effort") for d in heard] == ["none", None, "high", None]
+
+
+def test_what_a_failed_server_has_refused_is_forgotten() -> None:
+    moods = [refuse_member("reasoning_effort", {"error": "reasoning_effort"})] * 2
+    moods += [lambda received: broken_stream(DROP), well_behaved]
+    changing_upstream().scripts["calm-moody"] = lambda received: moods.pop(0)(received)
+    statuses = [calm_request(CHAT, "calm-moody").status for _ in range(3)]
+    heard = [r.json.get("reasoning_effort") for r in changing_upstream().requests_for("calm-moody")]
+    assert (statuses[0], statuses[2], heard) == (200, 200, ["none", None, None, "none"])
+
+
+def test_disable_thinking_is_off_everywhere() -> None:
+    router = router_filtering(DISABLE_THINKING="true")
+    name = default_upstream().add_script(FINE_RESPONSE)
+    for path, more in [(CHAT, {}), ("/api/chat", {}), ("/api/chat", {"think": True})]:
+        request(router.port, "POST", path, chat_document(name, stream=False, **more))
+    *calm, wished = [received.json for received in default_upstream().requests_for(name)]
+    for document in calm:
+        assert document["messages"][0]["content"] == "hi /no_think"
+        assert {**document, **OFF} == document
+    assert wished["messages"][0]["content"] == "hi" and "reasoning_effort" not in wished
+    assert wished["chat_template_kwargs"] == {"enable_thinking": True}
+
 
 # --- running requests -----------------------------------------------------------------
 
