@@ -95,7 +95,7 @@ import smolrouter
 #     assert (got.status, got.json) == (200, {"fine": True})
 #
 # A script has a model name of its own, so that tests can share one upstream and one router:
-# starting a router takes a third of a second. `shared_router(settings)` gives one with other
+# a router of its own costs more than most requests. `shared_router(settings)` gives one with other
 # settings, shared too; `Router(settings)` one that the test may stop, signal and kill.
 
 # --- paths, patience, packages --------------------------------------------------------
@@ -778,13 +778,165 @@ def bare_environment(settings: Mapping[str, Any]) -> dict[str, str]:
     return kept | {name: str(value) for name, value in settings.items()}
 
 
-# What a process runs whose router has other limits than those of the program.
-START_WITH_LIMITS = """
-import json, sys
-sys.path.insert(0, {folder!r})
+# How a user starts Python.
+PYTHON = (sys.executable,)
+
+# What the fork server runs. It has imported the program; for each request it makes a process by
+# fork that runs `main`. When its socket ends, it kills the processes that are left, and ends.
+FORK_SERVER = """
+import gc, importlib, json, os, signal, socket, sys, traceback
+sys.path.insert(0, sys.argv[1])
+control = socket.socket(fileno=int(sys.argv[2]))
+for name in {modules}:
+    importlib.import_module(name)
 import smolrouter
-sys.exit(smolrouter.main(sys.argv[1:], smolrouter.Limits(**json.loads({limits!r}))))
+# The collector of a new process need not look at all of that.
+gc.freeze()
+children = set()
+
+def run(files, folder, environment, args, limits, prepare):
+    for number, file in enumerate(files, 1):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    exec(prepare, vars(smolrouter))
+    return smolrouter.main(args, smolrouter.Limits(**limits))
+
+def run_to_end(*values):
+    status = 1
+    try:
+        status = run(*values)
+    except SystemExit as exit:
+        status = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+while True:
+    line, files, _, _ = socket.recv_fds(control, 1 << 16, 2)
+    while line and not line.endswith(b"\\n"):
+        line += control.recv(1 << 16)
+    if not line:
+        break
+    action, *values = json.loads(line)
+    if action == "start":
+        answer = os.fork()
+        if not answer:
+            control.close()
+            run_to_end(files, *values)
+        children.add(answer)
+    else:
+        pid, status = os.waitpid(values[0], os.WNOHANG)
+        children.discard(pid)
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    for file in files:
+        os.close(file)
+    control.sendall(json.dumps(answer).encode() + b"\\n")
+for pid in children:
+    os.kill(pid, signal.SIGKILL)
 """
+
+# What the program imports when it needs it: imported before the forks, that is done once.
+LATE_IMPORTS = (
+    "concurrent.futures.thread", "ctypes", "encodings.idna", "http.client", "queue", "shutil",
+    "sqlite3", "ssl",
+)  # fmt: skip
+
+
+class ForkServer:
+    """A process that makes processes of the program by fork.
+
+    To start Python and to compile the program takes half a second, a fork some milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._control, there = socket.socketpair()
+        self._answers = self._control.makefile("rb")
+        self._lock = threading.Lock()
+        code = FORK_SERVER.format(modules=LATE_IMPORTS)
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code, str(SMOLROUTER.parent), str(there.fileno())],
+                env=bare_environment({}),
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+
+    def ask(self, *request: Any, files: Sequence[int] = ()) -> Any:
+        """Send a request with these descriptors and return the answer."""
+        with self._lock:
+            socket.send_fds(self._control, [encode_json(request) + b"\n"], files)
+            return json.loads(self._answers.readline())
+
+    def close(self) -> None:
+        """End the server and all that it has started."""
+        self._answers.close()
+        self._control.close()
+        self._process.wait(PATIENCE)
+
+
+class ForkedProcess:
+    """A process that the fork server has made, with the methods of Popen that tests use.
+
+    `prepare` is code that runs in the namespace of the program before `main`.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[int],
+        folder: pathlib.Path | str,
+        environment: Mapping[str, str],
+        args: Sequence[str] = (),
+        limits: Mapping[str, float] | None = None,
+        prepare: str = "",
+    ) -> None:
+        self.returncode: int | None = None
+        self._lock = threading.Lock()
+        values = (str(folder), environment, args, limits or {}, prepare)
+        self.pid: int = fork_server().ask("start", *values, files=files)
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the process runs."""
+        with self._lock:
+            if self.returncode is None:
+                self.returncode = fork_server().ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """Wait for the end of the process and return its exit status."""
+        if wait_until(lambda: self.poll() is not None, seconds):
+            return self.returncode  # type: ignore[return-value]
+        raise subprocess.TimeoutExpired("smolrouter", seconds)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if the process still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+@functools.cache
+def _cached_fork_server() -> ForkServer:
+    server = ForkServer()
+    AT_SESSION_END.callback(server.close)
+    return server
+
+
+FORK_SERVER_LOCK = threading.Lock()
+
+
+def fork_server() -> ForkServer:
+    """Return the server that makes the routers of this session."""
+    with FORK_SERVER_LOCK:
+        return _cached_fork_server()
 
 
 class Router:
@@ -793,6 +945,9 @@ class Router:
     `routes` is a routing file, as text or as a document; `limits` are fields of the program's
     Limits with the values that the test needs. Use it as a context manager, or call `stop()`:
     both end the process and remove the folder.
+
+    The fork server makes the process, unless the test says how it starts: `python` is the
+    command that runs a Python program, `program` a copy of the program.
     """
 
     def __init__(
@@ -800,33 +955,37 @@ class Router:
         settings: Mapping[str, Any] | None = None,
         routes: Any = None,
         args: Sequence[str] = (),
-        python: Sequence[str] = (sys.executable,),
+        python: Sequence[str] = (),
         program: pathlib.Path | None = None,
         limits: Mapping[str, float] | None = None,
+        prepare: str = "",
     ) -> None:
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="smol-"))
-        command = [*python, str(program or SMOLROUTER), *args]
-        if limits:
-            code = START_WITH_LIMITS.format(
-                folder=str(SMOLROUTER.parent), limits=json.dumps(limits)
-            )
-            command = [*python, "-c", code, *args]
         named = {"LISTEN_PORT": 0, **(settings or {})}
         if routes is not None:
             self.routes = self.folder / "table.conf"
             text = routes if isinstance(routes, str) else json.dumps(routes)
             self.routes.write_text(text)
             named["ROUTES_CONFIG"] = self.routes
-        self.process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=bare_environment(named),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        environment = bare_environment(named)
+        stderr, its_stderr = os.pipe()
+        self.process: subprocess.Popen | ForkedProcess
+        if python or program:
+            self.process = subprocess.Popen(
+                [*(python or PYTHON), str(program or SMOLROUTER), *args],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=its_stderr,
+            )
+        else:
+            with open(os.devnull, "wb") as nothing:
+                files = [nothing.fileno(), its_stderr]
+                self.process = ForkedProcess(files, self.folder, environment, args, limits, prepare)
+        os.close(its_stderr)
         self._stderr_lines: list[bytes] = []
-        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader = threading.Thread(target=self._listen, args=[stderr], daemon=True)
         self._reader.start()
         pattern = re.compile(r"listens on (https?://\S+:(\d+))")
         # Its first line says where it listens; if there is none, it has ended.
@@ -843,10 +1002,9 @@ class Router:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _listen(self) -> None:
+    def _listen(self, stderr: int) -> None:
         """Gather the lines of stderr until it is closed."""
-        assert self.process.stderr
-        with self.process.stderr as lines:
+        with open(stderr, "rb") as lines:
             for line in lines:
                 self._stderr_lines.append(line)
 
@@ -881,22 +1039,30 @@ class Router:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def run_program(*args: str, settings: Mapping[str, Any] | None = None, **more: Any) -> Any:
+def run_program(
+    *args: str,
+    settings: Mapping[str, Any] | None = None,
+    cwd: pathlib.Path | None = None,
+    errors: str = "strict",
+) -> subprocess.CompletedProcess[str]:
     """Run a command of the program to its end; return its exit status, stdout and stderr."""
-    folder = more.pop("cwd", None) or tempfile.mkdtemp(prefix="smol-")
-    try:
-        return subprocess.run(
-            [sys.executable, str(SMOLROUTER), *args],
-            cwd=folder,
-            text=True,
-            timeout=30,
-            env=bare_environment(settings or {}),
-            capture_output=True,
-            **more,
-        )
-    finally:
-        if str(folder).startswith(tempfile.gettempdir() + "/smol-"):
-            shutil.rmtree(folder, ignore_errors=True)
+    environment = bare_environment(settings or {})
+    with (
+        tempfile.TemporaryDirectory(prefix="smol-") as folder,
+        tempfile.TemporaryFile() as stdout,
+        tempfile.TemporaryFile() as stderr,
+    ):
+        files = [stdout.fileno(), stderr.fileno()]
+        process = ForkedProcess(files, cwd or folder, environment, args)
+        try:
+            status = process.wait(30)
+        finally:
+            process.kill()
+        said = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            said.append(file.read().decode("utf-8", errors))
+    return subprocess.CompletedProcess(args, status, *said)
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -936,9 +1102,20 @@ def default_upstream() -> Upstream:
     return Upstream()
 
 
+@functools.cache
+def _cached_default_router() -> Router:
+    router = Router({"DEFAULT_UPSTREAM": default_upstream().url}, python=PYTHON)
+    AT_SESSION_END.callback(router.kill)
+    return router
+
+
 def default_router() -> Router:
-    """Return the router that most tests use; its DEFAULT_UPSTREAM is `default_upstream()`."""
-    return shared_router({"DEFAULT_UPSTREAM": default_upstream().url})
+    """Return the router that most tests use; its DEFAULT_UPSTREAM is `default_upstream()`.
+
+    It is started as users start it.
+    """
+    with START_LOCK:
+        return _cached_default_router()
 
 
 @contextlib.contextmanager
@@ -20206,7 +20383,8 @@ def accepts(port: int) -> bool:
 
 
 def test_it_keeps_no_syntax_tree_and_shows_what_it_is() -> None:
-    with Router({"DEFAULT_UPSTREAM": "http://127.0.0.1:9"}, args=["--log-level", "INFO"]) as router:
+    args = ["--log-level", "INFO"]
+    with Router({"DEFAULT_UPSTREAM": "http://127.0.0.1:9"}, args=args, python=PYTHON) as router:
         assert memory_mib(router) < 40
         words = pathlib.Path(f"/proc/{router.process.pid}/cmdline").read_bytes().split(b"\0")
         assert words[-4:-1] == [str(SMOLROUTER).encode(), b"--log-level", b"INFO"]
