@@ -105,7 +105,7 @@ SMOLROUTER = HERE / "smolrouter.py"
 SOURCE = SMOLROUTER.read_text("utf-8")
 
 # How long a test waits, in seconds, before it calls something lost.
-PATIENCE = 10.0
+PATIENCE = 20.0
 
 # Names and values, in order: the fields of a request or a response.
 Pairs = Sequence[tuple[str, str]]
