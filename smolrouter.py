@@ -192,6 +192,7 @@ from collections.abc import (
     Sequence,
     Sized,
 )
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
@@ -1075,8 +1076,14 @@ class Limits:
     model_list_size: int = 4 * MiB
     # So many servers are asked at once, each in a thread. So many lists are remembered: there is
     # one for each server and each client's credentials there, and clients choose these.
+    # All lists together have at most `model_lists_size` octets as they came.
     model_list_fetches: int = 32
     model_lists: int = 200
+    model_lists_size: int = 16 * MiB
+    # Some servers tell of a model's context and abilities only when they are asked for that model:
+    # so many of a list at most, one after the other, and so many are remembered.
+    asked_details: int = 100
+    known_details: int = 2000
     # An error in place of a list is kept for its client up to this length.
     refused_list: int = 16 * KiB
 
@@ -4852,6 +4859,274 @@ def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
 # To add a dialect: its functions, its `Dialect` constants, its lines in section 16.
 
 
+# --- what is known of models --------------------------------------------------------------
+# Servers tell of their models in /v1/models, and some of them tell more elsewhere. All that is said
+# of one model becomes one record, `ModelFacts`, by which every dialect describes it. What nobody
+# has said is absent there: nothing is made up. When a kind of server has another word for
+# something, add it to the tables here; when it has a further list, to `further_lists`.
+
+# Where a document about a model has members of this kind, besides at its top.
+FACT_PLACES = ("meta", "model_info", "details", "default_generation_settings")
+# Under which names servers tell how long a context may be, the one in use first.
+CONTEXT_MEMBERS = (
+    "loaded_context_length",
+    "n_ctx",
+    "num_ctx",
+    "max_model_len",
+    "context_length",
+    "context_window",
+    "max_context_length",
+    "n_ctx_train",
+)
+# The largest context of a model, whatever it was loaded with.
+LARGEST_CONTEXT_MEMBERS = ("max_context_length", "n_ctx_train", "context_length", "max_model_len")
+# What LM Studio calls the kinds of models, in its older list and in its newer one.
+MODEL_TYPES = {"llm": "llm", "vlm": "llm", "embeddings": "embedding"}
+# Whether a model is loaded, in llama.cpp's words and in LM Studio's.
+LOADED = "loaded"
+MODEL_STATES = {
+    "loaded": LOADED,
+    "sleeping": LOADED,
+    "unloaded": "not-loaded",
+    "not-loaded": "not-loaded",
+}
+COMPLETION = "completion"
+EMBEDDING = "embedding"
+# What servers call the things that a model can do, and what Ollama does. Other words stay.
+CAPABILITIES = {
+    "chat": COMPLETION,
+    "completion_chat": COMPLETION,
+    "tool_use": "tools",
+    "tool_calling": "tools",
+    "function_calling": "tools",
+    "supports_tool_calls": "tools",
+    "image": "vision",
+    "multimodal": "vision",
+    "embeddings": EMBEDDING,
+    "reasoning": "thinking",
+    "fim": "insert",
+    "completion_fim": "insert",
+}
+# What a model of one of LM Studio's types can do.
+CAPABILITIES_OF_TYPES = {
+    "llm": (COMPLETION,),
+    "vlm": (COMPLETION, "vision"),
+    "embeddings": (EMBEDDING,),
+}
+# The lines of a Modelfile's parameters, as `num_ctx    8192`.
+CONTEXT_PARAMETER = re.compile(r"^num_ctx\s+(\d{1,9})\s*$", re.MULTILINE)
+
+
+class ModelFacts(NamedTuple):
+    """What is known of a model; None where nobody has said anything."""
+
+    # How many tokens it takes: as it is loaded, if that is known, and at most.
+    context_length: int | None = None
+    largest_context: int | None = None
+    # In Ollama's words.
+    capabilities: tuple[str, ...] | None = None
+    # One of MODEL_TYPES, and one of the values of MODEL_STATES.
+    type: str | None = None
+    state: str | None = None
+    # The number of its weights, and the octets that they take.
+    parameters: int | None = None
+    size: int | None = None
+    architecture: str | None = None
+    quantization: str | None = None
+
+    def or_else(self, others: ModelFacts) -> ModelFacts:
+        """Return these facts, and where one is missing, that of `others`."""
+        pairs = zip(self, others, strict=True)
+        return ModelFacts(*[other if own is None else own for own, other in pairs])
+
+
+NO_FACTS = ModelFacts()
+
+
+class ListedModel(NamedTuple):
+    """A model that a server lists: its entry in /v1/models, and what is known of it."""
+
+    entry: dict[str, Any]
+    facts: ModelFacts = NO_FACTS
+    # Its entries in the further lists of its server, by their paths.
+    further: Mapping[str, dict[str, Any]] = MappingProxyType({})
+
+    @property
+    def name(self) -> str:
+        """What it is asked for by."""
+        return self.entry["id"]
+
+    def rename(self, name: str) -> ListedModel:
+        """Return the same model under another name."""
+        return self._replace(entry={**self.entry, "id": name})
+
+
+def gather_members(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return all that documents say of one model, the first of them first; "" says nothing.
+
+    `{"id": "m", "meta": {"n_ctx_train": 4096}}`  ->  `{"id": "m", ..., "n_ctx_train": 4096}`
+    """
+    members: dict[str, Any] = {}
+    for document in documents:
+        for place in (document, *(document.get(name) for name in FACT_PLACES)):
+            # Ollama puts the family before it: `qwen3.context_length`.
+            for name, value in place.items() if isinstance(place, dict) else ():
+                if value is not None and value != "":
+                    members.setdefault(name.rpartition(".")[2], value)
+    return members
+
+
+def find_number(members: Mapping[str, Any], *names: str) -> int | None:
+    """Return the first of these members that is a number above 0, None if none is."""
+    for name in names:
+        value = members.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def find_word(members: Mapping[str, Any], *names: str) -> str | None:
+    """Return the first of these members that is a text, None if none is."""
+    return next((v for v in map(members.get, names) if isinstance(v, str)), None)
+
+
+def read_context_length(members: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model takes, as it is loaded before at most; None if unknown.
+
+    `{"n_ctx": 8192, "n_ctx_train": 32768}`  ->  8192;  `{"id": "m"}`  ->  None
+    """
+    parameters = members.get("parameters")
+    match = CONTEXT_PARAMETER.search(parameters) if isinstance(parameters, str) else None
+    if match:
+        members = {"num_ctx": int(match[1]), **members}
+    return find_number(members, *CONTEXT_MEMBERS)
+
+
+def read_capabilities(members: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return what a model can do, None if nobody says.
+
+    `{"type": "vlm", "capabilities": ["tool_use"]}`  ->  ('completion', 'vision', 'tools')
+    """
+    architecture = members.get("architecture")
+    places = [members.get(name) for name in ("capabilities", "modalities", "chat_template_caps")]
+    if isinstance(architecture, dict):
+        places.append(architecture.get("input_modalities"))
+    words = [*CAPABILITIES_OF_TYPES.get(str(members.get("type")), ())]
+    is_told = bool(words)
+    for place in places:
+        if isinstance(place, dict):
+            is_told = True
+            place = [name for name, value in place.items() if value is True]
+        if isinstance(place, list):
+            is_told = True
+            words += [word for word in place if isinstance(word, str)]
+    # `text` is no ability, and what llama.cpp tells of templates is mostly about their form.
+    said = [CAPABILITIES.get(word, word) for word in words if word != "text"]
+    known = [word for word in said if not word.startswith("supports_")]
+    return tuple(dict.fromkeys(known)) if is_told else None
+
+
+def read_load_state(members: Mapping[str, Any]) -> str | None:
+    """Return whether a model is loaded: `{"status": {"value": "unloaded"}}` -> 'not-loaded'."""
+    status = members.get("status")
+    words = [status.get("value") if isinstance(status, dict) else status, members.get("state")]
+    return next((MODEL_STATES[w] for w in map(str, words) if w in MODEL_STATES), None)
+
+
+def read_facts(*documents: Mapping[str, Any]) -> ModelFacts:
+    """Return what documents say of a model; where two say different things, the first one counts.
+
+    `{"id": "m", "max_model_len": 4096}`  ->  ModelFacts(context_length=4096, largest_context=4096)
+    """
+    members = gather_members(documents)
+    type_name = members.get("type")
+    return ModelFacts(
+        context_length=read_context_length(members),
+        largest_context=find_number(members, *LARGEST_CONTEXT_MEMBERS),
+        capabilities=read_capabilities(members),
+        type=type_name if type_name in [*MODEL_TYPES] else None,
+        state=read_load_state(members),
+        parameters=find_number(members, "n_params", "parameter_count"),
+        size=find_number(members, "size"),
+        architecture=find_word(members, "architecture", "arch", "family"),
+        quantization=find_word(members, "quantization", "quantization_level", "ftype"),
+    )
+
+
+def common_facts(several: Sequence[ModelFacts]) -> ModelFacts:
+    """Return what holds for each of several models, as far as they are known.
+
+    A name that stands for models of 8192 and of 4096 tokens takes 4096.
+    """
+    if len(several) == 1:
+        return several[0]
+    contexts = [facts.context_length for facts in several if facts.context_length]
+    largest = [facts.largest_context for facts in several if facts.largest_context]
+    abilities = [facts.capabilities for facts in several if facts.capabilities is not None]
+    shared = None
+    if abilities:
+        shared = tuple(word for word in abilities[0] if all(word in one for one in abilities))
+    return ModelFacts(
+        context_length=min(contexts, default=None),
+        largest_context=min(largest, default=None),
+        capabilities=shared,
+    )
+
+
+# Whose models these are by `owned_by`, and the paths at which such servers tell more.
+LLAMA_CPP_OWNER = "llamacpp"
+LLAMA_CPP_PROPERTIES = "/props"
+LM_STUDIO_OWNER = "organization_owner"
+LM_STUDIO_MODELS = "/api/v0/models"
+OLLAMA_RUNNING = "/api/ps"
+OLLAMA_TAGS = "/api/tags"
+
+
+def owners_of(entries: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """Return what stands in `owned_by` in a list of models."""
+    return [entry.get("owned_by") for entry in entries]
+
+
+def read_entries(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the entries of any list of models by their names.
+
+    `{"models": [{"name": "m", "size": 7}]}`  ->  `{"m": {"name": "m", "size": 7}}`
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    listed = document.get("models") or document.get("data")
+    for entry in listed if isinstance(listed, list) else ():
+        if not isinstance(entry, dict):
+            continue
+        name = entry.get("id") or entry.get("model") or entry.get("name")
+        if isinstance(name, str):
+            entries.setdefault(name, entry)
+    return entries
+
+
+def read_further_list(
+    path: str, document: Mapping[str, Any], listed: Sequence[ListedModel]
+) -> dict[str, dict[str, Any]]:
+    """Return what stands in a further list of a server, by the names of its models."""
+    if path == LLAMA_CPP_PROPERTIES:
+        return {listed[0].name: dict(document)}
+    return read_entries(document)
+
+
+def facts_of_entries(
+    entry: Mapping[str, Any], further: Mapping[str, Mapping[str, Any]]
+) -> ModelFacts:
+    """Return what the entries of a model in several lists say of it."""
+    documents = [entry]
+    for path, document in further.items():
+        if path == OLLAMA_RUNNING:
+            # What it calls a context's length is that of the model as it is loaded.
+            length = document.get("context_length")
+            documents.insert(0, {"loaded_context_length": length, "state": LOADED})
+        else:
+            documents.append(document)
+    return read_facts(*documents)
+
+
 # --- requests -------------------------------------------------------------------------
 
 # How deep `append_text` looks for a text: `messages`, its last element, `content`, its last
@@ -5439,11 +5714,11 @@ class Dialect(NamedTuple):
     # Answers a request that asks for nothing, such as an empty prompt, without any server. The
     # second argument is the moment, as RFC 3339 writes it.
     empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None
-    # How the dialect tells of models: the list, one in detail, those that run; and its version.
-    # The second argument is the moment: s UTC for those that run, else as RFC 3339 writes it.
-    encode_models: Callable[[list[dict[str, Any]], str], dict[str, Any]] | None = None
-    encode_details: Callable[[str, str], dict[str, Any]] | None = None
-    encode_running: Callable[[list[str], float], dict[str, Any]] | None = None
+    # How the dialect tells of models: the list, one in detail, those that run, which gets s UTC as
+    # well; and its version.
+    encode_models: Callable[[list[ListedModel]], dict[str, Any]] | None = None
+    encode_details: Callable[[ListedModel], dict[str, Any]] | None = None
+    encode_running: Callable[[list[ListedModel], float], dict[str, Any]] | None = None
     version: str = ""
     # Makes an event that says nothing, where those of the Protocols table are no events of the
     # dialect's. The second argument is the moment, as RFC 3339 writes it.
@@ -7199,135 +7474,158 @@ def ollama_embedding_loaded(parsed: ParsedRequest, created_at: str) -> dict[str,
 OLLAMA_VERSION = "0.12.0"
 # /api/ps says for how many seconds a model stays in memory; nobody knows, so five minutes.
 RUNNING_FOR = 300.0
-MODEL_DETAILS = {
-    "parent_model": "",
-    "format": "",
-    "family": "",
-    "families": [],
-    "parameter_size": "",
-    "quantization_level": "",
-}
+# When a model was changed last, if nobody knows: Ollama's program says "Never" of this.
+NO_TIME = "0001-01-01T00:00:00Z"
+# What a model is of which no architecture is known: the length of its context has to have one.
+NO_ARCHITECTURE = "unknown"
 
 
-def ollama_model(name: str, created_at: str) -> dict[str, Any]:
-    """Return one entry of /api/tags."""
+def format_parameters(number: int | None) -> str:
+    """Return a number of parameters as Ollama writes it: 7615616512 -> '7.6B', None -> ''."""
+    if number is None:
+        return ""
+    for unit, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= unit:
+            # It has two digits at least, as in 1.5B and 32B.
+            return f"{number / unit:.1f}{letter}".replace(".0", "")
+    return str(number)
+
+
+def ollama_details(facts: ModelFacts) -> dict[str, Any]:
+    """Return the `details` of a model; what is not known is empty, as in older entries."""
+    details = {
+        "parent_model": "",
+        "format": "",
+        "family": facts.architecture or "",
+        "families": [facts.architecture] if facts.architecture else [],
+        "parameter_size": format_parameters(facts.parameters),
+        "quantization_level": facts.quantization or "",
+    }
+    if facts.context_length is not None:
+        details["context_length"] = facts.context_length
+    return details
+
+
+def ollama_model(model: ListedModel) -> dict[str, Any]:
+    """Return one entry of /api/tags: that of its own server, or else what is known."""
+    name = model.name
+    if OLLAMA_TAGS in model.further:
+        return {**model.further[OLLAMA_TAGS], "name": name, "model": name}
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
-    return {
+    entry = {
         "name": name,
         "model": name,
-        "modified_at": created_at,
-        "size": 0,
+        "modified_at": NO_TIME,
+        "size": model.facts.size or 0,
         "digest": digest,
-        "details": MODEL_DETAILS,
+        "details": ollama_details(model.facts),
     }
+    if model.facts.capabilities is not None:
+        entry["capabilities"] = list(model.facts.capabilities)
+    return entry
 
 
-def ollama_show(name: str, created_at: str) -> dict[str, Any]:
+def ollama_model_info(name: str, facts: ModelFacts) -> dict[str, Any]:
+    """Return the `model_info` of a model; the length of its context has the architecture's name."""
+    info: dict[str, Any] = {"general.basename": name}
+    architecture = facts.architecture
+    if architecture is None and facts.context_length is not None:
+        architecture = NO_ARCHITECTURE
+    if architecture is not None:
+        info["general.architecture"] = architecture
+    if facts.parameters is not None:
+        info["general.parameter_count"] = facts.parameters
+    if facts.context_length is not None:
+        info[f"{architecture}.context_length"] = facts.context_length
+    return info
+
+
+def ollama_show(model: ListedModel) -> dict[str, Any]:
     """Return what is known of a model of a server that does not speak Ollama."""
+    facts = model.facts
+    # It is listed by a server that answers, and clients look into this list without asking whether
+    # it is there.
+    capabilities = [COMPLETION] if facts.capabilities is None else list(facts.capabilities)
     return {
         "modelfile": "",
         "parameters": "",
         "template": "",
         "license": "",
-        "details": MODEL_DETAILS,
-        "model_info": {"general.basename": name},
-        "capabilities": ["completion", "tools"],
-        "modified_at": created_at,
+        "details": ollama_details(facts),
+        "model_info": ollama_model_info(model.name, facts),
+        "capabilities": capabilities,
+        "modified_at": NO_TIME,
     }
 
 
-def encode_ollama_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+def encode_ollama_models(models: list[ListedModel]) -> dict[str, Any]:
     """Return a list of models as /api/tags has it."""
-    return {"models": [ollama_model(model["id"], created_at) for model in models]}
+    return {"models": [ollama_model(model) for model in models]}
 
 
-def encode_ollama_running(names: list[str], now: float) -> dict[str, Any]:
+def ollama_running(model: ListedModel, expires_at: str) -> dict[str, Any]:
+    """Return one entry of /api/ps: that of its own server, or else what is known."""
+    if OLLAMA_RUNNING in model.further:
+        return {**model.further[OLLAMA_RUNNING], "name": model.name, "model": model.name}
+    entry = ollama_model(model)
+    del entry["modified_at"]
+    entry.pop("capabilities", None)
+    entry.update(expires_at=expires_at, size_vram=0)
+    if model.facts.context_length is not None:
+        entry["context_length"] = model.facts.context_length
+    return entry
+
+
+def encode_ollama_running(models: list[ListedModel], now: float) -> dict[str, Any]:
     """Return the models that run as /api/ps has them; `now` is s UTC."""
-    more = {"expires_at": rfc3339(now + RUNNING_FOR), "size_vram": 0}
-    return {"models": [{**ollama_model(name, rfc3339(now)), **more} for name in names]}
+    expires_at = rfc3339(now + RUNNING_FOR)
+    return {"models": [ollama_running(model, expires_at) for model in models]}
 
 
 # --- LM Studio: models ----------------------------------------------------------------
 
-# Under which names servers tell how long a context may be, the one in use first.
-CONTEXT_MEMBERS = (
-    "loaded_context_length",
-    "n_ctx",
-    "max_model_len",
-    "context_length",
-    "context_window",
-    "max_context_length",
-    "n_ctx_train",
-)
-# The largest context of a model, whatever it was loaded with.
-LARGEST_CONTEXT_MEMBERS = ("max_context_length", "n_ctx_train", "context_length", "max_model_len")
-# What LM Studio calls the kinds of models, in its older list and in its newer one.
-MODEL_TYPES = {"llm": "llm", "vlm": "llm", "embeddings": "embedding"}
-# Whether a model is loaded, in llama.cpp's words and in LM Studio's.
-MODEL_STATES = {
-    "loaded": "loaded",
-    "unloaded": "not-loaded",
-    "not-loaded": "not-loaded",
-}
 
-
-def read_context_length(
-    entry: Mapping[str, Any], members: Iterable[str] = CONTEXT_MEMBERS
-) -> int | None:
-    """Return how many tokens a model takes by its entry in a list, None if that is not said.
-
-    What the first of `members` says counts.
-
-    `{"id": "m", "meta": {"n_ctx_train": 4096}}`  ->  4096
-    """
-    said: dict[str, Any] = {}
-    for place in (entry, entry.get("meta"), entry.get("model_info")):
-        # Ollama puts the family before it: `qwen3.context_length`.
-        for name, value in place.items() if isinstance(place, dict) else ():
-            said.setdefault(name.rpartition(".")[2], value)
-    lengths = (said.get(name) for name in members)
-    return next((length for length in lengths if isinstance(length, int) and length), None)
-
-
-def read_model_facts(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is known of a model by its entry in a list, as LM Studio tells it.
-
-    `{"id": "m", "max_model_len": 4096, "status": {"value": "loaded"}}`
-    ->  `{"max_context_length": 4096, "state": "loaded"}`
-    """
-    status = entry.get("status")
-    state = status.get("value") if isinstance(status, dict) else entry.get("state")
+def lm_studio_facts(model: ListedModel) -> dict[str, Any]:
+    """Return what is known of a model as LM Studio tells it."""
     facts = {
-        "type": entry.get("type") if entry.get("type") in [*MODEL_TYPES] else None,
-        "max_context_length": read_context_length(entry, LARGEST_CONTEXT_MEMBERS),
-        "state": MODEL_STATES.get(str(state)),
+        "type": model.facts.type,
+        "max_context_length": model.facts.largest_context,
+        "state": model.facts.state,
     }
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def encode_lm_studio_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+def encode_lm_studio_models(models: list[ListedModel]) -> dict[str, Any]:
     """Return a list of models as /api/v0/models has it; what is not known is absent."""
-    return {"data": [{"id": model["id"], **read_model_facts(model)} for model in models]}
+    return {"data": [{"id": model.name, **lm_studio_facts(model)} for model in models]}
 
 
-def encode_lm_studio_keys(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+def encode_lm_studio_keys(models: list[ListedModel]) -> dict[str, Any]:
     """Return a list of models as /api/v1/models has it; what is not known is absent."""
     entries = []
     for model in models:
-        facts = read_model_facts(model)
+        facts = lm_studio_facts(model)
         facts.pop("state", None)
         if "type" in facts:
             facts["type"] = MODEL_TYPES[facts["type"]]
-        entries.append({"key": model["id"], **facts})
+        entries.append({"key": model.name, **facts})
     return {"models": entries}
 
 
 # --- the constants, and which rewriter ------------------------------------------------
 
 
-def encode_openai_models(models: list[dict[str, Any]], created_at: str) -> dict[str, Any]:
+def encode_openai_model(model: ListedModel) -> dict[str, Any]:
+    """Return the entry of a model: all that its server says, and the length of its context."""
+    entry = model.entry
+    if model.facts.context_length is not None:
+        entry = {**entry, "context_length": model.facts.context_length}
+    return entry
+
+
+def encode_openai_models(models: list[ListedModel]) -> dict[str, Any]:
     """Return a list of models as OpenAI's clients read it."""
-    return {"object": "list", "data": models}
+    return {"object": "list", "data": [encode_openai_model(model) for model in models]}
 
 
 def as_opaque(dialect: Dialect) -> Dialect:
@@ -7386,6 +7684,30 @@ def service_of(greeting: str) -> str:
     'Ollama is running'  ->  'ollama';  '<!doctype html>'  ->  'openai'
     """
     return OLLAMA.service if greeting.strip() == OLLAMA.greeting else OPENAI.service
+
+
+def further_lists(service: str, models: Sequence[ListedModel]) -> tuple[str, ...]:
+    """Return the paths at which a server tells more of its models than it has in its list.
+
+    To look at these loads no model.
+
+    'ollama', ...  ->  ('/api/tags', '/api/ps')
+    """
+    if service == OLLAMA.service:
+        return (OLLAMA_TAGS, OLLAMA_RUNNING)
+    entries = [model.entry for model in models]
+    owners = owners_of(entries)
+    if LM_STUDIO_OWNER in owners:
+        return (LM_STUDIO_MODELS,)
+    # With several models, llama.cpp would load one to tell its properties.
+    if owners == [LLAMA_CPP_OWNER] and "status" not in entries[0]:
+        return (LLAMA_CPP_PROPERTIES,)
+    return ()
+
+
+def details_path(service: str) -> str:
+    """Return where a server tells of one model in detail without loading it, "" for nowhere."""
+    return "/api/show" if service == OLLAMA.service else ""
 
 
 Rewriter = BufferedRewrite | StreamRewrite
@@ -7489,6 +7811,8 @@ ENV_REFERENCE = re.compile(r"\$\{([^}]*)\}")
 # A name that ends so means the name without as well.
 LATEST_TAG = ":latest"
 YAML_REMEDY = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
+# The largest `context_length` that the routing file may state, in tokens.
+LONGEST_CONTEXT = 10**9
 # So many names of models or servers does an error say, of those that there are.
 NAMES_IN_ERROR = 5
 # Fields that the router sets itself in each request: a server's `headers` cannot name them.
@@ -7642,6 +7966,8 @@ class Server:
     # None: it is not woken.
     wake: Wake | None = None
     parameters: RequestParameters = NO_PARAMETERS
+    # What the routing file says of all of its models.
+    stated: ModelFacts = NO_FACTS
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
 
@@ -7694,6 +8020,8 @@ class Target(NamedTuple):
     # One of PRIORITIES, "" where nothing is said.
     priority: str = ""
     parameters: RequestParameters = NO_PARAMETERS
+    # What the routing file says of an alias.
+    stated: ModelFacts = NO_FACTS
 
     def __str__(self) -> str:
         if self.alias:
@@ -7961,7 +8289,9 @@ class Node(NamedTuple):
             return choices[0]
         # Lower case, because YAML and JSON spell True and False so.
         words = " or ".join(map(str, choices)).lower()
-        self.require(self.value in choices, f"{self.value!r} instead of {words}")
+        # Python takes 1 for True.
+        is_choice = any(type(self.value) is type(c) and self.value == c for c in choices)
+        self.require(is_choice, f"{self.value!r} instead of {words}")
         return self.value
 
     def read_field(self) -> str:
@@ -8023,6 +8353,32 @@ def read_leaves(node: Node, path: Path) -> Iterator[tuple[Path, str]]:
 PARAMETER_KEYS = ("strip", "default", "set", "think")
 # The sections of a routing file.
 TABLE_KEYS = ("servers", "aliases", "routes", "revoked")
+# The members of a server, and those of an alias.
+SERVER_KEYS = (
+    "url",
+    "api",
+    "api_key",
+    "headers",
+    "verify",
+    "models",
+    "discover",
+    "thinking",
+    *SLOTS_KEYS,
+    "namespace_tools",
+    "wake",
+    *PARAMETER_KEYS,
+    "context_length",
+    "capabilities",
+)
+ALIAS_KEYS = (
+    "strategy",
+    "instances",
+    "thinking",
+    "priority",
+    "context_length",
+    "capabilities",
+    *PARAMETER_KEYS,
+)
 # What a server has instead whose entry is wrong. No text is read as this.
 NO_URL = UpstreamURL("http", "", 0, "")
 
@@ -8152,27 +8508,24 @@ class TableReader:
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
-        url, api, key, headers, verify, models, discover, thinking, *others = node.members(
-            *("url", "api", "api_key", "headers", "verify", "models", "discover", "thinking"),
-            *("namespace_tools", "wake", *PARAMETER_KEYS, *SLOTS_KEYS),
-        )
-        spaces, wake, *others = others
-        parameters = others[: len(PARAMETER_KEYS)]
-        slots = others[len(PARAMETER_KEYS) :]
+        member = dict(zip(SERVER_KEYS, node.members(*SERVER_KEYS), strict=True))
+        key = member["api_key"]
+        headers = member["headers"].entries()
         return Server(
             name=name,
-            url=url.read(parse_upstream_url),
-            api=api.choose(AUTO, *SERVICES),
+            url=member["url"].read(parse_upstream_url),
+            api=member["api"].choose(AUTO, *SERVICES),
             api_key=None if key.value is None else key.read_field(),
-            headers=tuple((field.path[-1], field.read_field()) for field in headers.entries()),
-            verify=verify.choose(True, False),
-            models=self.read_models(models, discover.choose(True, False)),
-            thinking=self.read_thinking(thinking),
-            slots=self.read_slots(slots),
-            namespace_tools=self.read_namespace_tools(spaces),
-            wake=self.read_wake(wake),
-            parameters=self.read_parameters(*parameters),
-            warning=url_warning(f"servers.{name}", url.value),
+            headers=tuple((field.path[-1], field.read_field()) for field in headers),
+            verify=member["verify"].choose(True, False),
+            models=self.read_models(member["models"], member["discover"].choose(True, False)),
+            thinking=self.read_thinking(member["thinking"]),
+            slots=self.read_slots([member[name] for name in SLOTS_KEYS]),
+            namespace_tools=self.read_namespace_tools(member["namespace_tools"]),
+            wake=self.read_wake(member["wake"]),
+            parameters=self.read_parameters(*(member[name] for name in PARAMETER_KEYS)),
+            stated=self.read_stated(member["context_length"], member["capabilities"]),
+            warning=url_warning(f"servers.{name}", member["url"].value),
         )
 
     def read_namespace_tools(self, node: Node) -> str:
@@ -8265,6 +8618,24 @@ class TableReader:
                 places[place] = None
                 yield place, value
 
+    def read_stated(self, context: Node, abilities: Node) -> ModelFacts:
+        """Read what the file says of models: the length of their context, and what they can do."""
+        length = context.value
+        if length is not None:
+            is_number = isinstance(length, int) and not isinstance(length, bool)
+            context.require(
+                is_number and 0 < length <= LONGEST_CONTEXT,
+                f"{length!r} instead of a number of tokens, such as 32768",
+            )
+        words = None
+        if abilities.value is not None:
+            wanted = f"{abilities.value!r} instead of a list such as [completion, tools, vision]"
+            items = abilities.elements(wanted)
+            for item in items:
+                item.require(isinstance(item.value, str) and item.value, wanted)
+            words = tuple(CAPABILITIES.get(item.value, item.value) for item in items)
+        return ModelFacts(context_length=length, largest_context=length, capabilities=words)
+
     def read_upstream(self, node: Node) -> Server:
         """Read a server's name or a URL."""
         name = node.read()
@@ -8287,9 +8658,9 @@ class TableReader:
         return Instance(self.read_upstream(places[0]), model.read_optional())
 
     def read_alias(self, node: Node) -> Target:
-        """Read an alias: its instances, its strategy and what becomes of thinking."""
-        strategy, listed, thinking, priority, *parameters = node.members(
-            "strategy", "instances", "thinking", "priority", *PARAMETER_KEYS
+        """Read an alias: its instances, its strategy, and what else it says."""
+        strategy, listed, thinking, priority, context, abilities, *parameters = node.members(
+            *ALIAS_KEYS
         )
         chosen_strategy = strategy.choose(*STRATEGIES)
         instances: list[Instance] = []
@@ -8305,6 +8676,7 @@ class TableReader:
             thinking=self.read_thinking(thinking),
             priority=self.read_priority(priority),
             parameters=self.read_parameters(*parameters),
+            stated=self.read_stated(context, abilities),
         )
 
     def read_rule(self, node: Node) -> Rule:
@@ -11820,10 +12192,10 @@ class ListRefused(BadGateway):
         self.refusal = refusal
 
 
-def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
-    """Return the models in a server's list, each once. Raises ValueError.
+def read_told(path: str, content: bytes, limits: Limits) -> Any:
+    """Return the object or the list that a server tells of its models. Raises ValueError.
 
-    `{"data": [{"id": "m"}, {"id": "m"}]}`, `[{"id": "m"}]`  ->  [{"id": "m"}]
+    '/api/tags', `b'{"models": []}'`  ->  {'models': []}
     """
     document = parse_value(content, limits)
     try:
@@ -11833,9 +12205,18 @@ def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
         document = None
     if not isinstance(document, (dict, list)):
         raise ValueError(
-            f"/v1/models answered no JSON list of at most {limits.model_list_size} "
+            f"{path} answered no JSON list of at most {limits.model_list_size} "
             f"bytes and {limits.json_depth} levels"
         )
+    return document
+
+
+def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
+    """Return the models in a server's list, each once. Raises ValueError.
+
+    `{"data": [{"id": "m"}, {"id": "m"}]}`, `[{"id": "m"}]`  ->  [{"id": "m"}]
+    """
+    document = read_told("/v1/models", content, limits)
     # Most servers wrap their list into an object; some do not.
     listed = document.get("data") if isinstance(document, dict) else document
     models: dict[str, dict[str, Any]] = {}
@@ -11878,44 +12259,48 @@ def take_fields(response: Any) -> Fields:
     return Fields([(name.lower(), name, value) for name, value in response.getheaders()])
 
 
-def fetch(
-    http_connection: Any, server: Server, path: str, authorization: str | None, most: int
-) -> tuple[Any, bytes]:
-    """Ask a server for a path, and return its response and `most` octets of the content (blocking).
+class Question(NamedTuple):
+    """What a server is asked, by GET or with content by POST."""
 
-    Raises OSError.
+    path: str
+    # What it gets as Authorization if it has no key of its own.
+    authorization: str | None = None
+    content: bytes | None = None
+
+
+class Told(NamedTuple):
+    """What a server has answered to a question, decoded."""
+
+    status: int
+    fields: Fields
+    content: bytes
+
+
+def fetch(
+    http_connection: Any, server: Server, question: Question, limits: Limits, most: int
+) -> Told:
+    """Ask a server, and return its answer with `most` octets of the content (blocking).
+
+    Raises OSError, or ValueError for a content coding that is broken.
     """
     import http.client
 
-    fields = own_fields(server, authorization)
+    fields = own_fields(server, question.authorization)
+    method = "GET"
+    if question.content is not None:
+        method = "POST"
+        fields["Content-Type"] = "application/json"
     try:
-        http_connection.request("GET", f"{server.url.prefix}{path}", headers=fields)
+        target = f"{server.url.prefix}{question.path}"
+        http_connection.request(method, target, question.content, fields)
         response = http_connection.getresponse()
-        return response, response.read(most)
+        content = response.read(most)
     except (http.client.HTTPException, AttributeError) as error:
         # AttributeError: the call took too long, `ask` has ended the connection meanwhile,
         # and http.client finds no socket.
         raise OSError(describe(error)) from None
     finally:
         http_connection.close()
-
-
-def fetch_service(http_connection: Any, server: Server, limits: Limits) -> str:
-    """Ask a server what it speaks, by its greeting (blocking). Raises OSError."""
-    response, content = fetch(http_connection, server, "/", None, limits.greeting)
-    if response.status >= 500:
-        # That is said in its place, by a proxy for example.
-        raise OSError(f"/ answered {response.status}")
-    return service_of(content.decode("utf-8", "replace"))
-
-
-def fetch_models(
-    http_connection: Any, server: Server, authorization: str | None, limits: Limits
-) -> list[dict[str, Any]]:
-    """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
-    response, content = fetch(
-        http_connection, server, "/v1/models", authorization, limits.model_list_size
-    )
     answer_fields = take_fields(response)
     coding = read_coding(answer_fields)
     if coding in CODINGS:
@@ -11923,20 +12308,76 @@ def fetch_models(
         try:
             content = Inflater(coding, limits.decoded_answer).feed(content)
         except BadGateway as error:
-            raise ValueError(f"/v1/models: {error}") from None
-    if response.status >= 400:
-        kept = [(name, value) for lower, name, value in answer_fields.lines if lower in LIST_FIELDS]
-        if len(content) > limits.refused_list:
-            content = b""
-        raise ListRefused(Refusal(response.status, tuple(kept), content))
-    return read_model_list(content, limits)
+            raise ValueError(f"{question.path}: {error}") from None
+    return Told(response.status, answer_fields, content)
+
+
+def fetch_service(http_connection: Any, server: Server, limits: Limits) -> str:
+    """Ask a server what it speaks, by its greeting (blocking). Raises OSError or ValueError."""
+    told = fetch(http_connection, server, Question("/"), limits, limits.greeting)
+    if told.status >= 500:
+        # That is said in its place, by a proxy for example.
+        raise OSError(f"/ answered {told.status}")
+    return service_of(told.content.decode("utf-8", "replace"))
+
+
+class FetchedList(NamedTuple):
+    """The entries of a server's list, and the octets that it had."""
+
+    entries: list[dict[str, Any]]
+    size: int
+
+
+def fetch_models(
+    http_connection: Any, server: Server, authorization: str | None, limits: Limits
+) -> FetchedList:
+    """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
+    question = Question("/v1/models", authorization)
+    told = fetch(http_connection, server, question, limits, limits.model_list_size)
+    if told.status >= 400:
+        kept = [(name, value) for lower, name, value in told.fields.lines if lower in LIST_FIELDS]
+        content = told.content if len(told.content) <= limits.refused_list else b""
+        raise ListRefused(Refusal(told.status, tuple(kept), content))
+    return FetchedList(read_model_list(told.content, limits), len(told.content))
+
+
+class FetchedDocument(NamedTuple):
+    """An object that a server has told, and the octets that it had."""
+
+    document: dict[str, Any]
+    size: int
+
+
+def fetch_document(
+    http_connection: Any, server: Server, question: Question, limits: Limits
+) -> FetchedDocument:
+    """Ask a server what it tells of its models elsewhere (blocking). Raises OSError, ValueError."""
+    told = fetch(http_connection, server, question, limits, limits.model_list_size)
+    document = read_told(question.path, told.content, limits)
+    # LM Studio says in a 200 that it has no such path.
+    if told.status != 200 or not isinstance(document, dict) or "error" in document:
+        raise ValueError(f"{question.path} answered {told.status}, and nothing of models")
+    return FetchedDocument(document, len(told.content))
 
 
 class ModelList(NamedTuple):
     """The models that a server listed, and when it was asked, on the monotonic clock."""
 
     asked_at: float
-    models: list[dict[str, Any]]
+    models: list[ListedModel]
+    # The octets that have been received for it.
+    size: int
+
+
+# A model of a server, and the digest of its file, where the server tells it.
+DetailKey = tuple[UpstreamURL, str, str]
+
+
+def detail_key(server: Server, model: ListedModel) -> DetailKey:
+    """Return by what the details of a model are remembered until it changes."""
+    digests = (entry.get("digest") for entry in model.further.values())
+    digest = next((digest for digest in digests if isinstance(digest, str)), "")
+    return server.url, model.name, digest[:80]
 
 
 def model_entry(name: str) -> dict[str, Any]:
@@ -11958,6 +12399,9 @@ class ModelLists:
         self.changed_at: dict[UpstreamURL, float] = {}
         self.refreshing: dict[ModelListKey, asyncio.Task[None]] = {}
         self.fetch_permits = asyncio.Semaphore(self.limits.model_list_fetches)
+        # What servers have told of single models, and the servers that are asked for that now.
+        self.details: dict[DetailKey, ModelFacts] = {}
+        self.learning: dict[UpstreamURL, asyncio.Task[None]] = {}
         # What the routing knows of the lists. It is replaced when one of them changes.
         self.catalogue = EMPTY_CATALOGUE
         # When each of the router's own lists was asked for last, whatever came of it; on the
@@ -11987,20 +12431,24 @@ class ModelLists:
             return None, False
         return known, known.asked_at > self.changed_at.get(server.url, 0.0)
 
-    async def get(self, server: Server, authorization: str | None) -> list[dict[str, Any]] | None:
-        """Return a server's models; None when nothing is known and it does not answer."""
+    async def get(
+        self, server: Server, authorization: str | None, oldest: float = math.inf
+    ) -> list[ListedModel] | None:
+        """Return a server's models; None when nothing is known and it does not answer.
+
+        A list that is older than `oldest` s is not returned when there may be a newer one.
+        """
         if server.models is not None:
-            return [model_entry(name) for name in server.models]
+            return [ListedModel(model_entry(name), server.stated) for name in server.models]
         key = list_key(server, authorization)
         known, is_current = self.find(key, server)
-        is_fresh = (
-            known is not None and time.monotonic() - known.asked_at <= self.limits.model_list_fresh
-        )
+        age = time.monotonic() - known.asked_at if known else math.inf
+        is_fresh = age <= min(oldest, self.limits.model_list_fresh)
         if (is_current and is_fresh) or self.upstreams.is_cooling(server):
             return known.models if known else None
         self.start_refresh(key, server, authorization)
         # An old list will do for now; without one, or with a wrong one, the client has to wait.
-        if not is_current:
+        if not is_current or age > oldest:
             await asyncio.wait([self.refreshing[key]], timeout=self.limits.model_list_timeout)
             known, _ = self.find(key, server)
         return known.models if known else None
@@ -12021,6 +12469,10 @@ class ModelLists:
             reached = await self.renew(key, server, authorization)
             if reached and is_own and server.api == AUTO:
                 await self.learn_service(key, server)
+            # What follows decides nothing.
+            self.first_tries.discard(key)
+            if reached:
+                await self.learn_facts(key, server, authorization)
         finally:
             self.first_tries.discard(key)
             if is_own:
@@ -12037,7 +12489,7 @@ class ModelLists:
         self.refusals.pop(key, None)
         asked_at = time.monotonic()
         try:
-            models = await self.ask(server, read)
+            entries, size = await self.ask(server, read)
         except (OSError, asyncio.TimeoutError) as error:
             health.fail(describe(error))
             return False
@@ -12054,7 +12506,8 @@ class ModelLists:
             health.succeed()
             # Another refresh may have begun later and be here already.
             if key not in self.lists or self.lists[key].asked_at < asked_at:
-                self.keep(key, server, ModelList(asked_at, models))
+                models = [self.complete(server, ListedModel(entry)) for entry in entries]
+                self.keep(key, server, ModelList(asked_at, models, size))
         return True
 
     async def learn_service(self, key: ModelListKey, server: Server) -> None:
@@ -12069,18 +12522,99 @@ class ModelLists:
             services = {**services, key: service}
             self.catalogue = dataclasses.replace(self.catalogue, services=services)
 
+    async def ask_document(self, server: Server, question: Question) -> FetchedDocument:
+        """Return what a server tells of its models elsewhere. Raises what `ask` does."""
+        read = functools.partial(
+            fetch_document, server=server, question=question, limits=self.limits
+        )
+        return await self.ask(server, read)
+
+    async def learn_facts(
+        self, key: ModelListKey, server: Server, authorization: str | None
+    ) -> None:
+        """Ask a server for its further lists, and complete the list with what they tell."""
+        known = self.lists.get(key)
+        if known is None:
+            return
+        service = self.catalogue.with_api(server).api
+        paths = further_lists(service, known.models)
+        questions = [self.ask_document(server, Question(path, authorization)) for path in paths]
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+        size = known.size
+        further: dict[str, dict[str, dict[str, Any]]] = {}
+        for path, answer in zip(paths, answers, strict=True):
+            # Without it less is known, and that is all.
+            if isinstance(answer, FetchedDocument):
+                size += answer.size
+                further[path] = read_further_list(path, answer.document, known.models)
+        models = []
+        for model in known.models:
+            name = model.name
+            entries = {path: listed[name] for path, listed in further.items() if name in listed}
+            models.append(self.complete(server, model._replace(further=entries)))
+        # Another refresh may have begun later and be here already.
+        if self.lists.get(key) is known:
+            self.keep(key, server, ModelList(known.asked_at, models, size))
+        if details_path(service) and server.url not in self.learning:
+            task = asyncio.create_task(self.learn_details(key, server, authorization))
+            self.learning[server.url] = task
+            task.add_done_callback(lambda _: self.learning.pop(server.url, None))
+
+    def complete(self, server: Server, model: ListedModel) -> ListedModel:
+        """Return a model with all that is known of it; the routing file has the first word."""
+        facts = server.stated.or_else(facts_of_entries(model.entry, model.further))
+        details = self.details.get(detail_key(server, model), NO_FACTS)
+        return model._replace(facts=facts.or_else(details))
+
+    async def learn_details(
+        self, key: ModelListKey, server: Server, authorization: str | None
+    ) -> None:
+        """Ask a server for the details of the models of which its lists do not tell enough.
+
+        Nobody waits for that. A model is asked for once, until it changes.
+        """
+        path = details_path(self.catalogue.with_api(server).api)
+        unknown = []
+        known = self.lists.get(key)
+        for model in known.models if known else ():
+            is_told = None not in (model.facts.context_length, model.facts.capabilities)
+            is_short = len(model.name) <= self.limits.shown_name
+            if not is_told and is_short and detail_key(server, model) not in self.details:
+                unknown.append(model)
+        for model in unknown[: self.limits.asked_details]:
+            question = Question(path, authorization, encode_json({"model": model.name}))
+            try:
+                facts = read_facts((await self.ask_document(server, question)).document)
+            except ValueError:
+                # It does not tell, and will not do so in a minute.
+                facts = NO_FACTS
+            except (OSError, asyncio.TimeoutError):
+                break
+            detail = detail_key(server, model)
+            keep_newest(self.details, detail, facts, self.limits.known_details)
+        known = self.lists.get(key)
+        if unknown and known:
+            models = [self.complete(server, model) for model in known.models]
+            self.keep(key, server, known._replace(models=models))
+
     def keep(self, key: ModelListKey, server: Server, models: ModelList) -> None:
         """Keep a list, and tell the routing when it is one of the router's own and has changed."""
         if key == own_list_key(server):
-            names = index_names(entry["id"] for entry in models.models)
+            names = index_names(model.name for model in models.models)
             if self.catalogue.lists.get(key) != names:
                 lists = {**self.catalogue.lists, key: names}
                 self.catalogue = dataclasses.replace(self.catalogue, lists=lists)
-        if key not in self.lists and len(self.lists) >= self.limits.model_lists:
-            # Clients choose credentials as they like. Their lists make room, not the router's own.
-            of_clients = (kept for kept in self.lists if kept not in self.catalogue.lists)
-            self.lists.pop(next(of_clients, key), None)
+        # The newest is the last one.
+        self.lists.pop(key, None)
         self.lists[key] = models
+        # Clients choose credentials as they like. Their lists make room, not the router's own.
+        of_clients = [kept for kept in self.lists if kept not in self.catalogue.lists]
+        size = sum(kept.size for kept in self.lists.values())
+        for oldest in of_clients:
+            is_many = len(self.lists) > self.limits.model_lists
+            if oldest == key or not (is_many or size > self.limits.model_lists_size):
+                break
+            size -= self.lists.pop(oldest).size
 
     # The lists by which requests are routed.
 
@@ -12212,40 +12746,63 @@ def unknown_model(model: str, names: Sequence[str]) -> str:
 
 
 def merge_models(
-    own_names: Iterable[str], lists: Iterable[tuple[Server, list[dict[str, Any]]]]
-) -> list[dict[str, Any]]:
-    """Return all models, own names first.
+    own_models: Iterable[ListedModel], lists: Iterable[tuple[Server, list[ListedModel]]]
+) -> list[ListedModel]:
+    """Return all models, those with names of the router's own first.
 
     A model of several servers is there once more for each, under a name that pins its server:
 
     ('fast',), (a, [m]), (b, [m])  ->  fast, m, 'm [a]', 'm [b]'; `m` is the first server's entry.
     """
-    models = {name: model_entry(name) for name in own_names}
-    listings: dict[str, list[tuple[Server, dict[str, Any]]]] = {}
-    for server, entries in lists:
-        for entry in entries:
-            listings.setdefault(entry["id"], []).append((server, entry))
+    models = {model.name: model for model in own_models}
+    listings: dict[str, list[tuple[Server, ListedModel]]] = {}
+    for server, listed in lists:
+        for model in listed:
+            listings.setdefault(model.name, []).append((server, model))
     for name, holders in listings.items():
-        _, first_entry = holders[0]
-        models.setdefault(name, first_entry)
+        _, first_model = holders[0]
+        models.setdefault(name, first_model)
         if len(holders) == 1:
             continue
-        for server, entry in holders:
+        for server, model in holders:
             pinned_name = f"{name} [{server.name}]"
-            models[pinned_name] = {**entry, "id": pinned_name}
+            models[pinned_name] = model.rename(pinned_name)
     return list(models.values())
 
 
+def describe_own_name(
+    name: str,
+    table: RoutingTable,
+    catalogue: Catalogue,
+    lists: Mapping[UpstreamURL, Mapping[str, ListedModel]],
+) -> ListedModel:
+    """Return a name of the router's own with what is known of the models that it leads to."""
+    several = []
+    for instance in decide(table, name, "", catalogue).instances:
+        listed = lists.get(instance.server.url, {})
+        found = find_listed(instance.model or "", listed)
+        several.append(listed[found].facts if found else instance.server.stated)
+    # Such a name is not what a server loads.
+    facts = common_facts(several)._replace(state=None)
+    if name in table.aliases:
+        facts = table.aliases[name].stated.or_else(facts)
+    return ListedModel(model_entry(name), facts)
+
+
 async def list_models(
-    model_lists: ModelLists, table: RoutingTable, authorization: str | None
-) -> list[dict[str, Any]]:
+    model_lists: ModelLists,
+    table: RoutingTable,
+    authorization: str | None,
+    oldest: float = math.inf,
+) -> list[ListedModel]:
     """Return the models of all servers. Raises BadGateway when there is not a single name.
 
-    When there is only one server and it refuses, its error is raised as ListRefused.
+    When there is only one server and it refuses, its error is raised as ListRefused. Lists are at
+    most `oldest` s old, if their servers answer.
     """
     # In this order a model's first entry is that of the server which is asked for it first.
     servers = table.search_order
-    answers = await asyncio.gather(*(model_lists.get(s, authorization) for s in servers))
+    answers = await asyncio.gather(*(model_lists.get(s, authorization, oldest) for s in servers))
     map_keys = [pattern for pattern, _ in table.model_map if isinstance(pattern, str)]
     own_names = [*table.aliases, *map_keys]
     if not own_names and all(answer is None for answer in answers):
@@ -12257,8 +12814,11 @@ async def list_models(
             reason = model_lists.upstreams.health_of(Instance(server)).error or "no answer yet"
             reasons.append(f"{server.name} ({server.url}): {reason}")
         raise BadGateway(f"no server could be asked for its models: {', '.join(reasons)}")
-    listed = zip(servers, answers, strict=True)
-    return merge_models(own_names, [(server, answer or []) for server, answer in listed])
+    listed = [(server, answer or []) for server, answer in zip(servers, answers, strict=True)]
+    by_url = {server.url: {model.name: model for model in models} for server, models in listed}
+    catalogue = model_lists.catalogue
+    own_models = [describe_own_name(name, table, catalogue, by_url) for name in own_names]
+    return merge_models(own_models, listed)
 
 
 # ======================================================================================
@@ -14036,11 +14596,11 @@ class Context:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.worker, task, *arguments)
 
-    async def list_models(self, request: Request) -> list[dict[str, Any]]:
+    async def list_models(self, request: Request, oldest: float = math.inf) -> list[ListedModel]:
         """Return the models that the client of a request may see, the router's own names first."""
         authorization = self.authorization_of(request)
-        models = await list_models(self.model_lists, self.table, authorization)
-        return [model for model in models if may_use(request.token, model["id"], self.table)]
+        models = await list_models(self.model_lists, self.table, authorization, oldest)
+        return [model for model in models if may_use(request.token, model.name, self.table)]
 
     def authorization_of(self, request: Request) -> str | None:
         """Return what the client of a request shows to servers; the router's tokens stop here."""
@@ -14073,7 +14633,7 @@ class Context:
             if model.endswith(LATEST_TAG) and instance.server.api != dialect.service:
                 authorization = self.authorization_of(request)
                 listed = await self.model_lists.get(instance.server, authorization) or []
-                if all(entry["id"] != model for entry in listed):
+                if all(one.name != model for one in listed):
                     instance = instance._replace(model=without_tag(model))
             instances.append(instance)
         return decision._replace(instances=tuple(instances))
@@ -14524,7 +15084,7 @@ class Exchange:
             raise NotFound("no model is named, and there is no default (DEFAULT_UPSTREAM is none)")
         names: list[str] = []
         with contextlib.suppress(BadGateway):
-            names += [entry["id"] for entry in await self.context.list_models(self.request)]
+            names += [model.name for model in await self.context.list_models(self.request)]
         raise NotFound(unknown_model(self.decision.requested_model, names))
 
     def send_load_answer(self) -> bool:
@@ -15231,10 +15791,10 @@ async def find_model(context: Context, request: Request) -> tuple[str, Step]:
         listed = await context.model_lists.get(default, context.authorization_of(request))
     if listed and len(listed) == 1:
         why = f"the request names no model, and {default.name} has this one alone"
-        return listed[0]["id"], Step("the only model", True, why)
+        return listed[0].name, Step("the only model", True, why)
     names = []
     with contextlib.suppress(BadGateway):
-        names = [entry["id"][:80] for entry in await context.list_models(request)]
+        names = [model.name[:80] for model in await context.list_models(request)]
     examples = f", such as {', '.join(names[:NAMES_IN_ERROR])}" if names else ""
     raise MalformedContent(NO_MODEL + examples)
 
@@ -15348,7 +15908,7 @@ async def relay_pull(context: Context, request: Request) -> None:
         read = request.dialect.read
         model = require_model(read(request.path, request.query, request.content)).model
         try:
-            names = [entry["id"] for entry in await context.list_models(request)]
+            names = [listed.name for listed in await context.list_models(request)]
         except BadGateway:
             names = []
         words = "it is there already" if find_listed(model, names) else unknown_model(model, names)
@@ -16615,7 +17175,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "slots": context.slots.of_server.get(server.url),
             "running": sum(health.in_slots for health in instances),
             "queued": context.slots.queued_for(server),
-            "models": [model["id"] for model in models or ()],
+            "models": [model.name for model in models or ()],
             "models_age_s": context.model_lists.age(server),
             "hours": hours_document(days.get(url, [[0, 0, 0]] * 24), instances, time.time()),
         }
@@ -16848,7 +17408,7 @@ async def serve_models(context: Context, request: Request) -> None:
     except ListRefused as error:
         send_refusal(request, error)
         return
-    request.writer.send_json(request.dialect.encode_models(models, rfc3339(time.time())))
+    request.writer.send_json(request.dialect.encode_models(models))
 
 
 async def serve_model(context: Context, request: Request) -> None:
@@ -16856,7 +17416,7 @@ async def serve_model(context: Context, request: Request) -> None:
     name = urllib.parse.unquote(request.path.removeprefix("/v1/models/"))
     check_models(request.token, [name], context.table)
     try:
-        listed = {model["id"]: model for model in await context.list_models(request)}
+        listed = {model.name: model for model in await context.list_models(request)}
     except ListRefused as error:
         send_refusal(request, error)
         return
@@ -16871,7 +17431,8 @@ async def serve_model(context: Context, request: Request) -> None:
     if found is None and nobody_knows_it:
         words = unknown_model(name, list(listed))
         raise NotFound(f"{words}; GET /v1/models lists them all")
-    request.writer.send_json(listed[found] if found else model_entry(name))
+    model = listed[found] if found else ListedModel(model_entry(name))
+    request.writer.send_json(encode_openai_model(model))
 
 
 async def serve_model_details(context: Context, request: Request) -> None:
@@ -16880,24 +17441,41 @@ async def serve_model_details(context: Context, request: Request) -> None:
     check_models(request.token, requested_models(parsed), context.table)
     decision = await context.decide(parsed.model, request.source_host, request.dialect)
     service = request.dialect.service
-    if any(instance.server.api == service for instance in decision.instances):
+    alias = context.table.aliases.get(without_tag(parsed.model))
+    is_stated = alias is not None and alias.stated != NO_FACTS
+    speaks_it = any(instance.server.api == service for instance in decision.instances)
+    if speaks_it and not is_stated:
         await relay_native(context, request)
         return
-    names = {parsed.model, decision.mapped_model}
-    names.update(instance.model for instance in decision.instances)
-    listed = [model["id"] for model in await context.list_models(request)]
-    if not any(find_listed(name, listed) for name in names):
-        raise NotFound(unknown_model(parsed.model, listed))
-    details = request.dialect.encode_details(parsed.model, rfc3339(time.time()))
-    request.writer.send_json(details)
+    # The name that was asked for is the first one: what is said of an alias is said there.
+    names = [parsed.model, decision.mapped_model]
+    names += [instance.model for instance in decision.instances]
+    listed = {model.name: model for model in await context.list_models(request)}
+    found = next(filter(None, (find_listed(name, listed) for name in names)), None)
+    if found is None:
+        raise NotFound(unknown_model(parsed.model, list(listed)))
+    request.writer.send_json(request.dialect.encode_details(listed[found].rename(parsed.model)))
 
 
 async def serve_running_models(context: Context, request: Request) -> None:
-    """Answer which models are in use now."""
-    running = [record.requested_model for record in context.log.running.values()]
-    names = list(dict.fromkeys(name for name in running if name))
-    names = [name for name in names if may_use(request.token, name, context.table)]
-    request.writer.send_json(request.dialect.encode_running(names, time.time()))
+    """Answer which models are loaded, where servers tell, and which are in use now."""
+    models: list[ListedModel] = []
+    with contextlib.suppress(BadGateway):
+        models = await context.list_models(request, context.limits.model_list_stale)
+    listed = {model.name: model for model in models}
+    # A model of several servers is there under its name and under pinned ones. What is known of it
+    # is one object, and the name stands before the pins.
+    loaded: dict[int, ListedModel] = {}
+    for model in models:
+        if model.facts.state == LOADED:
+            loaded.setdefault(id(model.facts), model)
+    shown = {model.name: model for model in loaded.values()}
+    for record in list(context.log.running.values()):
+        name = record.requested_model
+        is_there = find_listed(name, shown) or find_listed(record.sent_model, shown)
+        if name and not is_there and may_use(request.token, name, context.table):
+            shown[name] = listed.get(name) or ListedModel(model_entry(name))
+    request.writer.send_json(request.dialect.encode_running([*shown.values()], time.time()))
 
 
 async def serve_version(context: Context, request: Request) -> None:
@@ -18461,36 +19039,15 @@ def judge_probe(answer: ProbeAnswer | None) -> str:
     return "no" if answer.status in NO_ENDPOINT else "error"
 
 
-def read_abilities(entry: Mapping[str, Any]) -> list[str]:
-    """Return what a model can do by its entry in a list.
-
-    `{"id": "m", "type": "vlm", "capabilities": ["tool_use"]}`  ->  `["tool_use", "vision"]`
-    """
-    said = entry.get("capabilities")
-    if isinstance(said, dict):
-        said = [name for name, value in said.items() if value is True]
-    abilities = [ability for ability in said or () if isinstance(ability, str)]
-    for kind, ability in (("vlm", "vision"), ("embeddings", "embeddings")):
-        if entry.get("type") == kind and ability not in abilities:
-            abilities.append(ability)
-    return abilities
-
-
-def is_loaded(entry: Mapping[str, Any]) -> bool:
-    """Tell whether a server says that it has loaded a model."""
-    status = entry.get("status")
-    value = status.get("value") if isinstance(status, dict) else status
-    return "loaded" in (entry.get("state"), value)
-
-
-def choose_model(models: Sequence[Mapping[str, Any]]) -> str:
+def choose_model(models: Sequence[ListedModel]) -> str:
     """Return the model to ask: one that is loaded, and none that only makes embeddings."""
 
-    def rank(entry: Mapping[str, Any]) -> tuple[bool, bool]:
-        only_embeds = "embed" in entry["id"].lower() or entry.get("type") == "embeddings"
-        return only_embeds, not is_loaded(entry)
+    def rank(model: ListedModel) -> tuple[bool, bool]:
+        abilities = model.facts.capabilities or ()
+        only_embeds = EMBEDDING in abilities and COMPLETION not in abilities
+        return "embed" in model.name.lower() or only_embeds, model.facts.state != LOADED
 
-    return min(models, key=rank)["id"]
+    return min(models, key=rank).name
 
 
 def end_socket(sock: socket.socket) -> None:
@@ -18507,7 +19064,7 @@ class Examination:
         self.settings = settings
         self.limits = limits
         self.answers: dict[str, ProbeAnswer] = {}
-        self.models: list[dict[str, Any]] = []
+        self.models: list[ListedModel] = []
         # The model that was asked.
         self.model = ""
         # What is wrong with the server; "" when it is well.
@@ -18587,7 +19144,7 @@ class Examination:
         self.problem = find_problem(self.server, answer)
         if self.server.models:
             # It may be a provider that has no list, or one of hundreds.
-            self.models = [model_entry(name) for name in self.server.models]
+            self.models = [ListedModel(model_entry(name)) for name in self.server.models]
             if answer.status in NO_ENDPOINT:
                 self.problem = ""
             return not self.problem
@@ -18596,7 +19153,8 @@ class Examination:
                 self.find_other_path()
             return False
         try:
-            self.models = read_model_list(answer.content, self.limits)
+            entries = read_model_list(answer.content, self.limits)
+            self.models = [ListedModel(entry, read_facts(entry)) for entry in entries]
         except ValueError as error:
             self.problem = f"{error}; it is no server of models, or its path is wrong"
             return False
@@ -18619,30 +19177,35 @@ class Examination:
 
     def read_details(self) -> None:
         """Ask for what else some servers tell of themselves and of their models."""
-        for path in ("/", "/api/v0/models", "/api/ps"):
-            self.answers[path] = self.ask(path)
-        details: dict[str, dict[str, Any]] = {}
-        if not find_failure(self.answers["/api/v0/models"]):
-            with contextlib.suppress(ValueError):
-                listed = read_model_list(self.answers["/api/v0/models"].content, self.limits)
-                details = {entry["id"]: entry for entry in listed}
-        for document in self.answers["/api/ps"].documents:
-            running = document.get("models")
-            for entry in running if isinstance(running, list) else ():
-                if isinstance(entry, dict) and isinstance(entry.get("name"), str):
-                    details[entry["name"]] = {**entry, "state": "loaded"}
-        self.models = [{**entry, **details.get(entry["id"], {})} for entry in self.models]
+        greeting = self.answers["/"] = self.ask("/")
+        service = self.server.api
+        if service == AUTO:
+            service = service_of(
+                greeting.content[: self.limits.greeting].decode("utf-8", "replace")
+            )
+        further: dict[str, dict[str, dict[str, Any]]] = {}
+        for path in further_lists(service, self.models):
+            answer = self.answers[path] = self.ask(path)
+            if not find_failure(answer):
+                for document in answer.documents:
+                    further[path] = read_further_list(path, document, self.models)
+        for number, model in enumerate(self.models):
+            name = model.name
+            entries = {path: listed[name] for path, listed in further.items() if name in listed}
+            facts = facts_of_entries(model.entry, entries)
+            self.models[number] = ListedModel(model.entry, facts, entries)
         self.model = choose_model(self.models)
-        if self.kind == "Ollama":
-            self.answers["/api/show"] = self.ask("/api/show", {"model": self.model})
-            for document in self.answers["/api/show"].documents:
-                self.add_details(document)
+        path = details_path(service)
+        if path:
+            self.answers[path] = self.ask(path, {"model": self.model})
+            for document in self.answers[path].documents:
+                self.add_facts(read_facts(document))
 
-    def add_details(self, document: Mapping[str, Any]) -> None:
+    def add_facts(self, facts: ModelFacts) -> None:
         """Add what the server says of the model that is asked."""
-        for entry in self.models:
-            if entry["id"] == self.model:
-                entry.update({k: document[k] for k in document if k not in entry and k != "id"})
+        for number, model in enumerate(self.models):
+            if model.name == self.model:
+                self.models[number] = model._replace(facts=model.facts.or_else(facts))
 
     def ask_model(self) -> None:
         """Ask the model a little at every endpoint, and say what is wrong if none answers."""
@@ -18669,7 +19232,7 @@ class Examination:
     @property
     def kind(self) -> str:
         """What the server calls itself, "" when it does not tell."""
-        texts = [str(entry.get("owned_by", "")) for entry in self.models]
+        texts = [str(model.entry.get("owned_by", "")) for model in self.models]
         for answer in self.answers.values():
             texts += [f"{lower}: {value}" for lower, _, value in answer.fields.lines]
         if "/" in self.answers:
@@ -18751,13 +19314,15 @@ def describe_health(examination: Examination) -> str:
 def describe_models(examination: Examination) -> Iterator[str]:
     """Yield a line for each model of a server."""
     models = examination.models
-    for entry in models[:MODELS_SHOWN]:
-        length = read_context_length(entry)
-        facts = [f"{length} tokens of context"] if length else []
-        facts += read_abilities(entry)
-        if is_loaded(entry):
-            facts.append("loaded")
-        yield wrap_words(entry["id"], ", ".join(facts) or "nothing told")
+    for model in models[:MODELS_SHOWN]:
+        facts = model.facts
+        words = []
+        if facts.context_length:
+            words.append(f"{facts.context_length} tokens of context")
+        words += facts.capabilities or ()
+        if facts.state == LOADED:
+            words.append(LOADED)
+        yield wrap_words(model.name, ", ".join(words) or "nothing told")
     if len(models) > MODELS_SHOWN:
         yield f"  and {len(models) - MODELS_SHOWN} more"
 

@@ -419,6 +419,10 @@ class Connection:
     requests: int = 0
 
 
+# What a router asks its servers by itself.
+OWN_PATHS = ("/", "/v1/models", "/api/v0/models", "/api/tags", "/api/ps", "/api/show", "/props")
+
+
 class Upstream:
     """A server on a real socket that says exactly what its scripts say.
 
@@ -511,8 +515,7 @@ class Upstream:
             reader = sock.makefile("rb")
             while received := read_request(sock, reader, connection.number):
                 # What a router relays has a Via.
-                is_own = received.method == "GET" and not received.get("Via")
-                if is_own and received.target.endswith(("/v1/models", "/")):
+                if not received.get("Via") and received.target.endswith(OWN_PATHS):
                     self.own_requests.append(received)
                 else:
                     connection.requests += 1
@@ -6081,6 +6084,76 @@ def test_pictures_of_a_transcript() -> None:
 # ======================================================================================
 # Requests and answers on values; then the official clients in front of every kind of server.
 
+# --- what is known of models ------------------------------------------------------------
+
+# What servers say of a model, and what is known by it.
+FACTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "nothing": ([model_entry("m")], {}),
+    "vllm": ([{"id": "m", "max_model_len": 4096}],
+             {"context_length": 4096, "largest_context": 4096}),
+    "llama.cpp": (
+        [{"id": "m", "meta": {"n_ctx": 8192, "n_ctx_train": 32768, "n_params": 7, "size": 9,
+                              "ftype": "Q4_K - Medium"}},
+         {"modalities": {"vision": True, "audio": False}, "chat_template_caps":
+          {"supports_tools": True, "supports_tool_calls": True, "supports_system_role": True}}],
+        {"context_length": 8192, "largest_context": 32768, "parameters": 7, "size": 9,
+         "quantization": "Q4_K - Medium", "capabilities": ("vision", "tools")}),
+    "llama.cpp without a template for tools": (
+        [{"id": "m"}, {"modalities": {"vision": False}, "chat_template_caps":
+                       {"supports_tools": False, "supports_tool_calls": False}}],
+        {"capabilities": ()}),
+    "llama.cpp with many models": (
+        [{"id": "m", "status": {"value": "unloaded", "args": []},
+          "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]}}],
+        {"state": "not-loaded", "capabilities": ("vision",)}),
+    "lm studio": (
+        [{"id": "m"}, {"id": "m", "type": "vlm", "arch": "qwen2_vl", "quantization": "4bit",
+                       "state": "loaded", "max_context_length": 32768,
+                       "loaded_context_length": 4096, "capabilities": ["tool_use"]}],
+        {"context_length": 4096, "largest_context": 32768, "type": "vlm", "state": "loaded",
+         "capabilities": ("completion", "vision", "tools"), "architecture": "qwen2_vl",
+         "quantization": "4bit"}),
+    "ollama": (
+        [{"id": "m"}, {"name": "m", "size": 9, "details": {"family": "qwen3", "parent_model": "",
+                                                           "quantization_level": "Q4_K_M"}},
+         {"capabilities": ["completion", "tools", "thinking"], "parameters": "stop x\nnum_ctx 8192",
+          "model_info": {"general.architecture": "qwen3", "qwen3.context_length": 40960,
+                         "general.parameter_count": 8190735360}}],
+        {"context_length": 8192, "largest_context": 40960, "architecture": "qwen3", "size": 9,
+         "quantization": "Q4_K_M", "parameters": 8190735360,
+         "capabilities": ("completion", "tools", "thinking")}),
+    "mistral": ([{"id": "m", "max_context_length": 131072, "capabilities":
+                  {"completion_chat": True, "completion_fim": False, "function_calling": True}}],
+                {"context_length": 131072, "largest_context": 131072,
+                 "capabilities": ("completion", "tools")}),
+    "odd": ([{"id": "m", "type": ["x"], "max_model_len": "much", "status": [], "state": {},
+              "meta": 1, "n_ctx": True, "context_length": -1, "size": "", "capabilities": 7,
+              "architecture": 7, "details": [], "model_info": {"x.context_length": None}}], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("documents, wanted", FACTS.values(), ids=FACTS)
+def test_what_is_known_of_a_model(documents: list[dict], wanted: dict[str, Any]) -> None:
+    assert smolrouter.read_facts(*documents) == smolrouter.ModelFacts(**wanted)
+
+
+def test_what_is_known_of_several_models() -> None:
+    some = smolrouter.ModelFacts(8192, 32768, ("completion", "tools"), parameters=7)
+    less = smolrouter.ModelFacts(4096, None, ("completion", "vision"))
+    assert smolrouter.common_facts([some]) == some
+    assert smolrouter.common_facts([]) == smolrouter.NO_FACTS
+    wanted = smolrouter.ModelFacts(4096, 32768, ("completion",))
+    assert smolrouter.common_facts([some, less, smolrouter.NO_FACTS]) == wanted
+
+
+@pytest.mark.parametrize(
+    "number, words",
+    ((None, ""), (999, "999"), (7615616512, "7.6B"), (32 * 10**9, "32B"), (268_100_000, "268.1M")),
+)
+def test_number_of_parameters_as_ollama_writes_it(number: int | None, words: str) -> None:
+    assert smolrouter.format_parameters(number) == words
+
+
 # --- forms ----------------------------------------------------------------------------
 
 NAMED = b'Content-Disposition: form-data; name="model"\r\n\r\n'
@@ -10012,6 +10085,21 @@ BAD_TABLES = {
         "servers.a.models",
     ),
     "bad discover": ('{"servers": {"a": {"url": "http://a", "discover": "no"}}}', "discover"),
+    "number for a switch": ('{"servers": {"a": {"url": "http://a", "verify": 1}}}', "1 instead"),
+    "number in words": (
+        '{"servers": {"a": {"url": "http://a", "context_length": "8k"}}}',
+        "servers.a.context_length: '8k' instead of a number of tokens, such as 32768",
+    ),
+    "no number": ('{"servers": {"a": {"url": "http://a", "context_length": true}}}', "32768"),
+    "nothing fits": ('{"servers": {"a": {"url": "http://a", "context_length": 0}}}', "32768"),
+    "ability as a text": (
+        '{"aliases": {"a": {"instances": [{"url": "http://a"}], "capabilities": "vision"}}}',
+        "aliases.a.capabilities: 'vision' instead of a list such as [completion, tools, vision]",
+    ),
+    "ability as a number": (
+        '{"servers": {"a": {"url": "http://a", "capabilities": [7]}}}',
+        "servers.a.capabilities[0]",
+    ),
     "broken JSON": ('{"servers": ', "JSON"),
     "bad thinking": ('{"servers": {"a": {"url": "http://a", "thinking": "off"}}}', "strip, move"),
     "two of thinking": (
@@ -10218,12 +10306,12 @@ def test_every_listed_name_pins_its_server() -> None:
     servers = table.all_servers()
     assert {str(server.url) for server in servers} >= {*SERVERS_OF_ODD_NAMES.values()}
     assert len(servers) == len(SERVERS_OF_ODD_NAMES) + len(URLS_WITHOUT_NAMES) + 1
-    model = {"id": "org/m [beta]"}
+    model = smolrouter.ListedModel({"id": "org/m [beta]"})
     listed = smolrouter.merge_models((), [(server, [model]) for server in servers])
     reached = {}
-    for name in [entry["id"] for entry in listed][1:]:
+    for name in [one.name for one in listed][1:]:
         (instance,) = smolrouter.resolve(table, name, HOME).instances
-        assert instance.model == model["id"]
+        assert instance.model == model.name
         reached[name] = instance.server
     assert {server.name for server in reached.values()} == {server.name for server in servers}
 
@@ -14126,7 +14214,8 @@ def test_what_changes_models_makes_the_list_old(
 
     def serve(received: Received) -> Iterator[Step]:
         if received.path != "/v1/models":
-            listed[:] = ["changed"]
+            if not received.path.endswith(OWN_PATHS):
+                listed[:] = ["changed"]
             yield from json_response({"status": "success"})
             return
         before = [model_entry(name) for name in listed]
@@ -14590,6 +14679,192 @@ def test_a_name_of_a_list_is_not_spelled_again_for_a_translation() -> None:
         fields = [("Authorization", "Bearer x")]
         assert request(router.port, "POST", "/api/chat", body, fields).status == 200
         assert last_request(upstream).model == "ours:latest"
+
+
+# --- what is known of models ------------------------------------------------------------
+
+
+def box_that_tells(told: Mapping[str, Any]) -> Callable[[Received], Iterable[Step]]:
+    """Return a script that answers paths with these documents, POST with the model's."""
+
+    def serve(received: Received) -> Iterable[Step]:
+        said = told.get(received.path)
+        if received.path == "/api/show":
+            said = told.get(received.model)
+        if isinstance(said, bytes):
+            return whole_response(said, kind="text/plain")
+        return json_response(said) if said else well_behaved(received)
+
+    return serve
+
+
+TAG = {"size": 9, "digest": "d1", "modified_at": "2026-01-02T03:04:05Z"}
+OLLAMA_TELLS = {
+    "/": b"Ollama is running",
+    "/v1/models": {"data": [model_entry("qwen:8b"), model_entry("idle:1b"), model_entry("new:2b")]},
+    "/api/tags": {"models": [
+        {"name": "qwen:8b", "model": "qwen:8b", **TAG, "details": {"family": "qwen3"}},
+        {"name": "idle:1b", "model": "idle:1b", **TAG, "details": {"family": "idle"}},
+        {"name": "new:2b", "model": "new:2b", **TAG, "capabilities": ["completion", "vision"],
+         "details": {"family": "new", "context_length": 2048}}]},
+    "/api/ps": {"models": [{"name": "qwen:8b", "model": "qwen:8b", "size": 5, "size_vram": 5,
+                            "context_length": 4096, "expires_at": "2026-01-02T03:09:05Z"}]},
+    "qwen:8b": {"capabilities": ["completion", "tools"],
+                "model_info": {"qwen3.context_length": 40960}},
+    "idle:1b": {"capabilities": ["embedding"], "model_info": {"idle.context_length": 512}},
+}  # fmt: skip
+LLAMA_CPP_TELLS = {
+    "/v1/models": {"data": [
+        {**model_entry("gemma"), "owned_by": "llamacpp",
+         "meta": {"n_ctx": 8192, "n_ctx_train": 32768, "n_params": 3 * 10**9}}]},
+    "/props": {"modalities": {"vision": True}, "chat_template_caps": {"supports_tool_calls": True}},
+}  # fmt: skip
+LM_STUDIO_TELLS = {
+    "/": {"error": "Unexpected endpoint or method. (GET /)"},
+    "/v1/models": {"data": [{"id": "phi", "object": "model", "owned_by": "organization_owner"},
+                            {"id": "mini", "object": "model", "owned_by": "organization_owner"}]},
+    "/api/v0/models": {"object": "list", "data": [
+        {"id": "phi", "type": "llm", "state": "loaded", "max_context_length": 16384,
+         "loaded_context_length": 2048},
+        {"id": "mini", "type": "embeddings", "state": "not-loaded", "max_context_length": 512}]},
+}  # fmt: skip
+
+
+@functools.cache
+def telling_boxes() -> tuple[Router, dict[str, Upstream]]:
+    """Return a router before servers that tell of their models, each in its own way."""
+    told = {"gpu": OLLAMA_TELLS, "cpp": LLAMA_CPP_TELLS, "studio": LM_STUDIO_TELLS, "quiet": {}}
+    boxes = {name: Upstream(box_that_tells(documents)) for name, documents in told.items()}
+    servers: dict[str, Any] = {name: upstream.url for name, upstream in boxes.items()}
+    servers["stated"] = {
+        "url": boxes["quiet"].url + "/again",
+        "models": ["from-the-file"],
+        "context_length": 65536,
+        "capabilities": ["completion", "tool_use"],
+    }
+    aliases = {
+        "pair": {"instances": ["gpu/qwen:8b", "cpp/gemma"]},
+        "said": {"instances": ["cpp/gemma"], "context_length": 1024, "capabilities": ["insert"]},
+        "own": {"instances": ["gpu/qwen:8b"], "capabilities": ["tools"]},
+    }
+    settings = {"DEFAULT_UPSTREAM": "cpp", "MODEL_MAP": '{"gpt-4": "phi"}'}
+    limits = {"model_list_fresh": 1000.0}
+    table = {"servers": servers, "aliases": aliases}
+    return shared_router(settings, table, limits=limits), boxes
+
+
+# By name: what /v1/models tells of a context, and /api/show of that and of abilities.
+TOLD_CONTEXTS = {
+    "pair": 4096, "said": 1024, "own": 4096, "gpt-4": 2048, "gemma": 8192, "qwen:8b": 4096,
+    "idle:1b": 512, "new:2b": 2048, "phi": 2048, "mini": 512, "tiny": None, "from-the-file": 65536,
+}  # fmt: skip
+TOLD_ABILITIES = {
+    "said": ["insert"], "own": ["tools"], "gemma": ["vision", "tools"], "mini": ["embedding"],
+    "tiny": ["completion"], "from-the-file": ["completion", "tools"],
+}  # fmt: skip
+
+
+def wait_for_details() -> Router:
+    """Return the router once it has asked for all that a list does not tell."""
+    router, _ = telling_boxes()
+
+    def is_known() -> bool:
+        models = get_document(router, "/v1/models")["data"]
+        return {m["id"]: m.get("context_length") for m in models} == TOLD_CONTEXTS
+
+    assert wait_until(is_known), get_document(router, "/v1/models")
+    return router
+
+
+def test_lists_say_how_long_a_context_is() -> None:
+    router = wait_for_details()
+    entries = {entry["id"]: entry for entry in get_document(router, "/v1/models")["data"]}
+    # All that the server says stays.
+    assert entries["gemma"] == {**LLAMA_CPP_TELLS["/v1/models"]["data"][0], "context_length": 8192}
+    assert get_document(router, "/v1/models/gemma") == entries["gemma"]
+    assert "context_length" not in entries["tiny"]
+    tags = {entry["name"]: entry for entry in get_document(router, "/api/tags")["models"]}
+    assert [*tags] == [*entries]
+    for entry in OLLAMA_TELLS["/api/tags"]["models"]:
+        assert tags[entry["name"]] == entry
+    assert get_document(router, "/api/tags")["models"] == [*tags.values()]
+    details = tags["gemma"]["details"]
+    assert (details["parameter_size"], details["context_length"]) == ("3B", 8192)
+    assert tags["gemma"]["capabilities"] == ["vision", "tools"]
+    assert "capabilities" not in tags["tiny"] and "context_length" not in tags["tiny"]["details"]
+    studio = {entry["id"]: entry for entry in get_document(router, "/api/v0/models")["data"]}
+    assert studio["phi"] == {
+        "id": "phi", "type": "llm", "max_context_length": 16384, "state": "loaded",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD_ABILITIES)
+def test_show_says_what_is_known(name: str) -> None:
+    shown = request(wait_for_details().port, "POST", "/api/show", {"model": name}).json
+    assert shown["capabilities"] == TOLD_ABILITIES[name]
+    info = shown["model_info"]
+    context = TOLD_CONTEXTS[name]
+    if context is None:
+        assert info == {"general.basename": name}
+    else:
+        assert info[f"{info['general.architecture']}.context_length"] == context
+
+
+def test_running_models_are_those_that_servers_have_loaded() -> None:
+    router = wait_for_details()
+    running = get_document(router, "/api/ps")["models"]
+    assert [entry["name"] for entry in running] == ["qwen:8b", "phi"]
+    assert running[0] == OLLAMA_TELLS["/api/ps"]["models"][0]
+    assert running[1]["context_length"] == 2048 and running[1]["expires_at"]
+
+
+def test_what_is_known_costs_few_requests_and_loads_nothing() -> None:
+    router = wait_for_details()
+    _, boxes = telling_boxes()
+    # Clients have asked for details, and nobody for more.
+    assert {one.path for box in boxes.values() for one in box.requests} <= {"/api/show"}
+    details = [one for one in boxes["gpu"].own_requests if one.path == "/api/show"]
+    # Each is asked for once; of the third one its list says enough.
+    assert [one.model for one in details] == ["qwen:8b", "idle:1b"]
+    asked = {name: {one.path for one in box.own_requests} for name, box in boxes.items()}
+    assert asked["gpu"] == {"/", "/v1/models", "/api/tags", "/api/ps", "/api/show"}
+    assert asked["cpp"] == {"/", "/v1/models", "/props"}
+    assert asked["studio"] == {"/", "/v1/models", "/api/v0/models"}
+    assert asked["quiet"] == {"/", "/v1/models"}
+    before = sum(len(box.own_requests) for box in boxes.values())
+    get_document(router, "/api/tags")
+    assert sum(len(box.own_requests) for box in boxes.values()) == before
+
+
+def test_ps_says_what_is_loaded_now() -> None:
+    told = dict(OLLAMA_TELLS)
+    # Any list is too old for it.
+    limits = {"model_list_stale": 0.0}
+    with (
+        Upstream(box_that_tells(told)) as upstream,
+        Router({"DEFAULT_UPSTREAM": upstream.url}, limits=limits) as router,
+    ):
+        assert len(get_document(router, "/api/ps")["models"]) == 1
+        told["/api/ps"] = {"models": []}
+        assert get_document(router, "/api/ps")["models"] == []
+
+
+def test_lists_are_bounded_in_octets() -> None:
+    async def keep() -> int:
+        settings = smolrouter.Settings.from_mapping({})
+        batch = smolrouter.LoopBatch(smolrouter.LIMITS)
+        model_lists = smolrouter.ModelLists(smolrouter.Upstreams(settings, batch))
+        server = smolrouter.Server("box", smolrouter.parse_upstream_url("http://box:1"))
+        for key in (None, *map(str, range(30))):
+            kept = smolrouter.ModelList(1.0, [smolrouter.ListedModel(model_entry("m"))], 2**20)
+            model_lists.keep(smolrouter.list_key(server, key), server, kept)
+        size = sum(kept.size for kept in model_lists.lists.values())
+        own = smolrouter.own_list_key(server)
+        newest = smolrouter.list_key(server, "29")
+        assert {own, newest} <= {*model_lists.lists}
+        return size
+
+    assert asyncio.run(keep()) <= smolrouter.LIMITS.model_lists_size
 
 
 LM_STUDIO_LISTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
