@@ -697,6 +697,7 @@ async def soak(minutes: float) -> int:
 
 MODELS = ("llama3-8b", "qwen2.5-coder", "mistral-nemo", "phi-4", "gemma3-27b", "tiny")
 QUESTIONS = ("/api/logs", "/api/logs?model=phi-4&status=error", "/api/logs?q=phi-4",
+             "/api/logs?client=client-7", "/api/logs?session=00000000002a", "/api/logs?q=nobody",
              "/api/stats", "/api/stats?hours=168", "/api/performance",
              "/api/performance?hours=168", "/api/performance?hours=168&model=phi-4",
              "/api/upstreams")  # fmt: skip
@@ -710,7 +711,10 @@ def made_row(number: int, moment: float, chance: random.Random) -> dict[str, Any
     taken = round(chance.lognormvariate(8, 1), 1)
     url, attempt = f"http://192.168.1.{100 + MODELS.index(model) % 3}:8000", [f"box/{model}"]
     return {
-        "id": int(moment * 1000) * 1024, "request_id": f"{number:020x}",
+        "id": number, "request_id": f"{number:020x}", "router": 0, "queued_ms": 0.0,
+        "client": f"client-{number % 40}", "session": f"{number // 8:012x}",
+        "asked": "Why is the sky blue, and what does it look like from the Moon? " * 2,
+        "answered": "The first sentence of a real answer. " * 3,
         "timestamp": int(moment * 1000), "completed_at": int(moment * 1000 + taken),
         "source_ip": f"10.0.0.{chance.randrange(1, 30)}", "method": "POST",
         "path": "/api/chat" if ollama else "/v1/chat/completions",

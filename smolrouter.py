@@ -990,6 +990,8 @@ class Limits:
     # In rows, lists and metrics a longer text is cut, and ends with a hash: there are many of them,
     # and they stay for long.
     shown_name: int = 256
+    # A row has so much of the user's last words and of the answer.
+    preview: int = 120
     # So many decisions of the routing are remembered, by model and source host; the one that was
     # used least recently goes. A home has a few dozen of them. Each has a trail with a step for
     # every rule: with a thousand rules, that makes up to 50 MB. The JSON of a trail is remembered
@@ -2154,6 +2156,7 @@ def refuse_constant(name: str) -> None:
 BYTE_ORDER_MARK = "\ufeff"
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
 SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
+LAX_JSON = json.JSONDecoder(strict=False)  # texts may have line ends that are no escapes
 dump_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 # --- size -----------------------------------------------------------------------------
@@ -3851,6 +3854,18 @@ CHAT_TEXT_ALONE = re.compile(
     rb'"content" ?: ?("(?:[^"\\]|\\.)*")\}[^][{}]*\}\]'
 )
 
+# What stands between the quotes of a text, which may have been cut.
+QUOTED = rb'"([^"\\]*(?:\\.[^"\\]*)*)'
+CONTENT_MEMBER = re.compile(rb'"content" ?: ?' + QUOTED)
+TEXT_MEMBER = re.compile(rb'"text" ?: ?' + QUOTED)
+RESPONSE_MEMBER = re.compile(rb'"response" ?: ?' + QUOTED)
+# An event of /v1/responses; or a part of a message in a whole answer, or in an event that says it
+# again.
+OUTPUT_TEXT = re.compile(
+    rb'"response\.output_text\.delta"[^{}]*?"delta" ?: ?' + QUOTED + rb"|"
+    rb'"output_text"[^}]*?"text" ?: ?' + QUOTED
+)
+
 # A choice is at its end.
 FINISHED = re.compile(rb'"finish_reason" ?: ?"')
 
@@ -3999,6 +4014,9 @@ class Protocol(NamedTuple):
     thoughts: str = BESIDE_TEXT
     # What finds the text, in its quotes, in an event that says no more.
     text_alone: re.Pattern[bytes] | None = None
+    # What finds each piece of the text in an answer, with what stands in the quotes as its group.
+    # Where there are two groups, what the second finds is said again if the first finds anything.
+    said_text: re.Pattern[bytes] | None = None
     # The event that ends a stream has one of these words in it, and another event hardly ever has:
     # one that has none need not be parsed to know that it is not the last.
     end_words: tuple[bytes, ...] = (DONE_MARK,)
@@ -4049,6 +4067,7 @@ PROTOCOLS = {
         answer=CHAT_ANSWER,
         plain_text=PLAIN_CHAT_TEXT,
         text_alone=CHAT_TEXT_ALONE,
+        said_text=CONTENT_MEMBER,
     ),
     "/v1/completions": Protocol(
         request=PROMPT_REQUEST,
@@ -4057,6 +4076,7 @@ PROTOCOLS = {
         usage_option=True,
         raw_prompts=True,
         answer=CHAT_ANSWER,
+        said_text=TEXT_MEMBER,
     ),
     "/v1/embeddings": Protocol(needs_model=True),
     "/v1/messages": OTHER_MESSAGES._replace(
@@ -4070,6 +4090,7 @@ PROTOCOLS = {
         thoughts=IN_CONTENT,
         item_members=("index",),
         end_words=(b'"message_stop"',),
+        said_text=TEXT_MEMBER,
     ),
     # Servers without it say so in many ways. Its clients go on with an estimate after a 404 alone.
     "/v1/messages/count_tokens": OTHER_MESSAGES._replace(
@@ -4091,6 +4112,7 @@ PROTOCOLS = {
         item_members=("item_id", "content_index"),
         end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
         keeps_answers=True,
+        said_text=OUTPUT_TEXT,
     ),
     # llama.cpp's own, each of which takes requests without a model, too.
     "/completion": Protocol(
@@ -4099,6 +4121,7 @@ PROTOCOLS = {
         raw_prompts=True,
         answer=OWN_ANSWER,
         item_members=("index",),
+        said_text=CONTENT_MEMBER,
     ),
     "/infill": Protocol(answer=OWN_ANSWER, item_members=("index",)),
     "/tokenize": Protocol(answer=NO_TEXTS),
@@ -4114,6 +4137,7 @@ PROTOCOLS = {
         answer=CHAT_LINE,
         plain_text=PLAIN_CHAT_TEXT,
         text_path=("message", "content"),
+        said_text=CONTENT_MEMBER,
     ),
     "/api/generate": OTHER_OLLAMA._replace(
         request=GENERATE_REQUEST,
@@ -4123,6 +4147,7 @@ PROTOCOLS = {
         add_think=think_in_ollama,
         answer=GENERATE_LINE,
         text_path=("response",),
+        said_text=RESPONSE_MEMBER,
     ),
     "/api/embed": OTHER_OLLAMA._replace(streams=NEVER_STREAMS, openai_path="/v1/embeddings"),
     "/api/embeddings": OTHER_OLLAMA._replace(streams=NEVER_STREAMS, openai_path="/v1/embeddings"),
@@ -4824,6 +4849,92 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
         request["messages"] = split_results(request["messages"])
     messages = name_results(read_messages(protocol, request, tolerant=True))
     return [message.as_document() for message in (*messages, *read_choices(answer))]
+
+
+# --- previews -------------------------------------------------------------------------
+# What a person recognises a request by: how the user's last words begin, and how the answer does.
+
+# So much of an answer is looked at for its beginning: a model may think for long before it.
+SEARCHED_ANSWER = MiB
+# So many octets of its text are enough for a preview.
+PREVIEWED_TEXT = 2 * KiB
+# What no text has that a filter would change.
+PLAIN_TEXT = re.compile(r"[^<\[\u25c1]*")
+
+
+def read_last_words(protocol: Protocol, document: Mapping[str, Any]) -> str:
+    """Return what the user said last in a request, "" for nothing.
+
+    `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}`
+    ->  `Hi`
+    """
+    words = document.get(protocol.user_words)
+    if isinstance(words, str):
+        return words
+    for element in reversed(words if isinstance(words, list) else ()):
+        if isinstance(element, str):
+            return element
+        if not isinstance(element, dict) or element.get("role") != "user":
+            continue
+        content = element.get("content")
+        if isinstance(content, str):
+            return content
+        # The result of a tool may come as a message of the user, too, or stand in one.
+        split = {protocol.user_words: split_results([element])}
+        said = read_messages(protocol, split, tolerant=True)
+        texts = ["".join(message.texts) for message in said if message.role == "user"]
+        if any(texts):
+            return "".join(texts)
+    return ""
+
+
+def unescape_text(escaped: bytes) -> str:
+    """Return the text that stands between quotes in JSON, also when its end was cut off.
+
+    `b'one\\ntwo\\u00'`  ->  `one LF two`
+    """
+    text = escaped.decode("utf-8", "replace")
+    if "\\" not in text:
+        return text
+    for end in (len(text), text.rfind("\\")):
+        with contextlib.suppress(ValueError):
+            return LAX_JSON.decode(f'"{text[:end]}"')
+    return ""
+
+
+def read_answer_start(path: str, answer: bytes) -> str:
+    """Return how the text of an answer begins, whole or streamed, without thinking.
+
+    `/v1/chat/completions`, `b'data: {"choices":[{"delta":{"content":"Hi"}}]}'`  ->  `Hi`
+
+    The text is found without reading the documents that it stands in, because nearly always nobody
+    asks for it.
+    """
+    protocol = find_protocol(path)
+    if protocol.openai_path and b'"choices"' in answer[:PREVIEWED_TEXT]:
+        # A server that speaks OpenAI was asked, in its own words.
+        protocol = find_protocol(protocol.openai_path)
+    if protocol.said_text is None:
+        return ""
+    for enough in (PREVIEWED_TEXT, SEARCHED_ANSWER):
+        pieces = []
+        size = 0
+        group = None
+        for match in protocol.said_text.finditer(answer, 0, SEARCHED_ANSWER):
+            group = group or match.lastindex
+            if match.lastindex != group:
+                continue
+            pieces.append(match[group])
+            size += len(pieces[-1])
+            if size >= enough:
+                break
+        text = unescape_text(b"".join(pieces)).lstrip()
+        if not PLAIN_TEXT.fullmatch(text):
+            text, _ = filter_text(text, FilterRules(think=True))
+            text = text.lstrip()
+        if text or size < enough:
+            break
+    return text
 
 
 # --- estimates ------------------------------------------------------------------------
@@ -7888,7 +7999,12 @@ def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tupl
     words = document.get(protocol.user_words)
     if isinstance(words, list):
         # The rest may be long, and it says nothing of how the conversation began.
-        words = words[:HASHED_MESSAGES]
+        count = HASHED_MESSAGES
+        for number, message in enumerate(words[:HASHED_MESSAGES], 1):
+            if isinstance(message, dict) and message.get("role") == "user":
+                count = number
+                break
+        words = words[:count]
     beginning = []
     for message in read_messages(protocol, {**document, protocol.user_words: words}, tolerant=True):
         beginning.append((str(message.role), "".join(message.texts)[:HASHED_TEXT]))
@@ -7912,9 +8028,15 @@ def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> 
     protocol = find_protocol(path)
     if not protocol.user_words or not document.get(protocol.user_words):
         return ""
-    tools = encode_json(document.get("tools"))[:HASHED_TEXT]
+    tools = document.get("tools")
+    encoded = b""
+    for tool in tools if isinstance(tools, list) else ():
+        # Agents send so many that to encode all of them would take long.
+        encoded += encode_json(tool)
+        if len(encoded) >= HASHED_TEXT:
+            break
     beginning = encode_json([document.get("model"), *read_beginning(protocol, document)])
-    return hashlib.sha256(tools + beginning).hexdigest()[:12]
+    return hashlib.sha256(encoded + beginning).hexdigest()[:12]
 
 
 # --- the routing table ------------------------------------------------------------------
@@ -10124,8 +10246,34 @@ class ShownFields(NamedTuple):
     user_agent: str
     # The fingerprint of the client's key.
     client_key: str
+    # Who asked, as far as the fields tell it: the client's name, that of its user, or its key.
+    client: str
     # The secrets among the values.
     secrets: Secrets
+
+
+# In which fields clients say who they are; the last three are those of Open WebUI's users, whose
+# names it percent-encodes.
+CLIENT_FIELDS = (
+    "x-client-name",
+    "x-openwebui-user-email",
+    "x-openwebui-user-name",
+    "x-openwebui-user-id",
+)
+
+
+def read_client(fields: Fields) -> str:
+    """Return the name that a client gives itself, or its user; "" for none.
+
+    `X-OpenWebUI-User-Name: J%C3%BCrgen`  ->  `J\u00fcrgen`
+    """
+    for name in CLIENT_FIELDS:
+        value = (fields.get(name) or "").strip(" \t")
+        if value:
+            # Fields come as Latin-1, and are mostly meant as UTF-8.
+            text = value.encode("latin-1", "replace").decode("utf-8", "replace")
+            return cut_name(urllib.parse.unquote(text))
+    return ""
 
 
 @remember_short
@@ -10134,18 +10282,21 @@ def show_fields(fields: Fields) -> ShownFields:
     shown: list[tuple[str, str]] = []
     secrets: list[tuple[bytes, bytes]] = []
     for lower, name, value in fields.lines:
-        if is_secret_name(lower):
+        # What names a conversation gives nobody access, and is shown with its requests.
+        if is_secret_name(lower) and lower not in SESSION_FIELDS:
             for secret in secrets_in_field(lower, value):
                 secrets += spell_secret(secret)
             value = hide_secret(value)
         # A Location or a Referer may have them in its query.
         shown.append((name, hide_parameters(value)))
     key = fields.get("authorization") or fields.get("x-api-key") or fields.get("api-key") or ""
+    # `Bearer ***1a2b3c4d` -> `1a2b3c4d`
+    client_key = hide_secret(key).rpartition("***")[2]
     return ShownFields(
         lines=dump_compact(shown),
         user_agent=fields.get("user-agent") or "",
-        # `Bearer ***1a2b3c4d` -> `1a2b3c4d`
-        client_key=hide_secret(key).rpartition("***")[2],
+        client_key=client_key,
+        client=read_client(fields) or client_key,
         secrets=tuple(secrets),
     )
 
@@ -12880,13 +13031,17 @@ COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, o
     mapped_model, upstream_url, route, duration_ms, ttft_ms, request_size, response_size,
     status_code, error_message, prompt_tokens, completion_tokens, tokens_estimated, attempts,
     stream, completed_at, sent_model, cached_tokens, user_agent, client_key, failed, level,
-    queued_ms"""
+    queued_ms, client, session, asked, answered, warnings, router"""
 # A row as the database has it. `original_model` is the model that the client asked for,
 # `mapped_model` what MODEL_MAP makes of it, and `sent_model` what the server was asked for.
 # `timestamp` and `completed_at` are in ms since 1970; `failed` is None while the request runs.
 # `level` lets the performance page draw an even sample of a long log: half of all rows have 0, a
 # quarter has 1, and so on. It is None when no model was asked for an answer: without a model, or
 # to load one alone. Such a request is counted, and is in no figure of a model.
+# `client` is who asked, by name where that is known, and `session` names the conversation. `asked`
+# and `answered` are the beginnings of what was said last, by which a person recognises a request.
+# `warnings` is a list of texts as JSON, which say what is odd.
+# `router` is the number of the router whose request it is, among those that share the database.
 Row = collections.namedtuple("Row", COLUMNS)
 
 # For each hour, service, model and server a tally is kept: these sums, and two histograms. The
@@ -12924,8 +13079,12 @@ TALLY_COLUMNS = (*SUMS, *DURATION_COLUMNS, *TTFT_COLUMNS)
 DURATIONS = slice(len(SUMS), len(SUMS) + len(BUCKET_ENDS))
 TTFTS = slice(len(SUMS) + len(BUCKET_ENDS), len(TALLY_COLUMNS))
 
-# So many routers can share a database: the lowest six bits of an id are its router's number.
+# So many routers can share a database. Each has a number, which stands in its rows.
 MAX_ROUTERS = 64
+# A router takes so many ids at once from the database, at least and at most: enough for what comes
+# before the next transaction.
+FEWEST_IDS = 16
+MOST_IDS = 4096
 # SQLite keeps this number in the head of the file: `Smol`, the mark of a database of ours.
 APPLICATION_ID = 0x536D6F6C
 # What the log says of a request whose router has died.
@@ -13008,16 +13167,50 @@ INSERT INTO rollups
     "UPDATE requests SET level = NULL WHERE sent_model = '' AND mapped_model = ''",
     # For how long a request has waited for slots.
     "ALTER TABLE requests ADD COLUMN queued_ms",
+    # Ids were made of the moment, with the router's number in their lowest six bits. Now they are
+    # numbers that a person can say, which the routers on a log take from `ids`, and `hours` tells
+    # which of them are of what time. Each rank is an id at most, so that in their order none meets
+    # one that is still to be changed. Indexes are made at the end, which is faster.
+    f"""
+DROP INDEX by_sent;
+DROP INDEX by_asked;
+DROP INDEX by_service;
+DROP INDEX by_upstream;
+DROP INDEX by_source;
+DROP INDEX by_outcome;
+DROP INDEX sample;
+DROP INDEX by_time;
+ALTER TABLE requests ADD COLUMN client;
+ALTER TABLE requests ADD COLUMN session;
+ALTER TABLE requests ADD COLUMN asked;
+ALTER TABLE requests ADD COLUMN answered;
+ALTER TABLE requests ADD COLUMN warnings;
+ALTER TABLE requests ADD COLUMN router;
+CREATE TEMP TABLE ranks (id INTEGER PRIMARY KEY, rank);
+INSERT INTO ranks SELECT id, row_number() OVER (ORDER BY id) FROM requests;
+DELETE FROM details WHERE id NOT IN (SELECT id FROM ranks);
+UPDATE details SET id = (SELECT rank FROM ranks WHERE ranks.id = details.id);
+UPDATE requests SET id = (SELECT rank FROM ranks WHERE ranks.id = requests.id), router = id % 64,
+    client = ifnull(nullif(client_key, ''), source_ip);
+DROP TABLE ranks;
+CREATE INDEX by_sent ON requests (sent_model, id, level);
+CREATE INDEX by_asked ON requests (original_model, id) WHERE original_model <> sent_model;
+CREATE INDEX by_service ON requests (service_type, id, level);
+CREATE INDEX by_upstream ON requests (upstream_url, id, failed, duration_ms);
+CREATE INDEX by_source ON requests (source_ip, id);
+CREATE INDEX by_outcome ON requests (failed, id, status_code);
+CREATE INDEX sample ON requests (level, id, timestamp, sent_model, mapped_model, service_type,
+    upstream_url, prompt_tokens, completion_tokens, duration_ms, ttft_ms, status_code, failed)
+    WHERE level >= 3;
+CREATE INDEX by_time ON requests (timestamp);
+CREATE INDEX by_client ON requests (client, id);
+CREATE INDEX by_session ON requests (session, id) WHERE session NOTNULL;
+CREATE INDEX by_request ON requests (request_id);
+CREATE TABLE hours (hour INTEGER PRIMARY KEY, first_id);
+INSERT INTO hours SELECT timestamp / {HOUR_MS}, min(id) FROM requests GROUP BY 1;
+CREATE TABLE ids (next);
+INSERT INTO ids SELECT ifnull(max(id), 0) + 1 FROM requests""",
 )
-
-
-def time_id(moment: float) -> int:
-    """Return the lowest id of a moment in s UTC.
-
-    Ids grow with time: the moment in 1/16 ms, and below it six bits for the router's number. So an
-    id is about ms * 1024. It stays below 2**53, where JavaScript's numbers end, until 2248.
-    """
-    return int(moment * 16_000) * MAX_ROUTERS
 
 
 # --- the record of a request ---
@@ -13063,10 +13256,17 @@ class RequestRecord:
     trail: tuple[Step, ...]
     # What must not be kept of it.
     secrets: Secrets = ()
+    # Who asked, as far as a token says it, and which conversation the request is of.
+    subject: str = ""
+    session: str = ""
+    # The beginning of the user's last words.
+    asked: str = ""
     timestamp: float = dataclasses.field(default_factory=time.time)
     started_at: float = dataclasses.field(default_factory=time.monotonic)
-    # `RequestLog.begin` numbers it.
+    # `RequestLog.begin` sets both: its number, which is below 0 while there is none for it yet, and
+    # that of the router.
     id: int = 0
+    router: int = 0
 
     # It has no prompt, and so asks for nothing but to load a model, or to unload it.
     only_loads: bool = False
@@ -13092,6 +13292,8 @@ class RequestRecord:
     error: str = ""
     # Octets of content that the client was sent.
     response_size: int = 0
+    # What is odd about it, in words.
+    warnings: list[str] = dataclasses.field(default_factory=list)
     first_token_at: float | None = None
     finished_at: float | None = None
     # While the request runs: what the owner calls, from the page, to end it; with the reason.
@@ -13136,12 +13338,29 @@ class RequestRecord:
             mapped_model=decision.mapped_model,
             route=decision.route,
             trail=decision.trail,
+            subject=request.token.subject if request.token else "",
         )
 
     @property
     def path(self) -> str:
         """The target without its query."""
         return self.target.partition("?")[0]
+
+    @property
+    def client(self) -> str:
+        """Who asked, as well as that is known, as it may be kept and shown."""
+        named = self.subject or show_fields(self.request_fields).client
+        return hide_in_text(cut_name(named), self.secrets) if named else self.source_ip
+
+    def note_conversation(self, parsed: ParsedRequest) -> None:
+        """Note what the request says to the model. Its document may be gone when its row is made.
+
+        To keep it until then, or to read it again, would take more than this does.
+        """
+        self.session = read_session_key(self.request_fields, parsed.path, parsed.document)
+        words = read_last_words(parsed.protocol, parsed.document).lstrip()
+        # As much as may hold a secret, which is hidden later.
+        self.asked = words[: LIMITS.preview + LIMITS.token]
 
     @property
     def has_failed(self) -> bool:
@@ -13207,9 +13426,13 @@ def make_detail(record: RequestRecord) -> Detail:
     request_lines = show_fields(record.request_fields).lines
     response_lines = show_fields(record.response_fields or NO_FIELDS).lines
     cut = encode_repeated((record.request_cut, record.response_cut))
+    target = ""
+    if len(record.target) > LIMITS.shown_name:
+        # The row has the beginning alone.
+        target = f',"target":{dump_compact(replace_surrogates(hide_parameters(record.target)))}'
     meta = (
         f'{{"trail":{encode_trail(record.trail)},"request_headers":{request_lines},'
-        f'"response_headers":{response_lines},"cut":{cut},"decoded":true}}'
+        f'"response_headers":{response_lines},"cut":{cut},"decoded":true{target}}}'
     )
     if record.changes:
         meta = f'{meta[:-1]},"changes":{dump_compact(record.changes)}}}'
@@ -13221,6 +13444,16 @@ def make_detail(record: RequestRecord) -> Detail:
     if record.response_cut:
         response = hide_cut_secret(response, secrets)
     return Detail(hide_in_text(meta, secrets), request, response)
+
+
+def protocol_path(path: str) -> str:
+    """Return the path by which PROTOCOLS knows the documents of a request.
+
+    `/upstream/gpu/v1/chat/completions`  ->  `/v1/chat/completions`
+    """
+    if not path.startswith("/upstream/"):
+        return path
+    return "/" + "".join(path.split("/", 3)[3:])
 
 
 def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
@@ -13239,7 +13472,7 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
         return Usage(), False
     answer = detail.response + record.answer_end
     usage = read_usage(answer)
-    path = record.path
+    path = protocol_path(record.path)
     if usage.completion is not None or not answer:
         return usage, False
     # Without words of a user there is no transcript to count in.
@@ -13280,6 +13513,35 @@ def make_level(record: RequestRecord) -> int | None:
     return (chance & -chance).bit_length() - 1
 
 
+def cut_preview(text: str, secrets: Secrets) -> str:
+    """Return the beginning of a text, secrets hidden."""
+    size = LIMITS.preview
+    # A secret that would be cut has to be found first.
+    for secret, _ in secrets:
+        size = max(size, LIMITS.preview + len(secret))
+    return hide_in_text(text[:size], secrets)[: LIMITS.preview]
+
+
+def make_preview(record: RequestRecord, detail: Detail) -> tuple[str, str]:
+    """Return the beginnings of the user's last words and of the answer."""
+    answered = ""
+    if detail.response and record.answer_status < 400:
+        answered = read_answer_start(protocol_path(record.path), detail.response)
+    return cut_preview(record.asked, record.secrets), cut_preview(answered, record.secrets)
+
+
+def encode_words(words: Sequence[str], secrets: Secrets) -> str | None:
+    """Return texts as a JSON list, secrets hidden; None for none."""
+    return hide_in_text(dump_compact(words), secrets) if words else None
+
+
+def time_to_first_token(record: RequestRecord) -> float | None:
+    """Return after how many ms the first token of a stream came, None for none."""
+    if not record.stream or record.first_token_at is None:
+        return None
+    return round((record.first_token_at - record.started_at) * 1000, 1)
+
+
 def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Row:
     """Return the row of a request; without `finished`, the row that says that it runs."""
     usage, is_estimated = count_tokens(record, detail)
@@ -13288,13 +13550,10 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
     duration = None
     completed_at = None
     failed = None
-    ttft = None
     if finished and record.finished_at is not None:
         duration = round((record.finished_at - record.started_at) * 1000, 1)
         completed_at = timestamp + int(duration)
         failed = int(record.has_failed)
-    if record.stream and record.first_token_at is not None:
-        ttft = round((record.first_token_at - record.started_at) * 1000, 1)
     return Row(
         record.id,
         record.request_id,
@@ -13308,7 +13567,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         record.upstream_url,
         cut_name(record.route),
         duration,
-        ttft,
+        time_to_first_token(record),
         record.request_size,
         record.response_size,
         record.status or None,
@@ -13326,6 +13585,11 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         failed,
         make_level(record),
         round(record.queued_s * 1000, 1),
+        record.client,
+        record.session or None,
+        *make_preview(record, detail),
+        encode_words(record.warnings, record.secrets),
+        record.router,
     )
 
 
@@ -13507,6 +13771,9 @@ INSERT_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
 ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(TALLY_COLUMNS))})
     ON CONFLICT (hour, service_type, model, upstream_url)
     DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in TALLY_COLUMNS)}"""
+NEXT_ID = "SELECT max(next, ifnull((SELECT max(id) + 1 FROM requests), 1)) FROM ids"
+ADD_HOUR = """INSERT INTO hours VALUES (?, ?)
+    ON CONFLICT (hour) DO UPDATE SET first_id = min(first_id, excluded.first_id)"""
 SELECT_RUNNING = f"SELECT {COLUMNS} FROM requests WHERE id = ? AND failed IS NULL"
 OLDEST_IDS = "SELECT id FROM requests WHERE timestamp < ? ORDER BY timestamp LIMIT ?"
 FINISH_INTERRUPTED = "UPDATE requests SET failed = 1, error_message = ? WHERE id = ?"
@@ -13609,6 +13876,76 @@ def find_lock_module() -> Any:
     return fcntl
 
 
+class RowIds:
+    """The ids of this router's requests: 1, 2, 3 ...
+
+    The event loop takes one for each request that begins. The log's thread takes them by the block
+    from the database, so that several routers on one log never have the same. While there is none,
+    because the database is not open yet or in trouble, a request gets a stand-in below 0; it gets
+    its id before its row is written.
+    """
+
+    def __init__(self) -> None:
+        self.free: collections.deque[int] = collections.deque()
+        # Where the newest block ends.
+        self.end = 1
+        # How many ids there are after a block was taken.
+        self.wanted = FEWEST_IDS
+        # How many stand-ins there were, for how many of them ids were taken, and these ids.
+        self.stand_ins = 0
+        self.replaced = 0
+        self.late: collections.deque[int] = collections.deque()
+
+    def take(self) -> int:
+        """Return the id of a request that begins."""
+        try:
+            return self.free.popleft()
+        except IndexError:
+            self.stand_ins += 1
+            return -self.stand_ins
+
+    def refill(self, db: sqlite3.Connection) -> None:
+        """Take ids from the database, unless there are enough. Raises sqlite3.Error."""
+        ((first,),) = db.execute(NEXT_ID)
+        used = self.wanted - len(self.free)
+        # Other routers have taken ids since. Those that are left here would stand in lists below
+        # older requests.
+        is_behind = first > self.end
+        late = self.stand_ins - self.replaced
+        if not (is_behind or late) and used < self.wanted / 2:
+            return
+        # After a burst fewer and fewer are taken at once.
+        wanted = min(max(2 * used, self.wanted // 2, FEWEST_IDS), MOST_IDS)
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            ((first,),) = db.execute(NEXT_ID)
+            # Where another file has taken the place of the database, ids go on as they were.
+            first = max(first, self.end)
+            end = first + late + wanted
+            db.execute("UPDATE ids SET next = ?", (end,))
+        if is_behind:
+            self.free.clear()
+        self.wanted = wanted
+        self.end = end
+        self.replaced += late
+        self.late.extend(range(first, first + late))
+        self.free.extend(range(first + late, end))
+
+    def number(self, records: Iterable[RequestRecord]) -> None:
+        """Give ids to finished records that have stand-ins."""
+        for record in records:
+            if record.id < 0 and self.late:
+                record.id = self.late.popleft()
+                record.row = record.row._replace(id=record.id)
+
+    def give_back(self, db: sqlite3.Connection) -> None:
+        """Give back what is left, unless another router has taken ids since."""
+        unused = len(self.free)
+        self.free.clear()
+        db.execute("UPDATE ids SET next = next - ? WHERE next = ?", (unused, self.end))
+        self.end -= unused
+
+
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
@@ -13626,8 +13963,7 @@ class Store:
         # found a free one, the process's id makes it likely that two routers differ.
         self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
-        # The highest id of a row. Where a clock was ahead, it is above all ids that the time gives.
-        self.newest_id = 0
+        self.ids = RowIds()
         self.db: sqlite3.Connection | None = None
         # The files that are open, to see when others are in their place.
         self.files: dict[str, os.stat_result] = {}
@@ -13658,8 +13994,6 @@ class Store:
             self.claim_number()
             self.migrate(self.db)
             self.files = self.find_files()
-        ((newest,),) = self.db.execute("SELECT max(id) FROM requests")
-        self.newest_id = newest or 0
         return self.db
 
     def find_files(self) -> dict[str, os.stat_result]:
@@ -13705,6 +14039,13 @@ class Store:
         if self.db:
             self.db.close()
         self.db = None
+
+    def end(self) -> None:
+        """Give back ids that were not used, and close the database: the program ends."""
+        if self.db:
+            with contextlib.suppress(sqlite3.Error):
+                self.ids.give_back(self.db)
+        self.close()
 
     def claim_number(self) -> None:
         """Take the first number that no other router has. Raises OSError.
@@ -13757,8 +14098,8 @@ class Store:
         db = self.open()
         free_numbers: dict[int, bool] = {}
         found = []
-        for (row_id,) in db.execute("SELECT id FROM requests WHERE failed IS NULL").fetchall():
-            number = row_id % MAX_ROUTERS
+        rows = db.execute("SELECT id, router FROM requests WHERE failed IS NULL").fetchall()
+        for row_id, number in rows:
             if number not in free_numbers:
                 free_numbers[number] = self.is_free(number)
             if free_numbers[number] and row_id not in living:
@@ -13806,6 +14147,11 @@ class Store:
                     # Also where the table has it already: somebody may have deleted the file.
                     self.bodies.keep(digest, data)
             rows = [*running, *(record.row for record in records)]
+            first_ids: dict[int, int] = {}
+            for row in rows:
+                hour = row.timestamp // HOUR_MS
+                first_ids[hour] = min(first_ids.get(hour, row.id), row.id)
+            db.executemany(ADD_HOUR, first_ids.items())
             details = []
             for record in kept:
                 digests = [blob.digest if blob else None for blob in record.blobs]
@@ -13880,6 +14226,7 @@ class Store:
             self.drop_unused_bodies(db)
             pruned = db.execute(f"DELETE FROM requests WHERE id IN ({OLDEST_IDS})", values).rowcount
             db.execute("DELETE FROM rollups WHERE hour < ?", (first_hour,))
+            db.execute("DELETE FROM hours WHERE hour < ?", (first_hour,))
         if self.vacuum(db) or pruned:
             return True
         self.prune_files(db, now - self.max_age)
@@ -13986,7 +14333,7 @@ class RequestLog:
         self.finished: collections.deque[RequestRecord] = collections.deque()
         # How many records of `finished`, the oldest ones, have their row.
         self.ready_rows = 0
-        self.last_id = 0
+        self.ids = self.store.ids if self.store else RowIds()
         # Octets of bodies that the event loop has put into memory, and that the thread has freed.
         self.bytes_received = 0
         self.bytes_released = 0
@@ -14026,7 +14373,9 @@ class RequestLog:
 
     def begin(self, record: RequestRecord) -> None:
         """Note that a request was accepted."""
-        record.id = self.next_id(record.timestamp)
+        record.id = self.ids.take()
+        if self.store:
+            record.router = self.store.router_number
         self.running[record.id] = record
         memory_left = self.limits.body_memory - self.body_bytes
         most = max(0, min(self.body_limit, memory_left))
@@ -14036,18 +14385,6 @@ class RequestLog:
         record.body_bytes = len(record.content)
         self.bytes_received += record.body_bytes
         self.wake_thread()
-
-    def next_id(self, timestamp: float) -> int:
-        """Return the id of a request that begins: it is above all others that are known."""
-        number = 0
-        newest = self.last_id
-        if self.store:
-            number = self.store.router_number
-            newest = max(newest, self.store.newest_id)
-        # After a clock that was ahead, ids grow by as little as they can, until it is that late.
-        next_free = newest - newest % MAX_ROUTERS + MAX_ROUTERS
-        self.last_id = max(next_free, time_id(timestamp)) + number
-        return self.last_id
 
     def append_body(self, record: RequestRecord, data: bytes) -> None:
         """Keep a piece of an answer, up to the limits; from then on the answer's end alone."""
@@ -14125,10 +14462,12 @@ class RequestLog:
 
     async def wait_to_begin(self) -> None:
         """Wait, before a request begins, while the thread is behind with the rows of others."""
-        if not self.opened.is_set():
-            # The first id has to be above those that the database has.
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.readers, self.opened.wait, self.limits.log_wait)
+        if not self.opened.is_set() and self.loop is None:
+            # The first id has to be above those that the database has, which takes a moment, or
+            # longer when its tables are brought up to date.
+            self.hold_requests()
+            if self.opened.is_set():
+                self.may_begin.set()
         if not self.may_begin.is_set():
             await self.may_begin.wait()
 
@@ -14216,7 +14555,7 @@ class RequestLog:
                 break
             self.wait_for_work()
         if self.store:
-            self.store.close()
+            self.store.end()
 
     def try_step(self, step: Callable[[], None]) -> bool:
         """Do a step; when it has a fault, print that and return False, so that the log goes on."""
@@ -14309,6 +14648,7 @@ class RequestLog:
         record.trail, record.secrets, record.attempts = (), (), []
         record.changes = ()
         record.target = record.requested_model = record.mapped_model = record.sent_model = ""
+        record.subject = record.session = record.asked = ""
 
     def is_hurried(self) -> bool:
         """Tell whether so many rows wait that bodies have to be cut short."""
@@ -14335,7 +14675,8 @@ class RequestLog:
         for record in list(self.running.values()):
             # One that has just finished may still be among them; its row must not be undone.
             is_running = record.finished_at is None
-            is_new = not record.has_unfinished_row
+            # One without an id gets its row when it has ended.
+            is_new = record.id > 0 and not record.has_unfinished_row
             if is_running and is_new and record.started_at < begun_before:
                 records.append(record)
         return records
@@ -14353,7 +14694,7 @@ class RequestLog:
             if self.is_suspect:
                 self.is_suspect = False
                 self.store.check()
-            self.store.open()
+            self.ids.refill(self.store.open())
             while running or self.ready_rows:
                 self.write_transaction(running)
                 running = []
@@ -14371,6 +14712,7 @@ class RequestLog:
         """Write a batch of rows that are ready, and unfinished ones. Raises what `write` does."""
         count = min(self.ready_rows, self.limits.batch_rows)
         batch = list(itertools.islice(self.finished, count))
+        self.ids.number(batch)
         unfinished = [make_row(record, Detail(), finished=False) for record in running]
         self.store.write(unfinished, batch, sum_rows(record.row for record in batch))
         for record in running:
@@ -15028,6 +15370,7 @@ class Exchange:
         self.error_content = b""
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         self.record.secrets = context.secrets_of(request)
+        self.record.note_conversation(parsed)
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
@@ -15936,17 +16279,15 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
     _, _, name, *rest = request.path.split("/", 3)
     path = f"/{''.join(rest)}"
     content = request.content
-    model = ""
-    stream = False
     # What can be read of it is for its row alone, and need not be right.
+    read = ParsedRequest(path, request.query, content)
     with contextlib.suppress(RouterError):
         read = await context.work(len(content), read_object, path, request.query, content)
-        model = read.model
-        stream = read.stream
-    decision = resolve_server(context.table, urllib.parse.unquote(name), model)
-    parsed = ParsedRequest(path, request.query, content, model=model)
+    decision = resolve_server(context.table, urllib.parse.unquote(name), read.model)
+    parsed = ParsedRequest(path, request.query, content, model=read.model)
     exchange = Exchange(context, request, parsed, decision)
-    exchange.record.stream = stream
+    exchange.record.stream = read.stream
+    exchange.record.note_conversation(read)
     await exchange.run()
 
 
@@ -15993,6 +16334,7 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
         "id": record.id,
         "request_id": record.request_id,
         "source_ip": record.source_ip,
+        "client": record.client,
         "path": cut_name(record.shown_target),
         "original_model": cut_name(record.requested_model),
         "mapped_model": cut_name(record.mapped_model),
@@ -16035,6 +16377,8 @@ SUMMED_COLUMNS = ", ".join(f"TOTAL({name})" for name in TALLY_COLUMNS)
 # The filters of a list of rows, those first that few rows pass as a rule.
 MODEL_FILTER = "? IN (sent_model, original_model)"
 ROW_FILTERS = {
+    "session": "session = ?",
+    "client": "client = ?",
     "source": "source_ip = ?",
     "model": MODEL_FILTER,
     "upstream": "upstream_url = ?",
@@ -16046,10 +16390,10 @@ MODEL_LOOK_UPS = ("sent_model = ?", "original_model = ? AND original_model <> se
 # What a search for text looks at. Each of its words may stand in another column.
 SEARCHED = """original_model || ' ' || mapped_model || ' ' || sent_model || ' ' || path || ' ' ||
     upstream_url || ' ' || route || ' ' || ifnull(error_message, '') || ' ' || source_ip || ' ' ||
-    request_id"""
+    request_id || ' ' || client || ' ' || ifnull(asked, '') || ' ' || ifnull(answered, '')"""
 HAS_WORD = f"{SEARCHED} LIKE ? ESCAPE '\\'"
 # Members of a row's document that no answer has, and those that lists leave out, too.
-NEVER_SHOWN = ("level",)
+NEVER_SHOWN = ("level", "router", "asked", "answered")
 UNLISTED = (
     "sent_model",
     "cached_tokens",
@@ -16060,7 +16404,9 @@ UNLISTED = (
 )
 # The columns of a table: what a list shows of a row, in its order.
 TABLE_COLUMNS = [
-    name for name in (*Row._fields, "total_tokens", "is_inflight") if name not in UNLISTED
+    name
+    for name in (*Row._fields, "total_tokens", "is_inflight")
+    if name not in UNLISTED or name in ("asked", "answered")
 ]
 
 # A point of the performance page: what it is called, and how the database makes it.
@@ -16106,6 +16452,12 @@ SUM_KEYS = {
 }
 
 
+# An id that no row of an hour, or of a later one, is below. A clock may have been put back, and
+# each router takes ids by the block: so the ids alone tell no time.
+FIRST_ID = "(SELECT ifnull(min(first_id), 1) FROM hours WHERE hour >= {})"
+IN_WINDOW = f"id >= {FIRST_ID.format(':begin_hour')}"
+
+
 class Condition(NamedTuple):
     """A test on rows or a statement with tests, in SQL, and the values of its question marks."""
 
@@ -16139,16 +16491,16 @@ class Window(NamedTuple):
         return (self.begin + HOUR_MS // 2) // HOUR_MS
 
     @property
-    def first_id(self) -> int:
-        """An id that no row of the window is below: ids are those of their time, or higher."""
-        return time_id((self.begin - 1) / 1000)
+    def begin_hour(self) -> int:
+        """The hour in which the window begins."""
+        return self.begin // HOUR_MS
 
     def values(self) -> dict[str, int]:
         """Return what statements call its parts."""
         return {
             "begin": self.begin,
             "end": self.end,
-            "first_id": self.first_id,
+            "begin_hour": self.begin_hour,
             "first_hour": self.first_hour,
             "nearest_hour": self.nearest_hour,
             "end_hour": self.end // HOUR_MS,
@@ -16190,8 +16542,8 @@ def parse_age(text: str) -> float:
     return int(text[:-1]) * unit
 
 
-def parse_model(text: str) -> str:
-    """Read the name of a model, and return it as rows have it. Raises ValueError."""
+def parse_shown_name(text: str) -> str:
+    """Read the name of a model or client, and return it as rows have it. Raises ValueError."""
     return cut_name(parse_text(text))
 
 
@@ -16209,17 +16561,19 @@ LOG_PARAMETERS: Parameters = {
     "before": number_between(0, 2**63 - 1),
     "q": parse_words,
     "service_type": choice_of(*SERVICES),
-    "model": parse_model,
+    "model": parse_shown_name,
     "upstream": parse_text,
     "status": parse_status,
     "begin": MOMENT,
     "end": MOMENT,
     "source": parse_text,
+    "client": parse_shown_name,
+    "session": parse_text,
 }
 POINT_PARAMETERS: Parameters = {
     "hours": HOURS,
     "limit": number_between(1, 20_000),
-    "model": parse_model,
+    "model": parse_shown_name,
     "upstream": parse_text,
     "service_type": choice_of(*SERVICES),
 }
@@ -16232,7 +16586,7 @@ ROUTE_PARAMETERS: Parameters = {
 }
 EXPORT_PARAMETERS: Parameters = {
     "since": parse_age,
-    "model": parse_model,
+    "model": parse_shown_name,
     "format": choice_of("jsonl", "csv", "openai"),
 }
 
@@ -16286,8 +16640,8 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
     values = [parameters.get("before", 2**62)]
     if "window" in parameters:
         window = parameters["window"]
-        tests += ["id >= ?", "+timestamp >= ?", "+timestamp < ?"]
-        values += [window.first_id, window.begin, window.end]
+        tests += [f"id >= {FIRST_ID.format('?')}", "+timestamp >= ?", "+timestamp < ?"]
+        values += [window.begin_hour, window.begin, window.end]
     for condition in conditions[1:]:
         tests.append(f"+{condition.text}")
         values += condition.values
@@ -16344,6 +16698,8 @@ def row_document(row: Row, left_out: Sequence[str] = UNLISTED) -> dict[str, Any]
         "stream": bool(row.stream),
         "attempts": [Attempt(*attempt)._asdict() for attempt in json.loads(row.attempts)],
         "tokens_per_second": token_rate(row.completion_tokens, row.duration_ms, row.ttft_ms),
+        "preview": {"asked": row.asked or "", "answered": row.answered or ""},
+        "warnings": json.loads(row.warnings or "[]"),
     }
     for name in left_out:
         del document[name]
@@ -16493,7 +16849,7 @@ def read_points(
     """
     indexes = [POINT_INDEXES[name] for name in filters]
     index = indexes[0] if indexes else "by_time"
-    tests = ["id >= :first_id", "timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
+    tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
     tests += [POINT_FILTERS[name] for name in filters]
     tests.append(f"level >= {level}")
     if level >= SAMPLE_LEVEL:
@@ -16750,7 +17106,7 @@ def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[st
     window = Window.of(3600, time.time())
     rows = db.execute(
         "SELECT failed, duration_ms FROM requests INDEXED BY by_upstream WHERE upstream_url = :url "
-        "AND id >= :first_id AND timestamp >= :begin AND timestamp < :end AND failed NOTNULL",
+        f"AND {IN_WINDOW} AND timestamp >= :begin AND timestamp < :end AND failed NOTNULL",
         {"url": url, **window.values()},
     ).fetchall()
     durations = [duration for failed, duration in rows if not failed]
@@ -16777,7 +17133,8 @@ def body_text(body: bytes) -> tuple[str | None, str]:
 def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, Any]:
     """Return everything about one request."""
     meta = json.loads(detail.meta)
-    path = row.path.partition("?")[0]
+    target = meta.get("target", row.path)
+    path = protocol_path(target.partition("?")[0])
     response_lines = meta.get("response_headers", [])
     fields = Fields([(name.lower(), name, value) for name, value in response_lines])
     response = detail.response
@@ -16792,6 +17149,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     request_cut, response_cut = meta.get("cut", (False, False))
     document = {
         **row_document(row, NEVER_SHOWN),
+        "path": target,
         "phase": phase,
         "transcript": transcript,
         "trail": [Step(*step)._asdict() for step in meta.get("trail", ())],
@@ -16839,18 +17197,26 @@ def read_record(record: RequestRecord, encode: Encoder) -> bytes:
     return encode(detail_document(record.row, unpack_detail(record.data, blobs)))
 
 
+# What names a request in a path: its id, which clients do not know, or what they got in
+# REQUEST_ID_FIELD.
+NAMED_BY = {"id": re.compile(r"/(-?[0-9]{1,18})"), "request_id": re.compile(r"/([0-9a-f]{20})")}
+
+
 def read_request(
-    log: RequestLog, db: sqlite3.Connection, row_id: int, encode: Encoder
+    log: RequestLog, db: sqlite3.Connection, column: str, key: int | str, encode: Encoder
 ) -> bytes | None:
-    """Return everything about a request that is written, None when there is none of that id."""
-    found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE id = ?", (row_id,)).fetchone()
+    """Return everything about a request that is written, None when there is none of that name."""
+    found = db.execute(f"SELECT {COLUMNS} FROM requests WHERE {column} = ?", (key,)).fetchone()
     if found is None:
         return None
-    return encode(detail_document(Row._make(found), log.store.read_detail(db, row_id)))
+    row = Row._make(found)
+    return encode(detail_document(row, log.store.read_detail(db, row.id)))
 
 
-async def find_request_by_id(log: RequestLog, row_id: int, encode: Encoder) -> bytes | None:
-    """Return everything about a request, None when there is none of that id.
+async def find_named_request(
+    log: RequestLog, column: str, key: int | str, encode: Encoder
+) -> bytes | None:
+    """Return everything about a request, None when there is none of that name.
 
     One that runs, or waits to be written, is there whatever the database is like. It is encoded by
     the thread that has read it: what is long would stall every other request here, and documents
@@ -16858,18 +17224,21 @@ async def find_request_by_id(log: RequestLog, row_id: int, encode: Encoder) -> b
     """
     # In this order, in which records move on.
     for record in [*list(log.running.values()), *list(log.finished)]:
-        if record.id == row_id:
+        if getattr(record, column) == key:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(log.readers, read_record, record, encode)
-    return await log.ask(read_request, row_id, encode)
+    return await log.ask(read_request, column, key, encode)
 
 
 async def find_request(log: RequestLog, path: str, encode: Encoder) -> bytes:
     """Return the request that a path names. Raises NotFound."""
-    found = re.search(r"/([0-9]{1,18})$", path)
     encoded = None
-    if found:
-        encoded = await find_request_by_id(log, int(found[1]), encode)
+    last_segment = path[path.rindex("/") :]
+    for column, pattern in NAMED_BY.items():
+        found = pattern.fullmatch(last_segment)
+        if found:
+            key = int(found[1]) if column == "id" else found[1]
+            encoded = await find_named_request(log, column, key, encode)
     if encoded is None:
         raise NotFound("no such request; it may be older than MAX_LOG_AGE_DAYS")
     return encoded
@@ -16906,7 +17275,9 @@ def csv_line(values: Iterable[Any]) -> str:
 
 def table_line(row: Row) -> str:
     """Return a row as a line of a table."""
-    document = {**row_document(row), "attempts": row.attempts}
+    # Here each cell holds a text.
+    texts = {name: getattr(row, name) for name in ("attempts", "asked", "answered", "warnings")}
+    document = {**row_document(row), **texts}
     return csv_line(document[name] for name in TABLE_COLUMNS)
 
 
