@@ -4682,6 +4682,9 @@ def add_part(message: Message, part: Part) -> None:
     if kind in (TEXT, SYSTEM, REFUSAL):
         if not isinstance(value, str):
             raise odd_part(part)
+        if kind == SYSTEM and message.texts and not message.texts[-1].endswith("\n"):
+            # Blocks of a system prompt are paragraphs.
+            message.texts.append("\n")
         message.texts.append(value)
     elif kind == THINKING and isinstance(value, str):
         # Some servers say each thought twice, as `reasoning` and as `reasoning_content`.
@@ -6049,7 +6052,8 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
         own_options = options if isinstance(options, dict) else {}
         edits[("stream_options",)] = {**own_options, "include_usage": True}
     attribution: Path = ()
-    if changes.strip_attribution:
+    # Nearly always it is nowhere, and then nothing has to be looked at.
+    if changes.strip_attribution and ATTRIBUTION in text:
         attribution = find_attribution(parsed.protocol, document)
     tool_names = parsed.tool_names if changes.flatten_namespaces else None
     if text is parsed.text and not (edits or adds_options or attribution or tool_names):
@@ -15825,7 +15829,7 @@ class Exchange:
             no_think=settings.disable_thinking,
             include_usage=candidate.hide_usage,
             strip_attribution=settings.strip_attribution and not server.is_anthropic,
-            flatten_namespaces=not server.knows_namespaces,
+            flatten_namespaces=self.flattens_namespaces(candidate),
             parameters=self.parameters_of(candidate),
             note_change=candidate.changes.append,
             refused=candidate.refused,
@@ -15848,6 +15852,11 @@ class Exchange:
             self.writer.keep_alive = False
         return candidate.response
 
+    def flattens_namespaces(self, candidate: Candidate) -> bool:
+        """Tell whether tools may stand in namespaces that this candidate does not know."""
+        has_namespaces = self.parsed.protocol.has_namespaces
+        return has_namespaces and not candidate.instance.server.knows_namespaces
+
     def forwarding(self, candidate: Candidate) -> Forwarding:
         """Return what the fields of the request depend on when it goes to this candidate."""
         return Forwarding(
@@ -15867,7 +15876,6 @@ class Exchange:
         client has no head yet that says something else. Where it cannot, raises BadGateway.
         """
         candidate = self.candidate
-        server = candidate.instance.server
         head = candidate.response.head
         coding = read_coding(head.fields)
         begun = self.sent != NOTHING
@@ -15885,7 +15893,7 @@ class Exchange:
             limits=self.context.limits,
             begun=begun,
             note_opened=candidate.note_opened,
-            tool_names=None if server.knows_namespaces else self.parsed.tool_names,
+            tool_names=self.parsed.tool_names if self.flattens_namespaces(candidate) else None,
         )
         rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
         if not rewriter or not coding:
@@ -18136,6 +18144,9 @@ class Found(NamedTuple):
     def choose_endpoint(self, fields: Fields) -> Endpoint | None:
         """Return who serves a request with these fields; None for nobody."""
         for endpoint in self.of_method:
+            # Nearly all endpoints serve any request.
+            if not endpoint.accept and not endpoint.upgrade:
+                return endpoint
             accepted = endpoint.accept in (fields.get("accept") or "").lower()
             if accepted and endpoint.upgrade in (fields.get("upgrade") or "").lower():
                 return endpoint

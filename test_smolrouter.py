@@ -5918,6 +5918,9 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
         {"role": "user", "content": []}]},
      b"", [("assistant", "", "", [("t1", "f", ""), ("t2", "g", "")]), ("tool", "1", "", []),
            ("tool", "23", "", []), ("user", "go on", "", []), ("user", "", "", [])]),
+    ("blocks of a system prompt", "/v1/messages", {"system": [
+        {"type": "text", "text": "a"}, {"type": "text", "text": "b\n"},
+        {"type": "text", "text": "c"}], "messages": []}, b"", [("system", "a\nb\nc", "", [])]),
     ("tools of the server", "/v1/messages", {}, [
         {"type": "content_block_start", "index": 0, "content_block": {
             "type": "server_tool_use", "id": "s1", "name": "web_search", "input": {}}},
