@@ -7986,8 +7986,14 @@ def index_names(names: Iterable[str]) -> ListedNames:
 # in memory. Some clients say which conversation a request is of; else its beginning tells.
 
 # The fields in which clients name the conversation, the first one that is there counts. They are
-# those of many clients, of Claude Code, of Codex and of Open WebUI.
-SESSION_FIELDS = ("x-session-id", "x-claude-code-session-id", "session_id", "x-openwebui-chat-id")
+# those of many clients, of Claude Code, of Codex, older and newer, and of Open WebUI.
+SESSION_FIELDS = (
+    "x-session-id",
+    "x-claude-code-session-id",
+    "session_id",
+    "session-id",
+    "x-openwebui-chat-id",
+)
 # So many characters of each text go into the hash, and so many messages are looked at. What
 # follows, such as the time at the end of a system prompt, changes from turn to turn.
 HASHED_TEXT = 2 * KiB
@@ -8011,7 +8017,11 @@ def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tupl
         words = words[:count]
     beginning = []
     for message in read_messages(protocol, {**document, protocol.user_words: words}, tolerant=True):
-        beginning.append((str(message.role), "".join(message.texts)[:HASHED_TEXT]))
+        text = "".join(message.texts)
+        if not beginning and message.role in SYSTEM_ROLES and text.startswith(ATTRIBUTION):
+            # Its first line has another value in every request.
+            text = text.partition("\n")[2]
+        beginning.append((str(message.role), text[:HASHED_TEXT]))
         if message.role == "user":
             break
     return beginning

@@ -10040,6 +10040,22 @@ def test_session_keys() -> None:
     assert all(re.fullmatch("[0-9a-f]{12}", other) for other in others)
 
 
+def test_session_keys_do_not_depend_on_the_line_of_claude_code() -> None:
+    user = {"role": "user", "content": "Hi"}
+    ways: tuple[tuple[str, Callable[[str], dict[str, Any]]], ...] = (
+        (ANTHROPIC, lambda line: {"system": [{"text": line}, {"text": "You"}], "messages": [user]}),
+        (ANTHROPIC, lambda line: {"system": f"{line}\nYou", "messages": [user]}),
+        (CHAT, lambda line: {"messages": [{"role": "system", "content": f"{line}\nYou"}, user]}),
+        (RESPONSES, lambda line: {"instructions": f"{line}\nYou", "input": [user]}),
+    )
+    for path, document in ways:
+        keys = {session_key(document(BILLING % value), path) for value in ("1", "2")}
+        assert len(keys) == 1, path
+    assert session_key({"messages": [{**user, "content": BILLING % 1}]}) != session_key(
+        {"messages": [{**user, "content": BILLING % 2}]}
+    )
+
+
 def test_session_keys_that_clients_give() -> None:
     def key_of(changes: Mapping[str, Any] = {}, **fields: str) -> str:
         lines = [(name.replace("__", "-"), name, value) for name, value in fields.items()]
@@ -10053,6 +10069,7 @@ def test_session_keys_that_clients_give() -> None:
     assert key_of({"prompt_cache_key": "p"}) == "p"
     assert key_of({"prompt_cache_key": "p"}, x__openwebui__chat__id="o") == "o"
     assert key_of(session_id="codex", x__openwebui__chat__id="o") == "codex"
+    assert key_of(session__id="codex", x__openwebui__chat__id="o") == "codex"
     assert key_of(x__claude__code__session__id=" c ", session_id="s") == "c"
     assert key_of(x__claude__code__session__id="c", x__session__id="x") == "x"
     assert key_of(x__session__id="") == ""
