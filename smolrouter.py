@@ -7121,12 +7121,21 @@ SAME_OPTIONS = (
     "top_p",
     "top_k",
     "min_p",
+    "typical_p",
     "seed",
     "stop",
     "presence_penalty",
     "frequency_penalty",
     "repeat_penalty",
+    "repeat_last_n",
 )
+# For so many of the likeliest tokens Ollama's clients may ask, at each place.
+MOST_TOP_LOGPROBS = 20
+
+
+def spell_role(role: Any) -> Any:
+    """Return a role as OpenAI's servers spell it: Ollama takes it in any case."""
+    return role.lower() if isinstance(role, str) else role
 
 
 def openai_message(message: Message, index: int) -> dict[str, Any]:
@@ -7136,7 +7145,7 @@ def openai_message(message: Message, index: int) -> dict[str, Any]:
         text_parts = [{"type": "text", "text": content}] if content else []
         image_parts = [{"type": "image_url", "image_url": {"url": url}} for url in message.images]
         content = text_parts + image_parts
-    document = {"role": message.role, "content": content}
+    document = {"role": spell_role(message.role), "content": content}
     calls = []
     for number, call in enumerate(message.calls):
         named = isinstance(call.name, str) and call.name
@@ -7197,7 +7206,7 @@ def openai_messages(messages: Iterable[Message]) -> Iterator[dict[str, Any]]:
         document = openai_message(message, index)
         for call in document.get("tool_calls", ()):
             unanswered.add(call["id"], call["function"]["name"])
-        if message.role == "tool":
+        if document["role"] == "tool":
             name = message.name
             require_content(
                 isinstance(name, str | None), f"messages[{index}]: its tool's name is no string"
@@ -7246,6 +7255,25 @@ def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
     return translated
 
 
+def logprobs_wish(document: Mapping[str, Any], as_number: bool) -> dict[str, Any]:
+    """Return Ollama's wish for the probabilities of tokens as OpenAI's chats have it.
+
+    `{"logprobs": true, "top_logprobs": 3}`  ->  the same, with `as_number` `{"logprobs": 3}`, as
+    completions have it. Raises MalformedContent.
+    """
+    most = document.get("top_logprobs") or 0
+    fits = isinstance(most, int) and 0 <= most <= MOST_TOP_LOGPROBS
+    require_content(
+        fits, f"`top_logprobs` is {json.dumps(most)[:80]} instead of 0 to {MOST_TOP_LOGPROBS}"
+    )
+    if document.get("logprobs") is not True:
+        return {}
+    if as_number:
+        # Without any, some servers tell none at all.
+        return {"logprobs": max(most, 1)}
+    return {"logprobs": True, "top_logprobs": most} if most else {"logprobs": True}
+
+
 def read_think(document: Mapping[str, Any]) -> str:
     """Return how much a client of Ollama's wishes to be thought, "" when it says nothing.
 
@@ -7276,6 +7304,7 @@ def encode_ollama_chat(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
         translated["messages"] = list(openai_messages(messages))
     translated["stream"] = parsed.stream
     translated |= openai_options(document)
+    translated |= logprobs_wish(document, as_number=openai.raw_prompts)
     if changes.include_usage:
         translated["stream_options"] = {"include_usage": True}
         changes.note_added(USAGE_MEMBER)
@@ -7356,14 +7385,59 @@ def estimate_prompt(parsed: ParsedRequest) -> int:
     return tokens_of(sum(len(text) for text in texts if isinstance(text, str)))
 
 
-def ollama_call(call: ToolCall) -> dict[str, Any]:
-    """Return a gathered tool call, whose arguments are an object."""
+def ollama_logprob(entry: Any, most: int) -> dict[str, Any] | None:
+    """Return what an entry of OpenAI's says of a token, with `most` others at its place.
+
+    `{"token": "a", "logprob": -0.1, "top_logprobs": []}`, 0  ->  `{"token": "a", "logprob": -0.1}`
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("logprob"), int | float):
+        return None
+    told = {
+        name: entry[name] for name in ("token", "logprob", "bytes") if entry.get(name) is not None
+    }
+    others = entry.get("top_logprobs")
+    if most and isinstance(others, list) and others:
+        told_others = [ollama_logprob(other, 0) for other in others[:most]]
+        told["top_logprobs"] = [other for other in told_others if other]
+    return told
+
+
+def read_logprobs(choice: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
+    """Return the probabilities that a choice of OpenAI's tells, as Ollama has them.
+
+    `{"logprobs": {"tokens": ["Hi"], "token_logprobs": [-0.1]}}`, as in completions, and
+    `{"logprobs": {"content": [{"token": "Hi", "logprob": -0.1}]}}`, as in chats
+    ->  `[{"token": "Hi", "logprob": -0.1}]`
+    """
+    told = choice.get("logprobs")
+    if not isinstance(told, dict):
+        return []
+    entries = told.get("content")
+    if isinstance(told.get("tokens"), list) and isinstance(told.get("token_logprobs"), list):
+        tops = told.get("top_logprobs")
+        tops = tops if isinstance(tops, list) else []
+        entries = []
+        for token, logprob, top in itertools.zip_longest(
+            told["tokens"], told["token_logprobs"], tops
+        ):
+            others = top.items() if isinstance(top, dict) else ()
+            top_logprobs = [{"token": name, "logprob": value} for name, value in others]
+            entries.append({"token": token, "logprob": logprob, "top_logprobs": top_logprobs})
+    if not isinstance(entries, list):
+        return []
+    return [entry for entry in (ollama_logprob(entry, most) for entry in entries) if entry]
+
+
+def ollama_call(call: ToolCall, index: int, other_id: str) -> dict[str, Any]:
+    """Return a gathered tool call, whose arguments are an object; `other_id` if it has none."""
     text = "".join(call.arguments) or "{}"
     arguments = parse_object(text)
     if arguments is None:
         # A model may write broken JSON. Ollama's clients expect an object all the same.
         arguments = {"_raw": text}
-    return {"function": {"name": call.name or "", "arguments": arguments}}
+    call_id = call.id if isinstance(call.id, str) else other_id
+    function = {"index": index, "name": call.name or "", "arguments": arguments}
+    return {"id": call_id, "function": function}
 
 
 class OllamaTranslation:
@@ -7396,10 +7470,17 @@ class OllamaTranslation:
         self.text_path = plan.parsed.protocol.text_path
         # How much was said in all, for a server that does not count.
         self.characters = 0
+        # How many probabilities are told at each place, None if nobody asked for them.
+        asks = plan.parsed.document.get("logprobs") is True
+        self.top_logprobs = plan.parsed.document.get("top_logprobs") or 0 if asks else None
+        # How many calls were told, and what the ids of those begin with that have none.
+        self.told_calls = 0
+        self.call_prefix = f"call_{int(plan.now() * 1e6):x}_"
         # What the next line says.
         self.texts: list[str] = []
         self.thoughts: list[str] = []
         self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
 
     def change_block(self, block: bytes) -> bytes:
         """Return the lines that some events make."""
@@ -7428,6 +7509,8 @@ class OllamaTranslation:
                 add_part(message, part)
             except MalformedContent as error:
                 raise BadGateway(f"the answer has a shape that cannot be read: {error}") from None
+        if self.top_logprobs is not None:
+            self.take_logprobs(document)
         text = "".join(message.texts)
         if message.thoughts:
             self.take_thoughts(message.thoughts)
@@ -7440,6 +7523,12 @@ class OllamaTranslation:
         if self.buffers or not (self.texts or self.thoughts or self.calls):
             return b""
         return self.encode_line({"done": False})
+
+    def take_logprobs(self, document: Mapping[str, Any]) -> None:
+        """Put into the next line what the first choice tells of its tokens."""
+        choices = document.get("choices")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            self.logprobs += read_logprobs(choices[0], self.top_logprobs)
 
     def take_thoughts(self, thoughts: list[str]) -> None:
         """Put into the next line what the server has told apart from the text."""
@@ -7462,7 +7551,9 @@ class OllamaTranslation:
         if last:
             for call in self.message.calls:
                 self.characters += sum(map(len, call.arguments))
-            self.calls += [ollama_call(call) for call in self.message.calls]
+                other_id = f"{self.call_prefix}{self.told_calls}"
+                self.calls.append(ollama_call(call, self.told_calls, other_id))
+                self.told_calls += 1
             self.message.calls = []
 
     def encode_line(self, end: Mapping[str, Any]) -> bytes:
@@ -7475,6 +7566,9 @@ class OllamaTranslation:
         self.texts = []
         self.thoughts = []
         self.calls = []
+        if self.logprobs:
+            end = {**end, "logprobs": self.logprobs}
+            self.logprobs = []
         created_at = rfc3339(self.plan.now())
         document = ollama_document(self.model, self.text_path, created_at, says, end)
         return encode_json(document) + LINES.mark
@@ -7585,8 +7679,8 @@ def ollama_embedding_loaded(parsed: ParsedRequest, created_at: str) -> dict[str,
 
 # --- Ollama: models -------------------------------------------------------------------
 
-# The version of Ollama's API that is spoken here.
-OLLAMA_VERSION = "0.12.0"
+# The version of Ollama's API that is spoken here: clients look at it before they use a field.
+OLLAMA_VERSION = "0.32.15"
 # /api/ps says for how many seconds a model stays in memory; nobody knows, so five minutes.
 RUNNING_FOR = 300.0
 # When a model was changed last, if nobody knows: Ollama's program says "Never" of this.

@@ -6025,9 +6025,11 @@ def test_calls_of_fragments(fragments: list[Fragment], wanted: Any, together: bo
         for line in translated([data], stream, {}):
             found += line["message"].get("tool_calls", [])
         assert [call["function"] for call in found] == [
-            {"name": name or "", "arguments": json.loads(arguments)}
-            for _, name, arguments in wanted
+            {"index": index, "name": name or "", "arguments": json.loads(arguments)}
+            for index, (_, name, arguments) in enumerate(wanted)
         ]
+        # Results are matched by them, and the server may have told none.
+        assert len({call["id"] for call in found}) == len(found)
 
 
 @pytest.mark.parametrize("index", [None, 0])
@@ -6038,7 +6040,9 @@ def test_calls_of_a_message_are_whole(index: Any, arguments: Any) -> None:
     ((_, _, _, found),) = said_in(document)
     assert found == [(None, "f", '{"a":1}')] * 2
     got = translated_document(document)
-    assert got["message"]["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}] * 2
+    assert [call["function"] for call in got["message"]["tool_calls"]] == [
+        {"index": number, "name": "f", "arguments": {"a": 1}} for number in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
@@ -6792,7 +6796,7 @@ TRANSLATED: dict[str, tuple[Any, list[Any], list[dict[str, Any]]]] = {
     "apart, refused": ({"think": False}, [{"reasoning": "hm"}, {"content": "Hi"}],
                        [{"content": "Hi"}]),
     "a call": ({}, CALL_PIECES, [{"content": "", "tool_calls": [
-        {"function": {"name": "f", "arguments": {"a": 1}}}]}]),
+        {"id": "c", "function": {"index": 0, "name": "f", "arguments": {"a": 1}}}]}]),
 }  # fmt: skip
 COUNTS = {"prompt_tokens": 3, "completion_tokens": 2}
 
@@ -6814,6 +6818,116 @@ def translated_document(
     plan = answer_plan(path, {**(asked or {}), "stream": False}, dialect, native=False)
     rewriter = smolrouter.choose_rewriter(plan, 200, "application/json")
     return json.loads(rewriter.feed(encode_json(document)) + rewriter.finish())
+
+
+# What else a client of Ollama's asks for, and what a server of OpenAI's is asked for, in a chat and
+# in a completion of a raw prompt.
+LOGPROBS_WISHES: list[tuple[dict, dict, dict]] = [
+    ({}, {}, {}),
+    ({"logprobs": False, "top_logprobs": 3}, {}, {}),
+    ({"logprobs": True}, {"logprobs": True}, {"logprobs": 1}),
+    ({"logprobs": True, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 2}, {"logprobs": 2}),
+]
+
+
+def test_ollama_asks_for_logprobs_in_the_words_of_chats_and_of_completions() -> None:
+    for asked, in_chat, in_completion in LOGPROBS_WISHES:
+        for raw, wanted in ((False, in_chat), (True, in_completion)):
+            document = {"model": "m", "prompt": "a", "raw": raw, **asked}
+            parsed = smolrouter.read_object("/api/generate", "", encode_json(document))
+            got = smolrouter.encode_ollama_chat(parsed, smolrouter.RequestChanges("m"))
+            names = ("logprobs", "top_logprobs")
+            assert {k: v for k, v in json.loads(got).items() if k in names} == wanted
+    for most in (-1, 21, 1.5, "3", [1]):
+        document = {"model": "m", "prompt": "a", "top_logprobs": most}
+        parsed = smolrouter.read_object("/api/generate", "", encode_json(document))
+        with pytest.raises(smolrouter.MalformedContent, match="instead of 0 to 20"):
+            smolrouter.encode_ollama_chat(parsed, smolrouter.RequestChanges("m"))
+
+
+CHAT_LOGPROBS = [
+    {"token": "Hi", "logprob": -0.5, "bytes": [72, 105],
+     "top_logprobs": [{"token": "Hi", "logprob": -0.5, "bytes": None},
+                      {"token": "Yo", "logprob": -2}]},
+    {"token": "!", "logprob": -1, "bytes": None, "top_logprobs": []},
+]  # fmt: skip
+OLLAMA_LOGPROBS = [
+    {"token": "Hi", "logprob": -0.5, "bytes": [72, 105],
+     "top_logprobs": [{"token": "Hi", "logprob": -0.5}, {"token": "Yo", "logprob": -2}]},
+    {"token": "!", "logprob": -1},
+]  # fmt: skip
+COMPLETION_LOGPROBS = {
+    "tokens": ["Hi", "!"], "token_logprobs": [-0.5, -1],
+    "top_logprobs": [{"Hi": -0.5, "Yo": -2}, None], "text_offset": [0, 2],
+}  # fmt: skip
+
+
+def test_ollama_tells_logprobs_whole_and_streamed() -> None:
+    asked = {"logprobs": True, "top_logprobs": 5}
+    choice = {"message": {"content": "Hi!"}, "logprobs": {"content": CHAT_LOGPROBS}}
+    got = translated_document({"choices": [choice]}, asked)
+    assert got["logprobs"] == OLLAMA_LOGPROBS and got["message"]["content"] == "Hi!"
+    # Who asks for none gets none, and who asks for the token's own alone gets no others.
+    assert "logprobs" not in translated_document({"choices": [choice]})
+    alone = translated_document({"choices": [choice]}, {"logprobs": True})["logprobs"]
+    assert [sorted(entry) for entry in alone] == [
+        ["bytes", "logprob", "token"],
+        ["logprob", "token"],
+    ]
+    choice = {"text": "Hi!", "logprobs": COMPLETION_LOGPROBS}
+    raw = {"prompt": "a", "raw": True, **asked}
+    got = translated_document({"choices": [choice]}, raw, "/api/generate")
+    assert got["response"] == "Hi!"
+    assert got["logprobs"] == [
+        {k: v for k, v in entry.items() if k != "bytes"} for entry in OLLAMA_LOGPROBS
+    ]
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": entry["token"]},
+                      "logprobs": {"content": [entry]}}]}
+        for entry in CHAT_LOGPROBS
+    ]  # fmt: skip
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    lines = translated(map(encode_event, [*events, "[DONE]"]), True, asked)
+    assert [line.get("logprobs") for line in lines] == [*[[e] for e in OLLAMA_LOGPROBS], None]
+
+
+ODD_LOGPROBS: list[Any] = [
+    [], 5, {"content": {}}, {"content": [5, {}, {"logprob": "x"}]},
+    {"tokens": [], "token_logprobs": 5},
+    {"tokens": ["a"], "token_logprobs": [None], "top_logprobs": 7},
+    {"content": [{"token": "a", "logprob": None, "top_logprobs": [[]]}]},
+]  # fmt: skip
+
+
+def test_odd_logprobs_hurt_nobody() -> None:
+    for odd in ODD_LOGPROBS:
+        document = {"choices": [{"message": {"content": "Hi"}, "logprobs": odd}]}
+        got = translated_document(document, {"logprobs": True, "top_logprobs": 2})
+        assert "logprobs" not in got and got["message"]["content"] == "Hi"
+
+
+def test_ollama_roles_are_taken_in_any_case() -> None:
+    called = {"role": "ASSISTANT", "tool_calls": [{"id": "c7", "function": {"name": "f"}}]}
+    said = [{"role": "System", "content": "s"}, {"role": "User", "content": "u"}, called,
+            {"role": "Tool", "content": "t"}]  # fmt: skip
+    parsed = smolrouter.read_object("/api/chat", "", encode_json({"model": "m", "messages": said}))
+    got = json.loads(smolrouter.encode_ollama_chat(parsed, smolrouter.RequestChanges("m")))
+    messages = got["messages"]
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool"]
+    assert messages[3]["tool_call_id"] == messages[2]["tool_calls"][0]["id"] == "c7"
+
+
+def test_ids_of_calls_come_back_with_their_results() -> None:
+    """What an answer gives a call without an id, the next request names its result by."""
+    said = [{"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}] * 2
+    document = {"choices": [{"message": {"tool_calls": [m["tool_calls"][0] for m in said]}}]}
+    first = translated_document(document)["message"]
+    result = {"role": "tool", "content": "r", "tool_call_id": first["tool_calls"][1]["id"]}
+    talk = {"model": "m", "messages": [first, result]}
+    parsed = smolrouter.read_object("/api/chat", "", encode_json(talk))
+    sent = json.loads(smolrouter.encode_ollama_chat(parsed, smolrouter.RequestChanges("m")))
+    call, answer = sent["messages"]
+    assert answer["tool_call_id"] == call["tool_calls"][1]["id"] != call["tool_calls"][0]["id"]
 
 
 @pytest.mark.parametrize("asked, said, lines", TRANSLATED.values(), ids=TRANSLATED)
@@ -9169,6 +9283,8 @@ OLLAMA_OPTIONS: Cases = (
     ({"presence_penalty": 0.5}, {"presence_penalty": 0.5}),
     ({"frequency_penalty": -0.5}, {"frequency_penalty": -0.5}),
     ({"repeat_penalty": 1.1}, {"repeat_penalty": 1.1}),
+    ({"typical_p": 0.7}, {"typical_p": 0.7}),
+    ({"repeat_last_n": -1}, {"repeat_last_n": -1}),
     ({}, {}),
     (None, {}),
 )
@@ -9614,7 +9730,8 @@ def test_ollama_document_of_a_server_that_always_streams(path: str) -> None:
     message = got.json["message"] if path == "/api/chat" else got.json
     assert message["content" if path == "/api/chat" else "response"] == "Forty-two."
     assert message["thinking"] == "Hmm."
-    assert message["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+    function = {"index": 0, "name": "f", "arguments": {"a": 1}}
+    assert message["tool_calls"] == [{"id": "c", "function": function}]
     assert (got.json["prompt_eval_count"], got.json["eval_count"]) == (3, 1)
 
 
