@@ -3866,6 +3866,11 @@ OUTPUT_TEXT = re.compile(
     rb'"output_text"[^}]*?"text" ?: ?' + QUOTED
 )
 
+# Why there is no answer, in an event of /v1/responses or anywhere else.
+REFUSED_TEXT = re.compile(
+    rb'"response\.refusal\.delta"[^{}]*?"delta" ?: ?' + QUOTED + rb'|"refusal" ?: ?' + QUOTED
+)
+
 # A choice is at its end.
 FINISHED = re.compile(rb'"finish_reason" ?: ?"')
 
@@ -4863,6 +4868,25 @@ SEARCHED_ANSWER = MiB
 PREVIEWED_TEXT = 2 * KiB
 # What no text has that a filter would change.
 PLAIN_TEXT = re.compile(r"[^<\[\u25c1]*")
+# What agents put around and between the words of their users: Claude Code, Codex and Cline.
+CONTEXT_ELEMENT = re.compile(
+    r"\s*<(system-reminder|environment_context|environment_details|user_instructions|"
+    r"permissions_instructions|skills_instructions)>.*?</\1>\s*",
+    re.DOTALL,
+)
+
+
+def without_context(text: str) -> str:
+    """Return what the user said behind the elements that an agent has put before it.
+
+    `<system-reminder>It is late.</system-reminder> Hi`  ->  `Hi`
+    """
+    at = 0
+    element = CONTEXT_ELEMENT.match(text)
+    while element:
+        at = element.end()
+        element = CONTEXT_ELEMENT.match(text, at)
+    return text[at:]
 
 
 def read_last_words(protocol: Protocol, document: Mapping[str, Any]) -> str:
@@ -4874,21 +4898,25 @@ def read_last_words(protocol: Protocol, document: Mapping[str, Any]) -> str:
     words = document.get(protocol.user_words)
     if isinstance(words, str):
         return words
+    last = ""
     for element in reversed(words if isinstance(words, list) else ()):
         if isinstance(element, str):
             return element
         if not isinstance(element, dict) or element.get("role") != "user":
             continue
-        content = element.get("content")
-        if isinstance(content, str):
-            return content
-        # The result of a tool may come as a message of the user, too, or stand in one.
-        split = {protocol.user_words: split_results([element])}
-        said = read_messages(protocol, split, tolerant=True)
-        texts = ["".join(message.texts) for message in said if message.role == "user"]
-        if any(texts):
-            return "".join(texts)
-    return ""
+        text = element.get("content")
+        if not isinstance(text, str):
+            # The result of a tool may come as a message of the user, too, or stand in one.
+            split = {protocol.user_words: split_results([element])}
+            said = read_messages(protocol, split, tolerant=True)
+            users = [message for message in said if message.role == "user"]
+            text = "".join(itertools.chain.from_iterable(message.texts for message in users))
+        # While tools are called, an agent may say something of its own in the user's name.
+        said_text = without_context(text)
+        if said_text:
+            return said_text
+        last = last or text
+    return last
 
 
 def unescape_text(escaped: bytes) -> str:
@@ -4905,6 +4933,30 @@ def unescape_text(escaped: bytes) -> str:
     return ""
 
 
+def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
+    """Return how the texts that a pattern finds in an answer begin, without thinking."""
+    text = ""
+    for enough in (PREVIEWED_TEXT, SEARCHED_ANSWER):
+        pieces = []
+        size = 0
+        group = None
+        for match in pattern.finditer(answer, 0, SEARCHED_ANSWER):
+            group = group or match.lastindex
+            if match.lastindex != group:
+                continue
+            pieces.append(match[group])
+            size += len(pieces[-1])
+            if size >= enough:
+                break
+        text = unescape_text(b"".join(pieces)).lstrip()
+        if not PLAIN_TEXT.fullmatch(text):
+            text, _ = filter_text(text, FilterRules(think=True))
+            text = text.lstrip()
+        if text or size < enough:
+            break
+    return text
+
+
 def read_answer_start(path: str, answer: bytes) -> str:
     """Return how the text of an answer begins, whole or streamed, without thinking.
 
@@ -4919,24 +4971,9 @@ def read_answer_start(path: str, answer: bytes) -> str:
         protocol = find_protocol(protocol.openai_path)
     if protocol.said_text is None:
         return ""
-    for enough in (PREVIEWED_TEXT, SEARCHED_ANSWER):
-        pieces = []
-        size = 0
-        group = None
-        for match in protocol.said_text.finditer(answer, 0, SEARCHED_ANSWER):
-            group = group or match.lastindex
-            if match.lastindex != group:
-                continue
-            pieces.append(match[group])
-            size += len(pieces[-1])
-            if size >= enough:
-                break
-        text = unescape_text(b"".join(pieces)).lstrip()
-        if not PLAIN_TEXT.fullmatch(text):
-            text, _ = filter_text(text, FilterRules(think=True))
-            text = text.lstrip()
-        if text or size < enough:
-            break
+    text = read_said_text(protocol.said_text, answer)
+    if not text and b'"refusal' in answer:
+        text = read_said_text(REFUSED_TEXT, answer)
     return text
 
 
@@ -13576,7 +13613,9 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     # left, has cost what was said until then.
     began_well = record.answer_status < 400
     failed = record.status >= 400 and record.status != ClientClosed.status
-    if failed and not began_well:
+    # What was only counted has cost nothing either.
+    only_counted = find_protocol(protocol_path(record.path)).answer_member != ""
+    if only_counted or (failed and not began_well):
         return Usage(), False
     answer = detail.response + record.answer_end
     usage = read_usage(answer)

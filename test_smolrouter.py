@@ -6072,9 +6072,8 @@ def test_a_tool_s_result_has_the_name_of_the_tool() -> None:
 def test_previews_are_the_beginnings_of_transcripts() -> None:
     wrong = []
     for what, path, asked, answer, _ in TALKS:
-        # Several texts that come at once are joined, and so is one that comes twice. Refusals are
-        # not looked for.
-        if what in ("two choices", "said again beside an empty delta") or "refusal" in what:
+        # Several texts that come at once are joined, and so is one that comes twice.
+        if what in ("two choices", "said again beside an empty delta"):
             continue
         said = b"".join(map(encode_event, answer)) if isinstance(answer, list) else answer
         said = said if isinstance(said, bytes) else encode_json(said)
@@ -6107,6 +6106,30 @@ def test_the_beginning_of_an_answer_behind_long_thoughts_or_at_a_cut() -> None:
             # Half of an escaped character may be left.
             start = smolrouter.read_answer_start(CHAT, said[:cut]).rstrip("\ud83d")
             assert answer.startswith(start)
+
+
+def test_the_user_s_last_words_are_not_those_of_an_agent() -> None:
+    def text(words: str) -> dict[str, Any]:
+        return {"type": "text", "text": words}
+
+    reminder = text("<system-reminder>\nIt is <late>.\n</system-reminder>\n\n")
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "5"}
+    asked = {"role": "user", "content": [reminder, reminder, text("say hello")]}
+    environment = {"role": "user", "content": "<environment_context>x</environment_context>"}
+    mixed = {"role": "user", "content": f"{environment['content']} <b>go</b> on{reminder['text']}"}
+    cases = (
+        ([asked], "say hello"),
+        ([asked, {"role": "assistant"}, {"role": "user", "content": [result, reminder]}],
+         "say hello"),
+        ([environment, asked, environment], "say hello"),
+        ([mixed], f"<b>go</b> on{reminder['text']}"),
+        ([environment], environment["content"]),
+        ([{"role": "user", "content": "<system-reminder>never closed"}],
+         "<system-reminder>never closed"),
+    )  # fmt: skip
+    for messages, words in cases:
+        protocol = smolrouter.find_protocol(ANTHROPIC)
+        assert smolrouter.read_last_words(protocol, {"messages": messages}) == words
 
 
 def test_the_user_s_last_words_are_not_those_of_a_tool() -> None:
@@ -8306,6 +8329,8 @@ def test_count_tokens_passes_what_else_a_server_says() -> None:
         model = default_upstream().add_script(steps)
         got = request(default_router().port, "POST", COUNT_TOKENS, {"model": model, "messages": []})
         assert (got.status, got.content) == (status, content)
+        # Nobody has used these tokens.
+        assert wait_for_row(default_router(), model)["prompt_tokens"] is None
 
 
 def test_count_tokens_asks_the_next_instance() -> None:
