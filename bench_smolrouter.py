@@ -698,7 +698,8 @@ async def soak(minutes: float) -> int:
 MODELS = ("llama3-8b", "qwen2.5-coder", "mistral-nemo", "phi-4", "gemma3-27b", "tiny")
 QUESTIONS = ("/api/logs", "/api/logs?model=phi-4&status=error", "/api/logs?q=phi-4",
              "/api/logs?client=client-7", "/api/logs?session=00000000002a", "/api/logs?q=nobody",
-             "/api/stats", "/api/stats?hours=168", "/api/performance",
+             "/api/clients", "/api/clients?hours=168", "/api/stats", "/api/stats?hours=168",
+             "/api/performance",
              "/api/performance?hours=168", "/api/performance?hours=168&model=phi-4",
              "/api/upstreams")  # fmt: skip
 

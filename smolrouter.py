@@ -1137,6 +1137,9 @@ class Limits:
     # Different models and servers that /metrics counts apart; clients choose the names of
     # models, and each is a few dozen lines that a collector keeps. More count as one, "other".
     metric_series: int = 500
+    # Different clients that are counted by name in an hour; they choose their names. More count as
+    # one, "other".
+    counted_clients: int = 200
     # A secret of at least so many octets is looked for in the answers that are kept, and hidden
     # there. To look for a shorter one, such as `test`, would hide plain words.
     echoed_secret: int = 16
@@ -13237,6 +13240,13 @@ INTERRUPTED = "interrupted"
 HOUR_MS = 3_600_000
 # The model that a row counts for, in SQL; see `rollup_key`.
 MODEL = "ifnull(nullif(sent_model, ''), mapped_model)"
+COUNTED_MODEL = f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END"
+# What is kept of each client by the hour, and how it comes from rows.
+CLIENT_SUMS = ("requests", "errors", "prompt_tokens", "completion_tokens", "last_seen")
+SUM_CLIENTS = """count(*), sum(failed), ifnull(sum(prompt_tokens), 0),
+    ifnull(sum(completion_tokens), 0), max(timestamp)"""
+# Stands for the clients of an hour beyond `LIMITS.counted_clients`.
+OTHER_CLIENTS = "other"
 # How SQLite says that a file is damaged.
 CORRUPT_MESSAGE = re.compile(r"malformed|not a database")
 # Shorter details are kept as they are. To pack them saves little, and each call of zlib gives up
@@ -13355,6 +13365,12 @@ CREATE TABLE hours (hour INTEGER PRIMARY KEY, first_id);
 INSERT INTO hours SELECT timestamp / {HOUR_MS}, min(id) FROM requests GROUP BY 1;
 CREATE TABLE ids (next);
 INSERT INTO ids SELECT ifnull(max(id), 0) + 1 FROM requests""",
+    # Who uses what: sums by hour, client and model.
+    f"""
+CREATE TABLE client_rollups (hour, client, model, {", ".join(CLIENT_SUMS)},
+    PRIMARY KEY (hour, client, model)) WITHOUT ROWID;
+INSERT INTO client_rollups SELECT timestamp / {HOUR_MS}, client, {COUNTED_MODEL}, {SUM_CLIENTS}
+    FROM requests WHERE failed NOTNULL GROUP BY 1, 2, 3""",
 )
 
 
@@ -13919,6 +13935,12 @@ ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(TA
     ON CONFLICT (hour, service_type, model, upstream_url)
     DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in TALLY_COLUMNS)}"""
 NEXT_ID = "SELECT max(next, ifnull((SELECT max(id) + 1 FROM requests), 1)) FROM ids"
+ADD_CLIENT = """INSERT INTO client_rollups VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (hour, client, model) DO UPDATE SET requests = requests + excluded.requests,
+    errors = errors + excluded.errors, prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+    completion_tokens = completion_tokens + excluded.completion_tokens,
+    last_seen = max(last_seen, excluded.last_seen)"""
+HOUR_CLIENTS = "SELECT DISTINCT client FROM client_rollups WHERE hour = ?"
 ADD_HOUR = """INSERT INTO hours VALUES (?, ?)
     ON CONFLICT (hour) DO UPDATE SET first_id = min(first_id, excluded.first_id)"""
 SELECT_RUNNING = f"SELECT {COLUMNS} FROM requests WHERE id = ? AND failed IS NULL"
@@ -14111,6 +14133,8 @@ class Store:
         self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
         self.ids = RowIds()
+        # The clients that are counted by name, by hour.
+        self.hour_clients: dict[int, set[str]] = {}
         self.db: sqlite3.Connection | None = None
         # The files that are open, to see when others are in their place.
         self.files: dict[str, os.stat_result] = {}
@@ -14141,6 +14165,7 @@ class Store:
             self.claim_number()
             self.migrate(self.db)
             self.files = self.find_files()
+            self.hour_clients.clear()
         return self.db
 
     def find_files(self) -> dict[str, os.stat_result]:
@@ -14271,11 +14296,46 @@ class Store:
                     rows.append(Row._make(found)._replace(failed=1, error_message=INTERRUPTED))
             db.executemany(FINISH_INTERRUPTED, [(INTERRUPTED, row.id) for row in rows])
             self.add_tallies(db, sum_rows(rows))
+            self.add_clients(db, rows)
         return rows
 
     def add_tallies(self, db: sqlite3.Connection, tallies: Tallies) -> None:
         """Add the numbers of some requests to the sums."""
         db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
+
+    def add_clients(self, db: sqlite3.Connection, rows: Iterable[Row]) -> None:
+        """Add some finished requests to the sums of their clients."""
+        sums: dict[tuple[int, str, str], list[int]] = {}
+        for row in rows:
+            hour, _, model, _ = rollup_key(row)
+            key = (hour, self.find_client(db, hour, row.client), model)
+            if key not in sums:
+                sums[key] = [0] * len(CLIENT_SUMS)
+            numbers = sums[key]
+            numbers[0] += 1
+            numbers[1] += row.failed
+            numbers[2] += row.prompt_tokens or 0
+            numbers[3] += row.completion_tokens or 0
+            numbers[4] = max(numbers[4], row.timestamp)
+        db.executemany(ADD_CLIENT, [(*key, *numbers) for key, numbers in sums.items()])
+
+    def find_client(self, db: sqlite3.Connection, hour: int, client: str) -> str:
+        """Return under which name a client is counted in an hour; a transaction is running."""
+        most = self.limits.counted_clients
+        clients = self.hour_clients.get(hour, set())
+        if client in clients:
+            return client
+        if len(clients) < most:
+            # Another router may have counted some.
+            clients.update(name for (name,) in db.execute(HOUR_CLIENTS, (hour,)))
+            clients.discard(OTHER_CLIENTS)
+            if client in clients or len(clients) < most:
+                clients.add(client)
+            # Requests are of the hour that runs, or long ones of an earlier one.
+            if len(self.hour_clients) > 2:
+                self.hour_clients.clear()
+            self.hour_clients[hour] = clients
+        return client if client in clients else OTHER_CLIENTS
 
     def write(
         self, running: Sequence[Row], records: Sequence[RequestRecord], tallies: Tallies
@@ -14306,6 +14366,7 @@ class Store:
             insert_rows(db, INSERT_REQUEST, INSERT_REQUESTS, rows)
             insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
             self.add_tallies(db, tallies)
+            self.add_clients(db, [record.row for record in records])
 
     def write_files(self, blobs: Sequence[PackedBody | None]) -> None:
         """Write the files of long bodies before the transaction, in which others would wait.
@@ -14374,6 +14435,7 @@ class Store:
             pruned = db.execute(f"DELETE FROM requests WHERE id IN ({OLDEST_IDS})", values).rowcount
             db.execute("DELETE FROM rollups WHERE hour < ?", (first_hour,))
             db.execute("DELETE FROM hours WHERE hour < ?", (first_hour,))
+            db.execute("DELETE FROM client_rollups WHERE hour < ?", (first_hour,))
         if self.vacuum(db) or pruned:
             return True
         self.prune_files(db, now - self.max_age)
@@ -16597,7 +16659,7 @@ SUM_FILTERS = {
 ON_SERVER = "model || ' ' || upstream_url"
 # What a column of the sums is called in a row.
 SUM_KEYS = {
-    "model": f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END",
+    "model": COUNTED_MODEL,
     "service_type": "service_type",
     ON_SERVER: f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END || ' ' || upstream_url",
 }
@@ -17248,6 +17310,61 @@ def read_days(log: RequestLog, db: sqlite3.Connection) -> dict[str, list[list[in
     return days
 
 
+# So many of the models that a client asked for are listed, those that it asked most.
+LISTED_MODELS = 50
+
+
+def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, str], list[int]]:
+    """Return the sums of a window by client and model, put together as in `read_tallies`."""
+    totals = (
+        "sum(requests), sum(errors), sum(prompt_tokens), sum(completion_tokens), max(last_seen)"
+    )
+    hours = db.execute(
+        f"SELECT client, model, {totals} FROM client_rollups "
+        "WHERE hour >= :nearest_hour AND hour < :end_hour GROUP BY client, model",
+        window.values(),
+    )
+    sums = {(client, model): numbers for client, model, *numbers in hours}
+    hour_begin = window.nearest_hour * HOUR_MS
+    is_missing = window.begin < hour_begin
+    span = (window.begin, hour_begin) if is_missing else (hour_begin, window.begin)
+    rows = db.execute(
+        f"SELECT client, {COUNTED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
+        "WHERE timestamp >= ? AND timestamp < ? AND failed NOTNULL GROUP BY 1, 2",
+        span,
+    ).fetchall()
+    by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
+    for client, model, *numbers in rows:
+        key = (client if client in by_name else OTHER_CLIENTS, model)
+        last_seen = max(numbers.pop(), sums.get(key, [0])[-1])
+        sign = 1 if is_missing else -1
+        counted = sums.get(key, [0] * len(CLIENT_SUMS))
+        # Without the moment, which is the last of both.
+        changed = [old + sign * number for old, number in zip(counted[:-1], numbers, strict=True)]
+        sums[key] = [*changed, last_seen]
+    return {key: numbers for key, numbers in sums.items() if numbers[0] > 0}
+
+
+def read_clients(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
+    """Answer /api/clients: who asked for what, whoever asked most first."""
+    window = Window.of(parameters.get("hours", 24) * 3600, time.time())
+    sums = read_client_sums(db, window)
+    documents: dict[str, dict[str, Any]] = {}
+    # The models of a client stand in the order of its requests for them.
+    for (client, model), numbers in sorted(sums.items(), key=lambda item: -item[1][0]):
+        new = {"client": client, **dict.fromkeys(CLIENT_SUMS, 0), "models": []}
+        document = documents.setdefault(client, new)
+        *counts, last_seen = numbers
+        for name, number in zip(CLIENT_SUMS, counts, strict=False):
+            document[name] += number
+        document["last_seen"] = max(document["last_seen"], last_seen)
+        if model and len(document["models"]) < LISTED_MODELS:
+            document["models"].append(model)
+    for document in documents.values():
+        document["last_seen"] = rfc3339(document["last_seen"] / 1000)
+    return sorted(documents.values(), key=lambda document: -document["requests"])
+
+
 # What is said of a server's last hour.
 LAST_HOUR = ("p50_ms", "requests", "errors")
 
@@ -17554,6 +17671,7 @@ def metric_lines(
 QUESTIONS = {
     "/api/logs": (read_logs, LOG_PARAMETERS),
     "/api/stats": (read_stats, {"hours": HOURS}),
+    "/api/clients": (read_clients, {"hours": HOURS}),
     "/api/performance": (read_performance, POINT_PARAMETERS),
     "/api/trends": (read_trends, TREND_PARAMETERS),
     "/api/histogram": (read_histogram, {"span": choice_of(*SPANS)}),

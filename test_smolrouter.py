@@ -16223,6 +16223,7 @@ def test_a_database_of_long_numbers_gets_short_ones(log_folder: LogFolder) -> No
     for row in found:
         kept = b"%d" % row.timestamp if row.id <= 70 else b""
         assert store.read_detail(db, row.id).request == kept
+    assert db.execute("SELECT sum(requests) FROM client_rollups").fetchone() == (79,)
     assert db.execute("SELECT count(*), sum(length(data)) FROM details").fetchone() == (
         70,
         db.execute("SELECT bytes FROM storage").fetchone()[0],
@@ -19118,9 +19119,11 @@ def test_hours_are_one_window_to_the_minute(
             "service_type": ("openai", "ollama")[number % 5 == 0],
             "failed": number % 2,
             "duration_ms": 1.0 + number,
+            "client": f"c{number % 4}",
         }
         rows.append(make_row(number, age / 1440, **more))
     store.write(rows, [], smolrouter.sum_rows(rows))
+    store.add_clients(store.db, rows)
     store.close()
     log = LogOfRows()
     for hours in (1, 2, 24, 25, 48):
@@ -19134,6 +19137,7 @@ def test_hours_are_one_window_to_the_minute(
             one_model = smolrouter.read_performance(log, db, {**given, "model": "m1"})
             page, _ = smolrouter.export_page(store, db, {"since": hours * 3600, "format": "csv"})
             last_hour = smolrouter.read_last_hour(log, db, "http://box:1")
+            clients = smolrouter.read_clients(log, db, given)
         assert stats["recent_requests"] == count
         assert stats["error_rate"] == pytest.approx(sum(row.failed for row in inside) / count)
         assert stats["completion_tokens"] == 6 * count
@@ -19150,6 +19154,37 @@ def test_hours_are_one_window_to_the_minute(
             assert sum(one["errors"] for one in some["models"]) == sum(row.failed for row in its)
         assert page.count(b"\n") == 1 + count
         assert last_hour["requests"] == sum(age < 60 for age in ages)
+        assert {one["client"]: one["requests"] for one in clients} == collections.Counter(
+            row.client for row in inside
+        )
+        for one in clients:
+            its = [row for row in inside if row.client == one["client"]]
+            assert one["errors"] == sum(row.failed for row in its)
+            assert (one["prompt_tokens"], one["completion_tokens"]) == (5 * len(its), 6 * len(its))
+            assert one["last_seen"] == smolrouter.rfc3339(its[0].timestamp / 1000)
+            assert set(one["models"]) == {row.sent_model for row in its}
+
+
+def test_clients_beyond_two_hundred_an_hour_are_others(log_folder: LogFolder) -> None:
+    """Whichever router counts them, and also where the window begins inside of that hour."""
+    stores = [make_store(log_folder.file.parent) for _ in range(2)]
+    now = (time.time() // 3600) * 3600
+    rows = []
+    for number in range(250):
+        more = {"client": f"c{number}", "timestamp": int(now * 1000) - 1_000_000, "level": None}
+        rows += [make_row(number, **more), make_row(300 + number, **more)]
+    for at in range(0, 500, 50):
+        stores[at // 50 % 2].write([], [new_record(0, row=row, id=row.id) for row in
+                                        rows[at : at + 50]], {})  # fmt: skip
+    for seconds, counted in ((1001, 500), (1800, 500), (3601, 500), (999, 0)):
+        window = smolrouter.Window(int((now - seconds) * 1000), int(now * 1000))
+        with smolrouter.open_for_reading(stores[0].path) as db:
+            sums = smolrouter.read_client_sums(db, window)
+        assert sum(numbers[0] for numbers in sums.values()) == counted, seconds
+        if counted:
+            assert len(sums) == 201 and sums["other", ""][0] == 100
+    for store in stores:
+        store.close()
 
 
 def test_a_window_knows_no_row_of_the_future(log_folder: LogFolder) -> None:
@@ -19415,6 +19450,7 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
                 plans(smolrouter.read_tallies, db, window, group, given)
         for column in smolrouter.NAMED_BY:
             plans(smolrouter.read_request, None, db, column, "1", bytes)
+        plans(smolrouter.read_clients, None, db, {"hours": 24})
         plans(smolrouter.read_times, db, window)
         plans(smolrouter.read_last_hour, None, db, "http://box:1")
         for one in smolrouter.SPANS:
