@@ -12433,20 +12433,30 @@ class Slots:
     def in_order(self) -> list[Waiting]:
         """Return those who wait in the order in which they get slots.
 
-        Those who have been overtaken for long enough are first, in the order in which they came.
+        Those who have been overtaken for long enough are before all that came later.
         """
         now = time.monotonic()
         overtaken = [waiting for waiting in self.waiting if waiting.overtaken_until <= now]
         if not overtaken:
             return list(self.waiting)
-        others = [waiting for waiting in self.waiting if waiting.overtaken_until > now]
-        return [*sorted(overtaken, key=lambda waiting: waiting.number), *others]
+        overtaken.sort(key=lambda waiting: waiting.number)
+        order = []
+        for waiting in self.waiting:
+            while overtaken and overtaken[0].number <= waiting.number:
+                order.append(overtaken.pop(0))
+            if waiting.overtaken_until > now:
+                order.append(waiting)
+        return order
 
     def admit(self) -> None:
         """Let those run who wait and for whom there is a free slot now."""
         if not self.waiting:
             return
-        free = {url: self.free_slots(url) for url in (*self.of_server, *self.closed)}
+        free: dict[UpstreamURL, float] = dict(self.of_server)
+        for (url, _), health in self.upstreams.health.items():
+            if url in free:
+                free[url] -= health.in_slots
+        free.update(dict.fromkeys(self.closed, 0))
         for waiting in self.in_order():
             for instance in waiting.instances:
                 url = instance.server.url
@@ -15338,8 +15348,9 @@ class Candidate:
         self.has_next = False
         self.is_only = False
         # Whether the attempt stands in the record already, because its response counted as an
-        # answer.
+        # answer; and whether one before it stands there that was the same.
         self.noted = False
+        self.again = False
         self.started_at = time.monotonic()
 
     @property
@@ -15384,9 +15395,12 @@ class Candidates:
         self.was_asked = False
         # Why there is no instance any more, apart from what happened at those that were asked.
         self.refusal: RouterError | None = None
-        # Those whose machines may sleep; whether one of these may be woken for the request.
+        # Those whose machines may sleep; the one that was woken, and how long it may take to start.
         self.asleep: list[Instance] = []
-        self.may_wake = True
+        self.woken: Instance | None = None
+        self.starts_until = 0.0
+        # The status of the last answer that was an error, 0 without one.
+        self.last_status = 0
         # What else there is to say when nobody has answered.
         self.remark = ""
         # The key of the conversation that is to stay where it is, None where that is all the same;
@@ -15447,7 +15461,9 @@ class Candidates:
             self.upstreams.homes.keep(self.conversation, instance_key(instance))
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, health)
-        candidate.has_next = bool(self.left) or self.can_wake
+        candidate.again = instance == self.woken and self.last_status == 503
+        is_starting = instance == self.woken and time.monotonic() < self.starts_until
+        candidate.has_next = bool(self.left) or self.can_wake or is_starting
         candidate.is_only = self.count == 1
         return candidate
 
@@ -15476,26 +15492,44 @@ class Candidates:
     @property
     def can_wake(self) -> bool:
         """Whether there is a machine that may be woken for the request."""
-        return bool(self.asleep) and self.takes_slot and self.may_wake
+        # After another status the request is wrong, and others could serve it if it were not.
+        status = self.last_status
+        may_be_good = status == 0 or status in CANNOT_SERVE or status >= 500
+        return bool(self.asleep) and self.takes_slot and may_be_good
 
     async def wake(self, record: RequestRecord) -> Candidate | None:
-        """Wake a machine when nobody else is left; return its instance when it can be reached."""
+        """Wake a machine when nobody else is left; return its instance when it can be reached.
+
+        A server that was woken and says 503 is tried again, because it is still loading its model.
+        """
+        if self.woken and self.last_status == 503 and time.monotonic() < self.starts_until:
+            self.note_waking(record, self.woken.server)
+            await asyncio.sleep(self.slots.limits.waking_interval)
+            self.left.append(self.woken)
+            return self.take() or await self.wait(record)
         self.asleep = self.slots.open_ones(self.asleep)
         while self.can_wake and not self.left:
             instance = self.asleep.pop(0)
             server = instance.server
-            record.phase = "waking"
-            record.upstream_url = str(server.url)
-            record.waits_for = server.name
+            self.note_waking(record, server)
             began_at = time.monotonic()
             failure = await self.upstreams.waker.wake(server)
             why = failure or f"{server.name} woke up in {time.monotonic() - began_at:.1f} s"
             record.trail = (*record.trail, Step("wake", not failure, why))
             if not failure:
+                self.woken = instance
+                self.starts_until = began_at + server.wake.timeout
+                self.last_status = 0
                 self.left.append(instance)
                 return self.take() or await self.wait(record)
             self.remark += f"; {server.name}: {failure}"
         return None
+
+    def note_waking(self, record: RequestRecord, server: Server) -> None:
+        """Note that a request waits for a machine that starts."""
+        record.phase = "waking"
+        record.upstream_url = str(server.url)
+        record.waits_for = server.name
 
     async def wait_at_home(self, record: RequestRecord) -> Instance | None:
         """Wait a moment for a slot where the conversation is at home."""
@@ -15756,8 +15790,7 @@ class Exchange:
                     await self.relay_response()
                     return
                 fallback = candidate
-                # Another status says that the request is wrong, and not that nobody can serve it.
-                candidates.may_wake = candidate.status in CANNOT_SERVE or candidate.status >= 500
+                candidates.last_status = candidate.status
             except BadGateway as error:
                 self.note_failure(candidate, error)
                 # What was sent cannot be taken back. And an answer of the only server that turned
@@ -15906,7 +15939,7 @@ class Exchange:
         instance = str(candidate.instance)
         url = self.record.upstream_url
         attempt = Attempt(instance, url, candidate.status, error, elapsed_ms)
-        if candidate.noted:
+        if candidate.noted or candidate.again:
             self.record.attempts.pop()
         self.record.attempts.append(attempt)
 

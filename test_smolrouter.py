@@ -13716,8 +13716,8 @@ def test_the_order_of_the_queue() -> None:
         return [waiting.number for waiting in slots.in_order()]
 
     assert run_coroutine(order_after(30)) == [2, 5, 0, 4, 1, 3]
-    # The last one that came for each rank has been overtaken by nobody, or just once.
-    assert run_coroutine(order_after(-1)) == [0, 1, 3, 4, 2, 5]
+    # Those of the highest priority have been overtaken by nobody.
+    assert run_coroutine(order_after(-1)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_who_leaves_the_queue_frees_the_place() -> None:
@@ -14103,6 +14103,11 @@ def router_of_sleepers(servers: Mapping[str, Any], **instances: list[str]) -> Ro
     return Router(settings, {"servers": servers, "aliases": aliases}, limits=WAKE_LIMITS)
 
 
+def phases_of(router: Router) -> list[str]:
+    """Return the phases of the running requests."""
+    return [one["phase"] for one in get_document(router, "/api/inflight")]
+
+
 def test_a_magic_packet() -> None:
     packet = smolrouter.encode_magic_packet(smolrouter.parse_mac("b4:2e:99:01:02:03"))
     assert packet == bytes.fromhex("ffffffffffff" + 16 * "b42e99010203")
@@ -14181,6 +14186,30 @@ def test_a_machine_that_does_not_wake_up() -> None:
             assert post_chat(router, "m").status == 503
 
 
+def test_a_machine_that_loads_its_model_when_it_is_awake() -> None:
+    with (
+        SleepingServer() as sleeper,
+        router_of_sleepers({"s": sleeper.record}, m=["s/m"], pair=["s/m", "s/n"]) as router,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        loading = json_response({"error": {"message": "Loading model", "code": 503}}, 503)
+        sleeper.upstream.script = lambda received: loading
+        asked = [pool.submit(post_chat, router, model) for model in ("m", "pair")]
+        assert sleeper.packets.recv(2000)
+        wait_until(lambda: phases_of(router) == ["waking", "waking"])
+        sleeper.wake()
+        assert wait_until(lambda: len(sleeper.upstream.requests) > 6)
+        assert len(phases_of(router)) == 2 and set(phases_of(router)) <= {"waking", "waiting"}
+        sleeper.upstream.script = well_behaved
+        assert [one.result().status for one in asked] == [200, 200]
+        # However often it was asked, that stands there once.
+        row = wait_for_row(router, "m")
+        assert [one["status"] for one in row["attempts"]][-2:] == [None, 200]
+        # A machine that was awake already and says so is not waited for.
+        sleeper.upstream.script = lambda received: loading
+        assert post_chat(router, "m").status == 503
+
+
 def test_who_is_woken() -> None:
     failing = {"500": 500, "503": 503, "404": 404, "429": 429, "400": 400, "200": 200}
     with contextlib.ExitStack() as stack:
@@ -14205,8 +14234,7 @@ def test_who_is_woken() -> None:
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(4))
         asked = [pool.submit(post_chat, router, f"a{status}") for status in (500, 503, 404, 429)]
         assert sleeper.packets.recv(2000)
-        phases = lambda: [one["phase"] for one in get_document(router, "/api/inflight")]  # noqa: E731
-        assert wait_until(lambda: phases() == 4 * ["waking"])
+        assert wait_until(lambda: phases_of(router) == 4 * ["waking"])
         sleeper.wake()
         assert [one.result().status for one in asked] == [200] * 4
         assert {one.result().get("X-SmolRouter-Attempts") for one in asked} == {"3"}
