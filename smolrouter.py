@@ -15378,13 +15378,17 @@ class Candidates:
 
     Each is counted at its server, and has a slot there, until the next one is asked for: `take`
     returns the first one that may run now, and `wait` the first one that may run after a while.
+    What the request waits for is the phase of its record.
     """
 
-    def __init__(self, context: Context, decision: Decision, dialect: Dialect) -> None:
+    def __init__(
+        self, context: Context, decision: Decision, dialect: Dialect, record: RequestRecord
+    ) -> None:
         self.upstreams = context.upstreams
         self.slots = context.slots
         self.decision = decision
         self.dialect = dialect
+        self.record = record
         # Those that were not asked yet, in order.
         self.left = context.slots.open_ones(context.upstreams.order(decision))
         self.count = len(self.left)
@@ -15393,51 +15397,25 @@ class Candidates:
         # Where it is counted now; whether it was anywhere.
         self.health: Health | None = None
         self.was_asked = False
-        # Why there is no instance any more, apart from what happened at those that were asked.
+        # The status of the last one that failed, 0 for an answer that was none; None without one.
+        self.last_status: int | None = None
+        # Whether no status has said that the request is wrong.
+        self.may_be_good = True
+        # Why there is no instance any more, apart from what happened at those that were asked; and
+        # what there is to add to that.
         self.refusal: RouterError | None = None
-        # Those whose machines may sleep; the one that was woken, and how long it may take to start.
-        self.asleep: list[Instance] = []
-        self.woken: Instance | None = None
-        self.starts_until = 0.0
-        # The status of the last answer that was an error, 0 without one.
-        self.last_status = 0
-        # What else there is to say when nobody has answered.
         self.remark = ""
         # The key of the conversation that is to stay where it is, None where that is all the same;
         # its home, and for how long it waits for a slot there before others are looked at.
         self.conversation: bytes | None = None
         self.home: Instance | None = None
         self.home_wait = 0.0
+        # Those whose machines may sleep; the one that was woken, and how long it may take to start.
+        self.asleep: list[Instance] = []
+        self.woken: Instance | None = None
+        self.starts_until = 0.0
 
-    def keep_together(self, session: str, record: RequestRecord) -> None:
-        """Ask the instance first at which a conversation is at home.
-
-        A new one has none yet, and one whose home has failed a moment ago is to have another.
-        """
-        self.conversation = hash_key(self.decision.route, session)
-        home = self.upstreams.homes.find(self.conversation)
-        for instance in self.left:
-            if instance_key(instance) == home and self.upstreams.is_well(instance):
-                self.home = instance
-        if self.home is None:
-            return
-        self.left.remove(self.home)
-        self.left.insert(0, self.home)
-        self.home_wait = self.slots.limits.home_wait
-        step = Step(STICKY, True, f"the conversation is at home at {self.home}")
-        record.trail = (*record.trail, step)
-
-    def keep_home(self, candidate: Candidate) -> None:
-        """Note that an instance has answered well: it is the home of the conversation.
-
-        But a home that was only full stays the home, and this one has helped out.
-        """
-        if self.conversation is None:
-            return
-        home = candidate.instance
-        if self.home in self.left:
-            home = self.home
-        self.upstreams.homes.keep(self.conversation, instance_key(home))
+    # One after another.
 
     def take(self) -> Candidate | None:
         """Return the next instance that may run now, None without one."""
@@ -15453,18 +15431,19 @@ class Candidates:
         """Return an instance, at which the request is counted already, as the candidate."""
         self.health = health
         self.was_asked = True
-        self.home_wait = 0.0
         self.refusal = None
+        self.home_wait = 0.0
         if self.conversation and self.home is None:
             # Requests of a conversation that begin at once stay together, too.
             self.home = instance
             self.upstreams.homes.keep(self.conversation, instance_key(instance))
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, health)
-        candidate.again = instance == self.woken and self.last_status == 503
-        is_starting = instance == self.woken and time.monotonic() < self.starts_until
-        candidate.has_next = bool(self.left) or self.can_wake or is_starting
+        candidate.has_next = bool(self.left)
         candidate.is_only = self.count == 1
+        if self.asleep or self.woken:
+            candidate.has_next = candidate.has_next or self.can_wake() or self.may_start(instance)
+            candidate.again = instance == self.woken and self.last_status is not None
         return candidate
 
     def give_back(self) -> None:
@@ -15473,80 +15452,32 @@ class Candidates:
             self.slots.leave(self.health, self.takes_slot)
             self.health = None
 
-    async def wait(self, record: RequestRecord) -> Candidate | None:
+    def note_failure(self, instance: Instance, status: int, unreached: bool = False) -> None:
+        """Note that an instance gave no good answer; when it was `unreached`, it may sleep."""
+        self.last_status = status
+        if 0 < status < 500 and status not in CANNOT_SERVE:
+            # The request is wrong, and others could serve it if it were not.
+            self.may_be_good = False
+        if unreached and instance.server.wake and instance != self.woken:
+            self.asleep.append(instance)
+
+    async def wait(self) -> Candidate | None:
         """Return the next instance that may run after a while, None when there is none to come."""
         instance = None
         if self.home_wait:
-            instance = await self.wait_at_home(record)
+            instance = await self.wait_at_home()
             candidate = None if instance else self.take()
             if candidate:
                 return candidate
         # One that is open to it is full: what needs no slot has been there.
         if instance is None and self.find_open() and self.takes_slot:
-            instance = await self.wait_anywhere(record)
-        if instance is None:
-            return await self.wake(record)
-        self.left.remove(instance)
-        return self.begin(instance, self.upstreams.health_of(instance))
-
-    @property
-    def can_wake(self) -> bool:
-        """Whether there is a machine that may be woken for the request."""
-        # After another status the request is wrong, and others could serve it if it were not.
-        status = self.last_status
-        may_be_good = status == 0 or status in CANNOT_SERVE or status >= 500
-        return bool(self.asleep) and self.takes_slot and may_be_good
-
-    async def wake(self, record: RequestRecord) -> Candidate | None:
-        """Wake a machine when nobody else is left; return its instance when it can be reached.
-
-        A server that was woken and says 503 is tried again, because it is still loading its model.
-        """
-        if self.woken and self.last_status == 503 and time.monotonic() < self.starts_until:
-            self.note_waking(record, self.woken.server)
-            await asyncio.sleep(self.slots.limits.waking_interval)
-            self.left.append(self.woken)
-            return self.take() or await self.wait(record)
-        self.asleep = self.slots.open_ones(self.asleep)
-        while self.can_wake and not self.left:
-            instance = self.asleep.pop(0)
-            server = instance.server
-            self.note_waking(record, server)
-            began_at = time.monotonic()
-            failure = await self.upstreams.waker.wake(server)
-            why = failure or f"{server.name} woke up in {time.monotonic() - began_at:.1f} s"
-            record.trail = (*record.trail, Step("wake", not failure, why))
-            if not failure:
-                self.woken = instance
-                self.starts_until = began_at + server.wake.timeout
-                self.last_status = 0
-                self.left.append(instance)
-                return self.take() or await self.wait(record)
-            self.remark += f"; {server.name}: {failure}"
+            instance = await self.wait_anywhere()
+        if instance:
+            self.left.remove(instance)
+            return self.begin(instance, self.upstreams.health_of(instance))
+        if not self.left and await self.wake():
+            return self.take() or await self.wait()
         return None
-
-    def note_waking(self, record: RequestRecord, server: Server) -> None:
-        """Note that a request waits for a machine that starts."""
-        record.phase = "waking"
-        record.upstream_url = str(server.url)
-        record.waits_for = server.name
-
-    async def wait_at_home(self, record: RequestRecord) -> Instance | None:
-        """Wait a moment for a slot where the conversation is at home."""
-        seconds = self.home_wait
-        self.home_wait = 0.0
-        if self.home in self.find_open() and self.takes_slot:
-            return await self.wait_for_slot(record, [self.home], seconds)
-        return None
-
-    async def wait_anywhere(self, record: RequestRecord) -> Instance | None:
-        """Wait for a slot at any instance that is left, for QUEUE_TIMEOUT in all."""
-        timeout = self.slots.settings.queue_timeout
-        instance = await self.wait_for_slot(record, self.left, timeout - record.queued_s)
-        if instance is None and self.find_open() and self.refusal is None:
-            seen = f"no slot was free at {record.waits_for} within {timeout:g} s"
-            self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
-        return instance
 
     def find_open(self) -> list[Instance]:
         """Forget instances whose servers were closed, and return those that are left.
@@ -15558,14 +15489,32 @@ class Candidates:
             self.refusal = self.slots.refusal_of(self.decision.instances)
         return self.left
 
-    async def wait_for_slot(
-        self, record: RequestRecord, instances: Sequence[Instance], seconds: float
-    ) -> Instance | None:
+    # Waiting for a slot.
+
+    async def wait_at_home(self) -> Instance | None:
+        """Wait a moment for a slot where the conversation is at home."""
+        seconds = self.home_wait
+        self.home_wait = 0.0
+        if self.home in self.find_open() and self.takes_slot:
+            return await self.wait_for_slot([self.home], seconds)
+        return None
+
+    async def wait_anywhere(self) -> Instance | None:
+        """Wait for a slot at any instance that is left, for QUEUE_TIMEOUT in all."""
+        timeout = self.slots.settings.queue_timeout
+        instance = await self.wait_for_slot(self.left, timeout - self.record.queued_s)
+        if instance is None and self.find_open() and self.refusal is None:
+            seen = f"no slot was free at {self.record.waits_for} within {timeout:g} s"
+            self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
+        return instance
+
+    async def wait_for_slot(self, instances: Sequence[Instance], seconds: float) -> Instance | None:
         """Wait until one of these instances has a slot; return it, entered, None without one."""
+        record = self.record
         record.phase = "queued"
         record.upstream_url = ""
-        record.queued_at = time.monotonic()
         record.waits_for = name_servers(instances)
+        record.queued_at = time.monotonic()
         rank = PRIORITIES.index(self.decision.priority)
         try:
             return await self.slots.wait(tuple(instances), rank, seconds)
@@ -15575,6 +15524,84 @@ class Candidates:
         finally:
             record.queued_s += time.monotonic() - record.queued_at
             record.queued_at = None
+
+    # Waking a machine.
+
+    def can_wake(self) -> bool:
+        """Tell whether there is a machine that may be woken for the request."""
+        return bool(self.asleep) and self.takes_slot and self.may_be_good
+
+    def may_start(self, instance: Instance) -> bool:
+        """Tell whether this is the one that was woken, and its server may still be starting."""
+        is_woken = instance == self.woken and time.monotonic() < self.starts_until
+        return is_woken and bool(self.slots.open_ones([instance]))
+
+    async def wake(self) -> bool:
+        """Wake a machine; tell whether there is an instance again that may be asked.
+
+        A server that has just been woken may listen before it can serve: it says 503 until its
+        model is in memory, or a proxy in front of it accepts connections that it cannot pass on.
+        """
+        if self.woken and self.last_status in (0, 503) and self.may_start(self.woken):
+            self.note_waking(self.woken.server)
+            await asyncio.sleep(self.slots.limits.waking_interval)
+            self.left.append(self.woken)
+            return True
+        self.asleep = self.slots.open_ones(self.asleep)
+        while self.can_wake():
+            instance = self.asleep.pop(0)
+            server = instance.server
+            self.note_waking(server)
+            began_at = time.monotonic()
+            failure = await self.upstreams.waker.wake(server)
+            why = failure or f"{server.name} woke up in {time.monotonic() - began_at:.1f} s"
+            self.record.trail = (*self.record.trail, Step("wake", not failure, why))
+            if not failure:
+                self.woken = instance
+                self.starts_until = began_at + server.wake.timeout
+                self.last_status = None
+                self.left.append(instance)
+                return True
+            self.remark += f"; {server.name}: {failure}"
+        return False
+
+    def note_waking(self, server: Server) -> None:
+        """Note that the request waits for a machine that starts."""
+        self.record.phase = "waking"
+        self.record.upstream_url = str(server.url)
+        self.record.waits_for = server.name
+
+    # Staying with a conversation.
+
+    def keep_together(self, session: str) -> None:
+        """Ask the instance first at which a conversation is at home.
+
+        A new one has none yet, and one whose home has failed a moment ago is to have another.
+        """
+        self.conversation = hash_key(self.decision.route, session)
+        home = self.upstreams.homes.find(self.conversation)
+        for instance in self.left:
+            if instance_key(instance) == home and self.upstreams.is_well(instance):
+                self.home = instance
+        if self.home is None:
+            return
+        self.left.remove(self.home)
+        self.left.insert(0, self.home)
+        self.home_wait = self.slots.limits.home_wait
+        step = Step(STICKY, True, f"the conversation is at home at {self.home}")
+        self.record.trail = (*self.record.trail, step)
+
+    def keep_home(self, candidate: Candidate) -> None:
+        """Note that an instance has answered well: it is the home of the conversation.
+
+        But a home that was only full stays the home, and this one has helped out.
+        """
+        if self.conversation is None:
+            return
+        home = candidate.instance
+        if self.home in self.left:
+            home = self.home
+        self.upstreams.homes.keep(self.conversation, instance_key(home))
 
 
 class Exchange:
@@ -15782,7 +15809,7 @@ class Exchange:
         fallback: Candidate | None = None
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
-        while candidate := candidates.take() or await candidates.wait(self.record):
+        while candidate := candidates.take() or await candidates.wait():
             self.make_current(candidate)
             try:
                 await self.find_response(candidate)
@@ -15790,7 +15817,7 @@ class Exchange:
                     await self.relay_response()
                     return
                 fallback = candidate
-                candidates.last_status = candidate.status
+                candidates.note_failure(candidate.instance, candidate.status)
             except BadGateway as error:
                 self.note_failure(candidate, error)
                 # What was sent cannot be taken back. And an answer of the only server that turned
@@ -15821,13 +15848,13 @@ class Exchange:
                 decision = decision._replace(instances=tuple(makers))
                 step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
                 self.record.trail = (*self.record.trail, step)
-        candidates = Candidates(self.context, decision, self.dialect)
+        candidates = Candidates(self.context, decision, self.dialect, self.record)
         # Models work for neither of these, and an upload takes as long as its client likes.
         candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or self.upload)
         if decision.strategy == STICKY and has_choice:
             session = read_session_key(self.request.head.fields, parsed.path, parsed.document)
             if session:
-                candidates.keep_together(session, self.record)
+                candidates.keep_together(session)
         return candidates
 
     async def find_response(self, candidate: Candidate) -> None:
@@ -15892,8 +15919,7 @@ class Exchange:
         """Put an attempt without a good answer into the record, and note it for its instance."""
         text = self.loggable(str(error))
         candidate.close()
-        if error.unreached and candidate.instance.server.wake:
-            self.candidates.asleep.append(candidate.instance)
+        self.candidates.note_failure(candidate.instance, 0, error.unreached)
         if isinstance(error, ErrorAnswer):
             self.note_error_answer(candidate, error)
         else:

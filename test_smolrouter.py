@@ -14193,7 +14193,9 @@ def test_a_machine_that_loads_its_model_when_it_is_awake() -> None:
         concurrent.futures.ThreadPoolExecutor(2) as pool,
     ):
         loading = json_response({"error": {"message": "Loading model", "code": 503}}, 503)
-        sleeper.upstream.script = lambda received: loading
+        # Such are the first answers of llama.cpp, and those of a proxy before its server is there.
+        starts = itertools.cycle([loading, [DROP], [CLOSE]])
+        sleeper.upstream.script = lambda received: next(starts)
         asked = [pool.submit(post_chat, router, model) for model in ("m", "pair")]
         assert sleeper.packets.recv(2000)
         wait_until(lambda: phases_of(router) == ["waking", "waking"])
