@@ -3981,6 +3981,17 @@ def think_in_ollama(think: str, document: Mapping[str, Any]) -> Additions:
     return {("think",): wishes.get(think, think)}
 
 
+def encode_responses_failure(error: RouterError) -> bytes:
+    """Return an error as the last event of /v1/responses.
+
+    Codex looks for it in the response, OpenAI's own clients look for `error` in any event.
+    """
+    failure = {"code": error.code, "message": str(error)}
+    response = {"object": "response", "status": "failed", "output": [], "error": failure}
+    details = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
+    return encode_json({"type": "response.failed", "response": response, "error": details})
+
+
 # Where an answer has what was thought: a member of what speaks, or an item of its own in a list.
 BESIDE_TEXT = "reasoning_content"
 BESIDE_OLLAMA_TEXT = "thinking"
@@ -4040,6 +4051,9 @@ class Protocol(NamedTuple):
     # answer will do.
     answer_member: str = ""
     encode_error: Callable[[RouterError], bytes] = encode_openai_error
+    # Makes the data of an event that says that the answer has failed, where the protocol has one:
+    # it is an end of the stream as good as any. Elsewhere an error is all that such an event has.
+    encode_failure: Callable[[RouterError], bytes] | None = None
     # What stands before the data of an error in a stream, and an event that says nothing: a comment
     # that clients of server-sent events skip.
     error_prefix: bytes = b""
@@ -4114,6 +4128,8 @@ PROTOCOLS = {
         user_words="input",
         system_words="instructions",
         has_namespaces=True,
+        encode_failure=encode_responses_failure,
+        error_prefix=b"event: response.failed\n",
         add_think=think_in_responses,
         answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
         thoughts=IN_OUTPUT,
@@ -5886,8 +5902,9 @@ class Dialect(NamedTuple):
 
     def encode_event_error(self, error: RouterError, path: str) -> bytes:
         """Return an error as the last event of a running stream."""
-        prefix = find_row(path, self.other).error_prefix
-        return prefix + self.events.encode(self.encode_error(error, path))
+        protocol = find_row(path, self.other)
+        encode = protocol.encode_failure or protocol.encode_error
+        return protocol.error_prefix + self.events.encode(encode(error))
 
     def encode_ping(self, parsed: ParsedRequest, created_at: str) -> bytes:
         """Return an event that says nothing, for a client that has heard nothing for long."""
@@ -5901,14 +5918,15 @@ class Dialect(NamedTuple):
         Raises BadGateway for a good one that is no object of JSON.
         """
         document = parse_object(content)
+        protocol = find_row(path, self.other)
         prefix = b""
         if status >= 400:
-            if document is None or "error" not in document:
+            if document is None or "error" not in document or protocol.encode_failure:
                 error = BadGateway(read_error(content) or f"the upstream answered {status}")
                 # Some clients are told of it by its type.
                 error.status = status
                 return self.encode_event_error(error, path)
-            prefix = find_row(path, self.other).error_prefix
+            prefix = protocol.error_prefix
         elif document is None:
             raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
         # JSON has line ends between its tokens alone.
@@ -15742,7 +15760,9 @@ class Exchange:
             # The error is all of the answer.
             self.writer.finish(event)
         elif self.rewriter is not None and self.rewriter.takes_event:
-            self.writer.cut(event)
+            # Some clients look no more at an event behind which the stream is cut.
+            end = self.writer.finish if self.parsed.protocol.encode_failure else self.writer.cut
+            end(event)
         else:
             self.writer.cut(b"")
 

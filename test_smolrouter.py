@@ -7849,6 +7849,37 @@ def test_broken_stream_ends_in_an_error_of_its_dialect(name: str, path: str) -> 
         assert isinstance(last["error"], str)
 
 
+def test_broken_responses_end_in_a_failure_that_codex_reads() -> None:
+    """It shows what `response.failed` says if the stream ends well behind it, and nothing else."""
+    delta = {"type": "response.output_text.delta", "item_id": "m", "delta": "Hello"}
+    begun = stream_response(named_events([delta]), whole=False)
+    for steps in ([*begun, 0.1, DROP], [*begun, 0.1, CLOSE]):
+        model = default_upstream().add_script(steps)
+        body = {"model": model, "input": "hi", "stream": True}
+        got = request(default_router().port, "POST", RESPONSES, body)
+        assert (got.status, got.whole) == (200, True)
+        assert got.content.count(b"event: response.failed\n") == 1
+        hello, failed = read_named_events(got.content)
+        assert (hello["delta"], failed["type"]) == ("Hello", "response.failed")
+        assert failed["response"]["status"] == "failed"
+        words = failed["response"]["error"]["message"]
+        assert "broke off" in words and failed["error"]["message"] == words
+        assert wait_for_row(default_router(), model)["status_code"] == 502
+
+
+@each_openai
+def test_broken_responses_raise_in_the_official_client(sdk: Sdk) -> None:
+    openai = import_or_skip("openai")
+    delta = {"type": "response.output_text.delta", "item_id": "m", "delta": "Hello"}
+    begun = stream_response(named_events([delta]), whole=False)
+    model = sdk_upstream().add_script([*begun, 0.1, CLOSE])
+    parts: list[Any] = []
+    with pytest.raises(openai.APIError, match="broke off"):
+        asked = {"model": model, "input": "hi", "stream": True}
+        sdk.call(sdk_router().url, "responses.create", parts=parts, **asked)
+    assert parts[0].delta == "Hello"
+
+
 # --- OpenAI and Anthropic: other paths ------------------------------------------------
 
 
