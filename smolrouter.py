@@ -4114,7 +4114,7 @@ PROTOCOLS = {
         end_words=(b'"message_stop"',),
         said_text=TEXT_MEMBER,
     ),
-    # Servers without it say so in many ways. Its clients go on with an estimate after a 404 alone.
+    # Servers without it say so in many ways. Its clients count in another way after a 404 alone.
     "/v1/messages/count_tokens": OTHER_MESSAGES._replace(
         request=MESSAGES_REQUEST,
         system_words="system",
@@ -4137,6 +4137,14 @@ PROTOCOLS = {
         end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
         keeps_answers=True,
         said_text=OUTPUT_TEXT,
+    ),
+    "/v1/responses/input_tokens": OTHER_PROTOCOL._replace(
+        request=RESPONSES_REQUEST,
+        system_words="instructions",
+        has_namespaces=True,
+        streams=NEVER_STREAMS,
+        answer=NO_TEXTS,
+        answer_member="input_tokens",
     ),
     # llama.cpp's own, each of which takes requests without a model, too.
     "/completion": Protocol(

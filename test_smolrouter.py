@@ -8364,6 +8364,23 @@ def test_count_tokens_passes_what_else_a_server_says() -> None:
         assert wait_for_row(default_router(), model)["prompt_tokens"] is None
 
 
+def test_tokens_of_responses_are_counted_as_the_server_will_get_them() -> None:
+    model = default_upstream().add_script(json_response({"input_tokens": 7}))
+    body = {"model": model, "instructions": f"{BILLING % 1}\nYou", "input": "hi", **NAMESPACES}
+    path = "/v1/responses/input_tokens"
+    got = request(default_router().port, "POST", path, body)
+    assert (got.status, got.json) == (200, {"input_tokens": 7})
+    flat = [function_tool(name) for name in ("a__b", "mcp__x__y", "a__c")]
+    (heard,) = default_upstream().requests_for(model)
+    expected = {"model": model, "instructions": "You", "input": "hi", "tools": flat}
+    assert (heard.path, heard.json) == (path, expected)
+    assert wait_for_row(default_router(), model)["prompt_tokens"] is None
+    model = default_upstream().add_script(json_response({"error": "Unexpected endpoint"}))
+    got = request(default_router().port, "POST", path, {"model": model, "input": "hi"})
+    check_openai_error(got.json)
+    assert got.status == 404
+
+
 def test_count_tokens_asks_the_next_instance() -> None:
     first = json_response({"error": "Unexpected endpoint or method."})
     second = json_response({"input_tokens": 7})
@@ -8818,12 +8835,6 @@ def test_who_knows_namespaces() -> None:
 
 # --- agents: the official clients -----------------------------------------------------
 
-ANTHROPIC_ERRORS = {
-    **SDK_ERRORS,
-    401: "AuthenticationError",
-    502: "InternalServerError",
-    504: "DeadlineExceededError",
-}
 CLAUDE_TOOLS = [
     {"name": name, "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
     for name, _ in TOOL_CALLS
@@ -8891,7 +8902,7 @@ def test_anthropic_errors_of_the_server_and_of_the_router(sdk: Sdk) -> None:
         for status in SDK_ERRORS:
             with pytest.raises(anthropic.APIStatusError) as caught:
                 ask_claude(sdk, f"{way}-error-{status}", stream=stream)
-            assert type(caught.value).__name__ == ANTHROPIC_ERRORS[status]
+            assert type(caught.value).__name__ == SDK_ERRORS[status]
             assert caught.value.body == own_error(status)
         with pytest.raises(anthropic.InternalServerError) as caught:
             ask_claude(sdk, f"{way}-nobody", stream=stream)
