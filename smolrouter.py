@@ -18452,7 +18452,7 @@ ENDPOINTS = (
     # Browsers get the page. Programs ask here whether somebody is there.
     Endpoint("GET", "/", WEBUI, serve_page, accept="text/html"),
     Endpoint("GET HEAD", "/", "", serve_greeting, OLLAMA),
-    Endpoint("GET HEAD", "/performance /request/*", WEBUI, serve_page),
+    Endpoint("GET HEAD", "/performance /clients /compare /request/*", WEBUI, serve_page),
 )
 
 
@@ -20415,71 +20415,191 @@ def run_unit(invocation: Invocation) -> int:
 
 
 # --- the demo ---------------------------------------------------------------------------
-# Three simulated model servers on loopback, a router in front of them, and half a minute of
-# requests of all kinds: what a newcomer runs first. It writes to a temporary folder alone.
+# Three simulated model servers on loopback, a router in front of them, and half a minute of what
+# goes on in a home: several clients at once, a conversation, a tool, a picture, Markdown, a failure
+# and a failover. It is what a newcomer runs first, and writes to a temporary folder alone.
 
-DEMO_WORDS = "The quick brown fox jumps over the lazy dog and is home before dinner."
-DEMO_THOUGHT = "<think>The user wants a sentence. I will say one about a fox.</think>\n\n"
+DEMO_THOUGHT = """<think>The user wants to know: {question} First the short answer, then why. I
+should keep it simple and check that nothing is wrong in it.</think>
+
+"""
+DEMO_SENTENCES = (
+    "Light from the sun holds every colour, and the air is not equally kind to all of them. ",
+    "Blue light has short waves and is scattered in all directions, ten times as much as red. ",
+    "So wherever you look, some blue light comes from there. ",
+    "In the evening the light has a longer way through the air, and most of the blue is lost. ",
+    "What arrives is orange and red. ",
+    "On Mars it is the other way round: the dust makes the day red and the sunset blue. ",
+    "Without any air the sky would be black, as it is on the moon. ",
+    "Violet is scattered even more, but our eyes hardly see it. ",
+    "Clouds are white, because their drops are large and scatter all colours alike. ",
+    "After a volcano has erupted, sunsets are deeper for months. ",
+)
+DEMO_MARKDOWN = """Here is a function that **merges two sorted lists** in linear time:
+
+```python
+def merge(left: list[int], right: list[int]) -> list[int]:
+    merged = []
+    while left and right:
+        smaller = left if left[0] <= right[0] else right
+        merged.append(smaller.pop(0))
+    return merged + left + right
+```
+
+How it works:
+
+1. Both lists are compared at their *first* elements.
+2. The smaller one is moved to the result.
+3. What is left over is already sorted.
+
+| input | output |
+|---|---|
+| `[1, 4]`, `[2, 3]` | `[1, 2, 3, 4]` |
+| `[]`, `[5]` | `[5]` |
+
+> `pop(0)` moves all other elements; `collections.deque` avoids that.
+"""
+DEMO_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+DEMO_CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": '{"city": "Zurich"}'},
+}
+DEMO_WEATHER = '{"city": "Zurich", "sky": "fog", "celsius": 7}'
+DEMO_ROUTES = {
+    "aliases": {"coding-assistant": {"instances": ["laptop/llama3-8b", "office-gpu/qwen3-coder"]}},
+    "routes": [{"match": {"model": "/^gpt-/"}, "route": {"model": "deepseek-r1"}}],
+}
 
 
-class DemoRequest(NamedTuple):
-    """A request of the demo, and what it shows in words."""
+class DemoTalk(NamedTuple):
+    """A conversation of a client of the demo: where it goes, what is asked, what it shows."""
 
     path: str
     model: str
-    stream: bool
-    words: str
+    shows: str
+    questions: tuple[str, ...]
+    stream: bool = True
+    has_picture: bool = False
+    has_tool: bool = False
 
 
-DEMO_ROUTES = {
-    "aliases": {"coding-assistant": {"instances": ["broken-box/llama3-8b", "thinker/qwen3-8b"]}},
-    "routes": [
-        {"match": {"model": "/70b$/"}, "route": {"upstream": "slow-box"}},
-        {"match": {"model": "/^gpt-/"}, "route": {"upstream": "thinker", "model": "qwen3-8b"}},
-    ],
+OF_OPENAI, OF_OLLAMA = "/v1/chat/completions", "/api/chat"
+# What each client does, by the name that it gives itself; one has none. They run side by side.
+DEMO_CLIENTS = {
+    "alice": (
+        DemoTalk(
+            OF_OPENAI, "qwen3-coder", "a picture", ("What is in this picture?",), has_picture=True
+        ),
+        DemoTalk(
+            OF_OPENAI,
+            "gpt-4",
+            "renamed, thinking taken out",
+            ("Why is the sky blue?", "And why red at sunset?", "Tell it to a child of five."),
+        ),
+    ),
+    "ci-bot": (
+        DemoTalk(
+            OF_OPENAI,
+            "coding-assistant",
+            "failover to the next server",
+            ("Write a function that merges two sorted lists.",),
+        ),
+        DemoTalk(
+            OF_OPENAI,
+            "qwen3-coder",
+            "a tool is called",
+            ("What is the weather in Zurich?",),
+            has_tool=True,
+        ),
+        DemoTalk(OF_OPENAI, "llama3-8b", "a failure", ("Are you there?",), stream=False),
+    ),
+    "": (
+        DemoTalk(
+            OF_OLLAMA, "deepseek-r1", "Ollama's API", ("Tell me about the colours of the sky.",)
+        ),
+        DemoTalk(OF_OLLAMA, "qwen3-coder", "Ollama's API", ("Describe a sunset.",), stream=False),
+    ),
 }
-# fmt: off
-DEMO_REQUESTS = (
-    DemoRequest("/v1/chat/completions", "gpt-4", True, "a renamed model; its <think> block is taken out"),  # noqa: E501
-    DemoRequest("/v1/chat/completions", "coding-assistant", False, "an alias; the first server fails"),  # noqa: E501
-    DemoRequest("/api/chat", "llama3-70b", True, "an Ollama client on an OpenAI server, slow"),
-    DemoRequest("/api/chat", "coding-assistant", False, "an Ollama client and failover"),
-    DemoRequest("/v1/chat/completions", "llama3-8b", True, "the default upstream"),
-)
-# fmt: on
 
 
-def demo_head(model: str) -> dict[str, Any]:
-    """Return what each document of a simulated answer begins with."""
-    return {"id": "chatcmpl-demo", "created": int(time.time()), "model": model}
+def encode_demo_picture() -> str:
+    """Return a small picture of a sunset as a data: URL."""
+    width, height = 96, 64
+    rows = bytearray()
+    for y in range(height):
+        rows.append(0)
+        for x in range(width):
+            in_sun = (x - 48) ** 2 + (y - 36) ** 2 < 200 and y < 44
+            sky = (255, 120 + y * 2, 90) if in_sun else (60 + y * 4, 70 + y, 160 - y)
+            rows += bytes(sky if y < 44 else (24, 32, 64))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(bytes(rows))), chunk(b"IEND", b""))
+    picture = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
-def demo_usage(texts: Sequence[str]) -> dict[str, int]:
-    """Return the usage of a simulated answer: a token for each text."""
+def demo_usage(document: Mapping[str, Any], texts: Sequence[str]) -> dict[str, int]:
+    """Return the usage of a simulated answer: a token for each text, as many for the prompt."""
+    prompt = tokens_of(len(json.dumps(document["messages"])) % 9000)
     return {
-        "prompt_tokens": 12,
+        "prompt_tokens": prompt,
         "completion_tokens": len(texts),
-        "total_tokens": 12 + len(texts),
+        "total_tokens": prompt + len(texts),
     }
 
 
-def demo_completion(model: str, texts: Sequence[str]) -> bytes:
-    """Return a whole chat answer."""
-    message = {"role": "assistant", "content": "".join(texts)}
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
-    return encode_json({**demo_head(model), "choices": [choice], "usage": demo_usage(texts)})
+def demo_answer(document: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """Return what a simulated model says to a conversation, and the tools that it calls."""
+    last = document["messages"][-1]
+    if last["role"] == "tool":
+        return "It is **7 °C** in Zurich, and foggy. Take a coat, and mind the lake.", []
+    if document.get("tools"):
+        return "", [DEMO_CALL]
+    if not isinstance(last["content"], str):
+        return (
+            "The picture shows a sunset: an orange sun sinks into a dark sea below a red sky.",
+            [],
+        )
+    if "function" in last["content"]:
+        return DEMO_MARKDOWN, []
+    # 50 to 200 words, and as many again where the model thinks aloud.
+    count = 4 + secrets.randbelow(10)
+    return "".join(DEMO_SENTENCES[number % len(DEMO_SENTENCES)] for number in range(count)), []
 
 
-def demo_events(model: str, texts: Sequence[str]) -> list[bytes]:
-    """Return the events of a streamed chat answer."""
-    head = demo_head(model)
-    choices: list[dict[str, Any]] = []
-    for text in texts:
-        choices.append({"index": 0, "finish_reason": None, "delta": {"content": text}})
-    choices.append({"index": 0, "finish_reason": "stop", "delta": {}})
+def demo_documents(document: Mapping[str, Any], thinks: bool) -> list[dict[str, Any]]:
+    """Return the events of a simulated answer, or its only document."""
+    text, calls = demo_answer(document)
+    if thinks:
+        text = DEMO_THOUGHT.format(question=document["messages"][-1]["content"]) + text
+    texts = re.findall(r"\S+\s*", text)
+    head = {"id": "chatcmpl-demo", "created": int(time.time()), "model": document["model"]}
+    usage = demo_usage(document, texts or ["call"])
+    reason = "tool_calls" if calls else "stop"
+    if not document.get("stream"):
+        message = {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}
+        choice = {"index": 0, "finish_reason": reason, "message": message}
+        return [{**head, "choices": [choice], "usage": usage}]
+    deltas: list[dict[str, Any]] = [{"content": word} for word in texts]
+    if calls:
+        deltas.append({"tool_calls": [{"index": 0, **calls[0]}]})
+    choices = [{"index": 0, "finish_reason": None, "delta": delta} for delta in deltas]
+    choices.append({"index": 0, "finish_reason": reason, "delta": {}})
     documents = [{**head, "choices": [choice]} for choice in choices]
-    documents.append({**head, "choices": [], "usage": demo_usage(texts)})
-    return [SSE.encode(data) for data in (*map(encode_json, documents), DONE_MARK)]
+    return [*documents, {**head, "choices": [], "usage": usage}]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20488,10 +20608,12 @@ class DemoServer:
 
     name: str
     model: str
-    # Seconds between two words.
-    delay: float = 0.05
+    slots: int
+    # Seconds between two words, and for each token of a prompt.
+    delay: float = 0.03
+    prefill: float = 0.001
     thinks: bool = False
-    fails: bool = False
+    error: str = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request as a model server does, and end the connection."""
@@ -20501,69 +20623,119 @@ class DemoServer:
             data = await reader.readuntil(b"\r\n\r\n")
             head = parse_request_head(data.removesuffix(b"\r\n\r\n"))
             content = await reader.readexactly(head.framing.length)
-            status, media_type, pieces = self.answer(head.method, json.loads(content or "{}"))
-            start = f"HTTP/1.1 {status}\r\nContent-Type: {media_type}\r\nConnection: close\r\n\r\n"
-            writer.write(start.encode())
-            for piece in pieces:
-                await asyncio.sleep(self.delay)
-                writer.write(piece)
+            if head.method == "GET":
+                self.write_head(writer, "200 OK", "application/json")
+                writer.write(encode_json({"data": [{"id": self.model}]}))
+            elif self.error:
+                self.write_head(writer, "500 Internal Server Error", "application/json")
+                writer.write(encode_json({"error": {"message": self.error, "code": 500}}))
+            else:
+                await self.answer(writer, json.loads(content))
 
-    def answer(self, method: str, document: dict[str, Any]) -> tuple[str, str, list[bytes]]:
-        """Return status, media type and the pieces of the content."""
-        if method == "GET":
-            return "200 OK", "application/json", [encode_json({"data": [{"id": self.model}]})]
-        if self.fails:
-            error = encode_openai_error(Unavailable("the model is being loaded"))
-            return "503 Service Unavailable", "application/json", [error]
-        words = DEMO_WORDS.split()
-        count = 4 + secrets.randbelow(len(words) - 3)
-        texts = [f"{word} " for word in words[:count]]
-        if self.thinks:
-            texts.insert(0, DEMO_THOUGHT)
-        if document.get("stream"):
-            return "200 OK", "text/event-stream", demo_events(document["model"], texts)
-        return "200 OK", "application/json", [demo_completion(document["model"], texts)]
+    @staticmethod
+    def write_head(writer: asyncio.StreamWriter, status: str, media_type: str) -> None:
+        """Begin an answer whose end is that of the connection."""
+        fields = f"Content-Type: {media_type}\r\nConnection: close\r\n\r\n"
+        writer.write(f"HTTP/1.1 {status}\r\n{fields}".encode())
+
+    async def answer(self, writer: asyncio.StreamWriter, document: dict[str, Any]) -> None:
+        """Say an answer word by word, or all of it after the time that this takes."""
+        documents = demo_documents(document, self.thinks)
+        usage = documents[-1]["usage"]
+        await asyncio.sleep(self.prefill * usage["prompt_tokens"])
+        if not document.get("stream"):
+            await asyncio.sleep(self.delay * usage["completion_tokens"])
+            self.write_head(writer, "200 OK", "application/json")
+            writer.write(encode_json(documents[0]))
+            return
+        self.write_head(writer, "200 OK", "text/event-stream")
+        for event in documents:
+            writer.write(SSE.encode(encode_json(event)))
+            await asyncio.sleep(self.delay)
+        writer.write(SSE.encode(DONE_MARK))
 
 
 DEMO_SERVERS = (
-    DemoServer("slow-box", "llama3-70b", delay=0.3),
-    DemoServer("thinker", "qwen3-8b", thinks=True),
-    DemoServer("broken-box", "llama3-8b", fails=True),
+    DemoServer("office-gpu", "qwen3-coder", slots=2),
+    DemoServer("mac-studio", "deepseek-r1", slots=1, delay=0.05, prefill=0.004, thinks=True),
+    DemoServer(
+        "laptop",
+        "llama3-8b",
+        slots=1,
+        error="CUDA out of memory: tried to allocate 1.20 GiB, 0.41 GiB are free",
+    ),
 )
 
 
-def send_demo_request(port: int, request: DemoRequest) -> None:
-    """Send a request through the router and print what came back. Raises OSError."""
-    import http.client
+class DemoClient(NamedTuple):
+    """A client of the demo: it says its conversations through the router, again and again."""
 
-    message = {"role": "user", "content": "Tell me about the fox."}
-    document = {"model": request.model, "messages": [message], "stream": request.stream}
-    fields = {"Content-Type": "application/json"}
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as router:
-        router.request("POST", request.path, encode_json(document), fields)
-        response = router.getresponse()
-        served = response.getheader("X-SmolRouter-Model")
-        size = len(response.read())
-    outcome = f"{served}: {response.status}, {size} bytes ({request.words})"
-    print(f"{request.path} {request.model} -> {outcome}", flush=True)
+    port: int
+    name: str
+
+    def send(self, talk: DemoTalk, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Send a conversation, print how it went, and return what was answered. Raises OSError."""
+        import http.client
+
+        document = {"model": talk.model, "messages": messages, "stream": talk.stream}
+        if talk.has_tool:
+            document["tools"] = [DEMO_TOOL]
+        fields = {"Content-Type": "application/json"}
+        if self.name:
+            fields["X-Client-Name"] = self.name
+        began = time.monotonic()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port)) as router:
+            router.request("POST", talk.path, encode_json(document), fields)
+            response = router.getresponse()
+            content = response.read()
+        seconds = time.monotonic() - began
+        model = response.getheader("X-SmolRouter-Model") or "-"
+        way = f"{self.name or '-':<7} {talk.model:<17} {model:<12}"
+        print(f"{way} {response.status}    {seconds:5.1f} s  {talk.shows}", flush=True)
+        transcript = read_transcript(talk.path, b"", content) if response.status == 200 else []
+        return transcript[-1] if transcript else {"content": "", "tool_calls": []}
+
+    def talk(self, talk: DemoTalk) -> None:
+        """Ask one question after the other, each with all that was said before."""
+        messages: list[dict[str, Any]] = [{"role": "system", "content": "Answer in plain words."}]
+        for question in talk.questions:
+            content: Any = question
+            if talk.has_picture:
+                picture = {"type": "image_url", "image_url": {"url": encode_demo_picture()}}
+                content = [{"type": "text", "text": question}, picture]
+            messages.append({"role": "user", "content": content})
+            said = self.send(talk, messages)
+            messages.append({"role": "assistant", "content": said["content"]})
+            if said["tool_calls"]:
+                messages[-1]["tool_calls"] = [DEMO_CALL]
+                result = {"role": "tool", "tool_call_id": "call_1", "content": DEMO_WEATHER}
+                messages.append(result)
+                self.send(talk, messages)
+
+    def run(self, seconds: float) -> None:
+        """Talk for a while."""
+        import http.client
+
+        end = time.monotonic() + seconds
+        # Ctrl-C has ended the router when a request fails, and the demo is over.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for talk in itertools.cycle(DEMO_CLIENTS[self.name]):
+                if time.monotonic() > end:
+                    return
+                self.talk(talk)
+                time.sleep(0.5 + secrets.randbelow(2000) / 1000)
 
 
 def send_demo_requests(port: int, seconds: float) -> None:
-    """Send requests of all kinds through the router for a while."""
-    import http.client
-
-    end = time.monotonic() + seconds
-    # Ctrl-C has ended the router when a request fails, and the demo is over.
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        for request in itertools.cycle(DEMO_REQUESTS):
-            if time.monotonic() > end:
-                break
-            send_demo_request(port, request)
-            time.sleep(0.5)
-        print(
-            f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
-            flush=True,
-        )
+    """Let all clients of the demo talk at once for a while."""
+    print("\nclient  asked for         answered by  status  time", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(len(DEMO_CLIENTS)) as pool:
+        for name in DEMO_CLIENTS:
+            pool.submit(DemoClient(port, name).run, seconds)
+    print(
+        f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
+        flush=True,
+    )
 
 
 def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.Path) -> Settings:
@@ -20573,7 +20745,7 @@ def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.P
         is_taken = port and probe.connect_ex(("127.0.0.1", port)) == 0
     return dataclasses.replace(
         settings,
-        default_upstream=urls["thinker"],
+        default_upstream=urls["office-gpu"],
         servers=(),
         model_map=(),
         listen_host="127.0.0.1",
@@ -20583,16 +20755,20 @@ def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.P
         routes_config=str(folder / "routes.json"),
         db_path=str(folder / "requests.db"),
         blob_storage_path=str(folder / "blobs"),
+        # Its clients print a line for each request themselves.
+        log_level="WARNING",
     )
 
 
 async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
     """Run the router in front of three upstreams of its own."""
     urls = {}
+    servers = {}
     for server in DEMO_SERVERS:
-        started = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+        started = await asyncio.start_server(server.serve, "127.0.0.1", 0, limit=MiB)
         urls[server.name] = f"http://127.0.0.1:{started.sockets[0].getsockname()[1]}"
-    (folder / "routes.json").write_bytes(encode_json({"servers": urls, **DEMO_ROUTES}))
+        servers[server.name] = {"url": urls[server.name], "slots": server.slots}
+    (folder / "routes.json").write_bytes(encode_json({"servers": servers, **DEMO_ROUTES}))
     settings = demo_settings(invocation.settings, urls, folder)
     routes = RoutesFile(settings, {}, named=True)
     listeners = open_port(settings, invocation.limits)
@@ -20604,7 +20780,7 @@ async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
     def begin(port: int) -> None:
         print(
             f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three simulated "
-            "servers answer: one is slow, one thinks aloud, one fails.",
+            "servers answer:\none is fast, one is slow and thinks aloud, one has no memory left.",
             flush=True,
         )
         seconds = invocation.options.seconds
@@ -20835,7 +21011,7 @@ DASHBOARD_HTML = r"""<!doctype html>
 The page of SmolRouter: one file that fetches nothing from elsewhere. Its style and its script are
 allowed by their hashes, so neither has attributes in the markup. The file reads top to bottom:
     Style      Colours, Ground, Frame, Controls, Small things, Overview, The table, Performance,
-               Request, Compare, Narrow
+               Request, Clients, Compare, Narrow
     Document   the frame of each view; what changes is filled in by the script
     Script      1  Nodes              elements from data; hostile text stays text
                 2  Figures            numbers, times and sizes as people read them
@@ -20850,8 +21026,10 @@ allowed by their hashes, so neither has attributes in the markup. The file reads
                11  Chats              streams of answers, Try it, Explain
                12  Charts             scales, axes, points, lines
                13  Performance        leaderboard, scatter, figures over time
+               14  Clients            who uses what
                15  Markdown           text of a model as nodes
                16  Request            one request as an X-ray
+               17  Compare            one conversation, several models
                18  Live               events, keys, which view the path means
 -->
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
@@ -20971,7 +21149,8 @@ summary { cursor: pointer; } select { padding-right: 0; }
 .chip > summary:hover { background: var(--hover); } .chip.loud >
   summary { border-color: var(--warn);
   background: var(--warn-tint); }
-.chip b { flex: 0 2 auto; min-width: 4.5rem; } .chip .why { flex: 1 1 3rem; }
+.chip b { flex: 0 1 auto; min-width: 4.5rem; } .chip .why { flex: 0 9 auto; }
+.chip .load { flex: none; white-space: nowrap; }
 .chip[open] { z-index: 5; } .chip .panel { position: absolute; top: calc(100% + 4px); left: 0;
   width: max(100%, 20rem); max-width: calc(100vw - 2.5rem); background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; padding: .75rem .9rem;
@@ -21012,10 +21191,9 @@ td.number, th.number { text-align: right; }
 .rows tr > :first-child { padding-left: 0; } .rows .c-time a { color: var(--quiet); }
 .rows tbody tr { cursor: pointer; }
 .rows tbody tr:hover, .rows tr:focus-within { background: var(--hover); }
-.c-time { width: 4.4rem; } .c-client { width: 8%; } .c-model { width: 18%; } .c-server { width: 9%;
-  }
-.c-tokens { width: 7.4rem; } .c-speed { width: 3.8rem; } .c-first { width: 4.6rem; }
-.c-duration { width: 8.5rem; } .c-status { width: 10.5rem; }
+.c-time { width: 4.4rem; } .c-client { width: 7%; } .c-model { width: 17%; }
+.c-server { width: 8%; } .c-tokens { width: 6.6rem; } .c-speed { width: 3.8rem; }
+.c-first { width: 4.6rem; } .c-duration { width: 7.5rem; } .c-status { width: 9.5rem; }
 .fresh { animation: fresh 2.5s ease-out; } @keyframes fresh { from { background: var(--tint); } }
 .took { display: flex; align-items: center; gap: .5rem; }
 .took b { font-weight: 400; min-width: 3.3rem; text-align: right; }
@@ -21086,7 +21264,10 @@ td.number, th.number { text-align: right; }
 .thought { padding-left: .8rem; color: var(--quiet); font-size: .8125rem;
   border-left: 3px solid var(--line); }
 .fields { display: grid; grid-template-columns: fit-content(35%) minmax(0, 1fr); gap: .15rem 1rem; }
-/* -- Compare --------------------------------------------------------------------------------- */
+/* -- Clients, Compare ------------------------------------------------------------------------ */
+.share { display: inline-block; width: 6rem; height: 8px; background: var(--sunken); }
+.share i { display: block; height: 100%; background: var(--accent); border-radius: 2px; }
+.one { flex: 0 1 12rem; } #who .line { flex-wrap: nowrap; } #who td { white-space: nowrap; }
 .lineup { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
 .difference ins { background: var(--good-tint); color: var(--good); text-decoration: none; }
@@ -21106,7 +21287,7 @@ td.number, th.number { text-align: right; }
   .strip { grid-template-columns: repeat(3, minmax(0, 1fr)); padding: 0; }
   .strip > * { padding: .3rem .6rem; border-bottom: 1px solid var(--line); }
   .strip b { font-size: 1rem; } .lanes { padding: .35rem .75rem; }
-  .lane { grid-template-columns: minmax(0, 1fr) auto auto; }
+  .lane { grid-template-columns: minmax(0, 1fr) auto auto auto; }
   .lane > .from { display: none; } .lane > .rate { display: none; }
   #filter-button { display: block; } #filters:not(.open) > label:not(.wide) { display: none; }
   #filters:not(.open) > button[type=reset] { display: none; }
@@ -21119,7 +21300,8 @@ td.number, th.number { text-align: right; }
   .rows .c-status { grid-area: 1 / 3; max-width: 10rem; text-align: right; }
   .rows .c-words { grid-area: 2 / 1 / 3 / 3; color: var(--quiet); }
   .rows .c-duration { grid-area: 2 / 3; text-align: right; }
-  nav { order: 9; width: 100%; } .bar { gap: .25rem .5rem; padding-top: .5rem; }
+  nav { order: 9; width: 100%; } nav a { padding: .2rem .5rem; } .bar { gap: .25rem .5rem;
+    padding-top: .5rem; }
   #live { margin-left: auto; } .bar button { padding: .1rem .5rem; } .took { display: block; }
     .meter { display: none; }
   .trail li { font-size: .875rem; } .chip .panel { max-width: calc(100vw - 1.5rem); }
@@ -21132,7 +21314,8 @@ td.number, th.number { text-align: right; }
   <a class="brand" href="/"><svg width="22" height="22" viewBox="0 0 24 24" fill="none"
     stroke="currentColor" stroke-width="2.25" stroke-linecap="round" aria-hidden="true"><path
     d="M3 12h6M9 12c5 0 4-7 11-7M9 12h11M9 12c5 0 4 7 11 7"/></svg>SmolRouter</a>
-  <nav aria-label="Views"><a href="/">Overview</a><a href="/performance">Performance</a></nav>
+  <nav aria-label="Views"><a href="/">Overview</a><a href="/performance">Performance</a><a
+    href="/clients">Clients</a><a href="/compare">Compare</a></nav>
   <span class="small" id="live" role="status">Asking</span>
   <button id="explain-button">Explain</button>
   <button id="try-button">Try it</button>
@@ -21163,8 +21346,10 @@ td.number, th.number { text-align: right; }
         placeholder="Model"></label>
       <label><span class="unseen">Server</span><input name="upstream" list="upstreams"
         placeholder="Server"></label>
-      <label><span class="unseen">Source</span><input name="source" list="sources"
-        placeholder="Source"></label>
+      <label><span class="unseen">Client</span><input name="client" list="clients"
+        placeholder="Client"></label>
+      <label><span class="unseen">Session</span><input name="session"
+        placeholder="Session"></label>
       <label><span class="unseen">Status</span><select name="status"><option value="">Any status
         <option value="error">Failed<option value="2xx">Answered (2xx)<option value="4xx">Refused
           (4xx)
@@ -21223,6 +21408,24 @@ td.number, th.number { text-align: right; }
     <section class="card" id="others" hidden></section>
     <div class="stack" id="raw"></div></div>
   <section class="card stack" id="story" aria-label="What happened"></section></div></div>
+<div class="view wide-gap" id="clients-view" hidden><h1 class="unseen">Clients</h1>
+  <form class="controls" id="clients-form" aria-label="What the figures are of">
+    <label class="one">Time<select name="hours"><option value="1">1 hour<option value="24" selected
+      >24 hours<option value="168">7 days</select></label></form>
+  <section class="card"><h2>Who uses what</h2>
+    <div class="scroll" tabindex="0" role="region" aria-label="Clients"><table id="who"><thead
+      ></thead><tbody></tbody></table></div><div id="who-empty"></div></section></div>
+<div class="view wide-gap" id="compare" hidden><h1 class="unseen">Compare</h1>
+  <form class="card stack" id="compare-form"><h2>One conversation, several models</h2>
+    <p class="small" id="compare-of">Each answer is a request of its own.
+      “model [server]” chooses a server.</p>
+    <div class="controls" id="compare-models"></div>
+    <label>Message<textarea name="message">Explain in three sentences why the sky is blue.</textarea
+      ></label>
+    <p class="line"><button class="main" id="compare-send">Compare</button>
+      <button type="button" class="stop" id="compare-stop" hidden>Stop all</button>
+      <button type="button" id="add-model">Add a model</button></p></form>
+  <div class="lineup" id="lineup"></div><div id="difference"></div></div>
 </main>
 <dialog id="try" aria-labelledby="try-title"><form class="stack" id="try-form">
   <h2 id="try-title">Try it</h2>
@@ -21245,7 +21448,7 @@ td.number, th.number { text-align: right; }
   <div id="explained" aria-live="polite"></div>
   <p class="line"><button type="button" class="close push">Close</button></p></div></dialog>
 <datalist id="models"></datalist><datalist id="upstreams"></datalist>
-<datalist id="sources"></datalist><datalist id="clients"></datalist>
+<datalist id="clients"></datalist>
 <script type="application/json" id="request-data"></script>
 <script>
 "use strict";
@@ -21347,7 +21550,10 @@ const COLOURS = 10;
 function hashOf(name) {
   let hash = 2166136261;
   for (const one of clip(name, 256)) hash = Math.imul(hash ^ one.codePointAt(0), 16777619);
-  return (hash ^ hash >>> 15) >>> 0;
+  // The last characters reach all bits.
+  hash = Math.imul(hash ^ hash >>> 16, 2246822507);
+  hash = Math.imul(hash ^ hash >>> 13, 3266489909);
+  return (hash ^ hash >>> 16) >>> 0;
 }
 const shapeOf = model => SHAPES[Math.floor(hashOf(model) / COLOURS) % SHAPES.length];
 const colourOf = model => `var(--m${hashOf(model) % COLOURS})`;
@@ -21550,16 +21756,21 @@ function showStrip() {
     ([label, value, more, href]) => node("a", {href, onclick: followHere},
       node("span", label), node("b", value), more && node("small", more))));
 }
+const modeOf = ({state}) => /^(drain|off)$/.test(state) ? state : "on";
 const STATES = {up: ["good", "✓", "up"], cooling: ["warn", "◔", "cooling"],
   down: ["bad", "✕", "down"], drain: ["warn", "⏸", "drained"],
   off: ["warn", "⏻", "off"], unknown: ["idle", "?", "not asked yet"]};
-const stateOf = server => STATES[server.mode && server.mode !== "on" ? server.mode : server.state]
-  ?? STATES.unknown;
+const stateOf = server => STATES[server.state] ?? STATES.unknown;
 const showTable = ({error}) => trouble("table", error && `The old routes stay in force: ${error}`);
-/** Show a chip for each server; one that is open stays open. */
-function showServers(servers) {
+/** Remember what servers are called: names stand everywhere, not addresses. */
+function nameServers(servers) {
   app.serverNames = new Map(servers.map(({name, url}) => [url, name || short(url)]));
   suggest("upstreams", servers.map(server => server.name));
+}
+const knowServers = () => app.serverNames ? null : load("upstreams", null, nameServers);
+/** Show a chip for each server; one that is open stays open. */
+function showServers(servers) {
+  nameServers(servers);
   suggest("models", servers.flatMap(server => server.models).slice(0, 100));
   const old = app.chips;
   app.chips = new Map(servers.map(server => [server.url, old.get(server.url) ?? chipNode()]));
@@ -21572,18 +21783,21 @@ const chipNode = () => node("details.chip", {onfocusout(event) {
 function updateChip(chip, server) {
   const [kind, sign, word] = stateOf(server), name = server.name || short(server.url);
   const text = JSON.stringify(server);
+  // Whoever is at one of its buttons keeps it.
+  if (chip.panel !== text && !chip.lastChild.contains(document.activeElement)) {
+    fill(chip.lastChild, panelNodes(server, kind, word));
+    chip.panel = text;
+  }
   if (chip.text === text) return;
-  const slots = server.slots ? `${server.inflight}/${server.slots}` : server.inflight || "";
+  const slots = server.slots ? `${server.running}/${server.slots}` : server.inflight || "";
   chip.text = text;
   chip.className = `chip${kind === "warn" || kind === "bad" ? " loud" : ""}`;
-  fill(chip.firstChild, node(`span.is-${kind}`, {"aria-hidden": "true"}, sign),
+  fill(chip.firstChild, node(`span.is-${kind}`, {role: "img", "aria-label": word}, sign),
     node("b.cut", named(name, 40)),
-    node("span.small.why.cut", kind === "good" ? "" : word, node("span.unseen", word),
-      server.last_error && kind !== "good" && [": ", named(server.last_error, 80)]),
-    slots !== "" && node("span.small", {title: "running of slots"}, `▸ ${slots}`),
-    server.queued > 0 && node("span.small.is-warn", `${server.queued} wait`), dayNode(server));
-  if (!chip.lastChild.contains(document.activeElement))
-    fill(chip.lastChild, panelNodes(server, kind, word));
+    kind !== "good" && node("span.small.why.cut", word,
+      server.last_error && [": ", named(server.last_error, 80)]),
+    slots !== "" && node("span.small.load", {title: "running of slots"}, `▸ ${slots}`),
+    server.queued > 0 && node("span.small.load.is-warn", `${server.queued} wait`), dayNode(server));
 }
 /** What a server did in each of the last 24 hours: it was down, busy, up, or nobody asked it. */
 function dayNode({hours}) {
@@ -21615,10 +21829,10 @@ function panelNodes(server, kind, word) {
   node("ul.models", {tabindex: server.models.length > 8 && 0}, server.models.map(model =>
     node("li", node("a", {href: address({...CLEARED, model}), onclick: followHere},
       markNode(model), named(model))))),
-  server.mode && node("p.line", Object.entries({on: "On", drain: "Drain", off: "Off"}).map(
-    ([state, label]) => node("button", {disabled: server.mode === state, value: state,
+  node("p.line", Object.entries({on: "On", drain: "Drain", off: "Off"}).map(([state, label]) =>
+    node("button", {disabled: modeOf(server) === state, value: state,
       onclick: () => setServer(server, state)}, label)),
-  node("span.small", "Drained it ends what runs, off it is stopped."))];
+  node("span.small", "Drained, it takes nothing new; off, what runs is stopped, too."))];
 }
 async function setServer({name, url}, state) {
   await post(`/api/upstreams/${encodeURIComponent(name || short(url))}`, {state})
@@ -21671,7 +21885,7 @@ function tick() {
     say(phase, `${SIGNS_OF_PHASES[row.phase] ?? "◌"} ${PHASES[row.phase] ?? row.phase}`);
     say(time, passed < 59950 ? `${(passed / 1000).toFixed(1)} s` : span(passed));
     say(speed, row.tokens ? `${count(row.tokens)} tok` + (rate ? ` · ${plain(rate)}/s` : "") : "");
-    say(where, [serverOf(row) || "no server yet", row.client ?? row.source_ip]
+    say(where, [row.waits_for ? `for ${row.waits_for}` : serverOf(row), row.client ?? row.source_ip]
       .map(one => clip(one, 40)).join(" · "));
     tail.hidden = !row.text;
     say(text, clip(row.text ?? "", 200).replace(/\s+/g, " "));
@@ -21768,7 +21982,7 @@ const COLUMNS = [
     moment(row.timestamp))],
   ["client", "Client", row => named(row.client ?? row.source_ip, 45)],
   ["model", "Model", modelNode], ["server", "Server", row => named(serverOf(row), 40)],
-  ["words", "Words", wordsNode], ["tokens", "Tokens in → out", tokensNode, "number"],
+  ["words", "Words", wordsNode], ["tokens", "In → out", tokensNode, "number"],
   ["speed", "Tok/s", row => plain(speedOf(row)), "number"],
   ["first", "First", row => span(row.ttft_ms), "number"],
   ["duration", "Duration", durationNode], ["status", "Status", outcomeNode],
@@ -21801,13 +22015,15 @@ const rowNode = (row, fresh) => node("tr", {class: fresh && "fresh", "data-id": 
   }}, COLUMNS.map(([name, , view, kind]) =>
   node("td", {class: [`c-${name}`, kind].filter(Boolean).join(" ")}, view(row))));
 function showRows(rows) {
-  const old = app.rows, keyOf = row => `${row.id} ${row.completed_at}`;
-  app.rows = new Map(rows.map(row =>
-    [keyOf(row), old.get(keyOf(row)) ?? rowNode(row, old.size > 0)]));
+  // A row is made anew when what it shows may have changed.
+  const old = app.rows, keyOf = row => [row.id, row.completed_at, row.upstream_url, row.ttft_ms,
+    Boolean(app.serverNames)].join(" ");
+  const before = new Set([...old.keys()].map(key => key.split(" ")[0]));
+  app.rows = new Map(rows.map(row => [keyOf(row), old.get(keyOf(row)) ??
+    rowNode(row, old.size > 0 && !before.has(String(row.id)))]));
   arrange(byId("rows").tBodies[0], [...app.rows.values()]);
   scaleMeters(rows);
   suggest("models", rows.flatMap(row => [row.original_model, row.mapped_model]));
-  suggest("sources", rows.map(row => row.source_ip));
   suggest("clients", rows.map(row => row.client));
   byId("rows").hidden = !rows.length;
   byId("newest").hidden = !params().has("before");
@@ -22015,6 +22231,7 @@ function openTry(model, messages) {
     ? `After ${plural(app.earlier.length, "earlier message")} of that request.` : "");
   byId("try").showModal();
   suggestModels();
+  knowServers();
 }
 function openExplain() {
   byId("explain").showModal();
@@ -22377,13 +22594,9 @@ function lensValues() {
   return {hours, model, upstream, service_type};
 }
 async function loadPerformance() {
-  if (!app.serverNames) await load("upstreams", null, nameServers);
+  await knowServers();
   await Promise.all([load("performance", {...lensValues(), limit: 2000}, showPerformance),
     load("trends", lensValues(), showTrends)]);
-}
-function nameServers(servers) {
-  app.serverNames = new Map(servers.map(({name, url}) => [url, name || short(url)]));
-  suggest("upstreams", servers.map(server => server.name));
 }
 const performanceSoon = paced(loadPerformance, 5000);
 function openPerformance() {
@@ -22396,6 +22609,58 @@ function openPerformance() {
   bindForm(byId("lens"), loadPerformance);
   byId("export").onclick = exportShown;
   new ResizeObserver(() => { showChart(); showTimes(); }).observe(byId("chart").parentNode);
+}
+// == 14  Clients ==============================================================================
+const CLIENTS = [
+  ["Client", "client"], ["Requests", "requests", count], ["Errors", "errors", count],
+  ["Tokens in", "prompt_tokens", brief], ["Tokens out", "completion_tokens", brief],
+  ["Models", "models"], ["Last seen", "last_seen"],
+];
+const clientSorting = () => params().get("sort") ?? "-requests";
+/** Who uses what; a click on a client, or on a model of one, filters the overview by it. */
+function showClients(clients) {
+  const table = byId("who"), by = clientSorting().replace("-", ""), down = clientSorting() !== by;
+  app.clients = clients;
+  for (const [at, [, key]] of CLIENTS.entries()) table.tHead.rows[0].cells[at]
+    .setAttribute("aria-sort", key !== by ? "none" : down ? "descending" : "ascending");
+  const compare = (a, b) => (a[by] > b[by]) - (a[by] < b[by]);
+  const sorted = [...clients].sort((a, b) => down ? compare(b, a) : compare(a, b));
+  const most = Math.max(1, ...clients.map(tokensOfClient));
+  table.hidden = !clients.length;
+  fill(table.tBodies[0], sorted.map(one => clientRow(one, most)));
+  fill(byId("who-empty"), !clients.length && empty("Nobody has asked in this time.",
+    "A client gets a name by the header X-Client-Name, by its token or by its API key."));
+}
+const tokensOfClient = one => (one.prompt_tokens ?? 0) + (one.completion_tokens ?? 0);
+const overviewOf = values => `/?${queryOf(values)}`;
+function clientRow(one, most) {
+  const {client, requests, errors, models, last_seen: seen} = one;
+  return node("tr", node("td", node("a", {href: overviewOf({client})}, named(client))),
+    node("td.number", count(requests)),
+    node("td.number", errors ? node("a.is-bad", {href: overviewOf({client, status: "error"})},
+      `${count(errors)} · ${percent(errors / requests)}`) : "0"),
+    node("td.number", brief(one.prompt_tokens)), node("td.number", brief(one.completion_tokens)),
+    node("td", node("span.line", node("span.share", {title: "its share of the tokens"},
+      node("i", {style: {width: `${tokensOfClient(one) / most * 100}%`}})),
+    (models ?? []).slice(0, 4).map(model => node("a", {href: overviewOf({client, model})},
+      markNode(model), named(model, 40))), models?.length > 4 &&
+      node("span.quiet", `and ${models.length - 4} more`))),
+    node("td", {title: seen && local(seen)}, seen ? ago(seen) : "–"));
+}
+const loadClients = () => load("clients", {hours: byId("clients-form").elements.hours.value},
+  showClients);
+const clientsSoon = paced(loadClients, 5000);
+function openClients() {
+  const sort = key => {
+    const first = /^(client|models)$/.test(key) ? key : `-${key}`;
+    const other = first.startsWith("-") ? key : `-${key}`;
+    amend({sort: clientSorting() === first ? other : first});
+    showClients(app.clients);
+  };
+  byId("who").tHead.append(node("tr", CLIENTS.map(([label, key, format]) => node("th",
+    {class: format && "number", scope: "col"}, key === "models" ? label
+      : node("button", {onclick: () => sort(key)}, label)))));
+  bindForm(byId("clients-form"), loadClients);
 }
 // == 15  Markdown =============================================================================
 // What models write, as nodes: no markup of theirs is ever read as such. Links lead to http and
@@ -22824,6 +23089,118 @@ function curlOf(doc) {
     doc.client_key && '-H "Authorization: Bearer $API_KEY"',
     doc.request_body && `--data-raw ${quoted(doc.request_body)}`].filter(Boolean).join(" \\\n  ");
 }
+// == 17  Compare ==============================================================================
+// The same conversation to two to four models at once. Each is an ordinary request through the
+// router, with a row of its own; a server is chosen as everywhere, by `model [server]`.
+const LANES_MOST = 4;
+async function openCompare() {
+  const form = byId("compare-form"), id = params().get("request");
+  suggestModels();
+  knowServers();
+  for (const name of params().getAll("model").slice(0, LANES_MOST)) addModel(name);
+  if (id) await takeRequest(id);
+  while (form.querySelectorAll("[name=model]").length < 2) addModel("");
+  byId("add-model").onclick = () => addModel("").focus();
+  form.addEventListener("submit", compareModels);
+  byId("compare-stop").onclick = () => app.comparing?.abort("stopped");
+}
+/** Compare what was asked in a request: its conversation, and first of all its model. */
+async function takeRequest(id) {
+  const doc = await askJson(`/api/request/${encodeURIComponent(id)}`)
+    .catch(error => trouble("compare", error.message));
+  if (!doc) return;
+  const messages = messagesOf(doc), last = messages.at(-1);
+  const isText = last?.role === "user" && typeof last.content === "string";
+  app.compared = isText ? messages.slice(0, -1) : messages;
+  byId("compare-form").elements.message.value = isText ? last.content : "";
+  fill(byId("compare-of"), "The conversation of ", node("a", {href: `/request/${doc.id}`},
+    `request ${doc.id}`), app.compared.length > 0 && `: after ${plural(app.compared.length,
+    "earlier message")}`, ".");
+  if (!params().has("model")) addModel(doc.original_model ?? "");
+}
+function addModel(value) {
+  const fields = byId("compare-models"), number = fields.children.length + 1;
+  const field = node("input", {name: "model", list: "models", value, autocomplete: "off"});
+  fields.append(node("label", `Model ${number}`, field));
+  byId("add-model").disabled = number >= LANES_MOST;
+  return field;
+}
+async function compareModels(event) {
+  event.preventDefault();
+  const form = new FormData(event.target), message = form.get("message");
+  const models = form.getAll("model").map(name => name.trim()).filter(Boolean);
+  if (app.comparing || !models.length) return;
+  amend({model: models});
+  const messages = [...app.compared ?? [], ...message ? [{role: "user", content: message}] : []];
+  app.comparing = new AbortController();
+  byId("compare-stop").hidden = false;
+  byId("compare-send").disabled = true;
+  fill(byId("difference"));
+  const columns = models.map(columnNode);
+  fill(byId("lineup"), columns.map(column => column.element));
+  const runs = await Promise.all(columns.map(column =>
+    chat(column.model, messages, app.comparing.signal, column.show)));
+  for (const [at, run] of runs.entries()) if (run.text)
+    fill(columns[at].answer, markdownNodes(run.text));
+  app.comparing = null;
+  byId("compare-stop").hidden = true;
+  byId("compare-send").disabled = false;
+  showDifference(runs.filter(run => run.text));
+}
+/** A column for a model: how it does, and its answer as it comes. */
+function columnNode(model) {
+  const note = node("p.small", "waiting"), error = node("p.is-bad", {role: "alert"});
+  const thought = node("p.thought.plain"), answer = node("div.said", {tabindex: 0,
+    role: "group", "aria-label": `Answer of ${clip(model, 60)}`});
+  const text = node("div.plain");
+  answer.append(text);
+  thought.hidden = true;
+  return {model, answer, element: node("section.card.stack", node("h2", named(model)), note, error,
+    thought, answer), show(run) {
+    fill(note, runWords(run));
+    say(error, run.error ?? "");
+    thought.hidden = !run.thinking;
+    say(thought, run.thinking);
+    say(text, run.text);
+  }};
+}
+const DIFFERENT_WORDS = 1200;
+/** Which words of two texts are the same: pairs of a kind and words, in their order. */
+function differenceOf(before, after) {
+  const [old, fresh] = [before, after].map(text =>
+    (text.match(/\s+|[^\s]+/g) ?? []).slice(0, 2 * DIFFERENT_WORDS));
+  const width = fresh.length + 1, most = new Uint16Array((old.length + 1) * width);
+  for (let i = old.length - 1; i >= 0; i--) for (let j = fresh.length - 1; j >= 0; j--)
+    most[i * width + j] = old[i] === fresh[j] ? most[(i + 1) * width + j + 1] + 1
+      : Math.max(most[(i + 1) * width + j], most[i * width + j + 1]);
+  const parts = [];
+  const add = (kind, word) => parts.at(-1)?.[0] === kind ? parts.at(-1)[1] += word
+    : parts.push([kind, word]);
+  let i = 0, j = 0;
+  while (i < old.length || j < fresh.length) {
+    if (i < old.length && j < fresh.length && old[i] === fresh[j]) { add("span", old[i]); i++; j++;
+      }
+    else if (j >= fresh.length || (i < old.length &&
+      most[(i + 1) * width + j] >= most[i * width + j + 1])) add("del", old[i++]);
+    else add("ins", fresh[j++]);
+  }
+  return parts;
+}
+/** The words in which any two answers differ. */
+function showDifference(runs) {
+  if (runs.length < 2) return;
+  const choose = chosen => node("select", {"aria-label": "Answer"}, runs.map((run, at) =>
+    node("option", {value: String(at), selected: at === chosen},
+      `${at + 1}: ${clip(run.model, 40)}`)));
+  const from = choose(0), to = choose(1), text = node("div.plain.isolate.difference");
+  const draw = () => fill(text, differenceOf(runs[from.value].text, runs[to.value].text)
+    .map(([kind, words]) => node(kind, words)));
+  from.onchange = to.onchange = draw;
+  draw();
+  fill(byId("difference"), node("section.card.stack", node("div.line", node("h2", "Difference"),
+    node("label", from), node("span", "→"), node("label", to),
+    node("span.small", "struck: only in the first; marked: only in the second")), text));
+}
 // == 18  Live =================================================================================
 // Events say when to ask again; every 30 s the page asks anyway, where they do not get through.
 // A hidden tab asks nothing. A browser that only prints the page waits until all is loaded, and a
@@ -22845,6 +23222,8 @@ const VIEWS = [
   {name: "performance", path: /^\/performance/, open: openPerformance, refresh: performanceSoon},
   {name: "request", path: /^\/request\//, open: openRequest,
     refresh: () => (app.request?.is_inflight === false ? pingSoon : requestSoon)()},
+  {name: "clients-view", path: /^\/clients/, open: openClients, refresh: clientsSoon},
+  {name: "compare", path: /^\/compare/, open: openCompare, refresh: pingSoon},
   {name: "overview", path: /^/, open: openOverview, refresh: refreshOverview},
 ];
 function showSignIn() {

@@ -21385,24 +21385,28 @@ def test_one_is_not_many(folder: pathlib.Path) -> None:
 
 
 def test_demo(folder: pathlib.Path) -> None:
-    """Its requests are answered, by the second server where the first one fails."""
+    """Several clients at once; a line for each of their requests."""
     command = [sys.executable, "smolrouter.py", "demo", "--seconds", "30"]
     with subprocess.Popen(
         [*command, "--listen-port", "0"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={"SHUTDOWN_GRACE": "0"},
     ) as demo:  # fmt: skip
-        ending = threading.Timer(20, demo.kill)
+        ending = threading.Timer(30, demo.kill)
         ending.start()
         try:
-            lines = [demo.stdout.readline() for _ in range(3)]
+            lines = [demo.stdout.readline() for _ in range(10)]
         finally:
             demo.send_signal(signal.SIGTERM)
             demo.communicate(timeout=20)
             ending.cancel()
     assert lines[0].startswith("Open http://127.0.0.1:")
-    for line, model in zip(lines[1:], ("gpt-4", "coding-assistant"), strict=True):
-        assert f" {model} -> qwen3-8b: 200, " in line
+    assert lines[3].split() == ["client", "asked", "for", "answered", "by", "status", "time"]
+    assert max(map(len, lines)) <= 101
+    said = "".join(lines[4:])
+    assert re.search(r"alice +qwen3-coder +qwen3-coder +200 .* a picture\n", said)
+    assert re.search(r"ci-bot +coding-assistant +qwen3-coder +200 .* failover", said)
+    assert re.search(r"ci-bot +qwen3-coder +qwen3-coder +200 .* a tool is called\n", said)
     assert demo.returncode == 0
 
 
@@ -21908,7 +21912,12 @@ TOOL_TALK = [
 def page_router(name: str = "", **settings: Any) -> Router:
     """Return a shared router that serves dashboard.html itself; each name has one of its own."""
     routes = {
-        "servers": {"off": "http://127.0.0.1:9", "box": default_upstream().url},
+        "servers": {
+            "off": "http://127.0.0.1:9",
+            "box": default_upstream().url,
+            "second": {"url": f"{default_upstream().url}/second", "discover": False},
+            "third": {"url": f"{default_upstream().url}/third", "discover": False},
+        },
         "aliases": {
             "coder": {"instances": ["off/tiny", "box/tiny"]},
             f"own-{name}": {"instances": ["box/tiny"]},
@@ -21981,6 +21990,161 @@ def wait_rows(tab: Any, number: int) -> list[str]:
     rows = tab.locator("#rows tbody tr")
     assert wait_until(lambda: rows.count() == number), (tab.url, rows.count(), tab.wrong)
     return rows.all_text_contents()
+
+
+def read_axe() -> str:
+    """Return the script of axe-core, which looks for what keeps people from using a page."""
+    package = import_or_skip("axe_playwright_python")
+    return (pathlib.Path(package.__file__).parent / "axe.min.js").read_text("utf-8")
+
+
+def serious_faults(tab: Any) -> list[Any]:
+    """Return what axe-core finds on the page that is serious or worse."""
+    tab.evaluate(read_axe())
+    found = tab.evaluate("axe.run()")
+    assert len(found["passes"]) > 10
+    faults = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+    return [(one["id"], one["nodes"][0]["html"][:200]) for one in faults]
+
+
+def figure_of(tab: Any, label: str) -> str:
+    """Return a figure of the strip."""
+    cell = tab.locator("#strip a").filter(has=tab.get_by_text(label, exact=True)).first
+    return cell.locator("b").text_content()
+
+
+def test_overview_at_a_glance(tab: Any) -> None:
+    """Its figures, servers, histogram and filters, as a person uses them."""
+    router = page_router("glance")
+    for model in ("tiny", "gpt-4", "coder"):
+        post_chat(router, model, "Hello there", stream=True)
+    broken = default_upstream().add_script(json_response({"error": {"message": "so sorry"}}, 503))
+    post_chat(router, broken)
+    newest(router, broken)
+    tab.goto(router.url)
+    wait_rows(tab, 4)
+    assert wait_until(lambda: tab.locator(".chip").count() == 4)
+    top = "document.querySelector('#rows tbody tr').getBoundingClientRect().top"
+    assert tab.evaluate(top) < 400
+    height = (
+        "Math.max(...[...document.querySelectorAll('#rows tbody tr')].map(r => r.offsetHeight))"
+    )
+    assert tab.evaluate(height) <= 36
+    # The figures are those of the API.
+    stats = get_document(router, "/api/stats")
+    assert wait_until(lambda: figure_of(tab, "Requests") == str(stats["recent_requests"]))
+    assert figure_of(tab, "Tokens in") == str(stats["prompt_tokens"])
+    assert figure_of(tab, "Errors") == "1"
+    tab.click("#strip a:has-text('Errors')")
+    wait_rows(tab, 1)
+    assert tab.url.endswith("/?status=error")
+    assert tab.input_value("#filters [name=status]") == "error"
+    tab.click("#strip a:has-text('Requests')")
+    wait_rows(tab, 4)
+    # A span of the histogram.
+    tab.click("#span button:has-text('1 h')")
+    assert wait_until(lambda: tab.locator("#histogram .answered").count() == 60)
+    box = tab.locator("#histogram svg").bounding_box()
+    right = box["x"] + box["width"] - 3
+    tab.mouse.move(right - 40, box["y"] + 10)
+    tab.mouse.down()
+    tab.mouse.move(right, box["y"] + 10)
+    tab.mouse.up()
+    assert wait_until(lambda: "begin=" in tab.url and "span=1h" in tab.url)
+    wait_rows(tab, 4)
+    tab.click("#extra-filters button")
+    assert wait_until(lambda: "begin" not in tab.url)
+    tab.focus("#histogram svg")
+    for key in ("ArrowLeft", "ArrowLeft", "Enter"):
+        tab.keyboard.press(key)
+    assert wait_until(lambda: "begin=" in tab.url)
+    tab.goto(f"{router.url}/?end=5&begin=1&q=nothing")
+    said = wait_text(tab, "#rows-empty", "No request matches")
+    assert "words: nothing" in said and "from: 1970" in said
+    tab.click("#rows-empty button")
+    wait_rows(tab, 4)
+    assert tab.url.endswith("/")
+    assert not serious_faults(tab)
+    # A server is looked at, drained and opened again.
+    tab.click(".chip:has-text('box') summary")
+    panel = tab.locator(".chip[open] .panel")
+    assert "tiny" in panel.text_content()
+    panel.locator("button:has-text('Drain')").click()
+    assert wait_until(lambda: tab.locator(".chip > summary:has-text('drained')").count() == 1)
+    (state,) = [one for one in get_document(router, "/api/upstreams") if one["name"] == "box"]
+    assert state["state"] == "drain"
+    panel.locator("button:has-text('On')").click()
+    assert wait_until(lambda: tab.locator(".chip > summary:has-text('drained')").count() == 0)
+    tab.keyboard.press("Escape")
+    tab.mouse.click(5, 5)
+    assert tab.locator(".chip[open]").count() == 0
+    # On a narrow screen the filters stand behind one button.
+    tab.set_viewport_size({"width": 380, "height": 800})
+    assert not tab.is_visible("#filters [name=model]")
+    tab.click("#filter-button")
+    assert tab.is_visible("#filters [name=model]")
+    assert tab.get_attribute("#filter-button", "aria-expanded") == "true"
+
+
+def test_clients_say_who_uses_what(tab: Any) -> None:
+    router = page_router("who")
+    for name in ("alice", "alice", "bob"):
+        fields = [("X-Client-Name", name)]
+        request(router.port, "POST", CHAT, chat_document("tiny"), fields)
+    broken = default_upstream().add_script(json_response({"error": {"message": "so sorry"}}, 503))
+    request(router.port, "POST", CHAT, chat_document(broken), [("X-Client-Name", "bob")])
+    newest(router, broken)
+    tab.goto(f"{router.url}/clients")
+    names = tab.locator("#who tbody td:first-child")
+    assert wait_until(lambda: sorted(names.all_text_contents()) == ["alice", "bob"])
+    tab.click("#who th:has-text('Client') button")
+    assert names.all_text_contents() == ["alice", "bob"] and "sort=client" in tab.url
+    cells = tab.locator("#who tbody tr:last-child td").all_text_contents()
+    (bob,) = [one for one in get_document(router, "/api/clients") if one["client"] == "bob"]
+    assert cells[1] == "2" and cells[2] == "1 · 50 %"
+    assert cells[3:5] == [str(bob["prompt_tokens"]), str(bob["completion_tokens"])]
+    tab.click("#who a:has-text('bob')")
+    rows = wait_rows(tab, 2)
+    assert "so sorry" in rows[0] and "?client=bob" in tab.url
+    assert tab.input_value("#filters [name=client]") == "bob"
+
+
+def test_models_are_compared(tab: Any) -> None:
+    """From a request; each answer is a request of its own, and the words that differ are marked."""
+    router = page_router("compare")
+    other = default_upstream().add_script(
+        sse_response([encode_event(one) for one in (*TWO_WORDS, FINISH)] + [b"data: [DONE]\n\n"])
+    )
+    post_chat(router, "tiny", "one three")
+    row = newest(router, "tiny")
+    tab.goto(f"{router.url}/request/{row['id']}")
+    tab.click("#head a:has-text('Compare')")
+    models = tab.locator("#compare-models input")
+    assert wait_until(lambda: models.count() == 2)
+    assert models.first.input_value() == "tiny"
+    assert tab.input_value("#compare-form textarea") == "one three"
+    models.last.fill(other)
+    tab.click("#add-model")
+    models.last.fill("coder")
+    tab.click("#compare-send")
+    answers = tab.locator("#lineup .said")
+    assert wait_until(lambda: tab.locator("#difference del").count())
+    assert answers.all_text_contents() == [
+        "You said: one three",
+        "one two",
+        "You said: one three",
+    ]
+    assert "tiny on box · first token" in tab.locator("#lineup .small").first.text_content()
+    assert tab.text_content("#difference ins") == "two"
+    tab.select_option("#difference select >> nth=1", "2")
+    assert tab.locator("#difference ins, #difference del").count() == 0
+    assert newest(router, other)["status_code"] == 200
+    tab.click("#lineup a >> nth=1")
+    wait_text(tab, "#answer", "one two")
+    # Another way leads from a request to Try it.
+    tab.click("text=Open in Try it")
+    assert tab.input_value("#try-form [name=message]") == "one three"
+    assert tab.input_value("#try-form [name=model]") == other
 
 
 def test_page_filters_are_in_its_address(tab: Any) -> None:
@@ -22548,16 +22712,24 @@ def test_page_is_legible_and_narrow(tab: Any, scheme: str) -> None:
     rows = json.loads(request(router.port, "GET", "/api/logs").content)
     tab.emulate_media(color_scheme=scheme)
     tab.set_viewport_size({"width": 380, "height": 800})
-    paths = ["/", "/performance", *(f"/request/{row['id']}" for row in rows)]
+    paths = [
+        "/",
+        "/performance",
+        "/clients",
+        "/compare",
+        *(f"/request/{row['id']}" for row in rows),
+    ]
     for path in paths:
         tab.goto(router.url + path)
         wait_text(tab, "#live", "Live")
         tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         ready = {"/": "#rows tbody tr", "/performance": ".dots"}.get(path, ".phases")
+        ready = {"/clients": "#who th", "/compare": "#compare input"}.get(path, ready)
         assert wait_until(lambda: tab.locator(ready).count())
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
         seen, poor = tab.evaluate(CONTRAST)
-        assert seen > 20 and not poor, (path, poor[:5])
+        assert seen > 15 and not poor, (path, poor[:5])
+        assert not serious_faults(tab)
         assert tab.evaluate("window.pwned") is None
         assert tab.locator("main script, main img").count() == 0
         # Compare the text that the page holds: how U+2028 is shown is up to the browser.
