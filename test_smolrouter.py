@@ -13789,35 +13789,37 @@ QUEUE_WAYS = [(CHAT, False), (CHAT, True), ("/api/chat", False), ("/api/chat", T
 
 
 def test_a_queue_that_is_full_and_one_that_is_slow() -> None:
-    settings = {"QUEUE_SIZE": 1, "QUEUE_TIMEOUT": 0.5, "PING_INTERVAL": 0.1}
+    settings = {"QUEUE_SIZE": 4, "QUEUE_TIMEOUT": 1.5, "PING_INTERVAL": 0.1}
     limits = {"deadline_interval": 0.05}
     with SlotsTest({"one": {"slots": 1}}, PRIORITIES, limits=limits, **settings) as test:
         test.send("first", "high")
         test.gate.wait_for("first")
+        for number, (path, stream) in enumerate(QUEUE_WAYS):
+            test.send(f"slow {number}", "low", path=path, stream=stream)
+        test.wait_for_queue(4)
         for path, stream in QUEUE_WAYS:
-            test.queue("slow", "low", path=path, stream=stream)
             test.send("full", "normal", path=path, stream=stream)
-            full = test.answer("full")
-            assert (full.status, full.get("Retry-After")) == (503, "10")
-            error = full.json["error"]
-            words = error if path == "/api/chat" else error["message"]
-            assert "no slot is free at one, and 1 requests wait" in words
-            assert "(QUEUE_SIZE=1)" in words
-            slow = test.answer("slow")
-            words = "no slot was free at one within 0.5 s (QUEUE_TIMEOUT)"
+            got = test.answer("full")
+            assert (got.status, got.get("Retry-After")) == (503, "10")
+            words = "no slot is free at one, and 4 requests wait for one already (QUEUE_SIZE=4)"
+            error = got.json["error"]
+            assert (error if path == "/api/chat" else error["message"]) == words
+            row = wait_for_row(test.router, "normal")
+            assert (row["status_code"], row["error_message"]) == (503, words)
+        words = "no slot was free at one within 1.5 s (QUEUE_TIMEOUT)"
+        for number, (path, stream) in enumerate(QUEUE_WAYS):
+            got = test.answer(f"slow {number}")
+            assert words.encode() in got.content
             if stream:
                 # Signs of life have begun a stream, and the error is all that follows.
-                count, rest = without_pings(path, slow.content)
-                assert slow.status == 200 and count >= 2
-                assert words.encode() in rest
+                assert (got.status, without_pings(path, got.content)[0] >= 2) == (200, True)
             else:
-                assert (slow.status, slow.get("Retry-After")) == (503, "10")
-                assert words.encode() in slow.content
-            row = wait_for_row(test.router, "low")
-            assert (row["status_code"], row["error_message"]) == (503, words)
-            assert row["queued_ms"] >= 450
-            row = wait_for_row(test.router, "normal")
-            assert (row["status_code"], row["attempts"]) == (503, [])
+                assert (got.status, got.get("Retry-After")) == (503, "10")
+        rows = "/api/logs?model=low&status=503"
+        assert wait_until(lambda: len(get_document(test.router, rows)) == 4)
+        for row in get_document(test.router, rows):
+            assert row["error_message"] == words
+            assert row["queued_ms"] >= 1400 and row["attempts"] == []
         assert test.end("first").status == 200
         assert test.gate.arrived == ["first"]
 
