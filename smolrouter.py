@@ -1123,6 +1123,8 @@ class Limits:
     # then new requests wait for it, for `log_wait` at most.
     row_delay: float = 0.2
     log_wait: float = 1.0
+    # Of the requests that are refused within a second, so many have a row.
+    refused_rows: int = 20
     # While nothing is written, the files of the database are looked at so often: what stands in
     # one that somebody has removed is lost when the program is killed.
     log_check_interval: float = 5.0
@@ -1159,6 +1161,8 @@ class Limits:
     export_page: int = 200
     export_octets: int = MiB
     export_retry: float = 0.25
+    # An export remembers so many beginnings of conversations, to write each conversation once.
+    export_turns: int = 100_000
 
     # --- the routing file ---
     # It is looked at so often: for a person, a saved file counts at once.
@@ -10412,6 +10416,21 @@ def secrets_in_field(name: str, value: str) -> list[str]:
     return [value.rpartition(" ")[2]]
 
 
+# What an error says of a field line that cannot be read.
+QUOTED_FIELD = re.compile(r"(field line .)([^:]*)(:.*)(. is not `name: value`)", re.DOTALL)
+
+
+def hide_quoted_field(text: str) -> str:
+    """Return what is wrong with a head, without the value of a secret field.
+
+    `field line 'Api-Key : abc' is not ...`  ->  `field line 'Api-Key : ***' is not ...`
+    """
+    quoted = QUOTED_FIELD.match(text)
+    if quoted is None or not is_secret_name(quoted[2].strip()):
+        return text
+    return f"{quoted[1]}{quoted[2]}: ***{quoted[4]}"
+
+
 class ShownFields(NamedTuple):
     """What may be kept and shown of a head's field lines."""
 
@@ -13538,6 +13557,27 @@ class RequestRecord:
             subject=request.token.subject if request.token else "",
         )
 
+    @classmethod
+    def of_refused(
+        cls, request_id: str, source_ip: str, service: str, method: str, target: str
+    ) -> RequestRecord:
+        """Return the record of a request that goes nowhere."""
+        return cls(
+            request_id=request_id,
+            service=service,
+            source_ip=source_ip,
+            method=method,
+            target=target,
+            request_fields=NO_FIELDS,
+            content=b"",
+            request_size=0,
+            stream=False,
+            requested_model="",
+            mapped_model="",
+            route="",
+            trail=(),
+        )
+
     @property
     def path(self) -> str:
         """The target without its query."""
@@ -14560,6 +14600,31 @@ def keep_files_private() -> None:
         os.umask(0o077)
 
 
+class Refusals:
+    """Counts requests that are refused: so many of a second have a row, the rest is just counted.
+
+    Anybody can send thousands of them in a second: that must be no work for the log.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        # When the second has begun that is counted now, and how many came in it.
+        self.begun_at = 0.0
+        self.count = 0
+        # How many have no row.
+        self.without_row = 0
+
+    def admit(self, now: float) -> bool:
+        """Count one; tell whether it gets a row. `now` is monotonic."""
+        if now - self.begun_at >= 1.0:
+            self.begun_at = now
+            self.count = 0
+        self.count += 1
+        is_admitted = self.count <= self.most
+        self.without_row += not is_admitted
+        return is_admitted
+
+
 class RequestLog:
     """Knows the running requests; its thread prints, counts and writes those that ended."""
 
@@ -14585,6 +14650,7 @@ class RequestLog:
         # Rows that the database never took: since the start, and since its trouble has begun.
         self.lost = 0
         self.lost_in_trouble = 0
+        self.refusals = Refusals(limits.refused_rows)
         # The tallies since the start, by service, model and server, for /metrics.
         self.series: dict[tuple[str, str, str], Tally] = {}
         # Each gets the row of every finished request, for a page that is open.
@@ -14602,9 +14668,8 @@ class RequestLog:
         self.opened = threading.Event()
         # After trouble nothing is written before this moment.
         self.retry_at = 0.0
-        # A reader had an error that says that the file is damaged.
+        # A reader had an error that says that the file is damaged; and there is more to delete.
         self.is_suspect = False
-        # There is more to delete.
         self.is_pruning = False
         # While it is not set, requests wait before they begin, in the event loop `loop`.
         self.may_begin = asyncio.Event()
@@ -16887,7 +16952,10 @@ ROUTE_PARAMETERS: Parameters = {
 EXPORT_PARAMETERS: Parameters = {
     "since": parse_age,
     "model": parse_shown_name,
+    "client": parse_shown_name,
+    "session": parse_text,
     "format": choice_of("jsonl", "csv", "openai"),
+    "all_turns": parse_bool,
 }
 
 
@@ -17203,6 +17271,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
         **read_sums(tally, "prompt_tokens", "completion_tokens"),
         "tokens_per_second": percentile((), read_speeds(db, window, requests), 50),
         "requests_per_hour": read_hours(db, window, requests),
+        "refused_without_row": log.refusals.without_row,
         "log": log.state(),
     }
 
@@ -17621,11 +17690,21 @@ def chat_message(message: Mapping[str, Any]) -> dict[str, Any]:
     return document
 
 
+def csv_cell(value: Any) -> Any:
+    """Return what stands in a cell of a table. A spreadsheet shows it, and does not run it.
+
+    `=HYPERLINK("http://evil")`  ->  `'=HYPERLINK("http://evil")`
+    """
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value
+
+
 def csv_line(values: Iterable[Any]) -> str:
     """Return a line of a table."""
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerow(values)
-    return table.getvalue()
+    # A cell is quoted when it has a character of the line's end in it.
+    csv.writer(table, lineterminator="\r\n").writerow(map(csv_cell, values))
+    return table.getvalue().removesuffix("\r\n") + "\n"
 
 
 def table_line(row: Row) -> str:
@@ -17641,31 +17720,89 @@ def json_line(row: Row, detail: Detail) -> str:
     return encode_json(detail_document(row, detail)).decode() + "\n"
 
 
-def chat_line(row: Row, detail: Detail) -> str:
-    """Return an answered conversation as a line of JSON, as fine-tuning takes it; "" for none."""
+class Turns:
+    """Knows the conversations that an export has written, and so which turns they hold.
+
+    The newest turn comes first, and its request has what was said before. It is a turn of the same
+    conversation as an older one when both have the same session, and when it was asked all that
+    the older one was asked.
+    """
+
+    def __init__(self, most: int) -> None:
+        # For each beginning of a conversation, as a hash, the id of the newest turn that has it;
+        # `most` of them, or a little more.
+        self.beginnings: dict[int, int] = {}
+        self.most = most
+
+    def hash_beginnings(self, session: str, messages: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Return a hash for each beginning of a conversation, the shortest first."""
+        said = []
+        for message in messages:
+            # The system's words may have the time in them.
+            if message["role"] != "system":
+                calls = str(message["tool_calls"])
+                said.append((message["role"], message["content"].strip(), calls))
+        return list(itertools.accumulate(said, lambda *pair: hash(pair), initial=hash(session)))
+
+    def admit(self, row: Row, transcript: Sequence[Mapping[str, Any]]) -> bool:
+        """Note a turn; tell whether it is to be written: no later one holds it.
+
+        Of several answers to one question, only the newest is.
+        """
+        if row.session is None:
+            return True
+        hashes = self.hash_beginnings(row.session, transcript[:-1])
+        # A page of the export may be read twice.
+        if self.beginnings.get(hashes[-1], row.id) > row.id:
+            return False
+        if len(self.beginnings) < self.most:
+            for value in hashes[1:]:
+                self.beginnings.setdefault(value, row.id)
+        return True
+
+
+def chat_line(row: Row, detail: Detail, turns: Turns | None) -> str:
+    """Return an answered conversation as a line of JSON, as fine-tuning takes it; "" for none.
+
+    With `turns`, a turn that stands in the line of a later one has none.
+    """
     document = detail_document(row, detail)
     if not (document["response_text"] or document["response_thinking"]):
         return ""
-    messages = [chat_message(message) for message in document["transcript"]]
+    transcript = document["transcript"]
+    if turns and not turns.admit(row, transcript):
+        return ""
+    messages = [chat_message(message) for message in transcript]
     return encode_json({"messages": messages}).decode() + "\n"
 
 
-def export_line(store: Store, db: sqlite3.Connection, row: Row, form: str) -> str:
+def make_turns(parameters: Mapping[str, Any], limits: Limits) -> Turns | None:
+    """Return what an export of conversations begins with; None when each turn is a line."""
+    has_all = parameters.get("format") != "openai" or parameters.get("all_turns")
+    return None if has_all else Turns(limits.export_turns)
+
+
+def export_line(
+    store: Store, db: sqlite3.Connection, row: Row, form: str, turns: Turns | None
+) -> str:
     """Return what an export in this form has of a row: a line, or nothing."""
     if form == "csv":
         return table_line(row)
     if form == "openai":
-        return chat_line(row, store.read_detail(db, row.id)) if row.failed == 0 else ""
+        return chat_line(row, store.read_detail(db, row.id), turns) if row.failed == 0 else ""
     # One that runs still changes.
     return json_line(row, store.read_detail(db, row.id)) if row.failed is not None else ""
 
 
 def export_page(
-    store: Store, db: sqlite3.Connection, parameters: Mapping[str, Any]
+    store: Store,
+    db: sqlite3.Connection,
+    parameters: Mapping[str, Any],
+    turns: Turns | None = None,
 ) -> tuple[bytes, int]:
     """Return a page of the export, newest first, and the id before which the next one begins.
 
-    That is 0 when there is no other page.
+    That is 0 when there is no other page. `turns` is the same object for all pages.
     """
     limits = store.limits
     filters = {**parameters, "limit": limits.export_page}
@@ -17679,7 +17816,7 @@ def export_page(
     pieces: list[bytes] = []
     size = 0
     for row in rows:
-        pieces.append(export_line(store, db, row, form).encode())
+        pieces.append(export_line(store, db, row, form, turns).encode())
         size += len(pieces[-1])
         if size > limits.export_octets:
             break
@@ -17987,6 +18124,10 @@ async def serve_metrics(context: Context, request: Request) -> None:
             "inflight_requests": ("Requests that run now", len(log.running)),
             "queued_requests": ("Requests that wait for a slot", len(context.slots.waiting)),
             "log_backlog_rows": ("Rows that wait for the database", log.backlog),
+            "refused_without_row": (
+                f"Refused requests beyond {context.limits.refused_rows} a second, without a row",
+                log.refusals.without_row,
+            ),
             "log_lost_rows": ("Rows that the database never took", log.lost),
             "log_up": ("Whether the log can be written", int(not log.error)),
         },
@@ -18061,23 +18202,25 @@ async def serve_events(context: Context, request: Request) -> None:
     request.writer.finish()
 
 
-async def read_export(context: Context, parameters: Mapping[str, Any]) -> tuple[bytes, int]:
+async def read_export(
+    context: Context, parameters: Mapping[str, Any], turns: Turns | None
+) -> tuple[bytes, int]:
     """Return a page of the export, and where the next one begins; 0 at the end."""
 
     def read_rows(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
-        return export_page(log.store, db, parameters)
+        return export_page(log.store, db, parameters, turns)
 
     return await context.log.ask(read_rows)
 
 
 async def read_more(
-    context: Context, request: Request, parameters: Mapping[str, Any]
+    context: Context, request: Request, parameters: Mapping[str, Any], turns: Turns | None
 ) -> tuple[bytes, int]:
     """Return a further page of an export, as soon as there is room for it."""
     batch = request.connection.batch
     while True:
         if not batch.is_full:
-            page, next_before = await read_export(context, parameters)
+            page, next_before = await read_export(context, parameters, turns)
             # Other answers may have filled the room meanwhile. Then this page is read again later:
             # kept until then, it would take memory that does not count.
             with contextlib.suppress(Overloaded):
@@ -18096,7 +18239,8 @@ async def serve_export(context: Context, request: Request) -> None:
         media_type = "text/csv; charset=utf-8"
         file_name = "smolrouter.csv"
     # The first page is read before the answer begins: an error can still be its status.
-    page, parameters["before"] = await read_export(context, parameters)
+    turns = make_turns(parameters, context.limits)
+    page, parameters["before"] = await read_export(context, parameters, turns)
     request.connection.batch.check_room(page)
     disposition = f"attachment; filename={file_name}"
     begin_stream(request, media_type, ("Content-Disposition", disposition))
@@ -18107,7 +18251,7 @@ async def serve_export(context: Context, request: Request) -> None:
         await request.connection.drain()
         if not parameters["before"]:
             break
-        page, parameters["before"] = await read_more(context, request, parameters)
+        page, parameters["before"] = await read_more(context, request, parameters, turns)
     request.writer.finish()
 
 
@@ -18489,6 +18633,16 @@ class Found(NamedTuple):
     # Those of the method.
     of_method: tuple[Endpoint, ...]
 
+    def is_of_api(self, method: str) -> bool:
+        """Tell whether a request is one for the model API, as one for an unknown path is, too.
+
+        But what is got from there is what browsers and scanners look for, such as /favicon.ico.
+        """
+        if self.of_path:
+            return (*self.of_method, *self.of_path)[0].guard == API
+        is_under_api = self.path.startswith(("/v1/", "/api/"))
+        return is_under_api or method not in ("GET", "HEAD")
+
     def choose_endpoint(self, fields: Fields) -> Endpoint | None:
         """Return who serves a request with these fields; None for nobody."""
         for endpoint in self.of_method:
@@ -18543,6 +18697,10 @@ def missing_endpoint(request: Request, of_path: Sequence[Endpoint]) -> RouterErr
     return NotFound(f"unknown path {path}")
 
 
+# Method and target in the first line of a head.
+REQUEST_START = re.compile(rb"([A-Za-z]{1,32}) +([!-~]{1,4096})")
+
+
 class Application:
     """Lets requests in, finds who serves them, and renders what goes wrong."""
 
@@ -18568,8 +18726,9 @@ class Application:
         reason = ""
         try:
             await self.dispatch(request, endpoint, of_path)
-        except ClientClosed:
+        except ClientClosed as error:
             # There is nobody to answer.
+            self.note_refusal(request, error, found)
             raise
         except RouterError as error:
             hidden = hide_in_text(str(error), self.context.secrets_of(request))
@@ -18578,14 +18737,16 @@ class Application:
                 # A browser gets the page all the same: it shows the sign-in.
                 send_page(self.context, request, error.status, error.fields)
             else:
-                send_error(request.writer, error, request.dialect, request.path)
+                own_fields = self.note_refusal(request, error, found)
+                send_error(request.writer, error, request.dialect, request.path, own_fields)
         except Exception:  # a fault of ours must cost one request alone
             if request.connection.failure:
                 # It is no fault of ours: the client has gone while it was being answered.
                 raise
             self.context.log.print_line(traceback.format_exc())
             internal = RouterError("internal error; see the log")
-            send_error(request.writer, internal, request.dialect, request.path)
+            own_fields = self.note_refusal(request, internal, found)
+            send_error(request.writer, internal, request.dialect, request.path, own_fields)
         finally:
             self.content_size -= request.counted_octets
         # An exchange has printed its own line; the page's polling is not worth one.
@@ -18595,6 +18756,70 @@ class Application:
             self.context.log.print_request(
                 request.source_host, request.head.method, request.path, status, reason
             )
+
+    def note_refusal(self, request: Request, error: RouterError, found: Found) -> FieldPairs:
+        """Keep a row of a request for the model API that was refused before it had one.
+
+        Returns the field that tells the client its id, if there is a row.
+        """
+        context = self.context
+        if request.recorded or not found.is_of_api(request.head.method):
+            return []
+        request.recorded = True
+        if not context.log.refusals.admit(time.monotonic()):
+            return []
+        record = RequestRecord.of_refused(
+            context.next_request_id(),
+            request.source_host,
+            request.dialect.service,
+            request.head.method,
+            request.path + request.query,
+        )
+        record.request_fields = request.head.fields
+        record.secrets = context.secrets_of(request)
+        # What was read of a request that was let in.
+        record.content = request.content
+        record.request_size = len(request.content)
+        record.subject = request.token.subject if request.token else ""
+        if 0 < len(request.content) < context.limits.long_content:
+            with contextlib.suppress(RouterError):
+                read = request.dialect.read(request.path, request.query, request.content)
+                record.requested_model = read.model
+                record.stream = read.stream
+                record.note_conversation(read)
+        return self.finish_refusal(record, error.status, str(error))
+
+    def finish_refusal(self, record: RequestRecord, status: int, reason: str) -> FieldPairs:
+        """Let the log have the record of a refused request; return the field that tells its id."""
+        record.status = status
+        record.error = hide_in_text(reason, record.secrets)[: self.context.limits.error_text]
+        self.context.log.begin(record)
+        self.context.log.finish(record)
+        return [(REQUEST_ID_FIELD, record.request_id)]
+
+    def note_unreadable(self, source_host: str, data: bytes, error: RouterError) -> FieldPairs:
+        """Keep a row of a request whose head cannot be read; return the field that tells its id.
+
+        `data` is what came of it, in which method and target may stand all the same.
+        """
+        context = self.context
+        start = REQUEST_START.match(data)
+        method, target = ("", "")
+        if start:
+            method = start[1].decode("latin-1")
+            target = start[2].decode("latin-1")
+        found = find_endpoint(method, target.partition("?")[0])
+        reason = hide_quoted_field(str(error))
+        if start and not found.is_of_api(method):
+            context.log.print_request(source_host, str(error.status), reason)
+            return []
+        if not context.log.refusals.admit(time.monotonic()):
+            return []
+        service = (found.of_path[0].dialect if found.of_path else OPENAI).service
+        record = RequestRecord.of_refused(
+            context.next_request_id(), source_host, service, method, target
+        )
+        return self.finish_refusal(record, error.status, reason)
 
     async def dispatch(
         self, request: Request, endpoint: Endpoint | None, of_path: Sequence[Endpoint]
@@ -19035,11 +19260,12 @@ class HTTPServer:
             # Nobody knows where the next message would begin, so this is the last answer. There
             # is no path either that would tell a dialect.
             writer = ResponseWriter(connection, None)
-            if (data or connection.partial_head).startswith(b"HEAD "):
+            seen = data or connection.partial_head
+            if seen.startswith(b"HEAD "):
                 # Content would be taken for the next answer (RFC 9110 section 9.3.2).
                 writer.method = "HEAD"
-            send_error(writer, error, OPENAI, "")
-            self.context.log.print_request(peer, str(error.status), str(error))
+            own_fields = self.application.note_unreadable(peer, seen, error)
+            send_error(writer, error, OPENAI, "", own_fields)
             await connection.linger()
             return None
         connection.clear_deadline()
@@ -20290,10 +20516,11 @@ def run_export(invocation: Invocation) -> int:
         store = Store(settings, invocation.limits)
         if not os.path.exists(store.path):
             raise ConfigError(f"export: nothing has been logged (DB_PATH={settings.db_path!r})")
+        turns = make_turns(parameters, invocation.limits)
         # Each page comes with the row before which the next one begins; 0 is the end.
         while parameters.get("before", 1):
             with open_for_reading(store.path) as db:
-                page, parameters["before"] = export_page(store, db, parameters)
+                page, parameters["before"] = export_page(store, db, parameters, turns)
             sys.stdout.buffer.write(page)
     except BadRequest as error:
         raise ConfigError(f"export: {error}") from None
@@ -20876,7 +21103,12 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
     explain.add_argument("--source-host", default="127.0.0.1", help="the client's address")
     export.add_argument("--since", help="no older than 30m, 24h, 7d")
     export.add_argument("--model", help="of this model alone")
+    export.add_argument("--client", help="of this client alone")
+    export.add_argument("--session", help="of this conversation alone")
     export.add_argument("--format", help="jsonl (default), csv or openai")
+    export.add_argument(
+        "--all-turns", action="store_true", help="with openai: a line for each turn, not the last"
+    )
     days = flag_of(number_between(0.001, 36500, whole=False))
     token = commands["token"]
     token.add_argument("--subject", required=True, help="whose token it is")
@@ -22473,9 +22705,11 @@ function toggleModel(model) {
 }
 /** Rows as a table of CSV, below the names of their columns. */
 function csvOf(rows) {
+  // A spreadsheet would run it.
+  const shown = value => /^[=+@\t\r-]/.test(value) ? `'${value}` : value;
   const quoted = value => /[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
   const lines = [Object.keys(rows[0] ?? {}), ...rows.map(row => Object.values(row))];
-  return lines.map(line => line.map(value => quoted(String(value ?? ""))).join(",") + "\n");
+  return lines.map(line => line.map(value => quoted(shown(String(value ?? "")))).join(",") + "\n");
 }
 /** Save the points that the chart shows now. */
 function exportShown() {

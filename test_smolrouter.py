@@ -51,6 +51,7 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
+import io
 import itertools
 import json
 import marshal
@@ -19782,6 +19783,67 @@ def test_export_in_every_form(log_folder: LogFolder) -> None:
     assert "DB_PATH" not in bad.stderr
 
 
+def test_a_conversation_is_exported_once(log_folder: LogFolder) -> None:
+    """By its last turn, which holds the others; what goes on in another way is one of its own."""
+
+    def turn(session: str, *said: str) -> Any:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
+        messages.insert(0, {"role": "system", "content": f"It is {len(said)} o'clock."})
+        return {
+            "session": session, "target": CHAT, "method": "POST", "requested_model": session,
+            "content": encode_json({"messages": messages[:-1]}),
+            "pieces": [encode_json(completion({}, said[-1]))],
+        }  # fmt: skip
+
+    turns = [
+        turn("a", "Hi", "1"),
+        turn("b", "Hi", "2"),
+        turn("a", "Hi", "1", "And?", "3"),
+        turn("a", "Hi", "1", "But?", "4"),
+        turn("", "Hi", "5"),
+        turn("a", "Hi", "1", "And?", "6"),
+        turn("a", "Hi", "1", "And?", "6", "So?", "7"),
+    ]
+    with running_log(log_folder, export_page=2) as log:
+        for one in turns:
+            log_requests(log, 1, **one)
+        assert log_folder.wait_for_rows(len(turns)) == len(turns)
+
+    def export(twice: bool = False, **parameters: Any) -> list[str]:
+        """Return the last words of each line."""
+        parameters = {"format": "openai", **parameters}
+        limits = dataclasses.replace(smolrouter.LIMITS, export_page=2)
+        store = smolrouter.Store(settings_of(log_folder), limits)
+        made = smolrouter.make_turns(parameters, limits)
+        lines = []
+        while parameters.get("before", 1):
+            with smolrouter.open_for_reading(store.path) as db:
+                if twice:
+                    smolrouter.export_page(store, db, parameters, made)
+                page, parameters["before"] = smolrouter.export_page(store, db, parameters, made)
+            lines += page.decode().splitlines()
+        return [json.loads(line)["messages"][-1]["content"] for line in lines]
+
+    assert export() == export(twice=True) == ["7", "5", "4", "2"]
+    assert export(all_turns=True) == ["7", "6", "5", "4", "3", "2", "1"]
+    assert export(session="b") == ["2"] and export(client="nobody") == []
+    assert export(client="::1", session="a") == ["7", "4"]
+    settings = {name: str(value) for name, value in log_folder.settings.items()}
+    flags = ["--format", "openai", "--all-turns", "--session", "a", "--client", "::1"]
+    done = run_program("export", *flags, settings=settings)
+    assert done.returncode == 0 and done.stdout.count("\n") == 5
+
+
+def test_cells_that_a_spreadsheet_would_run() -> None:
+    cells = ['=HYPERLINK("http://evil")', "+1", "-1", "@a", "\ta", "\ra", "a=1", 5, -5, None, ""]
+    (line,) = csv.reader(io.StringIO(smolrouter.csv_line(cells), newline=""))
+    assert line == [f"'{cell}" for cell in cells[:6]] + ["a=1", "5", "-5", "", ""]
+    row = make_row(1, original_model="=cmd|' /C calc'!A0", asked="@SUM(1)")
+    (line,) = csv.reader([smolrouter.table_line(row)])
+    assert "'=cmd|' /C calc'!A0" in line and "'@SUM(1)" in line
+
+
 @pytest.mark.parametrize("form", ["jsonl", "csv", "openai"])
 def test_a_table_without_rows_has_its_head(log_folder: LogFolder, form: str) -> None:
     settings = {name: str(value) for name, value in log_folder.settings.items()}
@@ -19937,6 +19999,125 @@ def test_an_export_that_fails_midway_is_cut(
 # ======================================================================================
 # Which path means what. A new endpoint is tried here; section 10 finds it in ENDPOINTS by
 # itself and asks it under every policy.
+
+
+# --- requests that are refused --------------------------------------------------------
+
+
+def refused_request(body: Any = None, *fields: tuple[str, str], method: str = "POST",
+                    path: str = CHAT, token: str = "all") -> bytes:  # fmt: skip
+    """Encode a request of one of the tokens that the test below knows, "" for none."""
+    claims = {
+        "all": {}, "some": {"models": ["tiny*"]}, "seldom": {"rate": "1/h", "jti": "one"},
+    }  # fmt: skip
+    more = list(fields)
+    if token:
+        signed = smolrouter.encode_token(SECRET, token, time.time(), 1, **claims[token])
+        more.append(("Authorization", f"Bearer {signed}"))
+    return encode_request(method, path, body, more)
+
+
+FAR_ORIGIN = ("Origin", "https://evil.example")
+REFUSED = [
+    # name, status, words of the reason, whether its content is kept, request
+    ("malformed JSON", 400, "not JSON", True, refused_request(b'{"model": "tiny",')),
+    ("no model", 400, "no model was named", True, refused_request({"messages": []})),
+    ("two models", 400, "two `model` members", True,
+     refused_request(b'{"model": "a", "model": "b"}')),
+    ("too large", 413, "MAX_REQUEST_SIZE", False, refused_request(b"x" * 2000)),
+    ("bad coding", 415, "snappy", True, refused_request(b"xx", ("Content-Encoding", "snappy"))),
+    ("broken coding", 400, "gzip", True, refused_request(b"xx", ("Content-Encoding", "gzip"))),
+    ("no token", 401, "a token is needed", False, refused_request({"model": "tiny"}, token="")),
+    ("a bad token", 401, "not a JWT", False,
+     refused_request({}, ("Authorization", "Bearer bad-token-of-somebody"), token="")),
+    ("a token of others", 403, "the token is for the models tiny*", True,
+     refused_request({"model": "big"}, token="some")),
+    ("an unlimited path", 403, "one without that limit", True,
+     refused_request({"model": "tiny"}, path="/upstream/box/v1/x", token="some")),
+    ("too often", 429, "the token's rate is 1/h", False, refused_request({}, token="seldom")),
+    ("unknown model", 404, "no such model", True, refused_request({"model": "nobody-has-this"})),
+    ("unknown path", 404, "unknown path", False, refused_request({}, path="/v2/chat")),
+    ("wrong method", 405, "GET is not allowed", False,
+     refused_request(method="GET", path="/api/chat")),
+    ("rebinding", 421, "ALLOWED_HOSTS", False, refused_request(
+        {}, ("Sec-Fetch-Site", "same-origin"), ("Accept-Language", "de"),
+        ("User-Agent", "Mozilla/5.0")).replace(b"Host: router", b"Host: evil.example")),
+    ("far origin", 403, "ALLOWED_ORIGINS", False, refused_request({}, FAR_ORIGIN)),
+    ("framing", 400, "Transfer-Encoding", False,
+     refused_request({}, ("Transfer-Encoding", "chunked"))),
+    ("bad field", 400, "field line", False, refused_request().replace(b"Host:", b"Api-Key :")),
+    ("long field", 431, "octets", False, refused_request({}, ("X-Long", "x" * 20_000))),
+    ("no HTTP", 400, "request line", False, b"\x16\x03\x01 what\r\n\r\n"),
+]  # fmt: skip
+
+
+def test_every_refused_request_has_a_row(log_folder: LogFolder) -> None:
+    settings = {
+        "API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET, "DEFAULT_UPSTREAM": "none",
+        "MAX_REQUEST_SIZE": 1000,
+    }  # fmt: skip
+    servers = {"servers": {"box": default_upstream().url}}
+    wrong = []
+    with Router({**log_folder.settings, **settings}, servers) as router:
+        send_raw(router.port, refused_request({"model": "tiny"}, token="seldom"))
+        found = {}
+        for name, status, _, _, sent in REFUSED:
+            answer = send_raw(router.port, sent)
+            number = re.search(rb"X-SmolRouter-Request-Id: (\w+)", answer)
+            if b" %d " % status not in answer.partition(b"\r\n")[0] or number is None:
+                wrong.append((name, answer))
+                continue
+            found[name] = number[1].decode()
+            # No more than twenty are kept of a second.
+            time.sleep(0.02)
+        log_folder.wait_for_rows(len(found))
+        for name, status, words, is_kept, sent in REFUSED:
+            detail = get_document(router, f"/api/request/{found.get(name)}")
+            seen = (detail["status_code"], detail["failed"], bool(detail["request_body"]))
+            if seen != (status, True, is_kept) or words not in detail["error_message"]:
+                wrong.append((name, seen, detail["error_message"]))
+            method, path = ("", "") if name == "no HTTP" else sent.decode().split(" ")[:2]
+            if (detail["method"], detail["path"]) != (method, path):
+                wrong.append((name, detail["method"], detail["path"]))
+        assert not wrong
+        # They are counted like others.
+        stats = get_document(router, "/api/stats")
+        assert stats["total_requests"] == stats["recent_requests"] == len(REFUSED) + 1
+        assert stats["error_rate"] == pytest.approx(len(REFUSED) / (len(REFUSED) + 1))
+        assert stats["refused_without_row"] == 0
+        # What is refused of the Web UI is no request to a model, and what browsers look for is not.
+        for path in ("/favicon.ico", "/api/logs?color=red"):
+            assert request(router.port, "GET", path).status in (400, 401, 404)
+        assert get_document(router, "/api/stats")["total_requests"] == len(REFUSED) + 1
+    assert b"bad-token-of-somebody" not in log_folder.all_bytes()
+
+
+def test_a_flood_of_refused_requests_is_counted(log_folder: LogFolder) -> None:
+    refused = encode_request("POST", CHAT, b"{")
+    with log_folder.router() as router:
+        begun = time.monotonic()
+        with connect(router.port) as sock:
+            sock.sendall(refused * 400)
+            read_until(sock, *[b'"code"'] * 400)
+        seconds = int(time.monotonic() - begun) + 1
+        stats = get_document(router, "/api/stats")
+        assert wait_until(lambda: get_document(router, "/healthz")["log"]["backlog"] == 0)
+        rows = len(get_document(router, "/api/logs?limit=1000"))
+        assert rows + stats["refused_without_row"] == 400
+        assert 20 <= rows <= 20 * (seconds + 1)
+        metrics = request(router.port, "GET", "/metrics").content.decode()
+        assert f"smolrouter_refused_without_row {400 - rows}" in metrics
+
+
+def test_a_secret_in_a_bad_field_line_is_hidden() -> None:
+    hidden = smolrouter.hide_quoted_field
+    wrong = "field line 'Api-Key : sk-1:2' is not `name: value`"
+    assert hidden(wrong) == "field line 'Api-Key : ***' is not `name: value`"
+    for harmless in ("field line 'Host : a' is not `name: value`", "no colon", "field line 'x'"):
+        assert hidden(harmless) == harmless
+
+
+# --- paths ----------------------------------------------------------------------------
 
 
 def test_long_paths_are_not_remembered() -> None:
