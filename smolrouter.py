@@ -5403,18 +5403,19 @@ def find_tools(namespace: Any, path: Path, outer: str = "") -> Iterator[FoundToo
             yield FoundTool(None if name is None else Tool(whole_name, name), inner_path)
 
 
-def function_name(tool: Tool, taken: Container[str]) -> str:
+def function_name(tool: Tool, taken: Container[str], number: int) -> str:
     """Return a name for a tool as functions have them, which is none of those that are taken.
 
     `Tool("mcp__lab", "add")`  ->  `mcp__lab__add`
-    A name that is too long, taken or has other characters ends with a hash of what it means.
+    A name that is too long, taken or has other characters ends with a hash of what it means, and of
+    how many tools of the same name stand before it, which is `number`.
     """
     wanted = f"{tool.namespace}__{tool.name}"
     name = NO_TOOL_NAME.sub("_", wanted)
     if name == wanted and len(name) <= MAX_TOOL_NAME and name not in taken:
         return name
-    number = 0
-    while name in taken or number == 0:
+    first = number
+    while name in taken or number == first:
         number += 1
         meant = f"{tool.namespace}\0{tool.name}\0{number}".encode("utf-8", "surrogatepass")
         mark = "_" + hashlib.sha256(meant).hexdigest()[:8]
@@ -5457,10 +5458,12 @@ def read_tool_names(document: Mapping[str, Any]) -> ToolNames:
         elif name is not None:
             found.append(FoundTool(Tool(namespace, name), ()))
     names = ToolNames({}, {}, {}, {})
+    numbers: collections.Counter[Tool] = collections.Counter()
     for tool, path in found:
         if tool is None or (not path and tool in names.functions):
             continue
-        function = function_name(tool, taken)
+        function = function_name(tool, taken, numbers[tool])
+        numbers[tool] += 1
         taken.add(function)
         names.functions.setdefault(tool, function)
         names.tools[function] = tool
@@ -5475,7 +5478,9 @@ def read_tool_names(document: Mapping[str, Any]) -> ToolNames:
 
 def rename_tool(text: str, name: str) -> str:
     """Return a tool, call or choice in JSON with a function's name and without a namespace."""
-    return edit_json(remove_member(text, NAMESPACE), {("name",): name})
+    if f'"{NAMESPACE}"' in text:
+        text = remove_member(text, NAMESPACE)
+    return edit_json(text, {("name",): name})
 
 
 def flatten_tools(text: str, names: ToolNames, tools: list[Any]) -> str:
@@ -5537,14 +5542,17 @@ def flatten_namespaces(text: str, document: Mapping[str, Any], names: ToolNames)
         paths.append(("tools",))
     # Of members that stand twice the last one counts.
     spans = {path: (start, end) for start, end, path in find_values(text, 0, paths)}
-    # From the last to the first, so that the places of the others stay.
-    for path, (start, end) in sorted(spans.items(), key=lambda item: item[1], reverse=True):
+    pieces = []
+    kept_to = 0
+    for path, (start, end) in sorted(spans.items(), key=operator.itemgetter(1)):
         value = text[start:end]
         if path in functions:
             value = rename_tool(value, functions[path])
         else:
             value = flatten_tools(value, names, tools)
-        text = text[:start] + value + text[end:]
+        pieces += [text[kept_to:start], value]
+        kept_to = end
+    text = "".join([*pieces, text[kept_to:]])
     choice = flatten_choice(document.get("tool_choice"), names)
     if choice == document.get("tool_choice"):
         return text

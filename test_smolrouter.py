@@ -73,6 +73,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import zlib
@@ -8670,6 +8671,20 @@ def test_members_that_stand_twice_neither_lose_a_tool_nor_make_one() -> None:
     changes = smolrouter.RequestChanges("m", flatten_namespaces=True)
     got = json.loads(smolrouter.encode_object(parsed, changes))
     assert got["tools"] == [{"name": "a__b"}]
+
+
+def test_tools_of_one_name_take_no_quadratic_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+
+    def sha256(data: bytes) -> Any:
+        hashed.append(data)
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr(smolrouter, "hashlib", types.SimpleNamespace(sha256=sha256))
+    tools = [namespace("a", "b")] * 500
+    names = flatten({"tools": tools})[1]
+    assert len(names.tools) == len(tools)
+    assert len(hashed) == len(tools) - 1
 
 
 # Names that are likely to meet: the pieces of one another, long ones, odd ones.
