@@ -20420,6 +20420,21 @@ def find_mistakes_in_files(
     return mistakes
 
 
+def describe_server(server: Server) -> str:
+    """Return what the routing file says of a server: `http://gpu:8000 (auto, slots: 2)`."""
+    words = [server.api]
+    if server.slots:
+        words.append(f"slots: {server.slots}")
+    if server.wake:
+        words.append(f"woken by {server.wake.address}")
+    return f"{server.url} ({', '.join(words)})"
+
+
+def describe_order(strategy: str, priority: str) -> str:
+    """Return how instances are chosen, and requests: `failover`, `sticky, high priority`."""
+    return strategy if priority in ("", NORMAL) else f"{strategy}, {priority} priority"
+
+
 def run_check(invocation: Invocation) -> int:
     """Validate settings and routing file, print the table."""
     mistakes = find_mistakes_in_files(invocation.settings, invocation.routes)
@@ -20434,10 +20449,11 @@ def run_check(invocation: Invocation) -> int:
     for one in examinations:
         server = one.server
         health = f": {describe_health(one)}" if invocation.options.ask else ""
-        lines.append(f"  server {server.name}: {server.url} ({server.api}){health}")
+        lines.append(f"  server {server.name}: {describe_server(server)}{health}")
     for alias in table.aliases.values():
         instances = ", ".join(str(instance) for instance in alias.instances)
-        lines.append(f"  {alias} ({alias.strategy}): {instances}")
+        order = describe_order(alias.strategy, alias.priority)
+        lines.append(f"  {alias} ({order}): {instances}")
     for rule in table.rules:
         lines.append(f"  {rule.name}: {rule.match_text} -> {rule.target}")
     for pattern, target in table.model_map:
@@ -20487,7 +20503,8 @@ def run_explain(invocation: Invocation) -> int:
         mark = "+" if step.matched else "-"
         lines.append(f"  {mark} {step.rule}: {step.why}")
     lines += silent
-    lines.append(f"route: {decision.route} ({decision.strategy})")
+    order = describe_order(decision.strategy, decision.priority)
+    lines.append(f"route: {decision.route} ({order})")
     for instance in decision.instances:
         server = instance.server
         lines.append(f"  send {instance.model!r} to {server.name} ({server.url})")

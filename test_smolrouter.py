@@ -21473,6 +21473,18 @@ def test_check_prints_the_table(folder: pathlib.Path) -> None:
         assert word in done.stdout
 
 
+def test_check_and_explain_show_who_waits_for_what(folder: pathlib.Path) -> None:
+    record = {"url": "http://a", "slots": 2, "wake": "b4:2e:99:01:02:03", "discover": False}
+    alias = {"instances": ["a/m"], "priority": "high", "strategy": "sticky"}
+    table = {"servers": {"a": record}, "aliases": {"x": alias}}
+    (folder / "routes.yaml").write_text(json.dumps(table))
+    done = alone(folder, "check")
+    assert "server a: http://a (auto, slots: 2, woken by 255.255.255.255)" in done.stdout
+    assert "alias x (sticky, high priority): a/m" in done.stdout
+    done = alone(folder, "explain", "x")
+    assert "route: alias x (sticky, high priority)" in done.stdout
+
+
 def test_check_tells_all_mistakes_at_once(folder: pathlib.Path) -> None:
     """What refers to something that is wrong itself is not called wrong, too."""
     table = {
