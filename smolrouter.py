@@ -1089,6 +1089,11 @@ class Limits:
     # An error in place of a list is kept for its client up to this length.
     refused_list: int = 16 * KiB
 
+    # --- lines on stderr ---
+    # They are written together once in `console_interval`; so many wait, and then the oldest go.
+    console_lines: int = 10_000
+    console_interval: float = 0.05
+
     # --- a look at servers from the command line ---
     # A server has `probe_timeout` to say something of itself, a model `probed_model_timeout` to say
     # a few tokens: before its first one it may have to be loaded from a disk.
@@ -8818,13 +8823,12 @@ class TableReader:
         name = node.path[-1]
         member = dict(zip(SERVER_KEYS, node.members(*SERVER_KEYS), strict=True))
         key = member["api_key"]
-        headers = member["headers"].entries()
         return Server(
             name=name,
             url=member["url"].read(parse_upstream_url),
             api=member["api"].choose(AUTO, *SERVICES),
             api_key=None if key.value is None else key.read_field(),
-            headers=tuple((field.path[-1], field.read_field()) for field in headers),
+            headers=self.read_headers(member["headers"], key),
             verify=member["verify"].choose(True, False),
             models=self.read_models(member["models"], member["discover"].choose(True, False)),
             thinking=self.read_thinking(member["thinking"]),
@@ -8839,6 +8843,18 @@ class TableReader:
     def read_namespace_tools(self, node: Node) -> str:
         """Read what becomes of tools in namespaces."""
         return BY_HOST if node.value is None else node.choose(FLATTEN, KEEP)
+
+    def read_headers(self, node: Node, key: Node) -> tuple[tuple[str, str], ...]:
+        """Read the fields that a server gets with each request; `key` is its `api_key`."""
+        names = {"authorization"} if key.value is not None else set()
+        fields = []
+        for field in node.entries():
+            name = field.path[-1]
+            words = "it is set twice, here or by `api_key`; leave one of them out"
+            field.require(name.lower() not in names, words)
+            names.add(name.lower())
+            fields.append((name, field.read_field()))
+        return tuple(fields)
 
     def read_models(self, node: Node, discover: bool) -> tuple[str, ...] | None:
         """Read the models of a server that is not asked for them; None for one that is."""
@@ -15810,8 +15826,11 @@ class Exchange:
             return False
         document = self.dialect.empty(self.parsed, rfc3339(self.record.timestamp))
         self.record.only_loads = document is not None
-        first = self.decision.instances[0]
-        if document is None or first.server.api == self.dialect.service:
+        if document is None:
+            return False
+        # The one that is asked first may be another one than the first of an alias.
+        first = self.context.upstreams.order(self.decision)[0]
+        if first.server.api == self.dialect.service:
             return False
         self.writer.send_json(document)
         return True
@@ -19382,11 +19401,9 @@ class Console:
     A terminal that is stopped, or a pipe that is full, must not hold up the router.
     """
 
-    MAX_LINES = 10_000
-    INTERVAL = 0.05
-
-    def __init__(self) -> None:
-        self.lines: collections.deque[str] = collections.deque(maxlen=self.MAX_LINES)
+    def __init__(self, limits: Limits) -> None:
+        self.interval = limits.console_interval
+        self.lines: collections.deque[str] = collections.deque(maxlen=limits.console_lines)
         self.has_lines = threading.Event()
         self.open = True
         self.thread = threading.Thread(target=self.run, name="console", daemon=True)
@@ -19403,7 +19420,7 @@ class Console:
         while self.open or self.lines:
             self.has_lines.wait()
             if self.open:
-                time.sleep(self.INTERVAL)
+                time.sleep(self.interval)
             self.has_lines.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             if not lines:
@@ -19524,6 +19541,30 @@ def describe_policies(settings: Settings) -> Iterator[str]:
             yield f"{what} {POLICY_WORDS[policy]} ({name.upper()}={policy})"
 
 
+# What LISTEN_HOST is to listen on every address of the machine.
+ALL_ADDRESSES = ("0.0.0.0", "::")
+
+
+def own_url(settings: Settings, host: str, port: int) -> str:
+    """Return the URL of this router at a host: '::1', 1234 -> 'http://[::1]:1234'."""
+    scheme = "https" if settings.tls_cert else "http"
+    host = host.strip("[]")
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def describe_addresses(settings: Settings, port: int) -> str:
+    """Return where what is found, for people to copy."""
+    host = settings.listen_host
+    if host.strip("[]") in ALL_ADDRESSES:
+        # They are no address to go to. From other machines it is this one's name.
+        host = "localhost"
+    url = own_url(settings, host, port)
+    places = [f"OpenAI {url}/v1", f"Ollama {url}"]
+    if settings.enable_logging:
+        places.insert(0, f"Dashboard {url}/")
+    return " \u00b7 ".join(places)
+
+
 @dataclasses.dataclass(frozen=True)
 class Invocation:
     """What a command works with."""
@@ -19584,7 +19625,7 @@ class Router:
         self.settings = settings
         self.limits = limits
         self.routes = invocation.routes
-        self.console = Console()
+        self.console = Console(limits)
         # The first signal says that the router is to stop, the second one that it is to hurry.
         self.stopping = asyncio.Event()
         self.hurry = asyncio.Event()
@@ -19667,16 +19708,15 @@ class Router:
     def announce(self, port: int) -> None:
         """Print where the router listens and what it does."""
         settings = self.settings
-        host = settings.listen_host.strip("[]")
-        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        scheme = "https" if settings.tls_cert else "http"
+        url = own_url(settings, settings.listen_host, port)
         printed = "not printed" if is_quiet(settings) else "printed to stderr"
         kept = "not stored"
         if settings.enable_logging:
             kept = f"kept in {settings.db_path} for {settings.max_log_age_days:g} days"
         routes, rest, *warnings = describe_table(self.context.table)
         for line in (
-            f"SmolRouter {__version__} listens on {scheme}://{place}",
+            f"SmolRouter {__version__} listens on {url}",
+            describe_addresses(settings, port),
             routes,
             rest,
             f"log: requests are {printed} and {kept}",
@@ -20355,6 +20395,10 @@ def write_servers(examinations: Sequence[Examination], table: RoutingTable) -> l
             record["headers"] = {field: f"${{{variable}_FIELD}}" for field, _ in server.headers}
         if not server.verify:
             record["verify"] = False
+        if server.stated.context_length is not None:
+            record["context_length"] = server.stated.context_length
+        if server.stated.capabilities is not None:
+            record["capabilities"] = list(server.stated.capabilities)
         # This is YAML, too, and needs no thought about what has to be quoted.
         mark = "# " if one.problem and one.right_url is None else ""
         lines.append(f"  {mark}{json.dumps(name)}: {json.dumps(record)}")

@@ -10372,6 +10372,14 @@ BAD_TABLES = {
         "servers.a.models",
     ),
     "bad discover": ('{"servers": {"a": {"url": "http://a", "discover": "no"}}}', "discover"),
+    "key beside a field": (
+        '{"servers": {"a": {"url": "http://a", "api_key": "k", "headers": {"Authorization": ""}}}}',
+        "servers.a.headers.Authorization: it is set twice",
+    ),
+    "field in two cases": (
+        '{"servers": {"a": {"url": "http://a", "headers": {"x-a": "1", "X-A": "2"}}}}',
+        "servers.a.headers.X-A: it is set twice",
+    ),
     "number for a switch": ('{"servers": {"a": {"url": "http://a", "verify": 1}}}', "1 instead"),
     "number in words": (
         '{"servers": {"a": {"url": "http://a", "context_length": "8k"}}}',
@@ -15598,6 +15606,9 @@ def test_long_names_are_cut_in_rows_lists_and_metrics(log_folder: LogFolder) -> 
                 assert row["original_model"] == short_name
         detail = get_document(router, f"/api/request/{rows[0]['id']}")
         assert json.loads(detail["request_body"])["model"] == long_names[2]
+        # By this the request can be sent again.
+        assert detail["path"] == f"{CHAT}?a={long_names[2]}"
+        assert len(rows[0]["path"]) == 256
         (size,) = log_folder.select("SELECT max(length(attempts)) FROM requests")[0]
         assert size < 600
 
@@ -19355,6 +19366,24 @@ def test_a_failure_is_one_everywhere(log_folder: LogFolder) -> None:
         assert (server["requests"], server["errors"]) == (3, 2)
 
 
+def test_who_is_asked_first_loads_the_model() -> None:
+    """The first of an alias may be another one, for example while it cools down."""
+    loaded = json_response({"model": "m", "done": True, "done_reason": "load", "own": True})
+    model = default_upstream().add_script(loaded)
+    servers = {
+        "off": {"url": refusing_url(), "api": "openai"},
+        "box": {"url": default_upstream().url, "api": "ollama"},
+    }
+    aliases = {"pair": {"instances": [f"off/{model}", f"box/{model}"]}}
+    table = {"servers": servers, "aliases": aliases}
+    with Router({}, table) as router:
+        body = {"model": "pair", "stream": False}
+        assert "own" not in request(router.port, "POST", "/api/generate", body).json
+        chat = chat_document("pair", stream=False)
+        assert request(router.port, "POST", "/api/chat", chat).status == 200
+        assert request(router.port, "POST", "/api/generate", body).json["own"] is True
+
+
 @pytest.mark.parametrize("api", ["openai", "ollama"])
 def test_what_only_loads_a_model_is_a_row_and_no_point(log_folder: LogFolder, api: str) -> None:
     """The answer is the router's own, or that of a server which speaks Ollama itself."""
@@ -21267,6 +21296,8 @@ def test_the_start_says_how_the_servers_are() -> None:
                 assert wait_until(lambda line=line: f"{line}\n" in router.stderr), line
             # A policy that nobody has changed is no news.
             assert "Web UI" not in router.stderr
+            url = f"http://127.0.0.1:{router.port}"
+            assert f"Dashboard {url}/ \u00b7 OpenAI {url}/v1 \u00b7 Ollama {url}\n" in router.stderr
         settings |= {"LOG_LEVEL": "WARNING", "WEBUI_SECURITY": "NONE"}
         with Router(settings, {"servers": servers}) as router:
             assert wait_until(lambda: len(upstream.own_requests) > 2)
@@ -21984,12 +22015,15 @@ def test_doctor_takes_the_models_of_the_routing_file(
 
     with Upstream(serve) as upstream:
         path = tmp_path / "routes.json"
-        servers = {"cloud": {"url": upstream.url, "models": ["gpt-5-mini"]}}
+        cloud = {"models": ["gpt-5-mini"], "context_length": 9, "capabilities": ["tools"]}
+        servers = {"cloud": {"url": upstream.url, **cloud}}
         path.write_text(json.dumps({"servers": servers}))
         status, printed = run_doctor(capsys, upstream.url, ROUTES_CONFIG=path)
     assert (status, row_after(printed, "server", "cloud")[2]) == (0, "1")
     assert row_after(printed, "chat", "cloud")[0] == "gpt-5-mini"
-    assert paste(printed)["cloud"].models == ("gpt-5-mini",)
+    pasted = paste(printed)["cloud"]
+    assert pasted.models == ("gpt-5-mini",)
+    assert pasted.stated == smolrouter.ModelFacts(9, 9, ("tools",))
 
 
 def test_doctor_refuses_what_is_no_url() -> None:
