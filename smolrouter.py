@@ -18666,7 +18666,7 @@ class Found(NamedTuple):
         But what is got from there is what browsers and scanners look for, such as /favicon.ico.
         """
         if self.of_path:
-            return (*self.of_method, *self.of_path)[0].guard == API
+            return any(endpoint.guard == API for endpoint in self.of_path)
         is_under_api = self.path.startswith(("/v1/", "/api/"))
         return is_under_api or method not in ("GET", "HEAD")
 
@@ -18790,7 +18790,9 @@ class Application:
         Returns the field that tells the client its id, if there is a row.
         """
         context = self.context
-        if request.recorded or not found.is_of_api(request.head.method):
+        # A client that asks for another protocol first has not asked a model for anything yet.
+        asks_nothing = isinstance(error, UpgradeRequired)
+        if request.recorded or asks_nothing or not found.is_of_api(request.head.method):
             return []
         request.recorded = True
         if not context.log.refusals.admit(time.monotonic()):

@@ -8526,8 +8526,6 @@ def test_a_websocket_is_refused_at_once_and_leaves_no_trace() -> None:
     assert replies[0].get("Upgrade") == "HTTP/1.1"
     assert "Upgrade" in replies[0].get("Connection")
     check_openai_error(replies[0].json)
-    rows = get_document(router, "/api/logs?limit=1000")
-    assert [row for row in rows if row["method"] == "GET"] == []
     for fields in ([], [("Upgrade", "h2c")], [("X-Upgrade", "websocket")]):
         got = request(router.port, "GET", RESPONSES, fields=[("X-Api-Key", GOOD_TOKEN), *fields])
         assert (got.status, got.get("Allow")) == (405, "POST, OPTIONS")
@@ -8535,6 +8533,11 @@ def test_a_websocket_is_refused_at_once_and_leaves_no_trace() -> None:
     elsewhere = [*upgrade, ("Origin", "https://elsewhere.example")]
     assert request(router.port, "GET", RESPONSES, fields=elsewhere).status == 403
     assert request(router.port, "GET", "/v1/chat/completions", fields=upgrade).status == 401
+    # The others have rows.
+    rows = wait_until(lambda: len(get_document(router, "/api/logs?limit=1000")) == 8)
+    assert rows, get_document(router, "/api/logs?limit=1000")
+    statuses = [row["status_code"] for row in get_document(router, "/api/logs?limit=1000")]
+    assert sorted(statuses) == [401, 401, 401, 401, 403, 405, 405, 405]
 
 
 # --- agents: tools in namespaces ------------------------------------------------------
