@@ -6139,6 +6139,9 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     if changes.strip_attribution and ATTRIBUTION in text:
         attribution = find_attribution(parsed.protocol, document)
     tool_names = parsed.tool_names if changes.flatten_namespaces else None
+    if tool_names and document is not parsed.document:
+        # The parameters may have changed the tools, and so where each of them stands.
+        tool_names = read_tool_names(document)
     if text is parsed.text and not (edits or adds_options or attribution or tool_names):
         return parsed.content
     if edits:

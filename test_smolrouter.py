@@ -8676,6 +8676,16 @@ def test_members_that_stand_twice_neither_lose_a_tool_nor_make_one() -> None:
     assert got["tools"] == [{"name": "a__b"}]
 
 
+def test_tools_that_the_routing_file_sets_are_named_as_they_stand() -> None:
+    tools = [function_tool("f"), namespace("c", "d")]
+    parameters = parameters_of({"set": {"tools": tools}})
+    body = encode_json({"model": "m", "tools": [namespace("a", "b"), namespace("c", "e")]})
+    parsed = smolrouter.read_object(RESPONSES, "", body)
+    changes = smolrouter.RequestChanges("m", flatten_namespaces=True, parameters=parameters)
+    got = json.loads(smolrouter.encode_object(parsed, changes))
+    assert got["tools"] == [function_tool("f"), function_tool("c__d")]
+
+
 def test_tools_of_one_name_take_no_quadratic_time(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
 
