@@ -52,6 +52,7 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -182,6 +183,65 @@ def every_split(data: Any) -> Iterator[list[Any]]:
     for at in range(1, len(data)):
         yield [data[:at], data[at:]]
     yield [data[at : at + 1] for at in range(len(data))]
+
+
+# --- tables of cases ------------------------------------------------------------------
+
+
+def each_row(
+    names: str, rows: Iterable[Any], ids: Iterable[str] | Callable[[Any], str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test with each row of a table, as `parametrize` does, but as one test.
+
+    A test costs some milliseconds in each worker before it begins; a row costs nothing. All
+    rows are tried, and those that fail are named.
+    """
+    keys = names.replace(" ", "").split(",")
+    table = [row if len(keys) > 1 else (row,) for row in rows]
+    if ids is None or callable(ids):
+        label = ids or repr
+        labels = ["-".join(str(label(value)) for value in row) for row in table]
+    else:
+        labels = [str(one) for one in ids]
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(test)
+        others = [one for one in signature.parameters.values() if one.name not in keys]
+
+        @functools.wraps(test)
+        def try_each_row(**given: Any) -> None:
+            failures: dict[str, BaseException] = {}
+            for label, row in zip(labels, table, strict=True):
+                try:
+                    test(**given, **dict(zip(keys, row, strict=True)))
+                except (Exception, pytest.fail.Exception) as failure:
+                    failures[label] = failure
+            if failures:
+                words = [f"{label[:200]}: {failure}" for label, failure in failures.items()]
+                raise AssertionError("\n".join(words)) from next(iter(failures.values()))
+
+        try_each_row.__signature__ = signature.replace(parameters=others)  # type: ignore
+        return try_each_row
+
+    return decorate
+
+
+def test_each_row_tries_all_rows_and_names_what_fails() -> None:
+    tried = []
+
+    @each_row("one, two", [(1, 1), (1, 2), (3, 4), (5, 5)], ids=["a", "b", "c", "d"])
+    @each_row("three", range(2))
+    def compare(one: int, two: int, three: int) -> None:
+        tried.append((one, two, three))
+        assert one == two, f"not {two}"
+
+    assert not inspect.signature(compare).parameters
+    with pytest.raises(AssertionError) as failed:
+        compare()
+    assert len(tried) == 8
+    words = str(failed.value)
+    assert "a:" not in words and "d:" not in words
+    assert "b: 0: not 2" in words and "c: 0: not 4" in words and words.count("1: not") == 2
 
 
 # --- scripted upstreams: what they say ------------------------------------------------
@@ -2495,7 +2555,7 @@ DEFAULTS = (
 )
 
 
-@pytest.mark.parametrize("given, servers, name, url", DEFAULTS)
+@each_row("given, servers, name, url", DEFAULTS)
 def test_the_default_server(given: dict, servers: dict, name: str, url: str) -> None:
     settings = smolrouter.Settings.from_mapping(given)
     table = smolrouter.parse_routes(json.dumps({"servers": servers}), "routes", {}, settings)
@@ -2704,7 +2764,7 @@ BAD_CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("data", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
+@each_row("data", BAD_CHUNKS.values(), ids=BAD_CHUNKS.keys())
 def test_bad_chunks_are_refused_at_every_split(data: bytes) -> None:
     step = max(1, len(data) // 50)
     for cut in range(0, len(data), step):
@@ -2901,7 +2961,7 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path, normal", PATHS)
+@each_row("path, normal", PATHS)
 def test_path_has_one_spelling(path: str, normal: str) -> None:
     assert smolrouter.normalise_path(path) == normal
     assert smolrouter.normalise_path(normal) == normal
@@ -2929,7 +2989,7 @@ RETRY_AFTER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, seconds", RETRY_AFTER)
+@each_row("text, seconds", RETRY_AFTER)
 def test_retry_after(text: str, seconds: float | None) -> None:
     assert smolrouter.parse_retry_after(text, 1000.0) == seconds
 
@@ -3200,7 +3260,7 @@ REFUSED_HEADS = {
 }
 
 
-@pytest.mark.parametrize("data", REFUSED_HEADS.values(), ids=REFUSED_HEADS)
+@each_row("data", REFUSED_HEADS.values(), ids=REFUSED_HEADS)
 def test_a_refused_head_gets_no_content(data: bytes) -> None:
     """Not even one octet of it: it would be read as the next answer."""
     closing = data.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
@@ -3219,7 +3279,7 @@ def test_a_head_that_never_ends_gets_no_content() -> None:
         assert got.startswith(b"HTTP/1.1 408 ") and got.endswith(b"\r\n\r\n")
 
 
-@pytest.mark.parametrize("name", MALFORMED)
+@each_row("name", MALFORMED)
 def test_malformed_request(name: str) -> None:
     data, statuses = MALFORMED[name]
     # The mark is as long as the word EVIL that it replaces: lengths stay what they are.
@@ -3303,7 +3363,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@each_row("name", SPLITS)
 def test_one_request_stays_one(name: str) -> None:
     """The content itself is a request; nobody may take it for one."""
     mark = default_upstream().add_script(FINE_RESPONSE)
@@ -3422,7 +3482,7 @@ CODED_ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("coding, content", CODED_ANSWERS.values(), ids=CODED_ANSWERS.keys())
+@each_row("coding, content", CODED_ANSWERS.values(), ids=CODED_ANSWERS.keys())
 def test_coded_answer_is_read(coding: str, content: bytes) -> None:
     steps = whole_response(content, 200, [("Content-Encoding", coding)], "application/json")
     got = post_chat(default_router(), default_upstream().add_script(steps))
@@ -3458,9 +3518,9 @@ def test_what_follows_gzip_is_not_kept() -> None:
 UNKNOWN_CODINGS = ("br", "zstd", "gzip, gzip", "gzip\r\nContent-Encoding: br", "y" * 9999)
 
 
-@pytest.mark.parametrize("coding", UNKNOWN_CODINGS, ids=range(len(UNKNOWN_CODINGS)))
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("status", [200, 429])
+@each_row("coding", UNKNOWN_CODINGS, ids=range(len(UNKNOWN_CODINGS)))
+@each_row("stream", [False, True])
+@each_row("status", [200, 429])
 def test_coding_that_nobody_takes_off(coding: str, stream: bool, status: int) -> None:
     """A client of the same dialect gets it as it is, one of another an error that says why."""
     kind = "text/event-stream" if stream else "application/json"
@@ -3708,7 +3768,7 @@ OBJECTS = [
 ]
 
 
-@pytest.mark.parametrize("data, found", OBJECTS, ids=range(len(OBJECTS)))
+@each_row("data, found", OBJECTS, ids=range(len(OBJECTS)))
 def test_what_is_no_object_of_a_server_is_none(data: bytes | str, found: Any) -> None:
     assert smolrouter.parse_object(data) == found
 
@@ -3751,7 +3811,7 @@ STEPS = ["{}", "[]", "[ ]", "{ }", "1", '"a"', '{"a":1}', ' {"a":1}', '{"a" : [1
          "", " ", '{"a":[}', '[{"a":1}', '{"\\u0061":NaN}']  # fmt: skip
 
 
-@pytest.mark.parametrize("text", STEPS)
+@each_row("text", STEPS)
 def test_steps_decode_what_the_decoder_does(text: str) -> None:
     for cut in range(len(text) + 1):
         at_once, in_steps = decode_both_ways(text[:cut])
@@ -3815,7 +3875,7 @@ SPLICES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, edits, wanted", SPLICES)
+@each_row("text, edits, wanted", SPLICES)
 def test_splice_changes_the_value_alone(text: str, edits: Any, wanted: str) -> None:
     assert smolrouter.edit_json(text, edits) == wanted
 
@@ -3870,8 +3930,8 @@ ODD: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat"])
-@pytest.mark.parametrize("name", ODD)
+@each_row("path", [CHAT, "/v1/completions", "/api/chat"])
+@each_row("name", ODD)
 def test_odd_document_is_answered_400(name: str, path: str) -> None:
     mark = default_upstream().add_script(FINE_RESPONSE)
     content = ODD[name].replace(b"EVIL", mark.encode())
@@ -3912,8 +3972,8 @@ OPENAI_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 OLLAMA_PATHS = ("/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
 
 
-@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
-@pytest.mark.parametrize("path", (*OPENAI_PATHS, *OLLAMA_PATHS))
+@each_row("content", BAD_JSON.values(), ids=BAD_JSON)
+@each_row("path", (*OPENAI_PATHS, *OLLAMA_PATHS))
 def test_bad_json(path: str, content: bytes) -> None:
     with nothing_sent_upstream():
         got = post_json(path, content)
@@ -3932,8 +3992,8 @@ TWO_MODELS = {
 }
 
 
-@pytest.mark.parametrize("content", TWO_MODELS.values(), ids=TWO_MODELS)
-@pytest.mark.parametrize("path", (*OPENAI_PATHS, *OLLAMA_PATHS, "/v1/responses", "/v1/new"))
+@each_row("content", TWO_MODELS.values(), ids=TWO_MODELS)
+@each_row("path", (*OPENAI_PATHS, *OLLAMA_PATHS, "/v1/responses", "/v1/new"))
 def test_two_models_are_refused(path: str, content: bytes) -> None:
     """The rules would look at one, and the server at the other."""
     with nothing_sent_upstream():
@@ -4049,21 +4109,21 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+@each_row("body", BODIES.values(), ids=BODIES)
 def test_request_that_needs_no_change(body: bytes) -> None:
     assert post_json("/v1/chat/completions", body % b"talk").status == 200
     assert last_request().content == body % b"talk"
 
 
-@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-@pytest.mark.parametrize("way", (*KINDS_OF_ROUTE, "as it is in JSON"))
+@each_row("body", BODIES.values(), ids=BODIES)
+@each_row("way", (*KINDS_OF_ROUTE, "as it is in JSON"))
 def test_changed_model_is_the_only_difference(body: bytes, way: str) -> None:
     asked = rb"rule\u002dt\u0061lk" if " " in way else f"{way}-talk".encode()
     assert post_json("/v1/chat/completions", body % asked).status == 200
     assert last_request().content == body % b"talk"
 
 
-@pytest.mark.parametrize("name", sorted(set(BODIES) - {"not streamed", "usage asked"}))
+@each_row("name", sorted(set(BODIES) - {"not streamed", "usage asked"}))
 def test_wish_for_usage_changes_nothing_else(name: str) -> None:
     asked = re.sub(rb"\{", rb'{"stream":true,', BODIES[name] % b"rule-talk", count=1)
     assert post_json("/v1/chat/completions", asked).status == 200
@@ -4086,8 +4146,8 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("content", ANSWERS.values(), ids=ANSWERS)
-@pytest.mark.parametrize("prefix", ("", "rule-", "map-"))
+@each_row("content", ANSWERS.values(), ids=ANSWERS)
+@each_row("prefix", ("", "rule-", "map-"))
 def test_answer_is_not_changed(prefix: str, content: bytes) -> None:
     model = sdk_upstream().add_script(whole_response(content, kind="application/json"))
     got = post_json("/v1/chat/completions", chat_document(prefix + model))
@@ -4185,7 +4245,7 @@ def test_events_at_every_split(end: bytes) -> None:
             assert not block or block.endswith(end[-1:])
 
 
-@pytest.mark.parametrize("event, data", [
+@each_row("event, data", [
     (b"data: x\n\n", b"x"), (b"data:x\n\n", b"x"), (b"data:  x\n\n", b" x"), (b"data: x", b"x"),
     (b"data: x\r\n\r\n", b"x"), (b"data: x\r\n\n", b"x"), (b"data: a\rdata: b\n\n", b"a\nb"),
     (b"data: a\ndata: b\n\n", b"a\nb"), (b"event: e\ndata: x\n\n", b"x"), (b": c\n\n", b""),
@@ -4217,7 +4277,7 @@ ERROR_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize("event, document", ERROR_FIELDS)
+@each_row("event, document", ERROR_FIELDS)
 def test_what_the_fields_of_an_event_call_an_error_is_one(event: bytes, document: Any) -> None:
     assert smolrouter.SSE.read_document(event) == document
 
@@ -4313,7 +4373,7 @@ END_TALK = {
 }
 
 
-@pytest.mark.parametrize("path, line, ends", [
+@each_row("path, line, ends", [
     (CHAT, {"choices": [{"finish_reason": "stop"}]}, True), (CHAT, END_TALK, False),
     (CHAT, {"choices": [{"finish_reason": ""}, {"finish_reason": None}]}, False),
     (CHAT, FINISH, True), (CHAT, "[DONE] ", True), (CHAT, "", False), (CHAT, "[]", False),
@@ -4351,7 +4411,7 @@ EVENT_STARTS: list[tuple[bytes, bool | None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("start, is_stream", EVENT_STARTS)
+@each_row("start, is_stream", EVENT_STARTS)
 def test_what_begins_like_events(start: bytes, is_stream: bool | None) -> None:
     assert smolrouter.begins_like_events(start) is is_stream
 
@@ -4602,7 +4662,7 @@ THOUGHTS = [
 ]
 
 
-@pytest.mark.parametrize("text, visible, thought", THOUGHTS)
+@each_row("text, visible, thought", THOUGHTS)
 def test_think_filter_at_every_split(text: str, visible: str, thought: str) -> None:
     rules = smolrouter.FilterRules(think=True)
     for pieces in every_split(text) if text else [[""]]:
@@ -4689,7 +4749,7 @@ def test_there_are_enough_places() -> None:
     assert len(PLACED_THOUGHTS) >= 120
 
 
-@pytest.mark.parametrize("name, family, text, visible", PLACED_THOUGHTS)
+@each_row("name, family, text, visible", PLACED_THOUGHTS)
 def test_thinking_of_every_family_in_every_place(
     name: str, family: tuple[str, str], text: str, visible: str
 ) -> None:
@@ -4749,7 +4809,7 @@ SPECIAL_THOUGHTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text, visible, thought", SPECIAL_THOUGHTS)
+@each_row("text, visible, thought", SPECIAL_THOUGHTS)
 def test_special_thinking_at_every_split(text: str, visible: str, thought: str) -> None:
     splits = every_split(text) if len(text) < 1000 else [[text], [text[:9], text[9:]], list(text)]
     for pieces in splits:
@@ -4776,7 +4836,7 @@ CLOSED_ONLY = [
 ]
 
 
-@pytest.mark.parametrize("text, visible", CLOSED_ONLY)
+@each_row("text, visible", CLOSED_ONLY)
 def test_close_without_an_opening(text: str, visible: str | None) -> None:
     rules = smolrouter.FilterRules(think=True)
     whole = smolrouter.TextFilter(rules, whole=True)
@@ -4792,7 +4852,7 @@ def test_close_without_an_opening(text: str, visible: str | None) -> None:
         assert stream.opened == whole.opened
 
 
-@pytest.mark.parametrize("said, visible, thought", [
+@each_row("said, visible, thought", [
     ("hm</think>\n\nYes", "Yes", "hm"), ("hm `a` ◁/think▷Yes", "Yes", "hm `a` "),
     ("\n<think>hm</think>Yes", "\nYes", "hm"), ("Yes, all of it", "Yes, all of it", ""),
     (HARMONY_ANALYSIS + "Yes", "Yes", "hm"), ("", "", ""), ("a <think>", "a ", ""),
@@ -4842,7 +4902,7 @@ FENCES = [
 ]
 
 
-@pytest.mark.parametrize("text, visible", FENCES)
+@each_row("text, visible", FENCES)
 def test_fence_filter_at_every_split(text: str, visible: str) -> None:
     rules = smolrouter.FilterRules(fences=True)
     for pieces in every_split(text):
@@ -4952,7 +5012,7 @@ WHOLE_ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("said", WHOLE_ANSWERS)
+@each_row("said", WHOLE_ANSWERS)
 def test_thinking_in_a_whole_answer(said: str) -> None:
     for path, kind in ((CHAT, "chat"), ("/v1/completions", "text")):
         model = default_upstream().add_script(json_response(completion({}, said, kind)))
@@ -5039,9 +5099,9 @@ Other models write `[THINK]`, `<|channel>thought` or "<thought>"; the last line 
 """
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", [*EXAMPLE_REQUESTS, ANTHROPIC, RESPONSES])
-@pytest.mark.parametrize("setting", ["true", "move"])
+@each_row("stream", [False, True])
+@each_row("path", [*EXAMPLE_REQUESTS, ANTHROPIC, RESPONSES])
+@each_row("setting", ["true", "move"])
 def test_answer_about_tags_arrives_whole(path: str, stream: bool, setting: str) -> None:
     if "embed" in path:
         return
@@ -5363,7 +5423,7 @@ SAID_PARTS: list[tuple[str, Any, list[tuple[Any, ...]]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path, document, wanted", SAID_PARTS)
+@each_row("path, document, wanted", SAID_PARTS)
 def test_what_an_answer_says(path: str, document: Any, wanted: list[tuple[Any, ...]]) -> None:
     parts = smolrouter.read_answer(smolrouter.find_protocol(path), document)
     found = [(p.kind, p.choice, p.item, ".".join(map(str, p.path)), p.value) for p in parts]
@@ -5461,8 +5521,8 @@ ERROR_SHAPES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize("document, words", ERROR_SHAPES)
-@pytest.mark.parametrize("path", smolrouter.PROTOCOLS)
+@each_row("document, words", ERROR_SHAPES)
+@each_row("path", smolrouter.PROTOCOLS)
 def test_error_of_every_protocol(path: str, document: Any, words: str) -> None:
     assert smolrouter.find_error(smolrouter.find_protocol(path), document) == words
 
@@ -5576,7 +5636,7 @@ def new_opening(path: str, **more: Any) -> smolrouter.Opening:
     return smolrouter.Opening(smolrouter.find_protocol(path), event_type(path), **more)
 
 
-@pytest.mark.parametrize("path", SAY_SOMETHING)
+@each_row("path", SAY_SOMETHING)
 def test_what_an_answer_says_first(path: str) -> None:
     begin = encode_events(path, SAY_NOTHING.get(path, []))
     if not path.startswith("/api/"):
@@ -5641,7 +5701,7 @@ WHOLE_OPENINGS: list[tuple[bytes, bool, bool]] = [
 ]
 
 
-@pytest.mark.parametrize("content, at_once, in_the_end", WHOLE_OPENINGS)
+@each_row("content, at_once, in_the_end", WHOLE_OPENINGS)
 def test_an_answer_that_is_no_stream(content: bytes, at_once: bool, in_the_end: bool) -> None:
     for coding, data in (("", content), ("gzip", gzip.compress(content))):
         opening = smolrouter.Opening(smolrouter.find_protocol(CHAT), "application/json", coding)
@@ -5679,7 +5739,7 @@ ERROR_WORDS: list[tuple[bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize("content, words", ERROR_WORDS)
+@each_row("content, words", ERROR_WORDS)
 def test_words_of_an_error_answer(content: bytes, words: str) -> None:
     assert smolrouter.read_error(content) == words
 
@@ -5721,7 +5781,7 @@ NO_THINK = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path, doc, edits", NO_THINK)
+@each_row("path, doc, edits", NO_THINK)
 def test_no_think_goes_to_the_user_s_words(path: str, doc: Any, edits: Any) -> None:
     assert smolrouter.no_think_edit(smolrouter.find_protocol(path), doc) == edits
 
@@ -5800,7 +5860,7 @@ USAGE_CASES: list[tuple[Any, tuple[int | None, int | None, int | None]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("said, wanted", USAGE_CASES)
+@each_row("said, wanted", USAGE_CASES)
 def test_usage_of_every_server(said: Any, wanted: Any) -> None:
     assert smolrouter.read_usage(said if isinstance(said, bytes) else encode_json(said)) == wanted
     if isinstance(said, dict):
@@ -6018,8 +6078,8 @@ def call_fragment(index: Any, call_id: Any, name: Any, arguments: Any) -> dict[s
     return {name: value for name, value in call.items() if value is not None}
 
 
-@pytest.mark.parametrize("fragments, wanted", FRAGMENTS.values(), ids=FRAGMENTS)
-@pytest.mark.parametrize("together", [False, True])
+@each_row("fragments, wanted", FRAGMENTS.values(), ids=FRAGMENTS)
+@each_row("together", [False, True])
 def test_calls_of_fragments(fragments: list[Fragment], wanted: Any, together: bool) -> None:
     calls = [call_fragment(*fragment) for fragment in fragments]
     batches = [calls] if together else [[call] for call in calls]
@@ -6054,7 +6114,7 @@ def test_calls_of_a_message_are_whole(index: Any, arguments: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
+@each_row("what, path, asked, answer, wanted", TALKS, ids=[t[0] for t in TALKS])
 def test_transcripts(what: str, path: str, asked: Any, answer: Any, wanted: Any) -> None:
     said = b"".join(map(encode_event, answer)) if isinstance(answer, list) else answer
     found = said_in(said, path, asked)
@@ -6231,7 +6291,7 @@ FACTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("documents, wanted", FACTS.values(), ids=FACTS)
+@each_row("documents, wanted", FACTS.values(), ids=FACTS)
 def test_what_is_known_of_a_model(documents: list[dict], wanted: dict[str, Any]) -> None:
     assert smolrouter.read_facts(*documents) == smolrouter.ModelFacts(**wanted)
 
@@ -6271,8 +6331,8 @@ MODEL_FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content, model", MODEL_FORMS.values(), ids=MODEL_FORMS.keys())
-@pytest.mark.parametrize("boundary", ["boundary=XX", 'charset=x; boundary="XX"'])
+@each_row("content, model", MODEL_FORMS.values(), ids=MODEL_FORMS.keys())
+@each_row("boundary", ["boundary=XX", 'charset=x; boundary="XX"'])
 def test_form_names_its_model(content: bytes, model: str, boundary: str) -> None:
     ask = smolrouter.read_form(f"multipart/form-data; {boundary}", "/v1/x", "", content)
     assert (ask.model, ask.content) == (model, content)
@@ -6349,8 +6409,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("content", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("boundary", ("XX", '"XX"'))
+@each_row("content", FORMS.values(), ids=FORMS)
+@each_row("boundary", ("XX", '"XX"'))
 def test_form_differs_by_its_model_only(content: bytes, boundary: str) -> None:
     kind = f"multipart/form-data; boundary={boundary}"
     got = post_json("/v1/audio/transcriptions", content, Content_Type=kind)
@@ -6771,12 +6831,12 @@ SAID_AGAIN = [
 ]
 
 
-@pytest.mark.parametrize("texts", [
+@each_row("texts", [
     TAGGED, ("hm</think>", "yes"), (" <th", "e>"), ("\n<think>no</think>\n", "yes"),
     ("<think>no",), ("yes", "<think>no</think> <th"), ("a </think>", "<think>b</think>"),
 ], ids=repr)  # fmt: skip
-@pytest.mark.parametrize("rules", [{"think": True}, {"fences": True}, {}], ids=repr)
-@pytest.mark.parametrize("left_out", [None, "response.output_text.done"])
+@each_row("rules", [{"think": True}, {"fences": True}, {}], ids=repr)
+@each_row("left_out", [None, "response.output_text.done"])
 def test_what_is_said_again_is_what_was_said(texts: Any, rules: Any, left_out: Any) -> None:
     events = [event for event in response_deltas(*texts) if event["type"] != left_out]
     data = b"".join(map(encode_event, events))
@@ -7258,8 +7318,8 @@ SEPARATED: dict[str, tuple[str, list[Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path, events", SEPARATED.values(), ids=SEPARATED)
-@pytest.mark.parametrize("rules", [{"think": True}, {"think": True, "opened": True}], ids=repr)
+@each_row("path, events", SEPARATED.values(), ids=SEPARATED)
+@each_row("rules", [{"think": True}, {"think": True, "opened": True}], ids=repr)
 def test_what_a_server_tells_apart_is_not_touched(path: str, events: Any, rules: Any) -> None:
     data = b"".join(map(encode_event, events))
     for pieces in every_split(data):
@@ -7341,9 +7401,9 @@ class Counted(bytes):
         return at
 
 
-@pytest.mark.parametrize("end", EVENT_ENDS)
-@pytest.mark.parametrize("text", ("x", " <b>"))
-@pytest.mark.parametrize("key", ("content", "reasoning"))
+@each_row("end", EVENT_ENDS)
+@each_row("text", ("x", " <b>"))
+@each_row("key", ("content", "reasoning"))
 def test_no_octet_is_looked_at_often(end: bytes, text: str, key: str) -> None:
     events = [encode_event(doc) for doc in text_deltas("Hi", *["word"] * 19, text, key=key)] * 20
     block = Counted(b"".join(events).replace(b"\n\n", end))
@@ -7433,8 +7493,8 @@ ODD_DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("doc", ODD_DOCUMENTS, ids=range(len(ODD_DOCUMENTS)))
-@pytest.mark.parametrize("path", [CHAT, "/api/chat", "/api/embed"])
+@each_row("doc", ODD_DOCUMENTS, ids=range(len(ODD_DOCUMENTS)))
+@each_row("path", [CHAT, "/api/chat", "/api/embed"])
 def test_odd_document_is_no_internal_error(path: str, doc: Any) -> None:
     model = default_upstream().add_script(json_response(doc))
     asked = (
@@ -7751,7 +7811,7 @@ def test_openai_client_of_an_ollama_server(sdk: Sdk, stream: bool) -> None:
 @each_way
 @each_openai
 @whole_or_streamed
-@pytest.mark.parametrize("status", SDK_ERRORS)
+@each_row("status", SDK_ERRORS)
 def test_openai_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: int) -> None:
     with pytest.raises(getattr(import_or_skip("openai"), SDK_ERRORS[status])) as caught:
         sdk.call(
@@ -7987,8 +8047,8 @@ def test_llama_cpp_goes_by_the_model_in_its_content(path: str) -> None:
     assert (heard.target, heard.content) == (path, content.replace(b"rule-m", b"m"))
 
 
-@pytest.mark.parametrize("path", (*LLAMA_CPP_POSTS, "/props", "/slots/0?action=erase"))
-@pytest.mark.parametrize("content", (b'{"content": "hi", "prompt": "a"}', b"{}"))
+@each_row("path", (*LLAMA_CPP_POSTS, "/props", "/slots/0?action=erase"))
+@each_row("content", (b'{"content": "hi", "prompt": "a"}', b"{}"))
 def test_llama_cpp_without_a_model_is_the_default_server(path: str, content: bytes) -> None:
     heard = ask_llama_cpp("default", "POST", path, content)
     assert (heard.target, heard.content) == (path, content)
@@ -8006,7 +8066,7 @@ LLAMA_CPP_QUERIES = (
 )
 
 
-@pytest.mark.parametrize("method, target, sent", LLAMA_CPP_QUERIES)
+@each_row("method, target, sent", LLAMA_CPP_QUERIES)
 def test_llama_cpp_goes_by_the_model_in_its_query(method: str, target: str, sent: Any) -> None:
     body = {"filename": "a"} if method == "POST" else None
     heard = ask_llama_cpp("ruled" if sent else "default", method, target, body)
@@ -8100,7 +8160,7 @@ NAMED_REQUESTS = (
 )
 
 
-@pytest.mark.parametrize("method, target, wanted, body", NAMED_REQUESTS)
+@each_row("method, target, wanted, body", NAMED_REQUESTS)
 def test_what_goes_to_a_server_by_name_stays_as_it_is(
     method: str, target: str, wanted: str, body: Any
 ) -> None:
@@ -8172,8 +8232,8 @@ def ask_without_model(router: Router, path: str, stream: bool, kind: str = "miss
 NEEDING_MODEL = [(path, stream) for path, stream in ALL_WAYS if "rerank" not in path]
 
 
-@pytest.mark.parametrize("kind", WITHOUT_MODEL)
-@pytest.mark.parametrize("path, stream", NEEDING_MODEL)
+@each_row("kind", WITHOUT_MODEL)
+@each_row("path, stream", NEEDING_MODEL)
 def test_the_only_model_is_meant(path: str, stream: bool, kind: str) -> None:
     got = ask_without_model(default_router(), path, stream, kind)
     assert got.status == 200
@@ -8186,7 +8246,7 @@ def test_the_only_model_is_meant(path: str, stream: bool, kind: str) -> None:
         assert {document["model"] for document in documents} == {"tiny"}
 
 
-@pytest.mark.parametrize("path, stream", NEEDING_MODEL)
+@each_row("path, stream", NEEDING_MODEL)
 def test_default_model_is_meant(path: str, stream: bool) -> None:
     """It is a name like any other: here one that a rule knows."""
     router = sdk_router(DEFAULT_MODEL="rule-vectors" if "embed" in path else "rule-talk")
@@ -8212,7 +8272,7 @@ def test_row_says_why_a_model_is_meant() -> None:
         assert upstream.requests[-1].model == "meant-by-default"
 
 
-@pytest.mark.parametrize("path, stream", NEEDING_MODEL)
+@each_row("path, stream", NEEDING_MODEL)
 def test_one_of_several_models_has_to_be_named(path: str, stream: bool) -> None:
     with nothing_sent_upstream():
         got = ask_without_model(sdk_router(), path, stream)
@@ -9161,7 +9221,7 @@ def test_ollama_vision(sdk: Sdk, way: str, method: str) -> None:
 @each_way
 @each_ollama
 @whole_or_lines
-@pytest.mark.parametrize("status", SDK_ERRORS)
+@each_row("status", SDK_ERRORS)
 def test_ollama_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: int) -> None:
     with pytest.raises(import_or_skip("ollama").ResponseError) as caught:
         sdk.call(
@@ -9271,8 +9331,8 @@ ERROR_CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("content", ERROR_CONTENTS.values(), ids=ERROR_CONTENTS)
-@pytest.mark.parametrize("path", ("/api/chat", "/api/embed"))
+@each_row("content", ERROR_CONTENTS.values(), ids=ERROR_CONTENTS)
+@each_row("path", ("/api/chat", "/api/embed"))
 def test_ollama_error_is_always_text(path: str, content: bytes) -> None:
     kind = "application/json" if content.startswith(b"{") else "text/html"
     model = sdk_upstream().add_script(whole_response(content, 422, kind=kind))
@@ -9311,7 +9371,7 @@ BAD_REQUESTS: dict[str, dict] = {
 }
 
 
-@pytest.mark.parametrize("body", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+@each_row("body", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
 def test_ollama_bad_request(body: dict) -> None:
     with nothing_sent_upstream():
         got = post_json("/api/chat", encode_huge_numbers({"model": "talk", **body}))
@@ -9394,8 +9454,8 @@ OLLAMA_OPTIONS: Cases = (
 SAMPLING = {name for _, sent in OLLAMA_OPTIONS for name in sent}
 
 
-@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
-@pytest.mark.parametrize("options, sent", OLLAMA_OPTIONS, ids=lambda value: repr(value))
+@each_row("path", ("/api/chat", "/api/generate"))
+@each_row("options, sent", OLLAMA_OPTIONS, ids=lambda value: repr(value))
 def test_ollama_options(path: str, options: Any, sent: dict) -> None:
     body = {"model": "talk", "prompt": "hello", "messages": HELLO_MESSAGES, "stream": False}
     got = post_json(path, {**body, "options": options, "keep_alive": "5m"})
@@ -9586,7 +9646,7 @@ ARGUMENTS: Cases = (
 )
 
 
-@pytest.mark.parametrize("arguments, expected", ARGUMENTS)
+@each_row("arguments, expected", ARGUMENTS)
 @whole_or_lines
 def test_ollama_arguments_are_objects(arguments: Any, expected: dict | None, stream: bool) -> None:
     call = {
@@ -9798,8 +9858,8 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("events", SAID.values(), ids=SAID)
-@pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
+@each_row("events", SAID.values(), ids=SAID)
+@each_row("joined", (False, True), ids=("apart", "at once"))
 def test_ollama_of_odd_streams(events: list[bytes], joined: bool) -> None:
     model = sdk_upstream().add_script(sse_response([b"".join(events)] if joined else events))
     got = post_json("/api/chat", chat_document(model))
@@ -10081,8 +10141,8 @@ NATIVE_BODY = (
 NATIVE_NAMES = ("llama3", "rule-llama3", "alias-llama3", "map-llama3")
 
 
-@pytest.mark.parametrize("asked", NATIVE_NAMES)
-@pytest.mark.parametrize("path", ("/api/chat", "/api/generate"))
+@each_row("asked", NATIVE_NAMES)
+@each_row("path", ("/api/chat", "/api/generate"))
 @whole_or_lines
 def test_native_request_goes_as_it_is(path: str, asked: str, stream: bool) -> None:
     flag = b"true" if stream else b"false"
@@ -10336,7 +10396,7 @@ def routing(text: str = ROUTING_TABLE, **settings: str) -> Any:
     return smolrouter.parse_routes(text, "routes.yaml", {"KEY": "k"}, chosen)
 
 
-@pytest.mark.parametrize("asked, host, route, instances", DECISIONS)
+@each_row("asked, host, route, instances", DECISIONS)
 def test_decision(asked: str, host: str, route: str, instances: list[str]) -> None:
     decision = smolrouter.resolve(routing(), asked, host)
     assert decision.route == route
@@ -10469,7 +10529,7 @@ BAD_TABLES = {
 }
 
 
-@pytest.mark.parametrize("text, named", BAD_TABLES.values(), ids=BAD_TABLES.keys())
+@each_row("text, named", BAD_TABLES.values(), ids=BAD_TABLES.keys())
 def test_bad_table_is_refused_with_its_place(text: str, named: str) -> None:
     with pytest.raises(smolrouter.ConfigError) as caught:
         routing(text)
@@ -10669,7 +10729,7 @@ TAGGED_DECISIONS = [
 ]
 
 
-@pytest.mark.parametrize("asked, route, instance", TAGGED_DECISIONS)
+@each_row("asked, route, instance", TAGGED_DECISIONS)
 def test_decision_with_the_tag_latest(asked: str, route: str, instance: str) -> None:
     decision = smolrouter.resolve(routing(TAGGED_TABLE, MODEL_MAP=TAGGED_MAP), asked, HOME)
     assert (decision.route, *map(str, decision.instances)) == (route, instance)
@@ -10689,8 +10749,7 @@ def tagged_box() -> Upstream:
     return Upstream(models=["bare", "listed:latest", "b:latest"])
 
 
-@pytest.mark.parametrize("path", ("/api/chat", "/api/generate", "/api/embed", CHAT))
-@pytest.mark.parametrize(
+@each_row(
     "asked, sent",
     (
         ("coder:latest", "a"),
@@ -10701,6 +10760,7 @@ def tagged_box() -> Upstream:
         ("listed", "listed:latest"),
     ),
 )
+@each_row("path", ("/api/chat", "/api/generate", "/api/embed", CHAT))
 def test_the_tag_latest_reaches_who_knows_it(asked: str, sent: str, path: str) -> None:
     """An Ollama client adds the tag to any name."""
     got = request(tagged_router().port, "POST", path, {**EXAMPLE_REQUESTS[path], "model": asked})
@@ -10710,7 +10770,7 @@ def test_the_tag_latest_reaches_who_knows_it(asked: str, sent: str, path: str) -
     assert row["original_model"] == asked
 
 
-@pytest.mark.parametrize("asked", [case[0] for case in TAGGED_DECISIONS])
+@each_row("asked", [case[0] for case in TAGGED_DECISIONS])
 def test_explain_and_the_live_path_agree_on_the_tag_latest(asked: str) -> None:
     """Without a translation to another dialect they say the same to the letter."""
     query = urllib.parse.urlencode({"model": asked})
@@ -10850,7 +10910,7 @@ def catalogue_of(table: Any, lists: Mapping[str, Sequence[str]] = LISTS) -> Any:
     return smolrouter.Catalogue(listed, {})
 
 
-@pytest.mark.parametrize("asked, route, instances", LISTED_DECISIONS)
+@each_row("asked, route, instances", LISTED_DECISIONS)
 def test_decision_by_list(asked: str, route: str, instances: list[str]) -> None:
     table = listing_table()
     decision = smolrouter.resolve(table, asked, HOME, catalogue_of(table))
@@ -10889,7 +10949,7 @@ def test_decisions_are_remembered_until_a_list_changes() -> None:
 # --- names that break no head ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("server", [
+@each_row("server", [
     {"headers": {"X-A": "b\r\nEvil: 1"}}, {"headers": {"X-A\r\nEvil": "1"}},
     {"headers": {"X A": "1"}}, {"headers": {"": "1"}}, {"headers": {"X-A": "b\0"}},
     {"headers": {"Content-Length": "1"}}, {"headers": {"transfer-encoding": "chunked"}},
@@ -10917,8 +10977,8 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-@pytest.mark.parametrize("model", NAMES, ids=lambda name: ascii(name[:9]))
+@each_row("path", [CHAT, "/api/chat"])
+@each_row("model", NAMES, ids=lambda name: ascii(name[:9]))
 def test_a_model_name_breaks_neither_a_head_nor_the_log(model: str, path: str) -> None:
     name = f"{model}{path}"
     got = request(default_router().port, "POST", path, {**EXAMPLE_REQUESTS[path], "model": name})
@@ -11050,7 +11110,7 @@ def is_valid_token(token: str, now: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("token, valid", TOKENS.values(), ids=TOKENS.keys())
+@each_row("token, valid", TOKENS.values(), ids=TOKENS.keys())
 def test_token(token: str, valid: bool) -> None:
     assert is_valid_token(token, 1000.0) == valid
 
@@ -11103,7 +11163,7 @@ GLOBS = [
 ]
 
 
-@pytest.mark.parametrize("globs, model, good", GLOBS)
+@each_row("globs, model, good", GLOBS)
 def test_models_of_a_token(globs: list[str], model: str, good: bool) -> None:
     routes = {
         "servers": {"gpu": "http://gpu:1", "[::1]:8000": "http://[::1]:8000"},
@@ -11150,7 +11210,7 @@ HOSTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("host, good", HOSTS)
+@each_row("host, good", HOSTS)
 def test_web_host(host: str, good: bool) -> None:
     assert smolrouter.is_web_host(host, ("extra.example",), "machine") == good
 
@@ -11213,7 +11273,7 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("host, given, origins, webui, api", PAGES)
+@each_row("host, given, origins, webui, api", PAGES)
 def test_page_from_elsewhere(
     host: str, given: dict[str, str], origins: str, webui: int, api: int
 ) -> None:
@@ -11438,7 +11498,7 @@ def test_every_endpoint_in_every_mode(policy: str, secret: str) -> None:
                 assert after - before == got.count(200)
 
 
-@pytest.mark.parametrize("name", [
+@each_row("name", [
     "Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Whatever",
     "X-Real-IP", "X-Original-Forwarded-For", "CF-Connecting-IP", "CF-Ray", "True-Client-IP",
 ])  # fmt: skip
@@ -11478,7 +11538,7 @@ CARRIERS = [
 ]
 
 
-@pytest.mark.parametrize("fields, webui, api", CARRIERS)
+@each_row("fields, webui, api", CARRIERS)
 def test_where_a_token_may_stand(fields: Pairs, webui: int, api: int) -> None:
     asked = [("GET", "/api/inflight", fields), ("GET", "/v1/models", fields)]
     assert statuses(router_with_policy("ALWAYS_AUTH"), *asked) == [webui, api]
@@ -11816,7 +11876,7 @@ def test_signing_in_and_out() -> None:
     assert (out.get("Set-Cookie") or "").startswith("smolrouter_token=; Max-Age=0;")
 
 
-@pytest.mark.parametrize("content, status", [
+@each_row("content, status", [
     (b" " * 20_000 + b"{}", 400), (b"", 400), (b"{}", 400), (b"[]", 400),
     (b'{"token": 7}', 400), (b'{"token": null}', 400),
     (b'{"token": ""}', 401), (b'{"token": "x\\r\\nSet-Cookie: a=b"}', 401),
@@ -12559,7 +12619,7 @@ def check_leftovers(
     assert not [r for r in upstream.requests if r.target == "/v1/smuggled"]
 
 
-@pytest.mark.parametrize(
+@each_row(
     "method, path, status, fields",
     [
         ("POST", "/nowhere", 404, []),
@@ -12570,7 +12630,7 @@ def check_leftovers(
         ("GET", "/v1/content-with-get", 200, []),
     ],
 )
-@pytest.mark.parametrize("framing", ["length", "chunked"])
+@each_row("framing", ["length", "chunked"])
 def test_leftover_content_is_not_a_request(
     method: str, path: str, status: int, fields: Pairs, framing: str
 ) -> None:
@@ -14641,8 +14701,8 @@ def reach(router: Router, upstream: Upstream, model: str) -> bool:
     return (got.status, got.get("X-SmolRouter-Upstream")) == (200, upstream.url)
 
 
-@pytest.mark.parametrize("stream", (False, True))
-@pytest.mark.parametrize("path", EXAMPLE_REQUESTS)
+@each_row("stream", (False, True))
+@each_row("path", EXAMPLE_REQUESTS)
 def test_a_listed_model_reaches_its_server(path: str, stream: bool) -> None:
     router, _, two = shared_pair()
     for asked, sent in (("m2", "m2"), ("m2:latest", "m2"), ("mixed", "Mixed:latest")):
@@ -17652,8 +17712,8 @@ def test_a_part_of_an_event_is_no_answer(said: bytes) -> None:
         assert (got.status, got.whole, got.get("X-SmolRouter-Attempts")) == (200, True, "2")
 
 
-@pytest.mark.parametrize("status", [301, 400, 404, 418, 422, 429, 500, 503])
-@pytest.mark.parametrize("stream", [False, True])
+@each_row("status", [301, 400, 404, 418, 422, 429, 500, 503])
+@each_row("stream", [False, True])
 def test_single_candidate_passes_through_untouched(status: int, stream: bool) -> None:
     content = b'{"detail" :  "<think>what it said</think>"}\n'
     fields = [("Retry-After", "3"), ("Location", "/elsewhere")]
@@ -18416,9 +18476,9 @@ MODELLESS_CONTENTS = {
 MODELLESS_PATHS = ("/v1/responses/r1/cancel", "/v1/batches/b1/cancel", "/v1/rerank", "/v1/x")
 
 
-@pytest.mark.parametrize("path", MODELLESS_PATHS)
-@pytest.mark.parametrize("media_type", ("application/json", "text/plain", None))
-@pytest.mark.parametrize("content", MODELLESS_CONTENTS.values(), ids=MODELLESS_CONTENTS)
+@each_row("path", MODELLESS_PATHS)
+@each_row("media_type", ("application/json", "text/plain", None))
+@each_row("content", MODELLESS_CONTENTS.values(), ids=MODELLESS_CONTENTS)
 def test_what_has_no_model_goes_on_unchanged(
     content: bytes, media_type: str | None, path: str
 ) -> None:
@@ -18638,8 +18698,8 @@ SWALLOWED = {
 }
 
 
-@pytest.mark.parametrize("said, seen", SWALLOWED.values(), ids=SWALLOWED)
-@pytest.mark.parametrize("joined", (False, True), ids=("apart", "at once"))
+@each_row("said, seen", SWALLOWED.values(), ids=SWALLOWED)
+@each_row("joined", (False, True), ids=("apart", "at once"))
 def test_extra_usage_is_swallowed(said: list[bytes], seen: list[bytes], joined: bool) -> None:
     model = sdk_upstream().add_script(sse_response([b"".join(said)] if joined else said))
     got = post_json("/v1/chat/completions", chat_document(model, stream=True))
@@ -19167,7 +19227,7 @@ FILTERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("query, count", FILTERS)
+@each_row("query, count", FILTERS)
 def test_filters(query: str, count: int) -> None:
     page = get_document(router_with_old_log(), f"/api/logs?limit=1000&{query}")
     assert len(page) == min(count, 1000)
@@ -19175,7 +19235,7 @@ def test_filters(query: str, count: int) -> None:
     assert ids == sorted(ids, reverse=True)
 
 
-@pytest.mark.parametrize("path, word", [
+@each_row("path, word", [
     ("/api/logs?limit=0", "limit"), ("/api/logs?limit=1e9", "whole number"),
     ("/api/logs?limit=1001", "1000"), ("/api/logs?before=x", "before"),
     ("/api/logs?before=99999999999999999999", "before"), ("/api/logs?status=6xx", "4xx"),
@@ -20200,8 +20260,8 @@ def test_router_answers_unknown_paths_itself() -> None:
     assert not default_upstream().requests_for("/unknown/path")
 
 
-@pytest.mark.parametrize("method", ("GET", "POST", "DELETE"))
-@pytest.mark.parametrize("path", ("/nope", "/api/nope", "/v2/chat/completions", "/v1x"))
+@each_row("method", ("GET", "POST", "DELETE"))
+@each_row("path", ("/nope", "/api/nope", "/v2/chat/completions", "/v1x"))
 def test_unknown_path(method: str, path: str) -> None:
     body = chat_document("talk") if method == "POST" else None
     with nothing_sent_upstream():
@@ -20229,7 +20289,7 @@ OTHER_NAMES = (
 )
 
 
-@pytest.mark.parametrize("method, target, usual", OTHER_NAMES)
+@each_row("method, target, usual", OTHER_NAMES)
 def test_other_names_of_a_path(method: str, target: str, usual: str) -> None:
     # An answer without the count would not be one of count_tokens.
     model = default_upstream().add_script(json_response({"input_tokens": 1}))
@@ -20303,7 +20363,7 @@ def test_wrong_method(method: str, path: str, right: str) -> None:
     check_error(path, got)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "path",
     [
         "/v1/../OUT", "/v1/%2e%2e/OUT", "/v1/.%2E/OUT", "/v1/x/../../OUT", "//OUT",
@@ -20318,7 +20378,7 @@ def test_no_path_leads_outside(path: str) -> None:
     assert not default_upstream().requests_for(mark)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "path",
     [
         "/api/logs",
