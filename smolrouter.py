@@ -420,6 +420,10 @@ NAMED_URL = re.compile(r"(?:([^=:/]+)=)?(.+)")
 # none of these, because it would be anybody's.
 ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+|(?!https?:)[a-z][a-z0-9+.-]*:")
 DEFAULT_PORTS = {"http": 80, "https": 443}
+# The name of a field (RFC 9110 section 5.6.2).
+FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# Nobody may see their values: not in a message, not in a file that others can read.
+SECRET_SETTINGS = ("jwt_secret", "otel_exporter_otlp_headers")
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 # What the names of models are compared with: one name, or a pattern that is searched in them.
@@ -608,6 +612,24 @@ def parse_servers(text: str) -> NamedURLs:
     return tuple(servers.items())
 
 
+def parse_otlp_headers(text: str) -> tuple[tuple[str, str], ...]:
+    """Read fields for a collector: 'Authorization=Basic%20YTpi, x=y'.
+
+    ->  (('Authorization', 'Basic YTpi'), ('x', 'y')). The values never enter the message.
+    """
+    fields = []
+    for number, pair in enumerate(text.split(","), 1):
+        if not pair.strip():
+            continue
+        name, mark, value = pair.strip().partition("=")
+        value = urllib.parse.unquote(value.strip())
+        is_field = FIELD_NAME.fullmatch(name.strip()) and mark and value.isprintable()
+        allowed = "allowed are pairs such as name=value, with commas between"
+        require(is_field and value.isascii(), f"pair {number} is no field; {allowed}")
+        fields.append((name.strip(), value))
+    return tuple(fields)
+
+
 def parse_listen_host(text: str) -> str:
     """Read what to listen on: 'localhost', '::1', '[::1]' and '0.0.0.0' are good."""
     host = text.strip()
@@ -776,6 +798,9 @@ class Settings:
     api_security: str = setting("NONE", choice_of(*POLICIES), "who may use the model API: the same three")
     tls_cert: str | None = setting(None, parse_text, "PEM file with a certificate and its chain: clients speak https with the router")
     tls_key: str | None = setting(None, parse_text, "PEM file with its key; both are read again on SIGHUP")
+    otel_exporter_otlp_endpoint: UpstreamURL | None = setting(None, parse_upstream_url, "collector of OpenTelemetry that gets a span of each request (OTLP over HTTP): http://host:4318")
+    otel_exporter_otlp_headers: tuple[tuple[str, str], ...] = setting("", parse_otlp_headers, "fields that it wants: name=value, between commas, percent-encoded")
+    otel_service_name: str = setting("smolrouter", parse_text, "what the router is called there")
     trusted_proxies: tuple[IPNetwork, ...] = setting("none", parse_networks, "addresses or CIDRs whose X-Forwarded-For is believed")
     allowed_hosts: tuple[str, ...] = setting("", parse_hosts, "extra Host names for the Web UI")
     allowed_origins: tuple[str, ...] = setting("loopback", parse_origins, "browser origins that may call the API; app: for all of a scheme, * for all")
@@ -817,7 +842,7 @@ class Settings:
             try:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                seen = "<hidden>" if field.name == "jwt_secret" else repr(text)
+                seen = "<hidden>" if field.name in SECRET_SETTINGS else repr(text)
                 mistakes[field.name] = f"{source}={seen}: {error}"
         if values.get("servers") and "default_upstream" not in given:
             _, values["default_upstream"] = values["servers"][0]
@@ -1147,6 +1172,12 @@ class Limits:
     # Different clients that are counted by name in an hour; they choose their names. More count as
     # one, "other".
     counted_clients: int = 200
+    # Spans wait for so many s, or until there are so many, and leave together, as OpenTelemetry's
+    # own programs do. While the collector takes none, so many wait, and the others are lost.
+    span_interval: float = 5.0
+    span_batch: int = 512
+    waiting_spans: int = 2048
+    span_timeout: float = 10.0
     # A secret of at least so many octets is looked for in the answers that are kept, and hidden
     # there. To look for a shorter one, such as `test`, would hide plain words.
     echoed_secret: int = 16
@@ -13329,6 +13360,10 @@ SUM_CLIENTS = """count(*), sum(failed), ifnull(sum(prompt_tokens), 0),
     ifnull(sum(completion_tokens), 0), max(timestamp)"""
 # Stands for the clients of an hour beyond `LIMITS.counted_clients`.
 OTHER_CLIENTS = "other"
+# What a client tells of the trace that its request is part of. Ids of zeros alone are none.
+TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
+)
 # How SQLite says that a file is damaged.
 CORRUPT_MESSAGE = re.compile(r"malformed|not a database")
 # Shorter details are kept as they are. To pack them saves little, and each call of zlib gives up
@@ -13469,6 +13504,52 @@ class Attempt(NamedTuple):
     duration_ms: float
 
 
+class AttemptSpan(NamedTuple):
+    """What the span of an attempt has beside the attempt itself."""
+
+    span_id: str
+    model: str
+    # How many ms after the request it began.
+    begun_ms: float
+
+
+@dataclasses.dataclass
+class Trace:
+    """The place of a request in a trace, as W3C's Trace Context has it; ids are hexadecimal."""
+
+    trace_id: str
+    span_id: str
+    # The span that its client has sent with it, "" for none.
+    parent_id: str = ""
+    # Whether somebody wants to see it.
+    sampled: bool = True
+    # For each of the record's attempts.
+    attempts: list[AttemptSpan] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, fields: Fields) -> Trace:
+        """Return the place of a request with these fields: in its client's trace, or a new one.
+
+        `traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01`
+        ->  that trace, the second id as the parent
+        """
+        found = TRACEPARENT.fullmatch((fields.get("traceparent") or "").strip(" \t"))
+        if found is None:
+            return cls(secrets.token_hex(16), secrets.token_hex(8))
+        trace_id, parent_id, flags = found.groups()
+        return cls(trace_id, secrets.token_hex(8), parent_id, bool(int(flags, 16) & 1))
+
+    def note_attempt(self, attempt: AttemptSpan, replaces_last: bool) -> None:
+        """Note an attempt, in place of what was noted of the same one."""
+        if replaces_last:
+            self.attempts.pop()
+        self.attempts.append(attempt)
+
+    def encode_parent(self, span_id: str) -> str:
+        """Return the field line that makes a span of this trace the parent of what follows."""
+        return f"traceparent: 00-{self.trace_id}-{span_id}-{int(self.sampled):02x}\r\n"
+
+
 class PackedBody(NamedTuple):
     """A long body, packed; its digest names the file in which it is kept."""
 
@@ -13499,6 +13580,8 @@ class RequestRecord:
     trail: tuple[Step, ...]
     # What must not be kept of it.
     secrets: Secrets = ()
+    # Its place in a trace, where that matters.
+    trace: Trace | None = None
     # Who asked, as far as a token says it, and which conversation the request is of.
     subject: str = ""
     session: str = ""
@@ -14593,6 +14676,261 @@ class Store:
         return aside
 
 
+# --- spans ---
+# Each finished request can be a span for a collector of OpenTelemetry (OTLP over HTTP, as JSON),
+# and each attempt a span inside of it, named by the conventions for generative AI. There are no
+# words of prompts and answers in them. A collector that is slow or away costs no request anything:
+# spans wait for it in a queue of limited length, and a thread of their own sends them.
+
+SERVER_SPAN = 2
+CLIENT_SPAN = 3
+ERROR_STATUS = 2
+# What a request with words of a user is called.
+OPERATIONS = {"messages": "chat", "input": "chat", "prompt": "text_completion"}
+# The collector wants the same again later.
+TRY_AGAIN_STATUSES = (429, 502, 503, 504)
+
+
+class FinishedSpan(NamedTuple):
+    """A finished request and its place in a trace."""
+
+    row: Row
+    trace: Trace
+    attempts: tuple[Attempt, ...]
+
+
+def find_operation(path: str) -> str:
+    """Return what a request is called in traces: `/v1/chat/completions`  ->  `chat`."""
+    words = find_protocol(path).user_words
+    if path.endswith(("/embeddings", "/embed")):
+        return "embeddings"
+    return OPERATIONS.get(words, "")
+
+
+def encode_attributes(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return attributes as OTLP has them, those without a value left out.
+
+    `{"a": 1, "b": None}`  ->  `[{"key": "a", "value": {"intValue": "1"}}]`
+    """
+    attributes = []
+    for key, value in values.items():
+        if value is None or value == "":
+            continue
+        encoded: dict[str, Any] = {"stringValue": str(value)}
+        if isinstance(value, int):
+            # Integers of 64 bits are texts in protobuf's JSON.
+            encoded = {"intValue": str(value)}
+        elif isinstance(value, float):
+            encoded = {"doubleValue": value}
+        attributes.append({"key": key, "value": encoded})
+    return attributes
+
+
+def encode_span(
+    ids: Mapping[str, str],
+    name: str,
+    kind: int,
+    times_ms: tuple[float, float],
+    values: Mapping[str, Any],
+    error: str,
+) -> dict[str, Any]:
+    """Return a span as OTLP has it; `error` says what went wrong, "" for nothing."""
+    begin, end = (str(int(moment * 1000) * 1000) for moment in times_ms)
+    span = {
+        **ids,
+        "name": name,
+        "kind": kind,
+        "startTimeUnixNano": begin,
+        "endTimeUnixNano": end,
+        "attributes": encode_attributes(values),
+    }
+    if error:
+        span["status"] = {"code": ERROR_STATUS, "message": error}
+    return span
+
+
+def server_values(url: str) -> dict[str, Any]:
+    """Return the attributes that say where a server is."""
+    if not url:
+        return {}
+    parts = urllib.parse.urlsplit(url)
+    return {
+        "server.address": parts.hostname,
+        "server.port": parts.port or DEFAULT_PORTS.get(parts.scheme),
+    }
+
+
+def name_error(status: int | None) -> str:
+    """Return the `error.type` of what has failed: its status if that is one of an error."""
+    return str(status) if status and status >= 400 else "_OTHER"
+
+
+def encode_request_spans(source: FinishedSpan) -> Iterator[dict[str, Any]]:
+    """Yield the span of a request, and those of its attempts."""
+    row = source.row
+    trace = source.trace
+    path = row.path.partition("?")[0]
+    operation = find_operation(protocol_path(path))
+    begin = row.timestamp
+    error = ""
+    if row.failed:
+        error = row.error_message or f"status {row.status_code}"
+    values = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": row.service_type,
+        "gen_ai.request.model": row.original_model,
+        "gen_ai.response.model": row.sent_model,
+        "gen_ai.usage.input_tokens": row.prompt_tokens,
+        "gen_ai.usage.output_tokens": row.completion_tokens,
+        "gen_ai.conversation.id": row.session,
+        "http.request.method": row.method,
+        "http.response.status_code": row.status_code,
+        "url.path": path,
+        "client.address": row.source_ip,
+        "user_agent.original": row.user_agent,
+        "error.type": name_error(row.status_code) if row.failed else None,
+        "smolrouter.client": row.client,
+        "smolrouter.request_id": row.request_id,
+        "smolrouter.route": row.route,
+        "smolrouter.queued_ms": row.queued_ms,
+        "smolrouter.ttft_ms": row.ttft_ms,
+        **server_values(row.upstream_url),
+    }
+    name = f"{operation} {row.original_model}" if operation else f"{row.method} {path}"
+    ids = {"traceId": trace.trace_id, "spanId": trace.span_id, "parentSpanId": trace.parent_id}
+    times = (begin, begin + (row.duration_ms or 0))
+    yield encode_span(ids, name.strip(), SERVER_SPAN, times, values, error)
+    for attempt, more in zip(source.attempts, trace.attempts, strict=False):
+        failed = bool(attempt.error) or (attempt.status or 0) >= 400
+        error = (attempt.error or f"status {attempt.status}") if failed else ""
+        values = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": row.service_type,
+            "gen_ai.request.model": more.model,
+            "http.response.status_code": attempt.status,
+            "error.type": name_error(attempt.status) if failed else None,
+            "smolrouter.instance": attempt.instance,
+            **server_values(attempt.upstream_url),
+        }
+        name = f"{operation or row.method} {more.model}".strip()
+        ids = {"traceId": trace.trace_id, "spanId": more.span_id, "parentSpanId": trace.span_id}
+        times = (begin + more.begun_ms, begin + more.begun_ms + attempt.duration_ms)
+        yield encode_span(ids, name, CLIENT_SPAN, times, values, error)
+
+
+def encode_spans(sources: Iterable[FinishedSpan], service_name: str) -> bytes:
+    """Return the content of a request to a collector (OTLP's ExportTraceServiceRequest)."""
+    spans = [span for source in sources for span in encode_request_spans(source)]
+    resource = {"service.name": service_name, "service.version": __version__}
+    scope = {"scope": {"name": "smolrouter", "version": __version__}, "spans": spans}
+    return encode_json(
+        {
+            "resourceSpans": [
+                {
+                    "resource": {"attributes": encode_attributes(resource)},
+                    "scopeSpans": [scope],
+                }
+            ]
+        }
+    )
+
+
+class SpanExporter:
+    """Sends spans to the collector, in a thread of its own."""
+
+    def __init__(
+        self, settings: Settings, limits: Limits, print_line: Callable[[str], None]
+    ) -> None:
+        self.url = settings.otel_exporter_otlp_endpoint
+        self.fields = dict(settings.otel_exporter_otlp_headers)
+        self.service_name = settings.otel_service_name
+        self.limits = limits
+        self.print_line = print_line
+        self.waiting: collections.deque[FinishedSpan] = collections.deque()
+        # How many requests have no span at the collector.
+        self.dropped = 0
+        # What was wrong with the last batch, "" for nothing.
+        self.error = ""
+        self.has_batch = threading.Event()
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="spans", daemon=True)
+        self.thread.start()
+
+    def add(self, record: RequestRecord, row: Row) -> None:
+        """Take a finished request; while too many wait, it is dropped."""
+        trace = record.trace or Trace.of(record.request_fields)
+        if not trace.sampled:
+            return
+        if len(self.waiting) >= self.limits.waiting_spans:
+            self.dropped += 1
+            return
+        self.waiting.append(FinishedSpan(row, trace, tuple(record.attempts)))
+        if len(self.waiting) >= self.limits.span_batch and not self.error:
+            self.has_batch.set()
+
+    def close(self) -> None:
+        """Send what waits, if the collector takes it at once."""
+        self.closing.set()
+        self.has_batch.set()
+        self.thread.join(1.0)
+
+    def run(self) -> None:
+        """Send batch after batch; one that the collector does not take is tried again later."""
+        while not self.closing.is_set():
+            self.has_batch.wait(self.limits.span_interval)
+            self.has_batch.clear()
+            while self.waiting and self.send_batch():
+                pass
+
+    def send_batch(self) -> bool:
+        """Send the oldest spans; tell whether the collector has answered for them."""
+        batch = list(itertools.islice(self.waiting, self.limits.span_batch))
+        rejected = 0
+        try:
+            status, content = self.post(encode_spans(batch, self.service_name))
+        except OSError as error:
+            self.report(describe(error))
+            return False
+        if status in TRY_AGAIN_STATUSES:
+            self.report(f"status {status}")
+            return False
+        for _ in batch:
+            self.waiting.popleft()
+        if status >= 400:
+            rejected = len(batch)
+            self.report(f"status {status}: {read_error(content)[:200]}")
+        else:
+            partial = (parse_object(content) or {}).get("partialSuccess") or {}
+            with contextlib.suppress(TypeError, ValueError):
+                rejected = int(partial.get("rejectedSpans") or 0)
+            self.error = ""
+        self.dropped += rejected
+        return True
+
+    def post(self, content: bytes) -> tuple[int, bytes]:
+        """Send a content; return the status of the answer, and its beginning. Raises OSError."""
+        import http.client
+
+        url = self.url
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        connection = kinds[url.scheme](url.host, url.port, timeout=self.limits.span_timeout)
+        fields = {"Content-Type": "application/json", **self.fields}
+        with contextlib.closing(connection):
+            path = url.prefix.removesuffix("/v1/traces") + "/v1/traces"
+            try:
+                connection.request("POST", path, content, fields)
+                response = connection.getresponse()
+                return response.status, response.read(self.limits.error_content)
+            except http.client.HTTPException as error:
+                raise OSError(f"its answer is not HTTP: {error!r}") from None
+
+    def report(self, text: str) -> None:
+        """Say what is wrong, once."""
+        if text != self.error:
+            self.print_line(f"spans: {self.url}: {text}; requests go on, spans wait or are dropped")
+        self.error = text
+
+
 # --- the log and its thread ---
 
 
@@ -14654,6 +14992,9 @@ class Refusals:
 
 class RequestLog:
     """Knows the running requests; its thread prints, counts and writes those that ended."""
+
+    # Gets each finished request, if somebody wants its span.
+    spans: SpanExporter | None = None
 
     def __init__(
         self, settings: Settings, limits: Limits, print_line: Callable[[str], None]
@@ -14866,6 +15207,8 @@ class RequestLog:
         self.thread.join(seconds + 3 * self.limits.database_lock_timeout)
         if self.backlog:
             self.print_line(f"log: {self.backlog} rows are lost: the database did not take them")
+        if self.spans:
+            self.spans.close()
 
     # What the thread does.
 
@@ -14978,11 +15321,14 @@ class RequestLog:
         size = len(record.data) + sum(len(blob.data) for blob in record.blobs if blob)
         self.bytes_released += record.body_bytes - size
         record.body_bytes = size
+        if self.spans:
+            self.spans.add(record, row)
         if not is_quiet(self.settings):
             self.print_line(describe_request(record, row))
         # Rows may wait for long, and clients choose how long heads and names are.
         record.request_fields, record.response_fields = NO_FIELDS, None
         record.trail, record.secrets, record.attempts = (), (), []
+        record.trace = None
         record.changes = ()
         record.target = record.requested_model = record.mapped_model = record.sent_model = ""
         record.subject = record.session = record.asked = ""
@@ -15366,6 +15712,8 @@ class Forwarding(NamedTuple):
     # This router's entry in Via.
     via: str
     jwt_secret: str | None
+    # The request has a place of its own in a trace.
+    traced: bool = False
 
 
 @remember_short
@@ -15386,6 +15734,8 @@ def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
     added.append(("Via", ", ".join([*head.fields.get_all("via"), forwarding.via])))
     fields = without_tokens(head.fields, forwarding.jwt_secret)
     replaced = [name.lower() for name, _ in added]
+    if forwarding.traced:
+        replaced.append("traceparent")
     return encode_field_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
 
 
@@ -15469,6 +15819,8 @@ class Candidate:
         # answer; and whether one before it stands there that was the same.
         self.noted = False
         self.again = False
+        # Its span in the trace of the request.
+        self.span_id = ""
         self.started_at = time.monotonic()
 
     @property
@@ -15759,6 +16111,8 @@ class Exchange:
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         self.record.secrets = context.secrets_of(request)
         self.record.note_conversation(parsed)
+        if context.log.spans:
+            self.record.trace = Trace.of(request.head.fields)
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
@@ -16088,9 +16442,15 @@ class Exchange:
         instance = str(candidate.instance)
         url = self.record.upstream_url
         attempt = Attempt(instance, url, candidate.status, error, elapsed_ms)
-        if candidate.noted or candidate.again:
+        replaces = candidate.noted or candidate.again
+        if replaces:
             self.record.attempts.pop()
         self.record.attempts.append(attempt)
+        if self.record.trace:
+            begun_ms = round((candidate.started_at - self.record.started_at) * 1000, 1)
+            span_id = candidate.span_id or secrets.token_hex(8)
+            span = AttemptSpan(span_id, candidate.model, begun_ms)
+            self.record.trace.note_attempt(span, replaces)
 
     def loggable_error(self, head: ResponseHead, content: bytes) -> str:
         """Return what an answer says went wrong, as it may be kept; "" when it says nothing."""
@@ -16224,6 +16584,9 @@ class Exchange:
         )
         content = await self.context.work(len(parsed.content), encode, parsed, changes)
         lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
+        if self.record.trace:
+            candidate.span_id = secrets.token_hex(8)
+            lines += self.record.trace.encode_parent(candidate.span_id)
         upload = self.upload
         if upload:
             lines += upload.framing_line()
@@ -16252,6 +16615,7 @@ class Exchange:
             bool(self.parsed.text),
             self.context.via,
             self.context.settings.jwt_secret,
+            self.record.trace is not None,
         )
 
     # Relaying an answer
@@ -18145,6 +18509,16 @@ async def serve_routes(context: Context, request: Request) -> None:
     request.writer.send_json(document)
 
 
+def span_gauges(spans: SpanExporter | None) -> dict[str, tuple[str, float]]:
+    """Return what /metrics tells of spans, if there are any."""
+    if spans is None:
+        return {}
+    return {
+        "spans_waiting": ("Spans that wait for the collector", len(spans.waiting)),
+        "spans_dropped": ("Spans that the collector never took", spans.dropped),
+    }
+
+
 async def serve_metrics(context: Context, request: Request) -> None:
     """Answer /metrics."""
     log = context.log
@@ -18160,6 +18534,7 @@ async def serve_metrics(context: Context, request: Request) -> None:
             ),
             "log_lost_rows": ("Rows that the database never took", log.lost),
             "log_up": ("Whether the log can be written", int(not log.error)),
+            **span_gauges(log.spans),
         },
     )
     kind = [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")]
@@ -19638,6 +20013,9 @@ class Router:
         slots = Slots(upstreams)
         # What can be wrong is read before the log is opened.
         tls_context = read_tls_context(settings)
+        log = RequestLog(settings, limits, self.console.print_line)
+        if settings.otel_exporter_otlp_endpoint:
+            log.spans = SpanExporter(settings, limits, self.console.print_line)
         self.context = Context(
             settings=settings,
             limits=limits,
@@ -19645,7 +20023,7 @@ class Router:
             upstreams=upstreams,
             slots=slots,
             model_lists=ModelLists(upstreams),
-            log=RequestLog(settings, limits, self.console.print_line),
+            log=log,
             token_guard=TokenGuard(settings.jwt_secret, limits),
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
             dashboard_file=invocation.options.dashboard,
@@ -20697,7 +21075,7 @@ def run_unit(invocation: Invocation) -> int:
     environment = []
     for name, given in sorted(invocation.given.items()):
         # Anybody may read a unit.
-        if name == "jwt_secret":
+        if name in SECRET_SETTINGS:
             continue
         text = given.text
         # The unit runs in another folder.
@@ -21053,6 +21431,7 @@ def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.P
         listen_port=0 if is_taken else port,
         tls_cert=None,
         tls_key=None,
+        otel_exporter_otlp_endpoint=None,
         routes_config=str(folder / "routes.json"),
         db_path=str(folder / "requests.db"),
         blob_storage_path=str(folder / "blobs"),

@@ -51,6 +51,7 @@ import gzip
 import hashlib
 import hmac
 import http.client
+import http.server
 import importlib.util
 import inspect
 import io
@@ -16140,6 +16141,207 @@ def test_nobody_else_can_read_what_is_kept() -> None:
         assert wait_until(lambda: [p for p in stored[1].rglob("*") if p.is_file()])
         for path in router.folder.rglob("*"):
             assert not path.stat().st_mode & 0o077, path
+
+
+# --- spans ----------------------------------------------------------------------------
+
+
+class Collector:
+    """A collector of spans: what it got, path and fields, and what it answers."""
+
+    def __init__(self) -> None:
+        collector = self
+        self.contents: list[bytes] = []
+        self.heads: list[tuple[str, Any]] = []
+        # A status and a content for each of the next answers; then `{}`.
+        self.answers: list[tuple[int, bytes]] = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                status, answer = collector.answers.pop(0) if collector.answers else (200, b"{}")
+                collector.heads.append((self.path, self.headers))
+                collector.contents.append(content)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *words: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def spans(self) -> list[dict[str, Any]]:
+        """Return all spans, with their attributes as a dict."""
+        found = []
+        for content in list(self.contents):
+            (resource,) = json.loads(content)["resourceSpans"]
+            (scope,) = resource["scopeSpans"]
+            for span in scope["spans"]:
+                pairs = {}
+                for pair in span["attributes"]:
+                    (pairs[pair["key"]],) = pair["value"].values()
+                found.append({**span, "attributes": pairs})
+        return found
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """Give a test a collector of its own."""
+    own = Collector()
+    yield own
+    own.server.shutdown()
+    own.server.server_close()
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def check_spans_officially(content: bytes) -> None:
+    """Let OpenTelemetry's own package read what a collector got."""
+    service = import_or_skip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    json_format = import_or_skip("google.protobuf.json_format")
+    # OTLP writes ids in hexadecimal, protobuf in base64.
+    text = re.sub(
+        r'("(?:trace|span|parentSpan)Id":")([0-9a-f]*)"',
+        lambda found: f'{found[1]}{base64.b64encode(bytes.fromhex(found[2])).decode()}"',
+        content.decode(),
+    )
+    read = json_format.Parse(text, service.ExportTraceServiceRequest())
+    for span in read.resource_spans[0].scope_spans[0].spans:
+        assert (len(span.trace_id), len(span.span_id)) == (16, 8)
+        assert len(span.parent_span_id) in (0, 8) and span.name and span.kind in (2, 3)
+        assert 0 < span.start_time_unix_nano <= span.end_time_unix_nano
+
+
+def test_requests_are_spans(log_folder: LogFolder, collector: Collector) -> None:
+    servers = {"off": "http://127.0.0.1:9", "box": default_upstream().url}
+    instances = {"instances": ["off/tiny", "box/spoken"]}
+    settings = {
+        **log_folder.settings,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"{collector.url}/otel",
+        "OTEL_EXPORTER_OTLP_HEADERS": "x-key=a%20b",
+        "OTEL_SERVICE_NAME": "home",
+    }
+    routes = {"servers": servers, "aliases": {"either": instances}}
+    with Router(settings, routes, limits={"span_interval": 0.1}) as router:
+        body = chat_document("either", "a secret prompt")
+        fields = [("traceparent", PARENT), ("tracestate", "a=b"), ("X-Session-Id", "s")]
+        request(router.port, "POST", CHAT, body, fields)
+        sent_on = default_upstream().requests_for("spoken")[-1]
+        request(router.port, "POST", CHAT, body, [("traceparent", PARENT[:-1] + "0")])
+        not_recorded = default_upstream().requests_for("spoken")[-1]
+        request(router.port, "POST", "/v1/embeddings", {"model": "tiny", "input": "x"})
+        request(router.port, "POST", CHAT, b"{")
+        assert wait_until(lambda: len(collector.spans()) >= 6)
+        metrics = request(router.port, "GET", "/metrics").content.decode()
+        assert "smolrouter_spans_dropped 0" in metrics and "smolrouter_spans_waiting" in metrics
+    spans = collector.spans()
+    assert [(span["name"], span["kind"]) for span in spans] == [
+        ("chat either", 2), ("chat tiny", 3), ("chat spoken", 3), ("embeddings tiny", 2),
+        ("embeddings tiny", 3), ("chat", 2),
+    ]  # fmt: skip
+    whole, failed, answered, *_, refused = spans
+    assert (whole["traceId"], whole["parentSpanId"]) == (PARENT[3:35], PARENT[36:52])
+    for attempt in (failed, answered):
+        assert (attempt["traceId"], attempt["parentSpanId"]) == (whole["traceId"], whole["spanId"])
+    assert sent_on.get_all("traceparent") == [f"00-{PARENT[3:35]}-{answered['spanId']}-01"]
+    assert sent_on.get_all("tracestate") == ["a=b"]
+    assert not_recorded.get_all("traceparent")[0].endswith("-00")
+    of_box = urllib.parse.urlsplit(default_upstream().url)
+    wanted = {
+        "gen_ai.operation.name": "chat", "gen_ai.request.model": "either",
+        "gen_ai.response.model": "spoken", "gen_ai.usage.input_tokens": "7",
+        "gen_ai.usage.output_tokens": "5", "gen_ai.conversation.id": "s",
+        "server.address": "127.0.0.1", "server.port": str(of_box.port),
+        "http.response.status_code": "200",
+    }  # fmt: skip
+    assert {name: whole["attributes"].get(name) for name in wanted} == wanted
+    assert "status" not in whole and "error.type" not in whole["attributes"]
+    assert failed["status"]["code"] == 2 and failed["attributes"]["error.type"] == "_OTHER"
+    assert failed["attributes"]["server.port"] == "9"
+    assert answered["attributes"]["gen_ai.request.model"] == "spoken"
+    assert int(answered["startTimeUnixNano"]) >= int(failed["endTimeUnixNano"]) - 1_000_000
+    assert (
+        refused["attributes"]["error.type"] == "400" and "not JSON" in refused["status"]["message"]
+    )
+    assert b"secret prompt" not in b"".join(collector.contents)
+    path, fields = collector.heads[0]
+    assert (path, fields["x-key"]) == ("/otel/v1/traces", "a b")
+    resource = json.loads(collector.contents[0])["resourceSpans"][0]["resource"]
+    assert {"key": "service.name", "value": {"stringValue": "home"}} in resource["attributes"]
+    for content in collector.contents:
+        check_spans_officially(content)
+
+
+def make_exporter(url: str, lines: list[str], **limits: Any) -> Any:
+    """Make what sends spans, without a router."""
+    settings = smolrouter.Settings.from_mapping({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
+    limits = dataclasses.replace(smolrouter.LIMITS, **limits)
+    return smolrouter.SpanExporter(settings, limits, lines.append)
+
+
+def test_a_collector_that_is_away_costs_no_request_anything() -> None:
+    lines: list[str] = []
+    exporter = make_exporter(refusing_url(), lines, span_interval=0.05)
+    record = new_record(1)
+    for number in range(3000):
+        exporter.add(record, make_row(number))
+    assert wait_until(lambda: lines)
+    assert (len(exporter.waiting), exporter.dropped) == (2048, 952)
+    exporter.add(record, make_row(1))
+    assert exporter.dropped == 953
+    exporter.close()
+    assert len(lines) == 1 and "refused" in lines[0]
+
+
+def test_spans_come_in_batches_and_again(collector: Collector) -> None:
+    lines: list[str] = []
+    partial = encode_json({"partialSuccess": {"rejectedSpans": "3", "errorMessage": "no"}})
+    collector.answers = [(503, b""), (400, b'{"message": "bad spans"}'), (200, partial)]
+    exporter = make_exporter(collector.url, lines, span_interval=0.05)
+    for number in range(1300):
+        exporter.add(new_record(number), make_row(number))
+    assert wait_until(lambda: not exporter.waiting)
+    exporter.close()
+    sizes = [json.loads(content)["resourceSpans"][0]["scopeSpans"][0]["spans"]
+             for content in collector.contents]  # fmt: skip
+    numbers = [[span["attributes"][-5] for span in spans] for spans in sizes]
+    assert numbers[0][:100] == numbers[1][:100]
+    assert max(map(len, sizes)) <= 512 and sum(map(len, sizes[1:])) == 1300
+    assert exporter.dropped == len(sizes[1]) + 3
+    assert len(lines) == 2 and "503" in lines[0] and "400: bad spans" in lines[1]
+
+
+def test_places_in_a_trace() -> None:
+    def trace_of(text: str) -> Any:
+        return smolrouter.Trace.of(smolrouter.Fields([("traceparent", "traceparent", text)]))
+
+    found = trace_of(f" {PARENT} ")
+    assert (found.trace_id, found.parent_id, found.sampled) == (PARENT[3:35], PARENT[36:52], True)
+    assert found.encode_parent("ab" * 8) == f"traceparent: 00-{PARENT[3:35]}-{'ab' * 8}-01\r\n"
+    assert trace_of("01" + PARENT[2:-1] + "8-more").sampled is False
+    for bad in ("", "x", PARENT.upper(), PARENT[:-1], "ff" + PARENT[2:], PARENT.replace(
+            PARENT[3:35], "0" * 32), PARENT.replace(PARENT[36:52], "0" * 16)):  # fmt: skip
+        fresh = trace_of(bad)
+        assert fresh.parent_id == "" and fresh.sampled and len(fresh.trace_id) == 32, bad
+        assert fresh.trace_id != found.trace_id
+
+
+def test_fields_for_a_collector() -> None:
+    parse = smolrouter.parse_otlp_headers
+    assert parse("Authorization=Basic%20YTpi, x = y=z,") == (
+        ("Authorization", "Basic YTpi"),
+        ("x", "y=z"),
+    )
+    assert parse("") == ()
+    for bad in ("secret-value", "a b=secret-value", "a=secret-value%0d%0ab", "=secret-value"):
+        with pytest.raises(smolrouter.ConfigError) as caught:
+            smolrouter.Settings.from_mapping({"OTEL_EXPORTER_OTLP_HEADERS": bad})
+        assert "name=value" in str(caught.value) and "secret-value" not in str(caught.value)
 
 
 # --- faults ---------------------------------------------------------------------------
