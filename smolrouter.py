@@ -7810,10 +7810,10 @@ def format_parameters(number: int | None) -> str:
     """Return a number of parameters as Ollama writes it: 7615616512 -> '7.6B', None -> ''."""
     if number is None:
         return ""
-    for unit, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+    for unit, letter, digits in ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
         if number >= unit:
-            # It has two digits at least, as in 1.5B and 32B.
-            return f"{number / unit:.1f}{letter}".replace(".0", "")
+            is_whole = number % unit == 0
+            return f"{number / unit:.{0 if is_whole else digits}f}{letter}"
     return str(number)
 
 

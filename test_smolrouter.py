@@ -6308,7 +6308,16 @@ def test_what_is_known_of_several_models() -> None:
 
 @pytest.mark.parametrize(
     "number, words",
-    ((None, ""), (999, "999"), (7615616512, "7.6B"), (32 * 10**9, "32B"), (268_100_000, "268.1M")),
+    (
+        (None, ""),
+        (999, "999"),
+        (118_848, "119K"),
+        (7_615_616_512, "7.6B"),
+        (32 * 10**9, "32B"),
+        (268_098_176, "268.10M"),
+        (70 * 10**6, "70M"),
+        (1_040 * 10**9, "1040B"),
+    ),
 )
 def test_number_of_parameters_as_ollama_writes_it(number: int | None, words: str) -> None:
     assert smolrouter.format_parameters(number) == words
@@ -14817,6 +14826,26 @@ def test_an_idle_router_asks_nobody() -> None:
         assert len(asked_for_models(one)) == len(asked_for_models(two)) == 3
 
 
+# A second of the router's clock is a thousandth of one here.
+FAST_CLOCK = """
+import time
+began_at, real_clock = time.monotonic(), time.monotonic
+time.monotonic = lambda: began_at + 1000 * (real_clock() - began_at)
+"""
+
+
+def test_nothing_is_sent_for_five_idle_minutes() -> None:
+    """Not one list, nor anything else that is known of servers and models."""
+    with Upstream(box_that_tells(OLLAMA_TELLS)) as box:
+        settings = {"SERVERS": box.url, "CONNECT_TIMEOUT": 600}
+        limits = {"model_list_timeout": 3000.0}
+        with Router(settings, limits=limits, prepare=FAST_CLOCK):
+            assert wait_until(lambda: [one.model for one in box.own_requests].count("idle:1b"))
+            seen = len(box.own_requests)
+            time.sleep(0.4)
+            assert (len(box.own_requests), box.requests) == (seen, [])
+
+
 def test_a_burst_of_unknown_names_asks_each_server_once() -> None:
     with listing_pair({"model_list_stale": 0.05}) as (router, one, two):
         # Both have answered, and so long ago that a list is stale.
@@ -22239,15 +22268,19 @@ WRONG_SERVERS: dict[str, tuple[Script, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", WRONG_SERVERS)
-def test_doctor_says_what_helps(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
-    script, words = WRONG_SERVERS[wrong]
+def test_doctor_says_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    """One run looks at all of these servers, at the same time, and has a remedy for each."""
     limits = smolrouter.Limits(probe_timeout=1.0, probed_model_timeout=1.0)
-    with Upstream(script) as upstream:
-        status, printed = run_doctor(capsys, upstream.url, limits=limits)
-        assert status == 1
-        remedies = " ".join(printed.partition("\nremedies\n")[2].split())
-        assert words.replace("ADDRESS", upstream.url) in remedies, remedies
+    with contextlib.ExitStack() as stack:
+        boxes = [stack.enter_context(Upstream(script)) for script, _ in WRONG_SERVERS.values()]
+        right = stack.enter_context(Upstream())
+        status, printed = run_doctor(capsys, right.url, *(box.url for box in boxes), limits=limits)
+    assert status == 1
+    remedies = " ".join(printed.partition("\nremedies\n")[2].split())
+    for box, (name, (_, words)) in zip(boxes, WRONG_SERVERS.items(), strict=True):
+        own = remedies.partition(f"{box.authority}: ")[2]
+        assert words.replace("ADDRESS", box.url) in own, name
+    assert f"{right.authority}: " not in remedies.partition("servers:")[0]
 
 
 def test_doctor_says_what_helps_where_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
