@@ -12580,7 +12580,9 @@ class Slots:
 # The lists that the servers give the router itself, with its own keys, also decide where requests
 # go (section 9). They are asked for at the start, and once a minute while requests come: an idle
 # router wakes nobody. When a request names a model that is on none of them, they are asked for
-# again before it goes on, but seldom. With its list, each server is asked which API it speaks.
+# again before it goes on, but seldom. With its list, each server is asked which API it speaks, and
+# for its further lists, which tell more of its models (section 8). What these do not tell either
+# is asked for model by model, once, while nobody waits for it. None of this loads a model.
 
 
 class Refusal(NamedTuple):

@@ -16764,6 +16764,19 @@ def test_two_routers_share_a_log(log_folder: LogFolder) -> None:
     assert {uses for (uses,) in log_folder.select("SELECT uses FROM blobs")} == {120}
 
 
+def test_five_routers_make_one_new_log(log_folder: LogFolder) -> None:
+    """They start at once, and each finds no database or one that another is making."""
+    routers = map_in_threads(lambda _: log_folder.router(), range(5))
+    try:
+        assert map_in_threads(lambda r: post_chat(r, "tiny").status, routers) == [200] * 5
+        assert log_folder.wait_for_rows(5) == 5
+        assert not any("Traceback" in router.stderr for router in routers)
+    finally:
+        for router in routers:
+            router.stop()
+    assert log_folder.select("SELECT count(DISTINCT id) FROM requests") == [(5,)]
+
+
 @contextlib.contextmanager
 def five_while_locked(log_folder: LogFolder, router: Router) -> Iterator[None]:
     """Send a request, then five while another program locks the database; wait for all rows."""
