@@ -14341,7 +14341,7 @@ def test_a_machine_that_does_not_wake_up() -> None:
         got = post_chat(router, "m")
         assert got.status == 502 and "refused" in got.json["error"]["message"]
         assert "s: it did not wake up within 1 s (wake.timeout)" in got.json["error"]["message"]
-        assert sleeper.count_packets() >= 3
+        assert sleeper.count_packets() >= 1
         # When its clients leave, nobody needs it any more.
         with connect(router.port) as sock:
             sock.sendall(encode_post(CHAT, chat_document("m")))
