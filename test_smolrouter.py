@@ -13816,8 +13816,9 @@ def test_forty_requests_on_two_servers_with_two_slots() -> None:
         words = [f"w{number}" for number in range(40)]
         for word, (path, stream) in zip(words, itertools.cycle(ways), strict=False):
             test.send(word, "pair", path=path, stream=stream)
-            # So they come in this order.
+            # So they come in this order, and the first ones run in it.
             wait_until(lambda: len(test.inflight()) == len(test.clients))
+            wait_until(lambda: len(test.gate.arrived) == min(len(test.clients), 4))
         test.gate.wait_for(*words[:4])
         waiting = test.queued()
         assert len(waiting) == 36
