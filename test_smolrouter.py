@@ -19720,6 +19720,66 @@ def test_who_is_asked_first_loads_the_model() -> None:
         assert request(router.port, "POST", "/api/generate", body).json["own"] is True
 
 
+def test_all_places_agree_with_the_truth_token_by_token(log_folder: LogFolder) -> None:
+    """Ten clients send fifty requests each, in both dialects, some of which fail."""
+    failing = default_upstream().add_script(json_response({"error": "no"}, 500))
+    truth = collections.Counter()
+    by_client: dict[str, Any] = collections.defaultdict(collections.Counter)
+
+    def requests_of(client: str, shift: int) -> bytes:
+        sent = b""
+        for number in range(shift, shift + 50):
+            path = (CHAT, "/api/chat")[number % 2]
+            model = failing if number % 10 == 0 else f"m{number % 3}"
+            words = " ".join(["word"] * (number % 7 + 1))
+            body: Any = {**chat_document(model, words), "stream": number % 4 < 2}
+            if number % 50 == 49:
+                body = b"{"
+            sent += encode_request("POST", path, body, [("X-Client-Name", client)])
+            is_good = model != failing and body != b"{"
+            count = {"requests": 1, "errors": int(not is_good), "prompt_tokens": 7 * is_good,
+                     "completion_tokens": (2 + number % 7 + 1) * is_good}  # fmt: skip
+            truth.update(count)
+            by_client[client].update(count)
+        return sent
+
+    sent = [requests_of(f"client-{number}", number) for number in range(10)]
+    with log_folder.router() as router:
+        map_in_threads(lambda data: send_raw(router.port, data, answers=50), sent)
+        assert log_folder.wait_for_rows(500) == 500
+        names = ("requests", "errors", "prompt_tokens", "completion_tokens")
+
+        def total(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+            return {name: sum(row[name] or 0 for row in rows) for name in names}
+
+        rows = get_document(router, "/api/logs?limit=1000")
+        assert total([{**row, "requests": 1, "errors": row["failed"]} for row in rows]) == truth
+        clients = get_document(router, "/api/clients")
+        assert total(clients) == truth
+        for one in clients:
+            assert {name: one[name] for name in names} == by_client[one["client"]]
+            its = get_document(router, f"/api/logs?limit=1000&client={one['client']}")
+            counted = [{**row, "requests": 1, "errors": row["failed"]} for row in its]
+            assert total(counted) == by_client[one["client"]]
+            assert set(one["models"]) == {"m0", "m1", "m2", failing}
+        stats = get_document(router, "/api/stats")
+        assert stats["total_requests"] == stats["recent_requests"] == truth["requests"]
+        assert round(stats["error_rate"] * 500) == truth["errors"]
+        assert total([{**stats, "requests": 500, "errors": truth["errors"]}]) == truth
+        # What named no model is in no figure of one.
+        lost = sum(row["original_model"] == "" for row in rows)
+        doc = get_document(router, "/api/performance?limit=1000")
+        wanted = {**truth, "requests": 500 - lost, "errors": truth["errors"] - lost}
+        assert lost == 10 and total(doc["models"]) == wanted
+        points = [{**point, "requests": 1, "errors": point["failed"]}
+                  for point in doc["data_points"]]  # fmt: skip
+        assert total(points) == wanted
+        text = request(router.port, "GET", "/metrics").content.decode()
+        for name in names:
+            counts = re.findall(rf"^smolrouter_{name}_total\{{.*\}} (\d+)$", text, re.M)
+            assert sum(map(int, counts)) == truth[name]
+
+
 @pytest.mark.parametrize("api", ["openai", "ollama"])
 def test_what_only_loads_a_model_is_a_row_and_no_point(log_folder: LogFolder, api: str) -> None:
     """The answer is the router's own, or that of a server which speaks Ollama itself."""
