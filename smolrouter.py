@@ -13346,7 +13346,7 @@ TTFTS = slice(len(SUMS) + len(BUCKET_ENDS), len(TALLY_COLUMNS))
 MAX_ROUTERS = 64
 # A router takes so many ids at once from the database, at least and at most: enough for what comes
 # before the next transaction.
-FEWEST_IDS = 16
+FEWEST_IDS = 64
 MOST_IDS = 4096
 # SQLite keeps this number in the head of the file: `Smol`, the mark of a database of ours.
 APPLICATION_ID = 0x536D6F6C
@@ -14246,8 +14246,8 @@ class RowIds:
         self.free: collections.deque[int] = collections.deque()
         # Where the newest block ends.
         self.end = 1
-        # How many ids there are after a block was taken.
-        self.wanted = FEWEST_IDS
+        # How many ids there were after the last block was taken.
+        self.wanted = 0
         # How many stand-ins there were, for how many of them ids were taken, and these ids.
         self.stand_ins = 0
         self.replaced = 0
@@ -14294,6 +14294,11 @@ class RowIds:
             if record.id < 0 and self.late:
                 record.id = self.late.popleft()
                 record.row = record.row._replace(id=record.id)
+
+    @property
+    def are_few(self) -> bool:
+        """Whether so few are left that the log's thread has to take more at once."""
+        return len(self.free) * 4 < self.wanted
 
     def give_back(self, db: sqlite3.Connection) -> None:
         """Give back what is left, unless another router has taken ids since."""
@@ -14352,6 +14357,8 @@ class Store:
             # First, because it needs no database: while that is locked, requests get ids already.
             self.claim_number()
             self.migrate(self.db)
+            if self.ids.end == 1:
+                self.take_back_ids(self.db)
             self.files = self.find_files()
             self.hour_clients.clear()
         return self.db
@@ -14393,6 +14400,17 @@ class Store:
                 f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
                 f"PRAGMA user_version = {number}; COMMIT"
             )
+
+    def take_back_ids(self, db: sqlite3.Connection) -> None:
+        """At the start, take back the ids that were never used by routers which were killed."""
+        with db:
+            # A router claims its number before it takes ids. So none can begin to take some while
+            # this one, which holds the lock of the database, sees no other.
+            db.execute("BEGIN IMMEDIATE")
+            others = set(range(MAX_ROUTERS)) - {self.router_number}
+            if all(map(self.is_free, others)):
+                newest = "SELECT ifnull(max(id), 0) + 1 FROM requests"
+                db.execute(f"UPDATE ids SET next = ({newest})")
 
     def close(self) -> None:
         """Close the database; the last program to do so puts all of it into the one file."""
@@ -15056,6 +15074,8 @@ class RequestLog:
         record.id = self.ids.take()
         if self.store:
             record.router = self.store.router_number
+            if self.ids.are_few and not self.batch_is_full.is_set():
+                self.batch_is_full.set()
         self.running[record.id] = record
         memory_left = self.limits.body_memory - self.body_bytes
         most = max(0, min(self.body_limit, memory_left))
