@@ -14043,7 +14043,7 @@ def test_what_takes_a_slot() -> None:
 
 
 def test_the_end_of_the_router_while_requests_wait() -> None:
-    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, SHUTDOWN_GRACE=1) as test:
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES) as test:
         test.send("first", "normal")
         test.gate.wait_for("first")
         test.queue("second", "normal")
@@ -14052,6 +14052,8 @@ def test_the_end_of_the_router_while_requests_wait() -> None:
         # The grace is for those who wait, too.
         test.end("first")
         assert wait_until(lambda: "second" in test.gate.arrived)
+        # A second signal ends it at once.
+        test.router.signal(signal.SIGTERM)
         assert test.answer("third").status == 503
         assert test.router.wait() == 0
 
