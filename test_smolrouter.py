@@ -4416,6 +4416,107 @@ def test_what_ends_a_stream(path: str, line: Any, ends: bool) -> None:
     assert smolrouter.are_complete(protocol, smolrouter.LINES, [data[6:-1]]) == ends
 
 
+# --- characters in halves, events without an end --------------------------------------
+
+PARTED_TEXTS = [
+    "a\u20acb\U0001f600c".encode(),
+    b"\\ud83d\\ude00 \\u00e9 \\uD83D\\uDE00",
+    "\U0001f600\U0001f600".encode(),
+]
+
+
+def read_all(pieces: Iterable[bytes], form: Any = smolrouter.SSE) -> bytes:
+    """Return what a reader makes of a stream."""
+    reader = smolrouter.EventReader(form)
+    return b"".join([b"".join(reader.feed(piece)) for piece in pieces]) + reader.finish()
+
+
+def test_half_a_character_waits_for_its_other_half() -> None:
+    for text in PARTED_TEXTS:
+        whole = json.loads(b'"' + text + b'"')
+        parts_of_text = [[text[:at], text[at:]] for at in range(len(text) + 1)]
+        parts_of_text.append([text[at : at + 1] for at in range(len(text))])
+        if b"\\" in text:
+            # Escapes themselves are not parted.
+            escapes = re.findall(rb"\\u....|.", text)
+            parts_of_text = [escapes, [b"".join(escapes[:3]), b"".join(escapes[3:])]]
+        for form in (smolrouter.SSE, smolrouter.LINES):
+            for parts in parts_of_text:
+                events = [form.encode(b'{"c": "' + part + b'"}') for part in parts]
+                documents = form.read_documents(read_all(events, form))
+                assert len(documents) == len(parts)
+                assert "".join(document["c"] for document in documents) == whole
+                # As one piece of the network, too.
+                joined = form.read_documents(read_all([b"".join(events)], form))
+                assert joined == documents
+
+
+def test_halves_of_two_texts_find_each_other() -> None:
+    first, second = "\u20ac".encode(), "\U0001f600".encode()
+    said = [(0, first[:2]), (1, second[:3]), (0, first[2:]), (1, second[3:])]
+    events = [smolrouter.SSE.encode(b'{"n": %d, "c": "%s"}' % one) for one in said]
+    found = smolrouter.SSE.read_documents(read_all(events))
+    assert [d["c"] for d in found] == ["", "", "\u20ac", "\U0001f600"]
+
+
+WHOLE_CHARACTERS = [
+    b'{"c": "\\\\ud83d"}', b'{"c": "\\ud83d\\ude00"}', '{"c": "\u20ac"}'.encode(),
+    b'{"c": "\\ude00"}', b'{"c": "\xac"}', b'{"c": "\xe9t\xe9 x"}', b'{"\\ud83dx": 1}',
+]  # fmt: skip
+
+
+def test_what_lacks_no_half_stays_as_it_is() -> None:
+    for data in WHOLE_CHARACTERS:
+        stream = smolrouter.SSE.encode(data) * 2
+        assert read_all([stream]) == stream, data
+
+
+# What a server says without the empty lines between its events, and what clients get.
+JOINED_EVENTS = [
+    (b'data: {"n":1}\ndata: {"n":2}\n\n', b'data: {"n":1}\n\ndata: {"n":2}\n\n'),
+    (b'data: {"n":1}\ndata: {"n":2}\ndata: [DONE]\n',
+     b'data: {"n":1}\n\ndata: {"n":2}\n\ndata: [DONE]\n\n'),
+    (b'data:{"n":[1]}\r\ndata:{"n":2}\r\n\r\n', b'data:{"n":[1]}\r\n\r\ndata:{"n":2}\r\n\r\n'),
+    (b'id: 1\ndata: {"n":1}\ndata: {"n":2}\n\n', b'id: 1\ndata: {"n":1}\n\ndata: {"n":2}\n\n'),
+    # A document over several lines, and what is none.
+    (b'data: {"n":\ndata: {}\ndata: }\n\n', None),
+    (b'data: [{}\ndata: ,{}]\n\n', None),
+    (b'data: {"n":{}\ndata: }\n\n', None),
+    (b"data: a}\ndata: b\n\n", None),
+    (b'data: {"n":1}\n\ndata: {"n":2}\n\n', None),
+    (b'data: {"n":1}\nevent: x\n\n', None),
+]  # fmt: skip
+
+
+def test_documents_without_an_empty_line_between_are_events_each() -> None:
+    for said, wanted in JOINED_EVENTS:
+        for pieces in every_split(said):
+            assert read_all(pieces) == (wanted or said), pieces
+        assert read_all([said[at : at + 1] for at in range(len(said))]) == (wanted or said)
+
+
+def test_events_leave_before_the_line_after_the_next() -> None:
+    """A stream without any empty line still comes as it is said."""
+    reader = smolrouter.EventReader(smolrouter.SSE)
+    assert reader.feed(b'data: {"n":1}\n') == (b"", b"")
+    assert reader.feed(b'data: {"n":2}\n') == (b"", b'data: {"n":1}\n\n')
+    assert reader.feed(b"data: [DONE]\n") == (b"", b'data: {"n":2}\n\n')
+    assert reader.finish() == b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_odd_streams_arrive_whole(path: str) -> None:
+    text = "<think>no</think>Gr\u00fc\u00dfe \U0001f600!"
+    data = [b'{"choices":[{"index":0,"delta":{"content":"%s"}}]}' % bytes([octet])
+            for octet in text.encode()]  # fmt: skip
+    data += [encode_json(finish_delta()), b"[DONE]"]
+    lines = [b"data: " + one + b"\n" for one in data]
+    for pieces in ([line + b"\n" for line in lines], lines, [b"".join(lines)]):
+        model = default_upstream().add_script(stream_response(pieces))
+        got = request(default_router().port, "POST", path, example_request(path, model, True))
+        assert (got.status, got.text) == (200, "Gr\u00fc\u00dfe \U0001f600!")
+
+
 # --- streams that are not called so ---------------------------------------------------
 
 EVENT_STARTS: list[tuple[bytes, bool | None]] = [
@@ -13401,11 +13502,15 @@ def test_a_server_that_does_not_read_for_a_while_is_not_dead() -> None:
 
 HOSTILE: dict[str, list[Step]] = {
     "two lengths": raw_response(b"Content-Length: 2\r\nContent-Length: 3"),
-    "one length twice": raw_response(b"Content-Length: 2\r\nContent-Length: 2"),
     "list of lengths": raw_response(b"Content-Length: 2, 2"),
     "signed length": raw_response(b"Content-Length: +2"),
     "length with underscore": raw_response(b"Content-Length: 0_2"),
-    "length and coding": raw_response(b"Content-Length: 2\r\n" + CHUNKED_FIELD),
+    "lengths and coding": raw_response(
+        b"Content-Length: 2\r\nContent-Length: 3\r\n" + CHUNKED_FIELD, b"2\r\n{}\r\n0\r\n\r\n"),
+    "signed length and coding": raw_response(
+        b"Content-Length: +2\r\n" + CHUNKED_FIELD, b"2\r\n{}\r\n0\r\n\r\n"),
+    "length and another coding": raw_response(
+        b"Content-Length: 2\r\nTransfer-Encoding: xchunked", b"2\r\n{}\r\n0\r\n\r\n"),
     "gzip as a transfer coding": raw_response(b"Transfer-Encoding: gzip, chunked"),
     "bad chunk-size": raw_response(CHUNKED_FIELD, b"zz\r\n{}\r\n0\r\n\r\n"),
     "signed chunk-size": raw_response(CHUNKED_FIELD, b"+2\r\n{}\r\n0\r\n\r\n"),
@@ -13447,6 +13552,34 @@ HOSTILE: dict[str, list[Step]] = {
     "space before the colon": raw_response(b"Content-Length : 2"),
     "line without a colon": raw_response(b"nonsense\r\nContent-Length: 2"),
 }  # fmt: skip
+
+
+CHUNKED_DOCUMENT = b"%x\r\n%s\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+def test_lengths_that_are_said_more_than_once(path: str) -> None:
+    """A server of the owner's may be careless; what it means is clear, and its client gets that."""
+    content = encode_json(completion({}, HELLO_ANSWER))
+    length = b"Content-Length: %d\r\n" % len(content)
+    chunks = CHUNKED_DOCUMENT % (len(content), content)
+    keep = b"Content-Type: application/json"
+    for fields, body, connections in [
+        (length * 2 + keep, content, 1),
+        (length * 3 + keep, content, 1),
+        # What the length says does not matter, and no other answer follows on the connection.
+        (b"Content-Length: 5\r\n" + CHUNKED_FIELD + b"\r\n" + keep, chunks, 2),
+        (CHUNKED_FIELD + b"\r\n" + length * 2 + keep, chunks, 2),
+    ]:
+        steps = [b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\n" + body]
+        model = default_upstream().add_script(steps)
+        for _ in range(2):
+            got = request(default_router().port, "POST", path, example_request(path, model, False))
+            assert (got.status, got.text) == (200, HELLO_ANSWER), fields
+            assert len(got.get_all("Content-Length")) + len(got.get_all("Transfer-Encoding")) == 1
+        heard = default_upstream().requests_for(model)
+        if connections == 2:
+            assert heard[0].connection != heard[1].connection
 
 
 @pytest.mark.parametrize("stream", [False, True])
