@@ -1050,6 +1050,7 @@ class Router:
             self.routes.write_text(text)
             named["ROUTES_CONFIG"] = self.routes
         environment = bare_environment(named)
+        assert not ((python or program) and (limits or prepare))
         stderr, its_stderr = os.pipe()
         self.process: subprocess.Popen | ForkedProcess
         if python or program:
@@ -13359,8 +13360,16 @@ def test_a_slow_address_does_not_hold_up_the_next() -> None:
 CLONE_NEWNET = 0x40000000
 
 
+# What a router runs that is to begin in a network namespace.
+ENTER_NAMESPACE = f"""
+import ctypes
+with open("/run/netns/{{name}}") as namespace:
+    assert not ctypes.CDLL(None).setns(namespace.fileno(), {CLONE_NEWNET})
+"""
+
+
 def in_namespace(name: str, task: Callable[[], Any]) -> Any:
-    """Run a task in a network namespace: what it opens and starts stays there."""
+    """Run a task in a network namespace: what it opens stays there."""
 
     def run() -> Any:
         with open(f"/run/netns/{name}") as namespace:
@@ -13427,7 +13436,7 @@ def far_away(**limits: float) -> Iterator[FarAway]:
         upstream = in_namespace(there, lambda: Upstream(host="10.99.0.2"))
         stack.enter_context(upstream)
         settings = {"DEFAULT_UPSTREAM": upstream.url, "CONNECT_TIMEOUT": 0.5}
-        router = in_namespace(here, lambda: Router(settings, limits=limits))
+        router = Router(settings, limits=limits, prepare=ENTER_NAMESPACE.format(name=here))
         yield FarAway(here, there, upstream, stack.enter_context(router))
 
 
