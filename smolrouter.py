@@ -5422,6 +5422,11 @@ def read_capabilities(members: Mapping[str, Any]) -> tuple[str, ...] | None:
     if isinstance(architecture, dict):
         places.append(architecture.get("input_modalities"))
     words = [*CAPABILITIES_OF_TYPES.get(str(members.get("type")), ())]
+    if isinstance(architecture, dict) and "text" in str(architecture.get("output_modalities")):
+        words.append(COMPLETION)
+    # What only makes vectors has no template for chats.
+    if members.get("chat_template"):
+        words.append(COMPLETION)
     is_told = bool(words)
     for place in places:
         if isinstance(place, dict):
@@ -18952,7 +18957,8 @@ async def serve_running_models(context: Context, request: Request) -> None:
     """Answer which models are loaded, where servers tell, and which are in use now."""
     models: list[ListedModel] = []
     with contextlib.suppress(BadGateway):
-        models = await context.list_models(request, context.limits.model_list_stale)
+        # It may have changed with the last request.
+        models = await context.list_models(request, 0.0)
     listed = {model.name: model for model in models}
     # A model of several servers is there under its name and under pinned ones. What is known of it
     # is one object, and the name stands before the pins.

@@ -6372,10 +6372,11 @@ FACTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "llama.cpp": (
         [{"id": "m", "meta": {"n_ctx": 8192, "n_ctx_train": 32768, "n_params": 7, "size": 9,
                               "ftype": "Q4_K - Medium"}},
-         {"modalities": {"vision": True, "audio": False}, "chat_template_caps":
+         {"modalities": {"vision": True, "audio": False}, "chat_template": "{{ m }}",
+          "chat_template_caps":
           {"supports_tools": True, "supports_tool_calls": True, "supports_system_role": True}}],
         {"context_length": 8192, "largest_context": 32768, "parameters": 7, "size": 9,
-         "quantization": "Q4_K - Medium", "capabilities": ("vision", "tools")}),
+         "quantization": "Q4_K - Medium", "capabilities": ("completion", "vision", "tools")}),
     "llama.cpp without a template for tools": (
         [{"id": "m"}, {"modalities": {"vision": False}, "chat_template_caps":
                        {"supports_tools": False, "supports_tool_calls": False}}],
@@ -6383,7 +6384,7 @@ FACTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "llama.cpp with many models": (
         [{"id": "m", "status": {"value": "unloaded", "args": []},
           "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]}}],
-        {"state": "not-loaded", "capabilities": ("vision",)}),
+        {"state": "not-loaded", "capabilities": ("completion", "vision")}),
     "lm studio": (
         [{"id": "m"}, {"id": "m", "type": "vlm", "arch": "qwen2_vl", "quantization": "4bit",
                        "state": "loaded", "max_context_length": 32768,
@@ -15430,11 +15431,9 @@ def test_what_is_known_costs_few_requests_and_loads_nothing() -> None:
 
 def test_ps_says_what_is_loaded_now() -> None:
     told = dict(OLLAMA_TELLS)
-    # Any list is too old for it.
-    limits = {"model_list_stale": 0.0}
     with (
         Upstream(box_that_tells(told)) as upstream,
-        Router({"DEFAULT_UPSTREAM": upstream.url}, limits=limits) as router,
+        Router({"DEFAULT_UPSTREAM": upstream.url}) as router,
     ):
         assert len(get_document(router, "/api/ps")["models"]) == 1
         told["/api/ps"] = {"models": []}
