@@ -17363,6 +17363,12 @@ ROW_FILTERS = {
     "upstream": "upstream_url = ?",
     "service_type": "service_type = ?",
 }
+# Where a part of a name is looked for, which a `*` says: `model=*coder*`.
+NAME_COLUMNS = {
+    "session": ("session",),
+    "client": ("client",),
+    "model": ("sent_model", "original_model"),
+}
 # The name of a model stands in one of two columns, and each has an index of its own; a row
 # that has it in both is found by the first.
 MODEL_LOOK_UPS = ("sent_model = ?", "original_model = ? AND original_model <> sent_model")
@@ -17592,11 +17598,34 @@ def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
 # --- lists of rows ---
 
 
+def is_part_of_name(name: str, parameters: Mapping[str, Any]) -> bool:
+    """Tell whether a filter is a part of a name, as in `*coder*`."""
+    return name in NAME_COLUMNS and "*" in parameters.get(name, "")
+
+
+def escape_like(text: str) -> str:
+    """Return a text for LIKE, whose own signs are `%` and `_`: `50%`  ->  `50\\%`."""
+    return re.sub(r"([\\%_])", r"\\\1", text)
+
+
+def read_text_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
+    """Return what the texts of rows must hold: words, and parts of names."""
+    conditions = [
+        Condition(HAS_WORD, (f"%{escape_like(word)}%",)) for word in parameters.get("q", ())
+    ]
+    for name, columns in NAME_COLUMNS.items():
+        if is_part_of_name(name, parameters):
+            pattern = escape_like(parameters[name]).replace("*", "%")
+            test = " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in columns)
+            conditions.append(Condition(f"({test})", (pattern,) * len(columns)))
+    return conditions
+
+
 def read_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
     """Return what the rows of a list must fulfil, the condition first that fewest rows do."""
     conditions = []
     for name, text in ROW_FILTERS.items():
-        if name in parameters:
+        if name in parameters and not is_part_of_name(name, parameters):
             conditions.append(Condition(text, (parameters[name],)))
     status = parameters.get("status")
     if status and status.is_failure:
@@ -17616,10 +17645,20 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
     {'source': '::1', 'service_type': 'openai'}  ->  SELECT id FROM requests WHERE
         id < ? AND +service_type = ? AND source_ip = ?
     """
-    conditions = read_conditions(parameters) or [Condition("1", ())]
+    conditions = read_conditions(parameters)
+    before = parameters.get("before", 2**62)
+    if "end" in parameters and not conditions:
+        # A span that ended: ids would have to be walked through from the newest one.
+        window = parameters["window"]
+        sql = (
+            "SELECT id FROM requests INDEXED BY by_time "
+            "WHERE timestamp >= ? AND timestamp < ? AND +id < ?"
+        )
+        return Condition(sql, (window.begin, window.end, before))
+    conditions = conditions or [Condition("1", ())]
     first = conditions[0]
     tests = ["id < ?"]
-    values = [parameters.get("before", 2**62)]
+    values = [before]
     if "window" in parameters:
         window = parameters["window"]
         tests += [f"id >= {FIRST_ID.format('?')}", "+timestamp >= ?", "+timestamp < ?"]
@@ -17644,14 +17683,11 @@ def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
     ids = select_ids(parameters)
     limit = parameters.get("limit", 100)
     looked_at = limit
-    text_test = "1"
-    text_values = []
-    if "q" in parameters:
+    conditions = read_text_conditions(parameters)
+    if conditions:
         looked_at = LIMITS.searched_rows
-        words = parameters["q"]
-        text_test = " AND ".join([HAS_WORD] * len(words))
-        # `%` and `_` are LIKE's own signs; somebody who searches for `50%` means the sign.
-        text_values = ["%" + re.sub(r"([\\%_])", r"\\\1", word) + "%" for word in words]
+    text_test = " AND ".join(condition.text for condition in conditions) or "1"
+    text_values = [value for condition in conditions for value in condition.values]
     sql = f"""SELECT {COLUMNS} FROM requests
         WHERE id IN ({ids.text} ORDER BY id DESC LIMIT ?) AND {text_test}
         ORDER BY id DESC LIMIT ?"""
@@ -17849,16 +17885,27 @@ def read_points(
     return points
 
 
+# Of so many answers at least the middle speed is taken, where not all are looked at.
+FEW_SPEEDS = 500
+
+
 def read_speeds(db: sqlite3.Connection, window: Window, total: int) -> list[float]:
     """Return how fast answers of a window came, in tokens/s: of all, or of an even sample."""
     level = 0
+    index = "by_time"
+    tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed = 0"]
     if total > FEW_ROWS:
-        level = max((total // FEW_ROWS).bit_length() - 1, SAMPLE_LEVEL)
-    speeds = []
-    for point in read_points(db, window, level, {}):
-        if point["tokens_per_second"] and not point["failed"]:
-            speeds.append(point["tokens_per_second"])
-    return speeds
+        level = max((total // FEW_SPEEDS).bit_length() - 1, SAMPLE_LEVEL)
+        # The condition of the index itself has to be there, as for the points.
+        tests.append(f"level >= {SAMPLE_LEVEL}")
+        index = "sample"
+    tests.append(f"level >= {level}")
+    rows = db.execute(
+        f"SELECT {POINT['tokens_per_second']} FROM requests INDEXED BY {index} "
+        f"WHERE {' AND '.join(tests)}",
+        window.values(),
+    )
+    return [speed for (speed,) in rows if speed]
 
 
 def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
@@ -22206,7 +22253,7 @@ td.number, th.number { text-align: right; }
   .rows .c-status { grid-area: 1 / 3; max-width: 10rem; text-align: right; }
   .rows .c-words { grid-area: 2 / 1 / 3 / 3; color: var(--quiet); }
   .rows .c-duration { grid-area: 2 / 3; text-align: right; }
-  nav { order: 9; width: 100%; } nav a { padding: .2rem .5rem; } .bar { gap: .25rem .5rem;
+  nav { order: 9; width: 100%; } nav a { padding: .2rem .4rem; } .bar { gap: .25rem .5rem;
     padding-top: .5rem; }
   #live { margin-left: auto; } .bar button { padding: .1rem .5rem; } .took { display: block; }
     .meter { display: none; }
@@ -22999,7 +23046,22 @@ function filterValues() {
   const values = {};
   for (const name of FILTERS) values[name] = params().get(name);
   if (values.q) values.q = values.q.replace(/(^|\s)text:/g, "$1");
+  for (const [name, list] of [["model", "models"], ["client", "clients"], ["session", ""]])
+    if (values[name]) values[name] = partOf(values[name], list);
+  if (values.upstream) values.upstream = serverLike(values.upstream);
   return values;
+}
+/** A name that is known, or a pattern for all that have this in them. */
+function partOf(text, list) {
+  const names = list ? [...byId(list).children].map(option => option.value) : [];
+  const isWhole = names.includes(text) || text.includes("*") || (!list && text.length > 11);
+  return isWhole ? text : `*${text}*`;
+}
+/** The server that is called so, or the only one that has this in its name. */
+function serverLike(text) {
+  const names = [...byId("upstreams").children].map(option => option.value);
+  const like = names.filter(name => name.toLowerCase().includes(text.toLowerCase()));
+  return names.includes(text) || like.length !== 1 ? text : like[0];
 }
 const loadRows = () => load("logs", {...filterValues(), limit: PAGE_LENGTH,
   before: params().get("before")}, showRows);
@@ -23379,11 +23441,9 @@ function toggleModel(model) {
 }
 /** Rows as a table of CSV, below the names of their columns. */
 function csvOf(rows) {
-  // A spreadsheet would run it.
-  const shown = value => /^[=+@\t\r-]/.test(value) ? `'${value}` : value;
   const quoted = value => /[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value;
   const lines = [Object.keys(rows[0] ?? {}), ...rows.map(row => Object.values(row))];
-  return lines.map(line => line.map(value => quoted(shown(String(value ?? "")))).join(",") + "\n");
+  return lines.map(line => line.map(value => quoted(String(value ?? ""))).join(",") + "\n");
 }
 /** Save the points that the chart shows now. */
 function exportShown() {
@@ -23638,7 +23698,7 @@ function readList(lines) {
     lines.shift();
   }
   return node(ordered ? "ol" : "ul", items.map(([first, ...rest]) =>
-    node("li", inlineNodes(first), rest.length && rest.length < 500 &&
+    node("li", inlineNodes(first), rest.length > 0 && rest.length < 500 &&
       markdownNodes(rest.join("\n")))));
 }
 function readTable(lines) {
@@ -23835,7 +23895,8 @@ function noticeNode(doc) {
 }
 /** A rule by its words: `routes[2]` is rule 3, and why it matched. */
 function ruleWords({route, trail}) {
-  const why = trail.filter(step => step.matched).map(step => step.why).filter(Boolean).at(-1);
+  const matched = trail.filter(step => step.matched && step.why);
+  const why = (matched.find(step => step.rule === route) ?? matched.at(-1))?.why;
   const words = route.replace(/^routes\[(\d+)\]/, (_, at) => `rule ${+at + 1}`);
   return why ? `${words} · ${why}` : words;
 }

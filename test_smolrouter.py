@@ -19654,6 +19654,8 @@ FILTERS = [
     ("q=10.0.0.4+MODEL-2", 200), ("q=model-2++10.0.0.4+default+/v1/", 200), ("q=model-2+nick", 0),
     ("q=%25+model", 0), ("q=+" + "model+" * 7 + "POST+model", 0), ("q=mapped+10.0.0.4", 800),
     ("model=&status=&q=", 4000), ("status=running", 0),
+    ("model=*EL-1", 1000), ("model=*ick*", 100), ("model=m*&source=10.0.0.2", 800),
+    ("model=*%25*", 0), ("client=10.*", 4000), ("client=*nobody*&model=*", 0),
     ("begin=0", 4000), ("end=5", 0), ("begin=5&end=9999999999999&status=404", 200),
 ]  # fmt: skip
 
@@ -20104,6 +20106,7 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
             {"q": ["x", "y"]},
             whole,
             *({name: whole[name]} for name in whole),
+            {"model": "*x*", "client": "*y"},
         ]
         asked += [{**one, "status": smolrouter.parse_status(text)}
                   for one in asked for text in ("404", "4xx", "200", "error")]  # fmt: skip
@@ -20145,8 +20148,11 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
         plans(smolrouter.read_times, db, window)
         plans(smolrouter.read_last_hour, None, db, "http://box:1")
         for one in smolrouter.SPANS:
-            db.set_trace_callback(None)
-            steps = plans(smolrouter.read_histogram, None, db, {"span": one})
+            plans(smolrouter.read_histogram, None, db, {"span": one})
+        for total in (5, 1_000_000):
+            plans(smolrouter.read_speeds, db, window, total)
+        one_hour = {"begin": window.begin, "end": window.end, "window": window}
+        assert any("INDEX by_time (" in step for step in plan(*smolrouter.select_rows(one_hour)))
         plans(smolrouter.export_page, make_store(tmp_path), db, {"since": 3600.0})
 
 
@@ -22942,6 +22948,78 @@ def test_clients_say_who_uses_what(tab: Any) -> None:
     assert tab.input_value("#filters [name=client]") == "bob"
 
 
+MARKDOWN = """# Two *ways*
+
+1. first `code`
+2. **second** [link](https://192.0.2.1/a) [bad](javascript:void) ![cat](http://192.0.2.1/c.png)
+   - inner <img src=x onerror=alert(1)>
+
+> said
+
+| a | b |
+|---|---|
+| 1 | ~~2~~ |
+
+```js
+let x = "<b>";
+```
+"""
+
+
+def test_answers_are_read_as_markdown(tab: Any) -> None:
+    """And turns of one conversation say how much of the prompt they share."""
+    router = page_router("xray")
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    name = default_upstream().add_script(json_response(completion({}, MARKDOWN)))
+    first = [
+        {"role": "system", "content": "Be brief, as of 10:00."},
+        {"role": "user", "content": "Why?"},
+    ]
+    said = {"role": "assistant", "content": MARKDOWN}
+    second = [*first, said, {"role": "user", "content": "And then?"}]
+    late = {"role": "system", "content": "Be brief, as of 11:00."}
+    fields = [("X-Session-Id", "one-talk")]
+    for messages in (first, second, [late, *second[1:]]):
+        document = {"model": name, "messages": messages}
+        request(router.port, "POST", CHAT, document, fields)
+
+    def rows() -> list[dict[str, Any]]:
+        return get_document(router, "/api/logs?session=one-talk")
+
+    assert wait_until(lambda: len(rows()) == 3)
+    last, middle, _ = rows()
+    tab.goto(router.url)
+    tab.click("#rows tbody tr >> nth=0")
+    answer = tab.locator("#answer .said")
+    assert wait_until(lambda: answer.count() == 1)
+    for tag, text in (
+        ("h4", "Two ways"), ("ol > li code", "code"), ("strong", "second"), ("blockquote", "said"),
+        ("td s", "2"), ("pre code", 'let x = "<b>";'),
+        ("ul > li", "inner <img src=x onerror=alert(1)>"),
+    ):  # fmt: skip
+        assert answer.locator(tag).first.text_content() == text, tag
+    links = answer.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    assert links == ["https://192.0.2.1/a", None, "http://192.0.2.1/c.png"]
+    assert answer.locator("img, script").count() == 0
+    assert not answer.locator("li").first.text_content().endswith("0")
+    tab.click("text=Copy answer")
+    assert wait_until(lambda: tab.evaluate("navigator.clipboard.readText()") == MARKDOWN)
+    # The clock in the system prompt is what its cache was lost at.
+    wait_text(tab, "#others", "prompt cache lost at system, character 18")
+    tab.click("text=Older ↓")
+    assert wait_until(lambda: tab.url.endswith(f"/request/{middle['id']}"))
+    wait_text(tab, "#others", "continues it, ")
+    assert "later" in tab.text_content("#others")
+    # What was said before is folded to a line.
+    assert tab.locator(".turn:not([open])").count() == 4
+    tab.click("text=Newer ↑")
+    assert wait_until(lambda: tab.url.endswith(f"/request/{last['id']}"))
+    # The client's own id leads there, too.
+    tab.goto(f"{router.url}/request/{last['request_id']}")
+    wait_text(tab, "#answer", "Two ways")
+    assert not serious_faults(tab)
+
+
 def test_models_are_compared(tab: Any) -> None:
     """From a request; each answer is a request of its own, and the words that differ are marked."""
     router = page_router("compare")
@@ -23012,6 +23090,10 @@ def test_page_filters_are_in_its_address(tab: Any) -> None:
     assert "gpt-4 → small" in wait_rows(tab, 1)[0]
     assert tab.input_value("#filters [name=model]") == "gpt-4"
     tab.fill("#filters [name=q]", "")
+    # A part of a name is enough.
+    tab.fill("#filters [name=model]", "PT-")
+    assert "gpt-4 → small" in wait_rows(tab, 1)[0]
+    tab.fill("#filters [name=model]", "gpt-4")
     for server, count in (("box", 1), ("off", 0), (default_upstream().url.partition("://")[2], 1)):
         tab.fill("#filters [name=upstream]", server)
         wait_rows(tab, count)
