@@ -8409,6 +8409,17 @@ HASHED_TEXT = 2 * KiB
 HASHED_MESSAGES = 32
 
 
+# The members of a request in which its system prompt stands apart from the messages.
+SYSTEM_MEMBERS = frozenset(("system", "instructions"))
+
+
+def is_plain_message(message: Any) -> bool:
+    """Tell whether a message is a role and a text, as nearly all are, and no more."""
+    if not isinstance(message, dict) or len(message) != 2 or not message.get("role"):
+        return False
+    return isinstance(message["role"], str) and isinstance(message.get("content"), str)
+
+
 def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return role and text of each message up to the first one of the user.
 
@@ -8424,14 +8435,23 @@ def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tupl
                 count = number
                 break
         words = words[:count]
+    if (
+        isinstance(words, list)
+        and not document.keys() & SYSTEM_MEMBERS
+        and all(map(is_plain_message, words))
+    ):
+        said = [(message["role"], message["content"]) for message in words]
+    else:
+        known = {**document, protocol.user_words: words}
+        messages = read_messages(protocol, known, tolerant=True)
+        said = [(str(message.role), "".join(message.texts)) for message in messages]
     beginning = []
-    for message in read_messages(protocol, {**document, protocol.user_words: words}, tolerant=True):
-        text = "".join(message.texts)
-        if not beginning and message.role in SYSTEM_ROLES and text.startswith(ATTRIBUTION):
+    for role, text in said:
+        if not beginning and role in SYSTEM_ROLES and text.startswith(ATTRIBUTION):
             # Its first line has another value in every request.
             text = text.partition("\n")[2]
-        beginning.append((str(message.role), text[:HASHED_TEXT]))
-        if message.role == "user":
+        beginning.append((role, text[:HASHED_TEXT]))
+        if role == "user":
             break
     return beginning
 
@@ -16548,10 +16568,8 @@ class Exchange:
         candidates = Candidates(self.context, decision, self.dialect, self.record)
         # Models work for neither of these, and an upload takes as long as its client likes.
         candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or self.upload)
-        if decision.strategy == STICKY and has_choice:
-            session = read_session_key(self.request.head.fields, parsed.path, parsed.document)
-            if session:
-                candidates.keep_together(session)
+        if decision.strategy == STICKY and has_choice and self.record.session:
+            candidates.keep_together(self.record.session)
         return candidates
 
     async def find_response(self, candidate: Candidate) -> None:

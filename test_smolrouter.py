@@ -10430,6 +10430,9 @@ def session_key(changes: Mapping[str, Any], path: str = CHAT) -> str:
 def test_session_keys() -> None:
     key = session_key({})
     assert re.fullmatch("[0-9a-f]{12}", key)
+    # Plain messages give the same key as those that say the same in parts.
+    plain = {"role": "user", "content": "Hi"}
+    assert session_key({"messages": [SESSION_TURNS[0], plain]}) == key
     later = [{**SESSION_TURNS[0], "content": "Be brief." + 3000 * " " + "9"}, *SESSION_TURNS[1:]]
     for same in (SESSION_TURNS[:2], later, [*SESSION_TURNS, {"role": "odd", "content": 5}]):
         assert session_key({"messages": same}) == key
