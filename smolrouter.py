@@ -5247,13 +5247,77 @@ def tokens_of(characters: int) -> int:
     return -(-characters // CHARACTERS_PER_TOKEN)
 
 
-def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Return about how many tokens the messages of a transcript have."""
+def count_characters(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many characters the messages of a transcript have."""
     characters = 0
     for message in messages:
         characters += len(message["content"]) + len(message["thinking"])
         characters += sum(len(call["arguments"]) for call in message["tool_calls"])
-    return tokens_of(characters)
+    return characters
+
+
+def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Return about how many tokens the messages of a transcript have."""
+    return tokens_of(count_characters(messages))
+
+
+# --- prompts that a server has cut ----------------------------------------------------
+# A server whose context is too short for a prompt may leave out its beginning, and tell nobody.
+# What it counts shows it: far fewer tokens than the text has, and as many as a context has.
+
+# No token is longer on the average, in any language.
+LONGEST_TOKEN = 6
+# The counts that are looked at; below, a short text may have as many.
+FEWEST_CUT_TOKENS = 64
+# An answer that is longer says something.
+LONGEST_EMPTY_ANSWER = 16 * KiB
+# What ends an answer for which there was no room. One of the words stands in each of them.
+LENGTH_WORDS = (b'"length"', b'"max_tokens"', b'"response.incomplete"')
+LENGTH_END = re.compile(
+    rb'"(?:finish_reason|done_reason|stop_reason)"\s*:\s*"(?:length|max_tokens)"'
+    rb'|"type"\s*:\s*"response\.incomplete"'
+)
+CONTENT_KINDS = frozenset((TEXT, AGAIN, THINKING, CALL, IMAGE, IMAGE_DATA))
+
+
+def is_near(count: int, size: int) -> bool:
+    """Tell whether a count is that size, but for two in a hundred: 4080, 4096  ->  True."""
+    return abs(count - size) * 50 <= size
+
+
+def is_context(count: int, context: int | None) -> bool:
+    """Tell whether a count of tokens is that of a whole context: a known one, or a power of two."""
+    if context is not None and is_near(count, context):
+        return True
+    power = 1 << max(count.bit_length() - 1, 0)
+    return is_near(count, power) or is_near(count, 2 * power)
+
+
+def may_be_cut(tokens: int | None, characters: int, context: int | None) -> bool:
+    """Tell whether a prompt of so many characters was cut if its server counts so many tokens.
+
+    2048 of 30,000 characters, which are 5,000 tokens at least  ->  True
+    """
+    if tokens is None or tokens < FEWEST_CUT_TOKENS or 2 * LONGEST_TOKEN * tokens >= characters:
+        return False
+    return is_context(tokens, context)
+
+
+def has_no_room(answer: bytes) -> bool:
+    """Tell whether an answer, whole or streamed, ends for its length before it said anything.
+
+    `b'{"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}'`  ->  True
+    """
+    if len(answer) > LONGEST_EMPTY_ANSWER:
+        return False
+    # Nearly always it is enough to look for the words.
+    if not any(answer.rfind(word) >= 0 for word in LENGTH_WORDS) or not LENGTH_END.search(answer):
+        return False
+    for document in answer_documents(answer):
+        for part in read_answer(OTHER_PROTOCOL, document):
+            if part.kind in CONTENT_KINDS and part.value:
+                return False
+    return True
 
 
 # ======================================================================================
@@ -6518,6 +6582,8 @@ class AnswerPlan(NamedTuple):
     limits: Limits = LIMITS
     # The client has had the head of a stream, because it had to wait.
     begun: bool = False
+    # The prompt is so long that it may have been cut, which the head of a whole answer tells.
+    has_long_prompt: bool = False
     # Is told whether a text began inside of a block that the model's template opened.
     note_opened: Callable[[bool], None] = lambda opened: None
     # What the server calls the tools that stand in namespaces for the client; None for none.
@@ -7689,6 +7755,28 @@ def ollama_end(reason: Any, usage: Usage, timing: Timing) -> dict[str, Any]:
     }
 
 
+def prompt_characters(parsed: ParsedRequest) -> int:
+    """Return how many characters the conversation of a request has."""
+    messages = read_messages(parsed.protocol, parsed.document, tolerant=True)
+    return count_characters(message.as_document() for message in messages)
+
+
+def find_cut(parsed: ParsedRequest, answer: bytes, context: int | None) -> str:
+    """Return in words that a server has cut the prompt of a request, "" if nothing shows it."""
+    remedy = "give it a longer one: num_ctx (Ollama), -c (llama.cpp), max_model_len (vLLM)"
+    if len(parsed.content) >= 2 * LONGEST_TOKEN * FEWEST_CUT_TOKENS:
+        tokens = read_usage(answer).prompt
+        # The content has more characters than the words in it, which are counted only now.
+        if may_be_cut(tokens, len(parsed.content), context):
+            characters = prompt_characters(parsed)
+            if may_be_cut(tokens, characters, context):
+                words = f"{tokens} tokens of {characters} characters were read"
+                return f"the prompt was cut: {words}, as many as the server's context has; {remedy}"
+    if has_no_room(answer):
+        return f"nothing was said for lack of room: the server's context is full; {remedy}"
+    return ""
+
+
 def estimate_prompt(parsed: ParsedRequest) -> int:
     """Return about how many tokens a request has: its conversation, or the texts to embed."""
     if parsed.protocol.user_words:
@@ -8292,7 +8380,7 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         return None
     if format:
         return StreamRewrite(plan, format, EventFilter(plan, format))
-    may_change = plan.rules.any or plan.restores_name or plan.tool_names
+    may_change = plan.rules.any or plan.restores_name or plan.tool_names or plan.has_long_prompt
     if media_type == "application/json" and may_change:
         # Its client may get the head of a stream meanwhile, and then it cannot go as it is.
         return BufferedRewrite(plan, filter_document, required=plan.parsed.stream)
@@ -13063,6 +13151,16 @@ class ModelLists:
             return None, False
         return known, known.asked_at > self.changed_at.get(server.url, 0.0)
 
+    def context_of(self, instance: Instance) -> int | None:
+        """Return how many tokens the model of an instance takes at once, None if nobody said."""
+        server = instance.server
+        if server.stated.context_length is not None:
+            return server.stated.context_length
+        known, _ = self.find(own_list_key(server), server)
+        models = {model.name: model for model in known.models} if known else {}
+        name = find_listed(instance.model or "", models)
+        return models[name].facts.context_length if name else None
+
     async def get(
         self, server: Server, authorization: str | None, oldest: float = math.inf
     ) -> list[ListedModel] | None:
@@ -15768,8 +15866,11 @@ ROUTE_FIELDS = (
     "X-SmolRouter-Route",
     "X-SmolRouter-Attempts",
 )
+# Whole answers to a prompt that their server has cut have it; the request's row says more.
+WARNING_FIELD = "X-SmolRouter-Warning"
+TRUNCATED = "truncated"
 # An upstream's fields of these names stop here, too: it may be a SmolRouter itself.
-OWN_FIELDS = frozenset(name.lower() for name in (REQUEST_ID_FIELD, *ROUTE_FIELDS))
+OWN_FIELDS = frozenset(name.lower() for name in (REQUEST_ID_FIELD, WARNING_FIELD, *ROUTE_FIELDS))
 # A stream must reach its client event by event: nothing in between may cache or gather it.
 STREAM_FIELDS = [("Cache-Control", "no-cache, no-transform"), ("X-Accel-Buffering", "no")]
 # After these errors nobody knows where the next request on the connection begins.
@@ -16471,7 +16572,8 @@ class Exchange:
         model = record.sent_model[:longest]
         route = record.route[:longest]
         route_fields = encode_route_fields(record.upstream_url, model, route, len(record.attempts))
-        return [(REQUEST_ID_FIELD, record.request_id), *route_fields]
+        warnings = [(WARNING_FIELD, TRUNCATED)] if record.warnings else []
+        return [(REQUEST_ID_FIELD, record.request_id), *route_fields, *warnings]
 
     # Pings
 
@@ -16845,6 +16947,12 @@ class Exchange:
         has_namespaces = self.parsed.protocol.has_namespaces
         return has_namespaces and not candidate.instance.server.knows_namespaces
 
+    @property
+    def has_long_prompt(self) -> bool:
+        """Whether the prompt is so long that its server may cut it."""
+        is_talk = self.parsed.protocol.user_words != ""
+        return is_talk and len(self.parsed.content) >= 2 * LONGEST_TOKEN * FEWEST_CUT_TOKENS
+
     def forwarding(self, candidate: Candidate) -> Forwarding:
         """Return what the fields of the request depend on when it goes to this candidate."""
         return Forwarding(
@@ -16881,6 +16989,7 @@ class Exchange:
             timing=self.timing,
             limits=self.context.limits,
             begun=begun,
+            has_long_prompt=self.has_long_prompt,
             note_opened=candidate.note_opened,
             tool_names=self.parsed.tool_names if self.flattens_namespaces(candidate) else None,
         )
@@ -16940,7 +17049,27 @@ class Exchange:
             self.conclude(rewriter)
         if self.error_content and not self.record.error:
             self.record.error = self.loggable_error(head, self.error_content)
+        if head.status < 400 and self.parsed.protocol.user_words:
+            await self.look_for_cut()
         self.finish_answer(tail)
+
+    async def look_for_cut(self) -> None:
+        """Note whether the server has cut the prompt, as its answer shows."""
+        if not self.has_long_prompt and self.record.pieces_size > LONGEST_EMPTY_ANSWER:
+            return
+        coding = read_coding(self.candidate.response.head.fields)
+        answer = b"".join(self.record.pieces) + self.record.answer_end
+        if isinstance(self.rewriter, BufferedRewrite) and self.rewriter.content:
+            answer = bytes(self.rewriter.content)
+        elif coding:
+            answer = decode_content(answer, coding, self.context.limits.decoded_answer)
+        context = None
+        if self.has_long_prompt:
+            context = self.context.model_lists.context_of(self.candidate.instance)
+        size = len(self.parsed.content) + len(answer)
+        words = await self.context.work(size, find_cut, self.parsed, answer, context)
+        if words:
+            self.record.warnings.append(words)
 
     def finish_opening(self, closed: bool) -> None:
         """Note when an answer that is over began to say something, if that can be told.
@@ -18256,7 +18385,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
         "phase": phase,
         "transcript": transcript,
         "trail": [Step(*step)._asdict() for step in meta.get("trail", ())],
-        "changes": meta.get("changes", []),
+        "changed": meta.get("changes", []),
         "response_text": None,
         "response_thinking": None,
         "request_headers": meta.get("request_headers", []),

@@ -19341,7 +19341,7 @@ def sent_by(path: str, model: str, **more: Any) -> tuple[dict[str, Any], list[st
         return [row for row in rows if row["request_id"] == request_id and not row["is_inflight"]]
 
     (row,) = wait_until(own_rows)
-    return heard[-1].json, get_document(router, f"/api/request/{row['id']}")["changes"]
+    return heard[-1].json, get_document(router, f"/api/request/{row['id']}")["changed"]
 
 
 def test_parameters_of_all_levels_are_merged_and_told() -> None:
@@ -19520,6 +19520,116 @@ def test_disable_thinking_is_off_everywhere() -> None:
         assert {**document, **OFF} == document
     assert wished["messages"][0]["content"] == "hi" and "reasoning_effort" not in wished
     assert wished["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+# --- prompts that a server has cut ----------------------------------------------------
+
+# Tokens that a server counts, characters of the prompt, its context if that is known.
+COUNTS_OF_PROMPTS = [
+    (2048, 30_000, None, True), (2048 - 40, 30_000, None, True), (4096 + 80, 60_000, None, True),
+    (2048, 24_577, None, True), (2048, 24_576, None, False), (2048 - 42, 30_000, None, False),
+    (3000, 40_000, None, False), (3000, 40_000, 3000, True), (2950, 40_000, 3000, True),
+    (2939, 40_000, 3000, False), (None, 40_000, 3000, False), (0, 40_000, None, False),
+    (1, 40_000, None, False), (16, 40_000, None, False), (64, 40_000, None, True),
+]  # fmt: skip
+
+
+def test_counts_that_show_a_cut_prompt() -> None:
+    for tokens, characters, context, is_cut in COUNTS_OF_PROMPTS:
+        found = smolrouter.may_be_cut(tokens, characters, context)
+        assert found is is_cut, (tokens, characters, context)
+
+
+def chat_choice(content: Any, reason: str, **more: Any) -> dict[str, Any]:
+    """Make a whole answer of a chat."""
+    message = {"role": "assistant", "content": content, **more}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": reason}]}
+
+
+ROOMLESS: list[tuple[Any, bool]] = [
+    (chat_choice("", "length"), True),
+    (chat_choice(None, "length", tool_calls=[]), True),
+    (chat_choice("", "stop"), False),
+    (chat_choice("Hi", "length"), False),
+    (chat_choice("", "length", reasoning_content="hm"), False),
+    (chat_choice("", "length", tool_calls=[{"function": {"name": "f"}}]), False),
+    ({"type": "message", "content": [], "stop_reason": "max_tokens"}, True),
+    ({"type": "message", "content": [{"type": "text", "text": "a"}], "stop_reason": "max_tokens"},
+     False),
+    ({"message": {"content": ""}, "done": True, "done_reason": "length"}, True),
+    ({"response": "a", "done": True, "done_reason": "length"}, False),
+]  # fmt: skip
+
+
+def test_an_answer_for_which_there_was_no_room() -> None:
+    for document, has_none in ROOMLESS:
+        assert smolrouter.has_no_room(json.dumps(document).encode()) is has_none, document
+    streamed = encode_event(chat_chunk({}, {"role": "assistant", "content": ""}))
+    streamed += encode_event(chat_chunk({}, {}, "length"))
+    assert smolrouter.has_no_room(streamed)
+    assert not smolrouter.has_no_room(encode_event(chat_chunk({}, {"content": "a"})) + streamed)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/api/chat", "/api/generate"])
+def test_a_cut_prompt_is_told(path: str) -> None:
+    router = changing_router()
+
+    def count(tokens: int) -> Script:
+        def script(received: Received) -> Iterable[Step]:
+            usage = {"prompt_tokens": tokens, "completion_tokens": 2}
+            if received.json.get("stream"):
+                said = [chat_chunk({}, {"content": "Hi"}), chat_chunk({}, {}, "stop"),
+                        {"choices": [], "usage": usage}, "[DONE]"]  # fmt: skip
+                return sse_response(said)
+            return json_response({**completion({}, "Hi"), "usage": usage})
+
+        return script
+
+    for tokens, stream in [(1024, False), (1024, True), (900, False)]:
+        model = f"calm-cut-{tokens}-{stream}{path.replace('/', '-')}"
+        changing_upstream().scripts[model] = count(tokens)
+        document = example_request(path, model, stream)
+        text = "word " * 4000
+        if "messages" in document:
+            document["messages"] = [{"role": "user", "content": text}]
+        else:
+            document["prompt"] = text
+        got = request(router.port, "POST", path, document)
+        assert got.status == 200
+        is_cut = tokens == 1024
+        wanted = "truncated" if is_cut and not stream else None
+        assert got.get("X-SmolRouter-Warning") == wanted
+        warnings = wait_for_row(router, model)["warnings"]
+        assert len(warnings) == is_cut
+        if is_cut:
+            assert "1024 tokens of 20000 characters" in warnings[0] and "num_ctx" in warnings[0]
+
+
+def test_an_empty_answer_for_lack_of_room_is_told() -> None:
+    router = changing_router()
+    whole = chat_choice("", "length")
+    events = [chat_chunk({}, {"content": ""}), chat_chunk({}, {}, "length"), "[DONE]"]
+    for stream, steps in ((False, json_response(whole)), (True, sse_response(events))):
+        model = f"calm-full-{stream}"
+        changing_upstream().scripts[model] = lambda received, steps=steps: steps
+        got = calm_request(CHAT, model, stream=stream)
+        assert got.get("X-SmolRouter-Warning") == (None if stream else "truncated")
+        (warning,) = wait_for_row(router, model)["warnings"]
+        assert "lack of room" in warning and "max_model_len" in warning
+
+
+def test_a_known_context_shows_a_cut_prompt() -> None:
+    usage = {"prompt_tokens": 3000, "completion_tokens": 2}
+    steps = json_response({**completion({}, "Hi"), "usage": usage})
+    with Upstream(lambda received: steps) as upstream:
+        servers = {"box": {"url": upstream.url, "context_length": 3000, "thinking": "keep"}}
+        with Router(
+            {"WEBUI_SECURITY": "NONE", "DEFAULT_UPSTREAM": "box"}, {"servers": servers}
+        ) as router:
+            got = post_chat(router, "m", "word " * 8000)
+            assert (got.status, got.get("X-SmolRouter-Warning")) == (200, "truncated")
+            assert got.content == b"".join(steps).partition(b"\r\n\r\n")[2]
+            assert len(wait_for_row(router, "m")["warnings"]) == 1
 
 
 # --- running requests -----------------------------------------------------------------
