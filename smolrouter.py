@@ -5340,12 +5340,13 @@ def has_no_room(answer: bytes) -> bool:
 # something, add it to the tables here; when it has a further list, to `further_lists`.
 
 # Where a document about a model has members of this kind, besides at its top.
-FACT_PLACES = ("meta", "model_info", "details", "default_generation_settings")
+FACT_PLACES = ("meta", "model_info", "details", "default_generation_settings", "parameters")
 # Under which names servers tell how long a context may be, the one in use first.
 CONTEXT_MEMBERS = (
     "loaded_context_length",
     "n_ctx",
     "num_ctx",
+    "max_seq_len",
     "max_model_len",
     "context_length",
     "context_window",
@@ -5491,6 +5492,12 @@ def read_capabilities(members: Mapping[str, Any]) -> tuple[str, ...] | None:
     # What only makes vectors has no template for chats.
     if members.get("chat_template"):
         words.append(COMPLETION)
+    if members.get("use_vision") is True:
+        words.append("vision")
+    # Providers list what a request may say, and the rest of it is no ability.
+    parameters = members.get("supported_parameters")
+    if isinstance(parameters, list):
+        words += [word for word in ("tools", "reasoning") if word in parameters]
     is_told = bool(words)
     for place in places:
         if isinstance(place, dict):

@@ -6401,6 +6401,13 @@ FACTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         {"context_length": 8192, "largest_context": 40960, "architecture": "qwen3", "size": 9,
          "quantization": "Q4_K_M", "parameters": 8190735360,
          "capabilities": ("completion", "tools", "thinking")}),
+    "tabbyapi": ([{"id": "m", "parameters": {"max_seq_len": 16384, "use_vision": True}}],
+                 {"context_length": 16384, "capabilities": ("vision",)}),
+    "openrouter": (
+        [{"id": "m", "context_length": 131072, "supported_parameters": ["tools", "top_p"],
+          "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]}}],
+        {"context_length": 131072, "largest_context": 131072,
+         "capabilities": ("completion", "tools", "vision")}),
     "mistral": ([{"id": "m", "max_context_length": 131072, "capabilities":
                   {"completion_chat": True, "completion_fim": False, "function_calling": True}}],
                 {"context_length": 131072, "largest_context": 131072,
