@@ -5892,6 +5892,11 @@ def restore_namespaces(names: ToolNames, document: Mapping[str, Any]) -> dict[Pa
 # to be thought (`think`), for which each protocol has members of its own.
 
 
+def tell_value(path: Path, value: str) -> str:
+    """Return in words what a member has become: `("a", "b")`, `0.5`  ->  `a.b = 0.5`."""
+    return f"{'.'.join(map(str, path))} = {value}"[: LIMITS.shown_change]
+
+
 class RequestParameters(NamedTuple):
     """What the routing file says of the members of requests, on one of its levels or on some.
 
@@ -5904,6 +5909,18 @@ class RequestParameters(NamedTuple):
     sets: tuple[tuple[Path, str], ...] = ()
     # One of THINK_LEVELS, "" where nothing is said.
     think: str = ""
+
+    def may_change(self, *path: str) -> bool:
+        """Tell whether a member may become another one, or be there or not, by what is said."""
+        paths = (*self.strips, *(place for place, _ in (*self.defaults, *self.sets)))
+        return any(path[: len(place)] == place[: len(path)] for place in paths)
+
+    def describe(self) -> list[str]:
+        """Return in words what becomes of a request, in the order in which it is done."""
+        words = [f"think {self.think}"] if self.think else []
+        words += [f"strip {'.'.join(map(str, path))}" for path in self.strips]
+        words += [f"default {tell_value(path, value)}" for path, value in self.defaults]
+        return words + [f"set {tell_value(path, value)}" for path, value in self.sets]
 
 
 NO_PARAMETERS = RequestParameters()
@@ -5989,11 +6006,6 @@ def find_edits(
         if value not in (ABSENT, IN_THE_WAY)
         and not any(place[:n] in edits for n in range(1, len(place)))
     }
-
-
-def tell_value(path: Path, value: str) -> str:
-    """Return in words what a member has become: `("a", "b")`, `0.5`  ->  `a.b = 0.5`."""
-    return f"{'.'.join(map(str, path))} = {value}"[: LIMITS.shown_change]
 
 
 def strip_members(
@@ -6589,6 +6601,8 @@ class AnswerPlan(NamedTuple):
     limits: Limits = LIMITS
     # The client has had the head of a stream, because it had to wait.
     begun: bool = False
+    # The routing file may have changed how many answers were asked for.
+    changes_choices: bool = False
     # The prompt is so long that it may have been cut, which the head of a whole answer tells.
     has_long_prompt: bool = False
     # Is told whether a text began inside of a block that the model's template opened.
@@ -7115,7 +7129,7 @@ class EventFilter:
         self.protocol = plan.protocol
         self.format = format
         self.filtering = plan.rules.any
-        self.has_one_choice = plan.parsed.choices == 1
+        self.has_one_choice = plan.parsed.choices == 1 and not plan.changes_choices
         self.renames_reasoning = plan.rules.move and plan.protocol.thoughts == BESIDE_TEXT
         self.moves_beside_text = plan.protocol.thoughts in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
         self.watched_words = self.find_watched_words()
@@ -9511,7 +9525,10 @@ def parse_routes(
     text = text.removeprefix("\ufeff")
     document = parse_document(text if text.strip() else "{}", name)
     reader = TableReader(Node(document.value, (), document), environ, settings)
-    reader.read()
+    try:
+        reader.read()
+    except RecursionError:
+        raise ConfigError(f"{name}: values stand inside of each other too deep") from None
     table = RoutingTable(
         default=reader.default,
         servers=reader.servers,
@@ -16886,7 +16903,7 @@ class Exchange:
             and find_protocol(self.upstream_path(candidate)).usage_option
             and not self.parsed.wants_usage
             and USAGE_MEMBER not in candidate.refused
-            and ("stream_options",) not in self.parameters_of(candidate).strips
+            and not self.parameters_of(candidate).may_change("stream_options", "include_usage")
             and candidate.key not in self.context.upstreams.models_with_timings
         )
 
@@ -16996,6 +17013,7 @@ class Exchange:
             timing=self.timing,
             limits=self.context.limits,
             begun=begun,
+            changes_choices=self.parameters_of(candidate).may_change("n"),
             has_long_prompt=self.has_long_prompt,
             note_opened=candidate.note_opened,
             tool_names=self.parsed.tool_names if self.flattens_namespaces(candidate) else None,
@@ -18899,14 +18917,18 @@ def table_document(table: RoutingTable) -> dict[str, Any]:
 
 def decision_document(decision: Decision, source_host: str) -> dict[str, Any]:
     """Return a decision as /api/routes shows it: where a request would go, and why."""
-    instances = [
-        {
-            "server": instance.server.name,
-            "url": str(instance.server.url),
+    instances = []
+    for instance in decision.instances:
+        server = instance.server
+        shown = {
+            "server": server.name,
+            "url": str(server.url),
             "model": instance.model,
         }
-        for instance in decision.instances
-    ]
+        words = merge_parameters(decision.parameters, server.parameters).describe()
+        if words:
+            shown["parameters"] = words
+        instances.append(shown)
     return {
         "model": decision.requested_model,
         "source_host": source_host,
@@ -21357,6 +21379,8 @@ def run_explain(invocation: Invocation) -> int:
     for instance in decision.instances:
         server = instance.server
         lines.append(f"  send {instance.model!r} to {server.name} ({server.url})")
+        parameters = merge_parameters(decision.parameters, server.parameters)
+        lines += [f"    {words}" for words in parameters.describe()]
     print(*lines, sep="\n")
     return 0
 

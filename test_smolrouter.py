@@ -19323,6 +19323,11 @@ def changing_router() -> Router:
                 "all": {"instances": ["box/m"], "strip": "stop", **alias},
                 "second": {"instances": ["gone/m", "box/m"]},
                 "uncounted": {"instances": ["box/m"], "strip": ["stream_options"]},
+                "unasked": {
+                    "instances": ["box/m"],
+                    "set": {"stream_options": {"include_usage": False}},
+                },
+                "several": {"instances": ["box/several"], "set": {"n": 2}},
             },
             "routes": [
                 {"match": {"model": "routed"}, "route": {"alias": "all", **route}},
@@ -19398,6 +19403,57 @@ def test_what_is_stripped_is_not_asked_for_either() -> None:
     assert "stream_options" not in heard
     heard, told = sent_by(CHAT, "uncounted", stream=True, stream_options={"include_usage": True})
     assert "stream_options" not in heard and told[0] == "strip stream_options"
+    heard, told = sent_by(CHAT, "unasked", stream=True)
+    assert heard["stream_options"] == {"include_usage": False}
+
+
+def test_each_of_the_choices_that_were_set_is_filtered() -> None:
+    """The client has asked for one answer, and gets two, each of which may think."""
+    events = [
+        {"choices": [{"index": index, "delta": {"content": text}}]}
+        for index, text in (
+            (0, "Hi"),
+            (1, "<think>no"),
+            (0, " you"),
+            (1, "t this"),
+            (1, "</think>Yo"),
+        )
+    ]
+    steps = sse_response([*events, "[DONE]"])
+    changing_upstream().scripts["several"] = lambda received: steps
+    got = post_chat(changing_router(), "several", stream=True)
+    said = collections.defaultdict(str)
+    for document in got.documents:
+        for choice in document["choices"]:
+            said[choice["index"]] += choice["delta"]["content"]
+    assert said == {0: "Hi you", 1: "Yo"}
+
+
+def test_explain_tells_what_becomes_of_a_request(folder: pathlib.Path) -> None:
+    table = {
+        "servers": {"box": {"url": "http://127.0.0.1:9", "set": {"a.b": 1}, "think": "off"}},
+        "aliases": {"x": {"instances": ["box/m"], "strip": ["c"], "default": {"t": 0.6}}},
+    }
+    path = folder / "table.json"
+    path.write_text(json.dumps(table))
+    done = run_program("explain", "x", settings={"ROUTES_CONFIG": str(path)})
+    assert done.stdout.splitlines()[-5:] == [
+        "  send 'm' to box (http://127.0.0.1:9)",
+        "    think off",
+        "    strip c",
+        "    default t = 0.6",
+        "    set a.b = 1",
+    ]
+    shown = get_document(changing_router(), "/api/routes?model=unasked")["decision"]["instances"]
+    assert "set stream_options.include_usage = false" in shown[0]["parameters"]
+
+
+def test_a_routing_file_that_is_too_deep_is_told() -> None:
+    deep = "1"
+    for _ in range(900):
+        deep = f'{{"a": {deep}}}'
+    with pytest.raises(smolrouter.ConfigError, match="too deep"):
+        routing(f'{{"servers": {{"a": {{"url": "http://a", "set": {{"z": {deep}}}}}}}}}')
 
 
 # --- thinking that is switched off ----------------------------------------------------
