@@ -5408,6 +5408,8 @@ class ModelFacts(NamedTuple):
     size: int | None = None
     architecture: str | None = None
     quantization: str | None = None
+    # How many numbers a vector has.
+    embedding_length: int | None = None
 
     def or_else(self, others: ModelFacts) -> ModelFacts:
         """Return these facts, and where one is missing, that of `others`."""
@@ -5536,6 +5538,7 @@ def read_facts(*documents: Mapping[str, Any]) -> ModelFacts:
         size=find_number(members, "size"),
         architecture=find_word(members, "architecture", "arch", "family"),
         quantization=find_word(members, "quantization", "quantization_level", "ftype"),
+        embedding_length=find_number(members, "n_embd", "embedding_length"),
     )
 
 
@@ -8109,7 +8112,7 @@ OLLAMA_VERSION = "0.32.15"
 RUNNING_FOR = 300.0
 # When a model was changed last, if nobody knows: Ollama's program says "Never" of this.
 NO_TIME = "0001-01-01T00:00:00Z"
-# What a model is of which no architecture is known: the length of its context has to have one.
+# What a model is of which no architecture is known: the names of its lengths have to have one.
 NO_ARCHITECTURE = "unknown"
 
 
@@ -8136,6 +8139,8 @@ def ollama_details(facts: ModelFacts) -> dict[str, Any]:
     }
     if facts.context_length is not None:
         details["context_length"] = facts.context_length
+    if facts.embedding_length is not None:
+        details["embedding_length"] = facts.embedding_length
     return details
 
 
@@ -8159,17 +8164,21 @@ def ollama_model(model: ListedModel) -> dict[str, Any]:
 
 
 def ollama_model_info(name: str, facts: ModelFacts) -> dict[str, Any]:
-    """Return the `model_info` of a model; the length of its context has the architecture's name."""
+    """Return the `model_info` of a model; its lengths stand under its architecture's name."""
     info: dict[str, Any] = {"general.basename": name}
+    lengths = {
+        "context_length": facts.context_length,
+        "embedding_length": facts.embedding_length,
+    }
+    known = {member: length for member, length in lengths.items() if length is not None}
     architecture = facts.architecture
-    if architecture is None and facts.context_length is not None:
+    if architecture is None and known:
         architecture = NO_ARCHITECTURE
     if architecture is not None:
         info["general.architecture"] = architecture
     if facts.parameters is not None:
         info["general.parameter_count"] = facts.parameters
-    if facts.context_length is not None:
-        info[f"{architecture}.context_length"] = facts.context_length
+    info.update({f"{architecture}.{member}": length for member, length in known.items()})
     return info
 
 

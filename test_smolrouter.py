@@ -6371,11 +6371,12 @@ FACTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
              {"context_length": 4096, "largest_context": 4096}),
     "llama.cpp": (
         [{"id": "m", "meta": {"n_ctx": 8192, "n_ctx_train": 32768, "n_params": 7, "size": 9,
-                              "ftype": "Q4_K - Medium"}},
+                              "n_embd": 64, "ftype": "Q4_K - Medium"}},
          {"modalities": {"vision": True, "audio": False}, "chat_template": "{{ m }}",
           "chat_template_caps":
           {"supports_tools": True, "supports_tool_calls": True, "supports_system_role": True}}],
         {"context_length": 8192, "largest_context": 32768, "parameters": 7, "size": 9,
+         "embedding_length": 64,
          "quantization": "Q4_K - Medium", "capabilities": ("completion", "vision", "tools")}),
     "llama.cpp without a template for tools": (
         [{"id": "m"}, {"modalities": {"vision": False}, "chat_template_caps":
@@ -15321,7 +15322,7 @@ OLLAMA_TELLS = {
 LLAMA_CPP_TELLS = {
     "/v1/models": {"data": [
         {**model_entry("gemma"), "owned_by": "llamacpp",
-         "meta": {"n_ctx": 8192, "n_ctx_train": 32768, "n_params": 3 * 10**9}}]},
+         "meta": {"n_ctx": 8192, "n_ctx_train": 32768, "n_params": 3 * 10**9, "n_embd": 64}}]},
     "/props": {"modalities": {"vision": True}, "chat_template_caps": {"supports_tool_calls": True}},
 }  # fmt: skip
 LM_STUDIO_TELLS = {
@@ -15395,6 +15396,7 @@ def test_lists_say_how_long_a_context_is() -> None:
     assert get_document(router, "/api/tags")["models"] == [*tags.values()]
     details = tags["gemma"]["details"]
     assert (details["parameter_size"], details["context_length"]) == ("3B", 8192)
+    assert details["embedding_length"] == 64
     assert tags["gemma"]["capabilities"] == ["vision", "tools"]
     assert "capabilities" not in tags["tiny"] and "context_length" not in tags["tiny"]["details"]
     studio = {entry["id"]: entry for entry in get_document(router, "/api/v0/models")["data"]}
