@@ -883,8 +883,9 @@ def run(files, folder, environment, args, limits, prepare):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    exec(prepare, vars(smolrouter))
-    return smolrouter.main(args, smolrouter.Limits(**limits))
+    exec(prepare, {{}})
+    program = sys.modules["smolrouter"]
+    return program.main(args, program.Limits(**limits))
 
 def run_to_end(*values):
     status = 1
@@ -965,7 +966,7 @@ class ForkServer:
 class ForkedProcess:
     """A process that the fork server has made, with the methods of Popen that tests use.
 
-    `prepare` is code that runs in the namespace of the program before `main`.
+    `prepare` is code that runs in the process before `main`.
     """
 
     def __init__(
@@ -19072,11 +19073,6 @@ def test_fifty_streams_at_once_stay_apart() -> None:
 @pytest.mark.parametrize("fault", ["framing", "reset", "head", "alias"])
 def test_what_broke_off_leaves_memory_at_once(log_folder: LogFolder, fault: str) -> None:
     """No error keeps the octets it came through: the collector of cycles is not needed."""
-    # The program never turns the collector on, because it is on.
-    without_collector = (
-        "import gc, runpy, sys; gc.disable(); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
     chunk = b"%x\r\n%s\r\n" % (120_000, b"x" * 120_000)
     faults = {
         "framing": [
@@ -19103,8 +19099,8 @@ def test_what_broke_off_leaves_memory_at_once(log_folder: LogFolder, fault: str)
         "aliases": {"two": {"instances": instances}},
     }
     settings = {**log_folder.settings, "ENABLE_LOGGING": "false"}
-    python = (sys.executable, "-c", without_collector)
-    with Router(settings, routes, python=python) as router:
+    # The program never turns the collector on, because it is on.
+    with Router(settings, routes, prepare="import gc; gc.disable()") as router:
         for _ in range(2):
             before = memory_mib(router)
             for _ in range(60):
@@ -22214,10 +22210,9 @@ def test_modules_in_the_working_folder_are_not_imported(folder: pathlib.Path) ->
 
 # What runs a router on a system that has not got something, such as Windows. The standard
 # library has been imported before: on that system it would do without, too.
-START_WITHOUT = """
-import asyncio, concurrent.futures, sqlite3, ssl, subprocess, sys, tempfile, threading
-del sys.argv[0]
-sys.path.insert(0, {folder!r})
+IMPORT_WITHOUT = """
+import asyncio, sys
+del sys.modules["smolrouter"]
 place, _, name = {missing!r}.rpartition(".")
 if not place:
     sys.modules[name] = None
@@ -22226,9 +22221,7 @@ elif place == "loop":
     setattr(loop, name, getattr(asyncio.AbstractEventLoop, name))
 elif hasattr(sys.modules[place], name):
     delattr(sys.modules[place], name)
-import os, signal
 import smolrouter
-sys.exit(smolrouter.main(sys.argv[1:]))
 """
 MISSING = [
     "fcntl", "resource", "ctypes", "signal.SIGHUP", "signal.SIGKILL", "loop.add_signal_handler",
@@ -22240,9 +22233,8 @@ MISSING = [
 
 @pytest.mark.parametrize("missing", MISSING)
 def test_it_does_without_what_another_system_has_not(missing: str) -> None:
-    code = START_WITHOUT.format(folder=str(SMOLROUTER.parent), missing=missing)
     settings = {"DEFAULT_UPSTREAM": default_upstream().url}
-    with Router(settings, python=(sys.executable, "-c", code)) as router:
+    with Router(settings, prepare=IMPORT_WITHOUT.format(missing=missing)) as router:
         assert post_chat(router, "elsewhere").status == 200
         assert wait_until(lambda: request(router.port, "GET", "/api/logs").json)
         assert router.stop() == 0, router.stderr
@@ -22800,11 +22792,9 @@ def test_doctor_refuses_what_is_no_url() -> None:
 
 # --- memory, and the end ---
 
-# What a process runs whose router tells on stderr when some function of the program is called.
-START_WITH_WATCH = """
-import sys
-sys.path.insert(0, {folder!r})
-import smolrouter
+# What runs before a router that tells on stderr when some function of the program is called.
+WATCH = """
+import smolrouter, sys
 owner = {owner}
 called = owner.{name}
 
@@ -22813,15 +22803,14 @@ def watched(*args):
     print("called", args[-1:], file=sys.stderr, flush=True)
 
 owner.{name} = watched
-sys.exit(smolrouter.main(sys.argv[2:], smolrouter.Limits(reload_interval=0.05)))
 """
 
 
 def watched_router(owner: str, name: str, **settings: Any) -> Router:
     """Start a router that prints a line, `called`, whenever this function has been called."""
-    code = START_WITH_WATCH.format(folder=str(SMOLROUTER.parent), owner=owner, name=name)
     settings = {"DEFAULT_UPSTREAM": default_upstream().url, "WEBUI_SECURITY": "NONE", **settings}
-    return Router(settings, python=(sys.executable, "-c", code))
+    prepare = WATCH.format(owner=owner, name=name)
+    return Router(settings, limits={"reload_interval": 0.05}, prepare=prepare)
 
 
 def test_memory_is_given_back_when_requests_have_ended() -> None:
