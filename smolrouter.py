@@ -17598,11 +17598,17 @@ POINT = {
 POINT_COLUMNS = ", ".join(f"{value} AS {name}_" for name, value in POINT.items())
 # The filters of figures: on points, each with the index that finds them, and on sums.
 POINT_FILTERS = {
+    "client": "client = :client",
     "model": f"sent_model IN (:model, '') AND {MODEL} = :model",
     "upstream": "upstream_url = :upstream",
     "service_type": "service_type = :service_type",
 }
-POINT_INDEXES = {"model": "by_sent", "upstream": "by_upstream", "service_type": "by_service"}
+POINT_INDEXES = {
+    "client": "by_client",
+    "model": "by_sent",
+    "upstream": "by_upstream",
+    "service_type": "by_service",
+}
 SUM_FILTERS = {
     "model": "model = :model",
     "upstream": "upstream_url = :upstream",
@@ -17739,12 +17745,14 @@ LOG_PARAMETERS: Parameters = {
 POINT_PARAMETERS: Parameters = {
     "hours": HOURS,
     "limit": number_between(1, 20_000),
+    "client": parse_shown_name,
     "model": parse_shown_name,
     "upstream": parse_text,
     "service_type": choice_of(*SERVICES),
 }
+# Sums of hours know no clients, apart from how much each has used.
 TREND_PARAMETERS: Parameters = {
-    name: parse for name, parse in POINT_PARAMETERS.items() if name != "limit"
+    name: parse for name, parse in POINT_PARAMETERS.items() if name not in ("limit", "client")
 }
 ROUTE_PARAMETERS: Parameters = {
     "model": str,
@@ -18146,22 +18154,76 @@ def model_document(
     }
 
 
+def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, str], list[int]]:
+    """Return the sums of a window by client and model, put together as in `read_tallies`."""
+    totals = (
+        "sum(requests), sum(errors), sum(prompt_tokens), sum(completion_tokens), max(last_seen)"
+    )
+    hours = db.execute(
+        f"SELECT client, model, {totals} FROM client_rollups "
+        "WHERE hour >= :nearest_hour AND hour < :end_hour GROUP BY client, model",
+        window.values(),
+    )
+    sums = {(client, model): numbers for client, model, *numbers in hours}
+    hour_begin = window.nearest_hour * HOUR_MS
+    is_missing = window.begin < hour_begin
+    span = (window.begin, hour_begin) if is_missing else (hour_begin, window.begin)
+    rows = db.execute(
+        f"SELECT client, {COUNTED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
+        "WHERE timestamp >= ? AND timestamp < ? AND failed NOTNULL GROUP BY 1, 2",
+        span,
+    ).fetchall()
+    by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
+    for client, model, *numbers in rows:
+        key = (client if client in by_name else OTHER_CLIENTS, model)
+        last_seen = max(numbers.pop(), sums.get(key, [0])[-1])
+        sign = 1 if is_missing else -1
+        counted = sums.get(key, [0] * len(CLIENT_SUMS))
+        # Without the moment, which is the last of both.
+        changed = [old + sign * number for old, number in zip(counted[:-1], numbers, strict=True)]
+        sums[key] = [*changed, last_seen]
+    return {key: numbers for key, numbers in sums.items() if numbers[0] > 0}
+
+
+def count_of_client(db: sqlite3.Connection, window: Window, client: str) -> int:
+    """Return how many requests of a window were a client's, for whatever models."""
+    sums = read_client_sums(db, window)
+    return sum(numbers[0] for (name, _), numbers in sums.items() if name == client)
+
+
+def tally_points(points: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
+    """Return the sums of some points by model."""
+    tallies: dict[str, Tally] = {}
+    for point in points:
+        tally = tallies.setdefault(point["model"], [0] * len(TALLY_COLUMNS))
+        add_request(tally, *(point[name] for name in COUNTED))
+    return tallies
+
+
 def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
     """Answer /api/performance: an even sample of the rows, and sums by model."""
     hours = parameters.get("hours", 24)
     limit = parameters.get("limit", 2000)
     filters = {name: parameters[name] for name in POINT_FILTERS if name in parameters}
     window = Window.of(hours * 3600, time.time())
-    tallies = read_tallies(db, window, "model", filters)
-    # What asked no model for an answer has no point either.
-    tallies.pop("", None)
-    total = int(sum(tally[SUMS.index("requests")] for tally in tallies.values()))
+    if "client" in filters:
+        tallies = {}
+        total = count_of_client(db, window, filters["client"])
+    else:
+        tallies = read_tallies(db, window, "model", filters)
+        # What asked no model for an answer has no point either.
+        tallies.pop("", None)
+        total = int(sum(tally[SUMS.index("requests")] for tally in tallies.values()))
     # Each level halves the number of rows. This one leaves `limit` rows, or up to twice as many.
     level = 0
     if total > FEW_ROWS:
         level = max((total // limit).bit_length() - 1, 0)
     points = read_points(db, window, level, filters)
     times = gather_times(points)
+    if "client" in filters:
+        tallies = tally_points(points)
+        if level == 0:
+            total = len(points)
     step = max(len(points) / limit, 1)
     points = [points[int(number * step)] for number in range(min(limit, len(points)))]
     return {
@@ -18310,37 +18372,6 @@ def read_days(log: RequestLog, db: sqlite3.Connection) -> dict[str, list[list[in
 
 # So many of the models that a client asked for are listed, those that it asked most.
 LISTED_MODELS = 50
-
-
-def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, str], list[int]]:
-    """Return the sums of a window by client and model, put together as in `read_tallies`."""
-    totals = (
-        "sum(requests), sum(errors), sum(prompt_tokens), sum(completion_tokens), max(last_seen)"
-    )
-    hours = db.execute(
-        f"SELECT client, model, {totals} FROM client_rollups "
-        "WHERE hour >= :nearest_hour AND hour < :end_hour GROUP BY client, model",
-        window.values(),
-    )
-    sums = {(client, model): numbers for client, model, *numbers in hours}
-    hour_begin = window.nearest_hour * HOUR_MS
-    is_missing = window.begin < hour_begin
-    span = (window.begin, hour_begin) if is_missing else (hour_begin, window.begin)
-    rows = db.execute(
-        f"SELECT client, {COUNTED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
-        "WHERE timestamp >= ? AND timestamp < ? AND failed NOTNULL GROUP BY 1, 2",
-        span,
-    ).fetchall()
-    by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
-    for client, model, *numbers in rows:
-        key = (client if client in by_name else OTHER_CLIENTS, model)
-        last_seen = max(numbers.pop(), sums.get(key, [0])[-1])
-        sign = 1 if is_missing else -1
-        counted = sums.get(key, [0] * len(CLIENT_SUMS))
-        # Without the moment, which is the last of both.
-        changed = [old + sign * number for old, number in zip(counted[:-1], numbers, strict=True)]
-        sums[key] = [*changed, last_seen]
-    return {key: numbers for key, numbers in sums.items() if numbers[0] > 0}
 
 
 def read_clients(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
@@ -22281,7 +22312,7 @@ summary { cursor: pointer; } select { padding-right: 0; }
 .strip span { display: block; font-size: .75rem; color: var(--quiet); }
 .strip b { font-size: 1.125rem; font-weight: 600; letter-spacing: -.01em; white-space: nowrap; }
 .strip small { font-size: .75rem; color: var(--quiet); margin-left: .3rem; }
-.chips { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+.chips { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
 .chip { position: relative; } .chip > summary { display: flex; gap: .5rem; align-items: center;
   padding: .25rem .7rem; min-height: 2.1rem; background: var(--card); list-style: none;
   border: 1px solid var(--line); border-radius: 10px; }
@@ -22514,6 +22545,7 @@ td.number, th.number { text-align: right; }
       value="24" selected>24 hours<option value="168">7 days</select></label>
     <label>Model<input name="model" list="models" placeholder="Any"></label>
     <label>Server<input name="upstream" list="upstreams" placeholder="Any"></label>
+    <label>Client<input name="client" list="clients" placeholder="Any"></label>
     <label>Service<select name="service_type"><option value="">Any<option
       value="openai">OpenAI<option value="ollama">Ollama</select></label>
     <label>Across<select name="x"></select></label>
@@ -22532,7 +22564,7 @@ td.number, th.number { text-align: right; }
     <p class="unseen" id="chart-says" role="status"></p>
     <div class="legend" id="legend" role="group" aria-label="Models shown"></div>
     <div id="chart-empty"></div></section>
-  <div class="pair">
+  <div class="pair" id="times">
     <section class="card"><div class="heading"><h2>Tokens per second, by the hour</h2>
       <span class="small">dotted: the same hours before</span></div>
       <figure class="chart short-chart" id="speed-chart"></figure></section>
@@ -22575,7 +22607,8 @@ td.number, th.number { text-align: right; }
   <label>Message<textarea name="message">Say hello in one sentence.</textarea></label>
   <p class="line"><button class="main" id="try-send">Send</button>
     <button type="button" class="stop" id="try-stop" hidden>Stop</button>
-    <button type="button" class="close push">Close</button></p>
+    <button type="button" class="push" id="try-compare">Compare</button>
+    <button type="button" class="close">Close</button></p>
   <p class="small" id="try-note" role="status"></p><p class="is-bad" id="try-error"
     role="alert"></p>
   <div class="said" id="try-answer" tabindex="0" aria-label="Answer"></div></form></dialog>
@@ -23370,15 +23403,21 @@ async function tryIt(event) {
   byId("try-send").disabled = false;
   refresh();
 }
+/** Take what stands in Try it to the view that asks several models. */
+function compareThis() {
+  const {model, message} = valuesOf(byId("try-form"));
+  location.assign(`/compare?${queryOf({model, message, request: app.earlierOf})}`);
+}
 const suggestModels = () => askJson("/v1/models").then(
   ({data}) => suggest("models", data.map(model => model.id)),
   error => say(byId("try-error"), error.message));
 /** Open Try it, maybe with the conversation of a request. */
-function openTry(model, messages) {
+function openTry(model, messages, id) {
   const form = byId("try-form"), last = messages?.at(-1);
   const isText = last?.role === "user" && typeof last.content === "string";
   if (model) form.elements.model.value = model;
   if (messages) {
+    app.earlierOf = id;
     app.earlier = isText ? messages.slice(0, -1) : messages;
     form.elements.message.value = isText ? last.content : "";
   }
@@ -23660,11 +23699,21 @@ function withFits(row, points) {
     prefill: prefill && 1000 / prefill.slope, decode: decode && 1000 / decode.slope,
     change: speed && before ? speed / before - 1 : null};
 }
+/** The same sums from points, which are of one client. */
+const leadersOf = groups => [...groups.values()].map(points => {
+  const {model, upstream_url} = points[0];
+  const clean = points.filter(one => !one.failed);
+  return {model, upstream_url, requests: points.length, errors: points.length - clean.length,
+    tokens_per_second: quantile(clean.map(one => one.tokens_per_second), .5),
+    ttft_p50_ms: quantile(clean.map(one => one.ttft_ms), .5),
+    ttft_p95_ms: quantile(clean.map(one => one.ttft_ms), .95)};
+});
 const sorting = () => params().get("sort") ?? "-requests";  // a minus is for descending
 function showLeaders() {
   const table = byId("leaders"), by = sorting().replace("-", ""), down = sorting() !== by;
   const groups = groupsOf(app.points, one => JSON.stringify([one.model, one.upstream_url]));
-  const rows = app.leaders.map(row =>
+  const leaders = params().has("client") ? leadersOf(groups) : app.leaders;
+  const rows = leaders.map(row =>
     withFits(row, groups.get(JSON.stringify([row.model, row.upstream_url])) ?? []));
   const compare = (a, b) => ((a[by] ?? -1) > (b[by] ?? -1)) - ((a[by] ?? -1) < (b[by] ?? -1));
   rows.sort((a, b) => down ? compare(b, a) : compare(a, b));
@@ -23673,7 +23722,7 @@ function showLeaders() {
   const fastest = Math.max(1, ...rows.flatMap(row => quantile(row.speeds, .98) ?? 0));
   table.tBodies[0].replaceChildren(...rows.map(row => node("tr", LEADERS.map(([, key, format]) =>
     node("td", {class: format && "number"}, leaderCell(row, key, format, fastest))))));
-  table.hidden = !rows.length;
+  table.closest("section").hidden = !rows.length;
 }
 function leaderCell(row, key, format, fastest) {
   if (key === "model") return node("span", markNode(row.model), named(row.model));
@@ -23707,6 +23756,9 @@ function sortBy(key) {
 }
 /** Two lines over time, each with the same hours of the day or week before. */
 function showTimes() {
+  // Sums of hours know no clients.
+  const hasFigures = !params().has("client") && (app.hours ?? []).some(one => one.requests);
+  byId("times").hidden = !hasFigures;
   for (const [id, key, format] of [["speed-chart", "tokens_per_second", plain],
     ["first-chart", "ttft_p50_ms", seconds]]) {
     const {width, height} = byId(id).getBoundingClientRect();
@@ -23745,13 +23797,13 @@ function lineOf(places, x, kind) {
   return drawn(`path.${kind}`, {d});
 }
 function lensValues() {
-  const {hours, model, upstream, service_type} = valuesOf(byId("lens"));
-  return {hours, model, upstream, service_type};
+  const {hours, model, upstream, client, service_type} = valuesOf(byId("lens"));
+  return {hours, model, upstream: upstream && serverLike(upstream), client, service_type};
 }
 async function loadPerformance() {
   await knowServers();
   await Promise.all([load("performance", {...lensValues(), limit: 2000}, showPerformance),
-    load("trends", lensValues(), showTrends)]);
+    load("trends", {...lensValues(), client: null}, showTrends)]);
 }
 const performanceSoon = paced(loadPerformance, 5000);
 function openPerformance() {
@@ -23954,7 +24006,7 @@ function headNodes(doc) {
     copyNode("Copy as curl", () => curlOf(doc), doc.request_body_cut ||
       doc.request_body_encoding === "base64" || doc.request_body?.includes("\0")),
     doc.transcript.length > 0 && [node("button",
-      {onclick: () => openTry(doc.original_model, messagesOf(doc))}, "Open in Try it"),
+      {onclick: () => openTry(doc.original_model, messagesOf(doc), doc.id)}, "Open in Try it"),
     node("a.button", {href: `/compare?request=${doc.id}`}, "Compare")])];
 }
 /** The requests above and below this one in the list that it was opened from. */
@@ -24255,6 +24307,7 @@ async function openCompare() {
   knowServers();
   for (const name of params().getAll("model").slice(0, LANES_MOST)) addModel(name);
   if (id) await takeRequest(id);
+  if (params().has("message")) form.elements.message.value = params().get("message");
   while (form.querySelectorAll("[name=model]").length < 2) addModel("");
   byId("add-model").onclick = () => addModel("").focus();
   form.addEventListener("submit", compareModels);
@@ -24447,6 +24500,7 @@ byId("try-button").onclick = () => openTry();
 byId("try-form").addEventListener("submit", tryIt);
 byId("try-form").addEventListener("keydown", event =>
   event.key === "Enter" && (event.ctrlKey || event.metaKey) && tryIt(event));
+byId("try-compare").onclick = compareThis;
 byId("try-stop").onclick = () => app.trying?.abort("stopped");
 for (const button of document.querySelectorAll("dialog .close"))
   button.onclick = () => button.closest("dialog").close();

@@ -23116,6 +23116,13 @@ def test_clients_say_who_uses_what(tab: Any) -> None:
     (bob,) = [one for one in get_document(router, "/api/clients") if one["client"] == "bob"]
     assert cells[1] == "2" and cells[2] == "1 · 50 %"
     assert cells[3:5] == [str(bob["prompt_tokens"]), str(bob["completion_tokens"])]
+    tab.goto(f"{router.url}/performance?client=alice")
+    assert wait_until(lambda: tab.text_content("#chart-note") == "2 requests")
+    cells = tab.locator("#leaders tbody td").all_text_contents()
+    assert cells[:3] == ["tiny", "box", "2"]
+    (alice,) = get_document(router, "/api/performance?client=alice")["models"]
+    assert (alice["model"], alice["requests"]) == ("tiny", 2)
+    tab.goto(f"{router.url}/clients")
     tab.click("#who a:has-text('bob')")
     rows = wait_rows(tab, 2)
     assert "so sorry" in rows[0] and "?client=bob" in tab.url
