@@ -19190,7 +19190,7 @@ async def serve_model(context: Context, request: Request) -> None:
     if found is None and nobody_knows_it:
         words = unknown_model(name, list(listed))
         raise NotFound(f"{words}; GET /v1/models lists them all")
-    model = listed[found].rename(name) if found else ListedModel(model_entry(name))
+    model = listed[found] if found else ListedModel(model_entry(name))
     request.writer.send_json(encode_openai_model(model))
 
 
