@@ -2473,6 +2473,18 @@ def has_twice(text: str, name: str) -> bool:
     return [key for key, _, _ in find_members(text, 0)].count(name) > 1
 
 
+def find_twice(text: str, names: Iterable[str]) -> frozenset[str]:
+    """Return which of some names two members of a JSON object have.
+
+    `{"a": 1, "b": 2, "a": 3}`, `("a", "b")`  ->  `{"a"}`
+    """
+    # Nearly always it is enough to count the names, wherever they stand.
+    if "\\u" not in text and all(text.count(f'"{name}"') < 2 for name in names):
+        return frozenset()
+    counts = collections.Counter(key for key, _, _ in find_members(text, 0))
+    return frozenset(name for name in names if counts[name] > 1)
+
+
 def append_members(text: str, members: str) -> str:
     """Return a JSON object with new members at its end, which it must not have yet.
 
@@ -5915,6 +5927,8 @@ class RequestParameters(NamedTuple):
 
     def may_change(self, *path: str) -> bool:
         """Tell whether a member may become another one, or be there or not, by what is said."""
+        if not (self.strips or self.defaults or self.sets):
+            return False
         paths = (*self.strips, *(place for place, _ in (*self.defaults, *self.sets)))
         return any(path[: len(place)] == place[: len(path)] for place in paths)
 
@@ -5984,14 +5998,26 @@ def copy_around(document: Mapping[str, Any], paths: Iterable[Path]) -> dict[str,
     return copied
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same JSON; what is not there is no value."""
+    if any(value is ABSENT or value is IN_THE_WAY for value in (one, other)):
+        return False
+    return json.dumps(one) == json.dumps(other)
+
+
 def find_edits(
-    text: str, before: Mapping[str, Any], after: Mapping[str, Any], paths: Iterable[Path]
+    text: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    paths: Iterable[Path],
+    twice: Container[str],
 ) -> dict[Path, Any]:
     """Return the edits that make one document of another, which differ at some paths at most.
 
     `{"a": {}}`, `{"a": {"b": {"c": 1}}}`, `[("a", "b", "c")]`  ->  `{("a", "b"): {"c": 1}}`
 
-    Where an object of the text has two members of a name, all of them become the same.
+    Where an object of the text has two members of a name, all of them become the same. Those of
+    the text itself are in `twice`.
     """
     edits: dict[Path, Any] = {}
     for path in paths:
@@ -5999,9 +6025,12 @@ def find_edits(
         while size < len(path) and isinstance(member_at(before, path[:size]), dict):
             size += 1
         place = path[:size]
-        if size > 1 and len(list(find_values(text, 0, [place[:-1]]))) > 1:
+        is_twice = path[0] in twice
+        if size > 1 and (is_twice or len(list(find_values(text, 0, [place[:-1]]))) > 1):
             place = path[:1]
-        edits[place] = member_at(after, place)
+        value = member_at(after, place)
+        if is_twice or not is_same(value, member_at(before, place)):
+            edits[place] = value
     # What is written as a whole has the edits inside of it, and what is not there needs none.
     return {
         place: value
@@ -6055,6 +6084,7 @@ def change_parameters(
     stripped = copy_around(document, [*parameters.strips, *paths])
     text = strip_members(text, stripped, parameters.strips, note_change)
     changed = copy_around(stripped, paths)
+    twice = find_twice(text, {str(path[0]) for path in paths})
     touched = []
     for kind, path, value in (*thinks, *defaults):
         # Null says nothing of how much to think.
@@ -6063,11 +6093,11 @@ def change_parameters(
             touched.append(path)
             note_change(f"{kind} {tell_value(path, value)}")
     for path, value in parameters.sets:
-        if not is_set(member_at(changed, path), value):
+        if path[0] in twice or not is_set(member_at(changed, path), value):
             put_value(changed, path, json.loads(value))
             touched.append(path)
             note_change(f"set {tell_value(path, value)}")
-    edits = find_edits(text, stripped, changed, touched)
+    edits = find_edits(text, stripped, changed, touched, twice)
     return edit_json(text, edits) if edits else text, changed
 
 
@@ -16177,8 +16207,9 @@ class Candidate:
         # Whether the router asks for the usage event of the stream, for its log. The client has not
         # asked for it and does not get it.
         self.hide_usage = False
-        # What its parameters have changed in the request, in words; which members were added, and
-        # which of those that could be are refused.
+        # What becomes of the members of the request, and in words what has become of them; which
+        # members were added, and which of those that could be are refused.
+        self.parameters = NO_PARAMETERS
         self.changes: list[str] = []
         self.added: list[AddedMember] = []
         self.refused: frozenset[AddedMember] = frozenset()
@@ -16884,6 +16915,7 @@ class Exchange:
         key = candidate.key
         known = refused_members.get(key, frozenset())
         candidate.refused = known
+        candidate.parameters = self.parameters_of(candidate)
         while True:
             response = await self.send(candidate)
             if response.head.status not in (400, 422) or not candidate.added:
@@ -16912,7 +16944,7 @@ class Exchange:
             and find_protocol(self.upstream_path(candidate)).usage_option
             and not self.parsed.wants_usage
             and USAGE_MEMBER not in candidate.refused
-            and not self.parameters_of(candidate).may_change("stream_options", "include_usage")
+            and not candidate.parameters.may_change("stream_options", "include_usage")
             and candidate.key not in self.context.upstreams.models_with_timings
         )
 
@@ -16950,7 +16982,7 @@ class Exchange:
             include_usage=candidate.hide_usage,
             strip_attribution=settings.strip_attribution and not server.is_anthropic,
             flatten_namespaces=self.flattens_namespaces(candidate),
-            parameters=self.parameters_of(candidate),
+            parameters=candidate.parameters,
             note_change=candidate.changes.append,
             refused=candidate.refused,
             note_added=candidate.added.append,
@@ -17022,7 +17054,7 @@ class Exchange:
             timing=self.timing,
             limits=self.context.limits,
             begun=begun,
-            changes_choices=self.parameters_of(candidate).may_change("n"),
+            changes_choices=candidate.parameters.may_change("n"),
             has_long_prompt=self.has_long_prompt,
             note_opened=candidate.note_opened,
             tool_names=self.parsed.tool_names if self.flattens_namespaces(candidate) else None,
