@@ -1178,6 +1178,8 @@ class Limits:
     span_batch: int = 512
     waiting_spans: int = 2048
     span_timeout: float = 10.0
+    # At the end of the router the last ones are given up after so long.
+    last_spans_timeout: float = 1.0
     # A secret of at least so many octets is looked for in the answers that are kept, and hidden
     # there. To look for a shorter one, such as `test`, would hide plain words.
     echoed_secret: int = 16
@@ -15234,6 +15236,18 @@ def encode_spans(sources: Iterable[FinishedSpan], service_name: str) -> bytes:
     )
 
 
+def read_rejected(content: bytes) -> int:
+    """Return how many of the spans that it got a collector has not taken.
+
+    `{"partialSuccess": {"rejectedSpans": "3"}}`  ->  3;  `{}`  ->  0
+    """
+    partial = (parse_object(content) or {}).get("partialSuccess")
+    rejected = partial.get("rejectedSpans") if isinstance(partial, dict) else None
+    # Integers of 64 bits are texts in protobuf's JSON; some collectors write numbers.
+    found = re.fullmatch("[0-9]{1,19}", str(rejected))
+    return int(found[0]) if found else 0
+
+
 class SpanExporter:
     """Sends spans to the collector, in a thread of its own."""
 
@@ -15271,7 +15285,7 @@ class SpanExporter:
         """Send what waits, if the collector takes it at once."""
         self.closing.set()
         self.has_batch.set()
-        self.thread.join(1.0)
+        self.thread.join(self.limits.last_spans_timeout)
 
     def run(self) -> None:
         """Send batch after batch; one that the collector does not take is tried again later."""
@@ -15279,12 +15293,12 @@ class SpanExporter:
             self.has_batch.wait(self.limits.span_interval)
             self.has_batch.clear()
             while self.waiting and self.send_batch():
-                pass
+                # As long as there are some, and the collector takes them.
+                continue
 
     def send_batch(self) -> bool:
         """Send the oldest spans; tell whether the collector has answered for them."""
         batch = list(itertools.islice(self.waiting, self.limits.span_batch))
-        rejected = 0
         try:
             status, content = self.post(encode_spans(batch, self.service_name))
         except OSError as error:
@@ -15296,14 +15310,12 @@ class SpanExporter:
         for _ in batch:
             self.waiting.popleft()
         if status >= 400:
-            rejected = len(batch)
-            self.report(f"status {status}: {read_error(content)[:200]}")
+            self.dropped += len(batch)
+            words = read_error(content)[: self.limits.error_text]
+            self.report(f"status {status}: {words}")
         else:
-            partial = (parse_object(content) or {}).get("partialSuccess") or {}
-            with contextlib.suppress(TypeError, ValueError):
-                rejected = int(partial.get("rejectedSpans") or 0)
+            self.dropped += read_rejected(content)
             self.error = ""
-        self.dropped += rejected
         return True
 
     def post(self, content: bytes) -> tuple[int, bytes]:
@@ -16217,8 +16229,10 @@ class Candidate:
         # Whether its answer began inside of a block of thinking that the model's template opened;
         # None while nothing speaks for or against it.
         self.opened_thinking: bool | None = None
-        # Whether another instance could be asked instead; whether there is no other at all.
+        # Whether it, or another one, could be asked after it.
         self.has_next = False
+        # Whether nothing else was asked before it either, so that its response is the answer,
+        # whatever it says.
         self.is_only = False
         # Whether the attempt stands in the record already, because its response counted as an
         # answer; and whether one before it stands there that was the same.
@@ -16315,10 +16329,11 @@ class Candidates:
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(instance, self.dialect, health)
         candidate.has_next = bool(self.left)
-        candidate.is_only = self.count == 1
         if self.asleep or self.woken:
             candidate.has_next = candidate.has_next or self.can_wake() or self.may_start(instance)
             candidate.again = instance == self.woken and self.last_status is not None
+        # One that has just been woken is asked again itself.
+        candidate.is_only = self.count == 1 and not candidate.has_next
         return candidate
 
     def give_back(self) -> None:

@@ -14547,6 +14547,24 @@ def test_a_machine_that_loads_its_model_when_it_is_awake() -> None:
         assert post_chat(router, "m").status == 503
 
 
+def test_a_machine_that_loads_its_model_is_asked_on_one_connection() -> None:
+    loading = json_response({"error": {"message": "Loading model", "code": 503}}, 503)
+    with (
+        SleepingServer() as sleeper,
+        router_of_sleepers({"s": sleeper.record}, m=["s/m"]) as router,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        sleeper.upstream.script = lambda received: loading
+        asked = pool.submit(post_chat, router, "m")
+        assert sleeper.packets.recv(2000)
+        sleeper.wake()
+        assert wait_until(lambda: len(sleeper.upstream.requests) > 4)
+        sleeper.upstream.script = well_behaved
+        assert asked.result().status == 200
+        used = {received.connection for received in sleeper.upstream.requests}
+        assert len(used) == 1
+
+
 def test_who_is_woken() -> None:
     failing = {"500": 500, "503": 503, "404": 404, "429": 429, "400": 400, "200": 200}
     with contextlib.ExitStack() as stack:
@@ -16520,6 +16538,25 @@ def test_spans_come_in_batches_and_again(collector: Collector) -> None:
     assert max(map(len, sizes)) <= 512 and sum(map(len, sizes[1:])) == 1300
     assert exporter.dropped == len(sizes[1]) + 3
     assert len(lines) == 2 and "503" in lines[0] and "400: bad spans" in lines[1]
+
+
+def test_a_collector_that_says_something_odd(collector: Collector) -> None:
+    lines: list[str] = []
+    collector.answers = [(200, b'{"partialSuccess": "yes"}'), (400, b"[[[")]
+    exporter = make_exporter(collector.url, lines, span_interval=0.05)
+    for number in range(3):
+        exporter.add(new_record(number), make_row(number))
+        assert wait_until(lambda: not exporter.waiting)
+    exporter.close()
+    assert (len(collector.contents), exporter.dropped) == (3, 1)
+    for content, rejected in (
+        (b'{"partialSuccess": {"rejectedSpans": "3"}}', 3),
+        (b'{"partialSuccess": {"rejectedSpans": 4}}', 4),
+        (b'{"partialSuccess": {"rejectedSpans": 1e999}}', 0),
+        (b'{"partialSuccess": [3]}', 0),
+        (b"{", 0),
+    ):
+        assert smolrouter.read_rejected(content) == rejected, content
 
 
 def test_places_in_a_trace() -> None:
