@@ -8738,6 +8738,18 @@ class Target(NamedTuple):
     # What the routing file says of an alias.
     stated: ModelFacts = NO_FACTS
 
+    def reached_by(self, route: Target) -> Target:
+        """Return this target with what the route says, too, that leads here.
+
+        An alias is nearer to the model than a route, and a route is nearer to who asks: of thinking
+        and of parameters the word of the alias wins, of the priority that of the route.
+        """
+        return self._replace(
+            thinking=merge_thinking(self.thinking, route.thinking),
+            priority=route.priority or self.priority,
+            parameters=merge_parameters(self.parameters, route.parameters),
+        )
+
     def __str__(self) -> str:
         if self.alias:
             return f"alias {self.alias}"
@@ -9457,13 +9469,7 @@ class TableReader:
             name = alias.read()
             known = ", ".join(self.aliases) or "none"
             alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
-            target = self.aliases[name]
-            # The alias is nearer to the model than the route, and the route to who asks.
-            return target._replace(
-                thinking=merge_thinking(target.thinking, own.thinking),
-                priority=own.priority or target.priority,
-                parameters=merge_parameters(target.parameters, own.parameters),
-            )
+            return self.aliases[name].reached_by(own)
         if model in given:
             # This only checks it: the template is kept as it stands there.
             model.read(lambda template: check_template(template, pattern))
@@ -9961,16 +9967,17 @@ def resolve(
         catalogue=catalogue,
     )
     claim = first_claim(ROUTE_ORDER, query, trail)
-    ruling = claim
-    if not claim.target.instances and claim.route != UNCLAIMED:
+    route, target = claim
+    if not target.instances and route != UNCLAIMED:
         # The rule says the model alone. Its template may have become nothing.
-        model = claim.target.model or mapped_model
+        model = target.model or mapped_model
         query = query._replace(requested_model=model, mapped_model=model, names=names_to_try(model))
         claim = first_claim(SERVER_ORDER, query, trail)
+        target = claim.target.reached_by(target)
     # An instance that names no model is asked for the mapped one, or for that of the rule.
     instances = tuple(
         Instance(catalogue.with_api(instance.server), instance.model or query.mapped_model)
-        for instance in claim.target.instances
+        for instance in target.instances
     )
     # A name that was found on a list is one that its server knows.
     if claim.route != BY_LIST:
@@ -9978,14 +9985,14 @@ def resolve(
     return Decision(
         requested_model=requested_model,
         mapped_model=mapped_model,
-        route=ruling.route,
-        strategy=claim.target.strategy,
+        route=route,
+        strategy=target.strategy,
         instances=instances,
         trail=tuple(trail),
         found_by=claim.route,
-        thinking=ruling.target.thinking,
-        priority=ruling.target.priority or claim.target.priority or NORMAL,
-        parameters=ruling.target.parameters,
+        thinking=target.thinking,
+        priority=target.priority or NORMAL,
+        parameters=target.parameters,
     )
 
 

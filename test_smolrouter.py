@@ -11080,6 +11080,27 @@ def test_no_decision_by_list_where_that_is_not_wanted() -> None:
         assert decision.instances == () and not decision.trail[-1].matched
 
 
+def test_what_an_alias_says_counts_however_a_route_names_it() -> None:
+    words = {"thinking": "keep", "think": "off", "strip": "stop", "priority": "low"}
+    routed = {"thinking": "move", "default": {"seed": 1}}
+    document = {
+        "aliases": {"calm": {"instances": [{"url": "http://a:1", "model": "m"}], **words}},
+        "routes": [
+            {"match": {"model": "by-alias"}, "route": {"alias": "calm", **routed}},
+            {"match": {"model": "by-model"}, "route": {"model": "calm", **routed}},
+            {"match": {"model": "hurried"}, "route": {"model": "calm", "priority": "high"}},
+        ],
+    }
+    table = routing(json.dumps(document))
+    by_alias = smolrouter.resolve(table, "by-alias", HOME)
+    by_model = smolrouter.resolve(table, "by-model", HOME)
+    assert by_model.parameters == by_alias.parameters
+    assert by_model.parameters.describe() == ["think off", "strip stop", "default seed = 1"]
+    assert by_model.thinking == by_alias.thinking == smolrouter.Thinking("keep")
+    assert by_model.priority == by_alias.priority == "low"
+    assert smolrouter.resolve(table, "hurried", HOME).priority == "high"
+
+
 def test_decisions_are_remembered_until_a_list_changes() -> None:
     table = listing_table()
     first, second = catalogue_of(table), catalogue_of(table, {"e": ("only-a",)})
