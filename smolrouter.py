@@ -979,6 +979,13 @@ class Limits:
     json_depth: int = 200
     json_values: int = 1_000_000
     json_nodes: int = 250_000
+    # How deep the user's last text is looked for: `messages`, its last element, `content`, its last
+    # element and `text` are five steps.
+    text_path: int = 5
+    # So many levels of namespaces inside of each other are flattened; what lies deeper stays.
+    namespace_levels: int = 10
+    # A part of a form whose head is longer is not looked at for the model.
+    part_head: int = 16 * KiB
     # Content from this length on is read in a thread, so that nobody waits for it.
     long_content: int = MiB
 
@@ -998,11 +1005,15 @@ class Limits:
     # until the tag comes that closes it. Behind a backtick, a tag waits for the other one so long.
     held_thinking: int = 64 * KiB
     code_span: int = 4 * KiB
+    # First halves of characters that wait for the second, at most one for each text of a stream.
+    half_characters: int = 64
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
     # An answer that has said nothing up to this length, but begins and pings, counts as one all the
     # same where another instance could be asked: what it has sent is kept back until then.
     silent_beginning: int = 64 * KiB
+    # Whether an answer says nothing for lack of room is looked at up to this length.
+    empty_answer: int = 16 * KiB
     # An error answer kept while the next instance is tried; a longer one counts as none.
     buffered_error: int = MiB
 
@@ -1015,8 +1026,19 @@ class Limits:
     # In rows, lists and metrics a longer text is cut, and ends with a hash: there are many of them,
     # and they stay for long.
     shown_name: int = 256
-    # A row has so much of the user's last words and of the answer.
+    # An error says so many names of models or servers, of those that there are.
+    names_in_error: int = 5
+    # A row has so many characters of the user's last words and of the answer. To find these, so
+    # many octets of the answer's text are taken, and so much of the answer is searched: a model may
+    # think for long before it says anything.
     preview: int = 120
+    previewed_text: int = 2 * KiB
+    searched_answer: int = MiB
+    # Where no client names a conversation, a hash of its beginning does: of so many messages at
+    # most, and of so many characters of each. What follows these, such as the time at the end of a
+    # system prompt, changes from turn to turn.
+    hashed_messages: int = 32
+    hashed_text: int = 2 * KiB
     # So many decisions of the routing are remembered, by model and source host; the one that was
     # used least recently goes. A home has a few dozen of them. Each has a trail with a step for
     # every rule: with a thousand rules, that makes up to 50 MB. The JSON of a trail is remembered
@@ -2845,12 +2867,10 @@ class CharacterJoiner:
     that never gets it is left out: it means nothing.
     """
 
-    __slots__ = ("halves",)
+    __slots__ = ("halves", "limits")
 
-    # So many halves wait, one for each of the texts of a stream.
-    MOST_HALVES = 64
-
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.halves: list[bytes] = []
 
     def needs(self, block: bytes) -> bool:
@@ -2884,7 +2904,7 @@ class CharacterJoiner:
         # Behind an odd number of backslashes, one that begins no escape is the text itself.
         if match["half"].startswith(b"\\") and len(match["slashes"]) % 2:
             return match[0]
-        if len(self.halves) < self.MOST_HALVES:
+        if len(self.halves) < self.limits.half_characters:
             self.halves.append(match["half"])
         return match["slashes"]
 
@@ -2922,7 +2942,7 @@ class EventReader:
         self.format = format
         self.limits = limits
         self.marks = (format.mark, CRLF_MARK)
-        self.characters = CharacterJoiner()
+        self.characters = CharacterJoiner(limits)
         # Whether the server forgets the empty lines between its events.
         self.is_joined = False
         self.joined_mark = JOINED_MARKS[0]
@@ -5135,10 +5155,6 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
 # --- previews -------------------------------------------------------------------------
 # What a person recognises a request by: how the user's last words begin, and how the answer does.
 
-# So much of an answer is looked at for its beginning: a model may think for long before it.
-SEARCHED_ANSWER = MiB
-# So many octets of its text are enough for a preview.
-PREVIEWED_TEXT = 2 * KiB
 # What no text has that a filter would change.
 PLAIN_TEXT = re.compile(r"[^<\[\u25c1]*")
 # What agents put around and between the words of their users: Claude Code, Codex and Cline.
@@ -5209,11 +5225,11 @@ def unescape_text(escaped: bytes) -> str:
 def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
     """Return how the texts that a pattern finds in an answer begin, without thinking."""
     text = ""
-    for enough in (PREVIEWED_TEXT, SEARCHED_ANSWER):
+    for enough in (LIMITS.previewed_text, LIMITS.searched_answer):
         pieces = []
         size = 0
         group = None
-        for match in pattern.finditer(answer, 0, SEARCHED_ANSWER):
+        for match in pattern.finditer(answer, 0, LIMITS.searched_answer):
             group = group or match.lastindex
             if match.lastindex != group:
                 continue
@@ -5239,7 +5255,7 @@ def read_answer_start(path: str, answer: bytes) -> str:
     asks for it.
     """
     protocol = find_protocol(path)
-    if protocol.openai_path and b'"choices"' in answer[:PREVIEWED_TEXT]:
+    if protocol.openai_path and b'"choices"' in answer[: LIMITS.previewed_text]:
         # A server that speaks OpenAI was asked, in its own words.
         protocol = find_protocol(protocol.openai_path)
     if protocol.said_text is None:
@@ -5283,8 +5299,6 @@ def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
 LONGEST_TOKEN = 6
 # The counts that are looked at; below, a short text may have as many.
 FEWEST_CUT_TOKENS = 64
-# An answer that is longer says something.
-LONGEST_EMPTY_ANSWER = 16 * KiB
 # What ends an answer for which there was no room. One of the words stands in each of them.
 LENGTH_WORDS = (b'"length"', b'"max_tokens"', b'"response.incomplete"')
 LENGTH_END = re.compile(
@@ -5322,7 +5336,7 @@ def has_no_room(answer: bytes) -> bool:
 
     `b'{"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}'`  ->  True
     """
-    if len(answer) > LONGEST_EMPTY_ANSWER:
+    if len(answer) > LIMITS.empty_answer:
         return False
     # Nearly always it is enough to look for the words.
     if not any(answer.rfind(word) >= 0 for word in LENGTH_WORDS) or not LENGTH_END.search(answer):
@@ -5632,11 +5646,6 @@ def facts_of_entries(
 
 # --- requests -------------------------------------------------------------------------
 
-# How deep `append_text` looks for a text: `messages`, its last element, `content`, its last
-# element and `text` are five steps.
-MAX_TEXT_PATH = 5
-
-
 # What stands in a prompt that is a template already filled in, or that shows a model where to
 # fill in: `<|im_start|>`, DeepSeek's with bars of full width, `[INST]`, `<fim_prefix>`, `<PRE>`.
 SPECIAL_TOKEN = re.compile(
@@ -5664,9 +5673,8 @@ CALL_TYPES = ("function_call", "custom_tool_call")
 # One of these words is in every event that names the tool of a call.
 CALL_WORDS = (b'"function_call"', b'"custom_tool_call"', b'_call_arguments.done"')
 NO_TOOL_NAME = re.compile(r"[^A-Za-z0-9_-]")
+# OpenAI's API takes no longer name of a function.
 MAX_TOOL_NAME = 64
-# Above so many levels of namespaces inside of each other nothing is flattened.
-MAX_NAMESPACE_PATH = 20
 
 
 class Tool(NamedTuple):
@@ -5717,7 +5725,8 @@ def find_tools(namespace: Any, path: Path, outer: str = "") -> Iterator[FoundToo
     whole_name = outer + namespace["name"]
     for number, value in enumerate(namespace["tools"]):
         inner_path = (*path, "tools", number)
-        if is_namespace(value) and len(path) < MAX_NAMESPACE_PATH:
+        # Each level is two steps of the path.
+        if is_namespace(value) and len(path) < 2 * LIMITS.namespace_levels:
             yield from find_tools(value, inner_path, f"{whole_name}__")
         else:
             name = name_of(value)
@@ -6357,7 +6366,7 @@ def append_text(path: Path, value: Any, suffix: str) -> dict[Path, str]:
     """
     if isinstance(value, str):
         return {path: value + suffix}
-    if len(path) >= MAX_TEXT_PATH:
+    if len(path) >= LIMITS.text_path:
         return {}
     if isinstance(value, dict):
         # A message of the user has the text in `content`, a part of that in `text`. A message of
@@ -6517,7 +6526,6 @@ def encode_translated(
 # --- requests that are no JSON --------------------------------------------------------
 
 BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"]+)"|([^;\s"]+))', re.IGNORECASE)
-MAX_PART_HEAD = 16 * KiB
 DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)", re.IGNORECASE)
 PARAMETER = re.compile(rb';[ \t]*([^=;"\s]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^;\s"]*))')
 
@@ -6558,7 +6566,7 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
         if end < 0:
             return parsed
         head_start = at + len(mark)
-        head_end = content.find(b"\r\n\r\n", head_start, min(at + MAX_PART_HEAD, end))
+        head_end = content.find(b"\r\n\r\n", head_start, min(at + LIMITS.part_head, end))
         if head_end >= 0 and is_model_part(content[head_start:head_end]):
             refuse_second_model(parsed.model_span != (0, 0), "`model` members")
             model = content[head_end + 4 : end].decode("utf-8", "replace")
@@ -8487,8 +8495,6 @@ LATEST_TAG = ":latest"
 YAML_REMEDY = "needs PyYAML: pip install pyyaml, on Debian apt install python3-yaml; or write JSON"
 # The largest `context_length` that the routing file may state, in tokens.
 LONGEST_CONTEXT = 10**9
-# So many names of models or servers does an error say, of those that there are.
-NAMES_IN_ERROR = 5
 # Fields that the router sets itself in each request: a server's `headers` cannot name them.
 ROUTER_FIELDS = (*HOP_BY_HOP, "content-length", "expect", "via")
 # Members of requests that no parameter can change: what a request is about, and how it is answered.
@@ -8553,10 +8559,6 @@ SESSION_FIELDS = (
     "session-id",
     "x-openwebui-chat-id",
 )
-# So many characters of each text go into the hash, and so many messages are looked at. What
-# follows, such as the time at the end of a system prompt, changes from turn to turn.
-HASHED_TEXT = 2 * KiB
-HASHED_MESSAGES = 32
 
 
 # The members of a request in which its system prompt stands apart from the messages.
@@ -8579,8 +8581,8 @@ def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tupl
     words = document.get(protocol.user_words)
     if isinstance(words, list):
         # The rest may be long, and it says nothing of how the conversation began.
-        count = HASHED_MESSAGES
-        for number, message in enumerate(words[:HASHED_MESSAGES], 1):
+        count = LIMITS.hashed_messages
+        for number, message in enumerate(words[: LIMITS.hashed_messages], 1):
             if isinstance(message, dict) and message.get("role") == "user":
                 count = number
                 break
@@ -8600,7 +8602,7 @@ def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tupl
         if not beginning and role in SYSTEM_ROLES and text.startswith(ATTRIBUTION):
             # Its first line has another value in every request.
             text = text.partition("\n")[2]
-        beginning.append((role, text[:HASHED_TEXT]))
+        beginning.append((role, text[: LIMITS.hashed_text]))
         if role == "user":
             break
     return beginning
@@ -8626,7 +8628,7 @@ def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> 
     for tool in tools if isinstance(tools, list) else ():
         # Agents send so many that to encode all of them would take long.
         encoded += encode_json(tool)
-        if len(encoded) >= HASHED_TEXT:
+        if len(encoded) >= LIMITS.hashed_text:
             break
     beginning = encode_json([document.get("model"), *read_beginning(protocol, document)])
     return hashlib.sha256(encoded + beginning).hexdigest()[:12]
@@ -10021,7 +10023,7 @@ def find_server(table: RoutingTable, name: str) -> Server:
     # With two servers of one name, the one of the routing file is last, and counts.
     servers = {server.name: server for server in table.all_servers()}
     if name not in servers:
-        names = ", ".join(list(servers)[:NAMES_IN_ERROR]) or "none"
+        names = ", ".join(list(servers)[: LIMITS.names_in_error]) or "none"
         raise NotFound(f"no such server {name[:80]!r}; there are {names}")
     return servers[name]
 
@@ -13537,13 +13539,13 @@ def unknown_model(model: str, names: Sequence[str]) -> str:
     words = f"no such model {model[:80]!r}"
     # The comparison takes quadratic time; a menu is not that long.
     listed = [name[:80] for name in names[:1000]]
-    nearest = difflib.get_close_matches(without_tag(model)[:80], listed, NAMES_IN_ERROR, 0.5)
+    nearest = difflib.get_close_matches(without_tag(model)[:80], listed, LIMITS.names_in_error, 0.5)
     if len(nearest) == 1:
         return f"{words}; the nearest is {nearest[0]}"
     if nearest:
         return f"{words}; the nearest are {', '.join(nearest)}"
     if listed:
-        return f"{words}; there are {', '.join(listed[:NAMES_IN_ERROR])}"
+        return f"{words}; there are {', '.join(listed[: LIMITS.names_in_error])}"
     return words
 
 
@@ -17143,7 +17145,7 @@ class Exchange:
 
     async def look_for_cut(self) -> None:
         """Note whether the server has cut the prompt, as its answer shows."""
-        if not self.has_long_prompt and self.record.pieces_size > LONGEST_EMPTY_ANSWER:
+        if not self.has_long_prompt and self.record.pieces_size > LIMITS.empty_answer:
             return
         coding = read_coding(self.candidate.response.head.fields)
         answer = b"".join(self.record.pieces) + self.record.answer_end
@@ -17352,7 +17354,7 @@ async def find_model(context: Context, request: Request) -> tuple[str, Step]:
     names = []
     with contextlib.suppress(BadGateway):
         names = [model.name[:80] for model in await context.list_models(request)]
-    examples = f", such as {', '.join(names[:NAMES_IN_ERROR])}" if names else ""
+    examples = f", such as {', '.join(names[: LIMITS.names_in_error])}" if names else ""
     raise MalformedContent(NO_MODEL + examples)
 
 
