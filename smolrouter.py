@@ -4188,15 +4188,16 @@ FEWEST_THINKING_TOKENS = 1024
 # By one of these, a client of a chat says itself how much is to be thought.
 CHAT_THINK_MEMBERS = ("reasoning_effort", "reasoning", "thinking", "think", "enable_thinking")
 TEMPLATE_THINK_MEMBERS = ("enable_thinking", "thinking")
-# What adds members to a request, by their places: none where its client has said it itself.
+# Members that the router adds to a request, by their paths.
 Additions = dict[Path, Any]
 
 
 def think_in_chat(think: str, document: Mapping[str, Any]) -> Additions:
     """Return what says to a server of OpenAI's chats how much to think.
 
-    `off`  ->  both names that templates have for it as false, and the effort `none`
-    `on`, `low`  ->  `chat_template_kwargs.enable_thinking` as true; the effort `low`
+    `off`  ->  the effort `none`, and false for both names that templates have for thinking
+    `on`   ->  `chat_template_kwargs.enable_thinking` is true
+    `low`  ->  the effort `low`
     """
     template = document.get("chat_template_kwargs")
     in_template = isinstance(template, dict) and any(
@@ -4214,7 +4215,10 @@ def think_in_chat(think: str, document: Mapping[str, Any]) -> Additions:
 
 
 def think_in_responses(think: str, document: Mapping[str, Any]) -> Additions:
-    """Return what says to a server of /v1/responses how much to think."""
+    """Return what says to a server of /v1/responses how much to think.
+
+    `off`  ->  `{("reasoning", "effort"): "none"}`
+    """
     reasoning = document.get("reasoning")
     if isinstance(reasoning, dict) and reasoning.get("effort") is not None:
         return {}
@@ -4223,6 +4227,8 @@ def think_in_responses(think: str, document: Mapping[str, Any]) -> Additions:
 
 def think_in_messages(think: str, document: Mapping[str, Any]) -> Additions:
     """Return what says to a server of /v1/messages how much to think.
+
+    `off`  ->  `{("thinking",): {"type": "disabled"}}`
 
     At most half of `max_tokens` may be thoughts, so that there is room for the answer.
     """
@@ -4240,11 +4246,14 @@ def think_in_messages(think: str, document: Mapping[str, Any]) -> Additions:
 
 
 def think_in_ollama(think: str, document: Mapping[str, Any]) -> Additions:
-    """Return what says to a server of Ollama's how much to think."""
+    """Return what says to a server of Ollama's how much to think.
+
+    `off`  ->  `{("think",): False}`;  `high`  ->  `{("think",): "high"}`
+    """
     if document.get("think") is not None:
         return {}
-    wishes = {THINK_OFF: False, THINK_ON: True}
-    return {("think",): wishes.get(think, think)}
+    switches = {THINK_OFF: False, THINK_ON: True}
+    return {("think",): switches.get(think, think)}
 
 
 def encode_responses_failure(error: RouterError) -> bytes:
@@ -4286,7 +4295,7 @@ class Protocol(NamedTuple):
     raw_openai_path: str = ""
     # Whether prompts go to the model as they are, without a template around them.
     raw_prompts: bool = False
-    # Adds to a request how much is to be thought, unless the request says so itself.
+    # Says which members tell a server how much to think, none where the request says it itself.
     add_think: Callable[[str, Mapping[str, Any]], Additions] | None = None
 
     # The shape of answers and of their events.
@@ -4613,7 +4622,7 @@ def may_be_whole(protocol: Protocol, format: EventFormat, data: bytes, closed: b
 
 
 # The id of an answer that its server keeps, as all of them write it.
-RESPONSE_ID = re.compile(rb'"id" ?: ?"(resp_[^"\\\\]{1,200})"')
+RESPONSE_ID = re.compile(rb'"id" ?: ?"(resp_[^"\\]{1,200})"')
 
 
 class Opening:
@@ -5116,15 +5125,16 @@ def split_results(messages: list[Any]) -> list[Any]:
     split = []
     for message in messages:
         blocks = message.get("content") if isinstance(message, dict) else None
-        groups: list[list[Any]] = [[]]
+        groups: list[list[Any]] = []
+        begins_group = True
         for block in blocks if isinstance(blocks, list) else ():
             is_result = isinstance(block, dict) and block.get("type") == "tool_result"
-            if is_result or not groups[-1]:
-                groups += [[block], []] if is_result else [[block]]
-            else:
-                groups[-1].append(block)
-        filled = [group for group in groups if group]
-        split += [{**message, "content": group} for group in filled] or [message]
+            if begins_group or is_result:
+                groups.append([])
+            groups[-1].append(block)
+            # What follows a result stands apart from it.
+            begins_group = is_result
+        split += [{**message, "content": group} for group in groups] or [message]
     return split
 
 
@@ -5155,7 +5165,7 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
 # --- previews -------------------------------------------------------------------------
 # What a person recognises a request by: how the user's last words begin, and how the answer does.
 
-# What no text has that a filter would change.
+# A text without any character that a tag of thinking begins with: no filter would change it.
 PLAIN_TEXT = re.compile(r"[^<\[\u25c1]*")
 # What agents put around and between the words of their users: Claude Code, Codex and Cline.
 CONTEXT_ELEMENT = re.compile(
@@ -5197,13 +5207,13 @@ def read_last_words(protocol: Protocol, document: Mapping[str, Any]) -> str:
         if not isinstance(text, str):
             # The result of a tool may come as a message of the user, too, or stand in one.
             split = {protocol.user_words: split_results([element])}
-            said = read_messages(protocol, split, tolerant=True)
-            users = [message for message in said if message.role == "user"]
+            messages = read_messages(protocol, split, tolerant=True)
+            users = [message for message in messages if message.role == "user"]
             text = "".join(itertools.chain.from_iterable(message.texts for message in users))
         # While tools are called, an agent may say something of its own in the user's name.
-        said_text = without_context(text)
-        if said_text:
-            return said_text
+        users_text = without_context(text)
+        if users_text:
+            return users_text
         last = last or text
     return last
 
@@ -5223,17 +5233,23 @@ def unescape_text(escaped: bytes) -> str:
 
 
 def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
-    """Return how the texts that a pattern finds in an answer begin, without thinking."""
+    """Return how the texts that a pattern finds in an answer begin, without thinking.
+
+    CONTENT_MEMBER, `b'{"content":"<think>hm</think>"}{"content":"Hi"}'`  ->  `Hi`
+
+    Where the first octets of the text are nothing but thinking, more of it is read.
+    """
     text = ""
     for enough in (LIMITS.previewed_text, LIMITS.searched_answer):
         pieces = []
         size = 0
-        group = None
+        first_group = None
         for match in pattern.finditer(answer, 0, LIMITS.searched_answer):
-            group = group or match.lastindex
-            if match.lastindex != group:
+            # What another group finds than the first match did is the same text again.
+            first_group = first_group or match.lastindex
+            if match.lastindex != first_group:
                 continue
-            pieces.append(match[group])
+            pieces.append(match[first_group])
             size += len(pieces[-1])
             if size >= enough:
                 break
@@ -5299,6 +5315,9 @@ def estimate_tokens(messages: Iterable[Mapping[str, Any]]) -> int:
 LONGEST_TOKEN = 6
 # The counts that are looked at; below, a short text may have as many.
 FEWEST_CUT_TOKENS = 64
+# A prompt is taken for cut only if its server counts less than half of the tokens that it has at
+# least. A request with fewer characters, all in all, cannot show that.
+SHORTEST_CUT_PROMPT = 2 * LONGEST_TOKEN * FEWEST_CUT_TOKENS
 # What ends an answer for which there was no room. One of the words stands in each of them.
 LENGTH_WORDS = (b'"length"', b'"max_tokens"', b'"response.incomplete"')
 LENGTH_END = re.compile(
@@ -7828,7 +7847,7 @@ def prompt_characters(parsed: ParsedRequest) -> int:
 def find_cut(parsed: ParsedRequest, answer: bytes, context: int | None) -> str:
     """Return in words that a server has cut the prompt of a request, "" if nothing shows it."""
     remedy = "give it a longer one: num_ctx (Ollama), -c (llama.cpp), max_model_len (vLLM)"
-    if len(parsed.content) >= 2 * LONGEST_TOKEN * FEWEST_CUT_TOKENS:
+    if len(parsed.content) >= SHORTEST_CUT_PROMPT:
         tokens = read_usage(answer).prompt
         # The content has more characters than the words in it, which are counted only now.
         if may_be_cut(tokens, len(parsed.content), context):
@@ -17040,7 +17059,7 @@ class Exchange:
     def has_long_prompt(self) -> bool:
         """Whether the prompt is so long that its server may cut it."""
         is_talk = self.parsed.protocol.user_words != ""
-        return is_talk and len(self.parsed.content) >= 2 * LONGEST_TOKEN * FEWEST_CUT_TOKENS
+        return is_talk and len(self.parsed.content) >= SHORTEST_CUT_PROMPT
 
     def forwarding(self, candidate: Candidate) -> Forwarding:
         """Return what the fields of the request depend on when it goes to this candidate."""
