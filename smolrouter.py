@@ -5486,16 +5486,20 @@ class ListedModel(NamedTuple):
 
 
 def gather_members(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return all that documents say of one model, the first of them first; "" says nothing.
+    """Return the members that documents about one model have, at their tops and in FACT_PLACES.
 
     `{"id": "m", "meta": {"n_ctx_train": 4096}}`  ->  `{"id": "m", ..., "n_ctx_train": 4096}`
+
+    Of several members of one name the first counts that says something; null and "" say nothing.
     """
     members: dict[str, Any] = {}
     for document in documents:
         for place in (document, *(document.get(name) for name in FACT_PLACES)):
-            # Ollama puts the family before it: `qwen3.context_length`.
-            for name, value in place.items() if isinstance(place, dict) else ():
+            if not isinstance(place, dict):
+                continue
+            for name, value in place.items():
                 if value is not None and value != "":
+                    # Ollama puts the family before it: `qwen3.context_length`.
                     members.setdefault(name.rpartition(".")[2], value)
     return members
 
@@ -5511,7 +5515,11 @@ def find_number(members: Mapping[str, Any], *names: str) -> int | None:
 
 def find_word(members: Mapping[str, Any], *names: str) -> str | None:
     """Return the first of these members that is a text, None if none is."""
-    return next((v for v in map(members.get, names) if isinstance(v, str)), None)
+    for name in names:
+        value = members.get(name)
+        if isinstance(value, str):
+            return value
+    return None
 
 
 def read_context_length(members: Mapping[str, Any]) -> int | None:
@@ -5547,18 +5555,18 @@ def read_capabilities(members: Mapping[str, Any]) -> tuple[str, ...] | None:
     parameters = members.get("supported_parameters")
     if isinstance(parameters, list):
         words += [word for word in ("tools", "reasoning") if word in parameters]
-    is_told = bool(words)
+    # A list without anything in it says that the model can do nothing.
+    is_known = bool(words)
     for place in places:
         if isinstance(place, dict):
-            is_told = True
             place = [name for name, value in place.items() if value is True]
         if isinstance(place, list):
-            is_told = True
+            is_known = True
             words += [word for word in place if isinstance(word, str)]
     # `text` is no ability, and what llama.cpp tells of templates is mostly about their form.
-    said = [CAPABILITIES.get(word, word) for word in words if word != "text"]
-    known = [word for word in said if not word.startswith("supports_")]
-    return tuple(dict.fromkeys(known)) if is_told else None
+    renamed = [CAPABILITIES.get(word, word) for word in words if word != "text"]
+    abilities = [word for word in renamed if not word.startswith("supports_")]
+    return tuple(dict.fromkeys(abilities)) if is_known else None
 
 
 def read_load_state(members: Mapping[str, Any]) -> str | None:
@@ -5574,12 +5582,13 @@ def read_facts(*documents: Mapping[str, Any]) -> ModelFacts:
     `{"id": "m", "max_model_len": 4096}`  ->  ModelFacts(context_length=4096, largest_context=4096)
     """
     members = gather_members(documents)
-    type_name = members.get("type")
+    # It may be of any kind, also one that cannot be looked up in a mapping.
+    type_name = str(members.get("type"))
     return ModelFacts(
         context_length=read_context_length(members),
         largest_context=find_number(members, *LARGEST_CONTEXT_MEMBERS),
         capabilities=read_capabilities(members),
-        type=type_name if type_name in [*MODEL_TYPES] else None,
+        type=type_name if type_name in MODEL_TYPES else None,
         state=read_load_state(members),
         parameters=find_number(members, "n_params", "parameter_count"),
         size=find_number(members, "size"),
@@ -5642,7 +5651,12 @@ def read_entries(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def read_further_list(
     path: str, document: Mapping[str, Any], listed: Sequence[ListedModel]
 ) -> dict[str, dict[str, Any]]:
-    """Return what stands in a further list of a server, by the names of its models."""
+    """Return what stands in a further list of a server, by the names of its models.
+
+    `/api/ps`, `{"models": [{"name": "m", "size_vram": 7}]}`  ->  `{"m": {...}}`
+
+    The properties of llama.cpp are those of the only model that it lists.
+    """
     if path == LLAMA_CPP_PROPERTIES:
         return {listed[0].name: dict(document)}
     return read_entries(document)
@@ -5763,13 +5777,14 @@ def function_name(tool: Tool, taken: Container[str], number: int) -> str:
     name = NO_TOOL_NAME.sub("_", wanted)
     if name == wanted and len(name) <= MAX_TOOL_NAME and name not in taken:
         return name
-    first = number
-    while name in taken or number == first:
+    beginning = name
+    while True:
         number += 1
-        meant = f"{tool.namespace}\0{tool.name}\0{number}".encode("utf-8", "surrogatepass")
-        mark = "_" + hashlib.sha256(meant).hexdigest()[:8]
-        name = NO_TOOL_NAME.sub("_", wanted)[: MAX_TOOL_NAME - len(mark)] + mark
-    return name
+        meaning = f"{tool.namespace}\0{tool.name}\0{number}".encode("utf-8", "surrogatepass")
+        mark = "_" + hashlib.sha256(meaning).hexdigest()[:8]
+        name = beginning[: MAX_TOOL_NAME - len(mark)] + mark
+        if name not in taken:
+            return name
 
 
 def list_of(document: Mapping[str, Any], member: str) -> list[Any]:
@@ -5809,6 +5824,7 @@ def read_tool_names(document: Mapping[str, Any]) -> ToolNames:
     names = ToolNames({}, {}, {}, {})
     numbers: collections.Counter[Tool] = collections.Counter()
     for tool, path in found:
+        # A call of the history is of a tool of the request, if that has one of this name.
         if tool is None or (not path and tool in names.functions):
             continue
         function = function_name(tool, taken, numbers[tool])
@@ -5852,7 +5868,10 @@ def flatten_tools(text: str, names: ToolNames, tools: list[Any]) -> str:
 def flatten_choice(choice: Any, names: ToolNames) -> Any:
     """Return what a request says of the tool to be called as a server without namespaces reads it.
 
-    A namespace becomes its only function, or means that one of its functions has to be called.
+    `{"type": "namespace", "name": "web"}` with one tool
+    ->  `{"type": "function", "name": "web__find"}`
+
+    A namespace of several tools means that one of them has to be called.
     """
     if not isinstance(choice, dict):
         return choice
@@ -5955,12 +5974,21 @@ class RequestParameters(NamedTuple):
     # One of THINK_LEVELS, "" where nothing is said.
     think: str = ""
 
+    @property
+    def change_members(self) -> bool:
+        """Whether anything is said of a member, by `strip`, `default` or `set`."""
+        return bool(self.strips or self.defaults or self.sets)
+
     def may_change(self, *path: str) -> bool:
-        """Tell whether a member may become another one, or be there or not, by what is said."""
-        if not (self.strips or self.defaults or self.sets):
+        """Tell whether a member may be taken out, added or changed.
+
+        What is said of a member is said of all inside of it, and changes those around it, too.
+        """
+        # This is asked about each request, and nearly always nothing is said.
+        if not self.change_members:
             return False
-        paths = (*self.strips, *(place for place, _ in (*self.defaults, *self.sets)))
-        return any(path[: len(place)] == place[: len(path)] for place in paths)
+        places = (*self.strips, *(place for place, _ in (*self.defaults, *self.sets)))
+        return any(path[: len(place)] == place[: len(path)] for place in places)
 
     def describe(self) -> list[str]:
         """Return in words what becomes of a request, in the order in which it is done."""
@@ -6159,15 +6187,19 @@ class RequestChanges(NamedTuple):
     """What a request needs on its way to one server."""
 
     model: str
+    # Whether /no_think is appended to the user's last words.
     no_think: bool = False
+    # Whether the usage event of a stream is asked for.
     include_usage: bool = False
+    # Whether the line of ATTRIBUTION goes.
     strip_attribution: bool = False
     flatten_namespaces: bool = False
     parameters: RequestParameters = NO_PARAMETERS
-    # Is told in words what the parameters have changed.
+    # Is called with what the parameters have changed, in words.
     note_change: Callable[[str], None] = ignore
-    # What the server has refused, and is told which members are added.
+    # The members that the server has refused: they are not added.
     refused: frozenset[AddedMember] = frozenset()
+    # Is called with each member that is added.
     note_added: Callable[[AddedMember], None] = ignore
 
     def additions(self, protocol: Protocol, document: Mapping[str, Any], think: str) -> Additions:
@@ -6188,10 +6220,14 @@ class RequestChanges(NamedTuple):
     def apply(
         self, protocol: Protocol, text: str, document: Mapping[str, Any], think: str
     ) -> tuple[str, Mapping[str, Any]]:
-        """Return a request's text and document as the parameters make them."""
+        """Return a request's text and document as the parameters make them.
+
+        `think` is how much is to be thought: what the parameters say, or what the client has said
+        in a dialect of its own.
+        """
         parameters = self.parameters
         additions = self.additions(protocol, document, think)
-        if not (additions or parameters.strips or parameters.defaults or parameters.sets):
+        if not (additions or parameters.change_members):
             return text, document
         return change_parameters(text, document, parameters, additions, self.note_change)
 
@@ -6246,8 +6282,9 @@ class ParsedRequest:
         if not self.protocol.has_namespaces or f'"{NAMESPACE}"' not in self.text:
             return None
         names = read_tool_names(self.document)
-        has_empty = any(is_namespace(tool) for tool in list_of(self.document, "tools"))
-        return names if names.tools or has_empty else None
+        # A namespace without any tool has no names, and must not stay in the request either.
+        has_namespaces = any(is_namespace(tool) for tool in list_of(self.document, "tools"))
+        return names if names.tools or has_namespaces else None
 
     @property
     def wants_usage(self) -> bool:
@@ -6333,7 +6370,7 @@ class Dialect(NamedTuple):
 
 
 def read_stream_wish(protocol: Protocol, document: Mapping[str, Any]) -> bool:
-    """Tell whether a request asks for a stream."""
+    """Tell whether a request asks for a stream: `{"model": "m"}` does in /api/chat alone."""
     wish = document.get("stream")
     if protocol.streams == UNLESS_REFUSED:
         return wish is not False
@@ -6500,14 +6537,16 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     in_query = parsed.query_span != (0, 0)
     if parsed.model and not in_query and changes.model != document.get(named_by):
         edits[(named_by,)] = changes.model
-    # Appending a member needs no search for its place: the usual request is changed by that alone.
+    adds_options = False
     if changes.include_usage:
         changes.note_added(USAGE_MEMBER)
-    adds_options = changes.include_usage and "stream_options" not in document
-    if changes.include_usage and not adds_options:
-        options = document["stream_options"]
-        own_options = options if isinstance(options, dict) else {}
-        edits[("stream_options",)] = {**own_options, "include_usage": True}
+        # Appending a member needs no search for its place: the usual request is changed by that
+        # alone.
+        adds_options = "stream_options" not in document
+        if not adds_options:
+            options = document["stream_options"]
+            own_options = options if isinstance(options, dict) else {}
+            edits[("stream_options",)] = {**own_options, "include_usage": True}
     attribution: Path = ()
     # Nearly always it is nowhere, and then nothing has to be looked at.
     if changes.strip_attribution and ATTRIBUTION in text:
@@ -6565,6 +6604,8 @@ def is_model_part(head: bytes) -> bool:
 
 def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedRequest:
     """Read the `model` part of a multipart form (RFC 7578); without one it is "".
+
+    A form with the part `name="model"` that says `whisper-1`  ->  a request for `whisper-1`
 
     Raises MalformedContent for a form with two of them, or without the boundary that its media
     type tells.
@@ -6690,9 +6731,9 @@ class AnswerPlan(NamedTuple):
         return {("model",): requested}
 
 
-# Every tag has one of these in it as it stands in JSON, and code begins with one of those. They
-# are looked for in every piece of an answer, and so they hardly occur elsewhere: there is a bracket
-# in each event, but no `THINK]`.
+# In JSON every tag has one of TAG_MARKS in it, and code begins with one of CODE_MARKS. They are
+# looked for in every piece of an answer, and so none is taken that often stands elsewhere: there is
+# a `[` in each event, but no `THINK]`.
 TAG_MARKS = (b"<", b"THINK]", "\u25c1".encode())
 CODE_MARKS = (b"`", b"~")
 # Some servers write `<`, a backtick, `~` and what Kimi's tags begin with as escapes.
@@ -6701,8 +6742,8 @@ ESCAPED_MARKS = (*TAG_ESCAPES, b"\\u006", b"\\u007")
 POSSIBLE_TAG_MARKS = (*TAG_MARKS, *TAG_ESCAPES)
 MARKS = (*TAG_MARKS, *CODE_MARKS)
 # Each of the marks and the escapes has one of these octets in it, which hardly occur elsewhere, and
-# by far the fastest search is that for one octet.
-# As numbers: `60 in block` takes a third of the time of `block.rfind(b"<")`.
+# by far the fastest search is that for one octet. They are numbers, because `60 in block` takes a
+# third of the time of `block.rfind(b"<")`.
 MARK_OCTETS = tuple(b"<`~\\K\xe2")
 
 
@@ -6714,13 +6755,8 @@ def may_hold_tag(data: bytes) -> bool:
 def fold_edits(document: Any, path: Path, edits: dict[Path, Any]) -> Any:
     """Return the value at a path, with the edits inside of it done there instead."""
     for inner in [inner for inner in edits if inner[: len(path)] == path != inner]:
-        holder = document
-        for key in inner[:-1]:
-            holder = holder[key]
-        holder[inner[-1]] = edits.pop(inner)
-    for key in path:
-        document = document[key]
-    return document
+        value_at(document, inner[:-1])[inner[-1]] = edits.pop(inner)
+    return value_at(document, path)
 
 
 class Thought(NamedTuple):
@@ -7878,14 +7914,13 @@ def ollama_logprob(entry: Any, most: int) -> dict[str, Any] | None:
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("logprob"), int | float):
         return None
-    told = {
-        name: entry[name] for name in ("token", "logprob", "bytes") if entry.get(name) is not None
-    }
+    names = ("token", "logprob", "bytes")
+    translated = {name: entry[name] for name in names if entry.get(name) is not None}
     others = entry.get("top_logprobs")
     if most and isinstance(others, list) and others:
-        told_others = [ollama_logprob(other, 0) for other in others[:most]]
-        told["top_logprobs"] = [other for other in told_others if other]
-    return told
+        translated_others = [ollama_logprob(other, 0) for other in others[:most]]
+        translated["top_logprobs"] = [other for other in translated_others if other]
+    return translated
 
 
 def read_logprobs(choice: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
@@ -7895,17 +7930,16 @@ def read_logprobs(choice: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
     `{"logprobs": {"content": [{"token": "Hi", "logprob": -0.1}]}}`, as in chats
     ->  `[{"token": "Hi", "logprob": -0.1}]`
     """
-    told = choice.get("logprobs")
-    if not isinstance(told, dict):
+    document = choice.get("logprobs")
+    if not isinstance(document, dict):
         return []
-    entries = told.get("content")
-    if isinstance(told.get("tokens"), list) and isinstance(told.get("token_logprobs"), list):
-        tops = told.get("top_logprobs")
-        tops = tops if isinstance(tops, list) else []
+    entries = document.get("content")
+    tokens = list_of(document, "tokens")
+    logprobs = list_of(document, "token_logprobs")
+    if tokens and logprobs:
         entries = []
-        for token, logprob, top in itertools.zip_longest(
-            told["tokens"], told["token_logprobs"], tops
-        ):
+        columns = itertools.zip_longest(tokens, logprobs, list_of(document, "top_logprobs"))
+        for token, logprob, top in columns:
             others = top.items() if isinstance(top, dict) else ()
             top_logprobs = [{"token": name, "logprob": value} for name, value in others]
             entries.append({"token": token, "logprob": logprob, "top_logprobs": top_logprobs})
@@ -7958,7 +7992,8 @@ class OllamaTranslation:
         self.characters = 0
         # How many probabilities are told at each place, None if nobody asked for them.
         asks = plan.parsed.document.get("logprobs") is True
-        self.top_logprobs = plan.parsed.document.get("top_logprobs") or 0 if asks else None
+        most = plan.parsed.document.get("top_logprobs") or 0
+        self.top_logprobs = most if asks else None
         # How many calls were told, and what the ids of those begin with that have none.
         self.told_calls = 0
         self.call_prefix = f"call_{int(plan.now() * 1e6):x}_"
@@ -8469,8 +8504,9 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         return None
     if format:
         return StreamRewrite(plan, format, EventFilter(plan, format))
-    may_change = plan.rules.any or plan.restores_name or plan.tool_names or plan.has_long_prompt
-    if media_type == "application/json" and may_change:
+    may_change = plan.rules.any or plan.restores_name or plan.tool_names
+    # Whether the prompt was cut stands in the head, which waits for all of the answer then.
+    if media_type == "application/json" and (may_change or plan.has_long_prompt):
         # Its client may get the head of a stream meanwhile, and then it cannot go as it is.
         return BufferedRewrite(plan, filter_document, required=plan.parsed.stream)
     return None
