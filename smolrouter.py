@@ -17639,6 +17639,8 @@ def lane_document(record: RequestRecord, now: float) -> dict[str, Any]:
 FEW_ROWS = 2000
 # From this level on the index `sample`, which section 13 makes, has all that a point shows.
 SAMPLE_LEVEL = 3
+# A hash of 64 bits has no bit above.
+HIGHEST_LEVEL = 63
 HOURS = number_between(1, 24 * 366)
 # A moment in ms UTC.
 MOMENT = number_between(0, 2**50)
@@ -18158,6 +18160,19 @@ def read_hours(db: sqlite3.Connection, window: Window, total: int) -> list[int]:
     return numbers
 
 
+def tests_of_levels(level: int) -> list[str]:
+    """Return the tests that rows of a level or a higher one pass.
+
+    In the index `sample` each level is a list by id. So the levels are named one by one, and of
+    each just the rows of the window are looked at.
+    """
+    if level < SAMPLE_LEVEL:
+        return [f"level >= {level}"]
+    levels = ", ".join(map(str, range(level, HIGHEST_LEVEL + 1)))
+    # The condition of the index itself has to be there, or SQLite does not see that it fits.
+    return [f"level >= {SAMPLE_LEVEL}", f"level IN ({levels})"]
+
+
 def read_points(
     db: sqlite3.Connection, window: Window, level: int, filters: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -18169,10 +18184,8 @@ def read_points(
     index = indexes[0] if indexes else "by_time"
     tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
     tests += [POINT_FILTERS[name] for name in filters]
-    tests.append(f"level >= {level}")
+    tests += tests_of_levels(level)
     if level >= SAMPLE_LEVEL:
-        # The condition of the index itself has to be there, or SQLite does not see that it fits.
-        tests.append(f"level >= {SAMPLE_LEVEL}")
         index = "sample"
     rows = db.execute(
         f"SELECT {POINT_COLUMNS} FROM requests INDEXED BY {index} WHERE {' AND '.join(tests)} "
@@ -18196,10 +18209,8 @@ def read_speeds(db: sqlite3.Connection, window: Window, total: int) -> list[floa
     tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed = 0"]
     if total > FEW_ROWS:
         level = max((total // FEW_SPEEDS).bit_length() - 1, SAMPLE_LEVEL)
-        # The condition of the index itself has to be there, as for the points.
-        tests.append(f"level >= {SAMPLE_LEVEL}")
         index = "sample"
-    tests.append(f"level >= {level}")
+    tests += tests_of_levels(level)
     rows = db.execute(
         f"SELECT {POINT['tokens_per_second']} FROM requests INDEXED BY {index} "
         f"WHERE {' AND '.join(tests)}",
@@ -19623,6 +19634,20 @@ def usual_name(path: str) -> str:
     return path
 
 
+def first_segments(path: str) -> str:
+    """Return the first two segments of a path: `/api/request/5`  ->  `/api/request`."""
+    return "/".join(path.split("/")[:3])
+
+
+# What lies under these paths is the Web UI's.
+WEBUI_PATHS = frozenset(
+    first_segments(path)
+    for endpoint in ENDPOINTS
+    if endpoint.guard in (WEBUI, SIGNIN)
+    for path in endpoint.paths.split()
+)
+
+
 class Found(NamedTuple):
     """What ENDPOINTS says of a method and a path."""
 
@@ -19636,12 +19661,15 @@ class Found(NamedTuple):
     def is_of_api(self, method: str) -> bool:
         """Tell whether a request is one for the model API, as one for an unknown path is, too.
 
-        But what is got from there is what browsers and scanners look for, such as /favicon.ico.
+        But what is got from there is what browsers and scanners look for, such as /favicon.ico,
+        unless it lies under a path of the API.
         """
         if self.of_path:
             return any(endpoint.guard == API for endpoint in self.of_path)
-        is_under_api = self.path.startswith(("/v1/", "/api/"))
-        return is_under_api or method not in ("GET", "HEAD")
+        if method not in ("GET", "HEAD"):
+            return True
+        is_webuis = first_segments(self.path) in WEBUI_PATHS
+        return self.path.startswith(("/v1/", "/api/")) and not is_webuis
 
     def choose_endpoint(self, fields: Fields) -> Endpoint | None:
         """Return who serves a request with these fields; None for nobody."""

@@ -20931,7 +20931,7 @@ def test_every_refused_request_has_a_row(log_folder: LogFolder) -> None:
             found[name] = number[1].decode()
             # No more than twenty are kept of a second.
             time.sleep(0.02)
-        log_folder.wait_for_rows(len(found))
+        log_folder.wait_for_rows(len(found) + 1)
         for name, status, words, is_kept, sent in REFUSED:
             detail = get_document(router, f"/api/request/{found.get(name)}")
             seen = (detail["status_code"], detail["failed"], bool(detail["request_body"]))
@@ -20947,7 +20947,7 @@ def test_every_refused_request_has_a_row(log_folder: LogFolder) -> None:
         assert stats["error_rate"] == pytest.approx(len(REFUSED) / (len(REFUSED) + 1))
         assert stats["refused_without_row"] == 0
         # What is refused of the Web UI is no request to a model, and what browsers look for is not.
-        for path in ("/favicon.ico", "/api/logs?color=red"):
+        for path in ("/favicon.ico", "/api/logs?color=red", "/api/request/1/2"):
             assert request(router.port, "GET", path).status in (400, 401, 404)
         assert get_document(router, "/api/stats")["total_requests"] == len(REFUSED) + 1
     assert b"bad-token-of-somebody" not in log_folder.all_bytes()
