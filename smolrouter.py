@@ -4452,6 +4452,7 @@ PROTOCOLS = {
     "/api/generate": OTHER_OLLAMA._replace(
         request=GENERATE_REQUEST,
         user_words="prompt",
+        system_words="system",
         openai_path="/v1/chat/completions",
         raw_openai_path="/v1/completions",
         add_think=think_in_ollama,

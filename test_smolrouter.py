@@ -8635,6 +8635,7 @@ ATTRIBUTIONS = (
      '{"messages":[{"role":"system","content":[{"text":"b"}]}]}'),
     (CHAT, '{"messages":[{"content":[{"text":"LINE"}],"role":"developer"},{"role":"user"}]}',
      '{"messages":[{"role":"user"}]}'),
+    ("/api/generate", '{"system":"LINE\\nYou","prompt":"h"}', '{"system":"You","prompt":"h"}'),
     (RESPONSES, '{"instructions":"LINE\\nYou","input":"h"}', '{"instructions":"You","input":"h"}'),
     (RESPONSES, '{"input":[{"role":"developer","content":[{"type":"x","text":"LINE\\nYou"}]}]}',
      '{"input":[{"role":"developer","content":[{"type":"x","text":"You"}]}]}'),
