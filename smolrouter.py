@@ -12625,6 +12625,22 @@ def hash_key(*words: str) -> bytes:
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
+class Habits(NamedTuple):
+    """What was learned of an instance from its answers, because no server tells it."""
+
+    # These members of a request it refuses when the router adds them.
+    refused_members: frozenset[AddedMember] = frozenset()
+    # It puts timings into the last event of a stream unasked (llama.cpp). A request for the usage
+    # would move them into the usage event, which the router takes out, and the client would lose
+    # them. So the router does not ask it for the usage.
+    tells_timings: bool = False
+    # The template of its model opens the block of thinking, so that an answer begins inside.
+    opens_thinking: bool = False
+
+
+NO_HABITS = Habits()
+
+
 class Upstreams:
     """Sends requests to servers and remembers how they fared."""
 
@@ -12645,14 +12661,7 @@ class Upstreams:
         self.homes = Homes(self.limits.homes, self.limits.home_kept)
         self.response_homes = Homes(self.limits.homes, self.limits.response_home_kept)
         self.waker = Waker(self.pool)
-        # What was learned from answers. These members these models refuse when they are added.
-        self.refused_members: dict[InstanceKey, frozenset[AddedMember]] = {}
-        # These models put timings into the last event of a stream unasked (llama.cpp). A request
-        # for the usage would move them into the usage event, which the router takes out, and the
-        # client would lose them. So the router does not ask these models for the usage.
-        self.models_with_timings: set[InstanceKey] = set()
-        # The templates of these models open the block of thinking, so that an answer begins inside.
-        self.models_opening_thinking: set[InstanceKey] = set()
+        self.habits: dict[InstanceKey, Habits] = {}
 
     # How instances fare.
 
@@ -12720,6 +12729,17 @@ class Upstreams:
     def is_well(self, instance: Instance) -> bool:
         """Tell whether an instance does not cool down."""
         return self.health_of(instance).cool_until <= time.monotonic()
+
+    def habits_of(self, key: InstanceKey) -> Habits:
+        """Return what was learned of an instance."""
+        return self.habits.get(key, NO_HABITS)
+
+    def note_habits(self, key: InstanceKey, habits: Habits) -> None:
+        """Note what was learned of an instance; the table is bounded."""
+        if habits == NO_HABITS:
+            self.habits.pop(key, None)
+        elif habits != self.habits_of(key):
+            keep_newest(self.habits, key, habits, self.limits.known_instances)
 
     # Requests.
 
@@ -16887,7 +16907,9 @@ class Exchange:
         else:
             candidate.health.fail(text, reached=candidate.response is not None)
         # When it comes back it may be another server, which takes what this one has refused.
-        self.context.upstreams.refused_members.pop(candidate.key, None)
+        upstreams = self.context.upstreams
+        habits = upstreams.habits_of(candidate.key)
+        upstreams.note_habits(candidate.key, habits._replace(refused_members=frozenset()))
         # If the client got some of the answer, its attempt stands in the record as answered.
         if self.sent != ANSWER:
             self.note_attempt(candidate, text)
@@ -16992,9 +17014,8 @@ class Exchange:
 
     async def attempt(self, candidate: Candidate) -> UpstreamResponse:
         """Ask the instance; one that refuses what the router has added is asked again without."""
-        refused_members = self.context.upstreams.refused_members
-        key = candidate.key
-        known = refused_members.get(key, frozenset())
+        upstreams = self.context.upstreams
+        known = upstreams.habits_of(candidate.key).refused_members
         candidate.refused = known
         candidate.parameters = self.parameters_of(candidate)
         while True:
@@ -17008,17 +17029,15 @@ class Exchange:
             candidate.refused |= refused
         # When it refuses again, the first refusal may just have quoted what it was sent.
         if candidate.refused != known and response.head.status < 400:
-            if len(refused_members) >= self.context.limits.known_instances:
-                # Clients choose the names of models.
-                refused_members.clear()
-            refused_members[key] = candidate.refused
+            habits = upstreams.habits_of(candidate.key)
+            habits = habits._replace(refused_members=candidate.refused)
+            upstreams.note_habits(candidate.key, habits)
         return response
 
     def asks_for_usage(self, candidate: Candidate) -> bool:
         """Tell whether the router asks for the usage event of a stream, for its log.
 
-        Models with timings tell their counts without being asked. If they were asked, they would
-        put their timings into the usage event, which is hidden.
+        A model that tells timings tells its counts without being asked; see `Habits`.
         """
         return (
             self.parsed.stream
@@ -17026,7 +17045,7 @@ class Exchange:
             and not self.parsed.wants_usage
             and USAGE_MEMBER not in candidate.refused
             and not candidate.parameters.may_change("stream_options", "include_usage")
-            and candidate.key not in self.context.upstreams.models_with_timings
+            and not self.context.upstreams.habits_of(candidate.key).tells_timings
         )
 
     def parameters_of(self, candidate: Candidate) -> RequestParameters:
@@ -17155,8 +17174,8 @@ class Exchange:
     def filter_rules(self, candidate: Candidate) -> FilterRules:
         """Return what is taken out of the answers of a candidate."""
         settings = self.context.settings
-        learned = candidate.key in self.context.upstreams.models_opening_thinking
-        own = Thinking(settings.strip_thinking, opened=learned)
+        habits = self.context.upstreams.habits_of(candidate.key)
+        own = Thinking(settings.strip_thinking, opened=habits.opens_thinking)
         levels = (self.decision.thinking, candidate.instance.server.thinking, own)
         return choose_rules(levels, settings.strip_json_markdown)
 
@@ -17282,26 +17301,17 @@ class Exchange:
     def conclude(self, rewriter: Rewriter) -> None:
         """Note what an answer has told by its end: an error, and what its server is like."""
         self.record.error = self.loggable(rewriter.trouble)
-        with_timings = self.context.upstreams.models_with_timings
-        key = self.candidate.key
+        upstreams = self.context.upstreams
+        habits = upstreams.habits_of(self.candidate.key)
         if rewriter.lost_timings:
-            # llama.cpp tells its timings unasked, with the finish, and clients show them. When the
-            # router asks for the usage they move into the usage event, which is hidden. So this
-            # instance is not asked for it again.
-            with_timings.add(key)
-        elif key in with_timings and not rewriter.tells_timings:
+            habits = habits._replace(tells_timings=True)
+        elif habits.tells_timings and not rewriter.tells_timings:
             # Another server stands there now.
-            with_timings.discard(key)
-        opening = self.context.upstreams.models_opening_thinking
-        if self.candidate.opened_thinking:
-            opening.add(key)
-        elif self.candidate.opened_thinking is False:
-            # This time its stream was held back for nothing.
-            opening.discard(key)
-        for models in (with_timings, opening):
-            if len(models) > self.context.limits.known_instances:
-                # Clients choose the names of models.
-                models.clear()
+            habits = habits._replace(tells_timings=False)
+        # When it is False, this time its stream was held back for nothing.
+        if self.candidate.opened_thinking is not None:
+            habits = habits._replace(opens_thinking=self.candidate.opened_thinking)
+        upstreams.note_habits(self.candidate.key, habits)
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or keep it back, as its rewriter says."""
