@@ -16317,8 +16317,8 @@ class Candidate:
         self.opened_thinking: bool | None = None
         # Whether it, or another one, could be asked after it.
         self.has_next = False
-        # Whether nothing else was asked before it either, so that its response is the answer,
-        # whatever it says.
+        # Whether it is the only one of the request, and is not asked again: its response is the
+        # answer, whatever it says.
         self.is_only = False
         # Whether the attempt stands in the record already, because its response counted as an
         # answer; and whether one before it stands there that was the same.
@@ -16580,6 +16580,142 @@ class Candidates:
         self.upstreams.homes.keep(self.conversation, instance_key(home))
 
 
+class UpstreamRequest:
+    """The request of a client as its candidates get it, each in the dialect that its server speaks.
+
+    What the router changes in it is decided here, and what of it a server refuses is learned here.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        request: Request,
+        parsed: ParsedRequest,
+        decision: Decision,
+        record: RequestRecord,
+    ) -> None:
+        self.context = context
+        self.request = request
+        self.parsed = parsed
+        self.dialect = request.dialect
+        # What becomes of its members wherever it goes.
+        self.parameters = decision.parameters
+        self.record = record
+        # Its content, where that goes on as it comes.
+        self.upload: Upload | None = None
+
+    async def send(self, candidate: Candidate) -> UpstreamResponse:
+        """Ask the instance; one that refuses what the router has added is asked again without."""
+        upstreams = self.context.upstreams
+        known = upstreams.habits_of(candidate.key).refused_members
+        candidate.refused = known
+        candidate.parameters = self.parameters_of(candidate)
+        while True:
+            response = await self.send_once(candidate)
+            if response.head.status not in (400, 422) or not candidate.added:
+                break
+            refused = find_refused(candidate.added, await response.buffer_error())
+            if not refused:
+                break
+            response.close()
+            candidate.refused |= refused
+        # When it refuses again, the first refusal may just have quoted what it was sent.
+        if candidate.refused != known and response.head.status < 400:
+            habits = upstreams.habits_of(candidate.key)
+            habits = habits._replace(refused_members=candidate.refused)
+            upstreams.note_habits(candidate.key, habits)
+        return response
+
+    async def send_once(self, candidate: Candidate) -> UpstreamResponse:
+        """Send the request to the instance, in the dialect that its server speaks."""
+        parsed = self.parsed
+        path = self.path_at(candidate)
+        method = self.request.head.method
+        server = candidate.instance.server
+        encode = self.dialect.encode
+        if not candidate.native and self.dialect.encode_openai:
+            encode = self.dialect.encode_openai
+        # A request may be sent again, in another way.
+        candidate.changes.clear()
+        candidate.added.clear()
+        candidate.hide_usage = self.asks_for_usage(candidate)
+        settings = self.context.settings
+        changes = RequestChanges(
+            model=candidate.model or parsed.model,
+            no_think=settings.disable_thinking,
+            include_usage=candidate.hide_usage,
+            strip_attribution=settings.strip_attribution and not server.is_anthropic,
+            flatten_namespaces=self.flattens_namespaces(candidate),
+            parameters=candidate.parameters,
+            note_change=candidate.changes.append,
+            refused=candidate.refused,
+            note_added=candidate.added.append,
+        )
+        content = await self.context.work(len(parsed.content), encode, parsed, changes)
+        lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
+        if self.record.trace:
+            candidate.span_id = secrets.token_hex(8)
+            lines += self.record.trace.encode_parent(candidate.span_id)
+        upload = self.upload
+        if upload:
+            lines += upload.framing_line()
+        elif content or method in ("POST", "PUT", "PATCH"):
+            lines += f"Content-Length: {len(content)}\r\n"
+        target = f"{server.url.prefix}{path}{encode_query(parsed, changes.model)}"
+        head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
+        candidate.response = await self.context.upstreams.send_request(
+            server, method, head + content, upload
+        )
+        if upload and not upload.complete:
+            # The rest of the content stands where the next request would.
+            self.request.writer.keep_alive = False
+        return candidate.response
+
+    def forwarding(self, candidate: Candidate) -> Forwarding:
+        """Return what the fields of the request depend on when it goes to this candidate."""
+        return Forwarding(
+            candidate.instance.server,
+            candidate.native,
+            bool(self.parsed.text),
+            self.context.via,
+            self.context.settings.jwt_secret,
+            self.record.trace is not None,
+        )
+
+    def path_at(self, candidate: Candidate) -> str:
+        """Return the path that serves the request at this instance."""
+        return self.parsed.path if candidate.native else self.parsed.openai_path
+
+    def parameters_of(self, candidate: Candidate) -> RequestParameters:
+        """Return what becomes of the members of the request on its way to this instance."""
+        own = candidate.instance.server.parameters
+        parameters = self.parameters
+        if own != NO_PARAMETERS:
+            parameters = merge_parameters(parameters, own)
+        if self.context.settings.disable_thinking:
+            parameters = merge_parameters(parameters, RequestParameters(think=THINK_OFF))
+        return parameters
+
+    def flattens_namespaces(self, candidate: Candidate) -> bool:
+        """Tell whether tools may stand in namespaces that this candidate does not know."""
+        has_namespaces = self.parsed.protocol.has_namespaces
+        return has_namespaces and not candidate.instance.server.knows_namespaces
+
+    def asks_for_usage(self, candidate: Candidate) -> bool:
+        """Tell whether the router asks for the usage event of a stream, for its log.
+
+        A model that tells timings tells its counts without being asked; see `Habits`.
+        """
+        return (
+            self.parsed.stream
+            and find_protocol(self.path_at(candidate)).usage_option
+            and not self.parsed.wants_usage
+            and USAGE_MEMBER not in candidate.refused
+            and not candidate.parameters.may_change("stream_options", "include_usage")
+            and not self.context.upstreams.habits_of(candidate.key).tells_timings
+        )
+
+
 class Exchange:
     """One request on its way through the router.
 
@@ -16608,8 +16744,6 @@ class Exchange:
         self.opening: Opening | None = None
         self.rewriter: Rewriter | None = None
         self.inflater: Inflater | None = None
-        # The request's content, where that goes on as it comes.
-        self.upload: Upload | None = None
         # Whether the answer may still be an error, so that its content is kept for its words.
         self.seeks_error = False
         # The beginning of that content.
@@ -16619,6 +16753,7 @@ class Exchange:
         self.record.note_conversation(parsed)
         if context.log.spans:
             self.record.trace = Trace.of(request.head.fields)
+        self.upstream_request = UpstreamRequest(context, request, parsed, decision, self.record)
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
@@ -16657,8 +16792,9 @@ class Exchange:
         if not record.status:
             record.status = self.writer.status or 500
         record.response_size = self.writer.size
-        if self.upload:
-            record.request_size = self.upload.size
+        upload = self.upstream_request.upload
+        if upload:
+            record.request_size = upload.size
         # The rewriter and the record refer back to this exchange, by `timing` and `stop`. Only
         # Python's collector would free such a circle, some time later, and megabytes must not
         # wait for it.
@@ -16834,7 +16970,8 @@ class Exchange:
                 self.record.trail = (*self.record.trail, step)
         candidates = Candidates(self.context, decision, self.dialect, self.record)
         # Models work for neither of these, and an upload takes as long as its client likes.
-        candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or self.upload)
+        is_upload = self.upstream_request.upload is not None
+        candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or is_upload)
         if decision.strategy == STICKY and has_choice and self.record.session:
             candidates.keep_together(self.record.session)
         return candidates
@@ -16845,11 +16982,11 @@ class Exchange:
         Where there are no other instances its head is enough. Otherwise the response has to say
         something first. What is read of it until then is kept, and goes out with the rest.
         """
-        response = await self.attempt(candidate)
+        response = await self.upstream_request.send(candidate)
         await self.find_media_type(response)
         # The only instance is not left for another one, and when an answer began that comes as a
         # whole, nobody is told. So there is nothing to look for.
-        protocol = find_protocol(self.upstream_path(candidate))
+        protocol = find_protocol(self.upstream_request.path_at(candidate))
         if self.parsed.stream or not candidate.is_only or protocol.keeps_answers:
             self.opening = Opening(
                 protocol,
@@ -16968,7 +17105,7 @@ class Exchange:
         # Every protocol's errors have the word in them, and nearly no good answer has.
         if b"error" not in decoded:
             return ""
-        protocol = find_protocol(self.upstream_path(self.candidate))
+        protocol = find_protocol(self.upstream_request.path_at(self.candidate))
         return self.loggable(find_error(protocol, parse_object(decoded) or {}))
 
     def loggable(self, text: str) -> str:
@@ -17012,122 +17149,11 @@ class Exchange:
         self.record.first_token_at = time.monotonic()
         self.record.phase = "streaming"
 
-    async def attempt(self, candidate: Candidate) -> UpstreamResponse:
-        """Ask the instance; one that refuses what the router has added is asked again without."""
-        upstreams = self.context.upstreams
-        known = upstreams.habits_of(candidate.key).refused_members
-        candidate.refused = known
-        candidate.parameters = self.parameters_of(candidate)
-        while True:
-            response = await self.send(candidate)
-            if response.head.status not in (400, 422) or not candidate.added:
-                break
-            refused = find_refused(candidate.added, await response.buffer_error())
-            if not refused:
-                break
-            response.close()
-            candidate.refused |= refused
-        # When it refuses again, the first refusal may just have quoted what it was sent.
-        if candidate.refused != known and response.head.status < 400:
-            habits = upstreams.habits_of(candidate.key)
-            habits = habits._replace(refused_members=candidate.refused)
-            upstreams.note_habits(candidate.key, habits)
-        return response
-
-    def asks_for_usage(self, candidate: Candidate) -> bool:
-        """Tell whether the router asks for the usage event of a stream, for its log.
-
-        A model that tells timings tells its counts without being asked; see `Habits`.
-        """
-        return (
-            self.parsed.stream
-            and find_protocol(self.upstream_path(candidate)).usage_option
-            and not self.parsed.wants_usage
-            and USAGE_MEMBER not in candidate.refused
-            and not candidate.parameters.may_change("stream_options", "include_usage")
-            and not self.context.upstreams.habits_of(candidate.key).tells_timings
-        )
-
-    def parameters_of(self, candidate: Candidate) -> RequestParameters:
-        """Return what becomes of the members of the request on its way to this instance."""
-        own = candidate.instance.server.parameters
-        parameters = self.decision.parameters
-        if own != NO_PARAMETERS:
-            parameters = merge_parameters(parameters, own)
-        if self.context.settings.disable_thinking:
-            parameters = merge_parameters(parameters, RequestParameters(think=THINK_OFF))
-        return parameters
-
-    def upstream_path(self, candidate: Candidate) -> str:
-        """Return the path that serves the request at this instance."""
-        return self.parsed.path if candidate.native else self.parsed.openai_path
-
-    async def send(self, candidate: Candidate) -> UpstreamResponse:
-        """Send the request to the instance, in the dialect that its server speaks."""
-        parsed = self.parsed
-        path = self.upstream_path(candidate)
-        method = self.request.head.method
-        server = candidate.instance.server
-        encode = self.dialect.encode
-        if not candidate.native and self.dialect.encode_openai:
-            encode = self.dialect.encode_openai
-        # A request may be sent again, in another way.
-        candidate.changes.clear()
-        candidate.added.clear()
-        candidate.hide_usage = self.asks_for_usage(candidate)
-        settings = self.context.settings
-        changes = RequestChanges(
-            model=candidate.model or parsed.model,
-            no_think=settings.disable_thinking,
-            include_usage=candidate.hide_usage,
-            strip_attribution=settings.strip_attribution and not server.is_anthropic,
-            flatten_namespaces=self.flattens_namespaces(candidate),
-            parameters=candidate.parameters,
-            note_change=candidate.changes.append,
-            refused=candidate.refused,
-            note_added=candidate.added.append,
-        )
-        content = await self.context.work(len(parsed.content), encode, parsed, changes)
-        lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
-        if self.record.trace:
-            candidate.span_id = secrets.token_hex(8)
-            lines += self.record.trace.encode_parent(candidate.span_id)
-        upload = self.upload
-        if upload:
-            lines += upload.framing_line()
-        elif content or method in ("POST", "PUT", "PATCH"):
-            lines += f"Content-Length: {len(content)}\r\n"
-        target = f"{server.url.prefix}{path}{encode_query(parsed, changes.model)}"
-        head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
-        candidate.response = await self.context.upstreams.send_request(
-            server, method, head + content, upload
-        )
-        if upload and not upload.complete:
-            # The rest of the content stands where the next request would.
-            self.writer.keep_alive = False
-        return candidate.response
-
-    def flattens_namespaces(self, candidate: Candidate) -> bool:
-        """Tell whether tools may stand in namespaces that this candidate does not know."""
-        has_namespaces = self.parsed.protocol.has_namespaces
-        return has_namespaces and not candidate.instance.server.knows_namespaces
-
     @property
     def has_long_prompt(self) -> bool:
         """Whether the prompt is so long that its server may cut it."""
         is_talk = self.parsed.protocol.user_words != ""
         return is_talk and len(self.parsed.content) >= SHORTEST_CUT_PROMPT
-
-    def forwarding(self, candidate: Candidate) -> Forwarding:
-        """Return what the fields of the request depend on when it goes to this candidate."""
-        return Forwarding(
-            candidate.instance.server,
-            candidate.native,
-            bool(self.parsed.text),
-            self.context.via,
-            self.context.settings.jwt_secret,
-            self.record.trace is not None,
-        )
 
     # Relaying an answer
 
@@ -17143,6 +17169,9 @@ class Exchange:
         begun = self.sent != NOTHING
         if coding and coding not in CODINGS and candidate.native and not begun:
             return None, None
+        tool_names = None
+        if self.upstream_request.flattens_namespaces(candidate):
+            tool_names = self.parsed.tool_names
         plan = AnswerPlan(
             parsed=self.parsed,
             dialect=self.dialect,
@@ -17157,7 +17186,7 @@ class Exchange:
             changes_choices=candidate.parameters.may_change("n"),
             has_long_prompt=self.has_long_prompt,
             note_opened=candidate.note_opened,
-            tool_names=self.parsed.tool_names if self.flattens_namespaces(candidate) else None,
+            tool_names=tool_names,
         )
         rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
         if not rewriter or not coding:
@@ -17551,7 +17580,7 @@ async def relay_upload(context: Context, request: Request) -> None:
     parsed = ParsedRequest(request.path, request.query, b"")
     exchange = Exchange(context, request, parsed, decision)
     if request.head.method != "HEAD":
-        exchange.upload = Upload(request)
+        exchange.upstream_request.upload = Upload(request)
     await exchange.run()
 
 
