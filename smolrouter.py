@@ -521,7 +521,7 @@ def url_warning(name: str, text: str) -> str | None:
 
 
 def parse_bool(text: str) -> bool:
-    """Read a truth value: 1 true yes on, or 0 false no off, in any case."""
+    """Read a truth value, in any case: '1', 'true', 'Yes' -> True; '0', 'no', 'OFF' -> False."""
     word = text.strip().lower()
     allowed = f"{' '.join(TRUE_WORDS)}, {' '.join(FALSE_WORDS)}"
     require(word in TRUE_WORDS or word in FALSE_WORDS, f"allowed are {allowed}")
@@ -570,7 +570,7 @@ def choice_of(*choices: str) -> Callable[[str], str]:
 
 
 def parse_text(text: str) -> str:
-    """Read a name that may not be empty, and return it as it is."""
+    """Read a name that may not be empty: 'requests.db' -> 'requests.db'."""
     # No file and no host can have a NUL in its name: opening it would fail later.
     require(text.strip() and "\0" not in text, "allowed is a name that is not empty")
     return text
@@ -631,7 +631,7 @@ def parse_otlp_headers(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def parse_listen_host(text: str) -> str:
-    """Read what to listen on: 'localhost', '::1', '[::1]' and '0.0.0.0' are good."""
+    """Read what to listen on: ' localhost' -> 'localhost'; '::1', '[::1]' and '0.0.0.0' stay."""
     host = text.strip()
     allowed = "allowed are an address or a name of this machine; 0.0.0.0 or :: for all of them"
     require(is_host_name(host) or is_address(host.strip("[]")), allowed)
@@ -729,7 +729,10 @@ def parse_model_map(text: str) -> ModelMap:
 
 
 def parse_secret(text: str) -> str:
-    """Read a JWT secret; a weak one is refused. The value never enters the message."""
+    """Read a JWT secret, 64 digits that openssl has made -> the same; a weak one is refused.
+
+    The value never enters the message.
+    """
     secret = text.strip()
     remedy = "try: openssl rand -hex 32"
     strong = len(secret) >= MIN_SECRET_LENGTH and len(set(secret)) >= MIN_SECRET_VARIETY
@@ -4918,6 +4921,7 @@ def read_call(part: Part) -> tuple[Any, Any, Any, Any]:
     """Return index, id, name and arguments of a tool call, or of a fragment of one.
 
     OpenAI and Ollama: `{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}`
+    ->  `0, "c", "f", "{"`
     /v1/messages: `{"type": "tool_use", "id": "c", "name": "f", "input": {}}`, then fragments
     `{"type": "input_json_delta", "partial_json": "{"}` in the same block
     /v1/responses: `{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}`
@@ -5094,7 +5098,11 @@ def read_error(content: bytes) -> str:
 
 
 def read_choices(answer: bytes) -> list[Message]:
-    """Return the choices of an answer, whole or streamed, whatever its protocol is."""
+    """Return the choices of an answer, whole or streamed, whatever its protocol is.
+
+    `b'{"choices": [{"message": {"role": "assistant", "content": "Hi"}}]}'`
+    ->  one Message of `assistant` with the text `Hi`
+    """
     choices: dict[int, Message] = {}
     for document in answer_documents(answer):
         response = document.get("response")
@@ -5154,6 +5162,10 @@ def name_results(messages: list[Message]) -> list[Message]:
 
 def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, Any]]:
     """Return a conversation: the request's messages, then each choice of the answer.
+
+    `/api/chat`, `{"messages": [{"role": "user", "content": "Hi"}]}`, `{"message": {"role":
+    "assistant", "content": "Yes?"}, "done": true}`
+    ->  two documents, whose `role` and `content` are `user` and `Hi`, `assistant` and `Yes?`
 
     What is odd in one of them is left out. The request has no messages where the protocol of the
     path is not known; its answer may have some all the same.
@@ -7368,7 +7380,10 @@ class EventFilter:
         return not begun
 
     def read_text_alone(self, data: bytes) -> str | None:
-        """Return the text of an event that says no more, None when it may say something else."""
+        """Return the text of an event that says no more, None when it may say something else.
+
+        `b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}'`  ->  `Hi`
+        """
         pattern = self.protocol.text_alone
         found = pattern.search(data) if pattern and self.has_one_choice else None
         if found is None or FINISHED.search(data):
@@ -7440,7 +7455,10 @@ class EventFilter:
             self.filters[text_key].skip(line)
 
     def read_texts(self, event: bytes) -> list[Part]:
-        """Return the texts that an event says more of."""
+        """Return the texts that an event says more of.
+
+        `b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\\n\\n'`  ->  one Part with `Hi`
+        """
         text = self.read_text_alone(self.format.read_data(event))
         if text is not None and len(self.filters) == 1:
             ((choice, item),) = self.filters
@@ -9052,13 +9070,13 @@ class Node(NamedTuple):
             raise self.error(str(error)) from None
 
     def read_optional(self, parse: Callable[[str], Any] = str) -> Any:
-        """Return what `read` does, None when nothing stands here."""
+        """Return what `read` does: 'coder' -> 'coder'; None when nothing stands here."""
         if self.value is None:
             return None
         return self.read(parse)
 
     def read_number(self, low: float, high: float, whole: bool = True) -> Any:
-        """Return a number from `low` to `high`, None when nothing stands here."""
+        """Return a number from `low` to `high`: 4 -> 4; None when nothing stands here."""
         if self.value is None:
             return None
         # True is a number to Python, and to nobody else.
@@ -9243,7 +9261,7 @@ class TableReader:
         return tuple(rules)
 
     def read_revoked(self, node: Node) -> frozenset[str]:
-        """Read the names of tokens that are not valid any more."""
+        """Read the names of tokens that are not valid any more: ['3f2a'] -> {'3f2a'}."""
         if node.value in (None, []):
             return frozenset()
         wanted = "not a list; write the `jti` of each token, as in [3f2a, 77b0]"
@@ -9290,7 +9308,7 @@ class TableReader:
         return Server(str(url), url)
 
     def read_server(self, node: Node) -> Server:
-        """Read a server: a URL, or a record with one."""
+        """Read a server: 'http://gpu:8000' is the same as {'url': 'http://gpu:8000'}."""
         if isinstance(node.value, str):
             node = node.replace({"url": node.value})
         name = node.path[-1]
@@ -9314,11 +9332,14 @@ class TableReader:
         )
 
     def read_namespace_tools(self, node: Node) -> str:
-        """Read what becomes of tools in namespaces."""
+        """Read what becomes of tools in namespaces: 'keep' -> 'keep', nothing -> BY_HOST."""
         return BY_HOST if node.value is None else node.choose(FLATTEN, KEEP)
 
     def read_headers(self, node: Node, key: Node) -> tuple[tuple[str, str], ...]:
-        """Read the fields that a server gets with each request; `key` is its `api_key`."""
+        """Read the fields that a server gets with each request: {'X-A': 'b'} -> (('X-A', 'b'),).
+
+        `key` is its `api_key`, which is a field as well.
+        """
         names = {"authorization"} if key.value is not None else set()
         fields = []
         for field in node.entries():
@@ -9330,7 +9351,10 @@ class TableReader:
         return tuple(fields)
 
     def read_models(self, node: Node, discover: bool) -> tuple[str, ...] | None:
-        """Read the models of a server that is not asked for them; None for one that is."""
+        """Read the models of a server that is not asked for them: ['m', 'n'] -> ('m', 'n').
+
+        None for a server that is asked.
+        """
         if node.value is None:
             # Not to be asked, and not to be chosen by a list: that is a list with nothing in it.
             return None if discover else ()
@@ -9341,7 +9365,10 @@ class TableReader:
         return tuple(dict.fromkeys(item.read() for item in items))
 
     def read_slots(self, nodes: Sequence[Node]) -> int | None:
-        """Read how many requests a server runs at once; one of SLOTS_KEYS says it."""
+        """Read how many requests a server runs at once: `slots: 4` -> 4; None for any number.
+
+        Any of SLOTS_KEYS says it, but only one of them.
+        """
         given = [node for node in nodes if node.value is not None]
         if not given:
             return None
@@ -9351,7 +9378,10 @@ class TableReader:
         return node.read_number(1, MOST_SLOTS)
 
     def read_wake(self, node: Node) -> Wake | None:
-        """Read how a server's machine is woken: a record, or the address of its card alone."""
+        """Read how a server's machine is woken: 'b4:2e:99:01:02:03' -> a Wake with these octets.
+
+        It is a record, or the address of its card alone.
+        """
         if node.value is None:
             return None
         if isinstance(node.value, str):
@@ -9365,11 +9395,14 @@ class TableReader:
         )
 
     def read_priority(self, node: Node) -> str:
-        """Read one of PRIORITIES; "" where nothing is said."""
+        """Read one of PRIORITIES: 'high' -> 'high'; "" where nothing is said."""
         return "" if node.value is None else node.choose(*PRIORITIES)
 
     def read_thinking(self, node: Node) -> Thinking:
-        """Read what becomes of thinking: one of THINKING_WORDS, or a list of them."""
+        """Read what becomes of thinking: one of THINKING_WORDS, or a list of them.
+
+        ['move', 'opened']  ->  Thinking('move', opened=True)
+        """
         if node.value is None:
             return NOTHING_SAID
         wanted = f"{node.value!r} instead of {', '.join(THINKING_WORDS)}, or a list of them"
@@ -9384,7 +9417,10 @@ class TableReader:
     def read_parameters(
         self, strip: Node, default: Node, set_always: Node, think: Node
     ) -> RequestParameters:
-        """Read what a server, an alias or a route says of the members of requests."""
+        """Read what a server, an alias or a route says of the members of requests.
+
+        `strip: stop` alone  ->  RequestParameters(strips=(('stop',),))
+        """
         strips = []
         if strip.value is not None:
             items = [strip]
@@ -9403,7 +9439,10 @@ class TableReader:
         return RequestParameters(tuple(strips), defaults, sets, level)
 
     def read_values(self, node: Node) -> Iterator[tuple[Path, str]]:
-        """Yield the path and the JSON of each value of `default` or `set`."""
+        """Yield the path and the JSON of each value of `default` or `set`.
+
+        {'a.b': 1, 'c': {'d': 'e'}}  ->  (('a', 'b'), '1'), (('c', 'd'), '"e"')
+        """
         places: dict[Path, None] = {}
         for item in node.entries():
             path = item.replace(item.path[-1]).read(parse_member_path)
@@ -9434,7 +9473,7 @@ class TableReader:
         return ModelFacts(context_length=length, largest_context=length, capabilities=words)
 
     def read_upstream(self, node: Node) -> Server:
-        """Read a server's name or a URL."""
+        """Read a server's name or a URL: 'gpu', 'http://gpu:8000' -> the same server."""
         name = node.read()
         if name in self.servers:
             return self.servers[name]
@@ -9445,7 +9484,10 @@ class TableReader:
         return self.server_at(url) or self.name_server(url)
 
     def read_instance(self, node: Node) -> Instance:
-        """Read `server/model`, split at the first slash, or a record with these members."""
+        """Read `server/model`, split at the first slash, or a record with these members.
+
+        'gpu/org/m'  ->  the server `gpu` with the model `org/m`
+        """
         if isinstance(node.value, str):
             name, _, model_name = node.value.partition("/")
             return Instance(self.read_upstream(node.replace(name)), model_name or None)
@@ -9502,7 +9544,10 @@ class TableReader:
         )
 
     def read_source_hosts(self, node: Node) -> tuple[AddressRange, ...] | None:
-        """Read an address, CIDR or range, or a list of them; None stands for anybody."""
+        """Read an address, CIDR or range, or a list of them; None stands for anybody.
+
+        '10.0.0.1'  ->  (((4, 167772161), (4, 167772161)),)
+        """
         if node.value is None:
             return None
         if not isinstance(node.value, list):
@@ -10240,7 +10285,10 @@ def is_moment(value: Any) -> bool:
 
 
 def parse_token_part(part: str) -> dict[str, Any] | None:
-    """Return the JSON object in a part of a token, None for anything else; NaN is no JSON."""
+    """Return the JSON object in a part of a token: 'e30' -> {}; None for anything else.
+
+    NaN is no JSON.
+    """
     try:
         _, document = parse_json(decode_base64url(part))
     except RouterError:
@@ -11158,7 +11206,10 @@ class LoopBatch:
 
 # Linux tells in TCP_INFO how a connection is. That record only ever grows at its end; these are
 # the places of three of its members, and the least length that has them all.
-UNACKNOWLEDGED_AT, LAST_ACK_AT, UNSENT_AT, TCP_INFO_SIZE = 24, 56, 144, 148
+UNACKNOWLEDGED_AT = 24
+LAST_ACK_AT = 56
+UNSENT_AT = 144
+TCP_INFO_SIZE = 148
 # A receiver without room for more is asked less and less often whether it has some again. This is
 # the longest that Linux waits before it asks, in seconds.
 LONGEST_WINDOW_PROBE = 120.0
