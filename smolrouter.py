@@ -987,6 +987,9 @@ class Limits:
     text_path: int = 5
     # So many levels of namespaces inside of each other are flattened; what lies deeper stays.
     namespace_levels: int = 10
+    # Each tool in a namespace gets its name, with those around it. Where that is longer, the
+    # namespace stays, so that no request becomes many times as long.
+    namespace_name: int = 256
     # A part of a form whose head is longer is not looked at for the model.
     part_head: int = 16 * KiB
     # Content from this length on is read in a thread, so that nobody waits for it.
@@ -5759,10 +5762,15 @@ def name_of(value: Any, member: str = "name") -> str | None:
     return name if isinstance(name, str) else None
 
 
-def is_namespace(value: Any) -> bool:
-    """Tell whether a tool is a namespace that can be flattened: it has a name and a list."""
-    named = name_of(value) is not None and value.get("type") == NAMESPACE
-    return named and isinstance(value.get("tools"), list)
+def is_namespace(value: Any, outer: str = "") -> bool:
+    """Tell whether a tool is a namespace that can be flattened: it has a name and a list.
+
+    `outer` is what its whole name begins with when it stands inside of others.
+    """
+    name = name_of(value)
+    if name is None or len(outer) + len(name) > LIMITS.namespace_name:
+        return False
+    return value.get("type") == NAMESPACE and isinstance(value.get("tools"), list)
 
 
 def find_tools(namespace: Any, path: Path, outer: str = "") -> Iterator[FoundTool]:
@@ -5772,11 +5780,12 @@ def find_tools(namespace: Any, path: Path, outer: str = "") -> Iterator[FoundToo
     ->  `FoundTool(Tool("web", "find"), ("tools", 0, "tools", 0))`
     """
     whole_name = outer + namespace["name"]
+    inner_outer = f"{whole_name}__"
     for number, value in enumerate(namespace["tools"]):
         inner_path = (*path, "tools", number)
         # Each level is two steps of the path.
-        if is_namespace(value) and len(path) < 2 * LIMITS.namespace_levels:
-            yield from find_tools(value, inner_path, f"{whole_name}__")
+        if len(path) < 2 * LIMITS.namespace_levels and is_namespace(value, inner_outer):
+            yield from find_tools(value, inner_path, inner_outer)
         else:
             name = name_of(value)
             yield FoundTool(None if name is None else Tool(whole_name, name), inner_path)
@@ -5896,8 +5905,16 @@ def flatten_choice(choice: Any, names: ToolNames) -> Any:
     function = names.functions.get(Tool(namespace or "", name or ""))
     if kind == "allowed_tools":
         allowed: list[Any] = []
+        spaces: set[str | None] = set()
         for tool in list_of(choice, "tools"):
-            flat = flatten_choice(tool, names)
+            # A namespace that is named again would have all of its functions in here again.
+            if name_of(tool, "type") == NAMESPACE:
+                if name_of(tool) in spaces:
+                    continue
+                spaces.add(name_of(tool))
+            # A list inside of a list is nothing that a server knows.
+            is_list = name_of(tool, "type") == "allowed_tools"
+            flat = tool if is_list else flatten_choice(tool, names)
             is_several = isinstance(flat, dict) and flat.get("type") == "allowed_tools"
             allowed += list_of(flat, "tools") if is_several else [flat]
         return {**choice, "tools": allowed}
@@ -12657,7 +12674,8 @@ class Homes:
         self.most = most
         self.kept = kept
         # The instance, and until when it counts; those that were used last are at the end.
-        self.homes: dict[bytes, tuple[InstanceKey, float]] = {}
+        # Of a plain dict, finding the first one takes longer the more were deleted before it.
+        self.homes: dict[bytes, tuple[InstanceKey, float]] = collections.OrderedDict()
 
     def find(self, key: bytes) -> InstanceKey | None:
         """Return the home of a conversation, None when it has none."""
@@ -13282,13 +13300,19 @@ def fetch_document(
     return FetchedDocument(document, len(told.content))
 
 
-class ModelList(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ModelList:
     """The models that a server listed, and when it was asked, on the monotonic clock."""
 
     asked_at: float
     models: list[ListedModel]
     # The octets that have been received for it.
     size: int
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[str, ListedModel]:
+        """The models by their names; a request with a long prompt asks for one of them."""
+        return {model.name: model for model in self.models}
 
 
 # A model of a server, and the digest of its file, where the server tells it.
@@ -13359,7 +13383,7 @@ class ModelLists:
         if server.stated.context_length is not None:
             return server.stated.context_length
         known, _ = self.find(own_list_key(server), server)
-        models = {model.name: model for model in known.models} if known else {}
+        models = known.by_name if known else {}
         name = find_listed(instance.model or "", models)
         return models[name].facts.context_length if name else None
 
@@ -13527,7 +13551,7 @@ class ModelLists:
         known = self.lists.get(key)
         if unknown and known:
             models = [self.complete(server, model) for model in known.models]
-            self.keep(key, server, known._replace(models=models))
+            self.keep(key, server, dataclasses.replace(known, models=models))
 
     def keep(self, key: ModelListKey, server: Server, models: ModelList) -> None:
         """Keep a list, and tell the routing when it is one of the router's own and has changed."""

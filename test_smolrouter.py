@@ -8900,6 +8900,29 @@ def test_tools_of_one_name_take_no_quadratic_time(monkeypatch: pytest.MonkeyPatc
     assert len(hashed) == len(tools) - 1
 
 
+def test_namespaces_make_no_request_many_times_as_long() -> None:
+    """Neither does a long name stand in each tool, nor does each choice have all tools."""
+    several = [f"t{number}" for number in range(50)]
+    outer = namespace("o" * 200, namespace("i" * 54, "a"), namespace("i" * 55, "b"))
+    for longest, too_long in (
+        (namespace("n" * 256, *several), namespace("n" * 257, *several)),
+        (namespace("o" * 200, outer["tools"][0]), None),
+    ):
+        got, names = flatten({"tools": [longest]})
+        assert names.tools and '"namespace"' not in json.dumps(got)
+        if too_long:
+            assert flatten({"tools": [too_long]})[0]["tools"] == [too_long]
+    got, names = flatten({"tools": [outer]})
+    assert [tool.name for tool in names.tools.values()] == ["a", "i" * 55]
+    allowed = [{"type": "namespace", "name": "a"}] * 50
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": allowed}
+    nested = {**choice, "tools": [choice] * 50}
+    for given, number in ((choice, 50), (nested, 50)):
+        got, _ = flatten({"tools": [namespace("a", *several)], "tool_choice": given})
+        assert len(got["tool_choice"]["tools"]) == number
+        assert len(json.dumps(got)) < 200_000
+
+
 # Names that are likely to meet: the pieces of one another, long ones, odd ones.
 TOOL_NAME_BITS = ("a", "b", "_", "__", "a__b", "\u00e9", ".", "", "n" * 31, "x" * 62, "\ud800", "-")
 
