@@ -5913,8 +5913,10 @@ def flatten_choice(choice: Any, names: ToolNames) -> Any:
                     continue
                 spaces.add(name_of(tool))
             # A list inside of a list is nothing that a server knows.
-            is_list = name_of(tool, "type") == "allowed_tools"
-            flat = tool if is_list else flatten_choice(tool, names)
+            if name_of(tool, "type") == "allowed_tools":
+                allowed.append(tool)
+                continue
+            flat = flatten_choice(tool, names)
             is_several = isinstance(flat, dict) and flat.get("type") == "allowed_tools"
             allowed += list_of(flat, "tools") if is_several else [flat]
         return {**choice, "tools": allowed}
@@ -12588,6 +12590,18 @@ class Waker:
 
 
 @dataclasses.dataclass
+class ServerUse:
+    """How many requests run at a server now, and how many have a slot, with whatever models.
+
+    It is counted here, and not added up when it is asked for: clients choose the names of models.
+    """
+
+    url: UpstreamURL
+    running: int = 0
+    in_slots: int = 0
+
+
+@dataclasses.dataclass
 class Health:
     """How one instance has fared.
 
@@ -12597,6 +12611,7 @@ class Health:
     """
 
     limits: Limits
+    server: ServerUse
     # How many requests run there now, and how many of them have a slot of its server.
     running: int = 0
     in_slots: int = 0
@@ -12723,6 +12738,7 @@ class Upstreams:
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
         )
         self.health: dict[InstanceKey, Health] = {}
+        self.servers: dict[UpstreamURL, ServerUse] = {}
         # For each route, when it last asked each of its instances, as a number that grows.
         self.turns: dict[tuple[str, Instance], int] = {}
         self.turn_numbers = itertools.count(1)
@@ -12739,7 +12755,15 @@ class Upstreams:
         key = instance_key(instance)
         if key not in self.health and len(self.health) >= self.limits.known_instances:
             self.forget_oldest()
-        return self.health.setdefault(key, Health(self.limits))
+        if key not in self.health:
+            self.health[key] = Health(self.limits, self.use_of(instance.server.url))
+        return self.health[key]
+
+    def use_of(self, url: UpstreamURL) -> ServerUse:
+        """Return the record of what runs at a server; the routing file says which there are."""
+        if url not in self.servers:
+            self.servers[url] = ServerUse(url)
+        return self.servers[url]
 
     def forget_oldest(self) -> None:
         """Forget the oldest tenth of the instances, but for those that are busy."""
@@ -12764,8 +12788,7 @@ class Upstreams:
 
         It is the number of requests that run there for each of its slots.
         """
-        running = sum(health.running for health in self.health_of_server(instance.server))
-        return running / (instance.server.slots or 1)
+        return self.use_of(instance.server.url).running / (instance.server.slots or 1)
 
     def order(self, decision: Decision) -> list[Instance]:
         """Return the instances in the order to try.
@@ -12984,8 +13007,7 @@ class Slots:
         slots = self.of_server.get(url)
         if slots is None:
             return math.inf
-        health = self.upstreams.health
-        return slots - sum(known.in_slots for (of, _), known in health.items() if of == url)
+        return slots - self.upstreams.use_of(url).in_slots
 
     def may_run(self, server: Server, takes_slot: bool) -> bool:
         """Tell whether one more request may run at a server now."""
@@ -12998,18 +13020,18 @@ class Slots:
     def enter(self, instance: Instance, takes_slot: bool) -> Health:
         """Count a request that runs at an instance from now on; `leave` is to follow."""
         health = self.upstreams.health_of(instance)
-        health.running += 1
-        if takes_slot:
-            health.in_slots += 1
+        for count in (health, health.server):
+            count.running += 1
+            count.in_slots += takes_slot
         return health
 
     def leave(self, health: Health, takes_slot: bool) -> None:
         """Count a request that does not run there any more, and let another one run."""
-        health.running -= 1
-        if takes_slot:
-            health.in_slots -= 1
-        if self.waiting:
-            self.admit()
+        for count in (health, health.server):
+            count.running -= 1
+            count.in_slots -= takes_slot
+        if self.waiting and takes_slot:
+            self.admit_to(health.server.url)
 
     # The queue.
 
@@ -13045,7 +13067,8 @@ class Slots:
                 self.leave(self.upstreams.health_of(granted.result()), takes_slot=True)
             raise
         finally:
-            if waiting in self.waiting:
+            # Whoever was granted a slot is not in the queue any more.
+            if not granted.done():
                 self.waiting.remove(waiting)
         return granted.result() if granted.done() else None
 
@@ -13079,22 +13102,28 @@ class Slots:
 
     def admit(self) -> None:
         """Let those run who wait and for whom there is a free slot now."""
-        if not self.waiting:
-            return
-        free: dict[UpstreamURL, float] = dict(self.of_server)
-        for (url, _), health in self.upstreams.health.items():
-            if url in free:
-                free[url] -= health.in_slots
-        free.update(dict.fromkeys(self.closed, 0))
         for waiting in self.in_order():
             for instance in waiting.instances:
-                url = instance.server.url
-                if free.get(url, math.inf) > 0:
-                    free[url] = free.get(url, math.inf) - 1
-                    self.waiting.remove(waiting)
-                    self.enter(instance, takes_slot=True)
-                    waiting.granted.set_result(instance)
+                if self.free_slots(instance.server.url) > 0:
+                    self.grant(waiting, instance)
                     break
+
+    def admit_to(self, url: UpstreamURL) -> None:
+        """Let those run who wait for a server that has a free slot now; nothing else is free."""
+        if self.free_slots(url) <= 0:
+            return
+        for waiting in self.in_order():
+            fitting = [i for i in waiting.instances if i.server.url == url]
+            if fitting:
+                self.grant(waiting, fitting[0])
+                if self.free_slots(url) <= 0:
+                    return
+
+    def grant(self, waiting: Waiting, instance: Instance) -> None:
+        """Take a request out of the queue and let it run at an instance."""
+        self.waiting.remove(waiting)
+        self.enter(instance, takes_slot=True)
+        waiting.granted.set_result(instance)
 
 
 # --- lists of models --------------------------------------------------------------------

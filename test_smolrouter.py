@@ -13836,7 +13836,8 @@ def test_an_instance_that_breaks_off_its_answer_cools_down(name: str) -> None:
 
 def test_a_break_in_each_answer_doubles_the_cool_down() -> None:
     """The good head of the next answer does not forget the failure before it."""
-    health = smolrouter.Health(smolrouter.Limits(cool_down=5.0))
+    use = smolrouter.ServerUse(smolrouter.parse_upstream_url("http://a"))
+    health = smolrouter.Health(smolrouter.Limits(cool_down=5.0), use)
     for failures, cool_down in ((1, 5), (2, 10), (3, 20)):
         health.answer()
         assert health.cool_until == 0.0
@@ -14094,6 +14095,48 @@ def test_the_order_of_the_queue() -> None:
     assert run_coroutine(order_after(30)) == [2, 5, 0, 4, 1, 3]
     # Those of the highest priority have been overtaken by nobody.
     assert run_coroutine(order_after(-1)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_slots_of_a_server_are_counted_and_not_added_up() -> None:
+    """However many models are asked for, and however many wait, only one server is looked at."""
+    servers = {"a": {"url": "http://a", "slots": 2}, "b": {"url": "http://b", "slots": 1}}
+    table = routing(json.dumps({"servers": servers}))
+    a, b = (table.servers[name] for name in "ab")
+
+    class NoWalk(dict[Any, Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("all instances were looked at")
+
+        items = values = keys = __iter__
+
+    async def run() -> None:
+        batch = smolrouter.LoopBatch(smolrouter.Limits())
+        upstreams = smolrouter.Upstreams(smolrouter.Settings(), batch)
+        upstreams.health = NoWalk()
+        slots = smolrouter.Slots(upstreams)
+        slots.set_table(table)
+        one, two, other = (smolrouter.Instance(a, "1"), smolrouter.Instance(a, "2"),
+                           smolrouter.Instance(b, "1"))  # fmt: skip
+        entered = [slots.enter(instance, True) for instance in (one, two, other)]
+        entered.append(slots.enter(one, False))
+        assert [slots.free_slots(server.url) for server in (a, b)] == [0, 0]
+        assert (upstreams.load(one), upstreams.load(other)) == (1.5, 1.0)
+        queue = [
+            smolrouter.Waiting(1, n, i) for n, i in enumerate([(other,), (one,), (other, two)])
+        ]
+        for waiting in queue:
+            slots.add(waiting)
+        slots.leave(entered[3], False)
+        assert len(slots.waiting) == 3
+        slots.leave(entered[0], True)
+        assert slots.waiting == [queue[0], queue[2]] and queue[1].granted.result() == one
+        slots.leave(entered[1], True)
+        assert slots.waiting == [queue[0]] and queue[2].granted.result() == two
+        slots.leave(entered[2], True)
+        assert not slots.waiting and queue[0].granted.result() == other
+        assert [upstreams.use_of(server.url).in_slots for server in (a, b)] == [2, 1]
+
+    run_coroutine(run())
 
 
 def test_who_leaves_the_queue_frees_the_place() -> None:
