@@ -949,6 +949,13 @@ class Limits:
     # Content that nobody wanted is read past up to this length, so that the connection can be
     # used again; above it the connection ends.
     discarded_content: int = 64 * KiB
+    # Heads up to this length are remembered, so many of requests and of responses; clients and
+    # servers repeat theirs.
+    remembered_head: int = 2 * KiB
+    remembered_heads: int = 512
+    # So many octets are decoded at once. Where a gzip member ends is known only after the call that
+    # has reached it, and zlib copies what follows; with small pieces that is never much.
+    coded_piece: int = 4 * KiB
     # What has come and is not used yet; above it the sender waits.
     read_ahead: int = 128 * KiB
     # What a slow client has not taken yet; above it its upstream waits.
@@ -1004,6 +1011,16 @@ class Limits:
     # An event is kept back until it is complete. A longer one is relayed as it is, or ends the
     # stream where its client could not read it. An image in base64 fits.
     buffered_event: int = 4 * MiB
+    # The end of a stream is looked for in so many of its last events and blocks.
+    last_events: int = 8
+    last_blocks: int = 4
+    # Of the events that no filter had to see, so many octets of so many blocks are kept: what
+    # stands before a fence in its line is in the last of them.
+    skipped_block: int = 2 * KiB
+    skipped_blocks: int = 8
+    # The counts of tokens are looked for in twice so many octets from the last `usage` on, or
+    # without one in the last so many; those of /v1/messages in the first so many, too.
+    usage_window: int = 8 * KiB
     # A stream may have so many texts, such as those of its choices, each with a filter of its
     # own; one more ends it with an error. A client can ask vLLM for that many choices.
     texts_per_stream: int = 16_384
@@ -1569,9 +1586,6 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
 # (`remember_short`). A long head is never remembered: a client that sends many different ones
 # would fill the memory.
 
-LONGEST_REMEMBERED_HEAD = 2 * KiB
-REMEMBERED_HEAD_COUNT = 512
-
 
 class RequestHead:
     """A request line and its fields, and what follows from them.
@@ -1660,11 +1674,11 @@ def remember_short(function: Callable[..., Result]) -> Callable[..., Result]:
     can be the key. What a long one gives is worked out each time: its key would keep it in memory.
     """
     # One head may come with different arguments, such as each server that it is forwarded to.
-    remembered = functools.lru_cache(maxsize=2 * REMEMBERED_HEAD_COUNT)(function)
+    remembered = functools.lru_cache(maxsize=2 * LIMITS.remembered_heads)(function)
 
     @functools.wraps(function)
     def remembering(head: RequestHead | ResponseHead | Fields, *arguments: Any) -> Result:
-        if head.size > LONGEST_REMEMBERED_HEAD:
+        if head.size > LIMITS.remembered_head:
             return function(head, *arguments)
         return remembered(head, *arguments)
 
@@ -1705,8 +1719,8 @@ def read_response_head(data: bytes) -> ResponseHead:
     return ResponseHead(int(status), reason or "", known_minor, parse_fields(lines), len(data))
 
 
-remembered_request_head = functools.lru_cache(maxsize=REMEMBERED_HEAD_COUNT)(read_request_head)
-remembered_response_head = functools.lru_cache(maxsize=REMEMBERED_HEAD_COUNT)(read_response_head)
+remembered_request_head = functools.lru_cache(maxsize=LIMITS.remembered_heads)(read_request_head)
+remembered_response_head = functools.lru_cache(maxsize=LIMITS.remembered_heads)(read_response_head)
 
 
 def parse_request_head(data: bytes) -> RequestHead:
@@ -1717,7 +1731,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     The same short bytes give the same object again. Raises MalformedMessage (no head, or one that
     can be read in two ways), TargetTooLong, FieldsTooLarge or VersionNotSupported.
     """
-    if len(data) > LONGEST_REMEMBERED_HEAD:
+    if len(data) > LIMITS.remembered_head:
         return read_request_head(data)
     return remembered_request_head(data)
 
@@ -1729,7 +1743,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
 
     The same short bytes give the same object again. Raises MalformedMessage or FieldsTooLarge.
     """
-    if len(data) > LONGEST_REMEMBERED_HEAD:
+    if len(data) > LIMITS.remembered_head:
         return read_response_head(data)
     return remembered_response_head(data)
 
@@ -2044,9 +2058,6 @@ GZIP_START = b"\x1f\x8b"
 # zlib finds out by itself whether data is gzip or zlib, when it is asked for this window size.
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 BARE_DEFLATE = -zlib.MAX_WBITS
-# Octets that are decoded at once. Where a gzip member ends is known only after the call that has
-# reached it, and zlib copies what follows; with small pieces that is never much.
-CODED_PIECE = 4 * KiB
 
 
 def read_coding(fields: Fields) -> str:
@@ -2095,7 +2106,7 @@ class Inflater:
                 self.begin_member(data[at : at + 2])
             if self.pending or self.ended:
                 break
-            piece = data[at : at + CODED_PIECE]
+            piece = data[at : at + LIMITS.coded_piece]
             try:
                 # One octet more than there is room for shows that there would be too much.
                 decoded.append(self.decoder.decompress(piece, int(room) + 1))
@@ -2134,8 +2145,8 @@ def decode_pieces(data: bytes, coding: str, limit: int) -> Iterator[bytes]:
     inflater = Inflater(coding, limit)
     # Piece by piece, so that a fault costs what follows it and not what was decoded before.
     with contextlib.suppress(BadGateway):
-        for at in range(0, len(data), CODED_PIECE):
-            yield inflater.feed(data[at : at + CODED_PIECE])
+        for at in range(0, len(data), LIMITS.coded_piece):
+            yield inflater.feed(data[at : at + LIMITS.coded_piece])
 
 
 def decode_content(data: bytes, coding: str, limit: int) -> bytes:
@@ -2191,7 +2202,7 @@ def decode_request_pieces(data: bytes, coding: str) -> Iterator[bytes]:
     at = 0
     try:
         while at < len(data) and not decoder.eof:
-            piece = data[at : at + CODED_PIECE]
+            piece = data[at : at + LIMITS.coded_piece]
             at += len(piece)
             decoded = decoder.decompress(piece, MiB)
             while decoded:
@@ -2944,9 +2955,6 @@ class EventReader:
         "pending",
     )
 
-    LAST_BLOCKS = 4
-    LAST_EVENTS = 8
-
     def __init__(self, format: EventFormat, limits: Limits = LIMITS) -> None:
         self.format = format
         self.limits = limits
@@ -2960,7 +2968,7 @@ class EventReader:
         # The last two octets that were given out of an event that is too long: all that the
         # pattern of an end may need of what came before.
         self.long_tail = b""
-        self.last_blocks: collections.deque[bytes] = collections.deque(maxlen=self.LAST_BLOCKS)
+        self.last_blocks: collections.deque[bytes] = collections.deque(maxlen=limits.last_blocks)
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         r"""Return what there is of an event that is too long, and then a block of whole events.
@@ -3067,9 +3075,9 @@ class EventReader:
         # What is pending is the last event if the stream has ended without that event's end.
         for block in reversed([*self.last_blocks, bytes(self.pending)]):
             events = self.read_last_events(block) + events
-            if len(events) >= self.LAST_EVENTS:
+            if len(events) >= self.limits.last_events:
                 break
-        return events[-self.LAST_EVENTS :]
+        return events[-self.limits.last_events :]
 
     def read_last_events(self, block: bytes) -> list[bytes]:
         """Return the last events of a block, or all of them."""
@@ -3077,13 +3085,15 @@ class EventReader:
         mark = CRLF_MARK if block.endswith(CRLF_MARK) else self.format.mark
         # Each of these events ends with a mark; that of the event before them is one more.
         start = len(block)
-        for _ in range(self.LAST_EVENTS + 1):
+        for _ in range(self.limits.last_events + 1):
             start = block.rfind(mark, 0, start)
             if start < 0:
                 return self.split_without_comments(block)
         events = self.split_without_comments(block[start:])
-        # If some of them are comments, there may be more before them.
-        return events if len(events) >= self.LAST_EVENTS else self.split_without_comments(block)
+        if len(events) < self.limits.last_events:
+            # Some of them are comments, and there may be more before them.
+            return self.split_without_comments(block)
+        return events
 
     def split_without_comments(self, block: bytes) -> list[bytes]:
         """Return the events of a block that are more than comments."""
@@ -3134,7 +3144,7 @@ HARMONY_HEADERS = [
     for form in ((), (("<|constrain|>",), (ANY,)))
     if (start or channel) and (channel or not form)
 ]
-# They end the answer, and go with the headers.
+# They end a message or the answer, and are taken out as the headers are.
 HARMONY_ENDS = ("<|end|>", "<|return|>")
 
 
@@ -3207,7 +3217,7 @@ CUT_TAG = compile_cut_tag(*OUTSIDE_TAGS)
 TOKEN = re.compile(rf"\n|``*|~~*|{TAG.pattern}")
 CLOSING = compile_tags(*one_of(THINK_TAGS.values()))
 CUT_CLOSING = compile_cut_tag(*one_of(THINK_TAGS.values()))
-# So much of a text is looked at in one go.
+# A longer text is looked at in pieces of this length.
 LONGEST_PIECE = 64 * KiB
 # No sequence of tags is longer.
 LONGEST_TAG = 400
@@ -3236,7 +3246,7 @@ BLOCKS["<|channel>thought"] = make_block(
 )
 BLOCKS["analysis"] = make_block(*ENDS_OF_MESSAGE, begins=NEXT_MESSAGE)
 BLOCKS["call"] = BLOCKS["analysis"]._replace(shown=True)
-# Tags are looked up as they are written here, whatever their case.
+# How each tag is spelled above, by its lower case: models write some of them in any case.
 KNOWN_TAGS = {tag.lower(): tag for tag in (*THINK_TAGS, *THINK_TAGS.values(), *HARMONY_ENDS)}
 
 # --- thinking: code -------------------------------------------------------------------
@@ -3245,7 +3255,7 @@ KNOWN_TAGS = {tag.lower(): tag for tag in (*THINK_TAGS, *THINK_TAGS.values(), *H
 INDENT = " \t>"
 # How an answer begins that is JSON.
 JSON_STARTS = frozenset(('{"', "{}", '["', "[{", "[[", "[]"))
-# A tag between two of these is mentioned.
+# A tag between two of these is only spoken of, and stays.
 QUOTES = {'"': '"', "'": "'", "(": ")", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb"}
 # Without one of these a text has neither tags nor code.
 MARK = re.compile(r"[`~<\[\u25c1]")
@@ -4767,9 +4777,6 @@ CACHED_COUNTS = (("cached_tokens",), ("cache_read_input_tokens",), ("cache_n",))
 TOKEN_COUNT = re.compile(
     rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?:\.0{1,15})?(?![0-9.eE])'
 )
-# The counts are looked for in twice so many octets from the last `usage` on, or without one in the
-# last so many; those of /v1/messages in the first so many, too.
-USAGE_WINDOW = 8 * KiB
 
 
 class Usage(NamedTuple):
@@ -4801,11 +4808,11 @@ def read_usage(answer: bytes) -> Usage:
     # its last octets.
     start = answer.rfind(b'"usage"')
     if start < 0:
-        start = max(0, len(answer) - USAGE_WINDOW)
-    window = answer[start : start + 2 * USAGE_WINDOW]
+        start = max(0, len(answer) - LIMITS.usage_window)
+    window = answer[start : start + 2 * LIMITS.usage_window]
     # A stream of /v1/messages says what the prompt cost at its beginning.
-    if answer.find(b'"input_tokens"', 0, USAGE_WINDOW) >= 0:
-        window = answer[:USAGE_WINDOW] + window
+    if answer.find(b'"input_tokens"', 0, LIMITS.usage_window) >= 0:
+        window = answer[: LIMITS.usage_window] + window
     counts = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
     return Usage(
         add_counts(counts, PROMPT_COUNTS),
@@ -7126,7 +7133,10 @@ RARE_WORDS = frozenset(mark for mark in TAG_MARKS if len(mark) > 1)
 
 
 def find_escapes(block: bytes) -> list[int]:
-    """Return the places of ESCAPED_MARKS in a block, the last one first."""
+    r"""Return the places of ESCAPED_MARKS in a block, the last one first.
+
+    `rb"a\u003cb"`  ->  `[1]`
+    """
     places = []
     # Most backslashes are those of `\n`. Looking for an escape as a word takes longer than going
     # over all of them.
@@ -7157,9 +7167,7 @@ def tail_document(
             says = {"text": "", member or "text": text}
         document["choices"] = [{**choice, "finish_reason": None, **says}]
         return document
-    holder: Any = document
-    for key in part.path[:-1]:
-        holder = holder[key]
+    holder = value_at(document, part.path[:-1])
     holder[part.path[-1]] = ""
     holder[member or part.path[-1]] = text
     return document
@@ -7252,10 +7260,6 @@ class EventFilter:
     buffers = False
     required = False
     failed = False
-    # Of the events that were skipped, so many octets of so many blocks are kept: what stands before
-    # a fence in its line is in the last of them.
-    LAST_SKIPPED = 2 * KiB
-    LAST_BLOCKS = 8
 
     def __init__(self, plan: AnswerPlan, format: EventFormat) -> None:
         self.plan = plan
@@ -7278,7 +7282,9 @@ class EventFilter:
         # Whether the only text of the answer has begun without a tag, and needs no filter yet.
         self.begun_plainly = False
         # The last events that were skipped.
-        self.skipped: collections.deque[bytes] = collections.deque(maxlen=self.LAST_BLOCKS)
+        self.skipped: collections.deque[bytes] = collections.deque(
+            maxlen=plan.limits.skipped_blocks
+        )
         moves_blocks = plan.rules.move and plan.protocol.thoughts == IN_CONTENT
         self.blocks = ThinkingBlocks(format) if moves_blocks else None
         self.lost_timings = False
@@ -7299,7 +7305,7 @@ class EventFilter:
         """Return some whole events changed; only those that could need it are parsed."""
         places = self.find_places(block)
         if self.skips_plain_events and not places:
-            self.skipped.append(block[-self.LAST_SKIPPED :])
+            self.skipped.append(block[-self.plan.limits.skipped_block :])
             return block
         places.sort()
         next_place = 0
@@ -7317,7 +7323,8 @@ class EventFilter:
                 if next_place < len(places):
                     at = self.format.find_last_end(block, start, places[next_place])
                 if at > start:
-                    self.skipped.append(block[max(start, at - self.LAST_SKIPPED) : at])
+                    skipped_at = max(start, at - self.plan.limits.skipped_block)
+                    self.skipped.append(block[skipped_at:at])
                 if at == len(block):
                     break
             end = self.format.find_end(block, at, has_cr)
@@ -7558,8 +7565,8 @@ class EventFilter:
             return self.blocks.think(thought)
         kind = "response.reasoning_text.delta"
         places = ("item_id", "output_index", "content_index")
-        told = {name: document[name] for name in places if name in document}
-        data = encode_json({"type": kind, **told, "delta": thought})
+        place = {name: document[name] for name in places if name in document}
+        data = encode_json({"type": kind, **place, "delta": thought})
         return b"event: " + kind.encode() + b"\n" + self.format.encode(data)
 
     def rules_of(self, choice: int) -> FilterRules:

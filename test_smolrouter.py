@@ -2960,7 +2960,7 @@ def test_short_heads_are_remembered_and_long_ones_are_not() -> None:
         assert count_fields(head, 2) == 4
         assert len(calls) == (2 if is_remembered else 3)
         # The fields of a head are remembered like the head; any others are not.
-        assert (head.fields.size <= smolrouter.LONGEST_REMEMBERED_HEAD) == is_remembered
+        assert (head.fields.size <= smolrouter.LIMITS.remembered_head) == is_remembered
     assert smolrouter.Fields(head.fields.lines).size == math.inf
 
 
