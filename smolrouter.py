@@ -17725,8 +17725,10 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
 
 # How much of what a running request has said is looked at for its last words, and how many
 # characters of them are shown.
-LOOKED_AT_TAIL = 4 * KiB
+LOOKED_AT_TAIL = 8 * KiB
 SHOWN_TAIL = 120
+# What finds pieces of a text in the events of any protocol, without reading their JSON.
+SAID_TEXTS = (CONTENT_MEMBER, OUTPUT_TEXT, RESPONSE_MEMBER, TEXT_MEMBER)
 
 
 def read_last_text(pieces: Sequence[bytes | bytearray]) -> str:
@@ -17741,11 +17743,13 @@ def read_last_text(pieces: Sequence[bytes | bytearray]) -> str:
             # It begins within an event.
             tail = tail[-LOOKED_AT_TAIL:].partition(b"\n")[2]
             break
-    for message in reversed(read_choices(tail)):
-        text = "".join(message.texts) or "".join(message.thoughts)
-        if text:
-            return text[-SHOWN_TAIL:]
-    return ""
+    for pattern in SAID_TEXTS:
+        said = b"".join(match[match.lastindex] for match in pattern.finditer(tail))
+        if said:
+            return unescape_text(said)[-SHOWN_TAIL:]
+    # It thinks.
+    thoughts = ["".join(message.thoughts) for message in read_choices(tail)]
+    return "".join(thoughts)[-SHOWN_TAIL:]
 
 
 def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
@@ -23607,7 +23611,7 @@ function openOverview() {
   markSpan();
   showFilters();
   new ResizeObserver(drawBars).observe(byId("histogram"));
-  setInterval(() => document.hidden || tick(), 200);
+  setInterval(() => document.hidden || tick(), 500);
   setInterval(() => app.lanes.size && lanesSoon(), 1000);
 }
 function refreshOverview() {
