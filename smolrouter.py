@@ -1273,8 +1273,8 @@ LIMITS = Limits()
 # at the end, so `fullmatch` is used. FIELD_LINES alone looks for many lines at once; no class in
 # it has a CR or an LF, so that no line of it can reach into the next.
 
-# The name of a method, of a field and of much else (RFC 9110 section 5.6.2).
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+# A token is the name of a method, of a field or of much else (RFC 9110 section 5.6.2).
+TOKEN = FIELD_NAME.pattern
 FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(rf"HTTP/1\.([0-9]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
@@ -3214,7 +3214,7 @@ OUTSIDE_TAGS = [
 TAG = compile_tags(*OUTSIDE_TAGS)
 CUT_TAG = compile_cut_tag(*OUTSIDE_TAGS)
 # Where visible text is looked at: tags, and what begins and ends code.
-TOKEN = re.compile(rf"\n|``*|~~*|{TAG.pattern}")
+TAG_OR_CODE = re.compile(rf"\n|``*|~~*|{TAG.pattern}")
 CLOSING = compile_tags(*one_of(THINK_TAGS.values()))
 CUT_CLOSING = compile_cut_tag(*one_of(THINK_TAGS.values()))
 # A longer text is looked at in pieces of this length.
@@ -3522,7 +3522,7 @@ class ThinkFilter:
     def feed_visible(self, text: str, at: int, last: bool) -> int:
         """Look at a text from some place outside of blocks; return where to go on."""
         while self.block is None:
-            token = TOKEN.search(text, at)
+            token = TAG_OR_CODE.search(text, at)
             if token is None:
                 self.show_rest(text, at, last)
                 return len(text)
