@@ -20,3 +20,8 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest test: at the end, the other workers would wait for it alone."""
+    items.sort(key=lambda item: item.name != "test_measurements_have_every_figure")
