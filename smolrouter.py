@@ -5410,7 +5410,8 @@ def has_no_room(answer: bytes) -> bool:
 # Servers tell of their models in /v1/models, and some of them tell more elsewhere. All that is said
 # of one model becomes one record, `ModelFacts`, by which every dialect describes it. What nobody
 # has said is absent there: nothing is made up. When a kind of server has another word for
-# something, add it to the tables here; when it has a further list, to `further_lists`.
+# something, add it to the tables here. When it has a further list, that gets a row in
+# FURTHER_LISTS, and its servers get the path: by their `Dialect`, or by `further_lists`.
 
 # Where a document about a model has members of this kind, besides at its top.
 FACT_PLACES = ("meta", "model_info", "details", "default_generation_settings", "parameters")
@@ -5651,6 +5652,24 @@ LM_STUDIO_OWNER = "organization_owner"
 LM_STUDIO_MODELS = "/api/v0/models"
 OLLAMA_RUNNING = "/api/ps"
 OLLAMA_TAGS = "/api/tags"
+OLLAMA_DETAILS = "/api/show"
+
+
+class FurtherList(NamedTuple):
+    """What a server tells of its models at another path than /v1/models."""
+
+    # Whether it is no list, but says something of the only model that the server has.
+    of_one_model: bool = False
+    # Whether it has the models that are loaded, each with the context that it was loaded with.
+    of_loaded_models: bool = False
+
+
+FURTHER_LISTS = {
+    LLAMA_CPP_PROPERTIES: FurtherList(of_one_model=True),
+    LM_STUDIO_MODELS: FurtherList(),
+    OLLAMA_TAGS: FurtherList(),
+    OLLAMA_RUNNING: FurtherList(of_loaded_models=True),
+}
 
 
 def owners_of(entries: Iterable[Mapping[str, Any]]) -> list[Any]:
@@ -5681,9 +5700,9 @@ def read_further_list(
 
     `/api/ps`, `{"models": [{"name": "m", "size_vram": 7}]}`  ->  `{"m": {...}}`
 
-    The properties of llama.cpp are those of the only model that it lists.
+    `/props`, `{"n_ctx": 8192}`, of a server that lists `m`  ->  `{"m": {"n_ctx": 8192}}`
     """
-    if path == LLAMA_CPP_PROPERTIES:
+    if FURTHER_LISTS[path].of_one_model:
         return {listed[0].name: dict(document)}
     return read_entries(document)
 
@@ -5694,8 +5713,7 @@ def facts_of_entries(
     """Return what the entries of a model in several lists say of it."""
     documents = [entry]
     for path, document in further.items():
-        if path == OLLAMA_RUNNING:
-            # What it calls a context's length is that of the model as it is loaded.
+        if FURTHER_LISTS[path].of_loaded_models:
             length = document.get("context_length")
             documents.insert(0, {"loaded_context_length": length, "state": LOADED})
         else:
@@ -6373,6 +6391,10 @@ class Dialect(NamedTuple):
     empty_event: Callable[[ParsedRequest, str], dict[str, Any]] | None = None
     # What a server that speaks it says at its root, if it says anything of its own.
     greeting: str = ""
+    # The paths of FURTHER_LISTS at such a server, and the one at which it tells of one model in
+    # detail. To look at these loads no model.
+    further_lists: tuple[str, ...] = ()
+    details_path: str = ""
 
     def encode_error(self, error: RouterError, path: str) -> bytes:
         """Return an error as the clients of a path read it."""
@@ -8452,6 +8474,8 @@ OLLAMA = Dialect(
     version=OLLAMA_VERSION,
     empty_event=ollama_empty_line,
     greeting="Ollama is running",
+    further_lists=(OLLAMA_TAGS, OLLAMA_RUNNING),
+    details_path=OLLAMA_DETAILS,
 )
 OLLAMA_EMBED = OLLAMA._replace(
     encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded
@@ -8459,7 +8483,9 @@ OLLAMA_EMBED = OLLAMA._replace(
 OLLAMA_EMBEDDING = OLLAMA_EMBED._replace(
     answer=answer_ollama_embedding, empty=ollama_embedding_loaded
 )
-SERVICES = (OPENAI.service, OLLAMA.service)
+# What servers speak, by the word for it in the routing file.
+SERVER_DIALECTS = {dialect.service: dialect for dialect in (OPENAI, OLLAMA)}
+SERVICES = tuple(SERVER_DIALECTS)
 
 
 def service_of(greeting: str) -> str:
@@ -8467,18 +8493,21 @@ def service_of(greeting: str) -> str:
 
     'Ollama is running'  ->  'ollama';  '<!doctype html>'  ->  'openai'
     """
-    return OLLAMA.service if greeting.strip() == OLLAMA.greeting else OPENAI.service
+    for service, dialect in SERVER_DIALECTS.items():
+        if dialect.greeting and dialect.greeting == greeting.strip():
+            return service
+    return OPENAI.service
 
 
 def further_lists(service: str, models: Sequence[ListedModel]) -> tuple[str, ...]:
     """Return the paths at which a server tells more of its models than it has in its list.
 
-    To look at these loads no model.
-
     'ollama', ...  ->  ('/api/tags', '/api/ps')
     """
-    if service == OLLAMA.service:
-        return (OLLAMA_TAGS, OLLAMA_RUNNING)
+    paths = SERVER_DIALECTS[service].further_lists
+    if paths:
+        return paths
+    # Servers that speak OpenAI show by what they list which program they are.
     entries = [model.entry for model in models]
     owners = owners_of(entries)
     if LM_STUDIO_OWNER in owners:
@@ -8491,7 +8520,7 @@ def further_lists(service: str, models: Sequence[ListedModel]) -> tuple[str, ...
 
 def details_path(service: str) -> str:
     """Return where a server tells of one model in detail without loading it, "" for nowhere."""
-    return "/api/show" if service == OLLAMA.service else ""
+    return SERVER_DIALECTS[service].details_path
 
 
 Rewriter = BufferedRewrite | StreamRewrite
