@@ -1072,8 +1072,12 @@ class Router:
         self._reader = threading.Thread(target=self._listen, args=[stderr], daemon=True)
         self._reader.start()
         pattern = re.compile(r"listens on (https?://\S+:(\d+))")
-        # Its first line says where it listens; if there is none, it has ended.
-        line = wait_until(lambda: pattern.search(self.stderr) or self.process.poll())
+
+        def first_line() -> Any:
+            """Return the line that says where it listens, or its exit status."""
+            return pattern.search(self.stderr) or self.process.poll()
+
+        line = wait_until(first_line, 3 * PATIENCE)
         if not isinstance(line, re.Match):
             self.kill()
             raise RuntimeError(f"the router did not start:\n{self.stderr}")
