@@ -4853,7 +4853,8 @@ class Message:
     thoughts: list[str] = dataclasses.field(default_factory=list)
     calls: list[ToolCall] = dataclasses.field(default_factory=list)
     images: list[Any] = dataclasses.field(default_factory=list)
-    # Behind how many characters of the text each picture stands.
+    # How many characters of text were added, and behind how many of them each picture stands.
+    text_length: int = dataclasses.field(default=0, compare=False)
     image_places: list[int] = dataclasses.field(default_factory=list)
     call_id: Any = None
     name: Any = None
@@ -4877,10 +4878,15 @@ class Message:
             "image_at": self.image_places,
         }
 
+    def add_text(self, text: str) -> None:
+        """Add some more text."""
+        self.texts.append(text)
+        self.text_length += len(text)
+
     def add_image(self, url: Any) -> None:
         """Add a picture behind the text that is there already."""
         self.images.append(url)
-        self.image_places.append(sum(map(len, self.texts)))
+        self.image_places.append(self.text_length)
 
 
 def odd_part(part: Part) -> MalformedContent:
@@ -5009,8 +5015,8 @@ def add_part(message: Message, part: Part) -> None:
             raise odd_part(part)
         if kind == SYSTEM and message.texts and not message.texts[-1].endswith("\n"):
             # Blocks of a system prompt are paragraphs.
-            message.texts.append("\n")
-        message.texts.append(value)
+            message.add_text("\n")
+        message.add_text(value)
     elif kind == THINKING and isinstance(value, str):
         # Some servers say each thought twice, as `reasoning` and as `reasoning_content`.
         member = part.path[-1]

@@ -6370,6 +6370,25 @@ def test_pictures_of_a_transcript() -> None:
         assert message["image_at"] == [4], path
 
 
+def test_many_texts_and_pictures_are_read_in_linear_time() -> None:
+    measured = []
+
+    class Text(str):
+        """A text that notes each time that somebody asks for its length."""
+
+        def __len__(self) -> int:
+            measured.append(self)
+            return super().__len__()
+
+    pairs = [[{"text": Text("ab")}, {"image_url": "data:,"}] for _ in range(50)]
+    content = list(itertools.chain.from_iterable(pairs))
+    protocol = smolrouter.find_protocol(CHAT)
+    document = {"messages": [{"role": "user", "content": content}]}
+    (message,) = smolrouter.read_messages(protocol, document)
+    assert message.image_places == [*range(2, 102, 2)]
+    assert len(measured) <= 2 * len(pairs)
+
+
 # ======================================================================================
 # 8  Dialects
 # ======================================================================================
