@@ -22598,7 +22598,7 @@ nav a[aria-current] { background: var(--tint); color: var(--on-tint); }
   padding: .6rem .8rem; max-height: 34rem; overflow: auto; }
 .sign-in { max-width: 26rem; margin: 12vh auto 0; }
 dialog { border: 1px solid var(--line); background: var(--card); color: var(--text); padding: 1rem;
-  width: min(34rem, 100vw); max-width: 100vw; height: 100dvh; max-height: 100dvh;
+  width: min(34rem, 100%); max-width: 100%; height: 100dvh; max-height: 100dvh;
   margin: 0 0 0 auto; box-shadow: 0 0 40px var(--shade); border-width: 0 0 0 1px; }
 dialog::backdrop { background: var(--shade); }
 /* -- Controls -------------------------------------------------------------------------------- */
@@ -22801,7 +22801,8 @@ td.number, th.number { text-align: right; }
   .rows .c-status { grid-area: 1 / 3; max-width: 10rem; text-align: right; }
   .rows .c-words { grid-area: 2 / 1 / 3 / 3; color: var(--quiet); }
   .rows .c-duration { grid-area: 2 / 3; text-align: right; }
-  nav { order: 9; width: 100%; } nav a { padding: .2rem .4rem; } .bar { gap: .25rem .5rem;
+  nav { order: 9; width: 100%; } nav { gap: 0; }
+  nav a { padding: .2rem .4rem; font-size: .8125rem; } .bar { gap: .25rem .5rem;
     padding-top: .5rem; }
   #live { margin-left: auto; } .bar button { padding: .1rem .5rem; } .took { display: block; }
     .meter { display: none; }

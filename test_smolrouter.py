@@ -23261,6 +23261,11 @@ def test_overview_at_a_glance(tab: Any) -> None:
     tab.click("#filter-button")
     assert tab.is_visible("#filters [name=model]")
     assert tab.get_attribute("#filter-button", "aria-expanded") == "true"
+    # The head is two lines, and a drawer as wide as the screen.
+    assert tab.evaluate("document.querySelector('nav').offsetHeight") < 40
+    tab.click("#try-button")
+    edges = tab.locator("#try").bounding_box()
+    assert edges["x"] >= 0 and edges["x"] + edges["width"] <= 380
 
 
 def test_clients_say_who_uses_what(tab: Any) -> None:
