@@ -9,9 +9,10 @@
 Four ways to the same upstream are asked in turn, round by round: directly, through the
 floor (a relay on asyncio streams that looks at nothing, part of this file), and through
 SmolRouter with rules, a model map and think stripping on, without and with its log. Then
-a log of many rows is asked what the page asks. `--curves` tells instead how the cost of a
+a log of many rows is asked what the page asks, and routers that find models by lists, let
+requests wait for slots and send spans are asked, too. `--curves` tells instead how the cost of a
 request grows. Load, upstream and relays are processes of their own on 127.0.0.1. Standard
-library only, on Linux, below two minutes. Quote ratios: absolute figures are the machine's.
+library only, on Linux, below three minutes. Quote ratios: absolute figures are the machine's.
 
 The soak sends good traffic and every kind of bad one at the same time, and fails unless
 every good answer is exact to the byte, every good request has its row in the log, and
@@ -48,17 +49,20 @@ from typing import Any, NamedTuple
 HERE = pathlib.Path(__file__).resolve().parent
 PACE = 0.05  # seconds between two events of a paced stream
 CONNECTIONS, STREAMS, BURST = 32, 8, 500  # that ask; at full speed; events of such a stream
+AGENTS, SLOTS, QUEUE = 50, 8, 200  # agents that ask; of a server; that wait for these
 SETTLE = 0.25  # s after a load, for what it left to do: the log is written in batches
 Figures = dict[str, dict[str, float]]  # by column and row
 EACH = "events of an answer, each"  # a curve per event, not per request
+EACH_TAGGED = "events with tags, each"
 ROUTES = {
-    "aliases": {"coding-assistant": {"instances": ["UPSTREAM/bench"]}},
+    "aliases": {"coding-assistant": {"instances": ["UPSTREAM/bench"]},
+                "agent": {"instances": ["UPSTREAM/bench"], "think": "off"}},
     "routes": [
         {"match": {"model": "/.*-1.5b/"}, "route": {"model": "other"}},
         {"match": {"source_host": "10.0.1.100"}, "route": {"model": "other"}},
         {"match": {"model": "gpt-4"}, "route": {"model": "other"}},
     ],
-}
+}  # fmt: skip
 END = b"0\r\n\r\n"
 USAGE = {"prompt_tokens": 12, "completion_tokens": 24, "total_tokens": 36}
 ANSWER = json.dumps({
@@ -66,6 +70,11 @@ ANSWER = json.dumps({
     "choices": [{"index": 0, "finish_reason": "stop", "message": {
         "role": "assistant", "content": "The first sentence of a real answer. " * 3}}],
     "usage": USAGE,
+}).encode()  # fmt: skip
+MESSAGE = json.dumps({
+    "id": "msg_1", "type": "message", "role": "assistant", "model": "bench",
+    "content": [{"type": "text", "text": "The first sentence of a real answer. " * 3}],
+    "stop_reason": "end_turn", "usage": {"input_tokens": 12, "output_tokens": 24, **USAGE},
 }).encode()  # fmt: skip
 WORDS = ("The", "quick", "naïve", "狐", "jumps", "<b>", "\\", '"', "\n", "over", "🦊", "</p>")
 FINE = b"HTTP/1.1 200 OK\r\n"
@@ -87,7 +96,7 @@ BAD_ANSWERS = {
     "busy": b"HTTP/1.1 429 Busy\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{}",
 }
 JSON = FINE + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-WHOLE = JSON % len(ANSWER) + ANSWER
+WHOLE, WHOLE_MESSAGE = (JSON % len(content) + content for content in (ANSWER, MESSAGE))
 
 # ======================================================================================
 # The ends and the floor, each run as a process: `bench_smolrouter.py --run NAME`
@@ -107,13 +116,15 @@ def encode_event(*texts: str, **more: Any) -> bytes:
 STREAM_END = encode_event(usage=USAGE) + b"e\r\ndata: [DONE]\n\n\r\n" + END
 STAMPED = encode_event(" @@000000000000000000").replace(b"0" * 18, b"%018d")  # takes ns
 STAMP = re.compile(rb"@@([0-9]{18})")
-TARGET = re.compile(rb"POST [^ ?]*\?events=([0-9]+)(&paced)? ")
+TARGET = re.compile(rb"POST [^ ?]*\?events=([0-9]+)(&paced|&tags)? ")
 
 
 @functools.lru_cache
-def encode_burst(count: int) -> bytes:
+def encode_burst(count: int, tags: bool = False) -> bytes:
     """Return a stream of events that comes all at once; they are of many lengths."""
     words = re.findall(r" ?\w+|[,.]", "Each event says a token, and hardly two are equally long.")
+    if tags:
+        words = [*words[:4], "\u25c1think\u25b7", *words[4:8], "\u25c1/think\u25b7", *words[8:]]
     said = map(encode_event, itertools.islice(itertools.cycle(words), count))
     return CHUNKED + b"".join(said) + STREAM_END
 
@@ -131,8 +142,12 @@ async def serve_upstream(reader: asyncio.StreamReader, writer: asyncio.StreamWri
         while True:
             head, _ = await read_request(reader)
             asked = TARGET.match(head)
-            if not asked or not asked[2]:
-                writer.write(encode_burst(int(asked[1])) if asked else WHOLE)
+            if not asked:
+                is_message = head.split(b" ", 2)[1].endswith(b"/messages")
+                writer.write(WHOLE_MESSAGE if is_message else WHOLE)
+            elif asked[2] != b"&paced":
+                writer.write(encode_burst(int(asked[1]), asked[2] == b"&tags"))
+            if not asked or asked[2] != b"&paced":
                 await writer.drain()
                 continue
             writer.write(CHUNKED)
@@ -257,6 +272,34 @@ def encode_chat(events: int = 0, size: int = 80, model: str = "bench", more: str
     return encode_post(path, json.dumps(doc).encode(), "Authorization: Bearer sk-bench\r\n")
 
 
+def encode_fields(model: str = "bench", **fields: str) -> bytes:
+    """Return a chat with some more fields."""
+    lines = "".join(f"X-{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    return encode_chat(model=model).replace(b"Authorization:", lines.encode() + b"Authorization:")
+
+
+@functools.lru_cache
+def encode_agent(size: int = 200 << 10) -> bytes:
+    """Return what an agent sends: a line that always changes, tools and a long history."""
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "string", "description":
+              "What it is for, as its author has said it." * 2} for n in range(12)}}  # fmt: skip
+    tools = [{"name": f"tool_{n}", "description": "What it does. " * 30, "input_schema": schema}
+             for n in range(40)]  # fmt: skip
+    billing = "x-anthropic-billing-header: cc_version=2.1.197; cc_entrypoint=cli; cch=0badc;"
+    system = [{"type": "text", "text": text} for text in (billing, "You help. " * 500)]
+    messages = [{"role": "user", "content": "Please mend the test."}]
+    doc = {"model": "agent", "max_tokens": 1024, "system": system, "tools": tools,
+           "messages": messages}  # fmt: skip
+    left = size - len(json.dumps(doc))
+    for number in range(left // 4000):
+        use = {"type": "tool_use", "id": f"t{number}", "name": "tool_1", "input": {"p1": "a.py"}}
+        result = {"type": "tool_result", "tool_use_id": use["id"], "content": "def f():\n" * 350}
+        messages += [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    return encode_post(
+        "/v1/messages", json.dumps(doc).encode(), "anthropic-version: 2023-06-01\r\n"
+    )
+
+
 class Client(asyncio.Protocol):
     """A connection that asks one request at a time."""
 
@@ -299,7 +342,9 @@ async def connect(port: int, count: int, delays: list[int] | None = None) -> Any
         client.transport.close()
 
 
-async def load(way: Way, requests: list[bytes], width: int, seconds: float) -> tuple[float, float]:
+async def load(
+    way: Way, requests: Iterable[bytes], width: int, seconds: float
+) -> tuple[float, float]:
     """Ask on `width` connections for a while: answers a second, CPU of one in us."""
     source = itertools.cycle(requests)
 
@@ -383,7 +428,10 @@ async def start_router(
     """Start SmolRouter with everything on; return it, its port and what that took."""
     own = pathlib.Path(tempfile.mkdtemp(dir=folder))
     url = f"http://127.0.0.1:{upstream}"
-    (own / "routes.json").write_text(json.dumps({"servers": {"UPSTREAM": url}, **routes}))
+    servers = {"UPSTREAM": {"url": url}}
+    for name, server in routes.get("servers", {}).items():
+        servers[name] = {**server, "url": url + server["url"]}
+    (own / "routes.json").write_text(json.dumps({**routes, "servers": servers}))
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
     named = {"DEFAULT_UPSTREAM": url, "LISTEN_PORT": "0", "ROUTES_CONFIG": "routes.json",
              "MODEL_MAP": '{"gpt-3.5-turbo": "bench", "/gpt-4-(.*)/": "bench-\\\\1"}'}  # fmt: skip
@@ -393,7 +441,7 @@ async def start_router(
                         env=kept | named | (settings or {}))  # fmt: skip
     while not (line := re.search(r"listens on \S+:(\d+)", (own / "said").read_text())):
         if process.poll() is not None:
-            sys.exit("smolrouter.py did not start")
+            sys.exit("smolrouter.py did not start: " + (own / "said").read_text()[-2000:])
         await asyncio.sleep(0.002)
     way = Way(process, int(line[1]))
     return *way, await see_start(way, begun)
@@ -431,6 +479,11 @@ async def measure(way: Way, direct: Way, asked: argparse.Namespace) -> dict[str,
     rate, spent = await load(way, [encode_chat(BURST)], STREAMS, asked.seconds)
     figures[f"events/s, {STREAMS} streams at full speed"] = rate * BURST
     figures["CPU per event at full speed, us"] = spent / BURST
+    rate, spent = await load(way, [encode_chat(BURST, more="&tags")], STREAMS, asked.seconds)
+    figures[f"events/s with tags, {STREAMS} streams"] = rate * BURST
+    figures["CPU per event with tags, us"] = spent / BURST
+    rate, spent = await load(way, [encode_agent()], AGENTS, asked.seconds)
+    figures |= {f"requests/s, {AGENTS} agents, 200 KB": rate, "CPU of such a request, us": spent}
     delays, spent = await load_paced(way, asked.streams, asked.seconds)
     figures |= percentiles(f"event delay, {asked.streams} paced streams,", delays, 1e-3)
     return figures | {"CPU per paced event, us": spent}
@@ -443,6 +496,42 @@ def medians(seen: Iterable[tuple[str, Any, float]]) -> Figures:
         figures.setdefault(column, {}).setdefault(str(row), []).append(value)
     return {column: {row: statistics.median(values) for row, values in rows.items()}
             for column, rows in figures.items()}  # fmt: skip
+
+
+def many_models(count: int) -> dict[str, Any]:
+    """Return a table of ten servers with `count` models in all, and of one with slots."""
+    names = [[f"model-{server}-{n}" for n in range(count // 10)] for server in range(10)]
+    servers = {f"list-{n}": {"url": f"/{n}", "models": names[n]} for n in range(10)}
+    servers["tight"] = {"url": "/tight", "slots": SLOTS, "discover": False}  # takes any name
+    sticky = {"strategy": "sticky", "instances": ["list-0/bench", "list-1/bench"]}
+    rule = {"match": {"model": "/^tight/"}, "route": {"upstream": "tight"}}
+    return {"servers": servers, "aliases": {"sticky": sticky}, "routes": [rule]}
+
+
+def listed_chats(count: int) -> list[bytes]:
+    """Return chats with models of `many_models(count)`, more than the router remembers."""
+    return [encode_chat(model=f"model-{n % 10}-{n // 10}") for n in range(0, count, count // 500)]
+
+
+async def measure_abilities(
+    folder: pathlib.Path, upstream: int, asked: argparse.Namespace
+) -> dict[str, float]:
+    """Measure routers that do more than to relay."""
+    collector = f"http://127.0.0.1:{start_end('upstream').port}"
+    able = Way(*(await start_router(folder, upstream, {}, many_models(5000)))[:2])
+    spans = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector}
+    spanned = Way(*(await start_router(folder, upstream, spans))[:2])
+    cases = {
+        "found by list": (able, listed_chats(5000), CONNECTIONS),
+        f"{QUEUE} in a queue": (able, [encode_chat(model="tight")], SLOTS + QUEUE),
+        "with spans": (spanned, [encode_chat()], CONNECTIONS),
+    }
+    seen = []
+    for _ in range(asked.rounds):
+        for name, case in cases.items():
+            rate, spent = await load(*case, asked.seconds)
+            seen += [("", f"requests/s, {name}", rate), ("", f"CPU per request, {name}, us", spent)]
+    return medians(seen)[""]
 
 
 async def compare(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> Figures:
@@ -460,6 +549,7 @@ async def compare(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> 
     for name, column in once.items():
         peak = {"memory at its peak, MB": memory(ways[name].process.pid, "VmHWM")}
         figures[name] |= column | peak
+    figures["smolrouter"] |= await measure_abilities(folder, direct.port, asked)
     figures["smolrouter"] |= await ask_log(folder, direct.port, log)
     return figures
 
@@ -696,7 +786,9 @@ async def soak(minutes: float) -> int:
 # ======================================================================================
 
 MODELS = ("llama3-8b", "qwen2.5-coder", "mistral-nemo", "phi-4", "gemma3-27b", "tiny")
+FIRST_PAGE = ("/", "/api/logs", "/api/stats")
 QUESTIONS = ("/api/logs", "/api/logs?model=phi-4&status=error", "/api/logs?q=phi-4",
+             "/api/logs?model=*phi*",
              "/api/logs?client=client-7", "/api/logs?session=00000000002a", "/api/logs?q=nobody",
              "/api/clients", "/api/clients?hours=168", "/api/stats", "/api/stats?hours=168",
              "/api/performance",
@@ -763,8 +855,15 @@ def make_rows(count: int, file: str) -> None:
 
 async def ask_log(folder: pathlib.Path, upstream: int, log: str) -> dict[str, float]:
     """Ask a router with this log what the page asks; return the median times in ms."""
-    _, port, _ = await start_router(folder, upstream, {"DB_PATH": log})
-    figures = {"rows in the log": get(port, "/api/stats")["total_requests"]}
+    _, port, started = await start_router(folder, upstream, {"DB_PATH": log})
+    begun = time.perf_counter()
+    for path in FIRST_PAGE:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}{path}").read()
+    figures = {
+        "first page with the log, ms": (time.perf_counter() - begun) * 1000,
+        "start to first answer with the log, s": started["start to first answer, s"],
+        "rows in the log": get(port, "/api/stats")["total_requests"],
+    }
     for path in QUESTIONS:
         times = []
         for _ in range(21):
@@ -789,7 +888,10 @@ def many_rules(count: int) -> dict[str, Any]:
 
 
 async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespace) -> Figures:
-    """Return the CPU in us that a router spends on a request, by curve and size."""
+    """Return the CPU in us that a router spends on a request, by curve and size.
+
+    Where the size is `new`, each request has another name.
+    """
     upstream = start_end("upstream").port
 
     async def router(routes: dict[str, Any] = ROUTES, **settings: str) -> Way:
@@ -798,9 +900,22 @@ async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespa
 
     plain, full = await router(), await router(DB_PATH=log)
     rules = [(count, await router(many_rules(count))) for count in (10, 100, 1000)]
+    lists = [(count, await router(many_models(count))) for count in (500, 5000, 50_000)]
+    able = lists[0][1]
     total = get(full.port, "/api/stats")["total_requests"]
     chat = [encode_chat()]
     news = [encode_chat(model=f"bench-{n}") for n in range(5000)]  # more than it remembers
+    numbers = itertools.count()
+    sessions = {
+        **{n: [encode_fields("sticky", Session_Id=f"s{m}") for m in range(n)] for n in (1, 100)},
+        "new": (encode_fields("sticky", Session_Id=f"s{n}") for n in numbers),
+    }
+    clients = {
+        **{n: [encode_fields(Client_Name=f"c{m}") for m in range(n)] for n in (1, 100)},
+        "new": (encode_fields(Client_Name=f"c{n}") for n in numbers),
+    }
+    tight = {1: [encode_chat(model="tight")],
+             "new": (encode_chat(model=f"tight-{n}") for n in numbers)}  # fmt: skip
     points = [
         *(("rules, known models", count, way, chat, 8) for count, way in rules),
         *(("rules, new models", count, way, news, 8) for count, way in rules),
@@ -809,11 +924,19 @@ async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespa
         ("rows in the log", total, full, chat, 8),
         *(("KB of a request", n, plain, [encode_chat(size=n << 10)], 8) for n in (1, 32, 1024)),
         *((EACH, n, plain, [encode_chat(n)], 8) for n in (10, 300, 10_000)),
+        *((EACH_TAGGED, n, plain, [encode_chat(n, more="&tags")], 8) for n in (10, 300, 10_000)),
+        *(("models of ten servers, by list", n, way, listed_chats(n), 8) for n, way in lists),
+        *(("sessions that stay", size, able, asks, 8) for size, asks in sessions.items()),
+        *(("clients", size, full, asks, 8) for size, asks in clients.items()),
+        *(("models of a server with slots", n, able, asks, SLOTS) for n, asks in tight.items()),
+        *(("requests that wait", n, able, tight[1], SLOTS + n) for n in (1, 30, 500)),
     ]
-    return medians([
-        (name, size, (await load(*given, asked.seconds / 2))[1] / (size if name == EACH else 1))
-        for _ in range(asked.rounds) for name, size, *given in points
-    ])  # fmt: skip
+    seen = []
+    for _ in range(asked.rounds):
+        for name, size, *given in points:
+            _, spent = await load(*given, asked.seconds / 2)
+            seen.append((name, size, spent / size if name in (EACH, EACH_TAGGED) else spent))
+    return medians(seen)
 
 
 def show_curves(figures: Figures) -> None:

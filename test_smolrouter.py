@@ -24197,6 +24197,14 @@ DIRECT_FIGURES = {
     "events/s, 8 streams at full speed", "CPU per event at full speed, us",
     "event delay, 5 paced streams, p50, us", "event delay, 5 paced streams, p99, us",
     "CPU per paced event, us",
+    "events/s with tags, 8 streams", "CPU per event with tags, us",
+    "requests/s, 50 agents, 200 KB", "CPU of such a request, us",
+}  # fmt: skip
+ABILITIES = ("found by list", "200 in a queue", "with spans")
+OWN_FIGURES = {
+    *(f"requests/s, {name}" for name in ABILITIES),
+    *(f"CPU per request, {name}, us" for name in ABILITIES),
+    "rows in the log", "first page with the log, ms", "start to first answer with the log, s",
 }  # fmt: skip
 RELAY_FIGURES = DIRECT_FIGURES | {
     "added latency p50, us", "added latency p99, us", "start to first answer, s",
@@ -24210,6 +24218,12 @@ CURVES = {
     "rows in the log": ["0", "301"],
     "KB of a request": ["1", "32", "1024"],
     "events of an answer, each": ["10", "300", "10000"],
+    "events with tags, each": ["10", "300", "10000"],
+    "models of ten servers, by list": ["500", "5000", "50000"],
+    "sessions that stay": ["1", "100", "new"],
+    "clients": ["1", "100", "new"],
+    "models of a server with slots": ["1", "new"],
+    "requests that wait": ["1", "30", "500"],
 }
 
 
@@ -24228,10 +24242,10 @@ def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> N
         for run in runs:
             # The signal does nothing to a process that has ended.
             run.send_signal(signal.SIGINT)
-    log = {f"{path}, ms" for path in bench.QUESTIONS} | {"rows in the log"}
+    log = {f"{path}, ms" for path in bench.QUESTIONS}
     assert {way: set(figures) for way, figures in table.items()} == {
         "direct": DIRECT_FIGURES, "floor": RELAY_FIGURES, "log off": RELAY_FIGURES,
-        "smolrouter": RELAY_FIGURES | log,
+        "smolrouter": RELAY_FIGURES | OWN_FIGURES | log,
     }  # fmt: skip
     assert {name: list(curve) for name, curve in curves.items()} == CURVES
     for figures in (*table.values(), *curves.values()):
