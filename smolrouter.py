@@ -946,6 +946,8 @@ class Limits:
     # After an error the router reads on for so long: octets that come after the close would
     # reset the connection and destroy the answer on its way (RFC 9112 section 9.6).
     linger_timeout: float = 2.0
+    # At the end of the router, requests that it cancels have so long to answer and enter the log.
+    cancelled_timeout: float = 1.0
     # Content that nobody wanted is read past up to this length, so that the connection can be
     # used again; above it the connection ends.
     discarded_content: int = 64 * KiB
@@ -976,6 +978,10 @@ class Limits:
     # Connections accepted in one turn of the event loop: while hundreds begin at once, the
     # events of running streams still get through in between.
     accepted_per_turn: int = 4
+    # After a client that could not be accepted: when files are missing others have to leave first,
+    # and any other reason is that client's own.
+    accept_pause_for_files: float = 0.2
+    accept_pause: float = 0.01
     # File descriptors that clients and upstreams do not get: the database, bodies, look-ups.
     spare_files: int = 64
     # How often the deadlines of all connections are looked at: that costs less than a timer each.
@@ -1156,19 +1162,27 @@ class Limits:
     # so many of a list at most, one after the other, and so many are remembered.
     asked_details: int = 100
     known_details: int = 2000
+    # A name that nobody has is compared with so many others; it takes quadratic time.
+    compared_names: int = 1000
     # An error in place of a list is kept for its client up to this length.
     refused_list: int = 16 * KiB
 
     # --- lines on stderr ---
     # They are written together once in `console_interval`; so many wait, and then the oldest go.
+    # At the end of the router the last ones are given up after `last_lines_timeout`.
     console_lines: int = 10_000
     console_interval: float = 0.05
+    last_lines_timeout: float = 1.0
 
     # --- a look at servers from the command line ---
     # A server has `probe_timeout` to say something of itself, a model `probed_model_timeout` to say
     # a few tokens: before its first one it may have to be loaded from a disk.
     probe_timeout: float = 5.0
     probed_model_timeout: float = 60.0
+    # `health` waits so long for the router of this machine; the page of a server is told by so
+    # many octets of its beginning.
+    health_timeout: float = 3.0
+    page_beginning: int = 100
     # A start without any server looks for the usual ones at these ports, on this machine alone, in
     # the order of LOCAL_SERVERS, and waits so long for each.
     local_ports: Sequence[int] = (11434, 1234, 8080)
@@ -1194,6 +1208,10 @@ class Limits:
     # because each transaction waits for the disk.
     batch_interval: float = 0.1
     batch_rows: int = 256
+    # A router takes so many ids at once from the database, at least and at most: enough for what
+    # comes before the next transaction.
+    fewest_ids: int = 64
+    most_ids: int = 4096
     # When a full batch of rows waits, the oldest for more than `row_delay`, the log is behind:
     # then new requests wait for it, for `log_wait` at most.
     row_delay: float = 0.2
@@ -1211,6 +1229,11 @@ class Limits:
     database_lock_timeout: float = 1.0
     # Rows that are too old, and files above MAX_TOTAL_STORAGE_SIZE, are looked for so often.
     prune_interval: float = 3600.0
+    # A transaction forgets so many details, deletes so many rows, or gives so many pages back to
+    # the file system at once: the rows of requests wait meanwhile.
+    forgotten_details: int = 100
+    pruned_rows: int = 500
+    vacuumed_pages: int = 256
     # Different models and servers that /metrics counts apart; clients choose the names of
     # models, and each is a few dozen lines that a collector keeps. More count as one, "other".
     metric_series: int = 500
@@ -1239,6 +1262,12 @@ class Limits:
     news_interval: float = 0.25
     news_rows: int = 100
     news_keep_alive: float = 15.0
+    # Of what a running request has said so many octets are looked at for its last words, and so
+    # many characters of them are shown.
+    looked_at_tail: int = 8 * KiB
+    shown_tail: int = 120
+    # So many of the models that a client asked for are listed, those that it asked most.
+    listed_models: int = 50
     # An export reads so many rows at a time, or so many octets of them, so that others can read and
     # write in between. While `unread_answers` are too many it looks for room so often.
     export_page: int = 200
@@ -13760,8 +13789,7 @@ def unknown_model(model: str, names: Sequence[str]) -> str:
     import difflib
 
     words = f"no such model {model[:80]!r}"
-    # The comparison takes quadratic time; a menu is not that long.
-    listed = [name[:80] for name in names[:1000]]
+    listed = [name[:80] for name in names[: LIMITS.compared_names]]
     nearest = difflib.get_close_matches(without_tag(model)[:80], listed, LIMITS.names_in_error, 0.5)
     if len(nearest) == 1:
         return f"{words}; the nearest is {nearest[0]}"
@@ -13957,10 +13985,6 @@ TTFTS = slice(len(SUMS) + len(BUCKET_ENDS), len(TALLY_COLUMNS))
 
 # So many routers can share a database. Each has a number, which stands in its rows.
 MAX_ROUTERS = 64
-# A router takes so many ids at once from the database, at least and at most: enough for what comes
-# before the next transaction.
-FEWEST_IDS = 64
-MOST_IDS = 4096
 # SQLite keeps this number in the head of the file: `Smol`, the mark of a database of ours.
 APPLICATION_ID = 0x536D6F6C
 # What the log says of a request whose router has died.
@@ -13991,9 +14015,6 @@ SMALL_PIECE = 512
 LONGEST_GATHERED = 16 * KiB
 # Of an answer that is not kept whole, so much of its end is looked at for its usage.
 ANSWER_END = 8 * KiB
-# Each step of pruning deletes so many rows, and gives so many pages back to the file system.
-PRUNED_ROWS = 500
-VACUUMED_PAGES = 256
 # The files of a database: itself, its write-ahead log and the index of that.
 DATABASE_SUFFIXES = ("", "-shm", "-wal")
 # SQLite's files begin with a head of so many octets; a shorter file holds no database.
@@ -14337,6 +14358,23 @@ class RequestRecord:
         waiting_s = now - self.queued_at if self.queued_at is not None else 0.0
         return round((self.queued_s + waiting_s) * 1000, 1)
 
+    def drop_texts(self) -> None:
+        """Let go of what its row has, as far as clients choose how long it is."""
+        self.request_fields = NO_FIELDS
+        self.response_fields = None
+        self.trail = ()
+        self.secrets = ()
+        self.attempts = []
+        self.trace = None
+        self.changes = ()
+        self.target = ""
+        self.requested_model = ""
+        self.mapped_model = ""
+        self.sent_model = ""
+        self.subject = ""
+        self.session = ""
+        self.asked = ""
+
     @property
     def shown_target(self) -> str:
         """The target as it may be kept and shown."""
@@ -14431,12 +14469,12 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     began_well = record.answer_status < 400
     failed = record.status >= 400 and record.status != ClientClosed.status
     # What was only counted has cost nothing either.
-    only_counted = find_protocol(protocol_path(record.path)).answer_member != ""
+    path = protocol_path(record.path)
+    only_counted = find_protocol(path).answer_member != ""
     if only_counted or (failed and not began_well):
         return Usage(), False
     answer = detail.response + record.answer_end
     usage = read_usage(answer)
-    path = protocol_path(record.path)
     if usage.completion is not None or not answer:
         return usage, False
     # Without words of a user there is no transcript to count in.
@@ -14855,7 +14893,8 @@ class RowIds:
     its id before its row is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.free: collections.deque[int] = collections.deque()
         # Where the newest block ends.
         self.end = 1
@@ -14885,7 +14924,7 @@ class RowIds:
         if not (is_behind or late) and used < self.wanted / 2:
             return
         # After a burst fewer and fewer are taken at once.
-        wanted = min(max(2 * used, self.wanted // 2, FEWEST_IDS), MOST_IDS)
+        wanted = min(max(2 * used, self.wanted // 2, self.limits.fewest_ids), self.limits.most_ids)
         with db:
             db.execute("BEGIN IMMEDIATE")
             ((first,),) = db.execute(NEXT_ID)
@@ -14925,7 +14964,8 @@ class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
     def __init__(self, settings: Settings, limits: Limits = LIMITS) -> None:
-        self.path, self.limits = settings.db_path, limits
+        self.path = settings.db_path
+        self.limits = limits
         self.bytes_limit = settings.max_total_storage_size
         self.max_age = settings.max_log_age_days * 86_400
         self.prune_at = 0.0
@@ -14938,7 +14978,7 @@ class Store:
         # found a free one, the process's id makes it likely that two routers differ.
         self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
-        self.ids = RowIds()
+        self.ids = RowIds(limits)
         # The clients that are counted by name, by hour.
         self.hour_clients: dict[int, set[str]] = {}
         self.db: sqlite3.Connection | None = None
@@ -15220,7 +15260,10 @@ class Store:
             if needed <= 0:
                 return
             last_id = None
-            oldest = db.execute("SELECT id, size FROM details ORDER BY id LIMIT 100")
+            oldest = db.execute(
+                "SELECT id, size FROM details ORDER BY id LIMIT ?",
+                (self.limits.forgotten_details,),
+            )
             for detail_id, most_freed in oldest:
                 last_id = detail_id
                 needed -= most_freed
@@ -15246,7 +15289,7 @@ class Store:
         if now < self.prune_at:
             return False
         first_hour = int((now - self.max_age) // 3600)
-        values = (first_hour * HOUR_MS, PRUNED_ROWS)
+        values = (first_hour * HOUR_MS, self.limits.pruned_rows)
         with self.open() as db:
             db.execute("BEGIN IMMEDIATE")
             db.execute(f"DELETE FROM details WHERE id IN ({OLDEST_IDS})", values)
@@ -15266,7 +15309,7 @@ class Store:
         ((before,),) = db.execute("PRAGMA freelist_count")
         # SQLite frees a page with each step of the statement. `execute` takes a single step of it
         # in Python 3.11, `executescript` takes all of them in every version.
-        db.executescript(f"PRAGMA incremental_vacuum({VACUUMED_PAGES})")
+        db.executescript(f"PRAGMA incremental_vacuum({self.limits.vacuumed_pages})")
         ((after,),) = db.execute("PRAGMA freelist_count")
         return after < before
 
@@ -15654,7 +15697,7 @@ class RequestLog:
         self.finished: collections.deque[RequestRecord] = collections.deque()
         # How many records of `finished`, the oldest ones, have their row.
         self.ready_rows = 0
-        self.ids = self.store.ids if self.store else RowIds()
+        self.ids = self.store.ids if self.store else RowIds(limits)
         # Octets of bodies that the event loop has put into memory, and that the thread has freed.
         self.bytes_received = 0
         self.bytes_released = 0
@@ -15970,13 +16013,8 @@ class RequestLog:
             self.spans.add(record, row)
         if not is_quiet(self.settings):
             self.print_line(describe_request(record, row))
-        # Rows may wait for long, and clients choose how long heads and names are.
-        record.request_fields, record.response_fields = NO_FIELDS, None
-        record.trail, record.secrets, record.attempts = (), (), []
-        record.trace = None
-        record.changes = ()
-        record.target = record.requested_model = record.mapped_model = record.sent_model = ""
-        record.subject = record.session = record.asked = ""
+        # Rows may wait for long.
+        record.drop_texts()
 
     def is_hurried(self) -> bool:
         """Tell whether so many rows wait that bodies have to be cut short."""
@@ -17758,10 +17796,6 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
 # handler `serve_...(context, request)` here, and a line in section 16.
 
 
-# How much of what a running request has said is looked at for its last words, and how many
-# characters of them are shown.
-LOOKED_AT_TAIL = 8 * KiB
-SHOWN_TAIL = 120
 # What finds pieces of a text in the events of any protocol, without reading their JSON.
 SAID_TEXTS = (CONTENT_MEMBER, OUTPUT_TEXT, RESPONSE_MEMBER, TEXT_MEMBER)
 
@@ -17773,18 +17807,18 @@ def read_last_text(pieces: Sequence[bytes | bytearray]) -> str:
     """
     tail = b""
     for piece in reversed(pieces):
-        tail = bytes(piece[-LOOKED_AT_TAIL:]) + tail
-        if len(tail) >= LOOKED_AT_TAIL:
+        tail = bytes(piece[-LIMITS.looked_at_tail :]) + tail
+        if len(tail) >= LIMITS.looked_at_tail:
             # It begins within an event.
-            tail = tail[-LOOKED_AT_TAIL:].partition(b"\n")[2]
+            tail = tail[-LIMITS.looked_at_tail :].partition(b"\n")[2]
             break
     for pattern in SAID_TEXTS:
         said = b"".join(match[match.lastindex] for match in pattern.finditer(tail))
         if said:
-            return unescape_text(said)[-SHOWN_TAIL:]
+            return unescape_text(said)[-LIMITS.shown_tail :]
     # It thinks.
     thoughts = ["".join(message.thoughts) for message in read_choices(tail)]
-    return "".join(thoughts)[-SHOWN_TAIL:]
+    return "".join(thoughts)[-LIMITS.shown_tail :]
 
 
 def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
@@ -18683,10 +18717,6 @@ def read_days(log: RequestLog, db: sqlite3.Connection) -> dict[str, list[list[in
     return days
 
 
-# So many of the models that a client asked for are listed, those that it asked most.
-LISTED_MODELS = 50
-
-
 def read_clients(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
     """Answer /api/clients: who asked for what, whoever asked most first."""
     window = Window.of(parameters.get("hours", 24) * 3600, time.time())
@@ -18700,7 +18730,7 @@ def read_clients(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[st
         for name, number in zip(CLIENT_SUMS, counts, strict=False):
             document[name] += number
         document["last_seen"] = max(document["last_seen"], last_seen)
-        if model and len(document["models"]) < LISTED_MODELS:
+        if model and len(document["models"]) < log.limits.listed_models:
             document["models"].append(model)
     for document in documents.values():
         document["last_seen"] = rfc3339(document["last_seen"] / 1000)
@@ -20343,9 +20373,11 @@ class HTTPServer:
                 client, address = await loop.sock_accept(listener)
             except OSError as error:
                 # Without a pause a lack of files would make this loop spin: the client that
-                # could not be accepted is still there to be accepted. Files come back as clients
-                # leave. Any other error is of one client that has left already.
-                await asyncio.sleep(0.2 if error.errno in SHORT_OF_FILES else 0.01)
+                # could not be accepted is still there to be accepted.
+                pause = self.limits.accept_pause
+                if error.errno in SHORT_OF_FILES:
+                    pause = self.limits.accept_pause_for_files
+                await asyncio.sleep(pause)
                 continue
             # An address of IPv4 in the form of IPv6 is one of IPv4.
             peer = str(address[0]).removeprefix("::ffff:")
@@ -20549,7 +20581,7 @@ class HTTPServer:
         self.cancel_connections(only_idle=False)
         if self.connections:
             # Their requests still have to say why they end, and to enter the log.
-            await asyncio.wait(list(self.connections), timeout=1.0)
+            await asyncio.wait(list(self.connections), timeout=self.limits.cancelled_timeout)
 
     def cancel_connections(self, only_idle: bool) -> None:
         """End the tasks of connections, for a reason that their requests will tell."""
@@ -20596,7 +20628,7 @@ class Console:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self.interval = limits.console_interval
+        self.limits = limits
         self.lines: collections.deque[str] = collections.deque(maxlen=limits.console_lines)
         self.has_lines = threading.Event()
         self.open = True
@@ -20614,7 +20646,7 @@ class Console:
         while self.open or self.lines:
             self.has_lines.wait()
             if self.open:
-                time.sleep(self.interval)
+                time.sleep(self.limits.console_interval)
             self.has_lines.clear()
             lines = [self.lines.popleft() for _ in range(len(self.lines))]
             if not lines:
@@ -20627,7 +20659,7 @@ class Console:
         """Write what is left and end the thread."""
         self.open = False
         self.has_lines.set()
-        self.thread.join(1.0)
+        self.thread.join(self.limits.last_lines_timeout)
 
 
 # --- the routing file on disk -----------------------------------------------------------
@@ -21152,7 +21184,7 @@ class ProbeAnswer(NamedTuple):
     @property
     def is_page(self) -> bool:
         """Whether a browser was meant to read it."""
-        start = self.content[:100].lstrip().lower()
+        start = self.content[: LIMITS.page_beginning].lstrip().lower()
         return self.media_type == "text/html" or start.startswith(SIGNS_OF_HTML)
 
 
@@ -21804,8 +21836,9 @@ def run_health(invocation: Invocation) -> int:
     settings = invocation.settings
     # A router that listens on all addresses answers on the loopback address, too.
     own_addresses = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    seconds = invocation.limits.health_timeout
     host = own_addresses.get(settings.listen_host, settings.listen_host)
-    connection = http.client.HTTPConnection(host.strip("[]"), settings.listen_port, timeout=3)
+    connection = http.client.HTTPConnection(host.strip("[]"), settings.listen_port, timeout=seconds)
     if settings.tls_cert:
         # Any certificate will do. It is for the name that clients use, and not for this address;
         # the question goes to this machine, holds no secret, and its answer opens nothing.
@@ -21813,7 +21846,7 @@ def run_health(invocation: Invocation) -> int:
         tls_context.check_hostname = False
         tls_context.verify_mode = ssl.CERT_NONE
         connection = http.client.HTTPSConnection(
-            connection.host, connection.port, timeout=3, context=tls_context
+            connection.host, connection.port, timeout=seconds, context=tls_context
         )
     with contextlib.closing(connection):
         try:

@@ -16456,7 +16456,7 @@ def test_each_step_gives_many_pages_back_and_not_all(tmp_path: pathlib.Path) -> 
     with contextlib.closing(make_store(tmp_path)) as store:
         db = store.open()
         db.execute("CREATE TABLE filler (data)")
-        rows = ((bytes(3500),) for _ in range(2 * smolrouter.VACUUMED_PAGES + 100))
+        rows = ((bytes(3500),) for _ in range(2 * smolrouter.LIMITS.vacuumed_pages + 100))
         db.executemany("INSERT INTO filler VALUES (?)", rows)
         db.execute("DROP TABLE filler")
 
@@ -16467,7 +16467,7 @@ def test_each_step_gives_many_pages_back_and_not_all(tmp_path: pathlib.Path) -> 
         while store.prune(time.time()):
             free_pages.append(count_free_pages())
         freed = [before - after for before, after in itertools.pairwise(free_pages)]
-        assert freed[:2] == [smolrouter.VACUUMED_PAGES] * 2
+        assert freed[:2] == [smolrouter.LIMITS.vacuumed_pages] * 2
         assert len(freed) == 3 and free_pages[-1] == 0
 
 
