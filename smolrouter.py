@@ -13232,7 +13232,7 @@ class ListRefused(BadGateway):
         self.refusal = refusal
 
 
-def read_told(path: str, content: bytes, limits: Limits) -> Any:
+def read_fetched(path: str, content: bytes, limits: Limits) -> Any:
     """Return the object or the list that a server tells of its models. Raises ValueError.
 
     '/api/tags', `b'{"models": []}'`  ->  {'models': []}
@@ -13256,7 +13256,7 @@ def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
 
     `{"data": [{"id": "m"}, {"id": "m"}]}`, `[{"id": "m"}]`  ->  [{"id": "m"}]
     """
-    document = read_told("/v1/models", content, limits)
+    document = read_fetched("/v1/models", content, limits)
     # Most servers wrap their list into an object; some do not.
     listed = document.get("data") if isinstance(document, dict) else document
     models: dict[str, dict[str, Any]] = {}
@@ -13285,7 +13285,7 @@ def make_http_connection(server: Server, tls_context: ssl.SSLContext | None, tim
     return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
 
 
-def own_fields(server: Server, authorization: str | None = None) -> dict[str, str]:
+def question_fields(server: Server, authorization: str | None = None) -> dict[str, str]:
     """Return the fields of a request of the router's own; the server's key is tried first."""
     fields = {"Accept": "application/json", **dict(server.headers)}
     credentials = f"Bearer {server.api_key}" if server.api_key else authorization
@@ -13308,7 +13308,7 @@ class Question(NamedTuple):
     content: bytes | None = None
 
 
-class Told(NamedTuple):
+class FetchedAnswer(NamedTuple):
     """What a server has answered to a question, decoded."""
 
     status: int
@@ -13318,14 +13318,14 @@ class Told(NamedTuple):
 
 def fetch(
     http_connection: Any, server: Server, question: Question, limits: Limits, most: int
-) -> Told:
+) -> FetchedAnswer:
     """Ask a server, and return its answer with `most` octets of the content (blocking).
 
     Raises OSError, or ValueError for a content coding that is broken.
     """
     import http.client
 
-    fields = own_fields(server, question.authorization)
+    fields = question_fields(server, question.authorization)
     method = "GET"
     if question.content is not None:
         method = "POST"
@@ -13349,16 +13349,16 @@ def fetch(
             content = Inflater(coding, limits.decoded_answer).feed(content)
         except BadGateway as error:
             raise ValueError(f"{question.path}: {error}") from None
-    return Told(response.status, answer_fields, content)
+    return FetchedAnswer(response.status, answer_fields, content)
 
 
 def fetch_service(http_connection: Any, server: Server, limits: Limits) -> str:
     """Ask a server what it speaks, by its greeting (blocking). Raises OSError or ValueError."""
-    told = fetch(http_connection, server, Question("/"), limits, limits.greeting)
-    if told.status >= 500:
+    answer = fetch(http_connection, server, Question("/"), limits, limits.greeting)
+    if answer.status >= 500:
         # That is said in its place, by a proxy for example.
-        raise OSError(f"/ answered {told.status}")
-    return service_of(told.content.decode("utf-8", "replace"))
+        raise OSError(f"/ answered {answer.status}")
+    return service_of(answer.content.decode("utf-8", "replace"))
 
 
 class FetchedList(NamedTuple):
@@ -13373,12 +13373,12 @@ def fetch_models(
 ) -> FetchedList:
     """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
     question = Question("/v1/models", authorization)
-    told = fetch(http_connection, server, question, limits, limits.model_list_size)
-    if told.status >= 400:
-        kept = [(name, value) for lower, name, value in told.fields.lines if lower in LIST_FIELDS]
-        content = told.content if len(told.content) <= limits.refused_list else b""
-        raise ListRefused(Refusal(told.status, tuple(kept), content))
-    return FetchedList(read_model_list(told.content, limits), len(told.content))
+    answer = fetch(http_connection, server, question, limits, limits.model_list_size)
+    if answer.status >= 400:
+        kept = [(name, value) for lower, name, value in answer.fields.lines if lower in LIST_FIELDS]
+        content = answer.content if len(answer.content) <= limits.refused_list else b""
+        raise ListRefused(Refusal(answer.status, tuple(kept), content))
+    return FetchedList(read_model_list(answer.content, limits), len(answer.content))
 
 
 class FetchedDocument(NamedTuple):
@@ -13392,12 +13392,12 @@ def fetch_document(
     http_connection: Any, server: Server, question: Question, limits: Limits
 ) -> FetchedDocument:
     """Ask a server what it tells of its models elsewhere (blocking). Raises OSError, ValueError."""
-    told = fetch(http_connection, server, question, limits, limits.model_list_size)
-    document = read_told(question.path, told.content, limits)
+    answer = fetch(http_connection, server, question, limits, limits.model_list_size)
+    document = read_fetched(question.path, answer.content, limits)
     # LM Studio says in a 200 that it has no such path.
-    if told.status != 200 or not isinstance(document, dict) or "error" in document:
-        raise ValueError(f"{question.path} answered {told.status}, and nothing of models")
-    return FetchedDocument(document, len(told.content))
+    if answer.status != 200 or not isinstance(document, dict) or "error" in document:
+        raise ValueError(f"{question.path} answered {answer.status}, and nothing of models")
+    return FetchedDocument(document, len(answer.content))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15651,7 +15651,7 @@ def keep_files_private() -> None:
         os.umask(0o077)
 
 
-class Refusals:
+class RefusedRequests:
     """Counts requests that are refused: so many of a second have a row, the rest is just counted.
 
     Anybody can send thousands of them in a second: that must be no work for the log.
@@ -15704,7 +15704,7 @@ class RequestLog:
         # Rows that the database never took: since the start, and since its trouble has begun.
         self.lost = 0
         self.lost_in_trouble = 0
-        self.refusals = Refusals(limits.refused_rows)
+        self.refused = RefusedRequests(limits.refused_rows)
         # The tallies since the start, by service, model and server, for /metrics.
         self.series: dict[tuple[str, str, str], Tally] = {}
         # Each gets the row of every finished request, for a page that is open.
@@ -17848,8 +17848,8 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
     }
 
 
-def lane_document(record: RequestRecord, now: float) -> dict[str, Any]:
-    """Return a running request as /api/inflight shows it, with its last words."""
+def inflight_document(record: RequestRecord, now: float) -> dict[str, Any]:
+    """Return a running request as /api/inflight shows it, with the last words of its answer."""
     text = read_last_text(list(record.pieces)) if record.stream else ""
     return {**running_document(record, now), "text": hide_in_text(text, record.secrets)}
 
@@ -17958,7 +17958,7 @@ ON_SERVER = "model || ' ' || upstream_url"
 SUM_KEYS = {
     "model": COUNTED_MODEL,
     "service_type": "service_type",
-    ON_SERVER: f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END || ' ' || upstream_url",
+    ON_SERVER: f"{COUNTED_MODEL} || ' ' || upstream_url",
 }
 
 
@@ -17999,6 +17999,17 @@ class Window(NamedTuple):
     def nearest_hour(self) -> int:
         """The hour whose begin is nearest to that of the window, before or after it."""
         return (self.begin + HOUR_MS // 2) // HOUR_MS
+
+    @property
+    def begins_before_sums(self) -> bool:
+        """Whether the window begins before the sums of the hours from the nearest one on."""
+        return self.begin < self.nearest_hour * HOUR_MS
+
+    @property
+    def difference(self) -> tuple[int, int]:
+        """The time between both of these beginnings, half an hour or less."""
+        first, last = sorted((self.begin, self.nearest_hour * HOUR_MS))
+        return first, last
 
     @property
     def begin_hour(self) -> int:
@@ -18359,11 +18370,8 @@ def read_tallies(
     hour or less between both begins are added, or, where the hour began earlier, taken away.
     """
     tallies = read_rollups(db, window, group, filters)
-    hour_begin = window.nearest_hour * HOUR_MS
-    is_missing = window.begin < hour_begin
-    span = (window.begin, hour_begin) if is_missing else (hour_begin, window.begin)
-    change = operator.add if is_missing else operator.sub
-    for key, difference in sum_span(db, span, group, filters).items():
+    change = operator.add if window.begins_before_sums else operator.sub
+    for key, difference in sum_span(db, window.difference, group, filters).items():
         tally = tallies.get(key) or [0] * len(TALLY_COLUMNS)
         tallies[key] = list(map(change, tally, difference))
     return {key: tally for key, tally in tallies.items() if tally[SUMS.index("requests")] > 0}
@@ -18468,7 +18476,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
         **read_sums(tally, "prompt_tokens", "completion_tokens"),
         "tokens_per_second": percentile((), read_speeds(db, window, requests), 50),
         "requests_per_hour": read_hours(db, window, requests),
-        "refused_without_row": log.refusals.without_row,
+        "refused_without_row": log.refused.without_row,
         "log": log.state(),
     }
 
@@ -18512,21 +18520,18 @@ def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, 
         window.values(),
     )
     sums = {(client, model): numbers for client, model, *numbers in hours}
-    hour_begin = window.nearest_hour * HOUR_MS
-    is_missing = window.begin < hour_begin
-    span = (window.begin, hour_begin) if is_missing else (hour_begin, window.begin)
+    sign = 1 if window.begins_before_sums else -1
     rows = db.execute(
         f"SELECT client, {COUNTED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
         "WHERE timestamp >= ? AND timestamp < ? AND failed NOTNULL GROUP BY 1, 2",
-        span,
+        window.difference,
     ).fetchall()
     by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
     for client, model, *numbers in rows:
         key = (client if client in by_name else OTHER_CLIENTS, model)
         last_seen = max(numbers.pop(), sums.get(key, [0])[-1])
-        sign = 1 if is_missing else -1
         counted = sums.get(key, [0] * len(CLIENT_SUMS))
-        # Without the moment, which is the last of both.
+        # The last number is a moment, which is no sum.
         changed = [old + sign * number for old, number in zip(counted[:-1], numbers, strict=True)]
         sums[key] = [*changed, last_seen]
     return {key: numbers for key, numbers in sums.items() if numbers[0] > 0}
@@ -18703,10 +18708,14 @@ def read_trends(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str
     }
 
 
+# Requests, errors and ms of work of a server in each of 24 hours in which it had none.
+NO_WORK = ((0, 0, 0),) * 24
+
+
 def read_days(log: RequestLog, db: sqlite3.Connection) -> dict[str, list[list[int]]]:
     """Return for each server requests, errors and ms of work in each of the last 24 hours."""
     last = int(time.time() // 3600)
-    days: dict[str, list[list[int]]] = collections.defaultdict(lambda: [[0, 0, 0]] * 24)
+    days: dict[str, list[list[int]]] = collections.defaultdict(lambda: [*NO_WORK])
     rows = db.execute(
         "SELECT upstream_url, hour, TOTAL(requests), TOTAL(errors), TOTAL(duration_ms) "
         "FROM rollups WHERE hour > ? AND hour <= ? GROUP BY 1, 2",
@@ -18730,7 +18739,7 @@ def read_clients(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[st
         for name, number in zip(CLIENT_SUMS, counts, strict=False):
             document[name] += number
         document["last_seen"] = max(document["last_seen"], last_seen)
-        if model and len(document["models"]) < log.limits.listed_models:
+        if model and len(document["models"]) < LIMITS.listed_models:
             document["models"].append(model)
     for document in documents.values():
         document["last_seen"] = rfc3339(document["last_seen"] / 1000)
@@ -19126,7 +19135,8 @@ def find_url(table: RoutingTable, text: str) -> str:
     for server in table.all_servers():
         if text in (server.name, server.url.without_scheme):
             return str(server.url)
-    with contextlib.suppress(ValueError):  # it may have been in an earlier table
+    # It may have been in an earlier table.
+    with contextlib.suppress(ValueError):
         return str(parse_upstream_url(text))
     return text
 
@@ -19153,7 +19163,7 @@ async def serve_inflight(context: Context, request: Request) -> None:
     """Answer /api/inflight: the requests that run now."""
     now = time.monotonic()
     records = context.log.running.values()
-    request.writer.send_json([lane_document(record, now) for record in records])
+    request.writer.send_json([inflight_document(record, now) for record in records])
 
 
 async def serve_cancel(context: Context, request: Request) -> None:
@@ -19257,7 +19267,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "queued": context.slots.queued_for(server),
             "models": [model.name for model in models or ()],
             "models_age_s": context.model_lists.age(server),
-            "hours": hours_document(days.get(url, [[0, 0, 0]] * 24), instances, time.time()),
+            "hours": hours_document(days.get(url, NO_WORK), instances, time.time()),
         }
         documents.append({**document, **last_hour})
     request.writer.send_json(documents)
@@ -19356,7 +19366,7 @@ async def serve_metrics(context: Context, request: Request) -> None:
             "log_backlog_rows": ("Rows that wait for the database", log.backlog),
             "refused_without_row": (
                 f"Refused requests beyond {context.limits.refused_rows} a second, without a row",
-                log.refusals.without_row,
+                log.refused.without_row,
             ),
             "log_lost_rows": ("Rows that the database never took", log.lost),
             "log_up": ("Whether the log can be written", int(not log.error)),
@@ -20017,7 +20027,7 @@ class Application:
         if request.recorded or asks_nothing or not found.is_of_api(request.head.method):
             return []
         request.recorded = True
-        if not context.log.refusals.admit(time.monotonic()):
+        if not context.log.refused.admit(time.monotonic()):
             return []
         record = RequestRecord.of_refused(
             context.next_request_id(),
@@ -20064,7 +20074,7 @@ class Application:
         if start and not found.is_of_api(method):
             context.log.print_request(source_host, str(error.status), reason)
             return []
-        if not context.log.refusals.admit(time.monotonic()):
+        if not context.log.refused.admit(time.monotonic()):
             return []
         service = (found.of_path[0].dialect if found.of_path else OPENAI).service
         record = RequestRecord.of_refused(
@@ -21315,10 +21325,10 @@ class Examination:
         import http.client
 
         seconds = self.limits.probe_timeout
-        request = ("GET", None, own_fields(self.server))
+        request = ("GET", None, question_fields(self.server))
         if document is not None:
             seconds = self.limits.probed_model_timeout
-            fields = {"Content-Type": "application/json", **own_fields(self.server)}
+            fields = {"Content-Type": "application/json", **question_fields(self.server)}
             request = ("POST", encode_json(document), fields)
         started_at = time.monotonic()
         deadline = math.inf

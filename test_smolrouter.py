@@ -20056,7 +20056,7 @@ class LogOfRows:
     """What the functions that answer the page's questions need of a log where nothing runs."""
 
     running: Mapping[int, Any] = {}
-    refusals = smolrouter.Refusals(0)
+    refused = smolrouter.RefusedRequests(0)
 
     def state(self) -> dict[str, Any]:
         """Return nothing about a thread that is not there."""
