@@ -12694,7 +12694,7 @@ class Health:
     error: str = ""
     # The server answered, even if it said no.
     reached: bool = True
-    # In which of the last 24 hours, counted from 1970, it could not be reached.
+    # The hours of the last 24 in which it could not be reached, as numbers from 1970 on.
     unreached_hours: set[int] = dataclasses.field(default_factory=set)
 
     def fail(self, error: str, retry_after: str | None = None, reached: bool = False) -> None:
@@ -13477,7 +13477,7 @@ class ModelLists:
             return None, False
         return known, known.asked_at > self.changed_at.get(server.url, 0.0)
 
-    def context_of(self, instance: Instance) -> int | None:
+    def context_length_of(self, instance: Instance) -> int | None:
         """Return how many tokens the model of an instance takes at once, None if nobody said."""
         server = instance.server
         if server.stated.context_length is not None:
@@ -16505,8 +16505,10 @@ class Candidate:
         # answer, whatever it says.
         self.is_only = False
         # Whether the attempt stands in the record already, because its response counted as an
-        # answer; and whether one before it stands there that was the same.
+        # answer.
         self.noted = False
+        # Whether it takes the place of the attempt before it in the record: both asked the same
+        # machine, which has just been woken and starts.
         self.again = False
         # Its span in the trace of the request.
         self.span_id = ""
@@ -16553,24 +16555,26 @@ class Candidates:
         self.count = len(self.left)
         # Whether the request needs a slot.
         self.takes_slot = True
-        # Where it is counted now; whether it was anywhere.
+        # The instance at which it is counted now, None for none.
         self.health: Health | None = None
+        # Whether any instance was asked.
         self.was_asked = False
         # The status of the last one that failed, 0 for an answer that was none; None without one.
         self.last_status: int | None = None
         # Whether no status has said that the request is wrong.
         self.may_be_good = True
-        # Why there is no instance any more, apart from what happened at those that were asked; and
-        # what there is to add to that.
+        # Why no instance can be asked any more, where none has answered: all are closed or full.
         self.refusal: RouterError | None = None
+        # What the error says besides the attempts: why machines did not wake up.
         self.remark = ""
-        # The key of the conversation that is to stay where it is, None where that is all the same;
-        # its home, and for how long it waits for a slot there before others are looked at.
+        # The key in Homes of the conversation that is to stay at its home; None for no such wish.
         self.conversation: bytes | None = None
         self.home: Instance | None = None
+        # For how long it waits for a slot at home before others are looked at.
         self.home_wait = 0.0
-        # Those whose machines may sleep; the one that was woken, and how long it may take to start.
+        # Those that could not be reached, and whose machines can be woken.
         self.asleep: list[Instance] = []
+        # The one whose machine was woken, and until when its server may be starting.
         self.woken: Instance | None = None
         self.starts_until = 0.0
 
@@ -16612,7 +16616,7 @@ class Candidates:
             self.slots.leave(self.health, self.takes_slot)
             self.health = None
 
-    def note_failure(self, instance: Instance, status: int, unreached: bool = False) -> None:
+    def note_passed_over(self, instance: Instance, status: int, unreached: bool = False) -> None:
         """Note that an instance gave no good answer; when it was `unreached`, it may sleep."""
         self.last_status = status
         if 0 < status < 500 and status not in CANNOT_SERVE:
@@ -16626,10 +16630,12 @@ class Candidates:
         instance = None
         if self.home_wait:
             instance = await self.wait_at_home()
-            candidate = None if instance else self.take()
-            if candidate:
-                return candidate
-        # One that is open to it is full: what needs no slot has been there.
+            if instance is None:
+                # Another one may be free.
+                candidate = self.take()
+                if candidate:
+                    return candidate
+        # A request that needs no slot has been at all that are open, and waits for none.
         if instance is None and self.find_open() and self.takes_slot:
             instance = await self.wait_anywhere()
         if instance:
@@ -16930,7 +16936,7 @@ class Exchange:
         self.inflater: Inflater | None = None
         # Whether the answer may still be an error, so that its content is kept for its words.
         self.seeks_error = False
-        # The beginning of that content.
+        # The beginning of the answer's content, while it may be an error.
         self.error_content = b""
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         self.record.secrets = context.secrets_of(request)
@@ -17121,7 +17127,7 @@ class Exchange:
                     await self.relay_response()
                     return
                 fallback = candidate
-                candidates.note_failure(candidate.instance, candidate.status)
+                candidates.note_passed_over(candidate.instance, candidate.status)
             except BadGateway as error:
                 self.note_failure(candidate, error)
                 # What was sent cannot be taken back. And an answer of the only server that turned
@@ -17145,8 +17151,10 @@ class Exchange:
         has_choice = len(decision.instances) > 1
         if has_choice and parsed.protocol.keeps_answers:
             previous = parsed.document.get("previous_response_id")
-            made_by = upstreams.response_homes.find(hash_key(str(previous)))
-            # Nobody else has it.
+            made_by = None
+            if previous:
+                made_by = upstreams.response_homes.find(hash_key(str(previous)))
+            # No other server has that answer.
             makers = [i for i in decision.instances if made_by and i.server.url == made_by[0]]
             if makers:
                 decision = decision._replace(instances=tuple(makers))
@@ -17216,13 +17224,15 @@ class Exchange:
     def describe_attempts(self) -> str:
         """Return each attempt with its reason, for the error when all have failed."""
         attempts = self.record.attempts
-        return "; ".join(f"{a.instance} ({a.upstream_url}): {a.error}" for a in attempts)
+        return "; ".join(
+            f"{attempt.instance} ({attempt.upstream_url}): {attempt.error}" for attempt in attempts
+        )
 
     def note_failure(self, candidate: Candidate, error: BadGateway) -> None:
         """Put an attempt without a good answer into the record, and note it for its instance."""
         text = self.loggable(str(error))
         candidate.close()
-        self.candidates.note_failure(candidate.instance, 0, error.unreached)
+        self.candidates.note_passed_over(candidate.instance, 0, error.unreached)
         if isinstance(error, ErrorAnswer):
             self.note_error_answer(candidate, error)
         else:
@@ -17442,11 +17452,12 @@ class Exchange:
             answer = bytes(self.rewriter.content)
         elif coding:
             answer = decode_content(answer, coding, self.context.limits.decoded_answer)
-        context = None
+        context_length = None
         if self.has_long_prompt:
-            context = self.context.model_lists.context_of(self.candidate.instance)
+            lists = self.context.model_lists
+            context_length = lists.context_length_of(self.candidate.instance)
         size = len(self.parsed.content) + len(answer)
-        words = await self.context.work(size, find_cut, self.parsed, answer, context)
+        words = await self.context.work(size, find_cut, self.parsed, answer, context_length)
         if words:
             self.record.warnings.append(words)
 
@@ -17601,11 +17612,11 @@ async def decode_request(context: Context, request: Request) -> None:
     if not (is_known or may_have_model or content_type.startswith("multipart/form-data")):
         return
     limit = context.settings.max_request_size
-    # However short it is, it may take long.
-    long = context.limits.long_content
+    # However short the content is, what it decodes to may be long: so it is work for the thread.
+    size = context.limits.long_content
     content = request.content
-    request.content = await context.work(long, decode_request_content, content, coding, limit)
-    # It is true no more: servers get what was decoded, and so does the log.
+    request.content = await context.work(size, decode_request_content, content, coding, limit)
+    # Servers get what was decoded, and so does the log.
     request.head = request.head.without("content-encoding")
 
 
@@ -18934,7 +18945,7 @@ def csv_line(values: Iterable[Any]) -> str:
 
 def table_line(row: Row) -> str:
     """Return a row as a line of a table."""
-    # Here each cell holds a text.
+    # A cell holds a text: these columns stay as the database has them.
     texts = {name: getattr(row, name) for name in ("attempts", "asked", "answered", "warnings")}
     document = {**row_document(row), **texts}
     return csv_line(document[name] for name in TABLE_COLUMNS)
@@ -18961,13 +18972,14 @@ class Turns:
 
     def hash_beginnings(self, session: str, messages: Iterable[Mapping[str, Any]]) -> list[int]:
         """Return a hash for each beginning of a conversation, the shortest first."""
-        said = []
+        hashes = [hash(session)]
         for message in messages:
             # The system's words may have the time in them.
             if message["role"] != "system":
                 calls = str(message["tool_calls"])
-                said.append((message["role"], message["content"].strip(), calls))
-        return list(itertools.accumulate(said, lambda *pair: hash(pair), initial=hash(session)))
+                words = message["content"].strip()
+                hashes.append(hash((hashes[-1], message["role"], words, calls)))
+        return hashes
 
     def admit(self, row: Row, transcript: Sequence[Mapping[str, Any]]) -> bool:
         """Note a turn; tell whether it is to be written: no later one holds it.
@@ -19013,10 +19025,13 @@ def export_line(
     """Return what an export in this form has of a row: a line, or nothing."""
     if form == "csv":
         return table_line(row)
+    # What runs still changes, and what has failed is no conversation.
+    if row.failed is None or (row.failed and form == "openai"):
+        return ""
+    detail = store.read_detail(db, row.id)
     if form == "openai":
-        return chat_line(row, store.read_detail(db, row.id), turns) if row.failed == 0 else ""
-    # One that runs still changes.
-    return json_line(row, store.read_detail(db, row.id)) if row.failed is not None else ""
+        return chat_line(row, detail, turns)
+    return json_line(row, detail)
 
 
 def export_page(
