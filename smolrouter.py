@@ -15847,6 +15847,11 @@ class RequestLog:
         """How many finished requests wait for the database; 0 without one."""
         return len(self.finished) if self.store else 0
 
+    @property
+    def keeps_conversations(self) -> bool:
+        """Whether rows or spans say of which conversation a request is."""
+        return self.store is not None or self.spans is not None
+
     def state(self) -> dict[str, Any]:
         """Return how the log is, for /healthz and the page."""
         return {
@@ -16940,7 +16945,8 @@ class Exchange:
         self.error_content = b""
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         self.record.secrets = context.secrets_of(request)
-        self.record.note_conversation(parsed)
+        if context.log.keeps_conversations or decision.strategy == STICKY:
+            self.record.note_conversation(parsed)
         if context.log.spans:
             self.record.trace = Trace.of(request.head.fields)
         self.upstream_request = UpstreamRequest(context, request, parsed, decision, self.record)
