@@ -14963,9 +14963,15 @@ class RowIds:
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
-    def __init__(self, settings: Settings, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        limits: Limits = LIMITS,
+        print_line: Callable[[str], None] = ignore,
+    ) -> None:
         self.path = settings.db_path
         self.limits = limits
+        self.print_line = print_line
         self.bytes_limit = settings.max_total_storage_size
         self.max_age = settings.max_log_age_days * 86_400
         self.prune_at = 0.0
@@ -15048,6 +15054,11 @@ class Store:
         db.execute("PRAGMA journal_mode = WAL")
         # A crash of the program loses nothing, one of the machine the last transactions at most.
         db.execute("PRAGMA synchronous = NORMAL")
+        if 0 < version < len(MIGRATIONS):
+            self.print_line(
+                f"log: {self.path} is of an older version and is being brought up to date; "
+                "requests go on, rows wait"
+            )
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             db.executescript(
                 f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
@@ -15689,7 +15700,7 @@ class RequestLog:
         self.settings = settings
         self.limits = limits
         self.print_line = print_line
-        self.store = Store(settings, limits) if settings.enable_logging else None
+        self.store = Store(settings, limits, print_line) if settings.enable_logging else None
         self.body_limit = settings.max_blob_size if self.store else 0
         self.body_budget = BodyBudget(limits.body_time_share, limits.body_time_savings)
         # Where records are: see the theory of operation.
@@ -21847,6 +21858,13 @@ def run_export(invocation: Invocation) -> int:
         store = Store(settings, invocation.limits)
         if not os.path.exists(store.path):
             raise ConfigError(f"export: nothing has been logged (DB_PATH={settings.db_path!r})")
+        with open_for_reading(store.path) as db:
+            ((version,),) = db.execute("PRAGMA user_version")
+        if 0 < version < len(MIGRATIONS):
+            raise ConfigError(
+                f"export: the log is of an older version (DB_PATH={settings.db_path!r}); "
+                "start the router once, which brings it up to date"
+            )
         turns = make_turns(parameters, invocation.limits)
         # Each page comes with the row before which the next one begins; 0 is the end.
         while parameters.get("before", 1):

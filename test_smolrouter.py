@@ -16965,8 +16965,15 @@ def test_a_database_of_long_numbers_gets_short_ones(log_folder: LogFolder) -> No
         db.execute(f"PRAGMA application_id = {smolrouter.APPLICATION_ID}")
         db.executemany(OLD_INSERT, [row[:OLD_COLUMNS] for row in rows])
         db.executemany(smolrouter.INSERT_DETAIL, [*details, (5, 1, None, None, b"0\n{}\n")])
+    exported = run_program(
+        "export", settings={"DB_PATH": log_folder.file}, cwd=log_folder.file.parent
+    )
+    assert (exported.returncode, "start the router once" in exported.stderr) == (2, True)
+    lines: list[str] = []
     store = make_store(log_folder.file.parent)
+    store.print_line = lines.append
     db = store.open()
+    assert len(lines) == 1 and "older version" in lines[0]
     found = [smolrouter.Row._make(row) for row in db.execute("SELECT * FROM requests ORDER BY id")]
     assert [row.id for row in found] == list(range(1, 81))
     assert [row.request_id for row in found] == [row.request_id for row in rows]
