@@ -15578,9 +15578,14 @@ class SpanExporter:
         while not self.closing.is_set():
             self.has_batch.wait(self.limits.span_interval)
             self.has_batch.clear()
-            while self.waiting and self.send_batch():
-                # As long as there are some, and the collector takes them.
-                continue
+            self.send_waiting()
+        # Some may have come while the last ones were sent.
+        self.send_waiting()
+
+    def send_waiting(self) -> None:
+        """Send batches as long as there are some, and the collector takes them."""
+        while self.waiting and self.send_batch():
+            continue
 
     def send_batch(self) -> bool:
         """Send the oldest spans; tell whether the collector has answered for them."""
@@ -22307,8 +22312,10 @@ def send_demo_requests(port: int, seconds: float) -> None:
     """Let all clients of the demo talk at once for a while."""
     print("\nclient  asked for         answered by  status  time", flush=True)
     with concurrent.futures.ThreadPoolExecutor(len(DEMO_CLIENTS)) as pool:
-        for name in DEMO_CLIENTS:
-            pool.submit(DemoClient(port, name).run, seconds)
+        talking = [pool.submit(DemoClient(port, name).run, seconds) for name in DEMO_CLIENTS]
+    for client in talking:
+        # A fault of the demo itself is raised here.
+        client.result()
     print(
         f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
         flush=True,

@@ -16676,6 +16676,10 @@ def test_a_collector_that_says_something_odd(collector: Collector) -> None:
         assert wait_until(lambda: not exporter.waiting)
     exporter.close()
     assert (len(collector.contents), exporter.dropped) == (3, 1)
+    # What comes while the thread ends is sent as well.
+    exporter.add(new_record(3), make_row(3))
+    exporter.run()
+    assert (len(collector.contents), len(exporter.waiting)) == (4, 0)
     for content, rejected in (
         (b'{"partialSuccess": {"rejectedSpans": "3"}}', 3),
         (b'{"partialSuccess": {"rejectedSpans": 4}}', 4),
