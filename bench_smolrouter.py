@@ -12,11 +12,12 @@ SmolRouter with rules, a model map and think stripping on, without and with its 
 a log of many rows is asked what the page asks, and routers that find models by lists, let
 requests wait for slots and send spans are asked, too. `--curves` tells instead how the cost of a
 request grows. Load, upstream and relays are processes of their own on 127.0.0.1. Standard
-library only, on Linux, below three minutes. Quote ratios: absolute figures are the machine's.
+library only, on Linux, below four minutes. Quote ratios: absolute figures are the machine's.
 
-The soak sends good traffic and every kind of bad one at the same time, and fails unless
-every good answer is exact to the byte, every good request has its row in the log, and
-memory and descriptors end where they were.
+The soak sends good traffic and every kind of bad one at the same time, while a server is
+drained and opened again, others have few slots, are slow or list no models, and agents and
+models that think are among those that answer well. It fails unless every good answer is exact,
+every good request has its row in the log, and memory and descriptors end where they were.
 """
 
 from __future__ import annotations
@@ -77,6 +78,21 @@ MESSAGE = json.dumps({
     "stop_reason": "end_turn", "usage": {"input_tokens": 12, "output_tokens": 24, **USAGE},
 }).encode()  # fmt: skip
 WORDS = ("The", "quick", "naïve", "狐", "jumps", "<b>", "\\", '"', "\n", "over", "🦊", "</p>")
+TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<reasoning>", "</reasoning>"),
+        ("\u25c1think\u25b7", "\u25c1/think\u25b7"))  # fmt: skip
+GOOD = ("good", "tight", "pair", "listed", "slow", "tagged", "agent")  # models that answer well
+PING = b": ping\n\n"
+SOAK_ROUTES = {
+    "servers": {
+        "tight": {"url": "/tight", "slots": 2, "models": ["tight"]},
+        "spare": {"url": "/spare", "discover": False},
+        "moody": {"url": "/moody"},
+    },
+    "aliases": {
+        "pair": {"instances": ["spare/good", "UPSTREAM/good"], "strategy": "round_robin"},
+        "agent": {"instances": ["UPSTREAM/good"], "think": "off"},
+    },
+}
 FINE = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = FINE + b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 BAD_ANSWERS = {
@@ -96,6 +112,9 @@ BAD_ANSWERS = {
     "busy": b"HTTP/1.1 429 Busy\r\nRetry-After: 0\r\nContent-Length: 2\r\n\r\n{}",
 }
 JSON = FINE + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+LISTED = b'{"object":"list","data":[{"id":"listed"}]}'
+FAILED = b"HTTP/1.1 500 Failed\r\nContent-Length: 0\r\n\r\n"
+LISTS = (JSON % len(LISTED) + LISTED, JSON % 2 + b"{}", JSON % 99 + b"{}", FAILED, b"")
 WHOLE, WHOLE_MESSAGE = (JSON % len(content) + content for content in (ANSWER, MESSAGE))
 
 # ======================================================================================
@@ -165,9 +184,31 @@ def said_to(content: bytes) -> list[str]:
     return [f"{seed.choice(WORDS)}{seed.randrange(1000)} " for _ in range(seed.randrange(1, 60))]
 
 
-def encode_said(content: bytes, stream: bool) -> bytes:
-    """Return the exact content of the soak's answer to a request."""
-    words = said_to(content)
+def tagged_words(content: bytes, visible: bool = False) -> list[str]:
+    """Return plain words, some of which are thought: what the soak's thinking model says."""
+    words = [f"word{zlib.crc32(word.encode())} " for word in said_to(content)]
+    pieces: list[str] = []
+    for number, word in enumerate(words):
+        opening, closing = TAGS[number % len(TAGS)]
+        if number % 5 != 2:
+            pieces.append(word)
+        elif not visible:
+            pieces += [opening, word, closing]
+    return pieces
+
+
+def encode_message(asked: dict[str, Any]) -> bytes:
+    """Return the soak's answer to an agent; it says so when the request was not mended."""
+    words = said_to(json.dumps(asked["messages"][-1]).encode())
+    if asked.get("thinking") != {"type": "disabled"} or "billing-header" in str(asked["system"]):
+        words.append("BAD")
+    usage = {"input_tokens": 1, "output_tokens": len(words)}
+    return json.dumps({"type": "message", "role": "assistant", "usage": usage,
+                       "content": [{"type": "text", "text": "".join(words)}]}).encode()  # fmt: skip
+
+
+def encode_said(words: list[str], stream: bool) -> bytes:
+    """Return the exact content of the soak's answer with these words."""
     if not stream:
         message = {"role": "assistant", "content": "".join(words)}
         usage = {"prompt_tokens": 1, "completion_tokens": len(words)}
@@ -181,15 +222,24 @@ async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
     """Answer well, or as badly as the model's name says."""
     try:
         while True:
-            _, content = await read_request(reader)
+            head, content = await read_request(reader)
+            if head.startswith(b"GET "):
+                writer.write(random.choice(LISTS))
+                break
             asked = json.loads(content or b"{}")
-            bad = BAD_ANSWERS.get(asked.get("model", ""))
+            model = asked.get("model", "")
+            bad = BAD_ANSWERS.get(model)
             if bad is not None:
                 writer.write(bad)
                 await writer.drain()
                 await asyncio.sleep(0.05)
                 break
-            said = encode_said(content, asked.get("stream", False))
+            if model == "slow":
+                await asyncio.sleep(0.3)
+            words = tagged_words(content) if model == "tagged" else said_to(content)
+            said = encode_said(words, asked.get("stream", False))
+            if b"/messages " in head:
+                said = encode_message(asked)
             kind = b"text/event-stream" if asked.get("stream") else b"application/json"
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n" % kind)
             if not asked.get("stream"):
@@ -591,6 +641,34 @@ def chat_content(text: str, stream: bool, model: str = "good") -> bytes:
     return json.dumps(doc).encode()
 
 
+def agent_content(text: str) -> bytes:
+    """Return the content of an agent's request that ends with a text."""
+    doc = json.loads(encode_agent(20 << 10).partition(b"\r\n\r\n")[2])
+    doc["messages"].append({"role": "user", "content": text})
+    return json.dumps(doc).encode()
+
+
+def read_text(said: bytes) -> str:
+    """Return the text of a chat's answer, whole or as events."""
+    lines = re.findall(rb"^data: (\{.*)", said, re.M) or [said]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    return "".join((choice.get("delta") or choice["message"])["content"] for choice in choices)
+
+
+def is_exact(model: str, content: bytes, stream: bool, said: bytes) -> bool:
+    """Tell whether an answer is what the model had to say."""
+    if model == "agent":
+        # An agent's request is mended on its way, and answered by its last words.
+        mended = {**json.loads(content), "thinking": {"type": "disabled"}, "system": ""}
+        return said == encode_message(mended)
+    if model == "tagged":
+        with contextlib.suppress(ValueError, LookupError):
+            return read_text(said) == "".join(tagged_words(content, visible=True))
+        return False
+    sent = content.replace(b'"pair"', b'"good"', 1)
+    return said.replace(PING, b"") == encode_said(said_to(sent), stream)
+
+
 class Soak:
     """Good and bad clients of one router, and what they have seen."""
 
@@ -619,12 +697,16 @@ class Soak:
         for _ in range(chance.randrange(1, 20)):
             stream = chance.random() < 0.5
             size = 3_000_000 if chance.random() < 0.005 else chance.randrange(2000)
-            content = chat_content(chance.choice(WORDS) * size, stream)
-            writer.write(encode_post("/v1/chat/completions", content))
+            text, model = chance.choice(WORDS) * size, chance.choice(GOOD)
+            path, content = "/v1/chat/completions", chat_content(text, stream, model)
+            if model == "agent":
+                path, content = "/v1/messages", agent_content(text)
+            writer.write(encode_post(path, content))
             status, number, said = await read_answer(reader)
-            if status != 200 or said != encode_said(content, stream):
-                self.faults.append(f"{status} {said[:200]!r} instead of an exact answer")
+            if status != 200 or not is_exact(model, content, stream, said):
+                self.faults.append(f"{model}: {status} {said[:200]!r} is not its answer")
             self.good.add(number)
+            self.counts[f"answers of {model}"] = self.counts.get(f"answers of {model}", 0) + 1
             await asyncio.sleep(0.01)
         writer.close()
 
@@ -684,6 +766,18 @@ class Soak:
             await asyncio.wait_for(reader.read(65536), 5)
         writer.transport.abort()
         await asyncio.sleep(0.5)
+
+    async def drain(self, chance: random.Random) -> None:
+        """Close a server or open it again; another one of its alias serves meanwhile."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        state = json.dumps({"state": chance.choice(("on", "drain"))}).encode()
+        data = encode_post("/api/upstreams/spare", state)
+        writer.write(data.replace(b"Host: bench", b"Host: localhost"))
+        status, _, said = await read_answer(reader)
+        if status != 200:
+            self.faults.append(f"{status} {said[:200]!r} when a server was to change its state")
+        writer.close()
+        await asyncio.sleep(0.3)
 
     async def idle(self, chance: random.Random) -> None:
         """Hold a connection and say little."""
@@ -745,7 +839,10 @@ async def soak(minutes: float) -> int:
     """Mix good and bad traffic; return 0 when the router stood it."""
     upstream, upstream_port = start_end("soak")
     with tempfile.TemporaryDirectory() as folder:
-        router, port, _ = await start_router(pathlib.Path(folder), upstream_port)
+        pings = {"PING_INTERVAL": "0.1"}
+        router, port, _ = await start_router(
+            pathlib.Path(folder), upstream_port, pings, SOAK_ROUTES
+        )
         try:
             seconds = minutes * 60
             run = Soak(port, time.monotonic() + seconds)
@@ -756,6 +853,7 @@ async def soak(minutes: float) -> int:
                 (run.leave_early, 3),
                 (run.weigh_heavily, 1),
                 (run.idle, 20),
+                (run.drain, 1),
             ]
             acts = [act for act, number in crew for _ in range(number)]
             seen, *_ = await asyncio.gather(
