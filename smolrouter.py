@@ -13279,7 +13279,8 @@ def make_http_connection(server: Server, tls_context: ssl.SSLContext | None, tim
     # Importing it takes 12 ms and 2 MB, which the start can do without.
     import http.client
 
-    host, port = server.url.host, server.url.port
+    host = server.url.host
+    port = server.url.port
     if tls_context is None:
         return http.client.HTTPConnection(host, port, timeout=timeout)
     return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
@@ -18082,7 +18083,8 @@ def parse_status(text: str) -> StatusCondition:
         raise ValueError(
             "allowed are a status such as 404, a class such as 4xx, error, and running"
         )
-    lowest, highest = int(text.replace("x", "0")), int(text.replace("x", "9"))
+    lowest = int(text.replace("x", "0"))
+    highest = int(text.replace("x", "9"))
     is_failure = lowest >= 400
     sql = "failed = ? AND status_code BETWEEN ? AND ?"
     return StatusCondition(Condition(sql, (int(is_failure), lowest, highest)), is_failure)
@@ -18495,7 +18497,8 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
     tally = [sum(numbers) for numbers in zip([0] * len(TALLY_COLUMNS), *tallies, strict=True)]
     requests = int(tally[SUMS.index("requests")])
     errors = tally[SUMS.index("errors")]
-    durations, ttfts = [], []
+    durations: list[float] = []
+    ttfts: list[float] = []
     if requests <= FEW_ROWS:
         durations, ttfts = read_times(db, window)
     return {
@@ -20102,7 +20105,8 @@ class Application:
         """
         context = self.context
         start = REQUEST_START.match(data)
-        method, target = ("", "")
+        method = ""
+        target = ""
         if start:
             method = start[1].decode("latin-1")
             target = start[2].decode("latin-1")
@@ -21093,7 +21097,8 @@ def look_for_servers(invocation: Invocation) -> Invocation:
     A newcomer has one of the usual servers on the machine, and starts the router to see what it
     does. What is found counts until the router ends: whoever has read how to name it, will.
     """
-    settings, limits = invocation.settings, invocation.limits
+    settings = invocation.settings
+    limits = invocation.limits
     table = invocation.routes.load()
     is_named = "default_upstream" in invocation.given or table.servers
     if is_named or table.aliases or table.rules:
@@ -21704,7 +21709,8 @@ def run_doctor(invocation: Invocation) -> int:
             except ValueError as error:
                 raise ConfigError(f"doctor {word!r}: {error}") from None
             servers.append(known.get(url) or Server(url.without_scheme, url))
-    settings, limits = invocation.settings, invocation.limits
+    settings = invocation.settings
+    limits = invocation.limits
     examinations = [Examination(server, settings, limits) for server in servers]
     count = count_things(servers, "server", "servers")
     print(f"asking {count}; a model may take {limits.probed_model_timeout:g} s", file=sys.stderr)
@@ -21762,7 +21768,8 @@ def run_check(invocation: Invocation) -> int:
         raise ConfigError(*mistakes)
     table = invocation.routes.load()
     lines = describe_table(table)
-    settings, limits = invocation.settings, invocation.limits
+    settings = invocation.settings
+    limits = invocation.limits
     examinations = [Examination(server, settings, limits) for server in table.all_servers()]
     if invocation.options.ask:
         examine(examinations, Examination.read_list)
@@ -22073,7 +22080,8 @@ class DemoTalk(NamedTuple):
     has_tool: bool = False
 
 
-OF_OPENAI, OF_OLLAMA = "/v1/chat/completions", "/api/chat"
+OF_OPENAI = "/v1/chat/completions"
+OF_OLLAMA = "/api/chat"
 # What each client does, by the name that it gives itself; one has none. They run side by side.
 DEMO_CLIENTS = {
     "alice": (
@@ -22456,7 +22464,8 @@ def build_parsers() -> dict[str, argparse.ArgumentParser]:
             name, parents=[flags], help=run.__doc__, description=run.__doc__, allow_abbrev=False
         )
         commands[name].set_defaults(run=run)
-    explain, export = commands["explain"], commands["export"]
+    explain = commands["explain"]
+    export = commands["export"]
     explain.add_argument("model", help="the name that a client would ask for")
     explain.add_argument("--source-host", default="127.0.0.1", help="the client's address")
     export.add_argument("--since", help="no older than 30m, 24h, 7d")
