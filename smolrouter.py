@@ -5191,7 +5191,13 @@ def split_results(messages: list[Any]) -> list[Any]:
             groups[-1].append(block)
             # What follows a result stands apart from it.
             begins_group = is_result
-        split += [{**message, "content": group} for group in groups] or [message]
+        if len(groups) < 2:
+            split.append(message)
+            continue
+        # What else the message says is said once: a copy of it for each of many results could
+        # fill the memory.
+        split.append({**message, "content": groups[0]})
+        split += [{"role": message.get("role"), "content": group} for group in groups[1:]]
     return split
 
 

@@ -6370,6 +6370,14 @@ def test_pictures_of_a_transcript() -> None:
         assert message["image_at"] == [4], path
 
 
+def test_what_stands_beside_results_is_not_copied_for_each() -> None:
+    results = [{"type": "tool_result", "tool_use_id": number} for number in range(3)]
+    message = {"role": "user", "content": results, "images": ["data:,"]}
+    first, *others = smolrouter.split_results([message])
+    assert first == {**message, "content": results[:1]}
+    assert others == [{"role": "user", "content": [result]} for result in results[1:]]
+
+
 def test_many_texts_and_pictures_are_read_in_linear_time() -> None:
     measured = []
 
