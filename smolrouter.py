@@ -5956,6 +5956,39 @@ def flatten_tools(text: str, names: ToolNames, tools: list[Any]) -> str:
     return f"[{','.join(pieces)}]"
 
 
+def flatten_mention(mention: Any, names: ToolNames) -> Any:
+    """Return what names one tool as a server without namespaces reads it.
+
+    `{"type": "function", "namespace": "web", "name": "find"}`
+    ->  `{"type": "function", "name": "web__find"}`
+    """
+    namespace, name = name_of(mention, NAMESPACE), name_of(mention)
+    function = names.functions.get(Tool(namespace or "", name or ""))
+    if namespace is None or not function:
+        return mention
+    rest = {member: value for member, value in mention.items() if member != NAMESPACE}
+    return {**rest, "name": function}
+
+
+def find_allowed(choice: Mapping[str, Any], names: ToolNames, seen: set[str]) -> Iterator[Any]:
+    """Yield the tools that a choice allows as a server without namespaces reads them.
+
+    A namespace stands for its tools, but only where it is named first: those that are in `seen` are
+    passed over. To name one of many tools again and again would fill the memory.
+    """
+    for tool in list_of(choice, "tools"):
+        kind = name_of(tool, "type")
+        name = name_of(tool) or ""
+        if kind == "allowed_tools":
+            yield from find_allowed(tool, names, seen)
+        elif kind == NAMESPACE and name in names.choices:
+            if name not in seen:
+                seen.add(name)
+                yield from names.choices[name]
+        else:
+            yield flatten_mention(tool, names)
+
+
 def flatten_choice(choice: Any, names: ToolNames) -> Any:
     """Return what a request says of the tool to be called as a server without namespaces reads it.
 
@@ -5964,34 +5997,12 @@ def flatten_choice(choice: Any, names: ToolNames) -> Any:
 
     A namespace of several tools means that one of them has to be called.
     """
-    if not isinstance(choice, dict):
-        return choice
-    kind = choice.get("type")
-    namespace, name = name_of(choice, NAMESPACE), name_of(choice)
-    function = names.functions.get(Tool(namespace or "", name or ""))
+    kind = name_of(choice, "type")
     if kind == "allowed_tools":
-        allowed: list[Any] = []
-        spaces: set[str | None] = set()
-        for tool in list_of(choice, "tools"):
-            # A namespace that is named again would have all of its functions in here again.
-            if name_of(tool, "type") == NAMESPACE:
-                if name_of(tool) in spaces:
-                    continue
-                spaces.add(name_of(tool))
-            # A list inside of a list is nothing that a server knows.
-            if name_of(tool, "type") == "allowed_tools":
-                allowed.append(tool)
-                continue
-            flat = flatten_choice(tool, names)
-            is_several = isinstance(flat, dict) and flat.get("type") == "allowed_tools"
-            allowed += list_of(flat, "tools") if is_several else [flat]
-        return {**choice, "tools": allowed}
-    if namespace is not None and function:
-        rest = {member: value for member, value in choice.items() if member != NAMESPACE}
-        return {**rest, "name": function}
-    choices = names.choices.get(name or "") if kind == NAMESPACE else None
+        return {**choice, "tools": list(find_allowed(choice, names, set()))}
+    choices = names.choices.get(name_of(choice) or "") if kind == NAMESPACE else None
     if not choices:
-        return choice
+        return flatten_mention(choice, names)
     if len(choices) == 1:
         return choices[0]
     return {"type": "allowed_tools", "mode": "required", "tools": choices}

@@ -8905,6 +8905,18 @@ def test_a_request_with_namespaces_keeps_every_other_byte() -> None:
         assert smolrouter.encode_object(parsed, changed) == text.encode()
 
 
+def test_a_namespace_that_is_allowed_again_and_again_stands_for_its_tools_once() -> None:
+    tools = [{"type": "function", "name": name} for name in ("find", "open")]
+    document = {"tools": [{"type": "namespace", "name": "web", "tools": tools}]}
+    names = smolrouter.read_tool_names(document)
+    again = {"type": "allowed_tools", "tools": [{"type": "namespace", "name": "web"}] * 3}
+    plain = {"type": "function", "name": "x"}
+    allowed = [again, again, plain, *again["tools"]]
+    flat = smolrouter.flatten_choice({**again, "tools": allowed}, names)
+    wanted = [{"type": "function", "name": name} for name in ("web__find", "web__open", "x")]
+    assert flat == {"type": "allowed_tools", "tools": wanted}
+
+
 def test_members_that_stand_twice_neither_lose_a_tool_nor_make_one() -> None:
     one = '{"type":"namespace","name":"a","tools":[{"name":"z"},{"name":"y"}]}'
     two = '{"type":"namespace","name":"a","tools":[{"name":"x"}],"tools":[{"name":"b"}]}'
