@@ -2879,10 +2879,11 @@ def part_joined(block: bytes) -> bytes:
 
 
 # The beginning of a character in UTF-8 at the end of a string of JSON, or the first half of one
-# that is written as two escapes; and what goes on with one at the beginning of a string.
+# that is written as two escapes; and what goes on with one at the beginning of a string. A run of
+# backslashes is looked at from its beginning alone, or a long one would take quadratic time.
 HALF_CHARACTER = re.compile(
     rb"""
-    (?P<slashes> \\* )
+    (?<!\\) (?P<slashes> \\* )
     (?P<half>
         (?: [\xc2-\xdf] | [\xe0-\xef] [\x80-\xbf]? | [\xf0-\xf4] [\x80-\xbf]{0,2} ) (?=")
       | \\ u [dD] [89abAB] [0-9a-fA-F]{2} (?=")
@@ -4177,15 +4178,16 @@ CONTENT_MEMBER = re.compile(rb'"content" ?: ?' + QUOTED)
 TEXT_MEMBER = re.compile(rb'"text" ?: ?' + QUOTED)
 RESPONSE_MEMBER = re.compile(rb'"response" ?: ?' + QUOTED)
 # An event of /v1/responses; or a part of a message in a whole answer, or in an event that says it
-# again.
+# again. Between the type and the text stand a few short members: to look further for each type of
+# many would take quadratic time.
 OUTPUT_TEXT = re.compile(
-    rb'"response\.output_text\.delta"[^{}]*?"delta" ?: ?' + QUOTED + rb"|"
-    rb'"output_text"[^}]*?"text" ?: ?' + QUOTED
+    rb'"response\.output_text\.delta"[^{}]{0,500}?"delta" ?: ?' + QUOTED + rb"|"
+    rb'"output_text"[^}]{0,500}?"text" ?: ?' + QUOTED
 )
 
 # Why there is no answer, in an event of /v1/responses or anywhere else.
 REFUSED_TEXT = re.compile(
-    rb'"response\.refusal\.delta"[^{}]*?"delta" ?: ?' + QUOTED + rb'|"refusal" ?: ?' + QUOTED
+    rb'"response\.refusal\.delta"[^{}]{0,500}?"delta" ?: ?' + QUOTED + rb'|"refusal" ?: ?' + QUOTED
 )
 
 # A choice is at its end.

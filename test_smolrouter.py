@@ -4369,6 +4369,13 @@ EVENT_BITS = [
 ]
 
 
+def test_a_run_of_backslashes_is_looked_at_from_its_beginning_alone() -> None:
+    data = rb'"\\\ud83d"'
+    found = smolrouter.HALF_CHARACTER.search(data)
+    assert (found["slashes"], found["half"]) == (rb"\\", rb"\ud83d")
+    assert smolrouter.HALF_CHARACTER.match(data, 2) is None
+
+
 @fuzz(lambda st: {"bits": lists_of_bits(st, EVENT_BITS, 20), "lines": st.booleans()})
 def test_fuzz_events(bits: list[bytes], lines: bool) -> None:
     """Nothing is lost or changed, and blocks end where events do."""
@@ -6368,6 +6375,13 @@ def test_pictures_of_a_transcript() -> None:
         (message,) = smolrouter.read_transcript(path, encode_json(document), b"")
         assert (message["content"], message["images"]) == ("look", [url]), path
         assert message["image_at"] == [4], path
+
+
+def test_a_text_is_not_looked_for_far_behind_its_type() -> None:
+    start = b'"output_text","annotations":[],"text":"Hi"'
+    far = start.replace(b"[]", b"[" + b"1," * 500 + b"1]")
+    assert smolrouter.OUTPUT_TEXT.search(start)[2] == b"Hi"
+    assert smolrouter.OUTPUT_TEXT.search(far) is None
 
 
 def test_what_stands_beside_results_is_not_copied_for_each() -> None:
