@@ -12162,11 +12162,11 @@ class Upload:
 # 12  Upstreams
 # ======================================================================================
 # One request to one instance, over connections that are kept for the next; how instances
-# have fared; who may run there, and who waits; which models they have. Whatever ends a
-# request early becomes BadGateway, or GatewayTimeout, and its message says what happened:
-# failover (section 14) knows no other failure. An instance that failed goes to the end of
-# the order for a while. It is never left out: when all have failed, each of them is still
-# tried.
+# have fared, and what was learned of them; who may run there, and who waits; which models
+# they have. Whatever ends a request early becomes BadGateway, or GatewayTimeout, and its
+# message says what happened: failover (section 14) knows no other failure. An instance that
+# failed goes to the end of the order for a while. It is never left out: when all have
+# failed, each of them is still tried.
 
 # With these an instance says that it cannot serve more now. It cools down as after a failure.
 COOLING_STATUSES = (429, 503)
@@ -16226,13 +16226,13 @@ class RequestLog:
 # ======================================================================================
 # 14  Relay
 # ======================================================================================
-# One exchange, from a request that was let in to the last octet of its answer. The
-# instances of a decision are asked in order until one says something (`Opening`, section
-# 7), and that answer goes out as it comes in. After its first octet has left there is no
-# second answer: a failure then ends the stream with an error. A client that waits for a
-# stream gets pings meanwhile, signs of life after which any instance can still give the
-# answer. Whatever happens, the record of the request is finished exactly once. `Context`
-# stands first: every exchange and every handler of the sections below works with it.
+# One exchange, from a request that was let in to the last octet of its answer. `Candidates`
+# says which instance is asked next, `UpstreamRequest` writes what it gets, and `Exchange`
+# asks until one says something (`Opening`, section 7) and relays that as it comes in. After
+# its first octet has left there is no second answer: a failure then ends the stream with an
+# error. A client that waits for a stream gets pings meanwhile, signs of life after which any
+# instance can still give the answer. Whatever happens, the record of the request is finished
+# exactly once. `Context` stands first: all that is below works with it.
 
 # Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
