@@ -996,9 +996,12 @@ async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespa
         process, port, _ = await start_router(folder, upstream, settings, routes)
         return Way(process, port)
 
+    def sizes(small: int, middle: int, large: int) -> tuple[int, int, int]:
+        return small, middle, 2 * middle if asked.small else large
+
     plain, full = await router(), await router(DB_PATH=log)
-    rules = [(count, await router(many_rules(count))) for count in (10, 100, 1000)]
-    lists = [(count, await router(many_models(count))) for count in (500, 5000, 50_000)]
+    rules = [(count, await router(many_rules(count))) for count in sizes(10, 100, 1000)]
+    lists = [(count, await router(many_models(count))) for count in sizes(500, 5000, 50_000)]
     able = lists[0][1]
     total = get(full.port, "/api/stats")["total_requests"]
     chat = [encode_chat()]
@@ -1017,17 +1020,23 @@ async def measure_curves(folder: pathlib.Path, log: str, asked: argparse.Namespa
     points = [
         *(("rules, known models", count, way, chat, 8) for count, way in rules),
         *(("rules, new models", count, way, news, 8) for count, way in rules),
-        *(("connections", count, plain, chat, count) for count in (1, 30, 1000)),
+        *(("connections", count, plain, chat, count) for count in sizes(1, 30, 1000)),
         ("rows in the log", 0, plain, chat, 8),
         ("rows in the log", total, full, chat, 8),
-        *(("KB of a request", n, plain, [encode_chat(size=n << 10)], 8) for n in (1, 32, 1024)),
-        *((EACH, n, plain, [encode_chat(n)], 8) for n in (10, 300, 10_000)),
-        *((EACH_TAGGED, n, plain, [encode_chat(n, more="&tags")], 8) for n in (10, 300, 10_000)),
+        *(
+            ("KB of a request", n, plain, [encode_chat(size=n << 10)], 8)
+            for n in sizes(1, 32, 1024)
+        ),
+        *((EACH, n, plain, [encode_chat(n)], 8) for n in sizes(10, 300, 10_000)),
+        *(
+            (EACH_TAGGED, n, plain, [encode_chat(n, more="&tags")], 8)
+            for n in sizes(10, 300, 10_000)
+        ),
         *(("models of ten servers, by list", n, way, listed_chats(n), 8) for n, way in lists),
         *(("sessions that stay", size, able, asks, 8) for size, asks in sessions.items()),
         *(("clients", size, full, asks, 8) for size, asks in clients.items()),
         *(("models of a server with slots", n, able, asks, SLOTS) for n, asks in tight.items()),
-        *(("requests that wait", n, able, tight[1], SLOTS + n) for n in (1, 30, 500)),
+        *(("requests that wait", n, able, tight[1], SLOTS + n) for n in sizes(1, 30, 500)),
     ]
     seen = []
     for _ in range(asked.rounds):
@@ -1062,6 +1071,7 @@ def read_arguments() -> argparse.Namespace:
     add("--log", metavar="FILE", help="take this database for it, which gets a few rows more")
     add("--make-rows", nargs=2, metavar=("N", "FILE"),
         help="write a log of N made-up rows to a new database, then end")  # fmt: skip
+    add("--small", action="store_true", help="curves without their largest sizes")
     add("--curves", action="store_true", help="tell how the cost of a request grows")
     add("--json", action="store_true", help="print JSON for machines")
     add("--soak", type=float, metavar="MINUTES", help="good and bad traffic")
