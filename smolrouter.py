@@ -6316,7 +6316,9 @@ class RequestChanges(NamedTuple):
     # Is called with each member that is added.
     note_added: Callable[[AddedMember], None] = ignore
 
-    def additions(self, protocol: Protocol, document: Mapping[str, Any], think: str) -> Additions:
+    def find_additions(
+        self, protocol: Protocol, document: Mapping[str, Any], think: str
+    ) -> Additions:
         """Return what tells the server how much to think: what it takes, and is not stripped."""
         if not think or protocol.add_think is None:
             return {}
@@ -6340,7 +6342,7 @@ class RequestChanges(NamedTuple):
         in a dialect of its own.
         """
         parameters = self.parameters
-        additions = self.additions(protocol, document, think)
+        additions = self.find_additions(protocol, document, think)
         if not (additions or parameters.change_members):
             return text, document
         return change_parameters(text, document, parameters, additions, self.note_change)
@@ -7758,7 +7760,7 @@ MOST_TOP_LOGPROBS = 20
 
 
 def spell_role(role: Any) -> Any:
-    """Return a role as OpenAI's servers spell it: Ollama takes it in any case."""
+    """Return a role as OpenAI's servers spell it, 'User' -> 'user': Ollama takes any case."""
     return role.lower() if isinstance(role, str) else role
 
 
@@ -7775,13 +7777,11 @@ def openai_message(message: Message, index: int) -> dict[str, Any]:
         named = isinstance(call.name, str) and call.name
         require_content(named, f"messages[{index}] has a tool call without a function's name")
         function = {"name": call.name, "arguments": "".join(call.arguments) or "{}"}
+        # Results are matched to calls by it.
         call_id = call.id or f"call_{index}_{number}"
         require_content(
             isinstance(call_id, str), f"messages[{index}] has a tool call whose id is no string"
         )
-        # Results are matched to calls by it.
-        usable = isinstance(call_id, str | int)
-        require_content(usable, f"messages[{index}] has a tool call whose id is no string")
         calls.append({"id": call_id, "type": "function", "function": function})
     if calls:
         document["tool_calls"] = calls
@@ -8114,12 +8114,13 @@ class OllamaTranslation:
         self.text_path = plan.parsed.protocol.text_path
         # How much was said in all, for a server that does not count.
         self.characters = 0
-        # How many probabilities are told at each place, None if nobody asked for them.
+        # How many of the likeliest tokens are listed at each place, beside the one that was taken;
+        # None if nobody asked for probabilities.
         asks = plan.parsed.document.get("logprobs") is True
         most = plan.parsed.document.get("top_logprobs") or 0
         self.top_logprobs = most if asks else None
-        # How many calls were told, and what the ids of those begin with that have none.
-        self.told_calls = 0
+        # How many calls were sent so far, and how the ids begin that calls without one get.
+        self.sent_calls = 0
         self.call_prefix = f"call_{int(plan.now() * 1e6):x}_"
         # What the next line says.
         self.texts: list[str] = []
@@ -8196,9 +8197,9 @@ class OllamaTranslation:
         if last:
             for call in self.message.calls:
                 self.characters += sum(map(len, call.arguments))
-                other_id = f"{self.call_prefix}{self.told_calls}"
-                self.calls.append(ollama_call(call, self.told_calls, other_id))
-                self.told_calls += 1
+                other_id = f"{self.call_prefix}{self.sent_calls}"
+                self.calls.append(ollama_call(call, self.sent_calls, other_id))
+                self.sent_calls += 1
             self.message.calls = []
 
     def encode_line(self, end: Mapping[str, Any]) -> bytes:
