@@ -1251,6 +1251,10 @@ class Limits:
     # A secret of at least so many octets is looked for in the answers that are kept, and hidden
     # there. To look for a shorter one, such as `test`, would hide plain words.
     echoed_secret: int = 16
+    # So many spellings of secrets are looked for in what is kept of a request, those in its fields
+    # and its target each. Each of them is a search through all of it, and a head has room for
+    # thousands.
+    hidden_secrets: int = 100
 
     # --- the page ---
     # A search for text looks at so many of the newest rows, which takes about 50 ms.
@@ -11127,11 +11131,14 @@ def show_fields(fields: Fields) -> ShownFields:
     """Return what may be kept and shown of field lines; clients and servers repeat theirs."""
     shown: list[tuple[str, str]] = []
     secrets: list[tuple[bytes, bytes]] = []
+    cookies: list[tuple[bytes, bytes]] = []
     for lower, name, value in fields.lines:
         # What names a conversation gives nobody access, and is shown with its requests.
         if is_secret_name(lower) and lower not in SESSION_FIELDS:
+            # Of cookies there may be many.
+            found = cookies if lower == "cookie" else secrets
             for secret in secrets_in_field(lower, value):
-                secrets += spell_secret(secret)
+                found += spell_secret(secret)
             value = hide_secret(value)
         # A Location or a Referer may have them in its query.
         shown.append((name, hide_parameters(value)))
@@ -11143,7 +11150,7 @@ def show_fields(fields: Fields) -> ShownFields:
         user_agent=fields.get("user-agent") or "",
         client_key=client_key,
         client=read_client(fields) or client_key,
-        secrets=tuple(secrets),
+        secrets=tuple([*secrets, *cookies][: LIMITS.hidden_secrets]),
     )
 
 
@@ -11170,7 +11177,7 @@ def query_secrets(target: str) -> Secrets:
         if is_secret_name(name):
             secrets += spell_secret(value)
             secrets += spell_secret(urllib.parse.unquote_plus(value))
-    return tuple(secrets)
+    return tuple(secrets[: LIMITS.hidden_secrets])
 
 
 def find_secrets(fields: Fields, target: str, table: RoutingTable | None) -> Secrets:
