@@ -2981,6 +2981,7 @@ class EventReader:
         "characters",
         "format",
         "is_joined",
+        "is_spread",
         "joined_mark",
         "last_blocks",
         "limits",
@@ -2996,6 +2997,8 @@ class EventReader:
         self.characters = CharacterJoiner(limits)
         # Whether the server forgets the empty lines between its events.
         self.is_joined = False
+        # Whether what is pending is one document over several lines of data, as far as it has come.
+        self.is_spread = False
         self.joined_mark = JOINED_MARKS[0]
         self.begun = False
         self.pending = bytearray()
@@ -3060,7 +3063,9 @@ class EventReader:
         end = self.format.find_last_end(self.pending, start, len(self.pending))
         if end > start:
             return self.take(end)
-        return self.take_joined(start) if self.format.prefix else b""
+        # To try again with each piece of a long document would take quadratic time.
+        may_be_joined = self.format.prefix and not self.is_spread
+        return self.take_joined(start) if may_be_joined else b""
 
     def take_joined(self, start: int) -> bytes:
         """Return the events of a server that forgets the empty line behind them.
@@ -3081,6 +3086,7 @@ class EventReader:
                 self.is_joined = True
                 self.take(size)
                 return parted[: -len(b"data:")]
+            self.is_spread = True
         return b""
 
     def take(self, size: int) -> bytes:
@@ -3089,6 +3095,7 @@ class EventReader:
         with memoryview(self.pending) as view:
             taken = bytes(view[:size])
         del self.pending[:size]
+        self.is_spread = False
         return taken
 
     def finish(self) -> bytes:

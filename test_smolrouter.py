@@ -4369,6 +4369,26 @@ EVENT_BITS = [
 ]
 
 
+def test_a_document_over_many_lines_of_data_is_parted_once(monkeypatch: Any) -> None:
+    parted = []
+    part_joined = smolrouter.part_joined
+
+    def note_parting(block: bytes) -> bytes:
+        parted.append(block)
+        return part_joined(block)
+
+    monkeypatch.setattr(smolrouter, "part_joined", note_parting)
+    reader = smolrouter.EventReader(smolrouter.SSE)
+    lines = [b"data: [\n", *[b'data: {"a":1}\ndata:,\n'] * 9, b"data: {}]\n\n"]
+    blocks = [reader.feed(line)[1] for line in lines]
+    assert blocks == [b""] * 10 + [b"".join(lines)]
+    # Once while it came, and once as a whole.
+    assert len(parted) == 2
+    # A server that forgets the empty lines is understood afterwards, too.
+    _, block = reader.feed(b'data: {"n":1}\ndata: {"n":2}\n')
+    assert block == b'data: {"n":1}\n\n'
+
+
 def test_a_run_of_backslashes_is_looked_at_from_its_beginning_alone() -> None:
     data = rb'"\\\ud83d"'
     found = smolrouter.HALF_CHARACTER.search(data)
