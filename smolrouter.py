@@ -1034,8 +1034,6 @@ class Limits:
     # until the tag comes that closes it. Behind a backtick, a tag waits for the other one so long.
     held_thinking: int = 64 * KiB
     code_span: int = 4 * KiB
-    # First halves of characters that wait for the second, at most one for each text of a stream.
-    half_characters: int = 64
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
     # An answer that has said nothing up to this length, but begins and pings, counts as one all the
@@ -2912,23 +2910,35 @@ def is_character(data: bytes) -> bool:
         return False
 
 
+def replace_spans(
+    text: bytes, start: int, stop: int, edits: Mapping[tuple[int, int], bytes]
+) -> bytes:
+    """Return a part of a text with some spans replaced: `abcd`, 1, 4, `{(2, 3): x}`  ->  `bxd`."""
+    pieces = []
+    for (begin, end), new in edits.items():
+        if start <= begin < stop:
+            pieces += [text[start:begin], new]
+            start = end
+    return b"".join([*pieces, text[start:stop]])
+
+
 class CharacterJoiner:
     """Puts characters together again that a server has parted between two events of a stream.
 
-    Some servers make an event of each token, and a token may end inside of a character. The first
-    half waits, and goes to the beginning of the next string that begins with what it lacks. One
-    that never gets it is left out: it means nothing.
+    Some servers make an event of each token, and a token may end inside of a character. The event
+    with the first half waits for the next one. If that goes on with what the first half lacks, the
+    character stands there as a whole; otherwise both events stay as they came.
     """
 
-    __slots__ = ("halves", "limits")
+    __slots__ = ("held",)
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.halves: list[bytes] = []
+    def __init__(self) -> None:
+        # The last events, which end inside of a character.
+        self.held = b""
 
     def needs(self, block: bytes) -> bool:
         """Tell whether a block has half a character, or may have one."""
-        if block.rfind(SURROGATES[0]) >= 0 or block.rfind(SURROGATES[1]) >= 0:
+        if self.held or block.rfind(SURROGATES[0]) >= 0 or block.rfind(SURROGATES[1]) >= 0:
             return True
         if block.isascii():
             return False
@@ -2938,29 +2948,39 @@ class CharacterJoiner:
             return True
         return False
 
-    def join(self, block: bytes) -> bytes:
-        """Return a block whose characters are whole."""
-        return HALF_CHARACTER.sub(self.replace, block)
-
-    def replace(self, match: re.Match[bytes]) -> bytes:
-        """Return what becomes of half a character."""
-        rest = match["rest"]
-        if rest is not None:
-            ends_string = match.string.startswith(b'"', match.end())
-            for at, half in enumerate(self.halves):
-                if is_character(half + rest):
-                    return self.halves.pop(at) + rest
-                if ends_string and BEGUN_CHARACTER.fullmatch(half + rest):
-                    self.halves[at] += rest
-                    return b""
-            return rest
-        # An odd number of backslashes before it: the last one makes a text of the one that follows,
-        # and no escape begins here.
-        if match["half"].startswith(b"\\") and len(match["slashes"]) % 2:
-            return match[0]
-        if len(self.halves) < self.limits.half_characters:
-            self.halves.append(match["half"])
-        return match["slashes"]
+    def join(self, block: bytes, format: EventFormat) -> bytes:
+        """Return some whole events whose characters are whole, the held ones before them."""
+        text = self.held + block
+        self.held = b""
+        # What stands elsewhere in the end, by its place; and what is begun of one character.
+        edits: dict[tuple[int, int], bytes] = {}
+        begun = b""
+        spans: list[tuple[int, int]] = []
+        for match in HALF_CHARACTER.finditer(text):
+            rest = match["rest"]
+            if rest is None:
+                # Behind an odd number of backslashes, one that begins no escape is text itself.
+                if not (match["half"].startswith(b"\\") and len(match["slashes"]) % 2):
+                    begun = match["half"]
+                    spans = [match.span("half")]
+                continue
+            whole = begun + rest
+            ends_string = text.startswith(b'"', match.end())
+            if begun and is_character(whole):
+                edits.update(dict.fromkeys(spans, b""))
+                edits[match.span("rest")] = whole
+                begun = b""
+            elif begun and ends_string and BEGUN_CHARACTER.fullmatch(whole):
+                begun = whole
+                spans.append(match.span("rest"))
+            else:
+                begun = b""
+        kept_to = len(text)
+        if begun and format.find_end(text, spans[-1][1], b"\r" in text) == len(text):
+            # Nothing has come behind it yet.
+            kept_to = format.find_last_end(text, 0, spans[0][0])
+        self.held = replace_spans(text, kept_to, len(text), edits)
+        return replace_spans(text, 0, kept_to, edits)
 
 
 class EventReader:
@@ -2994,7 +3014,7 @@ class EventReader:
         self.format = format
         self.limits = limits
         self.marks = (format.mark, CRLF_MARK)
-        self.characters = CharacterJoiner(limits)
+        self.characters = CharacterJoiner()
         # Whether the server forgets the empty lines between its events.
         self.is_joined = False
         # Whether what is pending is one document over several lines of data, as far as it has come.
@@ -3030,7 +3050,7 @@ class EventReader:
         if block:
             # As nearly always, nothing is wrong with it: no octet of half a character, no escape of
             # one, and no two events in one. To look for a mark from the end is by far the fastest.
-            odd = BACKSLASH in block or not block.isascii()
+            odd = BACKSLASH in block or not block.isascii() or self.characters.held
             if odd or block.rfind(self.joined_mark) >= 0:
                 block = self.mend(block)
             self.last_blocks.append(block)
@@ -3041,7 +3061,7 @@ class EventReader:
         if self.format.prefix and block.rfind(self.joined_mark) >= 0:
             block = part_joined(block)
         if self.characters.needs(block):
-            block = self.characters.join(block)
+            block = self.characters.join(block, self.format)
         return block
 
     def read_long(self, data: bytes) -> tuple[bytes, bytes]:
@@ -3105,6 +3125,9 @@ class EventReader:
             event = event.removeprefix(BOM)
         if event:
             event = self.mend(event)
+        event += self.characters.held
+        self.characters.held = b""
+        if event:
             if self.is_joined and event.endswith(b"\n"):
                 event += b"\n"
             self.last_blocks.append(event)
