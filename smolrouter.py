@@ -5453,6 +5453,14 @@ def may_be_cut(tokens: int | None, characters: int, context: int | None) -> bool
     return is_context(tokens, context)
 
 
+def may_lack_room(answer: bytes) -> bool:
+    """Tell whether an answer could have ended for its length; nearly all show that they have not.
+
+    `b'{"choices": [{"finish_reason": "stop"}]}'`  ->  False
+    """
+    return any(answer.rfind(word) >= 0 for word in LENGTH_WORDS)
+
+
 def has_no_room(answer: bytes) -> bool:
     """Tell whether an answer, whole or streamed, ends for its length before it said anything.
 
@@ -5460,8 +5468,7 @@ def has_no_room(answer: bytes) -> bool:
     """
     if len(answer) > LIMITS.empty_answer:
         return False
-    # Nearly always it is enough to look for the words.
-    if not any(answer.rfind(word) >= 0 for word in LENGTH_WORDS) or not LENGTH_END.search(answer):
+    if not may_lack_room(answer) or not LENGTH_END.search(answer):
         return False
     for document in answer_documents(answer):
         for part in read_answer(OTHER_PROTOCOL, document):
@@ -6402,7 +6409,7 @@ class ParsedRequest:
             seen = f"the model's name has {len(self.model)} characters"
             raise MalformedContent(f"{seen}; {LIMITS.model_name} are allowed")
 
-    @property
+    @functools.cached_property
     def protocol(self) -> Protocol:
         """What its document and its answer look like."""
         return find_protocol(self.path)
@@ -8835,8 +8842,10 @@ def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> 
 
     `X-Session-Id: abc`  ->  `abc`;  `{"model": "m", "messages": [...]}`  ->  `3f2a77b0c1d4`
     """
-    names = [fields.get(name) for name in SESSION_FIELDS]
-    for value in (*names, document.get("prompt_cache_key")):
+    values = [document.get("prompt_cache_key")]
+    if not fields.first.keys().isdisjoint(SESSION_FIELDS):
+        values = [fields.get(name) for name in SESSION_FIELDS] + values
+    for value in values:
         if isinstance(value, str) and value.strip():
             return cut_name(value.strip())
     protocol = find_protocol(path)
@@ -8849,8 +8858,9 @@ def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> 
         encoded += encode_json(tool)
         if len(encoded) >= LIMITS.hashed_text:
             break
-    beginning = encode_json([document.get("model"), *read_beginning(protocol, document)])
-    return hashlib.sha256(encoded + beginning).hexdigest()[:12]
+    # Python's own spelling of the texts is unambiguous, too, and takes half the time of JSON.
+    beginning = repr((document.get("model"), *read_beginning(protocol, document)))
+    return hashlib.sha256(encoded + beginning.encode()).hexdigest()[:12]
 
 
 # --- the routing table ------------------------------------------------------------------
@@ -10244,9 +10254,6 @@ def resolve(
     )
 
 
-# Within a second, the requests for a model have the same ages. Few are worth remembering: they are
-# others a second later.
-@functools.lru_cache(maxsize=64)
 def tell_ages(decision: Decision, ages: tuple[int | None, ...]) -> Decision:
     """Return a decision by lists whose last step says how old they are, in s; None: fixed ones.
 
@@ -13496,6 +13503,9 @@ class ModelLists:
         self.upstreams = upstreams
         self.limits = upstreams.limits
         self.lists: dict[ModelListKey, ModelList] = {}
+        # Within a second, the requests for a model get the same ages. Few are worth remembering:
+        # they are others a second later.
+        self.tell_ages = functools.lru_cache(maxsize=64)(self.decision_with_ages)
         # The errors of servers that refused theirs when they were asked last.
         self.refusals: dict[ModelListKey, Refusal] = {}
         # When a server's models were changed through the router, on the monotonic clock. What it
@@ -13793,12 +13803,20 @@ class ModelLists:
         if running:
             await asyncio.wait(running, timeout=self.limits.model_list_timeout)
 
-    def age(self, server: Server) -> int | None:
+    def age(self, server: Server, now: float) -> int | None:
         """Return for how many seconds a server's list is known; None if there is none to age."""
         known = self.lists.get(own_list_key(server))
         if known is None or server.models is not None:
             return None
-        return int(time.monotonic() - known.asked_at)
+        return int(now - known.asked_at)
+
+    def decision_with_ages(self, decision: Decision, second: int) -> Decision:
+        """Return a decision by lists that says how old they are in a second of the monotonic clock.
+
+        It is asked for as `tell_ages`, which remembers it while that second lasts.
+        """
+        ages = tuple(self.age(instance.server, second) for instance in decision.instances)
+        return tell_ages(decision, ages)
 
     async def ask(self, server: Server, read: Callable[[Any], Any]) -> Any:
         """Return what `read` gets from a connection of http.client's to a server, in a short time.
@@ -16366,8 +16384,7 @@ class Context:
             await lists.wait(self.table)
             decision = decide(self.table, model, source_host, lists.catalogue)
         if decision.found_by == BY_LIST:
-            ages = tuple(lists.age(instance.server) for instance in decision.instances)
-            decision = tell_ages(decision, ages)
+            decision = lists.tell_ages(decision, int(time.monotonic()))
         return decision
 
     def servers_speaking(self, service: str) -> list[Server]:
@@ -17528,6 +17545,8 @@ class Exchange:
             return
         coding = read_coding(self.candidate.response.head.fields)
         answer = b"".join(self.record.pieces) + self.record.answer_end
+        if not (self.has_long_prompt or coding or may_lack_room(answer)):
+            return
         if isinstance(self.rewriter, BufferedRewrite) and self.rewriter.content:
             answer = bytes(self.rewriter.content)
         elif coding:
@@ -19363,7 +19382,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "running": sum(health.in_slots for health in instances),
             "queued": context.slots.queued_for(server),
             "models": [model.name for model in models or ()],
-            "models_age_s": context.model_lists.age(server),
+            "models_age_s": context.model_lists.age(server, time.monotonic()),
             "hours": hours_document(days.get(url, NO_WORK), instances, time.time()),
         }
         documents.append({**document, **last_hour})
@@ -21861,8 +21880,7 @@ def explain_by_lists(
     lists = asyncio.run(ask_lists(invocation, table))
     decision = resolve(table, model, source_host, lists.catalogue)
     if decision.found_by == BY_LIST:
-        ages = tuple(lists.age(instance.server) for instance in decision.instances)
-        decision = tell_ages(decision, ages)
+        decision = lists.tell_ages(decision, int(time.monotonic()))
     silent = []
     for server in table.asked_servers:
         if lists.catalogue.names_of(server) is None:
