@@ -14747,9 +14747,17 @@ def cut_bodies(record: RequestRecord, limit: int) -> None:
         record.response_cut = True
 
 
+# Many requests end in one second. A few of them are enough: the records come in their order.
+@functools.lru_cache(maxsize=4)
+def local_time(second: int) -> str:
+    """Return the local time of a second since 1970, as `2026-11-30 22:09:57`."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
 def describe_request(record: RequestRecord, row: Row) -> str:
-    """Return the line that is printed of a request that has ended."""
-    words = [row.source_ip, row.method, record.path, row.original_model]
+    """Return the line that is printed of a request that has ended; it begins with when that was."""
+    ended_at = int((row.timestamp + row.duration_ms) / 1000)
+    words = [local_time(ended_at), row.source_ip, row.method, record.path, row.original_model]
     if row.sent_model not in ("", row.original_model):
         words += ["->", row.sent_model]
     words.append(row.route)
