@@ -15965,7 +15965,7 @@ class RequestLog:
     def print_request(self, *words: str) -> None:
         """Print a line about a request that has no record."""
         if not is_quiet(self.settings):
-            self.print_line(" ".join(filter(None, words)))
+            self.print_line(" ".join([local_time(int(time.time())), *filter(None, words)]))
 
     async def ask(self, question: Callable[..., Any], *args: Any) -> Any:
         """Answer a question in a reader's thread.
@@ -20166,7 +20166,9 @@ class Application:
         record.content = request.content
         record.request_size = len(request.content)
         record.subject = request.token.subject if request.token else ""
-        if 0 < len(request.content) < context.limits.long_content:
+        # After a fault of the router, to read the content again could end in the same fault.
+        is_readable = 0 < len(request.content) < context.limits.long_content
+        if is_readable and error.status < 500:
             with contextlib.suppress(RouterError):
                 read = request.dialect.read(request.path, request.query, request.content)
                 record.requested_model = read.model
