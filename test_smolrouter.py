@@ -24338,7 +24338,7 @@ def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> N
     bench.show_curves(curves)
     said = capsys.readouterr().out
     for name, value in table["smolrouter"].items():
-        assert re.search(rf"^{re.escape(name)} .*\b{value:.2f}\b", said, re.M), name
+        assert re.search(rf"^{re.escape(name)} .*(?<!\S){value:.2f}(?!\S)", said, re.M), name
     for name, curve in curves.items():
         assert re.search(rf"^{name} .*\b{[*curve.values()][-1]:.1f}\b", said, re.M), name
 
