@@ -22939,11 +22939,15 @@ def fails_at_its_model(received: Received) -> Iterable[Step]:
     return json_response({"error": {"message": words}}, 404)
 
 
-def pings_for_ever(received: Received) -> Iterable[Step]:
+def pings_for_ever(received: Received) -> Iterator[Step]:
     """Answer no chat, but show that one is being worked on."""
     if not received.path.startswith("/v1/chat/"):
-        return well_behaved(received)
-    return stream_response(itertools.chain.from_iterable(itertools.repeat((b": ping\n\n", 0.05))))
+        yield from well_behaved(received)
+        return
+    yield from stream_response([], whole=False)
+    while True:
+        yield from encode_chunks(b": ping\n\n", end=b"")
+        yield 0.05
 
 
 PAGE = whole_response(b"<!doctype html><title>Chat</title>", kind="text/html")
