@@ -114,6 +114,10 @@ import smolrouter
 
 # --- paths, patience, packages --------------------------------------------------------
 
+# To read the tests makes a million objects that stay, and Python's collector of garbage would look
+# at all of them again and again. `end_shared_things` turns it on.
+gc.disable()
+
 HERE = pathlib.Path(__file__).resolve().parent
 SMOLROUTER = HERE / "smolrouter.py"
 SOURCE = SMOLROUTER.read_text("utf-8")
@@ -151,6 +155,7 @@ def end_shared_things() -> Iterator[None]:
     # What is there now stays: the collector of garbage need not look at it in each test.
     gc.collect()
     gc.freeze()
+    gc.enable()
     with AT_SESSION_END:
         yield
 
