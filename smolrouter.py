@@ -15044,6 +15044,20 @@ class RowIds:
         self.end -= unused
 
 
+def split_script(script: str) -> Iterator[str]:
+    """Yield the statements of a script one by one; `executescript` would end a transaction.
+
+    `CREATE TABLE a (b); DROP TABLE c`  ->  `CREATE TABLE a (b);`, ` DROP TABLE c;`
+    """
+    statement = ""
+    for part in script.split(";"):
+        statement += f"{part};"
+        # A semicolon may stand inside of a trigger or a text.
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
 class Store:
     """The database and the long bodies, as the log's thread uses them."""
 
@@ -15144,10 +15158,20 @@ class Store:
                 "requests go on, rows wait"
             )
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(
-                f"BEGIN IMMEDIATE; {script}; PRAGMA application_id = {APPLICATION_ID};"
-                f"PRAGMA user_version = {number}; COMMIT"
-            )
+            self.apply_migration(db, number, script)
+
+    def apply_migration(self, db: sqlite3.Connection, number: int, script: str) -> None:
+        """Bring the tables to a version, unless another router has just done that."""
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            # Only now no other router can change it any more.
+            ((version,),) = db.execute("PRAGMA user_version")
+            if version >= number:
+                return
+            for statement in split_script(script):
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {number}")
 
     def take_back_ids(self, db: sqlite3.Connection) -> None:
         """At the start, take back the ids that were never used by routers which were killed."""
