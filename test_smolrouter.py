@@ -31,7 +31,7 @@ A test that needs a package which is not there is skipped, or fails when the env
 variable SMOLROUTER_TEST_ALL is 1. SMOLROUTER_FUZZ=4000 makes hypothesis try so many new
 examples of each property, `-k fuzz` these alone: some minutes.
 
-All tests take less than two minutes on two cores, and stay so when a new one is cheap:
+All tests take about three minutes on two cores, and stay so when a new one is cheap:
 
 - What is pure is tested as the function that it is, and a table of cases with `@each_row`.
 - A script has a model name of its own, so that tests share `default_router()` and its upstream.
