@@ -14137,7 +14137,7 @@ def test_forty_requests_on_two_servers_with_two_slots() -> None:
         rows = get_document(test.router, "/api/logs?limit=100")
         by_id = sorted(rows, key=operator.itemgetter("id"))
         assert [row["queued_ms"] > 0 for row in by_id] == [False] * 4 + [True] * 36
-        assert "s queued)" in test.router.stderr
+        assert wait_until(lambda: "s queued)" in test.router.stderr)
 
 
 PRIORITIES = {
@@ -14823,7 +14823,7 @@ def test_a_drained_server() -> None:
         test.send("again", "alone")
         assert test.end("again").status == 200
         assert test.server("one")["state"] == "up"
-        assert "server one: drain, says 127.0.0.1" in test.router.stderr
+        assert wait_until(lambda: "server one: drain, says 127.0.0.1" in test.router.stderr)
 
 
 def test_a_server_that_is_switched_off() -> None:
@@ -17223,7 +17223,8 @@ def five_while_locked(log_folder: LogFolder, router: Router) -> Iterator[None]:
 def test_a_locked_database_delays_rows_only(log_folder: LogFolder) -> None:
     with log_folder.router() as router:
         with five_while_locked(log_folder, router):
-            assert "locked" in log_state(router)["error"] and "locked" in router.stderr
+            assert "locked" in log_state(router)["error"]
+            assert wait_until(lambda: "locked" in router.stderr)
             assert wait_until(lambda: log_state(router)["backlog"] >= 5)
             assert get_document(router, "/api/stats")["log"]["error"]
             # Readers are not locked out.
@@ -22300,7 +22301,8 @@ def test_the_start_says_how_the_servers_are() -> None:
             # A policy that nobody has changed is no news.
             assert "Web UI" not in router.stderr
             url = f"http://127.0.0.1:{router.port}"
-            assert f"Dashboard {url}/ \u00b7 OpenAI {url}/v1 \u00b7 Ollama {url}\n" in router.stderr
+            line = f"Dashboard {url}/ \u00b7 OpenAI {url}/v1 \u00b7 Ollama {url}\n"
+            assert wait_until(lambda: line in router.stderr)
         settings |= {"LOG_LEVEL": "WARNING", "WEBUI_SECURITY": "NONE"}
         with Router(settings, {"servers": servers}) as router:
             assert wait_until(lambda: len(upstream.own_requests) > 2)
@@ -22326,7 +22328,8 @@ def test_a_start_without_any_server_looks_on_this_machine() -> None:
             Upstream(speak_no_http) as odd,
             Router(limits={"local_ports": [*ports, odd.port]}) as it,
         ):
-            assert f"SERVERS='ollama={first.url} lmstudio={second.url}'\n" in it.stderr
+            line = f"SERVERS='ollama={first.url} lmstudio={second.url}'\n"
+            assert wait_until(lambda: line in it.stderr)
             listed = {model["id"] for model in get_document(it, "/v1/models")["data"]}
             assert listed == {"qwen", "phi"}
             assert post_chat(it, "phi").status == post_chat(it, "unknown").status == 200
@@ -22337,7 +22340,8 @@ def test_a_start_without_any_server_looks_on_this_machine() -> None:
             Upstream(refuse) as closed,
             Router(limits={"local_ports": [closed.port, second.port]}) as it,
         ):
-            assert f"SERVERS='ollama={closed.url} lmstudio={second.url}" in it.stderr
+            line = f"SERVERS='ollama={closed.url} lmstudio={second.url}"
+            assert wait_until(lambda: line in it.stderr)
         named = {"DEFAULT_UPSTREAM": default_upstream().url}
         with Router(named, limits={"local_ports": ports}) as it:
             assert "found on this machine" not in it.stderr
