@@ -9076,7 +9076,7 @@ class Decision(NamedTuple):
 
     requested_model: str
     mapped_model: str
-    # Who claimed it, such as `routes[2]` or `alias fast`.
+    # Who claimed it, such as `rule 3` or `alias fast`.
     route: str
     strategy: str
     instances: tuple[Instance, ...]
@@ -9676,7 +9676,7 @@ class TableReader:
         """Read a route: its match and its target."""
         match, route = node.members("match", "route")
         model, source_host = match.members("model", "source_host")
-        name = f"routes[{node.path[-1]}]"
+        name = f"rule {node.path[-1] + 1}"
         pattern = None
         source_hosts = None
         target = Target(())
@@ -10081,7 +10081,7 @@ def claim_by_alias(query: RouteQuery, trail: list[Step]) -> Claim | None:
     """Claim a request one of whose names is an alias."""
     for name in query.names:
         if name in query.table.aliases:
-            trail.append(Step(f"aliases.{name}", True, f"{name!r} is an alias"))
+            trail.append(Step(f"alias {name}", True, f"{name!r} is an alias"))
             return Claim(f"alias {name}", query.table.aliases[name])
     return None
 
@@ -23975,11 +23975,19 @@ async function explain() {
   const query = {model, source_host: from || "127.0.0.1"};
   const {decision: goes, message} = await askJson("/api/routes", query).catch(error => error);
   byId("explained").replaceChildren(goes ? node("div.stack",
-    node("p", goes.instances.length ? [named(goes.model), " goes by ", named(goes.route), " to"]
+    node("p", goes.instances.length
+      ? [named(goes.model), " goes by ", named(ruleWords(goes), 300), " to"]
       : [named(goes.model), " is refused: nothing claims it"],
     goes.instances.map((one, at) => [at > 0 && ", else", " ", node("b", markNode(one.model),
       named(one.model)), " on ", named(one.server || short(one.url))])),
     stepsNode(goes.trail)) : node("p.is-bad", message ?? ""));
+}
+/** Who claimed a request, and why: `rule 3 · model /qwen/`. An alias and a pin say that by name. */
+function ruleWords({route, trail}) {
+  const matched = trail.filter(step => step.matched && step.why);
+  const why = (matched.find(step => step.rule === route) ?? matched.at(-1))?.why;
+  return !why || /^(alias|pin) /.test(route) ? route
+    : `${route} · ${why.replace(/: matches$/, "")}`;
 }
 const stepsNode = steps => node("ol.trail", steps.map(({rule, matched, why}) =>
   node("li", node(matched ? "span.is-good" : "span.quiet", matched ? "✓" : "·"),
@@ -24669,13 +24677,6 @@ function noticeNode(doc) {
   const notices = noticesOf(doc);
   return notices.length && node("ul.notice.is-warn", notices.map(one => node("li", named(one,
     300))));
-}
-/** A rule by its words: `routes[2]` is rule 3, and why it matched. */
-function ruleWords({route, trail}) {
-  const matched = trail.filter(step => step.matched && step.why);
-  const why = (matched.find(step => step.rule === route) ?? matched.at(-1))?.why;
-  const words = route.replace(/^routes\[(\d+)\]/, (_, at) => `rule ${+at + 1}`);
-  return why ? `${words} · ${why}` : words;
 }
 /** Asked for -> mapped to -> by rule -> one instance refused, another one answered. */
 function trailNode(doc) {

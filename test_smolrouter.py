@@ -10629,12 +10629,12 @@ DECISIONS = [
     ("pair", HOME, "alias pair", ["one/a", "two/b"]),
     ("mapped-pair", HOME, "alias pair", ["one/a", "two/b"]),
     ("turns", HOME, "alias turns", ["one/a/b"]),
-    ("qwen-1.5b", HOME, "routes[0]", ["one/qwen-tiny"]),
-    ("gpt-4", "10.0.1.77", "routes[1]", ["two/claude"]),
-    ("gpt-4", "::ffff:10.0.2.5", "routes[1]", ["two/claude"]),
+    ("qwen-1.5b", HOME, "rule 1", ["one/qwen-tiny"]),
+    ("gpt-4", "10.0.1.77", "rule 2", ["two/claude"]),
+    ("gpt-4", "::ffff:10.0.2.5", "rule 2", ["two/claude"]),
     ("gpt-4", "10.0.2.10", "default", ["default/gpt-4"]),
-    ("any", "fd00::7", "routes[2]", ["one/a", "two/b"]),
-    ("old", HOME, "routes[3]", ["default/new"]),
+    ("any", "fd00::7", "rule 3", ["one/a", "two/b"]),
+    ("old", HOME, "rule 4", ["default/new"]),
     ("gpt-3", HOME, "default", ["default/llama"]),
     ("gpt-9-x", HOME, "default", ["default/lab-x"]),
     ("m [two]", HOME, "pin two", ["two/m"]),
@@ -10940,7 +10940,7 @@ def test_every_listed_name_pins_its_server() -> None:
 
 def test_request_without_a_model_follows_rules_on_its_source() -> None:
     decision = smolrouter.resolve(routing(), "", "fd00::7")
-    assert decision.route == "routes[2]"
+    assert decision.route == "rule 3"
     assert not any("longer" in step.why for step in decision.trail)
     assert smolrouter.resolve(routing(), "", HOME).route == "default"
 
@@ -10969,10 +10969,10 @@ TAGGED_DECISIONS = [
     ("coder", "default", "default/coder"),
     ("plain:latest", "alias plain", "box/b:latest"),
     ("short:latest", "alias plain", "box/b:latest"),
-    ("x-v1:latest", "routes[0]", "gpu/x-v1:latest"),
+    ("x-v1:latest", "rule 1", "gpu/x-v1:latest"),
     ("x-v1", "default", "default/x-v1"),
-    ("named:latest", "routes[1]", "box/c"),
-    ("cut-x:latest", "routes[2]", "gpu/x:latest"),
+    ("named:latest", "rule 2", "box/c"),
+    ("cut-x:latest", "rule 3", "gpu/x:latest"),
     ("mine:latest", "default", "default/q"),
     ("mine", "default", "default/p"),
     ("gpt-4:latest", "default", "default/s"),
@@ -11130,16 +11130,16 @@ LISTED_DECISIONS = [
     ("mapped-to-nobody", "default", ["b/nobody"]),
     # What goes before a list.
     ("both", "alias both", ["a/aliased", "f/m"]),
-    ("ruled", "routes[2]", ["a/ruled"]),
+    ("ruled", "rule 3", ["a/ruled"]),
     ("twin [e]", "pin e", ["e/twin"]),
     # A rule for the model alone.
-    ("old", "routes[0]", ["b/only-b"]),
-    ("x-twin", "routes[1]", ["b/twin", "a/twin", "e/twin"]),
-    ("x-FIXED", "routes[1]", ["c/Fixed"]),
-    ("x-both", "routes[1]", ["a/aliased", "f/m"]),
+    ("old", "rule 1", ["b/only-b"]),
+    ("x-twin", "rule 2", ["b/twin", "a/twin", "e/twin"]),
+    ("x-FIXED", "rule 2", ["c/Fixed"]),
+    ("x-both", "rule 2", ["a/aliased", "f/m"]),
     ("x-twin [e]", "pin e", ["e/x-twin"]),
-    ("x-nobody", "routes[1]", ["b/nobody"]),
-    ("x-", "routes[1]", ["b/x-"]),
+    ("x-nobody", "rule 2", ["b/nobody"]),
+    ("x-", "rule 2", ["b/x-"]),
     # Nobody has it.
     ("hidden", "default", ["b/hidden"]),
     ("nobody", "default", ["b/nobody"]),
@@ -11182,9 +11182,9 @@ def test_no_decision_by_list_where_that_is_not_wanted() -> None:
     decision = smolrouter.resolve(table, "only-a", HOME, catalogue_of(table))
     assert (decision.route, len(decision.trail)) == ("default", 4)
     decision = smolrouter.resolve(table, "old", HOME, catalogue_of(table))
-    assert (decision.route, *map(str, decision.instances)) == ("routes[0]", "b/only-b")
+    assert (decision.route, *map(str, decision.instances)) == ("rule 1", "b/only-b")
     table = listing_table(DEFAULT_UPSTREAM="none")
-    for asked, route in (("nobody", "none"), ("x-nobody", "routes[1]")):
+    for asked, route in (("nobody", "none"), ("x-nobody", "rule 2")):
         decision = smolrouter.resolve(table, asked, HOME, catalogue_of(table))
         assert (decision.route, decision.found_by) == (route, "none")
         assert decision.instances == () and not decision.trail[-1].matched
@@ -15938,7 +15938,7 @@ def test_route_attempts_and_trail() -> None:
     assert (failed["instance"], failed["status"]) == ("off/tiny", None) and failed["error"]
     assert (good["instance"], good["status"], good["error"]) == ("box/other", 200, None)
     assert detail["trail"][-1] == {
-        "rule": "aliases.either",
+        "rule": "alias either",
         "matched": True,
         "why": "'either' is an alias",
     }
@@ -15946,7 +15946,7 @@ def test_route_attempts_and_trail() -> None:
     # The row is found by either name.
     for name in ("asked-for", "sent"):
         row = wait_for_row(logging_router(), name)
-        assert (row["original_model"], row["route"]) == ("asked-for", "routes[0]")
+        assert (row["original_model"], row["route"]) == ("asked-for", "rule 1")
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500])
@@ -20734,11 +20734,11 @@ def test_routes_explain_themselves() -> None:
     assert [server["name"] for server in doc["servers"]] == ["off", "box"]
     assert doc["aliases"][0]["name"] == "either"
     assert doc["routes"] == [
-        {"rule": "routes[0]", "match": "model asked-for", "route": "box/sent"},
-        {"rule": "routes[1]", "match": "model friend", "route": "alias either"},
+        {"rule": "rule 1", "match": "model asked-for", "route": "box/sent"},
+        {"rule": "rule 2", "match": "model friend", "route": "alias either"},
     ]
     decision = doc["decision"]
-    assert decision["trail"][-1]["matched"] and decision["route"] == "routes[0]"
+    assert decision["trail"][-1]["matched"] and decision["route"] == "rule 1"
     assert decision["instances"] == [
         {"server": "box", "url": default_upstream().url, "model": "sent"}
     ]
@@ -22623,9 +22623,9 @@ def test_check_warns_of_what_hardly_is_meant(folder: pathlib.Path) -> None:
     assert done.returncode == 0
     assert [line for line in done.stdout.splitlines() if line.startswith("warning: ")] == [
         "warning: servers.a: 'box:1' has no scheme; http:// is assumed",
-        "warning: routes[0]: 'gpt-*' is an exact name; a pattern is written /^gpt-/",
+        "warning: rule 1: 'gpt-*' is an exact name; a pattern is written /^gpt-/",
         "warning: MODEL_MAP: 'claude-*' is an exact name; a pattern is written /^gpt-/",
-        "warning: routes[2] matches everything: what stands behind it is never reached",
+        "warning: rule 3 matches everything: what stands behind it is never reached",
     ]
 
 
@@ -22666,10 +22666,10 @@ def test_demo(folder: pathlib.Path) -> None:
     "args, words",
     [
         (["assistant"], ["assistant", "fast-box", "llama3-8b", "http://127.0.0.1:9"]),
-        (["x-1.5b", "--source-host", "10.9.8.7"], ["routes[0]", "small"]),
+        (["x-1.5b", "--source-host", "10.9.8.7"], ["rule 1", "small"]),
         (
             ["x-1.5b", "--source-host", "11.9.8.7"],
-            ["routes[0]", "http://localhost:8000"],
+            ["rule 1", "http://localhost:8000"],
         ),
         (["other"], ["DEFAULT_UPSTREAM", "http://localhost:8000"]),
     ],
@@ -23919,7 +23919,7 @@ def test_request_shows_how_it_was_routed(tab: Any) -> None:
     assert f"Started{begun}" in tab.text_content(".facts")
     assert f"Ended{ended}" in tab.text_content(".facts")
     tab.click("#rules > summary")
-    assert "aliases.coder" in tab.locator("#rules").inner_text()
+    assert "alias coder" in tab.locator("#rules").inner_text()
     tab.goto(f"{router.url}/request/7")
     wait_text(tab, "#request", "no such request")
     expect_wrong(tab, "404")
@@ -23964,14 +23964,14 @@ def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
     wait_text(tab, "#rows tbody", "coder → tiny")
     tab.click("#explain-button")
     tab.fill("[name=explain]", "gpt-4")
-    said = wait_text(tab, "#explained", "goes by routes[0]")
-    assert "small on box" in said and "✓routes[0]" in said
+    said = wait_text(tab, "#explained", "goes by rule 1")
+    assert "small on box" in said and "✓rule 1" in said
     tab.fill("[name=from]", "banana")
     wait_text(tab, "#explained", "'banana' does not appear to be an IPv4 or IPv6 address")
     tab.fill("[name=from]", "")
     tab.reload()
     # What was asked stands in the address.
-    wait_text(tab, "#explained", "goes by routes[0]")
+    wait_text(tab, "#explained", "goes by rule 1")
     expect_wrong(tab, "400")
 
 
