@@ -22371,6 +22371,7 @@ class DemoClient(NamedTuple):
 
     port: int
     name: str
+    print_line: Callable[[str], None]
 
     def send(self, talk: DemoTalk, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Send a conversation, print how it went, and return what was answered. Raises OSError."""
@@ -22390,7 +22391,7 @@ class DemoClient(NamedTuple):
         seconds = time.monotonic() - began
         model = response.getheader("X-SmolRouter-Model") or "-"
         way = f"{self.name or '-':<7} {talk.model:<17} {model:<12}"
-        print(f"{way} {response.status}    {seconds:5.1f} s  {talk.shows}", flush=True)
+        self.print_line(f"{way} {response.status}    {seconds:5.1f} s  {talk.shows}")
         transcript = read_transcript(talk.path, b"", content) if response.status == 200 else []
         return transcript[-1] if transcript else {"content": "", "tool_calls": []}
 
@@ -22425,18 +22426,17 @@ class DemoClient(NamedTuple):
                 time.sleep(0.5 + secrets.randbelow(2000) / 1000)
 
 
-def send_demo_requests(port: int, seconds: float) -> None:
+def send_demo_requests(port: int, seconds: float, print_line: Callable[[str], None]) -> None:
     """Let all clients of the demo talk at once for a while."""
-    print("\nclient  asked for         answered by  status  time", flush=True)
-    with concurrent.futures.ThreadPoolExecutor(len(DEMO_CLIENTS)) as pool:
-        talking = [pool.submit(DemoClient(port, name).run, seconds) for name in DEMO_CLIENTS]
+    print_line("")
+    print_line("client  asked for         answered by  status  time")
+    clients = [DemoClient(port, name, print_line) for name in DEMO_CLIENTS]
+    with concurrent.futures.ThreadPoolExecutor(len(clients)) as pool:
+        talking = [pool.submit(client.run, seconds) for client in clients]
     for client in talking:
         # A fault of the demo itself is raised here.
         client.result()
-    print(
-        f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.",
-        flush=True,
-    )
+    print_line(f"That was the demo. The router stays at http://127.0.0.1:{port}/ ; Ctrl-C ends it.")
 
 
 def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.Path) -> Settings:
@@ -22462,6 +22462,14 @@ def demo_settings(settings: Settings, urls: Mapping[str, str], folder: pathlib.P
     )
 
 
+def describe_demo(port: int) -> list[str]:
+    """Return what the demo says of itself."""
+    return [
+        f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three simulated servers",
+        "answer: one is fast, one is slow and thinks aloud, one has no memory left.",
+    ]
+
+
 async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
     """Run the router in front of three upstreams of its own."""
     urls = {}
@@ -22480,13 +22488,12 @@ async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
     router = Router(of_demo, listeners)
 
     def begin(port: int) -> None:
-        print(
-            f"Open http://127.0.0.1:{port}/ and watch; Ctrl-C ends the demo. Three simulated "
-            "servers answer:\none is fast, one is slow and thinks aloud, one has no memory left.",
-            flush=True,
+        # What the start has to say is printed by the same thread, and so stands above.
+        for line in ("", *describe_demo(port)):
+            router.console.print_line(line)
+        asyncio.get_running_loop().run_in_executor(
+            None, send_demo_requests, port, invocation.options.seconds, router.console.print_line
         )
-        seconds = invocation.options.seconds
-        asyncio.get_running_loop().run_in_executor(None, send_demo_requests, port, seconds)
 
     return await router.run(begin)
 

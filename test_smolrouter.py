@@ -22641,21 +22641,23 @@ def test_demo(folder: pathlib.Path) -> None:
     command = [sys.executable, "smolrouter.py", "demo", "--seconds", "30"]
     with subprocess.Popen(
         [*command, "--listen-port", "0"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={"SHUTDOWN_GRACE": "0"},
     ) as demo:  # fmt: skip
         ending = threading.Timer(30, demo.kill)
         ending.start()
         try:
-            lines = [demo.stdout.readline() for _ in range(10)]
+            lines = [demo.stderr.readline() for _ in range(16)]
         finally:
             demo.send_signal(signal.SIGTERM)
             demo.communicate(timeout=20)
             ending.cancel()
-    assert lines[0].startswith("Open http://127.0.0.1:")
-    assert lines[3].split() == ["client", "asked", "for", "answered", "by", "status", "time"]
-    assert max(map(len, lines)) <= 101
-    said = "".join(lines[4:])
+    # What the start says stands above what the demo says.
+    assert lines[0].startswith("SmolRouter ") and lines[5] == "\n", lines
+    assert lines[6].startswith("Open http://127.0.0.1:")
+    assert lines[9].split() == ["client", "asked", "for", "answered", "by", "status", "time"]
+    assert max(map(len, lines[6:])) <= 101
+    said = "".join(lines[10:])
     assert re.search(r"alice +qwen3-coder +qwen3-coder +200 .* a picture\n", said)
     assert re.search(r"ci-bot +coding-assistant +qwen3-coder +200 .* failover", said)
     assert re.search(r"ci-bot +qwen3-coder +qwen3-coder +200 .* a tool is called\n", said)
