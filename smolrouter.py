@@ -18574,25 +18574,33 @@ def read_points(
     return points
 
 
-# Of so many answers at least the middle speed is taken, where not all are looked at.
+# Of so many answers at least the middle speed is taken, where not all are looked at; and of so many
+# when each hour is to have its own.
 FEW_SPEEDS = 500
+FEW_SPEEDS_OF_HOURS = 4000
 
 
-def read_speeds(db: sqlite3.Connection, window: Window, total: int) -> list[float]:
-    """Return how fast answers of a window came, in tokens/s: of all, or of an even sample."""
+def read_speeds(
+    db: sqlite3.Connection, window: Window, total: int, few: int, filters: Mapping[str, Any]
+) -> Iterator[tuple[int, float]]:
+    """Yield how fast answers of a window came, in tokens/s, each behind the hour it is of.
+
+    They are those of all rows, or of an even sample that has `few` of them at least.
+    """
     level = 0
-    index = "by_time"
+    index = POINT_INDEXES[next(iter(filters))] if filters else "by_time"
     tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed = 0"]
-    if total > FEW_ROWS:
-        level = max((total // FEW_SPEEDS).bit_length() - 1, SAMPLE_LEVEL)
+    tests += [POINT_FILTERS[name] for name in filters]
+    if total > max(FEW_ROWS, few):
+        level = max((total // few).bit_length() - 1, SAMPLE_LEVEL)
         index = "sample"
     tests += tests_of_levels(level)
     rows = db.execute(
-        f"SELECT {POINT['tokens_per_second']} FROM requests INDEXED BY {index} "
-        f"WHERE {' AND '.join(tests)}",
-        window.values(),
+        f"SELECT timestamp / {HOUR_MS}, {POINT['tokens_per_second']} "
+        f"FROM requests INDEXED BY {index} WHERE {' AND '.join(tests)}",
+        {**window.values(), **filters},
     )
-    return [speed for (speed,) in rows if speed]
+    return ((hour, speed) for hour, speed in rows if speed)
 
 
 def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
@@ -18609,6 +18617,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
     ttfts: list[float] = []
     if requests <= FEW_ROWS:
         durations, ttfts = read_times(db, window)
+    speeds = [speed for _, speed in read_speeds(db, window, requests, FEW_SPEEDS, {})]
     return {
         "total_requests": sum(by_service.values()),
         "recent_requests": requests,
@@ -18618,7 +18627,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
         "latency_ms": percentiles(tally[DURATIONS], durations),
         "ttft_ms": percentiles(tally[TTFTS], ttfts),
         **read_sums(tally, "prompt_tokens", "completion_tokens"),
-        "tokens_per_second": percentile((), read_speeds(db, window, requests), 50),
+        "tokens_per_second": percentile((), speeds, 50),
         "requests_per_hour": read_hours(db, window, requests),
         "refused_without_row": log.refused.without_row,
         "log": log.state(),
@@ -18809,27 +18818,32 @@ def read_leaders(
 
 
 def read_trend(
-    db: sqlite3.Connection, first_hour: int, end_hour: int, filters: Mapping[str, Any]
+    db: sqlite3.Connection, window: Window, filters: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return how fast the answers of each hour were, and how long their first tokens took."""
-    tests = ["hour >= :first", "hour < :end", "model <> ''"]
+    """Return of each hour how fast its answers were, and how long their first tokens took.
+
+    Both are medians: one long answer of a slow model must not hide how the others were.
+    """
+    tests = ["hour >= :begin_hour", "hour < :end_hour", "model <> ''"]
     tests += [SUM_FILTERS[name] for name in filters]
-    sums = ", ".join(
-        f"TOTAL({name})" for name in ("requests", "spoken_tokens", "spoken_ms", *TTFT_COLUMNS)
-    )
+    sums = ", ".join(f"TOTAL({name})" for name in ("requests", *TTFT_COLUMNS))
     rows = db.execute(
         f"SELECT hour, {sums} FROM rollups WHERE {' AND '.join(tests)} GROUP BY hour",
-        {"first": first_hour, "end": end_hour, **filters},
+        {**window.values(), **filters},
     )
     found = {hour: numbers for hour, *numbers in rows}
+    total = int(sum(requests for requests, *_ in found.values()))
+    speeds = collections.defaultdict(list)
+    for hour, speed in read_speeds(db, window, total, FEW_SPEEDS_OF_HOURS, filters):
+        speeds[hour].append(speed)
     hours = []
-    for hour in range(first_hour, end_hour):
-        requests, tokens, ms, *ttfts = found.get(hour, (0, 0, 0))
+    for hour in range(window.begin_hour, window.end // HOUR_MS):
+        requests, *ttfts = found.get(hour, (0,))
         hours.append(
             {
                 "begin": hour * HOUR_MS,
                 "requests": int(requests),
-                "tokens_per_second": token_rate(tokens, ms, 0),
+                "tokens_per_second": percentile((), speeds[hour], 50),
                 "ttft_p50_ms": percentile(ttfts, (), 50),
             }
         )
@@ -18844,11 +18858,10 @@ def read_trends(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str
     hours = parameters.get("hours", 24)
     filters = {name: parameters[name] for name in POINT_FILTERS if name in parameters}
     window = Window.of(hours * 3600, time.time())
-    end_hour = window.end // HOUR_MS
-    first_hour = end_hour - 2 * max(hours, 24)
+    shown = Window(window.end - 2 * max(hours, 24) * HOUR_MS, window.end)
     return {
         "leaders": read_leaders(db, window, filters),
-        "hours": read_trend(db, first_hour, end_hour, filters),
+        "hours": read_trend(db, shown, filters),
     }
 
 
@@ -23110,7 +23123,7 @@ td.number, th.number { text-align: right; }
     <div class="legend" id="legend" role="group" aria-label="Models shown"></div>
     <div id="chart-empty"></div></section>
   <div class="pair" id="times">
-    <section class="card"><div class="heading"><h2>Tokens per second, by the hour</h2>
+    <section class="card"><div class="heading"><h2>Tokens per second, median by the hour</h2>
       <span class="small">dotted: the same hours before</span></div>
       <figure class="chart short-chart" id="speed-chart"></figure></section>
     <section class="card"><div class="heading"><h2>First token, median by the hour</h2>

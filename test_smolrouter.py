@@ -20584,7 +20584,8 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
         for one in smolrouter.SPANS:
             plans(smolrouter.read_histogram, None, db, {"span": one})
         for total in (5, 1_000_000):
-            plans(smolrouter.read_speeds, db, window, total)
+            for given in ({}, {"model": "m"}, {"upstream": "http://box:1"}):
+                plans(smolrouter.read_speeds, db, window, total, 500, given)
         one_hour = {"begin": window.begin, "end": window.end, "window": window}
         assert any("INDEX by_time (" in step for step in plan(*smolrouter.select_rows(one_hour)))
         plans(smolrouter.export_page, make_store(tmp_path), db, {"since": 3600.0})
@@ -20623,6 +20624,17 @@ def test_figures_over_time_are_those_of_the_rows() -> None:
         assert leader["errors"] == sum(row["failed"] for row in of_model)
         assert leader["upstream_url"] == "http://box:1"
     assert sum(hour["requests"] for hour in trends["hours"]) == 4000
+    # The speed of an hour is the median of its answers.
+    for hour in trends["hours"]:
+        speeds = sorted(
+            row["completion_tokens"] * 1000 / (row["duration_ms"] - (row["ttft_ms"] or 0))
+            for row, at in zip(rows, moments)
+            if hour["begin"] <= at < hour["begin"] + 3_600_000
+            and not row["failed"]
+            and row["completion_tokens"]
+        )
+        middle = speeds[(len(speeds) - 1) // 2] if speeds else None
+        assert hour["tokens_per_second"] == pytest.approx(middle, abs=0.01), hour
     assert len(trends["hours"]) == 2 * 168
     assert not get_document(router, "/api/trends?upstream=http://no")["leaders"]
     assert get_document(router, "/api/trends?upstream=box:1&model=model-1")["leaders"]
