@@ -18068,6 +18068,7 @@ POINT = {
     "total_tokens": "ifnull(prompt_tokens + completion_tokens, prompt_tokens)",
     "duration_ms": "duration_ms",
     "ttft_ms": "ttft_ms",
+    "queued_ms": "queued_ms",
     "tokens_per_second": """round(completion_tokens * 1000 /
         nullif(duration_ms - ifnull(ttft_ms, 0), 0), 2)""",
     "status_code": "status_code",
@@ -23088,6 +23089,7 @@ td.number, th.number { text-align: right; }
         service<option value="openai">OpenAI<option value="ollama">Ollama</select></label>
       <button type="reset">Clear</button></form>
     <p class="line" id="extra-filters" hidden></p>
+    <p class="small is-warn" id="refused" hidden></p>
     <div class="histogram"><div id="histogram"></div>
       <span class="choice" id="span" role="group" aria-label="Span of the histogram"><button
         type="button" value="1h">1 h</button><button type="button" value="24h">24 h</button><button
@@ -23463,6 +23465,10 @@ const exampleNode = () => {
 function showStats(stats) {
   app.stats = stats;
   showStrip();
+  const lost = stats.refused_without_row;
+  byId("refused").hidden = !lost;
+  say(byId("refused"), `⚠ ${plural(lost, "refused request")} without a row: ` +
+    "of more than 20 in a second the others are only counted.");
   trouble("log", stats.log.error &&
     `The request log is in trouble, requests are relayed all the same: ${stats.log.error}`);
 }
@@ -24255,7 +24261,7 @@ const LEADERS = [
 function withFits(row, points) {
   const clean = points.filter(one => !one.failed && known(one.ttft_ms));
   const prefill = fitOf(clean.filter(one => known(one.prompt_tokens)).map(one =>
-    [one.prompt_tokens - (one.cached_tokens ?? 0), one.ttft_ms]));
+    [one.prompt_tokens - (one.cached_tokens ?? 0), one.ttft_ms - (one.queued_ms ?? 0)]));
   const decode = fitOf(clean.filter(one => one.completion_tokens).map(one =>
     [one.completion_tokens, one.duration_ms - one.ttft_ms]));
   const speed = row.tokens_per_second, before = row.before?.tokens_per_second;
@@ -24780,9 +24786,13 @@ async function showOthers(doc) {
     draw();
   }
 }
+// Claude Code's line that changes with every request: the router takes it out.
+const ATTRIBUTION = /^x-anthropic-billing-header:[^\n]*\n?/;
 /** What a server reads before it answers, as pieces with a name. */
 function promptOf(doc) {
   const turns = [...doc.transcript];
+  if (/^(system|developer)$/.test(turns[0]?.role))
+    turns[0] = {...turns[0], content: turns[0].content.replace(ATTRIBUTION, "")};
   while (turns.at(-1)?.role === "assistant") turns.pop();  // the answer
   let tools = "";
   try { tools = JSON.stringify(JSON.parse(doc.request_body).tools ?? ""); } catch { /* no JSON */ }

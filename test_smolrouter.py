@@ -23322,6 +23322,9 @@ def test_overview_at_a_glance(tab: Any) -> None:
     assert wait_until(lambda: figure_of(tab, "Requests") == str(stats["recent_requests"]))
     assert figure_of(tab, "Tokens in") == str(stats["prompt_tokens"])
     assert figure_of(tab, "Errors") == "1"
+    assert stats["refused_without_row"] == 0 and not tab.is_visible("#refused")
+    tab.evaluate("showStats({...app.stats, refused_without_row: 7})")
+    assert "7 refused requests without a row" in tab.text_content("#refused")
     tab.click("#strip a:has-text('Errors')")
     wait_rows(tab, 1)
     assert tab.url.endswith("/?status=error")
@@ -23426,6 +23429,13 @@ let x = "<b>";
 """
 
 
+SHARE_OF_AGENT = """() => {
+    const turn = at => ({transcript: [{role: "system", content:
+        `x-anthropic-billing-header: cch=${at}\\nBe brief.`}, {role: "user", content: "Why?"}]});
+    return sharedOf(turn(1), turn(2));
+}"""
+
+
 def test_answers_are_read_as_markdown(tab: Any) -> None:
     """And turns of one conversation say how much of the prompt they share."""
     router = page_router("xray")
@@ -23474,6 +23484,8 @@ def test_answers_are_read_as_markdown(tab: Any) -> None:
     assert tab.locator(".turn:not([open])").count() == 4
     tab.click("text=Newer ↑")
     assert wait_until(lambda: tab.url.endswith(f"/request/{last['id']}"))
+    # A line that the router takes out is no part of the prompt.
+    assert tab.evaluate(SHARE_OF_AGENT) == {"share": 1}
     # The client's own id leads there, too.
     tab.goto(f"{router.url}/request/{last['request_id']}")
     wait_text(tab, "#answer", "Two ways")
@@ -23653,6 +23665,10 @@ CHART = """() => {
 }"""
 
 
+PREFILL = """() => withFits({}, [0, 9000, 0, 3000, 0, 7000].map((queued_ms, at) => ({
+    queued_ms, prompt_tokens: 100 * at, ttft_ms: 200 * at + queued_ms}))).prefill"""
+
+
 def in_line(pairs: list[tuple[float, float]]) -> bool:
     """Tell whether pixels are a linear function of values, to a pixel."""
     (low, start), (high, end) = min(pairs), max(pairs)
@@ -23698,6 +23714,8 @@ def test_chart_shows_the_points_of_the_api(tab: Any) -> None:
     shown = dict(zip(models.all_text_contents(), tab.locator("#leaders td:nth-child(3)").all()))
     for leader in leaders:
         assert shown[leader["model"]].text_content() == str(leader["requests"])
+    # 2 ms a token of the prompt; how long a request has waited for a slot says nothing of it.
+    assert tab.evaluate(PREFILL) == pytest.approx(500)
     tab.locator("#chart svg").first.focus()
     tab.keyboard.press("End")
     tab.keyboard.press("Enter")
