@@ -2268,7 +2268,8 @@ def decode_request_content(data: bytes, coding: str, limit: int) -> bytes:
 # 4  JSON (pure)
 # ======================================================================================
 # Reading documents of clients and servers, and editing them. `check_json_size` looks at a text
-# before it is parsed: one that is too deep or has too many parts is refused, whoever sent it.
+# before it is parsed: one that has too many parts is refused, whoever sent it. A client's that is
+# too deep is refused by `check_json_depth` when it has been parsed.
 # `parse_json` reads what a client sent and says what is wrong with it; `parse_object` reads what
 # a server sent and returns None for anything that is no object. `edit_json` replaces values
 # where they stand and keeps every other byte: the order of members, the spaces, the spelling of
@@ -2283,9 +2284,8 @@ JSON_SEPARATOR = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 # A character that JSON spells, or may spell, by a backslash and one other character.
 HAS_SHORT_ESCAPE = re.compile(r'["\\/\b\f\n\r\t]')
 OTHER_THAN_BACKSLASH = re.compile(r"[^\\]")
-BRACKET = re.compile(r"[\[{\]}]")
-# By how much each bracket changes the depth.
-BRACKET_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+# What Python makes of objects and arrays.
+NODE_TYPES = (dict, list)
 
 
 def refuse_constant(name: str) -> None:
@@ -2328,32 +2328,50 @@ def outside_strings(text: str, slice_size: int = LIMITS.long_content) -> Iterato
 
 
 def check_json_size(text: str, max_values: float, limits: Limits = LIMITS) -> None:
-    """Refuse JSON that is too deep or has too many parts, before it is parsed.
+    """Refuse JSON that has too many parts, before it is parsed. Raises ContentTooLarge.
 
     Its parts are nodes (objects and arrays) and values, which are counted by their commas; an
     infinite `max_values` allows any number of them. Each part costs memory and time: 8 MB of
-    `[],[],` would take a second and a gigabyte. Raises MalformedContent for the depth,
-    ContentTooLarge for the number of parts.
+    `[],[],` would take a second and a gigabyte.
     """
-    # Nearly always it is enough to count all brackets and commas, also those in strings: a text
-    # with few opening brackets cannot be deep, wherever they stand.
-    brackets = text.count("[") + text.count("{")
-    if brackets <= limits.json_depth and text.count(",") <= max_values:
+    # Each part has a character of its own, and so most texts are too short for too many.
+    if len(text) <= min(limits.json_nodes, max_values):
         return
-    depth = 0
+    # Nearly always it is enough to count all brackets and commas, also those in strings.
+    nodes = text.count("[") + text.count("{")
+    if nodes <= limits.json_nodes and text.count(",") <= max_values:
+        return
     nodes = 0
     values = 0
     for piece in outside_strings(text, limits.long_content):
         values += piece.count(",")
         nodes += piece.count("[") + piece.count("{")
-        steps = map(BRACKET_STEPS.get, BRACKET.findall(piece))
-        depths = list(itertools.accumulate(steps, initial=depth))
-        depth = depths[-1]
-        if max(depths) > limits.json_depth:
-            raise MalformedContent(f"JSON deeper than {limits.json_depth} levels")
         if nodes > limits.json_nodes or values > max_values:
             allowed = f"{limits.json_nodes} objects and arrays, {limits.json_values} values"
             raise ContentTooLarge(f"the JSON has too many parts; allowed are {allowed}")
+
+
+def check_json_depth(text: str, value: Any, limits: Limits = LIMITS) -> None:
+    """Refuse a document that is too deep, given its text and its value. Raises MalformedContent.
+
+    The value is looked at level by level. That takes a fifth of the time in which the brackets
+    outside of strings are found in the text, because most of a text stands in strings.
+    """
+    # Each level has an opening and a closing bracket.
+    if len(text) <= 2 * limits.json_depth:
+        return
+    nodes = [value] if isinstance(value, NODE_TYPES) else []
+    for _ in range(limits.json_depth):
+        if not nodes:
+            return
+        nodes = [
+            inner
+            for node in nodes
+            for inner in (node.values() if isinstance(node, dict) else node)
+            if isinstance(inner, NODE_TYPES)
+        ]
+    if nodes:
+        raise MalformedContent(f"JSON deeper than {limits.json_depth} levels")
 
 
 # --- reading --------------------------------------------------------------------------
@@ -2419,6 +2437,7 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
             value, end = CLIENT_JSON.raw_decode(stripped)
         if end != len(stripped):
             raise json.JSONDecodeError("Extra data", stripped, end)
+        check_json_depth(stripped, value, limits)
         return text, value
     except RecursionError:
         raise MalformedContent(f"JSON deeper than {limits.json_depth} levels") from None
@@ -13303,8 +13322,10 @@ def read_fetched(path: str, content: bytes, limits: Limits) -> Any:
     """
     document = parse_value(content, limits)
     try:
+        text = content.decode("utf-8", "replace")
+        check_json_size(text, math.inf, limits)
         # A list that is deeper could not be written again for the client.
-        check_json_size(content.decode("utf-8", "replace"), math.inf, limits)
+        check_json_depth(text, document, limits)
     except RouterError:
         document = None
     if not isinstance(document, (dict, list)):

@@ -3806,7 +3806,9 @@ def test_limits_of_json_are_counted_outside_of_strings() -> None:
     for text in ("[[[0]]]", '["[[[[[[[[", ",,,,,,,,"]', "[1,2,3,4,5]", "[[],[],[],[]]"):
         smolrouter.check_json_size(text, limits.json_values, limits)
     with pytest.raises(smolrouter.MalformedContent, match="deeper than 3 levels"):
-        smolrouter.check_json_size("[[[[0]]]]", limits.json_values, limits)
+        smolrouter.parse_json(b"[[[[0]]]]", limits)
+    for text in ('[[[0]],"[[[[[[["]', '{"a":{"b":{"c":1}}}', '"[[[[[[[["', "1234567"):
+        assert smolrouter.parse_json(text.encode(), limits)[1] == json.loads(text)
     for text in ("[1,2,3,4,5,6]", "[[],[],[],[],[]]"):
         with pytest.raises(smolrouter.ContentTooLarge, match="too many parts"):
             smolrouter.check_json_size(text, limits.json_values, limits)
