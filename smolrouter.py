@@ -14116,8 +14116,10 @@ ANSWER_END = 8 * KiB
 DATABASE_SUFFIXES = ("", "-shm", "-wal")
 # SQLite's files begin with a head of so many octets; a shorter file holds no database.
 DATABASE_HEAD = 100
-# Rows inserted by one statement; see `insert_rows`.
-ROWS_AT_ONCE = 32
+# So many rows are inserted by one statement, and the rest by the next ones; see `insert_rows`.
+ROWS_AT_ONCE = (128, 16, 1)
+# So many values SQLite takes with one statement. Before version 3.32 it took fewer.
+MOST_VALUES = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 
 # Each script brings the database from the version before it to its own. What was released is
 # never changed: a database out there has been through it. The index `sample` has the rows from
@@ -14864,16 +14866,13 @@ def sum_rows(rows: Iterable[Row]) -> Tallies:
 # --- the database and the files ---
 
 
+@functools.lru_cache(maxsize=16)
 def make_insert(table: str, columns: int, rows: int) -> str:
     """Return the statement that inserts `rows` rows; each replaces the one that has its id."""
     marks = f"({', '.join('?' * columns)})"
     return f"INSERT OR REPLACE INTO {table} VALUES {', '.join([marks] * rows)}"
 
 
-INSERT_REQUEST = make_insert("requests", len(Row._fields), 1)
-INSERT_REQUESTS = make_insert("requests", len(Row._fields), ROWS_AT_ONCE)
-INSERT_DETAIL = make_insert("details", 5, 1)
-INSERT_DETAILS = make_insert("details", 5, ROWS_AT_ONCE)
 INSERT_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
 ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(TALLY_COLUMNS))})
     ON CONFLICT (hour, service_type, model, upstream_url)
@@ -14892,16 +14891,23 @@ OLDEST_IDS = "SELECT id FROM requests WHERE timestamp < ? ORDER BY timestamp LIM
 FINISH_INTERRUPTED = "UPDATE requests SET failed = 1, error_message = ? WHERE id = ?"
 
 
-def insert_rows(db: sqlite3.Connection, one: str, many: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Insert rows, by the statement for `ROWS_AT_ONCE` of them and by that for one.
+def insert_rows(
+    db: sqlite3.Connection,
+    table: str,
+    rows: Sequence[Sequence[Any]],
+    most_values: int = MOST_VALUES,
+) -> None:
+    """Insert rows into a table, by as few statements as there can be.
 
-    SQLite gives up Python's interpreter lock while a statement runs, and the thread then waits
-    until the event loop gives it back. Fewer statements with more rows wait less.
+    SQLite gives up Python's interpreter lock for each statement. Then the event loop takes it, and
+    the thread waits until that gives it back, which costs both of them time.
     """
-    whole = len(rows) - len(rows) % ROWS_AT_ONCE
-    for at in range(0, whole, ROWS_AT_ONCE):
-        db.execute(many, list(itertools.chain.from_iterable(rows[at : at + ROWS_AT_ONCE])))
-    db.executemany(one, rows[whole:])
+    at = 0
+    for size in ROWS_AT_ONCE:
+        while size <= len(rows) - at and size * len(rows[at]) <= most_values:
+            values = itertools.chain.from_iterable(rows[at : at + size])
+            db.execute(make_insert(table, len(rows[at]), size), list(values))
+            at += size
 
 
 @contextlib.contextmanager
@@ -15117,9 +15123,10 @@ class Store:
         """
         # When only the write-ahead log was removed, nothing is lost: SQLite still has it open, and
         # puts what stands in it into the database as that is closed.
-        if self.db and not self.is_in_place():
+        files = self.find_files()
+        if self.db and not self.is_in_place(files):
             self.close()
-        if self.db and os.path.getsize(self.path) < DATABASE_HEAD:
+        if self.db and files[self.path].st_size < DATABASE_HEAD:
             # Somebody has emptied it. Nobody could read what would be written now, although SQLite
             # sees no error. What stands in the write-ahead log is saved, if it is whole.
             self.check()
@@ -15150,9 +15157,8 @@ class Store:
                 files[name] = os.stat(name)
         return files
 
-    def is_in_place(self) -> bool:
+    def is_in_place(self, found: Mapping[str, os.stat_result]) -> bool:
         """Tell whether the database's names still belong to the files that are open."""
-        found = self.find_files()
         return bool(self.files) and all(
             name in found and os.path.samestat(found[name], file)
             for name, file in self.files.items()
@@ -15362,8 +15368,8 @@ class Store:
             for record in kept:
                 digests = [blob.digest if blob else None for blob in record.blobs]
                 details.append((record.id, record.body_bytes, *digests, record.data))
-            insert_rows(db, INSERT_REQUEST, INSERT_REQUESTS, rows)
-            insert_rows(db, INSERT_DETAIL, INSERT_DETAILS, details)
+            insert_rows(db, "requests", rows)
+            insert_rows(db, "details", details)
             self.add_tallies(db, tallies)
             self.add_clients(db, [record.row for record in records])
 

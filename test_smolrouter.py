@@ -16507,6 +16507,23 @@ def test_the_oldest_bodies_make_room(log_folder: LogFolder) -> None:
         assert len(get_document(router, "/api/logs")) == 8
 
 
+def test_rows_are_inserted_by_few_statements() -> None:
+    """Also by a SQLite that takes just so many values at once as it did before version 3.32."""
+    # How many rows, how many values a statement may have, and how many statements there are.
+    cases = [(0, 999, 0), (1, 999, 1), (15, 999, 15), (16, 999, 1), (256, 32_766, 2)]
+    cases += [(128 + 32 + 3, 32_766, 1 + 2 + 3), (40, 36 * 16, 2 + 8), (40, 36 * 16 - 1, 40)]
+    for count, most_values, statements in cases:
+        rows = [tuple(range(number, number + 36)) for number in range(count)]
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+            db.execute(f"CREATE TABLE kept ({', '.join(f'c{number}' for number in range(36))})")
+            seen: list[str] = []
+            db.set_trace_callback(seen.append)
+            smolrouter.insert_rows(db, "kept", rows, most_values)
+            db.set_trace_callback(None)
+            found = db.execute("SELECT * FROM kept").fetchall()
+        assert (found, len(seen)) == (rows, statements), count
+
+
 def test_space_is_given_back(log_folder: LogFolder) -> None:
     store = make_store(log_folder.file.parent)
     records = [make_record(number, days=8) for number in range(1500)]
@@ -17039,7 +17056,7 @@ def test_a_database_of_long_numbers_gets_short_ones(log_folder: LogFolder) -> No
         db.execute("PRAGMA user_version = 4")
         db.execute(f"PRAGMA application_id = {smolrouter.APPLICATION_ID}")
         db.executemany(OLD_INSERT, [row[:OLD_COLUMNS] for row in rows])
-        db.executemany(smolrouter.INSERT_DETAIL, [*details, (5, 1, None, None, b"0\n{}\n")])
+        smolrouter.insert_rows(db, "details", [*details, (5, 1, None, None, b"0\n{}\n")])
     exported = run_program(
         "export", settings={"DB_PATH": log_folder.file}, cwd=log_folder.file.parent
     )
