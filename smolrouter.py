@@ -4377,7 +4377,8 @@ IN_CONTENT = "content"
 IN_OUTPUT = "output"
 
 
-class Protocol(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Protocol:
     """One endpoint: where its requests, answers and events hold what."""
 
     # The shape of requests.
@@ -4452,7 +4453,8 @@ OTHER_OLLAMA = Protocol(
     encode_error=encode_ollama_error,
 )
 # What lies under /v1/messages.
-OTHER_MESSAGES = OTHER_PROTOCOL._replace(
+OTHER_MESSAGES = dataclasses.replace(
+    OTHER_PROTOCOL,
     encode_error=encode_messages_error,
     error_prefix=b"event: error\n",
     ping=b'event: ping\ndata: {"type": "ping"}\n\n',
@@ -4479,7 +4481,8 @@ PROTOCOLS = {
         said_text=TEXT_MEMBER,
     ),
     "/v1/embeddings": Protocol(needs_model=True),
-    "/v1/messages": OTHER_MESSAGES._replace(
+    "/v1/messages": dataclasses.replace(
+        OTHER_MESSAGES,
         request=MESSAGES_REQUEST,
         system_words="system",
         user_words="messages",
@@ -4493,7 +4496,8 @@ PROTOCOLS = {
         said_text=TEXT_MEMBER,
     ),
     # Servers without it say so in many ways. Its clients count in another way after a 404 alone.
-    "/v1/messages/count_tokens": OTHER_MESSAGES._replace(
+    "/v1/messages/count_tokens": dataclasses.replace(
+        OTHER_MESSAGES,
         request=MESSAGES_REQUEST,
         system_words="system",
         needs_model=True,
@@ -4516,7 +4520,8 @@ PROTOCOLS = {
         keeps_answers=True,
         said_text=OUTPUT_TEXT,
     ),
-    "/v1/responses/input_tokens": OTHER_PROTOCOL._replace(
+    "/v1/responses/input_tokens": dataclasses.replace(
+        OTHER_PROTOCOL,
         request=RESPONSES_REQUEST,
         system_words="instructions",
         has_namespaces=True,
@@ -4539,7 +4544,8 @@ PROTOCOLS = {
     "/apply-template": Protocol(answer=NO_TEXTS),
     "/props": Protocol(answer=NO_TEXTS),
     "/slots": Protocol(answer=NO_TEXTS),
-    "/api/chat": OTHER_OLLAMA._replace(
+    "/api/chat": dataclasses.replace(
+        OTHER_OLLAMA,
         request=CHAT_REQUEST,
         user_words="messages",
         openai_path="/v1/chat/completions",
@@ -4549,7 +4555,8 @@ PROTOCOLS = {
         text_path=("message", "content"),
         said_text=CONTENT_MEMBER,
     ),
-    "/api/generate": OTHER_OLLAMA._replace(
+    "/api/generate": dataclasses.replace(
+        OTHER_OLLAMA,
         request=GENERATE_REQUEST,
         user_words="prompt",
         system_words="system",
@@ -4560,8 +4567,12 @@ PROTOCOLS = {
         text_path=("response",),
         said_text=RESPONSE_MEMBER,
     ),
-    "/api/embed": OTHER_OLLAMA._replace(streams=NEVER_STREAMS, openai_path="/v1/embeddings"),
-    "/api/embeddings": OTHER_OLLAMA._replace(streams=NEVER_STREAMS, openai_path="/v1/embeddings"),
+    "/api/embed": dataclasses.replace(
+        OTHER_OLLAMA, streams=NEVER_STREAMS, openai_path="/v1/embeddings"
+    ),
+    "/api/embeddings": dataclasses.replace(
+        OTHER_OLLAMA, streams=NEVER_STREAMS, openai_path="/v1/embeddings"
+    ),
 }
 
 
@@ -6357,7 +6368,8 @@ def ignore(noted: Any) -> None:
     """Do nothing with what is noted."""
 
 
-class RequestChanges(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class RequestChanges:
     """What a request needs on its way to one server."""
 
     model: str
@@ -6480,7 +6492,8 @@ class ParsedRequest:
         return prompts * (number if isinstance(number, int) else 1)
 
 
-class Dialect(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dialect:
     """How one kind of endpoint's clients speak; each function is pure."""
 
     service: str
@@ -6870,7 +6883,8 @@ class Timing(NamedTuple):
     first: int
 
 
-class AnswerPlan(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class AnswerPlan:
     """What is known of an answer when its head has come, and what is to be done."""
 
     parsed: ParsedRequest
@@ -7727,7 +7741,7 @@ class EventFilter:
         if self.has_one_choice and not self.plan.rules.fences and not is_renumbering:
             # Nothing in the texts is looked for any more.
             self.filtering = self.renames_reasoning
-            self.plan = self.plan._replace(rules=self.plan.rules._replace(think=False))
+            self.plan = dataclasses.replace(self.plan, rules=self.plan.rules._replace(think=False))
             self.watched_words = self.find_watched_words()
             self.begun_plainly = True
             self.blocks = None
@@ -8552,12 +8566,12 @@ def encode_openai_models(models: list[ListedModel]) -> dict[str, Any]:
 def as_opaque(dialect: Dialect) -> Dialect:
     """Return the dialect for content that nobody looks into."""
     # A ParsedRequest is made of path, query and content as they are: nothing is read from them.
-    return dialect._replace(read=ParsedRequest, encode=encode_form)
+    return dataclasses.replace(dialect, read=ParsedRequest, encode=encode_form)
 
 
 def as_native(dialect: Dialect) -> Dialect:
     """Return the dialect for requests that only a server which speaks it can serve."""
-    return dialect._replace(encode=encode_renamed, encode_openai=None, empty=None)
+    return dataclasses.replace(dialect, encode=encode_renamed, encode_openai=None, empty=None)
 
 
 OPENAI = Dialect(
@@ -8570,10 +8584,10 @@ OPENAI = Dialect(
 )
 OPENAI_OPAQUE = as_opaque(OPENAI)
 # llama.cpp's own endpoints.
-LLAMA_CPP = OPENAI._replace(read=read_with_query)
+LLAMA_CPP = dataclasses.replace(OPENAI, read=read_with_query)
 # LM Studio's own lists, the older one and the newer one.
-LM_STUDIO = OPENAI._replace(encode_models=encode_lm_studio_models)
-LM_STUDIO_KEYS = OPENAI._replace(encode_models=encode_lm_studio_keys)
+LM_STUDIO = dataclasses.replace(OPENAI, encode_models=encode_lm_studio_models)
+LM_STUDIO_KEYS = dataclasses.replace(OPENAI, encode_models=encode_lm_studio_keys)
 OLLAMA = Dialect(
     "ollama",
     LINES,
@@ -8592,11 +8606,11 @@ OLLAMA = Dialect(
     further_lists=(OLLAMA_TAGS, OLLAMA_RUNNING),
     details_path=OLLAMA_DETAILS,
 )
-OLLAMA_EMBED = OLLAMA._replace(
-    encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded
+OLLAMA_EMBED = dataclasses.replace(
+    OLLAMA, encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded
 )
-OLLAMA_EMBEDDING = OLLAMA_EMBED._replace(
-    answer=answer_ollama_embedding, empty=ollama_embedding_loaded
+OLLAMA_EMBEDDING = dataclasses.replace(
+    OLLAMA_EMBED, answer=answer_ollama_embedding, empty=ollama_embedding_loaded
 )
 # What servers speak, by the word for it in the routing file.
 SERVER_DIALECTS = {dialect.service: dialect for dialect in (OPENAI, OLLAMA)}
@@ -16641,6 +16655,9 @@ class Candidate:
         # Whether the server speaks the client's dialect itself, so that nothing is translated. A
         # dialect without `encode_openai` is OpenAI's own, or takes content as it is.
         self.native = dialect.encode_openai is None or instance.server.api == dialect.service
+        # Where it serves the request, and what the request and its answer look like there.
+        self.path = ""
+        self.protocol = OTHER_PROTOCOL
         # Whether the router asks for the usage event of the stream, for its log. The client has not
         # asked for it and does not get it.
         self.hide_usage = False
@@ -16955,17 +16972,24 @@ class UpstreamRequest:
         known = upstreams.habits_of(candidate.key).refused_members
         candidate.refused = known
         candidate.parameters = self.parameters_of(candidate)
-        while True:
-            response = await self.send_once(candidate)
-            if response.head.status not in (400, 422) or not candidate.added:
-                break
+        parsed = self.parsed
+        candidate.path = parsed.path
+        candidate.protocol = parsed.protocol
+        if not candidate.native:
+            candidate.path = parsed.openai_path
+            candidate.protocol = find_protocol(candidate.path)
+        response = await self.send_once(candidate)
+        while candidate.added and response.head.status in (400, 422):
             refused = find_refused(candidate.added, await response.buffer_error())
             if not refused:
                 break
             response.close()
             candidate.refused |= refused
+            candidate.changes.clear()
+            candidate.added.clear()
+            response = await self.send_once(candidate)
         # When it refuses again, the first refusal may just have quoted what it was sent.
-        if candidate.refused != known and response.head.status < 400:
+        if candidate.refused is not known and response.head.status < 400:
             habits = upstreams.habits_of(candidate.key)
             habits = habits._replace(refused_members=candidate.refused)
             upstreams.note_habits(candidate.key, habits)
@@ -16973,43 +16997,40 @@ class UpstreamRequest:
 
     async def send_once(self, candidate: Candidate) -> UpstreamResponse:
         """Send the request to the instance, in the dialect that its server speaks."""
+        context = self.context
         parsed = self.parsed
-        path = self.path_at(candidate)
-        method = self.request.head.method
+        head = self.request.head
         server = candidate.instance.server
-        encode = self.dialect.encode
-        if not candidate.native and self.dialect.encode_openai:
-            encode = self.dialect.encode_openai
-        # A request may be sent again, in another way.
-        candidate.changes.clear()
-        candidate.added.clear()
+        model = candidate.model or parsed.model
         candidate.hide_usage = self.asks_for_usage(candidate)
-        settings = self.context.settings
         changes = RequestChanges(
-            model=candidate.model or parsed.model,
-            no_think=settings.disable_thinking,
+            model=model,
+            no_think=context.settings.disable_thinking,
             include_usage=candidate.hide_usage,
-            strip_attribution=settings.strip_attribution and not server.is_anthropic,
+            strip_attribution=context.settings.strip_attribution and not server.is_anthropic,
             flatten_namespaces=self.flattens_namespaces(candidate),
             parameters=candidate.parameters,
             note_change=candidate.changes.append,
             refused=candidate.refused,
             note_added=candidate.added.append,
         )
-        content = await self.context.work(len(parsed.content), encode, parsed, changes)
-        lines = encode_forwarded_lines(self.request.head, self.forwarding(candidate))
+        encode = self.dialect.encode
+        if not candidate.native and self.dialect.encode_openai:
+            encode = self.dialect.encode_openai
+        content = await context.work(len(parsed.content), encode, parsed, changes)
+        lines = encode_forwarded_lines(head, self.forwarding(candidate))
         if self.record.trace:
             candidate.span_id = secrets.token_hex(8)
             lines += self.record.trace.encode_parent(candidate.span_id)
         upload = self.upload
         if upload:
             lines += upload.framing_line()
-        elif content or method in ("POST", "PUT", "PATCH"):
+        elif content or head.method in ("POST", "PUT", "PATCH"):
             lines += f"Content-Length: {len(content)}\r\n"
-        target = f"{server.url.prefix}{path}{encode_query(parsed, changes.model)}"
-        head = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
-        candidate.response = await self.context.upstreams.send_request(
-            server, method, head + content, upload
+        target = f"{server.url.prefix}{candidate.path}{encode_query(parsed, model)}"
+        message = f"{head.method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
+        candidate.response = await context.upstreams.send_request(
+            server, head.method, message + content, upload
         )
         if upload and not upload.complete:
             # The rest of the content stands where the next request would.
@@ -17026,10 +17047,6 @@ class UpstreamRequest:
             self.context.settings.jwt_secret,
             self.record.trace is not None,
         )
-
-    def path_at(self, candidate: Candidate) -> str:
-        """Return the path that serves the request at this instance."""
-        return self.parsed.path if candidate.native else self.parsed.openai_path
 
     def parameters_of(self, candidate: Candidate) -> RequestParameters:
         """Return what becomes of the members of the request on its way to this instance."""
@@ -17053,7 +17070,7 @@ class UpstreamRequest:
         """
         return (
             self.parsed.stream
-            and find_protocol(self.path_at(candidate)).usage_option
+            and candidate.protocol.usage_option
             and not self.parsed.wants_usage
             and USAGE_MEMBER not in candidate.refused
             and not candidate.parameters.may_change("stream_options", "include_usage")
@@ -17089,10 +17106,13 @@ class Exchange:
         self.opening: Opening | None = None
         self.rewriter: Rewriter | None = None
         self.inflater: Inflater | None = None
-        # Whether the answer may still be an error, so that its content is kept for its words.
-        self.seeks_error = False
-        # The beginning of the answer's content, while it may be an error.
+        # Whether the prompt is so long that its server may cut it.
+        is_long = len(parsed.content) >= SHORTEST_CUT_PROMPT
+        self.has_long_prompt = is_long and parsed.protocol.user_words != ""
+        # The beginning of the content of an answer that may be an error, and how long an error can
+        # be: 0 for an answer that is none.
         self.error_content = b""
+        self.longest_error = 0
         self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         self.record.secrets = context.secrets_of(request)
         if context.log.keeps_conversations or decision.strategy == STICKY:
@@ -17108,10 +17128,12 @@ class Exchange:
         self.request.recorded = True
         self.record.stop = self.request.connection.cancel_request
         try:
-            models = requested_models(self.parsed)
-            check_models(self.request.token, models, self.context.table)
-            await self.check_claim()
-            if self.send_load_answer():
+            if self.request.token:
+                models = requested_models(self.parsed)
+                check_models(self.request.token, models, self.context.table)
+            if not self.decision.instances:
+                await self.refuse_unclaimed()
+            if self.dialect.empty and self.send_load_answer():
                 return
             # From now on the request ends when its client leaves: no model works for nobody.
             self.request.connection.cancel_on_disconnect()
@@ -17149,10 +17171,8 @@ class Exchange:
         record.stop = None
         self.context.log.finish(record)
 
-    async def check_claim(self) -> None:
+    async def refuse_unclaimed(self) -> None:
         """Raise NotFound for a model that nothing claims, with the names that come nearest."""
-        if self.decision.instances:
-            return
         if not self.decision.requested_model:
             raise NotFound("no model is named, and there is no default (DEFAULT_UPSTREAM is none)")
         names: list[str] = []
@@ -17167,8 +17187,6 @@ class Exchange:
         comes. OpenAI's dialect has no such request, so the router says yes itself. A server that
         speaks the client's dialect is asked.
         """
-        if self.dialect.empty is None:
-            return False
         document = self.dialect.empty(self.parsed, rfc3339(self.record.timestamp))
         self.record.only_loads = document is not None
         if document is None:
@@ -17331,13 +17349,13 @@ class Exchange:
         something first. What is read of it until then is kept, and goes out with the rest.
         """
         response = await self.upstream_request.send(candidate)
-        await self.find_media_type(response)
+        if self.parsed.stream and self.parsed.text:
+            await self.find_media_type(response)
         # The only instance is not left for another one, and when an answer began that comes as a
         # whole, nobody is told. So there is nothing to look for.
-        protocol = find_protocol(self.upstream_request.path_at(candidate))
-        if self.parsed.stream or not candidate.is_only or protocol.keeps_answers:
+        if self.parsed.stream or not candidate.is_only or candidate.protocol.keeps_answers:
             self.opening = Opening(
-                protocol,
+                candidate.protocol,
                 response.media_type,
                 read_coding(response.head.fields),
                 self.context.limits,
@@ -17352,8 +17370,8 @@ class Exchange:
         Some servers do not call it one, or send no Content-Type at all.
         """
         head = response.head
-        asked_for = self.parsed.stream and self.parsed.text and head.status < 400
-        if not asked_for or head.media_type not in MISCALLED_STREAMS or read_coding(head.fields):
+        is_miscalled = head.status < 400 and head.media_type in MISCALLED_STREAMS
+        if not is_miscalled or read_coding(head.fields):
             return
         start = b""
         while begins_like_events(start) is None:
@@ -17449,14 +17467,17 @@ class Exchange:
     def loggable_error(self, head: ResponseHead, content: bytes) -> str:
         """Return what an answer says went wrong, as it may be kept; "" when it says nothing."""
         limit = self.context.limits.error_content
-        decoded = decode_content(content, read_coding(head.fields), limit)
+        if head.status < 400 and len(content) > limit:
+            # It is too long for an error.
+            return ""
+        coding = read_coding(head.fields)
+        decoded = decode_content(content, coding, limit) if coding else content
         if head.status >= 400:
             return self.loggable(read_error(decoded))
         # Every protocol's errors have the word in them, and nearly no good answer has.
         if b"error" not in decoded:
             return ""
-        protocol = find_protocol(self.upstream_request.path_at(self.candidate))
-        return self.loggable(find_error(protocol, parse_object(decoded) or {}))
+        return self.loggable(find_error(self.candidate.protocol, parse_object(decoded) or {}))
 
     def loggable(self, text: str) -> str:
         """Return as much of an error's text as is kept and shown, secrets hidden.
@@ -17498,12 +17519,6 @@ class Exchange:
         """Note that the answer has said something: from now on its tokens come."""
         self.record.first_token_at = time.monotonic()
         self.record.phase = "streaming"
-
-    @property
-    def has_long_prompt(self) -> bool:
-        """Whether the prompt is so long that its server may cut it."""
-        is_talk = self.parsed.protocol.user_words != ""
-        return is_talk and len(self.parsed.content) >= SHORTEST_CUT_PROMPT
 
     # Relaying an answer
 
@@ -17572,6 +17587,7 @@ class Exchange:
 
     async def relay_response(self) -> None:
         """Send the candidate's answer as it comes in, through its rewriter."""
+        record = self.record
         response = self.candidate.response
         head = response.head
         self.note_answer(head)
@@ -17592,16 +17608,15 @@ class Exchange:
         if rewriter:
             tail = await self.context.work(rewriter.size, rewriter.finish, closed)
             self.conclude(rewriter)
-        if self.error_content and not self.record.error:
-            self.record.error = self.loggable_error(head, self.error_content)
-        if head.status < 400 and self.parsed.protocol.user_words:
+        if self.error_content and not record.error:
+            record.error = self.loggable_error(head, self.error_content)
+        may_be_cut = self.has_long_prompt or record.pieces_size <= LIMITS.empty_answer
+        if may_be_cut and head.status < 400 and self.parsed.protocol.user_words:
             await self.look_for_cut()
         self.finish_answer(tail)
 
     async def look_for_cut(self) -> None:
         """Note whether the server has cut the prompt, as its answer shows."""
-        if not self.has_long_prompt and self.record.pieces_size > LIMITS.empty_answer:
-            return
         coding = read_coding(self.candidate.response.head.fields)
         answer = b"".join(self.record.pieces) + self.record.answer_end
         if not (self.has_long_prompt or coding or may_lack_room(answer)):
@@ -17659,19 +17674,9 @@ class Exchange:
         self.context.log.drop_answer(record)
         # A stream's events are looked at by its rewriter.
         media_type = self.candidate.response.media_type
-        self.seeks_error = head.status >= 400 or media_type == "application/json"
+        may_be_error = head.status >= 400 or media_type == "application/json"
+        self.longest_error = self.context.limits.error_content if may_be_error else 0
         self.error_content = b""
-
-    def keep_error(self, data: bytes) -> None:
-        """Keep the content of what may be an error.
-
-        When it is too long for one, no more is kept, and of an answer with a good status nothing.
-        """
-        self.error_content += data
-        if len(self.error_content) > self.context.limits.error_content:
-            self.seeks_error = False
-            if self.record.answer_status < 400:
-                self.error_content = b""
 
     def check_coding(self) -> None:
         """Refuse an answer whose content coding broke off."""
@@ -17701,8 +17706,8 @@ class Exchange:
         if record.first_token_at is None and (self.opening is None or self.opening.feed(data)):
             self.note_opening()
         self.context.log.append_body(record, data)
-        if self.seeks_error:
-            self.keep_error(data)
+        if len(self.error_content) < self.longest_error:
+            self.error_content += data
         if self.inflater is None:
             self.forward_decoded(data)
             return
@@ -17836,7 +17841,7 @@ async def relay_post(context: Context, request: Request) -> None:
     if is_form:
         # The boundary of its parts stands in its Content-Type.
         read_this_form = functools.partial(read_form, content_type)
-        request.dialect = OPENAI_OPAQUE._replace(read=read_this_form)
+        request.dialect = dataclasses.replace(OPENAI_OPAQUE, read=read_this_form)
     elif not (needs_model or is_object(request.content)):
         # The Content-Type does not tell: clients give JSON's to an empty content, too, such as that
         # of `POST /v1/responses/{id}/cancel`.

@@ -7310,7 +7310,7 @@ def test_a_document_that_is_too_long_goes_as_it_is() -> None:
     rewriter = smolrouter.choose_rewriter(plan, 200, "application/json")
     assert [rewriter.feed(b"x" * 15), rewriter.feed(b"y" * 15)] == [b"", b"x" * 15 + b"y" * 15]
     assert not rewriter.buffers and (rewriter.feed(b"z"), rewriter.finish()) == (b"z", b"")
-    plan = plan._replace(dialect=smolrouter.OLLAMA, native=False)
+    plan = dataclasses.replace(plan, dialect=smolrouter.OLLAMA, native=False)
     rewriter = smolrouter.choose_rewriter(plan, 200, "application/json")
     with pytest.raises(smolrouter.BadGateway, match="longer than 20 bytes"):
         rewriter.feed(b"x" * 21)
@@ -7320,9 +7320,9 @@ def test_what_goes_through_no_rewriter() -> None:
     chat = answer_plan()
     assert smolrouter.choose_rewriter(chat, 400, "application/json") is None
     assert smolrouter.choose_rewriter(chat, 200, "image/png") is None
-    unfiltered = chat._replace(rules=smolrouter.FilterRules())
+    unfiltered = dataclasses.replace(chat, rules=smolrouter.FilterRules())
     assert smolrouter.choose_rewriter(unfiltered, 200, "application/json") is None
-    opaque = chat._replace(parsed=smolrouter.ParsedRequest(CHAT, "", b"form"))
+    opaque = dataclasses.replace(chat, parsed=smolrouter.ParsedRequest(CHAT, "", b"form"))
     assert smolrouter.choose_rewriter(opaque, 200, "text/event-stream") is None
 
 
@@ -8744,7 +8744,9 @@ def test_requests_that_differ_in_that_line_alone_leave_as_the_same() -> None:
             parsed = smolrouter.read_object(path, "", content)
             left.append(smolrouter.encode_object(parsed, changes))
             assert left[-1] == expected.replace("LINE", line).encode()
-            kept = smolrouter.encode_object(parsed, changes._replace(strip_attribution=False))
+            kept = smolrouter.encode_object(
+                parsed, dataclasses.replace(changes, strip_attribution=False)
+            )
             assert kept == content
         assert text == expected or len(set(left)) == 1
 
@@ -8937,7 +8939,10 @@ def test_a_request_with_namespaces_keeps_every_other_byte() -> None:
         '{"type":"f","name":"a__c"},{"y": 1.0}],\n'
         ' "input":[ {"type":"function_call" , "name":"a__b", "n":"\\u00e9"} ] }\n'
     )
-    for path, changed in ((CHAT, changes), (RESPONSES, changes._replace(flatten_namespaces=False))):
+    for path, changed in (
+        (CHAT, changes),
+        (RESPONSES, dataclasses.replace(changes, flatten_namespaces=False)),
+    ):
         parsed = smolrouter.read_object(path, "", text.encode())
         assert smolrouter.encode_object(parsed, changed) == text.encode()
 
@@ -9118,7 +9123,9 @@ def test_streamed_calls_get_their_namespaces_back_at_every_split() -> None:
     expected = response_events(CLIENT_CALLS[:2], CALLS_TEXT)
     parsed = smolrouter.read_object(RESPONSES, "", b'{"model": "m", "stream": true}')
     for rules in (smolrouter.FilterRules(), smolrouter.FilterRules(think=True, move=True)):
-        plan = answer_plan(path=RESPONSES)._replace(parsed=parsed, rules=rules, tool_names=names)
+        plan = dataclasses.replace(
+            answer_plan(path=RESPONSES), parsed=parsed, rules=rules, tool_names=names
+        )
         for split in range(0, len(stream), 11 if rules.think else 1):
             rewriter = smolrouter.choose_rewriter(plan, 200, "text/event-stream")
             got = rewriter.feed(stream[:split]) + rewriter.feed(stream[split:]) + rewriter.finish()
