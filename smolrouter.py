@@ -1007,6 +1007,9 @@ class Limits:
     part_head: int = 16 * KiB
     # Content from this length on is read in a thread, so that nobody waits for it.
     long_content: int = MiB
+    # Of JSON from this length on it is noted where the members stand, which are found again and
+    # again otherwise. In a shorter one they are found in less time than they are noted in.
+    noted_members: int = 16 * KiB
 
     # --- answers on their way through a rewriter ---
     # A whole answer up to `buffered_answer`, and one with a content coding up to
@@ -2276,6 +2279,10 @@ def decode_request_content(data: bytes, coding: str, limit: int) -> bytes:
 # numbers.
 
 Path = tuple[str | int, ...]  # the way to a value: ("messages", 0, "content")
+# A value in an object or array: its name or index, its start and its end.
+Member = tuple[str | int, int, int]
+# A piece of a text, by start and end, and what is to stand there instead.
+Replacement = tuple[int, int, str]
 
 JSON_SPACE = " \t\r\n"
 JSON_OPEN = re.compile(r"[ \t\n\r]*([{\[])[ \t\n\r]*")
@@ -2381,7 +2388,11 @@ JSON_COMMA_OR_CLOSE = re.compile(r"[ \t\n\r]*([,}\]])[ \t\n\r]*")
 
 
 def decode_in_steps(
-    decoder: json.JSONDecoder, text: str, at: int = 0, levels: int = 2
+    decoder: json.JSONDecoder,
+    text: str,
+    at: int = 0,
+    levels: int = 2,
+    noted: list[Member] | None = None,
 ) -> tuple[Any, int]:
     """Return the value at a place of a JSON text, and where it ends, as `raw_decode` does.
 
@@ -2389,7 +2400,7 @@ def decode_in_steps(
 
     The decoder lets no other thread run before it has done all of its work, which are 200 ms for
     10 MB of vectors. So each value on the first levels is decoded for itself: in a long document
-    these are the messages, the texts or the vectors.
+    these are the messages, the texts or the vectors. Those on the first level are `noted`.
     """
     if levels == 0 or not text.startswith(("{", "["), at):
         return decoder.raw_decode(text, at)
@@ -2406,7 +2417,10 @@ def decode_in_steps(
             if colon is None or not isinstance(key, str):
                 raise json.JSONDecodeError("Expecting a name and ':'", text, at)
             at = colon.end()
-        members[key], at = decode_in_steps(decoder, text, at, levels - 1)
+        start = at
+        members[key], at = decode_in_steps(decoder, text, start, levels - 1)
+        if noted is not None:
+            noted.append((key, start, at))
         after = JSON_COMMA_OR_CLOSE.match(text, at)
         if after is None:
             raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
@@ -2417,10 +2431,10 @@ def decode_in_steps(
     return (members if closing == "}" else list(members.values())), at + 1
 
 
-def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
-    """Return the text and the value of a JSON document that a client sent.
+def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any, Sequence[Member]]:
+    """Return the text and the value of a client's JSON, and where the members of a long one stand.
 
-    `b'{"n": 1.0}'`  ->  `('{"n": 1.0}', {"n": 1.0})`
+    `b'{"n": 1.0}'`  ->  `('{"n": 1.0}', {"n": 1.0}, ())`;  if that were long, `[("n", 6, 9)]`
 
     The text is needed to edit it later; a byte order mark is no part of it (RFC 8259 section 8.1).
     Raises MalformedContent or ContentTooLarge.
@@ -2428,17 +2442,21 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any]:
     try:
         text = content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
         check_json_size(text, limits.json_values, limits)
+        members: Sequence[Member] = ()
         # `raw_decode` wants no white space before the document and does not look behind it; so
         # both are done here. `decode` does the same with two more calls for each document.
-        stripped = text.strip(JSON_SPACE)
-        if len(stripped) > limits.long_content:
-            value, end = decode_in_steps(CLIENT_JSON, stripped)
+        stripped = text.rstrip(JSON_SPACE)
+        start = len(stripped) - len(stripped.lstrip(JSON_SPACE))
+        if len(stripped) >= limits.noted_members:
+            members = []
+            levels = 2 if len(stripped) > limits.long_content else 1
+            value, end = decode_in_steps(CLIENT_JSON, stripped, start, levels, members)
         else:
-            value, end = CLIENT_JSON.raw_decode(stripped)
+            value, end = CLIENT_JSON.raw_decode(stripped, start)
         if end != len(stripped):
             raise json.JSONDecodeError("Extra data", stripped, end)
         check_json_depth(stripped, value, limits)
-        return text, value
+        return text, value, members
     except RecursionError:
         raise MalformedContent(f"JSON deeper than {limits.json_depth} levels") from None
     except ValueError as error:
@@ -2510,7 +2528,7 @@ def encode_json(value: Any) -> bytes:
 # --- editing --------------------------------------------------------------------------
 
 
-def find_members(text: str, at: int) -> Iterator[tuple[str | int, int, int]]:
+def find_members(text: str, at: int) -> Iterator[Member]:
     """Yield name or index, start and end of each value in the container at `at`.
 
     `{"a": 1, "b": []}`, 0  ->  `("a", 6, 7)`, `("b", 14, 16)`
@@ -2532,18 +2550,22 @@ def find_members(text: str, at: int) -> Iterator[tuple[str | int, int, int]]:
 
 
 def find_values(
-    text: str, at: int, paths: Iterable[Path], prefix: Path = ()
+    text: str,
+    at: int,
+    paths: Iterable[Path],
+    prefix: Path = (),
+    members: Sequence[Member] = (),
 ) -> Iterator[tuple[int, int, Path]]:
     """Yield start, end and path of the values at some paths, in order of their places.
 
     A member that stands twice in an object is yielded twice, because readers differ on which
-    of the two counts.
+    of the two counts. Where the members of the outermost one stand may be known.
     """
     # What is left of the paths behind their first element, by that element.
     tails: dict[str | int, list[Path]] = {}
     for path in paths:
         tails.setdefault(path[0], []).append(path[1:])
-    for key, start, end in find_members(text, at):
+    for key, start, end in members or find_members(text, at):
         if key not in tails:
             continue
         # A path with nothing left is that of this value, which is then yielded whole. Otherwise
@@ -2566,11 +2588,15 @@ def find_twice(text: str, names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in names if counts[name] > 1)
 
 
-def has_twice(text: str, name: str) -> bool:
+def has_twice(text: str, name: str, members: Sequence[Member] = ()) -> bool:
     r"""Tell whether a JSON object has two members of some name; `name` has letters a to o alone.
 
     `{"model": "a", "model": "b"}`, `model`  ->  True;  so it is when one is spelled `"mode\u006c"`
+
+    Where the members stand may be known.
     """
+    if members:
+        return sum(key == name for key, _, _ in members) > 1
     # Nearly always it is enough to count the name, wherever it stands. Only an escape that begins
     # like this is one of these letters.
     if text.count(f'"{name}"') < 2 and "\\u006" not in text:
@@ -2637,47 +2663,67 @@ def add_members(text: str, path: Path, members: str) -> str:
     return text
 
 
-def remove_element(text: str, path: Path) -> str:
-    """Return a JSON object without the element at some path of an array, and a comma beside it.
+def find_element(text: str, path: Path, members: Sequence[Member] = ()) -> Replacement:
+    """Return what takes an element of an array out of a JSON object, with a comma beside it.
 
-    `{"a": [1, 2]}`, `("a", 0)`  ->  `{"a": [2]}`;  `{"a": [1, 2]}`, `("a", 1)`  ->  `{"a": [1]}`
+    `{"a": [1, 2]}`, `("a", 0)`  ->  `(7, 10, "")`;  `{"a": [1, 2]}`, `("a", 1)`  ->  `(8, 11, "")`
     """
-    *_, (at, _, _) = find_values(text, 0, [path[:-1]])
+    *_, (at, _, _) = find_values(text, 0, [path[:-1]], members=members)
     cut_from = JSON_OPEN.match(text, at).end()
-    for index, start, end in find_members(text, at):
-        if index == path[-1] and index == 0:
-            return text[:start] + text[JSON_SEPARATOR.match(text, end).end() :]
+    cut_to = cut_from
+    for index, _, end in find_members(text, at):
         if index == path[-1]:
-            return text[:cut_from] + text[end:]
+            # The first one goes with the comma behind it.
+            cut_to = end if index else JSON_SEPARATOR.match(text, end).end()
+            break
         cut_from = end
-    return text
+    return cut_from, cut_to, ""
 
 
-def edit_json(text: str, edits: Mapping[Path, Any]) -> str:
+def replace_pieces(text: str, replacements: Iterable[Replacement]) -> str:
+    """Return a text with some pieces replaced; what lies inside of another piece is left out.
+
+    `abcd`, `[(2, 3, "x"), (0, 1, "")]`  ->  `bxd`
+    """
+    pieces = []
+    kept_to = 0
+    for start, end, new in sorted(replacements):
+        if start >= kept_to:
+            pieces.append(text[kept_to:start])
+            pieces.append(new)
+            kept_to = end
+    pieces.append(text[kept_to:])
+    return "".join(pieces)
+
+
+def edit_json(
+    text: str,
+    edits: Mapping[Path, Any],
+    members: Sequence[Member] = (),
+    others: Iterable[Replacement] = (),
+) -> str:
     """Return a JSON object with some values replaced, and no other character changed.
 
     `{"model": "a", "n": 1.0}`, `{("model",): "b"}`  ->  `{"model": "b", "n": 1.0}`
 
-    A member that is not there yet is added at the end of its object.
+    A member that is not there yet is added at the end of its object. Where the members stand may be
+    known, and other pieces may have to be replaced as well.
     """
-    # A name that does not occur in the text needs no search, unless an escape spells it.
-    escaped = "\\u" in text
-    likely = [
-        path
-        for path in edits
-        if escaped or f'"{path[0]}"' in text or HAS_SHORT_ESCAPE.search(str(path[0]))
-    ]
-    pieces = []
-    kept_to = 0
+    likely = list(edits)
+    if not members and "\\u" not in text:
+        # A name that does not occur in the text needs no search, unless an escape spells it.
+        likely = [
+            path
+            for path in likely
+            if f'"{path[0]}"' in text or HAS_SHORT_ESCAPE.search(str(path[0]))
+        ]
+    replacements = list(others)
     replaced = set()
     if likely:
-        for start, end, path in find_values(text, 0, likely):
-            pieces.append(text[kept_to:start])
-            pieces.append(encode_json_exactly(edits[path]).decode())
-            kept_to = end
+        for start, end, path in find_values(text, 0, likely, members=members):
+            replacements.append((start, end, encode_json_exactly(edits[path]).decode()))
             replaced.add(path)
-    pieces.append(text[kept_to:])
-    edited = "".join(pieces)
+    edited = replace_pieces(text, replacements)
     # What is new, by the object that it belongs to.
     new: dict[Path, dict[str, Any]] = {}
     for path in edits:
@@ -6081,8 +6127,13 @@ def flatten_choice(choice: Any, names: ToolNames) -> Any:
     return {"type": "allowed_tools", "mode": "required", "tools": choices}
 
 
-def flatten_namespaces(text: str, document: Mapping[str, Any], names: ToolNames) -> str:
-    """Return a request of /v1/responses for a server that knows no namespaces."""
+def flatten_namespaces(
+    text: str, document: Mapping[str, Any], names: ToolNames, members: Sequence[Member] = ()
+) -> list[Replacement]:
+    """Return what is replaced in a request of /v1/responses for a server without namespaces.
+
+    That is all but `tool_choice`, of which `flatten_choice` says what becomes of it.
+    """
     tools = list_of(document, "tools")
     functions: dict[Path, str] = {}
     for number, item in enumerate(list_of(document, "input")):
@@ -6094,22 +6145,16 @@ def flatten_namespaces(text: str, document: Mapping[str, Any], names: ToolNames)
     if any(map(is_namespace, tools)):
         paths.append(("tools",))
     # Of members that stand twice the last one counts.
-    spans = {path: (start, end) for start, end, path in find_values(text, 0, paths)}
-    pieces = []
-    kept_to = 0
-    for path, (start, end) in sorted(spans.items(), key=operator.itemgetter(1)):
+    spans = {p: (start, end) for start, end, p in find_values(text, 0, paths, members=members)}
+    replacements = []
+    for path, (start, end) in spans.items():
         value = text[start:end]
         if path in functions:
             value = rename_tool(value, functions[path])
         else:
             value = flatten_tools(value, names, tools)
-        pieces += [text[kept_to:start], value]
-        kept_to = end
-    text = "".join([*pieces, text[kept_to:]])
-    choice = flatten_choice(document.get("tool_choice"), names)
-    if choice == document.get("tool_choice"):
-        return text
-    return edit_json(text, {("tool_choice",): choice})
+        replacements.append((start, end, value))
+    return replacements
 
 
 def restore_namespaces(names: ToolNames, document: Mapping[str, Any]) -> dict[Path, Any]:
@@ -6433,6 +6478,8 @@ class ParsedRequest:
     stream: bool = False
     model_span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
     query_span: tuple[int, int] = (0, 0)  # where the model stands in the query
+    # Where the members of a long JSON document stand in its text; () where that is not known.
+    members: Sequence[Member] = ()
 
     def __post_init__(self) -> None:
         # The name is kept, shown and counted by in many places.
@@ -6586,20 +6633,20 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
 
     `/api/chat`, ``, `b'{"model": "m:latest"}'`  ->  a request for `m:latest` that wants a stream
     """
-    text, document = parse_json(content)
+    text, document, members = parse_json(content)
     if not isinstance(document, dict):
         raise MalformedContent(f"a JSON {type(document).__name__} instead of an object")
     protocol = find_protocol(path)
     model = ""
     for name in protocol.model_members:
         if name in document:
-            refuse_second_model(has_twice(text, name), f"`{name}` members")
+            refuse_second_model(has_twice(text, name, members), f"`{name}` members")
         found = document.get(name)
         if found is not None and not isinstance(found, str):
             raise MalformedContent(f"`{name}` is {json.dumps(found)[:80]} instead of a string")
         model = model or found or ""
     stream = read_stream_wish(protocol, document)
-    return ParsedRequest(path, query, content, text, document, model, stream)
+    return ParsedRequest(path, query, content, text, document, model, stream, members=members)
 
 
 def require_model(parsed: ParsedRequest) -> ParsedRequest:
@@ -6684,8 +6731,10 @@ def find_attribution(protocol: Protocol, document: Mapping[str, Any]) -> Path:
     return ()
 
 
-def remove_attribution(text: str, document: Any, path: Path) -> str:
-    """Return a request without the line that `find_attribution` found, no other character changed.
+def cut_attribution(
+    text: str, document: Any, path: Path, members: Sequence[Member] = ()
+) -> Replacement:
+    """Return what takes the line out of a request that `find_attribution` found.
 
     A block that is left empty goes, too, and so does a message that has no other.
     """
@@ -6694,20 +6743,31 @@ def remove_attribution(text: str, document: Any, path: Path) -> str:
     for key in path:
         values.append(values[-1][key])
     _, _, rest = values[-1].partition("\n")
-    if rest:
-        *_, (start, end, _) = find_values(text, 0, [path])
-        line = ATTRIBUTION_LINE.match(text, start + 1, end)
-        if line is None:
-            # It is spelled with escapes.
-            return text[:start] + encode_json_exactly(rest).decode() + text[end:]
-        return text[: line.start()] + text[line.end() :]
     # The places in arrays that the path goes through, the innermost first.
     places = [at for at in range(len(path)) if isinstance(path[at], int)]
     places.reverse()
-    for at in places:
+    for at in places if not rest else ():
         if len(values[at]) > 1 or at == places[-1]:
-            return remove_element(text, path[: at + 1])
-    return edit_json(text, {path: ""})
+            return find_element(text, path[: at + 1], members)
+    *_, (start, end, _) = find_values(text, 0, [path], members=members)
+    line = ATTRIBUTION_LINE.match(text, start + 1, end)
+    if line is None:
+        # It is spelled with escapes.
+        return start, end, encode_json_exactly(rest).decode()
+    return line.start(), line.end(), ""
+
+
+def model_edit(parsed: ParsedRequest, document: Mapping[str, Any], model: str) -> dict[Path, Any]:
+    """Return the edit that names a model where a request has it, none where it is named so."""
+    if not parsed.model or parsed.query_span != (0, 0):
+        return {}
+    # A request that names no model may have been given one.
+    named_by = parsed.protocol.model_members[0]
+    for name in parsed.protocol.model_members:
+        if document.get(name):
+            named_by = name
+            break
+    return {} if document.get(named_by) == model else {(named_by,): model}
 
 
 USAGE_WISH = '"stream_options":{"include_usage":true}'
@@ -6717,19 +6777,17 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return the client's own bytes with what must change changed."""
     text = parsed.text
     document = parsed.document
+    members = parsed.members
     if changes.parameters != NO_PARAMETERS and parsed.takes_parameters:
         think = changes.parameters.think
         text, document = changes.apply(parsed.protocol, text, document, think)
+        # They stand where they stood only if nothing has changed.
+        members = members if text is parsed.text else ()
     edits: dict[Path, Any] = {}
     # A client of Ollama's that wishes for thinking gets it.
     if changes.no_think and not parsed.document.get("think"):
         edits |= no_think_edit(parsed.protocol, document)
-    # A request that names no model may have been given one.
-    members = parsed.protocol.model_members
-    named_by = next((name for name in members if document.get(name)), members[0])
-    in_query = parsed.query_span != (0, 0)
-    if parsed.model and not in_query and changes.model != document.get(named_by):
-        edits[(named_by,)] = changes.model
+    edits |= model_edit(parsed, document, changes.model)
     adds_options = False
     if changes.include_usage:
         changes.note_added(USAGE_MEMBER)
@@ -6740,22 +6798,25 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
             options = document["stream_options"]
             own_options = options if isinstance(options, dict) else {}
             edits[("stream_options",)] = {**own_options, "include_usage": True}
-    attribution: Path = ()
+    replacements: list[Replacement] = []
     # Nearly always it is nowhere, and then nothing has to be looked at.
     if changes.strip_attribution and ATTRIBUTION in text:
         attribution = find_attribution(parsed.protocol, document)
+        if attribution:
+            replacements.append(cut_attribution(text, document, attribution, members))
     tool_names = parsed.tool_names if changes.flatten_namespaces else None
-    if tool_names and document is not parsed.document:
-        # The parameters may have changed the tools, and so where each of them stands.
-        tool_names = read_tool_names(document)
-    if text is parsed.text and not (edits or adds_options or attribution or tool_names):
-        return parsed.content
-    if edits:
-        text = edit_json(text, edits)
     if tool_names:
-        text = flatten_namespaces(text, document, tool_names)
-    if attribution:
-        text = remove_attribution(text, document, attribution)
+        if document is not parsed.document:
+            # The parameters may have changed the tools, and so where each of them stands.
+            tool_names = read_tool_names(document)
+        replacements += flatten_namespaces(text, document, tool_names, members)
+        choice = flatten_choice(document.get("tool_choice"), tool_names)
+        if choice != document.get("tool_choice"):
+            edits[("tool_choice",)] = choice
+    if text is parsed.text and not (edits or adds_options or replacements):
+        return parsed.content
+    if edits or replacements:
+        text = edit_json(text, edits, members, replacements)
     if adds_options:
         text = append_members(text, USAGE_WISH)
     return text.encode()
@@ -10474,7 +10535,7 @@ def parse_token_part(part: str) -> dict[str, Any] | None:
     NaN is no JSON.
     """
     try:
-        _, document = parse_json(decode_base64url(part))
+        _, document, _ = parse_json(decode_base64url(part))
     except RouterError:
         return None
     return document if isinstance(document, dict) else None

@@ -3756,7 +3756,7 @@ def test_fuzz_json(text: str) -> None:
         with pytest.raises(smolrouter.BadRequest):
             smolrouter.parse_json(text.encode())
     else:
-        assert smolrouter.parse_json(text.encode()) == (text, wanted)
+        assert smolrouter.parse_json(text.encode()) == (text, wanted, ())
 
 
 LONG = [
@@ -3771,7 +3771,7 @@ def test_long_json_is_read_as_others_read_it(inner: str) -> None:
     # Long texts are read in slices; no end of a slice may fall into an escape.
     for shift in range(3):
         padded = " " * shift + text
-        assert smolrouter.parse_json(padded.encode()) == (padded, json.loads(text))
+        assert smolrouter.parse_json(padded.encode())[:2] == (padded, json.loads(text))
     gaps = "".join(smolrouter.outside_strings(text))
     assert gaps == re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text)
 
@@ -3905,9 +3905,21 @@ SPLICES = [
 ]  # fmt: skip
 
 
+def note_members(text: str) -> Any:
+    """Return where the members of an object stand, as they are noted of long ones."""
+    return smolrouter.parse_json(text.encode(), smolrouter.Limits(noted_members=0))[2]
+
+
+@each_row("text", [text for text, _, _ in SPLICES])
+def test_members_stand_where_they_are_found(text: str) -> None:
+    for padded in (text, f" \n{text}\t"):
+        assert note_members(padded) == list(smolrouter.find_members(padded, 0))
+
+
 @each_row("text, edits, wanted", SPLICES)
 def test_splice_changes_the_value_alone(text: str, edits: Any, wanted: str) -> None:
     assert smolrouter.edit_json(text, edits) == wanted
+    assert smolrouter.edit_json(text, edits, note_members(text)) == wanted
 
 
 @fuzz(
@@ -3926,7 +3938,9 @@ def test_fuzz_splicing(doc: dict, model: Any, indent: int | None, ascii_only: bo
     assert smolrouter.parse_json(text.encode("utf-8", "surrogatepass"))[1] == doc
     edits = {("model",): model}
     inner = dict.fromkeys([("a", 0), ("a", "model"), ("a", 1, "a")], "x")
-    spliced = json.loads(smolrouter.edit_json(text, edits | inner))
+    edited = smolrouter.edit_json(text, edits | inner)
+    assert smolrouter.edit_json(text, edits | inner, note_members(text)) == edited
+    spliced = json.loads(edited)
     wanted = {**doc, "model": model}
     for (_, *rest), value in inner.items():
         place = wanted.get("a")
@@ -4076,6 +4090,7 @@ def test_fuzz_members_that_stand_twice(names: list[str], inner: Any, escaped: bo
     pairs = json.JSONDecoder(object_pairs_hook=tuple).decode(text)
     wanted = [name for name, _ in pairs].count("model") > 1
     assert smolrouter.has_twice(text, "model") == wanted
+    assert smolrouter.has_twice(text, "model", note_members(text)) == wanted
 
 
 WELL_FORMED = {
@@ -8736,7 +8751,11 @@ ATTRIBUTIONS = (
 
 def test_requests_that_differ_in_that_line_alone_leave_as_the_same() -> None:
     changes = smolrouter.RequestChanges("m", strip_attribution=True)
-    for path, text, expected in ATTRIBUTIONS:
+    # Of long requests it is known where the members stand.
+    long = " " * smolrouter.LIMITS.noted_members
+    rows = [(path, space + text, space + wanted) for path, text, wanted in ATTRIBUTIONS
+            for space in ("", long)]  # fmt: skip
+    for path, text, expected in rows:
         left = []
         for value in ("00000", "a1b2c", "\\u00e9\\\\"):
             line = BILLING % value
