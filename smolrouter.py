@@ -1062,7 +1062,7 @@ class Limits:
     # many octets of the answer's text are taken, and so much of the answer is searched: a model may
     # think for long before it says anything.
     preview: int = 120
-    previewed_text: int = 2 * KiB
+    previewed_text: int = KiB
     searched_answer: int = MiB
     # Where no client names a conversation, a hash of its beginning does: of so many messages at
     # most, and of so many characters of each. What follows these, such as the time at the end of a
@@ -4906,14 +4906,19 @@ class Opening:
 # Where a server says the total alone, as for embeddings, there is nothing but the prompt to count.
 
 PROMPT_COUNTS = (
-    ("prompt_tokens",),
-    ("prompt_eval_count",),
-    ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
-    ("prompt_n", "cache_n"),
-    ("total_tokens",),
+    (b"prompt_tokens",),
+    (b"prompt_eval_count",),
+    (b"input_tokens", b"cache_read_input_tokens", b"cache_creation_input_tokens"),
+    (b"prompt_n", b"cache_n"),
+    (b"total_tokens",),
 )
-COMPLETION_COUNTS = (("completion_tokens",), ("output_tokens",), ("eval_count",), ("predicted_n",))
-CACHED_COUNTS = (("cached_tokens",), ("cache_read_input_tokens",), ("cache_n",))
+COMPLETION_COUNTS = (
+    (b"completion_tokens",),
+    (b"output_tokens",),
+    (b"eval_count",),
+    (b"predicted_n",),
+)
+CACHED_COUNTS = ((b"cached_tokens",), (b"cache_read_input_tokens",), (b"cache_n",))
 # Some servers write `12.0`.
 TOKEN_COUNT = re.compile(
     rb'"([a-z_]+_(?:tokens|count|n))"\s*:\s*([0-9]{1,15})(?:\.0{1,15})?(?![0-9.eE])'
@@ -4928,14 +4933,17 @@ class Usage(NamedTuple):
     cached: int | None = None
 
 
-def add_counts(counts: Mapping[str, int], choices: Iterable[Sequence[str]]) -> int | None:
+def add_counts(counts: Mapping[bytes, bytes], choices: Iterable[Sequence[bytes]]) -> int | None:
     """Return the sum of the counts of the first choice whose first count is known.
 
-    `{"a": 1, "b": 2}`, `[("x",), ("a", "b", "c")]`  ->  3
+    `{b"a": b"1", b"b": b"2"}`, `[(b"x",), (b"a", b"b", b"c")]`  ->  3
     """
     for names in choices:
         if names[0] in counts:
-            return sum(counts.get(name, 0) for name in names)
+            total = 0
+            for name in names:
+                total += int(counts.get(name, 0))
+            return total
     return None
 
 
@@ -4954,7 +4962,7 @@ def read_usage(answer: bytes) -> Usage:
     # A stream of /v1/messages says what the prompt cost at its beginning.
     if answer.find(b'"input_tokens"', 0, LIMITS.usage_window) >= 0:
         window = answer[: LIMITS.usage_window] + window
-    counts = {name.decode(): int(count) for name, count in TOKEN_COUNT.findall(window)}
+    counts = dict(TOKEN_COUNT.findall(window))
     return Usage(
         add_counts(counts, PROMPT_COUNTS),
         add_counts(counts, COMPLETION_COUNTS),
@@ -5344,8 +5352,8 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
 # --- previews -------------------------------------------------------------------------
 # What a person recognises a request by: how the user's last words begin, and how the answer does.
 
-# A text without any character that a tag of thinking begins with: no filter would change it.
-PLAIN_TEXT = re.compile(r"[^<\[\u25c1]*")
+# What tags of thinking begin with: no filter would change a text without any of these.
+TAG_BEGINNINGS = ("<", "[", "\u25c1")
 # What agents put around and between the words of their users: Claude Code, Codex and Cline.
 CONTEXT_ELEMENT = re.compile(
     r"\s*<(system-reminder|environment_context|environment_details|user_instructions|"
@@ -5416,7 +5424,7 @@ def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
 
     CONTENT_MEMBER, `b'{"content":"<think>hm</think>"}{"content":"Hi"}'`  ->  `Hi`
 
-    Where the first octets of the text are nothing but thinking, more of it is read.
+    Where the first octets of the text are hardly more than thinking, more of it is read.
     """
     text = ""
     for enough in (LIMITS.previewed_text, LIMITS.searched_answer):
@@ -5433,10 +5441,10 @@ def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
             if size >= enough:
                 break
         text = unescape_text(b"".join(pieces)).lstrip()
-        if not PLAIN_TEXT.fullmatch(text):
+        if any(map(text.__contains__, TAG_BEGINNINGS)):
             text, _ = filter_text(text, FilterRules(think=True))
             text = text.lstrip()
-        if text or size < enough:
+        if len(text) >= LIMITS.preview or size < enough:
             break
     return text
 
@@ -14574,7 +14582,8 @@ class Detail(NamedTuple):
     response: bytes = b""
 
 
-# The JSON of trails and of marks for cut bodies, which are the same for nearly all requests.
+# The JSON of trails, of attempts without their times and of marks for cut bodies, which are the
+# same for nearly all requests.
 encode_repeated = functools.lru_cache(maxsize=256)(dump_compact)
 
 
@@ -14668,12 +14677,24 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     return usage, is_estimated
 
 
+def encode_attempt(attempt: Attempt) -> str:
+    """Return an attempt as JSON, a long name cut.
+
+    `("gpu", "http://10.0.0.5:8000", 200, None, 62.5)`
+    ->  `["gpu","http://10.0.0.5:8000",200,null,62.5]`
+    """
+    instance, url, status, error, duration_ms = attempt
+    if error is not None:
+        return dump_compact((cut_name(instance), url, status, error, duration_ms))
+    # But for its time it is the same for nearly all requests.
+    words = encode_repeated((cut_name(instance), url, status, None))
+    return f"{words[:-1]},{duration_ms}]"
+
+
 def encode_attempts(record: RequestRecord) -> str:
     """Return the attempts of a request as JSON, long names cut and secrets hidden."""
-    attempts = []
-    for attempt in record.attempts:
-        attempts.append(attempt._replace(instance=cut_name(attempt.instance)))
-    return hide_in_text(dump_compact(attempts), record.secrets)
+    attempts = ",".join(map(encode_attempt, record.attempts))
+    return hide_in_text(f"[{attempts}]", record.secrets)
 
 
 def make_level(record: RequestRecord) -> int | None:
@@ -15434,10 +15455,9 @@ class Store:
                     # Also where the table has it already: somebody may have deleted the file.
                     self.bodies.keep(digest, data)
             rows = [*running, *(record.row for record in records)]
-            first_ids: dict[int, int] = {}
-            for row in rows:
-                hour = row.timestamp // HOUR_MS
-                first_ids[hour] = min(first_ids.get(hour, row.id), row.id)
+            # The smallest id of an hour comes last, and stays.
+            newest_first = sorted(rows, key=operator.attrgetter("id"), reverse=True)
+            first_ids = {row.timestamp // HOUR_MS: row.id for row in newest_first}
             db.executemany(ADD_HOUR, first_ids.items())
             details = []
             for record in kept:
@@ -15454,10 +15474,11 @@ class Store:
         A file system may take a millisecond for each. An error is left to the transaction, which
         tries again.
         """
-        if not isinstance(self.bodies, BodyFiles):
+        long_bodies = list(filter(None, blobs))
+        if not long_bodies or not isinstance(self.bodies, BodyFiles):
             return
         with contextlib.suppress(OSError):
-            for digest, data in filter(None, blobs):
+            for digest, data in long_bodies:
                 self.bodies.keep(digest, data)
 
     def newest_that_fit(self, records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
@@ -16237,7 +16258,9 @@ class RequestLog:
         record.content = b""
         record.pieces = []
         record.answer_end = b""
-        size = len(record.data) + sum(len(blob.data) for blob in record.blobs if blob)
+        size = len(record.data)
+        for blob in filter(None, record.blobs):
+            size += len(blob.data)
         self.bytes_released += record.body_bytes - size
         record.body_bytes = size
         if self.spans:
@@ -20905,7 +20928,8 @@ class Console:
 
     def print_line(self, text: str) -> None:
         """Queue a line; control characters become `?`, or a model's name could clear the screen."""
-        self.lines.append(CONTROL.sub("?", text))
+        # Nearly all lines are printable, which takes no time to see.
+        self.lines.append(text if text.isprintable() else CONTROL.sub("?", text))
         if not self.has_lines.is_set():
             self.has_lines.set()
 

@@ -6352,6 +6352,11 @@ def test_the_beginning_of_an_answer_behind_long_thoughts_or_at_a_cut() -> None:
             # Half of an escaped character may be left.
             start = smolrouter.read_answer_start(CHAT, said[:cut]).rstrip("\ud83d")
             assert answer.startswith(start)
+    for size in range(smolrouter.LIMITS.previewed_text - 30, smolrouter.LIMITS.previewed_text):
+        # The octets that are looked at first end a few words behind the thoughts.
+        thoughts = [text_delta("<think>"), text_delta("m" * size), text_delta("</think>")]
+        said = b"".join(map(encode_event, [*thoughts, *[text_delta("more words ")] * 20]))
+        assert smolrouter.read_answer_start(CHAT, said) == "more words " * 20
 
 
 def test_the_user_s_last_words_are_not_those_of_an_agent() -> None:
