@@ -11392,7 +11392,9 @@ class LoopBatch:
 
     A timer for each deadline would be set and cancelled with each request. Instead one timer
     looks at all connections, four times a second; while there are none, nothing runs. It also
-    looks for clients that have heard nothing for long (`ResponseWriter.set_on_silence`).
+    looks for clients that have heard nothing for long (`ResponseWriter.set_on_silence`). A request
+    sets several deadlines, and none of them reads the clock: all count from `next_check_at`. So a
+    deadline may pass up to two of the timer's intervals late, and it never passes early.
 
     What a relay writes waits for its client up to `limits.write_buffer`, and is then written no
     further. An answer of the router's own is written as a whole. What is above the buffer counts
@@ -11407,6 +11409,8 @@ class LoopBatch:
         self.unflushed: list[Any] = []
         self.unread_octets = 0
         self.timer: asyncio.TimerHandle | None = None
+        # When the timer looks at the connections next, in the loop's time.
+        self.next_check_at = 0.0
 
     def schedule_flush(self, connection: Any) -> None:
         """Let a `Connection` send what it has got at the end of this turn."""
@@ -11447,7 +11451,8 @@ class LoopBatch:
 
     def start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look at the deadlines a moment from now."""
-        self.timer = loop.call_later(self.limits.deadline_interval, self.check_deadlines, loop)
+        self.next_check_at = loop.time() + self.limits.deadline_interval
+        self.timer = loop.call_at(self.next_check_at, self.check_deadlines, loop)
 
     def check_deadlines(self, loop: asyncio.AbstractEventLoop) -> None:
         """Look at the deadline of every connection once."""
@@ -11701,7 +11706,7 @@ class Connection(asyncio.Protocol):
 
     def set_deadline(self, timeout: float, on_timeout: Timeout) -> None:
         """Let the next read fail after `timeout` seconds, whatever comes until then."""
-        self.deadline = self.loop.time() + timeout
+        self.deadline = self.batch.next_check_at + timeout
         self.idle_timeout = 0.0
         self.on_timeout = on_timeout
 
@@ -11719,7 +11724,7 @@ class Connection(asyncio.Protocol):
     def set_ack_timeout(self, timeout: float) -> None:
         """Let the next read fail when the other side's machine gives no sign for `timeout` s."""
         self.ack_timeout = timeout
-        self.ack_check_at = self.loop.time() + timeout
+        self.ack_check_at = self.batch.next_check_at + timeout
 
     def check_acks(self, now: float) -> None:
         """Fail when the other side's machine is gone, or look again when it could be."""
@@ -12068,7 +12073,7 @@ class ResponseWriter:
         """Call `on_silence` whenever the client has got no content for so many seconds."""
         self.on_silence = on_silence
         self.longest_silence = seconds
-        self.silent_until = self.connection.loop.time() + seconds
+        self.silent_until = self.connection.batch.next_check_at + seconds
         self.connection.on_check = self.check_silence
 
     def clear_on_silence(self) -> None:
