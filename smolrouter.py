@@ -11778,18 +11778,38 @@ class Connection(asyncio.Protocol):
         """Return what has come, which may be nothing, without waiting."""
         data = self.received
         self.received = b""
-        self.resume_reading()
+        if self.read_paused:
+            self.resume_reading()
         return data
 
-    async def read(self) -> bytes:
-        """Return the next octets, b"" at the end. Raises what ended the connection."""
+    def take_content(self, framing: Framing) -> bytes | None:
+        """Return a content whose length is known if all of it has come already, None otherwise.
+
+        Nearly every request, and every answer that is no stream, comes in one piece with its head.
+        Such a content needs no decoder, no deadline and no waiting.
+        """
+        length = framing.length
+        if framing.kind != "length" or len(self.received) < length:
+            return None
+        data = self.take_received()
+        self.received = data[length:]
+        return data[:length]
+
+    async def has_more(self) -> bool:
+        """Wait for octets; return whether some came. Raises what ended the connection."""
         while not self.received:
             if self.failure:
                 raise self.failure
             if self.ended:
-                return b""
+                return False
             await self.wait()
-        return self.take_received()
+        return True
+
+    async def read(self) -> bytes:
+        """Return the next octets, b"" at the end. Raises what ended the connection."""
+        if self.received or await self.has_more():
+            return self.take_received()
+        return b""
 
     async def read_head(self, limit: int) -> bytes | None:
         r"""Return a head without its final empty line, None when the connection ended before it.
@@ -12178,8 +12198,10 @@ class Request:
     content: bytes = b""
     # What its valid token says; None without one.
     token: Token | None = None
-    # Who reads the content, once somebody has begun.
+    # Who reads the content, once somebody has begun; nobody has to if it came with its head.
     reader: ContentReader | None = None
+    # Whether all of it was read, so that the next request begins behind it.
+    is_read: bool = False
     # Whether an exchange keeps a record of it, and prints its line.
     recorded: bool = False
     # Octets of its content that count against `Limits.held_content`.
@@ -12218,13 +12240,18 @@ class Request:
         """
         framing = self.head.framing
         connection = self.connection
-        limits = connection.limits
         if framing.length > limit:
             self.reader = ContentReader(connection, framing, limit)
             raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
-        self.begin_content(limit)
-        if self.reader.done:
+        content = connection.take_content(framing)
+        if content is not None:
+            self.is_read = True
+            if count:
+                count(self, len(content))
+            self.content = content
             return
+        self.begin_content(limit)
+        limits = connection.limits
         pieces: list[bytes] = []
         connection.set_deadline(limits.content_grace, CONTENT_TOO_SLOW)
         grace_ends_at = connection.deadline
@@ -12235,6 +12262,7 @@ class Request:
                 count(self, len(piece))
             connection.deadline = grace_ends_at + self.reader.size / limits.content_rate
         connection.clear_deadline()
+        self.is_read = True
         self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -12640,28 +12668,29 @@ class UpstreamResponse:
         self.connection = connection
         self.server = server
         self.pool = pool
-        self.reader = ContentReader(connection, framing)
+        # Whether its connection ends with the content, so that a cut looks like the end.
+        self.ends_by_close = framing is UNTIL_CLOSE
+        # The content if all of it came together with the head, until somebody takes it; and what
+        # reads any other content.
+        self.whole = connection.take_content(framing)
+        self.reader = ContentReader(connection, framing) if self.whole is None else None
         self.buffered: list[bytes] = []
         # Until the connection is closed or given back to the pool.
         self.open = True
         # Whether another request may follow on the connection, as far as this one is concerned.
         self.reusable = True
 
-    @property
-    def ends_by_close(self) -> bool:
-        """Whether its connection ends with the content, so that a cut looks like the end."""
-        return self.reader.framing is UNTIL_CLOSE
-
     def end(self) -> None:
         """Wait for no more of the content: it has said itself that it is at its end."""
-        self.reader.over = True
+        if self.reader:
+            self.reader.over = True
 
     def finish(self) -> None:
         """Let the connection be used again, or close it, after all of the content was read."""
         self.open = False
         connection = self.connection
         persists = self.reusable and self.head.keeps_alive and not self.ends_by_close
-        if persists and not self.reader.done:
+        if persists and self.reader and not self.reader.done:
             self.finish_later()
         elif persists and not (connection.received or connection.ended):
             self.pool.keep_idle(self.server, connection)
@@ -12696,12 +12725,18 @@ class UpstreamResponse:
             self.connection.ignore_disconnect()
             self.finish()
 
+    def take_whole(self) -> bytes:
+        """Return the content that came together with the head, b"" when it was taken before."""
+        content = self.whole
+        self.whole = b""
+        return content
+
     async def buffer_next(self) -> bytes:
         """Read the next piece and keep it for `pump`; b"" at the end. Raises BadGateway."""
         if not self.open:
             return b""
         try:
-            piece = await self.reader.read()
+            piece = await self.reader.read() if self.reader else self.take_whole()
         except (OSError, RouterError) as error:
             raise as_bad_gateway(error) from None
         if piece:
@@ -12728,12 +12763,15 @@ class UpstreamResponse:
         """
         for piece in self.buffered:
             consume(piece)
-            if self.reader.over:
+            if self.reader and self.reader.over:
                 break
         if not self.open:
             return
         try:
-            await self.reader.pump(consume, client)
+            if self.reader:
+                await self.reader.pump(consume, client)
+            elif self.whole:
+                consume(self.take_whole())
         except (OSError, RouterError) as error:
             raise as_bad_gateway(error) from None
         self.finish()
@@ -20777,9 +20815,9 @@ class HTTPServer:
         # A client that sends requests and reads no answers must not fill the memory with them.
         if connection.write_paused:
             await connection.drain()
-        if not request.writer.finished:
+        if not (request.writer.finished and (request.is_read or await self.skip_content(request))):
             return False
-        return await self.skip_content(request)
+        return request.writer.keep_alive and not self.context.draining
 
     async def wait_for_request(self, connection: Connection, served: int) -> bool:
         """Wait for the first octets of a request; return False when none come."""
@@ -20791,9 +20829,7 @@ class HTTPServer:
         if served >= self.limits.requests_per_connection or not self.has_room.is_set():
             timeout = self.limits.short_keep_alive_timeout
         connection.set_deadline(timeout, IDLE_TOO_LONG)
-        # They stay there for the reader of the head.
-        connection.received = await connection.read()
-        return connection.received != b""
+        return await connection.has_more()
 
     async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
         """Return the head of a request; None for a bad one, which it answers, and for none."""
@@ -20829,7 +20865,7 @@ class HTTPServer:
         return Request(head, connection, writer, source_host)
 
     async def skip_content(self, request: Request) -> bool:
-        """Get past a content that nobody wanted; return whether another request may follow.
+        """Get past a content that nobody wanted; return whether its end was found.
 
         An early answer (401, 404) leaves the content of its request behind, and what stands there
         must not be taken for the next request. A short one is read; otherwise the connection ends.
@@ -20842,8 +20878,7 @@ class HTTPServer:
                 pass
         if not reader.done:
             await connection.linger()
-            return False
-        return request.writer.keep_alive and not self.context.draining
+        return reader.done
 
     def may_discard(self, request: Request) -> bool:
         """Tell whether the unread content of a request is worth reading for the next one."""
