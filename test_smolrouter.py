@@ -2217,6 +2217,12 @@ def wait_for_row(router: Router, key: str) -> dict[str, Any]:
     return wait_until(finished_rows)[0]
 
 
+def counted(router: Router) -> float:
+    """Return how many requests /metrics tells of; a request is counted a moment after its row."""
+    text = request(router.port, "GET", "/metrics").content.decode()
+    return sum(map(float, re.findall(r"(?m)^smolrouter_requests_total\{.*\} (\S+)$", text)))
+
+
 def wait_for_detail(router: Router, key: str) -> dict[str, Any]:
     """Wait for the newest request for a model; return all that is kept of it."""
     return get_document(router, f"/api/request/{wait_for_row(router, key)['id']}")
@@ -4750,12 +4756,18 @@ def test_a_choice_that_finishes_alone_ends_no_stream(last: str) -> None:
 
 
 def test_a_last_chunk_that_comes_later_keeps_the_connection() -> None:
-    with (
-        Upstream(lambda r: [*chunked_stream(*TWO_WORDS, FINISH, "[DONE]"), 0.1, b"0\r\n\r\n"])
-    ) as upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:  # fmt: skip
+    ended = threading.Semaphore(0)
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from (*chunked_stream(*TWO_WORDS, FINISH, "[DONE]"), 0.1, b"0\r\n\r\n")
+        ended.release()
+
+    with Upstream() as upstream, Router({"DEFAULT_UPSTREAM": upstream.url}) as router:
+        upstream.scripts["m"] = script
         for _ in range(3):
             assert post_chat(router, "m", stream=True).text == "one two"
-            time.sleep(0.3)
+            # The next request comes when the last chunk is there.
+            assert ended.acquire(timeout=PATIENCE)
         assert [c.requests for c in upstream.connections if c.requests] == [3]
 
 
@@ -13119,7 +13131,7 @@ def test_client_leaves(name: str, pipelined: bool) -> None:
         left = time.monotonic()
     assert wait_until(lambda: seen.closed)
     print(f"{name}: closed after {(seen.closed - left) * 1000:.1f} ms")
-    assert seen.closed - left < 1.0
+    assert seen.closed - left < PATIENCE / 2
     assert request(default_router().port, "GET", "/v1/fine").status == 200
 
 
@@ -13132,7 +13144,7 @@ def test_client_leaves_with_a_reset() -> None:
     sock.close()
     left = time.monotonic()
     assert wait_until(lambda: seen.closed)
-    assert seen.closed - left < 1.0
+    assert seen.closed - left < PATIENCE / 2
 
 
 def test_a_slow_client_slows_its_upstream_and_nobody_else() -> None:
@@ -13187,7 +13199,7 @@ def test_a_client_that_reads_nothing_is_not_kept_for_ever(log_folder: LogFolder)
             sock.connect(("127.0.0.1", router.port))
             sock.sendall(encode_request("POST", CHAT, chat_document(model, stream=True)))
         wait_until(lambda: open_descriptors(router) >= before + 8)
-        wait_until(lambda: len(get_document(router, "/api/inflight")) == 5, 1.0)
+        assert wait_until(lambda: len(get_document(router, "/api/inflight")) == 5)
         for row in get_document(router, "/api/inflight"):
             request(router.port, "POST", f"/api/inflight/{row['id']}/cancel")
         assert wait_until(lambda: open_descriptors(router) <= before + 2, PATIENCE * 2)
@@ -13437,22 +13449,29 @@ def test_a_dead_name_does_not_starve_the_living() -> None:
     """It takes one thread, however many requests there are for it."""
     names = NameServer(dead=None, living=["127.0.0.1"])
 
-    async def everyone(port: int) -> tuple[list[Any], float]:
+    async def everyone(port: int) -> list[Any]:
         pool = resolving_pool(names)
-        pool.settings = dataclasses.replace(pool.settings, connect_timeout=0.5)
-        dead = [asyncio.create_task(pool.connect(named_server("dead", port))) for _ in range(40)]
+
+        def ask_for_the_dead(timeout: float) -> list[asyncio.Task[Any]]:
+            pool.settings = dataclasses.replace(pool.settings, connect_timeout=timeout)
+            return [asyncio.create_task(pool.connect(named_server("dead", port)))
+                    for _ in range(40)]  # fmt: skip
+
+        waiting = ask_for_the_dead(PATIENCE)
         await asyncio.sleep(0)
-        began = time.monotonic()
         for host in ("living", "127.0.0.1"):
             connection = await pool.connect(named_server(host, port))
             connection.abort()
-        seconds = time.monotonic() - began
-        return await asyncio.gather(*dead, return_exceptions=True), seconds
+        assert not any(task.done() for task in waiting)
+        failures = await asyncio.gather(*ask_for_the_dead(0.5), return_exceptions=True)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        return failures
 
     with Upstream() as upstream:
-        failures, seconds = run_in_loop(everyone(upstream.port))
+        failures = run_in_loop(everyone(upstream.port))
     names.gate.set()
-    assert seconds < 0.4
     assert {type(failure) for failure in failures} == {smolrouter.GatewayTimeout}
     assert str(failures[0]) == "no address of its name within 0.5 s (CONNECT_TIMEOUT)"
     assert names.asked == {"dead": 1, "living": 1}
@@ -13476,8 +13495,14 @@ def test_the_last_address_counts_while_a_name_cannot_be_looked_up(failure: Any) 
             await pool.connect(named_server("box", port))
         names.found["box"] = ["127.0.0.1"]
         names.gate.set()
-        await asyncio.sleep(0.1)
-        connection = await pool.connect(named_server("box", port))
+        deadline = time.monotonic() + PATIENCE
+        connection = None
+        # The look-up that hung has to end first.
+        while connection is None:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+            with contextlib.suppress(smolrouter.BadGateway):
+                connection = await pool.connect(named_server("box", port))
         connection.abort()
         return str(caught.value)
 
@@ -13637,9 +13662,9 @@ def test_an_idle_connection_to_a_dead_machine_is_dropped() -> None:
         time.sleep(2.5)
         assert far.count_sockets() == before + 1
         far.pull_the_cable()
-        assert wait_until(lambda: far.count_sockets() == before, 4)
+        assert wait_until(lambda: far.count_sockets() == before)
         got, seconds = far.ask()
-        assert (got.status, seconds < 3) == (504, True)
+        assert (got.status, seconds < PATIENCE / 2) == (504, True)
         assert "CONNECT_TIMEOUT" in got.json["error"]["message"]
 
 
@@ -13825,6 +13850,7 @@ def test_junk_after_the_end_reaches_nobody() -> None:
 
 def test_an_answer_before_the_end_of_the_request() -> None:
     refusal = response_head(413, [("Content-Length", "5"), ("Connection", "close")]) + b"large"
+    answered = threading.Event()
 
     def refuse(listener: socket.socket) -> None:
         while True:
@@ -13832,13 +13858,16 @@ def test_an_answer_before_the_end_of_the_request() -> None:
                 sock.recv(1000)
                 sock.sendall(refusal)
                 # Nothing more of the request is read.
-                time.sleep(0.2)
+                answered.wait(PATIENCE)
 
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=refuse, args=(listener,), daemon=True).start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    with Router({"DEFAULT_UPSTREAM": url}) as router:
+    # It is not asked for its models: the first connection is that of the request.
+    routes = {"servers": {"busy": {"url": url, "models": ["tiny"]}}}
+    with Router({"DEFAULT_UPSTREAM": "busy"}, routes) as router:
         got = post_chat(router, "tiny", "x" * 8_000_000)
+        answered.set()
         assert (got.status, got.content) == (413, b"large")
 
 
@@ -13953,7 +13982,9 @@ BREAKING_OFF: dict[str, list[Step]] = {
 
 @pytest.mark.parametrize("name", BREAKING_OFF)
 def test_an_instance_that_breaks_off_its_answer_cools_down(name: str) -> None:
-    with switchable_pair(REQUEST_TIMEOUT=0.5) as (router, one, two):
+    # Only one that is silent is waited for.
+    timeout = 1 if "silent" in name else PATIENCE
+    with switchable_pair(REQUEST_TIMEOUT=timeout) as (router, one, two):
         one.mood = BREAKING_OFF[name]
         post_chat(router, "pair", stream="stream" in name)
         asked_then = two.request_count
@@ -14164,7 +14195,7 @@ def test_forty_requests_on_two_servers_with_two_slots() -> None:
             assert test.end(word).status == 200
             test.gate.wait_for(*words[: number + 5])
         assert test.gate.most == {"one": 2, "two": 2}
-        assert test.inflight() == [] and test.server("one")["running"] == 0
+        assert wait_until(lambda: test.inflight() == [] and test.server("one")["running"] == 0)
         wait_for_row(test.router, "pair")
         assert wait_until(lambda: len(get_document(test.router, "/api/logs?limit=100")) == 40)
         rows = get_document(test.router, "/api/logs?limit=100")
@@ -14281,25 +14312,24 @@ def test_who_leaves_the_queue_frees_the_place() -> None:
         (waiting,) = test.queued()
         request(test.router.port, "POST", f"/api/inflight/{waiting['id']}/cancel")
         assert test.answer("stopped").status == 499
+        test.wait_for_queue(0)
         test.queue("next", "normal")
         # One that runs and is left by its client makes room, too.
         test.clients.pop("first").close()
         test.gate.wait_for("first", "next")
         assert test.end("next").status == 200
-        assert test.server("one")["running"] == 0
+        assert wait_until(lambda: test.server("one")["running"] == 0)
 
 
 QUEUE_WAYS = [(CHAT, False), (CHAT, True), ("/api/chat", False), ("/api/chat", True)]
 
 
-def test_a_queue_that_is_full_and_one_that_is_slow() -> None:
-    settings = {"QUEUE_SIZE": 4, "QUEUE_TIMEOUT": 1.5, "PING_INTERVAL": 0.1}
-    limits = {"deadline_interval": 0.05}
-    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, limits=limits, **settings) as test:
+def test_a_queue_that_is_full() -> None:
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, QUEUE_SIZE=4) as test:
         test.send("first", "high")
         test.gate.wait_for("first")
-        for number, (path, stream) in enumerate(QUEUE_WAYS):
-            test.send(f"slow {number}", "low", path=path, stream=stream)
+        for number in range(4):
+            test.send(f"waits {number}", "low")
         test.wait_for_queue(4)
         for path, stream in QUEUE_WAYS:
             test.send("full", "normal", path=path, stream=stream)
@@ -14310,6 +14340,17 @@ def test_a_queue_that_is_full_and_one_that_is_slow() -> None:
             assert (error if path == "/api/chat" else error["message"]) == words
             row = wait_for_row(test.router, "normal")
             assert (row["status_code"], row["error_message"]) == (503, words)
+        assert test.gate.arrived == ["first"]
+
+
+def test_a_queue_that_is_slow() -> None:
+    settings = {"QUEUE_SIZE": 4, "QUEUE_TIMEOUT": 1.5, "PING_INTERVAL": 0.1}
+    limits = {"deadline_interval": 0.05}
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, limits=limits, **settings) as test:
+        test.send("first", "high")
+        test.gate.wait_for("first")
+        for number, (path, stream) in enumerate(QUEUE_WAYS):
+            test.send(f"slow {number}", "low", path=path, stream=stream)
         words = "no slot was free at one within 1.5 s (QUEUE_TIMEOUT)"
         for number, (path, stream) in enumerate(QUEUE_WAYS):
             got = test.answer(f"slow {number}")
@@ -14341,18 +14382,25 @@ def test_without_a_queue_nobody_waits() -> None:
         assert test.answer("third").status == 503
 
 
-def test_failover_gives_one_place_for_another() -> None:
+@contextlib.contextmanager
+def bad_and_good(**settings: Any) -> Iterator[tuple[SlotsTest, Upstream]]:
+    """Start what a slots test needs, with an alias of a server that fails and one that is busy."""
     with (
         SwitchableUpstream() as bad,
         SlotsTest(
             {"bad": {"url": bad.url, "slots": 1}, "good": {"slots": 1}},
             {"pair": {"instances": ["bad/m", "good/m"]}, "good-alone": {"instances": ["good/m"]}},
-            QUEUE_TIMEOUT=2,
+            **settings,
         ) as test,
     ):
         bad.mood = json_response({"error": {"message": "out of memory"}}, 500)
         test.send("first", "good-alone")
         test.gate.wait_for("first")
+        yield test, bad
+
+
+def test_failover_gives_one_place_for_another() -> None:
+    with bad_and_good() as (test, bad):
         test.queue("second", "pair")
         # It waits for the good one, and not at the bad one any more.
         assert test.queued()[0]["waits_for"] == "good"
@@ -14361,13 +14409,15 @@ def test_failover_gives_one_place_for_another() -> None:
         test.gate.wait_for("first", "second")
         got = test.end("second")
         assert (got.status, got.get("X-SmolRouter-Attempts")) == (200, "2")
-        test.send("third", "good-alone")
-        # When nothing becomes free, the client gets the error that there was.
-        test.queue("fourth", "pair")
-        got = test.answer("fourth")
+
+
+def test_failover_that_finds_no_place_gives_the_error_that_there_was() -> None:
+    with bad_and_good(QUEUE_TIMEOUT=0.5) as (test, _):
+        test.send("second", "pair")
+        got = test.answer("second")
         assert (got.status, got.json["error"]["message"]) == (500, "out of memory")
         row = wait_for_row(test.router, "pair")
-        assert row["queued_ms"] > 1000 and len(row["attempts"]) == 1
+        assert row["queued_ms"] > 400 and len(row["attempts"]) == 1
 
 
 def test_a_changed_number_of_slots_counts_at_once() -> None:
@@ -14688,12 +14738,16 @@ def test_a_sleeping_machine_is_woken() -> None:
             document = example_request(path, "m", stream)
             asked.append(pool.submit(request, router.port, "POST", path, document))
         wanted = bytes.fromhex("ffffffffffff" + 16 * "b42e99010203")
+
+        def waits() -> list[tuple[str, str]]:
+            running = get_document(router, "/api/inflight")
+            return [(one["phase"], one["waits_for"]) for one in running]
+
+        assert wait_until(lambda: waits() == [("waking", "s")] * len(ways))
+        sleeper.count_packets()
         # It is sent again and again.
         for _ in range(3):
             assert sleeper.packets.recv(2000) == wanted
-        wait_until(lambda: len(get_document(router, "/api/inflight")) == len(ways))
-        for one in get_document(router, "/api/inflight"):
-            assert (one["phase"], one["waits_for"]) == ("waking", "s")
         sleeper.wake()
         for (path, stream), answer in zip(ways, asked, strict=True):
             got = answer.result()
@@ -15067,7 +15121,7 @@ def test_model_list_does_not_wait_for_the_slow() -> None:
         began = time.monotonic()
         assert model_names(router) == ["quick"]
         # A server is waited for 2 s at most.
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < PATIENCE / 2
 
 
 def test_model_list_of_nobody_is_an_error() -> None:
@@ -15202,19 +15256,26 @@ class SwitchableList(Upstream):
 
 def test_the_list_of_a_dead_server_counts_for_a_while() -> None:
     one, two = Upstream(models=["m1"]), SwitchableList(models=["m2"])
+    limits = {**QUICK_LISTS, "model_list_kept": 1.0}
     with (
         one,
         two,
-        Router({"SERVERS": f"one={one.url} two={two.url}"}, limits=QUICK_LISTS) as router,
+        Router({"SERVERS": f"one={one.url} two={two.url}"}, limits=limits) as router,
     ):
 
         def route() -> str:
             return get_document(router, "/api/routes?model=m2")["decision"]["route"]
 
+        def is_old() -> bool:
+            servers = get_document(router, "/api/upstreams")
+            return any(server["models_age_s"] for server in servers)
+
         assert route() == "model list"
         # An idle router asks nobody, and so does not know whether the list is true.
-        time.sleep(0.6)
+        time.sleep(1.1)
         assert route() == "model list"
+        # It has asked now.
+        assert wait_until(lambda: not is_old())
         two.dead = True
         assert route() == "model list"
         assert wait_until(lambda: route() == "default")
@@ -15224,16 +15285,18 @@ def test_the_list_of_a_dead_server_counts_for_a_while() -> None:
 
 def test_an_idle_router_asks_nobody() -> None:
     with listing_pair({"model_list_fresh": 0.1}) as (router, one, two):
-        assert wait_until(lambda: one.own_requests and two.own_requests)
-        time.sleep(0.5)
-        assert len(asked_for_models(one)) == len(asked_for_models(two)) == 1
-        assert one.requests == two.requests == []
-        for _ in range(2):
-            time.sleep(0.15)
+
+        def count() -> tuple[int, int]:
+            return len(asked_for_models(one)), len(asked_for_models(two))
+
+        for number in (1, 2, 3):
+            assert wait_until(lambda number=number: count() == (number, number))
+            # What has come is fresh no more, and nobody asks for it.
+            time.sleep(0.4)
+            assert count() == (number, number)
+            assert len(two.requests) == number - 1
             assert reach(router, two, "m2")
-        assert wait_until(lambda: len(asked_for_models(one)) == 3)
-        time.sleep(0.3)
-        assert len(asked_for_models(one)) == len(asked_for_models(two)) == 3
+        assert one.requests == []
 
 
 # A second of the router's clock is a thousandth of one here.
@@ -16919,7 +16982,7 @@ def test_killed_at_any_moment_nothing_is_lost(log_folder: LogFolder) -> None:
             sock.sendall(encode_request("POST", "/v1/chat/completions", body=body))
             for thread in clients:
                 thread.start()
-            time.sleep(0.7)
+            assert wait_until(lambda ended=ended: len(ended) > 20)
             # More requests follow while these are written.
             safe = set(ended)
             assert wait_until(lambda safe=safe: safe <= finished_rows(log_folder))
@@ -17180,8 +17243,15 @@ def test_routers_on_one_log_number_in_the_order_of_time(log_folder: LogFolder) -
         for number in range(8):
             post_chat((one, two)[number % 2], f"m{number}")
             assert log_folder.wait_for_rows(number + 1) == number + 1
-            # The other one learns by its next look that its numbers have become old.
-            time.sleep(0.3)
+            # The other one learns by its next look that its numbers have become old; then the
+            # numbers of this one have.
+            ends: set[Any] = set()
+
+            def have_both_looked(ends: set[Any] = ends) -> bool:
+                ends.update(log_folder.select("SELECT next FROM ids"))
+                return len(ends) > 2
+
+            assert wait_until(have_both_looked)
     found = log_folder.select("SELECT original_model FROM requests ORDER BY id")
     assert [name for (name,) in found] == [f"m{number}" for number in range(8)]
 
@@ -17280,7 +17350,7 @@ def test_a_locked_database_delays_rows_only(log_folder: LogFolder) -> None:
             # Readers are not locked out.
             assert len(get_document(router, "/api/logs")) == 1
         assert wait_until(lambda: log_state(router)["error"] is None)
-        assert log_state(router)["backlog"] == 0
+        assert wait_until(lambda: log_state(router)["backlog"] == 0)
         assert wait_until(lambda: "works again" in router.stderr)
 
 
@@ -17488,12 +17558,6 @@ def test_a_log_that_nobody_reads_stops_nothing() -> None:
 # --- many requests, long bodies -------------------------------------------------------
 
 
-def counted(router: Router) -> float:
-    """How many requests /metrics tells of."""
-    text = request(router.port, "GET", "/metrics").content.decode()
-    return sum(map(float, re.findall(r"(?m)^smolrouter_requests_total\{.*\} (\S+)$", text)))
-
-
 def burst(router: Router, count: int, path: str = "/api/generate", text: str = "") -> None:
     """Send requests that cost next to nothing, many at a time, and wait for their answers."""
     ask_one = encode_post(path, {"model": "tiny", "prompt": text})
@@ -17573,7 +17637,7 @@ def test_what_was_answered_a_moment_before_a_kill_is_written(log_folder: LogFold
     """Under full load rows are late by a fifth of a second, and the relay waits for more."""
     with log_folder.router(LOG_LEVEL="ERROR") as router:
         stop = threading.Event()
-        answered: list[float] = []
+        answered: list[int] = []
 
         def client(number: int) -> None:
             body = encode_request(
@@ -17582,20 +17646,20 @@ def test_what_was_answered_a_moment_before_a_kill_is_written(log_folder: LogFold
             with connect(router.port) as sock, contextlib.suppress(OSError, AssertionError):
                 while not stop.is_set():
                     exchange(sock, body)
-                    answered.append(time.monotonic())
+                    answered.append(number)
 
         threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
         for thread in threads:
             thread.start()
-        time.sleep(2.0)
+        assert wait_until(lambda: len(answered) > 500)
+        old = len(answered)
+        # This machine is busy, and this process is, too: their rows may take longer than that.
+        assert wait_until(lambda: old <= len(finished_rows(log_folder)), PATIENCE / 4)
         router.process.kill()
-        killed_at = time.monotonic()
         stop.set()
         for thread in threads:
             thread.join(PATIENCE)
-    late = killed_at - 1.5  # this machine is busy, and this process is, too
-    old = sum(moment < late for moment in answered)
-    assert 20 < old <= len(finished_rows(log_folder))
+    assert old <= len(finished_rows(log_folder))
 
 
 def test_a_body_that_cannot_be_read_costs_no_row(
@@ -17689,28 +17753,41 @@ def test_events_tell_of_all_that_is_written(log_folder: LogFolder) -> None:
 
 def test_new_requests_wait_for_a_log_that_is_behind(log_folder: LogFolder) -> None:
     """For a moment at most, and not for a database in trouble."""
-    limits = {"batch_rows": 8, "row_delay": 0.05, "log_wait": 0.3, "database_lock_timeout": 2.0}
+    limits = {"batch_rows": 8, "row_delay": 0.05, "log_wait": 0.3}
 
-    async def wait(log: Any) -> float:
-        began = time.monotonic()
-        log_requests(log, 20)  # and again: by now the oldest row is late
+    async def seconds_to_begin(log: Any, rows: int = 0) -> float:
+        """Return how long a request waits after so many others; 0 where it begins at once."""
+        log_requests(log, rows)
+        # And again: by now the oldest row is late.
         await asyncio.sleep(0.1)
         log_requests(log, 1)
-        await log.wait_to_begin()
+        began = time.monotonic()
+        waiting = asyncio.ensure_future(log.wait_to_begin())
+        await asyncio.sleep(0)
+        if waiting.done():
+            return 0.0
+        await asyncio.wait_for(waiting, PATIENCE)
         return time.monotonic() - began
 
-    with running_log(log_folder, **limits) as log:
+    with running_log(log_folder, **limits, database_lock_timeout=2 * PATIENCE) as log:
         log_requests(log, 1)
         assert log_folder.wait_for_rows(1) == 1
         with contextlib.closing(sqlite3.connect(log_folder.file, isolation_level=None)) as db:
             db.execute("BEGIN IMMEDIATE")
-            assert not log.error and 0.3 < run_coroutine(wait(log)) < 1.5
-            assert wait_until(lambda: "locked" in log.error)
-            assert run_coroutine(wait(log)) < 0.25
+            assert run_coroutine(seconds_to_begin(log, 20)) > 0.2 and not log.error
             db.execute("ROLLBACK")
-        assert log_folder.wait_for_rows(43) == 43
-        assert wait_until(lambda: not log.error) and run_coroutine(wait(log)) < 0.25
-        assert log_folder.wait_for_rows(64) == 64 and log.lost == 0
+        assert log_folder.wait_for_rows(22) == 22
+    with running_log(log_folder, **limits, database_lock_timeout=0.05) as log:
+        with contextlib.closing(sqlite3.connect(log_folder.file, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            log_requests(log, 1)
+            assert wait_until(lambda: "locked" in log.error)
+            assert run_coroutine(seconds_to_begin(log, 20)) == 0
+            db.execute("ROLLBACK")
+        assert wait_until(lambda: not log.error)
+        assert log_folder.wait_for_rows(44) == 44
+        assert run_coroutine(seconds_to_begin(log)) == 0
+        assert log_folder.wait_for_rows(45) == 45 and log.lost == 0
 
 
 def test_bodies_that_come_too_fast_are_cut(log_folder: LogFolder) -> None:
@@ -18952,16 +19029,14 @@ def test_a_client_that_does_not_read_gets_no_signs_of_life() -> None:
     begin = stream_response([event * 20_000], whole=False)
     model = ping_upstream().add_script([*begin, HANG])
     with waiting_client(CHAT, model, stream=True):
-        seen = [0]
 
-        def is_full() -> bool:
-            seen.append(sent_octets(model))
-            return seen[-1] == seen[-2] > 0
+        def gets_nothing_more() -> bool:
+            before = sent_octets(model)
+            wait_for_pings_of_another()
+            return sent_octets(model) == before > 0
 
-        wait_until(is_full)
-        before = sent_octets(model)
-        wait_for_pings_of_another()
-        assert sent_octets(model) == before
+        # At first it gets all that the kernel holds for it.
+        assert any(gets_nothing_more() for _ in range(9))
 
 
 def test_signs_of_life_for_http_1_0() -> None:
@@ -19193,7 +19268,9 @@ def test_a_client_that_leaves_a_blob_ends_it() -> None:
 def test_a_bad_client_of_a_blob_is_told(rest: Any, status: int) -> None:
     """One that says nothing for too long, and one whose chunks are none."""
     data = encode_chunked_post(BLOB, b"first", end=b"")
-    with begun_upload(blob_router(content_grace=0.5), data) as (client, server):
+    # Only one that says nothing is to be told soon.
+    limits = {"content_grace": 0.5} if status == 408 else {}
+    with begun_upload(blob_router(**limits), data) as (client, server):
         got = parse_response(exchange(client, rest, answers=0))
         assert (got.status, got.get("Connection")) == (status, "close")
         check_error(BLOB, got)
@@ -19371,7 +19448,7 @@ def test_fifty_streams_at_once_stay_apart() -> None:
         f"slowest event of a stream: {slowest[25] * 1e3:.1f} ms in the middle, "
         f"{slowest[-1] * 1e3:.1f} ms at worst"
     )
-    assert slowest[25] < 1.0
+    assert slowest[25] < PATIENCE / 4
 
 
 @pytest.mark.parametrize("fault", ["framing", "reset", "head", "alias"])
@@ -20346,6 +20423,7 @@ def test_a_failure_is_one_everywhere(log_folder: LogFolder) -> None:
         for model in (broken, refused, "well"):
             post_chat(router, model, stream=True)
         assert log_folder.wait_for_rows(3) == 3
+        assert wait_until(lambda: counted(router) == 3)
         row = wait_for_row(router, broken)
         assert (row["status_code"], row["error_message"]) == (200, "no memory")
         for model, failures in ((broken, 1), (refused, 1), ("well", 0)):
@@ -20401,6 +20479,7 @@ def test_all_places_agree_with_the_truth_token_by_token(log_folder: LogFolder) -
     with log_folder.router() as router:
         map_in_threads(lambda data: send_raw(router.port, data, answers=50), sent)
         assert log_folder.wait_for_rows(500) == 500
+        assert wait_until(lambda: counted(router) == 500)
         names = ("requests", "errors", "prompt_tokens", "completion_tokens")
 
         def total(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -20413,8 +20492,8 @@ def test_all_places_agree_with_the_truth_token_by_token(log_folder: LogFolder) -
         for one in clients:
             assert {name: one[name] for name in names} == by_client[one["client"]]
             its = get_document(router, f"/api/logs?limit=1000&client={one['client']}")
-            counted = [{**row, "requests": 1, "errors": row["failed"]} for row in its]
-            assert total(counted) == by_client[one["client"]]
+            its_figures = [{**row, "requests": 1, "errors": row["failed"]} for row in its]
+            assert total(its_figures) == by_client[one["client"]]
             assert set(one["models"]) == {"m0", "m1", "m2", failing}
         stats = get_document(router, "/api/stats")
         assert stats["total_requests"] == stats["recent_requests"] == truth["requests"]
@@ -20448,6 +20527,7 @@ def test_what_only_loads_a_model_is_a_row_and_no_point(log_folder: LogFolder, ap
             got = request(router.port, "POST", path, {"model": f"{model} [box]", "stream": False})
             assert (got.status, got.json["done_reason"]) == (200, "load")
         assert log_folder.wait_for_rows(2) == 2
+        assert wait_until(lambda: counted(router) == 2)
         rows = get_document(router, "/api/logs")
         assert [(row["status_code"], row["failed"]) for row in rows] == [(200, False)] * 2
         doc = get_document(router, "/api/performance")
@@ -20814,8 +20894,14 @@ def test_routes_explain_themselves() -> None:
 def test_metrics_are_well_formed() -> None:
     post_chat(logging_router(), 'quo"te\\')
     post_chat(logging_router(), "measured", stream=True)
-    wait_for_row(logging_router(), "measured")
-    got = request(logging_router().port, "GET", "/metrics")
+    count = re.compile(rb'\nsmolrouter_requests_total\{[^}]*model="measured"')
+
+    def metrics() -> Response | None:
+        """Return them once the request is counted: that is a moment after its row."""
+        got = request(logging_router().port, "GET", "/metrics")
+        return got if count.search(got.content) else None
+
+    got = wait_until(metrics)
     assert got.get("Content-Type").startswith("text/plain; version=0.0.4")
     text = got.content.decode()
     kinds = {}
@@ -21672,16 +21758,24 @@ def test_two_hundred_clients_at_once() -> None:
 
 
 def test_more_connections_wait_for_their_turn() -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        gate.wait(PATIENCE)
+        yield from FINE_RESPONSE
+
     with router_and_upstream(MAX_CONNECTIONS=2) as (router, upstream):
-        slow = upstream.add_script([0.3, *FINE_RESPONSE])
+        slow = upstream.add_script(script)
         with connect(router.port) as first, connect(router.port) as second:
             for sock in (first, second):
                 sock.sendall(encode_post(CHAT, chat_document(slow)))
-            wait_until(lambda: len(upstream.requests_for(slow)) == 2)
+            assert wait_until(lambda: len(upstream.requests_for(slow)) == 2)
             with connect(router.port) as third:
                 third.sendall(encode_get("/v1/third"))
-                assert read_until(first, b"fine")
+                time.sleep(0.2)
                 assert not upstream.requests_for("/v1/third")
+                gate.set()
+                assert read_until(first, b"fine")
                 assert read_until(third, b"/v1/third")
 
 
@@ -22410,19 +22504,26 @@ def test_a_start_without_any_server_looks_on_this_machine() -> None:
 
 
 def test_it_starts_without_stderr() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = bare_environment({"LISTEN_PORT": port, "ENABLE_LOGGING": "false"})
-    command = [*by_shell('exec "$0" "$@" <&- >&- 2>&-'), str(SMOLROUTER)]
-    with tempfile.TemporaryDirectory(prefix="smol-") as folder:
-        process = subprocess.Popen(command, cwd=folder, env=settings)
-        try:
-            assert wait_until(lambda: accepts(port))
-            assert request(port, "GET", "/healthz").status == 200
-        finally:
-            process.terminate()
-            process.wait(20)
+    """It cannot say which port it has. Somebody else may take the one that it is told."""
+
+    def starts() -> bool:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        settings = bare_environment({"LISTEN_PORT": port, "ENABLE_LOGGING": "false"})
+        command = [*by_shell('exec "$0" "$@" <&- >&- 2>&-'), str(SMOLROUTER)]
+        with tempfile.TemporaryDirectory(prefix="smol-") as folder:
+            process = subprocess.Popen(command, cwd=folder, env=settings)
+            try:
+                assert wait_until(lambda: process.poll() is not None or accepts(port))
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    return request(port, "GET", "/healthz").status == 200
+                return False
+            finally:
+                process.terminate()
+                process.wait(20)
+
+    assert any(starts() for _ in range(3))
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -23196,16 +23297,18 @@ def test_reload(by_signal: bool) -> None:
             if by_signal:
                 router.signal(signal.SIGHUP)
 
+        def is_refused(times: int) -> bool:
+            words = r"table\.conf.*\(the old table stays in force\)"
+            return len(re.findall(words, router.stderr)) == times
+
         assert post_chat(router, "moving").json == {"by": "old"}
-        quiet = len(router.stderr)
         written('{"aliases": {"moving": {"instances": []}}}')
-        assert wait_until(lambda: "moving" in router.stderr[quiet:])
+        assert wait_until(lambda: is_refused(1))
         assert post_chat(router, "moving").json == {"by": "old"}
         written(moving_table(new.url))
         assert wait_until(lambda: post_chat(router, "moving").json == {"by": "new"})
         written("{nonsense")
-        quiet = len(router.stderr)
-        assert wait_until(lambda: "table.conf" in router.stderr[quiet:])
+        assert wait_until(lambda: is_refused(2))
         assert post_chat(router, "moving").json == {"by": "new"}
         assert router.process.poll() is None
 
