@@ -4819,12 +4819,13 @@ class Opening:
         self, protocol: Protocol, media_type: str, coding: str = "", limits: Limits = LIMITS
     ) -> None:
         self.protocol = protocol
-        format = EVENT_FORMATS.get(media_type)
+        self.limits = limits
         # None for an answer that is no stream of events.
-        self.reader = EventReader(format, limits) if format else None
+        self.format = EVENT_FORMATS.get(media_type)
+        # Gathers the events, as soon as one has come that is no plain text.
+        self.reader: EventReader | None = None
         self.coding = coding
         self.inflater = Inflater(coding, math.inf) if coding in CODINGS else None
-        self.limit = limits.silent_beginning
         self.error: ErrorAnswer | None = None
         # By which id a server keeps the answer; "" while none was seen.
         self.response_id = ""
@@ -4855,41 +4856,53 @@ class Opening:
         if self.protocol.keeps_answers and not self.response_id:
             found = RESPONSE_ID.search(data)
             self.response_id = found[1].decode("latin-1") if found else ""
-        if self.size > self.limit:
+        if self.size > self.limits.silent_beginning:
             return True
         if self.coding and not self.inflater:
             # Nobody here can decode it.
             return self.size > 0
-        if self.reader is None:
+        if self.format is None:
             self.content += data
             return self.look_at_start()
+        if self.reader is None:
+            if self.begins_with_text(self.format, data):
+                return True
+            self.reader = EventReader(self.format, self.limits)
         _, block = self.reader.feed(data)
-        # As nearly always, a text begins, and no event has to be parsed to see that. An error in
-        # front of it would be what the answer begins with.
-        plain_text = self.protocol.plain_text
-        if plain_text and b"error" not in block and plain_text.search(block):
-            return True
         # The first event that says something or tells an error decides.
-        return any(self.look_at_event(event) for event in self.reader.format.split(block))
+        return any(self.look_at_event(self.format, event) for event in self.format.split(block))
+
+    def begins_with_text(self, format: EventFormat, data: bytes) -> bool:
+        """Tell whether the first thing that some events say is a plain text, as nearly always.
+
+        To see that, none of them has to be parsed. An error in front of it, or in the same event,
+        would be what the answer begins with.
+        """
+        plain_text = self.protocol.plain_text
+        found = plain_text.search(data) if plain_text else None
+        if found is None:
+            return False
+        end = data.find(format.mark, found.end())
+        return end >= 0 and b"error" not in data[:end]
 
     def finish(self, closed: bool) -> bool:
         """Look at what is left at the end; `closed` as in `may_be_whole`."""
-        if self.reader:
-            event = self.reader.finish()
-            is_whole = may_be_whole(self.protocol, self.reader.format, event, closed)
-            return is_whole and self.look_at_event(event)
+        if self.format:
+            event = self.reader.finish() if self.reader else b""
+            is_whole = may_be_whole(self.protocol, self.format, event, closed)
+            return is_whole and self.look_at_event(self.format, event)
         document = parse_object(self.content)
         if document is None:
             # It begins like an object and is none: it was cut, or its server sends it so.
             return self.start != b"" and not closed
         return self.look_at_document(document)
 
-    def look_at_event(self, event: bytes) -> bool:
+    def look_at_event(self, format: EventFormat, event: bytes) -> bool:
         """Look at an event; one that holds anything but an object says something."""
-        document = self.reader.format.read_document(event)
+        document = format.read_document(event)
         if document is not None:
             return self.look_at_document(document)
-        data = self.reader.format.read_data(event)
+        data = format.read_data(event)
         return data.strip() != b"" and not is_done_mark(data)
 
     def look_at_start(self) -> bool:
