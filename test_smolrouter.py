@@ -19501,6 +19501,10 @@ SWALLOWED = {
     "spaced": ([RAW_WORD, RAW_STOP, SPACED, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
     "without the extra event": ([RAW_WORD, RAW_STOP, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
     "usage beside a choice": ([RAW_WORD, BESIDE, RAW_DONE], [RAW_WORD, RAW_STOP, RAW_DONE]),
+    "usage with details beside a choice": (
+        [RAW_WORD, BESIDE.replace(b"}}", b',"details":{"a":1},"x":[{}]}}'), RAW_DONE],
+        [RAW_WORD, RAW_STOP, RAW_DONE],
+    ),
     "usage before a choice": (
         [RAW_WORD.replace(b'"id"', b'"usage": ' + RAW_USAGE + b' , "id"'), RAW_STOP, RAW_DONE],
         [RAW_WORD, RAW_STOP, RAW_DONE],
