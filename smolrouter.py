@@ -3938,12 +3938,14 @@ class FilterRules(NamedTuple):
 # There are few combinations of what a server, a route and an alias say, and this is asked for
 # every answer.
 @functools.lru_cache(maxsize=64)
-def choose_rules(levels: tuple[Thinking, ...], fences: bool) -> FilterRules:
-    """Return the rules of some levels together, of which the first one wins.
+def choose_rules(
+    decided: Thinking, of_server: Thinking, own: Thinking, fences: bool
+) -> FilterRules:
+    """Return the rules of three levels together, of which the first one wins.
 
-    `(("", True), ("move", False))` without fences  ->  `(think=True, move=True, opened=True)`
+    ("", True), ("move", False), ("", False), no fences  ->  (think=True, move=True, opened=True)
     """
-    thinking = merge_thinking(*levels)
+    thinking = merge_thinking(decided, of_server, own)
     think = thinking.action != "keep"
     return FilterRules(think, fences, thinking.action == "move", think and thinking.opened)
 
@@ -9089,6 +9091,11 @@ class Server:
     warning: str | None = dataclasses.field(default=None, compare=False)
 
     @functools.cached_property
+    def shown_url(self) -> str:
+        """Its URL as rows, fields and pages have it."""
+        return str(self.url)
+
+    @functools.cached_property
     def fixed_names(self) -> ListedNames | None:
         """The names in `models`, None for a server that is asked."""
         return None if self.models is None else index_names(self.models)
@@ -10031,7 +10038,7 @@ ModelListKey = tuple[str, str]
 def list_key(server: Server, authorization: str | None) -> ModelListKey:
     """Return under which key a server's list for these credentials is kept."""
     credentials = server.api_key or authorization or ""
-    return str(server.url), hashlib.sha256(credentials.encode()).hexdigest()
+    return server.shown_url, hashlib.sha256(credentials.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
@@ -12239,11 +12246,16 @@ class ResponseWriter:
         if self.ends_by_close and not content:
             self.connection.end_by_reset()
 
-    def send_response(self, status: int, fields: Iterable[tuple[str, str]], content: bytes) -> None:
-        """Send a whole answer of the router's own. Raises Overloaded for a long one among many."""
+    def send_response(
+        self, status: int, fields: Iterable[tuple[str, str]], content: bytes, lines: str = ""
+    ) -> None:
+        """Send a whole answer of the router's own, with these fields and field lines.
+
+        Raises Overloaded for a long one among many.
+        """
         self.connection.batch.check_room(content)
         date = ("Date", http_date(int(time.time())))
-        self.write_head(status, encode_field_lines([date, *fields]), len(content))
+        self.write_head(status, encode_field_lines([date, *fields]) + lines, len(content))
         self.finish(content)
 
     def send_json(self, document: Any, status: int = 200) -> None:
@@ -13175,8 +13187,9 @@ class Upstreams:
         """Return what was learned of an instance."""
         return self.habits.get(key, NO_HABITS)
 
-    def note_habits(self, key: InstanceKey, habits: Habits) -> None:
-        """Note what was learned of an instance; the table is bounded."""
+    def learn_habits(self, key: InstanceKey, **learned: Any) -> None:
+        """Note what was learned of an instance, as members of Habits; the table is bounded."""
+        habits = self.habits_of(key)._replace(**learned)
         if habits == NO_HABITS:
             self.habits.pop(key, None)
         elif habits != self.habits_of(key):
@@ -13751,7 +13764,7 @@ class ModelLists:
         self.due_at = 0.0
         self.searched_at = -math.inf
         # Nobody new waits for a list that was asked for before.
-        for key in [key for key in self.refreshing if key[0] == str(server.url)]:
+        for key in [key for key in self.refreshing if key[0] == server.shown_url]:
             del self.refreshing[key]
 
     def find(self, key: ModelListKey, server: Server) -> tuple[ModelList | None, bool]:
@@ -16716,13 +16729,11 @@ class Context:
 
 
 def send_error(
-    writer: ResponseWriter,
-    error: RouterError,
-    dialect: Dialect,
-    path: str,
-    fields: Iterable[tuple[str, str]] = (),
+    writer: ResponseWriter, error: RouterError, dialect: Dialect, path: str, lines: str = ""
 ) -> None:
     """Answer with an error of the router's own, as the clients of a path read it.
+
+    `lines` are field lines that the answer has as well.
 
     After an answer has begun there is no second head: it would be taken for content of the first.
     Then the answer is cut, so that it does not look complete.
@@ -16734,8 +16745,8 @@ def send_error(
         return
     if isinstance(error, FATAL_TO_CONNECTION):
         writer.keep_alive = False
-    all_fields = [("Content-Type", "application/json"), *fields, *error.fields]
-    writer.send_response(error.status, all_fields, dialect.encode_error(error, path))
+    fields = [("Content-Type", "application/json"), *error.fields]
+    writer.send_response(error.status, fields, dialect.encode_error(error, path), lines)
 
 
 def passed_fields(fields: Fields, *dropped: Iterable[str]) -> FieldPairs:
@@ -16744,12 +16755,21 @@ def passed_fields(fields: Fields, *dropped: Iterable[str]) -> FieldPairs:
     return [(name, value) for lower, name, value in fields.lines if lower not in stopped]
 
 
+def encode_id_line(request_id: str) -> str:
+    """Return the field line by which a client can ask for the row of its request."""
+    return f"{REQUEST_ID_FIELD}: {request_id}\r\n"
+
+
 @functools.lru_cache(maxsize=1024)
-def encode_route_fields(upstream_url: str, model: str, route: str, attempts: int) -> FieldPairs:
-    """Return the fields that tell which way a request went; one without a value is left out."""
+def encode_route_lines(upstream_url: str, model: str, route: str, attempts: int) -> str:
+    """Return the field lines that tell which way a request went, without those of no value.
+
+    ('http://gpu:8000', 'qwen', 'alias fast', 1)  ->
+    'X-SmolRouter-Upstream: http://gpu:8000\r\nX-SmolRouter-Model: qwen\r\n...'
+    """
     values = (upstream_url, encode_field_value(model), encode_field_value(route), str(attempts))
     named = zip(ROUTE_FIELDS, values, strict=True)
-    return [(name, value) for name, value in named if value]
+    return encode_field_lines((name, value) for name, value in named if value)
 
 
 class Forwarding(NamedTuple):
@@ -16854,6 +16874,8 @@ class Candidate:
         # Where it serves the request, and what the request and its answer look like there.
         self.path = ""
         self.protocol = OTHER_PROTOCOL
+        # What was known of the instance when it was asked.
+        self.habits = NO_HABITS
         # Whether the router asks for the usage event of the stream, for its log. The client has not
         # asked for it and does not get it.
         self.hide_usage = False
@@ -17102,7 +17124,7 @@ class Candidates:
     def note_waking(self, server: Server) -> None:
         """Note that the request waits for a machine that starts."""
         self.record.phase = "waking"
-        self.record.upstream_url = str(server.url)
+        self.record.upstream_url = server.shown_url
         self.record.waits_for = server.name
 
     # Staying with a conversation.
@@ -17165,8 +17187,8 @@ class UpstreamRequest:
     async def send(self, candidate: Candidate) -> UpstreamResponse:
         """Ask the instance; one that refuses what the router has added is asked again without."""
         upstreams = self.context.upstreams
-        known = upstreams.habits_of(candidate.key).refused_members
-        candidate.refused = known
+        candidate.habits = upstreams.habits_of(candidate.key)
+        candidate.refused = candidate.habits.refused_members
         candidate.parameters = self.parameters_of(candidate)
         parsed = self.parsed
         candidate.path = parsed.path
@@ -17185,10 +17207,8 @@ class UpstreamRequest:
             candidate.added.clear()
             response = await self.send_once(candidate)
         # When it refuses again, the first refusal may just have quoted what it was sent.
-        if candidate.refused is not known and response.head.status < 400:
-            habits = upstreams.habits_of(candidate.key)
-            habits = habits._replace(refused_members=candidate.refused)
-            upstreams.note_habits(candidate.key, habits)
+        if candidate.refused is not candidate.habits.refused_members and response.head.status < 400:
+            upstreams.learn_habits(candidate.key, refused_members=candidate.refused)
         return response
 
     async def send_once(self, candidate: Candidate) -> UpstreamResponse:
@@ -17270,7 +17290,7 @@ class UpstreamRequest:
             and not self.parsed.wants_usage
             and USAGE_MEMBER not in candidate.refused
             and not candidate.parameters.may_change("stream_options", "include_usage")
-            and not self.context.upstreams.habits_of(candidate.key).tells_timings
+            and not candidate.habits.tells_timings
         )
 
 
@@ -17411,7 +17431,7 @@ class Exchange:
             return
         record.error = self.loggable(str(error))
         if self.sent == NOTHING:
-            send_error(self.writer, error, self.dialect, self.parsed.path, self.own_fields())
+            send_error(self.writer, error, self.dialect, self.parsed.path, self.own_lines())
             return
         record.status = error.status
         event = self.dialect.encode_event_error(error, self.parsed.path)
@@ -17425,16 +17445,18 @@ class Exchange:
         else:
             self.writer.cut(b"")
 
-    def own_fields(self) -> FieldPairs:
-        """Return the fields that tell what the router did with the request."""
+    def own_lines(self) -> str:
+        """Return the field lines that tell what the router did with the request."""
         record = self.record
-        # Clients choose the names of models, and `encode_route_fields` keeps them in memory.
+        # Clients choose the names of models, and `encode_route_lines` keeps them in memory.
         longest = self.context.limits.shown_name
         model = record.sent_model[:longest]
         route = record.route[:longest]
-        route_fields = encode_route_fields(record.upstream_url, model, route, len(record.attempts))
-        warnings = [(WARNING_FIELD, TRUNCATED)] if record.warnings else []
-        return [(REQUEST_ID_FIELD, record.request_id), *route_fields, *warnings]
+        lines = encode_id_line(record.request_id)
+        lines += encode_route_lines(record.upstream_url, model, route, len(record.attempts))
+        if record.warnings:
+            lines += f"{WARNING_FIELD}: {TRUNCATED}\r\n"
+        return lines
 
     # Pings
 
@@ -17469,9 +17491,9 @@ class Exchange:
         if self.sent == NOTHING:
             self.sent = PINGS
             fields = [("Content-Type", self.dialect.events.media_type), *STREAM_FIELDS]
-            fields.append((REQUEST_ID_FIELD, record.request_id))
             fields.append(("Date", http_date(int(now))))
-            self.writer.write_head(200, encode_field_lines(fields), None)
+            lines = encode_field_lines(fields) + encode_id_line(record.request_id)
+            self.writer.write_head(200, lines, None)
         self.writer.write_content(self.dialect.encode_ping(self.parsed, rfc3339(now)))
         record.response_size = self.writer.size
 
@@ -17587,7 +17609,7 @@ class Exchange:
         self.inflater = None
         self.record.first_token_at = None
         self.record.phase = "waiting"
-        self.record.upstream_url = str(candidate.instance.server.url)
+        self.record.upstream_url = candidate.instance.server.shown_url
         self.record.sent_model = candidate.model
         self.record.changes = candidate.changes
 
@@ -17608,9 +17630,7 @@ class Exchange:
         else:
             candidate.health.fail(text, reached=candidate.response is not None)
         # When it comes back it may be another server, which takes what this one has refused.
-        upstreams = self.context.upstreams
-        habits = upstreams.habits_of(candidate.key)
-        upstreams.note_habits(candidate.key, habits._replace(refused_members=frozenset()))
+        self.context.upstreams.learn_habits(candidate.key, refused_members=frozenset())
         # If the client got some of the answer, its attempt stands in the record as answered.
         if self.sent != ANSWER:
             self.note_attempt(candidate, text)
@@ -17764,10 +17784,12 @@ class Exchange:
     def filter_rules(self, candidate: Candidate) -> FilterRules:
         """Return what is taken out of the answers of a candidate."""
         settings = self.context.settings
-        habits = self.context.upstreams.habits_of(candidate.key)
-        own = Thinking(settings.strip_thinking, opened=habits.opens_thinking)
-        levels = (self.decision.thinking, candidate.instance.server.thinking, own)
-        return choose_rules(levels, settings.strip_json_markdown)
+        return choose_rules(
+            self.decision.thinking,
+            candidate.instance.server.thinking,
+            Thinking(settings.strip_thinking, opened=candidate.habits.opens_thinking),
+            settings.strip_json_markdown,
+        )
 
     def timing(self) -> Timing:
         """Return how long an answer took, and how long its first token, in ns."""
@@ -17883,18 +17905,19 @@ class Exchange:
 
     def conclude(self, rewriter: Rewriter) -> None:
         """Note what an answer has told by its end: an error, and what its server is like."""
-        self.record.error = self.loggable(rewriter.trouble)
-        upstreams = self.context.upstreams
-        habits = upstreams.habits_of(self.candidate.key)
+        self.record.error = self.loggable(rewriter.trouble) if rewriter.trouble else ""
+        candidate = self.candidate
+        learned: dict[str, Any] = {}
         if rewriter.lost_timings:
-            habits = habits._replace(tells_timings=True)
-        elif habits.tells_timings and not rewriter.tells_timings:
+            learned["tells_timings"] = True
+        elif candidate.habits.tells_timings and not rewriter.tells_timings:
             # Another server stands there now.
-            habits = habits._replace(tells_timings=False)
+            learned["tells_timings"] = False
         # When it is False, this time its stream was held back for nothing.
-        if self.candidate.opened_thinking is not None:
-            habits = habits._replace(opens_thinking=self.candidate.opened_thinking)
-        upstreams.note_habits(self.candidate.key, habits)
+        if candidate.opened_thinking is not None:
+            learned["opens_thinking"] = candidate.opened_thinking
+        if learned:
+            self.context.upstreams.learn_habits(candidate.key, **learned)
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or keep it back, as its rewriter says."""
@@ -17946,7 +17969,7 @@ class Exchange:
             guarded=bool(self.writer.extra_fields),
             media_type=self.candidate.response.media_type,
         )
-        lines = encode_answer_lines(head, shape) + encode_field_lines(self.own_fields())
+        lines = encode_answer_lines(head, shape) + self.own_lines()
         if head.fields.get("date") is None:
             # RFC 9110 section 6.6.1: who relays a response without a date adds one.
             lines += f"Date: {http_date(int(time.time()))}\r\n"
@@ -19524,7 +19547,7 @@ def find_url(table: RoutingTable, text: str) -> str:
     """
     for server in table.all_servers():
         if text in (server.name, server.url.without_scheme):
-            return str(server.url)
+            return server.shown_url
     # It may have been in an earlier table.
     with contextlib.suppress(ValueError):
         return str(parse_upstream_url(text))
@@ -19587,7 +19610,7 @@ async def serve_upstream_state(context: Context, request: Request) -> None:
     context.log.print_line(f"server {server.name}: {state}, says {request.source_host}")
     if state == OFF:
         for record in list(context.log.running.values()):
-            if record.stop and record.upstream_url == str(server.url):
+            if record.stop and record.upstream_url == server.shown_url:
                 record.stop(ServerClosed(f"{server.name} was switched off by its owner"))
     request.writer.send_json({"name": server.name, "state": state})
 
@@ -19636,7 +19659,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
     documents = []
     for server, models in zip(servers, model_lists, strict=True):
         instances = context.upstreams.health_of_server(server)
-        url = str(server.url)
+        url = server.shown_url
         health = server_state(instances, time.monotonic())
         # How the servers are is known without the log, and shown without it.
         last_hour = dict.fromkeys(LAST_HOUR)
@@ -19668,7 +19691,7 @@ def table_document(table: RoutingTable) -> dict[str, Any]:
     servers = [
         {
             "name": server.name,
-            "url": str(server.url),
+            "url": server.shown_url,
             "api": server.api,
             "slots": server.slots,
         }
@@ -19705,7 +19728,7 @@ def decision_document(decision: Decision, source_host: str) -> dict[str, Any]:
         server = instance.server
         shown = {
             "server": server.name,
-            "url": str(server.url),
+            "url": server.shown_url,
             "model": instance.model,
         }
         words = merge_parameters(decision.parameters, server.parameters).describe()
@@ -20386,16 +20409,16 @@ class Application:
                 # A browser gets the page all the same: it shows the sign-in.
                 send_page(self.context, request, error.status, error.fields)
             else:
-                own_fields = self.note_refusal(request, error, found)
-                send_error(request.writer, error, request.dialect, request.path, own_fields)
+                lines = self.note_refusal(request, error, found)
+                send_error(request.writer, error, request.dialect, request.path, lines)
         except Exception:  # a fault of ours must cost one request alone
             if request.connection.failure:
                 # It is no fault of ours: the client has gone while it was being answered.
                 raise
             self.context.log.print_line(traceback.format_exc())
             internal = RouterError("internal error; see the log")
-            own_fields = self.note_refusal(request, internal, found)
-            send_error(request.writer, internal, request.dialect, request.path, own_fields)
+            lines = self.note_refusal(request, internal, found)
+            send_error(request.writer, internal, request.dialect, request.path, lines)
         finally:
             self.content_size -= request.counted_octets
         # An exchange has printed its own line; the page's polling is not worth one.
@@ -20406,19 +20429,19 @@ class Application:
                 request.source_host, request.head.method, request.path, status, reason
             )
 
-    def note_refusal(self, request: Request, error: RouterError, found: Found) -> FieldPairs:
+    def note_refusal(self, request: Request, error: RouterError, found: Found) -> str:
         """Keep a row of a request for the model API that was refused before it had one.
 
-        Returns the field that tells the client its id, if there is a row.
+        Returns the field line that tells the client its id, if there is a row.
         """
         context = self.context
         # A client that asks for another protocol first has not asked a model for anything yet.
         asks_nothing = isinstance(error, UpgradeRequired)
         if request.recorded or asks_nothing or not found.is_of_api(request.head.method):
-            return []
+            return ""
         request.recorded = True
         if not context.log.refused.admit(time.monotonic()):
-            return []
+            return ""
         record = RequestRecord.of_refused(
             context.next_request_id(),
             request.source_host,
@@ -20442,16 +20465,16 @@ class Application:
                 record.note_conversation(read)
         return self.finish_refusal(record, error.status, str(error))
 
-    def finish_refusal(self, record: RequestRecord, status: int, reason: str) -> FieldPairs:
-        """Let the log have the record of a refused request; return the field that tells its id."""
+    def finish_refusal(self, record: RequestRecord, status: int, reason: str) -> str:
+        """Let the log have the record of a refused request; return the field line with its id."""
         record.status = status
         record.error = hide_in_text(reason, record.secrets)[: self.context.limits.error_text]
         self.context.log.begin(record)
         self.context.log.finish(record)
-        return [(REQUEST_ID_FIELD, record.request_id)]
+        return encode_id_line(record.request_id)
 
-    def note_unreadable(self, source_host: str, data: bytes, error: RouterError) -> FieldPairs:
-        """Keep a row of a request whose head cannot be read; return the field that tells its id.
+    def note_unreadable(self, source_host: str, data: bytes, error: RouterError) -> str:
+        """Keep a row of a request whose head cannot be read; return the field line with its id.
 
         `data` is what came of it, in which method and target may stand all the same.
         """
@@ -20466,9 +20489,9 @@ class Application:
         reason = hide_quoted_field(str(error))
         if start and not found.is_of_api(method):
             context.log.print_request(source_host, str(error.status), reason)
-            return []
+            return ""
         if not context.log.refused.admit(time.monotonic()):
-            return []
+            return ""
         service = (found.of_path[0].dialect if found.of_path else OPENAI).service
         record = RequestRecord.of_refused(
             context.next_request_id(), source_host, service, method, target
@@ -20918,8 +20941,8 @@ class HTTPServer:
             if seen.startswith(b"HEAD "):
                 # Content would be taken for the next answer (RFC 9110 section 9.3.2).
                 writer.method = "HEAD"
-            own_fields = self.application.note_unreadable(peer, seen, error)
-            send_error(writer, error, OPENAI, "", own_fields)
+            lines = self.application.note_unreadable(peer, seen, error)
+            send_error(writer, error, OPENAI, "", lines)
             await connection.linger()
             return None
         connection.clear_deadline()
