@@ -16260,7 +16260,8 @@ class RequestLog:
             if CORRUPT_MESSAGE.search(str(error)):
                 self.is_suspect = True
             self.has_work.set()
-            raise LogUnavailable(f"the log cannot be read: {error}") from None
+            # What is wrong with the whole file says more than what one statement lacks in it.
+            raise LogUnavailable(f"the log cannot be read: {self.error or error}") from None
 
     def close(self, seconds: float = 0.0) -> None:
         """Write what is left and end the thread; a database in trouble gets so many seconds."""
@@ -23066,7 +23067,9 @@ nav a[aria-current] { background: var(--tint); color: var(--on-tint); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
   padding: .875rem 1rem; min-width: 0; }
 .heading { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; }
+.card:not(.stack) > :is(.heading, h2):first-child { margin-bottom: .4rem; }
 .line { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; min-width: 0; }
+.stack > p:empty { display: none; }
 .push { margin-left: auto; } .grow { flex: 1 1 10rem; min-width: 0; }
 .trouble { padding: .6rem 1rem; margin-bottom: .5rem; border-radius: 10px; }
 .empty { padding: 1rem 0 .5rem; color: var(--quiet); }
@@ -23088,8 +23091,9 @@ button.main { background: var(--accent); border-color: var(--accent); color: var
 button.stop { color: var(--bad); } button.bare, .bare { border-color: transparent; }
 .small-button { padding: 0 .55rem; font-size: .75rem; }
 .controls { display: flex; flex-wrap: wrap; gap: .4rem; align-items: end; }
+.controls > button { height: 2rem; }
 label { display: grid; gap: .15rem; flex: 1 1 7rem; min-width: 0; font-size: .75rem;
-  color: var(--quiet); } .wide { flex: 2.5 1 12rem; }
+  color: var(--quiet); } .wide { flex: 2.5 1 12rem; } .axis { flex-basis: 9.25rem; }
 input, select, textarea { width: 100%; height: 2rem; padding: .2rem .55rem; color: var(--text);
   background: var(--card); border: 1px solid var(--edge); border-radius: 8px; }
 textarea { resize: vertical; height: 6rem; } ::placeholder { color: var(--quiet); opacity: 1; }
@@ -23127,7 +23131,7 @@ summary { cursor: pointer; } select { padding-right: 0; }
 .chip > summary:hover { background: var(--hover); } .chip.loud >
   summary { border-color: var(--warn);
   background: var(--warn-tint); }
-.chip b { flex: 0 1 auto; min-width: 4.5rem; } .chip .why { flex: 0 9 auto; }
+.chip b { flex: 0 1 auto; min-width: 2.75rem; } .chip .why { flex: 0 9 auto; }
 .chip .load { flex: none; white-space: nowrap; }
 .chip[open] { z-index: 5; } .chip .panel { position: absolute; top: calc(100% + 4px); left: 0;
   width: max(100%, 20rem); max-width: calc(100vw - 2.5rem); background: var(--card);
@@ -23185,7 +23189,8 @@ td.number, th.number { text-align: right; }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .chart > svg { position: absolute; width: 100%; height: 100%; }
 .chart > svg[tabindex] { cursor: crosshair; }
-.chart text { fill: var(--quiet); font-size: 12px; } .grid { stroke: var(--line); }
+.chart text { fill: var(--quiet); font-size: 12px; paint-order: stroke; stroke: var(--card);
+  stroke-width: 4px; stroke-linejoin: round; } .grid { stroke: var(--line); }
 .guide { fill: none; stroke: var(--edge); stroke-dasharray: 2 5; }
 .dots { fill: currentColor; fill-opacity: .55; stroke: currentColor; stroke-opacity: .8; }
 .dots.hollow { fill: none; } .fit { stroke: currentColor; stroke-width: 1.5; fill: none; }
@@ -23221,9 +23226,10 @@ td.number, th.number { text-align: right; }
 .notice li::before { content: "⚠ "; }
 .turn { padding: .5rem 0; } .turn + .turn { border-top: 1px solid var(--line); }
 .turn > summary { display: flex; gap: .75rem; list-style: none; align-items: baseline; }
-.turn > summary::before { content: "▸"; color: var(--quiet); width: .6rem; }
+.turn > summary::before { content: "▸"; color: var(--quiet); flex: none; width: .6rem; }
 .turn[open] > summary::before { content: "▾"; } .turn[open] > summary .first { display: none; }
-.turn h3 { flex: 0 1 auto; min-width: 5.5rem; color: var(--quiet); overflow-wrap: anywhere; }
+.turn h3 { flex: 0 0 auto; min-width: 5.5rem; max-width: 40%; color: var(--quiet);
+  overflow-wrap: anywhere; }
 .turn.assistant h3 { color: var(--accent); } .turn > .body { padding: .35rem 0 .25rem 1.35rem; }
 .body { display: grid; gap: .5rem; grid-template-columns: minmax(0, 1fr); }
 .said { unicode-bidi: plaintext; max-width: 52rem; max-height: 44rem; overflow: auto;
@@ -23245,13 +23251,14 @@ td.number, th.number { text-align: right; }
 /* -- Clients, Compare ------------------------------------------------------------------------ */
 .share { display: inline-block; width: 6rem; height: 8px; background: var(--sunken); }
 .share i { display: block; height: 100%; background: var(--accent); border-radius: 2px; }
-.one { flex: 0 1 12rem; } #who .line { flex-wrap: nowrap; } #who td { white-space: nowrap; }
+#who .line { flex-wrap: nowrap; } #who td { white-space: nowrap; }
+#others td:first-child { white-space: nowrap; }
 .lineup { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); }
 .difference ins { background: var(--good-tint); color: var(--good); text-decoration: none; }
 .difference del { background: var(--bad-tint); color: var(--bad); }
 /* -- Narrow, and calm ------------------------------------------------------------------------ */
-#filter-button { display: none; }
+.fold { display: none; }
 @media (max-width: 75rem) {
   .c-client, .c-speed { display: none; }
   .strip { grid-template-columns: repeat(5, minmax(0, 1fr)); }
@@ -23267,15 +23274,15 @@ td.number, th.number { text-align: right; }
   .strip b { font-size: 1rem; } .lanes { padding: .35rem .75rem; }
   .lane { grid-template-columns: minmax(0, 1fr) auto auto auto; }
   .lane > .from { display: none; } .lane > .rate { display: none; }
-  #filter-button { display: block; } #filters:not(.open) > label:not(.wide) { display: none; }
-  #filters:not(.open) > button[type=reset] { display: none; }
+  .fold { display: block; }
+  .folds:not(.open) > :is(label:not(.wide, .kept), button[type=reset]) { display: none; }
   .rows, .rows tbody { display: block; } .rows thead { display: none; }
   .rows tr { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: 0 .6rem;
     border-top: 1px solid var(--line); padding: .45rem 0; }
   .rows td { display: none; height: auto; padding: 0; border: 0; width: auto; line-height: 1.35; }
   .rows .c-time, .rows .c-model, .rows .c-status, .rows .c-words, .rows .c-duration {
     display: block; } .rows .c-time, .rows .c-model { grid-row: 1; }
-  .rows .c-status { grid-area: 1 / 3; max-width: 10rem; text-align: right; }
+  .rows .c-status { grid-area: 1 / 3; max-width: 8rem; text-align: right; }
   .rows .c-words { grid-area: 2 / 1 / 3 / 3; color: var(--quiet); }
   .rows .c-duration { grid-area: 2 / 3; text-align: right; }
   nav { order: 9; width: 100%; } nav { gap: 0; }
@@ -23283,6 +23290,13 @@ td.number, th.number { text-align: right; }
     padding-top: .5rem; }
   #live { margin-left: auto; } .bar button { padding: .1rem .5rem; } .took { display: block; }
     .meter { display: none; }
+  #difference h2 { width: 100%; }
+  .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0;
+    background: var(--card); }
+  #others tr { display: grid; grid-template-columns: 1fr auto; padding: .4rem 0;
+    border-top: 1px solid var(--line); } #others td { border: 0; padding: 0; }
+  #others td:nth-child(2), #others td:nth-child(4) { grid-column: 1 / 3; }
+  #others td:nth-child(2) { order: 1; } #others td:nth-child(4) { order: 2; }
   .trail li { font-size: .875rem; } .chip .panel { max-width: calc(100vw - 1.5rem); }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
@@ -23317,10 +23331,10 @@ td.number, th.number { text-align: right; }
     <div id="lanes"></div></section>
   <section class="card" aria-labelledby="rows-title">
     <h2 class="unseen" id="rows-title">Requests</h2>
-    <form class="controls" id="filters" role="search" aria-label="Filter the requests">
+    <form class="controls folds" id="filters" role="search" aria-label="Filter the requests">
       <label class="wide"><span class="unseen">Search</span><input name="q" type="search"
-        placeholder="Search words, models, errors   /"></label>
-      <button type="button" id="filter-button" aria-expanded="false">Filters</button>
+        placeholder="/  Search words, models, errors"></label>
+      <button type="button" class="fold" aria-expanded="false">Filters</button>
       <label><span class="unseen">Model</span><input name="model" list="models"
         placeholder="Model"></label>
       <label><span class="unseen">Server</span><input name="upstream" list="upstreams"
@@ -23343,31 +23357,32 @@ td.number, th.number { text-align: right; }
       <span class="choice" id="span" role="group" aria-label="Span of the histogram"><button
         type="button" value="1h">1 h</button><button type="button" value="24h">24 h</button><button
         type="button" value="7d">7 d</button></span></div>
-    <table class="rows" id="rows" aria-label="Requests, newest first"><thead></thead>
+    <table class="rows" id="rows" aria-label="Requests, newest first" hidden><thead></thead>
       <tbody></tbody></table>
     <div id="rows-empty"></div>
     <p class="line"><a class="button" id="newest" hidden>Newest</a>
       <a class="button push" id="older" hidden>Older</a></p></section></div>
 <div class="view wide-gap" id="performance" hidden><h1 class="unseen">Performance</h1>
-  <form class="controls" id="lens" aria-label="What the figures are of">
-    <label>Time<select name="hours"><option value="1">1 hour<option value="6">6 hours<option
-      value="24" selected>24 hours<option value="168">7 days</select></label>
+  <form class="controls folds" id="lens" aria-label="What the figures are of">
+    <label class="kept">Time<select name="hours"><option value="1">1 hour<option value="6">6 hours
+      <option value="24" selected>24 hours<option value="168">7 days</select></label>
+    <button type="button" class="fold" aria-expanded="false">Filters</button>
     <label>Model<input name="model" list="models" placeholder="Any"></label>
     <label>Server<input name="upstream" list="upstreams" placeholder="Any"></label>
     <label>Client<input name="client" list="clients" placeholder="Any"></label>
     <label>Service<select name="service_type"><option value="">Any<option
       value="openai">OpenAI<option value="ollama">Ollama</select></label>
-    <label>Across<select name="x"></select></label>
-    <label>Up<select name="y"></select></label>
+    <label class="axis">Across<select name="x"></select></label>
+    <label class="axis">Up<select name="y"></select></label>
     <label>Scale<select name="scale"><option value="xy">Logarithmic<option value="none">Linear
       <option value="x">Log across<option value="y">Log up</select></label>
     <button type="button" id="export" disabled>Export CSV</button></form>
-  <section class="card" aria-labelledby="leaders-title">
+  <section class="card" aria-labelledby="leaders-title" hidden>
     <div class="heading"><h2 id="leaders-title">Models and the servers they ran on</h2>
       <span class="small">prefill and decode as fitted from the requests below</span></div>
     <div class="scroll" tabindex="0" role="region" aria-label="Leaderboard"><table id="leaders"
       ><thead></thead><tbody></tbody></table></div></section>
-  <section class="card" aria-labelledby="chart-title">
+  <section class="card" aria-labelledby="chart-title" id="chart-card">
     <div class="heading"><h2 id="chart-title"></h2><span class="small" id="chart-note"></span></div>
     <figure class="chart" id="chart"></figure>
     <p class="unseen" id="chart-says" role="status"></p>
@@ -23384,16 +23399,16 @@ td.number, th.number { text-align: right; }
   <header class="heading" id="head"></header>
   <div class="xray"><div class="stack parts">
     <div id="reason" hidden></div>
-    <section class="card" id="answer" aria-label="Answer" hidden></section>
+    <section class="card stack" id="answer" aria-label="Answer" hidden></section>
     <section class="card" id="talk" hidden><h2>Conversation</h2><div id="turns"></div></section>
     <section class="card" id="others" hidden></section>
     <div class="stack" id="raw"></div></div>
-  <section class="card stack" id="story" aria-label="What happened"></section></div></div>
+  <section class="card stack" id="story" aria-label="What happened" hidden></section></div></div>
 <div class="view wide-gap" id="clients-view" hidden><h1 class="unseen">Clients</h1>
-  <form class="controls" id="clients-form" aria-label="What the figures are of">
-    <label class="one">Time<select name="hours"><option value="1">1 hour<option value="24" selected
-      >24 hours<option value="168">7 days</select></label></form>
-  <section class="card"><h2>Who uses what</h2>
+  <section class="card"><div class="heading"><h2>Who uses what</h2>
+    <form class="push" id="clients-form" aria-label="What the figures are of">
+      <label><span class="unseen">Time</span><select name="hours"><option value="1">1 hour<option
+        value="24" selected>24 hours<option value="168">7 days</select></label></form></div>
     <div class="scroll" tabindex="0" role="region" aria-label="Clients"><table id="who"><thead
       ></thead><tbody></tbody></table></div><div id="who-empty"></div></section></div>
 <div class="view wide-gap" id="compare" hidden><h1 class="unseen">Compare</h1>
@@ -23639,6 +23654,14 @@ function bindForm(form, changed) {
   form.addEventListener("reset", () => setTimeout(update));
   form.addEventListener("submit", event => event.preventDefault());
 }
+/** On a narrow screen the filters of a view stand behind a button that says how many there are. */
+function showFolded(form, names) {
+  const number = names.filter(name => params().has(name)).length;
+  const button = form.querySelector(".fold");
+  say(button, number ? `Filters · ${number}` : "Filters");
+  button.onclick = () =>
+    button.setAttribute("aria-expanded", String(form.classList.toggle("open")));
+}
 /** Give a field what the address says; a value that a list does not have is added to it. */
 function fillField(field, name, initial) {
   const value = params().get(name) ?? initial;
@@ -23742,6 +23765,7 @@ function showStrip() {
     ([label, value, more, href]) => node("a", {href, onclick: followHere},
       node("span", label), node("b", value), more && node("small", more))));
 }
+const SERVICES = {openai: "OpenAI", ollama: "Ollama"};
 const modeOf = ({state}) => /^(drain|off)$/.test(state) ? state : "on";
 const STATES = {up: ["good", "✓", "up"], cooling: ["warn", "◔", "cooling"],
   down: ["bad", "✕", "down"], drain: ["warn", "⏸", "drained"],
@@ -23802,10 +23826,10 @@ function dayNode({hours}) {
   }));
 }
 function panelNodes(server, kind, word) {
-  const facts = present({"Address": short(server.url), "API": server.api,
+  const facts = present({"Address": short(server.url), "API": SERVICES[server.api] ?? server.api,
     "Last hour": known(server.requests) &&
       `${plural(server.requests, "request")}, ${server.errors} failed`,
-    "Median": server.p50_ms && span(server.p50_ms), "Failures in a row": server.failures,
+    "Median time": server.p50_ms && span(server.p50_ms), "Failures in a row": server.failures,
     "Models asked for": known(server.models_age_s) &&
       (server.models_age_s ? `${span(server.models_age_s * 1000)} ago` : "just now")});
   return [node("p.line", node(`span.badge.${kind}`, word),
@@ -24061,9 +24085,7 @@ function filterBy(values) {
   drawBars();
 }
 function showFilters() {
-  const number = FILTERS.filter(name => name !== "q" && name !== "end" &&
-    params().has(name)).length;
-  say(byId("filter-button"), number ? `Filters · ${number}` : "Filters");
+  showFolded(byId("filters"), FILTERS.filter(name => name !== "q" && name !== "end"));
   showExtraFilters();
 }
 /** Follow a link that leads to other filters of this view without loading the page again. */
@@ -24123,8 +24145,6 @@ function openOverview() {
   bindForm(byId("filters"), () => { showFilters(); return loadRows(); });
   byId("rows").tHead.append(node("tr", COLUMNS.map(([name, label, , kind]) =>
     node("th", {class: [`c-${name}`, kind].filter(Boolean).join(" "), scope: "col"}, label))));
-  byId("filter-button").onclick = ({currentTarget: button}) => button.setAttribute("aria-expanded",
-    String(byId("filters").classList.toggle("open")));
   byId("span").onclick = chooseSpan;
   markSpan();
   showFilters();
@@ -24190,7 +24210,7 @@ function runWords(run) {
     tokens > 0 && ` · ${plural(tokens, "token")}`,
     tokens > 1 && ms > 0 && ` · ${plain(tokens * 1000 / ms)} tok/s`,
     run.done || run.error ? ` · ${span(run.whole)}` : known(run.first) ? "" : " · waiting",
-    run.id && [" · ", node("a", {href: `/request/${run.id}`}, "its request")]];
+    run.id && [" · ", node("a.cut", {href: `/request/${run.id}`}, "its request")]];
 }
 async function tryIt(event) {
   event.preventDefault();
@@ -24289,7 +24309,9 @@ function scaleOf(values, log, from, to) {
 }
 function linearTicks(high, room) {
   const ten = 10 ** Math.floor(Math.log10(high / room));
-  const step = ten * [1, 2, 5, 10].find(digit => ten * digit >= high / room);
+  const wide = [1, 2, 5, 10].findIndex(digit => ten * digit >= high / room);
+  // Two ticks alone would hardly be a scale.
+  const step = ten * [.5, 1, 2, 5, 10][high / ten / [1, 2, 5, 10][wide] < 2 ? wide : wide + 1];
   return Array.from({length: Math.floor(high / step) + 1}, (_, n) => n * step);
 }
 /** Ticks at tens; at 1, 2 and 5 where there is room; even ones where a decade is not spanned. */
@@ -24324,7 +24346,7 @@ function speedLine(x, y, speed, top) {
     .filter(([, ms]) => ms >= y.low && ms <= y.high).map(([at, ms]) => [at, y.at(ms)]);
   const [endX, endY] = places.at(-1) ?? [];
   return places.length > 8 && [drawn("polyline.guide", {points: places.join(" ")}),
-    drawn("text", {x: endX - 4, y: Math.max(endY - 5, top + 10), "text-anchor": "end"},
+    drawn("text", {x: endX, y: endY < top + 10 ? top - 5 : endY - 7, "text-anchor": "end"},
       `${speed} tok/s`)];
 }
 const middleOf = sorted => sorted[Math.floor(sorted.length / 2)];
@@ -24387,6 +24409,7 @@ const hintNodes = one => [[markNode(one.model), named(one.model)],
 function showPerformance({data_points: points, models, meta}) {
   Object.assign(app, {points, meta});
   suggest("models", models.map(one => one.model));
+  if (!points.length && !byId("models").children.length) suggestModels().then(showChart);
   if (!byId("chart").querySelector(".hint:not([hidden])")) showChart();  // somebody reads it
   showLeaders();
 }
@@ -24408,6 +24431,7 @@ function showChart() {
     (app.meta.sampled ? `, an even sample of ${count(app.meta.total_points)}` : "") +
     (left ? `, ${count(left)} hidden or without these figures` : ""));
   showLegend(hidden);
+  byId("chart-card").hidden = !known(app.meta.total_points);  // nothing is known yet
   byId("chart-empty").replaceChildren(all.length ? "" : model
     ? empty("No request of this model is there.", "Choose another model, or a longer time.")
     : empty("No request in this range.", "Choose a longer one, or send one:", exampleNode()));
@@ -24626,6 +24650,8 @@ async function loadPerformance() {
   await Promise.all([load("performance", {...lensValues(), limit: 2000}, showPerformance),
     load("trends", {...lensValues(), client: null}, showTrends)]);
 }
+const showLens = () => showFolded(byId("lens"),
+  ["model", "upstream", "client", "service_type", "x", "y", "scale"]);
 const performanceSoon = paced(loadPerformance, 5000);
 function openPerformance() {
   for (const [name, chosen] of [["x", "completion_tokens"], ["y", "duration_ms"]])
@@ -24634,7 +24660,8 @@ function openPerformance() {
   byId("leaders").tHead.append(node("tr", LEADERS.map(([label, key, format]) => node("th",
     {class: format && "number", scope: "col"}, key === "spread" ? label
       : node("button", {onclick: () => sortBy(key)}, label)))));
-  bindForm(byId("lens"), loadPerformance);
+  bindForm(byId("lens"), () => { showLens(); return loadPerformance(); });
+  showLens();
   byId("export").onclick = exportShown;
   new ResizeObserver(() => { showChart(); showTimes(); }).observe(byId("chart").parentNode);
 }
@@ -24927,6 +24954,7 @@ function jsonNode(text) {
 /** How it was routed, where the time went, and the figures; what is unusual stands first. */
 function showStory(doc) {
   const isOpen = byId("rules")?.open;
+  byId("story").hidden = false;
   byId("story").replaceChildren(noticeNode(doc) || "", node("h2", "How it went"), trailNode(doc),
     phasesNode(doc), factsNode(doc), node("details", {open: isOpen, id: "rules"},
       node("summary.small", `Rules tried: ${doc.trail.length}`), stepsNode(doc.trail)));
@@ -24997,6 +25025,11 @@ function phasesNode(doc) {
   node("span.push", "in all ", node("b", span(whole)))));
 }
 const sizesOf = row => `${bytes(row.request_size)} → ${bytes(row.response_size)}`;
+/** When a request began and ended; the day of its end only where it is another one. */
+function timesOf({timestamp, completed_at: end}) {
+  const [from, to] = [timestamp, end].map(local), isDay = from.slice(0, 10) === to.slice(0, 10);
+  return `${from} → ${end ? isDay ? to.slice(11) : to : "…"}`;
+}
 function factsNode(doc) {
   const facts = {
     "Tokens in → out": tokensNode(doc), "Cached prompt": doc.cached_tokens &&
@@ -25007,13 +25040,14 @@ function factsNode(doc) {
     "From": doc.client && doc.client !== doc.source_ip && doc.source_ip,
     "Session": doc.session && node("a", {href: `/?session=${encodeURIComponent(doc.session)}`},
       named(doc.session, 24)),
-    "Path": `${doc.method} ${doc.path}`, "Service": doc.service_type,
-    "Server": doc.upstream_url && short(doc.upstream_url), "Program": doc.user_agent,
-    "Key's fingerprint": doc.client_key, "Request id": doc.request_id,
-    "Started": local(doc.timestamp), "Ended": doc.completed_at && local(doc.completed_at)};
+    "Path": `${doc.method} ${doc.path}`, "Service": SERVICES[doc.service_type],
+    "Address of the server": doc.upstream_url && short(doc.upstream_url),
+    "Program": doc.user_agent, "Key's fingerprint": doc.client_key, "Request id": doc.request_id,
+    "Started → ended": timesOf(doc)};
+  const isLong = name => /^(Path|Program|Request id|Started → ended)$/.test(name);
   return node("dl.facts", present(facts).map(([name, value]) => node(
-    /^(Path|Program|Request id)$/.test(name) ? "div.whole" : "div", node("dt", name), node("dd",
-      value.nodeType ? value : named(value, 200)))));
+    isLong(name) ? "div.whole" : "div", node("dt", name),
+    node("dd", value.nodeType ? value : named(value, 200)))));
 }
 /** The other turns of the same conversation, and how much of the prompt they share with this. */
 async function showOthers(doc) {
@@ -25068,7 +25102,8 @@ function sharedNode(doc, other) {
   const place = `${clip(role, 20)}, character ${count(character)}`;
   return role ? node("span.is-warn", `⚠ prompt cache lost at ${place}`,
     node("span.quiet", `, ${percent(share)} the same`))
-    : node("span.is-good", `continues it, ${percent(share)} the same`);
+    : node("span.is-good", share === 1 ? "the same prompt"
+      : `continues it, ${percent(share)} the same`);
 }
 /** The conversation as a chat's request has it, without this answer. */
 function messagesOf(doc) {
@@ -25129,6 +25164,8 @@ async function openCompare() {
   while (form.querySelectorAll("[name=model]").length < 2) addModel("");
   byId("add-model").onclick = () => addModel("").focus();
   form.addEventListener("submit", compareModels);
+  fill(byId("lineup"), node("p.quiet", "The answers appear here side by side, each with its " +
+    "first token, its speed and its tokens; below them the words in which any two differ."));
   byId("compare-stop").onclick = () => app.comparing?.abort("stopped");
 }
 /** Compare what was asked in a request: its conversation, and first of all its model. */
@@ -25147,7 +25184,8 @@ async function takeRequest(id) {
 }
 function addModel(value) {
   const fields = byId("compare-models"), number = fields.children.length + 1;
-  const field = node("input", {name: "model", list: "models", value, autocomplete: "off"});
+  const field = node("input", {name: "model", list: "models", value, autocomplete: "off",
+    required: number <= 2, placeholder: number <= 2 ? "A model or an alias" : "One more"});
   fields.append(node("label", `Model ${number}`, field));
   byId("add-model").disabled = number >= LANES_MOST;
   return field;

@@ -23528,9 +23528,9 @@ def test_overview_at_a_glance(tab: Any) -> None:
     # On a narrow screen the filters stand behind one button.
     tab.set_viewport_size({"width": 380, "height": 800})
     assert not tab.is_visible("#filters [name=model]")
-    tab.click("#filter-button")
+    tab.click("#filters .fold")
     assert tab.is_visible("#filters [name=model]")
-    assert tab.get_attribute("#filter-button", "aria-expanded") == "true"
+    assert tab.get_attribute("#filters .fold", "aria-expanded") == "true"
     # The head is two lines, and a drawer as wide as the screen.
     assert tab.evaluate("document.querySelector('nav').offsetHeight") < 40
     tab.click("#try-button")
@@ -23761,6 +23761,26 @@ def test_page_shows_an_error_behind_a_good_status(tab: Any) -> None:
     wait_text(tab, "#reason", "no memory")
     tab.goto(f"{router.url}/performance?model={model}")
     assert wait_until(lambda: tab.locator(".dots.hollow").count() == 1)
+
+
+def test_page_shows_what_needs_no_log(tab: Any, tmp_path: pathlib.Path) -> None:
+    """A database in trouble is told once; servers and lanes show all the same."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as db:
+        db.execute("CREATE TABLE taken (by_another_program)")
+    page = ("serve", "--dashboard", str(HERE / "dashboard.html"))
+    settings = {"DB_PATH": str(tmp_path / "other.db"), "DEFAULT_UPSTREAM": default_upstream().url}
+    with Router(settings, args=page) as router:
+        tab.goto(router.url)
+        wait_text(tab, "#troubles", "other.db is another program's database; set another DB_PATH")
+        assert wait_until(lambda: tab.locator(".chip").count() == 1)
+        wait_text(tab, "#lanes", "Nothing is running")
+        assert tab.locator(".trouble").count() == 1
+        # Nothing is said of what is not known.
+        assert tab.text_content("#rows-empty") == "" and not tab.is_visible("#rows")
+        tab.goto(f"{router.url}/performance")
+        wait_text(tab, "#troubles", "another program's database")
+        assert tab.locator(".card:visible").count() == 0
+    expect_wrong(tab, "503")
 
 
 def test_page_says_when_nobody_answers(tab: Any) -> None:
@@ -24105,8 +24125,8 @@ def test_request_shows_how_it_was_routed(tab: Any) -> None:
     )
     # All times are in the local time of the browser.
     assert "answered at try 2" in tab.text_content(".notice")
-    assert f"Started{begun}" in tab.text_content(".facts")
-    assert f"Ended{ended}" in tab.text_content(".facts")
+    times = tab.locator(".facts div:has-text('Started') dd").text_content()
+    assert times == f"{begun} → {ended[11:] if ended[:10] == begun[:10] else ended}"
     tab.click("#rules > summary")
     assert "alias coder" in tab.locator("#rules").inner_text()
     tab.goto(f"{router.url}/request/7")
