@@ -14900,7 +14900,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         duration = round((record.finished_at - record.started_at) * 1000, 1)
         completed_at = timestamp + int(duration)
         failed = int(record.has_failed)
-    return Row(
+    values = (
         record.id,
         record.request_id,
         timestamp,
@@ -14937,6 +14937,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         encode_words(record.warnings, record.secrets),
         record.router,
     )
+    return Row._make(values)
 
 
 def pack_blob(body: bytes) -> PackedBody:
@@ -15603,7 +15604,8 @@ class Store:
                     db.execute(INSERT_BLOB, (digest, len(data)))
                     # Also where the table has it already: somebody may have deleted the file.
                     self.bodies.keep(digest, data)
-            rows = [*running, *(record.row for record in records)]
+            finished = [record.row for record in records]
+            rows = [*running, *finished]
             # The smallest id of an hour comes last, and stays.
             newest_first = sorted(rows, key=operator.attrgetter("id"), reverse=True)
             first_ids = {row.timestamp // HOUR_MS: row.id for row in newest_first}
@@ -15615,7 +15617,7 @@ class Store:
             insert_rows(db, "requests", rows)
             insert_rows(db, "details", details)
             self.add_tallies(db, tallies)
-            self.add_clients(db, [record.row for record in records])
+            self.add_clients(db, finished)
 
     def write_files(self, blobs: Sequence[PackedBody | None]) -> None:
         """Write the files of long bodies before the transaction, in which others would wait.
@@ -16077,6 +16079,9 @@ class RequestLog:
 
     # Gets each finished request, if somebody wants its span.
     spans: SpanExporter | None = None
+    # The rows that were published last, and their sums.
+    published_rows: Sequence[Row] = ()
+    published_tallies: Tallies | None = None
 
     def __init__(
         self, settings: Settings, limits: Limits, print_line: Callable[[str], None]
@@ -16426,11 +16431,13 @@ class RequestLog:
             return False
         return self.is_behind(self.limits.row_delay / 2) or not self.body_budget.has_time()
 
-    def publish(self, rows: Sequence[Row]) -> None:
+    def publish(self, rows: list[Row]) -> None:
         """Count rows for /metrics, and pass them to the pages that are open."""
         for queue in list(self.row_queues):
             queue.extend(rows)
-        for (_, service, model, server), tally in sum_rows(rows).items():
+        self.published_rows = rows
+        self.published_tallies = sum_rows(rows)
+        for (_, service, model, server), tally in self.published_tallies.items():
             key = (service, model, server)
             # Clients choose the names of models, and each key costs memory as long as we live.
             if key not in self.series and len(self.series) >= self.limits.metric_series:
@@ -16484,7 +16491,12 @@ class RequestLog:
         batch = list(itertools.islice(self.finished, count))
         self.ids.number(batch)
         unfinished = [make_row(record, Detail(), finished=False) for record in running]
-        self.store.write(unfinished, batch, sum_rows(record.row for record in batch))
+        rows = [record.row for record in batch]
+        tallies = self.published_tallies
+        if rows != self.published_rows:
+            # They have waited for the database, or got their ids just now.
+            tallies = sum_rows(rows)
+        self.store.write(unfinished, batch, tallies)
         for record in running:
             record.has_unfinished_row = True
         self.release_oldest(count)
