@@ -33,7 +33,8 @@ examples of each property, `-k fuzz` these alone: some minutes.
 
 All tests take about three minutes on two cores, and stay so when a new one is cheap:
 
-- What is pure is tested as the function that it is, and a table of cases with `@each_row`.
+- What is pure is tested as the function that it is, and a table of cases with `@each_row`;
+  `at_once=8` runs so many of its rows in threads, where they wait most of the time.
 - A script has a model name of its own, so that tests share `default_router()` and its upstream.
   `shared_router(settings)` is the next choice. `Router(settings)` is for what changes, signals or
   ends it; it is a fork of one process that has imported the program, which costs little. Only
@@ -176,6 +177,19 @@ def map_in_threads(task: Callable[..., Any], *inputs: Iterable[Any], workers: in
         return list(pool.map(task, *inputs))
 
 
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember what a function makes, as `functools.cache` does; threads cannot make it twice."""
+    cached = functools.cache(make)
+    lock = threading.RLock()
+
+    @functools.wraps(make)
+    def get(*args: Any, **named: Any) -> Any:
+        with lock:
+            return cached(*args, **named)
+
+    return get
+
+
 def encode_json(document: Any) -> bytes:
     """Encode as compact JSON, as the OpenAI SDK does."""
     return json.dumps(document, separators=(",", ":")).encode()
@@ -204,12 +218,16 @@ def every_split(data: Any) -> Iterator[list[Any]]:
 
 
 def each_row(
-    names: str, rows: Iterable[Any], ids: Iterable[str] | Callable[[Any], str] | None = None
+    names: str,
+    rows: Iterable[Any],
+    ids: Iterable[str] | Callable[[Any], str] | None = None,
+    at_once: int = 1,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test with each row of a table, as `parametrize` does, but as one test.
 
     A test costs some milliseconds in each worker before it begins; a row costs nothing. All
-    rows are tried, and those that fail are named.
+    rows are tried, and those that fail are named. Where rows wait for most of their time, so many
+    of them run at once, in threads; the first one runs alone, and starts what they share.
     """
     keys = names.replace(" ", "").split(",")
     table = [row if len(keys) > 1 else (row,) for row in rows]
@@ -225,12 +243,17 @@ def each_row(
 
         @functools.wraps(test)
         def try_each_row(**given: Any) -> None:
-            failures: dict[str, BaseException] = {}
-            for label, row in zip(labels, table, strict=True):
+            def try_row(row: Sequence[Any]) -> BaseException | None:
                 try:
                     test(**given, **dict(zip(keys, row, strict=True)))
                 except (Exception, pytest.fail.Exception) as failure:
-                    failures[label] = failure
+                    return failure
+                return None
+
+            results = [try_row(row) for row in table[:1]]
+            results += map_in_threads(try_row, table[1:], workers=at_once)
+            named = zip(labels, results, strict=True)
+            failures = {label: failure for label, failure in named if failure}
             if failures:
                 words = [f"{label[:200]}: {failure}" for label, failure in failures.items()]
                 raise AssertionError("\n".join(words)) from next(iter(failures.values()))
@@ -1011,20 +1034,12 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-@functools.cache
-def _cached_fork_server() -> ForkServer:
+@made_once
+def fork_server() -> ForkServer:
+    """Return the server that makes the routers of this session."""
     server = ForkServer()
     AT_SESSION_END.callback(server.close)
     return server
-
-
-FORK_SERVER_LOCK = threading.Lock()
-
-
-def fork_server() -> ForkServer:
-    """Return the server that makes the routers of this session."""
-    with FORK_SERVER_LOCK:
-        return _cached_fork_server()
 
 
 class Router:
@@ -1171,11 +1186,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return pool.submit(asyncio.run, coroutine).result()
 
 
-# Shared routers are started one at a time, so that threads cannot start the same one twice.
-START_LOCK = threading.Lock()
-
-
-@functools.cache
+@made_once
 def _cached_router(settings: str, routes: str, args: tuple[str, ...], limits: str) -> Router:
     """Start a router for these arguments, as JSON because a cache needs keys that do not change."""
     router = Router(json.loads(settings), json.loads(routes), args, limits=json.loads(limits))
@@ -1190,32 +1201,26 @@ def shared_router(
     limits: Mapping[str, float] | None = None,
 ) -> Router:
     """Return the router with these settings: started once, shared by tests, never to be stopped."""
-    with START_LOCK:
-        return _cached_router(
-            json.dumps(settings or {}), json.dumps(routes), tuple(args), json.dumps(limits)
-        )
+    return _cached_router(
+        json.dumps(settings or {}), json.dumps(routes), tuple(args), json.dumps(limits)
+    )
 
 
-@functools.lru_cache
+@made_once
 def default_upstream() -> Upstream:
     """Return the upstream behind `default_router()`; a test gives it a script of its own."""
     return Upstream()
 
 
-@functools.cache
-def _cached_default_router() -> Router:
-    router = Router({"DEFAULT_UPSTREAM": default_upstream().url}, python=PYTHON)
-    AT_SESSION_END.callback(router.kill)
-    return router
-
-
+@made_once
 def default_router() -> Router:
     """Return the router that most tests use; its DEFAULT_UPSTREAM is `default_upstream()`.
 
     It is started as users start it.
     """
-    with START_LOCK:
-        return _cached_default_router()
+    router = Router({"DEFAULT_UPSTREAM": default_upstream().url}, python=PYTHON)
+    AT_SESSION_END.callback(router.kill)
+    return router
 
 
 @contextlib.contextmanager
@@ -1567,7 +1572,7 @@ async def await_parts(calling: Callable, streamed: bool, parts: list) -> Any:
     return parts
 
 
-@functools.cache
+@made_once
 def sdk_client(package: str, asynchronous: bool, timeout: float, url: str, base: str) -> Any:
     """Return the client that talks to the router at this URL; it never tries again.
 
@@ -1593,7 +1598,7 @@ def sdk_client(package: str, asynchronous: bool, timeout: float, url: str, base:
     )
 
 
-@functools.cache
+@made_once
 def event_loop() -> asyncio.AbstractEventLoop:
     """Start the one loop of all asynchronous clients, which keep their connections.
 
@@ -4608,32 +4613,52 @@ def miscalled(kind: str | None, pieces: Iterable[Step]) -> list[Step]:
 MISCALLED = [None, "text/plain; charset=utf-8", "application/json", "application/octet-stream"]
 
 
-@pytest.mark.parametrize("kind", MISCALLED)
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", RAW_PING], ids=repr)
-@pytest.mark.parametrize("several", [False, True])
+@functools.cache
+def router_of_miscalled() -> tuple[Router, Upstream]:
+    """Return a router with aliases `pair-0` and so on of a model `m-0` and a second one."""
+    first = Upstream()
+    servers = {"one": first.url, "two": Upstream().url}
+    aliases = {f"pair-{n}": {"instances": [f"one/m-{n}", "two/spare"]} for n in range(48)}
+    settings = {"DEFAULT_UPSTREAM": first.url}
+    return shared_router(settings, {"servers": servers, "aliases": aliases}), first
+
+
+MISCALLED_WAYS = itertools.product(
+    MISCALLED, (CHAT, "/api/chat"), (b"", b"\xef\xbb\xbf", RAW_PING), (False, True)
+)
+
+
+@each_row(
+    "number, kind, path, start, several",
+    [(number, *way) for number, way in enumerate(MISCALLED_WAYS)],
+    at_once=16,
+)
 def test_a_stream_under_another_name(
-    kind: str | None, path: str, start: bytes, several: bool
+    number: int, kind: str | None, path: str, start: bytes, several: bool
 ) -> None:
     said = start + b"".join(chat_stream("<think>no</think>", "Hi", " you"))
-    pieces: list[Step] = [said[:2], 0.05, said[2:4], 0.05, said[4:-40], 0.2, said[-40:]]
-    steps = miscalled(kind, pieces)
-    with (
-        Upstream(lambda received: steps) as one,
-        Upstream() as two,
-        router_of_two(one.url, two.url) as router,
-    ):
-        model = "pair" if several else "m"
-        port = router.port if several else default_router().port
-        if not several:
-            model = default_upstream().add_script(steps)
-        got = request(port, "POST", path, example_request(path, model, True))
+    pieces: list[Step] = [said[:2], 0.05, said[2:4], 0.05, said[4:-40], said[-40:]]
+    *begin, end, last = miscalled(kind, pieces)
+    has_begun = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from begin
+        has_begun.wait(PATIENCE)
+        yield from (end, last)
+
+    router, first = router_of_miscalled()
+    first.scripts[f"m-{number}"] = script
+    model = f"pair-{number}" if several else f"m-{number}"
+    with connect(router.port) as sock:
+        sock.sendall(encode_post(path, example_request(path, model, True)))
+        # It goes out as it comes in.
+        data = read_until(sock, b"Hi")
+        has_begun.set()
+        got = parse_response(data + read_until(sock, b"0\r\n\r\n"))
     assert (got.status, got.text, b"no" in got.content) == (200, "Hi you", False)
     wanted = "text/event-stream" if path == CHAT else "application/x-ndjson"
     assert got.get("Content-Type") == wanted
     assert got.get("X-Accel-Buffering") == "no"
-    # It went out as it came in.
-    assert len(got.pieces) > 1
 
 
 @pytest.mark.parametrize("kind", MISCALLED)
@@ -4715,11 +4740,10 @@ SLOPPY_ENDS: dict[str, list[Step]] = {
 }
 
 
-@pytest.mark.parametrize("end", SLOPPY_ENDS.values(), ids=SLOPPY_ENDS)
-@pytest.mark.parametrize("path", LAST_EVENTS)
-def test_nobody_waits_for_what_follows_the_last_event(path: str, end: list[Step]) -> None:
+@each_row("path, end", itertools.product(LAST_EVENTS, SLOPPY_ENDS), at_once=15)
+def test_nobody_waits_for_what_follows_the_last_event(path: str, end: str) -> None:
     said, last = LAST_EVENTS[path]
-    model = default_upstream().add_script([*chunked_stream(*said, *last), *end])
+    model = default_upstream().add_script([*chunked_stream(*said, *last), *SLOPPY_ENDS[end]])
     asked = {"model": model, "messages": [], "prompt": "hi", "input": "hi", "stream": True}
     if path == "/api/chat":
         asked["messages"] = [{"role": "user", "content": "hi"}]
@@ -8075,18 +8099,17 @@ def test_openai_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: i
     assert error.response.headers.get("Retry-After") == ("7" if status == 429 else None)
 
 
-@each_way
 @each_openai
-@pytest.mark.parametrize("stream", (False,), ids=("whole",))
-@pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
-def test_openai_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, status: int) -> None:
+@each_row("way, name", itertools.product(KINDS_OF_ROUTE, ("nobody", "mute")), at_once=5)
+def test_openai_late_or_nobody(sdk: Sdk, way: str, name: str) -> None:
+    status = {"mute": 504, "nobody": 502}[name]
     with pytest.raises(import_or_skip("openai").InternalServerError) as caught:
         sdk.call(
             impatient_router().url,
             "chat.completions.create",
             model=f"{way}-{name}",
             messages=HELLO_MESSAGES,
-            stream=stream,
+            stream=False,
         )
     assert caught.value.status_code == status
     check_openai_error(caught.value.response.json())
@@ -8112,16 +8135,16 @@ def test_openai_client_loses_its_patience(sdk: Sdk, way: str) -> None:
     assert wait_until(lambda: connection.closed), "the upstream still works for nobody"
 
 
-@pytest.mark.parametrize("way", ("alias",))
 @each_openai
-@pytest.mark.parametrize("name", BREAKING_SCRIPTS)
-def test_openai_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
+@each_row("name", BREAKING_SCRIPTS, at_once=3)
+def test_openai_stream_that_breaks(sdk: Sdk, name: str) -> None:
     parts: list[Any] = []
+    router = impatient_router() if name == "stall" else sdk_router()
     with pytest.raises(import_or_skip("openai").APIError) as caught:
         sdk.call(
-            impatient_router().url,
+            router.url,
             "chat.completions.create",
-            model=f"{way}-{name}",
+            model=f"alias-{name}",
             messages=HELLO_MESSAGES,
             stream=True,
             parts=parts,
@@ -9530,30 +9553,29 @@ def test_ollama_errors_of_the_server(sdk: Sdk, way: str, stream: bool, status: i
     assert not caught.value.error.startswith("{"), "the text alone, not the document"
 
 
-@each_way
 @each_ollama
-@pytest.mark.parametrize("stream", (False,), ids=("whole",))
-@pytest.mark.parametrize("name, status", (("mute", 504), ("nobody", 502)))
-def test_ollama_late_or_nobody(sdk: Sdk, way: str, stream: bool, name: str, status: int) -> None:
+@each_row("way, name", itertools.product(KINDS_OF_ROUTE, ("nobody", "mute")), at_once=5)
+def test_ollama_late_or_nobody(sdk: Sdk, way: str, name: str) -> None:
+    status = {"mute": 504, "nobody": 502}[name]
     with pytest.raises(import_or_skip("ollama").ResponseError) as caught:
         sdk.call(
-            impatient_router().url, "generate", model=f"{way}-{name}", prompt="x", stream=stream
+            impatient_router().url, "generate", model=f"{way}-{name}", prompt="x", stream=False
         )
     assert caught.value.status_code == status
     if status == 504:
         assert "REQUEST_TIMEOUT" in caught.value.error and "0.75" in caught.value.error
 
 
-@pytest.mark.parametrize("way", ("alias",))
 @each_ollama
-@pytest.mark.parametrize("name", BREAKING_SCRIPTS)
-def test_ollama_stream_that_breaks(sdk: Sdk, way: str, name: str) -> None:
+@each_row("name", BREAKING_SCRIPTS, at_once=3)
+def test_ollama_stream_that_breaks(sdk: Sdk, name: str) -> None:
     parts: list[Any] = []
+    router = impatient_router() if name == "stall" else sdk_router()
     with pytest.raises(import_or_skip("ollama").ResponseError) as caught:
         sdk.call(
-            impatient_router().url,
+            router.url,
             "chat",
-            model=f"{way}-{name}",
+            model=f"alias-{name}",
             messages=HELLO_MESSAGES,
             stream=True,
             parts=parts,
@@ -13668,33 +13690,51 @@ def test_an_idle_connection_to_a_dead_machine_is_dropped() -> None:
         assert "CONNECT_TIMEOUT" in got.json["error"]["message"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_request_on_a_connection_to_a_dead_machine_fails_soon(stream: bool) -> None:
+def test_a_request_on_a_connection_to_a_dead_machine_fails_soon() -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        gate.wait(PATIENCE)
+        yield from well_behaved(received)
+
     with far_away(probe_interval=1, busy_ack_timeout=1.5) as far:
-        assert far.ask(stream=stream)[0].status == 200
-        far.pull_the_cable()
-        got, seconds = far.ask(stream=stream)
-        # A new connection was tried, too.
-        assert (got.status, seconds < 5) == (504, True)
-        assert "CONNECT_TIMEOUT" in got.json["error"]["message"]
+
+        def ask(stream: bool) -> tuple[Response, float]:
+            return far.ask("m", stream=stream)
+
+        far.upstream.scripts["m"] = script
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            # Each has a connection of its own, on which the next one comes.
+            asked = [pool.submit(ask, stream) for stream in (False, True)]
+            assert wait_until(lambda: len(far.upstream.requests_for("m")) == 2)
+            gate.set()
+            assert [one.result()[0].status for one in asked] == [200, 200]
+            far.pull_the_cable()
+            for got, seconds in pool.map(ask, (False, True)):
+                # A new connection was tried, too.
+                assert (got.status, seconds < PATIENCE / 2) == (504, True)
+                assert "CONNECT_TIMEOUT" in got.json["error"]["message"]
+        assert len({one.connection for one in far.upstream.requests_for("m")}) == 2
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_machine_that_dies_before_or_in_its_answer(stream: bool) -> None:
+def test_a_machine_that_dies_before_or_in_its_answer() -> None:
     with far_away(probe_interval=1, busy_ack_timeout=1.5) as far:
-        model = far.upstream.add_script(broken_stream(HANG) if stream else [HANG])
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(far.ask, model, stream=stream)
-            assert wait_until(lambda: far.upstream.requests_for(model))
+        silent = far.upstream.add_script([HANG])
+        begun = far.upstream.add_script(broken_stream(HANG))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            before = pool.submit(far.ask, silent)
+            within = pool.submit(far.ask, begun, stream=True)
+            for model in (silent, begun):
+                assert wait_until(functools.partial(far.upstream.requests_for, model))
             # As long as its machine is there, a server may think for as long as it likes.
             time.sleep(2.5)
-            assert not asked.done()
+            assert not before.done() and not within.done()
             far.pull_the_cable()
-            got, seconds = asked.result()
-        assert seconds < 8
-        error = got.documents[-1]["error"] if stream else got.json["error"]
-        assert "no sign of its machine for " in error["message"]
-        assert got.status == (200 if stream else 502)
+            for asked, status in ((before, 502), (within, 200)):
+                got, seconds = asked.result()
+                assert (got.status, seconds < PATIENCE) == (status, True)
+                error = got.documents[-1]["error"] if status == 200 else got.json["error"]
+                assert "no sign of its machine for " in error["message"]
 
 
 def test_a_server_that_does_not_read_for_a_while_is_not_dead() -> None:
@@ -13804,9 +13844,11 @@ def test_lengths_that_are_said_more_than_once(path: str) -> None:
             assert heard[0].connection != heard[1].connection
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
-@pytest.mark.parametrize("name", HOSTILE)
+@each_row(
+    "name, path, stream",
+    itertools.product(HOSTILE, (CHAT, "/api/chat"), (False, True)),
+    at_once=10,
+)
 def test_hostile_answer(name: str, path: str, stream: bool) -> None:
     model = default_upstream().add_script(HOSTILE[name])
     got = request(default_router().port, "POST", path, chat_document(model, stream=stream))
@@ -17371,7 +17413,7 @@ def test_another_program_s_database_is_left_alone(log_folder: LogFolder) -> None
         db.execute("CREATE TABLE requests (precious)")
         db.commit()
     before = log_folder.file.read_bytes()
-    with log_folder.router() as router:
+    with log_folder.router(SHUTDOWN_GRACE=0) as router:
         assert post_chat(router, "tiny").status == 200
         assert wait_until(lambda: "another program" in (log_state(router)["error"] or ""))
         assert request(router.port, "GET", "/api/logs").status == 503
@@ -17384,7 +17426,7 @@ def test_what_needs_no_log_answers_without_it(log_folder: LogFolder) -> None:
         db.execute("CREATE TABLE precious (a)")
         db.commit()
     model = default_upstream().add_script([HANG])
-    with log_folder.router() as router, connect(router.port) as sock:
+    with log_folder.router(SHUTDOWN_GRACE=0) as router, connect(router.port) as sock:
         assert wait_until(lambda: log_state(router)["error"])
         post_chat(router, "tiny", "waits for the log")
         sock.sendall(encode_post(CHAT, chat_document(model)))
@@ -17402,7 +17444,7 @@ def test_a_newer_database_is_left_alone(log_folder: LogFolder) -> None:
     make_store(log_folder.file.parent).open().close()
     with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
         db.execute("PRAGMA user_version = 99")
-    with log_folder.router() as router:
+    with log_folder.router(SHUTDOWN_GRACE=0) as router:
         assert post_chat(router, "tiny").status == 200
         assert wait_until(lambda: "newer SmolRouter" in (log_state(router)["error"] or ""))
     assert log_folder.select("SELECT count(*) FROM requests") == [(0,)]
@@ -17421,14 +17463,18 @@ def test_a_deleted_database_is_made_again(log_folder: LogFolder) -> None:
         assert log_state(router)["error"] is None
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-@pytest.mark.parametrize("emptied, removed", [
-    (True, []), (False, ["-wal"]), (False, ["-wal", "-shm"]), (False, ["-shm"]), (True, ["-wal"]),
-])  # fmt: skip
+@each_row("emptied, removed, is_checkpointed", [
+    (emptied, removed, is_checkpointed)
+    for emptied, removed in (
+        (True, []), (False, ["-wal"]), (False, ["-wal", "-shm"]), (False, ["-shm"]),
+        (True, ["-wal"]))
+    for is_checkpointed in (False, True)
+], at_once=5)  # fmt: skip
 def test_no_row_goes_into_a_file_without_a_name(
-    log_folder: LogFolder, emptied: bool, removed: list[str], is_checkpointed: bool
+    tmp_path: pathlib.Path, emptied: bool, removed: list[str], is_checkpointed: bool
 ) -> None:
     """A database that is emptied, or loses its other files, while the router runs."""
+    log_folder = LogFolder(pathlib.Path(tempfile.mkdtemp(dir=tmp_path)))
     with log_folder.router() as router:
         post_chat(router, "one")
         assert log_folder.wait_for_rows(1) == 1
@@ -17524,7 +17570,8 @@ def test_a_full_disk_stops_nothing(log_folder: LogFolder) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    with Router(log_folder.settings, python=(sys.executable, "-c", limit)) as router:
+    settings = {**log_folder.settings, "SHUTDOWN_GRACE": 0}
+    with Router(settings, python=(sys.executable, "-c", limit)) as router:
         noise = os.urandom(400_000).hex()
         for number in range(4):
             assert post_chat(router, "tiny", f"{number}{noise}").status == 200
@@ -18114,7 +18161,7 @@ def in_all_ways(name: str) -> list[tuple[str, bool, Response]]:
     return [(*way, got) for way, got in zip(ALL_WAYS, answers, strict=True)]
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@each_row("failure", FAILURES, at_once=3)
 def test_failover(failure: str) -> None:
     for path, stream, got in in_all_ways(failure):
         assert (got.status, got.whole) == (200, True), (path, stream, got)
@@ -18178,15 +18225,17 @@ def router_out_of_memory() -> Router:
     return shared_router({}, {"servers": servers, "aliases": aliases})
 
 
-@pytest.mark.parametrize("number", range(len(NO_MEMORY_LEFT)), ids=NO_MEMORY_LEFT)
-def test_words_of_an_error_are_in_its_row(number: int) -> None:
+@each_row(
+    "number, way", itertools.product(range(len(NO_MEMORY_LEFT)), range(len(ALL_WAYS))), at_once=12
+)
+def test_words_of_an_error_are_in_its_row(number: int, way: int) -> None:
     router = router_out_of_memory()
-    for way, (path, stream) in enumerate(ALL_WAYS):
-        alias = f"alone-{number}-{way}"
-        got = request(router.port, "POST", path, example_request(path, alias, stream))
-        assert got.status >= 400
-        row = wait_for_row(router, alias)
-        assert row["error_message"] == "CUDA out of memory", (path, stream)
+    path, stream = ALL_WAYS[way]
+    alias = f"alone-{number}-{way}"
+    got = request(router.port, "POST", path, example_request(path, alias, stream))
+    assert got.status >= 400
+    row = wait_for_row(router, alias)
+    assert row["error_message"] == "CUDA out of memory"
 
 
 @pytest.mark.parametrize("number", range(len(NO_MEMORY_LEFT)), ids=NO_MEMORY_LEFT)
@@ -18271,8 +18320,7 @@ def silent_router() -> Router:
     return shared_router({}, {"servers": servers, "aliases": aliases})
 
 
-@pytest.mark.parametrize("how", AFTER_NOTHING)
-@pytest.mark.parametrize("number", range(len(SILENT_WAYS)))
+@each_row("number, how", itertools.product(range(len(SILENT_WAYS)), AFTER_NOTHING), at_once=8)
 def test_nothing_said_is_no_answer(number: int, how: str) -> None:
     path, _ = SILENT_WAYS[number]
     router = silent_router()
@@ -18864,8 +18912,7 @@ PINGED_FAILURES: dict[str, list[Step]] = {
 }
 
 
-@pytest.mark.parametrize("failure", PINGED_FAILURES)
-@pytest.mark.parametrize("path", [CHAT, "/api/chat"])
+@each_row("path, failure", itertools.product((CHAT, "/api/chat"), PINGED_FAILURES), at_once=6)
 def test_failover_behind_signs_of_life(path: str, failure: str) -> None:
     second = stream_response([b": second\n\n", *chat_stream("Hello ", "you")])
     alias = add_pair(script_after_pings(PINGED_FAILURES[failure]), lambda received: second)
@@ -18891,8 +18938,7 @@ LAST_ERRORS: dict[str, tuple[Script | None, int, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("error", LAST_ERRORS)
-@pytest.mark.parametrize("path", [CHAT, ANTHROPIC, "/api/chat"])
+@each_row("path, error", itertools.product((CHAT, ANTHROPIC, "/api/chat"), LAST_ERRORS), at_once=7)
 def test_a_last_error_behind_signs_of_life(path: str, error: str) -> None:
     script, status, words = LAST_ERRORS[error]
     alias = add_pair(script_after_pings([DROP]), script)
@@ -19074,7 +19120,7 @@ def test_a_client_leaves_behind_signs_of_life() -> None:
     assert wait_for_row(ping_router(), model)["status_code"] == 499
 
 
-@pytest.mark.parametrize("sdk", (*OPENAI_SDKS, *OLLAMA_SDKS), ids=str)
+@each_row("sdk", (*OPENAI_SDKS, *OLLAMA_SDKS), ids=str, at_once=4)
 def test_official_clients_wait_as_long_as_there_are_signs_of_life(sdk: Sdk) -> None:
     """The model takes longer than they wait for an octet."""
     sdk = dataclasses.replace(sdk, timeout=1.5)
@@ -22942,14 +22988,22 @@ def test_stdout_that_is_closed_is_no_traceback() -> None:
 PRINTING = ("check", "explain m", "token --subject me", "unit", "export", "--help", "--version")
 
 
-@pytest.mark.parametrize("words", PRINTING)
-def test_a_full_stdout_is_said_in_one_line(words: str, log_folder: LogFolder) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("there is no /dev/full here")
-    with Router({**log_folder.settings, "DEFAULT_UPSTREAM": default_upstream().url}) as router:
+@functools.cache
+def folder_with_a_row() -> LogFolder:
+    """Return a log of one request, of a router that has ended."""
+    log_folder = LogFolder(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
+    AT_SESSION_END.callback(shutil.rmtree, log_folder.file.parent, ignore_errors=True)
+    with log_folder.router() as router:
         post_chat(router, "exported")
         wait_for_row(router, "exported")
-    settings = {**log_folder.settings, "JWT_SECRET": SECRET}
+    return log_folder
+
+
+@each_row("words", PRINTING, at_once=3)
+def test_a_full_stdout_is_said_in_one_line(words: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    settings = {**folder_with_a_row().settings, "JWT_SECRET": SECRET}
     for full in ({1: "/dev/full"}, {1: "/dev/full", 2: "/dev/full"}):
         done = run_program(*words.split(), settings=settings, outputs=full)
         assert done.returncode != 0
