@@ -4672,7 +4672,11 @@ def find_row(path: str, other: Protocol) -> Protocol:
 
 def find_protocol(path: str) -> Protocol:
     """Return what the documents of a path look like."""
-    return find_row(path, OTHER_OLLAMA if path.startswith("/api/") else OTHER_PROTOCOL)
+    # Nearly every path that is asked for has a row.
+    protocol = PROTOCOLS.get(path)
+    if protocol is None:
+        protocol = find_row(path, OTHER_OLLAMA if path.startswith("/api/") else OTHER_PROTOCOL)
+    return protocol
 
 
 # --- what an answer says --------------------------------------------------------------
@@ -5600,7 +5604,7 @@ def may_lack_room(answer: bytes) -> bool:
 
     `b'{"choices": [{"finish_reason": "stop"}]}'`  ->  False
     """
-    return any(answer.rfind(word) >= 0 for word in LENGTH_WORDS)
+    return max(map(answer.rfind, LENGTH_WORDS)) >= 0
 
 
 def has_no_room(answer: bytes) -> bool:
@@ -6531,9 +6535,9 @@ class RequestChanges:
         return change_parameters(text, document, parameters, additions, self.note_change)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ParsedRequest:
-    """A request as its dialect reads it."""
+    """A request as its dialect reads it; nothing of it is changed."""
 
     path: str
     query: str
@@ -6546,17 +6550,15 @@ class ParsedRequest:
     query_span: tuple[int, int] = (0, 0)  # where the model stands in the query
     # Where the members of a long JSON document stand in its text; () where that is not known.
     members: Sequence[Member] = ()
+    # What its document and its answer look like.
+    protocol: Protocol = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        self.protocol = find_protocol(self.path)
         # The name is kept, shown and counted by in many places.
         if len(self.model) > LIMITS.model_name:
             seen = f"the model's name has {len(self.model)} characters"
             raise MalformedContent(f"{seen}; {LIMITS.model_name} are allowed")
-
-    @functools.cached_property
-    def protocol(self) -> Protocol:
-        """What its document and its answer look like."""
-        return find_protocol(self.path)
 
     @property
     def lacks_model(self) -> bool:
@@ -6683,12 +6685,12 @@ def read_stream_wish(protocol: Protocol, document: Mapping[str, Any]) -> bool:
     return protocol.streams == IF_ASKED and wish is True
 
 
-def refuse_second_model(condition: bool, what: str) -> None:
+def refuse_second_model(what: str) -> NoReturn:
     """Raise MalformedContent for a request with two members that name its model.
 
     Readers differ on which of the two counts: the rules would look at one, the server at the other.
     """
-    require_content(not condition, f"there are two {what}; readers differ on which one counts")
+    raise MalformedContent(f"there are two {what}; readers differ on which one counts")
 
 
 NO_MODEL = 'no model was named; add `"model": "name"`'
@@ -6705,9 +6707,11 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
     protocol = find_protocol(path)
     model = ""
     for name in protocol.model_members:
-        if name in document:
-            refuse_second_model(has_twice(text, name, members), f"`{name}` members")
-        found = document.get(name)
+        if name not in document:
+            continue
+        if has_twice(text, name, members):
+            refuse_second_model(f"`{name}` members")
+        found = document[name]
         if found is not None and not isinstance(found, str):
             raise MalformedContent(f"`{name}` is {json.dumps(found)[:80]} instead of a string")
         model = model or found or ""
@@ -6948,7 +6952,8 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
         head_start = at + len(mark)
         head_end = content.find(b"\r\n\r\n", head_start, min(at + LIMITS.part_head, end))
         if head_end >= 0 and is_model_part(content[head_start:head_end]):
-            refuse_second_model(parsed.model_span != (0, 0), "`model` members")
+            if parsed.model_span != (0, 0):
+                refuse_second_model("`model` members")
             model = content[head_end + 4 : end].decode("utf-8", "replace")
             span = (head_end + 4, end)
             parsed = dataclasses.replace(parsed, model=model, model_span=span)
@@ -6987,7 +6992,8 @@ def read_with_query(path: str, query: str, content: bytes) -> ParsedRequest:
     for parameter in QUERY_PARAMETER.finditer(query):
         name, value = map(urllib.parse.unquote_plus, parameter.groups())
         if name == "model":
-            refuse_second_model(parsed.model != "", "names of a model, in content or query")
+            if parsed.model:
+                refuse_second_model("names of a model, in content or query")
             parsed = dataclasses.replace(parsed, model=value, query_span=parameter.span(2))
     return parsed
 
@@ -7075,10 +7081,7 @@ def may_hold_mark(data: bytes) -> bool:
 
 def may_hold_tag(data: bytes) -> bool:
     """Tell whether a text in JSON could hold a tag."""
-    for mark in POSSIBLE_TAG_MARKS:  # noqa: SIM110 - a generator takes twice as long
-        if mark in data:
-            return True
-    return False
+    return any(map(data.__contains__, POSSIBLE_TAG_MARKS))
 
 
 def fold_edits(document: Any, path: Path, edits: dict[Path, Any]) -> Any:
