@@ -21761,7 +21761,7 @@ def test_dawdler_is_answered_408(
 def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order() -> None:
     async def begin(count: int, left: Sequence[int]) -> list[list[int]]:
         limits = dataclasses.replace(smolrouter.LIMITS, requests_per_turn=3)
-        turns = smolrouter.RequestTurns(limits)
+        turns = smolrouter.RequestTurns(smolrouter.LoopBatch(limits))
         begun: list[int] = []
 
         async def serve(number: int) -> None:
