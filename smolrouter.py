@@ -12721,7 +12721,7 @@ class ConnectionPool:
 
     def take_idle(self, server: Server) -> Connection | None:
         """Return an idle connection that is still good, None without one."""
-        connections = self.idle.get((server.url, server.verify), [])
+        connections = self.idle.get((server.url, server.verify))
         while connections:
             connection = connections.pop()
             connection.ignore_disconnect()
@@ -13011,9 +13011,14 @@ class Health:
 
     limits: Limits
     server: ServerUse
-    # How many requests run there now, and how many of them have a slot of its server.
+    # Under what it is known.
+    key: InstanceKey
+    # How many requests run there now.
     running: int = 0
-    in_slots: int = 0
+# What is known of an instance is kept under its server and the name of its model.
+InstanceKey = tuple[UpstreamURL, str]
+
+
     # Failures since the last success.
     failures: int = 0
     # Until then other instances are asked first; on the monotonic clock.
@@ -13057,10 +13062,6 @@ class Health:
         """End the cool-down, and forget the failures before it."""
         self.answer()
         self.failures = 0
-
-
-# What is known of an instance is kept under its server and the name of its model.
-InstanceKey = tuple[UpstreamURL, str]
 
 
 def instance_key(instance: Instance) -> InstanceKey:
@@ -13152,11 +13153,13 @@ class Upstreams:
     def health_of(self, instance: Instance) -> Health:
         """Return the health record of an instance; the table is bounded."""
         key = instance_key(instance)
-        if key not in self.health and len(self.health) >= self.limits.known_instances:
-            self.forget_oldest()
-        if key not in self.health:
-            self.health[key] = Health(self.limits, self.use_of(instance.server.url))
-        return self.health[key]
+        health = self.health.get(key)
+        if health is None:
+            if len(self.health) >= self.limits.known_instances:
+                self.forget_oldest()
+            health = Health(self.limits, self.use_of(instance.server.url), key)
+            self.health[key] = health
+        return health
 
     def use_of(self, url: UpstreamURL) -> ServerUse:
         """Return the record of what runs at a server; the routing file says which there are."""
@@ -13420,16 +13423,18 @@ class Slots:
     def enter(self, instance: Instance, takes_slot: bool) -> Health:
         """Count a request that runs at an instance from now on; `leave` is to follow."""
         health = self.upstreams.health_of(instance)
-        for count in (health, health.server):
-            count.running += 1
-            count.in_slots += takes_slot
+        use = health.server
+        health.running += 1
+        use.running += 1
+        use.in_slots += takes_slot
         return health
 
     def leave(self, health: Health, takes_slot: bool) -> None:
         """Count a request that does not run there any more, and let another one run."""
-        for count in (health, health.server):
-            count.running -= 1
-            count.in_slots -= takes_slot
+        use = health.server
+        health.running -= 1
+        use.running -= 1
+        use.in_slots -= takes_slot
         if self.waiting and takes_slot:
             self.admit_to(health.server.url)
 
@@ -16917,7 +16922,7 @@ class Candidate:
 
     def __init__(self, instance: Instance, dialect: Dialect, health: Health) -> None:
         self.instance = instance
-        self.key = instance_key(instance)
+        self.key = health.key
         self.health = health
         # Whether the server speaks the client's dialect itself, so that nothing is translated. A
         # dialect without `encode_openai` is OpenAI's own, or takes content as it is.
@@ -19727,7 +19732,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "failures": sum(health.failures for health in instances),
             "inflight": sum(health.running for health in instances),
             "slots": context.slots.of_server.get(server.url),
-            "running": sum(health.in_slots for health in instances),
+            "running": context.upstreams.use_of(server.url).in_slots,
             "queued": context.slots.queued_for(server),
             "models": [model.name for model in models or ()],
             "models_age_s": context.model_lists.age(server, time.monotonic()),

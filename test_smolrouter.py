@@ -14037,7 +14037,7 @@ def test_an_instance_that_breaks_off_its_answer_cools_down(name: str) -> None:
 def test_a_break_in_each_answer_doubles_the_cool_down() -> None:
     """The good head of the next answer does not forget the failure before it."""
     use = smolrouter.ServerUse(smolrouter.parse_upstream_url("http://a"))
-    health = smolrouter.Health(smolrouter.Limits(cool_down=5.0), use)
+    health = smolrouter.Health(smolrouter.Limits(cool_down=5.0), use, (use.url, ""))
     for failures, cool_down in ((1, 5), (2, 10), (3, 20)):
         health.answer()
         assert health.cool_until == 0.0
