@@ -11724,7 +11724,7 @@ class Connection(asyncio.Protocol):
         if self.sink:
             self.sink(data)
             return
-        self.received = self.received + data if self.received else data
+        self.received += data
         if len(self.received) > self.limits.read_ahead:
             self.pause_reading()
         self.wake()
@@ -11932,13 +11932,11 @@ class Connection(asyncio.Protocol):
         octets can become no head of at most `limit` octets.
         """
         head = b""
-        while data := await self.read():
+        unseen_at = 0
+        while self.received or await self.has_more():
             # Empty lines before a request are the rest of an old client's content
             # (RFC 9112 section 2.2).
-            head = (head + data).removeprefix(b"\r\n")
-            # What came before `data` has been looked at. Only its last three octets can still
-            # be the beginning of an end, which is four octets long.
-            unseen_at = max(0, len(head) - len(data) - 3)
+            head = (head + self.take_received()).removeprefix(b"\r\n")
             end = head.find(b"\r\n\r\n", unseen_at)
             if 0 <= end <= limit:
                 self.partial_head = b""
@@ -11946,6 +11944,9 @@ class Connection(asyncio.Protocol):
                 return head[:end]
             self.partial_head = head
             check_partial_head(head, unseen_at, limit, self.limits)
+            # All of it has been looked at. Only its last three octets can still be the beginning of
+            # an end, which is four octets long.
+            unseen_at = max(0, len(head) - 3)
         if head:
             raise MalformedMessage("the connection ended inside a head")
         return None
@@ -11954,27 +11955,36 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send octets at the end of this turn of the event loop."""
-        # A long piece goes by itself. To join it to what stands before it would copy it.
-        if len(data) > self.limits.unsent:
-            self.flush()
-            self.transport.write(data)
+        octets = self.unsent_octets + len(data)
+        if octets > self.limits.unsent:
+            self.write_much(data)
             return
         if not self.unsent:
             self.batch.unflushed.append(self)
             self.batch.schedule_flush(self.loop)
         self.unsent.append(data)
-        self.unsent_octets += len(data)
-        # Many pieces in one turn leave before its end: only what asyncio has got counts for
-        # `write_paused`, by which the writer learns that it has to wait.
-        if self.unsent_octets > self.limits.unsent:
+        self.unsent_octets = octets
+
+    def write_much(self, data: bytes) -> None:
+        """Send octets that are long, or with which much was written in this turn, now.
+
+        Only what asyncio has got counts for `write_paused`, by which the writer learns that it has
+        to wait. A long piece goes by itself: to join it to what stands before it would copy it.
+        """
+        if len(data) > self.limits.unsent:
             self.flush()
+            self.transport.write(data)
+            return
+        self.unsent.append(data)
+        self.flush()
 
     def flush(self) -> None:
         """Send what was written, now."""
         if not self.unsent:
             return
-        data = self.unsent[0] if len(self.unsent) == 1 else b"".join(self.unsent)
-        self.unsent = []
+        # Of one piece this makes no copy.
+        data = b"".join(self.unsent)
+        self.unsent.clear()
         self.unsent_octets = 0
         self.transport.write(data)
 
@@ -12179,29 +12189,35 @@ class ResponseWriter:
     the rest is lost. `send_response` is all of it, for an answer of the router's own.
     """
 
+    # What every response begins with; most keep nearly all of it.
+    status = 0
+    size = 0
+    started = False
+    finished = False
+    # How the content is framed, once the head is written: in chunks, up to the end of the
+    # connection, or not at all because there is none. Otherwise the head has its length.
+    chunked = False
+    ends_by_close = False
+    omits_content = False
+    # What to call when the client has got nothing for so long, in s; until when that is, in the
+    # loop's time; and how much had been written when that was looked at last.
+    on_silence: Callable[[], None] | None = None
+    longest_silence = NEVER
+    silent_until = NEVER
+    size_at_check = 0
+    # A request whose head could not be read gets an answer and the end of its connection.
+    minor = 1
+    method = "GET"
+    keep_alive = False
+
     def __init__(self, connection: Connection, head: RequestHead | None) -> None:
         self.connection = connection
-        # A request whose head could not be read gets an answer and the end of its connection.
-        self.minor = head.minor if head else 1
-        self.method = head.method if head else "GET"
-        self.keep_alive = head is not None and head.keeps_alive
         # Fields of every answer to this request, such as those of CORS.
         self.extra_fields: list[tuple[str, str]] = []
-        self.status = 0
-        self.size = 0
-        self.started = False
-        self.finished = False
-        # How the content is framed, once the head is written: in chunks, up to the end of the
-        # connection, or not at all because there is none. Otherwise the head has its length.
-        self.chunked = False
-        self.ends_by_close = False
-        self.omits_content = False
-        # What to call when the client has got nothing for so long, in s; until when that is, in the
-        # loop's time; and how much had been written when that was looked at last.
-        self.on_silence: Callable[[], None] | None = None
-        self.longest_silence = NEVER
-        self.silent_until = NEVER
-        self.size_at_check = 0
+        if head:
+            self.minor = head.minor
+            self.method = head.method
+            self.keep_alive = head.keeps_alive
 
     def set_on_silence(self, seconds: float, on_silence: Callable[[], None]) -> None:
         """Call `on_silence` whenever the client has got no content for so many seconds."""
