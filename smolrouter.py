@@ -434,6 +434,19 @@ NamedURLs = tuple[tuple[str, str], ...]
 ModelMap = tuple[tuple[NamePattern, str], ...]
 
 
+def encode_authority(scheme: str, host: str, port: int) -> str:
+    """Return a host as it stands in a URL: ("http", "::1", 8000)  ->  '[::1]:8000'."""
+    host = f"[{host}]" if ":" in host else host
+    return host if port == DEFAULT_PORTS[scheme] else f"{host}:{port}"
+
+
+# The record of each request has the URL of its server.
+@functools.lru_cache(maxsize=256)
+def encode_url(scheme: str, host: str, port: int, prefix: str) -> str:
+    """Return the URL of a server: ("https", "box", 443, "/llm")  ->  'https://box/llm'."""
+    return f"{scheme}://{encode_authority(scheme, host, port)}{prefix}"
+
+
 class UpstreamURL(NamedTuple):
     """Where a server listens; `prefix` is the path that stands before /v1."""
 
@@ -445,10 +458,7 @@ class UpstreamURL(NamedTuple):
     @property
     def authority(self) -> str:
         """What goes into Host: the port only when it is not the scheme's own."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        if self.port == DEFAULT_PORTS[self.scheme]:
-            return host
-        return f"{host}:{self.port}"
+        return encode_authority(self.scheme, self.host, self.port)
 
     @property
     def without_scheme(self) -> str:
@@ -461,7 +471,7 @@ class UpstreamURL(NamedTuple):
         return any(host.endswith(f".{domain}") for domain in domains)
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.without_scheme}"
+        return encode_url(*self)
 
 
 def require(condition: object, message: str) -> None:
@@ -13004,6 +13014,10 @@ class Waker:
 # --- requests and health ----------------------------------------------------------------
 
 
+# What is known of an instance is kept under its server and the name of its model.
+InstanceKey = tuple[UpstreamURL, str]
+
+
 @dataclasses.dataclass
 class ServerUse:
     """How many requests run at a server now, and how many have a slot, with whatever models.
@@ -13031,10 +13045,6 @@ class Health:
     key: InstanceKey
     # How many requests run there now.
     running: int = 0
-# What is known of an instance is kept under its server and the name of its model.
-InstanceKey = tuple[UpstreamURL, str]
-
-
     # Failures since the last success.
     failures: int = 0
     # Until then other instances are asked first; on the monotonic clock.
@@ -20454,8 +20464,9 @@ class Application:
         self.browser_rules = BrowserRules(
             self.settings.allowed_hosts, self.settings.allowed_origins, socket.gethostname()
         )
-        # Octets of content that all running requests hold together.
+        # Octets of content that all running requests hold together, and how many they may.
         self.content_size = 0
+        self.most_content = max(context.limits.held_content, self.settings.max_request_size)
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
@@ -20494,8 +20505,9 @@ class Application:
         finally:
             self.content_size -= request.counted_octets
         # An exchange has printed its own line; the page's polling is not worth one.
-        of_api = endpoint is not None and endpoint.guard == API
-        if not request.recorded and (reason or of_api):
+        if request.recorded:
+            return
+        if reason or (endpoint is not None and endpoint.guard == API):
             status = str(request.writer.status)
             self.context.log.print_request(
                 request.source_host, request.head.method, request.path, status, reason
@@ -20608,7 +20620,7 @@ class Application:
         Raises LoopDetected for a request that this router has sent to itself, and what
         `check_browser_head` raises for one of a page from elsewhere.
         """
-        if self.context.via in ", ".join(head.fields.get_all("via")):
+        if "via" in head.fields.first and self.context.via in ", ".join(head.fields.get_all("via")):
             raise LoopDetected("this request has been through this router before")
         return check_browser_head(head, webui, self.browser_rules)
 
@@ -20643,9 +20655,8 @@ class Application:
         """
         request.counted_octets += size
         self.content_size += size
-        most = max(self.context.limits.held_content, self.settings.max_request_size)
         # Short requests are served all the same: they are not what fills the memory.
-        if self.content_size > most and request.counted_octets > MiB:
+        if request.counted_octets > MiB and self.content_size > self.most_content:
             raise Overloaded(
                 f"running requests hold {self.content_size} bytes; try again later",
                 ("Retry-After", "5"),
@@ -20848,6 +20859,7 @@ class HTTPServer:
         self.settings = application.settings
         self.limits = application.context.limits
         self.capacity = find_capacity(self.settings.max_connections, self.limits.spare_files)
+        self.longest_head = self.limits.request_line + self.limits.all_field_lines
         self.turns = RequestTurns(application.context.upstreams.batch)
         # The connection that each task serves.
         self.connections: dict[asyncio.Task[None], Connection] = {}
@@ -21004,10 +21016,9 @@ class HTTPServer:
     async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
         """Return the head of a request; None for a bad one, which it answers, and for none."""
         connection.set_deadline(self.limits.head_timeout, NO_HEAD)
-        longest = self.limits.request_line + self.limits.all_field_lines
         data = None
         try:
-            data = await connection.read_head(longest)
+            data = await connection.read_head(self.longest_head)
             if data is None:
                 return None
             head = parse_request_head(data)
