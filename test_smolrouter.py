@@ -19120,26 +19120,6 @@ def test_a_client_leaves_behind_signs_of_life() -> None:
     assert wait_for_row(ping_router(), model)["status_code"] == 499
 
 
-@each_row("sdk", (*OPENAI_SDKS, *OLLAMA_SDKS), ids=str, at_once=4)
-def test_official_clients_wait_as_long_as_there_are_signs_of_life(sdk: Sdk) -> None:
-    """The model takes longer than they wait for an octet."""
-    sdk = dataclasses.replace(sdk, timeout=1.5)
-    # So many signs of life, each 0.05 s after the one before, take longer than that.
-    script = script_after_pings(sse_response(chat_stream("Hello ", "you")), count=40)
-    model = ping_upstream().add_script(script)
-    named = {"model": model, "messages": HELLO_MESSAGES, "stream": True}
-    if sdk.package == "openai":
-        parts = sdk.call(ping_router().url, "chat.completions.create", **named)
-        assert [p.choices[0].delta.content for p in parts if p.choices[0].delta.content] == [
-            "Hello ",
-            "you",
-        ]
-    else:
-        parts = sdk.call(ping_router().url, "chat", **named)
-        assert "".join(part.message.content for part in parts) == "Hello you"
-        assert parts[-1].done and len(parts) > 20
-
-
 @pytest.mark.parametrize("sdk", (*OPENAI_SDKS, *OLLAMA_SDKS), ids=str)
 def test_official_clients_see_an_error_behind_signs_of_life(sdk: Sdk) -> None:
     model = ping_upstream().add_script(
@@ -19151,6 +19131,179 @@ def test_official_clients_see_an_error_behind_signs_of_life(sdk: Sdk) -> None:
     module = import_or_skip(sdk.package)
     with pytest.raises(getattr(module, error), match="no memory"):
         sdk.call(ping_router().url, method, **named)
+
+
+# --- official clients that wait -------------------------------------------------------
+# They give up when no octet comes for some seconds, and wait for longer than that: in a queue, for
+# a machine that wakes up, and for a slow first token.
+
+HASTE = 2.0
+
+# For each method of a client: which client, what is asked, and what words a part of its stream has.
+WAITING_CALLS: dict[str, tuple[Sdk, dict[str, Any], Callable[[Any], str]]] = {
+    "chat.completions.create": (
+        Sdk("openai", False, HASTE), {"messages": HELLO_MESSAGES},
+        lambda part: part.choices[0].delta.content or "" if part.choices else ""),
+    "responses.create": (
+        Sdk("openai", True, HASTE), {"input": "hello"}, lambda part: getattr(part, "delta", "")),
+    "messages.create": (
+        Sdk("anthropic", True, HASTE), {"messages": HELLO_MESSAGES, "max_tokens": 9},
+        lambda part: part.delta.text if part.type == "content_block_delta" else ""),
+    "chat": (
+        Sdk("ollama", False, HASTE), {"messages": HELLO_MESSAGES},
+        lambda part: part.message.content or ""),
+    "generate": (
+        Sdk("ollama", True, HASTE), {"prompt": "hello"}, lambda part: part.response),
+}  # fmt: skip
+
+
+def serve_waiting_calls(received: Received) -> Iterable[Step]:
+    """Answer as the server of any of these paths does."""
+    servers = {RESPONSES: serve_responses, ANTHROPIC: serve_claude}
+    path = received.path[received.path.index("/v1/") :]
+    return servers.get(path, well_behaved)(dataclasses.replace(received, target=path))
+
+
+def call_at_once(router: Router, calls: Sequence[tuple[str, str, bool]]) -> Iterator[Any]:
+    """Call methods, each with a model and whether it streams; yield answers, parts or errors.
+
+    All calls have begun before the first result is asked for.
+    """
+    # Two threads that want one client at the same time would make two, and lose one.
+    for sdk, *_ in WAITING_CALLS.values():
+        sdk.client(router.url)
+
+    def call(method: str, model: str, stream: bool) -> Any:
+        sdk, named, _ = WAITING_CALLS[method]
+        package = import_or_skip(sdk.package)
+        error = getattr(package, "ResponseError" if sdk.package == "ollama" else "APIError")
+        try:
+            return sdk.call(router.url, method, model=model, stream=stream, **named)
+        except error as failure:
+            return failure
+
+    pool = concurrent.futures.ThreadPoolExecutor(len(calls))
+    asked = [pool.submit(call, *one) for one in calls]
+    pool.shutdown(wait=False)
+    return (one.result() for one in asked)
+
+
+@contextlib.contextmanager
+def taken_slot(**settings: Any) -> Iterator[SlotsTest]:
+    """Give a test whose only server has one slot, which a request has taken."""
+    settings = {"PING_INTERVAL": 0.1, **settings}
+    limits = {"deadline_interval": 0.02}
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, limits=limits, **settings) as test:
+        test.send("first", "high")
+        test.gate.wait_for("first")
+        yield test
+
+
+def test_official_clients_wait_as_long_as_there_are_signs_of_life() -> None:
+    may_answer = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        may_answer.wait(PATIENCE)
+        yield from serve_waiting_calls(received)
+
+    names = ("busy", "asleep", "slow")
+    calls = [(method, name, True) for method in WAITING_CALLS for name in names]
+    with contextlib.ExitStack() as stack:
+        sleeper = stack.enter_context(SleepingServer())
+        sleeper.upstream.script = serve_waiting_calls
+        upstream = stack.enter_context(Upstream(script))
+        stack.callback(may_answer.set)
+        servers: dict[str, Any] = {
+            name: {"url": f"{upstream.url}/{name}", "discover": False} for name in names
+        }
+        servers["busy"]["slots"] = 1
+        servers["asleep"] = sleeper.record
+        aliases = {name: [f"{name}/m"] for name in names}
+        router = stack.enter_context(router_of_sleepers(servers, **aliases))
+        first = stack.enter_context(connect(router.port))
+        first.sendall(encode_post(CHAT, chat_document("busy")))
+        wait_until(lambda: upstream.requests)
+        answers = call_at_once(router, calls)
+
+        def have_waited() -> bool:
+            running = get_document(router, "/api/inflight")
+            times = [one["elapsed_ms"] for one in running]
+            return len(times) == len(calls) + 1 and min(times) > 1300 * HASTE
+
+        assert wait_until(have_waited)
+        phases = collections.Counter(phases_of(router))
+        count = len(WAITING_CALLS)
+        assert phases == {"queued": count, "waking": count, "waiting": count + 1}
+        may_answer.set()
+        sleeper.wake()
+        for (method, *_), parts in zip(calls, answers, strict=True):
+            assert isinstance(parts, list), (method, parts)
+            words = "".join(map(WAITING_CALLS[method][2], parts))
+            assert words == ("Hello" if method == "messages.create" else HELLO_ANSWER)
+            # Only Ollama's clients show the signs of life, as parts without words.
+            assert method not in ("chat", "generate") or len(parts) > 10
+
+
+def test_official_clients_see_why_they_wait_no_longer() -> None:
+    late = "no slot was free at one within 0.5 s (QUEUE_TIMEOUT)"
+    full = "no slot is free at one, and 0 requests wait for one already (QUEUE_SIZE=0)"
+    calls = [(method, "normal", stream) for method in WAITING_CALLS for stream in (False, True)]
+    for words, settings in ((late, {"QUEUE_TIMEOUT": 0.5}), (full, {"QUEUE_SIZE": 0})):
+        with taken_slot(**settings) as test:
+            failures = list(call_at_once(test.router, calls))
+        for (method, _, stream), error in zip(calls, failures, strict=True):
+            assert words in str(error), (method, stream)
+            if words == late and stream:
+                # Behind signs of life it is an event, which has no status.
+                continue
+            assert error.status_code == 503
+            package = WAITING_CALLS[method][0].package
+            if package == "ollama":
+                continue
+            # This is what they try again by themselves, when they are not told to leave it.
+            assert isinstance(error, import_or_skip(package).InternalServerError)
+            assert error.response.headers["Retry-After"] == "10"
+            if package == "anthropic":
+                check_messages_error_document(error.body, 503)
+            else:
+                check_openai_error(error.response.json())
+
+
+def test_official_clients_leave_the_queue() -> None:
+    async def open_async(bound: Callable, named: dict[str, Any]) -> Any:
+        stream = await bound(model="normal", stream=True, **named)
+        # Ollama's clients ask when the first part is asked for.
+        if isinstance(stream, types.AsyncGeneratorType):
+            await anext(stream)
+        return stream
+
+    def open_stream(method: str) -> Any:
+        sdk, named, _ = WAITING_CALLS[method]
+        bound = operator.attrgetter(method)(sdk.client(test.router.url))
+        if sdk.asynchronous:
+            return run_in_loop(open_async(bound, named))
+        stream = bound(model="normal", stream=True, **named)
+        if isinstance(stream, types.GeneratorType):
+            next(stream)
+        return stream
+
+    with taken_slot() as test:
+        streams = map_in_threads(open_stream, WAITING_CALLS)
+        test.wait_for_queue(len(streams))
+        for method, stream in zip(WAITING_CALLS, streams, strict=True):
+            sdk = WAITING_CALLS[method][0]
+            close = getattr(stream, "aclose", None) or stream.close
+            if sdk.asynchronous:
+                run_in_loop(close())
+            else:
+                close()
+        test.wait_for_queue(0)
+        test.queue("next", "normal")
+        test.end("first")
+        assert test.end("next").status == 200
+        assert test.gate.arrived == ["first", "next"]
+        left = "/api/logs?status=499"
+        assert wait_until(lambda: len(get_document(test.router, left)) == len(streams))
 
 
 # --- content that goes on as it comes -------------------------------------------------
