@@ -10508,6 +10508,18 @@ def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
     )
 
 
+def resolve_maker(server: Server) -> Decision:
+    """Return where a request goes that asks for a response which this server has made and keeps."""
+    return Decision(
+        requested_model="",
+        mapped_model="",
+        route="response",
+        strategy="failover",
+        instances=(Instance(server, None),),
+        trail=(Step("response", True, f"{server.name} made it"),),
+    )
+
+
 # The same few clients ask for the same few models, and need not be decided about each time. Only
 # so many decisions are kept, because the trail of each has a step for every rule of the table.
 remembered_decision = functools.lru_cache(maxsize=LIMITS.decisions)(resolve)
@@ -17635,9 +17647,10 @@ class Exchange:
                 step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
                 self.record.trail = (*self.record.trail, step)
         candidates = Candidates(self.context, decision, self.dialect, self.record)
-        # Models work for neither of these, and an upload takes as long as its client likes.
-        is_upload = self.upstream_request.upload is not None
-        candidates.takes_slot = not (self.request.head.method in ("GET", "HEAD") or is_upload)
+        # Without content nothing is asked of a model. That of an upload comes in later, and takes
+        # as long as its client likes.
+        looks = self.request.head.method in ("GET", "HEAD")
+        candidates.takes_slot = not looks and parsed.content != b""
         if decision.strategy == STICKY and has_choice and self.record.session:
             candidates.keep_together(self.record.session)
         return candidates
@@ -17813,6 +17826,21 @@ class Exchange:
             raise opening.error
         self.note_opening()
 
+    def look_for_opening(self, data: bytes) -> None:
+        """Look whether a piece of the answer says something, or tells the id of the answer."""
+        opening = self.opening
+        had_id = opening is None or opening.response_id != ""
+        if opening is None or opening.feed(data):
+            self.note_opening()
+        if not had_id:
+            self.keep_response_home()
+
+    def keep_response_home(self) -> None:
+        """Note which server keeps the answer, where it does; a client may cancel one that runs."""
+        if self.opening and self.opening.response_id:
+            key = hash_key(self.opening.response_id)
+            self.context.upstreams.response_homes.keep(key, self.candidate.key)
+
     def note_opening(self) -> None:
         """Note that the answer has said something: from now on its tokens come."""
         self.record.first_token_at = time.monotonic()
@@ -17891,6 +17919,7 @@ class Exchange:
         response = self.candidate.response
         head = response.head
         self.note_answer(head)
+        self.keep_response_home()
         self.rewriter, self.inflater = self.choose_rewriter()
         self.relaying = True
         rewriter = self.rewriter
@@ -17962,9 +17991,6 @@ class Exchange:
             self.note_error_answer(candidate, self.opening.error)
         elif status < 400:
             candidate.health.succeed()
-            if self.opening and self.opening.response_id:
-                key = hash_key(self.opening.response_id)
-                self.context.upstreams.response_homes.keep(key, instance_key(candidate.instance))
 
     def note_answer(self, head: ResponseHead) -> None:
         """Note in the record that this answer is relayed, in place of one that has broken off."""
@@ -18004,8 +18030,8 @@ class Exchange:
     def forward(self, data: bytes) -> None:
         """Pass a piece of the answer on, or keep it back, as its rewriter says."""
         record = self.record
-        if record.first_token_at is None and (self.opening is None or self.opening.feed(data)):
-            self.note_opening()
+        if record.first_token_at is None:
+            self.look_for_opening(data)
         self.context.log.append_body(record, data)
         if len(self.error_content) < self.longest_error:
             self.error_content += data
@@ -18113,6 +18139,23 @@ async def find_model(context: Context, request: Request) -> tuple[str, Step]:
     raise MalformedContent(NO_MODEL + examples)
 
 
+# What is asked of a response that its server keeps: get it, cancel it, delete it, list its input.
+KEPT_RESPONSE = re.compile(r"/v1/responses/([^/]+)(?:/.*)?")
+
+
+def find_maker(context: Context, path: str) -> Server | None:
+    """Return the server that made the response of this path, None where that is not known."""
+    match = KEPT_RESPONSE.fullmatch(path)
+    if match is None:
+        return None
+    key = hash_key(urllib.parse.unquote(match[1]))
+    made_by = context.upstreams.response_homes.find(key)
+    for server in context.table.all_servers():
+        if made_by and server.url == made_by[0]:
+            return server
+    return None
+
+
 async def relay_model(context: Context, request: Request) -> None:
     """Relay a request to where its model leads; one without a model to the default server."""
     content = request.content
@@ -18122,7 +18165,11 @@ async def relay_model(context: Context, request: Request) -> None:
     if parsed.lacks_model:
         model, step = await find_model(context, request)
         parsed = dataclasses.replace(parsed, model=model)
-    if parsed.text or parsed.model:
+    maker = None if parsed.model else find_maker(context, request.path)
+    if maker:
+        # No other server has it.
+        decision = resolve_maker(maker)
+    elif parsed.text or parsed.model:
         decision = await context.decide(parsed.model, request.source_host, request.dialect)
         decision = await context.drop_unknown_tags(decision, request)
     else:

@@ -14668,6 +14668,61 @@ def test_the_server_that_made_an_answer_gets_what_follows_it(strategy: str) -> N
         assert (got.status, got.get("X-SmolRouter-Attempts")) == (502, "2")
 
 
+def test_what_is_asked_of_a_kept_response_goes_to_its_maker() -> None:
+    may_end = threading.Event()
+
+    def make(received: Received) -> Iterator[Step]:
+        document = {"id": received.json["input"], "object": "response", "output": []}
+        if not received.json.get("stream"):
+            yield from json_response(document)
+            return
+        created = encode_event({"type": "response.created", "response": document})
+        yield from stream_response([created], whole=False)
+        may_end.wait(PATIENCE)
+        done = encode_event({"type": "response.completed", "response": document})
+        yield from encode_chunks(done)
+
+    with SlotsTest({"one": {}, "two": {"slots": 1}}, {}, DEFAULT_UPSTREAM="one") as test:
+        test.upstream.scripts["m"] = make
+        test.upstream.script = lambda received: json_response({"at": received.target})
+
+        def ask(method: str, path: str, content: Any = None) -> tuple[str, str]:
+            got = request(test.router.port, method, path, content)
+            assert got.status == 200, got
+            return got.get("X-SmolRouter-Route"), got.json["at"]
+
+        for server in ("one", "two"):
+            document = {"model": f"m [{server}]", "input": f"resp_{server}"}
+            assert request(test.router.port, "POST", RESPONSES, document).status == 200
+        # What is running can be cancelled, however many run there.
+        with connect(test.router.port) as sock:
+            document = {"model": "m [two]", "input": "resp_runs", "stream": True}
+            sock.sendall(encode_post(RESPONSES, document))
+            read_until(sock, b"response.created")
+            for name, at in (("one", "one"), ("two", "two"), ("runs", "two"), ("else", None)):
+                route = "response" if at else "default"
+                for method, more in (("GET", ""), ("GET", "/input_items?limit=2&after=a%20b"),
+                                     ("POST", "/cancel"), ("DELETE", "")):  # fmt: skip
+                    path = f"/v1/responses/resp_{name}{more}"
+                    assert ask(method, path) == (route, f"/{at or 'one'}{path}"), (method, path)
+            may_end.set()
+            read_until(sock, b"0\r\n\r\n")
+        assert ask("GET", "/responses/resp_two?stream=true") == (
+            "response",
+            "/two/v1/responses/resp_two?stream=true",
+        )
+        assert ask("POST", "/v1/responses/resp%5Ftwo/cancel", {})[1].startswith("/two/")
+        row = wait_until(lambda: finished_row(test.router, "/v1/responses/resp_two/input_items"))
+        detail = get_document(test.router, f"/api/request/{row['id']}")
+        step = {"rule": "response", "matched": True, "why": "two made it"}
+        assert detail["trail"] == [step] and detail["original_model"] == ""
+        # A server that is not there any more has nothing.
+        test.router.routes.write_text(json.dumps({"servers": test.with_urls({"one": {}})}))
+        test.router.signal(signal.SIGHUP)
+        wait_until(lambda: len(get_document(test.router, "/api/upstreams")) == 1)
+        assert ask("GET", "/v1/responses/resp_two")[0] == "default"
+
+
 def test_homes_are_few_and_end() -> None:
     first, second = (("a", "m"), ("b", "m"))
     homes = smolrouter.Homes(2, 3600.0)
