@@ -10087,6 +10087,14 @@ def own_list_key(server: Server) -> ModelListKey:
     return list_key(server, None)
 
 
+# The same object for each request, so that what is remembered of a server, or kept by it, is found
+# without comparing all that two copies of it say.
+@functools.lru_cache(maxsize=256)
+def server_with_api(server: Server, api: str) -> Server:
+    """Return a server that is known to speak an API."""
+    return dataclasses.replace(server, api=api)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Catalogue:
     """What the servers list, and what they speak. A change makes another one, equal to no other.
@@ -10106,8 +10114,7 @@ class Catalogue:
         """Return a server whose `api` is known; it is OpenAI's until it has shown another one."""
         if server.api != AUTO:
             return server
-        service = self.services.get(own_list_key(server), OPENAI.service)
-        return dataclasses.replace(server, api=service)
+        return server_with_api(server, self.services.get(own_list_key(server), OPENAI.service))
 
 
 EMPTY_CATALOGUE = Catalogue({}, {})
@@ -10178,7 +10185,7 @@ def names_to_try(*models: str) -> tuple[str, ...]:
     'coder:latest'  ->  ('coder:latest', 'coder');  ''  ->  ()
     """
     names = [*models, *map(without_tag, models)]
-    return tuple(dict.fromkeys(name for name in names if name))
+    return tuple(dict.fromkeys(filter(None, names)))
 
 
 def find_listed(model: str, listed: Container[str]) -> str | None:
@@ -10212,6 +10219,7 @@ def map_model(model_map: ModelMap, requested_model: str, trail: list[Step]) -> s
     return requested_model
 
 
+@functools.lru_cache(maxsize=256)
 def parse_source_host(host: str) -> Address | None:
     """Return the address that a source host is: '10.0.0.1' -> (4, 167772161); None for a name."""
     try:
