@@ -6266,11 +6266,6 @@ def restore_namespaces(names: ToolNames, document: Mapping[str, Any]) -> dict[Pa
 # to be thought (`think`), for which each protocol has members of its own.
 
 
-def tell_value(path: Path, value: str) -> str:
-    """Return in words what a member has become: `("a", "b")`, `0.5`  ->  `a.b = 0.5`."""
-    return f"{'.'.join(map(str, path))} = {value}"[: LIMITS.shown_change]
-
-
 class RequestParameters(NamedTuple):
     """What the routing file says of the members of requests, on one of its levels or on some.
 
@@ -6283,6 +6278,16 @@ class RequestParameters(NamedTuple):
     sets: tuple[tuple[Path, str], ...] = ()
     # One of THINK_LEVELS, "" where nothing is said.
     think: str = ""
+    # How values stand in the file that have variables in them: what these stand for may be secret,
+    # and is not shown.
+    written: tuple[tuple[tuple[Path, str], str], ...] = ()
+
+    def tell(self, path: Path, value: str) -> str:
+        """Return in words what a member becomes: `("a", "b")`, `0.5`  ->  `a.b = 0.5`."""
+        for place, text in self.written:
+            if place == (path, value):
+                value = text
+        return f"{'.'.join(map(str, path))} = {value}"[: LIMITS.shown_change]
 
     @property
     def change_members(self) -> bool:
@@ -6304,8 +6309,8 @@ class RequestParameters(NamedTuple):
         """Return in words what becomes of a request, in the order in which it is done."""
         words = [f"think {self.think}"] if self.think else []
         words += [f"strip {'.'.join(map(str, path))}" for path in self.strips]
-        words += [f"default {tell_value(path, value)}" for path, value in self.defaults]
-        return words + [f"set {tell_value(path, value)}" for path, value in self.sets]
+        words += [f"default {self.tell(path, value)}" for path, value in self.defaults]
+        return words + [f"set {self.tell(path, value)}" for path, value in self.sets]
 
 
 NO_PARAMETERS = RequestParameters()
@@ -6322,6 +6327,7 @@ def merge_parameters(near: RequestParameters, far: RequestParameters) -> Request
         defaults=near.defaults + far.defaults,
         sets=far.sets + near.sets,
         think=near.think or far.think,
+        written=near.written + far.written,
     )
 
 
@@ -6459,12 +6465,12 @@ def change_parameters(
         if kind == "think" or member_at(changed, path) is ABSENT:
             put_value(changed, path, json.loads(value))
             touched.append(path)
-            note_change(f"{kind} {tell_value(path, value)}")
+            note_change(f"{kind} {parameters.tell(path, value)}")
     for path, value in parameters.sets:
         if path[0] in twice or not is_set(member_at(changed, path), value):
             put_value(changed, path, json.loads(value))
             touched.append(path)
-            note_change(f"set {tell_value(path, value)}")
+            note_change(f"set {parameters.tell(path, value)}")
     edits = find_edits(text, stripped, changed, touched, twice)
     return edit_json(text, edits) if edits else text, changed
 
@@ -9244,6 +9250,8 @@ class RoutingTable:
     source: str
     # The `jti` of tokens that are not valid any more.
     revoked: frozenset[str] = frozenset()
+    # What the variables stand for that are put into requests.
+    secrets: frozenset[str] = frozenset()
 
     def all_servers(self) -> list[Server]:
         """Return every server that can be asked, each once; those outside `servers` come first."""
@@ -9390,6 +9398,14 @@ class Node(NamedTuple):
         value = self.value.get(key) if isinstance(self.value, dict) else self.value[key]
         return Node(value, (*self.path, key), self.document)
 
+    @property
+    def written(self) -> Any:
+        """The value as it stands in the file, before its variables were replaced."""
+        value = self.document.value
+        for key in self.path:
+            value = value[key]
+        return value
+
     def expand_variables(self, environ: Mapping[str, str]) -> Any:
         """Return the value with `${NAME}` replaced in every string inside."""
         if isinstance(self.value, dict):
@@ -9509,17 +9525,17 @@ def check_json_value(node: Node) -> None:
         node.require(is_json and is_finite, f"{node.value!r} is not JSON; put it in quotes")
 
 
-def read_leaves(node: Node, path: Path) -> Iterator[tuple[Path, str]]:
-    """Yield path and JSON of each value inside of a node that is no object, or an empty one.
+def read_leaves(node: Node, path: Path) -> Iterator[tuple[Path, Node]]:
+    """Yield path and node of each value inside of a node that is no object, or an empty one.
 
-    `{"b": [1], "c": {}}` at `("a",)`  ->  `(("a", "b"), "[1]")`, `(("a", "c"), "{}")`
+    `{"b": [1], "c": {}}` at `("a",)`  ->  `("a", "b")` with `[1]`, `("a", "c")` with `{}`
     """
     if isinstance(node.value, dict) and node.value:
         for item in node.entries():
             yield from read_leaves(item, (*path, item.path[-1]))
         return
     check_json_value(node)
-    yield path, json.dumps(node.value)
+    yield path, node
 
 
 # What a server, an alias or a route may say of the members of requests.
@@ -9573,6 +9589,8 @@ class TableReader:
         self.aliases: dict[str, Target] = {}
         self.rules: tuple[Rule, ...] = ()
         self.revoked: frozenset[str] = frozenset()
+        # What the variables stand for that are put into requests.
+        self.secrets: set[str] = set()
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
@@ -9796,8 +9814,9 @@ class TableReader:
             if isinstance(strip.value, list):
                 items = strip.elements("an empty list strips nothing; leave it out")
             strips = [item.read(parse_member_path) for item in items]
-        defaults = tuple(self.read_values(default))
-        sets = tuple(self.read_values(set_always))
+        written: dict[tuple[Path, str], str] = {}
+        defaults = tuple(self.read_values(default, written))
+        sets = tuple(self.read_values(set_always, written))
         level = ""
         if think.value is not None:
             level = think.value
@@ -9805,22 +9824,31 @@ class TableReader:
                 # YAML reads the words `on` and `off` as true and false.
                 level = THINK_ON if level else THINK_OFF
             think.require(level in THINK_LEVELS, f"{level!r} instead of {', '.join(THINK_LEVELS)}")
-        return RequestParameters(tuple(strips), defaults, sets, level)
+        return RequestParameters(tuple(strips), defaults, sets, level, tuple(written.items()))
 
-    def read_values(self, node: Node) -> Iterator[tuple[Path, str]]:
+    def read_values(
+        self, node: Node, written: dict[tuple[Path, str], str]
+    ) -> Iterator[tuple[Path, str]]:
         """Yield the path and the JSON of each value of `default` or `set`.
+
+        What had variables in it is put into `written`, as it stands in the file.
 
         {'a.b': 1, 'c': {'d': 'e'}}  ->  (('a', 'b'), '1'), (('c', 'd'), '"e"')
         """
         places: dict[Path, None] = {}
         for item in node.entries():
             path = item.replace(item.path[-1]).read(parse_member_path)
-            for place, value in read_leaves(item, path):
+            for place, leaf in read_leaves(item, path):
                 clash = any(
                     place[: len(other)] == other or other[: len(place)] == place for other in places
                 )
                 item.require(not clash, f"{'.'.join(place)} stands here twice; keep one of them")
                 places[place] = None
+                value = json.dumps(leaf.value)
+                text = json.dumps(leaf.written)
+                if text != value:
+                    written[place, value] = text
+                    self.secrets.update(self.environ[name] for name in ENV_REFERENCE.findall(text))
                 yield place, value
 
     def read_stated(self, context: Node, abilities: Node) -> ModelFacts:
@@ -10058,6 +10086,7 @@ def parse_routes(
         route_by_model=settings.route_by_model,
         source=name,
         revoked=reader.revoked,
+        secrets=frozenset(reader.secrets),
     )
     if not table.all_servers():
         raise ConfigError("DEFAULT_UPSTREAM='none': there is no other server; set SERVERS")
@@ -11428,8 +11457,13 @@ def show_fields(fields: Fields) -> ShownFields:
 
 @functools.lru_cache(maxsize=4)
 def server_secrets(table: RoutingTable) -> Secrets:
-    """Return the secrets that the routing file gives to servers: their keys, and fields of them."""
+    """Return the secrets that the routing file gives to servers.
+
+    They are their keys, fields of theirs, and what variables put into the contents of requests.
+    """
     secrets: list[tuple[bytes, bytes]] = []
+    for value in sorted(table.secrets):
+        secrets += spell_secret(value)
     for server in table.all_servers():
         if server.api_key:
             secrets += spell_secret(server.api_key)

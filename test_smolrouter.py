@@ -20011,6 +20011,38 @@ def test_parameters_of_all_levels_are_merged_and_told() -> None:
     ]  # fmt: skip
 
 
+def test_what_variables_put_into_requests_is_not_shown(folder: pathlib.Path) -> None:
+    secret = "sk-only-in-the-environment-5f2e"
+    with Upstream() as upstream:
+        upstream.script = lambda received: json_response({"error": received.json["key"]}, 400)
+        record = {"url": upstream.url, "discover": False}
+        record["set"] = {"a": {"pin": "no ${PIN}", "open": "o"}, "list": ["l", "${BOX_KEY}"]}
+        alias = {"instances": ["box/m"], "default": {"key": "${BOX_KEY}"}}
+        table = {"servers": {"box": record}, "aliases": {"x": alias}}
+        variables = {"BOX_KEY": secret, "PIN": "Zq9x"}
+        with Router({"DEFAULT_UPSTREAM": upstream.url, **variables}, table) as router:
+            assert post_chat(router, "x").status == 400
+            sent = upstream.requests[-1].json
+            detail = wait_for_detail(router, "x")
+            routes = get_document(router, "/api/routes?model=x")
+            logs = get_document(router, "/api/logs")
+    assert (sent["key"], sent["list"]) == (secret, ["l", secret])
+    assert sent["a"] == {"pin": "no Zq9x", "open": "o"}
+    told = [
+        'default key = "${BOX_KEY}"', 'set a.pin = "no ${PIN}"', 'set a.open = "o"',
+        'set list = ["l", "${BOX_KEY}"]',
+    ]  # fmt: skip
+    assert detail["changed"] == routes["decision"]["instances"][0]["parameters"] == told
+    # What the server says of it is kept without it.
+    assert detail["error_message"].startswith("***")
+    path = folder / "table.json"
+    path.write_text(json.dumps(table))
+    done = run_program("explain", "x", settings={"ROUTES_CONFIG": str(path), **variables})
+    assert told[0] in done.stdout
+    for shown in (detail, routes, logs, done.stdout):
+        assert secret not in str(shown) and "Zq9x" not in str(shown)
+
+
 def test_parameters_change_requests_of_all_endpoints() -> None:
     wanted = {"top_p": 0.1, "top_k": 1, "seed": 1, "min_p": 0.1, "user": "box", "model": "m"}
     for path in EXAMPLE_REQUESTS:
