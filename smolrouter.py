@@ -11827,13 +11827,10 @@ class Connection(asyncio.Protocol):
 
     # Waiting and waking.
 
-    async def wait(self) -> None:
-        """Sleep until there is any news."""
+    def wait(self) -> asyncio.Future[None]:
+        """Return what ends at any news: `await connection.wait()` sleeps until then."""
         self.waiter = self.loop.create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
+        return self.waiter
 
     def wake(self) -> None:
         """Wake the task that sleeps in `wait`, if one does."""
@@ -12316,11 +12313,11 @@ class ResponseWriter:
         self.status = status
         # The answer to a HEAD says how long the content would be. A 204 or 304 never has any, and
         # says no length.
-        has_length = length is not None and status not in (204, 304)
-        self.omits_content = self.method == "HEAD" or status in (204, 304)
+        may_have_content = status not in (204, 304)
+        self.omits_content = self.method == "HEAD" or not may_have_content
         if self.extra_fields:
             lines += encode_field_lines(self.extra_fields)
-        if has_length:
+        if may_have_content and length is not None:
             lines += f"Content-Length: {length}\r\n"
         elif self.omits_content:
             # It ends with its head, whatever its fields say.
@@ -12390,34 +12387,32 @@ class Request:
     connection: Connection
     writer: ResponseWriter
     source_host: str
-    # The path in its one spelling, and as soon as its endpoint is known, by its usual name.
-    path: str = ""
-    # The dialect of its endpoint, as soon as that is known.
-    dialect: Dialect = OPENAI
     content: bytes = b""
+    # The path in its one spelling, and as soon as its endpoint is known, by its usual name.
+    path: str = dataclasses.field(init=False)
+    # The query with its question mark, or nothing.
+    query: str = dataclasses.field(init=False)
+    # The dialect of its endpoint, as soon as that is known.
+    dialect: Dialect = dataclasses.field(default=OPENAI, init=False)
     # What its valid token says; None without one.
-    token: Token | None = None
+    token: Token | None = dataclasses.field(default=None, init=False)
     # Who reads the content, once somebody has begun; nobody has to if it came with its head.
-    reader: ContentReader | None = None
+    reader: ContentReader | None = dataclasses.field(default=None, init=False)
     # Whether all of it was read, so that the next request begins behind it.
-    is_read: bool = False
+    is_read: bool = dataclasses.field(default=False, init=False)
     # Whether an exchange keeps a record of it, and prints its line.
-    recorded: bool = False
+    recorded: bool = dataclasses.field(default=False, init=False)
     # Octets of its content that count against `Limits.held_content`.
-    counted_octets: int = 0
+    counted_octets: int = dataclasses.field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.path = self.path or self.head.path
+        self.path = self.head.path
+        self.query = self.head.query
 
     @property
     def host(self) -> str:
         """The authority of the target, or Host."""
         return self.head.host
-
-    @property
-    def query(self) -> str:
-        """The query with its question mark, or nothing."""
-        return self.head.query
 
     def begin_content(self, limit: float = NEVER) -> None:
         """Make the reader of the content; tell a client that waits for our word to send it."""
@@ -13369,6 +13364,8 @@ class Upstreams:
         response = None
         try:
             head = await self.receive_head(connection)
+            if head.status < 200:
+                head = await self.receive_final_head(connection, head)
             framing = head.framing(method)
             response = UpstreamResponse(head, framing, connection, server, self.pool)
             return response
@@ -13381,16 +13378,20 @@ class Upstreams:
                 connection.abort()
 
     async def receive_head(self, connection: Connection) -> ResponseHead:
-        """Return the head of the final response; interim ones (1xx) are passed over."""
-        for _ in range(self.limits.interim_responses + 1):
-            data = await connection.read_head(self.limits.response_head)
-            if data is None:
-                raise BadGateway("it closed the connection without an answer")
-            head = parse_response_head(data)
-            if head.status >= 200:
-                return head
+        """Return the head of the next response, which may be an interim one (1xx)."""
+        data = await connection.read_head(self.limits.response_head)
+        if data is None:
+            raise BadGateway("it closed the connection without an answer")
+        return parse_response_head(data)
+
+    async def receive_final_head(self, connection: Connection, head: ResponseHead) -> ResponseHead:
+        """Return the head of the final response, after that of an interim one."""
+        for _ in range(self.limits.interim_responses):
             if head.status == 101:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
+            head = await self.receive_head(connection)
+            if head.status >= 200:
+                return head
         raise MalformedMessage(f"more than {self.limits.interim_responses} interim responses")
 
 
@@ -20559,10 +20560,11 @@ class Application:
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
-        found = find_endpoint(request.head.method, request.path)
+        head = request.head
+        found = find_endpoint(head.method, request.path)
         request.path = found.path
         of_path = found.of_path
-        endpoint = found.choose_endpoint(request.head.fields)
+        endpoint = found.choose_endpoint(head.fields)
         if of_path:
             request.dialect = (endpoint or of_path[0]).dialect
         elif request.path.startswith("/api/"):
@@ -20675,7 +20677,7 @@ class Application:
         self, request: Request, endpoint: Endpoint | None, of_path: Sequence[Endpoint]
     ) -> None:
         """Check what a request may do and let its endpoint serve it. Raises RouterError."""
-        settings = self.settings
+        head = request.head
         # What does not exist is guarded, too, so that nobody without a token can try what does: an
         # unknown path as the API is, an unknown method of a path as that path is.
         guard = API
@@ -20684,8 +20686,8 @@ class Application:
         webui = guard in (WEBUI, SIGNIN)
         if webui:
             request.writer.extra_fields += GUARDED_FIELDS
-        request.writer.extra_fields += self.check_head(request.head, webui)
-        if request.head.method == "OPTIONS" and (of_path or request.path == "*"):
+        request.writer.extra_fields += self.check_head(head, webui)
+        if head.method == "OPTIONS" and (of_path or request.path == "*"):
             self.answer_options(request, of_path)
             return
         # At SIGNIN and "" nobody needs a token, and none is looked at here.
@@ -20693,11 +20695,11 @@ class Application:
             request.token = self.check_token(request, guard)
         if endpoint is None:
             raise missing_endpoint(request, of_path)
-        if webui and not settings.enable_logging and endpoint.serve is not serve_metrics:
+        if webui and not self.settings.enable_logging and endpoint.serve is not serve_metrics:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
         if endpoint.reads_content:
-            await request.read_content(settings.max_request_size, self.count_content)
-            if endpoint.decodes_content and "content-encoding" in request.head.fields.first:
+            await request.read_content(self.settings.max_request_size, self.count_content)
+            if "content-encoding" in head.fields.first and endpoint.decodes_content:
                 coded_size = len(request.content)
                 await decode_request(self.context, request)
                 self.count_content(request, len(request.content) - coded_size)
@@ -20869,14 +20871,18 @@ class RequestTurns:
         # The turn, as the batch counts them. Wherever a request comes, the connections are flushed.
         self.turn = 0
 
-    async def wait(self) -> None:
-        """Wait, before a request begins, for a turn in which few have begun."""
+    def admit(self) -> bool:
+        """Return whether a request may begin in this turn; otherwise it has to `wait`."""
         if self.turn != self.batch.flushes:
             self.turn = self.batch.flushes
             self.begun = 0
-        if self.begun < self.limits.requests_per_turn and not self.waiting:
-            self.begun += 1
-            return
+        if self.begun >= self.limits.requests_per_turn or self.waiting:
+            return False
+        self.begun += 1
+        return True
+
+    async def wait(self) -> None:
+        """Wait for a turn in which few requests have begun, before another one begins."""
         loop = asyncio.get_running_loop()
         if not self.waiting:
             loop.call_soon(self.begin_turn, loop)
@@ -21080,7 +21086,8 @@ class HTTPServer:
         if head is None:
             return False
         request = self.make_request(connection, peer, head)
-        await self.turns.wait()
+        if not self.turns.admit():
+            await self.turns.wait()
         await self.application.serve(request)
         connection.ignore_disconnect()
         # A client that sends requests and reads no answers must not fill the memory with them.
