@@ -1248,9 +1248,9 @@ class Limits:
     # Different models and servers that /metrics counts apart; clients choose the names of
     # models, and each is a few dozen lines that a collector keeps. More count as one, "other".
     metric_series: int = 500
-    # Different clients that are counted by name in an hour; they choose their names. More count as
-    # one, "other".
-    counted_clients: int = 200
+    # Different clients that are counted by name in an hour, and so many models; clients choose
+    # their names. More count as one, "other".
+    counted_names: int = 200
     # Spans wait for so many s, or until there are so many, and leave together, as OpenTelemetry's
     # own programs do. While the collector takes none, so many wait, and the others are lost.
     span_interval: float = 5.0
@@ -14426,8 +14426,8 @@ COUNTED_MODEL = f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END"
 CLIENT_SUMS = ("requests", "errors", "prompt_tokens", "completion_tokens", "last_seen")
 SUM_CLIENTS = """count(*), sum(failed), ifnull(sum(prompt_tokens), 0),
     ifnull(sum(completion_tokens), 0), max(timestamp)"""
-# Stands for the clients of an hour beyond `LIMITS.counted_clients`.
-OTHER_CLIENTS = "other"
+# Stands for the clients and the models of an hour beyond `LIMITS.counted_names`.
+UNCOUNTED = "other"
 # What a client tells of the trace that its request is part of. Ids of zeros alone are none.
 TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
@@ -15230,11 +15230,46 @@ ADD_CLIENT = """INSERT INTO client_rollups VALUES (?, ?, ?, ?, ?, ?, ?, ?)
     completion_tokens = completion_tokens + excluded.completion_tokens,
     last_seen = max(last_seen, excluded.last_seen)"""
 HOUR_CLIENTS = "SELECT DISTINCT client FROM client_rollups WHERE hour = ?"
+HOUR_MODELS = "SELECT DISTINCT model FROM rollups WHERE hour = ?"
 ADD_HOUR = """INSERT INTO hours VALUES (?, ?)
     ON CONFLICT (hour) DO UPDATE SET first_id = min(first_id, excluded.first_id)"""
 SELECT_RUNNING = f"SELECT {COLUMNS} FROM requests WHERE id = ? AND failed IS NULL"
 OLDEST_IDS = "SELECT id FROM requests WHERE timestamp < ? ORDER BY timestamp LIMIT ?"
 FINISH_INTERRUPTED = "UPDATE requests SET failed = 1, error_message = ? WHERE id = ?"
+
+
+class CountedNames:
+    """Which names are counted in each hour, of those that clients choose.
+
+    Each is a row of the sums or more. Somebody may ask for another model with every request.
+    """
+
+    def __init__(self, query: str, most: int) -> None:
+        self.query = query
+        self.most = most
+        self.of_hour: dict[int, set[str]] = {}
+
+    def forget(self) -> None:
+        """Let the names be read anew, of another database."""
+        self.of_hour.clear()
+
+    def find(self, db: sqlite3.Connection, hour: int, name: str) -> str:
+        """Return under which name a name is counted in an hour; a transaction is running."""
+        names = self.of_hour.get(hour, set())
+        # What has asked no model has no name.
+        if name in names or not name:
+            return name
+        if len(names) < self.most:
+            # Another router may have counted some.
+            names.update(counted for (counted,) in db.execute(self.query, (hour,)))
+            names -= {UNCOUNTED, ""}
+            if name in names or len(names) < self.most:
+                names.add(name)
+            # Requests are of the hour that runs, or long ones of an earlier one.
+            if len(self.of_hour) > 2:
+                self.of_hour.clear()
+            self.of_hour[hour] = names
+        return name if name in names else UNCOUNTED
 
 
 def insert_rows(
@@ -15456,8 +15491,8 @@ class Store:
         self.router_number = os.getpid() % MAX_ROUTERS
         self.lock_file: int | None = None
         self.ids = RowIds(limits)
-        # The clients that are counted by name, by hour.
-        self.hour_clients: dict[int, set[str]] = {}
+        self.counted_clients = CountedNames(HOUR_CLIENTS, limits.counted_names)
+        self.counted_models = CountedNames(HOUR_MODELS, limits.counted_names)
         self.db: sqlite3.Connection | None = None
         # The files that are open, to see when others are in their place.
         self.files: dict[str, os.stat_result] = {}
@@ -15491,7 +15526,8 @@ class Store:
             if self.ids.end == 1:
                 self.take_back_ids(self.db)
             self.files = self.find_files()
-            self.hour_clients.clear()
+            self.counted_clients.forget()
+            self.counted_models.forget()
         return self.db
 
     def find_files(self) -> dict[str, os.stat_result]:
@@ -15652,14 +15688,18 @@ class Store:
 
     def add_tallies(self, db: sqlite3.Connection, tallies: Tallies) -> None:
         """Add the numbers of some requests to the sums."""
-        db.executemany(ADD_ROLLUP, [(*key, *tally) for key, tally in tallies.items()])
+        rows = []
+        for (hour, service, model, url), tally in tallies.items():
+            rows.append((hour, service, self.counted_models.find(db, hour, model), url, *tally))
+        db.executemany(ADD_ROLLUP, rows)
 
     def add_clients(self, db: sqlite3.Connection, rows: Iterable[Row]) -> None:
         """Add some finished requests to the sums of their clients."""
         sums: dict[tuple[int, str, str], list[int]] = {}
         for row in rows:
             hour, _, model, _ = rollup_key(row)
-            key = (hour, self.find_client(db, hour, row.client), model)
+            client = self.counted_clients.find(db, hour, row.client)
+            key = (hour, client, self.counted_models.find(db, hour, model))
             if key not in sums:
                 sums[key] = [0] * len(CLIENT_SUMS)
             numbers = sums[key]
@@ -15669,24 +15709,6 @@ class Store:
             numbers[3] += row.completion_tokens or 0
             numbers[4] = max(numbers[4], row.timestamp)
         db.executemany(ADD_CLIENT, [(*key, *numbers) for key, numbers in sums.items()])
-
-    def find_client(self, db: sqlite3.Connection, hour: int, client: str) -> str:
-        """Return under which name a client is counted in an hour; a transaction is running."""
-        most = self.limits.counted_clients
-        clients = self.hour_clients.get(hour, set())
-        if client in clients:
-            return client
-        if len(clients) < most:
-            # Another router may have counted some.
-            clients.update(name for (name,) in db.execute(HOUR_CLIENTS, (hour,)))
-            clients.discard(OTHER_CLIENTS)
-            if client in clients or len(clients) < most:
-                clients.add(client)
-            # Requests are of the hour that runs, or long ones of an earlier one.
-            if len(self.hour_clients) > 2:
-                self.hour_clients.clear()
-            self.hour_clients[hour] = clients
-        return client if client in clients else OTHER_CLIENTS
 
     def write(
         self, running: Sequence[Row], records: Sequence[RequestRecord], tallies: Tallies
@@ -18520,13 +18542,17 @@ SUM_FILTERS = {
 }
 # A model on one server: no URL has a blank in it.
 ON_SERVER = "model || ' ' || upstream_url"
-# What a column of the sums is called in a row.
+# Under which model a row of the hour in which a window begins stands in the sums.
+SUMMED_MODEL = f"""CASE WHEN level ISNULL THEN ''
+    WHEN {MODEL} IN (SELECT model FROM rollups WHERE hour = :begin_hour) THEN {MODEL}
+    ELSE '{UNCOUNTED}' END"""
+# What a column of the sums, and what a filter of sums is for such a row.
 SUM_KEYS = {
-    "model": COUNTED_MODEL,
+    "model": SUMMED_MODEL,
     "service_type": "service_type",
-    ON_SERVER: f"{COUNTED_MODEL} || ' ' || upstream_url",
+    ON_SERVER: f"{SUMMED_MODEL} || ' ' || upstream_url",
 }
-
+SUMMED_ROW_FILTERS = {**POINT_FILTERS, "model": f"{SUMMED_MODEL} = :model"}
 
 # An id that no row of an hour, or of a later one, is below. A clock may have been put back, and
 # each router takes ids by the block: so the ids alone tell no time.
@@ -18909,16 +18935,17 @@ def read_rollups(
     return {key: tally for key, *tally in rows}
 
 
-def sum_span(
-    db: sqlite3.Connection, span: tuple[int, int], group: str, filters: Mapping[str, Any]
+def sum_difference(
+    db: sqlite3.Connection, window: Window, group: str, filters: Mapping[str, Any]
 ) -> dict[str, Tally]:
-    """Return the sums of the rows between two moments in ms, by service or model."""
+    """Return the sums of the rows between the begins of a window and of its sums."""
     tests = ["timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
-    tests += [POINT_FILTERS[name] for name in filters]
+    tests += [SUMMED_ROW_FILTERS[name] for name in filters]
+    begin, end = window.difference
     rows = db.execute(
         f"SELECT {SUM_KEYS[group]}, {', '.join(COUNTED)} FROM requests INDEXED BY by_time "
         f"WHERE {' AND '.join(tests)}",
-        {"begin": span[0], "end": span[1], **filters},
+        {"begin": begin, "end": end, "begin_hour": window.begin_hour, **filters},
     )
     tallies: dict[str, Tally] = {}
     for key, *numbers in rows:
@@ -18938,7 +18965,7 @@ def read_tallies(
     """
     tallies = read_rollups(db, window, group, filters)
     change = operator.add if window.begins_before_sums else operator.sub
-    for key, difference in sum_span(db, window.difference, group, filters).items():
+    for key, difference in sum_difference(db, window, group, filters).items():
         tally = tallies.get(key) or [0] * len(TALLY_COLUMNS)
         tallies[key] = list(map(change, tally, difference))
     return {key: tally for key, tally in tallies.items() if tally[SUMS.index("requests")] > 0}
@@ -19098,14 +19125,15 @@ def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, 
     )
     sums = {(client, model): numbers for client, model, *numbers in hours}
     sign = 1 if window.begins_before_sums else -1
+    begin, end = window.difference
     rows = db.execute(
-        f"SELECT client, {COUNTED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
-        "WHERE timestamp >= ? AND timestamp < ? AND failed NOTNULL GROUP BY 1, 2",
-        window.difference,
+        f"SELECT client, {SUMMED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
+        "WHERE timestamp >= :begin AND timestamp < :end AND failed NOTNULL GROUP BY 1, 2",
+        {"begin": begin, "end": end, "begin_hour": window.begin_hour},
     ).fetchall()
     by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
     for client, model, *numbers in rows:
-        key = (client if client in by_name else OTHER_CLIENTS, model)
+        key = (client if client in by_name else UNCOUNTED, model)
         last_seen = max(numbers.pop(), sums.get(key, [0])[-1])
         counted = sums.get(key, [0] * len(CLIENT_SUMS))
         # The last number is a moment, which is no sum.

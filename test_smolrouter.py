@@ -20657,6 +20657,41 @@ def test_clients_beyond_two_hundred_an_hour_are_others(log_folder: LogFolder) ->
         store.close()
 
 
+def test_models_beyond_two_hundred_an_hour_are_others(log_folder: LogFolder) -> None:
+    """Whoever asks for another model with each request makes no row of the sums for each."""
+    stores = [make_store(log_folder.file.parent) for _ in range(2)]
+    now = (time.time() // 3600) * 3600
+    rows = []
+    for number in range(250):
+        more = {"sent_model": f"m{number}", "timestamp": int(now * 1000) - 1_000_000}
+        rows += [make_row(number, **more), make_row(300 + number, **more)]
+    for at in range(0, 500, 50):
+        some = rows[at : at + 50]
+        records = [new_record(0, row=row, id=row.id) for row in some]
+        stores[at // 50 % 2].write([], records, smolrouter.sum_rows(some))
+    tokens = smolrouter.SUMS.index("completion_tokens")
+    for seconds, counted in ((1001, 500), (1800, 500), (3601, 500), (999, 0)):
+        window = smolrouter.Window(int((now - seconds) * 1000), int(now * 1000))
+        with smolrouter.open_for_reading(stores[0].path) as db:
+            tallies = smolrouter.read_tallies(db, window, "model", {})
+            on_servers = smolrouter.read_tallies(db, window, smolrouter.ON_SERVER, {})
+            first = smolrouter.read_tallies(db, window, "model", {"model": "m0"})
+            last = smolrouter.read_tallies(db, window, "model", {"model": "m249"})
+            clients = smolrouter.read_client_sums(db, window)
+        assert [sum(tally[at] for tally in tallies.values()) for at in (0, tokens)] == [
+            counted,
+            6 * counted,
+        ]
+        assert sum(numbers[0] for numbers in clients.values()) == counted
+        if counted:
+            assert len(tallies) == len(clients) == len(on_servers) == 201
+            assert tallies["other"][0] == 100 and "m200" not in tallies
+            assert first["m0"][0] == 2
+        assert not last
+    for store in stores:
+        store.close()
+
+
 def test_a_window_knows_no_row_of_the_future(log_folder: LogFolder) -> None:
     """A clock that was ahead has written it; ids stay ahead after it is put right."""
     store = make_store(log_folder.file.parent)
