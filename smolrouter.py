@@ -19357,19 +19357,27 @@ def read_clients(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[st
 
 # What is said of a server's last hour.
 LAST_HOUR = ("p50_ms", "requests", "errors")
+NO_REQUESTS = (None, 0, 0)
 
 
-def read_last_hour(log: RequestLog, db: sqlite3.Connection, url: str) -> dict[str, Any]:
-    """Return how a server did in the last hour."""
+def read_last_hour(log: RequestLog, db: sqlite3.Connection) -> dict[str, dict[str, Any]]:
+    """Return how each server did in the last hour, by its URL."""
     window = Window.of(3600, time.time())
     rows = db.execute(
-        "SELECT failed, duration_ms FROM requests INDEXED BY by_upstream WHERE upstream_url = :url "
-        f"AND {IN_WINDOW} AND timestamp >= :begin AND timestamp < :end AND failed NOTNULL",
-        {"url": url, **window.values()},
-    ).fetchall()
-    durations = [duration for failed, duration in rows if not failed]
-    figures = (percentile((), durations, 50), len(rows), sum(failed for failed, _ in rows))
-    return dict(zip(LAST_HOUR, figures, strict=True))
+        "SELECT upstream_url, failed, duration_ms FROM requests INDEXED BY by_time "
+        "WHERE timestamp >= :begin AND timestamp < :end AND failed NOTNULL",
+        window.values(),
+    )
+    of_server: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+    for url, failed, duration in rows:
+        of_server[url].append((failed, duration))
+    figures = {}
+    for url, ended in of_server.items():
+        durations = [duration for failed, duration in ended if not failed]
+        errors = sum(failed for failed, _ in ended)
+        values = (percentile((), durations, 50), len(ended), errors)
+        figures[url] = dict(zip(LAST_HOUR, values, strict=True))
+    return figures
 
 
 # --- one request ---
@@ -19854,17 +19862,18 @@ async def serve_upstreams(context: Context, request: Request) -> None:
     fetching = [context.model_lists.get(server, None) for server in servers]
     model_lists = await asyncio.gather(*fetching)
     days: Mapping[str, list[list[int]]] = {}
+    last_hour: Mapping[str, dict[str, Any]] = {}
+    # How the servers are is known without the log, and shown without it.
+    no_figures = dict.fromkeys(LAST_HOUR)
     with contextlib.suppress(LogUnavailable):
         days = await context.log.ask(read_days)
+        last_hour = await context.log.ask(read_last_hour)
+        no_figures = dict(zip(LAST_HOUR, NO_REQUESTS, strict=True))
     documents = []
     for server, models in zip(servers, model_lists, strict=True):
         instances = context.upstreams.health_of_server(server)
         url = server.shown_url
         health = server_state(instances, time.monotonic())
-        # How the servers are is known without the log, and shown without it.
-        last_hour = dict.fromkeys(LAST_HOUR)
-        with contextlib.suppress(LogUnavailable):
-            last_hour = await context.log.ask(read_last_hour, url)
         document = {
             "name": server.name,
             "url": url,
@@ -19882,7 +19891,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "models_age_s": context.model_lists.age(server, time.monotonic()),
             "hours": hours_document(days.get(url, NO_WORK), instances, time.time()),
         }
-        documents.append({**document, **last_hour})
+        documents.append({**document, **last_hour.get(url, no_figures)})
     request.writer.send_json(documents)
 
 
