@@ -1219,6 +1219,12 @@ class Limits:
     # because each transaction waits for the disk.
     batch_interval: float = 0.1
     batch_rows: int = 256
+    # After so many transactions or rows, which write some thousand pages, there is a checkpoint:
+    # what stands in the write-ahead log is put into the database, while the next rows are written.
+    # When the log has so many pages all the same, a transaction has to wait for one.
+    checkpoint_transactions: int = 64
+    checkpoint_rows: int = 1024
+    most_wal_pages: int = 16_384
     # A router takes so many ids at once from the database, at least and at most: enough for what
     # comes before the next transaction.
     fewest_ids: int = 64
@@ -14336,7 +14342,8 @@ async def list_models(
 # Threads: the event loop calls `begin`, `append_body`, `finish` and `wait_to_begin`. The thread
 # "log" runs `run`, and only it writes. Two more run the queries of the page (`ask`), each time
 # with a connection of its own that can only read; SQLite's write-ahead log lets them read while
-# others write.
+# others write. Now and then one puts what stands in that log into the database (`checkpoint`),
+# because this waits for the disk longer than a row may be late.
 #
 # Time: each transaction waits for the disk, so the thread collects what happens in
 # `LIMITS.batch_interval` and writes it in one. A row that is not written yet is lost when the
@@ -15291,12 +15298,24 @@ def insert_rows(
             at += size
 
 
+def connect_to(path: str, mode: str) -> contextlib.closing[sqlite3.Connection]:
+    """Connect to a database that is there, in the mode "ro" or "rw". Raises sqlite3.Error."""
+    # A name of a file is octets, and need not be a text.
+    name = urllib.parse.quote(os.fsencode(os.path.abspath(path)))
+    return contextlib.closing(sqlite3.connect(f"file:{name}?mode={mode}", uri=True))
+
+
+def checkpoint(path: str) -> None:
+    """Put what stands in the write-ahead log of a database into it, as far as nobody reads it."""
+    # Whatever is wrong with the database, its next transaction meets it.
+    with contextlib.suppress(sqlite3.Error), connect_to(path, "rw") as db:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
 @contextlib.contextmanager
 def open_for_reading(path: str) -> Iterator[sqlite3.Connection]:
     """Open the log's database for queries, which cannot write. Raises sqlite3.Error."""
-    # A name of a file is octets, and need not be a text.
-    name = urllib.parse.quote(os.fsencode(os.path.abspath(path)))
-    with contextlib.closing(sqlite3.connect(f"file:{name}?mode=ro", uri=True)) as db:
+    with connect_to(path, "ro") as db:
         # All statements see the same rows and sums.
         db.execute("BEGIN")
         yield db
@@ -15494,6 +15513,10 @@ class Store:
         self.counted_clients = CountedNames(HOUR_CLIENTS, limits.counted_names)
         self.counted_models = CountedNames(HOUR_MODELS, limits.counted_names)
         self.db: sqlite3.Connection | None = None
+        # Makes a checkpoint now; and what was written since the last one began.
+        self.checkpointer: threading.Thread | None = None
+        self.new_transactions = 0
+        self.new_rows = 0
         # The files that are open, to see when others are in their place.
         self.files: dict[str, os.stat_result] = {}
 
@@ -15561,6 +15584,8 @@ class Store:
         db.execute("PRAGMA journal_mode = WAL")
         # A crash of the program loses nothing, one of the machine the last transactions at most.
         db.execute("PRAGMA synchronous = NORMAL")
+        # Where checkpoints lag behind for very long, a transaction makes one.
+        db.execute(f"PRAGMA wal_autocheckpoint = {self.limits.most_wal_pages}")
         if 0 < version < len(MIGRATIONS):
             self.print_line(
                 f"log: {self.path} is of an older version and is being brought up to date; "
@@ -15595,6 +15620,9 @@ class Store:
 
     def close(self) -> None:
         """Close the database; the last program to do so puts all of it into the one file."""
+        if self.checkpointer:
+            # As long as it has the database open, this is not the last one to close it.
+            self.checkpointer.join()
         if self.db:
             self.db.close()
         self.db = None
@@ -15740,6 +15768,24 @@ class Store:
             insert_rows(db, "details", details)
             self.add_tallies(db, tallies)
             self.add_clients(db, finished)
+        self.count_transaction(len(rows))
+
+    def count_transaction(self, rows: int) -> None:
+        """Count a transaction; when enough was written, let a thread make a checkpoint."""
+        self.new_transactions += 1
+        self.new_rows += rows
+        is_due = (
+            self.new_transactions >= self.limits.checkpoint_transactions
+            or self.new_rows >= self.limits.checkpoint_rows
+        )
+        if not is_due or (self.checkpointer and self.checkpointer.is_alive()):
+            return
+        self.new_transactions = 0
+        self.new_rows = 0
+        self.checkpointer = threading.Thread(
+            target=checkpoint, args=(self.path,), name="checkpoint", daemon=True
+        )
+        self.checkpointer.start()
 
     def write_files(self, blobs: Sequence[PackedBody | None]) -> None:
         """Write the files of long bodies before the transaction, in which others would wait.
@@ -15813,6 +15859,7 @@ class Store:
             db.execute("DELETE FROM rollups WHERE hour < ?", (first_hour,))
             db.execute("DELETE FROM hours WHERE hour < ?", (first_hour,))
             db.execute("DELETE FROM client_rollups WHERE hour < ?", (first_hour,))
+        self.count_transaction(pruned)
         if self.vacuum(db) or pruned:
             return True
         self.prune_files(db, now - self.max_age)

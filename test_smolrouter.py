@@ -16719,6 +16719,33 @@ def test_rows_are_inserted_by_few_statements() -> None:
         assert (found, len(seen)) == (rows, statements), count
 
 
+def test_the_write_ahead_log_is_put_into_the_database_beside_transactions(
+    log_folder: LogFolder,
+) -> None:
+    limits = dataclasses.replace(smolrouter.LIMITS, checkpoint_transactions=3, checkpoint_rows=9)
+    copy = log_folder.file.with_name("copy.db")
+
+    def count_in_file() -> int:
+        # Without its write-ahead log.
+        copy.write_bytes(log_folder.file.read_bytes())
+        with contextlib.closing(sqlite3.connect(copy)) as db:
+            return db.execute("SELECT count(*) FROM requests").fetchone()[0]
+
+    with contextlib.closing(smolrouter.Store(settings_of(log_folder), limits)) as store:
+        assert store.open().execute("PRAGMA wal_autocheckpoint").fetchone() == (
+            smolrouter.LIMITS.most_wal_pages,
+        )
+        # How many rows each transaction has, and whether a checkpoint follows it.
+        written = 0
+        for rows, follows in ((1, False), (1, False), (1, True), (8, False), (1, True), (9, True)):
+            store.write([make_row(written + number) for number in range(rows)], [], {})
+            written += rows
+            assert (store.new_transactions == 0) is follows
+            if follows:
+                store.checkpointer.join()
+                assert count_in_file() == written
+
+
 def test_space_is_given_back(log_folder: LogFolder) -> None:
     store = make_store(log_folder.file.parent)
     records = [make_record(number, days=8) for number in range(1500)]
