@@ -2606,15 +2606,15 @@ def find_values(
             yield from find_values(text, start, tails[key], (*prefix, key))
 
 
-def find_twice(text: str, names: Iterable[str]) -> frozenset[str]:
-    """Return which of some names two members of a JSON object have.
+def find_twice(text: str, names: Iterable[str], members: Sequence[Member] = ()) -> frozenset[str]:
+    """Return which of some names two members of a JSON object have, whose members may be known.
 
     `{"a": 1, "b": 2, "a": 3}`, `("a", "b")`  ->  `{"a"}`
     """
     # Nearly always it is enough to count the names, wherever they stand.
-    if "\\u" not in text and all(text.count(f'"{name}"') < 2 for name in names):
+    if not members and "\\u" not in text and all(text.count(f'"{name}"') < 2 for name in names):
         return frozenset()
-    counts = collections.Counter(key for key, _, _ in find_members(text, 0))
+    counts = collections.Counter(key for key, _, _ in members or find_members(text, 0))
     return frozenset(name for name in names if counts[name] > 1)
 
 
@@ -2625,13 +2625,11 @@ def has_twice(text: str, name: str, members: Sequence[Member] = ()) -> bool:
 
     Where the members stand may be known.
     """
-    if members:
-        return sum(key == name for key, _, _ in members) > 1
     # Nearly always it is enough to count the name, wherever it stands. Only an escape that begins
     # like this is one of these letters.
-    if text.count(f'"{name}"') < 2 and "\\u006" not in text:
+    if not members and text.count(f'"{name}"') < 2 and "\\u006" not in text:
         return False
-    return bool(find_twice(text, (name,)))
+    return bool(find_twice(text, (name,), members))
 
 
 def append_members(text: str, members: str) -> str:
@@ -6391,13 +6389,14 @@ def find_edits(
     after: Mapping[str, Any],
     paths: Iterable[Path],
     twice: Container[str],
+    members: Sequence[Member],
 ) -> dict[Path, Any]:
     """Return the edits that make one document of another, which differ at some paths at most.
 
     `{"a": {}}`, `{"a": {"b": {"c": 1}}}`, `[("a", "b", "c")]`  ->  `{("a", "b"): {"c": 1}}`
 
     Where an object of the text has two members of a name, all of them become the same. Those of
-    the text itself are in `twice`.
+    the text itself are in `twice`; where all of its members stand may be known.
     """
     edits: dict[Path, Any] = {}
     for path in paths:
@@ -6406,7 +6405,8 @@ def find_edits(
             size += 1
         place = path[:size]
         is_twice = path[0] in twice
-        if size > 1 and (is_twice or len(list(find_values(text, 0, [place[:-1]]))) > 1):
+        holders = find_values(text, 0, [place[:-1]], members=members) if size > 1 else ()
+        if size > 1 and (is_twice or len(list(holders)) > 1):
             place = path[:1]
         value = member_at(after, place)
         if is_twice or not is_same(value, member_at(before, place)):
@@ -6449,11 +6449,13 @@ def change_parameters(
     parameters: RequestParameters,
     additions: Additions,
     note_change: Callable[[str], None],
-) -> tuple[str, Mapping[str, Any]]:
-    """Return a request's text and document with its parameters changed; each change is noted.
+    members: Sequence[Member] = (),
+) -> tuple[str, Mapping[str, Any], dict[Path, Any]]:
+    """Return a request's text without what is stripped, its document, and further edits.
 
     `{"top_k": 3, "n": 1.0}`, strip `top_k`, default `n = 2`, set `seed = 7`
-    ->  `{"n": 1.0,"seed":7}`;  noted are `strip top_k` and `set seed = 7`
+    ->  `{"n": 1.0}`, `{"n": 1.0, "seed": 7}`, `{("seed",): 7}`;
+        noted are `strip top_k` and `set seed = 7`
 
     The `additions` are what `think` needs. They come before the defaults.
     """
@@ -6462,9 +6464,10 @@ def change_parameters(
     paths = [path for _, path, _ in (*thinks, *defaults)]
     paths += [path for path, _ in parameters.sets]
     stripped = copy_around(document, [*parameters.strips, *paths])
-    text = strip_members(text, stripped, parameters.strips, note_change)
+    shorter = strip_members(text, stripped, parameters.strips, note_change)
+    members = members if shorter == text else ()
     changed = copy_around(stripped, paths)
-    twice = find_twice(text, {str(path[0]) for path in paths})
+    twice = find_twice(shorter, {str(path[0]) for path in paths}, members)
     touched = []
     for kind, path, value in (*thinks, *defaults):
         # Null says nothing of how much to think.
@@ -6477,8 +6480,7 @@ def change_parameters(
             put_value(changed, path, json.loads(value))
             touched.append(path)
             note_change(f"set {parameters.tell(path, value)}")
-    edits = find_edits(text, stripped, changed, touched, twice)
-    return edit_json(text, edits) if edits else text, changed
+    return shorter, changed, find_edits(shorter, stripped, changed, touched, twice, members)
 
 
 # A member that the router adds, and what for: `("reasoning_effort", "off")`. Some servers refuse
@@ -6543,9 +6545,14 @@ class RequestChanges:
         return additions
 
     def apply(
-        self, protocol: Protocol, text: str, document: Mapping[str, Any], think: str
-    ) -> tuple[str, Mapping[str, Any]]:
-        """Return a request's text and document as the parameters make them.
+        self,
+        protocol: Protocol,
+        text: str,
+        document: Mapping[str, Any],
+        think: str,
+        members: Sequence[Member] = (),
+    ) -> tuple[str, Mapping[str, Any], dict[Path, Any]]:
+        """Return what `change_parameters` does for a request.
 
         `think` is how much is to be thought: what the parameters say, or what the client has said
         in a dialect of its own.
@@ -6553,8 +6560,9 @@ class RequestChanges:
         parameters = self.parameters
         additions = self.find_additions(protocol, document, think)
         if not (additions or parameters.change_members):
-            return text, document
-        return change_parameters(text, document, parameters, additions, self.note_change)
+            return text, document, {}
+        note = self.note_change
+        return change_parameters(text, document, parameters, additions, note, members)
 
 
 @dataclasses.dataclass
@@ -6862,6 +6870,13 @@ def model_edit(parsed: ParsedRequest, document: Mapping[str, Any], model: str) -
     return {} if document.get(named_by) == model else {(named_by,): model}
 
 
+def choice_edit(document: Mapping[str, Any], names: ToolNames) -> dict[Path, Any]:
+    """Return the edit of what a request says of the tool to be called; none where it stays."""
+    choice = document.get("tool_choice")
+    flat = flatten_choice(choice, names)
+    return {} if flat == choice else {("tool_choice",): flat}
+
+
 USAGE_WISH = '"stream_options":{"include_usage":true}'
 
 
@@ -6870,12 +6885,17 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     text = parsed.text
     document = parsed.document
     members = parsed.members
+    edits: dict[Path, Any] = {}
     if changes.parameters != NO_PARAMETERS and parsed.takes_parameters:
         think = changes.parameters.think
-        text, document = changes.apply(parsed.protocol, text, document, think)
-        # They stand where they stood only if nothing has changed.
-        members = members if text is parsed.text else ()
-    edits: dict[Path, Any] = {}
+        text, document, edits = changes.apply(parsed.protocol, text, document, think, members)
+        # What is looked into below has to stand in the text as the parameters make it.
+        looked_into = ("stream_options", "tools", "tool_choice", parsed.protocol.system_words)
+        if any(path[0] in looked_into for path in edits):
+            text = edit_json(text, edits)
+            edits = {}
+        if text != parsed.text:
+            members = ()
     # A client of Ollama's that wishes for thinking gets it.
     if changes.no_think and not parsed.document.get("think"):
         edits |= no_think_edit(parsed.protocol, document)
@@ -6902,9 +6922,7 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
             # The parameters may have changed the tools, and so where each of them stands.
             tool_names = read_tool_names(document)
         replacements += flatten_namespaces(text, document, tool_names, members)
-        choice = flatten_choice(document.get("tool_choice"), tool_names)
-        if choice != document.get("tool_choice"):
-            edits[("tool_choice",)] = choice
+        edits |= choice_edit(document, tool_names)
     if text is parsed.text and not (edits or adds_options or replacements):
         return parsed.content
     if edits or replacements:
@@ -6924,7 +6942,8 @@ def encode_translated(
 ) -> str:
     """Return a request as text that was translated into a protocol of OpenAI's."""
     text = encode_json_exactly(document).decode()
-    return changes.apply(protocol, text, document, think)[0]
+    text, _, edits = changes.apply(protocol, text, document, think)
+    return edit_json(text, edits) if edits else text
 
 
 # --- requests that are no JSON --------------------------------------------------------

@@ -6968,13 +6968,22 @@ def test_fuzz_parameters(doc: dict, level: dict, ascii_only: bool) -> None:
         parameters = parameters_of(level)
     if parameters is None:
         return
-    edited, changed = smolrouter.change_parameters(
-        parsed.text, parsed.document, parameters, {}, str
-    )
+
+    def change(
+        text: str, document: Any, parameters: Any, note: Callable[[str], Any], members: Any = ()
+    ) -> tuple[str, Any]:
+        shorter, changed, edits = smolrouter.change_parameters(
+            text, document, parameters, {}, note, members
+        )
+        return smolrouter.edit_json(shorter, edits, members if shorter == text else ()), changed
+
+    edited, changed = change(parsed.text, parsed.document, parameters, str)
+    noted = note_members(parsed.text)
+    assert change(parsed.text, parsed.document, parameters, str, noted) == (edited, changed)
     assert json.loads(edited) == changed
     again = parameters._replace(strips=())
     notes: list[str] = []
-    assert smolrouter.change_parameters(edited, changed, again, {}, notes.append)[0] == edited
+    assert change(edited, changed, again, notes.append)[0] == edited
     if not notes and not parameters.strips and edited == text:
         assert changed == parsed.document
 
