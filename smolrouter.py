@@ -14475,7 +14475,7 @@ DATABASE_SUFFIXES = ("", "-shm", "-wal")
 # SQLite's files begin with a head of so many octets; a shorter file holds no database.
 DATABASE_HEAD = 100
 # So many rows are inserted by one statement, and the rest by the next ones; see `insert_rows`.
-ROWS_AT_ONCE = (128, 16, 1)
+ROWS_AT_ONCE = (64, 16, 4, 1)
 # So many values SQLite takes with one statement. Before version 3.32 it took fewer.
 MOST_VALUES = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 

@@ -16714,8 +16714,8 @@ def test_the_oldest_bodies_make_room(log_folder: LogFolder) -> None:
 def test_rows_are_inserted_by_few_statements() -> None:
     """Also by a SQLite that takes just so many values at once as it did before version 3.32."""
     # How many rows, how many values a statement may have, and how many statements there are.
-    cases = [(0, 999, 0), (1, 999, 1), (15, 999, 15), (16, 999, 1), (256, 32_766, 2)]
-    cases += [(128 + 32 + 3, 32_766, 1 + 2 + 3), (40, 36 * 16, 2 + 8), (40, 36 * 16 - 1, 40)]
+    cases = [(0, 999, 0), (1, 999, 1), (15, 999, 3 + 3), (16, 999, 1), (256, 32_766, 4)]
+    cases += [(163, 32_766, 2 + 2 + 3), (40, 36 * 16, 2 + 2), (40, 36 * 16 - 1, 10)]
     for count, most_values, statements in cases:
         rows = [tuple(range(number, number + 36)) for number in range(count)]
         with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
