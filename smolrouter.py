@@ -1052,6 +1052,9 @@ class Limits:
     # An answer that has said nothing up to this length, but begins and pings, counts as one all the
     # same where another instance could be asked: what it has sent is kept back until then.
     silent_beginning: int = 64 * KiB
+    # In so many octets of its first piece the text that a stream begins with is looked for without
+    # parsing its events: they have one with the role, one with the first word and some pings.
+    first_events: int = 2 * KiB
     # Whether an answer says nothing for lack of room is looked at up to this length.
     empty_answer: int = 16 * KiB
     # An error answer kept while the next instance is tried; a longer one counts as none.
@@ -3031,7 +3034,9 @@ class CharacterJoiner:
 
     def needs(self, block: bytes) -> bool:
         """Tell whether a block has half a character, or may have one."""
-        if self.held or block.rfind(SURROGATES[0]) >= 0 or block.rfind(SURROGATES[1]) >= 0:
+        if self.held:
+            return True
+        if BACKSLASH in block and max(map(block.rfind, SURROGATES)) >= 0:
             return True
         if block.isascii():
             return False
@@ -3370,13 +3375,15 @@ def spell_start(sequence: Sequence[Sequence[str]]) -> str:
 def compile_cut_tag(*sequences: Sequence[Sequence[str]]) -> re.Pattern[str]:
     r"""Return a pattern for the end of a text that may be the first part of one of some sequences.
 
-    `[("<b>",)]`  ->  `(?:(?i:<(?:b(?:>)?)?))\Z`, which finds the `<b` in `a <b`
+    `[("<b>",)]`  ->  `(?=[<])(?:(?i:<(?:b(?:>)?)?))\Z`, which finds the `<b` in `a <b`
     """
+    # Where no tag can begin, one look at the character tells it.
+    first_characters = {re.escape(tag[0]) for sequence in sequences for tag in sequence[0]}
     starts = []
     for sequence in sequences:
         start = spell_start(sequence)
         starts.append(f"(?i:{start})" if sequence[0][0][0] == "<" else start)
-    return re.compile(f"(?:{'|'.join(starts)})\\Z")
+    return re.compile(f"(?=[{''.join(sorted(first_characters))}])(?:{'|'.join(starts)})\\Z")
 
 
 def one_of(tags: Iterable[str]) -> list[Sequence[Sequence[str]]]:
@@ -3435,7 +3442,6 @@ JSON_STARTS = frozenset(('{"', "{}", '["', "[{", "[[", "[]"))
 QUOTES = {'"': '"', "'": "'", "(": ")", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb"}
 # Without one of these a text has neither tags nor code.
 MARK = re.compile(r"[`~<\[\u25c1]")
-MARK_OF_TAG = re.compile(r"[<\[\u25c1]")
 NOT_SPACE = re.compile(r"\S")
 SPAN_TOKEN = re.compile(r"\n|`+")
 
@@ -3586,11 +3592,6 @@ class ThinkFilter:
         """Whether a text without tag, backtick and tilde would be visible as it is."""
         waits = self.pending or self.run or self.block or self.after_close or self.held is not None
         return not waits and len(self.head) > 1 and not self.code.changes_by_line_end
-
-    @property
-    def shows_all_but_tags(self) -> bool:
-        """Whether a text without the start of a tag would be visible as it is."""
-        return not (self.pending or self.block or self.skips_space) and self.held is None
 
     @property
     def keeps_back(self) -> bool:
@@ -3981,11 +3982,6 @@ class TextFilter:
         return self.think is None or self.think.passes_plain_text
 
     @property
-    def shows_all_but_tags(self) -> bool:
-        """Whether a text without the start of a tag would be visible as it is."""
-        return self.fences is None and self.think is not None and self.think.shows_all_but_tags
-
-    @property
     def keeps_back(self) -> bool:
         """Whether something is kept back that may yet be visible."""
         thinking_kept = self.think is not None and self.think.keeps_back
@@ -4317,7 +4313,7 @@ PLAIN_CHAT_TEXT = re.compile(
 # An event of a chat says no more than a text, with one choice whose delta has no other member.
 CHAT_TEXT_ALONE = re.compile(
     rb'"choices" ?: ?\[\{[^][{}]*"delta" ?: ?\{(?:"role" ?: ?"assistant", ?)?'
-    rb'"content" ?: ?("(?:[^"\\]|\\.)*")\}[^][{}]*\}\]'
+    rb'"content" ?: ?("[^"\\]*(?:\\.[^"\\]*)*")\}[^][{}]*\}\]'
 )
 
 # What stands between the quotes of a text, which may have been cut.
@@ -4338,8 +4334,12 @@ REFUSED_TEXT = re.compile(
     rb'"response\.refusal\.delta"[^{}]{0,500}?"delta" ?: ?' + QUOTED + rb'|"refusal" ?: ?' + QUOTED
 )
 
+CHOICE_INDEX = re.compile(rb'"index" ?: ?([0-9]{1,9})')
+
 # A choice is at its end.
 FINISHED = re.compile(rb'"finish_reason" ?: ?"')
+# What an event of a chat says beside its text, which must reach the client without it.
+SAYS_MORE = re.compile(rb'"(?:role|usage|error)" ?:(?! ?null)')
 
 
 def encode_openai_error(error: RouterError) -> bytes:
@@ -4908,8 +4908,7 @@ class Opening:
                 return True
             self.reader = EventReader(self.format, self.limits)
         _, block = self.reader.feed(data)
-        # The first event that says something or tells an error decides.
-        return any(self.look_at_event(self.format, event) for event in self.format.split(block))
+        return self.look_at_events(self.format, block)
 
     def begins_with_text(self, format: EventFormat, data: bytes) -> bool:
         """Tell whether the first thing that some events say is a plain text, as nearly always.
@@ -4918,7 +4917,7 @@ class Opening:
         would be what the answer begins with.
         """
         plain_text = self.protocol.plain_text
-        found = plain_text.search(data) if plain_text else None
+        found = plain_text.search(data, 0, self.limits.first_events) if plain_text else None
         if found is None:
             return False
         end = data.find(format.mark, found.end())
@@ -4935,6 +4934,17 @@ class Opening:
             # It begins like an object and is none: it was cut, or its server sends it so.
             return self.start != b"" and not closed
         return self.look_at_document(document)
+
+    def look_at_events(self, format: EventFormat, block: bytes) -> bool:
+        """Look at some whole events, up to the first that says something or tells an error."""
+        has_cr = b"\r" in block
+        at = 0
+        while at < len(block):
+            end = format.find_end(block, at, has_cr)
+            if self.look_at_event(format, block[at:end]):
+                return True
+            at = end
+        return False
 
     def look_at_event(self, format: EventFormat, event: bytes) -> bool:
         """Look at an event; one that holds anything but an object says something."""
@@ -7099,30 +7109,48 @@ class AnswerPlan:
         return {("model",): requested}
 
 
-# In JSON every tag has one of TAG_MARKS in it, and code begins with one of CODE_MARKS. They are
-# looked for in every piece of an answer, and so none is taken that often stands elsewhere: there is
-# a `[` in each event, but no `THINK]`.
-TAG_MARKS = (b"<", b"THINK]", "\u25c1".encode())
-CODE_MARKS = (b"`", b"~")
+class Mark(NamedTuple):
+    """A word that is looked for in every event, and one of its octets that hardly occurs elsewhere.
+
+    By far the fastest search is that for one octet, given as a number. Nearly always it decides.
+    """
+
+    octet: int
+    word: bytes
+
+
+# In JSON every tag has one of TAG_MARKS in it, and code begins with one of CODE_MARKS. None of them
+# often stands elsewhere: there is a `[` in each event, but no `THINK]`.
+TAG_MARKS = (Mark(60, b"<"), Mark(75, b"THINK]"), Mark(0x97, "\u25c1".encode()))
+CODE_MARKS = (Mark(96, b"`"), Mark(126, b"~"))
+MARKS = (*TAG_MARKS, *CODE_MARKS)
 # Some servers write `<`, a backtick, `~` and what Kimi's tags begin with as escapes.
 TAG_ESCAPES = (b"\\u003", b"\\u25")
 ESCAPED_MARKS = (*TAG_ESCAPES, b"\\u006", b"\\u007")
-POSSIBLE_TAG_MARKS = (*TAG_MARKS, *TAG_ESCAPES)
-MARKS = (*TAG_MARKS, *CODE_MARKS)
+POSSIBLE_TAG_MARKS = (*TAG_MARKS, *(Mark(BACKSLASH, escape) for escape in TAG_ESCAPES))
+POSSIBLE_MARKS = (*MARKS, *(Mark(BACKSLASH, escape) for escape in ESCAPED_MARKS))
 
 
 def may_hold_mark(data: bytes) -> bool:
-    r"""Tell whether a text in JSON could hold one of the marks or of the escapes.
+    """Tell whether one of the octets of POSSIBLE_MARKS stands somewhere in a text in JSON.
 
-    Each of them has one of these octets in it: < ` ~ \ K \xe2. They hardly occur elsewhere, and by
-    far the fastest search is that for one octet, which is given as a number.
+    This is asked for each event. To go over the table would take three times as long.
     """
-    return 60 in data or 96 in data or 126 in data or 92 in data or 75 in data or 226 in data
+    return 60 in data or 92 in data or 96 in data or 126 in data or 75 in data or 0x97 in data
+
+
+def holds_any(data: bytes, marks: Iterable[Mark]) -> bool:
+    """Tell whether one of some marks stands in a text: `b"a<b"`, TAG_MARKS  ->  True."""
+    for octet, word in marks:  # noqa: SIM110 - a generator takes twice as long
+        # Looking for a word from the end takes a quarter of the time that `in` takes.
+        if octet in data and data.rfind(word) >= 0:
+            return True
+    return False
 
 
 def may_hold_tag(data: bytes) -> bool:
     """Tell whether a text in JSON could hold a tag."""
-    return any(map(data.__contains__, POSSIBLE_TAG_MARKS))
+    return holds_any(data, POSSIBLE_TAG_MARKS)
 
 
 def fold_edits(document: Any, path: Path, edits: dict[Path, Any]) -> Any:
@@ -7347,8 +7375,10 @@ class StreamRewrite:
         self.over = False
         # The last events, as soon as the answer is over: no others belong to it.
         self.final_events: list[bytes] = []
-        # Only in a conversation: what else may be streamed by these rules, nobody knows.
-        self.end_words = self.protocol.end_words if self.protocol.user_words else ()
+        # Only in a conversation: what else may be streamed by these rules, nobody knows. The second
+        # octet of each is a letter: the `D` of `[DONE]` hardly occurs elsewhere.
+        end_words = self.protocol.end_words if self.protocol.user_words else ()
+        self.end_marks = [Mark(word[1], word) for word in end_words]
 
     @property
     def size(self) -> int:
@@ -7395,12 +7425,7 @@ class StreamRewrite:
         if not block:
             return long
         changed = self.changes.change_block(block)
-        may_end = self.changes.failed
-        for word in self.end_words:
-            # `in` would take four times as long.
-            if block.rfind(word) >= 0:
-                may_end = True
-        if may_end:
+        if self.changes.failed or holds_any(block, self.end_marks):
             self.look_for_end()
         return long + changed if long else changed
 
@@ -7451,11 +7476,6 @@ LAST_USAGE = re.compile(rb',[ ]?"usage":[ ]?\{[^{}]+(?:\{[^{}]*\}[^{}]*)*\}(?=\}
 def find_all(block: bytes, word: bytes) -> list[int]:
     """Return the places of a word in a block, the last one first: `b"a-a"`, `b"a"` -> `[2, 0]`."""
     places: list[int] = []
-    # Looking for one octet is by far the fastest, and one of them is nearly always missing.
-    if word in RARE_WORDS:
-        for octet in word:
-            if octet not in block:
-                return places
     # Looking for a word from the end takes a third of the time that `find` takes.
     at = block.rfind(word)
     while at >= 0:
@@ -7465,7 +7485,6 @@ def find_all(block: bytes, word: bytes) -> list[int]:
 
 
 LETTER_U = ord("u")
-RARE_WORDS = frozenset(mark for mark in TAG_MARKS if len(mark) > 1)
 
 
 def find_escapes(block: bytes) -> list[int]:
@@ -7486,9 +7505,10 @@ def find_escapes(block: bytes) -> list[int]:
 
 def find_marks(block: bytes) -> list[int]:
     """Return the places of ESCAPED_MARKS and of MARKS in a block."""
-    places = find_escapes(block)
-    for word in MARKS:
-        places += find_all(block, word)
+    places = find_escapes(block) if BACKSLASH in block else []
+    for octet, word in MARKS:
+        if octet in block:
+            places += find_all(block, word)
     return places
 
 
@@ -7636,9 +7656,10 @@ class EventFilter:
     def find_watched_words(self) -> tuple[bytes, ...]:
         """Return the words, beside the marks, without one of which an event need not be parsed."""
         words: tuple[bytes, ...] = ()
+        self.text_marks = POSSIBLE_MARKS
         if self.renames_reasoning:
             words += (b'"reasoning"',)
-        self.text_words = (*words, *MARKS, *ESCAPED_MARKS)
+            self.text_marks += (Mark(ord('"'), b'"reasoning"'),)
         if self.plan.hide_usage:
             words += (b'"usage"',)
         if self.plan.tool_names:
@@ -7709,19 +7730,25 @@ class EventFilter:
         if looks_at_usage:
             # A server that was asked for usage says `"usage": null` in every other event.
             without_usage = NULL_USAGE.sub(b"", data)
-            if HAS_CHOICE.search(data):
+            if b"\n" not in data and HAS_CHOICE.search(data):
                 without_usage = LAST_USAGE.sub(b"", without_usage)
             if without_usage != data:
                 data = without_usage
                 event = self.format.replace(event, data)
                 looks_at_usage = b'"usage"' in data
         looks_at_text = self.filtering and self.may_change_text(event, data)
-        if looks_at_text and not looks_at_usage and self.follow(data):
-            return event
         names = self.plan.tool_names
         looks_at_calls = names is not None and any(word in data for word in CALL_WORDS)
         if not (looks_at_usage or looks_at_text or looks_at_calls or self.plan.restores_name):
             return event
+        if not (
+            looks_at_usage or looks_at_calls or self.plan.restores_name or self.plan.rules.move
+        ):
+            # As nearly always, an event is a text and no more. Then it need not be parsed.
+            self.read_skipped()
+            found = self.find_text_alone(data)
+            if found:
+                return self.filter_text_alone(event, data, found)
         document = parse_object(data)
         if document is None:
             return event
@@ -7745,41 +7772,42 @@ class EventFilter:
             return True
         if self.skips_plain_events:
             # It may have been found for its usage alone.
-            return any(word in event for word in self.text_words)
+            return holds_any(event, self.text_marks)
         begun = self.note_plain_beginning(data)
         if begun:
             self.skipped.append(event)
         return not begun
 
-    def read_text_alone(self, data: bytes) -> str | None:
-        """Return the text of an event that says no more, None when it may say something else.
+    def find_text_alone(self, data: bytes) -> tuple[Part, int, int] | None:
+        """Return the text of an event that says no more, and where it begins and ends.
 
-        `b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}'`  ->  `Hi`
+        `b'{"choices":[{"index":0,"delta":{"content":"Hi"}}]}'`
+        ->  `Part(TEXT, 0, None, ("choices", 0, "delta", "content"), "Hi")`, 44, 48
+
+        None when the event may say something else, or its text is the first of its choice.
         """
         pattern = self.protocol.text_alone
-        found = pattern.search(data) if pattern and self.has_one_choice else None
-        if found is None or FINISHED.search(data):
+        found = pattern.search(data) if pattern and self.filters else None
+        if found is None or FINISHED.search(data) or b"\n" in data:
             return None
+        index = CHOICE_INDEX.search(found[0])
+        choice = int(index[1]) if index else 0
         text = parse_value(found[1])
-        return text if isinstance(text, str) else None
+        if (choice, None) not in self.filters or not isinstance(text, str):
+            return None
+        part = Part(TEXT, choice, None, ("choices", 0, "delta", "content"), text)
+        return part, found.start(1), found.end(1)
 
-    def follow(self, data: bytes) -> bool:
-        """Tell whether an event leaves as it came because it has code and nothing to take out.
-
-        The filter goes on behind its text, for which the event need not be parsed.
-        """
-        text = None if self.plan.restores_name else self.read_text_alone(data)
-        if text is None or MARK_OF_TAG.search(text):
-            return False
-        self.read_skipped()
-        if len(self.filters) != 1:
-            return False
-        ((text_key, text_filter),) = self.filters.items()
-        if not text_filter.shows_all_but_tags:
-            return False
-        text_filter.feed(text)
-        self.note_need(text_key, text_filter.passes_plain_text)
-        return True
+    def filter_text_alone(self, event: bytes, data: bytes, found: tuple[Part, int, int]) -> bytes:
+        """Return an event filtered in which `find_text_alone` has found a text."""
+        part, start, end = found
+        visible, _ = self.feed_text(part, event, last=False)
+        if visible == part.value:
+            return event
+        if not visible and not SAYS_MORE.search(data):
+            return b""
+        text = encode_json_exactly(visible)
+        return self.format.replace(event, data[:start] + text + data[end:])
 
     def note_need(self, text_key: tuple[int, Any], passes_plain_text: bool) -> None:
         """Note whether the filter of a text has to see every event."""
@@ -7810,6 +7838,8 @@ class EventFilter:
 
     def read_skipped(self) -> None:
         """Tell the filter of the last text what stands in its line in events that were skipped."""
+        if not self.skipped:
+            return
         events = self.format.split(b"".join(self.skipped))
         self.skipped.clear()
         line = ""
@@ -7831,10 +7861,9 @@ class EventFilter:
 
         `b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\\n\\n'`  ->  one Part with `Hi`
         """
-        text = self.read_text_alone(self.format.read_data(event))
-        if text is not None and len(self.filters) == 1:
-            ((choice, item),) = self.filters
-            return [Part(TEXT, choice, item, (), text)]
+        found = self.find_text_alone(self.format.read_data(event))
+        if found:
+            return [found[0]]
         parts = read_answer(self.protocol, self.format.read_document(event) or {})
         return [part for part in parts if part.kind == TEXT and isinstance(part.value, str)]
 
@@ -16343,27 +16372,27 @@ class RequestLog:
 
     def append_body(self, record: RequestRecord, data: bytes) -> None:
         """Keep a piece of an answer, up to the limits; from then on the answer's end alone."""
+        size = len(data)
         # `body_bytes`, worked out here: this is done for every word that a model says.
         memory_left = self.limits.body_memory - self.bytes_received + self.bytes_released
-        most = min(self.body_limit - record.pieces_size, memory_left)
-        if record.response_cut or len(data) > most:
+        room = self.body_limit - record.pieces_size
+        if size > room or size > memory_left or record.response_cut:
             answer_end = record.answer_end + data[-ANSWER_END:]
             record.answer_end = answer_end[-ANSWER_END:]
             # Behind a gap nothing more is kept, also when there is memory again.
-            data = b"" if record.response_cut else data[: max(0, most)]
+            data = b"" if record.response_cut else data[: max(0, min(room, memory_left))]
             record.response_cut = True
-        if data:
             size = len(data)
-            pieces = record.pieces
-            if size > SMALL_PIECE:
-                pieces.append(data)
-            elif pieces and len(pieces[-1]) < LONGEST_GATHERED and type(pieces[-1]) is bytearray:
-                pieces[-1] += data
-            else:
-                pieces.append(bytearray(data))
-            record.pieces_size += size
-            record.body_bytes += size
-            self.bytes_received += size
+        pieces = record.pieces
+        if size > SMALL_PIECE:
+            pieces.append(data)
+        elif pieces and type(pieces[-1]) is bytearray and len(pieces[-1]) < LONGEST_GATHERED:
+            pieces[-1] += data
+        elif size:
+            pieces.append(bytearray(data))
+        record.pieces_size += size
+        record.body_bytes += size
+        self.bytes_received += size
 
     def drop_answer(self, record: RequestRecord) -> None:
         """Forget what an upstream said that does not count, because another one is asked."""

@@ -7660,6 +7660,18 @@ def test_pieces_of_the_rest_are_told_where_they_belong() -> None:
         assert left.count(b'"index":1') == 2
 
 
+def test_only_an_event_without_any_use_is_left_out() -> None:
+    """One of whose text nothing is left stays if it says who speaks, or an error."""
+    begin = encode_event(text_deltas("<think>a")[0])
+    for role, error in (("", ""), ('"role":"assistant",', ""), ("", ',"error":{"message":"x"}')):
+        event = b'data: {"choices":[{"index":0,"delta":{%b"content":"b"}}]%b}\n\n'
+        said = event % (role.encode(), error.encode()) * 2
+        rewriter = stream_filter()
+        rewriter.feed(begin)
+        left = rewriter.feed(said)
+        assert left == (said.replace(b'"b"', b'""') if role or error else b""), (role, error)
+
+
 class Counted(bytes):
     """Bytes that count how many of them `find`, `rfind` and `in` have looked at."""
 
