@@ -906,7 +906,7 @@ class Settings:
 # --- the limits -------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Limits:
     """How much, how many and how long; bytes and seconds where nothing else is said.
 
@@ -3395,11 +3395,21 @@ OUTSIDE_TAGS = [
     *HARMONY_HEADERS, *one_of(HARMONY_ENDS), *one_of(THINK_TAGS), *one_of(THINK_TAGS.values())
 ]  # fmt: skip
 TAG = compile_tags(*OUTSIDE_TAGS)
-CUT_TAG = compile_cut_tag(*OUTSIDE_TAGS)
 # Where visible text is looked at: tags, and what begins and ends code.
 TAG_OR_CODE = re.compile(rf"\n|``*|~~*|{TAG.pattern}")
 CLOSING = compile_tags(*one_of(THINK_TAGS.values()))
 CUT_CLOSING = compile_cut_tag(*one_of(THINK_TAGS.values()))
+
+
+@functools.lru_cache(maxsize=1)
+def cut_tag() -> re.Pattern[str]:
+    """Return what finds a tag of OUTSIDE_TAGS that is cut off at the end of a text.
+
+    It takes longer to compile than all other patterns together, and so no start waits for it.
+    """
+    return compile_cut_tag(*OUTSIDE_TAGS)
+
+
 # A longer text is looked at in pieces of this length.
 LONGEST_PIECE = 64 * KiB
 # No sequence of tags is longer.
@@ -3647,7 +3657,7 @@ class ThinkFilter:
                 # The model opens its blocks itself.
                 self.held = None
                 return text
-            if not last and (not stripped or CUT_TAG.fullmatch(stripped)):
+            if not last and (not stripped or cut_tag().fullmatch(stripped)):
                 self.pending = text
                 return ""
         longest = math.inf if self.whole else LIMITS.held_thinking
@@ -3718,7 +3728,7 @@ class ThinkFilter:
         end = len(text)
         # In code no tag counts.
         if not (last or self.code.inside):
-            cut = CUT_TAG.search(text, max(at, end - LONGEST_TAG))
+            cut = cut_tag().search(text, max(at, end - LONGEST_TAG))
             if cut:
                 end = cut.start()
                 self.pending = text[end:]
@@ -15619,8 +15629,6 @@ class Store:
 
     def migrate(self, db: sqlite3.Connection) -> None:
         """Make the tables, or bring them up to date; another's database is left alone."""
-        # Counts for a new file alone, and has to come before its first table.
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         ((version, mark, tables),) = db.execute(
             "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_master) "
             "FROM pragma_user_version, pragma_application_id"
@@ -15629,9 +15637,12 @@ class Store:
             raise OSError(f"{self.path} is another program's database; set another DB_PATH")
         if version > len(MIGRATIONS):
             raise OSError(f"{self.path} was made by a newer SmolRouter (version {version})")
+        if not tables:
+            # A new file has nothing to lose, and on a slow disk each wait for it takes long.
+            db.execute("PRAGMA synchronous = OFF")
+            # Has to come before the first table.
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")
-        # A crash of the program loses nothing, one of the machine the last transactions at most.
-        db.execute("PRAGMA synchronous = NORMAL")
         # Where checkpoints lag behind for very long, a transaction makes one.
         db.execute(f"PRAGMA wal_autocheckpoint = {self.limits.most_wal_pages}")
         if 0 < version < len(MIGRATIONS):
@@ -15641,6 +15652,8 @@ class Store:
             )
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             self.apply_migration(db, number, script)
+        # A crash of the program loses nothing, one of the machine the last transactions at most.
+        db.execute("PRAGMA synchronous = NORMAL")
 
     def apply_migration(self, db: sqlite3.Connection, number: int, script: str) -> None:
         """Bring the tables to a version, unless another router has just done that."""
