@@ -2397,8 +2397,10 @@ def check_json_depth(text: str, value: Any, limits: Limits = LIMITS) -> None:
     The value is looked at level by level. That takes a fifth of the time in which the brackets
     outside of strings are found in the text, because most of a text stands in strings.
     """
-    # Each level has an opening and a closing bracket.
-    if len(text) <= 2 * limits.json_depth:
+    # Each level has an opening bracket, and a short text seldom has so many. To count those of a
+    # long one takes longer than to look at its value.
+    is_short = len(text) < limits.noted_members
+    if is_short and text.count("[") + text.count("{") <= limits.json_depth:
         return
     nodes = [value] if isinstance(value, NODE_TYPES) else []
     for _ in range(limits.json_depth):
@@ -2609,13 +2611,35 @@ def find_values(
             yield from find_values(text, start, tails[key], (*prefix, key))
 
 
+def count_to_two(text: str, name: str) -> int:
+    """Return how often a name stands in a JSON text, wherever; 2 for any number above 1.
+
+    A search from each end takes far less time than `count`.
+    """
+    quoted = f'"{name}"'
+    first = text.find(quoted)
+    if first < 0:
+        return 0
+    return 1 if text.rfind(quoted) == first else 2
+
+
+def may_be_escaped(text: str, names: Iterable[str]) -> bool:
+    r"""Tell whether a JSON text could spell one of some names by the escapes of its letters.
+
+    `{"mode\u006c": "a"}`, `["model"]`  ->  True
+    """
+    return ("\\u00" if all(map(str.isascii, names)) else "\\u") in text
+
+
 def find_twice(text: str, names: Iterable[str], members: Sequence[Member] = ()) -> frozenset[str]:
     """Return which of some names two members of a JSON object have, whose members may be known.
 
     `{"a": 1, "b": 2, "a": 3}`, `("a", "b")`  ->  `{"a"}`
     """
-    # Nearly always it is enough to count the names, wherever they stand.
-    if not members and "\\u" not in text and all(text.count(f'"{name}"') < 2 for name in names):
+    names = tuple(names)
+    # Nearly always it is enough to look for the names, wherever they stand.
+    found = (count_to_two(text, name) for name in names)
+    if not (members or may_be_escaped(text, names) or 2 in found):
         return frozenset()
     counts = collections.Counter(key for key, _, _ in members or find_members(text, 0))
     return frozenset(name for name in names if counts[name] > 1)
@@ -2628,9 +2652,9 @@ def has_twice(text: str, name: str, members: Sequence[Member] = ()) -> bool:
 
     Where the members stand may be known.
     """
-    # Nearly always it is enough to count the name, wherever it stands. Only an escape that begins
-    # like this is one of these letters.
-    if not members and text.count(f'"{name}"') < 2 and "\\u006" not in text:
+    # Nearly always it is enough to look for the name, wherever it stands. Only an escape that
+    # begins like this is one of these letters.
+    if not (members or count_to_two(text, name) == 2 or "\\u006" in text):
         return False
     return bool(find_twice(text, (name,), members))
 
@@ -2741,19 +2765,25 @@ def edit_json(
     known, and other pieces may have to be replaced as well.
     """
     likely = list(edits)
-    if not members and "\\u" not in text:
-        # A name that does not occur in the text needs no search, unless an escape spells it.
+    stand_once = False
+    if not (members or may_be_escaped(text, [str(path[0]) for path in edits])):
+        # A name that does not occur in the text needs no search, unless an escape spells it. One
+        # that occurs once needs none behind its member: the usual edit is of the model, which
+        # stands first.
         likely = [
             path
             for path in likely
             if f'"{path[0]}"' in text or HAS_SHORT_ESCAPE.search(str(path[0]))
         ]
+        stand_once = all(len(path) == 1 and count_to_two(text, path[0]) == 1 for path in likely)
     replacements = list(others)
     replaced = set()
     if likely:
         for start, end, path in find_values(text, 0, likely, members=members):
             replacements.append((start, end, encode_json_exactly(edits[path]).decode()))
             replaced.add(path)
+            if stand_once and len(replaced) == len(likely):
+                break
     edited = replace_pieces(text, replacements)
     # What is new, by the object that it belongs to.
     new: dict[Path, dict[str, Any]] = {}
