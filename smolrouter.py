@@ -21254,7 +21254,7 @@ class HTTPServer:
     async def serve_next_request(self, connection: Connection, peer: str, served: int) -> bool:
         """Serve one request; return whether another may follow. `served` have gone before it."""
         connection.has_request = False
-        if not await self.wait_for_request(connection, served):
+        if not (connection.received or await self.wait_for_request(connection, served)):
             return False
         connection.has_request = True
         head = await self.read_head(connection, peer)
@@ -21272,17 +21272,15 @@ class HTTPServer:
             return False
         return request.writer.keep_alive and not self.context.draining
 
-    async def wait_for_request(self, connection: Connection, served: int) -> bool:
-        """Wait for the first octets of a request; return False when none come."""
-        if connection.received:
-            return True
+    def wait_for_request(self, connection: Connection, served: int) -> Awaitable[bool]:
+        """Wait for the first octets of a request; the result is False when none come."""
         timeout = self.limits.keep_alive_timeout
         # After very many requests a connection ends as soon as it is idle, which frees what it
         # holds here and in proxies on the way. It does so too while others wait for its place.
         if served >= self.limits.requests_per_connection or not self.has_room.is_set():
             timeout = self.limits.short_keep_alive_timeout
         connection.set_deadline(timeout, IDLE_TOO_LONG)
-        return await connection.has_more()
+        return connection.has_more()
 
     async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
         """Return the head of a request; None for a bad one, which it answers, and for none."""

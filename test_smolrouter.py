@@ -12809,6 +12809,78 @@ def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
         assert second == b"x" * 10 + b"y" * 101
 
 
+def test_what_a_woken_task_writes_leaves_right_behind_its_step() -> None:
+    """And not a turn of the event loop later."""
+
+    async def answer() -> bytes:
+        loop = asyncio.get_running_loop()
+        connection = smolrouter.Connection(smolrouter.LoopBatch())
+        here, there = socket.socketpair()
+        with here, there:
+            await loop.connect_accepted_socket(lambda: connection, here)
+            there.setblocking(False)
+
+            async def serve() -> None:
+                connection.write(await connection.read())
+
+            serving = asyncio.create_task(serve())
+            await asyncio.sleep(0)
+            connection.data_received(b"hello")
+            # In this turn the task writes, and what comes behind it in the loop sends.
+            await asyncio.sleep(0)
+            assert serving.done()
+            sent = there.recv(1000)
+            connection.abort()
+            await asyncio.sleep(0)
+        return sent
+
+    assert run_coroutine(answer()) == b"hello"
+
+
+def test_a_content_that_came_with_its_head_is_taken_at_once() -> None:
+    length = functools.partial(smolrouter.Framing, "length")
+
+    async def take(received: bytes, framing: smolrouter.Framing) -> tuple[bytes | None, bytes]:
+        connection = smolrouter.Connection(smolrouter.LoopBatch())
+        connection.data_received(received)
+        return connection.take_content(framing), connection.received
+
+    for received, framing, content, rest in (
+        (b"hello", length(5), b"hello", b""),
+        (b"helloGET /", length(5), b"hello", b"GET /"),
+        (b"hell", length(5), None, b"hell"),
+        (b"", length(5), None, b""),
+        (b"GET /", smolrouter.NO_CONTENT, b"", b"GET /"),
+        (b"0\r\n\r\n", smolrouter.CHUNKED, None, b"0\r\n\r\n"),
+        (b"hello", smolrouter.UNTIL_CLOSE, None, b"hello"),
+    ):
+        assert run_coroutine(take(received, framing)) == (content, rest), (received, framing)
+
+
+def test_a_deadline_counts_from_the_next_look_at_it() -> None:
+    """So it never passes early, and nobody reads a clock to set it."""
+
+    async def look(interval: float) -> None:
+        loop = asyncio.get_running_loop()
+        limits = smolrouter.Limits(deadline_interval=interval)
+        connection = smolrouter.Connection(smolrouter.LoopBatch(limits))
+        here, there = socket.socketpair()
+        with here, there:
+            await loop.connect_accepted_socket(lambda: connection, here)
+            earliest = loop.time() + 5
+            connection.set_deadline(5, smolrouter.IDLE_TOO_LONG)
+            assert earliest <= connection.deadline <= earliest + interval
+            connection.check_deadline(connection.deadline - 0.001)
+            assert connection.failure is None
+            connection.check_deadline(connection.deadline)
+            with pytest.raises(smolrouter.RequestTimeout):
+                await connection.read()
+            connection.abort()
+            await asyncio.sleep(0)
+
+    run_coroutine(look(60.0))
+
+
 # --- requests with content ------------------------------------------------------------
 
 DOCUMENT = encode_json(chat_document("tiny", "in pieces"))
