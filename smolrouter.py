@@ -14545,6 +14545,9 @@ DATABASE_SUFFIXES = ("", "-shm", "-wal")
 DATABASE_HEAD = 100
 # So many rows are inserted by one statement, and the rest by the next ones; see `insert_rows`.
 ROWS_AT_ONCE = (64, 16, 4, 1)
+# What stands for None in the values of a statement. Python looks for an adapter for each None, by
+# which it takes ten times as long as any number, and what SQLite keeps of a NaN is NULL.
+NULL = math.nan
 # So many values SQLite takes with one statement. Before version 3.32 it took fewer.
 MOST_VALUES = 32_766 if sqlite3.sqlite_version_info >= (3, 32) else 999
 
@@ -15382,7 +15385,8 @@ def insert_rows(
     for size in ROWS_AT_ONCE:
         while size <= len(rows) - at and size * len(rows[at]) <= most_values:
             values = itertools.chain.from_iterable(rows[at : at + size])
-            db.execute(make_insert(table, len(rows[at]), size), list(values))
+            bound = [NULL if value is None else value for value in values]
+            db.execute(make_insert(table, len(rows[at]), size), bound)
             at += size
 
 

@@ -16801,7 +16801,7 @@ def test_rows_are_inserted_by_few_statements() -> None:
     cases = [(0, 999, 0), (1, 999, 1), (15, 999, 3 + 3), (16, 999, 1), (256, 32_766, 4)]
     cases += [(163, 32_766, 2 + 2 + 3), (40, 36 * 16, 2 + 2), (40, 36 * 16 - 1, 10)]
     for count, most_values, statements in cases:
-        rows = [tuple(range(number, number + 36)) for number in range(count)]
+        rows = [(None, "", b"", 0.0, *range(number, number + 32)) for number in range(count)]
         with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
             db.execute(f"CREATE TABLE kept ({', '.join(f'c{number}' for number in range(36))})")
             seen: list[str] = []
