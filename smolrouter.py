@@ -23652,8 +23652,8 @@ td.number, th.number { text-align: right; }
   #live { margin-left: auto; } .bar button { padding: .1rem .5rem; } .took { display: block; }
     .meter { display: none; }
   #difference h2 { width: 100%; }
-  .scroll th:first-child, .scroll td:first-child { position: sticky; left: 0;
-    background: var(--card); }
+  .scroll :is(th, td):first-child { position: sticky; left: 0; background: var(--card);
+    max-width: 9rem; overflow: hidden; text-overflow: ellipsis; }
   #others tr { display: grid; grid-template-columns: 1fr auto; padding: .4rem 0;
     border-top: 1px solid var(--line); } #others td { border: 0; padding: 0; }
   #others td:nth-child(2), #others td:nth-child(4) { grid-column: 1 / 3; }
@@ -23796,7 +23796,8 @@ td.number, th.number { text-align: right; }
     <button type="button" class="close">Close</button></p>
   <p class="small" id="try-note" role="status"></p><p class="is-bad" id="try-error"
     role="alert"></p>
-  <div class="said" id="try-answer" tabindex="0" aria-label="Answer"></div></form></dialog>
+  <div class="said" id="try-answer" tabindex="0" role="group" aria-label="Answer"></div>
+</form></dialog>
 <dialog id="explain" aria-labelledby="explain-title"><div class="stack">
   <h2 id="explain-title">Explain</h2>
   <p class="small">Where would a request go, and why?</p>
@@ -24455,6 +24456,7 @@ function followHere(event) {
   if (url.pathname !== location.pathname || event.ctrlKey || event.metaKey ||
     event.shiftKey) return;
   event.preventDefault();
+  closeChips({target: null});  // one would lie above what it has filtered
   filterBy(Object.fromEntries(url.searchParams));
 }
 /** What the router is asked: plain words and `text:` search words, a part of a name is enough. */
