@@ -2325,7 +2325,7 @@ JSON_SEPARATOR = re.compile(r"[ \t\n\r]*[:,]?[ \t\n\r]*")
 HAS_SHORT_ESCAPE = re.compile(r'["\\/\b\f\n\r\t]')
 OTHER_THAN_BACKSLASH = re.compile(r"[^\\]")
 # What Python makes of objects and arrays.
-NODE_TYPES = (dict, list)
+NODE_TYPES = frozenset((dict, list))
 
 
 def refuse_constant(name: str) -> None:
@@ -2402,15 +2402,15 @@ def check_json_depth(text: str, value: Any, limits: Limits = LIMITS) -> None:
     is_short = len(text) < limits.noted_members
     if is_short and text.count("[") + text.count("{") <= limits.json_depth:
         return
-    nodes = [value] if isinstance(value, NODE_TYPES) else []
+    nodes = [value] if type(value) in NODE_TYPES else []
     for _ in range(limits.json_depth):
         if not nodes:
             return
         nodes = [
             inner
             for node in nodes
-            for inner in (node.values() if isinstance(node, dict) else node)
-            if isinstance(inner, NODE_TYPES)
+            for inner in (node.values() if type(node) is dict else node)
+            if type(inner) in NODE_TYPES
         ]
     if nodes:
         raise MalformedContent(f"JSON deeper than {limits.json_depth} levels")
