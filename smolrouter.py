@@ -15434,6 +15434,8 @@ def checkpoint(path: str) -> None:
     """Put what stands in the write-ahead log of a database into it, as far as nobody reads it."""
     # Whatever is wrong with the database, its next transaction meets it.
     with contextlib.suppress(sqlite3.Error), connect_to(path, "rw") as db:
+        # Another program may have locked it. This can come later, and `Store.close` waits for it.
+        db.execute("PRAGMA busy_timeout = 0")
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
