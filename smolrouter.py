@@ -13341,8 +13341,8 @@ class Upstreams:
         )
         self.health: dict[InstanceKey, Health] = {}
         self.servers: dict[UpstreamURL, ServerUse] = {}
-        # For each route, when it last asked each of its instances, as a number that grows.
-        self.turns: dict[tuple[str, Instance], int] = {}
+        # When each instance of a route was asked last, as a number that grows.
+        self.turns: dict[tuple[str, UpstreamURL, int], int] = {}
         self.turn_numbers = itertools.count(1)
         # Of conversations, with `strategy: sticky`, and of single answers by their ids.
         self.homes = Homes(self.limits.homes, self.limits.home_kept)
@@ -13406,21 +13406,33 @@ class Upstreams:
         if decision.strategy == "round_robin":
             # The one that was asked the longest ago is first. If a counter went round the list
             # instead, the instance behind a cooling one would get that one's turns and its own.
-            instances.sort(key=lambda i: self.turns.get((decision.route, i), 0))
+            instances.sort(key=lambda i: self.last_turn(decision, i))
         elif decision.strategy == "least_busy":
             instances.sort(key=self.load)
         elif decision.strategy == STICKY:
             # As long as all are idle, conversations that begin go to each in turn.
-            turns = self.turns
-            instances.sort(key=lambda i: (self.load(i), turns.get((decision.route, i), 0)))
+            instances.sort(key=lambda i: (self.load(i), self.last_turn(decision, i)))
         now = time.monotonic()
         # The sort is stable: those that are well stay in their order.
         return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
 
+    def turn_key(self, decision: Decision, instance: Instance) -> tuple[str, UpstreamURL, int]:
+        """Return by what the turns of an instance are known: its place among those of its server.
+
+        Where the file names no model, it is the client's name for one, and clients have many.
+        """
+        url = instance.server.url
+        of_server = [one for one in decision.instances if one.server.url == url]
+        return decision.route, url, of_server.index(instance)
+
+    def last_turn(self, decision: Decision, instance: Instance) -> int:
+        """Return when an instance was asked last for this route, 0 for never."""
+        return self.turns.get(self.turn_key(decision, instance), 0)
+
     def note_turn(self, decision: Decision, instance: Instance) -> None:
         """Note that an instance is asked now, in its turn or because others have failed."""
         if decision.strategy in ("round_robin", STICKY):
-            self.turns[decision.route, instance] = next(self.turn_numbers)
+            self.turns[self.turn_key(decision, instance)] = next(self.turn_numbers)
 
     def is_well(self, instance: Instance) -> bool:
         """Tell whether an instance does not cool down."""

@@ -14107,6 +14107,27 @@ def test_round_robin_gives_the_turn_of_the_dead_to_all() -> None:
         assert [upstream.request_count for upstream in good] == [6, 6, 6]
 
 
+def test_round_robin_takes_turns_whatever_the_model_is_called() -> None:
+    """Where the alias names no model, clients do, and each may have another name for it."""
+    with Upstream(lambda received: FINE_RESPONSE) as upstream:
+        servers = {name: {"url": f"{upstream.url}/{name}", "discover": False} for name in "ab"}
+        instances = [{"server": name} for name in ("a", "b", "a")]
+        instances[2]["model"] = "third"
+        for strategy in ("round_robin", "sticky"):
+            routes = {
+                "servers": servers,
+                "aliases": {"all": {"strategy": strategy, "instances": instances}},
+                "routes": [{"match": {"model": "/^any/"}, "route": {"alias": "all"}}],
+            }
+            upstream.requests.clear()
+            with Router({"DEFAULT_UPSTREAM": "none"}, routes) as router:
+                for number in range(6):
+                    got = post_chat(router, f"any-{number}", f"{number}")
+                    assert got.status == 200
+            asked = [f"{one.path[1]} {one.model}" for one in upstream.requests]
+            assert asked == ["a any-0", "b any-1", "a third", "a any-3", "b any-4", "a third"]
+
+
 BREAKING_OFF: dict[str, list[Step]] = {
     "a stream": broken_stream(DROP),
     "a silent stream": broken_stream(HANG),
