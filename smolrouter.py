@@ -2055,6 +2055,11 @@ class ChunkDecoder:
                     contents.append(data[start:end])
                     position = end + 2
                     continue
+                # Hardly any sender has trailers.
+                if data.startswith(LAST_CHUNK, position):
+                    position += len(LAST_CHUNK)
+                    self.done = True
+                    break
             elif self.state is IN_DATA:
                 content = data[position : position + self.remaining]
                 contents.append(content)
@@ -7478,9 +7483,12 @@ class StreamRewrite:
     @property
     def trouble(self) -> str:
         """What the last events say went wrong; "" for nothing."""
+        events = self.last_events()
+        # As nearly always, the word is not there, and nothing has to be parsed.
+        if b"error" not in b"".join(events):
+            return ""
         troubles = []
-        for event in self.last_events():
-            # As nearly always, the word is not there, and nothing has to be parsed.
+        for event in events:
             if b"error" in event:
                 document = self.reader.format.read_document(event) or {}
                 troubles.append(find_error(self.protocol, document))
