@@ -186,6 +186,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Container,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -2625,25 +2626,45 @@ def find_values(
     paths: Iterable[Path],
     prefix: Path = (),
     members: Sequence[Member] = (),
-) -> Iterator[tuple[int, int, Path]]:
+) -> Generator[tuple[int, int, Path], None, int]:
     """Yield start, end and path of the values at some paths, in order of their places.
 
     A member that stands twice in an object is yielded twice, because readers differ on which
-    of the two counts. Where the members of the outermost one stand may be known.
+    of the two counts. Where the members of the outermost one stand may be known. The generator
+    returns where the value at `at` ends: so none that a path leads into is parsed twice.
     """
-    # What is left of the paths behind their first element, by that element.
+    # What is left of the paths behind their first element, by that element. A path with nothing
+    # left is that of this value, which is then yielded whole.
     tails: dict[str | int, list[Path]] = {}
     for path in paths:
         tails.setdefault(path[0], []).append(path[1:])
-    for key, start, end in members or find_members(text, at):
-        if key not in tails:
-            continue
-        # A path with nothing left is that of this value, which is then yielded whole. Otherwise
-        # the paths go on inside of it.
-        if () in tails[key]:
+    for key, start, end in members:
+        if () in tails.get(key, ()):
             yield start, end, (*prefix, key)
-        else:
+        elif key in tails:
             yield from find_values(text, start, tails[key], (*prefix, key))
+    if members:
+        return len(text)
+    opening = JSON_OPEN.match(text, at)
+    if opening is None:
+        return SERVER_JSON.raw_decode(text, at)[1]
+    at = opening.end()
+    index = 0
+    while text[at] not in "}]":
+        key = index
+        if opening[1] == "{":
+            key, at = SERVER_JSON.raw_decode(text, at)
+            at = JSON_SEPARATOR.match(text, at).end()
+        inner = tails.get(key)
+        if inner and () not in inner:
+            end = yield from find_values(text, at, inner, (*prefix, key))
+        else:
+            _, end = SERVER_JSON.raw_decode(text, at)
+            if inner:
+                yield at, end, (*prefix, key)
+        at = JSON_SEPARATOR.match(text, end).end()
+        index += 1
+    return at + 1
 
 
 def count_to_two(text: str, name: str) -> int:
