@@ -15310,7 +15310,8 @@ def test_what_changes_models_makes_the_list_old(
 
     with Upstream(serve) as upstream:
         table = {"servers": {"gpu": {"url": upstream.url, "api": "ollama"}}}
-        with Router({"DEFAULT_UPSTREAM": upstream.url}, table) as router:
+        settings = {"DEFAULT_UPSTREAM": upstream.url}
+        with Router(settings, table, limits={"model_list_timeout": PATIENCE}) as router:
             if delay:
                 listing = threading.Thread(target=model_names, args=(router,))
                 listing.start()
@@ -25296,11 +25297,13 @@ def test_measurements_have_every_figure(capsys: pytest.CaptureFixture[str]) -> N
         for more in ([], ["--curves"])
     ]
     try:
-        table, curves = (json.loads(run.communicate(timeout=110)[0]) for run in runs)
+        table, curves = (json.loads(run.communicate(timeout=12 * PATIENCE)[0]) for run in runs)
     finally:
         for run in runs:
             # The signal does nothing to a process that has ended.
             run.send_signal(signal.SIGINT)
+            run.wait(PATIENCE)
+            run.stdout.close()
     log = {f"{path}, ms" for path in bench.QUESTIONS}
     assert {way: set(figures) for way, figures in table.items()} == {
         "direct": DIRECT_FIGURES, "floor": RELAY_FIGURES, "log off": RELAY_FIGURES,
