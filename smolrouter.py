@@ -13157,9 +13157,11 @@ def send_magic_packet(wake: Wake) -> None:
 class Waker:
     """Wakes the machines of servers, and waits until they can be reached."""
 
-    def __init__(self, pool: ConnectionPool) -> None:
+    def __init__(self, pool: ConnectionPool, closed: Container[UpstreamURL]) -> None:
         self.pool = pool
         self.limits = pool.limits
+        # Servers that take no requests, because their owner said so.
+        self.closed = closed
         self.running: dict[UpstreamURL, asyncio.Task[str]] = {}
         # How many requests wait for each of them.
         self.waiting: collections.Counter[UpstreamURL] = collections.Counter()
@@ -13188,6 +13190,8 @@ class Waker:
         send_at = now
         reason = ""
         while now < give_up_at:
+            if server.url in self.closed:
+                return "its owner has closed it"
             if now >= send_at:
                 send_at = now + self.limits.magic_packet_interval
                 try:
@@ -13376,7 +13380,9 @@ class Upstreams:
         # Of conversations, with `strategy: sticky`, and of single answers by their ids.
         self.homes = Homes(self.limits.homes, self.limits.home_kept)
         self.response_homes = Homes(self.limits.homes, self.limits.response_home_kept)
-        self.waker = Waker(self.pool)
+        # Those that their owner has closed: DRAIN or OFF.
+        self.closed: dict[UpstreamURL, str] = {}
+        self.waker = Waker(self.pool, self.closed)
         self.habits: dict[InstanceKey, Habits] = {}
 
     # How instances fare.
@@ -13609,8 +13615,7 @@ class Slots:
         self.limits = upstreams.limits
         # How many slots servers have; one that is not in here runs any number of requests.
         self.of_server: dict[UpstreamURL, int] = {}
-        # Those that their owner has closed: DRAIN or OFF.
-        self.closed: dict[UpstreamURL, str] = {}
+        self.closed = upstreams.closed
         # Those who wait, in the order of rank and number.
         self.waiting: list[Waiting] = []
         self.numbers = itertools.count()

@@ -15001,6 +15001,29 @@ def test_a_machine_that_does_not_wake_up() -> None:
             assert post_chat(router, "m").status == 503
 
 
+def test_a_machine_that_is_drained_is_not_woken_any_more() -> None:
+    with (
+        SleepingServer() as sleeper,
+        SleepingServer() as other,
+        router_of_sleepers(
+            {"s": sleeper.record, "o": other.record}, m=["s/m"], pair=["s/m", "o/m"]
+        ) as router,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        asked = [pool.submit(post_chat, router, model) for model in ("m", "pair")]
+        wait_until(lambda: phases_of(router) == ["waking", "waking"])
+        assert sleeper.packets.recv(2000)
+        set_state(router, "s", "drain")
+        got = asked[0].result()
+        assert got.status == 502 and "s: its owner has closed it" in got.json["error"]["message"]
+        sleeper.count_packets()
+        # The next one is woken in its place.
+        assert other.packets.recv(2000)
+        other.wake()
+        assert asked[1].result().status == 200
+        assert sleeper.count_packets() == 0
+
+
 def test_a_machine_that_loads_its_model_when_it_is_awake() -> None:
     with (
         SleepingServer() as sleeper,
