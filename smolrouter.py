@@ -13210,11 +13210,14 @@ class Waker:
         connecting = asyncio.create_task(self.pool.connect(server))
         try:
             await asyncio.wait([connecting], timeout=self.limits.waking_interval)
-        finally:
-            # It closes a connection that nobody waits for any more.
-            if not connecting.done():
-                connecting.cancel()
-        if not connecting.done() or connecting.cancelled() or connecting.exception():
+        except asyncio.CancelledError:
+            # It may have been made in this very turn of the event loop, too.
+            abandon(connecting)
+            raise
+        if not connecting.done():
+            abandon(connecting)
+            return False
+        if connecting.cancelled() or connecting.exception():
             return False
         self.pool.keep_idle(server, connecting.result())
         return True

@@ -15001,6 +15001,31 @@ def test_a_machine_that_does_not_wake_up() -> None:
             assert post_chat(router, "m").status == 503
 
 
+def test_a_connection_to_a_machine_that_nobody_waits_for_is_closed() -> None:
+    """The last one who waited may leave in the very turn in which it has been made."""
+    server = routing('{"servers": {"a": {"url": "http://a", "wake": "b42e99010203"}}}').servers["a"]
+    closed = []
+
+    class Pool:
+        limits = smolrouter.Limits()
+
+        async def connect(self, server: Any) -> Any:
+            return types.SimpleNamespace(abort=lambda: closed.append(server))
+
+    async def run() -> None:
+        trying = asyncio.create_task(smolrouter.Waker(Pool(), ()).can_reach(server))
+        # It begins to connect, and is connected in the next turn.
+        for _ in range(2):
+            await asyncio.sleep(0)
+        trying.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert trying.cancelled()
+
+    run_coroutine(run())
+    assert closed == [server]
+
+
 def test_a_machine_that_is_drained_is_not_woken_any_more() -> None:
     with (
         SleepingServer() as sleeper,
