@@ -16492,13 +16492,14 @@ class RequestLog:
             if self.ids.are_few and not self.batch_is_full.is_set():
                 self.batch_is_full.set()
         self.running[record.id] = record
+        size = len(record.content)
         memory_left = self.limits.body_memory - self.body_bytes
-        most = max(0, min(self.body_limit, memory_left))
-        if len(record.content) > most:
-            record.content = record.content[:most]
+        if size > self.body_limit or size > memory_left:
+            size = max(0, min(self.body_limit, memory_left))
+            record.content = record.content[:size]
             record.request_cut = True
-        record.body_bytes = len(record.content)
-        self.bytes_received += record.body_bytes
+        record.body_bytes = size
+        self.bytes_received += size
         self.wake_thread()
 
     def append_body(self, record: RequestRecord, data: bytes) -> None:
@@ -16527,6 +16528,9 @@ class RequestLog:
 
     def drop_answer(self, record: RequestRecord) -> None:
         """Forget what an upstream said that does not count, because another one is asked."""
+        if not (record.pieces_size or record.response_cut):
+            # As nearly always.
+            return
         # The counter of what is gone belongs to the thread, so the event loop's own goes down.
         self.bytes_received -= record.pieces_size
         record.body_bytes -= record.pieces_size
