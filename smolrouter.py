@@ -2345,7 +2345,8 @@ def decode_request_content(data: bytes, coding: str, limit: int) -> bytes:
 # `parse_json` reads what a client sent and says what is wrong with it; `parse_object` reads what
 # a server sent and returns None for anything that is no object. `edit_json` replaces values
 # where they stand and keeps every other byte: the order of members, the spaces, the spelling of
-# numbers.
+# numbers. Where the members of a long document stand is noted while it is parsed; functions that
+# look for members take that as `members`, which is () where nothing was noted.
 
 Path = tuple[str | int, ...]  # the way to a value: ("messages", 0, "content")
 # A value in an object or array: its name or index, its start and its end.
@@ -2630,8 +2631,8 @@ def find_values(
     """Yield start, end and path of the values at some paths, in order of their places.
 
     A member that stands twice in an object is yielded twice, because readers differ on which
-    of the two counts. Where the members of the outermost one stand may be known. The generator
-    returns where the value at `at` ends: so none that a path leads into is parsed twice.
+    of the two counts. The `members` are those of the value at `at`. The generator returns where
+    that value ends: so none that a path leads into is parsed twice.
     """
     # What is left of the paths behind their first element, by that element. A path with nothing
     # left is that of this value, which is then yielded whole.
@@ -2688,7 +2689,7 @@ def may_be_escaped(text: str, names: Iterable[str]) -> bool:
 
 
 def find_twice(text: str, names: Iterable[str], members: Sequence[Member] = ()) -> frozenset[str]:
-    """Return which of some names two members of a JSON object have, whose members may be known.
+    """Return which of some names two members of a JSON object have.
 
     `{"a": 1, "b": 2, "a": 3}`, `("a", "b")`  ->  `{"a"}`
     """
@@ -2705,8 +2706,6 @@ def has_twice(text: str, name: str, members: Sequence[Member] = ()) -> bool:
     r"""Tell whether a JSON object has two members of some name; `name` has letters a to o alone.
 
     `{"model": "a", "model": "b"}`, `model`  ->  True;  so it is when one is spelled `"mode\u006c"`
-
-    Where the members stand may be known.
     """
     # Nearly always it is enough to look for the name, wherever it stands. Only an escape that
     # begins like this is one of these letters.
@@ -2817,8 +2816,8 @@ def edit_json(
 
     `{"model": "a", "n": 1.0}`, `{("model",): "b"}`  ->  `{"model": "b", "n": 1.0}`
 
-    A member that is not there yet is added at the end of its object. Where the members stand may be
-    known, and other pieces may have to be replaced as well.
+    A member that is not there yet is added at the end of its object. The `others` are pieces that
+    have to be replaced as well.
     """
     likely = list(edits)
     stand_once = False
@@ -2846,8 +2845,8 @@ def edit_json(
     for path in edits:
         if path not in replaced and isinstance(path[-1], str):
             new.setdefault(path[:-1], {})[path[-1]] = edits[path]
-    for path, members in new.items():
-        edited = add_members(edited, path, encode_json_exactly(members).decode()[1:-1])
+    for path, added in new.items():
+        edited = add_members(edited, path, encode_json_exactly(added).decode()[1:-1])
     return edited
 
 
@@ -6502,7 +6501,7 @@ def find_edits(
     `{"a": {}}`, `{"a": {"b": {"c": 1}}}`, `[("a", "b", "c")]`  ->  `{("a", "b"): {"c": 1}}`
 
     Where an object of the text has two members of a name, all of them become the same. Those of
-    the text itself are in `twice`; where all of its members stand may be known.
+    the text itself are in `twice`.
     """
     edits: dict[Path, Any] = {}
     for path in paths:

@@ -8844,6 +8844,39 @@ def test_that_line_goes_beside_other_changes() -> None:
     assert smolrouter.encode_object(parsed, changes).decode() == expected
 
 
+# A request, and what changes it besides its model's name.
+LONG_CHANGES = (
+    (CHAT, '{"model":"a","messages":[{"role":"system","content":"%s"},{"role":"user","content":'
+     '"u"}],"stream_options":{"x":1.0}}', {"think": "off"}),
+    (CHAT, '{"top_k": 1.0, "messages": [{"role": "user", "content": "\\u00e9"}], "model": "a" }',
+     {"strip": ["top_k"], "default": {"seed": 1}, "set": {"stream_options.x": 2}}),
+    (ANTHROPIC, '{"system":[{"text":"%s"},{"text":"b"}],"model":"a","n":1,"n":2}',
+     {"think": "off", "set": {"n": 3, "system": "c"}}),
+    (RESPONSES, '{"model":"a","instructions":"%s","tools":[{"type":"namespace","name":"web",'
+     '"tools":[{"name":"f","type":"function"}]}],"input":[{"type":"function_call","name":"f",'
+     '"namespace":"web"}, {"role":"user","content":"u"}],"tool_choice":{"type":"function",'
+     '"name":"f","namespace":"web"}}', {"think": "low"}),
+    (RESPONSES, '{"model":"a","tools":[{"type":"namespace","name":"web","tools":[]}],"input":"u"}',
+     {"set": {"tools": [{"type": "namespace", "name": "w", "tools": [{"name": "f"}]}]}}),
+)  # fmt: skip
+
+
+def test_long_requests_are_changed_as_short_ones() -> None:
+    # Of long ones it is known where the members stand.
+    long = " " * smolrouter.LIMITS.noted_members
+    for path, text, table in LONG_CHANGES:
+        sent = text.replace("%s", f"{BILLING % 1}\\nYou").encode()
+        changes = smolrouter.RequestChanges("b", True, True, True, True, parameters_of(table))
+        left = []
+        for space in (b"", long.encode()):
+            parsed = smolrouter.read_object(path, "", space + sent)
+            assert bool(parsed.members) == bool(space)
+            left.append(smolrouter.encode_object(parsed, changes))
+        assert left[1] == long.encode() + left[0]
+        assert json.loads(left[0])["model"] == "b"
+        assert b"billing" not in left[0]
+
+
 def test_the_log_keeps_that_line() -> None:
     model = default_upstream().add_script(json_response({"content": []}))
     system = [{"type": "text", "text": BILLING % 1}, {"type": "text", "text": "You"}]
