@@ -24297,7 +24297,7 @@ async function setServer({name, url}, state) {
   await post(`/api/upstreams/${encodeURIComponent(name || short(url))}`, {state})
     .catch(error => trouble("server", error.message));
   document.activeElement?.blur();
-  serversSoon();
+  load("upstreams", null, showServers);  // whoever did it sees at once what became of it
 }
 // == 8  Lanes =================================================================================
 /** Show what runs; the nodes of what still runs stay. */
