@@ -849,6 +849,20 @@ def refusing_url() -> str:
     return f"http://127.0.0.1:{TAKEN_PORTS[-1].getsockname()[1]}"
 
 
+def reserve_port() -> int:
+    """Return a port on which a program may listen; on Linux nobody else gets it meanwhile."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port = holder.getsockname()[1]
+    if sys.platform == "linux":
+        TAKEN_PORTS.append(holder)
+    else:
+        # The program could not listen there, either.
+        holder.close()
+    return port
+
+
 def make_certificate(folder: pathlib.Path, password: str = "") -> tuple[str, str] | None:
     """Make a certificate for loopback and its key: their files; None without openssl."""
     if not shutil.which("openssl"):
@@ -8145,6 +8159,7 @@ def test_openai_late_or_nobody(sdk: Sdk, way: str, name: str) -> None:
 @each_openai
 def test_openai_client_loses_its_patience(sdk: Sdk, way: str) -> None:
     hurried = dataclasses.replace(sdk, timeout=0.3)
+    count = len(sdk_upstream().requests)
     with pytest.raises(import_or_skip("openai").APITimeoutError):
         hurried.call(
             sdk_router().url,
@@ -8152,8 +8167,10 @@ def test_openai_client_loses_its_patience(sdk: Sdk, way: str) -> None:
             model=f"{way}-mute",
             messages=HELLO_MESSAGES,
         )
-    connection = sdk_upstream().connections[last_request().connection]
-    assert wait_until(lambda: connection.closed), "the upstream still works for nobody"
+    # On a busy machine the client may leave before its request has gone on.
+    for received in sdk_upstream().requests[count:]:
+        connection = sdk_upstream().connections[received.connection]
+        assert wait_until(lambda connection=connection: connection.closed), "it works for nobody"
 
 
 @each_openai
@@ -12581,8 +12598,7 @@ def behind_proxy(program: str, router: Router) -> Iterator[int]:
         pytest.skip(f"there is no {program}, or no openssl")
     guide = (HERE / "docs/guide.md").read_text("utf-8")
     server = guide.partition(f"```{program}\n")[2].partition("```")[0]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = reserve_port()
     for old, new in (
         ("127.0.0.1:1234", f"127.0.0.1:{router.port}"), ("listen 443", f"listen 127.0.0.1:{port}"),
         ("/etc/ssl/models.crt", tls[0]), ("/etc/ssl/models.key", tls[0].replace("cert.", "key.")),
@@ -19561,6 +19577,8 @@ def test_official_clients_leave_the_queue() -> None:
 
     def open_stream(method: str) -> Any:
         sdk, named, _ = WAITING_CALLS[method]
+        # Here they are not to give up.
+        sdk = dataclasses.replace(sdk, timeout=PATIENCE)
         bound = operator.attrgetter(method)(sdk.client(test.router.url))
         if sdk.asynchronous:
             return run_in_loop(open_async(bound, named))
@@ -19569,6 +19587,9 @@ def test_official_clients_leave_the_queue() -> None:
             next(stream)
         return stream
 
+    for sdk, *_ in WAITING_CALLS.values():
+        # That may take longer than the first request runs.
+        import_or_skip(sdk.package)
     with taken_slot() as test:
         streams = map_in_threads(open_stream, WAITING_CALLS)
         test.wait_for_queue(len(streams))
@@ -23064,26 +23085,17 @@ def test_a_start_without_any_server_looks_on_this_machine() -> None:
 
 
 def test_it_starts_without_stderr() -> None:
-    """It cannot say which port it has. Somebody else may take the one that it is told."""
-
-    def starts() -> bool:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        settings = bare_environment({"LISTEN_PORT": port, "ENABLE_LOGGING": "false"})
-        command = [*by_shell('exec "$0" "$@" <&- >&- 2>&-'), str(SMOLROUTER)]
-        with tempfile.TemporaryDirectory(prefix="smol-") as folder:
-            process = subprocess.Popen(command, cwd=folder, env=settings)
-            try:
-                assert wait_until(lambda: process.poll() is not None or accepts(port))
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    return request(port, "GET", "/healthz").status == 200
-                return False
-            finally:
-                process.terminate()
-                process.wait(20)
-
-    assert any(starts() for _ in range(3))
+    port = reserve_port()
+    settings = bare_environment({"LISTEN_PORT": port, "ENABLE_LOGGING": "false"})
+    command = [*by_shell('exec "$0" "$@" <&- >&- 2>&-'), str(SMOLROUTER)]
+    with tempfile.TemporaryDirectory(prefix="smol-") as folder:
+        process = subprocess.Popen(command, cwd=folder, env=settings)
+        try:
+            assert wait_until(lambda: accepts(port))
+            assert request(port, "GET", "/healthz").status == 200
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
