@@ -9206,6 +9206,19 @@ def read_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tupl
     return [(role, text[: LIMITS.hashed_text]) for role, text in beginning]
 
 
+def spread_tools(tools: Iterable[Any]) -> Iterator[Any]:
+    """Yield the tools of a request; for a namespace its name, then each of its tools.
+
+    `[{"type": "namespace", "name": "web", "tools": [{"name": "f"}]}]`  ->  `"web"`, `{"name": "f"}`
+    """
+    for tool in tools:
+        if is_namespace(tool):
+            yield tool["name"]
+            yield from tool["tools"]
+        else:
+            yield tool
+
+
 def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> str:
     """Return what names the conversation that a request is of, "" where there is none.
 
@@ -9222,9 +9235,8 @@ def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> 
     protocol = find_protocol(path)
     if not protocol.user_words or not document.get(protocol.user_words):
         return ""
-    tools = document.get("tools")
     encoded = b""
-    for tool in tools if isinstance(tools, list) else ():
+    for tool in spread_tools(list_of(document, "tools")):
         # Agents send so many that to encode all of them would take long.
         encoded += encode_json(tool)
         if len(encoded) >= LIMITS.hashed_text:

@@ -10697,6 +10697,14 @@ def test_session_keys() -> None:
     for same in (SESSION_TURNS[:2], later, [*SESSION_TURNS, {"role": "odd", "content": 5}]):
         assert session_key({"messages": same}) == key
     assert session_key({"temperature": 1, "stream": True}) == key
+    # A namespace may hold all tools, and then they are not all looked at either.
+    tools = [{"name": f"f{n}", "description": 99 * "long "} for n in range(9)]
+    web = {"type": "namespace", "name": "web", "tools": tools}
+    in_namespaces = [session_key({"tools": [{**web, **change}]}) for change in (
+        {}, {"tools": tools[:8]}, {"name": "lab"}, {"tools": tools[1:]},
+    )]  # fmt: skip
+    assert in_namespaces[0] == in_namespaces[1] != key
+    assert len(set(in_namespaces)) == 3
     other_user = [SESSION_TURNS[0], {"role": "user", "content": "Hello"}]
     others = [
         session_key({"model": "n"}),
