@@ -13637,9 +13637,14 @@ class Slots:
         self.retry_after = ("Retry-After", str(self.limits.full_retry_after))
 
     def set_table(self, table: RoutingTable) -> None:
-        """Take the numbers of slots from a table; requests that run stay where they are."""
-        self.of_server = {}
-        for server in table.all_servers():
+        """Take the numbers of slots from a table; requests stay where they run or wait."""
+        servers = table.all_servers()
+        # A server that is not in the table any more has its slots as long as somebody waits for it:
+        # they would all run there at once.
+        gone = {i.server.url for waiting in self.waiting for i in waiting.instances}
+        gone -= {server.url for server in servers}
+        self.of_server = {url: slots for url, slots in self.of_server.items() if url in gone}
+        for server in servers:
             if server.slots is not None:
                 # Two names may stand for one server. The smaller number is the one that is safe.
                 slots = self.of_server.get(server.url, server.slots)

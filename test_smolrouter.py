@@ -14661,6 +14661,26 @@ def test_a_changed_number_of_slots_counts_at_once() -> None:
         assert test.gate.arrived[3:] == ["d", "e"]
 
 
+def test_a_server_that_is_gone_from_the_file_is_not_flooded() -> None:
+    """Those who wait for it run there one after the other, as they would have."""
+    with SlotsTest({"one": {"slots": 1}}, PRIORITIES, limits={"reload_interval": 0.1}) as test:
+        test.send("a", "normal")
+        test.gate.wait_for("a")
+        test.queue("b", "normal")
+        test.queue("c", "normal")
+        aliases = {"normal": {"instances": ["two/m"]}}
+        table = {"servers": test.with_urls({"two": {}}), "aliases": aliases}
+        test.router.routes.write_text(json.dumps(table))
+        wait_until(lambda: get_document(test.router, "/api/upstreams")[0]["name"] == "two")
+        test.send("d", "normal")
+        test.gate.wait_for("a", "d")
+        assert len(test.queued()) == 2
+        for word, others in (("a", "adb"), ("b", "adbc"), ("c", "adbc"), ("d", "adbc")):
+            assert test.end(word).status == 200
+            test.gate.wait_for(*others)
+        assert test.gate.most == {"one": 1, "two": 1}
+
+
 def test_what_takes_a_slot() -> None:
     with SlotsTest({"one": {"slots": 1}}, PRIORITIES) as test:
         test.send("first", "normal", path="/v1/embeddings")
