@@ -24804,6 +24804,11 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
         wait_text(tab, ".lane", "streaming")
         assert name in wait_rows(tab, 1)[0]
         assert wait_text(tab, ".lane .tail", "one ") == "one "
+        (running,) = get_document(router, "/api/inflight")
+        assert links_of(tab, ".lane a") == [f"/request/{running['id']}"]
+        for scheme in ("dark", "light"):
+            tab.emulate_media(color_scheme=scheme)
+            assert not tab.evaluate(CONTRAST)[1], scheme
         gates[0].set()
         assert wait_text(tab, ".lane .tail", "two") == "one two"
         tab.click(".lane button:has-text('Stop')")
@@ -25005,6 +25010,8 @@ def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
     tab.keyboard.press("Control+Enter")
     assert wait_text(tab, "#try-answer", "there") == "You said: Hello there"
     assert "tiny on box · first token " in wait_text(tab, "#try-note", "its request")
+    row = newest(router, "coder")
+    assert links_of(tab, "#try-note a") == [f"/request/{row['request_id']}"]
     tab.keyboard.press("Escape")
     wait_text(tab, "#rows tbody", "coder → tiny")
     tab.click("#explain-button")
