@@ -1866,8 +1866,10 @@ class CloseDecoder:
         return data
 
 
-# Data of more than so many octets is searched for many chunks at once. For less it is not worth it.
+# Data of more than so many octets is searched for many chunks at once, and of more than so many for
+# chunks of one size.
 MANY_CHUNKS_LENGTH = 2048
+EQUAL_CHUNKS_LENGTH = 8 * KiB
 # The lines that short chunks begin with, as nearly all servers write them: `b"3a\r\n"` at 58. They
 # are looked up, which is faster than to work out what they say. All others, such as those with
 # extensions or capital digits, are left to `ChunkDecoder.read_size`.
@@ -1898,8 +1900,7 @@ def find_short_chunk(data: bytes, position: int) -> tuple[int, int]:
     return 0, 0
 
 
-# Chunks of one size are looked for in more than so many octets; so many are taken apart at a time.
-EQUAL_CHUNKS_LENGTH = 8 * KiB
+# So many chunks of one size are taken apart at a time.
 EQUAL_CHUNKS = 16
 
 
@@ -1908,12 +1909,10 @@ def read_equal_chunks(data: bytes) -> tuple[bytes, int]:
 
     b'1\r\nx\r\n' * 70  ->  (b'x' * 64, 384): as many as are a multiple of EQUAL_CHUNKS
 
-    Sound and files come in pieces of one size, and so do events of one length. What frames such a
+    Sound may come in short pieces of one size, and events may be of one length. What frames such a
     chunk stands at the same distance behind what frames the one before, so that each of its octets
     is checked for all chunks at once, in C.
     """
-    if len(data) <= EQUAL_CHUNKS_LENGTH:
-        return b"", 0
     start, end = find_short_chunk(data, 0)
     period = end + 2
     if not end or not data.startswith(data[:start], period):
@@ -1924,8 +1923,9 @@ def read_equal_chunks(data: bytes) -> tuple[bytes, int]:
         count = len(column) - len(column.lstrip(data[at : at + 1]))
     octets = count // EQUAL_CHUNKS * EQUAL_CHUNKS * period
     shape = f"{start}x{end - start}s2x" * EQUAL_CHUNKS
-    contents = itertools.chain.from_iterable(struct.iter_unpack(shape, data[:octets]))
-    return b"".join(contents), octets
+    # A view, because a slice would copy all of it once more.
+    groups = struct.iter_unpack(shape, memoryview(data)[:octets])
+    return b"".join(itertools.chain.from_iterable(groups)), octets
 
 
 def count_right(column: Sequence[bytes], expected: Sequence[bytes | None]) -> int:
@@ -1989,6 +1989,10 @@ def read_event_chunks(data: bytes) -> tuple[bytes, int]:
     return content, len(data) - len(unread)
 
 
+# The ways to read many chunks at once, the first one last, and more than how many octets there have
+# to be for each: for less it is not worth it.
+MANY_CHUNKS = ((MANY_CHUNKS_LENGTH, read_event_chunks), (EQUAL_CHUNKS_LENGTH, read_equal_chunks))
+
 # What a ChunkDecoder reads next; the words stand in error messages, too.
 AT_SIZE = "chunk-size"
 IN_DATA = "chunk-data"
@@ -2033,18 +2037,18 @@ class ChunkDecoder:
         if self.buffered:
             data = self.buffered + data
             self.buffered = b""
-        if self.state is AT_SIZE:
+        if len(data) <= MANY_CHUNKS_LENGTH and self.state is AT_SIZE:
             # As nearly always while a model speaks, this is one chunk and no more.
             start, end = find_short_chunk(data, 0)
             if end and end + 2 == len(data):
                 return data[start:end]
         contents: list[bytes] = []
         position = 0
-        ways_to_read_many = [read_event_chunks, read_equal_chunks]
+        ways_to_read_many = [read for least, read in MANY_CHUNKS if len(data) > least]
         while position < len(data) and not self.done:
             if self.state is AT_SIZE:
-                # Each of these is tried once for a piece of data. It ends before a chunk that it
-                # cannot read; what both leave is read one by one.
+                # Each is tried once for a piece of data. It ends before a chunk that it cannot read;
+                # what all of them leave is read one by one.
                 if ways_to_read_many and len(data) - position > MANY_CHUNKS_LENGTH:
                     content, octets_read = ways_to_read_many.pop()(data[position:])
                     if octets_read:
