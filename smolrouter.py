@@ -2047,8 +2047,8 @@ class ChunkDecoder:
         ways_to_read_many = [read for least, read in MANY_CHUNKS if len(data) > least]
         while position < len(data) and not self.done:
             if self.state is AT_SIZE:
-                # Each is tried once for a piece of data. It ends before a chunk that it cannot read;
-                # what all of them leave is read one by one.
+                # Each is tried once for a piece of data, and ends before a chunk that it cannot
+                # read. What all of them leave is read one by one.
                 if ways_to_read_many and len(data) - position > MANY_CHUNKS_LENGTH:
                     content, octets_read = ways_to_read_many.pop()(data[position:])
                     if octets_read:
@@ -7569,10 +7569,22 @@ class StreamRewrite:
 
 # As servers write it; with other spaces it stays, and hurts nobody.
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
-# Some servers add the usage to the event in which a choice is finished. Where it is the last
-# member of the document, the event need not be parsed to take it out.
 HAS_CHOICE = re.compile(rb'"choices":[ ]?\[[ ]?\{')
 LAST_USAGE = re.compile(rb',[ ]?"usage":[ ]?\{[^{}]+(?:\{[^{}]*\}[^{}]*)*\}(?=\}\Z)')
+
+
+def remove_plain_usage(data: bytes) -> bytes:
+    """Return the data of an event without the usage, where it need not be parsed for that.
+
+    `{"choices":[{}],"usage":null}`, `{"choices":[{}],"usage":{"n":1}}`  ->  `{"choices":[{}]}`
+
+    A server that was asked for usage says null in every other event. Some add the usage to the
+    event in which a choice is finished, mostly as the last member of the document.
+    """
+    without_null = NULL_USAGE.sub(b"", data)
+    if b"\n" not in data and HAS_CHOICE.search(data):
+        return LAST_USAGE.sub(b"", without_null)
+    return without_null
 
 
 def find_all(block: bytes, word: bytes) -> list[int]:
@@ -7733,8 +7745,9 @@ class EventFilter:
         self.format = format
         self.filtering = plan.rules.any
         self.has_one_choice = plan.parsed.choices == 1 and not plan.changes_choices
-        self.renames_reasoning = plan.rules.move and plan.protocol.thoughts == BESIDE_TEXT
-        self.moves_beside_text = plan.protocol.thoughts in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
+        thoughts = self.protocol.thoughts
+        self.renames_reasoning = plan.rules.move and thoughts == BESIDE_TEXT
+        self.moves_beside_text = thoughts in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
         self.watched_words = self.find_watched_words()
         self.skips_plain_events = not (self.filtering or plan.restores_name)
         # By choice and item: the filters of the texts, and the texts whose filter has to see every
@@ -7751,7 +7764,7 @@ class EventFilter:
         self.skipped: collections.deque[bytes] = collections.deque(
             maxlen=plan.limits.skipped_blocks
         )
-        moves_blocks = plan.rules.move and plan.protocol.thoughts == IN_CONTENT
+        moves_blocks = plan.rules.move and thoughts == IN_CONTENT
         self.blocks = ThinkingBlocks(format) if moves_blocks else None
         self.lost_timings = False
 
@@ -7832,10 +7845,7 @@ class EventFilter:
             return self.close() + event
         looks_at_usage = self.plan.hide_usage and b'"usage"' in data
         if looks_at_usage:
-            # A server that was asked for usage says `"usage": null` in every other event.
-            without_usage = NULL_USAGE.sub(b"", data)
-            if b"\n" not in data and HAS_CHOICE.search(data):
-                without_usage = LAST_USAGE.sub(b"", without_usage)
+            without_usage = remove_plain_usage(data)
             if without_usage != data:
                 data = without_usage
                 event = self.format.replace(event, data)
@@ -7843,11 +7853,10 @@ class EventFilter:
         looks_at_text = self.filtering and self.may_change_text(event, data)
         names = self.plan.tool_names
         looks_at_calls = names is not None and any(word in data for word in CALL_WORDS)
-        if not (looks_at_usage or looks_at_text or looks_at_calls or self.plan.restores_name):
+        looks_at_members = looks_at_usage or looks_at_calls or self.plan.restores_name
+        if not (looks_at_text or looks_at_members):
             return event
-        if not (
-            looks_at_usage or looks_at_calls or self.plan.restores_name or self.plan.rules.move
-        ):
+        if not (looks_at_members or self.plan.rules.move):
             # As nearly always, an event is a text and no more. Then it need not be parsed.
             self.read_skipped()
             found = self.find_text_alone(data)

@@ -5110,6 +5110,8 @@ def test_every_tag_has_a_mark_that_is_looked_for() -> None:
     for tag in (*tags, *headers):
         assert smolrouter.may_hold_tag(tag.encode()), tag
         assert smolrouter.MARK.match(tag) and smolrouter.TAG_OR_CODE.match(tag), tag
+    for octet, word in smolrouter.POSSIBLE_MARKS:
+        assert octet in word and smolrouter.may_hold_mark(bytes([octet])), word
 
 
 FENCES = [
