@@ -9490,6 +9490,8 @@ class Decision(NamedTuple):
     thinking: Thinking = NOTHING_SAID
     priority: str = NORMAL
     parameters: RequestParameters = NO_PARAMETERS
+    # Whether a model has to work for the request.
+    asks_model: bool = True
 
 
 # --- the routing file -------------------------------------------------------------------
@@ -10726,7 +10728,7 @@ def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
 
 
 def resolve_maker(server: Server) -> Decision:
-    """Return where a request goes that asks for a response which this server has made and keeps."""
+    """Return where a request goes that is about a response which this server has made and keeps."""
     return Decision(
         requested_model="",
         mapped_model="",
@@ -10734,6 +10736,7 @@ def resolve_maker(server: Server) -> Decision:
         strategy="failover",
         instances=(Instance(server, None),),
         trail=(Step("response", True, f"{server.name} made it"),),
+        asks_model=False,
     )
 
 
@@ -17973,7 +17976,7 @@ class Exchange:
         candidates = Candidates(self.context, decision, self.dialect, self.record)
         # Without content nothing is asked of a model. That of an upload comes in later, and takes
         # as long as its client likes.
-        looks = self.request.head.method in ("GET", "HEAD")
+        looks = self.request.head.method in ("GET", "HEAD") or not decision.asks_model
         candidates.takes_slot = not looks and parsed.content != b""
         if decision.strategy == STICKY and has_choice and self.record.session:
             candidates.keep_together(self.record.session)
@@ -18464,20 +18467,24 @@ async def find_model(context: Context, request: Request) -> tuple[str, Step]:
 
 
 # What is asked of a response that its server keeps: get it, cancel it, delete it, list its input.
-KEPT_RESPONSE = re.compile(r"/v1/responses/([^/]+)(?:/.*)?")
+KEPT_RESPONSE = re.compile(r"/v1/responses/(resp_[^/]+)(?:/.*)?")
 
 
-def find_maker(context: Context, path: str) -> Server | None:
-    """Return the server that made the response of this path, None where that is not known."""
-    match = KEPT_RESPONSE.fullmatch(path)
-    if match is None:
-        return None
-    key = hash_key(urllib.parse.unquote(match[1]))
-    made_by = context.upstreams.response_homes.find(key)
+def decide_kept(context: Context, request: Request, response_id: str) -> Decision:
+    """Return where a request goes that is about a response: to its maker, or the default server.
+
+    Raises NotFound when the maker is not known, and there is no default.
+    """
+    made_by = context.upstreams.response_homes.find(hash_key(response_id))
     for server in context.table.all_servers():
+        # No other server has it.
         if made_by and server.url == made_by[0]:
-            return server
-    return None
+            return resolve_maker(server)
+    decision = resolve_default(context.table, request.source_host)
+    if not decision.instances:
+        words = f"nobody knows which server made {response_id[:80]!r}"
+        raise NotFound(f"{words}, and there is no default (DEFAULT_UPSTREAM is none)")
+    return decision._replace(asks_model=False)
 
 
 async def relay_model(context: Context, request: Request) -> None:
@@ -18489,10 +18496,9 @@ async def relay_model(context: Context, request: Request) -> None:
     if parsed.lacks_model:
         model, step = await find_model(context, request)
         parsed = dataclasses.replace(parsed, model=model)
-    maker = None if parsed.model else find_maker(context, request.path)
-    if maker:
-        # No other server has it.
-        decision = resolve_maker(maker)
+    kept = None if parsed.model else KEPT_RESPONSE.fullmatch(request.path)
+    if kept:
+        decision = decide_kept(context, request, urllib.parse.unquote(kept[1]))
     elif parsed.text or parsed.model:
         decision = await context.decide(parsed.model, request.source_host, request.dialect)
         decision = await context.drop_unknown_tags(decision, request)

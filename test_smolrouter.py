@@ -14901,6 +14901,8 @@ def test_what_is_asked_of_a_kept_response_goes_to_its_maker() -> None:
                                      ("POST", "/cancel"), ("DELETE", "")):  # fmt: skip
                     path = f"/v1/responses/resp_{name}{more}"
                     assert ask(method, path) == (route, f"/{at or 'one'}{path}"), (method, path)
+                    if method == "POST":
+                        assert ask(method, path, {}) == (route, f"/{at or 'one'}{path}")
             may_end.set()
             read_until(sock, b"0\r\n\r\n")
         assert ask("GET", "/responses/resp_two?stream=true") == (
@@ -14917,6 +14919,10 @@ def test_what_is_asked_of_a_kept_response_goes_to_its_maker() -> None:
         test.router.signal(signal.SIGHUP)
         wait_until(lambda: len(get_document(test.router, "/api/upstreams")) == 1)
         assert ask("GET", "/v1/responses/resp_two")[0] == "default"
+    with SlotsTest({"one": {}}, {}) as test:
+        got = request(test.router.port, "GET", "/v1/responses/resp_two")
+        words = "nobody knows which server made 'resp_two', and there is no default"
+        assert got.status == 404 and words in got.json["error"]["message"]
 
 
 def test_homes_are_few_and_end() -> None:
