@@ -12145,11 +12145,13 @@ class Connection(asyncio.Protocol):
         Nearly every request, and every answer that is no stream, comes in one piece with its head.
         Such a content needs no decoder, no deadline and no waiting.
         """
+        data = self.received
         length = framing.length
-        if framing.kind != "length" or len(self.received) < length:
+        if framing.kind != "length" or len(data) < length:
             return None
-        data = self.take_received()
         self.received = data[length:]
+        if self.read_paused:
+            self.resume_reading()
         return data[:length]
 
     async def has_more(self) -> bool:
@@ -12180,12 +12182,16 @@ class Connection(asyncio.Protocol):
         while self.received or await self.has_more():
             # Empty lines before a request are the rest of an old client's content
             # (RFC 9112 section 2.2).
-            head = (head + self.take_received()).removeprefix(b"\r\n")
+            head = (head + self.received).removeprefix(b"\r\n")
             end = head.find(b"\r\n\r\n", unseen_at)
             if 0 <= end <= limit:
                 self.partial_head = b""
                 self.received = head[end + 4 :]
+                if self.read_paused:
+                    self.resume_reading()
                 return head[:end]
+            self.received = b""
+            self.resume_reading()
             self.partial_head = head
             check_partial_head(head, unseen_at, limit, self.limits)
             # All of it has been looked at. Only its last three octets can still be the beginning of
@@ -12982,7 +12988,7 @@ class ConnectionPool:
         connections = self.idle.get((server.url, server.verify))
         while connections:
             connection = connections.pop()
-            connection.ignore_disconnect()
+            connection.on_disconnect = None
             if not (connection.received or connection.ended or connection.failure):
                 return connection
             connection.abort()
