@@ -24323,7 +24323,7 @@ def test_controls_of_figures(tab: Any) -> None:
     )
     # A mark says what it is of, and leads there.
     number, x, y = wait_until(lambda: tab.evaluate(CHART))[0]
-    box = tab.locator("#chart svg").first.bounding_box()
+    box = wait_until(lambda: tab.locator("#chart svg").first.bounding_box())
     tab.mouse.move(box["x"] + x, box["y"] + y)
     (point,) = [one for one in tab.evaluate("app.points") if one["id"] == number]
     assert point["model"] in wait_text(tab, "#chart .hint", "tok/s")
