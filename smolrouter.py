@@ -17566,7 +17566,10 @@ class Candidates:
 
         A new one has none yet, and one whose home has failed a moment ago is to have another.
         """
-        self.conversation = hash_key(self.decision.route, session)
+        # Where the alias names no model, a client may ask two of them in one conversation, such as
+        # a small one for its title. Each has a prompt of its own in memory.
+        model = self.decision.instances[0].model or ""
+        self.conversation = hash_key(self.decision.route, model, session)
         home = self.upstreams.homes.find(self.conversation)
         for instance in self.left:
             if instance_key(instance) == home and self.upstreams.is_well(instance):

@@ -14801,6 +14801,28 @@ def test_a_conversation_stays_at_its_instance() -> None:
         assert ask_turn(test, "a", 4, field) == (moved, "1") and moved != home
 
 
+def test_two_models_of_a_conversation_have_a_home_each() -> None:
+    """A chat asks its own model, and now and then a small one for a title, by one session."""
+    with Upstream(lambda received: FINE_RESPONSE) as upstream:
+        servers = {name: {"url": f"{upstream.url}/{name}", "discover": False} for name in "ab"}
+        routes = {
+            "servers": servers,
+            "aliases": {"all": {"strategy": "sticky", "instances": [{"server": s} for s in "ab"]}},
+            "routes": [{"match": {}, "route": {"alias": "all"}}],
+        }
+        with Router({"DEFAULT_UPSTREAM": "none"}, routes) as router:
+
+            def ask(model: str, session: str) -> str:
+                document = chat_document(model)
+                field = ("X-Session-Id", session)
+                got = request(router.port, "POST", CHAT, document, [field])
+                return got.get("X-SmolRouter-Upstream").split("/")[-1]
+
+            asked = [ask("large", "mine"), ask("large", "other"), ask("small", "mine")]
+            assert asked == ["a", "b", "a"]
+            assert [ask("large", "mine"), ask("small", "mine")] == ["a", "a"]
+
+
 def test_a_conversation_whose_instance_is_full() -> None:
     servers = {name: {"slots": 1} for name in ("one", "two", "three")}
     # To wait for long at home means that no other instance serves.
