@@ -23780,7 +23780,7 @@ td.number, th.number { text-align: right; }
   .rows td { display: none; height: auto; padding: 0; border: 0; width: auto; line-height: 1.35; }
   .rows .c-time, .rows .c-model, .rows .c-status, .rows .c-words, .rows .c-duration {
     display: block; } .rows .c-time, .rows .c-model { grid-row: 1; }
-  .rows .c-status { grid-area: 1 / 3; max-width: 8rem; text-align: right; }
+  .rows .c-status { grid-area: 1 / 3; max-width: 8.5rem; text-align: right; }
   .rows .c-words { grid-area: 2 / 1 / 3 / 3; color: var(--quiet); }
   .rows .c-duration { grid-area: 2 / 3; text-align: right; }
   nav { order: 9; width: 100%; } nav { gap: 0; }
