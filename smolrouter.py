@@ -435,19 +435,6 @@ NamedURLs = tuple[tuple[str, str], ...]
 ModelMap = tuple[tuple[NamePattern, str], ...]
 
 
-def encode_authority(scheme: str, host: str, port: int) -> str:
-    """Return a host as it stands in a URL: ("http", "::1", 8000)  ->  '[::1]:8000'."""
-    host = f"[{host}]" if ":" in host else host
-    return host if port == DEFAULT_PORTS[scheme] else f"{host}:{port}"
-
-
-# The record of each request has the URL of its server.
-@functools.lru_cache(maxsize=256)
-def encode_url(scheme: str, host: str, port: int, prefix: str) -> str:
-    """Return the URL of a server: ("https", "box", 443, "/llm")  ->  'https://box/llm'."""
-    return f"{scheme}://{encode_authority(scheme, host, port)}{prefix}"
-
-
 class UpstreamURL(NamedTuple):
     """Where a server listens; `prefix` is the path that stands before /v1."""
 
@@ -459,7 +446,10 @@ class UpstreamURL(NamedTuple):
     @property
     def authority(self) -> str:
         """What goes into Host: the port only when it is not the scheme's own."""
-        return encode_authority(self.scheme, self.host, self.port)
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.port == DEFAULT_PORTS[self.scheme]:
+            return host
+        return f"{host}:{self.port}"
 
     @property
     def without_scheme(self) -> str:
@@ -472,7 +462,7 @@ class UpstreamURL(NamedTuple):
         return any(host.endswith(f".{domain}") for domain in domains)
 
     def __str__(self) -> str:
-        return encode_url(*self)
+        return f"{self.scheme}://{self.without_scheme}"
 
 
 def require(condition: object, message: str) -> None:
@@ -2635,8 +2625,8 @@ def find_values(
     """Yield start, end and path of the values at some paths, in order of their places.
 
     A member that stands twice in an object is yielded twice, because readers differ on which
-    of the two counts. The `members` are those of the value at `at`. The generator returns where
-    that value ends: so none that a path leads into is parsed twice.
+    of the two counts. The generator returns where the value at `at` ends: so none that a path
+    leads into is parsed twice. The `members` are those of a whole document, where they were noted.
     """
     # What is left of the paths behind their first element, by that element. A path with nothing
     # left is that of this value, which is then yielded whole.
@@ -2649,6 +2639,7 @@ def find_values(
         elif key in tails:
             yield from find_values(text, start, tails[key], (*prefix, key))
     if members:
+        # Where a whole document ends, nobody asks.
         return len(text)
     opening = JSON_OPEN.match(text, at)
     if opening is None:
@@ -2782,7 +2773,7 @@ def add_members(text: str, path: Path, members: str) -> str:
     return text
 
 
-def find_element(text: str, path: Path, members: Sequence[Member] = ()) -> Replacement:
+def element_removal(text: str, path: Path, members: Sequence[Member] = ()) -> Replacement:
     """Return what takes an element of an array out of a JSON object, with a comma beside it.
 
     `{"a": [1, 2]}`, `("a", 0)`  ->  `(7, 10, "")`;  `{"a": [1, 2]}`, `("a", 1)`  ->  `(8, 11, "")`
@@ -3450,9 +3441,9 @@ def compile_tags(*sequences: Sequence[Sequence[str]]) -> re.Pattern[str]:
 
 
 def spell_start(sequence: Sequence[Sequence[str]]) -> str:
-    """Return the pattern of any first part of a sequence of tags: `[("<b>",)]` -> `<(?:b(?:>)?)?`.
+    """Return the pattern of any first part of a sequence of tags, which may be all of it.
 
-    It may be all of the sequence, too.
+    `[("<b>",)]`  ->  `(?:<(?:b(?:>)?)?)`
     """
     rest = spell_start(sequence[1:]) if len(sequence) > 1 else ""
     words = []
@@ -3469,7 +3460,7 @@ def spell_start(sequence: Sequence[Sequence[str]]) -> str:
 def compile_cut_tag(*sequences: Sequence[Sequence[str]]) -> re.Pattern[str]:
     r"""Return a pattern for the end of a text that may be the first part of one of some sequences.
 
-    `[("<b>",)]`  ->  `(?=[<])(?:(?i:<(?:b(?:>)?)?))\Z`, which finds the `<b` in `a <b`
+    `[("<b>",)]`  ->  `(?=[<])(?:(?i:(?:<(?:b(?:>)?)?)))\Z`, which finds the `<b` in `a <b`
     """
     # Where no tag can begin, one look at the character tells it.
     first_characters = {re.escape(tag[0]) for sequence in sequences for tag in sequence[0]}
@@ -6325,7 +6316,7 @@ def flatten_choice(choice: Any, names: ToolNames) -> Any:
     return {"type": "allowed_tools", "mode": "required", "tools": choices}
 
 
-def flatten_namespaces(
+def namespace_replacements(
     text: str, document: Mapping[str, Any], names: ToolNames, members: Sequence[Member] = ()
 ) -> list[Replacement]:
     """Return what is replaced in a request of /v1/responses for a server without namespaces.
@@ -6945,7 +6936,7 @@ def find_attribution(protocol: Protocol, document: Mapping[str, Any]) -> Path:
     return ()
 
 
-def cut_attribution(
+def attribution_removal(
     text: str, document: Any, path: Path, members: Sequence[Member] = ()
 ) -> Replacement:
     """Return what takes the line out of a request that `find_attribution` found.
@@ -6962,7 +6953,7 @@ def cut_attribution(
     places.reverse()
     for at in places if not rest else ():
         if len(values[at]) > 1 or at == places[-1]:
-            return find_element(text, path[: at + 1], members)
+            return element_removal(text, path[: at + 1], members)
     *_, (start, end, _) = find_values(text, 0, [path], members=members)
     line = ATTRIBUTION_LINE.match(text, start + 1, end)
     if line is None:
@@ -7029,13 +7020,13 @@ def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     if changes.strip_attribution and ATTRIBUTION in text:
         attribution = find_attribution(parsed.protocol, document)
         if attribution:
-            replacements.append(cut_attribution(text, document, attribution, members))
+            replacements.append(attribution_removal(text, document, attribution, members))
     tool_names = parsed.tool_names if changes.flatten_namespaces else None
     if tool_names:
         if document is not parsed.document:
             # The parameters may have changed the tools, and so where each of them stands.
             tool_names = read_tool_names(document)
-        replacements += flatten_namespaces(text, document, tool_names, members)
+        replacements += namespace_replacements(text, document, tool_names, members)
         edits |= choice_edit(document, tool_names)
     if text is parsed.text and not (edits or adds_options or replacements):
         return parsed.content
@@ -7216,7 +7207,8 @@ class AnswerPlan:
 class Mark(NamedTuple):
     """A word that is looked for in every event, and one of its octets that hardly occurs elsewhere.
 
-    By far the fastest search is that for one octet, given as a number. Nearly always it decides.
+    By far the fastest search is that for one octet, given as a number: `60 in data` is faster than
+    `data.rfind(b"<")`. Nearly always the octet is missing, and that is the answer.
     """
 
     octet: int
@@ -7224,9 +7216,10 @@ class Mark(NamedTuple):
 
 
 # In JSON every tag has one of TAG_MARKS in it, and code begins with one of CODE_MARKS. None of them
-# often stands elsewhere: there is a `[` in each event, but no `THINK]`.
-TAG_MARKS = (Mark(60, b"<"), Mark(75, b"THINK]"), Mark(0x97, "\u25c1".encode()))
-CODE_MARKS = (Mark(96, b"`"), Mark(126, b"~"))
+# often stands elsewhere: there is a `[` in each event, but no `THINK]`. E2 97 81 is U+25C1, with
+# which Kimi's tags begin; the other two of its octets stand in many more characters.
+TAG_MARKS = (Mark(ord("<"), b"<"), Mark(ord("K"), b"THINK]"), Mark(0x97, b"\xe2\x97\x81"))
+CODE_MARKS = (Mark(ord("`"), b"`"), Mark(ord("~"), b"~"))
 MARKS = (*TAG_MARKS, *CODE_MARKS)
 # Some servers write `<`, a backtick, `~` and what Kimi's tags begin with as escapes.
 TAG_ESCAPES = (b"\\u003", b"\\u25")
@@ -7236,9 +7229,10 @@ POSSIBLE_MARKS = (*MARKS, *(Mark(BACKSLASH, escape) for escape in ESCAPED_MARKS)
 
 
 def may_hold_mark(data: bytes) -> bool:
-    """Tell whether one of the octets of POSSIBLE_MARKS stands somewhere in a text in JSON.
+    r"""Tell whether one of the octets of POSSIBLE_MARKS stands somewhere in a text in JSON.
 
-    This is asked for each event. To go over the table would take three times as long.
+    They are, in this order, `<`, `\`, a backtick, `~`, `K` and the one of U+25C1. This is asked for
+    each event. To go over the table, or to give them names, would take far longer.
     """
     return 60 in data or 92 in data or 96 in data or 126 in data or 75 in data or 0x97 in data
 
@@ -7733,11 +7727,14 @@ class EventFilter:
 
     Most events need no change, and to parse one costs more than all else. So while
     `skips_plain_events` holds, only the events with one of MARKS, such as a tag's `<`, or of the
-    `watched_words` are parsed, and the bytes between them leave as they came. It holds as soon as
-    every text of the answer has begun outside of its thinking and no filter keeps anything back:
+    `watched_words` are looked at, and the bytes between them leave as they came. It holds as soon
+    as every text of the answer has begun outside of its thinking and no filter keeps anything back:
     then only a tag can change something, or a backtick, because a tag in code does not count. It
     does not hold at first, and never when texts may begin unseen (`n` choices), when fences are
     looked for or when each event names a model.
+
+    An event that is looked at need not be parsed either when it is a text and no more, as nearly
+    all are: `find_text_alone` finds the text, and `filter_text_alone` puts another in its place.
     """
 
     buffers = False
@@ -7752,6 +7749,10 @@ class EventFilter:
         self.has_one_choice = plan.parsed.choices == 1 and not plan.changes_choices
         thoughts = self.protocol.thoughts
         self.renames_reasoning = plan.rules.move and thoughts == BESIDE_TEXT
+        # Without one of these in an event its text need not be looked at.
+        self.text_marks = POSSIBLE_MARKS
+        if self.renames_reasoning:
+            self.text_marks += (Mark(ord('"'), b'"reasoning"'),)
         self.moves_beside_text = thoughts in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
         self.watched_words = self.find_watched_words()
         self.skips_plain_events = not (self.filtering or plan.restores_name)
@@ -7776,10 +7777,8 @@ class EventFilter:
     def find_watched_words(self) -> tuple[bytes, ...]:
         """Return the words, beside the marks, without one of which an event need not be parsed."""
         words: tuple[bytes, ...] = ()
-        self.text_marks = POSSIBLE_MARKS
         if self.renames_reasoning:
             words += (b'"reasoning"',)
-            self.text_marks += (Mark(ord('"'), b'"reasoning"'),)
         if self.plan.hide_usage:
             words += (b'"usage"',)
         if self.plan.tool_names:
@@ -7830,7 +7829,7 @@ class EventFilter:
         if self.plan.rules.think and may_hold_mark(block):
             places = find_marks(block)
         for word in self.watched_words:
-            # Looking for a word from the end takes a third of the time that `in` takes.
+            # As in `holds_any`, from the end.
             if block.rfind(word) >= 0:
                 places += find_all(block, word)
         return places
@@ -9171,6 +9170,9 @@ SESSION_FIELDS = (
 def read_plain_beginning(messages: Sequence[Any]) -> list[tuple[str, str]] | None:
     """Return role and text of each message up to the first one of the user.
 
+    `[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]`
+    ->  `[("user", "Hi")]`
+
     None if one of them is more than a role and a text; nearly none is, and to read them in this way
     takes a fifth of the time.
     """
@@ -9189,7 +9191,11 @@ def read_plain_beginning(messages: Sequence[Any]) -> list[tuple[str, str]] | Non
 
 
 def read_any_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Do what `read_plain_beginning` does, in any protocol and with any messages."""
+    """Return what `read_plain_beginning` does, in any protocol and with any messages.
+
+    `{"system": "Be brief.", "messages": [{"role": "user", "content": [{"type": "text", "text":
+    "Hi"}]}]}` of /v1/messages  ->  `[("system", "Be brief."), ("user", "Hi")]`
+    """
     words = document.get(protocol.user_words)
     for number, message in enumerate(words if isinstance(words, list) else (), 1):
         if isinstance(message, dict) and message.get("role") == "user":
@@ -9320,7 +9326,7 @@ class Server:
 
     @functools.cached_property
     def shown_url(self) -> str:
-        """Its URL as rows, fields and pages have it."""
+        """Its URL as rows, fields and pages have it; the record of each request needs it."""
         return str(self.url)
 
     @functools.cached_property
@@ -10435,6 +10441,7 @@ def map_model(model_map: ModelMap, requested_model: str, trail: list[Step]) -> s
     return requested_model
 
 
+# Each request has one, and the same few clients send nearly all requests.
 @functools.lru_cache(maxsize=256)
 def parse_source_host(host: str) -> Address | None:
     """Return the address that a source host is: '10.0.0.1' -> (4, 167772161); None for a name."""
@@ -14553,9 +14560,9 @@ async def list_models(
 # to a place that is still to be looked at.
 #
 # Threads: the event loop calls `begin`, `append_body`, `finish` and `wait_to_begin`. The thread
-# "log" runs `run`, and only it writes. Two more run the queries of the page (`ask`), each time
+# "log" runs `run`, and only it writes rows. Two more run the queries of the page (`ask`), each time
 # with a connection of its own that can only read; SQLite's write-ahead log lets them read while
-# others write. Now and then one puts what stands in that log into the database (`checkpoint`),
+# others write. Now and then a fourth puts what stands in that log into the database (`checkpoint`),
 # because this waits for the disk longer than a row may be late.
 #
 # Time: each transaction waits for the disk, so the thread collects what happens in
@@ -17194,7 +17201,7 @@ def encode_id_line(request_id: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def encode_route_lines(upstream_url: str, model: str, route: str, attempts: int) -> str:
-    """Return the field lines that tell which way a request went, without those of no value.
+    r"""Return the field lines that tell which way a request went, without those of no value.
 
     ('http://gpu:8000', 'qwen', 'alias fast', 1)  ->
     'X-SmolRouter-Upstream: http://gpu:8000\r\nX-SmolRouter-Model: qwen\r\n...'
@@ -17990,8 +17997,8 @@ class Exchange:
         candidates = Candidates(self.context, decision, self.dialect, self.record)
         # Without content nothing is asked of a model. That of an upload comes in later, and takes
         # as long as its client likes.
-        looks = self.request.head.method in ("GET", "HEAD") or not decision.asks_model
-        candidates.takes_slot = not looks and parsed.content != b""
+        asks_model = decision.asks_model and self.request.head.method not in ("GET", "HEAD")
+        candidates.takes_slot = asks_model and parsed.content != b""
         if decision.strategy == STICKY and has_choice and self.record.session:
             candidates.keep_together(self.record.session)
         return candidates
@@ -21184,7 +21191,8 @@ class RequestTurns:
         # How many requests have begun in this turn, and those that wait for a later one.
         self.begun = 0
         self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-        # The turn, as the batch counts them. Wherever a request comes, the connections are flushed.
+        # The number of this turn: how often the batch had flushed when it began. It flushes in each
+        # turn in which a request comes.
         self.turn = 0
 
     def admit(self) -> bool:
@@ -21202,18 +21210,18 @@ class RequestTurns:
         loop = asyncio.get_running_loop()
         if not self.waiting:
             loop.call_soon(self.begin_turn, loop)
-        turn = loop.create_future()
-        self.waiting.append(turn)
-        await turn
+        may_begin = loop.create_future()
+        self.waiting.append(may_begin)
+        await may_begin
 
     def begin_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let the requests begin that have waited longest."""
         self.begun = 0
         while self.waiting and self.begun < self.limits.requests_per_turn:
-            turn = self.waiting.popleft()
+            may_begin = self.waiting.popleft()
             # The client of a request that waited may have left.
-            if not turn.done():
-                turn.set_result(None)
+            if not may_begin.done():
+                may_begin.set_result(None)
                 self.begun += 1
         if self.waiting:
             loop.call_soon(self.begin_turn, loop)
