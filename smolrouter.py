@@ -21543,6 +21543,9 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Python runs one thread at a time. After so many seconds the log's thread has to let the event
 # loop run, when that has something to relay.
 SWITCH_INTERVAL = 0.001
+# A thread that reads JSON needs room for every level that Python's decoder goes down before it
+# gives up. Some systems give a thread no more than 1 MiB, which is too little for Python 3.13.
+STACK_SIZE = 8 * MiB
 
 
 def complain(words: str) -> None:
@@ -22010,6 +22013,9 @@ def run_serve(invocation: Invocation) -> int:
     # Until the loop has handlers of its own, SIGTERM does what Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    # Where a system allows no other size, its own has to do.
+    with contextlib.suppress(ValueError, RuntimeError):
+        threading.stack_size(STACK_SIZE)
     loop = asyncio.new_event_loop()
     status = loop.run_until_complete(Router(invocation, listeners).run())
     # A usual exit would wait for the threads: for a full stderr, for example.

@@ -23099,6 +23099,17 @@ def test_it_starts_and_relays_anyhow(python: Sequence[str]) -> None:
         assert post_chat(router, "anyhow").status == 200
 
 
+def test_little_room_for_threads_is_enough_for_deep_json() -> None:
+    """Python 3.13 went down so far in it, beyond the room that musl gives, that it crashed."""
+    shell = ("/bin/sh", "-c", 'ulimit -Ss 1024; exec "$0" "$@"', sys.executable)
+    with Router({"DEFAULT_UPSTREAM": default_upstream().url}, python=shell) as router:
+        # A long one is read in a thread.
+        content = b'{"model": "m", "messages": ' + b"[" * 200_000 + b" " * smolrouter.MiB
+        got = request(router.port, "POST", CHAT, content)
+        assert got.status == 400 and "deeper than" in got.json["error"]["message"]
+        assert post_chat(router, "tiny").status == 200
+
+
 def test_the_start_says_how_the_servers_are() -> None:
     with Upstream(models=("a", "b")) as upstream:
         fixed = {"url": refusing_url(), "models": ["m"]}
