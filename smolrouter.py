@@ -1856,10 +1856,8 @@ class CloseDecoder:
         return data
 
 
-# Data of more than so many octets is searched for many chunks at once, and of more than so many for
-# chunks of one size.
+# Data of more than so many octets is searched for many chunks at once; for less it is not worth it.
 MANY_CHUNKS_LENGTH = 2048
-EQUAL_CHUNKS_LENGTH = 8 * KiB
 # The lines that short chunks begin with, as nearly all servers write them: `b"3a\r\n"` at 58. They
 # are looked up, which is faster than to work out what they say. All others, such as those with
 # extensions or capital digits, are left to `ChunkDecoder.read_size`.
@@ -1888,34 +1886,6 @@ def find_short_chunk(data: bytes, position: int) -> tuple[int, int]:
     if size is not None and data.startswith(b"\r\n", start + size):
         return start, start + size
     return 0, 0
-
-
-# So many chunks of one size are taken apart at a time.
-EQUAL_CHUNKS = 16
-
-
-def read_equal_chunks(data: bytes) -> tuple[bytes, int]:
-    r"""Return the content of chunks of one size that `data` begins with, and the octets they take.
-
-    b'1\r\nx\r\n' * 70  ->  (b'x' * 64, 384): as many as are a multiple of EQUAL_CHUNKS
-
-    Sound may come in short pieces of one size, and events may be of one length. What frames such a
-    chunk stands at the same distance behind what frames the one before, so that each of its octets
-    is checked for all chunks at once, in C.
-    """
-    start, end = find_short_chunk(data, 0)
-    period = end + 2
-    if not end or not data.startswith(data[:start], period):
-        return b"", 0
-    count = len(data) // period
-    for at in (*range(start), end, end + 1):
-        column = data[at : count * period : period]
-        count = len(column) - len(column.lstrip(data[at : at + 1]))
-    octets = count // EQUAL_CHUNKS * EQUAL_CHUNKS * period
-    shape = f"{start}x{end - start}s2x" * EQUAL_CHUNKS
-    # A view, because a slice would copy all of it once more.
-    groups = struct.iter_unpack(shape, memoryview(data)[:octets])
-    return b"".join(itertools.chain.from_iterable(groups)), octets
 
 
 def count_right(column: Sequence[bytes], expected: Sequence[bytes | None]) -> int:
@@ -1979,10 +1949,6 @@ def read_event_chunks(data: bytes) -> tuple[bytes, int]:
     return content, len(data) - len(unread)
 
 
-# The ways to read many chunks at once, the first one last, and more than how many octets there have
-# to be for each: for less it is not worth it.
-MANY_CHUNKS = ((MANY_CHUNKS_LENGTH, read_event_chunks), (EQUAL_CHUNKS_LENGTH, read_equal_chunks))
-
 # What a ChunkDecoder reads next; the words stand in error messages, too.
 AT_SIZE = "chunk-size"
 IN_DATA = "chunk-data"
@@ -2008,9 +1974,8 @@ class ChunkDecoder:
     Octets of data are passed on as they come. All else are lines, and a line is read when it is
     there whole; until then it waits in `buffered`, whose length is limited by `limits`.
 
-    Short cuts leave the states alone: many chunks at once (`read_equal_chunks`,
-    `read_event_chunks`), and one chunk that has come whole (`find_short_chunk`), as it does when a
-    model speaks slowly.
+    Short cuts leave the states alone: many chunks at once (`read_event_chunks`), and one chunk that
+    has come whole (`find_short_chunk`), as it does when a model speaks slowly.
     """
 
     def __init__(self, limits: Limits = LIMITS) -> None:
@@ -2034,13 +1999,14 @@ class ChunkDecoder:
                 return data[start:end]
         contents: list[bytes] = []
         position = 0
-        ways_to_read_many = [read for least, read in MANY_CHUNKS if len(data) > least]
+        tries_many = True
         while position < len(data) and not self.done:
             if self.state is AT_SIZE:
-                # Each is tried once for a piece of data, and ends before a chunk that it cannot
-                # read. What all of them leave is read one by one.
-                if ways_to_read_many and len(data) - position > MANY_CHUNKS_LENGTH:
-                    content, octets_read = ways_to_read_many.pop()(data[position:])
+                # This is tried once for a piece of data, and ends before a chunk that it cannot
+                # read. What it leaves is read one by one.
+                if tries_many and len(data) - position > MANY_CHUNKS_LENGTH:
+                    tries_many = False
+                    content, octets_read = read_event_chunks(data[position:])
                     if octets_read:
                         contents.append(content)
                         position += octets_read
