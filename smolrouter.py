@@ -1043,8 +1043,8 @@ class Limits:
     # An answer that has said nothing up to this length, but begins and pings, counts as one all the
     # same where another instance could be asked: what it has sent is kept back until then.
     silent_beginning: int = 64 * KiB
-    # In so many octets of its first piece the text that a stream begins with is looked for without
-    # parsing its events: they have one with the role, one with the first word and some pings.
+    # The text that a stream begins with is looked for in the first so many octets of what comes,
+    # without parsing events. So many hold an event with the role, some pings and one with a word.
     first_events: int = 2 * KiB
     # Whether an answer says nothing for lack of room is looked at up to this length.
     empty_answer: int = 16 * KiB
@@ -3205,7 +3205,10 @@ class EventReader:
         return long, block
 
     def gather(self, data: bytes) -> tuple[bytes, bytes]:
-        """Do for `feed` what is needed when events do not come whole, or begin with a mark."""
+        """Do what `feed` does up to mending, when data does not begin and end where events do.
+
+        So it is with the first data, too, which may begin with a byte order mark.
+        """
         long = b""
         if self.long_tail:
             long, data = self.read_long(data)
@@ -11718,9 +11721,11 @@ class LoopBatch:
     content behind it are one packet, and a client process that sleeps is woken once: to wake it
     costs as much as all that the router does for an event.
 
-    Waking a task, too, schedules this. The task runs in the next turn, the flush right behind it,
-    and not yet another turn later: a request that comes alone takes four turns, not six. Of several
-    tasks that wake at once the first one's octets leave so, and those of the others together.
+    A task that is woken runs in the next turn. If the flush were scheduled only when it writes,
+    that would come one turn later still. So waking a task schedules the flush, too, which then
+    stands right behind the task: a request that comes alone takes four turns, not six. When
+    several tasks wake at once, it stands behind the first of them. What the others write leaves
+    together, by the next flush.
 
     A timer for each deadline would be set and cancelled with each request. Instead one timer
     looks at all connections, four times a second; while there are none, nothing runs. It also
@@ -12194,7 +12199,7 @@ class Connection(asyncio.Protocol):
         self.unsent_octets = octets
 
     def write_much(self, data: bytes) -> None:
-        """Send octets that are long, or with which much was written in this turn, now.
+        """Send what is to be sent, and these octets, at once, because together they are too many.
 
         Only what asyncio has got counts for `write_paused`, by which the writer learns that it has
         to wait. A long piece goes by itself: to join it to what stands before it would copy it.
@@ -12417,7 +12422,8 @@ class ResponseWriter:
     the rest is lost. `send_response` is all of it, for an answer of the router's own.
     """
 
-    # What every response begins with; most keep nearly all of it.
+    # What every response begins with. Most keep nearly all of it, so these values stand in the
+    # class, and none of them has to be set for each response.
     status = 0
     size = 0
     started = False
