@@ -15723,10 +15723,13 @@ class Store:
 
         Raises sqlite3.Error or OSError; then `close` is to be called.
         """
-        # When only the write-ahead log was removed, nothing is lost: SQLite still has it open, and
-        # puts what stands in it into the database as that is closed.
         files = self.find_files()
         if self.db and not self.is_in_place(files):
+            # When only the write-ahead log was removed, nothing is lost: SQLite still has it open.
+            # Closing would put what stands in it into the database, but not while a reader has that
+            # open, too.
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("PRAGMA wal_checkpoint(FULL)").fetchall()
             self.close()
         if self.db and files[self.path].st_size < DATABASE_HEAD:
             # Somebody has emptied it. Nobody could read what would be written now, although SQLite

@@ -17880,6 +17880,18 @@ def test_a_removed_file_is_noticed_while_nothing_is_written(log_folder: LogFolde
         assert log_folder.select("SELECT count(*) FROM requests") == [(1,)]
 
 
+def test_what_a_removed_file_held_is_saved_while_others_read(log_folder: LogFolder) -> None:
+    with contextlib.closing(make_store(log_folder.file.parent)) as store:
+        store.write([], [make_record(1)], {})
+        with contextlib.closing(sqlite3.connect(log_folder.file)) as reader:
+            assert reader.execute("SELECT count(*) FROM requests").fetchall() == [(1,)]
+            for suffix in ("-wal", "-shm"):
+                os.unlink(f"{log_folder.file}{suffix}")
+            # It notices, and opens the database again. The reader keeps it open all the time.
+            store.open()
+            assert log_folder.select("SELECT count(*) FROM requests") == [(1,)]
+
+
 def test_an_overwritten_database_is_replaced(log_folder: LogFolder) -> None:
     with log_folder.router() as router:
         for _ in range(3):
