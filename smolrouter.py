@@ -25406,7 +25406,7 @@ function turnNode(turn, open) {
     node("summary", node("h3", ROLES[role] ?? named(role, 30), name && [" ", named(name)]),
       node("span.first.quiet.cut", named(first, 160))),
     node("div.body", thinking && thoughtNode(thinking),
-      (content || turn.images?.length) && saidNode(content, turn), (calls ?? []).map(call =>
+      (content || turn.images?.length > 0) && saidNode(content, turn), (calls ?? []).map(call =>
         node("div", node("div.small", "calls ", node("b", named(call.name))),
           jsonNode(call.arguments)))));
 }
@@ -25467,7 +25467,7 @@ function changesOf({changed}) {
 }
 function noticeNode(doc) {
   const notices = noticesOf(doc);
-  return notices.length && node("ul.notice.is-warn", notices.map(one => node("li", named(one,
+  return notices.length > 0 && node("ul.notice.is-warn", notices.map(one => node("li", named(one,
     300))));
 }
 /** Asked for -> mapped to -> by rule -> one instance refused, another one answered. */
