@@ -227,6 +227,9 @@ async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
                 writer.write(random.choice(LISTS))
                 break
             asked = json.loads(content or b"{}")
+            # Of what was changed at random anything may be left, such as a head that ends early.
+            if not isinstance(asked, dict):
+                asked = {}
             model = asked.get("model", "")
             bad = BAD_ANSWERS.get(model)
             if bad is not None:
