@@ -20908,8 +20908,11 @@ class Application:
         Returns the field line that tells the client its id, if there is a row.
         """
         context = self.context
-        # A client that asks for another protocol first has not asked a model for anything yet.
-        asks_nothing = isinstance(error, UpgradeRequired)
+        # A client that asks for another protocol first has not asked a model for anything yet. Nor
+        # has the router's own page, which looks by itself which models there are.
+        head = request.head
+        is_look = head.method == "GET" and is_own_page(head.fields, request.host)
+        asks_nothing = is_look or isinstance(error, UpgradeRequired)
         if request.recorded or asks_nothing or not found.is_of_api(request.head.method):
             return ""
         request.recorded = True

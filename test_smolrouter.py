@@ -21988,6 +21988,18 @@ def test_every_refused_request_has_a_row(log_folder: LogFolder) -> None:
     assert b"bad-token-of-somebody" not in log_folder.all_bytes()
 
 
+def test_what_the_page_looks_for_by_itself_has_no_row(log_folder: LogFolder) -> None:
+    with log_folder.router(DEFAULT_UPSTREAM=refusing_url()) as router:
+        page = [("Sec-Fetch-Site", "same-origin")]
+        assert request(router.port, "GET", "/v1/models", fields=page).status == 502
+        assert request(router.port, "GET", "/v1/models?mine").status == 502
+        # What a person sends with the page is a request like any other.
+        assert request(router.port, "POST", CHAT, b"{", fields=page).status == 400
+        assert wait_until(lambda: len(get_document(router, "/api/logs")) == 2)
+        paths = [row["path"] for row in get_document(router, "/api/logs")]
+        assert paths == [CHAT, "/v1/models?mine"]
+
+
 def test_a_flood_of_refused_requests_is_counted(log_folder: LogFolder) -> None:
     refused = encode_request("POST", CHAT, b"{")
     with log_folder.router() as router:
