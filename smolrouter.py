@@ -17647,9 +17647,7 @@ class UpstreamRequest:
             refused=candidate.refused,
             note_added=candidate.added.append,
         )
-        encode = self.dialect.encode
-        if not candidate.native and self.dialect.encode_openai:
-            encode = self.dialect.encode_openai
+        encode = self.dialect.encode if candidate.native else self.dialect.encode_openai
         content = await context.work(len(parsed.content), encode, parsed, changes)
         lines = encode_forwarded_lines(head, self.forwarding(candidate))
         if self.record.trace:
@@ -20909,10 +20907,11 @@ class Application:
         """
         context = self.context
         # A client that asks for another protocol first has not asked a model for anything yet. Nor
-        # has the router's own page, which looks by itself which models there are.
+        # has the router's own page, which looks by itself which models there are. But anybody can
+        # say that the page asks, and so this hides only that a server has failed.
         head = request.head
         is_look = head.method == "GET" and is_own_page(head.fields, request.host)
-        asks_nothing = is_look or isinstance(error, UpgradeRequired)
+        asks_nothing = isinstance(error, UpgradeRequired) or (is_look and error.status >= 500)
         if request.recorded or asks_nothing or not found.is_of_api(request.head.method):
             return ""
         request.recorded = True
