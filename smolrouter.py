@@ -5582,7 +5582,10 @@ def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
         size = 0
         first_group = None
         for match in pattern.finditer(answer, 0, LIMITS.searched_answer):
-            # What another group finds than the first match did is the same text again.
+            # What another group finds than the first one did is the same text again. A text that
+            # is empty, as a part is when it is announced, is of no group.
+            if not match[match.lastindex]:
+                continue
             first_group = first_group or match.lastindex
             if match.lastindex != first_group:
                 continue

@@ -6187,6 +6187,23 @@ TALKS: list[tuple[str, str, Any, Any, list[Any]]] = [
         {"type": "response.completed", "response": {"output": [
             {"type": "message", "content": [{"type": "output_text", "text": "xy"}]}]}}],
      [("user", "q", "", []), ("assistant", "xy", "", [])]),
+    ("responses with an empty part first", "/v1/responses", {}, [
+        {"type": "response.content_part.added", "part": {"type": "output_text", "text": ""}},
+        {"type": "response.output_text.delta", "delta": "x"},
+        {"type": "response.output_text.delta", "delta": "y"},
+        {"type": "response.output_text.done", "text": "xy"},
+        {"type": "response.content_part.done", "part": {"type": "output_text", "text": "xy"}},
+        {"type": "response.completed", "response": {"output": [
+            {"type": "message", "content": [{"type": "output_text", "text": "xy"}]}]}}],
+     [("assistant", "xy", "", [])]),
+    ("a refusal with an empty part first", "/v1/responses", {}, [
+        {"type": "response.content_part.added", "part": {"type": "refusal", "refusal": ""}},
+        {"type": "response.refusal.delta", "delta": "n"},
+        {"type": "response.refusal.delta", "delta": "o"},
+        {"type": "response.content_part.done", "part": {"type": "refusal", "refusal": "no"}},
+        {"type": "response.completed", "response": {"output": [
+            {"type": "message", "content": [{"type": "refusal", "refusal": "no"}]}]}}],
+     [("assistant", "no", "", [])]),
     ("cut responses", "/v1/responses", {}, [
         {"type": "response.output_text.delta", "delta": "x"},
         {"type": "response.failed", "response": {"output": [], "error": {"message": "no"}}}],
