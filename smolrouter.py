@@ -48,7 +48,7 @@ The life of one request, say a streamed POST /api/chat, is the way through these
         when its server has a free slot (`Candidates`). When one refuses, is late or answers
         with an error, the next one is asked. The first response that says something is the
         one that the client gets.
-     9. `UpstreamResponse.pump` takes the response as it comes. `Exchange.forward` puts each
+     9. `UpstreamResponse.pump` takes the response as it comes. `Answer.forward` puts each
         piece through its rewriter: it is split into events, thinking is taken out, and they
         are written in the client's dialect. `ResponseWriter` sends them.
     10. Whatever has happened: at the end of `Exchange.run` the upstream's connection is kept
@@ -14982,6 +14982,22 @@ class RequestRecord:
         self.asked = words[: LIMITS.preview + LIMITS.token]
 
     @property
+    def answer(self) -> bytes:
+        """The answer as its upstream has sent it; of a long one, its beginning and its end."""
+        return b"".join(self.pieces) + self.answer_end
+
+    def timing(self) -> Timing:
+        """Return how long the answer took until now, and how long its first token, in ns."""
+        now = time.monotonic()
+        # An answer that comes as a whole has its first token with the last one.
+        first_token_at = now
+        if self.stream and self.first_token_at:
+            first_token_at = self.first_token_at
+        total_ns = int((now - self.started_at) * 1e9)
+        first_ns = int((first_token_at - self.started_at) * 1e9)
+        return Timing(total_ns, first_ns)
+
+    @property
     def has_failed(self) -> bool:
         """Whether it ended with an error, which may have come after the head of a good answer.
 
@@ -16981,13 +16997,14 @@ class RequestLog:
 # ======================================================================================
 # 14  Relay
 # ======================================================================================
-# One exchange, from a request that was let in to the last octet of its answer. `Candidates`
-# says which instance is asked next, `UpstreamRequest` writes what it gets, and `Exchange`
-# asks until one says something (`Opening`, section 7) and relays that as it comes in. After
-# its first octet has left there is no second answer: a failure then ends the stream with an
-# error. A client that waits for a stream gets pings meanwhile, signs of life after which any
-# instance can still give the answer. Whatever happens, the record of the request is finished
-# exactly once. `Context` stands first: all that is below works with it.
+# One exchange, from a request that was let in to the last octet of its answer. A
+# `RelayedRequest` says what is to be sent. `Candidates` says which instance is asked next, a
+# `Candidate` asks it, and an `Answer` is what one says on its way to the client. `Exchange` asks
+# until one says something (`Opening`, section 7). After its first octet has left there is no
+# second answer: a failure then ends the stream with an error. A client that waits for a stream
+# gets pings meanwhile, signs of life after which any instance can still give the answer.
+# Whatever happens, the record of the request is finished exactly once. `Context` stands before
+# all that: what is below works with it.
 
 # Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
@@ -17027,11 +17044,92 @@ FieldPairs = list[tuple[str, str]]
 # Besides those of its own faults, these statuses say that an instance cannot serve a request which
 # may be good: it has not got the model, or has too much to do.
 CANNOT_SERVE = (404, 429)
-# What a client has been sent of the response to its request: nothing; the head of a stream and
-# pings, which say nothing of what the answer will be; or some of an answer.
-NOTHING = "nothing"
-PINGS = "pings"
-ANSWER = "answer"
+
+
+class RequestKind(NamedTuple):
+    """What of a request decides how it is forwarded, whichever instance it goes to."""
+
+    # What the client speaks, and what its request and its answer look like.
+    service: str
+    protocol: Protocol
+    # Where a server that speaks OpenAI alone serves it; "" if every server gets it as it is.
+    openai_path: str
+    # It is JSON, so that its answer may have to be changed.
+    is_json: bool
+    # What the decision says of thinking, and of its members.
+    thinking: Thinking
+    parameters: RequestParameters
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forwarding:
+    """How requests of one kind go to one server, and what is done with its answers.
+
+    Nothing of it depends on a single request.
+    """
+
+    server: Server
+    # What was known of the instance when this was planned.
+    habits: Habits
+    # Whether the server speaks the client's dialect itself, so that nothing is translated.
+    native: bool
+    # Where it serves such requests; "" for the client's own path. And what they look like there.
+    path: str
+    protocol: Protocol
+    # Whether answers may have to be changed, and what is taken out of them.
+    may_rewrite: bool
+    rules: FilterRules
+    # What becomes of the members of requests.
+    parameters: RequestParameters
+    # Whether these may change how many answers are asked for.
+    changes_choices: bool
+    # Whether the router may ask for the usage event of a stream, for its log. A model that tells
+    # timings tells its counts without being asked; see `Habits`.
+    may_ask_for_usage: bool
+    # Whether the line of ATTRIBUTION goes.
+    strips_attribution: bool
+    # Whether tools may stand in namespaces that the server does not know.
+    flattens_namespaces: bool
+    # This router's entry in Via, and what signs the tokens that stop here.
+    via: str
+    jwt_secret: str | None
+
+
+def plan_forwarding(
+    settings: Settings, via: str, kind: RequestKind, server: Server, habits: Habits
+) -> Forwarding:
+    """Return how requests of one kind go to an instance at a server that has these habits."""
+    native = not kind.openai_path or server.api == kind.service
+    parameters = kind.parameters
+    if server.parameters != NO_PARAMETERS:
+        parameters = merge_parameters(parameters, server.parameters)
+    if settings.disable_thinking:
+        parameters = merge_parameters(parameters, RequestParameters(think=THINK_OFF))
+    protocol = kind.protocol if native else find_protocol(kind.openai_path)
+    may_change_usage = parameters.may_change("stream_options", "include_usage")
+    return Forwarding(
+        server=server,
+        habits=habits,
+        native=native,
+        path="" if native else kind.openai_path,
+        protocol=protocol,
+        may_rewrite=kind.is_json,
+        rules=choose_rules(
+            kind.thinking,
+            server.thinking,
+            Thinking(settings.strip_thinking, opened=habits.opens_thinking),
+            settings.strip_json_markdown,
+        ),
+        parameters=parameters,
+        changes_choices=parameters.may_change("n"),
+        may_ask_for_usage=(
+            protocol.usage_option and not may_change_usage and not habits.tells_timings
+        ),
+        strips_attribution=settings.strip_attribution and not server.is_anthropic,
+        flattens_namespaces=kind.protocol.has_namespaces and not server.knows_namespaces,
+        via=via,
+        jwt_secret=settings.jwt_secret,
+    )
 
 
 @dataclasses.dataclass
@@ -17060,6 +17158,14 @@ class Context:
     )
     request_numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     request_prefix: str = dataclasses.field(default_factory=lambda: secrets.token_hex(6))
+    # `plan_forwarding`, which remembers: nearly all requests are of a few kinds.
+    forwarding_of: Callable[[RequestKind, Server, Habits], Forwarding] = dataclasses.field(
+        init=False
+    )
+
+    def __post_init__(self) -> None:
+        plan = functools.partial(plan_forwarding, self.settings, self.via)
+        self.forwarding_of = functools.lru_cache(maxsize=LIMITS.decisions)(plan)
 
     def next_request_id(self) -> str:
         """Return an id that no other request has, in this router or another."""
@@ -17189,24 +17295,12 @@ def encode_route_lines(upstream_url: str, model: str, route: str, attempts: int)
     return encode_field_lines((name, value) for name, value in named if value)
 
 
-class Forwarding(NamedTuple):
-    """What the fields of a forwarded request depend on, besides its head."""
-
-    server: Server
-    # The server speaks the client's dialect, so that nothing is translated.
-    native: bool
-    # The answer may have to be changed.
-    may_rewrite: bool
-    # This router's entry in Via.
-    via: str
-    jwt_secret: str | None
-    # The request has a place of its own in a trace.
-    traced: bool = False
-
-
 @remember_short
-def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
-    """Return the field lines for a server: its own, and the client's less what stops here."""
+def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding, traced: bool) -> str:
+    """Return the field lines for a server: its own, and the client's less what stops here.
+
+    A request that is `traced` has a place of its own in a trace.
+    """
     server = forwarding.server
     added = list(server.headers)
     if not any(name.lower() == "host" for name, _ in server.headers):
@@ -17222,103 +17316,137 @@ def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding) -> str:
     added.append(("Via", ", ".join([*head.fields.get_all("via"), forwarding.via])))
     fields = without_tokens(head.fields, forwarding.jwt_secret)
     replaced = [name.lower() for name, _ in added]
-    if forwarding.traced:
+    if traced:
         replaced.append("traceparent")
     return encode_field_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
 
 
-class AnswerShape(NamedTuple):
-    """What the fields of a relayed answer depend on, besides its head."""
-
-    # The server speaks the client's dialect, so that nothing is translated.
-    native: bool
-    # The content is changed on its way, or may be.
-    rewritten: bool
-    # The client asked for a stream.
-    streamed: bool
-    # The answer has fields of the router's own that say which origins may read it.
-    guarded: bool
-    # What it is, which is not always what its head calls it.
-    media_type: str
-
-
-def encode_content_type(head: ResponseHead, shape: AnswerShape) -> str:
-    """Return the Content-Type of an answer whose content was changed, or may be."""
-    if not shape.native and shape.streamed and head.status < 400:
-        return LINES.media_type
-    if not shape.native:
-        return "application/json; charset=utf-8"
-    if shape.media_type != head.media_type:
-        return shape.media_type
-    return head.fields.get("content-type") or "application/octet-stream"
-
-
 @remember_short
-def encode_answer_lines(head: ResponseHead, shape: AnswerShape) -> str:
-    """Return the field lines of an answer as its client gets them."""
+def encode_answer_lines(
+    head: ResponseHead, content_type: str, rewritten: bool, guarded: bool
+) -> str:
+    """Return the field lines of an answer as its client gets them.
+
+    `content_type` is what it is, which is not always what its head calls it. A `rewritten` one is
+    changed on its way, or may be. A `guarded` one has fields of the router's own that say which
+    origins may read it.
+    """
     own: FieldPairs = []
     dropped = NOT_RETURNED
-    media_type = shape.media_type
-    if shape.rewritten:
+    if rewritten:
         dropped = NOT_RETURNED_IF_REWRITTEN
-        content_type = encode_content_type(head, shape)
         own.append(("Content-Type", content_type))
-        media_type = content_type.partition(";")[0].strip(" \t").lower()
-    if media_type in EVENT_FORMATS:
+    if content_type.partition(";")[0].strip(" \t").lower() in EVENT_FORMATS:
         own += STREAM_FIELDS
         dropped = dropped.union(name.lower() for name, _ in STREAM_FIELDS)
-    if shape.guarded:
+    if guarded:
         # The router decides which origins may read an answer, not its servers.
         names = [lower for lower, _, _ in head.fields.lines]
         dropped = dropped.union(name for name in names if name.startswith("access-control-"))
     return encode_field_lines(passed_fields(head.fields, dropped, OWN_FIELDS) + own)
 
 
+class RelayedRequest:
+    """One request that is relayed: how it was read, where it goes, and the record kept of it."""
+
+    # Its content, where that goes on as it comes.
+    upload: Upload | None = None
+
+    def __init__(
+        self, context: Context, request: Request, parsed: ParsedRequest, decision: Decision
+    ) -> None:
+        self.context = context
+        self.request = request
+        self.writer = request.writer
+        self.parsed = parsed
+        self.decision = decision
+        record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
+        record.secrets = context.secrets_of(request)
+        if context.log.keeps_conversations or decision.strategy == STICKY:
+            record.note_conversation(parsed)
+        if context.log.spans:
+            record.trace = Trace.of(request.head.fields)
+        self.record = record
+
+    def forwarding_to(self, server: Server, habits: Habits) -> Forwarding:
+        """Return how the request goes to an instance at a server that has these habits."""
+        parsed = self.parsed
+        dialect = self.request.dialect
+        kind = RequestKind(
+            service=dialect.service,
+            protocol=parsed.protocol,
+            # A dialect without `encode_openai` is OpenAI's own, or takes content as it is.
+            openai_path=parsed.openai_path if dialect.encode_openai else "",
+            is_json=parsed.text != "",
+            thinking=self.decision.thinking,
+            parameters=self.decision.parameters,
+        )
+        return self.context.forwarding_of(kind, server, habits)
+
+    @property
+    def has_long_prompt(self) -> bool:
+        """Whether the prompt is so long that its server may cut it."""
+        is_long = len(self.parsed.content) >= SHORTEST_CUT_PROMPT
+        return is_long and self.parsed.protocol.user_words != ""
+
+    def loggable(self, text: str) -> str:
+        """Return as much of an error's text as is kept and shown, secrets hidden.
+
+        Servers tell which key was wrong: the client's, or the one in the routing file.
+        """
+        hidden = hide_in_text(text, self.record.secrets)
+        return hidden[: self.context.limits.error_text]
+
+    def own_lines(self) -> str:
+        """Return the field lines that tell what the router did with the request."""
+        record = self.record
+        # Clients choose the names of models, and `encode_route_lines` keeps them in memory.
+        longest = self.context.limits.shown_name
+        model = record.sent_model[:longest]
+        route = record.route[:longest]
+        lines = encode_id_line(record.request_id)
+        lines += encode_route_lines(record.upstream_url, model, route, len(record.attempts))
+        if record.warnings:
+            lines += f"{WARNING_FIELD}: {TRUNCATED}\r\n"
+        return lines
+
+
 class Candidate:
-    """One instance that is asked, and what came of it.
+    """One instance that is asked: what it gets, its response, and how it has fared.
 
     All that belongs to one attempt is in here, so that the exchange can go back to an earlier
     attempt as a whole: the head of one response and the content of another must never meet.
     """
 
-    def __init__(self, instance: Instance, dialect: Dialect, health: Health) -> None:
+    # How the request goes there, as soon as it is asked.
+    forwarding: Forwarding
+    # What was sent to it last: whether the router has asked for the usage event of the stream,
+    # which the client does not get then; in words what has become of the members of the request;
+    # and which members were added.
+    hide_usage = False
+    changes: Sequence[str] = ()
+    added: Sequence[AddedMember] = ()
+    response: UpstreamResponse | None = None
+    # Whether its answer began inside of a block of thinking that the model's template opened;
+    # None while nothing speaks for or against it.
+    opened_thinking: bool | None = None
+    # Whether it, or another one, could be asked after it.
+    has_next = False
+    # Whether it is the only one of the request, and is not asked again: its response is the
+    # answer, whatever it says.
+    is_only = False
+    # Whether the attempt stands in the record already, because its response counted as an answer.
+    noted = False
+    # Whether it takes the place of the attempt before it in the record: both asked the same
+    # machine, which has just been woken and starts.
+    again = False
+    # Its span in the trace of the request.
+    span_id = ""
+
+    def __init__(self, relayed: RelayedRequest, instance: Instance, health: Health) -> None:
+        self.relayed = relayed
         self.instance = instance
-        self.key = health.key
         self.health = health
-        # Whether the server speaks the client's dialect itself, so that nothing is translated. A
-        # dialect without `encode_openai` is OpenAI's own, or takes content as it is.
-        self.native = dialect.encode_openai is None or instance.server.api == dialect.service
-        # Where it serves the request, and what the request and its answer look like there.
-        self.path = ""
-        self.protocol = OTHER_PROTOCOL
-        # What was known of the instance when it was asked.
-        self.habits = NO_HABITS
-        # Whether the router asks for the usage event of the stream, for its log. The client has not
-        # asked for it and does not get it.
-        self.hide_usage = False
-        # What becomes of the members of the request, and in words what has become of them; which
-        # members were added, and which of those that could be are refused.
-        self.parameters = NO_PARAMETERS
-        self.changes: list[str] = []
-        self.added: list[AddedMember] = []
-        self.refused: frozenset[AddedMember] = frozenset()
-        self.response: UpstreamResponse | None = None
-        # Whether its answer began inside of a block of thinking that the model's template opened;
-        # None while nothing speaks for or against it.
-        self.opened_thinking: bool | None = None
-        # Whether it, or another one, could be asked after it.
-        self.has_next = False
-        # Whether it is the only one of the request, and is not asked again: its response is the
-        # answer, whatever it says.
-        self.is_only = False
-        # Whether the attempt stands in the record already, because its response counted as an
-        # answer.
-        self.noted = False
-        # Whether it takes the place of the attempt before it in the record: both asked the same
-        # machine, which has just been woken and starts.
-        self.again = False
-        # Its span in the trace of the request.
-        self.span_id = ""
         self.started_at = time.monotonic()
 
     @property
@@ -17340,6 +17468,154 @@ class Candidate:
         if self.response:
             self.response.close()
 
+    # What it gets.
+
+    async def send(self) -> UpstreamResponse:
+        """Ask the instance; one that refuses what the router has added is asked again without."""
+        upstreams = self.relayed.context.upstreams
+        habits = upstreams.habits_of(self.health.key)
+        self.forwarding = self.relayed.forwarding_to(self.instance.server, habits)
+        refused = habits.refused_members
+        response = await self.send_without(refused)
+        while self.added and response.head.status in (400, 422):
+            refused_now = find_refused(self.added, await response.buffer_error())
+            if not refused_now:
+                break
+            response.close()
+            refused |= refused_now
+            response = await self.send_without(refused)
+        # When it refuses again, the first refusal may just have quoted what it was sent.
+        if refused is not habits.refused_members and response.head.status < 400:
+            upstreams.learn_habits(self.health.key, refused_members=refused)
+        return response
+
+    async def send_without(self, refused: frozenset[AddedMember]) -> UpstreamResponse:
+        """Send the request, in the dialect that the server speaks, without members it refuses."""
+        relayed = self.relayed
+        context = relayed.context
+        head = relayed.request.head
+        content = await self.encode_content(refused)
+        lines = encode_forwarded_lines(head, self.forwarding, relayed.record.trace is not None)
+        if relayed.record.trace:
+            self.span_id = secrets.token_hex(8)
+            lines += relayed.record.trace.encode_parent(self.span_id)
+        upload = relayed.upload
+        if upload:
+            lines += upload.framing_line()
+        elif content or head.method in ("POST", "PUT", "PATCH"):
+            lines += f"Content-Length: {len(content)}\r\n"
+        server = self.instance.server
+        path = self.forwarding.path or relayed.parsed.path
+        query = encode_query(relayed.parsed, self.model or relayed.parsed.model)
+        start = f"{head.method} {server.url.prefix}{path}{query} HTTP/1.1\r\n{lines}\r\n"
+        message = start.encode("latin-1", "replace") + content
+        self.response = await context.upstreams.send_request(server, head.method, message, upload)
+        if upload and not upload.complete:
+            # The rest of the content stands where the next request would.
+            relayed.writer.keep_alive = False
+        return self.response
+
+    async def encode_content(self, refused: frozenset[AddedMember]) -> bytes:
+        """Return the content for the server, and note what was changed in it."""
+        relayed = self.relayed
+        parsed = relayed.parsed
+        forwarding = self.forwarding
+        dialect = relayed.request.dialect
+        self.hide_usage = (
+            forwarding.may_ask_for_usage
+            and parsed.stream
+            and not parsed.wants_usage
+            and USAGE_MEMBER not in refused
+        )
+        self.changes = words = []
+        self.added = added = []
+        relayed.record.changes = words
+        changes = RequestChanges(
+            model=self.model or parsed.model,
+            no_think=relayed.context.settings.disable_thinking,
+            include_usage=self.hide_usage,
+            strip_attribution=forwarding.strips_attribution,
+            flatten_namespaces=forwarding.flattens_namespaces,
+            parameters=forwarding.parameters,
+            note_change=words.append,
+            refused=refused,
+            note_added=added.append,
+        )
+        encode = dialect.encode if forwarding.native else dialect.encode_openai
+        return await relayed.context.work(len(parsed.content), encode, parsed, changes)
+
+    # How it has fared.
+
+    def note_response(self) -> None:
+        """Put an attempt that was answered into the record; begin or end a cool-down."""
+        head = self.response.head
+        words = ""
+        if head.status >= 400:
+            # Its content has come already where another instance could be asked instead. Of the
+            # only one's there may be nothing yet; `Answer.relay` finds the words then.
+            words = self.loggable_error(b"".join(self.response.buffered))
+        if head.status in COOLING_STATUSES:
+            reason = f"status {head.status}: {words}".removesuffix(": ")
+            self.health.fail(reason, head.fields.get("retry-after"), reached=True)
+        elif head.status >= 400:
+            self.health.succeed()
+        else:
+            self.health.answer()
+        self.note_attempt(words or None)
+        self.noted = True
+
+    def note_failure(self, error: BadGateway, words: str) -> None:
+        """Note for the health of the instance that it gave no good answer."""
+        if isinstance(error, ErrorAnswer):
+            self.note_error_answer(error)
+        else:
+            self.health.fail(words, reached=self.response is not None)
+        # When it comes back it may be another server, which takes what this one has refused.
+        upstreams = self.relayed.context.upstreams
+        upstreams.learn_habits(self.health.key, refused_members=frozenset())
+
+    def note_error_answer(self, error: ErrorAnswer) -> None:
+        """Note for the health of the instance that its answer was an error, under a good status."""
+        if error.told_status in COOLING_STATUSES:
+            reason = self.relayed.loggable(f"status {error.told_status}: {error}")
+            retry_after = self.response.head.fields.get("retry-after")
+            self.health.fail(reason, retry_after, reached=True)
+        else:
+            # As with most error statuses, it may be the request that is wrong.
+            self.health.succeed()
+
+    def note_attempt(self, error: str | None) -> None:
+        """Put the attempt into the record, in place of what stands there of the same attempt."""
+        record = self.relayed.record
+        elapsed_ms = round((time.monotonic() - self.started_at) * 1000, 1)
+        url = self.instance.server.shown_url
+        attempt = Attempt(str(self.instance), url, self.status, error, elapsed_ms)
+        replaces = self.noted or self.again
+        if replaces:
+            record.attempts.pop()
+        record.attempts.append(attempt)
+        if record.trace:
+            begun_ms = round((self.started_at - record.started_at) * 1000, 1)
+            span_id = self.span_id or secrets.token_hex(8)
+            record.trace.note_attempt(AttemptSpan(span_id, self.model, begun_ms), replaces)
+
+    def loggable_error(self, content: bytes) -> str:
+        """Return what its answer says went wrong, as it may be kept; "" when it says nothing."""
+        head = self.response.head
+        limit = self.relayed.context.limits.error_content
+        if head.status < 400 and len(content) > limit:
+            # It is too long for an error.
+            return ""
+        coding = read_coding(head.fields)
+        decoded = decode_content(content, coding, limit) if coding else content
+        if head.status >= 400:
+            return self.relayed.loggable(read_error(decoded))
+        # Every protocol's errors have the word in them, and nearly no good answer has.
+        if b"error" not in decoded:
+            return ""
+        document = parse_object(decoded) or {}
+        return self.relayed.loggable(find_error(self.forwarding.protocol, document))
+
 
 class Candidates:
     """The instances that a request may be sent to, one after another, in the order to try.
@@ -17349,41 +17625,46 @@ class Candidates:
     What the request waits for is the phase of its record.
     """
 
-    def __init__(
-        self, context: Context, decision: Decision, dialect: Dialect, record: RequestRecord
-    ) -> None:
+    # Whether the request needs a slot.
+    takes_slot = True
+    # The instance at which it is counted now, None for none.
+    health: Health | None = None
+    # Whether any instance was asked.
+    was_asked = False
+    # The status of the last one that failed, 0 for an answer that was none; None without one.
+    last_status: int | None = None
+    # Whether no status has said that the request is wrong.
+    may_be_good = True
+    # Why no instance can be asked any more, where none has answered: all are closed or full.
+    refusal: RouterError | None = None
+    # What the error says besides the attempts: why machines did not wake up.
+    remark = ""
+    # The key in Homes of the conversation that is to stay at its home; None for no such wish.
+    conversation: bytes | None = None
+    home: Instance | None = None
+    # For how long it waits for a slot at home before others are looked at.
+    home_wait = 0.0
+    # Those that could not be reached, and whose machines can be woken.
+    asleep: Sequence[Instance] = ()
+    # The one whose machine was woken, and until when its server may be starting.
+    woken: Instance | None = None
+    starts_until = 0.0
+
+    def __init__(self, relayed: RelayedRequest, decision: Decision) -> None:
+        context = relayed.context
+        self.relayed = relayed
+        self.record = relayed.record
         self.upstreams = context.upstreams
         self.slots = context.slots
         self.decision = decision
-        self.dialect = dialect
-        self.record = record
         # Those that were not asked yet, in order.
-        self.left = context.slots.open_ones(context.upstreams.order(decision))
+        self.left = self.slots.open_ones(self.upstreams.order(decision))
         self.count = len(self.left)
-        # Whether the request needs a slot.
-        self.takes_slot = True
-        # The instance at which it is counted now, None for none.
-        self.health: Health | None = None
-        # Whether any instance was asked.
-        self.was_asked = False
-        # The status of the last one that failed, 0 for an answer that was none; None without one.
-        self.last_status: int | None = None
-        # Whether no status has said that the request is wrong.
-        self.may_be_good = True
-        # Why no instance can be asked any more, where none has answered: all are closed or full.
-        self.refusal: RouterError | None = None
-        # What the error says besides the attempts: why machines did not wake up.
-        self.remark = ""
-        # The key in Homes of the conversation that is to stay at its home; None for no such wish.
-        self.conversation: bytes | None = None
-        self.home: Instance | None = None
-        # For how long it waits for a slot at home before others are looked at.
-        self.home_wait = 0.0
-        # Those that could not be reached, and whose machines can be woken.
-        self.asleep: list[Instance] = []
-        # The one whose machine was woken, and until when its server may be starting.
-        self.woken: Instance | None = None
-        self.starts_until = 0.0
+        # Without content nothing is asked of a model. That of an upload comes in later, and takes
+        # as long as its client likes.
+        asks_model = decision.asks_model and relayed.request.head.method not in ("GET", "HEAD")
+        if not (asks_model and relayed.parsed.content):
+            self.takes_slot = False
 
     # One after another.
 
@@ -17408,7 +17689,7 @@ class Candidates:
             self.home = instance
             self.upstreams.homes.keep(self.conversation, instance_key(instance))
         self.upstreams.note_turn(self.decision, instance)
-        candidate = Candidate(instance, self.dialect, health)
+        candidate = Candidate(self.relayed, instance, health)
         candidate.has_next = bool(self.left)
         if self.asleep or self.woken:
             candidate.has_next = candidate.has_next or self.can_wake() or self.may_start(instance)
@@ -17430,7 +17711,7 @@ class Candidates:
             # The request is wrong, and others could serve it if it were not.
             self.may_be_good = False
         if unreached and instance.server.wake and instance != self.woken:
-            self.asleep.append(instance)
+            self.asleep = (*self.asleep, instance)
 
     async def wait(self) -> Candidate | None:
         """Return the next instance that may run after a while, None when there is none to come."""
@@ -17522,7 +17803,7 @@ class Candidates:
             return True
         self.asleep = self.slots.open_ones(self.asleep)
         while self.can_wake():
-            instance = self.asleep.pop(0)
+            instance, *self.asleep = self.asleep
             server = instance.server
             self.note_waking(server)
             began_at = time.monotonic()
@@ -17580,202 +17861,388 @@ class Candidates:
         self.upstreams.homes.keep(self.conversation, instance_key(home))
 
 
-class UpstreamRequest:
-    """The request of a client as its candidates get it, each in the dialect that its server speaks.
+class Answer:
+    """The answer of one candidate on its way to the client, from its head to its end."""
 
-    What the router changes in it is decided here, and what of it a server refuses is learned here.
-    """
+    # Looks for the first thing that it says; None where nothing depends on that.
+    opening: Opening | None = None
+    # What it goes through, None when it goes as it is; and what takes its content coding off first.
+    rewriter: Rewriter | None = None
+    inflater: Inflater | None = None
+    # The beginning of the content of an answer that may be an error, and how long an error can be:
+    # 0 for an answer that is none.
+    error_content = b""
+    longest_error = 0
+    # Whether the client has got some of it. From then on there is no other answer.
+    begun = False
 
-    def __init__(
-        self,
-        context: Context,
-        request: Request,
-        parsed: ParsedRequest,
-        decision: Decision,
-        record: RequestRecord,
-    ) -> None:
-        self.context = context
-        self.request = request
-        self.parsed = parsed
-        self.dialect = request.dialect
-        # What becomes of its members wherever it goes.
-        self.parameters = decision.parameters
-        self.record = record
-        # Its content, where that goes on as it comes.
-        self.upload: Upload | None = None
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.relayed = candidate.relayed
+        self.response = candidate.response
+        self.record = candidate.relayed.record
+        self.writer = candidate.relayed.writer
+        self.log = candidate.relayed.context.log
 
-    async def send(self, candidate: Candidate) -> UpstreamResponse:
-        """Ask the instance; one that refuses what the router has added is asked again without."""
-        upstreams = self.context.upstreams
-        candidate.habits = upstreams.habits_of(candidate.key)
-        candidate.refused = candidate.habits.refused_members
-        candidate.parameters = self.parameters_of(candidate)
-        parsed = self.parsed
-        candidate.path = parsed.path
-        candidate.protocol = parsed.protocol
-        if not candidate.native:
-            candidate.path = parsed.openai_path
-            candidate.protocol = find_protocol(candidate.path)
-        response = await self.send_once(candidate)
-        while candidate.added and response.head.status in (400, 422):
-            refused = find_refused(candidate.added, await response.buffer_error())
-            if not refused:
-                break
-            response.close()
-            candidate.refused |= refused
-            candidate.changes.clear()
-            candidate.added.clear()
-            response = await self.send_once(candidate)
-        # When it refuses again, the first refusal may just have quoted what it was sent.
-        if candidate.refused is not candidate.habits.refused_members and response.head.status < 400:
-            upstreams.learn_habits(candidate.key, refused_members=candidate.refused)
-        return response
+    # How it begins.
 
-    async def send_once(self, candidate: Candidate) -> UpstreamResponse:
-        """Send the request to the instance, in the dialect that its server speaks."""
-        context = self.context
-        parsed = self.parsed
-        head = self.request.head
-        server = candidate.instance.server
-        model = candidate.model or parsed.model
-        candidate.hide_usage = self.asks_for_usage(candidate)
-        changes = RequestChanges(
-            model=model,
-            no_think=context.settings.disable_thinking,
-            include_usage=candidate.hide_usage,
-            strip_attribution=context.settings.strip_attribution and not server.is_anthropic,
-            flatten_namespaces=self.flattens_namespaces(candidate),
-            parameters=candidate.parameters,
-            note_change=candidate.changes.append,
-            refused=candidate.refused,
-            note_added=candidate.added.append,
-        )
-        encode = self.dialect.encode if candidate.native else self.dialect.encode_openai
-        content = await context.work(len(parsed.content), encode, parsed, changes)
-        lines = encode_forwarded_lines(head, self.forwarding(candidate))
-        if self.record.trace:
-            candidate.span_id = secrets.token_hex(8)
-            lines += self.record.trace.encode_parent(candidate.span_id)
-        upload = self.upload
-        if upload:
-            lines += upload.framing_line()
-        elif content or head.method in ("POST", "PUT", "PATCH"):
-            lines += f"Content-Length: {len(content)}\r\n"
-        target = f"{server.url.prefix}{candidate.path}{encode_query(parsed, model)}"
-        message = f"{head.method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1", "replace")
-        candidate.response = await context.upstreams.send_request(
-            server, head.method, message + content, upload
-        )
-        if upload and not upload.complete:
-            # The rest of the content stands where the next request would.
-            self.request.writer.keep_alive = False
-        return candidate.response
+    async def find_media_type(self) -> None:
+        """See by its first octets whether it is the stream that was asked for.
 
-    def forwarding(self, candidate: Candidate) -> Forwarding:
-        """Return what the fields of the request depend on when it goes to this candidate."""
-        return Forwarding(
-            candidate.instance.server,
-            candidate.native,
-            bool(self.parsed.text),
-            self.context.via,
-            self.context.settings.jwt_secret,
-            self.record.trace is not None,
-        )
-
-    def parameters_of(self, candidate: Candidate) -> RequestParameters:
-        """Return what becomes of the members of the request on its way to this instance."""
-        own = candidate.instance.server.parameters
-        parameters = self.parameters
-        if own != NO_PARAMETERS:
-            parameters = merge_parameters(parameters, own)
-        if self.context.settings.disable_thinking:
-            parameters = merge_parameters(parameters, RequestParameters(think=THINK_OFF))
-        return parameters
-
-    def flattens_namespaces(self, candidate: Candidate) -> bool:
-        """Tell whether tools may stand in namespaces that this candidate does not know."""
-        has_namespaces = self.parsed.protocol.has_namespaces
-        return has_namespaces and not candidate.instance.server.knows_namespaces
-
-    def asks_for_usage(self, candidate: Candidate) -> bool:
-        """Tell whether the router asks for the usage event of a stream, for its log.
-
-        A model that tells timings tells its counts without being asked; see `Habits`.
+        Some servers do not call it one, or send no Content-Type at all.
         """
-        return (
-            self.parsed.stream
-            and candidate.protocol.usage_option
-            and not self.parsed.wants_usage
-            and USAGE_MEMBER not in candidate.refused
-            and not candidate.parameters.may_change("stream_options", "include_usage")
-            and not candidate.habits.tells_timings
+        response = self.response
+        head = response.head
+        is_miscalled = head.status < 400 and head.media_type in MISCALLED_STREAMS
+        if not is_miscalled or read_coding(head.fields):
+            return
+        start = b""
+        while begins_like_events(start) is None:
+            piece = await response.buffer_next()
+            if not piece:
+                return
+            start += piece
+        if begins_like_events(start):
+            response.media_type = "text/event-stream"
+
+    async def find_opening(self) -> None:
+        """Read it until it says something, an error answer to its end. Raises BadGateway.
+
+        The error may be sent later, when all other instances have failed.
+        """
+        response = self.response
+        head = response.head
+        longest = self.relayed.context.limits.buffered_error
+        if head.status >= 400 and len(await response.buffer_error()) > longest:
+            raise BadGateway(f"an error answer over {longest} bytes")
+        # An error answer says something, whatever is in it. Others, but a 200, may have no content.
+        if head.status != 200 or self.relayed.request.head.method == "HEAD":
+            return
+        opening = self.opening
+        # Some of it may have been read to see what it is.
+        is_clear = opening.feed(b"".join(response.buffered))
+        while not is_clear:
+            piece = await response.buffer_next()
+            if piece:
+                is_clear = opening.feed(piece)
+            elif opening.finish(response.ends_by_close):
+                break
+            else:
+                raise BadGateway("it ended before it said anything")
+        if opening.error and self.candidate.has_next:
+            raise opening.error
+        self.note_opening()
+
+    def look_for_opening(self, data: bytes) -> None:
+        """Look whether a piece of it says something, or tells its id."""
+        opening = self.opening
+        had_id = opening is None or opening.response_id != ""
+        if opening is None or opening.feed(data):
+            self.note_opening()
+        if not had_id:
+            self.keep_home()
+
+    def keep_home(self) -> None:
+        """Note which server keeps it, where one does; a client may cancel one that runs."""
+        if self.opening and self.opening.response_id:
+            homes = self.relayed.context.upstreams.response_homes
+            homes.keep(hash_key(self.opening.response_id), self.candidate.health.key)
+
+    def note_opening(self) -> None:
+        """Note that it has said something: from now on its tokens come."""
+        self.record.first_token_at = time.monotonic()
+        self.record.phase = "streaming"
+
+    def finish_opening(self, closed: bool) -> None:
+        """Note when it began to say something, now that it is over, if that can be told.
+
+        `closed` is as in `may_be_whole`.
+        """
+        opening = self.opening
+        if opening is None:
+            return
+        if self.record.first_token_at is None and opening.finish(closed):
+            self.note_opening()
+        if opening.is_document:
+            # Its first token came with the last one, which says nothing of how fast they were.
+            self.record.first_token_at = None
+
+    # On its way to the client.
+
+    async def relay(self) -> None:
+        """Send it as it comes in, through its rewriter. Raises RouterError."""
+        record = self.record
+        response = self.response
+        self.note_relayed()
+        self.keep_home()
+        rewriter = self.rewriter = self.choose_rewriter()
+        if rewriter:
+            self.inflater = self.choose_inflater(rewriter)
+        closed = response.ends_by_close
+        try:
+            await response.pump(self.forward, self.writer.connection)
+            if self.inflater:
+                self.check_coding(self.inflater)
+        except BadGateway:
+            # After a good end of its stream a server may end the connection as it likes.
+            if rewriter is None or rewriter.trouble or not rewriter.complete:
+                raise
+            closed = True
+        self.finish_opening(closed)
+        tail = b""
+        if rewriter:
+            context = self.relayed.context
+            tail = await context.work(rewriter.size, rewriter.finish, closed)
+            self.conclude(rewriter)
+        if self.error_content and not record.error:
+            record.error = self.candidate.loggable_error(self.error_content)
+        if self.may_show_cut():
+            await self.look_for_cut()
+        self.finish(tail)
+
+    def note_relayed(self) -> None:
+        """Note in the record that it is relayed, in place of one that has broken off."""
+        head = self.response.head
+        record = self.record
+        record.response_fields = head.fields
+        record.answer_status = head.status
+        self.log.drop_answer(record)
+        # A stream's events are looked at by its rewriter.
+        if head.status >= 400 or self.response.media_type == "application/json":
+            self.longest_error = self.relayed.context.limits.error_content
+
+    def choose_rewriter(self) -> Rewriter | None:
+        """Return what it must go through, None when it goes as it is.
+
+        One with an unknown content coding goes as it is, if nothing is to be translated and the
+        client has no head yet that says something else.
+        """
+        relayed = self.relayed
+        parsed = relayed.parsed
+        candidate = self.candidate
+        forwarding = candidate.forwarding
+        response = self.response
+        # The client may have got a head and pings.
+        begun = self.writer.started
+        coding = read_coding(response.head.fields)
+        if coding and coding not in CODINGS and forwarding.native and not begun:
+            return None
+        plan = AnswerPlan(
+            parsed=parsed,
+            dialect=relayed.request.dialect,
+            native=forwarding.native,
+            rules=forwarding.rules,
+            hide_usage=candidate.hide_usage,
+            renamed=candidate.instance.model != parsed.model,
+            now=time.time,
+            timing=self.record.timing,
+            limits=relayed.context.limits,
+            begun=begun,
+            changes_choices=forwarding.changes_choices,
+            has_long_prompt=relayed.has_long_prompt,
+            note_opened=candidate.note_opened,
+            tool_names=parsed.tool_names if forwarding.flattens_namespaces else None,
         )
+        return choose_rewriter(plan, response.head.status, response.media_type)
+
+    def choose_inflater(self, rewriter: Rewriter) -> Inflater | None:
+        """Return what takes its content coding off for a rewriter. Raises BadGateway."""
+        head = self.response.head
+        coding = read_coding(head.fields)
+        if not coding:
+            return None
+        if coding not in CODINGS:
+            raise BadGateway(
+                f"the answer (status {head.status}) has the content coding "
+                f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
+            )
+        # A stream may decode to any length, because no more than an event of it is in memory.
+        longest = self.relayed.context.limits.decoded_answer if rewriter.buffers else math.inf
+        return Inflater(coding, longest)
+
+    def forward(self, data: bytes) -> None:
+        """Pass a piece of it on, or keep it back, as its rewriter says."""
+        record = self.record
+        if record.first_token_at is None:
+            self.look_for_opening(data)
+        self.log.append_body(record, data)
+        if len(self.error_content) < self.longest_error:
+            self.error_content += data
+        if self.inflater is None:
+            self.forward_decoded(data)
+            return
+        # A few octets may be many megabytes when they are decoded, and each step on the way to the
+        # client makes a copy of what it gets. An empty piece lets the answer begin, too.
+        decoded = self.inflater.feed(data)
+        for at in range(0, max(1, len(decoded)), MiB):
+            self.forward_decoded(decoded[at : at + MiB])
+
+    def forward_decoded(self, data: bytes) -> None:
+        """Give the rewriter a piece without its content coding, and the client what may leave."""
+        rewriter = self.rewriter
+        if rewriter:
+            data = rewriter.feed(data)
+            if rewriter.over:
+                self.response.end()
+            if rewriter.buffers:
+                return
+        if not self.begun:
+            self.begin(None)
+        self.writer.write_content(data)
+        self.record.response_size = self.writer.size
+
+    def begin(self, length: int | None) -> None:
+        """Write the head, unless the client has one; `length` as in `write_head`."""
+        self.begun = True
+        if not self.writer.started:
+            self.write_head(length)
+
+    def write_head(self, length: int | None) -> None:
+        """Write the head of the client's answer; its content is `length` octets, if known."""
+        head = self.response.head
+        is_rewritten = self.rewriter is not None
+        declared_length = head.fields.get("content-length")
+        if declared_length and not is_rewritten:
+            # It is valid, or there would be no answer.
+            length = int(declared_length)
+        is_guarded = bool(self.writer.extra_fields)
+        lines = encode_answer_lines(head, self.content_type(), is_rewritten, is_guarded)
+        lines += self.relayed.own_lines()
+        if "date" not in head.fields.first:
+            # RFC 9110 section 6.6.1: who relays a response without a date adds one.
+            lines += f"Date: {http_date(int(time.time()))}\r\n"
+        self.writer.write_head(head.status, lines, length, head.reason)
+
+    def content_type(self) -> str:
+        """Return what it is, as its client gets it."""
+        head = self.response.head
+        media_type = self.response.media_type
+        if self.rewriter is None:
+            return media_type
+        if not self.candidate.forwarding.native:
+            is_stream = self.relayed.parsed.stream and head.status < 400
+            return LINES.media_type if is_stream else "application/json; charset=utf-8"
+        if media_type != head.media_type:
+            return media_type
+        return head.fields.get("content-type") or "application/octet-stream"
+
+    # How it ends.
+
+    def check_coding(self, inflater: Inflater) -> None:
+        """Refuse it if its content coding broke off."""
+        # Without a first octet there is no decoder: an empty content is complete, in any coding.
+        if inflater.decoder and not inflater.decoder.eof:
+            raise BadGateway("the answer's content coding broke off")
+
+    def conclude(self, rewriter: Rewriter) -> None:
+        """Note what it has told by its end: an error, and what its server is like."""
+        trouble = rewriter.trouble
+        self.record.error = self.relayed.loggable(trouble) if trouble else ""
+        candidate = self.candidate
+        learned: dict[str, Any] = {}
+        if rewriter.lost_timings:
+            learned["tells_timings"] = True
+        elif candidate.forwarding.habits.tells_timings and not rewriter.tells_timings:
+            # Another server stands there now.
+            learned["tells_timings"] = False
+        # When it is False, this time its stream was held back for nothing.
+        if candidate.opened_thinking is not None:
+            learned["opens_thinking"] = candidate.opened_thinking
+        if learned:
+            self.relayed.context.upstreams.learn_habits(candidate.health.key, **learned)
+
+    def may_show_cut(self) -> bool:
+        """Tell whether it could show that its server has cut the prompt, or had no room for it."""
+        if self.response.head.status >= 400 or not self.relayed.parsed.protocol.user_words:
+            return False
+        if self.relayed.has_long_prompt:
+            return True
+        if self.record.pieces_size > LIMITS.empty_answer:
+            return False
+        return bool(read_coding(self.response.head.fields)) or may_lack_room(self.record.answer)
+
+    async def look_for_cut(self) -> None:
+        """Note whether the server has cut the prompt."""
+        relayed = self.relayed
+        context = relayed.context
+        coding = read_coding(self.response.head.fields)
+        answer = self.record.answer
+        if isinstance(self.rewriter, BufferedRewrite) and self.rewriter.content:
+            answer = bytes(self.rewriter.content)
+        elif coding:
+            answer = decode_content(answer, coding, context.limits.decoded_answer)
+        context_length = None
+        if relayed.has_long_prompt:
+            context_length = context.model_lists.context_length_of(self.candidate.instance)
+        size = len(relayed.parsed.content) + len(answer)
+        words = await context.work(size, find_cut, relayed.parsed, answer, context_length)
+        if words:
+            self.record.warnings.append(words)
+
+    def finish(self, tail: bytes) -> None:
+        """Send the rest of it, which may be all, and note how its instance fared."""
+        status = self.response.head.status
+        is_whole = self.rewriter is not None and self.rewriter.buffers
+        if is_whole and self.writer.started:
+            # The client has got pings, in a head that said 200.
+            relayed = self.relayed
+            dialect = relayed.request.dialect
+            tail = dialect.encode_whole_event(tail, status, relayed.parsed.path)
+            self.record.status = status
+        if not self.begun:
+            # Of an answer that was kept back until now the length is known.
+            self.begin(len(tail) if is_whole else None)
+        self.writer.finish(tail)
+        if self.opening and self.opening.error:
+            self.candidate.note_error_answer(self.opening.error)
+        elif status < 400:
+            self.candidate.health.succeed()
 
 
 class Exchange:
-    """One request on its way through the router.
+    """The way of one request through the router.
 
-    `relay` asks one candidate after the other, `relay_response` sends what a good one says. Both
-    raise RouterError; `run` turns that into an answer, or into the end of one.
+    `relay` asks one candidate after the other, and lets the first good answer go to the client.
+    What goes wrong raises RouterError; `run` turns that into an answer, or into the end of one.
     """
 
-    def __init__(
-        self, context: Context, request: Request, parsed: ParsedRequest, decision: Decision
-    ) -> None:
-        self.context = context
-        self.request = request
-        self.dialect = request.dialect
-        self.writer = request.writer
-        self.parsed = parsed
-        self.decision = decision
-        # What the client has got so far.
-        self.sent = NOTHING
-        # Those that may be asked; None before the first one is.
-        self.candidates: Candidates | None = None
-        # The attempt that counts: the one that is running, or whose response is relayed.
-        self.candidate: Candidate | None = None
-        # Whether its response is being relayed.
-        self.relaying = False
-        # Looks for the first thing that its answer says; None where nothing depends on that.
-        self.opening: Opening | None = None
-        self.rewriter: Rewriter | None = None
-        self.inflater: Inflater | None = None
-        # Whether the prompt is so long that its server may cut it.
-        is_long = len(parsed.content) >= SHORTEST_CUT_PROMPT
-        self.has_long_prompt = is_long and parsed.protocol.user_words != ""
-        # The beginning of the content of an answer that may be an error, and how long an error can
-        # be: 0 for an answer that is none.
-        self.error_content = b""
-        self.longest_error = 0
-        self.record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
-        self.record.secrets = context.secrets_of(request)
-        if context.log.keeps_conversations or decision.strategy == STICKY:
-            self.record.note_conversation(parsed)
-        if context.log.spans:
-            self.record.trace = Trace.of(request.head.fields)
-        self.upstream_request = UpstreamRequest(context, request, parsed, decision, self.record)
+    # Those that may be asked; the one that is asked now, or whose answer is relayed; and that
+    # answer, as soon as it is relayed.
+    candidates: Candidates | None = None
+    candidate: Candidate | None = None
+    answer: Answer | None = None
+
+    def __init__(self, relayed: RelayedRequest) -> None:
+        self.relayed = relayed
+        self.context = relayed.context
+        self.request = relayed.request
+        self.writer = relayed.writer
+        self.parsed = relayed.parsed
+        self.record = relayed.record
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
-        await self.context.log.wait_to_begin()
-        self.context.log.begin(self.record)
-        self.request.recorded = True
-        self.record.stop = self.request.connection.cancel_request
+        context = self.context
+        request = self.request
+        decision = self.relayed.decision
+        await context.log.wait_to_begin()
+        context.log.begin(self.record)
+        request.recorded = True
+        self.record.stop = request.connection.cancel_request
         try:
-            if self.request.token:
-                models = requested_models(self.parsed)
-                check_models(self.request.token, models, self.context.table)
-            if not self.decision.instances:
+            if request.token:
+                check_models(request.token, requested_models(self.parsed), context.table)
+            if not decision.instances:
                 await self.refuse_unclaimed()
-            if self.dialect.empty and self.send_load_answer():
+            if request.dialect.empty and self.send_load_answer():
                 return
             # From now on the request ends when its client leaves: no model works for nobody.
-            self.request.connection.cancel_on_disconnect()
+            request.connection.cancel_on_disconnect()
             self.begin_pings()
             await self.relay()
         except asyncio.CancelledError:
             # The client has left, the router stops, or somebody ended the request from the page.
-            self.fail(self.request.connection.cancel_reason or ClientClosed("client_closed"))
+            self.fail(request.connection.cancel_reason or ClientClosed("client_closed"))
             raise
         except RouterError as error:
             self.fail(error)
@@ -17794,25 +18261,23 @@ class Exchange:
         if not record.status:
             record.status = self.writer.status or 500
         record.response_size = self.writer.size
-        upload = self.upstream_request.upload
+        upload = self.relayed.upload
         if upload:
             record.request_size = upload.size
-        # The rewriter and the record refer back to this exchange, by `timing` and `stop`. Only
-        # Python's collector would free such a circle, some time later, and megabytes must not
-        # wait for it.
-        self.rewriter = None
+        # The record refers back to this exchange by way of the connection.
         self.request.content = b""
         record.stop = None
         self.context.log.finish(record)
 
     async def refuse_unclaimed(self) -> None:
         """Raise NotFound for a model that nothing claims, with the names that come nearest."""
-        if not self.decision.requested_model:
+        model = self.relayed.decision.requested_model
+        if not model:
             raise NotFound("no model is named, and there is no default (DEFAULT_UPSTREAM is none)")
         names: list[str] = []
         with contextlib.suppress(BadGateway):
-            names += [model.name for model in await self.context.list_models(self.request)]
-        raise NotFound(unknown_model(self.decision.requested_model, names))
+            names += [listed.name for listed in await self.context.list_models(self.request)]
+        raise NotFound(unknown_model(model, names))
 
     def send_load_answer(self) -> bool:
         """Answer a request that asks for nothing but to load a model; tell whether that was done.
@@ -17821,13 +18286,14 @@ class Exchange:
         comes. OpenAI's dialect has no such request, so the router says yes itself. A server that
         speaks the client's dialect is asked.
         """
-        document = self.dialect.empty(self.parsed, rfc3339(self.record.timestamp))
+        dialect = self.request.dialect
+        document = dialect.empty(self.parsed, rfc3339(self.record.timestamp))
         self.record.only_loads = document is not None
         if document is None:
             return False
         # The one that is asked first may be another one than the first of an alias.
-        first = self.context.upstreams.order(self.decision)[0]
-        if first.server.api == self.dialect.service:
+        first = self.context.upstreams.order(self.relayed.decision)[0]
+        if first.server.api == dialect.service:
             return False
         self.writer.send_json(document)
         return True
@@ -17840,41 +18306,35 @@ class Exchange:
         the end that its framing needs, and so its client sees it.
         """
         record = self.record
+        dialect = self.request.dialect
+        path = self.parsed.path
+        rewriter = self.answer.rewriter if self.answer else None
         if isinstance(error, ClientClosed):
             # Nobody listens any more. An answer that was complete by then stays a good one.
-            complete = self.rewriter is not None and self.rewriter.complete
-            if not complete:
+            if rewriter is None or not rewriter.complete:
                 record.status = error.status
                 record.error = str(error)
             return
-        record.error = self.loggable(str(error))
-        if self.sent == NOTHING:
-            send_error(self.writer, error, self.dialect, self.parsed.path, self.own_lines())
+        record.error = self.relayed.loggable(str(error))
+        if not self.writer.started:
+            send_error(self.writer, error, dialect, path, self.relayed.own_lines())
             return
         record.status = error.status
-        event = self.dialect.encode_event_error(error, self.parsed.path)
-        if self.sent == PINGS:
-            # The error is all of the answer.
+        event = dialect.encode_event_error(error, path)
+        if not self.has_begun:
+            # The client has got pings, and the error is all of the answer.
             self.writer.finish(event)
-        elif self.rewriter is not None and self.rewriter.takes_event:
+        elif rewriter is not None and rewriter.takes_event:
             # Some clients look no more at an event behind which the stream is cut.
             end = self.writer.finish if self.parsed.protocol.encode_failure else self.writer.cut
             end(event)
         else:
             self.writer.cut(b"")
 
-    def own_lines(self) -> str:
-        """Return the field lines that tell what the router did with the request."""
-        record = self.record
-        # Clients choose the names of models, and `encode_route_lines` keeps them in memory.
-        longest = self.context.limits.shown_name
-        model = record.sent_model[:longest]
-        route = record.route[:longest]
-        lines = encode_id_line(record.request_id)
-        lines += encode_route_lines(record.upstream_url, model, route, len(record.attempts))
-        if record.warnings:
-            lines += f"{WARNING_FIELD}: {TRUNCATED}\r\n"
-        return lines
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has got some of an answer; what was sent cannot be taken back."""
+        return self.answer is not None and self.answer.begun
 
     # Pings
 
@@ -17897,23 +18357,23 @@ class Exchange:
         follow, also an error. An answer without a rewriter has no place for it: nobody knows where
         its events end.
         """
-        record = self.record
-        if self.relaying:
-            if self.rewriter is None or not self.rewriter.takes_event:
+        answer = self.answer
+        if answer:
+            if answer.rewriter is None or not answer.rewriter.takes_event:
                 return
             # A stream that is relayed has a head of its own. What is kept back until its end may
             # still become an event of the stream that a ping begins.
-            if not self.rewriter.buffers:
-                self.begin_answer(None)
+            if not answer.rewriter.buffers:
+                answer.begin(None)
         now = time.time()
-        if self.sent == NOTHING:
-            self.sent = PINGS
-            fields = [("Content-Type", self.dialect.events.media_type), *STREAM_FIELDS]
+        dialect = self.request.dialect
+        if not self.writer.started:
+            fields = [("Content-Type", dialect.events.media_type), *STREAM_FIELDS]
             fields.append(("Date", http_date(int(now))))
-            lines = encode_field_lines(fields) + encode_id_line(record.request_id)
+            lines = encode_field_lines(fields) + encode_id_line(self.record.request_id)
             self.writer.write_head(200, lines, None)
-        self.writer.write_content(self.dialect.encode_ping(self.parsed, rfc3339(now)))
-        record.response_size = self.writer.size
+        self.writer.write_content(dialect.encode_ping(self.parsed, rfc3339(now)))
+        self.record.response_size = self.writer.size
 
     # Asking one candidate after the other
 
@@ -17930,19 +18390,20 @@ class Exchange:
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
         while candidate := candidates.take() or await candidates.wait():
-            self.make_current(candidate)
+            self.note_candidate(candidate)
             try:
-                await self.find_response(candidate)
+                answer = await self.find_answer(candidate)
                 if candidate.status < 400 or not candidate.has_next:
-                    await self.relay_response()
+                    self.answer = answer
+                    await answer.relay()
                     return
                 fallback = candidate
                 candidates.note_passed_over(candidate.instance, candidate.status)
             except BadGateway as error:
                 self.note_failure(candidate, error)
-                # What was sent cannot be taken back. And an answer of the only server that turned
-                # out to be bad is told in its own words, not as one of several attempts.
-                if self.sent == ANSWER or (candidate.noted and candidate.is_only):
+                # An answer of the only server that turned out to be bad is told in its own words,
+                # not as one of several attempts.
+                if self.has_begun or (candidate.noted and candidate.is_only):
                     raise
                 last_failure = type(error)
         if fallback is None and candidates.refusal:
@@ -17950,87 +18411,70 @@ class Exchange:
         if fallback is None:
             words = f"{self.describe_attempts()}{candidates.remark}"
             raise last_failure(f"no upstream answered: {words}")
-        self.make_current(fallback)
-        await self.relay_response()
+        self.note_candidate(fallback)
+        self.answer = Answer(fallback)
+        await self.answer.relay()
 
     def find_candidates(self) -> Candidates:
         """Return the instances to try; what belongs together stays together."""
-        parsed = self.parsed
-        decision = self.decision
-        upstreams = self.context.upstreams
-        has_choice = len(decision.instances) > 1
-        if has_choice and parsed.protocol.keeps_answers:
-            previous = parsed.document.get("previous_response_id")
-            made_by = None
-            if previous:
-                made_by = upstreams.response_homes.find(hash_key(str(previous)))
-            # No other server has that answer.
-            makers = [i for i in decision.instances if made_by and i.server.url == made_by[0]]
-            if makers:
-                decision = decision._replace(instances=tuple(makers))
-                step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
-                self.record.trail = (*self.record.trail, step)
-        candidates = Candidates(self.context, decision, self.dialect, self.record)
-        # Without content nothing is asked of a model. That of an upload comes in later, and takes
-        # as long as its client likes.
-        asks_model = decision.asks_model and self.request.head.method not in ("GET", "HEAD")
-        candidates.takes_slot = asks_model and parsed.content != b""
-        if decision.strategy == STICKY and has_choice and self.record.session:
+        decision = self.relayed.decision
+        if len(decision.instances) < 2:
+            return Candidates(self.relayed, decision)
+        if self.parsed.protocol.keeps_answers:
+            decision = self.stay_with_maker(decision)
+        candidates = Candidates(self.relayed, decision)
+        if decision.strategy == STICKY and self.record.session:
             candidates.keep_together(self.record.session)
         return candidates
 
-    async def find_response(self, candidate: Candidate) -> None:
+    def stay_with_maker(self, decision: Decision) -> Decision:
+        """Return a decision for the server that made the answer which a request goes on from."""
+        previous = self.parsed.document.get("previous_response_id")
+        homes = self.context.upstreams.response_homes
+        made_by = homes.find(hash_key(str(previous))) if previous else None
+        # No other server has that answer.
+        makers = [i for i in decision.instances if made_by and i.server.url == made_by[0]]
+        if not makers:
+            return decision
+        step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
+        self.record.trail = (*self.record.trail, step)
+        return decision._replace(instances=tuple(makers))
+
+    def note_candidate(self, candidate: Candidate) -> None:
+        """Make a candidate the one that counts, in the record, too."""
+        self.candidate = candidate
+        self.answer = None
+        record = self.record
+        record.first_token_at = None
+        record.phase = "waiting"
+        record.upstream_url = candidate.instance.server.shown_url
+        record.sent_model = candidate.model
+        record.changes = candidate.changes
+
+    async def find_answer(self, candidate: Candidate) -> Answer:
         """Ask an instance, and wait until its response counts as an answer. Raises BadGateway.
 
         Where there are no other instances its head is enough. Otherwise the response has to say
         something first. What is read of it until then is kept, and goes out with the rest.
         """
-        response = await self.upstream_request.send(candidate)
-        if self.parsed.stream and self.parsed.text:
-            await self.find_media_type(response)
+        parsed = self.parsed
+        response = await candidate.send()
+        answer = Answer(candidate)
+        if parsed.stream and parsed.text:
+            await answer.find_media_type()
+        protocol = candidate.forwarding.protocol
         # The only instance is not left for another one, and when an answer began that comes as a
         # whole, nobody is told. So there is nothing to look for.
-        if self.parsed.stream or not candidate.is_only or candidate.protocol.keeps_answers:
-            self.opening = Opening(
-                candidate.protocol,
-                response.media_type,
-                read_coding(response.head.fields),
-                self.context.limits,
-            )
+        if parsed.stream or not candidate.is_only or protocol.keeps_answers:
+            coding = read_coding(response.head.fields)
+            limits = self.context.limits
+            answer.opening = Opening(protocol, response.media_type, coding, limits)
         if not candidate.is_only:
-            await self.find_opening(candidate)
-        self.note_response(candidate)
-
-    async def find_media_type(self, response: UpstreamResponse) -> None:
-        """See by its first octets whether an answer is the stream that was asked for.
-
-        Some servers do not call it one, or send no Content-Type at all.
-        """
-        head = response.head
-        is_miscalled = head.status < 400 and head.media_type in MISCALLED_STREAMS
-        if not is_miscalled or read_coding(head.fields):
-            return
-        start = b""
-        while begins_like_events(start) is None:
-            piece = await response.buffer_next()
-            if not piece:
-                return
-            start += piece
-        if begins_like_events(start):
-            response.media_type = "text/event-stream"
-
-    def make_current(self, candidate: Candidate) -> None:
-        """Make a candidate the one that counts, in the record, too."""
-        self.candidate = candidate
-        self.relaying = False
-        self.opening = None
-        self.rewriter = None
-        self.inflater = None
-        self.record.first_token_at = None
-        self.record.phase = "waiting"
-        self.record.upstream_url = candidate.instance.server.shown_url
-        self.record.sent_model = candidate.model
-        self.record.changes = candidate.changes
+            await answer.find_opening()
+        candidate.note_response()
+        if response.head.status < 400:
+            self.candidates.keep_home(candidate)
+        return answer
 
     def describe_attempts(self) -> str:
         """Return each attempt with its reason, for the error when all have failed."""
@@ -18041,371 +18485,13 @@ class Exchange:
 
     def note_failure(self, candidate: Candidate, error: BadGateway) -> None:
         """Put an attempt without a good answer into the record, and note it for its instance."""
-        text = self.loggable(str(error))
+        words = self.relayed.loggable(str(error))
         candidate.close()
         self.candidates.note_passed_over(candidate.instance, 0, error.unreached)
-        if isinstance(error, ErrorAnswer):
-            self.note_error_answer(candidate, error)
-        else:
-            candidate.health.fail(text, reached=candidate.response is not None)
-        # When it comes back it may be another server, which takes what this one has refused.
-        self.context.upstreams.learn_habits(candidate.key, refused_members=frozenset())
+        candidate.note_failure(error, words)
         # If the client got some of the answer, its attempt stands in the record as answered.
-        if self.sent != ANSWER:
-            self.note_attempt(candidate, text)
-
-    def note_error_answer(self, candidate: Candidate, error: ErrorAnswer) -> None:
-        """Note for the health of an instance that its answer was an error, under a good status."""
-        if error.told_status in COOLING_STATUSES:
-            reason = self.loggable(f"status {error.told_status}: {error}")
-            retry_after = candidate.response.head.fields.get("retry-after")
-            candidate.health.fail(reason, retry_after, reached=True)
-        else:
-            # As with most error statuses, it may be the request that is wrong.
-            candidate.health.succeed()
-
-    def note_response(self, candidate: Candidate) -> None:
-        """Put an attempt that was answered into the record; begin or end a cool-down."""
-        head = candidate.response.head
-        words = ""
-        if head.status >= 400:
-            # Its content has come already where another instance could be asked instead. Of the
-            # only one's there may be nothing yet; `relay_response` finds the words then.
-            words = self.loggable_error(head, b"".join(candidate.response.buffered))
-        if head.status in COOLING_STATUSES:
-            reason = f"status {head.status}: {words}".removesuffix(": ")
-            candidate.health.fail(reason, head.fields.get("retry-after"), reached=True)
-        elif head.status >= 400:
-            candidate.health.succeed()
-        else:
-            candidate.health.answer()
-            self.candidates.keep_home(candidate)
-        self.note_attempt(candidate, words or None)
-        candidate.noted = True
-
-    def note_attempt(self, candidate: Candidate, error: str | None) -> None:
-        """Put an attempt into the record, in place of what stands there of the same attempt."""
-        elapsed_ms = round((time.monotonic() - candidate.started_at) * 1000, 1)
-        instance = str(candidate.instance)
-        url = self.record.upstream_url
-        attempt = Attempt(instance, url, candidate.status, error, elapsed_ms)
-        replaces = candidate.noted or candidate.again
-        if replaces:
-            self.record.attempts.pop()
-        self.record.attempts.append(attempt)
-        if self.record.trace:
-            begun_ms = round((candidate.started_at - self.record.started_at) * 1000, 1)
-            span_id = candidate.span_id or secrets.token_hex(8)
-            span = AttemptSpan(span_id, candidate.model, begun_ms)
-            self.record.trace.note_attempt(span, replaces)
-
-    def loggable_error(self, head: ResponseHead, content: bytes) -> str:
-        """Return what an answer says went wrong, as it may be kept; "" when it says nothing."""
-        limit = self.context.limits.error_content
-        if head.status < 400 and len(content) > limit:
-            # It is too long for an error.
-            return ""
-        coding = read_coding(head.fields)
-        decoded = decode_content(content, coding, limit) if coding else content
-        if head.status >= 400:
-            return self.loggable(read_error(decoded))
-        # Every protocol's errors have the word in them, and nearly no good answer has.
-        if b"error" not in decoded:
-            return ""
-        return self.loggable(find_error(self.candidate.protocol, parse_object(decoded) or {}))
-
-    def loggable(self, text: str) -> str:
-        """Return as much of an error's text as is kept and shown, secrets hidden.
-
-        Servers tell which key was wrong: the client's, or the one in the routing file.
-        """
-        hidden = hide_in_text(text, self.record.secrets)
-        return hidden[: self.context.limits.error_text]
-
-    async def find_opening(self, candidate: Candidate) -> None:
-        """Read a response until it says something, an error answer to its end. Raises BadGateway.
-
-        The error may be sent later, when all other instances have failed.
-        """
-        response = candidate.response
-        head = response.head
-        longest = self.context.limits.buffered_error
-        if head.status >= 400 and len(await response.buffer_error()) > longest:
-            raise BadGateway(f"an error answer over {longest} bytes")
-        # An error answer says something, whatever is in it. Others, but a 200, may have no content.
-        if head.status != 200 or self.request.head.method == "HEAD":
-            return
-        opening = self.opening
-        # Some of it may have been read to see what it is.
-        is_clear = opening.feed(b"".join(response.buffered))
-        while not is_clear:
-            piece = await response.buffer_next()
-            if piece:
-                is_clear = opening.feed(piece)
-            elif opening.finish(response.ends_by_close):
-                break
-            else:
-                raise BadGateway("it ended before it said anything")
-        if opening.error and candidate.has_next:
-            raise opening.error
-        self.note_opening()
-
-    def look_for_opening(self, data: bytes) -> None:
-        """Look whether a piece of the answer says something, or tells the id of the answer."""
-        opening = self.opening
-        had_id = opening is None or opening.response_id != ""
-        if opening is None or opening.feed(data):
-            self.note_opening()
-        if not had_id:
-            self.keep_response_home()
-
-    def keep_response_home(self) -> None:
-        """Note which server keeps the answer, where it does; a client may cancel one that runs."""
-        if self.opening and self.opening.response_id:
-            key = hash_key(self.opening.response_id)
-            self.context.upstreams.response_homes.keep(key, self.candidate.key)
-
-    def note_opening(self) -> None:
-        """Note that the answer has said something: from now on its tokens come."""
-        self.record.first_token_at = time.monotonic()
-        self.record.phase = "streaming"
-
-    # Relaying an answer
-
-    def choose_rewriter(self) -> tuple[Rewriter | None, Inflater | None]:
-        """Return what the answer must go through, None when it goes as it is.
-
-        One with an unknown content coding goes as it is, if nothing is to be translated and the
-        client has no head yet that says something else. Where it cannot, raises BadGateway.
-        """
-        candidate = self.candidate
-        head = candidate.response.head
-        coding = read_coding(head.fields)
-        begun = self.sent != NOTHING
-        if coding and coding not in CODINGS and candidate.native and not begun:
-            return None, None
-        tool_names = None
-        if self.upstream_request.flattens_namespaces(candidate):
-            tool_names = self.parsed.tool_names
-        plan = AnswerPlan(
-            parsed=self.parsed,
-            dialect=self.dialect,
-            native=candidate.native,
-            rules=self.filter_rules(candidate),
-            hide_usage=candidate.hide_usage,
-            renamed=candidate.instance.model != self.parsed.model,
-            now=time.time,
-            timing=self.timing,
-            limits=self.context.limits,
-            begun=begun,
-            changes_choices=candidate.parameters.may_change("n"),
-            has_long_prompt=self.has_long_prompt,
-            note_opened=candidate.note_opened,
-            tool_names=tool_names,
-        )
-        rewriter = choose_rewriter(plan, head.status, candidate.response.media_type)
-        if not rewriter or not coding:
-            return rewriter, None
-        if coding not in CODINGS:
-            raise BadGateway(
-                f"the answer (status {head.status}) has the content coding "
-                f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
-            )
-        # A stream may decode to any length, because no more than an event of it is in memory.
-        longest = self.context.limits.decoded_answer if rewriter.buffers else math.inf
-        return rewriter, Inflater(coding, longest)
-
-    def filter_rules(self, candidate: Candidate) -> FilterRules:
-        """Return what is taken out of the answers of a candidate."""
-        settings = self.context.settings
-        return choose_rules(
-            self.decision.thinking,
-            candidate.instance.server.thinking,
-            Thinking(settings.strip_thinking, opened=candidate.habits.opens_thinking),
-            settings.strip_json_markdown,
-        )
-
-    def timing(self) -> Timing:
-        """Return how long an answer took, and how long its first token, in ns."""
-        now = time.monotonic()
-        started_at = self.record.started_at
-        # An answer that comes as a whole has its first token with the last one.
-        first_token_at = now
-        if self.parsed.stream and self.record.first_token_at:
-            first_token_at = self.record.first_token_at
-        total_ns = int((now - started_at) * 1e9)
-        first_ns = int((first_token_at - started_at) * 1e9)
-        return Timing(total_ns, first_ns)
-
-    async def relay_response(self) -> None:
-        """Send the candidate's answer as it comes in, through its rewriter."""
-        record = self.record
-        response = self.candidate.response
-        head = response.head
-        self.note_answer(head)
-        self.keep_response_home()
-        self.rewriter, self.inflater = self.choose_rewriter()
-        self.relaying = True
-        rewriter = self.rewriter
-        closed = response.ends_by_close
-        try:
-            await response.pump(self.forward, self.writer.connection)
-            self.check_coding()
-        except BadGateway:
-            # After a good end of its stream a server may end the connection as it likes.
-            if rewriter is None or rewriter.trouble or not rewriter.complete:
-                raise
-            closed = True
-        self.finish_opening(closed)
-        tail = b""
-        if rewriter:
-            tail = await self.context.work(rewriter.size, rewriter.finish, closed)
-            self.conclude(rewriter)
-        if self.error_content and not record.error:
-            record.error = self.loggable_error(head, self.error_content)
-        may_be_cut = self.has_long_prompt or record.pieces_size <= LIMITS.empty_answer
-        if may_be_cut and head.status < 400 and self.parsed.protocol.user_words:
-            await self.look_for_cut()
-        self.finish_answer(tail)
-
-    async def look_for_cut(self) -> None:
-        """Note whether the server has cut the prompt, as its answer shows."""
-        coding = read_coding(self.candidate.response.head.fields)
-        answer = b"".join(self.record.pieces) + self.record.answer_end
-        if not (self.has_long_prompt or coding or may_lack_room(answer)):
-            return
-        if isinstance(self.rewriter, BufferedRewrite) and self.rewriter.content:
-            answer = bytes(self.rewriter.content)
-        elif coding:
-            answer = decode_content(answer, coding, self.context.limits.decoded_answer)
-        context_length = None
-        if self.has_long_prompt:
-            lists = self.context.model_lists
-            context_length = lists.context_length_of(self.candidate.instance)
-        size = len(self.parsed.content) + len(answer)
-        words = await self.context.work(size, find_cut, self.parsed, answer, context_length)
-        if words:
-            self.record.warnings.append(words)
-
-    def finish_opening(self, closed: bool) -> None:
-        """Note when an answer that is over began to say something, if that can be told.
-
-        `closed` is as in `may_be_whole`.
-        """
-        opening = self.opening
-        if opening and self.record.first_token_at is None and opening.finish(closed):
-            self.note_opening()
-        if opening and opening.is_document:
-            # Its first token came with the last one, which says nothing of how fast they were.
-            self.record.first_token_at = None
-
-    def finish_answer(self, tail: bytes) -> None:
-        """Send the rest of an answer, which may be all of it, and note how its instance fared."""
-        candidate = self.candidate
-        status = candidate.response.head.status
-        is_whole = self.rewriter is not None and self.rewriter.buffers
-        if is_whole and self.sent == PINGS:
-            tail = self.dialect.encode_whole_event(tail, status, self.parsed.path)
-            # The head that the pings began with said 200.
-            self.record.status = status
-        # Of an answer that was kept back until now the length is known.
-        self.begin_answer(len(tail) if is_whole else None)
-        self.writer.finish(tail)
-        if self.opening and self.opening.error:
-            self.note_error_answer(candidate, self.opening.error)
-        elif status < 400:
-            candidate.health.succeed()
-
-    def note_answer(self, head: ResponseHead) -> None:
-        """Note in the record that this answer is relayed, in place of one that has broken off."""
-        record = self.record
-        record.response_fields = head.fields
-        record.answer_status = head.status
-        self.context.log.drop_answer(record)
-        # A stream's events are looked at by its rewriter.
-        media_type = self.candidate.response.media_type
-        may_be_error = head.status >= 400 or media_type == "application/json"
-        self.longest_error = self.context.limits.error_content if may_be_error else 0
-        self.error_content = b""
-
-    def check_coding(self) -> None:
-        """Refuse an answer whose content coding broke off."""
-        inflater = self.inflater
-        # Without a first octet there is no decoder: an empty content is complete, in any coding.
-        if inflater and inflater.decoder and not inflater.decoder.eof:
-            raise BadGateway("the answer's content coding broke off")
-
-    def conclude(self, rewriter: Rewriter) -> None:
-        """Note what an answer has told by its end: an error, and what its server is like."""
-        self.record.error = self.loggable(rewriter.trouble) if rewriter.trouble else ""
-        candidate = self.candidate
-        learned: dict[str, Any] = {}
-        if rewriter.lost_timings:
-            learned["tells_timings"] = True
-        elif candidate.habits.tells_timings and not rewriter.tells_timings:
-            # Another server stands there now.
-            learned["tells_timings"] = False
-        # When it is False, this time its stream was held back for nothing.
-        if candidate.opened_thinking is not None:
-            learned["opens_thinking"] = candidate.opened_thinking
-        if learned:
-            self.context.upstreams.learn_habits(candidate.key, **learned)
-
-    def forward(self, data: bytes) -> None:
-        """Pass a piece of the answer on, or keep it back, as its rewriter says."""
-        record = self.record
-        if record.first_token_at is None:
-            self.look_for_opening(data)
-        self.context.log.append_body(record, data)
-        if len(self.error_content) < self.longest_error:
-            self.error_content += data
-        if self.inflater is None:
-            self.forward_decoded(data)
-            return
-        # A few octets may be many megabytes when they are decoded, and each step on the way to the
-        # client makes a copy of what it gets. An empty piece lets the answer begin, too.
-        decoded = self.inflater.feed(data)
-        for at in range(0, max(1, len(decoded)), MiB):
-            self.forward_decoded(decoded[at : at + MiB])
-
-    def forward_decoded(self, data: bytes) -> None:
-        """Give the rewriter a piece without its content coding, and the client what may leave."""
-        writer = self.writer
-        if self.rewriter:
-            data = self.rewriter.feed(data)
-            if self.rewriter.over:
-                self.candidate.response.end()
-            if self.rewriter.buffers:
-                return
-        if self.sent != ANSWER:
-            self.begin_answer(None)
-        writer.write_content(data)
-        self.record.response_size = writer.size
-
-    def begin_answer(self, length: int | None) -> None:
-        """Write the head of the client's answer, unless it has one; `length` as in `write_head`."""
-        if self.sent == NOTHING:
-            self.write_head(self.candidate.response.head, length)
-        self.sent = ANSWER
-
-    def write_head(self, head: ResponseHead, length: int | None) -> None:
-        """Write the head of the client's answer; its content is `length` octets, if known."""
-        declared_length = head.fields.get("content-length")
-        if declared_length and not self.rewriter:
-            # It is valid, or there would be no answer.
-            length = int(declared_length)
-        shape = AnswerShape(
-            native=self.candidate.native,
-            rewritten=self.rewriter is not None,
-            streamed=self.parsed.stream,
-            guarded=bool(self.writer.extra_fields),
-            media_type=self.candidate.response.media_type,
-        )
-        lines = encode_answer_lines(head, shape) + self.own_lines()
-        if head.fields.get("date") is None:
-            # RFC 9110 section 6.6.1: who relays a response without a date adds one.
-            lines += f"Date: {http_date(int(time.time()))}\r\n"
-        self.writer.write_head(head.status, lines, length, head.reason)
+        if not self.has_begun:
+            candidate.note_attempt(words)
 
 
 # --- handlers that relay ---------------------------------------------------------------
@@ -18504,7 +18590,7 @@ async def relay_model(context: Context, request: Request) -> None:
         decision = resolve_default(context.table, request.source_host)
     if step:
         decision = decision._replace(trail=(step, *decision.trail))
-    await Exchange(context, request, parsed, decision).run()
+    await Exchange(RelayedRequest(context, request, parsed, decision)).run()
 
 
 async def relay_post(context: Context, request: Request) -> None:
@@ -18553,7 +18639,7 @@ async def relay_to_native(context: Context, request: Request) -> None:
         parsed = require_model(native.read(request.path, request.query, request.content))
     decision = await decide_native(context, request, parsed.model)
     request.dialect = native
-    await Exchange(context, request, parsed, decision).run()
+    await Exchange(RelayedRequest(context, request, parsed, decision)).run()
 
 
 async def relay_native(context: Context, request: Request) -> None:
@@ -18611,10 +18697,10 @@ async def relay_upload(context: Context, request: Request) -> None:
     decision = decision._replace(instances=decision.instances[:1])
     request.dialect = as_opaque(as_native(request.dialect))
     parsed = ParsedRequest(request.path, request.query, b"")
-    exchange = Exchange(context, request, parsed, decision)
+    relayed = RelayedRequest(context, request, parsed, decision)
     if request.head.method != "HEAD":
-        exchange.upstream_request.upload = Upload(request)
-    await exchange.run()
+        relayed.upload = Upload(request)
+    await Exchange(relayed).run()
 
 
 async def relay_as_it_is(context: Context, request: Request) -> None:
@@ -18630,10 +18716,10 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
         read = await context.work(len(content), read_object, path, request.query, content)
     decision = resolve_server(context.table, urllib.parse.unquote(name), read.model)
     parsed = ParsedRequest(path, request.query, content, model=read.model)
-    exchange = Exchange(context, request, parsed, decision)
-    exchange.record.stream = read.stream
-    exchange.record.note_conversation(read)
-    await exchange.run()
+    relayed = RelayedRequest(context, request, parsed, decision)
+    relayed.record.stream = read.stream
+    relayed.record.note_conversation(read)
+    await Exchange(relayed).run()
 
 
 # ======================================================================================
