@@ -22651,16 +22651,18 @@ def examine(examinations: Sequence[Examination], look: Callable[[Examination], A
 def run_doctor(invocation: Invocation) -> int:
     """Ask servers what they are and what they can, and say what is wrong with them."""
     table = invocation.routes.load()
-    known = {server.url: server for server in table.all_servers()}
-    servers = list(known.values())
-    if invocation.options.urls:
-        servers = []
-        for word in dict.fromkeys(invocation.options.urls):
-            try:
-                url = parse_upstream_url(word)
-            except ValueError as error:
-                raise ConfigError(f"doctor {word!r}: {error}") from None
-            servers.append(known.get(url) or Server(url.without_scheme, url))
+    known = table.all_servers()
+    urls = []
+    for word in invocation.options.urls:
+        try:
+            urls.append(parse_upstream_url(word))
+        except ValueError as error:
+            raise ConfigError(f"doctor {word!r}: {error}") from None
+    servers = [] if urls else known
+    for url in dict.fromkeys(urls):
+        # Several may have one URL, and each its own key.
+        named = [server for server in known if server.url == url]
+        servers += named or [Server(url.without_scheme, url)]
     settings = invocation.settings
     limits = invocation.limits
     examinations = [Examination(server, settings, limits) for server in servers]

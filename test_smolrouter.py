@@ -23931,6 +23931,26 @@ def test_doctor_prints_no_key(capsys: pytest.CaptureFixture[str], tmp_path: path
     assert (pasted.api_key, pasted.headers) == ("k", (("X-Team", "f"),))
 
 
+@each_row("by_url", [False, True])
+def test_doctor_looks_at_both_servers_of_one_url(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, by_url: bool
+) -> None:
+    """Their keys differ."""
+    with Upstream(wants_a_key) as upstream:
+        servers = {n: {"url": upstream.url, "api_key": k} for n, k in BOTH_KEYS.items()}
+        path = tmp_path / "routes.json"
+        path.write_text(json.dumps({"servers": servers}))
+        urls = [upstream.url, f"{upstream.url}/v1"] if by_url else []
+        settings = {"ROUTES_CONFIG": path, "DEFAULT_UPSTREAM": "good"}
+        status, printed = run_doctor(capsys, *urls, **settings)
+    assert (status, row_after(printed, "server", "good")[2]) == (1, "1")
+    assert row_after(printed, "server", "bad")[2] == "-"
+    assert printed.count("another key") == 1
+
+
+BOTH_KEYS = {"good": "the key", "bad": "no key"}
+
+
 def test_doctor_takes_the_models_of_the_routing_file(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
