@@ -15876,6 +15876,51 @@ def test_ollama_reaches_the_right_box(sdk: Sdk, name: str, stream: bool) -> None
     )  # fmt: skip
 
 
+def talk(sdk: Sdk, router: Router, model: str, stream: bool) -> str:
+    """Chat by an official client, and return what the model has said."""
+    method = "chat" if sdk.package == "ollama" else "chat.completions.create"
+    got = sdk.call(router.url, method, model=model, messages=HELLO_MESSAGES, stream=stream)
+    words = []
+    for part in got if stream else [got]:
+        if sdk.package == "ollama":
+            words.append(part.message.content)
+        elif part.choices:
+            words.append((part.choices[0].delta if stream else part.choices[0].message).content)
+    return "".join(filter(None, words))
+
+
+@pytest.mark.parametrize("sdk", (*OPENAI_SDKS, *OLLAMA_SDKS), ids=str)
+@whole_or_streamed
+def test_a_box_that_dies_fails_over_or_by_its_name_and_comes_back(sdk: Sdk, stream: bool) -> None:
+    def lm_studio(received: Received) -> Iterable[Step]:
+        return well_behaved(received, ("qwen/qwen3-8b", "Phi:4b"))
+
+    def is_back() -> bool:
+        return last_request(ollama).model == "Phi:4b"
+
+    package = import_or_skip(sdk.package)
+    error = package.ResponseError if sdk.package == "ollama" else package.InternalServerError
+    ollama, second, third = SwitchableList(ollama_box), Upstream(lm_studio), Upstream(llama_cpp_box)
+    with ollama, second, third:
+        servers = f"ollama={ollama.url} lm-studio={second.url} llama-cpp={third.url}"
+        limits = {**QUICK_LISTS, "model_list_kept": 600}
+        with Router({"SERVERS": servers, "DEFAULT_UPSTREAM": "none"}, limits=limits) as router:
+            listed = {"llama3:latest", "qwen/qwen3-8b", "/models/Gemma-3-Q4.gguf"}
+            assert wait_until(lambda: listed <= known_models(router))
+            assert talk(sdk, router, "Phi:4b", stream)
+            assert last_request(ollama).model == "Phi:4b"
+            ollama.dead = True
+            assert talk(sdk, router, "Phi:4b", stream) == HELLO_ANSWER
+            assert last_request(second).model == "Phi:4b"
+            with pytest.raises(error, match="ollama/llama3:latest") as caught:
+                talk(sdk, router, "llama3:latest", stream)
+            assert caught.value.status_code == 502
+            assert talk(sdk, router, "/models/Gemma-3-Q4.gguf", stream) == HELLO_ANSWER
+            ollama.dead = False
+            assert talk(sdk, router, "llama3:latest", stream)
+            assert wait_until(lambda: talk(sdk, router, "Phi:4b", stream) and is_back())
+
+
 @each_ollama
 def test_ollama_manages_the_box_that_says_what_it_is(sdk: Sdk) -> None:
     router, boxes = three_boxes()
