@@ -4157,7 +4157,9 @@ class Part(NamedTuple):
     value: Any
 
 
-def read_parts(shape: Shape, document: Any, item: Any = None) -> list[Part]:
+def read_parts(
+    shape: Shape, value: Any, item: Any = None, choice: int = 0, path: Path = ()
+) -> list[Part]:
     """Return what a document says, in order, according to its shape.
 
     `{"choices": [{"index": 1, "delta": {"content": "Hi"}, "finish_reason": None}]}`, CHAT_ANSWER
@@ -4165,40 +4167,40 @@ def read_parts(shape: Shape, document: Any, item: Any = None) -> list[Part]:
 
     Members that are missing, null, false or empty say nothing, such as `"done": false`, but an
     empty text is one. What has not the shape that was expected is a part of the kind ODD.
+
+    It calls itself for what stands inside, with the `path` to that: as deep as the shape goes,
+    whatever the depth of the document.
     """
     parts: list[Part] = []
-    # What is still to be looked at. The last one is the next, so that all of a document comes
-    # in order, and no nesting is too deep.
-    stack: list[tuple[Shape, Any, Path, int, Any]] = [(shape, document, (), 0, item)]
-    while stack:
-        shape, value, path, choice, item = stack.pop()
-        if type(shape) is TextOr:
-            shape = shape.kind if isinstance(value, str) else shape.other
-        if type(shape) is ByType and isinstance(value, dict):
+    if type(shape) is TextOr:
+        shape = shape.kind if isinstance(value, str) else shape.other
+    if isinstance(value, dict):
+        if type(shape) is ByType:
             shape = shape.shapes.get(str(value.get("type")), shape.other)
-        elif type(shape) is IfNotNull and isinstance(value, dict):
+        elif type(shape) is IfNotNull:
             shape = shape.other if value.get(shape.member) is None else shape.shape
-        inner = []
-        if type(shape) is dict and isinstance(value, dict):
-            for name, member in value.items():
-                member_shape = shape.get(name) or shape.get(ANY_OTHER)
-                if member_shape and (member or member == ""):
-                    inner.append((member_shape, member, (*path, name), choice, item))
-        elif type(shape) is str:
-            if value != "" or shape == TEXT:
-                parts.append(Part(shape, choice, item, path, value))
-        elif type(shape) is list and isinstance(value, list):
+        if type(shape) is dict:
+            # Most members of a document are in no shape, and are passed over at once.
+            for name in value if ANY_OTHER in shape else filter(shape.__contains__, value):
+                member = value[name]
+                if member or member == "":
+                    member_shape = shape.get(name, OTHER)
+                    parts += read_parts(member_shape, member, item, choice, (*path, name))
+            return parts
+    elif isinstance(value, list):
+        if type(shape) is list:
             for number, element in enumerate(value):
-                inner.append((shape[0], element, (*path, number), choice, number))
-        elif type(shape) is Each and isinstance(value, list):
+                parts += read_parts(shape[0], element, number, choice, (*path, number))
+            return parts
+        if type(shape) is Each:
             for number, element in enumerate(value):
                 index = element.get("index") if isinstance(element, dict) else None
                 which = index if isinstance(index, int) else number
-                inner.append((shape.shape, element, (*path, number), which, item))
-        elif value != "":
-            parts.append(Part(ODD, choice, item, path, value))
-        inner.reverse()
-        stack += inner
+                parts += read_parts(shape.shape, element, item, which, (*path, number))
+            return parts
+    kind = shape if type(shape) is str else ODD
+    if value != "" or kind == TEXT:
+        parts.append(Part(kind, choice, item, path, value))
     return parts
 
 
