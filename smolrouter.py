@@ -1075,10 +1075,12 @@ class Limits:
     hashed_text: int = 2 * KiB
     # So many decisions of the routing are remembered, by model and source host; the one that was
     # used least recently goes. A home has a few dozen of them. Each has a trail with a step for
-    # every rule: with a thousand rules, that makes up to 50 MB. The JSON of a trail is remembered
-    # as well, up to so many steps.
+    # every rule: with a thousand rules, that makes up to 50 MB. The JSON of trails is remembered as
+    # well, of `long_trails` with more than `short_trail` steps: with a thousand rules, each is
+    # 100 KB.
     decisions: int = 256
-    remembered_steps: int = 64
+    short_trail: int = 64
+    long_trails: int = 32
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
     # so much is looked at. Some servers put a traceback beside it, or all of the request.
     error_text: int = 400
@@ -15057,12 +15059,13 @@ class Detail(NamedTuple):
 # The JSON of trails, of attempts without their times and of marks for cut bodies, which are the
 # same for nearly all requests.
 encode_repeated = functools.lru_cache(maxsize=256)(dump_compact)
+encode_long_trail = functools.lru_cache(maxsize=LIMITS.long_trails)(dump_compact)
 
 
 def encode_trail(trail: tuple[Step, ...]) -> str:
-    """Return a trail as JSON. Long ones are not kept: clients choose what they are about."""
-    if len(trail) > LIMITS.remembered_steps:
-        return dump_compact(trail)
+    """Return a trail as JSON."""
+    if len(trail) > LIMITS.short_trail:
+        return encode_long_trail(trail)
     return encode_repeated(trail)
 
 
