@@ -938,7 +938,7 @@ def make_rows(count: int, file: str) -> None:
     request = smolrouter.Request(head, None, None, "::1")
     decision = smolrouter.Decision("m", "m", "default", "failover", (), ())
     template = smolrouter.RequestRecord.of("", request, False, decision)
-    template.data, template.blobs = smolrouter.pack_detail(detail, 16_384)
+    template.data, template.bodies = smolrouter.pack_detail(detail, 16_384)
     template.body_bytes = len(template.data)
     for start_at in range(0, count, 10_000):
         tallies: smolrouter.Tallies = {}

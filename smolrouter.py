@@ -1196,8 +1196,8 @@ class Limits:
     local_server_timeout: float = 0.5
 
     # --- the log ---
-    # Bodies up to this length stand in the database, where the page finds them at once; longer
-    # ones in files, because SQLite is slow with them.
+    # Bodies up to this length, packed where that helps, stand in the database, where the page finds
+    # them at once; longer ones in files, because SQLite is slow with them.
     inline_body: int = 16 * KiB
     # Bodies of running requests and of rows that wait; above it, new ones are cut and marked.
     body_memory: int = 32 * MiB
@@ -14764,6 +14764,21 @@ CREATE TABLE client_rollups (hour, client, model, {", ".join(CLIENT_SUMS)},
     PRIMARY KEY (hour, client, model)) WITHOUT ROWID;
 INSERT INTO client_rollups SELECT timestamp / {HOUR_MS}, client, {COUNTED_MODEL}, {SUM_CLIENTS}
     FROM requests WHERE failed NOTNULL GROUP BY 1, 2, 3""",
+    # A long body that is short when it is packed stands in place of its digest. The octets of a new
+    # detail are added to `storage` by the one who writes it.
+    """
+DROP TRIGGER kept;
+CREATE TRIGGER kept AFTER INSERT ON details
+    WHEN NEW.request_blob NOTNULL OR NEW.response_blob NOTNULL BEGIN
+    UPDATE blobs SET uses = uses + 1 WHERE digest = NEW.request_blob;
+    UPDATE blobs SET uses = uses + 1 WHERE digest = NEW.response_blob; END;
+DROP TRIGGER forgotten;
+CREATE TRIGGER forgotten AFTER DELETE ON details BEGIN
+    UPDATE storage SET bytes = bytes - length(OLD.data)
+        - CASE typeof(OLD.request_blob) WHEN 'blob' THEN length(OLD.request_blob) ELSE 0 END
+        - CASE typeof(OLD.response_blob) WHEN 'blob' THEN length(OLD.response_blob) ELSE 0 END;
+    UPDATE blobs SET uses = uses - 1 WHERE digest = OLD.request_blob;
+    UPDATE blobs SET uses = uses - 1 WHERE digest = OLD.response_blob; END""",
 )
 
 
@@ -14827,10 +14842,18 @@ class Trace:
 
 
 class PackedBody(NamedTuple):
-    """A long body, packed; its digest names the file in which it is kept."""
+    """A long body, packed.
+
+    Its digest names the file in which it is kept; it is "" when the packed body is so short that it
+    stands in the database.
+    """
 
     digest: str
     data: bytes
+
+
+# The long bodies of a request and its answer where there is none, as nearly always.
+NO_BODIES = (None, None)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -14919,7 +14942,7 @@ class RequestRecord:
     # Its detail, as `pack_detail` returns it: heads, trail and short bodies; and the long bodies
     # of request and answer, each None when it is short.
     data: bytes = b""
-    blobs: tuple[PackedBody | None, ...] = (None, None)
+    bodies: tuple[PackedBody | None, ...] = NO_BODIES
 
     @classmethod
     def of(
@@ -15046,6 +15069,10 @@ class RequestRecord:
         is_sse = any(b"data:" in piece for piece in self.pieces[:2])
         mark = b"data:" if is_sse else b"\n"
         return sum(piece.count(mark) for piece in self.pieces)
+
+
+# How many octets the bodies of a record are in memory, and then in the database.
+body_octets = operator.attrgetter("body_bytes")
 
 
 class Detail(NamedTuple):
@@ -15266,9 +15293,11 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
     return Row._make(values)
 
 
-def pack_blob(body: bytes) -> PackedBody:
-    """Pack a long body."""
-    return PackedBody(hashlib.sha256(body).hexdigest(), zlib.compress(body, 1))
+def pack_body(body: bytes, inline_body: int) -> PackedBody:
+    """Pack a long body; up to `inline_body` octets of what comes out need no file."""
+    data = zlib.compress(body, 1)
+    digest = hashlib.sha256(body).hexdigest() if len(data) > inline_body else ""
+    return PackedBody(digest, data)
 
 
 def pack_detail(detail: Detail, inline_body: int) -> tuple[bytes, tuple[PackedBody | None, ...]]:
@@ -15279,29 +15308,33 @@ def pack_detail(detail: Detail, inline_body: int) -> tuple[bytes, tuple[PackedBo
 
     `Detail('{"cut":[false,false]}', b"Hi", b"Yo")`  ->  `2 LF {"cut":[false,false]} LF HiYo`
     """
-    inline = []
-    blobs = []
-    for body in (detail.request, detail.response):
-        is_long = len(body) > inline_body
-        inline.append(b"" if is_long else body)
-        blobs.append(pack_blob(body) if is_long else None)
-    head = f"{len(inline[0])}\n{detail.meta}\n".encode("utf-8", "replace")
-    data = b"".join((head, *inline))
+    request = detail.request
+    response = detail.response
+    long_request = None
+    long_response = None
+    if len(request) > inline_body:
+        long_request = pack_body(request, inline_body)
+        request = b""
+    if len(response) > inline_body:
+        long_response = pack_body(response, inline_body)
+        response = b""
+    head = f"{len(request)}\n{detail.meta}\n".encode("utf-8", "replace")
+    data = head + request + response
     if len(data) >= MIN_PACKED:
         data = zlib.compress(data, 1)
-    return data, tuple(blobs)
+    return data, (long_request, long_response)
 
 
-def unpack_detail(data: bytes, blobs: Sequence[bytes | None]) -> Detail:
-    """Unpack a detail; `blobs` are the packed long bodies, None for one that is not there."""
+def unpack_detail(data: bytes, long_bodies: Sequence[bytes | None]) -> Detail:
+    """Unpack a detail; long bodies come packed, None for one that is not there."""
     # zlib's first octet is an `x`; a length begins with a digit.
     if not data[:1].isdigit():
         data = zlib.decompress(data)
     size, meta, inline = data.split(b"\n", 2)
     bodies = [inline[: int(size)], inline[int(size) :]]
-    for index, blob in enumerate(blobs):
-        if blob:
-            bodies[index] = zlib.decompress(blob)
+    for index, body in enumerate(long_bodies):
+        if body:
+            bodies[index] = zlib.decompress(body)
     return Detail(meta.decode(), bodies[0], bodies[1])
 
 
@@ -15547,11 +15580,11 @@ class BodyFiles:
     """Long bodies as files, packed and named by their digest."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = pathlib.Path(folder)
+        self.folder = folder
 
-    def path(self, digest: str) -> pathlib.Path:
+    def path(self, digest: str) -> str:
         """Return where the file of a body is."""
-        return pathlib.Path(f"{self.folder}/{digest[:2]}/{digest}.z")
+        return f"{self.folder}/{digest[:2]}/{digest}.z"
 
     def keep(self, digest: str, data: bytes) -> None:
         """Keep a packed body, unless it is there: requests share what is the same.
@@ -15560,11 +15593,12 @@ class BodyFiles:
         """
         path = self.path(digest)
         try:
-            if path.stat().st_size == len(data):
+            if os.stat(path).st_size == len(data):
                 return
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
 
     def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
@@ -15575,11 +15609,11 @@ class BodyFiles:
     def forget(self, digest: str) -> None:
         """Delete a body."""
         with contextlib.suppress(OSError):
-            self.path(digest).unlink()
+            os.unlink(self.path(digest))
 
     def older_than(self, moment: float) -> Iterator[str]:
         """Yield the digests of files from before a moment, s since the epoch."""
-        for path in self.folder.glob("??/*.z"):
+        for path in pathlib.Path(self.folder).glob("??/*.z"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < moment:
                     yield path.stem
@@ -15976,12 +16010,7 @@ class Store:
         kept = self.newest_that_fit(records)
         with self.open() as db:
             db.execute("BEGIN IMMEDIATE")
-            self.make_room(db, sum(record.body_bytes for record in kept))
-            for record in kept:
-                for digest, data in filter(None, record.blobs):
-                    db.execute(INSERT_BLOB, (digest, len(data)))
-                    # Also where the table has it already: somebody may have deleted the file.
-                    self.bodies.keep(digest, data)
+            self.make_room(db, sum(map(body_octets, kept)))
             finished = [record.row for record in records]
             rows = [*running, *finished]
             # The smallest id of an hour comes last, and stays.
@@ -15997,6 +16026,30 @@ class Store:
             self.add_tallies(db, tallies)
             self.add_clients(db, finished)
         self.count_transaction(len(rows))
+
+    def write_details(self, db: sqlite3.Connection, records: Sequence[RequestRecord]) -> None:
+        """Write what is kept of finished records beside their rows."""
+        details = []
+        octets = sum(map(body_octets, records))
+        for record in records:
+            bodies: Iterable[str | bytes | None] = NO_BODIES
+            if record.bodies != NO_BODIES:
+                bodies = [self.keep_body(db, body) for body in record.bodies]
+                # What the files have is counted with them.
+                octets -= sum(len(body.data) for body in filter(None, record.bodies) if body.digest)
+            details.append((record.id, record.body_bytes, *bodies, record.data))
+        insert_rows(db, "details", details)
+        # A trigger would do this for each of them, which takes as long as to write it.
+        db.execute("UPDATE storage SET bytes = bytes + ?", (octets,))
+
+    def keep_body(self, db: sqlite3.Connection, body: PackedBody | None) -> str | bytes | None:
+        """Return what the table has of a long body: itself, or the digest that names its file."""
+        if body is None or not body.digest:
+            return body and body.data
+        db.execute(INSERT_BLOB, (body.digest, len(body.data)))
+        # Also where the table has it already: somebody may have deleted the file.
+        self.bodies.keep(body.digest, body.data)
+        return body.digest
 
     def count_transaction(self, rows: int) -> None:
         """Count a transaction; when enough was written, let a thread make a checkpoint."""
@@ -16015,21 +16068,24 @@ class Store:
         )
         self.checkpointer.start()
 
-    def write_files(self, blobs: Sequence[PackedBody | None]) -> None:
+    def write_files(self, bodies: Sequence[PackedBody | None]) -> None:
         """Write the files of long bodies before the transaction, in which others would wait.
 
         A file system may take a millisecond for each. An error is left to the transaction, which
         tries again.
         """
-        long_bodies = list(filter(None, blobs))
-        if not long_bodies or not isinstance(self.bodies, BodyFiles):
+        if bodies == NO_BODIES or not isinstance(self.bodies, BodyFiles):
             return
         with contextlib.suppress(OSError):
-            for digest, data in long_bodies:
-                self.bodies.keep(digest, data)
+            for body in filter(None, bodies):
+                if body.digest:
+                    self.bodies.keep(body.digest, body.data)
 
     def newest_that_fit(self, records: Sequence[RequestRecord]) -> Sequence[RequestRecord]:
         """Return the newest records whose details fit together into MAX_TOTAL_STORAGE_SIZE."""
+        if sum(map(body_octets, records)) <= self.bytes_limit:
+            # As nearly always.
+            return records
         total = 0
         for index in range(len(records) - 1, -1, -1):
             total += records[index].body_bytes
@@ -16124,10 +16180,11 @@ class Store:
         ).fetchone()
         if found is None:
             return Detail()
-        data, *digests = found
-        blobs = [self.bodies.get(digest) if digest else None for digest in digests]
+        data, *kept = found
+        # A text is the digest of a body that is in a file.
+        bodies = [self.bodies.get(body) if isinstance(body, str) else body for body in kept]
         try:
-            return unpack_detail(data, blobs)
+            return unpack_detail(data, bodies)
         except (ValueError, zlib.error):
             return Detail()
 
@@ -16804,8 +16861,8 @@ class RequestLog:
             detail = make_detail(record)
             row = make_row(record, detail)
         if self.store:
-            record.data, record.blobs = pack_detail(detail, self.limits.inline_body)
-            self.store.write_files(record.blobs)
+            record.data, record.bodies = pack_detail(detail, self.limits.inline_body)
+            self.store.write_files(record.bodies)
         if takes_time:
             self.body_budget.spend(time.thread_time() - thread_seconds)
         # In this order: a reader copies the raw bodies, and then looks whether there is a row. If
@@ -16815,8 +16872,8 @@ class RequestLog:
         record.pieces = []
         record.answer_end = b""
         size = len(record.data)
-        for blob in filter(None, record.blobs):
-            size += len(blob.data)
+        for body in filter(None, record.bodies):
+            size += len(body.data)
         self.bytes_released += record.body_bytes - size
         record.body_bytes = size
         if self.spans:
@@ -19812,8 +19869,8 @@ def read_record(record: RequestRecord, encode: Encoder) -> bytes:
         detail = make_detail(raw)
         phase = raw.phase if raw.finished_at is None else "done"
         return encode(detail_document(make_row(raw, detail), detail, phase))
-    blobs = [blob.data if blob else None for blob in record.blobs]
-    return encode(detail_document(record.row, unpack_detail(record.data, blobs)))
+    bodies = [body.data if body else None for body in record.bodies]
+    return encode(detail_document(record.row, unpack_detail(record.data, bodies)))
 
 
 # What names a request in a path: its id, which clients do not know, or what they got in

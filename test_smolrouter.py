@@ -2208,9 +2208,17 @@ class LogFolder:
         """Return all bytes that are on the disk, and those that its compressed parts hold."""
         data = b"".join(f.read_bytes() for f in self.file.parent.rglob("*") if f.is_file())
         packed = [blob.read_bytes() for blob in self.blobs.rglob("*.z")]
-        packed += [row[0] for row in self.select("SELECT data FROM details")]
+        for kept in self.select("SELECT data, request_blob, response_blob FROM details"):
+            packed += [part for part in kept if isinstance(part, bytes)]
         packed = [part for part in packed if not part[:1].isdigit()]
         return data + b"".join(map(zlib.decompress, packed))
+
+    def stored_octets(self) -> int:
+        """Return how many octets of bodies are kept, in the database and in files."""
+        octets = sum(file.stat().st_size for file in self.blobs.rglob("*.z"))
+        for kept in self.select("SELECT data, request_blob, response_blob FROM details"):
+            octets += sum(len(part) for part in kept if isinstance(part, bytes))
+        return octets
 
 
 @pytest.fixture
@@ -2299,6 +2307,8 @@ def make_row(number: int, days: float = 0.0, **more: Any) -> Any:
     return smolrouter.Row(*(values.get(name) for name in smolrouter.Row._fields))
 
 
+# A text that is long also when it is packed.
+NOISE = os.urandom(20_000).hex()
 # What the row of a request that runs does not have yet.
 UNFINISHED = dict.fromkeys(
     ("failed", "status_code", "completed_at", "duration_ms", "prompt_tokens", "completion_tokens")
@@ -2324,7 +2334,7 @@ def make_record(number: int, days: float = 0.0, **more: Any) -> Any:
     row = make_row(number, days, **more)
     record = new_record(number, id=row.id, row=row)
     detail = smolrouter.Detail("{}", b"asked" * 50, os.urandom(300))
-    record.data, record.blobs = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
+    record.data, record.bodies = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
     record.body_bytes = len(record.data)
     return record
 
@@ -16799,14 +16809,14 @@ def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream
     record.attempts = [smolrouter.Attempt(odd, odd, None, odd, 1.0)]
     detail = smolrouter.make_detail(record)
     record.row = smolrouter.make_row(record, detail)
-    record.data, record.blobs = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
+    record.data, record.bodies = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
     line = smolrouter.describe_request(record, record.row)
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ::1 POST ", line)
     store = scratch_store()
     db = store.open()
     store.write([], [record], {})
     (log_folder,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
-    blobs = [blob and blob[1] for blob in record.blobs]
+    blobs = [blob and blob[1] for blob in record.bodies]
     document = smolrouter.detail_document(
         smolrouter.Row._make(log_folder), smolrouter.unpack_detail(record.data, blobs)
     )
@@ -16982,7 +16992,7 @@ def test_many_secrets_of_a_client_are_not_all_looked_for() -> None:
 
 
 def test_long_bodies_are_files_that_requests_share(log_folder: LogFolder) -> None:
-    text = "long " * 10_000
+    text = NOISE
     model = default_upstream().add_script(json_response(completion({}, text)))
     with log_folder.router(MAX_LOG_AGE_DAYS=1) as router:
         for _ in range(3):
@@ -17028,10 +17038,40 @@ def test_long_bodies_are_files_that_requests_share(log_folder: LogFolder) -> Non
     assert list(log_folder.blobs.rglob("*.z")) == []
 
 
+@pytest.mark.parametrize("storage", ["filesystem", "memory"])
+def test_long_bodies_that_are_short_when_packed_need_no_file(
+    log_folder: LogFolder, storage: str
+) -> None:
+    text = "long " * 10_000
+    model = default_upstream().add_script(json_response(completion({}, text)))
+    with log_folder.router(BLOB_STORAGE_TYPE=storage) as router:
+        post_chat(router, model, text)
+        post_chat(router, model, "short")
+        log_folder.wait_for_rows(2)
+    # The answers are two, although they are the same.
+    kept = log_folder.select("SELECT request_blob, response_blob FROM details ORDER BY id")
+    assert [list(map(type, bodies)) for bodies in kept] == [[bytes, bytes], [type(None), bytes]]
+    assert log_folder.select("SELECT count(*) FROM blobs") == [(0,)]
+    assert log_folder.select("SELECT bytes FROM storage") == [(log_folder.stored_octets(),)]
+    assert not log_folder.blobs.exists()
+    with log_folder.router(BLOB_STORAGE_TYPE=storage) as router:
+        for found in get_document(router, "/api/logs"):
+            detail = get_document(router, f"/api/request/{found['id']}")
+            answer = json.loads(detail["response_body"])
+            assert answer["choices"][0]["message"]["content"] == text
+        assert json.loads(detail["request_body"])["messages"][0]["content"] == text
+        exported = request(router.port, "GET", "/api/export").content
+        # In each form in which the export has an answer, and in that of the request.
+        assert exported.count(text.encode()) >= 5
+    with contextlib.closing(sqlite3.connect(log_folder.file)) as db:
+        db.execute("DELETE FROM details")
+        assert db.execute("SELECT bytes FROM storage").fetchall() == [(0,)]
+
+
 def test_bodies_in_memory(log_folder: LogFolder) -> None:
     with log_folder.router(BLOB_STORAGE_TYPE="memory") as router:
-        post_chat(router, "tiny", "long " * 10_000)
-        assert "long long" in wait_for_detail(router, "tiny")["request_body"]
+        post_chat(router, "tiny", NOISE)
+        assert NOISE in wait_for_detail(router, "tiny")["request_body"]
         assert not log_folder.blobs.exists()
     with log_folder.router(BLOB_STORAGE_TYPE="memory") as router:
         assert wait_for_detail(router, "tiny")["request_body"] is None
@@ -17052,15 +17092,14 @@ def test_a_body_over_the_limit_is_cut(log_folder: LogFolder, limit: int) -> None
 
 def test_the_oldest_bodies_make_room(log_folder: LogFolder) -> None:
     limit = 60_000
-    noise = [os.urandom(15_000).hex() for _ in range(8)]
+    # Every second one is so short when it is packed that it stands in the database.
+    noise = [os.urandom(12_000 if number % 2 else 20_000).hex() for number in range(8)]
     with log_folder.router(MAX_TOTAL_STORAGE_SIZE=limit) as router:
         for number, text in enumerate(noise):
             post_chat(router, f"noise-{number}", text)
             log_folder.wait_for_rows(number + 1)
-            files = sum(f.stat().st_size for f in log_folder.blobs.rglob("*.z"))
-            assert (
-                files + log_folder.select("SELECT total(length(data)) FROM details")[0][0] <= limit
-            )
+            assert log_folder.stored_octets() <= limit
+            assert log_folder.select("SELECT bytes FROM storage") == [(log_folder.stored_octets(),)]
         assert noise[7] in wait_for_detail(router, "noise-7")["request_body"]
         assert wait_for_detail(router, "noise-0")["request_body"] is None
         # The bodies have gone, the rows stay.
@@ -17161,7 +17200,7 @@ def test_pages_that_cannot_be_given_back_do_not_keep_the_log_busy(tmp_path: path
 def test_nobody_else_can_read_what_is_kept() -> None:
     shell = ("/bin/sh", "-c", 'umask 022; exec "$0" "$@"', sys.executable)
     with Router({"DEFAULT_UPSTREAM": default_upstream().url}, python=shell) as router:
-        assert post_chat(router, "tiny", "a" * 100_000).status == 200
+        assert post_chat(router, "tiny", NOISE).status == 200
         stored = [router.folder / "requests.db", router.folder / "blob_storage"]
         assert wait_until(lambda: all(path.exists() for path in stored))
         assert wait_until(lambda: [p for p in stored[1].rglob("*") if p.is_file()])
@@ -17792,7 +17831,7 @@ def test_two_routers_share_a_log(log_folder: LogFolder) -> None:
 
         def client(router: Router) -> None:
             for _ in range(30):
-                post_chat(router, "tiny", "y" * 20_000)
+                post_chat(router, "tiny", NOISE)
 
         threads = [threading.Thread(target=client, args=(r,)) for r in (one, two, one, two)]
         for thread in threads:
@@ -17903,12 +17942,12 @@ def test_a_newer_database_is_left_alone(log_folder: LogFolder) -> None:
 
 def test_a_deleted_database_is_made_again(log_folder: LogFolder) -> None:
     with log_folder.router() as router:
-        post_chat(router, "one", "x" * 20_000)
+        post_chat(router, "one", NOISE)
         log_folder.wait_for_rows(1)
         for file in log_folder.file.parent.glob("log.db*"):
             file.unlink()
         shutil.rmtree(log_folder.blobs)
-        assert post_chat(router, "two", "y" * 20_000).status == 200
+        assert post_chat(router, "two", f"{NOISE}yyy").status == 200
         assert log_folder.wait_for_rows(1) == 1
         assert "yyy" in wait_for_detail(router, "two")["request_body"]
         assert log_state(router)["error"] is None
@@ -18126,7 +18165,7 @@ def test_a_burst_with_long_bodies_is_written(log_folder: LogFolder) -> None:
 
         def client(number: int) -> None:
             for turn in range(50):
-                post_chat(router, "tiny", "x" * 20_000, stream=turn % 2 == 0)
+                post_chat(router, "tiny", NOISE, stream=turn % 2 == 0)
 
         map_in_threads(client, range(4), workers=4)
         assert log_folder.wait_for_rows(200) == 200
@@ -18420,7 +18459,7 @@ def test_each_trouble_tells_of_its_own_losses(
 
 
 def test_a_long_body_whose_file_is_gone_is_filed_again(log_folder: LogFolder) -> None:
-    content = b"long " * 10_000
+    content = NOISE.encode()
     with running_log(log_folder) as log:
         log_requests(log, 1, content=content)
         assert log_folder.wait_for_rows(1) == 1
@@ -21912,7 +21951,7 @@ def test_an_export_reads_no_more_than_it_sends_at_once(log_folder: LogFolder) ->
     records = [make_record(number) for number in range(9)]
     for record in records:
         record.data = data
-        record.blobs = blobs
+        record.bodies = blobs
     store.write([], records, {})
     pages = []
     parameters: dict[str, Any] = {}
