@@ -941,7 +941,6 @@ def make_rows(count: int, file: str) -> None:
     template.data, template.bodies = smolrouter.pack_detail(detail, 16_384)
     template.body_bytes = len(template.data)
     for start_at in range(0, count, 10_000):
-        tallies: smolrouter.Tallies = {}
         records = []
         for number in range(start_at, min(start_at + 10_000, count)):
             moment = now - 60 - (count - number) * (week - 3600) / count
@@ -949,8 +948,8 @@ def make_rows(count: int, file: str) -> None:
             record = copy.copy(template)
             record.row = smolrouter.Row(*map(values.get, smolrouter.Row._fields))
             record.id = record.row.id
-            smolrouter.add_row(tallies, record.row)
             records.append(record)
+        tallies = smolrouter.sum_rows(record.row for record in records)
         store.write([], records, tallies)
     store.close()
 

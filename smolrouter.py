@@ -1066,7 +1066,7 @@ class Limits:
     # many octets of the answer's text are taken, and so much of the answer is searched: a model may
     # think for long before it says anything.
     preview: int = 120
-    previewed_text: int = KiB
+    previewed_text: int = 512
     searched_answer: int = MiB
     # Where no client names a conversation, a hash of its beginning does: of so many messages at
     # most, and of so many characters of each. What follows these, such as the time at the end of a
@@ -5082,10 +5082,10 @@ def add_counts(counts: Mapping[bytes, bytes], choices: Iterable[Sequence[bytes]]
 
     `{b"a": b"1", b"b": b"2"}`, `[(b"x",), (b"a", b"b", b"c")]`  ->  3
     """
-    for names in choices:
-        if names[0] in counts:
-            total = 0
-            for name in names:
+    for first, *others in choices:
+        if first in counts:
+            total = int(counts[first])
+            for name in others:
                 total += int(counts.get(name, 0))
             return total
     return None
@@ -5104,7 +5104,8 @@ def read_usage(answer: bytes) -> Usage:
         start = max(0, len(answer) - LIMITS.usage_window)
     window = answer[start : start + 2 * LIMITS.usage_window]
     # A stream of /v1/messages says what the prompt cost at its beginning.
-    if answer.find(b'"input_tokens"', 0, LIMITS.usage_window) >= 0:
+    # No quotes, of which an answer is full: each would be taken for the begin of the name.
+    if answer.find(b"input_tokens", 0, LIMITS.usage_window) >= 0:
         window = answer[: LIMITS.usage_window] + window
     counts = dict(TOKEN_COUNT.findall(window))
     return Usage(
@@ -5502,7 +5503,7 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
 # What a person recognises a request by: how the user's last words begin, and how the answer does.
 
 # What tags of thinking begin with: no filter would change a text without any of these.
-TAG_BEGINNINGS = ("<", "[", "\u25c1")
+TAG_BEGINNING = re.compile("[<[\u25c1]")
 # What agents put around and between the words of their users: Claude Code, Codex and Cline.
 CONTEXT_ELEMENT = re.compile(
     r"\s*<(system-reminder|environment_context|environment_details|user_instructions|"
@@ -5559,7 +5560,7 @@ def read_last_words(protocol: Protocol, document: Mapping[str, Any]) -> str:
     return last
 
 
-def unescape_text(escaped: bytes) -> str:
+def unescape_text(escaped: bytes | bytearray) -> str:
     """Return the text that stands between quotes in JSON, also when its end was cut off.
 
     `b'one\\ntwo\\u00'`  ->  `one LF two`
@@ -5582,8 +5583,7 @@ def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
     """
     text = ""
     for enough in (LIMITS.previewed_text, LIMITS.searched_answer):
-        pieces = []
-        size = 0
+        said = bytearray()
         first_group = None
         for match in pattern.finditer(answer, 0, LIMITS.searched_answer):
             # What another group finds than the first one did is the same text again. A text that
@@ -5591,17 +5591,15 @@ def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
             if not match[match.lastindex]:
                 continue
             first_group = first_group or match.lastindex
-            if match.lastindex != first_group:
-                continue
-            pieces.append(match[first_group])
-            size += len(pieces[-1])
-            if size >= enough:
-                break
-        text = unescape_text(b"".join(pieces)).lstrip()
-        if any(map(text.__contains__, TAG_BEGINNINGS)):
+            if match.lastindex == first_group:
+                said += match[first_group]
+                if len(said) >= enough:
+                    break
+        text = unescape_text(said).lstrip()
+        if TAG_BEGINNING.search(text):
             text, _ = filter_text(text, FilterRules(think=True))
             text = text.lstrip()
-        if len(text) >= LIMITS.preview or size < enough:
+        if len(text) >= LIMITS.preview or len(said) < enough:
             break
     return text
 
@@ -9106,7 +9104,7 @@ def cut_name(text: str) -> str:
     if len(text) > LIMITS.shown_name:
         digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
         text = f"{text[: LIMITS.shown_name - 9]}#{digest}"
-    return replace_surrogates(text)
+    return text if text.isascii() else replace_surrogates(text)
 
 
 class ListedNames(NamedTuple):
@@ -14609,6 +14607,7 @@ COUNTED = (
 # The longest time in ms that each bucket of a histogram counts: 1 ms to 50 min, each 1.4 times
 # the one before. The last bucket counts what is longer, too.
 BUCKET_ENDS = [2 ** (step / 2) for step in range(44)]
+LAST_BUCKET = len(BUCKET_ENDS) - 1
 # The columns of a tally: its sums, the buckets of the durations, and those of the times to the
 # first token (TTFT).
 DURATION_COLUMNS = [f"d{number}" for number in range(len(BUCKET_ENDS))]
@@ -15131,11 +15130,14 @@ def make_detail(record: RequestRecord) -> Detail:
     return Detail(hide_in_text(meta, secrets), request, response)
 
 
-def protocol_path(path: str) -> str:
+# Clients choose how long a target is: a few of them are enough.
+@functools.lru_cache(maxsize=64)
+def protocol_path(target: str) -> str:
     """Return the path by which PROTOCOLS knows the documents of a request.
 
-    `/upstream/gpu/v1/chat/completions`  ->  `/v1/chat/completions`
+    `/upstream/gpu/v1/chat/completions?a=b`  ->  `/v1/chat/completions`
     """
+    path = target.partition("?")[0]
     if not path.startswith("/upstream/"):
         return path
     return "/" + "".join(path.split("/", 3)[3:])
@@ -15154,16 +15156,16 @@ def count_tokens(record: RequestRecord, detail: Detail) -> tuple[Usage, bool]:
     began_well = record.answer_status < 400
     failed = record.status >= 400 and record.status != ClientClosed.status
     # What was only counted has cost nothing either.
-    path = protocol_path(record.path)
-    only_counted = find_protocol(path).answer_member != ""
-    if only_counted or (failed and not began_well):
+    path = protocol_path(record.target)
+    protocol = find_protocol(path)
+    if protocol.answer_member or (failed and not began_well):
         return Usage(), False
     answer = detail.response + record.answer_end
     usage = read_usage(answer)
     if usage.completion is not None or not answer:
         return usage, False
     # Without words of a user there is no transcript to count in.
-    if not find_protocol(path).user_words:
+    if not protocol.user_words:
         return usage, False
     is_estimated = False
     # A prompt of 0 tokens is one that the server has not counted.
@@ -15225,7 +15227,7 @@ def make_preview(record: RequestRecord, detail: Detail) -> tuple[str, str]:
     """Return the beginnings of the user's last words and of the answer."""
     answered = ""
     if detail.response and record.answer_status < 400:
-        answered = read_answer_start(protocol_path(record.path), detail.response)
+        answered = read_answer_start(protocol_path(record.target), detail.response)
     return cut_preview(record.asked, record.secrets), cut_preview(answered, record.secrets)
 
 
@@ -15270,7 +15272,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         record.request_size,
         record.response_size,
         record.status or None,
-        hide_in_text(record.error, record.secrets) or None,
+        hide_in_text(record.error, record.secrets) if record.error else None,
         usage.prompt,
         usage.completion,
         int(is_estimated),
@@ -15409,63 +15411,64 @@ Tallies = dict[tuple[int, str, str, str], Tally]
 
 
 counted_values = operator.attrgetter(*COUNTED)
+client_values = operator.attrgetter("failed", "prompt_tokens", "completion_tokens", "timestamp")
+
+
+def counted_model(row: Row) -> str:
+    """Return the model that a request is counted for, "" when it asked none for an answer."""
+    if row.level is None:
+        return ""
+    return row.sent_model or row.mapped_model
 
 
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
     """Return under what a request is counted: hour, service, model and server."""
-    model = ""
-    if row.level is not None:
-        model = row.sent_model or row.mapped_model
-    return row.timestamp // HOUR_MS, row.service_type, model, row.upstream_url
+    return row.timestamp // HOUR_MS, row.service_type, counted_model(row), row.upstream_url
 
 
-def add_request(
-    tally: Tally,
-    failed: int,
-    prompt_tokens: int | None,
-    completion_tokens: int | None,
-    cached_tokens: int | None,
-    duration_ms: float | None,
-    ttft_ms: float | None,
-) -> None:
-    """Add a request to a tally; its numbers are those of COUNTED."""
-    duration = duration_ms or 0
-    ttft = ttft_ms or 0
-    completion = completion_tokens or 0
-    # A speed needs tokens, counted or estimated, and a time that they took.
-    spoken_ms = max(duration - ttft, 0) if completion else 0
-    spoken_tokens = completion if spoken_ms else 0
-    # Each line is one of SUMS, in their order.
-    tally[0] += 1
-    tally[1] += failed
-    tally[2] += prompt_tokens or 0
-    tally[3] += completion
-    tally[4] += cached_tokens or 0
-    tally[5] += spoken_tokens
-    tally[6] += spoken_ms
-    tally[7] += duration
-    tally[8] += ttft
-    for value, buckets in ((duration_ms, DURATIONS), (ttft_ms, TTFTS)):
-        if value is not None:
-            bucket = min(bisect.bisect_left(BUCKET_ENDS, value), len(BUCKET_ENDS) - 1)
-            tally[buckets.start + bucket] += 1
+def sum_known(numbers: Iterable[float | None]) -> float:
+    """Return the sum of the numbers that are known: 5, None, 2  ->  7."""
+    return sum(filter(None, numbers))
 
 
-def add_row(tallies: Tallies, row: Row) -> None:
-    """Add a request to the tally of its hour, service, model and server."""
-    key = rollup_key(row)
-    tally = tallies.get(key)
-    if tally is None:
-        tally = tallies[key] = [0] * len(TALLY_COLUMNS)
-    add_request(tally, *counted_values(row))
+def make_tally(requests: Iterable[Sequence[Any]]) -> Tally:
+    """Return the tally of one request or more; the numbers of each are those of COUNTED."""
+    failed, prompts, completions, cached, durations, ttfts = zip(*requests, strict=True)
+    spoken_tokens = 0
+    spoken_ms = 0.0
+    for completion, duration, ttft in zip(completions, durations, ttfts, strict=True):
+        # A speed needs tokens, counted or estimated, and a time that they took.
+        if completion and duration and duration > (ttft or 0):
+            spoken_tokens += completion
+            spoken_ms += duration - (ttft or 0)
+    # In the order of TALLY_COLUMNS.
+    tally = [
+        len(failed),
+        sum(failed),
+        sum_known(prompts),
+        sum_known(completions),
+        sum_known(cached),
+        spoken_tokens,
+        spoken_ms,
+        sum_known(durations),
+        sum_known(ttfts),
+    ]
+    for values in (durations, ttfts):
+        buckets = [0] * len(BUCKET_ENDS)
+        for value in values:
+            if value is not None:
+                # What is longer than the last bucket is in it, too.
+                buckets[bisect.bisect_left(BUCKET_ENDS, value, 0, LAST_BUCKET)] += 1
+        tally += buckets
+    return tally
 
 
 def sum_rows(rows: Iterable[Row]) -> Tallies:
     """Return the tallies of some requests."""
-    tallies: Tallies = {}
+    groups: dict[tuple[int, str, str, str], list[Sequence[Any]]] = collections.defaultdict(list)
     for row in rows:
-        add_row(tallies, row)
-    return tallies
+        groups[rollup_key(row)].append(counted_values(row))
+    return {key: make_tally(requests) for key, requests in groups.items()}
 
 
 # --- the database and the files ---
@@ -15602,8 +15605,8 @@ class BodyFiles:
 
     def get(self, digest: str) -> bytes | None:
         """Return a packed body, None when it is not there."""
-        with contextlib.suppress(OSError):
-            return self.path(digest).read_bytes()
+        with contextlib.suppress(OSError), open(self.path(digest), "rb") as file:
+            return file.read()
         return None
 
     def forget(self, digest: str) -> None:
@@ -15709,6 +15712,9 @@ class RowIds:
 
     def number(self, records: Iterable[RequestRecord]) -> None:
         """Give ids to finished records that have stand-ins."""
+        if not self.late:
+            # As nearly always.
+            return
         for record in records:
             if record.id < 0 and self.late:
                 record.id = self.late.popleft()
@@ -15985,20 +15991,26 @@ class Store:
 
     def add_clients(self, db: sqlite3.Connection, rows: Iterable[Row]) -> None:
         """Add some finished requests to the sums of their clients."""
-        sums: dict[tuple[int, str, str], list[int]] = {}
+        groups: dict[tuple[int, str, str], list[Sequence[Any]]] = collections.defaultdict(list)
         for row in rows:
-            hour, _, model, _ = rollup_key(row)
-            client = self.counted_clients.find(db, hour, row.client)
-            key = (hour, client, self.counted_models.find(db, hour, model))
-            if key not in sums:
-                sums[key] = [0] * len(CLIENT_SUMS)
-            numbers = sums[key]
-            numbers[0] += 1
-            numbers[1] += row.failed
-            numbers[2] += row.prompt_tokens or 0
-            numbers[3] += row.completion_tokens or 0
-            numbers[4] = max(numbers[4], row.timestamp)
-        db.executemany(ADD_CLIENT, [(*key, *numbers) for key, numbers in sums.items()])
+            key = (row.timestamp // HOUR_MS, row.client, counted_model(row))
+            groups[key].append(client_values(row))
+        sums = []
+        for (hour, client, model), requests in groups.items():
+            failed, prompts, completions, timestamps = zip(*requests, strict=True)
+            sums.append(
+                (
+                    hour,
+                    self.counted_clients.find(db, hour, client),
+                    self.counted_models.find(db, hour, model),
+                    len(failed),
+                    sum(failed),
+                    sum_known(prompts),
+                    sum_known(completions),
+                    max(timestamps),
+                )
+            )
+        db.executemany(ADD_CLIENT, sums)
 
     def write(
         self, running: Sequence[Row], records: Sequence[RequestRecord], tallies: Tallies
@@ -16017,12 +16029,8 @@ class Store:
             newest_first = sorted(rows, key=operator.attrgetter("id"), reverse=True)
             first_ids = {row.timestamp // HOUR_MS: row.id for row in newest_first}
             db.executemany(ADD_HOUR, first_ids.items())
-            details = []
-            for record in kept:
-                digests = [blob.digest if blob else None for blob in record.blobs]
-                details.append((record.id, record.body_bytes, *digests, record.data))
             insert_rows(db, "requests", rows)
-            insert_rows(db, "details", details)
+            self.write_details(db, kept)
             self.add_tallies(db, tallies)
             self.add_clients(db, finished)
         self.count_transaction(len(rows))
@@ -16293,7 +16301,7 @@ def encode_request_spans(source: FinishedSpan) -> Iterator[dict[str, Any]]:
     row = source.row
     trace = source.trace
     path = row.path.partition("?")[0]
-    operation = find_operation(protocol_path(path))
+    operation = find_operation(protocol_path(row.path))
     begin = row.timestamp
     error = ""
     if row.failed:
@@ -19357,12 +19365,10 @@ def sum_difference(
         f"WHERE {' AND '.join(tests)}",
         {"begin": begin, "end": end, "begin_hour": window.begin_hour, **filters},
     )
-    tallies: dict[str, Tally] = {}
+    groups: dict[str, list[Sequence[Any]]] = collections.defaultdict(list)
     for key, *numbers in rows:
-        if key not in tallies:
-            tallies[key] = [0] * len(TALLY_COLUMNS)
-        add_request(tallies[key], *numbers)
-    return tallies
+        groups[key].append(numbers)
+    return {key: make_tally(requests) for key, requests in groups.items()}
 
 
 def read_tallies(
@@ -19560,11 +19566,11 @@ def count_of_client(db: sqlite3.Connection, window: Window, client: str) -> int:
 
 def tally_points(points: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
     """Return the sums of some points by model."""
-    tallies: dict[str, Tally] = {}
+    counted = operator.itemgetter(*COUNTED)
+    groups: dict[str, list[Sequence[Any]]] = collections.defaultdict(list)
     for point in points:
-        tally = tallies.setdefault(point["model"], [0] * len(TALLY_COLUMNS))
-        add_request(tally, *(point[name] for name in COUNTED))
-    return tallies
+        groups[point["model"]].append(counted(point))
+    return {model: make_tally(requests) for model, requests in groups.items()}
 
 
 def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, Any]) -> Any:
@@ -19810,7 +19816,7 @@ def detail_document(row: Row, detail: Detail, phase: str = "done") -> dict[str, 
     """Return everything about one request."""
     meta = json.loads(detail.meta)
     target = meta.get("target", row.path)
-    path = protocol_path(target.partition("?")[0])
+    path = protocol_path(target)
     response_lines = meta.get("response_headers", [])
     fields = Fields([(name.lower(), name, value) for name, value in response_lines])
     response = detail.response

@@ -20911,7 +20911,6 @@ def router_with_old_log() -> Router:
     log_folder = LogFolder(pathlib.Path(tempfile.mkdtemp(prefix="smol-")))
     AT_SESSION_END.callback(shutil.rmtree, log_folder.file.parent, True)
     store = make_store(log_folder.file.parent)
-    tallies: Any = {}
     rows = []
     for number in range(4000):
         chance = zlib.crc32(b"%d" % number) | 1 << 20
@@ -20927,10 +20926,8 @@ def router_with_old_log() -> Router:
             more |= {"status_code": 404 if number % 20 == 3 else 502, "failed": 1}
         if number % 3 == 0:
             more |= {"service_type": "ollama", "stream": 1, "ttft_ms": 5.0}
-        row = make_row(number, 3 * (1 - number / 4000), **more)
-        smolrouter.add_row(tallies, row)
-        rows.append(row)
-    store.write(rows, [], tallies)
+        rows.append(make_row(number, 3 * (1 - number / 4000), **more))
+    store.write(rows, [], smolrouter.sum_rows(rows))
     store.close()
     router = Router(log_folder.settings)
     AT_SESSION_END.callback(router.kill)
@@ -21364,7 +21361,6 @@ def nearest_rank(values: Iterable[float | None], percent: int) -> float:
 
 def test_percentiles_of_few_requests_are_exact(log_folder: LogFolder) -> None:
     store = make_store(log_folder.file.parent)
-    tallies = {}
     rows = []
     for number in range(60):
         more = {
@@ -21373,8 +21369,7 @@ def test_percentiles_of_few_requests_are_exact(log_folder: LogFolder) -> None:
             "ttft_ms": number / 3 if number % 2 else None,
         }
         rows.append(make_row(number, 0, **more))
-        smolrouter.add_row(tallies, rows[-1])
-    store.write(rows, [], tallies)
+    store.write(rows, [], smolrouter.sum_rows(rows))
 
     def wrong(doc: Mapping[str, Any], some: list[Any]) -> list[str]:
         parts = {
