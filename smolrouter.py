@@ -21662,7 +21662,7 @@ class HTTPServer:
 # `serve` is the router; the other commands look at a configuration, ask a running router or
 # show one off. The environment is read in `main`, and nowhere else. What a command works with
 # is one record, an Invocation. To add a command: a function `run_...(invocation)` whose
-# docstring is its help, its name in COMMANDS, and its own flags in `build_parsers`.
+# docstring is its help, its name in COMMANDS, and its own flags in COMMAND_FLAGS.
 
 EPILOG = """examples:
   smolrouter.py                                  serve with the settings of the environment
@@ -23454,6 +23454,48 @@ def flag_of(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse_flag
 
 
+PAGE_FLAG = {
+    "metavar": "FILE",
+    "help": "serve this page instead",
+    # A command without the flag leaves alone what stands before the command.
+    "default": argparse.SUPPRESS,
+}
+NUMBER_OF_DAYS = flag_of(number_between(0.001, 36500, whole=False))
+NUMBER_OF_SECONDS = flag_of(number_between(0, 3600, whole=False))
+# The flags that a command has besides those of the settings, as `add_argument` takes them.
+COMMAND_FLAGS: Mapping[Callable[[Invocation], int], Mapping[str, dict[str, Any]]] = {
+    run_serve: {"--dashboard": PAGE_FLAG},
+    run_check: {"--ask": {"action": "store_true", "help": "tell how the servers are"}},
+    run_explain: {
+        "model": {"help": "the name that a client would ask for"},
+        "--source-host": {"default": "127.0.0.1", "help": "the client's address"},
+    },
+    run_export: {
+        "--since": {"help": "no older than 30m, 24h, 7d"},
+        "--model": {"help": "of this model alone"},
+        "--client": {"help": "of this client alone"},
+        "--session": {"help": "of this conversation alone"},
+        "--format": {"help": "jsonl (default), csv or openai"},
+        "--all-turns": {
+            "action": "store_true",
+            "help": "with openai: a line for each turn, not the last",
+        },
+    },
+    run_token: {
+        "--subject": {"required": True, "help": "whose token it is"},
+        "--days": {"type": NUMBER_OF_DAYS, "default": 30.0, "help": "how long it is valid (30)"},
+        "--models": {"type": flag_of(parse_globs), "help": "for these alone: 'llama*,gpt-4'"},
+        "--rate": {"type": flag_of(parse_rate), "help": "at most so many requests: 60/m"},
+        "--api-only": {"action": "store_true", "help": "it opens no Web UI"},
+    },
+    run_doctor: {"urls": {"nargs": "*", "metavar": "URL", "help": "ask these instead"}},
+    run_demo: {
+        "--seconds": {"type": NUMBER_OF_SECONDS, "default": 30.0},
+        "--dashboard": PAGE_FLAG,
+    },
+}
+
+
 def settings_parser() -> argparse.ArgumentParser:
     """Return a parser with a flag for every setting; a flag that is not given sets nothing."""
     parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -23471,60 +23513,57 @@ def settings_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Return the parser of each command by its name, and that of the whole command line as ""."""
-    flags = settings_parser()
+class CommandParser:
+    """Stands for the parser of one command, which is built only for a command line that has it.
+
+    Each has a flag for every setting, and so argparse would take 15 ms to build all of them.
+    """
+
+    def __init__(self, run: Callable[[Invocation], int], **options: Any) -> None:
+        self.run = run
+        # What `Parser` is to be called with, such as the name and the help of the command.
+        self.options = options
+
+    def build(self) -> Parser:
+        """Return the parser itself."""
+        parser = Parser(parents=[settings_parser()], allow_abbrev=False, **self.options)
+        for flag, words in COMMAND_FLAGS.get(self.run, {}).items():
+            parser.add_argument(flag, **words)
+        parser.set_defaults(run=self.run)
+        return parser
+
+    def parse_known_args(self, *args: Any) -> tuple[argparse.Namespace, list[str]]:
+        """Parse what stands behind the command, as argparse calls it."""
+        return self.build().parse_known_args(*args)
+
+
+def build_parsers() -> tuple[Parser, dict[str, CommandParser]]:
+    """Return the parser of the whole command line, and that of each command by its name."""
     parser = Parser(
         prog="smolrouter",
-        parents=[flags],
+        parents=[settings_parser()],
         epilog=EPILOG,
         allow_abbrev=False,
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"SmolRouter {__version__}")
+    for flag, words in COMMAND_FLAGS[run_serve].items():
+        parser.add_argument(flag, **words)
     parser.set_defaults(run=run_serve, dashboard="")
-    subparsers = parser.add_subparsers(metavar="command")
+    subparsers = parser.add_subparsers(metavar="command", parser_class=CommandParser)
     commands = {}
     for run in COMMANDS:
         name = run.__name__.removeprefix("run_")
         commands[name] = subparsers.add_parser(
-            name, parents=[flags], help=run.__doc__, description=run.__doc__, allow_abbrev=False
+            name, help=run.__doc__, description=run.__doc__, run=run
         )
-        commands[name].set_defaults(run=run)
-    explain = commands["explain"]
-    export = commands["export"]
-    explain.add_argument("model", help="the name that a client would ask for")
-    explain.add_argument("--source-host", default="127.0.0.1", help="the client's address")
-    export.add_argument("--since", help="no older than 30m, 24h, 7d")
-    export.add_argument("--model", help="of this model alone")
-    export.add_argument("--client", help="of this client alone")
-    export.add_argument("--session", help="of this conversation alone")
-    export.add_argument("--format", help="jsonl (default), csv or openai")
-    export.add_argument(
-        "--all-turns", action="store_true", help="with openai: a line for each turn, not the last"
-    )
-    days = flag_of(number_between(0.001, 36500, whole=False))
-    token = commands["token"]
-    token.add_argument("--subject", required=True, help="whose token it is")
-    token.add_argument("--days", type=days, default=30.0, help="how long it is valid (30)")
-    token.add_argument(
-        "--models", type=flag_of(parse_globs), help="for these alone: 'llama*,gpt-4'"
-    )
-    token.add_argument("--rate", type=flag_of(parse_rate), help="at most so many requests: 60/m")
-    token.add_argument("--api-only", action="store_true", help="it opens no Web UI")
-    seconds = flag_of(number_between(0, 3600, whole=False))
-    commands["demo"].add_argument("--seconds", type=seconds, default=30.0)
-    commands["check"].add_argument("--ask", action="store_true", help="tell how the servers are")
-    commands["doctor"].add_argument("urls", nargs="*", metavar="URL", help="ask these instead")
-    for command in (parser, commands["serve"], commands["demo"]):
-        command.add_argument(
-            "--dashboard", metavar="FILE", help="serve this page instead", default=argparse.SUPPRESS
-        )
-    return {"": parser, **commands}
+    return parser, commands
 
 
-def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[str]) -> None:
+def check_flags(
+    parser: Parser, commands: Mapping[str, CommandParser], words: Sequence[str]
+) -> None:
     """Refuse a flag that does not exist, with the nearest one. Raises ConfigError.
 
     Of `--prot 8080` argparse would only say that there is no command 8080.
@@ -23532,8 +23571,9 @@ def check_flags(parsers: Mapping[str, argparse.ArgumentParser], words: Sequence[
     # Python takes 4 ms to import it.
     import difflib
 
-    command = next((word for word in words if word in parsers), "")
-    known_flags = re.findall(r"--?[a-z][a-z-]*", parsers[command].format_usage())
+    command = next((word for word in words if word in commands), None)
+    usage = commands[command].build().format_usage() if command else parser.format_usage()
+    known_flags = re.findall(r"--?[a-z][a-z-]*", usage)
     previous = ""
     for word in words:
         if word == "--":
@@ -23552,11 +23592,11 @@ def run_command(
     argv: Sequence[str] | None, environ: Mapping[str, str], limits: Limits = LIMITS
 ) -> int:
     """Parse the command line and run its command. Raises ConfigError."""
-    parsers = build_parsers()
+    parser, commands = build_parsers()
     try:
-        options = parsers[""].parse_args(argv)
+        options = parser.parse_args(argv)
     except ConfigError:
-        check_flags(parsers, sys.argv[1:] if argv is None else argv)
+        check_flags(parser, commands, sys.argv[1:] if argv is None else argv)
         raise
     given = Settings.find_given(environ, vars(options))
     settings, mistakes = Settings.read_given(given)
