@@ -121,7 +121,8 @@ def restart_without_syntax_tree() -> None:
     descriptor = share_code(sys._getframe(1).f_code)
     code = "compile(open(__file__, 'rb').read(), __file__, 'exec')"
     if descriptor is not None:
-        code = f"marshal.load(open({descriptor}, 'rb'))"
+        # From a file itself, marshal would read every number and every name by a call of its own.
+        code = f"marshal.loads(open({descriptor}, 'rb').read())"
     # `-c` would look for modules in the working folder, where anything may lie. They are looked
     # for where they are now: with the script, or with -I in Python's own places alone.
     command = (
@@ -21891,7 +21892,6 @@ def return_memory() -> None:
 
 def tune_collector() -> None:
     """Let Python look for garbage in cycles less often, and not at all in what stays."""
-    gc.collect()
     gc.freeze()
     # Rows that wait for the log are many and young, and hardly anything here makes a cycle.
     gc.set_threshold(20_000, 20, 20)
@@ -22051,7 +22051,6 @@ class Router:
         self.server.start()
         self.context.model_lists.refresh_due(self.context.table)
         tune_collector()
-        return_memory()
         self.announce(port)
         if on_ready:
             on_ready(port)
