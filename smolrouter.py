@@ -9326,17 +9326,32 @@ class Server:
         return hash(self.name)
 
 
-class Instance(NamedTuple):
+# What is known of an instance is kept under its server and the name of its model.
+InstanceKey = tuple[UpstreamURL, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
     """A server and the model it is asked for; None keeps the request's name."""
 
     server: Server
     model: str | None = None
 
+    @functools.cached_property
+    def key(self) -> InstanceKey:
+        """Under what it is known. Clients choose the names of models, and keys stay in memory.
+
+        So the name is cut: it may be as long as `Limits.model_name`.
+        """
+        return self.server.url, cut_name(self.model or "")
+
+    @functools.cached_property
+    def name(self) -> str:
+        """What people call it: `gpu/llama3`, or `gpu` where the request names no model."""
+        return f"{self.server.name}/{self.model}" if self.model else self.server.name
+
     def __str__(self) -> str:
-        # A request that names no model has an empty one.
-        if not self.model:
-            return self.server.name
-        return f"{self.server.name}/{self.model}"
+        return self.name
 
 
 class Target(NamedTuple):
@@ -9457,7 +9472,8 @@ class RoutingTable:
         return self.route_by_model and bool(others)
 
 
-class Decision(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decision:
     """Where a request goes, in order, and why; every instance has the model it is asked for.
 
     There are no instances when nothing claims the model and DEFAULT_UPSTREAM is none.
@@ -10464,11 +10480,12 @@ def fill_template(target: Target, match: re.Match[str] | bool) -> Target:
         return target._replace(model=match.expand(target.model))
     if not target.instances:
         return target
-    server, model = target.instances[0]
+    instance = target.instances[0]
     # A rule may leave the name as it is, and an exact name has no groups to put in.
-    if model is None or not isinstance(match, re.Match):
+    if instance.model is None or not isinstance(match, re.Match):
         return target
-    return target._replace(instances=(Instance(server, match.expand(model)),))
+    filled = Instance(instance.server, match.expand(instance.model))
+    return target._replace(instances=(filled,))
 
 
 def find_pin(table: RoutingTable, requested_model: str) -> Instance | None:
@@ -10681,7 +10698,7 @@ def tell_ages(decision: Decision, ages: tuple[int | None, ...]) -> Decision:
     The ages are no part of what `decide` remembers, because they change with each second.
     """
     step = Step(BY_LIST, True, listing_words(decision.instances, ages))
-    return decision._replace(trail=(*decision.trail[:-1], step))
+    return dataclasses.replace(decision, trail=(*decision.trail[:-1], step))
 
 
 def resolve_default(table: RoutingTable, source_host: str) -> Decision:
@@ -13249,10 +13266,6 @@ class Waker:
 # --- requests and health ----------------------------------------------------------------
 
 
-# What is known of an instance is kept under its server and the name of its model.
-InstanceKey = tuple[UpstreamURL, str]
-
-
 @dataclasses.dataclass
 class ServerUse:
     """How many requests run at a server now, and how many have a slot, with whatever models.
@@ -13323,14 +13336,6 @@ class Health:
         """End the cool-down, and forget the failures before it."""
         self.answer()
         self.failures = 0
-
-
-def instance_key(instance: Instance) -> InstanceKey:
-    """Return under which key an instance is known; clients choose the names of models.
-
-    They are cut, because the keys stay in memory: a name may be as long as `Limits.model_name`.
-    """
-    return instance.server.url, cut_name(instance.model or "")
 
 
 def keep_newest(table: dict[Any, Any], key: Any, value: Any, most: int) -> None:
@@ -13415,7 +13420,7 @@ class Upstreams:
 
     def health_of(self, instance: Instance) -> Health:
         """Return the health record of an instance; the table is bounded."""
-        key = instance_key(instance)
+        key = instance.key
         health = self.health.get(key)
         if health is None:
             if len(self.health) >= self.limits.known_instances:
@@ -17317,9 +17322,9 @@ class Context:
                 authorization = self.authorization_of(request)
                 listed = await self.model_lists.get(instance.server, authorization) or []
                 if all(one.name != model for one in listed):
-                    instance = instance._replace(model=without_tag(model))
+                    instance = Instance(instance.server, without_tag(model))
             instances.append(instance)
-        return decision._replace(instances=tuple(instances))
+        return dataclasses.replace(decision, instances=tuple(instances))
 
 
 def send_error(
@@ -17660,7 +17665,7 @@ class Candidate:
         record = self.relayed.record
         elapsed_ms = round((time.monotonic() - self.started_at) * 1000, 1)
         url = self.instance.server.shown_url
-        attempt = Attempt(str(self.instance), url, self.status, error, elapsed_ms)
+        attempt = Attempt(self.instance.name, url, self.status, error, elapsed_ms)
         replaces = self.noted or self.again
         if replaces:
             record.attempts.pop()
@@ -17758,7 +17763,7 @@ class Candidates:
         if self.conversation and self.home is None:
             # Requests of a conversation that begin at once stay together, too.
             self.home = instance
-            self.upstreams.homes.keep(self.conversation, instance_key(instance))
+            self.upstreams.homes.keep(self.conversation, instance.key)
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(self.relayed, instance, health)
         candidate.has_next = bool(self.left)
@@ -17909,7 +17914,7 @@ class Candidates:
         self.conversation = hash_key(self.decision.route, model, session)
         home = self.upstreams.homes.find(self.conversation)
         for instance in self.left:
-            if instance_key(instance) == home and self.upstreams.is_well(instance):
+            if instance.key == home and self.upstreams.is_well(instance):
                 self.home = instance
         if self.home is None:
             return
@@ -17929,7 +17934,7 @@ class Candidates:
         home = candidate.instance
         if self.home in self.left:
             home = self.home
-        self.upstreams.homes.keep(self.conversation, instance_key(home))
+        self.upstreams.homes.keep(self.conversation, home.key)
 
 
 class Answer:
@@ -18509,7 +18514,7 @@ class Exchange:
             return decision
         step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
         self.record.trail = (*self.record.trail, step)
-        return decision._replace(instances=tuple(makers))
+        return dataclasses.replace(decision, instances=tuple(makers))
 
     def note_candidate(self, candidate: Candidate) -> None:
         """Make a candidate the one that counts, in the record, too."""
@@ -18638,7 +18643,7 @@ def decide_kept(context: Context, request: Request, response_id: str) -> Decisio
     if not decision.instances:
         words = f"nobody knows which server made {response_id[:80]!r}"
         raise NotFound(f"{words}, and there is no default (DEFAULT_UPSTREAM is none)")
-    return decision._replace(asks_model=False)
+    return dataclasses.replace(decision, asks_model=False)
 
 
 async def relay_model(context: Context, request: Request) -> None:
@@ -18660,7 +18665,7 @@ async def relay_model(context: Context, request: Request) -> None:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
         decision = resolve_default(context.table, request.source_host)
     if step:
-        decision = decision._replace(trail=(step, *decision.trail))
+        decision = dataclasses.replace(decision, trail=(step, *decision.trail))
     await Exchange(RelayedRequest(context, request, parsed, decision)).run()
 
 
@@ -18697,7 +18702,7 @@ async def decide_native(context: Context, request: Request, model: str) -> Decis
     instances = tuple(instance for instance in decision.instances if instance.server.api == service)
     if not instances:
         instances = (Instance(servers[0], model or None),)
-    return decision._replace(instances=instances)
+    return dataclasses.replace(decision, instances=instances)
 
 
 async def relay_to_native(context: Context, request: Request) -> None:
@@ -18765,7 +18770,7 @@ async def relay_upload(context: Context, request: Request) -> None:
     check_unlimited(request.token)
     decision = await decide_native(context, request, "")
     # It comes once, and so can be sent to one server alone.
-    decision = decision._replace(instances=decision.instances[:1])
+    decision = dataclasses.replace(decision, instances=decision.instances[:1])
     request.dialect = as_opaque(as_native(request.dialect))
     parsed = ParsedRequest(request.path, request.query, b"")
     relayed = RelayedRequest(context, request, parsed, decision)
