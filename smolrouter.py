@@ -6941,13 +6941,12 @@ def model_edit(parsed: ParsedRequest, document: Mapping[str, Any], model: str) -
     """Return the edit that names a model where a request has it, none where it is named so."""
     if not parsed.model or parsed.query_span != (0, 0):
         return {}
-    # A request that names no model may have been given one.
-    named_by = parsed.protocol.model_members[0]
     for name in parsed.protocol.model_members:
-        if document.get(name):
-            named_by = name
-            break
-    return {} if document.get(named_by) == model else {(named_by,): model}
+        named = document.get(name)
+        if named:
+            return {} if named == model else {(name,): model}
+    # It names none, and has been given one.
+    return {(parsed.protocol.model_members[0],): model}
 
 
 def choice_edit(document: Mapping[str, Any], names: ToolNames) -> dict[Path, Any]:
@@ -9218,7 +9217,20 @@ def spread_tools(tools: Iterable[Any]) -> Iterator[Any]:
             yield tool
 
 
-def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> str:
+def encode_tools(tools: Iterable[Any]) -> bytes:
+    """Return the tools of a request, or the first of many, as JSON without anything between them.
+
+    Agents send so many that to encode all of them would take long.
+    """
+    encoded = b""
+    for tool in spread_tools(tools):
+        encoded += encode_json(tool)
+        if len(encoded) >= LIMITS.hashed_text:
+            break
+    return encoded
+
+
+def read_session_key(fields: Fields, protocol: Protocol, document: Mapping[str, Any]) -> str:
     """Return what names the conversation that a request is of, "" where there is none.
 
     It is what the client calls it, in a field or in `prompt_cache_key`. Else it is a hash of the
@@ -9231,18 +9243,12 @@ def read_session_key(fields: Fields, path: str, document: Mapping[str, Any]) -> 
         for value in (*map(fields.get, SESSION_FIELDS), named):
             if isinstance(value, str) and value.strip():
                 return cut_name(value.strip())
-    protocol = find_protocol(path)
     if not protocol.user_words or not document.get(protocol.user_words):
         return ""
-    encoded = b""
-    for tool in spread_tools(list_of(document, "tools")):
-        # Agents send so many that to encode all of them would take long.
-        encoded += encode_json(tool)
-        if len(encoded) >= LIMITS.hashed_text:
-            break
+    tools = encode_tools(list_of(document, "tools")) if "tools" in document else b""
     # Python's own spelling of the texts is unambiguous, too, and takes half the time of JSON.
     beginning = repr((document.get("model"), *read_beginning(protocol, document)))
-    return hashlib.sha256(encoded + beginning.encode()).hexdigest()[:12]
+    return hashlib.sha256(tools + beginning.encode()).hexdigest()[:12]
 
 
 # --- the routing table ------------------------------------------------------------------
@@ -13044,6 +13050,13 @@ class UpstreamResponse:
     What `buffer_next` has read is in `buffered`, and `pump` begins with it.
     """
 
+    # What reads the content, unless all of it came together with the head.
+    reader: ContentReader | None = None
+    # Until the connection is closed or given back to the pool.
+    open = True
+    # Whether another request may follow on the connection, as far as this one is concerned.
+    reusable = True
+
     def __init__(
         self,
         head: ResponseHead,
@@ -13060,15 +13073,11 @@ class UpstreamResponse:
         self.pool = pool
         # Whether its connection ends with the content, so that a cut looks like the end.
         self.ends_by_close = framing is UNTIL_CLOSE
-        # The content if all of it came together with the head, until somebody takes it; and what
-        # reads any other content.
-        self.whole = connection.take_content(framing)
-        self.reader = ContentReader(connection, framing) if self.whole is None else None
         self.buffered: list[bytes] = []
-        # Until the connection is closed or given back to the pool.
-        self.open = True
-        # Whether another request may follow on the connection, as far as this one is concerned.
-        self.reusable = True
+        # The content if all of it came together with the head, until somebody takes it.
+        self.whole = connection.take_content(framing)
+        if self.whole is None:
+            self.reader = ContentReader(connection, framing)
 
     def end(self) -> None:
         """Wait for no more of the content: it has said itself that it is at its end."""
@@ -13569,10 +13578,7 @@ class Upstreams:
         response = None
         try:
             head = await self.receive_head(connection)
-            if head.status < 200:
-                head = await self.receive_final_head(connection, head)
-            framing = head.framing(method)
-            response = UpstreamResponse(head, framing, connection, server, self.pool)
+            response = UpstreamResponse(head, head.framing(method), connection, server, self.pool)
             return response
         except BadGateway:
             raise
@@ -13583,20 +13589,16 @@ class Upstreams:
                 connection.abort()
 
     async def receive_head(self, connection: Connection) -> ResponseHead:
-        """Return the head of the next response, which may be an interim one (1xx)."""
-        data = await connection.read_head(self.limits.response_head)
-        if data is None:
-            raise BadGateway("it closed the connection without an answer")
-        return parse_response_head(data)
-
-    async def receive_final_head(self, connection: Connection, head: ResponseHead) -> ResponseHead:
-        """Return the head of the final response, after that of an interim one."""
-        for _ in range(self.limits.interim_responses):
-            if head.status == 101:
-                raise MalformedMessage("101 Switching Protocols, which nobody asked for")
-            head = await self.receive_head(connection)
+        """Return the head of the response, behind those of interim ones (1xx)."""
+        for _ in range(self.limits.interim_responses + 1):
+            data = await connection.read_head(self.limits.response_head)
+            if data is None:
+                raise BadGateway("it closed the connection without an answer")
+            head = parse_response_head(data)
             if head.status >= 200:
                 return head
+            if head.status == 101:
+                raise MalformedMessage("101 Switching Protocols, which nobody asked for")
         raise MalformedMessage(f"more than {self.limits.interim_responses} interim responses")
 
 
@@ -13713,20 +13715,22 @@ class Slots:
     def enter(self, instance: Instance, takes_slot: bool) -> Health:
         """Count a request that runs at an instance from now on; `leave` is to follow."""
         health = self.upstreams.health_of(instance)
-        use = health.server
         health.running += 1
+        use = health.server
         use.running += 1
-        use.in_slots += takes_slot
+        if takes_slot:
+            use.in_slots += 1
         return health
 
     def leave(self, health: Health, takes_slot: bool) -> None:
         """Count a request that does not run there any more, and let another one run."""
-        use = health.server
         health.running -= 1
+        use = health.server
         use.running -= 1
-        use.in_slots -= takes_slot
-        if self.waiting and takes_slot:
-            self.admit_to(health.server.url)
+        if takes_slot:
+            use.in_slots -= 1
+            if self.waiting:
+                self.admit_to(use.url)
 
     # The queue.
 
@@ -15008,7 +15012,7 @@ class RequestRecord:
 
         To keep it until then, or to read it again, would take more than this does.
         """
-        self.session = read_session_key(self.request_fields, parsed.path, parsed.document)
+        self.session = read_session_key(self.request_fields, parsed.protocol, parsed.document)
         words = read_last_words(parsed.protocol, parsed.document).lstrip()
         # As much as may hold a secret, which is hidden later.
         self.asked = words[: LIMITS.preview + LIMITS.token]
@@ -17372,10 +17376,13 @@ def encode_route_lines(upstream_url: str, model: str, route: str, attempts: int)
 
 
 @remember_short
-def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding, traced: bool) -> str:
-    """Return the field lines for a server: its own, and the client's less what stops here.
+def encode_forwarded_head(
+    head: RequestHead, forwarding: Forwarding, target: str, traced: bool
+) -> bytes:
+    """Return the head for a server, but for what changes each time and the empty line at its end.
 
-    A request that is `traced` has a place of its own in a trace.
+    It has the server's own fields, and the client's less what stops here. A request that is
+    `traced` has a place of its own in a trace.
     """
     server = forwarding.server
     added = list(server.headers)
@@ -17394,7 +17401,9 @@ def encode_forwarded_lines(head: RequestHead, forwarding: Forwarding, traced: bo
     replaced = [name.lower() for name, _ in added]
     if traced:
         replaced.append("traceparent")
-    return encode_field_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
+    lines = encode_field_lines(added + passed_fields(fields, NOT_FORWARDED, replaced))
+    start_line = f"{head.method} {server.url.prefix}{target} HTTP/1.1\r\n"
+    return f"{start_line}{lines}".encode("latin-1", "replace")
 
 
 @remember_short
@@ -17569,45 +17578,49 @@ class Candidate:
         """Send the request, in the dialect that the server speaks, without members it refuses."""
         relayed = self.relayed
         context = relayed.context
+        parsed = relayed.parsed
+        forwarding = self.forwarding
+        changes = self.choose_changes(refused)
+        dialect = relayed.request.dialect
+        encode = dialect.encode if forwarding.native else dialect.encode_openai
+        content = await context.work(len(parsed.content), encode, parsed, changes)
         head = relayed.request.head
-        content = await self.encode_content(refused)
-        lines = encode_forwarded_lines(head, self.forwarding, relayed.record.trace is not None)
-        if relayed.record.trace:
+        trace = relayed.record.trace
+        target = f"{forwarding.path or parsed.path}{encode_query(parsed, changes.model)}"
+        message = encode_forwarded_head(head, forwarding, target, trace is not None)
+        last_lines = ""
+        if trace:
             self.span_id = secrets.token_hex(8)
-            lines += relayed.record.trace.encode_parent(self.span_id)
+            last_lines = trace.encode_parent(self.span_id)
         upload = relayed.upload
         if upload:
-            lines += upload.framing_line()
+            last_lines += upload.framing_line()
         elif content or head.method in ("POST", "PUT", "PATCH"):
-            lines += f"Content-Length: {len(content)}\r\n"
-        server = self.instance.server
-        path = self.forwarding.path or relayed.parsed.path
-        query = encode_query(relayed.parsed, self.model or relayed.parsed.model)
-        start = f"{head.method} {server.url.prefix}{path}{query} HTTP/1.1\r\n{lines}\r\n"
-        message = start.encode("latin-1", "replace") + content
-        self.response = await context.upstreams.send_request(server, head.method, message, upload)
+            last_lines += f"Content-Length: {len(content)}\r\n"
+        message += f"{last_lines}\r\n".encode() + content
+        self.response = await context.upstreams.send_request(
+            forwarding.server, head.method, message, upload
+        )
         if upload and not upload.complete:
             # The rest of the content stands where the next request would.
             relayed.writer.keep_alive = False
         return self.response
 
-    async def encode_content(self, refused: frozenset[AddedMember]) -> bytes:
-        """Return the content for the server, and note what was changed in it."""
+    def choose_changes(self, refused: frozenset[AddedMember]) -> RequestChanges:
+        """Return what is changed in the content for the server; what comes of it is noted here."""
         relayed = self.relayed
         parsed = relayed.parsed
         forwarding = self.forwarding
-        dialect = relayed.request.dialect
         self.hide_usage = (
             forwarding.may_ask_for_usage
             and parsed.stream
             and not parsed.wants_usage
             and USAGE_MEMBER not in refused
         )
-        self.changes = words = []
+        self.changes = relayed.record.changes = words = []
         self.added = added = []
-        relayed.record.changes = words
-        changes = RequestChanges(
-            model=self.model or parsed.model,
+        return RequestChanges(
+            model=self.instance.model or parsed.model,
             no_think=relayed.context.settings.disable_thinking,
             include_usage=self.hide_usage,
             strip_attribution=forwarding.strips_attribution,
@@ -17617,8 +17630,6 @@ class Candidate:
             refused=refused,
             note_added=added.append,
         )
-        encode = dialect.encode if forwarding.native else dialect.encode_openai
-        return await relayed.context.work(len(parsed.content), encode, parsed, changes)
 
     # How it has fared.
 
@@ -17747,11 +17758,11 @@ class Candidates:
     def take(self) -> Candidate | None:
         """Return the next instance that may run now, None without one."""
         self.give_back()
-        left = self.left[:1] if self.home_wait else self.left
-        for index, instance in enumerate(left):
-            if self.slots.may_run(instance.server, self.takes_slot):
-                del self.left[index]
-                return self.begin(instance, self.slots.enter(instance, self.takes_slot))
+        slots = self.slots
+        for instance in self.left[:1] if self.home_wait else self.left:
+            if slots.may_run(instance.server, self.takes_slot):
+                self.left.remove(instance)
+                return self.begin(instance, slots.enter(instance, self.takes_slot))
         return None
 
     def begin(self, instance: Instance, health: Health) -> Candidate:
@@ -17766,7 +17777,8 @@ class Candidates:
             self.upstreams.homes.keep(self.conversation, instance.key)
         self.upstreams.note_turn(self.decision, instance)
         candidate = Candidate(self.relayed, instance, health)
-        candidate.has_next = bool(self.left)
+        if self.left:
+            candidate.has_next = True
         if self.asleep or self.woken:
             candidate.has_next = candidate.has_next or self.can_wake() or self.may_start(instance)
             candidate.again = instance == self.woken and self.last_status is not None
@@ -17959,6 +17971,7 @@ class Answer:
         self.record = candidate.relayed.record
         self.writer = candidate.relayed.writer
         self.log = candidate.relayed.context.log
+        self.coding = read_coding(candidate.response.head.fields)
 
     # How it begins.
 
@@ -17970,7 +17983,7 @@ class Answer:
         response = self.response
         head = response.head
         is_miscalled = head.status < 400 and head.media_type in MISCALLED_STREAMS
-        if not is_miscalled or read_coding(head.fields):
+        if not is_miscalled or self.coding:
             return
         start = b""
         while begins_like_events(start) is None:
@@ -18050,9 +18063,8 @@ class Answer:
         record = self.record
         response = self.response
         self.note_relayed()
-        self.keep_home()
         rewriter = self.rewriter = self.choose_rewriter()
-        if rewriter:
+        if rewriter and self.coding:
             self.inflater = self.choose_inflater(rewriter)
         closed = response.ends_by_close
         try:
@@ -18077,12 +18089,13 @@ class Answer:
         self.finish(tail)
 
     def note_relayed(self) -> None:
-        """Note in the record that it is relayed, in place of one that has broken off."""
+        """Note that it is relayed, in the record in place of one that has broken off."""
         head = self.response.head
         record = self.record
         record.response_fields = head.fields
         record.answer_status = head.status
         self.log.drop_answer(record)
+        self.keep_home()
         # A stream's events are looked at by its rewriter.
         if head.status >= 400 or self.response.media_type == "application/json":
             self.longest_error = self.relayed.context.limits.error_content
@@ -18100,8 +18113,8 @@ class Answer:
         response = self.response
         # The client may have got a head and pings.
         begun = self.writer.started
-        coding = read_coding(response.head.fields)
-        if coding and coding not in CODINGS and forwarding.native and not begun:
+        is_unknown = self.coding != "" and self.coding not in CODINGS
+        if is_unknown and forwarding.native and not begun:
             return None
         plan = AnswerPlan(
             parsed=parsed,
@@ -18121,20 +18134,16 @@ class Answer:
         )
         return choose_rewriter(plan, response.head.status, response.media_type)
 
-    def choose_inflater(self, rewriter: Rewriter) -> Inflater | None:
+    def choose_inflater(self, rewriter: Rewriter) -> Inflater:
         """Return what takes its content coding off for a rewriter. Raises BadGateway."""
-        head = self.response.head
-        coding = read_coding(head.fields)
-        if not coding:
-            return None
-        if coding not in CODINGS:
+        if self.coding not in CODINGS:
             raise BadGateway(
-                f"the answer (status {head.status}) has the content coding "
-                f"{coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
+                f"the answer (status {self.response.head.status}) has the content coding "
+                f"{self.coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
             )
         # A stream may decode to any length, because no more than an event of it is in memory.
         longest = self.relayed.context.limits.decoded_answer if rewriter.buffers else math.inf
-        return Inflater(coding, longest)
+        return Inflater(self.coding, longest)
 
     def forward(self, data: bytes) -> None:
         """Pass a piece of it on, or keep it back, as its rewriter says."""
@@ -18235,18 +18244,17 @@ class Answer:
             return True
         if self.record.pieces_size > LIMITS.empty_answer:
             return False
-        return bool(read_coding(self.response.head.fields)) or may_lack_room(self.record.answer)
+        return self.coding != "" or may_lack_room(self.record.answer)
 
     async def look_for_cut(self) -> None:
         """Note whether the server has cut the prompt."""
         relayed = self.relayed
         context = relayed.context
-        coding = read_coding(self.response.head.fields)
         answer = self.record.answer
         if isinstance(self.rewriter, BufferedRewrite) and self.rewriter.content:
             answer = bytes(self.rewriter.content)
-        elif coding:
-            answer = decode_content(answer, coding, context.limits.decoded_answer)
+        elif self.coding:
+            answer = decode_content(answer, self.coding, context.limits.decoded_answer)
         context_length = None
         if relayed.has_long_prompt:
             context_length = context.model_lists.context_length_of(self.candidate.instance)
@@ -18542,9 +18550,8 @@ class Exchange:
         # The only instance is not left for another one, and when an answer began that comes as a
         # whole, nobody is told. So there is nothing to look for.
         if parsed.stream or not candidate.is_only or protocol.keeps_answers:
-            coding = read_coding(response.head.fields)
             limits = self.context.limits
-            answer.opening = Opening(protocol, response.media_type, coding, limits)
+            answer.opening = Opening(protocol, response.media_type, answer.coding, limits)
         if not candidate.is_only:
             await answer.find_opening()
         candidate.note_response()

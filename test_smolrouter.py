@@ -10740,7 +10740,9 @@ SESSION_DOCUMENT = {"model": "m", "tools": [{"name": "f"}], "messages": SESSION_
 
 def session_key(changes: Mapping[str, Any], path: str = CHAT) -> str:
     """Return the session key of a request like SESSION_DOCUMENT, with these changes."""
-    return smolrouter.read_session_key(smolrouter.Fields([]), path, {**SESSION_DOCUMENT, **changes})
+    protocol = smolrouter.find_protocol(path)
+    document = {**SESSION_DOCUMENT, **changes}
+    return smolrouter.read_session_key(smolrouter.Fields([]), protocol, document)
 
 
 def test_session_keys() -> None:
@@ -10795,9 +10797,9 @@ def test_session_keys_do_not_depend_on_the_line_of_claude_code() -> None:
 def test_session_keys_that_clients_give() -> None:
     def key_of(changes: Mapping[str, Any] = {}, **fields: str) -> str:
         lines = [(name.replace("__", "-"), name, value) for name, value in fields.items()]
-        return smolrouter.read_session_key(
-            smolrouter.Fields(lines), "/v1/embeddings", {"input": "Hi", **changes}
-        )
+        protocol = smolrouter.find_protocol("/v1/embeddings")
+        document = {"input": "Hi", **changes}
+        return smolrouter.read_session_key(smolrouter.Fields(lines), protocol, document)
 
     # Nothing is said of a conversation where there is none.
     assert key_of() == ""
