@@ -8964,6 +8964,37 @@ def test_the_log_keeps_that_line() -> None:
     assert default_upstream().requests_for(model)[-1].content == encode_json(body)
 
 
+# The name of Anthropic's own server leads here.
+RESOLVE_ANTHROPIC = """
+import _socket
+look_up = _socket.getaddrinfo
+def find(host, *args, **named):
+    return look_up("127.0.0.1" if host == "api.anthropic.com" else host, *args, **named)
+_socket.getaddrinfo = find
+"""
+
+
+def test_that_line_reaches_anthropic_as_it_is_and_nobody_else() -> None:
+    with Upstream(lambda received: json_response({"content": []})) as upstream:
+        servers = {"own": upstream.url, "claude": f"http://api.anthropic.com:{upstream.port}"}
+        routes = [{"match": {"model": name}, "route": {"upstream": name}} for name in servers]
+        table = {"servers": servers, "routes": routes}
+        with Router({"DEFAULT_UPSTREAM": "none"}, table, prepare=RESOLVE_ANTHROPIC) as router:
+            for name, number in (("own", 1), ("claude", 2)):
+                sent = []
+                for value in ("00000", "a1b2c"):
+                    system = [
+                        {"type": "text", "text": BILLING % value},
+                        {"type": "text", "text": "Y"},
+                    ]
+                    body = {"model": name, "system": system, "messages": HELLO_MESSAGES}
+                    sent.append(encode_json(body))
+                    assert request(router.port, "POST", ANTHROPIC, sent[-1]).status == 200
+                got = [received.content for received in upstream.requests_for(name)]
+                assert len(set(got)) == number
+                assert (got == sent) == (name == "claude")
+
+
 def test_hosts_under_a_domain() -> None:
     for url, expected in (
         ("https://api.anthropic.com", True),
