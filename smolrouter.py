@@ -24397,11 +24397,13 @@ function modelNode(row) {
 }
 const REASONS = {client_closed: "client left", cancelled: "stopped", interrupted: "interrupted"};
 const PHASES = {queued: "queued", waking: "waking", waiting: "waiting", streaming: "streaming"};
+/** What the lanes know of a request that runs. */
+const laneRow = id => app.running.find(row => row.id === id);
 /** How a request ended: a kind, a sign and words, the reason before the code. */
 function outcomeOf(row) {
   const {status_code: status, failed, is_inflight: runs, error_message: error} = row;
   const lost = (row.attempts ?? []).slice(0, -1).filter(hasFailed).length;
-  if (runs) return ["busy", "…", PHASES[row.phase] ?? "running"];
+  if (runs) return ["busy", "…", PHASES[row.phase ?? laneRow(row.id)?.phase] ?? "running"];
   if (status === 499) return ["warn", "⚠", REASONS[error] ?? error ?? "client left"];
   if (failed) return [status === 429 ? "warn" : "bad", status === 429 ? "⚠" : "✕",
     REASONS[error] ?? error ?? `status ${status ?? "unknown"}`];
@@ -24562,8 +24564,16 @@ function showLanes(rows) {
   }));
   arrange(byId("lanes"), rows.length ? [...app.lanes.values()].map(lane => lane.element)
     : [node("p.quiet", "Nothing is running now.")]);
+  showPhases();
   showStrip();
   tick();
+}
+/** Say in the table, too, what those rows do that are shown as running. */
+function showPhases() {
+  for (const row of app.running) {
+    const cell = `#rows [data-id="${Number(row.id)}"] .c-status .is-busy`;
+    document.querySelector(cell)?.replaceWith(outcomeNode({...row, is_inflight: true}));
+  }
 }
 /** Remember how fast a lane's tokens come: over the last three seconds or so. */
 function rateOf(lane, row, now) {

@@ -22129,6 +22129,16 @@ def test_what_the_page_looks_for_by_itself_has_no_row(log_folder: LogFolder) -> 
         assert paths == [CHAT, "/v1/models?mine"]
 
 
+def test_a_refusal_of_the_page_has_a_row(log_folder: LogFolder) -> None:
+    """Anybody can say that the page asks."""
+    settings = {"API_SECURITY": "ALWAYS_AUTH", "JWT_SECRET": SECRET}
+    with log_folder.router(**settings) as router:
+        page = [("Sec-Fetch-Site", "same-origin")]
+        assert request(router.port, "GET", "/v1/models", fields=page).status == 401
+        (row,) = wait_until(lambda: get_document(router, "/api/logs"))
+        assert (row["path"], row["status_code"]) == ("/v1/models", 401)
+
+
 def test_a_flood_of_refused_requests_is_counted(log_folder: LogFolder) -> None:
     refused = encode_request("POST", CHAT, b"{")
     with log_folder.router() as router:
@@ -25075,6 +25085,34 @@ def test_running_requests_grow_and_stop(tab: Any) -> None:
         gates[1].set()
     wait_text(tab, "#rows tbody tr", "⚠ stopped")
     assert wait_until(lambda: default_upstream().connection_of(name).closed)
+
+
+def test_a_row_says_what_its_lane_says(tab: Any) -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
+        gate.wait(PATIENCE)
+        yield from encode_chunks(b"".join(map(encode_event, (TWO_WORDS[1], FINISH, "[DONE]"))))
+
+    def row_says(name: str, words: str) -> bool:
+        cell = tab.locator(f"#rows tbody tr:has-text('{name}') .c-status")
+        return wait_until(lambda: cell.count() == 1 and cell.text_content() == f"… {words}")
+
+    names = [default_upstream().add_script(script) for _ in range(2)]
+    servers = {"servers": {"one": {"url": default_upstream().url, "slots": 1}}}
+    router = shared_router({"DEFAULT_UPSTREAM": "one"}, servers)
+    tab.goto(router.url)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(post_chat, router, names[0], stream=True)]
+        wait_text(tab, ".lane", "streaming")
+        calls.append(pool.submit(post_chat, router, names[1], stream=True))
+        wait_text(tab, "#lanes", "queued")
+        is_said = row_says(names[0], "streaming") and row_says(names[1], "queued")
+        gate.set()
+        assert is_said and [call.result().status for call in calls] == [200, 200]
+    wait_text(tab, "#lanes", "Nothing is running")
+    assert wait_until(lambda: tab.locator("#rows tbody .is-busy").count() == 0)
 
 
 def test_request_that_runs_is_updated(tab: Any) -> None:
