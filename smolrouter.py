@@ -3451,20 +3451,38 @@ def one_of(tags: Iterable[str]) -> list[Sequence[Sequence[str]]]:
 OUTSIDE_TAGS = [
     *HARMONY_HEADERS, *one_of(HARMONY_ENDS), *one_of(THINK_TAGS), *one_of(THINK_TAGS.values())
 ]  # fmt: skip
-TAG = compile_tags(*OUTSIDE_TAGS)
-# Where visible text is looked at: tags, and what begins and ends code.
-TAG_OR_CODE = re.compile(rf"\n|``*|~~*|{TAG.pattern}")
-CLOSING = compile_tags(*one_of(THINK_TAGS.values()))
-CUT_CLOSING = compile_cut_tag(*one_of(THINK_TAGS.values()))
 
 
-@functools.lru_cache(maxsize=1)
+# These patterns are the longest ones of the file. Each is compiled when it is needed first, so that
+# no start waits for it.
+@functools.cache
+def any_tag() -> re.Pattern[str]:
+    """Return what finds one of OUTSIDE_TAGS."""
+    return compile_tags(*OUTSIDE_TAGS)
+
+
+@functools.cache
+def tag_or_code() -> re.Pattern[str]:
+    """Return what finds what counts in visible text: tags, and what begins and ends code."""
+    return re.compile(rf"\n|``*|~~*|{any_tag().pattern}")
+
+
+@functools.cache
 def cut_tag() -> re.Pattern[str]:
-    """Return what finds a tag of OUTSIDE_TAGS that is cut off at the end of a text.
-
-    It takes longer to compile than all other patterns together, and so no start waits for it.
-    """
+    """Return what finds a tag of OUTSIDE_TAGS that is cut off at the end of a text."""
     return compile_cut_tag(*OUTSIDE_TAGS)
+
+
+@functools.cache
+def closing_tag() -> re.Pattern[str]:
+    """Return what finds a tag that closes a block of thinking."""
+    return compile_tags(*one_of(THINK_TAGS.values()))
+
+
+@functools.cache
+def cut_closing_tag() -> re.Pattern[str]:
+    """Return what finds such a tag that is cut off at the end of a text."""
+    return compile_cut_tag(*one_of(THINK_TAGS.values()))
 
 
 # A longer text is looked at in pieces of this length.
@@ -3490,12 +3508,20 @@ def make_block(*closings: str, **more: Any) -> Block:
 
 NEXT_MESSAGE = ("<|start|>", "<|channel|>")
 ENDS_OF_MESSAGE = (*HARMONY_ENDS, "<|call|>", *NEXT_MESSAGE)
-BLOCKS = {opening: make_block(closing) for opening, closing in THINK_TAGS.items()}
-BLOCKS["<|channel>thought"] = make_block(
-    "<channel|>", "<|channel>thought", header="<|channel>thought"
-)
-BLOCKS["analysis"] = make_block(*ENDS_OF_MESSAGE, begins=NEXT_MESSAGE)
-BLOCKS["call"] = BLOCKS["analysis"]._replace(shown=True)
+
+
+@functools.cache
+def block_of(opening: str) -> Block:
+    """Return what is looked for in the block that a tag opens, or a message of harmony's."""
+    if opening == "analysis":
+        return make_block(*ENDS_OF_MESSAGE, begins=NEXT_MESSAGE)
+    if opening == "call":
+        return block_of("analysis")._replace(shown=True)
+    if opening == "<|channel>thought":
+        return make_block("<channel|>", opening, header=opening)
+    return make_block(THINK_TAGS[opening])
+
+
 # How each tag is spelled above, by its lower case: models write some of them in any case.
 KNOWN_TAGS = {tag.lower(): tag for tag in (*THINK_TAGS, *THINK_TAGS.values(), *HARMONY_ENDS)}
 
@@ -3707,10 +3733,10 @@ class ThinkFilter:
 
     def hold(self, text: str, last: bool) -> str:
         """Hold back what may have been thought; return what is to be looked at like any other."""
-        closing = CLOSING.search(text)
+        closing = closing_tag().search(text)
         stripped = text.lstrip(WHITE_SPACE)
-        if not self.held and not CLOSING.match(stripped):
-            if TAG.match(stripped):
+        if not self.held and not closing_tag().match(stripped):
+            if any_tag().match(stripped):
                 # The model opens its blocks itself.
                 self.held = None
                 return text
@@ -3731,7 +3757,7 @@ class ThinkFilter:
             text = "".join([*self.held, text])
             self.held = None
             return text
-        cut = CUT_CLOSING.search(text, max(0, len(text) - LONGEST_TAG))
+        cut = cut_closing_tag().search(text, max(0, len(text) - LONGEST_TAG))
         end = cut.start() if cut else len(text)
         self.pending = text[end:]
         self.held.append(text[:end])
@@ -3766,7 +3792,7 @@ class ThinkFilter:
     def feed_visible(self, text: str, at: int, last: bool) -> int:
         """Look at a text from some place outside of blocks; return where to go on."""
         while self.block is None:
-            token = TAG_OR_CODE.search(text, at)
+            token = tag_or_code().search(text, at)
             if token is None:
                 self.show_rest(text, at, last)
                 return len(text)
@@ -3887,7 +3913,7 @@ class ThinkFilter:
         """Open a block, or do what else a tag says that counts."""
         known = KNOWN_TAGS.get(tag.lower(), "")
         if known in THINK_TAGS:
-            self.block = BLOCKS[known]
+            self.block = block_of(known)
         elif known in HARMONY_ENDS:
             if not self.harmony:
                 self.show(tag)
@@ -3900,12 +3926,12 @@ class ThinkFilter:
             return
         elif "to=" in tag:
             self.show(tag)
-            self.block = BLOCKS["call"]
+            self.block = block_of("call")
         elif "<|channel|>final" in tag or "<|channel|>" not in tag:
             self.harmony = True
             self.skips_space = not self.head
         else:
-            self.block = BLOCKS["analysis"]
+            self.block = block_of("analysis")
         self.blocks = True
 
 
