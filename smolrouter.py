@@ -21951,7 +21951,9 @@ def handle_signal(name: str, handler: Callable[[], None]) -> None:
 class Router:
     """The whole program, running: started and stopped by the command line."""
 
-    def __init__(self, invocation: Invocation, listeners: list[socket.socket]) -> None:
+    def __init__(
+        self, invocation: Invocation, table: RoutingTable, listeners: list[socket.socket]
+    ) -> None:
         settings = invocation.settings
         limits = invocation.limits
         self.settings = settings
@@ -21971,7 +21973,7 @@ class Router:
         self.context = Context(
             settings=settings,
             limits=limits,
-            table=self.routes.load(),
+            table=table,
             upstreams=upstreams,
             slots=slots,
             model_lists=ModelLists(upstreams),
@@ -21980,7 +21982,7 @@ class Router:
             via=f"1.1 smolrouter-{secrets.token_hex(6)}",
             dashboard_file=invocation.options.dashboard,
         )
-        slots.set_table(self.context.table)
+        slots.set_table(table)
         self.server = HTTPServer(Application(self.context), listeners, tls_context)
 
     def reload(self) -> None:
@@ -22145,19 +22147,16 @@ def answers_locally(port: int, limits: Limits) -> bool:
     return True
 
 
-def look_for_servers(invocation: Invocation) -> Invocation:
-    """Return an invocation with the servers of this machine, if nobody has named any.
+def look_for_servers(invocation: Invocation, default: Server) -> Invocation:
+    """Return an invocation with the servers of this machine, unless the default one is there.
 
-    A newcomer has one of the usual servers on the machine, and starts the router to see what it
-    does. What is found counts until the router ends: whoever has read how to name it, will.
+    That is done when nobody has said where requests go. A newcomer has one of the usual servers on
+    the machine, and starts the router to see what it does. What is found counts until the router
+    ends: whoever has read how to name it, will.
     """
     settings = invocation.settings
     limits = invocation.limits
-    table = invocation.routes.load()
-    is_named = "default_upstream" in invocation.given or table.servers
-    if is_named or table.aliases or table.rules:
-        return invocation
-    if table.default is None or answers_locally(table.default.url.port, limits):
+    if answers_locally(default.url.port, limits):
         return invocation
     found = []
     for name, port in zip(LOCAL_SERVERS, limits.local_ports, strict=False):
@@ -22177,7 +22176,11 @@ def look_for_servers(invocation: Invocation) -> Invocation:
 
 def run_serve(invocation: Invocation) -> int:
     """Serve until SIGTERM or Ctrl-C."""
-    invocation = look_for_servers(invocation)
+    table = invocation.routes.load()
+    is_named = "default_upstream" in invocation.given or table.servers
+    if table.default and not (is_named or table.aliases or table.rules):
+        invocation = look_for_servers(invocation, table.default)
+        table = invocation.routes.load()
     listeners = open_port(invocation.settings, invocation.limits)
     if not listeners:
         return 1
@@ -22188,7 +22191,7 @@ def run_serve(invocation: Invocation) -> int:
     with contextlib.suppress(ValueError, RuntimeError):
         threading.stack_size(STACK_SIZE)
     loop = asyncio.new_event_loop()
-    status = loop.run_until_complete(Router(invocation, listeners).run())
+    status = loop.run_until_complete(Router(invocation, table, listeners).run())
     # A usual exit would wait for the threads: for a full stderr, for example.
     os._exit(status)
 
@@ -23434,7 +23437,7 @@ async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
     if not listeners:
         return 1
     of_demo = dataclasses.replace(invocation, settings=settings, given={}, routes=routes)
-    router = Router(of_demo, listeners)
+    router = Router(of_demo, routes.load(), listeners)
 
     def begin(port: int) -> None:
         # What the start has to say is printed by the same thread, and so stands above.
