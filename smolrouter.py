@@ -124,9 +124,10 @@ def restart_without_syntax_tree() -> None:
         # From a file itself, marshal would read every number and every name by a call of its own.
         code = f"marshal.loads(open({descriptor}, 'rb').read())"
     # `-c` would look for modules in the working folder, where anything may lie. They are looked
-    # for where they are now: with the script, or with -I in Python's own places alone.
+    # for where they are now: with the script, or with -I in Python's own places alone. What a start
+    # makes is hardly ever garbage, and so nobody looks for any until `tune_collector`.
     command = (
-        f"import marshal, sys; sys.path[0] = {sys.path[0]!r}; del sys.argv[0]; "
+        f"import gc, marshal, sys; gc.disable(); sys.path[0] = {sys.path[0]!r}; del sys.argv[0]; "
         f"__file__ = sys.argv[0]; exec({code})"
     )
     try:
@@ -152,7 +153,6 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
-import csv
 import dataclasses
 import datetime
 import errno
@@ -19998,6 +19998,9 @@ def csv_cell(value: Any) -> Any:
 
 def csv_line(values: Iterable[Any]) -> str:
     """Return a line of a table."""
+    # Only an export needs it.
+    import csv
+
     table = io.StringIO()
     # A cell is quoted when it has a character of the line's end in it.
     csv.writer(table, lineterminator="\r\n").writerow(map(csv_cell, values))
@@ -21933,6 +21936,7 @@ def tune_collector() -> None:
     gc.freeze()
     # Rows that wait for the log are many and young, and hardly anything here makes a cycle.
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 def handle_signal(name: str, handler: Callable[[], None]) -> None:
