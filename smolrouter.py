@@ -2933,8 +2933,8 @@ class EventFormat(NamedTuple):
             document = None
             if event.startswith(self.prefix) and b"\n" not in event and b"error" not in event:
                 # As nearly always, the event is one line of data.
-                document = parse_object(event[len(self.prefix) :])
-            if document is None:
+                document = parse_value(event[len(self.prefix) :])
+            if not isinstance(document, dict):
                 document = self.read_document(event)
             if document:
                 documents.append(document)
@@ -3080,15 +3080,15 @@ class CharacterJoiner:
     character stands there as a whole; otherwise both events stay as they came.
     """
 
-    __slots__ = ("held",)
+    __slots__ = ("pending",)
 
     def __init__(self) -> None:
         # The last events, which end inside of a character.
-        self.held = b""
+        self.pending = b""
 
     def needs(self, block: bytes) -> bool:
         """Tell whether a block has half a character, or may have one."""
-        if self.held:
+        if self.pending:
             return True
         if BACKSLASH in block and max(map(block.rfind, SURROGATES)) >= 0:
             return True
@@ -3101,9 +3101,9 @@ class CharacterJoiner:
         return False
 
     def join(self, block: bytes, format: EventFormat) -> bytes:
-        """Return some whole events whose characters are whole, the held ones before them."""
-        text = self.held + block
-        self.held = b""
+        """Return some whole events whose characters are whole, the pending ones before them."""
+        text = self.pending + block
+        self.pending = b""
         # What stands elsewhere in the end, by its place; and what is begun of one character.
         edits: dict[tuple[int, int], bytes] = {}
         begun = b""
@@ -3131,7 +3131,7 @@ class CharacterJoiner:
         if begun and format.find_end(text, spans[-1][1], b"\r" in text) == len(text):
             # Nothing has come behind it yet.
             kept_to = format.find_last_end(text, 0, spans[0][0])
-        self.held = replace_spans(text, kept_to, len(text), edits)
+        self.pending = replace_spans(text, kept_to, len(text), edits)
         return replace_spans(text, 0, kept_to, edits)
 
 
@@ -3201,7 +3201,7 @@ class EventReader:
             BACKSLASH in block
             or not block.isascii()
             or block.rfind(self.joined_mark) >= 0
-            or self.characters.held
+            or self.characters.pending
         ):
             block = self.mend(block)
         self.last_blocks.append(block)
@@ -3299,8 +3299,8 @@ class EventReader:
             event = event.removeprefix(BOM)
         if event:
             event = self.mend(event)
-        event += self.characters.held
-        self.characters.held = b""
+        event += self.characters.pending
+        self.characters.pending = b""
         if event:
             if self.is_joined and event.endswith(b"\n"):
                 event += b"\n"
@@ -3643,16 +3643,16 @@ class ThinkFilter:
 
     __slots__ = (
         "after_close", "alone", "block", "blocks", "close_at", "code", "emitted", "harmony", "head",
-        "held", "held_size", "last_character", "opened", "pending", "run", "skips_space",
-        "thought", "visible", "whole",
+        "last_character", "opened", "passes_plain_text", "pending", "run", "skips_space", "thought",
+        "unsure", "unsure_size", "visible", "whole",
     )  # fmt: skip
 
     def __init__(self, opened: bool = False, begun: bool = False, whole: bool = False) -> None:
         """Filter a text that may begin inside of a block, or of which some was visible."""
         self.whole = whole
         # What may have been thought, in pieces, until that is known; then None.
-        self.held: list[str] | None = [] if opened else None
-        self.held_size = 0
+        self.unsure: list[str] | None = [] if opened else None
+        self.unsure_size = 0
         # Whether the text began inside of a block; None while nothing speaks for or against it.
         self.opened: bool | None = None
         # The block that is open, and whether there was one.
@@ -3679,17 +3679,13 @@ class ThinkFilter:
         # What the piece adds.
         self.visible: list[str] = []
         self.thought: list[str] = []
-
-    @property
-    def passes_plain_text(self) -> bool:
-        """Whether a text without tag, backtick and tilde would be visible as it is."""
-        waits = self.pending or self.run or self.block or self.after_close or self.held is not None
-        return not waits and len(self.head) > 1 and not self.code.changes_by_line_end
+        # Whether a text without tag, backtick and tilde would be visible as it is.
+        self.passes_plain_text = begun and not opened
 
     @property
     def keeps_back(self) -> bool:
         """Whether something is kept back."""
-        return bool(self.pending or self.held)
+        return bool(self.pending or self.unsure)
 
     def skip(self, text: str) -> None:
         """Go on behind plain text that has not been fed; `text` is the end of it."""
@@ -3714,6 +3710,9 @@ class ThinkFilter:
         for at in range(0, len(text) or 1, LONGEST_PIECE):
             end = at + LONGEST_PIECE
             self.feed_piece(text[at:end], last and end >= len(text))
+        waits = self.pending or self.run or self.block or self.after_close
+        text_has_begun = self.unsure is None and len(self.head) > 1
+        self.passes_plain_text = text_has_begun and not waits and not self.code.changes_by_line_end
         return "".join(self.visible), "".join(self.thought)
 
     def feed_piece(self, text: str, last: bool) -> None:
@@ -3722,8 +3721,8 @@ class ThinkFilter:
         self.emitted = len(self.run)
         self.pending = ""
         self.run = ""
-        if self.held is not None:
-            text = self.hold(text, last)
+        if self.unsure is not None:
+            text = self.look_for_closing(text, last)
         at = 0
         while at < len(text):
             feed = self.feed_visible if self.block is None else self.feed_block
@@ -3731,37 +3730,37 @@ class ThinkFilter:
         if last and self.after_close and self.alone:
             self.note_opened()
 
-    def hold(self, text: str, last: bool) -> str:
-        """Hold back what may have been thought; return what is to be looked at like any other."""
+    def look_for_closing(self, text: str, last: bool) -> str:
+        """Keep back what may have been thought; return what is to be looked at like any other."""
         closing = closing_tag().search(text)
         stripped = text.lstrip(WHITE_SPACE)
-        if not self.held and not closing_tag().match(stripped):
+        if not self.unsure and not closing_tag().match(stripped):
             if any_tag().match(stripped):
                 # The model opens its blocks itself.
-                self.held = None
+                self.unsure = None
                 return text
             if not last and (not stripped or cut_tag().fullmatch(stripped)):
                 self.pending = text
                 return ""
         longest = math.inf if self.whole else LIMITS.held_thinking
-        if closing and self.held_size + closing.start() <= longest:
-            self.thought += [*self.held, text[: closing.start()]]
-            self.held = None
+        if closing and self.unsure_size + closing.start() <= longest:
+            self.thought += [*self.unsure, text[: closing.start()]]
+            self.unsure = None
             self.blocks = True
             self.opened = True
             self.skips_space = True
             return text[closing.end() :]
-        if last or self.held_size + len(text) > longest + LONGEST_TAG:
+        if last or self.unsure_size + len(text) > longest + LONGEST_TAG:
             # There is no such block this time.
             self.opened = False
-            text = "".join([*self.held, text])
-            self.held = None
+            text = "".join([*self.unsure, text])
+            self.unsure = None
             return text
         cut = cut_closing_tag().search(text, max(0, len(text) - LONGEST_TAG))
         end = cut.start() if cut else len(text)
         self.pending = text[end:]
-        self.held.append(text[:end])
-        self.held_size += end
+        self.unsure.append(text[:end])
+        self.unsure_size += end
         return ""
 
     def feed_block(self, text: str, at: int, last: bool) -> int:
@@ -5199,11 +5198,6 @@ class Message:
             "image_at": self.image_places,
         }
 
-    def add_text(self, text: str) -> None:
-        """Add some more text."""
-        self.texts.append(text)
-        self.text_length += len(text)
-
     def add_image(self, url: Any) -> None:
         """Add a picture behind the text that is there already."""
         self.images.append(url)
@@ -5336,8 +5330,9 @@ def add_part(message: Message, part: Part) -> None:
             raise odd_part(part)
         if kind == SYSTEM and message.texts and not message.texts[-1].endswith("\n"):
             # Blocks of a system prompt are paragraphs.
-            message.add_text("\n")
-        message.add_text(value)
+            value = f"\n{value}"
+        message.texts.append(value)
+        message.text_length += len(value)
     elif kind == THINKING and isinstance(value, str):
         # Some servers say each thought twice, as `reasoning` and as `reasoning_content`.
         member = part.path[-1]
@@ -8368,10 +8363,23 @@ def encode_ollama_embed(parsed: ParsedRequest, changes: RequestChanges) -> bytes
 # --- Ollama: answers ------------------------------------------------------------------
 
 
+# Many lines of many streams are written in one second.
+@functools.lru_cache(maxsize=1)
+def spell_second(second: int) -> str:
+    """Return a second in UTC: 0  ->  `1970-01-01T00:00:00`."""
+    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
+    return moment.isoformat().removesuffix("+00:00")
+
+
 def rfc3339(seconds: float) -> str:
     """Return a moment in UTC as RFC 3339 writes it: 0.5  ->  `1970-01-01T00:00:00.500Z`."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return moment.isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+    second = int(seconds)
+    # The fraction of a moment that was a number of ms, such as 0.123, may be a little smaller.
+    microsecond = round((seconds - second) * 1e6)
+    if microsecond == 1_000_000:
+        second += 1
+        microsecond = 0
+    return f"{spell_second(second)}.{microsecond // 1000:03}Z"
 
 
 def ollama_document(
