@@ -2790,10 +2790,10 @@ def test_chunks_in_bulk_are_chunks_one_by_one() -> None:
 
 @pytest.mark.parametrize("size", [5, 26, 190])
 def test_every_octet_that_frames_a_chunk_is_looked_at(size: int) -> None:
-    """Also among many chunks of one line, which are read at once."""
+    """Also among many short chunks, which are read in another way than long ones."""
     for ending in (b"\n\n", b"x\r"):
         chunk = b"%x\r\n%s%s\r\n" % (size, b"a" * (size - 2), ending)
-        count = (4 * smolrouter.MANY_CHUNKS_LENGTH) // len(chunk)
+        count = 8192 // len(chunk)
         data = chunk * count + b"0\r\n\r\n"
         assert decode_chunks([data])[:2] == ((b"a" * (size - 2) + ending) * count, True)
         start = len(chunk) * (count // 2)
@@ -2805,6 +2805,45 @@ def test_every_octet_that_frames_a_chunk_is_looked_at(size: int) -> None:
                     slowly = decode_chunks(wrong[i : i + 7] for i in range(0, len(wrong), 7))
                     assert decode_chunks([wrong]) == slowly
                     assert isinstance(slowly, str) or slowly[1] is False or octet in b"0f"
+
+
+def any_chunk(random: Any) -> bytes:
+    """Return a chunk of a random length and spelling, with data that looks like framing."""
+    bits = [
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b"\n\n\r\n",
+        b"5\r\n",
+        b"0\r\n\r\n",
+        b"data: {}",
+        b"x" * 90,
+        b"y" * 600,
+    ]
+    content = b"".join(random.choices(bits, k=random.randrange(6))) or b"z"
+    size = random.choice([b"%x"] * 8 + [b"%X", b"0%x", b"%x;a=1", b"%x ;b", b"%x;"]) % len(content)
+    return b"%b\r\n%b\r\n" % (size, content)
+
+
+def test_short_chunks_are_read_as_any_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = __import__("random").Random(11)
+    endings = [b"0\r\n\r\n", b"0\r\n\r\nHTTP", b"00\r\n\r\n", b"0\r\nA: b\r\n\r\n", b"", b"3\r\nab"]
+    sizes = smolrouter.SHORT_CHUNK_SIZES
+    whole = 0
+    for turn in range(600):
+        data = b"".join(any_chunk(random) for _ in range(random.randrange(12)))
+        data += random.choice(endings)
+        for _ in range(turn % 3):
+            at = random.randrange(len(data) + 1)
+            data = data[:at] + random.choice([b"", b"\r", b"\n", b"0", b"a"]) + data[at + 1 :]
+        cuts = sorted(random.randrange(len(data) + 1) for _ in range(random.randrange(4)))
+        pieces = [data[i:j] for i, j in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        monkeypatch.setattr(smolrouter, "SHORT_CHUNK_SIZES", {})
+        by_lines = decode_chunks(pieces)
+        monkeypatch.setattr(smolrouter, "SHORT_CHUNK_SIZES", sizes)
+        assert decode_chunks(pieces) == by_lines, pieces
+        whole += not isinstance(by_lines, str) and by_lines[1]
+    assert 100 < whole < 500
 
 
 BAD_CHUNKS = {
