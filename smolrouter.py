@@ -14749,6 +14749,15 @@ CREATE TRIGGER forgotten AFTER DELETE ON details BEGIN
         - CASE typeof(OLD.response_blob) WHEN 'blob' THEN length(OLD.response_blob) ELSE 0 END;
     UPDATE blobs SET uses = uses - 1 WHERE digest = OLD.request_blob;
     UPDATE blobs SET uses = uses - 1 WHERE digest = OLD.response_blob; END""",
+    # `sample` has all that a point shows again, and what points are filtered by. Rows of a level
+    # are found among those of a client, as among those of a model.
+    """
+DROP INDEX sample;
+CREATE INDEX sample ON requests (level, id, timestamp, sent_model, mapped_model, service_type,
+    upstream_url, client, prompt_tokens, completion_tokens, cached_tokens, duration_ms, ttft_ms,
+    queued_ms, status_code, failed) WHERE level >= 3;
+DROP INDEX by_client;
+CREATE INDEX by_client ON requests (client, id, level)""",
 )
 
 
@@ -18927,6 +18936,8 @@ POINT_INDEXES = {
     "upstream": "by_upstream",
     "service_type": "by_service",
 }
+# In these, rows of a level are found without a look at the others.
+INDEXES_WITH_LEVEL = ("by_client", "by_sent", "by_service")
 SUM_FILTERS = {
     "model": "model = :model",
     "upstream": "upstream_url = :upstream",
@@ -19390,20 +19401,36 @@ def tests_of_levels(level: int) -> list[str]:
     return [f"level >= {SAMPLE_LEVEL}", f"level IN ({levels})"]
 
 
+def find_index(
+    db: sqlite3.Connection, window: Window, level: int, filters: Mapping[str, Any], total: int
+) -> str:
+    """Return the index in which fewest rows of a level have to be looked at, of `total` in all."""
+    index = POINT_INDEXES[next(iter(filters))] if filters else "by_time"
+    if level < SAMPLE_LEVEL:
+        return index
+    if index in INDEXES_WITH_LEVEL:
+        ((requests,),) = db.execute(
+            "SELECT TOTAL(requests) FROM rollups WHERE hour >= :begin_hour AND hour < :end_hour",
+            window.values(),
+        )
+        # A level has one row of so many, whatever the filter is.
+        if total < requests / 2**level:
+            return index
+    return "sample"
+
+
 def read_points(
-    db: sqlite3.Connection, window: Window, level: int, filters: Mapping[str, Any]
+    db: sqlite3.Connection, window: Window, level: int, filters: Mapping[str, Any], total: int
 ) -> list[dict[str, Any]]:
     """Return the finished rows of a window that have a level, or a higher one, oldest first.
 
     Each level has half as many rows as the one before: those from a level on are an even sample.
+    `total` rows have any level.
     """
-    indexes = [POINT_INDEXES[name] for name in filters]
-    index = indexes[0] if indexes else "by_time"
+    index = find_index(db, window, level, filters, total)
     tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
     tests += [POINT_FILTERS[name] for name in filters]
     tests += tests_of_levels(level)
-    if level >= SAMPLE_LEVEL:
-        index = "sample"
     rows = db.execute(
         f"SELECT {POINT_COLUMNS} FROM requests INDEXED BY {index} WHERE {' AND '.join(tests)} "
         "ORDER BY timestamp, id",
@@ -19429,12 +19456,11 @@ def read_speeds(
     They are those of all rows, or of an even sample that has `few` of them at least.
     """
     level = 0
-    index = POINT_INDEXES[next(iter(filters))] if filters else "by_time"
-    tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed = 0"]
-    tests += [POINT_FILTERS[name] for name in filters]
     if total > max(FEW_ROWS, few):
         level = max((total // few).bit_length() - 1, SAMPLE_LEVEL)
-        index = "sample"
+    index = find_index(db, window, level, filters, total)
+    tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed = 0"]
+    tests += [POINT_FILTERS[name] for name in filters]
     tests += tests_of_levels(level)
     rows = db.execute(
         f"SELECT timestamp / {HOUR_MS}, {POINT['tokens_per_second']} "
@@ -19565,7 +19591,7 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
     level = 0
     if total > FEW_ROWS:
         level = max((total // limit).bit_length() - 1, 0)
-    points = read_points(db, window, level, filters)
+    points = read_points(db, window, level, filters, total)
     times = gather_times(points)
     if "client" in filters:
         tallies = tally_points(points)

@@ -21552,12 +21552,14 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
             {"model": "m", "service_type": "o"},
         ):
             for level in range(12):
-                steps = plans(smolrouter.read_points, db, window, level, given)
+                steps = plans(smolrouter.read_points, db, window, level, given, 10**9)
                 # The few rows that match are found in their index.
                 index = "by_sent" if "model" in given else "by_service" if given else "by_time"
-                assert f"USING INDEX {index if level < 3 else 'sample'} " in steps[0].replace(
-                    "COVERING ", ""
-                )
+                wanted = index if level < 3 else "sample"
+                (step,) = [step for step in steps if step.startswith("SEARCH requests")]
+                assert f"USING INDEX {wanted} " in step.replace("COVERING ", "")
+                # A point shows nothing that `sample` does not have.
+                assert ("COVERING" in step) == (wanted == "sample")
             for group in ("model", "service_type"):
                 plans(smolrouter.read_tallies, db, window, group, given)
         for column in smolrouter.NAMED_BY:
@@ -21570,6 +21572,17 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
         for total in (5, 1_000_000):
             for given in ({}, {"model": "m"}, {"upstream": "http://box:1"}):
                 plans(smolrouter.read_speeds, db, window, total, 500, given)
+        # Of 64,000 requests a level has 1,000; in its own index, a client has all of its requests.
+        hour = (window.begin_hour, 64_000)
+        db.execute("INSERT INTO rollups (hour, service_type, model, upstream_url, requests) "
+                   "VALUES (?, '', '', '', ?)", hour)  # fmt: skip
+        for name, total, index in (
+            ("client", 900, "by_client"), ("client", 1100, "sample"), ("model", 900, "by_sent"),
+            ("service_type", 900, "by_service"), ("upstream", 900, "sample"),
+        ):  # fmt: skip
+            assert smolrouter.find_index(db, window, 6, {name: "x"}, total) == index
+            steps = plans(smolrouter.read_points, db, window, 6, {name: "x"}, total)
+            assert any(f"INDEX {index} (" in step for step in steps)
         one_hour = {"begin": window.begin, "end": window.end, "window": window}
         assert any("INDEX by_time (" in step for step in plan(*smolrouter.select_rows(one_hour)))
         plans(smolrouter.export_page, make_store(tmp_path), db, {"since": 3600.0})
