@@ -18247,9 +18247,12 @@ class Answer:
             # Of an answer that was kept back until now the length is known.
             self.begin(len(tail) if is_whole else None)
         self.writer.finish(tail)
+        if status >= 400:
+            # How its instance fared was noted when it came.
+            return
         if self.opening and self.opening.error:
             self.candidate.note_error_answer(self.opening.error)
-        elif status < 400:
+        else:
             self.candidate.health.succeed()
 
 

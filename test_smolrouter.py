@@ -14234,6 +14234,17 @@ def test_cool_down_after_429_and_503_only(status: int, cools: int) -> None:
         assert (one.request_count, two.request_count) == ((1, 2) if cools else (2, 1))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_last_instance_cools_down_whatever_its_error_says(stream: bool) -> None:
+    with switchable_pair() as (router, one, two):
+        one.mood = [DROP]
+        two.mood = json_response({"error": {"message": "full"}}, 503)
+        assert post_chat(router, "pair", stream=stream).status == 503
+        servers = get_document(router, "/api/upstreams")
+        states = {server["name"]: server["state"] for server in servers}
+        assert states["two"] == "cooling"
+
+
 def test_a_cooling_instance_is_the_last_hope() -> None:
     with switchable_pair() as (router, one, two):
         one.mood = [DROP]
