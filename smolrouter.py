@@ -17047,14 +17047,14 @@ class RequestLog:
 # ======================================================================================
 # 14  Relay
 # ======================================================================================
-# One exchange, from a request that was let in to the last octet of its answer. A
-# `RelayedRequest` says what is to be sent. `Candidates` says which instance is asked next, a
-# `Candidate` asks it, and an `Answer` is what one says on its way to the client. `Exchange` asks
-# until one says something (`Opening`, section 7). After its first octet has left there is no
-# second answer: a failure then ends the stream with an error. A client that waits for a stream
-# gets pings meanwhile, signs of life after which any instance can still give the answer.
-# Whatever happens, the record of the request is finished exactly once. `Context` stands before
-# all that: what is below works with it.
+# One exchange, from a request that was let in to the last octet of its answer. `Exchange` runs
+# it: `Candidates` says which instance is asked next, a `Candidate` asks it, and when that says
+# something (`Opening`, section 7), an `Answer` brings it to the client as it comes in. What is
+# the same for all of them is in a `RelayedRequest`. After the first octet of an answer has left
+# there is no second one: a failure then ends the stream with an error. A client that waits for
+# a stream gets pings meanwhile, signs of life after which any instance can still give the
+# answer. Whatever happens, the record of the request is finished exactly once. `Context` stands
+# first: all that is below works with it, and `Forwarding`, which it remembers, before that.
 
 # Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
@@ -17349,10 +17349,10 @@ def encode_route_lines(upstream_url: str, model: str, route: str, attempts: int)
 def encode_forwarded_head(
     head: RequestHead, forwarding: Forwarding, target: str, traced: bool
 ) -> bytes:
-    """Return the head for a server, but for what changes each time and the empty line at its end.
+    """Return the head for a server, up to the lines that no two requests have in common.
 
-    It has the server's own fields, and the client's less what stops here. A request that is
-    `traced` has a place of its own in a trace.
+    It has the server's fields, and the client's less what stops here. A request that is `traced`
+    has a place of its own in a trace.
     """
     server = forwarding.server
     added = list(server.headers)
@@ -17415,6 +17415,9 @@ class RelayedRequest:
         self.writer = request.writer
         self.parsed = parsed
         self.decision = decision
+        # Whether the prompt is so long that its server may cut it.
+        is_long = len(parsed.content) >= SHORTEST_CUT_PROMPT
+        self.has_long_prompt = is_long and parsed.protocol.user_words != ""
         record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         record.secrets = context.secrets_of(request)
         if context.log.keeps_conversations or decision.strategy == STICKY:
@@ -17437,12 +17440,6 @@ class RelayedRequest:
             parameters=self.decision.parameters,
         )
         return self.context.forwarding_of(kind, server, habits)
-
-    @property
-    def has_long_prompt(self) -> bool:
-        """Whether the prompt is so long that its server may cut it."""
-        is_long = len(self.parsed.content) >= SHORTEST_CUT_PROMPT
-        return is_long and self.parsed.protocol.user_words != ""
 
     def loggable(self, text: str) -> str:
         """Return as much of an error's text as is kept and shown, secrets hidden.
@@ -17587,8 +17584,11 @@ class Candidate:
             and not parsed.wants_usage
             and USAGE_MEMBER not in refused
         )
-        self.changes = relayed.record.changes = words = []
-        self.added = added = []
+        words: list[str] = []
+        added: list[AddedMember] = []
+        self.changes = words
+        self.added = added
+        relayed.record.changes = words
         return RequestChanges(
             model=self.instance.model or parsed.model,
             no_think=relayed.context.settings.disable_thinking,
@@ -17708,14 +17708,15 @@ class Candidates:
     starts_until = 0.0
 
     def __init__(self, relayed: RelayedRequest, decision: Decision) -> None:
-        context = relayed.context
         self.relayed = relayed
         self.record = relayed.record
-        self.upstreams = context.upstreams
-        self.slots = context.slots
+        self.upstreams = relayed.context.upstreams
+        self.slots = relayed.context.slots
         self.decision = decision
         # Those that were not asked yet, in order.
-        self.left = self.slots.open_ones(self.upstreams.order(decision))
+        self.left = self.upstreams.order(decision)
+        if self.slots.closed:
+            self.left = self.slots.open_ones(self.left)
         self.count = len(self.left)
         # Without content nothing is asked of a model. That of an upload comes in later, and takes
         # as long as its client likes.
@@ -17935,12 +17936,13 @@ class Answer:
     begun = False
 
     def __init__(self, candidate: Candidate) -> None:
+        relayed = candidate.relayed
         self.candidate = candidate
-        self.relayed = candidate.relayed
+        self.relayed = relayed
         self.response = candidate.response
-        self.record = candidate.relayed.record
-        self.writer = candidate.relayed.writer
-        self.log = candidate.relayed.context.log
+        self.record = relayed.record
+        self.writer = relayed.writer
+        self.log = relayed.context.log
         self.coding = read_coding(candidate.response.head.fields)
 
     # How it begins.
@@ -17999,9 +18001,9 @@ class Answer:
         if opening is None or opening.feed(data):
             self.note_opening()
         if not had_id:
-            self.keep_home()
+            self.note_maker()
 
-    def keep_home(self) -> None:
+    def note_maker(self) -> None:
         """Note which server keeps it, where one does; a client may cancel one that runs."""
         if self.opening and self.opening.response_id:
             homes = self.relayed.context.upstreams.response_homes
@@ -18065,7 +18067,7 @@ class Answer:
         record.response_fields = head.fields
         record.answer_status = head.status
         self.log.drop_answer(record)
-        self.keep_home()
+        self.note_maker()
         # A stream's events are looked at by its rewriter.
         if head.status >= 400 or self.response.media_type == "application/json":
             self.longest_error = self.relayed.context.limits.error_content
@@ -18163,13 +18165,13 @@ class Answer:
         is_guarded = bool(self.writer.extra_fields)
         lines = encode_answer_lines(head, self.content_type(), is_rewritten, is_guarded)
         lines += self.relayed.own_lines()
-        if "date" not in head.fields.first:
+        if head.fields.get("date") is None:
             # RFC 9110 section 6.6.1: who relays a response without a date adds one.
             lines += f"Date: {http_date(int(time.time()))}\r\n"
         self.writer.write_head(head.status, lines, length, head.reason)
 
     def content_type(self) -> str:
-        """Return what it is, as its client gets it."""
+        """Return its Content-Type as the client gets it; if it goes as it is, its media type."""
         head = self.response.head
         media_type = self.response.media_type
         if self.rewriter is None:
@@ -18447,7 +18449,7 @@ class Exchange:
         # Its class alone is kept: an error object holds on to all the frames it came through.
         last_failure = BadGateway
         while candidate := candidates.take() or await candidates.wait():
-            self.note_candidate(candidate)
+            self.turn_to(candidate)
             try:
                 answer = await self.find_answer(candidate)
                 if candidate.status < 400 or not candidate.has_next:
@@ -18457,7 +18459,7 @@ class Exchange:
                 fallback = candidate
                 candidates.note_passed_over(candidate.instance, candidate.status)
             except BadGateway as error:
-                self.note_failure(candidate, error)
+                self.give_up(candidate, error)
                 # An answer of the only server that turned out to be bad is told in its own words,
                 # not as one of several attempts.
                 if self.has_begun or (candidate.noted and candidate.is_only):
@@ -18468,7 +18470,7 @@ class Exchange:
         if fallback is None:
             words = f"{self.describe_attempts()}{candidates.remark}"
             raise last_failure(f"no upstream answered: {words}")
-        self.note_candidate(fallback)
+        self.turn_to(fallback)
         self.answer = Answer(fallback)
         await self.answer.relay()
 
@@ -18497,7 +18499,7 @@ class Exchange:
         self.record.trail = (*self.record.trail, step)
         return dataclasses.replace(decision, instances=tuple(makers))
 
-    def note_candidate(self, candidate: Candidate) -> None:
+    def turn_to(self, candidate: Candidate) -> None:
         """Make a candidate the one that counts, in the record, too."""
         self.candidate = candidate
         self.answer = None
@@ -18539,8 +18541,8 @@ class Exchange:
             f"{attempt.instance} ({attempt.upstream_url}): {attempt.error}" for attempt in attempts
         )
 
-    def note_failure(self, candidate: Candidate, error: BadGateway) -> None:
-        """Put an attempt without a good answer into the record, and note it for its instance."""
+    def give_up(self, candidate: Candidate, error: BadGateway) -> None:
+        """Let go of an instance that gave no good answer, and note why."""
         words = self.relayed.loggable(str(error))
         candidate.close()
         self.candidates.note_passed_over(candidate.instance, 0, error.unreached)
