@@ -24740,7 +24740,11 @@ function showRows(rows) {
   const before = new Set([...old.keys()].map(key => key.split(" ")[0]));
   app.rows = new Map(rows.map(row => [keyOf(row), old.get(keyOf(row)) ??
     rowNode(row, old.size > 0 && !before.has(String(row.id)))]));
+  const focused = document.activeElement.closest("#rows [data-id]")?.dataset.id;
   arrange(byId("rows").tBodies[0], [...app.rows.values()]);
+  // The link that had the focus may have gone with its row.
+  if (focused && !document.activeElement.closest("#rows"))
+    byId("rows").querySelector(`[data-id="${Number(focused)}"] a`)?.focus({preventScroll: true});
   scaleMeters(rows);
   suggest("models", rows.flatMap(row => [row.original_model, row.mapped_model]));
   suggest("clients", rows.map(row => row.client));

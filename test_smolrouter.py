@@ -24999,6 +24999,28 @@ def test_page_is_used_with_the_keyboard(tab: Any) -> None:
     assert tab.evaluate("document.activeElement === document.body")
 
 
+def test_focus_stays_on_a_row_that_is_drawn_anew(tab: Any) -> None:
+    router = page_router("focus")
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_response([encode_event(TWO_WORDS[0])], whole=False)
+        gate.wait(PATIENCE)
+        yield from encode_chunks(b"".join(map(encode_event, (TWO_WORDS[1], FINISH, "[DONE]"))))
+
+    name = default_upstream().add_script(script)
+    tab.goto(router.url)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = pool.submit(post_chat, router, name, stream=True)
+        wait_text(tab, "#rows tbody tr", name)
+        wait_text(tab, ".lane", "streaming")
+        tab.keyboard.press("j")
+        gate.set()
+        assert call.result().status == 200
+    wait_text(tab, "#rows tbody tr", "✓ answered")
+    assert tab.evaluate("document.activeElement.closest('tr')?.rowIndex") == 1
+
+
 # The points of the chart as they are drawn: each mark begins at its middle.
 CHART = """() => {
     const marks = [...document.querySelectorAll("#chart .dots")]
