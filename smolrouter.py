@@ -24259,7 +24259,8 @@ const markNode = model => drawn("svg.mark", {viewBox: "-7 -7 14 14", "aria-hidde
 // == 4  The router ============================================================================
 const app = {view: null, source: null, troubles: new Map(), turns: {}, lanes: new Map(),
   rows: new Map(), chips: new Map(), stats: null, running: [], bars: [], points: [], shown: [],
-  leaders: [], meta: {}, request: null};
+  leaders: [], meta: {}, request: null,
+  left: history.state};  // the row that this page was left by, when Back leads here
 const isSignedIn = () => byId("sign-in").hidden;
 const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
 const NO_ANSWER = "The router does not answer.";
@@ -24841,8 +24842,9 @@ function remember({currentTarget: link}) {
 }
 /** Focus the row that was left, where it stood; once, and only on the way back. */
 function returnToRow() {
-  const {row, top} = history.state ?? {};
+  const {row, top} = app.left ?? {};
   if (!row) return;
+  app.left = null;
   history.replaceState(null, "");
   const place = byId("rows").querySelector(`tr[data-id="${Number(row)}"]`);
   if (!place) return;

@@ -24999,6 +24999,31 @@ def test_page_is_used_with_the_keyboard(tab: Any) -> None:
     assert tab.evaluate("document.activeElement === document.body")
 
 
+# Open the second row, and draw all rows anew before the browser has gone there.
+LEAVE_SLOWLY = """async () => {
+    const rows = await askJson("/api/logs");
+    setTimeout(() => {
+        document.querySelectorAll("#rows .c-time a")[1].click();
+        showRows(rows);
+    });
+}"""
+
+
+def test_back_leads_to_the_row_although_rows_came_while_it_was_left(tab: Any) -> None:
+    router = page_router("left")
+    for word in ("one", "two", "three"):
+        post_chat(router, "own-left", word)
+        newest(router, "own-left")
+    tab.goto(router.url)
+    wait_rows(tab, 3)
+    tab.evaluate(LEAVE_SLOWLY)
+    wait_text(tab, "#turns", "You said: two")
+    tab.keyboard.press("Escape")
+    wait_rows(tab, 3)
+    focused = "document.activeElement.closest('tr')?.rowIndex"
+    assert wait_until(lambda: tab.evaluate(focused) == 2)
+
+
 def test_focus_stays_on_a_row_that_is_drawn_anew(tab: Any) -> None:
     router = page_router("focus")
     gate = threading.Event()
