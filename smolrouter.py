@@ -152,6 +152,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import datetime
@@ -173,6 +174,7 @@ import pathlib
 import posixpath
 import re
 import secrets
+import selectors
 import signal
 import socket
 import sqlite3
@@ -11703,6 +11705,33 @@ CONTENT_TOO_SLOW = Timeout(
 )
 
 
+class Waiter(asyncio.Future):
+    """What a task waits for, which can let it go on at once.
+
+    When a future gets its result, asyncio lets the task that awaits it go on in the next turn of
+    the event loop. Each turn asks the kernel what has come, which for a short request costs more
+    than to read its head. `resume` takes the task's next step within its own call instead. So it
+    may be called by the event loop alone, not by what another task does: no task can take a step
+    within one of another. `set_result` and `cancel` do what they always do.
+    """
+
+    __slots__ = ("context", "step")
+
+    def add_done_callback(
+        self, step: Callable[[Any], object], *, context: contextvars.Context | None = None
+    ) -> None:
+        """Note what the task that begins to wait wants to be called, and in which context."""
+        self.step = step
+        self.context = context
+        super().add_done_callback(step, context=context)
+
+    def resume(self) -> None:
+        """Let the task go on; it has taken its next step when this returns."""
+        self.remove_done_callback(self.step)
+        self.set_result(None)
+        self.context.run(self.step, self)
+
+
 class LoopBatch:
     """What all connections do together: send at the end of a turn, look at deadlines, hold memory.
 
@@ -11711,11 +11740,9 @@ class LoopBatch:
     content behind it are one packet, and a client process that sleeps is woken once: to wake it
     costs as much as all that the router does for an event.
 
-    A task that is woken runs in the next turn. If the flush were scheduled only when it writes,
-    that would come one turn later still. So waking a task schedules the flush, too, which then
-    stands right behind the task: a request that comes alone takes four turns, not six. When
-    several tasks wake at once, it stands behind the first of them. What the others write leaves
-    together, by the next flush.
+    A turn is over when the loop asks its selector what has come. There `TurnSelector` calls
+    `flush`. Together with `Waiter`, a request that comes alone takes two turns: one for itself and
+    one for its answer. In a loop that has another selector, the next turn calls `flush`.
 
     A timer for each deadline would be set and cancelled with each request. Instead one timer
     looks at all connections, four times a second; while there are none, nothing runs. It also
@@ -11734,28 +11761,35 @@ class LoopBatch:
         self.limits = limits
         self.connections: set[Any] = set()
         self.unflushed: list[Any] = []
-        # Whether the loop is going to call `flush`, and how often it has, which tells turns apart.
-        self.flush_scheduled = False
-        self.flushes = 0
+        # Whether the loop is going to call `flush`, or its selector does so in any case.
+        self.will_flush = False
         self.unread_octets = 0
         self.timer: asyncio.TimerHandle | None = None
         # When the timer looks at the connections next, in the loop's time.
         self.next_check_at = 0.0
 
-    def schedule_flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let all connections send what they have got, behind all that is due in the loop now."""
-        if not self.flush_scheduled:
-            self.flush_scheduled = True
-            loop.call_soon(self.flush)
+    def add_unflushed(self, connection: Any) -> None:
+        """Let a `Connection` that has something to send do so when this turn is over."""
+        self.unflushed.append(connection)
+        if not self.will_flush:
+            self.will_flush = True
+            connection.loop.call_soon(self.flush_in_turn)
 
-    def flush(self) -> None:
-        """Let all connections send that have got something."""
-        self.flush_scheduled = False
-        self.flushes += 1
+    def flush_in_turn(self) -> None:
+        """Let all connections send: for the loop, where its selector does not call `flush`."""
+        self.will_flush = False
+        self.flush()
+
+    def flush(self) -> bool:
+        """Let all connections send that have got something; return whether one of them broke."""
         connections = self.unflushed
         self.unflushed = []
+        broke = False
         for connection in connections:
             connection.flush()
+            if connection.transport.is_closing():
+                broke = True
+        return broke
 
     def add(self, connection: Any) -> None:
         """Look at the deadline of a `Connection` from now on."""
@@ -11795,6 +11829,32 @@ class LoopBatch:
             connection.check_deadline(now)
         if self.connections:
             self.start_timer(loop)
+
+
+class TurnSelector(selectors.DefaultSelector):
+    """Tells the event loop what has come; before that, all connections of a batch send."""
+
+    def __init__(self, batch: LoopBatch) -> None:
+        super().__init__()
+        self.batch = batch
+        batch.will_flush = True
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait for octets; the loop calls this at the end of each turn."""
+        # When a connection broke, the loop is going to say so. It did not know of that yet when
+        # it decided how long to wait.
+        if self.batch.unflushed and self.batch.flush():
+            timeout = 0
+        return super().select(timeout)
+
+
+def make_loop(batch: LoopBatch) -> asyncio.AbstractEventLoop:
+    """Return an event loop for the connections of a batch; it is to be closed after use."""
+    # The loop of Windows has no selector. One with a selector would be slower there, could open
+    # 512 files only, and would not notice Ctrl-C.
+    if os.name == "nt":
+        return asyncio.new_event_loop()
+    return asyncio.SelectorEventLoop(TurnSelector(batch))
 
 
 # Linux tells in TCP_INFO how a connection is. That record only ever grows at its end; these are
@@ -11859,11 +11919,10 @@ class Connection(asyncio.Protocol):
     more, and the other side has to wait.
 
     **The sink.** A model speaks in pieces as small as a word, and hundreds of answers may be on
-    their way at once. To wake a task takes another turn of the event loop, which is dear beside the
-    little that is done with a word. So the task that relays an answer sets `sink` and sleeps:
-    `data_received` gives each piece to that function at once, and it decodes, rewrites and writes
-    to the client. The task is woken for what it has to decide: the end of the content, a failure,
-    a client that reads too slowly.
+    their way at once. To let a task go on is dear beside the little that is done with a word. So
+    the task that relays an answer sets `sink` and sleeps: `data_received` gives each piece to that
+    function, and it decodes, rewrites and writes to the client. The task goes on for what it has to
+    decide: the end of the content, a failure, a client that reads too slowly.
 
     **Writing.** `write` appends to `unsent`, the only buffer of the router for what goes out, and
     the LoopBatch calls `flush` at the end of the turn. What is long, or much, does not wait so
@@ -11873,6 +11932,8 @@ class Connection(asyncio.Protocol):
 
     **Waking.** The task sleeps in `wait`, which returns at any news: octets (without a sink), the
     end, a failure, room to write again. So every wait stands in a loop that looks at what it needs.
+    Octets let it go on at once (`resume`), the other news in the next turn (`wake`): a task may
+    bring these about in the midst of its own step.
 
     **States.** At first it is open. When the other side says that it sends no more it is `ended`:
     what has come can be read, and what is written may still arrive. When the connection breaks or
@@ -11909,7 +11970,7 @@ class Connection(asyncio.Protocol):
         # The end.
         self.ended = False
         self.failure: Exception | None = None
-        self.waiter: asyncio.Future[None] | None = None
+        self.waiter: Waiter | None = None
         # The deadline, in the loop's time. With an idle timeout it moves on while octets come.
         self.deadline = NEVER
         self.idle_timeout = 0.0
@@ -11947,7 +12008,7 @@ class Connection(asyncio.Protocol):
         self.received += data
         if len(self.received) > self.limits.read_ahead:
             self.pause_reading()
-        self.wake()
+        self.resume()
 
     def eof_received(self) -> bool:
         """Note that the other side sends no more; return whether to keep the connection."""
@@ -11983,16 +12044,23 @@ class Connection(asyncio.Protocol):
 
     # Waiting and waking.
 
-    def wait(self) -> asyncio.Future[None]:
+    def wait(self) -> Waiter:
         """Return what ends at any news: `await connection.wait()` sleeps until then."""
-        self.waiter = self.loop.create_future()
-        return self.waiter
+        self.waiter = waiter = Waiter(loop=self.loop)
+        return waiter
 
     def wake(self) -> None:
-        """Wake the task that sleeps in `wait`, if one does."""
+        """Let the task that sleeps in `wait`, if one does, go on in the next turn."""
         if self.waiter and not self.waiter.done():
             self.waiter.set_result(None)
-            self.batch.schedule_flush(self.loop)
+
+    def resume(self) -> None:
+        """Let the task that sleeps in `wait`, if one does, go on now.
+
+        This is for what the event loop calls alone; see Waiter.
+        """
+        if self.waiter and not self.waiter.done():
+            self.waiter.resume()
 
     def set_failure(self, error: Exception) -> None:
         """Let the next read raise `error`; the first failure counts."""
@@ -12183,8 +12251,7 @@ class Connection(asyncio.Protocol):
             self.write_much(data)
             return
         if not self.unsent:
-            self.batch.unflushed.append(self)
-            self.batch.schedule_flush(self.loop)
+            self.batch.add_unflushed(self)
         self.unsent.append(data)
         self.unsent_octets = octets
 
@@ -12395,14 +12462,14 @@ class ContentReader:
         except RouterError as error:
             # Here it would reach asyncio, which knows nothing to do with it. `pump` raises it.
             self.error = error
-            self.connection.wake()
+            self.connection.resume()
             return
         # `pump` sleeps until it is over, or until the sender has to be stopped.
         if decoder.done:
             self.connection.received = decoder.buffered
-            self.connection.wake()
+            self.connection.resume()
         elif self.over or self.client.write_paused:
-            self.connection.wake()
+            self.connection.resume()
 
 
 class ResponseWriter:
@@ -21324,31 +21391,26 @@ class RequestTurns:
     """Lets a few requests begin in each turn of the event loop, and the others wait.
 
     When hundreds of requests come at once, one turn would begin all of them, and the words of
-    answers that are on their way would wait for its end.
+    answers that are on their way would wait for its end. asyncio does not tell where a turn ends.
+    So requests are counted in any number of turns, and the one that would be too many in one begins
+    in the next, from which is counted anew.
     """
 
-    def __init__(self, batch: LoopBatch) -> None:
-        self.batch = batch
-        self.limits = batch.limits
-        # How many requests have begun in this turn, and those that wait for a later one.
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        # How many requests have begun since the last one that had to wait.
         self.begun = 0
         self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-        # The number of this turn: how often the batch had flushed when it began. It flushes in each
-        # turn in which a request comes.
-        self.turn = 0
 
     def admit(self) -> bool:
         """Return whether a request may begin in this turn; otherwise it has to `wait`."""
-        if self.turn != self.batch.flushes:
-            self.turn = self.batch.flushes
-            self.begun = 0
         if self.begun >= self.limits.requests_per_turn or self.waiting:
             return False
         self.begun += 1
         return True
 
     async def wait(self) -> None:
-        """Wait for a turn in which few requests have begun, before another one begins."""
+        """Wait for the turn in which a request may begin that `admit` has not let in."""
         loop = asyncio.get_running_loop()
         if not self.waiting:
             loop.call_soon(self.begin_turn, loop)
@@ -21421,7 +21483,7 @@ class HTTPServer:
         self.limits = application.context.limits
         self.capacity = find_capacity(self.settings.max_connections, self.limits.spare_files)
         self.longest_head = self.limits.request_line + self.limits.all_field_lines
-        self.turns = RequestTurns(application.context.upstreams.batch)
+        self.turns = RequestTurns(self.limits)
         # The connection that each task serves.
         self.connections: dict[asyncio.Task[None], Connection] = {}
         self.listeners = listeners
@@ -22160,8 +22222,9 @@ def run_serve(invocation: Invocation) -> int:
     # Where a system allows no other size, its own has to do.
     with contextlib.suppress(ValueError, RuntimeError):
         threading.stack_size(STACK_SIZE)
-    loop = asyncio.new_event_loop()
-    status = loop.run_until_complete(Router(invocation, table, listeners).run())
+    router = Router(invocation, table, listeners)
+    loop = make_loop(router.context.upstreams.batch)
+    status = loop.run_until_complete(router.run())
     # A usual exit would wait for the threads: for a full stderr, for example.
     os._exit(status)
 

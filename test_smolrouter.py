@@ -12846,6 +12846,26 @@ def test_proxy_of_the_guide(program: str) -> None:
 # --- connections, without a program around them ----------------------------------------
 
 
+def run_in_own_loop(
+    use: Callable[[Any], Coroutine[Any, Any, Any]], limits: Any = smolrouter.LIMITS
+) -> Any:
+    """Run what `use` makes of a LoopBatch, in the loop that the program has for it."""
+
+    def run() -> Any:
+        batch = smolrouter.LoopBatch(limits)
+        with contextlib.closing(smolrouter.make_loop(batch)) as loop:
+            return loop.run_until_complete(use(batch))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+async def receive(connection: Any, data: bytes) -> None:
+    """Let octets come, as asyncio does it: in a call of the event loop, not in that of a task."""
+    asyncio.get_running_loop().call_soon(connection.data_received, data)
+    await asyncio.sleep(0)
+
+
 def test_head_at_every_split() -> None:
     """However it comes: the head, and what follows it for the next reader."""
     head = b"GET / HTTP/1.1\r\nHost: a"
@@ -12855,7 +12875,7 @@ def test_head_at_every_split() -> None:
         reading = asyncio.ensure_future(connection.read_head(100))
         for piece in pieces:
             await asyncio.sleep(0)
-            connection.data_received(piece)
+            await receive(connection, piece)
         found = await asyncio.wait_for(reading, 5)
         return found, connection.received
 
@@ -12942,8 +12962,7 @@ def test_what_can_become_no_head_is_refused_before_its_end(
         connection = smolrouter.Connection(smolrouter.LoopBatch(limits))
         reading = asyncio.ensure_future(connection.read_head(64))
         for piece in pieces:
-            connection.data_received(piece)
-            await asyncio.sleep(0)
+            await receive(connection, piece)
         await asyncio.wait_for(reading, 5)
 
     for pieces in every_split(data):
@@ -12994,12 +13013,12 @@ def test_what_is_written_in_one_turn_leaves_in_one_piece() -> None:
         assert second == b"x" * 10 + b"y" * 101
 
 
-def test_what_a_woken_task_writes_leaves_right_behind_its_step() -> None:
+def test_octets_let_a_task_go_on_and_send_in_the_turn_in_which_they_come() -> None:
     """And not a turn of the event loop later."""
 
-    async def answer() -> bytes:
+    async def answer(batch: Any) -> bytes:
         loop = asyncio.get_running_loop()
-        connection = smolrouter.Connection(smolrouter.LoopBatch())
+        connection = smolrouter.Connection(batch)
         here, there = socket.socketpair()
         with here, there:
             await loop.connect_accepted_socket(lambda: connection, here)
@@ -13010,16 +13029,39 @@ def test_what_a_woken_task_writes_leaves_right_behind_its_step() -> None:
 
             serving = asyncio.create_task(serve())
             await asyncio.sleep(0)
-            connection.data_received(b"hello")
-            # In this turn the task writes, and what comes behind it in the loop sends.
+            loop.call_soon(connection.data_received, b"hello")
             await asyncio.sleep(0)
+            # This is still the turn in which the octets came. At its end they leave.
             assert serving.done()
+            await asyncio.sleep(0)
             sent = there.recv(1000)
             connection.abort()
             await asyncio.sleep(0)
         return sent
 
-    assert run_coroutine(answer()) == b"hello"
+    assert run_in_own_loop(answer) == b"hello"
+
+
+def test_a_connection_that_breaks_while_it_sends_is_noticed_at_once() -> None:
+    """The loop has decided by then how long it waits for what comes next."""
+
+    async def leave(batch: Any) -> float:
+        loop = asyncio.get_running_loop()
+        connection = smolrouter.Connection(batch)
+        here, there = socket.socketpair()
+        with here:
+            await loop.connect_accepted_socket(lambda: connection, here)
+            # Nobody reads any more, and so nobody notices its end but by sending.
+            connection.transport.pause_reading()
+            there.close()
+            connection.write(b"hello")
+            began_at = loop.time()
+            with pytest.raises(BrokenPipeError):
+                await connection.read()
+            return loop.time() - began_at
+
+    limits = smolrouter.Limits(deadline_interval=PATIENCE)
+    assert run_in_own_loop(leave, limits) < PATIENCE / 2
 
 
 def test_a_content_that_came_with_its_head_is_taken_at_once() -> None:
@@ -22617,7 +22659,7 @@ def test_dawdler_is_answered_408(
 def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order() -> None:
     async def begin(count: int, left: Sequence[int]) -> list[list[int]]:
         limits = dataclasses.replace(smolrouter.LIMITS, requests_per_turn=3)
-        turns = smolrouter.RequestTurns(smolrouter.LoopBatch(limits))
+        turns = smolrouter.RequestTurns(limits)
         begun: list[int] = []
 
         async def serve(number: int) -> None:
