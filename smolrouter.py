@@ -15167,13 +15167,16 @@ def make_detail(record: RequestRecord) -> Detail:
     )
     if record.changes:
         meta = f'{meta[:-1]},"changes":{dump_compact(record.changes)}}}'
-    # A server may repeat secrets in its answer, in a field of it, too.
-    request = hide_secrets(record.content, secrets)
-    response = hide_secrets(b"".join(record.pieces), secrets)
-    if record.request_cut:
-        request = hide_cut_secret(request, secrets)
-    if record.response_cut:
-        response = hide_cut_secret(response, secrets)
+    request = record.content
+    response = b"".join(record.pieces)
+    if secrets:
+        # A server may repeat secrets in its answer, in a field of it, too.
+        request = hide_secrets(request, secrets)
+        response = hide_secrets(response, secrets)
+        if record.request_cut:
+            request = hide_cut_secret(request, secrets)
+        if record.response_cut:
+            response = hide_cut_secret(response, secrets)
     return Detail(hide_in_text(meta, secrets), request, response)
 
 
@@ -16927,8 +16930,8 @@ class RequestLog:
         record.pieces = []
         record.answer_end = b""
         size = len(record.data)
-        for body in filter(None, record.bodies):
-            size += len(body.data)
+        if record.bodies != NO_BODIES:
+            size += sum(len(body.data) for body in filter(None, record.bodies))
         self.bytes_released += record.body_bytes - size
         record.body_bytes = size
         if self.spans:
@@ -17016,9 +17019,9 @@ class RequestLog:
 
     def release_oldest(self, count: int) -> None:
         """Let the oldest records go: their rows are written, or lost."""
+        self.bytes_released += sum(map(body_octets, itertools.islice(self.finished, count)))
         for _ in range(count):
-            record = self.finished.popleft()
-            self.bytes_released += record.body_bytes
+            self.finished.popleft()
         self.ready_rows = max(0, self.ready_rows - count)
 
     def drop_unprepared(self) -> None:
