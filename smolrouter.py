@@ -1066,10 +1066,10 @@ class Limits:
     # An error says so many names of models or servers, of those that there are.
     names_in_error: int = 5
     # A row has so many characters of the user's last words and of the answer. To find these, so
-    # many octets of the answer's text are taken, and so much of the answer is searched: a model may
-    # think for long before it says anything.
+    # many octets of the answer are searched, and up to `searched_answer` where they are not among
+    # them: a model may think for long before it says anything.
     preview: int = 120
-    previewed_text: int = 512
+    previewed_answer: int = 4 * KiB
     searched_answer: int = MiB
     # Where no client names a conversation, a hash of its beginning does: of so many messages at
     # most, and of so many characters of each. What follows these, such as the time at the end of a
@@ -5511,7 +5511,7 @@ def read_last_words(protocol: Protocol, document: Mapping[str, Any]) -> str:
     return last
 
 
-def unescape_text(escaped: bytes | bytearray) -> str:
+def unescape_text(escaped: bytes) -> str:
     """Return the text that stands between quotes in JSON, also when its end was cut off.
 
     `b'one\\ntwo\\u00'`  ->  `one LF two`
@@ -5525,34 +5525,39 @@ def unescape_text(escaped: bytes | bytearray) -> str:
     return ""
 
 
+def join_texts(pattern: re.Pattern[bytes], answer: bytes, end: int) -> bytes:
+    """Return the texts that a pattern finds in an answer before `end`, joined.
+
+    CONTENT_MEMBER, `b'{"content":"Hi"}{"content":" you"}'`  ->  `Hi you`
+    """
+    found = pattern.findall(answer, 0, end)
+    if pattern.groups > 1:
+        # What another group finds than the first one did is the same text again. A text that is
+        # empty, as a part is when it is announced, is of no group.
+        groups = (group for texts in found for group, text in enumerate(texts) if text)
+        first_group = next(groups, 0)
+        found = [texts[first_group] for texts in found]
+    return b"".join(found)
+
+
 def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
     """Return how the texts that a pattern finds in an answer begin, without thinking.
 
     CONTENT_MEMBER, `b'{"content":"<think>hm</think>"}{"content":"Hi"}'`  ->  `Hi`
 
-    Where the first octets of the text are hardly more than thinking, more of it is read.
+    Where the first octets of the answer hold hardly any text, more and more of it is read.
     """
-    text = ""
-    for enough in (LIMITS.previewed_text, LIMITS.searched_answer):
-        said = bytearray()
-        first_group = None
-        for match in pattern.finditer(answer, 0, LIMITS.searched_answer):
-            # What another group finds than the first one did is the same text again. A text that
-            # is empty, as a part is when it is announced, is of no group.
-            if not match[match.lastindex]:
-                continue
-            first_group = first_group or match.lastindex
-            if match.lastindex == first_group:
-                said += match[first_group]
-                if len(said) >= enough:
-                    break
-        text = unescape_text(said).lstrip()
+    end = LIMITS.previewed_answer
+    while True:
+        text = unescape_text(join_texts(pattern, answer, end)).lstrip()
         if TAG_BEGINNING.search(text):
             text, _ = filter_text(text, FilterRules(think=True))
             text = text.lstrip()
-        if len(text) >= LIMITS.preview or len(said) < enough:
-            break
-    return text
+        # What stands at the end may be half of a character or of a tag.
+        is_enough = len(text) >= 2 * LIMITS.preview
+        if is_enough or end >= min(len(answer), LIMITS.searched_answer):
+            return text
+        end *= 4
 
 
 def read_answer_start(path: str, answer: bytes) -> str:
@@ -5564,7 +5569,7 @@ def read_answer_start(path: str, answer: bytes) -> str:
     asks for it.
     """
     protocol = find_protocol(path)
-    if protocol.openai_path and b'"choices"' in answer[: LIMITS.previewed_text]:
+    if protocol.openai_path and b'"choices"' in answer[: LIMITS.previewed_answer]:
         # A server that speaks OpenAI was asked, in its own words.
         protocol = find_protocol(protocol.openai_path)
     if protocol.said_text is None:
@@ -19426,8 +19431,8 @@ def sum_difference(
         {"begin": begin, "end": end, "begin_hour": window.begin_hour, **filters},
     )
     groups: dict[str, list[Sequence[Any]]] = collections.defaultdict(list)
-    for key, *numbers in rows:
-        groups[key].append(numbers)
+    for row in rows:
+        groups[row[0]].append(row[1:])
     return {key: make_tally(requests) for key, requests in groups.items()}
 
 

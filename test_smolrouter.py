@@ -6465,12 +6465,15 @@ def test_the_beginning_of_an_answer_behind_long_thoughts_or_at_a_cut() -> None:
     ):
         said = b"".join(map(encode_event, events))
         found = smolrouter.read_answer_start(CHAT, said)
-        assert found == answer
+        # Twice as much as is shown, or all of it. Half of an escaped character may be left.
+        assert answer.startswith(found.rstrip("\ud83d"))
+        assert len(found) >= min(len(answer), 2 * smolrouter.LIMITS.preview)
         for cut in range(len(said) - 60, len(said)):
             # Half of an escaped character may be left.
             start = smolrouter.read_answer_start(CHAT, said[:cut]).rstrip("\ud83d")
             assert answer.startswith(start)
-    for size in range(smolrouter.LIMITS.previewed_text - 30, smolrouter.LIMITS.previewed_text):
+    end = smolrouter.LIMITS.previewed_answer
+    for size in range(end - 2000, end, 7):
         # The octets that are looked at first end a few words behind the thoughts.
         thoughts = [text_delta("<think>"), text_delta("m" * size), text_delta("</think>")]
         said = b"".join(map(encode_event, [*thoughts, *[text_delta("more words ")] * 20]))
