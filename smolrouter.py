@@ -5037,10 +5037,10 @@ def add_counts(counts: Mapping[bytes, bytes], choices: Iterable[Sequence[bytes]]
 
     `{b"a": b"1", b"b": b"2"}`, `[(b"x",), (b"a", b"b", b"c")]`  ->  3
     """
-    for first, *others in choices:
-        if first in counts:
-            total = int(counts[first])
-            for name in others:
+    for names in choices:
+        if names[0] in counts:
+            total = 0
+            for name in names:
                 total += int(counts.get(name, 0))
             return total
     return None
@@ -11609,7 +11609,7 @@ def show_fields(fields: Fields) -> ShownFields:
     client_key = hide_secret(key).rpartition("***")[2]
     return ShownFields(
         lines=dump_compact(shown),
-        user_agent=fields.get("user-agent") or "",
+        user_agent=cut_name(fields.get("user-agent") or ""),
         client_key=client_key,
         client=read_client(fields) or client_key,
         secrets=tuple([*secrets, *cookies][: LIMITS.hidden_secrets]),
@@ -15336,11 +15336,11 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         completed_at,
         cut_name(record.sent_model),
         usage.cached,
-        hide_in_text(cut_name(shown.user_agent), record.secrets),
+        hide_in_text(shown.user_agent, record.secrets),
         shown.client_key,
         failed,
         make_level(record),
-        round(record.queued_s * 1000, 1),
+        round(record.queued_s * 1000, 1) if record.queued_s else 0.0,
         record.client,
         record.session or None,
         *make_preview(record, detail),
