@@ -2240,7 +2240,10 @@ def decode_request_content(data: bytes, coding: str, limit: int) -> bytes:
 # numbers. Where the members of a long document stand is noted while it is parsed; functions that
 # look for members take that as `members`, which is () where nothing was noted.
 
-Path = tuple[str | int, ...]  # the way to a value: ("messages", 0, "content")
+# The way to a value: ("messages", 0, "content").
+Path = tuple[str | int, ...]
+# What stands in a path for every member of an object and every element of an array.
+EVERY = -1
 # A value in an object or array: its name or index, its start and its end.
 Member = tuple[str | int, int, int]
 # A piece of a text, by start and end, and what is to stand there instead.
@@ -2265,8 +2268,10 @@ def refuse_constant(name: str) -> None:
 # Some editors and Windows programs put it before a text.
 BYTE_ORDER_MARK = "\ufeff"
 CLIENT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
-SERVER_JSON = json.JSONDecoder()  # some log-probabilities are -Infinity
-LAX_JSON = json.JSONDecoder(strict=False)  # texts may have line ends that are no escapes
+# Some log-probabilities of servers are -Infinity.
+SERVER_JSON = json.JSONDecoder()
+# Its texts may have line ends that are no escapes.
+LAX_JSON = json.JSONDecoder(strict=False)
 dump_compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 # --- size -----------------------------------------------------------------------------
@@ -2492,27 +2497,6 @@ def encode_json(value: Any) -> bytes:
 # --- editing --------------------------------------------------------------------------
 
 
-def find_members(text: str, at: int) -> Iterator[Member]:
-    """Yield name or index, start and end of each value in the container at `at`.
-
-    `{"a": 1, "b": []}`, 0  ->  `("a", 6, 7)`, `("b", 14, 16)`
-    """
-    opening = JSON_OPEN.match(text, at)
-    if opening is None:
-        return
-    at = opening.end()
-    index = 0
-    while text[at] not in "}]":
-        key: str | int = index
-        if opening[1] == "{":
-            key, at = SERVER_JSON.raw_decode(text, at)
-            at = JSON_SEPARATOR.match(text, at).end()
-        _, end = SERVER_JSON.raw_decode(text, at)
-        yield key, at, end
-        at = JSON_SEPARATOR.match(text, end).end()
-        index += 1
-
-
 def find_values(
     text: str,
     at: int,
@@ -2525,17 +2509,21 @@ def find_values(
     A member that stands twice in an object is yielded twice, because readers differ on which
     of the two counts. The generator returns where the value at `at` ends: so none that a path
     leads into is parsed twice. The `members` are those of a whole document, where they were noted.
+
+    `{"a": 1, "b": [2]}`, 0, `[("b", 0)]`  ->  `(15, 16, ("b", 0))`
     """
     # What is left of the paths behind their first element, by that element. A path with nothing
     # left is that of this value, which is then yielded whole.
     tails: dict[str | int, list[Path]] = {}
     for path in paths:
         tails.setdefault(path[0], []).append(path[1:])
+    tails_of_all = tails.get(EVERY, [])
     for key, start, end in members:
-        if () in tails.get(key, ()):
+        inner = tails.get(key, tails_of_all)
+        if () in inner:
             yield start, end, (*prefix, key)
-        elif key in tails:
-            yield from find_values(text, start, tails[key], (*prefix, key))
+        elif inner:
+            yield from find_values(text, start, inner, (*prefix, key))
     if members:
         # Where a whole document ends, nobody asks.
         return len(text)
@@ -2549,7 +2537,7 @@ def find_values(
         if opening[1] == "{":
             key, at = SERVER_JSON.raw_decode(text, at)
             at = JSON_SEPARATOR.match(text, at).end()
-        inner = tails.get(key)
+        inner = tails.get(key, tails_of_all)
         if inner and () not in inner:
             end = yield from find_values(text, at, inner, (*prefix, key))
         else:
@@ -2559,6 +2547,15 @@ def find_values(
         at = JSON_SEPARATOR.match(text, end).end()
         index += 1
     return at + 1
+
+
+def find_members(text: str, at: int) -> Iterator[Member]:
+    """Yield name or index, start and end of each value in the object or array at some place.
+
+    `{"a": 1, "b": []}`, 0  ->  `("a", 6, 7)`, `("b", 14, 16)`
+    """
+    for start, end, path in find_values(text, at, [(EVERY,)]):
+        yield path[0], start, end
 
 
 def stands_in(text: str, word: str) -> bool:
@@ -2593,11 +2590,11 @@ def find_twice(text: str, names: Iterable[str], members: Sequence[Member] = ()) 
     """
     names = tuple(names)
     # Nearly always it is enough to look for the names, wherever they stand.
-    found = (count_to_two(text, name) for name in names)
-    if not (members or may_be_escaped(text, names) or 2 in found):
-        return frozenset()
-    counts = collections.Counter(key for key, _, _ in members or find_members(text, 0))
-    return frozenset(name for name in names if counts[name] > 1)
+    counted = (count_to_two(text, name) for name in names)
+    if members or may_be_escaped(text, names) or 2 in counted:
+        counts = collections.Counter(key for key, _, _ in members or find_members(text, 0))
+        return frozenset(name for name in names if counts[name] > 1)
+    return frozenset()
 
 
 def has_twice(text: str, name: str, members: Sequence[Member] = ()) -> bool:
@@ -2607,9 +2604,9 @@ def has_twice(text: str, name: str, members: Sequence[Member] = ()) -> bool:
     """
     # Nearly always it is enough to look for the name, wherever it stands. Only an escape that
     # begins like this is one of these letters.
-    if not (members or count_to_two(text, name) == 2 or stands_in(text, "\\u006")):
-        return False
-    return bool(find_twice(text, (name,), members))
+    if members or count_to_two(text, name) == 2 or stands_in(text, "\\u006"):
+        return bool(find_twice(text, (name,), members))
+    return False
 
 
 def append_members(text: str, members: str) -> str:
@@ -2719,7 +2716,8 @@ def edit_json(
     """
     likely = list(edits)
     stand_once = False
-    if not (members or may_be_escaped(text, [str(path[0]) for path in edits])):
+    is_plain = not may_be_escaped(text, [str(path[0]) for path in edits])
+    if is_plain and not members:
         # A name that does not occur in the text needs no search, unless an escape spells it. One
         # that occurs once needs none behind its member: the usual edit is of the model, which
         # stands first.
