@@ -767,7 +767,7 @@ class GivenSetting(NamedTuple):
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Settings:
     """What the environment and the flags say; valid once it exists."""
 
@@ -6598,7 +6598,7 @@ class RequestChanges:
         return change_parameters(text, document, parameters, additions, note, members)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class ParsedRequest:
     """A request as its dialect reads it; nothing of it is changed."""
 
@@ -12612,7 +12612,7 @@ class ResponseWriter:
         self.send_response(status, [("Content-Type", "application/json")], content)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
     """A request whose head has been read, and the connection it came on."""
 
@@ -13306,7 +13306,7 @@ class Waker:
 # --- requests and health ----------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class ServerUse:
     """How many requests run at a server now, and how many have a slot, with whatever models.
 
@@ -13318,7 +13318,7 @@ class ServerUse:
     in_slots: int = 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Health:
     """How one instance has fared.
 
@@ -14062,7 +14062,7 @@ def fetch_document(
     return FetchedDocument(document, len(answer.content))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelList:
     """The models that a server listed, and when it was asked, on the monotonic clock."""
 
@@ -14853,7 +14853,7 @@ class AttemptSpan(NamedTuple):
     begun_ms: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Trace:
     """The place of a request in a trace, as W3C's Trace Context has it; ids are hexadecimal."""
 
@@ -17255,7 +17255,7 @@ def plan_forwarding(
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Context:
     """What every exchange and every handler works with; there is one in a running router."""
 
@@ -21935,7 +21935,7 @@ def describe_addresses(settings: Settings, port: int) -> str:
     return " \u00b7 ".join(places)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Invocation:
     """What a command works with."""
 
@@ -23292,7 +23292,7 @@ def demo_documents(document: Mapping[str, Any], thinks: bool) -> list[dict[str, 
     return [*documents, {**head, "choices": [], "usage": usage}]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DemoServer:
     """A simulated model server: how it behaves, and the model that it lists."""
 
