@@ -334,12 +334,12 @@ class BadGateway(RouterError, status=502, code="bad_gateway", kind="upstream_err
 class ErrorAnswer(BadGateway):
     """The upstream's answer is an error, whatever its status says; the message has its words.
 
-    `told_status` is the status that the words came with, None without one.
+    `error_status` is the status that the words came with, None without one.
     """
 
-    def __init__(self, message: str, told_status: int | None = None) -> None:
+    def __init__(self, message: str, error_status: int | None = None) -> None:
         super().__init__(message)
-        self.told_status = told_status
+        self.error_status = error_status
 
 
 class Unavailable(RouterError, status=503, code="shutting_down"):
@@ -675,8 +675,8 @@ def parse_networks(text: str) -> tuple[IPNetwork, ...]:
 
 def add_flags(pattern: str, flags: str) -> str:
     """Write a pattern with those of its flags that mean something: '^GPT', 'gi' -> '/(?i)^GPT/'."""
-    known_flags = "".join(flag for flag in "imsx" if flag in flags)
-    return f"/(?{known_flags}){pattern}/" if known_flags else f"/{pattern}/"
+    python_flags = "".join(flag for flag in "imsx" if flag in flags)
+    return f"/(?{python_flags}){pattern}/" if python_flags else f"/{pattern}/"
 
 
 def parse_pattern(text: str) -> NamePattern:
@@ -974,7 +974,7 @@ class Limits:
     unsent: int = 64 * KiB
     # All running requests together may hold so much content; while they do, another long one
     # gets 503. While it is read and edited, JSON takes about four times its length.
-    held_content: int = 256 * MiB
+    content_memory: int = 256 * MiB
     # So many requests begin in one turn of the event loop, which takes some 5 ms then.
     requests_per_turn: int = 32
     # Python's default of 100 makes the 101st client of a burst wait for one to three seconds.
@@ -1039,7 +1039,7 @@ class Limits:
     texts_per_stream: int = 16_384
     # Where a text may have begun inside of a block of thinking, so many characters are held back
     # until the tag comes that closes it. Behind a backtick, a tag waits for the other one so long.
-    held_thinking: int = 64 * KiB
+    unseen_thinking: int = 64 * KiB
     code_span: int = 4 * KiB
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
@@ -1127,7 +1127,7 @@ class Limits:
     busy_ack_timeout: float = 60.0
     # Instances whose health is remembered; clients choose the names of models. When there are
     # more, the oldest tenth that is not busy is forgotten.
-    known_instances: int = 1000
+    remembered_instances: int = 1000
     # A failed instance is tried last for `cool_down`. That doubles with each failure, up to
     # `longest_cool_down`. A Retry-After is obeyed up to `longest_retry_after`.
     cool_down: float = 5.0
@@ -1170,8 +1170,8 @@ class Limits:
     model_lists_size: int = 16 * MiB
     # Some servers tell of a model's context and abilities only when they are asked for that model:
     # so many of a list at most, one after the other, and so many are remembered.
-    asked_details: int = 100
-    known_details: int = 2000
+    listed_details: int = 100
+    remembered_details: int = 2000
     # A name that nobody has is compared with so many others; it takes quadratic time.
     compared_names: int = 1000
     # An error in place of a list is kept for its client up to this length.
@@ -3669,7 +3669,7 @@ class ThinkFilter:
             if not last and (not stripped or cut_tag().fullmatch(stripped)):
                 self.pending = text
                 return ""
-        longest = math.inf if self.whole else LIMITS.held_thinking
+        longest = math.inf if self.whole else LIMITS.unseen_thinking
         if closing and self.unsure_size + closing.start() <= longest:
             self.thought += [*self.unsure, text[: closing.start()]]
             self.unsure = None
@@ -9429,7 +9429,7 @@ class RoutingTable:
         return tuple(dict.fromkeys([*first, *self.servers.values(), *self.all_servers()]))
 
     @functools.cached_property
-    def asked_servers(self) -> tuple[Server, ...]:
+    def listing_servers(self) -> tuple[Server, ...]:
         """The servers that are asked what they list and speak: where requests go depends on it."""
         return tuple(
             server
@@ -9440,7 +9440,7 @@ class RoutingTable:
     @functools.cached_property
     def has_choice(self) -> bool:
         """Whether a list can lead a request elsewhere than it would go without."""
-        others = [server for server in self.asked_servers if server != self.default]
+        others = [server for server in self.listing_servers if server != self.default]
         return self.route_by_model and bool(others)
 
 
@@ -10030,8 +10030,8 @@ class TableReader:
         name = node.read()
         if name in self.servers:
             return self.servers[name]
-        known = ", ".join(self.servers) or "none"
-        words = f"unknown server {name!r}; known are {known}, or a URL"
+        names = ", ".join(self.servers) or "none"
+        words = f"unknown server {name!r}; known are {names}, or a URL"
         node.require(ABSOLUTE_SCHEME.match(name), words)
         url = node.read(parse_upstream_url)
         return self.server_at(url) or self.name_server(url)
@@ -10124,8 +10124,8 @@ class TableReader:
         if alias in given:
             node.require(len(given) == 1, "`alias` stands alone; leave the rest out")
             name = alias.read()
-            known = ", ".join(self.aliases) or "none"
-            alias.require(name in self.aliases, f"unknown {name!r}; known are {known}")
+            names = ", ".join(self.aliases) or "none"
+            alias.require(name in self.aliases, f"unknown {name!r}; known are {names}")
             return self.aliases[name].reached_by(own)
         if model in given:
             # This only checks it: the template is kept as it stands there.
@@ -10602,7 +10602,7 @@ def first_claim(order: Iterable[FindClaim], query: RouteQuery, trail: list[Step]
     return next(claim for claim in claims if claim is not None)
 
 
-def tell_tags(requested_model: str, sent_models: Iterable[str | None]) -> Iterator[Step]:
+def describe_tags(requested_model: str, sent_models: Iterable[str | None]) -> Iterator[Step]:
     """Yield what the trail says of models that are sent with a tag which a client has added.
 
     The tag is not dropped here: for that the server has to be asked whether it lists the name, and
@@ -10649,7 +10649,7 @@ def resolve(
     )
     # A name that was found on a list is one that its server knows.
     if claim.route != BY_LIST:
-        trail += tell_tags(requested_model, [instance.model for instance in instances])
+        trail += describe_tags(requested_model, [instance.model for instance in instances])
     return Decision(
         requested_model=requested_model,
         mapped_model=mapped_model,
@@ -10664,7 +10664,7 @@ def resolve(
     )
 
 
-def tell_ages(decision: Decision, ages: tuple[int | None, ...]) -> Decision:
+def with_list_ages(decision: Decision, ages: tuple[int | None, ...]) -> Decision:
     """Return a decision by lists whose last step says how old they are, in s; None: fixed ones.
 
     The ages are no part of what `decide` remembers, because they change with each second.
@@ -12635,7 +12635,7 @@ class Request:
     is_read: bool = dataclasses.field(default=False, init=False)
     # Whether an exchange keeps a record of it, and prints its line.
     recorded: bool = dataclasses.field(default=False, init=False)
-    # Octets of its content that count against `Limits.held_content`.
+    # Octets of its content that count against `Limits.content_memory`.
     counted_octets: int = dataclasses.field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -13463,7 +13463,7 @@ class Upstreams:
         key = instance.key
         health = self.health.get(key)
         if health is None:
-            if len(self.health) >= self.limits.known_instances:
+            if len(self.health) >= self.limits.remembered_instances:
                 self.forget_oldest()
             health = Health(self.limits, self.use_of(instance.server.url), key)
             self.health[key] = health
@@ -13477,7 +13477,7 @@ class Upstreams:
 
     def forget_oldest(self) -> None:
         """Forget the oldest tenth of the instances, but for those that are busy."""
-        for key in list(itertools.islice(self.health, self.limits.known_instances // 10)):
+        for key in list(itertools.islice(self.health, self.limits.remembered_instances // 10)):
             if not self.health[key].running:
                 del self.health[key]
 
@@ -13554,7 +13554,7 @@ class Upstreams:
         if habits == NO_HABITS:
             self.habits.pop(key, None)
         elif habits != self.habits_of(key):
-            keep_newest(self.habits, key, habits, self.limits.known_instances)
+            keep_newest(self.habits, key, habits, self.limits.remembered_instances)
 
     # Requests.
 
@@ -14102,7 +14102,7 @@ class ModelLists:
         self.lists: dict[ModelListKey, ModelList] = {}
         # Within a second, the requests for a model get the same ages. Few are worth remembering:
         # they are others a second later.
-        self.tell_ages = functools.lru_cache(maxsize=64)(self.decision_with_ages)
+        self.with_list_ages = functools.lru_cache(maxsize=64)(self.decision_with_ages)
         # The errors of servers that refused theirs when they were asked last.
         self.refusals: dict[ModelListKey, Refusal] = {}
         # When a server's models were changed through the router, on the monotonic clock. What it
@@ -14302,7 +14302,7 @@ class ModelLists:
             is_short = len(model.name) <= self.limits.shown_name
             if not is_told and is_short and detail_key(server, model) not in self.details:
                 unknown.append(model)
-        for model in unknown[: self.limits.asked_details]:
+        for model in unknown[: self.limits.listed_details]:
             question = Question(path, authorization, encode_json({"model": model.name}))
             try:
                 facts = read_facts((await self.ask_document(server, question)).document)
@@ -14312,7 +14312,7 @@ class ModelLists:
             except (OSError, asyncio.TimeoutError):
                 break
             detail = detail_key(server, model)
-            keep_newest(self.details, detail, facts, self.limits.known_details)
+            keep_newest(self.details, detail, facts, self.limits.remembered_details)
         known = self.lists.get(key)
         if unknown and known:
             models = [self.complete(server, model) for model in known.models]
@@ -14350,7 +14350,7 @@ class ModelLists:
         self.table = table
         self.due_at = now + self.limits.model_list_fresh
         self.forget_outdated(table, now)
-        for server in table.asked_servers:
+        for server in table.listing_servers:
             if not self.upstreams.is_cooling(server):
                 self.start_refresh(own_list_key(server), server, None)
 
@@ -14361,7 +14361,7 @@ class ModelLists:
         with its error. After an idle hour a list is as old, but nobody has tried yet to renew it.
         """
         current = {}
-        for server in table.asked_servers:
+        for server in table.listing_servers:
             key = own_list_key(server)
             names = self.catalogue.lists.get(key)
             if names is None:
@@ -14382,7 +14382,7 @@ class ModelLists:
         """
         now = time.monotonic()
         if now - self.searched_at >= self.limits.model_search_interval:
-            for server in table.asked_servers:
+            for server in table.listing_servers:
                 key = own_list_key(server)
                 is_stale = now - self.tried_at.get(key, -math.inf) > self.limits.model_list_stale
                 is_wrong = self.changed_at.get(server.url, -math.inf) > self.tried_at.get(key, 0.0)
@@ -14395,7 +14395,7 @@ class ModelLists:
         """Wait a moment for the lists of a table that are being asked for."""
         if not self.refreshing:
             return
-        keys = [own_list_key(server) for server in table.asked_servers]
+        keys = [own_list_key(server) for server in table.listing_servers]
         running = [self.refreshing[key] for key in keys if key in self.refreshing]
         if running:
             await asyncio.wait(running, timeout=self.limits.model_list_timeout)
@@ -14410,10 +14410,10 @@ class ModelLists:
     def decision_with_ages(self, decision: Decision, second: int) -> Decision:
         """Return a decision by lists that says how old they are in a second of the monotonic clock.
 
-        It is asked for as `tell_ages`, which remembers it while that second lasts.
+        It is asked for as `with_list_ages`, which remembers it while that second lasts.
         """
         ages = tuple(self.age(instance.server, second) for instance in decision.instances)
-        return tell_ages(decision, ages)
+        return with_list_ages(decision, ages)
 
     async def ask(self, server: Server, read: Callable[[Any], Any]) -> Any:
         """Return what `read` gets from a connection of http.client's to a server, in a short time.
@@ -17312,7 +17312,7 @@ class Context:
             await lists.wait(self.table)
             decision = decide(self.table, model, source_host, lists.catalogue)
         if decision.found_by == BY_LIST:
-            decision = lists.tell_ages(decision, int(time.monotonic()))
+            decision = lists.with_list_ages(decision, int(time.monotonic()))
         return decision
 
     def servers_speaking(self, service: str) -> list[Server]:
@@ -17706,8 +17706,8 @@ class Candidate:
 
     def note_error_answer(self, error: ErrorAnswer) -> None:
         """Note for the health of the instance that its answer was an error, under a good status."""
-        if error.told_status in COOLING_STATUSES:
-            reason = self.relayed.loggable(f"status {error.told_status}: {error}")
+        if error.error_status in COOLING_STATUSES:
+            reason = self.relayed.loggable(f"status {error.error_status}: {error}")
             retry_after = self.response.head.fields.get("retry-after")
             self.health.fail(reason, retry_after, reached=True)
         else:
@@ -19191,17 +19191,17 @@ EXPORT_PARAMETERS: Parameters = {
 }
 
 
-def read_parameters(query: str, known: Parameters) -> dict[str, Any]:
+def read_parameters(query: str, readers: Parameters) -> dict[str, Any]:
     """Return the parameters of a query; one without a value is left out. Raises BadRequest.
 
     `?limit=5&model=`  ->  {'limit': 5}
     """
     parameters = {}
     for name, text in urllib.parse.parse_qsl(query.removeprefix("?")):
-        if name not in known:
-            raise BadRequest(f"unknown parameter {name[:80]!r}; known are {', '.join(known)}")
+        if name not in readers:
+            raise BadRequest(f"unknown parameter {name[:80]!r}; known are {', '.join(readers)}")
         try:
-            parameters[name] = known[name](text)
+            parameters[name] = readers[name](text)
         except ValueError as error:
             raise BadRequest(f"{name}={text[:80]!r}: {error}") from None
     return parameters
@@ -20261,8 +20261,8 @@ def find_url(table: RoutingTable, text: str) -> str:
 
 async def serve_question(context: Context, request: Request) -> None:
     """Answer one of QUESTIONS."""
-    question, known = QUESTIONS[request.path]
-    parameters = read_parameters(request.query, known)
+    question, readers = QUESTIONS[request.path]
+    parameters = read_parameters(request.query, readers)
     if "upstream" in parameters:
         parameters["upstream"] = find_url(context.table, parameters["upstream"])
     document = await context.log.ask(question, parameters)
@@ -20654,12 +20654,12 @@ async def serve_model(context: Context, request: Request) -> None:
     decision = await context.decide(name, request.source_host)
     # A name that a rule, an alias or the model map knows is as good as a listed one.
     unclaimed = decision.route in (BY_DEFAULT, UNCLAIMED)
-    nobody_knows_it = unclaimed and decision.mapped_model == name
+    is_unlisted = unclaimed and decision.mapped_model == name
     found = find_listed(name, listed)
     if found is None and decision.found_by == BY_LIST:
         # It is listed in another case.
         found = find_listed(decision.instances[0].model, listed)
-    if found is None and nobody_knows_it:
+    if found is None and is_unlisted:
         words = unknown_model(name, list(listed))
         raise NotFound(f"{words}; GET /v1/models lists them all")
     model = listed[found] if found else ListedModel(model_entry(name))
@@ -21090,7 +21090,7 @@ class Application:
         )
         # Octets of content that all running requests hold together, and how many they may.
         self.content_size = 0
-        self.most_content = max(context.limits.held_content, self.settings.max_request_size)
+        self.most_content = max(context.limits.content_memory, self.settings.max_request_size)
 
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
@@ -22100,7 +22100,7 @@ class Router:
         ):
             self.console.print_line(line)
 
-    async def tell_server(self, server: Server) -> None:
+    async def announce_server(self, server: Server) -> None:
         """Print how a server is as soon as it has listed its models or has failed to."""
         if server.models is not None:
             words = f"not asked; it has {count_things(server.models, 'model', 'models')}"
@@ -22112,12 +22112,12 @@ class Router:
                 words = f"up, {count_things(models, 'model', 'models')}"
         self.console.print_line(f"server {server.name}: {words}")
 
-    async def tell_servers(self) -> None:
+    async def announce_servers(self) -> None:
         """Print how the servers are that the start has asked for their models."""
         table = self.context.table
         if is_quiet(self.settings) or not table.route_by_model:
             return
-        await asyncio.gather(*(self.tell_server(server) for server in table.search_order))
+        await asyncio.gather(*(self.announce_server(server) for server in table.search_order))
 
     async def run(self, on_ready: Callable[[int], None] | None = None) -> int:
         """Serve until a signal; return the exit status. `on_ready` gets the port."""
@@ -22134,7 +22134,7 @@ class Router:
             on_ready(port)
         watcher = asyncio.create_task(self.watch())
         # Their answers come while the router serves, and nobody waits for them.
-        teller = asyncio.create_task(self.tell_servers())
+        teller = asyncio.create_task(self.announce_servers())
         await self.stopping.wait()
         self.console.print_line(f"draining for at most {grace:g} s")
         watcher.cancel()
@@ -22798,17 +22798,17 @@ def examine(examinations: Sequence[Examination], look: Callable[[Examination], A
 def run_doctor(invocation: Invocation) -> int:
     """Ask servers what they are and what they can, and say what is wrong with them."""
     table = invocation.routes.load()
-    known = table.all_servers()
+    configured = table.all_servers()
     urls = []
     for word in invocation.options.urls:
         try:
             urls.append(parse_upstream_url(word))
         except ValueError as error:
             raise ConfigError(f"doctor {word!r}: {error}") from None
-    servers = [] if urls else known
+    servers = [] if urls else configured
     for url in dict.fromkeys(urls):
         # Several may have one URL, and each its own key.
-        named = [server for server in known if server.url == url]
+        named = [server for server in configured if server.url == url]
         servers += named or [Server(url.without_scheme, url)]
     settings = invocation.settings
     limits = invocation.limits
@@ -22905,9 +22905,9 @@ def explain_by_lists(
     lists = asyncio.run(ask_lists(invocation, table))
     decision = resolve(table, model, source_host, lists.catalogue)
     if decision.found_by == BY_LIST:
-        decision = lists.tell_ages(decision, int(time.monotonic()))
+        decision = lists.with_list_ages(decision, int(time.monotonic()))
     silent = []
-    for server in table.asked_servers:
+    for server in table.listing_servers:
         if lists.catalogue.names_of(server) is None:
             reason = lists.upstreams.health_of(Instance(server)).error or "no answer"
             silent.append(f"  ! {server.name} has given no list of models: {reason}")
@@ -23395,9 +23395,9 @@ class DemoClient(NamedTuple):
                 picture = {"type": "image_url", "image_url": {"url": encode_demo_picture()}}
                 content = [{"type": "text", "text": question}, picture]
             messages.append({"role": "user", "content": content})
-            said = self.send(talk, messages)
-            messages.append({"role": "assistant", "content": said["content"]})
-            if said["tool_calls"]:
+            answer = self.send(talk, messages)
+            messages.append({"role": "assistant", "content": answer["content"]})
+            if answer["tool_calls"]:
                 messages[-1]["tool_calls"] = [DEMO_CALL]
                 result = {"role": "tool", "tool_call_id": "call_1", "content": DEMO_WEATHER}
                 messages.append(result)
@@ -23652,17 +23652,17 @@ def check_flags(
 
     command = next((word for word in words if word in commands), None)
     usage = commands[command].build().format_usage() if command else parser.format_usage()
-    known_flags = re.findall(r"--?[a-z][a-z-]*", usage)
+    valid_flags = re.findall(r"--?[a-z][a-z-]*", usage)
     previous = ""
     for word in words:
         if word == "--":
             break
         flag = word.partition("=")[0]
-        is_value = previous in known_flags
+        is_value = previous in valid_flags
         previous = word
-        if is_value or not re.match("--?[A-Za-z]", word) or flag in known_flags:
+        if is_value or not re.match("--?[A-Za-z]", word) or flag in valid_flags:
             continue
-        nearest = difflib.get_close_matches(flag.lower().replace("_", "-"), known_flags, 1)
+        nearest = difflib.get_close_matches(flag.lower().replace("_", "-"), valid_flags, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see smolrouter --help"
         raise ConfigError(f"unknown flag {flag}; {hint}")
 

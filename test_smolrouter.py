@@ -5950,7 +5950,7 @@ def test_an_error_that_an_answer_begins_with(path: str) -> None:
         opening = new_opening(path)
         (event,) = encode_events(path, [{"error": error}])
         assert [opening.feed(piece) for piece in [*begin, event]] == [False] * len(begin) + [True]
-        assert (str(opening.error), opening.error.told_status) == ("no memory", status)
+        assert (str(opening.error), opening.error.error_status) == ("no memory", status)
         # It comes first also when there is text behind it in the same piece.
         opening = new_opening(path)
         assert opening.feed(b"".join([event, *encode_events(path, SAY_SOMETHING[path])]))
@@ -11494,7 +11494,7 @@ def test_decisions_are_remembered_until_a_list_changes() -> None:
     found = smolrouter.decide(table, "only-a", HOME, first)
     assert smolrouter.decide(table, "only-a", HOME, first) is found
     assert str(smolrouter.decide(table, "only-a", HOME, second).instances[0]) == "e/only-a"
-    told = smolrouter.tell_ages(found, (61,))
+    told = smolrouter.with_list_ages(found, (61,))
     assert told.trail == (*found.trail[:-1], ("model list", True, "a lists 'only-a' (61 s ago)"))
 
 
@@ -13201,7 +13201,7 @@ def test_content_up_to_the_limit() -> None:
 
 def test_long_requests_together_are_bounded() -> None:
     """Five clients send 7 MiB each and never end: one is refused, short ones are served."""
-    limits = {"held_content": 32 << 20}
+    limits = {"content_memory": 32 << 20}
     with contextlib.ExitStack() as stack:
         _, upstream = stack.enter_context(router_and_upstream())
         settings = {"DEFAULT_UPSTREAM": upstream.url, "MAX_REQUEST_SIZE": 16 << 20}
