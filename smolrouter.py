@@ -1277,6 +1277,12 @@ class Limits:
     searched_rows: int = 20_000
     # It looks for so many words; each takes as long where all those before it are found.
     searched_words: int = 8
+    # Figures of at most so many rows come from the rows themselves. Percentiles of more come from a
+    # histogram; a median of speeds from an even sample, of at least so many rows in all, or so many
+    # where each hour has its own.
+    exact_rows: int = 2000
+    sampled_speeds: int = 500
+    hourly_speeds: int = 4000
     # News of requests are sent to a page at most so often, at most so many of a kind at once;
     # a comment is sent after so long a silence, or a proxy in between would close the stream.
     news_interval: float = 0.25
@@ -18863,7 +18869,7 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
 
 
 # What finds pieces of a text in the events of any protocol, without reading their JSON.
-SAID_TEXTS = (CONTENT_MEMBER, OUTPUT_TEXT, RESPONSE_MEMBER, TEXT_MEMBER)
+ANSWER_TEXTS = (CONTENT_MEMBER, OUTPUT_TEXT, RESPONSE_MEMBER, TEXT_MEMBER)
 
 
 def read_last_text(pieces: Sequence[bytes | bytearray]) -> str:
@@ -18878,11 +18884,11 @@ def read_last_text(pieces: Sequence[bytes | bytearray]) -> str:
             # It begins within an event.
             tail = tail[-LIMITS.looked_at_tail :].partition(b"\n")[2]
             break
-    for pattern in SAID_TEXTS:
-        said = b"".join(match[match.lastindex] for match in pattern.finditer(tail))
-        if said:
-            return unescape_text(said)[-LIMITS.shown_tail :]
-    # It thinks.
+    for pattern in ANSWER_TEXTS:
+        words = b"".join(match[match.lastindex] for match in pattern.finditer(tail))
+        if words:
+            return unescape_text(words)[-LIMITS.shown_tail :]
+    # Without any words it thinks, if it says anything at all.
     thoughts = ["".join(message.thoughts) for message in read_choices(tail)]
     return "".join(thoughts)[-LIMITS.shown_tail :]
 
@@ -18926,8 +18932,6 @@ def inflight_document(record: RequestRecord, now: float) -> dict[str, Any]:
 # paged by id, sums come from those of whole hours and at most half an hour of rows, and an even
 # sample stands for many points. What `hours` and `since` mean, `Window` says.
 
-# Percentiles of at most so many rows are taken from the rows; those of more from a histogram.
-FEW_ROWS = 2000
 # From this level on the index `sample`, which section 13 makes, has all that a point shows.
 SAMPLE_LEVEL = 3
 # A hash of 64 bits has no bit above.
@@ -19520,12 +19524,6 @@ def read_points(
     return points
 
 
-# Of so many answers at least the middle speed is taken, where not all are looked at; and of so many
-# when each hour is to have its own.
-FEW_SPEEDS = 500
-FEW_SPEEDS_OF_HOURS = 4000
-
-
 def read_speeds(
     db: sqlite3.Connection, window: Window, total: int, few: int, filters: Mapping[str, Any]
 ) -> Iterator[tuple[int, float]]:
@@ -19534,7 +19532,7 @@ def read_speeds(
     They are those of all rows, or of an even sample that has `few` of them at least.
     """
     level = 0
-    if total > max(FEW_ROWS, few):
+    if total > max(LIMITS.exact_rows, few):
         level = max((total // few).bit_length() - 1, SAMPLE_LEVEL)
     index = find_index(db, window, level, filters, total)
     tests = [IN_WINDOW, "timestamp >= :begin", "timestamp < :end", "failed = 0"]
@@ -19560,9 +19558,9 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
     errors = tally[SUMS.index("errors")]
     durations: list[float] = []
     ttfts: list[float] = []
-    if requests <= FEW_ROWS:
+    if requests <= LIMITS.exact_rows:
         durations, ttfts = read_times(db, window)
-    speeds = [speed for _, speed in read_speeds(db, window, requests, FEW_SPEEDS, {})]
+    speeds = [speed for _, speed in read_speeds(db, window, requests, LIMITS.sampled_speeds, {})]
     return {
         "total_requests": sum(by_service.values()),
         "recent_requests": requests,
@@ -19667,7 +19665,7 @@ def read_performance(log: RequestLog, db: sqlite3.Connection, parameters: Mappin
         total = int(sum(tally[SUMS.index("requests")] for tally in tallies.values()))
     # Each level halves the number of rows. This one leaves `limit` rows, or up to twice as many.
     level = 0
-    if total > FEW_ROWS:
+    if total > LIMITS.exact_rows:
         level = max((total // limit).bit_length() - 1, 0)
     points = read_points(db, window, level, filters, total)
     times = gather_times(points)
@@ -19780,7 +19778,7 @@ def read_trend(
     found = {hour: numbers for hour, *numbers in rows}
     total = int(sum(requests for requests, *_ in found.values()))
     speeds = collections.defaultdict(list)
-    for hour, speed in read_speeds(db, window, total, FEW_SPEEDS_OF_HOURS, filters):
+    for hour, speed in read_speeds(db, window, total, LIMITS.hourly_speeds, filters):
         speeds[hour].append(speed)
     hours = []
     for hour in range(window.begin_hour, window.end // HOUR_MS):
@@ -20235,6 +20233,7 @@ def metric_lines(
 
 # --- endpoints ------------------------------------------------------------------------
 
+# The questions to the log by their paths: what answers each, and the parameters of its query.
 QUESTIONS = {
     "/api/logs": (read_logs, LOG_PARAMETERS),
     "/api/stats": (read_stats, {"hours": HOURS}),
@@ -20788,15 +20787,15 @@ async def serve_session(context: Context, request: Request) -> None:
     """Answer /api/session: whether the Web UI wants a token, and has a valid one."""
     fields = request.head.fields
     policy = context.settings.webui_security
-    valid = False
+    is_signed_in = False
     with contextlib.suppress(RouterError):
         tokens = find_tokens(fields, True)
         check_webui(context.check_tokens(tokens, request.source_host))
-        valid = True
+        is_signed_in = True
     session = {
         "version": __version__,
         "webui_security": policy,
-        "authenticated": valid,
+        "authenticated": is_signed_in,
         "needs_token": needs_token(policy, fields),
     }
     request.writer.send_json(session)
