@@ -2348,7 +2348,7 @@ def running_log(
     mask = os.umask(0o077)
     log = smolrouter.RequestLog(
         settings_of(log_folder, **settings),
-        dataclasses.replace(smolrouter.LIMITS, **limits),
+        smolrouter.Limits(**limits),
         lines.append,
     )
     os.umask(mask)
@@ -17254,7 +17254,7 @@ def test_rows_are_inserted_by_few_statements() -> None:
 def test_the_write_ahead_log_is_put_into_the_database_beside_transactions(
     log_folder: LogFolder,
 ) -> None:
-    limits = dataclasses.replace(smolrouter.LIMITS, checkpoint_transactions=3, checkpoint_rows=9)
+    limits = smolrouter.Limits(checkpoint_transactions=3, checkpoint_rows=9)
     copy = log_folder.file.with_name("copy.db")
 
     def count_in_file() -> int:
@@ -17473,7 +17473,7 @@ def test_requests_are_spans(log_folder: LogFolder, collector: Collector) -> None
 def make_exporter(url: str, lines: list[str], **limits: Any) -> Any:
     """Make what sends spans, without a router."""
     settings = smolrouter.Settings.from_mapping({"OTEL_EXPORTER_OTLP_ENDPOINT": url})
-    limits = dataclasses.replace(smolrouter.LIMITS, **limits)
+    limits = smolrouter.Limits(**limits)
     return smolrouter.SpanExporter(settings, limits, lines.append)
 
 
@@ -21940,7 +21940,7 @@ def test_a_conversation_is_exported_once(log_folder: LogFolder) -> None:
     def export(twice: bool = False, **parameters: Any) -> list[str]:
         """Return the last words of each line."""
         parameters = {"format": "openai", **parameters}
-        limits = dataclasses.replace(smolrouter.LIMITS, export_page=2)
+        limits = smolrouter.Limits(export_page=2)
         store = smolrouter.Store(settings_of(log_folder), limits)
         made = smolrouter.make_turns(parameters, limits)
         lines = []
@@ -22661,7 +22661,7 @@ def test_dawdler_is_answered_408(
 
 def test_requests_that_come_at_once_begin_a_few_a_turn_and_in_order() -> None:
     async def begin(count: int, left: Sequence[int]) -> list[list[int]]:
-        limits = dataclasses.replace(smolrouter.LIMITS, requests_per_turn=3)
+        limits = smolrouter.Limits(requests_per_turn=3)
         turns = smolrouter.RequestTurns(limits)
         begun: list[int] = []
 
