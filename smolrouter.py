@@ -16916,8 +16916,15 @@ class RequestLog:
 
     def next_batch(self) -> list[RequestRecord]:
         """Return the oldest records without a row, as many as one transaction takes."""
-        end = self.ready_rows + self.limits.batch_rows
-        return list(itertools.islice(self.finished, self.ready_rows, end))
+        return self.copy_finished(self.ready_rows, self.ready_rows + self.limits.batch_rows)
+
+    def copy_finished(self, begin: int, end: int) -> list[RequestRecord]:
+        """Return the finished records from one place to another, counted from the oldest.
+
+        Python copies all of them in one step. To go through them could fail, because the event loop
+        adds more between any two steps of this thread.
+        """
+        return list(self.finished)[begin:end]
 
     def prepare_row(self, record: RequestRecord) -> None:
         """Make the row of a finished record, pack its bodies and let the raw ones go."""
@@ -17022,7 +17029,7 @@ class RequestLog:
     def write_transaction(self, running: Sequence[RequestRecord]) -> None:
         """Write a batch of rows that are ready, and unfinished ones. Raises what `write` does."""
         count = min(self.ready_rows, self.limits.batch_rows)
-        batch = list(itertools.islice(self.finished, count))
+        batch = self.copy_finished(0, count)
         self.ids.number(batch)
         unfinished = [make_row(record, Detail(), finished=False) for record in running]
         rows = [record.row for record in batch]

@@ -18267,6 +18267,29 @@ def sums(log_folder: LogFolder) -> tuple[Any, ...]:
     )
 
 
+def test_a_batch_is_taken_while_requests_end() -> None:
+    """The event loop may add one between any two steps of the thread."""
+    log = types.SimpleNamespace(finished=collections.deque([1, 2, 3]))
+    take = functools.partial(smolrouter.RequestLog.copy_finished, log, 1, 3)
+    ended = threading.Event()
+
+    def end_requests() -> None:
+        while not ended.is_set():
+            log.finished.append(4)
+            log.finished.pop()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=end_requests)
+    try:
+        thread.start()
+        assert all(take() == [2, 3] for _ in range(200_000))
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
+
+
 def test_a_burst_is_written(log_folder: LogFolder) -> None:
     """All of it, once, with details and sums, and nothing is left over at the end."""
     sent = 4000
