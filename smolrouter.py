@@ -17651,7 +17651,7 @@ class Candidate:
         head = relayed.request.head
         trace = relayed.record.trace
         target = f"{forwarding.path or parsed.path}{encode_query(parsed, changes.model)}"
-        message = encode_forwarded_head(head, forwarding, target, trace is not None)
+        first_lines = encode_forwarded_head(head, forwarding, target, trace is not None)
         last_lines = ""
         if trace:
             self.span_id = secrets.token_hex(8)
@@ -17661,7 +17661,7 @@ class Candidate:
             last_lines += upload.framing_line()
         elif content or head.method in ("POST", "PUT", "PATCH"):
             last_lines += f"Content-Length: {len(content)}\r\n"
-        message += f"{last_lines}\r\n".encode() + content
+        message = b"".join((first_lines, f"{last_lines}\r\n".encode(), content))
         self.response = await context.upstreams.send_request(
             forwarding.server, head.method, message, upload
         )
@@ -18010,7 +18010,9 @@ class Answer:
     # 0 for an answer that is none.
     error_content = b""
     longest_error = 0
-    # Whether the client has got some of it. From then on there is no other answer.
+    # Whether it goes to the client as it comes, and whether some of it has left. From then on there
+    # is no other answer.
+    relaying = False
     begun = False
 
     def __init__(self, candidate: Candidate) -> None:
@@ -18112,6 +18114,7 @@ class Answer:
         """Send it as it comes in, through its rewriter. Raises RouterError."""
         record = self.record
         response = self.response
+        self.relaying = True
         self.note_relayed()
         rewriter = self.rewriter = self.choose_rewriter()
         if rewriter and self.coding:
@@ -18360,8 +18363,8 @@ class Exchange:
     What goes wrong raises RouterError; `run` turns that into an answer, or into the end of one.
     """
 
-    # Those that may be asked; the one that is asked now, or whose answer is relayed; and that
-    # answer, as soon as it is relayed.
+    # Those that may be asked; the one that is asked now, or whose answer is relayed; and what it
+    # answers, as soon as the head of that has come.
     candidates: Candidates | None = None
     candidate: Candidate | None = None
     answer: Answer | None = None
@@ -18512,7 +18515,7 @@ class Exchange:
         its events end.
         """
         answer = self.answer
-        if answer:
+        if answer and answer.relaying:
             if answer.rewriter is None or not answer.rewriter.takes_event:
                 return
             # A stream that is relayed has a head of its own. What is kept back until its end may
@@ -18546,10 +18549,9 @@ class Exchange:
         while candidate := candidates.take() or await candidates.wait():
             self.turn_to(candidate)
             try:
-                answer = await self.find_answer(candidate)
+                await self.find_answer(candidate)
                 if candidate.status < 400 or not candidate.has_next:
-                    self.answer = answer
-                    await answer.relay()
+                    await self.answer.relay()
                     return
                 fallback = candidate
                 candidates.note_passed_over(candidate.instance, candidate.status)
@@ -18605,7 +18607,7 @@ class Exchange:
         record.sent_model = candidate.model
         record.changes = candidate.changes
 
-    async def find_answer(self, candidate: Candidate) -> Answer:
+    async def find_answer(self, candidate: Candidate) -> None:
         """Ask an instance, and wait until its response counts as an answer. Raises BadGateway.
 
         Where there are no other instances its head is enough. Otherwise the response has to say
@@ -18613,7 +18615,7 @@ class Exchange:
         """
         parsed = self.parsed
         response = await candidate.send()
-        answer = Answer(candidate)
+        answer = self.answer = Answer(candidate)
         if parsed.stream and parsed.text:
             await answer.find_media_type()
         protocol = candidate.forwarding.protocol
@@ -18631,7 +18633,6 @@ class Exchange:
             # Its content has come already where another instance could be asked instead. Of the
             # only one's there may be nothing yet; `Answer.relay` finds the words then.
             candidate.note_response(answer.loggable_error(b"".join(response.buffered)))
-        return answer
 
     def describe_attempts(self) -> str:
         """Return each attempt with its reason, for the error when all have failed."""

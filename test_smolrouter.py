@@ -20356,6 +20356,41 @@ def test_what_broke_off_leaves_memory_at_once(log_folder: LogFolder, fault: str)
         assert memory_mib(router) < before + 3
 
 
+def test_what_broke_off_takes_no_memory_while_another_instance_is_asked() -> None:
+    asked = threading.Event()
+    gate = threading.Event()
+
+    def cut(received: Received) -> Iterator[Step]:
+        lines = [("Content-Type", "application/json"), ("Content-Length", "99000000")]
+        yield response_head(200, lines) + b'{"choices": "'
+        for _ in range(50):
+            yield b"x" * 1_000_000
+        yield CLOSE
+
+    def slow(received: Received) -> Iterator[Step]:
+        asked.set()
+        gate.wait(PATIENCE)
+        yield from well_behaved(received)
+
+    instances = [f"s/{default_upstream().add_script(script)}" for script in (cut, slow)]
+    routes = {
+        "servers": {"s": default_upstream().url},
+        "aliases": {"two": {"instances": instances}},
+    }
+    with (
+        Router({"ENABLE_LOGGING": False}, routes) as router,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        before = memory_mib(router)
+        got = pool.submit(post_chat, router, "two")
+        assert asked.wait(PATIENCE)
+        try:
+            assert wait_until(lambda: memory_mib(router) < before + 20), memory_mib(router)
+        finally:
+            gate.set()
+        assert got.result().get("X-SmolRouter-Attempts") == "2"
+
+
 # --- usage that nobody asked for ------------------------------------------------------
 
 SPACED = b'data:{ "usage" : ' + RAW_USAGE + b', "choices" : [ ] }\n\n'
