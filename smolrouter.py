@@ -938,7 +938,7 @@ class Limits:
     # which most clients and proxies close theirs, so that they seldom write into a closing one.
     keep_alive_timeout: float = 75.0
     # After so many requests, or while MAX_CONNECTIONS are open, a connection may be idle only
-    # for `short_keep_alive_timeout`, so that others get their turn.
+    # for `short_keep_alive_timeout`, so that others can connect.
     requests_per_connection: int = 10_000
     short_keep_alive_timeout: float = 1.0
     # The content of a request may be slow for so long. Then it has to keep a rate, in octets a
@@ -2297,7 +2297,7 @@ def outside_strings(text: str, slice_size: int = LIMITS.long_content) -> Iterato
 
     `{"a,b": [1, "}"]}`  ->  `{: [1, ]}`
 
-    Without escapes, quotes part a text into what is outside of strings and inside, by turns.
+    Without escapes, quotes part a text into what is outside of strings and inside, alternating.
     Slices keep the copies small.
     """
     start = 0
@@ -12862,17 +12862,17 @@ def run_in_daemon(
 
 
 def list_addresses(infos: Iterable[tuple[Any, ...]]) -> list[str]:
-    """Return the addresses that `getaddrinfo` found, each once, IPv6 and IPv4 in turn.
+    """Return the addresses that `getaddrinfo` found, each once, IPv6 and IPv4 alternating.
 
     ::1, ::2, 10.0.0.1  ->  ::1, 10.0.0.1, ::2
     """
     addresses = list(dict.fromkeys(info[4][0] for info in infos))
     ipv6 = [address for address in addresses if ":" in address]
     ipv4 = [address for address in addresses if ":" not in address]
-    # The family of the best address has the first turn.
+    # The family of the best address comes first.
     families = (ipv6, ipv4) if ipv6[:1] == addresses[:1] else (ipv4, ipv6)
-    turns = itertools.zip_longest(*families)
-    return [address for turn in turns for address in turn if address]
+    pairs = itertools.zip_longest(*families)
+    return [address for pair in pairs for address in pair if address]
 
 
 class HostNames:
@@ -13463,8 +13463,8 @@ class Upstreams:
         self.health: dict[InstanceKey, Health] = {}
         self.servers: dict[UpstreamURL, ServerUse] = {}
         # When each instance of a route was asked last, as a number that grows.
-        self.turns: dict[tuple[str, UpstreamURL, int], int] = {}
-        self.turn_numbers = itertools.count(1)
+        self.last_uses: dict[tuple[str, UpstreamURL, int], int] = {}
+        self.use_numbers = itertools.count(1)
         # Of conversations, with `strategy: sticky`, and of single answers by their ids.
         self.homes = Homes(self.limits.homes, self.limits.home_kept)
         self.response_homes = Homes(self.limits.homes, self.limits.response_home_kept)
@@ -13528,19 +13528,19 @@ class Upstreams:
             return instances
         if decision.strategy == "round_robin":
             # The one that was asked the longest ago is first. If a counter went round the list
-            # instead, the instance behind a cooling one would get that one's turns and its own.
-            instances.sort(key=lambda i: self.last_turn(decision, i))
+            # instead, the instance behind a cooling one would get that one's requests and its own.
+            instances.sort(key=lambda i: self.last_use(decision, i))
         elif decision.strategy == "least_busy":
             instances.sort(key=self.load)
         elif decision.strategy == STICKY:
-            # As long as all are idle, conversations that begin go to each in turn.
-            instances.sort(key=lambda i: (self.load(i), self.last_turn(decision, i)))
+            # As long as all are idle, conversations that begin go to one after the other.
+            instances.sort(key=lambda i: (self.load(i), self.last_use(decision, i)))
         now = time.monotonic()
         # The sort is stable: those that are well stay in their order.
         return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
 
-    def turn_key(self, decision: Decision, instance: Instance) -> tuple[str, UpstreamURL, int]:
-        """Return by what the turns of an instance are known: its place among those of its server.
+    def use_key(self, decision: Decision, instance: Instance) -> tuple[str, UpstreamURL, int]:
+        """Return what names an instance in `last_uses`: its place among those of its server.
 
         Where the file names no model, it is the client's name for one, and clients have many.
         """
@@ -13548,14 +13548,14 @@ class Upstreams:
         of_server = [one for one in decision.instances if one.server.url == url]
         return decision.route, url, of_server.index(instance)
 
-    def last_turn(self, decision: Decision, instance: Instance) -> int:
+    def last_use(self, decision: Decision, instance: Instance) -> int:
         """Return when an instance was asked last for this route, 0 for never."""
-        return self.turns.get(self.turn_key(decision, instance), 0)
+        return self.last_uses.get(self.use_key(decision, instance), 0)
 
-    def note_turn(self, decision: Decision, instance: Instance) -> None:
-        """Note that an instance is asked now, in its turn or because others have failed."""
+    def note_use(self, decision: Decision, instance: Instance) -> None:
+        """Note that an instance is asked now, as the next one or because others have failed."""
         if decision.strategy in ("round_robin", STICKY):
-            self.turns[self.turn_key(decision, instance)] = next(self.turn_numbers)
+            self.last_uses[self.use_key(decision, instance)] = next(self.use_numbers)
 
     def is_well(self, instance: Instance) -> bool:
         """Tell whether an instance does not cool down."""
@@ -17824,7 +17824,7 @@ class Candidates:
             # Requests of a conversation that begin at once stay together, too.
             self.home = instance
             self.upstreams.homes.keep(self.conversation, instance.key)
-        self.upstreams.note_turn(self.decision, instance)
+        self.upstreams.note_use(self.decision, instance)
         candidate = Candidate(self.relayed, instance, health)
         if self.left:
             candidate.has_next = True
@@ -20078,7 +20078,7 @@ def json_line(row: Row, detail: Detail) -> str:
     return encode_json(detail_document(row, detail)).decode() + "\n"
 
 
-class Turns:
+class WrittenConversations:
     """Knows the conversations that an export has written, and so which turns they hold.
 
     The newest turn comes first, and its request has what was said before. It is a turn of the same
@@ -20120,29 +20120,31 @@ class Turns:
         return True
 
 
-def chat_line(row: Row, detail: Detail, turns: Turns | None) -> str:
+def chat_line(row: Row, detail: Detail, written: WrittenConversations | None) -> str:
     """Return an answered conversation as a line of JSON, as fine-tuning takes it; "" for none.
 
-    With `turns`, a turn that stands in the line of a later one has none.
+    With `written`, a turn that stands in the line of a later one has none.
     """
     document = detail_document(row, detail)
     if not (document["response_text"] or document["response_thinking"]):
         return ""
     transcript = document["transcript"]
-    if turns and not turns.admit(row, transcript):
+    if written and not written.admit(row, transcript):
         return ""
     messages = [chat_message(message) for message in transcript]
     return encode_json({"messages": messages}).decode() + "\n"
 
 
-def make_turns(parameters: Mapping[str, Any], limits: Limits) -> Turns | None:
+def make_conversations(
+    parameters: Mapping[str, Any], limits: Limits
+) -> WrittenConversations | None:
     """Return what an export of conversations begins with; None when each turn is a line."""
     has_all = parameters.get("format") != "openai" or parameters.get("all_turns")
-    return None if has_all else Turns(limits.export_turns)
+    return None if has_all else WrittenConversations(limits.export_turns)
 
 
 def export_line(
-    store: Store, db: sqlite3.Connection, row: Row, form: str, turns: Turns | None
+    store: Store, db: sqlite3.Connection, row: Row, form: str, written: WrittenConversations | None
 ) -> str:
     """Return what an export in this form has of a row: a line, or nothing."""
     if form == "csv":
@@ -20152,7 +20154,7 @@ def export_line(
         return ""
     detail = store.read_detail(db, row.id)
     if form == "openai":
-        return chat_line(row, detail, turns)
+        return chat_line(row, detail, written)
     return json_line(row, detail)
 
 
@@ -20160,11 +20162,11 @@ def export_page(
     store: Store,
     db: sqlite3.Connection,
     parameters: Mapping[str, Any],
-    turns: Turns | None = None,
+    written: WrittenConversations | None = None,
 ) -> tuple[bytes, int]:
     """Return a page of the export, newest first, and the id before which the next one begins.
 
-    That is 0 when there is no other page. `turns` is the same object for all pages.
+    That is 0 when there is no other page. `written` is the same object for all pages.
     """
     limits = store.limits
     filters = {**parameters, "limit": limits.export_page}
@@ -20178,7 +20180,7 @@ def export_page(
     pieces: list[bytes] = []
     size = 0
     for row in rows:
-        pieces.append(export_line(store, db, row, form, turns).encode())
+        pieces.append(export_line(store, db, row, form, written).encode())
         size += len(pieces[-1])
         if size > limits.export_octets:
             break
@@ -20583,24 +20585,27 @@ async def serve_events(context: Context, request: Request) -> None:
 
 
 async def read_export(
-    context: Context, parameters: Mapping[str, Any], turns: Turns | None
+    context: Context, parameters: Mapping[str, Any], written: WrittenConversations | None
 ) -> tuple[bytes, int]:
     """Return a page of the export, and where the next one begins; 0 at the end."""
 
     def read_rows(log: RequestLog, db: sqlite3.Connection) -> tuple[bytes, int]:
-        return export_page(log.store, db, parameters, turns)
+        return export_page(log.store, db, parameters, written)
 
     return await context.log.ask(read_rows)
 
 
 async def read_more(
-    context: Context, request: Request, parameters: Mapping[str, Any], turns: Turns | None
+    context: Context,
+    request: Request,
+    parameters: Mapping[str, Any],
+    written: WrittenConversations | None,
 ) -> tuple[bytes, int]:
     """Return a further page of an export, as soon as there is room for it."""
     batch = request.connection.batch
     while True:
         if not batch.is_full:
-            page, next_before = await read_export(context, parameters, turns)
+            page, next_before = await read_export(context, parameters, written)
             # Other answers may have filled the room meanwhile. Then this page is read again later:
             # kept until then, it would take memory that does not count.
             with contextlib.suppress(Overloaded):
@@ -20619,8 +20624,8 @@ async def serve_export(context: Context, request: Request) -> None:
         media_type = "text/csv; charset=utf-8"
         file_name = "smolrouter.csv"
     # The first page is read before the answer begins: an error can still be its status.
-    turns = make_turns(parameters, context.limits)
-    page, parameters["before"] = await read_export(context, parameters, turns)
+    written = make_conversations(parameters, context.limits)
+    page, parameters["before"] = await read_export(context, parameters, written)
     request.connection.batch.check_room(page)
     disposition = f"attachment; filename={file_name}"
     begin_stream(request, media_type, ("Content-Disposition", disposition))
@@ -20631,7 +20636,7 @@ async def serve_export(context: Context, request: Request) -> None:
         await request.connection.drain()
         if not parameters["before"]:
             break
-        page, parameters["before"] = await read_more(context, request, parameters, turns)
+        page, parameters["before"] = await read_more(context, request, parameters, written)
     request.writer.finish()
 
 
@@ -21530,7 +21535,7 @@ class HTTPServer:
         """Accept connections while there is room."""
         loop = asyncio.get_running_loop()
         for number in itertools.count():
-            # While hundreds of clients come at once, running streams get their turn in between.
+            # While hundreds of clients come at once, running streams go on in between.
             if number % self.limits.accepted_per_turn == 0:
                 await asyncio.sleep(0)
             await self.has_room.wait()
@@ -22997,11 +23002,11 @@ def run_export(invocation: Invocation) -> int:
                 f"export: the log is of an older version (DB_PATH={settings.db_path!r}); "
                 "start the router once, which brings it up to date"
             )
-        turns = make_turns(parameters, invocation.limits)
+        written = make_conversations(parameters, invocation.limits)
         # Each page comes with the row before which the next one begins; 0 is the end.
         while parameters.get("before", 1):
             with open_for_reading(store.path) as db:
-                page, parameters["before"] = export_page(store, db, parameters, turns)
+                page, parameters["before"] = export_page(store, db, parameters, written)
             sys.stdout.buffer.write(page)
     except BadRequest as error:
         raise ConfigError(f"export: {error}") from None

@@ -22000,7 +22000,7 @@ def test_a_conversation_is_exported_once(log_folder: LogFolder) -> None:
         parameters = {"format": "openai", **parameters}
         limits = smolrouter.Limits(export_page=2)
         store = smolrouter.Store(settings_of(log_folder), limits)
-        made = smolrouter.make_turns(parameters, limits)
+        made = smolrouter.make_conversations(parameters, limits)
         lines = []
         while parameters.get("before", 1):
             with smolrouter.open_for_reading(store.path) as db:
