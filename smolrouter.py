@@ -17046,9 +17046,8 @@ class RequestLog:
 
     def release_oldest(self, count: int) -> None:
         """Let the oldest records go: their rows are written, or lost."""
-        self.bytes_released += sum(map(body_octets, itertools.islice(self.finished, count)))
         for _ in range(count):
-            self.finished.popleft()
+            self.bytes_released += self.finished.popleft().body_bytes
         self.ready_rows = max(0, self.ready_rows - count)
 
     def drop_unprepared(self) -> None:
