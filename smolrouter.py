@@ -2772,7 +2772,8 @@ def edit_json(
 
 BOM = BYTE_ORDER_MARK.encode()
 DONE_MARK = b"[DONE]"
-CRLF_MARK = b"\r\n\r\n"  # ends an event of a server that writes CRLF, whatever the format
+# Ends an event of a server that writes CRLF, whatever the format.
+CRLF_MARK = b"\r\n\r\n"
 
 # `(?<![^\r\n])` in these patterns means the beginning of a line: a line end stands before it, or
 # nothing.
@@ -2788,9 +2789,12 @@ ERROR_EVENT = re.compile(rb"(?<![^\r\n])(?:event: ?error\b|error: ?([^\r\n]*))")
 class EventFormat(NamedTuple):
     """How a stream's events are told apart, and where in one its data stands."""
 
-    mark: bytes  # ends an event in the plain case
-    end: re.Pattern[bytes]  # ends one in every case
-    data: re.Pattern[bytes]  # one line of data
+    # Ends an event in the plain case.
+    mark: bytes
+    # Ends one in every case.
+    end: re.Pattern[bytes]
+    # One line of data.
+    data: re.Pattern[bytes]
     media_type: str
     prefix: bytes = b""
 
@@ -3436,11 +3440,15 @@ LONGEST_TAG = 400
 class Block(NamedTuple):
     """What is looked for inside of a block."""
 
-    token: re.Pattern[str]  # tags that close it, and headers that are repeated
+    # Tags that close it, and headers that are repeated.
+    token: re.Pattern[str]
     cut: re.Pattern[str]
-    header: str = ""  # the header, which goes
-    begins: tuple[str, ...] = ()  # tags that close it and begin what follows
-    shown: bool = False  # the block is a tool call, which stays
+    # The header, which goes.
+    header: str = ""
+    # Tags that close it and begin what follows.
+    begins: tuple[str, ...] = ()
+    # The block is a tool call, which stays.
+    shown: bool = False
 
 
 def make_block(*closings: str, **more: Any) -> Block:
@@ -3954,8 +3962,10 @@ class FenceFilter:
 class Thinking(NamedTuple):
     """What the routing file says of thinking, on one of its levels or on some together."""
 
-    action: str = ""  # strip, move or keep; "" leaves that to the next level
-    opened: bool = False  # the model's template opens the block
+    # `strip`, `move` or `keep`; "" leaves that to the next level.
+    action: str = ""
+    # The model's template opens the block.
+    opened: bool = False
 
 
 NOTHING_SAID = Thinking()
@@ -3975,8 +3985,10 @@ class FilterRules(NamedTuple):
 
     think: bool = False
     fences: bool = False
-    move: bool = False  # what was thought goes where the protocol has thinking
-    opened: bool = False  # texts may begin inside of a block that the model's template opened
+    # What was thought goes where the protocol has thinking.
+    move: bool = False
+    # Texts may begin inside of a block that the model's template opened.
+    opened: bool = False
 
     @property
     def any(self) -> bool:
@@ -4121,9 +4133,12 @@ class Part(NamedTuple):
     """Something that a document says."""
 
     kind: str
-    choice: int  # which message or choice it belongs to, by number
-    item: Any  # which text or call inside of that, None where it has one alone
-    path: Path  # where the value stands, so that it can be edited
+    # Which message or choice it belongs to, by number.
+    choice: int
+    # Which text or call inside of that, None where it has one alone.
+    item: Any
+    # Where the value stands, so that it can be edited.
+    path: Path
     value: Any
 
 
@@ -6620,12 +6635,15 @@ class ParsedRequest:
     path: str
     query: str
     content: bytes
-    text: str = ""  # of a JSON document
+    # The content of a JSON document as text.
+    text: str = ""
     document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
     stream: bool = False
-    model_span: tuple[int, int] = (0, 0)  # where a form's model stands in its content
-    query_span: tuple[int, int] = (0, 0)  # where the model stands in the query
+    # Where a form's model stands in its content.
+    model_span: tuple[int, int] = (0, 0)
+    # Where the model stands in the query.
+    query_span: tuple[int, int] = (0, 0)
     # Where the members of a long JSON document stand in its text; () where that is not known.
     members: Sequence[Member] = ()
     # What its document and its answer look like.
@@ -6690,8 +6708,10 @@ class Dialect:
     """How one kind of endpoint's clients speak; each function is pure."""
 
     service: str
-    events: EventFormat  # of its streamed answers
-    other: Protocol  # of paths that have no row of their own
+    # What parts the events of its streamed answers.
+    events: EventFormat
+    # The protocol of paths that have no row of their own.
+    other: Protocol
     # Reads what the client sent: path, query and content.
     read: Callable[[str, str, bytes], ParsedRequest]
     # Makes the content for a server: one that speaks the same, or one that speaks OpenAI.
@@ -7110,11 +7130,15 @@ class AnswerPlan:
 
     parsed: ParsedRequest
     dialect: Dialect
-    native: bool  # the server speaks the client's dialect
+    # The server speaks the client's dialect.
+    native: bool
     rules: FilterRules
-    hide_usage: bool  # the usage event was not the client's wish
-    renamed: bool  # the server knows the model by another name
-    now: Callable[[], float]  # s UTC
+    # The usage event was not the client's wish.
+    hide_usage: bool
+    # The server knows the model by another name.
+    renamed: bool
+    # The time in s UTC.
+    now: Callable[[], float]
     timing: Callable[[], Timing]
     limits: Limits = LIMITS
     # The client has had the head of a stream, because it had to wait.
