@@ -124,8 +124,8 @@ def restart_without_syntax_tree() -> None:
         # From a file itself, marshal would read every number and every name by a call of its own.
         code = f"marshal.loads(open({descriptor}, 'rb').read())"
     # `-c` would look for modules in the working folder, where anything may lie. They are looked
-    # for where they are now: with the script, or with -I in Python's own places alone. What a start
-    # makes is hardly ever garbage, and so nobody looks for any until `tune_collector`.
+    # for where they are now: with the script, or with -I in Python's own places alone. What is
+    # defined here is no garbage, and so nobody looks for any until all of it is there.
     command = (
         f"import gc, marshal, sys; gc.disable(); sys.path[0] = {sys.path[0]!r}; del sys.argv[0]; "
         f"__file__ = sys.argv[0]; exec({code})"
@@ -22018,7 +22018,6 @@ def tune_collector() -> None:
     gc.freeze()
     # Rows that wait for the log are many and young, and hardly anything here makes a cycle.
     gc.set_threshold(20_000, 20, 20)
-    gc.enable()
 
 
 def handle_signal(name: str, handler: Callable[[], None]) -> None:
@@ -26206,4 +26205,7 @@ start();
 """
 
 if __name__ == "__main__":
+    # The second start has switched the search for garbage off.
+    gc.freeze()
+    gc.enable()
     sys.exit(main())

@@ -2718,6 +2718,17 @@ def test_spellings_of_an_upstream_url() -> None:
                 assert post_chat(router, name).json["target"] == f"{prefix}{CHAT}", end
 
 
+# --- limits ---------------------------------------------------------------------------
+
+
+def test_other_limits() -> None:
+    limits = smolrouter.Limits(field_count=3)
+    assert (limits.field_count, smolrouter.LIMITS.field_count) == (3, 128)
+    assert limits.field_line == smolrouter.LIMITS.field_line == 16 << 10
+    with pytest.raises(TypeError, match="no limit 'field_counts'"):
+        smolrouter.Limits(field_counts=3)
+
+
 # ======================================================================================
 # 3  HTTP messages
 # ======================================================================================
