@@ -12001,8 +12001,6 @@ class Connection(asyncio.Protocol):
         # Reading: octets that have come and are not used yet, and how many ever came.
         self.received = b""
         self.received_octets = 0
-        # What has come of a head, until all of it is there.
-        self.partial_head = b""
         self.read_paused = False
         self.sink: Callable[[bytes], None] | None = None
         # Writing: what was written in this turn.
@@ -12239,9 +12237,12 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
         return data[:length]
 
-    async def has_more(self) -> bool:
-        """Wait for octets; return whether some came. Raises what ended the connection."""
-        while not self.received:
+    async def has_more(self, than: int = 0) -> bool:
+        """Wait for more octets `than` so many; return whether they came.
+
+        Raises what ended the connection.
+        """
+        while len(self.received) <= than:
             if self.failure:
                 raise self.failure
             if self.ended:
@@ -12254,35 +12255,44 @@ class Connection(asyncio.Protocol):
         if self.received or await self.has_more():
             return self.take_received()
         return b""
+    def take_head(self, limit: int, unseen_at: int = 0) -> bytes | None:
+        """Return a head of at most `limit` octets if all of it has come already, None otherwise.
+
+        It is returned as by `read_head`. Its end is looked for from `unseen_at` on.
+        """
+        # Empty lines before a request are the rest of an old client's content (RFC 9112
+        # section 2.2).
+        data = self.received.removeprefix(b"\r\n")
+        end = data.find(b"\r\n\r\n", unseen_at)
+        if not 0 <= end <= limit:
+            self.received = data
+            return None
+        self.received = data[end + 4 :]
+        if self.read_paused:
+            self.resume_reading()
+        return data[:end]
+
 
     async def read_head(self, limit: int) -> bytes | None:
         r"""Return a head without its final empty line, None when the connection ended before it.
 
         b'GET / HTTP/1.1\r\nHost: a\r\n\r\nmore'  ->  b'GET / HTTP/1.1\r\nHost: a', and `more`
-        is what comes next. Raises MalformedMessage, TargetTooLong or FieldsTooLarge as soon as the
-        octets can become no head of at most `limit` octets.
+        is what comes next. Until all of it is there, it stays in `received`. Raises
+        MalformedMessage, TargetTooLong or FieldsTooLarge as soon as the octets can become no head
+        of at most `limit` octets.
         """
-        head = b""
-        unseen_at = 0
-        while self.received or await self.has_more():
-            # Empty lines before a request are the rest of an old client's content
-            # (RFC 9112 section 2.2).
-            head = (head + self.received).removeprefix(b"\r\n")
-            end = head.find(b"\r\n\r\n", unseen_at)
-            if 0 <= end <= limit:
-                self.partial_head = b""
-                self.received = head[end + 4 :]
-                if self.read_paused:
-                    self.resume_reading()
-                return head[:end]
-            self.received = b""
-            self.resume_reading()
-            self.partial_head = head
-            check_partial_head(head, unseen_at, limit, self.limits)
-            # All of it has been looked at. Only its last three octets can still be the beginning of
+        seen = 0
+        while await self.has_more(seen):
+            # Of what has been looked at, only the last three octets can still be the beginning of
             # an end, which is four octets long.
-            unseen_at = max(0, len(head) - 3)
-        if head:
+            unseen_at = max(0, seen - 3)
+            head = self.take_head(limit, unseen_at)
+            if head is not None:
+                return head
+            check_partial_head(self.received, unseen_at, limit, self.limits)
+            self.resume_reading()
+            seen = len(self.received)
+        if seen:
             raise MalformedMessage("the connection ended inside a head")
         return None
 
@@ -21691,10 +21701,12 @@ class HTTPServer:
 
     async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
         """Return the head of a request; None for a bad one, which it answers, and for none."""
-        connection.set_deadline(self.limits.head_timeout, NO_HEAD)
-        data = None
+        # Nearly every head comes in one piece.
+        data = connection.take_head(self.longest_head)
         try:
-            data = await connection.read_head(self.longest_head)
+            if data is None:
+                connection.set_deadline(self.limits.head_timeout, NO_HEAD)
+                data = await connection.read_head(self.longest_head)
             if data is None:
                 return None
             head = parse_request_head(data)
@@ -21702,7 +21714,7 @@ class HTTPServer:
             # Nobody knows where the next message would begin, so this is the last answer. There
             # is no path either that would tell a dialect.
             writer = ResponseWriter(connection, None)
-            seen = data or connection.partial_head
+            seen = data or connection.received
             if seen.startswith(b"HEAD "):
                 # Content would be taken for the next answer (RFC 9110 section 9.3.2).
                 writer.method = "HEAD"
