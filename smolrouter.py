@@ -12004,8 +12004,7 @@ class Connection(asyncio.Protocol):
         self.read_paused = False
         self.sink: Callable[[bytes], None] | None = None
         # Writing: what was written in this turn.
-        self.unsent: list[bytes] = []
-        self.unsent_octets = 0
+        self.unsent = b""
         self.write_paused = False
         # What counts in the batch, of an answer that the other side has not taken yet.
         self.unread_octets = 0
@@ -12255,6 +12254,7 @@ class Connection(asyncio.Protocol):
         if self.received or await self.has_more():
             return self.take_received()
         return b""
+
     def take_head(self, limit: int, unseen_at: int = 0) -> bytes | None:
         """Return a head of at most `limit` octets if all of it has come already, None otherwise.
 
@@ -12271,7 +12271,6 @@ class Connection(asyncio.Protocol):
         if self.read_paused:
             self.resume_reading()
         return data[:end]
-
 
     async def read_head(self, limit: int) -> bytes | None:
         r"""Return a head without its final empty line, None when the connection ended before it.
@@ -12300,14 +12299,14 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send octets at the end of this turn of the event loop."""
-        octets = self.unsent_octets + len(data)
-        if octets > self.limits.unsent:
+        unsent = self.unsent
+        if len(unsent) + len(data) > self.limits.unsent:
             self.write_much(data)
-            return
-        if not self.unsent:
+        elif unsent:
+            self.unsent = unsent + data
+        else:
+            self.unsent = data
             self.batch.add_unflushed(self)
-        self.unsent.append(data)
-        self.unsent_octets = octets
 
     def write_much(self, data: bytes) -> None:
         """Send what is to be sent, and these octets, at once, because together they are too many.
@@ -12319,7 +12318,7 @@ class Connection(asyncio.Protocol):
             self.flush()
             self.transport.write(data)
             return
-        self.unsent.append(data)
+        self.unsent += data
         self.flush()
 
     def flush(self) -> None:
