@@ -12323,13 +12323,10 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send what was written, now."""
-        if not self.unsent:
-            return
-        # Of one piece this makes no copy.
-        data = b"".join(self.unsent)
-        self.unsent.clear()
-        self.unsent_octets = 0
-        self.transport.write(data)
+        data = self.unsent
+        if data:
+            self.unsent = b""
+            self.transport.write(data)
 
     def is_flushed(self) -> bool:
         """Tell whether all that was written is with the kernel."""
@@ -12362,8 +12359,7 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """End the connection at once and throw away what was not sent."""
         self.detach_request()
-        self.unsent = []
-        self.unsent_octets = 0
+        self.unsent = b""
         self.transport.abort()
 
     def detach_request(self) -> None:
@@ -12662,35 +12658,40 @@ class ResponseWriter:
         self.send_response(status, [("Content-Type", "application/json")], content)
 
 
-@dataclasses.dataclass(eq=False)
 class Request:
     """A request whose head has been read, and the connection it came on."""
 
-    head: RequestHead
-    connection: Connection
-    writer: ResponseWriter
-    source_host: str
-    content: bytes = b""
-    # The path in its one spelling, and as soon as its endpoint is known, by its usual name.
-    path: str = dataclasses.field(init=False)
-    # The query with its question mark, or nothing.
-    query: str = dataclasses.field(init=False)
+    # What every request begins with; see ResponseWriter.
     # The dialect of its endpoint, as soon as that is known.
-    dialect: Dialect = dataclasses.field(default=OPENAI, init=False)
+    dialect: Dialect = OPENAI
     # What its valid token says; None without one.
-    token: Token | None = dataclasses.field(default=None, init=False)
+    token: Token | None = None
     # Who reads the content, once somebody has begun; nobody has to if it came with its head.
-    reader: ContentReader | None = dataclasses.field(default=None, init=False)
+    reader: ContentReader | None = None
     # Whether all of it was read, so that the next request begins behind it.
-    is_read: bool = dataclasses.field(default=False, init=False)
+    is_read = False
     # Whether an exchange keeps a record of it, and prints its line.
-    recorded: bool = dataclasses.field(default=False, init=False)
+    recorded = False
     # Octets of its content that count against `Limits.content_memory`.
-    counted_octets: int = dataclasses.field(default=0, init=False)
+    counted_octets = 0
 
-    def __post_init__(self) -> None:
-        self.path = self.head.path
-        self.query = self.head.query
+    def __init__(
+        self,
+        head: RequestHead,
+        connection: Connection,
+        writer: ResponseWriter,
+        source_host: str,
+        content: bytes = b"",
+    ) -> None:
+        self.head = head
+        self.connection = connection
+        self.writer = writer
+        self.source_host = source_host
+        self.content = content
+        # The path in its one spelling, and as soon as its endpoint is known, by its usual name.
+        self.path = head.path
+        # The query with its question mark, or nothing.
+        self.query = head.query
 
     @property
     def host(self) -> str:
