@@ -11984,10 +11984,11 @@ class Connection(asyncio.Protocol):
     a deadline passes, `failure` is set, and the next read raises it. After `close` nothing comes
     any more; what is unsent still leaves, and asyncio says `connection_lost` in the end.
 
-    **Leaving.** A client that leaves wants no answer any more. While `cancel_on_disconnect` is in
-    force, the task that serves its request is cancelled at once, so that the upstream stops, too.
-    All that TCP shows of a client that leaves is that it sends no more. So a client that ends its
-    sending alone, and still reads, is taken for one that has left.
+    **Leaving.** When the other side goes away, `on_disconnect` is called, whose owner sets it and
+    takes it away again. A client that leaves wants no answer any more: from `cancel_on_disconnect`
+    to `release_task` the task that serves its request is then cancelled, so that the upstream
+    stops, too. All that TCP shows of a client that leaves is that it sends no more. So a client
+    that ends its sending alone, and still reads, is taken for one that has left.
     """
 
     def __init__(self, batch: LoopBatch) -> None:
@@ -12020,9 +12021,9 @@ class Connection(asyncio.Protocol):
         # How long the other side's machine may give no sign, and when that is to be looked at.
         self.ack_timeout = NEVER
         self.ack_check_at = NEVER
-        # What to call when the other side goes away. For a client: the task that serves its
-        # request, and why that was cancelled, here or from the page.
+        # What to call when the other side goes away; None: nothing.
         self.on_disconnect: Callable[[], None] | None = None
+        # Of a client: the task that serves its request and may be cancelled, and why it was.
         self.request_task: asyncio.Task[Any] | None = None
         self.cancel_reason: RouterError | None = None
         # A request has begun to come or is being served.
@@ -12110,13 +12111,13 @@ class Connection(asyncio.Protocol):
         self.announce_disconnect()
 
     def announce_disconnect(self) -> None:
-        """Tell whoever has to know that nothing more is to be had from the other side."""
+        """Call who wants to know that nothing more comes from the other side."""
         if self.on_disconnect:
             self.on_disconnect()
         self.wake()
 
     def cancel_on_disconnect(self) -> None:
-        """Cancel the current task as soon as the other side goes away."""
+        """Cancel the current task as soon as the client goes away."""
         self.request_task = asyncio.current_task()
         self.on_disconnect = self.cancel_for_client
         # It may have gone while its request was read.
@@ -12128,7 +12129,7 @@ class Connection(asyncio.Protocol):
         self.cancel_request(ClientClosed("client_closed"))
 
     def cancel_request(self, reason: RouterError) -> None:
-        """Cancel the task that serves a request; `cancel_reason` tells it why."""
+        """Cancel the task that serves a request, unless it is released; this is its reason."""
         if self.request_task is None:
             return
         # Two reasons may come in one turn. The first one is why the task ends.
@@ -12136,8 +12137,8 @@ class Connection(asyncio.Protocol):
             self.cancel_reason = reason
         self.request_task.cancel()
 
-    def ignore_disconnect(self) -> None:
-        """Undo `cancel_on_disconnect`: the other side may go."""
+    def release_task(self) -> None:
+        """Let the task that serves a request go on to its end, whoever leaves."""
         self.on_disconnect = None
         self.request_task = None
 
@@ -12363,8 +12364,8 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
 
     def detach_request(self) -> None:
-        """Keep nothing of the request that used the connection, and tell its task nothing more."""
-        self.ignore_disconnect()
+        """Keep nothing of the request that used the connection."""
+        self.release_task()
         self.on_check = None
         # An error keeps the frames that it came through, and with them whole contents.
         self.failure = None
@@ -12627,7 +12628,7 @@ class ResponseWriter:
         self.finished = True
         # The task has more to do when the client has its answer: to write the log, to give the
         # upstream's connection back. A client that leaves now must not cancel that.
-        self.connection.ignore_disconnect()
+        self.connection.release_task()
         self.write_content(content)
         if self.chunked:
             self.connection.write(LAST_CHUNK)
@@ -12777,7 +12778,7 @@ class Upload:
         """Return the client's next piece, b"" at the end. Raises what is wrong with it."""
         client = self.request.connection
         limits = client.limits
-        asked_at = client.loop.time()
+        began_at = client.loop.time()
         allowed = limits.content_grace + self.size / limits.content_rate
         client.set_deadline(allowed - self.waited, CONTENT_TOO_SLOW)
         # The reader notices by itself when the client leaves, and the deadline is no leaving.
@@ -12790,7 +12791,7 @@ class Upload:
             raise
         client.cancel_on_disconnect()
         client.clear_deadline()
-        self.waited += client.loop.time() - asked_at
+        self.waited += client.loop.time() - began_at
         return piece
 
     async def send_to(self, server: Connection, timeout: float, on_timeout: Timeout) -> None:
@@ -13203,7 +13204,7 @@ class UpstreamResponse:
             return
         if self.reader.done:
             self.connection.sink = None
-            self.connection.ignore_disconnect()
+            self.connection.on_disconnect = None
             self.finish()
 
     def take_whole(self) -> bytes:
@@ -21681,7 +21682,7 @@ class HTTPServer:
         if not self.turns.admit():
             await self.turns.wait()
         await self.application.serve(request)
-        connection.ignore_disconnect()
+        connection.release_task()
         # A client that sends requests and reads no answers must not fill the memory with them.
         if connection.write_paused:
             await connection.drain()
