@@ -11870,7 +11870,7 @@ class LoopBatch:
         now = loop.time()
         # What happens at a deadline may end other connections.
         for connection in list(self.connections):
-            connection.check_deadline(now)
+            connection.check(now)
         if self.connections:
             self.start_timer(loop)
 
@@ -11953,6 +11953,94 @@ def read_silence(sock: Any) -> float:
     return silence
 
 
+class Deadline:
+    """Until when the other side of a connection may keep this one waiting.
+
+    There is one for what is waited for, with or without an idle timeout, and one for any sign of
+    the other side's machine. When one has passed, the connection's next read fails. Both are in the
+    loop's time, and the LoopBatch lets them be looked at.
+    """
+
+    __slots__ = (
+        "ack_check_at",
+        "ack_timeout",
+        "batch",
+        "idle_timeout",
+        "octets_at_check",
+        "on_timeout",
+        "passes_at",
+    )
+
+    def __init__(self, batch: LoopBatch) -> None:
+        self.batch = batch
+        self.passes_at = NEVER
+        self.on_timeout = IDLE_TOO_LONG
+        # 0 for none; and how many octets had come at the last look, -1 before the first one.
+        self.idle_timeout = 0.0
+        self.octets_at_check = -1
+        # How long the other side's machine may give no sign, and when that is to be looked at.
+        self.ack_timeout = NEVER
+        self.ack_check_at = NEVER
+
+    def set(self, timeout: float, on_timeout: Timeout) -> None:
+        """Let the next read fail after `timeout` seconds, whatever comes until then."""
+        self.passes_at = self.batch.next_check_at + timeout
+        self.idle_timeout = 0.0
+        self.on_timeout = on_timeout
+
+    def set_idle_timeout(self, timeout: float, on_timeout: Timeout) -> None:
+        """Let the next read fail after `timeout` seconds in which no octet comes."""
+        self.passes_at = self.batch.next_check_at + timeout
+        self.idle_timeout = timeout
+        self.octets_at_check = -1
+        self.on_timeout = on_timeout
+
+    def clear(self) -> None:
+        """Let the other side take all the time that it wants."""
+        self.passes_at = NEVER
+        self.idle_timeout = 0.0
+
+    def set_ack_timeout(self, timeout: float) -> None:
+        """Let the next read fail when the other side's machine gives no sign for `timeout` s."""
+        self.ack_timeout = timeout
+        self.ack_check_at = self.batch.next_check_at + timeout
+
+    def check(self, connection: Any, now: float) -> None:
+        """Let a `Connection` fail whose deadline has passed, or whose other side's machine is gone.
+
+        It is not kept here, so that it is freed when nobody has it any more.
+        """
+        if now >= self.ack_check_at:
+            self.check_acks(connection, now)
+        if self.idle_timeout:
+            # While this side does not read, because its client is slow, the other side cannot be
+            # blamed for its silence.
+            octets_came = connection.received_octets != self.octets_at_check
+            if octets_came or connection.read_paused:
+                self.octets_at_check = connection.received_octets
+                self.passes_at = now + self.idle_timeout
+        if now < self.passes_at:
+            return
+        self.passes_at = NEVER
+        if connection.transport.is_closing():
+            # `close` was called, and the other side has not read what was left for it.
+            connection.transport.abort()
+        message = self.on_timeout.message.format(limits=self.batch.limits)
+        connection.set_failure(self.on_timeout.error(message))
+
+    def check_acks(self, connection: Any, now: float) -> None:
+        """Let a `Connection` fail whose other side's machine is gone, or look again later."""
+        self.ack_check_at = NEVER
+        if connection.transport.is_closing():
+            return
+        silence = read_silence(connection.transport.get_extra_info("socket"))
+        if silence < self.ack_timeout:
+            self.ack_check_at = now + self.ack_timeout - silence
+            return
+        words = "switched off, or out of the network"
+        connection.set_failure(BadGateway(f"no sign of its machine for {silence:.0f} s: {words}"))
+
+
 class Connection(asyncio.Protocol):
     """One TCP connection, to a client or to an upstream: octets in, octets out, one deadline.
 
@@ -12013,14 +12101,7 @@ class Connection(asyncio.Protocol):
         self.ended = False
         self.failure: Exception | None = None
         self.waiter: Waiter | None = None
-        # The deadline, in the loop's time. With an idle timeout it moves on while octets come.
-        self.deadline = NEVER
-        self.idle_timeout = 0.0
-        self.octets_at_check = 0
-        self.on_timeout = IDLE_TOO_LONG
-        # How long the other side's machine may give no sign, and when that is to be looked at.
-        self.ack_timeout = NEVER
-        self.ack_check_at = NEVER
+        self.deadline = Deadline(batch)
         # What to call when the other side goes away; None: nothing.
         self.on_disconnect: Callable[[], None] | None = None
         # Of a client: the task that serves its request and may be cancelled, and why it was.
@@ -12142,63 +12223,11 @@ class Connection(asyncio.Protocol):
         self.on_disconnect = None
         self.request_task = None
 
-    # The deadline.
-
-    def set_deadline(self, timeout: float, on_timeout: Timeout) -> None:
-        """Let the next read fail after `timeout` seconds, whatever comes until then."""
-        self.deadline = self.batch.next_check_at + timeout
-        self.idle_timeout = 0.0
-        self.on_timeout = on_timeout
-
-    def set_idle_timeout(self, timeout: float, on_timeout: Timeout) -> None:
-        """Let the next read fail after `timeout` seconds in which no octet comes."""
-        self.set_deadline(timeout, on_timeout)
-        self.idle_timeout = timeout
-        self.octets_at_check = self.received_octets
-
-    def clear_deadline(self) -> None:
-        """Let the connection take all the time that it wants."""
-        self.deadline = NEVER
-        self.idle_timeout = 0.0
-
-    def set_ack_timeout(self, timeout: float) -> None:
-        """Let the next read fail when the other side's machine gives no sign for `timeout` s."""
-        self.ack_timeout = timeout
-        self.ack_check_at = self.batch.next_check_at + timeout
-
-    def check_acks(self, now: float) -> None:
-        """Fail when the other side's machine is gone, or look again when it could be."""
-        self.ack_check_at = NEVER
-        if self.transport.is_closing():
-            return
-        silence = read_silence(self.transport.get_extra_info("socket"))
-        if silence < self.ack_timeout:
-            self.ack_check_at = now + self.ack_timeout - silence
-            return
-        words = "switched off, or out of the network"
-        self.set_failure(BadGateway(f"no sign of its machine for {silence:.0f} s: {words}"))
-
-    def check_deadline(self, now: float) -> None:
-        """Fail when the deadline has passed, or the other side's machine is gone."""
+    def check(self, now: float) -> None:
+        """Do what it is time for; the LoopBatch calls this at intervals."""
         if self.on_check:
             self.on_check(now)
-        if now >= self.ack_check_at:
-            self.check_acks(now)
-        if self.idle_timeout:
-            # While this side does not read, because its client is slow, the other side cannot be
-            # blamed for its silence.
-            octets_came = self.received_octets != self.octets_at_check
-            if octets_came or self.read_paused:
-                self.octets_at_check = self.received_octets
-                self.deadline = now + self.idle_timeout
-        if now < self.deadline:
-            return
-        self.deadline = NEVER
-        if self.transport.is_closing():
-            # `close` was called, and the other side has not read what was left for it.
-            self.transport.abort()
-        message = self.on_timeout.message.format(limits=self.limits)
-        self.set_failure(self.on_timeout.error(message))
+        self.deadline.check(self, now)
 
     # Reading.
 
@@ -12341,10 +12370,10 @@ class Connection(asyncio.Protocol):
     async def drain(self) -> None:
         """Wait while a client reads too slowly. Raises ClientClosed when it has left."""
         if self.write_paused and not self.is_broken:
-            self.set_deadline(self.limits.write_timeout, READS_NOTHING)
+            self.deadline.set(self.limits.write_timeout, READS_NOTHING)
             while self.write_paused and not self.is_broken:
                 await self.wait()
-            self.clear_deadline()
+            self.deadline.clear()
         if self.is_broken:
             raise ClientClosed("client_closed")
 
@@ -12355,7 +12384,7 @@ class Connection(asyncio.Protocol):
         self.detach_request()
         self.flush()
         self.transport.close()
-        self.set_deadline(self.limits.write_timeout, IDLE_TOO_LONG)
+        self.deadline.set(self.limits.write_timeout, IDLE_TOO_LONG)
 
     def abort(self) -> None:
         """End the connection at once and throw away what was not sent."""
@@ -12403,7 +12432,7 @@ class Connection(asyncio.Protocol):
             self.flush()
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            self.set_deadline(self.limits.linger_timeout, IDLE_TOO_LONG)
+            self.deadline.set(self.limits.linger_timeout, IDLE_TOO_LONG)
             while await self.read():
                 pass
         self.close()
@@ -12732,15 +12761,15 @@ class Request:
         self.begin_content(limit)
         limits = connection.limits
         pieces: list[bytes] = []
-        connection.set_deadline(limits.content_grace, CONTENT_TOO_SLOW)
-        grace_ends_at = connection.deadline
+        connection.deadline.set(limits.content_grace, CONTENT_TOO_SLOW)
+        grace_ends_at = connection.deadline.passes_at
         while not self.reader.done:
             piece = await self.reader.read()
             pieces.append(piece)
             if count:
                 count(self, len(piece))
-            connection.deadline = grace_ends_at + self.reader.size / limits.content_rate
-        connection.clear_deadline()
+            connection.deadline.passes_at = grace_ends_at + self.reader.size / limits.content_rate
+        connection.deadline.clear()
         self.is_read = True
         self.content = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -12780,7 +12809,7 @@ class Upload:
         limits = client.limits
         began_at = client.loop.time()
         allowed = limits.content_grace + self.size / limits.content_rate
-        client.set_deadline(allowed - self.waited, CONTENT_TOO_SLOW)
+        client.deadline.set(allowed - self.waited, CONTENT_TOO_SLOW)
         # The reader notices by itself when the client leaves, and the deadline is no leaving.
         client.on_disconnect = None
         try:
@@ -12790,7 +12819,7 @@ class Upload:
                 raise ClientClosed("client_closed") from None
             raise
         client.cancel_on_disconnect()
-        client.clear_deadline()
+        client.deadline.clear()
         self.waited += client.loop.time() - began_at
         return piece
 
@@ -12803,9 +12832,9 @@ class Upload:
         self.request.begin_content()
         while not (server.received or server.ended or server.failure):
             # While the client is waited for, the server need not say anything.
-            server.clear_deadline()
+            server.deadline.clear()
             piece = await self.read()
-            server.set_deadline(timeout, on_timeout)
+            server.deadline.set(timeout, on_timeout)
             chunked = self.framing is CHUNKED
             if piece:
                 server.write(encode_chunk(piece) if chunked else piece)
@@ -13104,8 +13133,8 @@ class ConnectionPool:
                 connections.remove(connection)
             connection.abort()
 
-        connection.set_deadline(self.limits.idle_connection_timeout, IDLE_TOO_LONG)
-        connection.set_ack_timeout(self.limits.idle_ack_timeout)
+        connection.deadline.set(self.limits.idle_connection_timeout, IDLE_TOO_LONG)
+        connection.deadline.set_ack_timeout(self.limits.idle_ack_timeout)
         connection.on_disconnect = drop
         connections.append(connection)
 
@@ -13188,7 +13217,7 @@ class UpstreamResponse:
         """
         connection = self.connection
         connection.on_disconnect = connection.abort
-        connection.set_deadline(connection.limits.content_end, IDLE_TOO_LONG)
+        connection.deadline.set(connection.limits.content_end, IDLE_TOO_LONG)
         connection.sink = self.skip_to_end
         self.skip_to_end(connection.take_received())
         if connection.ended:
@@ -13655,8 +13684,8 @@ class Upstreams:
 
         The connection is closed unless a response is returned, also when the task is cancelled.
         """
-        connection.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
-        connection.set_ack_timeout(self.limits.busy_ack_timeout)
+        connection.deadline.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
+        connection.deadline.set_ack_timeout(self.limits.busy_ack_timeout)
         connection.write(message)
         response = None
         try:
@@ -21607,7 +21636,7 @@ class HTTPServer:
         deadline = asyncio.get_running_loop().time() + self.limits.short_keep_alive_timeout
         for connection in self.connections.values():
             if not connection.has_request:
-                connection.deadline = min(connection.deadline, deadline)
+                connection.deadline.passes_at = min(connection.deadline.passes_at, deadline)
 
     # One connection
 
@@ -21697,7 +21726,7 @@ class HTTPServer:
         # holds here and in proxies on the way. It does so too while others wait for its place.
         if served >= self.limits.requests_per_connection or not self.has_room.is_set():
             timeout = self.limits.short_keep_alive_timeout
-        connection.set_deadline(timeout, IDLE_TOO_LONG)
+        connection.deadline.set(timeout, IDLE_TOO_LONG)
         return connection.has_more()
 
     async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
@@ -21706,7 +21735,7 @@ class HTTPServer:
         data = connection.take_head(self.longest_head)
         try:
             if data is None:
-                connection.set_deadline(self.limits.head_timeout, NO_HEAD)
+                connection.deadline.set(self.limits.head_timeout, NO_HEAD)
                 data = await connection.read_head(self.longest_head)
             if data is None:
                 return None
@@ -21723,7 +21752,7 @@ class HTTPServer:
             send_error(writer, error, OPENAI, "", lines)
             await connection.linger()
             return None
-        connection.clear_deadline()
+        connection.deadline.clear()
         return head
 
     def make_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
@@ -21743,7 +21772,7 @@ class HTTPServer:
         connection = request.connection
         reader = request.reader or ContentReader(connection, request.head.framing)
         if not reader.done and self.may_discard(request):
-            connection.set_deadline(self.limits.linger_timeout, IDLE_TOO_LONG)
+            connection.deadline.set(self.limits.linger_timeout, IDLE_TOO_LONG)
             while reader.size <= self.limits.discarded_content and await reader.read():
                 pass
         if not reader.done:

@@ -13109,11 +13109,11 @@ def test_a_deadline_counts_from_the_next_look_at_it() -> None:
         with here, there:
             await loop.connect_accepted_socket(lambda: connection, here)
             earliest = loop.time() + 5
-            connection.set_deadline(5, smolrouter.IDLE_TOO_LONG)
-            assert earliest <= connection.deadline <= earliest + interval
-            connection.check_deadline(connection.deadline - 0.001)
+            connection.deadline.set(5, smolrouter.IDLE_TOO_LONG)
+            assert earliest <= connection.deadline.passes_at <= earliest + interval
+            connection.check(connection.deadline.passes_at - 0.001)
             assert connection.failure is None
-            connection.check_deadline(connection.deadline)
+            connection.check(connection.deadline.passes_at)
             with pytest.raises(smolrouter.RequestTimeout):
                 await connection.read()
             connection.abort()
