@@ -12174,16 +12174,20 @@ class Connection(asyncio.Protocol):
 
     def wake(self) -> None:
         """Let the task that sleeps in `wait`, if one does, go on in the next turn."""
-        if self.waiter and not self.waiter.done():
-            self.waiter.set_result(None)
+        waiter = self.waiter
+        self.waiter = None
+        if waiter and not waiter.done():
+            waiter.set_result(None)
 
     def resume(self) -> None:
         """Let the task that sleeps in `wait`, if one does, go on now.
 
         This is for what the event loop calls alone; see Waiter.
         """
-        if self.waiter and not self.waiter.done():
-            self.waiter.resume()
+        waiter = self.waiter
+        self.waiter = None
+        if waiter and not waiter.done():
+            waiter.resume()
 
     def set_failure(self, error: Exception) -> None:
         """Let the next read raise `error`; the first failure counts."""
@@ -12396,8 +12400,11 @@ class Connection(asyncio.Protocol):
         """Keep nothing of the request that used the connection."""
         self.release_task()
         self.on_check = None
-        # An error keeps the frames that it came through, and with them whole contents.
+        # An error keeps the frames that it came through, and with them whole contents. So does the
+        # task that was cancelled while it waited.
         self.failure = None
+        if self.waiter and self.waiter.done():
+            self.waiter = None
 
     def end_by_reset(self) -> None:
         """Let the coming close be seen as a failure, where it would look like a clean end.
