@@ -1084,6 +1084,9 @@ class Limits:
     decisions: int = 256
     short_trail: int = 64
     long_trails: int = 32
+    # So many plans are remembered of how requests of one kind go to one server. There is one for
+    # each endpoint that is used, server, and thing that was learned of its models.
+    forwardings: int = 256
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
     # so much is looked at. Some servers put a traceback beside it, or all of the request.
     error_text: int = 400
@@ -17382,7 +17385,7 @@ class Context:
 
     def __post_init__(self) -> None:
         plan = functools.partial(plan_forwarding, self.settings, self.via)
-        self.forwarding_of = functools.lru_cache(maxsize=LIMITS.decisions)(plan)
+        self.forwarding_of = functools.lru_cache(maxsize=LIMITS.forwardings)(plan)
 
     def next_request_id(self) -> str:
         """Return an id that no other request has, in this router or another."""
@@ -18309,8 +18312,8 @@ class Answer:
         """Write the head of the client's answer; its content is `length` octets, if known."""
         head = self.response.head
         is_rewritten = self.rewriter is not None
-        declared_length = head.fields.get("content-length")
-        if declared_length and not is_rewritten:
+        declared_length = None if is_rewritten else head.fields.get("content-length")
+        if declared_length:
             # It is valid, or there would be no answer.
             length = int(declared_length)
         is_guarded = bool(self.writer.extra_fields)
