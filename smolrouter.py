@@ -1192,6 +1192,8 @@ class Limits:
     # a few tokens: before its first one it may have to be loaded from a disk.
     probe_timeout: float = 5.0
     probed_model_timeout: float = 60.0
+    # A server's name is looked for in so many octets of what it says at its root.
+    probed_greeting: int = 2 * KiB
     # `health` waits so long for the router of this machine; the page of a server is told by so
     # many octets of its beginning.
     health_timeout: float = 3.0
@@ -22719,9 +22721,10 @@ class Examination:
         for answer in self.answers.values():
             texts += [f"{lower}: {value}" for lower, _, value in answer.fields.lines]
         if "/" in self.answers:
-            texts.append(self.answers["/"].content[: 2 * KiB].decode("utf-8", "replace"))
-        said = "\n".join(texts).lower()
-        return next((kind for mark, kind in SERVER_MARKS.items() if mark in said), "")
+            greeting = self.answers["/"].content[: self.limits.probed_greeting]
+            texts.append(greeting.decode("utf-8", "replace"))
+        text = "\n".join(texts).lower()
+        return next((kind for mark, kind in SERVER_MARKS.items() if mark in text), "")
 
     @property
     def notes(self) -> list[str]:
@@ -22747,13 +22750,13 @@ def describe_stream(answer: ProbeAnswer) -> list[str]:
         thinking = "apart"
     elif visible != text:
         thinking = "in text"
-    format = answer.event_format
-    events = format.split(answer.content) if format else ()
+    event_format = answer.event_format
+    events = event_format.split(answer.content) if event_format else ()
     has_comment = any(event.strip() and not NO_COMMENT.search(event) for event in events)
     has_ping = has_comment or any(document.get("type") in PING_TYPES for document in documents)
     usage = read_usage(answer.content)
     return [
-        "yes" if format and len(documents) > 1 else "no",
+        "yes" if event_format and len(documents) > 1 else "no",
         "no" if usage.prompt is None and usage.completion is None else "yes",
         "yes" if has_ping else "none seen",
         thinking,
@@ -22817,21 +22820,27 @@ def describe_examinations(examinations: Sequence[Examination]) -> list[str]:
     endpoints = [["answers", *ENDPOINT_PROBES]]
     lines = []
     remedies = []
-    for one in examinations:
-        name = one.server.name
-        is_reached = one.listing.status > 0
-        reached = format_time(one.listing.seconds if is_reached else None)
-        servers.append([name, one.kind or "-", reached, str(len(one.models) or "-")])
-        remedies += [wrap_words(name, words) for words in (one.problem, *one.notes) if words]
-        if not one.model:
+    for examination in examinations:
+        name = examination.server.name
+        is_reached = examination.listing.status > 0
+        reached = format_time(examination.listing.seconds if is_reached else None)
+        servers.append(
+            [name, examination.kind or "-", reached, str(len(examination.models) or "-")]
+        )
+        remedies += [
+            wrap_words(name, words) for words in (examination.problem, *examination.notes) if words
+        ]
+        if not examination.model:
             continue
-        endpoints.append([name, *(judge_probe(one.answers.get(p)) for p in ENDPOINT_PROBES)])
-        lines += ["", f"models of {name}", *describe_models(one)]
-        if judge_probe(one.answers["chat"]) == "yes":
-            chat = one.answers["chat"]
-            tools = judge_probe(one.answers.get("tools"))
+        endpoints.append(
+            [name, *(judge_probe(examination.answers.get(p)) for p in ENDPOINT_PROBES)]
+        )
+        lines += ["", f"models of {name}", *describe_models(examination)]
+        if judge_probe(examination.answers["chat"]) == "yes":
+            chat = examination.answers["chat"]
+            tools = judge_probe(examination.answers.get("tools"))
             first = format_time(chat.first_seconds)
-            chats.append([name, one.model, first, *describe_stream(chat), tools])
+            chats.append([name, examination.model, first, *describe_stream(chat), tools])
     tables = [format_table(rows) for rows in (servers, endpoints, chats) if len(rows) > 1]
     lines = [line for table in tables for line in (*table, "")][:-1] + lines
     if remedies:
@@ -22839,34 +22848,36 @@ def describe_examinations(examinations: Sequence[Examination]) -> list[str]:
     return lines
 
 
-def choose_name(one: Examination, named: Container[Server], taken: Container[str]) -> str:
+def choose_name(
+    examination: Examination, named: Container[Server], used_names: Container[str]
+) -> str:
     """Return what a server is to be called in a routing file."""
-    server = one.server
+    server = examination.server
     if server in named:
         return server.name
     host = server.url.host
-    name = one.kind.lower() if is_address(host) else host.partition(".")[0]
+    name = examination.kind.lower() if is_address(host) else host.partition(".")[0]
     name = re.sub(r"[^a-z0-9.-]+", "-", name.lower()) or "server"
     numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-    return next(candidate for candidate in numbered if candidate not in taken)
+    return next(candidate for candidate in numbered if candidate not in used_names)
 
 
 def write_servers(examinations: Sequence[Examination], table: RoutingTable) -> list[str]:
     """Return the lines of a `servers:` block; a secret is the name of a variable there."""
     named = list(table.servers.values())
-    taken = set(table.servers)
+    used_names = set(table.servers)
     lines = ["servers:"]
-    for one in examinations:
-        server = one.server
-        name = choose_name(one, named, taken)
-        taken.add(name)
+    for examination in examinations:
+        server = examination.server
+        name = choose_name(examination, named, used_names)
+        used_names.add(name)
         variable = re.sub(r"[^A-Z0-9]+", "_", name.upper())
-        record: dict[str, Any] = {"url": str(one.right_url or server.url)}
-        if one.kind == "Ollama":
+        record: dict[str, Any] = {"url": str(examination.right_url or server.url)}
+        if examination.kind == "Ollama":
             record["api"] = "ollama"
         elif server.api != AUTO:
             record["api"] = server.api
-        if server.api_key or any(a.status in (401, 403) for a in one.answers.values()):
+        if server.api_key or any(a.status in (401, 403) for a in examination.answers.values()):
             record["api_key"] = f"${{{variable}_KEY}}"
         if server.models is not None:
             record.update({"models": server.models} if server.models else {"discover": False})
@@ -22879,7 +22890,7 @@ def write_servers(examinations: Sequence[Examination], table: RoutingTable) -> l
         if server.stated.capabilities is not None:
             record["capabilities"] = list(server.stated.capabilities)
         # This is YAML, too, and needs no thought about what has to be quoted.
-        mark = "# " if one.problem and one.right_url is None else ""
+        mark = "# " if examination.problem and examination.right_url is None else ""
         lines.append(f"  {mark}{json.dumps(name)}: {json.dumps(record)}")
     return lines
 
@@ -22917,7 +22928,7 @@ def run_doctor(invocation: Invocation) -> int:
     examine(examinations, Examination.run)
     lines = describe_examinations(examinations)
     print(*lines, "", *write_servers(examinations, table), sep="\n")
-    return 1 if any(one.problem for one in examinations) else 0
+    return 1 if any(examination.problem for examination in examinations) else 0
 
 
 # --- looking at a configuration, and at a running router --------------------------------
@@ -22973,9 +22984,9 @@ def run_check(invocation: Invocation) -> int:
     examinations = [Examination(server, settings, limits) for server in table.all_servers()]
     if invocation.options.ask:
         examine(examinations, Examination.read_list)
-    for one in examinations:
-        server = one.server
-        health = f": {describe_health(one)}" if invocation.options.ask else ""
+    for examination in examinations:
+        server = examination.server
+        health = f": {describe_health(examination)}" if invocation.options.ask else ""
         lines.append(f"  server {server.name}: {describe_server(server)}{health}")
     for alias in table.aliases.values():
         instances = ", ".join(str(instance) for instance in alias.instances)
