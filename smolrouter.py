@@ -1037,10 +1037,13 @@ class Limits:
     # A stream may have so many texts, such as those of its choices, each with a filter of its
     # own; one more ends it with an error. A client can ask vLLM for that many choices.
     texts_per_stream: int = 16_384
-    # Where a text may have begun inside of a block of thinking, so many characters are held back
+    # Where a text may have begun inside of a block of thinking, so many characters are kept back
     # until the tag comes that closes it. Behind a backtick, a tag waits for the other one so long.
     unseen_thinking: int = 64 * KiB
     code_span: int = 4 * KiB
+    # A longer text is looked at for tags in pieces of this length: no other thread runs while `re`
+    # searches.
+    filtered_piece: int = 64 * KiB
     # Tool calls of one answer that fragments may still continue; older ones are complete.
     open_tool_calls: int = 64
     # An answer that has said nothing up to this length, but begins and pings, counts as one all the
@@ -2778,7 +2781,7 @@ def edit_json(
 BOM = BYTE_ORDER_MARK.encode()
 DONE_MARK = b"[DONE]"
 # Ends an event of a server that writes CRLF, whatever the format.
-CRLF_MARK = b"\r\n\r\n"
+CRLF_END = b"\r\n\r\n"
 
 # `(?<![^\r\n])` in these patterns means the beginning of a line: a line end stands before it, or
 # nothing.
@@ -2795,7 +2798,7 @@ class EventFormat(NamedTuple):
     """How a stream's events are told apart, and where in one its data stands."""
 
     # Ends an event in the plain case.
-    mark: bytes
+    plain_end: bytes
     # Ends one in every case.
     end: re.Pattern[bytes]
     # One line of data.
@@ -2806,15 +2809,15 @@ class EventFormat(NamedTuple):
     def find_end(self, block: bytes, at: int, has_cr: bool) -> int:
         """Return where the event that begins at `at` ends: at the latest where the block does.
 
-        The mark is found faster than the pattern, but is sure only in a block without CR. `has_cr`
-        says whether the block has one. The caller looks for it once: if it were looked for here,
-        for each event up to the end of the block, that would take quadratic time.
+        The plain end is found faster than the pattern, but is sure only in a block without CR.
+        `has_cr` says whether the block has one. The caller looks for it once: if it were looked for
+        here, for each event up to the end of the block, that would take quadratic time.
         """
         if has_cr:
             match = self.end.search(block, at)
             return match.end() if match else len(block)
-        mark_at = block.find(self.mark, at)
-        return mark_at + len(self.mark) if mark_at >= 0 else len(block)
+        found_at = block.find(self.plain_end, at)
+        return found_at + len(self.plain_end) if found_at >= 0 else len(block)
 
     def find_last_end(self, block: bytes | bytearray, start: int, stop: int) -> int:
         r"""Return the last place from `start` to `stop` where an event ends, `start` for none.
@@ -2822,15 +2825,15 @@ class EventFormat(NamedTuple):
         `b"data: a\n\ndata: b"`, 0, 16  ->  9
         """
         end = start
-        mark_at = block.rfind(self.mark, start, stop)
-        if mark_at >= 0:
-            end = mark_at + len(self.mark)
-        # Events may end with CRs further on. The usual mark of those takes the search near to the
-        # last end, and the pattern goes on from there.
+        found_at = block.rfind(self.plain_end, start, stop)
+        if found_at >= 0:
+            end = found_at + len(self.plain_end)
+        # Events may end with CRs further on. The usual end with them takes the search near to
+        # the last one, and the pattern goes on from there.
         if block.find(b"\r", end, stop) >= 0:
-            mark_at = block.rfind(CRLF_MARK, end, stop)
-            if mark_at >= 0:
-                end = mark_at + len(CRLF_MARK)
+            found_at = block.rfind(CRLF_END, end, stop)
+            if found_at >= 0:
+                end = found_at + len(CRLF_END)
             for match in self.end.finditer(block, end, stop):
                 end = match.end()
         return end
@@ -2840,7 +2843,7 @@ class EventFormat(NamedTuple):
 
         `b"data: a\n\ndata: b\n\n"`  ->  `[b"data: a", b"data: b", b""]`
         """
-        return self.end.split(block) if b"\r" in block else block.split(self.mark)
+        return self.end.split(block) if b"\r" in block else block.split(self.plain_end)
 
     def read_data(self, event: bytes) -> bytes:
         r"""Return the data of one event, with or without its end.
@@ -2849,7 +2852,7 @@ class EventFormat(NamedTuple):
         """
         if event.startswith(self.prefix):
             # As nearly always, the event is one line of data.
-            line = event.removesuffix(self.mark).removesuffix(CRLF_MARK)
+            line = event.removesuffix(self.plain_end).removesuffix(CRLF_END)
             if b"\n" not in line and b"\r" not in line:
                 return line[len(self.prefix) :]
         lines = self.data.findall(event)
@@ -2893,7 +2896,7 @@ class EventFormat(NamedTuple):
 
     def encode(self, data: bytes) -> bytes:
         """Return an event that says `data`."""
-        return self.prefix + data + self.mark
+        return self.prefix + data + self.plain_end
 
     def replace(self, event: bytes, data: bytes) -> bytes:
         r"""Return the event with other data on one line; all else in it stays.
@@ -2949,8 +2952,8 @@ def begins_like_events(start: bytes) -> bool | None:
     return None if any(name.startswith(line) for name in SSE_STARTS) else False
 
 
-# Where a server may have forgotten the empty line between two events.
-JOINED_MARKS = (b"}\ndata:", b"}\r\ndata:")
+# What stands where a server may have forgotten the empty line between two events.
+JOINTS = (b"}\ndata:", b"}\r\ndata:")
 
 
 def part_joined(block: bytes) -> bytes:
@@ -3106,24 +3109,24 @@ class EventReader:
         "format",
         "is_joined",
         "is_spread",
-        "joined_mark",
+        "joint",
         "last_blocks",
         "limits",
         "long_tail",
-        "marks",
         "pending",
+        "usual_ends",
     )
 
     def __init__(self, format: EventFormat, limits: Limits = LIMITS) -> None:
         self.format = format
         self.limits = limits
-        self.marks = (format.mark, CRLF_MARK)
+        self.usual_ends = (format.plain_end, CRLF_END)
         self.characters = CharacterJoiner()
         # Whether the server forgets the empty lines between its events.
         self.is_joined = False
         # Whether what is pending is one document over several lines of data, as far as it has come.
         self.is_spread = False
-        self.joined_mark = JOINED_MARKS[0]
+        self.joint = JOINTS[0]
         # Whether something has come that is more than a byte order mark; and whether it ends where
         # an event does.
         self.begun = False
@@ -3142,16 +3145,16 @@ class EventReader:
         long = b""
         block = data
         # As nearly always, an event begins with what has come, and one ends with it.
-        if not (self.between_events and data.endswith(self.marks)):
+        if not (self.between_events and data.endswith(self.usual_ends)):
             long, block = self.gather(data)
             if not block:
                 return long, block
         # As nearly always, nothing is wrong with it: no octet of half a character, no escape of
-        # one, and no two events in one. To look for a mark from the end is by far the fastest.
+        # one, and no two events in one. Python finds words faster from the end than from the start.
         if (
             BACKSLASH in block
             or not block.isascii()
-            or block.rfind(self.joined_mark) >= 0
+            or block.rfind(self.joint) >= 0
             or self.characters.pending
         ):
             block = self.mend(block)
@@ -3167,7 +3170,7 @@ class EventReader:
         if self.long_tail:
             long, data = self.read_long(data)
         block = data
-        if self.pending or not data.endswith(self.marks):
+        if self.pending or not data.endswith(self.usual_ends):
             block = self.add_pending(data)
         if not block and len(self.pending) > self.limits.buffered_event:
             long += self.take(len(self.pending))
@@ -3176,14 +3179,14 @@ class EventReader:
             # A byte order mark at the start says nothing. A server that ends lines with CR does so
             # from the beginning.
             self.begun = True
-            self.joined_mark = JOINED_MARKS[block.find(b"\r") >= 0]
+            self.joint = JOINTS[block.find(b"\r") >= 0]
             long, block = long.removeprefix(BOM), block.removeprefix(BOM)
         self.between_events = self.begun and not (self.pending or self.long_tail)
         return long, block
 
     def mend(self, block: bytes) -> bytes:
         """Return whole events as they should have come: each for itself, of whole characters."""
-        if self.format.prefix and block.rfind(self.joined_mark) >= 0:
+        if self.format.prefix and block.rfind(self.joint) >= 0:
             block = part_joined(block)
         if self.characters.needs(block):
             block = self.characters.join(block, self.format)
@@ -3217,16 +3220,16 @@ class EventReader:
 
         One is whole when the next line of data begins; `start` is about where new octets are.
         """
-        start = max(0, start - len(JOINED_MARKS[1]))
-        for mark in JOINED_MARKS:
-            at = self.pending.rfind(mark, start)
+        start = max(0, start - len(JOINTS[1]))
+        for joint in JOINTS:
+            at = self.pending.rfind(joint, start)
             if at < 0:
                 continue
-            size = at + len(mark) - len(b"data:")
-            # The mark of the next line shows where the last event ends.
+            size = at + len(joint) - len(b"data:")
+            # The name of the next line shows where the last event ends.
             lines = bytes(self.pending[:size]) + b"data:"
             parted = part_joined(lines)
-            line_end = mark[1 : -len(b"data:")]
+            line_end = joint[1 : -len(b"data:")]
             if parted.endswith(line_end * 2 + b"data:"):
                 self.is_joined = True
                 self.take(size)
@@ -3272,11 +3275,11 @@ class EventReader:
 
     def read_last_events(self, block: bytes) -> list[bytes]:
         """Return the last events of a block, or all of them."""
-        # A block may have thousands of events: this goes back over the marks of the last ones.
-        mark = CRLF_MARK if block.endswith(CRLF_MARK) else self.format.mark
-        # Each of these events ends with a mark; that of the event before them is one more.
+        # A block may have thousands of events: this goes back over the ends of the last ones.
+        end = CRLF_END if block.endswith(CRLF_END) else self.format.plain_end
+        # Each of these events has an end; that of the event before them is one more.
         most = self.limits.last_events
-        before, *last = block.rsplit(mark, most + 1)
+        before, *last = block.rsplit(end, most + 1)
         if len(last) > most:
             events = self.split_without_comments(block[len(before) :])
             # If some of them are comments, there may be more before them.
@@ -3297,14 +3300,15 @@ class EventReader:
 # another and returns what is certain; it keeps back only what could still become the tag or the
 # line that it looks for, at most a few characters, and it runs in linear time.
 # To add a family of thinking tags: a line in THINK_TAGS. If there is neither a `<` in its tags nor
-# another one of section 8's TAG_MARKS, that has to get one, and MARK its first character.
+# another one of section 8's TAG_WORDS, that has to get one, and TAG_OR_CODE_START the character
+# that its tags begin with.
 
 WHITE_SPACE = " \t\r\n"
 
 # --- thinking: the tags ---------------------------------------------------------------
 
 # The tag that opens a block of thinking, and the one that closes it. Those with angle brackets
-# count in any case. Each must have one of section 8's TAG_MARKS in it.
+# count in any case. Each must have one of section 8's TAG_WORDS in it.
 THINK_TAGS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
@@ -3436,9 +3440,8 @@ def cut_closing_tag() -> re.Pattern[str]:
     return compile_cut_tag(*one_of(THINK_TAGS.values()))
 
 
-# A longer text is looked at in pieces of this length.
-LONGEST_PIECE = 64 * KiB
-# No sequence of tags is longer.
+# No sequence of tags is longer, with 80 characters for each ANY in it: a tag that is cut off at the
+# end of a text is looked for in so many characters. It follows from the tags, and is no limit.
 LONGEST_TAG = 400
 
 
@@ -3489,7 +3492,7 @@ JSON_STARTS = frozenset(('{"', "{}", '["', "[{", "[[", "[]"))
 # A tag between two of these is only spoken of, and stays.
 QUOTES = {'"': '"', "'": "'", "(": ")", "\u201c": "\u201d", "\u2018": "\u2019", "\u00ab": "\u00bb"}
 # Without one of these a text has neither tags nor code.
-MARK = re.compile(r"[`~<\[\u25c1]")
+TAG_OR_CODE_START = re.compile(r"[`~<\[\u25c1]")
 NOT_SPACE = re.compile(r"\S")
 SPAN_TOKEN = re.compile(r"\n|`+")
 
@@ -3656,14 +3659,14 @@ class ThinkFilter:
 
         With the `last` one nothing is kept back.
         """
-        if self.passes_plain_text and not MARK.search(text):
+        if self.passes_plain_text and not TAG_OR_CODE_START.search(text):
             self.skip(text)
             return text, ""
         self.visible = []
         self.thought = []
-        # No other thread runs while `re` searches, so that it gets a long text bit by bit.
-        for at in range(0, len(text) or 1, LONGEST_PIECE):
-            end = at + LONGEST_PIECE
+        size = LIMITS.filtered_piece
+        for at in range(0, len(text) or 1, size):
+            end = at + size
             self.feed_piece(text[at:end], last and end >= len(text))
         waits = self.pending or self.run or self.block or self.after_close
         text_has_begun = self.unsure is None and len(self.head) > 1
@@ -4976,7 +4979,7 @@ class Opening:
         found = plain_text.search(data, 0, self.limits.first_events) if plain_text else None
         if found is None:
             return False
-        end = data.find(format.mark, found.end())
+        end = data.find(format.plain_end, found.end())
         return end >= 0 and b"error" not in data[:end]
 
     def finish(self, closed: bool) -> bool:
@@ -7175,32 +7178,36 @@ class AnswerPlan:
         return {("model",): requested}
 
 
-class Mark(NamedTuple):
+class RareWord(NamedTuple):
     """A word that is looked for in every event, and one of its octets that hardly occurs elsewhere.
 
-    By far the fastest search is that for one octet, given as a number: `60 in data` is faster than
-    `data.rfind(b"<")`. Nearly always the octet is missing, and that is the answer.
+    The octet is looked for first, as a number: `60 in data` takes a twentieth of the time that a
+    search for a word takes. Nearly always it is missing, and that is the answer.
     """
 
     octet: int
     word: bytes
 
 
-# In JSON every tag has one of TAG_MARKS in it, and code begins with one of CODE_MARKS. None of them
+# In JSON every tag has one of TAG_WORDS in it, and code begins with one of CODE_WORDS. None of them
 # often stands elsewhere: there is a `[` in each event, but no `THINK]`. E2 97 81 is U+25C1, with
 # which Kimi's tags begin; the other two of its octets stand in many more characters.
-TAG_MARKS = (Mark(ord("<"), b"<"), Mark(ord("K"), b"THINK]"), Mark(0x97, b"\xe2\x97\x81"))
-CODE_MARKS = (Mark(ord("`"), b"`"), Mark(ord("~"), b"~"))
-MARKS = (*TAG_MARKS, *CODE_MARKS)
+TAG_WORDS = (
+    RareWord(ord("<"), b"<"),
+    RareWord(ord("K"), b"THINK]"),
+    RareWord(0x97, b"\xe2\x97\x81"),
+)
+CODE_WORDS = (RareWord(ord("`"), b"`"), RareWord(ord("~"), b"~"))
+PLAIN_WORDS = (*TAG_WORDS, *CODE_WORDS)
 # Some servers write `<`, a backtick, `~` and what Kimi's tags begin with as escapes.
 TAG_ESCAPES = (b"\\u003", b"\\u25")
-ESCAPED_MARKS = (*TAG_ESCAPES, b"\\u006", b"\\u007")
-POSSIBLE_TAG_MARKS = (*TAG_MARKS, *(Mark(BACKSLASH, escape) for escape in TAG_ESCAPES))
-POSSIBLE_MARKS = (*MARKS, *(Mark(BACKSLASH, escape) for escape in ESCAPED_MARKS))
+ESCAPES = (*TAG_ESCAPES, b"\\u006", b"\\u007")
+POSSIBLE_TAG_WORDS = (*TAG_WORDS, *(RareWord(BACKSLASH, escape) for escape in TAG_ESCAPES))
+POSSIBLE_WORDS = (*PLAIN_WORDS, *(RareWord(BACKSLASH, escape) for escape in ESCAPES))
 
 
-def may_hold_mark(data: bytes) -> bool:
-    r"""Tell whether one of the octets of POSSIBLE_MARKS stands somewhere in a text in JSON.
+def may_hold_word(data: bytes) -> bool:
+    r"""Tell whether one of the octets of POSSIBLE_WORDS stands somewhere in a text in JSON.
 
     They are, in this order, `<`, `\`, a backtick, `~`, `K` and the one of U+25C1. This is asked for
     each event. To go over the table, or to give them names, would take far longer.
@@ -7208,10 +7215,10 @@ def may_hold_mark(data: bytes) -> bool:
     return 60 in data or 92 in data or 96 in data or 126 in data or 75 in data or 0x97 in data
 
 
-def holds_any(data: bytes, marks: Iterable[Mark]) -> bool:
-    """Tell whether one of some marks stands in a text: `b"a<b"`, TAG_MARKS  ->  True."""
-    for octet, word in marks:  # noqa: SIM110 - a generator takes twice as long
-        # Looking for a word from the end takes a quarter of the time that `in` takes.
+def holds_any(data: bytes, words: Iterable[RareWord]) -> bool:
+    """Tell whether one of some words stands in a text: `b"a<b"`, TAG_WORDS  ->  True."""
+    for octet, word in words:  # noqa: SIM110 - a generator takes twice as long
+        # Python finds a word faster from the end than from the start.
         if octet in data and data.rfind(word) >= 0:
             return True
     return False
@@ -7219,7 +7226,7 @@ def holds_any(data: bytes, marks: Iterable[Mark]) -> bool:
 
 def may_hold_tag(data: bytes) -> bool:
     """Tell whether a text in JSON could hold a tag."""
-    return holds_any(data, POSSIBLE_TAG_MARKS)
+    return holds_any(data, POSSIBLE_TAG_WORDS)
 
 
 def fold_edits(document: Any, path: Path, edits: dict[Path, Any]) -> Any:
@@ -7447,7 +7454,7 @@ class StreamRewrite:
         # Only in a conversation: what else may be streamed by these rules, nobody knows. The second
         # octet of each is a letter: the `D` of `[DONE]` hardly occurs elsewhere.
         end_words = self.protocol.end_words if self.protocol.user_words else ()
-        self.end_marks = [Mark(word[1], word) for word in end_words]
+        self.end_words = [RareWord(word[1], word) for word in end_words]
 
     @property
     def size(self) -> int:
@@ -7497,7 +7504,7 @@ class StreamRewrite:
         if not block:
             return long
         changed = self.changes.change_block(block)
-        if self.changes.failed or holds_any(block, self.end_marks):
+        if self.changes.failed or holds_any(block, self.end_words):
             self.look_for_end()
         return long + changed if long else changed
 
@@ -7560,7 +7567,7 @@ def remove_plain_usage(data: bytes) -> bytes:
 def find_all(block: bytes, word: bytes) -> list[int]:
     """Return the places of a word in a block, the last one first: `b"a-a"`, `b"a"` -> `[2, 0]`."""
     places: list[int] = []
-    # Looking for a word from the end takes a third of the time that `find` takes.
+    # As in `holds_any`, from the end.
     at = block.rfind(word)
     while at >= 0:
         places.append(at)
@@ -7572,7 +7579,7 @@ LETTER_U = ord("u")
 
 
 def find_escapes(block: bytes) -> list[int]:
-    r"""Return the places of ESCAPED_MARKS in a block, the last one first.
+    r"""Return the places of ESCAPES in a block, the last one first.
 
     `rb"a\u003cb"`  ->  `[1]`
     """
@@ -7581,16 +7588,16 @@ def find_escapes(block: bytes) -> list[int]:
     # over all of them.
     at = block.rfind(b"\\", 0, len(block) - 1)
     while at >= 0:
-        if block[at + 1] == LETTER_U and block.startswith(ESCAPED_MARKS, at):
+        if block[at + 1] == LETTER_U and block.startswith(ESCAPES, at):
             places.append(at)
         at = block.rfind(b"\\", 0, at)
     return places
 
 
-def find_marks(block: bytes) -> list[int]:
-    """Return the places of ESCAPED_MARKS and of MARKS in a block."""
+def find_words(block: bytes) -> list[int]:
+    """Return the places of ESCAPES and of PLAIN_WORDS in a block."""
     places = find_escapes(block) if BACKSLASH in block else []
-    for octet, word in MARKS:
+    for octet, word in PLAIN_WORDS:
         if octet in block:
             places += find_all(block, word)
     return places
@@ -7697,11 +7704,11 @@ class EventFilter:
     """Changes events that stay in their protocol: texts, usage, the model's name.
 
     Most events need no change, and to parse one costs more than all else. So while
-    `skips_plain_events` holds, only the events with one of MARKS, such as a tag's `<`, or of the
-    `watched_words` are looked at, and the bytes between them leave as they came. It holds as soon
-    as every text of the answer has begun outside of its thinking and no filter keeps anything back:
-    then only a tag can change something, or a backtick, because a tag in code does not count. It
-    does not hold at first, and never when texts may begin unseen (`n` choices), when fences are
+    `skips_plain_events` holds, only the events with one of POSSIBLE_WORDS, such as a tag's `<`, or
+    of the `watched_words` are looked at, and the bytes between them leave as they came. It holds as
+    soon as every text of the answer has begun outside of its thinking and no filter keeps anything
+    back: then only a tag can change something, or a backtick, because a tag in code does not count.
+    It does not hold at first, and never when texts may begin unseen (`n` choices), when fences are
     looked for or when each event names a model.
 
     An event that is looked at need not be parsed either when it is a text and no more, as nearly
@@ -7721,9 +7728,9 @@ class EventFilter:
         thoughts = self.protocol.thoughts
         self.renames_reasoning = plan.rules.move and thoughts == BESIDE_TEXT
         # Without one of these in an event its text need not be looked at.
-        self.text_marks = POSSIBLE_MARKS
+        self.text_words = POSSIBLE_WORDS
         if self.renames_reasoning:
-            self.text_marks += (Mark(ord('"'), b'"reasoning"'),)
+            self.text_words += (RareWord(ord('"'), b'"reasoning"'),)
         self.moves_beside_text = thoughts in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
         self.watched_words = self.find_watched_words()
         self.skips_plain_events = not (self.filtering or plan.restores_name)
@@ -7746,7 +7753,7 @@ class EventFilter:
         self.lost_timings = False
 
     def find_watched_words(self) -> tuple[bytes, ...]:
-        """Return the words, beside the marks, without one of which an event need not be parsed."""
+        """Return the words of which an event has one if it has to be parsed without a tag in it."""
         words: tuple[bytes, ...] = ()
         if self.renames_reasoning:
             words += (b'"reasoning"',)
@@ -7797,8 +7804,8 @@ class EventFilter:
     def find_places(self, block: bytes) -> list[int]:
         """Return where in a block the watched words stand."""
         places = []
-        if self.plan.rules.think and may_hold_mark(block):
-            places = find_marks(block)
+        if self.plan.rules.think and may_hold_word(block):
+            places = find_words(block)
         for word in self.watched_words:
             # As in `holds_any`, from the end.
             if block.rfind(word) >= 0:
@@ -7856,12 +7863,12 @@ class EventFilter:
 
     def may_change_text(self, event: bytes, data: bytes) -> bool:
         """Tell whether a text in an event may have to be changed."""
-        has_mark = may_hold_mark(event)
-        if has_mark and may_hold_tag(event):
+        has_word = may_hold_word(event)
+        if has_word and may_hold_tag(event):
             return True
         if self.skips_plain_events:
             # It may have been found for its usage alone.
-            return (has_mark or self.renames_reasoning) and holds_any(event, self.text_marks)
+            return (has_word or self.renames_reasoning) and holds_any(event, self.text_words)
         begun = self.note_plain_beginning(data)
         if begun:
             self.skipped.append(event)
@@ -8616,7 +8623,7 @@ class OllamaTranslation:
             self.logprobs = []
         created_at = rfc3339(self.plan.now())
         document = ollama_document(self.model, self.text_path, created_at, says, end)
-        return encode_json(document) + LINES.mark
+        return encode_json(document) + LINES.plain_end
 
     def fail(self, words: str) -> bytes:
         """Return the line for an error that the server told. Raises it when there are no lines."""

@@ -4515,7 +4515,7 @@ def test_fuzz_events(bits: list[bytes], lines: bool) -> None:
     blocks = [reader.feed(piece)[1] for piece in bits]
     passed = b"".join(blocks) + reader.finish()
     # Where a server forgets the empty line between two events, it is added.
-    if any(mark in data for mark in smolrouter.JOINED_MARKS):
+    if any(mark in data for mark in smolrouter.JOINTS):
         passed, data = (text.translate(None, b"\r\n") for text in (passed, data))
     assert passed == data
     for block in filter(None, blocks):
@@ -5169,9 +5169,9 @@ def test_every_tag_has_a_mark_that_is_looked_for() -> None:
     tags = [*smolrouter.THINK_TAGS, *smolrouter.THINK_TAGS.values(), *smolrouter.HARMONY_ENDS]
     for tag in (*tags, *headers):
         assert smolrouter.may_hold_tag(tag.encode()), tag
-        assert smolrouter.MARK.match(tag) and smolrouter.tag_or_code().match(tag), tag
-    for octet, word in smolrouter.POSSIBLE_MARKS:
-        assert octet in word and smolrouter.may_hold_mark(bytes([octet])), word
+        assert smolrouter.TAG_OR_CODE_START.match(tag) and smolrouter.tag_or_code().match(tag), tag
+    for octet, word in smolrouter.POSSIBLE_WORDS:
+        assert octet in word and smolrouter.may_hold_word(bytes([octet])), word
 
 
 FENCES = [
