@@ -4918,10 +4918,9 @@ class Opening:
     ) -> None:
         self.protocol = protocol
         self.limits = limits
-        # None for an answer that is no stream of events.
-        self.format = EVENT_FORMATS.get(media_type)
-        # Gathers the events, as soon as one has come that is no plain text.
-        self.reader: EventReader | None = None
+        # Gathers the events; None for an answer that is no stream of events.
+        format = EVENT_FORMATS.get(media_type)
+        self.reader = EventReader(format, limits) if format else None
         self.coding = coding
         self.inflater = Inflater(coding, math.inf) if coding in CODINGS else None
         self.error: ErrorAnswer | None = None
@@ -4950,6 +4949,7 @@ class Opening:
             except BadGateway:
                 # It is raised again when the piece is decoded for the client.
                 return True
+        begins = self.size == 0
         self.size += len(data)
         if self.protocol.keeps_answers and not self.response_id:
             found = RESPONSE_ID.search(data)
@@ -4959,18 +4959,16 @@ class Opening:
         if self.coding and not self.inflater:
             # Nobody here can decode it.
             return self.size > 0
-        if self.format is None:
+        if self.reader is None:
             self.content += data
             return self.look_at_start()
-        if self.reader is None:
-            if self.begins_with_text(self.format, data):
-                return True
-            self.reader = EventReader(self.format, self.limits)
+        if begins and self.begins_with_text(data):
+            return True
         _, block = self.reader.feed(data)
-        return self.look_at_events(self.format, block)
+        return self.look_at_events(block)
 
-    def begins_with_text(self, format: EventFormat, data: bytes) -> bool:
-        """Tell whether the first thing that some events say is a plain text, as nearly always.
+    def begins_with_text(self, data: bytes) -> bool:
+        """Tell whether the first events that come say a plain text first, as nearly always.
 
         To see that, none of them has to be parsed. An error in front of it, or in the same event,
         would be what the answer begins with.
@@ -4979,34 +4977,35 @@ class Opening:
         found = plain_text.search(data, 0, self.limits.first_events) if plain_text else None
         if found is None:
             return False
-        end = data.find(format.plain_end, found.end())
+        end = data.find(self.reader.format.plain_end, found.end())
         return end >= 0 and b"error" not in data[:end]
 
     def finish(self, closed: bool) -> bool:
         """Look at what is left at the end; `closed` as in `may_be_whole`."""
-        if self.format:
-            event = self.reader.finish() if self.reader else b""
-            is_whole = may_be_whole(self.protocol, self.format, event, closed)
-            return is_whole and self.look_at_event(self.format, event)
+        if self.reader:
+            event = self.reader.finish()
+            is_whole = may_be_whole(self.protocol, self.reader.format, event, closed)
+            return is_whole and self.look_at_event(event)
         document = parse_object(self.content)
         if document is None:
             # It begins like an object and is none: it was cut, or its server sends it so.
             return self.start != b"" and not closed
         return self.look_at_document(document)
 
-    def look_at_events(self, format: EventFormat, block: bytes) -> bool:
+    def look_at_events(self, block: bytes) -> bool:
         """Look at some whole events, up to the first that says something or tells an error."""
         has_cr = b"\r" in block
         at = 0
         while at < len(block):
-            end = format.find_end(block, at, has_cr)
-            if self.look_at_event(format, block[at:end]):
+            end = self.reader.format.find_end(block, at, has_cr)
+            if self.look_at_event(block[at:end]):
                 return True
             at = end
         return False
 
-    def look_at_event(self, format: EventFormat, event: bytes) -> bool:
+    def look_at_event(self, event: bytes) -> bool:
         """Look at an event; one that holds anything but an object says something."""
+        format = self.reader.format
         document = format.read_document(event)
         if document is not None:
             return self.look_at_document(document)
