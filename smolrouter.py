@@ -1212,6 +1212,13 @@ class Limits:
     inline_body: int = 16 * KiB
     # Bodies of running requests and of rows that wait; above it, new ones are cut and marked.
     body_memory: int = 32 * MiB
+    # Pieces of an answer up to `small_piece` are gathered in one up to `gathered_piece`. Python
+    # keeps small objects by the megabyte, which it gives back to the system only when all of it is
+    # free: the events of hundreds of streams would leave a few objects in each of many.
+    small_piece: int = 512
+    gathered_piece: int = 16 * KiB
+    # Of an answer that is not kept whole, so much of its end is looked at for its usage.
+    answer_end: int = 8 * KiB
     # While a full batch of rows waits, packing bodies may take `body_time_share` of a processor's
     # time. What is not used of it is saved for a burst, up to `body_time_savings`. When none is
     # left, only the first `short_body` octets of each body are kept, which cost next to nothing.
@@ -14782,13 +14789,6 @@ CORRUPT_MESSAGE = re.compile(r"malformed|not a database")
 # Shorter details are kept as they are. To pack them saves little, and each call of zlib gives up
 # Python's interpreter lock, for which this thread then has to wait again.
 MIN_PACKED = 2 * KiB
-# Pieces of an answer up to the first length are gathered in one up to the second. Python keeps
-# small objects by the megabyte, which it gives back to the system only when all of it is free:
-# the events of hundreds of streams would leave a few objects in each of many.
-SMALL_PIECE = 512
-LONGEST_GATHERED = 16 * KiB
-# Of an answer that is not kept whole, so much of its end is looked at for its usage.
-ANSWER_END = 8 * KiB
 # The files of a database: itself, its write-ahead log and the index of that.
 DATABASE_SUFFIXES = ("", "-shm", "-wal")
 # SQLite's files begin with a head of so many octets; a shorter file holds no database.
@@ -15507,7 +15507,7 @@ def decode_answer(record: RequestRecord, limit: int) -> None:
     answer_end = b""
     for piece in decode_pieces(coded, coding, LIMITS.decoded_answer):
         pieces.append(piece[:room])
-        answer_end = (answer_end + piece[room:])[-ANSWER_END:]
+        answer_end = (answer_end + piece[room:])[-LIMITS.answer_end :]
         room -= len(pieces[-1])
     if not any(pieces) and not answer_end:
         # It cannot be read, and stays as it is.
@@ -15525,7 +15525,7 @@ def cut_bodies(record: RequestRecord, limit: int) -> None:
     answer = b"".join(record.pieces)
     if len(answer) > limit:
         record.pieces = [answer[:limit]]
-        record.answer_end = record.answer_end or answer[-ANSWER_END:]
+        record.answer_end = record.answer_end or answer[-LIMITS.answer_end :]
         record.response_cut = True
 
 
@@ -16771,20 +16771,21 @@ class RequestLog:
     def append_body(self, record: RequestRecord, data: bytes) -> None:
         """Keep a piece of an answer, up to the limits; from then on the answer's end alone."""
         size = len(data)
+        limits = self.limits
         # `body_bytes`, worked out here: this is done for every word that a model says.
-        memory_left = self.limits.body_memory - self.bytes_received + self.bytes_released
+        memory_left = limits.body_memory - self.bytes_received + self.bytes_released
         room = self.body_limit - record.pieces_size
         if size > room or size > memory_left or record.response_cut:
-            answer_end = record.answer_end + data[-ANSWER_END:]
-            record.answer_end = answer_end[-ANSWER_END:]
+            answer_end = record.answer_end + data[-limits.answer_end :]
+            record.answer_end = answer_end[-limits.answer_end :]
             # Behind a gap nothing more is kept, also when there is memory again.
             data = b"" if record.response_cut else data[: max(0, min(room, memory_left))]
             record.response_cut = True
             size = len(data)
         pieces = record.pieces
-        if size > SMALL_PIECE:
+        if size > limits.small_piece:
             pieces.append(data)
-        elif pieces and type(pieces[-1]) is bytearray and len(pieces[-1]) < LONGEST_GATHERED:
+        elif pieces and type(pieces[-1]) is bytearray and len(pieces[-1]) < limits.gathered_piece:
             pieces[-1] += data
         elif size:
             pieces.append(bytearray(data))
