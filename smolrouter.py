@@ -1912,10 +1912,11 @@ def read_short_chunks(data: bytes, start: int) -> tuple[list[bytes], int]:
     reader = io.BytesIO(data)
     reader.seek(start)
     read = reader.read
+    get_size = SHORT_CHUNK_SIZES.get
     contents = []
     octets_left = 0
     for line in reader:
-        size = SHORT_CHUNK_SIZES.get(line)
+        size = get_size(line)
         if size is None:
             octets_left = len(line)
             break
@@ -1997,7 +1998,8 @@ class ChunkDecoder:
             self.read_line(line)
             position += len(line) + 2
         self.buffered = data[position:]
-        return contents[0] if len(contents) == 1 else b"".join(contents)
+        # Of one piece this makes no copy.
+        return b"".join(contents)
 
     def find_line(self, data: bytes, start: int) -> bytes | None:
         """Return the line that begins at `start` without its CRLF, None while it is incomplete.
