@@ -3656,10 +3656,11 @@ class ThinkFilter:
 
     def skip(self, text: str) -> None:
         """Go on behind plain text that has not been fed; `text` is the end of it."""
-        line_ended = "\n" in text
-        begun = text.rpartition("\n")[2].strip(INDENT) != ""
-        if line_ended or begun:
-            self.code.at_line_start = not begun
+        _, line_end, line = text.rpartition("\n")
+        if line.strip(INDENT):
+            self.code.at_line_start = False
+        elif line_end:
+            self.code.at_line_start = True
         if text:
             self.last_character = text[-1]
 
@@ -7547,7 +7548,7 @@ class StreamRewrite:
         if needs_end and self.protocol.user_words and not self.complete:
             raise BadGateway("the stream ended before the answer was complete")
         changed = self.changes.change_block(event) if event else b""
-        return changed + self.changes.close(b"".join(self.reader.last_blocks))
+        return changed + self.changes.close(self.reader.last_blocks)
 
 
 # --- answers: events that stay in their protocol --------------------------------------
@@ -8131,8 +8132,8 @@ class EventFilter:
             tail["index"] += self.blocks.added
         return opening + self.format.replace(event, encode_json(tail))
 
-    def close(self, ending: bytes = b"") -> bytes:
-        """Return what all filters keep back, as events of their own; `ending` is not needed."""
+    def close(self, last_blocks: Iterable[bytes] = ()) -> bytes:
+        """Return what all filters keep back, as events of their own; no last block is needed."""
         released = b"".join([self.release(choice, None) for choice in list(self.pending)])
         for text_filter in self.filters.values():
             if text_filter.opened is not None:
@@ -8641,8 +8642,8 @@ class OllamaTranslation:
         self.failed = True
         return LINES.encode(self.plan.parsed.protocol.encode_error(error))
 
-    def close(self, ending: bytes) -> bytes:
-        """Return the last lines, with the counts that the end of the answer tells."""
+    def close(self, last_blocks: Iterable[bytes]) -> bytes:
+        """Return the last lines, with the counts that the last blocks of the answer tell."""
         if self.failed:
             return b""
         self.feed_text("", last=True)
@@ -8651,7 +8652,8 @@ class OllamaTranslation:
         lines = b""
         if not self.buffers and (self.texts or self.thoughts or self.calls):
             lines = self.encode_line({"done": False})
-        end = ollama_end(self.finish_reason, self.count_tokens(ending), self.plan.timing())
+        usage = self.count_tokens(b"".join(last_blocks))
+        end = ollama_end(self.finish_reason, usage, self.plan.timing())
         return lines + self.encode_line(end)
 
     def count_tokens(self, ending: bytes) -> Usage:
@@ -8669,7 +8671,7 @@ def answer_ollama_chat(plan: AnswerPlan, document: dict[str, Any], content: byte
     translation = OllamaTranslation(plan)
     # One line is enough, also for a client that asked for a stream.
     translation.buffers = True
-    return translation.translate(document, whole=True) + translation.close(content)
+    return translation.translate(document, whole=True) + translation.close([content])
 
 
 def read_vectors(document: Mapping[str, Any]) -> list[Any]:
