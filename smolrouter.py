@@ -8365,7 +8365,7 @@ def spell_second(second: int) -> str:
 
 def rfc3339(seconds: float) -> str:
     """Return a moment in UTC as RFC 3339 writes it: 0.5  ->  `1970-01-01T00:00:00.500Z`."""
-    second = int(seconds)
+    second = math.floor(seconds)
     # The fraction of a moment that was a number of ms, such as 0.123, may be a little smaller.
     microsecond = round((seconds - second) * 1e6)
     if microsecond == 1_000_000:
