@@ -24585,7 +24585,9 @@ function modelNode(row) {
   return node("span", name ? [reached && markNode(reached), named(asked || name)] : "no model",
     asked && asked !== name && node("span.quiet", " → ", named(name)));
 }
-const REASONS = {client_closed: "client left", cancelled: "stopped", interrupted: "interrupted"};
+// Without a prototype: a word such as "constructor", which may come from anywhere, is in no table.
+const REASONS = {__proto__: null, client_closed: "client left", cancelled: "stopped",
+  interrupted: "interrupted"};
 const PHASES = {queued: "queued", waking: "waking", waiting: "waiting", streaming: "streaming"};
 /** What the lanes know of a request that runs. */
 const laneRow = id => app.running.find(row => row.id === id);
@@ -24802,7 +24804,7 @@ function tick() {
   }
 }
 // == 9  Histogram =============================================================================
-const SPANS = {"1h": 60, "24h": 24, "7d": 56};
+const SPANS = {__proto__: null, "1h": 60, "24h": 24, "7d": 56};
 const spanShown = () => SPANS[params().get("span")] ? params().get("span") : "24h";
 const showBars = ({bars}) => { app.bars = bars; drawBars(); };
 /** Bars of requests, failures at their foot; a drag over some of them filters the table. */
@@ -25813,7 +25815,8 @@ function showTurns(doc) {
       : Object.assign(turnNode(turn, old[at]?.open ?? isNews(turn, at)), {key});
   }));
 }
-const ROLES = {system: "System", user: "User", assistant: "Answer", tool: "Tool result"};
+const ROLES = {__proto__: null, system: "System", user: "User", assistant: "Answer",
+  tool: "Tool result"};
 /** A turn of the conversation; an older one is folded to one line. */
 function turnNode(turn, open) {
   const {role, name, content, thinking, tool_calls: calls} = turn;

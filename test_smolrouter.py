@@ -25043,6 +25043,21 @@ def test_page_shows_an_error_behind_a_good_status(tab: Any) -> None:
     assert wait_until(lambda: tab.locator(".dots.hollow").count() == 1)
 
 
+def test_page_knows_no_word_that_every_object_has(tab: Any) -> None:
+    router = page_router("words")
+    model = default_upstream().add_script(json_response({"error": "constructor"}, 500))
+    document = {"model": model, "messages": [{"role": "toString", "content": "hi"}]}
+    request(router.port, "POST", CHAT, document)
+    number = newest(router, model)["id"]
+    tab.goto(f"{router.url}/?model={model}&span=valueOf")
+    (row,) = wait_rows(tab, 1)
+    assert "✕ constructor" in row
+    assert wait_until(lambda: tab.text_content("#span [aria-pressed=true]") == "24 h")
+    tab.goto(f"{router.url}/request/{number}")
+    wait_text(tab, "#reason", "constructor")
+    assert wait_text(tab, "#turns h3", "toString") == "toString"
+
+
 def test_page_shows_what_needs_no_log(tab: Any, tmp_path: pathlib.Path) -> None:
     """A database in trouble is told once; servers and lanes show all the same."""
     with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as db:
