@@ -1781,8 +1781,8 @@ def read_request_head(data: bytes) -> RequestHead:
     if len(lines) > LIMITS.all_field_lines:
         raise FieldsTooLarge(f"all fields have more than {LIMITS.all_field_lines} octets")
     # A later minor version is to be read as the latest that one knows (RFC 9110 section 2.5).
-    known_minor = min(int(minor), 1)
-    return RequestHead(method, target, known_minor, parse_fields(lines), len(data))
+    minor_version = min(int(minor), 1)
+    return RequestHead(method, target, minor_version, parse_fields(lines), len(data))
 
 
 def read_response_head(data: bytes) -> ResponseHead:
@@ -1793,8 +1793,8 @@ def read_response_head(data: bytes) -> ResponseHead:
         raise MalformedMessage(f"status line {start_line[:80]!r} is not `HTTP/1.1 200 OK`")
     minor, status, reason = match.groups()
     # As in a request, a later minor version is to be read as the latest that one knows.
-    known_minor = min(int(minor), 1)
-    return ResponseHead(int(status), reason or "", known_minor, parse_fields(lines), len(data))
+    minor_version = min(int(minor), 1)
+    return ResponseHead(int(status), reason or "", minor_version, parse_fields(lines), len(data))
 
 
 remembered_request_head = functools.lru_cache(maxsize=LIMITS.remembered_heads)(read_request_head)
@@ -4578,7 +4578,7 @@ class Protocol:
     text_alone: re.Pattern[bytes] | None = None
     # What finds each piece of the text in an answer, with what stands in the quotes as its group.
     # Where there are two groups, what the second finds is said again if the first finds anything.
-    said_text: re.Pattern[bytes] | None = None
+    text_pieces: re.Pattern[bytes] | None = None
     # The event that ends a stream has one of these words in it, and another event hardly ever has:
     # one that has none need not be parsed to know that it is not the last.
     end_words: tuple[bytes, ...] = (DONE_MARK,)
@@ -4633,7 +4633,7 @@ PROTOCOLS = {
         answer=CHAT_ANSWER,
         plain_text=PLAIN_CHAT_TEXT,
         text_alone=CHAT_TEXT_ALONE,
-        said_text=CONTENT_MEMBER,
+        text_pieces=CONTENT_MEMBER,
     ),
     "/v1/completions": Protocol(
         request=PROMPT_REQUEST,
@@ -4642,7 +4642,7 @@ PROTOCOLS = {
         usage_option=True,
         raw_prompts=True,
         answer=CHAT_ANSWER,
-        said_text=TEXT_MEMBER,
+        text_pieces=TEXT_MEMBER,
     ),
     "/v1/embeddings": Protocol(needs_model=True),
     "/v1/messages": dataclasses.replace(
@@ -4657,7 +4657,7 @@ PROTOCOLS = {
         thoughts=IN_CONTENT,
         item_members=("index",),
         end_words=(b'"message_stop"',),
-        said_text=TEXT_MEMBER,
+        text_pieces=TEXT_MEMBER,
     ),
     # Servers without it say so in many ways. Its clients count in another way after a 404 alone.
     "/v1/messages/count_tokens": dataclasses.replace(
@@ -4682,7 +4682,7 @@ PROTOCOLS = {
         item_members=("item_id", "content_index"),
         end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
         keeps_answers=True,
-        said_text=OUTPUT_TEXT,
+        text_pieces=OUTPUT_TEXT,
     ),
     "/v1/responses/input_tokens": dataclasses.replace(
         OTHER_PROTOCOL,
@@ -4700,7 +4700,7 @@ PROTOCOLS = {
         raw_prompts=True,
         answer=OWN_ANSWER,
         item_members=("index",),
-        said_text=CONTENT_MEMBER,
+        text_pieces=CONTENT_MEMBER,
     ),
     "/infill": Protocol(answer=OWN_ANSWER, item_members=("index",)),
     "/tokenize": Protocol(answer=NO_TEXTS),
@@ -4717,7 +4717,7 @@ PROTOCOLS = {
         answer=CHAT_LINE,
         plain_text=PLAIN_CHAT_TEXT,
         text_path=("message", "content"),
-        said_text=CONTENT_MEMBER,
+        text_pieces=CONTENT_MEMBER,
     ),
     "/api/generate": dataclasses.replace(
         OTHER_OLLAMA,
@@ -4729,7 +4729,7 @@ PROTOCOLS = {
         add_think=think_in_ollama,
         answer=GENERATE_LINE,
         text_path=("response",),
-        said_text=RESPONSE_MEMBER,
+        text_pieces=RESPONSE_MEMBER,
     ),
     "/api/embed": dataclasses.replace(
         OTHER_OLLAMA, streams=NEVER_STREAMS, openai_path="/v1/embeddings"
@@ -4820,16 +4820,16 @@ def says_something(document: Mapping[str, Any], parts: Sequence[Part]) -> bool:
     `{"choices": [{"delta": {"role": "assistant", "content": ""}}]}`  ->  False
     `{"choices": [{"delta": {"content": "Hi"}}]}`, `{"type": "image", "data": ...}`  ->  True
     """
-    is_known = False
+    has_known_part = False
     for part in parts:
         if part.value and part.kind not in SAYS_NOTHING:
             return True
         # Counts stand beside anything.
-        is_known = is_known or part.kind != USAGE
+        has_known_part = has_known_part or part.kind != USAGE
     # A document that has no known part holds data of another kind, such as vectors, unless it is a
     # ping or an empty event of a chat: those of OpenAI's have `choices`, those of Ollama's `done`.
     is_empty = not document or "choices" in document or "done" in document
-    return not (is_known or is_empty or document.get("type") in PING_TYPES)
+    return not (has_known_part or is_empty or document.get("type") in PING_TYPES)
 
 
 # What members of an error say of its status, other than by a number.
@@ -5212,9 +5212,9 @@ def read_image_data(value: Any) -> str:
         return data
     require_content(BASE64.fullmatch(data), "an image is not base64")
     kind = "png"
-    for start, known_kind in IMAGE_STARTS.items():
+    for start, image_kind in IMAGE_STARTS.items():
         if data.startswith(start):
-            kind = known_kind
+            kind = image_kind
     return f"data:image/{kind};base64,{data}"
 
 
@@ -5585,7 +5585,7 @@ def join_texts(pattern: re.Pattern[bytes], answer: bytes, end: int) -> bytes:
     return b"".join(found)
 
 
-def read_said_text(pattern: re.Pattern[bytes], answer: bytes) -> str:
+def read_text_beginning(pattern: re.Pattern[bytes], answer: bytes) -> str:
     """Return how the texts that a pattern finds in an answer begin, without thinking.
 
     CONTENT_MEMBER, `b'{"content":"<think>hm</think>"}{"content":"Hi"}'`  ->  `Hi`
@@ -5617,11 +5617,11 @@ def read_answer_start(path: str, answer: bytes) -> str:
     if protocol.openai_path and b'"choices"' in answer[: LIMITS.previewed_answer]:
         # A server that speaks OpenAI was asked, in its own words.
         protocol = find_protocol(protocol.openai_path)
-    if protocol.said_text is None:
+    if protocol.text_pieces is None:
         return ""
-    text = read_said_text(protocol.said_text, answer)
+    text = read_text_beginning(protocol.text_pieces, answer)
     if not text and b'"refusal' in answer:
-        text = read_said_text(REFUSED_TEXT, answer)
+        text = read_text_beginning(REFUSED_TEXT, answer)
     return text
 
 
@@ -5907,17 +5907,17 @@ def read_capabilities(members: Mapping[str, Any]) -> tuple[str, ...] | None:
     if isinstance(parameters, list):
         words += [word for word in ("tools", "reasoning") if word in parameters]
     # A list without anything in it says that the model can do nothing.
-    is_known = bool(words)
+    has_list = bool(words)
     for place in places:
         if isinstance(place, dict):
             place = [name for name, value in place.items() if value is True]
         if isinstance(place, list):
-            is_known = True
+            has_list = True
             words += [word for word in place if isinstance(word, str)]
     # `text` is no ability, and what llama.cpp tells of templates is mostly about their form.
     renamed = [CAPABILITIES.get(word, word) for word in words if word != "text"]
     abilities = [word for word in renamed if not word.startswith("supports_")]
-    return tuple(dict.fromkeys(abilities)) if is_known else None
+    return tuple(dict.fromkeys(abilities)) if has_list else None
 
 
 def read_load_state(members: Mapping[str, Any]) -> str | None:
@@ -6366,7 +6366,7 @@ class RequestParameters(NamedTuple):
     # and is not shown.
     written: tuple[tuple[tuple[Path, str], str], ...] = ()
 
-    def tell(self, path: Path, value: str) -> str:
+    def describe_member(self, path: Path, value: str) -> str:
         """Return in words what a member becomes: `("a", "b")`, `0.5`  ->  `a.b = 0.5`."""
         for place, text in self.written:
             if place == (path, value):
@@ -6393,8 +6393,8 @@ class RequestParameters(NamedTuple):
         """Return in words what becomes of a request, in the order in which it is done."""
         words = [f"think {self.think}"] if self.think else []
         words += [f"strip {'.'.join(map(str, path))}" for path in self.strips]
-        words += [f"default {self.tell(path, value)}" for path, value in self.defaults]
-        return words + [f"set {self.tell(path, value)}" for path, value in self.sets]
+        words += [f"default {self.describe_member(path, value)}" for path, value in self.defaults]
+        return words + [f"set {self.describe_member(path, value)}" for path, value in self.sets]
 
 
 NO_PARAMETERS = RequestParameters()
@@ -6554,12 +6554,12 @@ def change_parameters(
         if kind == "think" or member_at(changed, path) is ABSENT:
             put_value(changed, path, json.loads(value))
             touched.append(path)
-            note_change(f"{kind} {parameters.tell(path, value)}")
+            note_change(f"{kind} {parameters.describe_member(path, value)}")
     for path, value in parameters.sets:
         if path[0] in twice or not is_set(member_at(changed, path), value):
             put_value(changed, path, json.loads(value))
             touched.append(path)
-            note_change(f"set {parameters.tell(path, value)}")
+            note_change(f"set {parameters.describe_member(path, value)}")
     return shorter, changed, find_edits(shorter, stripped, changed, touched, twice, members)
 
 
