@@ -14931,6 +14931,10 @@ CREATE INDEX sample ON requests (level, id, timestamp, sent_model, mapped_model,
     queued_ms, status_code, failed) WHERE level >= 3;
 DROP INDEX by_client;
 CREATE INDEX by_client ON requests (client, id, level)""",
+    # Failures are few, and whatever else a list is about, they are found without their rows.
+    """
+CREATE INDEX failures ON requests (id, failed, status_code, session, client, source_ip, sent_model,
+    original_model, upstream_url, service_type, timestamp) WHERE failed = 1""",
 )
 
 
@@ -19059,6 +19063,8 @@ ROW_FILTERS = {
     "upstream": "upstream_url = ?",
     "service_type": "service_type = ?",
 }
+# The condition of the index `failures`, which has all that these filters look at.
+HAS_FAILED = "failed = 1"
 # Where a part of a name is looked for, which a `*` says: `model=*coder*`.
 NAME_COLUMNS = {
     "session": ("session",),
@@ -19226,7 +19232,7 @@ def parse_status(text: str) -> StatusCondition:
     `running`  ->  not finished yet
     """
     if text == "error":
-        return StatusCondition(Condition("failed = ?", (1,)), True)
+        return StatusCondition(Condition(HAS_FAILED, ()), True)
     if text == "running":
         return StatusCondition(Condition("failed IS NULL", ()), True)
     if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
@@ -19236,8 +19242,9 @@ def parse_status(text: str) -> StatusCondition:
     lowest = int(text.replace("x", "0"))
     highest = int(text.replace("x", "9"))
     is_failure = lowest >= 400
-    sql = "failed = ? AND status_code BETWEEN ? AND ?"
-    return StatusCondition(Condition(sql, (int(is_failure), lowest, highest)), is_failure)
+    outcome = HAS_FAILED if is_failure else "failed = 0"
+    sql = f"{outcome} AND status_code BETWEEN ? AND ?"
+    return StatusCondition(Condition(sql, (lowest, highest)), is_failure)
 
 
 def parse_age(text: str) -> float:
@@ -19352,7 +19359,9 @@ def read_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
             conditions.append(Condition(text, (parameters[name],)))
     status = parameters.get("status")
     if status and status.is_failure:
-        conditions.insert(0, status.condition)
+        # A conversation has still fewer rows.
+        has_session = bool(conditions) and conditions[0].text == ROW_FILTERS["session"]
+        conditions.insert(int(has_session), status.condition)
     elif status:
         conditions.append(status.condition)
     return conditions
@@ -19390,10 +19399,11 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
         tests.append(f"+{condition.text}")
         values += condition.values
     look_ups = MODEL_LOOK_UPS if first.text == MODEL_FILTER else (first.text,)
+    table = "requests INDEXED BY failures" if first.text.startswith(HAS_FAILED) else "requests"
     selects = []
     all_values = []
     for look_up in look_ups:
-        selects.append(f"SELECT id FROM requests WHERE {' AND '.join([*tests, look_up])}")
+        selects.append(f"SELECT id FROM {table} WHERE {' AND '.join([*tests, look_up])}")
         all_values += [*values, *first.values]
     return Condition(" UNION ".join(selects), tuple(all_values))
 

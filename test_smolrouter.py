@@ -21657,6 +21657,14 @@ def test_no_query_walks_the_log(tmp_path: pathlib.Path) -> None:
             for step in plan(*smolrouter.select_rows(one)):
                 assert not step.startswith("SCAN requests"), (one, step)
                 assert "TEMP B-TREE" not in step, (one, step)
+        # What has failed is found without its rows, whatever the other filters are.
+        for text in ("404", "4xx", "error"):
+            for names in itertools.combinations(whole, 2):
+                one = {name: whole[name] for name in names}
+                one["status"] = smolrouter.parse_status(text)
+                steps = plan(*smolrouter.select_rows({**one, "window": smolrouter.Window(0, 1)}))
+                found = [step for step in steps if "COVERING INDEX failures (" in step]
+                assert bool(found) == ("session" not in names), (one, steps)
 
         window = smolrouter.Window.of(3600, time.time())
 
