@@ -12095,10 +12095,7 @@ class Connection(asyncio.Protocol):
     any more; what is unsent still leaves, and asyncio says `connection_lost` in the end.
 
     **Leaving.** When the other side goes away, `on_disconnect` is called, whose owner sets it and
-    takes it away again. A client that leaves wants no answer any more: from `cancel_on_disconnect`
-    to `release_task` the task that serves its request is then cancelled, so that the upstream
-    stops, too. All that TCP shows of a client that leaves is that it sends no more. So a client
-    that ends its sending alone, and still reads, is taken for one that has left.
+    takes it away again.
     """
 
     def __init__(self, batch: LoopBatch) -> None:
@@ -12126,11 +12123,6 @@ class Connection(asyncio.Protocol):
         self.deadline = Deadline(batch)
         # What to call when the other side goes away; None: nothing.
         self.on_disconnect: Callable[[], None] | None = None
-        # Of a client: the task that serves its request and may be cancelled, and why it was.
-        self.request_task: asyncio.Task[Any] | None = None
-        self.cancel_reason: RouterError | None = None
-        # A request has begun to come or is being served.
-        self.has_request = False
         # What else to look at when the deadline is looked at; it gets the loop's time.
         self.on_check: Callable[[float], None] | None = None
 
@@ -12222,32 +12214,6 @@ class Connection(asyncio.Protocol):
         if self.on_disconnect:
             self.on_disconnect()
         self.wake()
-
-    def cancel_on_disconnect(self) -> None:
-        """Cancel the current task as soon as the client goes away."""
-        self.request_task = asyncio.current_task()
-        self.on_disconnect = self.cancel_for_client
-        # It may have gone while its request was read.
-        if self.ended:
-            self.cancel_for_client()
-
-    def cancel_for_client(self) -> None:
-        """Cancel the request of a client that has left."""
-        self.cancel_request(ClientClosed("client_closed"))
-
-    def cancel_request(self, reason: RouterError) -> None:
-        """Cancel the task that serves a request, unless it is released; this is its reason."""
-        if self.request_task is None:
-            return
-        # Two reasons may come in one turn. The first one is why the task ends.
-        if self.cancel_reason is None:
-            self.cancel_reason = reason
-        self.request_task.cancel()
-
-    def release_task(self) -> None:
-        """Let the task that serves a request go on to its end, whoever leaves."""
-        self.on_disconnect = None
-        self.request_task = None
 
     def check(self, now: float) -> None:
         """Do what it is time for; the LoopBatch calls this at intervals."""
@@ -12420,7 +12386,7 @@ class Connection(asyncio.Protocol):
 
     def detach_request(self) -> None:
         """Keep nothing of the request that used the connection."""
-        self.release_task()
+        self.on_disconnect = None
         self.on_check = None
         # An error keeps the frames that it came through, and with them whole contents. So does the
         # task that was cancelled while it waited.
@@ -12465,6 +12431,53 @@ class Connection(asyncio.Protocol):
             while await self.read():
                 pass
         self.close()
+
+
+class ClientConnection(Connection):
+    """The connection of a client, and whether a request of it runs that may be cancelled.
+
+    A client that leaves wants no answer any more: from `cancel_on_disconnect` to `release_task` the
+    task that serves its request is then cancelled, so that the upstream stops, too. All that TCP
+    shows of a client that leaves is that it sends no more. So a client that ends its sending alone,
+    and still reads, is taken for one that has left.
+    """
+
+    # The task that may be cancelled, and why it was: here, from the page or by the end of all.
+    request_task: asyncio.Task[Any] | None = None
+    cancel_reason: RouterError | None = None
+    # A request has begun to come or is being served.
+    has_request = False
+
+    def cancel_on_disconnect(self) -> None:
+        """Cancel the current task as soon as the client goes away."""
+        self.request_task = asyncio.current_task()
+        self.on_disconnect = self.cancel_for_client
+        # It may have gone while its request was read.
+        if self.ended:
+            self.cancel_for_client()
+
+    def cancel_for_client(self) -> None:
+        """Cancel the request of a client that has left."""
+        self.cancel_request(ClientClosed("client_closed"))
+
+    def cancel_request(self, reason: RouterError) -> None:
+        """Cancel the task that serves a request, unless it is released; this is its reason."""
+        if self.request_task is None:
+            return
+        # Two reasons may come in one turn. The first one is why the task ends.
+        if self.cancel_reason is None:
+            self.cancel_reason = reason
+        self.request_task.cancel()
+
+    def release_task(self) -> None:
+        """Let the task that serves a request go on to its end, whoever leaves."""
+        self.on_disconnect = None
+        self.request_task = None
+
+    def detach_request(self) -> None:
+        """Keep nothing of the request, and do not cancel its task any more."""
+        super().detach_request()
+        self.request_task = None
 
 
 class ContentReader:
@@ -12609,7 +12622,7 @@ class ResponseWriter:
     method = "GET"
     keep_alive = False
 
-    def __init__(self, connection: Connection, head: RequestHead | None) -> None:
+    def __init__(self, connection: ClientConnection, head: RequestHead | None) -> None:
         self.connection = connection
         # Fields of every answer to this request, such as those of CORS.
         self.extra_fields: list[tuple[str, str]] = []
@@ -12737,7 +12750,7 @@ class Request:
     def __init__(
         self,
         head: RequestHead,
-        connection: Connection,
+        connection: ClientConnection,
         writer: ResponseWriter,
         source_host: str,
         content: bytes = b"",
@@ -21612,7 +21625,7 @@ class HTTPServer:
         self.longest_head = self.limits.request_line + self.limits.all_field_lines
         self.turns = RequestTurns(self.limits)
         # The connection that each task serves.
-        self.connections: dict[asyncio.Task[None], Connection] = {}
+        self.connections: dict[asyncio.Task[None], ClientConnection] = {}
         self.listeners = listeners
         self.accepting: list[asyncio.Task[None]] = []
         self.has_room = asyncio.Event()
@@ -21651,7 +21664,7 @@ class HTTPServer:
 
     def start_connection(self, client: socket.socket, peer: str) -> None:
         """Begin to serve an accepted socket; at full capacity accept no more."""
-        connection = Connection(self.context.upstreams.batch)
+        connection = ClientConnection(self.context.upstreams.batch)
         task = asyncio.create_task(self.serve_connection(connection, client, peer))
         self.connections[task] = connection
         task.add_done_callback(self.forget_connection)
@@ -21674,7 +21687,7 @@ class HTTPServer:
     # One connection
 
     async def serve_connection(
-        self, connection: Connection, client: socket.socket, peer: str
+        self, connection: ClientConnection, client: socket.socket, peer: str
     ) -> None:
         """Serve one request after another on an accepted socket."""
         try:
@@ -21715,7 +21728,7 @@ class HTTPServer:
         if connection.is_tls and not self.context.draining:
             await connection.wait_lost()
 
-    async def open_connection(self, connection: Connection, client: socket.socket) -> None:
+    async def open_connection(self, connection: ClientConnection, client: socket.socket) -> None:
         """Make an accepted socket a connection, encrypted if the router speaks https.
 
         Raises OSError, such as ssl.SSLError for a client that does not speak TLS.
@@ -21731,7 +21744,9 @@ class HTTPServer:
         loop = asyncio.get_running_loop()
         await loop.connect_accepted_socket(lambda: connection, client, **options)
 
-    async def serve_next_request(self, connection: Connection, peer: str, served: int) -> bool:
+    async def serve_next_request(
+        self, connection: ClientConnection, peer: str, served: int
+    ) -> bool:
         """Serve one request; return whether another may follow. `served` have gone before it."""
         connection.has_request = False
         if not (connection.received or await self.wait_for_request(connection, served)):
@@ -21752,7 +21767,7 @@ class HTTPServer:
             return False
         return request.writer.keep_alive and not self.context.draining
 
-    def wait_for_request(self, connection: Connection, served: int) -> Awaitable[bool]:
+    def wait_for_request(self, connection: ClientConnection, served: int) -> Awaitable[bool]:
         """Wait for the first octets of a request; the result is False when none come."""
         timeout = self.limits.keep_alive_timeout
         # After very many requests a connection ends as soon as it is idle, which frees what it
@@ -21762,7 +21777,7 @@ class HTTPServer:
         connection.deadline.set(timeout, IDLE_TOO_LONG)
         return connection.has_more()
 
-    async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
+    async def read_head(self, connection: ClientConnection, peer: str) -> RequestHead | None:
         """Return the head of a request; None for a bad one, which it answers, and for none."""
         # Nearly every head comes in one piece.
         data = connection.take_head(self.longest_head)
@@ -21788,7 +21803,7 @@ class HTTPServer:
         connection.deadline.clear()
         return head
 
-    def make_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
+    def make_request(self, connection: ClientConnection, peer: str, head: RequestHead) -> Request:
         """Put together what a head says and whom it came from."""
         writer = ResponseWriter(connection, head)
         if self.context.draining:
