@@ -16709,14 +16709,20 @@ class RefusedRequests:
         return is_admitted
 
 
+class PublishedRows(NamedTuple):
+    """Rows that were counted and shown together, and their sums; most are written together, too."""
+
+    rows: list[Row]
+    tallies: Tallies
+
+
 class RequestLog:
     """Knows the running requests; its thread prints, counts and writes those that ended."""
 
     # Gets each finished request, if somebody wants its span.
     spans: SpanExporter | None = None
-    # The rows that were published last, and their sums.
-    published_rows: Sequence[Row] = ()
-    published_tallies: Tallies | None = None
+    # What was published last.
+    published = PublishedRows([], {})
 
     def __init__(
         self, settings: Settings, limits: Limits, print_line: Callable[[str], None]
@@ -17082,9 +17088,8 @@ class RequestLog:
         """Count rows for /metrics, and pass them to the pages that are open."""
         for queue in list(self.row_queues):
             queue.extend(rows)
-        self.published_rows = rows
-        self.published_tallies = sum_rows(rows)
-        for (_, service, model, server), tally in self.published_tallies.items():
+        self.published = PublishedRows(rows, sum_rows(rows))
+        for (_, service, model, server), tally in self.published.tallies.items():
             key = (service, model, server)
             # Clients choose the names of models, and each key costs memory as long as we live.
             if key not in self.series and len(self.series) >= self.limits.metric_series:
@@ -17139,8 +17144,8 @@ class RequestLog:
         self.ids.number(batch)
         unfinished = [make_row(record, Detail(), finished=False) for record in running]
         rows = [record.row for record in batch]
-        tallies = self.published_tallies
-        if rows != self.published_rows:
+        tallies = self.published.tallies
+        if rows != self.published.rows:
             # They have waited for the database, or got their ids just now.
             tallies = sum_rows(rows)
         self.store.write(unfinished, batch, tallies)
