@@ -17813,12 +17813,9 @@ class Candidate:
 
         `words` say what went wrong, if its status is an error.
         """
-        head = self.response.head
-        if head.status in COOLING_STATUSES:
-            reason = f"status {head.status}: {words}".removesuffix(": ")
-            self.health.fail(reason, head.fields.get("retry-after"), reached=True)
-        elif head.status >= 400:
-            self.health.succeed()
+        status = self.response.head.status
+        if status >= 400:
+            self.note_error_status(status, words)
         else:
             self.health.answer()
         self.note_attempt(words or None)
@@ -17827,21 +17824,23 @@ class Candidate:
     def note_failure(self, error: BadGateway, words: str) -> None:
         """Note for the health of the instance that it gave no good answer."""
         if isinstance(error, ErrorAnswer):
-            self.note_error_answer(error)
+            self.note_error_status(error.error_status, words)
         else:
             self.health.fail(words, reached=self.response is not None)
         # When it comes back it may be another server, which takes what this one has refused.
         upstreams = self.relayed.context.upstreams
         upstreams.learn_habits(self.health.key, refused_members=frozenset())
 
-    def note_error_answer(self, error: ErrorAnswer) -> None:
-        """Note for the health of the instance that its answer was an error, under a good status."""
-        if error.error_status in COOLING_STATUSES:
-            reason = self.relayed.loggable(f"status {error.error_status}: {error}")
-            retry_after = self.response.head.fields.get("retry-after")
-            self.health.fail(reason, retry_after, reached=True)
+    def note_error_status(self, status: int | None, words: str) -> None:
+        """Note for the health of the instance that its answer was an error, in these words.
+
+        Its status may stand in the head, or in the content under a good one; None for no status.
+        """
+        if status in COOLING_STATUSES:
+            reason = f"status {status}: {words}".removesuffix(": ")
+            self.health.fail(reason, self.response.head.fields.get("retry-after"), reached=True)
         else:
-            # As with most error statuses, it may be the request that is wrong.
+            # It may be the request that is wrong.
             self.health.succeed()
 
     def note_attempt(self, error: str | None) -> None:
@@ -18458,8 +18457,10 @@ class Answer:
         if status >= 400:
             # How its instance fared was noted when it came.
             return
-        if self.opening and self.opening.error:
-            self.candidate.note_error_answer(self.opening.error)
+        error = self.opening.error if self.opening else None
+        if error:
+            words = self.relayed.loggable(str(error))
+            self.candidate.note_error_status(error.error_status, words)
         else:
             self.candidate.health.succeed()
 
