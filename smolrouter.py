@@ -18182,16 +18182,22 @@ class Answer:
         self.note_opening()
 
     def look_for_opening(self, data: bytes) -> None:
-        """Look whether a piece of it says something, or tells its id."""
+        """Look whether it says something with this piece, and whether its id stands in there."""
         opening = self.opening
-        had_id = opening is None or opening.response_id != ""
-        if opening is None or opening.feed(data):
+        if opening is None:
+            self.note_opening()
+            return
+        had_id = opening.response_id != ""
+        if opening.feed(data):
             self.note_opening()
         if not had_id:
             self.note_maker()
 
     def note_maker(self) -> None:
-        """Note which server keeps it, where one does; a client may cancel one that runs."""
+        """Note which server keeps it, if it has an id by now.
+
+        That is done as soon as the id has come: a client may cancel an answer that is still made.
+        """
         if self.opening and self.opening.response_id:
             homes = self.relayed.context.upstreams.response_homes
             homes.keep(hash_key(self.opening.response_id), self.candidate.health.key)
