@@ -17469,6 +17469,12 @@ class Context:
         models = await list_models(self.model_lists, self.table, authorization, oldest)
         return [model for model in models if may_use(request.token, model.name, self.table)]
 
+    async def model_names(self, request: Request) -> list[str]:
+        """Return the names of these models, for an error; none when no server lists its own."""
+        with contextlib.suppress(BadGateway):
+            return [model.name for model in await self.list_models(request)]
+        return []
+
     def authorization_of(self, request: Request) -> str | None:
         """Return what the client of a request shows to servers; the router's tokens stop here."""
         fields = without_tokens(request.head.fields, self.settings.jwt_secret)
@@ -18546,9 +18552,7 @@ class Exchange:
         model = self.relayed.decision.requested_model
         if not model:
             raise NotFound("no model is named, and there is no default (DEFAULT_UPSTREAM is none)")
-        names: list[str] = []
-        with contextlib.suppress(BadGateway):
-            names += [listed.name for listed in await self.context.list_models(self.request)]
+        names = await self.context.model_names(self.request)
         raise NotFound(unknown_model(model, names))
 
     def send_load_answer(self) -> bool:
@@ -18815,9 +18819,7 @@ async def find_model(context: Context, request: Request) -> tuple[str, Step]:
     if listed and len(listed) == 1:
         why = f"the request names no model, and {default.name} has this one alone"
         return listed[0].name, Step("the only model", True, why)
-    names = []
-    with contextlib.suppress(BadGateway):
-        names = [model.name[:80] for model in await context.list_models(request)]
+    names = [name[:80] for name in await context.model_names(request)]
     examples = f", such as {', '.join(names[: LIMITS.names_in_error])}" if names else ""
     raise MalformedContent(NO_MODEL + examples)
 
@@ -18954,10 +18956,7 @@ async def relay_pull(context: Context, request: Request) -> None:
     except NotSupported as error:
         read = request.dialect.read
         model = require_model(read(request.path, request.query, request.content)).model
-        try:
-            names = [listed.name for listed in await context.list_models(request)]
-        except BadGateway:
-            names = []
+        names = await context.model_names(request)
         words = "it is there already" if find_listed(model, names) else unknown_model(model, names)
         raise NotSupported(f"{words}; {error}") from None
 
