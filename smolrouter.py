@@ -17447,6 +17447,11 @@ class Context:
             decision = lists.with_list_ages(decision, int(time.monotonic()))
         return decision
 
+    def maker_of(self, response_id: str) -> UpstreamURL | None:
+        """Return which server made a response and keeps it, None when that is not known."""
+        home = self.upstreams.response_homes.find(hash_key(response_id))
+        return home[0] if home else None
+
     def servers_speaking(self, service: str) -> list[Server]:
         """Return the servers that speak an API themselves, by what is known now."""
         with_api = self.model_lists.catalogue.with_api
@@ -18703,12 +18708,14 @@ class Exchange:
         return candidates
 
     def stay_with_maker(self, decision: Decision) -> Decision:
-        """Return a decision for the server that made the answer which a request goes on from."""
+        """Return a decision for the server that made the answer which a request goes on from.
+
+        If that is not known, or the decision has no instance there, it stays as it is.
+        """
         previous = self.parsed.document.get("previous_response_id")
-        homes = self.context.upstreams.response_homes
-        made_by = homes.find(hash_key(str(previous))) if previous else None
+        maker = self.context.maker_of(str(previous)) if previous else None
         # No other server has that answer.
-        makers = [i for i in decision.instances if made_by and i.server.url == made_by[0]]
+        makers = [instance for instance in decision.instances if instance.server.url == maker]
         if not makers:
             return decision
         step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
@@ -18833,10 +18840,10 @@ def decide_kept(context: Context, request: Request, response_id: str) -> Decisio
 
     Raises NotFound when the maker is not known, and there is no default.
     """
-    made_by = context.upstreams.response_homes.find(hash_key(response_id))
+    maker = context.maker_of(response_id)
     for server in context.table.all_servers():
         # No other server has it.
-        if made_by and server.url == made_by[0]:
+        if server.url == maker:
             return resolve_maker(server)
     decision = resolve_default(context.table, request.source_host)
     if not decision.instances:
