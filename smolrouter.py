@@ -17739,7 +17739,7 @@ class Candidate:
     # What it gets.
 
     async def send(self) -> UpstreamResponse:
-        """Ask the instance; one that refuses what the router has added is asked again without."""
+        """Ask the instance; if it refuses what the router has added, it is asked again without."""
         upstreams = self.relayed.context.upstreams
         habits = upstreams.habits_of(self.health.key)
         self.forwarding = self.relayed.forwarding_to(self.instance.server, habits)
@@ -17750,10 +17750,13 @@ class Candidate:
             if not refused_now:
                 break
             response.close()
+            # If no response comes now, the attempt has none: it must not be noted with this one's.
+            self.response = None
             refused |= refused_now
             response = await self.send_without(refused)
-        # When it refuses again, the first refusal may just have quoted what it was sent.
-        if refused is not habits.refused_members and response.head.status < 400:
+        # An error may name members because it quotes the request, whatever was wrong. So nothing
+        # is learned before a request without them has gone well.
+        if refused != habits.refused_members and response.head.status < 400:
             upstreams.learn_habits(self.health.key, refused_members=refused)
         return response
 

@@ -20900,6 +20900,20 @@ def test_what_a_failed_server_has_refused_is_forgotten() -> None:
     assert (statuses[0], statuses[2], heard) == (200, 200, ["none", None, None, "none"])
 
 
+def test_a_server_that_refuses_and_then_says_nothing_has_given_no_answer() -> None:
+    """The status of its refusal is not that of the attempt."""
+
+    def script(received: Received) -> Iterable[Step]:
+        if "reasoning_effort" in received.json:
+            return json_response({"error": "no reasoning_effort"}, 400)
+        return [CLOSE]
+
+    changing_upstream().scripts["calm-silent"] = script
+    assert calm_request(CHAT, "calm-silent").status == 502
+    (attempt,) = wait_for_row(changing_router(), "calm-silent")["attempts"]
+    assert (attempt["status"], "without an answer" in attempt["error"]) == (None, True)
+
+
 def test_disable_thinking_is_off_everywhere() -> None:
     router = router_filtering(DISABLE_THINKING="true")
     name = default_upstream().add_script(FINE_RESPONSE)
