@@ -7165,7 +7165,7 @@ class AnswerPlan:
     # The prompt is so long that it may have been cut, which the head of a whole answer tells.
     has_long_prompt: bool = False
     # Is told whether a text began inside of a block that the model's template opened.
-    note_opened: Callable[[bool], None] = lambda opened: None
+    note_thinking: Callable[[bool], None] = lambda opened: None
     # What the server calls the tools that stand in namespaces for the client; None for none.
     tool_names: ToolNames | None = None
 
@@ -7326,7 +7326,7 @@ def filter_parts(
         text_filter = TextFilter(rules, whole=True)
         visible, thought = text_filter.feed(part.value, last=True)
         if text_filter.opened is not None:
-            plan.note_opened(text_filter.opened)
+            plan.note_thinking(text_filter.opened)
         if visible != part.value:
             edits[part.path] = visible
         if thought:
@@ -8137,7 +8137,7 @@ class EventFilter:
         released = b"".join([self.release(choice, None) for choice in list(self.pending)])
         for text_filter in self.filters.values():
             if text_filter.opened is not None:
-                self.plan.note_opened(text_filter.opened)
+                self.plan.note_thinking(text_filter.opened)
         return released
 
 
@@ -8648,7 +8648,7 @@ class OllamaTranslation:
             return b""
         self.feed_text("", last=True)
         if self.text_filter.opened is not None:
-            self.plan.note_opened(self.text_filter.opened)
+            self.plan.note_thinking(self.text_filter.opened)
         lines = b""
         if not self.buffers and (self.texts or self.thoughts or self.calls):
             lines = self.encode_line({"done": False})
@@ -17727,8 +17727,8 @@ class Candidate:
         """The name of the model that this instance is asked for."""
         return self.instance.model or ""
 
-    def note_opened(self, opened: bool) -> None:
-        """Note whether a text of the answer began inside of a block of thinking."""
+    def note_thinking(self, opened: bool) -> None:
+        """Note whether a text of the answer began inside of a block that the template opened."""
         self.opened_thinking = opened
 
     def close(self) -> None:
@@ -18309,7 +18309,7 @@ class Answer:
             begun=begun,
             changes_choices=forwarding.changes_choices,
             has_long_prompt=relayed.has_long_prompt,
-            note_opened=candidate.note_opened,
+            note_thinking=candidate.note_thinking,
             tool_names=parsed.tool_names if forwarding.flattens_namespaces else None,
         )
         return choose_rewriter(plan, response.head.status, response.media_type)
