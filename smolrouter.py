@@ -7158,8 +7158,8 @@ class AnswerPlan:
     now: Callable[[], float]
     timing: Callable[[], Timing]
     limits: Limits = LIMITS
-    # The client has had the head of a stream, because it had to wait.
-    begun: bool = False
+    # The client had to wait, and so has got pings, in a stream that the answer has to go on with.
+    pinged: bool = False
     # The routing file may have changed how many answers were asked for.
     changes_choices: bool = False
     # The prompt is so long that it may have been cut, which the head of a whole answer tells.
@@ -9042,10 +9042,10 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
         if format is SSE and plan.parsed.protocol.text_path:
             return StreamRewrite(plan, SSE, OllamaTranslation(plan))
         return BufferedRewrite(plan, translate_document, required=True)
-    if plan.begun and status >= 400:
+    if plan.pinged and status >= 400:
         # It becomes an event, and so does what is no stream.
         return BufferedRewrite(plan, keep_document, required=True)
-    if plan.begun and format is not plan.dialect.events:
+    if plan.pinged and format is not plan.dialect.events:
         return BufferedRewrite(plan, filter_document, required=True)
     # What is no JSON, such as a form, has no text: nothing is known of its answer either.
     if status >= 400 or not plan.parsed.text:
@@ -18291,10 +18291,10 @@ class Answer:
         candidate = self.candidate
         forwarding = candidate.forwarding
         response = self.response
-        # The client may have got a head and pings.
-        begun = self.writer.started
+        # Nothing but a ping writes a head before the answer is relayed.
+        pinged = self.writer.started
         is_unknown = self.coding != "" and self.coding not in CODINGS
-        if is_unknown and forwarding.native and not begun:
+        if is_unknown and forwarding.native and not pinged:
             return None
         plan = AnswerPlan(
             parsed=parsed,
@@ -18306,7 +18306,7 @@ class Answer:
             now=time.time,
             timing=self.record.timing,
             limits=relayed.context.limits,
-            begun=begun,
+            pinged=pinged,
             changes_choices=forwarding.changes_choices,
             has_long_prompt=relayed.has_long_prompt,
             note_thinking=candidate.note_thinking,
