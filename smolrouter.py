@@ -13446,13 +13446,14 @@ class Health:
     """How one instance has fared.
 
     A failure begins a cool-down, in which other instances are asked first. With each failure in a
-    row it gets twice as long. A good answer that has begun ends the cool-down (`answer`); when all
-    of it has come, the row ends, too (`succeed`).
+    row it gets twice as long. A good answer that has begun ends the cool-down; when all of it has
+    come, the row ends, too (`succeed`).
     """
 
     limits: Limits
-    server: ServerUse
-    # Under what it is known.
+    # What runs at its server, with whatever models.
+    use: ServerUse
+    # Its key in the tables of Upstreams.
     key: InstanceKey
     # How many requests run there now.
     running: int = 0
@@ -13485,7 +13486,7 @@ class Health:
             self.unreached_hours = {one for one in self.unreached_hours if one > hour - 24}
             self.unreached_hours.add(hour)
 
-    def answer(self) -> None:
+    def end_cool_down(self) -> None:
         """End the cool-down, because a good answer has begun.
 
         The failures stay until it is whole: an instance that breaks off each of its answers
@@ -13497,7 +13498,7 @@ class Health:
 
     def succeed(self) -> None:
         """End the cool-down, and forget the failures before it."""
-        self.answer()
+        self.end_cool_down()
         self.failures = 0
 
 
@@ -13870,7 +13871,7 @@ class Slots:
         """Count a request that runs at an instance from now on; `leave` is to follow."""
         health = self.upstreams.health_of(instance)
         health.running += 1
-        use = health.server
+        use = health.use
         use.running += 1
         if takes_slot:
             use.in_slots += 1
@@ -13879,7 +13880,7 @@ class Slots:
     def leave(self, health: Health, takes_slot: bool) -> None:
         """Count a request that does not run there any more, and let another one run."""
         health.running -= 1
-        use = health.server
+        use = health.use
         use.running -= 1
         if takes_slot:
             use.in_slots -= 1
@@ -17831,7 +17832,7 @@ class Candidate:
         if status >= 400:
             self.note_error_status(status, words)
         else:
-            self.health.answer()
+            self.health.end_cool_down()
         self.note_attempt(words or None)
         self.noted = True
 

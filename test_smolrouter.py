@@ -14411,12 +14411,12 @@ def test_a_break_in_each_answer_doubles_the_cool_down() -> None:
     use = smolrouter.ServerUse(smolrouter.parse_upstream_url("http://a"))
     health = smolrouter.Health(smolrouter.Limits(cool_down=5.0), use, (use.url, ""))
     for failures, cool_down in ((1, 5), (2, 10), (3, 20)):
-        health.answer()
+        health.end_cool_down()
         assert health.cool_until == 0.0
         health.fail("it broke off")
         assert health.failures == failures
         assert cool_down - 1 < health.cool_until - time.monotonic() <= cool_down
-    health.answer()
+    health.end_cool_down()
     health.succeed()
     assert health.failures == 0
 
