@@ -17877,33 +17877,33 @@ class Candidate:
 class Candidates:
     """The instances that a request may be sent to, one after another, in the order to try.
 
-    Each is counted at its server, and has a slot there, until the next one is asked for: `take`
-    returns the first one that may run now, and `wait` the first one that may run after a while.
-    What the request waits for is the phase of its record.
+    `take` returns the first one that has room for the request now, and `wait` the first one that
+    has room after a while. There the request is counted, and has a slot, until the next one is
+    taken or `give_back` is called. What it waits for is the phase of its record.
     """
 
-    # Whether the request needs a slot.
-    takes_slot = True
-    # The instance at which it is counted now, None for none.
+    # The instance at which the request is counted now, None for none.
     health: Health | None = None
     # Whether any instance was asked.
     was_asked = False
-    # The status of the last one that failed, 0 for an answer that was none; None without one.
+    # The status of the last one that failed, 0 if it gave no good answer at all. None while none
+    # has failed since the start, or since a machine was woken.
     last_status: int | None = None
     # Whether no status has said that the request is wrong.
-    may_be_good = True
+    request_may_be_good = True
     # Why no instance can be asked any more, where none has answered: all are closed or full.
     refusal: RouterError | None = None
     # What the error says besides the attempts: why machines did not wake up.
     remark = ""
     # The key in Homes of the conversation that is to stay at its home; None for no such wish.
     conversation: bytes | None = None
+    # Its home, which is asked first then; None if it has none that is well.
     home: Instance | None = None
-    # For how long it waits for a slot at home before others are looked at.
+    # For how many s it waits for a slot there before others are looked at; 0 when that is over.
     home_wait = 0.0
     # Those that could not be reached, and whose machines can be woken.
     asleep: Sequence[Instance] = ()
-    # The one whose machine was woken, and until when its server may be starting.
+    # The one whose machine was woken last, and until when its server may be starting.
     woken: Instance | None = None
     starts_until = 0.0
 
@@ -17918,26 +17918,27 @@ class Candidates:
         if self.slots.closed:
             self.left = self.slots.open_ones(self.left)
         self.count = len(self.left)
-        # Without content nothing is asked of a model. That of an upload comes in later, and takes
-        # as long as its client likes.
+        # Whether the request needs a slot. Without content nothing is asked of a model. That of an
+        # upload is not there yet: it comes in later, and takes as long as its client likes.
         asks_model = decision.asks_model and relayed.request.head.method not in ("GET", "HEAD")
-        if not (asks_model and relayed.parsed.content):
-            self.takes_slot = False
+        self.takes_slot = asks_model and relayed.parsed.content != b""
 
     # One after another.
 
     def take(self) -> Candidate | None:
-        """Return the next instance that may run now, None without one."""
+        """Return the next instance that has room for the request now, None without one."""
         self.give_back()
         slots = self.slots
-        for instance in self.left[:1] if self.home_wait else self.left:
+        # While the conversation waits for its home, which is the first one, no other will do.
+        instances = self.left[:1] if self.home_wait else self.left
+        for instance in instances:
             if slots.may_run(instance.server, self.takes_slot):
                 self.left.remove(instance)
                 return self.begin(instance, slots.enter(instance, self.takes_slot))
         return None
 
     def begin(self, instance: Instance, health: Health) -> Candidate:
-        """Return an instance, at which the request is counted already, as the candidate."""
+        """Return the candidate of an instance at which the request is counted already."""
         self.health = health
         self.was_asked = True
         self.refusal = None
@@ -17958,22 +17959,24 @@ class Candidates:
         return candidate
 
     def give_back(self) -> None:
-        """Let another request run in place of this one."""
+        """Count the request at no instance any more, and let another one have its slot."""
         if self.health:
             self.slots.leave(self.health, self.takes_slot)
             self.health = None
 
     def note_passed_over(self, instance: Instance, status: int, unreached: bool = False) -> None:
-        """Note that an instance gave no good answer; when it was `unreached`, it may sleep."""
+        """Note that an instance gave no good answer; when it was `unreached`, it may sleep.
+
+        `status` is that of its error answer, 0 if it gave none.
+        """
         self.last_status = status
         if 0 < status < 500 and status not in CANNOT_SERVE:
-            # The request is wrong, and others could serve it if it were not.
-            self.may_be_good = False
+            self.request_may_be_good = False
         if unreached and instance.server.wake and instance != self.woken:
             self.asleep = (*self.asleep, instance)
 
     async def wait(self) -> Candidate | None:
-        """Return the next instance that may run after a while, None when there is none to come."""
+        """Wait for the next instance that has room; return it, None when there is none to come."""
         instance = None
         if self.home_wait:
             instance = await self.wait_at_home()
@@ -17983,7 +17986,7 @@ class Candidates:
                 if candidate:
                     return candidate
         # A request that needs no slot has been at all that are open, and waits for none.
-        if instance is None and self.find_open() and self.takes_slot:
+        if instance is None and self.drop_closed() and self.takes_slot:
             instance = await self.wait_anywhere()
         if instance:
             self.left.remove(instance)
@@ -17992,7 +17995,7 @@ class Candidates:
             return self.take() or await self.wait()
         return None
 
-    def find_open(self) -> list[Instance]:
+    def drop_closed(self) -> list[Instance]:
         """Forget instances whose servers were closed, and return those that are left.
 
         When there is none, and none was asked, the request is refused for that.
@@ -18008,7 +18011,7 @@ class Candidates:
         """Wait a moment for a slot where the conversation is at home."""
         seconds = self.home_wait
         self.home_wait = 0.0
-        if self.home in self.find_open() and self.takes_slot:
+        if self.home in self.drop_closed() and self.takes_slot:
             return await self.wait_for_slot([self.home], seconds)
         return None
 
@@ -18016,7 +18019,7 @@ class Candidates:
         """Wait for a slot at any instance that is left, for QUEUE_TIMEOUT in all."""
         timeout = self.slots.settings.queue_timeout
         instance = await self.wait_for_slot(self.left, timeout - self.record.queued_s)
-        if instance is None and self.find_open() and self.refusal is None:
+        if instance is None and self.drop_closed() and self.refusal is None:
             seen = f"no slot was free at {self.record.waits_for} within {timeout:g} s"
             self.refusal = QueueTimeout(f"{seen} (QUEUE_TIMEOUT)", self.slots.retry_after)
         return instance
@@ -18042,7 +18045,7 @@ class Candidates:
 
     def can_wake(self) -> bool:
         """Tell whether there is a machine that may be woken for the request."""
-        return bool(self.asleep) and self.takes_slot and self.may_be_good
+        return bool(self.asleep) and self.takes_slot and self.request_may_be_good
 
     def may_start(self, instance: Instance) -> bool:
         """Tell whether this is the one that was woken, and its server may still be starting."""
@@ -18095,9 +18098,9 @@ class Candidates:
         # a small one for its title. Each has a prompt of its own in memory.
         model = self.decision.instances[0].model or ""
         self.conversation = hash_key(self.decision.route, model, session)
-        home = self.upstreams.homes.find(self.conversation)
+        home_key = self.upstreams.homes.find(self.conversation)
         for instance in self.left:
-            if instance.key == home and self.upstreams.is_well(instance):
+            if instance.key == home_key and self.upstreams.is_well(instance):
                 self.home = instance
         if self.home is None:
             return
