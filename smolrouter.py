@@ -17687,28 +17687,30 @@ class Candidate:
     attempt as a whole: the head of one response and the content of another must never meet.
     """
 
-    # How the request goes there, as soon as it is asked.
+    # How the request goes there; set when it is sent.
     forwarding: Forwarding
-    # What was sent to it last: whether the router has asked for the usage event of the stream,
-    # which the client does not get then; in words what has become of the members of the request;
-    # and which members were added.
+    # Whether the router has asked it for the usage event of a stream, which its client has not
+    # asked for, and does not get.
     hide_usage = False
+    # What was changed in the members of the request that it got last, in words.
     changes: Sequence[str] = ()
+    # The members that the router has added to that request.
     added: Sequence[AddedMember] = ()
+    # Its response to that request; None until its head has come.
     response: UpstreamResponse | None = None
     # Whether its answer began inside of a block of thinking that the model's template opened;
     # None while nothing speaks for or against it.
     opened_thinking: bool | None = None
-    # Whether it, or another one, could be asked after it.
+    # Whether another instance could be asked after it, or it once more while its server starts.
     has_next = False
-    # Whether it is the only one of the request, and is not asked again: its response is the
-    # answer, whatever it says.
+    # Whether the request has no other instance, and it is not asked once more: if it gives any
+    # response, that is the answer, whatever it says.
     is_only = False
     # Whether the attempt stands in the record already, because its response counted as an answer.
     noted = False
-    # Whether it takes the place of the attempt before it in the record: both asked the same
-    # machine, which has just been woken and starts.
-    again = False
+    # Whether it asks once more what the attempt before it has asked, a server that starts. It takes
+    # that one's place in the record, or there would be one for every two seconds.
+    repeats_last = False
     # Its span in the trace of the request.
     span_id = ""
 
@@ -17733,7 +17735,7 @@ class Candidate:
         self.opened_thinking = opened
 
     def close(self) -> None:
-        """End the response's connection, unless all of it was read."""
+        """End the connection of its response, unless all of that was read."""
         if self.response:
             self.response.close()
 
@@ -17762,7 +17764,7 @@ class Candidate:
         return response
 
     async def send_without(self, refused: frozenset[AddedMember]) -> UpstreamResponse:
-        """Send the request, in the dialect that the server speaks, without members it refuses."""
+        """Send the request as the server understands it, without members that it refuses."""
         relayed = self.relayed
         context = relayed.context
         parsed = relayed.parsed
@@ -17789,12 +17791,16 @@ class Candidate:
             forwarding.server, head.method, message, upload
         )
         if upload and not upload.complete:
-            # The rest of the content stands where the next request would.
+            # What the client still sends of the content stands where its next request would.
             relayed.writer.keep_alive = False
         return self.response
 
     def choose_changes(self, refused: frozenset[AddedMember]) -> RequestChanges:
-        """Return what is changed in the content for the server; what comes of it is noted here."""
+        """Return what is to be changed in the content for the server.
+
+        When it is encoded, what has been changed is put into `changes`, which the record shares,
+        and into `added`.
+        """
         relayed = self.relayed
         parsed = relayed.parsed
         forwarding = self.forwarding
@@ -17824,7 +17830,7 @@ class Candidate:
     # How it has fared.
 
     def note_response(self, words: str) -> None:
-        """Put an attempt that was answered into the record; begin or end a cool-down.
+        """Put the attempt into the record as answered; begin or end a cool-down.
 
         `words` say what went wrong, if its status is an error.
         """
@@ -17837,7 +17843,7 @@ class Candidate:
         self.noted = True
 
     def note_failure(self, error: BadGateway, words: str) -> None:
-        """Note for the health of the instance that it gave no good answer."""
+        """Note for the health of the instance, and its habits, that it gave no good answer."""
         if isinstance(error, ErrorAnswer):
             self.note_error_status(error.error_status, words)
         else:
@@ -17859,19 +17865,19 @@ class Candidate:
             self.health.succeed()
 
     def note_attempt(self, error: str | None) -> None:
-        """Put the attempt into the record, in place of what stands there of the same attempt."""
+        """Put the attempt into the record, in place of what it makes out of date there."""
         record = self.relayed.record
         elapsed_ms = round((time.monotonic() - self.started_at) * 1000, 1)
         url = self.instance.server.shown_url
         attempt = Attempt(self.instance.name, url, self.status, error, elapsed_ms)
-        replaces = self.noted or self.again
-        if replaces:
+        replaces_last = self.noted or self.repeats_last
+        if replaces_last:
             record.attempts.pop()
         record.attempts.append(attempt)
         if record.trace:
             begun_ms = round((self.started_at - record.started_at) * 1000, 1)
             span_id = self.span_id or secrets.token_hex(8)
-            record.trace.note_attempt(AttemptSpan(span_id, self.model, begun_ms), replaces)
+            record.trace.note_attempt(AttemptSpan(span_id, self.model, begun_ms), replaces_last)
 
 
 class Candidates:
@@ -17953,7 +17959,7 @@ class Candidates:
             candidate.has_next = True
         if self.asleep or self.woken:
             candidate.has_next = candidate.has_next or self.can_wake() or self.may_start(instance)
-            candidate.again = instance == self.woken and self.last_status is not None
+            candidate.repeats_last = instance == self.woken and self.last_status is not None
         # One that has just been woken is asked again itself.
         candidate.is_only = self.count == 1 and not candidate.has_next
         return candidate
