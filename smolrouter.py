@@ -18253,9 +18253,9 @@ class Answer:
         response = self.response
         self.relaying = True
         self.note_relayed()
-        rewriter = self.rewriter = self.choose_rewriter()
+        rewriter = self.rewriter = self.make_rewriter()
         if rewriter and self.coding:
-            self.inflater = self.choose_inflater(rewriter)
+            self.inflater = self.make_inflater(rewriter)
         closed = response.ends_by_close
         try:
             await response.pump(self.forward, self.writer.connection)
@@ -18271,7 +18271,9 @@ class Answer:
         if rewriter:
             context = self.relayed.context
             tail = await context.work(rewriter.size, rewriter.finish, closed)
-            self.conclude(rewriter)
+            if rewriter.trouble:
+                record.error = self.relayed.loggable(rewriter.trouble)
+            self.learn_habits(rewriter)
         if self.error_content and not record.error:
             record.error = self.loggable_error(self.error_content)
         if self.may_show_cut():
@@ -18290,7 +18292,7 @@ class Answer:
         if head.status >= 400 or self.response.media_type == "application/json":
             self.longest_error = self.relayed.context.limits.error_content
 
-    def choose_rewriter(self) -> Rewriter | None:
+    def make_rewriter(self) -> Rewriter | None:
         """Return what it must go through, None when it goes as it is.
 
         One with an unknown content coding goes as it is, if nothing is to be translated and the
@@ -18324,7 +18326,7 @@ class Answer:
         )
         return choose_rewriter(plan, response.head.status, response.media_type)
 
-    def choose_inflater(self, rewriter: Rewriter) -> Inflater:
+    def make_inflater(self, rewriter: Rewriter) -> Inflater:
         """Return what takes its content coding off for a rewriter. Raises BadGateway."""
         if self.coding not in CODINGS:
             raise BadGateway(
@@ -18426,10 +18428,8 @@ class Answer:
         if inflater.decoder and not inflater.decoder.eof:
             raise BadGateway("the answer's content coding broke off")
 
-    def conclude(self, rewriter: Rewriter) -> None:
-        """Note what it has told by its end: an error, and what its server is like."""
-        trouble = rewriter.trouble
-        self.record.error = self.relayed.loggable(trouble) if trouble else ""
+    def learn_habits(self, rewriter: Rewriter) -> None:
+        """Note what it has shown, by its end, of what its instance does with any request."""
         candidate = self.candidate
         learned: dict[str, Any] = {}
         if rewriter.lost_timings:
@@ -18437,7 +18437,7 @@ class Answer:
         elif candidate.forwarding.habits.tells_timings and not rewriter.tells_timings:
             # Another server stands there now.
             learned["tells_timings"] = False
-        # When it is False, this time its stream was held back for nothing.
+        # If it is False where the habit says True, its beginning was kept back for nothing.
         if candidate.opened_thinking is not None:
             learned["opens_thinking"] = candidate.opened_thinking
         if learned:
@@ -18740,6 +18740,7 @@ class Exchange:
         self.candidate = candidate
         self.answer = None
         record = self.record
+        record.error = ""
         record.first_token_at = None
         record.phase = "waiting"
         record.upstream_url = candidate.instance.server.shown_url
