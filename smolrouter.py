@@ -17254,13 +17254,13 @@ class RequestLog:
 # 14  Relay
 # ======================================================================================
 # One exchange, from a request that was let in to the last octet of its answer. `Exchange` runs
-# it: `Candidates` says which instance is asked next, a `Candidate` asks it, and when that says
-# something (`Opening`, section 7), an `Answer` brings it to the client as it comes in. What is
-# the same for all of them is in a `RelayedRequest`. After the first octet of an answer has left
+# it: `Candidates` says which instance is asked next, a `Candidate` asks it, and an `Answer` waits
+# until it says something (`Opening`, section 7) and sends it to the client as it comes in. What
+# is the same for all of them is in a `RelayedRequest`. After the first octet of an answer has left
 # there is no second one: a failure then ends the stream with an error. A client that waits for
 # a stream gets pings meanwhile, signs of life after which any instance can still give the
-# answer. Whatever happens, the record of the request is finished exactly once. `Context` stands
-# first: all that is below works with it, and `Forwarding`, which it remembers, before that.
+# answer. Whatever happens, the record of the request is finished exactly once. Two classes come
+# first: `Forwarding`, how requests of one kind go to one server, and `Context`, which all use.
 
 # Fields of a request that stop here, besides those that its Connection names.
 NOT_FORWARDED = HOP_BY_HOP.union(("host", "content-length", "expect", "via"))
@@ -17280,7 +17280,8 @@ ROUTE_FIELDS = (
     "X-SmolRouter-Route",
     "X-SmolRouter-Attempts",
 )
-# Whole answers to a prompt that their server has cut have it; the request's row says more.
+# An answer to a prompt that its server has cut has this field, unless its head left before that
+# could be seen, as in a stream; the request's row says more.
 WARNING_FIELD = "X-SmolRouter-Warning"
 TRUNCATED = "truncated"
 # An upstream's fields of these names stop here, too: it may be a SmolRouter itself.
@@ -17305,14 +17306,15 @@ CANNOT_SERVE = (404, 429)
 class RequestKind(NamedTuple):
     """What of a request decides how it is forwarded, whichever instance it goes to."""
 
-    # What the client speaks, and what its request and its answer look like.
+    # Which API the client speaks, as `Dialect.service` has it.
     service: str
+    # What its request and its answer look like.
     protocol: Protocol
     # Where a server that speaks OpenAI alone serves it; "" if every server gets it as it is.
     openai_path: str
-    # It is JSON, so that its answer may have to be changed.
+    # Whether it is JSON: only then may its answer have to be changed.
     is_json: bool
-    # What the decision says of thinking, and of its members.
+    # What the decision says of thinking, and of the request's members.
     thinking: Thinking
     parameters: RequestParameters
 
@@ -17325,12 +17327,13 @@ class Forwarding:
     """
 
     server: Server
-    # What was known of the instance when this was planned.
+    # What was learned of the instance before this was planned.
     habits: Habits
     # Whether the server speaks the client's dialect itself, so that nothing is translated.
     native: bool
-    # Where it serves such requests; "" for the client's own path. And what they look like there.
+    # On which path it serves such requests; "" for the client's own.
     path: str
+    # What they and their answers look like there.
     protocol: Protocol
     # Whether answers may have to be changed, and what is taken out of them.
     may_rewrite: bool
@@ -17342,19 +17345,20 @@ class Forwarding:
     # Whether the router may ask for the usage event of a stream, for its log. A model that tells
     # timings tells its counts without being asked; see `Habits`.
     may_ask_for_usage: bool
-    # Whether the line of ATTRIBUTION goes.
+    # Whether the line of ATTRIBUTION is taken out.
     strips_attribution: bool
-    # Whether tools may stand in namespaces that the server does not know.
+    # Whether tools are taken out of their namespaces, because the server knows none.
     flattens_namespaces: bool
-    # This router's entry in Via, and what signs the tokens that stop here.
+    # This router's entry in Via.
     via: str
+    # What signs the router's tokens, which no server gets.
     jwt_secret: str | None
 
 
 def plan_forwarding(
     settings: Settings, via: str, kind: RequestKind, server: Server, habits: Habits
 ) -> Forwarding:
-    """Return how requests of one kind go to an instance at a server that has these habits."""
+    """Return how requests of one kind go to a server, to an instance that has these habits."""
     native = not kind.openai_path or server.api == kind.service
     parameters = kind.parameters
     if server.parameters != NO_PARAMETERS:
@@ -17621,7 +17625,7 @@ def encode_answer_lines(
 class RelayedRequest:
     """One request that is relayed: how it was read, where it goes, and the record kept of it."""
 
-    # Its content, where that goes on as it comes.
+    # Its content, where that is sent on while it comes in; then `parsed` has none.
     upload: Upload | None = None
 
     def __init__(
@@ -17644,7 +17648,7 @@ class RelayedRequest:
         self.record = record
 
     def forwarding_to(self, server: Server, habits: Habits) -> Forwarding:
-        """Return how the request goes to an instance at a server that has these habits."""
+        """Return how the request goes to a server, to an instance that has these habits."""
         parsed = self.parsed
         dialect = self.request.dialect
         kind = RequestKind(
@@ -18134,16 +18138,16 @@ class Answer:
 
     # Looks for the first thing that it says; None where nothing depends on that.
     opening: Opening | None = None
-    # What it goes through, None when it goes as it is; and what takes its content coding off first.
+    # What it goes through; None while it is not relayed, and when it goes as it is.
     rewriter: Rewriter | None = None
+    # What takes its content coding off before that; None if it has none, or keeps it.
     inflater: Inflater | None = None
-    # The beginning of the content of an answer that may be an error, and how long an error can be:
-    # 0 for an answer that is none.
+    # The first octets of an answer that may be an error, at most about `longest_error`.
     error_content = b""
     longest_error = 0
-    # Whether it goes to the client as it comes, and whether some of it has left. From then on there
-    # is no other answer.
+    # Whether it was chosen: what comes of it goes to the client, or to the rewriter.
     relaying = False
+    # Whether the client has got some of it. From then on there is no other answer.
     begun = False
 
     def __init__(self, candidate: Candidate) -> None:
@@ -18281,14 +18285,14 @@ class Answer:
         self.finish(tail)
 
     def note_relayed(self) -> None:
-        """Note that it is relayed, in the record in place of one that has broken off."""
+        """Put it into the record, in place of one that was relayed before and has broken off."""
         head = self.response.head
         record = self.record
         record.response_fields = head.fields
         record.answer_status = head.status
         self.log.drop_answer(record)
         self.note_maker()
-        # A stream's events are looked at by its rewriter.
+        # It may be an error. In the events of a stream its rewriter finds errors.
         if head.status >= 400 or self.response.media_type == "application/json":
             self.longest_error = self.relayed.context.limits.error_content
 
@@ -18391,7 +18395,7 @@ class Answer:
         self.writer.write_head(head.status, lines, length, head.reason)
 
     def content_type(self) -> str:
-        """Return its Content-Type as the client gets it; if it goes as it is, its media type."""
+        """Return what it is when the client gets it, in the words of a Content-Type."""
         head = self.response.head
         media_type = self.response.media_type
         if self.rewriter is None:
@@ -18502,10 +18506,11 @@ class Exchange:
     What goes wrong raises RouterError; `run` turns that into an answer, or into the end of one.
     """
 
-    # Those that may be asked; the one that is asked now, or whose answer is relayed; and what it
-    # answers, as soon as the head of that has come.
+    # The instances that may be asked.
     candidates: Candidates | None = None
+    # The one that is asked now, or whose answer is relayed.
     candidate: Candidate | None = None
+    # Its answer, as soon as the head of that has come.
     answer: Answer | None = None
 
     def __init__(self, relayed: RelayedRequest) -> None:
@@ -18560,7 +18565,8 @@ class Exchange:
         upload = self.relayed.upload
         if upload:
             record.request_size = upload.size
-        # The record refers back to this exchange by way of the connection.
+        # The request lives on while its client still reads, but its content is the record's now,
+        # and the record's `stop` refers to the connection, and so to all that belongs to this.
         self.request.content = b""
         record.stop = None
         self.context.log.finish(record)
@@ -18619,7 +18625,8 @@ class Exchange:
             # The client has got pings, and the error is all of the answer.
             self.writer.finish(event)
         elif rewriter is not None and rewriter.takes_event:
-            # Some clients look no more at an event behind which the stream is cut.
+            # Where a protocol has an event for failures, it is an end as good as any, and some
+            # clients do not look at it when the stream is cut. Elsewhere no end may look good.
             end = self.writer.finish if self.parsed.protocol.encode_failure else self.writer.cut
             end(event)
         else:
@@ -18630,7 +18637,7 @@ class Exchange:
         """Whether the client has got some of an answer; what was sent cannot be taken back."""
         return self.answer is not None and self.answer.begun
 
-    # Pings
+    # Pings.
 
     def begin_pings(self) -> None:
         """Ping a client that waits for a stream whenever it has got nothing for a while.
@@ -18669,7 +18676,7 @@ class Exchange:
         self.writer.write_content(dialect.encode_ping(self.parsed, rfc3339(now)))
         self.record.response_size = self.writer.size
 
-    # Asking one candidate after the other
+    # Asking one candidate after the other.
 
     async def relay(self) -> None:
         """Ask the instances in order until one answers well, and send what it says.
@@ -18709,7 +18716,7 @@ class Exchange:
         await self.answer.relay()
 
     def find_candidates(self) -> Candidates:
-        """Return the instances to try; what belongs together stays together."""
+        """Return the instances to try: where the request goes on, that one alone or first."""
         decision = self.relayed.decision
         if len(decision.instances) < 2:
             return Candidates(self.relayed, decision)
@@ -18736,7 +18743,7 @@ class Exchange:
         return dataclasses.replace(decision, instances=tuple(makers))
 
     def turn_to(self, candidate: Candidate) -> None:
-        """Make a candidate the one that counts, in the record, too."""
+        """Make a candidate the one that is asked or relayed, and let the record say so."""
         self.candidate = candidate
         self.answer = None
         record = self.record
@@ -18759,8 +18766,8 @@ class Exchange:
         if parsed.stream and parsed.text:
             await answer.find_media_type()
         protocol = candidate.forwarding.protocol
-        # The only instance is not left for another one, and when an answer began that comes as a
-        # whole, nobody is told. So there is nothing to look for.
+        # What an answer says first matters where another instance could be asked instead, for the
+        # time of a stream's first token, and where the answer has an id under which it is kept.
         if parsed.stream or not candidate.is_only or protocol.keeps_answers:
             limits = self.context.limits
             answer.opening = Opening(protocol, response.media_type, answer.coding, limits)
@@ -18770,8 +18777,8 @@ class Exchange:
             candidate.note_response("")
             self.candidates.keep_home(candidate)
         else:
-            # Its content has come already where another instance could be asked instead. Of the
-            # only one's there may be nothing yet; `Answer.relay` finds the words then.
+            # `find_opening` has read all of it. Of the only instance's error no content may have
+            # come; then there are no words yet, and `Answer.relay` finds them for the record.
             candidate.note_response(answer.loggable_error(b"".join(response.buffered)))
 
     def describe_attempts(self) -> str:
