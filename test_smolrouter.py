@@ -983,6 +983,9 @@ class ForkServer:
         self._answers = self._control.makefile("rb")
         self._lock = threading.Lock()
         code = FORK_SERVER.format(modules=LATE_IMPORTS)
+        # A process that compiles the program is left twice as large, and so are its forks.
+        compile_first = [sys.executable, "-m", "compileall", "-q", str(SMOLROUTER)]
+        subprocess.run(compile_first, env=bare_environment({}), check=True)
         with there:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code, str(SMOLROUTER.parent), str(there.fileno())],
