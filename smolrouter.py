@@ -15031,6 +15031,9 @@ class RequestRecord:
     """One request, from its beginning until its row is written.
 
     `timestamp` is in s UTC. What ends in `_at` is a moment of the monotonic clock.
+
+    It has slots: nearly all fields are set in the life of a request, and a dict of so many would
+    take more than twice the memory, for each record that waits for the log's thread.
     """
 
     # What is known at the beginning.
@@ -15051,29 +15054,33 @@ class RequestRecord:
     secrets: Secrets = ()
     # Its place in a trace, where that matters.
     trace: Trace | None = None
-    # Who asked, as far as a token says it, and which conversation the request is of.
+    # Who asked, as far as a token says it.
     subject: str = ""
+    # Which conversation it is of, as far as it says that.
     session: str = ""
     # The beginning of the user's last words.
     asked: str = ""
     timestamp: float = dataclasses.field(default_factory=time.time)
     started_at: float = dataclasses.field(default_factory=time.monotonic)
-    # `RequestLog.begin` sets both: its number, which is below 0 while there is none for it yet, and
-    # that of the router.
+    # Its number, which `RequestLog.begin` sets; it is below 0 while there is none for it yet.
     id: int = 0
+    # The number of the router that serves it, which is set there, too.
     router: int = 0
 
-    # It has no prompt, and so asks for nothing but to load a model, or to unload it.
-    only_loads: bool = False
+    # What its exchange finds out.
 
-    # What its exchange finds out. The phase is "queued", for a slot, "waking", for a machine that
-    # slept, "waiting", for the first octet of an answer, or "streaming".
+    # Whether it has no prompt, and so asks for nothing but to load a model, or to unload it.
+    only_loads: bool = False
+    # "queued", for a slot, "waking", for a machine that slept, "waiting", for an answer that says
+    # something, or "streaming".
     phase: str = "waiting"
-    # While it is queued: since when, and the names of the servers that could run it. And for how
-    # long, in s, it was queued before.
-    queued_at: float | None = None
+    # The names of the servers whose slots it waits for, or of the one that is woken.
     waits_for: str = ""
+    # Since when it is queued, None while it is not.
+    queued_at: float | None = None
+    # For how long, in s, it was queued before.
     queued_s: float = 0.0
+    # The instance that is asked, or whose answer is relayed: its model, and its server.
     sent_model: str = ""
     upstream_url: str = ""
     attempts: list[Attempt] = dataclasses.field(default_factory=list)
@@ -15091,27 +15098,30 @@ class RequestRecord:
     warnings: list[str] = dataclasses.field(default_factory=list)
     first_token_at: float | None = None
     finished_at: float | None = None
-    # While the request runs: what the owner calls, from the page, to end it; with the reason.
+    # Ends the request, for the reason that it is given; None while the request does not run.
     stop: Callable[[RouterError], None] | None = None
 
-    # The answer as the upstream has sent it, as far as it is kept, and its size.
+    # The answer as the upstream has sent it, as far as it is kept.
     pieces: list[bytes | bytearray] = dataclasses.field(default_factory=list)
+    # How many octets these have.
     pieces_size: int = 0
     # When not all of an answer is kept: its last octets, where most servers tell the usage.
     answer_end: bytes = b""
+    # Whether not all of the request's content is kept, and not all of the answer's.
     request_cut: bool = False
     response_cut: bool = False
     # Octets of both bodies that the record keeps in memory now, raw or packed.
     body_bytes: int = 0
 
-    # What the log's thread makes of it. Whether the database has the row which says that the
-    # request runs:
+    # What the log's thread makes of it.
+
+    # Whether the database has the row which says that the request runs.
     has_unfinished_row: bool = False
     # The row of the finished request.
     row: Row | None = None
-    # Its detail, as `pack_detail` returns it: heads, trail and short bodies; and the long bodies
-    # of request and answer, each None when it is short.
-    data: bytes = b""
+    # Its heads, its trail and short bodies, as `pack_detail` returns them.
+    packed_detail: bytes = b""
+    # The long bodies of request and answer, each None when it is short.
     bodies: tuple[PackedBody | None, ...] = NO_BODIES
 
     @classmethod
@@ -15163,6 +15173,11 @@ class RequestRecord:
         return self.target.partition("?")[0]
 
     @property
+    def shown_target(self) -> str:
+        """The target as it may be kept and shown."""
+        return hide_in_text(hide_parameters(self.target), self.secrets)
+
+    @property
     def client(self) -> str:
         """Who asked, as well as that is known, as it may be kept and shown."""
         named = self.subject or show_fields(self.request_fields).client
@@ -15182,6 +15197,17 @@ class RequestRecord:
     def answer(self) -> bytes:
         """The answer as its upstream has sent it; of a long one, its beginning and its end."""
         return b"".join(self.pieces) + self.answer_end
+
+    @property
+    def event_count(self) -> int:
+        """About how many events of a stream have come: what the page shows as its tokens."""
+        if not self.stream:
+            return 0
+        # Each event of SSE has a line of data, and each line of NDJSON is an event. The first piece
+        # may hold just a comment or half a line.
+        is_sse = any(b"data:" in piece for piece in self.pieces[:2])
+        mark = b"data:" if is_sse else b"\n"
+        return sum(piece.count(mark) for piece in self.pieces)
 
     def timing(self) -> Timing:
         """Return how long the answer took until now, and how long its first token, in ns."""
@@ -15223,22 +15249,6 @@ class RequestRecord:
         self.subject = ""
         self.session = ""
         self.asked = ""
-
-    @property
-    def shown_target(self) -> str:
-        """The target as it may be kept and shown."""
-        return hide_in_text(hide_parameters(self.target), self.secrets)
-
-    @property
-    def event_count(self) -> int:
-        """About how many events of a stream have come: what the page shows as its tokens."""
-        if not self.stream:
-            return 0
-        # Each event of SSE has a line of data, and each line of NDJSON is an event. The first piece
-        # may hold just a comment or half a line.
-        is_sse = any(b"data:" in piece for piece in self.pieces[:2])
-        mark = b"data:" if is_sse else b"\n"
-        return sum(piece.count(mark) for piece in self.pieces)
 
 
 # How many octets the bodies of a record are in memory, and then in the database.
@@ -16219,7 +16229,7 @@ class Store:
                 bodies = [self.keep_body(db, body) for body in record.bodies]
                 # What the files have is counted with them.
                 octets -= sum(len(body.data) for body in filter(None, record.bodies) if body.digest)
-            details.append((record.id, record.body_bytes, *bodies, record.data))
+            details.append((record.id, record.body_bytes, *bodies, record.packed_detail))
         insert_rows(db, "details", details)
         # A trigger would do this for each of them, which takes as long as to write it.
         db.execute("UPDATE storage SET bytes = bytes + ?", (octets,))
@@ -17057,7 +17067,8 @@ class RequestLog:
             detail = make_detail(record)
             row = make_row(record, detail)
         if self.store:
-            record.data, record.bodies = pack_detail(detail, self.limits.inline_body)
+            packed = pack_detail(detail, self.limits.inline_body)
+            record.packed_detail, record.bodies = packed
             self.store.write_files(record.bodies)
         if takes_time:
             self.body_budget.spend(time.thread_time() - thread_seconds)
@@ -17067,7 +17078,7 @@ class RequestLog:
         record.content = b""
         record.pieces = []
         record.answer_end = b""
-        size = len(record.data)
+        size = len(record.packed_detail)
         if record.bodies != NO_BODIES:
             size += sum(len(body.data) for body in filter(None, record.bodies))
         self.bytes_released += record.body_bytes - size
@@ -20121,7 +20132,7 @@ def read_record(record: RequestRecord, encode: Encoder) -> bytes:
         phase = raw.phase if raw.finished_at is None else "done"
         return encode(detail_document(make_row(raw, detail), detail, phase))
     bodies = [body.data if body else None for body in record.bodies]
-    return encode(detail_document(record.row, unpack_detail(record.data, bodies)))
+    return encode(detail_document(record.row, unpack_detail(record.packed_detail, bodies)))
 
 
 # What names a request in a path: its id, which clients do not know, or what they got in

@@ -2337,8 +2337,10 @@ def make_record(number: int, days: float = 0.0, **more: Any) -> Any:
     row = make_row(number, days, **more)
     record = new_record(number, id=row.id, row=row)
     detail = smolrouter.Detail("{}", b"asked" * 50, os.urandom(300))
-    record.data, record.bodies = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
-    record.body_bytes = len(record.data)
+    record.packed_detail, record.bodies = smolrouter.pack_detail(
+        detail, smolrouter.LIMITS.inline_body
+    )
+    record.body_bytes = len(record.packed_detail)
     return record
 
 
@@ -16951,7 +16953,9 @@ def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream
     record.attempts = [smolrouter.Attempt(odd, odd, None, odd, 1.0)]
     detail = smolrouter.make_detail(record)
     record.row = smolrouter.make_row(record, detail)
-    record.data, record.bodies = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
+    record.packed_detail, record.bodies = smolrouter.pack_detail(
+        detail, smolrouter.LIMITS.inline_body
+    )
     line = smolrouter.describe_request(record, record.row)
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ::1 POST ", line)
     store = scratch_store()
@@ -16960,7 +16964,7 @@ def test_fuzz_log(path: str, doc: Any, said: list, odd: str, status: int, stream
     (log_folder,) = db.execute(f"SELECT {smolrouter.COLUMNS} FROM requests").fetchall()
     blobs = [blob and blob[1] for blob in record.bodies]
     document = smolrouter.detail_document(
-        smolrouter.Row._make(log_folder), smolrouter.unpack_detail(record.data, blobs)
+        smolrouter.Row._make(log_folder), smolrouter.unpack_detail(record.packed_detail, blobs)
     )
     assert json.loads(smolrouter.encode_json(document))["status_code"] == (status or None)
     for form in ("csv", "jsonl", "openai"):
@@ -22180,7 +22184,7 @@ def test_an_export_reads_no_more_than_it_sends_at_once(log_folder: LogFolder) ->
     data, blobs = smolrouter.pack_detail(detail, smolrouter.LIMITS.inline_body)
     records = [make_record(number) for number in range(9)]
     for record in records:
-        record.data = data
+        record.packed_detail = data
         record.bodies = blobs
     store.write([], records, {})
     pages = []
