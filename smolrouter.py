@@ -15183,6 +15183,10 @@ class RequestRecord:
         named = self.subject or show_fields(self.request_fields).client
         return hide_in_text(cut_name(named), self.secrets) if named else self.source_ip
 
+    def add_step(self, step: Step) -> None:
+        """Put what the exchange has decided behind the trail of the request's decision."""
+        self.trail = (*self.trail, step)
+
     def note_conversation(self, parsed: ParsedRequest) -> None:
         """Note what the request says to the model. Its document may be gone when its row is made.
 
@@ -18092,7 +18096,7 @@ class Candidates:
             began_at = time.monotonic()
             failure = await self.upstreams.waker.wake(server)
             why = failure or f"{server.name} woke up in {time.monotonic() - began_at:.1f} s"
-            self.record.trail = (*self.record.trail, Step("wake", not failure, why))
+            self.record.add_step(Step("wake", not failure, why))
             if not failure:
                 self.woken = instance
                 self.starts_until = began_at + server.wake.timeout
@@ -18129,7 +18133,7 @@ class Candidates:
         self.left.insert(0, self.home)
         self.home_wait = self.slots.limits.home_wait
         step = Step(STICKY, True, f"the conversation is at home at {self.home}")
-        self.record.trail = (*self.record.trail, step)
+        self.record.add_step(step)
 
     def keep_home(self, candidate: Candidate) -> None:
         """Note that an instance has answered well: it is the home of the conversation.
@@ -18750,7 +18754,7 @@ class Exchange:
         if not makers:
             return decision
         step = Step("previous_response_id", True, f"{makers[0].server.name} made it")
-        self.record.trail = (*self.record.trail, step)
+        self.record.add_step(step)
         return dataclasses.replace(decision, instances=tuple(makers))
 
     def turn_to(self, candidate: Candidate) -> None:
