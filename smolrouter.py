@@ -13515,9 +13515,10 @@ class Homes:
     Keys are hashes, because clients choose what they are made of and how long that is.
     """
 
-    def __init__(self, most: int, kept: float) -> None:
+    def __init__(self, most: int, lifetime: float) -> None:
         self.most = most
-        self.kept = kept
+        # For how many s after its last use a home counts.
+        self.lifetime = lifetime
         # The instance, and until when it counts; those that were used last are at the end.
         # Of a plain dict, finding the first one takes longer the more were deleted before it.
         self.homes: dict[bytes, tuple[InstanceKey, float]] = collections.OrderedDict()
@@ -13530,7 +13531,7 @@ class Homes:
     def keep(self, key: bytes, home: InstanceKey) -> None:
         """Let a conversation be at home at an instance from now on."""
         self.homes.pop(key, None)
-        keep_newest(self.homes, key, (home, time.monotonic() + self.kept), self.most)
+        keep_newest(self.homes, key, (home, time.monotonic() + self.lifetime), self.most)
 
 
 def hash_key(*words: str) -> bytes:
@@ -17977,9 +17978,9 @@ class Candidates:
         if self.left:
             candidate.has_next = True
         if self.asleep or self.woken:
+            # After it another machine may be woken, or its own may be asked again when it was.
             candidate.has_next = candidate.has_next or self.can_wake() or self.may_start(instance)
             candidate.repeats_last = instance == self.woken and self.last_status is not None
-        # One that has just been woken is asked again itself.
         candidate.is_only = self.count == 1 and not candidate.has_next
         return candidate
 
@@ -18014,6 +18015,7 @@ class Candidates:
         if instance is None and self.drop_closed() and self.takes_slot:
             instance = await self.wait_anywhere()
         if instance:
+            # `Slots.wait` has counted the request there already.
             self.left.remove(instance)
             return self.begin(instance, self.upstreams.health_of(instance))
         if not self.left and await self.wake():
