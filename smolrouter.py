@@ -6736,9 +6736,9 @@ class Dialect:
     encode_openai: Callable[[ParsedRequest, RequestChanges], bytes] | None = None
     # Makes of a whole OpenAI answer the client's: plan, document and content.
     answer: Callable[..., bytes] | None = None
-    # Answers a request that asks for nothing, such as an empty prompt, without any server. The
-    # second argument is the moment, as RFC 3339 writes it.
-    empty: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None
+    # Returns the answer to a request that asks for nothing but to load a model, such as one with an
+    # empty prompt; None for any other. The second argument is the moment, as RFC 3339 writes it.
+    answer_load: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None
     # How the dialect tells of models: the list, one in detail, those that run, which gets s UTC as
     # well; and its version.
     encode_models: Callable[[list[ListedModel]], dict[str, Any]] | None = None
@@ -8913,7 +8913,7 @@ def as_opaque(dialect: Dialect) -> Dialect:
 
 def as_native(dialect: Dialect) -> Dialect:
     """Return the dialect for requests that only a server which speaks it can serve."""
-    return dataclasses.replace(dialect, encode=encode_renamed, encode_openai=None, empty=None)
+    return dataclasses.replace(dialect, encode=encode_renamed, encode_openai=None, answer_load=None)
 
 
 OPENAI = Dialect(
@@ -8938,7 +8938,7 @@ OLLAMA = Dialect(
     encode_object,
     encode_openai=encode_ollama_chat,
     answer=answer_ollama_chat,
-    empty=ollama_loaded,
+    answer_load=ollama_loaded,
     encode_models=encode_ollama_models,
     encode_details=ollama_show,
     encode_running=encode_ollama_running,
@@ -8949,10 +8949,13 @@ OLLAMA = Dialect(
     details_path=OLLAMA_DETAILS,
 )
 OLLAMA_EMBED = dataclasses.replace(
-    OLLAMA, encode_openai=encode_ollama_embed, answer=answer_ollama_embed, empty=ollama_embed_loaded
+    OLLAMA,
+    encode_openai=encode_ollama_embed,
+    answer=answer_ollama_embed,
+    answer_load=ollama_embed_loaded,
 )
 OLLAMA_EMBEDDING = dataclasses.replace(
-    OLLAMA_EMBED, answer=answer_ollama_embedding, empty=ollama_embedding_loaded
+    OLLAMA_EMBED, answer=answer_ollama_embedding, answer_load=ollama_embedding_loaded
 )
 # What servers speak, by the word for it in the routing file.
 SERVER_DIALECTS = {dialect.service: dialect for dialect in (OPENAI, OLLAMA)}
@@ -18552,7 +18555,7 @@ class Exchange:
                 check_models(request.token, requested_models(self.parsed), context.table)
             if not decision.instances:
                 await self.refuse_unclaimed()
-            if request.dialect.empty and self.send_load_answer():
+            if request.dialect.answer_load and self.send_load_answer():
                 return
             # From now on the request ends when its client leaves: no model works for nobody.
             request.connection.cancel_on_disconnect()
@@ -18604,7 +18607,7 @@ class Exchange:
         speaks the client's dialect is asked.
         """
         dialect = self.request.dialect
-        document = dialect.empty(self.parsed, rfc3339(self.record.timestamp))
+        document = dialect.answer_load(self.parsed, rfc3339(self.record.timestamp))
         self.record.only_loads = document is not None
         if document is None:
             return False
