@@ -18965,8 +18965,8 @@ async def relay_to_native(context: Context, request: Request) -> None:
     await Exchange(RelayedRequest(context, request, parsed, decision)).run()
 
 
-async def relay_native(context: Context, request: Request) -> None:
-    """Do what `relay_to_native` does, with a request that must have content."""
+async def relay_content_to_native(context: Context, request: Request) -> None:
+    """Do what `relay_to_native` does; raise MalformedContent for a request without content."""
     if not request.content and request.head.method != "HEAD":
         raise MalformedContent("the request has no content")
     await relay_to_native(context, request)
@@ -18987,7 +18987,7 @@ async def relay_changes(context: Context, request: Request) -> None:
     """Relay what gives a server other models, or takes some away: its list is asked for anew."""
     check_unlimited(request.token)
     try:
-        await relay_native(context, request)
+        await relay_content_to_native(context, request)
     finally:
         # Whatever became of the request, and wherever it went: asking once too often is cheap.
         for server in context.servers_speaking(request.dialect.service):
@@ -20869,7 +20869,7 @@ async def serve_model_details(context: Context, request: Request) -> None:
     is_stated = alias is not None and alias.stated != NO_FACTS
     speaks_it = any(instance.server.api == service for instance in decision.instances)
     if speaks_it and not is_stated:
-        await relay_native(context, request)
+        await relay_content_to_native(context, request)
         return
     # The name that was asked for is the first one: what is said of an alias is said there.
     names = [parsed.model, decision.mapped_model]
@@ -21110,7 +21110,7 @@ ENDPOINTS = (
     Endpoint("POST", "/api/show", API, serve_model_details, OLLAMA),
     Endpoint("GET HEAD", "/api/ps", API, serve_running_models, OLLAMA),
     Endpoint("GET HEAD", "/api/version", API, serve_version, OLLAMA),
-    Endpoint("POST", "/api/push", API, relay_native, OLLAMA),
+    Endpoint("POST", "/api/push", API, relay_content_to_native, OLLAMA),
     Endpoint("POST", "/api/pull", API, relay_pull, OLLAMA),
     Endpoint("POST", "/api/create /api/copy", API, relay_changes, OLLAMA),
     Endpoint("DELETE", "/api/delete", API, relay_changes, OLLAMA),
