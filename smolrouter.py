@@ -13209,7 +13209,7 @@ class UpstreamResponse:
 
     # What reads the content, unless all of it came together with the head.
     reader: ContentReader | None = None
-    # Until the connection is closed or given back to the pool.
+    # Whether the connection belongs to it still: it was neither closed nor given to the pool.
     open = True
     # Whether another request may follow on the connection, as far as this one is concerned.
     reusable = True
@@ -13223,7 +13223,7 @@ class UpstreamResponse:
         pool: ConnectionPool,
     ) -> None:
         self.head = head
-        # What it is, which is not always what its head calls it.
+        # What the content is, which is not always what the head calls it; `Answer` corrects it.
         self.media_type = head.media_type
         self.connection = connection
         self.server = server
@@ -13231,13 +13231,13 @@ class UpstreamResponse:
         # Whether its connection ends with the content, so that a cut looks like the end.
         self.ends_by_close = framing is UNTIL_CLOSE
         self.buffered: list[bytes] = []
-        # The content if all of it came together with the head, until somebody takes it.
+        # The content if all of it came together with the head, b"" once it was taken.
         self.whole = connection.take_content(framing)
         if self.whole is None:
             self.reader = ContentReader(connection, framing)
 
     def end(self) -> None:
-        """Wait for no more of the content: it has said itself that it is at its end."""
+        """Wait for no more of the content: it has said itself, by an event, that it is over."""
         if self.reader:
             self.reader.over = True
 
@@ -13462,11 +13462,11 @@ class Health:
     running: int = 0
     # Failures since the last success.
     failures: int = 0
-    # Until then other instances are asked first; on the monotonic clock.
+    # The moment of the monotonic clock until which other instances are asked first.
     cool_until: float = 0.0
     # What went wrong last, "" after a success.
     error: str = ""
-    # The server answered, even if it said no.
+    # Whether its server answered the last time, even if it said no.
     reached: bool = True
     # The hours of the last 24 in which it could not be reached, as numbers from 1970 on.
     unreached_hours: set[int] = dataclasses.field(default_factory=set)
@@ -17453,7 +17453,8 @@ class Context:
     async def decide(self, model: str, source_host: str, dialect: Dialect = OPENAI) -> Decision:
         """Return where a request goes by the table that is in force and the lists of its servers.
 
-        For a model that is on no list these are asked for again, if one of them could have it.
+        If the model is on none of these, they are asked for again first, where that could lead the
+        request elsewhere.
         """
         is_translated = dialect.service != OPENAI.service
         lists = self.model_lists
