@@ -14251,13 +14251,13 @@ class ModelLists:
         # For which table the lists were asked for, when that is due again, and when it was done
         # for a model that was on none of them.
         self.table: RoutingTable | None = None
-        self.due_at = 0.0
+        self.refresh_at = 0.0
         self.searched_at = -math.inf
 
     def note_change(self, server: Server) -> None:
         """Note that a server may have other models now than it has listed."""
         self.changed_at[server.url] = time.monotonic()
-        self.due_at = 0.0
+        self.refresh_at = 0.0
         self.searched_at = -math.inf
         # Nobody new waits for a list that was asked for before.
         for key in [key for key in self.refreshing if key[0] == server.shown_url]:
@@ -14467,16 +14467,16 @@ class ModelLists:
 
     # The lists by which requests are routed.
 
-    def refresh_due(self, table: RoutingTable) -> None:
+    def refresh_old(self, table: RoutingTable) -> None:
         """Ask the servers of a table for their lists, if the last time was a minute ago.
 
         This is called with each request. A new table is asked for at once.
         """
         now = time.monotonic()
-        if now < self.due_at and table is self.table:
+        if now < self.refresh_at and table is self.table:
             return
         self.table = table
-        self.due_at = now + self.limits.model_list_fresh
+        self.refresh_at = now + self.limits.model_list_fresh
         self.forget_outdated(table, now)
         for server in table.listing_servers:
             if not self.upstreams.is_cooling(server):
@@ -17458,7 +17458,7 @@ class Context:
         """
         is_translated = dialect.service != OPENAI.service
         lists = self.model_lists
-        lists.refresh_due(self.table)
+        lists.refresh_old(self.table)
         decision = decide(self.table, model, source_host, lists.catalogue)
         if model and decision.found_by in (BY_DEFAULT, UNCLAIMED) and self.table.has_choice:
             await lists.search(self.table)
@@ -22234,7 +22234,7 @@ class Router:
             return
         self.context.routes_error = None
         self.context.slots.set_table(self.context.table)
-        self.context.model_lists.refresh_due(self.context.table)
+        self.context.model_lists.refresh_old(self.context.table)
         for line in describe_table(self.context.table):
             self.console.print_line(line)
 
@@ -22324,7 +22324,7 @@ class Router:
         handle_signal("SIGHUP", self.hang_up)
         port = self.server.listeners[0].getsockname()[1]
         self.server.start()
-        self.context.model_lists.refresh_due(self.context.table)
+        self.context.model_lists.refresh_old(self.context.table)
         tune_collector()
         self.announce(port)
         if on_ready:
@@ -23099,7 +23099,7 @@ def run_check(invocation: Invocation) -> int:
 async def ask_lists(invocation: Invocation, table: RoutingTable) -> ModelLists:
     """Ask the servers of a table for their models, as a router does when it starts."""
     model_lists = ModelLists(Upstreams(invocation.settings, LoopBatch(invocation.limits)))
-    model_lists.refresh_due(table)
+    model_lists.refresh_old(table)
     await model_lists.wait(table)
     return model_lists
 
