@@ -14248,10 +14248,11 @@ class ModelLists:
         self.tried_at: dict[ModelListKey, float] = {}
         # The lists that are asked for and have never been answered or failed yet.
         self.first_tries: set[ModelListKey] = set()
-        # For which table the lists were asked for, when that is due again, and when it was done
-        # for a model that was on none of them.
+        # For which table the lists were asked for last.
         self.table: RoutingTable | None = None
+        # From when on they are asked for again.
         self.refresh_at = 0.0
+        # When that was done last for a model that was on none of them.
         self.searched_at = -math.inf
 
     def note_change(self, server: Server) -> None:
@@ -18163,8 +18164,9 @@ class Answer:
     rewriter: Rewriter | None = None
     # What takes its content coding off before that; None if it has none, or keeps it.
     inflater: Inflater | None = None
-    # The first octets of an answer that may be an error, at most about `longest_error`.
+    # The first octets of an answer that may be an error: `longest_error`, and the rest of a piece.
     error_content = b""
+    # How long an error can be; 0 for an answer that is none.
     longest_error = 0
     # Whether it was chosen: what comes of it goes to the client, or to the rewriter.
     relaying = False
