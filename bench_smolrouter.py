@@ -938,8 +938,8 @@ def make_rows(count: int, file: str) -> None:
     request = smolrouter.Request(head, None, None, "::1")
     decision = smolrouter.Decision("m", "m", "default", "failover", (), ())
     template = smolrouter.RequestRecord.of("", request, False, decision)
-    template.data, template.bodies = smolrouter.pack_detail(detail, 16_384)
-    template.body_bytes = len(template.data)
+    template.packed_detail, template.bodies = smolrouter.pack_detail(detail, 16_384)
+    template.body_bytes = len(template.packed_detail)
     for start_at in range(0, count, 10_000):
         records = []
         for number in range(start_at, min(start_at + 10_000, count)):
