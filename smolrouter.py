@@ -3337,8 +3337,9 @@ THINK_TAGS = {
 #   <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>
 #   <|start|>assistant<|channel|>final<|message|>Hi!<|return|>
 #
-# An ANY of a header is what stands between its markers.
+# An ANY of a header is what stands between its markers, so many characters at most.
 ANY = ""
+LONGEST_ANY = 80
 HARMONY_HEADERS = [
     (*start, *channel, *form, ("<|message|>",))
     for start in ((), (("<|start|>assistant",), (ANY,)))
@@ -3353,7 +3354,7 @@ HARMONY_ENDS = ("<|end|>", "<|return|>")
 def spell_tag(tag: str) -> str:
     """Return the pattern of a tag: `<think>` -> `<(?i:think>)`, `[THINK]` -> `\\[THINK\\]`."""
     if tag == ANY:
-        return r"[^<[\n`~\u25c1]{0,80}"
+        return rf"[^<[\n`~\u25c1]{{0,{LONGEST_ANY}}}"
     rest = re.escape(tag[1:])
     # The first character stands outside of the group: by it `re` searches much faster.
     return f"{re.escape(tag[0])}(?i:{rest})" if tag[0] == "<" else re.escape(tag)
@@ -3449,28 +3450,30 @@ def cut_closing_tag() -> re.Pattern[str]:
     return compile_cut_tag(*one_of(THINK_TAGS.values()))
 
 
-# No sequence of tags is longer, with 80 characters for each ANY in it: a tag that is cut off at the
-# end of a text is looked for in so many characters. It follows from the tags, and is no limit.
+# No sequence of tags is longer, with LONGEST_ANY characters for each ANY in it: a tag that is cut
+# off at the end of a text is looked for in so many characters. It follows from the tags, and is no
+# limit.
 LONGEST_TAG = 400
 
 
-class Block(NamedTuple):
-    """What is looked for inside of a block."""
+class OpenBlock(NamedTuple):
+    """A block of thinking that has been opened: what is looked for in it."""
 
-    # Tags that close it, and headers that are repeated.
-    token: re.Pattern[str]
-    cut: re.Pattern[str]
-    # The header, which goes.
+    # Finds the tags that close it, and its header where that comes again.
+    end_or_header: re.Pattern[str]
+    # Finds one of these that is cut off at the end of a text.
+    cut_end: re.Pattern[str]
+    # The header that may come again, which is no thinking; "" where none does.
     header: str = ""
-    # Tags that close it and begin what follows.
-    begins: tuple[str, ...] = ()
-    # The block is a tool call, which stays.
-    shown: bool = False
+    # Those of its ends that begin what follows, too.
+    next_beginnings: tuple[str, ...] = ()
+    # Whether it is no thinking but a tool call, which stays.
+    is_call: bool = False
 
 
-def make_block(*closings: str, **more: Any) -> Block:
-    """Return what is looked for in a block that one of some tags closes."""
-    return Block(compile_tags(*one_of(closings)), compile_cut_tag(*one_of(closings)), **more)
+def make_block(*ends: str, **more: Any) -> OpenBlock:
+    """Return the block in which one of some tags is looked for."""
+    return OpenBlock(compile_tags(*one_of(ends)), compile_cut_tag(*one_of(ends)), **more)
 
 
 NEXT_MESSAGE = ("<|start|>", "<|channel|>")
@@ -3478,12 +3481,15 @@ ENDS_OF_MESSAGE = (*HARMONY_ENDS, "<|call|>", *NEXT_MESSAGE)
 
 
 @functools.cache
-def block_of(opening: str) -> Block:
-    """Return what is looked for in the block that a tag opens, or a message of harmony's."""
+def block_of(opening: str) -> OpenBlock:
+    """Return the block that one of THINK_TAGS opens, or a message of harmony's.
+
+    Of these, `analysis` stands for one that is thinking, `call` for one that is a tool call.
+    """
     if opening == "analysis":
-        return make_block(*ENDS_OF_MESSAGE, begins=NEXT_MESSAGE)
+        return make_block(*ENDS_OF_MESSAGE, next_beginnings=NEXT_MESSAGE)
     if opening == "call":
-        return block_of("analysis")._replace(shown=True)
+        return block_of("analysis")._replace(is_call=True)
     if opening == "<|channel>thought":
         return make_block("<channel|>", opening, header=opening)
     return make_block(THINK_TAGS[opening])
@@ -3503,7 +3509,7 @@ QUOTES = {'"': '"', "'": "'", "(": ")", "\u201c": "\u201d", "\u2018": "\u2019", 
 # Without one of these a text has neither tags nor code.
 TAG_OR_CODE_START = re.compile(r"[`~<\[\u25c1]")
 NOT_SPACE = re.compile(r"\S")
-SPAN_TOKEN = re.compile(r"\n|`+")
+RUN_OR_LINE_END = re.compile(r"\n|`+")
 
 
 class CodeState:
@@ -3609,40 +3615,44 @@ class ThinkFilter:
     """
 
     __slots__ = (
-        "after_close", "alone", "block", "blocks", "close_at", "code", "emitted", "harmony", "head",
-        "last_character", "opened", "passes_plain_text", "pending", "run", "skips_space", "thought",
-        "unsure", "unsure_size", "visible", "whole",
+        "beginning", "closing_tag_at", "closing_tag_is_alone", "code", "follows_closing_tag",
+        "had_block", "harmony", "last_character", "maybe_thought", "maybe_thought_size",
+        "open_block", "opened", "passes_plain_text", "pending", "run", "shown_of_run",
+        "skips_space", "thought", "visible", "whole",
     )  # fmt: skip
 
     def __init__(self, opened: bool = False, begun: bool = False, whole: bool = False) -> None:
         """Filter a text that may begin inside of a block, or of which some was visible."""
         self.whole = whole
         # What may have been thought, in pieces, until that is known; then None.
-        self.unsure: list[str] | None = [] if opened else None
-        self.unsure_size = 0
+        self.maybe_thought: list[str] | None = [] if opened else None
+        self.maybe_thought_size = 0
         # Whether the text began inside of a block; None while nothing speaks for or against it.
         self.opened: bool | None = None
         # The block that is open, and whether there was one.
-        self.block: Block | None = None
-        self.blocks = False
+        self.open_block: OpenBlock | None = None
+        self.had_block = False
         # Whether the answer has harmony's markers.
         self.harmony = False
         self.pending = ""
-        # A run of backticks or tildes that has been shown and may go on in the next piece, and
-        # how much at the beginning of a text has been shown for such a reason.
+        # A run of backticks or tildes that has been shown and may go on in the next piece; and how
+        # many characters of the run at the beginning of this piece have been shown so.
         self.run = ""
-        self.emitted = 0
+        self.shown_of_run = 0
         self.code = CodeState()
-        # The first two visible characters that are no white space, and the last of all.
-        self.head = "??" if begun else ""
+        # The first two visible characters that are no white space. Of a text of which some was
+        # visible already they are not known: these two begin no JSON.
+        self.beginning = "??" if begun else ""
+        # The last visible character.
         self.last_character = ""
         # Whether the next visible text follows a block that opened the answer.
         self.skips_space = False
-        # Whether the line has a tag that closes what none has opened, and nothing behind it;
-        # whether nothing stands before it either, and where it begins in what is visible.
-        self.after_close = False
-        self.alone = False
-        self.close_at = 0
+        # Whether the line has a tag that closes what none has opened, and nothing behind it.
+        self.follows_closing_tag = False
+        # Whether nothing stands before that tag in its line either, and before which of the visible
+        # pieces it stands.
+        self.closing_tag_is_alone = False
+        self.closing_tag_at = 0
         # What the piece adds.
         self.visible: list[str] = []
         self.thought: list[str] = []
@@ -3652,7 +3662,7 @@ class ThinkFilter:
     @property
     def keeps_back(self) -> bool:
         """Whether something is kept back."""
-        return bool(self.pending or self.unsure)
+        return bool(self.pending or self.maybe_thought)
 
     def skip(self, text: str) -> None:
         """Go on behind plain text that has not been fed; `text` is the end of it."""
@@ -3678,99 +3688,100 @@ class ThinkFilter:
         for at in range(0, len(text) or 1, size):
             end = at + size
             self.feed_piece(text[at:end], last and end >= len(text))
-        waits = self.pending or self.run or self.block or self.after_close
-        text_has_begun = self.unsure is None and len(self.head) > 1
+        waits = self.pending or self.run or self.open_block or self.follows_closing_tag
+        text_has_begun = self.maybe_thought is None and len(self.beginning) > 1
         self.passes_plain_text = text_has_begun and not waits and not self.code.changes_by_line_end
         return "".join(self.visible), "".join(self.thought)
 
     def feed_piece(self, text: str, last: bool) -> None:
         """Add what a piece says to the visible and to the thought text."""
         text = self.run + self.pending + text
-        self.emitted = len(self.run)
+        self.shown_of_run = len(self.run)
         self.pending = ""
         self.run = ""
-        if self.unsure is not None:
+        if self.maybe_thought is not None:
             text = self.look_for_closing(text, last)
         at = 0
         while at < len(text):
-            feed = self.feed_visible if self.block is None else self.feed_block
+            feed = self.feed_visible if self.open_block is None else self.feed_block
             at = feed(text, at, last)
-        if last and self.after_close and self.alone:
+        if last and self.follows_closing_tag and self.closing_tag_is_alone:
             self.note_opened()
 
     def look_for_closing(self, text: str, last: bool) -> str:
         """Keep back what may have been thought; return what is to be looked at like any other."""
         closing = closing_tag().search(text)
         stripped = text.lstrip(WHITE_SPACE)
-        if not self.unsure and not closing_tag().match(stripped):
+        if not self.maybe_thought and not closing_tag().match(stripped):
             if any_tag().match(stripped):
                 # The model opens its blocks itself.
-                self.unsure = None
+                self.maybe_thought = None
                 return text
             if not last and (not stripped or cut_tag().fullmatch(stripped)):
                 self.pending = text
                 return ""
         longest = math.inf if self.whole else LIMITS.unseen_thinking
-        if closing and self.unsure_size + closing.start() <= longest:
-            self.thought += [*self.unsure, text[: closing.start()]]
-            self.unsure = None
-            self.blocks = True
+        if closing and self.maybe_thought_size + closing.start() <= longest:
+            self.thought += [*self.maybe_thought, text[: closing.start()]]
+            self.maybe_thought = None
+            self.had_block = True
             self.opened = True
             self.skips_space = True
             return text[closing.end() :]
-        if last or self.unsure_size + len(text) > longest + LONGEST_TAG:
+        if last or self.maybe_thought_size + len(text) > longest + LONGEST_TAG:
             # There is no such block this time.
             self.opened = False
-            text = "".join([*self.unsure, text])
-            self.unsure = None
+            text = "".join([*self.maybe_thought, text])
+            self.maybe_thought = None
             return text
         cut = cut_closing_tag().search(text, max(0, len(text) - LONGEST_TAG))
         end = cut.start() if cut else len(text)
         self.pending = text[end:]
-        self.unsure.append(text[:end])
-        self.unsure_size += end
+        self.maybe_thought.append(text[:end])
+        self.maybe_thought_size += end
         return ""
 
     def feed_block(self, text: str, at: int, last: bool) -> int:
         """Look at a text from some place inside of a block; return where to go on."""
-        block = self.block
-        found = block.token.search(text, at)
+        block = self.open_block
+        found = block.end_or_header.search(text, at)
         end = found.start() if found else len(text)
         if found is None and not last:
-            cut = block.cut.search(text, max(at, len(text) - LONGEST_TAG))
+            cut = block.cut_end.search(text, max(at, len(text) - LONGEST_TAG))
             if cut:
                 end = cut.start()
                 self.pending = text[end:]
-        (self.visible if block.shown else self.thought).append(text[at:end])
+        target = self.visible if block.is_call else self.thought
+        target.append(text[at:end])
         if found is None:
             return len(text)
         tag = found[0].lower()
         if tag == block.header:
             return found.end()
-        self.block = None
+        self.open_block = None
         self.last_character = ""
-        self.skips_space = not self.head
-        if tag in block.begins:
+        self.skips_space = not self.beginning
+        if tag in block.next_beginnings:
             return found.start()
-        if block.shown:
+        if block.is_call:
             self.visible.append(found[0])
         return found.end()
 
     def feed_visible(self, text: str, at: int, last: bool) -> int:
         """Look at a text from some place outside of blocks; return where to go on."""
-        while self.block is None:
-            token = tag_or_code().search(text, at)
-            if token is None:
+        while self.open_block is None:
+            found = tag_or_code().search(text, at)
+            if found is None:
                 self.show_rest(text, at, last)
                 return len(text)
-            self.show(text[at : token.start()])
-            at = token.end()
-            if token[0] == "\n":
+            self.show(text[at : found.start()])
+            at = found.end()
+            if found[0] == "\n":
                 self.end_line()
-            elif token[0][0] in "`~":
-                self.show_run(token[0], whole=last or at < len(text))
+            elif found[0][0] in "`~":
+                self.show_run(found[0], whole=last or at < len(text))
             else:
-                at = self.feed_tag(text, token, last)
+                at = self.feed_tag(text, found, last)
         return at
 
     def show_rest(self, text: str, at: int, last: bool) -> None:
@@ -3794,24 +3805,24 @@ class ThinkFilter:
         self.visible.append(text)
         self.last_character = text[-1]
         self.code.add_text(text)
-        if self.after_close and text.strip(WHITE_SPACE):
-            self.after_close = False
+        if self.follows_closing_tag and text.strip(WHITE_SPACE):
+            self.follows_closing_tag = False
         at = 0
-        while len(self.head) < 2:
+        while len(self.beginning) < 2:
             found = NOT_SPACE.search(text, at)
             if found is None:
                 break
-            self.head += found[0]
+            self.beginning += found[0]
             at = found.end()
 
     def show_run(self, run: str, whole: bool) -> None:
         """Show a run of backticks or tildes, which is `whole` or may go on in the next piece."""
         self.skips_space = False
-        self.after_close = False
-        self.visible.append(run[self.emitted :])
-        self.emitted = 0
+        self.follows_closing_tag = False
+        self.visible.append(run[self.shown_of_run :])
+        self.shown_of_run = 0
         self.last_character = run[-1]
-        self.head = (self.head + run)[:2]
+        self.beginning = (self.beginning + run)[:2]
         if whole:
             self.code.add_run(run)
         else:
@@ -3823,24 +3834,24 @@ class ThinkFilter:
             self.visible.append("\n")
             self.last_character = "\n"
         self.code.end_line()
-        if self.after_close:
+        if self.follows_closing_tag:
             self.note_opened()
 
     def note_opened(self) -> None:
         """Note that the text began inside of a block; a whole one loses the block."""
-        self.after_close = False
+        self.follows_closing_tag = False
         self.opened = True
-        self.blocks = True
+        self.had_block = True
         if self.whole:
-            self.thought = self.visible[: self.close_at]
+            self.thought = self.visible[: self.closing_tag_at]
             self.visible = []
-            self.head = ""
+            self.beginning = ""
             self.skips_space = True
 
     def feed_tag(self, text: str, found: re.Match[str], last: bool) -> int:
         """Look at a tag outside of blocks; return where to go on."""
         at = found.end()
-        if self.code.inside or self.head in JSON_STARTS:
+        if self.code.inside or self.beginning in JSON_STARTS:
             self.show(found[0])
             return at
         quote = QUOTES.get(text[found.start() - 1] if found.start() else self.last_character)
@@ -3868,38 +3879,46 @@ class ThinkFilter:
 
         0 means that there is no span, None that it is too early to tell.
         """
-        for token in SPAN_TOKEN.finditer(text, at, at + LIMITS.code_span):
-            if token[0] == "\n":
+        for found in RUN_OR_LINE_END.finditer(text, at, at + LIMITS.code_span):
+            if found[0] == "\n":
                 return 0
-            if len(token[0]) == self.code.span:
-                goes_on = token.end() == len(text) and not last
-                return None if goes_on else token.start()
+            if len(found[0]) == self.code.span:
+                may_go_on = found.end() == len(text) and not last
+                return None if may_go_on else found.start()
         return 0 if last or len(text) - at >= LIMITS.code_span else None
 
     def take_tag(self, tag: str) -> None:
-        """Open a block, or do what else a tag says that counts."""
+        """Do what a tag says that counts."""
         known = KNOWN_TAGS.get(tag.lower(), "")
-        if known in THINK_TAGS:
-            self.block = block_of(known)
-        elif known in HARMONY_ENDS:
+        if known in HARMONY_ENDS:
             if not self.harmony:
                 self.show(tag)
-            return
+        elif known in THINK_TAGS:
+            self.open_block = block_of(known)
+            self.had_block = True
         elif known:
-            self.alone = self.code.at_line_start
-            self.close_at = len(self.visible)
-            self.show(tag)
-            self.after_close = not self.blocks
-            return
-        elif "to=" in tag:
-            self.show(tag)
-            self.block = block_of("call")
-        elif "<|channel|>final" in tag or "<|channel|>" not in tag:
-            self.harmony = True
-            self.skips_space = not self.head
+            self.show_closing_tag(tag)
         else:
-            self.block = block_of("analysis")
-        self.blocks = True
+            self.take_header(tag)
+
+    def show_closing_tag(self, tag: str) -> None:
+        """Show a tag that closes what none has opened; it may turn out that a template has."""
+        self.closing_tag_is_alone = self.code.at_line_start
+        self.closing_tag_at = len(self.visible)
+        self.show(tag)
+        self.follows_closing_tag = not self.had_block
+
+    def take_header(self, header: str) -> None:
+        """Begin a message of harmony's: thinking, a tool call or the answer."""
+        self.had_block = True
+        if "to=" in header:
+            self.show(header)
+            self.open_block = block_of("call")
+        elif "<|channel|>final" in header or "<|channel|>" not in header:
+            self.harmony = True
+            self.skips_space = not self.beginning
+        else:
+            self.open_block = block_of("analysis")
 
 
 # --- fences ---------------------------------------------------------------------------
@@ -3927,13 +3946,13 @@ class FenceFilter:
     certain as soon as it has begun.
     """
 
-    __slots__ = ("at_line_start", "fenced", "opening", "pending")
+    __slots__ = ("at_line_start", "fenced", "opening_fence", "pending")
 
     def __init__(self) -> None:
         self.fenced = ""
         # The backticks that opened the block. Fewer of them do not close it, because it may show
         # a text that has such blocks of its own.
-        self.opening = ""
+        self.opening_fence = ""
         self.pending = ""
         self.at_line_start = True
 
@@ -3958,7 +3977,7 @@ class FenceFilter:
         """Return a line, or the start of one, unless it is the fence of a JSON block."""
         if self.fenced:
             closing = PLAIN_FENCE.fullmatch(line)
-            if closing is None or len(closing[1]) < len(self.opening):
+            if closing is None or len(closing[1]) < len(self.opening_fence):
                 return line
             closed = self.fenced
             self.fenced = ""
@@ -3966,7 +3985,7 @@ class FenceFilter:
         fence = ANY_FENCE.match(line)
         if fence is None:
             return line
-        self.opening = fence[1]
+        self.opening_fence = fence[1]
         if JSON_FENCE.fullmatch(line):
             self.fenced = "json"
             return ""
@@ -3982,7 +4001,7 @@ class Thinking(NamedTuple):
 
     # `strip`, `move` or `keep`; "" leaves that to the next level.
     action: str = ""
-    # The model's template opens the block.
+    # Whether the model's template opens the block.
     opened: bool = False
 
 
