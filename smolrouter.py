@@ -3996,7 +3996,7 @@ class FenceFilter:
 # --- both -----------------------------------------------------------------------------
 
 
-class Thinking(NamedTuple):
+class ThinkingRule(NamedTuple):
     """What the routing file says of thinking, on one of its levels or on some together."""
 
     # `strip`, `move` or `keep`; "" leaves that to the next level.
@@ -4005,16 +4005,16 @@ class Thinking(NamedTuple):
     opened: bool = False
 
 
-NOTHING_SAID = Thinking()
+NO_THINKING_RULE = ThinkingRule()
 
 
-def merge_thinking(*levels: Thinking) -> Thinking:
+def merge_thinking(*levels: ThinkingRule) -> ThinkingRule:
     """Return what some levels say together, of which the first one wins.
 
     `("", True)`, `("move", False)`, `("keep", False)`  ->  `("move", True)`
     """
     actions = [level.action for level in levels if level.action]
-    return Thinking(actions[0] if actions else "", any(level.opened for level in levels))
+    return ThinkingRule(actions[0] if actions else "", any(level.opened for level in levels))
 
 
 class FilterRules(NamedTuple):
@@ -4037,7 +4037,7 @@ class FilterRules(NamedTuple):
 # every answer.
 @functools.lru_cache(maxsize=64)
 def choose_rules(
-    decided: Thinking, of_server: Thinking, own: Thinking, fences: bool
+    decided: ThinkingRule, of_server: ThinkingRule, own: ThinkingRule, fences: bool
 ) -> FilterRules:
     """Return the rules of three levels together, of which the first one wins.
 
@@ -9343,7 +9343,7 @@ class Server:
     verify: bool = True
     # The models that the routing file says it has; then it is not asked. None: it is asked.
     models: tuple[str, ...] | None = None
-    thinking: Thinking = NOTHING_SAID
+    thinking: ThinkingRule = NO_THINKING_RULE
     # How many requests it runs at once; None: any number.
     slots: int | None = None
     # What becomes of tools in namespaces: FLATTEN or KEEP; BY_HOST: only OpenAI's get them.
@@ -9421,7 +9421,7 @@ class Target(NamedTuple):
     alias: str = ""
     strategy: str = "failover"
     model: str = ""
-    thinking: Thinking = NOTHING_SAID
+    thinking: ThinkingRule = NO_THINKING_RULE
     # One of PRIORITIES, "" where nothing is said.
     priority: str = ""
     parameters: RequestParameters = NO_PARAMETERS
@@ -9546,7 +9546,7 @@ class Decision:
     # Who named the server: the route, or who was asked when that is a rule for the model alone.
     found_by: str = ""
     # What the alias and the route say of thinking, and of the members of requests.
-    thinking: Thinking = NOTHING_SAID
+    thinking: ThinkingRule = NO_THINKING_RULE
     priority: str = NORMAL
     parameters: RequestParameters = NO_PARAMETERS
     # Whether a model has to work for the request.
@@ -10026,13 +10026,13 @@ class TableReader:
         """Read one of PRIORITIES: 'high' -> 'high'; "" where nothing is said."""
         return "" if node.value is None else node.choose(*PRIORITIES)
 
-    def read_thinking(self, node: Node) -> Thinking:
+    def read_thinking(self, node: Node) -> ThinkingRule:
         """Read what becomes of thinking: one of THINKING_WORDS, or a list of them.
 
-        ['move', 'opened']  ->  Thinking('move', opened=True)
+        ['move', 'opened']  ->  ThinkingRule('move', opened=True)
         """
         if node.value is None:
-            return NOTHING_SAID
+            return NO_THINKING_RULE
         wanted = f"{node.value!r} instead of {', '.join(THINKING_WORDS)}, or a list of them"
         items = node.elements(wanted) if isinstance(node.value, list) else [node]
         for item in items:
@@ -10040,7 +10040,7 @@ class TableReader:
         words = [item.value for item in items]
         actions = [word for word in words if word != OPENED]
         node.require(len(actions) <= 1, f"{' and '.join(actions)} at once; keep one of them")
-        return Thinking(actions[0] if actions else "", OPENED in words)
+        return ThinkingRule(actions[0] if actions else "", OPENED in words)
 
     def read_parameters(
         self, strip: Node, default: Node, set_always: Node, think: Node
@@ -17354,7 +17354,7 @@ class RequestKind(NamedTuple):
     # Whether it is JSON: only then may its answer have to be changed.
     is_json: bool
     # What the decision says of thinking, and of the request's members.
-    thinking: Thinking
+    thinking: ThinkingRule
     parameters: RequestParameters
 
 
@@ -17416,7 +17416,7 @@ def plan_forwarding(
         rules=choose_rules(
             kind.thinking,
             server.thinking,
-            Thinking(settings.strip_thinking, opened=habits.opens_thinking),
+            ThinkingRule(settings.strip_thinking, opened=habits.opens_thinking),
             settings.strip_json_markdown,
         ),
         parameters=parameters,

@@ -11499,7 +11499,7 @@ def test_what_an_alias_says_counts_however_a_route_names_it() -> None:
     by_model = smolrouter.resolve(table, "by-model", HOME)
     assert by_model.parameters == by_alias.parameters
     assert by_model.parameters.describe() == ["think off", "strip stop", "default seed = 1"]
-    assert by_model.thinking == by_alias.thinking == smolrouter.Thinking("keep")
+    assert by_model.thinking == by_alias.thinking == smolrouter.ThinkingRule("keep")
     assert by_model.priority == by_alias.priority == "low"
     assert smolrouter.resolve(table, "hurried", HOME).priority == "high"
 
