@@ -35,7 +35,7 @@ The life of one request, say a streamed POST /api/chat, is the way through these
 
      1. `HTTPServer.serve_connection` waits for the next request on a client's connection, and
         `Connection.read_head` reads its head. What could be read in two ways is refused.
-     2. `find_endpoint` looks up in one table who serves its method and path.
+     2. `find_endpoints` looks up in one table who serves its method and path.
      3. `Application.serve` lets it in or answers with the reason: `check_browser` looks at
         Host and Origin, `TokenGuard.check` at the token, if one is needed.
      4. `Request.read_content` reads the content as the head frames it, within the limits.
@@ -21213,7 +21213,7 @@ WEBUI_PATHS = frozenset(
 )
 
 
-class Found(NamedTuple):
+class PathEndpoints(NamedTuple):
     """What ENDPOINTS says of a method and a path."""
 
     # The usual name of the path.
@@ -21233,8 +21233,8 @@ class Found(NamedTuple):
             return any(endpoint.guard == API for endpoint in self.of_path)
         if method not in ("GET", "HEAD"):
             return True
-        is_webuis = first_segments(self.path) in WEBUI_PATHS
-        return self.path.startswith(("/v1/", "/api/")) and not is_webuis
+        is_of_webui = first_segments(self.path) in WEBUI_PATHS
+        return self.path.startswith(("/v1/", "/api/")) and not is_of_webui
 
     def choose_endpoint(self, fields: Fields) -> Endpoint | None:
         """Return who serves a request with these fields; None for nobody."""
@@ -21248,7 +21248,7 @@ class Found(NamedTuple):
         return None
 
 
-def look_up_endpoint(method: str, path: str) -> Found:
+def look_up_endpoints(method: str, path: str) -> PathEndpoints:
     """Return who serves a request.
 
     ("POST", "/health")  ->  ("/healthz", (the endpoint of GET and HEAD,), ())
@@ -21259,17 +21259,17 @@ def look_up_endpoint(method: str, path: str) -> Found:
     if not of_path:
         of_path = tuple(item for item in ENDPOINTS if item.matches(path))
     of_method = tuple(item for item in of_path if method in item.methods.split())
-    return Found(path, of_path, of_method)
+    return PathEndpoints(path, of_path, of_method)
 
 
-remembered_endpoint = functools.lru_cache(maxsize=256)(look_up_endpoint)
+remembered_endpoints = functools.lru_cache(maxsize=256)(look_up_endpoints)
 
 
-def find_endpoint(method: str, path: str) -> Found:
-    """Do what `look_up_endpoint` does, from memory where that can be; long paths are not kept."""
+def find_endpoints(method: str, path: str) -> PathEndpoints:
+    """Do what `look_up_endpoints` does, from memory where that can be; long paths are not kept."""
     if len(method) + len(path) > LIMITS.shown_name:
-        return look_up_endpoint(method, path)
-    return remembered_endpoint(method, path)
+        return look_up_endpoints(method, path)
+    return remembered_endpoints(method, path)
 
 
 def allowed_methods(endpoints: Sequence[Endpoint]) -> str:
@@ -21310,10 +21310,10 @@ class Application:
     async def serve(self, request: Request) -> None:
         """Answer one request; every RouterError becomes an answer here."""
         head = request.head
-        found = find_endpoint(head.method, request.path)
-        request.path = found.path
-        of_path = found.of_path
-        endpoint = found.choose_endpoint(head.fields)
+        endpoints = find_endpoints(head.method, request.path)
+        request.path = endpoints.path
+        of_path = endpoints.of_path
+        endpoint = endpoints.choose_endpoint(head.fields)
         if of_path:
             request.dialect = (endpoint or of_path[0]).dialect
         elif request.path.startswith("/api/"):
@@ -21323,7 +21323,7 @@ class Application:
             await self.dispatch(request, endpoint, of_path)
         except ClientClosed as error:
             # There is nobody to answer.
-            self.note_refusal(request, error, found)
+            self.note_refusal(request, error, endpoints)
             raise
         except RouterError as error:
             hidden = hide_in_text(str(error), self.context.secrets_of(request))
@@ -21332,7 +21332,7 @@ class Application:
                 # A browser gets the page all the same: it shows the sign-in.
                 send_page(self.context, request, error.status, error.fields)
             else:
-                lines = self.note_refusal(request, error, found)
+                lines = self.note_refusal(request, error, endpoints)
                 send_error(request.writer, error, request.dialect, request.path, lines)
         except Exception:  # a fault of ours must cost one request alone
             if request.connection.failure:
@@ -21340,7 +21340,7 @@ class Application:
                 raise
             self.context.log.print_line(traceback.format_exc())
             internal = RouterError("internal error; see the log")
-            lines = self.note_refusal(request, internal, found)
+            lines = self.note_refusal(request, internal, endpoints)
             send_error(request.writer, internal, request.dialect, request.path, lines)
         finally:
             self.content_size -= request.counted_octets
@@ -21353,7 +21353,7 @@ class Application:
                 request.source_host, request.head.method, request.path, status, reason
             )
 
-    def note_refusal(self, request: Request, error: RouterError, found: Found) -> str:
+    def note_refusal(self, request: Request, error: RouterError, endpoints: PathEndpoints) -> str:
         """Keep a row of a request for the model API that was refused before it had one.
 
         Returns the field line that tells the client its id, if there is a row.
@@ -21365,7 +21365,7 @@ class Application:
         head = request.head
         is_look = head.method == "GET" and is_own_page(head.fields, request.host)
         asks_nothing = isinstance(error, UpgradeRequired) or (is_look and error.status >= 500)
-        if request.recorded or asks_nothing or not found.is_of_api(request.head.method):
+        if request.recorded or asks_nothing or not endpoints.is_of_api(request.head.method):
             return ""
         request.recorded = True
         if not context.log.refused.admit(time.monotonic()):
@@ -21413,14 +21413,14 @@ class Application:
         if start:
             method = start[1].decode("latin-1")
             target = start[2].decode("latin-1")
-        found = find_endpoint(method, target.partition("?")[0])
+        endpoints = find_endpoints(method, target.partition("?")[0])
         reason = hide_quoted_field(str(error))
-        if start and not found.is_of_api(method):
+        if start and not endpoints.is_of_api(method):
             context.log.print_request(source_host, str(error.status), reason)
             return ""
         if not context.log.refused.admit(time.monotonic()):
             return ""
-        service = (found.of_path[0].dialect if found.of_path else OPENAI).service
+        service = (endpoints.of_path[0].dialect if endpoints.of_path else OPENAI).service
         record = RequestRecord.of_refused(
             context.next_request_id(), source_host, service, method, target
         )

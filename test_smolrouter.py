@@ -22375,10 +22375,10 @@ def test_a_secret_in_a_bad_field_line_is_hidden() -> None:
 
 def test_long_paths_are_not_remembered() -> None:
     for path in ("/v1/" + "x" * 300, "/api/experimental/" + "y" * 300):
-        before = smolrouter.remembered_endpoint.cache_info().currsize
-        found = smolrouter.find_endpoint("POST", path)
-        assert found.choose_endpoint(smolrouter.Fields([])) in found.of_path
-        assert smolrouter.remembered_endpoint.cache_info().currsize == before
+        before = smolrouter.remembered_endpoints.cache_info().currsize
+        endpoints = smolrouter.find_endpoints("POST", path)
+        assert endpoints.choose_endpoint(smolrouter.Fields([])) in endpoints.of_path
+        assert smolrouter.remembered_endpoints.cache_info().currsize == before
 
 
 def test_router_answers_unknown_paths_itself() -> None:
