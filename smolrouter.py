@@ -21353,19 +21353,28 @@ class Application:
                 request.source_host, request.head.method, request.path, status, reason
             )
 
+    def is_worth_a_row(
+        self, request: Request, error: RouterError, endpoints: PathEndpoints
+    ) -> bool:
+        """Tell whether a refused request gets a row: it asked for the model API, and has none."""
+        head = request.head
+        if request.recorded or not endpoints.is_of_api(head.method):
+            return False
+        # A client that asks for another protocol first has not asked a model for anything yet.
+        if isinstance(error, UpgradeRequired):
+            return False
+        # Nor has the router's own page, which looks by itself which models there are. But anybody
+        # can say that the page asks, and so this hides only that a server has failed.
+        is_look = head.method == "GET" and is_own_page(head.fields, request.host)
+        return not (is_look and error.status >= 500)
+
     def note_refusal(self, request: Request, error: RouterError, endpoints: PathEndpoints) -> str:
         """Keep a row of a request for the model API that was refused before it had one.
 
         Returns the field line that tells the client its id, if there is a row.
         """
         context = self.context
-        # A client that asks for another protocol first has not asked a model for anything yet. Nor
-        # has the router's own page, which looks by itself which models there are. But anybody can
-        # say that the page asks, and so this hides only that a server has failed.
-        head = request.head
-        is_look = head.method == "GET" and is_own_page(head.fields, request.host)
-        asks_nothing = isinstance(error, UpgradeRequired) or (is_look and error.status >= 500)
-        if request.recorded or asks_nothing or not endpoints.is_of_api(request.head.method):
+        if not self.is_worth_a_row(request, error, endpoints):
             return ""
         request.recorded = True
         if not context.log.refused.admit(time.monotonic()):
@@ -21844,7 +21853,9 @@ class HTTPServer:
         # A client that sends requests and reads no answers must not fill the memory with them.
         if connection.write_paused:
             await connection.drain()
-        if not (request.writer.finished and (request.is_read or await self.skip_content(request))):
+        if not request.writer.finished:
+            return False
+        if not (request.is_read or await self.skip_content(request)):
             return False
         return request.writer.keep_alive and not self.context.draining
 
