@@ -14770,9 +14770,10 @@ COLUMNS = """id, request_id, timestamp, source_ip, method, path, service_type, o
 # `router` is the number of the router whose request it is, among those that share the database.
 Row = collections.namedtuple("Row", COLUMNS)
 
-# For each hour, service, model and server a tally is kept: these sums, and two histograms. The
-# speed of a model is `spoken_tokens` per `spoken_ms`: the tokens of its answers, and the time from
-# the first token of an answer to the last. Both sums leave out the requests that lack one of them.
+# For each hour, service, model and server a tally is kept, and another for each part of an hour:
+# these sums, and two histograms. The speed of a model is `spoken_tokens` per `spoken_ms`: the
+# tokens of its answers, and the time from the first token of an answer to the last. Both sums leave
+# out the requests that lack one of them.
 SUMS = (
     "requests",
     "errors",
@@ -14813,6 +14814,10 @@ APPLICATION_ID = 0x536D6F6C
 # What the log says of a request whose router has died.
 INTERRUPTED = "interrupted"
 HOUR_MS = 3_600_000
+# Sums are kept by the hour, for long times, and by parts of an hour, of five minutes each: these
+# are for the beginning of a window, which may be at any moment within an hour.
+PART_MS = 300_000
+HOUR_PARTS = HOUR_MS // PART_MS
 # The model that a row counts for, in SQL; see `rollup_key`.
 MODEL = "ifnull(nullif(sent_model, ''), mapped_model)"
 COUNTED_MODEL = f"CASE WHEN level NOTNULL THEN {MODEL} ELSE '' END"
@@ -14973,6 +14978,15 @@ CREATE INDEX by_client ON requests (client, id, level)""",
     """
 CREATE INDEX failures ON requests (id, failed, status_code, session, client, source_ip, sent_model,
     original_model, upstream_url, service_type, timestamp) WHERE failed = 1""",
+    # Parts of an hour have sums, too. They have all rows from the part `first` on, which is after
+    # the rows until now: to add those up would take minutes, in which other rows wait.
+    f"""
+CREATE TABLE part_rollups (part, service_type, model, upstream_url, {", ".join(TALLY_COLUMNS)},
+    PRIMARY KEY (part, service_type, model, upstream_url)) WITHOUT ROWID;
+CREATE TABLE client_part_rollups (part, client, model, {", ".join(CLIENT_SUMS)},
+    PRIMARY KEY (part, client, model)) WITHOUT ROWID;
+CREATE TABLE summed_parts (first);
+INSERT INTO summed_parts SELECT ifnull(max(timestamp) / {PART_MS} + 1, 0) FROM requests""",
 )
 
 
@@ -15618,7 +15632,7 @@ def describe_request(record: RequestRecord, row: Row) -> str:
 
 # The numbers of some requests, in the order of TALLY_COLUMNS.
 Tally = list[float]
-# By hour, service, model and server.
+# By part of an hour, service, model and server.
 Tallies = dict[tuple[int, str, str, str], Tally]
 
 
@@ -15634,8 +15648,8 @@ def counted_model(row: Row) -> str:
 
 
 def rollup_key(row: Row) -> tuple[int, str, str, str]:
-    """Return under what a request is counted: hour, service, model and server."""
-    return row.timestamp // HOUR_MS, row.service_type, counted_model(row), row.upstream_url
+    """Return under what a request is counted: part of an hour, service, model and server."""
+    return row.timestamp // PART_MS, row.service_type, counted_model(row), row.upstream_url
 
 
 def sum_known(numbers: Iterable[float | None]) -> float:
@@ -15694,15 +15708,30 @@ def make_insert(table: str, columns: int, rows: int) -> str:
 
 
 INSERT_BLOB = "INSERT OR IGNORE INTO blobs VALUES (?, ?, 0)"
-ADD_ROLLUP = f"""INSERT INTO rollups VALUES (?, ?, ?, ?, {", ".join("?" * len(TALLY_COLUMNS))})
-    ON CONFLICT (hour, service_type, model, upstream_url)
-    DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in TALLY_COLUMNS)}"""
+
+
+def make_tally_insert(table: str, time: str) -> str:
+    """Return the statement that adds a tally to a table of sums; `time` is its first column."""
+    marks = ", ".join("?" * len(TALLY_COLUMNS))
+    sums = ", ".join(f"{name} = {name} + excluded.{name}" for name in TALLY_COLUMNS)
+    return f"""INSERT INTO {table} VALUES (?, ?, ?, ?, {marks})
+        ON CONFLICT ({time}, service_type, model, upstream_url) DO UPDATE SET {sums}"""
+
+
+def make_client_insert(table: str, time: str) -> str:
+    """Return the statement that adds the sums of a client in the same way."""
+    return f"""INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+        ON CONFLICT ({time}, client, model) DO UPDATE SET requests = requests + excluded.requests,
+        errors = errors + excluded.errors, prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = completion_tokens + excluded.completion_tokens,
+        last_seen = max(last_seen, excluded.last_seen)"""
+
+
+ADD_ROLLUP = make_tally_insert("rollups", "hour")
+ADD_PART_ROLLUP = make_tally_insert("part_rollups", "part")
+ADD_CLIENT = make_client_insert("client_rollups", "hour")
+ADD_PART_CLIENT = make_client_insert("client_part_rollups", "part")
 NEXT_ID = "SELECT max(next, ifnull((SELECT max(id) + 1 FROM requests), 1)) FROM ids"
-ADD_CLIENT = """INSERT INTO client_rollups VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-    ON CONFLICT (hour, client, model) DO UPDATE SET requests = requests + excluded.requests,
-    errors = errors + excluded.errors, prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-    completion_tokens = completion_tokens + excluded.completion_tokens,
-    last_seen = max(last_seen, excluded.last_seen)"""
 HOUR_CLIENTS = "SELECT DISTINCT client FROM client_rollups WHERE hour = ?"
 HOUR_MODELS = "SELECT DISTINCT model FROM rollups WHERE hour = ?"
 ADD_HOUR = """INSERT INTO hours VALUES (?, ?)
@@ -16196,33 +16225,40 @@ class Store:
 
     def add_tallies(self, db: sqlite3.Connection, tallies: Tallies) -> None:
         """Add the numbers of some requests to the sums."""
-        rows = []
-        for (hour, service, model, url), tally in tallies.items():
-            rows.append((hour, service, self.counted_models.find(db, hour, model), url, *tally))
-        db.executemany(ADD_ROLLUP, rows)
+        of_hours = []
+        of_parts = []
+        for (part, service, model, url), tally in tallies.items():
+            hour = part // HOUR_PARTS
+            sums = (service, self.counted_models.find(db, hour, model), url, *tally)
+            of_hours.append((hour, *sums))
+            of_parts.append((part, *sums))
+        db.executemany(ADD_ROLLUP, of_hours)
+        db.executemany(ADD_PART_ROLLUP, of_parts)
 
     def add_clients(self, db: sqlite3.Connection, rows: Iterable[Row]) -> None:
         """Add some finished requests to the sums of their clients."""
         groups: dict[tuple[int, str, str], list[Sequence[Any]]] = collections.defaultdict(list)
         for row in rows:
-            key = (row.timestamp // HOUR_MS, row.client, counted_model(row))
+            key = (row.timestamp // PART_MS, row.client, counted_model(row))
             groups[key].append(client_values(row))
-        sums = []
-        for (hour, client, model), requests in groups.items():
+        of_hours = []
+        of_parts = []
+        for (part, client, model), requests in groups.items():
+            hour = part // HOUR_PARTS
             failed, prompts, completions, timestamps = zip(*requests, strict=True)
-            sums.append(
-                (
-                    hour,
-                    self.counted_clients.find(db, hour, client),
-                    self.counted_models.find(db, hour, model),
-                    len(failed),
-                    sum(failed),
-                    sum_known(prompts),
-                    sum_known(completions),
-                    max(timestamps),
-                )
+            sums = (
+                self.counted_clients.find(db, hour, client),
+                self.counted_models.find(db, hour, model),
+                len(failed),
+                sum(failed),
+                sum_known(prompts),
+                sum_known(completions),
+                max(timestamps),
             )
-        db.executemany(ADD_CLIENT, sums)
+            of_hours.append((hour, *sums))
+            of_parts.append((part, *sums))
+        db.executemany(ADD_CLIENT, of_hours)
+        db.executemany(ADD_PART_CLIENT, of_parts)
 
     def write(
         self, running: Sequence[Row], records: Sequence[RequestRecord], tallies: Tallies
@@ -16360,9 +16396,10 @@ class Store:
             db.execute(f"DELETE FROM details WHERE id IN ({OLDEST_IDS})", values)
             self.drop_unused_bodies(db)
             pruned = db.execute(f"DELETE FROM requests WHERE id IN ({OLDEST_IDS})", values).rowcount
-            db.execute("DELETE FROM rollups WHERE hour < ?", (first_hour,))
-            db.execute("DELETE FROM hours WHERE hour < ?", (first_hour,))
-            db.execute("DELETE FROM client_rollups WHERE hour < ?", (first_hour,))
+            for table in ("rollups", "client_rollups", "hours"):
+                db.execute(f"DELETE FROM {table} WHERE hour < ?", (first_hour,))
+            for table in ("part_rollups", "client_part_rollups"):
+                db.execute(f"DELETE FROM {table} WHERE part < ?", (first_hour * HOUR_PARTS,))
         self.count_transaction(pruned)
         if self.vacuum(db) or pruned:
             return True
@@ -19134,8 +19171,8 @@ def inflight_document(record: RequestRecord, now: float) -> dict[str, Any]:
 # --- questions to the log -------------------------------------------------------------
 # Each is a function that a reader's thread runs: it gets the log, the database and the
 # parameters of its query. No question walks through the log, however long it is: lists are
-# paged by id, sums come from those of whole hours and at most half an hour of rows, and an even
-# sample stands for many points. What `hours` and `since` mean, `Window` says.
+# paged by id, sums come from those of hours and of parts of an hour and from the rows of a few
+# minutes, and an even sample stands for many points. What `hours` and `since` mean, `Window` says.
 
 # From this level on the index `sample`, which section 13 makes, has all that a point shows.
 SAMPLE_LEVEL = 3
@@ -19250,6 +19287,14 @@ SUMMED_ROW_FILTERS = {**POINT_FILTERS, "model": f"{SUMMED_MODEL} = :model"}
 # each router takes ids by the block: so the ids alone tell no time.
 FIRST_ID = "(SELECT ifnull(min(first_id), 1) FROM hours WHERE hour >= {})"
 IN_WINDOW = f"id >= {FIRST_ID.format(':begin_hour')}"
+# What `WindowSums` says: the rows between both beginnings, and the sums of the rest.
+BETWEEN_BEGINS = "timestamp >= :first AND timestamp < :last AND failed NOTNULL"
+
+
+def select_sums(of_hours: str, of_parts: str) -> str:
+    """Return the statement for the sums of a window, from a table of hours and one of parts."""
+    return f"""SELECT * FROM {of_hours} WHERE hour >= :first_hour AND hour < :end_hour
+        UNION ALL SELECT * FROM {of_parts} WHERE part >= :first_part AND part < :end_part"""
 
 
 class Condition(NamedTuple):
@@ -19285,15 +19330,9 @@ class Window(NamedTuple):
         return (self.begin + HOUR_MS // 2) // HOUR_MS
 
     @property
-    def begins_before_sums(self) -> bool:
-        """Whether the window begins before the sums of the hours from the nearest one on."""
-        return self.begin < self.nearest_hour * HOUR_MS
-
-    @property
-    def difference(self) -> tuple[int, int]:
-        """The time between both of these beginnings, half an hour or less."""
-        first, last = sorted((self.begin, self.nearest_hour * HOUR_MS))
-        return first, last
+    def nearest_part(self) -> int:
+        """The part of an hour whose begin is nearest to that of the window, as well."""
+        return (self.begin + PART_MS // 2) // PART_MS
 
     @property
     def begin_hour(self) -> int:
@@ -19309,6 +19348,46 @@ class Window(NamedTuple):
             "first_hour": self.first_hour,
             "nearest_hour": self.nearest_hour,
             "end_hour": self.end // HOUR_MS,
+        }
+
+
+class WindowSums(NamedTuple):
+    """The sums that a window's figures come from: of hours, and of parts of the hour before them.
+
+    They begin where that is nearest to the begin of the window. The rows between both beginnings
+    are added, or, where the sums begin earlier, taken away.
+    """
+
+    window: Window
+    # In ms UTC.
+    begin: int
+
+    @classmethod
+    def of(cls, db: sqlite3.Connection, window: Window) -> WindowSums:
+        """Return the sums of a window."""
+        ((first_part,),) = db.execute("SELECT first FROM summed_parts")
+        if window.nearest_part >= first_part:
+            return cls(window, window.nearest_part * PART_MS)
+        # An older version has written rows since then, and had sums of hours alone.
+        return cls(window, window.nearest_hour * HOUR_MS)
+
+    @property
+    def sign(self) -> int:
+        """By what the numbers of the rows between both beginnings are multiplied."""
+        return 1 if self.window.begin < self.begin else -1
+
+    def values(self) -> dict[str, int]:
+        """Return what statements call the times of sums, and of the rows between."""
+        first_hour = -(-self.begin // HOUR_MS)
+        first, last = sorted((self.begin, self.window.begin))
+        return {
+            "first_hour": first_hour,
+            "end_hour": self.window.end // HOUR_MS,
+            "first_part": self.begin // PART_MS,
+            "end_part": first_hour * HOUR_PARTS,
+            "first": first,
+            "last": last,
+            "begin_hour": self.window.begin_hour,
         }
 
 
@@ -19620,28 +19699,27 @@ def read_times(db: sqlite3.Connection, window: Window) -> tuple[list[float], lis
 
 
 def read_rollups(
-    db: sqlite3.Connection, window: Window, group: str, filters: Mapping[str, Any]
+    db: sqlite3.Connection, sums: WindowSums, group: str, filters: Mapping[str, Any]
 ) -> dict[str, Tally]:
-    """Return the sums of the hours from the nearest one on, by service or model."""
-    tests = ["hour >= :nearest_hour", "hour < :end_hour", *(SUM_FILTERS[name] for name in filters)]
+    """Return the sums of a window by service or model, without the rows that are to be added."""
+    tests = " AND ".join(SUM_FILTERS[name] for name in filters) or "1"
     rows = db.execute(
-        f"SELECT {group}, {SUMMED_COLUMNS} FROM rollups WHERE {' AND '.join(tests)} GROUP BY 1",
-        {**window.values(), **filters},
+        f"SELECT {group}, {SUMMED_COLUMNS} FROM "
+        f"({select_sums('rollups', 'part_rollups')}) WHERE {tests} GROUP BY 1",
+        {**sums.values(), **filters},
     )
     return {key: tally for key, *tally in rows}
 
 
 def sum_difference(
-    db: sqlite3.Connection, window: Window, group: str, filters: Mapping[str, Any]
+    db: sqlite3.Connection, sums: WindowSums, group: str, filters: Mapping[str, Any]
 ) -> dict[str, Tally]:
     """Return the sums of the rows between the begins of a window and of its sums."""
-    tests = ["timestamp >= :begin", "timestamp < :end", "failed NOTNULL"]
-    tests += [SUMMED_ROW_FILTERS[name] for name in filters]
-    begin, end = window.difference
+    tests = [BETWEEN_BEGINS, *(SUMMED_ROW_FILTERS[name] for name in filters)]
     rows = db.execute(
         f"SELECT {SUM_KEYS[group]}, {', '.join(COUNTED)} FROM requests INDEXED BY by_time "
         f"WHERE {' AND '.join(tests)}",
-        {"begin": begin, "end": end, "begin_hour": window.begin_hour, **filters},
+        {**sums.values(), **filters},
     )
     groups: dict[str, list[Sequence[Any]]] = collections.defaultdict(list)
     for row in rows:
@@ -19652,14 +19730,11 @@ def sum_difference(
 def read_tallies(
     db: sqlite3.Connection, window: Window, group: str, filters: Mapping[str, Any]
 ) -> dict[str, Tally]:
-    """Return the sums of a window by service or model.
-
-    They are the sums of the hours from the one on whose begin is nearest. The rows of the half an
-    hour or less between both begins are added, or, where the hour began earlier, taken away.
-    """
-    tallies = read_rollups(db, window, group, filters)
-    change = operator.add if window.begins_before_sums else operator.sub
-    for key, difference in sum_difference(db, window, group, filters).items():
+    """Return the sums of a window by service or model."""
+    sums = WindowSums.of(db, window)
+    tallies = read_rollups(db, sums, group, filters)
+    change = operator.add if sums.sign > 0 else operator.sub
+    for key, difference in sum_difference(db, sums, group, filters).items():
         tally = tallies.get(key) or [0] * len(TALLY_COLUMNS)
         tallies[key] = list(map(change, tally, difference))
     return {key: tally for key, tally in tallies.items() if tally[SUMS.index("requests")] > 0}
@@ -19818,23 +19893,24 @@ def model_document(
 
 def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, str], list[int]]:
     """Return the sums of a window by client and model, put together as in `read_tallies`."""
+    sums_of_window = WindowSums.of(db, window)
+    values = sums_of_window.values()
     totals = (
         "sum(requests), sum(errors), sum(prompt_tokens), sum(completion_tokens), max(last_seen)"
     )
-    hours = db.execute(
-        f"SELECT client, model, {totals} FROM client_rollups "
-        "WHERE hour >= :nearest_hour AND hour < :end_hour GROUP BY client, model",
-        window.values(),
+    rollups = db.execute(
+        f"SELECT client, model, {totals} FROM "
+        f"({select_sums('client_rollups', 'client_part_rollups')}) GROUP BY client, model",
+        values,
     )
-    sums = {(client, model): numbers for client, model, *numbers in hours}
-    sign = 1 if window.begins_before_sums else -1
-    begin, end = window.difference
+    sums = {(client, model): numbers for client, model, *numbers in rollups}
     rows = db.execute(
         f"SELECT client, {SUMMED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
-        "WHERE timestamp >= :begin AND timestamp < :end AND failed NOTNULL GROUP BY 1, 2",
-        {"begin": begin, "end": end, "begin_hour": window.begin_hour},
+        f"WHERE {BETWEEN_BEGINS} GROUP BY 1, 2",
+        values,
     ).fetchall()
     by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
+    sign = sums_of_window.sign
     for client, model, *numbers in rows:
         key = (client if client in by_name else UNCOUNTED, model)
         last_seen = max(numbers.pop(), sums.get(key, [0])[-1])

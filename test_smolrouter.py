@@ -17788,6 +17788,15 @@ OLD_COLUMNS = smolrouter.Row._fields.index("queued_ms")
 OLD_INSERT = smolrouter.make_insert("requests", OLD_COLUMNS, 1)
 
 
+def sum_by_hour(rows: Sequence[Any]) -> dict[tuple[Any, ...], list[float]]:
+    """The sums of rows as the table `rollups` has them."""
+    hours: dict[tuple[Any, ...], list[float]] = {}
+    for (part, *key), tally in smolrouter.sum_rows(rows).items():
+        hour = (part // 12, *key)
+        hours[hour] = [old + more for old, more in zip(hours.get(hour, [0] * len(tally)), tally)]
+    return hours
+
+
 def test_an_older_database_counts_what_was_interrupted(log_folder: LogFolder) -> None:
     """Its first version had such rows, and did not have them in its sums."""
     interrupted = {**UNFINISHED, "failed": 1, "error_message": "interrupted"}
@@ -17801,7 +17810,7 @@ def test_an_older_database_counts_what_was_interrupted(log_folder: LogFolder) ->
         db.executescript(f"{smolrouter.MIGRATIONS[0]}; PRAGMA user_version = 1")
         db.execute(f"PRAGMA application_id = {smolrouter.APPLICATION_ID}")
         db.executemany(OLD_INSERT, [row[:OLD_COLUMNS] for row in rows])
-        tallies = smolrouter.sum_rows([rows[0], rows[3]])
+        tallies = sum_by_hour([rows[0], rows[3]])
         values = [(*key, *tally) for key, tally in tallies.items()]
         db.executemany(smolrouter.ADD_ROLLUP, values)
     for _ in range(2):
@@ -17810,7 +17819,7 @@ def test_an_older_database_counts_what_was_interrupted(log_folder: LogFolder) ->
         store.close()
         found = log_folder.select("SELECT * FROM rollups ORDER BY hour")
         keys = {tuple(row[:4]): list(row[4:]) for row in found}
-        assert keys == smolrouter.sum_rows(rows)
+        assert keys == sum_by_hour(rows)
 
 
 def test_a_database_of_long_numbers_gets_short_ones(log_folder: LogFolder) -> None:
@@ -21306,6 +21315,55 @@ def test_hours_are_one_window_to_the_minute(
             assert (one["prompt_tokens"], one["completion_tokens"]) == (5 * len(its), 6 * len(its))
             assert one["last_seen"] == smolrouter.rfc3339(its[0].timestamp / 1000)
             assert set(one["models"]) == {row.sent_model for row in its}
+
+
+@pytest.mark.parametrize("rows_of_old", [0, 1, 50, 99, 100])
+def test_windows_are_exact_wherever_they_begin(tmp_path: pathlib.Path, rows_of_old: int) -> None:
+    """Also where an older version has written some of the rows, or all of them, without parts."""
+    hour = int(time.time() // 3600) * 3_600_000 - 7_200_000
+    rows = []
+    for number in range(100):
+        # Some fall on the very begin of a part.
+        moment = hour + number * 75_000 + (number % 4 == 1) * number
+        more = {"sent_model": f"m{number % 3}", "client": f"c{number % 5}"}
+        more |= {"failed": number % 2, "duration_ms": 1.0 + number, "timestamp": moment}
+        rows.append(make_row(number, **more))
+    file = settings_of(LogFolder(tmp_path)).db_path
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as db:
+        before_parts = [s for s in smolrouter.MIGRATIONS if "part_rollups" not in s]
+        for script in before_parts:
+            db.executescript(script)
+        db.execute(f"PRAGMA user_version = {len(before_parts)}")
+        db.execute(f"PRAGMA application_id = {smolrouter.APPLICATION_ID}")
+        old = rows[:rows_of_old]
+        smolrouter.insert_rows(db, "requests", old)
+        sums = [(*key, *tally) for key, tally in sum_by_hour(old).items()]
+        db.executemany(smolrouter.ADD_ROLLUP, sums)
+        for row in old:
+            its = (row.timestamp // 3_600_000, row.client, row.sent_model, 1, row.failed, 5, 6)
+            db.execute(smolrouter.ADD_CLIENT, (*its, row.timestamp))
+    store = make_store(tmp_path)
+    store.open()
+    for row in rows[rows_of_old:]:
+        store.write([], [new_record(0, row=row, id=row.id)], smolrouter.sum_rows([row]))
+    moments = {row.timestamp for row in rows[::5]} | {hour + n * 150_000 for n in range(-1, 52)}
+    for begin in sorted(at + more for at in moments for more in (0, 1)):
+        window = smolrouter.Window(begin, hour + 3 * 3_600_000)
+        with smolrouter.open_for_reading(file) as db:
+            tallies = smolrouter.read_tallies(db, window, "model", {})
+            of_one = smolrouter.read_tallies(db, window, "service_type", {"model": "m1"})
+            clients = smolrouter.read_client_sums(db, window)
+        inside = [row for row in rows if row.timestamp >= begin]
+        wanted: dict[str, list[float]] = {}
+        for model in ("m0", "m1", "m2"):
+            its = [row for row in inside if row.sent_model == model]
+            if its:
+                wanted[model] = smolrouter.make_tally(map(smolrouter.counted_values, its))
+        assert tallies == wanted, begin - hour
+        assert list(of_one.values()) == [wanted[name] for name in wanted if name == "m1"]
+        counted = collections.Counter((row.client, row.sent_model) for row in inside)
+        assert {key: numbers[0] for key, numbers in clients.items()} == counted, begin - hour
+    store.close()
 
 
 def test_clients_beyond_two_hundred_an_hour_are_others(log_folder: LogFolder) -> None:
