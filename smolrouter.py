@@ -12102,9 +12102,10 @@ class Connection(asyncio.Protocol):
 
     **Writing.** `write` appends to `unsent`, the only buffer of the router for what goes out, and
     the LoopBatch calls `flush` at the end of the turn. What is long, or much, does not wait so
-    long. What the kernel has no room for, asyncio keeps until it has. From `limits.write_buffer`
-    octets on it calls `pause_writing`, which sets `write_paused`, and `resume_writing` later.
-    Whoever can write much waits in `drain` meanwhile. What is above that counts in the LoopBatch.
+    long, nor does the end of a message. What the kernel has no room for, asyncio keeps until it
+    has. From `limits.write_buffer` octets on it calls `pause_writing`, which sets `write_paused`,
+    and `resume_writing` later. Whoever can write much waits in `drain` meanwhile. What is above
+    that counts in the LoopBatch.
 
     **Waking.** The task sleeps in `wait`, which returns at any news: octets (without a sink), the
     end, a failure, room to write again. So every wait stands in a loop that looks at what it needs.
@@ -12364,6 +12365,14 @@ class Connection(asyncio.Protocol):
             return
         self.unsent += data
         self.flush()
+
+    def send(self, message: bytes) -> None:
+        """Send a whole message now: the other side can begin while this turn goes on."""
+        if self.unsent:
+            self.write(message)
+            self.flush()
+        elif message:
+            self.transport.write(message)
 
     def flush(self) -> None:
         """Send what was written, now."""
@@ -12725,6 +12734,8 @@ class ResponseWriter:
         self.write_content(content)
         if self.chunked:
             self.connection.write(LAST_CHUNK)
+        # The client need not wait for that either.
+        self.connection.flush()
 
     def cut(self, content: bytes) -> None:
         """Write a last piece and no clean end, so that the answer does not look complete."""
@@ -13752,7 +13763,7 @@ class Upstreams:
         """
         connection.deadline.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
         connection.deadline.set_ack_timeout(self.limits.busy_ack_timeout)
-        connection.write(message)
+        connection.send(message)
         response = None
         try:
             head = await self.receive_head(connection)
