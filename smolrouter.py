@@ -14049,7 +14049,7 @@ class ListRefused(BadGateway):
         self.refusal = refusal
 
 
-def read_fetched(path: str, content: bytes, limits: Limits) -> Any:
+def parse_fetched(path: str, content: bytes, limits: Limits) -> Any:
     """Return the object or the list that a server tells of its models. Raises ValueError.
 
     '/api/tags', `b'{"models": []}'`  ->  {'models': []}
@@ -14070,12 +14070,12 @@ def read_fetched(path: str, content: bytes, limits: Limits) -> Any:
     return document
 
 
-def read_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
+def parse_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
     """Return the models in a server's list, each once. Raises ValueError.
 
     `{"data": [{"id": "m"}, {"id": "m"}]}`, `[{"id": "m"}]`  ->  [{"id": "m"}]
     """
-    document = read_fetched("/v1/models", content, limits)
+    document = parse_fetched("/v1/models", content, limits)
     # Most servers wrap their list into an object; some do not.
     listed = document.get("data") if isinstance(document, dict) else document
     models: dict[str, dict[str, Any]] = {}
@@ -14198,7 +14198,7 @@ def fetch_models(
         kept = [(name, value) for lower, name, value in answer.fields.lines if lower in LIST_FIELDS]
         content = answer.content if len(answer.content) <= limits.refused_list else b""
         raise ListRefused(Refusal(answer.status, tuple(kept), content))
-    return FetchedList(read_model_list(answer.content, limits), len(answer.content))
+    return FetchedList(parse_model_list(answer.content, limits), len(answer.content))
 
 
 class FetchedDocument(NamedTuple):
@@ -14213,7 +14213,7 @@ def fetch_document(
 ) -> FetchedDocument:
     """Ask a server what it tells of its models elsewhere (blocking). Raises OSError, ValueError."""
     answer = fetch(http_connection, server, question, limits, limits.model_list_size)
-    document = read_fetched(question.path, answer.content, limits)
+    document = parse_fetched(question.path, answer.content, limits)
     # LM Studio says in a 200 that it has no such path.
     if answer.status != 200 or not isinstance(document, dict) or "error" in document:
         raise ValueError(f"{question.path} answered {answer.status}, and nothing of models")
@@ -19125,7 +19125,7 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
 ANSWER_TEXTS = (CONTENT_MEMBER, OUTPUT_TEXT, RESPONSE_MEMBER, TEXT_MEMBER)
 
 
-def read_last_text(pieces: Sequence[bytes | bytearray]) -> str:
+def find_last_text(pieces: Sequence[bytes | bytearray]) -> str:
     """Return the last characters that a running answer has said, or thought; "" for nothing yet.
 
     `[b'data: {"choices":[{"delta":{"content":"Hi"}}]}\\n\\n']`  ->  `Hi`
@@ -19175,7 +19175,7 @@ def running_document(record: RequestRecord, now: float) -> dict[str, Any]:
 
 def inflight_document(record: RequestRecord, now: float) -> dict[str, Any]:
     """Return a running request as /api/inflight shows it, with the last words of its answer."""
-    text = read_last_text(list(record.pieces)) if record.stream else ""
+    text = find_last_text(list(record.pieces)) if record.stream else ""
     return {**running_document(record, now), "text": hide_in_text(text, record.secrets)}
 
 
@@ -19493,7 +19493,7 @@ EXPORT_PARAMETERS: Parameters = {
 }
 
 
-def read_parameters(query: str, readers: Parameters) -> dict[str, Any]:
+def parse_query(query: str, readers: Parameters) -> dict[str, Any]:
     """Return the parameters of a query; one without a value is left out. Raises BadRequest.
 
     `?limit=5&model=`  ->  {'limit': 5}
@@ -19522,7 +19522,7 @@ def escape_like(text: str) -> str:
     return re.sub(r"([\\%_])", r"\\\1", text)
 
 
-def read_text_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
+def text_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
     """Return what the texts of rows must hold: words, and parts of names."""
     conditions = [
         Condition(HAS_WORD, (f"%{escape_like(word)}%",)) for word in parameters.get("q", ())
@@ -19535,7 +19535,7 @@ def read_text_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
     return conditions
 
 
-def read_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
+def row_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
     """Return what the rows of a list must fulfil, the condition first that fewest rows do."""
     conditions = []
     for name, text in ROW_FILTERS.items():
@@ -19561,7 +19561,7 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
     {'source': '::1', 'service_type': 'openai'}  ->  SELECT id FROM requests WHERE
         id < ? AND +service_type = ? AND source_ip = ?
     """
-    conditions = read_conditions(parameters)
+    conditions = row_conditions(parameters)
     before = parameters.get("before", 2**62)
     if "end" in parameters and not conditions:
         # A span that ended: ids would have to be walked through from the newest one.
@@ -19600,7 +19600,7 @@ def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
     ids = select_ids(parameters)
     limit = parameters.get("limit", 100)
     looked_at = limit
-    conditions = read_text_conditions(parameters)
+    conditions = text_conditions(parameters)
     if conditions:
         looked_at = LIMITS.searched_rows
     text_test = " AND ".join(condition.text for condition in conditions) or "1"
@@ -19687,7 +19687,7 @@ def percentiles(counts: Sequence[float], values: Sequence[float]) -> dict[str, f
     return {f"p{share}": percentile(counts, values, share) for share in (50, 95, 99)}
 
 
-def read_sums(tally: Sequence[float], *names: str) -> dict[str, int]:
+def pick_sums(tally: Sequence[float], *names: str) -> dict[str, int]:
     """Return some sums of a tally as whole numbers."""
     return {name: int(tally[SUMS.index(name)]) for name in names}
 
@@ -19866,7 +19866,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
         "error_rate": errors / max(requests, 1),
         "latency_ms": percentiles(tally[DURATIONS], durations),
         "ttft_ms": percentiles(tally[TTFTS], ttfts),
-        **read_sums(tally, "prompt_tokens", "completion_tokens"),
+        **pick_sums(tally, "prompt_tokens", "completion_tokens"),
         "tokens_per_second": percentile((), speeds, 50),
         "requests_per_hour": read_hours(db, window, requests),
         "refused_without_row": log.refused.without_row,
@@ -19894,7 +19894,7 @@ def model_document(
     spoken_ms = tally[SUMS.index("spoken_ms")]
     return {
         "model": model,
-        **read_sums(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
+        **pick_sums(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
         "p50_ms": percentile(tally[DURATIONS], durations, 50),
         "p95_ms": percentile(tally[DURATIONS], durations, 95),
         "ttft_p50_ms": percentile(tally[TTFTS], ttfts, 50),
@@ -20044,12 +20044,12 @@ def read_leaders(
         model, _, url = key.rpartition(" ")
         if not model:
             continue
-        spoken_tokens, spoken_ms = read_sums(tally, "spoken_tokens", "spoken_ms").values()
+        spoken_tokens, spoken_ms = pick_sums(tally, "spoken_tokens", "spoken_ms").values()
         leaders.append(
             {
                 "model": model,
                 "upstream_url": url,
-                **read_sums(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
+                **pick_sums(tally, "requests", "errors", "prompt_tokens", "completion_tokens"),
                 "tokens_per_second": token_rate(spoken_tokens, spoken_ms, 0),
                 "ttft_p50_ms": percentile(tally[TTFTS], (), 50),
                 "ttft_p95_ms": percentile(tally[TTFTS], (), 95),
@@ -20561,7 +20561,7 @@ def find_url(table: RoutingTable, text: str) -> str:
 async def serve_question(context: Context, request: Request) -> None:
     """Answer one of QUESTIONS."""
     question, readers = QUESTIONS[request.path]
-    parameters = read_parameters(request.query, readers)
+    parameters = parse_query(request.query, readers)
     if "upstream" in parameters:
         parameters["upstream"] = find_url(context.table, parameters["upstream"])
     document = await context.log.ask(question, parameters)
@@ -20594,7 +20594,7 @@ async def serve_cancel(context: Context, request: Request) -> None:
     raise NotFound("no such request is running")
 
 
-def read_state(content: bytes) -> str:
+def parse_state(content: bytes) -> str:
     """Return how a server is to be: `{"state": "drain"}`  ->  `drain`. Raises MalformedContent."""
     document = parse_json(content)[1]
     state = document.get("state") if isinstance(document, dict) else None
@@ -20609,7 +20609,7 @@ async def serve_upstream_state(context: Context, request: Request) -> None:
     """Answer POST /api/upstreams/{name}: drain a server, switch it off, or open it again."""
     name = urllib.parse.unquote(request.path.split("/", 3)[3])
     server = find_server(context.table, name)
-    state = read_state(request.content)
+    state = parse_state(request.content)
     context.slots.set_state(server, state)
     context.log.print_line(f"server {server.name}: {state}, says {request.source_host}")
     if state == OFF:
@@ -20754,7 +20754,7 @@ def decision_document(decision: Decision, source_host: str) -> dict[str, Any]:
 
 async def serve_routes(context: Context, request: Request) -> None:
     """Answer /api/routes: the table, and with a model what it makes of that model."""
-    parameters = read_parameters(request.query, ROUTE_PARAMETERS)
+    parameters = parse_query(request.query, ROUTE_PARAMETERS)
     document = {**table_document(context.table), "error": context.routes_error}
     if "model" in parameters:
         source_host = parameters.get("source_host", request.source_host)
@@ -20894,7 +20894,7 @@ async def read_more(
 
 async def serve_export(context: Context, request: Request) -> None:
     """Answer /api/export: all of it, as slowly as its reader reads."""
-    parameters = read_parameters(request.query, EXPORT_PARAMETERS)
+    parameters = parse_query(request.query, EXPORT_PARAMETERS)
     media_type = "application/x-ndjson"
     file_name = "smolrouter.jsonl"
     if parameters.get("format") == "csv":
@@ -21104,7 +21104,7 @@ async def serve_session(context: Context, request: Request) -> None:
     request.writer.send_json(session)
 
 
-def read_signin(content: bytes, limits: Limits) -> str:
+def parse_signin(content: bytes, limits: Limits) -> str:
     """Return the token of a sign-in: `{"token": "eyJ..."}`  ->  `eyJ...`."""
     document = None
     # Anybody may send it, so that a long one is not even parsed.
@@ -21134,7 +21134,7 @@ async def serve_signin(context: Context, request: Request) -> None:
     """Answer /api/signin and /api/signout: keep a valid token in a cookie, or delete the cookie."""
     token = ""
     if request.path == "/api/signin":
-        token = read_signin(request.content, context.limits)
+        token = parse_signin(request.content, context.limits)
         check_webui(context.check_tokens([token], request.source_host))
     cookie = encode_cookie(token, time.time(), is_https(context, request))
     request.writer.send_response(204, [cookie], b"")
@@ -22853,7 +22853,7 @@ class Examination:
                 self.find_other_path()
             return False
         try:
-            entries = read_model_list(answer.content, self.limits)
+            entries = parse_model_list(answer.content, self.limits)
             self.models = [ListedModel(entry, read_facts(entry)) for entry in entries]
         except ValueError as error:
             self.problem = f"{error}; it is no server of models, or its path is wrong"
@@ -23291,7 +23291,7 @@ def run_export(invocation: Invocation) -> int:
     # The flags are read by the rules of /api/export's query, where no value is like no parameter.
     given = {name: getattr(options, name) or "" for name in EXPORT_PARAMETERS}
     try:
-        parameters = read_parameters(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
+        parameters = parse_query(urllib.parse.urlencode(given), EXPORT_PARAMETERS)
         store = Store(settings, invocation.limits)
         if not os.path.exists(store.path):
             raise ConfigError(f"export: nothing has been logged (DB_PATH={settings.db_path!r})")

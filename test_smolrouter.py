@@ -15638,7 +15638,7 @@ def test_model_list_in_any_form(steps: list[Step]) -> None:
 @pytest.mark.parametrize("content", (b"<html>", b"7", b'"one"', b"", b"[" * 300 + b"]" * 300))
 def test_what_is_no_model_list(content: bytes) -> None:
     with pytest.raises(ValueError, match="no JSON list"):
-        smolrouter.read_model_list(content, smolrouter.LIMITS)
+        smolrouter.parse_model_list(content, smolrouter.LIMITS)
 
 
 CHANGES = (
@@ -21124,7 +21124,7 @@ def test_last_words_of_an_answer_that_runs() -> None:
         ([bytearray(event * 3)] * 1000, "word " * 24),
     ]
     for pieces, text in cases:
-        found = smolrouter.read_last_text(pieces)
+        found = smolrouter.find_last_text(pieces)
         # The end of 4 KiB may begin within an event, and hold fewer words.
         assert text.endswith(found) and bool(found) == bool(text), (pieces[:2], found)
 
