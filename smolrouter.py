@@ -13463,7 +13463,7 @@ class Waker:
 
 
 @dataclasses.dataclass(eq=False)
-class ServerUse:
+class ServerLoad:
     """How many requests run at a server now, and how many have a slot, with whatever models.
 
     It is counted here, and not added up when it is asked for: clients choose the names of models.
@@ -13485,7 +13485,7 @@ class Health:
 
     limits: Limits
     # What runs at its server, with whatever models.
-    use: ServerUse
+    server_load: ServerLoad
     # Its key in the tables of Upstreams.
     key: InstanceKey
     # How many requests run there now.
@@ -13602,7 +13602,7 @@ class Upstreams:
             GatewayTimeout, f"no answer within {seconds:g} s (REQUEST_TIMEOUT)"
         )
         self.health: dict[InstanceKey, Health] = {}
-        self.servers: dict[UpstreamURL, ServerUse] = {}
+        self.server_loads: dict[UpstreamURL, ServerLoad] = {}
         # When each instance of a route was asked last, as a number that grows.
         self.last_uses: dict[tuple[str, UpstreamURL, int], int] = {}
         self.use_numbers = itertools.count(1)
@@ -13623,15 +13623,15 @@ class Upstreams:
         if health is None:
             if len(self.health) >= self.limits.remembered_instances:
                 self.forget_oldest()
-            health = Health(self.limits, self.use_of(instance.server.url), key)
+            health = Health(self.limits, self.load_of(instance.server.url), key)
             self.health[key] = health
         return health
 
-    def use_of(self, url: UpstreamURL) -> ServerUse:
+    def load_of(self, url: UpstreamURL) -> ServerLoad:
         """Return the record of what runs at a server; the routing file says which there are."""
-        if url not in self.servers:
-            self.servers[url] = ServerUse(url)
-        return self.servers[url]
+        if url not in self.server_loads:
+            self.server_loads[url] = ServerLoad(url)
+        return self.server_loads[url]
 
     def forget_oldest(self) -> None:
         """Forget the oldest tenth of the instances, but for those that are busy."""
@@ -13651,12 +13651,12 @@ class Upstreams:
                 return True
         return False
 
-    def load(self, instance: Instance) -> float:
+    def requests_per_slot(self, instance: Instance) -> float:
         """Return how busy the server of an instance is, with requests for whatever model.
 
         It is the number of requests that run there for each of its slots.
         """
-        return self.use_of(instance.server.url).running / (instance.server.slots or 1)
+        return self.load_of(instance.server.url).running / (instance.server.slots or 1)
 
     def order(self, decision: Decision) -> list[Instance]:
         """Return the instances in the order to try.
@@ -13672,10 +13672,10 @@ class Upstreams:
             # instead, the instance behind a cooling one would get that one's requests and its own.
             instances.sort(key=lambda i: self.last_use(decision, i))
         elif decision.strategy == "least_busy":
-            instances.sort(key=self.load)
+            instances.sort(key=self.requests_per_slot)
         elif decision.strategy == STICKY:
             # As long as all are idle, conversations that begin go to one after the other.
-            instances.sort(key=lambda i: (self.load(i), self.last_use(decision, i)))
+            instances.sort(key=lambda i: (self.requests_per_slot(i), self.last_use(decision, i)))
         now = time.monotonic()
         # The sort is stable: those that are well stay in their order.
         return sorted(instances, key=lambda i: max(self.health_of(i).cool_until - now, 0.0))
@@ -13891,7 +13891,7 @@ class Slots:
         slots = self.of_server.get(url)
         if slots is None:
             return math.inf
-        return slots - self.upstreams.use_of(url).in_slots
+        return slots - self.upstreams.load_of(url).in_slots
 
     def may_run(self, server: Server, takes_slot: bool) -> bool:
         """Tell whether one more request may run at a server now."""
@@ -13905,21 +13905,21 @@ class Slots:
         """Count a request that runs at an instance from now on; `leave` is to follow."""
         health = self.upstreams.health_of(instance)
         health.running += 1
-        use = health.use
-        use.running += 1
+        load = health.server_load
+        load.running += 1
         if takes_slot:
-            use.in_slots += 1
+            load.in_slots += 1
         return health
 
     def leave(self, health: Health, takes_slot: bool) -> None:
         """Count a request that does not run there any more, and let another one run."""
         health.running -= 1
-        use = health.use
-        use.running -= 1
+        load = health.server_load
+        load.running -= 1
         if takes_slot:
-            use.in_slots -= 1
+            load.in_slots -= 1
             if self.waiting:
-                self.admit_to(use.url)
+                self.admit_to(load.url)
 
     # The queue.
 
@@ -20681,7 +20681,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             "failures": sum(health.failures for health in instances),
             "inflight": sum(health.running for health in instances),
             "slots": context.slots.of_server.get(server.url),
-            "running": context.upstreams.use_of(server.url).in_slots,
+            "running": context.upstreams.load_of(server.url).in_slots,
             "queued": context.slots.queued_for(server),
             "models": [model.name for model in models or ()],
             "models_age_s": context.model_lists.age(server, time.monotonic()),

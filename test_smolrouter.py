@@ -14413,8 +14413,8 @@ def test_an_instance_that_breaks_off_its_answer_cools_down(name: str) -> None:
 
 def test_a_break_in_each_answer_doubles_the_cool_down() -> None:
     """The good head of the next answer does not forget the failure before it."""
-    use = smolrouter.ServerUse(smolrouter.parse_upstream_url("http://a"))
-    health = smolrouter.Health(smolrouter.Limits(cool_down=5.0), use, (use.url, ""))
+    load = smolrouter.ServerLoad(smolrouter.parse_upstream_url("http://a"))
+    health = smolrouter.Health(smolrouter.Limits(cool_down=5.0), load, (load.url, ""))
     for failures, cool_down in ((1, 5), (2, 10), (3, 20)):
         health.end_cool_down()
         assert health.cool_until == 0.0
@@ -14697,7 +14697,7 @@ def test_slots_of_a_server_are_counted_and_not_added_up() -> None:
         entered = [slots.enter(instance, True) for instance in (one, two, other)]
         entered.append(slots.enter(one, False))
         assert [slots.free_slots(server.url) for server in (a, b)] == [0, 0]
-        assert (upstreams.load(one), upstreams.load(other)) == (1.5, 1.0)
+        assert (upstreams.requests_per_slot(one), upstreams.requests_per_slot(other)) == (1.5, 1.0)
         queue = [
             smolrouter.Waiting(1, n, i) for n, i in enumerate([(other,), (one,), (other, two)])
         ]
@@ -14711,7 +14711,7 @@ def test_slots_of_a_server_are_counted_and_not_added_up() -> None:
         assert slots.waiting == [queue[0]] and queue[2].granted.result() == two
         slots.leave(entered[2], True)
         assert not slots.waiting and queue[0].granted.result() == other
-        assert [upstreams.use_of(server.url).in_slots for server in (a, b)] == [2, 1]
+        assert [upstreams.load_of(server.url).in_slots for server in (a, b)] == [2, 1]
 
     run_coroutine(run())
 
