@@ -13026,22 +13026,22 @@ class HostNames:
     ) -> None:
         self.limits = limits
         self.look_up = look_up
-        self.running: dict[str, asyncio.Task[str]] = {}
-        # The last addresses of each name; and of a name that was not found since then, when they
-        # do not count any more.
+        self.lookups: dict[str, asyncio.Task[str]] = {}
+        # The last addresses of each name.
         self.addresses: dict[str, list[str]] = {}
+        # Until when those count of a name that is not found any more; on the monotonic clock.
         self.expires_at: dict[str, float] = {}
 
     async def find(self, host: str) -> list[str]:
         """Return the addresses of a host, the best one first. Raises OSError."""
         if is_address(host):
             return [host]
-        if host not in self.running:
-            self.running[host] = asyncio.create_task(self.refresh(host))
-        running = self.running[host]
+        if host not in self.lookups:
+            self.lookups[host] = asyncio.create_task(self.refresh(host))
+        lookup = self.lookups[host]
         timeout = self.limits.lookup_timeout if host in self.addresses else None
-        await asyncio.wait([running], timeout=timeout)
-        reason = running.result() if running.done() else "it takes too long to look up its name"
+        await asyncio.wait([lookup], timeout=timeout)
+        reason = lookup.result() if lookup.done() else "it takes too long to look up its name"
         if reason:
             now = time.monotonic()
             expires_at = self.expires_at.setdefault(host, now + self.limits.addresses_kept)
@@ -13058,7 +13058,7 @@ class HostNames:
         except (OSError, ValueError) as error:
             return describe(error)
         finally:
-            del self.running[host]
+            del self.lookups[host]
         self.addresses[host] = list_addresses(infos)
         self.expires_at.pop(host, None)
         return ""
@@ -13122,7 +13122,7 @@ class ConnectionPool:
             raise
         if not opening.done():
             abandon(opening)
-            what = "address of its name" if server.url.host in self.names.running else "connection"
+            what = "address of its name" if server.url.host in self.names.lookups else "connection"
             late = GatewayTimeout(f"no {what} within {timeout:g} s (CONNECT_TIMEOUT)")
             late.unreached = True
             raise late
@@ -13398,28 +13398,28 @@ class Waker:
         self.limits = pool.limits
         # Servers that take no requests, because their owner said so.
         self.closed = closed
-        self.running: dict[UpstreamURL, asyncio.Task[str]] = {}
+        self.attempts: dict[UpstreamURL, asyncio.Task[str]] = {}
         # How many requests wait for each of them.
         self.waiting: collections.Counter[UpstreamURL] = collections.Counter()
 
     async def wake(self, server: Server) -> str:
         """Wake a server's machine; return why it cannot be reached, "" when it can."""
         url = server.url
-        if url not in self.running:
-            self.running[url] = asyncio.create_task(self.run(server, server.wake))
-        running = self.running[url]
+        if url not in self.attempts:
+            self.attempts[url] = asyncio.create_task(self.try_to_wake(server, server.wake))
+        attempt = self.attempts[url]
         self.waiting[url] += 1
         try:
-            await asyncio.wait([running])
+            await asyncio.wait([attempt])
         finally:
             self.waiting[url] -= 1
             if not self.waiting[url]:
-                running.cancel()
+                attempt.cancel()
                 del self.waiting[url]
-                del self.running[url]
-        return running.result()
+                del self.attempts[url]
+        return attempt.result()
 
-    async def run(self, server: Server, wake: Wake) -> str:
+    async def try_to_wake(self, server: Server, wake: Wake) -> str:
         """Send packets and try to connect until the time is up; return as `wake` does."""
         now = time.monotonic()
         give_up_at = now + wake.timeout
@@ -13478,9 +13478,9 @@ class ServerLoad:
 class Health:
     """How one instance has fared.
 
-    A failure begins a cool-down, in which other instances are asked first. With each failure in a
-    row it gets twice as long. A good answer that has begun ends the cool-down; when all of it has
-    come, the row ends, too (`succeed`).
+    A failure begins a cool-down, in which other instances are asked first. Each further failure
+    doubles it. A good answer that has begun ends the cool-down; when all of it has come, the
+    failures are forgotten, too (`succeed`).
     """
 
     limits: Limits
@@ -13504,12 +13504,13 @@ class Health:
     def fail(self, error: str, retry_after: str | None = None, reached: bool = False) -> None:
         """Begin a cool-down: 5 s, doubling up to 60 s, or what a Retry-After asks for."""
         limits = self.limits
+        # So many doublings exceed any limit, and a thousand of them would overflow.
         doublings = min(self.failures, 10)
         cool_down = min(limits.cool_down * 2**doublings, limits.longest_cool_down)
         if retry_after:
-            asked_for = parse_retry_after(retry_after, time.time())
-            if asked_for is not None:
-                cool_down = min(asked_for, limits.longest_retry_after)
+            seconds = parse_retry_after(retry_after, time.time())
+            if seconds is not None:
+                cool_down = min(seconds, limits.longest_retry_after)
         self.failures += 1
         self.error = error
         self.reached = reached
@@ -13808,7 +13809,7 @@ CLOSED_WORDS = {DRAIN: "is drained and takes no requests", OFF: "is switched off
 
 
 @dataclasses.dataclass(eq=False)
-class Waiting:
+class QueuedRequest:
     """A request that waits for a slot of one of several servers."""
 
     # Its place in PRIORITIES, and when it came: a number that grows.
@@ -13836,10 +13837,10 @@ class Slots:
         self.settings = upstreams.settings
         self.limits = upstreams.limits
         # How many slots servers have; one that is not in here runs any number of requests.
-        self.of_server: dict[UpstreamURL, int] = {}
+        self.slot_counts: dict[UpstreamURL, int] = {}
         self.closed = upstreams.closed
         # Those who wait, in the order of rank and number.
-        self.waiting: list[Waiting] = []
+        self.queue: list[QueuedRequest] = []
         self.numbers = itertools.count()
         # What a client is told who finds no slot.
         self.retry_after = ("Retry-After", str(self.limits.full_retry_after))
@@ -13849,14 +13850,14 @@ class Slots:
         servers = table.all_servers()
         # A server that is not in the table any more has its slots as long as somebody waits for it:
         # they would all run there at once.
-        gone = {i.server.url for waiting in self.waiting for i in waiting.instances}
+        gone = {i.server.url for queued in self.queue for i in queued.instances}
         gone -= {server.url for server in servers}
-        self.of_server = {url: slots for url, slots in self.of_server.items() if url in gone}
+        self.slot_counts = {url: slots for url, slots in self.slot_counts.items() if url in gone}
         for server in servers:
             if server.slots is not None:
                 # Two names may stand for one server. The smaller number is the one that is safe.
-                slots = self.of_server.get(server.url, server.slots)
-                self.of_server[server.url] = min(slots, server.slots)
+                slots = self.slot_counts.get(server.url, server.slots)
+                self.slot_counts[server.url] = min(slots, server.slots)
         self.admit()
 
     def set_state(self, server: Server, state: str) -> None:
@@ -13865,12 +13866,12 @@ class Slots:
         if state != ON:
             self.closed[server.url] = state
         self.admit()
-        for waiting in list(self.waiting):
-            if not self.open_ones(waiting.instances):
-                self.waiting.remove(waiting)
-                waiting.granted.set_result(None)
+        for queued in list(self.queue):
+            if not self.open_instances(queued.instances):
+                self.queue.remove(queued)
+                queued.granted.set_result(None)
 
-    def open_ones(self, instances: Iterable[Instance]) -> list[Instance]:
+    def open_instances(self, instances: Iterable[Instance]) -> list[Instance]:
         """Return the instances whose servers are not closed."""
         if not self.closed:
             return list(instances)
@@ -13888,14 +13889,14 @@ class Slots:
         """Return how many more requests a server may run now."""
         if url in self.closed:
             return 0
-        slots = self.of_server.get(url)
+        slots = self.slot_counts.get(url)
         if slots is None:
             return math.inf
         return slots - self.upstreams.load_of(url).in_slots
 
     def may_run(self, server: Server, takes_slot: bool) -> bool:
         """Tell whether one more request may run at a server now."""
-        if not (self.of_server or self.closed):
+        if not (self.slot_counts or self.closed):
             return True
         if not takes_slot:
             return server.url not in self.closed
@@ -13918,7 +13919,7 @@ class Slots:
         load.running -= 1
         if takes_slot:
             load.in_slots -= 1
-            if self.waiting:
+            if self.queue:
                 self.admit_to(load.url)
 
     # The queue.
@@ -13926,8 +13927,8 @@ class Slots:
     def queued_for(self, server: Server) -> int:
         """Return how many requests wait that this server could run, or another one."""
         return sum(
-            any(instance.server.url == server.url for instance in waiting.instances)
-            for waiting in self.waiting
+            any(instance.server.url == server.url for instance in queued.instances)
+            for queued in self.queue
         )
 
     async def wait(
@@ -13937,15 +13938,15 @@ class Slots:
 
         Returns None when the time is up. Raises QueueFull.
         """
-        if len(self.waiting) >= self.settings.queue_size:
+        if len(self.queue) >= self.settings.queue_size:
             raise QueueFull(
-                f"no slot is free at {name_servers(instances)}, and {len(self.waiting)} requests "
+                f"no slot is free at {name_servers(instances)}, and {len(self.queue)} requests "
                 f"wait for one already (QUEUE_SIZE={self.settings.queue_size})",
                 self.retry_after,
             )
-        waiting = Waiting(rank, next(self.numbers), instances)
-        self.add(waiting)
-        granted = waiting.granted
+        queued = QueuedRequest(rank, next(self.numbers), instances)
+        self.add(queued)
+        granted = queued.granted
         try:
             # Not wait_for: up to Python 3.11 it may lose a cancellation.
             await asyncio.wait([granted], timeout=seconds)
@@ -13957,61 +13958,61 @@ class Slots:
         finally:
             # Whoever was granted a slot is not in the queue any more.
             if not granted.done():
-                self.waiting.remove(waiting)
+                self.queue.remove(queued)
         return granted.result() if granted.done() else None
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, queued: QueuedRequest) -> None:
         """Put a request into the queue, behind all that came before it with its priority."""
         overtaken_until = time.monotonic() + self.limits.longest_overtaking
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].rank > waiting.rank:
+        place = len(self.queue)
+        while place and self.queue[place - 1].rank > queued.rank:
             place -= 1
-            overtaken = self.waiting[place]
+            overtaken = self.queue[place]
             overtaken.overtaken_until = min(overtaken.overtaken_until, overtaken_until)
-        self.waiting.insert(place, waiting)
+        self.queue.insert(place, queued)
 
-    def in_order(self) -> list[Waiting]:
+    def in_order(self) -> list[QueuedRequest]:
         """Return those who wait in the order in which they get slots.
 
         Those who have been overtaken for long enough are before all that came later.
         """
         now = time.monotonic()
-        overtaken = [waiting for waiting in self.waiting if waiting.overtaken_until <= now]
+        overtaken = [queued for queued in self.queue if queued.overtaken_until <= now]
         if not overtaken:
-            return list(self.waiting)
-        overtaken.sort(key=lambda waiting: waiting.number)
+            return list(self.queue)
+        overtaken.sort(key=lambda queued: queued.number)
         order = []
-        for waiting in self.waiting:
-            while overtaken and overtaken[0].number <= waiting.number:
+        for queued in self.queue:
+            while overtaken and overtaken[0].number <= queued.number:
                 order.append(overtaken.pop(0))
-            if waiting.overtaken_until > now:
-                order.append(waiting)
+            if queued.overtaken_until > now:
+                order.append(queued)
         return order
 
     def admit(self) -> None:
         """Let those run who wait and for whom there is a free slot now."""
-        for waiting in self.in_order():
-            for instance in waiting.instances:
+        for queued in self.in_order():
+            for instance in queued.instances:
                 if self.free_slots(instance.server.url) > 0:
-                    self.grant(waiting, instance)
+                    self.grant(queued, instance)
                     break
 
     def admit_to(self, url: UpstreamURL) -> None:
         """Let those run who wait for a server that has a free slot now; nothing else is free."""
         if self.free_slots(url) <= 0:
             return
-        for waiting in self.in_order():
-            fitting = [i for i in waiting.instances if i.server.url == url]
+        for queued in self.in_order():
+            fitting = [i for i in queued.instances if i.server.url == url]
             if fitting:
-                self.grant(waiting, fitting[0])
+                self.grant(queued, fitting[0])
                 if self.free_slots(url) <= 0:
                     return
 
-    def grant(self, waiting: Waiting, instance: Instance) -> None:
+    def grant(self, queued: QueuedRequest, instance: Instance) -> None:
         """Take a request out of the queue and let it run at an instance."""
-        self.waiting.remove(waiting)
+        self.queue.remove(queued)
         self.enter(instance, takes_slot=True)
-        waiting.granted.set_result(instance)
+        queued.granted.set_result(instance)
 
 
 # --- lists of models --------------------------------------------------------------------
@@ -18014,7 +18015,7 @@ class Candidates:
         # Those that were not asked yet, in order.
         self.left = self.upstreams.order(decision)
         if self.slots.closed:
-            self.left = self.slots.open_ones(self.left)
+            self.left = self.slots.open_instances(self.left)
         self.count = len(self.left)
         # Whether the request needs a slot. Without content nothing is asked of a model. That of an
         # upload is not there yet: it comes in later, and takes as long as its client likes.
@@ -18099,7 +18100,7 @@ class Candidates:
 
         When there is none, and none was asked, the request is refused for that.
         """
-        self.left = self.slots.open_ones(self.left)
+        self.left = self.slots.open_instances(self.left)
         if not self.left and not self.was_asked:
             self.refusal = self.slots.refusal_of(self.decision.instances)
         return self.left
@@ -18149,7 +18150,7 @@ class Candidates:
     def may_start(self, instance: Instance) -> bool:
         """Tell whether this is the one that was woken, and its server may still be starting."""
         is_woken = instance == self.woken and time.monotonic() < self.starts_until
-        return is_woken and bool(self.slots.open_ones([instance]))
+        return is_woken and bool(self.slots.open_instances([instance]))
 
     async def wake(self) -> bool:
         """Wake a machine; tell whether there is an instance again that may be asked.
@@ -18162,7 +18163,7 @@ class Candidates:
             await asyncio.sleep(self.slots.limits.waking_interval)
             self.left.append(self.woken)
             return True
-        self.asleep = self.slots.open_ones(self.asleep)
+        self.asleep = self.slots.open_instances(self.asleep)
         while self.can_wake():
             instance, *self.asleep = self.asleep
             server = instance.server
@@ -20680,7 +20681,7 @@ async def serve_upstreams(context: Context, request: Request) -> None:
             # Those since the last good answer of each instance.
             "failures": sum(health.failures for health in instances),
             "inflight": sum(health.running for health in instances),
-            "slots": context.slots.of_server.get(server.url),
+            "slots": context.slots.slot_counts.get(server.url),
             "running": context.upstreams.load_of(server.url).in_slots,
             "queued": context.slots.queued_for(server),
             "models": [model.name for model in models or ()],
@@ -20780,7 +20781,7 @@ async def serve_metrics(context: Context, request: Request) -> None:
         dict(log.series),
         {
             "inflight_requests": ("Requests that run now", len(log.running)),
-            "queued_requests": ("Requests that wait for a slot", len(context.slots.waiting)),
+            "queued_requests": ("Requests that wait for a slot", len(context.slots.queue)),
             "log_backlog_rows": ("Rows that wait for the database", log.backlog),
             "refused_without_row": (
                 f"Refused requests beyond {context.limits.refused_rows} a second, without a row",

@@ -14666,7 +14666,7 @@ def test_the_order_of_the_queue() -> None:
         batch = smolrouter.LoopBatch(limits)
         slots = smolrouter.Slots(smolrouter.Upstreams(smolrouter.Settings(), batch))
         for number, rank in enumerate((1, 2, 0, 2, 1, 0)):
-            slots.add(smolrouter.Waiting(rank, number, ()))
+            slots.add(smolrouter.QueuedRequest(rank, number, ()))
         return [waiting.number for waiting in slots.in_order()]
 
     assert run_coroutine(order_after(30)) == [2, 5, 0, 4, 1, 3]
@@ -14699,18 +14699,19 @@ def test_slots_of_a_server_are_counted_and_not_added_up() -> None:
         assert [slots.free_slots(server.url) for server in (a, b)] == [0, 0]
         assert (upstreams.requests_per_slot(one), upstreams.requests_per_slot(other)) == (1.5, 1.0)
         queue = [
-            smolrouter.Waiting(1, n, i) for n, i in enumerate([(other,), (one,), (other, two)])
+            smolrouter.QueuedRequest(1, n, i)
+            for n, i in enumerate([(other,), (one,), (other, two)])
         ]
-        for waiting in queue:
-            slots.add(waiting)
+        for queued in queue:
+            slots.add(queued)
         slots.leave(entered[3], False)
-        assert len(slots.waiting) == 3
+        assert len(slots.queue) == 3
         slots.leave(entered[0], True)
-        assert slots.waiting == [queue[0], queue[2]] and queue[1].granted.result() == one
+        assert slots.queue == [queue[0], queue[2]] and queue[1].granted.result() == one
         slots.leave(entered[1], True)
-        assert slots.waiting == [queue[0]] and queue[2].granted.result() == two
+        assert slots.queue == [queue[0]] and queue[2].granted.result() == two
         slots.leave(entered[2], True)
-        assert not slots.waiting and queue[0].granted.result() == other
+        assert not slots.queue and queue[0].granted.result() == other
         assert [upstreams.load_of(server.url).in_slots for server in (a, b)] == [2, 1]
 
     run_coroutine(run())
