@@ -14106,7 +14106,7 @@ def make_http_connection(server: Server, tls_context: ssl.SSLContext | None, tim
     return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
 
 
-def question_fields(server: Server, authorization: str | None = None) -> dict[str, str]:
+def own_request_fields(server: Server, authorization: str | None = None) -> dict[str, str]:
     """Return the fields of a request of the router's own; the server's key is tried first."""
     fields = {"Accept": "application/json", **dict(server.headers)}
     credentials = f"Bearer {server.api_key}" if server.api_key else authorization
@@ -14120,8 +14120,8 @@ def take_fields(response: Any) -> Fields:
     return Fields([(name.lower(), name, value) for name, value in response.getheaders()])
 
 
-class Question(NamedTuple):
-    """What a server is asked, by GET or with content by POST."""
+class OwnRequest(NamedTuple):
+    """A request of the router's own to a server: a GET, or a POST if it has content."""
 
     path: str
     # What it gets as Authorization if it has no key of its own.
@@ -14130,7 +14130,7 @@ class Question(NamedTuple):
 
 
 class FetchedAnswer(NamedTuple):
-    """What a server has answered to a question, decoded."""
+    """What a server has answered to a request of the router's own, decoded."""
 
     status: int
     fields: Fields
@@ -14138,7 +14138,7 @@ class FetchedAnswer(NamedTuple):
 
 
 def fetch(
-    http_connection: Any, server: Server, question: Question, limits: Limits, most: int
+    http_connection: Any, server: Server, own_request: OwnRequest, limits: Limits, most: int
 ) -> FetchedAnswer:
     """Ask a server, and return its answer with `most` octets of the content (blocking).
 
@@ -14146,14 +14146,14 @@ def fetch(
     """
     import http.client
 
-    fields = question_fields(server, question.authorization)
+    fields = own_request_fields(server, own_request.authorization)
     method = "GET"
-    if question.content is not None:
+    if own_request.content is not None:
         method = "POST"
         fields["Content-Type"] = "application/json"
     try:
-        target = f"{server.url.prefix}{question.path}"
-        http_connection.request(method, target, question.content, fields)
+        target = f"{server.url.prefix}{own_request.path}"
+        http_connection.request(method, target, own_request.content, fields)
         response = http_connection.getresponse()
         content = response.read(most)
     except (http.client.HTTPException, AttributeError) as error:
@@ -14169,13 +14169,13 @@ def fetch(
         try:
             content = Inflater(coding, limits.decoded_answer).feed(content)
         except BadGateway as error:
-            raise ValueError(f"{question.path}: {error}") from None
+            raise ValueError(f"{own_request.path}: {error}") from None
     return FetchedAnswer(response.status, answer_fields, content)
 
 
 def fetch_service(http_connection: Any, server: Server, limits: Limits) -> str:
     """Ask a server what it speaks, by its greeting (blocking). Raises OSError or ValueError."""
-    answer = fetch(http_connection, server, Question("/"), limits, limits.greeting)
+    answer = fetch(http_connection, server, OwnRequest("/"), limits, limits.greeting)
     if answer.status >= 500:
         # That is said in its place, by a proxy for example.
         raise OSError(f"/ answered {answer.status}")
@@ -14193,8 +14193,8 @@ def fetch_models(
     http_connection: Any, server: Server, authorization: str | None, limits: Limits
 ) -> FetchedList:
     """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
-    question = Question("/v1/models", authorization)
-    answer = fetch(http_connection, server, question, limits, limits.model_list_size)
+    own_request = OwnRequest("/v1/models", authorization)
+    answer = fetch(http_connection, server, own_request, limits, limits.model_list_size)
     if answer.status >= 400:
         kept = [(name, value) for lower, name, value in answer.fields.lines if lower in LIST_FIELDS]
         content = answer.content if len(answer.content) <= limits.refused_list else b""
@@ -14210,14 +14210,14 @@ class FetchedDocument(NamedTuple):
 
 
 def fetch_document(
-    http_connection: Any, server: Server, question: Question, limits: Limits
+    http_connection: Any, server: Server, own_request: OwnRequest, limits: Limits
 ) -> FetchedDocument:
     """Ask a server what it tells of its models elsewhere (blocking). Raises OSError, ValueError."""
-    answer = fetch(http_connection, server, question, limits, limits.model_list_size)
-    document = parse_fetched(question.path, answer.content, limits)
+    answer = fetch(http_connection, server, own_request, limits, limits.model_list_size)
+    document = parse_fetched(own_request.path, answer.content, limits)
     # LM Studio says in a 200 that it has no such path.
     if answer.status != 200 or not isinstance(document, dict) or "error" in document:
-        raise ValueError(f"{question.path} answered {answer.status}, and nothing of models")
+        raise ValueError(f"{own_request.path} answered {answer.status}, and nothing of models")
     return FetchedDocument(document, len(answer.content))
 
 
@@ -14403,10 +14403,10 @@ class ModelLists:
             services = {**services, key: service}
             self.catalogue = dataclasses.replace(self.catalogue, services=services)
 
-    async def ask_document(self, server: Server, question: Question) -> FetchedDocument:
+    async def ask_document(self, server: Server, own_request: OwnRequest) -> FetchedDocument:
         """Return what a server tells of its models elsewhere. Raises what `ask` does."""
         read = functools.partial(
-            fetch_document, server=server, question=question, limits=self.limits
+            fetch_document, server=server, own_request=own_request, limits=self.limits
         )
         return await self.ask(server, read)
 
@@ -14419,8 +14419,8 @@ class ModelLists:
             return
         service = self.catalogue.with_api(server).api
         paths = further_lists(service, known.models)
-        questions = [self.ask_document(server, Question(path, authorization)) for path in paths]
-        answers = await asyncio.gather(*questions, return_exceptions=True)
+        fetches = [self.ask_document(server, OwnRequest(path, authorization)) for path in paths]
+        answers = await asyncio.gather(*fetches, return_exceptions=True)
         size = known.size
         further: dict[str, dict[str, dict[str, Any]]] = {}
         for path, answer in zip(paths, answers, strict=True):
@@ -14463,9 +14463,9 @@ class ModelLists:
             if not is_told and is_short and detail_key(server, model) not in self.details:
                 unknown.append(model)
         for model in unknown[: self.limits.listed_details]:
-            question = Question(path, authorization, encode_json({"model": model.name}))
+            own_request = OwnRequest(path, authorization, encode_json({"model": model.name}))
             try:
-                facts = read_facts((await self.ask_document(server, question)).document)
+                facts = read_facts((await self.ask_document(server, own_request)).document)
             except ValueError:
                 # It does not tell, and will not do so in a minute.
                 facts = NO_FACTS
@@ -22783,10 +22783,10 @@ class Examination:
         import http.client
 
         seconds = self.limits.probe_timeout
-        request = ("GET", None, question_fields(self.server))
+        request = ("GET", None, own_request_fields(self.server))
         if document is not None:
             seconds = self.limits.probed_model_timeout
-            fields = {"Content-Type": "application/json", **question_fields(self.server)}
+            fields = {"Content-Type": "application/json", **own_request_fields(self.server)}
             request = ("POST", encode_json(document), fields)
         started_at = time.monotonic()
         deadline = math.inf
