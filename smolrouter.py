@@ -14297,18 +14297,20 @@ class ModelLists:
 
     def find(self, key: ModelListKey, server: Server) -> tuple[ModelList | None, bool]:
         """Return the last list unless it is too old, and whether no change has made it wrong."""
-        known = self.lists.get(key)
-        if known is None or time.monotonic() - known.asked_at > self.limits.model_list_kept:
+        model_list = self.lists.get(key)
+        if model_list is None:
             return None, False
-        return known, known.asked_at > self.changed_at.get(server.url, 0.0)
+        if time.monotonic() - model_list.asked_at > self.limits.model_list_kept:
+            return None, False
+        return model_list, model_list.asked_at > self.changed_at.get(server.url, 0.0)
 
     def context_length_of(self, instance: Instance) -> int | None:
         """Return how many tokens the model of an instance takes at once, None if nobody said."""
         server = instance.server
         if server.stated.context_length is not None:
             return server.stated.context_length
-        known, _ = self.find(own_list_key(server), server)
-        models = known.by_name if known else {}
+        model_list, _ = self.find(own_list_key(server), server)
+        models = model_list.by_name if model_list else {}
         name = find_listed(instance.model or "", models)
         return models[name].facts.context_length if name else None
 
@@ -14322,17 +14324,17 @@ class ModelLists:
         if server.models is not None:
             return [ListedModel(model_entry(name), server.stated) for name in server.models]
         key = list_key(server, authorization)
-        known, is_current = self.find(key, server)
-        age = time.monotonic() - known.asked_at if known else math.inf
+        model_list, is_current = self.find(key, server)
+        age = time.monotonic() - model_list.asked_at if model_list else math.inf
         is_fresh = age <= min(oldest, self.limits.model_list_fresh)
         if (is_current and is_fresh) or self.upstreams.is_cooling(server):
-            return known.models if known else None
+            return model_list.models if model_list else None
         self.start_refresh(key, server, authorization)
         # An old list will do for now; without one, or with a wrong one, the client has to wait.
         if not is_current or age > oldest:
             await asyncio.wait([self.refreshing[key]], timeout=self.limits.model_list_timeout)
-            known, _ = self.find(key, server)
-        return known.models if known else None
+            model_list, _ = self.find(key, server)
+        return model_list.models if model_list else None
 
     def start_refresh(self, key: ModelListKey, server: Server, authorization: str | None) -> None:
         """Ask a server for its list, unless that is being done."""
@@ -14414,28 +14416,28 @@ class ModelLists:
         self, key: ModelListKey, server: Server, authorization: str | None
     ) -> None:
         """Ask a server for its further lists, and complete the list with what they tell."""
-        known = self.lists.get(key)
-        if known is None:
+        model_list = self.lists.get(key)
+        if model_list is None:
             return
         service = self.catalogue.with_api(server).api
-        paths = further_lists(service, known.models)
+        paths = further_lists(service, model_list.models)
         fetches = [self.ask_document(server, OwnRequest(path, authorization)) for path in paths]
         answers = await asyncio.gather(*fetches, return_exceptions=True)
-        size = known.size
+        size = model_list.size
         further: dict[str, dict[str, dict[str, Any]]] = {}
         for path, answer in zip(paths, answers, strict=True):
             # Without it less is known, and that is all.
             if isinstance(answer, FetchedDocument):
                 size += answer.size
-                further[path] = read_further_list(path, answer.document, known.models)
+                further[path] = read_further_list(path, answer.document, model_list.models)
         models = []
-        for model in known.models:
+        for model in model_list.models:
             name = model.name
             entries = {path: listed[name] for path, listed in further.items() if name in listed}
             models.append(self.complete(server, model._replace(further=entries)))
         # Another refresh may have begun later and be here already.
-        if self.lists.get(key) is known:
-            self.keep(key, server, ModelList(known.asked_at, models, size))
+        if self.lists.get(key) is model_list:
+            self.keep(key, server, ModelList(model_list.asked_at, models, size))
         if details_path(service) and server.url not in self.learning:
             task = asyncio.create_task(self.learn_details(key, server, authorization))
             self.learning[server.url] = task
@@ -14455,14 +14457,14 @@ class ModelLists:
         Nobody waits for that. A model is asked for once, until it changes.
         """
         path = details_path(self.catalogue.with_api(server).api)
-        unknown = []
-        known = self.lists.get(key)
-        for model in known.models if known else ():
+        undescribed = []
+        model_list = self.lists.get(key)
+        for model in model_list.models if model_list else ():
             is_told = None not in (model.facts.context_length, model.facts.capabilities)
             is_short = len(model.name) <= self.limits.shown_name
             if not is_told and is_short and detail_key(server, model) not in self.details:
-                unknown.append(model)
-        for model in unknown[: self.limits.listed_details]:
+                undescribed.append(model)
+        for model in undescribed[: self.limits.listed_details]:
             own_request = OwnRequest(path, authorization, encode_json({"model": model.name}))
             try:
                 facts = read_facts((await self.ask_document(server, own_request)).document)
@@ -14473,21 +14475,21 @@ class ModelLists:
                 break
             detail = detail_key(server, model)
             keep_newest(self.details, detail, facts, self.limits.remembered_details)
-        known = self.lists.get(key)
-        if unknown and known:
-            models = [self.complete(server, model) for model in known.models]
-            self.keep(key, server, dataclasses.replace(known, models=models))
+        model_list = self.lists.get(key)
+        if undescribed and model_list:
+            models = [self.complete(server, model) for model in model_list.models]
+            self.keep(key, server, dataclasses.replace(model_list, models=models))
 
-    def keep(self, key: ModelListKey, server: Server, models: ModelList) -> None:
+    def keep(self, key: ModelListKey, server: Server, model_list: ModelList) -> None:
         """Keep a list, and tell the routing when it is one of the router's own and has changed."""
         if key == own_list_key(server):
-            names = index_names(model.name for model in models.models)
+            names = index_names(model.name for model in model_list.models)
             if self.catalogue.lists.get(key) != names:
                 lists = {**self.catalogue.lists, key: names}
                 self.catalogue = dataclasses.replace(self.catalogue, lists=lists)
         # The newest is the last one.
         self.lists.pop(key, None)
-        self.lists[key] = models
+        self.lists[key] = model_list
         # Clients choose credentials as they like. Their lists make room, not the router's own.
         of_clients = [kept for kept in self.lists if kept not in self.catalogue.lists]
         size = sum(kept.size for kept in self.lists.values())
@@ -14562,10 +14564,10 @@ class ModelLists:
 
     def age(self, server: Server, now: float) -> int | None:
         """Return for how many seconds a server's list is known; None if there is none to age."""
-        known = self.lists.get(own_list_key(server))
-        if known is None or server.models is not None:
+        model_list = self.lists.get(own_list_key(server))
+        if model_list is None or server.models is not None:
             return None
-        return int(now - known.asked_at)
+        return int(now - model_list.asked_at)
 
     def decision_with_ages(self, decision: Decision, second: int) -> Decision:
         """Return a decision by lists that says how old they are in a second of the monotonic clock.
@@ -22368,7 +22370,7 @@ class Router:
         if self.server.tls_context:
             self.console.print_line(f"TLS_CERT: {self.settings.tls_cert} was read again")
 
-    def hang_up(self) -> None:
+    def read_files_again(self) -> None:
         """Read the routing file and the certificate again, as SIGHUP asks."""
         self.reload()
         self.reload_certificate()
@@ -22441,7 +22443,7 @@ class Router:
         grace = self.settings.shutdown_grace
         handle_signal("SIGTERM", self.interrupt)
         handle_signal("SIGINT", self.interrupt)
-        handle_signal("SIGHUP", self.hang_up)
+        handle_signal("SIGHUP", self.read_files_again)
         port = self.server.listeners[0].getsockname()[1]
         self.server.start()
         self.context.model_lists.refresh_old(self.context.table)
@@ -22782,12 +22784,15 @@ class Examination:
         """Send a request and return the answer when all of it is there, or too late (blocking)."""
         import http.client
 
+        method = "GET"
+        content = None
+        fields = own_request_fields(self.server)
         seconds = self.limits.probe_timeout
-        request = ("GET", None, own_request_fields(self.server))
         if document is not None:
+            method = "POST"
+            content = encode_json(document)
+            fields["Content-Type"] = "application/json"
             seconds = self.limits.probed_model_timeout
-            fields = {"Content-Type": "application/json", **own_request_fields(self.server)}
-            request = ("POST", encode_json(document), fields)
         started_at = time.monotonic()
         deadline = math.inf
         ending = None
@@ -22799,7 +22804,6 @@ class Examination:
                 # A server that sends a little now and then would never be late for a socket.
                 ending = threading.Timer(seconds, end_socket, (connection.sock,))
                 ending.start()
-                method, content, fields = request
                 connection.request(method, f"{self.server.url.prefix}{path}", content, fields)
                 answer = self.receive(path, connection.getresponse(), started_at)
         except (OSError, http.client.HTTPException) as error:
@@ -23078,7 +23082,7 @@ def choose_name(
     return next(candidate for candidate in numbered if candidate not in used_names)
 
 
-def write_servers(examinations: Sequence[Examination], table: RoutingTable) -> list[str]:
+def format_servers(examinations: Sequence[Examination], table: RoutingTable) -> list[str]:
     """Return the lines of a `servers:` block; a secret is the name of a variable there."""
     named = list(table.servers.values())
     used_names = set(table.servers)
@@ -23143,7 +23147,7 @@ def run_doctor(invocation: Invocation) -> int:
     print(f"asking {count}; a model may take {limits.probed_model_timeout:g} s", file=sys.stderr)
     examine(examinations, Examination.run)
     lines = describe_examinations(examinations)
-    print(*lines, "", *write_servers(examinations, table), sep="\n")
+    print(*lines, "", *format_servers(examinations, table), sep="\n")
     return 1 if any(examination.problem for examination in examinations) else 0
 
 
@@ -23712,7 +23716,7 @@ class DemoClient(NamedTuple):
         transcript = read_transcript(talk.path, b"", content) if response.status == 200 else []
         return transcript[-1] if transcript else {"content": "", "tool_calls": []}
 
-    def talk(self, talk: DemoTalk) -> None:
+    def converse(self, talk: DemoTalk) -> None:
         """Ask one question after the other, each with all that was said before."""
         messages: list[dict[str, Any]] = [{"role": "system", "content": "Answer in plain words."}]
         for question in talk.questions:
@@ -23739,7 +23743,7 @@ class DemoClient(NamedTuple):
             for talk in itertools.cycle(DEMO_CLIENTS[self.name]):
                 if time.monotonic() > end:
                     return
-                self.talk(talk)
+                self.converse(talk)
                 time.sleep(0.5 + secrets.randbelow(2000) / 1000)
 
 
