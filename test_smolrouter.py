@@ -88,6 +88,7 @@ import time
 import types
 import unicodedata
 import urllib.parse
+import venv
 import zlib
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23701,6 +23702,27 @@ def test_it_keeps_no_syntax_tree_and_shows_what_it_is() -> None:
         assert memory_mib(router) < 40
         words = pathlib.Path(f"/proc/{router.process.pid}/cmdline").read_bytes().split(b"\0")
         assert words[-4:-1] == [str(SMOLROUTER).encode(), b"--log-level", b"INFO"]
+
+
+@pytest.mark.parametrize("customized", [False, True])
+def test_it_finds_packages_and_is_customized_as_any_program(
+    customized: bool, tmp_path: pathlib.Path
+) -> None:
+    """Python's second start does not look for packages, but for whoever customizes it."""
+    yaml = pytest.importorskip("yaml")
+    venv.create(tmp_path, symlinks=True)
+    python = str(tmp_path / "bin" / "python")
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = tmp_path / "lib" / version / "site-packages"
+    (packages / "more.pth").write_text(str(pathlib.Path(yaml.__file__).parents[1]))
+    if customized:
+        (packages / "sitecustomize.py").write_text("import os\nos.write(2, b'customized\\n')")
+    routes = f"aliases: {{friend: {{instances: [{{url: '{default_upstream().url}', model: m}}]}}}}"
+    with Router(routes=routes, python=[python]) as router:
+        assert post_chat(router, "friend").status == 200
+        words = pathlib.Path(f"/proc/{router.process.pid}/cmdline").read_bytes().split(b"\0")
+        assert (b"-S" in words) == (not customized)
+        assert router.stderr.count("customized\n") == (2 if customized else 0)
 
 
 def test_a_cache_beside_the_file_is_neither_made_nor_believed(folder: pathlib.Path) -> None:
