@@ -4930,7 +4930,7 @@ def may_be_whole(protocol: Protocol, format: EventFormat, data: bytes, closed: b
 RESPONSE_ID = re.compile(rb'"id" ?: ?"(resp_[^"\\]{1,200})"')
 
 
-class Opening:
+class AnswerBeginning:
     """Looks for the first thing that an answer says, in what comes of it.
 
     Many servers begin a stream long before there is anything to say: with pings, with the role,
@@ -17348,10 +17348,10 @@ class RequestLog:
 # ======================================================================================
 # One exchange, from a request that was let in to the last octet of its answer. `Exchange` runs
 # it: `Candidates` says which instance is asked next, a `Candidate` asks it, and an `Answer` waits
-# until it says something (`Opening`, section 7) and sends it to the client as it comes in. What
-# is the same for all of them is in a `RelayedRequest`. After the first octet of an answer has left
-# there is no second one: a failure then ends the stream with an error. A client that waits for
-# a stream gets pings meanwhile, signs of life after which any instance can still give the
+# until it says something (`AnswerBeginning`, section 7) and sends it to the client as it comes in.
+# What is the same for all of them is in a `RelayedRequest`. After the first octet of an answer has
+# left there is no second one: a failure then ends the stream with an error. A client that waits
+# for a stream gets pings meanwhile, signs of life after which any instance can still give the
 # answer. Whatever happens, the record of the request is finished exactly once. Two classes come
 # first: `Forwarding`, how requests of one kind go to one server, and `Context`, which all use.
 
@@ -18232,7 +18232,7 @@ class Answer:
     """The answer of one candidate on its way to the client, from its head to its end."""
 
     # Looks for the first thing that it says; None where nothing depends on that.
-    opening: Opening | None = None
+    beginning: AnswerBeginning | None = None
     # What it goes through; None while it is not relayed, and when it goes as it is.
     rewriter: Rewriter | None = None
     # What takes its content coding off before that; None if it has none, or keeps it.
@@ -18290,29 +18290,29 @@ class Answer:
         # An error answer says something, whatever is in it. Others, but a 200, may have no content.
         if head.status != 200 or self.relayed.request.head.method == "HEAD":
             return
-        opening = self.opening
+        beginning = self.beginning
         # Some of it may have been read to see what it is.
-        is_clear = opening.feed(b"".join(response.buffered))
+        is_clear = beginning.feed(b"".join(response.buffered))
         while not is_clear:
             piece = await response.buffer_next()
             if piece:
-                is_clear = opening.feed(piece)
-            elif opening.finish(response.ends_by_close):
+                is_clear = beginning.feed(piece)
+            elif beginning.finish(response.ends_by_close):
                 break
             else:
                 raise BadGateway("it ended before it said anything")
-        if opening.error and self.candidate.has_next:
-            raise opening.error
+        if beginning.error and self.candidate.has_next:
+            raise beginning.error
         self.note_opening()
 
     def look_for_opening(self, data: bytes) -> None:
         """Look whether it says something with this piece, and whether its id stands in there."""
-        opening = self.opening
-        if opening is None:
+        beginning = self.beginning
+        if beginning is None:
             self.note_opening()
             return
-        had_id = opening.response_id != ""
-        if opening.feed(data):
+        had_id = beginning.response_id != ""
+        if beginning.feed(data):
             self.note_opening()
         if not had_id:
             self.note_maker()
@@ -18322,9 +18322,9 @@ class Answer:
 
         That is done as soon as the id has come: a client may cancel an answer that is still made.
         """
-        if self.opening and self.opening.response_id:
+        if self.beginning and self.beginning.response_id:
             homes = self.relayed.context.upstreams.response_homes
-            homes.keep(hash_key(self.opening.response_id), self.candidate.health.key)
+            homes.keep(hash_key(self.beginning.response_id), self.candidate.health.key)
 
     def note_opening(self) -> None:
         """Note that it has said something: from now on its tokens come."""
@@ -18336,12 +18336,12 @@ class Answer:
 
         `closed` is as in `may_be_whole`.
         """
-        opening = self.opening
-        if opening is None:
+        beginning = self.beginning
+        if beginning is None:
             return
-        if self.record.first_token_at is None and opening.finish(closed):
+        if self.record.first_token_at is None and beginning.finish(closed):
             self.note_opening()
-        if opening.is_document:
+        if beginning.is_document:
             # Its first token came with the last one, which says nothing of how fast they were.
             self.record.first_token_at = None
 
@@ -18587,7 +18587,7 @@ class Answer:
         if status >= 400:
             # How its instance fared was noted when it came.
             return
-        error = self.opening.error if self.opening else None
+        error = self.beginning.error if self.beginning else None
         if error:
             words = self.relayed.loggable(str(error))
             self.candidate.note_error_status(error.error_status, words)
@@ -18866,7 +18866,7 @@ class Exchange:
         # time of a stream's first token, and where the answer has an id under which it is kept.
         if parsed.stream or not candidate.is_only or protocol.keeps_answers:
             limits = self.context.limits
-            answer.opening = Opening(protocol, response.media_type, answer.coding, limits)
+            answer.beginning = AnswerBeginning(protocol, response.media_type, answer.coding, limits)
         if not candidate.is_only:
             await answer.find_opening()
         if response.head.status < 400:
@@ -22830,7 +22830,7 @@ class Examination:
         fields = take_fields(response)
         coding = read_coding(fields)
         answer = ProbeAnswer(path, response.status, fields)
-        opening = Opening(find_protocol(path), answer.media_type, coding, self.limits)
+        beginning = AnswerBeginning(find_protocol(path), answer.media_type, coding, self.limits)
         content = b""
         first_seconds = None
         while len(content) < self.limits.model_list_size:
@@ -22838,7 +22838,7 @@ class Examination:
             if not piece:
                 break
             content += piece
-            if first_seconds is None and opening.feed(piece):
+            if first_seconds is None and beginning.feed(piece):
                 first_seconds = time.monotonic() - started_at
         return answer._replace(
             content=decode_content(content, coding, self.limits.decoded_answer),

@@ -5926,9 +5926,9 @@ def encode_events(path: str, events: Iterable[Any]) -> list[bytes]:
     return encoded
 
 
-def new_opening(path: str, **more: Any) -> smolrouter.Opening:
-    """Make an Opening for a stream of a path."""
-    return smolrouter.Opening(smolrouter.find_protocol(path), event_type(path), **more)
+def new_beginning(path: str, **more: Any) -> smolrouter.AnswerBeginning:
+    """Make an AnswerBeginning for a stream of a path."""
+    return smolrouter.AnswerBeginning(smolrouter.find_protocol(path), event_type(path), **more)
 
 
 @each_row("path", SAY_SOMETHING)
@@ -5936,19 +5936,19 @@ def test_what_an_answer_says_first(path: str) -> None:
     begin = encode_events(path, SAY_NOTHING.get(path, []))
     if not path.startswith("/api/"):
         begin.append(RAW_DONE)
-    opening = new_opening(path)
-    assert not any(opening.feed(event) for event in begin)
-    assert not opening.finish(False)
+    beginning = new_beginning(path)
+    assert not any(beginning.feed(event) for event in begin)
+    assert not beginning.finish(False)
     for event in encode_events(path, SAY_SOMETHING[path]):
-        opening = new_opening(path)
+        beginning = new_beginning(path)
         # It is clear with the last octet of the event, not before.
-        heard = [opening.feed(octet) for octet in split_at(event, *range(1, len(event)))]
+        heard = [beginning.feed(octet) for octet in split_at(event, *range(1, len(event)))]
         assert heard == [False] * (len(event) - 1) + [True], event
         # CR, with which an event of SSE may end, is for others to test.
-        assert opening.error is None
-    opening = new_opening(path)
+        assert beginning.error is None
+    beginning = new_beginning(path)
     for event in encode_events(path, SAY_SOMETHING[path]):
-        assert opening.feed(b"".join(begin) + event)
+        assert beginning.feed(b"".join(begin) + event)
 
 
 @pytest.mark.parametrize("path", SAY_NOTHING)
@@ -5964,20 +5964,20 @@ def test_an_error_that_an_answer_begins_with(path: str) -> None:
         ({"message": "no memory", "code": "insufficient_quota", "status": 500}, 500),
     ]
     for error, status in errors:
-        opening = new_opening(path)
+        beginning = new_beginning(path)
         (event,) = encode_events(path, [{"error": error}])
-        assert [opening.feed(piece) for piece in [*begin, event]] == [False] * len(begin) + [True]
-        assert (str(opening.error), opening.error.error_status) == ("no memory", status)
+        assert [beginning.feed(piece) for piece in [*begin, event]] == [False] * len(begin) + [True]
+        assert (str(beginning.error), beginning.error.error_status) == ("no memory", status)
         # It comes first also when there is text behind it in the same piece.
-        opening = new_opening(path)
-        assert opening.feed(b"".join([event, *encode_events(path, SAY_SOMETHING[path])]))
-        assert str(opening.error) == "no memory"
+        beginning = new_beginning(path)
+        assert beginning.feed(b"".join([event, *encode_events(path, SAY_SOMETHING[path])]))
+        assert str(beginning.error) == "no memory"
         # What stands in no event, and what lacks its end, counts at the end of the answer.
         for media_type in (event_type(path), "application/json", "text/plain", ""):
-            opening = smolrouter.Opening(smolrouter.find_protocol(path), media_type)
+            beginning = smolrouter.AnswerBeginning(smolrouter.find_protocol(path), media_type)
             data = event[:-1] if media_type == event_type(path) else encode_json({"error": error})
-            assert opening.feed(data) or opening.finish(False)
-            assert str(opening.error) == "no memory", media_type
+            assert beginning.feed(data) or beginning.finish(False)
+            assert str(beginning.error) == "no memory", media_type
 
 
 WHOLE_OPENINGS: list[tuple[bytes, bool, bool]] = [
@@ -5999,19 +5999,23 @@ WHOLE_OPENINGS: list[tuple[bytes, bool, bool]] = [
 @each_row("content, at_once, in_the_end", WHOLE_OPENINGS)
 def test_an_answer_that_is_no_stream(content: bytes, at_once: bool, in_the_end: bool) -> None:
     for coding, data in (("", content), ("gzip", gzip.compress(content))):
-        opening = smolrouter.Opening(smolrouter.find_protocol(CHAT), "application/json", coding)
-        assert opening.feed(data) == at_once
-        assert (at_once or opening.finish(False)) == in_the_end
+        beginning = smolrouter.AnswerBeginning(
+            smolrouter.find_protocol(CHAT), "application/json", coding
+        )
+        assert beginning.feed(data) == at_once
+        assert (at_once or beginning.finish(False)) == in_the_end
 
 
 def test_so_much_of_nothing_is_an_answer() -> None:
     limits = smolrouter.Limits(silent_beginning=20)
     for begin in (b": ping\n\n", b"data: {", b'{"a":1,'):
         for media_type in ("text/event-stream", "application/json"):
-            opening = smolrouter.Opening(smolrouter.find_protocol(CHAT), media_type, limits=limits)
+            beginning = smolrouter.AnswerBeginning(
+                smolrouter.find_protocol(CHAT), media_type, limits=limits
+            )
             if begin.startswith((b":", b"d")) and media_type == "application/json":
                 continue
-            heard = [opening.feed(begin) for _ in range(4)]
+            heard = [beginning.feed(begin) for _ in range(4)]
             assert heard == [False] * (20 // len(begin)) + [True] * (4 - 20 // len(begin))
 
 
