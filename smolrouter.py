@@ -4433,10 +4433,14 @@ FINISHED = re.compile(rb'"finish_reason" ?: ?"')
 SAYS_MORE = re.compile(rb'"(?:role|usage|error)" ?:(?! ?null)')
 
 
+def openai_error(error: RouterError) -> dict[str, Any]:
+    """Return what OpenAI's clients find in the member `error`."""
+    return {"message": str(error), "type": error.kind, "param": None, "code": error.code}
+
+
 def encode_openai_error(error: RouterError) -> bytes:
     """Return an error as OpenAI's clients read it."""
-    details = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
-    return encode_json({"error": details})
+    return encode_json({"error": openai_error(error)})
 
 
 def encode_ollama_error(error: RouterError) -> bytes:
@@ -4552,11 +4556,12 @@ def encode_responses_failure(error: RouterError) -> bytes:
     """
     failure = {"code": error.code, "message": str(error)}
     response = {"object": "response", "status": "failed", "output": [], "error": failure}
-    details = {"message": str(error), "type": error.kind, "param": None, "code": error.code}
-    return encode_json({"type": "response.failed", "response": response, "error": details})
+    event = {"type": "response.failed", "response": response, "error": openai_error(error)}
+    return encode_json(event)
 
 
-# Where an answer has what was thought: a member of what speaks, or an item of its own in a list.
+# Where an answer has what was thought: in a member beside its text, or in an element of a list that
+# stands in this member.
 BESIDE_TEXT = "reasoning_content"
 BESIDE_OLLAMA_TEXT = "thinking"
 IN_CONTENT = "content"
@@ -4568,7 +4573,7 @@ class Protocol:
     """One endpoint: where its requests, answers and events hold what."""
 
     # The shape of requests.
-    request: Shape = OTHER
+    request_shape: Shape = OTHER
     # The member of a request with the user's words; "" where it is no conversation.
     user_words: str = ""
     # The member with words of the client that stand before these, "" where there is none.
@@ -4589,13 +4594,13 @@ class Protocol:
     add_think: Callable[[str, Mapping[str, Any]], Additions] | None = None
 
     # The shape of answers and of their events.
-    answer: Shape = ANY_ANSWER
+    answer_shape: Shape = ANY_ANSWER
     # The members of an event that say which of several texts it is about: the `item` of its parts.
     item_members: tuple[str, ...] = ()
     # What shows in an event that the text has begun without a tag.
     plain_text: re.Pattern[bytes] | None = None
     # Where thinking stands that is moved out of a text.
-    thoughts: str = BESIDE_TEXT
+    thinking_place: str = BESIDE_TEXT
     # What finds the text, in its quotes, in an event that says no more.
     text_alone: re.Pattern[bytes] | None = None
     # What finds each piece of the text in an answer, with what stands in the quotes as its group.
@@ -4633,7 +4638,7 @@ OTHER_OLLAMA = Protocol(
     model_members=("model", "name"),
     needs_model=True,
     streams=UNLESS_REFUSED,
-    thoughts=BESIDE_OLLAMA_TEXT,
+    thinking_place=BESIDE_OLLAMA_TEXT,
     end_words=(b'"done":true', b'"done": true'),
     names_model=True,
     encode_error=encode_ollama_error,
@@ -4647,60 +4652,61 @@ OTHER_MESSAGES = dataclasses.replace(
 )
 PROTOCOLS = {
     "/v1/chat/completions": Protocol(
-        request=CHAT_REQUEST,
+        request_shape=CHAT_REQUEST,
         user_words="messages",
         needs_model=True,
         usage_option=True,
         add_think=think_in_chat,
-        answer=CHAT_ANSWER,
+        answer_shape=CHAT_ANSWER,
         plain_text=PLAIN_CHAT_TEXT,
         text_alone=CHAT_TEXT_ALONE,
         text_pieces=CONTENT_MEMBER,
     ),
     "/v1/completions": Protocol(
-        request=PROMPT_REQUEST,
+        request_shape=PROMPT_REQUEST,
         user_words="prompt",
         needs_model=True,
         usage_option=True,
         raw_prompts=True,
-        answer=CHAT_ANSWER,
+        answer_shape=CHAT_ANSWER,
         text_pieces=TEXT_MEMBER,
     ),
     "/v1/embeddings": Protocol(needs_model=True),
     "/v1/messages": dataclasses.replace(
         OTHER_MESSAGES,
-        request=MESSAGES_REQUEST,
+        request_shape=MESSAGES_REQUEST,
         system_words="system",
         user_words="messages",
         needs_model=True,
         add_think=think_in_messages,
-        answer=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
+        answer_shape=ByType(MESSAGES_EVENTS, other={"error": ERROR}),
         plain_text=None,
-        thoughts=IN_CONTENT,
+        thinking_place=IN_CONTENT,
         item_members=("index",),
         end_words=(b'"message_stop"',),
         text_pieces=TEXT_MEMBER,
     ),
-    # Servers without it say so in many ways. Its clients count in another way after a 404 alone.
+    # Servers without it say so in many ways. Its clients understand one of them, a 404, and then
+    # count tokens themselves.
     "/v1/messages/count_tokens": dataclasses.replace(
         OTHER_MESSAGES,
-        request=MESSAGES_REQUEST,
+        request_shape=MESSAGES_REQUEST,
         system_words="system",
         needs_model=True,
         streams=NEVER_STREAMS,
-        answer=NO_TEXTS,
+        answer_shape=NO_TEXTS,
         answer_member="input_tokens",
     ),
     "/v1/responses": Protocol(
-        request=RESPONSES_REQUEST,
+        request_shape=RESPONSES_REQUEST,
         user_words="input",
         system_words="instructions",
         has_namespaces=True,
         encode_failure=encode_responses_failure,
         error_prefix=b"event: response.failed\n",
         add_think=think_in_responses,
-        answer=ByType(RESPONSES_EVENTS, other=RESPONSE),
-        thoughts=IN_OUTPUT,
+        answer_shape=ByType(RESPONSES_EVENTS, other=RESPONSE),
+        thinking_place=IN_OUTPUT,
         item_members=("item_id", "content_index"),
         end_words=(b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
         keeps_answers=True,
@@ -4708,48 +4714,48 @@ PROTOCOLS = {
     ),
     "/v1/responses/input_tokens": dataclasses.replace(
         OTHER_PROTOCOL,
-        request=RESPONSES_REQUEST,
+        request_shape=RESPONSES_REQUEST,
         system_words="instructions",
         has_namespaces=True,
         streams=NEVER_STREAMS,
-        answer=NO_TEXTS,
+        answer_shape=NO_TEXTS,
         answer_member="input_tokens",
     ),
     # llama.cpp's own, each of which takes requests without a model, too.
     "/completion": Protocol(
-        request=PROMPT_REQUEST,
+        request_shape=PROMPT_REQUEST,
         user_words="prompt",
         raw_prompts=True,
-        answer=OWN_ANSWER,
+        answer_shape=OWN_ANSWER,
         item_members=("index",),
         text_pieces=CONTENT_MEMBER,
     ),
-    "/infill": Protocol(answer=OWN_ANSWER, item_members=("index",)),
-    "/tokenize": Protocol(answer=NO_TEXTS),
-    "/detokenize": Protocol(answer=NO_TEXTS),
-    "/apply-template": Protocol(answer=NO_TEXTS),
-    "/props": Protocol(answer=NO_TEXTS),
-    "/slots": Protocol(answer=NO_TEXTS),
+    "/infill": Protocol(answer_shape=OWN_ANSWER, item_members=("index",)),
+    "/tokenize": Protocol(answer_shape=NO_TEXTS),
+    "/detokenize": Protocol(answer_shape=NO_TEXTS),
+    "/apply-template": Protocol(answer_shape=NO_TEXTS),
+    "/props": Protocol(answer_shape=NO_TEXTS),
+    "/slots": Protocol(answer_shape=NO_TEXTS),
     "/api/chat": dataclasses.replace(
         OTHER_OLLAMA,
-        request=CHAT_REQUEST,
+        request_shape=CHAT_REQUEST,
         user_words="messages",
         openai_path="/v1/chat/completions",
         add_think=think_in_ollama,
-        answer=CHAT_LINE,
+        answer_shape=CHAT_LINE,
         plain_text=PLAIN_CHAT_TEXT,
         text_path=("message", "content"),
         text_pieces=CONTENT_MEMBER,
     ),
     "/api/generate": dataclasses.replace(
         OTHER_OLLAMA,
-        request=GENERATE_REQUEST,
+        request_shape=GENERATE_REQUEST,
         user_words="prompt",
         system_words="system",
         openai_path="/v1/chat/completions",
         raw_openai_path="/v1/completions",
         add_think=think_in_ollama,
-        answer=GENERATE_LINE,
+        answer_shape=GENERATE_LINE,
         text_path=("response",),
         text_pieces=RESPONSE_MEMBER,
     ),
@@ -4768,20 +4774,18 @@ FAMILIES = {"/v1/messages/": OTHER_MESSAGES}
 
 def find_row(path: str, other: Protocol) -> Protocol:
     """Return the row of a path, or that of its family; `other` for a path without any."""
-    protocol = PROTOCOLS.get(path)
-    if protocol is None:
-        families = [row for start, row in FAMILIES.items() if path.startswith(start)]
-        protocol = families[0] if families else other
-    return protocol
+    # Nearly every path that is asked for has a row.
+    if path in PROTOCOLS:
+        return PROTOCOLS[path]
+    for start, family in FAMILIES.items():
+        if path.startswith(start):
+            return family
+    return other
 
 
 def find_protocol(path: str) -> Protocol:
     """Return what the documents of a path look like."""
-    # Nearly every path that is asked for has a row.
-    protocol = PROTOCOLS.get(path)
-    if protocol is None:
-        protocol = find_row(path, OTHER_OLLAMA if path.startswith("/api/") else OTHER_PROTOCOL)
-    return protocol
+    return find_row(path, OTHER_OLLAMA if path.startswith("/api/") else OTHER_PROTOCOL)
 
 
 # --- what an answer says --------------------------------------------------------------
@@ -4801,7 +4805,7 @@ def read_answer(protocol: Protocol, document: Mapping[str, Any]) -> list[Part]:
         value = document.get(name)
         if isinstance(value, int | str):
             item = value if item is None else (item, value)
-    return read_parts(protocol.answer, document, item)
+    return read_parts(protocol.answer_shape, document, item)
 
 
 def error_words(document: Mapping[str, Any]) -> str:
@@ -4832,7 +4836,7 @@ def find_error(protocol: Protocol, document: Mapping[str, Any]) -> str:
 
 
 # Parts that say nothing to a client which waits for an answer.
-SAYS_NOTHING = frozenset((BEGIN, ROLE, NAME, RESULT, TEXT_END, USAGE))
+SILENT_KINDS = frozenset((BEGIN, ROLE, NAME, RESULT, TEXT_END, USAGE))
 PING_TYPES = ("ping", "keepalive")
 
 
@@ -4844,7 +4848,7 @@ def says_something(document: Mapping[str, Any], parts: Sequence[Part]) -> bool:
     """
     has_known_part = False
     for part in parts:
-        if part.value and part.kind not in SAYS_NOTHING:
+        if part.value and part.kind not in SILENT_KINDS:
             return True
         # Counts stand beside anything.
         has_known_part = has_known_part or part.kind != USAGE
@@ -5125,8 +5129,8 @@ def read_usage(answer: bytes) -> Usage:
     if start < 0:
         start = max(0, len(answer) - LIMITS.usage_window)
     window = answer[start : start + 2 * LIMITS.usage_window]
-    # A stream of /v1/messages says what the prompt cost at its beginning.
-    # No quotes, of which an answer is full: each would be taken for the begin of the name.
+    # A stream of /v1/messages says what the prompt cost at its beginning. The name is looked for
+    # without its quotes: an answer is full of quotes, and the search would stop at each.
     if answer.find(b"input_tokens", 0, LIMITS.usage_window) >= 0:
         window = answer[: LIMITS.usage_window] + window
     counts = dict(TOKEN_COUNT.findall(window))
@@ -5366,7 +5370,7 @@ def read_messages(
     """
     system = Message("system")
     messages: dict[int, Message] = {}
-    for part in read_parts(protocol.request, document):
+    for part in read_parts(protocol.request_shape, document):
         if part.kind == OTHER:
             continue
         message = system
@@ -5383,13 +5387,13 @@ def read_messages(
         # Only /v1/responses and careless clients leave the role out.
         if not message.role:
             # Only a model thinks and calls tools.
-            is_models = message.calls or message.thoughts
-            message.role = "assistant" if is_models else "user"
+            is_from_model = message.calls or message.thoughts
+            message.role = "assistant" if is_from_model else "user"
     return [system, *messages.values()] if system.texts else list(messages.values())
 
 
-# What begins a message of an answer; an error or the counts alone do not.
-SPOKEN = frozenset((ROLE, TEXT, THINKING, REFUSAL, CALL, IMAGE, IMAGE_DATA, FINISH, END))
+# The parts that begin a message of an answer; an error or the counts alone do not.
+MESSAGE_KINDS = frozenset((ROLE, TEXT, THINKING, REFUSAL, CALL, IMAGE, IMAGE_DATA, FINISH, END))
 
 
 def answer_documents(answer: bytes) -> Iterator[dict[str, Any]]:
@@ -5439,7 +5443,7 @@ def read_choices(answer: bytes) -> list[Message]:
             choices.clear()
             document = response
         for part in read_answer(OTHER_PROTOCOL, document):
-            if part.kind in SPOKEN:
+            if part.kind in MESSAGE_KINDS:
                 if part.choice not in choices:
                     choices[part.choice] = Message("assistant")
                 try:
@@ -5689,6 +5693,7 @@ LENGTH_END = re.compile(
     rb'"(?:finish_reason|done_reason|stop_reason)"\s*:\s*"(?:length|max_tokens)"'
     rb'|"type"\s*:\s*"response\.incomplete"'
 )
+# What an answer has said something with.
 CONTENT_KINDS = frozenset((TEXT, AGAIN, THINKING, CALL, IMAGE, IMAGE_DATA))
 
 
@@ -7276,7 +7281,7 @@ class Thought(NamedTuple):
 
 def reasoning_item(protocol: Protocol, thought: str) -> dict[str, Any]:
     """Return the element of a list that says what was thought."""
-    if protocol.thoughts == IN_CONTENT:
+    if protocol.thinking_place == IN_CONTENT:
         return {"type": "thinking", "thinking": thought, "signature": ""}
     parts = [{"type": "reasoning_text", "text": thought}]
     return {"type": "reasoning", "id": "rs_thought", "summary": [], "content": parts}
@@ -7290,19 +7295,19 @@ def move_thoughts(
     `{"message": {"content": "hm"}}` of /api/chat, what was thought in `("message", "content")`
     ->  an edit at `("message", "thinking")`; in /v1/messages: a new list with one block more
     """
-    in_list = protocol.thoughts in (IN_CONTENT, IN_OUTPUT)
+    in_list = protocol.thinking_place in (IN_CONTENT, IN_OUTPUT)
     # From the last to the first, so that what is put into a list moves no place that comes later.
     for path, thought in reversed(thoughts):
         if in_list:
             # A summary such as `output_text` stands in no list.
-            if protocol.thoughts in path:
-                at = path.index(protocol.thoughts)
+            if protocol.thinking_place in path:
+                at = path.index(protocol.thinking_place)
                 items = fold_edits(document, path[: at + 1], edits)
                 items.insert(path[at + 1], reasoning_item(protocol, thought))
                 edits[path[: at + 1]] = items
             continue
         at = path.index("content") if "content" in path else -1
-        member = (*path[:at], protocol.thoughts)
+        member = (*path[:at], protocol.thinking_place)
         edits[member] = thought + edits.get(member, "")
 
 
@@ -7312,7 +7317,7 @@ def name_reasoning(
     """Add the edits that call a `reasoning` of OpenAI's servers `reasoning_content`."""
     for part in parts:
         *path, name = part.path or ("",)
-        if part.kind != THINKING or name != "reasoning" or protocol.thoughts != BESIDE_TEXT:
+        if part.kind != THINKING or name != "reasoning" or protocol.thinking_place != BESIDE_TEXT:
             continue
         if any(other.path == (*path, BESIDE_TEXT) for other in parts):
             # It says both.
@@ -7756,13 +7761,13 @@ class EventFilter:
         self.format = format
         self.filtering = plan.rules.any
         self.has_one_choice = plan.parsed.choices == 1 and not plan.changes_choices
-        thoughts = self.protocol.thoughts
-        self.renames_reasoning = plan.rules.move and thoughts == BESIDE_TEXT
+        place = self.protocol.thinking_place
+        self.renames_reasoning = plan.rules.move and place == BESIDE_TEXT
         # Without one of these in an event its text need not be looked at.
         self.text_words = POSSIBLE_WORDS
         if self.renames_reasoning:
             self.text_words += (RareWord(ord('"'), b'"reasoning"'),)
-        self.moves_beside_text = thoughts in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
+        self.moves_beside_text = place in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
         self.watched_words = self.find_watched_words()
         self.skips_plain_events = not (self.filtering or plan.restores_name)
         # By choice and item: the filters of the texts, and the texts whose filter has to see every
@@ -7779,7 +7784,7 @@ class EventFilter:
         self.skipped: collections.deque[bytes] = collections.deque(
             maxlen=plan.limits.skipped_blocks
         )
-        moves_blocks = plan.rules.move and thoughts == IN_CONTENT
+        moves_blocks = plan.rules.move and place == IN_CONTENT
         self.blocks = ThinkingBlocks(format) if moves_blocks else None
         self.lost_timings = False
 
@@ -8137,7 +8142,7 @@ class EventFilter:
             part, event = pending[pending_item]
             visible, thought = self.feed_text(part._replace(value=""), event, last=True)
             if thought and self.plan.rules.move:
-                events.append(self.encode_tail(event, part, thought, self.protocol.thoughts))
+                events.append(self.encode_tail(event, part, thought, self.protocol.thinking_place))
             if visible:
                 events.append(self.encode_tail(event, part, visible))
         return b"".join(events)

@@ -5756,7 +5756,7 @@ def test_every_row_is_drawn_with_known_kinds() -> None:
     constants = [value for name, value in vars(smolrouter).items() if name.isupper()]
     known = {value for value in constants if isinstance(value, str)}
     for path, protocol in smolrouter.PROTOCOLS.items():
-        kinds = {*kinds_of_shape(protocol.request), *kinds_of_shape(protocol.answer)}
+        kinds = {*kinds_of_shape(protocol.request_shape), *kinds_of_shape(protocol.answer_shape)}
         assert kinds < known, path
         if protocol.user_words:
             assert {smolrouter.TEXT, smolrouter.ERROR} <= kinds, path
