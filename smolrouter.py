@@ -6753,16 +6753,16 @@ class Dialect:
 
     service: str
     # What parts the events of its streamed answers.
-    events: EventFormat
+    event_format: EventFormat
     # The protocol of paths that have no row of their own.
-    other: Protocol
+    other_protocol: Protocol
     # Reads what the client sent: path, query and content.
-    read: Callable[[str, str, bytes], ParsedRequest]
+    read_request: Callable[[str, str, bytes], ParsedRequest]
     # Makes the content for a server: one that speaks the same, or one that speaks OpenAI.
-    encode: Callable[[ParsedRequest, RequestChanges], bytes]
+    encode_native: Callable[[ParsedRequest, RequestChanges], bytes]
     encode_openai: Callable[[ParsedRequest, RequestChanges], bytes] | None = None
     # Makes of a whole OpenAI answer the client's: plan, document and content.
-    answer: Callable[..., bytes] | None = None
+    translate_answer: Callable[..., bytes] | None = None
     # Returns the answer to a request that asks for nothing but to load a model, such as one with an
     # empty prompt; None for any other. The second argument is the moment, as RFC 3339 writes it.
     answer_load: Callable[[ParsedRequest, str], dict[str, Any] | None] | None = None
@@ -6784,19 +6784,19 @@ class Dialect:
 
     def encode_error(self, error: RouterError, path: str) -> bytes:
         """Return an error as the clients of a path read it."""
-        return find_row(path, self.other).encode_error(error)
+        return find_row(path, self.other_protocol).encode_error(error)
 
     def encode_event_error(self, error: RouterError, path: str) -> bytes:
         """Return an error as the last event of a running stream."""
-        protocol = find_row(path, self.other)
+        protocol = find_row(path, self.other_protocol)
         encode = protocol.encode_failure or protocol.encode_error
-        return protocol.error_prefix + self.events.encode(encode(error))
+        return protocol.error_prefix + self.event_format.encode(encode(error))
 
     def encode_ping(self, parsed: ParsedRequest, created_at: str) -> bytes:
         """Return an event that says nothing, for a client that has heard nothing for long."""
         if self.empty_event is None:
             return parsed.protocol.ping
-        return self.events.encode(encode_json(self.empty_event(parsed, created_at)))
+        return self.event_format.encode(encode_json(self.empty_event(parsed, created_at)))
 
     def encode_whole_event(self, content: bytes, status: int, path: str) -> bytes:
         """Return a whole answer, which has this status, as the only event of a stream.
@@ -6804,7 +6804,7 @@ class Dialect:
         Raises BadGateway for a good one that is no object of JSON.
         """
         document = parse_object(content)
-        protocol = find_row(path, self.other)
+        protocol = find_row(path, self.other_protocol)
         prefix = b""
         if status >= 400:
             if document is None or "error" not in document or protocol.encode_failure:
@@ -6816,7 +6816,7 @@ class Dialect:
         elif document is None:
             raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
         # JSON has line ends between its tokens alone.
-        return prefix + self.events.encode(b" ".join(content.splitlines()))
+        return prefix + self.event_format.encode(b" ".join(content.splitlines()))
 
 
 def read_stream_wish(protocol: Protocol, document: Mapping[str, Any]) -> bool:
@@ -8935,12 +8935,14 @@ def encode_openai_models(models: list[ListedModel]) -> dict[str, Any]:
 def as_opaque(dialect: Dialect) -> Dialect:
     """Return the dialect for content that nobody looks into."""
     # A ParsedRequest is made of path, query and content as they are: nothing is read from them.
-    return dataclasses.replace(dialect, read=ParsedRequest, encode=encode_form)
+    return dataclasses.replace(dialect, read_request=ParsedRequest, encode_native=encode_form)
 
 
 def as_native(dialect: Dialect) -> Dialect:
     """Return the dialect for requests that only a server which speaks it can serve."""
-    return dataclasses.replace(dialect, encode=encode_renamed, encode_openai=None, answer_load=None)
+    return dataclasses.replace(
+        dialect, encode_native=encode_renamed, encode_openai=None, answer_load=None
+    )
 
 
 OPENAI = Dialect(
@@ -8953,7 +8955,7 @@ OPENAI = Dialect(
 )
 OPENAI_OPAQUE = as_opaque(OPENAI)
 # llama.cpp's own endpoints.
-LLAMA_CPP = dataclasses.replace(OPENAI, read=read_with_query)
+LLAMA_CPP = dataclasses.replace(OPENAI, read_request=read_with_query)
 # LM Studio's own lists, the older one and the newer one.
 LM_STUDIO = dataclasses.replace(OPENAI, encode_models=encode_lm_studio_models)
 LM_STUDIO_KEYS = dataclasses.replace(OPENAI, encode_models=encode_lm_studio_keys)
@@ -8964,7 +8966,7 @@ OLLAMA = Dialect(
     read_object,
     encode_object,
     encode_openai=encode_ollama_chat,
-    answer=answer_ollama_chat,
+    translate_answer=answer_ollama_chat,
     answer_load=ollama_loaded,
     encode_models=encode_ollama_models,
     encode_details=ollama_show,
@@ -8978,11 +8980,11 @@ OLLAMA = Dialect(
 OLLAMA_EMBED = dataclasses.replace(
     OLLAMA,
     encode_openai=encode_ollama_embed,
-    answer=answer_ollama_embed,
+    translate_answer=answer_ollama_embed,
     answer_load=ollama_embed_loaded,
 )
 OLLAMA_EMBEDDING = dataclasses.replace(
-    OLLAMA_EMBED, answer=answer_ollama_embedding, answer_load=ollama_embedding_loaded
+    OLLAMA_EMBED, translate_answer=answer_ollama_embedding, answer_load=ollama_embedding_loaded
 )
 # What servers speak, by the word for it in the routing file.
 SERVER_DIALECTS = {dialect.service: dialect for dialect in (OPENAI, OLLAMA)}
@@ -9036,12 +9038,12 @@ def translate_error(plan: AnswerPlan, content: bytes) -> bytes:
 def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole answer in the client's dialect. Raises BadGateway."""
     document = parse_object(content)
-    if document is None or plan.dialect.answer is None:
+    if document is None or plan.dialect.translate_answer is None:
         raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
     words = find_error(plan.protocol, document)
     if words:
         raise ErrorAnswer(words)
-    return plan.dialect.answer(plan, document, content)
+    return plan.dialect.translate_answer(plan, document, content)
 
 
 def keep_document(plan: AnswerPlan, content: bytes) -> bytes:
@@ -9075,7 +9077,7 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
     if plan.pinged and status >= 400:
         # It becomes an event, and so does what is no stream.
         return BufferedRewrite(plan, keep_document, required=True)
-    if plan.pinged and format is not plan.dialect.events:
+    if plan.pinged and format is not plan.dialect.event_format:
         return BufferedRewrite(plan, filter_document, required=True)
     # What is no JSON, such as a form, has no text: nothing is known of its answer either.
     if status >= 400 or not plan.parsed.text:
@@ -17874,7 +17876,7 @@ class Candidate:
         forwarding = self.forwarding
         changes = self.choose_changes(refused)
         dialect = relayed.request.dialect
-        encode = dialect.encode if forwarding.native else dialect.encode_openai
+        encode = dialect.encode_native if forwarding.native else dialect.encode_openai
         content = await context.work(len(parsed.content), encode, parsed, changes)
         head = relayed.request.head
         trace = relayed.record.trace
@@ -18770,7 +18772,7 @@ class Exchange:
         now = time.time()
         dialect = self.request.dialect
         if not self.writer.started:
-            fields = [("Content-Type", dialect.events.media_type), *STREAM_FIELDS]
+            fields = [("Content-Type", dialect.event_format.media_type), *STREAM_FIELDS]
             fields.append(("Date", http_date(int(now))))
             lines = encode_field_lines(fields) + encode_id_line(self.record.request_id)
             self.writer.write_head(200, lines, None)
@@ -18977,7 +18979,7 @@ def decide_kept(context: Context, request: Request, response_id: str) -> Decisio
 async def relay_model(context: Context, request: Request) -> None:
     """Relay a request to where its model leads; one without a model to the default server."""
     content = request.content
-    read = request.dialect.read
+    read = request.dialect.read_request
     parsed = await context.work(len(content), read, request.path, request.query, content)
     step = None
     if parsed.lacks_model:
@@ -19083,7 +19085,7 @@ async def relay_pull(context: Context, request: Request) -> None:
     try:
         await relay_changes(context, request)
     except NotSupported as error:
-        read = request.dialect.read
+        read = request.dialect.read_request
         model = require_model(read(request.path, request.query, request.content)).model
         names = await context.model_names(request)
         words = "it is there already" if find_listed(model, names) else unknown_model(model, names)
@@ -20981,7 +20983,9 @@ async def serve_model(context: Context, request: Request) -> None:
 
 async def serve_model_details(context: Context, request: Request) -> None:
     """Answer what a model is like: from its server when that speaks the dialect, else in short."""
-    parsed = require_model(request.dialect.read(request.path, request.query, request.content))
+    parsed = require_model(
+        request.dialect.read_request(request.path, request.query, request.content)
+    )
     check_models(request.token, requested_models(parsed), context.table)
     decision = await context.decide(parsed.model, request.source_host, request.dialect)
     service = request.dialect.service
@@ -21494,7 +21498,7 @@ class Application:
         is_readable = 0 < len(request.content) < context.limits.long_content
         if is_readable and error.status < 500:
             with contextlib.suppress(RouterError):
-                read = request.dialect.read(request.path, request.query, request.content)
+                read = request.dialect.read_request(request.path, request.query, request.content)
                 record.requested_model = read.model
                 record.stream = read.stream
                 record.note_conversation(read)

@@ -2494,7 +2494,7 @@ def answer_plan(
     dialect = dialect or smolrouter.OPENAI
     request = {"model": "m", "messages": [], "prompt": "", "stream": True, **(request or {})}
     return smolrouter.AnswerPlan(
-        parsed=dialect.read(path, "", encode_json(request)),
+        parsed=dialect.read_request(path, "", encode_json(request)),
         dialect=dialect,
         native=native,
         rules=smolrouter.FilterRules(**(rules or {"think": True})),
