@@ -6751,8 +6751,9 @@ class ParsedRequest:
 class Dialect:
     """How one kind of endpoint's clients speak; each function is pure."""
 
+    # What it is called: as the `service` of a row, and as the `api` of a server that speaks it.
     service: str
-    # What parts the events of its streamed answers.
+    # How the events of its streamed answers are written.
     event_format: EventFormat
     # The protocol of paths that have no row of their own.
     other_protocol: Protocol
@@ -8986,28 +8987,28 @@ OLLAMA_EMBED = dataclasses.replace(
 OLLAMA_EMBEDDING = dataclasses.replace(
     OLLAMA_EMBED, translate_answer=answer_ollama_embedding, answer_load=ollama_embedding_loaded
 )
-# What servers speak, by the word for it in the routing file.
+# The dialects that servers can speak, by the word for it in the routing file, their `api`.
 SERVER_DIALECTS = {dialect.service: dialect for dialect in (OPENAI, OLLAMA)}
-SERVICES = tuple(SERVER_DIALECTS)
+APIS = tuple(SERVER_DIALECTS)
 
 
-def service_of(greeting: str) -> str:
-    """Return what a server speaks by what it says at its root; OpenAI's servers say anything.
+def read_greeting(greeting: str) -> str:
+    """Return the `api` of a server by what it says at its root; OpenAI's servers say anything.
 
     'Ollama is running'  ->  'ollama';  '<!doctype html>'  ->  'openai'
     """
-    for service, dialect in SERVER_DIALECTS.items():
+    for api, dialect in SERVER_DIALECTS.items():
         if dialect.greeting and dialect.greeting == greeting.strip():
-            return service
+            return api
     return OPENAI.service
 
 
-def further_lists(service: str, models: Sequence[ListedModel]) -> tuple[str, ...]:
+def further_lists(api: str, models: Sequence[ListedModel]) -> tuple[str, ...]:
     """Return the paths at which a server tells more of its models than it has in its list.
 
     'ollama', ...  ->  ('/api/tags', '/api/ps')
     """
-    paths = SERVER_DIALECTS[service].further_lists
+    paths = SERVER_DIALECTS[api].further_lists
     if paths:
         return paths
     # Servers that speak OpenAI show by what they list which program they are.
@@ -9021,9 +9022,9 @@ def further_lists(service: str, models: Sequence[ListedModel]) -> tuple[str, ...
     return ()
 
 
-def details_path(service: str) -> str:
+def details_path(api: str) -> str:
     """Return where a server tells of one model in detail without loading it, "" for nowhere."""
-    return SERVER_DIALECTS[service].details_path
+    return SERVER_DIALECTS[api].details_path
 
 
 Rewriter = BufferedRewrite | StreamRewrite
@@ -9955,7 +9956,7 @@ class TableReader:
         return Server(
             name=name,
             url=member["url"].read(parse_upstream_url),
-            api=member["api"].choose(AUTO, *SERVICES),
+            api=member["api"].choose(AUTO, *APIS),
             api_key=None if key.value is None else key.read_field(),
             headers=self.read_headers(member["headers"], key),
             verify=member["verify"].choose(True, False),
@@ -10384,7 +10385,7 @@ class Catalogue:
 
     lists: Mapping[ModelListKey, ListedNames]
     # What each server speaks that was asked and has shown it.
-    services: Mapping[ModelListKey, str]
+    apis: Mapping[ModelListKey, str]
 
     def names_of(self, server: Server) -> ListedNames | None:
         """Return what a server lists, or the routing file says it has; None if nothing is known."""
@@ -10394,7 +10395,7 @@ class Catalogue:
         """Return a server whose `api` is known; it is OpenAI's until it has shown another one."""
         if server.api != AUTO:
             return server
-        return server_with_api(server, self.services.get(own_list_key(server), OPENAI.service))
+        return server_with_api(server, self.apis.get(own_list_key(server), OPENAI.service))
 
 
 EMPTY_CATALOGUE = Catalogue({}, {})
@@ -14183,13 +14184,13 @@ def fetch(
     return FetchedAnswer(response.status, answer_fields, content)
 
 
-def fetch_service(http_connection: Any, server: Server, limits: Limits) -> str:
+def fetch_api(http_connection: Any, server: Server, limits: Limits) -> str:
     """Ask a server what it speaks, by its greeting (blocking). Raises OSError or ValueError."""
     answer = fetch(http_connection, server, OwnRequest("/"), limits, limits.greeting)
     if answer.status >= 500:
         # That is said in its place, by a proxy for example.
         raise OSError(f"/ answered {answer.status}")
-    return service_of(answer.content.decode("utf-8", "replace"))
+    return read_greeting(answer.content.decode("utf-8", "replace"))
 
 
 class FetchedList(NamedTuple):
@@ -14361,7 +14362,7 @@ class ModelLists:
         try:
             reached = await self.renew(key, server, authorization)
             if reached and is_own and server.api == AUTO:
-                await self.learn_service(key, server)
+                await self.learn_api(key, server)
             # What follows decides nothing.
             self.first_tries.discard(key)
             if reached:
@@ -14403,17 +14404,16 @@ class ModelLists:
                 self.keep(key, server, ModelList(asked_at, models, size))
         return True
 
-    async def learn_service(self, key: ModelListKey, server: Server) -> None:
+    async def learn_api(self, key: ModelListKey, server: Server) -> None:
         """Ask a server what it speaks; when it does not say, what it was found to speak stays."""
-        read = functools.partial(fetch_service, server=server, limits=self.limits)
+        read = functools.partial(fetch_api, server=server, limits=self.limits)
         try:
-            service = await self.ask(server, read)
+            api = await self.ask(server, read)
         except (OSError, ValueError, asyncio.TimeoutError):
             return
-        services = self.catalogue.services
-        if services.get(key) != service:
-            services = {**services, key: service}
-            self.catalogue = dataclasses.replace(self.catalogue, services=services)
+        apis = self.catalogue.apis
+        if apis.get(key) != api:
+            self.catalogue = dataclasses.replace(self.catalogue, apis={**apis, key: api})
 
     async def ask_document(self, server: Server, own_request: OwnRequest) -> FetchedDocument:
         """Return what a server tells of its models elsewhere. Raises what `ask` does."""
@@ -14429,8 +14429,8 @@ class ModelLists:
         model_list = self.lists.get(key)
         if model_list is None:
             return
-        service = self.catalogue.with_api(server).api
-        paths = further_lists(service, model_list.models)
+        api = self.catalogue.with_api(server).api
+        paths = further_lists(api, model_list.models)
         fetches = [self.ask_document(server, OwnRequest(path, authorization)) for path in paths]
         answers = await asyncio.gather(*fetches, return_exceptions=True)
         size = model_list.size
@@ -14448,7 +14448,7 @@ class ModelLists:
         # Another refresh may have begun later and be here already.
         if self.lists.get(key) is model_list:
             self.keep(key, server, ModelList(model_list.asked_at, models, size))
-        if details_path(service) and server.url not in self.learning:
+        if details_path(api) and server.url not in self.learning:
             task = asyncio.create_task(self.learn_details(key, server, authorization))
             self.learning[server.url] = task
             task.add_done_callback(lambda _: self.learning.pop(server.url, None))
@@ -17558,11 +17558,11 @@ class Context:
         home = self.upstreams.response_homes.find(hash_key(response_id))
         return home[0] if home else None
 
-    def servers_speaking(self, service: str) -> list[Server]:
+    def servers_speaking(self, api: str) -> list[Server]:
         """Return the servers that speak an API themselves, by what is known now."""
         with_api = self.model_lists.catalogue.with_api
         servers = [with_api(server) for server in self.table.all_servers()]
-        return [server for server in servers if server.api == service]
+        return [server for server in servers if server.api == api]
 
     async def work(self, size: int, task: Callable[..., Any], *arguments: Any) -> Any:
         """Do pure work on a content of `size` octets; on a long one in a thread.
@@ -19470,7 +19470,7 @@ LOG_PARAMETERS: Parameters = {
     "limit": number_between(1, 1000),
     "before": number_between(0, 2**63 - 1),
     "q": parse_words,
-    "service_type": choice_of(*SERVICES),
+    "service_type": choice_of(*APIS),
     "model": parse_shown_name,
     "upstream": parse_text,
     "status": parse_status,
@@ -19486,7 +19486,7 @@ POINT_PARAMETERS: Parameters = {
     "client": parse_shown_name,
     "model": parse_shown_name,
     "upstream": parse_text,
-    "service_type": choice_of(*SERVICES),
+    "service_type": choice_of(*APIS),
 }
 # Sums of hours know no clients, apart from how much each has used.
 TREND_PARAMETERS: Parameters = {
@@ -19874,7 +19874,7 @@ def read_stats(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str,
     return {
         "total_requests": sum(by_service.values()),
         "recent_requests": requests,
-        **{f"{name}_requests": by_service.get(name, 0) for name in SERVICES},
+        **{f"{name}_requests": by_service.get(name, 0) for name in APIS},
         "inflight_requests": len(log.running),
         "error_rate": errors / max(requests, 1),
         "latency_ms": percentiles(tally[DURATIONS], durations),
@@ -22895,13 +22895,12 @@ class Examination:
     def read_details(self) -> None:
         """Ask for what else some servers tell of themselves and of their models."""
         greeting = self.answers["/"] = self.ask("/")
-        service = self.server.api
-        if service == AUTO:
-            service = service_of(
-                greeting.content[: self.limits.greeting].decode("utf-8", "replace")
-            )
+        api = self.server.api
+        if api == AUTO:
+            text = greeting.content[: self.limits.greeting].decode("utf-8", "replace")
+            api = read_greeting(text)
         further: dict[str, dict[str, dict[str, Any]]] = {}
-        for path in further_lists(service, self.models):
+        for path in further_lists(api, self.models):
             answer = self.answers[path] = self.ask(path)
             if not find_failure(answer):
                 for document in answer.documents:
@@ -22912,7 +22911,7 @@ class Examination:
             facts = facts_of_entries(model.entry, entries)
             self.models[number] = ListedModel(model.entry, facts, entries)
         self.model = choose_model(self.models)
-        path = details_path(service)
+        path = details_path(api)
         if path:
             self.answers[path] = self.ask(path, {"model": self.model})
             for document in self.answers[path].documents:
