@@ -9518,6 +9518,12 @@ class RoutingTable:
         # Those of `servers` are all returned, even two with one URL: their keys may differ.
         return [*unlisted_servers.values(), *self.servers.values()]
 
+    @property
+    def default_words(self) -> str:
+        """What people read of the default server: `gpu (http://10.0.0.2:8000)`, or its URL."""
+        name = self.default.name
+        return f"{name} ({self.default.url})" if name in self.servers else str(self.default.url)
+
     @functools.cached_property
     def search_order(self) -> tuple[Server, ...]:
         """All servers, in the order in which those that list a model are asked for it."""
@@ -10676,7 +10682,8 @@ def claim_by_default(query: RouteQuery, trail: list[Step]) -> Claim:
     if default is None:
         trail.append(Step("DEFAULT_UPSTREAM", False, "no rule claims it, and this is none"))
         return Claim(UNCLAIMED, NOWHERE)
-    trail.append(Step("DEFAULT_UPSTREAM", True, f"no rule claims it: {default.url}"))
+    words = f"no rule claims it: {query.table.default_words}"
+    trail.append(Step("DEFAULT_UPSTREAM", True, words))
     return Claim(BY_DEFAULT, Target((Instance(default),)))
 
 
@@ -22220,7 +22227,7 @@ def describe_table(table: RoutingTable) -> list[str]:
     )
     rest = "the rest is refused (DEFAULT_UPSTREAM is none)"
     if table.default:
-        rest = f"the rest goes to {table.default.url}"
+        rest = f"the rest goes to {table.default_words}"
     return [
         f"routes: {table.source or 'no routing file'}: {', '.join(counts)}",
         rest,

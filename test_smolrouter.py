@@ -23812,6 +23812,16 @@ def test_check_prints_the_table(folder: pathlib.Path) -> None:
         assert word in done.stdout
 
 
+def test_check_and_explain_call_the_default_server_by_its_name(folder: pathlib.Path) -> None:
+    settings = {"SERVERS": "gpu=http://127.0.0.1:9"}
+    done = run_in(folder, "check", **settings)
+    assert "the rest goes to gpu (http://127.0.0.1:9)\n" in done.stdout
+    done = run_in(folder, "explain", "x", **settings)
+    assert "DEFAULT_UPSTREAM: no rule claims it: gpu (http://127.0.0.1:9)\n" in done.stdout
+    done = run_in(folder, "check", DEFAULT_UPSTREAM="http://127.0.0.1:9")
+    assert "the rest goes to http://127.0.0.1:9\n" in done.stdout
+
+
 def test_check_and_explain_show_who_waits_for_what(folder: pathlib.Path) -> None:
     record = {"url": "http://a", "slots": 2, "wake": "b4:2e:99:01:02:03", "discover": False}
     alias = {"instances": ["a/m"], "priority": "high", "strategy": "sticky"}
