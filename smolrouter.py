@@ -13897,10 +13897,12 @@ class Slots:
 
     def refusal_of(self, instances: Iterable[Instance]) -> ServerClosed:
         """Return the error for a request that only these servers could serve: all are closed."""
+        servers = list(dict.fromkeys(instance.server for instance in instances))
         words = []
-        for server in dict.fromkeys(instance.server for instance in instances):
+        for server in servers:
             words.append(f"{server.name} {CLOSED_WORDS.get(self.closed.get(server.url), '')}")
-        remedy = 'POST /api/upstreams/NAME {"state": "on"} opens it again'
+        name = servers[0].name if len(servers) == 1 else "NAME"
+        remedy = f'POST /api/upstreams/{name} {{"state": "on"}} opens it again'
         return ServerClosed(f"{', '.join(words)}; {remedy}")
 
     def free_slots(self, url: UpstreamURL) -> float:

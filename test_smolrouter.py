@@ -15469,6 +15469,7 @@ def test_a_drained_server() -> None:
                 test.send(word, "alone", path=path)
             got = test.answer(word)
             assert got.status == 503 and words.encode() in got.content
+            assert b"POST /api/upstreams/one {" in got.content
             assert wait_for_row(test.router, "alone")["error_message"].startswith(words)
         assert request(test.router.port, "GET", "/upstream/one/v1/x").status == 503
         server = test.server("one")
