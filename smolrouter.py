@@ -22968,14 +22968,14 @@ class Examination:
 
     @property
     def notes(self) -> list[str]:
-        """What single endpoints have refused, and why."""
-        notes = []
+        """What single endpoints have refused, and why; those of one reason stand together."""
+        names_by_failure: dict[str, list[str]] = {}
         for name in PROBES:
             answer = self.answers.get(name)
             failure = find_failure(answer) if answer else ""
             if failure and answer.status not in (200, 404, 405):
-                notes.append(f"{name}: {failure}")
-        return notes
+                names_by_failure.setdefault(failure, []).append(name)
+        return [f"{', '.join(names)}: {failure}" for failure, names in names_by_failure.items()]
 
 
 def describe_stream(answer: ProbeAnswer) -> list[str]:

@@ -24343,6 +24343,22 @@ def test_doctor_says_what_helps_where_nobody_answers(capsys: pytest.CaptureFixtu
     assert f'# "off": {{"url": "{url}"}}' in printed
 
 
+def test_doctor_says_once_what_several_endpoints_refuse(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def serve(received: Received) -> Iterable[Step]:
+        if received.path in ("/v1/models", "/v1/chat/completions"):
+            return well_behaved(received)
+        return json_response({"error": {"message": "out of memory"}}, 500)
+
+    with Upstream(serve) as upstream:
+        _, printed = run_doctor(capsys, SERVERS=f"gpu={upstream.url}")
+    remedies = " ".join(printed.partition("\nremedies\n")[2].split())
+    assert remedies.count("out of memory") == 1
+    names = "completions, embeddings, responses, messages, ollama"
+    assert f"gpu: {names}: answered 500 (out of memory)" in remedies
+
+
 def test_doctor_prints_no_key(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     with Upstream(wants_a_key) as upstream:
         server = {"url": upstream.url, "api_key": "the key", "headers": {"X-Team": "secret"}}
