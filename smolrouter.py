@@ -1368,7 +1368,11 @@ BARE_CR_OR_LF = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 # A character of a token, or the CR of an empty line before the head.
 HEAD_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z\r]")
 CONTENT_LENGTH = re.compile(r"[0-9]{1,18}")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+# A string in quotes may hold what would end it behind a backslash (RFC 9110 section 5.6.4).
+QUOTED_STRING = r'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
+# An extension is a name, or a name and its value (RFC 9112 section 7.1.1).
+CHUNK_EXTENSION = rf"[ \t]*;[ \t]*{TOKEN}(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED_STRING}))?"
+CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:{CHUNK_EXTENSION})*".encode("latin-1"))
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
 # Also a `%` without its two digits, which is then refused.
@@ -2040,7 +2044,9 @@ class ChunkDecoder:
         """Read the line that begins a chunk: `5` or `5;name=value` (RFC 9112 section 7.1.1)."""
         match = CHUNK_SIZE.fullmatch(line)
         if match is None:
-            raise MalformedMessage(f"chunk-size {line[:80]!r} is not hexadecimal")
+            raise MalformedMessage(
+                f"{line[:80]!r} is no chunk-size in hexadecimal digits, or has bad extensions"
+            )
         # Extensions mean nothing here. But a client could send one octet of content and a
         # thousand of extension with each chunk, and no limit of the content would end that.
         self.extension_octets += len(line) - len(match[1])

@@ -2874,6 +2874,13 @@ BAD_CHUNKS = {
     "bare LF after the size": b"5\nhello\r\n",
     "bare LF in an extension": b"5;a\nb\r\nhello\r\n",
     "NUL in an extension": b"5;\0\r\nhello\r\n",
+    "quote that stays open in an extension": b'5;a="b\r\nhello\r\n',
+    "quote that is closed by an escaped one": b'5;a="b\\"\r\nhello\r\n',
+    "text behind a quoted value": b'5;a="b"c\r\nhello\r\n',
+    "extension without a name": b"5;\r\nhello\r\n",
+    "extension with a value alone": b"5;=b\r\nhello\r\n",
+    "extension without its value": b"5;a=\r\nhello\r\n",
+    "two names in an extension": b"5;a b\r\nhello\r\n",
     "content longer than its size": b"4\r\nhello\r\n",
     "bare LF after the content": b"5\r\nhello\n0\r\n\r\n",
     "long extension": b"5;" + b"x" * 2000 + b"\r\nhello\r\n",
@@ -2904,6 +2911,9 @@ CHUNK_BITS = [
     b"\n",
     b";x",
     b"x=1",
+    b';x="',
+    b'"',
+    b"\\",
     b" ",
     b"hello",
     b"A: b",
@@ -2911,6 +2921,29 @@ CHUNK_BITS = [
     b"0\r\n\r\n",
     b"5\r\nhello\r\n",
 ]
+
+
+def are_chunk_extensions(text: bytes) -> bool:
+    """Tell whether all of a text are extensions of a chunk, by other means than the program's."""
+    name = b"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+    while text:
+        match = re.match(rb"[ \t]*;[ \t]*" + name, text)
+        if not match:
+            return False
+        text = text[match.end() :]
+        match = re.match(rb"[ \t]*=[ \t]*", text)
+        if not match:
+            continue
+        text = text[match.end() :]
+        value = re.match(name, text)
+        if not value and text.startswith(b'"'):
+            # What is escaped, and so ends nothing, is hidden first.
+            hidden = re.sub(rb"\\[\t\x20-\x7e\x80-\xff]", b"..", text)
+            value = re.match(rb'"[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]*"', hidden)
+        if not value:
+            return False
+        text = text[value.end() :]
+    return True
 
 
 def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
@@ -2931,8 +2964,8 @@ def take_any_chunks(data: bytes) -> tuple[bytes, bytes] | None:
                 return None
             data = rest
             continue
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?", line)
-        if not match:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})([\t ;].*)?", line, re.DOTALL)
+        if not match or not are_chunk_extensions(match[2] or b""):
             return None
         size = int(match[1], 16)
         trailers = not size
@@ -3228,6 +3261,9 @@ MALFORMED: dict[str, tuple[bytes, set[int]]] = {
         "bare LF in an extension": with_chunks(EVIL_SIZE + b";a\nb\r\n" + EVIL_CONTENT + b"\r\n0"),
         "bare CR in an extension": with_chunks(EVIL_SIZE + b";a\rb\r\n" + EVIL_CONTENT + b"\r\n0"),
         "NUL in an extension": with_chunks(EVIL_SIZE + b";a\0b\r\n" + EVIL_CONTENT + b"\r\n0"),
+        "open quote in an extension": with_chunks(
+            EVIL_SIZE + b';a="b\r\n' + EVIL_CONTENT + b'"\r\n0'
+        ),
         "chunk data without an end": with_chunks(EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"0"),
         "chunk data that ends with LF": with_chunks(EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"\n0"),
         "chunk data that ends with CR": with_chunks(EVIL_SIZE + b"\r\n" + EVIL_CONTENT + b"\r0"),
