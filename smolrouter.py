@@ -2473,14 +2473,18 @@ def parse_json(content: bytes, limits: Limits = LIMITS) -> tuple[str, Any, Seque
         raise MalformedContent(f"the content is not JSON: {error}") from None
 
 
+def decode_json_text(data: bytes) -> str:
+    """Return the text of a server's JSON; a byte order mark is no part of it. Raises ValueError."""
+    return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+
+
 def parse_value(data: bytes | str, limits: Limits = LIMITS) -> Any:
     """Return the value that a server's data holds, None when it is no JSON.
 
     `b' {"n": -Infinity}'`  ->  `{"n": -inf}`;  `b"{"`  ->  `None`
     """
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        text = text.removeprefix(BYTE_ORDER_MARK)
+        text = data if isinstance(data, str) else decode_json_text(data)
         is_long = len(text) > limits.long_content
         if is_long:
             # Vectors are long lists of numbers: their values are not counted.
@@ -7384,7 +7388,7 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
         edits |= restore_namespaces(plan.tool_names, document)
     if filtering:
         filter_parts(plan, document, read_answer(plan.protocol, document), edits)
-    return edit_json(content.decode(), edits).encode() if edits else content
+    return edit_json(decode_json_text(content), edits).encode() if edits else content
 
 
 # --- answers: rewriters ---------------------------------------------------------------
@@ -7895,7 +7899,7 @@ class EventFilter:
                 self.lost_timings = "timings" in document
                 return b""
             # llama.cpp says it in every event of /v1/completions.
-            data = remove_member(data.decode(), "usage").encode()
+            data = remove_member(decode_json_text(data), "usage").encode()
             event = self.format.replace(event, data)
         edits = self.plan.model_edit(document)
         if looks_at_calls:
@@ -7959,7 +7963,7 @@ class EventFilter:
         """Return an event with some values of its document replaced."""
         if not edits:
             return event
-        return self.format.replace(event, edit_json(data.decode(), edits).encode())
+        return self.format.replace(event, edit_json(decode_json_text(data), edits).encode())
 
     def note_plain_beginning(self, data: bytes) -> bool:
         """Tell whether the answer's only text begins in this event or did before, without a tag.

@@ -7334,6 +7334,24 @@ def translated_document(
     return json.loads(rewriter.feed(encode_json(document)) + rewriter.finish())
 
 
+def test_a_mark_before_an_answer_does_not_keep_it_from_being_changed() -> None:
+    """A byte order mark is no part of a document, wherever one stands."""
+    message = {"role": "assistant", "content": "<think>hm</think>Hi"}
+    document = {"model": "other", "choices": [{"index": 0, "message": message}], "usage": COUNTS}
+    wanted = {**message, "content": "Hi"}
+    for mark in (b"", b"\xef\xbb\xbf"):
+        plan = answer_plan(request={"stream": False}, renamed=True)
+        rewriter = smolrouter.choose_rewriter(plan, 200, "application/json")
+        assert rewriter.feed(mark + encode_json(document)) == b""
+        got = json.loads(rewriter.finish())
+        assert (got["model"], got["choices"][0]["message"]) == ("other", wanted)
+        events = smolrouter.choose_rewriter(answer_plan(), 200, "text/event-stream")
+        for delta in ({"content": "<think>hm</think>Hi"}, {}):
+            chunk = {"choices": [{"index": 0, "delta": delta}], "usage": COUNTS}
+            data = events.feed(b"data: " + mark + encode_json(chunk) + b"\n\n")
+            assert b"hm" not in data and b"usage" not in data
+
+
 # What else a client of Ollama's asks for, and what a server of OpenAI's is asked for, in a chat and
 # in a completion of a raw prompt.
 LOGPROBS_WISHES: list[tuple[dict, dict, dict]] = [
