@@ -11902,10 +11902,20 @@ class LoopBatch:
         self.unflushed = []
         broke = False
         for connection in connections:
-            connection.flush()
+            try:
+                connection.flush()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the loop has to go on
+                self.report_failure(connection, error)
             if connection.transport.is_closing():
                 broke = True
         return broke
+
+    def report_failure(self, connection: Any, error: Exception) -> None:
+        """Say that a `Connection` could not send, as asyncio says what fails, and end it."""
+        words = "a connection could not send"
+        failure = {"message": words, "exception": error, "transport": connection.transport}
+        connection.loop.call_exception_handler(failure)
+        connection.transport.abort()
 
     def add(self, connection: Any) -> None:
         """Look at the deadline of a `Connection` from now on."""
@@ -11940,11 +11950,14 @@ class LoopBatch:
         """Look at the deadline of every connection once."""
         self.timer = None
         now = loop.time()
-        # What happens at a deadline may end other connections.
-        for connection in list(self.connections):
-            connection.check(now)
-        if self.connections:
-            self.start_timer(loop)
+        try:
+            # What happens at a deadline may end other connections.
+            for connection in list(self.connections):
+                connection.check(now)
+        finally:
+            # asyncio tells of an error here, and goes on. All deadlines have to go on, too.
+            if self.connections:
+                self.start_timer(loop)
 
 
 class TurnSelector(selectors.DefaultSelector):

@@ -90,7 +90,15 @@ import unicodedata
 import urllib.parse
 import venv
 import zlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13118,6 +13126,66 @@ def test_octets_let_a_task_go_on_and_send_in_the_turn_in_which_they_come() -> No
         return sent
 
     assert run_in_own_loop(answer) == b"hello"
+
+
+@contextlib.asynccontextmanager
+async def pairs_of(batch: Any, count: int) -> AsyncIterator[list[tuple[Any, socket.socket]]]:
+    """Make connections of a batch, each with the socket at its other side."""
+    pairs = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            here, there = map(stack.enter_context, socket.socketpair())
+            connection = smolrouter.Connection(batch)
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(lambda made=connection: made, here)
+            there.setblocking(False)
+            pairs.append((connection, there))
+        yield pairs
+        for connection, _ in pairs:
+            connection.abort()
+        await asyncio.sleep(0)
+
+
+def test_a_connection_that_cannot_send_ends_alone() -> None:
+    """What goes wrong at the end of a turn must not end the event loop."""
+
+    async def write(batch: Any) -> None:
+        loop = asyncio.get_running_loop()
+        reports: list[Any] = []
+        loop.set_exception_handler(lambda _, report: reports.append(report))
+        async with pairs_of(batch, 3) as pairs:
+            (first, _), (second, there), (third, last) = pairs
+            # asyncio raises an error for what is written behind this.
+            second.transport.write_eof()
+            for connection, _ in pairs:
+                connection.write(b"hello")
+            while not second.failure and second in batch.connections:
+                await asyncio.sleep(0)
+            assert [pairs[0][1].recv(9), there.recv(9), last.recv(9)] == [b"hello", b"", b"hello"]
+            assert not (first.is_broken or third.is_broken)
+        assert [str(report["exception"]) for report in reports] == [
+            "Cannot call write() after write_eof()"
+        ]
+
+    run_in_own_loop(write)
+
+
+def test_deadlines_are_looked_at_after_one_of_them_has_failed() -> None:
+    async def wait(batch: Any) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda *_: None)
+        async with pairs_of(batch, 2) as ((first, _), (second, _)):
+
+            def fail(now: float) -> None:
+                first.on_check = None
+                raise ValueError(now)
+
+            first.on_check = fail
+            second.deadline.set(0.05, smolrouter.IDLE_TOO_LONG)
+            with pytest.raises(smolrouter.RequestTimeout):
+                await asyncio.wait_for(second.read(), PATIENCE)
+
+    run_in_own_loop(wait, smolrouter.Limits(deadline_interval=0.01))
 
 
 def test_a_connection_that_breaks_while_it_sends_is_noticed_at_once() -> None:
