@@ -1082,6 +1082,8 @@ class Limits:
     # system prompt, changes from turn to turn.
     hashed_messages: int = 32
     hashed_text: int = 2 * KiB
+    # Of so many conversations the hash is remembered.
+    hashed_conversations: int = 32
     # So many decisions of the routing are remembered, by model and source host; the one that was
     # used least recently goes. A home has a few dozen of them. Each has a trail with a step for
     # every rule: with a thousand rules, that makes up to 50 MB. The JSON of trails is remembered as
@@ -9302,6 +9304,17 @@ def encode_tools(tools: Iterable[Any]) -> bytes:
     return encoded
 
 
+@functools.lru_cache(maxsize=LIMITS.hashed_conversations)
+def hash_beginning(tools: bytes, model: str | None, beginning: tuple[tuple[str, str], ...]) -> str:
+    """Return what names a conversation that begins so; it is asked for again in each of its turns.
+
+    `b""`, `"m"`, `(("user", "Hi"),)`  ->  `69fc6e91572c`
+    """
+    # Python's own spelling of the texts is unambiguous, too, and takes half the time of JSON.
+    spelled = repr((model, *beginning)).encode()
+    return hashlib.sha256(tools + spelled).hexdigest()[:12]
+
+
 def read_session_key(fields: Fields, protocol: Protocol, document: Mapping[str, Any]) -> str:
     """Return what names the conversation that a request is of, "" where there is none.
 
@@ -9318,9 +9331,7 @@ def read_session_key(fields: Fields, protocol: Protocol, document: Mapping[str, 
     if not protocol.user_words or not document.get(protocol.user_words):
         return ""
     tools = encode_tools(list_of(document, "tools")) if "tools" in document else b""
-    # Python's own spelling of the texts is unambiguous, too, and takes half the time of JSON.
-    beginning = repr((document.get("model"), *read_beginning(protocol, document)))
-    return hashlib.sha256(tools + beginning.encode()).hexdigest()[:12]
+    return hash_beginning(tools, document.get("model"), tuple(read_beginning(protocol, document)))
 
 
 # --- the routing table ------------------------------------------------------------------
