@@ -1764,10 +1764,10 @@ def remember_short(function: Callable[..., Result]) -> Callable[..., Result]:
     remembered = functools.lru_cache(maxsize=2 * LIMITS.remembered_heads)(function)
 
     @functools.wraps(function)
-    def remembering(head: RequestHead | ResponseHead | Fields, *arguments: Any) -> Result:
-        if head.size > LIMITS.remembered_head:
-            return function(head, *arguments)
-        return remembered(head, *arguments)
+    def remembering(*arguments: Any) -> Result:
+        if arguments[0].size > LIMITS.remembered_head:
+            return function(*arguments)
+        return remembered(*arguments)
 
     return remembering
 
@@ -7190,13 +7190,13 @@ class AnswerPlan:
     # The server speaks the client's dialect.
     native: bool
     rules: FilterRules
-    # The usage event was not the client's wish.
-    hide_usage: bool
-    # The server knows the model by another name.
-    renamed: bool
     # The time in s UTC.
     now: Callable[[], float]
     timing: Callable[[], Timing]
+    # The usage event was not the client's wish.
+    hide_usage: bool = False
+    # The server knows the model by another name.
+    renamed: bool = False
     limits: Limits = LIMITS
     # The client had to wait, and so has got pings, in a stream that the answer has to go on with.
     pinged: bool = False
@@ -11850,7 +11850,7 @@ class Waiter(asyncio.Future):
         """Note what the task that begins to wait wants to be called, and in which context."""
         self.step = step
         self.context = context
-        super().add_done_callback(step, context=context)
+        asyncio.Future.add_done_callback(self, step, context=context)
 
     def resume(self) -> None:
         """Let the task go on; it has taken its next step when this returns."""
@@ -11985,7 +11985,7 @@ class TurnSelector(selectors.DefaultSelector):
         # it decided how long to wait.
         if self.batch.unflushed and self.batch.flush():
             timeout = 0
-        return super().select(timeout)
+        return selectors.DefaultSelector.select(self, timeout)
 
 
 def make_loop(batch: LoopBatch) -> asyncio.AbstractEventLoop:
@@ -13832,7 +13832,8 @@ class Upstreams:
 
     async def receive_head(self, connection: Connection) -> ResponseHead:
         """Return the head of the response, behind those of interim ones (1xx)."""
-        for _ in range(self.limits.interim_responses + 1):
+        interim_responses = 0
+        while interim_responses <= self.limits.interim_responses:
             data = await connection.read_head(self.limits.response_head)
             if data is None:
                 raise BadGateway("it closed the connection without an answer")
@@ -13841,6 +13842,7 @@ class Upstreams:
                 return head
             if head.status == 101:
                 raise MalformedMessage("101 Switching Protocols, which nobody asked for")
+            interim_responses += 1
         raise MalformedMessage(f"more than {self.limits.interim_responses} interim responses")
 
 
@@ -15147,14 +15149,14 @@ class RequestRecord:
     source_ip: str
     method: str
     target: str
-    request_fields: Fields
-    content: bytes
-    request_size: int
-    stream: bool
-    requested_model: str
-    mapped_model: str
-    route: str
-    trail: tuple[Step, ...]
+    request_fields: Fields = NO_FIELDS
+    content: bytes = b""
+    request_size: int = 0
+    stream: bool = False
+    requested_model: str = ""
+    mapped_model: str = ""
+    route: str = ""
+    trail: tuple[Step, ...] = ()
     # What must not be kept of it.
     secrets: Secrets = ()
     # Its place in a trace, where that matters.
@@ -15200,7 +15202,7 @@ class RequestRecord:
     # Octets of content that the client was sent.
     response_size: int = 0
     # What is odd about it, in words.
-    warnings: list[str] = dataclasses.field(default_factory=list)
+    warnings: tuple[str, ...] = ()
     first_token_at: float | None = None
     finished_at: float | None = None
     # Ends the request, for the reason that it is given; None while the request does not run.
@@ -15234,43 +15236,21 @@ class RequestRecord:
         cls, request_id: str, request: Request, stream: bool, decision: Decision
     ) -> RequestRecord:
         """Return the record of a request that begins; `decision` says which way it will go."""
-        return cls(
-            request_id=request_id,
-            service=request.dialect.service,
-            source_ip=request.source_host,
-            method=request.head.method,
-            target=request.path + request.query,
-            request_fields=request.head.fields,
-            content=request.content,
-            request_size=len(request.content),
-            stream=stream,
-            requested_model=decision.requested_model,
-            mapped_model=decision.mapped_model,
-            route=decision.route,
-            trail=decision.trail,
-            subject=request.token.subject if request.token else "",
-        )
-
-    @classmethod
-    def of_refused(
-        cls, request_id: str, source_ip: str, service: str, method: str, target: str
-    ) -> RequestRecord:
-        """Return the record of a request that goes nowhere."""
-        return cls(
-            request_id=request_id,
-            service=service,
-            source_ip=source_ip,
-            method=method,
-            target=target,
-            request_fields=NO_FIELDS,
-            content=b"",
-            request_size=0,
-            stream=False,
-            requested_model="",
-            mapped_model="",
-            route="",
-            trail=(),
-        )
+        target = request.path + request.query
+        service = request.dialect.service
+        record = cls(request_id, service, request.source_host, request.head.method, target)
+        # Set one by one, because each keyword in the call of a class takes far longer.
+        record.request_fields = request.head.fields
+        record.content = request.content
+        record.request_size = len(request.content)
+        record.stream = stream
+        record.requested_model = decision.requested_model
+        record.mapped_model = decision.mapped_model
+        record.route = decision.route
+        record.trail = decision.trail
+        if request.token:
+            record.subject = request.token.subject
+        return record
 
     @property
     def path(self) -> str:
@@ -17650,8 +17630,6 @@ class Context:
         OpenAI alone the tag means nothing, unless it lists a model of that very name.
         """
         dialect = request.dialect
-        if dialect.encode_openai is None or not decision.requested_model.endswith(LATEST_TAG):
-            return decision
         if decision.found_by == BY_LIST:
             return decision
         instances = []
@@ -17795,14 +17773,14 @@ class RelayedRequest:
         """Return how the request goes to a server, to an instance that has these habits."""
         parsed = self.parsed
         dialect = self.request.dialect
+        decision = self.decision
+        # A dialect without `encode_openai` is OpenAI's own, or takes content as it is.
+        openai_path = parsed.openai_path if dialect.encode_openai else ""
+        is_json = parsed.text != ""
+        thinking = decision.thinking
+        parameters = decision.parameters
         kind = RequestKind(
-            service=dialect.service,
-            protocol=parsed.protocol,
-            # A dialect without `encode_openai` is OpenAI's own, or takes content as it is.
-            openai_path=parsed.openai_path if dialect.encode_openai else "",
-            is_json=parsed.text != "",
-            thinking=self.decision.thinking,
-            parameters=self.decision.parameters,
+            dialect.service, parsed.protocol, openai_path, is_json, thinking, parameters
         )
         return self.context.forwarding_of(kind, server, habits)
 
@@ -17963,17 +17941,16 @@ class Candidate:
         self.changes = words
         self.added = added
         relayed.record.changes = words
-        return RequestChanges(
-            model=self.instance.model or parsed.model,
-            no_think=relayed.context.settings.disable_thinking,
-            include_usage=self.hide_usage,
-            strip_attribution=forwarding.strips_attribution,
-            flatten_namespaces=forwarding.flattens_namespaces,
-            parameters=forwarding.parameters,
-            note_change=words.append,
-            refused=refused,
-            note_added=added.append,
-        )
+        changes = RequestChanges(self.instance.model or parsed.model)
+        changes.no_think = relayed.context.settings.disable_thinking
+        changes.include_usage = self.hide_usage
+        changes.strip_attribution = forwarding.strips_attribution
+        changes.flatten_namespaces = forwarding.flattens_namespaces
+        changes.parameters = forwarding.parameters
+        changes.note_change = words.append
+        changes.refused = refused
+        changes.note_added = added.append
+        return changes
 
     # How it has fared.
 
@@ -18015,7 +17992,8 @@ class Candidate:
     def note_attempt(self, error: str | None) -> None:
         """Put the attempt into the record, in place of what it makes out of date there."""
         record = self.relayed.record
-        elapsed_ms = round((time.monotonic() - self.started_at) * 1000, 1)
+        # In tenths, as everywhere; to round a number takes far longer than to cut it.
+        elapsed_ms = int((time.monotonic() - self.started_at) * 10_000) / 10
         url = self.instance.server.shown_url
         attempt = Attempt(self.instance.name, url, self.status, error, elapsed_ms)
         replaces_last = self.noted or self.repeats_last
@@ -18458,22 +18436,20 @@ class Answer:
         is_unknown = self.coding != "" and self.coding not in CODINGS
         if is_unknown and forwarding.native and not pinged:
             return None
-        plan = AnswerPlan(
-            parsed=parsed,
-            dialect=relayed.request.dialect,
-            native=forwarding.native,
-            rules=forwarding.rules,
-            hide_usage=candidate.hide_usage,
-            renamed=candidate.instance.model != parsed.model,
-            now=time.time,
-            timing=self.record.timing,
-            limits=relayed.context.limits,
-            pinged=pinged,
-            changes_choices=forwarding.changes_choices,
-            has_long_prompt=relayed.has_long_prompt,
-            note_thinking=candidate.note_thinking,
-            tool_names=parsed.tool_names if forwarding.flattens_namespaces else None,
-        )
+        dialect = relayed.request.dialect
+        native = forwarding.native
+        timing = self.record.timing
+        plan = AnswerPlan(parsed, dialect, native, forwarding.rules, time.time, timing)
+        # Set one by one, because each keyword in the call of a class takes far longer.
+        plan.hide_usage = candidate.hide_usage
+        plan.renamed = candidate.instance.model != parsed.model
+        plan.limits = relayed.context.limits
+        plan.pinged = pinged
+        plan.changes_choices = forwarding.changes_choices
+        plan.has_long_prompt = relayed.has_long_prompt
+        plan.note_thinking = candidate.note_thinking
+        if forwarding.flattens_namespaces:
+            plan.tool_names = parsed.tool_names
         return choose_rewriter(plan, response.head.status, response.media_type)
 
     def make_inflater(self, rewriter: Rewriter) -> Inflater:
@@ -18618,7 +18594,7 @@ class Answer:
         size = len(relayed.parsed.content) + len(answer)
         words = await context.work(size, find_cut, relayed.parsed, answer, context_length)
         if words:
-            self.record.warnings.append(words)
+            self.record.warnings += (words,)
 
     def finish(self, tail: bytes) -> None:
         """Send the rest of it, which may be all, and note how its instance fared."""
@@ -19033,7 +19009,8 @@ async def relay_model(context: Context, request: Request) -> None:
         decision = decide_kept(context, request, urllib.parse.unquote(kept[1]))
     elif parsed.text or parsed.model:
         decision = await context.decide(parsed.model, request.source_host, request.dialect)
-        decision = await context.drop_unknown_tags(decision, request)
+        if request.dialect.encode_openai and parsed.model.endswith(LATEST_TAG):
+            decision = await context.drop_unknown_tags(decision, request)
     else:
         # Neither a JSON document nor a model: there is nothing that a rule could look at.
         decision = resolve_default(context.table, request.source_host)
@@ -19042,7 +19019,7 @@ async def relay_model(context: Context, request: Request) -> None:
     await Exchange(RelayedRequest(context, request, parsed, decision)).run()
 
 
-async def relay_post(context: Context, request: Request) -> None:
+def relay_post(context: Context, request: Request) -> Awaitable[None]:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
     content_type = request.head.fields.get("content-type") or ""
     is_form = content_type.lower().startswith("multipart/form-data")
@@ -19056,7 +19033,7 @@ async def relay_post(context: Context, request: Request) -> None:
         # The Content-Type does not tell: clients give JSON's to an empty content, too, such as that
         # of `POST /v1/responses/{id}/cancel`.
         request.dialect = OPENAI_OPAQUE
-    await relay_model(context, request)
+    return relay_model(context, request)
 
 
 async def decide_native(context: Context, request: Request, model: str) -> Decision:
@@ -21524,10 +21501,10 @@ class Application:
         request.recorded = True
         if not context.log.refused.admit(time.monotonic()):
             return ""
-        record = RequestRecord.of_refused(
+        record = RequestRecord(
             context.next_request_id(),
-            request.source_host,
             request.dialect.service,
+            request.source_host,
             request.head.method,
             request.path + request.query,
         )
@@ -21575,9 +21552,7 @@ class Application:
         if not context.log.refused.admit(time.monotonic()):
             return ""
         service = (endpoints.of_path[0].dialect if endpoints.of_path else OPENAI).service
-        record = RequestRecord.of_refused(
-            context.next_request_id(), source_host, service, method, target
-        )
+        record = RequestRecord(context.next_request_id(), service, source_host, method, target)
         return self.finish_refusal(record, error.status, reason)
 
     async def dispatch(

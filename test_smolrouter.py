@@ -16709,7 +16709,7 @@ def test_a_row_says_who_asked_what(path: str) -> None:
 def test_what_is_odd_stands_in_a_row() -> None:
     record = new_record(1, queued_s=0.01234, session="s", subject="alice")
     record.secrets = ((b"secret-of-sixteen", b"***"),)
-    record.warnings += ["prompt cut", "user: secret-of-sixteen"]
+    record.warnings += ("prompt cut", "user: secret-of-sixteen")
     record.asked = "My key: secret-of-sixteen"
     row = smolrouter.make_row(record, smolrouter.Detail())
     document = smolrouter.row_document(row, smolrouter.NEVER_SHOWN)
