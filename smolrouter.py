@@ -19028,7 +19028,7 @@ def relay_post(context: Context, request: Request) -> Awaitable[None]:
     if is_form:
         # The boundary of its parts stands in its Content-Type.
         read_this_form = functools.partial(read_form, content_type)
-        request.dialect = dataclasses.replace(OPENAI_OPAQUE, read=read_this_form)
+        request.dialect = dataclasses.replace(OPENAI_OPAQUE, read_request=read_this_form)
     elif not (needs_model or is_object(request.content)):
         # The Content-Type does not tell: clients give JSON's to an empty content, too, such as that
         # of `POST /v1/responses/{id}/cancel`.
