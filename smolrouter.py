@@ -25819,7 +25819,7 @@ function openPerformance() {
 const CLIENTS = [
   ["Client", "client"], ["Requests", "requests", count], ["Errors", "errors", count],
   ["Tokens in", "prompt_tokens", brief], ["Tokens out", "completion_tokens", brief],
-  ["Models", "models"], ["Last seen", "last_seen"],
+  ["Share of tokens", "share"], ["Models", "models"], ["Last seen", "last_seen"],
 ];
 const clientSorting = () => params().get("sort") ?? "-requests";
 /** Who uses what; a click on a client, or on a model of one, filters the overview by it. */
@@ -25828,28 +25828,29 @@ function showClients(clients) {
   app.clients = clients;
   for (const [at, [, key]] of CLIENTS.entries()) table.tHead.rows[0].cells[at]
     .setAttribute("aria-sort", key !== by ? "none" : down ? "descending" : "ascending");
+  const all = Math.max(1, clients.reduce((sum, one) => sum + tokensOfClient(one), 0));
+  const rows = clients.map(one => ({...one, share: tokensOfClient(one) / all}));
   const compare = (a, b) => (a[by] > b[by]) - (a[by] < b[by]);
-  const sorted = [...clients].sort((a, b) => down ? compare(b, a) : compare(a, b));
-  const most = Math.max(1, ...clients.map(tokensOfClient));
+  rows.sort((a, b) => down ? compare(b, a) : compare(a, b));
   table.hidden = !clients.length;
-  fill(table.tBodies[0], sorted.map(one => clientRow(one, most)));
+  fill(table.tBodies[0], rows.map(clientRow));
   fill(byId("who-empty"), !clients.length && empty("Nobody has asked in this time.",
     "A client gets a name by the header X-Client-Name, by its token or by its API key."));
 }
 const tokensOfClient = one => (one.prompt_tokens ?? 0) + (one.completion_tokens ?? 0);
 const overviewOf = values => `/?${queryOf(values)}`;
-function clientRow(one, most) {
-  const {client, requests, errors, models, last_seen: seen} = one;
+function clientRow(one) {
+  const {client, requests, errors, share, models, last_seen: seen} = one;
   return node("tr", node("td", node("a", {href: overviewOf({client})}, named(client))),
     node("td.number", count(requests)),
     node("td.number", errors ? node("a.is-bad", {href: overviewOf({client, status: "error"})},
       `${count(errors)} · ${percent(errors / requests)}`) : "0"),
     node("td.number", brief(one.prompt_tokens)), node("td.number", brief(one.completion_tokens)),
-    node("td", node("span.line", node("span.share", {title: "its share of the tokens"},
-      node("i", {style: {width: `${tokensOfClient(one) / most * 100}%`}})),
-    (models ?? []).slice(0, 4).map(model => node("a", {href: overviewOf({client, model})},
-      markNode(model), named(model, 40))), models?.length > 4 &&
-      node("span.quiet", `and ${models.length - 4} more`))),
+    node("td", node("span.line", node("span.share", {"aria-hidden": "true"},
+      node("i", {style: {width: `${share * 100}%`}})), percent(share))),
+    node("td", node("span.line", (models ?? []).slice(0, 4).map(model => node("a",
+      {href: overviewOf({client, model})}, markNode(model), named(model, 40))),
+    models?.length > 4 && node("span.quiet", `and ${models.length - 4} more`))),
     node("td", {title: seen && local(seen)}, seen ? ago(seen) : "–"));
 }
 const loadClients = () => load("clients", {hours: byId("clients-form").elements.hours.value},

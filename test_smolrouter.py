@@ -25092,6 +25092,9 @@ def test_clients_say_who_uses_what(tab: Any) -> None:
     (bob,) = [one for one in get_document(router, "/api/clients") if one["client"] == "bob"]
     assert cells[1] == "2" and cells[2] == "1 · 50 %"
     assert cells[3:5] == [str(bob["prompt_tokens"]), str(bob["completion_tokens"])]
+    # Their shares are those of all tokens.
+    shares = tab.locator("#who tbody td:nth-child(6)").all_text_contents()
+    assert abs(sum(float(share.removesuffix(" %")) for share in shares) - 100) < 0.2, shares
     sort_by_each_head(tab, "#who")
     with tab.expect_request("**/api/clients?hours=168"):
         tab.select_option("#clients-form [name=hours]", "168")
