@@ -24942,6 +24942,10 @@ function updateChip(chip, server) {
     node("b.cut", named(name, 40)),
     kind !== "good" && node("span.small.why.cut", word,
       server.last_error && [": ", named(server.last_error, 80)]),
+    // It answers, and what it answers is an error: at least for every other request.
+    kind === "good" && server.errors > 0 && server.errors * 2 >= server.requests &&
+      node("span.small.why.cut.is-warn", {title: "in the last hour"},
+        `${count(server.errors)} of ${count(server.requests)} failed`),
     slots !== "" && node("span.small.load", {title: "running of slots"}, `▸ ${slots}`),
     server.queued > 0 && node("span.small.load.is-warn", `${server.queued} wait`), dayNode(server));
 }
@@ -25002,11 +25006,15 @@ function showLanes(rows) {
   showStrip();
   tick();
 }
-/** Say in the table, too, what those rows do that are shown as running. */
+/** Say in the table, too, what those rows do that are shown as running, and which model serves. */
 function showPhases() {
   for (const row of app.running) {
-    const cell = `#rows [data-id="${Number(row.id)}"] .c-status .is-busy`;
-    document.querySelector(cell)?.replaceWith(outcomeNode({...row, is_inflight: true}));
+    const place = byId("rows").querySelector(`[data-id="${Number(row.id)}"]`);
+    const busy = place?.querySelector(".c-status .is-busy");
+    if (!busy) continue;
+    busy.replaceWith(outcomeNode({...row, is_inflight: true}));
+    const model = place.querySelector(".c-model");
+    if (row.sent_model && !model.querySelector(".mark")) fill(model, modelNode(row));
   }
 }
 /** Remember how fast a lane's tokens come: over the last three seconds or so. */

@@ -25620,6 +25620,40 @@ def test_a_row_says_what_its_lane_says(tab: Any) -> None:
     assert wait_until(lambda: tab.locator("#rows tbody .is-busy").count() == 0)
 
 
+def test_a_row_that_waits_has_the_mark_of_its_model(tab: Any) -> None:
+    gate = threading.Event()
+
+    def script(received: Received) -> Iterable[Step]:
+        gate.wait(PATIENCE)
+        return json_response(completion({}, "late"))
+
+    name = default_upstream().add_script(script)
+    router = page_router("mark")
+    tab.goto(router.url)
+    mark = tab.locator(f"#rows tbody tr:has-text('{name}') .c-model .mark")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = pool.submit(post_chat, router, name)
+        wait_text(tab, ".lane", "waiting")
+        has_mark = wait_until(lambda: mark.count() == 1)
+        gate.set()
+        assert has_mark and call.result().status == 200
+
+
+def test_a_server_that_fails_most_requests_says_so(tab: Any) -> None:
+    """It is up, because it answers, and its chip tells what it answers."""
+    broken = default_upstream().add_script(json_response({"error": {"message": "no memory"}}, 500))
+    servers = {"servers": {"failing": default_upstream().url}}
+    router = shared_router({"DEFAULT_UPSTREAM": "failing"}, servers)
+    post_chat(router, broken)
+    newest(router, broken)
+    tab.goto(router.url)
+    assert "✓failing" in wait_text(tab, ".chip > summary", "1 of 1 failed")
+    for _ in range(2):
+        post_chat(router, "tiny")
+    chip = tab.locator(".chip > summary")
+    assert wait_until(lambda: chip.locator(".why").count() == 0)
+
+
 def test_request_that_runs_is_updated(tab: Any) -> None:
     router = page_router("runs")
     gate = threading.Event()
