@@ -25342,13 +25342,17 @@ async function chat(model, messages, signal, show) {
       run.whole = since();
       show(run);
     }
+    run.whole = since();
     run.done = true;
+    // How long thinking took that was taken out is seen in its row, and not in the answer.
+    const row = run.id && await askJson(`/api/request/${run.id}`).catch(() => null);
+    run.speed = row?.tokens_per_second;
   } catch (error) {
+    run.whole = since();
     readWay(run, error.headers);
     run.error = signal.aborted ? "stopped" : known(error.status) ? error.message
       : "The answer broke off";  // the browser's own words help nobody
   }
-  run.whole = since();
   show(run);
   return run;
 }
@@ -25361,12 +25365,13 @@ function readWay(run, headers) {
 /** What is known of a run, in words: server, first token, tokens per second, its request. */
 function runWords(run) {
   const ms = run.whole - run.first, tokens = run.tokens ?? run.pieces;
+  const speed = run.speed ?? (tokens > 1 && ms > 0 ? tokens * 1000 / ms : null);
   const server = run.server && (app.serverNames?.get(run.server) ?? short(run.server));
   return [run.served && [markNode(run.served), named(run.served, 40)],
     server && [" on ", named(server, 40)],
     known(run.first) && ` · first token ${span(run.first)}`,
     tokens > 0 && ` · ${plural(tokens, "token")}`,
-    tokens > 1 && ms > 0 && ` · ${plain(tokens * 1000 / ms)} tok/s`,
+    known(speed) && ` · ${plain(speed)} tok/s`,
     run.done || run.error ? ` · ${span(run.whole)}` : known(run.first) ? "" : " · waiting",
     run.id && [" · ", node("a.cut", {href: `/request/${run.id}`}, "its request")]];
 }

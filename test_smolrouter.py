@@ -25835,6 +25835,30 @@ def test_sign_in_and_out(tab: Any) -> None:
     expect_wrong(tab, "401")
 
 
+def test_a_tried_chat_is_as_fast_as_its_row_says(tab: Any) -> None:
+    """Also where most of its tokens were thinking, which has been taken out."""
+
+    def script(received: Received) -> Iterator[Step]:
+        yield from stream_response(
+            [encode_event(one) for one in text_deltas("<think>Well,")], whole=False
+        )
+        time.sleep(0.2)
+        usage = {"prompt_tokens": 3, "completion_tokens": 20, "total_tokens": 23}
+        ends = [*text_deltas("</think>Yes", "!"), FINISH, {"choices": [], "usage": usage}, "[DONE]"]
+        yield from encode_chunks(b"".join(map(encode_event, ends)))
+
+    router = page_router("speed")
+    name = default_upstream().add_script(script)
+    tab.goto(router.url)
+    tab.click("#try-button")
+    tab.fill("#try-form [name=model]", name)
+    tab.click("#try-send")
+    wait_text(tab, "#try-answer", "Yes")
+    row = newest(router, name)
+    speed = get_document(router, f"/api/request/{row['id']}")["tokens_per_second"]
+    assert f" · {float(f'{speed:.3g}'):g} tok/s" in wait_text(tab, "#try-note", "20 tokens")
+
+
 def test_chat_is_tried_and_routing_explained(tab: Any) -> None:
     router = page_router("try")
     tab.goto(router.url)
