@@ -1730,14 +1730,9 @@ class ResponseHead:
         content_type = fields.get("content-type") or ""
         # `Text/HTML; charset=utf-8` -> `text/html`
         self.media_type = content_type.partition(";")[0].strip(" \t").lower()
-
-    @functools.cached_property
-    def declared_framing(self) -> Framing:
-        """The framing that its fields say; without any, the content lasts until the close.
-
-        It is cached because one head is shared by all responses that repeat it.
-        """
-        return read_framing(self.fields, self.minor) or UNTIL_CLOSE
+        # The framing that its fields say, as soon as it was asked for: one head is shared by all
+        # responses that repeat it.
+        self.declared_framing: Framing | None = None
 
     def framing(self, method: str) -> Framing:
         """Return the framing of the answer to a request. Raises MalformedMessage.
@@ -1748,6 +1743,10 @@ class ResponseHead:
         # Fields that contradict each other are refused even where there is no content: the server
         # may take it for one, and what it sends then would be read as the next response.
         declared = self.declared_framing
+        if declared is None:
+            # Without any, the content lasts until the close.
+            declared = read_framing(self.fields, self.minor) or UNTIL_CLOSE
+            self.declared_framing = declared
         if method == "HEAD" or self.status in (204, 304):
             return NO_CONTENT
         return declared
@@ -7418,11 +7417,6 @@ class BufferedRewrite:
     One that is too long goes as it is, unless the client could not read it.
     """
 
-    over = False
-    trouble = ""
-    lost_timings = False
-    tells_timings = True
-
     @property
     def takes_event(self) -> bool:
         """Whether nothing has left yet."""
@@ -7438,7 +7432,11 @@ class BufferedRewrite:
         self.change = change
         self.required = required
         self.buffers = True
+        self.over = False
         self.complete = False
+        self.trouble = ""
+        self.lost_timings = False
+        self.tells_timings = True
         self.content = bytearray()
 
     @property
@@ -9391,25 +9389,26 @@ class Server:
     stated: ModelFacts = NO_FACTS
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
+    # Its URL as rows, fields and pages have it.
+    shown_url: str = dataclasses.field(init=False, repr=False, compare=False)
+    # The names in `models`, None for a server that is asked.
+    fixed_names: ListedNames | None = dataclasses.field(init=False, repr=False, compare=False)
 
-    @functools.cached_property
-    def shown_url(self) -> str:
-        """Its URL as rows, fields and pages have it; the record of each request needs it."""
-        return str(self.url)
+    def __post_init__(self) -> None:
+        # Each request needs these. To look up any member of an object takes longer as soon as one
+        # of them is a cached property.
+        object.__setattr__(self, "shown_url", str(self.url))
+        names = None if self.models is None else index_names(self.models)
+        object.__setattr__(self, "fixed_names", names)
 
-    @functools.cached_property
-    def fixed_names(self) -> ListedNames | None:
-        """The names in `models`, None for a server that is asked."""
-        return None if self.models is None else index_names(self.models)
-
-    @functools.cached_property
+    @property
     def knows_namespaces(self) -> bool:
         """Whether it gets tools in namespaces as they are."""
         if self.namespace_tools == BY_HOST:
             return self.url.is_under(*OPENAI_DOMAINS)
         return self.namespace_tools == KEEP
 
-    @functools.cached_property
+    @property
     def is_anthropic(self) -> bool:
         """Whether it is one of Anthropic's own."""
         return self.url.is_under(*ANTHROPIC_DOMAINS)
@@ -9429,19 +9428,18 @@ class Instance:
 
     server: Server
     model: str | None = None
+    # Under what it is known.
+    key: InstanceKey = dataclasses.field(init=False, repr=False, compare=False)
+    # What people call it: `gpu/llama3`, or `gpu` where the request names no model.
+    name: str = dataclasses.field(init=False, repr=False, compare=False)
 
-    @functools.cached_property
-    def key(self) -> InstanceKey:
-        """Under what it is known. Clients choose the names of models, and keys stay in memory.
-
-        So the name is cut: it may be as long as `Limits.model_name`.
-        """
-        return self.server.url, cut_name(self.model or "")
-
-    @functools.cached_property
-    def name(self) -> str:
-        """What people call it: `gpu/llama3`, or `gpu` where the request names no model."""
-        return f"{self.server.name}/{self.model}" if self.model else self.server.name
+    def __post_init__(self) -> None:
+        # Clients choose the names of models, which may be as long as `Limits.model_name`, and keys
+        # stay in memory. So the name is cut.
+        key = (self.server.url, cut_name(self.model or ""))
+        object.__setattr__(self, "key", key)
+        name = f"{self.server.name}/{self.model}" if self.model else self.server.name
+        object.__setattr__(self, "name", name)
 
     def __str__(self) -> str:
         return self.name
@@ -12687,36 +12685,31 @@ class ResponseWriter:
     the rest is lost. `send_response` is all of it, for an answer of the router's own.
     """
 
-    # What every response begins with. Most keep nearly all of it, so these values stand in the
-    # class, and none of them has to be set for each response.
-    status = 0
-    size = 0
-    started = False
-    finished = False
-    # How the content is framed, once the head is written: in chunks, up to the end of the
-    # connection, or not at all because there is none. Otherwise the head has its length.
-    chunked = False
-    ends_by_close = False
-    omits_content = False
     # What to call when the client has got nothing for so long, in s; until when that is, in the
-    # loop's time; and how much had been written when that was looked at last.
+    # loop's time; and how much had been written when that was looked at last. Few responses have
+    # that, so these values stand in the class.
     on_silence: Callable[[], None] | None = None
     longest_silence = NEVER
     silent_until = NEVER
     size_at_check = 0
-    # A request whose head could not be read gets an answer and the end of its connection.
-    minor = 1
-    method = "GET"
-    keep_alive = False
 
     def __init__(self, connection: ClientConnection, head: RequestHead | None) -> None:
         self.connection = connection
         # Fields of every answer to this request, such as those of CORS.
         self.extra_fields: list[tuple[str, str]] = []
-        if head:
-            self.minor = head.minor
-            self.method = head.method
-            self.keep_alive = head.keeps_alive
+        # A request whose head could not be read gets an answer and the end of its connection.
+        self.minor = head.minor if head else 1
+        self.method = head.method if head else "GET"
+        self.keep_alive = head.keeps_alive if head else False
+        self.status = 0
+        self.size = 0
+        self.started = False
+        self.finished = False
+        # How the content is framed, once the head is written: in chunks, up to the end of the
+        # connection, or not at all because there is none. Otherwise the head has its length.
+        self.chunked = False
+        self.ends_by_close = False
+        self.omits_content = False
 
     def set_on_silence(self, seconds: float, on_silence: Callable[[], None]) -> None:
         """Call `on_silence` whenever the client has got no content for so many seconds."""
@@ -12822,20 +12815,6 @@ class ResponseWriter:
 class Request:
     """A request whose head has been read, and the connection it came on."""
 
-    # What every request begins with; see ResponseWriter.
-    # The dialect of its endpoint, as soon as that is known.
-    dialect: Dialect = OPENAI
-    # What its valid token says; None without one.
-    token: Token | None = None
-    # Who reads the content, once somebody has begun; nobody has to if it came with its head.
-    reader: ContentReader | None = None
-    # Whether all of it was read, so that the next request begins behind it.
-    is_read = False
-    # Whether an exchange keeps a record of it, and prints its line.
-    recorded = False
-    # Octets of its content that count against `Limits.content_memory`.
-    counted_octets = 0
-
     def __init__(
         self,
         head: RequestHead,
@@ -12853,6 +12832,18 @@ class Request:
         self.path = head.path
         # The query with its question mark, or nothing.
         self.query = head.query
+        # The dialect of its endpoint, as soon as that is known.
+        self.dialect = OPENAI
+        # What its valid token says; None without one.
+        self.token: Token | None = None
+        # Who reads the content, once somebody has begun; nobody has to if it came with its head.
+        self.reader: ContentReader | None = None
+        # Whether all of it was read, so that the next request begins behind it.
+        self.is_read = False
+        # Whether an exchange keeps a record of it, and prints its line.
+        self.recorded = False
+        # Octets of its content that count against `Limits.content_memory`.
+        self.counted_octets = 0
 
     @property
     def host(self) -> str:
@@ -13293,13 +13284,6 @@ class UpstreamResponse:
     What `buffer_next` has read is in `buffered`, and `pump` begins with it.
     """
 
-    # What reads the content, unless all of it came together with the head.
-    reader: ContentReader | None = None
-    # Whether the connection belongs to it still: it was neither closed nor given to the pool.
-    open = True
-    # Whether another request may follow on the connection, as far as this one is concerned.
-    reusable = True
-
     def __init__(
         self,
         head: ResponseHead,
@@ -13319,8 +13303,14 @@ class UpstreamResponse:
         self.buffered: list[bytes] = []
         # The content if all of it came together with the head, b"" once it was taken.
         self.whole = connection.take_content(framing)
+        # What reads the content otherwise.
+        self.reader: ContentReader | None = None
         if self.whole is None:
             self.reader = ContentReader(connection, framing)
+        # Whether the connection belongs to it still: it was neither closed nor given to the pool.
+        self.open = True
+        # Whether another request may follow on the connection, as far as this one is concerned.
+        self.reusable = True
 
     def end(self) -> None:
         """Wait for no more of the content: it has said itself, by an event, that it is over."""
@@ -17751,9 +17741,6 @@ def encode_answer_lines(
 class RelayedRequest:
     """One request that is relayed: how it was read, where it goes, and the record kept of it."""
 
-    # Its content, where that is sent on while it comes in; then `parsed` has none.
-    upload: Upload | None = None
-
     def __init__(
         self, context: Context, request: Request, parsed: ParsedRequest, decision: Decision
     ) -> None:
@@ -17772,6 +17759,8 @@ class RelayedRequest:
         if context.log.spans:
             record.trace = Trace.of(request.head.fields)
         self.record = record
+        # Its content, where that is sent on while it comes in; then `parsed` has none.
+        self.upload: Upload | None = None
 
     def forwarding_to(self, server: Server, habits: Habits) -> Forwarding:
         """Return how the request goes to a server, to an instance that has these habits."""
@@ -17819,36 +17808,37 @@ class Candidate:
 
     # How the request goes there; set when it is sent.
     forwarding: Forwarding
-    # Whether the router has asked it for the usage event of a stream, which its client has not
-    # asked for, and does not get.
-    hide_usage = False
-    # What was changed in the members of the request that it got last, in words.
-    changes: Sequence[str] = ()
-    # The members that the router has added to that request.
-    added: Sequence[AddedMember] = ()
-    # Its response to that request; None until its head has come.
-    response: UpstreamResponse | None = None
-    # Whether its answer began inside of a block of thinking that the model's template opened;
-    # None while nothing speaks for or against it.
-    opened_thinking: bool | None = None
-    # Whether another instance could be asked after it, or it once more while its server starts.
-    has_next = False
-    # Whether the request has no other instance, and it is not asked once more: if it gives any
-    # response, that is the answer, whatever it says.
-    is_only = False
-    # Whether the attempt stands in the record already, because its response counted as an answer.
-    noted = False
-    # Whether it asks once more what the attempt before it has asked, a server that starts. It takes
-    # that one's place in the record, or there would be one for every two seconds.
-    repeats_last = False
-    # Its span in the trace of the request.
-    span_id = ""
 
     def __init__(self, relayed: RelayedRequest, instance: Instance, health: Health) -> None:
         self.relayed = relayed
         self.instance = instance
         self.health = health
         self.started_at = time.monotonic()
+        # Whether the router has asked it for the usage event of a stream, which its client has not
+        # asked for, and does not get.
+        self.hide_usage = False
+        # What was changed in the members of the request that it got last, in words.
+        self.changes: Sequence[str] = ()
+        # The members that the router has added to that request.
+        self.added: Sequence[AddedMember] = ()
+        # Its response to that request; None until its head has come.
+        self.response: UpstreamResponse | None = None
+        # Whether its answer began inside of a block of thinking that the model's template opened;
+        # None while nothing speaks for or against it.
+        self.opened_thinking: bool | None = None
+        # Whether another instance could be asked after it, or it once more while its server starts.
+        self.has_next = False
+        # Whether the request has no other instance, and it is not asked once more: if it gives any
+        # response, that is the answer, whatever it says.
+        self.is_only = False
+        # Whether the attempt stands in the record already, because its response counted as an
+        # answer.
+        self.noted = False
+        # Whether it asks once more what the attempt before it has asked, a server that starts. It
+        # takes that one's place in the record, or there would be one for every two seconds.
+        self.repeats_last = False
+        # Its span in the trace of the request.
+        self.span_id = ""
 
     @property
     def status(self) -> int | None:
@@ -18018,31 +18008,6 @@ class Candidates:
     taken or `give_back` is called. What it waits for is the phase of its record.
     """
 
-    # The instance at which the request is counted now, None for none.
-    health: Health | None = None
-    # Whether any instance was asked.
-    was_asked = False
-    # The status of the last one that failed, 0 if it gave no good answer at all. None while none
-    # has failed since the start, or since a machine was woken.
-    last_status: int | None = None
-    # Whether no status has said that the request is wrong.
-    request_may_be_good = True
-    # Why no instance can be asked any more, where none has answered: all are closed or full.
-    refusal: RouterError | None = None
-    # What the error says besides the attempts: why machines did not wake up.
-    remark = ""
-    # The key in Homes of the conversation that is to stay at its home; None for no such wish.
-    conversation: bytes | None = None
-    # Its home, which is asked first then; None if it has none that is well.
-    home: Instance | None = None
-    # For how many s it waits for a slot there before others are looked at; 0 when that is over.
-    home_wait = 0.0
-    # Those that could not be reached, and whose machines can be woken.
-    asleep: Sequence[Instance] = ()
-    # The one whose machine was woken last, and until when its server may be starting.
-    woken: Instance | None = None
-    starts_until = 0.0
-
     def __init__(self, relayed: RelayedRequest, decision: Decision) -> None:
         self.relayed = relayed
         self.record = relayed.record
@@ -18058,6 +18023,30 @@ class Candidates:
         # upload is not there yet: it comes in later, and takes as long as its client likes.
         asks_model = decision.asks_model and relayed.request.head.method not in ("GET", "HEAD")
         self.takes_slot = asks_model and relayed.parsed.content != b""
+        # The instance at which the request is counted now, None for none.
+        self.health: Health | None = None
+        # Whether any instance was asked.
+        self.was_asked = False
+        # The status of the last one that failed, 0 if it gave no good answer at all. None while
+        # none has failed since the start, or since a machine was woken.
+        self.last_status: int | None = None
+        # Whether no status has said that the request is wrong.
+        self.request_may_be_good = True
+        # Why no instance can be asked any more, where none has answered: all are closed or full.
+        self.refusal: RouterError | None = None
+        # What the error says besides the attempts: why machines did not wake up.
+        self.remark = ""
+        # The key in Homes of the conversation that is to stay at its home; None for no such wish.
+        self.conversation: bytes | None = None
+        # Its home, which is asked first then; None if it has none that is well.
+        self.home: Instance | None = None
+        # For how many s it waits for a slot there before others are looked at; 0 when that is over.
+        self.home_wait = 0.0
+        # Those that could not be reached, and whose machines can be woken.
+        self.asleep: Sequence[Instance] = ()
+        # The one whose machine was woken last, and until when its server may be starting.
+        self.woken: Instance | None = None
+        self.starts_until = 0.0
 
     # One after another.
 
@@ -18263,21 +18252,6 @@ class Candidates:
 class Answer:
     """The answer of one candidate on its way to the client, from its head to its end."""
 
-    # Looks for the first thing that it says; None where nothing depends on that.
-    beginning: AnswerBeginning | None = None
-    # What it goes through; None while it is not relayed, and when it goes as it is.
-    rewriter: Rewriter | None = None
-    # What takes its content coding off before that; None if it has none, or keeps it.
-    inflater: Inflater | None = None
-    # The first octets of an answer that may be an error: `longest_error`, and the rest of a piece.
-    error_content = b""
-    # How long an error can be; 0 for an answer that is none.
-    longest_error = 0
-    # Whether it was chosen: what comes of it goes to the client, or to the rewriter.
-    relaying = False
-    # Whether the client has got some of it. From then on there is no other answer.
-    begun = False
-
     def __init__(self, candidate: Candidate) -> None:
         relayed = candidate.relayed
         self.candidate = candidate
@@ -18287,6 +18261,21 @@ class Answer:
         self.writer = relayed.writer
         self.log = relayed.context.log
         self.coding = read_coding(candidate.response.head.fields)
+        # Looks for the first thing that it says; None where nothing depends on that.
+        self.beginning: AnswerBeginning | None = None
+        # What it goes through; None while it is not relayed, and when it goes as it is.
+        self.rewriter: Rewriter | None = None
+        # What takes its content coding off before that; None if it has none, or keeps it.
+        self.inflater: Inflater | None = None
+        # The first octets of an answer that may be an error: `longest_error`, and the rest of a
+        # piece.
+        self.error_content = b""
+        # How long an error can be; 0 for an answer that is none.
+        self.longest_error = 0
+        # Whether it was chosen: what comes of it goes to the client, or to the rewriter.
+        self.relaying = False
+        # Whether the client has got some of it. From then on there is no other answer.
+        self.begun = False
 
     # How it begins.
 
@@ -18632,13 +18621,6 @@ class Exchange:
     What goes wrong raises RouterError; `run` turns that into an answer, or into the end of one.
     """
 
-    # The instances that may be asked.
-    candidates: Candidates | None = None
-    # The one that is asked now, or whose answer is relayed.
-    candidate: Candidate | None = None
-    # Its answer, as soon as the head of that has come.
-    answer: Answer | None = None
-
     def __init__(self, relayed: RelayedRequest) -> None:
         self.relayed = relayed
         self.context = relayed.context
@@ -18646,6 +18628,12 @@ class Exchange:
         self.writer = relayed.writer
         self.parsed = relayed.parsed
         self.record = relayed.record
+        # The instances that may be asked.
+        self.candidates: Candidates | None = None
+        # The one that is asked now, or whose answer is relayed.
+        self.candidate: Candidate | None = None
+        # Its answer, as soon as the head of that has come.
+        self.answer: Answer | None = None
 
     async def run(self) -> None:
         """Serve the request, whatever happens; its record is finished once."""
