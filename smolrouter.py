@@ -606,8 +606,10 @@ def parse_servers(text: str) -> NamedURLs:
     ->  (('mac:1234', 'http://mac:1234/v1'), ('gpu', '10.0.0.2:8000'));  'none'  ->  ()
     """
     words = text.replace(",", " ").split()
+    if words == ["none"]:
+        return ()
     servers: dict[str, str] = {}
-    for word in words if words != ["none"] else ():
+    for word in words:
         name, url_text = NAMED_URL.fullmatch(word).groups()
         try:
             url = parse_upstream_url(url_text)
@@ -2510,6 +2512,12 @@ def parse_object(data: bytes | str, limits: Limits = LIMITS) -> dict[str, Any] |
     """
     value = parse_value(data, limits)
     return value if isinstance(value, dict) else None
+
+
+def list_of(document: Mapping[str, Any], member: str) -> list[Any]:
+    """Return a list in a document: `{"a": [1]}`, `a`  ->  [1]; an empty one where there is none."""
+    value = document.get(member)
+    return value if isinstance(value, list) else []
 
 
 # --- writing --------------------------------------------------------------------------
@@ -5488,10 +5496,10 @@ def split_results(messages: list[Any]) -> list[Any]:
     """
     split = []
     for message in messages:
-        blocks = message.get("content") if isinstance(message, dict) else None
+        blocks = list_of(message, "content") if isinstance(message, dict) else []
         groups: list[list[Any]] = []
         begins_group = True
-        for block in blocks if isinstance(blocks, list) else ():
+        for block in blocks:
             is_result = is_tool_result(block)
             if begins_group or is_result:
                 groups.append([])
@@ -5572,7 +5580,7 @@ def read_last_words(protocol: Protocol, document: Mapping[str, Any]) -> str:
     if isinstance(words, str):
         return words
     last = ""
-    for element in reversed(words if isinstance(words, list) else ()):
+    for element in reversed(list_of(document, protocol.user_words)):
         if isinstance(element, str):
             return element
         if not isinstance(element, dict) or element.get("role") != "user":
@@ -6049,8 +6057,7 @@ def read_entries(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     `{"models": [{"name": "m", "size": 7}]}`  ->  `{"m": {"name": "m", "size": 7}}`
     """
     entries: dict[str, dict[str, Any]] = {}
-    listed = document.get("models") or document.get("data")
-    for entry in listed if isinstance(listed, list) else ():
+    for entry in list_of(document, "models") or list_of(document, "data"):
         if not isinstance(entry, dict):
             continue
         name = entry.get("id") or entry.get("model") or entry.get("name")
@@ -6201,12 +6208,6 @@ def function_name(tool: Tool, taken: Container[str], number: int) -> str:
         name = beginning[: MAX_TOOL_NAME - len(mark)] + mark
         if name not in taken:
             return name
-
-
-def list_of(document: Mapping[str, Any], member: str) -> list[Any]:
-    """Return a list in a document, an empty one where there is none."""
-    value = document.get(member)
-    return value if isinstance(value, list) else []
 
 
 def value_at(document: Any, path: Path) -> Any:
@@ -6971,12 +6972,13 @@ def attribution_removal(
     for key in path:
         values.append(values[-1][key])
     _, _, rest = values[-1].partition("\n")
-    # The places in arrays that the path goes through, the innermost first.
-    places = [at for at in range(len(path)) if isinstance(path[at], int)]
-    places.reverse()
-    for at in places if not rest else ():
-        if len(values[at]) > 1 or at == places[-1]:
-            return element_removal(text, path[: at + 1], members)
+    if not rest:
+        # The places in arrays that the path goes through, the innermost first.
+        places = [at for at in range(len(path)) if isinstance(path[at], int)]
+        places.reverse()
+        for at in places:
+            if len(values[at]) > 1 or at == places[-1]:
+                return element_removal(text, path[: at + 1], members)
     *_, (start, end, _) = find_values(text, 0, [path], members=members)
     line = ATTRIBUTION_LINE.match(text, start + 1, end)
     if line is None:
@@ -9246,8 +9248,8 @@ def read_any_beginning(protocol: Protocol, document: Mapping[str, Any]) -> list[
     `{"system": "Be brief.", "messages": [{"role": "user", "content": [{"type": "text", "text":
     "Hi"}]}]}` of /v1/messages  ->  `[("system", "Be brief."), ("user", "Hi")]`
     """
-    words = document.get(protocol.user_words)
-    for number, message in enumerate(words if isinstance(words, list) else (), 1):
+    words = list_of(document, protocol.user_words)
+    for number, message in enumerate(words, 1):
         if isinstance(message, dict) and message.get("role") == "user":
             document = {**document, protocol.user_words: words[:number]}
             break
