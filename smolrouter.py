@@ -7401,16 +7401,16 @@ def filter_document(plan: AnswerPlan, content: bytes) -> bytes:
 # --- answers: rewriters ---------------------------------------------------------------
 # What section 14 sees of a rewriter:
 #
-#     feed           takes a piece of the answer, returns what may leave now
-#     finish         returns the rest
-#     size           about how long that rest is
-#     buffers        nothing leaves before `finish`
-#     takes_event    an event could stand behind what has left so far
-#     over           the last event has come, so that nothing else is waited for
-#     complete       the answer has said that it is at its end
-#     trouble        what the answer said went wrong, or ""
-#     lost_timings   llama.cpp's timings stood in the usage event, which the client must not see
-#     tells_timings  they stand in one of the last events; also true where nobody can say
+#     feed            takes a piece of the answer, returns what may leave now
+#     finish          returns the rest
+#     size            about how long that rest is
+#     buffers         nothing leaves before `finish`
+#     takes_event     an event could stand behind what has left so far
+#     is_over         the last event has come, so that nothing else is waited for
+#     is_complete     the answer has said that it is at its end
+#     reported_error  what the answer said went wrong, or ""
+#     lost_timings    llama.cpp's timings stood in the usage event, which the client must not see
+#     tells_timings   they stand in one of the last events; also true where nobody can say
 
 
 class BufferedRewrite:
@@ -7434,9 +7434,9 @@ class BufferedRewrite:
         self.change = change
         self.required = required
         self.buffers = True
-        self.over = False
-        self.complete = False
-        self.trouble = ""
+        self.is_over = False
+        self.is_complete = False
+        self.reported_error = ""
         self.lost_timings = False
         self.tells_timings = True
         self.content = bytearray()
@@ -7468,7 +7468,7 @@ class BufferedRewrite:
         If nothing but the close of the connection has told where the answer ends (`closed`), it
         may have been cut: raises BadGateway when it is no whole JSON then.
         """
-        self.complete = True
+        self.is_complete = True
         if not self.buffers:
             return b""
         content = bytes(self.content)
@@ -7476,15 +7476,15 @@ class BufferedRewrite:
             try:
                 json.loads(content)
             except (ValueError, RecursionError):
-                self.complete = False
+                self.is_complete = False
                 raise BadGateway("the connection was closed inside the answer") from None
         return self.change(self.plan, content)
 
 
 class StreamRewrite:
-    """Takes a stream apart into events, which `changes` gets, and looks after its end.
+    """Takes a stream apart into events, which its `transform` gets, and looks after its end.
 
-    `changes` is an `EventFilter` or an `OllamaTranslation`. Both have these members:
+    The `transform` is an `EventFilter` or an `OllamaTranslation`. Both have these members:
 
         protocol      what the events are like
         change_block  returns what becomes of some whole events
@@ -7495,13 +7495,13 @@ class StreamRewrite:
         lost_timings  as above
     """
 
-    def __init__(self, plan: AnswerPlan, format: EventFormat, changes: Any) -> None:
+    def __init__(self, plan: AnswerPlan, format: EventFormat, transform: Any) -> None:
         self.plan = plan
-        self.protocol: Protocol = changes.protocol
-        self.changes = changes
+        self.protocol: Protocol = transform.protocol
+        self.transform = transform
         self.reader = EventReader(format, plan.limits)
-        self.buffers: bool = changes.buffers
-        self.over = False
+        self.buffers: bool = transform.buffers
+        self.is_over = False
         # The last events, as soon as the answer is over: no others belong to it.
         self.final_events: list[bytes] = []
         # Only in a conversation: what else may be streamed by these rules, nobody knows. The second
@@ -7522,7 +7522,7 @@ class StreamRewrite:
     @property
     def lost_timings(self) -> bool:
         """Whether llama.cpp's timings went with the usage event."""
-        return bool(self.changes.lost_timings)
+        return bool(self.transform.lost_timings)
 
     @property
     def tells_timings(self) -> bool:
@@ -7530,12 +7530,12 @@ class StreamRewrite:
         return any(b'"timings"' in event for event in self.last_events())
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the answer has said that it is at its end."""
-        return self.over or are_complete(self.protocol, self.reader.format, self.last_events())
+        return self.is_over or are_complete(self.protocol, self.reader.format, self.last_events())
 
     @property
-    def trouble(self) -> str:
+    def reported_error(self) -> str:
         """What the last events say went wrong; "" for nothing."""
         events = self.last_events()
         # As nearly always, the word is not there, and nothing has to be parsed.
@@ -7551,29 +7551,29 @@ class StreamRewrite:
     def feed(self, data: bytes) -> bytes:
         """Return what the events that are whole now become."""
         long, block = self.reader.feed(data)
-        if long and self.changes.required:
+        if long and self.transform.required:
             longest = self.plan.limits.buffered_event
             raise BadGateway(f"an event is longer than {longest} bytes")
         if not block:
             return long
-        changed = self.changes.change_block(block)
-        if self.changes.failed or holds_any(block, self.end_words):
+        changed = self.transform.change_block(block)
+        if self.transform.failed or holds_any(block, self.end_words):
             self.look_for_end()
         return long + changed if long else changed
 
     def look_for_end(self) -> None:
         """Note that the answer is over if its last event has come, or an error in its place."""
         events = self.reader.last_events()
-        ends = self.changes.failed or any(
+        ends = self.transform.failed or any(
             is_last_event(self.protocol, self.reader.format, event) for event in reversed(events)
         )
         if ends:
-            self.over = True
+            self.is_over = True
             self.final_events = events
 
     def last_events(self) -> list[bytes]:
         """Return the last events of the answer, comments left out."""
-        return self.final_events if self.over else self.reader.last_events()
+        return self.final_events if self.is_over else self.reader.last_events()
 
     def finish(self, closed: bool = False) -> bytes:
         """Return what the last event becomes, if it lacks its end, and what follows it.
@@ -7584,15 +7584,15 @@ class StreamRewrite:
         own, which would make a cut answer look like a whole one.
         """
         # What has come behind the last event belongs to no answer.
-        event = b"" if self.over else self.reader.finish()
+        event = b"" if self.is_over else self.reader.finish()
         data = self.reader.format.read_data(event) if event else b""
         if data.startswith(b"{") and parse_object(data) is None:
             raise BadGateway("the stream ended inside an event")
-        needs_end = closed or (self.changes.required and not self.changes.failed)
-        if needs_end and self.protocol.user_words and not self.complete:
+        needs_end = closed or (self.transform.required and not self.transform.failed)
+        if needs_end and self.protocol.user_words and not self.is_complete:
             raise BadGateway("the stream ended before the answer was complete")
-        changed = self.changes.change_block(event) if event else b""
-        return changed + self.changes.close(self.reader.last_blocks)
+        changed = self.transform.change_block(event) if event else b""
+        return changed + self.transform.close(self.reader.last_blocks)
 
 
 # --- answers: events that stay in their protocol --------------------------------------
@@ -18386,7 +18386,7 @@ class Answer:
                 self.check_coding(self.inflater)
         except BadGateway:
             # After a good end of its stream a server may end the connection as it likes.
-            if rewriter is None or rewriter.trouble or not rewriter.complete:
+            if rewriter is None or rewriter.reported_error or not rewriter.is_complete:
                 raise
             closed = True
         self.finish_opening(closed)
@@ -18394,8 +18394,8 @@ class Answer:
         if rewriter:
             context = self.relayed.context
             tail = await context.work(rewriter.size, rewriter.finish, closed)
-            if rewriter.trouble:
-                record.error = self.relayed.loggable(rewriter.trouble)
+            if rewriter.reported_error:
+                record.error = self.relayed.loggable(rewriter.reported_error)
             self.learn_habits(rewriter)
         if self.error_content and not record.error:
             record.error = self.loggable_error(self.error_content)
@@ -18480,7 +18480,7 @@ class Answer:
         rewriter = self.rewriter
         if rewriter:
             data = rewriter.feed(data)
-            if rewriter.over:
+            if rewriter.is_over:
                 self.response.end()
             if rewriter.buffers:
                 return
@@ -18727,7 +18727,7 @@ class Exchange:
         rewriter = self.answer.rewriter if self.answer else None
         if isinstance(error, ClientClosed):
             # Nobody listens any more. An answer that was complete by then stays a good one.
-            if rewriter is None or not rewriter.complete:
+            if rewriter is None or not rewriter.is_complete:
                 record.status = error.status
                 record.error = str(error)
             return

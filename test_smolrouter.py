@@ -4484,7 +4484,7 @@ def test_a_comment_inside_an_event_hides_nothing(end: bytes) -> None:
     data = b"".join(said).replace(b"\n\n", end)
     rewriter = stream_filter()
     left = rewriter.feed(data)
-    assert rewriter.complete
+    assert rewriter.is_complete
     left += rewriter.finish()
     assert (texts_in(left, "choices", 0, "delta", "content"), b"no" in left) == ("Hi you", False)
     assert left.count(b": keep-alive") == len(said)
@@ -4493,7 +4493,7 @@ def test_a_comment_inside_an_event_hides_nothing(end: bytes) -> None:
     error = comment + encode_event({"error": {"message": "no memory"}})
     rewriter = stream_filter()
     rewriter.feed(error.replace(b"\n\n", end))
-    assert rewriter.trouble == "no memory"
+    assert rewriter.reported_error == "no memory"
 
 
 def test_the_last_events_are_known_without_comments() -> None:
@@ -4610,7 +4610,7 @@ def test_what_ends_a_stream(path: str, line: Any, ends: bool) -> None:
             rewriter = stream_filter(path=known)
             rewriter.feed(encode_event(TWO_WORDS[0]) + data.replace(b"\n\n", end))
             rewriter.feed(b": x\n\n")
-            assert rewriter.complete == ends
+            assert rewriter.is_complete == ends
     assert smolrouter.are_complete(protocol, smolrouter.LINES, [data[6:-1]]) == ends
 
 
@@ -7619,15 +7619,15 @@ def test_texts_without_number() -> None:
     events = [encode_event(text_deltas(f"{n}<", index=n)[0]) for n in range(51)]
     ended = [{"index": n, "delta": {"content": "b"}, "finish_reason": "stop"} for n in (3, 3, 4)]
     rewriter = stream_filter(texts_per_stream=50)
-    changes = rewriter.changes
+    transform = rewriter.transform
     shown = b"".join(map(rewriter.feed, events[:50]))
-    assert b"<" not in shown and len(changes.pending) == len(changes.needs_all_events) == 50
+    assert b"<" not in shown and len(transform.pending) == len(transform.needs_all_events) == 50
     assert rewriter.feed(encode_event({"choices": ended})).count(b"<b") == 2
-    assert len(changes.pending) == len(changes.needs_all_events) == 48
+    assert len(transform.pending) == len(transform.needs_all_events) == 48
     assert rewriter.feed(encode_event("[DONE]")).count(b'"<"') == 48
-    assert not changes.pending and not changes.needs_all_events and changes.skips_plain_events
+    assert not transform.pending and not transform.needs_all_events and transform.skips_plain_events
     rewriter.feed(encode_event(text_deltas("<think>a", index=7)[0]))
-    assert changes.needs_all_events == {(7, None)} and not changes.pending
+    assert transform.needs_all_events == {(7, None)} and not transform.pending
     with pytest.raises(smolrouter.BadGateway, match="more than 50 texts"):
         rewriter.feed(events[50])
 
@@ -7829,8 +7829,8 @@ def test_plain_events_leave_unseen_behind_code_too() -> None:
     said = chat_stream("Hi there", " `a", "` ~b", "\n```py", "\n", "<think>\n", "```\n", "and on")
     for event in said[:-2]:
         assert rewriter.feed(event) == event
-    changes = rewriter.changes
-    assert changes.skips_plain_events and not changes.needs_all_events
+    transform = rewriter.transform
+    assert transform.skips_plain_events and not transform.needs_all_events
     plain = encode_event(text_deltas("x")[0])
     block = plain * 99
     assert rewriter.feed(block) is block
@@ -7891,7 +7891,7 @@ class Counted(bytes):
 def test_no_octet_is_looked_at_often(end: bytes, text: str, key: str) -> None:
     events = [encode_event(doc) for doc in text_deltas("Hi", *["word"] * 19, text, key=key)] * 20
     block = Counted(b"".join(events).replace(b"\n\n", end))
-    assert stream_filter().changes.change_block(block) == block
+    assert stream_filter().transform.change_block(block) == block
     assert 0 < block.looked < 12 * len(block)
 
 
