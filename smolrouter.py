@@ -5787,7 +5787,7 @@ def has_no_room(answer: bytes) -> bool:
 # something, add it to the tables here. When it has a further list, that gets a row in
 # FURTHER_LISTS, and its servers get the path: by their `Dialect`, or by `further_lists`.
 
-# Where a document about a model has members of this kind, besides at its top.
+# The members of a document about a model in which it says more of the model than at its top.
 FACT_PLACES = ("meta", "model_info", "details", "default_generation_settings", "parameters")
 # Under which names servers tell how long a context may be, the one in use first.
 CONTEXT_MEMBERS = (
@@ -5837,7 +5837,7 @@ CAPABILITIES_OF_TYPES = {
     "embeddings": (EMBEDDING,),
 }
 # The lines of a Modelfile's parameters, as `num_ctx    8192`.
-CONTEXT_PARAMETER = re.compile(r"^num_ctx\s+(\d{1,9})\s*$", re.MULTILINE)
+CONTEXT_PARAMETER = re.compile(r"^num_ctx[ \t]+([0-9]{1,9})[ \t\r]*$", re.MULTILINE)
 
 
 class ModelFacts(NamedTuple):
@@ -5848,8 +5848,9 @@ class ModelFacts(NamedTuple):
     largest_context: int | None = None
     # In Ollama's words.
     capabilities: tuple[str, ...] | None = None
-    # One of MODEL_TYPES, and one of the values of MODEL_STATES.
+    # One of MODEL_TYPES.
     type: str | None = None
+    # Whether it is loaded: one of the values of MODEL_STATES.
     state: str | None = None
     # The number of its weights, and the octets that they take.
     parameters: int | None = None
@@ -5973,8 +5974,12 @@ def read_capabilities(members: Mapping[str, Any]) -> tuple[str, ...] | None:
 def read_load_state(members: Mapping[str, Any]) -> str | None:
     """Return whether a model is loaded: `{"status": {"value": "unloaded"}}` -> 'not-loaded'."""
     status = members.get("status")
-    words = [status.get("value") if isinstance(status, dict) else status, members.get("state")]
-    return next((MODEL_STATES[w] for w in map(str, words) if w in MODEL_STATES), None)
+    if isinstance(status, dict):
+        status = status.get("value")
+    for word in (str(status), str(members.get("state"))):
+        if word in MODEL_STATES:
+            return MODEL_STATES[word]
+    return None
 
 
 def read_facts(*documents: Mapping[str, Any]) -> ModelFacts:
@@ -7209,8 +7214,8 @@ class AnswerPlan:
     changes_choices: bool = False
     # The prompt is so long that it may have been cut, which the head of a whole answer tells.
     has_long_prompt: bool = False
-    # Is told whether a text began inside of a block that the model's template opened.
-    note_thinking: Callable[[bool], None] = lambda opened: None
+    # Is called with whether a text began inside of a block that the model's template opened.
+    note_thinking: Callable[[bool], None] = ignore
     # What the server calls the tools that stand in namespaces for the client; None for none.
     tool_names: ToolNames | None = None
 
@@ -7541,12 +7546,12 @@ class StreamRewrite:
         # As nearly always, the word is not there, and nothing has to be parsed.
         if b"error" not in b"".join(events):
             return ""
-        troubles = []
+        errors = []
         for event in events:
             if b"error" in event:
                 document = self.reader.format.read_document(event) or {}
-                troubles.append(find_error(self.protocol, document))
-        return "; ".join(filter(None, troubles))
+                errors.append(find_error(self.protocol, document))
+        return "; ".join(filter(None, errors))
 
     def feed(self, data: bytes) -> bytes:
         """Return what the events that are whole now become."""
