@@ -7014,56 +7014,101 @@ def choice_edit(document: Mapping[str, Any], names: ToolNames) -> dict[Path, Any
 USAGE_WISH = '"stream_options":{"include_usage":true}'
 
 
+def usage_edit(document: Mapping[str, Any]) -> dict[Path, Any]:
+    """Return the edit by which the options of a stream ask for the usage event as well."""
+    options = document["stream_options"]
+    own_options = options if isinstance(options, dict) else {}
+    return {("stream_options",): {**own_options, "include_usage": True}}
+
+
+class RequestEditor:
+    """Changes the JSON of one request: each method adds what one kind of change needs.
+
+    The text and its document are those of the client, or what the parameters have made of them.
+    What is then still to be changed is gathered, and done at once by `encode`.
+    """
+
+    def __init__(self, parsed: ParsedRequest, changes: RequestChanges) -> None:
+        self.parsed = parsed
+        self.changes = changes
+        self.text = parsed.text
+        self.document = parsed.document
+        self.members = parsed.members
+        self.edits: dict[Path, Any] = {}
+        self.replacements: list[Replacement] = []
+        self.added_members = ""
+
+    def change_parameters(self) -> None:
+        """Do what the routing file says of members."""
+        protocol = self.parsed.protocol
+        self.text, self.document, self.edits = self.changes.apply(
+            protocol, self.text, self.document, self.changes.parameters.think, self.members
+        )
+        # What is looked into later has to stand in the text as the parameters make it.
+        looked_into = ("stream_options", "tools", "tool_choice", protocol.system_words)
+        if any(path[0] in looked_into for path in self.edits):
+            self.text = edit_json(self.text, self.edits)
+            self.edits = {}
+        if self.text != self.parsed.text:
+            self.members = ()
+
+    def ask_for_usage(self) -> None:
+        """Ask for the usage event of a stream."""
+        self.changes.note_added(USAGE_MEMBER)
+        if "stream_options" in self.document:
+            self.edits |= usage_edit(self.document)
+        else:
+            # Appending a member needs no search for its place: the usual request is changed by
+            # that alone.
+            self.added_members = USAGE_WISH
+
+    def strip_attribution(self) -> None:
+        """Take the line of ATTRIBUTION out."""
+        # Nearly always it is nowhere, and then nothing has to be looked at.
+        if ATTRIBUTION not in self.text:
+            return
+        path = find_attribution(self.parsed.protocol, self.document)
+        if path:
+            removal = attribution_removal(self.text, self.document, path, self.members)
+            self.replacements.append(removal)
+
+    def flatten_namespaces(self) -> None:
+        """Write the tools that stand in namespaces as functions."""
+        names = self.parsed.tool_names
+        if names is None:
+            return
+        if self.document is not self.parsed.document:
+            # The parameters may have changed the tools, and so where each of them stands.
+            names = read_tool_names(self.document)
+        self.replacements += namespace_replacements(self.text, self.document, names, self.members)
+        self.edits |= choice_edit(self.document, names)
+
+    def encode(self) -> bytes:
+        """Return the content: the client's own bytes if nothing of it changes."""
+        text = self.text
+        if self.edits or self.replacements:
+            text = edit_json(text, self.edits, self.members, self.replacements)
+        if self.added_members:
+            text = append_members(text, self.added_members)
+        return self.parsed.content if text is self.parsed.text else text.encode()
+
+
 def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return the client's own bytes with what must change changed."""
-    text = parsed.text
-    document = parsed.document
-    members = parsed.members
-    edits: dict[Path, Any] = {}
+    editor = RequestEditor(parsed, changes)
     if changes.parameters != NO_PARAMETERS and parsed.takes_parameters:
-        think = changes.parameters.think
-        text, document, edits = changes.apply(parsed.protocol, text, document, think, members)
-        # What is looked into below has to stand in the text as the parameters make it.
-        looked_into = ("stream_options", "tools", "tool_choice", parsed.protocol.system_words)
-        if any(path[0] in looked_into for path in edits):
-            text = edit_json(text, edits)
-            edits = {}
-        if text != parsed.text:
-            members = ()
+        editor.change_parameters()
     # A client of Ollama's that wishes for thinking gets it.
     if changes.no_think and not parsed.document.get("think"):
-        edits |= no_think_edit(parsed.protocol, document)
-    edits |= model_edit(parsed, document, changes.model)
-    adds_options = False
+        editor.edits |= no_think_edit(parsed.protocol, editor.document)
+    editor.edits |= model_edit(parsed, editor.document, changes.model)
     if changes.include_usage:
-        changes.note_added(USAGE_MEMBER)
-        # Appending a member needs no search for its place: the usual request is changed by that
-        # alone.
-        adds_options = "stream_options" not in document
-        if not adds_options:
-            options = document["stream_options"]
-            own_options = options if isinstance(options, dict) else {}
-            edits[("stream_options",)] = {**own_options, "include_usage": True}
-    replacements: list[Replacement] = []
-    # Nearly always it is nowhere, and then nothing has to be looked at.
-    if changes.strip_attribution and ATTRIBUTION in text:
-        attribution = find_attribution(parsed.protocol, document)
-        if attribution:
-            replacements.append(attribution_removal(text, document, attribution, members))
-    tool_names = parsed.tool_names if changes.flatten_namespaces else None
-    if tool_names:
-        if document is not parsed.document:
-            # The parameters may have changed the tools, and so where each of them stands.
-            tool_names = read_tool_names(document)
-        replacements += namespace_replacements(text, document, tool_names, members)
-        edits |= choice_edit(document, tool_names)
-    if text is parsed.text and not (edits or adds_options or replacements):
-        return parsed.content
-    if edits or replacements:
-        text = edit_json(text, edits, members, replacements)
-    if adds_options:
-        text = append_members(text, USAGE_WISH)
-    return text.encode()
+        editor.ask_for_usage()
+    if changes.strip_attribution:
+        editor.strip_attribution()
+    if changes.flatten_namespaces:
+        editor.flatten_namespaces()
+    return editor.encode()
 
 
 def encode_renamed(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
