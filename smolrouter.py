@@ -429,7 +429,7 @@ ORIGIN = re.compile(r"\*|loopback|null|[a-z][a-z0-9+.-]*://[^/?#\s]+|(?!https?:)
 DEFAULT_PORTS = {"http": 80, "https": 443}
 # The name of a field (RFC 9110 section 5.6.2).
 FIELD_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# Nobody may see their values: not in a message, not in a file that others can read.
+# Nobody may see the values of these: not in a message, not in a file that others can read.
 SECRET_SETTINGS = ("jwt_secret", "otel_exporter_otlp_headers")
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -1100,12 +1100,22 @@ class Limits:
     # So many plans are remembered of how requests of one kind go to one server. There is one for
     # each endpoint that is used, server, and thing that was learned of its models.
     forwardings: int = 256
+    # What follows from an entry of the routing file, or from some levels of it together, is
+    # remembered for so many of them. A home has a dozen servers, aliases and routes.
+    remembered_entries: int = 256
+    # What a source host and a token say is remembered for so many of them: clients send theirs
+    # with every request.
+    remembered_clients: int = 256
+    # In the fields of an answer a name is cut at so many characters, and so many of those that
+    # were written last are remembered: the same few models and routes go into nearly every answer.
+    field_value: int = 256
+    remembered_field_values: int = 1024
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
     # so much is looked at. Some servers put a traceback beside it, or all of the request.
     error_text: int = 400
+    error_content: int = 64 * KiB
     # A change of a request by its parameters is told in so many characters at most.
     shown_change: int = 200
-    error_content: int = 64 * KiB
 
     # --- tokens ---
     # A longer token is refused (401) before anything is computed from it.
@@ -1485,16 +1495,15 @@ def encode_field_lines(pairs: Iterable[tuple[str, str]]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in pairs])
 
 
-# The same few names of models and routes go into nearly every answer.
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=LIMITS.remembered_field_values)
 def encode_field_value(text: str) -> str:
-    """Return a text as a field value of visible ASCII, at most 256 characters.
+    """Return a text as a field value of visible ASCII, cut at `Limits.field_value`.
 
     Models and routes have names that clients choose. A line end in one of them would begin a
     field of the client's own in the router's answer.
     """
     ascii_text = text.encode("ascii", "backslashreplace").decode("ascii")
-    return re.sub(r"[^\x20-\x7e]", "?", ascii_text)[:256]
+    return re.sub(r"[^\x20-\x7e]", "?", ascii_text)[: LIMITS.field_value]
 
 
 # All answers of one second have the same; the last second's may still be asked for.
@@ -4059,9 +4068,8 @@ class FilterRules(NamedTuple):
         return self.think or self.fences
 
 
-# There are few combinations of what a server, a route and an alias say, and this is asked for
-# every answer.
-@functools.lru_cache(maxsize=64)
+# This is asked for every answer.
+@functools.lru_cache(maxsize=LIMITS.remembered_entries)
 def choose_rules(
     decided: ThinkingRule, of_server: ThinkingRule, own: ThinkingRule, fences: bool
 ) -> FilterRules:
@@ -6448,7 +6456,7 @@ class RequestParameters(NamedTuple):
 NO_PARAMETERS = RequestParameters()
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=LIMITS.remembered_entries)
 def merge_parameters(near: RequestParameters, far: RequestParameters) -> RequestParameters:
     """Return what two levels say together, of which `near` counts for more.
 
@@ -10440,7 +10448,7 @@ def list_key(server: Server, authorization: str | None) -> ModelListKey:
     return server.shown_url, hashlib.sha256(credentials.encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=LIMITS.remembered_entries)
 def own_list_key(server: Server) -> ModelListKey:
     """Return under which key the list is kept that a server gives the router itself.
 
@@ -10451,7 +10459,7 @@ def own_list_key(server: Server) -> ModelListKey:
 
 # The same object for each request, so that what is remembered of a server, or kept by it, is found
 # without comparing all that two copies of it say.
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=LIMITS.remembered_entries)
 def server_with_api(server: Server, api: str) -> Server:
     """Return a server that is known to speak an API."""
     return dataclasses.replace(server, api=api)
@@ -10581,8 +10589,7 @@ def map_model(model_map: ModelMap, requested_model: str, trail: list[Step]) -> s
     return requested_model
 
 
-# Each request has one, and the same few clients send nearly all requests.
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=LIMITS.remembered_clients)
 def parse_source_host(host: str) -> Address | None:
     """Return the address that a source host is: '10.0.0.1' -> (4, 167772161); None for a name."""
     try:
@@ -11118,7 +11125,7 @@ def parse_claims(claims: Mapping[str, Any], token: str) -> Token:
     )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=LIMITS.remembered_clients)
 def read_token(token: str, secret: str) -> Token:
     """Return what a token says, whenever that is valid; clients send theirs with each request.
 
@@ -11792,7 +11799,8 @@ def show_fields(fields: Fields) -> ShownFields:
     )
 
 
-@functools.lru_cache(maxsize=4)
+# There is one table, and for a moment the one before it.
+@functools.lru_cache(maxsize=2)
 def server_secrets(table: RoutingTable) -> Secrets:
     """Return the secrets that the routing file gives to servers.
 
