@@ -974,7 +974,7 @@ class Limits:
     # Answers of the router's own, such as a page with a long conversation, are written as a whole.
     # While those that no client has taken yet are so long together, a further long one gets 503.
     unread_answers: int = 64 * MiB
-    # What is written in one turn of the event loop is sent together at its end; above this
+    # What is written in one turn of the event loop is sent together at its end; content above this
     # size at once, because a larger piece gains nothing.
     unsent: int = 64 * KiB
     # All running requests together may hold so much content; while they do, another long one
@@ -2093,12 +2093,14 @@ def make_decoder(framing: Framing, limits: Limits = LIMITS) -> ContentDecoder:
     return LengthDecoder(framing.length)
 
 
-def encode_chunk(content: bytes) -> bytes:
-    r"""Return `content` as one chunk; an empty one would be the last chunk (RFC 9112 section 7.1).
+def encode_chunk(content: bytes) -> tuple[bytes, bytes, bytes]:
+    r"""Return one chunk in pieces, so that `content`, which may be long, need not be copied.
 
-    b'hello'  ->  b'5\r\nhello\r\n'
+    b'hello'  ->  b'5\r\n', b'hello', b'\r\n'
+
+    An empty content would be the last chunk (RFC 9112 section 7.1).
     """
-    return b"%x\r\n%b\r\n" % (len(content), content)
+    return b"%x\r\n" % len(content), content, b"\r\n"
 
 
 # --- content codings (RFC 9110 section 8.4) -------------------------------------------
@@ -12215,11 +12217,11 @@ class Connection(asyncio.Protocol):
     decide: the end of the content, a failure, a client that reads too slowly.
 
     **Writing.** `write` appends to `unsent`, the only buffer of the router for what goes out, and
-    the LoopBatch calls `flush` at the end of the turn. What is long, or much, does not wait so
-    long, nor does the end of a message. What the kernel has no room for, asyncio keeps until it
-    has. From `limits.write_buffer` octets on it calls `pause_writing`, which sets `write_paused`,
-    and `resume_writing` later. Whoever can write much waits in `drain` meanwhile. What is above
-    that counts in the LoopBatch.
+    the LoopBatch calls `flush` at the end of the turn, which joins the pieces. Long content does
+    not wait so long, nor does the end of a message. What the kernel has no room for, asyncio keeps
+    until it has. From `limits.write_buffer` octets on it calls `pause_writing`, which sets
+    `write_paused`, and `resume_writing` later. Whoever can write much waits in `drain` meanwhile.
+    What is above that counts in the LoopBatch.
 
     **Waking.** The task sleeps in `wait`, which returns at any news: octets (without a sink), the
     end, a failure, room to write again. So every wait stands in a loop that looks at what it needs.
@@ -12248,8 +12250,8 @@ class Connection(asyncio.Protocol):
         self.received_octets = 0
         self.read_paused = False
         self.sink: Callable[[bytes], None] | None = None
-        # Writing: what was written in this turn.
-        self.unsent = b""
+        # Writing: the pieces that were written in this turn.
+        self.unsent: list[bytes] = []
         self.write_paused = False
         # What counts in the batch, of an answer that the other side has not taken yet.
         self.unread_octets = 0
@@ -12456,29 +12458,11 @@ class Connection(asyncio.Protocol):
 
     # Writing.
 
-    def write(self, data: bytes) -> None:
+    def write(self, *pieces: bytes) -> None:
         """Send octets at the end of this turn of the event loop."""
-        unsent = self.unsent
-        if len(unsent) + len(data) > self.limits.unsent:
-            self.write_much(data)
-        elif unsent:
-            self.unsent = unsent + data
-        else:
-            self.unsent = data
+        if not self.unsent:
             self.batch.add_unflushed(self)
-
-    def write_much(self, data: bytes) -> None:
-        """Send what is to be sent, and these octets, at once, because together they are too many.
-
-        Only what asyncio has got counts for `write_paused`, by which the writer learns that it has
-        to wait. A long piece goes by itself: to join it to what stands before it would copy it.
-        """
-        if len(data) > self.limits.unsent:
-            self.flush()
-            self.transport.write(data)
-            return
-        self.unsent += data
-        self.flush()
+        self.unsent += pieces
 
     def send(self, message: bytes) -> None:
         """Send a whole message now: the other side can begin while this turn goes on."""
@@ -12490,10 +12474,11 @@ class Connection(asyncio.Protocol):
 
     def flush(self) -> None:
         """Send what was written, now."""
-        data = self.unsent
-        if data:
-            self.unsent = b""
-            self.transport.write(data)
+        pieces = self.unsent
+        if pieces:
+            self.unsent = []
+            # Of one piece this makes no copy.
+            self.transport.write(b"".join(pieces))
 
     def is_flushed(self) -> bool:
         """Tell whether all that was written is with the kernel."""
@@ -12526,7 +12511,7 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """End the connection at once and throw away what was not sent."""
         self.detach_request()
-        self.unsent = b""
+        self.unsent = []
         self.transport.abort()
 
     def detach_request(self) -> None:
@@ -12832,7 +12817,17 @@ class ResponseWriter:
         self.size += len(content)
         if not content or self.omits_content:
             return
-        self.connection.write(encode_chunk(content) if self.chunked else content)
+        connection = self.connection
+        is_long = len(content) > connection.limits.unsent
+        if is_long:
+            # It leaves by itself: to be joined to a head, an answer of megabytes would be copied.
+            connection.flush()
+        if self.chunked:
+            connection.write(*encode_chunk(content))
+        else:
+            connection.write(content)
+        if is_long:
+            connection.flush()
 
     def finish(self, content: bytes = b"") -> None:
         """Write the last piece and the clean end."""
@@ -13019,7 +13014,7 @@ class Upload:
             server.deadline.set(timeout, on_timeout)
             chunked = self.framing is CHUNKED
             if piece:
-                server.write(encode_chunk(piece) if chunked else piece)
+                server.write(*(encode_chunk(piece) if chunked else (piece,)))
             if self.complete:
                 if chunked:
                     server.write(LAST_CHUNK)
