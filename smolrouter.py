@@ -20225,27 +20225,28 @@ def read_clients(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[st
     return sorted(documents.values(), key=lambda document: -document["requests"])
 
 
-# What is said of a server's last hour.
-LAST_HOUR = ("p50_ms", "requests", "errors")
-NO_REQUESTS = (None, 0, 0)
+# What is said of a server's last hour. Of its errors, `clients_left` are no fault of the server.
+LAST_HOUR = ("p50_ms", "requests", "errors", "clients_left")
+NO_REQUESTS = (None, 0, 0, 0)
 
 
 def read_last_hour(log: RequestLog, db: sqlite3.Connection) -> dict[str, dict[str, Any]]:
     """Return how each server did in the last hour, by its URL."""
     window = Window.of(3600, time.time())
     rows = db.execute(
-        "SELECT upstream_url, failed, duration_ms FROM requests INDEXED BY by_time "
+        "SELECT upstream_url, failed, status_code, duration_ms FROM requests INDEXED BY by_time "
         "WHERE timestamp >= :begin AND timestamp < :end AND failed NOTNULL",
         window.values(),
     )
-    of_server: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
-    for url, failed, duration in rows:
-        of_server[url].append((failed, duration))
+    by_server: dict[str, list[tuple[int, int, float]]] = collections.defaultdict(list)
+    for url, *outcome in rows:
+        by_server[url].append(tuple(outcome))
     figures = {}
-    for url, ended in of_server.items():
-        durations = [duration for failed, duration in ended if not failed]
-        errors = sum(failed for failed, _ in ended)
-        values = (percentile((), durations, 50), len(ended), errors)
+    for url, outcomes in by_server.items():
+        durations = [duration for failed, _, duration in outcomes if not failed]
+        errors = sum(failed for failed, _, _ in outcomes)
+        clients_left = sum(status == ClientClosed.status for _, status, _ in outcomes)
+        values = (percentile((), durations, 50), len(outcomes), errors, clients_left)
         figures[url] = dict(zip(LAST_HOUR, values, strict=True))
     return figures
 
@@ -24979,6 +24980,7 @@ function updateChip(chip, server) {
   }
   if (chip.text === text) return;
   const slots = server.slots ? `${server.running}/${server.slots}` : server.inflight || "";
+  const failed = server.errors - server.clients_left;
   chip.text = text;
   chip.className = `chip${kind === "warn" || kind === "bad" ? " loud" : ""}`;
   fill(chip.firstChild, node(`span.is-${kind}`, {role: "img", "aria-label": word}, sign),
@@ -24986,9 +24988,9 @@ function updateChip(chip, server) {
     kind !== "good" && node("span.small.why.cut", word,
       server.last_error && [": ", named(server.last_error, 80)]),
     // It answers, and what it answers is an error: at least for every other request.
-    kind === "good" && server.errors > 0 && server.errors * 2 >= server.requests &&
+    kind === "good" && failed > 0 && failed * 2 >= server.requests &&
       node("span.small.why.cut.is-warn", {title: "in the last hour"},
-        `${count(server.errors)} of ${count(server.requests)} failed`),
+        `${count(failed)} of ${count(server.requests)} failed`),
     slots !== "" && node("span.small.load", {title: "running of slots"}, `▸ ${slots}`),
     server.queued > 0 && node("span.small.load.is-warn", `${server.queued} wait`), dayNode(server));
 }

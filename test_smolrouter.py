@@ -25643,7 +25643,7 @@ def test_a_row_that_waits_has_the_mark_of_its_model(tab: Any) -> None:
 
 
 def test_a_server_that_fails_most_requests_says_so(tab: Any) -> None:
-    """It is up, because it answers, and its chip tells what it answers."""
+    """It is up, because it answers, and its chip tells what it answers. Clients may leave."""
     broken = default_upstream().add_script(json_response({"error": {"message": "no memory"}}, 500))
     servers = {"servers": {"failing": default_upstream().url}}
     router = shared_router({"DEFAULT_UPSTREAM": "failing"}, servers)
@@ -25655,6 +25655,20 @@ def test_a_server_that_fails_most_requests_says_so(tab: Any) -> None:
         post_chat(router, "tiny")
     chip = tab.locator(".chip > summary")
     assert wait_until(lambda: chip.locator(".why").count() == 0)
+    endless = default_upstream().add_script(
+        stream_response([encode_event(TWO_WORDS[0]), HANG], whole=False)
+    )
+    content = encode_json(chat_document(endless, stream=True))
+    for _ in range(3):
+        with connect(router.port) as sock:
+            sock.sendall(encode_request("POST", CHAT, body=content))
+            wait_until(lambda: b"one" in sock.recv(4096))
+    assert wait_until(lambda: get_document(router, "/api/upstreams")[0]["clients_left"] == 3)
+    figures = get_document(router, "/api/upstreams")[0]
+    assert (figures["requests"], figures["errors"]) == (6, 4)
+    tab.reload()
+    wait_text(tab, ".chip > summary", "failing")
+    assert chip.locator(".why").count() == 0
 
 
 def test_request_that_runs_is_updated(tab: Any) -> None:
