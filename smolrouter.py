@@ -19109,7 +19109,7 @@ async def relay_to_native(context: Context, request: Request) -> None:
         native = as_opaque(native)
     parsed = ParsedRequest(request.path, request.query, request.content)
     with contextlib.suppress(MalformedContent):
-        parsed = require_model(native.read(request.path, request.query, request.content))
+        parsed = require_model(native.read_request(request.path, request.query, request.content))
     decision = await decide_native(context, request, parsed.model)
     request.dialect = native
     await Exchange(RelayedRequest(context, request, parsed, decision)).run()
