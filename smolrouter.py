@@ -11591,6 +11591,17 @@ def check_browser_head(
 # --- proxies --------------------------------------------------------------------------
 
 
+def plain_address(address: str) -> str:
+    """Return an address, one of IPv4 without the form of IPv6 (RFC 4291 section 2.5.5.2).
+
+    '::ffff:10.0.0.1'  ->  '10.0.0.1', as a socket or a proxy for both versions writes it
+    """
+    if not address.startswith("::"):
+        return address
+    mapped = ipaddress.IPv6Address(address).ipv4_mapped
+    return str(mapped) if mapped else address
+
+
 def is_trusted(address: str, trusted: Sequence[IPNetwork]) -> bool:
     """Tell whether an address belongs to a trusted proxy."""
     if not is_address(address):
@@ -11619,7 +11630,7 @@ def client_address(peer: str, fields: Fields, trusted: Sequence[IPNetwork]) -> s
         hop = hops.pop().strip(" \t").partition("%")[0]
         if not is_address(hop):
             break
-        address = hop
+        address = plain_address(hop)
     return address
 
 
@@ -21207,8 +21218,7 @@ def is_https(context: Context, request: Request) -> bool:
     if (fields.get("origin") or "").startswith("https:"):
         return True
     peer = request.connection.transport.get_extra_info("peername") or [""]
-    peer_host = str(peer[0]).removeprefix("::ffff:")
-    if not is_trusted(peer_host, context.settings.trusted_proxies):
+    if not is_trusted(plain_address(str(peer[0])), context.settings.trusted_proxies):
         return False
     return fields.elements("x-forwarded-proto")[-1:] == ["https"]
 
@@ -21916,9 +21926,7 @@ class HTTPServer:
                     pause = self.limits.accept_pause_for_files
                 await asyncio.sleep(pause)
                 continue
-            # An address of IPv4 in the form of IPv6 is one of IPv4.
-            peer = str(address[0]).removeprefix("::ffff:")
-            self.start_connection(client, peer)
+            self.start_connection(client, plain_address(str(address[0])))
 
     def start_connection(self, client: socket.socket, peer: str) -> None:
         """Begin to serve an accepted socket; at full capacity accept no more."""
