@@ -718,18 +718,19 @@ def check_template(template: str, pattern: NamePattern | None) -> None:
 
 def parse_model_map(text: str) -> ModelMap:
     """Read a JSON object: '{"/^gpt/": "qwen3", "gpt-4": "llama3"}' -> pairs, exact names first."""
+    allowed = 'allowed is a JSON object such as {"gpt-4": "llama3"}'
     try:
         # With this hook an object is a tuple of its pairs, in their order; nothing else is one.
         pairs = json.loads(text or "{}", object_pairs_hook=tuple)
-        require(isinstance(pairs, tuple), "no object")
     except (ValueError, RecursionError) as error:
-        example = '{"gpt-4": "llama3"}'
-        raise ValueError(f"no JSON ({error}); allowed is an object such as {example}") from None
+        raise ValueError(f"no JSON ({error}); {allowed}") from None
+    require(isinstance(pairs, tuple), f"no object; {allowed}")
     exact: list[tuple[NamePattern, str]] = []
     patterns: list[tuple[NamePattern, str]] = []
     for key, target in pairs:
-        both_named = isinstance(target, str) and target != "" and key != ""
-        require(both_named, f"{key!r} must map to a name, not to {target!r}")
+        require(key, f"an empty name that maps to {target!r}; {allowed}")
+        is_name = isinstance(target, str) and target != ""
+        require(is_name, f"{key!r} must map to a name, not to {target!r}")
         pattern = parse_pattern(key)
         check_template(target, pattern)
         group = exact if isinstance(pattern, str) else patterns

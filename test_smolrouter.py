@@ -2668,6 +2668,21 @@ def test_bad_settings_stop_with_one_line(
     assert done.returncode == 2 and "LISTEN_PORT" in line and "'x'" in line
 
 
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("{", "no JSON ("),
+        ("[]", "no object; allowed is a JSON object"),
+        ('{"": "b"}', "an empty name that maps to 'b'"),
+        ('{"a": 1}', "'a' must map to a name, not to 1"),
+        ('{"a": ""}', "'a' must map to a name, not to ''"),
+    ],
+)
+def test_what_is_wrong_with_a_model_map_is_said(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}"):
+        smolrouter.parse_model_map(text)
+
+
 def test_all_origins_that_are_taken_are_named() -> None:
     for origin in ("loopback", "null", "*"):
         assert smolrouter.parse_origins(origin) == (origin,)
