@@ -19391,7 +19391,7 @@ SUMMED_ROW_FILTERS = {**POINT_FILTERS, "model": f"{SUMMED_MODEL} = :model"}
 FIRST_ID = "(SELECT ifnull(min(first_id), 1) FROM hours WHERE hour >= {})"
 IN_WINDOW = f"id >= {FIRST_ID.format(':begin_hour')}"
 # What `WindowSums` says: the rows between both beginnings, and the sums of the rest.
-BETWEEN_BEGINS = "timestamp >= :first AND timestamp < :last AND failed NOTNULL"
+BETWEEN_BEGINNINGS = "timestamp >= :first AND timestamp < :last AND failed NOTNULL"
 
 
 def select_sums(of_hours: str, of_parts: str) -> str:
@@ -19400,8 +19400,8 @@ def select_sums(of_hours: str, of_parts: str) -> str:
         UNION ALL SELECT * FROM {of_parts} WHERE part >= :first_part AND part < :end_part"""
 
 
-class Condition(NamedTuple):
-    """A test on rows or a statement with tests, in SQL, and the values of its question marks."""
+class SQL(NamedTuple):
+    """A statement or a condition, and the values of its question marks."""
 
     text: str
     values: tuple[Any, ...]
@@ -19429,12 +19429,12 @@ class Window(NamedTuple):
 
     @property
     def nearest_hour(self) -> int:
-        """The hour whose begin is nearest to that of the window, before or after it."""
+        """The hour whose beginning is nearest to that of the window, before or after it."""
         return (self.begin + HOUR_MS // 2) // HOUR_MS
 
     @property
     def nearest_part(self) -> int:
-        """The part of an hour whose begin is nearest to that of the window, as well."""
+        """The part of an hour whose beginning is nearest to that of the window."""
         return (self.begin + PART_MS // 2) // PART_MS
 
     @property
@@ -19457,8 +19457,8 @@ class Window(NamedTuple):
 class WindowSums(NamedTuple):
     """The sums that a window's figures come from: of hours, and of parts of the hour before them.
 
-    They begin where that is nearest to the begin of the window. The rows between both beginnings
-    are added, or, where the sums begin earlier, taken away.
+    They begin with the hour or the part of one that begins nearest to the window. The rows between
+    both beginnings are added, or, where the sums begin earlier, taken away.
     """
 
     window: Window
@@ -19497,7 +19497,7 @@ class WindowSums(NamedTuple):
 class StatusCondition(NamedTuple):
     """A condition on how requests ended; failures are few as a rule."""
 
-    condition: Condition
+    condition: SQL
     is_failure: bool
 
 
@@ -19508,9 +19508,9 @@ def parse_status(text: str) -> StatusCondition:
     `running`  ->  not finished yet
     """
     if text == "error":
-        return StatusCondition(Condition(HAS_FAILED, ()), True)
+        return StatusCondition(SQL(HAS_FAILED, ()), True)
     if text == "running":
-        return StatusCondition(Condition("failed IS NULL", ()), True)
+        return StatusCondition(SQL("failed IS NULL", ()), True)
     if not re.fullmatch(r"[1-5](?:[0-9]{2}|xx)", text):
         raise ValueError(
             "allowed are a status such as 404, a class such as 4xx, error, and running"
@@ -19520,7 +19520,7 @@ def parse_status(text: str) -> StatusCondition:
     is_failure = lowest >= 400
     outcome = HAS_FAILED if is_failure else "failed = 0"
     sql = f"{outcome} AND status_code BETWEEN ? AND ?"
-    return StatusCondition(Condition(sql, (lowest, highest)), is_failure)
+    return StatusCondition(SQL(sql, (lowest, highest)), is_failure)
 
 
 def parse_age(text: str) -> float:
@@ -19614,25 +19614,23 @@ def escape_like(text: str) -> str:
     return re.sub(r"([\\%_])", r"\\\1", text)
 
 
-def text_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
+def text_conditions(parameters: Mapping[str, Any]) -> list[SQL]:
     """Return what the texts of rows must hold: words, and parts of names."""
-    conditions = [
-        Condition(HAS_WORD, (f"%{escape_like(word)}%",)) for word in parameters.get("q", ())
-    ]
+    conditions = [SQL(HAS_WORD, (f"%{escape_like(word)}%",)) for word in parameters.get("q", ())]
     for name, columns in NAME_COLUMNS.items():
         if is_part_of_name(name, parameters):
             pattern = escape_like(parameters[name]).replace("*", "%")
             test = " OR ".join(f"{column} LIKE ? ESCAPE '\\'" for column in columns)
-            conditions.append(Condition(f"({test})", (pattern,) * len(columns)))
+            conditions.append(SQL(f"({test})", (pattern,) * len(columns)))
     return conditions
 
 
-def row_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
+def row_conditions(parameters: Mapping[str, Any]) -> list[SQL]:
     """Return what the rows of a list must fulfil, the condition first that fewest rows do."""
     conditions = []
     for name, text in ROW_FILTERS.items():
         if name in parameters and not is_part_of_name(name, parameters):
-            conditions.append(Condition(text, (parameters[name],)))
+            conditions.append(SQL(text, (parameters[name],)))
     status = parameters.get("status")
     if status and status.is_failure:
         # A conversation has still fewer rows.
@@ -19643,8 +19641,8 @@ def row_conditions(parameters: Mapping[str, Any]) -> list[Condition]:
     return conditions
 
 
-def select_ids(parameters: Mapping[str, Any]) -> Condition:
-    """Return the statement for the ids of the rows that fulfil all conditions, and its values.
+def select_ids(parameters: Mapping[str, Any]) -> SQL:
+    """Return the statement for the ids of the rows that fulfil all conditions.
 
     SQLite looks one condition up in its index, and looks at what it has found for the others.
     Which one that is must not be left to its guess, because with the wrong one it walks through
@@ -19662,8 +19660,8 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
             "SELECT id FROM requests INDEXED BY by_time "
             "WHERE timestamp >= ? AND timestamp < ? AND +id < ?"
         )
-        return Condition(sql, (window.begin, window.end, before))
-    conditions = conditions or [Condition("1", ())]
+        return SQL(sql, (window.begin, window.end, before))
+    conditions = conditions or [SQL("1", ())]
     first = conditions[0]
     tests = ["id < ?"]
     values = [before]
@@ -19681,11 +19679,11 @@ def select_ids(parameters: Mapping[str, Any]) -> Condition:
     for look_up in look_ups:
         selects.append(f"SELECT id FROM {table} WHERE {' AND '.join([*tests, look_up])}")
         all_values += [*values, *first.values]
-    return Condition(" UNION ".join(selects), tuple(all_values))
+    return SQL(" UNION ".join(selects), tuple(all_values))
 
 
-def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """Return the statement for a page of rows, newest first, and its values.
+def select_rows(parameters: Mapping[str, Any]) -> SQL:
+    """Return the statement for a page of rows, newest first.
 
     A search for text looks at the newest rows that fulfil the other conditions.
     """
@@ -19700,7 +19698,7 @@ def select_rows(parameters: Mapping[str, Any]) -> tuple[str, list[Any]]:
     sql = f"""SELECT {COLUMNS} FROM requests
         WHERE id IN ({ids.text} ORDER BY id DESC LIMIT ?) AND {text_test}
         ORDER BY id DESC LIMIT ?"""
-    return sql, [*ids.values, looked_at, *text_values, limit]
+    return SQL(sql, (*ids.values, looked_at, *text_values, limit))
 
 
 def token_rate(tokens: float | None, duration: float | None, ttft: float | None) -> float | None:
@@ -19817,8 +19815,8 @@ def read_rollups(
 def sum_difference(
     db: sqlite3.Connection, sums: WindowSums, group: str, filters: Mapping[str, Any]
 ) -> dict[str, Tally]:
-    """Return the sums of the rows between the begins of a window and of its sums."""
-    tests = [BETWEEN_BEGINS, *(SUMMED_ROW_FILTERS[name] for name in filters)]
+    """Return the sums of the rows between the beginnings of a window and of its sums."""
+    tests = [BETWEEN_BEGINNINGS, *(SUMMED_ROW_FILTERS[name] for name in filters)]
     rows = db.execute(
         f"SELECT {SUM_KEYS[group]}, {', '.join(COUNTED)} FROM requests INDEXED BY by_time "
         f"WHERE {' AND '.join(tests)}",
@@ -20009,7 +20007,7 @@ def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, 
     sums = {(client, model): numbers for client, model, *numbers in rollups}
     rows = db.execute(
         f"SELECT client, {SUMMED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
-        f"WHERE {BETWEEN_BEGINS} GROUP BY 1, 2",
+        f"WHERE {BETWEEN_BEGINNINGS} GROUP BY 1, 2",
         values,
     ).fetchall()
     by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
