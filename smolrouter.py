@@ -844,7 +844,8 @@ class Settings:
     def read_given(cls, given: Mapping[str, GivenSetting]) -> tuple[Settings, dict[str, str]]:
         """Read the texts of what is set; return what is wrong with some, by field name, too.
 
-        A wrong one has its default.
+        {'listen_port': GivenSetting('LISTEN_PORT', 'x')}
+        ->  the defaults, {'listen_port': "LISTEN_PORT='x': allowed is a whole number from ..."}
         """
         values: dict[str, Any] = {}
         mistakes: dict[str, str] = {}
@@ -1787,7 +1788,12 @@ def remember_short(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def read_request_head(data: bytes) -> RequestHead:
-    """Read a request head: `parse_request_head`, which remembers, is the function to call."""
+    r"""Read a request head: `parse_request_head`, which remembers, is the function to call.
+
+    `b"GET /v1/models HTTP/1.1\r\nHost: a\r\n"`  ->  GET, the path /v1/models, the host `a`
+
+    Raises MalformedMessage, TargetTooLong, FieldsTooLarge or VersionNotSupported.
+    """
     # Every octet is one character of Latin-1, so that decoding cannot fail and a length in
     # characters is one in octets. With one more CRLF, each field line has its own.
     start_line, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
@@ -1809,7 +1815,12 @@ def read_request_head(data: bytes) -> RequestHead:
 
 
 def read_response_head(data: bytes) -> ResponseHead:
-    """Read a response head: `parse_response_head`, which remembers, is the function to call."""
+    r"""Read a response head: `parse_response_head`, which remembers, is the function to call.
+
+    `b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n"`  ->  200, the reason `OK`, the length 5
+
+    Raises MalformedMessage or FieldsTooLarge.
+    """
     start_line, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     match = STATUS_LINE.fullmatch(start_line)
     if match is None:
@@ -2536,7 +2547,9 @@ def list_of(document: Mapping[str, Any], member: str) -> list[Any]:
 
 
 def encode_json_exactly(value: Any) -> bytes:
-    """Return compact JSON of something that a client sent; a lone surrogate stays an escape.
+    r"""Return compact JSON of something that a client sent; a lone surrogate stays an escape.
+
+    `{"a": [1, "\ud800"]}`  ->  `b'{"a":[1,"\ud800"]}'`
 
     Raises MalformedContent for a number that no double holds: Python reads 1e999 as an
     infinity, so that what the client meant is lost.
@@ -4473,12 +4486,12 @@ def openai_error(error: RouterError) -> dict[str, Any]:
 
 
 def encode_openai_error(error: RouterError) -> bytes:
-    """Return an error as OpenAI's clients read it."""
+    """Return an error as OpenAI's clients read it: `{"error": {"message": "no memory", ...}}`."""
     return encode_json({"error": openai_error(error)})
 
 
 def encode_ollama_error(error: RouterError) -> bytes:
-    """Return an error as Ollama's clients read it."""
+    """Return an error as Ollama's clients read it: `{"error": "no memory"}`."""
     return encode_json({"error": str(error)})
 
 
@@ -4497,7 +4510,10 @@ MESSAGES_ERRORS = {
 
 
 def encode_messages_error(error: RouterError) -> bytes:
-    """Return an error as the clients of /v1/messages read it."""
+    """Return an error as the clients of /v1/messages read it.
+
+    `{"type": "error", "error": {"type": "api_error", "message": "no memory"}}`
+    """
     other = "invalid_request_error" if error.status < 500 else "api_error"
     kind = MESSAGES_ERRORS.get(error.status, other)
     return encode_json({"type": "error", "error": {"type": kind, "message": str(error)}})
@@ -4584,7 +4600,7 @@ def think_in_ollama(think: str, document: Mapping[str, Any]) -> Additions:
 
 
 def encode_responses_failure(error: RouterError) -> bytes:
-    """Return an error as the last event of /v1/responses.
+    """Return an error as the last event of /v1/responses, whose type is `response.failed`.
 
     Codex looks for it in the response, OpenAI's own clients look for `error` in any event.
     """
@@ -7105,7 +7121,10 @@ class RequestEditor:
 
 
 def encode_object(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
-    """Return the client's own bytes with what must change changed."""
+    """Return the client's own bytes with what must change changed.
+
+    `{"model": "a", "n": 1.0}` for the model `b`  ->  `{"model": "b", "n": 1.0}`
+    """
     editor = RequestEditor(parsed, changes)
     if changes.parameters != NO_PARAMETERS and parsed.takes_parameters:
         editor.change_parameters()
@@ -8424,7 +8443,11 @@ def read_think(document: Mapping[str, Any]) -> str:
 
 
 def encode_ollama_chat(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
-    """Return an Ollama chat or generate request as OpenAI's chat or completion."""
+    """Return an Ollama chat or generate request as OpenAI's chat or completion.
+
+    `{"model": "m", "prompt": "Hi"}` of /api/generate
+    ->  `{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stream": true}`
+    """
     document = parsed.document
     openai = find_protocol(parsed.openai_path)
     translated: dict[str, Any] = {"model": changes.model}
@@ -8447,7 +8470,11 @@ def encode_ollama_chat(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
 
 
 def encode_ollama_embed(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
-    """Return an Ollama embedding request as OpenAI's."""
+    """Return an Ollama embedding request as OpenAI's.
+
+    `{"model": "m", "prompt": "Hi"}` of /api/embeddings
+    ->  `{"model": "m", "input": "Hi", "encoding_format": "float"}`
+    """
     text = parsed.document.get("input")
     if text is None:
         text = parsed.document.get("prompt") or ""
@@ -9359,6 +9386,8 @@ def spread_tools(tools: Iterable[Any]) -> Iterator[Any]:
 def encode_tools(tools: Iterable[Any]) -> bytes:
     """Return the tools of a request, or the first of many, as JSON without anything between them.
 
+    `[{"name": "f"}, {"name": "g"}]`  ->  `b'{"name":"f"}{"name":"g"}'`
+
     Agents send so many that to encode all of them would take long.
     """
     encoded = b""
@@ -9423,7 +9452,7 @@ def parse_mac(text: str) -> bytes:
 
 
 def parse_wake_address(text: str) -> str:
-    """Read where a magic packet is sent: '192.168.1.255', or a card's own address."""
+    """Read where a magic packet is sent: '192.168.1.255' -> the same. Raises ValueError."""
     require(is_address(text), f"{text!r} is no address; write the network's broadcast address")
     return text
 
@@ -9982,7 +10011,7 @@ class TableReader:
             self.revoked = self.read_revoked(revoked)
 
     def read_rules(self, node: Node) -> tuple[Rule, ...]:
-        """Read the routes."""
+        """Read the routes: [{'match': {'model': 'a'}, 'route': {'model': 'b'}}] -> one Rule."""
         rules: list[Rule] = []
         if not node.value:
             return ()
@@ -10196,7 +10225,10 @@ class TableReader:
                 yield place, value
 
     def read_stated(self, context: Node, abilities: Node) -> ModelFacts:
-        """Read what the file says of models: the length of their context, and what they can do."""
+        """Read what the file says of models: the length of their context, and what they can do.
+
+        32768, ['tool_use']  ->  ModelFacts(32768, 32768, ('tools',))
+        """
         length = context.value
         if length is not None:
             is_number = isinstance(length, int) and not isinstance(length, bool)
@@ -10238,7 +10270,10 @@ class TableReader:
         return Instance(self.read_upstream(places[0]), model.read_optional())
 
     def read_alias(self, node: Node) -> Target:
-        """Read an alias: its instances, its strategy, and what else it says."""
+        """Read an alias: its instances, its strategy, and what else it says.
+
+        {'instances': ['gpu/m']} named `fast`  ->  Target((Instance(gpu, 'm'),), 'fast')
+        """
         strategy, listed, thinking, priority, context, abilities, *parameters = node.members(
             *ALIAS_KEYS
         )
@@ -10260,7 +10295,11 @@ class TableReader:
         )
 
     def read_rule(self, node: Node) -> Rule:
-        """Read a route: its match and its target."""
+        """Read a route: its match and its target.
+
+        {'match': {'model': '/^gpt/'}, 'route': {'alias': 'fast'}}, the third of the routes
+        ->  Rule('rule 3', re.compile('^gpt'), None, the target of `fast`, 'model /^gpt/', ...)
+        """
         match, route = node.members("match", "route")
         model, source_host = match.members("model", "source_host")
         name = f"rule {node.path[-1] + 1}"
@@ -10297,7 +10336,10 @@ class TableReader:
         return tuple(item.read(parse_address_range) for item in items)
 
     def read_target(self, node: Node, pattern: NamePattern | None) -> Target:
-        """Read where a route leads: an alias, or an upstream and a model; what else it says."""
+        """Read where a route leads: an alias, or an upstream and a model; what else it says.
+
+        {'upstream': 'gpu', 'model': 'm'}  ->  Target((Instance(gpu, 'm'),))
+        """
         upstream, model, alias, thinking, priority, *parameters = node.members(
             "upstream", "model", "alias", "thinking", "priority", *PARAMETER_KEYS
         )
@@ -10333,7 +10375,10 @@ def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json_routes(text: str, name: str) -> RoutesDocument:
-    """Read a JSON routing file. Raises ConfigError."""
+    """Read a JSON routing file. Raises ConfigError.
+
+    '{"servers": {"a": "http://a"}}'  ->  that object; ('servers', 'a') is in line 1
+    """
     try:
         value = json.loads(text, object_pairs_hook=unique_object)
     except (ValueError, RecursionError) as error:
@@ -10377,7 +10422,10 @@ def find_yaml_lines(node: Any, path: Path, name: str) -> Iterator[tuple[Path, in
 
 
 def parse_yaml_routes(text: str, name: str) -> RoutesDocument:
-    """Read a YAML routing file. Raises ConfigError."""
+    r"""Read a YAML routing file. Raises ConfigError.
+
+    'servers:\n  a: "http://a"'  ->  {'servers': {'a': 'http://a'}}; ('servers', 'a') is in line 2
+    """
     try:
         # Imported here alone: without a YAML file nothing needs to be installed.
         import yaml
@@ -11028,8 +11076,9 @@ def sign(signed: bytes, secret: str) -> bytes:
 def encode_token(secret: str, subject: str, now: float, days: float, **more: Any) -> str:
     """Return a token for `subject` that expires after `days`; `now` is UTC, s.
 
-    `more` are further claims, such as `jti` and `models`. The token is
-    'header.claims.signature', each part in base64url.
+    `more` are further claims, such as `jti` and `models`.
+
+    'alice', 1000.0, 1.0  ->  'header.claims.signature', each part in base64url
     """
     header = {"alg": "HS256", "typ": "JWT"}
     claims = {"sub": subject, "iat": int(now), "exp": int(now + days * SECONDS_A_DAY), **more}
@@ -11131,6 +11180,8 @@ def parse_claims(claims: Mapping[str, Any], token: str) -> Token:
 @functools.lru_cache(maxsize=LIMITS.remembered_clients)
 def read_token(token: str, secret: str) -> Token:
     """Return what a token says, whenever that is valid; clients send theirs with each request.
+
+    `header.claims.signature`  ->  Token(subject='alice', expires_at=2000, ...)
 
     Raises ValueError when it is not this router's, and Unauthorized when it is, but has a claim
     that cannot be read, which may have been meant as a limit.
