@@ -9478,7 +9478,7 @@ class Server:
     wake: Wake | None = None
     parameters: RequestParameters = NO_PARAMETERS
     # What the routing file says of all of its models.
-    stated: ModelFacts = NO_FACTS
+    stated_facts: ModelFacts = NO_FACTS
     # What to say about its URL when the table is read.
     warning: str | None = dataclasses.field(default=None, compare=False)
     # Its URL as rows, fields and pages have it.
@@ -9552,7 +9552,7 @@ class Target(NamedTuple):
     priority: str = ""
     parameters: RequestParameters = NO_PARAMETERS
     # What the routing file says of an alias.
-    stated: ModelFacts = NO_FACTS
+    stated_facts: ModelFacts = NO_FACTS
 
     def reached_by(self, route: Target) -> Target:
         """Return this target with what the route says, too, that leads here.
@@ -10087,7 +10087,7 @@ class TableReader:
             namespace_tools=self.read_namespace_tools(member["namespace_tools"]),
             wake=self.read_wake(member["wake"]),
             parameters=self.read_parameters(*(member[name] for name in PARAMETER_KEYS)),
-            stated=self.read_stated(member["context_length"], member["capabilities"]),
+            stated_facts=self.read_stated_facts(member["context_length"], member["capabilities"]),
             warning=url_warning(f"servers.{name}", member["url"].value),
         )
 
@@ -10224,7 +10224,7 @@ class TableReader:
                     self.secrets.update(self.environ[name] for name in ENV_REFERENCE.findall(text))
                 yield place, value
 
-    def read_stated(self, context: Node, abilities: Node) -> ModelFacts:
+    def read_stated_facts(self, context: Node, abilities: Node) -> ModelFacts:
         """Read what the file says of models: the length of their context, and what they can do.
 
         32768, ['tool_use']  ->  ModelFacts(32768, 32768, ('tools',))
@@ -10291,7 +10291,7 @@ class TableReader:
             thinking=self.read_thinking(thinking),
             priority=self.read_priority(priority),
             parameters=self.read_parameters(*parameters),
-            stated=self.read_stated(context, abilities),
+            stated_facts=self.read_stated_facts(context, abilities),
         )
 
     def read_rule(self, node: Node) -> Rule:
@@ -14475,8 +14475,8 @@ class ModelLists:
     def context_length_of(self, instance: Instance) -> int | None:
         """Return how many tokens the model of an instance takes at once, None if nobody said."""
         server = instance.server
-        if server.stated.context_length is not None:
-            return server.stated.context_length
+        if server.stated_facts.context_length is not None:
+            return server.stated_facts.context_length
         model_list, _ = self.find(own_list_key(server), server)
         models = model_list.by_name if model_list else {}
         name = find_listed(instance.model or "", models)
@@ -14490,7 +14490,7 @@ class ModelLists:
         A list that is older than `oldest` s is not returned when there may be a newer one.
         """
         if server.models is not None:
-            return [ListedModel(model_entry(name), server.stated) for name in server.models]
+            return [ListedModel(model_entry(name), server.stated_facts) for name in server.models]
         key = list_key(server, authorization)
         model_list, is_current = self.find(key, server)
         age = time.monotonic() - model_list.asked_at if model_list else math.inf
@@ -14612,7 +14612,7 @@ class ModelLists:
 
     def complete(self, server: Server, model: ListedModel) -> ListedModel:
         """Return a model with all that is known of it; the routing file has the first word."""
-        facts = server.stated.or_else(facts_of_entries(model.entry, model.further))
+        facts = server.stated_facts.or_else(facts_of_entries(model.entry, model.further))
         details = self.details.get(detail_key(server, model), NO_FACTS)
         return model._replace(facts=facts.or_else(details))
 
@@ -14838,11 +14838,11 @@ def describe_own_name(
     for instance in decide(table, name, "", catalogue).instances:
         listed = lists.get(instance.server.url, {})
         found = find_listed(instance.model or "", listed)
-        several.append(listed[found].facts if found else instance.server.stated)
+        several.append(listed[found].facts if found else instance.server.stated_facts)
     # Such a name is not what a server loads.
     facts = common_facts(several)._replace(state=None)
     if name in table.aliases:
-        facts = table.aliases[name].stated.or_else(facts)
+        facts = table.aliases[name].stated_facts.or_else(facts)
     return ListedModel(model_entry(name), facts)
 
 
@@ -21119,7 +21119,7 @@ async def serve_model_details(context: Context, request: Request) -> None:
     decision = await context.decide(parsed.model, request.source_host, request.dialect)
     service = request.dialect.service
     alias = context.table.aliases.get(without_tag(parsed.model))
-    is_stated = alias is not None and alias.stated != NO_FACTS
+    is_stated = alias is not None and alias.stated_facts != NO_FACTS
     speaks_it = any(instance.server.api == service for instance in decision.instances)
     if speaks_it and not is_stated:
         await relay_content_to_native(context, request)
@@ -23240,10 +23240,10 @@ def format_servers(examinations: Sequence[Examination], table: RoutingTable) -> 
             record["headers"] = {field: f"${{{variable}_FIELD}}" for field, _ in server.headers}
         if not server.verify:
             record["verify"] = False
-        if server.stated.context_length is not None:
-            record["context_length"] = server.stated.context_length
-        if server.stated.capabilities is not None:
-            record["capabilities"] = list(server.stated.capabilities)
+        if server.stated_facts.context_length is not None:
+            record["context_length"] = server.stated_facts.context_length
+        if server.stated_facts.capabilities is not None:
+            record["capabilities"] = list(server.stated_facts.capabilities)
         # This is YAML, too, and needs no thought about what has to be quoted.
         mark = "# " if examination.problem and examination.right_url is None else ""
         lines.append(f"  {mark}{json.dumps(name)}: {json.dumps(record)}")

@@ -24554,7 +24554,7 @@ def test_doctor_takes_the_models_of_the_routing_file(
     assert row_after(printed, "chat", "cloud")[0] == "gpt-5-mini"
     pasted = paste(printed)["cloud"]
     assert pasted.models == ("gpt-5-mini",)
-    assert pasted.stated == smolrouter.ModelFacts(9, 9, ("tools",))
+    assert pasted.stated_facts == smolrouter.ModelFacts(9, 9, ("tools",))
 
 
 def test_doctor_refuses_what_is_no_url() -> None:
