@@ -12297,7 +12297,13 @@ class Connection(asyncio.Protocol):
     any more; what is unsent still leaves, and asyncio says `connection_lost` in the end.
 
     **Leaving.** When the other side goes away, `on_disconnect` is called, whose owner sets it and
-    takes it away again.
+    takes it away again. A client that leaves wants no answer any more: from `cancel_on_disconnect`
+    to `release_task` the task that serves its request is then cancelled, so that the upstream
+    stops, too. All that TCP shows of a client that leaves is that it sends no more. So a client
+    that ends its sending alone, and still reads, is taken for one that has left.
+
+    Clients and upstreams have connections of one class. If one had a class of its own, Python would
+    look up each member at each use anew.
     """
 
     def __init__(self, batch: LoopBatch) -> None:
@@ -12327,6 +12333,11 @@ class Connection(asyncio.Protocol):
         self.on_disconnect: Callable[[], None] | None = None
         # What else to look at when the deadline is looked at; it gets the loop's time.
         self.on_check: Callable[[float], None] | None = None
+        # Of a client: whether a request has begun to come or is being served; the task that may be
+        # cancelled; and why it was, here, from the page or by the end of all.
+        self.has_request = False
+        self.request_task: asyncio.Task[Any] | None = None
+        self.cancel_reason: RouterError | None = None
 
     # What asyncio calls.
 
@@ -12460,24 +12471,22 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
         return data[:length]
 
-    async def has_more(self, than: int = 0) -> bool:
-        """Wait for more octets `than` so many; return whether they came.
+    def waits_for_more(self, than: int = 0) -> bool:
+        """Tell whether more octets `than` so many have not come yet, and still may.
 
         Raises what ended the connection.
         """
-        while len(self.received) <= than:
-            if self.failure:
-                raise self.failure
-            if self.ended:
-                return False
-            await self.wait()
-        return True
+        if len(self.received) > than:
+            return False
+        if self.failure:
+            raise self.failure
+        return not self.ended
 
     async def read(self) -> bytes:
         """Return the next octets, b"" at the end. Raises what ended the connection."""
-        if self.received or await self.has_more():
-            return self.take_received()
-        return b""
+        while self.waits_for_more():
+            await self.wait()
+        return self.take_received()
 
     def take_head(self, limit: int, unseen_at: int = 0) -> bytes | None:
         """Return a head of at most `limit` octets if all of it has come already, None otherwise.
@@ -12505,10 +12514,14 @@ class Connection(asyncio.Protocol):
         of at most `limit` octets.
         """
         seen = 0
-        while await self.has_more(seen):
+        while True:
+            while self.waits_for_more(seen):
+                await self.wait()
+            if len(self.received) <= seen:
+                break
             # Of what has been looked at, only the last three octets can still be the beginning of
             # an end, which is four octets long.
-            unseen_at = max(0, seen - 3)
+            unseen_at = seen - 3 if seen > 3 else 0
             head = self.take_head(limit, unseen_at)
             if head is not None:
                 return head
@@ -12562,6 +12575,34 @@ class Connection(asyncio.Protocol):
         if self.is_broken:
             raise ClientClosed("client_closed")
 
+    # Cancelling a client's request.
+
+    def cancel_on_disconnect(self) -> None:
+        """Cancel the current task as soon as the client goes away."""
+        self.request_task = asyncio.current_task()
+        self.on_disconnect = self.cancel_for_client
+        # It may have gone while its request was read.
+        if self.ended:
+            self.cancel_for_client()
+
+    def cancel_for_client(self) -> None:
+        """Cancel the request of a client that has left."""
+        self.cancel_request(ClientClosed("client_closed"))
+
+    def cancel_request(self, reason: RouterError) -> None:
+        """Cancel the task that serves a request, unless it is released; this is its reason."""
+        if self.request_task is None:
+            return
+        # Two reasons may come in one turn. The first one is why the task ends.
+        if self.cancel_reason is None:
+            self.cancel_reason = reason
+        self.request_task.cancel()
+
+    def release_task(self) -> None:
+        """Let the task that serves a request go on to its end, whoever leaves."""
+        self.on_disconnect = None
+        self.request_task = None
+
     # Closing.
 
     def close(self) -> None:
@@ -12578,7 +12619,8 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
 
     def detach_request(self) -> None:
-        """Keep nothing of the request that used the connection."""
+        """Keep nothing of the request that used the connection, and do not cancel its task."""
+        self.request_task = None
         self.on_disconnect = None
         self.on_check = None
         # An error keeps the frames that it came through, and with them whole contents. So does the
@@ -12624,53 +12666,6 @@ class Connection(asyncio.Protocol):
             while await self.read():
                 pass
         self.close()
-
-
-class ClientConnection(Connection):
-    """The connection of a client, and whether a request of it runs that may be cancelled.
-
-    A client that leaves wants no answer any more: from `cancel_on_disconnect` to `release_task` the
-    task that serves its request is then cancelled, so that the upstream stops, too. All that TCP
-    shows of a client that leaves is that it sends no more. So a client that ends its sending alone,
-    and still reads, is taken for one that has left.
-    """
-
-    # The task that may be cancelled, and why it was: here, from the page or by the end of all.
-    request_task: asyncio.Task[Any] | None = None
-    cancel_reason: RouterError | None = None
-    # A request has begun to come or is being served.
-    has_request = False
-
-    def cancel_on_disconnect(self) -> None:
-        """Cancel the current task as soon as the client goes away."""
-        self.request_task = asyncio.current_task()
-        self.on_disconnect = self.cancel_for_client
-        # It may have gone while its request was read.
-        if self.ended:
-            self.cancel_for_client()
-
-    def cancel_for_client(self) -> None:
-        """Cancel the request of a client that has left."""
-        self.cancel_request(ClientClosed("client_closed"))
-
-    def cancel_request(self, reason: RouterError) -> None:
-        """Cancel the task that serves a request, unless it is released; this is its reason."""
-        if self.request_task is None:
-            return
-        # Two reasons may come in one turn. The first one is why the task ends.
-        if self.cancel_reason is None:
-            self.cancel_reason = reason
-        self.request_task.cancel()
-
-    def release_task(self) -> None:
-        """Let the task that serves a request go on to its end, whoever leaves."""
-        self.on_disconnect = None
-        self.request_task = None
-
-    def detach_request(self) -> None:
-        """Keep nothing of the request, and do not cancel its task any more."""
-        super().detach_request()
-        self.request_task = None
 
 
 class ContentReader:
@@ -12801,7 +12796,7 @@ class ResponseWriter:
     silent_until = NEVER
     size_at_check = 0
 
-    def __init__(self, connection: ClientConnection, head: RequestHead | None) -> None:
+    def __init__(self, connection: Connection, head: RequestHead | None) -> None:
         self.connection = connection
         # Fields of every answer to this request, such as those of CORS.
         self.extra_fields: list[tuple[str, str]] = []
@@ -12936,7 +12931,7 @@ class Request:
     def __init__(
         self,
         head: RequestHead,
-        connection: ClientConnection,
+        connection: Connection,
         writer: ResponseWriter,
         source_host: str,
         content: bytes = b"",
@@ -12977,27 +12972,31 @@ class Request:
         if waits and not self.reader.done:
             self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    async def read_content(
-        self, limit: int, count: Callable[[Request, int], None] | None = None
-    ) -> None:
+    def take_content(self, limit: int, count: Callable[[Request, int], None]) -> bool:
+        """Take the content if all of it has come with its head; return whether that is so.
+
+        If not, `read_content` reads it. `count` is as there. Raises ContentTooLarge.
+        """
+        framing = self.head.framing
+        if framing.length > limit:
+            self.reader = ContentReader(self.connection, framing, limit)
+            raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
+        content = self.connection.take_content(framing)
+        if content is None:
+            return False
+        self.is_read = True
+        count(self, len(content))
+        self.content = content
+        return True
+
+    async def read_content(self, limit: int, count: Callable[[Request, int], None]) -> None:
         """Read all of the content; `count` is told how many octets came, and may raise an error.
 
         Raises ContentTooLarge above `limit` octets, and RequestTimeout: from `content_grace` on
         a client has to send at `content_rate`. Otherwise a few thousand clients could occupy all
         connections by sending an octet now and then.
         """
-        framing = self.head.framing
         connection = self.connection
-        if framing.length > limit:
-            self.reader = ContentReader(connection, framing, limit)
-            raise ContentTooLarge(f"{framing.length} bytes; MAX_REQUEST_SIZE is {limit}")
-        content = connection.take_content(framing)
-        if content is not None:
-            self.is_read = True
-            if count:
-                count(self, len(content))
-            self.content = content
-            return
         self.begin_content(limit)
         limits = connection.limits
         pieces: list[bytes] = []
@@ -13006,8 +13005,7 @@ class Request:
         while not self.reader.done:
             piece = await self.reader.read()
             pieces.append(piece)
-            if count:
-                count(self, len(piece))
+            count(self, len(piece))
             connection.deadline.passes_at = grace_ends_at + self.reader.size / limits.content_rate
         connection.deadline.clear()
         self.is_read = True
@@ -21688,7 +21686,9 @@ class Application:
         if webui and not self.settings.enable_logging and endpoint.serve is not serve_metrics:
             raise NotFound("there is no Web UI: ENABLE_LOGGING is false, nothing is kept")
         if endpoint.reads_content:
-            await request.read_content(self.settings.max_request_size, self.count_content)
+            longest = self.settings.max_request_size
+            if not request.take_content(longest, self.count_content):
+                await request.read_content(longest, self.count_content)
             if "content-encoding" in head.fields.first and endpoint.decodes_content:
                 coded_size = len(request.content)
                 await decode_request(self.context, request)
@@ -21943,7 +21943,7 @@ class HTTPServer:
         self.longest_head = self.limits.request_line + self.limits.all_field_lines
         self.turns = RequestTurns(self.limits)
         # The connection that each task serves.
-        self.connections: dict[asyncio.Task[None], ClientConnection] = {}
+        self.connections: dict[asyncio.Task[None], Connection] = {}
         self.listeners = listeners
         self.accepting: list[asyncio.Task[None]] = []
         self.has_room = asyncio.Event()
@@ -21980,7 +21980,7 @@ class HTTPServer:
 
     def start_connection(self, client: socket.socket, peer: str) -> None:
         """Begin to serve an accepted socket; at full capacity accept no more."""
-        connection = ClientConnection(self.context.upstreams.batch)
+        connection = Connection(self.context.upstreams.batch)
         task = asyncio.create_task(self.serve_connection(connection, client, peer))
         self.connections[task] = connection
         task.add_done_callback(self.forget_connection)
@@ -22003,7 +22003,7 @@ class HTTPServer:
     # One connection
 
     async def serve_connection(
-        self, connection: ClientConnection, client: socket.socket, peer: str
+        self, connection: Connection, client: socket.socket, peer: str
     ) -> None:
         """Serve one request after another on an accepted socket."""
         try:
@@ -22044,7 +22044,7 @@ class HTTPServer:
         if connection.is_tls and not self.context.draining:
             await connection.wait_lost()
 
-    async def open_connection(self, connection: ClientConnection, client: socket.socket) -> None:
+    async def open_connection(self, connection: Connection, client: socket.socket) -> None:
         """Make an accepted socket a connection, encrypted if the router speaks https.
 
         Raises OSError, such as ssl.SSLError for a client that does not speak TLS.
@@ -22060,13 +22060,15 @@ class HTTPServer:
         loop = asyncio.get_running_loop()
         await loop.connect_accepted_socket(lambda: connection, client, **options)
 
-    async def serve_next_request(
-        self, connection: ClientConnection, peer: str, served: int
-    ) -> bool:
+    async def serve_next_request(self, connection: Connection, peer: str, served: int) -> bool:
         """Serve one request; return whether another may follow. `served` have gone before it."""
         connection.has_request = False
-        if not (connection.received or await self.wait_for_request(connection, served)):
-            return False
+        if not connection.received:
+            connection.deadline.set(self.choose_idle_timeout(served), IDLE_TOO_LONG)
+            while connection.waits_for_more():
+                await connection.wait()
+            if not connection.received:
+                return False
         connection.has_request = True
         head = await self.read_head(connection, peer)
         if head is None:
@@ -22085,17 +22087,15 @@ class HTTPServer:
             return False
         return request.writer.keep_alive and not self.context.draining
 
-    def wait_for_request(self, connection: ClientConnection, served: int) -> Awaitable[bool]:
-        """Wait for the first octets of a request; the result is False when none come."""
-        timeout = self.limits.keep_alive_timeout
+    def choose_idle_timeout(self, served: int) -> float:
+        """Return how long to wait for a request on a connection that has `served` so many."""
         # After very many requests a connection ends as soon as it is idle, which frees what it
         # holds here and in proxies on the way. It does so too while others wait for its place.
         if served >= self.limits.requests_per_connection or not self.has_room.is_set():
-            timeout = self.limits.short_keep_alive_timeout
-        connection.deadline.set(timeout, IDLE_TOO_LONG)
-        return connection.has_more()
+            return self.limits.short_keep_alive_timeout
+        return self.limits.keep_alive_timeout
 
-    async def read_head(self, connection: ClientConnection, peer: str) -> RequestHead | None:
+    async def read_head(self, connection: Connection, peer: str) -> RequestHead | None:
         """Return the head of a request; None for a bad one, which it answers, and for none."""
         # Nearly every head comes in one piece.
         data = connection.take_head(self.longest_head)
@@ -22121,7 +22121,7 @@ class HTTPServer:
         connection.deadline.clear()
         return head
 
-    def make_request(self, connection: ClientConnection, peer: str, head: RequestHead) -> Request:
+    def make_request(self, connection: Connection, peer: str, head: RequestHead) -> Request:
         """Put together what a head says and whom it came from."""
         writer = ResponseWriter(connection, head)
         if self.context.draining:
