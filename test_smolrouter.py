@@ -13038,7 +13038,7 @@ def test_a_client_that_leaves_is_no_fault_of_the_server() -> None:
         framing = smolrouter.Framing("length", 9)
         response = smolrouter.UpstreamResponse(head, framing, upstream, None, None)
         # It has read nothing for long, and the system says that it is gone.
-        client.write(bytes(2**24))
+        client.send(bytes(2**24))
         assert client.write_paused
         client.transport.abort()
         try:
