@@ -19331,8 +19331,11 @@ SAMPLE_LEVEL = 3
 # A hash of 64 bits has no bit above.
 HIGHEST_LEVEL = 63
 HOURS = number_between(1, 24 * 366)
-# A moment in ms UTC.
-MOMENT = number_between(0, 2**50)
+# A moment in ms UTC; the last one is thousands of years away.
+LAST_MOMENT = 2**50
+MOMENT = number_between(0, LAST_MOMENT)
+# The largest number that SQLite has: no id is above.
+HIGHEST_ID = 2**63 - 1
 # The columns of a tally, summed over rows of `rollups`.
 SUMMED_COLUMNS = ", ".join(f"TOTAL({name})" for name in TALLY_COLUMNS)
 
@@ -19498,7 +19501,6 @@ class Window(NamedTuple):
             "end": self.end,
             "begin_hour": self.begin_hour,
             "first_hour": self.first_hour,
-            "nearest_hour": self.nearest_hour,
             "end_hour": self.end // HOUR_MS,
         }
 
@@ -19596,7 +19598,7 @@ def parse_words(text: str) -> list[str]:
 Parameters = Mapping[str, Callable[[str], Any]]
 LOG_PARAMETERS: Parameters = {
     "limit": number_between(1, 1000),
-    "before": number_between(0, 2**63 - 1),
+    "before": number_between(0, HIGHEST_ID),
     "q": parse_words,
     "service_type": choice_of(*APIS),
     "model": parse_shown_name,
@@ -19701,7 +19703,7 @@ def select_ids(parameters: Mapping[str, Any]) -> SQL:
         id < ? AND +service_type = ? AND source_ip = ?
     """
     conditions = row_conditions(parameters)
-    before = parameters.get("before", 2**62)
+    before = parameters.get("before", HIGHEST_ID)
     if "end" in parameters and not conditions:
         # A span that ended: ids would have to be walked through from the newest one.
         window = parameters["window"]
@@ -19785,7 +19787,7 @@ def read_logs(log: RequestLog, db: sqlite3.Connection, parameters: Mapping[str, 
     running = dict(log.running)
     documents = []
     if "begin" in parameters or "end" in parameters:
-        window = Window(parameters.get("begin", 0), parameters.get("end", 2**50))
+        window = Window(parameters.get("begin", 0), parameters.get("end", LAST_MOMENT))
         parameters = {**parameters, "window": window}
     for found in db.execute(*select_rows(parameters)):
         row = Row._make(found)
@@ -20163,12 +20165,12 @@ def read_week_before(
     db: sqlite3.Connection, window: Window, filters: Mapping[str, Any]
 ) -> dict[str, float | None]:
     """Return how fast each model on each server was in the seven days before a window."""
-    tests = ["hour >= :from_hour", "hour < :nearest_hour"]
+    tests = ["hour >= :first_hour", "hour < :end_hour"]
     tests += [SUM_FILTERS[name] for name in filters]
     rows = db.execute(
         f"SELECT {ON_SERVER}, TOTAL(spoken_tokens), TOTAL(spoken_ms) FROM rollups "
         f"WHERE {' AND '.join(tests)} GROUP BY 1",
-        {**window.values(), **filters, "from_hour": window.nearest_hour - 24 * 7},
+        {"first_hour": window.nearest_hour - 24 * 7, "end_hour": window.nearest_hour, **filters},
     )
     return {key: token_rate(tokens, ms, 0) for key, tokens, ms in rows}
 
@@ -20792,11 +20794,39 @@ def hours_document(
     return hours
 
 
+def server_document(
+    context: Context,
+    server: Server,
+    models: Sequence[ListedModel] | None,
+    day: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """Return how a server is now; `day` is what it has done in each of the last 24 hours."""
+    instances = context.upstreams.health_of_server(server)
+    health = server_state(instances, time.monotonic())
+    return {
+        "name": server.name,
+        "url": server.shown_url,
+        "api": context.model_lists.catalogue.with_api(server).api,
+        "state": context.slots.closed.get(server.url, health),
+        "health": health,
+        "last_error": last_error(instances),
+        # Those since the last good answer of each instance.
+        "failures": sum(instance.failures for instance in instances),
+        "inflight": sum(instance.running for instance in instances),
+        "slots": context.slots.slot_counts.get(server.url),
+        "running": context.upstreams.load_of(server.url).in_slots,
+        "queued": context.slots.queued_for(server),
+        "models": [model.name for model in models or ()],
+        "models_age_s": context.model_lists.age(server, time.monotonic()),
+        "hours": hours_document(day, instances, time.time()),
+    }
+
+
 async def serve_upstreams(context: Context, request: Request) -> None:
     """Answer /api/upstreams: each server, how it is, and how the last hour was."""
     servers = context.table.all_servers()
-    fetching = [context.model_lists.get(server, None) for server in servers]
-    model_lists = await asyncio.gather(*fetching)
+    fetches = [context.model_lists.get(server, None) for server in servers]
+    model_lists = await asyncio.gather(*fetches)
     days: Mapping[str, list[list[int]]] = {}
     last_hour: Mapping[str, dict[str, Any]] = {}
     # How the servers are is known without the log, and shown without it.
@@ -20807,26 +20837,8 @@ async def serve_upstreams(context: Context, request: Request) -> None:
         no_figures = dict(zip(LAST_HOUR, NO_REQUESTS, strict=True))
     documents = []
     for server, models in zip(servers, model_lists, strict=True):
-        instances = context.upstreams.health_of_server(server)
         url = server.shown_url
-        health = server_state(instances, time.monotonic())
-        document = {
-            "name": server.name,
-            "url": url,
-            "api": context.model_lists.catalogue.with_api(server).api,
-            "state": context.slots.closed.get(server.url, health),
-            "health": health,
-            "last_error": last_error(instances),
-            # Those since the last good answer of each instance.
-            "failures": sum(health.failures for health in instances),
-            "inflight": sum(health.running for health in instances),
-            "slots": context.slots.slot_counts.get(server.url),
-            "running": context.upstreams.load_of(server.url).in_slots,
-            "queued": context.slots.queued_for(server),
-            "models": [model.name for model in models or ()],
-            "models_age_s": context.model_lists.age(server, time.monotonic()),
-            "hours": hours_document(days.get(url, NO_WORK), instances, time.time()),
-        }
+        document = server_document(context, server, models, days.get(url, NO_WORK))
         documents.append({**document, **last_hour.get(url, no_figures)})
     request.writer.send_json(documents)
 
