@@ -200,7 +200,7 @@ from collections.abc import (
     Sized,
 )
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, AnyStr, NamedTuple, NoReturn, TypeVar
 
 __version__ = "1.0.0"
 
@@ -1115,6 +1115,8 @@ class Limits:
     # Of an error's text, so much goes into rows and printed lines; of the answer that holds it,
     # so much is looked at. Some servers put a traceback beside it, or all of the request.
     error_text: int = 400
+    # Of the name or the line that it is about, an error shows so many characters or octets.
+    excerpt: int = 80
     error_content: int = 64 * KiB
     # A change of a request by its parameters is told in so many characters at most.
     shown_change: int = 200
@@ -1356,6 +1358,11 @@ class Limits:
 LIMITS = Limits()
 
 
+def excerpt(value: AnyStr) -> AnyStr:
+    """Return as much of a value as an error shows of it."""
+    return value[: LIMITS.excerpt]
+
+
 # ======================================================================================
 # 3  HTTP messages (pure)
 # ======================================================================================
@@ -1474,14 +1481,14 @@ def parse_fields(text: str) -> Fields:
     if len(matches) != text.count("\n"):
         for line in text.split("\r\n"):
             if not FIELD_LINE.fullmatch(line):
-                raise MalformedMessage(f"field line {line[:80]!r} is not `name: value`")
+                raise MalformedMessage(f"field line {excerpt(line)!r} is not `name: value`")
     if len(matches) > LIMITS.field_count:
         raise FieldsTooLarge(f"{len(matches)} field lines; {LIMITS.field_count} are allowed")
     # In most heads all lines together are shorter than one may be.
     if len(text) > LIMITS.field_line:
         longest = max(text.split("\r\n"), key=len)
         if len(longest) > LIMITS.field_line:
-            name = longest.partition(":")[0][:80]
+            name = excerpt(longest.partition(":")[0])
             raise FieldsTooLarge(
                 f"field {name!r} has {len(longest)} octets, over {LIMITS.field_line}"
             )
@@ -1579,13 +1586,13 @@ def read_framing(fields: Fields, minor: int) -> Framing | None:
         # `gzip, chunked`, `chunked, chunked` and spellings such as `xchunked` each have been taken
         # for chunked by one server and for something else by the next.
         if len(codings) > 1 or codings[0].lower() != "chunked":
-            seen = ", ".join(codings)[:80]
+            seen = excerpt(", ".join(codings))
             raise MalformedMessage(f"Transfer-Encoding {seen!r} instead of 'chunked'")
         return CHUNKED
     if lengths:
         # `5, 5`, `+5`, `0x5` and two lines are lengths to some readers and errors to others.
         if len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0]):
-            seen = ", ".join(lengths)[:80]
+            seen = excerpt(", ".join(lengths))
             raise MalformedMessage(f"Content-Length {seen!r} instead of one decimal number")
         return Framing("length", int(lengths[0]))
     return None
@@ -1632,7 +1639,7 @@ def decode_unreserved(match: re.Match[str]) -> str:
     """
     # `%4` at the end could be completed by what a server appends, and read otherwise there.
     if match[1] is None:
-        raise MalformedMessage(f"% without two hexadecimal digits in {match.string[:80]!r}")
+        raise MalformedMessage(f"% without two hexadecimal digits in {excerpt(match.string)!r}")
     character = chr(int(match[1], 16))
     return character if character in UNRESERVED else match[0].upper()
 
@@ -1669,15 +1676,15 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
         # authority counts instead of Host, but it never chooses where the request goes.
         absolute = ABSOLUTE_FORM.fullmatch(target)
         if absolute is None:
-            raise MalformedMessage(f"target {target[:80]!r} is not a path")
+            raise MalformedMessage(f"target {excerpt(target)!r} is not a path")
         authority, target = absolute.groups()
         if not authority or not HOST.fullmatch(authority):
-            raise MalformedMessage(f"authority {authority[:80]!r} in the target")
+            raise MalformedMessage(f"authority {excerpt(authority)!r} in the target")
         if not target.startswith("/"):
             target = f"/{target}"
     # A fragment is the browser's own matter. Servers cut it off or take it for the path.
     if "#" in target:
-        raise MalformedMessage(f"target {target[:80]!r} is not a path")
+        raise MalformedMessage(f"target {excerpt(target)!r} is not a path")
     path, question_mark, query = target.partition("?")
     return authority, normalise_path(path), question_mark + query
 
@@ -1712,7 +1719,7 @@ class RequestHead:
             raise MalformedMessage("two Authorization fields instead of one")
         host = hosts[0] if hosts else ""
         if not HOST.fullmatch(host):
-            raise MalformedMessage(f"Host {host[:80]!r} is not a host and port")
+            raise MalformedMessage(f"Host {excerpt(host)!r} is not a host and port")
         authority, self.path, self.query = parse_target(method, target)
         self.host = authority or host
         # A request whose fields say nothing about a content has none (section 6.3, item 7).
@@ -1803,7 +1810,8 @@ def read_request_head(data: bytes) -> RequestHead:
         )
     match = REQUEST_LINE.fullmatch(start_line)
     if match is None:
-        raise MalformedMessage(f"request line {start_line[:80]!r} is not `METHOD target HTTP/1.1`")
+        words = "is not `METHOD target HTTP/1.1`"
+        raise MalformedMessage(f"request line {excerpt(start_line)!r} {words}")
     method, target, major, minor = match.groups()
     if major != "1":
         raise VersionNotSupported(f"HTTP/{major}.{minor} instead of HTTP/1.1")
@@ -1824,7 +1832,7 @@ def read_response_head(data: bytes) -> ResponseHead:
     start_line, _, lines = f"{data.decode('latin-1')}\r\n".partition("\r\n")
     match = STATUS_LINE.fullmatch(start_line)
     if match is None:
-        raise MalformedMessage(f"status line {start_line[:80]!r} is not `HTTP/1.1 200 OK`")
+        raise MalformedMessage(f"status line {excerpt(start_line)!r} is not `HTTP/1.1 200 OK`")
     minor, status, reason = match.groups()
     # As in a request, a later minor version is to be read as the latest that one knows.
     minor_version = min(int(minor), 1)
@@ -1878,7 +1886,7 @@ def check_partial_head(head: bytes, unseen_at: int, longest: int, limits: Limits
     line, line_end, _ = head.partition(b"\r\n")
     if line_end and b"HTTP/" not in line:
         # HTTP/0.9 has nothing but this line. Its client waits for an answer from here on.
-        raise MalformedMessage(f"{line[:80]!r} names no version of HTTP")
+        raise MalformedMessage(f"{excerpt(line)!r} names no version of HTTP")
     if len(head) > limits.request_line and b"\r\n" not in head[: limits.request_line + 2]:
         raise TargetTooLong(f"the first line is over {limits.request_line} octets")
     if len(head) > longest:
@@ -2053,7 +2061,8 @@ class ChunkDecoder:
         # One octet more than the longest may be the CR of a line that is just as long.
         if len(line) > longest + 1 or BARE_CR_OR_LF.search(line):
             raise MalformedMessage(
-                f"{line[:80]!r} is no {self.state} line of at most {longest} octets before its CRLF"
+                f"{excerpt(line)!r} is no {self.state} line of at most {longest} octets before its "
+                "CRLF"
             )
         return None
 
@@ -2072,7 +2081,7 @@ class ChunkDecoder:
         match = CHUNK_SIZE.fullmatch(line)
         if match is None:
             raise MalformedMessage(
-                f"{line[:80]!r} is no chunk-size in hexadecimal digits, or has bad extensions"
+                f"{excerpt(line)!r} is no chunk-size in hexadecimal digits, or has bad extensions"
             )
         # Extensions mean nothing here. But a client could send one octet of content and a
         # thousand of extension with each chunk, and no limit of the content would end that.
@@ -2090,7 +2099,7 @@ class ChunkDecoder:
         if not line:
             self.done = True
         elif not FIELD_LINE.fullmatch(line.decode("latin-1")):
-            raise MalformedMessage(f"trailer line {line[:80]!r} is not `name: value`")
+            raise MalformedMessage(f"trailer line {excerpt(line)!r} is not `name: value`")
 
 
 ContentDecoder = LengthDecoder | CloseDecoder | ChunkDecoder
@@ -2252,7 +2261,7 @@ def make_request_decoder(coding: str, start: int) -> tuple[Any, type[Exception]]
             longest = {zstd.DecompressionParameter[name]: n for name, n in ZSTD_WINDOW.items()}
             return zstd.ZstdDecompressor(options=longest), zstd.ZstdError
     raise UnsupportedContent(
-        f"Content-Encoding {coding[:80]!r} of a request; {remedy}",
+        f"Content-Encoding {excerpt(coding)!r} of a request; {remedy}",
         ("Accept-Encoding", "gzip, deflate"),
     )
 
@@ -5257,7 +5266,7 @@ class Message:
 def odd_part(part: Part) -> MalformedContent:
     """Return the error for a part that has not the shape of its protocol."""
     place = ".".join(map(str, part.path))
-    return MalformedContent(f"`{place}` has no known shape: {json.dumps(part.value)[:80]}")
+    return MalformedContent(f"`{place}` has no known shape: {excerpt(json.dumps(part.value))}")
 
 
 def read_image(part: Part) -> Any:
@@ -6863,7 +6872,7 @@ class Dialect:
                 return self.encode_event_error(error, path)
             prefix = protocol.error_prefix
         elif document is None:
-            raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
+            raise BadGateway(f"the upstream's answer is not a JSON object: {excerpt(content)!r}")
         # JSON has line ends between its tokens alone.
         return prefix + self.event_format.encode(b" ".join(content.splitlines()))
 
@@ -6904,7 +6913,7 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
             refuse_second_model(f"`{name}` members")
         found = document[name]
         if found is not None and not isinstance(found, str):
-            raise MalformedContent(f"`{name}` is {json.dumps(found)[:80]} instead of a string")
+            raise MalformedContent(f"`{name}` is {excerpt(json.dumps(found))} instead of a string")
         model = model or found or ""
     stream = read_stream_wish(protocol, document)
     return ParsedRequest(path, query, content, text, document, model, stream, members=members)
@@ -8397,7 +8406,7 @@ def openai_options(document: Mapping[str, Any]) -> dict[str, Any]:
         translated["response_format"] = {"type": "json_schema", "json_schema": schema}
     else:
         require_content(
-            not format, f'`format` is {repr(format)[:80]} instead of "json" or a schema'
+            not format, f'`format` is {excerpt(repr(format))} instead of "json" or a schema'
         )
     for name in ("tools", "suffix"):
         if document.get(name):
@@ -8414,7 +8423,7 @@ def logprobs_wish(document: Mapping[str, Any], as_number: bool) -> dict[str, Any
     most = document.get("top_logprobs") or 0
     fits = isinstance(most, int) and 0 <= most <= MOST_TOP_LOGPROBS
     require_content(
-        fits, f"`top_logprobs` is {json.dumps(most)[:80]} instead of 0 to {MOST_TOP_LOGPROBS}"
+        fits, f"`top_logprobs` is {excerpt(json.dumps(most))} instead of 0 to {MOST_TOP_LOGPROBS}"
     )
     if document.get("logprobs") is not True:
         return {}
@@ -8437,7 +8446,7 @@ def read_think(document: Mapping[str, Any]) -> str:
     levels = {"low": "low", "medium": "medium", "high": "high", "max": "high"}
     level = levels.get(wish) if isinstance(wish, str) else None
     require_content(
-        level, f"`think` is {json.dumps(wish)[:80]} instead of true, false, {', '.join(levels)}"
+        level, f"`think` is {excerpt(json.dumps(wish))} instead of true, false, {', '.join(levels)}"
     )
     return level or ""
 
@@ -9144,7 +9153,7 @@ def translate_document(plan: AnswerPlan, content: bytes) -> bytes:
     """Return a whole answer in the client's dialect. Raises BadGateway."""
     document = parse_object(content)
     if document is None or plan.dialect.translate_answer is None:
-        raise BadGateway(f"the upstream's answer is not a JSON object: {content[:80]!r}")
+        raise BadGateway(f"the upstream's answer is not a JSON object: {excerpt(content)!r}")
     words = find_error(plan.protocol, document)
     if words:
         raise ErrorAnswer(words)
@@ -10923,7 +10932,7 @@ def find_server(table: RoutingTable, name: str) -> Server:
     servers = {server.name: server for server in table.all_servers()}
     if name not in servers:
         names = ", ".join(list(servers)[: LIMITS.names_in_error]) or "none"
-        raise NotFound(f"no such server {name[:80]!r}; there are {names}")
+        raise NotFound(f"no such server {excerpt(name)!r}; there are {names}")
     return servers[name]
 
 
@@ -11414,7 +11423,7 @@ def check_models(token: Token | None, models: Iterable[str], table: RoutingTable
     for model in models:
         if may_use(token, model, table):
             continue
-        wanted = f"not for {model[:80]!r}" if model else "and the request names no model"
+        wanted = f"not for {excerpt(model)!r}" if model else "and the request names no model"
         raise Forbidden(f"the token is for the models {', '.join(token.models)}; {wanted}")
 
 
@@ -11610,14 +11619,14 @@ def check_browser(
     host_is_good = is_web_host(host, rules.allowed_hosts, rules.machine_name)
     if not host_is_good and (webui or (origin is None and is_browser(fields))):
         raise MisdirectedRequest(
-            f"a browser may not use the router as {host[:80]!r}; add it to ALLOWED_HOSTS"
+            f"a browser may not use the router as {excerpt(host)!r}; add it to ALLOWED_HOSTS"
         )
     # Cross-site request forgery, and scripts that read answers: the page says where it is from.
     if origin is not None:
         own_page = host_is_good and is_own_page(fields, host)
         if not own_page and not origin_allowed(origin, rules.allowed_origins, webui):
-            remedy = f"add {origin_remedy(origin[:80], webui)} to ALLOWED_ORIGINS"
-            raise Forbidden(f"origin {origin[:80]!r} is not allowed; {remedy}")
+            remedy = f"add {origin_remedy(excerpt(origin), webui)} to ALLOWED_ORIGINS"
+            raise Forbidden(f"origin {excerpt(origin)!r} is not allowed; {remedy}")
     # An image or a script element of another site sends no Origin. A link is harmless: its answer
     # is shown to the person, and not to the site.
     from_elsewhere = fields.get("sec-fetch-site") in ("cross-site", "same-site")
@@ -14410,7 +14419,7 @@ def detail_key(server: Server, model: ListedModel) -> DetailKey:
     """Return by what the details of a model are remembered until it changes."""
     digests = (entry.get("digest") for entry in model.further.values())
     digest = next((digest for digest in digests if isinstance(digest, str)), "")
-    return server.url, model.name, digest[:80]
+    return server.url, model.name, digest[: LIMITS.shown_name]
 
 
 def model_entry(name: str) -> dict[str, Any]:
@@ -14788,9 +14797,11 @@ def unknown_model(model: str, names: Sequence[str]) -> str:
     # Python takes 4 ms to import it.
     import difflib
 
-    words = f"no such model {model[:80]!r}"
-    listed = [name[:80] for name in names[: LIMITS.compared_names]]
-    nearest = difflib.get_close_matches(without_tag(model)[:80], listed, LIMITS.names_in_error, 0.5)
+    words = f"no such model {excerpt(model)!r}"
+    listed = [excerpt(name) for name in names[: LIMITS.compared_names]]
+    # Names that are alike by half are near enough.
+    name = excerpt(without_tag(model))
+    nearest = difflib.get_close_matches(name, listed, LIMITS.names_in_error, 0.5)
     if len(nearest) == 1:
         return f"{words}; the nearest is {nearest[0]}"
     if nearest:
@@ -18566,7 +18577,7 @@ class Answer:
         if self.coding not in CODINGS:
             raise BadGateway(
                 f"the answer (status {self.response.head.status}) has the content coding "
-                f"{self.coding[:80]!r}; it can be read as {', '.join(CODINGS)} alone"
+                f"{excerpt(self.coding)!r}; it can be read as {', '.join(CODINGS)} alone"
             )
         # A stream may decode to any length, because no more than an event of it is in memory.
         longest = self.relayed.context.limits.decoded_answer if rewriter.buffers else math.inf
@@ -19077,7 +19088,7 @@ async def find_model(context: Context, request: Request) -> tuple[str, Step]:
     if listed and len(listed) == 1:
         why = f"the request names no model, and {default.name} has this one alone"
         return listed[0].name, Step("the only model", True, why)
-    names = [name[:80] for name in await context.model_names(request)]
+    names = [excerpt(name) for name in await context.model_names(request)]
     examples = f", such as {', '.join(names[: LIMITS.names_in_error])}" if names else ""
     raise MalformedContent(NO_MODEL + examples)
 
@@ -19098,7 +19109,7 @@ def decide_kept(context: Context, request: Request, response_id: str) -> Decisio
             return resolve_maker(server)
     decision = resolve_default(context.table, request.source_host)
     if not decision.instances:
-        words = f"nobody knows which server made {response_id[:80]!r}"
+        words = f"nobody knows which server made {excerpt(response_id)!r}"
         raise NotFound(f"{words}, and there is no default (DEFAULT_UPSTREAM is none)")
     return dataclasses.replace(decision, asks_model=False)
 
@@ -19644,11 +19655,11 @@ def parse_query(query: str, readers: Parameters) -> dict[str, Any]:
     parameters = {}
     for name, text in urllib.parse.parse_qsl(query.removeprefix("?")):
         if name not in readers:
-            raise BadRequest(f"unknown parameter {name[:80]!r}; known are {', '.join(readers)}")
+            raise BadRequest(f"unknown parameter {excerpt(name)!r}; known are {', '.join(readers)}")
         try:
             parameters[name] = readers[name](text)
         except ValueError as error:
-            raise BadRequest(f"{name}={text[:80]!r}: {error}") from None
+            raise BadRequest(f"{name}={excerpt(text)!r}: {error}") from None
     return parameters
 
 
@@ -20741,7 +20752,7 @@ def parse_state(content: bytes) -> str:
     document = parse_json(content)[1]
     state = document.get("state") if isinstance(document, dict) else None
     if state not in (ON, DRAIN, OFF):
-        seen = content[:80].decode("utf-8", "replace")
+        seen = excerpt(content).decode("utf-8", "replace")
         allowed = '{"state": "on"}, {"state": "drain"} and {"state": "off"}'
         raise MalformedContent(f"allowed are {allowed}, not {seen!r}")
     return state
@@ -21522,10 +21533,10 @@ def allowed_methods(endpoints: Sequence[Endpoint]) -> str:
 
 def missing_endpoint(request: Request, of_path: Sequence[Endpoint]) -> RouterError:
     """Return the error for a path, or a method of a path, that nobody serves."""
-    path = request.path[:200]
+    path = request.path[: LIMITS.shown_name]
     if of_path:
         allowed = allowed_methods(of_path)
-        what = f"{request.head.method[:80]} is not allowed for {path}; {allowed} are"
+        what = f"{excerpt(request.head.method)} is not allowed for {path}; {allowed} are"
         return MethodNotAllowed(what, ("Allow", allowed))
     return NotFound(f"unknown path {path}")
 
