@@ -5583,8 +5583,6 @@ def read_transcript(path: str, content: bytes, answer: bytes) -> list[dict[str, 
 # --- previews -------------------------------------------------------------------------
 # What a person recognises a request by: how the user's last words begin, and how the answer does.
 
-# What tags of thinking begin with: no filter would change a text without any of these.
-TAG_BEGINNING = re.compile("[<[\u25c1]")
 # What agents put around and between the words of their users: Claude Code, Codex and Cline.
 CONTEXT_ELEMENT = re.compile(
     r"\s*<(system-reminder|environment_context|environment_details|user_instructions|"
@@ -5680,7 +5678,8 @@ def read_text_beginning(pattern: re.Pattern[bytes], answer: bytes) -> str:
     end = LIMITS.previewed_answer
     while True:
         text = unescape_text(join_texts(pattern, answer, end)).lstrip()
-        if TAG_BEGINNING.search(text):
+        # What tags of thinking begin with: no filter would change a text without any of these.
+        if "<" in text or "[" in text or "\u25c1" in text:
             text, _ = filter_text(text, FilterRules(think=True))
             text = text.lstrip()
         # What stands at the end may be half of a character or of a tag.
@@ -5699,7 +5698,7 @@ def read_answer_start(path: str, answer: bytes) -> str:
     asks for it.
     """
     protocol = find_protocol(path)
-    if protocol.openai_path and b'"choices"' in answer[: LIMITS.previewed_answer]:
+    if protocol.openai_path and answer.find(b'"choices"', 0, LIMITS.previewed_answer) >= 0:
         # A server that speaks OpenAI was asked, in its own words.
         protocol = find_protocol(protocol.openai_path)
     if protocol.text_pieces is None:
