@@ -15624,6 +15624,11 @@ def make_preview(record: RequestRecord, detail: Detail) -> tuple[str, str]:
     return cut_preview(record.asked, record.secrets), cut_preview(answered, record.secrets)
 
 
+def to_ms(seconds: float) -> float:
+    """Return s as ms, to a tenth: 0.01234  ->  12.3. `round` itself takes long to count digits."""
+    return round(seconds * 10_000) / 10
+
+
 def encode_words(words: Sequence[str], secrets: Secrets) -> str | None:
     """Return texts as a JSON list, secrets hidden; None for none."""
     return hide_in_text(dump_compact(words), secrets) if words else None
@@ -15633,7 +15638,7 @@ def time_to_first_token(record: RequestRecord) -> float | None:
     """Return after how many ms the first token of a stream came, None for none."""
     if not record.stream or record.first_token_at is None:
         return None
-    return round((record.first_token_at - record.started_at) * 1000, 1)
+    return to_ms(record.first_token_at - record.started_at)
 
 
 def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Row:
@@ -15645,7 +15650,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
     completed_at = None
     failed = None
     if finished and record.finished_at is not None:
-        duration = round((record.finished_at - record.started_at) * 1000, 1)
+        duration = to_ms(record.finished_at - record.started_at)
         completed_at = timestamp + int(duration)
         failed = int(record.has_failed)
     values = (
@@ -15678,7 +15683,7 @@ def make_row(record: RequestRecord, detail: Detail, finished: bool = True) -> Ro
         shown.client_key,
         failed,
         make_level(record),
-        round(record.queued_s * 1000, 1) if record.queued_s else 0.0,
+        to_ms(record.queued_s),
         record.client,
         record.session or None,
         *make_preview(record, detail),
@@ -15779,16 +15784,16 @@ def local_time(second: int) -> str:
 
 def describe_request(record: RequestRecord, row: Row) -> str:
     """Return the line that is printed of a request that has ended; it begins with when that was."""
-    ended_at = int((row.timestamp + row.duration_ms) / 1000)
-    words = [local_time(ended_at), row.source_ip, row.method, record.path, row.original_model]
+    ended_at = local_time(row.completed_at // 1000)
+    words = [ended_at, record.source_ip, record.method, record.path, row.original_model]
     if row.sent_model not in ("", row.original_model):
         words += ["->", row.sent_model]
     words.append(row.route)
     for attempt in record.attempts[:-1]:
         words.append(f"({attempt.instance}: {attempt.error or attempt.status})")
-    words += [row.upstream_url, str(record.status), row.error_message or ""]
+    words += [record.upstream_url, str(record.status), row.error_message or ""]
     words.append(f"{row.duration_ms / 1000:.3f} s")
-    if row.queued_ms:
+    if record.queued_s:
         words.append(f"({row.queued_ms / 1000:.3f} s queued)")
     if row.completion_tokens is not None:
         words.append(f"{row.completion_tokens} tokens")
