@@ -17329,8 +17329,6 @@ class RequestLog:
             self.spans.add(record, row)
         if not is_quiet(self.settings):
             self.print_line(describe_request(record, row))
-        # Rows may wait for long.
-        record.drop_texts()
 
     def is_hurried(self) -> bool:
         """Tell whether so many rows wait that bodies have to be cut short."""
@@ -17422,6 +17420,8 @@ class RequestLog:
 
     def bound_backlog(self) -> None:
         """Drop the oldest records above the limits; say so once in each trouble."""
+        for record in self.copy_finished(0, self.ready_rows):
+            record.drop_texts()
         count = len(self.finished) - self.count_backlog()
         if count <= 0:
             return
