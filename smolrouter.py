@@ -16241,8 +16241,10 @@ class Store:
         files = {}
         for suffix in DATABASE_SUFFIXES:
             name = self.path + suffix
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 files[name] = os.stat(name)
+            except FileNotFoundError:
+                continue
         return files
 
     def is_in_place(self, found: Mapping[str, os.stat_result]) -> bool:
@@ -16442,10 +16444,10 @@ class Store:
     ) -> None:
         """Write all or nothing: rows of requests that run, finished records, their sums.
 
-        Raises sqlite3.Error or OSError.
+        `open` was called just before. Raises sqlite3.Error or OSError.
         """
         kept = self.newest_that_fit(records)
-        with self.open() as db:
+        with self.db or self.open() as db:
             db.execute("BEGIN IMMEDIATE")
             self.make_room(db, sum(map(body_octets, kept)))
             finished = [record.row for record in records]
@@ -17379,6 +17381,9 @@ class RequestLog:
             while running or self.ready_rows:
                 self.write_transaction(running)
                 running = []
+                if self.ready_rows:
+                    # Somebody may have removed the database meanwhile.
+                    self.store.open()
         except (sqlite3.Error, OSError) as error:
             self.report_trouble(error)
             self.bound_backlog()
