@@ -2793,6 +2793,21 @@ def replace_pieces(text: str, replacements: Iterable[Replacement]) -> str:
     return "".join(pieces)
 
 
+def add_missing(text: str, values: Mapping[Path, Any]) -> str:
+    """Return a JSON object with new values at some paths, each at the end of its object.
+
+    `{"a": {}}`, `{("a", "b"): 1, ("a", "c"): 2}`  ->  `{"a": {"b":1,"c":2}}`
+    """
+    by_object: dict[Path, dict[str, Any]] = {}
+    for (*object_path, name), value in values.items():
+        # No element is added to an array.
+        if isinstance(name, str):
+            by_object.setdefault(tuple(object_path), {})[name] = value
+    for path, added in by_object.items():
+        text = add_members(text, path, encode_json_exactly(added).decode()[1:-1])
+    return text
+
+
 def edit_json(
     text: str,
     edits: Mapping[Path, Any],
@@ -2827,15 +2842,8 @@ def edit_json(
             replaced.add(path)
             if stand_once and len(replaced) == len(likely):
                 break
-    edited = replace_pieces(text, replacements)
-    # What is new, by the object that it belongs to.
-    new: dict[Path, dict[str, Any]] = {}
-    for path in edits:
-        if path not in replaced and isinstance(path[-1], str):
-            new.setdefault(path[:-1], {})[path[-1]] = edits[path]
-    for path, added in new.items():
-        edited = add_members(edited, path, encode_json_exactly(added).decode()[1:-1])
-    return edited
+    missing = {path: value for path, value in edits.items() if path not in replaced}
+    return add_missing(replace_pieces(text, replacements), missing)
 
 
 # ======================================================================================
@@ -2847,6 +2855,7 @@ def edit_json(
 # `EventFormat` knows where an event ends and where its data stands, `EventReader` gathers what
 # comes into whole events. What an event means is said in section 7.
 
+# The octets of BYTE_ORDER_MARK.
 BOM = BYTE_ORDER_MARK.encode()
 DONE_MARK = b"[DONE]"
 # Ends an event of a server that writes CRLF, whatever the format.
@@ -10470,7 +10479,7 @@ def parse_routes(
     text: str, name: str, environ: Mapping[str, str], settings: Settings
 ) -> RoutingTable:
     """Return the table of a routing file. Raises ConfigError."""
-    text = text.removeprefix("\ufeff")
+    text = text.removeprefix(BYTE_ORDER_MARK)
     document = parse_document(text if text.strip() else "{}", name)
     reader = TableReader(Node(document.value, (), document), environ, settings)
     try:
