@@ -7793,8 +7793,8 @@ class ThinkingBlocks:
         # The number of the block of text at the server, and the event that starts it.
         self.index = 0
         self.start: dict[str, Any] | None = None
-        # What the open block has; "" while the start of a text waits.
-        self.open = ""
+        # What the open block has, `text` or `thinking`; "" while the start of a text waits.
+        self.open_kind = ""
 
     def encode(self, document: Mapping[str, Any]) -> bytes:
         """Return an event about the open block."""
@@ -7809,42 +7809,44 @@ class ThinkingBlocks:
             return False
         self.index = document["index"]
         self.start = {**document, "content_block": {**block, "text": ""}}
-        self.open = ""
+        self.open_kind = ""
         return True
 
-    def switch(self, kind: str) -> bytes:
+    def open_block(self, kind: str) -> bytes:
         """Return the events that open a block of some kind, unless it is open already."""
-        if self.start is None or self.open == kind:
+        if self.start is None or self.open_kind == kind:
             return b""
         ended = b""
-        if self.open:
+        if self.open_kind:
             ended = self.encode({"type": "content_block_stop"})
             self.added += 1
-        self.open = kind
+        self.open_kind = kind
         if kind == "text":
             return ended + self.encode(self.start)
         block = {"type": "thinking", "thinking": "", "signature": ""}
         return ended + self.encode({"type": "content_block_start", "content_block": block})
 
-    def think(self, thought: str) -> bytes:
+    def encode_thinking(self, thought: str) -> bytes:
         """Return the events that say what was thought."""
         delta = {"type": "thinking_delta", "thinking": thought}
-        opening = self.switch("thinking")
+        opening = self.open_block("thinking")
         return opening + self.encode({"type": "content_block_delta", "delta": delta})
 
-    def say(self, text: str) -> bytes:
+    def encode_text(self, text: str) -> bytes:
         """Return the events that say what the start of a block of text said."""
         delta = {"type": "text_delta", "text": text}
-        return self.switch("text") + self.encode({"type": "content_block_delta", "delta": delta})
+        return self.open_block("text") + self.encode(
+            {"type": "content_block_delta", "delta": delta}
+        )
 
-    def prepare(self, document: Mapping[str, Any], visible: str) -> bytes:
+    def encode_before(self, document: Mapping[str, Any], visible: str) -> bytes:
         """Return the events that have to come before one of the server's."""
         kind = document.get("type")
         if kind == "content_block_delta" and visible:
-            return self.switch("text")
+            return self.open_block("text")
         if kind == "content_block_stop" and self.start is not None:
             # A block of text that says nothing is left as it is, unless it was all thinking.
-            before = b"" if self.open else self.switch("text")
+            before = b"" if self.open_kind else self.open_block("text")
             self.start = None
             return before
         return b""
@@ -7899,7 +7901,7 @@ class EventFilter:
             maxlen=plan.limits.skipped_blocks
         )
         moves_blocks = plan.rules.move and place == IN_CONTENT
-        self.blocks = ThinkingBlocks(format) if moves_blocks else None
+        self.thinking_blocks = ThinkingBlocks(format) if moves_blocks else None
         self.lost_timings = False
 
     def find_watched_words(self) -> tuple[bytes, ...]:
@@ -7964,7 +7966,7 @@ class EventFilter:
 
     def may_skip_plain_events(self) -> bool:
         """Tell whether the next event can leave unseen if it has none of the watched words."""
-        if self.plan.restores_name or (self.blocks and self.blocks.added):
+        if self.plan.restores_name or (self.thinking_blocks and self.thinking_blocks.added):
             return False
         if not self.filtering or (self.filters and self.has_one_choice):
             return not self.needs_all_events
@@ -8124,7 +8126,7 @@ class EventFilter:
         # A set that keeps its order: what the filters kept back leaves in the order of the texts.
         ended = dict.fromkeys((part.choice, part.item) for part in endings)
         before = self.note_separated(parts)
-        starts_text = self.blocks is not None and self.blocks.note_start(document)
+        starts_text = self.thinking_blocks is not None and self.thinking_blocks.note_start(document)
         visible = ""
         thoughts = []
         for part in parts:
@@ -8135,10 +8137,7 @@ class EventFilter:
                 shown, thought = self.feed_text(part, event, last)
                 visible += shown
             else:
-                # A filter shows the same of a whole text as of its pieces, so that what is said
-                # again is what has been said. To look for a block that the model's template
-                # has opened, as in a whole text, would take away what has been shown.
-                shown, thought = TextFilter(self.rules_of(part.choice)).feed(part.value, last=True)
+                shown, thought = self.filter_repeated(part)
             if shown != part.value:
                 edits[part.path] = shown
             if thought and self.plan.rules.move:
@@ -8154,12 +8153,12 @@ class EventFilter:
         has_changed_text = any(part.path in edits for part in texts)
         if has_changed_text and not says_more and not visible:
             return before
-        if self.blocks:
+        if self.thinking_blocks:
             if starts_text or (texts and not visible):
-                return before + (self.blocks.say(visible) if visible else b"")
-            before += self.blocks.prepare(document, visible)
-            if self.blocks.added and isinstance(document.get("index"), int):
-                edits[("index",)] = document["index"] + self.blocks.added
+                return before + (self.thinking_blocks.encode_text(visible) if visible else b"")
+            before += self.thinking_blocks.encode_before(document, visible)
+            if self.thinking_blocks.added and isinstance(document.get("index"), int):
+                edits[("index",)] = document["index"] + self.thinking_blocks.added
         return before + self.edit_event(event, data, edits)
 
     def move_thoughts(
@@ -8182,8 +8181,8 @@ class EventFilter:
 
     def encode_thought(self, document: Mapping[str, Any], thought: str) -> bytes:
         """Return the events that say what was thought in a text that `document` goes on with."""
-        if self.blocks:
-            return self.blocks.think(thought)
+        if self.thinking_blocks:
+            return self.thinking_blocks.encode_thinking(thought)
         kind = "response.reasoning_text.delta"
         places = ("item_id", "output_index", "content_index")
         place = {name: document[name] for name in places if name in document}
@@ -8206,14 +8205,16 @@ class EventFilter:
             if text_key[0] in choices:
                 self.filters[text_key] = TextFilter(self.rules_of(text_key[0]))
                 self.needs_all_events.discard(text_key)
-        is_renumbering = self.blocks and (self.blocks.added or self.blocks.start)
+        is_renumbering = self.thinking_blocks and (
+            self.thinking_blocks.added or self.thinking_blocks.start
+        )
         if self.has_one_choice and not self.plan.rules.fences and not is_renumbering:
             # Nothing in the texts is looked for any more.
             self.filtering = self.renames_reasoning
             self.plan = dataclasses.replace(self.plan, rules=self.plan.rules._replace(think=False))
             self.watched_words = self.find_watched_words()
             self.begun_plainly = True
-            self.blocks = None
+            self.thinking_blocks = None
         return released
 
     def feed_text(self, part: Part, event: bytes, last: bool) -> tuple[str, str]:
@@ -8242,6 +8243,14 @@ class EventFilter:
                 del self.pending[part.choice]
         return visible, thought
 
+    def filter_repeated(self, part: Part) -> tuple[str, str]:
+        """Return what is visible and thought of a text that other events have said in pieces.
+
+        A filter shows the same of a whole text as of its pieces. To look for a block that the
+        model's template has opened, as in a whole answer, would take away what has been shown.
+        """
+        return TextFilter(self.rules_of(part.choice)).feed(part.value, last=True)
+
     def release(self, choice: int, item: Any) -> bytes:
         """Return what the filter of a text keeps back, as events of its own.
 
@@ -8268,9 +8277,9 @@ class EventFilter:
             return self.encode_thought(document, text)
         tail = tail_document(document, part, text, member)
         opening = b""
-        if self.blocks:
-            opening = self.blocks.switch("text")
-            tail["index"] += self.blocks.added
+        if self.thinking_blocks:
+            opening = self.thinking_blocks.open_block("text")
+            tail["index"] += self.thinking_blocks.added
         return opening + self.format.replace(event, encode_json(tail))
 
     def close(self, last_blocks: Iterable[bytes] = ()) -> bytes:
