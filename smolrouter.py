@@ -1954,21 +1954,18 @@ def read_short_chunks(data: bytes, start: int) -> tuple[list[bytes], int]:
     reader = io.BytesIO(data)
     reader.seek(start)
     read = reader.read
-    get_size = SHORT_CHUNK_SIZES.get
+    sizes = SHORT_CHUNK_SIZES
     contents = []
-    octets_left = 0
-    for line in reader:
-        size = get_size(line)
-        if size is None:
-            octets_left = len(line)
-            break
-        content = read(size)
-        end = read(2)
-        if end != b"\r\n":
-            octets_left = len(line) + len(content) + len(end)
-            break
-        contents.append(content)
-    return contents, reader.tell() - octets_left
+    try:
+        for line in reader:
+            content = read(sizes[line])
+            end = read(2)
+            if end != b"\r\n":
+                return contents, reader.tell() - len(line) - len(content) - len(end)
+            contents.append(content)
+    except KeyError:
+        return contents, reader.tell() - len(line)
+    return contents, len(data)
 
 
 # What a ChunkDecoder reads next; the words stand in error messages, too.
