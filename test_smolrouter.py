@@ -7360,6 +7360,40 @@ def translated_document(
     return json.loads(rewriter.feed(encode_json(document)) + rewriter.finish())
 
 
+# Events that say a text and no more, or look so, and what else may stand in them.
+NEARLY_ALONE = [
+    b'{"choices":[{"index":0,"delta":{"content":"a\\n\\"}]}\\u00e9\\ud83d\\ude00"}}]}',
+    '{"choices": [{"index": 1, "delta": {"role": "assistant", "content": "\u00e9"}}]}'.encode(),
+    b'{"choices":[{"delta":{"content":""},"finish_reason":null}],"usage":{"n":{"m":[1]}}}',
+    b'{"choices":[{"delta":{"content":"a"},"finish_reason":"length"}]}',
+    b'{"choices":[{"delta":{"content":"a","reasoning_content":"b"}}]}',
+    b'{"choices":[{"delta":{"content":"a"}},{"index":1,"delta":{"content":"b"}}]}',
+    b'{"choices":[{"delta":{"content":"<think>a"}}]}\n\ndata: {"choices":[{"delta":'
+    b'{"content":"b</think>c"}}]}',
+    b'{"error":{"message":"no"},"choices":[{"delta":{"content":"a"}}]}',
+    b'{"choices":[{"delta":{"content":"an error"}}]}',
+    b'{"choices":[{"delta":{"content":"a"},"logprobs":{"content":[]}}]}',
+    b'{"choices":[{"index":0,\ndata: "delta":{"content":"a"}}]}',
+    b'{"choices":[{"delta":{"content":"a\tb"}}]}\nid: 1',
+    b'{"choices":[{"delta":{"content":"a"}}]}\r\n\r\n: {"choices":[{"delta":{"content":"b"}}]}',
+]
+
+
+def test_a_text_alone_is_translated_as_any_event(monkeypatch: Any) -> None:
+    ends = [RAW_STOP, encode_event("[DONE]")]
+    streams = [
+        [encode_event(text_delta("x")), encode_event(data.decode())] for data in NEARLY_ALONE
+    ]
+    wishes = ({}, {"logprobs": True})
+    found = [translated(said + ends, True, asked) for said in streams for asked in wishes]
+    monkeypatch.setattr(smolrouter, "find_text_alone", lambda protocol, event: None)
+    parsed = [translated(said + ends, True, asked) for said in streams for asked in wishes]
+    for lines in (*found, *parsed):
+        for line in lines:
+            line.pop("created_at", None)
+    assert found == parsed
+
+
 def test_a_mark_before_an_answer_does_not_keep_it_from_being_changed() -> None:
     """A byte order mark is no part of a document, wherever one stands."""
     message = {"role": "assistant", "content": "<think>hm</think>Hi"}
