@@ -5037,9 +5037,8 @@ class AnswerBeginning:
     ) -> None:
         self.protocol = protocol
         self.limits = limits
-        # Gathers the events; None for an answer that is no stream of events.
-        format = EVENT_FORMATS.get(media_type)
-        self.reader = EventReader(format, limits) if format else None
+        # None for an answer that is no stream of events.
+        self.format = EVENT_FORMATS.get(media_type)
         self.coding = coding
         self.inflater = Inflater(coding, math.inf) if coding in CODINGS else None
         self.error: ErrorAnswer | None = None
@@ -5049,6 +5048,11 @@ class AnswerBeginning:
         self.size = 0
         # What has come of an answer that is no stream of events.
         self.content = b""
+
+    @functools.cached_property
+    def reader(self) -> EventReader:
+        """What gathers the events, of which nearly always the first ones tell it by themselves."""
+        return EventReader(self.format, self.limits)
 
     @property
     def start(self) -> bytes:
@@ -5078,7 +5082,7 @@ class AnswerBeginning:
         if self.coding and not self.inflater:
             # Nobody here can decode it.
             return self.size > 0
-        if self.reader is None:
+        if self.format is None:
             self.content += data
             return self.look_at_start()
         if begins and self.begins_with_text(data):
@@ -5096,14 +5100,14 @@ class AnswerBeginning:
         found = plain_text.search(data, 0, self.limits.first_events) if plain_text else None
         if found is None:
             return False
-        end = data.find(self.reader.format.plain_end, found.end())
+        end = data.find(self.format.plain_end, found.end())
         return end >= 0 and b"error" not in data[:end]
 
     def finish(self, closed: bool) -> bool:
         """Look at what is left at the end; `closed` as in `may_be_whole`."""
-        if self.reader:
+        if self.format:
             event = self.reader.finish()
-            is_whole = may_be_whole(self.protocol, self.reader.format, event, closed)
+            is_whole = may_be_whole(self.protocol, self.format, event, closed)
             return is_whole and self.look_at_event(event)
         document = parse_object(self.content)
         if document is None:
@@ -5116,7 +5120,7 @@ class AnswerBeginning:
         has_cr = b"\r" in block
         at = 0
         while at < len(block):
-            end = self.reader.format.find_end(block, at, has_cr)
+            end = self.format.find_end(block, at, has_cr)
             if self.look_at_event(block[at:end]):
                 return True
             at = end
@@ -5124,7 +5128,7 @@ class AnswerBeginning:
 
     def look_at_event(self, event: bytes) -> bool:
         """Look at an event; one that holds anything but an object says something."""
-        format = self.reader.format
+        format = self.format
         document = format.read_document(event)
         if document is not None:
             return self.look_at_document(document)
@@ -7364,6 +7368,9 @@ TAG_WORDS = (
     RareWord(0x97, b"\xe2\x97\x81"),
 )
 CODE_WORDS = (RareWord(ord("`"), b"`"), RareWord(ord("~"), b"~"))
+# Of the letters in them, the other members of an event have this one most seldom.
+USAGE_WORD = RareWord(ord("g"), b'"usage"')
+REASONING_WORD = RareWord(ord("g"), b'"reasoning"')
 PLAIN_WORDS = (*TAG_WORDS, *CODE_WORDS)
 # Some servers write `<`, a backtick, `~` and what Kimi's tags begin with as escapes.
 TAG_ESCAPES = (b"\\u003", b"\\u25")
@@ -7897,7 +7904,7 @@ class EventFilter:
         # Without one of these in an event its text need not be looked at.
         self.text_words = POSSIBLE_WORDS
         if self.renames_reasoning:
-            self.text_words += (RareWord(ord('"'), b'"reasoning"'),)
+            self.text_words += (REASONING_WORD,)
         self.moves_beside_text = place in (BESIDE_TEXT, BESIDE_OLLAMA_TEXT)
         self.watched_words = self.find_watched_words()
         self.skips_plain_events = not (self.filtering or plan.restores_name)
@@ -7919,15 +7926,15 @@ class EventFilter:
         self.thinking_blocks = ThinkingBlocks(format) if moves_blocks else None
         self.lost_timings = False
 
-    def find_watched_words(self) -> tuple[bytes, ...]:
+    def find_watched_words(self) -> tuple[RareWord, ...]:
         """Return the words of which an event has one if it has to be parsed without a tag in it."""
-        words: tuple[bytes, ...] = ()
+        words: tuple[RareWord, ...] = ()
         if self.renames_reasoning:
-            words += (b'"reasoning"',)
+            words += (REASONING_WORD,)
         if self.plan.hide_usage:
-            words += (b'"usage"',)
+            words += (USAGE_WORD,)
         if self.plan.tool_names:
-            words += CALL_WORDS
+            words += tuple(RareWord(ord("_"), word) for word in CALL_WORDS)
         return words
 
     def change_block(self, block: bytes) -> bytes:
@@ -7973,9 +7980,8 @@ class EventFilter:
         places = []
         if self.plan.rules.think and may_hold_word(block):
             places = find_words(block)
-        for word in self.watched_words:
-            # As in `holds_any`, from the end.
-            if block.rfind(word) >= 0:
+        for octet, word in self.watched_words:
+            if octet in block:
                 places += find_all(block, word)
         return places
 
@@ -18601,7 +18607,7 @@ class Answer:
         if record.first_token_at is None:
             self.look_for_opening(data)
         self.log.append_body(record, data)
-        if len(self.error_content) < self.longest_error:
+        if self.longest_error and len(self.error_content) < self.longest_error:
             self.error_content += data
         if self.inflater is None:
             self.forward_decoded(data)
