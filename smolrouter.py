@@ -8288,7 +8288,8 @@ class EventFilter:
         opening = b""
         if self.thinking_blocks:
             opening = self.thinking_blocks.open_block("text")
-            tail["index"] += self.thinking_blocks.added
+            if isinstance(tail.get("index"), int):
+                tail["index"] += self.thinking_blocks.added
         return opening + self.format.replace(event, encode_json(tail))
 
     def close(self, last_blocks: Iterable[bytes] = ()) -> bytes:

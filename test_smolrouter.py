@@ -7752,6 +7752,17 @@ def read_blocks(content: bytes) -> list[tuple[str, str]]:
     return blocks
 
 
+def test_an_event_without_the_number_of_its_block_ends_nothing() -> None:
+    """Thinking moves into a block of its own: those behind it that have a number get a new one."""
+    events = block_deltas("<think>hm</think>", "a <")
+    for event in events:
+        if "delta" in event:
+            del event["index"]
+    left = filtered(map(encode_event, events), path=ANTHROPIC, rules=MOVE)
+    assert texts_in(left, "delta", "text") == "a <a <"
+    assert texts_in(left, "delta", "thinking") == "hmhm"
+
+
 @pytest.mark.parametrize("said, blocks", [
     (MOVED, [("thinking", "hm"), ("text", MOVED_TEXT)]),
     ("Yes", [("text", "Yes")]), ("", [("text", "")]), ("<think>hm", [("thinking", "hm")]),
