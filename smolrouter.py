@@ -969,6 +969,9 @@ class Limits:
     # So many octets are decoded at once. Where a gzip member ends is known only after the call that
     # has reached it, and zlib copies what follows; with small pieces that is never much.
     coded_piece: int = 4 * KiB
+    # So much is taken from a connection in one turn of the event loop. It may hold thousands of
+    # events, and nobody else gets anything until all of them are read.
+    read_size: int = 64 * KiB
     # What has come and is not used yet; above it the sender waits.
     read_ahead: int = 128 * KiB
     # What a slow client has not taken yet; above it its upstream waits.
@@ -12398,6 +12401,8 @@ class Connection(asyncio.Protocol):
         self.transport = transport
         self.is_tls = transport.get_extra_info("sslcontext") is not None
         transport.set_write_buffer_limits(high=self.limits.write_buffer)
+        # How much asyncio takes from the kernel in one turn of the event loop.
+        transport.max_size = self.limits.read_size
         self.batch.add(self)
 
     def data_received(self, data: bytes) -> None:

@@ -13236,6 +13236,25 @@ def test_a_connection_that_cannot_send_ends_alone() -> None:
     run_in_own_loop(write)
 
 
+def test_a_connection_is_read_in_pieces() -> None:
+    """What a fast sender has sent already may be read for long, while nobody else gets anything."""
+
+    async def read(batch: Any) -> None:
+        async with pairs_of(batch, 2) as ((fast, its_server), (other, its_client)):
+            sizes: list[int] = []
+            heard: list[int] = []
+            fast.sink = lambda data: sizes.append(len(data))
+            other.sink = lambda data: heard.append(sum(sizes))
+            assert its_server.send(bytes(100_000)) > 50_000
+            its_client.send(b"x")
+            while len(sizes) < 4 or not heard:
+                await asyncio.sleep(0)
+            assert max(sizes) == 10_000
+            assert heard[0] <= 20_000
+
+    run_in_own_loop(read, smolrouter.Limits(read_size=10_000))
+
+
 def test_deadlines_are_looked_at_after_one_of_them_has_failed() -> None:
     async def wait(batch: Any) -> None:
         loop = asyncio.get_running_loop()
