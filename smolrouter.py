@@ -2881,6 +2881,8 @@ class EventFormat(NamedTuple):
     end: re.Pattern[bytes]
     # One line of data.
     data: re.Pattern[bytes]
+    # Any number of events that have no data, or an empty object.
+    silence: re.Pattern[bytes]
     media_type: str
     prefix: bytes = b""
 
@@ -2915,6 +2917,17 @@ class EventFormat(NamedTuple):
             for match in self.end.finditer(block, end, stop):
                 end = match.end()
         return end
+
+    def skip_silence(self, block: bytes) -> int:
+        r"""Return where the first event of a block begins that says something, or its end.
+
+        `b": ping\n\ndata: {}\n\ndata: a\n\n"`  ->  18
+
+        While a model is loaded, servers send signs of life. A broken one sends nothing else, as
+        fast as it can: to look at its events one by one would keep all others waiting.
+        """
+        match = self.silence.match(block)
+        return match.end() if match else 0
 
     def split(self, block: bytes) -> list[bytes]:
         r"""Return the events of a block without their ends, and what follows the last end.
@@ -2998,8 +3011,24 @@ SSE_END = re.compile(
     re.VERBOSE,
 )
 SSE_DATA = re.compile(rb"(?<![^\r\n])data: ?([^\r\n]*)")
-SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, "text/event-stream", b"data: ")
-LINES = EventFormat(b"\n", re.compile(rb"\n"), re.compile(rb"([^\n]+)"), "application/x-ndjson")
+# Comments and empty data, up to the empty line that ends an event.
+SSE_SILENCE = re.compile(
+    rb"""
+    (?:
+        (?: (?: :[^\r\n]* | data:[ ]?(?:\{\})? ) (?: \r\n | \n | \r(?!\n) ) )*
+        (?: \r\n | \n | \r(?!\n) )
+    )+
+    """,
+    re.VERBOSE,
+)
+SSE = EventFormat(b"\n\n", SSE_END, SSE_DATA, SSE_SILENCE, "text/event-stream", b"data: ")
+LINES = EventFormat(
+    plain_end=b"\n",
+    end=re.compile(rb"\n"),
+    data=re.compile(rb"([^\n]+)"),
+    silence=re.compile(rb"(?:(?:\{\})?\r?\n)+"),
+    media_type="application/x-ndjson",
+)
 EVENT_FORMATS = {format.media_type: format for format in (SSE, LINES)}
 
 # What servers call a stream of events that they do not call one.
@@ -5121,7 +5150,7 @@ class AnswerBeginning:
     def look_at_events(self, block: bytes) -> bool:
         """Look at some whole events, up to the first that says something or tells an error."""
         has_cr = b"\r" in block
-        at = 0
+        at = self.reader.format.skip_silence(block)
         while at < len(block):
             end = self.format.find_end(block, at, has_cr)
             if self.look_at_event(block[at:end]):
@@ -7953,7 +7982,7 @@ class EventFilter:
         view = memoryview(block)
         pieces: list[bytes | memoryview] = []
         kept_to = 0
-        at = 0
+        at = 0 if self.skips_plain_events else self.format.skip_silence(block)
         while at < len(block):
             if self.skips_plain_events:
                 # Go on to the event with the next word; what is before it stays as it is.
@@ -7999,6 +8028,8 @@ class EventFilter:
     def change_event(self, event: bytes) -> bytes:
         """Return one event changed; b"" when nothing is left of it."""
         data = self.format.read_data(event)
+        if not data:
+            return event
         if data == DONE_MARK:
             return self.close() + event
         looks_at_usage = self.plan.hide_usage and b'"usage"' in data

@@ -4495,6 +4495,45 @@ def test_an_event_that_is_too_long_goes_as_it_comes(end: bytes) -> None:
         assert last[-2:] == [b"y", b"y"]
 
 
+SILENT_EVENTS = (b"", b": ping|", b":|:|", b"data: {}|", b"data:|", b"data: |: more|", b"data:{}|")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_events_that_say_nothing_are_skipped_together(end: bytes) -> None:
+    """And nothing behind them is, not even what stands in one event with a line that is empty."""
+    spoken = (b"data: 1|", b"data: {} |", b"event: x|", b":|data: {}|data: 1|", b"data: {}|id: 1|")
+    for silent in itertools.product(SILENT_EVENTS, repeat=2):
+        before = b"".join(event + b"|" for event in silent).replace(b"|", end)
+        assert smolrouter.SSE.skip_silence(before) == len(before)
+        for event in spoken:
+            block = before + (event + b"|").replace(b"|", end)
+            assert smolrouter.SSE.skip_silence(block + before) == len(before)
+    assert smolrouter.LINES.skip_silence(b"{}\n\r\n\n{} \n") == 6
+
+
+@each_row("events", [
+    b"\n", b"\r\n", b":\n\n", b": ping\n\n", b"data: {}\n\n", b"data:\r\n\r\n",
+])  # fmt: skip
+def test_many_events_that_say_nothing_take_no_work_each(events: bytes) -> None:
+    """A server that begins with thousands of them would keep all other clients waiting."""
+
+    def count_calls(times: int) -> int:
+        data = events * times
+        answer = stream_filter()
+        opening = smolrouter.AnswerBeginning(smolrouter.find_protocol(CHAT), "text/event-stream")
+        calls = []
+        sys.setprofile(lambda _, event, __: calls.append(event))
+        try:
+            left = answer.feed(data)
+            begun = opening.feed(data[:60_000])
+        finally:
+            sys.setprofile(None)
+        assert left + answer.reader.pending == data and not begun
+        return len(calls)
+
+    assert count_calls(20_000) < 2 * count_calls(200)
+
+
 @pytest.mark.parametrize("end", EVENT_ENDS)
 def test_a_comment_inside_an_event_hides_nothing(end: bytes) -> None:
     comment = b": keep-alive" + end[: len(end) // 2]
