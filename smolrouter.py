@@ -6800,10 +6800,10 @@ class ParsedRequest:
     document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str = ""
     stream: bool = False
-    # Where a form's model stands in its content.
-    model_span: tuple[int, int] = (0, 0)
-    # Where the model stands in the query.
-    query_span: tuple[int, int] = (0, 0)
+    # Where a form's model stands in its content; None if it is no form, or names none.
+    model_span: tuple[int, int] | None = None
+    # Where the model stands in the query; None if it does not.
+    query_span: tuple[int, int] | None = None
     # Where the members of a long JSON document stand in its text; () where that is not known.
     members: Sequence[Member] = ()
     # What its document and its answer look like.
@@ -6824,7 +6824,7 @@ class ParsedRequest:
     @property
     def takes_parameters(self) -> bool:
         """Whether the routing file may change its members: it is JSON that names a model."""
-        return bool(self.text and self.model) and self.query_span == (0, 0)
+        return bool(self.text and self.model) and self.query_span is None
 
     @property
     def openai_path(self) -> str:
@@ -7089,7 +7089,7 @@ def attribution_removal(
 
 def model_edit(parsed: ParsedRequest, document: Mapping[str, Any], model: str) -> dict[Path, Any]:
     """Return the edit that names a model where a request has it, none where it is named so."""
-    if not parsed.model or parsed.query_span != (0, 0):
+    if not parsed.model or parsed.query_span is not None:
         return {}
     for name in parsed.protocol.model_members:
         named = document.get(name)
@@ -7270,7 +7270,7 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
         head_start = at + len(mark)
         head_end = content.find(b"\r\n\r\n", head_start, min(at + LIMITS.part_head, end))
         if head_end >= 0 and is_model_part(content[head_start:head_end]):
-            if parsed.model_span != (0, 0):
+            if parsed.model_span is not None:
                 refuse_second_model("`model` members")
             model = content[head_end + 4 : end].decode("utf-8", "replace")
             span = (head_end + 4, end)
@@ -7280,7 +7280,7 @@ def read_form(media_type: str, path: str, query: str, content: bytes) -> ParsedR
 
 def encode_form(parsed: ParsedRequest, changes: RequestChanges) -> bytes:
     """Return content that is no JSON with the model's name changed where it stands."""
-    if not parsed.model or changes.model == parsed.model:
+    if parsed.model_span is None or changes.model == parsed.model:
         return parsed.content
     start, end = parsed.model_span
     name = changes.model.encode("utf-8", "replace")
@@ -7318,9 +7318,9 @@ def read_with_query(path: str, query: str, content: bytes) -> ParsedRequest:
 
 def encode_query(parsed: ParsedRequest, model: str) -> str:
     """Return the query with the model's name changed where it stands: `?model=org%2Fm`."""
-    start, end = parsed.query_span
-    if end == 0 or model == parsed.model:
+    if parsed.query_span is None or model == parsed.model:
         return parsed.query
+    start, end = parsed.query_span
     return parsed.query[:start] + urllib.parse.quote(model, safe="") + parsed.query[end:]
 
 

@@ -6846,7 +6846,16 @@ def test_fuzz_forms(bits: list[bytes], kind: str) -> None:
         ask_ = smolrouter.read_form(kind, "/v1/x", "", content)
         same = smolrouter.encode_form(ask_, smolrouter.RequestChanges(ask_.model))
         assert same == content
-        assert content[slice(*ask_.model_span)].decode("utf-8", "replace") == ask_.model
+        span = ask_.model_span or (0, 0)
+        assert content[slice(*span)].decode("utf-8", "replace") == ask_.model
+
+
+def test_a_form_without_a_model_stays_as_it_is() -> None:
+    """DEFAULT_MODEL gives it one, and a rule makes another one of that: neither is in the form."""
+    content = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n1\r\n--b--\r\n'
+    parsed = smolrouter.read_form("multipart/form-data; boundary=b", "/v1/x", "", content)
+    parsed = dataclasses.replace(parsed, model="default")
+    assert smolrouter.encode_form(parsed, smolrouter.RequestChanges("other")) == content
 
 
 def parse_form(heard: Received) -> dict[str, bytes]:
