@@ -773,7 +773,9 @@ class GivenSetting(NamedTuple):
     text: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+# Python writes and compiles the methods of a dataclass at every start. Those that nobody calls are
+# left out, here and below: settings are neither compared nor printed.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Settings:
     """What the environment and the flags say; valid once it exists."""
 
@@ -4656,7 +4658,7 @@ IN_CONTENT = "content"
 IN_OUTPUT = "output"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Protocol:
     """One endpoint: where its requests, answers and events hold what."""
 
@@ -6730,7 +6732,7 @@ def ignore(noted: Any) -> None:
     """Do nothing with what is noted."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class RequestChanges:
     """What a request needs on its way to one server."""
 
@@ -6788,7 +6790,7 @@ class RequestChanges:
         return change_parameters(text, document, parameters, additions, note, members)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class ParsedRequest:
     """A request as its dialect reads it; nothing of it is changed."""
 
@@ -6863,7 +6865,7 @@ class ParsedRequest:
         return prompts * (number if isinstance(number, int) else 1)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dialect:
     """How one kind of endpoint's clients speak; each function is pure."""
 
@@ -7334,7 +7336,7 @@ class Timing(NamedTuple):
     first: int
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class AnswerPlan:
     """What is known of an answer when its head has come, and what is to be done."""
 
@@ -9681,7 +9683,7 @@ class Rule(NamedTuple):
     model_mismatch: Step
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RoutingTable:
     """Everything that decides where a request goes; `source` is the file it was read from.
 
@@ -9746,7 +9748,7 @@ class RoutingTable:
         return self.route_by_model and bool(others)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Decision:
     """Where a request goes, in order, and why; every instance has the model it is asked for.
 
@@ -10601,7 +10603,7 @@ def server_with_api(server: Server, api: str) -> Server:
     return dataclasses.replace(server, api=api)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Catalogue:
     """What the servers list, and what they speak. A change makes another one, equal to no other.
 
@@ -13715,7 +13717,7 @@ class Waker:
 # --- requests and health ----------------------------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class ServerLoad:
     """How many requests run at a server now, and how many have a slot, with whatever models.
 
@@ -13727,7 +13729,7 @@ class ServerLoad:
     in_slots: int = 0
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Health:
     """How one instance has fared.
 
@@ -14063,7 +14065,7 @@ OFF = "off"
 CLOSED_WORDS = {DRAIN: "is drained and takes no requests", OFF: "is switched off"}
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class QueuedRequest:
     """A request that waits for a slot of one of several servers."""
 
@@ -14445,7 +14447,7 @@ def parse_fetched_document(answer: FetchedAnswer, limits: Limits) -> FetchedDocu
     return FetchedDocument(document, len(content))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ModelList:
     """The models that a server listed, and when it was asked, on the monotonic clock."""
 
@@ -15242,7 +15244,7 @@ class AttemptSpan(NamedTuple):
     begun_ms: float
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Trace:
     """The place of a request in a trace, as W3C's Trace Context has it; ids are hexadecimal."""
 
@@ -15294,7 +15296,7 @@ class PackedBody(NamedTuple):
 NO_BODIES = (None, None)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class RequestRecord:
     """One request, from its beginning until its row is written.
 
@@ -17618,7 +17620,7 @@ class RequestKind(NamedTuple):
     parameters: RequestParameters
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Forwarding:
     """How requests of one kind go to one server, and what is done with its answers.
 
@@ -17691,7 +17693,7 @@ def plan_forwarding(
     )
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Context:
     """What every exchange and every handler works with; there is one in a running router."""
 
@@ -22469,7 +22471,7 @@ def describe_addresses(settings: Settings, port: int) -> str:
     return " \u00b7 ".join(places)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Invocation:
     """What a command works with."""
 
@@ -23858,7 +23860,7 @@ def demo_documents(document: Mapping[str, Any], thinks: bool) -> list[dict[str, 
     return [*documents, {**head, "choices": [], "usage": usage}]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DemoServer:
     """A simulated model server: how it behaves, and the model that it lists."""
 
