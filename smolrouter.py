@@ -13584,12 +13584,8 @@ class UpstreamResponse:
 
     async def buffer_error(self) -> bytes:
         """Read an error answer and keep it, so that it can be sent later; stop when it is long."""
-        return await self.buffer_content(self.connection.limits.buffered_error)
-
-    async def buffer_content(self, most: int) -> bytes:
-        """Read the content and keep it; stop when it is longer than `most`. Raises BadGateway."""
         size = sum(len(piece) for piece in self.buffered)
-        while size <= most:
+        while size <= self.connection.limits.buffered_error:
             piece = await self.buffer_next()
             if not piece:
                 break
@@ -14276,8 +14272,9 @@ class Slots:
 
 # --- lists of models --------------------------------------------------------------------
 # Clients ask for the list of models whenever they show a menu; servers are asked at most once
-# a minute, each time over a connection of its own. What they answer is read in a thread: it may be
-# long. The last list of a server that is gone counts for ten minutes.
+# a minute. These calls are few, and http.client is enough for them: what stands above is made
+# for answers that are handed on while they come. As http.client blocks until a server has
+# answered, each call has a thread. The last list of a server that is gone counts for ten minutes.
 #
 # The lists that the servers give the router itself, with its own keys, also decide where requests
 # go (section 9). They are asked for at the start, and once a minute while requests come: an idle
@@ -14344,6 +14341,26 @@ def parse_model_list(content: bytes, limits: Limits) -> list[dict[str, Any]]:
     return list(models.values())
 
 
+def connect_to_any(addresses: Sequence[str], port: int, timeout: float) -> socket.socket:
+    """Connect to the first of these addresses that answers (blocking). Raises OSError."""
+    for address in addresses[:-1]:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((address, port), timeout)
+    return socket.create_connection((addresses[-1], port), timeout)
+
+
+def make_http_connection(server: Server, tls_context: ssl.SSLContext | None, timeout: float) -> Any:
+    """Return a connection of http.client's to a server, which has no socket yet."""
+    # Importing it takes 12 ms and 2 MB, which the start can do without.
+    import http.client
+
+    host = server.url.host
+    port = server.url.port
+    if tls_context is None:
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+    return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
+
+
 def own_request_fields(server: Server, authorization: str | None = None) -> dict[str, str]:
     """Return the fields of a request of the router's own; the server's key is tried first."""
     fields = {"Accept": "application/json", **dict(server.headers)}
@@ -14351,6 +14368,11 @@ def own_request_fields(server: Server, authorization: str | None = None) -> dict
     if credentials:
         fields["Authorization"] = credentials
     return fields
+
+
+def take_fields(response: Any) -> Fields:
+    """Return the fields of a response of http.client's."""
+    return Fields([(name.lower(), name, value) for name, value in response.getheaders()])
 
 
 class OwnRequest(NamedTuple):
@@ -14361,56 +14383,58 @@ class OwnRequest(NamedTuple):
     authorization: str | None = None
     content: bytes | None = None
 
-    @property
-    def method(self) -> str:
-        """The method of the request."""
-        return "GET" if self.content is None else "POST"
-
-
-def encode_own_request(server: Server, own_request: OwnRequest) -> bytes:
-    """Return a request of the router's own, head and content."""
-    fields = own_request_fields(server, own_request.authorization)
-    given = [name.lower() for name in fields]
-    if "host" not in given:
-        fields["Host"] = server.url.authority
-    if "accept-encoding" not in given:
-        fields["Accept-Encoding"] = "identity"
-    fields["Connection"] = "close"
-    content = own_request.content or b""
-    if own_request.content is not None:
-        fields["Content-Type"] = "application/json"
-        fields["Content-Length"] = str(len(content))
-    start_line = f"{own_request.method} {server.url.prefix}{own_request.path} HTTP/1.1\r\n"
-    head = f"{start_line}{encode_field_lines(fields.items())}\r\n"
-    return head.encode("latin-1", "replace") + content
-
 
 class FetchedAnswer(NamedTuple):
-    """What a server has answered to a request of the router's own, in the coding it came in."""
+    """What a server has answered to a request of the router's own, decoded."""
 
-    path: str
     status: int
     fields: Fields
     content: bytes
 
-    def decode(self, limits: Limits) -> bytes:
-        """Return the content without its coding. Raises ValueError."""
-        coding = read_coding(self.fields)
-        if coding not in CODINGS:
-            return self.content
+
+def fetch(
+    http_connection: Any, server: Server, own_request: OwnRequest, limits: Limits, most: int
+) -> FetchedAnswer:
+    """Ask a server, and return its answer with `most` octets of the content (blocking).
+
+    Raises OSError, or ValueError for a content coding that is broken.
+    """
+    import http.client
+
+    fields = own_request_fields(server, own_request.authorization)
+    method = "GET"
+    if own_request.content is not None:
+        method = "POST"
+        fields["Content-Type"] = "application/json"
+    try:
+        target = f"{server.url.prefix}{own_request.path}"
+        http_connection.request(method, target, own_request.content, fields)
+        response = http_connection.getresponse()
+        content = response.read(most)
+    except (http.client.HTTPException, AttributeError) as error:
+        # AttributeError: the call took too long, `ask` has ended the connection meanwhile,
+        # and http.client finds no socket.
+        raise OSError(describe(error)) from None
+    finally:
+        http_connection.close()
+    answer_fields = take_fields(response)
+    coding = read_coding(answer_fields)
+    if coding in CODINGS:
         # It was not asked for; some servers send it all the same.
         try:
-            return Inflater(coding, limits.decoded_answer).feed(self.content)
+            content = Inflater(coding, limits.decoded_answer).feed(content)
         except BadGateway as error:
-            raise ValueError(f"{self.path}: {error}") from None
+            raise ValueError(f"{own_request.path}: {error}") from None
+    return FetchedAnswer(response.status, answer_fields, content)
 
 
-def parse_api(answer: FetchedAnswer, limits: Limits) -> str:
-    """Return what a server speaks, by its greeting. Raises ValueError."""
+def fetch_api(http_connection: Any, server: Server, limits: Limits) -> str:
+    """Ask a server what it speaks, by its greeting (blocking). Raises OSError or ValueError."""
+    answer = fetch(http_connection, server, OwnRequest("/"), limits, limits.greeting)
     if answer.status >= 500:
         # That is said in its place, by a proxy for example.
-        raise ValueError(f"/ answered {answer.status}")
-    return read_greeting(answer.decode(limits).decode("utf-8", "replace"))
+        raise OSError(f"/ answered {answer.status}")
+    return read_greeting(answer.content.decode("utf-8", "replace"))
 
 
 class FetchedList(NamedTuple):
@@ -14420,14 +14444,17 @@ class FetchedList(NamedTuple):
     size: int
 
 
-def parse_models(answer: FetchedAnswer, limits: Limits) -> FetchedList:
-    """Return the models that a server has listed. Raises ValueError or ListRefused."""
-    content = answer.decode(limits)
+def fetch_models(
+    http_connection: Any, server: Server, authorization: str | None, limits: Limits
+) -> FetchedList:
+    """Ask a server for its models (blocking). Raises OSError, ValueError or ListRefused."""
+    own_request = OwnRequest("/v1/models", authorization)
+    answer = fetch(http_connection, server, own_request, limits, limits.model_list_size)
     if answer.status >= 400:
         kept = [(name, value) for lower, name, value in answer.fields.lines if lower in LIST_FIELDS]
-        refused = content if len(content) <= limits.refused_list else b""
-        raise ListRefused(Refusal(answer.status, tuple(kept), refused))
-    return FetchedList(parse_model_list(content, limits), len(content))
+        content = answer.content if len(answer.content) <= limits.refused_list else b""
+        raise ListRefused(Refusal(answer.status, tuple(kept), content))
+    return FetchedList(parse_model_list(answer.content, limits), len(answer.content))
 
 
 class FetchedDocument(NamedTuple):
@@ -14437,14 +14464,16 @@ class FetchedDocument(NamedTuple):
     size: int
 
 
-def parse_fetched_document(answer: FetchedAnswer, limits: Limits) -> FetchedDocument:
-    """Return what a server has told of its models elsewhere. Raises ValueError."""
-    content = answer.decode(limits)
-    document = parse_fetched(answer.path, content, limits)
+def fetch_document(
+    http_connection: Any, server: Server, own_request: OwnRequest, limits: Limits
+) -> FetchedDocument:
+    """Ask a server what it tells of its models elsewhere (blocking). Raises OSError, ValueError."""
+    answer = fetch(http_connection, server, own_request, limits, limits.model_list_size)
+    document = parse_fetched(own_request.path, answer.content, limits)
     # LM Studio says in a 200 that it has no such path.
     if answer.status != 200 or not isinstance(document, dict) or "error" in document:
-        raise ValueError(f"{answer.path} answered {answer.status}, and nothing of models")
-    return FetchedDocument(document, len(content))
+        raise ValueError(f"{own_request.path} answered {answer.status}, and nothing of models")
+    return FetchedDocument(document, len(answer.content))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -14592,21 +14621,21 @@ class ModelLists:
     async def renew(self, key: ModelListKey, server: Server, authorization: str | None) -> bool:
         """Ask a server and keep its list; a failure leaves the last one. Tell if it was reached."""
         health = self.upstreams.health_of(Instance(server))
-        own_request = OwnRequest("/v1/models", authorization)
+        read = functools.partial(
+            fetch_models, server=server, authorization=authorization, limits=self.limits
+        )
         self.refusals.pop(key, None)
         asked_at = time.monotonic()
         try:
-            entries, size = await self.ask(
-                server, own_request, parse_models, self.limits.model_list_size
-            )
+            entries, size = await self.ask(server, read)
+        except (OSError, asyncio.TimeoutError) as error:
+            health.fail(describe(error))
+            return False
         except ListRefused as error:
             # The server is well, but it has no list for us.
             health.succeed()
             health.error = f"/v1/models answered {error.status}"
             keep_newest(self.refusals, key, error.refusal, self.limits.model_lists)
-        except (BadGateway, asyncio.TimeoutError) as error:
-            health.fail(describe(error))
-            return False
         except ValueError as error:
             # What it sent is none.
             health.succeed()
@@ -14621,9 +14650,10 @@ class ModelLists:
 
     async def learn_api(self, key: ModelListKey, server: Server) -> None:
         """Ask a server what it speaks; when it does not say, what it was found to speak stays."""
+        read = functools.partial(fetch_api, server=server, limits=self.limits)
         try:
-            api = await self.ask(server, OwnRequest("/"), parse_api, self.limits.greeting)
-        except (BadGateway, ValueError, asyncio.TimeoutError):
+            api = await self.ask(server, read)
+        except (OSError, ValueError, asyncio.TimeoutError):
             return
         apis = self.catalogue.apis
         if apis.get(key) != api:
@@ -14631,8 +14661,10 @@ class ModelLists:
 
     async def ask_document(self, server: Server, own_request: OwnRequest) -> FetchedDocument:
         """Return what a server tells of its models elsewhere. Raises what `ask` does."""
-        most = self.limits.model_list_size
-        return await self.ask(server, own_request, parse_fetched_document, most)
+        read = functools.partial(
+            fetch_document, server=server, own_request=own_request, limits=self.limits
+        )
+        return await self.ask(server, read)
 
     async def learn_facts(
         self, key: ModelListKey, server: Server, authorization: str | None
@@ -14693,7 +14725,7 @@ class ModelLists:
             except ValueError:
                 # It does not tell, and will not do so in a minute.
                 facts = NO_FACTS
-            except (BadGateway, asyncio.TimeoutError):
+            except (OSError, asyncio.TimeoutError):
                 break
             detail = detail_key(server, model)
             keep_newest(self.details, detail, facts, self.limits.remembered_details)
@@ -14799,36 +14831,42 @@ class ModelLists:
         ages = tuple(self.age(instance.server, second) for instance in decision.instances)
         return with_list_ages(decision, ages)
 
-    async def ask(
-        self,
-        server: Server,
-        own_request: OwnRequest,
-        parse: Callable[[FetchedAnswer, Limits], Any],
-        most: int,
-    ) -> Any:
-        """Send a request and return what `parse` makes of the answer, in a short time.
+    async def ask(self, server: Server, read: Callable[[Any], Any]) -> Any:
+        """Return what `read` gets from a connection of http.client's to a server, in a short time.
 
-        It gets `most` octets of the content. Raises BadGateway, TimeoutError and what `parse` does.
+        Raises OSError, TimeoutError, ValueError or ListRefused.
         """
-        async with self.fetch_permits:
-            fetching = self.fetch(server, own_request, most)
-            answer = await asyncio.wait_for(fetching, self.limits.model_list_timeout)
-        return await run_in_daemon((ValueError, ListRefused), parse, answer, self.limits)
-
-    async def fetch(self, server: Server, own_request: OwnRequest, most: int) -> FetchedAnswer:
-        """Send a request and return the answer, `most` octets of its content. Raises BadGateway."""
-        upstreams = self.upstreams
-        connection = await upstreams.pool.connect(server)
-        message = encode_own_request(server, own_request)
-        response = await upstreams.send_on(connection, server, own_request.method, message)
-        # The connections that are kept are for clients' requests.
-        response.reusable = False
+        timeout = self.limits.model_list_timeout
+        tls_context = self.upstreams.pool.tls_context(server)
+        http_connection = make_http_connection(server, tls_context, timeout)
         try:
-            content = await response.buffer_content(most)
+            async with self.fetch_permits:
+                reading = self.read_in_thread(http_connection, server, read)
+                return await asyncio.wait_for(reading, timeout)
         finally:
-            response.close()
-        head = response.head
-        return FetchedAnswer(own_request.path, head.status, head.fields, content[:most])
+            # A thread that still reads has to end.
+            with contextlib.suppress(OSError):
+                if http_connection.sock:
+                    http_connection.sock.shutdown(socket.SHUT_RDWR)
+
+    async def read_in_thread(
+        self, http_connection: Any, server: Server, read: Callable[[Any], Any]
+    ) -> Any:
+        """Connect to a server and call `read`, in a thread. Raises what it raises."""
+        addresses = await self.upstreams.pool.names.find(server.url.host)
+        tls_context = self.upstreams.pool.tls_context(server)
+
+        def connect_and_read() -> Any:
+            # http.client would look the name up again.
+            sock = connect_to_any(addresses, server.url.port, self.limits.model_list_timeout)
+            http_connection.sock = sock
+            if tls_context:
+                http_connection.sock = tls_context.wrap_socket(
+                    sock, server_hostname=server.url.host
+                )
+            return read(http_connection)
+
+        return await run_in_daemon((OSError, ValueError, ListRefused), connect_and_read)
 
 
 def unknown_model(model: str, names: Sequence[str]) -> str:
@@ -22704,26 +22742,20 @@ def open_port(settings: Settings, limits: Limits) -> list[socket.socket]:
 LOCAL_SERVERS = ("ollama", "lmstudio", "llamacpp")
 
 
-async def lists_models(server: Server, settings: Settings, limits: Limits) -> bool:
-    """Tell whether there is a list of models at the URL of a server, or one for those with keys."""
-    model_lists = ModelLists(Upstreams(settings, LoopBatch(limits)))
-    key = own_list_key(server)
-    await model_lists.renew(key, server, None)
-    refusal = model_lists.refusals.get(key)
-    return key in model_lists.lists or (refusal is not None and refusal.status in (401, 403))
-
-
-def answers_locally(port: int, settings: Settings, limits: Limits) -> bool:
+def answers_locally(port: int, limits: Limits) -> bool:
     """Tell whether a server of models answers on a port of this machine."""
-    seconds = limits.local_server_timeout
     try:
-        # Nobody is there, most often.
-        socket.create_connection(("127.0.0.1", port), seconds).close()
-    except OSError:
+        # Nobody is there, most often, and then http.client need not be imported.
+        socket.create_connection(("127.0.0.1", port), limits.local_server_timeout).close()
+        server = Server("", parse_upstream_url(f"http://127.0.0.1:{port}"))
+        connection = make_http_connection(server, None, limits.local_server_timeout)
+        fetch_models(connection, server, None, limits)
+    except ListRefused as error:
+        # Such as one that wants a key.
+        return error.refusal.status in (401, 403)
+    except (OSError, ValueError):
         return False
-    server = Server("", parse_upstream_url(f"http://127.0.0.1:{port}"))
-    quick = Limits(**{**vars(limits), "model_list_timeout": seconds})
-    return asyncio.run(lists_models(server, settings, quick))
+    return True
 
 
 def look_for_servers(invocation: Invocation, default: Server) -> Invocation:
@@ -22735,13 +22767,13 @@ def look_for_servers(invocation: Invocation, default: Server) -> Invocation:
     """
     settings = invocation.settings
     limits = invocation.limits
-    if answers_locally(default.url.port, settings, limits):
+    if answers_locally(default.url.port, limits):
         return invocation
     found = []
     for name, port in zip(LOCAL_SERVERS, limits.local_ports, strict=False):
         # The router is about to listen on its own port. LM Studio has the same one by default: if
         # it is there, the router says so and ends.
-        if port != settings.listen_port and answers_locally(port, settings, limits):
+        if port != settings.listen_port and answers_locally(port, limits):
             found.append(f"{name}=http://127.0.0.1:{port}")
     if not found:
         return invocation
@@ -22979,23 +23011,6 @@ def end_socket(sock: socket.socket) -> None:
     """End a connection on which another thread still waits."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-
-
-def make_http_connection(server: Server, tls_context: ssl.SSLContext | None, timeout: float) -> Any:
-    """Return a connection of http.client's to a server, which has no socket yet."""
-    # Importing it takes 12 ms and 1 MB, which `serve` does without.
-    import http.client
-
-    host = server.url.host
-    port = server.url.port
-    if tls_context is None:
-        return http.client.HTTPConnection(host, port, timeout=timeout)
-    return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context)
-
-
-def take_fields(response: Any) -> Fields:
-    """Return the fields of a response of http.client's."""
-    return Fields([(name.lower(), name, value) for name, value in response.getheaders()])
 
 
 class Examination:

@@ -15947,16 +15947,6 @@ def test_what_changes_models_makes_the_list_old(
                 listing.join()
 
 
-def test_model_lists_need_no_http_client() -> None:
-    """Python takes 12 ms of the start and 1 MB to import it."""
-    without = "import sys\nsys.modules['http.client'] = None"
-    upstream = Upstream(models=["one"])
-    with upstream, Router({"DEFAULT_UPSTREAM": upstream.url}, prepare=without) as router:
-        assert model_names(router) == ["one"]
-        assert wait_until(lambda: "up, 1 model" in router.stderr)
-        assert router.stop() == 0
-
-
 def test_model_list_does_not_wait_for_the_slow() -> None:
     slow, good = Upstream(lambda received: [HANG]), Upstream(models=["quick"])
     table = {"servers": {"slow": slow.url, "good": good.url}}
