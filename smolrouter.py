@@ -1087,7 +1087,7 @@ class Limits:
     # many octets of the answer are searched, and up to `searched_answer` where they are not among
     # them: a model may think for long before it says anything.
     preview: int = 120
-    previewed_answer: int = 4 * KiB
+    previewed_answer: int = 2560
     searched_answer: int = MiB
     # Where no client names a conversation, a hash of its beginning does: of so many messages at
     # most, and of so many characters of each. What follows these, such as the time at the end of a
@@ -5737,6 +5737,7 @@ def read_text_beginning(pattern: re.Pattern[bytes], answer: bytes) -> str:
 
     Where the first octets of the answer hold hardly any text, more and more of it is read.
     """
+    wanted = 2 * LIMITS.preview
     end = LIMITS.previewed_answer
     while True:
         text = unescape_text(join_texts(pattern, answer, end)).lstrip()
@@ -5745,10 +5746,11 @@ def read_text_beginning(pattern: re.Pattern[bytes], answer: bytes) -> str:
             text, _ = filter_text(text, FilterRules(think=True))
             text = text.lstrip()
         # What stands at the end may be half of a character or of a tag.
-        is_enough = len(text) >= 2 * LIMITS.preview
+        is_enough = len(text) >= wanted
         if is_enough or end >= min(len(answer), LIMITS.searched_answer):
             return text
-        end *= 4
+        # As far as that takes if what follows has as much text as this, and a quarter more.
+        end = end * wanted * 5 // (4 * max(len(text), wanted // 4))
 
 
 def read_answer_start(path: str, answer: bytes) -> str:
