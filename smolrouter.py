@@ -24525,8 +24525,8 @@ td.number, th.number { text-align: right; }
 .rows tr > :first-child { padding-left: 0; } .rows .c-time a { color: var(--quiet); }
 .rows tbody tr { cursor: pointer; }
 .rows tbody tr:hover, .rows tr:focus-within { background: var(--hover); }
-.c-time { width: 4.4rem; } .c-client { width: 7%; } .c-model { width: 17%; }
-.c-server { width: 8%; } .c-tokens { width: 6.6rem; } .c-speed { width: 3.8rem; }
+.c-time { width: 4.4rem; } .c-client { width: 7%; } .c-model { width: 16%; }
+.c-server { width: 8%; } .c-tokens { width: 8.4rem; } .c-speed { width: 3.8rem; }
 .c-first { width: 4.6rem; } .c-duration { width: 7.5rem; } .c-status { width: 9.5rem; }
 .fresh { animation: fresh 2.5s ease-out; } @keyframes fresh { from { background: var(--tint); } }
 .took { display: flex; align-items: center; gap: .5rem; }
@@ -24601,7 +24601,7 @@ td.number, th.number { text-align: right; }
   border-left: 3px solid var(--line); }
 .fields { display: grid; grid-template-columns: fit-content(35%) minmax(0, 1fr); gap: .15rem 1rem; }
 /* -- Clients, Compare ------------------------------------------------------------------------ */
-.share { display: inline-block; width: 6rem; height: 8px; background: var(--sunken); }
+.share { display: inline-block; width: 4rem; height: 8px; background: var(--sunken); }
 .share i { display: block; height: 100%; background: var(--accent); border-radius: 2px; }
 #who .line { flex-wrap: nowrap; } #who td { white-space: nowrap; }
 #others td:first-child { white-space: nowrap; }
@@ -24851,7 +24851,10 @@ const copyNode = (label, text, impossible) => node("button", {disabled: impossib
 const known = value => value !== null && value !== undefined;
 const given = format => value => known(value) ? format(value) : "–";
 const count = given(value => Math.round(value).toLocaleString("en-US"));
-const plain = given(value => String(+value.toPrecision(3)));
+const plain = given(value => {
+  const rounded = +value.toPrecision(3);
+  return rounded < 1000 ? String(rounded) : count(rounded);
+});
 const clip = (text, most) => text?.length > most ? `${text.slice(0, most)}…` : String(text ?? "");
 const short = url => clip(url, 60).replace(/^https?:\/\//, "");
 const scaled = (units, from) => given(value => {
@@ -25483,7 +25486,7 @@ function filterValues() {
   if (values.q) values.q = values.q.replace(/(^|\s)text:/g, "$1");
   for (const [name, list] of [["model", "models"], ["client", "clients"], ["session", ""]])
     if (values[name]) values[name] = partOf(values[name], list);
-  if (values.upstream) values.upstream = serverLike(values.upstream);
+  if (values.upstream) values.upstream = nameLike(values.upstream, "upstreams");
   return values;
 }
 /** A name that is known, or a pattern for all that have this in them. */
@@ -25492,9 +25495,9 @@ function partOf(text, list) {
   const isWhole = names.includes(text) || text.includes("*") || (!list && text.length > 11);
   return isWhole ? text : `*${text}*`;
 }
-/** The server that is called so, or the only one that has this in its name. */
-function serverLike(text) {
-  const names = [...byId("upstreams").children].map(option => option.value);
+/** The known name that is a text, or the only one that has this in it; else the text itself. */
+function nameLike(text, list) {
+  const names = [...byId(list).children].map(option => option.value);
   const like = names.filter(name => name.toLowerCase().includes(text.toLowerCase()));
   return names.includes(text) || like.length !== 1 ? text : like[0];
 }
@@ -26029,7 +26032,9 @@ function lineOf(places, x, kind) {
 }
 function lensValues() {
   const {hours, model, upstream, client, service_type} = valuesOf(byId("lens"));
-  return {hours, model, upstream: upstream && serverLike(upstream), client, service_type};
+  return {hours, model: model && nameLike(model, "models"), service_type,
+    upstream: upstream && nameLike(upstream, "upstreams"),
+    client: client && nameLike(client, "clients")};
 }
 async function loadPerformance() {
   await knowServers();
@@ -26066,16 +26071,17 @@ function showClients(clients) {
     .setAttribute("aria-sort", key !== by ? "none" : down ? "descending" : "ascending");
   const all = Math.max(1, clients.reduce((sum, one) => sum + tokensOfClient(one), 0));
   const rows = clients.map(one => ({...one, share: tokensOfClient(one) / all}));
+  const largest = Math.max(...rows.map(one => one.share)) || 1;
   const compare = (a, b) => (a[by] > b[by]) - (a[by] < b[by]);
   rows.sort((a, b) => down ? compare(b, a) : compare(a, b));
   table.hidden = !clients.length;
-  fill(table.tBodies[0], rows.map(clientRow));
+  fill(table.tBodies[0], rows.map(one => clientRow(one, largest)));
   fill(byId("who-empty"), !clients.length && empty("Nobody has asked in this time.",
     "A client gets a name by the header X-Client-Name, by its token or by its API key."));
 }
 const tokensOfClient = one => (one.prompt_tokens ?? 0) + (one.completion_tokens ?? 0);
 const overviewOf = values => `/?${queryOf(values)}`;
-function clientRow(one) {
+function clientRow(one, largest) {
   const {client, requests, errors, share, models, last_seen: seen} = one;
   return node("tr", node("td", node("a", {href: overviewOf({client})}, named(client))),
     node("td.number", count(requests)),
@@ -26083,10 +26089,10 @@ function clientRow(one) {
       `${count(errors)} · ${percent(errors / requests)}`) : "0"),
     node("td.number", brief(one.prompt_tokens)), node("td.number", brief(one.completion_tokens)),
     node("td", node("span.line", node("span.share", {"aria-hidden": "true"},
-      node("i", {style: {width: `${share * 100}%`}})), percent(share))),
-    node("td", node("span.line", (models ?? []).slice(0, 4).map(model => node("a",
+      node("i", {style: {width: `${share / largest * 100}%`}})), percent(share))),
+    node("td", node("span.line", (models ?? []).slice(0, 3).map(model => node("a",
       {href: overviewOf({client, model})}, markNode(model), named(model, 40))),
-    models?.length > 4 && node("span.quiet", `and ${models.length - 4} more`))),
+    models?.length > 3 && node("span.quiet", `and ${models.length - 3} more`))),
     node("td", {title: seen && local(seen)}, seen ? ago(seen) : "–"));
 }
 const loadClients = () => load("clients", {hours: byId("clients-form").elements.hours.value},

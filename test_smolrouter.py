@@ -24934,6 +24934,14 @@ def test_overview_at_a_glance(tab: Any) -> None:
         "Math.max(...[...document.querySelectorAll('#rows tbody tr')].map(r => r.offsetHeight))"
     )
     assert tab.evaluate(height) <= 36
+    # Its cells have room for the longest numbers of tokens.
+    widths = """() => {
+        const cell = document.querySelector("#rows .c-tokens");
+        cell.textContent = "≈ 9,999 → 9,999";
+        return [cell.scrollWidth, cell.clientWidth];
+    }"""
+    needed, there = tab.evaluate(widths)
+    assert needed <= there
     # The figures are those of the API.
     stats = get_document(router, "/api/stats")
     assert wait_until(lambda: figure_of(tab, "Requests") == str(stats["recent_requests"]))
@@ -25120,6 +25128,11 @@ def test_controls_of_figures(tab: Any) -> None:
         assert tab.locator("#leaders tbody").text_content() != before, name
         before = tab.locator("#leaders tbody").text_content()
     tab.fill("#lens [name=upstream]", "")
+    tab.fill("#lens [name=model]", "")
+    assert wait_until(is_shown)
+    # A part of a name is enough where only one has it.
+    with tab.expect_request(lambda asked: re.search("/api/trends.*model=model-3(&|$)", asked.url)):
+        tab.fill("#lens [name=model]", "DEL-3")
     tab.fill("#lens [name=model]", "")
     assert wait_until(is_shown)
     tab.fill("#lens [name=client]", "nobody")
