@@ -1702,6 +1702,11 @@ def parse_target(method: str, target: str) -> tuple[str | None, str, str]:
 # would fill the memory.
 
 
+def read_media_type(fields: Fields) -> str:
+    """Return what Content-Type calls a content: `Text/HTML; charset=utf-8`  ->  `text/html`."""
+    return (fields.get("content-type") or "").partition(";")[0].strip(" \t").lower()
+
+
 class RequestHead:
     """A request line and its fields, and what follows from them.
 
@@ -1729,6 +1734,7 @@ class RequestHead:
         self.host = authority or host
         # A request whose fields say nothing about a content has none (section 6.3, item 7).
         self.framing = read_framing(fields, minor) or NO_CONTENT
+        self.media_type = read_media_type(fields)
         self.keeps_alive = keeps_alive(fields, minor)
         # A client of HTTP/1.0 would take the interim response for the answer.
         self.expects_continue = minor == 1 and "100-continue" in fields.elements("expect")
@@ -1752,9 +1758,7 @@ class ResponseHead:
         # Behind chunks with a length, no other response is looked for: the two may disagree.
         is_clear = "transfer-encoding" not in fields.first or "content-length" not in fields.first
         self.keeps_alive = is_clear and keeps_alive(fields, minor)
-        content_type = fields.get("content-type") or ""
-        # `Text/HTML; charset=utf-8` -> `text/html`
-        self.media_type = content_type.partition(";")[0].strip(" \t").lower()
+        self.media_type = read_media_type(fields)
         # The framing that its fields say, as soon as it was asked for: one head is shared by all
         # responses that repeat it.
         self.declared_framing: Framing | None = None
@@ -2390,7 +2394,7 @@ def check_json_size(text: str, max_values: float, limits: Limits = LIMITS) -> No
     `[],[],` would take a second and a gigabyte.
     """
     # Each part has a character of its own, and so most texts are too short for too many.
-    if len(text) <= min(limits.json_nodes, max_values):
+    if len(text) <= limits.json_nodes and len(text) <= max_values:
         return
     # Nearly always it is enough to count all brackets and commas, also those in strings.
     nodes = text.count("[") + text.count("{")
@@ -5847,7 +5851,10 @@ def may_lack_room(answer: bytes) -> bool:
 
     `b'{"choices": [{"finish_reason": "stop"}]}'`  ->  False
     """
-    return max(map(answer.rfind, LENGTH_WORDS)) >= 0
+    for word in LENGTH_WORDS:  # noqa: SIM110 - a generator takes twice as long
+        if answer.rfind(word) >= 0:
+            return True
+    return False
 
 
 def has_no_room(answer: bytes) -> bool:
@@ -6979,7 +6986,9 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
             raise MalformedContent(f"`{name}` is {excerpt(json.dumps(found))} instead of a string")
         model = model or found or ""
     stream = read_stream_wish(protocol, document)
-    return ParsedRequest(path, query, content, text, document, model, stream, members=members)
+    parsed = ParsedRequest(path, query, content, text, document, model, stream)
+    parsed.members = members
+    return parsed
 
 
 def require_model(parsed: ParsedRequest) -> ParsedRequest:
@@ -7594,7 +7603,7 @@ class BufferedRewrite:
         self.reported_error = ""
         self.lost_timings = False
         self.tells_timings = True
-        self.content = bytearray()
+        self.content: bytes | bytearray = b""
 
     @property
     def size(self) -> int:
@@ -7605,7 +7614,13 @@ class BufferedRewrite:
         """Keep a piece; return all of them once they are too many to be kept."""
         if not self.buffers:
             return data
-        self.content += data
+        if not self.content:
+            # Nearly always it is all of the answer, and then it is never copied.
+            self.content = data
+        else:
+            if isinstance(self.content, bytes):
+                self.content = bytearray(self.content)
+            self.content += data
         longest = self.plan.limits.buffered_answer
         if len(self.content) <= longest:
             return b""
@@ -7614,7 +7629,7 @@ class BufferedRewrite:
         self.buffers = False
         content = bytes(self.content)
         # It has left, and may be large.
-        self.content.clear()
+        self.content = b""
         return content
 
     def finish(self, closed: bool = False) -> bytes:
@@ -19149,10 +19164,10 @@ async def decode_request(context: Context, request: Request) -> None:
     coding = read_coding(request.head.fields)
     if not coding or not request.content:
         return
-    content_type = (request.head.fields.get("content-type") or "").lower()
-    may_have_model = find_protocol(request.path).needs_model or "json" in content_type
+    media_type = request.head.media_type
+    may_have_model = find_protocol(request.path).needs_model or "json" in media_type
     is_known = coding in REQUEST_CODINGS
-    if not (is_known or may_have_model or content_type.startswith("multipart/form-data")):
+    if not (is_known or may_have_model or media_type == "multipart/form-data"):
         return
     limit = context.settings.max_request_size
     # However short the content is, what it decodes to may be long: so it is work for the thread.
@@ -19237,12 +19252,12 @@ async def relay_model(context: Context, request: Request) -> None:
 
 def relay_post(context: Context, request: Request) -> Awaitable[None]:
     """Relay a POST under /v1/: a JSON object, a form, or something else as it is."""
-    content_type = request.head.fields.get("content-type") or ""
-    is_form = content_type.lower().startswith("multipart/form-data")
+    is_form = request.head.media_type == "multipart/form-data"
     # An endpoint that needs a model takes JSON, whatever its client calls it: `curl -d` says form.
     needs_model = find_protocol(request.path).needs_model
     if is_form:
         # The boundary of its parts stands in its Content-Type.
+        content_type = request.head.fields.get("content-type") or ""
         read_this_form = functools.partial(read_form, content_type)
         request.dialect = dataclasses.replace(OPENAI_OPAQUE, read_request=read_this_form)
     elif not (needs_model or is_object(request.content)):
