@@ -13986,12 +13986,18 @@ class Upstreams:
     # Requests.
 
     async def send_request(
-        self, server: Server, method: str, message: bytes, upload: Upload | None = None
+        self,
+        server: Server,
+        method: str,
+        message: bytes,
+        upload: Upload | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> UpstreamResponse:
         """Send a request, head and content, and return the response once its head is there.
 
-        Of an upload, `message` is the head alone. Raises BadGateway or GatewayTimeout, and what is
-        wrong with the client of an upload.
+        Of an upload, `message` is the head alone. `meanwhile` is called whenever there is something
+        to wait for: the server's answer, or its connection. Raises BadGateway or GatewayTimeout,
+        and what is wrong with the client of an upload.
         """
         connection = None
         if upload is None:
@@ -14000,7 +14006,7 @@ class Upstreams:
         if connection is not None:
             octets_before = connection.received_octets
             try:
-                return await self.send_on(connection, server, method, message)
+                return await self.send_on(connection, server, method, message, meanwhile)
             except GatewayTimeout:
                 # It is a BadGateway, too. But this server may still be at work on the request.
                 raise
@@ -14009,14 +14015,15 @@ class Upstreams:
                 # idle connection before it read the request.
                 if connection.received_octets > octets_before:
                     raise
+        meanwhile()
         connection = await self.pool.connect(server)
         if upload is None:
-            return await self.send_on(connection, server, method, message)
+            return await self.send_on(connection, server, method, message, meanwhile)
         response = None
         try:
             connection.write(message)
             await upload.send_to(connection, self.settings.request_timeout, self.on_timeout)
-            response = await self.send_on(connection, server, method, b"")
+            response = await self.send_on(connection, server, method, b"", meanwhile)
         finally:
             if response is None:
                 connection.abort()
@@ -14024,17 +14031,25 @@ class Upstreams:
         return response
 
     async def send_on(
-        self, connection: Connection, server: Server, method: str, message: bytes
+        self,
+        connection: Connection,
+        server: Server,
+        method: str,
+        message: bytes,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> UpstreamResponse:
-        """Write a request to a connection and read the head of its response.
+        """Send a request on a connection and read the head of its response.
+
+        `meanwhile` is called in between.
 
         The connection is closed unless a response is returned, also when the task is cancelled.
         """
         connection.deadline.set_idle_timeout(self.settings.request_timeout, self.on_timeout)
         connection.deadline.set_ack_timeout(self.limits.busy_ack_timeout)
-        connection.send(message)
         response = None
         try:
+            connection.send(message)
+            meanwhile()
             head = await self.receive_head(connection)
             response = UpstreamResponse(head, head.framing(method), connection, server, self.pool)
             return response
@@ -17993,13 +18008,26 @@ class RelayedRequest:
         self.has_long_prompt = is_long and parsed.protocol.user_words != ""
         record = RequestRecord.of(context.next_request_id(), request, parsed.stream, decision)
         record.secrets = context.secrets_of(request)
-        if context.log.keeps_conversations or decision.strategy == STICKY:
-            record.note_conversation(parsed)
         if context.log.spans:
             record.trace = Trace.of(request.head.fields)
         self.record = record
+        # Whether the record is still to have what `note_conversation` notes.
+        self.lacks_conversation = context.log.keeps_conversations
+        if decision.strategy == STICKY:
+            self.lacks_conversation = True
+            self.note_conversation()
         # Its content, where that is sent on while it comes in; then `parsed` has none.
         self.upload: Upload | None = None
+
+    def note_conversation(self) -> None:
+        """Note in the record what the request says to the model, if it is not there yet.
+
+        For a short request this takes a tenth of its time. So it is done while a server has the
+        request already, or when it has to wait for one.
+        """
+        if self.lacks_conversation:
+            self.lacks_conversation = False
+            self.record.note_conversation(self.parsed)
 
     def forwarding_to(self, server: Server, habits: Habits) -> Forwarding:
         """Return how the request goes to a server, to an instance that has these habits."""
@@ -18147,7 +18175,7 @@ class Candidate:
             last_lines += f"Content-Length: {len(content)}\r\n"
         message = b"".join((first_lines, f"{last_lines}\r\n".encode(), content))
         self.response = await context.upstreams.send_request(
-            forwarding.server, head.method, message, upload
+            forwarding.server, head.method, message, upload, relayed.note_conversation
         )
         if upload and not upload.complete:
             # What the client still sends of the content stands where its next request would.
@@ -18341,6 +18369,7 @@ class Candidates:
 
     async def wait(self) -> Candidate | None:
         """Wait for the next instance that has room; return it, None when there is none to come."""
+        self.relayed.note_conversation()
         instance = None
         if self.home_wait:
             instance = await self.wait_at_home()
@@ -18906,6 +18935,7 @@ class Exchange:
     def finish(self) -> None:
         """Let go of everything, and finish the record."""
         record = self.record
+        self.relayed.note_conversation()
         self.writer.clear_on_silence()
         if self.candidate:
             self.candidate.close()
