@@ -1949,10 +1949,10 @@ class CloseDecoder:
 SHORT_CHUNK_SIZES = {b"%x\r\n" % size: size for size in range(1, 1024)}
 
 
-def read_short_chunks(data: bytes, start: int) -> tuple[list[bytes], int]:
-    r"""Return the contents of the short chunks that `data` has from `start` on, and where they end.
+def read_short_chunks(data: bytes, start: int, contents: list[bytes]) -> int:
+    r"""Add the contents of the short chunks that `data` has from `start` on; return their end.
 
-    b'5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n', 0  ->  [b'hello', b'!'], 16
+    b'5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n', 0  ->  16, and `contents` has b'hello' and b'!' more
 
     So nearly all chunks of an event stream are read: one with an event, while a model speaks, or
     hundreds after each other, while a client is slow or a model very fast. A chunk is short if its
@@ -1964,17 +1964,16 @@ def read_short_chunks(data: bytes, start: int) -> tuple[list[bytes], int]:
     reader.seek(start)
     read = reader.read
     sizes = SHORT_CHUNK_SIZES
-    contents = []
     try:
         for line in reader:
             content = read(sizes[line])
             end = read(2)
             if end != b"\r\n":
-                return contents, reader.tell() - len(line) - len(content) - len(end)
+                return reader.tell() - len(line) - len(content) - len(end)
             contents.append(content)
     except KeyError:
-        return contents, reader.tell() - len(line)
-    return contents, len(data)
+        return reader.tell() - len(line)
+    return len(data)
 
 
 # What a ChunkDecoder reads next; the words stand in error messages, too.
@@ -2023,8 +2022,7 @@ class ChunkDecoder:
         position = 0
         while position < len(data) and not self.done:
             if self.state is AT_SIZE:
-                short_contents, position = read_short_chunks(data, position)
-                contents += short_contents
+                position = read_short_chunks(data, position, contents)
                 if position == len(data):
                     break
                 # Hardly any sender has trailers.
