@@ -3381,13 +3381,14 @@ class EventReader:
         end = CRLF_END if block.endswith(CRLF_END) else self.format.plain_end
         # Each of these events has an end; that of the event before them is one more.
         most = self.limits.last_events
-        before, *last = block.rsplit(end, most + 1)
-        if len(last) > most:
-            events = self.split_without_comments(block[len(before) :])
-            # If some of them are comments, there may be more before them.
-            if len(events) >= most:
-                return events
-        return self.split_without_comments(block)
+        at = len(block)
+        for _ in range(most + 1):
+            at = block.rfind(end, 0, at)
+            if at < 0:
+                return self.split_without_comments(block)
+        events = self.split_without_comments(block[at:])
+        # If some of them are comments, there may be more before them.
+        return events if len(events) >= most else self.split_without_comments(block)
 
     def split_without_comments(self, block: bytes) -> list[bytes]:
         """Return the events of a block that are more than comments."""
