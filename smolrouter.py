@@ -12975,16 +12975,14 @@ class ResponseWriter:
         if not content or self.omits_content:
             return
         connection = self.connection
-        is_long = len(content) > connection.limits.unsent
-        if is_long:
-            # It leaves by itself: to be joined to a head, an answer of megabytes would be copied.
-            connection.flush()
         if self.chunked:
             connection.write(*encode_chunk(content))
+        elif len(content) > connection.limits.unsent:
+            # It leaves by itself: to be joined to a head, an answer of megabytes would be copied.
+            connection.flush()
+            connection.send(content)
         else:
             connection.write(content)
-        if is_long:
-            connection.flush()
 
     def finish(self, content: bytes = b"") -> None:
         """Write the last piece and the clean end."""
