@@ -100,7 +100,7 @@ def restart_without_syntax_tree() -> None:
     Python keeps the syntax tree of the script that it was given until the program ends: 15 MB for
     nothing. So the same process begins again as `python -c "run the code" FILE ARGUMENTS`, which is
     also what `ps` shows. It gets the code that has been compiled already, or compiles it again,
-    which takes 0.08 s, and then Python frees the tree. The file is not imported: no `__pycache__`
+    which takes 0.2 s, and then Python frees the tree. The file is not imported: no `__pycache__`
     appears beside it, and none is believed that is stale or somebody else's.
 
     Where anything is unusual, such as a debugger, a file that is a pipe, or a system where exec
@@ -124,7 +124,7 @@ def restart_without_syntax_tree() -> None:
         # From a file itself, marshal would read every number and every name by a call of its own.
         code = f"marshal.loads(open({descriptor}, 'rb').read())"
     # Modules are looked for where they are now. `-c` would look in the working folder, where
-    # anything may lie, and -S spares Python looking for its packages again, which takes 5 to 45 ms.
+    # anything may lie, and -S spares Python looking for its packages again, which takes 5 to 20 ms.
     # Where somebody has code run at Python's start, such as for other certificates, it runs again.
     if not {"sitecustomize", "usercustomize", "ssl"} & sys.modules.keys():
         flags.append("-S")
