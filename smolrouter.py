@@ -6605,6 +6605,17 @@ def is_same(one: Any, other: Any) -> bool:
     return json.dumps(one) == json.dumps(other)
 
 
+def place_to_write(document: Mapping[str, Any], path: Path) -> Path:
+    """Return a path up to the first value on it that is no object, or all of it.
+
+    `{"a": {}}`, `("a", "b", "c")`  ->  `("a", "b")`, where `{"c": ...}` has to be written
+    """
+    size = 1
+    while size < len(path) and isinstance(member_at(document, path[:size]), dict):
+        size += 1
+    return path[:size]
+
+
 def find_edits(
     text: str,
     before: Mapping[str, Any],
@@ -6622,14 +6633,13 @@ def find_edits(
     """
     edits: dict[Path, Any] = {}
     for path in paths:
-        size = 1
-        while size < len(path) and isinstance(member_at(before, path[:size]), dict):
-            size += 1
-        place = path[:size]
+        place = place_to_write(before, path)
         is_twice = path[0] in twice
-        holders = find_values(text, 0, [place[:-1]], members=members) if size > 1 else ()
-        if size > 1 and (is_twice or len(list(holders)) > 1):
-            place = path[:1]
+        if len(place) > 1:
+            holders = list(find_values(text, 0, [place[:-1]], members=members))
+            if is_twice or len(holders) > 1:
+                # The outermost member is written as a whole, so that no second one is left.
+                place = path[:1]
         value = member_at(after, place)
         if is_twice or not is_same(value, member_at(before, place)):
             edits[place] = value
