@@ -5216,12 +5216,12 @@ class Usage(NamedTuple):
     cached: int | None = None
 
 
-def add_counts(counts: Mapping[bytes, bytes], choices: Iterable[Sequence[bytes]]) -> int | None:
-    """Return the sum of the counts of the first choice whose first count is known.
+def add_counts(counts: Mapping[bytes, bytes], spellings: Iterable[Sequence[bytes]]) -> int | None:
+    """Return the sum of the counts of the first spelling whose first count is known.
 
     `{b"a": b"1", b"b": b"2"}`, `[(b"x",), (b"a", b"b", b"c")]`  ->  3
     """
-    for names in choices:
+    for names in spellings:
         if names[0] in counts:
             total = 0
             for name in names:
@@ -6249,8 +6249,8 @@ class ToolNames(NamedTuple):
     tools: dict[str, Tool]
     # The name of each tool that stands in a namespace of `tools`, by its place.
     by_place: dict[Path, str]
-    # For each namespace of `tools` the choices of its tools, as they stand in `tool_choice`.
-    choices: dict[str, list[dict[str, str]]]
+    # For each namespace of `tools` how `tool_choice` names its tools.
+    tool_choices: dict[str, list[dict[str, str]]]
 
 
 def name_of(value: Any, member: str = "name") -> str | None:
@@ -6353,7 +6353,7 @@ def read_tool_names(document: Mapping[str, Any]) -> ToolNames:
             outermost = document["tools"][path[1]]
             kind = name_of(value_at(document, path), "type") or "function"
             choice = {"type": kind, "name": function}
-            names.choices.setdefault(outermost["name"], []).append(choice)
+            names.tool_choices.setdefault(outermost["name"], []).append(choice)
     return names
 
 
@@ -6406,10 +6406,10 @@ def find_allowed(choice: Mapping[str, Any], names: ToolNames, seen: set[str]) ->
         name = name_of(tool) or ""
         if kind == "allowed_tools":
             yield from find_allowed(tool, names, seen)
-        elif kind == NAMESPACE and name in names.choices:
+        elif kind == NAMESPACE and name in names.tool_choices:
             if name not in seen:
                 seen.add(name)
-                yield from names.choices[name]
+                yield from names.tool_choices[name]
         else:
             yield flatten_mention(tool, names)
 
@@ -6425,7 +6425,7 @@ def flatten_choice(choice: Any, names: ToolNames) -> Any:
     kind = name_of(choice, "type")
     if kind == "allowed_tools":
         return {**choice, "tools": list(find_allowed(choice, names, set()))}
-    choices = names.choices.get(name_of(choice) or "") if kind == NAMESPACE else None
+    choices = names.tool_choices.get(name_of(choice) or "") if kind == NAMESPACE else None
     if not choices:
         return flatten_mention(choice, names)
     if len(choices) == 1:
