@@ -7057,15 +7057,19 @@ def find_attribution(protocol: Protocol, document: Mapping[str, Any]) -> Path:
         is_users = member == protocol.user_words
         if is_users and not (isinstance(value, list) and value and isinstance(value[0], dict)):
             continue
+        # From a list into its first element, from a message or a part of one to what it says.
         while isinstance(value, list | dict) and value:
-            key: str | int = 0
-            if isinstance(value, dict):
-                is_message = "content" in value
-                if is_message and value.get("role") not in SYSTEM_ROLES:
-                    break
-                key = "content" if is_message else "text"
-            value = value.get(key) if isinstance(value, dict) else value[0]
-            path = (*path, key)
+            if isinstance(value, list):
+                path = (*path, 0)
+                value = value[0]
+            elif "content" not in value:
+                path = (*path, "text")
+                value = value.get("text")
+            elif value.get("role") in SYSTEM_ROLES:
+                path = (*path, "content")
+                value = value["content"]
+            else:
+                break
         if isinstance(value, str) and value.startswith(ATTRIBUTION):
             return path
     return ()
@@ -11470,7 +11474,9 @@ class TokenGuard:
             oldest = next(iter(self.requests))
             del self.requests[oldest]
         has_room = count < token.rate.requests
-        self.requests[token.identity] = (begins_at, count + has_room)
+        if has_room:
+            count += 1
+        self.requests[token.identity] = (begins_at, count)
         if not has_room:
             wait = math.ceil(begins_at + token.rate.seconds - now)
             raise RateExceeded(
