@@ -19606,10 +19606,15 @@ IN_WINDOW = f"id >= {FIRST_ID.format(':begin_hour')}"
 BETWEEN_BEGINNINGS = "timestamp >= :first AND timestamp < :last AND failed NOTNULL"
 
 
-def select_sums(of_hours: str, of_parts: str) -> str:
-    """Return the statement for the sums of a window, from a table of hours and one of parts."""
-    return f"""SELECT * FROM {of_hours} WHERE hour >= :first_hour AND hour < :end_hour
-        UNION ALL SELECT * FROM {of_parts} WHERE part >= :first_part AND part < :end_part"""
+def select_sums(keys: str, sums: str, of_hours: str, of_parts: str, tests: str = "1") -> str:
+    """Return the statement for the sums of a window by some keys.
+
+    They come from a table of hours and one of parts, so that a key may have two rows.
+    """
+    return f"""SELECT {keys}, {sums} FROM {of_hours}
+        WHERE hour >= :first_hour AND hour < :end_hour AND {tests} GROUP BY {keys}
+        UNION ALL SELECT {keys}, {sums} FROM {of_parts}
+        WHERE part >= :first_part AND part < :end_part AND {tests} GROUP BY {keys}"""
 
 
 class SQL(NamedTuple):
@@ -20016,11 +20021,14 @@ def read_rollups(
     """Return the sums of a window by service or model, without the rows that are to be added."""
     tests = " AND ".join(SUM_FILTERS[name] for name in filters) or "1"
     rows = db.execute(
-        f"SELECT {group}, {SUMMED_COLUMNS} FROM "
-        f"({select_sums('rollups', 'part_rollups')}) WHERE {tests} GROUP BY 1",
+        select_sums(group, SUMMED_COLUMNS, "rollups", "part_rollups", tests),
         {**sums.values(), **filters},
     )
-    return {key: tally for key, *tally in rows}
+    tallies: dict[str, Tally] = {}
+    for key, *tally in rows:
+        known = tallies.get(key)
+        tallies[key] = list(map(operator.add, known, tally)) if known else tally
+    return tallies
 
 
 def sum_difference(
@@ -20203,6 +20211,17 @@ def model_document(
     }
 
 
+def add_client_sums(
+    sums: dict[tuple[str, str], list[int]], key: tuple[str, str], numbers: list[int], sign: int = 1
+) -> None:
+    """Add numbers to those of a client and a model, or take them away with the sign -1."""
+    known = sums.get(key, [0] * len(CLIENT_SUMS))
+    changed = [old + sign * number for old, number in zip(known, numbers, strict=True)]
+    # The last number is a moment, which is no sum.
+    changed[-1] = max(known[-1], numbers[-1])
+    sums[key] = changed
+
+
 def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, str], list[int]]:
     """Return the sums of a window by client and model, put together as in `read_tallies`."""
     sums_of_window = WindowSums.of(db, window)
@@ -20210,26 +20229,19 @@ def read_client_sums(db: sqlite3.Connection, window: Window) -> dict[tuple[str, 
     totals = (
         "sum(requests), sum(errors), sum(prompt_tokens), sum(completion_tokens), max(last_seen)"
     )
-    rollups = db.execute(
-        f"SELECT client, model, {totals} FROM "
-        f"({select_sums('client_rollups', 'client_part_rollups')}) GROUP BY client, model",
-        values,
-    )
-    sums = {(client, model): numbers for client, model, *numbers in rollups}
+    rollups = select_sums("client, model", totals, "client_rollups", "client_part_rollups")
+    sums: dict[tuple[str, str], list[int]] = {}
+    for client, model, *numbers in db.execute(rollups, values):
+        add_client_sums(sums, (client, model), numbers)
     rows = db.execute(
         f"SELECT client, {SUMMED_MODEL}, {SUM_CLIENTS} FROM requests INDEXED BY by_time "
         f"WHERE {BETWEEN_BEGINNINGS} GROUP BY 1, 2",
         values,
     ).fetchall()
     by_name = {name for (name,) in db.execute(HOUR_CLIENTS, (window.begin_hour,))}
-    sign = sums_of_window.sign
     for client, model, *numbers in rows:
         key = (client if client in by_name else UNCOUNTED, model)
-        last_seen = max(numbers.pop(), sums.get(key, [0])[-1])
-        counted = sums.get(key, [0] * len(CLIENT_SUMS))
-        # The last number is a moment, which is no sum.
-        changed = [old + sign * number for old, number in zip(counted[:-1], numbers, strict=True)]
-        sums[key] = [*changed, last_seen]
+        add_client_sums(sums, key, numbers, sums_of_window.sign)
     return {key: numbers for key, numbers in sums.items() if numbers[0] > 0}
 
 
