@@ -987,6 +987,8 @@ class Limits:
     # All running requests together may hold so much content; while they do, another long one
     # gets 503. While it is read and edited, JSON takes about four times its length.
     content_memory: int = 256 * MiB
+    # Whoever is refused for want of memory may come again after so many s: then it may be free.
+    memory_retry_after: int = 5
     # So many requests begin in one turn of the event loop, which takes some 5 ms then.
     requests_per_turn: int = 32
     # Python's default of 100 makes the 101st client of a burst wait for one to three seconds.
@@ -12185,7 +12187,7 @@ class LoopBatch:
             raise Overloaded(
                 f"answers that no client has taken yet hold {self.unread_octets} bytes; "
                 "try again later",
-                ("Retry-After", "5"),
+                ("Retry-After", str(self.limits.memory_retry_after)),
             )
 
     def discard(self, connection: Any) -> None:
@@ -21744,26 +21746,27 @@ class Application:
                 # A browser gets the page all the same: it shows the sign-in.
                 send_page(self.context, request, error.status, error.fields)
             else:
-                lines = self.note_refusal(request, error, endpoints)
-                send_error(request.writer, error, request.dialect, request.path, lines)
+                self.answer_error(request, error, endpoints)
         except Exception:  # a fault of ours must cost one request alone
             if request.connection.failure:
                 # It is no fault of ours: the client has gone while it was being answered.
                 raise
             self.context.log.print_line(traceback.format_exc())
-            internal = RouterError("internal error; see the log")
-            lines = self.note_refusal(request, internal, endpoints)
-            send_error(request.writer, internal, request.dialect, request.path, lines)
+            self.answer_error(request, RouterError("internal error; see the log"), endpoints)
         finally:
             self.content_size -= request.counted_octets
-        # An exchange has printed its own line; the page's polling is not worth one.
-        if request.recorded:
-            return
-        if reason or (endpoint is not None and endpoint.guard == API):
+        # What was recorded has printed its own line; the page's polling is not worth one.
+        is_of_api = endpoint is not None and endpoint.guard == API
+        if (reason or is_of_api) and not request.recorded:
             status = str(request.writer.status)
             self.context.log.print_request(
-                request.source_host, request.head.method, request.path, status, reason
+                request.source_host, head.method, request.path, status, reason
             )
+
+    def answer_error(self, request: Request, error: RouterError, endpoints: PathEndpoints) -> None:
+        """Answer with an error in the client's dialect, after keeping a row of it."""
+        lines = self.note_refusal(request, error, endpoints)
+        send_error(request.writer, error, request.dialect, request.path, lines)
 
     def is_worth_a_row(
         self, request: Request, error: RouterError, endpoints: PathEndpoints
@@ -21923,8 +21926,9 @@ class Application:
         # Short requests are served all the same: they are not what fills the memory.
         if request.counted_octets > MiB and self.content_size > self.most_content:
             raise Overloaded(
-                f"running requests hold {self.content_size} bytes; try again later",
-                ("Retry-After", "5"),
+                f"running requests hold {self.content_size} bytes of the {self.most_content} that "
+                "they may; try again later",
+                ("Retry-After", str(self.context.limits.memory_retry_after)),
             )
 
     def answer_options(self, request: Request, of_path: Sequence[Endpoint]) -> None:
@@ -23662,7 +23666,7 @@ def run_health(invocation: Invocation) -> int:
         try:
             connection.request("GET", "/healthz")
             response = connection.getresponse()
-            print(response.read(1000).decode("utf-8", "replace"))
+            print(response.read(KiB).decode("utf-8", "replace"))
         except (OSError, http.client.HTTPException) as error:
             print(f"{host}:{settings.listen_port}: {describe(error)}", file=sys.stderr)
             return 1
