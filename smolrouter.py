@@ -12081,7 +12081,10 @@ class Waiter(asyncio.Future):
     the event loop. Each turn asks the kernel what has come, which for a short request costs more
     than to read its head. `resume` takes the task's next step within its own call instead. So it
     may be called by the event loop alone, not by what another task does: no task can take a step
-    within one of another. `set_result` and `cancel` do what they always do.
+    within one of another. `wake` and `cancel` let it go on in the next turn.
+
+    One task awaits it, and nobody else. What that task wants to be called is kept here, because to
+    put it into the future's own list and to take it out again takes longer than all the rest.
     """
 
     __slots__ = ("context", "step")
@@ -12092,13 +12095,23 @@ class Waiter(asyncio.Future):
         """Note what the task that begins to wait wants to be called, and in which context."""
         self.step = step
         self.context = context
-        asyncio.Future.add_done_callback(self, step, context=context)
 
     def resume(self) -> None:
         """Let the task go on; it has taken its next step when this returns."""
-        self.remove_done_callback(self.step)
         self.set_result(None)
         self.context.run(self.step, self)
+
+    def wake(self) -> None:
+        """Let the task go on in the next turn."""
+        self.set_result(None)
+        self.get_loop().call_soon(self.step, self, context=self.context)
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Let the task go on in the next turn, with a CancelledError."""
+        cancelled = super().cancel(msg)
+        if cancelled:
+            self.get_loop().call_soon(self.step, self, context=self.context)
+        return cancelled
 
 
 class LoopBatch:
@@ -12513,7 +12526,7 @@ class Connection(asyncio.Protocol):
 
     def wait(self) -> Waiter:
         """Return what ends at any news: `await connection.wait()` sleeps until then."""
-        self.waiter = waiter = Waiter(loop=self.loop)
+        self.waiter = waiter = Waiter()
         return waiter
 
     def wake(self) -> None:
@@ -12521,7 +12534,7 @@ class Connection(asyncio.Protocol):
         waiter = self.waiter
         self.waiter = None
         if waiter and not waiter.done():
-            waiter.set_result(None)
+            waiter.wake()
 
     def resume(self) -> None:
         """Let the task that sleeps in `wait`, if one does, go on now.
