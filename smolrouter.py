@@ -616,7 +616,7 @@ def parse_servers(text: str) -> NamedURLs:
         except ValueError as error:
             raise ValueError(f"{word!r}: {error}; allowed are URL and name=URL") from None
         name = name or url.without_scheme
-        require(name not in servers, f"{name!r} stands there twice")
+        require(name not in servers, f"{name!r} stands there twice; keep one of them")
         servers[name] = url_text
     return tuple(servers.items())
 
@@ -6973,7 +6973,8 @@ def read_object(path: str, query: str, content: bytes) -> ParsedRequest:
     """
     text, document, members = parse_json(content)
     if not isinstance(document, dict):
-        raise MalformedContent(f"a JSON {type(document).__name__} instead of an object")
+        seen = excerpt(text.strip(JSON_SPACE))
+        raise MalformedContent(f"the content is {seen!r} instead of a JSON object")
     protocol = find_protocol(path)
     model = ""
     for name in protocol.model_members:
@@ -10395,7 +10396,8 @@ class TableReader:
         for item in listed.elements("an alias needs a list of at least one `server/model`"):
             with self.noting():
                 instance = self.read_instance(item)
-                item.require(instance not in instances, f"{instance} stands here twice")
+                words = f"{instance} stands here twice; keep one of them"
+                item.require(instance not in instances, words)
                 instances.append(instance)
         return Target(
             instances=tuple(instances),
@@ -10529,7 +10531,8 @@ def find_yaml_lines(node: Any, path: Path, name: str) -> Iterator[tuple[Path, in
         key = str(key_node.value)
         if key in seen_keys:
             line = key_node.start_mark.line + 1
-            raise ConfigError(f"{name}:{line}: {key_node.value!r} stands there twice")
+            words = f"{key_node.value!r} stands there twice; keep one of them"
+            raise ConfigError(f"{name}:{line}: {words}")
         seen_keys.add(key)
         yield from find_yaml_lines(value_node, (*path, key), name)
 
@@ -11506,7 +11509,8 @@ class TokenGuard:
 def check_webui(token: Token | None) -> None:
     """Refuse a token that does not open the Web UI. Raises Forbidden."""
     if token and token.api_only:
-        raise Forbidden("the token is for the model API alone; it opens no Web UI")
+        words = "it opens no Web UI; make one without --api-only"
+        raise Forbidden(f"the token is for the model API alone; {words}")
 
 
 def may_use(token: Token | None, model: str, table: RoutingTable) -> bool:

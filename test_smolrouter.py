@@ -4209,6 +4209,14 @@ def test_two_names_of_ollama_are_refused() -> None:
     assert post_json("/api/chat", both).status == 200
 
 
+@pytest.mark.parametrize("content", [b"null", b" [1, 2]\n", b'"model"', b"true"])
+def test_what_is_no_object_is_shown(content: bytes) -> None:
+    got = post_json("/v1/chat/completions", content)
+    seen = repr(content.strip().decode())
+    message = f"the content is {seen} instead of a JSON object"
+    assert (got.status, json.loads(got.content)["error"]["message"]) == (400, message)
+
+
 ONE_MODEL = (
     b'{"model":"talk","tools":[{"model":1,"model":2}],X}',
     b'{"model":"talk","metadata":{"model":"x"},"user":"\\u006dodel",X}',
