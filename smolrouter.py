@@ -10055,6 +10055,21 @@ ALIAS_KEYS = (
     "capabilities",
     *PARAMETER_KEYS,
 )
+def describe_match(match: Mapping[str, Any]) -> str:
+    """Return the match of a route in words.
+
+    {'model': 'gpt-4', 'source_host': ['10.0.0.1', '::1']}
+    ->  'model gpt-4, source_host 10.0.0.1 or ::1'
+    """
+    words = []
+    for name, value in match.items():
+        alternatives = value if isinstance(value, list) else [value]
+        # Null is the same as nothing at all.
+        if value is not None:
+            words.append(f"{name} {' or '.join(map(str, alternatives))}")
+    return ", ".join(words) or "everything"
+
+
 # What a server has instead whose entry is wrong. No text is read as this.
 NO_URL = UpstreamURL("http", "", 0, "")
 
@@ -10427,8 +10442,7 @@ class TableReader:
             source_hosts = self.read_source_hosts(source_host)
         with self.noting():
             target = self.read_target(route, pattern)
-        stated = [f"{key} {value}" for key, value in (match.value or {}).items()]
-        match_text = ", ".join(stated) or "everything"
+        match_text = describe_match(match.value or {})
         return Rule(
             name=name,
             model=pattern,

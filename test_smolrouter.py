@@ -11341,6 +11341,18 @@ def test_decisions_of_a_long_table_fill_no_memory() -> None:
     assert smolrouter.decide(table, long, HOME) is not smolrouter.decide(table, long, HOME)
 
 
+def test_the_match_of_a_rule_is_told_in_words() -> None:
+    hosts = ["10.0.1.0/24", "10.0.2.5-10.0.2.9"]
+    match = {"source_host": hosts, "model": "gpt-4"}
+    route = {"upstream": "http://gpu"}
+    rules = [{"match": match, "route": route}, {"match": {"model": None}, "route": route}]
+    table = routing(json.dumps({"routes": rules}))
+    assert [rule.match_text for rule in table.rules] == [
+        "source_host 10.0.1.0/24 or 10.0.2.5-10.0.2.9, model gpt-4",
+        "everything",
+    ]
+
+
 def test_length_of_a_name_is_no_reason_for_an_exact_rule() -> None:
     """It is compared, however long it is."""
     rules = [
