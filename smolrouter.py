@@ -1408,7 +1408,7 @@ CHUNK_EXTENSION = rf"[ \t]*;[ \t]*{TOKEN}(?:[ \t]*=[ \t]*(?:{TOKEN}|{QUOTED_STRI
 CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:{CHUNK_EXTENSION})*".encode("latin-1"))
 HOST = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
-# Also a `%` without its two digits, which is then refused.
+# A percent-encoded octet. A `%` without its two digits is found as well, and refused then.
 PERCENT_OCTET = re.compile(r"%([0-9A-Fa-f]{2})?")
 UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 LAST_CHUNK = b"0\r\n\r\n"
@@ -1726,7 +1726,7 @@ class RequestHead:
         hosts = fields.get_all("host")
         if len(hosts) > 1 or (minor == 1 and not hosts):
             raise MalformedMessage(f"{len(hosts)} Host fields instead of one")
-        # With two of these, the router could let in by one what its server serves by the other.
+        # With two of these, the router could look at one of them and its server at the other.
         if len(fields.get_all("authorization")) > 1:
             raise MalformedMessage("two Authorization fields instead of one")
         host = hosts[0] if hosts else ""
@@ -5768,7 +5768,7 @@ def read_answer_start(path: str, answer: bytes) -> str:
 
 
 # --- estimates ------------------------------------------------------------------------
-# For servers that tell no usage.
+# Where a server tells no usage, the lengths of the texts tell about how many tokens they have.
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -5942,7 +5942,7 @@ class ModelFacts(NamedTuple):
     # How many tokens it takes: as it is loaded, if that is known, and at most.
     context_length: int | None = None
     largest_context: int | None = None
-    # In Ollama's words.
+    # What it can do, in Ollama's words.
     capabilities: tuple[str, ...] | None = None
     # One of MODEL_TYPES.
     type: str | None = None
@@ -7772,7 +7772,7 @@ class StreamRewrite:
 
 # --- answers: events that stay in their protocol --------------------------------------
 
-# As servers write it; with other spaces it stays, and hurts nobody.
+# A usage of null as servers write it. With other spaces it stays, which hurts nobody.
 NULL_USAGE = re.compile(rb',[ ]?"usage":[ ]?null')
 HAS_CHOICE = re.compile(rb'"choices":[ ]?\[[ ]?\{')
 LAST_USAGE = re.compile(rb',[ ]?"usage":[ ]?\{[^{}]+(?:\{[^{}]*\}[^{}]*)*\}(?=\}\Z)')
@@ -7795,7 +7795,7 @@ def remove_plain_usage(data: bytes) -> bytes:
 def find_all(block: bytes, word: bytes) -> list[int]:
     """Return the places of a word in a block, the last one first: `b"a-a"`, `b"a"` -> `[2, 0]`."""
     places: list[int] = []
-    # As in `holds_any`, from the end.
+    # It is searched from the end, as in `holds_any`.
     at = block.rfind(word)
     while at >= 0:
         places.append(at)
@@ -8380,7 +8380,7 @@ SAME_OPTIONS = (
     "repeat_penalty",
     "repeat_last_n",
 )
-# For so many of the likeliest tokens Ollama's clients may ask, at each place.
+# Ollama's clients may ask for so many of the likeliest tokens at each place.
 MOST_TOP_LOGPROBS = 20
 
 
@@ -10055,6 +10055,8 @@ ALIAS_KEYS = (
     "capabilities",
     *PARAMETER_KEYS,
 )
+
+
 def describe_match(match: Mapping[str, Any]) -> str:
     """Return the match of a route in words.
 
@@ -11253,7 +11255,8 @@ def read_claims(token: str, secret: str) -> dict[str, Any]:
     if header is None or claims is None or header.get("alg") != "HS256" or "crit" in header:
         raise ValueError("the token is not a JWT signed with HS256")
     signed = token.rpartition(".")[0].encode()
-    # In constant time: how long a comparison takes would tell how many octets are right.
+    # A comparison that ends at the first difference would tell by its time how many octets are
+    # right. This one always takes the same time.
     is_ours = hmac.compare_digest(sign(signed, secret), decode_base64url(parts[2]))
     require(is_ours, "the token's signature is wrong")
     return claims
@@ -11623,7 +11626,7 @@ LOCAL_SUFFIXES = (
     ".localhost",
     ".localdomain",
 )
-# Of every answer of the Web UI: no cache keeps it, no frame shows it, no other site embeds it.
+# What every answer of the Web UI has: no cache keeps it, no frame shows it, no site embeds it.
 GUARDED_FIELDS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
@@ -11631,8 +11634,8 @@ GUARDED_FIELDS = [
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
 ]
-# Of a server's answer that a browser shows as a page: a script that a model wrote into it must
-# not run as if it were the router's.
+# What an answer of a server has that a browser may show as a page: a script that a model wrote
+# into it must not run as if it were the router's.
 INERT_FIELDS = [
     ("Content-Security-Policy", "sandbox allow-downloads"),
     ("X-Content-Type-Options", "nosniff"),
@@ -11978,7 +11981,7 @@ def show_fields(fields: Fields) -> ShownFields:
     for lower, name, value in fields.lines:
         # What names a conversation gives nobody access, and is shown with its requests.
         if is_secret_name(lower) and lower not in SESSION_FIELDS:
-            # Of cookies there may be many.
+            # There may be so many cookies that no other secret had room in front of them.
             found = cookies if lower == "cookie" else secrets
             for secret in secrets_in_field(lower, value):
                 found += spell_secret(secret)
