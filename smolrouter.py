@@ -25017,8 +25017,8 @@ const markNode = model => drawn("svg.mark", {viewBox: "-7 -7 14 14", "aria-hidde
     fill: "currentColor"}));
 // == 4  The router ============================================================================
 const app = {view: null, source: null, troubles: new Map(), turns: {}, lanes: new Map(),
-  rows: new Map(), chips: new Map(), stats: null, running: [], bars: [], points: [], shown: [],
-  leaders: [], meta: {}, request: null,
+  rows: new Map(), chips: new Map(), servers: [], stats: null, running: [], bars: [], points: [],
+  shown: [], leaders: [], meta: {}, request: null,
   left: history.state};  // the row that this page was left by, when Back leads here
 const isSignedIn = () => byId("sign-in").hidden;
 const present = values => Object.entries(values ?? {}).filter(([, value]) => value);
@@ -25246,6 +25246,7 @@ function showServers(servers) {
   nameServers(servers);
   suggest("models", servers.flatMap(server => server.models).slice(0, 100));
   const old = app.chips;
+  app.servers = servers;
   app.chips = new Map(servers.map(server => [server.url, old.get(server.url) ?? chipNode()]));
   for (const server of servers) updateChip(app.chips.get(server.url), server);
   arrange(byId("servers"), [...app.chips.values()]);
@@ -25253,16 +25254,20 @@ function showServers(servers) {
 const chipNode = () => node("details.chip", {onfocusout(event) {
   if (event.relatedTarget && !this.contains(event.relatedTarget)) this.open = false;
 }}, node("summary"), node("div.panel.stack"));
+/** How many lanes run at a server: it is asked for less often than they are. */
+const runningAt = url => app.running.filter(row =>
+  row.upstream_url === url && !/^(queued|waking)$/.test(row.phase)).length;
 function updateChip(chip, server) {
   const [kind, sign, word] = stateOf(server), name = server.name || short(server.url);
-  const text = JSON.stringify(server);
+  const facts = JSON.stringify(server), running = runningAt(server.url);
   // Whoever is at one of its buttons keeps it.
-  if (chip.panel !== text && !chip.lastChild.contains(document.activeElement)) {
+  if (chip.panel !== facts && !chip.lastChild.contains(document.activeElement)) {
     fill(chip.lastChild, panelNodes(server, kind, word));
-    chip.panel = text;
+    chip.panel = facts;
   }
+  const text = `${running} ${facts}`;
   if (chip.text === text) return;
-  const slots = server.slots ? `${server.running}/${server.slots}` : server.inflight || "";
+  const slots = server.slots ? `${running}/${server.slots}` : running || "";
   const failed = server.errors - server.clients_left;
   chip.text = text;
   chip.className = `chip${kind === "warn" || kind === "bad" ? " loud" : ""}`;
@@ -25332,6 +25337,7 @@ function showLanes(rows) {
     : [node("p.quiet", "Nothing is running now.")]);
   showPhases();
   showStrip();
+  for (const server of app.servers) updateChip(app.chips.get(server.url), server);
   tick();
 }
 /** Say in the table, too, what those rows do that are shown as running, and which model serves. */

@@ -25786,6 +25786,13 @@ def test_a_row_says_what_its_lane_says(tab: Any) -> None:
         assert is_said and [call.result().status for call in calls] == [200, 200]
     wait_text(tab, "#lanes", "Nothing is running")
     assert wait_until(lambda: tab.locator("#rows tbody .is-busy").count() == 0)
+    # Nor do a server and its lanes say different things.
+    loads = """() => ["streaming", "queued"].map(phase => {
+        const [url] = app.chips.keys();
+        showLanes([{id: 9, upstream_url: url, phase, tokens: 1, elapsed_ms: 1}]);
+        return document.querySelector(".chip .load").textContent;
+    })"""
+    assert tab.evaluate(loads) == ["▸ 1/1", "▸ 0/1"]
 
 
 def test_a_row_that_waits_has_the_mark_of_its_model(tab: Any) -> None:
