@@ -19446,6 +19446,7 @@ async def relay_as_it_is(context: Context, request: Request) -> None:
     relayed = RelayedRequest(context, request, parsed, decision)
     relayed.record.stream = read.stream
     relayed.record.note_conversation(read)
+    relayed.lacks_conversation = False
     await Exchange(relayed).run()
 
 

@@ -8797,6 +8797,8 @@ def test_a_request_to_a_server_by_name_has_a_row() -> None:
     )
     assert (row["status_code"], row["route"]) == (200, "upstream box")
     assert row["upstream_url"] == f"{echoing_upstream().url}/prefix"
+    assert row["preview"]["asked"] == HELLO_MESSAGES[-1]["content"]
+    assert row["session"]
 
 
 def test_an_error_of_a_server_by_name_is_the_client_s() -> None:
