@@ -18783,6 +18783,7 @@ class Answer:
         decoded = self.inflater.feed(data)
         for at in range(0, max(1, len(decoded)), MiB):
             self.forward_decoded(decoded[at : at + MiB])
+            self.writer.connection.flush()
 
     def forward_decoded(self, data: bytes) -> None:
         """Give the rewriter a piece without its content coding, and the client what may leave."""
