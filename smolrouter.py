@@ -2864,6 +2864,11 @@ def edit_json(
 # The octets of BYTE_ORDER_MARK.
 BOM = BYTE_ORDER_MARK.encode()
 DONE_MARK = b"[DONE]"
+# Octets as numbers. For bytes on the left side of `in`, Python first raises and catches an error,
+# because they are no number, and that takes longer than most searches.
+LF = ord("\n")
+CR = ord("\r")
+BACKSLASH = ord("\\")
 # Ends an event of a server that writes CRLF, whatever the format.
 CRLF_END = b"\r\n\r\n"
 
@@ -2940,7 +2945,7 @@ class EventFormat(NamedTuple):
 
         `b"data: a\n\ndata: b\n\n"`  ->  `[b"data: a", b"data: b", b""]`
         """
-        return self.end.split(block) if b"\r" in block else block.split(self.plain_end)
+        return self.end.split(block) if CR in block else block.split(self.plain_end)
 
     def read_data(self, event: bytes) -> bytes:
         r"""Return the data of one event, with or without its end.
@@ -2950,7 +2955,7 @@ class EventFormat(NamedTuple):
         if event.startswith(self.prefix):
             # As nearly always, the event is one line of data.
             line = event.removesuffix(self.plain_end).removesuffix(CRLF_END)
-            if b"\n" not in line and b"\r" not in line:
+            if LF not in line and CR not in line:
                 return line[len(self.prefix) :]
         lines = self.data.findall(event)
         return lines[0] if len(lines) == 1 else b"\n".join(lines)
@@ -3105,7 +3110,6 @@ HALF_CHARACTER = re.compile(
 # The beginning of a character, as it may grow over several events.
 BEGUN_CHARACTER = re.compile(rb"[\xe0-\xef][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{1,2}")
 SURROGATES = (b"\\ud", b"\\uD")
-BACKSLASH = ord("\\")
 
 
 def is_character(data: bytes) -> bool:
@@ -3186,7 +3190,7 @@ class CharacterJoiner:
             else:
                 begun = b""
         kept_to = len(text)
-        if begun and format.find_end(text, spans[-1][1], b"\r" in text) == len(text):
+        if begun and format.find_end(text, spans[-1][1], CR in text) == len(text):
             # Nothing has come behind it yet.
             kept_to = format.find_last_end(text, 0, spans[0][0])
         self.pending = replace_spans(text, kept_to, len(text), edits)
@@ -4913,7 +4917,7 @@ def find_text_alone(protocol: Protocol, data: bytes) -> tuple[str, re.Match[byte
     an event is parsed and `read_answer` looks through it.
     """
     found = protocol.text_alone.search(data) if protocol.text_alone else None
-    if found is None or FINISHED.search(data) or b"\n" in data:
+    if found is None or FINISHED.search(data) or LF in data:
         return None
     text = parse_value(found[1])
     return (text, found) if isinstance(text, str) else None
@@ -5145,7 +5149,7 @@ class AnswerBeginning:
 
     def look_at_events(self, block: bytes) -> bool:
         """Look at some whole events, up to the first that says something or tells an error."""
-        has_cr = b"\r" in block
+        has_cr = CR in block
         at = self.reader.format.skip_silence(block)
         while at < len(block):
             end = self.format.find_end(block, at, has_cr)
@@ -7787,7 +7791,7 @@ def remove_plain_usage(data: bytes) -> bytes:
     event in which a choice is finished, mostly as the last member of the document.
     """
     without_null = NULL_USAGE.sub(b"", data)
-    if b"\n" not in data and HAS_CHOICE.search(data):
+    if LF not in data and HAS_CHOICE.search(data):
         return LAST_USAGE.sub(b"", without_null)
     return without_null
 
@@ -8001,7 +8005,7 @@ class EventFilter:
             return block
         places.sort()
         next_place = 0
-        has_cr = b"\r" in block
+        has_cr = CR in block
         # What is kept is a view, so that it is copied once.
         view = memoryview(block)
         pieces: list[bytes | memoryview] = []
@@ -8785,7 +8789,7 @@ class OllamaTranslation:
     def translate_event(self, event: bytes) -> bytes:
         """Return the line for an event, without its end; b"" when it makes none, or has to wait."""
         # As nearly always, an event is a text and no more. Then it need not be parsed.
-        is_plain = event.startswith(SSE.prefix) and b"error" not in event
+        is_plain = event.startswith(SSE.prefix) and event.find(b"error") < 0
         if is_plain and self.top_logprobs is None:
             found = find_text_alone(self.protocol, event)
             if found:
