@@ -3724,7 +3724,8 @@ class ThinkFilter:
     def __init__(self, opened: bool = False, begun: bool = False, whole: bool = False) -> None:
         """Filter a text that may begin inside of a block, or of which some was visible."""
         self.whole = whole
-        # What may have been thought, in pieces, until that is known; then None.
+        # What may have been thought, in pieces, and how long that is. As soon as it is known
+        # whether it was, this is None.
         self.maybe_thought: list[str] | None = [] if opened else None
         self.maybe_thought_size = 0
         # Whether the text began inside of a block; None while nothing speaks for or against it.
@@ -3734,6 +3735,7 @@ class ThinkFilter:
         self.had_block = False
         # Whether the answer has harmony's markers.
         self.harmony = False
+        # What could be the start of a tag, until the next piece.
         self.pending = ""
         # A run of backticks or tildes that has been shown and may go on in the next piece; and how
         # many characters of the run at the beginning of this piece have been shown so.
@@ -4120,11 +4122,12 @@ def merge_thinking(*levels: ThinkingRule) -> ThinkingRule:
 class FilterRules(NamedTuple):
     """Which filters are on, and what becomes of thinking."""
 
+    # Whether thinking is taken out of texts, and whether the fences of JSON are.
     think: bool = False
     fences: bool = False
-    # What was thought goes where the protocol has thinking.
+    # Whether what was thought goes where the protocol has thinking.
     move: bool = False
-    # Texts may begin inside of a block that the model's template opened.
+    # Whether texts may begin inside of a block that the model's template opened.
     opened: bool = False
 
     @property
@@ -4268,6 +4271,7 @@ ANY_OTHER = "*"  # in an object: all other members
 class Part(NamedTuple):
     """Something that a document says."""
 
+    # One of the kinds above, such as TEXT.
     kind: str
     # Which message or choice it belongs to, by number.
     choice: int
@@ -6749,14 +6753,17 @@ def ignore(noted: Any) -> None:
 class RequestChanges:
     """What a request needs on its way to one server."""
 
+    # What the server calls the model.
     model: str
     # Whether /no_think is appended to the user's last words.
     no_think: bool = False
     # Whether the usage event of a stream is asked for.
     include_usage: bool = False
-    # Whether the line of ATTRIBUTION goes.
+    # Whether the line of ATTRIBUTION is taken out.
     strip_attribution: bool = False
+    # Whether tools in namespaces become functions.
     flatten_namespaces: bool = False
+    # What the routing file says of members.
     parameters: RequestParameters = NO_PARAMETERS
     # Is called with what the parameters have changed, in words.
     note_change: Callable[[str], None] = ignore
@@ -7151,6 +7158,8 @@ class RequestEditor:
         self.text = parsed.text
         self.document = parsed.document
         self.members = parsed.members
+        # What is still to be changed: values by their paths, pieces of the text, and the JSON of
+        # members that go to its end.
         self.edits: dict[Path, Any] = {}
         self.replacements: list[Replacement] = []
         self.added_members = ""
@@ -7362,22 +7371,25 @@ class AnswerPlan:
 
     parsed: ParsedRequest
     dialect: Dialect
-    # The server speaks the client's dialect.
+    # Whether the server speaks the client's dialect, so that nothing is translated.
     native: bool
+    # Which texts are filtered, and how.
     rules: FilterRules
-    # The time in s UTC.
+    # Returns the time in s UTC.
     now: Callable[[], float]
+    # Returns how long the answer has taken so far.
     timing: Callable[[], Timing]
-    # The usage event was not the client's wish.
+    # Whether the usage event is taken out, because only the router has asked for it.
     hide_usage: bool = False
-    # The server knows the model by another name.
+    # Whether the server knows the model by another name than the client.
     renamed: bool = False
     limits: Limits = LIMITS
-    # The client had to wait, and so has got pings, in a stream that the answer has to go on with.
+    # Whether the client had to wait, and so has got pings: the answer goes on with that stream.
     pinged: bool = False
-    # The routing file may have changed how many answers were asked for.
+    # Whether the routing file may have changed how many answers were asked for.
     changes_choices: bool = False
-    # The prompt is so long that it may have been cut, which the head of a whole answer tells.
+    # Whether the prompt is so long that the server may have cut it, which the head of a whole
+    # answer has to tell.
     has_long_prompt: bool = False
     # Is called with whether a text began inside of a block that the model's template opened.
     note_thinking: Callable[[bool], None] = ignore
