@@ -6749,7 +6749,7 @@ def ignore(noted: Any) -> None:
     """Do nothing with what is noted."""
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclasses.dataclass(eq=False, repr=False, slots=True)
 class RequestChanges:
     """What a request needs on its way to one server."""
 
@@ -7365,7 +7365,7 @@ class Timing(NamedTuple):
     first: int
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclasses.dataclass(eq=False, repr=False, slots=True)
 class AnswerPlan:
     """What is known of an answer when its head has come, and what is to be done."""
 
@@ -9791,7 +9791,7 @@ class RoutingTable:
         return self.route_by_model and bool(others)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Decision:
     """Where a request goes, in order, and why; every instance has the model it is asked for.
 
