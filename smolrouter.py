@@ -22508,11 +22508,11 @@ class Console:
 class RoutesFile:
     """The routing file: reads it, and knows when it has changed."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], named: bool) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str], is_named: bool) -> None:
         self.settings = settings
         self.environ = environ
         # Somebody has set its name: then it has to be there.
-        self.named = named
+        self.is_named = is_named
         self.fingerprint = self.read_fingerprint()
 
     @property
@@ -22520,7 +22520,7 @@ class RoutesFile:
         """Where it is: in the working folder, or else beside the program if it has no name set."""
         path = pathlib.Path(self.settings.routes_config)
         beside = pathlib.Path(__file__).with_name(path.name)
-        if not self.named and not path.exists() and beside.exists():
+        if not self.is_named and not path.exists() and beside.exists():
             return beside
         return path
 
@@ -22544,7 +22544,7 @@ class RoutesFile:
         """Read the table. Raises ConfigError."""
         path = self.path
         name = str(path)
-        if not self.named and not path.exists():
+        if not self.is_named and not path.exists():
             return parse_routes("", "", self.environ, self.settings)
         try:
             text = path.read_text("utf-8")
@@ -22718,7 +22718,7 @@ class Router:
         slots.set_table(table)
         self.server = HTTPServer(Application(self.context), listeners, tls_context)
 
-    def reload(self) -> None:
+    def reload_routes(self) -> None:
         """Take a changed routing file; a bad one leaves the old table in force."""
         # Good or bad, this state of the file is loaded once.
         self.routes.note_state()
@@ -22746,9 +22746,9 @@ class Router:
         if self.server.tls_context:
             self.console.print_line(f"TLS_CERT: {self.settings.tls_cert} was read again")
 
-    def read_files_again(self) -> None:
+    def reload_files(self) -> None:
         """Read the routing file and the certificate again, as SIGHUP asks."""
-        self.reload()
+        self.reload_routes()
         self.reload_certificate()
 
     async def watch(self) -> None:
@@ -22760,7 +22760,7 @@ class Router:
         while True:
             await asyncio.sleep(self.limits.reload_interval)
             if self.routes.has_changed():
-                self.reload()
+                self.reload_routes()
             if seen != (self.server.served, log.backlog):
                 seen = (self.server.served, log.backlog)
                 if not log.running:
@@ -22819,7 +22819,7 @@ class Router:
         grace = self.settings.shutdown_grace
         handle_signal("SIGTERM", self.interrupt)
         handle_signal("SIGINT", self.interrupt)
-        handle_signal("SIGHUP", self.read_files_again)
+        handle_signal("SIGHUP", self.reload_files)
         port = self.server.listeners[0].getsockname()[1]
         self.server.start()
         self.context.model_lists.refresh_old(self.context.table)
@@ -22829,11 +22829,11 @@ class Router:
             on_ready(port)
         watcher = asyncio.create_task(self.watch())
         # Their answers come while the router serves, and nobody waits for them.
-        teller = asyncio.create_task(self.announce_servers())
+        announcer = asyncio.create_task(self.announce_servers())
         await self.stopping.wait()
         self.console.print_line(f"draining for at most {grace:g} s")
         watcher.cancel()
-        teller.cancel()
+        announcer.cancel()
         grace_ends_at = time.monotonic() + grace
         await self.server.shut_down(grace, self.hurry)
         self.context.upstreams.pool.close()
@@ -22903,7 +22903,7 @@ def look_for_servers(invocation: Invocation, default: Server) -> Invocation:
     complain(f"no server is named; found on this machine, and used: SERVERS='{words}'")
     given = {**invocation.given, "servers": GivenSetting("SERVERS", words)}
     settings = Settings.from_given(given)
-    routes = RoutesFile(settings, invocation.routes.environ, invocation.routes.named)
+    routes = RoutesFile(settings, invocation.routes.environ, invocation.routes.is_named)
     return dataclasses.replace(invocation, settings=settings, given=given, routes=routes)
 
 
@@ -24176,7 +24176,7 @@ async def serve_demo(invocation: Invocation, folder: pathlib.Path) -> int:
         servers[server.name] = {"url": urls[server.name], "slots": server.slots}
     (folder / "routes.json").write_bytes(encode_json({"servers": servers, **DEMO_ROUTES}))
     settings = demo_settings(invocation.settings, urls, folder)
-    routes = RoutesFile(settings, {}, named=True)
+    routes = RoutesFile(settings, {}, is_named=True)
     listeners = open_port(settings, invocation.limits)
     if not listeners:
         return 1
@@ -24384,7 +24384,7 @@ def run_command(
         raise
     given = Settings.find_given(environ, vars(options))
     settings, mistakes = Settings.read_given(given)
-    routes = RoutesFile(settings, environ, named="routes_config" in given)
+    routes = RoutesFile(settings, environ, is_named="routes_config" in given)
     if mistakes:
         in_files: Iterable[str] = ()
         if options.run is run_check:
