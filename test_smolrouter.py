@@ -10556,7 +10556,7 @@ def test_the_model_of_an_answer_is_named_as_the_client_did(unnamed: str | None) 
     got = translated_document(vectors, {**names, "input": "hi"}, "/api/embed", dialect)
     assert got["model"] == "m"
     for path, kind in (("/api/chat", smolrouter.OLLAMA), ("/api/embed", dialect)):
-        assert kind.answer_load(kind.read(path, "", encode_json(names)), "")["model"] == "m"
+        assert kind.answer_load(kind.read_request(path, "", encode_json(names)), "")["model"] == "m"
 
 
 def test_ollama_vectors_of_a_server_that_does_not_count() -> None:
