@@ -9336,9 +9336,12 @@ def choose_rewriter(plan: AnswerPlan, status: int, media_type: str) -> Rewriter 
 # one that claims it says where it goes. For another way to claim requests, write such a
 # function and give it its place in that list.
 
+FAILOVER = "failover"
+ROUND_ROBIN = "round_robin"
+LEAST_BUSY = "least_busy"
 STICKY = "sticky"
 # How an alias orders its instances. The first one is that of an alias that names none.
-STRATEGIES = ("failover", "round_robin", "least_busy", STICKY)
+STRATEGIES = (FAILOVER, ROUND_ROBIN, LEAST_BUSY, STICKY)
 # A slot that becomes free goes to the waiting request whose priority stands first in this list.
 PRIORITIES = ("high", "normal", "low")
 NORMAL = "normal"
@@ -9674,14 +9677,17 @@ class Target(NamedTuple):
     """
 
     instances: tuple[Instance, ...]
+    # The name of the alias, "" where it is none.
     alias: str = ""
-    strategy: str = "failover"
+    # One of STRATEGIES.
+    strategy: str = FAILOVER
+    # The model of a target without instances.
     model: str = ""
     thinking: ThinkingRule = NO_THINKING_RULE
     # One of PRIORITIES, "" where nothing is said.
     priority: str = ""
     parameters: RequestParameters = NO_PARAMETERS
-    # What the routing file says of an alias.
+    # What the routing file says of an alias's models.
     stated_facts: ModelFacts = NO_FACTS
 
     def reached_by(self, route: Target) -> Target:
@@ -11081,7 +11087,7 @@ def resolve_server(table: RoutingTable, name: str, model: str) -> Decision:
         requested_model=model,
         mapped_model=model,
         route=f"upstream {name}",
-        strategy="failover",
+        strategy=FAILOVER,
         instances=(Instance(find_server(table, name), model),),
         trail=(Step("upstream", True, f"the path names server {name!r}"),),
     )
@@ -11093,7 +11099,7 @@ def resolve_maker(server: Server) -> Decision:
         requested_model="",
         mapped_model="",
         route="response",
-        strategy="failover",
+        strategy=FAILOVER,
         instances=(Instance(server, None),),
         trail=(Step("response", True, f"{server.name} made it"),),
         asks_model=False,
@@ -13995,11 +14001,11 @@ class Upstreams:
         instances = list(decision.instances)
         if len(instances) < 2:
             return instances
-        if decision.strategy == "round_robin":
+        if decision.strategy == ROUND_ROBIN:
             # The one that was asked the longest ago is first. If a counter went round the list
             # instead, the instance behind a cooling one would get that one's requests and its own.
             instances.sort(key=lambda i: self.last_use(decision, i))
-        elif decision.strategy == "least_busy":
+        elif decision.strategy == LEAST_BUSY:
             instances.sort(key=self.requests_per_slot)
         elif decision.strategy == STICKY:
             # As long as all are idle, conversations that begin go to one after the other.
@@ -14023,7 +14029,7 @@ class Upstreams:
 
     def note_use(self, decision: Decision, instance: Instance) -> None:
         """Note that an instance is asked now, as the next one or because others have failed."""
-        if decision.strategy in ("round_robin", STICKY):
+        if decision.strategy in (ROUND_ROBIN, STICKY):
             self.last_uses[self.use_key(decision, instance)] = next(self.use_numbers)
 
     def is_well(self, instance: Instance) -> bool:
