@@ -3749,8 +3749,8 @@ def test_coded_answer_that_is_huge_without_its_coding_is_refused() -> None:
 
 @functools.cache
 def bomb() -> bytes:
-    """Compress 128 MiB of zeros, which gzip makes very small."""
-    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    """Compress 128 MiB of zeros as much as gzip can: one read of it is over any limit."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     piece = bytes(1 << 20)
     return b"".join(packer.compress(piece) for _ in range(128)) + packer.flush()
 
