@@ -37,11 +37,13 @@ import random
 import re
 import resource
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Awaitable, Callable, Iterable
@@ -78,8 +80,14 @@ MESSAGE = json.dumps({
     "stop_reason": "end_turn", "usage": {"input_tokens": 12, "output_tokens": 24, **USAGE},
 }).encode()  # fmt: skip
 WORDS = ("The", "quick", "naïve", "狐", "jumps", "<b>", "\\", '"', "\n", "over", "🦊", "</p>")
-TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<reasoning>", "</reasoning>"),
-        ("\u25c1think\u25b7", "\u25c1/think\u25b7"))  # fmt: skip
+# What opens and closes a block of thinking, in each way that models have; harmony's goes on with
+# the message that is the answer.
+TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+        ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"),
+        ("<mm:think>", "</mm:think>"), ("[THINK]", "[/THINK]"),
+        ("\u25c1think\u25b7", "\u25c1/think\u25b7"), ("<|channel>thought\n", "<channel|>"),
+        ("<|channel|>analysis<|message|>",
+         "<|end|><|start|>assistant<|channel|>final<|message|>"))  # fmt: skip
 GOOD = ("good", "tight", "pair", "listed", "slow", "tagged", "agent")  # models that answer well
 PING = b": ping\n\n"
 SOAK_ROUTES = {
@@ -257,6 +265,61 @@ async def serve_soak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
     except (asyncio.IncompleteReadError, ConnectionError, ValueError):
         pass
     writer.close()
+
+
+class SleepingMachine(asyncio.DatagramProtocol):
+    """A model server whose machine sleeps until its magic packet comes, or `sleep` is called."""
+
+    mac = bytes(range(6))
+
+    def __init__(self) -> None:
+        # Nobody listens there, but the port is taken.
+        self.place = socket.socket()
+        self.place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.place.bind(("127.0.0.1", 0))
+        self.waking: asyncio.Task[None] | None = None
+        self.server: asyncio.Server | None = None
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def start(self) -> dict[str, Any]:
+        """Begin to listen for packets; return what the routing file says of the server."""
+        loop = asyncio.get_running_loop()
+        self.packets, _ = await loop.create_datagram_endpoint(lambda: self, ("127.0.0.1", 0))
+        packets_at = self.packets.get_extra_info("sockname")[1]
+        wake = {"mac": self.mac.hex(":"), "address": "127.0.0.1", "port": packets_at}
+        url = f"http://127.0.0.1:{self.place.getsockname()[1]}"
+        return {"url": url, "models": ["sleepy"], "wake": wake}
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        """Wake, if the packet is the machine's own and it sleeps."""
+        if data == b"\xff" * 6 + self.mac * 16 and self.waking is None:
+            self.waking = asyncio.create_task(self.wake())
+
+    async def wake(self) -> None:
+        """Listen for requests."""
+        place = self.place.getsockname()
+        self.server = await asyncio.start_server(self.serve, *place, reuse_address=True)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer as a server that is awake does."""
+        self.writers.append(writer)
+        await serve_soak(reader, writer)
+
+    def sleep(self) -> None:
+        """Listen no more, and end what is connected."""
+        if self.server:
+            self.server.close()
+        for writer in self.writers:
+            writer.close()
+        self.writers.clear()
+        self.server = None
+        self.waking = None
+
+    def end(self) -> None:
+        """Let go of both ports."""
+        self.sleep()
+        self.packets.close()
+        self.place.close()
 
 
 async def serve_floor(
@@ -483,7 +546,8 @@ async def start_router(
     url = f"http://127.0.0.1:{upstream}"
     servers = {"UPSTREAM": {"url": url}}
     for name, server in routes.get("servers", {}).items():
-        servers[name] = {**server, "url": url + server["url"]}
+        # One that stands elsewhere has a whole URL.
+        servers[name] = {**server, "url": urllib.parse.urljoin(url, server["url"])}
     (own / "routes.json").write_text(json.dumps({**routes, "servers": servers}))
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")}
     named = {"DEFAULT_UPSTREAM": url, "LISTEN_PORT": "0", "ROUTES_CONFIG": "routes.json",
@@ -676,8 +740,9 @@ def is_exact(model: str, content: bytes, stream: bool, said: bytes) -> bool:
 class Soak:
     """Good and bad clients of one router, and what they have seen."""
 
-    def __init__(self, port: int, end: float) -> None:
+    def __init__(self, port: int, end: float, machine: SleepingMachine) -> None:
         self.port, self.end = port, end
+        self.machine = machine
         self.good: set[str] = set()  # ids of the good requests
         self.faults: list[str] = []
         self.counts: dict[str, int] = {}
@@ -689,7 +754,7 @@ class Soak:
             try:
                 await asyncio.wait_for(act(chance), 60)
             except (OSError, asyncio.IncompleteReadError) as error:
-                if act == self.ask_well:
+                if act in (self.ask_well, self.wake):
                     self.faults.append(f"a good client met {error!r}")
             except asyncio.TimeoutError:
                 self.faults.append(f"{act.__name__} took longer than 60 s")
@@ -783,6 +848,20 @@ class Soak:
         writer.close()
         await asyncio.sleep(0.3)
 
+    async def wake(self, chance: random.Random) -> None:
+        """Ask for a model whose machine sleeps, and let it go to sleep again."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        stream = chance.random() < 0.5
+        content = chat_content(chance.choice(WORDS) * chance.randrange(2000), stream, "sleepy")
+        writer.write(encode_post("/v1/chat/completions", content))
+        status, number, said = await read_answer(reader)
+        if status != 200 or not is_exact("sleepy", content, stream, said):
+            self.faults.append(f"sleepy: {status} {said[:200]!r} is not its answer")
+        self.good.add(number)
+        writer.close()
+        self.machine.sleep()
+        await asyncio.sleep(1)
+
     async def idle(self, chance: random.Random) -> None:
         """Hold a connection and say little."""
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -842,14 +921,16 @@ async def watch(pid: int, seconds: float) -> list[tuple[float, int, int]]:
 async def soak(minutes: float) -> int:
     """Mix good and bad traffic; return 0 when the router stood it."""
     upstream, upstream_port = start_end("soak")
+    machine = SleepingMachine()
+    servers = {**SOAK_ROUTES["servers"], "sleepy": await machine.start()}
     with tempfile.TemporaryDirectory() as folder:
         pings = {"PING_INTERVAL": "0.1"}
         router, port, _ = await start_router(
-            pathlib.Path(folder), upstream_port, pings, SOAK_ROUTES
+            pathlib.Path(folder), upstream_port, pings, {**SOAK_ROUTES, "servers": servers}
         )
         try:
             seconds = minutes * 60
-            run = Soak(port, time.monotonic() + seconds)
+            run = Soak(port, time.monotonic() + seconds, machine)
             crew = [
                 (run.ask_well, 6),
                 (run.ask_badly, 2),
@@ -858,6 +939,7 @@ async def soak(minutes: float) -> int:
                 (run.weigh_heavily, 1),
                 (run.idle, 20),
                 (run.drain, 1),
+                (run.wake, 1),
             ]
             acts = [act for act, number in crew for _ in range(number)]
             seen, *_ = await asyncio.gather(
@@ -877,6 +959,7 @@ async def soak(minutes: float) -> int:
                 process.terminate()
                 process.wait(20)
             upstream.stdout.close()
+            machine.end()
     print(f"{len(run.good)} good answers, exact; times: {run.counts}")
     print("at the end {:.1f} MB, {} descriptors, {} threads".format(*last))
     print(*(f"FAULT: {fault}" for fault in run.faults[:20]), sep="\n")
