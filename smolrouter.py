@@ -981,8 +981,8 @@ class Limits:
     # Answers of the router's own, such as a page with a long conversation, are written as a whole.
     # While those that no client has taken yet are so long together, a further long one gets 503.
     unread_answers: int = 64 * MiB
-    # What is written in one turn of the event loop is sent together at its end; content above this
-    # size at once, because a larger piece gains nothing.
+    # What is written in one turn of the event loop is joined and sent at its end. Content above
+    # this size that goes out without chunks is sent at once: to join it would copy it.
     unsent: int = 64 * KiB
     # All running requests together may hold so much content; while they do, another long one
     # gets 503. While it is read and edited, JSON takes about four times its length.
@@ -12451,11 +12451,11 @@ class Connection(asyncio.Protocol):
     decide: the end of the content, a failure, a client that reads too slowly.
 
     **Writing.** `write` appends to `unsent`, the only buffer of the router for what goes out, and
-    the LoopBatch calls `flush` at the end of the turn, which joins the pieces. Long content does
-    not wait so long, nor does the end of a message. What the kernel has no room for, asyncio keeps
-    until it has. From `limits.write_buffer` octets on it calls `pause_writing`, which sets
-    `write_paused`, and `resume_writing` later. Whoever can write much waits in `drain` meanwhile.
-    What is above that counts in the LoopBatch.
+    the LoopBatch calls `flush` at the end of the turn, which joins the pieces. Long content without
+    chunks does not wait so long, nor does the end of a message. What the kernel has no room for,
+    asyncio keeps until it has. From `limits.write_buffer` octets on it calls `pause_writing`, which
+    sets `write_paused`, and `resume_writing` later. Whoever can write much waits in `drain`
+    meanwhile. What is above that counts in the LoopBatch.
 
     **Waking.** The task sleeps in `wait`, which returns at any news: octets (without a sink), the
     end, a failure, room to write again. So every wait stands in a loop that looks at what it needs.
